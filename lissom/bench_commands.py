@@ -24,6 +24,8 @@ from lissom.inspect.machine import Machine, cache_path, load_machine, measure_ma
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.roofline import machine_table
 from lissom.inspect.tables import show
+from lissom.ops.native import describe_kernels
+from lissom.ops.native.build import build_all
 from lissom.saved_commands import AllowNative
 
 
@@ -88,16 +90,23 @@ def run_bench(
 
 def run_machine(
     again: Annotated[bool, typer.Option("--again", help="Measure anew, even if measured before.")] = False,
+    build_kernels: Annotated[
+        bool, typer.Option("--build-kernels", help="Build the C++ kernels for all processors into the cache, and nothing else.")
+    ] = False,
 ) -> None:
     """Print what this machine can do at most: matrix products and memory bandwidth, measured once and kept."""
+    if build_kernels:
+        for name, failed in build_all().items():
+            print(f"{name}: {failed or 'built'}")
+        return
     found = None if again else load_machine()
     if found is not None:
         show(machine_table(found))
-        print(f"read from {cache_path()}")
+        print(f"read from {cache_path()}\nkernels: {describe_kernels()}")
         return
     found, path = _measure_machine()
     show(machine_table(found))
-    print(f"kept in {path}")
+    print(f"kept in {path}\nkernels: {describe_kernels()}")
 
 
 def _measure_machine() -> tuple[Machine, Path]:

@@ -2,7 +2,7 @@
 
 It needs g++ with its sanitizers. The kernels are built with both and cached separately. Then the calls of
 `tests/ops/generated_calls.py` and the tests of `tests/ops` run with the sanitizers preloaded, and stop at the first finding.
-`--march` builds for another processor than this one, such as `haswell` for AVX2.
+`--isa` takes another instruction set than the best one here, such as `avx2`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ ROOT = Path(__file__).parent.parent
 SANITIZERS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
 
-def environment(march: str | None, sanitized: bool) -> dict[str, str]:
+def environment(isa: str | None, sanitized: bool) -> dict[str, str]:
     """The environment variables that make Lissom build and load these kernels."""
-    flags = [f"-march={march}"] if march else []
-    found = {**os.environ, "PYTHONPATH": str(ROOT), "LISSOM_CXXFLAGS": " ".join([*flags, SANITIZERS] if sanitized else flags)}
+    found = {**os.environ, "PYTHONPATH": str(ROOT)} | ({"LISSOM_NATIVE_ISA": isa} if isa else {})
     if not sanitized:
         return found
     compiler = os.environ.get("CXX", "g++").split()
@@ -31,6 +30,7 @@ def environment(march: str | None, sanitized: bool) -> dict[str, str]:
     # PyTorch keeps what it allocates until the process ends, and refuses sizes that do not fit in memory itself.
     return {
         **found,
+        "LISSOM_CXXFLAGS": SANITIZERS,
         "LD_PRELOAD": " ".join(paths),
         "CXX": " ".join(["env", "-u", "LD_PRELOAD", *compiler]),  # a sanitized compiler takes ten times as long
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=0",
@@ -43,10 +43,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--calls", type=int, default=5000, help="generated calls")
     parser.add_argument("--seed", type=int, default=0, help="seed of the generated calls")
-    parser.add_argument("--march", help="the processor to build for, as in g++; this one by default")
+    parser.add_argument("--isa", help="the instruction set; the best one here by default")
     parser.add_argument("--plain", action="store_true", help="build without the sanitizers")
     given = parser.parse_args()
-    where = environment(given.march, not given.plain)
+    where = environment(given.isa, not given.plain)
     calls = ["tests.ops.generated_calls", "--calls", str(given.calls), "--seed", str(given.seed)]
     for arguments in (calls, ["pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "tests/ops"]):
         done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=where, check=False)

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from lissom.errors import UnsupportedError
 from lissom.ops import KERNELS
-from lissom.ops.native import build, load_kernels, self_test
+from lissom.ops.native import build, instruction_sets, load_kernels, self_test
+from lissom.ops.native.instruction_sets import INSTRUCTION_SETS, SWITCH, usable_sets
 
 MISSING = load_kernels()
+GENERIC = INSTRUCTION_SETS[-1]
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the kernels are built on Linux only"),
     pytest.mark.skipif(bool(MISSING), reason=MISSING),
@@ -22,8 +25,8 @@ pytestmark = [
 def compiler_that_copies(folder: Path, library: str | Path) -> str:
     """A compiler that writes a library that is there already, and counts its calls in `log`."""
     script = folder / "compiler"
-    log = f'case "$1" in --version) exit;; esac\necho built >> "{folder / "log"}"\nsleep 0.2\n'
-    script.write_text(f'#!/bin/sh\n{log}for path; do :; done\ncp "{library}" "$path"\n')
+    log = f'echo built >> "{folder / "log"}"\nsleep 0.2\n'
+    script.write_text(f'#!/bin/sh\ncase "$*" in *" -E "*) exit;; esac\n{log}for path; do :; done\ncp "{library}" "$path"\n')
     script.chmod(0o755)
     return str(script)
 
@@ -41,7 +44,7 @@ def test_who_comes_while_the_kernels_are_built_waits_and_builds_nothing(tmp_path
     (tmp_path / "library").write_text("library\n")
     compiler, library = compiler_that_copies(tmp_path, tmp_path / "library"), tmp_path / "kernels-0.so"
     with ThreadPoolExecutor(3) as pool:
-        for done in [pool.submit(build.build_once, [compiler], library) for _ in range(3)]:
+        for done in [pool.submit(build.build_once, [compiler], library, GENERIC) for _ in range(3)]:
             done.result()
     assert library.read_text() == "library\n"
     assert (tmp_path / "log").read_text() == "built\n"
@@ -60,11 +63,13 @@ def test_a_library_cut_short_is_found_out(tmp_path, size):
     assert build.self_test_of(library) is None
 
 
-@pytest.mark.parametrize("record", ["", "[]", "{}", "null", '{"sha256": 1}'])
+@pytest.mark.parametrize(
+    "record", ["", "[]", "{}", "null", '{"sha256": 1}', '{"sha256": "HASH"}', '{"sha256": "HASH", "self_tests": []}']
+)
 def test_a_damaged_record_is_found_out(tmp_path, record):
     library = tmp_path / "kernels-0.so"
     library.write_text("library")
-    build._record(library).write_text(record)
+    build._record(library).write_text(record.replace("HASH", build._hash_of(library)))
     assert build.self_test_of(library) is None
 
 
@@ -157,7 +162,58 @@ def test_a_compiler_that_is_not_there_is_named(tmp_path):
 
 
 def test_flags_name_another_library(monkeypatch):
-    compiler = build.find_compiler()
-    plain = build._fingerprint(compiler)
-    monkeypatch.setenv(build.FLAGS, "-march=haswell")
-    assert build._fingerprint(compiler) != plain
+    plain = build._name(GENERIC)
+    monkeypatch.setenv(build.FLAGS, "-O1")
+    assert build._name(GENERIC) != plain
+
+
+def test_a_library_in_the_cache_needs_no_compiler(tmp_path):
+    kept = build.kept_library()
+    (tmp_path / "lissom").mkdir(mode=0o700)
+    for path in (kept, build._record(kept)):
+        (tmp_path / "lissom" / path.name).write_bytes(path.read_bytes())
+    code = "from lissom.ops.native import load_kernels; print(repr(load_kernels()))"
+    assert in_process(code, XDG_CACHE_HOME=str(tmp_path), PATH="/nowhere") == "''"
+
+
+def test_a_library_from_another_machine_is_tested_here_and_not_built(tmp_path, monkeypatch):
+    kept = build.kept_library()
+    library = tmp_path / kept.name
+    library.write_bytes(kept.read_bytes())
+    build._write_record(library, build._record(library), {"another": ""})
+    assert build.self_test_of(library) is None
+    monkeypatch.setattr(build, "run_self_test", lambda _: "tested")
+    build.build_once(["/no/compiler"], library, GENERIC)
+    assert build.self_test_of(library) == "tested"
+    assert build._self_tests(library) == {"another": "", build._processor(): "tested"}
+
+
+@pytest.mark.skipif(len(INSTRUCTION_SETS) == 1, reason="x86 only")
+def test_the_best_instruction_set_of_a_processor_is_used(monkeypatch):
+    sets = {item.name: item for item in INSTRUCTION_SETS}
+    for name, item in sets.items():
+        monkeypatch.setattr(instruction_sets, "processor_features", lambda item=item: frozenset(item.features))
+        assert usable_sets()[0].name == name
+    monkeypatch.setattr(instruction_sets, "processor_features", lambda: frozenset(sets["avx2"].features))
+    assert [item.name for item in usable_sets()] == ["avx2", "generic"]
+    monkeypatch.setenv(SWITCH, "generic")
+    assert [item.name for item in usable_sets()] == ["generic"]
+    monkeypatch.setenv(SWITCH, "avx512")
+    with pytest.raises(
+        UnsupportedError, match=r"^LISSOM_NATIVE_ISA=avx512 needs avx512f, .*, and this processor has avx2, generic$"
+    ):
+        usable_sets()
+    monkeypatch.setenv(SWITCH, "avx3")
+    with pytest.raises(
+        UnsupportedError, match=r"^LISSOM_NATIVE_ISA=avx3 names no instruction set; this processor has avx2, gen"
+    ):
+        usable_sets()
+
+
+@pytest.mark.skipif(len(INSTRUCTION_SETS) == 1, reason="x86 only")
+def test_a_set_that_the_compiler_does_not_know_is_passed_over(tmp_path):
+    script = tmp_path / "old"
+    script.write_text('#!/bin/sh\ncase "$*" in *-mavx2*) echo "error: unrecognized option" >&2; exit 1;; esac\nexec g++ "$@"\n')
+    script.chmod(0o755)
+    assert build._unsupported([str(script)], INSTRUCTION_SETS[0]) == "error: unrecognized option"
+    assert build._unsupported([str(script)], GENERIC) == ""

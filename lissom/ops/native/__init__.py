@@ -20,7 +20,10 @@ SWITCH = "LISSOM_NATIVE"
 
 @cache
 def load_kernels() -> str:
-    """Load the kernels, and build them if they are not cached; returns why there are none, or an empty text."""
+    """Load the kernels, and build them if they are not cached; returns why there are none, or an empty text.
+
+    Raises: UnsupportedError when `LISSOM_NATIVE_ISA` names an instruction set that this processor lacks.
+    """
     if os.environ.get(SWITCH, "1") == "0":
         return f"{SWITCH}=0 switches the C++ kernels off"
     if sys.platform != "linux":
@@ -32,11 +35,20 @@ def load_kernels() -> str:
     return ""
 
 
+def describe_kernels() -> str:
+    """The loaded kernels in words: their instruction set, and how they multiply bfloat16; or why there are none."""
+    missing = load_kernels()
+    if missing:
+        return f"none: {missing}"
+    isa = kept_library().name.split("-")[1]
+    if torch.ops.lissom.dots_bfloat16():
+        return f"{isa}; bfloat16 is multiplied by the processor's own instruction"
+    return f"{isa}; bfloat16 is multiplied in float32, which is faster here"
+
+
 def kernel_dtypes() -> tuple[torch.dtype, ...]:
-    """The dtypes the loaded kernels compute in; none where there are no kernels."""
-    if load_kernels():
-        return ()
-    return (torch.float32, torch.bfloat16) if torch.ops.lissom.has_bfloat16() else (torch.float32,)
+    """The dtypes of the loaded kernels; none where there are no kernels."""
+    return () if load_kernels() else (torch.float32, torch.bfloat16)
 
 
 def missing_kernel(dtype: torch.dtype, device: torch.device) -> str | None:

@@ -41,15 +41,15 @@ struct Attention {
 
 // Packs the columns of a matrix into panels, padded with zeros: `inner` values on the reduction axis with stride `along`,
 // `outer` columns with stride `across`; `padded` is the length of the reduction axis in the panels.
-template <typename T>
-inline void pack(const T* from, int64_t along, int64_t across, int64_t inner, int64_t outer, int64_t padded, T* to) {
-  constexpr int pair = kPair<T>;
+template <typename T, typename P>
+inline void pack(const T* from, int64_t along, int64_t across, int64_t inner, int64_t outer, int64_t padded, P* to) {
+  constexpr int pair = kPair<P>;
   int64_t panels = ceil_div(outer, kPanel);
   for (int64_t panel = 0; panel < panels; ++panel) {
-    T* start = to + panel * padded * kPanel;
+    P* start = to + panel * padded * kPanel;
     int64_t columns = std::min<int64_t>(kPanel, outer - panel * kPanel);
     const T* source = from + panel * kPanel * across;
-    if (columns < kPanel || inner < padded) std::fill(start, start + padded * kPanel, T(0));
+    if (columns < kPanel || inner < padded) std::fill(start, start + padded * kPanel, P(0));
     if (along == 1) {
       for (int64_t c = 0; c < columns; ++c)
         for (int64_t i = 0; i < inner; ++i) start[(i / pair) * kPanel * pair + c * pair + i % pair] = source[c * across + i];
@@ -141,17 +141,18 @@ inline float softmax_row(const Call& call, int64_t b, int64_t h, int64_t row, in
                 sink);
 }
 
-template <typename T>
+// P: the dtype in which queries, keys, weights and values are multiplied.
+template <typename P>
 struct Scratch {
-  std::vector<T> keys, values, weights, query;
+  std::vector<P> keys, values, weights, query;
   std::vector<float> scores;
   int64_t packed_from = -1, packed_begin = 0, packed_end = 0;  // whose keys are packed, and which
 };
 
-template <typename T>
+template <typename T, typename P>
 inline void head(const Attention<T>& call, const VisibleKeys& visible_keys, int64_t b, int64_t h, int64_t begin, int64_t end,
-                 Scratch<T>& scratch) {
-  constexpr int pair = kPair<T>;
+                 Scratch<P>& scratch) {
+  constexpr int pair = kPair<P>;
   int64_t depth = ceil_div(call.head_dim, pair) * pair;
   Span seen = visible_keys.of(b, h, begin, end);                 // keys outside are not read, and counted from its begin
   int64_t keys = seen.end - seen.begin;
@@ -174,17 +175,20 @@ inline void head(const Attention<T>& call, const VisibleKeys& visible_keys, int6
     int64_t padded = std::max(skipped, ceil_div(tile.end - seen.begin, kPanel) * kPanel);
     with_rows(static_cast<int>(bottom - top), [&](auto count) {
       constexpr int R = decltype(count)::value;
-      const T* q = call.query(b, h, top);
+      const P* q;
       int64_t q_stride = call.q_strides.row;
-      if (depth != call.head_dim) {  // an odd head_dim is padded, since bfloat16 is read in pairs
-        scratch.query.assign(R * depth, T(0));
-        for (int r = 0; r < R; ++r) std::copy(q + r * q_stride, q + r * q_stride + call.head_dim, &scratch.query[r * depth]);
+      const T* given = call.query(b, h, top);
+      if constexpr (std::is_same_v<T, P>) q = given;
+      if (!std::is_same_v<T, P> || depth != call.head_dim) {  // an odd head_dim is padded, since bfloat16 is read in pairs
+        scratch.query.assign(R * depth, P(0));
+        for (int r = 0; r < R; ++r)
+          std::copy(given + r * q_stride, given + r * q_stride + call.head_dim, &scratch.query[r * depth]);
         q = scratch.query.data(), q_stride = depth;
       }
       float* scores = scratch.scores.data();
       for (int64_t c = skipped; c < padded; c += kChunk) {
         Vec sums[R][kWide] = {};
-        const T* panel = scratch.keys.data() + c / kPanel * depth * kPanel + c % kPanel * pair;
+        const P* panel = scratch.keys.data() + c / kPanel * depth * kPanel + c % kPanel * pair;
         multiply<R>(q, q_stride, panel, depth / pair, sums);
         for (int r = 0; r < R; ++r)
           for (int w = 0; w < kWide; ++w) store(scores + r * width + c + w * kLanes, sums[r][w]);
@@ -195,7 +199,7 @@ inline void head(const Attention<T>& call, const VisibleKeys& visible_keys, int6
         inverse[r] = 1.0f / softmax_row(call, b, h, top + r, seen.begin + skipped, scores + r * width + skipped, visible,
                                        padded - skipped);
       }
-      const T* weights;
+      const P* weights;
       if constexpr (pair == 2) {
         for (int r = 0; r < R; ++r)
           for (int64_t c = skipped; c < padded; c += kLanes)
@@ -206,7 +210,7 @@ inline void head(const Attention<T>& call, const VisibleKeys& visible_keys, int6
       }
       for (int64_t c = 0; c < call.value_dim; c += kChunk) {
         Vec sums[R][kWide] = {};
-        const T* panel = scratch.values.data() + (c / kPanel * width + skipped) * kPanel + c % kPanel * pair;
+        const P* panel = scratch.values.data() + (c / kPanel * width + skipped) * kPanel + c % kPanel * pair;
         multiply<R>(weights + skipped, width, panel, (padded - skipped) / pair, sums);
         for (int r = 0; r < R; ++r) {
           T* y = call.output(b, h, top + r);
@@ -352,14 +356,16 @@ void run(const Attention<T>& call) {
   int64_t threads = at::get_num_threads(), heads = call.batch * call.heads;
   // With few heads, the rows of a head are split among threads too; each share packs the keys again.
   int64_t shares = heads >= 4 * threads ? 1 : std::max<int64_t>(1, std::min(ceil_div(4 * threads, heads), call.queries / 64));
-  at::parallel_for(0, heads * shares, 1, [&](int64_t from, int64_t to) {
-    Scratch<T> scratch;
-    for (int64_t item = from; item < to; ++item) {
-      int64_t which = item / shares, share = item % shares;
-      if (share == 0 && which + 1 < heads) fetch(call, visible_keys, (which + 1) / call.heads, (which + 1) % call.heads);
-      int64_t begin = call.queries * share / shares, end = call.queries * (share + 1) / shares;
-      head(call, visible_keys, which / call.heads, which % call.heads, begin, end, scratch);
-    }
+  with_operand<T>([&](auto zero) {
+    at::parallel_for(0, heads * shares, 1, [&](int64_t from, int64_t to) {
+      Scratch<decltype(zero)> scratch;
+      for (int64_t item = from; item < to; ++item) {
+        int64_t which = item / shares, share = item % shares;
+        if (share == 0 && which + 1 < heads) fetch(call, visible_keys, (which + 1) / call.heads, (which + 1) % call.heads);
+        int64_t begin = call.queries * share / shares, end = call.queries * (share + 1) / shares;
+        head(call, visible_keys, which / call.heads, which % call.heads, begin, end, scratch);
+      }
+    });
   });
 }
 

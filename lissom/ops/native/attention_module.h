@@ -16,8 +16,7 @@ namespace {
 template <typename Work>
 Tensor by_dtype(const Tensor& x, Work&& work) {
   if (x.scalar_type() == at::kFloat) return work(float{});
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && kHasBFloat16, "this processor's kernels compute in float32",
-              kHasBFloat16 ? " and bfloat16" : "", ", not in ", x.scalar_type());
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16, "the kernels compute in float32 and bfloat16, not in ", x.scalar_type());
   return work(BFloat16{});
 }
 

@@ -38,23 +38,24 @@ class Buffer {
   int64_t held_ = 0;
 };
 
-// Sizes that are the same for every tile.
-template <typename T>
+// Sizes that are the same for every tile. P: the dtype in which queries, keys, weights and values are multiplied.
+template <typename P>
 struct Shape {
   int64_t depth, width, outputs;  // head_dim, keys and value_dim, padded
   int64_t tile;                   // queries
   int64_t chunk;                  // panels whose scores are held at a time
   int64_t stride;                 // of a row of scores
 
+  template <typename T>
   explicit Shape(const BlockSparse<T>& sparse) {
-    constexpr int pair = kPair<T>;
+    constexpr int pair = kPair<P>;
     const Attention<T>& call = sparse.call;
     depth = ceil_div(call.head_dim, pair) * pair;
     width = ceil_div(call.keys, kPanel) * kPanel;
     outputs = ceil_div(call.value_dim, kPanel) * kPanel;
     tile = tile_of(sparse.pattern);
     constexpr int64_t kBytes = 1 << 18;  // of keys and values: they stay in the L2 cache while the rows of a tile are computed
-    chunk = std::clamp<int64_t>(kBytes / ((depth + outputs) * kPanel * int64_t(sizeof(T))), 4, 16);
+    chunk = std::clamp<int64_t>(kBytes / ((depth + outputs) * kPanel * int64_t(sizeof(P))), 4, 16);
     stride = chunk * kPanel + kLanes;  // not a power of two, which would map all rows to the same cache sets
   }
 
@@ -76,9 +77,9 @@ struct Run {
   int64_t panel, count;  // consecutive panels
 };
 
-template <typename T>
+template <typename P>
 struct TileScratch {
-  Buffer<T> keys, values, query, weights;
+  Buffer<P> keys, values, query, weights;
   Buffer<float> scores, sums;
   std::vector<char> packed;       // by panel
   int64_t packed_from = -1;       // the batch and key head the panels are packed from
@@ -91,24 +92,24 @@ struct TileScratch {
 };
 
 // Packs a panel of keys and values unless it is packed already.
-template <typename T>
-inline void pack_panel(const Attention<T>& call, const Shape<T>& shape, int64_t b, int64_t group, int64_t panel,
-                       TileScratch<T>& scratch) {
+template <typename T, typename P>
+inline void pack_panel(const Attention<T>& call, const Shape<P>& shape, int64_t b, int64_t group, int64_t panel,
+                       TileScratch<P>& scratch) {
   if (scratch.packed[panel]) return;
   scratch.packed[panel] = 1;
   int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, call.keys - first);
   const T *k = call.key(b, group, first), *v = call.value(b, group, first);
   pack(k, call.k_strides.column, call.k_strides.row, call.head_dim, count, shape.depth,
        scratch.keys.of(shape.depth * shape.width) + first * shape.depth);
-  T* values = scratch.values.of(shape.width * shape.outputs) + first * kPanel;
+  P* values = scratch.values.of(shape.width * shape.outputs) + first * kPanel;
   for (int64_t c = 0; c < call.value_dim; c += kPanel)
     pack(v + c * call.v_strides.column, call.v_strides.row, call.v_strides.column, count,
          std::min<int64_t>(kPanel, call.value_dim - c), kPanel, values + c * shape.width);
 }
 
 // Lists the panels visible to some row of a tile, without those that the call's own mask hides from all rows.
-template <typename T>
-inline void list_panels(const BlockSparse<T>& sparse, int64_t b, int64_t h, Span rows, TileScratch<T>& scratch) {
+template <typename T, typename P>
+inline void list_panels(const BlockSparse<T>& sparse, int64_t b, int64_t h, Span rows, TileScratch<P>& scratch) {
   const Attention<T>& call = sparse.call;
   scratch.visibility.find(sparse.pattern, h, rows, call.keys);
   scratch.panels.clear();
@@ -132,13 +133,13 @@ inline Vec finish_score(const Attention<T>& call, Vec value, int64_t bias, int64
 }
 
 // Updates R rows of a tile, starting at its row `first`, with some of the panels visible to it.
-template <int R, typename T>
-inline void some_panels(const BlockSparse<T>& sparse, const Shape<T>& shape, int64_t b, int64_t h, int64_t row, int64_t first,
-                        const int64_t* panels, int64_t count, TileScratch<T>& scratch) {
-  constexpr int pair = kPair<T>;
+template <int R, typename T, typename P>
+inline void some_panels(const BlockSparse<T>& sparse, const Shape<P>& shape, int64_t b, int64_t h, int64_t row, int64_t first,
+                        const int64_t* panels, int64_t count, TileScratch<P>& scratch) {
+  constexpr int pair = kPair<P>;
   const Attention<T>& call = sparse.call;
-  const T* q = scratch.query.of(0) + first * shape.depth;
-  const T* keys = scratch.keys.of(0);
+  const P* q = scratch.query.of(0) + first * shape.depth;
+  const P* keys = scratch.keys.of(0);
   float* scores = scratch.scores.of(0);
   const Strides& strides = call.bias_strides;
   int64_t bias = strides.at(b, h, row);
@@ -187,7 +188,7 @@ inline void some_panels(const BlockSparse<T>& sparse, const Shape<T>& shape, int
   }
   if (kept == 0) return;
   float* results = scratch.sums.of(0) + first * shape.outputs;
-  T* weights = pair == 2 ? scratch.weights.of(0) : reinterpret_cast<T*>(scores);
+  P* weights = pair == 2 ? scratch.weights.of(0) : reinterpret_cast<P*>(scores);
   for (int r = 0; r < R; ++r) {
     float& top = scratch.top[first + r];
     float before = top, found = std::max(top, largest(highest[r]));
@@ -206,15 +207,15 @@ inline void some_panels(const BlockSparse<T>& sparse, const Shape<T>& shape, int
       for (int64_t c = 0; c < shape.outputs; c += kLanes)
         store(results + r * shape.outputs + c, load(results + r * shape.outputs + c) * factor);
   }
-  const T* values = scratch.values.of(0);
+  const P* values = scratch.values.of(0);
   for (int64_t c = 0; c < call.value_dim; c += kChunk) {
     Vec sums[R][kWide];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
       for (int w = 0; w < kWide; ++w) sums[r][w] = load(results + r * shape.outputs + c + w * kLanes);
-    const T* column = values + c / kPanel * shape.width * kPanel + c % kPanel * pair;
-    const T* weight = weights;
+    const P* column = values + c / kPanel * shape.width * kPanel + c % kPanel * pair;
+    const P* weight = weights;
     for (const Run& run : scratch.runs) {
       multiply<R>(weight, shape.stride, column + run.panel * kPanel * kPanel, run.count * kPanel / pair, sums);
       weight += run.count * kPanel;
@@ -226,17 +227,17 @@ inline void some_panels(const BlockSparse<T>& sparse, const Shape<T>& shape, int
   }
 }
 
-template <typename T>
-inline void one_tile(const BlockSparse<T>& sparse, const Shape<T>& shape, int64_t b, int64_t h, Span rows,
-                     TileScratch<T>& scratch) {
+template <typename T, typename P>
+inline void one_tile(const BlockSparse<T>& sparse, const Shape<P>& shape, int64_t b, int64_t h, Span rows,
+                     TileScratch<P>& scratch) {
   const Attention<T>& call = sparse.call;
   int64_t group = h / (call.heads / call.key_heads), count = rows.end - rows.begin;
   list_panels(sparse, b, h, rows, scratch);
   const T* q = call.query(b, h, rows.begin);
-  T* query = scratch.query.of(kTile * shape.depth);
+  P* query = scratch.query.of(kTile * shape.depth);
   for (int64_t r = 0; r < count; ++r) {
     std::copy(q + r * call.q_strides.row, q + r * call.q_strides.row + call.head_dim, query + r * shape.depth);
-    std::fill(query + r * shape.depth + call.head_dim, query + (r + 1) * shape.depth, T(0));
+    std::fill(query + r * shape.depth + call.head_dim, query + (r + 1) * shape.depth, P(0));
   }
   float sink = call.sinks ? call.sinks[b * call.sink_batch + h * call.sink_head] : kHidden;
   std::fill(scratch.top, scratch.top + count, sink);
@@ -244,7 +245,7 @@ inline void one_tile(const BlockSparse<T>& sparse, const Shape<T>& shape, int64_
   float* results = scratch.sums.of(kTile * shape.outputs);
   std::fill(results, results + count * shape.outputs, 0.0f);
   scratch.scores.of(kRows * shape.stride);
-  if (kPair<T> == 2) scratch.weights.of(kRows * shape.stride);
+  if (kPair<P> == 2) scratch.weights.of(kRows * shape.stride);
   int64_t panels = scratch.panels.size();
   for (int64_t start = 0; start < panels; start += shape.chunk) {
     int64_t some = std::min(shape.chunk, panels - start);
@@ -266,7 +267,7 @@ inline void one_tile(const BlockSparse<T>& sparse, const Shape<T>& shape, int64_
 
 // A call of R queries, one head of it: keys and values are read in place, as in dense attention.
 template <int R, typename T>
-inline void few_rows_of_head(const BlockSparse<T>& sparse, int64_t b, int64_t h, TileScratch<T>& scratch) {
+inline void few_rows_of_head(const BlockSparse<T>& sparse, int64_t b, int64_t h, TileScratch<float>& scratch) {
   const Attention<T>& call = sparse.call;
   int64_t group = h / (call.heads / call.key_heads);
   list_panels(sparse, b, h, {0, R}, scratch);
@@ -329,7 +330,7 @@ template <typename T>
 void few_rows(const BlockSparse<T>& sparse) {
   const Attention<T>& call = sparse.call;
   at::parallel_for(0, call.batch * call.heads, 1, [&](int64_t from, int64_t to) {
-    TileScratch<T> scratch;
+    TileScratch<float> scratch;
     for (; from < to; ++from)
       with_rows(static_cast<int>(call.queries), [&](auto count) {
         constexpr int R = decltype(count)::value;
@@ -338,11 +339,10 @@ void few_rows(const BlockSparse<T>& sparse) {
   });
 }
 
-template <typename T>
-void run(const BlockSparse<T>& sparse) {
+template <typename P, typename T>
+void run_as(const BlockSparse<T>& sparse) {
   const Attention<T>& call = sparse.call;
-  if (call.queries <= kFewRows && call.k_strides.column == 1 && call.v_strides.column == 1) return few_rows(sparse);
-  Shape<T> shape(sparse);
+  Shape<P> shape(sparse);
   int64_t threads = at::get_num_threads(), groups = call.batch * call.key_heads, shared = call.heads / call.key_heads;
   int64_t tiles = ceil_div(call.queries, shape.tile);
   // With few key heads, the tiles of a head are split among threads too; each share packs the panels it reads.
@@ -350,7 +350,7 @@ void run(const BlockSparse<T>& sparse) {
   std::atomic<int64_t> next{0};  // shares differ in work: a thread that is done takes the next
   at::parallel_for(0, std::min(threads, groups * shares), 1, [&](int64_t from, int64_t to) {
     for (; from < to; ++from) {
-      TileScratch<T> scratch;
+      TileScratch<P> scratch;
       for (int64_t item = next++; item < groups * shares; item = next++) {
         int64_t which = item / shares, share = item % shares, b = which / call.key_heads, group = which % call.key_heads;
         if (scratch.packed_from != which) scratch.packed.assign(ceil_div(call.keys, kPanel), 0);
@@ -361,6 +361,13 @@ void run(const BlockSparse<T>& sparse) {
       }
     }
   });
+}
+
+template <typename T>
+void run(const BlockSparse<T>& sparse) {
+  const Attention<T>& call = sparse.call;
+  if (call.queries <= kFewRows && call.k_strides.column == 1 && call.v_strides.column == 1) return few_rows(sparse);
+  with_operand<T>([&](auto zero) { run_as<decltype(zero)>(sparse); });
 }
 
 }  // namespace lissom

@@ -1,12 +1,13 @@
-"""Builds the library of C++ kernels for this processor, once, and caches it where only this user may write.
+"""Builds the libraries of C++ kernels, each once, and caches them where only this user may write.
 
 The build is one compiler command rather than `torch.utils.cpp_extension.load`: it needs no `ninja`, and an interrupted build
-blocks no other. The library is written under a temporary name and renamed. Other processes wait for a file lock, which the
-system releases when its process ends. The file name is a hash of the sources, the flags, PyTorch's version, the compiler and
-the processor's features.
+blocks no other. A library is written under a temporary name and renamed. Other processes wait for a file lock, which the
+system releases when its process ends. The file name holds the instruction set and a hash of the sources, the flags and
+PyTorch's version, so that a library from the cache needs no compiler.
 
-A record next to the library holds its hash, which is checked before loading, and the result of its self-test. The self-test
-is a process that compares every kernel with its reference, since a loaded library cannot be unloaded.
+A record next to the library holds its hash, which is checked before loading, and the result of its self-test for each kind of
+processor that ran it. The self-test is a process that compares every kernel with its reference, since a loaded library cannot
+be unloaded.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shlex
 import shutil
 import signal
@@ -22,32 +22,59 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from lissom.ops.native.instruction_sets import INSTRUCTION_SETS, InstructionSet, processor_features, usable_sets
+
 FLAGS = "LISSOM_CXXFLAGS"
-"""Set this environment variable to compiler flags that follow Lissom's own, such as `-march=haswell`."""
+"""Set this environment variable to compiler flags that follow Lissom's own, such as `-O1 -g`."""
 
 _FOLDER = Path(__file__).parent
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w")
+_FLAGS = ("-O3", "-ffp-contract=fast", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w")
 _SELF_TEST_SECONDS = 600
 
 
 def kept_library() -> Path:
     """The library for this processor, built if it is not cached or was damaged.
 
-    Raises: RuntimeError or OSError with the reason why there is none.
+    Raises: RuntimeError or OSError with the reason why there is none; UnsupportedError for an instruction set that was asked
+    for and is not there.
     """
-    compiler = find_compiler()
-    library = cache_folder() / f"kernels-{_fingerprint(compiler)}.so"
-    found = self_test_of(library)
-    if found is None:
-        build_once(compiler, library)
+    folder, reason = cache_folder(), ""
+    for isa in usable_sets():
+        library = folder / _name(isa)
         found = self_test_of(library)
-    if found:
-        raise RuntimeError(f"the C++ kernels failed their self-test: {found}; delete {_record(library)} to build them again")
-    return library
+        if found is None:
+            compiler = find_compiler()
+            reason = _unsupported(compiler, isa)
+            if reason:
+                continue
+            build_once(compiler, library, isa)
+            found = self_test_of(library)
+        if found:
+            raise RuntimeError(
+                f"the C++ kernels failed their self-test: {found}; delete {_record(library)} to build them again"
+            )
+        return library
+    raise RuntimeError(reason)
+
+
+def build_all() -> dict[str, str]:
+    """Build the libraries of all instruction sets, for machines that share this cache; for each why it failed, or an empty text.
+
+    A library that this processor cannot run is tested by the first machine that can.
+
+    Raises: RuntimeError or OSError where nothing can be built.
+    """
+    compiler, found = find_compiler(), dict[str, str]()
+    for isa in INSTRUCTION_SETS:
+        found[isa.name] = _unsupported(compiler, isa)
+        if not found[isa.name]:
+            build_once(compiler, cache_folder() / _name(isa), isa)
+    return found
 
 
 def find_compiler() -> list[str]:
@@ -63,8 +90,15 @@ def find_compiler() -> list[str]:
     return [found]
 
 
+def _unsupported(compiler: list[str], isa: InstructionSet) -> str:
+    """Why the compiler cannot build for an instruction set, or an empty text."""
+    command = [*compiler, *isa.flags, "-E", "-x", "c++", os.devnull, "-o", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return _first_error(done.stderr) if done.returncode else ""
+
+
 def cache_folder() -> Path:
-    """The folder of the library, which only this user may write to; created if it does not exist.
+    """The folder of the libraries, which only this user may write to; created if it does not exist.
 
     Where the user's cache cannot be used, a folder for temporary files, with a warning.
 
@@ -91,54 +125,73 @@ def _private(folder: Path) -> Path:
 
 
 def self_test_of(library: Path) -> str | None:
-    """The recorded result of a library's self-test, empty when it passed; None for a missing or changed library."""
+    """The recorded result of a library's self-test on this kind of processor, empty when it passed.
+
+    None for a library that is missing, was changed, or was not tested on such a processor.
+    """
+    tests = _self_tests(library)
+    return None if tests is None else tests.get(_processor())
+
+
+def _self_tests(library: Path) -> Mapping[str, str] | None:
+    """The recorded self-tests of a library by kind of processor; None when it is missing or was changed."""
     try:
         record = json.loads(_record(library).read_text(encoding="utf-8"))
-        if record["sha256"] != hashlib.sha256(library.read_bytes()).hexdigest():
+        if record["sha256"] != _hash_of(library):
             return None
-        return str(record["self_test"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return {str(key): str(value) for key, value in record["self_tests"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def build_once(compiler: list[str], library: Path) -> None:
-    """Build the library, or wait for the process that is building it. Raises: as `_build` does."""
+def build_once(compiler: list[str], library: Path, isa: InstructionSet) -> None:
+    """Build and test the library, or wait for the process that does. Raises: as `_build` does."""
     import fcntl  # exists on Unix only
 
     with library.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if self_test_of(library) is None:
-            _build(compiler, library)
+        tests = _self_tests(library)
+        if tests is None:
+            _build(compiler, library, isa)
+        elif not isa.missing and _processor() not in tests:
+            _write_record(library, _record(library), {**tests, _processor(): run_self_test(library)})
 
 
 def _record(library: Path) -> Path:
     return library.with_suffix(".json")
 
 
+def _write_record(library: Path, record: Path, tests: Mapping[str, str]) -> None:
+    made = record.with_suffix(".new")
+    made.write_text(json.dumps({"sha256": _hash_of(library), "self_tests": tests}), encoding="utf-8")
+    made.replace(record)
+
+
+def _hash_of(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
 def _sources() -> list[Path]:
     return sorted([*_FOLDER.glob("*.h"), *_FOLDER.glob("*.cpp")])
 
 
-def _flags() -> list[str]:
-    return [*_FLAGS, *shlex.split(os.environ.get(FLAGS, ""))]
+def _flags(isa: InstructionSet) -> list[str]:
+    return [*_FLAGS, *isa.flags, *shlex.split(os.environ.get(FLAGS, ""))]
 
 
-def _fingerprint(compiler: list[str]) -> str:
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [torch.__version__, version, _processor(), *_flags(), *(path.read_text(encoding="utf-8") for path in _sources())]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+def _name(isa: InstructionSet) -> str:
+    native = _processor() if "-march=native" in isa.flags else ""
+    given = [torch.__version__, os.environ.get("CXX", ""), native, *_flags(isa)]
+    parts = [*given, *(path.read_text(encoding="utf-8") for path in _sources())]
+    return f"kernels-{isa.name}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:20]}.so"
 
 
 def _processor() -> str:
-    """The processor's features, as Linux lists them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    """The kind of processor: a hash of its features."""
+    return hashlib.sha256(" ".join(sorted(processor_features())).encode()).hexdigest()[:12]
 
 
-def _build(compiler: list[str], library: Path) -> None:
+def _build(compiler: list[str], library: Path, isa: InstructionSet) -> None:
     """Compile and test under a temporary name beside the library, then rename the record and the library.
 
     Raises: RuntimeError with the compiler's first error, OSError when nothing can be written there.
@@ -149,7 +202,7 @@ def _build(compiler: list[str], library: Path) -> None:
         made = Path(folder) / library.name
         command = [
             *compiler,
-            *_flags(),
+            *_flags(isa),
             *(f"-isystem{path}" for path in include_paths()),
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             *(str(path) for path in _sources() if path.suffix == ".cpp"),
@@ -161,12 +214,15 @@ def _build(compiler: list[str], library: Path) -> None:
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            lines = done.stderr.splitlines()
-            raise RuntimeError(([line for line in lines if "error" in line] or lines or ["no message"])[0])
-        record = {"sha256": hashlib.sha256(made.read_bytes()).hexdigest(), "self_test": run_self_test(made)}
-        _record(made).write_text(json.dumps(record), encoding="utf-8")
+            raise RuntimeError(_first_error(done.stderr))
+        _write_record(made, _record(made), {} if isa.missing else {_processor(): run_self_test(made)})
         made.replace(library)
         _record(made).replace(_record(library))
+
+
+def _first_error(output: str) -> str:
+    lines = output.splitlines()
+    return ([line for line in lines if "error" in line] or lines or ["no message"])[0]
 
 
 def run_self_test(library: Path) -> str:

@@ -85,7 +85,11 @@ Tensor plain_of(const Tensor& given, const Tensor& weight, const Epilogue& epilo
   if (kPair<T> > 1) sizes.push_back(kPair<T>);
   check_exact(weight, sizes, given.scalar_type(), "a packed weight");
   Tensor x = given.contiguous();
-  return linear_of<T>(x, Plain<T>{x.const_data_ptr<T>(), weight.const_data_ptr<T>(), inputs}, epilogue);
+  const T *from = x.const_data_ptr<T>(), *packed = weight.const_data_ptr<T>();
+  return with_operand<T>([&](auto zero) {
+    if constexpr (std::is_same_v<T, decltype(zero)>) return linear_of<T>(x, Plain<T>{from, packed, inputs}, epilogue);
+    else return linear_of<T>(x, Widened{from, packed, inputs}, epilogue);
+  });
 }
 
 Tensor plain(const Tensor& x, const Tensor& weight, const Epilogue& epilogue) {
@@ -171,7 +175,9 @@ Tensor weight_quantized_of(const Tensor& given, const QuantizedWeight& weight, c
   Tensor x = given.contiguous();
   TORCH_CHECK(weight.inputs % kPair<T> == 0, "there are ", weight.inputs, " inputs, and bfloat16 takes an even number");
   int64_t rows = x.numel() / std::max<int64_t>(weight.inputs, 1);
-  return linear_of<T>(x, WeightQuantized<T>{x.const_data_ptr<T>(), weight, rows}, epilogue);
+  return with_operand<T>([&](auto zero) {
+    return linear_of<T>(x, WeightQuantized<T, decltype(zero)>{x.const_data_ptr<T>(), weight, rows}, epilogue);
+  });
 }
 
 Tensor weight_quantized(const Tensor& x, const Tensor& q, const Tensor& scale, Optional zero_point, c10::string_view format,
@@ -293,7 +299,12 @@ Tensor packed_embedding(const Tensor& weight, const Tensor& indices, int64_t fea
   return found;
 }
 
-bool has_bfloat16() { return kHasBFloat16; }
+// Whether bfloat16 is multiplied by the processor's own instruction; with `wanted` this is set, where it has that instruction.
+bool dots_bfloat16(std::optional<bool> wanted) {
+  if (wanted) dots = kHasDot && *wanted;
+  return dots;
+}
+
 bool has_int8() { return kHasInt8; }
 bool has_weight_quantized() { return kHasWeightQuantized; }
 
@@ -319,7 +330,7 @@ TORCH_LIBRARY_IMPL(lissom, CPU, library) {
 }
 
 TORCH_LIBRARY_FRAGMENT(lissom, library) {
-  library.def("has_bfloat16() -> bool", has_bfloat16);
+  library.def("dots_bfloat16(bool? wanted=None) -> bool", dots_bfloat16);
   library.def("has_int8() -> bool", has_int8);
   library.def("has_weight_quantized() -> bool", has_weight_quantized);
   library.def("begin_call() -> ()", begin_call);

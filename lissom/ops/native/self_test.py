@@ -29,9 +29,12 @@ Case = tuple[str, Callable[..., torch.Tensor], tuple[torch.Tensor | None, ...], 
 def main(library: str) -> None:
     """Load the library and compare. Raises: SystemExit with the first difference."""
     torch.ops.load_library(library)
-    dtypes = (torch.float32, torch.bfloat16) if torch.ops.lissom.has_bfloat16() else (torch.float32,)
+    # bfloat16 is multiplied in float32, or by the processor's own instruction where it has one.
+    ways = [(torch.float32, False), (torch.bfloat16, False)]
+    ways += [(torch.bfloat16, True)] if torch.ops.lissom.dots_bfloat16(True) else []
     with torch.inference_mode():
-        for dtype in dtypes:
+        for dtype, dots in ways:
+            torch.ops.lissom.dots_bfloat16(dots)
             for name, reference, operands, options in cases(dtype):
                 found = getattr(torch.ops.lissom, name)(*operands, **options)
                 wanted = reference(*operands, **options)

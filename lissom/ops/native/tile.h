@@ -6,6 +6,9 @@
 
 #include "vector.h"
 
+#include <atomic>
+#include <chrono>
+#include <type_traits>
 #include <utility>
 
 namespace lissom {
@@ -21,14 +24,57 @@ constexpr int kPair = 4 / sizeof(T);  // values a step takes along the reduction
 inline Vec product(const float* a, const float* b, Vec sum) { return sum + splat(*a) * load(b); }
 
 #if defined(__AVX512BF16__)
+constexpr bool kHasDot = true;  // an instruction that adds two products of bfloat16
 inline Vec product(const BFloat16* a, const BFloat16* b, Vec sum) {
   int32_t pair;
   std::memcpy(&pair, a, sizeof pair);
   return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(b));
 }
+
+// Whether that instruction beats two multiplications in float32: processors differ by a factor of four. Takes some 50 microseconds.
+inline bool dot_is_fast() {
+  alignas(64) BFloat16 pairs[2 * kLanes] = {};
+  alignas(64) float floats[kLanes] = {};
+  auto fastest = [](auto step) {
+    constexpr int kSums = 12, kSteps = 500, kRuns = 8;
+    auto best = std::chrono::nanoseconds::max();
+    for (int run = 0; run < kRuns; ++run) {
+      Vec sums[kSums] = {};
+      auto started = std::chrono::steady_clock::now();
+      for (int i = 0; i < kSteps; ++i) {
+#pragma GCC unroll 12
+        for (int n = 0; n < kSums; ++n) {
+          sums[n] = step(sums[n]);
+          asm volatile("" : "+v"(sums[n]));
+        }
+      }
+      best = std::min<std::chrono::nanoseconds>(best, std::chrono::steady_clock::now() - started);
+    }
+    return best;
+  };
+  auto dot = fastest([&](Vec sum) { return product(pairs, pairs, sum); });
+  return dot < 2 * fastest([&](Vec sum) { return product(floats, floats, sum); });
+}
 #else
-inline Vec product(const BFloat16*, const BFloat16*, Vec sum) { return sum; }  // never called: kHasBFloat16 is false
+constexpr bool kHasDot = false;
+inline Vec product(const BFloat16*, const BFloat16*, Vec sum) { return sum; }  // never called
+inline bool dot_is_fast() { return false; }
 #endif
+
+// Whether bfloat16 is multiplied by that instruction, or in float32.
+inline std::atomic<bool> dots{dot_is_fast()};
+
+// Calls work(P{}), P the dtype in which values of dtype T are multiplied.
+template <typename T, typename Work>
+inline auto with_operand(Work&& work) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if constexpr (kHasDot)
+      if (dots.load(std::memory_order_relaxed)) return work(BFloat16{});
+    return work(float{});
+  } else {
+    return work(T{});
+  }
+}
 
 // Quantized activations are held as Element: uint8 where an instruction adds four int8 products (VNNI); else int16, since AVX2's
 // int8 instruction saturates sums at 16 bits, and its int16 instruction adds two products exactly.  Four weights are then two pairs
@@ -99,6 +145,42 @@ inline __attribute__((always_inline)) void multiply(
 #pragma GCC unroll 8
     for (int r = 0; r < R; r += 3) rows[r / 3] += pair;
     b += kPanel * pair;
+  }
+}
+
+// The two values of each pair of a packed bfloat16 weight, [2, kLanes] of an [kLanes, 2].
+inline Vec first_of_pairs(BitVec pairs) { return (Vec)(pairs << 16); }
+inline Vec second_of_pairs(BitVec pairs) { return (Vec)(pairs & 0xffff0000u); }
+inline BitVec load_pairs(const BFloat16* from) {
+  BitVec found;
+  std::memcpy(&found, from, sizeof found);
+  return found;
+}
+
+// The same for a float a and a packed bfloat16 b, which is widened in registers.
+template <int R>
+inline __attribute__((always_inline)) void multiply_widened(
+    const float* a, int64_t stride, const BFloat16* b, int64_t steps, Vec (&sums)[R][kWide]) {
+  const float* rows[(R + 2) / 3];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r += 3) rows[r / 3] = a + r * stride;
+  for (int64_t step = 0; step < steps; ++step, b += kPanel * 2) {
+    __builtin_prefetch(b + 2048, 0, 2);
+#pragma GCC unroll 2
+    for (int second = 0; second < 2; ++second) {
+      Vec columns[kWide];
+#pragma GCC unroll 2
+      for (int v = 0; v < kWide; ++v) {
+        BitVec pairs = load_pairs(b + v * kLanes * 2);
+        columns[v] = second ? second_of_pairs(pairs) : first_of_pairs(pairs);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < kWide; ++v) sums[r][v] += splat(rows[r / 3][(r % 3) * stride + second]) * columns[v];
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r += 3) rows[r / 3] += 2;
   }
 }
 

@@ -31,12 +31,6 @@ typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t BitVec __attribute__((vector_size(kLanes * 4)));  // sums wrap around
 
-#if defined(__AVX512BF16__)
-constexpr bool kHasBFloat16 = true;
-#else
-constexpr bool kHasBFloat16 = false;
-#endif
-
 using c10::BFloat16;
 using c10::Half;
 
@@ -64,6 +58,9 @@ inline Vec load(const BFloat16* from) {
 #if defined(__AVX512F__)
   __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return (Vec)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#elif defined(__AVX2__)
+  __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (Vec)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 #else
   Vec found;
   for (int lane = 0; lane < kLanes; ++lane) found[lane] = static_cast<float>(from[lane]);
@@ -71,10 +68,22 @@ inline Vec load(const BFloat16* from) {
 #endif
 }
 
+// The upper halves of the lanes, rounded to the nearest, ties to even; NaN stays NaN.
+inline BitVec rounded_halves(Vec value) {
+  BitVec bits = (BitVec)value;
+  BitVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return value == value ? rounded : (bits >> 16) | 0x40;
+}
+
 inline void store(BFloat16* to, Vec value) {
 #if defined(__AVX512BF16__)
-  __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)value);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)value));
+#elif defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)rounded_halves(value)));
+#elif defined(__AVX2__)
+  __m256i halves = (__m256i)rounded_halves(value);
+  __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
 #else
   for (int lane = 0; lane < kLanes; ++lane) to[lane] = static_cast<BFloat16>(value[lane]);
 #endif

@@ -4,7 +4,7 @@
 // once into the layout of a packed float weight.
 #pragma once
 
-#include "tile.h"
+#include "linear.h"
 
 #include <type_traits>
 #include <vector>
@@ -109,28 +109,24 @@ inline void store_pairs(BFloat16* to, Vec first, Vec second) {
 inline void store_pairs(BFloat16*, Vec, Vec) {}  // never called
 #endif
 
-template <typename T>
+// P: the dtype in which the dequantized panel is multiplied with x.
+template <typename T, typename P>
 struct WeightQuantized {
   const T* x;  // [rows, inputs]
   QuantizedWeight weight;
   int64_t rows;
   int64_t origin = 0;           // the first row of `floats` and `sums`
-  std::vector<float> floats{};  // x in float32, where the weight is dequantized in registers and x is not float32
+  std::vector<float> floats{};  // x in float32, where it is multiplied so and is not float32
   std::vector<float> sums{};    // of x per group, [rows, groups], where there are zero points
 
   bool direct() const { return rows <= (is_four_bits(weight.form) ? kFewOfFourBits : kFew); }
   int64_t row_bytes() const { return weight.inputs * sizeof(T); }
 
   void prepare(int64_t begin, int64_t end) {
-    if (!direct()) return;
     int64_t n = weight.inputs, group = n / weight.groups;
     origin = begin;
-    if constexpr (!std::is_same_v<T, float>) {
-      int64_t count = (end - begin) * n;
-      floats.resize(count);
-      for (int64_t i = 0; i < count; i += kLanes) store_some(&floats[i], load_some(x + begin * n + i, count - i), count - i);
-    }
-    if (!weight.zero) return;
+    if (!std::is_same_v<T, float> && (direct() || std::is_same_v<P, float>)) widen(x + begin * n, (end - begin) * n, floats);
+    if (!direct() || !weight.zero) return;
     sums.resize((end - begin) * weight.groups);
     for (size_t i = 0; i < sums.size(); ++i) {
       Vec total = splat(0.0f);
@@ -140,22 +136,25 @@ struct WeightQuantized {
   }
 
   // The dequantized panel in thread-local memory; null where the weight is dequantized in registers.
-  const T* open(int64_t panel, int64_t) const {
+  const P* open(int64_t panel, int64_t) const {
     if (direct()) return nullptr;
-    thread_local std::vector<T> floats_of_panel;
-    floats_of_panel.resize(weight.inputs * kPanel);
-    with_form(weight.form, [&](auto form) { decode<decltype(form)::value>(panel, floats_of_panel.data()); });
-    return floats_of_panel.data();
+    thread_local std::vector<P> held;
+    held.resize(weight.inputs * kPanel);
+    with_form(weight.form, [&](auto form) { decode<decltype(form)::value>(panel, held.data()); });
+    return held.data();
   }
 
   template <int R, bool fetches>
-  void tile(const T* opened, int64_t row, int64_t panel, int column, Vec (&values)[R][kWide]) const {
-    constexpr int pair = kPair<T>;
+  void tile(const P* opened, int64_t row, int64_t panel, int column, Vec (&totals)[R][kWide]) const {
+    constexpr int pair = kPair<P>;
     if constexpr (R <= kFew) {
       if (!opened)
-        return with_form(weight.form, [&](auto form) { direct_tile<decltype(form)::value>(row, panel, column, values); });
+        return with_form(weight.form, [&](auto form) { direct_tile<decltype(form)::value>(row, panel, column, totals); });
     }
-    multiply<R>(x + row * weight.inputs, weight.inputs, opened + column * pair, weight.inputs / pair, values);
+    const P* from;
+    if constexpr (std::is_same_v<T, P>) from = x + row * weight.inputs;
+    else from = values(row);
+    multiply<R>(from, weight.inputs, opened + column * pair, weight.inputs / pair, totals);
   }
 
  private:
@@ -165,8 +164,8 @@ struct WeightQuantized {
   }
 
   template <Form form>
-  void decode(int64_t panel, T* to) const {
-    constexpr int pair = kPair<T>, chunks = kPanel / kChunk;
+  void decode(int64_t panel, P* to) const {
+    constexpr int pair = kPair<P>, chunks = kPanel / kChunk;
     int64_t group = weight.inputs / weight.groups;
     const uint8_t* from = weight.panel(panel);
     const Decoder<form> decoder;
