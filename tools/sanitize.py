@@ -48,7 +48,7 @@ def main() -> int:
     given = parser.parse_args()
     where = environment(given.isa, not given.plain)
     calls = ["tests.ops.generated_calls", "--calls", str(given.calls), "--seed", str(given.seed)]
-    for arguments in (calls, ["pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "tests/ops"]):
+    for arguments in (calls, [*calls, "--amx"], ["pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "tests/ops"]):
         done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=where, check=False)
         if done.returncode:
             return done.returncode if done.returncode > 0 else 1

@@ -367,6 +367,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--calls", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--amx", action="store_true", help="multiply by tiles, which are emulated where there are none")
     given = parser.parse_args()
     faulthandler.enable()
     if "asan" not in os.environ.get("LD_PRELOAD", ""):  # which reserves terabytes
@@ -374,6 +375,8 @@ def main() -> int:
     missing = load_kernels()
     if missing:
         raise SystemExit(missing)
+    if given.amx and not torch.ops.lissom.use_amx(True):
+        raise SystemExit("the operating system does not permit AMX")
     faults = 0
     with torch.inference_mode():
         for number in range(given.seed, given.seed + given.calls):

@@ -41,9 +41,12 @@ def describe_kernels() -> str:
     if missing:
         return f"none: {missing}"
     isa = kept_library().name.split("-")[1]
-    if torch.ops.lissom.dots_bfloat16():
-        return f"{isa}; bfloat16 is multiplied by the processor's own instruction"
-    return f"{isa}; bfloat16 is multiplied in float32, which is faster here"
+    how = "by the processor's own instruction" if torch.ops.lissom.dots_bfloat16() else "in float32"
+    if isa == "amx" and not torch.ops.lissom.use_amx():
+        isa = "amx, whose tiles the operating system does not permit: AVX-512 is used"
+    elif isa == "amx":
+        how = f"by tiles, few rows {how}"
+    return f"{isa}; bfloat16 is multiplied {how}"
 
 
 def kernel_dtypes() -> tuple[torch.dtype, ...]:

@@ -1,8 +1,8 @@
 // softmax(cap(q k^T scale) + bias) v, one head at a time: keys and values are packed once, a row of scores stays in cache.
 #pragma once
 
+#include "amx.h"
 #include "visible_keys.h"
-#include "tile.h"
 
 #include <ATen/Parallel.h>
 
@@ -149,26 +149,31 @@ struct Scratch {
   int64_t packed_from = -1, packed_begin = 0, packed_end = 0;  // whose keys are packed, and which
 };
 
+// Packs the keys and values of a head, for `depth` features and `width` keys.
+template <typename T, typename P>
+inline void pack_head(const Attention<T>& call, int64_t b, int64_t group, Span seen, int64_t depth, int64_t width,
+                      Scratch<P>& scratch) {
+  int64_t from = b * call.key_heads + group;  // heads that share keys are consecutive, and reuse the packed keys
+  if (scratch.packed_from == from && scratch.packed_begin == seen.begin && scratch.packed_end == seen.end) return;
+  int64_t keys = seen.end - seen.begin;
+  scratch.keys.resize(depth * width);
+  scratch.values.resize(width * ceil_div(call.value_dim, kPanel) * kPanel);
+  pack(call.key(b, group, seen.begin), call.k_strides.column, call.k_strides.row, call.head_dim, keys, depth, scratch.keys.data());
+  pack(call.value(b, group, seen.begin), call.v_strides.row, call.v_strides.column, keys, call.value_dim, width,
+       scratch.values.data());
+  scratch.packed_from = from, scratch.packed_begin = seen.begin, scratch.packed_end = seen.end;
+}
+
 template <typename T, typename P>
 inline void head(const Attention<T>& call, const VisibleKeys& visible_keys, int64_t b, int64_t h, int64_t begin, int64_t end,
                  Scratch<P>& scratch) {
   constexpr int pair = kPair<P>;
   int64_t depth = ceil_div(call.head_dim, pair) * pair;
   Span seen = visible_keys.of(b, h, begin, end);                 // keys outside are not read, and counted from its begin
-  int64_t keys = seen.end - seen.begin;
-  int64_t width = ceil_div(keys, kPanel) * kPanel;        // keys, filled up to whole panels
-  int64_t group = h / (call.heads / call.key_heads);
-  scratch.keys.resize(depth * width);
-  scratch.values.resize(width * ceil_div(call.value_dim, kPanel) * kPanel);
+  int64_t width = ceil_div(seen.end - seen.begin, kPanel) * kPanel;        // keys, filled up to whole panels
   scratch.scores.resize(kRows * width);
   if (pair == 2) scratch.weights.resize(kRows * width);
-  int64_t from = b * call.key_heads + group;  // heads that share keys are consecutive, and reuse the packed keys
-  if (scratch.packed_from != from || scratch.packed_begin != seen.begin || scratch.packed_end != seen.end) {
-    pack(call.key(b, group, seen.begin), call.k_strides.column, call.k_strides.row, call.head_dim, keys, depth, scratch.keys.data());
-    pack(call.value(b, group, seen.begin), call.v_strides.row, call.v_strides.column, keys, call.value_dim, width,
-         scratch.values.data());
-    scratch.packed_from = from, scratch.packed_begin = seen.begin, scratch.packed_end = seen.end;
-  }
+  pack_head(call, b, h / (call.heads / call.key_heads), seen, depth, width, scratch);
   in_pieces(begin, end, kRows, [&](int64_t top, int64_t bottom) {
     Span tile = visible_keys.of(b, h, top, bottom);
     int64_t skipped = std::max<int64_t>(tile.begin - seen.begin, 0) / kPanel * kPanel;
@@ -220,6 +225,48 @@ inline void head(const Attention<T>& call, const VisibleKeys& visible_keys, int6
       }
     });
   });
+}
+
+// The same by tiles.
+inline void head_by_tiles(const Attention<BFloat16>& call, const VisibleKeys& visible_keys, int64_t b, int64_t h, int64_t begin,
+                          int64_t end, Scratch<BFloat16>& scratch) {
+  static_assert(kPanel % kInTile == 0);
+  int64_t depth = ceil_div(call.head_dim, kInTile) * kInTile;
+  Span seen = visible_keys.of(b, h, begin, end);
+  int64_t width = ceil_div(seen.end - seen.begin, kPanel) * kPanel;
+  scratch.scores.resize(kAmxRows * width), scratch.weights.resize(kAmxRows * width);
+  pack_head(call, b, h / (call.heads / call.key_heads), seen, depth, width, scratch);
+  alignas(64) float sums[kAmxRows * kPanel];
+  AmxScope scope;
+  for (int64_t top = begin; top < end; top += kAmxRows) {
+    int64_t rows = std::min<int64_t>(kAmxRows, end - top);
+    Span tile = visible_keys.of(b, h, top, top + rows);
+    int64_t skipped = std::max<int64_t>(tile.begin - seen.begin, 0) / kPanel * kPanel;
+    int64_t padded = std::max(skipped, ceil_div(tile.end - seen.begin, kPanel) * kPanel);
+    scratch.query.assign(kAmxRows * depth, BFloat16(0));
+    for (int64_t r = 0; r < rows; ++r) {
+      const BFloat16* q = call.query(b, h, top + r);
+      std::copy(q, q + call.head_dim, &scratch.query[r * depth]);
+    }
+    float* scores = scratch.scores.data();
+    for (int64_t c = skipped; c < padded; c += kPanel)
+      amx_product<BFloat16>(rows, scratch.query.data(), depth * sizeof(BFloat16),
+                            amx_panel(scratch.keys.data() + c * depth, depth), scores + c, width * sizeof(float));
+    float inverse[kAmxRows];
+    for (int64_t r = 0; r < rows; ++r) {
+      float* line = scores + r * width;
+      int64_t visible = std::max<int64_t>(visible_keys.of(b, h, top + r).end - seen.begin - skipped, 0);
+      inverse[r] = 1.0f / softmax_row(call, b, h, top + r, seen.begin + skipped, line + skipped, visible, padded - skipped);
+      for (int64_t c = skipped; c < padded; c += kLanes) store(scratch.weights.data() + r * width + c, load(line + c));
+    }
+    for (int64_t c = 0; c < call.value_dim; c += kPanel) {
+      amx_product<BFloat16>(rows, scratch.weights.data() + skipped, width * sizeof(BFloat16),
+                            amx_panel(scratch.values.data() + c * width + skipped * kPanel, padded - skipped), sums, kPanelBytes);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t d = c; d < std::min(call.value_dim, c + kPanel); d += kLanes)
+          store_some(call.output(b, h, top + r) + d, load(sums + r * kPanel + d - c) * inverse[r], call.value_dim - d);
+    }
+  }
 }
 
 // Prefetches the operands of a head into the L2 cache: rows of a merged projection are pages apart, beyond the hardware prefetcher.
@@ -356,17 +403,21 @@ void run(const Attention<T>& call) {
   int64_t threads = at::get_num_threads(), heads = call.batch * call.heads;
   // With few heads, the rows of a head are split among threads too; each share packs the keys again.
   int64_t shares = heads >= 4 * threads ? 1 : std::max<int64_t>(1, std::min(ceil_div(4 * threads, heads), call.queries / 64));
-  with_operand<T>([&](auto zero) {
+  auto all_heads = [&](auto zero, auto one_head) {
     at::parallel_for(0, heads * shares, 1, [&](int64_t from, int64_t to) {
       Scratch<decltype(zero)> scratch;
       for (int64_t item = from; item < to; ++item) {
         int64_t which = item / shares, share = item % shares;
         if (share == 0 && which + 1 < heads) fetch(call, visible_keys, (which + 1) / call.heads, (which + 1) % call.heads);
         int64_t begin = call.queries * share / shares, end = call.queries * (share + 1) / shares;
-        head(call, visible_keys, which / call.heads, which % call.heads, begin, end, scratch);
+        one_head(which / call.heads, which % call.heads, begin, end, scratch);
       }
     });
-  });
+  };
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (amx.load(std::memory_order_relaxed) && call.queries >= kFewestAmxRows)
+      return all_heads(T{}, [&](auto&&... sizes) { head_by_tiles(call, visible_keys, sizes...); });
+  with_operand<T>([&](auto zero) { all_heads(zero, [&](auto&&... sizes) { head(call, visible_keys, sizes...); }); });
 }
 
 }  // namespace lissom

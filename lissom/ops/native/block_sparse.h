@@ -47,10 +47,10 @@ struct Shape {
   int64_t stride;                 // of a row of scores
 
   template <typename T>
-  explicit Shape(const BlockSparse<T>& sparse) {
-    constexpr int pair = kPair<P>;
+  explicit Shape(const BlockSparse<T>& sparse, bool tiled) {
     const Attention<T>& call = sparse.call;
-    depth = ceil_div(call.head_dim, pair) * pair;
+    const int64_t unit = tiled ? kInTile : kPair<P>;
+    depth = ceil_div(call.head_dim, unit) * unit;
     width = ceil_div(call.keys, kPanel) * kPanel;
     outputs = ceil_div(call.value_dim, kPanel) * kPanel;
     tile = tile_of(sparse.pattern);
@@ -132,10 +132,31 @@ inline Vec finish_score(const Attention<T>& call, Vec value, int64_t bias, int64
   return value;
 }
 
-// Updates R rows of a tile, starting at its row `first`, with some of the panels visible to it.
-template <int R, typename T, typename P>
+// results += weights times values, by tiles of AMX.
+template <typename T, typename P>
+inline void add_values_by_tiles(const Attention<T>& call, const Shape<P>& shape, int64_t rows, const P* weights, const P* values,
+                                float* results, const std::vector<Run>& runs) {
+  alignas(64) float sums[kAmxRows * kPanel];
+  for (int64_t c = 0; c < call.value_dim; c += kPanel) {
+    const P* weight = weights;
+    for (const Run& run : runs) {
+      amx_product<P>(rows, weight, shape.stride * sizeof(P),
+                     amx_panel(values + c * shape.width + run.panel * kPanel * kPanel, run.count * kPanel), sums, kPanelBytes);
+      weight += run.count * kPanel;
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t d = 0; d < kPanel; d += kLanes) {
+          float* place = results + r * shape.outputs + c + d;
+          store(place, load(place) + load(sums + r * kPanel + d));
+        }
+    }
+  }
+}
+
+// Updates `rows` rows of a tile, starting at its row `first`, with some of the panels visible to it. By vectors there are R rows, a
+// constant; by tiles of AMX at most R.
+template <int R, bool tiled, typename Rows, typename T, typename P>
 inline void some_panels(const BlockSparse<T>& sparse, const Shape<P>& shape, int64_t b, int64_t h, int64_t row, int64_t first,
-                        const int64_t* panels, int64_t count, TileScratch<P>& scratch) {
+                        Rows rows, const int64_t* panels, int64_t count, TileScratch<P>& scratch) {
   constexpr int pair = kPair<P>;
   const Attention<T>& call = sparse.call;
   const P* q = scratch.query.of(0) + first * shape.depth;
@@ -145,24 +166,32 @@ inline void some_panels(const BlockSparse<T>& sparse, const Shape<P>& shape, int
   int64_t bias = strides.at(b, h, row);
   bool plain = !call.bias && !call.mask && call.softcap == 0;
   Vec highest[R];
-  for (int r = 0; r < R; ++r) highest[r] = splat(kHidden);
+  for (int r = 0; r < rows; ++r) highest[r] = splat(kHidden);
   int64_t kept = 0;
   scratch.runs.clear();
   for (int64_t n = 0; n < count; ++n) {
     int64_t panel = panels[n], key = panel * kPanel;
     Visibility visibility = scratch.visibility.panels[panel];
     if (visibility == Visibility::kPartial)
-      visibility = scratch.test.prepare(sparse.pattern, scratch.visibility, h, {row, row + R},
+      visibility = scratch.test.prepare(sparse.pattern, scratch.visibility, h, {row, row + rows},
                                         {key, std::min(key + kPanel, call.keys)});
     if (visibility == Visibility::kNone) continue;
     bool untouched = plain && visibility == Visibility::kFull && key + kPanel <= call.keys;
+    if constexpr (tiled)
+      amx_product<P>(rows, q, shape.depth * sizeof(P), amx_panel(keys + key * shape.depth, shape.depth),
+                     scores + kept * kPanel, shape.stride * sizeof(float));
     for (int64_t c = 0; c < kPanel; c += kChunk) {
-      Vec sums[R][kWide] = {};
-      multiply<R>(q, shape.depth, keys + key * shape.depth + c * pair, shape.depth / pair, sums);
       float* to = scores + kept * kPanel + c;
+      Vec sums[R][kWide] = {};
+      if constexpr (tiled) {
+        for (int r = 0; r < rows; ++r)
+          for (int w = 0; w < kWide; ++w) sums[r][w] = load(to + r * shape.stride + w * kLanes);
+      } else {
+        multiply<R>(q, shape.depth, keys + key * shape.depth + c * pair, shape.depth / pair, sums);
+      }
       if (untouched) {
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
+        for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
           for (int w = 0; w < kWide; ++w) {
             Vec value = sums[r][w] * call.scale;
@@ -171,7 +200,7 @@ inline void some_panels(const BlockSparse<T>& sparse, const Shape<P>& shape, int
           }
         continue;
       }
-      for (int r = 0; r < R; ++r) {
+      for (int r = 0; r < rows; ++r) {
         if (visibility == Visibility::kPartial) scratch.test.start(row + r);
         for (int w = 0; w < kWide; ++w) {
           int64_t column = c + w * kLanes;
@@ -189,7 +218,7 @@ inline void some_panels(const BlockSparse<T>& sparse, const Shape<P>& shape, int
   if (kept == 0) return;
   float* results = scratch.sums.of(0) + first * shape.outputs;
   P* weights = pair == 2 ? scratch.weights.of(0) : reinterpret_cast<P*>(scores);
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < rows; ++r) {
     float& top = scratch.top[first + r];
     float before = top, found = std::max(top, largest(highest[r]));
     float from = found == kHidden ? 0.0f : found;  // no visible key so far: exp(-∞ - 0) is 0, not NaN
@@ -208,6 +237,7 @@ inline void some_panels(const BlockSparse<T>& sparse, const Shape<P>& shape, int
         store(results + r * shape.outputs + c, load(results + r * shape.outputs + c) * factor);
   }
   const P* values = scratch.values.of(0);
+  if constexpr (tiled) return add_values_by_tiles(call, shape, rows, weights, values, results, scratch.runs);
   for (int64_t c = 0; c < call.value_dim; c += kChunk) {
     Vec sums[R][kWide];
 #pragma GCC unroll 16
@@ -227,7 +257,7 @@ inline void some_panels(const BlockSparse<T>& sparse, const Shape<P>& shape, int
   }
 }
 
-template <typename T, typename P>
+template <bool tiled, typename T, typename P>
 inline void one_tile(const BlockSparse<T>& sparse, const Shape<P>& shape, int64_t b, int64_t h, Span rows,
                      TileScratch<P>& scratch) {
   const Attention<T>& call = sparse.call;
@@ -244,18 +274,26 @@ inline void one_tile(const BlockSparse<T>& sparse, const Shape<P>& shape, int64_
   std::fill(scratch.total, scratch.total + count, sink == kHidden ? 0.0f : std::exp(sink - sink));  // NaN where the sink is NaN
   float* results = scratch.sums.of(kTile * shape.outputs);
   std::fill(results, results + count * shape.outputs, 0.0f);
-  scratch.scores.of(kRows * shape.stride);
-  if (kPair<P> == 2) scratch.weights.of(kRows * shape.stride);
+  constexpr int held_rows = tiled ? kAmxRows : kRows;
+  scratch.scores.of(held_rows * shape.stride);
+  if (kPair<P> == 2) scratch.weights.of(held_rows * shape.stride);
   int64_t panels = scratch.panels.size();
   for (int64_t start = 0; start < panels; start += shape.chunk) {
     int64_t some = std::min(shape.chunk, panels - start);
     const int64_t* first = scratch.panels.data() + start;
     for (int64_t n = 0; n < some; ++n) pack_panel(call, shape, b, group, first[n], scratch);
-    in_pieces(0, count, kRows, [&](int64_t top, int64_t bottom) {
-      with_rows(static_cast<int>(bottom - top), [&](auto held) {
-        some_panels<decltype(held)::value>(sparse, shape, b, h, rows.begin + top, top, first, some, scratch);
+    if constexpr (tiled) {
+      AmxScope scope;
+      for (int64_t top = 0; top < count; top += kAmxRows)
+        some_panels<kAmxRows, true>(sparse, shape, b, h, rows.begin + top, top, std::min<int64_t>(kAmxRows, count - top), first,
+                                    some, scratch);
+    } else {
+      in_pieces(0, count, kRows, [&](int64_t top, int64_t bottom) {
+        with_rows(static_cast<int>(bottom - top), [&](auto held) {
+          some_panels<decltype(held)::value, false>(sparse, shape, b, h, rows.begin + top, top, held, first, some, scratch);
+        });
       });
-    });
+    }
   }
   for (int64_t r = 0; r < count; ++r) {
     T* y = call.output(b, h, rows.begin + r);
@@ -339,10 +377,10 @@ void few_rows(const BlockSparse<T>& sparse) {
   });
 }
 
-template <typename P, typename T>
+template <typename P, bool tiled, typename T>
 void run_as(const BlockSparse<T>& sparse) {
   const Attention<T>& call = sparse.call;
-  Shape<P> shape(sparse);
+  Shape<P> shape(sparse, tiled);
   int64_t threads = at::get_num_threads(), groups = call.batch * call.key_heads, shared = call.heads / call.key_heads;
   int64_t tiles = ceil_div(call.queries, shape.tile);
   // With few key heads, the tiles of a head are split among threads too; each share packs the panels it reads.
@@ -357,7 +395,7 @@ void run_as(const BlockSparse<T>& sparse) {
         scratch.packed_from = which;
         for (int64_t h = group * shared; h < (group + 1) * shared; ++h)
           for (int64_t tile = tiles * share / shares; tile < tiles * (share + 1) / shares; ++tile)
-            one_tile(sparse, shape, b, h, {tile * shape.tile, std::min((tile + 1) * shape.tile, call.queries)}, scratch);
+            one_tile<tiled>(sparse, shape, b, h, {tile * shape.tile, std::min((tile + 1) * shape.tile, call.queries)}, scratch);
       }
     }
   });
@@ -367,7 +405,9 @@ template <typename T>
 void run(const BlockSparse<T>& sparse) {
   const Attention<T>& call = sparse.call;
   if (call.queries <= kFewRows && call.k_strides.column == 1 && call.v_strides.column == 1) return few_rows(sparse);
-  with_operand<T>([&](auto zero) { run_as<decltype(zero)>(sparse); });
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (amx.load(std::memory_order_relaxed) && call.queries >= kFewestAmxRows) return run_as<T, true>(sparse);
+  with_operand<T>([&](auto zero) { run_as<decltype(zero), false>(sparse); });
 }
 
 }  // namespace lissom

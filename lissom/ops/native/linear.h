@@ -4,11 +4,12 @@
 //   prepare(begin, end)       called before tiles of rows [begin, end), by the same thread
 //   open(panel, rows)         the panel as tiles of that many rows read it
 //   tile<R, fetches>(...)     R rows of one chunk of the panel's columns, in float32
+//   product(...)              in place of `tile`, where kTiled: up to kAmxRows rows of all the panel's columns
 //   row_bytes()               the bytes of one row of x
 // and is copied for each thread that prepares its own rows.
 #pragma once
 
-#include "tile.h"
+#include "amx.h"
 
 #include <ATen/Parallel.h>
 
@@ -27,6 +28,7 @@ inline void widen(const T* from, int64_t count, std::vector<float>& to) {
 // x and W in floating point, of one dtype.
 template <typename T>
 struct Plain {
+  static constexpr bool kTiled = false;
   const T* x;       // [rows, inputs]
   const T* weight;  // packed, [panels, inputs / pair, kPanel, pair]
   int64_t inputs;
@@ -44,6 +46,7 @@ struct Plain {
 
 // x and W in bfloat16, multiplied in float32: x is widened once, W in registers, which measures faster than once a panel.
 struct Widened {
+  static constexpr bool kTiled = false;
   const BFloat16* x;       // [rows, inputs]
   const BFloat16* weight;  // packed, [panels, inputs / 2, kPanel, 2]
   int64_t inputs;
@@ -103,9 +106,40 @@ inline void normalize(const Linear<T>& call, const float* from, T* to) {
   }
 }
 
+// The epilogue of a vector of sums of one row, from column c on, without the bias.
+template <typename T>
+inline Vec finish(const Linear<T>& call, int64_t row, int64_t c, Vec value) {
+  value = activate(call.activation, value);
+  if (!call.other) return value;
+  Vec other = load_some(call.other + row * call.features + c, call.features - c);
+  return call.multiplies ? value * other : value + other;
+}
+
 // Computes rows [begin, end) of panels [first, last) into `to`, which has `features` columns and starts at row `origin`.
 template <typename T, typename Source, typename Out>
-inline void block(const Linear<T>& call, const Source& source, int64_t begin, int64_t end, int64_t first, int64_t last, Out* to,
+inline void block_by_tiles(const Linear<T>& call, const Source& source, int64_t begin, int64_t end, int64_t first, int64_t last,
+                           Out* to, int64_t origin) {
+  alignas(64) float sums[kAmxRows * kPanel];
+  int64_t n = call.features;
+  AmxScope scope;
+  for (int64_t panel = first; panel < last; ++panel) {
+    AmxPanel opened = source.open(panel, end - begin);
+    for (int64_t top = begin; top < end; top += kAmxRows) {
+      int64_t rows = std::min<int64_t>(kAmxRows, end - top);
+      source.product(opened, top, rows, panel, sums);
+      for (int64_t c = panel * kPanel; c < std::min(n, (panel + 1) * kPanel); c += kLanes) {
+        Vec bias = call.bias ? load_some(call.bias + c, n - c) : splat(0.0f);
+        for (int64_t r = 0; r < rows; ++r) {
+          Vec value = finish(call, top + r, c, load(sums + r * kPanel + c - panel * kPanel) + bias);
+          store_some(to + (top + r - origin) * n + c, value, n - c);
+        }
+      }
+    }
+  }
+}
+
+template <typename T, typename Source, typename Out>
+inline void block_by_vectors(const Linear<T>& call, const Source& source, int64_t begin, int64_t end, int64_t first, int64_t last, Out* to,
                   int64_t origin) {
   int64_t n = call.features;
   for (int64_t panel = first; panel < last; ++panel) {
@@ -122,24 +156,25 @@ inline void block(const Linear<T>& call, const Source& source, int64_t begin, in
             int64_t c = panel * kPanel + column + v * kLanes, left = n - c;
             if (left <= 0) break;
             Vec bias = call.bias ? load_some(call.bias + c, left) : splat(0.0f);
-            auto finish = [&](int r, Vec value) {
-              if (call.other) {
-                Vec other = load_some(call.other + (top + r) * n + c, left);
-                value = call.multiplies ? value * other : value + other;
-              }
-              store_some(to + (top + r - origin) * n + c, value, left);
-            };
             if (call.activation == Activation::kNone && left >= kLanes && !call.other) {
 #pragma GCC unroll 16
               for (int r = 0; r < R; ++r) store(to + (top + r - origin) * n + c, sums[r][v] + bias);
             } else {
-              for (int r = 0; r < R; ++r) finish(r, activate(call.activation, sums[r][v] + bias));
+              for (int r = 0; r < R; ++r)
+                store_some(to + (top + r - origin) * n + c, finish(call, top + r, c, sums[r][v] + bias), left);
             }
           }
         }
       });
     });
   }
+}
+
+template <typename T, typename Source, typename Out>
+inline void block(const Linear<T>& call, const Source& source, int64_t begin, int64_t end, int64_t first, int64_t last, Out* to,
+                  int64_t origin) {
+  if constexpr (Source::kTiled) block_by_tiles(call, source, begin, end, first, last, to, origin);
+  else block_by_vectors(call, source, begin, end, first, last, to, origin);
 }
 
 constexpr int64_t kCached = 1 << 19;  // bytes of x that stay in the L2 cache while all panels are read
@@ -153,6 +188,10 @@ void run(const Linear<T>& call, const Source& source) {
   // Few rows: threads split the columns, so that each reads its part of the weights once. Many rows: they split the rows.
   int64_t across = call.rows < 3 * kRows * threads ? std::min(threads, panels) : 1;
   int64_t blocks = across > 1 ? ceil_div(call.rows, most) : ceil_div(ceil_div(call.rows, most), threads) * threads;
+  auto start_of = [&](int64_t index) {  // a block's first row
+    int64_t row = call.rows * index / blocks;
+    return Source::kTiled ? std::min(call.rows, ceil_div(row, kAmxRows) * kAmxRows) : row;
+  };
   bool split_norm = call.norms && across > 1;
   std::vector<float> shared(split_norm ? call.rows * call.features : 0);
   Source whole = source;
@@ -162,7 +201,7 @@ void run(const Linear<T>& call, const Source& source) {
     Source own = source;
     for (int64_t item = from; item < to; ++item) {
       int64_t part = item / blocks, index = item % blocks;
-      int64_t begin = call.rows * index / blocks, end = call.rows * (index + 1) / blocks;
+      int64_t begin = start_of(index), end = start_of(index + 1);
       int64_t first = panels * part / across, last = panels * (part + 1) / across;
       if (across == 1) own.prepare(begin, end);
       const Source& mine = across == 1 ? own : whole;

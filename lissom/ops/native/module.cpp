@@ -76,6 +76,11 @@ Tensor linear_of(const Tensor& x, const Source& source, const Epilogue& epilogue
   return y;
 }
 
+// Whether x has rows enough for tiles.
+bool by_amx(const Tensor& x) {
+  return amx.load(std::memory_order_relaxed) && x.numel() >= kFewestAmxRows * std::max<int64_t>(x.size(-1), 1);
+}
+
 template <typename T>
 Tensor plain_of(const Tensor& given, const Tensor& weight, const Epilogue& epilogue) {
   check_linear(given, epilogue);
@@ -86,6 +91,8 @@ Tensor plain_of(const Tensor& given, const Tensor& weight, const Epilogue& epilo
   check_exact(weight, sizes, given.scalar_type(), "a packed weight");
   Tensor x = given.contiguous();
   const T *from = x.const_data_ptr<T>(), *packed = weight.const_data_ptr<T>();
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (by_amx(x)) return linear_of<T>(x, Tiled<Plain<T>>{{from, packed, inputs}, inputs}, epilogue);
   return with_operand<T>([&](auto zero) {
     if constexpr (std::is_same_v<T, decltype(zero)>) return linear_of<T>(x, Plain<T>{from, packed, inputs}, epilogue);
     else return linear_of<T>(x, Widened{from, packed, inputs}, epilogue);
@@ -113,7 +120,7 @@ struct QuantizedOperands {
   c10::string_view granularity;
 };
 
-template <typename T>
+template <typename T, bool tiled>
 Tensor quantized_of(const Tensor& given, const QuantizedOperands& operands, const Epilogue& epilogue) {
   check_linear(given, epilogue);
   int64_t inputs = given.size(-1), padded = ceil_div(inputs, 4) * 4, columns = packed_features(epilogue);
@@ -129,7 +136,7 @@ Tensor quantized_of(const Tensor& given, const QuantizedOperands& operands, cons
   }
   TORCH_CHECK(!operands.x_zero_point || operands.x_scale, "x has a zero point only with a scale");
   Tensor x = given.contiguous();
-  Quantized<T> source{x.const_data_ptr<T>(), operands.weight.const_data_ptr<int8_t>(), operands.scale.const_data_ptr<float>(),
+  Quantized<T, tiled> source{x.const_data_ptr<T>(), operands.weight.const_data_ptr<int8_t>(), operands.scale.const_data_ptr<float>(),
                       operands.sums.const_data_ptr<int32_t>(), x.numel() / std::max<int64_t>(inputs, 1), inputs, padded,
                       operands.granularity == "token" ? Granularity::kToken : Granularity::kTensor, Quantization{}};
   if (operands.x_scale) {
@@ -145,7 +152,12 @@ Tensor quantized_of(const Tensor& given, const QuantizedOperands& operands, cons
 }
 
 Tensor quantized(const Tensor& x, const QuantizedOperands& operands, const Epilogue& epilogue) {
-  return by_dtype(x, [&](auto zero) { return quantized_of<decltype(zero)>(x, operands, epilogue); });
+  return by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (std::is_same_v<Element, uint8_t>)
+      if (x.dim() >= 1 && by_amx(x)) return quantized_of<T, true>(x, operands, epilogue);
+    return quantized_of<T, false>(x, operands, epilogue);
+  });
 }
 
 Tensor quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& sums, Optional x_scale,
@@ -175,6 +187,9 @@ Tensor weight_quantized_of(const Tensor& given, const QuantizedWeight& weight, c
   Tensor x = given.contiguous();
   TORCH_CHECK(weight.inputs % kPair<T> == 0, "there are ", weight.inputs, " inputs, and bfloat16 takes an even number");
   int64_t rows = x.numel() / std::max<int64_t>(weight.inputs, 1);
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (WeightQuantized<T, T> source{x.const_data_ptr<T>(), weight, rows}; by_amx(x) && !source.direct())
+      return linear_of<T>(x, Tiled<WeightQuantized<T, T>>{source, weight.inputs}, epilogue);
   return with_operand<T>([&](auto zero) {
     return linear_of<T>(x, WeightQuantized<T, decltype(zero)>{x.const_data_ptr<T>(), weight, rows}, epilogue);
   });
@@ -299,6 +314,12 @@ Tensor packed_embedding(const Tensor& weight, const Tensor& indices, int64_t fea
   return found;
 }
 
+// Whether products of many rows go by tiles; with `wanted` this is set, where the operating system permits or they are emulated.
+bool use_amx(std::optional<bool> wanted) {
+  if (wanted) amx = *wanted && (!kHasAmx || amx_permitted());
+  return amx;
+}
+
 // Whether bfloat16 is multiplied by the processor's own instruction; with `wanted` this is set, where it has that instruction.
 bool dots_bfloat16(std::optional<bool> wanted) {
   if (wanted) dots = kHasDot && *wanted;
@@ -330,6 +351,7 @@ TORCH_LIBRARY_IMPL(lissom, CPU, library) {
 }
 
 TORCH_LIBRARY_FRAGMENT(lissom, library) {
+  library.def("use_amx(bool? wanted=None) -> bool", use_amx);
   library.def("dots_bfloat16(bool? wanted=None) -> bool", dots_bfloat16);
   library.def("has_int8() -> bool", has_int8);
   library.def("has_weight_quantized() -> bool", has_weight_quantized);

@@ -4,7 +4,7 @@
 //   x W^T  =  scale_x scale_w (sum_i q_i w_i - zero_x sum_i w_i)
 #pragma once
 
-#include "tile.h"
+#include "amx.h"
 
 #include <ATen/Parallel.h>
 
@@ -103,8 +103,10 @@ inline void quantize_row(const T* x, int64_t n, int64_t padded, Quantization& qu
 
 enum class Granularity { kToken, kTensor, kStatic };
 
-template <typename T>
+// tiled: whether products go by tiles.
+template <typename T, bool tiled>
 struct Quantized {
+  static constexpr bool kTiled = tiled;
   const T* x;             // [rows, inputs]
   const int8_t* weight;   // packed, [panels, padded / 4, kPanel, 4]
   const float* scale;     // per output feature, padded to whole panels
@@ -117,7 +119,18 @@ struct Quantized {
   std::vector<Quantization> quantizations{};
 
   int64_t row_bytes() const { return padded * sizeof(Element); }
-  const int8_t* open(int64_t panel, int64_t) const { return weight + panel * padded * kPanel; }
+  // Of a row of `elements`; what is beyond `padded` is multiplied with zeros.
+  int64_t width() const { return tiled ? ceil_div(padded, kTileBytes) * kTileBytes : padded; }
+
+  auto open(int64_t panel, int64_t) const {
+    const int8_t* from = weight + panel * padded * kPanel;
+    if constexpr (tiled) {
+      thread_local std::vector<char> rest;
+      return amx_panel(from, padded / 4, rest);
+    } else {
+      return from;
+    }
+  }
 
   // Finds the per-tensor scale of x.
   void measure() {
@@ -138,7 +151,7 @@ struct Quantized {
 
   void prepare(int64_t begin, int64_t end) {
     origin = begin;
-    elements.resize((end - begin) * padded);
+    elements.resize((tiled ? ceil_div(end - begin, kTileRows) * kTileRows : end - begin) * width());
     quantizations.resize(end - begin);
     int64_t grain = std::max<int64_t>(1, kQuantizationGrain / std::max<int64_t>(inputs, 1));
     at::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) {
@@ -151,7 +164,7 @@ struct Quantized {
         } else {
           mine = quantization;
         }
-        quantize_row(x + row * inputs, inputs, padded, mine, elements.data() + (row - begin) * padded);
+        quantize_row(x + row * inputs, inputs, padded, mine, elements.data() + (row - begin) * width());
       }
     });
   }
@@ -163,18 +176,40 @@ struct Quantized {
     multiply<R, fetches>(elements.data() + (row - origin) * padded, padded, columns, padded / kPair<int8_t>, totals);
 #pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v) {
-      int64_t c = panel * kPanel + column + v * kLanes;
-      Vec factor = load(scale + c);
-      IntVec ones;
-      std::memcpy(&ones, sums + c, sizeof ones);
+      Dequantizer column_of(*this, panel * kPanel + column + v * kLanes);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const Quantization& mine = quantizations[row - origin + r];
-        Vec whole = to_floats((IntVec)((BitVec)totals[r][v] - (BitVec)ones * uint32_t(mine.zero)));  // overflow wraps around
-        values[r][v] = whole * (factor * mine.scale);
+      for (int r = 0; r < R; ++r) values[r][v] = column_of(totals[r][v], quantizations[row - origin + r]);
+    }
+  }
+
+  // Rows [row, row + rows) times the panel, at most kAmxRows, into `values`, [kAmxRows, kPanel].
+  void product(const AmxPanel& opened, int64_t row, int64_t rows, int64_t panel, float* values) const {
+    amx_product<uint8_t>(rows, elements.data() + (row - origin) * width(), width(), opened, values, kPanelBytes);
+    for (int column = 0; column < kPanel; column += kLanes) {
+      Dequantizer column_of(*this, panel * kPanel + column);
+      for (int64_t r = 0; r < rows; ++r) {
+        IntVec total;
+        std::memcpy(&total, values + r * kPanel + column, sizeof total);
+        store(values + r * kPanel + column, column_of(total, quantizations[row - origin + r]));
       }
     }
   }
+
+ private:
+  // The products of a vector of columns from their sums.
+  struct Dequantizer {
+    Vec factor;
+    IntVec ones;
+
+    Dequantizer(const Quantized& source, int64_t c) : factor(load(source.scale + c)) {
+      std::memcpy(&ones, source.sums + c, sizeof ones);
+    }
+
+    Vec operator()(IntVec total, const Quantization& row) const {
+      Vec whole = to_floats((IntVec)((BitVec)total - (BitVec)ones * uint32_t(row.zero)));  // overflow wraps around
+      return whole * (factor * row.scale);
+    }
+  };
 };
 
 }  // namespace lissom

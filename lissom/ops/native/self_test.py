@@ -29,18 +29,23 @@ Case = tuple[str, Callable[..., torch.Tensor], tuple[torch.Tensor | None, ...], 
 def main(library: str) -> None:
     """Load the library and compare. Raises: SystemExit with the first difference."""
     torch.ops.load_library(library)
-    # bfloat16 is multiplied in float32, or by the processor's own instruction where it has one.
-    ways = [(torch.float32, False), (torch.bfloat16, False)]
-    ways += [(torch.bfloat16, True)] if torch.ops.lissom.dots_bfloat16(True) else []
     with torch.inference_mode():
-        for dtype, dots in ways:
+        for dtype, dots, amx in ways():
             torch.ops.lissom.dots_bfloat16(dots)
+            torch.ops.lissom.use_amx(amx)
             for name, reference, operands, options in cases(dtype):
                 found = getattr(torch.ops.lissom, name)(*operands, **options)
                 wanted = reference(*operands, **options)
                 difference = float((found.float() - wanted.float()).abs().max())
                 if found.shape != wanted.shape or not difference <= ALLOWED[dtype]:
                     raise SystemExit(f"{name} of {dtype} has an error of {difference:.2g}")
+
+
+def ways() -> list[tuple[torch.dtype, bool, bool]]:
+    """The dtypes, and how each is multiplied: by an instruction for bfloat16, and by tiles (AMX), emulated where there are none."""
+    found = [(torch.float32, False, False), (torch.bfloat16, False, False)]
+    found += [(torch.bfloat16, True, False)] if torch.ops.lissom.dots_bfloat16(True) else []
+    return found + ([(dtype, False, True) for dtype in ALLOWED] if torch.ops.lissom.use_amx(True) else [])
 
 
 def cases(dtype: torch.dtype) -> Iterator[Case]:

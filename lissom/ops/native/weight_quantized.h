@@ -106,12 +106,16 @@ inline void store_pairs(BFloat16* to, Vec first, Vec second) {
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), pairs));
 }
 #else
-inline void store_pairs(BFloat16*, Vec, Vec) {}  // never called
+inline void store_pairs(BFloat16* to, Vec first, Vec second) {
+  BitVec pairs = rounded_halves(first) | (rounded_halves(second) << 16);
+  std::memcpy(to, &pairs, sizeof pairs);
+}
 #endif
 
 // P: the dtype in which the dequantized panel is multiplied with x.
 template <typename T, typename P>
 struct WeightQuantized {
+  static constexpr bool kTiled = false;
   const T* x;  // [rows, inputs]
   QuantizedWeight weight;
   int64_t rows;
