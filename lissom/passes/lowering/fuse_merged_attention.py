@@ -3,6 +3,8 @@
     q, k, v = split(qkv);  each: reshape to heads, transpose      ->  y = lissom::merged_attention(qkv, mask)
     y = reshape(transpose(lissom::fused_attention(q, k, v, mask)))
 
+The heads may also come from qkv as [batch, tokens, 3, heads, head_dim], as timm's vision transformers split them.
+
 The view operators around the attention copy nothing, but each takes about a microsecond to call, and a layer has a dozen of
 them: a tenth of the time of a small model on a short text.
 """
@@ -55,12 +57,39 @@ def _merged(attention: fx.Node) -> fx.Node | None:
     """The projection [batch, tokens, features] that splits into exactly q, k and v, in this order."""
     pieces = [_piece(item) for item in attention.args[:3]]
     if pieces[0] is None:
-        return None
+        return _packed(attention)
     split = pieces[0][0]
     if pieces != [(split, 0), (split, 1), (split, 2)] or len(nodes.node_type(split)) != 3:  # pyright: ignore
         return None
     depths = {nodes.tensor_type(item).shape[3] for item in attention.args[:3]}
     return split.args[0] if len(depths) == 1 else None  # pyright: ignore[reportReturnType]
+
+
+def _packed(attention: fx.Node) -> fx.Node | None:
+    """The same for a projection that is reshaped to [batch, tokens, 3, heads, head_dim], permuted, and taken apart."""
+    parts = [_part(item) for item in attention.args[:3]]
+    if parts[0] is None or parts != [(parts[0][0], index) for index in range(3)]:
+        return None
+    permuted = parts[0][0]
+    if not nodes.is_call(permuted, aten.permute.default) or [*permuted.args[1]] != [2, 0, 3, 1, 4]:  # pyright: ignore
+        return None
+    reshaped = permuted.args[0]
+    if not nodes.is_call(reshaped, *RESHAPES):
+        return None
+    whole, found = (nodes.tensor_type(item).shape for item in (reshaped.args[0], reshaped))
+    return reshaped.args[0] if len(whole) == 3 and whole[:2] == found[:2] and found[2] == 3 else None  # pyright: ignore
+
+
+def _part(item: object) -> tuple[fx.Node, int] | None:
+    """The tensor, and the index in its first dimension, that a value is taken from."""
+    if nodes.is_call(item, operator.getitem) and nodes.is_call(item.args[0], aten.unbind.int):
+        taken, index = item.args[0], item.args[1]
+    elif nodes.is_call(item, aten.select.int):
+        taken, index = item, item.args[2]
+    else:
+        return None
+    first = nodes.argument(taken, "dim") == 0 and isinstance(index, int)
+    return (taken.args[0], index) if first else None  # pyright: ignore[reportReturnType]
 
 
 def _piece(heads: object) -> tuple[fx.Node, int] | None:

@@ -22,7 +22,18 @@ def attend(qkv: torch.Tensor, sizes: int | tuple[int, ...] = (16, 16, 16), order
     return scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).reshape(batch, tokens, -1)
 
 
+def attend_packed(qkv: torch.Tensor, *, sizes=(3, 4, 4), permutation=(2, 0, 3, 1, 4), order=(0, 1, 2), selects=False):
+    """The same as timm splits it: [batch, tokens, 3, heads, head_dim], permuted and taken apart."""
+    batch, tokens, _ = qkv.shape
+    permuted = qkv.reshape(batch, tokens, *sizes).permute(permutation)
+    pieces = permuted.unbind(0)
+    q, k, v = (permuted[index] if selects else pieces[index] for index in order)
+    return scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, -1)
+
+
 FUSED = {
+    "unbound": (48, attend_packed),
+    "selected": (48, lambda x: attend_packed(x, selects=True)),
     "plain": (48, attend),
     "causal": (48, lambda x: attend(x, is_causal=True)),
     "masked": (48, lambda x: attend(x, attn_mask=x[:, None, :1, :6] > 0)),
@@ -31,6 +42,8 @@ FUSED = {
     "grouped": (32, lambda x: attend(x, (16, 8, 8), enable_gqa=True)),
 }
 LEFT = {
+    "unbound in another order": (48, lambda x: attend_packed(x, order=(0, 2, 1)), "not the heads of one merged projection"),
+    "of four parts": (64, lambda x: attend_packed(x, sizes=(4, 4, 4)), "not the heads of one merged projection"),
     "another order": (48, lambda x: attend(x, order=(1, 0, 2)), "not the heads of one merged projection"),
     "one piece twice": (48, lambda x: attend(x, order=(0, 1, 1)), "not the heads of one merged projection"),
     "heads apart": (48, lambda x: attend(x).unflatten(-1, (4, 4)).transpose(1, 2) * 1.5, None),
