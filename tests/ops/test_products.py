@@ -1,4 +1,4 @@
-"""How the kernels multiply: in float32, by an instruction for bfloat16, by tiles (AMX), which are emulated where there are none."""
+"""How the kernels multiply: in float32, by an instruction for bfloat16, by tiles of AMX or their emulation."""
 
 from __future__ import annotations
 

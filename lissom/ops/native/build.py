@@ -63,7 +63,7 @@ def kept_library() -> Path:
 
 
 def build_all() -> dict[str, str]:
-    """Build the libraries of all instruction sets, for machines that share this cache; for each why it failed, or an empty text.
+    """Build the libraries of all instruction sets for machines that share this cache; for each why it failed, or an empty text.
 
     A library that this processor cannot run is tested by the first machine that can.
 
