@@ -15,6 +15,7 @@ from lissom.backends.eager.backend import Eager
 from lissom.backends.fastest import build_fastest
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, check_samples, larger
+from lissom.compiler.memory import give_back_memory
 from lissom.compiler.pipeline.history import History, Size, Step
 from lissom.compiler.pipeline.options import Progress
 from lissom.compiler.pipeline.pass_kinds import Pass
@@ -79,8 +80,11 @@ def compile_captured(
     with progress_bar(title) as bar, isolated(device):
         progress = settings.progress or bar
         if isinstance(backends[0], Distributed):
-            return _compile_for_ranks(take, device, settings, passes, backends[0], progress, facts)
-        return _compile_for_process(take, device, settings, passes, backends, progress, facts)
+            compiled = _compile_for_ranks(take, device, settings, passes, backends[0], progress, facts)
+        else:
+            compiled = _compile_for_process(take, device, settings, passes, backends, progress, facts)
+    give_back_memory()
+    return compiled
 
 
 def _compile_for_process(

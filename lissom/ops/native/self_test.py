@@ -42,7 +42,7 @@ def main(library: str) -> None:
 
 
 def ways() -> list[tuple[torch.dtype, bool, bool]]:
-    """The dtypes, and how each is multiplied: by vectors, by an instruction for bfloat16, by tiles of AMX or their emulation."""
+    """The dtypes, and how each is multiplied: by vectors, an instruction for bfloat16, or tiles (AMX, or their emulation)."""
     found = [(torch.float32, False, False), (torch.bfloat16, False, False)]
     found += [(torch.bfloat16, True, False)] if torch.ops.lissom.dots_bfloat16(True) else []
     return found + ([(dtype, False, True) for dtype in ALLOWED] if torch.ops.lissom.use_amx(True) else [])
