@@ -20,6 +20,7 @@ _FENCE = "```"
 _OUTPUT = re.compile(r"<!-- output(, measured)? -->")
 _DECIMAL = re.compile(r"[-+]?\d+(\.\d+)?e[-+]?\d+|[-+]?\d+\.\d+")
 _SLOW_BUILD = re.compile(r"^\w+ built the program in .* s\n", re.MULTILINE)
+_GAIN = re.compile(r"(^\S+: on \w+)\s[\d.]+\sx\sthe\stime\s\(.*?\),\s[\d.]+\sMB\sagainst\s[\d.]+$", re.MULTILINE | re.DOTALL)
 _SOURCE_LINE = re.compile(r"(\w+\.py):\d+")
 
 
@@ -119,6 +120,6 @@ def settled(text: str, outputs: bool = True) -> str:
 
 
 def mask(text: str) -> str:
-    """The text without its decimals, the spaces and rules that align them, and notes on slow builds."""
-    text = _SLOW_BUILD.sub("", text)
+    """The text without its decimals, the spaces and rules that align them, and notes on slow builds and on times of passes."""
+    text = _GAIN.sub(r"\1", _SLOW_BUILD.sub("", text))
     return re.sub(r"─+", "─", re.sub(r" +", " ", _DECIMAL.sub("#", text)))

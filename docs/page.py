@@ -13,10 +13,10 @@ from examples import Example
 from measure import Gain
 
 from lissom.compiler.pipeline.history import Size
-from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.compiler.pipeline.spelling import options_of
+from lissom.compiler.pipeline.pass_kinds import Approximation, Pass
+from lissom.compiler.pipeline.spelling import options_of, parse_pipeline
 from lissom.inspect.catalogue import first_line, option_rows
-from lissom.passes import RECIPES
+from lissom.passes import PASSES, RECIPES
 from lissom.passes.quantize.quantize import Scheme
 
 _CURVES = "Quality, latency and bytes against the share kept, on real models: [What pruning costs and gains](../curves.md)."
@@ -111,6 +111,8 @@ def _code(item: type[Pass], example: Example) -> str:
     passes += f", data={example.data}" if example.data else ""
     # Backends' passes run only with a backend; the others do not depend on the machine.
     function = "compile" if ".lowering." in item.__module__ else "optimize"
+    lossy = any(isinstance(found, Approximation) for found in parse_pipeline(example.passes, PASSES, RECIPES))
+    passes += ", goal=None" if function == "compile" and lossy else ""
     return "\n".join(
         [
             *imports,

@@ -80,6 +80,8 @@ def test_settled_leaves_out_measured_decimals_only():
     assert "0.25 of 12, bert.py" in blocks.settled(exact)
     assert "# of 12, #" in blocks.settled(measured)
     assert blocks.mask("eager built the program in 2.3 s\nnotes\n") == "notes\n"
+    gain = "cast: on eager 0.97 x the time (1 (0.9 to\n1.5) ms against 130 on [2, 64]), 45.4\nMB against 90.9\nnotes\n"
+    assert blocks.mask(gain) == "cast: on eager\nnotes\n"
 
 
 def test_skip_reasons_come_from_the_source():
