@@ -5,8 +5,10 @@ import threading
 import pytest
 import torch
 
+from lissom.ops import native
 from lissom.ops.native import load_kernels, one_call
 from lissom.ops.packed_linear import pack, packed_linear
+from tests import captures
 
 MISSING = load_kernels()
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -76,3 +78,15 @@ def test_an_end_without_a_begin_is_refused():
     with pytest.raises(RuntimeError, match="end_call without a begin_call on this thread"):
         torch.ops.lissom.end_call()
     assert one_call(lambda x: x + 1)(1) == 2
+
+
+def test_amx_that_the_system_refuses_is_told(monkeypatch):
+    monkeypatch.setattr(native, "_loaded_set", lambda: "amx")
+    before = torch.ops.lissom.use_amx(False)
+    told = "the operating system does not permit AMX, so the kernels use AVX-512"
+    assert native.refused_tiles() == native.describe_kernels() == told
+    compiled = captures.compile(torch.nn.Linear(8, 8), torch.ones(2, 8))
+    assert told in " ".join(str(compiled.report).split())
+    monkeypatch.undo()
+    assert native.refused_tiles() is None
+    torch.ops.lissom.use_amx(before)

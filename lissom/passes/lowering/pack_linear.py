@@ -14,7 +14,7 @@ from torch import fx
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.ops.native import missing_kernel
+from lissom.ops.native import missing_kernel, refused_tiles
 from lissom.ops.packed_linear import pack, packed_embedding, packed_linear
 
 aten = torch.ops.aten
@@ -37,6 +37,8 @@ class PackLinear(Rewrite):
                     packed[name] = edit.weight(f"{name}_packed", tensor)
             operands = [x, packed[name], *(item for item in bias if item is not None)]
             edit.replace_by(node, packed_linear, *operands, features=nodes.tensor_type(weight).shape[0])
+        if packed and (note := refused_tiles()) is not None:
+            edit.note(note)
         for node in edit.nodes(aten.embedding.default):
             table = node.args[0]
             if not isinstance(table, fx.Node) or str(table.target) not in packed:
