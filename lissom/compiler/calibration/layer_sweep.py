@@ -17,6 +17,7 @@ from typing import cast
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.cost import example_shape
 from lissom.compiler.analysis.structure.linear import input_of, is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of
 from lissom.compiler.analysis.structure.real_tokens import token_mask
@@ -31,9 +32,11 @@ TokenWeights = Callable[[fx.Node, Sequence[torch.Tensor]], Sequence[torch.Tensor
 
 
 def sweep(
-    program: Program, data: Sequence[Sample], layers: Collection[fx.Node]
+    program: Program, data: Sequence[Sample], layers: Collection[fx.Node], masks: Program | None = None
 ) -> Generator[tuple[fx.Node, list[torch.Tensor]]]:
     """Each of these linear layers in the order of the graph, with its inputs: [real tokens, features] for every sample.
+
+    masks: the program whose attention masks tell the real tokens, for comparing two programs; by default the program itself.
 
     Before it asks for the next layer, the caller may set the weight of the current layer and of later ones.
 
@@ -41,7 +44,7 @@ def sweep(
     """
     constant = _computed_from_weights(program)
     own = [used for layer in layers for used in layer.all_input_nodes if used in constant]
-    return _sweep(program, data, layers, constant, set(computed_from(own)))
+    return _sweep(program, data, layers, constant, set(computed_from(own)), masks or program)
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,11 @@ class Counterpart:
 
     @classmethod
     def of(cls, program: Program, layers: Mapping[fx.Node, Matrix], reference: Program) -> Counterpart:
-        """The layers of the same name and with the same weights in another program."""
-        known = {node.name: node for node in reference.nodes() if is_linear(node)}
+        """The layers of the same name and with the same weights in another program.
+
+        None whose number of rows depends on values: an expert may read other tokens there.
+        """
+        known = {node.name: node for node in reference.nodes() if is_linear(node) and 0 not in example_shape(input_of(node))}
         found: dict[fx.Node, fx.Node] = {}
         for layer, matrix in layers.items():
             held = matrix_of(known[layer.name]) if layer.name in known else ""
@@ -96,7 +102,7 @@ def sweep_moments(
     early = {name: layers for name, layers in readers.items() if len(layers) > 1 or name in first}
     chosen = {layer for layers in early.values() for layer in layers}
     seen: dict[fx.Node, Moments] = {}
-    for layer, read in _sweep(program, data, chosen, _computed_from_weights(program), set()):
+    for layer, read in _sweep(program, data, chosen, _computed_from_weights(program), set(), program):
         if input_of(layer) not in seen:
             seen[input_of(layer)] = moments_of(read)
     for layers in early.values():
@@ -104,7 +110,7 @@ def sweep_moments(
     late = [node for node in program.graph.nodes if node in weights and node not in chosen]
     others = _counterparts(data, late, counterpart)
     known: tuple[fx.Node, Read] | None = None
-    for layer, read in sweep(program, data, late):
+    for layer, read in sweep(program, data, late, None if counterpart is None else counterpart.program):
         wanted, counts = next(others), token_weights(layer, read)
         if counts is not None or known is None or known[0] is not input_of(layer):
             found = Read(moments_of(read, counts), None if wanted is None else shift_of(read, wanted, counts))
@@ -149,7 +155,12 @@ def shift_of(
 
 
 def _sweep(
-    program: Program, data: Sequence[Sample], layers: Collection[fx.Node], constant: set[fx.Node], late: set[fx.Node]
+    program: Program,
+    data: Sequence[Sample],
+    layers: Collection[fx.Node],
+    constant: set[fx.Node],
+    late: set[fx.Node],
+    masks: Program,
 ) -> Generator[tuple[fx.Node, list[torch.Tensor]]]:
     """constant: nodes that depend on no input, computed once for all samples; late: nodes computed at each use."""
     needed = set(computed_from(layers))
@@ -168,7 +179,7 @@ def _sweep(
             held = ChainMap(known, fixed)
             _run(program, [node for node in piece if node not in constant], held, late, last_uses)
             value = cast(torch.Tensor, held[input_of(layer)])
-            read.append(real_rows(value, token_mask(program, sample, input_of(layer))))
+            read.append(real_rows(value, token_mask(masks, sample, input_of(layer))))
             check_finite(program, input_of(layer), read[-1])
         for used in (used for node in piece for used in last_uses[node]):
             fixed.pop(used, None)

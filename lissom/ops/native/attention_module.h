@@ -180,7 +180,10 @@ Pattern pattern_of(at::IntArrayRef values, int64_t block, Optional given, const 
 
 Tensor block_sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v, Optional bias, Optional layout,
                               at::IntArrayRef pattern, int64_t block, double scale, double softcap, Optional sinks) {
-  check_readable(layout, "layout");
+  check_readable(layout, "layout"), check_readable(q, "q"), check_readable(k, "k"), check_readable(v, "v");
+  if (q.scalar_type() == at::kHalf && k.scalar_type() == at::kHalf && v.scalar_type() == at::kHalf)  // computed in float32
+    return block_sparse_attention(q.to(at::kFloat), k.to(at::kFloat), v.to(at::kFloat), bias, layout, pattern, block, scale,
+                                  softcap, sinks).to(at::kHalf);
   TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k have ", q.dim(), " and ", k.dim(), " dimensions, and must have four");
   TORCH_CHECK(q.size(2) <= kLargestSize - k.size(2), "a pattern has ", q.size(2), " queries and ", k.size(2),
               " keys, and may have ", kLargestSize, " together");

@@ -199,7 +199,7 @@ def _reconstruct(edit: Editor, dense: Program, kept: Mapping[Axis, torch.Tensor]
     originals = {node.name: node for node in dense.nodes()}
     before_and_now = (
         sweep(dense, edit.data, [originals[node.name] for node in chosen]),
-        sweep(edit.program, edit.data, [*chosen]),
+        sweep(edit.program, edit.data, [*chosen], dense),
     )
     for (_, wanted), (node, read) in zip(*before_and_now, strict=True):
         edit.current = node

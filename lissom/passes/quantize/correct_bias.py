@@ -54,7 +54,7 @@ class CorrectBias(Approximation):
         for layer in layers:
             _own_bias(edit, layer)
         wanted = _means(edit, layers)
-        for finished, (layer, read) in enumerate(sweep(edit.program, edit.data, list(layers))):
+        for finished, (layer, read) in enumerate(sweep(edit.program, edit.data, list(layers), edit.reference)):
             edit.report("layers", finished, len(layers))
             edit.current = layer
             mean = torch.cat(read).double().mean(0)
