@@ -16,6 +16,7 @@ from lissom.cli import app, main, write_whole
 from lissom.errors import ArtifactError, LissomError, UnsupportedError
 from lissom.frontends.huggingface import find_directory
 from lissom.inspect.machine import cache_path, save_machine
+from lissom.ops.native import describe_kernels
 from lissom.passes import PASSES, RECIPES
 from lissom.version import __version__
 from tests.frontends.test_huggingface import directory  # noqa: F401
@@ -317,7 +318,7 @@ def test_the_machine_is_measured_once_and_again_when_asked(tmp_path, monkeypatch
     ):
         shown = invoke(*arguments)
         assert f"measured on {day}" in shown
-        assert shown.splitlines()[-1] == f"{source} {cache_path()}"
+        assert shown.splitlines()[-2:] == [f"{source} {cache_path()}", f"kernels: {describe_kernels()}"]
 
 
 # torch 2.13 uses a function it deprecates when torch.compile, which the demonstration times beside us, is first called.

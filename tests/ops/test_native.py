@@ -81,7 +81,7 @@ def test_an_end_without_a_begin_is_refused():
 
 
 def test_amx_that_the_system_refuses_is_told(monkeypatch):
-    monkeypatch.setattr(native, "_loaded_set", lambda: "amx")
+    monkeypatch.setattr(torch.ops.lissom, "instruction_set", lambda: "amx")
     before = torch.ops.lissom.use_amx(False)
     told = "the operating system does not permit AMX, so the kernels use AVX-512"
     assert native.refused_tiles() == native.describe_kernels() == told

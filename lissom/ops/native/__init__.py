@@ -43,20 +43,14 @@ def describe_kernels() -> str:
     dots, amx = torch.ops.lissom.dots_bfloat16(), torch.ops.lissom.use_amx()
     how = "by tiles, few rows " if amx else ""
     how += "by the processor's own instruction" if dots else "in float32"
-    return refused_tiles() or f"{_loaded_set()}; bfloat16 is multiplied {how}"
+    return refused_tiles() or f"{torch.ops.lissom.instruction_set()}; bfloat16 is multiplied {how}"
 
 
 def refused_tiles() -> str | None:
     """A note for the report where the processor has AMX and the operating system refuses it; None elsewhere."""
-    if load_kernels() or _loaded_set() != "amx" or torch.ops.lissom.use_amx():
+    if load_kernels() or torch.ops.lissom.instruction_set() != "amx" or torch.ops.lissom.use_amx():
         return None
     return "the operating system does not permit AMX, so the kernels use AVX-512"
-
-
-@cache
-def _loaded_set() -> str:
-    """The name of the instruction set of the loaded kernels."""
-    return kept_library().name.split("-")[1]
 
 
 def kernel_dtypes() -> tuple[torch.dtype, ...]:

@@ -176,7 +176,7 @@ def _sources() -> list[Path]:
 
 
 def _flags(isa: InstructionSet) -> list[str]:
-    return [*_FLAGS, *isa.flags, *shlex.split(os.environ.get(FLAGS, ""))]
+    return [*_FLAGS, *isa.flags, f'-DLISSOM_ISA="{isa.name}"', *shlex.split(os.environ.get(FLAGS, ""))]
 
 
 def _name(isa: InstructionSet) -> str:

@@ -9,6 +9,7 @@
 
 #include <torch/library.h>
 
+#include <string>
 #include <string_view>
 
 namespace lissom {
@@ -314,6 +315,15 @@ Tensor packed_embedding(const Tensor& weight, const Tensor& indices, int64_t fea
   return found;
 }
 
+// The name of the instruction set that this library was built for.
+std::string instruction_set() {
+#if defined(LISSOM_ISA)
+  return LISSOM_ISA;
+#else
+  return "unknown";
+#endif
+}
+
 // Whether products of many rows go by tiles; with `wanted` this is set, where the operating system permits or they are emulated.
 bool use_amx(std::optional<bool> wanted) {
   if (wanted) amx = *wanted && (!kHasAmx || amx_permitted());
@@ -351,6 +361,7 @@ TORCH_LIBRARY_IMPL(lissom, CPU, library) {
 }
 
 TORCH_LIBRARY_FRAGMENT(lissom, library) {
+  library.def("instruction_set() -> str", instruction_set);
   library.def("use_amx(bool? wanted=None) -> bool", use_amx);
   library.def("dots_bfloat16(bool? wanted=None) -> bool", dots_bfloat16);
   library.def("has_int8() -> bool", has_int8);
