@@ -3,7 +3,8 @@
     python benchmarks/encoder.py --update
 
 Each engine runs in a process of its own, with the settings its documentation advises for latency (`lissom/bench/engines.py`).
-Prints a Markdown table at the end; `--update` puts it into benchmarks/README.md and draws benchmarks/encoder.svg.
+Prints a Markdown table at the end; `--update` puts it into benchmarks/README.md, where this kind of processor has its place, and
+draws the figure beside it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from readme import put_table
+from readme import processor_kind, put_table
 
 from lissom.bench.comparison import compare, measurements
 from lissom.bench.engines import ENGINES, find_engines
@@ -25,7 +26,6 @@ from lissom.inspect.progress import progress_bar
 HERE = Path(__file__).parent
 GLOSSES = HERE / "data" / "glosses.txt"
 SHAPES = "1x32,1x128,8x128,32x128,32xragged"
-FIGURE = HERE / "encoder.svg"
 
 
 def measure(engines: str, shapes: str, seconds: float, threads: int) -> list[Record]:
@@ -81,15 +81,16 @@ def main() -> None:
     parser.add_argument("--shapes", default=SHAPES, help="rows x tokens, or x ragged for whole glosses; %(default)s by default")
     parser.add_argument("--seconds", type=float, default=10.0, help="seconds per engine and shape")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for each engine")
-    parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md, and draw encoder.svg")
+    parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md, and draw its figure")
     options = parser.parse_args()
     records = measure(options.engines, options.shapes, options.seconds, options.threads)
     printed = markdown_table(records, options.threads)
     print(printed)
     if options.update:
-        shown = f"{printed}\n![milliseconds a call of every engine at every shape]({FIGURE.name})\n"
-        put_table("encoder", shown)
-        draw(records, FIGURE)
+        kind = processor_kind()
+        figure = HERE / f"encoder-{kind.replace(' ', '-')}.svg"
+        put_table(f"encoder {kind}", f"{printed}\n![milliseconds a call of every engine at every shape]({figure.name})\n")
+        draw(records, figure)
 
 
 if __name__ == "__main__":
