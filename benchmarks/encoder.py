@@ -3,8 +3,8 @@
     python benchmarks/encoder.py --update
 
 Each engine runs in a process of its own, with the settings its documentation advises for latency (`lissom/bench/engines.py`).
-Prints a Markdown table at the end; `--update` puts it into benchmarks/README.md, where this kind of processor has its place, and
-draws the figure beside it.
+Prints a Markdown table at the end; `--update` puts it into benchmarks/README.md, at the place of this kind of processor,
+and draws the figure beside it.
 """
 
 from __future__ import annotations
