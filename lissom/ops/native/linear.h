@@ -139,8 +139,8 @@ inline void block_by_tiles(const Linear<T>& call, const Source& source, int64_t 
 }
 
 template <typename T, typename Source, typename Out>
-inline void block_by_vectors(const Linear<T>& call, const Source& source, int64_t begin, int64_t end, int64_t first, int64_t last, Out* to,
-                  int64_t origin) {
+inline void block_by_vectors(const Linear<T>& call, const Source& source, int64_t begin, int64_t end, int64_t first, int64_t last,
+                             Out* to, int64_t origin) {
   int64_t n = call.features;
   for (int64_t panel = first; panel < last; ++panel) {
     auto opened = source.open(panel, end - begin);
