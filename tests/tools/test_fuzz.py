@@ -18,7 +18,7 @@ FOUND = (Path(__file__).parent / "found.jsonl").read_text(encoding="utf-8").spli
 
 Right programs that the verifier refused: -1e4 added to scores in 16 bits, and rescaled weights. Passes that failed on scales of
 quantized weights under `cast{dtype=fp16}`, on masks that a pass rewrote between two programs that are compared, and on
-block-sparse attention in float16.
+block-sparse attention in float16, and on the columns of an attention's only head.
 """
 
 

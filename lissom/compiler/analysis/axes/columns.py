@@ -101,8 +101,11 @@ def _columns(found: Axes, layer: fx.Node, axis: Axis, count: int, units: str) ->
     if not nodes.tensor_type(weight).dtype.is_floating_point:
         return f"the {units} that '{layer.name}' reads cannot be assigned to columns: its weight is quantized"
     numbering = list(axis.atoms())
+    inputs = set(found.axis(input_of(layer), feature_dim(layer)).atoms())
     for dim, other in enumerate(cast("tuple[Axis, ...]", found.of[weight])):
         present = set(other.atoms())
+        if inputs and inputs.isdisjoint(present):
+            continue  # of the output features: a single unit has no axis that would tell
         shared = tuple(atom for atom in dict.fromkeys(numbering) if atom in present)
         if math.prod(sizes_of(shared)) == count and (shared or count == 1):
             return Columns(layer, weight, dim, unit_of(other, shared), count, shared)
