@@ -8,10 +8,10 @@ import torch
 import lissom
 from lissom.errors import ArtifactError, CaptureError, UnsupportedError
 from lissom.frontends import sources, vision
-from lissom.ops import fused_attention
+from lissom.ops import fused_attention, merged_attention
 from tests.models import seeded
 
-aten = torch.ops.aten
+ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default, fused_attention, merged_attention)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_pictures_have_the_size_of_timm_s_configuration(shallow, name, size):
 def test_a_transformer_of_timm_compiles(shallow):
     found = sources.load("timm:vit_tiny_patch16_224")
     fast = lissom.compile(found.model, found.example_inputs, checks="structural")
-    assert len(fast.program.nodes(aten.scaled_dot_product_attention.default, fused_attention)) == 2
+    assert len(fast.program.nodes(*ATTENTION)) == 2
     assert fast.program.signature.describe() == "(x: f32[batch, 3, 224, 224])"
     assert found.notes == ("random weights; example inputs: random pictures, 2 x 3 x 224 x 224",)
     one = found.example_inputs[:1]
@@ -56,7 +56,7 @@ def test_a_transformer_of_torchvision_compiles(torchvision, monkeypatch):
     monkeypatch.setattr(models, "get_model", lambda name, weights: small)
     found = sources.load("torchvision:vit_b_16")
     fast = lissom.compile(found.model, found.example_inputs, checks="structural")
-    assert fast.program.nodes(aten.scaled_dot_product_attention.default, fused_attention)
+    assert fast.program.nodes(*ATTENTION)
     one = found.example_inputs[:1]
     with torch.no_grad():
         # The same operators in float32 on other strides: sums of at most 768 terms, unit roundoff 6e-8.
@@ -67,7 +67,7 @@ def test_a_transformer_of_torchvision_compiles(torchvision, monkeypatch):
 def test_a_whole_model_of_torchvision_compiles(torchvision):
     found = sources.load("torchvision:vit_b_16")
     fast = lissom.compile(found.model, found.example_inputs)
-    assert len(fast.program.nodes(aten.scaled_dot_product_attention.default, fused_attention)) == 12
+    assert len(fast.program.nodes(*ATTENTION)) == 12
 
 
 def test_pictures_have_the_size_of_torchvision_s_weights(torchvision):
