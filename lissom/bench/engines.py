@@ -76,7 +76,8 @@ def torch_compile(task: Task, *, dtype: torch.dtype) -> Build:
 def torchao_int8(task: Task) -> Build:
     """torchao: per-channel int8 weights and per-token int8 activations; then TorchInductor, with the rest in float32."""
     quantization = import_module("torchao.quantization")
-    import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")  # without it, no int8 products on a CPU (ao#4823)
+    # Without it there are no int8 products on a CPU (ao#4823).
+    import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
     quantization.quantize_(task.model.source.model, quantization.Int8DynamicActivationInt8WeightConfig())
     return _inductor(task.model, torch.float32)
 
