@@ -75,6 +75,8 @@ NEW_TENSORS = (
     *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default),
 )
 """Constant tensors of sizes the call lists."""
+UNFILLED = (aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default)
+"""New tensors that hold what their memory held before."""
 FILLED_LIKE = (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
 """Constant tensors of their argument's shape."""
 LIKE = (*FILLED_LIKE, aten.empty_like.default, aten.rand_like.default, aten.randn_like.default)

@@ -11,6 +11,7 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import REFUSALS
+from lissom.compiler.ir.operators import UNFILLED
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.errors import VerifyError
@@ -223,10 +224,11 @@ def first_difference(
         before.run(sample, lambda node, value: values.update({node.name: lasting(node, value)}))
     found: list[tuple[fx.Node, float]] = []
     allowed = {node.name: limit for node, limit in before.fact(node_tolerances).items()}
+    unfilled = {node.name for node in before.nodes(*UNFILLED)}
 
     def observe(node: fx.Node, value: object) -> None:
         name = node.name if node.name in values else nodes.origin(node).replaces
-        if found or name not in values:
+        if found or name not in values or (name in unfilled and node.target in UNFILLED):
             return
         error = worst_error(values[name], value)
         if error > (allowed[name] if tolerance is None else tolerance):

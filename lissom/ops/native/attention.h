@@ -187,7 +187,7 @@ inline void head(const Attention<T>& call, const VisibleKeys& visible_keys, int6
       if (!std::is_same_v<T, P> || depth != call.head_dim) {  // an odd head_dim is padded, since bfloat16 is read in pairs
         scratch.query.assign(R * depth, P(0));
         for (int r = 0; r < R; ++r)
-          std::copy(given + r * q_stride, given + r * q_stride + call.head_dim, &scratch.query[r * depth]);
+          std::copy(given + r * q_stride, given + r * q_stride + call.head_dim, scratch.query.data() + r * depth);
         q = scratch.query.data(), q_stride = depth;
       }
       float* scores = scratch.scores.data();
@@ -246,7 +246,7 @@ inline void head_by_tiles(const Attention<BFloat16>& call, const VisibleKeys& vi
     scratch.query.assign(kAmxRows * depth, BFloat16(0));
     for (int64_t r = 0; r < rows; ++r) {
       const BFloat16* q = call.query(b, h, top + r);
-      std::copy(q, q + call.head_dim, &scratch.query[r * depth]);
+      std::copy(q, q + call.head_dim, scratch.query.data() + r * depth);
     }
     float* scores = scratch.scores.data();
     for (int64_t c = skipped; c < padded; c += kPanel)

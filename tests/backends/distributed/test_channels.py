@@ -99,7 +99,7 @@ def test_a_rank_that_is_killed_leaves_no_memory_with_a_name(tmp_path: Path) -> N
     before = set(Path("/dev/shm").iterdir())
     script = """
     join()
-    from lissom.backends import ranks
+    from lissom.backends.distributed import ranks
     keep = ranks.attach
     def killed(path):
         # Rank 0 has made the memory, and nobody has mapped it.

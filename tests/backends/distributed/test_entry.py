@@ -147,16 +147,16 @@ import lissom.backends.distributed.backend as backend
 from lissom.ops.native import load_kernels
 load_kernels()
 calls = [0]
-keep = backend._Collectives._reduce
-def breaking(self, operation, in_place):
-    reduce = keep(self, operation, in_place)
-    def stop(x, *others):
+keep = backend._Collectives._refusing
+def breaking(self, collective):
+    call = keep(self, collective)
+    def stop(*operands):
         calls[0] += 1
         if rank == 1 and calls[0] == 8:
             RAISE
-        return reduce(x, *others)
+        return call(*operands)
     return stop
-backend._Collectives._reduce = breaking
+backend._Collectives._refusing = breaking
 def load():
     return lissom.load(folder / "model", backend=lissom.Distributed(world_size=2, timeout_seconds=20, shared_memory=SHARED))
 model = load()
