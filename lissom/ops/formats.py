@@ -128,7 +128,7 @@ def unpack_halves(packed: torch.Tensor, form: Format) -> torch.Tensor:
 
 def _by_block(x: torch.Tensor, values: torch.Tensor, function: Callable[..., torch.Tensor]) -> torch.Tensor:
     """function(x, value of the block of x), elementwise."""
-    if values.dim() == 0 or all(size in (1, whole) for size, whole in zip(values.shape, x.shape, strict=True)):
+    if values.numel() == 1 or all(size in (1, whole) for size, whole in zip(values.shape, x.shape, strict=True)):
         return function(x, values)
     parts = _split(x, tuple(values.shape))
     spread = values.reshape([size for pair in zip(values.shape, (1,) * values.dim(), strict=True) for size in pair])

@@ -96,3 +96,11 @@ def test_what_lies_within_is_told() -> None:
 def test_blocks_are_summed() -> None:
     x = torch.arange(8.0).view(2, 4)
     assert formats.block_sum(x, (2, 2)).tolist() == [[1.0, 5.0], [9.0, 13.0]]
+
+
+@pytest.mark.parametrize("sizes", [(), (1,), (1, 1)])
+def test_one_zero_point_may_have_any_number_of_dimensions(sizes: tuple[int, ...]) -> None:
+    """Found by tests.ops.generated_calls: the kernel took a zero point of one dimension, the reference refused it."""
+    x, scale, zero_point = torch.linspace(-1, 1, 12).reshape(3, 4), torch.tensor(0.01), torch.full((), 128, dtype=torch.uint8)
+    wanted = formats.quantize(x, scale, zero_point, FORMATS["uint8"])
+    assert torch.equal(formats.quantize(x, scale, zero_point.reshape(sizes), FORMATS["uint8"]), wanted)

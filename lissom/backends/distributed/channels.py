@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,8 @@ _LINE = 64
 """Bytes of a cache line; the step counter of each rank is on a line of its own."""
 _LOOK_SECONDS = 0.05
 """How often a waiting rank checks that the others are alive."""
+_END_SECONDS = 1.0
+"""How long to wait for the end of a process group."""
 
 
 class Channel(Protocol):
@@ -68,15 +71,23 @@ class GroupChannel:
         self._group._reduce_scatter_base(found, x, self._scatter[operation]).wait()
 
     def end(self) -> None:
-        group, self._group = self._group, None
-        end_group(group)
+        held, self._group = [self._group], None
+        end_group(held)
 
 
-def end_group(group: Any) -> None:
-    """Destroy a process group on this rank. The caller must keep no reference to it.
+def end_group(held: list[Any]) -> None:
+    """Destroy a process group on this rank. held: the only reference to it, which is taken out.
 
-    Gloo closes its connections, which the other ranks notice, with the last reference.
+    Gloo closes its connections, which the other ranks notice, with the last reference. That waits for collectives with a rank
+    that hangs, so a thread does it.
     """
+    thread = Thread(target=_destroy, args=(held,), daemon=True)
+    thread.start()
+    thread.join(_END_SECONDS)
+
+
+def _destroy(held: list[Any]) -> None:
+    group = held.pop()
     group.abort()
     if group.name() == "gloo":
         dist.destroy_process_group(group)

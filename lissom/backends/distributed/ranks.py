@@ -121,9 +121,9 @@ class Ranks:
         # Ranks that wait for this one notice it now, and not after their timeout.
         for channel in self._channels.values():
             channel.end()
-        control, self._control = self._control, None
-        if control is not None:
-            end_group(control)
+        held, self._control = [self._control], None
+        if held[0] is not None:
+            end_group(held)
 
     @contextmanager
     def alone(self, who: str) -> Generator[None]:
