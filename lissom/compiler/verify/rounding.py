@@ -279,4 +279,6 @@ def _alike(wanted: object, found: object) -> bool:
     """True for values of the same form; when a pass changed the form, only later nodes are compared."""
     if isinstance(wanted, torch.Tensor) and isinstance(found, torch.Tensor):
         return wanted.shape == found.shape and wanted.dtype == found.dtype
+    if isinstance(wanted, (tuple, list)) and isinstance(found, (tuple, list)):
+        return len(wanted) == len(found) and all(map(_alike, wanted, found))
     return type(wanted) is type(found)
