@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,7 +14,7 @@ from lissom.backends.distributed.backend import Distributed
 from lissom.backends.eager.backend import Eager
 from lissom.backends.fastest import build_fastest
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.samples import Sample, check_samples, larger
+from lissom.compiler.ir.samples import check_samples, larger
 from lissom.compiler.memory import give_back_memory
 from lissom.compiler.pipeline.history import History, Size, Step
 from lissom.compiler.pipeline.options import Progress
@@ -49,7 +49,7 @@ def optimize_model(model: nn.Module, example_inputs: Inputs, settings: Settings)
     take, device = _capturing(model, example_inputs, settings)
     with progress_bar("optimize") as bar, isolated(device):
         job = _job(take, passes, settings, settings.progress or bar, 1 + len(passes))
-        return job.pipeline.run(job.program, job.history)
+        return job.pipeline.run(job.captured.program, job.history)
 
 
 def _capturing(model: nn.Module, example_inputs: Inputs, settings: Settings) -> tuple[Callable[[], Capture], torch.device]:
@@ -102,14 +102,12 @@ def _compile_for_process(
     # The capture, the passes, and for each backend its own passes and the build.
     count = 1 + len(passes) + sum(len(lowering) + 1 for lowering in lowerings.values())
     job = _job(take, passes, settings, progress, count)
-    # Simulated layers are never faster, and the caller asked for them.
-    rivals = [item for item in backends if item.name in lowerings and not settings.simulate]
-    judge = Payoff(rivals, lowerings, job.timed, settings.goal) if rivals and settings.goal is not None else None
-    lowered = replace(job.pipeline, judge=judge).run_each(job.program, lowerings, job.history)
+    judge = _judge(job, settings, [item for item in backends if item.name in lowerings], lowerings)
+    lowered = replace(job.pipeline, judge=judge).run_each(job.captured.program, lowerings, job.history)
     built = build_fastest(
         backends,
         missing | lowered,
-        job.example,
+        job.captured.example,
         lambda what, left: progress(what, count - left, count),
         simulate=settings.simulate,
     )
@@ -140,11 +138,8 @@ def _partition_model(
     at = next(index for index, item in enumerate(passes) if isinstance(item, (Shard, Partition)))
     job = _job(take, passes[:at], settings, progress, 1 + len(passes))
     eager = Eager()
-    judge = None
-    if settings.goal is not None and not settings.simulate:
-        judge = Payoff([eager], {eager.name: eager.lowering(device)}, job.timed, settings.goal)
-    pipeline = replace(job.pipeline, judge=judge)
-    (found,) = pipeline.run_each(job.program, {eager.name: passes[at:]}, job.history).values()
+    pipeline = replace(job.pipeline, judge=_judge(job, settings, [eager], {eager.name: eager.lowering(device)}))
+    (found,) = pipeline.run_each(job.captured.program, {eager.name: passes[at:]}, job.history).values()
     if isinstance(found, LissomError):
         raise found
     return *found, job.pipeline.samples
@@ -152,16 +147,11 @@ def _partition_model(
 
 @dataclass(frozen=True)
 class _Job:
-    """A captured model and the passes to run on it; timed: the inputs for timing, the example first."""
+    """A captured model and the passes to run on it."""
 
     pipeline: Pipeline
-    program: Program
-    timed: list[Sample]
+    captured: Capture
     history: History
-
-    @property
-    def example(self) -> Sample:
-        return self.timed[0]
 
 
 def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: Settings, show: Progress, count: int) -> _Job:
@@ -170,10 +160,7 @@ def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: Settings
     captured = take()
     program = captured.program
     history = History(format_pipeline(passes), settings.checks)
-    size = Size.of(program)
-    history.record(Step(0, "capture", "capture", captured.seconds, 0.0, size, notes=captured.notes), program.text())
-    other = larger(program.signature, captured.example, size.flops)
-    timed = captured.timed or (() if other is None else (other,))
+    history.record(Step(0, "capture", "capture", captured.seconds, 0.0, Size.of(program), notes=captured.notes), program.text())
     pipeline = Pipeline(
         passes,
         samples=captured.samples or check_samples(program.signature, captured.example),
@@ -183,4 +170,21 @@ def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: Settings
         max_drop=settings.max_drop,
         progress=lambda what, finished, _: show(what, finished + 1, count),
     )
-    return _Job(pipeline, program, [captured.example, *timed], history)
+    return _Job(pipeline, captured, history)
+
+
+def _judge(
+    job: _Job, settings: Settings, backends: Sequence[Backend], lowerings: Mapping[str, Sequence[Pass]]
+) -> Payoff | None:
+    """Times lossy passes on the example and on larger inputs; None where all are to be kept.
+
+    Simulated layers are never faster, and the caller asked for them.
+    """
+    if settings.goal is None or settings.simulate or not backends:
+        return None
+    captured = job.captured
+    timed = list(captured.timed)
+    if not timed:
+        other = larger(captured.program.signature, captured.example, job.history.steps[0].size.flops)
+        timed += [] if other is None else [other]
+    return Payoff(backends, lowerings, [captured.example, *timed], settings.goal)

@@ -71,25 +71,14 @@ class Payoff:
                 ratios.append(timings["with"].median_ms / timings["without"].median_ms)
                 times.append(_times(timings["with"], timings["without"], sample))
         without, size = (stored_bytes(program) for program in programs)
-        found = _Gain(geometric_mean(ratios), size < without)
-        figures = f"{found.ratio:.2f} x the time ({', '.join(times)}), {size / 1e6:.3g} MB against {without / 1e6:.3g}"
-        return found.verdict(self.goal, backend.name, figures)
-
-
-@dataclass(frozen=True)
-class _Gain:
-    """ratio: of the times with a pass and without it. smaller: whether the program is."""
-
-    ratio: float
-    smaller: bool
-
-    def verdict(self, goal: Goal, backend: str, figures: str) -> Verdict:
-        faster, slower = self.ratio < FASTER, self.ratio * FASTER > 1
-        if faster or (self.smaller and (goal == "memory" or not slower)):
-            return Verdict(f"on {backend} {figures}", True)
-        if self.smaller:
-            return Verdict(f'slower on {backend}: {figures}; goal="memory" keeps it', False)
-        return Verdict(f"neither faster nor smaller on {backend}: {figures}; goal=None keeps it", False)
+        ratio = geometric_mean(ratios)
+        figures = f"{ratio:.2f} x the time ({', '.join(times)}), {size / 1e6:.3g} MB against {without / 1e6:.3g}"
+        faster, slower, smaller = ratio < FASTER, ratio * FASTER > 1, size < without
+        if faster or (smaller and (self.goal == "memory" or not slower)):
+            return Verdict(f"on {backend.name} {figures}", True)
+        if smaller:
+            return Verdict(f'slower on {backend.name}: {figures}; goal="memory" keeps it', False)
+        return Verdict(f"neither faster nor smaller on {backend.name}: {figures}; goal=None keeps it", False)
 
 
 def _times(found: Timing, without: Timing, sample: Sample) -> str:
