@@ -175,7 +175,9 @@ inline void amx_product(int64_t rows, const void* a, int64_t stride, const AmxPa
 // x in bfloat16 times the panels of another source, by tiles.
 template <typename Source>
 struct Tiled {
-  static constexpr bool kTiled = true;
+  static constexpr bool kSharesRows = true;
+  static constexpr int64_t kProductRows = kAmxRows, kFewRows = 0;
+  using Scope = AmxScope;
   Source source;
   int64_t inputs;
   int64_t origin = 0;              // the first row of `copied`

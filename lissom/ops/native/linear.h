@@ -1,10 +1,12 @@
 // y = activation(product + bias), then + other or * other, then perhaps a layer norm of each row.
 //
 // The product, x W^T, comes from a source, which defines the storage of x and W. A source has
-//   prepare(begin, end)       called before tiles of rows [begin, end), by the same thread
+//   prepare(begin, end)       called before tiles of rows [begin, end), by the same thread; or, where kSharesRows, by one thread
+//                             for all that read the same rows
 //   open(panel, rows)         the panel as tiles of that many rows read it
 //   tile<R, fetches>(...)     R rows of one chunk of the panel's columns, in float32
-//   product(...)              in place of `tile`, where kTiled: up to kAmxRows rows of all the panel's columns
+//   product(...)              up to kProductRows rows of all the panel's columns; used for more than kFewRows rows, where
+//                             kProductRows is not 0
 //   row_bytes()               the bytes of one row of x
 // and is copied for each thread that prepares its own rows.
 #pragma once
@@ -28,7 +30,8 @@ inline void widen(const T* from, int64_t count, std::vector<float>& to) {
 // x and W in floating point, of one dtype.
 template <typename T>
 struct Plain {
-  static constexpr bool kTiled = false;
+  static constexpr bool kSharesRows = false;
+  static constexpr int64_t kProductRows = 0, kFewRows = 0;
   const T* x;       // [rows, inputs]
   const T* weight;  // packed, [panels, inputs / pair, kPanel, pair]
   int64_t inputs;
@@ -44,29 +47,53 @@ struct Plain {
   }
 };
 
-// x and W in bfloat16, multiplied in float32: x is widened once, W in registers, which measures faster than once a panel.
+// x and W in bfloat16, multiplied in float32: x is widened once, W in registers for few rows, else a part of a panel at a time.
 struct Widened {
-  static constexpr bool kTiled = false;
+  static constexpr bool kSharesRows = false;  // widening again takes less time than lines of another core's cache
+  static constexpr int64_t kProductRows = 8 * kRows, kFewRows = kRows;
+  static constexpr int64_t kDepth = 192;  // inputs whose widened columns stay in the L1 cache beside the sums
+  using Scope = int;
   const BFloat16* x;       // [rows, inputs]
   const BFloat16* weight;  // packed, [panels, inputs / 2, kPanel, 2]
   int64_t inputs;
-  int64_t origin = 0;           // the first row of `floats`
-  std::vector<float> floats{};  // x
+  int64_t origin = 0;      // the first row of `floats`
+  const float* floats = nullptr;  // x
 
   int64_t row_bytes() const { return inputs * sizeof(float); }
 
   void prepare(int64_t begin, int64_t end) {
+    thread_local std::vector<float> widened;
     origin = begin;
-    widen(x + begin * inputs, (end - begin) * inputs, floats);
+    widen(x + begin * inputs, (end - begin) * inputs, widened);
+    floats = widened.data();
   }
 
   const BFloat16* open(int64_t panel, int64_t) const { return weight + panel * inputs * kPanel; }
 
   template <int R, bool fetches>
   void tile(const BFloat16* opened, int64_t row, int64_t, int column, Vec (&sums)[R][kWide]) const {
-    multiply_widened<R>(floats.data() + (row - origin) * inputs, inputs, opened + column * 2, inputs / 2, sums);
+    multiply_widened<R>(floats + (row - origin) * inputs, inputs, opened + column * 2, inputs / 2, sums);
+  }
+
+  void product(const BFloat16* opened, int64_t row, int64_t rows, int64_t, float* sums) const {
+    alignas(64) float columns[kDepth * kPanel];
+    for (int64_t from = 0; from < inputs; from += kDepth) {
+      int64_t depth = std::min(kDepth, inputs - from);
+      widen_pairs(opened + from * kPanel, depth / 2, columns);
+      in_pieces(0, rows, kRows, [&](int64_t top, int64_t bottom) {
+        with_rows(static_cast<int>(bottom - top), [&](auto count) {
+          constexpr int R = decltype(count)::value;
+          const float* a = floats + (row + top - origin) * inputs + from;
+          for (int column = 0; column < kPanel; column += kChunk)
+            accumulate<R>(a, inputs, columns + column, depth, sums + top * kPanel + column, from == 0);
+        });
+      });
+    }
   }
 };
+
+template <typename Source>
+constexpr bool kOnlyProducts = Source::kProductRows > 0 && Source::kFewRows == 0;
 
 template <typename T>
 struct Linear {
@@ -117,15 +144,15 @@ inline Vec finish(const Linear<T>& call, int64_t row, int64_t c, Vec value) {
 
 // Computes rows [begin, end) of panels [first, last) into `to`, which has `features` columns and starts at row `origin`.
 template <typename T, typename Source, typename Out>
-inline void block_by_tiles(const Linear<T>& call, const Source& source, int64_t begin, int64_t end, int64_t first, int64_t last,
-                           Out* to, int64_t origin) {
-  alignas(64) float sums[kAmxRows * kPanel];
+inline void block_by_products(const Linear<T>& call, const Source& source, int64_t begin, int64_t end, int64_t first, int64_t last,
+                              Out* to, int64_t origin) {
+  alignas(64) float sums[Source::kProductRows * kPanel];
   int64_t n = call.features;
-  AmxScope scope;
+  [[maybe_unused]] typename Source::Scope scope{};
   for (int64_t panel = first; panel < last; ++panel) {
-    AmxPanel opened = source.open(panel, end - begin);
-    for (int64_t top = begin; top < end; top += kAmxRows) {
-      int64_t rows = std::min<int64_t>(kAmxRows, end - top);
+    auto opened = source.open(panel, end - begin);
+    for (int64_t top = begin; top < end; top += Source::kProductRows) {
+      int64_t rows = std::min<int64_t>(Source::kProductRows, end - top);
       source.product(opened, top, rows, panel, sums);
       for (int64_t c = panel * kPanel; c < std::min(n, (panel + 1) * kPanel); c += kLanes) {
         Vec bias = call.bias ? load_some(call.bias + c, n - c) : splat(0.0f);
@@ -173,8 +200,10 @@ inline void block_by_vectors(const Linear<T>& call, const Source& source, int64_
 template <typename T, typename Source, typename Out>
 inline void block(const Linear<T>& call, const Source& source, int64_t begin, int64_t end, int64_t first, int64_t last, Out* to,
                   int64_t origin) {
-  if constexpr (Source::kTiled) block_by_tiles(call, source, begin, end, first, last, to, origin);
-  else block_by_vectors(call, source, begin, end, first, last, to, origin);
+  if constexpr (Source::kProductRows > 0)
+    if (end - begin > Source::kFewRows) return block_by_products(call, source, begin, end, first, last, to, origin);
+  if constexpr (!kOnlyProducts<Source>)
+    block_by_vectors(call, source, begin, end, first, last, to, origin);
 }
 
 constexpr int64_t kCached = 1 << 19;  // bytes of x that stay in the L2 cache while all panels are read
@@ -190,12 +219,13 @@ void run(const Linear<T>& call, const Source& source) {
   int64_t blocks = across > 1 ? ceil_div(call.rows, most) : ceil_div(ceil_div(call.rows, most), threads) * threads;
   auto start_of = [&](int64_t index) {  // a block's first row
     int64_t row = call.rows * index / blocks;
-    return Source::kTiled ? std::min(call.rows, ceil_div(row, kAmxRows) * kAmxRows) : row;
+    return kOnlyProducts<Source> ? std::min(call.rows, ceil_div(row, kAmxRows) * kAmxRows) : row;
   };
   bool split_norm = call.norms && across > 1;
   std::vector<float> shared(split_norm ? call.rows * call.features : 0);
   Source whole = source;
-  if (across > 1) whole.prepare(0, call.rows);
+  const bool shares = Source::kSharesRows && across > 1;
+  if (shares) whole.prepare(0, call.rows);
   at::parallel_for(0, blocks * across, 1, [&](int64_t from, int64_t to) {
     std::vector<float> held;
     Source own = source;
@@ -203,8 +233,8 @@ void run(const Linear<T>& call, const Source& source) {
       int64_t part = item / blocks, index = item % blocks;
       int64_t begin = start_of(index), end = start_of(index + 1);
       int64_t first = panels * part / across, last = panels * (part + 1) / across;
-      if (across == 1) own.prepare(begin, end);
-      const Source& mine = across == 1 ? own : whole;
+      if (!shares) own.prepare(begin, end);
+      const Source& mine = shares ? whole : own;
       if (split_norm) {
         block(call, mine, begin, end, first, last, shared.data(), 0);
       } else if (call.norms) {

@@ -106,7 +106,9 @@ enum class Granularity { kToken, kTensor, kStatic };
 // tiled: whether products go by tiles.
 template <typename T, bool tiled>
 struct Quantized {
-  static constexpr bool kTiled = tiled;
+  static constexpr bool kSharesRows = true;
+  static constexpr int64_t kProductRows = tiled ? kAmxRows : 0, kFewRows = 0;
+  using Scope = AmxScope;
   const T* x;             // [rows, inputs]
   const int8_t* weight;   // packed, [panels, padded / 4, kPanel, 4]
   const float* scale;     // per output feature, padded to whole panels

@@ -184,6 +184,31 @@ inline __attribute__((always_inline)) void multiply_widened(
   }
 }
 
+// Widens `steps` steps of a packed bfloat16 panel to rows of floats, [2 * steps, kPanel].
+inline void widen_pairs(const BFloat16* from, int64_t steps, float* to) {
+  for (int64_t step = 0; step < steps; ++step, from += kPanel * 2, to += kPanel * 2) {
+    __builtin_prefetch(from + 8 * kPanel * 2, 0, 2);
+#pragma GCC unroll 8
+    for (int c = 0; c < kPanel; c += kLanes) {
+      BitVec pairs = load_pairs(from + c * 2);
+      store(to + c, first_of_pairs(pairs));
+      store(to + kPanel + c, second_of_pairs(pairs));
+    }
+  }
+}
+
+// sums, [R, kPanel] of which a chunk starts there, = or += R rows of a, `stride` apart, times `steps` steps of the columns at b.
+template <int R>
+inline void accumulate(const float* a, int64_t stride, const float* b, int64_t steps, float* sums, bool first) {
+  Vec held[R][kWide] = {};
+  if (!first)
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kWide; ++v) held[r][v] = load(sums + r * kPanel + v * kLanes);
+  multiply<R>(a, stride, b, steps, held);
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < kWide; ++v) store(sums + r * kPanel + v * kLanes, held[r][v]);
+}
+
 // Calls work(std::integral_constant<int, rows>): dispatches a number of rows known at run time to a template.
 template <typename Work, int... R>
 inline void with_rows(int rows, Work&& work, std::integer_sequence<int, R...>) {

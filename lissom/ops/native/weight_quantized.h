@@ -115,7 +115,8 @@ inline void store_pairs(BFloat16* to, Vec first, Vec second) {
 // P: the dtype in which the dequantized panel is multiplied with x.
 template <typename T, typename P>
 struct WeightQuantized {
-  static constexpr bool kTiled = false;
+  static constexpr bool kSharesRows = true;
+  static constexpr int64_t kProductRows = 0, kFewRows = 0;
   const T* x;  // [rows, inputs]
   QuantizedWeight weight;
   int64_t rows;
