@@ -39,6 +39,7 @@ from lissom.frontends.dynamic import (
 from lissom.frontends.failures import describe_failure, first_line, model_line
 from lissom.frontends.flatten import flatten_exported
 from lissom.frontends.isolation import isolated, with_own_modules, without_export_messages
+from lissom.frontends.recurrences import recurrences_as_operators
 from lissom.frontends.untouched import nothing_registered, untouched
 
 FreeDimensions = Callable[[torch.Tensor], dict[int, object]]
@@ -201,7 +202,7 @@ def _export(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, objec
     # The model runs again afterwards for comparison, and must not hold fake tensors of the export then.
     with untouched(model), without_export_messages(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export", UserWarning)
-        with nothing_registered(model):
+        with nothing_registered(model), recurrences_as_operators(model):
             dynamic = bound if free else None
             exported = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=dynamic, strict=False)
     if _writes(exported):

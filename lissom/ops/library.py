@@ -13,8 +13,8 @@ LIBRARY = torch.library.Library("lissom", "FRAGMENT")
 
 def define(
     schema: str,
-    implementation: Callable[..., torch.Tensor],
-    fake: Callable[..., torch.Tensor] | None = None,
+    implementation: Callable[..., object],
+    fake: Callable[..., object] | None = None,
     *,
     backward: Callable[..., object] | None = None,
     setup_context: Callable[..., None] | None = None,

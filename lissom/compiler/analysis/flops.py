@@ -136,6 +136,18 @@ def _linear_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
     return total + product(q[:-1]) * cast(int, nodes.argument(node, "chunk")) * (q[-1] + v[-1] + 1)
 
 
+def _delta_rule(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """Each token multiplies the state by its decay, its key, the correction and its query."""
+    key, value = (_operand(node, index, shape_of) for index in (1, 2))
+    return 4 * product(value) * key[-1]
+
+
+def _selective_scan(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """Each token multiplies the state by its decay, b by x, and the state by c."""
+    x, b = (_operand(node, index, shape_of) for index in (0, 3))
+    return 3 * product(x) * b[-1]
+
+
 def _convolution(node: fx.Node, shape_of: ShapeOf) -> Size:
     return product(shape_of(node)) * product(_operand(node, 1, shape_of)[1:])
 
@@ -193,6 +205,8 @@ FORMULAS: dict[object, Formula] = {
     ops.block_sparse_attention: _block_sparse_attention,
     ops.merged_attention: _merged_attention,
     ops.linear_attention: _linear_attention,
+    ops.gated_delta_rule: _delta_rule,
+    ops.selective_scan: _selective_scan,
     **dict.fromkeys((ops.packed_linear, ops.packed_linear_norm, *operators.QUANTIZED_LINEARS), _summed_over(0)),
     # Its weight holds half of the values, [out_features, in_features / 2].
     ops.sparse_linear: _summed_over(1),

@@ -4,6 +4,7 @@
 #include "barrier.h"
 #include "memory.h"
 #include "quantized.h"
+#include "recurrence_module.h"
 #include "rows.h"
 #include "weight_quantized.h"
 
@@ -358,6 +359,8 @@ TORCH_LIBRARY_IMPL(lissom, CPU, library) {
   library.impl("block_sparse_attention", block_sparse_attention);
   library.impl("fused_rms_norm", fused_rms_norm);
   library.impl("fused_rotary", fused_rotary);
+  library.impl("gated_delta_rule", gated_delta_rule);
+  library.impl("selective_scan", selective_scan);
 }
 
 TORCH_LIBRARY_FRAGMENT(lissom, library) {

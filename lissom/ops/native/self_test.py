@@ -10,11 +10,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from lissom.ops.blocked_attention import block_sparse_attention_reference
 from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference
 from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
 from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_reference
+from lissom.ops.recurrences import gated_delta_rule_reference, selective_scan_reference
 from lissom.ops.quantized_linear import fill_panels, pack_bytes, quantized_linear_reference
 from lissom.ops.weight_quantized_linear import FORMS, pack_blocks, pack_stored, weight_quantized_linear_reference
 
@@ -22,7 +24,7 @@ from lissom.ops.weight_quantized_linear import FORMS, pack_blocks, pack_stored, 
 # inputs, weights and outputs to 8 bits, 2e-2.
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 
-Case = tuple[str, Callable[..., torch.Tensor], tuple[torch.Tensor | None, ...], Mapping[str, object]]
+Case = tuple[str, Callable[..., "torch.Tensor | tuple[torch.Tensor, torch.Tensor]"], tuple[torch.Tensor | None, ...], Mapping[str, object]]
 """The operator's name, its reference, and positional and keyword arguments of both."""
 
 
@@ -36,9 +38,10 @@ def main(library: str) -> None:
             for name, reference, operands, options in cases(dtype):
                 found = getattr(torch.ops.lissom, name)(*operands, **options)
                 wanted = reference(*operands, **options)
-                difference = float((found.float() - wanted.float()).abs().max())
-                if found.shape != wanted.shape or not difference <= ALLOWED[dtype]:
-                    raise SystemExit(f"{name} of {dtype} has an error of {difference:.2g}")
+                for one, other in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+                    difference = float((one.float() - other.float()).abs().max())
+                    if one.shape != other.shape or not difference <= ALLOWED[dtype]:
+                        raise SystemExit(f"{name} of {dtype} has an error of {difference:.2g}")
 
 
 def ways() -> list[tuple[torch.dtype, bool, bool]]:
@@ -66,6 +69,20 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     for interleaved in (False, True):
         angles = [_numbers(19, 9, dtype=dtype) for _ in range(2)]
         yield "fused_rotary", fused_rotary_reference, (q, *angles), {"interleaved": interleaved}
+    yield from _recurrence_cases(dtype)
+
+
+def _recurrence_cases(dtype: torch.dtype) -> Iterator[Case]:
+    q, k, v = (_numbers(2, 5, heads, width, dtype=dtype) for heads, width in ((2, 18), (2, 18), (4, 37)))
+    rates = -_numbers(2, 5, 4, 18, dtype=dtype).abs()
+    for decay in (rates, rates[..., 0]):
+        operands = q, k, v, decay, rates[..., 1].exp(), _numbers(2, 4, 18, 37, dtype=dtype)
+        yield "gated_delta_rule", gated_delta_rule_reference, operands, {"scale": 0.3, "normalizes": True}
+    x, step = _numbers(2, 5, 37, 1, dtype=dtype), rates[..., 0].exp()
+    b, c = (_numbers(2, 5, 1, 18, dtype=dtype) for _ in range(2))
+    a, state = -_numbers(37, 18, dtype=dtype).abs(), _numbers(2, 37, 1, 18, dtype=dtype)
+    yield "selective_scan", selective_scan_reference, (x, x[..., 0].exp(), a, b, c, a[:, 0], state), {}
+    yield "selective_scan", selective_scan_reference, (v, step, a[:4, 0], q, k, None, _numbers(2, 4, 37, 18, dtype=dtype)), {}
 
 
 def _linear_cases(dtype: torch.dtype) -> Iterator[Case]:

@@ -1,0 +1,147 @@
+"""Recurrent layers as one operator: functions of models that unroll a recurrence over tokens are exchanged during the export.
+
+torch.export unrolls their loops into thousands of nodes, for one length only. The functions are known by name and parameters, in
+transformers and in code made after it; the program is compared with the model's own answer after the export, as any program is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lissom.frontends.isolation import exchanged
+from lissom.ops import gated_delta_rule, selective_scan
+
+Function = Callable[..., Any]
+
+
+@contextmanager
+def recurrences_as_operators(model: nn.Module) -> Generator[None]:
+    """Exchange the functions in the modules that define the model's layers, for all threads, until the block ends.
+
+    Other threads get the same results from the operators. A model on another device than the CPU keeps its own functions, since
+    the operators have kernels on the CPU alone.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    with ExitStack() as stack:
+        if all(tensor.device.type in ("cpu", "meta") for tensor in tensors):
+            for module, name, replacement in _found(model):
+                stack.enter_context(exchanged(module, name, replacement))
+        yield
+
+
+def _found(model: nn.Module) -> list[tuple[ModuleType, str, Function]]:
+    owners = {type(layer).__module__ for layer in model.modules()}
+    found: list[tuple[ModuleType, str, Function]] = []
+    for owner in sorted(owners):
+        module = sys.modules.get(owner)
+        for name, (replaced, parameters) in _FUNCTIONS.items():
+            own = vars(module).get(name) if module is not None else None
+            if module is not None and callable(own) and _parameters(own)[: len(parameters)] == parameters:
+                found.append((module, name, replaced(own)))
+    return found
+
+
+def _parameters(function: Function) -> tuple[str, ...]:
+    return tuple(inspect.signature(inspect.unwrap(function)).parameters)
+
+
+def _delta_rule(own: Function) -> Function:
+    """The gated delta rule, by chunks or by tokens, with a decay per head or per feature."""
+
+    def replacement(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *given: object, **options: object) -> object:
+        bound = inspect.signature(inspect.unwrap(own)).bind(query, key, value, *given, **options)
+        bound.apply_defaults()
+        found = bound.arguments
+        if found.get("kwargs", {}).get("cu_seqlens") is not None:
+            return own(query, key, value, *given, **options)
+        decay, beta, state = found["g"], found["beta"], found["initial_state"]
+        normalizes = bool(found["use_qk_l2norm_in_kernel"])
+        y, last = gated_delta_rule(query, key, value, decay, beta, state, scale=key.shape[-1] ** -0.5, normalizes=normalizes)
+        return y.to(query.dtype), last if found["output_final_state"] else None
+
+    return replacement
+
+
+def _chunk_scan(own: Function) -> Function:
+    """The selective scan of Mamba-2. Like the function itself, it returns float32 and does nothing with a gate z."""
+
+    def replacement(
+        hidden_states: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        chunk_size: int,
+        D: torch.Tensor | None = None,
+        dt_bias: torch.Tensor | None = None,
+        initial_states: torch.Tensor | None = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        return_final_states: bool = False,
+        **others: Any,
+    ) -> object:
+        if others.get("seq_idx") is not None:
+            options = {"D": D, "dt_bias": dt_bias, "initial_states": initial_states, "dt_softplus": dt_softplus}
+            options |= {"dt_limit": dt_limit, "return_final_states": return_final_states}
+            return own(hidden_states, dt, A, B, C, chunk_size, **options, **others)
+        step = torch.clamp(_step(dt, dt_bias, dt_softplus), min=dt_limit[0], max=dt_limit[1])
+        x, step, a, b, c = (item.float() for item in (hidden_states, step, A, B, C))
+        y, last = selective_scan(x, step, a, b, c, D, initial_states)
+        return (y, last) if return_final_states else y
+
+    return replacement
+
+
+def _token_scan(own: Function) -> Function:
+    """The selective scan of Mamba-1, which has one channel a head, and tokens in the last dimension."""
+
+    def replacement(
+        hidden_states: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        D: torch.Tensor | None = None,
+        z: torch.Tensor | None = None,
+        delta_bias: torch.Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+        **others: object,
+    ) -> object:
+        step = _step(dt, None if delta_bias is None else delta_bias[..., None], delta_softplus)
+        x = hidden_states if D is None else hidden_states.to(torch.promote_types(hidden_states.dtype, D.dtype))
+        b, c = (item.transpose(1, 2).unsqueeze(2) for item in (B, C))
+        y, last = selective_scan(x.transpose(1, 2).unsqueeze(-1), step.transpose(1, 2), A, b, c, D)
+        y = y.squeeze(-1).transpose(1, 2)
+        if z is not None:
+            y = y * functional.silu(z)
+        return (y, last.squeeze(2)) if return_last_state else y
+
+    return replacement
+
+
+def _step(dt: torch.Tensor, bias: torch.Tensor | None, softplus: bool) -> torch.Tensor:
+    step = dt if bias is None else dt + bias.to(dt.dtype)
+    return functional.softplus(step) if softplus else step
+
+
+_RULE = ("query", "key", "value", "g", "beta")
+_SCAN = ("hidden_states", "dt", "A", "B", "C")
+_FUNCTIONS: Mapping[str, tuple[Callable[[Function], Function], tuple[str, ...]]] = {
+    "torch_chunk_gated_delta_rule": (_delta_rule, _RULE),
+    "torch_recurrent_gated_delta_rule": (_delta_rule, _RULE),
+    "chunk_kimi_delta_attention": (_delta_rule, _RULE),
+    "recurrent_kimi_delta_attention": (_delta_rule, _RULE),
+    "mamba2_chunk_scan": (_chunk_scan, (*_SCAN, "chunk_size")),
+    "mamba_selective_scan": (_token_scan, (*_SCAN, "D", "z", "delta_bias")),
+}
+"""The functions by name: what makes the replacement of one, and its first parameters."""
