@@ -40,14 +40,43 @@ DECODERS: Mapping[str, Callable[[], nn.Module]] = {
         transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
     ),
 }
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12}
+_SCANS = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 16, "mamba_expand": 2}
+RECURRENT: Mapping[str, Callable[[], nn.Module]] = {
+    "mamba2": lambda: transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, state_size=8, n_groups=2, **_ENDS
+        )
+    ),
+    "qwen3_next": lambda: transformers.Qwen3NextForCausalLM(
+        transformers.Qwen3NextConfig(
+            **_GROUPED,
+            **_LINEAR,
+            head_dim=8,
+            num_experts=0,
+            mlp_only_layers=[0, 1],
+            layer_types=["linear_attention", "full_attention"],
+        )
+    ),
+    "olmo_hybrid": lambda: transformers.OlmoHybridForCausalLM(
+        transformers.OlmoHybridConfig(**_GROUPED, **_LINEAR, **_ENDS, layer_types=["linear_attention", "full_attention"])
+    ),
+    "falcon_h1": lambda: transformers.FalconH1ForCausalLM(
+        transformers.FalconH1Config(**_GROUPED, **_SCANS, **_ENDS, head_dim=8, mamba_d_ssm=64)
+    ),
+    "lfm2": lambda: transformers.Lfm2ForCausalLM(
+        transformers.Lfm2Config(**_GROUPED, **_ENDS, layer_types=["conv", "full_attention"])
+    ),
+}
+"""Models with layers that keep the state of a recurrence or of a convolution."""
 ROTARY = {"llama", "gemma3", "gemma2", "qwen2", "qwen3", "mistral", "phi", "gpt_neox"}
 GATED = ROTARY - {"phi", "gpt_neox"}
 WINDOWED = {"gemma3", "gemma2", "mistral"}
 
 
 def decoder(name: str) -> transformers.PreTrainedModel:
-    """One of DECODERS in evaluation mode, its matrices large enough for its texts not to repeat one token."""
-    model = seeded(DECODERS[name])
+    """One of DECODERS or RECURRENT in evaluation mode, its matrices large enough for its texts not to repeat one token."""
+    model = seeded({**DECODERS, **RECURRENT}[name])
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:

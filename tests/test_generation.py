@@ -27,7 +27,7 @@ from lissom.generation.decoder import prompts
 from lissom.generation.stream import Speed, read_prompt, stream_tokens
 from lissom.inspect.tables import Report
 from lissom.passes import RECIPES, known_passes
-from tests.decoders import DECODERS, MAX_LENGTH, decoder, prompt
+from tests.decoders import DECODERS, MAX_LENGTH, RECURRENT, decoder, prompt
 from tests.models import seeded
 
 GREEDY = {"max_new_tokens": 50, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -43,6 +43,8 @@ MODELS = [
     *(pytest.param("eager", name, marks=pytest.mark.slow if name in ALIKE else ()) for name in DECODERS),
     ("onnxruntime", "llama"),
     *(pytest.param("onnxruntime", name, marks=pytest.mark.slow) for name in DECODERS if name != "llama"),
+    *(("eager", name) for name in RECURRENT),
+    *(pytest.param("onnxruntime", name, marks=pytest.mark.slow) for name in RECURRENT),
 ]
 
 
@@ -71,8 +73,9 @@ def test_generate_gives_the_tokens_the_model_gives(backend: str, name: str) -> N
     assert len(set(wanted[0].tolist())) > 5
 
 
-def test_other_lengths_of_prompt_need_no_other_program() -> None:
-    model, fast = compiled()
+@pytest.mark.parametrize("name", ["llama", "qwen3_next", "mamba2"])
+def test_other_lengths_of_prompt_need_no_other_program(name: str) -> None:
+    model, fast = compiled(name)
     for length in (1, 2, 13):
         inputs = prompt(length=length)
         assert torch.equal(fast.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY))
@@ -391,3 +394,23 @@ def test_gemma_goes_on_as_it_does_in_transformers() -> None:
     fast = lissom.compile_generation(checkpoint.model, max_length=64, checks="structural")
     options = {"max_new_tokens": 30, "do_sample": False}
     assert torch.equal(fast.generate(ids, **options), checkpoint.model.generate(ids, **options))
+
+
+def test_the_state_of_a_recurrence_is_forgotten_and_reordered_but_not_cropped() -> None:
+    model, fast = compiled("qwen3_next", batch=2)
+    ids = prompt(2)["input_ids"]
+    fast.reset()
+    wanted = fast.step(ids)
+    with pytest.raises(UnsupportedError, match="the state of a recurrent layer holds what all tokens left"):
+        fast.crop(3)
+    fast.crop(0)
+    assert torch.equal(fast.step(ids), wanted)
+    fast.reorder(torch.tensor([1, 0]))
+    found = fast.step(ids[:, :1])
+    fast.reset()
+    fast.step(ids.flip(0))
+    # The convolution adds in another order where rows change places.
+    torch.testing.assert_close(fast.step(ids[:, :1]), found, rtol=0, atol=1e-5)
+    beams = {"num_beams": 2, "max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    inputs = prompt()
+    assert torch.equal(fast.generate(**inputs, **beams), model.generate(**inputs, **beams))

@@ -6,8 +6,8 @@ input_ids: [batch, tokens], written to the cache slots start, start + 1, … att
 slots that hold padding; the causal mask hides slots that are not filled yet. position_ids: [batch, tokens]. start: [1], the
 number of filled slots. logits: [batch, 1, vocabulary] of the last token, or [batch, tokens, vocabulary] of all.
 
-Each layer keeps keys and values, [batch, key_heads, max_length, head_dim]; a call writes `index_copy(state, 2, slots, new)`.
-Layers with a sliding window keep all slots too: their mask hides tokens outside the window.
+The state of the layers is described in `decoder_state`. Layers with a sliding window keep all slots too: their mask hides tokens
+outside the window.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from lissom.compiler.ir.samples import Sample, check_samples
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.errors import CaptureError, InputError, UnsupportedError
 from lissom.frontends.device import device_of
+from lissom.frontends.decoder_state import State, buffers, cache_of, call, layer_states, masks_of_new_tokens
 from lissom.frontends.export import Capture, capture, check_model, evaluating
-from lissom.frontends.failures import first_line
 from lissom.frontends.isolation import isolated, with_own_modules
 from lissom.frontends.untouched import untouched
 
@@ -53,13 +53,13 @@ def capture_decoder(
     all_logits: bool = False,
     device: torch.device | None = None,
 ) -> Capture:
-    """The model as a program whose state is its KV cache. The model is not modified, and the program shares its weights.
+    """The model as a program whose state is its KV cache, and that of recurrent layers. The model is not modified, and the program shares its weights.
 
     max_length: the capacity of the cache in tokens, prompt included. batch: the fixed number of sequences.
     all_logits: return the logits of every token of a call, [batch, tokens, vocabulary], not only of the last.
 
-    Raises: UnsupportedError if the model is not a causal language model of transformers, or its state is more than keys and
-        values; InputError if max_length or batch do not fit it; CaptureError naming the line that cannot be captured.
+    Raises: UnsupportedError if the model is not a causal language model of transformers, or its layers
+        keep anything but keys and values, convolutions and recurrences; InputError if max_length or batch do not fit it; CaptureError naming the line that cannot be captured.
     """
     known = _check(model, max_length, batch)
     with isolated(device_of(known)):
@@ -68,17 +68,18 @@ def capture_decoder(
 
 def _capture(model: PreTrainedModel, max_length: int, batch: int, all_logits: bool, device: torch.device | None) -> Capture:
     """`capture_decoder` for a model that was checked."""
-    layers = _layer_caches(model)
+    states = layer_states(model)
     example = _example(model, max_length, batch)
     sequence = Dim("sequence", max=max_length)
     dynamic: dict[str, dict[int, Dim | str]] = {"input_ids": {1: sequence}, "position_ids": {1: sequence}}
-    stateful = _with_state(model, layers, max_length, batch, all_logits)
-    captured = capture(stateful, (), dict(zip(INPUTS, example, strict=True)), dynamic=dynamic, device=device)
+    stateful = _with_state(model, states, max_length, batch, all_logits)
+    with masks_of_new_tokens(model):
+        captured = capture(stateful, (), dict(zip(INPUTS, example, strict=True)), dynamic=dynamic, device=device)
     other = next((name for name in captured.program.state if not name.startswith(f"{CACHE}.")), None)
     if other is not None:
         raise UnsupportedError(
-            f"{type(model).__name__} keeps '{other}' between calls besides its KV cache; generation takes models whose only "
-            f"state is the KV cache"
+            f"{type(model).__name__} keeps '{other}' between calls besides the state of its layers; generation takes models whose "
+            f"only state is in transformers' cache"
         )
     _confirm(captured.program, model, captured.example)
     step = _step(captured.example, max_length)
@@ -143,8 +144,8 @@ def _confirm(program: Program, model: PreTrainedModel, example: Sample) -> None:
 
 def _describe(program: Program) -> str:
     size = sum(tensor.numel() * tensor.element_size() for tensor in map(program.weight, program.state))
-    rows, _, length, _ = program.weight(program.state[0]).shape
-    return f"the cache holds {length} tokens of {rows} sequence{'s' if rows > 1 else ''} in {size / 1e6:.3g} MB"
+    rows, length = program.signature.tensors[1].type.shape
+    return f"the cache holds {length} tokens of {rows} sequence{'s' if rows != 1 else ''} in {size / 1e6:.3g} MB"
 
 
 def _check(model: nn.Module, max_length: int, batch: int) -> PreTrainedModel:
@@ -201,28 +202,6 @@ def longest_text(model: nn.Module) -> int | None:
     return known if isinstance(known, int) else None
 
 
-def _layer_caches(model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The keys and values of one token in each layer, [1, key_heads, 1, head_dim], in a cache of transformers.
-
-    Raises: UnsupportedError if a layer's state is anything but keys and values.
-    """
-    from transformers import Cache
-    from transformers.cache_utils import DynamicLayer
-
-    cache = Cache(layer_class_to_replicate=DynamicLayer)
-    try:
-        with untouched(model), evaluating(model), torch.no_grad():
-            _call(model, cache, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)))
-    # The model's own code may raise anything for a cache class it does not know.
-    except Exception as error:
-        raise _unsupported_cache(model, error) from error
-    layers = cast("list[DynamicLayer]", cache.layers)
-    found = [(layer.keys, layer.values) for layer in layers if layer.keys is not None and layer.values is not None]
-    if not found or len(found) < len(layers) or any(keys.dim() != 4 for keys, _ in found):
-        raise _unsupported_cache(model)
-    return found
-
-
 def _whole(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The model's logits without a KV cache."""
     parameters = inspect.signature(type(model).forward).parameters
@@ -230,98 +209,30 @@ def _whole(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.
         return model(**{name: tensor for name, tensor in inputs.items() if name in parameters}, use_cache=False).logits
 
 
-def _unsupported_cache(model: nn.Module, error: Exception | None = None) -> UnsupportedError:
-    why = f" ({type(error).__name__}: {first_line(error)})" if error else ""
-    return UnsupportedError(
-        f"{type(model).__name__} cannot be run with a cache that holds keys and values of every layer{why}; "
-        f"generation takes models whose layers all attend"
-    )
-
-
-def _call(model: nn.Module, cache: object, **inputs: object) -> Any:
-    """The outputs of the model's own forward."""
-    return type(model).forward(model, **inputs, cache=cache, use_cache=True)  # pyright: ignore[reportCallIssue]
-
-
-def _with_state(
-    model: PreTrainedModel, layers: Sequence[tuple[torch.Tensor, ...]], max_length: int, batch: int, all_logits: bool
-) -> nn.Module:
-    """A module with the model's submodules and weights under the same names, and the KV cache as buffers."""
+def _with_state(model: PreTrainedModel, states: Sequence[State], max_length: int, batch: int, all_logits: bool) -> nn.Module:
+    """A module with the model's submodules and weights under the same names, and the state of its layers as buffers."""
     stateful = copy.copy(model)
     stateful._modules, stateful._buffers = dict(model._modules), dict(model._buffers)
-    holder = nn.Module()
-    for index, kept in enumerate(layers):
-        layer = nn.Module()
-        for name, one in zip(("keys", "values"), kept, strict=True):
-            shape = (batch, one.shape[1], max_length, one.shape[3])
-            layer.register_buffer(name, torch.zeros(shape, dtype=one.dtype, device=device_of(model)))
-        holder.add_module(str(index), layer)
     if hasattr(model, CACHE):
         raise UnsupportedError(f"{type(model).__name__} already has an attribute '{CACHE}', which its KV cache needs")
+    holder = buffers(states, max_length, batch, device_of(model))
     stateful.add_module(CACHE, holder)
     stateful.forward = _forward(stateful, holder, all_logits)
     return stateful
 
 
 def _forward(stateful: PreTrainedModel, holder: nn.Module, all_logits: bool) -> Callable[..., torch.Tensor]:
-    """The forward of the module with the KV cache as state."""
-    from transformers import Cache
-
+    """The forward of the module with the state of its layers."""
     parameters = inspect.signature(type(stateful).forward).parameters
     keep = {"logits_to_keep": 1} if "logits_to_keep" in parameters and not all_logits else {}
-    layer_class = _layer_class()
 
     def forward(
         input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, start: torch.Tensor
     ) -> torch.Tensor:
-        cache = Cache(layers=[layer_class(layer, start) for layer in holder.children()])
+        cache = cache_of(holder, start)
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         given = {name: tensor for name, tensor in given.items() if name in parameters}
-        logits = _call(stateful, cache, **given, **keep).logits
+        logits = call(stateful, cache, **given, **keep).logits
         return logits if all_logits else logits[:, -1:]
 
     return forward
-
-
-def _layer_class() -> type:
-    """The class of a cache layer during tracing; in a function, so that transformers is imported only when needed."""
-    from transformers.cache_utils import CacheLayerMixin
-
-    class StateLayer(CacheLayerMixin):
-        """Keys and values in buffers; the causal mask, offset by `start`, hides the slots that are not filled."""
-
-        is_sliding = False
-
-        def __init__(self, layer: nn.Module, start: torch.Tensor) -> None:
-            super().__init__()
-            self.keys = cast(torch.Tensor, layer.keys)
-            self.values = cast(torch.Tensor, layer.values)
-            self.start = start
-            self.is_initialized = True
-
-        def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-            """Does nothing: the buffers exist already."""
-
-        def update(
-            self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            """Write the new keys and values into their slots; returns all of them."""
-            assert self.keys is not None and self.values is not None
-            slots = torch.arange(key_states.shape[2], device=key_states.device) + self.start
-            keys = self.keys.index_copy(2, slots, key_states)
-            values = self.values.index_copy(2, slots, value_states)
-            self.keys.copy_(keys)
-            self.values.copy_(values)
-            return keys, values
-
-        def get_mask_sizes(self, query_length: object) -> tuple[int, int]:
-            return self.get_max_length(), 0
-
-        def get_seq_length(self) -> int:
-            return cast(int, self.start)
-
-        def get_max_length(self) -> int:
-            assert self.keys is not None
-            return self.keys.shape[2]
-
-    return StateLayer

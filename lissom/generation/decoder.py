@@ -11,8 +11,9 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.types import TensorType
-from lissom.errors import InputError
+from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.decoder import INPUTS
+from lissom.frontends.decoder_state import is_kv_cache
 from lissom.inspect.tables import Report
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.hosted_model import FixedModule
@@ -60,9 +61,17 @@ class Decoder(FixedModule):
         logits = self._read(input_ids, attention_mask)
         return logits if self.all_logits else logits[:, -1]
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take tokens away: not from the state of a recurrence, which holds what all tokens left."""
+        return all(map(is_kv_cache, self.program.state))
+
     def reset(self) -> None:
-        """Empty the KV cache."""
+        """Empty the KV cache, and the state of recurrent layers."""
         self.length = 0
+        for name, tensor in self.compiled.state().items() if not self.is_croppable else ():
+            if not is_kv_cache(name):
+                tensor.zero_()
         if self._padded:
             self._mask.fill_(1)
             self._padded = False
@@ -70,12 +79,16 @@ class Decoder(FixedModule):
     def crop(self, length: int) -> None:
         """Keep only the first `length` tokens of the KV cache.
 
-        Raises: InputError if it holds fewer.
+        Raises: InputError if it holds fewer; UnsupportedError for a model with recurrent layers, unless length is 0.
         """
         if not isinstance(length, int) or not 0 <= length <= self.length:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(
                 f"the decoder has read {self.length} tokens, and was to keep {length!r:.80}; keep 0 to {self.length}"
             )
+        if length == 0:
+            return self.reset()
+        if length < self.length and not self.is_croppable:
+            raise UnsupportedError("the state of a recurrent layer holds what all tokens left; reset() the decoder, and read anew")
         self.length = length
         self._mask[:, length:] = 1
 
@@ -91,8 +104,8 @@ class Decoder(FixedModule):
             self._mask.copy_(self._mask[rows])
         except IndexError as error:
             raise InputError(f"rows is {rows.tolist()!s:.80}; this decoder has rows 0 to {self.batch - 1}") from error
-        for tensor in self.compiled.state().values():
-            filled = tensor[:, :, : self.length]
+        for name, tensor in self.compiled.state().items():
+            filled = tensor[:, :, : self.length] if is_kv_cache(name) else tensor
             filled.copy_(filled[rows])
 
     def _read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -156,7 +156,6 @@ class _Layer(CacheLayerMixin):
     """All layers of a decoder's KV cache; the program owns the tensors."""
 
     is_compileable = False
-    is_croppable = True
     is_sliding = False
     supports_early_init = False
 
@@ -165,6 +164,10 @@ class _Layer(CacheLayerMixin):
         self._decoder = decoder
         self.batch_size = decoder.batch
         self.is_initialized = True
+
+    @property
+    def is_croppable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._decoder.is_croppable
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Does nothing: the program has its state."""

@@ -180,9 +180,9 @@ def _fake_scan(
     return x.new_empty(x.shape), x.new_empty(sizes, dtype=_wide(x))
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: object) -> None:
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: object, keyword_only_inputs: dict[str, Any] | None = None) -> None:
     ctx.save_for_backward(*inputs)
-    ctx.options = keyword_only_inputs
+    ctx.options = keyword_only_inputs or {}
 
 
 def _backward_of(reference: Any) -> Any:

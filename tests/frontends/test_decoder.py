@@ -92,13 +92,19 @@ def mamba() -> torch.nn.Module:
     return transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2))
 
 
+def minimax() -> torch.nn.Module:
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "head_dim": 8}
+    return transformers.MiniMaxForCausalLM(transformers.MiniMaxConfig(**sizes, num_hidden_layers=2, num_local_experts=2))
+
+
 @pytest.mark.parametrize(
     ("build", "options", "error", "message"),
     [
         (lambda: torch.nn.Linear(2, 2), {}, UnsupportedError, "Linear is not a transformers model"),
         (lambda: tiny_bert().model, {}, UnsupportedError, "BertModel does not generate"),
         (lambda: tiny_t5().model, {}, UnsupportedError, "takes a causal language model, such as LlamaForCausalLM"),
-        (mamba, {}, UnsupportedError, "MambaForCausalLM cannot be run with a cache that holds keys and values"),
+        (mamba, {}, UnsupportedError, "MambaForCausalLM starts its recurrence anew at every call"),
+        (minimax, {}, UnsupportedError, "MiniMaxForCausalLM cannot be run with a cache that holds the state of every layer"),
         (neo, {}, CaptureError, "GPTNeoForCausalLM with a cache of fixed size differs"),
         (DECODERS["llama"], {"max_length": 65}, InputError, "max_length is 65, and LlamaForCausalLM knows positions up to 64"),
         (DECODERS["llama"], {"max_length": 4}, InputError, "max_length is 4; give the tokens of prompt and answer together"),

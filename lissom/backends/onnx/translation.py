@@ -15,6 +15,7 @@ import torch
 from onnxscript import evaluator, values
 
 from lissom import ops
+from lissom.backends.onnx import recurrences
 from lissom.backends.onnx.rewriting import fixed_size
 from lissom.compiler.ir.program import Program
 from lissom.errors import UnsupportedError
@@ -192,6 +193,8 @@ TRANSLATIONS: Mapping[object, Callable[..., object]] = {
     ops.rotary: _rotary,
     ops.grouped_product: _grouped_product,
     ops.linear_attention: _linear_attention,
+    ops.gated_delta_rule: recurrences.gated_delta_rule,
+    ops.selective_scan: recurrences.selective_scan,
     fake_quantize: _fake_quantize,
     fake_quantize_dynamic: _fake_quantize_dynamic,
     dequantize: _dequantize,

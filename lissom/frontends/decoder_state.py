@@ -1,0 +1,255 @@
+"""What a decoder keeps between calls, as buffers: the KV cache of attention, the convolution and state of recurrent layers.
+
+`cache.N.keys` and `cache.N.values` of layer N are [batch, key_heads, max_length, head_dim]; a call writes
+`index_copy(state, 2, slots, new)`. `cache.N.convolution` is the last inputs of a causal convolution, [batch, channels, kernel];
+`cache.N.recurrence` is a recurrent state, [batch, heads, ...]. Where a layer keeps several, their names end in `_1`, `_2`, …
+All are zeros before the first token, which is what layers without a past start from.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache as once
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from lissom.errors import UnsupportedError
+from lissom.frontends.device import device_of
+from lissom.frontends.export import evaluating
+from lissom.frontends.failures import first_line
+from lissom.frontends.isolation import exchanged
+from lissom.frontends.untouched import untouched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_KEYS_AND_VALUES = ("keys", "values")
+_OF_RECURRENT = ("convolution", "recurrence")
+_MASK = "create_recurrent_attention_mask"
+"""The function of transformers that cuts the padding mask to the tokens of a call, which it takes to be the last of the mask."""
+
+_FORGETS = "mamba_selective_scan"
+"""The function of transformers that computes the recurrence of Mamba, always from zeros."""
+
+State = Mapping[str, torch.Tensor]
+"""A layer's tensors by name; none for a layer that keeps nothing."""
+
+
+def is_kv_cache(name: str) -> bool:
+    """Whether a state, named as in the program, has one slot for each token; the others hold what all tokens left."""
+    return name.rpartition(".")[2] in _KEYS_AND_VALUES
+
+
+def layer_states(model: PreTrainedModel) -> list[State]:
+    """The state of each layer after one token, in a cache of transformers.
+
+    Raises: UnsupportedError if a layer keeps anything else.
+    """
+    if _modules_with(model, _FORGETS):
+        raise UnsupportedError(
+            f"{type(model).__name__} starts its recurrence anew at every call of several tokens (transformers' {_FORGETS} takes no "
+            f"state); generation takes models whose recurrence goes on, as that of Mamba-2 does"
+        )
+    cache = _new_cache(model)
+    try:
+        with untouched(model), evaluating(model), torch.no_grad():
+            call(model, cache, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)))
+        found = [_tensors(layer) for layer in cache.layers]
+    # The model's own code may raise anything for a cache class it does not know.
+    except Exception as error:
+        raise _unsupported(model, error) from error
+    if not any(found) or any(name in _KEYS_AND_VALUES and x.dim() != 4 for state in found for name, x in state.items()):
+        raise _unsupported(model)
+    return found
+
+
+def _new_cache(model: PreTrainedModel) -> Any:
+    """An empty cache: by the model's configuration where it names recurrent layers, else one that grows with the layers."""
+    from transformers import Cache
+    from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
+
+    try:
+        cache = DynamicCache(config=model.config)
+    except (AttributeError, KeyError, TypeError, ValueError):  # a configuration without what the cache asks for
+        cache = None
+    if cache is not None and any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+        return cache
+    return Cache(layer_class_to_replicate=DynamicLayer)
+
+
+def _tensors(layer: Any) -> State:
+    from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
+
+    found: dict[str, torch.Tensor] = {}
+    if isinstance(layer, DummyLayer):
+        return found
+    if hasattr(layer, "keys"):
+        found |= {name: getattr(layer, name) for name in _KEYS_AND_VALUES}
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        for kind, states in zip(_OF_RECURRENT, (layer.conv_states, layer.recurrent_states), strict=True):
+            found |= {_numbered(kind, index): state for index, state in states.items() if state is not None}
+    if not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        raise TypeError("a layer without keys and values")
+    return found
+
+
+def _numbered(kind: str, index: int) -> str:
+    return f"{kind}_{index}" if index else kind
+
+
+def buffers(states: Sequence[State], max_length: int, batch: int, device: torch.device) -> nn.Module:
+    """A module with the buffers of all layers, filled with zeros."""
+    holder = nn.Module()
+    for index, state in enumerate(states):
+        layer = nn.Module()
+        for name, one in state.items():
+            sizes = (one.shape[1], max_length, one.shape[3]) if is_kv_cache(name) else one.shape[1:]
+            layer.register_buffer(name, torch.zeros((batch, *sizes), dtype=one.dtype, device=device))
+        holder.add_module(str(index), layer)
+    return holder
+
+
+def cache_of(holder: nn.Module, start: torch.Tensor) -> Any:
+    """A cache of transformers over these buffers. start: [1], the number of slots that are filled."""
+    from transformers import Cache
+
+    make = _maker_of_layers()
+    cache = Cache(layers=[make(layer, start) for layer in holder.children()])
+    cache.lissom_start = start  # pyright: ignore[reportAttributeAccessIssue]
+    return cache
+
+
+@contextmanager
+def masks_of_new_tokens(model: nn.Module) -> Generator[None]:
+    """Let recurrent layers see the padding of a call's own tokens in a mask of all slots, until the block ends."""
+    with ExitStack() as stack:
+        for module in _modules_with(model, _MASK):
+            stack.enter_context(exchanged(module, _MASK, _cut_mask(vars(module)[_MASK])))
+        yield
+
+
+def _modules_with(model: nn.Module, name: str) -> list[ModuleType]:
+    """The Python modules that define the model's layers and have a function of that name."""
+    found = (sys.modules.get(owner) for owner in sorted({type(layer).__module__ for layer in model.modules()}))
+    return [module for module in found if module is not None and callable(vars(module).get(name))]
+
+
+def _cut_mask(own: Callable[..., Any]) -> Callable[..., Any]:
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        cache, mask = kwargs.get("cache"), kwargs.get("attention_mask")
+        start = getattr(cache, "lissom_start", None)
+        if start is None or mask is None:  # a call of another thread
+            return own(*args, **kwargs)
+        tokens = kwargs["inputs_embeds"].shape[1]
+        return mask.index_select(1, torch.arange(tokens, device=mask.device) + start)
+
+    return replacement
+
+
+def call(model: nn.Module, cache: object, **inputs: object) -> Any:
+    """The outputs of the model's own forward."""
+    return type(model).forward(model, **inputs, cache=cache, use_cache=True)  # pyright: ignore[reportCallIssue]
+
+
+def _unsupported(model: nn.Module, error: Exception | None = None) -> UnsupportedError:
+    why = f" ({type(error).__name__}: {first_line(error)})" if error else ""
+    return UnsupportedError(
+        f"{type(model).__name__} cannot be run with a cache that holds the state of every layer{why}; generation takes models "
+        f"whose layers keep keys and values, or the state of a convolution and a recurrence"
+    )
+
+
+@once
+def _maker_of_layers() -> Callable[[nn.Module, torch.Tensor], object]:
+    """Makes a cache layer over a layer's buffers; in a function, so that transformers is imported only when needed."""
+    from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
+
+    class AttentionState(CacheLayerMixin):
+        """Keys and values in buffers; the causal mask, offset by `start`, hides the slots that are not filled."""
+
+        is_sliding = False
+
+        def __init__(self, layer: nn.Module, start: torch.Tensor) -> None:
+            CacheLayerMixin.__init__(self)
+            self.keys = cast(torch.Tensor, layer.keys)
+            self.values = cast(torch.Tensor, layer.values)
+            self.start = start
+            self.is_initialized = True
+
+        def lazy_initialization(self, *_: object, **__: object) -> None:
+            """Does nothing: the buffers exist already."""
+
+        def update(
+            self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            """Write the new keys and values into their slots; returns all of them."""
+            assert self.keys is not None and self.values is not None
+            slots = torch.arange(key_states.shape[2], device=key_states.device) + self.start
+            keys = self.keys.index_copy(2, slots, key_states)
+            values = self.values.index_copy(2, slots, value_states)
+            self.keys.copy_(keys)
+            self.values.copy_(values)
+            return keys, values
+
+        def get_mask_sizes(self, query_length: object) -> tuple[int, int]:
+            return self.get_max_length(), 0
+
+        def get_seq_length(self) -> int:
+            return cast(int, self.start)
+
+        def get_max_length(self) -> int:
+            assert self.keys is not None
+            return self.keys.shape[2]
+
+    class RecurrentState(LinearAttentionCacheLayerMixin):
+        """The state of a convolution and a recurrence in buffers, which hold zeros where there was no token."""
+
+        def __init__(self, layer: nn.Module, start: torch.Tensor) -> None:
+            count = sum(name.startswith(_OF_RECURRENT[0]) for name, _ in layer.named_buffers()) or 1
+            LinearAttentionCacheLayerMixin.__init__(self, count)
+            given = dict(layer.named_buffers())
+            for index in range(count):
+                self.conv_states[index] = given.get(_numbered(_OF_RECURRENT[0], index))
+                self.recurrent_states[index] = given.get(_numbered(_OF_RECURRENT[1], index))
+                self.has_previous_state[index] = True
+
+        def lazy_initialization(self, *_: object, **__: object) -> None:
+            """Does nothing: the buffers exist already."""
+
+        def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **_: object) -> torch.Tensor:
+            """Keep the last inputs; returns them and the new ones."""
+            kept = self.conv_states[state_idx]
+            assert kept is not None
+            whole = torch.cat([kept, conv_states.to(kept.dtype)], -1)
+            kept.copy_(whole[..., -kept.shape[-1] :])
+            return whole
+
+        def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **_: object) -> torch.Tensor:
+            kept = self.recurrent_states[state_idx]
+            assert kept is not None
+            return kept.copy_(recurrent_states)
+
+    class HybridState(RecurrentState, AttentionState):
+        """A layer that attends and has a recurrence."""
+
+        def __init__(self, layer: nn.Module, start: torch.Tensor) -> None:
+            AttentionState.__init__(self, layer, start)
+            RecurrentState.__init__(self, layer, start)
+
+        def get_max_length(self) -> int:
+            return AttentionState.get_max_length(self)
+
+    def make(layer: nn.Module, start: torch.Tensor) -> object:
+        names = [name for name, _ in layer.named_buffers()]
+        if not names:
+            return DummyLayer()
+        attends = _KEYS_AND_VALUES[0] in names
+        kind = AttentionState if not any(not is_kv_cache(name) for name in names) else HybridState if attends else RecurrentState
+        return kind(layer, start)
+
+    return make

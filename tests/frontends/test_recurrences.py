@@ -1,0 +1,97 @@
+"""Tests of lissom.frontends.recurrences: unrolled recurrences become operators in the export, and nothing else changes."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import lissom
+from lissom.compiler.verify.divergence import relative_error
+from lissom.frontends.export import capture
+from lissom.frontends.recurrences import recurrences_as_operators
+from lissom.ops import gated_delta_rule, selective_scan
+from tests.decoders import decoder
+from tests.models import seeded
+
+modeling = transformers.models.qwen3_next.modeling_qwen3_next
+
+
+def mamba() -> nn.Module:
+    return transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2))
+
+
+@pytest.mark.parametrize(
+    ("build", "operator", "count"),
+    [
+        (lambda: decoder("qwen3_next"), gated_delta_rule, 1),
+        (lambda: decoder("mamba2"), selective_scan, 2),
+        (lambda: seeded(mamba).eval(), selective_scan, 2),
+    ],
+)
+def test_a_recurrence_is_one_node_of_any_length(build, operator, count: int) -> None:
+    model = build()
+    example = torch.randint(3, 99, (2, 5), generator=torch.Generator().manual_seed(0))
+    model.config.use_cache = False
+    program = capture(model, (), {"input_ids": example}).program
+    assert len(program.nodes(operator)) == count
+    assert len(program.nodes()) < 300
+    for length in (1, 70, 130):
+        ids = torch.randint(3, 99, (3, length), generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            # Sums of some hundred products in float32, through two layers.
+            assert relative_error(model(ids).logits, program.run([ids])[0]) < 2e-5
+
+
+def test_functions_are_themselves_again_also_after_an_error() -> None:
+    own = modeling.torch_chunk_gated_delta_rule
+    with pytest.raises(ZeroDivisionError), recurrences_as_operators(decoder("qwen3_next")):
+        assert modeling.torch_chunk_gated_delta_rule is not own
+        raise ZeroDivisionError
+    assert modeling.torch_chunk_gated_delta_rule is own
+
+
+def test_other_threads_get_the_same_meanwhile() -> None:
+    model = decoder("qwen3_next")
+    ids = torch.randint(3, 99, (1, 9), generator=torch.Generator().manual_seed(0))
+    found: list[torch.Tensor] = []
+    with torch.no_grad(), recurrences_as_operators(model):
+        thread = threading.Thread(target=lambda: found.append(model(ids).logits.detach()))
+        thread.start()
+        thread.join()
+        assert relative_error(model(ids).logits, found[0]) < 2e-5
+    with torch.no_grad():
+        assert relative_error(model(ids).logits, found[0]) < 2e-5
+
+
+def torch_chunk_gated_delta_rule(something: torch.Tensor) -> torch.Tensor:
+    """Named like a function that is known, but not that function."""
+    return something * 2
+
+
+class Other(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch_chunk_gated_delta_rule(x)
+
+
+def test_a_function_with_other_parameters_stays() -> None:
+    x = torch.ones(2, 3)
+    assert torch.equal(lissom.compile(Other(), x)(x), 2 * x)
+
+
+def test_low_precision_stays_low(tmp_path) -> None:
+    model = decoder("olmo_hybrid").to(torch.bfloat16)
+    model.config.use_cache = False
+    ids = torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(0))
+    compiled = lissom.compile(model, {"input_ids": ids})
+    compiled.save(tmp_path / "model")
+    loaded = lissom.load(tmp_path / "model")
+    with torch.no_grad():
+        wanted = model(ids).logits
+    found = loaded(input_ids=ids)["logits"]
+    assert found.dtype == torch.bfloat16
+    # Two layers in bfloat16, whose sums round to 8 bits.
+    assert relative_error(wanted.float(), found.float()) < 5e-2
