@@ -414,3 +414,13 @@ def test_the_state_of_a_recurrence_is_forgotten_and_reordered_but_not_cropped() 
     beams = {"num_beams": 2, "max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     inputs = prompt()
     assert torch.equal(fast.generate(**inputs, **beams), model.generate(**inputs, **beams))
+
+
+def test_a_recurrent_model_is_compiled_under_inference_mode() -> None:
+    model = decoder("mamba2")
+    with torch.inference_mode():
+        fast = lissom.compile_generation(model, max_length=16)
+        inputs = prompt(length=5)
+        wanted = model(inputs["input_ids"]).logits[:, -1]
+        # Sums of some hundred products in float32, through two layers.
+        torch.testing.assert_close(fast.step(inputs["input_ids"]), wanted, rtol=0, atol=2e-5)

@@ -30,6 +30,7 @@ from lissom.frontends.device import device_of
 from lissom.frontends.decoder_state import State, buffers, cache_of, call, layer_states, masks_of_new_tokens
 from lissom.frontends.export import Capture, capture, check_model, evaluating
 from lissom.frontends.isolation import isolated, with_own_modules
+from lissom.frontends.recurrences import recurrences_as_operators
 from lissom.frontends.untouched import untouched
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def _capture(model: PreTrainedModel, max_length: int, batch: int, all_logits: bo
             f"{type(model).__name__} keeps '{other}' between calls besides the state of its layers; generation takes models whose "
             f"only state is in transformers' cache"
         )
-    _confirm(captured.program, model, captured.example)
+    with recurrences_as_operators(model):
+        _confirm(captured.program, model, captured.example)
     step = _step(captured.example, max_length)
     checked = (*check_samples(captured.program.signature, captured.example), step)
     notes = (*captured.notes, _describe(captured.program))

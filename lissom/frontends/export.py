@@ -88,7 +88,7 @@ def capture(
         model = with_own_modules(model)
         if isinstance(model, fx.GraphModule):
             kwargs = _in_order(model, args, kwargs)
-        with untouched(model), evaluating(model):
+        with untouched(model), evaluating(model), recurrences_as_operators(model):
             _bound(model, args, kwargs)
             # A graph module has no code of its own, and an export error names the failing node.
             answer = None
@@ -142,7 +142,7 @@ def capture_sizes(
 
     Raises: CaptureError.
     """
-    with isolated(device_of(model, args)), evaluating(model), _explained(model):
+    with isolated(device_of(model, args)), evaluating(model), recurrences_as_operators(model), _explained(model):
         program = _export(model, args, {}, dims_of)
         refuse(program)
         try:
@@ -202,7 +202,7 @@ def _export(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, objec
     # The model runs again afterwards for comparison, and must not hold fake tensors of the export then.
     with untouched(model), without_export_messages(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export", UserWarning)
-        with nothing_registered(model), recurrences_as_operators(model):
+        with nothing_registered(model):
             dynamic = bound if free else None
             exported = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=dynamic, strict=False)
     if _writes(exported):

@@ -1,7 +1,8 @@
 """Recurrent layers as one operator: functions of models that unroll a recurrence over tokens are exchanged during the export.
 
 torch.export unrolls their loops into thousands of nodes, for one length only. The functions are known by name and parameters, in
-transformers and in code made after it; the program is compared with the model's own answer after the export, as any program is.
+transformers and in code made after it. Outside of the export every call is compared with the function's own result, at each call
+and not at the model's outputs: in a deep model with a recurrence, differences of rounding grow from layer to layer.
 """
 
 from __future__ import annotations
@@ -11,24 +12,31 @@ import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
+from lissom.compiler.verify.divergence import TOLERANCE, relative_error
+from lissom.errors import CaptureError
 from lissom.frontends.isolation import exchanged
 from lissom.ops import gated_delta_rule, selective_scan
 
 Function = Callable[..., Any]
+_MARK = "of_lissom"
+"""Marks functions that were exchanged already."""
 
 
 @contextmanager
 def recurrences_as_operators(model: nn.Module) -> Generator[None]:
     """Exchange the functions in the modules that define the model's layers, for all threads, until the block ends.
 
-    Other threads get the same results from the operators. A model on another device than the CPU keeps its own functions, since
+    Other threads get the operators' results meanwhile, within rounding. A model on another device than the CPU keeps its own functions, since
     the operators have kernels on the CPU alone.
+
+    Raises, in a call of a function: CaptureError if it and its operator differ.
     """
     tensors = (*model.parameters(), *model.buffers())
     with ExitStack() as stack:
@@ -45,13 +53,38 @@ def _found(model: nn.Module) -> list[tuple[ModuleType, str, Function]]:
         module = sys.modules.get(owner)
         for name, (replaced, parameters) in _FUNCTIONS.items():
             own = vars(module).get(name) if module is not None else None
-            if module is not None and callable(own) and _parameters(own)[: len(parameters)] == parameters:
-                found.append((module, name, replaced(own)))
+            if module is None or not callable(own) or hasattr(own, _MARK):
+                continue
+            if set(parameters) <= set(inspect.signature(inspect.unwrap(own)).parameters):
+                found.append((module, name, _checked(own, replaced(own))))
     return found
 
 
-def _parameters(function: Function) -> tuple[str, ...]:
-    return tuple(inspect.signature(inspect.unwrap(function)).parameters)
+def _checked(own: Function, replacement: Function) -> Function:
+    """The replacement, compared with the function itself wherever it computes numbers."""
+
+    def call(*args: object, **kwargs: object) -> object:
+        if torch.compiler.is_exporting():
+            return replacement(*args, **kwargs)
+        # The first argument of a decode step is the state, which it overwrites.
+        kept = cast(torch.Tensor, args[0]).clone()
+        wanted = own(kept, *args[1:], **kwargs)
+        found = replacement(*args, **kwargs)
+        for one, other in zip(tree_leaves((wanted, kept)), tree_leaves((found, args[0])), strict=True):
+            if not isinstance(one, torch.Tensor):
+                continue
+            # The functions compute in float32 in models of any dtype.
+            error, allowed = relative_error(one, other), max(TOLERANCE[one.dtype], TOLERANCE[torch.float32])
+            if not error <= allowed:
+                name = getattr(own, "__name__", "a recurrence")
+                raise CaptureError(
+                    f"{name} and the operator for it differ by {error:.2g} relative, allowed {allowed:.2g}; the model's code "
+                    f"may be changed, or its numbers may overflow"
+                )
+        return found
+
+    setattr(call, _MARK, True)
+    return call
 
 
 def _delta_rule(own: Function) -> Function:
@@ -129,12 +162,40 @@ def _token_scan(own: Function) -> Function:
     return replacement
 
 
+def _state_update(own: Function) -> Function:
+    """A decode step of Mamba-2, which gives its rates per channel and state, and overwrites the state."""
+
+    def replacement(
+        state: torch.Tensor,
+        hidden_states: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        D: torch.Tensor | None = None,
+        dt_bias: torch.Tensor | None = None,
+        dt_softplus: bool = False,
+        z: torch.Tensor | None = None,
+        **others: object,
+    ) -> torch.Tensor:
+        if A.dim() != 3 or A.stride()[1:] != (0, 0) or B.dim() != 3:
+            return own(state, hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, z, **others)
+        step = _step(dt[..., 0], None if dt_bias is None else dt_bias[:, 0], dt_softplus)
+        x, step, b, c = (item.float().unsqueeze(1) for item in (hidden_states, step, B, C))
+        y, last = selective_scan(x, step, A[:, 0, 0].float(), b, c, None if D is None else D[:, 0], state)
+        state.copy_(last)
+        y = y.squeeze(1)
+        return (y if z is None else y * functional.silu(z)).to(hidden_states.dtype)
+
+    return replacement
+
+
 def _step(dt: torch.Tensor, bias: torch.Tensor | None, softplus: bool) -> torch.Tensor:
     step = dt if bias is None else dt + bias.to(dt.dtype)
     return functional.softplus(step) if softplus else step
 
 
-_RULE = ("query", "key", "value", "g", "beta")
+_RULE = ("query", "key", "value", "g", "beta", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel")
 _SCAN = ("hidden_states", "dt", "A", "B", "C")
 _FUNCTIONS: Mapping[str, tuple[Callable[[Function], Function], tuple[str, ...]]] = {
     "torch_chunk_gated_delta_rule": (_delta_rule, _RULE),
@@ -142,6 +203,7 @@ _FUNCTIONS: Mapping[str, tuple[Callable[[Function], Function], tuple[str, ...]]]
     "chunk_kimi_delta_attention": (_delta_rule, _RULE),
     "recurrent_kimi_delta_attention": (_delta_rule, _RULE),
     "mamba2_chunk_scan": (_chunk_scan, (*_SCAN, "chunk_size")),
+    "mamba2_selective_state_update": (_state_update, ("state", *_SCAN)),
     "mamba_selective_scan": (_token_scan, (*_SCAN, "D", "z", "delta_bias")),
 }
-"""The functions by name: what makes the replacement of one, and its first parameters."""
+"""The functions by name: what makes the replacement of one, and the parameters that it must have."""

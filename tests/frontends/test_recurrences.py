@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import pytest
@@ -11,11 +12,12 @@ from torch import nn
 
 import lissom
 from lissom.compiler.verify.divergence import relative_error
+from lissom.errors import CaptureError
 from lissom.frontends.export import capture
 from lissom.frontends.recurrences import recurrences_as_operators
 from lissom.ops import gated_delta_rule, selective_scan
 from tests.decoders import decoder
-from tests.models import seeded
+from tests.models import normal, seeded
 
 modeling = transformers.models.qwen3_next.modeling_qwen3_next
 
@@ -70,6 +72,36 @@ def test_other_threads_get_the_same_meanwhile() -> None:
 def torch_chunk_gated_delta_rule(something: torch.Tensor) -> torch.Tensor:
     """Named like a function that is known, but not that function."""
     return something * 2
+
+
+def test_a_function_that_computes_something_else_is_found_out(monkeypatch) -> None:
+    own = modeling.torch_chunk_gated_delta_rule
+
+    @functools.wraps(own)
+    def changed(*args, **kwargs):
+        found, state = own(*args, **kwargs)
+        return found * 1.001, state
+
+    monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", changed)
+    model = decoder("qwen3_next")
+    model.config.use_cache = False
+    with pytest.raises(CaptureError, match="torch_chunk_gated_delta_rule and the operator for it differ by 0.001 relative"):
+        capture(model, (), {"input_ids": torch.ones(1, 5, dtype=torch.int64)})
+
+
+def test_a_decode_step_of_mamba_2_overwrites_its_state() -> None:
+    model = decoder("mamba2")
+    step = transformers.models.mamba2.modeling_mamba2.mamba2_selective_state_update
+    x, dt, a, b = normal(2, 4, 16), normal(2, 4, 1).expand(-1, -1, 16), -normal(4, 1, 1).abs().expand(-1, 16, 8), normal(2, 2, 8)
+    own, ours = normal(2, 4, 16, 8), normal(2, 4, 16, 8)
+    wanted = step(own, x, dt, a, b, b, dt_softplus=True, z=x)
+    with recurrences_as_operators(model):
+        exchanged = transformers.models.mamba2.modeling_mamba2.mamba2_selective_state_update
+        assert exchanged is not step
+        found = exchanged(ours, x, dt, a, b, b, dt_softplus=True, z=x)
+    # Sums of eight products in another order.
+    assert relative_error(wanted, found) < 1e-6
+    assert relative_error(own, ours) < 1e-6
 
 
 class Other(nn.Module):
