@@ -26,6 +26,7 @@ MODELS = ("Mamba-2 130M", "OLMo Hybrid 200M")
 
 
 def build(name: str) -> Any:
+    """A model with random weights."""
     import torch
     import transformers
 
@@ -79,7 +80,7 @@ def steps_of(engine: str, model: Any) -> Callable[[Any], Callable[[Any], Any]]:
 
 
 def measure(name: str, engine: str, rounds: int) -> str:
-    """A row of the table: tokens a second of the prompt and of decode, medians with their middle halves, and seconds to start."""
+    """A row of the table: tokens a second of prompt and decode, medians with middle halves, and seconds to start."""
     import torch
 
     model = build(name)
@@ -129,8 +130,11 @@ def main() -> None:
     import torch
 
     packages = ", ".join(f"{item} {version(item)}" for item in ("torch", "transformers", "lissom"))
-    lines += ["", f"Medians of {options.rounds} rounds (middle half). {processor_kind()}, {torch.get_num_threads()} threads; "
-              f"Python {platform.python_version()}, {packages}."]
+    lines += [
+        "",
+        f"Medians of {options.rounds} rounds (middle half). {processor_kind()}, {torch.get_num_threads()} threads; "
+        f"Python {platform.python_version()}, {packages}.",
+    ]
     print("\n".join(lines))
     if options.update:
         put_table("recurrent", "\n".join(lines) + "\n")

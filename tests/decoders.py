@@ -41,11 +41,25 @@ DECODERS: Mapping[str, Callable[[], nn.Module]] = {
     ),
 }
 _LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12}
-_SCANS = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 16, "mamba_expand": 2}
+_SCANS = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 16,
+    "mamba_expand": 2,
+}
 RECURRENT: Mapping[str, Callable[[], nn.Module]] = {
     "mamba2": lambda: transformers.Mamba2ForCausalLM(
         transformers.Mamba2Config(
-            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, state_size=8, n_groups=2, **_ENDS
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_heads=4,
+            head_dim=16,
+            state_size=8,
+            n_groups=2,
+            **_ENDS,
         )
     ),
     "qwen3_next": lambda: transformers.Qwen3NextForCausalLM(

@@ -394,33 +394,3 @@ def test_gemma_goes_on_as_it_does_in_transformers() -> None:
     fast = lissom.compile_generation(checkpoint.model, max_length=64, checks="structural")
     options = {"max_new_tokens": 30, "do_sample": False}
     assert torch.equal(fast.generate(ids, **options), checkpoint.model.generate(ids, **options))
-
-
-def test_the_state_of_a_recurrence_is_forgotten_and_reordered_but_not_cropped() -> None:
-    model, fast = compiled("qwen3_next", batch=2)
-    ids = prompt(2)["input_ids"]
-    fast.reset()
-    wanted = fast.step(ids)
-    with pytest.raises(UnsupportedError, match="the state of a recurrent layer holds what all tokens left"):
-        fast.crop(3)
-    fast.crop(0)
-    assert torch.equal(fast.step(ids), wanted)
-    fast.reorder(torch.tensor([1, 0]))
-    found = fast.step(ids[:, :1])
-    fast.reset()
-    fast.step(ids.flip(0))
-    # The convolution adds in another order where rows change places.
-    torch.testing.assert_close(fast.step(ids[:, :1]), found, rtol=0, atol=1e-5)
-    beams = {"num_beams": 2, "max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    inputs = prompt()
-    assert torch.equal(fast.generate(**inputs, **beams), model.generate(**inputs, **beams))
-
-
-def test_a_recurrent_model_is_compiled_under_inference_mode() -> None:
-    model = decoder("mamba2")
-    with torch.inference_mode():
-        fast = lissom.compile_generation(model, max_length=16)
-        inputs = prompt(length=5)
-        wanted = model(inputs["input_ids"]).logits[:, -1]
-        # Sums of some hundred products in float32, through two layers.
-        torch.testing.assert_close(fast.step(inputs["input_ids"]), wanted, rtol=0, atol=2e-5)

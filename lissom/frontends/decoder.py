@@ -6,8 +6,8 @@ input_ids: [batch, tokens], written to the cache slots start, start + 1, … att
 slots that hold padding; the causal mask hides slots that are not filled yet. position_ids: [batch, tokens]. start: [1], the
 number of filled slots. logits: [batch, 1, vocabulary] of the last token, or [batch, tokens, vocabulary] of all.
 
-The state of the layers is described in `decoder_state`. Layers with a sliding window keep all slots too: their mask hides tokens
-outside the window.
+The state of the layers is described in `decoder_state`. Layers with a sliding window keep all slots too: their mask hides
+tokens outside the window.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample, check_samples
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.errors import CaptureError, InputError, UnsupportedError
-from lissom.frontends.device import device_of
 from lissom.frontends.decoder_state import State, buffers, cache_of, call, layer_states, masks_of_new_tokens
+from lissom.frontends.device import device_of
 from lissom.frontends.export import Capture, capture, check_model, evaluating
 from lissom.frontends.isolation import isolated, with_own_modules
 from lissom.frontends.recurrences import recurrences_as_operators
@@ -54,13 +54,16 @@ def capture_decoder(
     all_logits: bool = False,
     device: torch.device | None = None,
 ) -> Capture:
-    """The model as a program whose state is its KV cache, and that of recurrent layers. The model is not modified, and the program shares its weights.
+    """The model as a program whose state is its KV cache, and that of recurrent layers.
+
+    The model is not modified, and the program shares its weights.
 
     max_length: the capacity of the cache in tokens, prompt included. batch: the fixed number of sequences.
     all_logits: return the logits of every token of a call, [batch, tokens, vocabulary], not only of the last.
 
-    Raises: UnsupportedError if the model is not a causal language model of transformers, or its layers
-        keep anything but keys and values, convolutions and recurrences; InputError if max_length or batch do not fit it; CaptureError naming the line that cannot be captured.
+    Raises: UnsupportedError if the model is not a causal language model of transformers, or its layers keep anything but keys
+        and values, convolutions and recurrences; InputError if max_length or batch do not fit it; CaptureError naming the line
+        that cannot be captured.
     """
     known = _check(model, max_length, batch)
     with isolated(device_of(known)):
@@ -79,8 +82,8 @@ def _capture(model: PreTrainedModel, max_length: int, batch: int, all_logits: bo
     other = next((name for name in captured.program.state if not name.startswith(f"{CACHE}.")), None)
     if other is not None:
         raise UnsupportedError(
-            f"{type(model).__name__} keeps '{other}' between calls besides the state of its layers; generation takes models whose "
-            f"only state is in transformers' cache"
+            f"{type(model).__name__} keeps '{other}' between calls besides the state of its layers; generation takes models "
+            f"whose only state is in transformers' cache"
         )
     with recurrences_as_operators(model):
         _confirm(captured.program, model, captured.example)

@@ -11,9 +11,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache as once
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,10 +27,10 @@ from lissom.frontends.untouched import untouched
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_KEYS_AND_VALUES = ("keys", "values")
-_OF_RECURRENT = ("convolution", "recurrence")
+KEYS_AND_VALUES = ("keys", "values")
+OF_RECURRENT = ("convolution", "recurrence")
 _MASK = "create_recurrent_attention_mask"
-"""The function of transformers that cuts the padding mask to the tokens of a call, which it takes to be the last of the mask."""
+"""The function of transformers that cuts the padding mask to a call's tokens, which it takes to be the last of the mask."""
 
 _FORGETS = "mamba_selective_scan"
 """The function of transformers that computes the recurrence of Mamba, always from zeros."""
@@ -42,7 +41,7 @@ State = Mapping[str, torch.Tensor]
 
 def is_kv_cache(name: str) -> bool:
     """Whether a state, named as in the program, has one slot for each token; the others hold what all tokens left."""
-    return name.rpartition(".")[2] in _KEYS_AND_VALUES
+    return name.rpartition(".")[2] in KEYS_AND_VALUES
 
 
 def layer_states(model: PreTrainedModel) -> list[State]:
@@ -52,8 +51,8 @@ def layer_states(model: PreTrainedModel) -> list[State]:
     """
     if _modules_with(model, _FORGETS):
         raise UnsupportedError(
-            f"{type(model).__name__} starts its recurrence anew at every call of several tokens (transformers' {_FORGETS} takes no "
-            f"state); generation takes models whose recurrence goes on, as that of Mamba-2 does"
+            f"{type(model).__name__} starts its recurrence anew at every call of several tokens (transformers' {_FORGETS} "
+            f"takes no state); generation takes models whose recurrence goes on, as that of Mamba-2 does"
         )
     cache = _new_cache(model)
     try:
@@ -63,7 +62,7 @@ def layer_states(model: PreTrainedModel) -> list[State]:
     # The model's own code may raise anything for a cache class it does not know.
     except Exception as error:
         raise _unsupported(model, error) from error
-    if not any(found) or any(name in _KEYS_AND_VALUES and x.dim() != 4 for state in found for name, x in state.items()):
+    if not any(found) or any(name in KEYS_AND_VALUES and x.dim() != 4 for state in found for name, x in state.items()):
         raise _unsupported(model)
     return found
 
@@ -85,20 +84,21 @@ def _new_cache(model: PreTrainedModel) -> Any:
 def _tensors(layer: Any) -> State:
     from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
 
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, Any] = {}
     if isinstance(layer, DummyLayer):
         return found
     if hasattr(layer, "keys"):
-        found |= {name: getattr(layer, name) for name in _KEYS_AND_VALUES}
+        found |= {name: getattr(layer, name) for name in KEYS_AND_VALUES}
     if isinstance(layer, LinearAttentionCacheLayerMixin):
-        for kind, states in zip(_OF_RECURRENT, (layer.conv_states, layer.recurrent_states), strict=True):
-            found |= {_numbered(kind, index): state for index, state in states.items() if state is not None}
+        for kind, states in zip(OF_RECURRENT, (layer.conv_states, layer.recurrent_states), strict=True):
+            found |= {numbered(kind, index): state for index, state in states.items() if state is not None}
     if not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
         raise TypeError("a layer without keys and values")
     return found
 
 
-def _numbered(kind: str, index: int) -> str:
+def numbered(kind: str, index: int) -> str:
+    """The name of a layer's state of a kind."""
     return f"{kind}_{index}" if index else kind
 
 
@@ -119,8 +119,9 @@ def cache_of(holder: nn.Module, start: torch.Tensor) -> Any:
     """A cache of transformers over these buffers. start: [1], the number of slots that are filled."""
     from transformers import Cache
 
-    make = _maker_of_layers()
-    cache = Cache(layers=[make(layer, start) for layer in holder.children()])
+    from lissom.frontends.cache_layers import layer_over  # imports transformers
+
+    cache = Cache(layers=[layer_over(layer, start) for layer in holder.children()])
     cache.lissom_start = start  # pyright: ignore[reportAttributeAccessIssue]
     return cache
 
@@ -163,94 +164,3 @@ def _unsupported(model: nn.Module, error: Exception | None = None) -> Unsupporte
         f"{type(model).__name__} cannot be run with a cache that holds the state of every layer{why}; generation takes models "
         f"whose layers keep keys and values, or the state of a convolution and a recurrence"
     )
-
-
-@once
-def _maker_of_layers() -> Callable[[nn.Module, torch.Tensor], object]:
-    """Makes a cache layer over a layer's buffers; in a function, so that transformers is imported only when needed."""
-    from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
-
-    class AttentionState(CacheLayerMixin):
-        """Keys and values in buffers; the causal mask, offset by `start`, hides the slots that are not filled."""
-
-        is_sliding = False
-
-        def __init__(self, layer: nn.Module, start: torch.Tensor) -> None:
-            CacheLayerMixin.__init__(self)
-            self.keys = cast(torch.Tensor, layer.keys)
-            self.values = cast(torch.Tensor, layer.values)
-            self.start = start
-            self.is_initialized = True
-
-        def lazy_initialization(self, *_: object, **__: object) -> None:
-            """Does nothing: the buffers exist already."""
-
-        def update(
-            self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            """Write the new keys and values into their slots; returns all of them."""
-            assert self.keys is not None and self.values is not None
-            slots = torch.arange(key_states.shape[2], device=key_states.device) + self.start
-            keys = self.keys.index_copy(2, slots, key_states)
-            values = self.values.index_copy(2, slots, value_states)
-            self.keys.copy_(keys)
-            self.values.copy_(values)
-            return keys, values
-
-        def get_mask_sizes(self, query_length: object) -> tuple[int, int]:
-            return self.get_max_length(), 0
-
-        def get_seq_length(self) -> int:
-            return cast(int, self.start)
-
-        def get_max_length(self) -> int:
-            assert self.keys is not None
-            return self.keys.shape[2]
-
-    class RecurrentState(LinearAttentionCacheLayerMixin):
-        """The state of a convolution and a recurrence in buffers, which hold zeros where there was no token."""
-
-        def __init__(self, layer: nn.Module, start: torch.Tensor) -> None:
-            count = sum(name.startswith(_OF_RECURRENT[0]) for name, _ in layer.named_buffers()) or 1
-            LinearAttentionCacheLayerMixin.__init__(self, count)
-            given = dict(layer.named_buffers())
-            for index in range(count):
-                self.conv_states[index] = given.get(_numbered(_OF_RECURRENT[0], index))
-                self.recurrent_states[index] = given.get(_numbered(_OF_RECURRENT[1], index))
-                self.has_previous_state[index] = True
-
-        def lazy_initialization(self, *_: object, **__: object) -> None:
-            """Does nothing: the buffers exist already."""
-
-        def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **_: object) -> torch.Tensor:
-            """Keep the last inputs; returns them and the new ones."""
-            kept = self.conv_states[state_idx]
-            assert kept is not None
-            whole = torch.cat([kept, conv_states.to(kept.dtype)], -1)
-            kept.copy_(whole[..., -kept.shape[-1] :])
-            return whole
-
-        def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **_: object) -> torch.Tensor:
-            kept = self.recurrent_states[state_idx]
-            assert kept is not None
-            return kept.copy_(recurrent_states)
-
-    class HybridState(RecurrentState, AttentionState):
-        """A layer that attends and has a recurrence."""
-
-        def __init__(self, layer: nn.Module, start: torch.Tensor) -> None:
-            AttentionState.__init__(self, layer, start)
-            RecurrentState.__init__(self, layer, start)
-
-        def get_max_length(self) -> int:
-            return AttentionState.get_max_length(self)
-
-    def make(layer: nn.Module, start: torch.Tensor) -> object:
-        names = [name for name, _ in layer.named_buffers()]
-        if not names:
-            return DummyLayer()
-        attends = _KEYS_AND_VALUES[0] in names
-        kind = AttentionState if not any(not is_kv_cache(name) for name in names) else HybridState if attends else RecurrentState
-        return kind(layer, start)
-
-    return make

@@ -1,9 +1,11 @@
-"""Recurrent layers as one operator: functions of models that unroll a recurrence over tokens are exchanged during the export.
+"""Recurrent layers as one operator: functions of models that unroll a recurrence over tokens are exchanged for a capture.
 
-torch.export unrolls their loops into thousands of nodes, for one length only. The functions are known by name and parameters, in
-transformers and in code made after it. Outside of the export every call is compared with the function's own result, at each call
-and not at the model's outputs: in a deep model with a recurrence, differences of rounding grow from layer to layer.
+torch.export unrolls their loops into thousands of nodes, for one length only. The functions are known by name and parameters,
+in transformers and in code made after it. Outside of the export every call is compared with the function's own result, at each
+call and not at the model's outputs: in a deep model with a recurrence, differences of rounding grow from layer to layer.
 """
+
+# ruff: noqa: N803  The names of parameters are those of the functions that are exchanged.
 
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ _MARK = "of_lissom"
 def recurrences_as_operators(model: nn.Module) -> Generator[None]:
     """Exchange the functions in the modules that define the model's layers, for all threads, until the block ends.
 
-    Other threads get the operators' results meanwhile, within rounding. A model on another device than the CPU keeps its own functions, since
-    the operators have kernels on the CPU alone.
+    Other threads get the operators' results meanwhile, within rounding. A model on another device than the CPU keeps its own
+    functions, since the operators have kernels on the CPU alone.
 
     Raises, in a call of a function: CaptureError if it and its operator differ.
     """

@@ -86,9 +86,11 @@ class Decoder(FixedModule):
                 f"the decoder has read {self.length} tokens, and was to keep {length!r:.80}; keep 0 to {self.length}"
             )
         if length == 0:
-            return self.reset()
-        if length < self.length and not self.is_croppable:
-            raise UnsupportedError("the state of a recurrent layer holds what all tokens left; reset() the decoder, and read anew")
+            self.reset()
+        elif length < self.length and not self.is_croppable:
+            raise UnsupportedError(
+                "the state of a recurrent layer holds what all tokens left; reset() the decoder, and read anew"
+            )
         self.length = length
         self._mask[:, length:] = 1
 

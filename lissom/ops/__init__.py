@@ -13,7 +13,8 @@ from lissom.ops.grouped_product import grouped_product, grouped_product_referenc
 from lissom.ops.linear_attention import linear_attention, linear_attention_reference
 from lissom.ops.packed_linear import packed_embedding, packed_linear, packed_linear_norm
 from lissom.ops.quantized_linear import quantized_linear, quantized_linear_norm
-from lissom.ops.recurrences import gated_delta_rule, selective_scan
+from lissom.ops.recurrences import gated_delta_rule as gated_delta_rule
+from lissom.ops.recurrences import selective_scan as selective_scan
 from lissom.ops.rotary import rotary, rotary_reference
 from lissom.ops.sparse_linear import sparse_linear as sparse_linear
 from lissom.ops.weight_quantized_linear import weight_quantized_linear, weight_quantized_linear_norm

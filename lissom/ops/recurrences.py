@@ -8,8 +8,8 @@ The selective scan (Gu and Dao 2023, Mamba; Dao and Gu 2024, Mamba-2, where A is
 
 S_t = exp(Δ_t A) S_{t−1} + Δ_t x_t B_tᵀ,   y_t = S_t C_t + D x_t
 
-Both are computed in float32 or wider, token by token. The kernels in `native/recurrences.h` keep a few columns of the state in the
-cache for all tokens, since columns do not depend on each other.
+Both are computed in float32 or wider, token by token. The kernels in `native/recurrences.h` keep a few columns of the state in
+the cache for all tokens, since columns do not depend on each other.
 """
 
 from __future__ import annotations
@@ -113,13 +113,23 @@ def _check_delta_rule(
     """Raise RuntimeError unless the shapes of the operands fit."""
     name = "lissom::gated_delta_rule"
     fits = query.dim() == key.dim() == value.dim() == 4
-    require(fits, name + " takes queries, keys and values of four dimensions, not {}, {} and {}", query.dim(), key.dim(), value.dim())
+    require(
+        fits,
+        name + " takes queries, keys and values of four dimensions, not {}, {} and {}",
+        query.dim(),
+        key.dim(),
+        value.dim(),
+    )
     fits = query.shape == key.shape and key.shape[:2] == value.shape[:2]
     require(fits, name + " takes queries and keys {} like each other and the tokens of the values {}", key.shape, value.shape)
     fits = key.shape[2] > 0 and value.shape[2] % key.shape[2] == 0
-    require(fits, name + " takes a number of value heads, {}, that is a multiple of the key heads, {}", value.shape[2], key.shape[2])
+    require(
+        fits, name + " takes a number of value heads, {}, that is a multiple of the key heads, {}", value.shape[2], key.shape[2]
+    )
     fits = beta.shape == value.shape[:3] and decay.shape in (value.shape[:3], (*value.shape[:3], key.shape[3]))
-    require(fits, name + " takes a beta and a decay per value head, or a decay per feature, not {} and {}", beta.shape, decay.shape)
+    require(
+        fits, name + " takes a beta and a decay per value head, or a decay per feature, not {} and {}", beta.shape, decay.shape
+    )
     _check_state(name, state, (value.shape[0], value.shape[2], key.shape[3], value.shape[3]))
 
 
@@ -141,7 +151,12 @@ def _check_scan(
     fits = a.shape == x.shape[2:3] or (a.shape == (x.shape[2], b.shape[3]) and x.shape[3] == 1 and b.shape[2] == 1)
     message = " takes one a per head, or one per state where heads have one channel and one group, not {} for x {}"
     require(fits, name + message, a.shape, x.shape)
-    require(d is None or d.shape == x.shape[2:3], name + " takes one d per head, {}, not {}", x.shape[2], d.shape if d is not None else ())
+    require(
+        d is None or d.shape == x.shape[2:3],
+        name + " takes one d per head, {}, not {}",
+        x.shape[2],
+        d.shape if d is not None else (),
+    )
     _check_state(name, state, (x.shape[0], x.shape[2], x.shape[3], b.shape[3]))
 
 
@@ -207,17 +222,20 @@ gated_delta_rule = define(
     setup_context=_remember,
 )
 """The operator. query, key: [batch, tokens, key_heads, key_dim]; value: [batch, tokens, heads, value_dim], heads a multiple of
-key_heads; decay: natural logarithms, [batch, tokens, heads] or [batch, tokens, heads, key_dim]; beta: [batch, tokens, heads]; state:
-[batch, heads, key_dim, value_dim], zeros where it is not given; scale: of queries; normalizes: whether queries and keys are divided
-by their lengths first. Returns values like `value`, and the state after the last token in float32 or wider. Differentiable."""
+key_heads; decay: natural logarithms, [batch, tokens, heads] or [batch, tokens, heads, key_dim]; beta: [batch, tokens, heads];
+state: [batch, heads, key_dim, value_dim], zeros where it is not given; scale: of queries; normalizes: whether queries and keys
+are divided by their lengths first. Returns values like `value`, and the state after the last token in float32 or wider.
+Differentiable."""
 
 selective_scan = define(
-    "selective_scan(Tensor x, Tensor step, Tensor a, Tensor b, Tensor c, Tensor? d=None, Tensor? state=None) -> (Tensor, Tensor)",
+    "selective_scan(Tensor x, Tensor step, Tensor a, Tensor b, Tensor c, Tensor? d=None, Tensor? state=None) "
+    "-> (Tensor, Tensor)",
     selective_scan_reference,
     _fake_scan,
     backward=_backward_of(selective_scan_reference),
     setup_context=_remember,
 )
-"""The operator. x: [batch, tokens, heads, channels]; step: Δ, [batch, tokens, heads]; a: [heads], or [heads, states] where heads have
-one channel (Mamba-1); b, c: [batch, tokens, groups, states], heads a multiple of groups; d: [heads]; state: [batch, heads, channels,
-states], zeros where it is not given. Returns values like x, and the state after the last token in float32 or wider. Differentiable."""
+"""The operator. x: [batch, tokens, heads, channels]; step: Δ, [batch, tokens, heads]; a: [heads], or [heads, states] where heads
+have one channel (Mamba-1); b, c: [batch, tokens, groups, states], heads a multiple of groups; d: [heads]; state: [batch, heads,
+channels, states], zeros where it is not given. Returns values like x, and the state after the last token in float32 or
+wider. Differentiable."""

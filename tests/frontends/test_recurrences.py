@@ -85,14 +85,19 @@ def test_a_function_that_computes_something_else_is_found_out(monkeypatch) -> No
     monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", changed)
     model = decoder("qwen3_next")
     model.config.use_cache = False
-    with pytest.raises(CaptureError, match="torch_chunk_gated_delta_rule and the operator for it differ by 0.001 relative"):
+    with pytest.raises(CaptureError, match=r"torch_chunk_gated_delta_rule and the operator for it differ by 0\.001 relative"):
         capture(model, (), {"input_ids": torch.ones(1, 5, dtype=torch.int64)})
 
 
 def test_a_decode_step_of_mamba_2_overwrites_its_state() -> None:
     model = decoder("mamba2")
     step = transformers.models.mamba2.modeling_mamba2.mamba2_selective_state_update
-    x, dt, a, b = normal(2, 4, 16), normal(2, 4, 1).expand(-1, -1, 16), -normal(4, 1, 1).abs().expand(-1, 16, 8), normal(2, 2, 8)
+    x, dt, a, b = (
+        normal(2, 4, 16),
+        normal(2, 4, 1).expand(-1, -1, 16),
+        -normal(4, 1, 1).abs().expand(-1, 16, 8),
+        normal(2, 2, 8),
+    )
     own, ours = normal(2, 4, 16, 8), normal(2, 4, 16, 8)
     wanted = step(own, x, dt, a, b, b, dt_softplus=True, z=x)
     with recurrences_as_operators(model):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lissom.errors import UnsupportedError
-from lissom.ops import KERNELS
+from lissom.ops import KERNELS, gated_delta_rule, selective_scan
 from lissom.ops.native import build, instruction_sets, load_kernels, self_test
 from lissom.ops.native.instruction_sets import INSTRUCTION_SETS, SWITCH, usable_sets
 
@@ -108,7 +108,8 @@ def test_the_self_test_names_the_kernel_that_differs(monkeypatch):
 
 
 def test_the_self_test_calls_every_kernel():
-    assert {name for name, *_ in self_test.cases(torch.float32)} == {kernel.name().split("::")[1] for kernel in KERNELS}
+    kernels = (*KERNELS, gated_delta_rule, selective_scan)
+    assert {name for name, *_ in self_test.cases(torch.float32)} == {kernel.name().split("::")[1] for kernel in kernels}
 
 
 @pytest.mark.parametrize("value", ["", "cache", "./cache", None])

@@ -16,15 +16,20 @@ from lissom.ops.blocked_attention import block_sparse_attention_reference
 from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference
 from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
 from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_reference
-from lissom.ops.recurrences import gated_delta_rule_reference, selective_scan_reference
 from lissom.ops.quantized_linear import fill_panels, pack_bytes, quantized_linear_reference
+from lissom.ops.recurrences import gated_delta_rule_reference, selective_scan_reference
 from lissom.ops.weight_quantized_linear import FORMS, pack_blocks, pack_stored, weight_quantized_linear_reference
 
 # Outputs are about 1. A wrong instruction has an error of that size, sums in another order 1e-6, and bfloat16, which rounds
 # inputs, weights and outputs to 8 bits, 2e-2.
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 
-Case = tuple[str, Callable[..., "torch.Tensor | tuple[torch.Tensor, torch.Tensor]"], tuple[torch.Tensor | None, ...], Mapping[str, object]]
+Case = tuple[
+    str,
+    Callable[..., "torch.Tensor | tuple[torch.Tensor, torch.Tensor]"],
+    tuple[torch.Tensor | None, ...],
+    Mapping[str, object],
+]
 """The operator's name, its reference, and positional and keyword arguments of both."""
 
 

@@ -1,0 +1,99 @@
+"""Layers of a cache of transformers over the buffers of a decoder, for its capture; imports transformers."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
+
+from lissom.frontends.decoder_state import KEYS_AND_VALUES, OF_RECURRENT, is_kv_cache, numbered
+
+
+class AttentionState(CacheLayerMixin):
+    """Keys and values in buffers; the causal mask, offset by `start`, hides the slots that are not filled."""
+
+    is_sliding = False
+
+    def __init__(self, layer: nn.Module, start: torch.Tensor) -> None:
+        CacheLayerMixin.__init__(self)
+        self.keys = cast(torch.Tensor, layer.keys)
+        self.values = cast(torch.Tensor, layer.values)
+        self.start = start
+        self.is_initialized = True
+
+    def lazy_initialization(self, *_: object, **__: object) -> None:
+        """Does nothing: the buffers exist already."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new keys and values into their slots; returns all of them."""
+        assert self.keys is not None and self.values is not None
+        slots = torch.arange(key_states.shape[2], device=key_states.device) + self.start
+        keys = self.keys.index_copy(2, slots, key_states)
+        values = self.values.index_copy(2, slots, value_states)
+        self.keys.copy_(keys)
+        self.values.copy_(values)
+        return keys, values
+
+    def get_mask_sizes(self, query_length: object) -> tuple[int, int]:
+        return self.get_max_length(), 0
+
+    def get_seq_length(self) -> int:
+        return cast(int, self.start)
+
+    def get_max_length(self) -> int:
+        assert self.keys is not None
+        return self.keys.shape[2]
+
+
+class RecurrentState(LinearAttentionCacheLayerMixin):
+    """The state of a convolution and a recurrence in buffers, which hold zeros where there was no token."""
+
+    def __init__(self, layer: nn.Module, start: torch.Tensor) -> None:
+        count = sum(name.startswith(OF_RECURRENT[0]) for name, _ in layer.named_buffers()) or 1
+        LinearAttentionCacheLayerMixin.__init__(self, count)
+        given = dict(layer.named_buffers())
+        for index in range(count):
+            self.conv_states[index] = given.get(numbered(OF_RECURRENT[0], index))
+            self.recurrent_states[index] = given.get(numbered(OF_RECURRENT[1], index))
+            self.has_previous_state[index] = True
+
+    def lazy_initialization(self, *_: object, **__: object) -> None:
+        """Does nothing: the buffers exist already."""
+
+    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **_: object) -> torch.Tensor:
+        """Keep the last inputs; returns them and the new ones."""
+        kept = self.conv_states[state_idx]
+        assert kept is not None
+        whole = torch.cat([kept, conv_states.to(kept.dtype)], -1)
+        kept.copy_(whole[..., -kept.shape[-1] :])
+        return whole
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **_: object) -> torch.Tensor:
+        kept = self.recurrent_states[state_idx]
+        assert kept is not None
+        return kept.copy_(recurrent_states)
+
+
+class HybridState(RecurrentState, AttentionState):
+    """A layer that attends and has a recurrence."""
+
+    def __init__(self, layer: nn.Module, start: torch.Tensor) -> None:
+        AttentionState.__init__(self, layer, start)
+        RecurrentState.__init__(self, layer, start)
+
+    def get_max_length(self) -> int:
+        return AttentionState.get_max_length(self)
+
+
+def layer_over(layer: nn.Module, start: torch.Tensor) -> CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer:
+    """The cache layer for what a layer's buffers hold. start: [1], the number of slots that are filled."""
+    names = [name for name, _ in layer.named_buffers()]
+    if not names:
+        return DummyLayer()
+    attends = KEYS_AND_VALUES[0] in names
+    kind = AttentionState if not any(not is_kv_cache(name) for name in names) else HybridState if attends else RecurrentState
+    return kind(layer, start)
