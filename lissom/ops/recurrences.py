@@ -235,7 +235,7 @@ selective_scan = define(
     backward=_backward_of(selective_scan_reference),
     setup_context=_remember,
 )
-"""The operator. x: [batch, tokens, heads, channels]; step: Δ, [batch, tokens, heads]; a: [heads], or [heads, states] where heads
-have one channel (Mamba-1); b, c: [batch, tokens, groups, states], heads a multiple of groups; d: [heads]; state: [batch, heads,
-channels, states], zeros where it is not given. Returns values like x, and the state after the last token in float32 or
+"""The operator. x: [batch, tokens, heads, channels]; step: Δ, [batch, tokens, heads]; a: [heads], or [heads, states] where
+heads have one channel (Mamba-1); b, c: [batch, tokens, groups, states], heads a multiple of groups; d: [heads]; state: [batch,
+heads, channels, states], zeros where it is not given. Returns values like x, and the state after the last token in float32 or
 wider. Differentiable."""

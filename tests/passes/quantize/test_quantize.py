@@ -127,6 +127,17 @@ def test_a_tied_table_is_rounded_once_for_both_when_asked() -> None:
     assert {user.target for user in table.users} == {aten.embedding.default, aten.linear.default}
 
 
+def test_int4_weight_takes_a_tied_table_along_in_int8() -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    found = captures.optimize(Tied(), (ids,), passes="quantize{scheme=int4-weight,group=8}").program
+    formats = {name: node.kwargs["format"] for name, node in rounded_weights(found).items()}
+    assert formats == {"mix.weight": "int4", "words.weight": "int8"}
+    table = found.nodes(aten.embedding.default)[0].args[0]
+    assert table.target is fake_quantize and table.args[1].meta["val"].shape == (20, 1)
+    without = captures.optimize(Tied(), (ids,), passes="quantize{scheme=int4-weight,group=8,embeddings=false}").program
+    assert list(rounded_weights(without)) == ["mix.weight"]
+
+
 def test_layers_named_are_skipped_or_alone_treated() -> None:
     case = tiny_bert()
     every = len(rounded_weights(quantized(case, "quantize")))
