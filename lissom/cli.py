@@ -45,7 +45,7 @@ from lissom.errors import LissomError, UnsupportedError, nearest
 from lissom.frontends.device import check_device
 from lissom.frontends.sources import NAMES, load
 from lissom.generation.directory import is_saved
-from lissom.generation.prompted import compile_prompted, load_prompted
+from lissom.generation.prompted import Request, compile_prompted, load_prompted
 from lissom.generation.stream import Speed, stream_text, stream_tokens
 from lissom.inspect.catalogue import pass_page, passes_table
 from lissom.inspect.machine import load_machine
@@ -145,6 +145,7 @@ def run_generate(
     data: Data = None,
     goal: GoalName = "latency",
     save: Annotated[Path | None, typer.Option(help="Write the decoder with its tokenizer to this directory too.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Compile anew, also where an earlier call kept this decoder.")] = False,
     allow_native: AllowNative = False,
 ) -> None:
     """Continue a text with a model compiled with its KV cache, and print its speed."""
@@ -165,12 +166,9 @@ def run_generate(
                 model,
                 prompt,
                 max_new_tokens,
-                passes,
-                backend,
-                rank.device,
-                checks,
-                goal_of(goal),
+                Request(passes, backend, rank.device, checks, goal_of(goal), data, save is None and not fresh),
                 partial(quality.batches, device=check_device(rank.device)),
+                partial(Console(stderr=True).print, highlight=False, soft_wrap=True, markup=False),
             )
         )
         if save is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("LISSOM_KEPT_DECODERS", "0")
 # One core a test process: OpenMP's threads wait for each other by spinning, and where two processes have a thread for every
 # core, they slow each other down many times over. Set before torch is imported, and for the processes that tests start.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from lissom.backends.distributed.backend import Distributed
 from lissom.compiler.pipeline.options import Goal, check_options
 from lissom.driver.options import resolve_passes
-from lissom.errors import UnsupportedError
+from lissom.errors import ArtifactError, UnsupportedError
 from lissom.frontends.decoder import SHORTEST, longest_text
-from lissom.frontends.huggingface import tokenizer_of
+from lissom.frontends.huggingface import PACKAGED, find_directory, tokenizer_of
 from lissom.frontends.sources import Source, load
-from lissom.generation import compile_generation, load_generation
+from lissom.generation import compile_generation, kept, load_generation
 from lissom.generation.stream import read_prompt
 
 if TYPE_CHECKING:
@@ -33,37 +35,97 @@ def load_prompted(model: str, prompt: str, device: str | None, *, allow_native: 
     return decoder, tokenizer, read_prompt(prompt, tokenizer, decoder.max_length)
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a decoder is compiled with.
+
+    data: the file of the calibration data. keeps: takes a decoder that an earlier call kept, and keeps this one.
+    """
+
+    passes: str
+    backend: str
+    device: str | None
+    checks: str
+    goal: Goal | None
+    data: Path | None = None
+    keeps: bool = True
+
+
 def compile_prompted(
     model: str,
     prompt: str,
     max_new_tokens: int,
-    passes: str,
-    backend: str,
-    device: str | None,
-    checks: str,
-    goal: Goal | None,
+    request: Request,
     read_data: Callable[[Source], Sequence[Mapping[str, object]]],
+    tell: Callable[[str], None],
 ) -> Prompted:
     """A model compiled with a KV cache for prompt and answer, its tokenizer, and the prompt's tokens.
 
-    read_data: the calibration batches for a loaded model.
+    read_data: the calibration batches for a loaded model. tell: takes a sentence about decoders that are kept.
     """
-    check_options(checks)  # pyright: ignore[reportArgumentType]
-    pipeline, source = resolve_passes(passes), load(model)
+    check_options(request.checks)  # pyright: ignore[reportArgumentType]
+    pipeline, place = resolve_passes(request.passes), _place(model, request)
+    if place is not None:
+        found = _kept(place, prompt, max_new_tokens, request.device)
+        if found is not None:
+            tell(f"this decoder was compiled before and kept in {place}; --fresh compiles it anew")
+            return found
+    source = load(model)
     tokenizer = source.checkpoint.tokenizer if source.checkpoint else None
     if tokenizer is None:
         raise UnsupportedError(f"{model} has no tokenizer, and a prompt is text; use lissom.compile_generation")
     longest = longest_text(source.model)
     ids = read_prompt(prompt, tokenizer, longest)
     wanted = max(SHORTEST, ids.shape[1] + max_new_tokens)
+    if place is not None:
+        wanted = kept.rounded(wanted)
     decoder = compile_generation(
         source.model,
         max_length=wanted if longest is None else min(wanted, longest),
         passes=pipeline,
-        backend=backend,
-        device=device,
-        checks=checks,  # pyright: ignore[reportArgumentType]
+        backend=request.backend,
+        device=request.device,
+        checks=request.checks,  # pyright: ignore[reportArgumentType]
         data=read_data(source),
-        goal=goal,
+        goal=request.goal,
     )
+    if place is not None:
+        _keep(decoder, tokenizer, place, tell)
     return decoder, tokenizer, ids
+
+
+def _place(model: str, request: Request) -> Path | None:
+    """The folder in which the decoder is kept; None where none is kept: for a model that is no checkpoint, or ranks."""
+    directory = Path(model) if Path(model).is_dir() else find_directory(model) if model in PACKAGED else None
+    if directory is None or not request.keeps or request.backend == Distributed.name or not kept.count():
+        return None
+    try:
+        return kept.place_of(directory, request.data, asdict(request))
+    except OSError:  # no cache can be used, or files went away
+        return None
+
+
+def _kept(place: Path, prompt: str, max_new_tokens: int, device: str | None) -> Prompted | None:
+    """The decoder that is kept there, if it has room for prompt and answer."""
+    if not kept.use(place):
+        return None
+    try:
+        decoder = load_generation(place, device)
+        tokenizer = tokenizer_of(place)
+    except ArtifactError:  # damaged; it is compiled and written anew
+        return None
+    longest = longest_text(decoder)
+    ids = read_prompt(prompt, tokenizer, longest)
+    wanted = ids.shape[1] + max_new_tokens
+    fits = decoder.max_length >= (wanted if longest is None else min(wanted, longest))
+    return (decoder, tokenizer, ids) if fits else None
+
+
+def _keep(decoder: GenerationModel, tokenizer: PreTrainedTokenizerBase, place: Path, tell: Callable[[str], None]) -> None:
+    try:
+        decoder.save(place, tokenizer)
+        kept.forget_oldest(place.parent)
+    except (ArtifactError, UnsupportedError, OSError) as error:
+        tell(f"the decoder is not kept for the next time: {error}")
+    else:
+        tell(f"the decoder is kept for the next time in {place}")

@@ -1,0 +1,109 @@
+"""Tests of `lissom generate`."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import transformers
+from typer.testing import CliRunner
+
+from lissom.cli import app
+from lissom.errors import LissomError
+from lissom.frontends.huggingface import find_directory
+from tests.models import seeded
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory) -> str:
+    """A small causal language model with the tokenizer of MiniLM."""
+    path = tmp_path_factory.mktemp("decoder")
+    config = transformers.LlamaConfig(
+        vocab_size=30522, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, eos_token_id=None
+    )
+    seeded(lambda: transformers.LlamaForCausalLM(config)).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        shutil.copy(find_directory("minilm") / name, path)
+    return str(path)
+
+
+def test_generate_streams_text_and_says_how_fast(decoder, tmp_path):
+    result = runner.invoke(app, ["generate", decoder, "one two", "--max-new-tokens", "5", "--save", str(tmp_path / "saved")])
+    assert result.exit_code == 0, result.output
+    assert "answer: 5 tokens, 4 of them in" in result.stderr and "tokens/s" in result.stderr
+    again = runner.invoke(app, ["generate", str(tmp_path / "saved"), "one two", "--max-new-tokens", "5"])
+    assert again.stdout == result.stdout and len(result.stdout.split()) >= 1
+    drawn = ["generate", str(tmp_path / "saved"), "one two", "--temperature", "5", "--max-new-tokens", "5"]
+    assert runner.invoke(app, drawn).stdout != again.stdout
+    refused = runner.invoke(app, ["generate", str(tmp_path / "saved"), "one", "--passes", "quantize"])
+    assert refused.exit_code == 2 and "do not go with" in refused.output
+
+
+def test_generate_keeps_what_it_compiled(decoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LISSOM_KEPT_DECODERS", "2")
+    monkeypatch.setattr("lissom.generation.kept.cache_folder", lambda: tmp_path)
+    copied = tmp_path / "model"
+    shutil.copytree(decoder, copied)
+    arguments = ["generate", str(copied), "one two", "--max-new-tokens", "5"]
+    first, second = runner.invoke(app, arguments), runner.invoke(app, arguments)
+    assert "is kept for the next time in" in first.stderr
+    assert "was compiled before and kept in" in second.stderr
+    assert first.stdout == second.stdout
+    assert "kept" not in runner.invoke(app, [*arguments, "--fresh"]).stderr
+    (place,) = (tmp_path / "decoders").iterdir()
+    (place / "weights.safetensors").write_bytes(b"damaged")
+    assert "is kept for the next time in" in runner.invoke(app, arguments).stderr
+    for passes in ("quantize", "quantize{scheme=int8-weight}"):
+        assert "is kept for the next time" in runner.invoke(app, [*arguments, "--passes", passes]).stderr
+    assert len(list(place.parent.iterdir())) == 2 and not place.exists()
+    (copied / "model.safetensors").touch()
+    assert "is kept for the next time" in runner.invoke(app, arguments).stderr
+    monkeypatch.setenv("LISSOM_KEPT_DECODERS", "some")
+    error = runner.invoke(app, arguments).exception
+    assert str(error) == "LISSOM_KEPT_DECODERS is 'some'; give the number of decoders to keep, 0 for none"
+
+
+def test_generate_calibrates_on_texts(decoder, tmp_path):
+    (tmp_path / "texts.txt").write_text("one two three\nfour five\n")
+    options = ["--max-new-tokens", "5", "--passes", "quantize{scheme=int8-static}", "--data", str(tmp_path / "texts.txt")]
+    assert "answer: 5 tokens" in runner.invoke(app, ["generate", decoder, "one two", *options]).stderr
+
+
+def test_generate_says_where_a_text_ends_that_was_to_be_longer(decoder, tmp_path):
+    saved = str(tmp_path / "saved")
+    runner.invoke(app, ["generate", decoder, "one two", "--max-new-tokens", "5", "--checks", "off", "--save", saved])
+    # [CLS] one two [SEP], and an answer of five, of which the last is not read.
+    result = runner.invoke(app, ["generate", saved, "one two", "--max-new-tokens", "7"])
+    assert "9 tokens fit into the KV cache, so the answer ends after 6" in result.stderr
+    assert "answer: 6 tokens" in result.stderr
+    long = runner.invoke(app, ["generate", saved, "one " * 8]).exception
+    assert str(long) == "the prompt is 10 tokens, and 9 can be read at most; shorten it"
+
+
+@pytest.mark.slow  # Its forms are built and timed one after the other.
+def test_generate_on_onnxruntime(decoder):
+    pytest.importorskip("onnxruntime")
+    arguments = ["generate", decoder, "one two", "--max-new-tokens", "5"]
+    wanted = runner.invoke(app, arguments)
+    found = runner.invoke(app, [*arguments, "--backend", "onnxruntime"])
+    assert found.exit_code == 0, found.output
+    assert found.stdout == wanted.stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "prompt", "sentence"),
+    [
+        ("nowhere/at-all", "one", "'nowhere/at-all' "),
+        (None, "one " * 2047, "the prompt is 2049 tokens, and 2048 can be read at most; shorten it"),
+    ],
+)
+def test_generate_refuses_in_a_sentence(decoder, model, prompt, sentence):
+    error = runner.invoke(app, ["generate", model or decoder, prompt]).exception
+    assert isinstance(error, LissomError)
+    assert str(error).startswith(sentence) and "\n" not in str(error)
+
+
+def test_generate_needs_a_decoder():
+    assert "BertModel does not generate" in str(runner.invoke(app, ["generate", "minilm", "one"]).exception)
