@@ -121,7 +121,7 @@ class Quantize(Approximation):
             self._quantize_activations(edit, [item for item in values if isinstance(item, fx.Node)], set(layers))
         tables = {_table(item.node) for item in edit.program.fact(structure).embeddings}
         for matrix in {matrix.name: matrix for matrix in layers.values()}.values():
-            # Gemma's table in int8, a scale for 32 neighbours, is the same to the last bit; in int4 it costs 1.6 % of perplexity.
+            # Gemma's table in int8, a scale for 32 neighbours, is the same to the bit; in int4 it costs 1.6 % of perplexity.
             form = FORMATS["int8"] if self.embeddings is None and matrix.node in tables else self.weight_format
             self._quantize_weight(edit, matrix.node, form, transposed=matrix.transposed)
         if self.embeddings:
