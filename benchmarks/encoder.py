@@ -1,6 +1,9 @@
-"""all-MiniLM-L6-v2 on Lissom and on other engines, at several shapes of real text.
+"""Encoders on Lissom and on other engines, at several shapes: all-MiniLM-L6-v2, BERT-base, ViT-B/16.
 
     python benchmarks/encoder.py --update
+    python benchmarks/encoder.py --model bert-base --update
+
+BERT-base and ViT-B/16 have random weights; BERT reads the same texts, with MiniLM's tokenizer.
 
 Each engine runs in a process of its own, with the settings its documentation advises for latency (`lissom/bench/engines.py`).
 Prints a Markdown table at the end; `--update` puts it into benchmarks/README.md, at the place of this kind of processor,
@@ -10,6 +13,8 @@ and draws the figure beside it.
 from __future__ import annotations
 
 import argparse
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -21,20 +26,34 @@ from lissom.bench.report import markdown_table, shapes_of
 from lissom.bench.worker import Record
 from lissom.bench.workload import parse_shapes
 from lissom.calibration_files import read_texts
+from lissom.frontends.huggingface import find_directory
 from lissom.inspect.progress import progress_bar
 
 HERE = Path(__file__).parent
 GLOSSES = HERE / "data" / "glosses.txt"
-SHAPES = "1x32,1x128,8x128,32x128,32xragged"
+SHAPES = {"minilm": "1x32,1x128,8x128,32x128,32xragged", "bert-base": "1x32,1x128,8x128,32x128", "vit-b16": "1,8"}
 
 
-def measure(engines: str, shapes: str, seconds: float, threads: int) -> list[Record]:
+def model_name(model: str, folder: Path) -> str:
+    """The name by which Lissom loads the model; one that is made is written to the folder."""
+    if model != "bert-base":
+        return {"minilm": "minilm", "vit-b16": "timm:vit_base_patch16_224"}[model]
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    BertModel(BertConfig()).eval().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        shutil.copy(find_directory("minilm") / name, folder)
+    return str(folder)
+
+
+def measure(model: str, engines: str, shapes: str, seconds: float, threads: int) -> list[Record]:
     """The records of the engines at the shapes; after an interrupt, those finished so far."""
     records: list[Record] = []
     try:
-        with progress_bar("encoder") as progress:
+        with progress_bar("encoder") as progress, tempfile.TemporaryDirectory() as folder:
             found = compare(
-                "minilm",
+                model_name(model, Path(folder)),
                 find_engines(engines),
                 shapes=parse_shapes(shapes),
                 texts=read_texts(GLOSSES),
@@ -78,16 +97,18 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--engines", default=",".join(ENGINES), help="some of %(default)s")
-    parser.add_argument("--shapes", default=SHAPES, help="rows x tokens, or x ragged for whole glosses; %(default)s by default")
+    parser.add_argument("--model", choices=SHAPES, default="minilm", help="%(default)s by default")
+    parser.add_argument("--shapes", help="rows x tokens, or x ragged for whole glosses; for pictures the number of rows")
     parser.add_argument("--seconds", type=float, default=10.0, help="seconds per engine and shape")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for each engine")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md, and draw its figure")
     options = parser.parse_args()
-    records = measure(options.engines, options.shapes, options.seconds, options.threads)
+    shapes = options.shapes or SHAPES[options.model]
+    records = measure(options.model, options.engines, shapes, options.seconds, options.threads)
     printed = markdown_table(records, options.threads)
     print(printed)
     if options.update:
-        kind = processor_kind()
+        kind = processor_kind() if options.model == "minilm" else f"{options.model} {processor_kind()}"
         figure = HERE / f"encoder-{kind.replace(' ', '-')}.svg"
         put_table(f"encoder {kind}", f"{printed}\n![milliseconds a call of every engine at every shape]({figure.name})\n")
         draw(records, figure)

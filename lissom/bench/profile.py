@@ -27,6 +27,7 @@ from lissom.inspect.machine import Machine
 from lissom.inspect.roofline import digits, node_seconds, sizes_text
 from lissom.inspect.tables import plain_table
 from lissom.inspect.timing import time_calls
+from lissom.ops.native import describe_kernels
 from lissom.runtime.compiled_model import CompiledModel
 
 _FEWEST_RUNS = 5
@@ -173,7 +174,8 @@ def _synchronize() -> None:
 def profile_table(found: Profile) -> Table:
     """A section per kind of site: its operators with time, fraction, work and roofline; then dispatch, and the whole call."""
     caption = (
-        "ms: medians, node by node; roof: the least time by the ceilings `lissom machine` shows, if all comes from memory."
+        "ms: medians, node by node; roof: the least time by the ceilings `lissom machine` shows, if all comes from memory. "
+        f"Kernels of operators that begin with `lissom.`: {describe_kernels()}."
     )
     table = plain_table(found.title, caption)
     table.add_column("site: operator", overflow="fold")

@@ -30,13 +30,16 @@ _MOST_TOKENS = 1 << 22
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows and tokens per row: text truncated to `tokens`, or, with None, whole texts padded to the longest."""
+    """Rows and tokens per row: text truncated to `tokens`, or, with None, whole texts padded to the longest.
+
+    Rows of inputs other than text, such as pictures, have 0 tokens.
+    """
 
     batch: int
     tokens: int | None
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.tokens or _RAGGED}"
+        return str(self.batch) if self.tokens == 0 else f"{self.batch}x{self.tokens or _RAGGED}"
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,16 @@ class Workload:
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """The shapes of a list such as `1x32,8x128`; `32xragged` stands for texts padded to the longest.
+    """The shapes of a list such as `1x32,8x128`; `32xragged` stands for texts padded to the longest, `8` for 8 pictures.
 
     Raises: UnsupportedError naming a part that is not a shape.
     """
     shapes: list[Shape] = []
     for part in text.split(","):
-        found = re.fullmatch(rf"\s*([1-9]\d*)x([1-9]\d*|{_RAGGED})\s*", part)
+        found = re.fullmatch(rf"\s*([1-9]\d*)(?:x([1-9]\d*|{_RAGGED}))?\s*", part)
         if found is None:
             raise UnsupportedError(f"'{part}' is not a shape; write rows x tokens, for example 1x32,8x128,32x{_RAGGED}")
-        shape = Shape(int(found[1]), None if found[2] == _RAGGED else int(found[2]))
+        shape = Shape(int(found[1]), None if found[2] == _RAGGED else int(found[2] or 0))
         if shape.batch * (shape.tokens or 1) > _MOST_TOKENS:
             raise UnsupportedError(
                 f"'{part.strip():.80}' is {shape.batch * (shape.tokens or 1):,} tokens; give {_MOST_TOKENS:,} or fewer"
@@ -115,15 +118,24 @@ def prepare(model: Model, shapes: Sequence[Shape] | None, texts: Sequence[str] |
 def make_inputs(model: Model, shapes: Sequence[Shape] | None, texts: Sequence[str] | None) -> dict[str, Inputs]:
     """Inputs by the name of their shape.
 
-    shapes: None for the usual ones; without a tokenizer None for the example's. texts: two sentences by default.
+    shapes: None for the usual ones; without a tokenizer numbers of rows, or None for the example's. texts: two sentences by
+        default.
 
-    Raises: UnsupportedError for shapes if there is no tokenizer.
+    Raises: UnsupportedError for shapes with tokens if there is no tokenizer, and without tokens if there is one.
     """
     if model.tokenized:
-        return {str(shape): encode(model, shape, texts or SENTENCES) for shape in shapes or parse_shapes(DEFAULT_SHAPES)}
-    if shapes:
-        raise UnsupportedError(f"{model.name} has no tokenizer to fill a shape with text; leave --shapes out")
-    return {_EXAMPLE: model.example}
+        chosen = shapes or parse_shapes(DEFAULT_SHAPES)
+        if any(shape.tokens == 0 for shape in chosen):
+            raise UnsupportedError(f"{model.name} reads text; write rows x tokens, for example {DEFAULT_SHAPES}")
+        return {str(shape): encode(model, shape, texts or SENTENCES) for shape in chosen}
+    if any(shape.tokens != 0 for shape in shapes or ()):
+        raise UnsupportedError(f"{model.name} has no tokenizer to fill a shape with text; give numbers of rows, such as 1,8")
+    return {str(shape): _rows(model.example, shape.batch) for shape in shapes or ()} or {_EXAMPLE: model.example}
+
+
+def _rows(example: Inputs, count: int) -> Inputs:
+    """The example inputs with so many rows, repeated where there are fewer."""
+    return {name: tensor[torch.arange(count) % len(tensor)] for name, tensor in example.items()}
 
 
 def encode(model: Model, shape: Shape, texts: Sequence[str]) -> Inputs:

@@ -28,14 +28,14 @@ def model(directory):  # noqa: F811
 
 def test_shapes_are_read_and_printed_alike():
     assert parse_shapes("1x32, 8x128,32xragged") == (Shape(1, 32), Shape(8, 128), Shape(32, None))
-    assert [str(shape) for shape in parse_shapes("1x32,8xragged")] == ["1x32", "8xragged"]
+    assert [str(shape) for shape in parse_shapes("1x32,8xragged,8")] == ["1x32", "8xragged", "8"]
 
 
 def test_a_shape_given_twice_is_measured_once():
     assert parse_shapes("1x32,1x32") == (Shape(1, 32),)
 
 
-@pytest.mark.parametrize("text", ["", "8", "8x", "0x8", "8x-1", "8x128x2", "8xrugged"])
+@pytest.mark.parametrize("text", ["", "0", "8x", "0x8", "8x-1", "8x128x2", "8xrugged"])
 def test_what_is_no_shape_is_refused(text):
     with pytest.raises(UnsupportedError) as caught:
         parse_shapes(text)
@@ -58,8 +58,15 @@ def test_a_model_that_reads_no_text_is_measured_at_its_example():
     pytest.importorskip("timm")
     pictures = load_model("timm:vit_tiny_patch16_224")
     assert list(make_inputs(pictures, None, None)) == ["example"]
-    with pytest.raises(UnsupportedError, match="has no tokenizer to fill a shape with text; leave --shapes out"):
+    rows = make_inputs(pictures, parse_shapes("1,5"), None)
+    assert {name: next(iter(item.values())).shape[0] for name, item in rows.items()} == {"1": 1, "5": 5}
+    with pytest.raises(UnsupportedError, match="has no tokenizer to fill a shape with text; give numbers of rows, such as 1,8"):
         make_inputs(pictures, [Shape(1, 8)], None)
+
+
+def test_text_needs_a_number_of_tokens(model):
+    with pytest.raises(UnsupportedError, match="reads text; write rows x tokens, for example 1x32,1x128,8x128"):
+        make_inputs(model, parse_shapes("1,8"), None)
 
 
 def test_a_workload_holds_inputs_answers_and_calibration(model, tmp_path):

@@ -186,7 +186,7 @@ def test_a_library_from_another_machine_is_tested_here_and_not_built(tmp_path, m
     monkeypatch.setattr(build, "run_self_test", lambda _: "tested")
     build.build_once(["/no/compiler"], library, GENERIC)
     assert build.self_test_of(library) == "tested"
-    assert build._self_tests(library) == {"another": "", build._processor(): "tested"}
+    assert build._self_tests(library) == {"another": "", build.processor_kind(): "tested"}
 
 
 @pytest.mark.skipif(len(INSTRUCTION_SETS) == 1, reason="x86 only")

@@ -130,7 +130,7 @@ def self_test_of(library: Path) -> str | None:
     None for a library that is missing, was changed, or was not tested on such a processor.
     """
     tests = _self_tests(library)
-    return None if tests is None else tests.get(_processor())
+    return None if tests is None else tests.get(processor_kind())
 
 
 def _self_tests(library: Path) -> Mapping[str, str] | None:
@@ -153,8 +153,8 @@ def build_once(compiler: list[str], library: Path, isa: InstructionSet) -> None:
         tests = _self_tests(library)
         if tests is None:
             _build(compiler, library, isa)
-        elif not isa.missing and _processor() not in tests:
-            _write_record(library, _record(library), {**tests, _processor(): run_self_test(library)})
+        elif not isa.missing and processor_kind() not in tests:
+            _write_record(library, _record(library), {**tests, processor_kind(): run_self_test(library)})
 
 
 def _record(library: Path) -> Path:
@@ -180,13 +180,13 @@ def _flags(isa: InstructionSet) -> list[str]:
 
 
 def _name(isa: InstructionSet) -> str:
-    native = _processor() if "-march=native" in isa.flags else ""
+    native = processor_kind() if "-march=native" in isa.flags else ""
     given = [torch.__version__, os.environ.get("CXX", ""), native, *_flags(isa)]
     parts = [*given, *(path.read_text(encoding="utf-8") for path in _sources())]
     return f"kernels-{isa.name}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:20]}.so"
 
 
-def _processor() -> str:
+def processor_kind() -> str:
     """The kind of processor: a hash of its features."""
     return hashlib.sha256(" ".join(sorted(processor_features())).encode()).hexdigest()[:12]
 
@@ -215,7 +215,7 @@ def _build(compiler: list[str], library: Path, isa: InstructionSet) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(_first_error(done.stderr))
-        _write_record(made, _record(made), {} if isa.missing else {_processor(): run_self_test(made)})
+        _write_record(made, _record(made), {} if isa.missing else {processor_kind(): run_self_test(made)})
         made.replace(library)
         _record(made).replace(_record(library))
 

@@ -6,15 +6,19 @@ in the packed weight, `lissom::packed_embedding`. A weight with other readers is
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import fx
 
+from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.native import missing_kernel, refused_tiles
+from lissom.ops.native.choice import slower_than_pytorch
 from lissom.ops.packed_linear import pack, packed_embedding, packed_linear
 
 aten = torch.ops.aten
@@ -68,4 +72,11 @@ def _obstacle(linear: fx.Node) -> str | None:
         return "its number of inputs is odd, and bfloat16 takes two at once"
     if x.dtype == torch.float16 and x.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         return "this processor has no float16 arithmetic, and multiplies slower in it than in float32: take cast{dtype=bf16}"
-    return missing_kernel(x.dtype, x.device)
+    return missing_kernel(x.dtype, x.device) or _slower(linear)
+
+
+def _slower(linear: fx.Node) -> str | None:
+    """Why PyTorch's product is the faster one, at the sizes of the example."""
+    x, weight = (cast(torch.Tensor, nodes.value(cast(fx.Node, item))) for item in linear.args[:2])
+    rows = math.prod(map(fake.hint, x.shape[:-1]))
+    return slower_than_pytorch(x.dtype, rows, *map(fake.hint, reversed(weight.shape)))

@@ -1,0 +1,106 @@
+"""Ours or PyTorch's: linear layers of a shape are timed with both, once a machine, and the times are kept in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from lissom.errors import InputError
+from lissom.ops.native.build import cache_folder, processor_kind
+from lissom.ops.packed_linear import pack, packed_linear
+
+SWITCH = "LISSOM_KERNELS"
+"""The environment variable: `measured`, which is the default, or `ours`, which times nothing."""
+_FEWEST_PRODUCTS, _MOST_WEIGHTS = 1 << 22, 1 << 24
+"""Calls of fewer multiplications take a few microseconds either way; larger weights would be held twice for the measurement."""
+_CLEARLY = 1.2
+"""PyTorch's product is taken where ours takes so many times as long, in two measurements: fused epilogues save some of that."""
+_ROUNDS, _RUNS, _SECONDS = 2, 5, 0.02
+
+Times = tuple[float, float]
+"""Milliseconds of ours and of PyTorch's, where PyTorch is nearest."""
+
+
+def slower_than_pytorch(dtype: torch.dtype, rows: int, inputs: int, features: int) -> str | None:
+    """Why PyTorch's product is taken for a linear layer of this shape, in words for the history; None where ours is.
+
+    Raises: InputError if the environment variable is neither `measured` nor `ours`.
+    """
+    given = os.environ.get(SWITCH, "measured")
+    if given not in ("measured", "ours"):
+        raise InputError(f"{SWITCH} is {given!r:.80}; give measured or ours")
+    if given == "ours" or rows * inputs * features < _FEWEST_PRODUCTS or inputs * features > _MOST_WEIGHTS:
+        return None
+    ours, theirs = _times(dtype, rows, inputs, features, torch.get_num_threads())
+    if ours < _CLEARLY * theirs:
+        return None
+    return f"PyTorch's product is faster here for {rows} rows: {theirs:.3g} ms, and ours {ours:.3g}"
+
+
+@cache
+def _times(dtype: torch.dtype, rows: int, inputs: int, features: int, threads: int) -> Times:
+    key = f"{dtype} {rows}x{inputs}x{features}".removeprefix("torch.")
+    file = _file(threads)
+    known = _read(file) if file is not None else {}
+    if key not in known:
+        known[key] = _measure(dtype, rows, inputs, features)
+        if file is not None:
+            _write(file, {**_read(file), **known})
+    return known[key]
+
+
+def _measure(dtype: torch.dtype, rows: int, inputs: int, features: int) -> Times:
+    x, weight = torch.ones(rows, inputs, dtype=dtype), torch.ones(features, inputs, dtype=dtype)
+    packed = pack(weight)
+    found: list[Times] = []
+    with torch.inference_mode():
+        for _ in range(_ROUNDS):
+            ours = _milliseconds(lambda: packed_linear(x, packed, features=features))
+            found.append((ours, _milliseconds(lambda: functional.linear(x, weight))))
+    return min(found, key=lambda times: times[0] / times[1])
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    """The median of some calls; the first one is not counted."""
+    call()
+    taken: list[float] = []
+    started = time.perf_counter()
+    while len(taken) < _RUNS or time.perf_counter() - started < _SECONDS:
+        began = time.perf_counter()
+        call()
+        taken.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(taken)
+
+
+def _file(threads: int) -> Path | None:
+    """The file of this machine's times; None where the user's cache cannot be used."""
+    isa = torch.ops.lissom.instruction_set()
+    try:
+        return cache_folder() / f"products-{isa}-{processor_kind()}-{threads}-threads-torch-{torch.__version__}.json"
+    except OSError:
+        return None
+
+
+def _read(file: Path) -> dict[str, Times]:
+    """The times in a file; none where it is missing or is no such file."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {str(key): (float(ours), float(theirs)) for key, (ours, theirs) in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _write(file: Path, times: dict[str, Times]) -> None:
+    part = file.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):  # a full disk: the shape is measured again next time
+        part.write_text(json.dumps(times, indent=1), encoding="utf-8")
+        part.replace(file)
