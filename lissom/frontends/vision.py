@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Generator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -24,7 +26,8 @@ def load_timm(name: str) -> tuple[nn.Module, torch.Tensor]:
     if name.split(".")[0] not in known:
         raise ArtifactError(f"timm has no model '{name}'{nearest(name, known) or '; timm.list_models() lists what it has'}")
     try:
-        model = timm.create_model(name, pretrained=False).eval()
+        with _same_weights():
+            model = timm.create_model(name, pretrained=False).eval()
     except RuntimeError as error:
         architecture, _, tag = name.partition(".")
         raise ArtifactError(
@@ -48,7 +51,16 @@ def load_torchvision(name: str) -> tuple[nn.Module, torch.Tensor]:
     # Detection and segmentation models would download the weights of their backbone.
     takes_backbone = "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters
     options = {"weights_backbone": None} if takes_backbone else {}
-    return models.get_model(name, weights=None, **options).eval(), _pictures(3, *size)
+    with _same_weights():
+        return models.get_model(name, weights=None, **options).eval(), _pictures(3, *size)
+
+
+@contextmanager
+def _same_weights() -> Generator[None]:
+    """Random weights that are the same in every process; the caller's generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def _crop_size(weights) -> tuple[int, int]:  # noqa: ANN001

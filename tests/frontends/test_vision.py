@@ -50,6 +50,13 @@ def test_a_transformer_of_timm_compiles(shallow):
         torch.testing.assert_close(fast(one), found.model(one), rtol=1e-4, atol=1e-5)
 
 
+def test_random_weights_are_the_same_each_time(shallow):
+    before = torch.get_rng_state()
+    first, again = (sources.load("timm:vit_tiny_patch16_224").model.state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_transformer_of_torchvision_compiles(torchvision, monkeypatch):
     models = torchvision.models
     small = seeded(lambda: models.VisionTransformer(224, 16, num_layers=1, num_heads=2, hidden_dim=32, mlp_dim=64))
