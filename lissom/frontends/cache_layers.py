@@ -52,10 +52,10 @@ class AttentionState(CacheLayerMixin):
 class RecurrentState(LinearAttentionCacheLayerMixin):
     """The state of a convolution and a recurrence in buffers, which hold zeros where there was no token."""
 
-    def __init__(self, layer: nn.Module, start: torch.Tensor) -> None:
-        count = sum(name.startswith(OF_RECURRENT[0]) for name, _ in layer.named_buffers()) or 1
+    def __init__(self, layer: nn.Module) -> None:
+        given = {name: state for name, state in layer.named_buffers() if not is_kv_cache(name)}
+        count = 1 + max(int(name.partition("_")[2] or 0) for name in given)
         LinearAttentionCacheLayerMixin.__init__(self, count)
-        given = dict(layer.named_buffers())
         for index in range(count):
             self.conv_states[index] = given.get(numbered(OF_RECURRENT[0], index))
             self.recurrent_states[index] = given.get(numbered(OF_RECURRENT[1], index))
@@ -83,7 +83,7 @@ class HybridState(RecurrentState, AttentionState):
 
     def __init__(self, layer: nn.Module, start: torch.Tensor) -> None:
         AttentionState.__init__(self, layer, start)
-        RecurrentState.__init__(self, layer, start)
+        RecurrentState.__init__(self, layer)
 
     def get_max_length(self) -> int:
         return AttentionState.get_max_length(self)
@@ -94,6 +94,6 @@ def layer_over(layer: nn.Module, start: torch.Tensor) -> CacheLayerMixin | Linea
     names = [name for name, _ in layer.named_buffers()]
     if not names:
         return DummyLayer()
-    attends = KEYS_AND_VALUES[0] in names
-    kind = AttentionState if not any(not is_kv_cache(name) for name in names) else HybridState if attends else RecurrentState
-    return kind(layer, start)
+    if all(map(is_kv_cache, names)):
+        return AttentionState(layer, start)
+    return HybridState(layer, start) if KEYS_AND_VALUES[0] in names else RecurrentState(layer)

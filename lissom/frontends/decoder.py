@@ -85,7 +85,7 @@ def _capture(model: PreTrainedModel, max_length: int, batch: int, all_logits: bo
             f"{type(model).__name__} keeps '{other}' between calls besides the state of its layers; generation takes models "
             f"whose only state is in transformers' cache"
         )
-    with recurrences_as_operators(model):
+    with recurrences_as_operators(model, device):
         _confirm(captured.program, model, captured.example)
     step = _step(captured.example, max_length)
     checked = (*check_samples(captured.program.signature, captured.example), step)

@@ -3,15 +3,13 @@
 `cache.N.keys` and `cache.N.values` of layer N are [batch, key_heads, max_length, head_dim]; a call writes
 `index_copy(state, 2, slots, new)`. `cache.N.convolution` is the last inputs of a causal convolution, [batch, channels, kernel];
 `cache.N.recurrence` is a recurrent state, [batch, heads, ...]. Where a layer keeps several, their names end in `_1`, `_2`, …
-All are zeros before the first token, which is what layers without a past start from.
+All are zeros before the first token.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +20,7 @@ from lissom.frontends.device import device_of
 from lissom.frontends.export import evaluating
 from lissom.frontends.failures import first_line
 from lissom.frontends.isolation import exchanged
+from lissom.frontends.recurrences import modules_with
 from lissom.frontends.untouched import untouched
 
 if TYPE_CHECKING:
@@ -40,8 +39,8 @@ State = Mapping[str, torch.Tensor]
 
 
 def is_kv_cache(name: str) -> bool:
-    """Whether a state, named as in the program, has one slot for each token; the others hold what all tokens left."""
-    return name.rpartition(".")[2] in KEYS_AND_VALUES
+    """Whether a state, named as in the program, has one slot for each token; False for convolutions and recurrences."""
+    return not name.rpartition(".")[2].startswith(OF_RECURRENT)
 
 
 def layer_states(model: PreTrainedModel) -> list[State]:
@@ -49,10 +48,10 @@ def layer_states(model: PreTrainedModel) -> list[State]:
 
     Raises: UnsupportedError if a layer keeps anything else.
     """
-    if _modules_with(model, _FORGETS):
+    if modules_with(model, _FORGETS):
         raise UnsupportedError(
-            f"{type(model).__name__} starts its recurrence anew at every call of several tokens (transformers' {_FORGETS} "
-            f"takes no state); generation takes models whose recurrence goes on, as that of Mamba-2 does"
+            f"{type(model).__name__} starts its recurrence anew at every call of several tokens, since transformers' {_FORGETS} "
+            f"takes no state; generation takes models whose recurrence can be continued, such as Mamba-2"
         )
     cache = _new_cache(model)
     try:
@@ -92,8 +91,10 @@ def _tensors(layer: Any) -> State:
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         for kind, states in zip(OF_RECURRENT, (layer.conv_states, layer.recurrent_states), strict=True):
             found |= {numbered(kind, index): state for index, state in states.items() if state is not None}
-    if not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-        raise TypeError("a layer without keys and values")
+    if hasattr(layer, "indexer_keys"):
+        raise TypeError("a layer that keeps the keys of an indexer")
+    if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in found.values()):
+        raise TypeError("a layer that keeps no keys and values, or whole numbers")
     return found
 
 
@@ -130,15 +131,9 @@ def cache_of(holder: nn.Module, start: torch.Tensor) -> Any:
 def masks_of_new_tokens(model: nn.Module) -> Generator[None]:
     """Let recurrent layers see the padding of a call's own tokens in a mask of all slots, until the block ends."""
     with ExitStack() as stack:
-        for module in _modules_with(model, _MASK):
+        for module in modules_with(model, _MASK):
             stack.enter_context(exchanged(module, _MASK, _cut_mask(vars(module)[_MASK])))
         yield
-
-
-def _modules_with(model: nn.Module, name: str) -> list[ModuleType]:
-    """The Python modules that define the model's layers and have a function of that name."""
-    found = (sys.modules.get(owner) for owner in sorted({type(layer).__module__ for layer in model.modules()}))
-    return [module for module in found if module is not None and callable(vars(module).get(name))]
 
 
 def _cut_mask(own: Callable[..., Any]) -> Callable[..., Any]:

@@ -88,7 +88,7 @@ def capture(
         model = with_own_modules(model)
         if isinstance(model, fx.GraphModule):
             kwargs = _in_order(model, args, kwargs)
-        with untouched(model), evaluating(model), recurrences_as_operators(model):
+        with untouched(model), evaluating(model), recurrences_as_operators(model, device):
             _bound(model, args, kwargs)
             # A graph module has no code of its own, and an export error names the failing node.
             answer = None

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Generator, Mapping
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any, cast
@@ -32,53 +33,47 @@ _MARK = "of_lissom"
 
 
 @contextmanager
-def recurrences_as_operators(model: nn.Module) -> Generator[None]:
-    """Exchange the functions in the modules that define the model's layers, for all threads, until the block ends.
+def recurrences_as_operators(model: nn.Module, device: torch.device | None = None) -> Generator[None]:
+    """Exchange the functions in the Python modules that define the model's layers, in this thread, until the block ends.
 
-    Other threads get the operators' results meanwhile, within rounding. A model on another device than the CPU keeps its own
-    functions, since the operators have kernels on the CPU alone.
+    device: where the program will run, if not where the model is. The operators have kernels on the CPU alone, so on other
+    devices the model's own functions stay.
 
     Raises, in a call of a function: CaptureError if it and its operator differ.
     """
-    tensors = (*model.parameters(), *model.buffers())
+    devices = {device or tensor.device for tensor in (*model.parameters(), *model.buffers())}
     with ExitStack() as stack:
-        if all(tensor.device.type in ("cpu", "meta") for tensor in tensors):
-            for module, name, replacement in _found(model):
-                stack.enter_context(exchanged(module, name, replacement))
+        for name, (replaced, parameters) in _FUNCTIONS.items() if all(item.type == "cpu" for item in devices) else ():
+            for module in modules_with(model, name):
+                own = vars(module)[name]
+                known = set(parameters) <= set(inspect.signature(inspect.unwrap(own)).parameters)
+                if known and not hasattr(own, _MARK):
+                    stack.enter_context(exchanged(module, name, _checked(own, replaced(own))))
         yield
 
 
-def _found(model: nn.Module) -> list[tuple[ModuleType, str, Function]]:
-    owners = {type(layer).__module__ for layer in model.modules()}
-    found: list[tuple[ModuleType, str, Function]] = []
-    for owner in sorted(owners):
-        module = sys.modules.get(owner)
-        for name, (replaced, parameters) in _FUNCTIONS.items():
-            own = vars(module).get(name) if module is not None else None
-            if module is None or not callable(own) or hasattr(own, _MARK):
-                continue
-            if set(parameters) <= set(inspect.signature(inspect.unwrap(own)).parameters):
-                found.append((module, name, _checked(own, replaced(own))))
-    return found
+def modules_with(model: nn.Module, name: str) -> list[ModuleType]:
+    """The Python modules that define the model's layers and have a function of that name."""
+    found = (sys.modules.get(owner) for owner in sorted({type(layer).__module__ for layer in model.modules()}))
+    return [module for module in found if module is not None and callable(vars(module).get(name))]
 
 
 def _checked(own: Function, replacement: Function) -> Function:
-    """The replacement, compared with the function itself wherever it computes numbers."""
+    """The replacement, compared with the function itself where it computes numbers; in other threads the function itself."""
+    thread = threading.get_ident()
 
     def call(*args: object, **kwargs: object) -> object:
-        if not args:  # called unlike in any model that is known
-            return own(**kwargs)
+        if threading.get_ident() != thread or not args:
+            return own(*args, **kwargs)
         if torch.compiler.is_exporting():
             return replacement(*args, **kwargs)
         # The first argument of a decode step is the state, which it overwrites.
         kept = cast(torch.Tensor, args[0]).clone()
         wanted = own(kept, *args[1:], **kwargs)
         found = replacement(*args, **kwargs)
+        allowed = _allowed(args, kwargs)
         for one, other in zip(tree_leaves((wanted, kept)), tree_leaves((found, args[0])), strict=True):
-            if not isinstance(one, torch.Tensor):
-                continue
-            # The functions compute in float32 in models of any dtype.
-            error, allowed = relative_error(one, other), max(TOLERANCE[one.dtype], TOLERANCE[torch.float32])
+            error = relative_error(one, other) if isinstance(one, torch.Tensor) else 0.0
             if not error <= allowed:
                 name = getattr(own, "__name__", "a recurrence")
                 raise CaptureError(
@@ -89,6 +84,14 @@ def _checked(own: Function, replacement: Function) -> Function:
 
     setattr(call, _MARK, True)
     return call
+
+
+def _allowed(args: Sequence[object], kwargs: Mapping[str, object]) -> float:
+    """The tolerance of the lowest precision among the operands: the functions compute some products in it, others in float32."""
+    operands = [item for item in tree_leaves((args, dict(kwargs))) if isinstance(item, torch.Tensor)]
+    return max(
+        (TOLERANCE.get(item.dtype, 0.0) for item in operands if item.dtype != torch.float64), default=TOLERANCE[torch.float32]
+    )
 
 
 def _delta_rule(own: Function) -> Function:
@@ -103,7 +106,7 @@ def _delta_rule(own: Function) -> Function:
         decay, beta, state = found["g"], found["beta"], found["initial_state"]
         normalizes = bool(found["use_qk_l2norm_in_kernel"])
         y, last = gated_delta_rule(query, key, value, decay, beta, state, scale=key.shape[-1] ** -0.5, normalizes=normalizes)
-        return y.to(query.dtype), last if found["output_final_state"] else None
+        return y.to(query.dtype), last.float() if found["output_final_state"] else None
 
     return replacement
 

@@ -39,7 +39,7 @@ class Decoder(FixedModule):
         self._mask = torch.ones(self.batch, self.max_length, dtype=torch.int64, device=self.device)
         self._start = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._counted = torch.arange(self.max_length, device=self.device).expand(self.batch, self.max_length)
-        self._padded = False
+        self._padded = self._unfinished = False
 
     @property
     def report(self) -> Report:
@@ -63,12 +63,12 @@ class Decoder(FixedModule):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` can take tokens away: not from the state of a recurrence, which holds what all tokens left."""
+        """Whether `crop` can take tokens away: not from the state of a recurrence, which has no slot for each of them."""
         return all(map(is_kv_cache, self.program.state))
 
     def reset(self) -> None:
         """Empty the KV cache, and the state of recurrent layers."""
-        self.length = 0
+        self.length, self._unfinished = 0, False
         for name, tensor in self.compiled.state().items() if not self.is_croppable else ():
             if not is_kv_cache(name):
                 tensor.zero_()
@@ -89,7 +89,8 @@ class Decoder(FixedModule):
             self.reset()
         elif length < self.length and not self.is_croppable:
             raise UnsupportedError(
-                "the state of a recurrent layer holds what all tokens left; reset() the decoder, and read anew"
+                f"the state of a recurrence cannot be cropped ({self.length} tokens are read, {length} were to stay); "
+                f"reset() the decoder, and read the text again"
             )
         self.length = length
         self._mask[:, length:] = 1
@@ -117,6 +118,8 @@ class Decoder(FixedModule):
         """
         with self.compiled.refusals():
             tokens = self._check(input_ids)
+        if self._unfinished:
+            raise UnsupportedError("a call was interrupted while it wrote the state of recurrent layers; reset() the decoder")
         # Embeddings take int32 and int64 ids, and the program is captured with int64.
         ids = input_ids if input_ids.dtype is torch.int64 else input_ids.to(torch.int64)
         if attention_mask is None:
@@ -180,8 +183,9 @@ class Decoder(FixedModule):
             positions = self._counted[:, start:end]
         self._start.fill_(start)
         inputs = [input_ids, self._mask, positions, self._start]
+        self._unfinished = not self.is_croppable
         (logits,) = self.compiled.run(inputs)
-        self.length = end
+        self.length, self._unfinished = end, False
         return cast(torch.Tensor, logits)
 
     def __repr__(self) -> str:

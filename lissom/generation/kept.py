@@ -1,7 +1,8 @@
 """Decoders kept in the user's cache, so that `lissom generate` compiles a model once.
 
 A decoder is kept under a hash of what it depends on: the checkpoint's files (by size and time of change), passes, options,
-calibration data, Lissom's own files, the versions of packages, and the kind of processor. The last few are kept.
+calibration data, Lissom's own files, the versions of packages, the kind of processor, the kernels, and the number of threads. The
+last few are kept.
 """
 
 from __future__ import annotations
@@ -10,22 +11,31 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from lissom.errors import InputError
 from lissom.generation.directory import is_saved
+from lissom.ops.native import describe_kernels
 from lissom.ops.native.build import cache_folder
+from lissom.ops.native.choice import SWITCH as KERNELS
 from lissom.ops.native.instruction_sets import processor_features
 
 SWITCH = "LISSOM_KEPT_DECODERS"
 """The environment variable with the number of decoders that are kept; 0 keeps none."""
 _KEPT = 3
+_PACKAGES = ("torch", "transformers", "tokenizers", "onnxruntime", "onnxscript", "onnx-ir")
+_OF_CHECKPOINTS = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja")
+"""The kinds of files that a checkpoint is read from."""
+_LEFT_SECONDS = 24 * 3600
+"""Folders under a temporary name are removed when nothing was written to them for so long."""
 STEP = 256
-"""A kept decoder's capacity is a multiple of this number of tokens, so that it serves other prompts too."""
+"""A kept decoder's capacity is rounded up to a multiple of this number of tokens, so that it serves other prompts too."""
 
 
 def count() -> int:
@@ -43,10 +53,12 @@ def place_of(checkpoint: Path, data: Path | None, options: Mapping[str, object])
     """
     package = Path(__file__).parents[1]
     parts = {
-        "files": [*_stamps(checkpoint.rglob("*")), *_stamps([data] if data else [])],
-        "lissom": _stamps(package.rglob("*.py")),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "files": _stamps(path for path in checkpoint.iterdir() if path.suffix in _OF_CHECKPOINTS),
+        "data": _stamps([] if data is None else data.iterdir() if data.is_dir() else [data]),
+        "lissom": _stamps(path for path in package.rglob("*") if path.suffix in (".py", ".h", ".cpp")),
+        "versions": {name: _version(name) for name in _PACKAGES},
         "processor": sorted(processor_features()),
+        "kernels": [describe_kernels(), os.environ.get(KERNELS, "")],
         "threads": torch.get_num_threads(),
         "options": {name: str(value) for name, value in options.items()},
     }
@@ -57,23 +69,44 @@ def place_of(checkpoint: Path, data: Path | None, options: Mapping[str, object])
 
 
 def _stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-    found = ((path, path.stat()) for path in sorted(paths) if path.is_file())
+    found = ((path.resolve(), path.stat()) for path in sorted(paths) if path.is_file())
     return [(str(path), status.st_size, status.st_mtime_ns) for path, status in found]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def use(place: Path) -> bool:
     """Whether a decoder is kept there; it is then the one that was used last."""
     if not is_saved(place):
         return False
-    os.utime(place)
+    with suppress(OSError):  # a cache that can only be read, or a decoder that another process removes
+        os.utime(place)
     return True
 
 
 def forget_oldest(folder: Path) -> None:
     """Remove all kept decoders but the last ones used."""
-    found = sorted((path for path in folder.iterdir() if is_saved(path)), key=lambda path: path.stat().st_mtime)
+    found = sorted((path for path in folder.iterdir() if is_saved(path)), key=_last_use)
     for path in found[: max(0, len(found) - count())]:
-        shutil.rmtree(path, ignore_errors=True)
+        leaving = path.with_name(f".{path.name}.{os.getpid()}")
+        with suppress(OSError):  # another process removed it
+            path.rename(leaving)
+    # Also what a process left that was ended meanwhile.
+    for path in folder.glob(".*"):
+        if time.time() - _last_use(path) > _LEFT_SECONDS or path.name.endswith(f".{os.getpid()}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _last_use(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def rounded(tokens: int) -> int:

@@ -77,6 +77,7 @@ struct Widened {
 
   void product(const BFloat16* opened, int64_t row, int64_t rows, int64_t, float* sums) const {
     alignas(64) float columns[kDepth * kPanel];
+    if (inputs == 0) std::fill(sums, sums + rows * kPanel, 0.0f);
     for (int64_t from = 0; from < inputs; from += kDepth) {
       int64_t depth = std::min(kDepth, inputs - from);
       widen_pairs(opened + from * kPanel, depth / 2, columns);

@@ -122,11 +122,16 @@ class Quantize(Approximation):
         tables = {_table(item.node) for item in edit.program.fact(structure).embeddings}
         for matrix in {matrix.name: matrix for matrix in layers.values()}.values():
             # Gemma's table in int8, a scale for 32 neighbours, is the same to the bit; in int4 it costs 1.6 % of perplexity.
-            form = FORMATS["int8"] if self.embeddings is None and matrix.node in tables else self.weight_format
+            form = self._table_format if matrix.node in tables else self.weight_format
             self._quantize_weight(edit, matrix.node, form, transposed=matrix.transposed)
         if self.embeddings:
             for item in edit.program.fact(structure).embeddings:
                 self._quantize_table(edit, item.node)
+
+    @property
+    def _table_format(self) -> Format:
+        """The format of tables that are tied to an LM head."""
+        return FORMATS["int8" if self.symmetric else "uint8"] if self.embeddings is None else self.weight_format
 
     @property
     def _takes_tied(self) -> bool:
@@ -143,20 +148,24 @@ class Quantize(Approximation):
         )
 
     def _obstacle(self, edit: Editor, node: fx.Node, matrix: Matrix) -> str | None:
-        tied = any(_table(item.node) is matrix.node for item in edit.program.fact(structure).embeddings)
+        look_ups = [item.node for item in edit.program.fact(structure).embeddings if _table(item.node) is matrix.node]
+        tied = bool(look_ups)
         if tied and not self._takes_tied:
             return "its weight is an embedding table too; embeddings=true treats both"
+        named = next((found for item in look_ups if (found := obstacle_by_name(item, skip=self.skip))), None)
+        if named is not None:
+            return f"its weight is an embedding table too, and {named}"
         if not tied and node in edit.program.fact(structure).lm_heads and not self.lm_head:
             return "it is an LM head or classifier; lm_head=true includes it"
         if nodes.tensor_type(input_of(node)).dtype == torch.float64:
             return "it computes in float64"
         size = nodes.tensor_type(matrix.node).shape[0 if matrix.transposed else 1]
-        return self._shape_obstacle(int(size))  # pyright: ignore[reportArgumentType]
+        return self._shape_obstacle(int(size), self._table_format if tied else self.weight_format)  # pyright: ignore
 
-    def _shape_obstacle(self, size: int) -> str | None:
+    def _shape_obstacle(self, size: int, form: Format) -> str | None:
         if self._granularity == "group" and size % self.group:
             return f"its {size} input features are no multiple of group={self.group}"
-        if self.weight_format.bits == 4 and size % 2:
+        if form.bits == 4 and size % 2:
             return f"its number of input features, {size}, is odd, and int4 packs two per byte"
         return None
 
@@ -205,7 +214,7 @@ class Quantize(Approximation):
             return
         reason = obstacle_by_name(look_up, skip=self.skip, only=self.only)
         size = int(nodes.tensor_type(table).shape[1])  # pyright: ignore[reportArgumentType]
-        if edit.may_change(look_up, reason or self._shape_obstacle(size)):
+        if edit.may_change(look_up, reason or self._shape_obstacle(size, self.weight_format)):
             self._quantize_weight(edit, table, self.weight_format)
 
     def _quantize_activations(self, edit: Editor, values: list[fx.Node], layers: set[fx.Node]) -> None:
