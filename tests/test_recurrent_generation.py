@@ -41,3 +41,31 @@ def test_a_recurrent_model_is_compiled_under_inference_mode() -> None:
         wanted = model(inputs["input_ids"]).logits[:, -1]
         # Sums of some hundred products in float32, through two layers.
         torch.testing.assert_close(fast.step(inputs["input_ids"]), wanted, rtol=0, atol=2e-5)
+
+
+def test_an_interrupted_call_leaves_no_state_that_is_used(monkeypatch) -> None:
+    fast = lissom.compile_generation(decoder("mamba2"), max_length=16)
+    ids = prompt(length=5)["input_ids"]
+    wanted = fast.step(ids)
+
+    def interrupted(inputs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fast.compiled, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fast.step(ids[:, :1])
+    with pytest.raises(UnsupportedError, match=r"was interrupted while it wrote the state of recurrent layers; reset\(\)"):
+        fast.step(ids[:, :1])
+    fast.reset()
+    assert torch.equal(fast.step(ids), wanted)
+
+
+def test_a_quantized_cache_can_be_cropped() -> None:
+    model = decoder("llama")
+    fast = lissom.compile_generation(model, max_length=16, passes="quantize-cache", goal=None)
+    ids = prompt(length=5)["input_ids"]
+    fast.step(ids)
+    wanted = fast.step(ids[:, :1])
+    fast.crop(5)
+    assert torch.equal(fast.step(ids[:, :1]), wanted)

@@ -50,8 +50,8 @@ def layer_states(model: PreTrainedModel) -> list[State]:
     """
     if modules_with(model, _FORGETS):
         raise UnsupportedError(
-            f"{type(model).__name__} starts its recurrence anew at every call of several tokens, since transformers' {_FORGETS} "
-            f"takes no state; generation takes models whose recurrence can be continued, such as Mamba-2"
+            f"{type(model).__name__} starts its recurrence anew at every call of several tokens, since transformers' "
+            f"{_FORGETS} takes no state; generation takes models whose recurrence can be continued, such as Mamba-2"
         )
     cache = _new_cache(model)
     try:

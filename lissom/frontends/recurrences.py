@@ -87,7 +87,7 @@ def _checked(own: Function, replacement: Function) -> Function:
 
 
 def _allowed(args: Sequence[object], kwargs: Mapping[str, object]) -> float:
-    """The tolerance of the lowest precision among the operands: the functions compute some products in it, others in float32."""
+    """The tolerance of the lowest precision among the operands, in which the functions compute some of their products."""
     operands = [item for item in tree_leaves((args, dict(kwargs))) if isinstance(item, torch.Tensor)]
     return max(
         (TOLERANCE.get(item.dtype, 0.0) for item in operands if item.dtype != torch.float64), default=TOLERANCE[torch.float32]
@@ -136,6 +136,7 @@ def _chunk_scan(own: Function) -> Function:
         step = torch.clamp(_step(dt, dt_bias, dt_softplus), min=dt_limit[0], max=dt_limit[1])
         x, step, a, b, c = (item.float() for item in (hidden_states, step, A, B, C))
         y, last = selective_scan(x, step, a, b, c, D, initial_states)
+        y = y if D is None else y.to(torch.promote_types(y.dtype, D.dtype))
         return (y, last) if return_final_states else y
 
     return replacement

@@ -1,8 +1,8 @@
 """Decoders kept in the user's cache, so that `lissom generate` compiles a model once.
 
 A decoder is kept under a hash of what it depends on: the checkpoint's files (by size and time of change), passes, options,
-calibration data, Lissom's own files, the versions of packages, the kind of processor, the kernels, and the number of threads. The
-last few are kept.
+calibration data, Lissom's own files, the versions of packages, the kind of processor, the kernels, and the number of threads.
+The last few are kept.
 """
 
 from __future__ import annotations

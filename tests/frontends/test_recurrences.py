@@ -16,7 +16,7 @@ from lissom.errors import CaptureError
 from lissom.frontends.export import capture
 from lissom.frontends.recurrences import recurrences_as_operators
 from lissom.ops import gated_delta_rule, selective_scan
-from tests.decoders import decoder
+from tests.decoders import RECURRENT, decoder
 from tests.models import normal, seeded
 
 modeling = transformers.models.qwen3_next.modeling_qwen3_next
@@ -56,17 +56,23 @@ def test_functions_are_themselves_again_also_after_an_error() -> None:
     assert modeling.torch_chunk_gated_delta_rule is own
 
 
-def test_other_threads_get_the_same_meanwhile() -> None:
+def test_other_threads_call_the_model_s_own_functions_meanwhile() -> None:
     model = decoder("qwen3_next")
     ids = torch.randint(3, 99, (1, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = model(ids).logits
     found: list[torch.Tensor] = []
-    with torch.no_grad(), recurrences_as_operators(model):
+    with recurrences_as_operators(model):
         thread = threading.Thread(target=lambda: found.append(model(ids).logits.detach()))
         thread.start()
         thread.join()
-        assert relative_error(model(ids).logits, found[0]) < 2e-5
-    with torch.no_grad():
-        assert relative_error(model(ids).logits, found[0]) < 2e-5
+    assert torch.equal(found[0], wanted)
+
+
+def test_a_program_for_another_device_keeps_the_model_s_functions() -> None:
+    own = modeling.torch_chunk_gated_delta_rule
+    with recurrences_as_operators(decoder("qwen3_next"), torch.device("cuda")):
+        assert modeling.torch_chunk_gated_delta_rule is own
 
 
 def torch_chunk_gated_delta_rule(something: torch.Tensor) -> torch.Tensor:
@@ -117,6 +123,26 @@ class Other(nn.Module):
 def test_a_function_with_other_parameters_stays() -> None:
     x = torch.ones(2, 3)
     assert torch.equal(lissom.compile(Other(), x)(x), 2 * x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("build", [mamba, *RECURRENT.values()])
+def test_models_of_other_dtypes(build, dtype: torch.dtype) -> None:
+    model = seeded(build).eval().to(dtype)
+    model.config.use_cache = False
+    ids = torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(0))
+    compiled = lissom.compile(model, {"input_ids": ids}, checks="off")
+    with torch.no_grad():
+        assert compiled(input_ids=ids)["logits"].dtype == model(ids).logits.dtype
+
+
+@pytest.mark.parametrize("name", ["mamba2", "falcon_h1"])
+def test_a_decoder_in_bfloat16(name: str) -> None:
+    model = decoder(name).to(torch.bfloat16)
+    fast = lissom.compile_generation(model, max_length=16)
+    ids = torch.randint(3, 99, (1, 9), generator=torch.Generator().manual_seed(0))
+    # Two layers in bfloat16, whose sums round to 8 bits.
+    assert relative_error(model(ids).logits[:, -1].float(), fast.step(ids).float()) < 5e-2
 
 
 def test_low_precision_stays_low(tmp_path) -> None:

@@ -192,3 +192,11 @@ def test_linear_attention_without_key_heads_or_tokens():
         OPS.linear_attention(q, q, q, causal=True, chunk=0)
     for causal in (False, True):
         assert OPS.linear_attention(q[:, :, :0], q[:, :, :0], q[:, :, :0], causal=causal).shape == (1, 2, 0, 3)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_without_inputs_are_zero(rows, dtype):
+    pair = (2,) if dtype == torch.bfloat16 else ()
+    found = OPS.packed_linear(torch.empty(rows, 0, dtype=dtype), torch.empty(1, 0, 32, *pair, dtype=dtype), features=8)
+    assert torch.equal(found, torch.zeros(rows, 8, dtype=dtype))

@@ -152,7 +152,7 @@ class Quantize(Approximation):
         tied = bool(look_ups)
         if tied and not self._takes_tied:
             return "its weight is an embedding table too; embeddings=true treats both"
-        named = next((found for item in look_ups if (found := obstacle_by_name(item, skip=self.skip))), None)
+        named = next((found for item in look_ups if (found := obstacle_by_name(item, skip=self.skip, only=""))), None)
         if named is not None:
             return f"its weight is an embedding table too, and {named}"
         if not tied and node in edit.program.fact(structure).lm_heads and not self.lm_head:

@@ -138,6 +138,14 @@ def test_int4_weight_takes_a_tied_table_along_in_int8() -> None:
     assert list(rounded_weights(without)) == ["mix.weight"]
 
 
+def test_a_tied_table_is_left_where_its_look_up_is_named() -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    for options, formats in (("skip=words", {"mix.weight": "uint4"}), ("", {"mix.weight": "uint4", "words.weight": "uint8"})):
+        passes = f"quantize{{scheme=int4-weight,group=8,symmetric=false{',' if options else ''}{options}}}"
+        found = captures.optimize(Tied(), (ids,), passes=passes).program
+        assert {name: node.kwargs["format"] for name, node in rounded_weights(found).items()} == formats
+
+
 def test_layers_named_are_skipped_or_alone_treated() -> None:
     case = tiny_bert()
     every = len(rounded_weights(quantized(case, "quantize")))
