@@ -113,7 +113,7 @@ SCHEMES = {
             "quantize{scheme=int4-weight},gptq",
             "awq,quantize{scheme=int4-weight}",
         ),
-        ("quantize{scheme=int4-weight}", "quantize{scheme=int4-weight},gptq"),
+        ("quantize{scheme=int4-weight,embeddings=false}", "quantize{scheme=int4-weight,embeddings=false},gptq"),
     ),
     "fp8": Scheme(
         "Weights and activations in fp8 (e4m3, four bits of exponent and three of fraction), with per-channel and per-token "

@@ -149,7 +149,7 @@ def test_a_name_that_is_too_long_is_a_sentence(capsys: pytest.CaptureFixture[str
 
 SHAPES: dict[str, Refusal] = {
     text: (UnsupportedError, "is not a shape; write rows x tokens", lambda text=text: parse_shapes(text))
-    for text in ("", "8", "8x", "x8", "-1x8", "8x0", "8.0x8", "8x8,", "ragged", "8xragged8", "8 x 8 x 8", "1e3x8")
+    for text in ("", "0", "8x", "x8", "-1x8", "8x0", "8.0x8", "8x8,", "ragged", "8xragged8", "8 x 8 x 8", "1e3x8")
 }
 
 

@@ -204,7 +204,7 @@ def test_options_of_bench_that_do_not_fit_are_exit_status_2(arguments, message):
     ("arguments", "message"),
     [
         (["bench", "minlm", "--engines", "egaer"], "there is no engine 'egaer'; did you mean 'eager'? choose eager, "),
-        (["bench", "minlm", "--shapes", "8"], "'8' is not a shape; write rows x tokens, for example 1x32,8x128,32xragged"),
+        (["bench", "minlm", "--shapes", "8x"], "'8x' is not a shape; write rows x tokens, for example 1x32,8x128,32xragged"),
         (["bench", "minlm", "--texts", "no.txt"], "'no.txt' cannot be read as text: "),
         (["bench", "minlm", "--engines", "eager"], "'minlm' is neither a directory nor a packaged model"),
         (["show", "minlm"], "neither a directory nor a packaged model (minilm, gemma3-270m); did you mean 'minilm'?"),

@@ -75,7 +75,8 @@ class Gptq(Approximation):
     asymmetric: fits layers to the outputs of the original model, rather than to those behind quantized layers.
     pull: regularization towards the original weights with asymmetric=true, as a fraction of the mean of the diagonal of XᵀX.
     refit: refits scales once the integers are chosen.
-    tables: quantizes LM heads tied to an embedding table, and the table with them.
+    tables: quantizes LM heads tied to an embedding table, and the table with them; by default those of four bits, since in int8
+        rounding to the nearest loses next to nothing, and a table has many rows.
     damping: added to the diagonal of XᵀX, as a fraction of its mean.
     block_size: number of columns after which errors are passed on to all later ones; affects only the time.
     skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
@@ -87,7 +88,7 @@ class Gptq(Approximation):
     asymmetric: bool = True
     pull: float = 0.1
     refit: bool = True
-    tables: bool = True
+    tables: bool | None = None
     damping: float = 0.01
     block_size: int = 128
     skip: str = ""
@@ -125,14 +126,16 @@ class Gptq(Approximation):
         """The linear layers to quantize, with their matrices; the others are reported as skipped."""
 
         def obstacle(node: fx.Node, matrix: RoundedMatrix) -> str | None:
-            reason = "its weight is an embedding table too; tables=true treats both"
             by_name = obstacle_by_name(node, skip=self.skip, only=self.only)
-            return by_name or (reason if _is_table(matrix) and not self.tables else None)
+            if by_name or not _is_table(matrix):
+                return by_name
+            taken = _format_of(matrix).bits == 4 if self.tables is None else self.tables
+            return None if taken else "its weight is an embedding table too; tables=true treats both"
 
         return treated_layers(edit, rounded_matrix_of, obstacle)
 
     def _quantize(self, edit: Editor, matrix: RoundedMatrix, read: Read) -> None:
-        form = FORMATS[str(matrix.quantizer.kwargs["format"])]
+        form = _format_of(matrix)
         scale, zero_point = matrix.read_scale(edit.program)
         weight, gram = matrix.read(edit.program), read.moments.gram
         if read.shift is not None:
@@ -150,6 +153,10 @@ class Gptq(Approximation):
             if value is not None:
                 edit.set_weight(part, (value.T if matrix.transposed else value).contiguous())
         matrix.write(edit, rounded)
+
+
+def _format_of(matrix: RoundedMatrix) -> Format:
+    return FORMATS[str(matrix.quantizer.kwargs["format"])]
 
 
 def _is_table(matrix: RoundedMatrix) -> bool:

@@ -301,10 +301,18 @@ class TiedTable(nn.Module):
         return nn.functional.linear(torch.tanh(self.layer(self.table(ids))), self.table.weight)
 
 
-@pytest.mark.parametrize("tables", [True, False])
-def test_a_table_that_is_an_lm_head_too_is_treated_by_what_the_head_reads(tables: bool) -> None:
+@pytest.mark.parametrize(
+    ("passes", "tables"),
+    [
+        ("quantize{scheme=int8-weight,embeddings=true},gptq{tables=true}", True),
+        ("quantize{scheme=int8-weight,embeddings=true},gptq{tables=false}", False),
+        ("quantize{scheme=int8-weight,embeddings=true},gptq", False),
+        ("quantize{scheme=int4-weight,group=8,embeddings=true},gptq", True),
+        ("quantize{scheme=int4-weight,group=8},gptq", False),
+    ],
+)
+def test_a_table_that_is_an_lm_head_too_is_treated_by_what_the_head_reads(passes: str, tables: bool) -> None:
     module, ids = seeded(TiedTable), torch.arange(12).reshape(2, 6)
-    passes = f"quantize{{scheme=int8-weight,embeddings=true}},gptq{{tables={'true' if tables else 'false'}}}"
     found = captures.optimize(module, ids, passes=passes, data=[ids])
     on_grid_or_untouched = found.program.weight("table.weight").detach()
     if not tables:

@@ -16,6 +16,7 @@ from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.dimension_map import dim_of
 from lissom.compiler.ir.operators import is_pointwise, reduced_dims, rule_table
 from lissom.compiler.ir.printer import target_text
+from lissom.compiler.ir.recurrence_letters import HEADS, LETTERS, SHARED, operands_of
 from lissom.compiler.ir.types import TensorType
 from lissom.ops import grouped_product, linear_attention, rotary
 
@@ -160,6 +161,30 @@ def _attention(node: fx.Node, known: Known) -> Value:
     return (*lead, q[len(q) - 2], v[-1])
 
 
+def _recurrence(node: fx.Node, known: Known) -> Value:
+    """Dimensions of one name are one axis. Tokens, and what a token sums over, stay as they are."""
+    axes: dict[str, Axis] = {}
+    shared: list[Axis] = []
+    for item, names in operands_of(node):
+        for axis, name in zip(of(item, known), names, strict=False):
+            if name == SHARED:
+                shared.append(axis)
+            elif name not in axes:
+                axes[name] = axis
+            else:
+                unify(axes[name], axis, "of a recurrence")
+    for axis in shared:
+        if axis.size != axes[HEADS].size:
+            pin(axis, "shared between the heads of a recurrence")
+            if axis.size != 1:
+                pin(axes[HEADS], "sharing what a recurrence reads")
+        else:
+            unify(axes[HEADS], axis, "of a recurrence")
+    for name in ("tokens", "states"):
+        pin(axes[name], "read by a recurrence")
+    return tuple(tuple(axes[name] for name in names) for names in LETTERS[node.target][1])
+
+
 def _rotary(node: fx.Node, known: Known) -> Value:
     x, *tables = (of(item, known) for item in node.args[:3])
     width = x[-1].size
@@ -266,6 +291,7 @@ RULES: dict[object, Rule] = rule_table(
     (_group_norm, [aten.group_norm.default]),
     (_attention, [*ops.ATTENTIONS, linear_attention]),
     (_rotary, [rotary]),
+    (_recurrence, LETTERS),
     (_grouped_product, [grouped_product]),
     (_rounded, ops.QUANTIZERS),
     (_convolution, ops.CONVOLUTIONS),

@@ -20,6 +20,7 @@ from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.dimension_map import shape_of
 from lissom.compiler.ir.operators import is_pointwise, reduced_dims, rule_table
 from lissom.compiler.ir.placement import PARTIAL, REPLICATED, Spans, is_padded, sharded
+from lissom.compiler.ir.recurrence_letters import LETTERS
 from lissom.compiler.ir.types import TensorType
 from lissom.compiler.parallel.rules import lookups as lookups
 from lissom.compiler.parallel.rules import stored as stored
@@ -38,6 +39,7 @@ from lissom.compiler.parallel.rules.base import (
     tensors,
 )
 from lissom.compiler.parallel.rules.joint import BEST, LOOK_UP, jointly
+from lissom.compiler.parallel.rules.recurrences import recurrence
 from lissom.ops import grouped_product as GROUPED_PRODUCT  # noqa: N812
 from lissom.ops import rotary as ROTARY  # noqa: N812
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
@@ -326,6 +328,7 @@ RULES: dict[object, Rule] = rule_table(
     (attention, ops.ATTENTIONS),
     (rotary, [ROTARY]),
     (grouped_product, [GROUPED_PRODUCT]),
+    (recurrence, LETTERS),
     (jointly(over("dim")), [*ops.SOFTMAX, *ops.LOG_SOFTMAX, aten.topk.default]),
     (over("dim"), [*ops.CUMULATIVE, aten.sort.default, aten.glu.default]),
     (convolution, ops.CONVOLUTIONS),
