@@ -13,7 +13,10 @@ from lissom.compiler.ir.interpreter import call
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 
-UNKNOWN = ("aten._grouped_mm.default", "lissom.grouped_product.default")
+UNKNOWN = (
+    *("aten._grouped_mm.default", "lissom.grouped_product.default"),
+    *("lissom.gated_delta_rule.default", "lissom.selective_scan.default"),
+)
 """Operators PyTorch does not count, although they multiply matrices."""
 
 
