@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any, cast
 
@@ -48,7 +49,7 @@ def recurrences_as_operators(model: nn.Module, device: torch.device | None = Non
                 own = vars(module)[name]
                 known = set(parameters) <= set(inspect.signature(inspect.unwrap(own)).parameters)
                 if known and not hasattr(own, _MARK):
-                    stack.enter_context(exchanged(module, name, _checked(own, replaced(own))))
+                    stack.enter_context(exchanged(module, name, _checked(own, partial(replaced, own))))
         yield
 
 
@@ -63,7 +64,8 @@ def _checked(own: Function, replacement: Function) -> Function:
     thread = threading.get_ident()
 
     def call(*args: object, **kwargs: object) -> object:
-        if threading.get_ident() != thread or not args:
+        packed = any(kwargs.get(name) is not None for name in _PACKED)
+        if threading.get_ident() != thread or packed or not args:
             return own(*args, **kwargs)
         if torch.compiler.is_exporting():
             return replacement(*args, **kwargs)
@@ -94,108 +96,88 @@ def _allowed(args: Sequence[object], kwargs: Mapping[str, object]) -> float:
     )
 
 
-def _delta_rule(own: Function) -> Function:
+def _delta_rule(own: Function, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gated delta rule, by chunks or by tokens, with a decay per head or per feature."""
-
-    def replacement(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *given: object, **options: object) -> object:
-        bound = inspect.signature(inspect.unwrap(own)).bind(query, key, value, *given, **options)
-        bound.apply_defaults()
-        found = bound.arguments
-        if found.get("kwargs", {}).get("cu_seqlens") is not None:
-            return own(query, key, value, *given, **options)
-        decay, beta, state = found["g"], found["beta"], found["initial_state"]
-        normalizes = bool(found["use_qk_l2norm_in_kernel"])
-        y, last = gated_delta_rule(query, key, value, decay, beta, state, scale=key.shape[-1] ** -0.5, normalizes=normalizes)
-        return y.to(query.dtype), last.float() if found["output_final_state"] else None
-
-    return replacement
+    bound = inspect.signature(inspect.unwrap(own)).bind(*args, **options)
+    bound.apply_defaults()
+    found = bound.arguments
+    query, key, value, decay, beta, state, wants_state, normalizes = (found[name] for name in _RULE)
+    y, last = gated_delta_rule(query, key, value, decay, beta, state, scale=key.shape[-1] ** -0.5, normalizes=normalizes)
+    return y.to(query.dtype), last.float() if wants_state else None
 
 
-def _chunk_scan(own: Function) -> Function:
+def _chunk_scan(
+    _own: Function,
+    hidden_states: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    chunk_size: int,
+    D: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    initial_states: torch.Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    **_others: object,
+) -> object:
     """The selective scan of Mamba-2. Like the function itself, it returns float32 and does nothing with a gate z."""
-
-    def replacement(
-        hidden_states: torch.Tensor,
-        dt: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        chunk_size: int,
-        D: torch.Tensor | None = None,
-        dt_bias: torch.Tensor | None = None,
-        initial_states: torch.Tensor | None = None,
-        dt_softplus: bool = False,
-        dt_limit: tuple[float, float] = (0.0, float("inf")),
-        return_final_states: bool = False,
-        **others: Any,
-    ) -> object:
-        if others.get("seq_idx") is not None:
-            options = {"D": D, "dt_bias": dt_bias, "initial_states": initial_states, "dt_softplus": dt_softplus}
-            options |= {"dt_limit": dt_limit, "return_final_states": return_final_states}
-            return own(hidden_states, dt, A, B, C, chunk_size, **options, **others)
-        step = torch.clamp(_step(dt, dt_bias, dt_softplus), min=dt_limit[0], max=dt_limit[1])
-        x, step, a, b, c = (item.float() for item in (hidden_states, step, A, B, C))
-        y, last = selective_scan(x, step, a, b, c, D, initial_states)
-        y = y if D is None else y.to(torch.promote_types(y.dtype, D.dtype))
-        return (y, last) if return_final_states else y
-
-    return replacement
+    step = torch.clamp(_step(dt, dt_bias, dt_softplus), min=dt_limit[0], max=dt_limit[1])
+    x, step, a, b, c = (item.float() for item in (hidden_states, step, A, B, C))
+    y, last = selective_scan(x, step, a, b, c, D, initial_states)
+    y = y if D is None else y.to(torch.promote_types(y.dtype, D.dtype))
+    return (y, last) if return_final_states else y
 
 
-def _token_scan(own: Function) -> Function:
+def _token_scan(
+    _own: Function,
+    hidden_states: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **_others: object,
+) -> object:
     """The selective scan of Mamba-1, which has one channel a head, and tokens in the last dimension."""
-
-    def replacement(
-        hidden_states: torch.Tensor,
-        dt: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        D: torch.Tensor | None = None,
-        z: torch.Tensor | None = None,
-        delta_bias: torch.Tensor | None = None,
-        delta_softplus: bool = False,
-        return_last_state: bool = False,
-        **others: object,
-    ) -> object:
-        step = _step(dt, None if delta_bias is None else delta_bias[..., None], delta_softplus)
-        x = hidden_states if D is None else hidden_states.to(torch.promote_types(hidden_states.dtype, D.dtype))
-        b, c = (item.transpose(1, 2).unsqueeze(2) for item in (B, C))
-        y, last = selective_scan(x.transpose(1, 2).unsqueeze(-1), step.transpose(1, 2), A, b, c, D)
-        y = y.squeeze(-1).transpose(1, 2)
-        if z is not None:
-            y = y * functional.silu(z)
-        return (y, last.squeeze(2)) if return_last_state else y
-
-    return replacement
+    step = _step(dt, None if delta_bias is None else delta_bias[..., None], delta_softplus)
+    x = hidden_states if D is None else hidden_states.to(torch.promote_types(hidden_states.dtype, D.dtype))
+    b, c = (item.transpose(1, 2).unsqueeze(2) for item in (B, C))
+    y, last = selective_scan(x.transpose(1, 2).unsqueeze(-1), step.transpose(1, 2), A, b, c, D)
+    y = y.squeeze(-1).transpose(1, 2)
+    if z is not None:
+        y = y * functional.silu(z)
+    return (y, last.squeeze(2)) if return_last_state else y
 
 
-def _state_update(own: Function) -> Function:
+def _state_update(
+    own: Function,
+    state: torch.Tensor,
+    hidden_states: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    dt_softplus: bool = False,
+    z: torch.Tensor | None = None,
+    **others: object,
+) -> torch.Tensor:
     """A decode step of Mamba-2, which gives its rates per channel and state, and overwrites the state."""
-
-    def replacement(
-        state: torch.Tensor,
-        hidden_states: torch.Tensor,
-        dt: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        D: torch.Tensor | None = None,
-        dt_bias: torch.Tensor | None = None,
-        dt_softplus: bool = False,
-        z: torch.Tensor | None = None,
-        **others: object,
-    ) -> torch.Tensor:
-        if A.dim() != 3 or A.stride()[1:] != (0, 0) or B.dim() != 3:
-            return own(state, hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, z, **others)
-        step = _step(dt[..., 0], None if dt_bias is None else dt_bias[:, 0], dt_softplus)
-        x, step, b, c = (item.float().unsqueeze(1) for item in (hidden_states, step, B, C))
-        y, last = selective_scan(x, step, A[:, 0, 0].float(), b, c, None if D is None else D[:, 0], state)
-        state.copy_(last)
-        y = y.squeeze(1)
-        return (y if z is None else y * functional.silu(z)).to(hidden_states.dtype)
-
-    return replacement
+    if A.dim() != 3 or A.stride()[1:] != (0, 0) or B.dim() != 3:
+        return own(state, hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, z, **others)
+    step = _step(dt[..., 0], None if dt_bias is None else dt_bias[:, 0], dt_softplus)
+    x, step, b, c = (item.float().unsqueeze(1) for item in (hidden_states, step, B, C))
+    y, last = selective_scan(x, step, A[:, 0, 0].float(), b, c, None if D is None else D[:, 0], state)
+    state.copy_(last)
+    y = y.squeeze(1)
+    return (y if z is None else y * functional.silu(z)).to(hidden_states.dtype)
 
 
 def _step(dt: torch.Tensor, bias: torch.Tensor | None, softplus: bool) -> torch.Tensor:
@@ -204,8 +186,10 @@ def _step(dt: torch.Tensor, bias: torch.Tensor | None, softplus: bool) -> torch.
 
 
 _RULE = ("query", "key", "value", "g", "beta", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel")
+_PACKED = ("cu_seqlens", "seq_idx")
+"""The parameters with which several texts share a row; the operators have none of them."""
 _SCAN = ("hidden_states", "dt", "A", "B", "C")
-_FUNCTIONS: Mapping[str, tuple[Callable[[Function], Function], tuple[str, ...]]] = {
+_FUNCTIONS: Mapping[str, tuple[Function, tuple[str, ...]]] = {
     "torch_chunk_gated_delta_rule": (_delta_rule, _RULE),
     "torch_recurrent_gated_delta_rule": (_delta_rule, _RULE),
     "chunk_kimi_delta_attention": (_delta_rule, _RULE),
@@ -214,4 +198,4 @@ _FUNCTIONS: Mapping[str, tuple[Callable[[Function], Function], tuple[str, ...]]]
     "mamba2_selective_state_update": (_state_update, ("state", *_SCAN)),
     "mamba_selective_scan": (_token_scan, (*_SCAN, "D", "z", "delta_bias")),
 }
-"""The functions by name: what makes the replacement of one, and the parameters that it must have."""
+"""The functions by name: the replacement, which is given the function itself first, and the parameters it must have."""

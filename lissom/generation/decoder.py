@@ -24,7 +24,8 @@ class Decoder(FixedModule):
 
     program: the optimized program. report: what every step did; prints as a table. backend: the name of the backend.
     batch: the number of sequences. max_length: the capacity of the cache in tokens. length: the tokens it holds now.
-    all_logits: a call returns the logits of all its tokens, not only of the last.
+    all_logits: a call returns the logits of all its tokens, not only of the last. is_croppable: whether `crop` can take tokens
+    away: not from the state of a recurrence, which has no slot for each of them.
 
     A decoder holds one conversation: calls from several threads would share its cache.
     """
@@ -32,6 +33,7 @@ class Decoder(FixedModule):
     def __init__(self, compiled: CompiledModel) -> None:
         super().__init__(compiled.program)
         self.compiled = compiled
+        self.is_croppable = all(map(is_kv_cache, compiled.program.state))
         self.length = 0
         _, mask, *_ = (leaf.type for leaf in compiled.program.signature.tensors)
         self.batch, self.max_length = cast("tuple[int, int]", mask.shape)
@@ -60,11 +62,6 @@ class Decoder(FixedModule):
         """
         logits = self._read(input_ids, attention_mask)
         return logits if self.all_logits else logits[:, -1]
-
-    @property
-    def is_croppable(self) -> bool:
-        """Whether `crop` can take tokens away: not from the state of a recurrence, which has no slot for each of them."""
-        return all(map(is_kv_cache, self.program.state))
 
     def reset(self) -> None:
         """Empty the KV cache, and the state of recurrent layers."""

@@ -39,13 +39,13 @@ def gated_delta_rule_reference(
     normalizes: bool,
 ) -> Pair:
     """The reference implementation."""
-    _check_delta_rule(query, key, value, decay, beta, state)
+    sizes = _check_delta_rule(query, key, value, decay, beta, state)
     dtype, copies = _wide(value), value.shape[2] // key.shape[2]
     query, key = (_prepared(item, dtype, copies, normalizes) for item in (query, key))
     query = query * scale
     forget = (decay.unsqueeze(-1) if decay.dim() == 3 else decay).to(dtype).exp()
     wide, rate = value.to(dtype), beta.to(dtype)
-    kept = _started(state, (*value.shape[::2], key.shape[3], value.shape[3]), dtype, value)
+    kept = _started(state, sizes, dtype, value)
     outputs: list[torch.Tensor] = []
     for token in range(value.shape[1]):
         q, k = query[:, token], key[:, token]
@@ -53,7 +53,7 @@ def gated_delta_rule_reference(
         error = (wide[:, token] - torch.einsum("bhkv,bhk->bhv", kept, k)) * rate[:, token].unsqueeze(-1)
         kept = kept + k.unsqueeze(-1) * error.unsqueeze(-2)
         outputs.append(torch.einsum("bhkv,bhk->bhv", kept, q))
-    return _stacked(outputs, value, value.dtype), kept
+    return _stacked(outputs, value), kept
 
 
 def selective_scan_reference(
@@ -66,11 +66,11 @@ def selective_scan_reference(
     state: torch.Tensor | None = None,
 ) -> Pair:
     """The reference implementation."""
-    _check_scan(x, step, a, b, c, d, state)
+    sizes = _check_scan(x, step, a, b, c, d, state)
     dtype, copies = _wide(x), x.shape[2] // b.shape[2]
     b, c = (item.to(dtype).repeat_interleave(copies, 2) for item in (b, c))
     wide, step, rates = x.to(dtype), step.to(dtype), a.to(dtype)
-    kept = _started(state, (x.shape[0], *x.shape[2:], b.shape[3]), dtype, x)
+    kept = _started(state, sizes, dtype, x)
     outputs: list[torch.Tensor] = []
     for token in range(x.shape[1]):
         now = step[:, token].unsqueeze(-1)
@@ -78,7 +78,7 @@ def selective_scan_reference(
         kept = kept * forget + (now * wide[:, token]).unsqueeze(-1) * b[:, token].unsqueeze(2)
         found = torch.einsum("bhpn,bhn->bhp", kept, c[:, token])
         outputs.append(found if d is None else found + wide[:, token] * d.to(dtype).unsqueeze(-1))
-    return _stacked(outputs, x, x.dtype), kept
+    return _stacked(outputs, x), kept
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
@@ -98,8 +98,8 @@ def _started(state: torch.Tensor | None, sizes: tuple[int, ...], dtype: torch.dt
     return like.new_zeros(sizes, dtype=dtype) if state is None else state.to(dtype, copy=True)
 
 
-def _stacked(outputs: list[torch.Tensor], like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.stack(outputs, 1).to(dtype) if outputs else like.new_empty(like.shape)
+def _stacked(outputs: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    return torch.stack(outputs, 1).to(like.dtype) if outputs else like.new_empty(like.shape)
 
 
 def _check_delta_rule(
@@ -109,8 +109,8 @@ def _check_delta_rule(
     decay: torch.Tensor,
     beta: torch.Tensor,
     state: torch.Tensor | None,
-) -> None:
-    """Raise RuntimeError unless the shapes of the operands fit."""
+) -> tuple[int, ...]:
+    """The sizes of the state. Raises: RuntimeError unless the shapes of the operands fit."""
     name = "lissom::gated_delta_rule"
     fits = query.dim() == key.dim() == value.dim() == 4
     require(
@@ -130,7 +130,7 @@ def _check_delta_rule(
     require(
         fits, name + " takes a beta and a decay per value head, or a decay per feature, not {} and {}", beta.shape, decay.shape
     )
-    _check_state(name, state, (value.shape[0], value.shape[2], key.shape[3], value.shape[3]))
+    return _check_state(name, state, (value.shape[0], value.shape[2], key.shape[3], value.shape[3]))
 
 
 def _check_scan(
@@ -141,8 +141,8 @@ def _check_scan(
     c: torch.Tensor,
     d: torch.Tensor | None,
     state: torch.Tensor | None,
-) -> None:
-    """Raise RuntimeError unless the shapes of the operands fit."""
+) -> tuple[int, ...]:
+    """The sizes of the state. Raises: RuntimeError unless the shapes of the operands fit."""
     name = "lissom::selective_scan"
     fits = x.dim() == b.dim() == 4 and step.shape == x.shape[:3]
     require(fits, name + " takes x [batch, tokens, heads, channels] and a step per head, not {} and {}", x.shape, step.shape)
@@ -157,12 +157,13 @@ def _check_scan(
         x.shape[2],
         d.shape if d is not None else (),
     )
-    _check_state(name, state, (x.shape[0], x.shape[2], x.shape[3], b.shape[3]))
+    return _check_state(name, state, (x.shape[0], x.shape[2], x.shape[3], b.shape[3]))
 
 
-def _check_state(name: str, state: torch.Tensor | None, sizes: tuple[int, ...]) -> None:
+def _check_state(name: str, state: torch.Tensor | None, sizes: tuple[int, ...]) -> tuple[int, ...]:
     if state is not None:
         require(state.shape == sizes, name + " takes a state of {}, not {}", sizes, state.shape)
+    return sizes
 
 
 def _fake_delta_rule(
@@ -176,8 +177,7 @@ def _fake_delta_rule(
     scale: float,
     normalizes: bool,
 ) -> Pair:
-    _check_delta_rule(query, key, value, decay, beta, state)
-    sizes = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
+    sizes = _check_delta_rule(query, key, value, decay, beta, state)
     return value.new_empty(value.shape), value.new_empty(sizes, dtype=_wide(value))
 
 
@@ -190,8 +190,7 @@ def _fake_scan(
     d: torch.Tensor | None = None,
     state: torch.Tensor | None = None,
 ) -> Pair:
-    _check_scan(x, step, a, b, c, d, state)
-    sizes = (x.shape[0], x.shape[2], x.shape[3], b.shape[3])
+    sizes = _check_scan(x, step, a, b, c, d, state)
     return x.new_empty(x.shape), x.new_empty(sizes, dtype=_wide(x))
 
 

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lissom.backends.exported import free_dimensions, leaves_of, traced_example
+from lissom.backends.onnx.recurrences import RECURRENCES
 from lissom.backends.onnx.state import return_state
 from lissom.backends.onnx.translation import OPSET, TRANSLATIONS
 from lissom.compiler.ir import node as nodes
@@ -68,7 +69,7 @@ def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir
             input_names=inputs,
             output_names=outputs,
             opset_version=OPSET,
-            custom_translation_table=dict(TRANSLATIONS),  # pyright: ignore[reportArgumentType]
+            custom_translation_table={**TRANSLATIONS, **RECURRENCES},  # pyright: ignore[reportArgumentType]
             dynamo=True,
             verbose=False,
             optimize=False,

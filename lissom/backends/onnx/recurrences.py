@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
-from onnxscript import evaluator, values
 
+from lissom import ops
 from lissom.backends.onnx.rewriting import fixed_size
+from lissom.backends.onnx.translation import OPSET, op, recorded
 from lissom.ops.recurrences import EPS
 
-OPSET = 23
 _TOKENS = 1
 """The dimension of tokens."""
 
-op: Any = values.Opset("", OPSET)
 Body = Callable[[ir.tape.Tape, ir.Value, Sequence[ir.Value]], tuple[ir.Value, ir.Value]]
 """Records one token's computation: of the state and the token's operands, the next state and the token's output."""
 
 
-def gated_delta_rule(
+def _gated_delta_rule(
     query: ir.Value,
     key: ir.Value,
     value: ir.Value,
@@ -32,8 +30,12 @@ def gated_delta_rule(
 ) -> tuple[ir.Value, ir.Value]:
     """The state is [batch, heads, key_dim, value_dim]; rows and columns are matrices of one row and one column."""
     given, wide = value, _wide(value)
-    heads, key_dim, value_dim = fixed_size(value, 2), fixed_size(key, 3), fixed_size(value, 3)
-    query, key = (_prepared(_cast(item, wide), heads, normalizes) for item in (query, key))
+    heads, key_heads = fixed_size(value, 2), fixed_size(key, 2)
+    key_dim, value_dim = fixed_size(key, 3), fixed_size(value, 3)
+    query, key = (_cast(item, wide) for item in (query, key))
+    if normalizes:
+        query, key = _normalized(query), _normalized(key)
+    query, key = (_repeated(item, key_heads, heads, key_dim) for item in (query, key))
     query = op.Mul(query, op.CastLike(op.Constant(value_float=scale), query))
     columns = op.Constant(value_ints=[0, 0, heads, -1, 1])
     rows = op.Constant(value_ints=[0, 0, heads, 1, -1])
@@ -52,7 +54,7 @@ def gated_delta_rule(
     return op.CastLike(op.Reshape(y, op.Constant(value_ints=[0, 0, heads, value_dim])), given), last
 
 
-def selective_scan(
+def _selective_scan(
     x: ir.Value,
     step: ir.Value,
     a: ir.Value,
@@ -63,12 +65,13 @@ def selective_scan(
 ) -> tuple[ir.Value, ir.Value]:
     """The state is [batch, heads, channels, states]."""
     given, wide = x, _wide(x)
-    heads, channels, states = fixed_size(x, 2), fixed_size(x, 3), fixed_size(b, 3)
+    heads, channels, groups, states = fixed_size(x, 2), fixed_size(x, 3), fixed_size(b, 2), fixed_size(b, 3)
     column = op.Constant(value_ints=[0, 0, heads, -1, 1])
     x, step, a = op.Reshape(_cast(x, wide), column), op.Reshape(_cast(step, wide), column), _cast(a, wide)
     forget = op.Exp(op.Mul(step, op.Reshape(a, op.Constant(value_ints=[heads, 1, -1]))))
-    writes = op.Reshape(_repeated(_cast(b, wide), heads), op.Constant(value_ints=[0, 0, heads, 1, states]))
-    reads = op.Reshape(_repeated(_cast(c, wide), heads), op.Constant(value_ints=[0, 0, heads, states, 1]))
+    b, c = (_repeated(_cast(item, wide), groups, heads, states) for item in (b, c))
+    writes = op.Reshape(b, op.Constant(value_ints=[0, 0, heads, 1, states]))
+    reads = op.Reshape(c, op.Constant(value_ints=[0, 0, heads, states, 1]))
 
     def token(tape: ir.tape.Tape, kept: ir.Value, now: Sequence[ir.Value]) -> tuple[ir.Value, ir.Value]:
         given, forget, write, read = now
@@ -90,18 +93,14 @@ def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Value:
     return value if value.dtype == dtype else op.Cast(value, to=dtype)
 
 
-def _prepared(x: ir.Value, heads: int, normalizes: bool) -> ir.Value:
-    """Queries or keys, divided by their lengths where wanted, one head for each of the values."""
-    key_heads, width = fixed_size(x, 2), fixed_size(x, 3)
-    if normalizes:
-        squares = op.ReduceSum(op.Mul(x, x), op.Constant(value_ints=[3]), keepdims=1)
-        x = op.Div(x, op.Sqrt(op.Add(squares, op.CastLike(op.Constant(value_float=EPS), squares))))
-    return _repeated(x, heads, key_heads, width)
+def _normalized(x: ir.Value) -> ir.Value:
+    """Queries or keys, divided by their lengths."""
+    squares = op.ReduceSum(op.Mul(x, x), op.Constant(value_ints=[3]), keepdims=1)
+    return op.Div(x, op.Sqrt(op.Add(squares, op.CastLike(op.Constant(value_float=EPS), squares))))
 
 
-def _repeated(x: ir.Value, heads: int, groups: int | None = None, width: int | None = None) -> ir.Value:
+def _repeated(x: ir.Value, groups: int, heads: int, width: int) -> ir.Value:
     """[batch, tokens, groups, width] with each group repeated for the heads that share it."""
-    groups, width = groups or fixed_size(x, 2), width or fixed_size(x, 3)
     if groups == heads:
         return x
     single = op.Reshape(x, op.Constant(value_ints=[0, 0, groups, 1, width]))
@@ -132,7 +131,12 @@ def _scan(body: Body, start: ir.Value, operands: Sequence[ir.Value], dtype: ir.D
         ir.AttrInt64s("scan_input_axes", [_TOKENS] * len(operands)),
         ir.AttrInt64s("scan_output_axes", [_TOKENS]),
     ]
-    node = ir.Node("", "Scan", [start, *operands], attributes, num_outputs=2)
-    evaluator.default().nodes.append(node)  # pyright: ignore[reportAttributeAccessIssue]
-    last, outputs = node.outputs
+    last, outputs = recorded(ir.Node("", "Scan", [start, *operands], attributes, num_outputs=2))
     return outputs, last
+
+
+RECURRENCES: Mapping[object, Callable[..., object]] = {
+    ops.gated_delta_rule: _gated_delta_rule,
+    ops.selective_scan: _selective_scan,
+}
+"""Translations of recurrences."""

@@ -15,7 +15,6 @@ import torch
 from onnxscript import evaluator, values
 
 from lissom import ops
-from lissom.backends.onnx import recurrences
 from lissom.backends.onnx.rewriting import fixed_size
 from lissom.compiler.ir.program import Program
 from lissom.errors import UnsupportedError
@@ -41,10 +40,10 @@ op: Any = values.Opset("", OPSET)
 def _node(op_type: str, *inputs: ir.Value | None, **options: int | float | str | ir.Attr) -> ir.Value:
     """A node of our domain, which a later rewrite replaces."""
     given = ir.convenience.convert_attributes(options)
-    return _recorded(ir.Node(DOMAIN, op_type, inputs, given, num_outputs=1, version=1))[0]
+    return recorded(ir.Node(DOMAIN, op_type, inputs, given, num_outputs=1, version=1))[0]
 
 
-def _recorded(node: ir.Node) -> Sequence[ir.Value]:
+def recorded(node: ir.Node) -> Sequence[ir.Value]:
     """Record a node outside the opset; returns its outputs."""
     evaluator.default().nodes.append(node)  # pyright: ignore[reportAttributeAccessIssue]
     return node.outputs
@@ -123,7 +122,7 @@ def _grouped_product(input: ir.Value, weight: ir.Value, offs: ir.Value) -> ir.Va
         op.Slice(ends, op.Constant(value_ints=[1]), op.Constant(value_ints=[groups + 2]), first),
         op.Slice(ends, first, count, first),
     )
-    rows = _recorded(ir.Node("", "Split", [input, sizes], [ir.AttrInt64("axis", 0)], num_outputs=groups + 1))
+    rows = recorded(ir.Node("", "Split", [input, sizes], [ir.AttrInt64("axis", 0)], num_outputs=groups + 1))
     weights = [op.Gather(weight, op.Constant(value_int=group), axis=0) for group in range(groups)]
     parts = [op.MatMul(part, item) for part, item in zip(rows, weights, strict=False)]
     rest = op.Mul(op.MatMul(rows[-1], weights[0]), op.CastLike(op.Constant(value_float=0.0), input))
@@ -193,8 +192,6 @@ TRANSLATIONS: Mapping[object, Callable[..., object]] = {
     ops.rotary: _rotary,
     ops.grouped_product: _grouped_product,
     ops.linear_attention: _linear_attention,
-    ops.gated_delta_rule: recurrences.gated_delta_rule,
-    ops.selective_scan: recurrences.selective_scan,
     fake_quantize: _fake_quantize,
     fake_quantize_dynamic: _fake_quantize_dynamic,
     dequantize: _dequantize,
@@ -203,7 +200,7 @@ TRANSLATIONS: Mapping[object, Callable[..., object]] = {
     aten.masked_fill.Tensor: _masked_fill,
     aten.where.self: _where,
 }
-"""Translations of operators that the exporter lacks, or translates worse."""
+"""Translations of operators that the exporter lacks, or translates worse; those of recurrences are in `recurrences`."""
 
 _WRITTEN_BY: Mapping[object, str] = {
     ops.fused_attention: "fuse-attention or lower-sparse-attention",
