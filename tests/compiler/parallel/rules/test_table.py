@@ -57,9 +57,15 @@ X = normal(2, 4, 6)
 W = normal(8, 6, seed=1)
 HEADS = normal(2, 4, 3, 8, seed=2)
 GROUPS = normal(2, 2, 3, 8, seed=3)
+STEPS, KEYS, RATES = normal(2, 3, 4, 8, seed=4), normal(2, 3, 2, 8, seed=5), normal(2, 3, 4, seed=6).sigmoid()
 F = torch.nn.functional
 attend = F.scaled_dot_product_attention
-rotary = torch.ops.lissom.rotary
+rotary, scan = torch.ops.lissom.rotary, torch.ops.lissom.selective_scan
+
+
+def delta(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor) -> Any:
+    """The gated delta rule, [batch, tokens, heads, width]."""
+    return torch.ops.lissom.gated_delta_rule(q, k, v, decay, beta, scale=0.5, normalizes=True)
 
 
 def int8(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -129,6 +135,14 @@ ROWS = [
         (HEADS, normal(1, 1, 3, 8), normal(1, 1, 3, 8)), (cut(1, 4), R, R), cut(1, 4)),
     Row("rotary, pairs", lambda x, c, s: rotary(x, c, s, interleaved=False),
         (HEADS, normal(1, 1, 3, 8), normal(1, 1, 3, 8)), (cut(3, 8), R, R), R, {0: R}),
+    # Recurrences: tokens are read whole; keys that several heads share go with them, or are whole.
+    Row("delta rule, heads", delta, (STEPS, STEPS, STEPS, RATES, RATES), (cut(2, 4),) * 5, (cut(2, 4), cut(1, 4))),
+    Row("delta rule, gates whole", delta, (STEPS, STEPS, STEPS, RATES, RATES), (cut(2, 4), cut(2, 4), cut(2, 4), R, R),
+        (cut(2, 4), cut(1, 4)), {3: cut(2, 4), 4: cut(2, 4)}),
+    Row("delta rule, groups", delta, (KEYS, KEYS, STEPS, RATES, RATES), (R, R, cut(2, 4), R, R), (R, R), {2: R}),
+    Row("delta rule, tokens", delta, (KEYS, KEYS, STEPS, RATES, RATES), (R, R, cut(1, 3), R, R), (R, R), {2: R}),
+    Row("scan, channels", scan, (STEPS, RATES, RATES[0, 0], KEYS, KEYS), (cut(3, 8), R, R, R, R), (cut(3, 8), cut(2, 8))),
+    Row("scan, a sum", scan, (STEPS, RATES, RATES[0, 0], KEYS, KEYS), (P, R, R, R, R), (R, R), {0: R}),
     # What reads a dimension whole.
     Row("softmax", lambda x: x.softmax(-1), (X,), (cut(1, 4),), cut(1, 4)),
     Row("softmax over parts", lambda x: x.softmax(-1), (X,), (cut(2, 6),), R, {0: R}),
