@@ -45,10 +45,20 @@ def test_packing_loses_nothing(dtype, features):
     assert torch.equal(unpack(pack(weight), features), weight)
 
 
+@pytest.mark.skipif(torch.float32 not in DTYPES, reason="no kernels")
+@pytest.mark.parametrize("rows", [1, 5, 100])
+def test_long_sums_are_made_of_short_ones(rows):
+    # Gemma's layers of 2,048 inputs: summed in one go, errors of 4e-6 in one layer become 6e-5 in the model.
+    x, weight = numbers(rows, 4096), numbers(64, 4096) / 64
+    found = packed_linear(x, pack(weight), features=64)
+    # Sums of 192 products, 22 of them: 5e-7 measured, and 5e-6 in one go.
+    assert relative_error(x.double() @ weight.double().T, found.double()) <= 1.5e-6
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     rows=st.integers(1, 130),
-    inputs=st.integers(1, 200),
+    inputs=st.integers(1, 420),
     features=st.integers(1, 200),
     activation=st.sampled_from(list(ACTIVATIONS)),
     combine=st.sampled_from(["none", "add", "mul"]),

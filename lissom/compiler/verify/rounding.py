@@ -214,7 +214,7 @@ def exact_outputs(program: Program, samples: Sequence[Sample], wide: torch.dtype
     For a query that sees only padding, -1e4 is added to every score. In bfloat16 this erases the scores, in float32 all but
     their thousandths, and softmax amplifies the difference.
     """
-    if program.is_simulation:
+    if program.is_simulation or program.state:
         return None
     if wide is None:
         tensors = (*program.weights().values(), *map(nodes.tensor_type, filter(nodes.is_tensor, program.nodes())))

@@ -31,7 +31,8 @@ inline void widen(const T* from, int64_t count, std::vector<float>& to) {
 template <typename T>
 struct Plain {
   static constexpr bool kSharesRows = false;
-  static constexpr int64_t kProductRows = 0, kFewRows = 0;
+  static constexpr int64_t kProductRows = std::is_same_v<T, float> ? 8 * kRows : 0, kFewRows = kRows;
+  using Scope = int;
   const T* x;       // [rows, inputs]
   const T* weight;  // packed, [panels, inputs / pair, kPanel, pair]
   int64_t inputs;
@@ -42,8 +43,11 @@ struct Plain {
 
   template <int R, bool fetches>
   void tile(const T* opened, int64_t row, int64_t, int column, Vec (&sums)[R][kWide]) const {
-    constexpr int pair = kPair<T>;
-    multiply<R, fetches>(x + row * inputs, inputs, opened + column * pair, inputs / pair, sums);
+    multiply_in_parts<R, fetches>(x + row * inputs, inputs, opened + column * kPair<T>, sums);
+  }
+
+  void product(const T* opened, int64_t row, int64_t rows, int64_t, float* sums) const {
+    multiply_parts(x + row * inputs, inputs, rows, [&](int64_t from, int64_t) { return opened + from * kPanel; }, sums);
   }
 };
 
@@ -51,7 +55,6 @@ struct Plain {
 struct Widened {
   static constexpr bool kSharesRows = false;  // widening again takes less time than lines of another core's cache
   static constexpr int64_t kProductRows = 8 * kRows, kFewRows = kRows;
-  static constexpr int64_t kDepth = 192;  // inputs whose widened columns stay in the L1 cache beside the sums
   using Scope = int;
   const BFloat16* x;       // [rows, inputs]
   const BFloat16* weight;  // packed, [panels, inputs / 2, kPanel, 2]
@@ -77,19 +80,11 @@ struct Widened {
 
   void product(const BFloat16* opened, int64_t row, int64_t rows, int64_t, float* sums) const {
     alignas(64) float columns[kDepth * kPanel];
-    if (inputs == 0) std::fill(sums, sums + rows * kPanel, 0.0f);
-    for (int64_t from = 0; from < inputs; from += kDepth) {
-      int64_t depth = std::min(kDepth, inputs - from);
+    auto widened = [&](int64_t from, int64_t depth) {
       widen_pairs(opened + from * kPanel, depth / 2, columns);
-      in_pieces(0, rows, kRows, [&](int64_t top, int64_t bottom) {
-        with_rows(static_cast<int>(bottom - top), [&](auto count) {
-          constexpr int R = decltype(count)::value;
-          const float* a = floats + (row + top - origin) * inputs + from;
-          for (int column = 0; column < kPanel; column += kChunk)
-            accumulate<R>(a, inputs, columns + column, depth, sums + top * kPanel + column, from == 0);
-        });
-      });
-    }
+      return static_cast<const float*>(columns);
+    };
+    multiply_parts(floats + (row - origin) * inputs, inputs, rows, widened, sums);
   }
 };
 

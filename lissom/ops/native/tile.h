@@ -197,18 +197,6 @@ inline void widen_pairs(const BFloat16* from, int64_t steps, float* to) {
   }
 }
 
-// sums, [R, kPanel] of which a chunk starts there, = or += R rows of a, `stride` apart, times `steps` steps of the columns at b.
-template <int R>
-inline void accumulate(const float* a, int64_t stride, const float* b, int64_t steps, float* sums, bool first) {
-  Vec held[R][kWide] = {};
-  if (!first)
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kWide; ++v) held[r][v] = load(sums + r * kPanel + v * kLanes);
-  multiply<R>(a, stride, b, steps, held);
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < kWide; ++v) store(sums + r * kPanel + v * kLanes, held[r][v]);
-}
-
 // Calls work(std::integral_constant<int, rows>): dispatches a number of rows known at run time to a template.
 template <typename Work, int... R>
 inline void with_rows(int rows, Work&& work, std::integer_sequence<int, R...>) {
@@ -228,6 +216,51 @@ inline void in_pieces(int64_t begin, int64_t end, int64_t most, Work&& work) {
   int64_t count = end - begin, pieces = ceil_div(count, most);
   for (int64_t piece = 0; piece < pieces; ++piece)
     work(begin + count * piece / pieces, begin + count * (piece + 1) / pieces);
+}
+
+// The steps summed in registers before their sum is added to the total: a longer sum in float32 rounds more, and the columns
+// of so many stay in the L1 cache beside the sums of some rows.
+constexpr int64_t kDepth = 192;
+
+// sums, [R, kPanel] of which a chunk starts there, = or += R rows of a, `stride` apart, times `steps` steps of the columns at b.
+template <int R>
+inline void accumulate(const float* a, int64_t stride, const float* b, int64_t steps, float* sums, bool first) {
+  Vec held[R][kWide] = {};
+  multiply<R>(a, stride, b, steps, held);
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < kWide; ++v) {
+      float* place = sums + r * kPanel + v * kLanes;
+      store(place, first ? held[r][v] : load(place) + held[r][v]);
+    }
+}
+
+// sums, [rows, kPanel], = rows of a times a panel of `inputs` inputs.  columns(from, depth) are those of a part of the inputs.
+template <typename Columns>
+inline void multiply_parts(const float* a, int64_t inputs, int64_t rows, Columns&& columns, float* sums) {
+  if (inputs == 0) std::fill(sums, sums + rows * kPanel, 0.0f);
+  for (int64_t from = 0; from < inputs; from += kDepth) {
+    int64_t depth = std::min(kDepth, inputs - from);
+    const float* part = columns(from, depth);
+    in_pieces(0, rows, kRows, [&](int64_t top, int64_t bottom) {
+      with_rows(static_cast<int>(bottom - top), [&](auto count) {
+        for (int column = 0; column < kPanel; column += kChunk)
+          accumulate<decltype(count)::value>(a + top * inputs + from, inputs, part + column, depth,
+                                             sums + top * kPanel + column, from == 0);
+      });
+    });
+  }
+}
+
+// The same for R rows and one chunk, in registers.
+template <int R, bool fetches, typename T>
+inline void multiply_in_parts(const T* a, int64_t inputs, const T* b, Vec (&sums)[R][kWide]) {
+  constexpr int pair = kPair<T>;
+  for (int64_t from = 0; from < inputs; from += kDepth) {
+    Vec part[R][kWide] = {};
+    multiply<R, fetches>(a + from, inputs, b + from * kPanel, std::min(kDepth, inputs - from) / pair, part);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kWide; ++v) sums[r][v] += part[r][v];
+  }
 }
 
 }  // namespace lissom

@@ -159,7 +159,7 @@ struct WeightQuantized {
     const P* from;
     if constexpr (std::is_same_v<T, P>) from = x + row * weight.inputs;
     else from = values(row);
-    multiply<R>(from, weight.inputs, opened + column * pair, weight.inputs / pair, totals);
+    multiply_in_parts<R, false>(from, weight.inputs, opened + column * pair, totals);
   }
 
  private:
