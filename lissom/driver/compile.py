@@ -161,11 +161,13 @@ def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: Settings
     program = captured.program
     history = History(format_pipeline(passes), settings.checks)
     history.record(Step(0, "capture", "capture", captured.seconds, 0.0, Size.of(program), notes=captured.notes), program.text())
+    data, labels = read_data(settings.data, program.signature)
     pipeline = Pipeline(
         passes,
         samples=captured.samples or check_samples(program.signature, captured.example),
         checks=settings.checks,
-        data=read_data(settings.data, program.signature),
+        data=data,
+        labels=labels,
         metric=settings.metric,
         max_drop=settings.max_drop,
         progress=lambda what, finished, _: show(what, finished + 1, count),

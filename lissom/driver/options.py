@@ -145,14 +145,23 @@ def check_data(data: Iterable[object]) -> None:
         raise InputError(f"data= is a {type(data).__name__}; give a list of batches, each like example_inputs")
 
 
-def read_data(data: Iterable[Inputs], signature: Signature) -> list[Sample]:
-    """The calibration batches as flat inputs.
+LABELS = "labels"
+"""The key of a batch for its labels, where the model takes no argument of that name."""
+
+
+def read_data(data: Iterable[Inputs], signature: Signature) -> tuple[list[Sample], list[torch.Tensor | None]]:
+    """The calibration batches as flat inputs, and the labels of each.
 
     Raises: InputError for a batch that does not fit the model's arguments, with its index.
     """
     samples: list[Sample] = []
+    labels: list[torch.Tensor | None] = []
     for index, batch in enumerate(data):
         args, kwargs = split_inputs(batch, f"batch {index} of data=")
+        label = None if LABELS in signature.parameters else kwargs.pop(LABELS, None)
+        if label is not None and not isinstance(label, torch.Tensor):
+            raise InputError(f"batch {index} of data= has labels of type {type(label).__name__}; give a tensor")
+        labels.append(label)
         try:
             sample = signature.flatten(args, kwargs)
             signature.check_sizes(sample)
@@ -161,4 +170,4 @@ def read_data(data: Iterable[Inputs], signature: Signature) -> list[Sample]:
         samples.append(sample)
     if not samples and isinstance(data, Iterator):
         raise InputError("data= is an iterator that yields no batch; it may have been read before: give a list of batches")
-    return samples
+    return samples, labels

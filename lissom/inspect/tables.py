@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -11,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lissom.compiler.pipeline.history import History, Size, Step
+from lissom.inspect.training_plot import plot_training
 
 _WIDTH = 80
 _LONGEST_PASS = 28
@@ -34,6 +37,13 @@ class Report:
     def full(self) -> Report:
         """The same report with every step."""
         return replace(self, every_step=True)
+
+    def plot_training(self, path: str | PathLike[str]) -> None:
+        """Draw the losses of the training passes over their minutes, in the format that the file's name says.
+
+        Raises: UnsupportedError without matplotlib, without a training pass, or for a format that matplotlib does not write.
+        """
+        plot_training(self.history, Path(path))
 
     def __rich__(self) -> RenderableType:
         return _history_table(self)

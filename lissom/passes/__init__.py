@@ -59,6 +59,8 @@ from lissom.passes.quantize.gptq import Gptq
 from lissom.passes.quantize.quantize import Quantize
 from lissom.passes.quantize.quantize_cache import QuantizeCache
 from lissom.passes.quantize.smooth_quant import SmoothQuant
+from lissom.passes.recover.distill import Distill
+from lissom.passes.recover.finetune import Finetune
 
 _ALL: tuple[type[Pass], ...] = (
     *(EliminateDeadCode, RemoveNoOps, RewriteEinsum, FoldConstants, MergeCommonSubexpressions),
@@ -67,6 +69,7 @@ _ALL: tuple[type[Pass], ...] = (
     *(PruneHeads, PruneNeurons, PruneLayers, PruneHidden, Sparsify, EliminateDead, MergeEqualHeads),
     *(LowRank, LinearAttention, DepthwiseSeparable, ShareLayers, PoolHeads, SparsifyAttention),
     *(Equalize, SmoothQuant, Awq, Quantize, Gptq, CorrectBias, QuantizeCache, FoldQuantizedWeights),
+    *(Distill, Finetune),
     *(Cast, FoldCasts, SinkCasts),
     *(MergeProjections, FuseRotary, LowerSparseAttention, FuseAttention, FuseRmsNorm),
     *(PackQuantizedLinear, LowerQuantizedProducts, PackLinear, FuseEpilogues, FuseMergedAttention, PackSparse),

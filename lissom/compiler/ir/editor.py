@@ -23,6 +23,19 @@ Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
+class CurvePoint:
+    """A point of a training curve.
+
+    loss: the mean over the steps since the point before it; None at the start. held_out: the loss of the data held out.
+    """
+
+    step: int
+    seconds: float
+    loss: float | None
+    held_out: float
+
+
+@dataclass(frozen=True)
 class Skip:
     """A place a pass looked at and left alone: which node, where it is, and why."""
 
@@ -35,11 +48,12 @@ class Editor:
     """Edits one program on behalf of one pass.
 
     program: the program being changed; a pass may put another in its place.
-    data: calibration inputs, flat; empty when the caller gave none.
+    data: calibration inputs, flat; empty when the caller gave none. labels: of each of them, or None.
     reference: the program before the first pass that changed numbers; None where that is this one.
     rewritten: how many places the pass changed.
     skipped: the places it could not treat, with the reason.
     notes: sentences on the pass as a whole, for the reader of the history.
+    curve: the losses of a training pass over its steps.
     current: the node the pass is looking at, for error messages.
     """
 
@@ -49,17 +63,20 @@ class Editor:
         pass_name: str,
         data: Sequence[Sample] = (),
         *,
+        labels: Sequence[torch.Tensor | None] = (),
         reference: Program | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self.program = program
         self.pass_name = pass_name
         self.data = data
+        self.labels = labels
         self.reference = reference
         self._progress = progress
         self.rewritten = 0
         self.skipped: list[Skip] = []
         self.notes: list[str] = []
+        self.curve: list[CurvePoint] = []
         self.current: fx.Node | None = None
 
     def nodes(self, *targets: object) -> Iterator[fx.Node]:

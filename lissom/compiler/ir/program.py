@@ -142,11 +142,16 @@ class Program:
         A program shares its weights with the model it was captured from. Training needs copies, or the model would change.
         Weights that were frozen in the model stay frozen.
         """
-        found = self.copy()
+        found, owned = self.copy(), dict[object, torch.Tensor]()
         for name, tensor in found.weights().items():
-            owned = tensor.detach().clone()
-            learned = isinstance(tensor, nn.Parameter) and owned.is_floating_point()
-            found.set_weight(name, nn.Parameter(owned) if learned else owned)
+            place = (
+                (tensor.data_ptr(), tensor.shape, tensor.stride(), isinstance(tensor, nn.Parameter)) if tensor.numel() else name
+            )
+            if place not in owned:
+                learned = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+                copied = tensor.detach().clone()
+                owned[place] = nn.Parameter(copied) if learned else copied
+            found.set_weight(name, owned[place])
         return found
 
     def state_tensors(self) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lissom.compiler.analysis.cost import flops
-from lissom.compiler.ir.editor import Skip
+from lissom.compiler.ir.editor import CurvePoint, Skip
 from lissom.compiler.ir.printer import unified_diff
 from lissom.compiler.ir.program import Program
 from lissom.errors import UnsupportedError
@@ -44,6 +44,7 @@ class Step:
     relative_error: of a rewrite against the program before it, of any other pass against the original; None unchecked.
     cosine: the smallest cosine of an output to the original's. metric: the caller's score, when given.
     notes: sentences for the reader. reverted: why the pass was undone after it ran, or None.
+    curve: the losses of a training pass; empty for any other.
     """
 
     index: int
@@ -61,6 +62,7 @@ class Step:
     metric: float | None = None
     notes: tuple[str, ...] = ()
     reverted: str | None = None
+    curve: tuple[CurvePoint, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -136,6 +138,7 @@ def _step_from_json(data: Mapping[str, Any]) -> Step:
     fields["size"] = Size(**data["size"])
     fields["skipped"] = tuple(Skip(**item) for item in data["skipped"])
     fields["notes"] = tuple(data["notes"])
+    fields["curve"] = tuple(CurvePoint(**item) for item in data.get("curve", ()))
     return Step(**fields)
 
 

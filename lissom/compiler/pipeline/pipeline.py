@@ -24,7 +24,7 @@ from lissom.compiler.pipeline.pass_kinds import Annotation, Approximation, Pass,
 from lissom.compiler.pipeline.spelling import format_pass, format_pipeline
 from lissom.compiler.verify.divergence import answers, compare, run_original, run_samples
 from lissom.compiler.verify.equality import changed_strides, require_equal
-from lissom.compiler.verify.structure import verify_structure
+from lissom.compiler.verify.structure import require_kept_form, verify_structure
 from lissom.errors import BudgetError, LissomError, PassError, RequirementError, UnsupportedError, VerifyError
 
 
@@ -45,7 +45,7 @@ class Pipeline:
 
     checks: `numeric` runs programs and compares outputs, `structural` checks form and types only, `off` nothing.
     samples: flat verification inputs for the numeric checks.
-    data: flat calibration inputs for passes that need some.
+    data: flat calibration inputs for passes that need some. labels: of each of them, or None.
     metric: scores a program, higher is better; max_drop: the largest drop below the original's score that is allowed.
     progress: called before each pass with its text, its number and the count.
     judge: called for each approximation that cheapens the program, with the program before it, and the program after it and
@@ -57,6 +57,7 @@ class Pipeline:
     samples: Sequence[Sample] = ()
     checks: Checks = "numeric"
     data: Sequence[Sample] = ()
+    labels: Sequence[torch.Tensor | None] = ()
     metric: Metric | None = None
     max_drop: float | None = None
     progress: Progress | None = None
@@ -232,7 +233,8 @@ class _Run:
             self.check_stretch()
         started = time.perf_counter()
         copied = self.program.trainable() if isinstance(item, Training) else self.program.copy()
-        edit = Editor(copied, item.name(), self.pipeline.data, reference=self.reference, progress=show)
+        given = self.pipeline
+        edit = Editor(copied, item.name(), given.data, labels=given.labels, reference=self.reference, progress=show)
         self._run_pass(item, edit)
         after = edit.program
         after.drop_dead()
@@ -259,6 +261,7 @@ class _Run:
             cosine=cosine,
             metric=metric,
             notes=tuple(edit.notes),
+            curve=tuple(edit.curve),
         )
         if not isinstance(item, (Rewrite, Annotation)):
             self.start, self.reference = after, self.reference or self.program
@@ -304,6 +307,8 @@ class _Run:
         touched = after.edits > 0 or isinstance(item, Training) or text_after != self.history.texts[-1]
         if touched:
             verify_structure(after, self.program)
+        if isinstance(item, Training):
+            require_kept_form(self.program, after)
         if self.pipeline.checks == "structural":
             return None, None, []
         outputs = run_samples(after, self.samples) if touched else self.outputs

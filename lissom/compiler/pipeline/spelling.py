@@ -47,6 +47,8 @@ def format_value(value: object) -> str:
             return value if plain else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
         case tuple():
             return "[" + ",".join(format_value(part) for part in value) + "]"
+        case _ if callable(value):
+            return str(getattr(value, "__name__", type(value).__name__))
         case _:
             raise TypeError(f"an option is a number, a flag, a word or a tuple of these, not {value!r}")
 

@@ -132,3 +132,22 @@ def _output_types(program: Program) -> list[nodes.ValueType]:
 
 def _fail(program: Program, node: fx.Node, reason: str, cause: Exception | None = None) -> NoReturn:
     raise VerifyError(f"{printer.place(program, node)}: {reason}\n{printer.excerpt(program, node)}") from cause
+
+
+def require_kept_form(before: Program, after: Program) -> None:
+    """Check that training changed the values of weights and nothing else: the graph, and the zeros of matrices, are the same.
+
+    Raises: VerifyError naming the first difference.
+    """
+    if before.text() != after.text():
+        changed = printer.unified_diff(before.text(), after.text(), "before", "after").splitlines()
+        shown = next((line for line in changed if line[:1] in "+-" and line[:3] not in ("+++", "---")), "")
+        raise VerifyError(
+            f"a training pass changes the values of weights, and this one changed the program: {shown[1:].strip()}"
+        )
+    for name, old in before.weights().items():
+        new = after.weight(name)
+        if old.dim() > 1 and old.is_floating_point() and old is not new and bool((new[old == 0] != 0).any()):
+            raise VerifyError(
+                f"a training pass must keep the zeros of pruned matrices, and '{name}' has other values where it had zeros"
+            )
