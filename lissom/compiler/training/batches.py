@@ -1,0 +1,106 @@
+"""Training batches: calibration data in batches of another size, and the part of it that is held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.ir.signature import Signature
+from lissom.errors import RequirementError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The flat inputs of one step, and its labels if there are any: [rows] or [rows, tokens]."""
+
+    inputs: Sample
+    labels: torch.Tensor | None = None
+
+
+def read_batches(
+    program: Program, data: Sequence[Sample], labels: Sequence[torch.Tensor | None], rows: int | None
+) -> list[Batch]:
+    """The data as batches. rows: of a batch; None keeps the batches as they are.
+
+    Rows of batches with equal shapes are joined, in order, so that no padding is added.
+
+    Raises: RequirementError when the program takes no other batch size than that of the data.
+    """
+    given = [Batch(sample, label) for sample, label in zip(data, labels or [None] * len(data), strict=True)]
+    if rows is None:
+        return given
+    batched = _batched_inputs(program.signature)
+    if batched is None:
+        raise RequirementError(
+            f"the program takes only the batch size of its example inputs, and batch={rows} asks for another; leave batch= out"
+        )
+    return [batch for group in _groups(given, batched) for batch in _resized(group, batched, rows)]
+
+
+def hold_out(
+    program: Program, batches: Sequence[Batch], fraction: float, seed: int, name: str
+) -> tuple[list[Batch], list[Batch]]:
+    """The batches to train on, and those held out: `fraction` of them, drawn with the seed, at least one.
+
+    A single batch is split by rows. name: of the pass, for the error.
+
+    Raises: RequirementError for less than two rows.
+    """
+    found = list(batches)
+    if len(found) == 1 and (batched := _batched_inputs(program.signature)) is not None:
+        size = _rows_of(found[0], batched)
+        held = max(1, round(size * fraction))
+        if size > 1:
+            found = [_rows(found[0], batched, slice(0, size - held)), _rows(found[0], batched, slice(size - held, size))]
+            return found[:1], found[1:]
+    if len(found) < 2:
+        raise RequirementError(
+            f"{name} has one row of data, and needs at least two, one to train on and one to judge by: pass more data="
+        )
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = set(order[: min(max(1, round(len(found) * fraction)), len(found) - 1)])
+    return [item for at, item in enumerate(found) if at not in held], [found[at] for at in sorted(held)]
+
+
+def _batched_inputs(signature: Signature) -> list[bool] | None:
+    """For each input whether its first dimension is the batch; None when no dimension is a batch of any size."""
+    first = [leaf.type.shape[0] if leaf.type.shape else 1 for leaf in signature.tensors]
+    symbols = [size for size in first if isinstance(size, sympy.Symbol)]
+    if not symbols or len(set(symbols)) > 1:
+        return None
+    return [isinstance(size, sympy.Symbol) for size in first]
+
+
+def _rows_of(batch: Batch, batched: Sequence[bool]) -> int:
+    return next(tensor.shape[0] for tensor, has_rows in zip(batch.inputs, batched, strict=True) if has_rows)
+
+
+def _rows(batch: Batch, batched: Sequence[bool], chosen: slice) -> Batch:
+    inputs = [tensor[chosen] if has_rows else tensor for tensor, has_rows in zip(batch.inputs, batched, strict=True)]
+    return Batch(inputs, None if batch.labels is None else batch.labels[chosen])
+
+
+def _groups(batches: Sequence[Batch], batched: Sequence[bool]) -> list[list[Batch]]:
+    """Batches whose rows may be joined: of equal shapes, with equal inputs that have no rows, all with labels or none."""
+    found: dict[object, list[Batch]] = {}
+    for batch in batches:
+        key: list[object] = [None if batch.labels is None else batch.labels.shape[1:]]
+        for tensor, has_rows in zip(batch.inputs, batched, strict=True):
+            key.append(tuple(tensor.shape[1:]) if has_rows else tuple(tensor.flatten().tolist()))
+        found.setdefault(tuple(key), []).append(batch)
+    return list(found.values())
+
+
+def _resized(group: Sequence[Batch], batched: Sequence[bool], rows: int) -> list[Batch]:
+    inputs = [
+        torch.cat([batch.inputs[at] for batch in group]) if has_rows else group[0].inputs[at]
+        for at, has_rows in enumerate(batched)
+    ]
+    labels = [batch.labels for batch in group if batch.labels is not None]
+    whole = Batch(inputs, torch.cat(labels) if labels else None)
+    return [_rows(whole, batched, slice(start, start + rows)) for start in range(0, _rows_of(whole, batched), rows)]

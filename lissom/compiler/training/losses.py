@@ -1,0 +1,186 @@
+"""Losses between a student's and a teacher's outputs, by the form of the output, and the cross-entropy with labels.
+
+Logits (Hinton et al. 2015, Distilling the Knowledge in a Neural Network, §2), with temperature τ, class probabilities
+p = softmax(t / τ) of the teacher and q = softmax(s / τ) of the student:
+
+    τ² · KL(p ‖ q) = τ² · Σ p · (log p - log q)
+
+Embeddings, rows of one matrix: 1 - cos(s, t), plus the mean squared difference of the cosines within the batch (Park et al.
+2019, Relational Knowledge Distillation, compares pairs of rows). Hidden states: ‖s - t‖² / ‖t - mean t‖², over real tokens.
+https://arxiv.org/abs/1503.02531, https://arxiv.org/abs/1904.05068
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+from torch.nn import functional
+
+from lissom.compiler.analysis.structure.linear import as_int, bias_of, is_attention, is_linear
+from lissom.compiler.analysis.structure.real_tokens import token_mask
+from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.operators import is_activation
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.training.batches import Batch
+from lissom.errors import RequirementError
+
+Form = Literal["logits", "embeddings", "hidden"]
+IGNORED = -100
+"""The label of a token without one, as in `torch.nn.functional.cross_entropy`."""
+_PROJECTION = 64
+"""A last layer without a bias and with at least so many outputs per row projects embeddings; a narrower one classifies."""
+_SMALL = 1e-12
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output of a program that a student can learn.
+
+    index: among the flat outputs. form: its form. shifted: whether the label of a token is the token after it.
+    """
+
+    index: int
+    node: fx.Node
+    form: Form
+    shifted: bool = False
+
+
+def outputs_of(program: Program) -> tuple[list[Output], list[str]]:
+    """The outputs that have a form, and a sentence on each of the others."""
+    found: list[Output] = []
+    skipped: list[str] = []
+    leaves: tuple[object, ...] = program.output.args[0]  # pyright: ignore[reportAssignmentType]
+    for index, leaf in enumerate(leaves):
+        form = _form(program, leaf)
+        if form is None or not isinstance(leaf, fx.Node):
+            shown = f"'{leaf.name}'" if isinstance(leaf, fx.Node) else repr(leaf)
+            skipped.append(f"output {index}, {shown}, is neither logits, embeddings nor hidden states, and is not trained on")
+        elif all(leaf is not other.node for other in found):
+            shifted = form == "logits" and nodes.tensor_type(leaf).rank == 3 and _is_causal(program)
+            found.append(Output(index, leaf, form, shifted))
+    return found, skipped
+
+
+def _form(program: Program, leaf: object) -> Form | None:
+    if not nodes.is_tensor(leaf) or leaf.op != "call_function" or not nodes.tensor_type(leaf).dtype.is_floating_point:
+        return None
+    kind = nodes.tensor_type(leaf)
+    if kind.rank not in (2, 3) or not isinstance(kind.shape[-1], int):
+        return None
+    layer, activated = _last_layer(leaf)
+    if layer is None or activated or layer not in program.fact(structure).lm_heads:
+        return "embeddings" if kind.rank == 2 else "hidden"
+    if kind.rank == 2:
+        return "embeddings" if bias_of(layer) is None and kind.shape[-1] >= _PROJECTION else "logits"
+    read = nodes.tensor_type(layer.args[0]).shape[-1] if nodes.is_tensor(layer.args[0]) else None
+    return "hidden" if read == as_int(kind.shape[-1]) else "logits"
+
+
+def _last_layer(leaf: fx.Node) -> tuple[fx.Node | None, bool]:
+    """The linear layer whose result reaches the output through operators of one input, and whether one is an activation."""
+    node, activated = leaf, False
+    while not is_linear(node):
+        inputs = [used for used in node.all_input_nodes if used.op == "call_function" and nodes.is_tensor(used)]
+        if len(inputs) != 1 or is_attention(node):
+            return None, activated
+        # A soft cap, c · tanh(x / c), has no layer without a bias of a few outputs behind it, but an LM head.
+        activated = activated or (is_activation(node) and nodes.tensor_type(leaf).rank == 2)
+        node = inputs[0]
+    return node, activated
+
+
+def _is_causal(program: Program) -> bool:
+    return any(site.mask.causal for site in program.fact(structure).attention)
+
+
+def real_tokens(program: Program, sample: Sample, output: Output) -> torch.Tensor | None:
+    """Which tokens of an output [batch, tokens, features] are no padding, [batch, tokens]; None when all are real."""
+    return token_mask(program, sample, output.node) if nodes.tensor_type(output.node).rank == 3 else None
+
+
+def distance(
+    form: Form, found: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor | None = None, temperature: float = 1.0
+) -> torch.Tensor:
+    """The loss of a student's output against the teacher's, [] in float32.
+
+    found, wanted: [rows, features] or [rows, tokens, features]. real: of the tokens, [rows, tokens].
+    """
+    if real is not None:
+        found, wanted = found[real], wanted[real]
+    found, wanted = found.float().flatten(0, -2), wanted.float().flatten(0, -2)
+    if form == "logits":
+        return divergence(found, wanted, temperature)
+    if form == "embeddings":
+        return embedding_distance(found, wanted)
+    return squared_error(found, wanted)
+
+
+def divergence(found: torch.Tensor, wanted: torch.Tensor, temperature: float) -> torch.Tensor:
+    """τ² · KL(softmax(wanted / τ) ‖ softmax(found / τ)), the mean over rows; both [rows, classes]."""
+    log_q, log_p = (item.div(temperature).log_softmax(-1) for item in (found, wanted))
+    return temperature**2 * functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def embedding_distance(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """1 - cosine, the mean over rows, plus the mean squared difference of the cosines between rows; both [rows, features]."""
+    found, wanted = (functional.normalize(item, dim=-1) for item in (found, wanted))
+    apart = 1 - (found * wanted).sum(-1).mean()
+    return apart + functional.mse_loss(found @ found.T, wanted @ wanted.T)
+
+
+def squared_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """‖found - wanted‖² / ‖wanted - mean of wanted‖²; both [rows, features]."""
+    centered = wanted - wanted.mean(0)
+    return (found - wanted).square().sum() / centered.square().sum().clamp_min(_SMALL)
+
+
+def cross_entropy(output: Output, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy of logits with labels, [] in float32; squared error where there is one number per row.
+
+    logits: [rows, classes] with labels [rows], or [rows, tokens, classes] with labels [rows, tokens]. Tokens with the label
+    -100 do not count. Where a token sees only those before it, it predicts the label of the next token.
+    """
+    logits = logits.float()
+    if labels.is_floating_point():
+        return functional.mse_loss(logits.reshape(labels.shape), labels.float())
+    if output.shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+
+
+def labelled_output(program: Program, outputs: Sequence[Output], batches: Sequence[Batch]) -> Output | None:
+    """The output that the labels belong to; None without labels.
+
+    Raises: RequirementError when only some batches have labels, or no output fits them.
+    """
+    known = [batch for batch in batches if batch.labels is not None]
+    if not known:
+        return None
+    if len(known) < len(batches):
+        raise RequirementError(
+            f"{len(batches) - len(known)} of {len(batches)} batches have no labels; give 'labels' in all batches of data=, or "
+            f"in none"
+        )
+    with torch.no_grad():
+        values = program.run(known[0].inputs)
+    labels = known[0].labels
+    assert labels is not None
+    for output in outputs:
+        value = values[output.index]
+        if isinstance(value, torch.Tensor) and _fits(output, value.shape, labels):
+            return output
+    shapes = ", ".join(str(list(value.shape)) for value in values if isinstance(value, torch.Tensor))
+    raise RequirementError(f"labels of shape {list(labels.shape)} fit no output: they have the shapes {shapes}")
+
+
+def _fits(output: Output, logits: torch.Size, labels: torch.Tensor) -> bool:
+    """True when the labels have the form that `cross_entropy` takes."""
+    if labels.is_floating_point():
+        return labels.numel() == logits.numel()
+    return output.form == "logits" and labels.shape == logits[:-1]

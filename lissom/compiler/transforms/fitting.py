@@ -1,0 +1,188 @@
+"""What the passes that train weights share: options, the parameters that learn, and the run."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lissom.compiler.analysis.module_filter import is_path_protected
+from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.printer import place
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.pipeline.pass_kinds import Training
+from lissom.compiler.training.batches import Batch, hold_out, read_batches
+from lissom.compiler.training.loop import Plan, Precision, Trained, train
+from lissom.errors import RequirementError
+
+MINUTES = 5.0
+"""The length of a run without `minutes` and `steps`."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run minimizes.
+
+    loss: of a training batch; takes its index and the fraction of the run that is over.
+    held_out: of a held-out batch; takes its index.
+    """
+
+    loss: Callable[[int, float], torch.Tensor]
+    held_out: Callable[[int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Fitting(Training):
+    """A pass that trains weights with gradients.
+
+    minutes: the length of the run, 5 by default.
+    steps: the length in steps instead; only then do two runs give the same weights.
+    learning_rate: the highest; it falls to zero at the end.
+    batch: rows of a step; none takes the batches of the data as they are.
+    precision: of products and activations, `fp32` or `bf16`, with weights in float32; `auto` takes bf16 where a step is
+        faster in it and the gradients agree.
+    held_out: the fraction of the data that decides which weights stay, and is not trained on.
+    embeddings: trains embedding tables too, and LM heads tied to them.
+    seed: of the held-out part and of the order of the batches.
+    skip: module paths whose weights stay as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+    only: module paths whose weights learn, in the same form; others stay.
+    """
+
+    minutes: float | None = None
+    steps: int | None = None
+    learning_rate: float = 2e-4
+    batch: int | None = None
+    precision: Precision = "auto"
+    held_out: float = 0.1
+    embeddings: bool = False
+    seed: int = 0
+    skip: str = ""
+    only: str = ""
+
+    def __post_init__(self) -> None:
+        if self.minutes is not None and self.steps is not None:
+            raise ValueError("minutes and steps are both given; give one of them")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes is {self.minutes}; give a number above 0")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; give 1 or more")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; give a number above 0")
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f"batch is {self.batch}; give 1 or more")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}; give a fraction between 0 and 1")
+
+    @abstractmethod
+    def objective(self, edit: Editor, batches: Sequence[Batch], judged: Sequence[Batch]) -> Objective:
+        """What the run minimizes. batches: to train on. judged: held out."""
+
+    def run(self, edit: Editor) -> None:
+        program = edit.program
+        self._check(edit)
+        batches, judged = hold_out(
+            program, read_batches(program, edit.data, edit.labels, self.batch), self.held_out, self.seed, self.name()
+        )
+        learned = self._learned(program)
+        objective = self.objective(edit, batches, judged)
+        seconds = None if self.steps is not None else 60 * (self.minutes or MINUTES)
+        with _only_these_learn(program, learned):
+            done = train(
+                learned,
+                _zeros(learned),
+                objective.loss,
+                len(batches),
+                lambda: sum(float(objective.held_out(at)) for at in range(len(judged))) / len(judged),
+                Plan(seconds, self.steps, self.learning_rate, self.precision, self.seed),
+                lambda what, fraction: edit.report(what, round(1000 * fraction), 1000),
+            )
+        self._record(edit, done, len(learned), [batch.inputs for batch in (*batches, *judged)])
+
+    def _check(self, edit: Editor) -> None:
+        if not edit.data:
+            raise RequirementError(f"{self.name()} needs data to train on: pass data=")
+        if edit.program.state:
+            raise RequirementError(
+                f"{self.name()} trains no program with a KV cache; train the model with lissom.optimize before it is compiled "
+                f"for generation"
+            )
+
+    def _learned(self, program: Program) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name."""
+        tables = {str(item.node.all_input_nodes[0].target) for item in program.fact(structure).embeddings}
+        found: dict[str, nn.Parameter] = {}
+        for name, tensor in program.weights().items():
+            path = name.rpartition(".")[0]
+            stays = name in tables and not self.embeddings
+            stays = stays or is_path_protected(path, self.skip) or bool(self.only and not is_path_protected(path, self.only))
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad and not stays:
+                found[name] = tensor
+        if not found:
+            raise RequirementError(
+                f"{self.name()} has no weights to train: stored integers do not learn, and skip=, only= and embeddings= may "
+                f"leave none; put it before the pass that stores integers, or change these options"
+            )
+        return found
+
+    def _record(self, edit: Editor, done: Trained, learned: int, samples: Sequence[Sample]) -> None:
+        edit.curve = done.curve
+        if done.stopped is not None:
+            where = _not_finite(edit.program, samples) if "finite" in done.stopped else ""
+            edit.note(f"{self.name()} stopped early: {done.stopped}{where}; the best weights so far are kept")
+        if not done.curve or done.best is None:
+            return
+        first, last = done.curve[0], done.curve[-1]
+        if done.gained:
+            edit.rewritten = learned
+            edit.note(
+                f"{self.name()}: {last.step} steps in {last.seconds:.0f} s in {done.precision}; the held-out loss went from "
+                f"{first.held_out:.4g} to {done.best.held_out:.4g}, its smallest, after step {done.best.step}"
+            )
+        else:
+            edit.note(
+                f"{self.name()}: {last.step} steps gained nothing, the held-out loss was {first.held_out:.4g} before and never "
+                f"smaller; the weights are as they were"
+            )
+
+
+@contextmanager
+def _only_these_learn(program: Program, learned: Mapping[str, nn.Parameter]) -> Generator[None]:
+    """Switch off the gradients of all other parameters inside."""
+    parameters = {name: item for name, item in program.weights().items() if item.requires_grad}
+    others = [item for name, item in parameters.items() if name not in learned]
+    for item in others:
+        item.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for item in others:
+            item.requires_grad_(True)
+
+
+def _zeros(learned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Where the matrices that learn hold zeros, which pruning made and training keeps."""
+    zeros = {name: item.detach() == 0 for name, item in learned.items() if item.dim() > 1}
+    return {name: places for name, places in zeros.items() if bool(places.any())}
+
+
+def _not_finite(program: Program, samples: Sequence[Sample]) -> str:
+    """The first node that holds NaN on one of the samples, as the end of a sentence; empty when there is none."""
+    found: list[str] = []
+
+    def observe(node: nodes.fx.Node, value: object) -> None:
+        if not found and isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+            found.append(place(program, node))
+
+    with torch.no_grad():
+        for sample in samples:
+            program.run(sample, observe)
+            if found:
+                return f"; the first value that is not finite is that of {found[0]}"
+    return ""

@@ -1,0 +1,1 @@
+"""Passes that train weights, to recover what approximations lost."""

@@ -1,0 +1,90 @@
+"""Train a program to give what it gave before the lossy passes.
+
+The teacher is the program before the first lossy pass, the student is the program as it is now, and both run on the calibration
+data. With y the labels, τ the temperature, t and s the outputs of teacher and student, and h their hidden states,
+
+    L = α · CE(y, s) + (1 - α) · D(t, s) + hidden · Σ ‖h_s - h_t‖² / ‖h_t - mean h_t‖² / places
+
+D follows the form of the output: τ² · KL for class and token logits, 1 - cosine and the difference of cosines within the batch
+for embeddings, the squared error for hidden states. Without labels α is 0. Hinton et al. 2015, Distilling the Knowledge in a
+Neural Network; Jiao et al. 2020, TinyBERT, has the terms of hidden states. https://arxiv.org/abs/1503.02531,
+https://arxiv.org/abs/1909.10351
+
+The first part of the run is blockwise: each residual add learns the teacher's value from the teacher's value at the one before.
+Weights that are quantized in the graph learn through the rounding, which makes the pass quantization-aware. Zeros of pruned
+matrices, tied weights and factors stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.training.batches import Batch
+from lissom.compiler.training.losses import cross_entropy, labelled_output, outputs_of
+from lissom.compiler.training.teacher import Teacher
+from lissom.compiler.transforms.fitting import Fitting, Objective
+from lissom.errors import RequirementError
+
+
+@dataclass(frozen=True)
+class Distill(Fitting):
+    """Trains weights so that the outputs are those from before the lossy passes.
+
+    alpha: the weight of the cross-entropy with labels; it has no effect where batches have none.
+    temperature: divides logits before the softmax of both programs.
+    hidden: the weight of the hidden states.
+    blockwise: the fraction of the run in which blocks learn by themselves.
+    """
+
+    alpha: float = 0.5
+    temperature: float = 2.0
+    hidden: float = 1.0
+    blockwise: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha}; give a fraction from 0 to 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}; give a number above 0")
+        if self.hidden < 0:
+            raise ValueError(f"hidden is {self.hidden}; give 0 or more")
+        if not 0 <= self.blockwise <= 1:
+            raise ValueError(f"blockwise is {self.blockwise}; give a fraction from 0 to 1")
+
+    def objective(self, edit: Editor, batches: Sequence[Batch], judged: Sequence[Batch]) -> Objective:
+        student = edit.program
+        if edit.reference is None:
+            raise RequirementError(
+                "distill has no teacher: no lossy pass came before it, so there is nothing to recover; put it after the pass "
+                "whose loss it is to recover"
+            )
+        outputs, skipped = outputs_of(student)
+        for sentence in skipped:
+            edit.note(f"distill: {sentence}")
+        if not outputs:
+            raise RequirementError("distill: no output is logits, embeddings or hidden states, so there is nothing to learn")
+        teacher = Teacher.of(edit.reference, outputs, student, self.name())
+        labelled = labelled_output(student, outputs, [*batches, *judged])
+
+        def end_to_end(batch: Batch) -> torch.Tensor:
+            lesson = teacher.lesson(batch.inputs)
+            loss, found = teacher.end_to_end(student, batch.inputs, lesson, temperature=self.temperature, hidden=self.hidden)
+            if labelled is None or batch.labels is None:
+                return loss
+            logits = found[labelled.index]
+            assert isinstance(logits, torch.Tensor)
+            return self.alpha * cross_entropy(labelled, logits, batch.labels) + (1 - self.alpha) * loss
+
+        def loss(index: int, done: float) -> torch.Tensor:
+            batch = batches[index]
+            if done >= self.blockwise or not teacher.residuals:
+                return end_to_end(batch)
+            lesson = teacher.lesson(batch.inputs)
+            return teacher.blockwise(student, batch.inputs, lesson, temperature=self.temperature)
+
+        return Objective(loss, lambda index: end_to_end(judged[index]))

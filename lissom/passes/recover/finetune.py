@@ -1,0 +1,52 @@
+"""Train a program on the task itself: cross-entropy with labels, or a loss of the caller's.
+
+Class and token logits take the cross-entropy with the labels of the batches; tokens with the label -100 do not count, and where
+a token sees only those before it, it predicts the next label. One number per row takes the squared error. No teacher is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.training.batches import Batch
+from lissom.compiler.training.losses import cross_entropy, labelled_output, outputs_of
+from lissom.compiler.transforms.fitting import Fitting, Objective
+from lissom.errors import RequirementError
+
+TaskLoss = Callable[[object, torch.Tensor | None], torch.Tensor]
+"""Takes the model's output and the labels of the batch, None without; returns one number that can be differentiated."""
+
+
+@dataclass(frozen=True)
+class Finetune(Fitting):
+    """Trains weights on labels.
+
+    loss: in Python, a function of the model's output and the labels; by default the cross-entropy, or the squared error where
+        there is one number per row.
+    """
+
+    learning_rate: float = 5e-5
+    loss: TaskLoss | None = None
+
+    def objective(self, edit: Editor, batches: Sequence[Batch], judged: Sequence[Batch]) -> Objective:
+        program, given = edit.program, self.loss
+        if given is not None:
+
+            def own(batch: Batch) -> torch.Tensor:
+                return given(program.signature.unflatten(program.run(batch.inputs)), batch.labels)
+
+            return Objective(lambda index, _: own(batches[index]), lambda index: own(judged[index]))
+        output = labelled_output(program, outputs_of(program)[0], [*batches, *judged])
+        if output is None:
+            raise RequirementError("finetune needs labels: give 'labels' in each batch of data=, or pass Finetune(loss=...)")
+
+        def task(batch: Batch) -> torch.Tensor:
+            logits = program.run(batch.inputs)[output.index]
+            assert isinstance(logits, torch.Tensor) and batch.labels is not None
+            return cross_entropy(output, logits, batch.labels)
+
+        return Objective(lambda index, _: task(batches[index]), lambda index: task(judged[index]))

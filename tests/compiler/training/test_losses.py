@@ -1,0 +1,126 @@
+"""Tests of the losses against formulas written out by hand, and of the form that is found for each output."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from lissom.compiler.training.batches import Batch
+from lissom.compiler.training.losses import (
+    Output,
+    cross_entropy,
+    distance,
+    divergence,
+    embedding_distance,
+    labelled_output,
+    outputs_of,
+    squared_error,
+)
+from lissom.errors import RequirementError
+from tests import captures
+from tests.models import normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
+
+
+def test_the_divergence_is_that_of_two_distributions() -> None:
+    found, wanted, temperature = normal(3, 5), normal(3, 5, seed=1), 2.0
+    total = 0.0
+    for row in range(3):
+        p = [math.exp(float(item) / temperature) for item in wanted[row]]
+        q = [math.exp(float(item) / temperature) for item in found[row]]
+        total += sum(a / sum(p) * math.log((a / sum(p)) / (b / sum(q))) for a, b in zip(p, q, strict=True))
+    # Five exponentials in float32.
+    assert float(divergence(found, wanted, temperature)) == pytest.approx(temperature**2 * total / 3, rel=1e-5)
+    assert float(divergence(found, found, 1.0)) == pytest.approx(0, abs=1e-7)
+
+
+def test_embeddings_are_compared_with_the_teachers_and_with_each_other() -> None:
+    found, wanted = normal(3, 4), normal(3, 4, seed=1)
+    cosine = [[[float(a @ b / a.norm() / b.norm()) for b in rows] for a in rows] for rows in (found, wanted)]
+    own = sum(float(a @ b / a.norm() / b.norm()) for a, b in zip(found, wanted, strict=True)) / 3
+    between = sum((cosine[0][i][j] - cosine[1][i][j]) ** 2 for i in range(3) for j in range(3)) / 9
+    assert float(embedding_distance(found, wanted)) == pytest.approx(1 - own + between, rel=1e-5)
+    assert float(embedding_distance(2 * wanted, wanted)) == pytest.approx(0, abs=1e-6)
+
+
+def test_hidden_states_are_compared_relative_to_their_variance() -> None:
+    found, wanted = normal(6, 4), normal(6, 4, seed=1) + 5
+    variance = sum(float(((row - wanted.mean(0)) ** 2).sum()) for row in wanted)
+    assert float(squared_error(found, wanted)) == pytest.approx(float(((found - wanted) ** 2).sum()) / variance, rel=1e-5)
+
+
+def test_padding_does_not_count() -> None:
+    found, wanted = normal(2, 3, 4), normal(2, 3, 4, seed=1)
+    real = torch.tensor([[True, True, False], [True, False, False]])
+    changed = found.clone()
+    changed[~real] = 100.0
+    assert distance("hidden", found, wanted, real) == distance("hidden", changed, wanted, real)
+    assert distance("logits", found, wanted, real) != distance("logits", changed, wanted)
+
+
+def test_labels_of_a_causal_model_are_those_of_the_next_token() -> None:
+    program = captures.optimize(tiny_gpt2().model, tiny_gpt2().inputs).program
+    outputs, _ = outputs_of(program)
+    assert (outputs[0].form, outputs[0].shifted) == ("hidden", False)
+    logits, labels = normal(2, 5, 7), torch.randint(0, 7, (2, 5), generator=torch.Generator().manual_seed(0))
+    labels[0, 2] = -100
+    output = Output(0, outputs[0].node, "logits", shifted=True)
+    wanted = [
+        -float(logits[row, at].log_softmax(-1)[labels[row, at + 1]])
+        for row in range(2)
+        for at in range(4)
+        if labels[row, at + 1] >= 0
+    ]
+    assert float(cross_entropy(output, logits, labels)) == pytest.approx(sum(wanted) / len(wanted), rel=1e-5)
+
+
+class Heads(nn.Module):
+    """Outputs of every form, and some without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes = nn.Linear(8, 3)
+        self.projection = nn.Linear(8, 64, bias=False)
+        self.pooler = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        first = torch.relu(x)[:, 0]
+        hidden = x * 2 + 1
+        return self.classes(first), self.projection(first), self.pooler(first).tanh(), hidden, hidden, x.argmax(-1)
+
+
+def test_forms_of_outputs() -> None:
+    program = captures.optimize(seeded(Heads), normal(2, 5, 8)).program
+    outputs, skipped = outputs_of(program)
+    assert [item.form for item in outputs] == ["logits", "embeddings", "embeddings", "hidden"]
+    assert skipped == ["output 5, 'argmax', is neither logits, embeddings nor hidden states, and is not trained on"]
+
+
+@pytest.mark.parametrize(
+    ("case", "forms"),
+    [(tiny_bert, ["hidden", "embeddings"]), (tiny_llama, ["logits"]), (tiny_t5, ["hidden"])],
+    ids=["bert", "llama", "t5"],
+)
+def test_forms_of_models(case, forms) -> None:
+    found = captures.optimize(case().model, case().inputs).program
+    assert [item.form for item in outputs_of(found)[0]][: len(forms)] == forms
+
+
+def test_a_classifier_takes_labels() -> None:
+    config = transformers.BertConfig(
+        vocab_size=37, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=3
+    )
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config).eval()
+    program = captures.optimize(model, {"input_ids": tokens()}).program
+    outputs, _ = outputs_of(program)
+    rows = [Batch([tokens()], torch.zeros(2, dtype=torch.long))]
+    found = labelled_output(program, outputs, rows)
+    assert found is not None and (found.form, found.shifted) == ("logits", False)
+    with pytest.raises(RequirementError, match=r"labels of shape \[2, 9\] fit no output: they have the shapes \[2, 3\]"):
+        labelled_output(program, outputs, [Batch([tokens()], torch.zeros(2, 9, dtype=torch.long))])
+    with pytest.raises(RequirementError, match="1 of 2 batches have no labels; give 'labels' in all batches of data="):
+        labelled_output(program, outputs, [*rows, Batch([tokens()])])

@@ -1,0 +1,258 @@
+"""Tests of distill: what it recovers, what it keeps, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import lissom
+from lissom.compiler.pipeline.pass_kinds import Training
+from lissom.compiler.pipeline.spelling import format_pass
+from lissom.compiler.training import loop
+from lissom.compiler.verify.divergence import compare
+from lissom.errors import PipelineTextError, RequirementError, VerifyError
+from lissom.passes.prune.sparsify import Sparsify
+from lissom.passes.recover.distill import Distill
+from tests import captures
+from tests.models import FeedForward, normal, seeded, tied, tiny_bert, tiny_gpt2, tiny_llama, tokens
+from tests.passes.quantize.calibrated import batches
+
+DATA = [normal(8, 5, 8, seed=seed) for seed in range(12)]
+
+
+def recovered(passes: str, **options):
+    """A feed-forward after the passes, and its history."""
+    found = captures.optimize(seeded(FeedForward), normal(2, 5, 8), passes=passes, **({"data": DATA} | options))
+    return found.program, found.report.history
+
+
+def error(program) -> float:
+    """The mean squared error of a feed-forward's outputs on fresh data."""
+    model, fresh = seeded(FeedForward), normal(50, 5, 8, seed=99)
+    with torch.no_grad():
+        return float((model(fresh) - program(fresh)).square().mean())
+
+
+def step(history, name="distill"):
+    return next(item for item in history.steps if item.spelling.startswith(name))
+
+
+def test_recovers_what_pruning_lost() -> None:
+    before, _ = recovered("prune-neurons{keep=0.5}")
+    program, history = recovered("prune-neurons{keep=0.5},distill{steps=400,learning_rate=0.01}")
+    found = step(history)
+    assert error(program) < 0.7 * error(before)
+    assert found.curve[-1].held_out < 0.8 * found.curve[0].held_out
+    assert found.curve[0].loss is None and found.curve[-1].step == 400
+    assert program.weight("up.weight").shape == (6, 8)
+    assert found.notes[-1].startswith("distill: 400 steps in ")
+
+
+def test_the_model_is_left_alone() -> None:
+    model = seeded(FeedForward)
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    lissom.optimize(model, normal(2, 5, 8), passes="prune-neurons{keep=0.5},distill{steps=5}", data=DATA)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+    assert all(item.requires_grad and item.grad is None for item in model.parameters())
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    text = "prune-neurons{keep=0.5},distill{steps=20,seed=3,precision=fp32}"
+    first, second = (recovered(text)[0] for _ in range(2))
+    assert all(torch.equal(weight, second.weight(name)) for name, weight in first.weights().items())
+
+
+def test_never_worse_and_says_so() -> None:
+    """Far too high a learning rate: the weights from before stay, bit by bit."""
+    before, _ = recovered("prune-neurons{keep=0.5}")
+    after, history = recovered("prune-neurons{keep=0.5},distill{steps=10,learning_rate=5.0}")
+    assert all(torch.equal(weight, after.weight(name)) for name, weight in before.weights().items())
+    assert "gained nothing" in step(history).notes[-1]
+    assert step(history).rewritten == 0
+
+
+def test_zeros_stay_zeros() -> None:
+    before, _ = recovered("sparsify{keep=0.5}")
+    program, history = recovered("sparsify{keep=0.5},distill{steps=50,learning_rate=0.01}")
+    for name in ("up.weight", "down.weight"):
+        assert torch.equal(program.weight(name) == 0, before.weight(name) == 0)
+        assert not torch.equal(program.weight(name), before.weight(name))
+    assert step(history).rewritten
+
+
+def test_a_pass_that_fills_zeros_is_refused() -> None:
+    """The pipeline checks every training pass, so the loop cannot forget."""
+
+    @dataclass(frozen=True)
+    class Fills(Training):
+        def run(self, edit) -> None:
+            weight = edit.program.weight("up.weight")
+            with torch.no_grad():
+                weight.add_(1.0)
+
+    with pytest.raises(VerifyError, match=r"must keep the zeros of pruned matrices, and 'up\.weight' has other values"):
+        recovered([Sparsify(keep=0.5), Fills()])
+
+
+def test_training_goes_through_the_rounding() -> None:
+    """Quantization-aware: the weights in the graph stay float, and the rounded program comes nearer to the teacher."""
+    passes = "prune-neurons{keep=0.5},quantize{scheme=int4-weight,group=4}"
+    before, _ = recovered(passes)
+    program, _ = recovered(f"{passes},distill{{steps=400,learning_rate=0.01}}")
+    assert error(program) < 0.8 * error(before)
+    assert "fake_quantize" in program.text()
+
+
+def test_tied_weights_stay_one() -> None:
+    case = tied()
+    data = [(tokens(seed=seed),) for seed in range(6)]
+    text = "quantize{scheme=int4-weight,embeddings=true,lm_head=true,group=4}"
+    text += ",distill{steps=30,embeddings=true,learning_rate=0.003}"
+    found = captures.optimize(case.model, case.inputs, passes=text, data=data)
+    assert [name for name, item in found.program.weights().items() if item.requires_grad] == ["head.weight"]
+    assert not torch.equal(found.program.weight("head.weight"), case.model.head.weight)
+
+
+def test_embeddings_stay_unless_asked() -> None:
+    case = tiny_bert()
+    with torch.no_grad():
+        for item in case.model.parameters():
+            item.mul_(5.0)
+    for option, changes in (("", False), (",embeddings=true", True)):
+        text = f"prune-layers{{keep=0.5}},distill{{steps=40,blockwise=0,learning_rate=0.0005{option}}}"
+        found = captures.optimize(case.model, case.inputs, passes=text, data=batches())
+        names = [name for name in found.program.weights() if "embeddings.word" in name]
+        same = torch.equal(found.program.weight(names[0]), dict(case.model.named_parameters())[names[0]])
+        assert same != changes, step(found.report.history).notes
+
+
+def test_only_the_named_modules_learn() -> None:
+    case = tiny_bert()
+    text = "prune-layers{keep=0.5}"
+    before = captures.optimize(case.model, case.inputs, passes=text, data=batches()).program
+    text += ',distill{steps=40,blockwise=0,learning_rate=0.0005,only="encoder.layer.0.output,encoder.layer.1.output"}'
+    after = captures.optimize(case.model, case.inputs, passes=text, data=batches()).program
+    changed = {name for name, weight in before.weights().items() if not torch.equal(weight, after.weight(name))}
+    assert changed and all(".output." in name and ".attention." not in name for name in changed)
+
+
+@pytest.mark.parametrize("case", [tiny_bert, tiny_gpt2, tiny_llama], ids=["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("passes", ["prune-layers{keep=0.5}", "prune-heads{keep=0.5}", "low-rank{keep=0.5}", "quantize"])
+def test_models(case, passes) -> None:
+    """Every combination trains and verifies, with hidden states at the residual adds that are left."""
+    found = case()
+    data = batches() if "attention_mask" in found.inputs else [{"input_ids": tokens(seed=seed)} for seed in range(4)]
+    after = captures.optimize(found.model, found.inputs, passes=f"{passes},distill{{steps=12,learning_rate=0.001}}", data=data)
+    curve = step(after.report.history).curve
+    assert min(point.held_out for point in curve) <= curve[0].held_out
+
+
+def test_an_interrupt_keeps_the_best(monkeypatch) -> None:
+    real, calls = loop._Run._take_step, itertools.count()
+
+    def stop(self, batch, done, autocast):
+        if next(calls) == 100:
+            raise KeyboardInterrupt
+        return real(self, batch, done, autocast)
+
+    monkeypatch.setattr(loop._Run, "_take_step", stop)
+    program, history = recovered("prune-neurons{keep=0.5},distill{steps=200,learning_rate=0.01}")
+    found = step(history)
+    assert "distill stopped early: it was interrupted; the best weights so far are kept" in found.notes
+    assert error(program) < 0.8 * error(recovered("prune-neurons{keep=0.5}")[0])
+
+
+def test_a_loss_that_is_not_finite_names_the_layer() -> None:
+    class Diverges(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            up = self.up(x)
+            return self.down(torch.where(up > 0, up.sqrt(), torch.zeros_like(up)))
+
+    data = [normal(4, 3, 8, seed=seed) for seed in range(4)]
+    # The gradient of the root below zero is NaN, although its value is not used.
+    found = lissom.optimize(seeded(Diverges), normal(2, 3, 8), passes="quantize,distill{steps=5}", data=data)
+    notes = step(found.report.history).notes
+    assert any("distill stopped early: the loss or its gradient was not finite after 0 steps" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("passes", "data", "message"),
+    [
+        ("prune-neurons{keep=0.5},distill{steps=1}", (), "distill needs data to train on: pass data="),
+        ("distill{steps=1}", DATA, "distill has no teacher: no lossy pass came before it"),
+        ("prune-neurons{keep=0.5},distill{steps=1}", [normal(1, 5, 8)], "distill has one row of data, and needs at least two"),
+        ('prune-neurons{keep=0.5},distill{steps=1,only="nowhere"}', DATA, "distill has no weights to train: stored integers"),
+    ],
+)
+def test_requirements(passes, data, message) -> None:
+    with pytest.raises(RequirementError, match=message):
+        recovered(passes, data=data)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("steps=0", "steps is 0; give 1 or more"),
+        ("steps=1,minutes=1", "minutes and steps are both given; give one of them"),
+        ("minutes=0", "minutes is 0.0; give a number above 0"),
+        ("alpha=2", "alpha is 2.0; give a fraction from 0 to 1"),
+        ("temperature=0", "temperature is 0.0; give a number above 0"),
+        ("held_out=1", "held_out is 1.0; give a fraction between 0 and 1"),
+        ("precision=fp16", "option 'precision' of distill takes one of auto, fp32, bf16"),
+    ],
+)
+def test_options(options, message) -> None:
+    with pytest.raises(PipelineTextError, match=message):
+        recovered(f"prune-neurons{{keep=0.5}},distill{{{options}}}")
+
+
+def test_minutes_end_the_run() -> None:
+    _, history = recovered("prune-neurons{keep=0.5},distill{minutes=0.02}")
+    assert 1.0 <= step(history).curve[-1].seconds < 20
+
+
+def test_bfloat16_keeps_float32_weights() -> None:
+    program, history = recovered("prune-neurons{keep=0.5},distill{steps=100,learning_rate=0.01,precision=bf16}")
+    assert "in bf16" in step(history).notes[-1]
+    assert {weight.dtype for weight in program.weights().values()} == {torch.float32}
+    assert step(history).curve[-1].held_out < step(history).curve[0].held_out
+
+
+def test_the_curve_is_saved_and_drawn(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    found = captures.optimize(
+        seeded(FeedForward), normal(2, 5, 8), passes="prune-neurons{keep=0.5},distill{steps=20}", data=DATA
+    )
+    history = found.report.history
+    again = type(history).from_json(history.to_json(), history.texts)
+    assert step(again).curve == step(history).curve
+    found.report.plot_training(tmp_path / "curve.svg")
+    assert (tmp_path / "curve.svg").read_text(encoding="utf-8").count("<svg") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["curve.svg"]
+    with pytest.raises(lissom.LissomError, match=r"'curve\.txt' ends in no format of a picture"):
+        found.report.plot_training(tmp_path / "curve.txt")
+    plain = captures.optimize(seeded(FeedForward), normal(2, 5, 8))
+    with pytest.raises(lissom.LissomError, match="no training pass ran"):
+        plain.report.plot_training(tmp_path / "curve.svg")
+
+
+def test_backends_run_what_was_trained() -> None:
+    case = tiny_bert()
+    for backend in ("eager", "onnxruntime"):
+        passes = "prune-heads{keep=0.5},distill{steps=4}"
+        found = captures.compile(case.model, case.inputs, passes=passes, data=batches(), backend=backend)
+        wanted = found.program.run(found.program.signature.flatten((), case.inputs))
+        divergence = compare([wanted], [list(found(**case.inputs).values())])
+        assert divergence.relative_error < 1e-4
+
+
+def test_text() -> None:
+    assert format_pass(Distill(steps=3, alpha=0.25)) == "distill{steps=3,alpha=0.25}"

@@ -1,0 +1,95 @@
+"""Tests of finetune: labels of every kind, a loss of the caller's, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lissom.errors import InputError, RequirementError
+from lissom.passes.recover.finetune import Finetune
+from tests import captures
+from tests.models import normal, seeded, tokens
+
+
+class Classifier(nn.Module):
+    """Classifies rows."""
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+def labelled(seed: int) -> dict[str, torch.Tensor]:
+    x = normal(16, 8, seed=seed)
+    return {"x": x, "labels": (x @ normal(8, 3, seed=100)).argmax(-1)}
+
+
+DATA = [labelled(seed) for seed in range(12)]
+
+
+def accuracy(program) -> float:
+    fresh = labelled(99)
+    with torch.no_grad():
+        return float((program(fresh["x"]).argmax(-1) == fresh["labels"]).float().mean())
+
+
+def test_learns_a_task() -> None:
+    found = captures.optimize(
+        seeded(Classifier), {"x": normal(4, 8)}, passes="finetune{steps=300,learning_rate=0.01}", data=DATA
+    )
+    assert accuracy(seeded(Classifier)) < 0.6 < 0.8 < accuracy(found.program)
+    step = found.report.history.steps[-1]
+    assert step.spelling == "finetune{steps=300,learning_rate=0.01}" and step.curve[-1].held_out < step.curve[0].held_out
+
+
+def test_distillation_takes_labels_too() -> None:
+    text = "prune-neurons{keep=0.5},distill{steps=300,learning_rate=0.01,alpha=1}"
+    found = captures.optimize(seeded(Classifier), {"x": normal(4, 8)}, passes=text, data=DATA)
+    assert accuracy(found.program) > 0.8  # the teacher knows nothing of the task
+
+
+def test_one_number_per_row_is_regression() -> None:
+    data = [{"x": (x := normal(16, 8, seed=seed)), "labels": x.sum(-1)} for seed in range(12)]
+    model = seeded(lambda: Classifier(1))
+    found = captures.optimize(model, {"x": normal(4, 8)}, passes="finetune{steps=300,learning_rate=0.01}", data=data)
+    fresh = normal(50, 8, seed=99)
+    with torch.no_grad():
+        errors = [float((call(fresh)[:, 0] - fresh.sum(-1)).square().mean()) for call in (model, found.program)]
+    assert errors[1] < 0.3 * errors[0]
+
+
+def test_tokens_learn_their_own_label() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Embedding(37, 8), nn.Linear(8, 37)))
+    data = [{"input": tokens(4, 6, seed), "labels": (tokens(4, 6, seed) + 1) % 37} for seed in range(12)]
+    text = "finetune{steps=200,learning_rate=0.05,embeddings=true}"
+    found = captures.optimize(model, {"input": tokens()}, passes=text, data=data)
+    fresh = tokens(8, 6, 99)
+    assert float((found.program(fresh).argmax(-1) == (fresh + 1) % 37).float().mean()) > 0.8
+
+
+def test_a_loss_of_ones_own() -> None:
+    def margin(output: object, labels: torch.Tensor | None) -> torch.Tensor:
+        assert isinstance(output, torch.Tensor) and labels is not None
+        return nn.functional.multi_margin_loss(output, labels)
+
+    passes = [Finetune(steps=300, learning_rate=0.01, loss=margin)]
+    found = captures.optimize(seeded(Classifier), {"x": normal(4, 8)}, passes=passes, data=DATA)
+    assert accuracy(found.program) > 0.8
+    assert found.report.history.steps[-1].spelling == "finetune{steps=300,learning_rate=0.01,loss=margin}"
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ([{"x": normal(4, 8)}] * 2, RequirementError, "finetune needs labels: give 'labels' in each batch of data="),
+        ([DATA[0], {"x": normal(4, 8)}], RequirementError, "1 of 2 batches have no labels"),
+        ([DATA[0] | {"labels": [1, 2]}], InputError, "batch 0 of data= has labels of type list; give a tensor"),
+    ],
+)
+def test_requirements(data, error, message) -> None:
+    with pytest.raises(error, match=message):
+        captures.optimize(seeded(Classifier), {"x": normal(4, 8)}, passes="finetune{steps=1}", data=data)
