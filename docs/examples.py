@@ -558,6 +558,18 @@ EXAMPLES = {
     "shard": Example(PreNorm, "torch.randn(4, 128, 256)", "shard{world_size=2}"),
     "partition": Example(PreNorm, "torch.randn(4, 128, 256)", "shard{world_size=2},partition"),
     "equalize": Example(PreNorm, "torch.randn(4, 128, 256)", "equalize"),
+    "distill": Example(
+        Block,
+        "torch.randn(4, 128, 256)",
+        "prune-neurons{keep=0.5},distill{steps=20}",
+        "[torch.randn(4, 128, 256) for _ in range(8)]",
+    ),
+    "finetune": Example(
+        Block,
+        "torch.randn(4, 128, 256)",
+        "finetune{steps=20}",
+        "[{'x': torch.ones(4, 128, 256) * i, 'labels': torch.ones(4, 128, 256)} for i in range(8)]",
+    ),
     "correct-bias": Example(
         Block,
         "torch.randn(4, 128, 256)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from examples import Example
@@ -17,7 +18,7 @@ from lissom.compiler.pipeline.history import Size
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.divergence import tolerance_of
-from lissom.driver.options import resolve_passes, split_inputs
+from lissom.driver.options import read_data, resolve_passes, split_inputs
 from lissom.frontends.export import capture
 from lissom.inspect.timing import Timing, time_calls
 
@@ -43,22 +44,27 @@ class _Shown:
     passes: list[Pass]
     samples: list[Sample]
     data: list[Sample]
+    labels: list[torch.Tensor | None]
+
+    def pipeline(self, passes: list[Pass], **options: Any) -> Pipeline:
+        """The pipeline of some of the passes."""
+        return Pipeline(passes, self.samples, data=self.data, labels=self.labels, **options)
 
 
 def sizes(example: Example, name: str) -> tuple[Size, Size]:
     """The size of the example's program before and after the first pass of that name in its pipeline."""
     shown = _capture(example, name)
     # The code of the page runs the same passes with all checks.
-    _, history = Pipeline(shown.passes, shown.samples, checks="off", data=shown.data).run(shown.program)
+    _, history = shown.pipeline(shown.passes, checks="off").run(shown.program)
     return history.steps[-2].size, history.steps[-1].size
 
 
 def measure(example: Example, name: str, seconds: float) -> Gain:
     """Run the example's pipeline up to the first pass of that name, and measure the pass; seconds: per timing."""
     shown = _capture(example, name)
-    before, _ = Pipeline(shown.passes[:-1], shown.samples, data=shown.data).run(shown.program)
+    before, _ = shown.pipeline(shown.passes[:-1]).run(shown.program)
     # From the start again, because some passes need the program before the first approximation.
-    after, history = Pipeline(shown.passes, shown.samples, data=shown.data).run(shown.program)
+    after, history = shown.pipeline(shown.passes).run(shown.program)
     eager = find_backend("eager")
     # A partitioned program runs all its ranks node by node, so the program it is compared with runs node by node too.
     lock_step = isinstance(after, PartitionedProgram)
@@ -77,9 +83,9 @@ def _capture(example: Example, name: str) -> _Shown:
     passes = list(resolve_passes(example.passes))
     at = next(index for index, item in enumerate(passes) if item.name() == name)
     given = eval(example.data or "[]", {"torch": torch})
-    data = [signature.flatten(*split_inputs(item)) for item in given]
+    data, labels = read_data(given, signature)
     samples = list(check_samples(signature, captured.example))
-    return _Shown(captured.program, captured.example, passes[: at + 1], samples, data)
+    return _Shown(captured.program, captured.example, passes[: at + 1], samples, data, labels)
 
 
 def machine() -> str:

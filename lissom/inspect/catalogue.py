@@ -49,6 +49,7 @@ _EXAMPLES = {
     "awq": "awq,quantize{scheme=int4-weight}",
     "gptq": "quantize{scheme=int4-weight},gptq",
     "correct-bias": "quantize{scheme=int8-static},correct-bias",
+    "distill": "prune-neurons{keep=0.5},distill{minutes=5}",
     "equalize": "equalize,quantize{scheme=int8-weight}",
     "quantize": "quantize{scheme=int8-dynamic}",
     "fold-quantized-weights": "quantize{scheme=int8-weight},fold-quantized-weights",
@@ -60,7 +61,7 @@ _EXAMPLES = {
     "partition": "shard{world_size=2},partition",
 }
 """Example pipelines with an option or with the usual companions of a pass; for any other pass, its name alone."""
-_CALIBRATED = {"prune-layers", "prune-hidden", "smooth-quant", "awq", "gptq", "correct-bias"}
+_CALIBRATED = {"prune-layers", "prune-hidden", "smooth-quant", "awq", "gptq", "correct-bias", "distill", "finetune"}
 """The passes whose examples need calibration data."""
 _LONGEST_NAME = 29
 

@@ -74,6 +74,9 @@ LOSSY: tuple[Draw, ...] = (
     _pass("quantize", scheme=("int8-weight", "int4-weight"), granularity=(None, "channel", "group"), symmetric=(None, False)),
     _pass("quantize", scheme=("int8-dynamic", "int4-weight", "fp8"), embeddings=(None, True), lm_head=(None, True)),
     _pass("correct-bias"),
+    _pass(
+        "distill", steps=(1, 3), blockwise=(None, 0, 1), batch=(None, 1, 2), precision=(None, "bf16"), embeddings=(None, True)
+    ),
     _pass("gptq", act_order=(None, False), asymmetric=(None, False)),
     _pass("cast", dtype=("bf16",)),
     _pass("cast", dtype=("bf16", "fp16")),

@@ -75,6 +75,8 @@ class Step:
         if self.reverted is not None:
             return f"reverted: {self.reverted}"
         total = self.rewritten + len(self.skipped)
+        if self.curve:
+            return f"trained {self.rewritten} weights" if self.rewritten else "gained nothing: the weights are as they were"
         if not self.skipped:
             return f"rewrote {self.rewritten}" if self.rewritten else "nothing to do"
         reasons = Counter(skip.reason for skip in self.skipped)

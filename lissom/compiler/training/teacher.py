@@ -27,7 +27,7 @@ from lissom.errors import RequirementError
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Targets:
     """What the teacher gives for one batch.
 
     outputs: by their index. hidden: hidden states by the name of the residual add. real: for each of both which tokens are no
@@ -70,7 +70,7 @@ class Teacher:
         }
         return cls(program, outputs, alike)
 
-    def lesson(self, sample: Sample) -> Lesson:
+    def targets(self, sample: Sample) -> Targets:
         """What a student learns from one batch."""
         wanted = {node: name for name, node in self.residuals.items()}
         hidden: dict[str, torch.Tensor] = {}
@@ -86,38 +86,38 @@ class Teacher:
             output.index: real_tokens(self.program, sample, output) for output in self.outputs
         }
         real |= {name: token_mask(self.program, sample, node) for name, node in self.residuals.items()}
-        return Lesson({at: value.detach() for at, value in outputs.items() if isinstance(value, torch.Tensor)}, hidden, real)
+        return Targets({at: value.detach() for at, value in outputs.items() if isinstance(value, torch.Tensor)}, hidden, real)
 
     def end_to_end(
-        self, student: Program, sample: Sample, lesson: Lesson, *, temperature: float, hidden: float
+        self, student: Program, sample: Sample, targets: Targets, *, temperature: float, hidden: float
     ) -> tuple[torch.Tensor, list[object]]:
         """The loss of all outputs plus `hidden` times that of the hidden states; and the student's outputs."""
-        return self._compared(student, sample, lesson, temperature, hidden, replaces=False)
+        return self._compared(student, sample, targets, temperature, hidden, replaces=False)
 
-    def blockwise(self, student: Program, sample: Sample, lesson: Lesson, *, temperature: float) -> torch.Tensor:
+    def blockwise(self, student: Program, sample: Sample, targets: Targets, *, temperature: float) -> torch.Tensor:
         """The loss of every block on the teacher's input, and of the outputs on the teacher's last hidden state."""
-        return self._compared(student, sample, lesson, temperature, 1.0, replaces=True)[0]
+        return self._compared(student, sample, targets, temperature, 1.0, replaces=True)[0]
 
     def _compared(
-        self, student: Program, sample: Sample, lesson: Lesson, temperature: float, hidden: float, *, replaces: bool
+        self, student: Program, sample: Sample, targets: Targets, temperature: float, hidden: float, *, replaces: bool
     ) -> tuple[torch.Tensor, list[object]]:
         errors: list[torch.Tensor] = []
 
         def observe(node: fx.Node, value: object) -> object:
-            wanted = lesson.hidden.get(node.name)
+            wanted = targets.hidden.get(node.name)
             if wanted is None or not isinstance(value, torch.Tensor):
                 return None
-            real = lesson.real[node.name]
+            real = targets.real[node.name]
             pair = (value, wanted) if real is None else (value[real], wanted[real])
             errors.append(squared_error(*(item.float().flatten(0, -2) for item in pair)))
             return wanted if replaces else None
 
-        found = student.run(sample, observe if hidden and lesson.hidden else None)
+        found = student.run(sample, observe if hidden and targets.hidden else None)
         total = torch.zeros(())
         for output in self.outputs:
-            value, real = found[output.index], lesson.real[output.index]
+            value, real = found[output.index], targets.real[output.index]
             assert isinstance(value, torch.Tensor)
-            total = total + distance(output.form, value, lesson.outputs[output.index], real, temperature)
+            total = total + distance(output.form, value, targets.outputs[output.index], real, temperature)
         if errors:
             total = total + hidden * torch.stack(errors).mean()
         return total, found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +31,12 @@ class Objective:
     """What a run minimizes.
 
     loss: of a training batch; takes its index and the fraction of the run that is over.
-    held_out: of a held-out batch; takes its index.
+    held_out: of a held-out batch; takes its index. close: frees what both use, after the run.
     """
 
     loss: Callable[[int, float], torch.Tensor]
     held_out: Callable[[int], torch.Tensor]
+    close: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Fitting(Training):
         learned = self._learned(program)
         objective = self.objective(edit, batches, judged)
         seconds = None if self.steps is not None else 60 * (self.minutes or MINUTES)
-        with _only_these_learn(program, learned):
+        with closing(objective), _only_these_learn(program, learned):
             done = train(
                 learned,
                 _zeros(learned),

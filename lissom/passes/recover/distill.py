@@ -19,13 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.program import Program
 from lissom.compiler.training.batches import Batch
-from lissom.compiler.training.losses import cross_entropy, labelled_output, outputs_of
-from lissom.compiler.training.teacher import Teacher
+from lissom.compiler.training.cache import TargetCache
+from lissom.compiler.training.losses import Output, cross_entropy, labelled_output, outputs_of
+from lissom.compiler.training.teacher import Targets, Teacher
 from lissom.compiler.transforms.fitting import Fitting, Objective
 from lissom.errors import RequirementError
 
@@ -68,23 +71,42 @@ class Distill(Fitting):
             edit.note(f"distill: {sentence}")
         if not outputs:
             raise RequirementError("distill: no output is logits, embeddings or hidden states, so there is nothing to learn")
-        teacher = Teacher.of(edit.reference, outputs, student, self.name())
-        labelled = labelled_output(student, outputs, [*batches, *judged])
+        if (teacher := Teacher.of(edit.reference, outputs, student, self.name())).residuals and self.hidden:
+            edit.note(f"distill: hidden states are compared at {len(teacher.residuals)} residual adds")
+        every, cache = [*batches, *judged], TargetCache()
+        distillation = _Distillation(self, student, teacher, every, labelled_output(student, outputs, every), cache)
+        held_out = partial(distillation.end_to_end, hidden=0.0)
+        return Objective(distillation.loss, lambda index: held_out(len(batches) + index), cache.close)
 
-        def end_to_end(batch: Batch) -> torch.Tensor:
-            lesson = teacher.lesson(batch.inputs)
-            loss, found = teacher.end_to_end(student, batch.inputs, lesson, temperature=self.temperature, hidden=self.hidden)
-            if labelled is None or batch.labels is None:
-                return loss
-            logits = found[labelled.index]
-            assert isinstance(logits, torch.Tensor)
-            return self.alpha * cross_entropy(labelled, logits, batch.labels) + (1 - self.alpha) * loss
 
-        def loss(index: int, done: float) -> torch.Tensor:
-            batch = batches[index]
-            if done >= self.blockwise or not teacher.residuals:
-                return end_to_end(batch)
-            lesson = teacher.lesson(batch.inputs)
-            return teacher.blockwise(student, batch.inputs, lesson, temperature=self.temperature)
+@dataclass(frozen=True)
+class _Distillation:
+    """The losses of the batches. labelled: the output that labels belong to, if there are any."""
 
-        return Objective(loss, lambda index: end_to_end(judged[index]))
+    options: Distill
+    student: Program
+    teacher: Teacher
+    batches: Sequence[Batch]
+    labelled: Output | None
+    cache: TargetCache
+
+    def loss(self, index: int, done: float) -> torch.Tensor:
+        """The loss of a training batch: of blocks by themselves at the start, then of the whole."""
+        if done >= self.options.blockwise or not self.teacher.residuals:
+            return self.end_to_end(index, hidden=self.options.hidden)
+        inputs = self.batches[index].inputs
+        return self.teacher.blockwise(self.student, inputs, self._targets(index), temperature=self.options.temperature)
+
+    def end_to_end(self, index: int, *, hidden: float) -> torch.Tensor:
+        """The loss of the outputs, with `hidden` times that of the hidden states."""
+        batch, temperature, alpha = self.batches[index], self.options.temperature, self.options.alpha
+        targets = self._targets(index)
+        loss, found = self.teacher.end_to_end(self.student, batch.inputs, targets, temperature=temperature, hidden=hidden)
+        if self.labelled is None or batch.labels is None:
+            return loss
+        logits = found[self.labelled.index]
+        assert isinstance(logits, torch.Tensor)
+        return alpha * cross_entropy(self.labelled, logits, batch.labels) + (1 - alpha) * loss
+
+    def _targets(self, index: int) -> Targets:
+        return self.cache.targets(index, lambda: self.teacher.targets(self.batches[index].inputs))

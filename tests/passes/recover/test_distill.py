@@ -19,6 +19,7 @@ from lissom.passes.prune.sparsify import Sparsify
 from lissom.passes.recover.distill import Distill
 from tests import captures
 from tests.models import FeedForward, normal, seeded, tied, tiny_bert, tiny_gpt2, tiny_llama, tokens
+from tests.passes.harness import check_golden
 from tests.passes.quantize.calibrated import batches
 
 DATA = [normal(8, 5, 8, seed=seed) for seed in range(12)]
@@ -39,6 +40,18 @@ def error(program) -> float:
 
 def step(history, name="distill"):
     return next(item for item in history.steps if item.spelling.startswith(name))
+
+
+def test_rewrites() -> None:
+    """Weights change, and nothing else."""
+    program, history = recovered("prune-neurons{keep=0.5},distill{steps=20,learning_rate=0.01}")
+    check_golden("distill", f"{program.text()}\n{step(history).summary}\n")
+
+
+def test_leaves_other_graphs_alone() -> None:
+    before, _ = recovered("prune-neurons{keep=0.5}")
+    after, _ = recovered("prune-neurons{keep=0.5},distill{steps=2}")
+    assert after.text() == before.text()
 
 
 def test_recovers_what_pruning_lost() -> None:

@@ -10,6 +10,7 @@ from lissom.errors import InputError, RequirementError
 from lissom.passes.recover.finetune import Finetune
 from tests import captures
 from tests.models import normal, seeded, tokens
+from tests.passes.harness import check_golden
 
 
 class Classifier(nn.Module):
@@ -35,6 +36,21 @@ def accuracy(program) -> float:
     fresh = labelled(99)
     with torch.no_grad():
         return float((program(fresh["x"]).argmax(-1) == fresh["labels"]).float().mean())
+
+
+def test_rewrites() -> None:
+    """Weights change, and nothing else."""
+    text = "finetune{steps=20,learning_rate=0.01}"
+    found = captures.optimize(seeded(Classifier), {"x": normal(4, 8)}, passes=text, data=DATA)
+    check_golden("finetune", f"{found.program.text()}\n{found.report.history.steps[-1].summary}\n")
+
+
+def test_leaves_other_graphs_alone() -> None:
+    texts = [
+        captures.optimize(seeded(Classifier), {"x": normal(4, 8)}, passes=passes, data=DATA).program.text()
+        for passes in ("exact", "finetune{steps=2}")
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_learns_a_task() -> None:
