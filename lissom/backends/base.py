@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 import sympy
 import torch
+from torch import fx
 
 from lissom.backends.simulated_layers import SimulatedLayer, simulated_layers
 from lissom.compiler.ir.program import Program
@@ -89,6 +90,16 @@ class Backend(ABC):
 
         The executable shares the program's weights and copies only those it writes.
         """
+
+    def time_nodes(self, program: Program, sample: Sample, seconds: float) -> Mapping[fx.Node, float]:
+        """Milliseconds of every operator of a lowered program, medians of several runs; `seconds`: of all runs together.
+
+        Raises: UnsupportedError when this backend does not run the operators one by one.
+        """
+        raise UnsupportedError(
+            f"backend '{self.name}' does not run the layers of {program.name} one by one on a CPU, and names no kernels; "
+            f"compile for backend 'eager' on a CPU to see them"
+        )
 
     def save_files(self, executable: Executable, folder: Path) -> None:
         """Write the files that `load_executable` needs besides the program into the folder of an artifact.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+from torch import fx
 
 from lissom.backends.base import Backend, Executable
 from lissom.backends.exported import check_tensors, kind_and_reason, read_json
@@ -103,6 +104,12 @@ class OnnxRuntime(Backend):
             notes.insert(0, account(first.left, len(first.layers), integer_products(opener, best)))
         best.notes += tuple(notes)
         return best
+
+    def time_nodes(self, program: Program, sample: Sample, seconds: float) -> Mapping[fx.Node, float]:
+        raise UnsupportedError(
+            f"ONNX Runtime chooses the kernels of {program.name} itself, and does not name them; "
+            f"compile for backend 'eager' on a CPU to see kernels layer by layer"
+        )
 
     def _session_options(self, program: Program) -> SessionOptions:
         from lissom.backends.onnxruntime.session import SessionOptions, choose_providers
