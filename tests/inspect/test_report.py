@@ -1,4 +1,4 @@
-"""Tests of lissom.inspect.tables."""
+"""Tests of lissom.inspect.report."""
 
 import pytest
 from rich.console import Console
@@ -6,7 +6,8 @@ from rich.console import Console
 from lissom.compiler.ir.editor import Skip
 from lissom.compiler.pipeline.history import History, Size, Step
 from lissom.compiler.pipeline.pipeline import Pipeline
-from lissom.inspect.tables import Report, coloured_diff, show
+from lissom.inspect.report import Report
+from lissom.inspect.tables import show
 from tests.compiler.passes import DropDropout, ScaleWeights
 from tests.models import capture_of, normal
 
@@ -188,9 +189,3 @@ def test_brackets_in_notes_are_no_markup():
     history = fixed()
     history.steps[0] = Step(0, "capture", "capture", 1.0, 0.0, history.steps[0].size, notes=("tried [batch]: x[/y]",))
     assert "tried [batch]: x[/y]" in str(Report("Model", history))
-
-
-def test_a_diff_is_coloured_by_its_signs():
-    text = coloured_diff("@@ -1 +1 @@\n-[old]\n+[new]\n same\n")
-    assert text.plain == "@@ -1 +1 @@\n-[old]\n+[new]\n same\n"
-    assert [str(span.style) for span in text.spans] == ["cyan", "red", "green"]
