@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 import sympy
 import torch
-from torch import fx
 
 from lissom.backends.simulated_layers import SimulatedLayer, simulated_layers
 from lissom.compiler.ir.program import Program
@@ -21,6 +20,8 @@ from lissom.compiler.verify.divergence import output_errors, run_original, shape
 from lissom.compiler.verify.equality import EARLIER, shared_memory
 from lissom.compiler.verify.rounding import SHARE, exact_outputs, rounding_loss, rounds_values
 from lissom.errors import InputError, UnsupportedError, VerifyError
+from lissom.inspect.hot_layers import LayerTimes
+from lissom.inspect.machine import Machine
 
 Executable = Callable[[Sequence[torch.Tensor]], Sequence[object]]
 """Takes flat inputs in the order of the program's placeholders; returns flat outputs. One with state is `Stateful` too."""
@@ -91,10 +92,22 @@ class Backend(ABC):
         The executable shares the program's weights and copies only those it writes.
         """
 
-    def time_nodes(self, program: Program, sample: Sample, seconds: float) -> Mapping[fx.Node, float]:
-        """Milliseconds of every operator of a lowered program, medians of several runs; `seconds`: of all runs together.
+    def time_layers(
+        self,
+        program: Program,
+        executable: Executable,
+        sample: Sample,
+        *,
+        seconds: float,
+        machine: Machine | None,
+        measured: Collection[str] = (),
+    ) -> LayerTimes:
+        """The time of every layer of a lowered program on flat inputs, and the kernels that run them.
 
-        Raises: UnsupportedError when this backend does not run the operators one by one.
+        seconds: of all runs together. machine: its ceilings, where they are known. measured: the names of the nodes for which
+        PyTorch's kernel was measured faster than ours. State is left as it is.
+
+        Raises: UnsupportedError when this backend does not run the layers one by one.
         """
         raise UnsupportedError(
             f"backend '{self.name}' does not run the layers of {program.name} one by one on a CPU, and names no kernels; "

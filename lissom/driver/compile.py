@@ -112,7 +112,7 @@ def _compile_for_process(
         lambda what, left: progress(what, count - left, count),
         simulate=settings.simulate,
     )
-    timer = ProgramTimer(built.program, built.backend, built.history, job.captured.example)
+    timer = ProgramTimer(built.program, built.executable, built.backend, built.history, job.captured.example)
     report = Report(f"{built.program.name} on {built.backend.name}", built.history, timer=timer)
     return CompiledModel(built.program, built.executable, report, built.backend, facts)
 
@@ -129,7 +129,7 @@ def _compile_for_ranks(
     """This rank's shard of the model, or the whole model without a process group."""
     make = partial(_partition_model, take, settings, passes, device, progress)
     part = compile_for_ranks(make, backend, device, checks=settings.checks, simulate=settings.simulate)
-    timer = ProgramTimer(part.program, backend, part.history)
+    timer = ProgramTimer(part.program, part.executable, backend, part.history)
     report = Report(f"{part.program.name} on {backend.name}", part.history, timer=timer)
     return CompiledModel(part.program, part.executable, report, backend, facts)
 

@@ -44,11 +44,12 @@ class LayerTime:
 class LayerTimes:
     """The time of every layer of a program, the slowest first; prints as a table of the hot ones.
 
-    title: the program, its backend, and the sizes of the inputs.
+    title: the program, its backend, and the sizes of the inputs. without_roof: why no layer has a roofline, if none has.
     """
 
     title: str
     layers: tuple[LayerTime, ...]
+    without_roof: str = _UNMEASURED
 
     @property
     def whole_ms(self) -> float:
@@ -129,7 +130,7 @@ def _table(found: LayerTimes) -> Table:
     known = any(layer.roof_ms is not None for layer in found.layers)
     hot = found.hot
     title = f"hot layers of {found.title}: {100 * found.share(hot):.0f} % of {digits(found.whole_ms)} ms\n"
-    table = plain_table(title, _caption(known))
+    table = plain_table(title, _caption(known, found.without_roof))
     table.add_column("layer, shape\nkernel", overflow="fold")
     for heading in ("ms", "% of\ntime", *(("% of\nroof",) if known else ())):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -147,10 +148,10 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.0f}" if fraction >= 0.005 else "<1"
 
 
-def _caption(known: bool) -> str:
+def _caption(known: bool, without_roof: str) -> str:
     words = (
         "Shapes: rows × inputs → features; heads × features, batch × tokens; or an output's sizes. "
         "ms: medians, operator by operator, equal layers added up; time between operators is not counted."
     )
     roof = "roof: the least time by the ceilings `lissom machine` shows, if all comes from memory; caches give more than 100 %."
-    return f"{words}\n{roof if known else _UNMEASURED}"
+    return f"{words}\n{roof if known else without_roof}"

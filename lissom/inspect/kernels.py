@@ -82,7 +82,12 @@ def short_name(node: fx.Node) -> str:
 
 def module_pattern(node: fx.Node) -> str:
     """The module path with `*` for the numbers of layers: `encoder.layer.*.output.dense`; empty for the model itself."""
-    return _NUMBER.sub(".*", nodes.origin(node).module_path)
+    return without_numbers(nodes.origin(node).module_path)
+
+
+def without_numbers(path: str) -> str:
+    """A module path with `*` for the numbers of layers."""
+    return _NUMBER.sub(".*", path)
 
 
 def operator_name(node: fx.Node) -> str:

@@ -150,6 +150,6 @@ def load(
 
 def compiled_from(loaded: Loaded) -> CompiledModel:
     """The model that an artifact holds."""
-    timer = ProgramTimer(loaded.program, loaded.backend, loaded.history)
+    timer = ProgramTimer(loaded.program, loaded.executable, loaded.backend, loaded.history)
     report = Report(f"{loaded.program.name} on {loaded.backend.name}", loaded.history, timer=timer)
     return CompiledModel(loaded.program, loaded.executable, report, loaded.backend, Facts.from_json(loaded.facts))

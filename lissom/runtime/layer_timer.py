@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lissom.backends.base import Backend
+from lissom.backends.base import Backend, Executable
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.history import History
 from lissom.errors import UnsupportedError
-from lissom.inspect.hot_layers import LayerTimes, layer_times
+from lissom.inspect.hot_layers import LayerTimes
 from lissom.inspect.machine import load_machine
 from lissom.ops.native.choice import is_measured
 
@@ -25,6 +25,7 @@ class ProgramTimer:
     """
 
     program: Program
+    executable: Executable
     backend: Backend
     history: History
     example: Sample | None = None
@@ -43,10 +44,9 @@ class ProgramTimer:
                 f"{self.program.name} was loaded, and an artifact keeps no inputs to time its layers on; "
                 f"give the arguments of a call: report.kernels(...)"
             )
-        milliseconds = self.backend.time_nodes(self.program, sample, _SECONDS)
         reasons = (skip for step in self.history.steps for skip in step.skipped)
         measured = {skip.node for skip in reasons if is_measured(skip.reason)}
-        self.known = layer_times(
-            self.program, sample, milliseconds, load_machine(), backend=self.backend.name, measured=measured
+        self.known = self.backend.time_layers(
+            self.program, self.executable, sample, seconds=_SECONDS, machine=load_machine(), measured=measured
         )
         return self.known

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lissom
+from lissom.backends.inductor import Inductor
 from lissom.errors import InputError, UnsupportedError
 from lissom.inspect import machine
 from lissom.ops.native import choice, load_kernels
@@ -16,7 +17,7 @@ from lissom.runtime import layer_timer
 from lissom.torch_compile import dynamo_reports
 from tests import captures
 from tests.inspect.test_machine import example
-from tests.models import FeedForward, normal, tiny_bert
+from tests.models import FeedForward, captured, counter, normal, tiny_bert
 
 
 @pytest.fixture(autouse=True)
@@ -98,12 +99,35 @@ def test_a_program_that_is_not_lowered_has_no_kernels():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="needs ONNX Runtime")
-def test_onnx_runtime_chooses_its_own_kernels():
+@pytest.mark.parametrize("build", [tiny_bert, counter])
+def test_onnx_runtime_names_its_operators(build):
+    case = build()
     backend = lissom.OnnxRuntime(timing_seconds=0.0)
-    report = captures.compile(FeedForward(), normal(2, 5, 8), checks="off", backend=backend).report
-    with pytest.raises(UnsupportedError, match="ONNX Runtime chooses the kernels of FeedForward itself"):
-        report.kernels()
-    assert "kernels: ONNX Runtime chooses the kernels of FeedForward itself" in " ".join(str(report.full()).split())
+    compiled = captures.compile(case.model, case.inputs, checks="off", backend=backend)
+    state = [tensor.clone() for tensor in compiled.state().values()]
+    found = compiled.report.kernels()
+    assert all(torch.equal(old, new) for old, new in zip(state, compiled.state().values(), strict=True))
+    assert {layer.kernel.library for layer in found.layers} == {"ONNX Runtime"}
+    assert sum(found.share([layer]) for layer in found.layers) == pytest.approx(1.0)
+    assert "so no roofline is shown" in " ".join(str(found).split())
+    if build is tiny_bert:
+        (down,) = (item for item in found.layers if item.pattern == "encoder.layer.*.output.dense" and "→" in item.shape)
+        assert (down.count, down.shape, str(down.kernel)) == (2, "10 × 24 → 16", "ONNX Runtime MatMul, float32")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="needs ONNX Runtime")
+def test_a_loaded_session_is_profiled_too(tmp_path):
+    backend = lissom.OnnxRuntime(timing_seconds=0.0)
+    captures.compile(FeedForward(), normal(2, 5, 8), checks="off", backend=backend).save(tmp_path / "model")
+    report = lissom.load(tmp_path / "model").report
+    assert report.kernels(normal(3, 7, 8)).title == "FeedForward on onnxruntime, batch 3, sequence 7"
+    assert sorted(path.suffix for path in (tmp_path / "model").rglob("profile*")) == []
+
+
+def test_backends_that_run_no_single_layers_say_so():
+    program = captured("feed_forward")
+    with pytest.raises(UnsupportedError, match="backend 'inductor' does not run the layers of FeedForward one by one"):
+        Inductor().time_layers(program, program.run, [normal(2, 5, 8)], seconds=0.0, machine=None)
 
 
 def test_reports_of_torch_compile_hold_no_program():

@@ -7,7 +7,7 @@ threads are independent unless the program has state.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from keyword import iskeyword
 from pathlib import Path
 from typing import ClassVar, cast
@@ -23,6 +23,8 @@ from lissom.compiler.ir.interpreter import last_uses_of
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.inspect.hot_layers import LayerTimes, layer_times
+from lissom.inspect.machine import Machine
 from lissom.ops import KERNELS
 from lissom.ops.native import load_kernels, one_call
 from lissom.passes.lowering.fuse_attention import FuseAttention
@@ -64,10 +66,20 @@ class Eager(Backend):
         confirm(self.name, executable, program, example)
         return executable
 
-    def time_nodes(self, program: Program, sample: Sample, seconds: float) -> Mapping[fx.Node, float]:
+    def time_layers(
+        self,
+        program: Program,
+        executable: Executable,
+        sample: Sample,
+        *,
+        seconds: float,
+        machine: Machine | None,
+        measured: Collection[str] = (),
+    ) -> LayerTimes:
         if any(tensor.device.type != "cpu" for tensor in (*sample, *program.weights().values())):
-            return super().time_nodes(program, sample, seconds)
-        return time_nodes(program, sample, seconds)
+            return super().time_layers(program, executable, sample, seconds=seconds, machine=machine)
+        milliseconds = time_nodes(program, sample, seconds)
+        return layer_times(program, sample, milliseconds, machine, backend=self.name, measured=measured)
 
     def save_files(self, executable: Executable, folder: Path) -> None:
         """No files: the program is enough."""
