@@ -21,11 +21,12 @@ from torch.fx.node import map_aggregate
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import REFUSALS
-from lissom.compiler.ir.operators import FAKE_QUANTIZES, UNFILLED
+from lissom.compiler.ir.operators import FAKE_QUANTIZES
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import (
     TOLERANCE,
+    both_unfilled,
     compare,
     lasting,
     node_tolerances,
@@ -254,14 +255,13 @@ def local_errors(before: Program, after: Program, sample: Sample) -> dict[str, f
     with torch.no_grad(), kept_state(before):
         wanted = before.run(sample, lambda node, value: known.update({node.name: lasting(node, value)}))
     errors = dict[str, float]()
-    unfilled = {node.name for node in before.nodes(*UNFILLED)}
 
     def force(node: fx.Node, value: object) -> object:
         """Record the error of a node's value, and return that of the corresponding node; None when there is none."""
         name = node.name if node.name in known else nodes.origin(node).replaces
         if name not in known or not _alike(known[name], value):
             return None
-        if name in unfilled and node.target in UNFILLED:
+        if both_unfilled(before, name, node):
             return known[name]
         errors[name] = max(errors.get(name, 0.0), worst_error(known[name], value))
         return known[name]
