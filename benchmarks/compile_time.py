@@ -116,10 +116,10 @@ def machine() -> str:
     import torch
     import transformers
 
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.partition(":")[2].strip() for line in info if line.startswith("model name")), platform.machine())
+    from lissom.inspect.machine import device_name
+
     libraries = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{model}, {torch.get_num_threads()} threads; {libraries}."
+    return f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads; {libraries}."
 
 
 def draw(costs: list[Cost], file: Path) -> None:

@@ -29,6 +29,7 @@ from apart import run_apart
 from quality import conditions, windows
 from quantization import INT4, MIXED
 from readme import put_table
+from spread import Quartiles, quartiles, spread
 
 from lissom.bench.worker import peak_bytes
 from lissom.frontends.huggingface import Checkpoint, find_directory, load
@@ -63,8 +64,8 @@ class Result:
     perplexity: None if it was not measured. bytes_read: bytes of weights read per token.
     """
 
-    prefill: tuple[float, float, float]
-    decode: tuple[float, float, float]
+    prefill: Quartiles
+    decode: Quartiles
     peak: int
     perplexity: float | None
     bytes_read: int
@@ -318,12 +319,6 @@ def llama_perplexity(server: Any, ids: list[int]) -> float:
     return math.exp(statistics.fmean(losses))
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The median, and the lower and upper quartile."""
-    low, middle, high = statistics.quantiles(values, n=4)
-    return middle, low, high
-
-
 def measure_apart(name: str, threads: int, ids: torch.Tensor) -> Result | str:
     """Run `measure` in a process of its own with the tokens; the last line of its error output if it fails."""
     arguments = ["--one", name, "--threads", str(threads)]
@@ -337,11 +332,10 @@ def row(name: str, found: Result | str, bandwidth: float) -> str:
     """A row of the table. bandwidth: bytes per second."""
     if isinstance(found, str):
         return f"| {TITLES[name]} | failed: {found.replace('|', '/')[:160]} | | | | | |"
-    speed = "{:.0f} ({:.0f} to {:.0f})".format
     loss = "" if found.perplexity is None else f"{found.perplexity:.2f}"
     share = found.bytes_read * found.decode[0] / bandwidth
     return (
-        f"| {TITLES[name]} | {speed(*found.prefill)} | {'{:.1f} ({:.1f} to {:.1f})'.format(*found.decode)} | "
+        f"| {TITLES[name]} | {spread(found.prefill, 0)} | {spread(found.decode)} | "
         f"{found.bytes_read / 1e6:.0f} | {share:.0%} | {found.peak / 1e6:.0f} | {loss} |"
     )
 

@@ -15,10 +15,10 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from statistics import quantiles
 from typing import Any
 
 from readme import processor_kind, put_table
+from spread import quartiles, spread
 
 PROMPT, TOKENS, LENGTH = 128, 32, 256
 ENGINES = ("transformers fp32", "torch.compile fp32", "torch.compile bf16", "Lissom fp32", "Lissom bf16")
@@ -100,12 +100,8 @@ def measure(name: str, engine: str, rounds: int) -> str:
                 step(prompt[:, index : index + 1])
             prompts.append(PROMPT / (middle - began))
             decodes.append(TOKENS / (time.perf_counter() - middle))
-    return f"| {name} | {engine} | {_spread(prompts)} | {_spread(decodes)} | {first:.1f} |"
-
-
-def _spread(values: list[float]) -> str:
-    low, middle, high = quantiles(values, n=4)
-    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
+    prefill, decode = (spread(quartiles(values)) for values in (prompts, decodes))
+    return f"| {name} | {engine} | {prefill} | {decode} | {first:.1f} |"
 
 
 def main() -> None:

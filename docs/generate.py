@@ -71,6 +71,8 @@ def fresh(path: Path, seconds: float | None = None) -> str:
         return fill(_page(path.stem, seconds), path.stem)
     sections = {"passes": _passes_tables, "recipes": _recipes, "docs/demo.txt": _quoted_demo}
     text = _SECTION.sub(lambda found: f"{found[1]}{sections[found[2]]()}{found[3]}", path.read_text(encoding="utf-8"))
+    if seconds is not None:
+        text = _MEASURED.sub(lambda found: f"{found[1]}{_hot_layers()}{found[2]}", text)
     return fill(text, path.stem)
 
 
@@ -137,6 +139,14 @@ def _demo(seconds: float | None) -> str:
     embeddings = demo.embed(compiled, checkpoint.encode(demo.SENTENCES))
     found = demo.Demonstration(compiled, 0.0, embeddings @ embeddings.T, {}, {})
     return plain(Group(found.report, demo.similarity_table(found)), WIDTH)
+
+
+def _hot_layers() -> str:
+    """The hot layers of MiniLM, with the machine they were timed on."""
+    checkpoint = load("minilm")
+    compiled = compile(checkpoint.model, checkpoint.example_inputs)
+    found = compiled.report.kernels(**checkpoint.encode([*demo.SENTENCES] * 8))
+    return f"{machine()}\n\n```text\n{plain(found).strip()}\n```\n"
 
 
 def _quoted_demo() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.divergence import tolerance_of
 from lissom.driver.options import read_data, resolve_passes, split_inputs
 from lissom.frontends.export import capture
+from lissom.inspect.machine import device_name
 from lissom.inspect.timing import Timing, time_calls
 
 
@@ -90,7 +90,5 @@ def _capture(example: Example, name: str) -> _Shown:
 
 def machine() -> str:
     """The processor and the versions, `AMD EPYC, 2 threads; Python 3.12.3, torch 2.13.0+cpu`."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    found = device_name(torch.device("cpu"))
     return f"{found}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}"

@@ -16,7 +16,7 @@ from lissom.driver.compile import compile_model, optimize_model
 from lissom.driver.options import Inputs, Settings
 from lissom.errors import refuse_old_names
 from lissom.frontends.dynamic import Dynamic
-from lissom.inspect.tables import Report
+from lissom.inspect.report import Report
 from lissom.runtime.compiled_model import CompiledModel
 
 

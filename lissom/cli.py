@@ -49,10 +49,11 @@ from lissom.generation.prompted import Request, compile_prompted, load_prompted
 from lissom.generation.stream import Speed, stream_text, stream_tokens
 from lissom.inspect.catalogue import pass_page, passes_table
 from lissom.inspect.machine import load_machine
+from lissom.inspect.report import Report
 from lissom.inspect.roofline import cost_table
 from lissom.inspect.sharding import Link, sharding_table
 from lissom.inspect.sites import axes_table, structure_tables
-from lissom.inspect.tables import Report, coloured_diff, show
+from lissom.inspect.tables import coloured_diff, show
 from lissom.passes import RECIPES, known_passes
 from lissom.saved_commands import AllowNative, load_saved, run_saved, sign_saved, verify_saved
 from lissom.shadowing import shadowed_install
@@ -100,7 +101,7 @@ def run_compile(
     metric: MetricName = None,
     max_drop: MaxDrop = None,
     simulate: Simulate = False,
-    full: Annotated[bool, typer.Option("--full", help="List every step, also those that changed nothing.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="List every step, and the kernels of the hot layers.")] = False,
     history: Annotated[Path | None, typer.Option(help="Write the history to this file, as JSON.")] = None,
     text: Annotated[Path | None, typer.Option(help="Write the optimized program to this file, as text.")] = None,
     save: Annotated[Path | None, typer.Option("--save", "-o", help="Write what was compiled to this directory.")] = None,

@@ -14,7 +14,7 @@ from lissom.api import compile
 from lissom.compiler.verify.divergence import relative_error
 from lissom.frontends.huggingface import Checkpoint, load
 from lissom.inspect.progress import Report, progress_bar
-from lissom.inspect.tables import Report as CompileReport
+from lissom.inspect.report import Report as CompileReport
 from lissom.inspect.timing import Timing, time_calls
 from lissom.runtime.compiled_model import CompiledModel
 

@@ -27,7 +27,7 @@ from lissom.errors import BudgetError, InputError, LissomError, PipelineTextErro
 from lissom.frontends.device import device_of
 from lissom.frontends.dynamo import Graph, capture_graph, read_graph
 from lissom.frontends.untouched import ordinary
-from lissom.inspect.tables import Report
+from lissom.inspect.report import Report
 from lissom.runtime.compiled_model import CompiledModel
 
 Function = Callable[..., Sequence[object]]
@@ -189,7 +189,8 @@ class _Compiled:
             self._run_as_it_is(str(error) if isinstance(error, LissomError) else f"{type(error).__name__}: {error}")
             return None
         self._variants[self._key(args)] = variant
-        _reports.append(GraphReport(graph.name, compiled.report, None))
+        # Without the timer, which holds the program and its weights.
+        _reports.append(GraphReport(graph.name, replace(compiled.report, timer=None), None))
         return variant
 
     def _run_as_it_is(self, reason: str) -> None:

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 import lissom
 from lissom.errors import InputError, PipelineTextError, UnsupportedError
-from lissom.inspect.tables import Report
+from lissom.inspect.report import Report
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
 from lissom.torch_compile import GraphReport, _reports, compile_graph
 from tests.refusals import Refusal, check, table

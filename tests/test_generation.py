@@ -25,7 +25,7 @@ from lissom.frontends.decoder import capture_decoder
 from lissom.frontends.huggingface import find_directory, load
 from lissom.generation.decoder import prompts
 from lissom.generation.stream import Speed, read_prompt, stream_tokens
-from lissom.inspect.tables import Report
+from lissom.inspect.report import Report
 from lissom.passes import RECIPES, known_passes
 from tests.decoders import DECODERS, MAX_LENGTH, RECURRENT, decoder, prompt
 from tests.models import seeded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from lissom.compiler.verify.divergence import output_errors, run_original, shape
 from lissom.compiler.verify.equality import EARLIER, shared_memory
 from lissom.compiler.verify.rounding import SHARE, exact_outputs, rounding_loss, rounds_values
 from lissom.errors import InputError, UnsupportedError, VerifyError
+from lissom.inspect.hot_layers import LayerTimes
+from lissom.inspect.machine import Machine
 
 Executable = Callable[[Sequence[torch.Tensor]], Sequence[object]]
 """Takes flat inputs in the order of the program's placeholders; returns flat outputs. One with state is `Stateful` too."""
@@ -89,6 +91,28 @@ class Backend(ABC):
 
         The executable shares the program's weights and copies only those it writes.
         """
+
+    def time_layers(
+        self,
+        program: Program,
+        executable: Executable,
+        sample: Sample,
+        *,
+        seconds: float,
+        machine: Machine | None,
+        measured: Collection[str] = (),
+    ) -> LayerTimes:
+        """The time of every layer of a lowered program on flat inputs, and the kernels that run them.
+
+        seconds: of all runs together. machine: its ceilings, where they are known. measured: the names of the nodes for which
+        PyTorch's kernel was measured faster than ours. State is left as it is.
+
+        Raises: UnsupportedError when this backend does not run the layers one by one.
+        """
+        raise UnsupportedError(
+            f"backend '{self.name}' does not run the layers of {program.name} one by one on a CPU, and names no kernels; "
+            f"compile for backend 'eager' on a CPU to see them"
+        )
 
     def save_files(self, executable: Executable, folder: Path) -> None:
         """Write the files that `load_executable` needs besides the program into the folder of an artifact.

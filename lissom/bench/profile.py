@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import re
-import statistics
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from rich.table import Table
 from rich.text import Text
 from torch import fx
 
 from lissom.api import compile
-from lissom.backends.eager.backend import METHODS
+from lissom.backends.eager.node_times import time_nodes
 from lissom.bench.workload import Inputs, Shape, load_model, make_inputs
-from lissom.compiler.analysis.cost import Cost, cost
-from lissom.compiler.analysis.flops import is_counted
+from lissom.compiler.analysis.cost import Cost, costs_on
 from lissom.compiler.analysis.sites import sites
-from lissom.compiler.ir.interpreter import last_uses_of
-from lissom.compiler.ir.node import origin
-from lissom.compiler.ir.program import Program
+from lissom.inspect.kernels import operator_name
 from lissom.inspect.machine import Machine
 from lissom.inspect.roofline import digits, node_seconds, sizes_text
 from lissom.inspect.tables import plain_table
 from lissom.inspect.timing import time_calls
 from lissom.ops.native import describe_kernels
 from lissom.runtime.compiled_model import CompiledModel
-
-_FEWEST_RUNS = 5
 
 
 @dataclass(frozen=True)
@@ -94,18 +84,13 @@ def profile(
     tensors = program.signature.flatten((), {**inputs, **constants})
     whole = time_calls({"call": lambda: compiled(**inputs, **constants)}, seconds)["call"].median_ms
     milliseconds = time_nodes(program, tensors, seconds)
-    found = program.signature.sizes_of(tensors)
-    dimensions = program.signature.dimensions
-    names = {dimensions[symbol].name: size for symbol, size in found.items() if symbol in dimensions}
-    costs = cost(program, names)
-    zeros = {symbol: 0 for item in costs.values() for symbol in item.symbols}
-    at_sizes = {node: item.at(zeros) for node, item in costs.items()}
+    sizes, costs = costs_on(program, tensors)
     groups: dict[tuple[str, str], list[fx.Node]] = {}
     for site in program.fact(sites):
         for node in site.nodes:
             groups.setdefault((site.kind, operator_name(node)), []).append(node)
-    parts = [_part(*key, members, milliseconds, at_sizes, machine) for key, members in groups.items()]
-    return Profile(f"{program.name} on {compiled.backend}, {sizes_text(names)}", whole, tuple(parts))
+    parts = [_part(*key, members, milliseconds, costs, machine) for key, members in groups.items()]
+    return Profile(f"{program.name} on {compiled.backend}, {sizes_text(sizes)}", whole, tuple(parts))
 
 
 def _part(
@@ -125,50 +110,6 @@ def _part(
         float(sum(costs[node].bytes for node in members)),
         1e3 * sum(node_seconds(node, costs[node], machine) for node in members),
     )
-
-
-def operator_name(node: fx.Node) -> str:
-    """`transpose`, `lissom.rotary`; for products with the module: `linear in encoder.layer.*.output.dense`; layers merged."""
-    schema = getattr(node.target, "_schema", None)
-    name = getattr(node.target, "__name__", "") if schema is None else schema.name.removeprefix("aten::").replace("::", ".")
-    path = re.sub(r"\.\d+(?=\.|$)", ".*", origin(node).module_path) if is_counted(node) else ""
-    return f"{name} in {path}" if path else name
-
-
-def time_nodes(program: Program, inputs: Sequence[torch.Tensor], seconds: float) -> dict[fx.Node, float]:
-    """Milliseconds of every call node, run in order: medians of all runs within `seconds`, at least five."""
-    taken: dict[fx.Node, list[float]] = {node: [] for node in program.nodes()}
-    with torch.inference_mode():
-        for _ in range(2):
-            _run(program, inputs, {node: [] for node in taken})
-        started = time.perf_counter()
-        while time.perf_counter() - started < seconds or len(next(iter(taken.values()), [0.0] * _FEWEST_RUNS)) < _FEWEST_RUNS:
-            _run(program, inputs, taken)
-    return {node: statistics.median(runs) for node, runs in taken.items()}
-
-
-def _run(program: Program, inputs: Sequence[torch.Tensor], taken: Mapping[fx.Node, list[float]]) -> None:
-    values: dict[fx.Node, Any] = dict(zip(program.placeholders, inputs, strict=True))
-    frees = last_uses_of(program.graph)
-    for node in program.graph.nodes:
-        if node.op == "get_attr":
-            values[node] = program.weight(str(node.target))
-        elif node.op == "call_function":
-            target: Any = METHODS.get(node.target, node.target)
-            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            _synchronize()
-            started = time.perf_counter()
-            values[node] = target(*args, **kwargs)
-            _synchronize()
-            taken[node].append((time.perf_counter() - started) * 1e3)
-            del args, kwargs
-        for used in frees.get(node, ()):
-            del values[used]
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def profile_table(found: Profile) -> Table:

@@ -29,11 +29,12 @@ from lissom.frontends.device import check_device, device_of
 from lissom.frontends.export import Capture, capture
 from lissom.frontends.isolation import isolated
 from lissom.inspect.progress import progress_bar
-from lissom.inspect.tables import Report
+from lissom.inspect.report import Report
 from lissom.passes.parallel.partition import Partition
 from lissom.passes.parallel.shard import Shard
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.hosted_model import Facts, check_uncompiled
+from lissom.runtime.layer_timer import ProgramTimer
 
 
 def compile_model(model: nn.Module, example_inputs: Inputs, settings: Settings) -> CompiledModel:
@@ -111,7 +112,8 @@ def _compile_for_process(
         lambda what, left: progress(what, count - left, count),
         simulate=settings.simulate,
     )
-    report = Report(f"{built.program.name} on {built.backend.name}", built.history)
+    timer = ProgramTimer(built.program, built.executable, built.backend, built.history, job.captured.example)
+    report = Report(f"{built.program.name} on {built.backend.name}", built.history, timer=timer)
     return CompiledModel(built.program, built.executable, report, built.backend, facts)
 
 
@@ -127,7 +129,8 @@ def _compile_for_ranks(
     """This rank's shard of the model, or the whole model without a process group."""
     make = partial(_partition_model, take, settings, passes, device, progress)
     part = compile_for_ranks(make, backend, device, checks=settings.checks, simulate=settings.simulate)
-    report = Report(f"{part.program.name} on {backend.name}", part.history)
+    timer = ProgramTimer(part.program, part.executable, backend, part.history)
+    report = Report(f"{part.program.name} on {backend.name}", part.history, timer=timer)
     return CompiledModel(part.program, part.executable, report, backend, facts)
 
 

@@ -14,7 +14,7 @@ from lissom.compiler.ir.types import TensorType
 from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.decoder import INPUTS
 from lissom.frontends.decoder_state import is_kv_cache
-from lissom.inspect.tables import Report
+from lissom.inspect.report import Report
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.hosted_model import FixedModule
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -22,7 +23,7 @@ import torch
 from lissom.errors import InputError
 from lissom.generation.directory import is_saved
 from lissom.ops.native import describe_kernels
-from lissom.ops.native.build import cache_folder
+from lissom.ops.native.build import cache_folder, locked
 from lissom.ops.native.choice import SWITCH as KERNELS
 from lissom.ops.native.instruction_sets import processor_features
 
@@ -34,6 +35,8 @@ _OF_CHECKPOINTS = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", "
 """The kinds of files that a checkpoint is read from."""
 _LEFT_SECONDS = 24 * 3600
 """Folders under a temporary name are removed when nothing was written to them for so long."""
+_LEAVING = "-removed"
+"""A part of the temporary names of decoders that are being removed."""
 STEP = 256
 """A kept decoder's capacity is rounded up to a multiple of this number of tokens, so that it serves other prompts too."""
 
@@ -84,22 +87,30 @@ def use(place: Path) -> bool:
     """Whether a decoder is kept there; it is then the one that was used last."""
     if not is_saved(place):
         return False
-    with suppress(OSError):  # a cache that can only be read, or a decoder that another process removes
+    with suppress(OSError), locked(_lock(place.parent)):  # a cache that can only be read
         os.utime(place)
-    return True
+    return is_saved(place)  # another process may have removed it meanwhile
 
 
 def forget_oldest(folder: Path) -> None:
-    """Remove all kept decoders but the last ones used."""
-    found = sorted((path for path in folder.iterdir() if is_saved(path)), key=_last_use)
-    for path in found[: max(0, len(found) - count())]:
-        leaving = path.with_name(f".{path.name}.{os.getpid()}")
-        with suppress(OSError):  # another process removed it
-            path.rename(leaving)
-    # Also what a process left that was ended meanwhile.
-    for path in folder.glob(".*"):
-        if time.time() - _last_use(path) > _LEFT_SECONDS or path.name.endswith(f".{os.getpid()}"):
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove all kept decoders but the last ones used. Processes that do so at once take turns.
+
+    Raises: OSError if the cache cannot be written.
+    """
+    with locked(_lock(folder)):
+        found = sorted((path for path in folder.iterdir() if path.name[0] != "." and is_saved(path)), key=_last_use)
+        for path in found[: max(0, len(found) - count())]:
+            # Renamed first, so that no process loads a part of it.
+            path.rename(path.with_name(f".{path.name}{_LEAVING}-{secrets.token_hex(8)}"))
+        # Also what a process left that was ended meanwhile.
+        for path in folder.glob(".*"):
+            if _LEAVING in path.name or time.time() - _last_use(path) > _LEFT_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _lock(folder: Path) -> Path:
+    """The lock of the folder of kept decoders, next to it."""
+    return folder.with_suffix(".lock")
 
 
 def _last_use(path: Path) -> float:

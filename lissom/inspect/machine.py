@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,6 +20,7 @@ import torch
 from lissom.errors import ArtifactError
 from lissom.inspect.progress import Report
 from lissom.inspect.timing import Timing, time_calls
+from lissom.ops.native.instruction_sets import processor_features, processors
 
 FORMAT_VERSION = 1
 ISA = (
@@ -194,7 +194,7 @@ def device_name(device: torch.device) -> str:
     """The processor's or the CUDA device's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    named = next((line["model name"] for line in _processors() if "model name" in line), "")
+    named = next((line["model name"] for line in processors() if "model name" in line), "")
     return named or platform.processor() or platform.machine()
 
 
@@ -203,7 +203,7 @@ def core_count() -> int:
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = {
         (line.get("physical id"), line["core id"])
-        for line in _processors()
+        for line in processors()
         if "core id" in line and int(line.get("processor", -1)) in usable
     }
     return len(cores) or len(usable)
@@ -211,9 +211,7 @@ def core_count() -> int:
 
 def instruction_sets() -> tuple[str, ...]:
     """The entries of `ISA` the processor has; none if the system does not report them."""
-    lines = next(iter(_processors()), {})
-    flags = (lines.get("flags") or lines.get("Features") or "").split()
-    return tuple(name for name in ISA if name in flags)
+    return tuple(name for name in ISA if name in processor_features())
 
 
 def cache_bytes() -> dict[str, int]:
@@ -234,16 +232,6 @@ def shared_cache_bytes() -> int:
         with suppress(OSError):
             sharers.add(path.read_text().strip())
     return len(sharers) * cache_bytes().get("L3", 0)
-
-
-def _processors() -> list[dict[str, str]]:
-    """The blocks of /proc/cpuinfo; none on other systems than Linux."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return []
-    blocks = (re.findall(r"^(.*?)\s*:[ \t]*(.*)$", block, re.MULTILINE) for block in text.split("\n\n"))
-    return [dict(block) for block in blocks if block]
 
 
 def cache_path() -> Path:

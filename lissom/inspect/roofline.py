@@ -21,6 +21,7 @@ from lissom.errors import UnsupportedError
 from lissom.inspect.folding import fold_rows
 from lissom.inspect.machine import Ceiling, Ceilings, Machine
 from lissom.inspect.tables import plain_table
+from lissom.ops import quantized_linear, quantized_linear_norm
 
 _CPU = torch.device("cpu")
 
@@ -49,12 +50,16 @@ def _peak(ceilings: Ceilings, dtype: torch.dtype) -> Ceiling:
 
 
 def node_seconds(node: fx.Node, found: Cost, machine: Machine) -> float:
-    """The roofline of a node with this cost, on its own device, in the dtype of its first input tensor."""
+    """The roofline of a node with this cost, on its own device, in the dtype of its first input tensor.
+
+    int8 layers that quantize their input themselves have the roofline of int8.
+    """
     typed = next((item for item in node.all_input_nodes if nodes.is_tensor(item)), node)
     if not nodes.is_tensor(typed):
         return 0.0
     type_ = nodes.tensor_type(typed)
-    return roofline_seconds(found, machine, type_.dtype, device=type_.device)
+    dtype = torch.int8 if node.target in (quantized_linear, quantized_linear_norm) else type_.dtype
+    return roofline_seconds(found, machine, dtype, device=type_.device)
 
 
 def cost_table(program: Program, sizes: Mapping[str, int], machine: Machine | None) -> Table:

@@ -51,14 +51,15 @@ def time_calls(
 
 
 def _time_once(call: Callable[[], object]) -> float:
-    _synchronize()
+    synchronize()
     started = time.perf_counter()
     call()
-    _synchronize()
+    synchronize()
     return (time.perf_counter() - started) * 1e3
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for the work of a CUDA device, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

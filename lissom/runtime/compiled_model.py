@@ -21,8 +21,9 @@ from lissom.compiler.ir.samples import Sample
 from lissom.errors import InputError
 from lissom.frontends.device import check_device
 from lissom.frontends.untouched import ordinary
-from lissom.inspect.tables import Report
+from lissom.inspect.report import Report
 from lissom.runtime.hosted_model import Facts, HostedModel
+from lissom.runtime.layer_timer import ProgramTimer
 
 
 class CompiledModel(HostedModel):
@@ -149,5 +150,6 @@ def load(
 
 def compiled_from(loaded: Loaded) -> CompiledModel:
     """The model that an artifact holds."""
-    report = Report(f"{loaded.program.name} on {loaded.backend.name}", loaded.history)
+    timer = ProgramTimer(loaded.program, loaded.executable, loaded.backend, loaded.history)
+    report = Report(f"{loaded.program.name} on {loaded.backend.name}", loaded.history, timer=timer)
     return CompiledModel(loaded.program, loaded.executable, report, loaded.backend, Facts.from_json(loaded.facts))

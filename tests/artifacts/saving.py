@@ -17,7 +17,7 @@ from lissom.backends.eager.backend import Eager
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.history import History, Size, Step
 from lissom.frontends.export import Capture, capture
-from lissom.inspect.tables import Report
+from lissom.inspect.report import Report
 from lissom.runtime.compiled_model import CompiledModel
 from tests.models import capture_of
 

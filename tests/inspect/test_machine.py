@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from lissom.errors import ArtifactError
 from lissom.inspect import machine
 from lissom.inspect.machine import Ceiling, Ceilings, Machine, cache_path, load_machine, measure_machine, save_machine
+from lissom.ops.native.instruction_sets import processor_features
 
 CPU = torch.device("cpu")
 
@@ -215,7 +217,14 @@ flags\t\t: fpu avx2 avx512_vnni fma
 """
 
 
-def test_threads_of_one_core_count_once(monkeypatch):
+@pytest.fixture
+def features_read_anew() -> Iterator[None]:
+    processor_features.cache_clear()
+    yield
+    processor_features.cache_clear()
+
+
+def test_threads_of_one_core_count_once(monkeypatch, features_read_anew):
     monkeypatch.setattr(Path, "read_text", lambda self, **_: PROCESSORS)
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
     assert machine.core_count() == 2
@@ -229,7 +238,7 @@ def test_cores_the_process_may_not_use_do_not_count(monkeypatch):
     assert machine.core_count() == 1
 
 
-def test_a_system_that_tells_nothing_is_no_error(monkeypatch):
+def test_a_system_that_tells_nothing_is_no_error(monkeypatch, features_read_anew):
     def missing(self: Path, **_: object) -> str:
         raise FileNotFoundError
 

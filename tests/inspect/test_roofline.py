@@ -1,5 +1,7 @@
 """Tests of lissom.inspect.roofline: times by hand, and what the tables say."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,8 +11,11 @@ from lissom.frontends.export import capture
 from lissom.inspect.machine import Ceiling
 from lissom.inspect.roofline import cost_table, machine_table, node_seconds, roofline_seconds
 from lissom.inspect.tables import plain
+from lissom.ops import quantized_linear, quantized_linear_norm
+from lissom.ops.native import load_kernels
+from tests import captures
 from tests.inspect.test_machine import ceilings, example
-from tests.models import captured
+from tests.models import FeedForward, captured, normal
 
 MACHINE = example()
 """100 GFLOP/s in float32, 200 in bfloat16, no int8, 10 GB/s."""
@@ -60,6 +65,15 @@ def test_a_node_is_timed_in_the_type_it_computes_in():
     (up, _) = program.nodes(torch.ops.aten.linear.default)
     found = cost(program, {"batch": 1000, "sequence": 1000})[up]
     assert node_seconds(up, found, MACHINE) == pytest.approx(max(found.flops / 100e9, found.bytes / 10e9))
+
+
+def test_an_int8_layer_that_quantizes_its_input_has_the_roof_of_int8():
+    fast = example(cpu=dataclasses.replace(ceilings(), int8_gops=Ceiling(400.0, 390.0, 410.0, "")))
+    compiled = captures.compile(FeedForward(64, 128), normal(2, 5, 64), checks="off", passes="quantize")
+    layers = compiled.program.nodes(quantized_linear, quantized_linear_norm)
+    assert load_kernels() or layers
+    for node in layers:
+        assert node_seconds(node, Cost(flops=400 * 10**9), fast) == pytest.approx(1.0)
 
 
 def test_a_row_has_the_numbers_of_a_site():

@@ -80,6 +80,17 @@ def test_an_end_without_a_begin_is_refused():
     assert one_call(lambda x: x + 1)(1) == 2
 
 
+def test_the_instructions_of_a_dtype(monkeypatch):
+    assert native.instructions_for(torch.float32) == torch.ops.lissom.instruction_set()
+    monkeypatch.setattr(torch.ops.lissom, "instruction_set", lambda: "amx")
+    for allowed, found in ((True, "amx"), (False, "avx512_bf16, as the operating system refuses AMX")):
+        monkeypatch.setattr(torch.ops.lissom, "use_amx", lambda allowed=allowed: allowed)
+        assert native.instructions_for(torch.bfloat16) == native.instructions_for(torch.int8) == found
+        assert native.instructions_for(torch.float32) == "avx512_bf16"
+        monkeypatch.setattr(torch.ops.lissom, "dots_bfloat16", lambda: False)
+        assert native.multiplies_bfloat16() is allowed
+
+
 def test_amx_that_the_system_refuses_is_told(monkeypatch):
     monkeypatch.setattr(torch.ops.lissom, "instruction_set", lambda: "amx")
     before = torch.ops.lissom.use_amx(False)

@@ -7,22 +7,25 @@ threads are independent unless the program has state.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from keyword import iskeyword
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import fx
-from torch.nn import functional
 
 from lissom.backends.base import Backend, Executable, confirm
 from lissom.backends.eager.cuda_graphs import with_fast_layout, with_graphs
+from lissom.backends.eager.methods import METHODS
+from lissom.backends.eager.node_times import time_nodes
 from lissom.compiler.ir.interpreter import last_uses_of
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.ops import IMPLEMENTATIONS, KERNELS
+from lissom.inspect.hot_layers import LayerTimes, layer_times
+from lissom.inspect.machine import Machine
+from lissom.ops import KERNELS
 from lissom.ops.native import load_kernels, one_call
 from lissom.passes.lowering.fuse_attention import FuseAttention
 from lissom.passes.lowering.fuse_epilogues import FuseEpilogues
@@ -38,46 +41,8 @@ from lissom.passes.lowering.pack_sparse import PackSparse
 from lissom.passes.lowering.write_state_in_place import WriteStateInPlace
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
-aten = torch.ops.aten
-
 Calls = Callable[[fx.Node], Callable[..., object] | None]
 """A replacement of a node's target; None for the target itself."""
-
-
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
-    """PyTorch's attention with a check of lengths: on a CPU it reads past the end of the shorter of k and v (torch 2.13).
-
-    Raises: ValueError, which needs no second run for an explanation.
-    """
-    if key.shape[-2] != value.shape[-2]:
-        raise ValueError(f"attention has {key.shape[-2]} keys and {value.shape[-2]} values")
-    return functional.scaled_dot_product_attention(query, key, value, *rest, **options)
-
-
-def _batch_norm(input: torch.Tensor, *rest: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """PyTorch's batch norm with a check of sizes: it reads past the end of too short arguments (torch 2.13)."""
-    for given in (*rest, *options.values()):
-        if isinstance(given, torch.Tensor) and given.shape != input.shape[1:2]:
-            raise ValueError(f"batch norm has {list(given.shape)} for {input.shape[1]} channels")
-    return aten._native_batch_norm_legit_no_training.default(input, *rest, **options)
-
-
-# A tensor method takes half the time of its operator to call, which matters for small models.
-METHODS: dict[object, Callable[..., object]] = {
-    aten.scaled_dot_product_attention.default: _attention,
-    aten._native_batch_norm_legit_no_training.default: _batch_norm,
-    # A program from a file may return uninitialized memory.
-    aten.empty_like.default: aten.zeros_like.default,
-    aten.new_empty.default: aten.new_zeros.default,
-    aten.transpose.int: torch.Tensor.transpose,
-    aten.select.int: torch.Tensor.select,
-    **{
-        getattr(aten, name).default: getattr(torch.Tensor, name)
-        for name in ("reshape", "view", "permute", "unsqueeze", "expand", "split_with_sizes")
-    },
-    aten.sym_size.int: torch.Tensor.size,
-    **IMPLEMENTATIONS,
-}
 
 
 class Eager(Backend):
@@ -100,6 +65,21 @@ class Eager(Backend):
         executable = build_function(program, with_graphs)
         confirm(self.name, executable, program, example)
         return executable
+
+    def time_layers(
+        self,
+        program: Program,
+        executable: Executable,
+        sample: Sample,
+        *,
+        seconds: float,
+        machine: Machine | None,
+        measured: Collection[str] = (),
+    ) -> LayerTimes:
+        if any(tensor.device.type != "cpu" for tensor in (*sample, *program.weights().values())):
+            return super().time_layers(program, executable, sample, seconds=seconds, machine=machine)
+        milliseconds = time_nodes(program, sample, seconds)
+        return layer_times(program, sample, milliseconds, machine, backend=self.name, measured=measured)
 
     def save_files(self, executable: Executable, folder: Path) -> None:
         """No files: the program is enough."""

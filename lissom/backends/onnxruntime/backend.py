@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -24,6 +24,8 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.errors import ArtifactError, LissomError, UnsupportedError
+from lissom.inspect.hot_layers import LayerTimes
+from lissom.inspect.machine import Machine
 from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
@@ -103,6 +105,25 @@ class OnnxRuntime(Backend):
             notes.insert(0, account(first.left, len(first.layers), integer_products(opener, best)))
         best.notes += tuple(notes)
         return best
+
+    def time_layers(
+        self,
+        program: Program,
+        executable: Executable,
+        sample: Sample,
+        *,
+        seconds: float,
+        machine: Machine | None,
+        measured: Collection[str] = (),
+    ) -> LayerTimes:
+        from lissom.backends.onnxruntime.profile import profiled_layers
+        from lissom.backends.onnxruntime.session import CPU, Session
+
+        options = self._session_options(program)
+        if options.providers[0][0] != CPU:
+            return super().time_layers(program, executable, sample, seconds=seconds, machine=machine)
+        assert isinstance(executable, Session)
+        return profiled_layers(program, executable, options, sample, seconds)
 
     def _session_options(self, program: Program) -> SessionOptions:
         from lissom.backends.onnxruntime.session import SessionOptions, choose_providers

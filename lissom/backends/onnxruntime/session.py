@@ -158,8 +158,13 @@ class SessionOptions:
     optimization: str = "all"
 
 
-def open_session(path: Path, chosen: SessionOptions, optimized: Path | None = None) -> onnxruntime.InferenceSession:
-    """Open a model. optimized: the file to write the optimized graph to, with its weights next to it."""
+def open_session(
+    path: Path, chosen: SessionOptions, optimized: Path | None = None, profile: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """Open a model. optimized: the file to write the optimized graph to, with its weights next to it.
+
+    profile: the beginning of the file that `end_profiling` writes the times of all operators to.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = chosen.threads
     options.inter_op_num_threads = 1
@@ -178,6 +183,9 @@ def open_session(path: Path, chosen: SessionOptions, optimized: Path | None = No
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{optimized.name}.data")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     return onnxruntime.InferenceSession(path, options, providers=[(name, dict(given)) for name, given in chosen.providers])
 
 

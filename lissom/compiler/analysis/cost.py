@@ -123,6 +123,21 @@ def cost(program: Program, sizes: Mapping[str, int] | None = None) -> Mapping[fx
     return {node: found.at(numbers) for node, found in program.fact(_symbolic_costs).items()}
 
 
+def costs_on(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[dict[str, int], dict[fx.Node, Cost]]:
+    """The sizes of these inputs' dimensions by name, and the cost of every call at them.
+
+    Sizes that depend on values count as 0.
+
+    Raises: UnsupportedError for inputs of sizes the program does not take.
+    """
+    dimensions = program.signature.dimensions
+    found = program.signature.sizes_of(tensors)
+    sizes = {dimensions[symbol].name: size for symbol, size in found.items() if symbol in dimensions}
+    costs = cost(program, sizes)
+    zeros = {symbol: 0 for item in costs.values() for symbol in item.symbols}
+    return sizes, {node: item.at(zeros) for node, item in costs.items()}
+
+
 def total_cost(program: Program, sizes: Mapping[str, int] | None = None) -> Cost:
     """The cost of the whole program; `sizes` as in `cost`, and the same errors."""
     return _total(cost(program, sizes), program.nodes())

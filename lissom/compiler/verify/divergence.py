@@ -224,11 +224,10 @@ def first_difference(
         before.run(sample, lambda node, value: values.update({node.name: lasting(node, value)}))
     found: list[tuple[fx.Node, float]] = []
     allowed = {node.name: limit for node, limit in before.fact(node_tolerances).items()}
-    unfilled = {node.name for node in before.nodes(*UNFILLED)}
 
     def observe(node: fx.Node, value: object) -> None:
         name = node.name if node.name in values else nodes.origin(node).replaces
-        if found or name not in values or (name in unfilled and node.target in UNFILLED):
+        if found or name not in values or both_unfilled(before, name, node):
             return
         error = worst_error(values[name], value)
         if error > (allowed[name] if tolerance is None else tolerance):
@@ -237,6 +236,11 @@ def first_difference(
     with torch.no_grad(), kept_state(after):
         after.run(sample, observe)
     return found[0] if found else None
+
+
+def both_unfilled(before: Program, name: str, node: fx.Node) -> bool:
+    """True when a node and its counterpart `name` in `before` allocate memory without filling it: values there mean nothing."""
+    return node.target in UNFILLED and any(other.name == name for other in before.nodes(*UNFILLED))
 
 
 def lasting(node: fx.Node, value: object) -> object:

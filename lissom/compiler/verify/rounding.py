@@ -10,7 +10,8 @@ point, a deep model with few large values in its residual stream does the same g
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,12 +21,13 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.interpreter import REFUSALS
-from lissom.compiler.ir.operators import FAKE_QUANTIZES, UNFILLED
+from lissom.compiler.ir.interpreter import REFUSALS, call
+from lissom.compiler.ir.operators import FAKE_QUANTIZES
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import (
     TOLERANCE,
+    both_unfilled,
     compare,
     lasting,
     node_tolerances,
@@ -58,6 +60,8 @@ changes all later ones. Two programs with independent rounding would differ by 1
 """
 _AS_FAR = 4.0
 """The largest ratio of two programs' errors from the exact result: on few samples one of them may be lucky."""
+_LOCALLY_AS_FAR = 2.0
+"""The same for one node: the largest error of thousands of values, so luck counts for less."""
 _WIDER = {
     torch.float32: TOLERANCE[torch.float32],
     # A pass that rescales weights rounds each of them once more to float32, by 6e-8; 4e-8 measured at the outputs.
@@ -93,10 +97,13 @@ def differs_locally(before: Program, after: Program, samples: Sequence[Sample]) 
     """True when a node of `after` differs by more than its own rounding, given the values of its inputs in `before`.
 
     Nodes correspond by name, or by the name a pass recorded when it replaced one by the other; other nodes keep the values of
-    `after`.
+    `after`. A sum in which large terms cancel rounds by more than its tolerance, also in `before`; then its value in float64
+    decides.
     """
     allowed = before.fact(local_tolerances)
-    return any(error > allowed[name] for sample in samples for name, error in local_errors(before, after, sample).items())
+    return any(
+        error > allowed[name] for sample in samples for name, error in local_errors(before, after, sample, allowed).items()
+    )
 
 
 def rounding_loss(program: Program, samples: Sequence[Sample], outputs: Sequence[Sequence[object]]) -> float:
@@ -246,24 +253,32 @@ def _is_narrower(dtype: torch.dtype, wide: torch.dtype) -> bool:
     return dtype in ROUNDINGS or (dtype is torch.float32 and wide is torch.float64)
 
 
-def local_errors(before: Program, after: Program, sample: Sample) -> dict[str, float]:
+def local_errors(
+    before: Program, after: Program, sample: Sample, allowed: Mapping[str, float] | None = None
+) -> dict[str, float]:
     """By the names of nodes of `before`, the relative error of the corresponding nodes of `after`, given the values of
     `before`. Includes the errors of the outputs.
+
+    allowed: by name; a larger error counts as this one if the value of `after` is as near to that in float64.
     """
     known: dict[str, object] = {}
     with torch.no_grad(), kept_state(before):
         wanted = before.run(sample, lambda node, value: known.update({node.name: lasting(node, value)}))
     errors = dict[str, float]()
-    unfilled = {node.name for node in before.nodes(*UNFILLED)}
+    by_name = {node.name: node for node in before.nodes()}
+    given = dict(zip(before.placeholders, sample, strict=True))
 
     def force(node: fx.Node, value: object) -> object:
         """Record the error of a node's value, and return that of the corresponding node; None when there is none."""
         name = node.name if node.name in known else nodes.origin(node).replaces
         if name not in known or not _alike(known[name], value):
             return None
-        if name in unfilled and node.target in UNFILLED:
+        if both_unfilled(before, name, node):
             return known[name]
-        errors[name] = max(errors.get(name, 0.0), worst_error(known[name], value))
+        error, limit = worst_error(known[name], value), (allowed or {}).get(name, math.inf)
+        if error > limit and _is_as_exact(before, by_name[name], value, known, errors, given):
+            error = limit
+        errors[name] = max(errors.get(name, 0.0), error)
         return known[name]
 
     with torch.no_grad(), kept_state(after):
@@ -273,6 +288,42 @@ def local_errors(before: Program, after: Program, sample: Sample) -> dict[str, f
         name = leaf.name if isinstance(leaf, fx.Node) else before.output.name
         errors[name] = max(errors.get(name, 0.0), relative_error(left, right))
     return errors
+
+
+def _is_as_exact(
+    before: Program,
+    node: fx.Node,
+    found: object,
+    known: Mapping[str, object],
+    corresponding: Collection[str],
+    given: Mapping[fx.Node, torch.Tensor],
+) -> bool:
+    """True when a float32 value is at most `_LOCALLY_AS_FAR` times as far from that in float64 as the value of `before`.
+
+    known: the values of `before`. corresponding: the nodes that have these values in `after` too; those between them and the
+    node are computed in float64. given: the inputs.
+    """
+
+    def exact(used: fx.Node) -> object:
+        if used is not node and used.name in corresponding:
+            return _widened(known[used.name], torch.float64)
+        if used.op != "call_function":
+            value = given[used] if used in given else before.weight(str(used.target))
+            return _widened(value, torch.float64)
+        if used not in computed:
+            computed[used] = call(used, exact)
+        return computed[used]
+
+    computed: dict[fx.Node, object] = {}
+    own = known[node.name]
+    if not (isinstance(own, torch.Tensor) and isinstance(found, torch.Tensor) and own.dtype is torch.float32):
+        return False
+    try:
+        wanted = exact(node)
+    except REFUSALS:  # an operator without float64
+        return False
+    errors = [relative_error(wanted, item.double()) for item in (found, own)]
+    return errors[0] <= _LOCALLY_AS_FAR * errors[1]
 
 
 def _alike(wanted: object, found: object) -> bool:

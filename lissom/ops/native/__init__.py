@@ -53,6 +53,21 @@ def refused_tiles() -> str | None:
     return "the operating system does not permit AMX, so the kernels use AVX-512"
 
 
+def instructions_for(dtype: torch.dtype) -> str:
+    """The instruction set by which the loaded kernels multiply a dtype: `avx512_bf16`; `amx` for bfloat16 and int8 alone."""
+    name = torch.ops.lissom.instruction_set()
+    if name != "amx":
+        return name
+    if dtype not in (torch.bfloat16, torch.int8):
+        return "avx512_bf16"
+    return name if torch.ops.lissom.use_amx() else "avx512_bf16, as the operating system refuses AMX"
+
+
+def multiplies_bfloat16() -> bool:
+    """True when linear layers in bfloat16 are multiplied in bfloat16; False when their numbers are widened to float32."""
+    return torch.ops.lissom.use_amx() or torch.ops.lissom.dots_bfloat16()
+
+
 def kernel_dtypes() -> tuple[torch.dtype, ...]:
     """The dtypes of the loaded kernels; none where there are no kernels."""
     return () if load_kernels() else (torch.float32, torch.bfloat16)

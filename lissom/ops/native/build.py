@@ -22,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -146,15 +147,25 @@ def _self_tests(library: Path) -> Mapping[str, str] | None:
 
 def build_once(compiler: list[str], library: Path, isa: InstructionSet) -> None:
     """Build and test the library, or wait for the process that does. Raises: as `_build` does."""
-    import fcntl  # exists on Unix only
-
-    with library.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(library.with_suffix(".lock")):
         tests = _self_tests(library)
         if tests is None:
             _build(compiler, library, isa)
         elif not isa.missing and processor_kind() not in tests:
             _write_record(library, _record(library), {**tests, processor_kind(): run_self_test(library)})
+
+
+@contextmanager
+def locked(file: Path) -> Generator[None]:
+    """Hold the lock of a file; other processes wait for it. The system releases it when this process ends.
+
+    Raises: OSError when the file cannot be written.
+    """
+    import fcntl  # exists on Unix only
+
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _record(library: Path) -> Path:

@@ -28,6 +28,7 @@ _MOST_ROWS = 1024
 """More rows take as long each."""
 _ROUNDS, _RUNS, _SECONDS = 2, 5, 0.02
 
+_FASTER = "PyTorch's product takes"
 Times = tuple[float, float]
 """Milliseconds of our product and of PyTorch's."""
 
@@ -45,7 +46,12 @@ def slower_than_pytorch(dtype: torch.dtype, rows: int, inputs: int, features: in
     ours, theirs = _times(dtype, rows, inputs, features, torch.get_num_threads())
     if ours < _CLEARLY * theirs:
         return None
-    return f"PyTorch's product takes {theirs:.3g} ms for {rows} rows here, and Lissom's kernel {ours:.3g} ms"
+    return f"{_FASTER} {theirs:.3g} ms for {rows} rows here, and Lissom's kernel {ours:.3g} ms"
+
+
+def is_measured(reason: str) -> bool:
+    """True for a sentence of `slower_than_pytorch`: both products were timed, and PyTorch's was faster."""
+    return reason.startswith(_FASTER)
 
 
 @cache

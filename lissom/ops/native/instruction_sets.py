@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -86,8 +87,15 @@ def usable_sets() -> list[InstructionSet]:
 @cache
 def processor_features() -> frozenset[str]:
     """The processor's features, as Linux lists them; none where the system does not."""
+    first = next(iter(processors()), {})
+    return frozenset((first.get("flags") or first.get("Features") or "").split())
+
+
+def processors() -> list[dict[str, str]]:
+    """What Linux lists of every logical processor, by name; none on other systems."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return frozenset()
-    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "").split())
+        return []
+    blocks = (re.findall(r"^(.*?)\s*:[ \t]*(.*)$", block, re.MULTILINE) for block in text.split("\n\n"))
+    return [dict(block) for block in blocks if block]

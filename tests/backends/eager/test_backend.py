@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lissom.backends.base import confirm
-from lissom.backends.eager.backend import METHODS, Eager, build_function, emit
+from lissom.backends.eager.backend import Eager, build_function, emit
+from lissom.backends.eager.methods import METHODS
 from lissom.compiler.ir.interpreter import last_uses_of
 from lissom.compiler.verify.divergence import run_samples
 from lissom.errors import VerifyError

@@ -13,6 +13,7 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.verify.divergence import TOLERANCE, relative_error
 from lissom.compiler.verify.rounding import (
+    LOCAL_FLOAT_TOLERANCE,
     LOCAL_TOLERANCE,
     differs_locally,
     local_errors,
@@ -69,6 +70,35 @@ def test_what_a_model_makes_of_a_last_bit_is_told_from_a_mistake() -> None:
     assert error is not None and error > TOLERANCE[torch.float32]
     with pytest.raises(VerifyError, match="its outputs differ from the program before"):
         captures.optimize(module, inputs, passes=[Shake(1e-4)], dynamic=False)
+
+
+class Reverses(Rewrite):
+    """Adds the products of a linear layer in the reverse order, times a factor that is 1 where the pass is right."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+
+    def run(self, edit: Editor) -> None:
+        (layer,) = edit.nodes(aten.linear.default)
+        x, weight = layer.args
+        with edit.before(layer):
+            x, weight = (edit.call(aten.flip.default, item, [-1]) for item in (x, weight))
+            found = edit.call(aten.mul.Tensor, edit.call(aten.linear.default, x, weight), self.factor)
+        edit.replace(layer, found)
+
+
+@pytest.mark.parametrize(("factor", "differs"), [(1.0, False), (1.01, True)])
+def test_a_sum_that_cancels_rounds_by_more_than_others(factor: float, differs: bool) -> None:
+    """Terms of a thousand leave a sum of one; float32 is then right to some 1e-5, in whatever order, as float64 shows."""
+    half, weight = normal(16, 256), 1e3 * normal(8, 256, seed=1)
+    x = torch.cat([half, half + 1e-4 * normal(16, 256, seed=2)], -1)
+    model = torch.nn.Linear(512, 8, bias=False)
+    model.weight = torch.nn.Parameter(torch.cat([weight, -weight], -1))
+    before = captures.optimize(model, x).program
+    edit = Editor(before.copy(), "reverses")
+    Reverses(factor).run(edit)
+    assert max(local_errors(before, edit.program, [x]).values()) > LOCAL_FLOAT_TOLERANCE[torch.float32]
+    assert differs_locally(before, edit.program, [[x]]) == differs
 
 
 def test_every_node_is_given_what_its_inputs_were() -> None:

@@ -1,0 +1,62 @@
+"""The time of every operator of a program, run one by one as the eager backend calls them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from lissom.backends.eager.methods import METHODS
+from lissom.compiler.ir.interpreter import last_uses_of
+from lissom.compiler.ir.program import Program
+from lissom.inspect.timing import synchronize
+from lissom.ops import KERNELS
+from lissom.ops.native import load_kernels, one_call
+
+_FEWEST_RUNS = 5
+
+
+def time_nodes(program: Program, inputs: Sequence[torch.Tensor], seconds: float) -> dict[fx.Node, float]:
+    """Milliseconds of every call node, run in order: medians of all runs within `seconds`, at least five.
+
+    The program's state is copied, and the copy goes from one run to the next.
+    """
+    taken: dict[fx.Node, list[float]] = {node: [] for node in program.nodes()}
+    weights = {name: tensor.detach() for name, tensor in program.weights().items()}
+    weights |= {name: weights[name].clone() for name in program.state}
+    run = one_call(_run) if program.nodes(*KERNELS) and not load_kernels() else _run
+    with torch.inference_mode():
+        for _ in range(2):
+            run(program, inputs, weights, {node: [] for node in taken})
+        started = time.perf_counter()
+        while time.perf_counter() - started < seconds or len(next(iter(taken.values()), [0.0] * _FEWEST_RUNS)) < _FEWEST_RUNS:
+            run(program, inputs, weights, taken)
+    return {node: statistics.median(runs) for node, runs in taken.items()}
+
+
+def _run(
+    program: Program,
+    inputs: Sequence[torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    taken: Mapping[fx.Node, list[float]],
+) -> None:
+    values: dict[fx.Node, Any] = dict(zip(program.placeholders, inputs, strict=True))
+    frees = last_uses_of(program.graph)
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            values[node] = weights[str(node.target)]
+        elif node.op == "call_function":
+            target: Any = METHODS.get(node.target, node.target)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            synchronize()
+            started = time.perf_counter()
+            values[node] = target(*args, **kwargs)
+            synchronize()
+            taken[node].append((time.perf_counter() - started) * 1e3)
+            del args, kwargs
+        for used in frees.get(node, ()):
+            del values[used]

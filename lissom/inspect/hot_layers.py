@@ -1,0 +1,157 @@
+"""The hot layers of a program: the few that take most of its time, each with its kernel and its share of the roofline."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import fx
+
+from lissom.compiler.analysis.cost import costs_on
+from lissom.compiler.ir.program import Program
+from lissom.inspect.kernels import Kernel, kernel_of, module_pattern, shape_of
+from lissom.inspect.machine import Machine
+from lissom.inspect.roofline import digits, node_seconds, sizes_text
+from lissom.inspect.tables import plain, plain_table
+
+_SHARE = 0.8
+_MOST = 8
+_UNMEASURED = "Run `lissom machine` once to see shares of the roofline."
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Layers that are equal but for their numbers: one module pattern, one shape, one kernel.
+
+    pattern: the module path, with `*` for numbers; empty for the model itself. count: the number of layers.
+    milliseconds: the sum of their medians. roof_ms: the sum of their rooflines; None without the machine's ceilings.
+    """
+
+    pattern: str
+    shape: str
+    kernel: Kernel
+    count: int
+    milliseconds: float
+    roof_ms: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class LayerTimes:
+    """The time of every layer of a program, the slowest first; prints as a table of the hot ones.
+
+    title: the program, its backend, and the sizes of the inputs. without_roof: why no layer has a roofline, if none has.
+    """
+
+    title: str
+    layers: tuple[LayerTime, ...]
+    without_roof: str = _UNMEASURED
+
+    @property
+    def whole_ms(self) -> float:
+        """The time of all operators, without dispatch between them."""
+        return sum(layer.milliseconds for layer in self.layers)
+
+    @property
+    def hot(self) -> tuple[LayerTime, ...]:
+        """The fewest layers that take 80 % of the time; eight at most."""
+        found: list[LayerTime] = []
+        for layer in self.layers[:_MOST]:
+            if self.share(found) >= _SHARE:
+                break
+            found.append(layer)
+        return tuple(found)
+
+    def share(self, layers: Collection[LayerTime]) -> float:
+        """The fraction of the time that these layers take."""
+        return sum(layer.milliseconds for layer in layers) / self.whole_ms if self.whole_ms else 0.0
+
+    @property
+    def summary(self) -> str:
+        """One line: `hot layers: 24 × packed_linear take 84 % of the time and reach 71 % of the roofline`."""
+        counts: Counter[str] = Counter()
+        for layer in self.hot:
+            counts[layer.kernel.operator] += layer.count
+        listed = ", ".join(f"{count} × {operator}" for operator, count in counts.items())
+        words = f"hot layers: {listed or 'none'} take {100 * self.share(self.hot):.0f} % of the time"
+        reached = roof_share(self.hot)
+        return words if reached is None else f"{words} and reach {100 * reached:.0f} % of the roofline"
+
+    def __rich__(self) -> RenderableType:
+        return _table(self)
+
+    def __str__(self) -> str:
+        return plain(_table(self))
+
+    def __repr__(self) -> str:
+        return f"<LayerTimes of {self.title}: {len(self.layers)} rows; print it to read the hot ones>"
+
+
+def roof_share(layers: Sequence[LayerTime]) -> float | None:
+    """The fraction of the roofline that layers reach together; None without the machine's ceilings, or without any work."""
+    roofs = [layer.roof_ms for layer in layers if layer.roof_ms is not None]
+    taken = sum(layer.milliseconds for layer in layers)
+    return sum(roofs) / taken if any(roofs) and taken else None
+
+
+def layer_times(
+    program: Program,
+    tensors: Sequence[torch.Tensor],
+    milliseconds: Mapping[fx.Node, float],
+    machine: Machine | None,
+    *,
+    backend: str,
+    measured: Collection[str] = (),
+) -> LayerTimes:
+    """Equal layers of a program added up, the slowest first.
+
+    tensors: the flat inputs of the run that gave the milliseconds. measured: the names of the nodes for which PyTorch's
+    kernel was measured faster than ours.
+    """
+    named, costs = costs_on(program, tensors)
+    sizes = program.signature.sizes_of(tensors)
+    groups: dict[tuple[str, str, Kernel], list[fx.Node]] = {}
+    for node in program.nodes():
+        key = module_pattern(node), shape_of(node, sizes), kernel_of(node, node.name in measured)
+        groups.setdefault(key, []).append(node)
+    found: list[LayerTime] = []
+    for key, members in groups.items():
+        roof = None if machine is None else 1e3 * sum(node_seconds(node, costs[node], machine) for node in members)
+        found.append(LayerTime(*key, len(members), sum(milliseconds[node] for node in members), roof))
+    found.sort(key=lambda layer: -layer.milliseconds)
+    return LayerTimes(f"{program.name} on {backend}, {sizes_text(named)}", tuple(found))
+
+
+def _table(found: LayerTimes) -> Table:
+    known = any(layer.roof_ms is not None for layer in found.layers)
+    hot = found.hot
+    title = f"hot layers of {found.title}: {100 * found.share(hot):.0f} % of {digits(found.whole_ms)} ms\n"
+    table = plain_table(title, _caption(known, found.without_roof))
+    table.add_column("layer, shape\nkernel", overflow="fold")
+    for heading in ("ms", "% of\ntime", *(("% of\nroof",) if known else ())):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in hot:
+        times = f" ×{layer.count}" if layer.count > 1 else ""
+        label = f"{layer.pattern or 'the model itself'}{times}, {layer.shape}\n{layer.kernel}"
+        row = [digits(layer.milliseconds), f"{100 * found.share([layer]):.1f}"]
+        reached = roof_share([layer])
+        row += [("" if reached is None else _percent(reached))] if known else []
+        table.add_row(Text(label), *row)
+    return table
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.0f}" if fraction >= 0.005 else "<1"
+
+
+def _caption(known: bool, without_roof: str) -> str:
+    words = (
+        "Shapes: rows × inputs → features; heads × features, batch × tokens; or an output's sizes. "
+        "ms: medians, operator by operator, equal layers added up; time between operators is not counted."
+    )
+    roof = "roof: the least time by the ceilings `lissom machine` shows, if all comes from memory; caches give more than 100 %."
+    return f"{words}\n{roof if known else without_roof}"

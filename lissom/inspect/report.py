@@ -1,0 +1,248 @@
+"""Compile reports: what every pass did, and the kernels of the hot layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from lissom.compiler.pipeline.history import History, Size, Step
+from lissom.errors import UnsupportedError
+from lissom.inspect.hot_layers import LayerTimes
+from lissom.inspect.tables import plain, plain_table
+from lissom.inspect.training_plot import plot_training
+
+_LONGEST_PASS = 28
+_OPTION = re.compile(r"(?:[^,\[]|\[[^\]]*\])+")
+
+
+class LayerTimer(Protocol):
+    """Times the layers of a program. known: the last times; None before the first."""
+
+    known: LayerTimes | None
+
+    def measure(self, args: Sequence[object], kwargs: Mapping[str, object]) -> LayerTimes:
+        """The times on these arguments of the model, or on its example without any."""
+        ...
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """The report of a compile: prints as a table, exports as JSON through `history`.
+
+    The table lists the steps that changed something, and every lossy pass; `full()` lists every step, and the hot layers with
+    their kernels, which are timed when it is printed first.
+
+    times_faster: the speedup over the original model at each shape that was timed; empty if nothing was timed.
+    timer: times the layers of the compiled program; None for a program that is not lowered.
+    """
+
+    title: str
+    history: History
+    times_faster: tuple[float, ...] = ()
+    every_step: bool = False
+    timer: LayerTimer | None = None
+
+    def full(self) -> Report:
+        """The same report with every step, and with the kernels of the hot layers."""
+        return replace(self, every_step=True)
+
+    def kernels(self, *args: object, **kwargs: object) -> LayerTimes:
+        """The hot layers of the program with their kernels, timed now, in about a second.
+
+        args, kwargs: the arguments of a call of the model; without any, the example of the compile.
+
+        Raises: InputError if they do not fit; UnsupportedError if the program is not lowered or its backend runs no single
+            layers, and for a loaded model without arguments.
+
+        >>> import torch, lissom
+        >>> fast = lissom.compile(torch.nn.Linear(256, 512), torch.randn(64, 256))
+        >>> [layer.shape for layer in fast.report.kernels().hot]
+        ['64 × 256 → 512']
+        """
+        if self.timer is None:
+            raise UnsupportedError(f"{self.title} is not lowered for a backend, so no kernels run it; use lissom.compile")
+        return self.timer.measure(args, kwargs)
+
+    def plot_training(self, path: str | PathLike[str]) -> None:
+        """Draw the losses of the training passes over their minutes, in the format that the file's name says.
+
+        Raises: UnsupportedError without matplotlib, without a training pass, or for a format that matplotlib does not write.
+        """
+        plot_training(self.history, Path(path))
+
+    def __rich__(self) -> RenderableType:
+        return _history_table(self)
+
+    def __str__(self) -> str:
+        return plain(_history_table(self))
+
+    def __repr__(self) -> str:
+        return f"<Report of {self.title}: {len(self.history.steps)} steps; print it to read them>"
+
+
+def _history_table(report: Report) -> RenderableType:
+    """A summary, a row per step, then the notes, the reasons for reverted passes, and the checks."""
+    steps = report.history.steps
+    before = dict(zip((step.index for step in steps[1:]), steps, strict=False))
+    listed = [step for step in steps if report.every_step or _has_effect(step, before.get(step.index))]
+    table = plain_table(f"{report.title}: {_summary(report)}\n")
+    table.add_column("#", justify="right")
+    table.add_column("pass", no_wrap=True)
+    table.add_column("what it did", overflow="fold")
+    scored = any(step.metric is not None for step in steps)
+    units = _Units.of(steps[0].size)
+    headings = ("nodes", units.bytes.name, units.flops.name, "error", *(["metric"] if scored else []))
+    for heading in (*(["s"] if report.every_step else []), *headings):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for step in listed:
+        row = [f"{step.seconds + step.check_seconds:.2f}"] if report.every_step else []
+        row += _changed(before.get(step.index), step, units)
+        row += ["" if step.relative_error is None else f"{step.relative_error:.0e}"]
+        row += [("" if step.metric is None else f"{step.metric:.4g}")] if scored else []
+        table.add_row(str(step.index), Text(_short(step.spelling)), Text(_effect(step)), *row)
+    below = [*_notes(steps), *_hidden(len(steps) - len(listed)), *_summary_of_layers(report), _about_checks(report.history)]
+    return Group(table, Text("\n".join(["", *below])), *_hot_layers(report))
+
+
+def _summary_of_layers(report: Report) -> list[str]:
+    """A line on the hot layers, if they were timed before."""
+    known = None if report.timer is None or report.every_step else report.timer.known
+    return [] if known is None else [known.summary]
+
+
+def _hot_layers(report: Report) -> list[RenderableType]:
+    """The table of a full report's hot layers, or why there is none; nothing for a program that is not lowered."""
+    if report.timer is None or not report.every_step:
+        return []
+    try:
+        return [Text(), report.timer.known or report.kernels()]
+    except UnsupportedError as error:
+        return [Text(f"kernels: {error}")]
+
+
+def _has_effect(step: Step, before: Step | None) -> bool:
+    """True for the capture, for lossy passes, and for passes that changed the program."""
+    changed = step.rewritten or step.added or step.removed
+    return before is None or step.kind != "rewrite" or bool(changed) or step.size != before.size
+
+
+def _summary(report: Report) -> str:
+    """`2.1 × faster, 184 → 45 nodes, 90.9 → 23.1 MB, smallest cosine 0.9998`, as far as it is known."""
+    first, last = report.history.steps[0], report.history.steps[-1]
+    parts: list[str] = []
+    if report.times_faster:
+        low, high = (f"{speed:.1f}" for speed in (min(report.times_faster), max(report.times_faster)))
+        parts.append(f"{low if low == high else f'{low} to {high}'} × faster")
+    units = _Units.of(first.size)
+    (nodes, size, _), (nodes_before, size_before, _) = units.texts(last.size), units.texts(first.size)
+    parts.append(f"{nodes} nodes" if nodes == nodes_before else f"{nodes_before} → {nodes} nodes")
+    parts.append(f"{size if size == size_before else f'{size_before} → {size}'} {units.bytes.name}")
+    lossy = [step for step in report.history.steps if not step.exact and step.reverted is None]
+    if lossy and lossy[-1].relative_error is not None:
+        error = f"largest error {lossy[-1].relative_error:.1e}"
+        parts.append(error if last.cosine is None else f"smallest cosine {last.cosine:.4f}")
+    elif not lossy and report.history.checks == "numeric":
+        parts.append("equal outputs")
+    if first.metric is not None and last.metric is not None:
+        parts.append(f"metric {first.metric:.4g} → {last.metric:.4g}")
+    return ", ".join(parts)
+
+
+def _short(spelling: str) -> str:
+    """The text of a pass, shortened to fit into a row by leaving out options."""
+    if len(spelling) <= _LONGEST_PASS:
+        return spelling
+    name, _, options = spelling.partition("{")
+    text = f"{name}{{"
+    for option in _OPTION.findall(options.removesuffix("}")):
+        if len(text) + len(option) + 3 > _LONGEST_PASS:
+            break
+        text += f"{option},"
+    return f"{text}…}}"
+
+
+def _effect(step: Step) -> str:
+    if step.index == 0:
+        return ""
+    return step.summary if step.reverted is None else f"reverted: {step.reverted.partition(': ')[0]}"
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """The unit of a column: its name, and its size in what is counted."""
+
+    name: str
+    scale: float
+
+    @classmethod
+    def of(cls, count: int, base: str) -> _Unit:
+        """The largest unit not above `count`; the names end in `base`."""
+        prefix, scale = next(((name, size) for name, size in _PREFIXES if count >= size), ("", 1.0))
+        return cls(f"{prefix}{base}", scale)
+
+    def text(self, count: int) -> str:
+        """Three significant digits without exponent."""
+        value = count / self.scale
+        return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
+
+
+_PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3))
+
+
+@dataclass(frozen=True)
+class _Units:
+    """The units of a report, chosen by the captured model."""
+
+    bytes: _Unit
+    flops: _Unit
+
+    @classmethod
+    def of(cls, size: Size) -> _Units:
+        return cls(_Unit.of(size.parameter_bytes, "B"), _Unit.of(size.flops, "FLOP"))
+
+    def texts(self, size: Size) -> list[str]:
+        """Nodes, bytes of weights and operations."""
+        return [str(size.nodes), self.bytes.text(size.parameter_bytes), self.flops.text(size.flops)]
+
+
+def _changed(before: Step | None, step: Step, units: _Units) -> list[str]:
+    """The sizes of a step; unchanged numbers are left out."""
+    sizes = units.texts(step.size)
+    if before is None:
+        return sizes
+    return ["" if new == old else new for new, old in zip(sizes, units.texts(before.size), strict=True)]
+
+
+def _notes(steps: list[Step]) -> list[str]:
+    """The notes, each with its pass, and the reasons for reverted passes; notes of the last step may be the backend's."""
+    found: list[str] = []
+    for step in steps:
+        named = f"{step.spelling.partition('{')[0]}: " if 0 < step.index < len(steps) - 1 else ""
+        found += [f"{named}{note}" for note in step.notes]
+        found += [] if step.reverted is None else [f"{step.spelling} was reverted: {step.reverted}"]
+    return found
+
+
+def _hidden(count: int) -> list[str]:
+    return (
+        [f"{count} more {'step' if count == 1 else 'steps'} changed nothing; report.full() or --full shows them"]
+        if count
+        else []
+    )
+
+
+def _about_checks(history: History) -> str:
+    words = {
+        "numeric": "every exact step ran beside the one before and gave equal outputs",
+        "structural": "form and types were checked after every step, numbers were not",
+        "off": "nothing was checked",
+    }
+    seconds = sum(step.seconds + step.check_seconds for step in history.steps)
+    return f"checks: {history.checks} ({words[history.checks]}); {seconds:.1f} s in all"
