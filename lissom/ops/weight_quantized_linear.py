@@ -1,6 +1,7 @@
 """`lissom::weight_quantized_linear` and `lissom::weight_quantized_linear_norm`: a weight-only quantized linear layer.
 
 y = activation(x Wᵀ + b) + other, or activation(x Wᵀ + b) · other,   W = (W_q - zero_point) · scale
+W = W_q · scale - zero_point for zero points in floating point
 z = layer_norm(x Wᵀ + b + other)
 
 The weight is int8 or int4 (W8A16, W4A16); activations, products and sums are floating point. This saves memory traffic, which
@@ -25,7 +26,7 @@ from lissom.ops.quantization import dequantize_reference
 FORMS = tuple(name for name, form in FORMATS.items() if form.is_integer)
 """The formats of weights."""
 SCALES = (torch.float16, torch.float32)
-"""The dtypes of scales."""
+"""The dtypes of scales, and of zero points in floating point."""
 
 
 def pack_stored(q: torch.Tensor, format: str) -> torch.Tensor:
@@ -70,7 +71,8 @@ def _check(x: torch.Tensor, *operands: Any, features: int, format: str) -> None:
     sizes = scale.shape[0], panels * PANEL
     check_exact(scale, sizes, scale.dtype if scale.dtype in SCALES else torch.float32, "a weight's scale")
     if zero_point is not None:
-        check_exact(zero_point, sizes, torch.uint8, "a weight's zero point")
+        dtype = zero_point.dtype if zero_point.dtype in SCALES else torch.uint8
+        check_exact(zero_point, sizes, dtype, "a weight's zero point")
 
 
 def _product(x: torch.Tensor, *operands: Any, features: int, format: str) -> torch.Tensor:
@@ -89,8 +91,8 @@ weight_quantized_linear_reference = _FORM.reference
 
 weight_quantized_linear = torch.ops.lissom.weight_quantized_linear.default
 """The operator. x: [..., inputs], float32 or bfloat16; weight: packed; scale, zero_point: [groups, packed features], float16 or
-float32, and uint8; bias: [features]; other: [..., features], like the result; features: of the result; format: of the weight, a
-name in FORMS; activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
+float32, and the same or uint8; bias: [features]; other: [..., features], like the result; features: of the result; format: of
+the weight, a name in FORMS; activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
 
 weight_quantized_linear_norm = torch.ops.lissom.weight_quantized_linear_norm.default
 """The same followed by a layer norm over the features; norm_weight, norm_bias: [features]."""

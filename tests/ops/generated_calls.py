@@ -162,6 +162,8 @@ class Generator:
             self.random.choice([torch.float16, torch.float32])
         )
         zero = torch.randint(0, high, (features, groups), generator=self.torch).to(torch.uint8)
+        if self.random.random() < 0.3:
+            zero = (zero * scale.float()).to(self.random.choice([torch.float16, torch.float32]))
         operands = {
             "x": self.numbers(*lead, inputs, dtype=dtype),
             "weight": pack_stored(q, form),

@@ -208,9 +208,13 @@ Tensor weight_quantized(const Tensor& x, const Tensor& q, const Tensor& scale, O
   int64_t groups = scale.size(0);
   bool half = scale.scalar_type() == at::kHalf;
   check_exact(scale, {groups, columns}, half ? at::kHalf : at::kFloat, "a weight's scale");
-  if (zero_point) check_exact(*zero_point, {groups, columns}, at::kByte, "a weight's zero point");
+  at::ScalarType kind = zero_point ? zero_point->scalar_type() : at::kByte;
+  bool shifts = kind == at::kHalf || kind == at::kFloat;
+  if (zero_point) check_exact(*zero_point, {groups, columns}, shifts ? kind : at::kByte, "a weight's zero point");
+  const void* zeros = zero_point ? zero_point->const_data_ptr() : nullptr;
   QuantizedWeight packed{static_cast<const uint8_t*>(q.const_data_ptr()), form, scale.const_data_ptr(), half,
-                      zero_point ? zero_point->const_data_ptr<uint8_t>() : nullptr, inputs, groups, columns};
+                      shifts ? nullptr : static_cast<const uint8_t*>(zeros), shifts ? zeros : nullptr, kind == at::kHalf, inputs,
+                      groups, columns};
   return by_dtype(x, [&](auto zero) { return weight_quantized_of<decltype(zero)>(x, packed, epilogue); });
 }
 

@@ -123,6 +123,9 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
             zero_point = None if low else pack_blocks(torch.full((features, 2), high // 2, dtype=torch.uint8), features)
             operands = pack_stored(q, form), pack_blocks(scale * 256 / (high - low), features), zero_point
             options = {"format": form}
+            if not low:
+                shifted = *operands[:2], pack_blocks(scale, features)
+                yield "weight_quantized_linear", weight_quantized_linear_reference, (x, *shifted), {**sizes, **options}
             yield "weight_quantized_linear", weight_quantized_linear_reference, (x, *operands), {**sizes, **options}
             yield "weight_quantized_linear_norm", weight_quantized_linear_reference, (x, *operands), {**norm, **options}
 

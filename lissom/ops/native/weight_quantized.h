@@ -1,4 +1,5 @@
-// Weight-only quantized linear layers (W8A16, W4A16): the weight is int8 or int4 with group-wise scales, w ≈ (q - zero) scale.
+// Weight-only quantized linear layers (W8A16, W4A16): the weight is int8 or int4 with group-wise scales, and
+// w ≈ (q - zero) scale with integer zero points, or w ≈ q scale - shift with zero points in floating point.
 //
 // For few rows the weight is dequantized in registers, since such calls are bound by memory. For more rows a panel is dequantized
 // once into the layout of a packed float weight.
@@ -46,16 +47,23 @@ struct QuantizedWeight {
   const void* scale;     // [groups, columns], float16 or float32
   bool half;
   const uint8_t* zero;   // [groups, columns], or null
+  const void* shift;     // [groups, columns], float16 or float32, or null
+  bool half_shift;
   int64_t inputs, groups, columns;
 
   const uint8_t* panel(int64_t index) const { return q + index * inputs * step_bytes(form); }
 
-  Vec scales(int64_t group, int64_t column) const {
-    int64_t place = group * columns + column;
-    return half ? load(static_cast<const Half*>(scale) + place) : load(static_cast<const float*>(scale) + place);
+  bool has_zeros() const { return zero || shift; }
+  Vec scales(int64_t group, int64_t column) const { return floats(scale, half, group * columns + column); }
+  Vec shifts(int64_t group, int64_t column) const {
+    return shift ? floats(shift, half_shift, group * columns + column) : splat(0.0f);
   }
+  Vec zeros(int64_t group, int64_t column) const { return zero ? load(zero + group * columns + column) : splat(0.0f); }
 
-  Vec zeros(int64_t group, int64_t column) const { return load(zero + group * columns + column); }
+ private:
+  static Vec floats(const void* from, bool half, int64_t place) {
+    return half ? load(static_cast<const Half*>(from) + place) : load(static_cast<const float*>(from) + place);
+  }
 };
 
 // Converts a chunk of a panel's row of weights to floats, before zero point and scale.
@@ -131,7 +139,7 @@ struct WeightQuantized {
     int64_t n = weight.inputs, group = n / weight.groups;
     origin = begin;
     if (!std::is_same_v<T, float> && (direct() || std::is_same_v<P, float>)) widen(x + begin * n, (end - begin) * n, floats);
-    if (!direct() || !weight.zero) return;
+    if (!direct() || !weight.has_zeros()) return;
     sums.resize((end - begin) * weight.groups);
     for (size_t i = 0; i < sums.size(); ++i) {
       Vec total = splat(0.0f);
@@ -174,12 +182,13 @@ struct WeightQuantized {
     int64_t group = weight.inputs / weight.groups;
     const uint8_t* from = weight.panel(panel);
     const Decoder<form> decoder;
-    Vec scales[chunks][kWide], zeros[chunks][kWide] = {}, weights[chunks][pair][kWide];
+    Vec scales[chunks][kWide], zeros[chunks][kWide], shifts[chunks][kWide], weights[chunks][pair][kWide];
     int64_t i = 0;
     for (int64_t g = 0; g < weight.groups; ++g) {
       for (int v = 0; v < chunks * kWide; ++v) {
         scales[v / kWide][v % kWide] = weight.scales(g, panel * kPanel + v * kLanes);
-        if (weight.zero) zeros[v / kWide][v % kWide] = weight.zeros(g, panel * kPanel + v * kLanes);
+        zeros[v / kWide][v % kWide] = weight.zeros(g, panel * kPanel + v * kLanes);
+        shifts[v / kWide][v % kWide] = weight.shifts(g, panel * kPanel + v * kLanes);
       }
       for (int64_t end = i + group; i < end; ++i, from += step_bytes(form)) {
 #pragma GCC unroll 4
@@ -188,7 +197,7 @@ struct WeightQuantized {
           decoder(from, chunk * kChunk, found);
 #pragma GCC unroll 2
           for (int v = 0; v < kWide; ++v) {
-            found[v] = (found[v] - zeros[chunk][v]) * scales[chunk][v];
+            found[v] = (found[v] - zeros[chunk][v]) * scales[chunk][v] - shifts[chunk][v];
             int column = chunk * kChunk + v * kLanes;
             if constexpr (pair == 1) store(to + i * kPanel + column, found[v]);
             else if (i % 2) store_pairs(to + (i - 1) * kPanel + column * 2, weights[chunk][0][v], found[v]);
@@ -228,13 +237,17 @@ struct WeightQuantized {
       for (int v = 0; v < kWide; ++v) {
         int64_t c = panel * kPanel + column + v * kLanes;
         Vec scale = weight.scales(g, c);
-        Vec zero = weight.zero ? weight.zeros(g, c) : splat(0.0f);
+        Vec zero = weight.zeros(g, c), shift = weight.shifts(g, c);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           Vec sum = partial[0][r][v];
 #pragma GCC unroll 4
           for (int chain = 1; chain < chains; ++chain) sum += partial[chain][r][v];
-          if (weight.zero) sum -= zero * sums[(row + r - origin) * weight.groups + g];
+          if (weight.has_zeros()) {
+            float inputs = sums[(row + r - origin) * weight.groups + g];
+            sum -= zero * inputs;
+            totals[r][v] -= shift * inputs;
+          }
           totals[r][v] += sum * scale;
         }
       }
