@@ -54,6 +54,11 @@ class StoredBlocks:
         zero_point = None if self.zero_point is None else self.zero_point[rows]
         return dequantize_stored(self.q[rows], self.scale[rows], zero_point, torch.float32)
 
+    def transposed(self) -> StoredBlocks:
+        """The same weight as [columns, rows]."""
+        zero_point = None if self.zero_point is None else self.zero_point.T.contiguous()
+        return StoredBlocks(self.q.T.contiguous(), self.scale.T.contiguous(), zero_point, self.format)
+
     def packed(self) -> torch.Tensor:
         """q as `lissom::dequantize` reads it: four-bit formats two per byte."""
         return pack_halves(self.q) if self.format.endswith("int4") else self.q

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,23 +10,7 @@ from lissom.ops.quantization import dequantize
 from tests.models import normal
 
 gguf = pytest.importorskip("gguf")
-# Where the float16 numbers of a block are; all other bytes may be anything.
-HALVES = {
-    **{"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,)},
-    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)},
-}
-
-
-def random_blocks(name: str, count: int, seed: int = 0) -> np.ndarray:
-    """Blocks of random bytes whose float16 numbers are finite, of any size and sign; the first block's are zero."""
-    generator = np.random.default_rng(seed)
-    blocks = generator.integers(0, 256, (count, BLOCK_TYPES[name].bytes), dtype=np.uint8)
-    for at in HALVES[name]:
-        bits = generator.integers(0, 0x7C00, count, dtype=np.uint16) | (generator.integers(0, 2, count, dtype=np.uint16) << 15)
-        bits[0] = 0
-        blocks[:, at : at + 2] = bits[:, None].view(np.uint8)
-    return blocks
-
+random_blocks = pytest.importorskip("tests.gguf_files").random_blocks
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_the_sizes_are_those_of_ggml(name: str) -> None:
