@@ -11,8 +11,11 @@ from lissom.ops.gguf_blocks import BLOCK_TYPES
 
 # Where the float16 numbers of a block are; all other bytes may be anything.
 HALVES = {
-    **{"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,)},
-    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)},
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q6_K": (208,),
 }
 KINDS = {"attn_q": "Q4_K", "attn_k": "Q5_0", "attn_v": "Q8_0", "attn_output": "Q5_K", "ffn_gate": "Q4_1", "ffn_up": "Q4_0"}
 WIDTH, VOCABULARY, LAYERS = 256, 96, 2
@@ -26,7 +29,9 @@ def random_blocks(name: str, count: int, largest: float | None = None, seed: int
     generator = np.random.default_rng(seed)
     blocks = generator.integers(0, 256, (count, BLOCK_TYPES[name].bytes), dtype=np.uint8)
     for at in HALVES[name]:
-        numbers = generator.integers(0, 0x7C00, count, dtype=np.uint16) | (generator.integers(0, 2, count, dtype=np.uint16) << 15)
+        numbers = generator.integers(0, 0x7C00, count, dtype=np.uint16) | (
+            generator.integers(0, 2, count, dtype=np.uint16) << 15
+        )
         if largest is not None:
             numbers = generator.uniform(-largest, largest, count).astype(np.float16).view(np.uint16)
         numbers[0] = 0

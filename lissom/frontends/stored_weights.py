@@ -7,12 +7,13 @@ A weight that was read from blocks carries its `StoredWeight`; so does the weigh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 
 from lissom.ops.gguf_blocks import BlockType, StoredBlocks, unpack_blocks
 
+Kept = TypeVar("Kept", bound=torch.Tensor)
 _ATTRIBUTE = "_lissom_stored"
 
 
@@ -40,7 +41,7 @@ class StoredWeight:
         return StoredBlocks(found.q[self.order], found.scale[self.order], zero_point, found.format)
 
 
-def keep_stored(tensor: torch.Tensor, stored: StoredWeight | None) -> torch.Tensor:
+def keep_stored(tensor: Kept, stored: StoredWeight | None) -> Kept:
     """The tensor, which remembers in what form a file stores its values."""
     if stored is not None:
         setattr(tensor, _ATTRIBUTE, stored)

@@ -110,7 +110,9 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | 
     return _by_block(value, scale.float(), torch.mul).to(dtype)
 
 
-def dequantize_stored(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_stored(
+    q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
     """The same for a stored weight, whose zero point is an integer, or floating point: q · scale - zero_point."""
     if zero_point is None or not zero_point.is_floating_point():
         return dequantize(q, scale, zero_point, dtype)

@@ -103,5 +103,5 @@ dequantize = define(
     dequantize_reference,
     _fake_dequantize,
 )
-"""The operator. q: stored elements, for four-bit formats [..., features / 2]; scale: as above; zero_point: as above in uint8, or
-floating point, subtracted after scaling; dtype: of the result, [..., features]."""
+"""The operator. q: stored elements, for four-bit formats [..., features / 2]; scale: as above; zero_point: as above in uint8,
+or floating point, subtracted after scaling; dtype: of the result, [..., features]."""

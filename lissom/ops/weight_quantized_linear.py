@@ -92,7 +92,8 @@ weight_quantized_linear_reference = _FORM.reference
 weight_quantized_linear = torch.ops.lissom.weight_quantized_linear.default
 """The operator. x: [..., inputs], float32 or bfloat16; weight: packed; scale, zero_point: [groups, packed features], float16 or
 float32, and the same or uint8; bias: [features]; other: [..., features], like the result; features: of the result; format: of
-the weight, a name in FORMS; activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
+the weight, a name in FORMS; activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's
+dtype."""
 
 weight_quantized_linear_norm = torch.ops.lissom.weight_quantized_linear_norm.default
 """The same followed by a layer norm over the features; norm_weight, norm_bias: [features]."""

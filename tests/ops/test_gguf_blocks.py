@@ -12,6 +12,7 @@ from tests.models import normal
 gguf = pytest.importorskip("gguf")
 random_blocks = pytest.importorskip("tests.gguf_files").random_blocks
 
+
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_the_sizes_are_those_of_ggml(name: str) -> None:
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] == (BLOCK_TYPES[name].size, BLOCK_TYPES[name].bytes)

@@ -1,6 +1,6 @@
 """Embeddings of dequantized tables: rows are looked up in the quantized table, and only they are dequantized.
 
-    embedding(dequantize(W_q), ids)  ->  dequantize(embedding(W_q, ids))
+embedding(dequantize(W_q), ids)  ->  dequantize(embedding(W_q, ids))
 """
 
 from __future__ import annotations
