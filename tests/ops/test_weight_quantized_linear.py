@@ -11,6 +11,7 @@ from lissom.ops.epilogue import ACTIVATIONS
 from lissom.ops.native import kernel_dtypes, missing_weight_quantized_kernel
 from lissom.ops.weight_quantized_linear import (
     FORMS,
+    narrowest,
     pack_blocks,
     pack_stored,
     unpack_stored,
@@ -45,7 +46,7 @@ def layer(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """A weight's integers, its scales, and its zero points of the dtype `zeros` where the format has them."""
     generator = torch.Generator().manual_seed(features + inputs + groups)
-    low, high = {"int8": (-128, 128), "uint8": (0, 256), "int4": (-8, 8), "uint4": (0, 16)}[form]
+    low, high = int(FORMS[form].low), int(FORMS[form].high) + 1
     q = torch.randint(low, high, (features, inputs), generator=generator).to(torch.uint8 if low == 0 else torch.int8)
     scale = ((torch.rand(features, groups, generator=generator) + 0.5) / ((high - low) * inputs**0.5)).to(scales)
     zero = torch.randint(0, high, (features, groups), generator=generator).to(torch.uint8) if low == 0 else None
@@ -75,7 +76,7 @@ def test_packing_loses_nothing(form: str, features: int, inputs: int) -> None:
     q, _, _ = layer(features, inputs, 1, form)
     packed_q = pack_stored(q, form)
     assert torch.equal(unpack_stored(packed_q, form, features), q)
-    assert packed_q.numel() == -(-features // 32) * 32 * inputs // (2 if form.endswith("4") else 1)
+    assert packed_q.numel() == -(-features // 32) * 32 * inputs * FORMS[form].bits // 8
 
 
 @settings(max_examples=150, deadline=None)
@@ -83,7 +84,7 @@ def test_packing_loses_nothing(form: str, features: int, inputs: int) -> None:
     rows=st.sampled_from([1, 2, 3, 4, 5, 15, 43, 130]),
     shape=st.sampled_from([(2, 1), (6, 3), (64, 2), (64, 1), (192, 6)]),
     features=st.sampled_from([1, 31, 32, 33, 100]),
-    form=st.sampled_from(FORMS),
+    form=st.sampled_from(list(FORMS)),
     scales=st.sampled_from([torch.float16, torch.float32]),
     zeros=st.sampled_from([torch.uint8, torch.float16, torch.float32]),
     activation=st.sampled_from(list(ACTIVATIONS)),
@@ -172,3 +173,15 @@ def test_a_wrong_weight_is_refused() -> None:
         pytest.skip("no kernel for stored integers here")
     with pytest.raises(RuntimeError, match=r"a packed weight has the sizes .* must be contiguous with the sizes"):
         weight_quantized_linear(numbers(2, 8), *packed(*layer(6, 6, 1, "int8"), "int8"), features=6, format="int8")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "format", "wanted"),
+    [
+        *((-16, 15, "int8", "int5"), (-17, 0, "int8", "int6"), (-32, 31, "int8", "int6"), (0, 32, "int8", "int8")),
+        *((0, 31, "uint8", "uint5"), (0, 32, "uint8", "uint8"), (-8, 7, "int4", "int4")),
+    ],
+)
+def test_the_narrowest_format_that_holds_a_weight(low: int, high: int, format: str, wanted: str) -> None:
+    q = torch.tensor([[low, high]]).to(torch.uint8 if format == "uint8" else torch.int8)
+    assert narrowest(q, format) == wanted

@@ -179,9 +179,12 @@ Tensor quantized_linear_norm(const Tensor& x, const Tensor& weight, const Tensor
 Form form_of(c10::string_view format) {
   if (format == "int8") return Form::kInt8;
   if (format == "uint8") return Form::kUint8;
+  if (format == "int6") return Form::kInt6;
+  if (format == "int5") return Form::kInt5;
+  if (format == "uint5") return Form::kUint5;
   if (format == "int4") return Form::kInt4;
   if (format == "uint4") return Form::kUint4;
-  TORCH_CHECK(false, "a weight is int8, uint8, int4 or uint4, not '", std::string(format), "'");
+  TORCH_CHECK(false, "a weight is int8, uint8, int6, int5, uint5, int4 or uint4, not '", std::string(format), "'");
 }
 
 template <typename T>

@@ -1,4 +1,4 @@
-// Weight-only quantized linear layers (W8A16, W4A16): the weight is int8 or int4 with group-wise scales, and
+// Weight-only quantized linear layers (W8A16, W4A16): the weight has 4, 5, 6 or 8 bits and group-wise scales, and
 // w ≈ (q - zero) scale with integer zero points, or w ≈ q scale - shift with zero points in floating point.
 //
 // For few rows the weight is dequantized in registers, since such calls are bound by memory. For more rows a panel is dequantized
@@ -25,10 +25,14 @@ constexpr int64_t kFew = 4, kFewOfFourBits = 4;
 constexpr int64_t kFew = std::numeric_limits<int64_t>::max(), kFewOfFourBits = 24;
 #endif
 
-enum class Form { kInt8, kUint8, kInt4, kUint4 };
-constexpr bool is_signed(Form form) { return form == Form::kInt8 || form == Form::kInt4; }
-constexpr bool is_four_bits(Form form) { return form == Form::kInt4 || form == Form::kUint4; }
-constexpr int64_t step_bytes(Form form) { return is_four_bits(form) ? kPanel / 2 : kPanel; }
+enum class Form { kInt8, kUint8, kInt6, kInt5, kUint5, kInt4, kUint4 };
+constexpr bool is_signed(Form form) { return form != Form::kUint8 && form != Form::kUint5 && form != Form::kUint4; }
+constexpr int bits_of(Form form) {
+  if (form == Form::kInt8 || form == Form::kUint8) return 8;
+  if (form == Form::kInt6) return 6;
+  return form == Form::kInt5 || form == Form::kUint5 ? 5 : 4;
+}
+constexpr int64_t step_bytes(Form form) { return kPanel * bits_of(form) / 8; }
 
 // Calls work(std::integral_constant<Form, form>): dispatches a format known at run time to a template.
 template <typename Work>
@@ -36,13 +40,17 @@ inline void with_form(Form form, Work&& work) {
   switch (form) {
     case Form::kInt8: return work(std::integral_constant<Form, Form::kInt8>{});
     case Form::kUint8: return work(std::integral_constant<Form, Form::kUint8>{});
+    case Form::kInt6: return work(std::integral_constant<Form, Form::kInt6>{});
+    case Form::kInt5: return work(std::integral_constant<Form, Form::kInt5>{});
+    case Form::kUint5: return work(std::integral_constant<Form, Form::kUint5>{});
     case Form::kInt4: return work(std::integral_constant<Form, Form::kInt4>{});
     case Form::kUint4: return work(std::integral_constant<Form, Form::kUint4>{});
   }
 }
 
 struct QuantizedWeight {
-  const uint8_t* q;      // [panels, inputs, kPanel] bytes, or [.., kPanel / 2]: columns c and c + 16 share one
+  const uint8_t* q;      // [panels, inputs, step_bytes]; below eight bits columns c and c + 16 share a byte of their lowest four
+                         // bits, and after these bytes the other bits follow column by column
   Form form;
   const void* scale;     // [groups, columns], float16 or float32
   bool half;
@@ -70,18 +78,46 @@ struct QuantizedWeight {
 template <Form form>
 struct Decoder {
 #if defined(__AVX512F__)
-  __m512 table;
+  static constexpr int kRest = bits_of(form) - 4;  // bits of an element besides the lowest four
+  __m512 table, upper;
+  __m512i places, fifteen = _mm512_set1_epi32(15);
 
   Decoder() {
-    alignas(64) float values[16];
-    for (int i = 0; i < 16; ++i) values[i] = is_signed(form) && i > 7 ? i - 16 : i;
-    table = _mm512_load_ps(values);
+    alignas(64) float values[16], others[16];
+    alignas(64) int32_t turns[16];
+    for (int i = 0; i < 16; ++i) {
+      values[i] = kRest == 0 && is_signed(form) && i > 7 ? i - 16 : i;
+      others[i] = is_signed(form) ? i - 16 : i + 16;
+      turns[i] = kRest == 1 ? (i + 28) % 32 : 30 - 2 * i;
+    }
+    table = _mm512_load_ps(values), upper = _mm512_load_ps(others), places = _mm512_load_si512(turns);
   }
 
   inline __attribute__((always_inline)) void four_bits(const uint8_t* from, int, Vec (&to)[kWide]) const {
     IntVec both = widen(from);  // the lookup reads the lowest four bits of the index
     to[0] = (Vec)_mm512_permutexvar_ps((__m512i)both, table);
     to[1] = (Vec)_mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)both, 4), table);
+  }
+
+  inline __attribute__((always_inline)) void more_bits(const uint8_t* from, int, Vec (&to)[kWide]) const {
+    constexpr int kLowest = 0xD8;  // a ternary operation: the lowest four bits of the second operand, the others of the first
+    __m512i both = (__m512i)widen(from);
+#pragma GCC unroll 2
+    for (int v = 0; v < kWide; ++v) {
+      __m512i low = v ? _mm512_srli_epi32(both, 4) : both;
+      int32_t word;  // the further bits of 32 or 16 columns
+      std::memcpy(&word, from + kPanel / 2 + (kRest == 2 ? v * 4 : 0), sizeof word);
+      __m512i rest = _mm512_set1_epi32(word);
+      if constexpr (kRest == 1) {
+        // A rotation brings each column's bit to the fifth place, and the lookup reads five.
+        rest = _mm512_rorv_epi32(v ? _mm512_ror_epi32(rest, kLanes) : rest, places);
+        to[v] = (Vec)_mm512_permutex2var_ps(table, _mm512_ternarylogic_epi32(rest, low, fifteen, kLowest), upper);
+      } else {
+        static_assert(kRest != 2 || is_signed(form));
+        rest = _mm512_srai_epi32(_mm512_sllv_epi32(rest, places), 26);
+        to[v] = (Vec)_mm512_cvtepi32_ps(_mm512_ternarylogic_epi32(rest, low, fifteen, kLowest));
+      }
+    }
   }
 #else
   inline __attribute__((always_inline)) void four_bits(const uint8_t* from, int column, Vec (&to)[kWide]) const {
@@ -93,10 +129,26 @@ struct Decoder {
       to[v] = to_floats(is_signed(form) ? top >> 28 : (top >> 28) & 15);
     }
   }
+
+  inline __attribute__((always_inline)) void more_bits(const uint8_t* from, int column, Vec (&to)[kWide]) const {
+    constexpr int rest = bits_of(form) - 4, kept = is_signed(form) ? ~15 : ((1 << rest) - 1) << 4;
+#pragma GCC unroll 2
+    for (int v = 0; v < kWide; ++v) {
+      int c = column + v * kLanes, place = c * rest;
+      uint32_t word;
+      std::memcpy(&word, from + kPanel / 2 + place / 32 * 4, sizeof word);
+      BitVec left;  // shifts a column's bits to the top
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) left[lane] = 32 - rest * (lane + 1) - place % 32;
+      IntVec low = (widen(from + c % (kPanel / 2)) >> (c < kPanel / 2 ? 0 : 4)) & 15;
+      to[v] = to_floats(low | ((IntVec)((BitVec{} + word) << left) >> (28 - rest) & kept));
+    }
+  }
 #endif
 
   inline __attribute__((always_inline)) void operator()(const uint8_t* from, int column, Vec (&to)[kWide]) const {
-    if constexpr (is_four_bits(form)) return four_bits(from, column, to);
+    if constexpr (bits_of(form) == 4) return four_bits(from, column, to);
+    if constexpr (bits_of(form) == 5 || bits_of(form) == 6) return more_bits(from, column, to);
 #pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v) {
       const uint8_t* place = from + column + v * kLanes;
@@ -132,7 +184,7 @@ struct WeightQuantized {
   std::vector<float> floats{};  // x in float32, where it is multiplied so and is not float32
   std::vector<float> sums{};    // of x per group, [rows, groups], where there are zero points
 
-  bool direct() const { return rows <= (is_four_bits(weight.form) ? kFewOfFourBits : kFew); }
+  bool direct() const { return rows <= (bits_of(weight.form) < 8 ? kFewOfFourBits : kFew); }
   int64_t row_bytes() const { return weight.inputs * sizeof(T); }
 
   void prepare(int64_t begin, int64_t end) {

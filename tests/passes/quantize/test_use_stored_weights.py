@@ -155,6 +155,10 @@ def test_it_composes_and_is_lowered(llama: nn.Module, passes: str, tmp_path: Pat
     if missing_weight_quantized_kernel(torch.float32, torch.device("cpu")) is None:
         assert len(decoder.program.nodes(weight_quantized_linear)) > 4
         assert decoder.program.nodes(aten.linear.default) == []
+        *layers, head = decoder.program.nodes(weight_quantized_linear)
+        # The LM head is the embedding table too, whose rows are looked up in bytes.
+        assert head.kwargs["format"] == "int8"
+        assert {layer.kwargs["format"] for layer in layers} == {"int4", "uint4", "int5", "uint5", "int6", "int8"}
     prompt = INPUTS["input_ids"][:1]
     wanted = llama(prompt, use_cache=False).logits[:, -1]
     close = {"rtol": 0.05, "atol": 0.05} if "cast" in passes or "cache" in passes else {"rtol": 1e-3, "atol": 1e-4}
