@@ -38,7 +38,7 @@ SCALES = (torch.float16, torch.float32)
 
 def narrowest(q: torch.Tensor, format: str) -> str:
     """The format with the fewest bits that holds a weight stored in eight."""
-    if FORMS[format].bits != 8 or not q.numel():
+    if format not in ("int8", "uint8") or not q.numel():
         return format
     low, high = (int(item) for item in q.aminmax())
     names = ("int5", "int6") if FORMS[format].low else ("uint5",)

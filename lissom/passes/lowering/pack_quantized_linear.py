@@ -5,7 +5,7 @@
 
 The first (W8A8) quantizes x inside the kernel and sums int8 products in int32; no quantized activation is written to memory.
 The second (weight-only int8 or int4) dequantizes the weight in registers; int8 weights whose values need only five or six bits
-are packed so, unless they are embedding tables too. The pass comes after `fold-quantized-weights`.
+are packed so with AVX-512, unless they are embedding tables too. The pass comes after `fold-quantized-weights`.
 Weights stored as [features in, features out], as in GPT-2, are transposed when they are packed. An embedding table tied to the
 LM head is held once, packed: its rows are looked up there.
 """
@@ -24,7 +24,7 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import LINEAR_PRODUCTS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.formats import FORMATS
-from lissom.ops.native import missing_int8_kernel, missing_weight_quantized_kernel
+from lissom.ops.native import missing_int8_kernel, missing_weight_quantized_kernel, reads_few_bits_faster
 from lissom.ops.packed_linear import packed_embedding
 from lissom.ops.quantized_linear import FORMAT, MOST_INPUTS, fill_panels, pack_bytes, quantized_linear
 from lissom.ops.weight_quantized_linear import FORMS, SCALES, narrowest, pack_blocks, pack_stored, weight_quantized_linear
@@ -124,7 +124,8 @@ def _pack(edit: Editor, layer: QuantizedLayer) -> _Packed:
     q, scale, zero_point = layer.parts(edit)
     features, inputs = q.shape
     tables = [user for user in layer.stored.users if user.target is aten.embedding.default]
-    format = form.name if layer.rounds or tables else narrowest(q, form.name)
+    narrows = reads_few_bits_faster() and not (layer.rounds or tables)
+    format = narrowest(q, form.name) if narrows else form.name
     if layer.rounds:
         sums = q.sum(1, dtype=torch.int32)
         parts = {"": pack_bytes(q), "_scale": fill_panels(scale.float(), features), "_sums": fill_panels(sums, features)}
