@@ -226,6 +226,7 @@ ENGINES: dict[str, tuple[str, Callable[[Checkpoint], Engine]]] = {
     "lissom-fp32": ("Lissom fp32", lissom_engine("exact")),
     "lissom-bf16": ("Lissom bf16", lissom_engine("cast{dtype=bf16}")),
     "lissom-int8-int4": ("Lissom int8 table and head, int4 layers", lissom_engine(MIXED)),
+    "lissom-stored": ("Lissom, the file's own weights", lissom_engine("use-stored-weights")),
     "lissom-int4": ("Lissom int4", lissom_engine(INT4)),
     "lissom-onnxruntime": ("Lissom fp32 on ONNX Runtime", lissom_engine("exact", "onnxruntime")),
     "lissom-onnxruntime-int4": ("Lissom int4 on ONNX Runtime", lissom_engine(INT4, "onnxruntime")),

@@ -8,19 +8,23 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lissom.frontends.stored_weights import StoredWeight, keep_stored
+from lissom.ops.gguf_blocks import BLOCK_TYPES
+
 
 @dataclass(frozen=True)
 class Example:
     """A small model for one pass.
 
     inputs: Python text that makes its inputs. passes: the pipeline the pass is shown in. data: Python text that makes
-    calibration data, for passes that need some.
+    calibration data, for passes that need some. imports: lines that the model needs besides PyTorch's.
     """
 
     model: type[nn.Module]
     inputs: str
     passes: str = "exact"
     data: str = ""
+    imports: str = ""
 
 
 class UnusedPooler(nn.Module):
@@ -463,6 +467,21 @@ class Layered(nn.Module):
         return x
 
 
+class FromFile(nn.Module):
+    """A projection whose weight a GGUF file stores in Q8_0: blocks of 32 integers and a float16 scale, here random ones."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        blocks = torch.randint(0, 256, (4 * width * width // 32, 34), dtype=torch.uint8)
+        blocks[:, :2] = torch.full((1,), 1e-3, dtype=torch.float16).view(torch.uint8)
+        stored = StoredWeight(blocks, BLOCK_TYPES["Q8_0"], 4 * width, width)
+        self.up = nn.Linear(width, 4 * width)
+        self.up.weight = keep_stored(nn.Parameter(stored.unpack().dequantize(slice(None))), stored)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.gelu(self.up(x))
+
+
 class LocalAttention(nn.Module):
     """Self-attention to the last 64 tokens, as in Mistral."""
 
@@ -497,6 +516,13 @@ EXAMPLES = {
     "sink-casts": Example(HeadsInFloat, "torch.randn(4, 128, 256).bfloat16()", "sink-casts"),
     "quantize": Example(Block, "torch.randn(4, 128, 256)", "quantize"),
     "fold-quantized-weights": Example(Block, "torch.randn(4, 128, 256)", "quantize{scheme=int8-weight},fold-quantized-weights"),
+    "use-stored-weights": Example(
+        FromFile,
+        "torch.randn(4, 128, 256)",
+        "use-stored-weights",
+        imports="from lissom.frontends.stored_weights import StoredWeight, keep_stored\n"
+        "from lissom.ops.gguf_blocks import BLOCK_TYPES",
+    ),
     "prune-heads": Example(SelfAttention, "torch.randn(4, 128, 256)", "prune-heads{keep=0.5}"),
     "prune-neurons": Example(Block, "torch.randn(4, 128, 256)", "prune-neurons{keep=0.5}"),
     "sparsify-attention": Example(SelfAttention, "torch.randn(1, 512, 256)", "sparsify-attention{window=64,global_tokens=1}"),

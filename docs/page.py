@@ -116,7 +116,7 @@ def _code(item: type[Pass], example: Example) -> str:
     return "\n".join(
         [
             *imports,
-            "\nimport lissom\n\n",
+            "\nimport lissom" + (f"\n{example.imports}" if example.imports else "") + "\n\n",
             source,
             "\n\ntorch.manual_seed(0)",
             f"history = lissom.{function}({example.model.__name__}(), {example.inputs}{passes}).report.history",

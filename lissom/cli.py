@@ -22,6 +22,7 @@ from lissom.cli_options import (
     Backend,
     Checks,
     Data,
+    DecoderPasses,
     Device,
     GoalName,
     MaxDrop,
@@ -139,7 +140,7 @@ def run_generate(
         float, typer.Option(min=0.0, callback=finite, help="0 takes the most likely token; above 0 tokens are sampled.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=-(1 << 63), max=(1 << 64) - 1, help="Of sampling.")] = 0,
-    passes: Passes = "exact",
+    passes: DecoderPasses = None,
     backend: Backend = "eager",
     device: Device = None,
     checks: Checks = "numeric",
@@ -151,7 +152,7 @@ def run_generate(
 ) -> None:
     """Continue a text with a model compiled with its KV cache, and print its speed."""
     saved = Path(model) if is_saved(model) else None
-    if saved is not None and (passes != "exact" or backend != "eager" or data is not None or save is not None):
+    if saved is not None and (passes not in (None, "exact") or backend != "eager" or data is not None or save is not None):
         raise typer.BadParameter("--passes, --backend, --data and --save do not go with a saved decoder")
     if saved is None and backend != Distributed.name:
         refuse_torchrun("generate")

@@ -39,6 +39,10 @@ def finite_or_none(value: float | None) -> float | None:
 
 Model = Annotated[str, typer.Argument(help=NAMES)]
 Passes = Annotated[str, typer.Option(help="Pipeline text, for example 'remove-no-ops,raise-attention', or a recipe's name.")]
+DecoderPasses = Annotated[
+    str | None,
+    typer.Option(help="Pipeline text, or a recipe's name; by default 'exact', and 'use-stored-weights' for a GGUF file."),
+]
 Backend = Annotated[str, typer.Option(help="What runs the result.")]
 Device = Annotated[str | None, typer.Option(help="Where the result runs, for example cuda:0; the CPU by default.")]
 Seconds = Annotated[

@@ -5,12 +5,17 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import torch
 import transformers
 from typer.testing import CliRunner
 
+import lissom
 from lissom.cli import app
 from lissom.errors import LissomError
-from lissom.frontends.huggingface import find_directory
+from lissom.frontends.gguf import keep_blocks
+from lissom.frontends.huggingface import Checkpoint, find_directory
+from lissom.frontends.sources import Source
+from lissom.ops.native import missing_weight_quantized_kernel
 from tests.models import seeded
 
 runner = CliRunner()
@@ -63,6 +68,30 @@ def test_generate_keeps_what_it_compiled(decoder, tmp_path, monkeypatch):
     monkeypatch.setenv("LISSOM_KEPT_DECODERS", "some")
     error = runner.invoke(app, arguments).exception
     assert str(error) == "LISSOM_KEPT_DECODERS is 'some'; give the number of decoders to keep, 0 for none"
+
+
+def test_generate_reads_the_weights_of_a_gguf_file_as_they_are(decoder, tmp_path, monkeypatch):
+    gguf_files, ways = pytest.importorskip("tests.gguf_files"), []
+    if missing_weight_quantized_kernel(torch.float32, torch.device("cpu")) is not None:
+        pytest.skip("no kernel for stored integers here")
+    gguf_files.write_llama(tmp_path / "model.gguf", size=2e-4)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).eval()
+    keep_blocks(model, tmp_path / "model.gguf")
+    model.generation_config.eos_token_id = None
+    checkpoint = Checkpoint(model, transformers.AutoTokenizer.from_pretrained(decoder), {})
+
+    def compile_generation(*args, passes, **options):
+        ways.append(passes)
+        return lissom.compile_generation(*args, passes=passes, **options)
+
+    monkeypatch.setattr("lissom.generation.prompted.compile_generation", compile_generation)
+    monkeypatch.setattr("lissom.generation.prompted.load", lambda _: Source(model, {}, (), checkpoint))
+    monkeypatch.setattr("lissom.generation.prompted.read_prompt", lambda *_: torch.tensor([[1, 5, 9]]))
+    arguments = ["generate", "any", "text", "--max-new-tokens", "4"]
+    told = "the weights stay as the GGUF file stores them (use-stored-weights); --passes exact computes with float32"
+    first, second = runner.invoke(app, arguments), runner.invoke(app, [*arguments, "--passes", "exact"])
+    assert told in first.stderr and told not in second.stderr
+    assert ways[0] == "use-stored-weights" and first.stdout == second.stdout
 
 
 def test_generate_calibrates_on_texts(decoder, tmp_path):

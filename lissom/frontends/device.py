@@ -14,6 +14,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Argument, TensorArgument
 from lissom.errors import UnsupportedError
+from lissom.frontends.stored_weights import keep_stored, stored_form
 
 
 def device_of(model: object, inputs: object = ()) -> torch.device:
@@ -31,7 +32,8 @@ def move(program: Program, device: torch.device) -> Program:
     for name, weight in program.weights().items():
         tensor = weight.detach().to(device)
         trainable = isinstance(weight, nn.Parameter)
-        moved.set_weight(name, nn.Parameter(tensor, requires_grad=weight.requires_grad) if trainable else tensor)
+        placed = nn.Parameter(tensor, requires_grad=weight.requires_grad) if trainable else tensor
+        moved.set_weight(name, keep_stored(placed, stored_form(weight)))
     for node in moved.graph.nodes:
         if node.op == "call_function":
             node.args = tuple(_placed(item, device) for item in node.args)

@@ -19,6 +19,7 @@ from torch import nn
 
 from lissom.errors import ArtifactError, UnsupportedError, nearest
 from lissom.frontends.failures import first_line
+from lissom.frontends.gguf import describe_blocks, keep_blocks
 from lissom.frontends.huggingface_inputs import SENTENCES, encode, make_inputs
 from lissom.frontends.isolation import exchanged, only_errors
 
@@ -88,7 +89,8 @@ class Checkpoint:
 def load(name: str) -> Checkpoint:
     """The model of a checkpoint directory, or of a package named in `PACKAGED`, on the CPU in evaluation mode.
 
-    A directory holds the files of `save_pretrained`, or a single GGUF file, whose weights are dequantized to float32.
+    A directory holds the files of `save_pretrained`, or a single GGUF file, whose weights are dequantized to float32 and
+    remember their blocks, for `use-stored-weights`.
 
     Raises: ArtifactError if the directory holds no model transformers can load; UnsupportedError if a package is missing, or
         no inputs can be made for the model.
@@ -112,7 +114,7 @@ def load(name: str) -> Checkpoint:
             tokenizer = None
         inputs, note = make_inputs(model, tokenizer, directory)
     notes = [f"the checkpoint has no {', '.join(sorted(missing))}; these weights are random"] if missing else []
-    return Checkpoint(model, tokenizer, inputs, (*notes, note))
+    return Checkpoint(model, tokenizer, inputs, (*notes, *describe_blocks(model), note))
 
 
 def tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
@@ -197,7 +199,7 @@ def _load_saved(directory: Path) -> tuple[PreTrainedModel, set[str]]:
 
 
 def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model of a GGUF file in float32, and its tokenizer."""
+    """The model of a GGUF file in float32, whose weights remember their blocks, and its tokenizer."""
     absent = [name for name in _GGUF_READERS if importlib.util.find_spec(name) is None]
     if absent:
         raise UnsupportedError(f"reading a GGUF file needs {' and '.join(absent)}: pip install 'lissom[gemma]'")
@@ -213,6 +215,7 @@ def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedT
     )
     with reader, bar:
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+        keep_blocks(model, directory / file)
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
     return cast("PreTrainedModel", model.eval()), tokenizer
 

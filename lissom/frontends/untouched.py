@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lissom.errors import CaptureError
+from lissom.frontends.stored_weights import keep_stored, stored_form
 
 _Container = dict[object, object] | list[object] | set[object]
 _CONTAINERS = (dict, OrderedDict, list, set)
@@ -139,11 +140,12 @@ def _version(tensor: torch.Tensor) -> int:
 def alias(weight: torch.Tensor) -> torch.Tensor:
     """A tensor that shares a weight's memory and requires no gradient, for a program to read.
 
-    It is a parameter if the weight is a trainable one: `Program.trainable` copies these, and makes them require gradients.
+    It is a parameter if the weight is a trainable one: `Program.trainable` copies these, and makes them require gradients. It
+    remembers in what form a file stores the weight.
     """
     plain = ordinary(weight.detach())
     trained = isinstance(weight, nn.Parameter) and weight.requires_grad
-    return nn.Parameter(plain, requires_grad=False) if trained else plain
+    return keep_stored(nn.Parameter(plain, requires_grad=False) if trained else plain, stored_form(weight))
 
 
 def ordinary(tensor: torch.Tensor) -> torch.Tensor:

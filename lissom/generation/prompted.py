@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from lissom.backends.distributed.backend import Distributed
+from lissom.backends.eager.backend import Eager
 from lissom.compiler.pipeline.options import Goal, check_options
 from lissom.driver.options import resolve_passes
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.frontends.decoder import SHORTEST, longest_text
+from lissom.frontends.gguf import describe_blocks
 from lissom.frontends.huggingface import PACKAGED, find_directory, tokenizer_of
 from lissom.frontends.sources import Source, load
 from lissom.generation import compile_generation, kept, load_generation
 from lissom.generation.stream import read_prompt
+from lissom.ops.native import missing_weight_quantized_kernel
+from lissom.passes.quantize.use_stored_weights import UseStoredWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,10 +43,11 @@ def load_prompted(model: str, prompt: str, device: str | None, *, allow_native: 
 class Request:
     """What a decoder is compiled with.
 
-    data: the file of the calibration data. keeps: takes a decoder that an earlier call kept, and keeps this one.
+    passes: None for `exact`, and for a GGUF file `use-stored-weights`. data: the file of the calibration data. keeps: takes a
+    decoder that an earlier call kept, and keeps this one.
     """
 
-    passes: str
+    passes: str | None
     backend: str
     device: str | None
     checks: str
@@ -61,10 +66,11 @@ def compile_prompted(
 ) -> Prompted:
     """A model compiled with a KV cache for prompt and answer, its tokenizer, and the prompt's tokens.
 
-    read_data: the calibration batches for a loaded model. tell: takes a sentence about decoders that are kept.
+    read_data: the calibration batches for a loaded model. tell: takes a sentence about default passes, or kept decoders.
     """
     check_options(request.checks)  # pyright: ignore[reportArgumentType]
-    pipeline, place = resolve_passes(request.passes), _place(model, request)
+    pipeline = None if request.passes is None else resolve_passes(request.passes)
+    place = _place(model, request)
     if place is not None:
         found = _kept(place, prompt, max_new_tokens, request.device)
         if found is not None:
@@ -82,7 +88,7 @@ def compile_prompted(
     decoder = compile_generation(
         source.model,
         max_length=wanted if longest is None else min(wanted, longest),
-        passes=pipeline,
+        passes=_default_passes(source, request, tell) if pipeline is None else pipeline,
         backend=request.backend,
         device=request.device,
         checks=request.checks,  # pyright: ignore[reportArgumentType]
@@ -92,6 +98,15 @@ def compile_prompted(
     if place is not None:
         _keep(decoder, tokenizer, place, tell)
     return decoder, tokenizer, ids
+
+
+def _default_passes(source: Source, request: Request, tell: Callable[[str], None]) -> str:
+    """`use-stored-weights` for a model of a GGUF file where the kernels read its weights; else `exact`."""
+    on_cpu = request.backend == Eager.name and torch.device(request.device or "cpu").type == "cpu"
+    if not on_cpu or missing_weight_quantized_kernel(torch.float32, torch.device("cpu")) or not describe_blocks(source.model):
+        return "exact"
+    tell("the weights stay as the GGUF file stores them (use-stored-weights); --passes exact computes with float32")
+    return UseStoredWeights.name()
 
 
 def _place(model: str, request: Request) -> Path | None:

@@ -6,6 +6,9 @@ For a weight [out, in]:
     []  or [1, 1]       per-tensor         [out, 1]        per-channel
     [1, in]             per-input          [out, in / g]   group-wise, with g neighbouring inputs per group
 
+Stored weights may have zero points in floating point, which are subtracted after scaling: x ≈ q · scale - zero_point. GGUF
+calls them minimums, torchao zero points of the float domain.
+
 Four-bit formats are packed two elements per byte along the last dimension, the first in the low half.
 """
 
@@ -105,6 +108,15 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | 
     if zero_point is not None:
         value = _by_block(value, zero_point.float(), torch.sub)
     return _by_block(value, scale.float(), torch.mul).to(dtype)
+
+
+def dequantize_stored(
+    q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The same for a stored weight, whose zero point is an integer, or floating point: q · scale - zero_point."""
+    if zero_point is None or not zero_point.is_floating_point():
+        return dequantize(q, scale, zero_point, dtype)
+    return _by_block(dequantize(q, scale, None, torch.float32), zero_point.float(), torch.sub).to(dtype)
 
 
 def within(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, form: Format) -> torch.Tensor:

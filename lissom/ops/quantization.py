@@ -51,7 +51,7 @@ def dequantize_reference(
 ) -> torch.Tensor:
     """The reference implementation."""
     form = FORMATS[format]
-    return formats.dequantize(formats.unpack_halves(q, form) if form.bits == 4 else q, scale, zero_point, dtype)
+    return formats.dequantize_stored(formats.unpack_halves(q, form) if form.bits == 4 else q, scale, zero_point, dtype)
 
 
 def _fake(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
@@ -103,5 +103,5 @@ dequantize = define(
     dequantize_reference,
     _fake_dequantize,
 )
-"""The operator. q: stored elements, for four-bit formats [..., features / 2]; scale, zero_point: as above; dtype: of the
-result, [..., features]."""
+"""The operator. q: stored elements, for four-bit formats [..., features / 2]; scale: as above; zero_point: as above in uint8,
+or floating point, subtracted after scaling; dtype: of the result, [..., features]."""

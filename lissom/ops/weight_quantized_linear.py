@@ -1,17 +1,20 @@
 """`lissom::weight_quantized_linear` and `lissom::weight_quantized_linear_norm`: a weight-only quantized linear layer.
 
 y = activation(x Wᵀ + b) + other, or activation(x Wᵀ + b) · other,   W = (W_q - zero_point) · scale
+W = W_q · scale - zero_point for zero points in floating point
 z = layer_norm(x Wᵀ + b + other)
 
-The weight is int8 or int4 (W8A16, W4A16); activations, products and sums are floating point. This saves memory traffic, which
-takes most of the time for one row. The kernel dequantizes in registers for a few rows, and a panel at a time for more.
+The weight has 8, 6, 5 or 4 bits (W8A16, W4A16); activations, products and sums are floating point. This saves memory traffic,
+which takes most of the time for one row. The kernel dequantizes in registers for a few rows, and a panel at a time for more.
 
-A packed weight holds panels of 32 output features, [panels, inputs, 32] in bytes, or in four bits [panels, inputs, 16], where
-features c and c + 16 of a panel share a byte, c in its low half. Scales and zero points are [groups, packed features].
+A packed weight holds panels of 32 output features, [panels, inputs, bytes]. With 8 bits, a feature has a byte. With fewer,
+features c and c + 16 of a panel share a byte of their lowest four bits, c in its low half; the other bits follow after these 16
+bytes, feature by feature from the lowest bit of each byte up. Scales and zero points are [groups, packed features].
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,13 +22,32 @@ from torch.nn import functional
 
 from lissom.ops.checks import cast, check_exact, require
 from lissom.ops.epilogue import PANEL, LinearForm
-from lissom.ops.formats import FORMATS, unpack_halves
+from lissom.ops.formats import FORMATS, Format
 from lissom.ops.quantization import dequantize_reference
 
-FORMS = tuple(name for name, form in FORMATS.items() if form.is_integer)
-"""The formats of weights."""
+FORMS: Mapping[str, Format] = {
+    **{name: form for name, form in FORMATS.items() if form.is_integer},
+    "int6": Format("int6", -32, 31, 6, torch.uint8, True),
+    "int5": Format("int5", -16, 15, 5, torch.uint8, True),
+    "uint5": Format("uint5", 0, 31, 5, torch.uint8, False),
+}
+"""The formats of packed weights. In programs, weights of 5 and 6 bits are int8 or uint8."""
 SCALES = (torch.float16, torch.float32)
-"""The dtypes of scales."""
+"""The dtypes of scales, and of zero points in floating point."""
+
+
+def narrowest(q: torch.Tensor, format: str) -> str:
+    """The format with the fewest bits that holds a weight stored in eight."""
+    if format not in ("int8", "uint8") or not q.numel():
+        return format
+    low, high = (int(item) for item in q.aminmax())
+    names = ("int5", "int6") if FORMS[format].low else ("uint5",)
+    return next((name for name in names if FORMS[name].low <= low and high <= FORMS[name].high), format)
+
+
+def step_bytes(format: str) -> int:
+    """The bytes of one input of a panel."""
+    return PANEL * FORMS[format].bits // 8
 
 
 def pack_stored(q: torch.Tensor, format: str) -> torch.Tensor:
@@ -33,19 +55,31 @@ def pack_stored(q: torch.Tensor, format: str) -> torch.Tensor:
     features, inputs = q.shape
     panels = -(-features // PANEL)
     filled = functional.pad(q, (0, 0, 0, panels * PANEL - features)).view(panels, PANEL, inputs).transpose(1, 2)
-    if FORMATS[format].bits == 8:
+    bits = FORMS[format].bits
+    if bits == 8:
         return filled.contiguous()
-    low, high = (filled.to(torch.uint8) & 15).split(PANEL // 2, -1)
-    return (low | (high << 4)).contiguous()
+    filled = filled.to(torch.uint8)
+    low, high = (filled & 15).split(PANEL // 2, -1)
+    parts = [low | (high << 4)]
+    if bits > 4:
+        each = 8 // (bits - 4)
+        rest = ((filled >> 4) & (1 << (bits - 4)) - 1).unflatten(-1, (-1, each))
+        places = torch.arange(each, device=q.device).mul(bits - 4).to(torch.uint8)
+        parts.append((rest << places).sum(-1, dtype=torch.uint8))
+    return torch.cat(parts, -1).contiguous()
 
 
 def unpack_stored(packed: torch.Tensor, format: str, features: int) -> torch.Tensor:
     """The weight [features, inputs] of a packed one."""
-    form = FORMATS[format]
-    if form.bits == 4:
-        # `unpack_halves` unpacks along the last dimension.
-        halves = unpack_halves(packed, form).unflatten(-1, (-1, 2))
-        packed = torch.cat((halves[..., 0], halves[..., 1]), -1)
+    form = FORMS[format]
+    if form.bits < 8:
+        halves, rest = packed.split((PANEL // 2, packed.shape[-1] - PANEL // 2), -1)
+        q = torch.cat((halves & 15, halves >> 4), -1)
+        if form.bits > 4:
+            places = torch.arange(8 // (form.bits - 4), device=q.device).mul(form.bits - 4).to(torch.uint8)
+            q = q | ((rest.unsqueeze(-1) >> places & (1 << (form.bits - 4)) - 1).flatten(-2) << 4)
+        sign = 1 << (form.bits - 1)
+        packed = (q.to(torch.int8) ^ sign) - sign if form.low < 0 else q
     return packed.transpose(1, 2).flatten(0, 1)[:features]
 
 
@@ -60,8 +94,7 @@ def _check(x: torch.Tensor, *operands: Any, features: int, format: str) -> None:
     weight, scale, zero_point = operands
     inputs, panels = x.shape[-1], -(-features // PANEL)
     require(format in FORMS, "a weight is stored as one of {}, not as '{}'", ", ".join(FORMS), format)
-    width = PANEL // 2 if FORMATS[format].bits == 4 else PANEL
-    check_exact(weight, (panels, inputs, width), FORMATS[format].storage, "a packed weight")
+    check_exact(weight, (panels, inputs, step_bytes(format)), FORMS[format].storage, "a packed weight")
     if x.dtype == torch.bfloat16:
         require(inputs % 2 == 0, "there are {} inputs, and bfloat16 takes an even number", inputs)
     fits = scale.dim() == 2 and scale.shape[0] > 0 and inputs % scale.shape[0] == 0
@@ -70,7 +103,8 @@ def _check(x: torch.Tensor, *operands: Any, features: int, format: str) -> None:
     sizes = scale.shape[0], panels * PANEL
     check_exact(scale, sizes, scale.dtype if scale.dtype in SCALES else torch.float32, "a weight's scale")
     if zero_point is not None:
-        check_exact(zero_point, sizes, torch.uint8, "a weight's zero point")
+        dtype = zero_point.dtype if zero_point.dtype in SCALES else torch.uint8
+        check_exact(zero_point, sizes, dtype, "a weight's zero point")
 
 
 def _product(x: torch.Tensor, *operands: Any, features: int, format: str) -> torch.Tensor:
@@ -89,8 +123,9 @@ weight_quantized_linear_reference = _FORM.reference
 
 weight_quantized_linear = torch.ops.lissom.weight_quantized_linear.default
 """The operator. x: [..., inputs], float32 or bfloat16; weight: packed; scale, zero_point: [groups, packed features], float16 or
-float32, and uint8; bias: [features]; other: [..., features], like the result; features: of the result; format: of the weight, a
-name in FORMS; activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
+float32, and the same or uint8; bias: [features]; other: [..., features], like the result; features: of the result; format: of
+the weight, a name in FORMS; activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's
+dtype."""
 
 weight_quantized_linear_norm = torch.ops.lissom.weight_quantized_linear_norm.default
 """The same followed by a layer norm over the features; norm_weight, norm_bias: [features]."""

@@ -154,14 +154,16 @@ class Generator:
 
     def stored(self) -> Call:
         dtype, lead = self.random.choice(self.dtypes), self.lead()
-        groups, features, form = self.random.choice([1, 1, 2, 3]), self.size(), self.random.choice(FORMS)
+        groups, features, form = self.random.choice([1, 1, 2, 3]), self.size(), self.random.choice(list(FORMS))
         inputs = groups * 2 * self.random.choice([0, 1, 5, 8, 16, 17])
-        low, high = {"int8": (-128, 128), "uint8": (0, 256), "int4": (-8, 8), "uint4": (0, 16)}[form]
+        low, high = int(FORMS[form].low), int(FORMS[form].high) + 1
         q = torch.randint(low, high, (features, inputs), generator=self.torch).to(torch.int8 if low else torch.uint8)
         scale = (torch.rand(features, groups, generator=self.torch) / 100).to(
             self.random.choice([torch.float16, torch.float32])
         )
         zero = torch.randint(0, high, (features, groups), generator=self.torch).to(torch.uint8)
+        if self.random.random() < 0.3:
+            zero = (zero * scale.float()).to(self.random.choice([torch.float16, torch.float32]))
         operands = {
             "x": self.numbers(*lead, inputs, dtype=dtype),
             "weight": pack_stored(q, form),

@@ -24,6 +24,7 @@ def test_stored_values_turn_back_into_the_rounded_ones(name: str, dtype: torch.d
     stored = formats.pack_halves(q) if FORMATS[name].bits == 4 else q
     rounded = fake_quantize(x, scale, zero_point, format=name)
     assert rounded.dtype == dtype
+    zero_point = None if zero_point is None else zero_point.to(torch.uint8)
     torch.testing.assert_close(dequantize(stored, scale, zero_point, format=name, dtype=dtype), rounded, rtol=0, atol=0)
 
 
@@ -51,6 +52,16 @@ def test_the_gradient_passes_straight_through_where_values_fit() -> None:
     (fake_quantize_dynamic(y, format="uint8") * torch.arange(4.0)).sum().backward()
     assert y.grad is not None
     assert y.grad.tolist() == [[0.0, 1.0, 2.0, 3.0]] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_zero_point_in_floating_point_is_subtracted_after_scaling(dtype: torch.dtype) -> None:
+    q = torch.tensor([[0, 3, 15, 7]], dtype=torch.uint8)
+    scale, zero_point = torch.tensor([[0.5, 0.0]], dtype=dtype), torch.tensor([[0.3, -2.0]], dtype=dtype)
+    wanted = torch.tensor([[0.0, 1.5, 0.0, 0.0]]) - torch.tensor([[0.3, 0.3, -2.0, -2.0]], dtype=dtype).float()
+    assert torch.equal(dequantize(q, scale, zero_point, format="uint8", dtype=torch.float32), wanted)
+    packed = formats.pack_halves(q)
+    assert torch.equal(dequantize(packed, scale, zero_point, format="uint4", dtype=torch.float32), wanted)
 
 
 def test_products_with_stored_weights_are_differentiable() -> None:

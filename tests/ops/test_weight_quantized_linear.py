@@ -11,6 +11,7 @@ from lissom.ops.epilogue import ACTIVATIONS
 from lissom.ops.native import kernel_dtypes, missing_weight_quantized_kernel
 from lissom.ops.weight_quantized_linear import (
     FORMS,
+    narrowest,
     pack_blocks,
     pack_stored,
     unpack_stored,
@@ -36,14 +37,21 @@ def numbers(*sizes: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> t
 
 
 def layer(
-    features: int, inputs: int, groups: int, form: str, scales: torch.dtype = torch.float16
+    features: int,
+    inputs: int,
+    groups: int,
+    form: str,
+    scales: torch.dtype = torch.float16,
+    zeros: torch.dtype = torch.uint8,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """A weight's integers, its scales, and its zero points where the format has them."""
+    """A weight's integers, its scales, and its zero points of the dtype `zeros` where the format has them."""
     generator = torch.Generator().manual_seed(features + inputs + groups)
-    low, high = {"int8": (-128, 128), "uint8": (0, 256), "int4": (-8, 8), "uint4": (0, 16)}[form]
+    low, high = int(FORMS[form].low), int(FORMS[form].high) + 1
     q = torch.randint(low, high, (features, inputs), generator=generator).to(torch.uint8 if low == 0 else torch.int8)
     scale = ((torch.rand(features, groups, generator=generator) + 0.5) / ((high - low) * inputs**0.5)).to(scales)
     zero = torch.randint(0, high, (features, groups), generator=generator).to(torch.uint8) if low == 0 else None
+    if zero is not None and zeros != torch.uint8:
+        zero = (zero * scale.float()).to(zeros)
     return q, scale, zero
 
 
@@ -55,8 +63,11 @@ def packed(
 
 def matrix(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
     spread = q.shape[1] // scale.shape[1]
-    middle = 0 if zero is None else zero.double().repeat_interleave(spread, 1)
-    return (q.double() - middle) * scale.double().repeat_interleave(spread, 1)
+    step = scale.double().repeat_interleave(spread, 1)
+    if zero is None:
+        return q.double() * step
+    middle = zero.double().repeat_interleave(spread, 1)
+    return q.double() * step - middle if zero.is_floating_point() else (q.double() - middle) * step
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -65,7 +76,7 @@ def test_packing_loses_nothing(form: str, features: int, inputs: int) -> None:
     q, _, _ = layer(features, inputs, 1, form)
     packed_q = pack_stored(q, form)
     assert torch.equal(unpack_stored(packed_q, form, features), q)
-    assert packed_q.numel() == -(-features // 32) * 32 * inputs // (2 if form.endswith("4") else 1)
+    assert packed_q.numel() == -(-features // 32) * 32 * inputs * FORMS[form].bits // 8
 
 
 @settings(max_examples=150, deadline=None)
@@ -73,8 +84,9 @@ def test_packing_loses_nothing(form: str, features: int, inputs: int) -> None:
     rows=st.sampled_from([1, 2, 3, 4, 5, 15, 43, 130]),
     shape=st.sampled_from([(2, 1), (6, 3), (64, 2), (64, 1), (192, 6)]),
     features=st.sampled_from([1, 31, 32, 33, 100]),
-    form=st.sampled_from(FORMS),
+    form=st.sampled_from(list(FORMS)),
     scales=st.sampled_from([torch.float16, torch.float32]),
+    zeros=st.sampled_from([torch.uint8, torch.float16, torch.float32]),
     activation=st.sampled_from(list(ACTIVATIONS)),
     combine=st.sampled_from(["none", "add", "mul"]),
     with_bias=st.booleans(),
@@ -87,13 +99,14 @@ def test_numbers(
     features: int,
     form: str,
     scales: torch.dtype,
+    zeros: torch.dtype,
     activation: str,
     combine: str,
     with_bias: bool,
     dtype: torch.dtype,
     path: str,
 ) -> None:
-    x, weight = numbers(rows, shape[0], dtype=dtype), layer(features, *shape, form, scales)
+    x, weight = numbers(rows, shape[0], dtype=dtype), layer(features, *shape, form, scales, zeros)
     bias = numbers(features, dtype=dtype) if with_bias else None
     other = numbers(rows, features, dtype=dtype, seed=1) if combine != "none" else None
     total = x.double() @ matrix(*weight).T
@@ -139,8 +152,36 @@ def test_inputs_of_any_layout_and_rank() -> None:
     assert weight_quantized_linear(x[:0], *packed(*weight, "int4"), features=6, format="int4").shape == (0, 3, 5, 6)
 
 
+@pytest.mark.parametrize("rows", [1, 9, 40])
+def test_a_scale_of_zero_leaves_the_zero_point(rows: int) -> None:
+    """A block of equal values: q says nothing, and the weight is the zero point with the other sign."""
+    x, (q, scale, zero) = numbers(rows, 64), layer(33, 64, 2, "uint4", zeros=torch.float32)
+    scale = torch.zeros_like(scale)
+    found = weight_quantized_linear(x, *packed(q, scale, zero, "uint4"), features=33, format="uint4")
+    wanted = -x.double().unflatten(1, (2, 32)).sum(-1) @ zero.double().T
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_zero_point_of_another_dtype_is_refused() -> None:
+    weight, scale, zero = packed(*layer(6, 6, 1, "uint8"), "uint8")
+    with pytest.raises(RuntimeError, match=r"a weight's zero point"):
+        weight_quantized_linear(numbers(2, 6), weight, scale, zero.to(torch.bfloat16), features=6, format="uint8")
+
+
 def test_a_wrong_weight_is_refused() -> None:
     if missing_weight_quantized_kernel(torch.float32, torch.device("cpu")) is not None:
         pytest.skip("no kernel for stored integers here")
     with pytest.raises(RuntimeError, match=r"a packed weight has the sizes .* must be contiguous with the sizes"):
         weight_quantized_linear(numbers(2, 8), *packed(*layer(6, 6, 1, "int8"), "int8"), features=6, format="int8")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "format", "wanted"),
+    [
+        *((-16, 15, "int8", "int5"), (-17, 0, "int8", "int6"), (-32, 31, "int8", "int6"), (0, 32, "int8", "int8")),
+        *((0, 31, "uint8", "uint5"), (0, 32, "uint8", "uint8"), (-8, 7, "int4", "int4")),
+    ],
+)
+def test_the_narrowest_format_that_holds_a_weight(low: int, high: int, format: str, wanted: str) -> None:
+    q = torch.tensor([[low, high]]).to(torch.uint8 if format == "uint8" else torch.int8)
+    assert narrowest(q, format) == wanted

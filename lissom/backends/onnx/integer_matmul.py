@@ -72,6 +72,8 @@ class Layer:
             return "it does not compute in float32"
         if not stored.form.is_integer or (rounded is not None and not format_of(rounded).is_integer):
             return "ONNX Runtime has no products of fp8 on a CPU"
+        if stored.shifts:
+            return "ONNX Runtime takes integer zero points only, and its weight has them in floating point"
         if rounded is None:
             few = f"MatMulNBits takes groups of {_BLOCKS[-1]} neighbours and more, and it has {self._group}"
             return None if self.block else few

@@ -20,6 +20,7 @@ from lissom.ops.formats import FORMATS, LEAST, Format, unpack_halves
 
 _TYPES = {name: ir.DataType[name.upper()] for name in ("int8", "uint8", "int4", "uint4")} | {"fp8": ir.DataType.FLOAT8E4M3FN}
 _FLOAT = int(ir.DataType.FLOAT)
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
 def is_quantization(node: ir.Node, *names: str) -> bool:
@@ -112,7 +113,10 @@ def _by_hand(write: Writer, x: ir.Value, scale: ir.Value, zero_point: ir.Value |
 
 @dataclass(frozen=True)
 class Stored:
-    """A quantized matrix. q: not packed, [rows, columns]; scale, zero_point: per block, as in `lissom.ops.formats`."""
+    """A quantized matrix. q: not packed, [rows, columns]; scale, zero_point: per block, as in `lissom.ops.formats`.
+
+    A zero point in floating point is subtracted after scaling.
+    """
 
     q: np.ndarray
     scale: np.ndarray
@@ -131,6 +135,11 @@ class Stored:
         scale = scale.reshape(shape).astype(np.float32)
         return cls(_unpacked(q, form), scale, zero_point if zero_point is None else zero_point.reshape(shape), form)
 
+    @property
+    def shifts(self) -> bool:
+        """Whether zero points are in floating point, which ONNX's operators do not take."""
+        return self.zero_point is not None and self.zero_point.dtype.kind == "f"
+
     def transposed(self) -> Stored:
         zero_point = None if self.zero_point is None else self.zero_point.T
         return Stored(self.q.T, self.scale.T, zero_point, self.form)
@@ -143,7 +152,7 @@ def _unpacked(q: np.ndarray, form: Format) -> np.ndarray:
 def _stored(write: Writer, node: ir.Node) -> ir.Value:
     """(q - zero_point) · scale: `DequantizeLinear` for constants with blocks that it supports, else plain operators."""
     stored, x = Stored.of(node), operands(node)[0]
-    found = _dequantize_linear(write, stored, x) if stored is not None else None
+    found = _dequantize_linear(write, stored, x) if stored is not None and not stored.shifts else None
     return found or _looked_up(write, node)
 
 
@@ -182,14 +191,20 @@ def _looked_up(write: Writer, node: ir.Node) -> ir.Value:
     call, form = write.call, format_of(node)
     values = write.as_float(q if form.bits == 8 else _halves(write, q, form))
     blocks, features = fixed_size(scale, -1) if sizes_of(scale) else 1, fixed_size(node.outputs[0], -1)
+    shifts = zero_point is not None and zero_point.dtype in _FLOATS
     scale, zero_point = write.as_float(scale), zero_point and write.as_float(zero_point)
-    if blocks in (1, features):
-        return call("Mul", values if zero_point is None else call("Sub", values, zero_point), scale)
     kept = [0] * (len(sizes_of(node.outputs[0])) - 1)
-    parts = write.shaped(values, *kept, blocks, features // blocks)
-    if zero_point is not None:
-        parts = call("Sub", parts, call("Unsqueeze", zero_point, -1))
-    return write.shaped(call("Mul", parts, call("Unsqueeze", scale, -1)), *kept, features)
+    grouped = blocks not in (1, features)
+    if grouped:
+        values = write.shaped(values, *kept, blocks, features // blocks)
+        scale, zero_point = call("Unsqueeze", scale, -1), zero_point and call("Unsqueeze", zero_point, -1)
+    if zero_point is None:
+        values = call("Mul", values, scale)
+    elif shifts:
+        values = call("Sub", call("Mul", values, scale), zero_point)
+    else:
+        values = call("Mul", call("Sub", values, zero_point), scale)
+    return write.shaped(values, *kept, features) if grouped else values
 
 
 def _halves(write: Writer, q: ir.Value, form: Format) -> ir.Value:

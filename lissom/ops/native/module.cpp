@@ -179,9 +179,12 @@ Tensor quantized_linear_norm(const Tensor& x, const Tensor& weight, const Tensor
 Form form_of(c10::string_view format) {
   if (format == "int8") return Form::kInt8;
   if (format == "uint8") return Form::kUint8;
+  if (format == "int6") return Form::kInt6;
+  if (format == "int5") return Form::kInt5;
+  if (format == "uint5") return Form::kUint5;
   if (format == "int4") return Form::kInt4;
   if (format == "uint4") return Form::kUint4;
-  TORCH_CHECK(false, "a weight is int8, uint8, int4 or uint4, not '", std::string(format), "'");
+  TORCH_CHECK(false, "a weight is int8, uint8, int6, int5, uint5, int4 or uint4, not '", std::string(format), "'");
 }
 
 template <typename T>
@@ -208,9 +211,13 @@ Tensor weight_quantized(const Tensor& x, const Tensor& q, const Tensor& scale, O
   int64_t groups = scale.size(0);
   bool half = scale.scalar_type() == at::kHalf;
   check_exact(scale, {groups, columns}, half ? at::kHalf : at::kFloat, "a weight's scale");
-  if (zero_point) check_exact(*zero_point, {groups, columns}, at::kByte, "a weight's zero point");
+  at::ScalarType kind = zero_point ? zero_point->scalar_type() : at::kByte;
+  bool shifts = kind == at::kHalf || kind == at::kFloat;
+  if (zero_point) check_exact(*zero_point, {groups, columns}, shifts ? kind : at::kByte, "a weight's zero point");
+  const void* zeros = zero_point ? zero_point->const_data_ptr() : nullptr;
   QuantizedWeight packed{static_cast<const uint8_t*>(q.const_data_ptr()), form, scale.const_data_ptr(), half,
-                      zero_point ? zero_point->const_data_ptr<uint8_t>() : nullptr, inputs, groups, columns};
+                      shifts ? nullptr : static_cast<const uint8_t*>(zeros), shifts ? zeros : nullptr, kind == at::kHalf, inputs,
+                      groups, columns};
   return by_dtype(x, [&](auto zero) { return weight_quantized_of<decltype(zero)>(x, packed, epilogue); });
 }
 

@@ -118,11 +118,14 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
             yield "quantized_linear", quantized_linear_reference, (x, *operands), {**sizes, "activation": "silu"}
             yield "quantized_linear_norm", quantized_linear_reference, (x, *operands), norm
         for form in FORMS if torch.ops.lissom.has_weight_quantized() else ():
-            low, high = {"int8": (-128, 128), "uint8": (0, 256), "int4": (-8, 8), "uint4": (0, 16)}[form]
+            low, high = int(FORMS[form].low), int(FORMS[form].high) + 1
             q = _whole(features, inputs, low, high).to(torch.int8 if low else torch.uint8)
             zero_point = None if low else pack_blocks(torch.full((features, 2), high // 2, dtype=torch.uint8), features)
             operands = pack_stored(q, form), pack_blocks(scale * 256 / (high - low), features), zero_point
             options = {"format": form}
+            if not low:
+                shifted = *operands[:2], pack_blocks(scale, features)
+                yield "weight_quantized_linear", weight_quantized_linear_reference, (x, *shifted), {**sizes, **options}
             yield "weight_quantized_linear", weight_quantized_linear_reference, (x, *operands), {**sizes, **options}
             yield "weight_quantized_linear_norm", weight_quantized_linear_reference, (x, *operands), {**norm, **options}
 

@@ -1,4 +1,5 @@
-// Weight-only quantized linear layers (W8A16, W4A16): the weight is int8 or int4 with group-wise scales, w ≈ (q - zero) scale.
+// Weight-only quantized linear layers (W8A16, W4A16): the weight has 4, 5, 6 or 8 bits and group-wise scales, and
+// w ≈ (q - zero) scale with integer zero points, or w ≈ q scale - shift with zero points in floating point.
 //
 // For few rows the weight is dequantized in registers, since such calls are bound by memory. For more rows a panel is dequantized
 // once into the layout of a packed float weight.
@@ -24,10 +25,14 @@ constexpr int64_t kFew = 4, kFewOfFourBits = 4;
 constexpr int64_t kFew = std::numeric_limits<int64_t>::max(), kFewOfFourBits = 24;
 #endif
 
-enum class Form { kInt8, kUint8, kInt4, kUint4 };
-constexpr bool is_signed(Form form) { return form == Form::kInt8 || form == Form::kInt4; }
-constexpr bool is_four_bits(Form form) { return form == Form::kInt4 || form == Form::kUint4; }
-constexpr int64_t step_bytes(Form form) { return is_four_bits(form) ? kPanel / 2 : kPanel; }
+enum class Form { kInt8, kUint8, kInt6, kInt5, kUint5, kInt4, kUint4 };
+constexpr bool is_signed(Form form) { return form != Form::kUint8 && form != Form::kUint5 && form != Form::kUint4; }
+constexpr int bits_of(Form form) {
+  if (form == Form::kInt8 || form == Form::kUint8) return 8;
+  if (form == Form::kInt6) return 6;
+  return form == Form::kInt5 || form == Form::kUint5 ? 5 : 4;
+}
+constexpr int64_t step_bytes(Form form) { return kPanel * bits_of(form) / 8; }
 
 // Calls work(std::integral_constant<Form, form>): dispatches a format known at run time to a template.
 template <typename Work>
@@ -35,45 +40,84 @@ inline void with_form(Form form, Work&& work) {
   switch (form) {
     case Form::kInt8: return work(std::integral_constant<Form, Form::kInt8>{});
     case Form::kUint8: return work(std::integral_constant<Form, Form::kUint8>{});
+    case Form::kInt6: return work(std::integral_constant<Form, Form::kInt6>{});
+    case Form::kInt5: return work(std::integral_constant<Form, Form::kInt5>{});
+    case Form::kUint5: return work(std::integral_constant<Form, Form::kUint5>{});
     case Form::kInt4: return work(std::integral_constant<Form, Form::kInt4>{});
     case Form::kUint4: return work(std::integral_constant<Form, Form::kUint4>{});
   }
 }
 
 struct QuantizedWeight {
-  const uint8_t* q;      // [panels, inputs, kPanel] bytes, or [.., kPanel / 2]: columns c and c + 16 share one
+  const uint8_t* q;      // [panels, inputs, step_bytes]; below eight bits columns c and c + 16 share a byte of their lowest four
+                         // bits, and after these bytes the other bits follow column by column
   Form form;
   const void* scale;     // [groups, columns], float16 or float32
   bool half;
   const uint8_t* zero;   // [groups, columns], or null
+  const void* shift;     // [groups, columns], float16 or float32, or null
+  bool half_shift;
   int64_t inputs, groups, columns;
 
   const uint8_t* panel(int64_t index) const { return q + index * inputs * step_bytes(form); }
 
-  Vec scales(int64_t group, int64_t column) const {
-    int64_t place = group * columns + column;
-    return half ? load(static_cast<const Half*>(scale) + place) : load(static_cast<const float*>(scale) + place);
+  bool has_zeros() const { return zero || shift; }
+  Vec scales(int64_t group, int64_t column) const { return floats(scale, half, group * columns + column); }
+  Vec shifts(int64_t group, int64_t column) const {
+    return shift ? floats(shift, half_shift, group * columns + column) : splat(0.0f);
   }
+  Vec zeros(int64_t group, int64_t column) const { return zero ? load(zero + group * columns + column) : splat(0.0f); }
 
-  Vec zeros(int64_t group, int64_t column) const { return load(zero + group * columns + column); }
+ private:
+  static Vec floats(const void* from, bool half, int64_t place) {
+    return half ? load(static_cast<const Half*>(from) + place) : load(static_cast<const float*>(from) + place);
+  }
 };
 
 // Converts a chunk of a panel's row of weights to floats, before zero point and scale.
 template <Form form>
 struct Decoder {
 #if defined(__AVX512F__)
-  __m512 table;
+  static constexpr int kRest = bits_of(form) - 4;  // bits of an element besides the lowest four
+  __m512 table, upper;
+  __m512i places, fifteen = _mm512_set1_epi32(15);
 
   Decoder() {
-    alignas(64) float values[16];
-    for (int i = 0; i < 16; ++i) values[i] = is_signed(form) && i > 7 ? i - 16 : i;
-    table = _mm512_load_ps(values);
+    alignas(64) float values[16], others[16];
+    alignas(64) int32_t turns[16];
+    for (int i = 0; i < 16; ++i) {
+      values[i] = kRest == 0 && is_signed(form) && i > 7 ? i - 16 : i;
+      others[i] = is_signed(form) ? i - 16 : i + 16;
+      turns[i] = kRest == 1 ? (i + 28) % 32 : 30 - 2 * i;
+    }
+    table = _mm512_load_ps(values), upper = _mm512_load_ps(others), places = _mm512_load_si512(turns);
   }
 
   inline __attribute__((always_inline)) void four_bits(const uint8_t* from, int, Vec (&to)[kWide]) const {
     IntVec both = widen(from);  // the lookup reads the lowest four bits of the index
     to[0] = (Vec)_mm512_permutexvar_ps((__m512i)both, table);
     to[1] = (Vec)_mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)both, 4), table);
+  }
+
+  inline __attribute__((always_inline)) void more_bits(const uint8_t* from, int, Vec (&to)[kWide]) const {
+    constexpr int kLowest = 0xD8;  // a ternary operation: the lowest four bits of the second operand, the others of the first
+    __m512i both = (__m512i)widen(from);
+#pragma GCC unroll 2
+    for (int v = 0; v < kWide; ++v) {
+      __m512i low = v ? _mm512_srli_epi32(both, 4) : both;
+      int32_t word;  // the further bits of 32 or 16 columns
+      std::memcpy(&word, from + kPanel / 2 + (kRest == 2 ? v * 4 : 0), sizeof word);
+      __m512i rest = _mm512_set1_epi32(word);
+      if constexpr (kRest == 1) {
+        // A rotation brings each column's bit to the fifth place, and the lookup reads five.
+        rest = _mm512_rorv_epi32(v ? _mm512_ror_epi32(rest, kLanes) : rest, places);
+        to[v] = (Vec)_mm512_permutex2var_ps(table, _mm512_ternarylogic_epi32(rest, low, fifteen, kLowest), upper);
+      } else {
+        static_assert(kRest != 2 || is_signed(form));
+        rest = _mm512_srai_epi32(_mm512_sllv_epi32(rest, places), 26);
+        to[v] = (Vec)_mm512_cvtepi32_ps(_mm512_ternarylogic_epi32(rest, low, fifteen, kLowest));
+      }
+    }
   }
 #else
   inline __attribute__((always_inline)) void four_bits(const uint8_t* from, int column, Vec (&to)[kWide]) const {
@@ -85,10 +129,26 @@ struct Decoder {
       to[v] = to_floats(is_signed(form) ? top >> 28 : (top >> 28) & 15);
     }
   }
+
+  inline __attribute__((always_inline)) void more_bits(const uint8_t* from, int column, Vec (&to)[kWide]) const {
+    constexpr int rest = bits_of(form) - 4, kept = is_signed(form) ? ~15 : ((1 << rest) - 1) << 4;
+#pragma GCC unroll 2
+    for (int v = 0; v < kWide; ++v) {
+      int c = column + v * kLanes, place = c * rest;
+      uint32_t word;
+      std::memcpy(&word, from + kPanel / 2 + place / 32 * 4, sizeof word);
+      BitVec left;  // shifts a column's bits to the top
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) left[lane] = 32 - rest * (lane + 1) - place % 32;
+      IntVec low = (widen(from + c % (kPanel / 2)) >> (c < kPanel / 2 ? 0 : 4)) & 15;
+      to[v] = to_floats(low | ((IntVec)((BitVec{} + word) << left) >> (28 - rest) & kept));
+    }
+  }
 #endif
 
   inline __attribute__((always_inline)) void operator()(const uint8_t* from, int column, Vec (&to)[kWide]) const {
-    if constexpr (is_four_bits(form)) return four_bits(from, column, to);
+    if constexpr (bits_of(form) == 4) return four_bits(from, column, to);
+    if constexpr (bits_of(form) == 5 || bits_of(form) == 6) return more_bits(from, column, to);
 #pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v) {
       const uint8_t* place = from + column + v * kLanes;
@@ -124,14 +184,14 @@ struct WeightQuantized {
   std::vector<float> floats{};  // x in float32, where it is multiplied so and is not float32
   std::vector<float> sums{};    // of x per group, [rows, groups], where there are zero points
 
-  bool direct() const { return rows <= (is_four_bits(weight.form) ? kFewOfFourBits : kFew); }
+  bool direct() const { return rows <= (bits_of(weight.form) < 8 ? kFewOfFourBits : kFew); }
   int64_t row_bytes() const { return weight.inputs * sizeof(T); }
 
   void prepare(int64_t begin, int64_t end) {
     int64_t n = weight.inputs, group = n / weight.groups;
     origin = begin;
     if (!std::is_same_v<T, float> && (direct() || std::is_same_v<P, float>)) widen(x + begin * n, (end - begin) * n, floats);
-    if (!direct() || !weight.zero) return;
+    if (!direct() || !weight.has_zeros()) return;
     sums.resize((end - begin) * weight.groups);
     for (size_t i = 0; i < sums.size(); ++i) {
       Vec total = splat(0.0f);
@@ -174,12 +234,13 @@ struct WeightQuantized {
     int64_t group = weight.inputs / weight.groups;
     const uint8_t* from = weight.panel(panel);
     const Decoder<form> decoder;
-    Vec scales[chunks][kWide], zeros[chunks][kWide] = {}, weights[chunks][pair][kWide];
+    Vec scales[chunks][kWide], zeros[chunks][kWide], shifts[chunks][kWide], weights[chunks][pair][kWide];
     int64_t i = 0;
     for (int64_t g = 0; g < weight.groups; ++g) {
       for (int v = 0; v < chunks * kWide; ++v) {
         scales[v / kWide][v % kWide] = weight.scales(g, panel * kPanel + v * kLanes);
-        if (weight.zero) zeros[v / kWide][v % kWide] = weight.zeros(g, panel * kPanel + v * kLanes);
+        zeros[v / kWide][v % kWide] = weight.zeros(g, panel * kPanel + v * kLanes);
+        shifts[v / kWide][v % kWide] = weight.shifts(g, panel * kPanel + v * kLanes);
       }
       for (int64_t end = i + group; i < end; ++i, from += step_bytes(form)) {
 #pragma GCC unroll 4
@@ -188,7 +249,7 @@ struct WeightQuantized {
           decoder(from, chunk * kChunk, found);
 #pragma GCC unroll 2
           for (int v = 0; v < kWide; ++v) {
-            found[v] = (found[v] - zeros[chunk][v]) * scales[chunk][v];
+            found[v] = (found[v] - zeros[chunk][v]) * scales[chunk][v] - shifts[chunk][v];
             int column = chunk * kChunk + v * kLanes;
             if constexpr (pair == 1) store(to + i * kPanel + column, found[v]);
             else if (i % 2) store_pairs(to + (i - 1) * kPanel + column * 2, weights[chunk][0][v], found[v]);
@@ -228,13 +289,17 @@ struct WeightQuantized {
       for (int v = 0; v < kWide; ++v) {
         int64_t c = panel * kPanel + column + v * kLanes;
         Vec scale = weight.scales(g, c);
-        Vec zero = weight.zero ? weight.zeros(g, c) : splat(0.0f);
+        Vec zero = weight.zeros(g, c), shift = weight.shifts(g, c);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           Vec sum = partial[0][r][v];
 #pragma GCC unroll 4
           for (int chain = 1; chain < chains; ++chain) sum += partial[chain][r][v];
-          if (weight.zero) sum -= zero * sums[(row + r - origin) * weight.groups + g];
+          if (weight.has_zeros()) {
+            float inputs = sums[(row + r - origin) * weight.groups + g];
+            sum -= zero * inputs;
+            totals[r][v] -= shift * inputs;
+          }
           totals[r][v] += sum * scale;
         }
       }

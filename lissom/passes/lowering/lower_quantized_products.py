@@ -359,8 +359,14 @@ def tiles(q: torch.Tensor) -> torch.Tensor:
 def tile_grid(scale: torch.Tensor, zero_point: torch.Tensor | None, features: int, repeats: int) -> torch.Tensor:
     """Scales and offsets, [groups, features, 2] in bfloat16: `_weight_int4pack_mm` multiplies by (q - 8) · scale + offset.
 
-    scale, zero_point: [features or 1, blocks] or []. repeats: groups per block.
+    scale, zero_point: [features or 1, blocks] or []; a zero point in floating point is subtracted after scaling. repeats:
+    groups per block.
     """
     step = scale.float().reshape(-1, scale.shape[-1] if scale.dim() else 1).expand(features, -1)
-    offset = torch.zeros_like(step) if zero_point is None else (8 - zero_point.float()) * step
+    if zero_point is None:
+        offset = torch.zeros_like(step)
+    elif zero_point.is_floating_point():
+        offset = 8 * step - zero_point.float().reshape_as(step)
+    else:
+        offset = (8 - zero_point.float()) * step
     return torch.stack((step, offset), -1).repeat_interleave(repeats, 1).transpose(0, 1).bfloat16().contiguous()

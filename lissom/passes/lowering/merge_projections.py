@@ -5,7 +5,8 @@
 One large matrix product uses the cores better than several small ones, and reads its input once; but the outputs are then
 strided slices. Which wins depends on the sizes and the machine, so by default each group is timed both ways at the sizes of the
 example, and merged where that is faster. The merged weight replaces the old ones in the program; the model keeps its own.
-Quantized weights are merged in their format, together with their scales.
+Quantized weights are merged in their format, together with their scales; where the kernels read weights of five and six bits
+faster than those of eight, only weights of as many bits are merged.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from lissom.compiler.analysis.cost import example_shape
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_own_weight, is_read_by
+from lissom.compiler.ir.operators import FAKE_QUANTIZES
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.measured import GAIN, median_seconds
+from lissom.ops.native import reads_few_bits_faster
 from lissom.ops.quantization import dequantize
+from lissom.ops.weight_quantized_linear import narrowest
 
 aten = torch.ops.aten
 
@@ -66,7 +70,7 @@ def _groups(edit: Editor) -> list[list[fx.Node]]:
         if is_read_by(node, (aten.as_strided.default,)):
             continue
         if _owned(weight) and (bias is None or _owned(bias)) and nodes.tensor_type(weight).rank == 2:
-            readers.setdefault((x, bias is None, *_storage(weight)), []).append(node)
+            readers.setdefault((x, bias is None, *_storage(edit, x, weight)), []).append(node)
     return [found for found in readers.values() if len(found) > 1]
 
 
@@ -82,12 +86,15 @@ def _owned(item: object) -> TypeGuard[fx.Node]:
     return is_own_weight(item)
 
 
-def _storage(weight: fx.Node) -> tuple[object, ...]:
-    """What weights must have in common to be merged: their format and granularity."""
+def _storage(edit: Editor, x: object, weight: fx.Node) -> tuple[object, ...]:
+    """What weights must have in common to be merged: their format, the bits they need, and their granularity."""
     if weight.op == "get_attr":
         return ()
-    scale = nodes.tensor_type(weight.args[1])
-    return weight.kwargs["format"], len(weight.all_input_nodes), scale.dtype, scale.shape[1:]
+    q, *grid = map(edit.tensor, weight.all_input_nodes)
+    format = str(weight.kwargs["format"])
+    if reads_few_bits_faster() and not nodes.is_call(x, *FAKE_QUANTIZES):
+        format = narrowest(q, format)
+    return format, *((item.dtype, item.shape[1:]) for item in grid)
 
 
 def _sizes(group: Sequence[fx.Node]) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]:

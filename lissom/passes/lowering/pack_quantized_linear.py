@@ -4,7 +4,8 @@
     linear(x, dequantize(W_q), b)                                             ->   lissom::weight_quantized_linear(x, W_q, b)
 
 The first (W8A8) quantizes x inside the kernel and sums int8 products in int32; no quantized activation is written to memory.
-The second (weight-only int8 or int4) dequantizes the weight in registers. The pass comes after `fold-quantized-weights`.
+The second (weight-only int8 or int4) dequantizes the weight in registers; int8 weights whose values need only five or six bits
+are packed so with AVX-512, unless they are embedding tables too. The pass comes after `fold-quantized-weights`.
 Weights stored as [features in, features out], as in GPT-2, are transposed when they are packed. An embedding table tied to the
 LM head is held once, packed: its rows are looked up there.
 """
@@ -23,10 +24,10 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import LINEAR_PRODUCTS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.formats import FORMATS
-from lissom.ops.native import missing_int8_kernel, missing_weight_quantized_kernel
+from lissom.ops.native import missing_int8_kernel, missing_weight_quantized_kernel, reads_few_bits_faster
 from lissom.ops.packed_linear import packed_embedding
 from lissom.ops.quantized_linear import FORMAT, MOST_INPUTS, fill_panels, pack_bytes, quantized_linear
-from lissom.ops.weight_quantized_linear import FORMS, SCALES, pack_blocks, pack_stored, weight_quantized_linear
+from lissom.ops.weight_quantized_linear import FORMS, SCALES, narrowest, pack_blocks, pack_stored, weight_quantized_linear
 
 aten = torch.ops.aten
 
@@ -96,7 +97,7 @@ def _call(edit: Editor, layer: QuantizedLayer, packed: _Packed) -> fx.Node:
     operands: list[object] = [layer.x, *packed.operands]
     options: dict[str, object] = {"features": packed.features}
     if not layer.rounds:
-        options["format"] = layer.format
+        options["format"] = packed.format
     elif layer.scale_is_known:
         operands += (*layer.values.args[1:], None)[:2]
     else:
@@ -110,35 +111,38 @@ def _call(edit: Editor, layer: QuantizedLayer, packed: _Packed) -> fx.Node:
 
 @dataclass
 class _Packed:
-    """A packed weight in the program: the kernel's operands that hold it, its sizes, and the bits per element."""
+    """A packed weight in the program: the kernel's operands that hold it, its sizes, and its format."""
 
     operands: Sequence[fx.Node | None]
     features: int
     inputs: int
-    bits: int
+    format: str
 
 
 def _pack(edit: Editor, layer: QuantizedLayer) -> _Packed:
     form = FORMATS[layer.format]
     q, scale, zero_point = layer.parts(edit)
     features, inputs = q.shape
+    tables = [user for user in layer.stored.users if user.target is aten.embedding.default]
+    narrows = reads_few_bits_faster() and not (layer.rounds or tables)
+    format = narrowest(q, form.name) if narrows else form.name
     if layer.rounds:
         sums = q.sum(1, dtype=torch.int32)
         parts = {"": pack_bytes(q), "_scale": fill_panels(scale.float(), features), "_sums": fill_panels(sums, features)}
     else:
         grid = zip(("_scale", "_zero_point"), (scale, zero_point), strict=True)
         kept = {leaf: pack_blocks(item, features) for leaf, item in grid if item is not None}
-        parts = {"": pack_stored(q, form.name), **kept}
+        parts = {"": pack_stored(q, format), **kept}
     with edit.before(layer.stored.next, like=[layer.node]):
         operands: list[fx.Node | None] = [
             edit.weight(f"{layer.stored.target}_packed{leaf}", value) for leaf, value in parts.items()
         ]
-    return _Packed([*operands, *[None] * (3 - len(operands))], features, inputs, form.bits)
+    return _Packed([*operands, *[None] * (3 - len(operands))], features, inputs, format)
 
 
 def _look_up_packed(edit: Editor, packed: _Packed, ids: object) -> fx.Node:
     """An embedding of rows of a packed weight; use inside `edit.before`."""
-    rows = edit.call(packed_embedding, packed.operands[0], ids, features=packed.features, bits=packed.bits)
+    rows = edit.call(packed_embedding, packed.operands[0], ids, features=packed.features, bits=FORMS[packed.format].bits)
     if nodes.tensor_type(packed.operands[0]).rank == 3:
         return rows
     return edit.call(aten.slice.Tensor, rows, -1, 0, packed.inputs)

@@ -275,6 +275,8 @@ class _Caster:
                 if item.op == "get_attr" and dtype == self.low and item.target not in edit.program.state:
                     low = _fitted(edit.tensor(item), dtype).to(dtype)
                     self.casts[key] = edit.weight(f"{item.target}_low", edit.like(item, low))
+                elif item.target is dequantize:
+                    self.casts[key] = edit.call(dequantize, *item.args, **{**item.kwargs, "dtype": dtype})
                 else:
                     value = edit.call(aten.clamp_min.default, item, _lowest(dtype)) if clamp else item
                     self.casts[key] = edit.call(aten.to.dtype, value, dtype)

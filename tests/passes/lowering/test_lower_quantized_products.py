@@ -247,12 +247,16 @@ def test_weights_of_four_bits(options: str, make: type[nn.Module]) -> None:
 
 def test_the_grid_of_four_bits_gives_the_weight() -> None:
     q, scale = torch.randint(0, 16, (8, 64), dtype=torch.uint8), torch.rand(8, 1) + 0.5
-    zero_point = torch.randint(0, 16, (8, 1)).float()
+    zero_point = torch.randint(0, 16, (8, 1), dtype=torch.uint8)
     step, offset = tile_grid(scale, zero_point, 8, 2).float().unbind(-1)
     assert step.shape == (2, 8)
     found = (q.float() - 8) * step.repeat_interleave(32, 0).T + offset.repeat_interleave(32, 0).T
     # Both are rounded to 8 bits: 2e-3 each, and the sums of what is up to 8 steps may cancel.
-    torch.testing.assert_close(found, (q - zero_point) * scale, rtol=0, atol=16 * 1.5 * 4e-3)
+    torch.testing.assert_close(found, (q.float() - zero_point) * scale, rtol=0, atol=16 * 1.5 * 4e-3)
+    # A zero point in floating point is subtracted after scaling.
+    step, offset = tile_grid(scale, zero_point * scale, 8, 2).float().unbind(-1)
+    found = (q.float() - 8) * step.repeat_interleave(32, 0).T + offset.repeat_interleave(32, 0).T
+    torch.testing.assert_close(found, (q.float() - zero_point) * scale, rtol=0, atol=16 * 1.5 * 4e-3)
 
 
 @pytest.mark.parametrize("shape", [(), (1, 1), (6, 1)])

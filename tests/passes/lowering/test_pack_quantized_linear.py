@@ -13,12 +13,12 @@ import lissom
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import History
 from lissom.ops import quantized_linear, quantized_linear_norm, weight_quantized_linear, weight_quantized_linear_norm
-from lissom.ops.native import kernel_dtypes, missing_int8_kernel
+from lissom.ops.native import kernel_dtypes, missing_int8_kernel, reads_few_bits_faster
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 from lissom.ops.quantized_linear import unpack_bytes
 from tests import captures
 from tests.models import Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama
-from tests.passes.harness import aten, calls, check_golden, rewrite
+from tests.passes.harness import apply, aten, calls, check_golden, rewrite
 
 LOWERING = ",fold-quantized-weights,pack-quantized-linear"
 needs_kernel = pytest.mark.skipif(
@@ -222,3 +222,18 @@ def test_composes_and_is_saved_and_loaded(cast: str, tmp_path: Path) -> None:
     loaded = lissom.load(tmp_path / "saved")
     call: Callable[..., object] = lambda run: run(**case.inputs).last_hidden_state  # noqa: E731
     assert torch.equal(call(loaded), call(compiled))  # pyright: ignore
+
+
+@pytest.mark.parametrize(("low", "high", "format"), [(-16, 15, "int5"), (-32, 31, "int6"), (-33, 0, "int8"), (0, 16, "int6")])
+def test_weights_that_need_fewer_bits_are_packed_in_fewer(low: int, high: int, format: str) -> None:
+    module = nn.Linear(8, 40)
+    module.weight = nn.Parameter((normal(40, 8) * 9).round().clamp(low, high))
+    with torch.no_grad():
+        module.weight[:, 0], module.weight[:, 1] = low, high
+    program = rewrite("quantize{scheme=int8-weight,lm_head=true}", module, normal(3, 8))[0]
+    (node,) = program.nodes(fake_quantize)
+    program.set_weight(str(node.args[1].target), torch.ones(40, 1))
+    found, _ = apply("fold-quantized-weights,pack-quantized-linear", program, [normal(3, 8)])
+    (layer,) = found.nodes(weight_quantized_linear)
+    assert layer.kwargs["format"] == (format if reads_few_bits_faster() else "int8")
+    torch.testing.assert_close(found.run([normal(3, 8)])[0], module(normal(3, 8)), rtol=1e-5, atol=1e-4)
