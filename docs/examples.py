@@ -587,13 +587,13 @@ EXAMPLES = {
     "distill": Example(
         Block,
         "torch.randn(4, 128, 256)",
-        "prune-neurons{keep=0.5},distill{steps=20}",
-        "[torch.randn(4, 128, 256) for _ in range(8)]",
+        "prune-neurons{keep=0.5},distill{steps=60,learning_rate=0.001}",
+        "[torch.randn(4, 128, 256) for _ in range(20)]",
     ),
     "finetune": Example(
         Block,
         "torch.randn(4, 128, 256)",
-        "finetune{steps=20}",
+        "finetune{steps=60,learning_rate=0.001}",
         "[{'x': torch.ones(4, 128, 256) * i, 'labels': torch.ones(4, 128, 256)} for i in range(8)]",
     ),
     "correct-bias": Example(

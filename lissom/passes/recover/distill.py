@@ -46,7 +46,7 @@ class Distill(Fitting):
     alpha: float = 0.5
     temperature: float = 2.0
     hidden: float = 1.0
-    blockwise: float = 0.3
+    blockwise: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
