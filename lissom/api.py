@@ -22,7 +22,7 @@ from lissom.runtime.compiled_model import CompiledModel
 
 @refuse_old_names
 def compile(
-    model: nn.Module,
+    model: nn.Module | Program,
     example_inputs: Inputs,
     *,
     passes: str | Pass | Sequence[Pass] = "exact",
@@ -42,6 +42,7 @@ def compile(
 
     The model itself is not modified. The result shares its weights until a pass changes one.
 
+    model: a module, or a program from `lissom.optimize`, whose sizes vary as they did there.
     example_inputs: a tuple holds positional arguments, a mapping keyword arguments, a tensor is the only argument.
     passes: pipeline text, pass objects, or a recipe's name, run in the order written. The recipe `exact` brings every model
         into canonical form and always comes first.
@@ -100,7 +101,7 @@ class Optimized:
 
 
 def optimize(
-    model: nn.Module,
+    model: nn.Module | Program,
     example_inputs: Inputs,
     *,
     passes: str | Pass | Sequence[Pass] = "exact",

@@ -378,3 +378,19 @@ def test_a_model_is_compiled_for_a_gpu():
         wanted = case.model(**case.kwargs).logits
     # Other kernels sum in another order: float32, unit roundoff 6e-8, sums of at most 24 terms.
     torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_program_is_compiled_like_its_model():
+    case = tiny_bert()
+    program = lissom.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5}").program
+    module = program.trainable()
+    with torch.no_grad():
+        module.get_parameter("encoder.layer.0.output.dense.weight").mul_(1.1)
+    compiled = lissom.compile(program.with_weights(module), case.inputs)
+    assert type(compiled.config) is type(case.model.config)
+    assert compiled.program.name == "BertModel"
+    wanted, found = module(**case.inputs), compiled(**case.inputs)
+    assert torch.allclose(wanted.last_hidden_state, found.last_hidden_state, atol=1e-5)
+    assert type(found).__name__ == type(case.model(**case.inputs)).__name__
+    with pytest.raises(lissom.LissomError, match="argument 'attention_mask' is missing"):
+        lissom.compile(program, {"input_ids": case.inputs["input_ids"]})

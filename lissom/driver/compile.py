@@ -37,29 +37,52 @@ from lissom.runtime.hosted_model import Facts, check_uncompiled
 from lissom.runtime.layer_timer import ProgramTimer
 
 
-def compile_model(model: nn.Module, example_inputs: Inputs, settings: Settings) -> CompiledModel:
+def compile_model(model: nn.Module | Program, example_inputs: Inputs, settings: Settings) -> CompiledModel:
     """The model compiled as the settings say. Raises: what `lissom.compile` raises."""
     take, device = _capturing(model, example_inputs, settings)
-    return compile_captured(take, device, settings, Facts.of(model))
+    return compile_captured(take, device, settings, _facts_of(model))
 
 
-def optimize_model(model: nn.Module, example_inputs: Inputs, settings: Settings) -> tuple[Program, History]:
+def optimize_model(model: nn.Module | Program, example_inputs: Inputs, settings: Settings) -> tuple[Program, History]:
     """The model's program after the passes, not lowered. Raises: what `lissom.compile` raises."""
     check_choices(settings)
     passes = resolve_passes(settings.passes)
     take, device = _capturing(model, example_inputs, settings)
     with progress_bar("optimize") as bar, isolated(device):
         job = _job(take, passes, settings, settings.progress or bar, 1 + len(passes))
+        job.captured.program.about = _facts_of(model)
         return job.pipeline.run(job.captured.program, job.history)
 
 
-def _capturing(model: nn.Module, example_inputs: Inputs, settings: Settings) -> tuple[Callable[[], Capture], torch.device]:
+def _facts_of(model: nn.Module | Program) -> Facts | None:
+    """The metadata of a model, or that which a program keeps of its model."""
+    if isinstance(model, Program):
+        return model.about if isinstance(model.about, Facts) else None
+    return Facts.of(model)
+
+
+def _capturing(
+    model: nn.Module | Program, example_inputs: Inputs, settings: Settings
+) -> tuple[Callable[[], Capture], torch.device]:
     """A function that captures the model, and the device of its program. Raises: CaptureError for a compiled model."""
+    if isinstance(model, Program):
+        return _given_program(model, example_inputs, settings)
     check_uncompiled(model)
     place = check_device(settings.device)
     args, kwargs = split_inputs(example_inputs)
     take = partial(capture, model, args, kwargs, dynamic=settings.dynamic, device=place)
     return take, place or device_of(model, (args, kwargs))
+
+
+def _given_program(program: Program, example_inputs: Inputs, settings: Settings) -> tuple[Callable[[], Capture], torch.device]:
+    """The same for a program: a copy, on the device where it is."""
+    place = check_device(settings.device)
+    device = next((tensor.device for tensor in program.weights().values()), torch.device("cpu"))
+    if place is not None and place != device:
+        raise UnsupportedError(f"device= is {place}, and the program is on {device}; optimize the model on that device")
+    args, kwargs = split_inputs(example_inputs)
+    example = program.signature.flatten(args, kwargs)
+    return lambda: Capture(program.copy(), example, (), 0.0), device
 
 
 def compile_captured(

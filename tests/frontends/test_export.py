@@ -192,7 +192,7 @@ def test_models_of_other_dtypes_are_captured(dtype):
 def test_a_trainable_weight_stays_trainable():
     program = captured("feed_forward")
     assert all(isinstance(weight, nn.Parameter) for weight in program.weights().values())
-    assert all(weight.requires_grad for weight in program.trainable().weights().values())
+    assert all(weight.requires_grad for weight in program.own_copy().weights().values())
 
 
 def test_no_gradients_are_recorded_while_capturing():

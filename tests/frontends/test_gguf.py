@@ -57,7 +57,7 @@ def test_a_program_remembers_the_blocks_and_a_copy_of_the_model_does_not(file: P
     program = captures.optimize(model, INPUTS, checks="structural").program
     names = [name for name, weight in program.weights().items() if stored_form(weight)]
     assert len(names) == 16
-    assert not any(stored_form(weight) for weight in program.trainable().weights().values())
+    assert not any(stored_form(weight) for weight in program.own_copy().weights().values())
     assert describe_blocks(copy.deepcopy(model)) == ()
 
 

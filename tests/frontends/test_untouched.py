@@ -174,7 +174,7 @@ def test_training_a_program_leaves_the_model(build: Callable[[], object]) -> Non
     program = capture(model, case.args, case.kwargs, dynamic=False).program
     sample = program.signature.flatten(case.args, case.kwargs)
     before = program.run(sample)[0]
-    trained = program.trainable()
+    trained = program.own_copy()
     optimizer = torch.optim.AdamW(trained.graph_module.parameters(), lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
@@ -193,7 +193,7 @@ def test_a_program_reads_the_model_s_memory_and_cannot_be_trained_itself() -> No
     program = capture(model, (normal(3, 4),)).program
     assert program.weight("weight").data_ptr() == model.weight.data_ptr()
     assert not any(weight.requires_grad for weight in program.weights().values())
-    own = program.trainable()
+    own = program.own_copy()
     assert all(weight.requires_grad for weight in own.weights().values())
     assert own.weight("weight").data_ptr() != model.weight.data_ptr()
     assert list(dict(own.graph_module.named_parameters())) == ["weight", "bias"]

@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lissom.compiler.ir import fake, printer
 from lissom.compiler.ir.interpreter import Observer, run
 from lissom.compiler.ir.signature import Signature
+from lissom.compiler.ir.trainable import TrainableModule
+from lissom.errors import InputError
 
 Fact = TypeVar("Fact")
 
@@ -22,9 +24,10 @@ class Program:
 
     name: the class of the model it was captured from.
     graph_module: the graph and, as attributes under their original names, the weights and buffers it reads. They share memory
-        with the model's own, require no gradients, and are read only; `trainable` gives a program with copies.
+        with the model's own, require no gradients, and are read only; `trainable` gives a module with copies.
     signature: how the program is called.
     state: the names of the buffers it may write; everything else is read only.
+    about: what the runtime keeps of the model besides the program, such as its configuration; None where there is nothing.
     edits: the number of changes made, so that facts about the program can be cached until the next one.
     is_simulation: whether `run` simulates several processes. The weights are then fixed, and outputs may share memory where
         those of the processes do not.
@@ -37,6 +40,7 @@ class Program:
         self.graph_module = graph_module
         self.signature = signature
         self.state = state
+        self.about: object = None
         self.edits = 0
         self._facts: dict[Callable[[Program], object], tuple[int, object]] = {}
 
@@ -134,10 +138,54 @@ class Program:
         copied: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
             copied[node] = graph.node_copy(node, copied.__getitem__)
-        return Program(self.name, fake.FlatModule(self.graph_module, graph), self.signature, self.state)
+        found = Program(self.name, fake.FlatModule(self.graph_module, graph), self.signature, self.state)
+        found.about = self.about
+        return found
 
-    def trainable(self) -> Program:
-        """A copy with weights of its own, whose parameters require gradients: `trainable().graph_module.parameters()`.
+    def trainable(self) -> TrainableModule:
+        """The program as a module with copies of the weights, for a training loop of one's own; see `with_weights`.
+
+        Parameters have the model's names, require gradients, and are shared where the program shares them. Weights that were
+        frozen in the model are buffers.
+
+        >>> import torch, lissom
+        >>> program = lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4)).program
+        >>> module = program.trainable()
+        >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        >>> module(torch.ones(3, 4)).square().sum().backward()
+        >>> optimizer.step()
+        >>> trained = program.with_weights(module)
+        """
+        owned = self.own_copy()
+        return TrainableModule(owned.graph_module, owned)
+
+    def with_weights(self, module: nn.Module) -> Program:
+        """This program with the weights of a module that `trainable` gave, which are copied.
+
+        Raises: InputError when a weight is missing, has another shape or dtype, or is not finite.
+        """
+        given, found = module.state_dict(keep_vars=True), self.copy()
+        shared: dict[int, torch.Tensor] = {}
+        for name, old in self.weights().items():
+            new = given.get(name)
+            if new is None:
+                raise InputError(f"the module has no weight '{name}'; give the module that program.trainable() returned")
+            if (new.shape, new.dtype) != (old.shape, old.dtype):
+                raise InputError(
+                    f"the weight '{name}' is {list(new.shape)} of {new.dtype}, and {list(old.shape)} of {old.dtype} in the "
+                    f"program"
+                )
+            if new.is_floating_point() and bool(old.isfinite().all()) and not bool(new.isfinite().all()):
+                raise InputError(f"the weight '{name}' holds infinities or NaN; train with a lower learning rate")
+            if id(new) not in shared:
+                copied = new.detach().to(old.device).clone()
+                learned = isinstance(old, nn.Parameter)
+                shared[id(new)] = nn.Parameter(copied, requires_grad=old.requires_grad) if learned else copied
+            found.set_weight(name, shared[id(new)])
+        return found
+
+    def own_copy(self) -> Program:
+        """A copy with weights of its own, whose parameters require gradients.
 
         A program shares its weights with the model it was captured from. Training needs copies, or the model would change.
         Weights that were frozen in the model stay frozen.

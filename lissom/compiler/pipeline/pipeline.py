@@ -232,7 +232,7 @@ class _Run:
         if not isinstance(item, (Rewrite, Annotation)):
             self.check_stretch()
         started = time.perf_counter()
-        copied = self.program.trainable() if isinstance(item, Training) else self.program.copy()
+        copied = self.program.own_copy() if isinstance(item, Training) else self.program.copy()
         given = self.pipeline
         edit = Editor(copied, item.name(), given.data, labels=given.labels, reference=self.reference, progress=show)
         self._run_pass(item, edit)
@@ -288,6 +288,9 @@ class _Run:
                 f"{format_pass(item)} failed{where}: {type(error).__name__}: {error}; "
                 f"the program from before the pass is intact{lines}"
             ) from error
+        if isinstance(item, Training):
+            for weight in edit.program.weights().values():
+                weight.requires_grad_(False).grad = None
         written = next((name for name, (tensor, version) in shared.items() if _version(tensor) != version), None)
         if written is not None and not isinstance(item, Training):
             raise PassError(

@@ -168,9 +168,9 @@ def test_a_tensor_in_place_of_a_parameter_becomes_one():
     edit.set_weight(read, torch.zeros(12, 8))
     found = edit.program.weight("up.weight")
     assert isinstance(found, nn.Parameter)
-    assert edit.program.trainable().weight("up.weight").requires_grad
+    assert edit.program.own_copy().weight("up.weight").requires_grad
     edit.set_weight(read, torch.zeros(12, 8, dtype=torch.int8))
-    assert not edit.program.trainable().weight("up.weight").requires_grad
+    assert not edit.program.own_copy().weight("up.weight").requires_grad
 
 
 def test_set_weight_types_everything_behind_it_anew():

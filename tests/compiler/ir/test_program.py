@@ -139,7 +139,7 @@ def test_running_shows_every_call_in_order():
 def test_gradients_flow_to_the_weights_of_a_trainable_copy():
     case = feed_forward()
     program = capture(case.model, case.args).program
-    trained = program.trainable()
+    trained = program.own_copy()
     trained(*case.args).sum().backward()
     assert trained.weight("up.weight").grad.abs().sum() > 0
     assert case.model.up.weight.grad is None
@@ -174,3 +174,49 @@ def test_str_is_the_text():
     program = captured("tied")
     assert str(program) == program.text()
     assert repr(program).startswith(f"<Program {program.name}(") and "\n" not in repr(program)
+
+
+def test_a_trainable_module_is_trained_in_a_loop_of_ones_own():
+    case = feed_forward()
+    program = capture(case.model, case.args).program
+    module = program.trainable()
+    assert dict(module.named_parameters()).keys() == dict(case.model.named_parameters()).keys()
+    assert torch.equal(module(*case.args), case.model(*case.args))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    module(*case.args).square().mean().backward()
+    optimizer.step()
+    after = program.with_weights(module)
+    assert torch.equal(after(*case.args), module(*case.args))
+    assert not any(weight.requires_grad for weight in after.weights().values())
+    assert torch.equal(program(*case.args), case.model(*case.args))
+    assert case.model.up.weight.grad is None and after.text() == program.text()
+
+
+def test_a_trainable_module_moves_through_a_state_dict():
+    case = feed_forward()
+    program = capture(case.model, case.args).program
+    first, second = program.trainable(), program.trainable()
+    with torch.no_grad():
+        first.get_parameter("up.weight").add_(1.0)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(program.with_weights(second)(*case.args), first(*case.args))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda module: delattr(module.up, "weight"), "the module has no weight 'up.weight'; give the module that"),
+        (
+            lambda module: module.up.register_parameter("weight", torch.nn.Parameter(torch.zeros(1))),
+            r"is \[1\] of torch.float32",
+        ),
+        (lambda module: module.up.double(), "of torch.float64, and "),
+        (lambda module: module.up.weight.data.fill_(float("nan")), r"the weight 'up\.weight' holds infinities or NaN"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(change, message):
+    program = captured("feed_forward")
+    module = program.trainable()
+    change(module)
+    with pytest.raises(InputError, match=message):
+        program.with_weights(module)

@@ -18,7 +18,7 @@ def test_ranks_that_do_not_exist() -> None:
     with pytest.raises(PassError, match="cannot be changed in a program partitioned for 2 ranks"):
         run_passes("merge-projections{always=true}", after, samples)
     with pytest.raises(PassError, match="cannot be changed in a program partitioned for 2 ranks"):
-        after.trainable()
+        after.own_copy()
     with pytest.raises(UnsupportedError, match="partitioned for 2 ranks already"):
         run_passes("shard{world_size=2}", after, samples)
 

@@ -148,7 +148,7 @@ def test_a_constant_as_large_as_its_weights_is_folded() -> None:
 
 
 def test_trainable_stays_trainable() -> None:
-    program = rewrite(FoldConstants(), seeded(GemmaNorm), normal(2, 5, 8))[0].trainable()
+    program = rewrite(FoldConstants(), seeded(GemmaNorm), normal(2, 5, 8))[0].own_copy()
     folded = program.weight("folded.add")
     program(normal(2, 5, 8)).sum().backward()
     assert isinstance(folded, nn.Parameter)
@@ -163,7 +163,7 @@ def test_a_buffer_stays_a_buffer() -> None:
 def test_frozen_stays_frozen() -> None:
     frozen = nn.Parameter(torch.ones(8), requires_grad=False)
     program, _ = rewrite(FoldConstants(), Calls(lambda model, x: x * (model.w + 1), w=frozen), normal(2, 5, 8))
-    assert not program.trainable().weight("folded.add").requires_grad
+    assert not program.own_copy().weight("folded.add").requires_grad
 
 
 def test_the_users_module_is_untouched() -> None:

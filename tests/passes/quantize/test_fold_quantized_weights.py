@@ -54,7 +54,7 @@ def test_a_table_is_looked_up_before_it_is_turned_back() -> None:
 
 def test_it_can_be_trained_no_more_but_what_is_not_rounded_can() -> None:
     case = tiny_bert()
-    program = captures.optimize(case.model, case.inputs, passes="quantize,fold-quantized-weights").program.trainable()
+    program = captures.optimize(case.model, case.inputs, passes="quantize,fold-quantized-weights").program.own_copy()
     sample = program.signature.flatten((), case.kwargs)
     total = sum(item.float().square().sum() for item in program.run(sample) if isinstance(item, torch.Tensor))
     total.backward()

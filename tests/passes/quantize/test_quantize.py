@@ -177,7 +177,7 @@ def test_a_second_pass_leaves_what_is_quantized() -> None:
 
 def test_it_trains_straight_through() -> None:
     case = tiny_bert()
-    program = quantized(case, "quantize").trainable()
+    program = quantized(case, "quantize").own_copy()
     sample = program.signature.flatten((), case.kwargs)
     total = sum(item.float().square().sum() for item in program.run(sample) if isinstance(item, torch.Tensor))
     total.backward()

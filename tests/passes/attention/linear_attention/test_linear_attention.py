@@ -234,7 +234,7 @@ def test_requirements() -> None:
 def test_it_trains(name: str) -> None:
     """Every weight that had a gradient has one, and the maps' own do."""
     program, _ = last.__wrapped__(f"linear-attention{{features={name}}}", "gpt2")
-    program, ids = program.trainable(), tokens()
+    program, ids = program.own_copy(), tokens()
     found = program(input_ids=ids, attention_mask=torch.ones_like(ids))[0]  # pyright: ignore[reportIndexIssue]
     found.square().sum().backward()
     trained = {name: weight for name, weight in program.weights().items() if weight.requires_grad}

@@ -277,7 +277,7 @@ def test_a_kernel_with_weight_normalisation_is_a_plain_one_by_then() -> None:
 
 def test_it_trains() -> None:
     module, x = stem(), smooth(16, 6, 30)
-    program = separated(module, x, "rank=1")[0].trainable()
+    program = separated(module, x, "rank=1")[0].own_copy()
     factors = [program.weight(name) for name in program.weights() if name.endswith("wise")]
     optimizer = torch.optim.Adam(factors, lr=1e-2)
     losses: list[float] = []
@@ -294,7 +294,7 @@ def test_it_trains() -> None:
 def test_frozen_kernels_stay_frozen() -> None:
     module = stem().requires_grad_(False)
     program, _ = separated(module, normal(2, 6, 9), "rank=1")
-    assert not any(weight.requires_grad for weight in program.trainable().weights().values())
+    assert not any(weight.requires_grad for weight in program.own_copy().weights().values())
 
 
 def test_the_model_keeps_its_weights() -> None:

@@ -223,7 +223,7 @@ def test_the_model_is_as_it_was_and_the_factors_train() -> None:
     program = captures.optimize(module, x, passes="low-rank{rank=2}", data=[x]).program
     assert all(torch.equal(weight, kept[name]) for name, weight in module.state_dict().items())
     assert program.weight("norm.weight").data_ptr() == module.norm.weight.data_ptr()
-    program = program.trainable()
+    program = program.own_copy()
     parameters = [weight for key, weight in program.weights().items() if key.endswith(("_u", "_v"))]
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
     losses = []
