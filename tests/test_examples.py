@@ -10,17 +10,19 @@ import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 # What a script needs beside transformers.
-NEEDS = {"sentence_embeddings": "sentence_transformers"}
+NEEDS = {"sentence_embeddings": "sentence_transformers", "finetune_classifier": "sklearn"}
 SAID = {
     "feature_extraction": "features of 12 tokens, 384 numbers each\nequal to those of the original model\n",
     "sentence_embeddings": "equal to the original model's embeddings\n",
     "text_generation": "equal to the original model's answer\n",
+    "distill": "BertConfig, 17.4 million weights\n",
+    "finetune_classifier": "of the weights, distilled: 0.9",
     "text_classification": ("cooking: Stir the soup and add some pepper.\nastronomy: The rocket left for Mars last night.\n"),
 }
 
 
-# Where its package is installed, Gemma is loaded, compiled, and generates twice.
-SLOW = {"text_generation"}
+# Where its package is installed, Gemma is loaded, compiled, and generates twice; the others train.
+SLOW = {"text_generation", "distill", "finetune_classifier"}
 
 
 @pytest.mark.parametrize(
