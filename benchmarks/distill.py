@@ -56,16 +56,20 @@ def eager_speed(checkpoint: Checkpoint, batches: Batches) -> float:
     return real_tokens(chosen[2:]) * (len(chosen) - 2) / (time.perf_counter() - started)
 
 
-def row(
-    checkpoint: Checkpoint,
-    passes: str,
-    minutes: float,
-    batches: Batches,
-    texts: Texts,
-    original: Retrieval,
-    exact: lissom.CompiledModel,
-) -> list[str]:
+@dataclass(frozen=True)
+class Setting:
+    """What all pipelines share: the model, the texts, the original's results, and its exact program."""
+
+    checkpoint: Checkpoint
+    batches: Batches
+    texts: Texts
+    original: Retrieval
+    exact: lissom.CompiledModel
+
+
+def row(setting: Setting, passes: str, minutes: float) -> list[str]:
     """The cells of one pipeline: its speedup, and its recall without and with recovery."""
+    checkpoint, batches = setting.checkpoint, setting.batches
     cells = [f"`{passes}`"]
     speed = ""
     program: Program | None = None
