@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import dataclass
 
 import torch
 from quality import Retrieval, Texts, calibration_batches, conditions, difference, read_pairs, retrieve

@@ -34,6 +34,7 @@ MEASURED = {
     "[benchmarks](../../benchmarks/README.md#the-windows-a-model-comes-with).",
     "linear-attention": "Times and memory against the length, and what a real model loses: "
     f"[benchmarks](../../benchmarks/README.md#linear-attention), and {_LENGTH}.",
+    "distill": "What it wins back on a real model: [benchmarks](../../benchmarks/README.md#what-distillation-wins-back).",
     **dict.fromkeys(("shard", "partition"), "Plans of models of four families: [Tensor parallelism](../parallel.md)."),
     "quantize": f"Each scheme on real models, and when not to use it: {_SCHEMES}.",
 }
@@ -138,6 +139,8 @@ def _sizes(before: Size, after: Size) -> str:
 
 def _limits(source: str) -> str:
     reasons = skip_reasons(source)
+    if not reasons and "(Fitting)" in source:
+        return "It trains no program with a KV cache, and no stored integers. [Recovering quality](../recovery.md) has the rest."
     if not reasons:
         return "It treats every place of the form above and reports none as skipped; anything else it does not touch."
     listed = "\n".join(f"- {reason}" for reason in reasons)
