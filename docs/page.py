@@ -140,7 +140,7 @@ def _sizes(before: Size, after: Size) -> str:
 def _limits(source: str) -> str:
     reasons = skip_reasons(source)
     if not reasons and "(Fitting)" in source:
-        return "It trains no program with a KV cache, and no stored integers. [Recovering quality](../recovery.md) has the rest."
+        return "It trains no program with a KV cache, and no stored integers; more in [recovering quality](../recovery.md)."
     if not reasons:
         return "It treats every place of the form above and reports none as skipped; anything else it does not touch."
     listed = "\n".join(f"- {reason}" for reason in reasons)

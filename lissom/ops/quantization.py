@@ -8,6 +8,8 @@ fake_quantize_dynamic computes the scale from x itself, per-token (all but the l
 floating point, so a quantized program runs and trains as it is. Gradients use the straight-through estimator: they pass where
 x is in range, and are zero where x is clamped. Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference, §3. Bengio et al. 2013, Estimating or Propagating Gradients Through Stochastic Neurons, §4.
+A scale that requires gradients gets Σ (q - zero_point - x / scale) over its block, without x / scale where x is clamped: Esser
+et al. 2020, Learned Step Size Quantization, eq. 3.
 
 dequantize converts stored integers, or fp8, to floating point; see `lissom/ops/formats.py` for formats and scales.
 """
@@ -67,12 +69,18 @@ def _fake_dequantize(
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, str], output: torch.Tensor) -> None:
     x, scale, zero_point = inputs
-    ctx.save_for_backward(formats.within(x, scale, zero_point, FORMATS[keyword_only_inputs["format"]]))
+    inside = formats.within(x, scale, zero_point, FORMATS[keyword_only_inputs["format"]])
+    ctx.save_for_backward(inside, *((x, scale, output) if scale.requires_grad else ()))
 
 
-def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-    (inside,) = ctx.saved_tensors
-    return gradient * inside, None, None
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+    inside, *saved = ctx.saved_tensors
+    if not saved:
+        return gradient * inside, None, None
+    x, scale, y = saved
+    # y / scale is q - zero_point, which does not change with the scale where x is clamped.
+    change = formats.block_sum(gradient * (y - inside * x), tuple(scale.shape)) / scale
+    return gradient * inside, change.to(scale.dtype), None
 
 
 def _straight_through(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
@@ -87,7 +95,7 @@ fake_quantize = define(
     setup_context=_remember,
 )
 """The operator. x: any shape; scale, zero_point: [] or one per block, see `lissom/ops/formats.py`; format: a name in FORMATS.
-Returns x's shape and dtype. Differentiable in x."""
+Returns x's shape and dtype. Differentiable in x and scale."""
 
 fake_quantize_dynamic = define(
     'fake_quantize_dynamic(Tensor x, *, str format, str granularity="token") -> Tensor',

@@ -43,6 +43,19 @@ def test_per_tensor_takes_one_scale() -> None:
     assert fake_quantize_dynamic(x, format="uint8", granularity="tensor").tolist() == [[0.0, 0.0], [0.0, 255.0]]
 
 
+def test_the_gradient_of_a_scale() -> None:
+    """By hand, one scale a row: round(x / s) - x / s where x fits, else the end of the range."""
+    x, scale = torch.tensor([[0.9, -0.3, 50.0], [-1.2, 0.4, 0.1]]), torch.tensor([[0.5], [0.25]], requires_grad=True)
+    weights = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    (fake_quantize(x, scale, format="int4") * weights).sum().backward()
+    rows = [
+        [(2 - 1.8) * 1, (-1 + 0.6) * 2, 7.0 * 3],
+        [(-5 + 4.8) * 4, (2 - 1.6) * 5, (0 - 0.4) * 6],
+    ]
+    assert scale.grad is not None
+    assert scale.grad[:, 0].tolist() == pytest.approx([sum(row) for row in rows], rel=1e-5)
+
+
 def test_the_gradient_passes_straight_through_where_values_fit() -> None:
     x = torch.tensor([-3.0, 0.3, 0.5, 3.0], requires_grad=True)
     fake_quantize(x, torch.tensor(1 / 127), format="int8").sum().backward()

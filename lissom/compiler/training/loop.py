@@ -7,7 +7,7 @@ rises over the first twentieth and falls linearly to zero at the deadline. https
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lissom.compiler.ir.editor import CurvePoint
+from lissom.ops.formats import LEAST
 
 Precision = Literal["auto", "fp32", "bf16"]
 _WARM_UP = 0.05
@@ -24,6 +25,8 @@ _JUDGED = 10
 _LEAST_STEPS = 2
 _CLIPPED = 1.0
 """The largest norm of the gradient of a step."""
+_SCALE_RATE = 1.0
+"""The learning rate of a scale, in relation to its largest element."""
 _ALIKE = 0.98
 """The cosine between the gradients of one batch in bfloat16 and in float32 from which bfloat16 may be used."""
 
@@ -76,15 +79,16 @@ def train(
     judge: Callable[[], float],
     plan: Plan,
     report: Callable[[str, float], None],
+    scales: Collection[str] = (),
 ) -> Trained:
     """Train the weights in place, and leave those with the smallest held-out loss, which may be those from before.
 
     learned: the parameters by name. zeros: for some of them where they stay zero. count: of batches. judge: the held-out loss.
-    report: called with a sentence and the fraction of the run that is over.
+    report: called with a sentence and the fraction of the run that is over. scales: the names of scales, which stay positive.
 
     An interrupt ends the run and keeps the best weights.
     """
-    run = _Run(learned, zeros, loss, count, judge, plan, report)
+    run = _Run(learned, zeros, loss, count, judge, plan, report, scales)
     try:
         run.measure()
         run.steps()
@@ -107,10 +111,17 @@ class _Run:
         judge: Callable[[], float],
         plan: Plan,
         report: Callable[[str, float], None],
+        scales: Collection[str],
     ) -> None:
         self.learned, self.zeros, self.loss, self.count = learned, zeros, loss, count
         self.judge, self.plan, self.report = judge, plan, report
-        self.optimizer = torch.optim.AdamW(learned.values(), lr=plan.learning_rate, weight_decay=0.0, fused=True)
+        self.weights = [item for name, item in learned.items() if name not in scales]
+        self.scales = [item for name, item in learned.items() if name in scales]
+        # A step of Adam has the size of the learning rate, and scales are small: each changes by its share of the largest one.
+        rates = [_SCALE_RATE * float(item.detach().max()) for item in self.scales]
+        groups = [{"params": self.weights, "share": 1.0}]
+        groups += [{"params": [item], "share": rate} for item, rate in zip(self.scales, rates, strict=True)]
+        self.optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, weight_decay=0.0, fused=True)
         self.generator = torch.Generator().manual_seed(plan.seed)
         self.found = Trained()
         self.kept: dict[str, torch.Tensor] = {name: item.detach().clone() for name, item in learned.items()}
@@ -148,16 +159,18 @@ class _Run:
     def _take_step(self, batch: int, done: float, autocast: bool) -> bool:
         """Train on one batch; False when a value was not finite."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.rate(done)
+            group["lr"] = group["share"] * self.plan.rate(done)
         value = self._gradients(batch, done, autocast)
-        norm = nn.utils.clip_grad_norm_(self.learned.values(), _CLIPPED)
-        if not (value.isfinite() and norm.isfinite()):
+        norms = [nn.utils.clip_grad_norm_(items, _CLIPPED) for items in (self.weights, self.scales) if items]
+        if not (value.isfinite() and all(norm.isfinite() for norm in norms)):
             self.found.stopped = f"the loss or its gradient was not finite after {self.step} steps"
             return False
         self.optimizer.step()
         with torch.no_grad():
             for name, kept in self.zeros.items():
                 self.learned[name].masked_fill_(kept, 0.0)
+            for scale in self.scales:
+                scale.clamp_min_(LEAST)
         self.recent.append(float(value))
         self.step += 1
         return True

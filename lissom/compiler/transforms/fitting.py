@@ -8,11 +8,10 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from lissom.compiler.analysis.module_filter import is_path_protected
 from lissom.compiler.analysis.structure.transformer import structure
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.printer import place
 from lissom.compiler.ir.program import Program
@@ -21,6 +20,7 @@ from lissom.compiler.pipeline.pass_kinds import Training
 from lissom.compiler.training.batches import Batch, hold_out, read_batches
 from lissom.compiler.training.loop import Plan, Precision, Trained, train
 from lissom.errors import RequirementError
+from lissom.ops.quantization import fake_quantize
 
 MINUTES = 5.0
 """The length of a run without `minutes` and `steps`."""
@@ -51,6 +51,7 @@ class Fitting(Training):
         faster in it and the gradients agree.
     held_out: the fraction of the data that decides which weights stay, and is not trained on.
     embeddings: trains embedding tables too, and LM heads tied to them.
+    scales: trains the scales of quantizers in the graph too.
     seed: of the held-out part and of the order of the batches.
     skip: module paths whose weights stay as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
     only: module paths whose weights learn, in the same form; others stay.
@@ -63,6 +64,7 @@ class Fitting(Training):
     precision: Precision = "auto"
     held_out: float = 0.1
     embeddings: bool = False
+    scales: bool = True
     seed: int = 0
     skip: str = ""
     only: str = ""
@@ -92,6 +94,8 @@ class Fitting(Training):
             program, read_batches(program, edit.data, edit.labels, self.batch), self.held_out, self.seed, self.name()
         )
         learned = self._learned(program)
+        scales = _learning_scales(program) if self.scales else {}
+        learned |= {name: scale for name, (scale, _) in scales.items()}
         objective = self.objective(edit, batches, judged)
         seconds = None if self.steps is not None else 60 * (self.minutes or MINUTES)
         with closing(objective), _only_these_learn(program, learned):
@@ -103,7 +107,10 @@ class Fitting(Training):
                 lambda: sum(float(objective.held_out(at)) for at in range(len(judged))) / len(judged),
                 Plan(seconds, self.steps, self.learning_rate, self.precision, self.seed),
                 lambda what, fraction: edit.report(what, round(1000 * fraction), 1000),
+                scales,
             )
+        for name, (scale, dtype) in scales.items():
+            program.set_weight(name, scale.detach().to(dtype))
         self._record(edit, done, len(learned), [batch.inputs for batch in (*batches, *judged)])
 
     def _check(self, edit: Editor) -> None:
@@ -153,6 +160,16 @@ class Fitting(Training):
             )
 
 
+def _learning_scales(program: Program) -> dict[str, tuple[nn.Parameter, torch.dtype]]:
+    """The scales of quantizers in the graph, as parameters in float32 that take their place; and their dtypes."""
+    reads = [node.args[1] for node in program.nodes(fake_quantize)]
+    names = dict.fromkeys(str(read.target) for read in reads if isinstance(read, fx.Node) and read.op == "get_attr")
+    found = {name: (nn.Parameter(program.weight(name).detach().float()), program.weight(name).dtype) for name in names}
+    for name, (scale, _) in found.items():
+        program.set_weight(name, scale)
+    return found
+
+
 @contextmanager
 def _only_these_learn(program: Program, learned: Mapping[str, nn.Parameter]) -> Generator[None]:
     """Switch off the gradients of all other parameters inside."""
@@ -177,7 +194,7 @@ def _not_finite(program: Program, samples: Sequence[Sample]) -> str:
     """The first node that holds NaN on one of the samples, as the end of a sentence; empty when there is none."""
     found: list[str] = []
 
-    def observe(node: nodes.fx.Node, value: object) -> None:
+    def observe(node: fx.Node, value: object) -> None:
         if not found and isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any()):
             found.append(place(program, node))
 

@@ -120,11 +120,23 @@ def test_training_goes_through_the_rounding() -> None:
     assert "fake_quantize" in program.text()
 
 
+def test_scales_learn_unless_told_otherwise() -> None:
+    passes = "prune-neurons{keep=0.5},quantize{scheme=int4-weight,group=4}"
+    before, _ = recovered(passes)
+    names = [name for name in before.weights() if name.endswith("_scale")]
+    assert names
+    for option, changes in (("", True), (",scales=false", False)):
+        program, _ = recovered(f"{passes},distill{{steps=200,learning_rate=0.01{option}}}")
+        assert any(not torch.equal(program.weight(name), before.weight(name)) for name in names) == changes
+        assert all(program.weight(name).dtype == before.weight(name).dtype for name in names)
+        assert all(bool((program.weight(name) > 0).all()) for name in names)
+
+
 def test_tied_weights_stay_one() -> None:
     case = tied()
     data = [(tokens(seed=seed),) for seed in range(6)]
     text = "quantize{scheme=int4-weight,embeddings=true,lm_head=true,group=4}"
-    text += ",distill{steps=30,embeddings=true,learning_rate=0.003}"
+    text += ",distill{steps=30,embeddings=true,scales=false,learning_rate=0.003}"
     found = captures.optimize(case.model, case.inputs, passes=text, data=data)
     assert [name for name, item in found.program.weights().items() if isinstance(item, nn.Parameter)] == ["head.weight"]
     assert not torch.equal(found.program.weight("head.weight"), case.model.head.weight)
