@@ -69,7 +69,7 @@ WRONG = [
     ("weight_quantized_linear", (X, STORED.float(), ONES[None]), STORED_INT8),
     ("weight_quantized_linear", (X, STORED, ONES.view(1, 64).repeat(3, 1)), STORED_INT8),
     ("weight_quantized_linear", (X, STORED, ONES[None].double()), STORED_INT8),
-    ("weight_quantized_linear", (X, STORED, ONES[None], ONES[None]), STORED_INT8),
+    ("weight_quantized_linear", (X, STORED, ONES[None], ONES[None].to(torch.int8)), STORED_INT8),
     ("weight_quantized_linear", (X, STORED, ONES[None]), {"features": 40, "format": "int2"}),
     ("fused_attention", (Q, K, K[:, :1]), {"scale": 1.0}),
     ("fused_attention", (Q, K[:1], K[:1]), {"scale": 1.0}),
