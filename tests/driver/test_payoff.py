@@ -141,6 +141,20 @@ def test_exact_passes_behind_it_run_again_and_lossy_ones_go_with_it(model: nn.Mo
     assert [step.index for step in found.report.history.steps] == list(range(len(steps)))
 
 
+def test_a_pass_is_judged_before_it_is_trained_for_minutes(model: nn.Module) -> None:
+    data = [torch.randn(8, 64) for _ in range(4)]
+    passes = [Halve(), *parse_pipeline("distill{steps=3}", PASSES)]
+    found = lissom.compile(model, INPUTS, passes=passes, data=data)
+    torch.testing.assert_close(found(INPUTS), model(INPUTS))
+    assert step_of(found, "distill").summary == "reverted: it follows halve, which was reverted"
+    kept = lissom.compile(
+        model, INPUTS, passes=[*parse_pipeline("prune-neurons{keep=0.25}", PASSES), *passes], data=data, goal="memory"
+    )
+    steps = [step.spelling for step in kept.report.history.steps if step.kind != "rewrite"]
+    assert steps == ["capture", "prune-neurons{keep=0.25}", "halve", "distill{steps=3}"]
+    assert step_of(kept, "halve").reverted and step_of(kept, "distill").curve
+
+
 def test_each_is_judged_by_itself(model: nn.Module) -> None:
     found = lissom.compile(model, INPUTS, passes=[Halve(), *parse_pipeline("cast{dtype=bf16}", PASSES)], goal="memory")
     torch.testing.assert_close(found(INPUTS), model(INPUTS), atol=0.02, rtol=0.02)

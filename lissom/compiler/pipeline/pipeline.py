@@ -118,23 +118,32 @@ class Pipeline:
                 if self.judge is not None and isinstance(item, Approximation) and item.cheapens:
                     self._judge(run, trial)
                     trial = _Trial(item, copy(run), len(run.history.steps))
+                elif isinstance(item, Training):
+                    # Judged before it is trained: minutes of training make nothing faster.
+                    judged, trial = trial, None
+                    if not self._judge(run, judged) and run.reference is None and judged is not None:
+                        run.record_reverted(item, 0.0, f"it follows {format_pass(judged.item)}, which was reverted")
+                        continue
                 elif trial is not None:
                     trial.following.append((item, show))
                 show()
                 run.step(item, show)
             self._judge(run, trial)
 
-    def _judge(self, run: _Run, trial: _Trial | None) -> None:
-        """Note what an approximation gained, or revert it and the lossy passes after it; exact passes run again."""
+    def _judge(self, run: _Run, trial: _Trial | None) -> bool:
+        """Note what an approximation gained, or revert it and the lossy passes after it; exact passes run again.
+
+        False when it was reverted.
+        """
         if trial is None or self.judge is None:
-            return
+            return True
         verdict = self.judge(trial.start.program, run.program)
         if verdict is None:
-            return
+            return True
         steps = run.history.steps
         if verdict.keep:
             steps[trial.steps] = replace(steps[trial.steps], notes=(*steps[trial.steps].notes, verdict.figures))
-            return
+            return True
         seconds = sum(step.seconds + step.check_seconds for step in steps[trial.steps :])
         run.go_back(trial.start, trial.steps)
         run.record_reverted(trial.item, seconds, verdict.figures)
@@ -144,6 +153,7 @@ class Pipeline:
                 run.step(item, show)
             else:
                 run.record_reverted(item, 0.0, f"it follows {format_pass(trial.item)}, which was reverted")
+        return False
 
     def _show(self, spelling: str, index: int, count: int, what: str = "", finished: int = 0, total: int = 0) -> None:
         """Report the running pass, and its current step if it reports one."""
