@@ -140,7 +140,7 @@ def _version(tensor: torch.Tensor) -> int:
 def alias(weight: torch.Tensor) -> torch.Tensor:
     """A tensor that shares a weight's memory and requires no gradient, for a program to read.
 
-    It is a parameter if the weight is a trainable one: `Program.trainable` copies these, and makes them require gradients. It
+    It is a parameter if the weight is a trainable one: `Program.own_copy` copies these, and makes them require gradients. It
     remembers in what form a file stores the weight.
     """
     plain = ordinary(weight.detach())

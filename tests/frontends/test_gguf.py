@@ -63,9 +63,11 @@ def test_a_program_remembers_the_blocks_and_a_copy_of_the_model_does_not(file: P
 
 def test_a_transposed_weight_is_found(tmp_path: Path) -> None:
     """As GPT-2's are; transformers' own code says which."""
-    processor = transformers.modeling_gguf_pytorch_utils.GPT2TensorProcessor()
+    from transformers.modeling_gguf_pytorch_utils import GPT2TensorProcessor
+
     from lissom.frontends.gguf import _order
 
+    processor = GPT2TensorProcessor()
     assert _order(processor, "blk.0.ffn_up.weight", 64, 32, {}) == (None, True)
     assert _order(processor, "blk.0.ffn_up.weight", 32, 32, {}) == (None, True)
     assert _order(processor, "token_embd.weight", 64, 32, {}) == (None, False)
