@@ -16,7 +16,7 @@ data = [checkpoint.encode(sentences[at : at + 8]) for at in range(0, len(sentenc
 passes = "prune-layers{keep=0.5},distill{steps=40}"
 small = lissom.optimize(checkpoint.model, checkpoint.example_inputs, passes=passes, data=data)
 step = small.report.history.steps[-1]
-print(next(note for note in step.notes if note.startswith("distill: ") and "steps" in note).partition(";")[2].strip())
+print(next(note for note in step.notes if " steps in " in note).partition(";")[2].strip())
 
 # By hand: an ordinary module, whose weights go back into the program.
 module = small.program.trainable()

@@ -143,19 +143,19 @@ class Fitting(Training):
         edit.curve = done.curve
         if done.stopped is not None:
             where = _not_finite(edit.program, samples) if "finite" in done.stopped else ""
-            edit.note(f"{self.name()} stopped early: {done.stopped}{where}; the best weights so far are kept")
+            edit.note(f"stopped early: {done.stopped}{where}; the best weights so far are kept")
         if not done.curve or done.best is None:
             return
         first, last = done.curve[0], done.curve[-1]
         if done.gained:
             edit.rewritten = learned
             edit.note(
-                f"{self.name()}: {last.step} steps in {last.seconds:.0f} s in {done.precision}; the held-out loss went from "
+                f"{last.step} steps in {last.seconds:.0f} s in {done.precision}; the held-out loss went from "
                 f"{first.held_out:.4g} to {done.best.held_out:.4g}, its smallest, after step {done.best.step}"
             )
         else:
             edit.note(
-                f"{self.name()}: {last.step} steps gained nothing, the held-out loss was {first.held_out:.4g} before and never "
+                f"{last.step} steps gained nothing, the held-out loss was {first.held_out:.4g} before and never "
                 f"smaller; the weights are as they were"
             )
 

@@ -68,11 +68,11 @@ class Distill(Fitting):
             )
         outputs, skipped = outputs_of(student)
         for sentence in skipped:
-            edit.note(f"distill: {sentence}")
+            edit.note(sentence)
         if not outputs:
             raise RequirementError("distill: no output is logits, embeddings or hidden states, so there is nothing to learn")
         if (teacher := Teacher.of(edit.reference, outputs, student, self.name())).residuals and self.hidden:
-            edit.note(f"distill: hidden states are compared at {len(teacher.residuals)} residual adds")
+            edit.note(f"hidden states are compared at {len(teacher.residuals)} residual adds")
         every, cache = [*batches, *judged], TargetCache()
         distillation = _Distillation(self, student, teacher, every, labelled_output(student, outputs, every), cache)
         held_out = partial(distillation.end_to_end, hidden=0.0)

@@ -62,7 +62,7 @@ def test_recovers_what_pruning_lost() -> None:
     assert found.curve[-1].held_out < 0.8 * found.curve[0].held_out
     assert found.curve[0].loss is None and found.curve[-1].step == 400
     assert program.weight("up.weight").shape == (6, 8)
-    assert found.notes[-1].startswith("distill: 400 steps in ")
+    assert found.notes[-1].startswith("400 steps in ")
 
 
 def test_the_model_is_left_alone() -> None:
@@ -187,7 +187,7 @@ def test_an_interrupt_keeps_the_best(monkeypatch) -> None:
     monkeypatch.setattr(loop._Run, "_take_step", stop)
     program, history = recovered("prune-neurons{keep=0.5},distill{steps=200,learning_rate=0.01}")
     found = step(history)
-    assert "distill stopped early: it was interrupted; the best weights so far are kept" in found.notes
+    assert "stopped early: it was interrupted; the best weights so far are kept" in found.notes
     assert error(program) < 0.8 * error(recovered("prune-neurons{keep=0.5}")[0])
 
 
@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_names_the_layer() -> None:
     # The gradient of the root below zero is NaN, although its value is not used.
     found = lissom.optimize(seeded(Diverges), normal(2, 3, 8), passes="quantize,distill{steps=5}", data=data)
     notes = step(found.report.history).notes
-    assert any("distill stopped early: the loss or its gradient was not finite after 0 steps" in note for note in notes)
+    assert any("stopped early: the loss or its gradient was not finite after 0 steps" in note for note in notes)
 
 
 @pytest.mark.parametrize(
