@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, TypeVar, cast
 
@@ -164,8 +164,7 @@ class Program:
 
         Raises: InputError when a weight is missing, has another shape or dtype, or is not finite.
         """
-        given, found = module.state_dict(keep_vars=True), self.copy()
-        shared: dict[int, torch.Tensor] = {}
+        given = module.state_dict(keep_vars=True)
         for name, old in self.weights().items():
             new = given.get(name)
             if new is None:
@@ -177,12 +176,7 @@ class Program:
                 )
             if new.is_floating_point() and bool(old.isfinite().all()) and not bool(new.isfinite().all()):
                 raise InputError(f"the weight '{name}' holds infinities or NaN; train with a lower learning rate")
-            if id(new) not in shared:
-                copied = new.detach().to(old.device).clone()
-                learned = isinstance(old, nn.Parameter)
-                shared[id(new)] = nn.Parameter(copied, requires_grad=old.requires_grad) if learned else copied
-            found.set_weight(name, shared[id(new)])
-        return found
+        return self._with_copies_of(given, learns=False)
 
     def own_copy(self) -> Program:
         """A copy with weights of its own, whose parameters require gradients.
@@ -190,16 +184,22 @@ class Program:
         A program shares its weights with the model it was captured from. Training needs copies, or the model would change.
         Weights that were frozen in the model stay frozen.
         """
-        found, owned = self.copy(), dict[object, torch.Tensor]()
-        for name, tensor in found.weights().items():
-            place = (
-                (tensor.data_ptr(), tensor.shape, tensor.stride(), isinstance(tensor, nn.Parameter)) if tensor.numel() else name
-            )
-            if place not in owned:
-                learned = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-                copied = tensor.detach().clone()
-                owned[place] = nn.Parameter(copied) if learned else copied
-            found.set_weight(name, owned[place])
+        return self._with_copies_of(self.weights(), learns=True)
+
+    def _with_copies_of(self, given: Mapping[str, torch.Tensor], *, learns: bool) -> Program:
+        """A copy with copies of these tensors as its weights; those that share memory still do.
+
+        learns: whether parameters require gradients; otherwise they do where those of this program do.
+        """
+        found, copies = self.copy(), dict[object, torch.Tensor]()
+        for name, old in self.weights().items():
+            new = given[name]
+            learned = isinstance(old, nn.Parameter) and new.is_floating_point()
+            place = (new.data_ptr(), new.shape, new.stride(), learned) if new.numel() else name
+            if place not in copies:
+                copied = new.detach().to(old.device, copy=True)
+                copies[place] = nn.Parameter(copied, requires_grad=learns or old.requires_grad) if learned else copied
+            found.set_weight(name, copies[place])
         return found
 
     def state_tensors(self) -> list[torch.Tensor]:

@@ -120,9 +120,9 @@ class Pipeline:
                     trial = _Trial(item, copy(run), len(run.history.steps))
                 elif isinstance(item, Training):
                     # Judged before it is trained: minutes of training make nothing faster.
-                    judged, trial = trial, None
-                    if not self._judge(run, judged) and run.reference is None and judged is not None:
-                        run.record_reverted(item, 0.0, f"it follows {format_pass(judged.item)}, which was reverted")
+                    reverted, trial = self._judge(run, trial), None
+                    if reverted is not None and run.reference is None:
+                        run.record_reverted(item, 0.0, _follows(reverted))
                         continue
                 elif trial is not None:
                     trial.following.append((item, show))
@@ -130,20 +130,20 @@ class Pipeline:
                 run.step(item, show)
             self._judge(run, trial)
 
-    def _judge(self, run: _Run, trial: _Trial | None) -> bool:
+    def _judge(self, run: _Run, trial: _Trial | None) -> Pass | None:
         """Note what an approximation gained, or revert it and the lossy passes after it; exact passes run again.
 
-        False when it was reverted.
+        Returns the pass that was reverted.
         """
         if trial is None or self.judge is None:
-            return True
+            return None
         verdict = self.judge(trial.start.program, run.program)
         if verdict is None:
-            return True
+            return None
         steps = run.history.steps
         if verdict.keep:
             steps[trial.steps] = replace(steps[trial.steps], notes=(*steps[trial.steps].notes, verdict.figures))
-            return True
+            return None
         seconds = sum(step.seconds + step.check_seconds for step in steps[trial.steps :])
         run.go_back(trial.start, trial.steps)
         run.record_reverted(trial.item, seconds, verdict.figures)
@@ -152,13 +152,17 @@ class Pipeline:
                 show()
                 run.step(item, show)
             else:
-                run.record_reverted(item, 0.0, f"it follows {format_pass(trial.item)}, which was reverted")
-        return False
+                run.record_reverted(item, 0.0, _follows(trial.item))
+        return trial.item
 
     def _show(self, spelling: str, index: int, count: int, what: str = "", finished: int = 0, total: int = 0) -> None:
         """Report the running pass, and its current step if it reports one."""
         if self.progress is not None:
             self.progress(f"{spelling}: {what}, {finished} of {total}" if what else spelling, index, count)
+
+
+def _follows(reverted: Pass) -> str:
+    return f"it follows {format_pass(reverted)}, which was reverted"
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,26 +30,23 @@ class TargetCache:
     """Targets by the index of their batch. A file that grows too large, or a full disk, ends the caching and nothing else.
 
     Half precision adds a relative error of 5e-4 to what the student is compared with, far below its own.
-
-    full: why targets are not kept any more, or None.
     """
 
     def __init__(self) -> None:
-        self.full: str | None = None
         self._file = tempfile.TemporaryFile(prefix="lissom-")  # noqa: SIM115 - open until `close`
         self._room = int(_SHARE_OF_DISK * shutil.disk_usage(tempfile.gettempdir()).free)
-        self._end = 0
-        self._known: dict[int, tuple[dict[int | str, _Kept], Targets]] = {}
+        self._end, self._full = 0, False
+        self._known: dict[int, tuple[dict[int | str, _Kept], Mapping[int | str, torch.Tensor | None]]] = {}
 
     def targets(self, index: int, make: Callable[[], Targets]) -> Targets:
         """The targets of a batch, made the first time."""
         if index in self._known:
-            places, empty = self._known[index]
+            places, real = self._known[index]
             outputs = {key: self._read(place) for key, place in places.items() if isinstance(key, int)}
             hidden = {key: self._read(place) for key, place in places.items() if isinstance(key, str)}
-            return Targets(outputs, hidden, empty.real)
+            return Targets(outputs, hidden, real)
         found = make()
-        if self.full is None:
+        if not self._full:
             self._keep(index, found)
         return found
 
@@ -62,17 +59,16 @@ class TargetCache:
         try:
             for key, tensor in (*targets.outputs.items(), *targets.hidden.items()):
                 places[key] = self._write(tensor)
-        except OSError as error:
-            self._end = start
-            self.full = error.strerror or str(error)
+        except OSError:
+            self._end, self._full = start, True
             return
-        self._known[index] = places, Targets({}, {}, targets.real)
+        self._known[index] = places, targets.real
 
     def _write(self, tensor: torch.Tensor) -> _Kept:
         stored = torch.float16 if not tensor.numel() or bool(tensor.abs().max() < _LARGEST) else torch.bfloat16
         data = tensor.detach().to(stored).contiguous().view(torch.int16).numpy().tobytes()
         if self._end + len(data) > self._room:
-            raise OSError(0, f"it would take more than {self._room / 1e9:.1f} GB, a quarter of the free disk space")
+            raise OSError("it would take more than its share of the free disk space")
         place = _Kept(self._end, stored, tensor.dtype, tensor.shape)
         written = 0
         while written < len(data):

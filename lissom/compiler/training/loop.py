@@ -71,112 +71,100 @@ Loss = Callable[[int, float], torch.Tensor]
 """The loss of one batch. Takes the index of the batch, and the fraction of the run that is over."""
 
 
-def train(
-    learned: Mapping[str, nn.Parameter],
-    zeros: Mapping[str, torch.Tensor],
-    loss: Loss,
-    count: int,
-    judge: Callable[[], float],
-    plan: Plan,
-    report: Callable[[str, float], None],
-    scales: Collection[str] = (),
-) -> Trained:
-    """Train the weights in place, and leave those with the smallest held-out loss, which may be those from before.
+@dataclass
+class Run:
+    """A run that trains weights in place.
 
     learned: the parameters by name. zeros: for some of them where they stay zero. count: of batches. judge: the held-out loss.
     report: called with a sentence and the fraction of the run that is over. scales: the names of scales, which stay positive.
-
-    An interrupt ends the run and keeps the best weights.
     """
-    run = _Run(learned, zeros, loss, count, judge, plan, report, scales)
-    try:
-        run.measure()
-        run.steps()
-    except KeyboardInterrupt:
-        run.found.stopped = "it was interrupted"
-    finally:
-        run.restore_best()
-    return run.found
 
+    learned: Mapping[str, nn.Parameter]
+    zeros: Mapping[str, torch.Tensor]
+    loss: Loss
+    count: int
+    judge: Callable[[], float]
+    plan: Plan
+    report: Callable[[str, float], None]
+    scales: Collection[str] = ()
 
-class _Run:
-    """The state of one run."""
-
-    def __init__(
-        self,
-        learned: Mapping[str, nn.Parameter],
-        zeros: Mapping[str, torch.Tensor],
-        loss: Loss,
-        count: int,
-        judge: Callable[[], float],
-        plan: Plan,
-        report: Callable[[str, float], None],
-        scales: Collection[str],
-    ) -> None:
-        self.learned, self.zeros, self.loss, self.count = learned, zeros, loss, count
-        self.judge, self.plan, self.report = judge, plan, report
-        self.weights = [item for name, item in learned.items() if name not in scales]
-        self.scales = [item for name, item in learned.items() if name in scales]
+    def __post_init__(self) -> None:
+        self._weights = [item for name, item in self.learned.items() if name not in self.scales]
+        self._scales = [item for name, item in self.learned.items() if name in self.scales]
         # A step of Adam has the size of the learning rate, and scales are small: each changes by its share of the largest one.
-        rates = [_SCALE_RATE * float(item.detach().max()) for item in self.scales]
-        groups = [{"params": self.weights, "share": 1.0}]
-        groups += [{"params": [item], "share": rate} for item, rate in zip(self.scales, rates, strict=True)]
-        self.optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, weight_decay=0.0, fused=True)
-        self.generator = torch.Generator().manual_seed(plan.seed)
-        self.found = Trained()
-        self.kept: dict[str, torch.Tensor] = {name: item.detach().clone() for name, item in learned.items()}
-        self.started, self.step, self.recent = time.perf_counter(), 0, list[float]()
+        groups = [{"params": self._weights, "share": 1.0}]
+        groups += [{"params": [item], "share": _SCALE_RATE * float(item.detach().max())} for item in self._scales]
+        self._optimizer = torch.optim.AdamW(groups, lr=self.plan.learning_rate, weight_decay=0.0, fused=True)
+        self._generator = torch.Generator().manual_seed(self.plan.seed)
+        self._found = Trained()
+        self._kept = {name: item.detach().clone() for name, item in self.learned.items()}
+        self._started, self._step, self._recent = time.perf_counter(), 0, list[float]()
 
-    def measure(self) -> None:
+    def train(self) -> Trained:
+        """Leave the weights with the smallest held-out loss, which may be those from before.
+
+        An interrupt ends the run and keeps the best weights.
+        """
+        try:
+            self._measure()
+            self._steps()
+        except KeyboardInterrupt:
+            self._found.stopped = "it was interrupted"
+        finally:
+            self._restore_best()
+        return self._found
+
+    def _measure(self) -> None:
         """Add a point to the curve; keep the weights if the held-out loss is the smallest so far."""
         with torch.no_grad():
             held_out = self.judge()
-        mean = sum(self.recent) / len(self.recent) if self.recent else None
-        point = CurvePoint(self.step, time.perf_counter() - self.started, mean, held_out)
-        self.found.curve.append(point)
-        self.recent = []
-        if self.found.best is None or held_out < self.found.best.held_out:
-            self.found.best = point
-            if self.step:
+        mean = sum(self._recent) / len(self._recent) if self._recent else None
+        point = CurvePoint(self._step, time.perf_counter() - self._started, mean, held_out)
+        self._found.curve.append(point)
+        self._recent = []
+        if self._found.best is None or held_out < self._found.best.held_out:
+            self._found.best = point
+            if self._step:
                 for name, item in self.learned.items():
-                    self.kept[name].copy_(item.detach())
+                    self._kept[name].copy_(item.detach())
 
-    def steps(self) -> None:
+    def _steps(self) -> None:
         autocast = self._choose_precision()
-        self.started = time.perf_counter()
+        self._started = time.perf_counter()
         order: list[int] = []
-        judged_at, done = 0, 0.0
+        done = 0.0
         while done < 1.0:
-            order = order or torch.randperm(self.count, generator=self.generator).tolist()
+            order = order or torch.randperm(self.count, generator=self._generator).tolist()
             if not self._take_step(order.pop(), done, autocast):
                 return
-            done = self.plan.done(time.perf_counter() - self.started, self.step)
-            if done >= 1.0 or (done * _JUDGED >= len(self.found.curve) and self.step >= judged_at + _LEAST_STEPS):
-                judged_at = self.step
-                self.measure()
+            done = self.plan.done(time.perf_counter() - self._started, self._step)
+            if done >= 1.0 or (
+                done * _JUDGED >= len(self._found.curve) and self._step >= self._found.curve[-1].step + _LEAST_STEPS
+            ):
+                self._measure()
             self._tell(done)
 
     def _take_step(self, batch: int, done: float, autocast: bool) -> bool:
         """Train on one batch; False when a value was not finite."""
-        for group in self.optimizer.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = group["share"] * self.plan.rate(done)
         value = self._gradients(batch, done, autocast)
-        norms = [nn.utils.clip_grad_norm_(items, _CLIPPED) for items in (self.weights, self.scales) if items]
+        norms = [nn.utils.clip_grad_norm_(items, _CLIPPED) for items in (self._weights, self._scales) if items]
         if not (value.isfinite() and all(norm.isfinite() for norm in norms)):
-            self.found.stopped = f"the loss or its gradient was not finite after {self.step} steps"
+            self._found.stopped = f"the loss or its gradient was not finite after {self._step} steps"
             return False
-        self.optimizer.step()
+        self._optimizer.step()
         with torch.no_grad():
             for name, kept in self.zeros.items():
                 self.learned[name].masked_fill_(kept, 0.0)
-            for scale in self.scales:
+            for scale in self._scales:
                 scale.clamp_min_(LEAST)
-        self.recent.append(float(value))
-        self.step += 1
+        self._recent.append(float(value))
+        self._step += 1
         return True
 
     def _gradients(self, batch: int, done: float, autocast: bool) -> torch.Tensor:
-        self.optimizer.zero_grad()
+        self._optimizer.zero_grad()
         with torch.enable_grad():
             with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
                 value = self.loss(batch, done)
@@ -204,17 +192,17 @@ class _Run:
                 gradients.append(torch.cat([item.flatten() for item in found]))
             alike = torch.nn.functional.cosine_similarity(*gradients, dim=0)
             chosen = seconds[1] < 0.9 * seconds[0] and bool(alike > _ALIKE)
-        self.found.precision = "bf16" if chosen else "fp32"
+        self._found.precision = "bf16" if chosen else "fp32"
         return chosen
 
     def _tell(self, done: float) -> None:
-        seconds = time.perf_counter() - self.started
+        seconds = time.perf_counter() - self._started
         left = seconds * (1 - done) / max(done, 1e-6)
-        loss = f"loss {self.recent[-1]:.4g}, " if self.recent else ""
-        self.report(f"{loss}held out {self.found.curve[-1].held_out:.4g}, {left:.0f} s left", done)
+        loss = f"loss {self._recent[-1]:.4g}, " if self._recent else ""
+        self.report(f"{loss}held out {self._found.curve[-1].held_out:.4g}, {left:.0f} s left", done)
 
-    def restore_best(self) -> None:
+    def _restore_best(self) -> None:
         with torch.no_grad():
             for name, item in self.learned.items():
-                item.copy_(self.kept[name])
+                item.copy_(self._kept[name])
                 item.grad = None

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch.nn import functional
 
-from lissom.compiler.analysis.structure.linear import as_int, bias_of, is_attention, is_linear
+from lissom.compiler.analysis.structure.linear import bias_of, input_of, is_attention, is_linear
 from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
@@ -74,12 +74,12 @@ def _form(program: Program, leaf: object) -> Form | None:
     if kind.rank not in (2, 3) or not isinstance(kind.shape[-1], int):
         return None
     layer, activated = _last_layer(leaf)
-    if layer is None or activated or layer not in program.fact(structure).lm_heads:
+    # Above tokens an activation is a soft cap of logits, c · tanh(x / c); above one row it belongs to a pooler.
+    if layer is None or (activated and kind.rank == 2) or layer not in program.fact(structure).lm_heads:
         return "embeddings" if kind.rank == 2 else "hidden"
     if kind.rank == 2:
         return "embeddings" if bias_of(layer) is None and kind.shape[-1] >= _PROJECTION else "logits"
-    read = nodes.tensor_type(layer.args[0]).shape[-1] if nodes.is_tensor(layer.args[0]) else None
-    return "hidden" if read == as_int(kind.shape[-1]) else "logits"
+    return "hidden" if nodes.tensor_type(input_of(layer)).shape[-1] == kind.shape[-1] else "logits"
 
 
 def _last_layer(leaf: fx.Node) -> tuple[fx.Node | None, bool]:
@@ -89,8 +89,7 @@ def _last_layer(leaf: fx.Node) -> tuple[fx.Node | None, bool]:
         inputs = [used for used in node.all_input_nodes if used.op == "call_function" and nodes.is_tensor(used)]
         if len(inputs) != 1 or is_attention(node):
             return None, activated
-        # A soft cap, c · tanh(x / c), has no layer without a bias of a few outputs behind it, but an LM head.
-        activated = activated or (is_activation(node) and nodes.tensor_type(leaf).rank == 2)
+        activated = activated or is_activation(node)
         node = inputs[0]
     return node, activated
 

@@ -22,7 +22,7 @@ from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.compiler.training.losses import Output, distance, real_tokens, squared_error
+from lissom.compiler.training.losses import Output, distance, real_tokens
 from lissom.errors import RequirementError
 
 
@@ -61,32 +61,27 @@ class Teacher:
                     f"{name}: output {output.index} has {found.shape[-1]} features, and had {wanted.shape[-1]} before the "
                     f"first lossy pass, so there is nothing to compare it with; use finetune with labels"
                 )
-        known = {node.name: node for node in program.fact(structure).residuals}
-        shared = {node.name: known[node.name] for node in student.fact(structure).residuals if node.name in known}
-        alike = {
-            node.name: shared[node.name]
-            for node in student.fact(structure).residuals
-            if node.name in shared and nodes.tensor_type(node).shape == nodes.tensor_type(shared[node.name]).shape
-        }
+        shapes = {node.name: nodes.tensor_type(node).shape for node in student.fact(structure).residuals}
+        adds = program.fact(structure).residuals
+        alike = {node.name: node for node in adds if shapes.get(node.name) == nodes.tensor_type(node).shape}
         return cls(program, outputs, alike)
 
     def targets(self, sample: Sample) -> Targets:
         """What a student learns from one batch."""
-        wanted = {node: name for name, node in self.residuals.items()}
         hidden: dict[str, torch.Tensor] = {}
 
         def observe(node: fx.Node, value: object) -> None:
-            if node in wanted and isinstance(value, torch.Tensor):
-                hidden[wanted[node]] = value
+            if node.name in self.residuals and isinstance(value, torch.Tensor):
+                hidden[node.name] = value
 
         with torch.no_grad():
             found = self.program.run(sample, observe)
-        outputs = {output.index: found[output.index] for output in self.outputs}
+        outputs = {output.index: value for output in self.outputs if isinstance(value := found[output.index], torch.Tensor)}
         real: dict[int | str, torch.Tensor | None] = {
             output.index: real_tokens(self.program, sample, output) for output in self.outputs
         }
         real |= {name: token_mask(self.program, sample, node) for name, node in self.residuals.items()}
-        return Targets({at: value.detach() for at, value in outputs.items() if isinstance(value, torch.Tensor)}, hidden, real)
+        return Targets(outputs, hidden, real)
 
     def end_to_end(
         self, student: Program, sample: Sample, targets: Targets, *, temperature: float, hidden: float
@@ -107,9 +102,7 @@ class Teacher:
             wanted = targets.hidden.get(node.name)
             if wanted is None or not isinstance(value, torch.Tensor):
                 return None
-            real = targets.real[node.name]
-            pair = (value, wanted) if real is None else (value[real], wanted[real])
-            errors.append(squared_error(*(item.float().flatten(0, -2) for item in pair)))
+            errors.append(distance("hidden", value, wanted, targets.real[node.name]))
             return wanted if replaces else None
 
         found = student.run(sample, observe if hidden and targets.hidden else None)

@@ -18,7 +18,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.pass_kinds import Training
 from lissom.compiler.training.batches import Batch, hold_out, read_batches
-from lissom.compiler.training.loop import Plan, Precision, Trained, train
+from lissom.compiler.training.loop import Plan, Precision, Run, Trained
 from lissom.errors import RequirementError
 from lissom.ops.quantization import fake_quantize
 
@@ -99,7 +99,7 @@ class Fitting(Training):
         objective = self.objective(edit, batches, judged)
         seconds = None if self.steps is not None else 60 * (self.minutes or MINUTES)
         with closing(objective), _only_these_learn(program, learned):
-            done = train(
+            done = Run(
                 learned,
                 _zeros(learned),
                 objective.loss,
@@ -108,7 +108,7 @@ class Fitting(Training):
                 Plan(seconds, self.steps, self.learning_rate, self.precision, self.seed),
                 lambda what, fraction: edit.report(what, round(1000 * fraction), 1000),
                 scales,
-            )
+            ).train()
         for name, (scale, dtype) in scales.items():
             program.set_weight(name, scale.detach().to(dtype))
         self._record(edit, done, len(learned), [batch.inputs for batch in (*batches, *judged)])

@@ -177,14 +177,14 @@ def test_models(case, passes) -> None:
 
 
 def test_an_interrupt_keeps_the_best(monkeypatch) -> None:
-    real, calls = loop._Run._take_step, itertools.count()
+    real, calls = loop.Run._take_step, itertools.count()
 
     def stop(self, batch, done, autocast):
         if next(calls) == 100:
             raise KeyboardInterrupt
         return real(self, batch, done, autocast)
 
-    monkeypatch.setattr(loop._Run, "_take_step", stop)
+    monkeypatch.setattr(loop.Run, "_take_step", stop)
     program, history = recovered("prune-neurons{keep=0.5},distill{steps=200,learning_rate=0.01}")
     found = step(history)
     assert "stopped early: it was interrupted; the best weights so far are kept" in found.notes
