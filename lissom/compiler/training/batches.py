@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 
+from lissom.compiler.analysis.structure.real_tokens import real_positions
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.signature import Signature
@@ -22,24 +23,17 @@ class Batch:
     labels: torch.Tensor | None = None
 
 
-def read_batches(
-    program: Program, data: Sequence[Sample], labels: Sequence[torch.Tensor | None], rows: int | None
-) -> list[Batch]:
-    """The data as batches. rows: of a batch; None keeps the batches as they are.
-
-    Rows of batches with equal shapes are joined, in order, so that no padding is added.
+def resized(program: Program, batches: Sequence[Batch], rows: int) -> list[Batch]:
+    """The data in batches of `rows`. Rows of batches with equal shapes are joined, in order, so that no padding is added.
 
     Raises: RequirementError when the program takes no other batch size than that of the data.
     """
-    given = [Batch(sample, label) for sample, label in zip(data, labels or [None] * len(data), strict=True)]
-    if rows is None:
-        return given
     batched = _batched_inputs(program.signature)
     if batched is None:
         raise RequirementError(
             f"the program takes only the batch size of its example inputs, and batch={rows} asks for another; leave batch= out"
         )
-    return [batch for group in _groups(given, batched) for batch in _resized(group, batched, rows)]
+    return [batch for group in _groups(batches, batched) for batch in _resized(group, batched, rows)]
 
 
 def hold_out(
@@ -65,6 +59,18 @@ def hold_out(
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
     held = set(order[: min(max(1, round(len(found) * fraction)), len(found) - 1)])
     return [item for at, item in enumerate(found) if at not in held], [found[at] for at in sorted(held)]
+
+
+def amount(program: Program, batches: Sequence[Batch]) -> tuple[float, str]:
+    """The mean amount of data of a batch, and its unit: `tokens` that are no padding, or `rows` where tokens are unknown."""
+    total = 0
+    for batch in batches:
+        masks = real_positions(program, batch.inputs)
+        first = batch.inputs[0]
+        if not masks and (first.is_floating_point() or first.dim() != 2):
+            return sum(len(item.inputs[0]) for item in batches) / len(batches), "rows"
+        total += int(masks[0][2].sum()) if masks else first.numel()
+    return total / len(batches), "tokens"
 
 
 def _batched_inputs(signature: Signature) -> list[bool] | None:

@@ -15,9 +15,9 @@ from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.printer import place
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.pass_kinds import Training
-from lissom.compiler.training.batches import Batch, hold_out, read_batches
+from lissom.compiler.training.batches import Batch, amount, hold_out, resized
+from lissom.compiler.training.buckets import by_length
 from lissom.compiler.training.loop import Plan, Precision, Run, Trained
 from lissom.errors import RequirementError
 from lissom.ops.quantization import fake_quantize
@@ -90,9 +90,7 @@ class Fitting(Training):
     def run(self, edit: Editor) -> None:
         program = edit.program
         self._check(edit)
-        batches, judged = hold_out(
-            program, read_batches(program, edit.data, edit.labels, self.batch), self.held_out, self.seed, self.name()
-        )
+        batches, judged = hold_out(program, self._batches(edit), self.held_out, self.seed, self.name())
         learned = self._learned(program)
         scales = _learning_scales(program) if self.scales else {}
         learned |= {name: scale for name, (scale, _) in scales.items()}
@@ -111,7 +109,17 @@ class Fitting(Training):
             ).train()
         for name, (scale, dtype) in scales.items():
             program.set_weight(name, scale.detach().to(dtype))
-        self._record(edit, done, len(learned), [batch.inputs for batch in (*batches, *judged)])
+        self._record(edit, done, len(learned), batches, judged)
+
+    def _batches(self, edit: Editor) -> list[Batch]:
+        """The data in batches, by length where padding is cut so."""
+        given = [Batch(sample, label) for sample, label in zip(edit.data, edit.labels or [None] * len(edit.data), strict=True)]
+        found = by_length(edit.program, given, self.batch)
+        if found is None:
+            return given if self.batch is None else resized(edit.program, given, self.batch)
+        before, after = found.padding_before, found.padding_after
+        edit.note(f"rows of similar length share a batch: {before:.0%} of the tokens were padding, now {after:.0%}")
+        return found.batches
 
     def _check(self, edit: Editor) -> None:
         if not edit.data:
@@ -139,18 +147,20 @@ class Fitting(Training):
             )
         return found
 
-    def _record(self, edit: Editor, done: Trained, learned: int, samples: Sequence[Sample]) -> None:
+    def _record(self, edit: Editor, done: Trained, learned: int, batches: Sequence[Batch], judged: Sequence[Batch]) -> None:
         edit.curve = done.curve
         if done.stopped is not None:
-            where = _not_finite(edit.program, samples) if "finite" in done.stopped else ""
+            where = _not_finite(edit.program, [*batches, *judged]) if "finite" in done.stopped else ""
             edit.note(f"stopped early: {done.stopped}{where}; the best weights so far are kept")
         if not done.curve or done.best is None:
             return
         first, last = done.curve[0], done.curve[-1]
         if done.gained:
+            size, unit = amount(edit.program, batches)
+            speed = f"{size * last.step / max(last.seconds, 1e-3):,.0f} {unit}/s"
             edit.rewritten = learned
             edit.note(
-                f"{last.step} steps in {last.seconds:.0f} s in {done.precision}; the held-out loss went from "
+                f"{last.step} steps in {last.seconds:.0f} s in {done.precision}, {speed}; the held-out loss went from "
                 f"{first.held_out:.4g} to {done.best.held_out:.4g}, its smallest, after step {done.best.step}"
             )
         else:
@@ -190,8 +200,8 @@ def _zeros(learned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     return {name: places for name, places in zeros.items() if bool(places.any())}
 
 
-def _not_finite(program: Program, samples: Sequence[Sample]) -> str:
-    """The first node that holds NaN on one of the samples, as the end of a sentence; empty when there is none."""
+def _not_finite(program: Program, batches: Sequence[Batch]) -> str:
+    """The first node that holds NaN on one of the batches, as the end of a sentence; empty when there is none."""
     found: list[str] = []
 
     def observe(node: fx.Node, value: object) -> None:
@@ -199,8 +209,8 @@ def _not_finite(program: Program, samples: Sequence[Sample]) -> str:
             found.append(place(program, node))
 
     with torch.no_grad():
-        for sample in samples:
-            program.run(sample, observe)
+        for batch in batches:
+            program.run(batch.inputs, observe)
             if found:
                 return f"; the first value that is not finite is that of {found[0]}"
     return ""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lissom.compiler.training.batches import hold_out, read_batches
+from lissom.compiler.training.batches import Batch, amount, hold_out, resized
 from lissom.errors import RequirementError
 from tests import captures
-from tests.models import FeedForward, normal, seeded
+from tests.models import FeedForward, normal, seeded, tiny_bert, tokens
 
 
 def program(dynamic: bool = True):
@@ -17,21 +17,19 @@ def program(dynamic: bool = True):
 
 def test_rows_of_equal_shapes_are_joined() -> None:
     data = [[normal(3, 5, 8)], [normal(2, 7, 8)], [normal(4, 5, 8, seed=1)]]
-    labels = [torch.arange(3), torch.arange(2), torch.arange(4)]
-    found = read_batches(program(), data, labels, 5)
+    found = resized(program(), [Batch(inputs, torch.arange(len(inputs[0]))) for inputs in data], 5)
     assert [list(batch.inputs[0].shape) for batch in found] == [[5, 5, 8], [2, 5, 8], [2, 7, 8]]
     assert torch.equal(torch.cat([found[0].inputs[0], found[1].inputs[0]]), torch.cat([data[0][0], data[2][0]]))
     assert [batch.labels.tolist() for batch in found] == [[0, 1, 2, 0, 1], [2, 3], [0, 1]]
-    assert [batch.inputs for batch in read_batches(program(), data, [], None)] == data
 
 
 def test_a_fixed_batch_size_is_refused() -> None:
     with pytest.raises(RequirementError, match="only the batch size of its example inputs, and batch=2 asks for another"):
-        read_batches(program(dynamic=False), [[normal(4, 5, 8)]], [], 2)
+        resized(program(dynamic=False), [Batch([normal(4, 5, 8)])], 2)
 
 
 def test_a_part_is_held_out() -> None:
-    batches = read_batches(program(), [[normal(2, 5, 8, seed=seed)] for seed in range(10)], [], None)
+    batches = [Batch([normal(2, 5, 8, seed=seed)]) for seed in range(10)]
     kept, held = hold_out(program(), batches, 0.3, 0, "distill")
     assert len(kept) == 7 and len(held) == 3
     assert {id(item) for item in (*kept, *held)} == {id(item) for item in batches}
@@ -40,9 +38,16 @@ def test_a_part_is_held_out() -> None:
 
 
 def test_a_single_batch_is_split_by_rows() -> None:
-    (batch,) = read_batches(program(), [[normal(4, 5, 8)]], [torch.arange(4)], None)
-    kept, held = hold_out(program(), [batch], 0.25, 0, "distill")
+    kept, held = hold_out(program(), [Batch([normal(4, 5, 8)], torch.arange(4))], 0.25, 0, "distill")
     assert kept[0].labels.tolist() == [0, 1, 2] and held[0].labels.tolist() == [3]
-    (row,) = read_batches(program(), [[normal(1, 5, 8)]], [], None)
     with pytest.raises(RequirementError, match="distill has one row of data, and needs at least two"):
-        hold_out(program(), [row], 0.1, 0, "distill")
+        hold_out(program(), [Batch([normal(1, 5, 8)])], 0.1, 0, "distill")
+
+
+def test_the_amount_of_a_batch_is_counted_in_tokens_or_rows() -> None:
+    assert amount(program(), [Batch([normal(4, 5, 8)]), Batch([normal(2, 5, 8)])]) == (3.0, "rows")
+    bert = tiny_bert()
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask[1, 4:] = 0
+    found = captures.optimize(bert.model, bert.inputs).program
+    assert amount(found, [Batch([tokens(2, 6), mask])]) == (10.0, "tokens")

@@ -41,6 +41,11 @@ def token_mask(program: Program, sample: Sample, node: fx.Node, axis: int = 1) -
     return None
 
 
+def real_positions(program: Program, sample: Sample) -> Sequence[tuple[Size, Size, torch.Tensor]]:
+    """For each mask that shows padding: the sizes of batch and tokens, and which tokens are real, [batch, tokens]."""
+    return program.fact(_sources).of(program, sample)
+
+
 @dataclass
 class _Sources:
     """The inputs and masks that show which tokens are real.
