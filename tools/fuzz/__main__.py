@@ -43,6 +43,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--family", action="append", help="family of the zoo; may be given again (default hand-written and encoder)"
     )
+    parser.add_argument("--recovery", action="store_true", help="every pipeline is two lossy passes and distill")
     parser.add_argument("--log", type=Path, help="append every outcome to this file, one JSON object per line")
     parser.add_argument("--no-shrink", action="store_true", help="do not shrink failures")
     parser.add_argument("--replay", help="run one case, as a failure prints it")
@@ -89,7 +90,7 @@ def _blocks(options: argparse.Namespace, started: float) -> Iterator[list[tuple[
     number, end = options.seed, options.seed + options.count
     while number < end and time.monotonic() - started < 60 * options.minutes:
         stop = min(end, (number // case.PER_MODEL + 1) * case.PER_MODEL)
-        yield [(at, draw_case(at, backends, names, options.zoo_share)) for at in range(number, stop)]
+        yield [(at, draw_case(at, backends, names, options.zoo_share, recovery=options.recovery)) for at in range(number, stop)]
         number = stop
 
 

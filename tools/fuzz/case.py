@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 import lissom
 from lissom.compiler.ir.program import Program
-from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.compiler.pipeline.pass_kinds import Approximation, Training
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.driver.compile import compile_captured
@@ -31,7 +31,7 @@ from lissom.frontends.export import Capture, capture
 from lissom.passes import PASSES
 from tools.fuzz import models, oracle
 from tools.fuzz.models import Spec
-from tools.fuzz.pipelines import draw_pipeline
+from tools.fuzz.pipelines import draw_pipeline, draw_recovery
 from tools.zoo import fresh
 
 PER_MODEL = 20
@@ -101,10 +101,23 @@ class Outcome:
         return self.kind not in ("equal", "refused", "caught")
 
 
-def draw_case(number: int, backends: tuple[str, ...] = ("eager",), zoo: tuple[str, ...] = (), zoo_share: float = 0.0) -> Case:
-    """Draw the case of a number. zoo: names of architectures; zoo_share: the fraction of cases that use one."""
+def draw_case(
+    number: int,
+    backends: tuple[str, ...] = ("eager",),
+    zoo: tuple[str, ...] = (),
+    zoo_share: float = 0.0,
+    *,
+    recovery: bool = False,
+) -> Case:
+    """Draw the case of a number.
+
+    zoo: names of architectures; zoo_share: the fraction of cases that use one. recovery: every pipeline is two lossy passes and
+    `distill`.
+    """
     shared, own = random.Random(f"model {number // PER_MODEL}"), random.Random(f"case {number}")
     case = drawn(shared, own, backends, zoo, zoo_share)
+    if recovery:
+        case = dataclasses.replace(case, passes=draw_recovery(own))
     return dataclasses.replace(case, captured_before=number % PER_MODEL > 0)
 
 
@@ -217,7 +230,7 @@ def _oracle(
 ) -> Callable[[Mapping[str, object], list[torch.Tensor]], str | None]:
     """The reference for the outputs: the model if every pass is exact, else the program up to the last lossy pass."""
     passes = parse_pipeline(",".join(case.passes), PASSES) if case.passes else []
-    lossy = [at for at, item in enumerate(passes) if isinstance(item, Approximation)]
+    lossy = [at for at, item in enumerate(passes) if isinstance(item, (Approximation, Training))]
     packs = any(item.name() in ("pack-tokens", "zero-padding") for item in passes)
     if not lossy:
         precise = copy.deepcopy(model).double()

@@ -39,6 +39,9 @@ _LOWERINGS = (
     *("fuse-merged-attention", "lower-sparse-attention{always=true}", "pack-sparse{always=true}", "write-state-in-place"),
     *("fold-quantized-weights", "pack-quantized-linear"),
 )
+DISTILL = _pass(
+    "distill", steps=(1, 3), blockwise=(None, 0, 1), batch=(None, 1, 2), precision=(None, "bf16"), embeddings=(None, True)
+)
 EXACT: tuple[Draw, ...] = (
     *map(_pass, _CANONICAL),
     *map(_pass, _ELIMINATIONS),
@@ -74,9 +77,7 @@ LOSSY: tuple[Draw, ...] = (
     _pass("quantize", scheme=("int8-weight", "int4-weight"), granularity=(None, "channel", "group"), symmetric=(None, False)),
     _pass("quantize", scheme=("int8-dynamic", "int4-weight", "fp8"), embeddings=(None, True), lm_head=(None, True)),
     _pass("correct-bias"),
-    _pass(
-        "distill", steps=(1, 3), blockwise=(None, 0, 1), batch=(None, 1, 2), precision=(None, "bf16"), embeddings=(None, True)
-    ),
+    DISTILL,
     _pass("gptq", act_order=(None, False), asymmetric=(None, False)),
     _pass("cast", dtype=("bf16",)),
     _pass("cast", dtype=("bf16", "fp16")),
@@ -92,6 +93,14 @@ def draw_pipeline(generator: random.Random) -> tuple[str, ...]:
     if any(item.startswith("prune") for item in drawn) and generator.random() < 0.6:
         drawn += [item for item in _ELIMINATIONS[:4] if generator.random() < 0.7]
     return tuple(drawn)
+
+
+def draw_recovery(generator: random.Random) -> tuple[str, ...]:
+    """Two lossy passes and `distill`, each as text."""
+    return (
+        *(draw(generator) for draw in generator.sample([item for item in LOSSY if item is not DISTILL], 2)),
+        DISTILL(generator),
+    )
 
 
 def simpler(passes: tuple[str, ...]) -> list[tuple[str, ...]]:
