@@ -13,6 +13,8 @@ Calibration texts are those of other synsets.
 from __future__ import annotations
 
 import argparse
+import gzip
+import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +30,8 @@ from lissom.frontends.huggingface import Checkpoint, load
 from lissom.inspect.machine import core_count, device_name
 from lissom.inspect.timing import time_calls
 
-PAIRS = Path(__file__).parent / "data" / "wordnet_pairs.tsv"
+DATA = Path(__file__).parent / "data"
+PAIRS, TEXTS = DATA / "wordnet_pairs.tsv", DATA / "wordnet_texts.txt.gz"
 DRAWS = 2000
 BATCH = 16
 WINDOW = 512
@@ -74,6 +77,14 @@ def calibration_batches(checkpoint: Checkpoint, texts: int = 3400, batch: int = 
     return [checkpoint.encode([pool[index] for index in order[at : at + batch]]) for at in range(0, len(pool), batch)]
 
 
+def training_batches(checkpoint: Checkpoint, batch: int) -> list[dict[str, torch.Tensor]]:
+    """Batches of all texts that are not evaluated, in random order, each padded to its longest text."""
+    pool = read_pairs("calibration")
+    texts = [*pool.glosses, *pool.examples, *gzip.decompress(TEXTS.read_bytes()).decode().splitlines()]
+    random.Random(0).shuffle(texts)
+    return [checkpoint.encode(texts[start : start + batch]) for start in range(0, len(texts), batch)]
+
+
 def long_texts(checkpoint: Checkpoint, texts: Sequence[str], tokens: int) -> list[str]:
     """The texts joined and split into texts of this many tokens, with the encoder's two special tokens; the rest is dropped."""
     assert checkpoint.tokenizer is not None
@@ -83,19 +94,37 @@ def long_texts(checkpoint: Checkpoint, texts: Sequence[str], tokens: int) -> lis
 
 
 def embed(call: Callable[..., object], checkpoint: Checkpoint, texts: Sequence[str]) -> torch.Tensor:
-    """Mean-pooled embeddings of unit length, [texts, features]."""
+    """Mean-pooled embeddings of unit length, [texts, features]. call: returns hidden states first, or the embeddings."""
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     found = torch.empty(0)
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
         inputs = checkpoint.encode([texts[index] for index in chosen])
         with torch.inference_mode():
-            hidden = call(**inputs)[0]  # pyright: ignore[reportIndexIssue]
-        mask = inputs["attention_mask"][..., None].to(hidden.dtype)
-        pooled = (hidden * mask).sum(1) / mask.sum(1)
+            answer = call(**inputs)
+        pooled = answer if isinstance(answer, torch.Tensor) else mean_pooled(answer[0], inputs["attention_mask"])  # pyright: ignore[reportIndexIssue]
         found = found if len(found) else torch.empty(len(texts), pooled.shape[-1])
-        found[chosen] = torch.nn.functional.normalize(pooled.float(), dim=-1)
+        found[chosen] = pooled.float()
     return found
+
+
+def mean_pooled(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean over real tokens, of unit length, [rows, features]. hidden: [rows, tokens, features]. mask: [rows, tokens]."""
+    kept = mask[..., None].to(hidden.dtype)
+    return torch.nn.functional.normalize((hidden * kept).sum(1) / kept.sum(1), dim=-1)
+
+
+class Embedder(torch.nn.Module):
+    """An encoder with mean pooling, as sentence-transformers runs it: returns embeddings of unit length."""
+
+    def __init__(self, encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor) -> torch.Tensor:
+        """Shapes are [rows, tokens]; returns [rows, features]."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)[0]
+        return mean_pooled(hidden, attention_mask)
 
 
 def retrieve(call: Callable[..., object], checkpoint: Checkpoint, texts: Texts) -> Retrieval:

@@ -1,15 +1,18 @@
-"""Makes wordnet_pairs.tsv from the database of WordNet 3.0.
+"""Makes wordnet_pairs.tsv and wordnet_texts.txt.gz from the database of WordNet 3.0.
 
     apt-get download wordnet-base && dpkg -x wordnet-base_*.deb wordnet
     python benchmarks/data/make_pairs.py wordnet/usr/share/wordnet
 
 One line a synset: its split, its identifier, its gloss, and a usage example of it. The synsets of `evaluation` are searched and
-searched for; those of `calibration` share no synset, no gloss and no example with them. The same database gives the same file.
+searched for; those of `calibration` share no synset, no gloss and no example with them. The texts, one a line, are
+glosses and examples of synsets that are not evaluated, for training; none is among the pairs. The same database gives the same
+files.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import random
 import re
 from collections.abc import Iterator
@@ -18,9 +21,12 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PAIRS = HERE / "wordnet_pairs.tsv"
+TEXTS = HERE / "wordnet_texts.txt.gz"
 PARTS = {"noun": 2000, "verb": 1200, "adj": 1000}
 """Evaluation synsets of each part of speech."""
 CALIBRATION = 2400
+TRAINING = 30_000
+"""Texts for training."""
 WORDS = range(3, 41)
 HARSH = re.compile(
     r"\b(kill|murder|rape|sex|naked|breast|genital|prostitut|slave|suicid|drug|terroris|tortur|bomb|urin|blood|corpse|dead|death|"
@@ -39,16 +45,21 @@ class Pair:
     example: str
 
 
-def pairs(database: Path, part: str) -> Iterator[Pair]:
-    """The synsets of one part of speech that have a gloss and an example of some length, harsh subjects left out."""
+def synsets(database: Path, part: str) -> Iterator[tuple[str, list[str]]]:
+    """The synsets of one part of speech: the identifier, then the gloss and the examples; harsh subjects are left out."""
     for line in (database / f"data.{part}").read_text(encoding="utf-8").splitlines():
         head, bar, text = line.partition(" | ")
-        example = re.search(r'"([^"]+)"', text)
         gloss = text.partition('; "')[0].strip().rstrip(";")
-        if line.startswith("  ") or not bar or example is None or '"' in gloss or HARSH.search(text):
-            continue
-        if len(gloss.split()) in WORDS and len(example[1].split()) in WORDS:
-            yield Pair(f"{part}-{head.split()[0]}", gloss, example[1].strip())
+        if not line.startswith("  ") and bar and '"' not in gloss and not HARSH.search(text):
+            examples = [example.strip() for example in re.findall(r'"([^"]+)"', text)]
+            yield f"{part}-{head.split()[0]}", [gloss, *examples]
+
+
+def pairs(database: Path, part: str) -> Iterator[Pair]:
+    """The synsets of one part of speech that have a gloss and an example of some length."""
+    for synset, texts in synsets(database, part):
+        if len(texts) > 1 and all(len(text.split()) in WORDS for text in texts[:2]):
+            yield Pair(synset, *texts[:2])
 
 
 def draw(database: Path) -> dict[str, list[Pair]]:
@@ -70,8 +81,23 @@ def draw(database: Path) -> dict[str, list[Pair]]:
     return chosen
 
 
+def training(database: Path, chosen: dict[str, list[Pair]]) -> list[str]:
+    """Glosses and examples of some length of synsets that are not evaluated; no text is in a pair or occurs twice."""
+    evaluated = {pair.synset for pair in chosen["evaluation"]}
+    paired = {text for found in chosen.values() for pair in found for text in (pair.gloss, pair.example)}
+    fresh = [
+        text
+        for part in ("noun", "verb", "adj", "adv")
+        for synset, texts in synsets(database, part)
+        if synset not in evaluated
+        for text in texts
+        if len(text.split()) in WORDS and text not in paired
+    ]
+    return random.Random(0).sample(list(dict.fromkeys(fresh)), TRAINING)
+
+
 def main() -> None:
-    """Write the file."""
+    """Write the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("database", type=Path, help="the directory that holds data.noun, data.verb and data.adj")
     chosen = draw(parser.parse_args().database)
@@ -80,6 +106,11 @@ def main() -> None:
             generator = random.Random(1)
             generator.shuffle(found)
             file.writelines(f"{split}\t{pair.synset}\t{pair.gloss}\t{pair.example}\n" for pair in found)
+    texts = training(parser.parse_args().database, chosen)
+    # Without a name and a time, so that the same texts give the same file.
+    with TEXTS.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed:
+        packed.write("".join(f"{text}\n" for text in texts).encode())
+    print(f"{TEXTS.name}: {len(texts)} texts")
     print(f"{PAIRS.name}: " + ", ".join(f"{len(found)} synsets of {split}" for split, found in chosen.items()))
 
 
