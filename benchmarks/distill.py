@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from quality import Embedder, Retrieval, Texts, conditions, difference, read_pairs, retrieve, training_batches
 from readme import put_table
 
 import lissom
+from lissom.compiler.ir.editor import CurvePoint
 from lissom.compiler.ir.program import Program
 from lissom.frontends.huggingface import Checkpoint, load
 from lissom.inspect.timing import time_calls
@@ -31,6 +34,7 @@ PIPELINES = (
     f"quantize{{scheme=int4-weight}},{RECOVER}",
 )
 ROWS, TOKENS, BATCH = 32, 128, 32
+FIGURE = Path(__file__).with_name("distill.svg")
 STEPS = 30
 """Steps of PyTorch's own training that are timed, after two that are not."""
 
@@ -72,32 +76,79 @@ def optimized(setting: Setting, passes: str) -> lissom.Optimized:
     return lissom.optimize(setting.model, setting.checkpoint.example_inputs, passes=passes, data=batches, checks="structural")
 
 
-def row(setting: Setting, passes: str, recovery: str) -> list[str]:
-    """The cells of one pipeline: its speedup, its recall without and with recovery, and the speed of training."""
+@dataclass(frozen=True)
+class Recovered:
+    """What one pipeline gave.
+
+    speedup: over the exact program. recalls: recall@10, its change and the change's interval, without and with recovery.
+    speeds: tokens a second of `distill` and of PyTorch.
+    """
+
+    passes: str
+    speedup: float
+    recalls: tuple[tuple[float, float, float, float], tuple[float, float, float, float]]
+    curve: Sequence[CurvePoint]
+    speeds: tuple[float, float]
+
+    @property
+    def line(self) -> str:
+        """The row of the table."""
+        recalls = [f"{recall:.3f}, {change:+.1%} ({low:+.1%} to {high:+.1%})" for recall, change, low, high in self.recalls]
+        speeds = [f"{speed:,.0f}" for speed in self.speeds]
+        return f"| {' | '.join([f'`{self.passes}`', f'{self.speedup:.2f}', *recalls, str(self.curve[-1].step), *speeds])} |"
+
+
+def recovered(setting: Setting, passes: str, recovery: str) -> Recovered:
+    """Run one pipeline without and with recovery."""
     without = optimized(setting, passes.replace(f",{RECOVER}", "")).program
     found = optimized(setting, passes.replace(RECOVER, recovery))
-    cells = [f"`{passes.replace(RECOVER, 'distill')}`", speedup(setting, found.program)]
-    for program in (without, found.program):
-        recalled = retrieve(program, setting.checkpoint, setting.texts)
-        change, low, high = difference(setting.original, recalled, 10)
-        cells.append(f"{recalled.recall(10):.3f}, {change:+.1%} ({low:+.1%} to {high:+.1%})")
     (step,) = (step for step in found.report.history.steps if step.curve)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in setting.batches) / len(setting.batches)
     last = step.curve[-1]
-    return [
-        *cells,
-        str(last.step),
-        f"{tokens * last.step / last.seconds:,.0f}",
-        f"{eager_speed(without, setting.batches):,.0f}",
-    ]
+    return Recovered(
+        passes.replace(RECOVER, "distill"),
+        speedup(setting, found.program),
+        (recall(setting, without), recall(setting, found.program)),
+        step.curve,
+        (tokens * last.step / last.seconds, eager_speed(without, setting.batches)),
+    )
 
 
-def speedup(setting: Setting, program: Program) -> str:
+def recall(setting: Setting, program: Program) -> tuple[float, float, float, float]:
+    """recall@10, and its change from the original with a 95 % interval."""
+    found = retrieve(program, setting.checkpoint, setting.texts)
+    return (found.recall(10), *difference(setting.original, found, 10))
+
+
+def draw(found: Sequence[Recovered]) -> None:
+    """The loss over the minutes, and recall over speed with and without recovery."""
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.hashsalt"] = "lissom"
+    figure, (losses, qualities) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for item in found:
+        minutes = [point.seconds / 60 for point in item.curve]
+        (line,) = losses.plot(minutes, [point.held_out for point in item.curve], label=item.passes)
+        for fill, (_, change, low, high) in zip(("white", line.get_color()), item.recalls, strict=True):
+            spread = [[100 * (change - low)], [100 * (high - change)]]
+            qualities.errorbar(item.speedup, 100 * change, spread, marker="o", color=line.get_color(), mfc=fill, capsize=3)
+        ends = [100 * change for _, change, _, _ in item.recalls]
+        qualities.plot([item.speedup] * 2, ends, color=line.get_color(), linestyle=":")
+    losses.set(xlabel="minutes", ylabel="loss on held-out texts", yscale="log")
+    losses.legend(fontsize=7)
+    qualities.set(xlabel="times faster than the exact program", ylabel="change of recall@10, %", title="hollow: not recovered")
+    for axes in (losses, qualities):
+        axes.grid(alpha=0.3)
+    figure.savefig(FIGURE, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def speedup(setting: Setting, program: Program) -> float:
     """How much faster the program is than the exact one, both compiled."""
     compiled = lissom.compile(program, setting.checkpoint.example_inputs, checks="structural")
     inputs = setting.checkpoint.encode(["a sentence " * TOKENS] * ROWS, TOKENS)
     timings = time_calls({"exact": lambda: setting.exact(**inputs), "found": lambda: compiled(**inputs)}, 10.0)
-    return f"{timings['exact'].median_ms / timings['found'].median_ms:.2f}"
+    return timings["exact"].median_ms / timings["found"].median_ms
 
 
 def main() -> None:
@@ -121,14 +172,17 @@ def main() -> None:
         f"| none | 1 | {original.recall(10):.3f} | | | | |",
     ]
     recovery = f"distill{{minutes={options.minutes:g}{options.options and ','}{options.options}}}"
+    found = list[Recovered]()
     for passes in options.passes:
-        lines.append(f"| {' | '.join(row(setting, passes, recovery))} |")
-        print(lines[-1], flush=True)
+        found.append(recovered(setting, passes, recovery))
+        print(found[-1].line, flush=True)
+    lines += [item.line for item in found]
     about = f"`{recovery}`, batches of {BATCH}, {len(original.ranks):,} synsets."
     text = "\n".join(lines) + f"\n\n{about} {conditions()}.\n"
     print(text)
     if options.update:
         put_table("distillation", text)
+        draw(found)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Fitting(Training):
 
     minutes: float | None = None
     steps: int | None = None
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     batch: int | None = None
     precision: Precision = "auto"
     held_out: float = 0.1
