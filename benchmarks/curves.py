@@ -33,8 +33,8 @@ from quality import (
 )
 
 import lissom
-from lissom.artifacts.files import write_whole
 from lissom.artifacts.weights import stored_bytes
+from lissom.files import write_whole
 from lissom.frontends.huggingface import Checkpoint, load
 from lissom.runtime.compiled_model import CompiledModel
 

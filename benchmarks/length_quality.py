@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn import functional
 
 import lissom
-from lissom.artifacts.files import write_whole
+from lissom.files import write_whole
 from lissom.frontends.huggingface import Checkpoint, load
 
 RECORDS = Path(__file__).parent / "length_quality.json"

@@ -36,10 +36,10 @@ from quality import (
 )
 
 import lissom
-from lissom.artifacts.files import write_whole
 from lissom.artifacts.weights import stored_bytes
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import UnsupportedError
+from lissom.files import write_whole
 from lissom.frontends.huggingface import Checkpoint, load
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 

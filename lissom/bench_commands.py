@@ -9,7 +9,6 @@ import torch
 import typer
 
 from lissom.artifacts.directory import is_artifact
-from lissom.artifacts.files import check_writable, write_whole
 from lissom.bench.comparison import compare
 from lissom.bench.engines import ENGINES, find_engines
 from lissom.bench.profile import profile_model, profile_table
@@ -20,6 +19,7 @@ from lissom.bench.workload import DEFAULT_SHAPES, parse_shapes
 from lissom.calibration_files import read_texts
 from lissom.cli_options import MOST_THREADS, Model, Seconds
 from lissom.driver.options import resolve_passes
+from lissom.files import check_writable, write_whole
 from lissom.inspect.machine import Machine, cache_path, load_machine, measure_machine, save_machine
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.roofline import machine_table

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from lissom import api, demo
 from lissom.artifacts.directory import check_target, is_artifact
-from lissom.artifacts.files import check_writable, write_whole
 from lissom.backends import find_backends
 from lissom.backends.base import Backend as BackendObject
 from lissom.backends.distributed.backend import Distributed
@@ -43,6 +42,7 @@ from lissom.driver.options import resolve_passes
 from lissom.driver.ranks import with_world_size
 from lissom.driver.torchrun import RankProcess, ending_at_once, may_speak, one_of_ranks, refuse_torchrun
 from lissom.errors import LissomError, UnsupportedError, nearest
+from lissom.files import check_writable, write_whole
 from lissom.frontends.device import check_device
 from lissom.frontends.sources import NAMES, load
 from lissom.generation.directory import is_saved

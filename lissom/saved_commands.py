@@ -11,9 +11,9 @@ from rich.console import Console
 
 from lissom.artifacts.arrays import named_tensors, read_inputs, write_tensors
 from lissom.artifacts.directory import read_directory, sign_directory
-from lissom.artifacts.files import check_writable
 from lissom.compiler.ir.types import format_type, type_of
 from lissom.driver.torchrun import one_of_ranks
+from lissom.files import check_writable
 from lissom.runtime.compiled_model import CompiledModel, load
 
 console = Console()

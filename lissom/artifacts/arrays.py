@@ -11,9 +11,9 @@ from typing import cast
 import numpy as np
 import torch
 
-from lissom.artifacts.files import writing_whole
 from lissom.compiler.ir.signature import Signature, TensorArgument
 from lissom.errors import ArtifactError, InputError
+from lissom.files import writing_whole
 
 
 def read_inputs(signature: Signature, path: Path) -> tuple[tuple[object, ...], dict[str, object]]:

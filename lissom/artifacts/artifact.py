@@ -13,7 +13,6 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lissom.artifacts.directory import check_target, verified_bytes, verified_path, write_directory
-from lissom.artifacts.fields import parse_json
 from lissom.artifacts.manifest import NAME, Content, Manifest, write_manifest
 from lissom.artifacts.program_file import ReadWeights, decode_program, encode_program
 from lissom.artifacts.weights import Place, load_weights, save_weights
@@ -25,6 +24,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType
 from lissom.compiler.pipeline.history import History
 from lissom.errors import ArtifactError, UnsupportedError, nearest
+from lissom.fields import parse_json
 from lissom.inspect.machine import device_name
 from lissom.ops import KERNELS, block_sparse_attention
 from lissom.ops.native import SWITCH, load_kernels, missing_kernel

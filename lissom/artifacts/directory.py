@@ -16,11 +16,11 @@ from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
-from lissom.artifacts.fields import MOST_BYTES, shown
-from lissom.artifacts.files import check_parent, open_plain, read_plain, reason, writing_whole
 from lissom.artifacts.manifest import NAME, Content, Manifest, listed_files, parse_manifest
 from lissom.artifacts.signature import SIGNATURE, check_signature, sign
 from lissom.errors import ArtifactError
+from lissom.fields import MOST_BYTES, shown
+from lissom.files import check_parent, open_plain, read_plain, reason, writing_whole
 
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _EXCHANGE, _HERE = 2, -100

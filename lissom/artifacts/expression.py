@@ -15,8 +15,8 @@ import sympy
 from sympy.core import relational
 from torch.utils._sympy import functions
 
-from lissom.artifacts.fields import finite, number, shown
 from lissom.errors import ArtifactError
+from lissom.fields import finite, number, shown
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     function.__name__: function

@@ -14,9 +14,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import cast
 
-from lissom.artifacts.fields import MOST_BYTES, count, number, parse_json, printable, shown, take, text
-from lissom.artifacts.files import read_plain
 from lissom.errors import ArtifactError
+from lissom.fields import MOST_BYTES, count, number, parse_json, printable, shown, take, text
+from lissom.files import read_plain
 
 NAME = "manifest.json"
 KIND = "lissom artifact"

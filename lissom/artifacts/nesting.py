@@ -15,9 +15,9 @@ from typing import Any, cast
 
 from torch.utils import _pytree as pytree
 
-from lissom.artifacts.fields import shown, take, take_list, text
 from lissom.artifacts.values import decode_argument, encode_argument
 from lissom.errors import ArtifactError
+from lissom.fields import shown, take, take_list, text
 
 _LEAF = "*"
 _MODEL_OUTPUTS = "transformers.modeling_outputs"

@@ -13,10 +13,10 @@ import torch
 import lissom.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lissom.artifacts.allowed import ALLOWED
 from lissom.artifacts.expression import FUNCTIONS as SIZE_FUNCTIONS
-from lissom.artifacts.fields import shown
 from lissom.compiler.ir.collectives import COLLECTIVES, WAIT
 from lissom.compiler.ir.printer import target_text
 from lissom.errors import ArtifactError
+from lissom.fields import shown
 
 _OF_NUMBERS = (
     *("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "pos", "abs", "lshift", "rshift"),

@@ -13,7 +13,6 @@ from torch import fx, nn
 
 from lissom.artifacts.calls import check_call
 from lissom.artifacts.expression import decode_expression, encode_expression
-from lissom.artifacts.fields import count, number, printable, shown, take, take_list, take_text, text
 from lissom.artifacts.nesting import decode_nesting, encode_nesting
 from lissom.artifacts.operators import find_operator, operator_name
 from lissom.artifacts.values import Reader, decode_argument, decode_value, encode_argument, encode_type, encode_value
@@ -26,6 +25,7 @@ from lissom.compiler.ir.placement import Placed, Span, Spans
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
 from lissom.compiler.ir.types import TensorType, ValueType
+from lissom.fields import count, number, printable, shown, take, take_list, take_text, text
 
 ReadWeights = Callable[[Mapping[str, object], Place], Mapping[str, torch.Tensor]]
 MOST_NODES = 1_000_000

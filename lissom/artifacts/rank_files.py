@@ -15,7 +15,6 @@ import torch
 
 from lissom.artifacts import artifact
 from lissom.artifacts.directory import read_directory, verified_path, write_directory
-from lissom.artifacts.fields import shown
 from lissom.artifacts.manifest import Manifest
 from lissom.artifacts.weights import Place, load_alone, save_weights
 from lissom.backends.base import Backend
@@ -34,6 +33,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.pipeline.history import History
 from lissom.errors import ArtifactError, UnsupportedError
+from lissom.fields import shown
 from lissom.ops.native import load_kernels
 
 

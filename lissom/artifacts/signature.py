@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from lissom.artifacts.files import read_plain
 from lissom.errors import ArtifactError, UnsupportedError
+from lissom.files import read_plain
 
 SIGNATURE = "manifest.sig"
 _BYTES = 64

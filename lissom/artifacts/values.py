@@ -18,11 +18,11 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lissom.artifacts.expression import decode_expression, encode_expression
-from lissom.artifacts.fields import count, shown, take, take_list
 from lissom.compiler.ir import fake
 from lissom.compiler.ir.node import Deferred
 from lissom.compiler.ir.types import ScalarType, Size, TensorType, size_of, type_of
 from lissom.errors import ArtifactError
+from lissom.fields import count, shown, take, take_list
 
 MOST_DIMENSIONS = 64
 _NAMED: Mapping[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}

@@ -23,9 +23,9 @@ import numpy
 import torch
 from torch import nn
 
-from lissom.artifacts.fields import count, number, parse_json, take, take_list
 from lissom.compiler.ir.program import Program
 from lissom.errors import ArtifactError
+from lissom.fields import count, number, parse_json, take, take_list
 
 Place = Callable[[torch.device], torch.device]
 """Maps the device a tensor was saved on to the device to load it on."""

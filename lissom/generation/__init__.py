@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from lissom.artifacts.artifact import Trust
-from lissom.artifacts.files import check_path
 from lissom.backends.base import Backend
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.options import Checks, Goal, Metric, Progress
@@ -19,6 +18,7 @@ from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.driver.compile import compile_captured
 from lissom.driver.options import Inputs, Settings, check_choices, resolve_passes
 from lissom.errors import InputError, UnsupportedError, refuse_old_names
+from lissom.files import check_path
 from lissom.frontends.decoder import INPUTS, capture_decoder, check_capacity
 from lissom.frontends.device import check_device, device_of
 from lissom.frontends.export import Capture

@@ -12,8 +12,8 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lissom.artifacts.files import check_path
 from lissom.errors import InputError, UnsupportedError
+from lissom.files import check_path
 from lissom.generation.decoder import Decoder
 from lissom.generation.directory import save
 from lissom.runtime.compiled_model import CompiledModel

@@ -14,10 +14,10 @@ from transformers import CONFIG_MAPPING, GenerationConfig
 from lissom.artifacts import rank_files
 from lissom.artifacts.artifact import Trust
 from lissom.artifacts.directory import verified_bytes
-from lissom.artifacts.fields import parse_json, shown
 from lissom.artifacts.manifest import Content
 from lissom.backends.base import Backend
 from lissom.errors import ArtifactError
+from lissom.fields import parse_json, shown
 from lissom.frontends.device import check_device
 from lissom.generation.directory import CONFIG, GENERATION, is_former, is_saved
 from lissom.generation.model import GenerationModel

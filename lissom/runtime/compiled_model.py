@@ -11,7 +11,6 @@ import torch
 
 from lissom.artifacts import rank_files
 from lissom.artifacts.artifact import Compiled, Loaded, Trust, WriteMore, write_nothing
-from lissom.artifacts.files import check_path
 from lissom.backends.base import Backend, Executable, state_of
 from lissom.backends.distributed.backend import RankProgram
 from lissom.backends.distributed.ranks import Ranks
@@ -19,6 +18,7 @@ from lissom.compiler.analysis.embedding_bounds import outside_table
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.errors import InputError
+from lissom.files import check_path
 from lissom.frontends.device import check_device
 from lissom.frontends.untouched import ordinary
 from lissom.inspect.report import Report

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import nn
 
-from lissom.artifacts.fields import take, take_list, text
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType
 from lissom.errors import ArtifactError, CaptureError, InputError, UnsupportedError
+from lissom.fields import take, take_list, text
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

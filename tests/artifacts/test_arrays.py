@@ -90,7 +90,7 @@ def test_tensors_are_written_whole(tmp_path):
 
 
 def test_a_link_where_the_temporary_file_would_be_is_not_followed(tmp_path, monkeypatch):
-    monkeypatch.setattr("lissom.artifacts.files.secrets.token_hex", lambda _: "guessed")
+    monkeypatch.setattr("lissom.files.secrets.token_hex", lambda _: "guessed")
     (tmp_path / "kept").write_text("kept")
     (tmp_path / ".lissom-guessed").symlink_to(tmp_path / "kept")
     with pytest.raises(ArtifactError, match="cannot be written: File exists"):

@@ -274,7 +274,7 @@ def test_json_is_bounded(saved, old, new, said):
 
 
 def test_the_length_of_json_is_bounded(saved, monkeypatch):
-    monkeypatch.setattr("lissom.artifacts.fields.MOST_BYTES", 1000)
+    monkeypatch.setattr("lissom.fields.MOST_BYTES", 1000)
     assert "it is longer than 1000 bytes" in refusal(saved)
 
 

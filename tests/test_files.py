@@ -1,4 +1,4 @@
-"""Tests of lissom.artifacts.files and of the paths commands write to: plain files only, whole or not at all."""
+"""Tests of lissom.files and of the paths commands write to: plain files only, whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 import lissom
 from lissom.artifacts.arrays import write_tensors
 from lissom.artifacts.directory import verified_bytes, verified_path, write_directory
-from lissom.artifacts.files import check_writable, open_plain, write_whole, writing_whole
 from lissom.artifacts.manifest import Content
 from lissom.cli import app
 from lissom.errors import ArtifactError
+from lissom.files import check_writable, open_plain, write_whole, writing_whole
 from tests.artifacts.saving import compiled
 
 SPECIAL = "is a device, a pipe or a socket, and would be replaced; name a regular file"
