@@ -27,6 +27,7 @@ from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Checks
+from lissom.compiler.training.ranks import one_process
 from lissom.errors import UnsupportedError
 from lissom.passes.parallel.partition import Partition
 from lissom.passes.parallel.shard import Shard
@@ -150,7 +151,9 @@ def _scatter(make: Callable[[], PartitionedModel], ranks: Ranks, device: torch.d
     made: list[PartitionedModel] = []
 
     def first() -> bytes:
-        made.append(make())
+        # The other ranks wait, so passes that train do not share their work.
+        with one_process():
+            made.append(make())
         model = made[0]
         header = {
             "program": encode_program(model.program.of_rank(0), {}),

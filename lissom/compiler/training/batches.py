@@ -73,6 +73,32 @@ def amount(program: Program, batches: Sequence[Batch]) -> tuple[float, str]:
     return total / len(batches), "tokens"
 
 
+def rows_of_rank(program: Program, batches: Sequence[Batch], rank: int, world_size: int) -> tuple[list[Batch], list[float]]:
+    """A rank's rows of each batch, and the fraction of the batch that they are.
+
+    Of a batch with fewer rows than ranks, some ranks have the first row, as a fraction of 0.
+
+    Raises: RequirementError when the program takes no other batch size than that of the data.
+    """
+    batched = _batched_inputs(program.signature)
+    if batched is None:
+        raise RequirementError(
+            "the program takes only the batch size of its example inputs, so its batches cannot be divided among ranks; train "
+            "it in one process"
+        )
+    found, fractions = list[Batch](), list[float]()
+    for batch in batches:
+        rows = _rows_of(batch, batched)
+        start, end = (rows * at // world_size for at in (rank, rank + 1))
+        if start == end:
+            start, end = 0, 1
+            fractions.append(0.0)
+        else:
+            fractions.append((end - start) / rows)
+        found.append(_rows(batch, batched, slice(start, end)))
+    return found, fractions
+
+
 def _batched_inputs(signature: Signature) -> list[bool] | None:
     """For each input whether its first dimension is the batch; None when no dimension is a batch of any size."""
     first = [leaf.type.shape[0] if leaf.type.shape else 1 for leaf in signature.tensors]

@@ -48,7 +48,8 @@ class TargetCache:
         found = make()
         if not self._full:
             self._keep(index, found)
-        return found
+        # Read back, so that a run that goes on has the values of one that was never interrupted.
+        return self.targets(index, make) if index in self._known else found
 
     def close(self) -> None:
         """Delete the file."""

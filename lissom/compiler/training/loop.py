@@ -6,8 +6,9 @@ rises over the first twentieth and falls linearly to zero at the deadline. https
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,6 +17,20 @@ import torch
 from torch import nn
 
 from lissom.compiler.ir.editor import CurvePoint
+from lissom.compiler.training.checkpoint import (
+    BEST,
+    FIRST,
+    GLOBAL_GENERATOR,
+    ORDER_GENERATOR,
+    SECOND,
+    WEIGHT,
+    Checkpoint,
+    State,
+)
+from lissom.compiler.training.interrupt import Interrupt
+from lissom.compiler.training.ranks import Ranks
+from lissom.compiler.training.shards import Shards
+from lissom.errors import ArtifactError
 from lissom.ops.formats import LEAST
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -55,12 +70,16 @@ class Plan:
 
 @dataclass
 class Trained:
-    """The result of a run. stopped: why it ended early, or None. precision: that was used."""
+    """The result of a run.
+
+    stopped: why it ended early, or None. precision: that was used. resumed: the step from which it went on, or None.
+    """
 
     curve: list[CurvePoint] = field(default_factory=list[CurvePoint])
     best: CurvePoint | None = None
     stopped: str | None = None
     precision: str = "fp32"
+    resumed: int | None = None
 
     @property
     def gained(self) -> bool:
@@ -75,8 +94,10 @@ Loss = Callable[[int, float], torch.Tensor]
 class Run:
     """A run that trains weights in place.
 
-    learned: the parameters by name. zeros: for some of them where they stay zero. count: of batches. judge: the held-out loss.
-    report: called with a sentence and the fraction of the run that is over. scales: the names of scales, which stay positive.
+    learned: the parameters by name, or this rank's shards of them. zeros: for some of them where they stay zero. loss: of this
+    rank's rows; the losses of the ranks add up. count: of batches. judge: the held-out loss of all ranks. report: called with a
+    sentence and the fraction of the run that is over. scales: the largest element of each scale by name; scales stay positive.
+    ranks: that train together. shards: of sharded weights. checkpoint: where the state is written, and where it is read.
     """
 
     learned: Mapping[str, nn.Parameter]
@@ -86,29 +107,40 @@ class Run:
     judge: Callable[[], float]
     plan: Plan
     report: Callable[[str, float], None]
-    scales: Collection[str] = ()
+    scales: Mapping[str, float] = field(default_factory=dict[str, float])
+    ranks: Ranks = field(default_factory=Ranks)
+    shards: Shards | None = None
+    checkpoint: Checkpoint | None = None
 
     def __post_init__(self) -> None:
         self._weights = [item for name, item in self.learned.items() if name not in self.scales]
-        self._scales = [item for name, item in self.learned.items() if name in self.scales]
+        self._scales = [self.learned[name] for name in self.scales]
         # A step of Adam has the size of the learning rate, and scales are small: each changes by its share of the largest one.
         groups = [{"params": self._weights, "share": 1.0}]
-        groups += [{"params": [item], "share": _SCALE_RATE * float(item.detach().max())} for item in self._scales]
+        groups += [{"params": [self.learned[name]], "share": _SCALE_RATE * largest} for name, largest in self.scales.items()]
         self._optimizer = torch.optim.AdamW(groups, lr=self.plan.learning_rate, weight_decay=0.0, fused=True)
         self._generator = torch.Generator().manual_seed(self.plan.seed)
         self._found = Trained()
         self._kept = {name: item.detach().clone() for name, item in self.learned.items()}
-        self._started, self._step, self._recent = time.perf_counter(), 0, list[float]()
+        self._step, self._seconds, self._recent, self._order = 0, 0.0, list[float](), list[int]()
+        self._started, self._interrupt, self._measured = time.perf_counter(), Interrupt(), False
+        self._ending = False
 
     def train(self) -> Trained:
         """Leave the weights with the smallest held-out loss, which may be those from before.
 
-        An interrupt ends the run and keeps the best weights.
+        An interrupt ends the run after the current step, on all ranks, and keeps the best weights. With a checkpoint, a run
+        that was ended before goes on where it was, and a finished one gives its result.
+
+        Raises: ArtifactError for a checkpoint of another run; RankError when a rank ended.
         """
         try:
-            self._measure()
-            self._steps()
+            with self._interrupt:
+                if not self._resume():
+                    self._save(finished=self._steps())
         except KeyboardInterrupt:
+            if self.ranks.world_size > 1:
+                raise
             self._found.stopped = "it was interrupted"
         finally:
             self._restore_best()
@@ -121,51 +153,82 @@ class Run:
         mean = sum(self._recent) / len(self._recent) if self._recent else None
         point = CurvePoint(self._step, time.perf_counter() - self._started, mean, held_out)
         self._found.curve.append(point)
-        self._recent = []
+        self._recent, self._measured = [], True
         if self._found.best is None or held_out < self._found.best.held_out:
             self._found.best = point
             if self._step:
                 for name, item in self.learned.items():
                     self._kept[name].copy_(item.detach())
 
-    def _steps(self) -> None:
-        autocast = self._choose_precision()
-        self._started = time.perf_counter()
-        order: list[int] = []
-        done = 0.0
+    def _steps(self) -> bool:
+        """Train; False when the run was interrupted."""
+        if not self._found.curve:
+            self._measure()
+            self._found.precision = "bf16" if self._choose_precision() else "fp32"
+            self._started = time.perf_counter()
+        autocast = self._found.precision == "bf16"
+        done = self.plan.done(self._seconds, self._step)
         while done < 1.0:
-            order = order or torch.randperm(self.count, generator=self._generator).tolist()
-            if not self._take_step(order.pop(), done, autocast):
-                return
-            done = self.plan.done(time.perf_counter() - self._started, self._step)
+            self._order = self._order or torch.randperm(self.count, generator=self._generator).tolist()
+            writes = self._take_step(self._order.pop(), done, autocast)
+            if writes is None:
+                return True
+            done = self.plan.done(self._seconds, self._step)
             if done >= 1.0 or (
                 done * _JUDGED >= len(self._found.curve) and self._step >= self._found.curve[-1].step + _LEAST_STEPS
             ):
                 self._measure()
             self._tell(done)
+            if self._ending and done < 1.0:
+                self._found.stopped = "it was interrupted"
+                return False
+            if writes and done < 1.0:
+                self._save()
+        return True
 
-    def _take_step(self, batch: int, done: float, autocast: bool) -> bool:
-        """Train on one batch; False when a value was not finite."""
+    def _take_step(self, batch: int, done: float, autocast: bool) -> bool | None:
+        """Train on one batch; None when a value was not finite, else whether to write a state after it.
+
+        Rank 0 decides on the time and on writing; an interrupt of any rank is one of all.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = group["share"] * self.plan.rate(done)
         value = self._gradients(batch, done, autocast)
-        norms = [nn.utils.clip_grad_norm_(items, _CLIPPED) for items in (self._weights, self._scales) if items]
-        if not (value.isfinite() and all(norm.isfinite() for norm in norms)):
+        items = [*self._weights, *self._scales]
+        first = self.ranks.rank == 0
+        writes = first and self.checkpoint is not None and self.checkpoint.due(self._measured)
+        seconds = time.perf_counter() - self._started if first else 0.0
+        loss, self._seconds, writes, interrupted, *present = self.ranks.sums(
+            [float(value), seconds, writes, self._interrupt.seen, *(item.grad is not None for item in items)]
+        )
+        if self.shards is None:
+            self.ranks.add_gradients(items, [count > 0 for count in present])
+        norms = [self._clip(items) for items in (self._weights, self._scales) if items]
+        if not all(map(math.isfinite, (loss, *norms))):
             self._found.stopped = f"the loss or its gradient was not finite after {self._step} steps"
-            return False
+            return None
         self._optimizer.step()
         with torch.no_grad():
             for name, kept in self.zeros.items():
                 self.learned[name].masked_fill_(kept, 0.0)
             for scale in self._scales:
                 scale.clamp_min_(LEAST)
-        self._recent.append(float(value))
+        self._recent.append(loss)
         self._step += 1
-        return True
+        self._ending = interrupted > 0
+        return writes > 0
+
+    def _clip(self, items: Sequence[nn.Parameter]) -> float:
+        """Clip the norm of the gradients, whole or sharded; returns the norm."""
+        norm = nn.utils.get_total_norm([item.grad for item in items if item.grad is not None])
+        if self.shards is not None:
+            norm = self.ranks.sum(norm.square()).sqrt()
+        nn.utils.clip_grads_with_norm_(items, _CLIPPED, norm)
+        return float(norm)
 
     def _gradients(self, batch: int, done: float, autocast: bool) -> torch.Tensor:
         self._optimizer.zero_grad()
-        with torch.enable_grad():
+        with torch.enable_grad(), self.shards.regathering() if self.shards is not None else nullcontext():
             with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
                 value = self.loss(batch, done)
             value.backward()
@@ -192,12 +255,10 @@ class Run:
                 gradients.append(torch.cat([item.flatten() for item in found]))
             alike = torch.nn.functional.cosine_similarity(*gradients, dim=0)
             chosen = seconds[1] < 0.9 * seconds[0] and bool(alike > _ALIKE)
-        self._found.precision = "bf16" if chosen else "fp32"
-        return chosen
+        return bool(self.ranks.broadcast(torch.tensor(chosen, dtype=torch.uint8)))
 
     def _tell(self, done: float) -> None:
-        seconds = time.perf_counter() - self._started
-        left = seconds * (1 - done) / max(done, 1e-6)
+        left = self._seconds * (1 - done) / max(done, 1e-6)
         loss = f"loss {self._recent[-1]:.4g}, " if self._recent else ""
         self.report(f"{loss}held out {self._found.curve[-1].held_out:.4g}, {left:.0f} s left", done)
 
@@ -206,3 +267,86 @@ class Run:
             for name, item in self.learned.items():
                 item.copy_(self._kept[name])
                 item.grad = None
+
+    def _resume(self) -> bool:
+        """Take over the state of the checkpoint, if there is one; True when its run is finished."""
+        if self.checkpoint is None or (read := self.checkpoint.read(self._tensors_of)) is None:
+            return False
+        state, tensors = read
+        for point in state.curve:
+            if self._found.best is None or point.held_out < self._found.best.held_out:
+                self._found.best = point
+        self._found.curve, self._found.precision, self._found.stopped = state.curve, state.precision, state.stopped
+        self._found.resumed = self._step = state.step
+        with torch.no_grad():
+            for name, item in self.learned.items():
+                self._kept[name].copy_(tensors[BEST + name])
+                item.copy_(tensors[(BEST if state.finished else WEIGHT) + name])
+        if not state.finished:
+            self._recent, self._order, self._seconds = state.recent, state.order, state.seconds
+            self._started = time.perf_counter() - state.seconds
+            self._set_moments(state, tensors)
+            try:
+                self._generator.set_state(tensors[ORDER_GENERATOR])
+                torch.set_rng_state(tensors[GLOBAL_GENERATOR])
+            except RuntimeError as error:
+                raise _unfit(f"its random generators: {error}") from error
+        return state.finished
+
+    def _set_moments(self, state: State, tensors: Mapping[str, torch.Tensor]) -> None:
+        found = self._optimizer.state_dict()
+        for index, name in enumerate(self._names()):
+            if name in state.updates:
+                steps = torch.tensor(float(state.updates[name]))
+                found["state"][index] = {"step": steps, "exp_avg": tensors[FIRST + name], "exp_avg_sq": tensors[SECOND + name]}
+        self._optimizer.load_state_dict(found)
+
+    def _names(self) -> list[str]:
+        """The names of the parameters in the order of the optimizer."""
+        return [*(name for name in self.learned if name not in self.scales), *self.scales]
+
+    def _tensors_of(self, state: State) -> dict[str, torch.Tensor]:
+        """The tensors of a state by name; those of this run, where the state is its own.
+
+        Raises: ArtifactError when the state does not fit this run.
+        """
+        if not {*state.updates} <= {*self.learned}:
+            raise _unfit("it has other weights")
+        if len({*state.order}) < len(state.order) or any(batch >= self.count for batch in state.order):
+            raise _unfit(f"its order is not one of {self.count} batches")
+        if state.precision not in ("fp32", "bf16"):
+            raise _unfit(f"its precision is '{state.precision}'")
+        found = {BEST + name: item for name, item in self._kept.items()}
+        if state.finished:
+            return found
+        found |= {WEIGHT + name: item.detach() for name, item in self.learned.items()}
+        for name in state.updates:
+            held = self._optimizer.state.get(self.learned[name], {})
+            found[FIRST + name] = held.get("exp_avg", self._kept[name])
+            found[SECOND + name] = held.get("exp_avg_sq", self._kept[name])
+        return found | {ORDER_GENERATOR: self._generator.get_state(), GLOBAL_GENERATOR: torch.get_rng_state()}
+
+    def _save(self, *, finished: bool = False) -> None:
+        if self.checkpoint is None:
+            return
+        steps = {
+            name: self._optimizer.state[item]["step"] for name, item in self.learned.items() if item in self._optimizer.state
+        }
+        updates = {name: int(count) for name, count in steps.items()}
+        state = State(
+            self._step,
+            self._seconds,
+            self._found.precision,
+            self._order,
+            self._recent,
+            self._found.curve,
+            updates,
+            finished,
+            self._found.stopped if finished else None,
+        )
+        self.checkpoint.write(state, self._tensors_of(state))
+        self._measured = False
+
+
+def _unfit(reason: str) -> ArtifactError:
+    return ArtifactError(f"the state in the checkpoint does not fit its run: {reason}; choose another directory, or delete it")

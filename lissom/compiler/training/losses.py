@@ -8,6 +8,8 @@ p = softmax(t / τ) of the teacher and q = softmax(s / τ) of the student:
 Embeddings, rows of one matrix: 1 - cos(s, t), plus the mean squared difference of the cosines within the batch (Park et al.
 2019, Relational Knowledge Distillation, compares pairs of rows). Hidden states: ‖s - t‖² / ‖t - mean t‖², over real tokens.
 https://arxiv.org/abs/1503.02531, https://arxiv.org/abs/1904.05068
+
+Every loss is that of the rows of one process, and of several ranks its part of the loss of all their rows; see `ranks`.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from lissom.compiler.ir.operators import is_activation
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.training.batches import Batch
+from lissom.compiler.training.ranks import all_rows, mean, total
 from lissom.errors import RequirementError
 
 Form = Literal["logits", "embeddings", "hidden"]
@@ -123,20 +126,21 @@ def distance(
 def divergence(found: torch.Tensor, wanted: torch.Tensor, temperature: float) -> torch.Tensor:
     """τ² · KL(softmax(wanted / τ) ‖ softmax(found / τ)), the mean over rows; both [rows, classes]."""
     log_q, log_p = (item.div(temperature).log_softmax(-1) for item in (found, wanted))
-    return temperature**2 * functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    return temperature**2 * functional.kl_div(log_q, log_p, reduction="sum", log_target=True) / total(len(found))
 
 
 def embedding_distance(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """1 - cosine, the mean over rows, plus the mean squared difference of the cosines between rows; both [rows, features]."""
     found, wanted = (functional.normalize(item, dim=-1) for item in (found, wanted))
-    apart = 1 - (found * wanted).sum(-1).mean()
-    return apart + functional.mse_loss(found @ found.T, wanted @ wanted.T)
+    pairs = (found @ all_rows(found).T - wanted @ all_rows(wanted).T).square().sum() / total(len(found)) ** 2
+    # A pair counts twice, once with each row in front: the rows behind, without gradients, stand for the other half.
+    return mean(1 - (found * wanted).sum(-1)) + 2 * pairs - pairs.detach()
 
 
 def squared_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """‖found - wanted‖² / ‖wanted - mean of wanted‖²; both [rows, features]."""
-    centered = wanted - wanted.mean(0)
-    return (found - wanted).square().sum() / centered.square().sum().clamp_min(_SMALL)
+    centered = wanted - total(wanted.sum(0)) / total(len(wanted))
+    return (found - wanted).square().sum() / total(centered.square().sum()).clamp_min(_SMALL)
 
 
 def cross_entropy(output: Output, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -147,10 +151,11 @@ def cross_entropy(output: Output, logits: torch.Tensor, labels: torch.Tensor) ->
     """
     logits = logits.float()
     if labels.is_floating_point():
-        return functional.mse_loss(logits.reshape(labels.shape), labels.float())
+        return mean((logits.reshape(labels.shape) - labels.float()).square())
     if output.shifted:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    return functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+    counted = total(int((labels != IGNORED).sum()))
+    return functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum") / counted
 
 
 def labelled_output(program: Program, outputs: Sequence[Output], batches: Sequence[Batch]) -> Output | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import fx, nn
@@ -16,9 +17,14 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.printer import place
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Training
-from lissom.compiler.training.batches import Batch, amount, hold_out, resized
+from lissom.compiler.pipeline.spelling import format_pass
+from lissom.compiler.training.batches import Batch, amount, hold_out, resized, rows_of_rank
 from lissom.compiler.training.buckets import by_length
+from lissom.compiler.training.checkpoint import Checkpoint
+from lissom.compiler.training.identity import identity_of
 from lissom.compiler.training.loop import Plan, Precision, Run, Trained
+from lissom.compiler.training.ranks import Ranks, data_parallel
+from lissom.compiler.training.shards import Shards
 from lissom.errors import RequirementError
 from lissom.ops.quantization import fake_quantize
 
@@ -55,6 +61,9 @@ class Fitting(Training):
     seed: of the held-out part and of the order of the batches.
     skip: module paths whose weights stay as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
     only: module paths whose weights learn, in the same form; others stay.
+    checkpoint: a directory for the state of the run: after a kill the same call goes on where it was, and a finished run gives
+        its result again. By default there is none.
+    shard: under torchrun, shards the weights that learn, their gradients and the optimizer's state over the ranks.
     """
 
     minutes: float | None = None
@@ -68,6 +77,8 @@ class Fitting(Training):
     seed: int = 0
     skip: str = ""
     only: str = ""
+    checkpoint: str | None = None
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if self.minutes is not None and self.steps is not None:
@@ -82,33 +93,54 @@ class Fitting(Training):
             raise ValueError(f"batch is {self.batch}; give 1 or more")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; give a fraction between 0 and 1")
+        if self.checkpoint is not None and (not isinstance(self.checkpoint, str) or not self.checkpoint):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"checkpoint is {self.checkpoint!r:.80}; give the path of a directory, as text")
 
     @abstractmethod
     def objective(self, edit: Editor, batches: Sequence[Batch], judged: Sequence[Batch]) -> Objective:
         """What the run minimizes. batches: to train on. judged: held out."""
 
     def run(self, edit: Editor) -> None:
-        program = edit.program
-        self._check(edit)
-        batches, judged = hold_out(program, self._batches(edit), self.held_out, self.seed, self.name())
+        program = self._check(edit)
+        every = self._batches(edit)
+        batches, judged = hold_out(program, every, self.held_out, self.seed, self.name())
         learned = self._learned(program)
         scales = _learning_scales(program) if self.scales else {}
         learned |= {name: scale for name, (scale, _) in scales.items()}
-        objective = self.objective(edit, batches, judged)
-        seconds = None if self.steps is not None else 60 * (self.minutes or MINUTES)
-        with closing(objective), _only_these_learn(program, learned):
+        with data_parallel(next(iter(learned.values())).device) as ranks, ExitStack() as held:
+            checkpoint = self._checkpoint(edit, every, ranks)
+            if checkpoint is not None:
+                held.callback(checkpoint.close)
+            parts = _Parts.of(program, batches, judged, ranks)
+            objective = held.enter_context(closing(self.objective(edit, parts.batches, parts.judged)))
+            held.enter_context(_only_these_learn(program, learned))
+            largest = {name: float(scale.detach().max()) for name, (scale, _) in scales.items()}
+            trained, zeros, shards = learned, _zeros(learned), None
+            if self.shard:
+                shards = held.enter_context(closing(Shards(program, learned, ranks)))
+                trained, zeros = shards.parameters, {name: shards.cut(places) for name, places in zeros.items()}
             done = Run(
-                learned,
-                _zeros(learned),
-                objective.loss,
+                trained,
+                zeros,
+                parts.loss(objective),
                 len(batches),
-                lambda: sum(float(objective.held_out(at)) for at in range(len(judged))) / len(judged),
-                Plan(seconds, self.steps, self.learning_rate, self.precision, self.seed),
+                parts.judge(objective),
+                Plan(
+                    None if self.steps is not None else 60 * (self.minutes or MINUTES),
+                    self.steps,
+                    self.learning_rate,
+                    self.precision,
+                    self.seed,
+                ),
                 lambda what, fraction: edit.report(what, round(1000 * fraction), 1000),
-                scales,
+                largest,
+                ranks,
+                shards,
+                checkpoint,
             ).train()
-        for name, (scale, dtype) in scales.items():
-            program.set_weight(name, scale.detach().to(dtype))
+        for name, (_, dtype) in scales.items():
+            program.set_weight(name, program.weight(name).detach().to(dtype))
+        self._note(edit, done, checkpoint, ranks)
         self._record(edit, done, len(learned), batches, judged)
 
     def _batches(self, edit: Editor) -> list[Batch]:
@@ -121,7 +153,29 @@ class Fitting(Training):
         edit.note(f"rows of similar length share a batch: {before:.0%} of the tokens were padding, now {after:.0%}")
         return found.batches
 
-    def _check(self, edit: Editor) -> None:
+    def _checkpoint(self, edit: Editor, batches: Sequence[Batch], ranks: Ranks) -> Checkpoint | None:
+        """The directory of the state, if there is one; ranks with another program, data or options are refused."""
+        if self.shard and ranks.world_size == 1:
+            raise RequirementError(
+                f"{self.name()}: shard=true divides weights among the ranks of a process group, and there is one process; "
+                f"start it with torchrun, or leave shard= out"
+            )
+        if self.checkpoint is None and ranks.world_size == 1:
+            return None
+        programs = [edit.program] if edit.reference is None else [edit.program, edit.reference]
+        identity = identity_of(programs, batches, format_pass(replace(self, checkpoint=None)))
+        ranks.agree(identity | {"checkpoint": str(self.checkpoint)})
+        return None if self.checkpoint is None else Checkpoint(self.checkpoint, identity, ranks, sharded=self.shard)
+
+    def _note(self, edit: Editor, done: Trained, checkpoint: Checkpoint | None, ranks: Ranks) -> None:
+        if ranks.world_size > 1:
+            edit.note(f"{ranks.world_size} ranks trained together, each on its rows of every batch")
+        if checkpoint is not None and done.resumed is not None:
+            edit.note(f"went on from step {done.resumed}, whose state was in '{checkpoint.directory}'")
+        if checkpoint is not None and checkpoint.problem is not None:
+            edit.note(checkpoint.problem)
+
+    def _check(self, edit: Editor) -> Program:
         if not edit.data:
             raise RequirementError(f"{self.name()} needs data to train on: pass data=")
         if edit.program.state:
@@ -129,6 +183,7 @@ class Fitting(Training):
                 f"{self.name()} trains no program with a KV cache; train the model with lissom.optimize before it is compiled "
                 f"for generation"
             )
+        return edit.program
 
     def _learned(self, program: Program) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name."""
@@ -168,6 +223,41 @@ class Fitting(Training):
                 f"{last.step} steps gained nothing, the held-out loss was {first.held_out:.4g} before and never "
                 f"smaller; the weights are as they were"
             )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The rows of this rank in every batch, and the fraction of the batch that they are; all of them in one process."""
+
+    batches: Sequence[Batch]
+    judged: Sequence[Batch]
+    fractions: Sequence[float]
+    ranks: Ranks
+
+    @classmethod
+    def of(cls, program: Program, batches: Sequence[Batch], judged: Sequence[Batch], ranks: Ranks) -> _Parts:
+        if ranks.world_size == 1:
+            return cls(batches, judged, [1.0] * (len(batches) + len(judged)), ranks)
+        parts, fractions = rows_of_rank(program, [*batches, *judged], ranks.rank, ranks.world_size)
+        return cls(parts[: len(batches)], parts[len(batches) :], fractions, ranks)
+
+    def loss(self, objective: Objective) -> Callable[[int, float], torch.Tensor]:
+        """This rank's part of the loss of a training batch."""
+        return lambda index, done: self._counted(index, partial(objective.loss, index, done))
+
+    def judge(self, objective: Objective) -> Callable[[], float]:
+        """The mean loss of the held-out batches, of all ranks."""
+
+        def held_out() -> float:
+            first, count = len(self.batches), len(self.judged)
+            losses = [float(self._counted(first + at, partial(objective.held_out, at))) for at in range(count)]
+            return self.ranks.sums([sum(losses) / count])[0]
+
+        return held_out
+
+    def _counted(self, index: int, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
+        self.ranks.fraction = self.fractions[index]
+        return loss() * float(self.ranks.fraction > 0)
 
 
 def _learning_scales(program: Program) -> dict[str, tuple[nn.Parameter, torch.dtype]]:

@@ -2,6 +2,7 @@
 
 Class and token logits take the cross-entropy with the labels of the batches; tokens with the label -100 do not count, and where
 a token sees only those before it, it predicts the next label. One number per row takes the squared error. No teacher is needed.
+With several ranks a loss of the caller's is taken for a mean over rows.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.training.batches import Batch
 from lissom.compiler.training.losses import cross_entropy, labelled_output, outputs_of
+from lissom.compiler.training.ranks import part_of_mean
 from lissom.compiler.transforms.fitting import Fitting, Objective
 from lissom.errors import RequirementError
 
@@ -37,7 +39,7 @@ class Finetune(Fitting):
         if given is not None:
 
             def own(batch: Batch) -> torch.Tensor:
-                return given(program.signature.unflatten(program.run(batch.inputs)), batch.labels)
+                return part_of_mean(given(program.signature.unflatten(program.run(batch.inputs)), batch.labels))
 
             return Objective(lambda index, _: own(batches[index]), lambda index: own(judged[index]))
         output = labelled_output(program, outputs_of(program)[0], [*batches, *judged])
