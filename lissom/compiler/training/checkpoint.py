@@ -73,11 +73,14 @@ class State:
         """Raises: ValueError when the data is no state."""
         stopped = cast("dict[str, object]", data).get("stopped")
         curve = take_list(data, "curve", _point)
+        seconds = take(data, "seconds", float)
         if not curve:
             raise ValueError("its curve has no points")
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"it used {seconds} seconds")
         return cls(
             count(take(data, "step", int)),
-            take(data, "seconds", float),
+            seconds,
             printable(take(data, "precision", str)),
             list(take_list(data, "order", count)),
             list(take_list(data, "recent", _float)),
@@ -174,15 +177,11 @@ class Checkpoint:
             tensors.update(self._read_tensors(_stem(state) + self._ending, templates))
 
         templates = {name: item.detach().cpu() for name, item in wanted(state).items()}
-        self._on_all(read_tensors if self._reads else None)
+        self._on_all(read_tensors if self._sharded or self._ranks.rank == 0 else None)
         if not self._sharded:
             tensors = {name: self._ranks.broadcast(tensors.get(name, item.clone())) for name, item in templates.items()}
         self._step = state.step
         return state, tensors
-
-    @property
-    def _reads(self) -> bool:
-        return self._sharded or self._ranks.rank == 0
 
     def _check(self, raw: bytes) -> State:
         path = self.directory / STATE
@@ -197,7 +196,7 @@ class Checkpoint:
         except (ValueError, RecursionError) as error:
             raise ArtifactError(f"'{path}' is not the state of a run: {error}; {advice}") from error
         if differ:
-            raise ArtifactError(f"'{self.directory}' holds the state of a run with another {differ[0]}; {advice}")
+            raise ArtifactError(f"'{self.directory}' holds the state of another run, without the same {differ[0]}; {advice}")
         return state
 
     def _read_tensors(self, name: str, templates: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -235,8 +234,10 @@ class Checkpoint:
             return
         started = time.perf_counter()
         try:
-            if self._sharded or self._ranks.rank == 0:
-                self._on_all_sharded(lambda: self._write_tensors(_stem(state), tensors))
+            if self._sharded:
+                self._on_all(lambda: self._write_tensors(_stem(state), tensors))
+            elif self._ranks.rank == 0:
+                self._write_tensors(_stem(state), tensors)
             if self._ranks.rank == 0:
                 self._commit(state)
             self._step = state.step
@@ -244,9 +245,6 @@ class Checkpoint:
             self.problem = f"the state of the run was not written, and training went on: {error}"
         self._written = time.perf_counter()
         self._cost = self._written - started
-
-    def _on_all_sharded(self, work: Callable[[], None]) -> None:
-        self._on_all(work) if self._sharded else work()
 
     def _write_tensors(self, stem: str, tensors: Mapping[str, torch.Tensor]) -> None:
         with writing_whole(self.directory / (stem + self._ending)) as file:
@@ -259,9 +257,9 @@ class Checkpoint:
         self._delete(lambda name: (found := _TENSORS.fullmatch(name)) is not None and found[1] != _stem(state))
 
     def _delete(self, chosen: Callable[[str], bool]) -> None:
-        for path in [path for path in self.directory.iterdir() if chosen(path.name)]:
-            with suppress(OSError):
-                path.unlink()
+        with suppress(OSError):
+            for path in [path for path in self.directory.iterdir() if chosen(path.name)]:
+                path.unlink(missing_ok=True)
 
 
 def _stem(state: State) -> str:

@@ -114,8 +114,8 @@ class Ranks:
         for name, count in zip(facts, differ, strict=True):
             if count:
                 raise RankError(
-                    f"the {name} of {count:.0f} of {self.world_size} ranks are not those of rank 0; call Lissom with the same "
-                    f"on all ranks, with the same seed and number of threads"
+                    f"{count:.0f} of {self.world_size} ranks do not have the same {name} as rank 0; call Lissom alike on all "
+                    f"ranks, with the same seed and number of threads"
                 )
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:

@@ -61,10 +61,14 @@ class Shards:
         self._shapes = {name: item.shape for name, item in learned.items()}
         # By the address of a whole weight, which another tensor takes once the weight is freed.
         self._live: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor, torch.Size]] = {}
-        self.parameters = {name: nn.Parameter(self.cut(item.detach())) for name, item in learned.items()}
+        made = {item: nn.Parameter(self.cut(item.detach())) for item in learned.values()}
+        self.parameters = {name: made[item] for name, item in learned.items()}
         for name, shard in self.parameters.items():
             program.set_weight(name, shard)
             parametrize.register_parametrization(*self._owner(name), _Whole(self, self._shapes[name]), unsafe=True)
+        for item in made:
+            # Its memory; others may still hold the parameter.
+            item.data = item.new_empty(0)
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, leaf = name.rpartition(".")
@@ -106,8 +110,11 @@ class Shards:
 
     def close(self) -> None:
         """Put the whole weights back in the program, as parameters."""
+        wholes: dict[nn.Parameter, nn.Parameter] = {}
         for name, shape in self._shapes.items():
             owner, leaf = self._owner(name)
-            whole = self._ranks.gather_shards(self.parameters[name])[: shape.numel()].view(shape).clone()
+            shard = self.parameters[name]
+            if shard not in wholes:
+                wholes[shard] = nn.Parameter(self._ranks.gather_shards(shard)[: shape.numel()].view(shape).clone())
             parametrize.remove_parametrizations(owner, leaf, leave_parametrized=False)
-            self._program.set_weight(name, nn.Parameter(whole))
+            self._program.set_weight(name, wholes[shard])

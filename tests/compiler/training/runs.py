@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import lissom
 from lissom.api import Optimized
+from lissom.passes.recover.finetune import Finetune
 from tests.models import FeedForward, normal, seeded, tiny_bert, tokens
 
 OPTIONS = "learning_rate=0.01,precision=fp32"
@@ -39,6 +41,39 @@ def train_bert(options: str) -> Optimized:
         batches.append({"input_ids": ids, "attention_mask": mask})
     text = f"prune-heads{{keep=0.5}},distill{{precision=fp32,blockwise=0.3,{options}}}"
     return lissom.optimize(case.model, case.inputs, passes=text, data=batches)
+
+
+class Layers(nn.Module):
+    """Two linear layers; without a bias the last one projects embeddings."""
+
+    def __init__(self, hidden: int, features: int, bias: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, hidden), nn.Linear(hidden, features, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+def margin(output: object, labels: torch.Tensor | None) -> torch.Tensor:
+    """A loss of the caller's."""
+    assert isinstance(output, torch.Tensor) and labels is not None
+    return nn.functional.multi_margin_loss(output, labels)
+
+
+def train_form(form: str, rows: int) -> Optimized:
+    """Train for a loss of every form, on batches of so many rows."""
+    x = [normal(rows, 8, seed=seed) for seed in range(8)]
+    text = "steps=20,learning_rate=0.003,precision=fp32"
+    classes = [{"x": item, "labels": item[:, :3].argmax(-1)} for item in x]
+    own = Finetune(steps=20, learning_rate=0.003, precision="fp32", loss=margin)
+    (hidden, features, bias), data, passes = {
+        "embeddings": ((16, 64, False), x, f"prune-neurons{{keep=0.5}},distill{{{text}}}"),
+        "scales": ((16, 64, False), x, f"quantize{{scheme=int4-weight,group=4}},distill{{{text}}}"),
+        "labels": ((16, 3, True), classes, f"prune-neurons{{keep=0.5}},distill{{{text}}}"),
+        "regression": ((16, 1, True), [{"x": item, "labels": item.sum(-1)} for item in x], f"finetune{{{text}}}"),
+        "own": ((16, 3, True), classes, [own]),
+    }[form]
+    return lissom.optimize(seeded(lambda: Layers(hidden, features, bias)), {"x": normal(4, 8)}, passes=passes, data=data)
 
 
 def digest(found: Optimized) -> str:

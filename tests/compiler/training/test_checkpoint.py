@@ -130,7 +130,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_the_directory_of_another_run_is_refused(options: str, rows: int, what: str, written: Path) -> None:
-    with pytest.raises(ArtifactError, match=rf"holds the state of a run with another {what}; choose another directory, or"):
+    with pytest.raises(ArtifactError, match=rf"holds the state of another run, without the same {what}; choose another"):
         train(f"{options},checkpoint={written}", rows=rows)
 
 
@@ -175,6 +175,7 @@ def cut(folder: Path) -> None:
         (lambda folder: (folder / "state.json").write_text("[]"), "is not the state of a run: there is no field 'format'"),
         (changed(step=-1), "is not the state of a run: -1 is negative"),
         (changed(seconds="x"), "is not of type float"),
+        (changed(seconds=float("nan")), "it used nan seconds"),
         (changed(order=[0, 0]), "its order is not one of 11 batches"),
         (changed(order=[99]), "its order is not one of 11 batches"),
         (changed(curve=[]), "its curve has no points"),
