@@ -81,7 +81,8 @@ def test_every_loss_is_that_of_the_whole_batch(form: str, rows: int, tmp_path: P
     wanted, found = train_form(form, rows), torch.load(tmp_path / "weights.pt")
     close(found, weights(wanted), {name: torch.zeros_like(tensor) for name, tensor in found.items()})
     curve = [point.held_out for point in wanted.report.history.steps[-1].curve]
-    assert [held_out for _, held_out in told[0]["curve"]] == pytest.approx(curve, rel=1e-3)  # pyright: ignore
+    # Of 1 - cosine near 0 the rounding is absolute: float32 has a unit roundoff of 6e-8 at the cosine of 1.
+    assert [held_out for _, held_out in told[0]["curve"]] == pytest.approx(curve, rel=1e-3, abs=5e-7)  # pyright: ignore
 
 
 @pytest.mark.parametrize("shard", ["false", pytest.param("true", marks=pytest.mark.slow)])
@@ -119,9 +120,7 @@ def said(script: str, folder: Path, world_size: int = 2) -> list[list[str]]:
 )
 def test_ranks_that_differ_are_refused(options: str, rows: str, name: str, tmp_path: Path) -> None:
     for lines in said(f"said(lambda: train({options}, rows={rows}))", tmp_path):
-        assert lines[0].startswith(
-            f"RankError the {name} of 1 of 2 ranks are not those of rank 0; call Lissom with the same on"
-        )
+        assert lines[0].startswith(f"RankError 1 of 2 ranks do not have the same {name} as rank 0; call Lissom alike on all")
 
 
 INTERRUPTED = """
