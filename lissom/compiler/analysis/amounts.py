@@ -17,7 +17,7 @@ from lissom.errors import UnsupportedError, nearest
 Legal = Sequence[int | str]
 UNCHANGED = "none"
 _WHOLE = re.compile(r"[0-9]+")
-_FRACTION = re.compile(r"[0-9]*\.[0-9]+(e-?[0-9]+)?|[0-9]+\.")
+_FRACTION = re.compile(r"[0-9]*\.[0-9]+(e-?[0-9]+)?|[0-9]+(\.|e-[0-9]+)")
 _MOST_LISTED = 12
 COUNTS = "a whole number of 1 or more, a fraction such as 0.5, or none"
 """What most passes take, as text for error messages."""

@@ -99,7 +99,6 @@ class Quantize(Approximation):
                 f"quantize{{scheme={self.scheme}}} quantizes weights only: leave out attention= and residual=, or choose "
                 "int8-dynamic, int8-static or fp8"
             )
-
         if self._schemes() and (self.attention or self.residual):
             raise UnsupportedError("quantize{schemes=} names layers: leave out attention= and residual=, which name none")
 

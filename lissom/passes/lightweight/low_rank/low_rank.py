@@ -142,8 +142,12 @@ class LowRank(Approximation):
 
     @classmethod
     def sites(cls, program: Program) -> Sequence[AmountSite]:
-        item = cls(rank=1, lm_head=True)
-        return list(_sites(item._layers(Editor(program, cls.name()), set())).values())
+        layers = cls(rank=1, lm_head=True)._layers(Editor(program, cls.name()), set())
+        heads = {layers[node].name for node in program.fact(structure).lm_heads if node in layers}
+        return [
+            replace(site, takes={f"{cls.name()}{{lm_head=true}}": site.takes[cls.name()]}) if name in heads else site
+            for name, site in _sites(layers).items()
+        ]
 
     @property
     def _by_name_only(self) -> bool:
