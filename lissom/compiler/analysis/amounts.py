@@ -91,7 +91,9 @@ class Amounts:
         for pattern, matching in held.items():
             if not matching:
                 hint = nearest(pattern, paths) or ";"
-                raise UnsupportedError(f"{self.option}: '{pattern}' matches none of the {what}{hint} there are {_listed(sites)}")
+                raise UnsupportedError(
+                    f"{self.option}: '{pattern}' matches none of the {what}{hint} there are {_listed(sites)}"
+                )
         chosen: dict[str, str] = {}
         # The most general pattern first, so that more specific ones, and of equals the last, overwrite it.
         for pattern, amount in sorted(self.entries, key=lambda entry: -len(held[entry[0]])):
@@ -117,11 +119,12 @@ class Amounts:
         Raises: UnsupportedError as `at`, and for a number that a site does not take.
         """
         return [
-            None if amount is None else self._count(site, amount, round_to)
+            None if amount is None else self.count(site, amount, round_to=round_to)
             for site, amount in zip(sites, self.at(sites, what), strict=True)
         ]
 
-    def _count(self, site: AmountSite, amount: str, round_to: int) -> int:
+    def count(self, site: AmountSite, amount: str, *, round_to: int = 1) -> int:
+        """The whole number that an amount is at a site; see `counts`."""
         if amount == UNCHANGED:
             return site.size
         legal = [item for found in site.takes.values() for item in found if isinstance(item, int)]
@@ -130,7 +133,8 @@ class Amounts:
             return min(multiples, key=lambda item: (abs(item - fraction * site.size), item))
         if int(amount) not in legal:
             raise UnsupportedError(
-                f"{self.option}: '{site.path}' has {_size(site)}, and cannot have {amount}; give {legal_text(legal)}, or a fraction"
+                f"{self.option}: '{site.path}' has {_size(site)}, and cannot have {amount}; give {legal_text(legal)}, "
+                "or a fraction"
             )
         return int(amount)
 

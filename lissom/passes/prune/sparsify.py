@@ -127,15 +127,17 @@ class Sparsify(Approximation):
         elif self.criterion == "wanda":
             _calibrate(edit, layers, lambda weight, read, name: wanda(weight, read, densities[name]))
         else:
-            options = {"damping": self.damping, "block_size": self.block_size}
-            _calibrate(edit, layers, lambda weight, read, name: sparsegpt(weight, read, densities[name], **options))
+            damping, size = self.damping, self.block_size
+            _calibrate(edit, layers, lambda weight, read, name: sparsegpt(weight, read, densities[name], damping, size))
         self._tell(edit, sites, layers, densities)
         if edit.rewritten:
             edit.note(NOTE)
 
     def _amounts(self) -> Amounts:
         takes = "a fraction such as 0.5, a pattern such as 2:4, or none"
-        return Amounts.parse(self.amounts, "sparsify{amounts=}", lambda text: ":" in text or fraction_of(text) is not None, takes)
+        return Amounts.parse(
+            self.amounts, "sparsify{amounts=}", lambda text: ":" in text or fraction_of(text) is not None, takes
+        )
 
     def _density(self, amount: str | None) -> Density | str:
         """What to keep of a layer with this amount, or why it stays dense."""
@@ -169,7 +171,9 @@ class Sparsify(Approximation):
                 return density
             misfit = _misfit(matrix, density)
             if misfit is not None and amount is not None:
-                raise UnsupportedError(f"sparsify{{amounts=}}: '{nodes.origin(node).module_path}' cannot have {amount}: {misfit}")
+                raise UnsupportedError(
+                    f"sparsify{{amounts=}}: '{nodes.origin(node).module_path}' cannot have {amount}: {misfit}"
+                )
             return _obstacle(matrix, tables) or misfit
 
         return treated_layers(
@@ -275,9 +279,7 @@ def wanda(weight: torch.Tensor, read: Moments, density: Density) -> torch.Tensor
     return weight.masked_fill(~largest(scores, pattern), 0)
 
 
-def sparsegpt(
-    weight: torch.Tensor, read: Moments, density: Density, damping: float, block_size: int
-) -> torch.Tensor:
+def sparsegpt(weight: torch.Tensor, read: Moments, density: Density, damping: float, block_size: int) -> torch.Tensor:
     """The matrix with zeros, and the remaining weights updated to compensate; see the module docstring."""
     pattern, keep = (density, 1.0) if isinstance(density, tuple) else (None, density)
     result = weight.float().clone()

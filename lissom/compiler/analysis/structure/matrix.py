@@ -132,9 +132,7 @@ def readers_of(weight: fx.Node) -> list[fx.Node]:
     return found
 
 
-def weight_sites(
-    layers: Mapping[fx.Node, Matrix], pass_text: str, takes: Callable[[int, int], Legal]
-) -> dict[str, AmountSite]:
+def weight_sites(layers: Mapping[fx.Node, Matrix], pass_text: str, takes: Callable[[int, int], Legal]) -> dict[str, AmountSite]:
     """The weights as amounts of a pass name them, by their names: by the module paths of the layers that read them.
 
     takes: what the pass takes at a weight with that many out_features and in_features.

@@ -80,7 +80,7 @@ class UnitPruning(Approximation):
             readable = zip(sites, reasons, strict=True)
             sites = [site for site, reason in readable if edit.may_change(site.columns.layer, reason)]
         choices = self._choices(sites)
-        if self.keep == 1 and not self.amounts or not sites:
+        if (self.keep == 1 and not self.amounts) or not sites:
             return
         reference = edit.reference or edit.program.copy()
         if criterion == "reconstruction":

@@ -64,11 +64,13 @@ class PoolHeads(Approximation):
     def __post_init__(self) -> None:
         if not self._amounts() and self.groups is None and self.keep is None:
             raise UnsupportedError(
-                "pool-heads takes groups, a number of key/value heads, keep, a fraction of them, or amounts, numbers for single "
-                "attentions; none is given"
+                "pool-heads takes groups, a number of key/value heads, keep, a fraction of them, or amounts, numbers for "
+                "single attentions; neither is given"
             )
         if self.groups is not None and self.keep is not None:
-            raise UnsupportedError("pool-heads takes groups, a number of key/value heads, or keep, a fraction of them; both are given")
+            raise UnsupportedError(
+                "pool-heads takes groups, a number of key/value heads, or keep, a fraction of them; both are given"
+            )
         if self.groups is not None and self.groups < 1:
             raise UnsupportedError(f"groups is {self.groups}; give 1 or more")
         if self.keep is not None and not 0 < self.keep <= 1:

@@ -180,8 +180,8 @@ class LowRank(Approximation):
             return max(whole, self.round_to)
         if not 1 <= int(amount) <= site.size:
             raise UnsupportedError(
-                f"low-rank{{amounts=}}: '{site.path}' has a matrix of {outputs} × {inputs}, whose full rank is {site.size}, and "
-                f"cannot have rank {amount}; give 1 to {site.size}, or a fraction of its bytes"
+                f"low-rank{{amounts=}}: '{site.path}' is {outputs} × {inputs}, with full rank {site.size}, and cannot have "
+                f"rank {amount}; give 1 to {site.size}, or a fraction of its bytes"
             )
         return int(amount)
 
@@ -190,7 +190,9 @@ class LowRank(Approximation):
         sites = _sites(layers)
         text = amounts_text([*sites.values()], [ranks.get(name) for name in sites])
         if text and not self.attention:
-            edit.per_site = format_pass(replace(self, rank=None, keep=None, budget=None, amounts=text, round_to=1, skip="", only=""))
+            edit.per_site = format_pass(
+                replace(self, rank=None, keep=None, budget=None, amounts=text, round_to=1, skip="", only="")
+            )
 
     def _whitens(self, edit: Editor) -> bool:
         return self.whiten and bool(edit.data)
