@@ -23,11 +23,11 @@ or ZᵀZ would be too large. Layers are factored in the order in which they run.
 convolved with its neighbours.
 
 One of `rank`, `keep` and `budget` sets the number of terms, and `amounts` that of single convolutions: a number as `rank`, a
-fraction as `budget`. With `order=auto` both orders are tried. Under `rank`, pointwise first gets as many terms as cost no more bytes and FLOPs than depthwise first, and the order with the smaller error is
-taken; under `budget` both get as many terms as it allows; under `keep` the order with fewer bytes is taken. Fewer FLOPs are not
-always less time: on CPUs depthwise convolutions reach a small fraction of the speed of full ones, above all pointwise first,
-where they read more channels. `order=depthwise-first` with few terms gives the largest speedup, and wide kernels gain more than
-narrow ones.
+fraction as `budget`. With `order=auto` both orders are tried. Under `rank`, pointwise first gets as many terms as cost no more
+bytes and FLOPs than depthwise first, and the order with the smaller error is taken; under `budget` both get as many terms as
+it allows; under `keep` the order with fewer bytes is taken. Fewer FLOPs are not always less time: on CPUs depthwise
+convolutions reach a small fraction of the speed of full ones, above all pointwise first, where they read more channels.
+`order=depthwise-first` with few terms gives the largest speedup, and wide kernels gain more than narrow ones.
 """
 
 from __future__ import annotations
