@@ -127,7 +127,7 @@ def test_attentions_get_patterns_of_their_own() -> None:
 
 def test_convolutions_get_terms_of_their_own() -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)))
-    x, passes = normal(2, 3, 8, 8), 'depthwise-separable{amounts="2=2",order=pointwise-first}'
+    x, passes = normal(2, 3, 8, 8), 'depthwise-separable{order=pointwise-first,amounts="2=2"}'
     program = lissom.optimize(model, x).program
     assert sizes(program, "convolution") == {"0": 9, "2": 9}
     found = lissom.optimize(program, x, passes=passes)

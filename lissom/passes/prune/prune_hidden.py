@@ -64,10 +64,10 @@ class PruneHidden(Approximation):
     """
 
     keep: float | None = None
-    amounts: str = ""
     round_to: int = 8
     criterion: Literal["energy", "magnitude"] = "energy"
     reconstruct: bool = True
+    amounts: str = ""
     leaves_dead = True
     requires = (FLOATING_POINT_WEIGHTS,)
 

@@ -75,13 +75,13 @@ class Sparsify(Approximation):
 
     keep: float | None = None
     pattern: str | None = None
-    amounts: str = ""
     criterion: Literal["magnitude", "wanda", "sparsegpt"] = "magnitude"
     scope: Literal["layer", "global"] = "layer"
     protect: str = ""
     lm_head: bool = False
     damping: float = 0.01
     block_size: int = 128
+    amounts: str = ""
     requires = (FLOATING_POINT_WEIGHTS,)
 
     def __post_init__(self) -> None:

@@ -72,7 +72,6 @@ class Quantize(Approximation):
     """
 
     scheme: Scheme = "int8-dynamic"
-    schemes: str = ""
     granularity: Literal["auto", "tensor", "channel", "group"] = "auto"
     group: int = _DEFAULT_GROUP
     symmetric: bool = True
@@ -86,6 +85,7 @@ class Quantize(Approximation):
     residual: bool = False
     skip: str = ""
     only: str = ""
+    schemes: str = ""
 
     def __post_init__(self) -> None:
         if self.group < 1:

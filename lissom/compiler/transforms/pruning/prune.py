@@ -47,12 +47,12 @@ class UnitPruning(Approximation):
     requires = (FLOATING_POINT_WEIGHTS,)
 
     keep: float | None = None
-    amounts: str = ""
     criterion: Criterion = "auto"
     scope: Literal["global", "layer"] = "global"
     round_to: int = 1
     protect: str = ""
     norm: Literal["l1", "l2"] = "l2"
+    amounts: str = ""
 
     def __post_init__(self) -> None:
         if self.keep is None and not self._amounts():

@@ -54,10 +54,10 @@ class PoolHeads(Approximation):
 
     groups: int | None = None
     keep: float | None = None
-    amounts: str = ""
     align: bool = True
     regroup: bool = True
     protect: str = ""
+    amounts: str = ""
 
     requires = (FLOATING_POINT_WEIGHTS,)
 

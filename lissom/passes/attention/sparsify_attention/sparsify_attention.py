@@ -89,7 +89,6 @@ class SparsifyAttention(Approximation):
     """
 
     pattern: Literal["window", "block", "global-window-random", "strided", "dilated", "measured"] = "window"
-    patterns: str = ""
     window: int | None = None
     block: int | None = None
     global_tokens: int | None = None
@@ -100,6 +99,7 @@ class SparsifyAttention(Approximation):
     mass: float | None = None
     skip: str = ""
     only: str = ""
+    patterns: str = ""
 
     def __post_init__(self) -> None:
         named = [amount.partition(":")[0] for _, amount in self._patterns().entries if amount != UNCHANGED]

@@ -88,10 +88,10 @@ class DepthwiseSeparable(Approximation):
     rank: int | None = None
     keep: float | None = None
     budget: float | None = None
-    amounts: str = ""
     order: Literal["auto", "depthwise-first", "pointwise-first"] = "auto"
     skip: str = ""
     only: str = ""
+    amounts: str = ""
 
     def __post_init__(self) -> None:
         self._amounts()

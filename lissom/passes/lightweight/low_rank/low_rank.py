@@ -93,7 +93,6 @@ class LowRank(Approximation):
     rank: int | None = None
     keep: float | None = None
     budget: float | None = None
-    amounts: str = ""
     whiten: bool = True
     asymmetric: bool = True
     fisher: bool = True
@@ -103,6 +102,7 @@ class LowRank(Approximation):
     lm_head: bool = False
     skip: str = ""
     only: str = ""
+    amounts: str = ""
 
     def __post_init__(self) -> None:
         self._amounts()

@@ -54,10 +54,10 @@ class PruneLayers(Approximation):
     """
 
     keep: float | None = None
-    amounts: str = ""
     part: Literal["layer", "attention", "feed-forward"] = "layer"
     criterion: Literal["influence", "magnitude"] = "influence"
     protect: str = ""
+    amounts: str = ""
 
     leaves_dead = True
 
