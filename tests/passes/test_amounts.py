@@ -25,6 +25,7 @@ from lissom.passes import PASSES, RECIPES
 from tests.models import Case, normal, seeded
 from tests.passes.prune.models import program_of
 from tools.fuzz.models import Spec, build, draw_inputs, draw_spec
+from tools.zoo import catalogue
 from tools.zoo.removal import canonical
 
 CHOSEN = {
@@ -255,3 +256,23 @@ def test_experts_and_shared_layers_are_sites() -> None:
     program, _ = canonical(Case(build(spec), draw_inputs(spec, 2, 5, "none", 0)))
     found = [site for site in lissom.sites(program) if site.kind == "neurons"]
     assert found and all(site.size == spec.neurons for site in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("causal/qwen3_moe", "heads, key/value heads, layer, linear, channels, attention"),
+        ("masked/albert", "heads, neurons, layer, linear, channels, attention, embedding"),
+        ("encoder-decoder/bart", "heads, neurons, key/value heads, layer, linear, channels, attention, embedding"),
+        ("vision/swinv2", "heads, neurons, key/value heads, layer, linear, channels, attention, convolution"),
+        ("vision/resnet", "linear, convolution"),
+        ("hand-written/multi-query", "heads, neurons, layer, linear, channels, attention"),
+    ],
+)
+def test_the_sites_of_every_family(name: str, kinds: str) -> None:
+    entry = next(entry for entry in catalogue.entries() if entry.name == name)
+    found = lissom.sites(canonical(entry.build())[0])
+    assert {*kinds.split(", ")} <= {site.kind for site in found}
+    assert all(site.path and site.size > 0 and site.takes for site in found)
+    assert len({(site.kind, site.path) for site in found}) == len(found)

@@ -169,7 +169,7 @@ class Sparsify(Approximation):
             density = self._density(amount := given[matrix.name])
             if isinstance(density, str):
                 return density
-            misfit = _misfit(matrix, density)
+            misfit = _pattern_obstacle(matrix, density)
             if misfit is not None and amount is not None:
                 raise UnsupportedError(
                     f"sparsify{{amounts=}}: '{nodes.origin(node).module_path}' cannot have {amount}: {misfit}"
@@ -236,7 +236,7 @@ def _obstacle(matrix: Matrix, tables: set[fx.Node]) -> str | None:
     return None
 
 
-def _misfit(matrix: Matrix, density: Density) -> str | None:
+def _pattern_obstacle(matrix: Matrix, density: Density) -> str | None:
     """Why a pattern N:M does not fit a layer."""
     size = matrix.shape[1]
     if isinstance(density, tuple) and size % density[1]:
