@@ -28,6 +28,7 @@ from tools.fuzz.models import Spec, build, draw_inputs, draw_spec
 from tools.zoo import catalogue
 from tools.zoo.removal import canonical
 
+EXAMPLES = settings().max_examples // 4
 CHOSEN = {
     "bert": (
         "prune-heads{keep=0.5}",
@@ -182,7 +183,7 @@ def test_options_that_are_no_amounts(text: str, message: str) -> None:
 def drawn_program(number: int) -> Program:
     generator = random.Random(f"amounts {number}")
     spec: Spec = draw_spec(generator)
-    program, _ = canonical(Case(build(spec), draw_inputs(spec, 2, 5, "right", 0)))
+    program, _ = canonical(Case(build(spec), {**draw_inputs(spec, 2, 5, "right", 0)}))
     return program
 
 
@@ -192,7 +193,7 @@ def draw_amounts(name: str, found: list[AmountSite], generator: random.Random) -
     return [generator.choice([None, *items]) for items in legal]
 
 
-@settings(max_examples=settings.default.max_examples // 4)
+@settings(max_examples=EXAMPLES)
 @given(number=st.integers(0, 2), seed=st.integers(0, 1 << 30))
 def test_any_legal_amounts_are_met(number: int, seed: int) -> None:
     program, generator = drawn_program(number), random.Random(seed)
@@ -212,7 +213,7 @@ def test_any_legal_amounts_are_met(number: int, seed: int) -> None:
     assert same_numbers(after, Pipeline(parse_pipeline(history.steps[-1].per_site, PASSES), checks="off").run(program)[0])
 
 
-@settings(max_examples=settings.default.max_examples // 4)
+@settings(max_examples=EXAMPLES)
 @given(number=st.integers(0, 2), seed=st.integers(0, 1 << 30))
 def test_any_legal_amount_is_taken_by_every_pass(number: int, seed: int) -> None:
     program, generator = drawn_program(number), random.Random(seed)
@@ -253,7 +254,7 @@ def test_sites_of_a_quantized_program_are_those_that_passes_still_take() -> None
 
 def test_experts_and_shared_layers_are_sites() -> None:
     spec = Spec(layers=2, experts=2, shared_layers=True)
-    program, _ = canonical(Case(build(spec), draw_inputs(spec, 2, 5, "none", 0)))
+    program, _ = canonical(Case(build(spec), {**draw_inputs(spec, 2, 5, "none", 0)}))
     found = [site for site in lissom.sites(program) if site.kind == "neurons"]
     assert found and all(site.size == spec.neurons for site in found)
 
