@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lissom.errors import LissomError
     from lissom.frontends.onnx.model import from_onnx
     from lissom.generation import compile_generation, load_generation
+    from lissom.passes.sites import sites
     from lissom.runtime.compiled_model import CompiledModel, load
     from lissom.torch_compile import dynamo_reports
 
@@ -35,6 +36,7 @@ __all__ = [
     "load",
     "load_generation",
     "optimize",
+    "sites",
 ]
 
 _HOMES = {
@@ -50,6 +52,7 @@ _HOMES = {
     "load": "lissom.runtime.compiled_model",
     "load_generation": "lissom.generation",
     "optimize": "lissom.api",
+    "sites": "lissom.passes.sites",
 }
 """Where each public name is defined. It is imported when it is first asked for, since torch and sympy take seconds."""
 _ROOMS = ("artifacts", "backends", "compiler", "errors", "frontends", "generation", "inspect", "ops", "passes", "runtime")

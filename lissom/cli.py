@@ -53,9 +53,10 @@ from lissom.inspect.machine import load_machine
 from lissom.inspect.report import Report
 from lissom.inspect.roofline import cost_table
 from lissom.inspect.sharding import Link, sharding_table
-from lissom.inspect.sites import axes_table, structure_tables
+from lissom.inspect.sites import amounts_table, axes_table, structure_tables
 from lissom.inspect.tables import coloured_diff, show
 from lissom.passes import RECIPES, known_passes
+from lissom.passes.sites import sites as list_sites
 from lissom.saved_commands import AllowNative, load_saved, run_saved, sign_saved, verify_saved
 from lissom.shadowing import shadowed_install
 from lissom.version import __version__
@@ -214,6 +215,7 @@ def run_show(
     ] = None,
     structure: Annotated[bool, typer.Option("--structure", help="Show layers, attention and feed-forward sites.")] = False,
     axes: Annotated[bool, typer.Option("--axes", help="Show the axes that linear layers contract.")] = False,
+    sites: Annotated[bool, typer.Option("--sites", help="Show the sites for which passes take amounts, and which.")] = False,
     cost: Annotated[bool, typer.Option("--cost", help="Show FLOPs, bytes and parameters of every site.")] = False,
     sharding: Annotated[int | None, typer.Option(help="Show the plan of `shard` for this many ranks.")] = None,
     sequence_parallel: Annotated[
@@ -241,7 +243,7 @@ def run_show(
     if sequence_parallel and sharding is None:
         raise typer.BadParameter("--sequence-parallel goes with --sharding")
     # Tables show structure and sizes, which structural checks cover; a printed program is checked numerically.
-    checks = "structural" if structure or axes or cost or sharding is not None else "numeric"
+    checks = "structural" if structure or axes or sites or cost or sharding is not None else "numeric"
     if is_artifact(model):
         if passes != "exact" or backend is not None or data is not None:
             raise typer.BadParameter("--passes, --backend and --data do not go with a saved model")
@@ -249,9 +251,10 @@ def run_show(
     else:
         # A program that is only shown may have layers without a kernel.
         compiled = _compile(model, passes, backend, None, checks, Quality(data), simulate=True)
-    if structure or axes:
-        found = [structure_tables(compiled.program)] if structure else []
-        show(*found, *([axes_table(compiled.program)] if axes else []))
+    if structure or axes or sites:
+        program = compiled.program
+        tables = [structure_tables] * structure + [axes_table] * axes
+        show(*(table(program) for table in tables), *([amounts_table(program, list_sites(program))] if sites else []))
         return
     if sharding is not None:
         plan = make_plan(compiled.program, sharding, sequence=sequence_parallel)

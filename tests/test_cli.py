@@ -296,6 +296,11 @@ def test_show_prints_what_every_site_costs_with_the_roof_once_measured(model, tm
     assert "roof" in invoke("show", model, "--cost").partition("whole program")[0]
 
 
+def test_show_lists_the_sites_and_their_amounts(model: str) -> None:
+    shown = invoke("show", model, "--sites")
+    assert "prune-heads: 1, 2\n" in shown and "quantize: none, int8-dynamic" in shown
+
+
 def test_sizes_without_a_cost_to_show_are_refused(model):
     result = runner.invoke(app, ["show", model, "--batch", "3"])
     assert result.exit_code == 2

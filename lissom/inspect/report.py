@@ -19,7 +19,7 @@ from lissom.inspect.tables import plain, plain_table
 from lissom.inspect.training_plot import plot_training
 
 _LONGEST_PASS = 28
-_OPTION = re.compile(r"(?:[^,\[]|\[[^\]]*\])+")
+_OPTION = re.compile(r'(?:[^,\["]|\[[^\]]*\]|"[^"]*")+')
 
 
 class LayerTimer(Protocol):

@@ -1,4 +1,4 @@
-"""The structure and the axes of a program as tables."""
+"""The structure, the axes and the sites of a program as tables."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import fx
 
+from lissom.compiler.analysis.amounts import AmountSite, legal_text
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.columns import feature_dim
@@ -124,3 +125,25 @@ def _contracted(program: Program, found: Axes) -> dict[Axis, list[fx.Node]]:
 def _paths(readers: Sequence[fx.Node]) -> str:
     first = nodes.origin(readers[0]).module_path or readers[0].name
     return first if len(readers) == 1 else f"{first} and {len(readers) - 1} more"
+
+
+def amounts_table(program: Program, sites: Sequence[AmountSite]) -> RenderableType:
+    """The sites for which passes take amounts, in a table for each kind: path, size, and each pass with its amounts."""
+    parts: list[RenderableType] = []
+    for kind in dict.fromkeys(site.kind for site in sites):
+        table = plain_table()
+        table.add_column(kind, no_wrap=True)
+        table.add_column("size", justify="right", no_wrap=True)
+        table.add_column("passes and amounts", overflow="fold")
+        rows = [(site.path, f"{site.size:,}", _takes(site)) for site in sites if site.kind == kind]
+        for row in fold_rows(rows):
+            table.add_row(*map(Text, row))
+        parts += [table, Text()]
+    return Group(Text(f"{program.name}: sites and the amounts that passes take there\n"), *parts)
+
+
+def _takes(site: AmountSite) -> str:
+    lines = [f"{name}: {legal_text(legal)}" for name, legal in site.takes.items()]
+    lines += [f"same weights: {', '.join(site.paths[1:])}"] if site.paths[1:] else []
+    lines += [f"same axis: {', '.join(site.shares)}"] if site.shares else []
+    return "\n".join(lines)

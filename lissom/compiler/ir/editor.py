@@ -54,6 +54,7 @@ class Editor:
     skipped: the places it could not treat, with the reason.
     notes: sentences on the pass as a whole, for the reader of the history.
     curve: the losses of a training pass over its steps.
+    per_site: the pass as text with the amount that it chose for each site; empty for passes without amounts.
     current: the node the pass is looking at, for error messages.
     """
 
@@ -77,6 +78,7 @@ class Editor:
         self.skipped: list[Skip] = []
         self.notes: list[str] = []
         self.curve: list[CurvePoint] = []
+        self.per_site = ""
         self.current: fx.Node | None = None
 
     def nodes(self, *targets: object) -> Iterator[fx.Node]:

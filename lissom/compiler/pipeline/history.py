@@ -45,6 +45,8 @@ class Step:
     cosine: the smallest cosine of an output to the original's. metric: the caller's score, when given.
     notes: sentences for the reader. reverted: why the pass was undone after it ran, or None.
     curve: the losses of a training pass; empty for any other.
+    per_site: the pass as pipeline text with the amount that it chose for each site, which gives the same program; empty for
+        passes without amounts.
     """
 
     index: int
@@ -63,6 +65,7 @@ class Step:
     notes: tuple[str, ...] = ()
     reverted: str | None = None
     curve: tuple[CurvePoint, ...] = ()
+    per_site: str = ""
 
     @property
     def exact(self) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx
 
+from lissom.compiler.analysis.amounts import AmountSite
 from lissom.compiler.analysis.structure.linear import is_quantizer, weight_path
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import printer
@@ -91,6 +92,11 @@ class Approximation(Pass):
 
     kind = "approximation"
     cheapens: ClassVar[bool] = True
+
+    @classmethod
+    def sites(cls, program: Program) -> Sequence[AmountSite]:
+        """The sites of a program for which the pass takes an amount, in the order of the graph; none where it takes none."""
+        return ()
 
 
 class Annotation(Pass):

@@ -276,6 +276,7 @@ class _Run:
             metric=metric,
             notes=tuple(edit.notes),
             curve=tuple(edit.curve),
+            per_site=edit.per_site,
         )
         if not isinstance(item, (Rewrite, Annotation)):
             self.start, self.reference = after, self.reference or self.program

@@ -5,13 +5,13 @@ from __future__ import annotations
 from lissom.errors import UnsupportedError
 
 
-def check_amount(name: str, *, rank: int | None, keep: float | None, budget: float | None) -> None:
-    """Check the size options of a pass of this name.
+def check_amount(name: str, *, rank: int | None, keep: float | None, budget: float | None, amounts: str = "") -> None:
+    """Check the size options of a pass of this name. amounts: those of single layers, which may stand alone.
 
     Raises: UnsupportedError unless exactly one is given, rank of 1 or more, keep in (0, 1], budget in (0, 1).
     """
     given = [option for option, value in (("rank", rank), ("keep", keep), ("budget", budget)) if value is not None]
-    if len(given) != 1:
+    if len(given) != 1 and not (amounts and not given):
         found = " and ".join(f"{option}=" for option in given) if given else "none"
         raise UnsupportedError(
             f"{name} takes one of rank=, keep= and budget=, and was given {found}: write for example "

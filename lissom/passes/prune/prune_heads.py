@@ -15,10 +15,13 @@ that read it; with a single key/value head, query heads are pruned one by one. C
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lissom.compiler.analysis.amounts import AmountSite
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.program import Program
 from lissom.compiler.transforms.pruning.prune import UnitPruning
 from lissom.compiler.transforms.pruning.units import head_sites
 
@@ -27,10 +30,14 @@ from lissom.compiler.transforms.pruning.units import head_sites
 class PruneHeads(UnitPruning):
     """Zeroes the least important attention heads, and refits the rest to calibration data if given.
 
-    Options are those of `UnitPruning`. Where queries are grouped, `keep` counts key/value heads.
+    Options are those of `UnitPruning`. Where queries are grouped, `keep` and `amounts` count key/value heads.
     """
 
     units: ClassVar[str] = "heads"
+
+    @classmethod
+    def sites(cls, program: Program) -> Sequence[AmountSite]:
+        return cls._amount_sites(head_sites(Editor(program, cls.name())))
 
     def run(self, edit: Editor) -> None:
         self.prune(edit, head_sites(edit))

@@ -22,12 +22,13 @@ its weight.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.amounts import Amounts, AmountSite, amounts_text, is_count, site_names
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.zeros import zero_at, zeros
@@ -41,32 +42,50 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.printer import place
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
+from lissom.compiler.pipeline.spelling import format_pass
 from lissom.compiler.transforms.removal.indices import mask
 from lissom.errors import RequirementError, UnsupportedError
 
 DAMPING = 0.01
+_KEEP = 0.75
 
 
 @dataclass(frozen=True)
 class PruneHidden(Approximation):
     """Zeroes the least important channels of the residual stream in all layers.
 
-    keep: fraction of channels to keep, above 0 and below 1.
+    keep: fraction of channels to keep, above 0 and below 1; of the residual streams that `amounts` does not name. 0.75 where
+        neither is given.
+    amounts: channels of single residual streams, a number or a fraction; a stream is named by the module of its first residual
+        add, with `*` and `?`: `"encoder=384,decoder=none"`. Without `keep`, other streams stay as they are.
     round_to: the number of channels kept is a multiple of this.
     criterion: how channels are ranked; `energy` needs calibration data.
     reconstruct: refits the layers that read the residual stream to their earlier outputs; needs calibration data.
     """
 
-    keep: float = 0.75
+    keep: float | None = None
     round_to: int = 8
     criterion: Literal["energy", "magnitude"] = "energy"
     reconstruct: bool = True
+    amounts: str = ""
     leaves_dead = True
     requires = (FLOATING_POINT_WEIGHTS,)
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep < 1 or self.round_to < 1:
+        self._amounts()
+        if not (self.keep is None or 0 < self.keep < 1) or self.round_to < 1:
             raise UnsupportedError("prune-hidden takes keep= above 0 and below 1, and round_to= of 1 or more")
+
+    def _amounts(self) -> Amounts:
+        return Amounts.parse(self.amounts, "prune-hidden{amounts=}", is_count)
+
+    @classmethod
+    def sites(cls, program: Program) -> Sequence[AmountSite]:
+        try:
+            return _sites(_streams(program))
+        except UnsupportedError:
+            # It says why the program has no streams that can be narrowed.
+            return ()
 
     def run(self, edit: Editor) -> None:
         if not edit.data and (self.reconstruct or self.criterion == "energy"):
@@ -75,23 +94,31 @@ class PruneHidden(Approximation):
             )
         dense = edit.program.copy()
         kept: dict[fx.Node, torch.Tensor] = {}
-        for axis, total in _streams(edit.program).items():
+        streams = _streams(edit.program)
+        sites = _sites(streams)
+        given = self._amounts().counts(sites, "residual streams", round_to=self.round_to)
+        for (axis, total), amount in zip(streams.items(), given, strict=True):
+            if amount == axis.size or (amount is None and self.keep is None and self.amounts):
+                continue
             scores = _energies(edit, axis) if self.criterion == "energy" else _magnitudes(edit.program, axis)
-            kept[total] = self._kept(edit, total, scores)
+            kept[total] = self._kept(edit, total, scores, amount)
+        left = [int(kept[total].sum()) if total in kept else axis.size for axis, total in streams.items()]
+        text = amounts_text(sites, left)
+        edit.per_site = format_pass(replace(self, keep=None, amounts=text, round_to=PruneHidden.round_to))
         _zero(edit, _on_axes(edit.program, kept))
         _check(edit, _on_axes(edit.program, kept))
         if self.reconstruct:
             _reconstruct(edit, dense, _on_axes(edit.program, kept))
 
-    def _kept(self, edit: Editor, total: fx.Node, scores: torch.Tensor) -> torch.Tensor:
-        """The channels to keep, booleans [channels]."""
-        channels, step = len(scores), self.round_to
-        count = max(step, round(self.keep * channels / step) * step)
+    def _kept(self, edit: Editor, total: fx.Node, scores: torch.Tensor, amount: int | None) -> torch.Tensor:
+        """The channels to keep, booleans [channels]. amount: their number, where `amounts` names the stream."""
+        channels, step, keep = len(scores), self.round_to, _KEEP if self.keep is None else self.keep
+        count = max(step, round(keep * channels / step) * step) if amount is None else amount
         if count >= channels:
             most = (channels - 1) // step * step
             possible = f"keep={most / channels:.2g} or less is possible" if most else "leave out round_to="
             raise UnsupportedError(
-                f"prune-hidden{{keep={self.keep:g}}} removes none of the {channels} channels of {place(edit.program, total)}, "
+                f"prune-hidden{{keep={keep:g}}} removes none of the {channels} channels of {place(edit.program, total)}, "
                 f"rounded to multiples of {step}; {possible}"
             )
         kept = torch.zeros(channels, dtype=torch.bool)
@@ -117,6 +144,15 @@ def _streams(program: Program) -> dict[Axis, fx.Node]:
                 f"the model folds them into other dimensions"
             )
     return streams
+
+
+def _sites(streams: Mapping[Axis, fx.Node]) -> list[AmountSite]:
+    """The residual streams as amounts name them."""
+    totals = list(streams.values())
+    names = site_names([nodes.origin(total).module_path for total in totals], [total.name for total in totals])
+    sizes = [int(axis.size) for axis in streams]  # pyright: ignore[reportArgumentType]
+    takes = [{"prune-hidden": range(1, size + 1)} for size in sizes]
+    return [AmountSite("channels", (name,), size, legal) for name, size, legal in zip(names, sizes, takes, strict=True)]
 
 
 def _on_axes(program: Program, kept: Mapping[fx.Node, torch.Tensor]) -> dict[Axis, torch.Tensor]:
@@ -183,8 +219,8 @@ def _check(edit: Editor, kept: Mapping[Axis, torch.Tensor]) -> None:
     """Refuse a program in which anything but a weight writes to the stream."""
     found, known = edit.program.fact(zeros), edit.program.fact(axes)
     for total in edit.program.fact(structure).residuals:
-        channels = kept[known.axis(total, -1)]
-        if not bool((zero_at(found, total, -1) | channels).all()):
+        channels = kept.get(known.axis(total, -1))
+        if channels is not None and not bool((zero_at(found, total, -1) | channels).all()):
             raise UnsupportedError(
                 f"prune-hidden cannot keep channels of {place(edit.program, total)} at zero: something that is no weight, "
                 f"such as computed positions, writes to the residual stream"

@@ -14,10 +14,13 @@ A feed-forward is a sum over neurons, W₂ f(W₁ x) = Σ_i W₂[:, i] f(W₁[i]
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lissom.compiler.analysis.amounts import AmountSite
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.program import Program
 from lissom.compiler.transforms.pruning.prune import UnitPruning
 from lissom.compiler.transforms.pruning.units import neuron_sites
 
@@ -30,6 +33,10 @@ class PruneNeurons(UnitPruning):
     """
 
     units: ClassVar[str] = "neurons"
+
+    @classmethod
+    def sites(cls, program: Program) -> Sequence[AmountSite]:
+        return cls._amount_sites(neuron_sites(Editor(program, cls.name())))
 
     def run(self, edit: Editor) -> None:
         self.prune(edit, neuron_sites(edit))

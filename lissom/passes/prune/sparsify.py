@@ -23,28 +23,33 @@ elsewhere zeros give no speedup, which the report notes. Artifacts become smalle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.amounts import UNCHANGED, Amounts, AmountSite, amounts_text, fraction_of
 from lissom.compiler.analysis.module_filter import is_protected
 from lissom.compiler.analysis.structure.linear import is_linear
-from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of, treated_layers
+from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of, treated_layers, weight_sites
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.hessian import inverse_factor
 from lissom.compiler.calibration.layer_sweep import sweep_moments
 from lissom.compiler.calibration.statistics import Moments
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
+from lissom.compiler.pipeline.spelling import format_pass
 from lissom.errors import RequirementError, UnsupportedError
 
-Prune = Callable[[torch.Tensor, Moments], torch.Tensor]
-"""Gives the pruned matrix from a matrix, [features out, features in], and the moments of its inputs."""
+Density = float | tuple[int, int]
+"""What is kept of a matrix: a fraction, or N of every M neighbours in a row."""
+Prune = Callable[[torch.Tensor, Moments, str], torch.Tensor]
+"""Gives the pruned matrix from a matrix, [features out, features in], the moments of its inputs, and its name."""
+_KEEP = 0.5
 NOTE = (
     "zeros in weights make nothing faster by themselves: every backend multiplies with them, but for eager on CUDA, "
     "which runs the pattern 2:4 in bfloat16 and float16 as such"
@@ -55,8 +60,11 @@ NOTE = (
 class Sparsify(Approximation):
     """Zeroes the least important weights of linear layers, unstructured or N:M.
 
-    keep: fraction of each layer's weights to keep, above 0 and up to 1; of all layers together with scope=global.
+    keep: fraction of each layer's weights to keep, above 0 and up to 1; of all layers together with scope=global. 0.5 where
+        neither it nor pattern nor amounts is given.
     pattern: N:M, such as 2:4, in place of `keep`: at most N of every M neighbours in a row are kept.
+    amounts: fractions or patterns N:M of single layers by module path, with `*` and `?`; `none` leaves a layer dense:
+        `"encoder.layer.0=0.3,*.query=2:4"`. Without keep and pattern, other layers stay dense.
     criterion: how weights are ranked; all but `magnitude` need calibration data.
     scope: ranks weights within each layer, or, by magnitude only, within the whole program.
     protect: module paths of layers to leave dense, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
@@ -65,7 +73,7 @@ class Sparsify(Approximation):
     block_size: number of columns that `sparsegpt` ranks together.
     """
 
-    keep: float = 0.5
+    keep: float | None = None
     pattern: str | None = None
     criterion: Literal["magnitude", "wanda", "sparsegpt"] = "magnitude"
     scope: Literal["layer", "global"] = "layer"
@@ -73,54 +81,139 @@ class Sparsify(Approximation):
     lm_head: bool = False
     damping: float = 0.01
     block_size: int = 128
+    amounts: str = ""
     requires = (FLOATING_POINT_WEIGHTS,)
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
+        if self.keep is not None and not 0 < self.keep <= 1:
             raise UnsupportedError(f"sparsify keeps a fraction of the weights above 0 and up to 1, not keep={self.keep:g}")
-        if self.pattern is not None and self.keep != Sparsify.keep:
+        if self.pattern is not None and self.keep is not None:
             raise UnsupportedError("sparsify takes keep= or pattern=, not both")
-        form = _parse(self.pattern)
+        patterns = [self.pattern, *(amount for _, amount in self._amounts().entries if ":" in amount)]
         if self.damping <= 0 or self.block_size < 1:
             raise UnsupportedError("sparsify takes damping= above 0 and block_size= of 1 or more")
-        if self.criterion == "sparsegpt" and form is not None and self.block_size % form[1]:
-            raise UnsupportedError(
-                f"sparsegpt takes block_size= in multiples of the {form[1]} of its pattern, not {self.block_size}"
-            )
+        for group in sorted({found[1] for found in map(_parse, patterns) if found is not None}):
+            if self.criterion == "sparsegpt" and self.block_size % group:
+                raise UnsupportedError(
+                    f"sparsegpt takes block_size= in multiples of the {group} of its pattern, not {self.block_size}"
+                )
         if self.scope == "global" and (self.criterion != "magnitude" or self.pattern is not None):
             raise UnsupportedError(
                 "sparsify{scope=global} ranks by magnitude and takes no pattern; wanda and sparsegpt compare weights within a "
                 "row and a block of columns, and a pattern within its M: leave out scope=, or choose criterion=magnitude"
             )
 
+    @classmethod
+    def sites(cls, program: Program) -> Sequence[AmountSite]:
+        item = cls(lm_head=True)
+        candidates = {node: matrix for node, matrix in item._candidates(program).items() if _obstacle(matrix, set()) is None}
+        heads = {candidates[node].name for node in program.fact(structure).lm_heads if node in candidates}
+        return [
+            replace(site, takes={format_pass(item): site.takes[cls.name()]}) if name in heads else site
+            for name, site in weight_sites(candidates, cls.name(), _taken).items()
+        ]
+
     def run(self, edit: Editor) -> None:
-        layers = _layers(edit, self.lm_head, self.protect, _parse(self.pattern))
-        if self.criterion == "magnitude":
-            self._rank_by_magnitude(edit, layers)
-        elif not edit.data:
+        if self.criterion != "magnitude" and not edit.data:
             raise RequirementError(
                 f"sparsify{{criterion={self.criterion}}} needs calibration data: pass data=, or choose criterion=magnitude"
             )
+        sites = weight_sites(self._candidates(edit.program), self.name(), _taken)
+        given = dict(zip(sites, self._amounts().at([*sites.values()], "linear layers"), strict=True))
+        layers = self._layers(edit, given)
+        densities = {name: found for name, amount in given.items() if not isinstance(found := self._density(amount), str)}
+        if self.criterion == "magnitude":
+            self._rank_by_magnitude(edit, layers, densities, {name for name, amount in given.items() if amount is None})
+        elif self.criterion == "wanda":
+            _calibrate(edit, layers, lambda weight, read, name: wanda(weight, read, densities[name]))
         else:
-            form = _parse(self.pattern)
-            prune = partial(sparsegpt, keep=self.keep, pattern=form, damping=self.damping, block_size=self.block_size)
-            _calibrate(edit, layers, partial(wanda, keep=self.keep, pattern=form) if self.criterion == "wanda" else prune)
+            damping, size = self.damping, self.block_size
+            _calibrate(edit, layers, lambda weight, read, name: sparsegpt(weight, read, densities[name], damping, size))
+        self._tell(edit, sites, layers, densities)
         if edit.rewritten:
             edit.note(NOTE)
 
-    def _rank_by_magnitude(self, edit: Editor, layers: dict[fx.Node, Matrix]) -> None:
+    def _amounts(self) -> Amounts:
+        takes = "a fraction such as 0.5, a pattern such as 2:4, or none"
+        return Amounts.parse(
+            self.amounts, "sparsify{amounts=}", lambda text: ":" in text or fraction_of(text) is not None, takes
+        )
+
+    def _density(self, amount: str | None) -> Density | str:
+        """What to keep of a layer with this amount, or why it stays dense."""
+        if amount is None and self.amounts and self.keep is None and self.pattern is None:
+            return "amounts= does not name it"
+        if amount is None:
+            return _parse(self.pattern) or (_KEEP if self.keep is None else self.keep)
+        return "amounts= leaves it dense" if amount == UNCHANGED else fraction_of(amount) or _parse(amount) or _KEEP
+
+    def _candidates(self, program: Program) -> dict[fx.Node, Matrix]:
+        """The linear layers with a matrix, but for those that are passed over."""
+        layers = [node for node in program.nodes() if is_linear(node) and node not in self._passed_over(program)]
+        return {node: matrix for node in layers if isinstance(matrix := matrix_of(node), Matrix)}
+
+    def _passed_over(self, program: Program) -> set[fx.Node]:
+        found = program.fact(structure)
+        heads = () if self.lm_head else found.lm_heads
+        return {*(site.router for site in found.mixtures), *heads, *found.convolutions}
+
+    def _layers(self, edit: Editor, given: Mapping[str, str | None]) -> dict[fx.Node, Matrix]:
+        """The layers to prune; the others are reported as skipped. given: the amount of each weight.
+
+        Raises: UnsupportedError when a pattern does not fit a layer that `amounts` names.
+        """
+        found = edit.program.fact(structure).embeddings if self.lm_head else ()
+        tables = {item.node.all_input_nodes[0] for item in found}
+
+        def obstacle(node: fx.Node, matrix: Matrix) -> str | None:
+            density = self._density(amount := given[matrix.name])
+            if isinstance(density, str):
+                return density
+            misfit = _pattern_obstacle(matrix, density)
+            if misfit is not None and amount is not None:
+                raise UnsupportedError(
+                    f"sparsify{{amounts=}}: '{nodes.origin(node).module_path}' cannot have {amount}: {misfit}"
+                )
+            return _obstacle(matrix, tables) or misfit
+
+        return treated_layers(
+            edit,
+            lambda node: "it is protected" if is_protected(node, self.protect) else matrix_of(node),
+            obstacle,
+            self._passed_over(edit.program),
+        )
+
+    def _rank_by_magnitude(
+        self, edit: Editor, layers: Mapping[fx.Node, Matrix], densities: Mapping[str, Density], ranked: set[str]
+    ) -> None:
+        """Zero the smallest weights. ranked: the names of weights without an amount, which scope=global ranks together."""
         matrices = {matrix.name: matrix for matrix in layers.values()}
-        least = 0.0
-        if self.scope == "global" and matrices:
-            least = threshold([matrix.read(edit.program) for matrix in matrices.values()], self.keep)
-        for matrix in matrices.values():
-            weight = matrix.read(edit.program)
-            form = _parse(self.pattern)
-            if form is not None:
-                kept = largest(weight.abs(), form)
+        together = [matrix.read(edit.program) for name, matrix in matrices.items() if name in ranked]
+        least = threshold(together, _KEEP if self.keep is None else self.keep) if self.scope == "global" and together else None
+        for name, matrix in matrices.items():
+            weight, density = matrix.read(edit.program), densities[name]
+            if isinstance(density, tuple):
+                kept = largest(weight.abs(), density)
             else:
-                kept = weight.abs() > (least if self.scope == "global" else threshold([weight], self.keep))
+                kept = weight.abs() > (threshold([weight], density) if least is None or name not in ranked else least)
             matrix.write(edit, weight.masked_fill(~kept, 0))
+
+    def _tell(
+        self, edit: Editor, sites: Mapping[str, AmountSite], layers: Mapping[fx.Node, Matrix], densities: Mapping[str, Density]
+    ) -> None:
+        """Record the pass with the density that was chosen for each layer."""
+        matrices = {matrix.name: matrix for matrix in layers.values()}
+        chosen: dict[str, object] = {}
+        for name, matrix in matrices.items():
+            density = densities[name]
+            if self.scope == "global":
+                weight = matrix.read(edit.program)
+                density = int(weight.count_nonzero()) / weight.numel()
+            chosen[name] = ":".join(map(str, density)) if isinstance(density, tuple) else density
+        text = amounts_text([*sites.values()], [chosen.get(name) for name in sites])
+        # A layer that lost all its weights has no fraction as text.
+        if text and all(chosen.values()):
+            edit.per_site = format_pass(replace(self, keep=None, pattern=None, amounts=text, scope="layer", protect=""))
 
 
 def _parse(pattern: str | None) -> tuple[int, int] | None:
@@ -136,28 +229,23 @@ def _parse(pattern: str | None) -> tuple[int, int] | None:
     return int(n), int(m)
 
 
-def _layers(edit: Editor, lm_head: bool, protect: str, pattern: tuple[int, int] | None) -> dict[fx.Node, Matrix]:
-    """The layers to prune; the others are reported as skipped."""
-    found = edit.program.fact(structure)
-    heads = () if lm_head else found.lm_heads
-    passed_over = {*(site.router for site in found.mixtures), *heads, *found.convolutions}
-    tables = {item.node.all_input_nodes[0] for item in found.embeddings} if lm_head else set[fx.Node]()
-    return treated_layers(
-        edit,
-        lambda node: "it is protected" if is_protected(node, protect) else matrix_of(node),
-        lambda node, matrix: _obstacle(matrix, tables, pattern),
-        passed_over,
-    )
-
-
-def _obstacle(matrix: Matrix, tables: set[fx.Node], pattern: tuple[int, int] | None) -> str | None:
+def _obstacle(matrix: Matrix, tables: set[fx.Node]) -> str | None:
     """Why a layer's weights cannot be zeroed; None when they can."""
     if matrix.node not in tables and not all(is_linear(reader) for reader in readers_of(matrix.node)):
         return "its weight is also read by operators other than linear layers"
-    size = nodes.tensor_type(matrix.node).shape[0 if matrix.transposed else 1]
-    if pattern is not None and int(size) % pattern[1]:  # pyright: ignore[reportArgumentType]
-        return f"its {size} input features are no multiple of {pattern[1]}"
     return None
+
+
+def _pattern_obstacle(matrix: Matrix, density: Density) -> str | None:
+    """Why a pattern N:M does not fit a layer."""
+    size = matrix.shape[1]
+    if isinstance(density, tuple) and size % density[1]:
+        return f"its {size} input features are no multiple of {density[1]}"
+    return None
+
+
+def _taken(outputs: int, inputs: int) -> tuple[str, ...]:
+    return (UNCHANGED, "a fraction", *(() if inputs % 4 else ("2:4",)))
 
 
 def _calibrate(edit: Editor, layers: dict[fx.Node, Matrix], prune: Prune) -> None:
@@ -166,7 +254,7 @@ def _calibrate(edit: Editor, layers: dict[fx.Node, Matrix], prune: Prune) -> Non
     for finished, (node, read) in enumerate(sweep_moments(edit.program, edit.data, names)):
         edit.report("layers", finished, len(set(names.values())))
         edit.current = node
-        layers[node].write(edit, prune(layers[node].read(edit.program), read.moments))
+        layers[node].write(edit, prune(layers[node].read(edit.program), read.moments, names[node]))
 
 
 def threshold(weights: Sequence[torch.Tensor], keep: float) -> float:
@@ -183,17 +271,17 @@ def largest(scores: torch.Tensor, pattern: tuple[int, int]) -> torch.Tensor:
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(n, -1).indices, True).flatten(1)
 
 
-def wanda(weight: torch.Tensor, read: Moments, keep: float, pattern: tuple[int, int] | None) -> torch.Tensor:
+def wanda(weight: torch.Tensor, read: Moments, density: Density) -> torch.Tensor:
     """The matrix with zeros where |W_ij| · ‖X_j‖₂ is least in each row, or in each M neighbours of it."""
     scores = weight.abs().float() * read.norms
     columns = weight.shape[1]
-    return weight.masked_fill(~largest(scores, pattern or (max(1, round(keep * columns)), columns)), 0)
+    pattern = density if isinstance(density, tuple) else (max(1, round(density * columns)), columns)
+    return weight.masked_fill(~largest(scores, pattern), 0)
 
 
-def sparsegpt(
-    weight: torch.Tensor, read: Moments, keep: float, pattern: tuple[int, int] | None, damping: float, block_size: int
-) -> torch.Tensor:
+def sparsegpt(weight: torch.Tensor, read: Moments, density: Density, damping: float, block_size: int) -> torch.Tensor:
     """The matrix with zeros, and the remaining weights updated to compensate; see the module docstring."""
+    pattern, keep = (density, 1.0) if isinstance(density, tuple) else (None, density)
     result = weight.float().clone()
     dead = read.gram.diagonal() == 0
     result[:, dead] = 0

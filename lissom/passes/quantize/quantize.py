@@ -18,21 +18,26 @@ The residual stream, norms and softmax stay in floating point unless `residual` 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.amounts import UNCHANGED, Amounts, AmountSite, amounts_text
 from lissom.compiler.analysis.module_filter import obstacle_by_name
-from lissom.compiler.analysis.structure.linear import input_of, is_attention
-from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, treated_layers
+from lissom.compiler.analysis.structure.linear import input_of, is_attention, is_linear
+from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, treated_layers, weight_sites
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.observers import Observer, WeightObserver, observed_ranges, weight_scale
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import CONVOLUTIONS
+from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.compiler.pipeline.spelling import format_pass
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.ops.formats import FORMATS, Format, scale_for
 from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
@@ -48,6 +53,8 @@ class Quantize(Approximation):
     """Quantizes linear layers to int8, int4 or fp8.
 
     scheme: what is quantized, and when its scale is computed; see the table. `int8-static` needs calibration data.
+    schemes: schemes of single layers by module path, with `*` and `?`; `none` leaves a layer as it is:
+        `"*=none,encoder.layer.0=int8-dynamic,*.output.dense=int4-weight"`. Layers that it does not name get `scheme`.
     granularity: per-tensor, per-channel or per-group weight scales; `auto` is the scheme's default.
     group: number of neighbouring weights per scale with granularity=group.
     symmetric: quantizes weights without a zero point; asymmetric weights are stored as uint8 or uint4.
@@ -78,6 +85,7 @@ class Quantize(Approximation):
     residual: bool = False
     skip: str = ""
     only: str = ""
+    schemes: str = ""
 
     def __post_init__(self) -> None:
         if self.group < 1:
@@ -91,6 +99,24 @@ class Quantize(Approximation):
                 f"quantize{{scheme={self.scheme}}} quantizes weights only: leave out attention= and residual=, or choose "
                 "int8-dynamic, int8-static or fp8"
             )
+        if self._schemes() and (self.attention or self.residual):
+            raise UnsupportedError("quantize{schemes=} names layers: leave out attention= and residual=, which name none")
+
+    def _schemes(self) -> Amounts:
+        takes = f"one of {', '.join(get_args(Scheme))}, or none"
+        return Amounts.parse(self.schemes, "quantize{schemes=}", lambda amount: amount in get_args(Scheme), takes)
+
+    @classmethod
+    def sites(cls, program: Program) -> Sequence[AmountSite]:
+        layers, tables = _matrices(program), {_table(item.node) for item in program.fact(structure).embeddings}
+        found = weight_sites(layers, cls.name(), _taken)
+        for node, matrix in layers.items():
+            site = found[matrix.name]
+            text = f"{cls.name()}{{embeddings=true}}" if matrix.node in tables else f"{cls.name()}{{lm_head=true}}"
+            if matrix.node in tables or node in program.fact(structure).lm_heads:
+                kind = site.kind if is_linear(node) else "embedding"
+                found[matrix.name] = replace(site, kind=kind, takes={text: _taken(*matrix.shape)})
+        return [*found.values()]
 
     @property
     def weight_format(self) -> Format:
@@ -107,11 +133,41 @@ class Quantize(Approximation):
         return FORMATS["fp8" if self.scheme == "fp8" else "uint8"]
 
     def run(self, edit: Editor) -> None:
+        matrices = {node: item for node, item in _matrices(edit.program).items() if self.embeddings or is_linear(node)}
+        sites = weight_sites(matrices, self.name(), _taken)
+        parts = self._parts(edit, matrices, sites) if self._schemes() else [(self, [])]
+        done = {name: item.scheme for item, others in parts for name in item._quantize(edit, others)}
+        if done and not (self.attention or self.residual or self.embeddings):
+            text = amounts_text([*sites.values()], [done.get(name) for name in sites])
+            per_site = replace(self, scheme=Quantize.scheme, schemes=f"*={UNCHANGED},{text}", skip="", only="")
+            edit.per_site = format_pass(per_site)
+
+    def _parts(
+        self, edit: Editor, matrices: Mapping[fx.Node, Matrix], sites: Mapping[str, AmountSite]
+    ) -> list[tuple[Quantize, list[fx.Node]]]:
+        """A pass for each scheme, with the layers that are not its own; layers that stay as they are are reported."""
+        given = dict(zip(sites, self._schemes().at([*sites.values()], "linear layers"), strict=True))
+        schemes = {node: given[matrix.name] or self.scheme for node, matrix in matrices.items()}
+        rest = [node for node in edit.program.nodes() if is_linear(node) and node not in matrices]
+        for node in rest:
+            if isinstance(reason := matrix_of(node), str) and node.target not in CONVOLUTIONS:
+                edit.skip(node, reason)
+        for node, scheme in schemes.items():
+            if scheme == UNCHANGED:
+                edit.skip(node, "schemes= leaves it as it is")
+        return [
+            (replace(self, scheme=scheme, schemes=""), [*rest, *(node for node, other in schemes.items() if other != scheme)])
+            for scheme in get_args(Scheme)
+            if scheme in schemes.values()
+        ]
+
+    def _quantize(self, edit: Editor, others: Sequence[fx.Node]) -> list[str]:
+        """Quantize all layers but `others` by one scheme; returns the names of their weights."""
         if self.scheme == "int8-static" and not edit.data:
             raise RequirementError(
                 "quantize{scheme=int8-static} needs calibration data: pass data=, or choose scheme=int8-dynamic"
             )
-        layers = self._layers(edit)
+        layers = self._layers(edit, others)
         values = dict.fromkeys(input_of(layer) for layer in layers)
         if self.attention:
             values |= dict.fromkeys(item for node in edit.nodes() if is_attention(node) for item in node.args[:3])
@@ -126,7 +182,9 @@ class Quantize(Approximation):
             self._quantize_weight(edit, matrix.node, form, transposed=matrix.transposed)
         if self.embeddings:
             for item in edit.program.fact(structure).embeddings:
-                self._quantize_table(edit, item.node)
+                if item.node not in others:
+                    self._quantize_table(edit, item.node)
+        return [matrix.name for matrix in layers.values()]
 
     @property
     def _table_format(self) -> Format:
@@ -138,13 +196,13 @@ class Quantize(Approximation):
         """Whether tables that are tied to an LM head are quantized: they are most of what a small decoder reads for a token."""
         return self.scheme == "int4-weight" if self.embeddings is None else self.embeddings
 
-    def _layers(self, edit: Editor) -> dict[fx.Node, Matrix]:
-        """The linear layers to quantize, with their matrices; the others are reported as skipped."""
+    def _layers(self, edit: Editor, others: Sequence[fx.Node]) -> dict[fx.Node, Matrix]:
+        """The linear layers to quantize, with their matrices; the rest but for `others` is reported as skipped."""
         return treated_layers(
             edit,
             lambda node: obstacle_by_name(node, skip=self.skip, only=self.only) or matrix_of(node),
             partial(self._obstacle, edit),
-            edit.program.fact(structure).convolutions,
+            {*edit.program.fact(structure).convolutions, *others},
         )
 
     def _obstacle(self, edit: Editor, node: fx.Node, matrix: Matrix) -> str | None:
@@ -237,3 +295,15 @@ def _table(look_up: fx.Node) -> fx.Node | None:
     """The table of an embedding where it is a weight."""
     found = look_up.args[0]
     return found if isinstance(found, fx.Node) and found.op == "get_attr" else None
+
+
+def _matrices(program: Program) -> dict[fx.Node, Matrix]:
+    """The linear layers and the look-ups in embedding tables, each with its weight; those without a matrix are left out."""
+    layers = {node: matrix for node in program.nodes() if is_linear(node) and isinstance(matrix := matrix_of(node), Matrix)}
+    look_ups = {item.node: table for item in program.fact(structure).embeddings if (table := _table(item.node)) is not None}
+    return layers | {node: Matrix(table, transposed=False) for node, table in look_ups.items()}
+
+
+def _taken(outputs: int, inputs: int) -> tuple[str, ...]:
+    """The schemes that fit a weight of that many out_features and in_features, at default options."""
+    return (UNCHANGED, *(item for item in get_args(Scheme) if item != "int4-weight" or inputs % _DEFAULT_GROUP == 0))

@@ -124,7 +124,7 @@ def test_magnitude_keeps_the_largest() -> None:
 @pytest.mark.parametrize("pattern", [None, (2, 4), (1, 3)])
 def test_wanda_ranks_each_row_by_size_times_norm(pattern: tuple[int, int] | None) -> None:
     weight, rows = normal(5, 12), normal(30, 12, seed=1) * torch.linspace(0.1, 3, 12)
-    found = wanda(weight, moments_of(rows), keep=1 / 3, pattern=pattern)
+    found = wanda(weight, moments_of(rows), pattern or 1 / 3)
     n, m = pattern or (4, 12)
     for i in range(5):
         for start in range(0, 12, m):
@@ -142,7 +142,7 @@ def test_sparsegpt_is_optimal_brain_surgeon(block_size: int, pattern: tuple[int,
     """What the weights that stay become, given which go; blocks of any size give the same."""
     mixing = normal(12, 12, seed=2)
     weight, rows = normal(5, 12), normal(40, 12, seed=1) @ mixing
-    found = sparsegpt(weight, moments_of(rows), 0.5, pattern, damping=0.01, block_size=block_size)
+    found = sparsegpt(weight, moments_of(rows), pattern or 0.5, damping=0.01, block_size=block_size)
     wanted = obs(weight, rows, found == 0, damping=0.01)
     # Sums of products of order 1 in float32, through an inverse of condition 1e3.
     torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-3)
@@ -152,7 +152,7 @@ def test_sparsegpt_is_optimal_brain_surgeon(block_size: int, pattern: tuple[int,
 def test_sparsegpt_chooses_what_costs_least() -> None:
     """The first block goes by W² / U², U the upper factor of the inverse, here from a QR decomposition."""
     weight, rows = normal(6, 8), normal(50, 8, seed=1) @ normal(8, 8, seed=2)
-    found = sparsegpt(weight, moments_of(rows), 0.5, None, damping=0.01, block_size=8)
+    found = sparsegpt(weight, moments_of(rows), 0.5, damping=0.01, block_size=8)
     hessian = rows.double().T @ rows.double()
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(8, dtype=torch.float64)
     # 1 / U_jj² is what is left of H_jj when column j is explained by those behind it.
@@ -167,8 +167,8 @@ def test_sparsegpt_gives_less_error_than_wanda_and_wanda_less_than_magnitude() -
     read = moments_of(rows)
     found = {
         "magnitude": weight.masked_fill(weight.abs() <= threshold([weight], 0.5), 0),
-        "wanda": wanda(weight, read, 0.5, None),
-        "sparsegpt": sparsegpt(weight, read, 0.5, None, 0.01, 16),
+        "wanda": wanda(weight, read, 0.5),
+        "sparsegpt": sparsegpt(weight, read, 0.5, 0.01, 16),
     }
     errors = {name: float((rows @ (item - weight).T).norm()) for name, item in found.items()}
     assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]
@@ -177,7 +177,7 @@ def test_sparsegpt_gives_less_error_than_wanda_and_wanda_less_than_magnitude() -
 def test_a_feature_that_is_always_zero_keeps_no_weight() -> None:
     rows = normal(40, 8)
     rows[:, 3] = 0
-    found = sparsegpt(normal(4, 8), moments_of(rows), 0.5, None, 0.01, 128)
+    found = sparsegpt(normal(4, 8), moments_of(rows), 0.5, 0.01, 128)
     assert torch.isfinite(found).all() and (found[:, 3] == 0).all()
 
 
@@ -196,9 +196,9 @@ def test_a_layer_is_calibrated_on_what_the_pruned_ones_give() -> None:
     module, data = seeded(Chain), [normal(6, 5, 8, seed=seed) for seed in (1, 2)]
     program = captures.optimize(module, data[0], passes="sparsify{keep=0.5,criterion=sparsegpt}", data=data).program
     rows = torch.cat([item.flatten(0, 1) for item in data])
-    first = sparsegpt(module.first.weight.detach(), moments_of(rows), 0.5, None, 0.01, 128)
+    first = sparsegpt(module.first.weight.detach(), moments_of(rows), 0.5, 0.01, 128)
     between = torch.relu(nn.functional.linear(rows, first, module.first.bias)).detach()
-    second = sparsegpt(module.second.weight.detach(), moments_of(between), 0.5, None, 0.01, 128)
+    second = sparsegpt(module.second.weight.detach(), moments_of(between), 0.5, 0.01, 128)
     torch.testing.assert_close(program.weight("first.weight").detach(), first)
     torch.testing.assert_close(program.weight("second.weight").detach(), second)
 
@@ -218,7 +218,7 @@ def test_a_shared_matrix_is_calibrated_on_all_that_its_layers_read() -> None:
     module, x = seeded(Twice), normal(6, 5, 8)
     program = captures.optimize(module, x, passes="sparsify{criterion=wanda}", data=[x]).program
     rows = torch.cat([x, torch.relu(module.layer(x))]).flatten(0, 1).detach()
-    wanted = wanda(module.layer.weight.detach(), moments_of(rows), 0.5, None)
+    wanted = wanda(module.layer.weight.detach(), moments_of(rows), 0.5)
     assert torch.equal(program.weight("layer.weight"), wanted)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.structure.linear import is_linear, is_quantizer, weight_of
+from lissom.compiler.analysis.amounts import AmountSite, Legal, site_names
+from lissom.compiler.analysis.structure.linear import as_int, is_linear, is_quantizer, weight_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import LINEAR_PRODUCTS, TRANSPOSES
@@ -32,6 +33,12 @@ class Matrix:
     @property
     def name(self) -> str:
         return str(self.node.target)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """out_features and in_features."""
+        rows, columns = nodes.tensor_type(self.node).shape
+        return (as_int(columns), as_int(rows)) if self.transposed else (as_int(rows), as_int(columns))
 
     def read(self, program: Program) -> torch.Tensor:
         """A view of the weight as [out_features, in_features]."""
@@ -122,4 +129,20 @@ def readers_of(weight: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
     for user in weight.users:
         found += readers_of(user) if nodes.is_call(user, *TRANSPOSES) else [user]
+    return found
+
+
+def weight_sites(layers: Mapping[fx.Node, Matrix], pass_text: str, takes: Callable[[int, int], Legal]) -> dict[str, AmountSite]:
+    """The weights as amounts of a pass name them, by their names: by the module paths of the layers that read them.
+
+    takes: what the pass takes at a weight with that many out_features and in_features.
+    """
+    paths: dict[str, dict[str, None]] = {}
+    for node, matrix in layers.items():
+        paths.setdefault(matrix.name, {})[nodes.origin(node).module_path] = None
+    shapes = {matrix.name: matrix.shape for matrix in layers.values()}
+    found: dict[str, AmountSite] = {}
+    for name, path in zip(paths, site_names([next(iter(item)) for item in paths.values()], [*paths]), strict=True):
+        others = [*paths[name]][1:]
+        found[name] = AmountSite("linear", (path, *others), min(shapes[name]), {pass_text: takes(*shapes[name])})
     return found

@@ -58,18 +58,21 @@ class Choice:
     """One site from which units may be removed.
 
     path: its name in error messages. units: the number of units. protected: whether all units stay.
+    left: the number of units to leave, where the site has an amount of its own.
     """
 
     path: str
     units: int
     protected: bool
+    left: int | None = None
 
 
 def check_amount(amount: Amount, choices: Sequence[Choice], what: str) -> None:
-    """Check that an amount can be met. what: the units' name, `heads`.
+    """Check that an amount can be met at the sites without one of their own. what: the units' name, `heads`.
 
     Raises: UnsupportedError naming the site, the reason, and what is possible.
     """
+    choices = [item for item in choices if item.left is None]
     free = [item for item in choices if not item.protected]
     if amount.keep == 1:
         return
@@ -96,8 +99,20 @@ def check_amount(amount: Amount, choices: Sequence[Choice], what: str) -> None:
         )
 
 
-def allocate(amount: Amount, choices: Sequence[Choice], rankings: Sequence[Ranking]) -> list[torch.Tensor]:
+def allocate(amount: Amount | None, choices: Sequence[Choice], rankings: Sequence[Ranking]) -> list[torch.Tensor]:
     """The indices of the units removed from each site, in the order of removal.
+
+    amount: of the sites without one of their own; None leaves these as they are.
+    """
+    open_choices = [item for item in choices if item.left is None]
+    open_rankings = [ranking for item, ranking in zip(choices, rankings, strict=True) if item.left is None]
+    gone = iter([0 for _ in open_choices] if amount is None else _allocate(amount, open_choices, open_rankings))
+    counts = [next(gone) if item.left is None else item.units - item.left for item in choices]
+    return [ranking.order[:count] for ranking, count in zip(rankings, counts, strict=True)]
+
+
+def _allocate(amount: Amount, choices: Sequence[Choice], rankings: Sequence[Ranking]) -> list[int]:
+    """The number of units to remove from each site.
 
     With global scope the site whose next units cost least loses them, until the amount is met; when round_to does not divide
     it, a few more units are kept.
@@ -105,10 +120,8 @@ def allocate(amount: Amount, choices: Sequence[Choice], rankings: Sequence[Ranki
     steps = [_steps(amount, item) for item in choices]
     if amount.scope == "layer":
         most = [item.units - amount.left_of(item.units) for item in choices]
-        gone = [max((step for step in found if step <= limit), default=0) for found, limit in zip(steps, most, strict=True)]
-    else:
-        gone = _allocate_globally(amount, choices, rankings, steps)
-    return [ranking.order[:count] for ranking, count in zip(rankings, gone, strict=True)]
+        return [max((step for step in found if step <= limit), default=0) for found, limit in zip(steps, most, strict=True)]
+    return _allocate_globally(amount, choices, rankings, steps)
 
 
 def _steps(amount: Amount, choice: Choice) -> list[int]:

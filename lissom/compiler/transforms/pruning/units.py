@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.amounts import AmountSite, site_names
 from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.columns import Columns, find_head_columns, find_neuron_columns
 from lissom.compiler.analysis.structure.attention import AttentionSite
@@ -22,15 +23,20 @@ from lissom.compiler.ir.program import Program
 class UnitSite:
     """Units that can be removed one by one, with the columns of the weight that reads them.
 
-    path: of the site's module. columns: of the layer that reads the units.
+    paths: of the modules whose units these are; several where layers share a weight.
+    columns: of the layer that reads the units.
     units: [units, features], the indices of each unit along the columns' dimension.
     layers: the linear layers that use that weight; more than one when layers share it.
     """
 
-    path: str
+    paths: tuple[str, ...]
     columns: Columns
     units: torch.Tensor
     layers: tuple[fx.Node, ...]
+
+    @property
+    def path(self) -> str:
+        return self.paths[0]
 
     @property
     def count(self) -> int:
@@ -79,8 +85,28 @@ def _merged(found: Iterable[tuple[str, Columns, torch.Tensor]]) -> list[UnitSite
     for path, columns, groups in found:
         name = str(columns.weight.target)
         if name in sites:
-            sites[name] = replace(sites[name], layers=(*sites[name].layers, columns.layer))
+            known = sites[name]
+            paths = tuple(dict.fromkeys((*known.paths, path)))
+            sites[name] = replace(known, paths=paths, layers=(*known.layers, columns.layer))
         else:
             units = torch.stack([columns.indices(group.tolist()) for group in groups])
-            sites[name] = UnitSite(path, columns, units, (columns.layer,))
-    return list(sites.values())
+            sites[name] = UnitSite((path,), columns, units, (columns.layer,))
+    names = site_names([site.path for site in sites.values()], list(sites))
+    return [replace(site, paths=(name, *site.paths[1:])) for site, name in zip(sites.values(), names, strict=True)]
+
+
+def amount_sites(sites: Sequence[UnitSite], kind: str, takes: str, shared: bool) -> list[AmountSite]:
+    """The sites as a pass takes amounts for them, from one unit to all. takes: the pass's text.
+
+    shared: whether sites on one axis must get the same amount, as a unit is removed from all of them or from none.
+    """
+    found: list[AmountSite] = []
+    for site in sites:
+        others = [other for other in sites if shared and other is not site and not _atoms(site).isdisjoint(_atoms(other))]
+        paths = tuple(path for other in others for path in other.paths)
+        found.append(AmountSite(kind, site.paths, site.count, {takes: range(1, site.count + 1)}, paths))
+    return found
+
+
+def _atoms(site: UnitSite) -> set[Axis]:
+    return {atom.find() for atom in site.columns.axes}

@@ -21,15 +21,18 @@ group lose least when pooled. The order of heads does not change the output.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import fx
 
+from lissom.compiler.analysis.amounts import Amounts, AmountSite, amounts_text, is_count, site_names
 from lissom.compiler.analysis.module_filter import is_path_protected
 from lissom.compiler.calibration.statistics import Moments, moments
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
+from lissom.compiler.pipeline.spelling import format_pass
 from lissom.compiler.transforms.heads.key_value_heads import SeparateHeads, Separation, separated_heads
 from lissom.errors import UnsupportedError
 from lissom.passes.attention.pool_heads.factors import key_factors, projection_inputs, value_factors
@@ -42,6 +45,8 @@ class PoolHeads(Approximation):
 
     groups: number of distinct key/value heads to keep per attention; must divide their number.
     keep: fraction of key/value heads to keep in place of `groups`, rounded down to a divisor.
+    amounts: key/value heads of single attentions, a divisor of their number or a fraction, by module path, with `*` and `?`:
+        `"model.layers.0=2,*.5=none"`. Without `groups` and `keep`, other attentions stay as they are.
     align: refits the layers that read the heads, where possible; otherwise heads are averaged as they are.
     regroup: groups the heads that lose least when merged; otherwise neighbours.
     protect: module paths whose heads are all kept, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
@@ -52,19 +57,32 @@ class PoolHeads(Approximation):
     align: bool = True
     regroup: bool = True
     protect: str = ""
+    amounts: str = ""
 
     requires = (FLOATING_POINT_WEIGHTS,)
 
     def __post_init__(self) -> None:
-        if (self.groups is None) == (self.keep is None):
-            given = "neither is given" if self.groups is None else "both are given"
+        if not self._amounts() and self.groups is None and self.keep is None:
             raise UnsupportedError(
-                f"pool-heads takes groups, a number of key/value heads, or keep, a fraction of them; {given}"
+                "pool-heads takes groups, a number of key/value heads, keep, a fraction of them, or amounts, numbers for "
+                "single attentions; neither is given"
+            )
+        if self.groups is not None and self.keep is not None:
+            raise UnsupportedError(
+                "pool-heads takes groups, a number of key/value heads, or keep, a fraction of them; both are given"
             )
         if self.groups is not None and self.groups < 1:
             raise UnsupportedError(f"groups is {self.groups}; give 1 or more")
         if self.keep is not None and not 0 < self.keep <= 1:
             raise UnsupportedError(f"keep is {self.keep:g}; give a fraction above 0 and up to 1")
+
+    def _amounts(self) -> Amounts:
+        return Amounts.parse(self.amounts, "pool-heads{amounts=}", is_count)
+
+    @classmethod
+    def sites(cls, program: Program) -> Sequence[AmountSite]:
+        with separated_heads(Editor(program.copy(), cls.name())) as separation:
+            return list(dict(zip(_names(separation.heads), _sites(separation.heads), strict=True)).values())
 
     def run(self, edit: Editor) -> None:
         informed = edit.data and (self.align or self.regroup)
@@ -78,23 +96,30 @@ class PoolHeads(Approximation):
     def _chosen(self, edit: Editor, separation: Separation) -> list[tuple[SeparateHeads, int]]:
         """The attentions to pool, with the number of key/value heads each keeps.
 
-        Raises: UnsupportedError when the requested number divides the heads of none.
+        Raises: UnsupportedError when the requested number divides the heads of none, or an amount those of its attention.
         """
         found = [item for item in separation.heads if not is_path_protected(item.site.path, self.protect)]
-        left = [self._left(item.count) for item in found]
-        if found and not any(left):
-            counts = ", ".join(map(str, sorted({item.count for item in found})))
+        given = self._amounts().counts(_sites(found), "attentions with several key/value heads")
+        rest = [item.count for item, amount in zip(found, given, strict=True) if amount is None]
+        left = [self._left(item.count) if amount is None else amount for item, amount in zip(found, given, strict=True)]
+        if rest and not any(self._left(count) for count in rest):
+            counts = ", ".join(map(str, sorted(set(rest))))
             raise UnsupportedError(f"groups={self.groups} does not divide the key and value heads of any attention: {counts}")
         for item, groups in zip(found, left, strict=True):
             if not groups:
                 edit.skip(item.site.node, f"{self.groups} does not divide its {item.count} key and value heads")
+        if found:
+            counts = [groups or item.count for item, groups in zip(found, left, strict=True)]
+            text = amounts_text(_sites(found), counts)
+            edit.per_site = format_pass(replace(self, groups=None, keep=None, protect="", amounts=text))
         return [(item, groups) for item, groups in zip(found, left, strict=True) if 0 < groups < item.count]
 
     def _left(self, count: int) -> int:
         """The number of heads to keep of `count`; 0 where the requested number does not divide it."""
         if self.groups is not None:
             return count if self.groups > count else 0 if count % self.groups else self.groups
-        assert self.keep is not None
+        if self.keep is None:
+            return count
         return max(number for number in range(1, count + 1) if count % number == 0 and number <= max(1.0, self.keep * count))
 
     def _pool(
@@ -117,3 +142,16 @@ class PoolHeads(Approximation):
             errors.append(f"{name} {(sum(one.error for one in pooled) / product.energy) ** 0.5:.2f}")
         edit.note(f"{heads.site.path}: {heads.count} heads are {groups}; relative error of {', '.join(errors)}")
         edit.rewritten += 1
+
+
+def _names(heads: Sequence[SeparateHeads]) -> list[str]:
+    return site_names([item.site.path for item in heads], [item.keys.name for item in heads])
+
+
+def _sites(heads: Sequence[SeparateHeads]) -> list[AmountSite]:
+    """The attentions as amounts name them: each takes the divisors of its number of key/value heads."""
+    divisors = [tuple(number for number in range(1, item.count + 1) if item.count % number == 0) for item in heads]
+    return [
+        AmountSite("key/value heads", (name,), item.count, {"pool-heads": legal})
+        for name, item, legal in zip(_names(heads), heads, divisors, strict=True)
+    ]

@@ -22,15 +22,16 @@ hidden blocks. Causal attention stays causal, and padding stays hidden. B is `bl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isqrt
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.amounts import UNCHANGED, Amounts, AmountSite, amounts_text, fraction_of, site_names
 from lissom.compiler.analysis.module_filter import obstacle_by_name
 from lissom.compiler.analysis.patterns.reader import CAUSAL
 from lissom.compiler.analysis.structure.attention import AttentionSite
@@ -40,7 +41,9 @@ from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import ATTENTIONS
+from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.compiler.pipeline.spelling import format_pass
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.ops.pattern import LAYOUT, Condition, Pattern
 from lissom.passes.attention.sparsify_attention.attention_mass import BlockMass, block_masses, fewest_blocks
@@ -57,6 +60,8 @@ _OPTIONS: Mapping[str, Mapping[str, float]] = {
     "measured": {"mass": 0.95, "block": 32},
 }
 """The options of each pattern, with their defaults."""
+_MAIN = {"block": "block", "measured": "mass"}
+"""The option that `patterns` gives a number; `window` for the other patterns."""
 _DRAWN = 8192
 """Number of tokens with random blocks where the program has no maximum length; later tokens have none."""
 _LARGEST_LAYOUT = 2**24
@@ -68,6 +73,9 @@ class SparsifyAttention(Approximation):
     """Restricts attention to a sparse pattern of visible keys.
 
     pattern: the visible keys of a query; see above.
+    patterns: patterns of single attentions by module path, with `*` and `?`, each with its window, for `block` its block, for
+        `measured` its mass if another than below; `none` leaves an attention dense: `"*=none,*.0=window:64,*.1=block:32"`.
+        Attentions that it does not name get `pattern`.
     window: visible tokens to each side; default 128, `global-window-random` 192, `strided` 64.
     block: tokens per block; default 64, `measured` 32.
     global_tokens: number of first tokens that see all and are seen by all; default 0, `global-window-random` 64.
@@ -91,9 +99,11 @@ class SparsifyAttention(Approximation):
     mass: float | None = None
     skip: str = ""
     only: str = ""
+    patterns: str = ""
 
     def __post_init__(self) -> None:
-        allowed = _OPTIONS[self.pattern]
+        named = [amount.partition(":")[0] for _, amount in self._patterns().entries if amount != UNCHANGED]
+        allowed = {option: None for pattern in (self.pattern, *named) for option in _OPTIONS[pattern]}
         given = {name: getattr(self, name) for name in _least() if getattr(self, name) is not None}
         foreign = [name for name in given if name not in allowed]
         if foreign:
@@ -105,24 +115,59 @@ class SparsifyAttention(Approximation):
                 wanted = "a fraction above 0 and below 1" if name == "mass" else f"{_least()[name]} or more"
                 raise UnsupportedError(f"sparsify-attention takes {name}= of {wanted}, not {value:g}")
 
+    @classmethod
+    def sites(cls, program: Program) -> Sequence[AmountSite]:
+        edit, attention = Editor(program, cls.name()), program.fact(structure).attention
+        treated = [_obstacle(edit, site.node, site.cross) is None for site in attention]
+        return [found for found, fits in zip(_sites(attention), treated, strict=True) if fits]
+
     def run(self, edit: Editor) -> None:
-        if self.pattern == "measured" and not edit.data:
-            raise RequirementError(
-                "sparsify-attention{pattern=measured} needs calibration data: pass data=, or choose another pattern="
-            )
-        sites = {site.node: site for site in edit.program.fact(structure).attention}
+        attention = edit.program.fact(structure).attention
+        sites = {site.node: site for site in attention}
+        names = _sites(attention)
+        given = dict(zip(sites, self._patterns().at(names, "attentions"), strict=True))
 
         def obstacle(node: fx.Node) -> str | None:
-            by_name = obstacle_by_name(node, skip=self.skip, only=self.only)
+            by_name = "patterns= leaves it dense" if given[node] == UNCHANGED else None
+            by_name = by_name or obstacle_by_name(node, skip=self.skip, only=self.only)
             return by_name or _obstacle(edit, node, sites[node].cross)
 
-        chosen = list(edit.treatable(obstacle, *ATTENTIONS))
+        chosen = {node: given[node] for node in edit.treatable(obstacle, *ATTENTIONS)}
+        for amount in dict.fromkeys(chosen.values()):
+            self._with(amount)._restrict(
+                edit, {node: (sites[node], order) for order, (node, found) in enumerate(chosen.items()) if found == amount}
+            )
+        if chosen:
+            text = amounts_text(names, [chosen[node] or self.pattern if node in chosen else None for node in sites])
+            edit.per_site = format_pass(replace(self, patterns=f"*={UNCHANGED},{text}", skip="", only=""))
+
+    def _patterns(self) -> Amounts:
+        takes = f"{', '.join(_OPTIONS)}, each alone or with a number as in window:64, or none"
+        return Amounts.parse(self.patterns, "sparsify-attention{patterns=}", _is_pattern, takes)
+
+    def _with(self, amount: str | None) -> SparsifyAttention:
+        """The pass with the pattern of an amount, and the options that this pattern has."""
+        if amount is None and not self.patterns:
+            return self
+        pattern, _, number = (amount or self.pattern).partition(":")
+        options: dict[str, Any] = {name: getattr(self, name) if name in _OPTIONS[pattern] else None for name in _least()}
+        if number:
+            main = _MAIN.get(pattern, "window")
+            options[main] = float(number) if main == "mass" else int(number)
+        return replace(self, pattern=pattern, patterns="", **options)
+
+    def _restrict(self, edit: Editor, chosen: Mapping[fx.Node, tuple[AttentionSite, int]]) -> None:
+        """Restrict attentions to the pattern of this pass. chosen: each with its site and its number in the program."""
         if self.pattern == "measured":
-            self._measure(edit, chosen)
+            if not edit.data:
+                raise RequirementError(
+                    "sparsify-attention{pattern=measured} needs calibration data: pass data=, or choose another pattern="
+                )
+            self._measure(edit, [*chosen])
             return
         known: dict[object, fx.Node] = {}
-        for order, node in enumerate(chosen):
-            pattern, layout = self._pattern(edit, sites[node], order)
+        for node, (site, order) in chosen.items():
+            pattern, layout = self._pattern(edit, site, order)
             key = (mask_of(node), is_causal(node), _tokens(node)) if layout is None else node
             if key not in known:
                 with edit.before(node):
@@ -179,6 +224,20 @@ def _least() -> dict[str, float]:
     return {
         "window": 0, "block": 1, "global_tokens": 0, "random_blocks": 1, "stride": 1, "dilation": 1, "seed": 0, "mass": 0,
     }  # fmt: skip
+
+
+def _is_pattern(amount: str) -> bool:
+    """True for a pattern alone, and with a number."""
+    pattern, colon, number = amount.partition(":")
+    fits = number.isdecimal() if pattern != "measured" else fraction_of(number) is not None
+    return pattern in _OPTIONS and (fits or not colon)
+
+
+def _sites(attention: Sequence[AttentionSite]) -> list[AmountSite]:
+    """The attentions as amounts name them."""
+    names = site_names([site.path for site in attention], [site.node.name for site in attention])
+    takes = {SparsifyAttention.name(): (UNCHANGED, *_OPTIONS)}
+    return [AmountSite("attention", (name,), site.heads, takes) for name, site in zip(names, attention, strict=True)]
 
 
 def _obstacle(edit: Editor, node: fx.Node, cross: bool) -> str | None:

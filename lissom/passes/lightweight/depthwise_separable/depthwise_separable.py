@@ -22,23 +22,24 @@ from the decomposition. λ minimizes the error of a fit to half of the samples o
 or ZᵀZ would be too large. Layers are factored in the order in which they run. Padding in a batch counts, because it is
 convolved with its neighbours.
 
-Exactly one of `rank`, `keep` and `budget` sets the number of terms. With `order=auto` both orders are tried. Under `rank`,
-pointwise first gets as many terms as cost no more bytes and FLOPs than depthwise first, and the order with the smaller error is
-taken; under `budget` both get as many terms as it allows; under `keep` the order with fewer bytes is taken. Fewer FLOPs are not
-always less time: on CPUs depthwise convolutions reach a small fraction of the speed of full ones, above all pointwise first,
-where they read more channels. `order=depthwise-first` with few terms gives the largest speedup, and wide kernels gain more than
-narrow ones.
+One of `rank`, `keep` and `budget` sets the number of terms, and `amounts` that of single convolutions: a number as `rank`, a
+fraction as `budget`. With `order=auto` both orders are tried. Under `rank`, pointwise first gets as many terms as cost no more
+bytes and FLOPs than depthwise first, and the order with the smaller error is taken; under `budget` both get as many terms as
+it allows; under `keep` the order with fewer bytes is taken. Fewer FLOPs are not always less time: on CPUs depthwise
+convolutions reach a small fraction of the speed of full ones, above all pointwise first, where they read more channels.
+`order=depthwise-first` with few terms gives the largest speedup, and wide kernels gain more than narrow ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
 from torch import fx, nn
 
+from lissom.compiler.analysis.amounts import UNCHANGED, Amounts, AmountSite, amounts_text, fraction_of, is_count, site_names
 from lissom.compiler.analysis.module_filter import obstacle_by_name
 from lissom.compiler.calibration.partial_run import Stream
 from lissom.compiler.ir import node as nodes
@@ -48,6 +49,7 @@ from lissom.compiler.ir.operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.memory import give_back_memory
 from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.compiler.pipeline.spelling import format_pass
 from lissom.compiler.transforms.factor_budget import check_amount
 from lissom.passes.lightweight.depthwise_separable.convolution import Convolution, convolution_of
 from lissom.passes.lightweight.depthwise_separable.factors import (
@@ -76,6 +78,8 @@ class DepthwiseSeparable(Approximation):
     rank: number of terms per slice of a kernel, 1 or more.
     keep: fraction of a kernel's energy to keep, above 0 and up to 1; of the output energy with calibration data.
     budget: fraction of its bytes and FLOPs that a layer may take, above 0 and below 1.
+    amounts: terms of single convolutions, or fractions of their bytes and FLOPs, by module path, with `*` and `?`:
+        `"features.0=2,features.3=0.5"`. Without rank, keep and budget, other convolutions stay as they are.
     order: which convolution comes first; see above for `auto`.
     skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
     only: module paths to change, in the same form; others stay as they are.
@@ -87,20 +91,29 @@ class DepthwiseSeparable(Approximation):
     order: Literal["auto", "depthwise-first", "pointwise-first"] = "auto"
     skip: str = ""
     only: str = ""
+    amounts: str = ""
 
     def __post_init__(self) -> None:
-        check_amount("depthwise-separable", rank=self.rank, keep=self.keep, budget=self.budget)
+        self._amounts()
+        check_amount("depthwise-separable", rank=self.rank, keep=self.keep, budget=self.budget, amounts=self.amounts)
+
+    def _amounts(self) -> Amounts:
+        return Amounts.parse(self.amounts, "depthwise-separable{amounts=}", is_count)
+
+    @classmethod
+    def sites(cls, program: Program) -> Sequence[AmountSite]:
+        return _sites(cls(rank=1)._layers(Editor(program, cls.name())))
 
     def run(self, edit: Editor) -> None:
-        layers = self._layers(edit)
+        items = self._items(edit, self._layers(edit))
         before = edit.program.copy()
         found: dict[Convolution, Separation] = {}
         with kept_state(edit.program):
             now, then = Stream(edit.program, edit.data), Stream(before, edit.data)
             originals = dict(zip(edit.program.graph.nodes, before.graph.nodes, strict=True))
-            for finished, layer in enumerate(layers):
+            for finished, layer in enumerate(items):
                 edit.current = layer.node
-                result = self._separate(
+                result = items[layer]._separate(
                     Calibration(layer, originals[layer.node], now, then, range(len(edit.data))), edit.program
                 )
                 if isinstance(result, str):
@@ -110,10 +123,35 @@ class DepthwiseSeparable(Approximation):
                 kernel = result.layout.kernel(result.first, result.last)
                 edit.set_weight(layer.kernel, kernel.to(nodes.tensor_type(layer.kernel).dtype))
                 give_back_memory()
-                edit.report("layers", finished + 1, len(layers))
+                edit.report("layers", finished + 1, len(items))
+        self._tell(edit, found)
         for layer, result in found.items():
             trainable = isinstance(before.weight(str(layer.kernel.target)), nn.Parameter)
             _put(edit, layer, result, trainable=trainable)
+
+    def _items(self, edit: Editor, layers: Sequence[Convolution]) -> dict[Convolution, DepthwiseSeparable]:
+        """Each convolution to factor, with a pass that has its amount."""
+        items: dict[Convolution, DepthwiseSeparable] = {}
+        sites, by_name_only = _sites(layers), self.rank is None and self.keep is None and self.budget is None
+        for layer, site, amount in zip(layers, sites, self._amounts().at(sites, "convolutions"), strict=True):
+            if amount == UNCHANGED or (amount is None and by_name_only):
+                edit.skip(layer.node, "amounts= leaves it as it is" if amount else "amounts= does not name it")
+            elif amount is None:
+                items[layer] = self
+            elif (fraction := fraction_of(amount)) is not None:
+                items[layer] = replace(self, rank=None, keep=None, budget=fraction, amounts="")
+            else:
+                count = self._amounts().count(site, amount)
+                items[layer] = replace(self, rank=count, keep=None, budget=None, amounts="")
+        return items
+
+    def _tell(self, edit: Editor, found: Mapping[Convolution, Separation]) -> None:
+        """Record the pass with the terms of each convolution, where all have one order: terms of another order differ."""
+        orders = {result.layout.order for result in found.values()}
+        if len(orders) == 1:
+            text = amounts_text(_sites([*found]), [result.cost.terms for result in found.values()])
+            per_site = replace(self, rank=None, keep=None, budget=None, amounts=text, order=orders.pop(), skip="", only="")
+            edit.per_site = format_pass(per_site)
 
     def _layers(self, edit: Editor) -> list[Convolution]:
         """The convolutions to factor; the others are reported as skipped."""
@@ -282,6 +320,17 @@ class Calibration:
     def _batched(self, value: torch.Tensor) -> torch.Tensor:
         """The value with a batch dimension; a convolution also takes one sample without a batch."""
         return value if value.dim() == len(self.layer.window.size) + 2 else value[None]
+
+
+def _sites(layers: Sequence[Convolution]) -> list[AmountSite]:
+    """The convolutions as amounts name them; each takes terms up to those that equal its kernel."""
+    paths = [nodes.origin(layer.node).module_path for layer in layers]
+    found: list[AmountSite] = []
+    for layer, name in zip(layers, site_names(paths, [str(layer.kernel.target) for layer in layers]), strict=True):
+        sizes = layer.channels_in, layer.channels_out, layer.groups, layer.window
+        most = max(Layout(order, *sizes).most_terms for order in ORDERS)
+        found.append(AmountSite("convolution", (name,), most, {DepthwiseSeparable.name(): range(1, most + 1)}))
+    return found
 
 
 def _whole(layer: Convolution) -> Cost:

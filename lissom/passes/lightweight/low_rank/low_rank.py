@@ -29,15 +29,16 @@ head_dim. See `lissom/passes/lightweight/low_rank/head_products.py`. With `budge
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.amounts import UNCHANGED, Amounts, AmountSite, amounts_text, fraction_of, is_count
 from lissom.compiler.analysis.module_filter import obstacle_by_name
 from lissom.compiler.analysis.structure.linear import bias_of, input_of
-from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of, treated_layers
+from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of, treated_layers, weight_sites
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.hessian import damped, shifted
 from lissom.compiler.calibration.layer_sweep import Counterpart, Read, sweep_moments
@@ -46,6 +47,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.compiler.pipeline.spelling import format_pass
 from lissom.compiler.transforms.factor_budget import check_amount
 from lissom.errors import UnsupportedError
 from lissom.passes.lightweight.low_rank.head_products import (
@@ -72,9 +74,11 @@ _LEAST = 1e-30
 class LowRank(Approximation):
     """Replaces a linear layer by two thin ones, by truncated SVD.
 
-    rank: features between the two layers. Give one of rank, keep and budget.
+    rank: features between the two layers. Give one of rank, keep and budget, or amounts.
     keep: least fraction of each layer's output energy that its factors keep, above 0 and up to 1.
     budget: fraction of the bytes of all factored weights to keep, above 0 and below 1.
+    amounts: ranks of single layers, or fractions of their bytes, by module path, with `*` and `?`:
+        `"encoder.layer.0=64,*.query=0.5"`. Without rank, keep and budget, other layers stay whole.
     whiten: minimizes the output error on calibration data, where there is some, rather than the weight error.
     asymmetric: fits layers to the outputs of the original model, rather than to those behind factored layers.
     fisher: weights errors by their effect on the likelihood of the outputs; needs calibration data.
@@ -98,17 +102,26 @@ class LowRank(Approximation):
     lm_head: bool = False
     skip: str = ""
     only: str = ""
+    amounts: str = ""
 
     def __post_init__(self) -> None:
-        check_amount("low-rank", rank=self.rank, keep=self.keep, budget=self.budget)
+        self._amounts()
+        check_amount("low-rank", rank=self.rank, keep=self.keep, budget=self.budget, amounts=self.amounts)
+        if self.attention and self._by_name_only:
+            raise UnsupportedError("low-rank{attention=true} takes rank=, keep= or budget=; amounts= names linear layers only")
         if self.damping <= 0 or self.round_to < 1:
             raise UnsupportedError("low-rank takes damping= above 0 and round_to= of 1 or more")
 
     def run(self, edit: Editor) -> None:
         reference = edit.reference or edit.program.copy()
         layers = self._layers(edit, self._shorten_heads(edit) if self.attention else set())
-        counts = _fisher(edit, layers) if self.fisher and self._whitens(edit) else {}
-        ranks = self._allotted(edit, layers, counts) if self.budget is not None else {}
+        ranks = self._named(edit, layers)
+        if self._by_name_only:
+            layers = {node: matrix for node, matrix in layers.items() if matrix.name in ranks}
+        counts = _fisher(edit, layers) if self.fisher and self._whitens(edit) and layers else {}
+        if self.budget is not None:
+            rest = {node: matrix for node, matrix in layers.items() if matrix.name not in ranks}
+            ranks |= self._allotted(edit, rest, counts)
         factors: dict[str, _Factors] = {}
         weights = _Borrowed(edit, layers)
         for node, read in self._reads(edit, layers, Counterpart.of(edit.program, layers, reference)):
@@ -116,15 +129,70 @@ class LowRank(Approximation):
             weights.give_back()
             weight, hessian = _target(matrix.read(edit.program), read, self.damping)
             found = spectrum(weight, hessian, counts.get(matrix.name))
-            rank = ranks[matrix.name] if self.budget is not None else self._rank(found.energy)
+            rank = ranks[matrix.name] if matrix.name in ranks else self._rank(found.energy)
             if rank is None or rank * sum(weight.shape) >= weight.numel():
                 continue
             factors[matrix.name] = _factored(weight, found, rank, read, matrix.read(edit.program).dtype)
             weights.lend(node, factors[matrix.name])
         weights.give_back(shared=True)
+        self._tell(edit, layers, {name: item.u.shape[1] for name, item in factors.items()})
         _replace(edit, layers, factors)
         if factors:
             edit.note(_errors(list(factors.values()), on_data=self._whitens(edit)))
+
+    @classmethod
+    def sites(cls, program: Program) -> Sequence[AmountSite]:
+        layers = cls(rank=1, lm_head=True)._layers(Editor(program, cls.name()), set())
+        heads = {layers[node].name for node in program.fact(structure).lm_heads if node in layers}
+        return [
+            replace(site, takes={f"{cls.name()}{{lm_head=true}}": site.takes[cls.name()]}) if name in heads else site
+            for name, site in _sites(layers).items()
+        ]
+
+    @property
+    def _by_name_only(self) -> bool:
+        """Whether only layers that `amounts` names are factored."""
+        return self.rank is None and self.keep is None and self.budget is None
+
+    def _amounts(self) -> Amounts:
+        return Amounts.parse(self.amounts, "low-rank{amounts=}", is_count)
+
+    def _named(self, edit: Editor, layers: Mapping[fx.Node, Matrix]) -> dict[str, int | None]:
+        """The rank of each weight that `amounts` names; None where it stays whole. Others are reported if they stay whole.
+
+        Raises: UnsupportedError for a pattern that matches no linear layer, or a rank above the full one.
+        """
+        sites, ranks = _sites(layers), dict[str, int | None]()
+        sizes = {matrix.name: matrix.shape for matrix in layers.values()}
+        for (name, site), amount in zip(sites.items(), self._amounts().at([*sites.values()], "linear layers"), strict=True):
+            if amount is not None:
+                ranks[name] = self._rank_of(site, amount, *sizes[name])
+        for node, matrix in layers.items() if self._by_name_only else ():
+            if matrix.name not in ranks:
+                edit.skip(node, "amounts= does not name it")
+        return ranks
+
+    def _rank_of(self, site: AmountSite, amount: str, outputs: int, inputs: int) -> int | None:
+        if amount == UNCHANGED:
+            return None
+        if (fraction := fraction_of(amount)) is not None:
+            whole = int(fraction * outputs * inputs / (outputs + inputs)) // self.round_to * self.round_to
+            return max(whole, self.round_to)
+        if not 1 <= int(amount) <= site.size:
+            raise UnsupportedError(
+                f"low-rank{{amounts=}}: '{site.path}' is {outputs} × {inputs}, with full rank {site.size}, and cannot have "
+                f"rank {amount}; give 1 to {site.size}, or a fraction of its bytes"
+            )
+        return int(amount)
+
+    def _tell(self, edit: Editor, layers: Mapping[fx.Node, Matrix], ranks: Mapping[str, int]) -> None:
+        """Record the pass with the ranks that were chosen."""
+        sites = _sites(layers)
+        text = amounts_text([*sites.values()], [ranks.get(name) for name in sites])
+        if text and not self.attention:
+            edit.per_site = format_pass(
+                replace(self, rank=None, keep=None, budget=None, amounts=text, round_to=1, skip="", only="")
+            )
 
     def _whitens(self, edit: Editor) -> bool:
         return self.whiten and bool(edit.data)
@@ -224,6 +292,11 @@ class LowRank(Approximation):
         if node.target is aten.addmm.default and (node.kwargs or nodes.tensor_type(node.args[0]).rank != 1):
             return "it adds more than a bias"
         return None
+
+
+def _sites(layers: Mapping[fx.Node, Matrix]) -> dict[str, AmountSite]:
+    """The weights as amounts name them, by their names; each takes the ranks whose factors are smaller than it."""
+    return weight_sites(layers, LowRank.name(), lambda rows, columns: range(1, -(-rows * columns // (rows + columns))))
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ its norms, y = x. It also bypasses layers with shared weights, as in ALBERT, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.amounts import Amounts, AmountSite, Legal
 from lissom.compiler.analysis.axes.zeros import is_zero, zeros
 from lissom.compiler.analysis.module_filter import is_path_protected
 from lissom.compiler.analysis.structure.linear import weight_of
@@ -31,61 +32,111 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.compiler.pipeline.spelling import format_pass
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes.prune.prune_layers.branches import Branch, branch_of, follow
+
+_KEEP = 0.75
+_WHAT = {"layer": "layers", "attention": "attentions", "feed-forward": "feed-forwards"}
 
 
 @dataclass(frozen=True)
 class PruneLayers(Approximation):
     """Removes the layers that change the residual stream least.
 
-    keep: fraction of layers to keep, above 0 and below 1, rounded to whole layers.
+    keep: fraction of layers to keep, above 0 and below 1, rounded to whole layers; of those that `amounts` does not name. 0.75
+        where neither is given.
+    amounts: which layers go, by module path, with `*` and `?`: 0 removes a layer, 1 keeps it, `"encoder.layer.3=0,*.5=0"`. It
+        needs no data. Without `keep`, other layers stay.
     part: what is removed: whole layers, or only their `attention` or `feed-forward`.
     criterion: how layers are ranked; `influence` needs calibration data.
     protect: module paths of layers to keep, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
     """
 
-    keep: float = 0.75
+    keep: float | None = None
     part: Literal["layer", "attention", "feed-forward"] = "layer"
     criterion: Literal["influence", "magnitude"] = "influence"
     protect: str = ""
+    amounts: str = ""
 
     leaves_dead = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep < 1:
+        self._amounts()
+        if self.keep is not None and not 0 < self.keep < 1:
             raise UnsupportedError(f"prune-layers keeps a fraction of the layers above 0 and below 1, not keep={self.keep:g}")
 
+    @classmethod
+    def sites(cls, program: Program) -> Sequence[AmountSite]:
+        by_part: dict[str, dict[str, Legal]] = {}
+        for item in (cls(), cls(part="attention"), cls(part="feed-forward")):
+            for name, unit in item._found(program).items():
+                if not isinstance(unit, str):
+                    by_part.setdefault(name, {})[format_pass(item)] = (0, 1)
+        return [AmountSite("layer", (name,), 1, takes) for name, takes in by_part.items()]
+
     def run(self, edit: Editor) -> None:
-        found: dict[str, list[Branch] | str] = {}
-        for layer in edit.program.fact(structure).layers:
-            found |= _units(edit.program, layer, self.part)
+        found = self._found(edit.program)
         staying = {name: unit for name, unit in found.items() if isinstance(unit, str)}
         staying |= {name: "it is protected" for name in found if is_path_protected(name.partition(" ")[0], self.protect)}
-        units = {name: unit for name, unit in found.items() if name not in staying and not isinstance(unit, str)}
-        count = self._count(len(found), staying)
-        scores = self._scores(edit, units)
-        chosen = sorted(units, key=scores.__getitem__)[:count]
-        _remove(edit, [branch for path, unit in units.items() if path in chosen for branch in unit])
+        chosen, rest = self._named(found, staying)
+        if self.keep is not None or not self.amounts:
+            units = {name: unit for name, unit in rest.items() if name not in staying and not isinstance(unit, str)}
+            count = self._count(len(rest), {name: reason for name, reason in staying.items() if name in rest})
+            scores = self._scores(edit, units)
+            chosen += sorted(units, key=scores.__getitem__)[:count]
+        gone = [name for name in found if name in chosen]
+        if gone:
+            text = ",".join(f"{name}=0" for name in gone)
+            edit.per_site = format_pass(replace(self, keep=None, amounts=text, criterion="influence", protect=""))
+        _remove(edit, [branch for name in gone for branch in found[name] if isinstance(branch, Branch)])
+
+    def _amounts(self) -> Amounts:
+        takes = "0 for a layer that goes, 1 for one that stays, or none"
+        return Amounts.parse(self.amounts, "prune-layers{amounts=}", lambda amount: amount in ("0", "1"), takes)
+
+    def _found(self, program: Program) -> dict[str, list[Branch] | str]:
+        """The layers of the program, each with its branches, or why it cannot be removed."""
+        found: dict[str, list[Branch] | str] = {}
+        for layer in program.fact(structure).layers:
+            found |= _units(program, layer, self.part)
+        return found
+
+    def _named(
+        self, found: Mapping[str, list[Branch] | str], staying: Mapping[str, str]
+    ) -> tuple[list[str], dict[str, list[Branch] | str]]:
+        """The layers that `amounts` removes, and those that it does not name.
+
+        Raises: UnsupportedError when one of them cannot be removed.
+        """
+        sites = [AmountSite("layer", (name,), 1, {"prune-layers": (0, 1)}) for name in found]
+        given = dict(zip(found, self._amounts().counts(sites, _WHAT[self.part]), strict=True))
+        gone = [name for name, amount in given.items() if amount == 0]
+        for name in gone:
+            if name in staying:
+                raise UnsupportedError(f"prune-layers{{amounts=}}: '{name}' cannot go: {staying[name]}; leave it out")
+        if len(gone) == len(found) > 0:
+            raise UnsupportedError(f"prune-layers{{amounts=}} removes all {len(found)} {_WHAT[self.part]}; one has to stay")
+        return gone, {name: unit for name, unit in found.items() if given[name] is None}
 
     def _count(self, layers: int, staying: dict[str, str]) -> int:
         """The number of layers to remove.
 
         Raises: UnsupportedError when that many cannot be removed.
         """
-        what = {"layer": "layers", "attention": "attentions", "feed-forward": "feed-forwards"}[self.part]
-        count = layers - max(1, round(self.keep * layers))
+        what, keep = _WHAT[self.part], _KEEP if self.keep is None else self.keep
+        count = layers - max(1, round(keep * layers))
         if not layers:
             raise UnsupportedError(f"prune-layers finds no {what} in this program, so none can go")
         if count == 0:
             possible = f"keep={(layers - 1) / layers:.2g} removes one" if layers > 1 else "one has to stay"
-            raise UnsupportedError(f"prune-layers{{keep={self.keep:g}}} removes none of {layers} {what}, rounded; {possible}")
+            raise UnsupportedError(f"prune-layers{{keep={keep:g}}} removes none of {layers} {what}, rounded; {possible}")
         if count > layers - len(staying):
             (path, reason), more = next(iter(staying.items())), len(staying) - 1
             also = f", and {more} more stay too" if more else ""
             possible = f"keep={len(staying) / layers:.2g} or more is possible" if len(staying) < layers else "none can go"
             raise UnsupportedError(
-                f"prune-layers{{keep={self.keep:g}}} has to remove {count} of {layers} {what}, but '{path}' cannot go: "
+                f"prune-layers{{keep={keep:g}}} has to remove {count} of {layers} {what}, but '{path}' cannot go: "
                 f"{reason}{also}; {possible}"
             )
         return count
