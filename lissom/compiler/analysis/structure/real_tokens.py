@@ -2,6 +2,9 @@
 
 An input's name is not enough: the ones of a `mask` may be kept or masked, or the mask may be added to the scores. When no
 input is a padding mask whose zeros mask keys, the attention's mask is computed from the sample.
+
+The padding mask of a program with a KV cache is of the cache's slots. Samples are read into an empty cache, so the first slots
+are the sample's tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import REFUSALS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.ir.signature import TensorArgument
 from lissom.compiler.ir.types import Size
 
 _HIDDEN_ROUNDED = 0.99 * HIDDEN
@@ -71,6 +75,8 @@ class _Sources:
         leaves = program.signature.tensors
         for at in self.inputs:
             batch, tokens = leaves[at].type.shape
+            if program.state:
+                yield from _of_first_slots(leaves, sample, at)
             yield batch, tokens, kept_rows(sample[at])
         for mask, order in self.masks.items():
             shape = nodes.tensor_type(mask).shape
@@ -82,6 +88,14 @@ class _Sources:
             added = value.is_floating_point() and bool((value < 0).any())
             batch, tokens = leaves[at].type.shape
             yield batch, tokens, kept_rows(value == 0 if added else value)
+
+
+def _of_first_slots(leaves: Sequence[TensorArgument], sample: Sample, at: int) -> Iterator[tuple[Size, Size, torch.Tensor]]:
+    """The real tokens by a mask of slots, for the inputs [batch, tokens] that are no masks of slots themselves."""
+    batch, slots = leaves[at].type.shape
+    for leaf, given in zip(leaves, sample, strict=True):
+        if leaf.type.rank == 2 and leaf.type.shape[0] == batch and leaf.type.shape[1] != slots:
+            yield batch, leaf.type.shape[1], kept_rows(sample[at][:, : given.shape[1]])
 
 
 def _sources(program: Program) -> _Sources:

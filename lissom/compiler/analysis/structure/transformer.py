@@ -97,16 +97,21 @@ def _embedding(node: fx.Node, linears: Iterable[fx.Node]) -> Embedding:
 
 
 def _reaches_output(program: Program, linear: fx.Node) -> bool:
-    """True when a layer's result reaches the output through views, casts and activations only."""
+    """True when a layer's result reaches the output through views, casts and element-wise operators of one input only."""
     node = linear
     for _ in range(8):
         users = list(node.users)
         if program.output in users:
             return True
-        if len(users) != 1 or not (users[0].target in SHAPES or is_activation(users[0])):
+        if len(users) != 1 or not (users[0].target in SHAPES or _is_scaled(users[0], node) or is_activation(users[0])):
             return False
         node = users[0]
     return False
+
+
+def _is_scaled(node: fx.Node, value: fx.Node) -> bool:
+    """True for a value times or over a number, as logits are before and after a soft cap."""
+    return nodes.is_call(node, aten.mul.Tensor, aten.div.Tensor) and node.all_input_nodes == [value]
 
 
 def _reached_from(program: Program, targets: set[object]) -> set[fx.Node]:

@@ -11,8 +11,14 @@ from torch.nn import functional
 
 from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.analysis.structure.real_tokens import token_mask
+from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.statistics import moments
+from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.driver.options import resolve_passes
+from lissom.frontends.decoder import capture_decoder
+from lissom.generation.decoder import prompts
 from tests import captures
+from tests.decoders import DECODERS
 from tests.models import normal, seeded
 
 REAL = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]]).bool()
@@ -95,3 +101,15 @@ def test_a_mask_that_is_added_counts_its_zeros_where_no_attention_is_known() -> 
     found = token_mask(program, [x, mask], program.nodes(torch.ops.aten.linear.default)[0])
     assert found is not None
     assert torch.equal(found, REAL)
+
+
+def test_slots_of_an_empty_cache_are_the_tokens_of_a_sample() -> None:
+    """The padding mask of a decoder is of cache slots, and longer than its texts."""
+    program = capture_decoder(seeded(DECODERS["llama"]), max_length=16, batch=2).program
+    program, _ = Pipeline(resolve_passes("exact"), checks="off").run(program)
+    ids, mask = torch.ones(2, 5, dtype=torch.int64), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    (sample,) = prompts([{"input_ids": ids, "attention_mask": mask}], 2, 16)
+    residual = program.fact(structure).residuals[0]
+    found = token_mask(program, sample, residual)
+    assert found is not None
+    assert found.tolist() == [[True] * 5, [False] * 3 + [True] * 2]  # padded on the left

@@ -6,6 +6,7 @@ import transformers
 from torch import nn
 
 from lissom.compiler.analysis.structure.transformer import Structure, structure
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.frontends.export import capture
 from tests import captures
@@ -153,3 +154,21 @@ def test_heads_folded_with_the_batch_are_told_from_the_projection():
     (site,) = program.fact(structure).attention
     assert (site.heads, site.key_value_heads, site.head_dim) == (4, 4, 4)
     assert len(program.fact(structure).feed_forward) == 1
+
+
+@pytest.mark.parametrize("scaled", [True, False], ids=["soft cap", "scale"])
+def test_an_lm_head_below_a_soft_cap_or_a_scale(scaled: bool) -> None:
+    """Gemma 2 without tied weights: 30 · tanh(z / 30). Granite divides its logits."""
+
+    class Capped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 20)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = self.head(self.body(x).relu())
+            return (logits / 30).tanh() * 30 if scaled else logits / 8
+
+    program = captures.optimize(seeded(Capped), normal(2, 3, 8)).program
+    (head,) = program.fact(structure).lm_heads
+    assert nodes.tensor_type(head).shape[-1] == 20
