@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, TypeVar, cast
 
@@ -178,22 +178,28 @@ class Program:
                 raise InputError(f"the weight '{name}' holds infinities or NaN; train with a lower learning rate")
         return self._with_copies_of(given, learns=False)
 
-    def own_copy(self) -> Program:
+    def own_copy(self, fixed: Collection[str] = ()) -> Program:
         """A copy with weights of its own, whose parameters require gradients.
 
         A program shares its weights with the model it was captured from. Training needs copies, or the model would change.
-        Weights that were frozen in the model stay frozen.
+        Weights that were frozen in the model stay frozen. fixed: names of weights that are still shared, without gradients.
         """
-        return self._with_copies_of(self.weights(), learns=True)
+        return self._with_copies_of(self.weights(), learns=True, fixed=fixed)
 
-    def _with_copies_of(self, given: Mapping[str, torch.Tensor], *, learns: bool) -> Program:
+    def _with_copies_of(self, given: Mapping[str, torch.Tensor], *, learns: bool, fixed: Collection[str] = ()) -> Program:
         """A copy with copies of these tensors as its weights; those that share memory still do.
 
-        learns: whether parameters require gradients; otherwise they do where those of this program do.
+        learns: whether parameters require gradients; otherwise they do where those of this program do. fixed: not copied.
         """
         found, copies = self.copy(), dict[object, torch.Tensor]()
         for name, old in self.weights().items():
             new = given[name]
+            if name in fixed:
+                detached = new.detach()
+                found.set_weight(
+                    name, nn.Parameter(detached, requires_grad=False) if isinstance(old, nn.Parameter) else detached
+                )
+                continue
             learned = isinstance(old, nn.Parameter) and new.is_floating_point()
             place = (new.data_ptr(), new.shape, new.stride(), learned) if new.numel() else name
             if place not in copies:

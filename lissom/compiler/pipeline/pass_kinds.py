@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -109,3 +109,7 @@ class Training(Pass):
     """Changes weights only, to recover the loss of approximations; it works on a copy of the weights."""
 
     kind = "training"
+
+    def fixed(self, program: Program) -> Collection[str]:
+        """The names of weights it never writes, which need no copy, such as large embedding tables; none by default."""
+        return ()

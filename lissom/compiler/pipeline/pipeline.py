@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -246,10 +246,11 @@ class _Run:
         if not isinstance(item, (Rewrite, Annotation)):
             self.check_stretch()
         started = time.perf_counter()
-        copied = self.program.own_copy() if isinstance(item, Training) else self.program.copy()
+        fixed = item.fixed(self.program) if isinstance(item, Training) else ()
+        copied = self.program.own_copy(fixed) if isinstance(item, Training) else self.program.copy()
         given = self.pipeline
         edit = Editor(copied, item.name(), given.data, labels=given.labels, reference=self.reference, progress=show)
-        self._run_pass(item, edit)
+        self._run_pass(item, edit, fixed)
         after = edit.program
         after.drop_dead()
         ran, text_after = time.perf_counter(), after.text()
@@ -287,10 +288,11 @@ class _Run:
             self.original = answers(after, outputs)
         self.history.record(step, text_after)
 
-    def _run_pass(self, item: Pass, edit: Editor) -> None:
-        # A run of the program writes its state, and restores it.
-        fixed = {name: tensor for name, tensor in edit.program.weights().items() if name not in edit.program.state}
-        shared = {name: (tensor, _version(tensor)) for name, tensor in fixed.items()}
+    def _run_pass(self, item: Pass, edit: Editor, fixed: Collection[str]) -> None:
+        # A run of the program writes its state, and restores it. A training pass has copies of all but the fixed weights.
+        kept = [name for name in edit.program.weights() if name not in edit.program.state]
+        kept = [name for name in kept if name in fixed] if isinstance(item, Training) else kept
+        shared = {name: (tensor := edit.program.weight(name), _version(tensor)) for name in kept}
         try:
             item.run(edit)
         except LissomError:
@@ -307,7 +309,7 @@ class _Run:
             for weight in edit.program.weights().values():
                 weight.requires_grad_(False).grad = None
         written = next((name for name, (tensor, version) in shared.items() if _version(tensor) != version), None)
-        if written is not None and not isinstance(item, Training):
+        if written is not None:
             raise PassError(
                 f"{format_pass(item)} wrote to the weight '{written}' in place, which the program shares with the model it "
                 f"came from; the model's own weight is changed now: load it again, and use edit.set_weight in the pass"
