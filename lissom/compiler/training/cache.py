@@ -30,12 +30,14 @@ class TargetCache:
     """Targets by the index of their batch. A file that grows too large, or a full disk, ends the caching and nothing else.
 
     Half precision adds a relative error of 5e-4 to what the student is compared with, far below its own.
+
+    room: the most bytes of the file; by default a quarter of the free disk space.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: int | None = None) -> None:
         self._file = tempfile.TemporaryFile(prefix="lissom-")  # noqa: SIM115 - open until `close`
-        self._room = int(_SHARE_OF_DISK * shutil.disk_usage(tempfile.gettempdir()).free)
-        self._end, self._full = 0, False
+        self._room = int(_SHARE_OF_DISK * shutil.disk_usage(tempfile.gettempdir()).free) if room is None else room
+        self._end, self._left_out = 0, set[int]()
         self._known: dict[int, tuple[dict[int | str, _Kept], Mapping[int | str, torch.Tensor | None]]] = {}
 
     def targets(self, index: int, make: Callable[[], Targets]) -> Targets:
@@ -46,10 +48,21 @@ class TargetCache:
             hidden = {key: self._read(place) for key, place in places.items() if isinstance(key, str)}
             return Targets(outputs, hidden, real)
         found = make()
-        if not self._full:
+        if not self._left_out:
             self._keep(index, found)
+        else:
+            self._left_out.add(index)
         # Read back, so that a run that goes on has the values of one that was never interrupted.
         return self.targets(index, make) if index in self._known else found
+
+    def shortage(self) -> str | None:
+        """A sentence on the batches whose targets found no room; None when there are none."""
+        if not self._left_out:
+            return None
+        return (
+            f"the disk of {tempfile.gettempdir()} had no room for the teacher's values of {len(self._left_out)} of "
+            f"{len(self._known) + len(self._left_out)} batches, which were computed anew each time; set TMPDIR to a larger disk"
+        )
 
     def close(self) -> None:
         """Delete the file."""
@@ -61,7 +74,8 @@ class TargetCache:
             for key, tensor in (*targets.outputs.items(), *targets.hidden.items()):
                 places[key] = self._write(tensor)
         except OSError:
-            self._end, self._full = start, True
+            self._end = start
+            self._left_out.add(index)
             return
         self._known[index] = places, targets.real
 

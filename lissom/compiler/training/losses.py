@@ -29,13 +29,14 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.operators import is_activation
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.ir.signature import evaluate
 from lissom.compiler.training.batches import Batch
+from lissom.compiler.training.lm_head import LmHead, lm_head_of
 from lissom.compiler.training.ranks import all_rows, mean, total
+from lissom.compiler.training.vocabulary import IGNORED
 from lissom.errors import RequirementError
 
 Form = Literal["logits", "embeddings", "hidden"]
-IGNORED = -100
-"""The label of a token without one, as in `torch.nn.functional.cross_entropy`."""
 _PROJECTION = 64
 """A last layer without a bias and with at least so many outputs per row projects embeddings; a narrower one classifies."""
 _SMALL = 1e-12
@@ -46,12 +47,19 @@ class Output:
     """An output of a program that a student can learn.
 
     index: among the flat outputs. form: its form. shifted: whether the label of a token is the token after it.
+    head: of token logits whose loss is computed from the hidden state, see `vocabulary`; None for any other output.
     """
 
     index: int
     node: fx.Node
     form: Form
     shifted: bool = False
+    head: LmHead | None = None
+
+    @property
+    def compared(self) -> fx.Node:
+        """The node whose value a training step gets: the output, or the hidden state that its LM head reads."""
+        return self.node if self.head is None else self.head.hidden
 
 
 def outputs_of(program: Program) -> tuple[list[Output], list[str]]:
@@ -66,8 +74,13 @@ def outputs_of(program: Program) -> tuple[list[Output], list[str]]:
             skipped.append(f"output {index}, {shown}, is neither logits, embeddings nor hidden states, and is not trained on")
         elif all(leaf is not other.node for other in found):
             shifted = form == "logits" and nodes.tensor_type(leaf).rank == 3 and _is_causal(program)
-            found.append(Output(index, leaf, form, shifted))
+            found.append(Output(index, leaf, form, shifted, _head(program, leaf) if form == "logits" else None))
     return found, skipped
+
+
+def _head(program: Program, leaf: fx.Node) -> LmHead | None:
+    head = lm_head_of(program, leaf)
+    return head if head is not None and head.saves_memory else None
 
 
 def _form(program: Program, leaf: object) -> Form | None:
@@ -103,7 +116,7 @@ def _is_causal(program: Program) -> bool:
 
 def real_tokens(program: Program, sample: Sample, output: Output) -> torch.Tensor | None:
     """Which tokens of an output [batch, tokens, features] are no padding, [batch, tokens]; None when all are real."""
-    return token_mask(program, sample, output.node) if nodes.tensor_type(output.node).rank == 3 else None
+    return token_mask(program, sample, output.compared) if nodes.tensor_type(output.node).rank == 3 else None
 
 
 def distance(
@@ -152,10 +165,14 @@ def cross_entropy(output: Output, logits: torch.Tensor, labels: torch.Tensor) ->
     logits = logits.float()
     if labels.is_floating_point():
         return mean((logits.reshape(labels.shape) - labels.float()).square())
-    if output.shifted:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    counted = total(int((labels != IGNORED).sum()))
-    return functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum") / counted
+    following = next_labels(output, labels).flatten()
+    counted = total(int((following != IGNORED).sum()))
+    return functional.cross_entropy(logits.flatten(0, -2), following, ignore_index=IGNORED, reduction="sum") / counted
+
+
+def next_labels(output: Output, labels: torch.Tensor) -> torch.Tensor:
+    """The label that each row of logits predicts, in the shape of the labels: that of the next token where it is shifted."""
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED) if output.shifted else labels
 
 
 def labelled_output(program: Program, outputs: Sequence[Output], batches: Sequence[Batch]) -> Output | None:
@@ -171,15 +188,15 @@ def labelled_output(program: Program, outputs: Sequence[Output], batches: Sequen
             f"{len(batches) - len(known)} of {len(batches)} batches have no labels; give 'labels' in all batches of data=, or "
             f"in none"
         )
-    with torch.no_grad():
-        values = program.run(known[0].inputs)
-    labels = known[0].labels
+    labels, sizes = known[0].labels, program.signature.sizes_of(known[0].inputs)
     assert labels is not None
+    found: list[torch.Size] = []
     for output in outputs:
-        value = values[output.index]
-        if isinstance(value, torch.Tensor) and _fits(output, value.shape, labels):
+        tokens = nodes.tensor_type(output.compared).shape[:-1]
+        found.append(torch.Size(evaluate(size, sizes) for size in (*tokens, nodes.tensor_type(output.node).shape[-1])))
+        if _fits(output, found[-1], labels):
             return output
-    shapes = ", ".join(str(list(value.shape)) for value in values if isinstance(value, torch.Tensor))
+    shapes = ", ".join(str(list(shape)) for shape in found)
     raise RequirementError(f"labels of shape {list(labels.shape)} fit no output: they have the shapes {shapes}")
 
 

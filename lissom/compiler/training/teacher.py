@@ -7,12 +7,14 @@ between them. Two losses are made of them:
 - blockwise: each residual add gets the teacher's value in its place once its error is taken, so that every block learns to
   give the teacher's output on the teacher's input, with a short backward pass and no drift. Where layers were removed, the
   block after them learns their part.
+
+Logits over a large vocabulary are compared by `vocabulary`: of the teacher's only its last hidden state is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -22,7 +24,9 @@ from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.compiler.training.losses import Output, distance, real_tokens
+from lissom.compiler.training.lm_head import LmHead, Trunk, lm_head_of
+from lissom.compiler.training.losses import Output, cross_entropy, distance, next_labels, real_tokens
+from lissom.compiler.training.vocabulary import supervision, vocabulary_loss
 from lissom.errors import RequirementError
 
 
@@ -30,8 +34,8 @@ from lissom.errors import RequirementError
 class Targets:
     """What the teacher gives for one batch.
 
-    outputs: by their index. hidden: hidden states by the name of the residual add. real: for each of both which tokens are no
-    padding, by the same keys; None when all are real.
+    outputs: by their index; the last hidden state for logits over a large vocabulary. hidden: hidden states by the name of the
+    residual add. real: for each of both which tokens are no padding, by the same keys; None when all are real.
     """
 
     outputs: Mapping[int, torch.Tensor]
@@ -40,14 +44,27 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """The program before the first lossy pass, and the places where a student is compared with it.
+class Labels:
+    """The labels of a batch. output: that they belong to. alpha: the weight of their cross-entropy against all other losses."""
 
-    outputs: that are compared. residuals: the residual adds that both have, by name.
+    output: Output
+    values: torch.Tensor
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The program before the first lossy pass, its student, and the places where they are compared.
+
+    runs, student: the parts of teacher and student that a step runs, see `Trunk`. outputs: of the student, that are compared.
+    heads: of the teacher, by the index of those outputs that have one. residuals: the residual adds that both have, by name.
     """
 
     program: Program
+    runs: Trunk
+    student: Trunk
     outputs: Sequence[Output]
+    heads: Mapping[int, LmHead]
     residuals: Mapping[str, fx.Node]
 
     @classmethod
@@ -61,10 +78,13 @@ class Teacher:
                     f"{name}: output {output.index} has {found.shape[-1]} features, and had {wanted.shape[-1]} before the "
                     f"first lossy pass, so there is nothing to compare it with; use finetune with labels"
                 )
+        heads = {output.index: head for output in outputs if (head := _counterpart(program, theirs[output.index], output))}
+        outputs = [output if output.index in heads else replace(output, head=None) for output in outputs]
         shapes = {node.name: nodes.tensor_type(node).shape for node in student.fact(structure).residuals}
         adds = program.fact(structure).residuals
         alike = {node.name: node for node in adds if shapes.get(node.name) == nodes.tensor_type(node).shape}
-        return cls(program, outputs, alike)
+        own = {output.index: output.head for output in outputs if output.head is not None}
+        return cls(program, Trunk.of(program, heads, name), Trunk.of(student, own, name), outputs, heads, alike)
 
     def targets(self, sample: Sample) -> Targets:
         """What a student learns from one batch."""
@@ -75,7 +95,7 @@ class Teacher:
                 hidden[node.name] = value
 
         with torch.no_grad():
-            found = self.program.run(sample, observe)
+            found = self.runs.run(sample, observe)
         outputs = {output.index: value for output in self.outputs if isinstance(value := found[output.index], torch.Tensor)}
         real: dict[int | str, torch.Tensor | None] = {
             output.index: real_tokens(self.program, sample, output) for output in self.outputs
@@ -84,18 +104,18 @@ class Teacher:
         return Targets(outputs, hidden, real)
 
     def end_to_end(
-        self, student: Program, sample: Sample, targets: Targets, *, temperature: float, hidden: float
-    ) -> tuple[torch.Tensor, list[object]]:
-        """The loss of all outputs plus `hidden` times that of the hidden states; and the student's outputs."""
-        return self._compared(student, sample, targets, temperature, hidden, replaces=False)
+        self, sample: Sample, targets: Targets, *, temperature: float, hidden: float, labels: Labels | None = None
+    ) -> torch.Tensor:
+        """The loss of all outputs plus `hidden` times that of the hidden states, with (1 - alpha); plus that of the labels."""
+        return self._compared(sample, targets, temperature, hidden, labels, replaces=False)
 
-    def blockwise(self, student: Program, sample: Sample, targets: Targets, *, temperature: float) -> torch.Tensor:
+    def blockwise(self, sample: Sample, targets: Targets, *, temperature: float) -> torch.Tensor:
         """The loss of every block on the teacher's input, and of the outputs on the teacher's last hidden state."""
-        return self._compared(student, sample, targets, temperature, 1.0, replaces=True)[0]
+        return self._compared(sample, targets, temperature, 1.0, None, replaces=True)
 
     def _compared(
-        self, student: Program, sample: Sample, targets: Targets, temperature: float, hidden: float, *, replaces: bool
-    ) -> tuple[torch.Tensor, list[object]]:
+        self, sample: Sample, targets: Targets, temperature: float, hidden: float, labels: Labels | None, *, replaces: bool
+    ) -> torch.Tensor:
         errors: list[torch.Tensor] = []
 
         def observe(node: fx.Node, value: object) -> object:
@@ -105,12 +125,42 @@ class Teacher:
             errors.append(distance("hidden", value, wanted, targets.real[node.name]))
             return wanted if replaces else None
 
-        found = student.run(sample, observe if hidden and targets.hidden else None)
+        found = self.student.run(sample, observe if hidden and targets.hidden else None)
+        share = 1.0 if labels is None else 1 - labels.alpha
         total = torch.zeros(())
         for output in self.outputs:
-            value, real = found[output.index], targets.real[output.index]
+            value = found[output.index]
             assert isinstance(value, torch.Tensor)
-            total = total + distance(output.form, value, targets.outputs[output.index], real, temperature)
+            own = labels if labels is not None and labels.output.index == output.index else None
+            total = total + self._loss(output, value, targets, temperature, share, own)
         if errors:
-            total = total + hidden * torch.stack(errors).mean()
-        return total, found
+            total = total + share * hidden * torch.stack(errors).mean()
+        return total
+
+    def _loss(
+        self, output: Output, value: torch.Tensor, targets: Targets, temperature: float, share: float, labels: Labels | None
+    ) -> torch.Tensor:
+        """The loss of one output, with the share of the teacher, and of its labels if it has any."""
+        wanted, real = targets.outputs[output.index], targets.real[output.index]
+        if output.head is None:
+            loss = share * distance(output.form, value, wanted, real, temperature)
+            return loss if labels is None else loss + labels.alpha * cross_entropy(output, value, labels.values)
+        given, alpha = (None, 0.0) if labels is None else (next_labels(output, labels.values), labels.alpha)
+        learned = supervision(
+            value,
+            (self.heads[output.index], wanted),
+            real=real,
+            temperature=temperature,
+            share=share,
+            labels=given,
+            alpha=alpha,
+        )
+        return vocabulary_loss(output.head, value, learned)
+
+
+def _counterpart(program: Program, leaf: object, output: Output) -> LmHead | None:
+    """The teacher's LM head for an output of the student that has one, where both give logits for the same tokens."""
+    if output.head is None or (head := lm_head_of(program, leaf)) is None:
+        return None
+    tokens, wanted = (nodes.tensor_type(item.hidden).shape[:2] for item in (output.head, head))
+    return head if tokens == wanted else None

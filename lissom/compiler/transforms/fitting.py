@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ from lissom.compiler.analysis.module_filter import is_path_protected
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.printer import place
-from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.pipeline.pass_kinds import Training
 from lissom.compiler.pipeline.spelling import format_pass
 from lissom.compiler.training.batches import Batch, amount, hold_out, resized, rows_of_rank
@@ -178,23 +178,30 @@ class Fitting(Training):
     def _check(self, edit: Editor) -> Program:
         if not edit.data:
             raise RequirementError(f"{self.name()} needs data to train on: pass data=")
-        if edit.program.state:
-            raise RequirementError(
-                f"{self.name()} trains no program with a KV cache; train the model with lissom.optimize before it is compiled "
-                f"for generation"
-            )
         return edit.program
 
-    def _learned(self, program: Program) -> dict[str, nn.Parameter]:
-        """The parameters that learn, by name."""
+    def fixed(self, program: Program) -> Collection[str]:
+        """All weights that do not learn. Those that share memory with one that does are copied with it."""
+        own = self._names(program)
+        copied = {program.weight(name).data_ptr() for name in own}
+        return {name for name, item in program.weights().items() if item.data_ptr() not in copied} - set(program.state)
+
+    def _names(self, program: Program) -> list[str]:
+        """The names of the parameters that learn."""
         tables = {str(item.node.all_input_nodes[0].target) for item in program.fact(structure).embeddings}
-        found: dict[str, nn.Parameter] = {}
+        found: list[str] = []
         for name, tensor in program.weights().items():
             path = name.rpartition(".")[0]
             stays = name in tables and not self.embeddings
             stays = stays or is_path_protected(path, self.skip) or bool(self.only and not is_path_protected(path, self.only))
-            if isinstance(tensor, nn.Parameter) and tensor.requires_grad and not stays:
-                found[name] = tensor
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and not stays:
+                found.append(name)
+        return found
+
+    def _learned(self, program: Program) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name."""
+        weights = {name: program.weight(name) for name in self._names(program)}
+        found = {name: item for name, item in weights.items() if isinstance(item, nn.Parameter) and item.requires_grad}
         if not found:
             raise RequirementError(
                 f"{self.name()} has no weights to train: stored integers do not learn, and skip=, only= and embeddings= may "
@@ -264,7 +271,10 @@ def _learning_scales(program: Program) -> dict[str, tuple[nn.Parameter, torch.dt
     """The scales of quantizers in the graph, as parameters in float32 that take their place; and their dtypes."""
     reads = [node.args[1] for node in program.nodes(fake_quantize)]
     names = dict.fromkeys(str(read.target) for read in reads if isinstance(read, fx.Node) and read.op == "get_attr")
-    found = {name: (nn.Parameter(program.weight(name).detach().float()), program.weight(name).dtype) for name in names}
+    found = {
+        name: (nn.Parameter(program.weight(name).detach().to(torch.float32, copy=True)), program.weight(name).dtype)
+        for name in names
+    }
     for name, (scale, _) in found.items():
         program.set_weight(name, scale)
     return found
@@ -298,7 +308,7 @@ def _not_finite(program: Program, batches: Sequence[Batch]) -> str:
         if not found and isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any()):
             found.append(place(program, node))
 
-    with torch.no_grad():
+    with torch.no_grad(), kept_state(program):
         for batch in batches:
             program.run(batch.inputs, observe)
             if found:

@@ -24,11 +24,10 @@ from functools import partial
 import torch
 
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.program import Program
 from lissom.compiler.training.batches import Batch
 from lissom.compiler.training.cache import TargetCache
-from lissom.compiler.training.losses import Output, cross_entropy, labelled_output, outputs_of
-from lissom.compiler.training.teacher import Targets, Teacher
+from lissom.compiler.training.losses import Output, labelled_output, outputs_of
+from lissom.compiler.training.teacher import Labels, Targets, Teacher
 from lissom.compiler.transforms.fitting import Fitting, Objective
 from lissom.errors import RequirementError
 
@@ -71,12 +70,19 @@ class Distill(Fitting):
             edit.note(sentence)
         if not outputs:
             raise RequirementError("distill: no output is logits, embeddings or hidden states, so there is nothing to learn")
-        if (teacher := Teacher.of(edit.reference, outputs, student, self.name())).residuals and self.hidden:
+        teacher = Teacher.of(edit.reference, outputs, student, self.name())
+        if teacher.residuals and self.hidden:
             edit.note(f"hidden states are compared at {len(teacher.residuals)} residual adds")
         every, cache = [*batches, *judged], TargetCache()
-        distillation = _Distillation(self, student, teacher, every, labelled_output(student, outputs, every), cache)
+        distillation = _Distillation(self, teacher, every, labelled_output(student, teacher.outputs, every), cache)
         held_out = partial(distillation.end_to_end, hidden=0.0)
-        return Objective(distillation.loss, lambda index: held_out(len(batches) + index), cache.close)
+
+        def close() -> None:
+            if (shortage := cache.shortage()) is not None:
+                edit.note(shortage)
+            cache.close()
+
+        return Objective(distillation.loss, lambda index: held_out(len(batches) + index), close)
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,6 @@ class _Distillation:
     """The losses of the batches. labelled: the output that labels belong to, if there are any."""
 
     options: Distill
-    student: Program
     teacher: Teacher
     batches: Sequence[Batch]
     labelled: Output | None
@@ -95,18 +100,15 @@ class _Distillation:
         if done >= self.options.blockwise or not self.teacher.residuals:
             return self.end_to_end(index, hidden=self.options.hidden)
         inputs = self.batches[index].inputs
-        return self.teacher.blockwise(self.student, inputs, self._targets(index), temperature=self.options.temperature)
+        return self.teacher.blockwise(inputs, self._targets(index), temperature=self.options.temperature)
 
     def end_to_end(self, index: int, *, hidden: float) -> torch.Tensor:
         """The loss of the outputs, with `hidden` times that of the hidden states."""
-        batch, temperature, alpha = self.batches[index], self.options.temperature, self.options.alpha
+        batch, options, labels = self.batches[index], self.options, None
+        if self.labelled is not None and batch.labels is not None:
+            labels = Labels(self.labelled, batch.labels, options.alpha)
         targets = self._targets(index)
-        loss, found = self.teacher.end_to_end(self.student, batch.inputs, targets, temperature=temperature, hidden=hidden)
-        if self.labelled is None or batch.labels is None:
-            return loss
-        logits = found[self.labelled.index]
-        assert isinstance(logits, torch.Tensor)
-        return alpha * cross_entropy(self.labelled, logits, batch.labels) + (1 - alpha) * loss
+        return self.teacher.end_to_end(batch.inputs, targets, temperature=options.temperature, hidden=hidden, labels=labels)
 
     def _targets(self, index: int) -> Targets:
         return self.cache.targets(index, lambda: self.teacher.targets(self.batches[index].inputs))

@@ -14,8 +14,10 @@ import torch
 
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.training.batches import Batch
-from lissom.compiler.training.losses import cross_entropy, labelled_output, outputs_of
+from lissom.compiler.training.lm_head import Trunk
+from lissom.compiler.training.losses import cross_entropy, labelled_output, next_labels, outputs_of
 from lissom.compiler.training.ranks import part_of_mean
+from lissom.compiler.training.vocabulary import supervision, vocabulary_loss
 from lissom.compiler.transforms.fitting import Fitting, Objective
 from lissom.errors import RequirementError
 
@@ -37,18 +39,23 @@ class Finetune(Fitting):
     def objective(self, edit: Editor, batches: Sequence[Batch], judged: Sequence[Batch]) -> Objective:
         program, given = edit.program, self.loss
         if given is not None:
+            whole = Trunk.of(program, {}, self.name())
 
             def own(batch: Batch) -> torch.Tensor:
-                return part_of_mean(given(program.signature.unflatten(program.run(batch.inputs)), batch.labels))
+                return part_of_mean(given(program.signature.unflatten(whole.run(batch.inputs)), batch.labels))
 
             return Objective(lambda index, _: own(batches[index]), lambda index: own(judged[index]))
         output = labelled_output(program, outputs_of(program)[0], [*batches, *judged])
         if output is None:
             raise RequirementError("finetune needs labels: give 'labels' in each batch of data=, or pass Finetune(loss=...)")
+        head = output.head
+        part = Trunk.of(program, {} if head is None else {output.index: head}, self.name())
 
         def task(batch: Batch) -> torch.Tensor:
-            logits = program.run(batch.inputs)[output.index]
-            assert isinstance(logits, torch.Tensor) and batch.labels is not None
-            return cross_entropy(output, logits, batch.labels)
+            found = part.run(batch.inputs)[output.index]
+            assert isinstance(found, torch.Tensor) and batch.labels is not None
+            if head is None:
+                return cross_entropy(output, found, batch.labels)
+            return vocabulary_loss(head, found, supervision(found, labels=next_labels(output, batch.labels)))
 
         return Objective(lambda index, _: task(batches[index]), lambda index: task(judged[index]))

@@ -11,6 +11,7 @@ from torch import nn
 
 import lissom
 from lissom.api import Optimized
+from lissom.compiler.training.lm_head import LARGE
 from lissom.passes.recover.finetune import Finetune
 from tests.models import FeedForward, normal, seeded, tiny_bert, tokens
 
@@ -74,6 +75,17 @@ def train_form(form: str, rows: int) -> Optimized:
         "own": ((16, 3, True), classes, [own]),
     }[form]
     return lissom.optimize(seeded(lambda: Layers(hidden, features, bias)), {"x": normal(4, 8)}, passes=passes, data=data)
+
+
+def train_words(options: str) -> Optimized:
+    """Distill a language model over a large vocabulary, with labels, of which some are unknown."""
+    data = []
+    for seed in range(6):
+        ids = torch.randint(0, LARGE, (5, 4), generator=torch.Generator().manual_seed(seed))
+        data.append({"input": ids, "labels": ids.where(ids % 5 > 0, -100)})
+    model = seeded(lambda: nn.Sequential(nn.Embedding(LARGE, 8), nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, LARGE)))
+    text = f"prune-neurons{{keep=0.5}},distill{{steps=10,precision=fp32,{options}}}"
+    return lissom.optimize(model, {"input": data[0]["input"]}, passes=text, data=data)
 
 
 def digest(found: Optimized) -> str:

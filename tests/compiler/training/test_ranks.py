@@ -12,13 +12,13 @@ import torch
 from lissom.api import Optimized
 from lissom.errors import RequirementError
 from tests.backends.ranks import printed, run_ranks
-from tests.compiler.training.runs import train, train_bert, train_form
+from tests.compiler.training.runs import train, train_bert, train_form, train_words
 
 pytestmark = pytest.mark.multiprocess
 
 BEGIN = """
 import json
-from tests.compiler.training.runs import digest, notes, train, train_bert, train_form
+from tests.compiler.training.runs import digest, notes, train, train_bert, train_form, train_words
 from tests.models import FeedForward, normal, seeded
 join()
 
@@ -82,6 +82,14 @@ def test_every_loss_is_that_of_the_whole_batch(form: str, rows: int, tmp_path: P
     curve = [point.held_out for point in wanted.report.history.steps[-1].curve]
     # Of 1 - cosine near 0 the rounding is absolute: float32 has a unit roundoff of 6e-8 at the cosine of 1.
     assert [held_out for _, held_out in told[0]["curve"]] == pytest.approx(curve, rel=1e-3, abs=5e-7)
+
+
+@pytest.mark.parametrize("shard", ["false", "true"])
+def test_large_vocabularies(shard: str, tmp_path: Path) -> None:
+    """Five rows on two ranks: the LM head's losses and gradients, some tokens at a time, add up to those of one process."""
+    run(f"tell(train_words('learning_rate=0.003,shard={shard}'))", tmp_path)
+    wanted, before = (weights(train_words(f"learning_rate={rate}")) for rate in (0.003, 1e-30))
+    close(torch.load(tmp_path / "weights.pt"), wanted, before)
 
 
 @pytest.mark.parametrize("shard", ["false", pytest.param("true", marks=pytest.mark.slow)])

@@ -14,7 +14,7 @@ from lissom.compiler.pipeline.pass_kinds import Training
 from lissom.compiler.pipeline.spelling import format_pass
 from lissom.compiler.training import loop
 from lissom.compiler.verify.divergence import compare
-from lissom.errors import PipelineTextError, RequirementError, VerifyError
+from lissom.errors import PassError, PipelineTextError, RequirementError, VerifyError
 from lissom.passes.prune.sparsify import Sparsify
 from lissom.passes.recover.distill import Distill
 from tests import captures
@@ -281,3 +281,28 @@ def test_backends_run_what_was_trained() -> None:
 
 def test_text() -> None:
     assert format_pass(Distill(steps=3, alpha=0.25)) == "distill{steps=3,alpha=0.25}"
+
+
+def test_weights_that_do_not_learn_are_not_copied() -> None:
+    """An embedding table may be most of a model; it stays the model's own."""
+    case = tiny_bert()
+    passes = "prune-layers{keep=0.5},distill{steps=2,blockwise=0}"
+    found = captures.optimize(case.model, case.inputs, passes=passes, data=batches()).program
+    table, other = "embeddings.word_embeddings.weight", "encoder.layer.0.output.dense.weight"
+    own = dict(case.model.named_parameters())
+    assert found.weight(table).data_ptr() == own[table].data_ptr()
+    assert found.weight(other).data_ptr() != own[other].data_ptr()
+
+
+def test_a_pass_that_writes_weights_it_calls_fixed_is_refused() -> None:
+    @dataclass(frozen=True)
+    class Careless(Training):
+        def fixed(self, program) -> list[str]:
+            return ["up.weight"]
+
+        def run(self, edit) -> None:
+            with torch.no_grad():
+                edit.program.weight("up.weight").mul_(1.5)
+
+    with pytest.raises(PassError, match=r"careless wrote to the weight 'up\.weight' in place"):
+        recovered([Sparsify(keep=0.5), Careless()])

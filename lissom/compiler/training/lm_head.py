@@ -1,0 +1,140 @@
+"""LM heads, found so that a training step computes their logits for some tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from lissom.compiler.analysis.structure.linear import as_int, bias_of, input_of
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.interpreter import Observer, call, run
+from lissom.compiler.ir.match import computed_from
+from lissom.compiler.ir.operators import CASTS, IDENTITIES, is_pointwise
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.errors import RequirementError
+
+aten = torch.ops.aten
+
+LARGE = 8192
+"""The vocabulary from which logits are computed for some tokens at a time; at 8,192 both ways take the same time."""
+
+
+@dataclass(frozen=True)
+class LmHead:
+    """A linear layer that makes token logits, and what leads from it to the output.
+
+    linear: `aten.linear` with a weight that is computed from weights alone, quantized or not. hidden: its input,
+        [batch, tokens, width], for all tokens also where the program computes logits of the last one only.
+    stored: the nodes its weight and bias are computed from, in order. tail: element-wise calls after it, in order.
+    """
+
+    program: Program
+    linear: fx.Node
+    hidden: fx.Node
+    stored: tuple[fx.Node, ...]
+    tail: tuple[fx.Node, ...]
+
+    @property
+    def vocabulary(self) -> int:
+        return as_int(nodes.tensor_type(self.linear).shape[-1])
+
+    @property
+    def saves_memory(self) -> bool:
+        """Whether a loss is to be computed from the hidden state: for many entries, or where logits are those of few tokens."""
+        return self.vocabulary >= LARGE or (bool(self.program.state) and input_of(self.linear) is not self.hidden)
+
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight, [vocabulary, width], and the bias, [vocabulary]; gradients flow to what they are computed from."""
+        values = self._values(self.stored, {})
+        bias = bias_of(self.linear)
+        return values[self.linear.args[1]], None if bias is None else values[bias]  # pyright: ignore[reportArgumentType]
+
+    def finish(self, product: torch.Tensor) -> torch.Tensor:
+        """The logits from the result of the linear layer, both [rows, vocabulary]."""
+        reads = [used for node in self.tail for used in node.all_input_nodes if used.op == "get_attr"]
+        return self._values((*reads, *self.tail), {self.linear: product})[(self.linear, *self.tail)[-1]]
+
+    def _values(self, order: tuple[fx.Node, ...], given: Mapping[fx.Node, torch.Tensor]) -> dict[fx.Node, torch.Tensor]:
+        values: dict[fx.Node, object] = dict(given)
+        for node in order:
+            # A selection of tokens changes nothing where rows are tokens.
+            if _selects_tokens(node):
+                values[node] = values[node.args[0]]  # pyright: ignore[reportArgumentType]
+            else:
+                values[node] = (
+                    self.program.weight(str(node.target)) if node.op == "get_attr" else call(node, values.__getitem__)
+                )
+        return values  # pyright: ignore[reportReturnType]
+
+
+def lm_head_of(program: Program, leaf: object) -> LmHead | None:
+    """The LM head that makes an output [batch, tokens, vocabulary]; None where anything but element-wise calls follows it."""
+    tail: list[fx.Node] = []
+    node = leaf
+    while nodes.is_tensor(node) and node.op == "call_function" and node.target is not aten.linear.default:
+        computed = [used for used in node.all_input_nodes if used.op != "get_attr"]
+        fixed = [program.weight(str(used.target)) for used in node.all_input_nodes if used.op == "get_attr"]
+        simple = _selects_tokens(node) or is_pointwise(node) or node.target in (*CASTS, *IDENTITIES)
+        if len(computed) != 1 or not simple or any(isinstance(item, nn.Parameter) or item.dim() > 1 for item in fixed):
+            return None
+        tail.insert(0, node)
+        node = computed[0]
+    if not nodes.is_call(node, aten.linear.default) or nodes.tensor_type(node).rank != 3:
+        return None
+    sources = set(computed_from([node.args[1], bias_of(node)]))
+    if any(item.op == "placeholder" for item in sources):
+        return None
+    hidden = input_of(node)
+    while _selects_tokens(hidden):
+        hidden = hidden.args[0]
+        assert isinstance(hidden, fx.Node)
+    return LmHead(program, node, hidden, tuple(item for item in program.graph.nodes if item in sources), tuple(tail))
+
+
+def _selects_tokens(node: fx.Node) -> bool:
+    """True for a slice of the tokens of [batch, tokens, features]."""
+    return nodes.is_call(node, aten.slice.Tensor) and nodes.tensor_type(node).rank == 3 and nodes.argument(node, "dim") == 1
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The part of a program that a training step runs: it writes no state, and gives the hidden states of LM heads in place of
+    their logits.
+
+    State is what it is between runs, an empty KV cache, so every batch starts a text and no gradient crosses batches. Weights
+    are those that the program has when it runs.
+    """
+
+    program: Program
+    graph: fx.Graph
+
+    @classmethod
+    def of(cls, program: Program, heads: Mapping[int, LmHead], name: str) -> Trunk:
+        """heads: by the index of their output. name: of the pass, for the error.
+
+        Raises: RequirementError when a state is written in a form that takes no gradient.
+        """
+        found = program.copy()
+        by_name = {node.name: node for node in found}
+        leaves: list[object] = list(found.output.args[0])  # pyright: ignore[reportArgumentType]
+        for index, head in heads.items():
+            leaves[index] = by_name[head.hidden.name]
+        found.output.args = (leaves,)  # pyright: ignore[reportAttributeAccessIssue]
+        for write in filter(nodes.is_state_write, reversed(found.nodes())):
+            if write.users:
+                raise RequirementError(
+                    f"{name} trains no program that writes state in place; put it before write-state-in-place"
+                )
+            if nodes.tensor_type(write).dtype in (torch.int8, torch.uint8):
+                raise RequirementError(f"{name} has no gradients through a quantized KV cache; put it before quantize-cache")
+            found.graph.erase_node(write)
+        found.drop_dead()
+        return cls(program, found.graph)
+
+    def run(self, inputs: Sample, observe: Observer | None = None) -> list[object]:
+        """The flat outputs, as `Program.run` has them."""
+        return run(self.graph, self.program.graph_module, inputs, observe)
