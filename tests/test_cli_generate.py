@@ -100,6 +100,13 @@ def test_generate_calibrates_on_texts(decoder, tmp_path):
     assert "answer: 5 tokens" in runner.invoke(app, ["generate", decoder, "one two", *options]).stderr
 
 
+def test_generate_trains_on_texts(decoder, tmp_path):
+    (tmp_path / "texts.txt").write_text("one two three\nfour five\nsix seven\ntwo one\n")
+    passes = "quantize{scheme=int4-weight,group=8},distill{steps=2}"
+    options = ["--max-new-tokens", "5", "--goal", "memory", "--passes", passes, "--data", str(tmp_path / "texts.txt")]
+    assert "answer: 5 tokens" in runner.invoke(app, ["generate", decoder, "one two", *options]).stderr
+
+
 def test_generate_says_where_a_text_ends_that_was_to_be_longer(decoder, tmp_path):
     saved = str(tmp_path / "saved")
     runner.invoke(app, ["generate", decoder, "one two", "--max-new-tokens", "5", "--checks", "off", "--save", saved])

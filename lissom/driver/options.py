@@ -146,7 +146,7 @@ def check_data(data: Iterable[object]) -> None:
 
 
 LABELS = "labels"
-"""The key of a batch for its labels, where the model takes no argument of that name."""
+"""The key of a batch for its labels, where the example inputs have no argument of that name."""
 
 
 def read_data(data: Iterable[Inputs], signature: Signature) -> tuple[list[Sample], list[torch.Tensor | None]]:
@@ -156,9 +156,10 @@ def read_data(data: Iterable[Inputs], signature: Signature) -> tuple[list[Sample
     """
     samples: list[Sample] = []
     labels: list[torch.Tensor | None] = []
+    captured = {item.name for item in (*signature.positional, *signature.keyword)}
     for index, batch in enumerate(data):
         args, kwargs = split_inputs(batch, f"batch {index} of data=")
-        label = None if LABELS in signature.parameters else kwargs.pop(LABELS, None)
+        label = None if LABELS in captured else kwargs.pop(LABELS, None)
         if label is not None and not isinstance(label, torch.Tensor):
             raise InputError(f"batch {index} of data= has labels of type {type(label).__name__}; give a tensor")
         labels.append(label)

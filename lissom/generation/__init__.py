@@ -14,15 +14,15 @@ from lissom.artifacts.artifact import Trust
 from lissom.backends.base import Backend
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.options import Checks, Goal, Metric, Progress
-from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.compiler.pipeline.pass_kinds import Pass, Training
 from lissom.driver.compile import compile_captured
-from lissom.driver.options import Inputs, Settings, check_choices, resolve_passes
+from lissom.driver.options import LABELS, Inputs, Settings, check_choices, resolve_passes
 from lissom.errors import InputError, UnsupportedError, refuse_old_names
 from lissom.files import check_path
 from lissom.frontends.decoder import INPUTS, capture_decoder, check_capacity
 from lissom.frontends.device import check_device, device_of
 from lissom.frontends.export import Capture
-from lissom.generation.decoder import Decoder, prompts
+from lissom.generation.decoder import Decoder, labelled_prompts, prompts
 from lissom.runtime.hosted_model import check_uncompiled
 
 if TYPE_CHECKING:
@@ -59,8 +59,9 @@ def compile_generation(
     max_length: the capacity of the KV cache in tokens, prompt and answer together. batch: the number of sequences, beams
         included. all_logits: return the logits of every token of a call, which assisted decoding needs.
     passes: as for `compile`; the recipe `generation` always comes first: the canonical form, and a last layer that computes
-        only the last token of a prompt.
-    data: token ids [rows, tokens], or the output of a tokenizer, for passes that calibrate.
+        only the last token of a prompt, which comes after passes that train.
+    data: token ids [rows, tokens], or the output of a tokenizer, for passes that calibrate or train; `finetune` takes the
+        `labels` of such a mapping, [rows, tokens], the token ids themselves for a language model.
     metric: scores a callable that takes input_ids and attention_mask of `batch` rows and returns the next token's logits.
     backend, world_size, device, checks, max_drop, goal, simulate, progress: as for `compile`.
 
@@ -91,6 +92,11 @@ def compile_generation(
         simulate=simulate,
         progress=progress,
     )
+    if isinstance(model, Program):
+        raise InputError(
+            "the model is a program, which was captured without a KV cache; pass the model and give passes= and data= here, or "
+            "copy the program's weights into the model: model.load_state_dict(program.weights(), strict=False)"
+        )
     check_uncompiled(model)
     check_choices(asked)
     check_capacity(max_length, batch)
@@ -132,15 +138,22 @@ def load_generation(
 
 
 def _with_recipe(passes: str | Pass | Sequence[Pass]) -> list[Pass]:
-    """The recipe `generation`, then the requested passes without the canonical form."""
+    """The recipe `generation`, then the requested passes without the canonical form.
+
+    The part of it that drops all tokens but the last comes after the last pass that trains, which learns from all tokens.
+    """
     wanted, exact, recipe = resolve_passes(passes), resolve_passes("exact"), resolve_passes("generation")
-    start = len(recipe) if wanted[: len(recipe)] == recipe else len(exact)
-    return [*recipe, *wanted[start:]]
+    asked = wanted[len(recipe) if wanted[: len(recipe)] == recipe else len(exact) :]
+    trained = max((index + 1 for index, item in enumerate(asked) if isinstance(item, Training)), default=0)
+    return [*exact, *asked[:trained], *recipe[len(exact) :], *asked[trained:]]
 
 
 def _named(data: Iterable[torch.Tensor | Mapping[str, object]], batch: int, max_length: int) -> Iterable[Inputs]:
-    """Calibration texts as inputs of the program."""
-    return [dict(zip(INPUTS, sample, strict=True)) for sample in prompts(list(data), batch, max_length)]
+    """Calibration texts as inputs of the program, with their labels."""
+    return [
+        dict(zip(INPUTS, sample, strict=True)) | ({} if labels is None else {LABELS: labels})
+        for sample, labels in labelled_prompts(list(data), batch, max_length)
+    ]
 
 
 def _scorer(metric: Callable[[NextToken], float] | None, batch: int, max_length: int) -> Metric | None:

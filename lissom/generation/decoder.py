@@ -195,28 +195,56 @@ def _logits(program: Program) -> TensorType:
     return nodes.tensor_type(leaf)
 
 
-def prompts(batches: Sequence[torch.Tensor | Mapping[str, object]], batch: int, max_length: int) -> list[Sample]:
-    """Texts as inputs of a decoder with an empty KV cache: rows without their padding, `batch` at a time.
+Prompts = Sequence[torch.Tensor | Mapping[str, object]]
+"""Texts: token ids, [rows, tokens], or mappings with input_ids, and attention_mask and labels of the same shape if any."""
 
-    batches: token ids, [rows, tokens], or the output of a tokenizer, with an attention_mask.
+
+def prompts(batches: Prompts, batch: int, max_length: int) -> list[Sample]:
+    """Texts as inputs of a decoder with an empty KV cache: rows without their padding, `batch` at a time.
 
     Raises: InputError if a batch holds no token ids.
     """
-    rows: list[torch.Tensor] = []
+    return [sample for sample, _ in labelled_prompts(batches, batch, max_length)]
+
+
+def labelled_prompts(batches: Prompts, batch: int, max_length: int) -> list[tuple[Sample, torch.Tensor | None]]:
+    """The same, each with the labels of its tokens, [batch, tokens], -100 at padding; None where a row has none.
+
+    Raises: InputError as `prompts`.
+    """
+    rows: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for given in batches:
         ids = given.get(INPUTS[0]) if isinstance(given, Mapping) else given
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
             raise InputError("data= of a decoder holds token ids [rows, tokens], or mappings with input_ids and attention_mask")
-        mask = given.get(INPUTS[1]) if isinstance(given, Mapping) else None
-        if isinstance(mask, torch.Tensor) and mask.shape != ids.shape:
-            raise InputError(
-                f"data= has an attention_mask of {list(mask.shape)} for input_ids of {list(ids.shape)}; give both alike"
-            )
-        kept = mask.bool() if isinstance(mask, torch.Tensor) else torch.ones_like(ids, dtype=torch.bool)
-        rows += [row[seen][:max_length] for row, seen in zip(ids, kept, strict=True) if bool(seen.any())]
+        kept = _like(given, INPUTS[1], ids)
+        labels = _like(given, "labels", ids)
+        kept = torch.ones_like(ids, dtype=torch.bool) if kept is None else kept.bool()
+        for row, seen in enumerate(kept):
+            if bool(seen.any()):
+                rows.append((ids[row][seen][:max_length], None if labels is None else labels[row][seen][:max_length]))
     # The last group is filled up with the first rows.
     groups = ([rows[(first + item) % len(rows)] for item in range(batch)] for first in range(0, len(rows), batch))
-    return [_left_padded(group, max_length) for group in groups]
+    return [(_left_padded([ids for ids, _ in group], max_length), _left_padded_labels(group)) for group in groups]
+
+
+def _like(given: torch.Tensor | Mapping[str, object], name: str, ids: torch.Tensor) -> torch.Tensor | None:
+    """The tensor of that name in a batch; None without it. Raises: InputError if it has another shape than the ids."""
+    found = given.get(name) if isinstance(given, Mapping) else None
+    if not isinstance(found, torch.Tensor):
+        return None
+    if found.shape != ids.shape:
+        what = f"{'labels' if name == 'labels' else f'an {name}'} of {list(found.shape)}"
+        raise InputError(f"data= has {what} for input_ids of {list(ids.shape)}; give both alike")
+    return found
+
+
+def _left_padded_labels(rows: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor | None:
+    found = [labels for _, labels in rows if labels is not None]
+    if len(found) < len(rows):
+        return None
+    tokens = max(labels.numel() for labels in found)
+    return torch.stack([torch.nn.functional.pad(labels, (tokens - labels.numel(), 0), value=-100) for labels in found])
 
 
 def _left_padded(rows: Sequence[torch.Tensor], max_length: int) -> Sample:
