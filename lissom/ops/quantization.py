@@ -116,8 +116,8 @@ fake_quantize_backward = define(
     fake_quantize_backward_reference,
     _fake_backward,
 )
-"""The operator. gradient: of the result, in x's shape and dtype; the others as in `fake_quantize`. Returns the gradient of x, and
-in float32 that of the scale, which is empty unless scales_learn. Not differentiable."""
+"""The operator. gradient: of the result, in x's shape and dtype; the others as in `fake_quantize`. Returns the gradient of x,
+and in float32 that of the scale, which is empty unless scales_learn. Not differentiable."""
 
 fake_quantize = define(
     "fake_quantize(Tensor x, Tensor scale, Tensor? zero_point=None, *, str format) -> Tensor",
