@@ -122,7 +122,7 @@ def dequantize_stored(
 def within(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, form: Format) -> torch.Tensor:
     """True where x is in the representable range of its block."""
     middle = 0.0 if zero_point is None else zero_point
-    ends = [(end - middle) * scale for end in (form.low, form.high)]
+    ends = [(end - middle) * scale.float() for end in (form.low, form.high)]
     return _by_block(x, ends[0], torch.ge) & _by_block(x, ends[1], torch.le)
 
 

@@ -67,25 +67,57 @@ def _fake_dequantize(
     return q.new_empty((*q.shape[:-1], size), dtype=dtype)
 
 
+def fake_quantize_backward_reference(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    *,
+    format: str,
+    scales_learn: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference implementation."""
+    inside = formats.within(x, scale, zero_point, FORMATS[format])
+    if not scales_learn:
+        return gradient * inside, x.new_zeros(0, dtype=torch.float32)
+    # y / scale is q - zero_point, which does not change with the scale where x is clamped.
+    y = fake_quantize_reference(x, scale, zero_point, format=format)
+    change = formats.block_sum((gradient * (y - inside * x)).float(), tuple(scale.shape)) / scale.float()
+    return gradient * inside, change
+
+
+def _fake_backward(
+    gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, *_: object, scales_learn: bool, **__: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), scale.new_empty(scale.shape if scales_learn else 0, dtype=torch.float32)
+
+
 def _remember(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, str], output: torch.Tensor) -> None:
-    x, scale, zero_point = inputs
-    inside = formats.within(x, scale, zero_point, FORMATS[keyword_only_inputs["format"]])
-    ctx.save_for_backward(inside, *((x, scale, output) if scale.requires_grad else ()))
+    ctx.save_for_backward(*inputs)
+    ctx.format = keyword_only_inputs["format"]
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-    inside, *saved = ctx.saved_tensors
-    if not saved:
-        return gradient * inside, None, None
-    x, scale, y = saved
-    # y / scale is q - zero_point, which does not change with the scale where x is clamped.
-    change = formats.block_sum(gradient * (y - inside * x), tuple(scale.shape)) / scale
-    return gradient * inside, change.to(scale.dtype), None
+    x, scale, zero_point = ctx.saved_tensors
+    learn = ctx.needs_input_grad[1]
+    # The kernel computes in float32, and a gradient in float64 passes through as it is.
+    function = fake_quantize_backward_reference if x.dtype == torch.float64 else fake_quantize_backward
+    passed, change = function(gradient, x, scale, zero_point, format=ctx.format, scales_learn=learn)
+    return passed, change.to(scale.dtype) if learn else None, None
 
 
 def _straight_through(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
     return gradient
 
+
+fake_quantize_backward = define(
+    "fake_quantize_backward(Tensor gradient, Tensor x, Tensor scale, Tensor? zero_point=None, *, str format, bool scales_learn)"
+    " -> (Tensor, Tensor)",
+    fake_quantize_backward_reference,
+    _fake_backward,
+)
+"""The operator. gradient: of the result, in x's shape and dtype; the others as in `fake_quantize`. Returns the gradient of x,
+and in float32 that of the scale, which is empty unless scales_learn. Not differentiable."""
 
 fake_quantize = define(
     "fake_quantize(Tensor x, Tensor scale, Tensor? zero_point=None, *, str format) -> Tensor",

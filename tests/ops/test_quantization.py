@@ -8,7 +8,33 @@ from torch.autograd import gradcheck
 
 from lissom.ops import formats
 from lissom.ops.formats import FORMATS
-from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
+from lissom.ops.native import load_kernels
+from lissom.ops.quantization import (
+    dequantize,
+    dynamic_scale,
+    fake_quantize,
+    fake_quantize_backward,
+    fake_quantize_backward_reference,
+    fake_quantize_dynamic,
+    fake_quantize_dynamic_reference,
+    fake_quantize_reference,
+)
+
+load_kernels()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+BLOCKS = [
+    ((6, 70), (6, 1)),
+    ((6, 70), (1, 70)),
+    ((6, 70), (6, 2)),
+    ((6, 70), (2, 35)),
+    ((5, 128), (5, 4)),
+    ((3, 4, 33), (3, 2, 11)),
+    ((3, 4, 33), ()),
+    ((4, 1), (4, 1)),
+    ((), ()),
+    ((0, 8), (0, 2)),
+]
+"""Sizes of x and of its scale: per-channel, per-input, group-wise by any number, blocks of rows, per-tensor, and none."""
 
 
 def scales(x: torch.Tensor, shape: tuple[int, ...], name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -41,6 +67,64 @@ def test_a_token_is_rounded_as_it_would_be_alone(name: str) -> None:
 def test_per_tensor_takes_one_scale() -> None:
     x = torch.tensor([[0.0, 0.1], [0.0, 255.0]])
     assert fake_quantize_dynamic(x, format="uint8", granularity="tensor").tolist() == [[0.0, 0.0], [0.0, 255.0]]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sizes", "shape"), BLOCKS)
+def test_the_kernels_give_what_the_references_give(
+    name: str, dtype: torch.dtype, sizes: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = ((torch.randn(sizes, generator=generator) * 3).to(dtype) for _ in range(2))
+    scale, zero_point = scales(x.float(), shape, name) if shape and x.numel() else dynamic_scale(x.float(), name, "tensor")
+    scale, zero_point = (None if item is None else item.broadcast_to(shape) for item in (scale, zero_point))
+    assert scale is not None
+    operands = x, 0.8 * scale, zero_point  # some values are clamped
+    found, wanted = fake_quantize(*operands, format=name), fake_quantize_reference(*operands, format=name)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    for learn in (False, True):
+        options = {"format": name, "scales_learn": learn}
+        found = fake_quantize_backward(gradient, *operands, **options)
+        wanted = fake_quantize_backward_reference(gradient, *operands, **options)
+        # The kernel reads float64 as float32.
+        torch.testing.assert_close(found[0], wanted[0], rtol=1e-6 if dtype == torch.float64 else 0, atol=0)
+        # Sums in another order: a bound for each is the sum of absolute terms. The reference rounds every step to x's dtype.
+        wanted = fake_quantize_backward_reference(gradient.float(), x.float(), *operands[1:], **options)
+        torch.testing.assert_close(found[1], wanted[1], rtol=1e-5, atol=1e-5 * float(gradient.float().abs().sum()))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, -torch.inf, 3e38])
+def test_the_kernels_scale_what_is_not_finite_as_the_reference_does(name: str, granularity: str, value: float) -> None:
+    x = torch.randn(3, 2, 37, generator=torch.Generator().manual_seed(0))
+    x[1, 0, 36] = value
+    options = {"format": name, "granularity": granularity}
+    for dtype in (torch.float32, torch.bfloat16):
+        found, wanted = fake_quantize_dynamic(x.to(dtype), **options), fake_quantize_dynamic_reference(x.to(dtype), **options)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_kernels_take_any_strides() -> None:
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).T
+    scale, _ = scales(x, (6, 4), "int4")
+    assert torch.equal(fake_quantize(x, scale, format="int4"), fake_quantize(x.contiguous(), scale, format="int4"))
+    assert torch.equal(fake_quantize_dynamic(x, format="uint8"), fake_quantize_dynamic(x.contiguous(), format="uint8"))
+    every = torch.ones(()).expand(6, 8)
+    options = {"format": "int4", "scales_learn": True}
+    wanted = fake_quantize_backward_reference(every, x, scale, **options)
+    torch.testing.assert_close(fake_quantize_backward(every, x, scale, **options), wanted)
+
+
+def test_the_kernels_refuse_scales_that_divide_nothing() -> None:
+    if load_kernels():
+        pytest.skip(load_kernels())
+    for scale in (torch.ones(6, 3), torch.ones(8), torch.ones(6, 0)):
+        with pytest.raises(RuntimeError, match="sizes that divide those of x"):
+            fake_quantize(torch.ones(6, 8), scale, format="int4")
+    with pytest.raises(RuntimeError, match="a gradient has the sizes"):
+        fake_quantize_backward(torch.ones(6, 4), torch.ones(6, 8), torch.ones(6, 1), format="int4", scales_learn=True)
 
 
 def test_the_gradient_of_a_scale() -> None:
@@ -92,6 +176,9 @@ def test_the_operators_are_well_behaved(name: str) -> None:
     scale, zero_point = scales(x.detach(), (6, 1), name)
     torch.library.opcheck(fake_quantize, (x, scale, zero_point), {"format": name})
     torch.library.opcheck(fake_quantize_dynamic, (x,), {"format": "uint8"})
+    for learn in (False, True):
+        operands = x.detach(), x.detach(), scale, zero_point
+        torch.library.opcheck(fake_quantize_backward, operands, {"format": name, "scales_learn": learn})
     q = formats.quantize(x.detach(), scale, zero_point, FORMATS[name])
     stored = formats.pack_halves(q) if FORMATS[name].bits == 4 else q
     # One of opcheck's own checks computes with its inputs, which PyTorch cannot in fp8.

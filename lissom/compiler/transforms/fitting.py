@@ -13,7 +13,9 @@ from torch import fx, nn
 
 from lissom.compiler.analysis.module_filter import is_path_protected
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import FAKE_QUANTIZES
 from lissom.compiler.ir.printer import place
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.pipeline.pass_kinds import Training
@@ -26,6 +28,7 @@ from lissom.compiler.training.loop import Plan, Precision, Run, Trained
 from lissom.compiler.training.ranks import Ranks, data_parallel
 from lissom.compiler.training.shards import Shards
 from lissom.errors import RequirementError
+from lissom.ops.native import load_kernels
 from lissom.ops.quantization import fake_quantize
 
 MINUTES = 5.0
@@ -102,6 +105,7 @@ class Fitting(Training):
 
     def run(self, edit: Editor) -> None:
         program = self._check(edit)
+        _load_quantizers(edit)
         every = self._batches(edit)
         batches, judged = hold_out(program, every, self.held_out, self.seed, self.name())
         learned = self._learned(program)
@@ -265,6 +269,13 @@ class _Parts:
     def _counted(self, index: int, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
         self.ranks.fraction = self.fractions[index]
         return loss() * float(self.ranks.fraction > 0)
+
+
+def _load_quantizers(edit: Editor) -> None:
+    """Load the kernels of the quantizers in the graph; note why there are none."""
+    quantizers = edit.program.nodes(*FAKE_QUANTIZES)
+    if quantizers and nodes.tensor_type(quantizers[0]).device.type == "cpu" and (missing := load_kernels()):
+        edit.note(f"the quantizers in the graph run without Lissom's kernels, which makes a step slower: {missing}")
 
 
 def _learning_scales(program: Program) -> dict[str, tuple[nn.Parameter, torch.dtype]]:

@@ -2,6 +2,7 @@
 #include "attention_module.h"
 #include "linear.h"
 #include "barrier.h"
+#include "fake_quantize_module.h"
 #include "memory.h"
 #include "quantized.h"
 #include "recurrence_module.h"
@@ -368,6 +369,9 @@ TORCH_LIBRARY_IMPL(lissom, CPU, library) {
   library.impl("fused_rotary", fused_rotary);
   library.impl("gated_delta_rule", gated_delta_rule);
   library.impl("selective_scan", selective_scan);
+  library.impl("fake_quantize", fake_quantize_static);
+  library.impl("fake_quantize_dynamic", fake_quantize_dynamic);
+  library.impl("fake_quantize_backward", fake_quantize_gradients);
 }
 
 TORCH_LIBRARY_FRAGMENT(lissom, library) {

@@ -13,9 +13,15 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from lissom.ops.blocked_attention import block_sparse_attention_reference
+from lissom.ops.formats import FORMATS
 from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference
 from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
 from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_reference
+from lissom.ops.quantization import (
+    fake_quantize_backward_reference,
+    fake_quantize_dynamic_reference,
+    fake_quantize_reference,
+)
 from lissom.ops.quantized_linear import fill_panels, pack_bytes, quantized_linear_reference
 from lissom.ops.recurrences import gated_delta_rule_reference, selective_scan_reference
 from lissom.ops.weight_quantized_linear import FORMS, pack_blocks, pack_stored, weight_quantized_linear_reference
@@ -75,6 +81,20 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         angles = [_numbers(19, 9, dtype=dtype) for _ in range(2)]
         yield "fused_rotary", fused_rotary_reference, (q, *angles), {"interleaved": interleaved}
     yield from _recurrence_cases(dtype)
+    yield from _fake_quantize_cases(dtype)
+
+
+def _fake_quantize_cases(dtype: torch.dtype) -> Iterator[Case]:
+    x, gradient = _numbers(6, 38, dtype=dtype), _numbers(38, 6, dtype=dtype).T
+    for name, form in FORMATS.items():
+        for sizes in ((6, 2), (1, 38), (1, 1)):
+            operands = x, torch.full(sizes, 2 / form.high), None if form.symmetric else torch.full(sizes, 3.0)
+            yield "fake_quantize", fake_quantize_reference, operands, {"format": name}
+            options = {"format": name, "scales_learn": True}
+            yield "fake_quantize_backward", fake_quantize_backward_reference, (gradient / 100, *operands), options
+        for granularity in ("token", "tensor"):
+            options = {"format": name, "granularity": granularity}
+            yield "fake_quantize_dynamic", fake_quantize_dynamic_reference, (x,), options
 
 
 def _recurrence_cases(dtype: torch.dtype) -> Iterator[Case]:

@@ -222,6 +222,18 @@ inline IntVec nearest(Vec value) {
 #endif
 }
 
+// The same as floating point: any magnitude, and NaN stays NaN.
+inline Vec rounded(Vec value) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_roundscale_ps((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_round_ps((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  for (int lane = 0; lane < kLanes; ++lane) value[lane] = std::nearbyint(value[lane]);
+  return value;
+#endif
+}
+
 // e^x within 2 ulp: 2^n times a polynomial in the rest (Cephes expf); exactly 0 below -88, so that -inf masks completely, infinite
 // above 88.37, and NaN for NaN.
 inline Vec exponential(Vec x) {

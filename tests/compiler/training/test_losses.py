@@ -61,6 +61,26 @@ def test_padding_does_not_count() -> None:
     assert distance("logits", found, wanted, real) != distance("logits", changed, wanted)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_gradient_of_hidden_states(masked: bool) -> None:
+    """By the formula on the real rows alone, in float64; padding may hold NaN and gets no gradient."""
+    found, wanted = normal(2, 3, 4), normal(2, 3, 4, seed=1) + 5
+    real = torch.tensor([[True, True, False], [True, False, False]]) if masked else torch.ones(2, 3, dtype=torch.bool)
+    found[~real], wanted[~real] = torch.nan, torch.inf
+    given = wanted.clone()
+    found.requires_grad_()
+    loss = squared_error(found, wanted, real if masked else None)
+    loss.backward()
+    rows = wanted[real].double()
+    spread = (rows - rows.mean(0)).square().sum()
+    difference = (found[real].double() - rows).detach()
+    assert float(loss.detach()) == pytest.approx(float(difference.square().sum() / spread), rel=1e-5)
+    assert found.grad is not None
+    torch.testing.assert_close(found.grad[real].double(), 2 * difference / spread, rtol=1e-5, atol=0)
+    assert bool((found.grad[~real] == 0).all())
+    assert torch.equal(wanted, given)
+
+
 def test_labels_of_a_causal_model_are_those_of_the_next_token() -> None:
     program = captures.optimize(tiny_gpt2().model, tiny_gpt2().inputs).program
     outputs, _ = outputs_of(program)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -15,6 +18,7 @@ from lissom.compiler.pipeline.spelling import format_pass
 from lissom.compiler.training import loop
 from lissom.compiler.verify.divergence import compare
 from lissom.errors import PassError, PipelineTextError, RequirementError, VerifyError
+from lissom.ops.native import load_kernels
 from lissom.passes.prune.sparsify import Sparsify
 from lissom.passes.recover.distill import Distill
 from tests import captures
@@ -118,6 +122,23 @@ def test_training_goes_through_the_rounding() -> None:
     program, _ = recovered(f"{passes},distill{{steps=400,learning_rate=0.01}}")
     assert error(program) < 0.8 * error(before)
     assert "fake_quantize" in program.text()
+
+
+@pytest.mark.multiprocess
+def test_a_step_without_kernels_is_noted() -> None:
+    """In a process of its own, where the kernels are switched off: it trains by PyTorch's operators, and says so."""
+    script = (
+        "import torch, lissom\n"
+        "from tests.models import FeedForward, normal, seeded\n"
+        "passes = 'quantize{scheme=int8-dynamic},distill{steps=3}'\n"
+        "data = [normal(8, 5, 8, seed=seed) for seed in range(3)]\n"
+        "found = lissom.optimize(seeded(FeedForward), data[0], passes=passes, data=data)\n"
+        "print(found.report.history.steps[-1].notes)\n"
+    )
+    options = {"capture_output": True, "text": True, "check": True}
+    for switch, said in (("0", True), ("1", bool(load_kernels()))):
+        run = subprocess.run([sys.executable, "-c", script], env={**os.environ, "LISSOM_NATIVE": switch}, **options)
+        assert ("the quantizers in the graph run without Lissom's kernels" in run.stdout) == said
 
 
 def test_scales_learn_unless_told_otherwise() -> None:

@@ -1,0 +1,140 @@
+// Quantization followed by dequantization in one pass over x, and its gradients: lissom/ops/quantization.py has the formulas.
+#pragma once
+
+#include "quantized.h"
+
+#include <c10/util/Float8_e4m3fn.h>
+
+namespace lissom {
+
+// A low-precision format: the range of q, and whether q is an integer; else it is fp8.
+struct Grid {
+  float low, high;
+  bool is_integer = true, symmetric = true;
+};
+
+// The blocks of x, [rows, columns], that share a scale. A row has `groups` of them, or one number per column.
+struct Blocks {
+  const float *scale, *zero_point;          // zero_point: null where it is 0
+  int64_t rows, columns, groups;
+  std::vector<int64_t> sizes{}, heights{};  // of the dimensions before the last: of x, and how many indices share a scale
+
+  bool per_column() const { return groups == columns && columns > 1; }
+
+  // Where the scales of a row start.
+  int64_t start(int64_t row) const {
+    int64_t found = 0, step = groups;
+    for (size_t dim = sizes.size(); dim-- > 0; row /= sizes[dim], step *= sizes[dim] / heights[dim])
+      found += row % sizes[dim] / heights[dim] * step;
+    return found;
+  }
+};
+
+inline Vec round_to_fp8(Vec value) {
+  for (int lane = 0; lane < kLanes; ++lane) value[lane] = static_cast<float>(c10::Float8_e4m3fn(value[lane]));
+  return value;
+}
+
+// How a vector of x is quantized: scale, zero_point and the inverse of the scale, per lane.
+template <bool is_integer>
+struct Quantizer {
+  Vec scale, zero, low, high, inverse = 1.0f / scale;
+
+  // NaN stays NaN.
+  Vec rounded_value(Vec x) const {
+    Vec q = x * inverse;
+    if constexpr (is_integer) q = rounded(q) + zero;
+    q = minimum(high, maximum(low, q));
+    if constexpr (!is_integer) q = round_to_fp8(q);
+    return (q - zero) * scale;
+  }
+  IntVec is_inside(Vec x) const { return (x >= (low - zero) * scale) & (x <= (high - zero) * scale); }
+};
+
+// work(first, count, scale) runs for each block of a row; scale: the index of its scale.
+template <typename Work>
+inline void each_block(const Blocks& blocks, int64_t row, Work&& work) {
+  int64_t start = blocks.start(row), width = blocks.per_column() ? blocks.columns : blocks.columns / blocks.groups;
+  for (int64_t c = 0; c < blocks.columns; c += width) work(row * blocks.columns + c, width, start + c / width);
+}
+
+// work(c, left, quantizer) runs for each vector of a block of `count` elements; left: of them, from c on.
+template <bool is_integer, typename Work>
+inline void each_vector(const Blocks& blocks, const Grid& grid, int64_t count, int64_t scale, Work&& work) {
+  auto quantizer = [&](int64_t c) {
+    auto values = [&](const float* from) {
+      return blocks.per_column() ? load_some(from + scale + c, count - c) : splat(from[scale]);
+    };
+    Vec zero = blocks.zero_point ? values(blocks.zero_point) : splat(0.0f);
+    return Quantizer<is_integer>{values(blocks.scale), zero, splat(grid.low), splat(grid.high)};
+  };
+  auto shared = quantizer(0);
+  for (int64_t c = 0; c < count; c += kLanes) {
+    if (blocks.per_column()) shared = quantizer(c);
+    work(c, count - c, shared);
+  }
+}
+
+inline int64_t grain_of(const Blocks& blocks) { return std::max<int64_t>(1, kQuantizationGrain / blocks.columns); }
+
+template <bool is_integer, typename T>
+void fake_quantize(const Blocks& blocks, const Grid& grid, const T* x, T* y) {
+  at::parallel_for(0, blocks.rows, grain_of(blocks), [&](int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; ++row)
+      each_block(blocks, row, [&](int64_t first, int64_t count, int64_t scale) {
+        each_vector<is_integer>(blocks, grid, count, scale, [&](int64_t c, int64_t left, const auto& quantizer) {
+          store_some(y + first + c, quantizer.rounded_value(load_some(x + first + c, left)), left);
+        });
+      });
+  });
+}
+
+// The scale and zero point for a range, in the order of formats.scale_for; NaN where it is not finite.
+inline std::pair<float, float> scale_for(float low, float high, const Grid& grid) {
+  low = std::min(low, 0.0f), high = std::max(high, 0.0f);
+  float scale = grid.symmetric ? std::max(-low, high) / grid.high : (high - low) / (grid.high - grid.low), zero = 0;
+  if (!std::isfinite(scale)) return {kNaN, 0.0f};
+  scale = std::max(scale, kLeastScale);
+  if (!grid.symmetric) zero = std::min(std::max(std::nearbyint(grid.low - low / scale), grid.low), grid.high);
+  return {scale, zero};
+}
+
+// Every row with the scale of its own values.
+template <bool is_integer, typename T>
+void fake_quantize_rows(const Grid& grid, int64_t rows, int64_t columns, const T* x, T* y) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, kQuantizationGrain / columns), [&](int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; ++row) {
+      Range range;
+      range.take<true>(x + row * columns, columns);
+      auto [scale, zero] = scale_for(any(range.has_nan) ? kNaN : smallest(range.low), largest(range.high), grid);
+      Quantizer<is_integer> quantizer{splat(scale), splat(zero), splat(grid.low), splat(grid.high)};
+      for (int64_t c = row * columns, end = c + columns; c < end; c += kLanes)
+        store_some(y + c, quantizer.rounded_value(load_some(x + c, end - c)), end - c);
+    }
+  });
+}
+
+// The gradient of x, and of the scales of each row where `changes` is not null: [rows, groups].
+template <bool is_integer, typename T>
+void fake_quantize_backward(const Blocks& blocks, const Grid& grid, const T* gradient, const T* x, T* x_gradient, float* changes) {
+  at::parallel_for(0, blocks.rows, grain_of(blocks), [&](int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; ++row) {
+      float* change = changes ? changes + row * blocks.groups : nullptr;
+      each_block(blocks, row, [&](int64_t first, int64_t count, int64_t scale) {
+        Vec total = splat(0.0f);
+        each_vector<is_integer>(blocks, grid, count, scale, [&](int64_t c, int64_t left, const auto& quantizer) {
+          Vec g = load_some(gradient + first + c, left), value = load_some(x + first + c, left), none = splat(0.0f);
+          IntVec inside = quantizer.is_inside(value);
+          store_some(x_gradient + first + c, inside ? g : none, left);
+          if (!change) return;
+          Vec found = g * (quantizer.rounded_value(value) - (inside ? value : none));
+          if (blocks.per_column()) store_some(change + c, found / quantizer.scale, left);
+          else total += found;
+        });
+        if (change && !blocks.per_column()) *change++ = sum(total) / blocks.scale[scale];
+      });
+    }
+  });
+}
+
+}  // namespace lissom
