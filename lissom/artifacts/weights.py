@@ -26,12 +26,12 @@ from torch import nn
 from lissom.compiler.ir.program import Program
 from lissom.errors import ArtifactError
 from lissom.fields import count, number, parse_json, take, take_list
+from lissom.tensor_files import ALIGNMENT, DTYPES, write_tensors
 
 Place = Callable[[torch.device], torch.device]
 """Maps the device a tensor was saved on to the device to load it on."""
 SWITCH = "LISSOM_MAP_WEIGHTS"
 """The environment variable; 0 copies weights from the file instead of mapping them."""
-ALIGNMENT = 64
 _BITS: Mapping[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtypes by element size in bytes, to view the bits of a value."""
 SMALLEST = 4096
@@ -42,22 +42,6 @@ _MOST_MEMORY = 1 << 40
 """The assumed memory in bytes if the system does not report it."""
 _ENTRIES = "entries"
 _KINDS = (torch.Tensor, nn.Parameter, nn.Buffer)
-_DTYPES: Mapping[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""The dtypes of safetensors files, with their names there."""
 
 
 def save_weights(program: Program, path: Path, *, alone: bool = False) -> dict[str, object]:
@@ -68,7 +52,8 @@ def save_weights(program: Program, path: Path, *, alone: bool = False) -> dict[s
     Raises: ArtifactError for a weight safetensors cannot hold; OSError if it cannot be written.
     """
     entries, tensors = stored_weights(program)
-    _write(tensors, path, {_ENTRIES: json.dumps(entries)} if alone else {})
+    with path.open("wb") as file:
+        write_tensors(file, tensors, {_ENTRIES: json.dumps(entries)} if alone else {})
     return entries
 
 
@@ -85,7 +70,7 @@ def stored_weights(program: Program) -> tuple[dict[str, object], dict[str, torch
     compressed: set[str] = set()
     entries: dict[str, object] = {}
     for name, weight in program.weights().items():
-        if type(weight) not in _KINDS or weight.layout is not torch.strided or weight.dtype not in _DTYPES:
+        if type(weight) not in _KINDS or weight.layout is not torch.strided or weight.dtype not in DTYPES:
             raise ArtifactError(
                 f"weight '{name}' is a {type(weight).__name__} of {weight.dtype} and {weight.layout}, which an artifact cannot "
                 f"hold; make it a plain tensor of a plain dtype before compiling"
@@ -157,27 +142,6 @@ def check_memory(needed: int, what: str) -> None:
     limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else _MOST_MEMORY
     if needed > limit:
         raise ValueError(f"{what} would take {needed} bytes of memory; the limit is {limit}, which this machine has")
-
-
-def _write(tensors: Mapping[str, torch.Tensor], path: Path, notes: Mapping[str, str]) -> None:
-    """Write a safetensors file with tensors aligned to 64 bytes, as PyTorch allocates them.
-
-    The safetensors library does not align tensors, and on unaligned memory kernels are slower and round differently. The
-    format allows no gaps, so tensors whose size is not a multiple of 64 bytes come last.
-    """
-    order = sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT != 0, -item[1].itemsize, item[0]))
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **notes}}
-    end = 0
-    for name, tensor in order:
-        offsets = [end, end := end + tensor.nbytes]
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for _, tensor in order:
-            file.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _as_stored(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, object]]:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from io import BufferedWriter
 from pathlib import Path
 from typing import cast
 
@@ -27,6 +26,7 @@ from lissom.compiler.training.ranks import Ranks
 from lissom.errors import ArtifactError
 from lissom.fields import count, parse_json, printable, shown, take, take_list
 from lissom.files import check_path, open_plain, read_plain, reason, write_whole, writing_whole
+from lissom.tensor_files import DTYPES, write_tensors
 
 FORMAT_VERSION = 1
 STATE = "state.json"
@@ -40,13 +40,6 @@ _COST = 25
 """A state is written again after so many times the seconds that writing it took: at most 4 % of the time."""
 _SECONDS = 30.0
 """A state is written so often between two measurements of the held-out loss."""
-_DTYPES: Mapping[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.uint8: "U8",
-}
 
 
 @dataclass(frozen=True)
@@ -211,7 +204,7 @@ class Checkpoint:
                     raise ValueError("it holds tensors of other names")
                 for key, like in templates.items():
                     part = file.get_slice(key)
-                    if tuple(part.get_shape()) != like.shape or part.get_dtype() != _DTYPES[like.dtype]:
+                    if tuple(part.get_shape()) != like.shape or part.get_dtype() != DTYPES[like.dtype]:
                         raise ValueError(f"'{shown(key)}' is {part.get_dtype()} {part.get_shape()}, not {list(like.shape)}")
                 found = {key: file.get_tensor(key).clone() for key in templates}
             for key, tensor in found.items():
@@ -248,7 +241,7 @@ class Checkpoint:
 
     def _write_tensors(self, stem: str, tensors: Mapping[str, torch.Tensor]) -> None:
         with writing_whole(self.directory / (stem + self._ending)) as file:
-            _write_safetensors(file, tensors)
+            write_tensors(file, tensors, {})
 
     def _commit(self, state: State) -> None:
         """Make the tensors that were written the state, and delete those of the states before."""
@@ -265,16 +258,3 @@ class Checkpoint:
 def _stem(state: State) -> str:
     """The name of the tensors' file, without what makes it a rank's."""
     return "result" if state.finished else f"step-{state.step}"
-
-
-def _write_safetensors(file: BufferedWriter, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors one at a time: the library makes a copy of all of them in memory."""
-    header, end = dict[str, object](), 0
-    for name, tensor in tensors.items():
-        offsets = [end, end := end + tensor.nbytes]
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for tensor in tensors.values():
-        file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
