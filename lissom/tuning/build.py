@@ -19,23 +19,28 @@ from lissom.errors import InputError
 from lissom.inspect.timing import ENOUGH, time_calls
 from lissom.passes import RECIPES
 from lissom.runtime.compiled_model import CompiledModel
-from lissom.tuning.candidates import EXACT
 from lissom.tuning.divergence import Divergence
+from lissom.tuning.spelling import EXACT
 
 _QUICK, _CAREFUL = 0.25, 1.0
 """Seconds of timing for each program: in the cost table, and of a verified candidate."""
 
 
+def silent(_what: str, _finished: int, _total: int) -> None:
+    """Shows no progress of a single program."""
+
+
 @dataclass(frozen=True)
 class Variant:
-    """What holds for a whole program: the backend's name, and whether the layers that stay in floating point are in bfloat16."""
+    """What holds for a whole program: the backend's name, and whether layers in floating point are in bfloat16."""
 
     backend: str
     bf16: bool = False
 
-    def pipeline(self, passes: str) -> str:
-        """The passes with those of the variant; `exact` where there are none."""
-        return ",".join(filter(None, (passes, RECIPES["mixed-precision"] if self.bf16 else ""))) or EXACT
+    @property
+    def pipeline(self) -> str:
+        """Its passes as text."""
+        return RECIPES["mixed-precision"] if self.bf16 else EXACT
 
     def __str__(self) -> str:
         return f"{self.backend} in bf16" if self.bf16 else self.backend
@@ -73,14 +78,14 @@ class Workshop:
             checks=checks,
             data=self.data if checks == "numeric" else (),
             goal=None,
-            progress=lambda *_: None,
+            progress=silent,
         )
         return compile_model(self.program, self.example, settings)
 
     def base(self, variant: Variant) -> CompiledModel:
         """The program of a variant without further passes. Raises: LissomError."""
         if variant not in self.exact:
-            self.exact[variant] = self.build(variant.pipeline(""), variant.backend)
+            self.exact[variant] = self.build(variant.pipeline, variant.backend)
         return self.exact[variant]
 
     def time(self, found: CompiledModel, base: CompiledModel, *, careful: bool = False) -> Timed:
@@ -118,7 +123,10 @@ class Quality:
 
     @classmethod
     def of(cls, exact: CompiledModel, divergence: Divergence, metric: Metric | None, bound: float) -> Quality:
-        """Measures the exact program twice. Raises: InputError if the metric fails, is NaN, or differs by more than the bound."""
+        """Measures the exact program twice.
+
+        Raises: InputError if the metric fails, returns NaN, or differs by more than the bound.
+        """
         if metric is None:
             return cls(divergence, None)
         first, second = (_score(metric, exact, original=True) for _ in range(2))

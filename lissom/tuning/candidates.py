@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.errors import LissomError
 from lissom.passes import RECIPES, known_passes
+from lissom.tuning.spelling import EXACT
 from lissom.tuning.store import Record, number, text
-
-EXACT = "exact"
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,12 @@ class Candidate:
     def distilled(self) -> bool:
         return "distill" in self.pipeline
 
+    def same(self, other: Candidate) -> bool:
+        """Whether both are the same program."""
+        return (self.pipeline, self.backend) == (other.pipeline, other.backend)
+
     def cost(self, memory: bool) -> float:
+        """Bytes or milliseconds."""
         return float(self.bytes) if memory else self.milliseconds
 
 
@@ -101,14 +105,12 @@ class Aim:
 
     def rank(self, candidate: Candidate) -> tuple[float, float]:
         """Smaller is better, among candidates that meet the bound."""
-        figures = candidate.cost(self.memory), candidate.drop
-        return figures if self.target is None else figures[::-1]
+        cost, drop = candidate.cost(self.memory), candidate.drop
+        return (cost, drop) if self.target is None else (drop, cost)
 
     def miss(self, candidate: Candidate) -> float:
         """By which factor a candidate misses the bound."""
-        figure, bound = (
-            (candidate.drop, self.max_drop) if self.target is None else (candidate.cost(self.memory), self.target)
-        )
+        figure, bound = (candidate.drop, self.max_drop) if self.target is None else (candidate.cost(self.memory), self.target)
         return figure / bound if bound > 0 else figure
 
     def choose(self, candidates: Sequence[Candidate]) -> Candidate:
@@ -124,7 +126,9 @@ class Aim:
     def frontier(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates that no other one matches in both cost and drop, the cheapest first."""
         found: list[Candidate] = []
-        for item in sorted((item for item in candidates if not item.failed), key=lambda item: (item.cost(self.memory), item.drop)):
+        for item in sorted(
+            (item for item in candidates if not item.failed), key=lambda item: (item.cost(self.memory), item.drop)
+        ):
             if not found or item.drop < found[-1].drop:
                 found.append(item)
         return found

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from lissom.errors import LissomError
 from lissom.tuning.build import Variant, Workshop
 from lissom.tuning.clock import Clock
-from lissom.tuning.sites import PLAIN, Group, Option
+from lissom.tuning.sites import Group, Option
 from lissom.tuning.spelling import pipeline_of
 from lissom.tuning.store import Store, number
 
@@ -75,10 +75,10 @@ class CostMeter:
             # A program keeps one attention and one feed-forward.
             members = members[: len(members) - (option.left == 0)]
             options = [option if at in members else group.whole for at, group in enumerate(self.groups)]
-            passes = pipeline_of(self.groups, options, self.linears, criterion="magnitude")
-            if not members or not passes:
+            passes = pipeline_of(self.groups, options, self.linears, bf16=self.variant.bf16, criterion="magnitude")
+            if not members or passes == self.variant.pipeline:
                 continue
-            record = self.store.get("cost", self.key, f"{self.variant} {passes}")
+            record = self.store.get("cost", self.key, f"{self.variant.backend} {passes}")
             share = None if record is None else number(record, "share")
             if share is None:
                 if not self.clock.within(until):
@@ -101,7 +101,7 @@ class CostMeter:
         """The cost of the whole program relative to the exact one, minus 1; None if it cannot be built."""
         exact = self.workshop.base(self.variant)
         try:
-            found = self.workshop.build(self.variant.pipeline(passes), self.variant.backend, checks="off")
+            found = self.workshop.build(passes, self.variant.backend, checks="off")
         except LissomError as error:
             table.failed.append(f"{passes}: {error}")
             return None
@@ -109,15 +109,15 @@ class CostMeter:
             share = self.workshop.size(found) / max(self.workshop.size(exact), 1) - 1
         else:
             share = self.workshop.time(found, exact).ratio - 1
-        self.store.add("cost", self.key, f"{self.variant} {passes}", share=share)
+        self.store.add("cost", self.key, f"{self.variant.backend} {passes}", share=share)
         return share
 
 
-def worthwhile(table: CostTable, groups: Sequence[Group], schemes: Sequence[str]) -> list[str]:
-    """The schemes that make some form of group cheaper; PLAIN is always one of them."""
-    found = [PLAIN]
-    for scheme in schemes:
-        costs = [table.cost(group, Option(group.size, scheme)) for group in groups if scheme in group.schemes]
-        if scheme != PLAIN and any(cost < 0 for cost in costs):
-            found.append(scheme)
-    return found
+def worthwhile(table: CostTable, groups: Sequence[Group], schemes: Sequence[str]) -> set[str]:
+    """The schemes that make some form of group cheaper."""
+    return {
+        scheme
+        for group in groups
+        for scheme in group.schemes
+        if scheme in schemes and table.cost(group, Option(group.size, scheme)) < 0
+    }

@@ -134,16 +134,14 @@ class LossMeter:
         return loss
 
     def _tasks(self, schemes: Sequence[str]) -> Iterator[tuple[int, Option]]:
-        """Every measurement: schemes, the middle amount, removal, the smallest amount, the others."""
+        """Every measurement: schemes, removal, the middle amount, the smallest amount, the others."""
         for scheme in schemes:
             for index, group in enumerate(self.groups):
                 if scheme != PLAIN and scheme in group.schemes:
                     yield index, Option(group.size, scheme)
         fewer = [[left for left in group.lefts() if 0 < left < group.size] for group in self.groups]
-        orders = [dict.fromkeys([*item[1:2], *item[:1], 0, *item[-1:], *item]) for item in fewer]
-        rounds = [
-            [left for left in order if left or group.layer] for order, group in zip(orders, self.groups, strict=True)
-        ]
+        orders = [dict.fromkeys([0, *item[1:2], *item[:1], *item[-1:], *item]) for item in fewer]
+        rounds = [[left for left in order if left or group.layer] for order, group in zip(orders, self.groups, strict=True)]
         for turn in range(max(map(len, rounds), default=0)):
             for index, lefts in enumerate(rounds):
                 if turn < len(lefts):

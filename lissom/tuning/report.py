@@ -115,7 +115,7 @@ def _table(report: TuneReport) -> RenderableType:
     order = sorted(range(len(report.candidates)), key=lambda at: report.candidates[at].cost(memory))
     for at in order:
         item = report.candidates[at]
-        cost, other = ((item.bytes / 1e6, item.milliseconds) if memory else (item.milliseconds, item.bytes / 1e6))
+        cost, other = (item.bytes / 1e6, item.milliseconds) if memory else (item.milliseconds, item.bytes / 1e6)
         predicted = None if item.predicted_cost is None else item.predicted_cost / (1e6 if memory else 1)
         figures = [f"{value:.3g}" for value in (cost, item.drop, other)] if not item.failed else [""] * 3
         table.add_row(
@@ -140,7 +140,9 @@ def _known(value: float | None) -> str:
 
 def shortened(pipeline: str) -> str:
     """A pipeline without the values of long options."""
-    found = "".join(part if at % 2 == 0 else '"…"' if len(part) > 12 else f'"{part}"' for at, part in enumerate(pipeline.split('"')))
+    found = "".join(
+        part if at % 2 == 0 else '"…"' if len(part) > 12 else f'"{part}"' for at, part in enumerate(pipeline.split('"'))
+    )
     return found if len(found) <= _LONGEST else f"{found[: _LONGEST - 1]}…"
 
 
@@ -169,9 +171,7 @@ def _plot(report: TuneReport, path: Path) -> None:
         style = "o-" if group is frontier else "o"
         axes.errorbar(x, [item.drop for item in group], xerr=errors, fmt=style, color=colour, label=label, capsize=2)
     chosen = report.chosen
-    axes.plot(
-        [chosen.cost(memory) / scale], [chosen.drop], "*", color="#d62728", markersize=14, label="chosen", zorder=5
-    )
+    axes.plot([chosen.cost(memory) / scale], [chosen.drop], "*", color="#d62728", markersize=14, label="chosen", zorder=5)
     if report.aim.target is None:
         axes.axhline(report.aim.max_drop, color="#888888", linestyle=":", label="max_drop")
     else:
@@ -189,5 +189,3 @@ def _plot(report: TuneReport, path: Path) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-

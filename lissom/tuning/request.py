@@ -6,8 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Literal, get_args
+from typing import TypeGuard
 
 from lissom.backends import find_backend
 from lissom.backends.base import Backend
@@ -15,7 +14,7 @@ from lissom.compiler.pipeline.options import Metric
 from lissom.driver.options import Inputs, check_data
 from lissom.errors import InputError, UnsupportedError
 
-Goal = Literal["latency", "throughput", "memory"]
+GOALS = ("latency", "throughput", "memory")
 _ABSOLUTE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s|MB|GB|x|×)\s*")
 _UNITS = {"ms": 1.0, "s": 1e3, "MB": 1e6, "GB": 1e9}
 _MOST_MINUTES = 60 * 24 * 30
@@ -28,7 +27,7 @@ class Request:
     data: Sequence[Inputs]
     metric: Metric | None
     max_drop: float
-    goal: Goal
+    goal: str
     target: float | str | None
     minutes: float
     backends: Mapping[str, str | Backend]
@@ -69,8 +68,8 @@ def check_request(
         raise UnsupportedError(f"metric= is {metric!r:.80}; give a callable that takes a model and returns a number")
     if not _is_number(max_drop) or not 0 <= max_drop < math.inf:
         raise UnsupportedError(f"max_drop= is {max_drop!r:.80}; give a number, 0 or more")
-    if goal not in get_args(Goal):
-        raise UnsupportedError(f"goal={goal!r:.80} is not known; choose {', '.join(get_args(Goal))}")
+    if goal not in GOALS:
+        raise UnsupportedError(f"goal={goal!r:.80} is not known; choose {', '.join(GOALS)}")
     if not _is_number(minutes) or not 0 < minutes <= _MOST_MINUTES:
         raise UnsupportedError(f"minutes= is {minutes!r:.80}; give a number above 0, at most {_MOST_MINUTES}")
     if target is not None:
@@ -78,7 +77,14 @@ def check_request(
     if not isinstance(distill, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UnsupportedError(f"distill= is {distill!r:.80}; give True or False")
     return Request(
-        batches, metric, float(max_drop), goal, target, float(minutes), _named(backends), distill  # pyright: ignore[reportArgumentType]
+        batches,
+        metric,
+        float(max_drop),
+        goal,
+        target,
+        float(minutes),
+        _named(backends),
+        distill,
     )
 
 
@@ -96,8 +102,8 @@ def _named(backends: Sequence[str | Backend]) -> dict[str, str | Backend]:
     return found
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _read_target(target: object, *, memory: bool) -> tuple[float, str]:
@@ -111,7 +117,7 @@ def _read_target(target: object, *, memory: bool) -> tuple[float, str]:
             raise wrong
         amount, unit = float(found[1]), found[2]
     elif _is_number(target):
-        amount, unit = float(target), "x"  # pyright: ignore[reportArgumentType]
+        amount, unit = float(target), "x"
     else:
         raise wrong
     if not (amount > 1 if unit in ("x", "×") else amount > 0) or math.isinf(amount):

@@ -137,9 +137,7 @@ class _Sites:
                     shapes.setdefault(key, tuple(int(size) for size in program.weight(str(weight.target)).shape))
         return cls(units, layers, linears, shapes, names)
 
-    def group(
-        self, groups: dict[object, Group], path: str, node: fx.Node, kind: str, layers: Sequence[fx.Node]
-    ) -> Group:
+    def group(self, groups: dict[object, Group], path: str, node: fx.Node, kind: str, layers: Sequence[fx.Node]) -> Group:
         """The group of a site, with the site's linear layers added to it."""
         site = self.units.get(path)
         shared = frozenset((*site.paths, *site.shares)) if site is not None else node

@@ -16,6 +16,7 @@ from lissom.passes.quantize.quantize import Quantize
 from lissom.passes.recover.distill import Distill
 from lissom.tuning.sites import LOW_RANK, PLAIN, Group, Option
 
+EXACT = "exact"
 HALF = 0.5
 """The fraction of its bytes that a layer has as two factors."""
 
@@ -26,11 +27,12 @@ def pipeline_of(
     linears: Sequence[str],
     *,
     steps: int = 0,
+    bf16: bool = False,
     criterion: str = "auto",
 ) -> str:
-    """The passes that give each group its option, as text; empty if all stay as they are.
+    """The passes that give each group its option, as text; `exact` if all stay as they are.
 
-    linears: the paths of all linear layers. steps: of distillation; 0 for none.
+    linears: the paths of all linear layers. steps: of distillation; 0 for none. bf16: whether layers in floating point are cast.
     criterion: by which heads and neurons are chosen.
     """
     chosen = list(zip(groups, options, strict=True))
@@ -52,12 +54,14 @@ def pipeline_of(
     gone = {path for group, option in chosen if not option.left for path in group.linears}
     quantized = quantize_of({path: schemes.get(path, PLAIN) for path in linears if path not in gone})
     distill: list[Pass] = [Distill(steps=steps, precision="fp32")] if steps else []
-    # Weights learn before they are quantized; where nothing else is lossy, through the quantizers.
-    passes += [*distill, *quantized] if passes else [*quantized, *distill] if quantized else []
-    return format_pipeline(passes)
+    # Weights learn before they are cast and quantized; where nothing else is lossy, through the quantizers.
+    # A layer that is cast after it was quantized has no kernel.
+    before, after = (distill, []) if passes else ([], distill if quantized else [])
+    cast = parse_pipeline(RECIPES["mixed-precision"], known_passes()) if bf16 else []
+    return format_pipeline([*passes, *before, *cast, *quantized, *after]) or EXACT
 
 
-def quantize_of(schemes: Mapping[str, str]) -> list[Pass]:
+def quantize_of(schemes: Mapping[str, str]) -> list[Quantize]:
     """`quantize` with these schemes of linear layers by path, or nothing if all are `none`."""
     used = set(schemes.values())
     if used <= {PLAIN}:

@@ -15,21 +15,23 @@ from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.options import Metric
 from lissom.driver.compile import optimize_model
 from lissom.driver.options import Inputs, Settings, read_data, split_inputs
-from lissom.errors import LissomError
 from lissom.inspect.machine import device_name
 from lissom.ops.native.instruction_sets import processor_features
 from lissom.runtime.compiled_model import CompiledModel
-from lissom.tuning.build import Quality, Variant, Workshop
-from lissom.tuning.candidates import EXACT, Aim, Candidate
+from lissom.tuning.build import Quality, Variant, Workshop, silent
+from lissom.tuning.candidates import Aim, Candidate
 from lissom.tuning.clock import Clock
-from lissom.tuning.costs import CostMeter, worthwhile
+from lissom.tuning.costs import CostMeter, CostTable, worthwhile
 from lissom.tuning.divergence import Divergence
+from lissom.tuning.finalists import distil
 from lissom.tuning.losses import LossMeter
 from lissom.tuning.report import TuneReport
 from lissom.tuning.request import Request, check_request
 from lissom.tuning.search import Search
-from lissom.tuning.sites import PLAIN, groups_of, linear_paths
+from lissom.tuning.sites import PLAIN, Group, groups_of, linear_paths
+from lissom.tuning.spelling import EXACT
 from lissom.tuning.store import Store, fingerprint, program_fingerprint
+from lissom.tuning.trials import Trials
 from lissom.version import __version__
 
 _JUDGED = 4
@@ -38,7 +40,10 @@ _BATCHES = 8
 """How many times the example's rows a call has with goal="throughput"."""
 _FAST_BF16 = ("avx512_bf16", "amx_bf16")
 _COSTS, _LOSSES, _VERIFIED, _ALL = 0.25, 0.5, 0.7, 0.97
-"""The fractions of the time after which the tables, the candidates and the distillation end."""
+"""The fractions of the time after which the cost table, the loss table, the candidates and the distillation end."""
+_VERIFIED_ALONE = 1.3
+"""The factor on the first two without distillation."""
+_MOST_NOTES = 3
 
 
 @dataclass(frozen=True)
@@ -115,26 +120,24 @@ def tune(
         backends=backends,
         distill=distill,
     )
-    clock, kept = Clock(60 * request.minutes), Store(store)
+    clock, kept, notes = Clock(60 * request.minutes), Store(store), list[str]()
     with clock.shown():
         clock.show("capture")
-        program, _ = optimize_model(model, example_inputs, Settings(passes=EXACT, progress=lambda *_: None))
-        search, notes = _prepared(program, example_inputs, request, kept, clock)
+        program, _ = optimize_model(model, example_inputs, Settings(passes=EXACT, progress=silent))
+        trials = _trials(program, example_inputs, request, kept, clock)
+        groups = groups_of(program)
         try:
-            _searched(search, request, notes)
+            _search(trials, groups, request, notes)
         except KeyboardInterrupt:
             notes.append(f"interrupted after {clock.passed:.0f} s; this is the best program so far")
-        return _result(search, request, notes)
+        return _result(trials, groups, request, notes)
 
 
-def _prepared(
-    program: Program, example: Inputs, request: Request, kept: Store, clock: Clock
-) -> tuple[Search, list[str]]:
-    """The search with the exact program measured, and notes for the report."""
-    signature = program.signature
+def _trials(program: Program, example: Inputs, request: Request, kept: Store, clock: Clock) -> Trials:
+    """The exact program measured, and the candidates of earlier calls."""
     args, kwargs = split_inputs(example)
-    flat = signature.flatten(args, kwargs)
-    batches, _ = read_data(request.data, signature)
+    flat = program.signature.flatten(args, kwargs)
+    batches, _ = read_data(request.data, program.signature)
     sample = _many_rows(program, flat) if request.goal == "throughput" else flat
     workshop = Workshop(program, example, sample, request.data, request.backends)
     clock.show("the exact program")
@@ -144,94 +147,99 @@ def _prepared(
     milliseconds, size = workshop.milliseconds(base), workshop.size(base)
     exact = Candidate(EXACT, first.backend, milliseconds, milliseconds, milliseconds, size)
     aim = Aim(request.memory, request.max_drop, request.target_cost(exact.cost(request.memory)))
-    on = fingerprint(program_fingerprint(program), __version__)
-    place = fingerprint(device_name(_device(flat)), torch.get_num_threads(), torch.__version__, sample)
-    scored = "" if request.metric is None else f"{_named(request.metric)} {quality.score!r}"
-    key = fingerprint(on, place, batches, scored)
-    search = Search(workshop, quality, aim, groups_of(program), linear_paths(program), kept, key, clock, [exact], {first: exact})
-    search.best = (exact.pipeline + exact.backend, base)
-    facts = {"model": program.name, "goal": request.goal, "max_drop": request.max_drop, "memory": request.memory}
-    bound = {"target": aim.target, "metric": scored, "milliseconds": milliseconds, "bytes": size, "backend": first.backend}
-    kept.add("run", key, "run", **facts, **bound)
-    search.recall()
-    notes = [f"{kept.skipped} unreadable lines of the store were passed over"] if kept.skipped else []
-    if request.metric is None:
-        notes.append("without a metric, drops are relative output errors on data=")
-    if quality.noise:
-        notes.append(f"two measurements of the exact program differ by {quality.noise:.2g}")
-    return search, notes
-
-
-def _searched(search: Search, request: Request, notes: list[str]) -> None:
-    """Measure the tables of every variant, and search."""
-    variants = _variants(search, request)
-    search.clock.begin()
-    part = 1.0 if request.distill else 1.3
-    on = fingerprint(program_fingerprint(search.workshop.program), __version__)
-    cost_key = fingerprint(on, device_name(_device(search.workshop.sample)), torch.get_num_threads(), torch.__version__)
-    cost_key = fingerprint(cost_key, request.memory, search.workshop.sample)
-    everything = list(dict.fromkeys(scheme for group in search.groups for scheme in group.schemes))
-    costs, schemes = {}, [PLAIN]
-    for turn, variant in enumerate(variants, 1):
-        arguments = (search.workshop, search.groups, search.linears, variant, request.memory, search.store, cost_key, search.clock)
-        costs[variant] = CostMeter(*arguments).measure(everything, _COSTS * part * turn / len(variants))
-        schemes += [item for item in worthwhile(costs[variant], search.groups, everything) if item not in schemes]
-    args = [split_inputs(batch) for batch in request.data]
-    samples = [search.workshop.program.signature.flatten(*item) for item in args[: 2 * _JUDGED]]
-    judged, calibrating = samples[: (len(samples) + 1) // 2], samples[(len(samples) + 1) // 2 :] or samples
-    divergence = Divergence(search.workshop.program, judged)
-    key = fingerprint(on, judged, calibrating)
-    meter = LossMeter(
-        search.workshop.program, search.groups, search.linears, calibrating, divergence, search.store, key, search.clock
+    metric = "" if request.metric is None else f"{_named(request.metric)} {quality.score!r}"
+    key = fingerprint(_place(program, sample), batches, metric)
+    kept.add(
+        "run",
+        key,
+        request.goal,
+        model=program.name,
+        backend=first.backend,
+        memory=request.memory,
+        max_drop=request.max_drop,
+        target=aim.target,
+        metric=metric,
+        milliseconds=milliseconds,
+        bytes=size,
     )
-    losses = meter.measure(schemes, _LOSSES * part)
-    for variant in variants:
-        search.add_tables(variant, losses, costs[variant], schemes)
+    trials = Trials(workshop, quality, aim, kept, key, clock, [exact])
+    trials.recall()
+    return trials
+
+
+def _place(program: Program, sample: Sample) -> str:
+    """What times depend on: the program, the versions, the machine, and the inputs."""
+    machine = device_name(_device(sample)), torch.get_num_threads(), torch.__version__
+    return fingerprint(program_fingerprint(program), __version__, *machine, sample)
+
+
+def _search(trials: Trials, groups: Sequence[Group], request: Request, notes: list[str]) -> None:
+    """Measure the tables of every variant, verify candidates, and distill finalists."""
+    program, clock = trials.workshop.program, trials.clock
+    clock.begin()
+    bases, linears = _variants(trials, request), linear_paths(program)
+    stretch = 1.0 if request.distill else _VERIFIED_ALONE
+    every = list(dict.fromkeys(scheme for group in groups for scheme in group.schemes))
+    costs: dict[Variant, CostTable] = {}
+    schemes = {PLAIN}
+    key = fingerprint(_place(program, trials.workshop.sample), request.memory)
+    for turn, variant in enumerate(bases, 1):
+        meter = CostMeter(trials.workshop, groups, linears, variant, request.memory, trials.store, key, clock)
+        costs[variant] = meter.measure(every, _COSTS * stretch * turn / len(bases))
+        schemes |= worthwhile(costs[variant], groups, every)
+    pairs = [split_inputs(batch) for batch in request.data[: 2 * _JUDGED]]
+    samples = [program.signature.flatten(*pair) for pair in pairs]
+    judged, calibrating = samples[::2], samples[1::2] or samples
+    key = fingerprint(program_fingerprint(program), __version__, judged, calibrating)
+    divergence = Divergence(program, judged)
+    meter = LossMeter(program, groups, linears, calibrating, divergence, trials.store, key, clock)
+    losses = meter.measure([scheme for scheme in every if scheme in schemes], _LOSSES * stretch)
+    search = Search(trials, groups, linears, bases)
+    for variant in bases:
+        search.add_table(variant, losses, costs[variant], [scheme for scheme in every if scheme in schemes])
     if losses.measured < losses.wanted:
         notes.append(f"{losses.measured} of {losses.wanted} losses were measured; the others are interpolated")
     failed = [sentence for table in (losses, *costs.values()) for sentence in table.failed]
-    notes += [f"left out: {sentence}"[:300] for sentence in failed[:3]]
-    search.run(_VERIFIED * part if request.distill else _ALL, distill=request.distill, whole=_ALL)
+    notes += [f"left out: {sentence:.200}" for sentence in failed[:_MOST_NOTES]]
+    search.run(_VERIFIED if request.distill else _ALL)
+    if request.distill:
+        distil(search, _ALL)
 
 
-def _variants(search: Search, request: Request) -> list[Variant]:
-    """The backends, each in the program's own precision and in bfloat16 where that is fast; the cheapest first."""
-    device = _device(search.workshop.sample)
+def _variants(trials: Trials, request: Request) -> dict[Variant, Candidate]:
+    """The backends, each in the program's own precision and in bfloat16 where that is fast, measured; the cheapest first."""
+    device = _device(trials.workshop.sample)
     fast = device.type == "cuda" or any(name in processor_features() for name in _FAST_BF16)
+    found = {Variant(trials.exact.backend): trials.exact}
     for backend in request.backends:
         for variant in (Variant(backend), *([Variant(backend, bf16=True)] if fast else [])):
-            if variant in search.bases:
-                continue
-            found = search.measured(Candidate(variant.pipeline(""), backend, table_cost=None))
-            if not found.failed:
-                search.bases[variant] = found
-    first = next(iter(search.bases.values()))
-    for variant in list(search.bases):
-        try:
-            search.workshop.base(variant)
-        except LissomError:
-            del search.bases[variant]
-    ordered = sorted(search.bases, key=lambda variant: search.bases[variant].cost(request.memory))
-    # bfloat16 alone is over some bounds; it then leaves nothing for the other passes.
-    kept = [item for item in ordered if search.bases[item] is first or search.aim.target or search.aim.meets(search.bases[item])]
-    return kept
+            if variant not in found:
+                base = trials.measure(Candidate(variant.pipeline, backend))
+                # A variant over the bound by itself leaves nothing for the other passes.
+                if not base.failed and (trials.aim.target is not None or trials.aim.meets(base)):
+                    found[variant] = base
+    ordered = sorted(found, key=lambda variant: found[variant].cost(request.memory))
+    return {variant: found[variant] for variant in ordered}
 
 
-def _result(search: Search, request: Request, notes: list[str]) -> Tuned:
-    chosen = search.aim.choose(search.candidates)
-    if chosen.exact and (missed := search.aim.nearest_miss(search.candidates)) is not None:
+def _result(trials: Trials, groups: Sequence[Group], request: Request, notes: list[str]) -> Tuned:
+    chosen, compiled = trials.chosen()
+    missed = trials.aim.nearest_miss(trials.candidates)
+    if chosen is trials.exact and missed is not None:
         what = "drop" if request.target is None else "cost"
-        notes.append(f"no candidate met the bound, so the exact program is kept; the nearest has {search.aim.miss(missed):.2f} x the {what} allowed: {missed.pipeline}")
-    if search.best is not None and search.best[0] == chosen.pipeline + chosen.backend:
-        compiled = search.best[1]
-    else:
-        compiled = search.workshop.build(chosen.pipeline, chosen.backend)
-    frontier = search.aim.frontier(search.candidates)
-    report = TuneReport(
-        search.workshop.program.name, search.aim, tuple(search.candidates), chosen, request.metric is not None, tuple(notes),
-        tuple(search.groups),
-    )
-    return Tuned(compiled, chosen.pipeline, chosen.backend, tuple(frontier), report)
+        notes.append(
+            f"no cheaper candidate meets the bound, and the exact program is kept; the nearest has "
+            f"{trials.aim.miss(missed):.2f} x the {what} allowed: {missed.pipeline}"
+        )
+    if request.metric is None:
+        notes.append("without a metric, drops are relative output errors on data=")
+    if trials.quality.noise:
+        notes.append(f"two measurements of the exact program's metric differ by {trials.quality.noise:.2g}")
+    if trials.store.skipped:
+        notes.append(f"{trials.store.skipped} unreadable lines of the store were passed over")
+    name, scored = trials.workshop.program.name, request.metric is not None
+    report = TuneReport(name, trials.aim, tuple(trials.candidates), chosen, scored, tuple(notes), tuple(groups))
+    return Tuned(compiled, chosen.pipeline, chosen.backend, tuple(report.frontier), report)
 
 
 def _many_rows(program: Program, flat: Sample) -> Sample:
@@ -251,5 +259,3 @@ def _device(sample: Sample) -> torch.device:
 
 def _named(metric: Metric) -> str:
     return str(getattr(metric, "__qualname__", type(metric).__qualname__))
-
-
