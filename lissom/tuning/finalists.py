@@ -40,14 +40,17 @@ def distil(search: Search, until: float) -> None:
 
 
 def _finalist(search: Search, factor: float) -> tuple[Variant, Choice] | None:
-    """The cheapest solution with `factor` times the loss that is allowed without distillation; for a target the solution."""
+    """The cheapest solution with `factor` times the loss that is allowed without distillation; for a target the solution.
+
+    None where nothing that can be distilled is lossy.
+    """
     aim, found = search.trials.aim, list[tuple[float, Variant, Choice]]()
     loss = factor * search.law.inverse(aim.max_drop) if aim.target is None else math.inf
     # A target that the last one missed is aimed at more closely.
     cost = math.inf if aim.target is None else search.line.inverse(aim.target) * (0.97 if factor < _FACTOR else 1.0)
     for variant in search.tables:
         choice = search.solve(variant, loss, cost)
-        if choice is not None and any(item.option != group.whole for item, group in zip(choice, search.groups, strict=True)):
+        if choice is not None and search.candidate(variant, choice, _PROBE_STEPS).distilled:
             found.append((sum(item.cost for item in choice) + search.base_cost(variant), variant, choice))
     return min(found, key=lambda item: item[0])[1:] if found else None
 

@@ -32,8 +32,8 @@ def pipeline_of(
 ) -> str:
     """The passes that give each group its option, as text; `exact` if all stay as they are.
 
-    linears: the paths of all linear layers. steps: of distillation; 0 for none. bf16: whether layers in floating point are cast.
-    criterion: by which heads and neurons are chosen.
+    linears: the paths of all linear layers. steps: of distillation, where it is possible; 0 for none. bf16: whether layers in
+    floating point are in bfloat16. criterion: by which heads and neurons are chosen.
     """
     chosen = list(zip(groups, options, strict=True))
     passes: list[Pass] = []
@@ -54,9 +54,9 @@ def pipeline_of(
     gone = {path for group, option in chosen if not option.left for path in group.linears}
     quantized = quantize_of({path: schemes.get(path, PLAIN) for path in linears if path not in gone})
     distill: list[Pass] = [Distill(steps=steps, precision="fp32")] if steps else []
-    # Weights learn before they are cast and quantized; where nothing else is lossy, through the quantizers.
+    # Weights learn before they are cast and quantized; where nothing else is lossy, through the quantizers, if in float32.
     # A layer that is cast after it was quantized has no kernel.
-    before, after = (distill, []) if passes else ([], distill if quantized else [])
+    before, after = (distill, []) if passes else ([], distill if quantized and not bf16 else [])
     cast = parse_pipeline(RECIPES["mixed-precision"], known_passes()) if bf16 else []
     return format_pipeline([*passes, *before, *cast, *quantized, *after]) or EXACT
 

@@ -78,7 +78,7 @@ class Trials:
         self.candidates.append(replace(candidate, failed=reason))
 
     def _with_figures(self, candidate: Candidate, compiled: CompiledModel) -> Candidate:
-        timed = self.workshop.time(compiled, self.workshop.base(Variant(self.exact.backend)), careful=True)
+        timed = self.workshop.time(compiled, self.workshop.base(Variant(self.exact.backend)), careful=not self.aim.memory)
         drop, squared = self.quality.drop(compiled)
         if not math.isfinite(drop + squared):
             return replace(candidate, failed="its outputs are not finite")
