@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 
 import pytest
 import torch
@@ -94,7 +93,7 @@ def test_a_link_and_a_directory_in_place_of_the_file_are_refused(tmp_path):
     target = tmp_path / "elsewhere"
     target.write_text("")
     (tmp_path / "store").mkdir()
-    os.symlink(target, tmp_path / "store" / FILE)
+    (tmp_path / "store" / FILE).symlink_to(target)
     with pytest.raises(ArtifactError, match="symbolic link"):
         Store(tmp_path / "store")
     (tmp_path / "other" / FILE).mkdir(parents=True)

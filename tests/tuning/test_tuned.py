@@ -113,7 +113,7 @@ def test_ctrl_c_gives_the_best_program_so_far():
         (lambda model: 1 / 0, "metric raised ZeroDivisionError: division by zero"),
         (lambda model: math.nan, "metric returned nan for the model as it is"),
         (lambda model: "good", "metric returned a str"),
-        (lambda model, seen=[]: seen.append(1) or float(len(seen)), "metric returned 1 and then 2 for the same model"),  # noqa: B006
+        (lambda model, seen=[]: seen.append(1) or float(len(seen)), "metric returned 1 and then 2 for the same model"),
     ],
 )
 def test_a_metric_that_does_not_measure_is_refused(metric, sentence):
