@@ -40,19 +40,16 @@ def distil(search: Search, until: float) -> None:
 
 
 def _finalist(search: Search, factor: float) -> tuple[Variant, Choice] | None:
-    """The cheapest solution with `factor` times the loss that is allowed without distillation; for a target the solution.
+    """The best solution with `factor` times the loss that is allowed without distillation; for a target the solution.
 
     None where nothing that can be distilled is lossy.
     """
-    aim, found = search.trials.aim, list[tuple[float, Variant, Choice]]()
+    aim = search.trials.aim
     loss = factor * search.law.inverse(aim.max_drop) if aim.target is None else math.inf
     # A target that the last one missed is aimed at more closely.
     cost = math.inf if aim.target is None else search.line.inverse(aim.target) * (0.97 if factor < _FACTOR else 1.0)
-    for variant in search.tables:
-        choice = search.solve(variant, loss, cost)
-        if choice is not None and search.candidate(variant, choice, _PROBE_STEPS).distilled:
-            found.append((sum(item.cost for item in choice) + search.base_cost(variant), variant, choice))
-    return min(found, key=lambda item: item[0])[1:] if found else None
+    found = search.best_of(dict.fromkeys(search.tables, (loss, cost)))
+    return found if found is not None and search.candidate(*found, _PROBE_STEPS).distilled else None
 
 
 def _seconds_a_step(search: Search, variant: Variant, choice: Choice) -> float:

@@ -11,13 +11,16 @@ from rich.console import Group as Stack
 from rich.console import RenderableType
 from rich.text import Text
 
+from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
 from lissom.errors import UnsupportedError
 from lissom.inspect.tables import plain, plain_table
+from lissom.passes import RECIPES, known_passes
 from lissom.tuning.candidates import Aim, Candidate
 from lissom.tuning.sites import Group, Option
-from lissom.tuning.spelling import read_options
+from lissom.tuning.spelling import EXACT, read_options
 
-_LONGEST = 60
+_LONGEST = 30
+_CAST = "cast"
 
 
 @dataclass(frozen=True, repr=False)
@@ -139,11 +142,11 @@ def _known(value: float | None) -> str:
 
 
 def shortened(pipeline: str) -> str:
-    """A pipeline without the values of long options."""
-    found = "".join(
-        part if at % 2 == 0 else '"…"' if len(part) > 12 else f'"{part}"' for at, part in enumerate(pipeline.split('"'))
-    )
-    return found if len(found) <= _LONGEST else f"{found[: _LONGEST - 1]}…"
+    """The passes of a pipeline, with short options only."""
+    cast = RECIPES["mixed-precision"]
+    texts = (format_pass(item) for item in parse_pipeline(pipeline.replace(cast, _CAST), known_passes(), RECIPES))
+    short = [text if len(text) <= _LONGEST else f"{text.partition('{')[0]}{{…}}" for text in texts]
+    return ", ".join("bf16" if text == _CAST else text for text in short) if pipeline != EXACT else EXACT
 
 
 def _plot(report: TuneReport, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lissom.tuning.build import Variant
@@ -23,6 +23,7 @@ _COSTS = (1.0, 0.97, 1.03, 0.94, 1.06, 0.9, 1.1, 0.86, 1.15, 0.8, 1.2, 0.75)
 _SPREAD = (0.3, 0.6, 0.8)
 """The parts of the greatest saving that the first candidates have, while no drop is known."""
 _CLOSE = 1.2
+_MOST_UNIFORM = 4
 Choice = Sequence[Item]
 
 
@@ -55,10 +56,9 @@ class Search:
     def run(self, until: float) -> None:
         """Verify candidates until a fraction of the time has passed, or no new ones are found."""
         self.correct()
-        for variant in self.tables:
-            for choice in self._uniform(variant):
-                if self.has_time(until):
-                    self.verify(variant, choice)
+        for variant, choice in self._uniform():
+            if self.has_time(until):
+                self.verify(variant, choice)
         while self.has_time(until) and (found := next(self._fresh(), None)) is not None:
             self.verify(*found)
 
@@ -66,25 +66,39 @@ class Search:
         """Whether there is time for one more candidate."""
         return self.trials.clock.until(until) > _CLOSE * self.trials.slowest
 
-    def _uniform(self, variant: Variant) -> Iterator[Choice]:
-        """The same scheme everywhere: the programs that one pass gives."""
-        table = self.tables[variant]
-        for scheme in dict.fromkeys(item.option.scheme for items in table for item in items):
-            if scheme != PLAIN:
+    def _uniform(self) -> list[tuple[Variant, Choice]]:
+        """The same scheme everywhere, as one pass gives it: the cheapest of these programs, and cheaper than the variant."""
+        found: list[tuple[float, Variant, Choice]] = []
+        for variant, table in self.tables.items():
+            for scheme in dict.fromkeys(item.option.scheme for items in table for item in items):
                 wanted = [Option(group.size, scheme) for group in self.groups]
-                yield [
+                choice = [
                     next((item for item in items if item.option == option), items[0])
                     for option, items in zip(wanted, table, strict=True)
                 ]
+                saving = sum(item.cost for item in choice)
+                if scheme != PLAIN and saving < 0:
+                    found.append((saving + self.base_cost(variant), variant, choice))
+        return [item[1:] for item in sorted(found, key=lambda item: item[0])[:_MOST_UNIFORM]]
 
     def _fresh(self) -> Iterator[tuple[Variant, Choice]]:
-        """Solutions that were not built yet, those nearest to the bound first."""
-        bounds = {variant: self._bounds(variant) for variant in self.tables}
-        for turn in range(max(map(len, bounds.values()), default=0)):
-            for variant, found in bounds.items():
-                choice = self.solve(variant, *found[turn])
-                if choice is not None and self.trials.known(self.candidate(variant, choice)) is None:
-                    yield variant, choice
+        """Solutions that were not built yet, those nearest to the bound first; for each bound that of the best variant."""
+        bounds = [self._bounds(variant) for variant in self.tables]
+        for turn in zip(*bounds, strict=True):
+            found = self.best_of(dict(zip(self.tables, turn, strict=True)))
+            if found is not None and self.trials.known(self.candidate(*found)) is None:
+                yield found
+
+    def best_of(self, bounds: Mapping[Variant, tuple[float, float]]) -> tuple[Variant, Choice] | None:
+        """The solution of the variant that is best under its bounds on loss and cost."""
+        found: list[tuple[float, Variant, Choice]] = []
+        for variant, (loss, cost) in bounds.items():
+            choice = self.solve(variant, loss, cost)
+            if choice is not None:
+                candidate = self.candidate(variant, choice)
+                rank = candidate.table_cost if math.isinf(cost) else candidate.table_loss
+                found.append((rank or 0.0, variant, choice))
+        return min(found, key=lambda item: item[0])[1:] if found else None
 
     def solve(self, variant: Variant, loss: float, cost: float) -> Choice | None:
         """The best choice whose whole program has at most this loss or this cost; the other bound is infinite."""

@@ -94,13 +94,21 @@ class Trials:
         )
 
     def chosen(self) -> tuple[Candidate, CompiledModel]:
-        """The best candidate, compiled. Raises: LissomError if it has to be built again and cannot be."""
-        found = self.aim.choose(self.candidates)
-        if found is self.exact:
-            return found, self.workshop.base(Variant(found.backend))
-        if self.best is None or not self.best[0].same(found):
-            self.best = found, self.workshop.build(found.pipeline, found.backend)
-        return self.best
+        """The best candidate, compiled; one that the store knew is built and evaluated again."""
+        while (found := self.aim.choose(self.candidates)) is not self.exact:
+            if self.best is not None and self.best[0] is found:
+                return self.best
+            self.clock.show("the best candidate")
+            again = replace(found, failed="the store had other figures for it")
+            try:
+                compiled = self.workshop.build(found.pipeline, found.backend)
+                drop, squared = self.quality.drop(compiled)
+                if self.aim.meets(replace(found, drop=drop, error=squared**0.5, bytes=self.workshop.size(compiled))):
+                    return found, compiled
+            except LissomError as error:
+                again = replace(found, failed=f"{type(error).__name__}: {error}".partition("\n")[0])
+            self.candidates[self.candidates.index(found)] = again
+        return found, self.workshop.base(Variant(found.backend))
 
     def fitting(self) -> Sequence[Candidate]:
         """The candidates that show how far the tables are off."""

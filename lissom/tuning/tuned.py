@@ -147,7 +147,7 @@ def _trials(program: Program, example: Inputs, request: Request, kept: Store, cl
     milliseconds, size = workshop.milliseconds(base), workshop.size(base)
     exact = Candidate(EXACT, first.backend, milliseconds, milliseconds, milliseconds, size)
     aim = Aim(request.memory, request.max_drop, request.target_cost(exact.cost(request.memory)))
-    metric = "" if request.metric is None else f"{_named(request.metric)} {quality.score!r}"
+    metric = "" if request.metric is None else f"{_identity(request.metric)} {quality.score!r}"
     key = fingerprint(_place(program, sample), batches, metric)
     kept.add(
         "run",
@@ -257,5 +257,12 @@ def _device(sample: Sample) -> torch.device:
     return sample[0].device if sample else torch.device("cpu")
 
 
-def _named(metric: Metric) -> str:
-    return str(getattr(metric, "__qualname__", type(metric).__qualname__))
+def _identity(metric: Metric) -> str:
+    """What tells metrics apart in a store: the name, and the code of a function."""
+    code = getattr(metric, "__code__", None)
+    parts = (
+        (code.co_code.hex(), code.co_names, [item for item in code.co_consts if isinstance(item, (str, int, float))])
+        if code
+        else ()
+    )
+    return f"{getattr(metric, '__qualname__', type(metric).__qualname__)} {fingerprint(*parts)}"
