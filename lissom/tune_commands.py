@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 
 from lissom.artifacts.directory import check_target
-from lissom.artifacts.files import check_writable
 from lissom.cli_options import Data, MetricName, Quality
 from lissom.errors import ArtifactError, UnsupportedError
+from lissom.files import check_writable
 from lissom.frontends.sources import NAMES, load
 from lissom.inspect.tables import show
 from lissom.tuning.report import TuneReport

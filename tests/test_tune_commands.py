@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -20,10 +21,9 @@ def run(*arguments):
 
 @pytest.fixture
 def arrays(tmp_path):
-    import numpy as np
-
     path = tmp_path / "data.npz"
-    np.savez(path, input_ids=np.ones((2, 5), dtype=np.int64), attention_mask=np.ones((2, 5), dtype=np.int64))
+    ones = np.ones((2, 5), dtype=np.int64)
+    np.savez(path, input_ids=ones, attention_mask=ones, token_type_ids=0 * ones)
     return path
 
 

@@ -27,15 +27,15 @@ def distil(search: Search, until: float) -> None:
         if found is None or (pipeline := search.candidate(*found).pipeline) in tried:
             return
         tried.append(pipeline)
-        seconds = trials.clock.until(until) / (_COUNT - turn) - trials.slowest
+        seconds = trials.clock.until(until) / (_COUNT - turn) - trials.pace
         pace = _seconds_a_step(search, *found) if seconds > 0 else math.inf
         steps = int(seconds / pace)
         if steps < _LEAST_STEPS:
             return
-        slowest = trials.slowest
+        usual = trials.pace
         distilled = search.verify(*found, steps)
         # Training is planned for by itself.
-        trials.slowest = slowest
+        trials.pace = usual
         factor = factor * _UP if trials.aim.meets(distilled) else factor / _DOWN
 
 

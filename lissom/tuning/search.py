@@ -11,7 +11,7 @@ from lissom.tuning.candidates import Candidate
 from lissom.tuning.corrections import Line, PowerLaw
 from lissom.tuning.costs import CostTable
 from lissom.tuning.losses import LossTable
-from lissom.tuning.sites import PLAIN, Group, Option
+from lissom.tuning.sites import LOW_RANK, PLAIN, Group, Option
 from lissom.tuning.solve import Item, solve
 from lissom.tuning.spelling import pipeline_of
 from lissom.tuning.trials import Trials
@@ -22,7 +22,6 @@ _COSTS = (1.0, 0.97, 1.03, 0.94, 1.06, 0.9, 1.1, 0.86, 1.15, 0.8, 1.2, 0.75)
 """The same for a target of the cost, which is predicted more closely."""
 _SPREAD = (0.3, 0.6, 0.8)
 """The parts of the greatest saving that the first candidates have, while no drop is known."""
-_CLOSE = 1.2
 _MOST_UNIFORM = 4
 Choice = Sequence[Item]
 
@@ -64,10 +63,10 @@ class Search:
 
     def has_time(self, until: float) -> bool:
         """Whether there is time for one more candidate."""
-        return self.trials.clock.until(until) > _CLOSE * self.trials.slowest
+        return self.trials.clock.until(until) > self.trials.pace
 
     def _uniform(self) -> list[tuple[Variant, Choice]]:
-        """The same scheme everywhere, as one pass gives it: the cheapest of these programs, and cheaper than the variant."""
+        """The same scheme of `quantize` everywhere: the cheapest of these programs, and cheaper than the variant."""
         found: list[tuple[float, Variant, Choice]] = []
         for variant, table in self.tables.items():
             for scheme in dict.fromkeys(item.option.scheme for items in table for item in items):
@@ -77,7 +76,7 @@ class Search:
                     for option, items in zip(wanted, table, strict=True)
                 ]
                 saving = sum(item.cost for item in choice)
-                if scheme != PLAIN and saving < 0:
+                if scheme not in (PLAIN, LOW_RANK) and saving < 0:
                     found.append((saving + self.base_cost(variant), variant, choice))
         return [item[1:] for item in sorted(found, key=lambda item: item[0])[:_MOST_UNIFORM]]
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from lissom.artifacts.files import check_path, read_plain, reason
 from lissom.compiler.ir.program import Program
 from lissom.errors import ArtifactError
+from lissom.files import check_path, read_plain, reason
 
 FILE = "records.jsonl"
 VERSION = 1

@@ -20,7 +20,7 @@ class Trials:
     """The measured candidates. key: of the store, for the program, the machine, the inputs, the data and the metric.
 
     candidates: the exact program first, with its figures. best: the best candidate with its compiled program, where that is in
-    memory. slowest: the most seconds that a candidate took.
+    memory. pace: the mean seconds of a candidate so far.
     """
 
     workshop: Workshop
@@ -31,7 +31,8 @@ class Trials:
     clock: Clock
     candidates: list[Candidate]
     best: tuple[Candidate, CompiledModel] | None = None
-    slowest: float = 0.0
+    pace: float = 0.0
+    _built: int = 0
 
     @property
     def exact(self) -> Candidate:
@@ -65,7 +66,8 @@ class Trials:
             raise
         except LissomError as error:
             found = replace(candidate, failed=f"{type(error).__name__}: {error}".partition("\n")[0])
-        self.slowest = max(self.slowest, time.monotonic() - started)
+        self._built += 1
+        self.pace += (time.monotonic() - started - self.pace) / self._built
         self.candidates.append(found)
         self.store.add("candidate", self.key, f"{found.backend} {found.pipeline}", **asdict(found))
         if compiled is not None and self.aim.choose(self.candidates) is found:

@@ -18,7 +18,7 @@ import torch, lissom
 from tests.models import tiny_bert
 from tests.tuning.searches import batches
 case = tiny_bert()
-options = {"max_drop": 0.2, "goal": "memory", "minutes": 0.6, "distill": False}
+options = {"max_drop": 0.2, "goal": "memory", "minutes": 0.4, "distill": False}
 tuned = lissom.tune(case.model, case.inputs, data=batches(case), store=sys.argv[1], **options)
 print(len(tuned.report.candidates), tuned.pipeline)
 """
