@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lissom.passes.sites import sites
     from lissom.runtime.compiled_model import CompiledModel, load
     from lissom.torch_compile import dynamo_reports
+    from lissom.tuning.tuned import Tuned, tune
 
 __all__ = [
     "CompiledModel",
@@ -28,6 +29,7 @@ __all__ = [
     "LissomError",
     "OnnxRuntime",
     "Optimized",
+    "Tuned",
     "__version__",
     "compile",
     "compile_generation",
@@ -37,6 +39,7 @@ __all__ = [
     "load_generation",
     "optimize",
     "sites",
+    "tune",
 ]
 
 _HOMES = {
@@ -45,6 +48,7 @@ _HOMES = {
     "LissomError": "lissom.errors",
     "OnnxRuntime": "lissom.backends.onnxruntime.backend",
     "Optimized": "lissom.api",
+    "Tuned": "lissom.tuning.tuned",
     "compile": "lissom.api",
     "compile_generation": "lissom.generation",
     "dynamo_reports": "lissom.torch_compile",
@@ -53,6 +57,7 @@ _HOMES = {
     "load_generation": "lissom.generation",
     "optimize": "lissom.api",
     "sites": "lissom.passes.sites",
+    "tune": "lissom.tuning.tuned",
 }
 """Where each public name is defined. It is imported when it is first asked for, since torch and sympy take seconds."""
 _ROOMS = ("artifacts", "backends", "compiler", "errors", "frontends", "generation", "inspect", "ops", "passes", "runtime")

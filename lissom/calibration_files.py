@@ -131,6 +131,8 @@ def make_metric(name: str, source: Source, data: Sequence[Batch], device: torch.
         scores = [measure(one, other, batch) for one, other, batch in zip(wanted, found, batches, strict=True)]
         return sum(scores) / len(scores)
 
+    # Metrics are told apart by it.
+    score.__qualname__ = name
     return score
 
 

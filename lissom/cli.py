@@ -1,4 +1,4 @@
-"""The command line: `lissom demo | compile | run | generate | show | bench | sign | verify | passes | machine`."""
+"""The command line: `lissom demo | compile | tune | run | generate | show | bench | sign | verify | passes | machine`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ from lissom.passes import RECIPES, known_passes
 from lissom.passes.sites import sites as list_sites
 from lissom.saved_commands import AllowNative, load_saved, run_saved, sign_saved, verify_saved
 from lissom.shadowing import shadowed_install
+from lissom.tune_commands import run_tune
 from lissom.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -270,6 +271,7 @@ def run_show(
     console.print(coloured_diff(changed) if changed else "the two steps are the same program", soft_wrap=True)
 
 
+app.command("tune")(run_tune)
 app.command("bench")(run_bench)
 app.command("sign")(sign_saved)
 app.command("verify")(verify_saved)

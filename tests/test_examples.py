@@ -19,6 +19,7 @@ SAID = {
     "feature_extraction": "features of 12 tokens, 384 numbers each\nequal to those of the original model\n",
     "sentence_embeddings": "equal to the original model's embeddings\n",
     "text_generation": "equal to the original model's answer\n",
+    "tune": "the text gives the same program again: True\n",
     "distill": "BertConfig, 17.4 million weights\n",
     "distill_on_ranks": "10 steps ",
     "finetune_classifier": "of the weights, distilled: 0.9",
@@ -26,8 +27,8 @@ SAID = {
 }
 
 
-# Where its package is installed, Gemma is loaded, compiled, and generates twice; the others train.
-SLOW = {"text_generation", "distill", "distill_on_ranks", "finetune_classifier"}
+# Where its package is installed, Gemma is loaded, compiled, and generates twice; the others train or search.
+SLOW = {"text_generation", "distill", "distill_on_ranks", "finetune_classifier", "tune"}
 
 
 @pytest.mark.parametrize(

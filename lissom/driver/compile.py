@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -48,10 +49,15 @@ def optimize_model(model: nn.Module | Program, example_inputs: Inputs, settings:
     check_choices(settings)
     passes = resolve_passes(settings.passes)
     take, device = _capturing(model, example_inputs, settings)
-    with progress_bar("optimize") as bar, isolated(device):
-        job = _job(take, passes, settings, settings.progress or bar, 1 + len(passes))
+    with _shown(settings, "optimize") as progress, isolated(device):
+        job = _job(take, passes, settings, progress, 1 + len(passes))
         job.captured.program.about = _facts_of(model)
         return job.pipeline.run(job.captured.program, job.history)
+
+
+def _shown(settings: Settings, title: str) -> AbstractContextManager[Progress]:
+    """The caller's progress callback, or a bar with this title."""
+    return progress_bar(title) if settings.progress is None else nullcontext(settings.progress)
 
 
 def _facts_of(model: nn.Module | Program) -> Facts | None:
@@ -101,8 +107,7 @@ def compile_captured(
     Raises: what `lissom.compile` raises.
     """
     passes, backends = check_settings(settings)
-    with progress_bar(title) as bar, isolated(device):
-        progress = settings.progress or bar
+    with _shown(settings, title) as progress, isolated(device):
         if isinstance(backends[0], Distributed):
             compiled = _compile_for_ranks(take, device, settings, passes, backends[0], progress, facts)
         else:

@@ -82,6 +82,12 @@ class UnitPruning(Approximation):
         choices = self._choices(sites)
         if (self.keep == 1 and not self.amounts) or not sites:
             return
+        if self.keep is None:
+            # Ranking takes most of the time, and a site that keeps all its units needs none.
+            fewer = [(site, item) for site, item in zip(sites, choices, strict=True) if (item.left or item.units) < item.units]
+            sites, choices = [site for site, _ in fewer], [item for _, item in fewer]
+            if not sites:
+                return
         reference = edit.reference or edit.program.copy()
         if criterion == "reconstruction":
             self._search_masks(edit, sites, choices)

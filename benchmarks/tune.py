@@ -1,0 +1,157 @@
+"""`lissom.tune` on all-MiniLM-L6-v2 beside single techniques and other searches over the same options in the same time.
+
+    python benchmarks/tune.py --minutes 20 --max-drop 0.01
+
+Compared are: the exact program; `quantize`; heads, neurons and layers pruned by themselves to three amounts each, and pruned
+and quantized; a random search over the options of tune; and Optuna's TPE over the same, if it is installed. All are timed side
+by side with the exact program, and evaluated by the mean cosine of embeddings of WordNet glosses that neither passes nor
+searches have seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from quality import calibration_batches, conditions, read_pairs
+
+import lissom
+from lissom.errors import LissomError
+from lissom.frontends.huggingface import Checkpoint, load
+from lissom.inspect.timing import time_calls
+from lissom.tuning.sites import PLAIN, SCHEMES, groups_of, linear_paths
+from lissom.tuning.spelling import pipeline_of
+
+ROWS, TOKENS, HELD, BATCH = 8, 64, 256, 32
+KEEPS = (0.75, 0.5, 0.25)
+
+Found = tuple[str, float, float]
+"""A pipeline, its speedup, and the drop of the metric."""
+Batches = list[dict[str, torch.Tensor]]
+
+
+class Judge:
+    """Builds pipelines, times them beside the exact program, and evaluates them.
+
+    Passes calibrate on one set of texts, searches choose by a second, and the table has the drop on a third.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, calibration: int) -> None:
+        self.checkpoint, self.data = checkpoint, calibration_batches(checkpoint, calibration)
+        texts = read_pairs("evaluation").glosses
+        self.chosen_by, self.reported_on = (self._batches(texts[at : at + HELD]) for at in (0, HELD))
+        self.example = checkpoint.encode(texts[:ROWS], TOKENS)
+        self.exact = lissom.compile(checkpoint.model, self.example)
+
+    def _batches(self, texts: Sequence[str]) -> Batches:
+        return [self.checkpoint.encode(texts[at : at + BATCH]) for at in range(0, len(texts), BATCH)]
+
+    def metric(self, model: Callable[..., object], batches: Batches | None = None) -> float:
+        """The mean cosine of the embeddings to the original's."""
+        with torch.no_grad():
+            cosines = [
+                (embeddings(model, batch) * embeddings(self.checkpoint.model, batch)).sum(-1)
+                for batch in batches or self.chosen_by
+            ]
+        return float(torch.cat(cosines).mean())
+
+    def speedup(self, model: Callable[..., object]) -> float:
+        """The speedup over the exact program, of the lower quartiles."""
+        calls = {"exact": lambda: self.exact(**self.example), "found": lambda: model(**self.example)}
+        timings = time_calls(calls, 1.0, most=300)
+        return timings["exact"].low_ms / timings["found"].low_ms
+
+    def judge(self, pipeline: str, *, reported: bool = False) -> Found:
+        """Raises: LissomError if the pipeline cannot be built."""
+        found = lissom.compile(self.checkpoint.model, self.example, passes=pipeline, data=self.data, goal=None)
+        return pipeline, self.speedup(found), 1.0 - self.metric(found, self.reported_on if reported else None)
+
+
+def embeddings(model: Callable[..., object], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean-pooled embeddings of unit length, [rows, features]."""
+    hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
+    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def single_techniques() -> Iterator[str]:
+    """Pipelines of one technique with one amount everywhere."""
+    yield "quantize"
+    for keep in KEEPS:
+        for passes in (f"prune-heads{{keep={keep}}}", f"prune-neurons{{keep={keep}}}", f"prune-layers{{keep={keep}}}"):
+            yield passes
+            yield f"{passes},quantize"
+
+
+def best(found: list[Found], max_drop: float) -> str:
+    """The fastest within the bound; the exact program if there is none."""
+    return max((item for item in found if item[2] <= max_drop), key=lambda item: item[1], default=("exact", 1.0, 0.0))[0]
+
+
+def searched(judge: Judge, minutes: float, optuna: bool) -> list[Found]:
+    """A random search or Optuna's TPE over the options of tune, for that many minutes."""
+    program = lissom.optimize(judge.checkpoint.model, judge.example).program
+    groups, linears = groups_of(program), linear_paths(program)
+    offered = [group.options((PLAIN, *SCHEMES)) for group in groups]
+    found: list[Found] = []
+
+    def attempt(chosen: list[int]) -> Found | None:
+        options = [items[at] for items, at in zip(offered, chosen, strict=True)]
+        try:
+            found.append(judge.judge(pipeline_of(groups, options, linears)))
+        except LissomError:
+            return None
+        return found[-1]
+
+    if not optuna:
+        numbers, started = random.Random(0), time.monotonic()
+        while time.monotonic() - started < 60 * minutes:
+            attempt([numbers.randrange(len(items)) for items in offered])
+        return found
+    import optuna as library
+
+    def objective(trial):
+        result = attempt([trial.suggest_int(f"{at}", 0, len(items) - 1) for at, items in enumerate(offered)])
+        if result is None:
+            raise library.TrialPruned
+        return result[1], result[2]
+
+    study = library.create_study(directions=["maximize", "minimize"], sampler=library.samplers.TPESampler(seed=0))
+    study.optimize(objective, timeout=60 * minutes)
+    return found
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20.0, help="of each search")
+    parser.add_argument("--max-drop", type=float, default=0.01)
+    parser.add_argument("--calibration", type=int, default=128, help="texts")
+    parser.add_argument("--only", default="single,tune,random,optuna", help="which of these, separated by commas")
+    options = parser.parse_args()
+    wanted, judge = options.only.split(","), Judge(load("minilm"), options.calibration)
+    chosen: dict[str, str] = {}
+    if "single" in wanted:
+        found = [judge.judge(pipeline) for pipeline in single_techniques()]
+        chosen |= {pipeline: pipeline for pipeline, _, _ in found}
+        chosen["best single technique"] = best(found, options.max_drop)
+    if "tune" in wanted:
+        limits = {"max_drop": options.max_drop, "minutes": options.minutes}
+        tuned = lissom.tune(judge.checkpoint.model, judge.example, data=judge.data, metric=judge.metric, **limits)
+        chosen["lissom.tune"] = tuned.pipeline
+    if "random" in wanted:
+        chosen["random search"] = best(searched(judge, options.minutes, optuna=False), options.max_drop)
+    if "optuna" in wanted and importlib.util.find_spec("optuna") is not None:
+        chosen["Optuna TPE"] = best(searched(judge, options.minutes, optuna=True), options.max_drop)
+    rows = {name: judge.judge(pipeline, reported=True) for name, pipeline in chosen.items()}
+    print("| program | speedup | drop of the cosine |\n|---|---:|---:|")
+    for name, (_, speedup, drop) in rows.items():
+        print(f"| {name} | {speedup:.2f} | {drop:.4f} |")
+    print(f"\nmax_drop {options.max_drop}, {options.minutes:g} minutes for each search; {conditions()}")
+
+
+if __name__ == "__main__":
+    main()

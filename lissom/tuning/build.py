@@ -1,0 +1,158 @@
+"""Building programs of a search: compiled, timed side by side with the exact one, and evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from lissom.artifacts.weights import stored_bytes
+from lissom.backends.base import Backend, restored_state
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.pipeline.options import Checks, Metric, read_score
+from lissom.driver.compile import compile_model
+from lissom.driver.options import Inputs, Settings
+from lissom.errors import InputError
+from lissom.inspect.timing import ENOUGH, time_calls
+from lissom.passes import RECIPES
+from lissom.runtime.compiled_model import CompiledModel
+from lissom.tuning.divergence import Divergence
+from lissom.tuning.spelling import EXACT
+
+_QUICK, _CAREFUL = 0.25, 1.0
+"""Seconds of timing for each program: in the cost table, and of a verified candidate."""
+
+
+def silent(_what: str, _finished: int, _total: int) -> None:
+    """Shows no progress of a single program."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What holds for a whole program: the backend's name, and whether layers in floating point are in bfloat16."""
+
+    backend: str
+    bf16: bool = False
+
+    @property
+    def pipeline(self) -> str:
+        """Its passes as text."""
+        return RECIPES["mixed-precision"] if self.bf16 else EXACT
+
+    def __str__(self) -> str:
+        return f"{self.backend} in bf16" if self.bf16 else self.backend
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The time of a program over that of the exact one, timed in turns: median, lower and upper quartile."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+@dataclass
+class Workshop:
+    """Builds candidates of one program.
+
+    program: the exact one. example: of the model's inputs. sample: the flat inputs for timing. data: all batches, for passes
+    that calibrate. exact: the program without lossy passes, compiled for each variant.
+    """
+
+    program: Program
+    example: Inputs
+    sample: Sample
+    data: Sequence[Inputs]
+    backends: Mapping[str, str | Backend]
+    exact: dict[Variant, CompiledModel] = field(default_factory=dict[Variant, CompiledModel])
+
+    def build(self, pipeline: str, backend: str, checks: Checks = "numeric") -> CompiledModel:
+        """The program after the passes, compiled for a backend. Raises: LissomError."""
+        settings = Settings(
+            passes=pipeline,
+            backend=self.backends[backend],
+            checks=checks,
+            data=self.data if checks == "numeric" else (),
+            goal=None,
+            progress=silent,
+        )
+        return compile_model(self.program, self.example, settings)
+
+    def base(self, variant: Variant) -> CompiledModel:
+        """The program of a variant without further passes. Raises: LissomError."""
+        if variant not in self.exact:
+            self.exact[variant] = self.build(variant.pipeline, variant.backend)
+        return self.exact[variant]
+
+    def time(self, found: CompiledModel, base: CompiledModel, *, careful: bool = False) -> Timed:
+        """The time of a program over that of `base`."""
+        calls = {"base": partial(base.run, self.sample), "found": partial(found.run, self.sample)}
+        with restored_state(base._executable, found._executable):
+            timings = time_calls(calls, _CAREFUL if careful else _QUICK, most=ENOUGH)
+        base_ms, ms = timings["base"], timings["found"]
+        # Other processes only ever add time, so the lower quartiles are compared.
+        ratio = ms.low_ms / base_ms.low_ms
+        return Timed(ratio, ratio * ms.low_ms / ms.median_ms, ratio * ms.high_ms / ms.median_ms)
+
+    def milliseconds(self, found: CompiledModel) -> float:
+        """The time of one call: the lower quartile of many."""
+        with restored_state(found._executable):
+            return time_calls({"found": partial(found.run, self.sample)}, _CAREFUL, most=ENOUGH)["found"].low_ms
+
+    @staticmethod
+    def size(found: CompiledModel) -> int:
+        """The bytes of its weights in an artifact."""
+        return stored_bytes(found.program)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a program loses: the drop of the metric, or without one the relative output error.
+
+    score: of the exact program; 0 without a metric. noise: between two measurements of the exact program.
+    """
+
+    divergence: Divergence
+    metric: Metric | None
+    score: float = 0.0
+    noise: float = 0.0
+
+    @classmethod
+    def of(cls, exact: CompiledModel, divergence: Divergence, metric: Metric | None, bound: float) -> Quality:
+        """Measures the exact program twice.
+
+        Raises: InputError if the metric fails, returns NaN, or differs by more than the bound.
+        """
+        if metric is None:
+            return cls(divergence, None)
+        first, second = (_score(metric, exact, original=True) for _ in range(2))
+        noise = abs(first - second)
+        if noise > bound:
+            raise InputError(
+                f"metric returned {first:.6g} and then {second:.6g} for the same model, which differ by more than "
+                f"max_drop={bound:g}; make it deterministic, or raise max_drop"
+            )
+        return cls(divergence, metric, first, noise)
+
+    def drop(self, found: CompiledModel) -> tuple[float, float]:
+        """The drop, and the divergence of the outputs. Raises: InputError if the metric fails."""
+        squared = self.divergence.of(found.run)
+        if self.metric is None:
+            return squared**0.5, squared
+        return self.score - _score(self.metric, found, original=False), squared
+
+
+def _score(metric: Metric, model: CompiledModel, *, original: bool) -> float:
+    try:
+        with torch.no_grad():
+            found = metric(model)  # pyright: ignore[reportArgumentType]
+    except KeyboardInterrupt:
+        raise
+    # The metric is the caller's code, and may raise anything; the error is kept as the cause.
+    except Exception as error:
+        raise InputError(f"metric raised {type(error).__name__}: {error}; it takes a model and returns one number") from error
+    return read_score(found, original=original)

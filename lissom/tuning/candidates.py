@@ -1,0 +1,134 @@
+"""The candidates of a search: what was predicted of each, what was measured, and which is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lissom.compiler.pipeline.spelling import parse_pipeline
+from lissom.errors import LissomError
+from lissom.passes import RECIPES, known_passes
+from lissom.tuning.spelling import EXACT
+from lissom.tuning.store import Record, number, text
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A program that was built, timed and evaluated, or failed.
+
+    pipeline: its passes as text. backend: its name. milliseconds: of a call, with low and high quartile. bytes: of its weights.
+    drop: of the metric, or the relative output error without a metric. error: the relative output error.
+    predicted_cost, predicted_drop: of the tables, in milliseconds or bytes, before it was built; None where they gave none.
+    table_cost, table_loss: the sums of the tables themselves, to which whole programs are fitted.
+    failed: why it could not be built or measured; empty otherwise.
+    """
+
+    pipeline: str
+    backend: str
+    milliseconds: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    bytes: int = 0
+    drop: float = 0.0
+    error: float = 0.0
+    predicted_cost: float | None = None
+    predicted_drop: float | None = None
+    table_cost: float | None = None
+    table_loss: float | None = None
+    failed: str = ""
+
+    @property
+    def exact(self) -> bool:
+        return self.pipeline == EXACT
+
+    @property
+    def distilled(self) -> bool:
+        return "distill" in self.pipeline
+
+    def same(self, other: Candidate) -> bool:
+        """Whether both are the same program."""
+        return (self.pipeline, self.backend) == (other.pipeline, other.backend)
+
+    def cost(self, memory: bool) -> float:
+        """Bytes or milliseconds."""
+        return float(self.bytes) if memory else self.milliseconds
+
+
+def read_candidate(record: Record) -> Candidate | None:
+    """The candidate of a record; None if a number or the pipeline is not valid."""
+    pipeline, backend, failed = text(record, "pipeline"), text(record, "backend"), text(record, "failed")
+    try:
+        parse_pipeline(pipeline, known_passes(), RECIPES)
+    except (LissomError, RecursionError):
+        return None
+    figures = {name: number(record, name, 0.0) for name in ("milliseconds", "low", "high", "bytes", "error")}
+    drop = number(record, "drop")
+    if not pipeline or not backend or drop is None or any(figure is None for figure in figures.values()):
+        return None
+    known = {name: figure or 0.0 for name, figure in figures.items()}
+    return Candidate(
+        pipeline,
+        backend,
+        known["milliseconds"],
+        known["low"],
+        known["high"],
+        int(known["bytes"]),
+        drop,
+        known["error"],
+        number(record, "predicted_cost", 0.0),
+        number(record, "predicted_drop"),
+        number(record, "table_cost", 0.0),
+        number(record, "table_loss", 0.0),
+        failed,
+    )
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What the search is to find.
+
+    memory: the cost is bytes, otherwise milliseconds. max_drop: the bound on the drop. target: the bound on the cost, with
+    which the most accurate program is sought, whatever its drop; None for the cheapest program within `max_drop`.
+    """
+
+    memory: bool
+    max_drop: float
+    target: float | None = None
+
+    def meets(self, candidate: Candidate) -> bool:
+        """Whether the candidate meets the bound."""
+        if candidate.failed:
+            return False
+        if self.target is not None:
+            return candidate.cost(self.memory) <= self.target
+        return candidate.drop <= self.max_drop
+
+    def rank(self, candidate: Candidate) -> tuple[float, float]:
+        """Smaller is better, among candidates that meet the bound."""
+        cost, drop = candidate.cost(self.memory), candidate.drop
+        return (cost, drop) if self.target is None else (drop, cost)
+
+    def miss(self, candidate: Candidate) -> float:
+        """By which factor a candidate misses the bound."""
+        figure, bound = (candidate.drop, self.max_drop) if self.target is None else (candidate.cost(self.memory), self.target)
+        return figure / bound if bound > 0 else figure
+
+    def choose(self, candidates: Sequence[Candidate]) -> Candidate:
+        """The best candidate that meets the bound; without one, the exact program, which is the first."""
+        fitting = [item for item in candidates if self.meets(item)]
+        return min(fitting, key=self.rank) if fitting else candidates[0]
+
+    def nearest_miss(self, candidates: Sequence[Candidate]) -> Candidate | None:
+        """The measured candidate that misses the bound by least; None if there is none besides the exact program."""
+        missing = [item for item in candidates if not item.failed and not item.exact and not self.meets(item)]
+        return min(missing, key=self.miss, default=None)
+
+    def frontier(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The candidates that no other one matches in both cost and drop, the cheapest first."""
+        found: list[Candidate] = []
+        for item in sorted(
+            (item for item in candidates if not item.failed), key=lambda item: (item.cost(self.memory), item.drop)
+        ):
+            if not found or item.drop < found[-1].drop:
+                found.append(item)
+        return found

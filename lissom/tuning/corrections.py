@@ -1,0 +1,63 @@
+"""Corrections of the tables by whole programs: a power law from summed losses to the drop, and a line for costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class PowerLaw:
+    """y = scale · x^exponent, fitted in logarithms; both positive."""
+
+    scale: float = 1.0
+    exponent: float = 1.0
+
+    def __call__(self, x: float) -> float:
+        return self.scale * x**self.exponent if x > 0 else 0.0
+
+    def inverse(self, y: float) -> float:
+        """The x that gives y."""
+        return (y / self.scale) ** (1 / self.exponent) if y > 0 else 0.0
+
+    def fit(self, points: Sequence[tuple[float, float]], near: float) -> PowerLaw:
+        """The law through measured points, those with y close to `near` weighted most; one point sets the scale alone."""
+        known = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0 and math.isfinite(x + y)]
+        if not known:
+            return self
+        weights = [1 / (1 + abs(y - math.log(near)) ** 2) if near > 0 else 1.0 for _, y in known]
+        total = sum(weights)
+        mean_x, mean_y = (
+            sum(weight * point[at] for weight, point in zip(weights, known, strict=True)) / total for at in range(2)
+        )
+        spread = sum(weight * (x - mean_x) ** 2 for weight, (x, _) in zip(weights, known, strict=True))
+        along = sum(weight * (x - mean_x) * (y - mean_y) for weight, (x, y) in zip(weights, known, strict=True))
+        exponent = min(max(along / spread, 0.25), 2.0) if len(known) > 2 and spread > 0.01 else self.exponent
+        return PowerLaw(math.exp(mean_y - exponent * mean_x), exponent)
+
+
+@dataclass
+class Line:
+    """y = offset + scale · x, fitted by least squares; the identity without points."""
+
+    offset: float = 0.0
+    scale: float = 1.0
+
+    def __call__(self, x: float) -> float:
+        return self.offset + self.scale * x
+
+    def inverse(self, y: float) -> float:
+        return (y - self.offset) / self.scale
+
+    def fit(self, points: Sequence[tuple[float, float]]) -> Line:
+        """The line through measured points; with too little spread, the scale alone."""
+        if not points:
+            return Line()
+        x, y = (np.array(values) for values in zip(*points, strict=True))
+        if len(points) < 3 or np.ptp(x) < 0.05 * float(np.abs(x).max()):
+            return Line(0.0, float(np.median(y / x)))
+        scale, offset = np.polyfit(x, y, 1)
+        return Line(float(offset), float(scale)) if 0.3 < scale < 3 else Line(0.0, float(np.median(y / x)))

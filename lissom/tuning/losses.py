@@ -1,0 +1,148 @@
+"""The loss table: the divergence that each option of each group causes by itself.
+
+The pass with this one amount runs on the exact program, calibrated on a small part of the data, and the divergence of the
+outputs is measured on other batches. Schemes and amounts are measured apart: the loss of a group with both is their sum. What
+there is no time to measure is interpolated: between amounts by a power law in the removed fraction, and where a group has no
+amount or scheme of a kind measured, from the largest loss of groups of the same form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.compiler.pipeline.spelling import parse_pipeline
+from lissom.errors import LissomError
+from lissom.passes import known_passes
+from lissom.tuning.clock import Clock
+from lissom.tuning.divergence import Divergence
+from lissom.tuning.sites import PLAIN, Group, Option
+from lissom.tuning.spelling import pipeline_of
+from lissom.tuning.store import Store, number
+
+_EXPONENT = 2.0
+"""Of the loss in the removed fraction, where only one amount was measured."""
+_LEAST = 1e-12
+
+
+@dataclass
+class LossTable:
+    """Losses of options, by the index of the group.
+
+    lefts: of amounts, schemes: of schemes; infinite where the pass failed. wanted: how many were to be measured.
+    """
+
+    groups: Sequence[Group]
+    lefts: list[dict[int, float]] = field(default_factory=list[dict[int, float]])
+    schemes: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    wanted: int = 0
+    failed: list[str] = field(default_factory=list[str])
+
+    def __post_init__(self) -> None:
+        self.lefts = [{group.size: 0.0} for group in self.groups]
+        self.schemes = [{PLAIN: 0.0} for _ in self.groups]
+
+    @property
+    def measured(self) -> int:
+        return sum(map(len, self.lefts)) + sum(map(len, self.schemes)) - 2 * len(self.groups)
+
+    def loss(self, index: int, option: Option) -> float:
+        """The loss of an option; infinite where nothing is known of it."""
+        return self._of_left(index, option.left) + (self._of_scheme(index, option.scheme) if option.left else 0.0)
+
+    def _like(self, index: int) -> Iterator[int]:
+        likeness = self.groups[index].likeness
+        return (at for at, group in enumerate(self.groups) if group.likeness == likeness)
+
+    def _of_scheme(self, index: int, scheme: str) -> float:
+        if scheme in self.schemes[index]:
+            return self.schemes[index][scheme]
+        return max((self.schemes[at][scheme] for at in self._like(index) if scheme in self.schemes[at]), default=math.inf)
+
+    def _of_left(self, index: int, left: int) -> float:
+        known = self.lefts[index]
+        if left in known:
+            return known[left]
+        if left == 0 or len([item for item in known if item]) == 1:
+            others = (at for at in self._like(index) if at != index and len(self.lefts[at]) > 1)
+            return max((self._interpolated(self.lefts[at], self.groups[at].size, left) for at in others), default=math.inf)
+        return self._interpolated(known, self.groups[index].size, left)
+
+    @staticmethod
+    def _interpolated(known: dict[int, float], size: int, left: int) -> float:
+        """By a power law through the two nearest amounts; removal of the whole part is never interpolated."""
+        if left in known or left == 0:
+            return known.get(left, math.inf)
+        points = sorted((math.log(size - at), math.log(max(loss, _LEAST))) for at, loss in known.items() if 0 < at < size)
+        if not points or any(map(math.isinf, (value for _, value in points))):
+            return math.inf
+        x = math.log(size - left)
+        after = next((at for at, point in enumerate(points) if point[0] >= x), len(points) - 1)
+        (x0, y0), (x1, y1) = points[max(after - 1, 0)], points[after]
+        slope = (y1 - y0) / (x1 - x0) if x1 > x0 else _EXPONENT
+        return math.exp(y1 + max(slope, 0.0) * (x - x1))
+
+
+@dataclass(frozen=True)
+class LossMeter:
+    """Measures the losses. data: for calibration. key: of the store, for the program and the data."""
+
+    program: Program
+    groups: Sequence[Group]
+    linears: Sequence[str]
+    data: Sequence[Sample]
+    divergence: Divergence
+    store: Store
+    key: str
+    clock: Clock
+
+    def measure(self, schemes: Sequence[str], until: float) -> LossTable:
+        """The table for these schemes, in turns over all groups, the most useful first; stops at a fraction of the time."""
+        table = LossTable(self.groups)
+        tasks = list(self._tasks(schemes))
+        table.wanted = len(tasks)
+        for done, (index, option) in enumerate(tasks):
+            texts = list(self.groups[index].whole for _ in self.groups)
+            options = [option if at == index else self.groups[at].whole for at in range(len(texts))]
+            passes = pipeline_of(self.groups, options, self.linears)
+            record = self.store.get("loss", self.key, passes)
+            loss = None if record is None else number(record, "loss", 0.0)
+            if loss is None:
+                if not self.clock.within(until):
+                    continue
+                self.clock.show(f"losses, {done} of {len(tasks)}: {self.groups[index].name}")
+                loss = self._loss(table, passes)
+            if option.scheme == PLAIN:
+                table.lefts[index][option.left] = loss
+            else:
+                table.schemes[index][option.scheme] = loss
+        return table
+
+    def _loss(self, table: LossTable, passes: str) -> float:
+        pipeline = Pipeline(parse_pipeline(passes, known_passes()), checks="off", data=self.data)
+        try:
+            loss = self.divergence.of_program(pipeline.run(self.program)[0])
+        except LissomError as error:
+            table.failed.append(f"{passes}: {error}")
+            return math.inf
+        if math.isfinite(loss):
+            self.store.add("loss", self.key, passes, loss=loss)
+        return loss
+
+    def _tasks(self, schemes: Sequence[str]) -> Iterator[tuple[int, Option]]:
+        """Every measurement: schemes, removal, the middle amount, the smallest amount, the others."""
+        for scheme in schemes:
+            for index, group in enumerate(self.groups):
+                if scheme != PLAIN and scheme in group.schemes:
+                    yield index, Option(group.size, scheme)
+        fewer = [[left for left in group.lefts() if 0 < left < group.size] for group in self.groups]
+        orders = [dict.fromkeys([0, *item[1:2], *item[:1], *item[-1:], *item]) for item in fewer]
+        rounds = [[left for left in order if left or group.layer] for order, group in zip(orders, self.groups, strict=True)]
+        for turn in range(max(map(len, rounds), default=0)):
+            for index, lefts in enumerate(rounds):
+                if turn < len(lefts):
+                    yield index, Option(lefts[turn])

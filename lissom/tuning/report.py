@@ -1,0 +1,194 @@
+"""The report of a search: the candidates as a table and as a picture, and what was chosen for each layer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from rich.console import Group as Stack
+from rich.console import RenderableType
+from rich.text import Text
+
+from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
+from lissom.errors import UnsupportedError
+from lissom.inspect.tables import plain, plain_table
+from lissom.passes import RECIPES, known_passes
+from lissom.tuning.candidates import Aim, Candidate
+from lissom.tuning.sites import Group, Option
+from lissom.tuning.spelling import EXACT, read_options
+
+_LONGEST = 30
+_CAST = "cast"
+
+
+@dataclass(frozen=True, repr=False)
+class TuneReport:
+    """The candidates of a search; prints as a table.
+
+    name: of the program. candidates: the exact program first. scored: whether drops are those of a metric. notes: sentences.
+    groups: of the program; empty for a report that was read from a store.
+    """
+
+    name: str
+    aim: Aim
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+    scored: bool
+    notes: tuple[str, ...] = ()
+    groups: tuple[Group, ...] = ()
+
+    @property
+    def frontier(self) -> list[Candidate]:
+        return self.aim.frontier(self.candidates)
+
+    def verdict(self, candidate: Candidate) -> str:
+        """Why a candidate was chosen or not, in words."""
+        if candidate is self.chosen:
+            return "chosen"
+        if candidate.failed:
+            return f"failed: {candidate.failed}"
+        if not self.aim.meets(candidate):
+            if self.aim.target is not None:
+                return f"misses the target: {self._cost(candidate)} of {self._amount(self.aim.target)}"
+            return f"loses {candidate.drop:.3g}, allowed {self.aim.max_drop:.3g}"
+        ahead = self.chosen.drop if self.aim.target is not None else self.chosen.cost(self.aim.memory)
+        own = candidate.drop if self.aim.target is not None else candidate.cost(self.aim.memory)
+        factor = f"{own / ahead:.2f} x the {self._ranked}" if ahead > 0 else f"a larger {self._ranked}"
+        return f"{factor} of the chosen one" + (", on the frontier" if candidate in self.frontier else "")
+
+    @property
+    def _ranked(self) -> str:
+        return "drop" if self.aim.target is not None else "size" if self.aim.memory else "time"
+
+    def _amount(self, cost: float) -> str:
+        return f"{cost / 1e6:.3g} MB" if self.aim.memory else f"{cost:.3g} ms"
+
+    def _cost(self, candidate: Candidate) -> str:
+        return self._amount(candidate.cost(self.aim.memory))
+
+    def layers(self) -> RenderableType:
+        """What was chosen for each group: heads or neurons that stay, and the scheme of its linear layers."""
+        table = plain_table("what was chosen for each layer\n")
+        for heading in ("part", "kind", "stays", "", "linear layers"):
+            table.add_column(heading, justify="right" if heading == "stays" else "left", no_wrap=heading != "part")
+        for group, option in zip(self.groups, read_options(self.groups, self.chosen.pipeline), strict=True):
+            share = option.left / group.size
+            table.add_row(Text(group.name), group.kind, _left(group, option), _bar(share), option.scheme if option.left else "")
+        return table
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw cost and drop of all candidates, in the format that the file's name says: the frontier as a line, candidates
+        that others match in both in grey, quartiles of times as bars, the choice marked.
+
+        Raises: UnsupportedError without matplotlib, or for a format that it does not write.
+        """
+        _plot(self, Path(path))
+
+    def __rich__(self) -> RenderableType:
+        return _table(self)
+
+    def __str__(self) -> str:
+        return plain(_table(self), 120)
+
+    def __repr__(self) -> str:
+        return f"<TuneReport of {self.name}: {len(self.candidates)} candidates; print it to read them>"
+
+
+def _left(group: Group, option: Option) -> str:
+    if not option.left:
+        return "removed"
+    return f"{option.left} of {group.size}" if group.units else "all"
+
+
+def _bar(share: float) -> str:
+    return "█" * round(12 * share) + "░" * (12 - round(12 * share))
+
+
+def _table(report: TuneReport) -> RenderableType:
+    first, chosen, memory = report.candidates[0], report.chosen, report.aim.memory
+    gain = first.cost(memory) / max(chosen.cost(memory), 1e-9)
+    word = "smaller" if memory else "faster"
+    table = plain_table(f"tune {report.name}: {gain:.2f} x {word}, drop {chosen.drop:.3g}\n")
+    for heading in ("#", "predicted", "MB" if memory else "ms", "predicted", "drop", "ms" if memory else "MB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", overflow="fold")
+    table.add_column("passes", overflow="fold")
+    order = sorted(range(len(report.candidates)), key=lambda at: report.candidates[at].cost(memory))
+    for at in order:
+        item = report.candidates[at]
+        cost, other = (item.bytes / 1e6, item.milliseconds) if memory else (item.milliseconds, item.bytes / 1e6)
+        predicted = None if item.predicted_cost is None else item.predicted_cost / (1e6 if memory else 1)
+        figures = [f"{value:.3g}" for value in (cost, item.drop, other)] if not item.failed else [""] * 3
+        table.add_row(
+            str(at), _known(predicted), figures[0], _known(item.predicted_drop), figures[1], figures[2],
+            Text(report.verdict(item)), Text(shortened(item.pipeline)),
+        )  # fmt: skip
+    drop = "drop of the metric" if report.scored else "relative output error"
+    below = ["", f"drop: {drop}; predicted: by the tables, before the program was built", *map(_sentence, report.notes)]
+    parts: list[RenderableType] = [table, Text("\n".join(below))]
+    if report.groups and not chosen.exact:
+        parts += [Text(), report.layers()]
+    return Stack(*parts, Text(f"\nbackend {chosen.backend}, passes:\n{chosen.pipeline}"))
+
+
+def _sentence(note: str) -> str:
+    return f"- {note}"
+
+
+def _known(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def shortened(pipeline: str) -> str:
+    """The passes of a pipeline, with short options only."""
+    cast = RECIPES["mixed-precision"]
+    texts = (format_pass(item) for item in parse_pipeline(pipeline.replace(cast, _CAST), known_passes(), RECIPES))
+    short = [text if len(text) <= _LONGEST else f"{text.partition('{')[0]}{{…}}" for text in texts]
+    return ", ".join("bf16" if text == _CAST else text for text in short) if pipeline != EXACT else EXACT
+
+
+def _plot(report: TuneReport, path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UnsupportedError("drawing candidates needs matplotlib: pip install 'lissom[tune]'") from error
+    memory = report.aim.memory
+    scale = 1e6 if memory else 1.0
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    measured = [item for item in report.candidates if not item.failed]
+    frontier = report.frontier
+    for group, colour, label in (
+        ([item for item in measured if item not in frontier], "#bbbbbb", "matched by others"),
+        (frontier, "#1f77b4", "frontier"),
+    ):
+        if not group:
+            continue
+        x = [item.cost(memory) / scale for item in group]
+        errors = None if memory else [
+            [max(item.milliseconds - item.low, 0.0) for item in group],
+            [max(item.high - item.milliseconds, 0.0) for item in group],
+        ]  # fmt: skip
+        style = "o-" if group is frontier else "o"
+        axes.errorbar(x, [item.drop for item in group], xerr=errors, fmt=style, color=colour, label=label, capsize=2)
+    chosen = report.chosen
+    axes.plot([chosen.cost(memory) / scale], [chosen.drop], "*", color="#d62728", markersize=14, label="chosen", zorder=5)
+    if report.aim.target is None:
+        axes.axhline(report.aim.max_drop, color="#888888", linestyle=":", label="max_drop")
+    else:
+        axes.axvline(report.aim.target / scale, color="#888888", linestyle=":", label="target")
+    axes.set(xlabel="MB" if memory else "ms", ylabel="drop of the metric" if report.scored else "relative output error")
+    axes.set_title(report.name)
+    axes.legend()
+    form = path.suffix.removeprefix(".")
+    known = figure.canvas.get_supported_filetypes()
+    if form not in known:
+        raise UnsupportedError(f"'{path.name}' ends in no format of a picture; give one of {', '.join(sorted(known))}")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(part, format=form)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,159 @@
+"""The search: solve, build, measure, correct the tables, and solve again until the time is nearly over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lissom.tuning.build import Variant
+from lissom.tuning.candidates import Candidate
+from lissom.tuning.corrections import Line, PowerLaw
+from lissom.tuning.costs import CostTable
+from lissom.tuning.losses import LossTable
+from lissom.tuning.sites import LOW_RANK, PLAIN, Group, Option
+from lissom.tuning.solve import Item, solve
+from lissom.tuning.spelling import pipeline_of
+from lissom.tuning.trials import Trials
+
+_LOSSES = (1.0, 0.7, 1.4, 0.5, 2.0, 0.35, 2.8, 0.25, 4.0, 0.18, 5.6, 0.1)
+"""The bounds on the loss that are solved for, as multiples of the one that the corrected tables give."""
+_COSTS = (1.0, 0.97, 1.03, 0.94, 1.06, 0.9, 1.1, 0.86, 1.15, 0.8, 1.2, 0.75)
+"""The same for a target of the cost, which is predicted more closely."""
+_SPREAD = (0.3, 0.6, 0.8)
+"""The parts of the greatest saving that the first candidates have, while no drop is known."""
+_MOST_UNIFORM = 4
+Choice = Sequence[Item]
+
+
+@dataclass
+class Search:
+    """The state of a search.
+
+    bases: the variants with the measured program that has no further passes. tables: the options of each group, for each of
+    them. law: from summed losses to the drop. line: from summed costs to the cost.
+    """
+
+    trials: Trials
+    groups: Sequence[Group]
+    linears: Sequence[str]
+    bases: dict[Variant, Candidate]
+    tables: dict[Variant, list[list[Item]]] = field(default_factory=dict[Variant, "list[list[Item]]"])
+    law: PowerLaw = field(default_factory=PowerLaw)
+    line: Line = field(default_factory=Line)
+
+    def add_table(self, variant: Variant, losses: LossTable, costs: CostTable, schemes: Sequence[str]) -> None:
+        """The options of every group; those without a known loss or cost are left out."""
+        base, table = self.base_cost(variant), list[list[Item]]()
+        for at, group in enumerate(self.groups):
+            items = [
+                Item(option, losses.loss(at, option), costs.cost(group, option) * base) for option in group.options(schemes)
+            ]
+            table.append([item for item in items if math.isfinite(item.loss + item.cost)])
+        self.tables[variant] = table
+
+    def run(self, until: float) -> None:
+        """Verify candidates until a fraction of the time has passed, or no new ones are found."""
+        self.correct()
+        for variant, choice in self._uniform():
+            if self.has_time(until):
+                self.verify(variant, choice)
+        while self.has_time(until) and (found := next(self._fresh(), None)) is not None:
+            self.verify(*found)
+
+    def has_time(self, until: float) -> bool:
+        """Whether there is time for one more candidate."""
+        return self.trials.clock.until(until) > self.trials.pace
+
+    def _uniform(self) -> list[tuple[Variant, Choice]]:
+        """The same scheme of `quantize` everywhere: the cheapest of these programs, and cheaper than the variant."""
+        found: list[tuple[float, Variant, Choice]] = []
+        for variant, table in self.tables.items():
+            for scheme in dict.fromkeys(item.option.scheme for items in table for item in items):
+                wanted = [Option(group.size, scheme) for group in self.groups]
+                choice = [
+                    next((item for item in items if item.option == option), items[0])
+                    for option, items in zip(wanted, table, strict=True)
+                ]
+                saving = sum(item.cost for item in choice)
+                if scheme not in (PLAIN, LOW_RANK) and saving < 0:
+                    found.append((saving + self.base_cost(variant), variant, choice))
+        return [item[1:] for item in sorted(found, key=lambda item: item[0])[:_MOST_UNIFORM]]
+
+    def _fresh(self) -> Iterator[tuple[Variant, Choice]]:
+        """Solutions that were not built yet, those nearest to the bound first; for each bound that of the best variant."""
+        bounds = [self._bounds(variant) for variant in self.tables]
+        for turn in zip(*bounds, strict=True):
+            found = self.best_of(dict(zip(self.tables, turn, strict=True)))
+            if found is not None and self.trials.known(self.candidate(*found)) is None:
+                yield found
+
+    def best_of(self, bounds: Mapping[Variant, tuple[float, float]]) -> tuple[Variant, Choice] | None:
+        """The solution of the variant that is best under its bounds on loss and cost."""
+        found: list[tuple[float, Variant, Choice]] = []
+        for variant, (loss, cost) in bounds.items():
+            choice = self.solve(variant, loss, cost)
+            if choice is not None:
+                candidate = self.candidate(variant, choice)
+                rank = candidate.table_cost if math.isinf(cost) else candidate.table_loss
+                found.append((rank or 0.0, variant, choice))
+        return min(found, key=lambda item: item[0])[1:] if found else None
+
+    def solve(self, variant: Variant, loss: float, cost: float) -> Choice | None:
+        """The best choice whose whole program has at most this loss or this cost; the other bound is infinite."""
+        loss, cost = loss - self.base_loss(variant), cost - self.base_cost(variant)
+        if loss < 0:
+            return None
+        return solve(self.tables[variant], [group.kind for group in self.groups], loss=loss, cost=cost)
+
+    def _bounds(self, variant: Variant) -> list[tuple[float, float]]:
+        """The bounds on loss and cost to solve for."""
+        aim = self.trials.aim
+        if aim.target is not None:
+            target = self.line.inverse(aim.target)
+            return [(math.inf, factor * target) for factor in _COSTS]
+        allowed = self.law.inverse(aim.max_drop)
+        losses = [(factor * allowed, math.inf) for factor in _LOSSES]
+        if self.trials.fitting() or self.trials.quality.metric is None:
+            return losses
+        saving = sum(min(item.cost for item in items) for items in self.tables[variant])
+        return [*((math.inf, self.base_cost(variant) + part * saving) for part in _SPREAD), *losses]
+
+    def base_cost(self, variant: Variant) -> float:
+        """The cost of a variant without further passes."""
+        return self.bases[variant].cost(self.trials.aim.memory)
+
+    def base_loss(self, variant: Variant) -> float:
+        """Its divergence."""
+        return self.bases[variant].error ** 2
+
+    def candidate(self, variant: Variant, choice: Choice, steps: int = 0) -> Candidate:
+        """The candidate of a choice, with what the tables predict. steps: of distillation."""
+        loss = sum(item.loss for item in choice) + self.base_loss(variant)
+        cost = max(sum(item.cost for item in choice) + self.base_cost(variant), 0.0)
+        options = [item.option for item in choice]
+        pipeline = pipeline_of(self.groups, options, self.linears, steps=steps, bf16=variant.bf16)
+        return Candidate(
+            pipeline,
+            variant.backend,
+            predicted_cost=max(self.line(cost), 0.0),
+            predicted_drop=None if steps else self.law(loss),
+            table_cost=cost,
+            table_loss=None if steps else loss,
+        )
+
+    def verify(self, variant: Variant, choice: Choice, steps: int = 0) -> Candidate:
+        """Build, time and evaluate a choice, and correct the tables."""
+        found = self.trials.measure(self.candidate(variant, choice, steps))
+        self.correct()
+        return found
+
+    def correct(self) -> None:
+        """Fit the corrections of both tables to the candidates that were measured."""
+        aim, fitting = self.trials.aim, self.trials.fitting()
+        floor = aim.max_drop / 100 or 1e-6
+        start = PowerLaw(1.0, 0.5 if self.trials.quality.metric is None else 1.0)
+        self.law = start.fit([(item.table_loss or 0.0, max(item.drop, floor)) for item in fitting], aim.max_drop)
+        costs = [(item.table_cost, item.cost(aim.memory)) for item in fitting if item.table_cost]
+        base = self.trials.exact.cost(aim.memory)
+        self.line = Line().fit([*costs, (base, base)] if costs else [])

@@ -1,0 +1,180 @@
+"""The variables of the search: groups of sites of a program, and the options that each group has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from lissom.compiler.analysis.amounts import AmountSite
+from lissom.compiler.analysis.structure.linear import weight_of
+from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.program import Program
+from lissom.passes.sites import sites
+
+PLAIN = "none"
+LOW_RANK = "low-rank"
+"""The form of linear layers as two factors with half of their bytes."""
+SCHEMES = ("int8-dynamic", "int8-weight", "int4-weight")
+"""The schemes of `quantize` that need no calibration data, so that single layers can have them."""
+FRACTIONS = (0.75, 0.5, 0.25, 0.125)
+"""The amounts of heads and neurons that are tried, as fractions."""
+_LEAST_RANK = 64
+_MULTIPLE = 16
+"""Numbers of neurons are multiples of this where there are several times as many."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a group may become. left: heads or neurons that stay, 0 if the whole part is removed. scheme: of its layers."""
+
+    left: int
+    scheme: str = PLAIN
+
+
+@dataclass
+class Group:
+    """Sites that must have the same amount: one variable of the search.
+
+    name: the module path of the first site. kind: `attention`, `feed-forward` or `linear`.
+    size: heads or neurons; 1 where none can be removed.
+    units: the paths that the amounts of `prune-heads` or `prune-neurons` name. layer: the path by which `prune-layers`
+        removes the part; empty if it cannot.
+    linears: the paths of its linear layers, as `quantize` names them. shapes: out_features and in_features of each.
+    schemes: those that all its linear layers take.
+    """
+
+    name: str
+    kind: str
+    size: int = 1
+    units: list[str] = field(default_factory=list[str])
+    layer: str = ""
+    linears: list[str] = field(default_factory=list[str])
+    shapes: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
+    schemes: tuple[str, ...] = (PLAIN,)
+
+    @property
+    def likeness(self) -> tuple[object, ...]:
+        """Equal for groups whose options take the same time."""
+        return self.kind, self.size, bool(self.layer), self.schemes, tuple(self.shapes)
+
+    @property
+    def whole(self) -> Option:
+        """The group as it is."""
+        return Option(self.size)
+
+    def lefts(self) -> list[int]:
+        """The numbers of units that may stay, all of them first; 0 at the end if the part can be removed."""
+        found = [self.size]
+        multiple = _MULTIPLE if self.size >= 4 * _MULTIPLE else 1
+        for fraction in FRACTIONS if self.units else ():
+            found.append(max(1, round(fraction * self.size / multiple) * multiple))
+        return list(dict.fromkeys([*found, *([0] if self.layer else [])]))
+
+    def options(self, schemes: Iterable[str]) -> list[Option]:
+        """Every option with these schemes."""
+        taken = [scheme for scheme in schemes if scheme in self.schemes]
+        return [Option(left, scheme) for left in self.lefts() for scheme in (taken if left else [PLAIN])]
+
+
+def groups_of(program: Program) -> list[Group]:
+    """The groups of a program in canonical form: attentions, then feed-forwards, then other linear layers."""
+    known = _Sites.of(program)
+    found = program.fact(structure)
+    groups: dict[object, Group] = {}
+    for layer in found.layers:
+        for site in layer.attention:
+            ends = [site.output] if site.output is not None else []
+            group = known.group(groups, site.path, site.node, "attention", [*site.q, *site.k, *site.v, *ends])
+            if len(layer.attention) == 1:
+                known.make_removable(group, layer.path, "attention")
+        for site in layer.feed_forward:
+            group = known.group(groups, site.path, site.down, "feed-forward", [*site.up, site.down])
+            if len(layer.feed_forward) == 1:
+                known.make_removable(group, layer.path, "feed-forward")
+    ordered = sorted(groups.values(), key=lambda group: group.kind)
+    return [*(group for group in ordered if len(group.lefts()) > 1 or group.linears), *known.rest()]
+
+
+def linear_paths(program: Program) -> list[str]:
+    """The paths of all linear layers that `quantize` may treat."""
+    return [site.path for site in sites(program) if site.kind == "linear" and "quantize" in site.takes]
+
+
+@dataclass
+class _Sites:
+    """The sites for which passes take amounts, and those that no group has yet."""
+
+    units: Mapping[str, AmountSite]
+    layers: Mapping[str, AmountSite]
+    linears: dict[str, AmountSite]
+    shapes: Mapping[str, tuple[int, ...]]
+    weights: Mapping[str, str]
+
+    @classmethod
+    def of(cls, program: Program) -> _Sites:
+        units: dict[str, AmountSite] = {}
+        layers: dict[str, AmountSite] = {}
+        linears: dict[str, AmountSite] = {}
+        for site in sites(program):
+            if "prune-heads" in site.takes or "prune-neurons" in site.takes:
+                units |= dict.fromkeys(site.paths, site)
+            elif site.kind == "layer":
+                layers[site.path] = site
+            elif site.kind == "linear" and "quantize" in site.takes:
+                linears[site.path] = site
+        shapes: dict[str, tuple[int, ...]] = {}
+        names: dict[str, str] = {}
+        for node in program.nodes():
+            weight = weight_of(node)
+            if weight is not None:
+                name = str(weight.target).removesuffix(".weight")
+                path = nodes.origin(node).module_path
+                for key in (path, name):
+                    names.setdefault(name, key if key in linears else name)
+                    shapes.setdefault(key, tuple(int(size) for size in program.weight(str(weight.target)).shape))
+        return cls(units, layers, linears, shapes, names)
+
+    def group(self, groups: dict[object, Group], path: str, node: fx.Node, kind: str, layers: Sequence[fx.Node]) -> Group:
+        """The group of a site, with the site's linear layers added to it."""
+        site = self.units.get(path)
+        shared = frozenset((*site.paths, *site.shares)) if site is not None else node
+        group = groups.setdefault(shared, Group(path, kind))
+        group.layer = ""
+        if site is not None:
+            group.size = site.size
+            if site.path not in group.units:
+                group.units.append(site.path)
+        for layer in dict.fromkeys(layers):
+            weight = weight_of(layer)
+            linear = self.weights.get(str(weight.target).removesuffix(".weight")) if weight is not None else None
+            if linear is not None and (taken := self.linears.pop(linear, None)) is not None:
+                self._add(group, taken)
+        return group
+
+    def _add(self, group: Group, site: AmountSite) -> None:
+        shape = self.shapes.get(site.path, (site.size, site.size))
+        schemes = [scheme for scheme in SCHEMES if scheme in site.takes["quantize"]]
+        schemes += [LOW_RANK] if "low-rank" in site.takes and min(shape) >= _LEAST_RANK else []
+        before = group.schemes[1:] if group.linears else tuple(schemes)
+        group.schemes = (PLAIN, *(scheme for scheme in before if scheme in schemes))
+        group.linears.append(site.path)
+        group.shapes.append(shape)
+
+    def make_removable(self, group: Group, layer: str, part: str) -> None:
+        site = self.layers.get(layer)
+        alone = not group.units or len(group.units) == 1
+        if site is not None and alone and f"prune-layers{{part={part}}}" in site.takes:
+            group.layer = layer
+
+    def rest(self) -> list[Group]:
+        """A group for each linear layer that no other group has."""
+        found: list[Group] = []
+        for site in self.linears.values():
+            group = Group(site.path, "linear")
+            self._add(group, site)
+            if len(group.schemes) > 1:
+                found.append(group)
+        return found

@@ -1,0 +1,144 @@
+"""What a search has found, in a directory of JSON lines that several processes may append to.
+
+Each record is one line, written by one call and flushed to the disk, so that a killed process loses at most the record at work.
+It starts with a line break too: a line that was torn is then a line of its own, which is passed over. A record holds the key of
+what it was measured on; `Store.get` finds it by kind, key and name. Files are read as untrusted: numbers are checked here, and
+pipeline texts by their parser.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from lissom.compiler.ir.program import Program
+from lissom.errors import ArtifactError
+from lissom.files import check_path, read_plain, reason
+
+FILE = "records.jsonl"
+VERSION = 1
+_MOST_BYTES = 1 << 28
+_LONGEST = 1 << 20
+_Index = dict[tuple[str, str, str], "Record"]
+Record = Mapping[str, object]
+
+
+class Store:
+    """The records of a directory; without one, of this search alone.
+
+    Raises: ArtifactError if the directory cannot be made or read.
+    """
+
+    def __init__(self, directory: str | Path | None) -> None:
+        self.path = None if directory is None else _made(check_path(directory)) / FILE
+        self.skipped = 0
+        self._known: _Index = {}
+        if self.path is not None and self.path.exists():
+            self._read(self.path)
+
+    def _read(self, path: Path) -> None:
+        content = read_plain(path, _MOST_BYTES)
+        if len(content) > _MOST_BYTES:
+            raise ArtifactError(f"'{path}' has more than {_MOST_BYTES >> 20} MiB; give another directory")
+        for line in content.split(b"\n"):
+            if line.strip():
+                record = _parsed(line)
+                if record is None:
+                    self.skipped += 1
+                else:
+                    self._known[str(record["kind"]), str(record["key"]), str(record["name"])] = record
+
+    def get(self, kind: str, key: str, name: str) -> Record | None:
+        """The latest record of that kind, measured on what the key stands for."""
+        return self._known.get((kind, key, name))
+
+    def all(self, kind: str, key: str | None = None) -> list[Record]:
+        """The latest record of every name, in the order of the first."""
+        return [found for (at, on, _), found in self._known.items() if at == kind and key in (None, on)]
+
+    def add(self, kind: str, key: str, name: str, **fields: object) -> Record:
+        """Append a record. Raises: ArtifactError if it cannot be written."""
+        record: Record = {"version": VERSION, "kind": kind, "key": key, "name": name, **fields}
+        self._known[kind, key, name] = record
+        if self.path is not None:
+            line = f"\n{json.dumps(record, separators=(',', ':'))}\n".encode()
+            try:
+                handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+                try:
+                    os.write(handle, line)
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+            except OSError as error:
+                raise ArtifactError(f"'{self.path}' cannot be written: {reason(error)}; choose another directory") from error
+        return record
+
+
+def _made(directory: Path) -> Path:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"'{directory}' cannot be made: {reason(error)}; choose another directory") from error
+    return directory
+
+
+def _parsed(line: bytes) -> Record | None:
+    """The record of a line; None for a torn line, or one that is no record."""
+    if len(line) > _LONGEST:
+        return None
+    with suppress(ValueError, RecursionError):
+        found = json.loads(line)
+        if isinstance(found, dict) and found.get("version") == VERSION:
+            texts = (found.get(name) for name in ("kind", "key", "name"))
+            return found if all(isinstance(text, str) for text in texts) else None
+    return None
+
+
+def number(record: Record, name: str, least: float = -math.inf) -> float | None:
+    """A finite number of a record, at least `least`; None if it has none."""
+    found = record.get(name)
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
+        return None
+    return float(found) if math.isfinite(found) and found >= least else None
+
+
+def text(record: Record, name: str) -> str:
+    """A text of a record; empty if it has none."""
+    found = record.get(name)
+    return found if isinstance(found, str) else ""
+
+
+def fingerprint(*parts: object) -> str:
+    """A hash of texts, and of samples with their values."""
+    found = hashlib.sha256()
+    for part in parts:
+        _feed(found, part)
+    return found.hexdigest()[:32]
+
+
+def program_fingerprint(program: Program) -> str:
+    """A hash of a program's text and weights."""
+    return fingerprint(program.text(), [item for pair in program.weights().items() for item in pair])
+
+
+def _feed(found: hashlib._Hash, part: object) -> None:
+    if isinstance(part, torch.Tensor):
+        tensor = part.detach().cpu().contiguous()
+        _feed(found, f"{tensor.dtype} {list(tensor.shape)}")
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(part, Mapping):
+        _feed(found, [item for pair in sorted(part.items()) for item in pair])
+    elif isinstance(part, Sequence) and not isinstance(part, str):
+        _feed(found, f"[{len(part)}")
+        for item in part:
+            _feed(found, item)
+    else:
+        encoded = str(part).encode()
+        found.update(f"{len(encoded)}:".encode() + encoded)

@@ -1,0 +1,33 @@
+"""The searches that a store holds, as reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lissom.errors import ArtifactError
+from lissom.tuning.candidates import EXACT, Aim, Candidate, read_candidate
+from lissom.tuning.report import TuneReport
+from lissom.tuning.store import FILE, Record, Store, number, text
+
+
+def stored_reports(directory: str | Path) -> list[TuneReport]:
+    """The report of every search in a store, each with the bound of its latest call.
+
+    Raises: ArtifactError if the directory holds no store.
+    """
+    if not (Path(directory) / FILE).is_file():
+        raise ArtifactError(f"'{directory}' holds no {FILE}; give the directory of --store")
+    store = Store(directory)
+    return [found for record in store.all("run") if (found := _report(store, record)) is not None]
+
+
+def _report(store: Store, run: Record) -> TuneReport | None:
+    figures = {name: number(run, name, 0.0) for name in ("max_drop", "milliseconds", "bytes")}
+    max_drop, milliseconds, size = figures.values()
+    if max_drop is None or milliseconds is None or size is None:
+        return None
+    aim = Aim(run.get("memory") is True, max_drop, number(run, "target", 0.0))
+    exact = Candidate(EXACT, text(run, "backend"), milliseconds, milliseconds, milliseconds, int(size))
+    found = [item for record in store.all("candidate", text(run, "key")) if (item := read_candidate(record)) is not None]
+    candidates = (exact, *found)
+    return TuneReport(text(run, "model"), aim, candidates, aim.choose(candidates), bool(text(run, "metric")))

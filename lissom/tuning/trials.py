@@ -1,0 +1,122 @@
+"""The candidates of a search as they are built and measured, and as the store keeps them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from lissom.errors import InputError, LissomError
+from lissom.runtime.compiled_model import CompiledModel
+from lissom.tuning.build import Quality, Variant, Workshop
+from lissom.tuning.candidates import Aim, Candidate, read_candidate
+from lissom.tuning.clock import Clock
+from lissom.tuning.store import Store
+
+
+@dataclass
+class Trials:
+    """The measured candidates. key: of the store, for the program, the machine, the inputs, the data and the metric.
+
+    candidates: the exact program first, with its figures. best: the best candidate with its compiled program, where that is in
+    memory. pace: the mean seconds of a candidate so far.
+    """
+
+    workshop: Workshop
+    quality: Quality
+    aim: Aim
+    store: Store
+    key: str
+    clock: Clock
+    candidates: list[Candidate]
+    best: tuple[Candidate, CompiledModel] | None = None
+    pace: float = 0.0
+    _built: int = 0
+
+    @property
+    def exact(self) -> Candidate:
+        return self.candidates[0]
+
+    def recall(self) -> None:
+        """Take the candidates of earlier calls from the store. A failure is not taken: it may have been the machine's."""
+        for record in self.store.all("candidate", self.key):
+            found = read_candidate(record)
+            if found is not None and not found.failed and self.known(found) is None:
+                self.candidates.append(found)
+
+    def known(self, candidate: Candidate) -> Candidate | None:
+        """The candidate with the same passes and backend."""
+        return next((item for item in self.candidates if item.same(candidate)), None)
+
+    def measure(self, candidate: Candidate) -> Candidate:
+        """The candidate with its figures, built and measured unless it is known; a failure is recorded with its reason.
+
+        Raises: InputError if the metric fails, as it would with the next candidate.
+        """
+        known = self.known(candidate)
+        if known is not None:
+            return known
+        started, compiled = time.monotonic(), None
+        self.clock.show(f"candidate {len(self.candidates)}")
+        try:
+            compiled = self.workshop.build(candidate.pipeline, candidate.backend)
+            found = self._with_figures(candidate, compiled)
+        except InputError:
+            raise
+        except LissomError as error:
+            found = replace(candidate, failed=f"{type(error).__name__}: {error}".partition("\n")[0])
+        self._built += 1
+        self.pace += (time.monotonic() - started - self.pace) / self._built
+        self.candidates.append(found)
+        self.store.add("candidate", self.key, f"{found.backend} {found.pipeline}", **asdict(found))
+        if compiled is not None and self.aim.choose(self.candidates) is found:
+            self.best = found, compiled
+            self.clock.best = self._words(found)
+        return found
+
+    def fail(self, candidate: Candidate, reason: str) -> None:
+        """Record a candidate that cannot be built."""
+        self.candidates.append(replace(candidate, failed=reason))
+
+    def _with_figures(self, candidate: Candidate, compiled: CompiledModel) -> Candidate:
+        timed = self.workshop.time(compiled, self.workshop.base(Variant(self.exact.backend)), careful=not self.aim.memory)
+        drop, squared = self.quality.drop(compiled)
+        if not math.isfinite(drop + squared):
+            return replace(candidate, failed="its outputs are not finite")
+        milliseconds = self.exact.milliseconds
+        return replace(
+            candidate,
+            milliseconds=timed.ratio * milliseconds,
+            low=timed.low * milliseconds,
+            high=timed.high * milliseconds,
+            bytes=self.workshop.size(compiled),
+            drop=drop,
+            error=squared**0.5,
+        )
+
+    def chosen(self) -> tuple[Candidate, CompiledModel]:
+        """The best candidate, compiled; one that the store knew is built and evaluated again."""
+        while (found := self.aim.choose(self.candidates)) is not self.exact:
+            if self.best is not None and self.best[0] is found:
+                return self.best
+            self.clock.show("the best candidate")
+            again = replace(found, failed="the store had other figures for it")
+            try:
+                compiled = self.workshop.build(found.pipeline, found.backend)
+                drop, squared = self.quality.drop(compiled)
+                if self.aim.meets(replace(found, drop=drop, error=squared**0.5, bytes=self.workshop.size(compiled))):
+                    return found, compiled
+            except LissomError as error:
+                again = replace(found, failed=f"{type(error).__name__}: {error}".partition("\n")[0])
+            self.candidates[self.candidates.index(found)] = again
+        return found, self.workshop.base(Variant(found.backend))
+
+    def fitting(self) -> Sequence[Candidate]:
+        """The candidates that show how far the tables are off."""
+        return [item for item in self.candidates if not item.failed and item.table_loss is not None and not item.distilled]
+
+    def _words(self, found: Candidate) -> str:
+        memory = self.aim.memory
+        ratio = self.exact.cost(memory) / max(found.cost(memory), 1e-9)
+        return f"{ratio:.2f} x {'smaller' if memory else 'faster'}, drop {found.drop:.2g}"

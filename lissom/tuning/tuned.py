@@ -1,0 +1,268 @@
+"""`lissom.tune`: the best program under a bound, found by measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lissom.backends.base import Backend, sample_at
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.pipeline.options import Metric
+from lissom.driver.compile import optimize_model
+from lissom.driver.options import Inputs, Settings, read_data, split_inputs
+from lissom.inspect.machine import device_name
+from lissom.ops.native.instruction_sets import processor_features
+from lissom.runtime.compiled_model import CompiledModel
+from lissom.tuning.build import Quality, Variant, Workshop, silent
+from lissom.tuning.candidates import Aim, Candidate
+from lissom.tuning.clock import Clock
+from lissom.tuning.costs import CostMeter, CostTable, worthwhile
+from lissom.tuning.divergence import Divergence
+from lissom.tuning.finalists import distil
+from lissom.tuning.losses import LossMeter
+from lissom.tuning.report import TuneReport
+from lissom.tuning.request import Request, check_request
+from lissom.tuning.search import Search
+from lissom.tuning.sites import PLAIN, Group, groups_of, linear_paths
+from lissom.tuning.spelling import EXACT
+from lissom.tuning.store import Store, fingerprint, program_fingerprint
+from lissom.tuning.trials import Trials
+from lissom.version import __version__
+
+_JUDGED = 4
+"""Batches on which the loss table compares outputs; as many others calibrate its passes."""
+_BATCHES = 8
+"""How many times the example's rows a call has with goal="throughput"."""
+_FAST_BF16 = ("avx512_bf16", "amx_bf16")
+_COSTS, _LOSSES, _VERIFIED, _ALL = 0.25, 0.5, 0.7, 0.97
+"""The fractions of the time after which the cost table, the loss table, the candidates and the distillation end."""
+_VERIFIED_ALONE = 1.3
+"""The factor on the first two without distillation."""
+_MOST_NOTES = 3
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The result of a search.
+
+    best: the chosen program, compiled. pipeline: its passes as text: `lissom.compile` with this text, the same example
+        inputs, the same data, `goal=None` and this backend gives the same program again. backend: its name.
+    frontier: the candidates that no other matches in both cost and drop, the cheapest first.
+    report: prints as a table of all candidates; `plot` draws them.
+    """
+
+    best: CompiledModel
+    pipeline: str
+    backend: str
+    frontier: tuple[Candidate, ...]
+    report: TuneReport
+
+    def __repr__(self) -> str:
+        return f"Tuned(pipeline={self.pipeline!r:.200}, backend='{self.backend}', {len(self.frontier)} on the frontier)"
+
+
+def tune(
+    model: nn.Module | Program,
+    example_inputs: Inputs,
+    *,
+    data: Iterable[Inputs],
+    metric: Metric | None = None,
+    max_drop: float = 0.01,
+    goal: str = "latency",
+    target: float | str | None = None,
+    minutes: float = 20,
+    backends: Sequence[str | Backend] = ("eager",),
+    distill: bool = True,
+    store: str | Path | None = None,
+) -> Tuned:
+    """Search the best program under a bound, and compile it.
+
+    Each attention and feed-forward may lose heads or neurons or go as a whole, and its linear layers may be quantized or
+    factored; bfloat16 is tried where the processor has it. See docs/tuning.md for the method.
+
+    example_inputs: as in `compile`; times are measured on them.
+    data: batches like example_inputs. Passes calibrate on them, and outputs are compared on them.
+    metric: scores a callable that takes the model's arguments; higher is better. max_drop: the largest drop of the metric.
+        Without a metric it bounds the relative output error, √(Σ‖y − y₀‖² / Σ‖y₀‖²) over real tokens.
+    goal: what is to become small: `latency`, the time of a call on the example; `throughput`, the time of a call with eight
+        times its rows; `memory`, the bytes of the weights.
+    target: a speedup or size reduction such as 2.0, a time such as "5 ms", or a size such as "20 MB": the most accurate program
+        that reaches it is sought, and max_drop bounds nothing.
+    minutes: the time of the search; it ends within about the time of one candidate after that.
+    backends: those that may run the result. distill: train the finalists on the data for a part of the time.
+    store: a directory for what is found, written as it is found: a search that was stopped goes on from there, and another
+        bound takes the same tables.
+
+    Ctrl-C ends the search with the best program so far. The exact program is the first candidate, so there is always a result.
+
+    Raises: LissomError, as `compile`; InputError if the metric fails, returns NaN, or two measurements of the exact program
+        differ by more than max_drop.
+
+    >>> import torch, lissom
+    >>> model = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    >>> batches = [torch.randn(2, 5, 32) for _ in range(2)]
+    >>> tuned = lissom.tune(model, batches[0], data=batches, max_drop=0.1, minutes=0.1, distill=False)
+    >>> tuned.best(batches[0]).shape
+    torch.Size([2, 5, 32])
+    """
+    request = check_request(
+        data=data,
+        metric=metric,
+        max_drop=max_drop,
+        goal=goal,
+        target=target,
+        minutes=minutes,
+        backends=backends,
+        distill=distill,
+    )
+    clock, kept, notes = Clock(60 * request.minutes), Store(store), list[str]()
+    with clock.shown():
+        clock.show("capture")
+        program, _ = optimize_model(model, example_inputs, Settings(passes=EXACT, progress=silent))
+        trials = _trials(program, example_inputs, request, kept, clock)
+        groups = groups_of(program)
+        try:
+            _search(trials, groups, request, notes)
+        except KeyboardInterrupt:
+            notes.append(f"interrupted after {clock.passed:.0f} s; this is the best program so far")
+        return _result(trials, groups, request, notes)
+
+
+def _trials(program: Program, example: Inputs, request: Request, kept: Store, clock: Clock) -> Trials:
+    """The exact program measured, and the candidates of earlier calls."""
+    args, kwargs = split_inputs(example)
+    flat = program.signature.flatten(args, kwargs)
+    batches, _ = read_data(request.data, program.signature)
+    sample = _many_rows(program, flat) if request.goal == "throughput" else flat
+    workshop = Workshop(program, example, sample, request.data, request.backends)
+    clock.show("the exact program")
+    first = Variant(next(iter(request.backends)))
+    base = workshop.base(first)
+    quality = Quality.of(base, Divergence(program, batches), request.metric, request.max_drop)
+    milliseconds, size = workshop.milliseconds(base), workshop.size(base)
+    exact = Candidate(EXACT, first.backend, milliseconds, milliseconds, milliseconds, size)
+    aim = Aim(request.memory, request.max_drop, request.target_cost(exact.cost(request.memory)))
+    metric = "" if request.metric is None else f"{_identity(request.metric)} {quality.score!r}"
+    key = fingerprint(_place(program, sample), batches, metric)
+    kept.add(
+        "run",
+        key,
+        request.goal,
+        model=program.name,
+        backend=first.backend,
+        memory=request.memory,
+        max_drop=request.max_drop,
+        target=aim.target,
+        metric=metric,
+        milliseconds=milliseconds,
+        bytes=size,
+    )
+    trials = Trials(workshop, quality, aim, kept, key, clock, [exact])
+    trials.recall()
+    return trials
+
+
+def _place(program: Program, sample: Sample) -> str:
+    """What times depend on: the program, the versions, the machine, and the inputs."""
+    machine = device_name(_device(sample)), torch.get_num_threads(), torch.__version__
+    return fingerprint(program_fingerprint(program), __version__, *machine, sample)
+
+
+def _search(trials: Trials, groups: Sequence[Group], request: Request, notes: list[str]) -> None:
+    """Measure the tables of every variant, verify candidates, and distill finalists."""
+    program, clock = trials.workshop.program, trials.clock
+    clock.begin()
+    bases, linears = _variants(trials, request), linear_paths(program)
+    stretch = 1.0 if request.distill else _VERIFIED_ALONE
+    every = list(dict.fromkeys(scheme for group in groups for scheme in group.schemes))
+    costs: dict[Variant, CostTable] = {}
+    schemes = {PLAIN}
+    key = fingerprint(_place(program, trials.workshop.sample), request.memory)
+    for turn, variant in enumerate(bases, 1):
+        meter = CostMeter(trials.workshop, groups, linears, variant, request.memory, trials.store, key, clock)
+        costs[variant] = meter.measure(every, _COSTS * stretch * turn / len(bases))
+        schemes |= worthwhile(costs[variant], groups, every)
+    pairs = [split_inputs(batch) for batch in request.data[: 2 * _JUDGED]]
+    samples = [program.signature.flatten(*pair) for pair in pairs]
+    judged, calibrating = samples[::2], samples[1::2] or samples
+    key = fingerprint(program_fingerprint(program), __version__, judged, calibrating)
+    divergence = Divergence(program, judged)
+    meter = LossMeter(program, groups, linears, calibrating, divergence, trials.store, key, clock)
+    losses = meter.measure([scheme for scheme in every if scheme in schemes], _LOSSES * stretch)
+    search = Search(trials, groups, linears, bases)
+    for variant in bases:
+        search.add_table(variant, losses, costs[variant], [scheme for scheme in every if scheme in schemes])
+    if losses.measured < losses.wanted:
+        notes.append(f"{losses.measured} of {losses.wanted} losses were measured; the others are interpolated")
+    failed = [sentence for table in (losses, *costs.values()) for sentence in table.failed]
+    notes += [f"left out: {sentence:.200}" for sentence in failed[:_MOST_NOTES]]
+    search.run(_VERIFIED if request.distill else _ALL)
+    if request.distill:
+        distil(search, _ALL)
+
+
+def _variants(trials: Trials, request: Request) -> dict[Variant, Candidate]:
+    """The backends, each in the program's own precision and in bfloat16 where that is fast, measured; the cheapest first."""
+    device = _device(trials.workshop.sample)
+    fast = device.type == "cuda" or any(name in processor_features() for name in _FAST_BF16)
+    found = {Variant(trials.exact.backend): trials.exact}
+    for backend in request.backends:
+        for variant in (Variant(backend), *([Variant(backend, bf16=True)] if fast else [])):
+            if variant not in found:
+                base = trials.measure(Candidate(variant.pipeline, backend))
+                # A variant over the bound by itself leaves nothing for the other passes.
+                if not base.failed and (trials.aim.target is not None or trials.aim.meets(base)):
+                    found[variant] = base
+    ordered = sorted(found, key=lambda variant: found[variant].cost(request.memory))
+    return {variant: found[variant] for variant in ordered}
+
+
+def _result(trials: Trials, groups: Sequence[Group], request: Request, notes: list[str]) -> Tuned:
+    chosen, compiled = trials.chosen()
+    missed = trials.aim.nearest_miss(trials.candidates)
+    if chosen is trials.exact and missed is not None:
+        what = "drop" if request.target is None else "cost"
+        notes.append(
+            f"no cheaper candidate meets the bound, and the exact program is kept; the nearest has "
+            f"{trials.aim.miss(missed):.2f} x the {what} allowed: {missed.pipeline}"
+        )
+    if request.metric is None:
+        notes.append("without a metric, drops are relative output errors on data=")
+    if trials.quality.noise:
+        notes.append(f"two measurements of the exact program's metric differ by {trials.quality.noise:.2g}")
+    if trials.store.skipped:
+        notes.append(f"{trials.store.skipped} unreadable lines of the store were passed over")
+    name, scored = trials.workshop.program.name, request.metric is not None
+    report = TuneReport(name, trials.aim, tuple(trials.candidates), chosen, scored, tuple(notes), tuple(groups))
+    return Tuned(compiled, chosen.pipeline, chosen.backend, tuple(report.frontier), report)
+
+
+def _many_rows(program: Program, flat: Sample) -> Sample:
+    """The example with eight times its rows; the example itself where the rows are fixed."""
+    signature = program.signature
+    batch = next((leaf.type.shape[0] for leaf in signature.tensors if leaf.type.rank), None)
+    sizes = signature.sizes_of(flat)
+    symbol = next((found for found in sizes if found == batch), None)
+    if symbol is None:
+        return flat
+    return sample_at(program, flat, {symbol: signature.dimensions[symbol].at_most(_BATCHES * sizes[symbol])}) or flat
+
+
+def _device(sample: Sample) -> torch.device:
+    return sample[0].device if sample else torch.device("cpu")
+
+
+def _identity(metric: Metric) -> str:
+    """What tells metrics apart in a store: the name, and the code of a function."""
+    code = getattr(metric, "__code__", None)
+    parts = (
+        (code.co_code.hex(), code.co_names, [item for item in code.co_consts if isinstance(item, (str, int, float))])
+        if code
+        else ()
+    )
+    return f"{getattr(metric, '__qualname__', type(metric).__qualname__)} {fingerprint(*parts)}"

@@ -1,0 +1,74 @@
+"""Tests of the integer program and of the corrections, against brute force and known laws."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+
+from lissom.tuning.corrections import Line, PowerLaw
+from lissom.tuning.sites import Option
+from lissom.tuning.solve import Item, solve
+
+
+def table(seed: int, groups: int = 4):
+    numbers = random.Random(seed)
+    return [
+        [Item(Option(4), 0.0, 0.0)]
+        + [Item(Option(left), numbers.random(), -numbers.random() * (4 - left)) for left in (3, 2, 1, 0)]
+        for _ in range(groups)
+    ]
+
+
+def best(found, least, bounded, bound):
+    """The least of one figure by trying every choice; one group keeps some units."""
+    return min(
+        sum(getattr(item, least) for item in choice)
+        for choice in itertools.product(*found)
+        if sum(getattr(item, bounded) for item in choice) <= bound + 1e-9 and any(item.option.left for item in choice)
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_solution_is_the_best_of_all(seed):
+    found, parts = table(seed), ["attention"] * 4
+    for bound in (0.0, 0.5, 1.5, 9.0):
+        choice = solve(found, parts, loss=bound)
+        assert sum(item.loss for item in choice) <= bound + 1e-6
+        assert sum(item.cost for item in choice) == pytest.approx(best(found, "cost", "loss", bound))
+    for bound in (0.0, -2.0, -5.0):
+        choice = solve(found, parts, cost=bound)
+        assert sum(item.cost for item in choice) <= bound + 1e-6
+        assert sum(item.loss for item in choice) == pytest.approx(best(found, "loss", "cost", bound))
+
+
+def test_a_bound_that_no_choice_meets_has_no_solution():
+    assert solve(table(0), ["attention"] * 4, cost=-1000.0) is None
+
+
+def test_one_group_of_a_kind_stays():
+    items = [Item(Option(4), 0.0, 0.0), Item(Option(0), 0.0, -1.0)]
+    choice = solve([items, items, items], ["attention", "attention", "feed-forward"], loss=1.0)
+    assert [item.option.left for item in choice].count(0) == 1
+
+
+def test_options_without_a_known_loss_are_not_taken():
+    items = [Item(Option(4), 0.0, 0.0), Item(Option(2), math.inf, -1.0)]
+    assert [item.option.left for item in solve([items, items], ["attention"] * 2, loss=math.inf)] == [4, 4]
+
+
+def test_a_power_law_is_recovered():
+    law = PowerLaw().fit([(x, 3 * x**0.7) for x in (0.01, 0.1, 0.5, 2.0)], near=1.0)
+    assert (law.scale, law.exponent) == pytest.approx((3.0, 0.7))
+    assert law.inverse(law(0.3)) == pytest.approx(0.3)
+    assert PowerLaw(1.0, 0.5).fit([(4.0, 6.0)], near=1.0)(4.0) == pytest.approx(6.0)
+    assert PowerLaw(1.0, 0.5).fit([], near=1.0) == PowerLaw(1.0, 0.5)
+
+
+def test_a_line_is_recovered():
+    line = Line().fit([(x, 2 + 0.5 * x) for x in (1.0, 2.0, 4.0)])
+    assert (line.offset, line.scale) == pytest.approx((2.0, 0.5))
+    assert line.inverse(line(3.0)) == pytest.approx(3.0)
+    assert Line().fit([])(7.0) == 7.0

@@ -1,0 +1,72 @@
+"""Tests of groups and of their options as pipeline text."""
+
+from __future__ import annotations
+
+import pytest
+
+import lissom
+from lissom.tuning.sites import LOW_RANK, Group, Option, groups_of, linear_paths
+from lissom.tuning.spelling import pipeline_of, read_options
+from tests.models import captured, tiny_bert
+
+
+@pytest.fixture(scope="module")
+def program():
+    case = tiny_bert()
+    return lissom.optimize(case.model, case.inputs, checks="off").program
+
+
+def test_the_groups_of_a_bert(program):
+    groups = groups_of(program)
+    assert [group.kind for group in groups[:4]] == ["attention", "attention", "feed-forward", "feed-forward"]
+    attention, forward = groups[0], groups[2]
+    assert (attention.size, attention.layer, len(attention.linears)) == (2, "encoder.layer.0", 4)
+    assert (forward.size, forward.layer, len(forward.linears)) == (24, "encoder.layer.0", 2)
+    assert groups[0].likeness == groups[1].likeness != groups[2].likeness
+    assert forward.lefts() == [24, 18, 12, 6, 3, 0]
+    held = [path for group in groups for path in group.linears]
+    assert len(held) == len(set(held))
+
+
+def test_every_path_of_a_group_is_one_that_quantize_takes(program):
+    known = set(linear_paths(program))
+    assert {path for group in groups_of(program) for path in group.linears} <= known
+
+
+def test_nothing_chosen_is_the_exact_pipeline(program):
+    groups = groups_of(program)
+    assert pipeline_of(groups, [group.whole for group in groups], linear_paths(program), steps=9) == "exact"
+
+
+def test_options_are_read_back_from_their_text(program):
+    groups, linears = groups_of(program)[:4], linear_paths(program)
+    options = [Option(1, "int8-dynamic"), Option(0), Option(12), Option(24, "int8-weight")]
+    text = pipeline_of(groups, options, linears, steps=5)
+    assert text.index("prune-layers") < text.index("prune-heads") < text.index("prune-neurons")
+    assert text.index("prune-neurons") < text.index("distill{steps=5,precision=fp32}") < text.index("quantize")
+    assert read_options(groups, text) == options
+    lissom.optimize(program, tiny_bert().inputs, passes=pipeline_of(groups, options, linears), checks="structural")
+
+
+def test_one_scheme_everywhere_needs_no_paths(program):
+    groups, linears = groups_of(program), linear_paths(program)
+    assert pipeline_of(groups, [Option(group.size, "int8-dynamic") for group in groups], linears) == "quantize"
+    text = pipeline_of(groups, [Option(group.size, "int8-dynamic") for group in groups], linears, steps=3)
+    assert text == "quantize,distill{steps=3,precision=fp32}"
+
+
+def test_bfloat16_comes_before_quantizers_and_nothing_is_distilled_after_it(program):
+    groups, linears = groups_of(program), linear_paths(program)
+    options = [Option(group.size, "int8-dynamic") for group in groups]
+    assert pipeline_of(groups, options, linears, steps=3, bf16=True) == "cast,sink-casts,fold-casts,quantize"
+
+
+def test_factors_are_read_back():
+    group = Group("layer", "feed-forward", 8, ["layer"], linears=["layer.up", "layer.down"], schemes=("none", LOW_RANK))
+    text = pipeline_of([group], [Option(8, LOW_RANK)], group.linears)
+    assert text == 'low-rank{amounts="layer.up=0.5,layer.down=0.5"}'
+    assert read_options([group], text) == [Option(8, LOW_RANK)]
+
+
+def test_a_model_without_sites_has_linear_layers_alone():
+    assert {group.kind for group in groups_of(captured("tied"))} <= {"linear"}

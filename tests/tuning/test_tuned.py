@@ -1,0 +1,149 @@
+"""Tests of lissom.tune on small models: what it finds, that its text gives the same program again, and how it ends."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+import torch
+
+import lissom
+from lissom.errors import InputError, UnsupportedError
+from lissom.inspect.tables import plain
+from tests.models import feed_forward, normal, tiny_bert
+from tests.tuning.searches import FAMILIES, batches
+
+
+def leaves(outputs):
+    return [value for value in outputs.values() if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_text_gives_the_same_program_again(family):
+    case = FAMILIES[family]()
+    data = batches(case)
+    tuned = lissom.tune(case.model, case.inputs, data=data, max_drop=0.2, goal="memory", minutes=0.5)
+    chosen = next(item for item in tuned.report.candidates if item.pipeline == tuned.pipeline)
+    assert chosen.drop <= 0.2
+    assert chosen.bytes < tuned.report.candidates[0].bytes
+    again = lissom.compile(case.model, case.inputs, passes=tuned.pipeline, data=data, goal=None, backend=tuned.backend)
+    for batch in data:
+        for one, other in zip(leaves(tuned.best(**batch)), leaves(again(**batch)), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_the_drop_without_a_metric_is_the_relative_output_error(tmp_path):
+    case = tiny_bert()
+    data = batches(case)
+    tuned = lissom.tune(
+        case.model, case.inputs, data=data, max_drop=0.3, goal="memory", minutes=0.4, distill=False, store=tmp_path
+    )
+    chosen = next(item for item in tuned.report.candidates if item.pipeline == tuned.pipeline)
+    wanted, found = [], []
+    with torch.no_grad():
+        for batch in data:
+            real = batch["attention_mask"].bool()
+            wanted.append(case.model(**batch).last_hidden_state[real])
+            found.append(tuned.best(**batch).last_hidden_state[real])
+    error = (torch.cat(found) - torch.cat(wanted)).norm() / torch.cat(wanted).norm()
+    # The other output, of the pooler, may be the worse one.
+    assert float(error) <= chosen.drop * (1 + 1e-4)
+    assert "relative output errors" in str(tuned.report)
+    # The same search with another bound measures nothing anew that it needs.
+    started = time.monotonic()
+    again = lissom.tune(
+        case.model, case.inputs, data=data, max_drop=0.01, goal="memory", minutes=0.05, distill=False, store=tmp_path
+    )
+    assert len(again.report.candidates) >= len(tuned.report.candidates)
+    assert time.monotonic() - started < 60
+    assert all(item.drop <= 0.01 for item in again.report.candidates if item.pipeline == again.pipeline)
+
+
+@pytest.mark.slow
+def test_a_target_takes_the_most_accurate_program_that_reaches_it():
+    case = tiny_bert()
+    tuned = lissom.tune(
+        case.model, case.inputs, data=batches(case), goal="memory", target=1.5, minutes=0.5, distill=False, max_drop=0
+    )
+    exact, *others = tuned.report.candidates
+    chosen = next(item for item in others if item.pipeline == tuned.pipeline)
+    reaching = [item for item in others if not item.failed and item.bytes <= exact.bytes / 1.5]
+    assert chosen in reaching
+    assert chosen.drop == min(item.drop for item in reaching)
+
+
+@pytest.mark.slow
+def test_a_bound_that_nothing_meets_leaves_the_exact_program_and_names_the_nearest():
+    case = tiny_bert()
+    tuned = lissom.tune(case.model, case.inputs, data=batches(case), max_drop=0, goal="memory", minutes=0.2, distill=False)
+    assert tuned.pipeline == "exact"
+    assert len(tuned.report.candidates) > 1
+    assert any("the exact program is kept; the nearest has" in note for note in tuned.report.notes)
+
+
+def test_the_exact_program_is_there_when_the_time_is_over_at_once():
+    case = feed_forward()
+    tuned = lissom.tune(case.model, case.inputs, data=[case.inputs], minutes=1e-6)
+    assert tuned.pipeline == "exact"
+    assert torch.allclose(tuned.best(*case.inputs), case.model(*case.inputs), atol=1e-6)
+    assert [item.pipeline for item in tuned.frontier] == ["exact"]
+    assert "chosen" in plain(tuned.report, 120)
+
+
+def test_ctrl_c_gives_the_best_program_so_far():
+    case, calls = feed_forward(), []
+
+    def metric(model):
+        calls.append(model)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return 1.0
+
+    tuned = lissom.tune(case.model, case.inputs, data=[case.inputs], metric=metric, goal="memory", minutes=1)
+    assert tuned.pipeline == "exact"
+    assert any(note.startswith("interrupted after") for note in tuned.report.notes)
+
+
+@pytest.mark.parametrize(
+    ("metric", "sentence"),
+    [
+        (lambda model: 1 / 0, "metric raised ZeroDivisionError: division by zero"),
+        (lambda model: math.nan, "metric returned nan for the model as it is"),
+        (lambda model: "good", "metric returned a str"),
+        (lambda model, seen=[]: seen.append(1) or float(len(seen)), "metric returned 1 and then 2 for the same model"),
+    ],
+)
+def test_a_metric_that_does_not_measure_is_refused(metric, sentence):
+    case = feed_forward()
+    with pytest.raises(InputError, match=sentence):
+        lissom.tune(case.model, case.inputs, data=[case.inputs], metric=metric, minutes=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"data": []}, InputError, "data= holds no batch"),
+        ({"data": [normal(2, 5, 9)]}, InputError, "batch 0 of data= does not fit"),
+        ({"metric": 3}, UnsupportedError, "metric= is 3; give a callable"),
+        ({"max_drop": -1}, UnsupportedError, "max_drop= is -1"),
+        ({"max_drop": math.nan}, UnsupportedError, "max_drop= is nan"),
+        ({"max_drop": True}, UnsupportedError, "max_drop= is True"),
+        ({"goal": "speed"}, UnsupportedError, "goal='speed' is not known; choose latency, throughput, memory"),
+        ({"target": 1.0}, UnsupportedError, "target= is 1.0; give a factor above 1"),
+        ({"target": "5 MB"}, UnsupportedError, "target= is '5 MB'; give a factor above 1, such as 2.0, or a time"),
+        ({"target": "5 ms", "goal": "memory"}, UnsupportedError, "or a size such as '20 MB'"),
+        ({"minutes": 0}, UnsupportedError, "minutes= is 0"),
+        ({"minutes": math.inf}, UnsupportedError, "minutes= is inf"),
+        ({"backends": ()}, UnsupportedError, "backends= is empty"),
+        ({"backends": ("egaer",)}, UnsupportedError, "there is no backend 'egaer'; did you mean 'eager'"),
+        ({"backends": ("distributed",)}, UnsupportedError, "programs that run in one process"),
+        ({"distill": 1}, UnsupportedError, "distill= is 1; give True or False"),
+    ],
+)
+def test_bad_options_are_refused(options, error, sentence):
+    case = feed_forward()
+    with pytest.raises(error, match=sentence):
+        lissom.tune(case.model, case.inputs, **{"data": [case.inputs], **options})
