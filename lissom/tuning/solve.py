@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 
@@ -35,7 +36,7 @@ def solve(table: Table, parts: Sequence[str], *, loss: float = math.inf, cost: f
 
     Returns None where no choice meets the bound. Raises: UnsupportedError without scipy.
     """
-    optimize, sparse = _scipy()
+    optimize, sparse = require_scipy()
     items = [(at, item) for at, options in enumerate(table) for item in options if math.isfinite(item.loss + item.cost)]
     losses, costs = (np.array([getattr(item, name) for _, item in items]) for name in ("loss", "cost"))
     least, bounded, bound = (costs, losses, loss) if math.isinf(cost) else (losses, costs, cost)
@@ -60,7 +61,8 @@ def solve(table: Table, parts: Sequence[str], *, loss: float = math.inf, cost: f
     return [chosen[at] for at in range(len(table))]
 
 
-def _scipy():  # noqa: ANN202
+def require_scipy() -> tuple[ModuleType, ModuleType]:
+    """The modules of scipy that solve. Raises: UnsupportedError without scipy."""
     try:
         from scipy import optimize, sparse
     except ImportError as error:

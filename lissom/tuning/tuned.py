@@ -29,6 +29,7 @@ from lissom.tuning.report import TuneReport
 from lissom.tuning.request import Request, check_request
 from lissom.tuning.search import Search
 from lissom.tuning.sites import PLAIN, Group, groups_of, linear_paths
+from lissom.tuning.solve import require_scipy
 from lissom.tuning.spelling import EXACT
 from lissom.tuning.store import Store, fingerprint, program_fingerprint
 from lissom.tuning.trials import Trials
@@ -120,6 +121,7 @@ def tune(
         backends=backends,
         distill=distill,
     )
+    require_scipy()
     clock, kept, notes = Clock(60 * request.minutes), Store(store), list[str]()
     with clock.shown():
         clock.show("capture")

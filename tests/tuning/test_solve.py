@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import sys
 
 import pytest
 
+import lissom
+from lissom.errors import UnsupportedError
 from lissom.tuning.corrections import Line, PowerLaw
 from lissom.tuning.sites import Option
 from lissom.tuning.solve import Item, solve
+from tests.models import feed_forward
 
 
 def table(seed: int, groups: int = 4):
@@ -72,3 +76,10 @@ def test_a_line_is_recovered():
     assert (line.offset, line.scale) == pytest.approx((2.0, 0.5))
     assert line.inverse(line(3.0)) == pytest.approx(3.0)
     assert Line().fit([])(7.0) == 7.0
+
+
+def test_a_missing_scipy_is_named_before_any_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    case = feed_forward()
+    with pytest.raises(UnsupportedError, match=r"scipy: pip install 'lissom\[tune\]'"):
+        lissom.tune(case.model, case.inputs, data=[case.inputs])
