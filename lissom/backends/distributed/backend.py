@@ -239,9 +239,9 @@ def lower_rank(
 
 def append_steps(history: History, further: History) -> History:
     """A history followed by the steps of another, without its first step, the program it started from."""
-    joined = replace(history, steps=[*history.steps], texts=[*history.texts])
-    for step, text in zip(further.steps[1:], further.texts[1:], strict=True):
-        joined.record(replace(step, index=len(joined.steps)), text)
+    joined = replace(history, steps=[*history.steps], texts=[*history.texts], facts={**history.facts})
+    for index, (step, text) in enumerate(zip(further.steps[1:], further.texts[1:], strict=True), 1):
+        joined.record(replace(step, index=len(joined.steps)), text, further.facts.get(index))
     return joined
 
 

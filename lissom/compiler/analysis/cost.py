@@ -5,7 +5,8 @@ A node reads each of its inputs once and writes its outputs once, without any ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -27,6 +28,8 @@ from lissom.compiler.ir.types import Size, TensorType, size_of
 from lissom.errors import UnsupportedError, nearest
 
 aten = torch.ops.aten
+
+ReadSize = Callable[["int | torch.SymInt"], Size]
 
 _LOOKUPS = {aten.embedding.default, aten.gather.default, aten.index_select.default, aten.index.Tensor, aten.take.default}
 """Operators that read only the elements of their first argument that they return."""
@@ -93,16 +96,32 @@ def node_flops(node: fx.Node) -> int:
     return int(operations(node, example_shape))
 
 
-def node_cost(node: fx.Node) -> Cost:
+def node_cost(node: fx.Node, read_size: ReadSize = size_of) -> Cost:
     """The cost of one node, as numbers when its sizes are numbers. Views, sizes, inputs and weights themselves cost nothing.
 
     Of an embedding table only the looked-up rows are read; an expanded dimension is read once.
+    read_size: gives a size as a number or an expression; `fake.hint` gives that of the example.
     """
-    returns_tensors = isinstance(nodes.node_type(node), (TensorType, tuple))
-    if node.op != "call_function" or not returns_tensors or moves_nothing(node):
+    found = nodes.value(node) if node.op == "call_function" else None
+    if not isinstance(found, (torch.Tensor, tuple, list)) or moves_nothing(node):
         return Cost()
-    written = _bytes(cast(fx.Node, node.args[3]) if node.target in nodes.IN_PLACE.values() else node)
-    return Cost(operations(node, _shape), _read_bytes(node, written), written, sum(_weights_of(node).values()))
+    written = _bytes(cast(fx.Node, node.args[3]) if node.target in nodes.IN_PLACE.values() else node, read_size)
+    flops = operations(node, example_shape if read_size is fake.hint else _shape)
+    return Cost(flops, _read_bytes(node, written, read_size), written, sum(_weights_of(node).values()))
+
+
+def example_cost(node: fx.Node) -> Cost:
+    """The cost of one node as numbers, at the sizes the program was captured with; sizes that depend on values count as 0.
+
+    It is kept on the node, and computed anew once the node or one of its inputs has another type.
+    """
+    values = [nodes.value(item) for item in (node, *node.all_input_nodes) if nodes.has_value(item)]
+    kept = nodes.kept_cost(node)
+    if kept is not None and len(kept[0]) == len(values) and all(map(operator.is_, kept[0], values)):
+        return cast(Cost, kept[1])
+    found = node_cost(node, fake.hint)
+    nodes.keep_cost(node, values, found)
+    return found
 
 
 def cost(program: Program, sizes: Mapping[str, int] | None = None) -> Mapping[fx.Node, Cost]:
@@ -192,25 +211,25 @@ def _memory(value: object) -> int:
     return cast(torch.Tensor, value).untyped_storage()._cdata
 
 
-def _read_bytes(node: fx.Node, written: Size) -> Size:
+def _read_bytes(node: fx.Node, written: Size, read_size: ReadSize) -> Size:
     inputs = [item for item in node.all_input_nodes if nodes.is_tensor(item)]
     if node.target in _LOOKUPS:
-        return _sum([written, *(_bytes(item) for item in inputs if item is not node.args[0])])
+        return _sum([written, *(_bytes(item, read_size) for item in inputs if item is not node.args[0])])
     name = getattr(node.target, "__name__", "")
     if name.partition(".")[0].endswith("_like") or name.startswith("new_"):
         # `zeros_like`, `new_full`: only the sizes of the argument are read.
         return 0
     skipped = node.args[0] if nodes.is_state_write(node) else None
-    return _sum(_bytes(item) for item in inputs if item is not skipped)
+    return _sum(_bytes(item, read_size) for item in inputs if item is not skipped)
 
 
-def _bytes(item: fx.Node) -> Size:
+def _bytes(item: fx.Node, read_size: ReadSize) -> Size:
     """Bytes of a node's tensors; an expanded dimension is stored once."""
     found, total = nodes.value(item), list[Size]()
     for tensor in found if isinstance(found, (tuple, list)) else [found]:
         if isinstance(tensor, torch.Tensor):
             strides = tensor.stride() if tensor.layout is torch.strided else (1,) * tensor.dim()
-            sizes = [size_of(size) for size, stride in zip(tensor.shape, strides, strict=True) if size_of(stride) != 0]
+            sizes = [read_size(size) for size, stride in zip(tensor.shape, strides, strict=True) if size_of(stride) != 0]
             total.append(product(sizes) * tensor.element_size())
     return _sum(total)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeGuard, cast
@@ -24,6 +24,7 @@ STATE_WRITES: tuple[torch._ops.OpOverload, ...] = (aten.copy_.default, *IN_PLACE
 _ORIGIN = "lissom_origin"
 _VALUE = "val"
 _PLACED = "lissom_placed"
+_COST = "lissom_cost"
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,16 @@ def placed(node: fx.Node) -> Placed | tuple[Placed, ...] | None:
 def set_placed(node: fx.Node, value: Placed | tuple[Placed, ...]) -> None:
     """Record the node's placement across ranks."""
     node.meta[_PLACED] = value
+
+
+def kept_cost(node: fx.Node) -> tuple[Sequence[object], object] | None:
+    """The cost kept for the node, after the values it was computed from; None before the first."""
+    return node.meta.get(_COST)
+
+
+def keep_cost(node: fx.Node, values: Sequence[object], cost: object) -> None:
+    """Keep a cost on the node, with the (fake) values it was computed from; copies of the program have it too."""
+    node.meta[_COST] = (values, cost)
 
 
 def has_value(node: fx.Node) -> bool:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lissom.compiler.analysis.cost import flops
+from lissom.compiler.analysis.cost import Cost, example_cost, flops
 from lissom.compiler.ir.editor import CurvePoint, Skip
+from lissom.compiler.ir.node import Origin, origin
 from lissom.compiler.ir.printer import unified_diff
 from lissom.compiler.ir.program import Program
 from lissom.errors import UnsupportedError
@@ -34,6 +35,19 @@ class Size:
 
 
 @dataclass(frozen=True)
+class NodeFacts:
+    """What a step keeps of a node beside its text: the cost at the captured sizes, and the origin."""
+
+    cost: Cost
+    origin: Origin
+
+
+def node_facts(program: Program) -> dict[str, NodeFacts]:
+    """The facts of every operator call of a program, by the node's name."""
+    return {node.name: NodeFacts(example_cost(node), origin(node)) for node in program.nodes()}
+
+
+@dataclass(frozen=True)
 class Step:
     """One pass that ran.
 
@@ -47,6 +61,7 @@ class Step:
     curve: the losses of a training pass; empty for any other.
     per_site: the pass as pipeline text with the amount that it chose for each site, which gives the same program; empty for
         passes without amounts.
+    about: what the pass is for, the first line of its docstring.
     """
 
     index: int
@@ -66,6 +81,7 @@ class Step:
     reverted: str | None = None
     curve: tuple[CurvePoint, ...] = ()
     per_site: str = ""
+    about: str = ""
 
     @property
     def exact(self) -> bool:
@@ -92,16 +108,32 @@ class History:
     """The steps of a pipeline, the capture first; grows while the pipeline runs.
 
     pipeline: the whole pipeline as text. checks: how each step was checked.
+    texts: the program after each step. facts: of its nodes, by the index of the step; an artifact does not keep them.
     """
 
     pipeline: str
     checks: str
     steps: list[Step] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    facts: dict[int, dict[str, NodeFacts]] = field(default_factory=dict["int, dict[str, NodeFacts]"])
 
-    def record(self, step: Step, text: str) -> None:
+    def record(self, step: Step, text: str, facts: dict[str, NodeFacts] | None = None) -> None:
+        """Add a step with the text and, where they are known, the facts of the program after it."""
         self.steps.append(step)
         self.texts.append(text)
+        self._keep_facts(len(self.steps) - 1, facts)
+
+    def restart(self, step: Step, program: Program) -> None:
+        """Record the capture anew."""
+        self.steps[:1], self.texts[:1] = [step], [program.text()]
+        self._keep_facts(0, node_facts(program))
+
+    def _keep_facts(self, index: int, facts: dict[str, NodeFacts] | None) -> None:
+        # A step that was undone may have left some here.
+        self.facts.pop(index, None)
+        if facts is not None:
+            before = self.facts.get(index - 1)
+            self.facts[index] = before if before is not None and before == facts else facts
 
     def note(self, sentence: str) -> None:
         """Add a sentence for the reader to the last step."""

@@ -72,6 +72,11 @@ class Pass(ABC):
         """`raise-rms-norm` for the class `RaiseRmsNorm`."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
 
+    @classmethod
+    def about(cls) -> str:
+        """The first line of the docstring: what the pass is for."""
+        return (cls.__doc__ or "").partition("\n")[0]
+
     @abstractmethod
     def run(self, edit: Editor) -> None:
         """Change the program through the editor; report places that could not be changed with `edit.skip`."""

@@ -18,7 +18,7 @@ from lissom.compiler.ir.interpreter import REFUSALS
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample, more_samples
 from lissom.compiler.memory import heap_set_aside
-from lissom.compiler.pipeline.history import History, Interrupted, Size, Step, changed_calls
+from lissom.compiler.pipeline.history import History, Interrupted, Size, Step, changed_calls, node_facts
 from lissom.compiler.pipeline.options import Checks, Metric, Progress, check_options, read_score
 from lissom.compiler.pipeline.pass_kinds import Annotation, Approximation, Pass, Rewrite, Training
 from lissom.compiler.pipeline.spelling import format_pass, format_pipeline
@@ -216,13 +216,13 @@ class _Run:
         self.original = answers(self.program, self.outputs)
         self.score = self._measure(self.program)
         start = self.history.steps[0] if self.history.steps else Step(0, "capture", "capture", 0.0, 0.0, Size.of(self.program))
-        self.history.steps[:1] = [replace(start, metric=self.score, notes=(*start.notes, *notes))]
-        self.history.texts[:1] = [self.program.text()]
+        self.history.restart(replace(start, metric=self.score, notes=(*start.notes, *notes)), self.program)
 
     def branch(self, pipeline: str) -> _Run:
         """A copy of the run with its own history; pipeline: the text of the whole pipeline of the branch."""
         other = copy(self)
-        other.history = replace(self.history, pipeline=pipeline, steps=[*self.history.steps], texts=[*self.history.texts])
+        kept = self.history
+        other.history = replace(kept, pipeline=pipeline, steps=[*kept.steps], texts=[*kept.texts], facts={**kept.facts})
         return other
 
     def go_back(self, start: _Run, steps: int) -> None:
@@ -235,8 +235,9 @@ class _Run:
         """Record a pass that ran and was reverted."""
         last, index = self.history.steps[-1], len(self.history.steps)
         spelling, size = format_pass(item), last.size
-        step = Step(index, spelling, item.kind, seconds, check_seconds=0.0, size=size, metric=last.metric, reverted=reason)
-        self.history.record(step, self.program.text())
+        score, about = last.metric, item.about()
+        step = Step(index, spelling, item.kind, seconds, 0.0, size=size, metric=score, reverted=reason, about=about)
+        self.history.record(step, self.program.text(), node_facts(self.program))
 
     def step(self, item: Pass, show: Callable[[str, int, int], None] | None = None) -> None:
         """Run one pass on a copy of the program; only a copy that passes its checks replaces the program."""
@@ -278,6 +279,7 @@ class _Run:
             notes=tuple(edit.notes),
             curve=tuple(edit.curve),
             per_site=edit.per_site,
+            about=item.about(),
         )
         if not isinstance(item, (Rewrite, Annotation)):
             self.start, self.reference = after, self.reference or self.program
@@ -286,7 +288,7 @@ class _Run:
         self.program, self.outputs = after, outputs
         if item.redefines:
             self.original = answers(after, outputs)
-        self.history.record(step, text_after)
+        self.history.record(step, text_after, node_facts(after))
 
     def _run_pass(self, item: Pass, edit: Editor, fixed: Collection[str]) -> None:
         # A run of the program writes its state, and restores it. A training pass has copies of all but the fixed weights.
