@@ -24,6 +24,7 @@ from lissom.cli_options import (
     DecoderPasses,
     Device,
     GoalName,
+    Html,
     MaxDrop,
     MetricName,
     Model,
@@ -36,7 +37,7 @@ from lissom.cli_options import (
     goal_of,
 )
 from lissom.compiler.parallel.plan import make_plan
-from lissom.compiler.pipeline.history import Interrupted
+from lissom.compiler.pipeline.history import History, Interrupted
 from lissom.compiler.pipeline.options import Goal, check_options
 from lissom.driver.options import resolve_passes
 from lissom.driver.ranks import with_world_size
@@ -107,19 +108,20 @@ def run_compile(
     full: Annotated[bool, typer.Option("--full", help="List every step, and the kernels of the hot layers.")] = False,
     history: Annotated[Path | None, typer.Option(help="Write the history to this file, as JSON.")] = None,
     text: Annotated[Path | None, typer.Option(help="Write the optimized program to this file, as text.")] = None,
+    html: Html = None,
     save: Annotated[Path | None, typer.Option("--save", "-o", help="Write what was compiled to this directory.")] = None,
     goal: GoalName = "latency",
     _ways: Ways = None,
 ) -> None:
     """Compile a model and print what every pass did."""
     refuse_torchrun("compile")
-    for path in filter(None, (history, text)):
+    for path in filter(None, (history, text, html)):
         check_writable(path)
     if save is not None:
         check_target(save)
     chosen = with_world_size(backend, world_size)
     quality = Quality(data, metric, max_drop)
-    compiled = _compile(model, passes, chosen, device, checks, quality, goal=goal_of(goal), simulate=simulate)
+    compiled = _compile(model, passes, chosen, device, checks, quality, goal=goal_of(goal), simulate=simulate, html=html)
     show(compiled.report.full() if full else compiled.report)
     if save is not None:
         assert isinstance(compiled, api.CompiledModel)
@@ -128,6 +130,8 @@ def run_compile(
         write_whole(history, json.dumps(compiled.report.history.to_json(), indent=1) + "\n")
     if text is not None:
         write_whole(text, compiled.program.text())
+    if html is not None:
+        compiled.report.to_html(html)
 
 
 app.command("run")(run_saved)
@@ -232,6 +236,7 @@ def run_show(
     sequence: Annotated[
         int | None, typer.Option(help="With --cost or --sharding: the tokens; the example's by default.")
     ] = None,
+    html: Html = None,
     allow_native: AllowNative = False,
 ) -> None:
     """Print a model's program after the passes, the difference between two steps, its structure, or what every site costs."""
@@ -240,6 +245,8 @@ def run_show(
         raise typer.BadParameter("--batch and --sequence go with --cost or --sharding")
     if sharding is not None and sharding < 2:
         raise typer.BadParameter("--sharding takes 2 ranks or more")
+    if html is not None:
+        check_writable(html)
     steps = _read_steps(diff) if diff is not None else None
     if sequence_parallel and sharding is None:
         raise typer.BadParameter("--sequence-parallel goes with --sharding")
@@ -251,7 +258,7 @@ def run_show(
         compiled = load_saved(Path(model), None, allow_native)
     else:
         # A program that is only shown may have layers without a kernel.
-        compiled = _compile(model, passes, backend, None, checks, Quality(data), simulate=True)
+        compiled = _compile(model, passes, backend, None, checks, Quality(data), simulate=True, html=html)
     if structure or axes or sites:
         program = compiled.program
         tables = [structure_tables] * structure + [axes_table] * axes
@@ -263,6 +270,9 @@ def run_show(
         return
     if cost:
         show(cost_table(compiled.program, sizes, load_machine()))
+        return
+    if html is not None:
+        compiled.report.to_html(html)
         return
     if steps is None:
         sys.stdout.write(compiled.program.text())
@@ -315,8 +325,12 @@ def _compile(
     *,
     goal: Goal | None = None,
     simulate: bool = False,
+    html: Path | None = None,
 ) -> api.CompiledModel | api.Optimized:
-    """The model compiled for a backend; without a backend, only optimized by the passes."""
+    """The model compiled for a backend; without a backend, only optimized by the passes.
+
+    html: where the finished steps are written when an error ends the passes.
+    """
     # Options are checked before a large model is read.
     check_options(checks)  # pyright: ignore[reportArgumentType]
     pipeline = resolve_passes(passes)
@@ -337,11 +351,21 @@ def _compile(
             **quality.arguments(source, place),
         )
     except Interrupted as error:
+        _write_stopped(html, model, error.history, "it was interrupted")
         show(Report("interrupted; finished so far", error.history))
         raise typer.Exit(130) from None
+    except LissomError as error:
+        _write_stopped(html, model, error.history, str(error))
+        raise
     for note in source.notes:
         Console(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
     return compiled
+
+
+def _write_stopped(html: Path | None, title: str, history: History | None, stopped: str) -> None:
+    """Write the page of a compile that an error ended, if any of its steps was finished."""
+    if html is not None and history is not None and history.steps:
+        Report(title, history, stopped=stopped).to_html(html)
 
 
 def main() -> None:

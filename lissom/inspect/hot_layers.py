@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from rich.console import RenderableType
@@ -45,11 +45,13 @@ class LayerTimes:
     """The time of every layer of a program, the slowest first; prints as a table of the hot ones.
 
     title: the program, its backend, and the sizes of the inputs. without_roof: why no layer has a roofline, if none has.
+    nodes: the milliseconds of every node by its name; empty where the backend times operators of its own.
     """
 
     title: str
     layers: tuple[LayerTime, ...]
     without_roof: str = _UNMEASURED
+    nodes: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def whole_ms(self) -> float:
@@ -123,7 +125,8 @@ def layer_times(
         roof = None if machine is None else 1e3 * sum(node_seconds(node, costs[node], machine) for node in members)
         found.append(LayerTime(*key, len(members), sum(milliseconds[node] for node in members), roof))
     found.sort(key=lambda layer: -layer.milliseconds)
-    return LayerTimes(f"{program.name} on {backend}, {sizes_text(named)}", tuple(found))
+    by_name = {node.name: milliseconds[node] for node in program.nodes()}
+    return LayerTimes(f"{program.name} on {backend}, {sizes_text(named)}", tuple(found), nodes=by_name)
 
 
 def _table(found: LayerTimes) -> Table:

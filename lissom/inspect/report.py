@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +13,13 @@ from typing import Protocol
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from lissom.compiler.pipeline.history import History, Size, Step
+from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.history import History, Size, Step, node_facts
 from lissom.errors import UnsupportedError
+from lissom.files import check_path, write_whole
 from lissom.inspect.hot_layers import LayerTimes
+from lissom.inspect.html.data import page_data
+from lissom.inspect.html.page import page
 from lissom.inspect.tables import plain, plain_table
 from lissom.inspect.training_plot import plot_training
 
@@ -25,6 +30,7 @@ _OPTION = re.compile(r'(?:[^,\["]|\[[^\]]*\]|"[^"]*")+')
 class LayerTimer(Protocol):
     """Times the layers of a program. known: the last times; None before the first."""
 
+    program: Program
     known: LayerTimes | None
 
     def measure(self, args: Sequence[object], kwargs: Mapping[str, object]) -> LayerTimes:
@@ -41,6 +47,7 @@ class Report:
 
     times_faster: the speedup over the original model at each shape that was timed; empty if nothing was timed.
     timer: times the layers of the compiled program; None for a program that is not lowered.
+    stopped: the error that ended the compile early; empty for one that finished.
     """
 
     title: str
@@ -48,6 +55,7 @@ class Report:
     times_faster: tuple[float, ...] = ()
     every_step: bool = False
     timer: LayerTimer | None = None
+    stopped: str = ""
 
     def full(self) -> Report:
         """The same report with every step, and with the kernels of the hot layers."""
@@ -77,6 +85,30 @@ class Report:
         """
         plot_training(self.history, Path(path))
 
+    def to_html(self, path: str | PathLike[str]) -> None:
+        """Write the report as one HTML file, which needs no network: the passes, and the program after each of them.
+
+        The page has the times of layers if they were measured before (`kernels()`); nothing is timed for it.
+
+        Raises: ArtifactError if the file cannot be written.
+
+        >>> import tempfile, torch, lissom
+        >>> path = tempfile.mkdtemp() + "/report.html"
+        >>> lissom.compile(torch.nn.Linear(4, 2), torch.ones(3, 4)).report.to_html(path)
+        """
+        times = None if self.timer is None else self.timer.known
+        history = self.history
+        last = len(history.steps) - 1
+        if self.timer is not None and last not in history.facts:
+            # An artifact keeps the last program alone.
+            history = replace(history, facts={**history.facts, last: node_facts(self.timer.program)})
+        data = page_data(self.title, history, times, _missing(self, times))
+        write_whole(check_path(path), page(self.title, data, str(self)))
+
+    def _repr_html_(self) -> str:
+        """The report in a notebook: the table."""
+        return f"<pre style='line-height: 1.2'>{html.escape(str(self))}</pre>"
+
     def __rich__(self) -> RenderableType:
         return _history_table(self)
 
@@ -85,6 +117,22 @@ class Report:
 
     def __repr__(self) -> str:
         return f"<Report of {self.title}: {len(self.history.steps)} steps; print it to read them>"
+
+
+def _missing(report: Report, times: LayerTimes | None) -> list[str]:
+    """Sentences on what the page of a report cannot show."""
+    found = [f"The compile stopped after the last step shown: {report.stopped}"] if report.stopped else []
+    if any(index not in report.history.facts for index in range(len(report.history.steps))):
+        found.append("Costs, source lines and passes of nodes are known for the last step alone: an artifact keeps no more.")
+    if times is None and report.timer is not None:
+        found.append("Times of layers: none were measured. Call report.kernels() before report.to_html().")
+    elif times is None:
+        found.append("Times of layers: the program is not lowered for a backend. Compile it with --backend to time it.")
+    elif not times.nodes:
+        found.append("Times of layers: this backend runs operators of its own, so the times cannot be put on nodes.")
+    if report.history.checks != "numeric":
+        found.append(f"Errors of steps: checks were {report.history.checks}, so outputs were not compared.")
+    return found
 
 
 def _history_table(report: Report) -> RenderableType:

@@ -109,6 +109,10 @@ class CompiledModel(HostedModel):
         compiled = Compiled(self.program, self._executable, self.report.history, self._backend, facts, write_more)
         rank_files.save(check_path(directory), compiled)
 
+    def _repr_html_(self) -> str:
+        """The report, in a notebook."""
+        return self.report._repr_html_()
+
     def __repr__(self) -> str:
         return f"CompiledModel({self.program.name}{self.program.signature.describe()}, backend='{self.backend}')"
 

@@ -43,8 +43,10 @@ class NodeFacts:
 
 
 def node_facts(program: Program) -> dict[str, NodeFacts]:
-    """The facts of every operator call of a program, by the node's name."""
-    return {node.name: NodeFacts(example_cost(node), origin(node)) for node in program.nodes()}
+    """The facts of every operator call of a program under its name in the text, `%gelu`, and of every weight, `@up.weight`."""
+    calls = {f"%{node.name}": NodeFacts(example_cost(node), origin(node)) for node in program.nodes()}
+    reads = (node for node in program.graph.nodes if node.op == "get_attr")
+    return calls | {f"@{node.target}": NodeFacts(Cost(), origin(node)) for node in reads}
 
 
 @dataclass(frozen=True)
