@@ -37,7 +37,7 @@ from lissom.cli_options import (
     goal_of,
 )
 from lissom.compiler.parallel.plan import make_plan
-from lissom.compiler.pipeline.history import History, Interrupted
+from lissom.compiler.pipeline.history import Interrupted
 from lissom.compiler.pipeline.options import Goal, check_options
 from lissom.driver.options import resolve_passes
 from lissom.driver.ranks import with_world_size
@@ -51,7 +51,7 @@ from lissom.generation.prompted import Request, compile_prompted, load_prompted
 from lissom.generation.stream import Speed, stream_text, stream_tokens
 from lissom.inspect.catalogue import pass_page, passes_table
 from lissom.inspect.machine import load_machine
-from lissom.inspect.report import Report
+from lissom.inspect.report import Report, write_stopped
 from lissom.inspect.roofline import cost_table
 from lissom.inspect.sharding import Link, sharding_table
 from lissom.inspect.sites import amounts_table, axes_table, structure_tables
@@ -351,21 +351,15 @@ def _compile(
             **quality.arguments(source, place),
         )
     except Interrupted as error:
-        _write_stopped(html, model, error.history, "it was interrupted")
+        write_stopped(html, model, error.history, "it was interrupted")
         show(Report("interrupted; finished so far", error.history))
         raise typer.Exit(130) from None
     except LissomError as error:
-        _write_stopped(html, model, error.history, str(error))
+        write_stopped(html, model, error.history, str(error))
         raise
     for note in source.notes:
         Console(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
     return compiled
-
-
-def _write_stopped(html: Path | None, title: str, history: History | None, stopped: str) -> None:
-    """Write the page of a compile that an error ended, if any of its steps was finished."""
-    if html is not None and history is not None and history.steps:
-        Report(title, history, stopped=stopped).to_html(html)
 
 
 def main() -> None:

@@ -54,6 +54,7 @@ Checks = Annotated[str, typer.Option(help="numeric, structural or off.")]
 GoalName = Annotated[
     str, typer.Option("--goal", help="Revert lossy passes by latency or memory, as measured here; none keeps every pass.")
 ]
+Html = Annotated[Path | None, typer.Option(help="Write the passes and the programs after them to this file, as one HTML page.")]
 Simulate = Annotated[
     bool, typer.Option("--simulate", help="Compute quantized layers without a kernel in floating point, on quantized values.")
 ]

@@ -119,6 +119,15 @@ class Report:
         return f"<Report of {self.title}: {len(self.history.steps)} steps; print it to read them>"
 
 
+def write_stopped(path: Path | None, title: str, history: History | None, reason: str) -> None:
+    """Write the page of a compile that an error ended, as far as it went; nothing without a path or without a finished step.
+
+    Raises: ArtifactError if the file cannot be written.
+    """
+    if path is not None and history is not None and history.steps:
+        Report(title, history, stopped=reason).to_html(path)
+
+
 def _missing(report: Report, times: LayerTimes | None) -> list[str]:
     """Sentences on what the page of a report cannot show."""
     found = [f"The compile stopped after the last step shown: {report.stopped}"] if report.stopped else []

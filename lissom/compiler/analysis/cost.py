@@ -24,7 +24,7 @@ from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.match import is_view
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.types import Size, TensorType, size_of
+from lissom.compiler.ir.types import Size, size_of
 from lissom.errors import UnsupportedError, nearest
 
 aten = torch.ops.aten

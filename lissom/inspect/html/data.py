@@ -38,10 +38,14 @@ def page_data(title: str, history: History, times: LayerTimes | None, missing: S
         "pipeline": history.pipeline,
         "checks": history.checks,
         "missing": list(missing),
-        "times": None if times is None else {"title": times.title, "nodes": {f"%{name}": ms for name, ms in times.nodes.items()}},
+        "times": None if times is None else _times(times),
         "steps": steps,
         **tables.to_json(),
     }
+
+
+def _times(times: LayerTimes) -> dict[str, object]:
+    return {"title": times.title, "nodes": {f"%{name}": milliseconds for name, milliseconds in times.nodes.items()}}
 
 
 def _step(step: Step) -> dict[str, object]:

@@ -115,7 +115,7 @@ function stepPanel(view) {
     step.about ? h("p", {}, step.about) : null,
     h("p", {}, h("span", { class: `kind ${step.kind}` }, step.kind), ` ${KINDS[step.kind] || ""}`),
     h("p", {}, h("strong", {}, step.summary.split("; skipped")[0])),
-    quiet ? h("p", {}, "The graph is the same: only weights changed. ", next > 0 ? ["The next step that changes the graph is ", stepLink(next), "."] : null) : null,
+    quiet ? h("p", {}, "The graph is the same: only weights changed. ", next > 0 ? ["The next change of the graph is by ", stepLink(next)] : null) : null,
     h("table", {}, h("thead", {}, h("tr", {}, h("td", {}), ["before", "after", "change"].map(item => h("th", { scope: "col" }, item)))), h("tbody", {}, sizes)),
     h("dl", {}, facts.map(([name, value]) => [h("dt", {}, name), h("dd", {}, String(value))])),
     section("Notes", step.notes.length ? h("ul", {}, step.notes.map(item => h("li", {}, item))) : null),

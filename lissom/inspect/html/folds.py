@@ -1,19 +1,23 @@
 """Identical layers: numbered modules whose nodes are the same but for their names.
 
-Two layers are identical when their nodes, in order, have the same operators, types, constants and module paths below the layer,
-and read each other in the same way. What a layer reads from outside has the same type; if several layers read it, such as a mask
-or a shared weight, it is the same value. Values of weights are not compared.
+Two layers are identical when their nodes, in order, have the same operators, types, constants and module paths below the
+layer, and read each other in the same way. What a layer reads from outside has the same type; if several layers read it, such
+as a mask or a shared weight, it is the same value. Values of weights are not compared.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from lissom.inspect.html.lines import Line
 
 _MOST_DIFFERENCES = 4
+_INPUT = re.compile(r"(\w+): (\w+\[[^\]]*\])")
+"""An input of the program, in its first line."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class Group:
 
 def identical_layers(lines: Sequence[Line]) -> dict[str, tuple[Group, ...]]:
     """The groups of identical layers below each module that has numbered ones, by its path; none where no two are identical."""
-    types = {line.defines: line.type for line in lines if line.defines}
+    types = {f"%{name}": type_ for name, type_ in _INPUT.findall(lines[0].pieces[0])}
+    types |= {line.defines: line.type for line in lines if line.defines}
     found: dict[str, tuple[Group, ...]] = {}
     for container, layers in _numbered(lines).items():
         forms = _forms(container, layers, types) if len(layers) > 1 else {}
@@ -85,9 +90,15 @@ def _forms(container: str, layers: Mapping[str, Sequence[Line]], types: Mapping[
 
 def _differences(usual: Form, form: Form) -> tuple[str, ...]:
     """The patterns that one form has more often than the other, else what they read; the first few."""
-    for part in (lambda item: item[0], lambda item: f"{item[0]} in {item[1].lstrip('.')}", lambda item: f"{item[0]}: {item[2]}"):
+    views: tuple[Callable[[tuple[str, str, tuple[object, ...]]], str], ...] = (
+        lambda item: item[0],
+        lambda item: f"{item[0]} in {item[1].lstrip('.')}",
+        lambda item: f"{item[0]}: {item[2]}",
+    )
+    for part in views:
         before, after = Counter(map(part, usual)), Counter(map(part, form))
-        lines = [f"- {item}" for item in before - after] + [f"+ {item}" for item in after - before]
+        pairs = zip_longest((f"- {item}" for item in before - after), (f"+ {item}" for item in after - before))
+        lines = [line for pair in pairs for line in pair if line is not None]
         if lines:
             more = len(lines) - _MOST_DIFFERENCES
             return (*lines[:_MOST_DIFFERENCES], *([f"and {more} more"] if more > 0 else []))

@@ -4,7 +4,8 @@ const at = id => document.getElementById(id);
 
 function state() {
   const from = page.from === "prev" ? page.step - 1 : page.from === "none" ? -1 : page.from;
-  return { ...page, from: from >= 0 && from < page.step ? from : null, changes: page.changes && from >= 0 && from < page.step };
+  const heat = hasHeat(page.heat, page.step) ? page.heat : "flops";
+  return { ...page, heat, from: from >= 0 && from < page.step ? from : null, changes: page.changes && from >= 0 && from < page.step };
 }
 
 function go(target) {
@@ -130,7 +131,7 @@ function drawTools(view) {
 function heatCells(value, total, heat) {
   const share = total ? value / total : 0;
   return h("span", { class: "heat", title: value ? `${heatText(heat, value)}, ${percent(share)} of the program` : "" },
-    h("span", { class: "fill", style: `width:${Math.min(100, 100 * share).toFixed(2)}%` }), h("span", { class: "figure" }, value ? percent(share) : ""));
+    value ? h("span", { class: "fill", style: `width:${Math.min(100, 100 * share).toFixed(2)}%` }) : null, h("span", { class: "figure" }, value ? percent(share) : ""));
 }
 
 function choices(row) {

@@ -1,0 +1,98 @@
+"""Tests of lissom.inspect.html.folds."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import lissom
+from lissom.inspect.html.folds import identical_layers
+from lissom.inspect.html.lines import Line
+
+
+class Block(nn.Module):
+    def __init__(self, epsilon: float, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8, epsilon), nn.Linear(8, width), nn.Linear(width, 8)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x)))) + bias
+
+
+class Stack(nn.Module):
+    """Blocks; those in `other` read another bias."""
+
+    def __init__(self, blocks: list[tuple[float, int]], other: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(*item) for item in blocks)
+        self.other = other
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        biases = bias.sin(), bias.cos()
+        for index, block in enumerate(self.blocks):
+            x = block(x, biases[index in self.other])
+        return x
+
+
+def lines(text: str) -> list[Line]:
+    return [Line.of(item) for item in text.split("\n")]
+
+
+def groups(model: nn.Module) -> list[tuple[str, ...]]:
+    inputs = (torch.randn(2, 3, 8), torch.randn(8))
+    found = identical_layers(lines(lissom.optimize(model.eval(), inputs, checks="structural").program.text()))
+    return [group.members for group in found.get("blocks", ())]
+
+
+def test_identical_layers_are_one_group():
+    assert groups(Stack([(1e-5, 16)] * 4)) == [("0", "1", "2", "3")]
+
+
+@pytest.mark.parametrize("odd", [(1e-6, 16), (1e-5, 17)], ids=["a constant", "a shape"])
+@pytest.mark.parametrize("place", [0, 2, 3])
+def test_a_layer_that_differs_is_not_folded(odd, place):
+    blocks = [(1e-5, 16)] * 4
+    blocks[place] = odd
+    found = groups(Stack(blocks))
+    assert (str(place),) in found and len(found) == 2
+
+
+def test_layers_that_read_different_values_are_not_folded():
+    assert groups(Stack([(1e-5, 16)] * 5, other=(1, 3))) == [("0", "2", "4"), ("1", "3")]
+
+
+def test_differences_are_listed():
+    inputs = (torch.randn(2, 3, 8), torch.randn(8))
+    model = Stack([(1e-5, 16), (1e-6, 16), (1e-5, 16)]).eval()
+    usual, other = identical_layers(lines(lissom.optimize(model, inputs, checks="structural").program.text()))["blocks"]
+    assert (usual.differences, other.members) == ((), ("1",))
+    assert [line[:2] for line in other.differences] == ["- ", "+ "]
+    assert "1e-05" in other.differences[0] and "1e-06" in other.differences[1]
+
+
+def test_any_change_of_one_node_ends_the_fold(minilm):
+    """Every constant and every size in every line of one layer of a real program, changed one at a time."""
+    program = lissom.optimize(minilm.model, minilm.example_inputs, checks="structural").program
+    text = program.text().split("\n")
+    whole = identical_layers([Line.of(item) for item in text])["encoder.layer"]
+    assert [group.members for group in whole] == [tuple("012345")]
+    tried = 0
+    for index, line in enumerate(text):
+        if "encoder.layer.3." not in line or not line.startswith("  %"):
+            continue
+        head, _, path = line.rpartition("  # ")
+        for found in re.finditer(r"(?<![\w.%@])\d+(?![\w.])", head):
+            changed = f"{head[: found.start()]}{int(found[0]) + 1}{head[found.end() :]}  # {path}"
+            folds = identical_layers([Line.of(item) for item in [*text[:index], changed, *text[index + 1 :]]])
+            assert ("3",) in [group.members for group in folds["encoder.layer"]], changed
+            tried += 1
+    assert tried > 20
+
+
+def test_lines_give_their_text_back(minilm):
+    text = lissom.optimize(minilm.model, minilm.example_inputs, checks="structural").program.text()
+    for item in [*text.split("\n"), "  %x: f32[2] = aten.add.Tensor(%y, '%z  # w')  # <b>.a  # b", "%", "@", ""]:
+        line = Line.of(item)
+        names = [*line.names, ""]
+        assert "".join(piece + name for piece, name in zip(line.pieces, names, strict=True)) == item
