@@ -17,10 +17,11 @@ function digits(value) {
 }
 
 function short(value, unit) {
+  if (unit === "" && Number.isInteger(value) && Math.abs(value) < 1e5) return value.toLocaleString("en");
   for (const [prefix, size] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["K", 1e3]]) {
     if (Math.abs(value) >= size) return `${digits(value / size)} ${prefix}${unit}`;
   }
-  return `${Number.isInteger(value) ? value : digits(value)} ${unit}`.trim();
+  return `${Number.isInteger(value) ? value : digits(value)} ${unit}`;
 }
 
 const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;

@@ -34,7 +34,9 @@ def opened(path: Path, address: str = "", script: str = "") -> str:
         text = path.read_text(encoding="utf-8")
         path.write_text(text.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
-    return subprocess.run([*command, f"file://{path}#{address}"], capture_output=True, text=True, timeout=300, check=True).stdout
+    return subprocess.run(
+        [*command, f"file://{path}#{address}"], capture_output=True, text=True, timeout=300, check=True
+    ).stdout
 
 
 def test_the_page_decodes_every_program(report, tmp_path):
