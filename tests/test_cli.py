@@ -91,8 +91,8 @@ def test_show_says_when_two_steps_are_the_same_program(model):
 
 
 def test_compile_prints_the_report_and_writes_history_and_text(model, tmp_path):
-    history, text = tmp_path / "history.json", tmp_path / "program.txt"
-    shown = invoke("compile", model, "--history", history, "--text", text)
+    history, text, page = tmp_path / "history.json", tmp_path / "program.txt", tmp_path / "report.html"
+    shown = invoke("compile", model, "--history", history, "--text", text, "--html", page)
     assert "BertModel on eager" in shown
     assert "remove-no-ops" in shown
     whole = json.loads(history.read_text())
@@ -100,7 +100,8 @@ def test_compile_prints_the_report_and_writes_history_and_text(model, tmp_path):
     exact = RECIPES["exact"].split(",")
     assert steps[: len(exact) + 1] == ["capture", *exact]
     assert text.read_text().startswith("program BertModel(*, input_ids: i64[batch, sequence], ")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["history.json", "program.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["history.json", "program.txt", "report.html"]
+    assert "merge-common-subexpressions" in page.read_text()
 
 
 def test_a_full_report_lists_every_step(model):
@@ -277,7 +278,7 @@ def test_an_interrupt_shows_what_was_finished(model, tmp_path, monkeypatch, caps
     (info / "METADATA").write_text("Name: interrupting\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[lissom.passes]\ninterrupts = tests.compiler.passes:Interrupts\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lissom", "show", model, "--passes", "interrupts"])
+    monkeypatch.setattr(sys, "argv", ["lissom", "show", model, "--passes", "interrupts", "--html", f"{tmp_path}/a.html"])
     with pytest.raises(SystemExit) as stopped:
         main()
     shown = capsys.readouterr()
@@ -285,6 +286,12 @@ def test_an_interrupt_shows_what_was_finished(model, tmp_path, monkeypatch, caps
     assert "interrupted; finished so far" in shown.out
     assert "remove-no-ops" in shown.out
     assert "Traceback" not in shown.err
+    assert "it was interrupted" in (tmp_path / "a.html").read_text()
+
+
+def test_show_writes_a_page(model, tmp_path):
+    assert invoke("show", model, "--html", tmp_path / "a.html") == ""
+    assert "remove-no-ops" in (tmp_path / "a.html").read_text()
 
 
 def test_show_prints_what_every_site_costs_with_the_roof_once_measured(model, tmp_path, monkeypatch):

@@ -117,7 +117,7 @@ class History:
     checks: str
     steps: list[Step] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    facts: dict[int, dict[str, NodeFacts]] = field(default_factory=dict["int, dict[str, NodeFacts]"])
+    facts: dict[int, dict[str, NodeFacts]] = field(default_factory=dict[int, dict[str, NodeFacts]])
 
     def record(self, step: Step, text: str, facts: dict[str, NodeFacts] | None = None) -> None:
         """Add a step with the text and, where they are known, the facts of the program after it."""

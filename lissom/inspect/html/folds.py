@@ -39,7 +39,7 @@ def identical_layers(lines: Sequence[Line]) -> dict[str, tuple[Group, ...]]:
     found: dict[str, tuple[Group, ...]] = {}
     for container, layers in _numbered(lines).items():
         forms = _forms(container, layers, types) if len(layers) > 1 else {}
-        groups: dict[object, list[str]] = {}
+        groups: dict[Form, list[str]] = {}
         for number, form in forms.items():
             groups.setdefault(form, []).append(number)
         if len(groups) < len(forms):

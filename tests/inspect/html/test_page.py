@@ -116,7 +116,7 @@ def test_a_loaded_model_has_a_page(tmp_path):
 
 def test_a_history_that_an_error_ended_has_a_page(tmp_path):
     with pytest.raises(RequirementError) as caught:
-        passes = "quantize{scheme=int8-weight},sparsify{ratio=0.5}"
+        passes = "quantize{scheme=int8-weight},sparsify{keep=0.5}"
         model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         lissom.optimize(model, torch.randn(2, 64), passes=passes, checks="structural")
     write_stopped(tmp_path / "a.html", "Linear", caught.value.history, str(caught.value))
