@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import NamedTuple
 
 from lissom.inspect.html.lines import Line
 
@@ -60,32 +61,64 @@ def _numbered(lines: Sequence[Line]) -> dict[str, dict[str, list[Line]]]:
     return found
 
 
+class Outside(NamedTuple):
+    """A value or weight from outside a layer that no other layer reads.
+
+    order: among the layer's own such inputs. layers_back, place: the layer that has it, and the place of the node there; 1 and
+    None for one outside all layers.
+    """
+
+    order: int
+    is_weight: bool
+    type: str
+    layers_back: int
+    place: int | None
+
+
 Form = tuple[tuple[str, str, tuple[object, ...]], ...]
 """For each node of a layer its pattern, its path below the layer, and what it reads."""
 
 
 def _forms(container: str, layers: Mapping[str, Sequence[Line]], types: Mapping[str, str]) -> dict[str, Form]:
     """The form of every layer; layers with equal forms are identical."""
-    readers: dict[str, set[str]] = {}
-    owners: dict[str, int] = {}
-    for index, (number, lines) in enumerate(layers.items()):
-        owners |= {line.defines: index for line in lines}
-        for name in {name for line in lines for name in line.reads}:
-            readers.setdefault(name, set()).add(number)
+    owners: dict[str, tuple[int, int]] = {}
+    for index, lines in enumerate(layers.values()):
+        owners |= {line.defines: (index, place) for place, line in enumerate(lines)}
+    readers: Counter[str] = Counter()
+    for index, lines in enumerate(layers.values()):
+        names = {name for line in lines for name in line.reads}
+        readers.update(name for name in names if owners.get(name, (-1, 0))[0] != index)
     found: dict[str, Form] = {}
     for index, (number, lines) in enumerate(layers.items()):
         start = len(f"{container}.{number}" if container else number)
-        own = {line.defines: place for place, line in enumerate(lines)}
-        outside: dict[str, object] = {}
-        for name in (name for line in lines for name in line.reads if name not in own):
-            alone = name in types and len(readers[name]) == 1
-            # The layer before is where a layer's input usually comes from; the first layer's comes from outside.
-            distance = max(index - owners.get(name, index - 1), 1)
-            outside.setdefault(name, (len(outside), types[name], distance) if alone else (name, types.get(name, "")))
-        found[number] = tuple(
-            (line.pattern, line.path[start:], tuple(own.get(name, outside.get(name)) for name in line.reads)) for line in lines
-        )
-    return found
+        reads: dict[str, object] = {}
+        for name in (name for line in lines for name in line.reads):
+            owner, place = owners.get(name, (index - 1, None))
+            if owner == index:
+                reads[name] = place
+            elif name in types and readers[name] == 1:
+                reads.setdefault(name, Outside(len(reads), name[0] == "@", types[name], index - owner, place))
+            else:
+                reads[name] = (name, types.get(name, ""))
+        found[number] = tuple((line.pattern, line.path[start:], tuple(reads[name] for name in line.reads)) for line in lines)
+    return {
+        number: next((item for item in found.values() if item != form and _stands_for(form, item)), form)
+        for number, form in found.items()
+    }
+
+
+def _stands_for(first: Form, form: Form) -> bool:
+    """True when a layer differs from another only in that its input comes from outside all layers, as the first one's does."""
+    return len(first) == len(form) and all(
+        here[:2] == there[:2] and len(here[2]) == len(there[2]) and all(map(_same_input, here[2], there[2]))
+        for here, there in zip(first, form, strict=True)
+    )
+
+
+def _same_input(first: object, other: object) -> bool:
+    if isinstance(first, Outside) and isinstance(other, Outside) and first.place is None and other.layers_back == 1:
+        return first == other._replace(place=None)
+    return first == other
 
 
 def _differences(usual: Form, form: Form) -> tuple[str, ...]:

@@ -62,6 +62,25 @@ def test_layers_that_read_different_values_are_not_folded():
     assert groups(Stack([(1e-5, 16)] * 5, other=(1, 3))) == [("0", "2", "4"), ("1", "3")]
 
 
+def test_layers_that_read_the_layer_before_in_different_ways_are_not_folded():
+    """Each layer reads the sum of the one before, and the fourth its product: values of one type."""
+    text = ["program Model(x: f32[2]) {"]
+    for layer in range(5):
+        read = "%x" if layer == 0 else f"%mul_{layer - 1}" if layer == 3 else f"%add_{layer - 1}"
+        text.append(f"  %mul_{layer}: f32[2] = aten.mul.Tensor({read}, 2)  # layers.{layer}")
+        text.append(f"  %add_{layer}: f32[2] = aten.add.Tensor(%mul_{layer}, 1)  # layers.{layer}")
+    found = identical_layers([Line.of(item) for item in [*text, "  return [%add_4]", "}"]])
+    assert [group.members for group in found["layers"]] == [("0", "1", "2", "4"), ("3",)]
+
+
+def test_quantized_layers_are_folded(minilm):
+    """The last node of a layer quantizes what the next one reads, which also reads it unquantized."""
+    options = {"passes": "quantize{scheme=int8-dynamic}", "checks": "structural"}
+    program = lissom.optimize(minilm.model, minilm.example_inputs, **options).program
+    (first, last) = identical_layers(lines(program.text()))["encoder.layer"]
+    assert (first.members, last.members) == (tuple("01234"), ("5",))
+
+
 def test_differences_are_listed():
     inputs = (torch.randn(2, 3, 8), torch.randn(8))
     model = Stack([(1e-5, 16), (1e-6, 16), (1e-5, 16)]).eval()
