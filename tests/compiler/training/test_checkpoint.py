@@ -7,7 +7,7 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -65,6 +65,14 @@ def test_a_killed_run_goes_on_and_gives_the_same_weights(tmp_path: Path) -> None
     assert names(tmp_path / "state") == ["result.safetensors", "state.json"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Workers of pytest-xdist ignore Ctrl-C; the tests press it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupted_at(step: int) -> Callable[..., None]:
     """Presses Ctrl-C when so many steps are done."""
     reports: list[str] = []
@@ -114,7 +122,7 @@ def test_minutes_count_what_was_used(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(tmp_path_factory: pytest.TempPathFactory, ctrl_c: None) -> Path:
     """The state of a run that was interrupted."""
     folder = tmp_path_factory.mktemp("written") / "state"
     train(f"steps=30,checkpoint={folder}", progress=interrupted_at(10))

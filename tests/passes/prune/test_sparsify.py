@@ -211,7 +211,7 @@ class Twice(nn.Module):
         self.layer = nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(torch.relu(self.layer(x))) * 2
+        return x + self.layer(torch.relu(self.layer(x)))
 
 
 def test_a_shared_matrix_is_calibrated_on_all_that_its_layers_read() -> None:
