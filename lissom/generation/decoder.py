@@ -11,6 +11,8 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.types import TensorType
+from lissom.compiler.training.vocabulary import IGNORED
+from lissom.driver.options import LABELS
 from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.decoder import INPUTS
 from lissom.frontends.decoder_state import is_kv_cache
@@ -218,7 +220,7 @@ def labelled_prompts(batches: Prompts, batch: int, max_length: int) -> list[tupl
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
             raise InputError("data= of a decoder holds token ids [rows, tokens], or mappings with input_ids and attention_mask")
         kept = _like(given, INPUTS[1], ids)
-        labels = _like(given, "labels", ids)
+        labels = _like(given, LABELS, ids)
         kept = torch.ones_like(ids, dtype=torch.bool) if kept is None else kept.bool()
         for row, seen in enumerate(kept):
             if bool(seen.any()):
@@ -234,7 +236,7 @@ def _like(given: torch.Tensor | Mapping[str, object], name: str, ids: torch.Tens
     if not isinstance(found, torch.Tensor):
         return None
     if found.shape != ids.shape:
-        what = f"{'labels' if name == 'labels' else f'an {name}'} of {list(found.shape)}"
+        what = f"{name if name == LABELS else f'an {name}'} of {list(found.shape)}"
         raise InputError(f"data= has {what} for input_ids of {list(ids.shape)}; give both alike")
     return found
 
@@ -244,7 +246,7 @@ def _left_padded_labels(rows: Sequence[tuple[torch.Tensor, torch.Tensor | None]]
     if len(found) < len(rows):
         return None
     tokens = max(labels.numel() for labels in found)
-    return torch.stack([torch.nn.functional.pad(labels, (tokens - labels.numel(), 0), value=-100) for labels in found])
+    return torch.stack([torch.nn.functional.pad(labels, (tokens - labels.numel(), 0), value=IGNORED) for labels in found])
 
 
 def _left_padded(rows: Sequence[torch.Tensor], max_length: int) -> Sample:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from lissom.compiler.pipeline.history import History
 from lissom.errors import UnsupportedError
+from lissom.inspect.pictures import save_figure
 
 
 def plot_training(history: History, path: Path) -> None:
@@ -26,13 +26,4 @@ def plot_training(history: History, path: Path) -> None:
         axes.plot([point.seconds / 60 for point in step.curve], [point.held_out for point in step.curve], label="held out")
         axes.set(title=step.spelling, xlabel="minutes", ylabel="loss", yscale="log")
         axes.legend()
-    known = figure.canvas.get_supported_filetypes()
-    form = path.suffix.removeprefix(".")
-    if form not in known:
-        raise UnsupportedError(f"'{path.name}' ends in no format of a picture; give one of {', '.join(sorted(known))}")
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(part, format=form)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    save_figure(figure, path)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
 from lissom.artifacts.weights import stored_bytes
 from lissom.backends.base import Backend, restored_state
+from lissom.compiler.ir.fingerprint import program_fingerprint
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.options import Checks, Metric, read_score
@@ -69,6 +70,11 @@ class Workshop:
     data: Sequence[Inputs]
     backends: Mapping[str, str | Backend]
     exact: dict[Variant, CompiledModel] = field(default_factory=dict[Variant, CompiledModel])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the exact program and its weights."""
+        return program_fingerprint(self.program)
 
     def build(self, pipeline: str, backend: str, checks: Checks = "numeric") -> CompiledModel:
         """The program after the passes, compiled for a backend. Raises: LissomError."""

@@ -60,7 +60,7 @@ def _seconds_a_step(search: Search, variant: Variant, choice: Choice) -> float:
     try:
         _, history = optimize_model(trials.workshop.program, trials.workshop.example, settings)
     except LissomError as error:
-        trials.fail(candidate, f"{type(error).__name__}: {error}".partition("\n")[0])
+        trials.fail(candidate, error)
         return math.inf
     curve = next((step.curve for step in history.steps if step.curve), ())
     return curve[-1].seconds / curve[-1].step if curve and curve[-1].step else math.inf

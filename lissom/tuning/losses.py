@@ -106,8 +106,7 @@ class LossMeter:
         tasks = list(self._tasks(schemes))
         table.wanted = len(tasks)
         for done, (index, option) in enumerate(tasks):
-            texts = list(self.groups[index].whole for _ in self.groups)
-            options = [option if at == index else self.groups[at].whole for at in range(len(texts))]
+            options = [option if at == index else group.whole for at, group in enumerate(self.groups)]
             passes = pipeline_of(self.groups, options, self.linears)
             record = self.store.get("loss", self.key, passes)
             loss = None if record is None else number(record, "loss", 0.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.text import Text
 
 from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
 from lissom.errors import UnsupportedError
+from lissom.inspect.pictures import save_figure
 from lissom.inspect.tables import plain, plain_table
 from lissom.passes import RECIPES, known_passes
 from lissom.tuning.candidates import Aim, Candidate
@@ -182,13 +182,4 @@ def _plot(report: TuneReport, path: Path) -> None:
     axes.set(xlabel="MB" if memory else "ms", ylabel="drop of the metric" if report.scored else "relative output error")
     axes.set_title(report.name)
     axes.legend()
-    form = path.suffix.removeprefix(".")
-    known = figure.canvas.get_supported_filetypes()
-    if form not in known:
-        raise UnsupportedError(f"'{path.name}' ends in no format of a picture; give one of {', '.join(sorted(known))}")
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(part, format=form)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    save_figure(figure, path)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from lissom.errors import ArtifactError
-from lissom.tuning.candidates import EXACT, Aim, Candidate, read_candidate
+from lissom.tuning.candidates import Aim, Candidate, read_candidate
 from lissom.tuning.report import TuneReport
+from lissom.tuning.spelling import EXACT
 from lissom.tuning.store import FILE, Record, Store, number, text
 
 

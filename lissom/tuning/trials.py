@@ -65,7 +65,7 @@ class Trials:
         except InputError:
             raise
         except LissomError as error:
-            found = replace(candidate, failed=f"{type(error).__name__}: {error}".partition("\n")[0])
+            found = _failed(candidate, error)
         self._built += 1
         self.pace += (time.monotonic() - started - self.pace) / self._built
         self.candidates.append(found)
@@ -75,9 +75,9 @@ class Trials:
             self.clock.best = self._words(found)
         return found
 
-    def fail(self, candidate: Candidate, reason: str) -> None:
+    def fail(self, candidate: Candidate, error: LissomError) -> None:
         """Record a candidate that cannot be built."""
-        self.candidates.append(replace(candidate, failed=reason))
+        self.candidates.append(_failed(candidate, error))
 
     def _with_figures(self, candidate: Candidate, compiled: CompiledModel) -> Candidate:
         timed = self.workshop.time(compiled, self.workshop.base(Variant(self.exact.backend)), careful=not self.aim.memory)
@@ -108,7 +108,7 @@ class Trials:
                 if self.aim.meets(replace(found, drop=drop, error=squared**0.5, bytes=self.workshop.size(compiled))):
                     return found, compiled
             except LissomError as error:
-                again = replace(found, failed=f"{type(error).__name__}: {error}".partition("\n")[0])
+                again = _failed(found, error)
             self.candidates[self.candidates.index(found)] = again
         return found, self.workshop.base(Variant(found.backend))
 
@@ -120,3 +120,8 @@ class Trials:
         memory = self.aim.memory
         ratio = self.exact.cost(memory) / max(found.cost(memory), 1e-9)
         return f"{ratio:.2f} x {'smaller' if memory else 'faster'}, drop {found.drop:.2g}"
+
+
+def _failed(candidate: Candidate, error: LissomError) -> Candidate:
+    """The candidate with the first line of the error as the reason."""
+    return replace(candidate, failed=f"{type(error).__name__}: {error}".partition("\n")[0])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lissom.backends.base import Backend, sample_at
+from lissom.compiler.ir.fingerprint import fingerprint
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.options import Metric
@@ -31,7 +32,7 @@ from lissom.tuning.search import Search
 from lissom.tuning.sites import PLAIN, Group, groups_of, linear_paths
 from lissom.tuning.solve import require_scipy
 from lissom.tuning.spelling import EXACT
-from lissom.tuning.store import Store, fingerprint, program_fingerprint
+from lissom.tuning.store import Store
 from lissom.tuning.trials import Trials
 from lissom.version import __version__
 
@@ -150,7 +151,7 @@ def _trials(program: Program, example: Inputs, request: Request, kept: Store, cl
     exact = Candidate(EXACT, first.backend, milliseconds, milliseconds, milliseconds, size)
     aim = Aim(request.memory, request.max_drop, request.target_cost(exact.cost(request.memory)))
     metric = "" if request.metric is None else f"{_identity(request.metric)} {quality.score!r}"
-    key = fingerprint(_place(program, sample), batches, metric)
+    key = fingerprint(_place(workshop), batches, metric)
     kept.add(
         "run",
         key,
@@ -169,10 +170,10 @@ def _trials(program: Program, example: Inputs, request: Request, kept: Store, cl
     return trials
 
 
-def _place(program: Program, sample: Sample) -> str:
+def _place(workshop: Workshop) -> str:
     """What times depend on: the program, the versions, the machine, and the inputs."""
-    machine = device_name(_device(sample)), torch.get_num_threads(), torch.__version__
-    return fingerprint(program_fingerprint(program), __version__, *machine, sample)
+    machine = device_name(_device(workshop.sample)), torch.get_num_threads(), torch.__version__
+    return fingerprint(workshop.fingerprint, __version__, *machine, workshop.sample)
 
 
 def _search(trials: Trials, groups: Sequence[Group], request: Request, notes: list[str]) -> None:
@@ -184,7 +185,7 @@ def _search(trials: Trials, groups: Sequence[Group], request: Request, notes: li
     every = list(dict.fromkeys(scheme for group in groups for scheme in group.schemes))
     costs: dict[Variant, CostTable] = {}
     schemes = {PLAIN}
-    key = fingerprint(_place(program, trials.workshop.sample), request.memory)
+    key = fingerprint(_place(trials.workshop), request.memory)
     for turn, variant in enumerate(bases, 1):
         meter = CostMeter(trials.workshop, groups, linears, variant, request.memory, trials.store, key, clock)
         costs[variant] = meter.measure(every, _COSTS * stretch * turn / len(bases))
@@ -192,7 +193,7 @@ def _search(trials: Trials, groups: Sequence[Group], request: Request, notes: li
     pairs = [split_inputs(batch) for batch in request.data[: 2 * _JUDGED]]
     samples = [program.signature.flatten(*pair) for pair in pairs]
     judged, calibrating = samples[::2], samples[1::2] or samples
-    key = fingerprint(program_fingerprint(program), __version__, judged, calibrating)
+    key = fingerprint(trials.workshop.fingerprint, __version__, judged, calibrating)
     divergence = Divergence(program, judged)
     meter = LossMeter(program, groups, linears, calibrating, divergence, trials.store, key, clock)
     losses = meter.measure([scheme for scheme in every if scheme in schemes], _LOSSES * stretch)

@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 
+from lissom.compiler.ir.fingerprint import fingerprint
 from lissom.errors import ArtifactError
 from lissom.tuning.candidates import read_candidate
-from lissom.tuning.store import FILE, Store, fingerprint, number
+from lissom.tuning.store import FILE, Store, number
 from lissom.tuning.stored import stored_reports
 
 FIGURES = {"milliseconds": 1.0, "low": 1.0, "high": 1.0, "bytes": 8, "drop": 0.0, "error": 0.0}
