@@ -77,10 +77,15 @@ def calibration_batches(checkpoint: Checkpoint, texts: int = 3400, batch: int = 
     return [checkpoint.encode([pool[index] for index in order[at : at + batch]]) for at in range(0, len(pool), batch)]
 
 
+def training_texts() -> list[str]:
+    """All texts that are not evaluated."""
+    pool = read_pairs("calibration")
+    return [*pool.glosses, *pool.examples, *gzip.decompress(TEXTS.read_bytes()).decode().splitlines()]
+
+
 def training_batches(checkpoint: Checkpoint, batch: int) -> list[dict[str, torch.Tensor]]:
     """Batches of all texts that are not evaluated, in random order, each padded to its longest text."""
-    pool = read_pairs("calibration")
-    texts = [*pool.glosses, *pool.examples, *gzip.decompress(TEXTS.read_bytes()).decode().splitlines()]
+    texts = training_texts()
     random.Random(0).shuffle(texts)
     return [checkpoint.encode(texts[start : start + batch]) for start in range(0, len(texts), batch)]
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lissom.passes.sites import sites
     from lissom.runtime.compiled_model import CompiledModel, load
     from lissom.torch_compile import dynamo_reports
+    from lissom.tuning.generation import TunedDecoder, tune_generation
     from lissom.tuning.tuned import Tuned, tune
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "OnnxRuntime",
     "Optimized",
     "Tuned",
+    "TunedDecoder",
     "__version__",
     "compile",
     "compile_generation",
@@ -40,6 +42,7 @@ __all__ = [
     "optimize",
     "sites",
     "tune",
+    "tune_generation",
 ]
 
 _HOMES = {
@@ -49,6 +52,7 @@ _HOMES = {
     "OnnxRuntime": "lissom.backends.onnxruntime.backend",
     "Optimized": "lissom.api",
     "Tuned": "lissom.tuning.tuned",
+    "TunedDecoder": "lissom.tuning.generation",
     "compile": "lissom.api",
     "compile_generation": "lissom.generation",
     "dynamo_reports": "lissom.torch_compile",
@@ -58,6 +62,7 @@ _HOMES = {
     "optimize": "lissom.api",
     "sites": "lissom.passes.sites",
     "tune": "lissom.tuning.tuned",
+    "tune_generation": "lissom.tuning.generation",
 }
 """Where each public name is defined. It is imported when it is first asked for, since torch and sympy take seconds."""
 _ROOMS = ("artifacts", "backends", "compiler", "errors", "frontends", "generation", "inspect", "ops", "passes", "runtime")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,9 +15,10 @@ from lissom.errors import ArtifactError, UnsupportedError
 from lissom.files import check_writable
 from lissom.frontends.sources import NAMES, load
 from lissom.inspect.tables import show
+from lissom.tuning.generation import DECODER_GOALS, PERPLEXITY, TunedDecoder, tune_generation
 from lissom.tuning.report import TuneReport
 from lissom.tuning.stored import stored_reports
-from lissom.tuning.tuned import tune
+from lissom.tuning.tuned import Tuned, tune
 
 
 def run_tune(
@@ -27,7 +28,11 @@ def run_tune(
     max_drop: Annotated[
         str, typer.Option(help="The most --metric may drop, or without --metric the relative output error: 0.01 or 1%.")
     ] = "1%",
-    goal: Annotated[str, typer.Option(help="What is to become small: latency, throughput or memory.")] = "latency",
+    goal: Annotated[
+        str,
+        typer.Option(help="What is to become small: latency, throughput or memory; decode or prefill, with a KV cache."),
+    ] = "latency",
+    max_length: Annotated[int, typer.Option(help="With --goal decode or prefill: the tokens of the KV cache.")] = 256,
     target: Annotated[
         str | None,
         typer.Option(help="Seek the most accurate program that reaches it: a factor, 2.0, a time, '5 ms', a size, '20 MB'."),
@@ -58,24 +63,27 @@ def run_tune(
         raise typer.BadParameter("tune needs --data: passes calibrate on it, and outputs are compared on it")
     if save is not None:
         check_target(save)
-    quality = Quality(data, metric)
+    decodes = goal in DECODER_GOALS[:2]
+    if decodes and metric not in (None, PERPLEXITY):
+        raise UnsupportedError(f"--metric is '{metric}'; --goal {goal} takes {PERPLEXITY}, or none for it")
+    quality = Quality(data, None if decodes else metric)
     quality.check()
-    allowed, wanted = _fraction(max_drop), _target(target)
+    options: dict[str, Any] = {
+        "max_drop": _fraction(max_drop),
+        "goal": goal,
+        "target": _target(target),
+        "minutes": minutes,
+        "backends": tuple(name.strip() for name in backends.split(",")),
+        "distill": distill,
+        "store": store,
+    }
     source = load(model)
     given = quality.arguments(source, None)
-    tuned = tune(
-        source.model,
-        source.example_inputs,
-        data=given["data"],
-        metric=given["metric"],
-        max_drop=allowed,
-        goal=goal,
-        target=wanted,
-        minutes=minutes,
-        backends=tuple(name.strip() for name in backends.split(",")),
-        distill=distill,
-        store=store,
-    )
+    tuned: Tuned | TunedDecoder
+    if decodes:
+        tuned = tune_generation(source.model, max_length=max_length, data=given["data"], **options)
+    else:
+        tuned = tune(source.model, source.example_inputs, data=given["data"], metric=given["metric"], **options)
     for note in source.notes:
         Console(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
     _show_reports([tuned.report], plot)

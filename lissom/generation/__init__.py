@@ -27,6 +27,7 @@ from lissom.runtime.hosted_model import check_uncompiled
 
 if TYPE_CHECKING:
     from lissom.generation.model import GenerationModel
+    from lissom.runtime.compiled_model import CompiledModel
 
 __all__ = ["Decoder", "compile_generation", "load_generation"]
 
@@ -108,8 +109,8 @@ def compile_generation(
     settings = replace(
         asked,
         passes=_with_recipe(passes),
-        data=_named(data, batch, max_length),
-        metric=_scorer(metric, batch, max_length),
+        data=named_prompts(data, batch, max_length),
+        metric=scorer_of(metric, batch, max_length),
     )
     compiled = compile_captured(take, place or device_of(model), settings)
     from lissom.generation.model import GenerationModel
@@ -148,7 +149,7 @@ def _with_recipe(passes: str | Pass | Sequence[Pass]) -> list[Pass]:
     return [*exact, *asked[:trained], *recipe[len(exact) :], *asked[trained:]]
 
 
-def _named(data: Iterable[torch.Tensor | Mapping[str, object]], batch: int, max_length: int) -> Iterable[Inputs]:
+def named_prompts(data: Iterable[torch.Tensor | Mapping[str, object]], batch: int, max_length: int) -> list[Inputs]:
     """Calibration texts as inputs of the program, with their labels."""
     return [
         dict(zip(INPUTS, sample, strict=True)) | ({} if labels is None else {LABELS: labels})
@@ -156,12 +157,12 @@ def _named(data: Iterable[torch.Tensor | Mapping[str, object]], batch: int, max_
     ]
 
 
-def _scorer(metric: Callable[[NextToken], float] | None, batch: int, max_length: int) -> Metric | None:
+def scorer_of(metric: Callable[[NextToken], float] | None, batch: int, max_length: int) -> Metric | None:
     """The caller's metric, which scores a function without a KV cache, as a metric of a program with one."""
     if metric is None:
         return None
 
-    def score(program: Program) -> float:
+    def score(program: Program | CompiledModel) -> float:
         def next_token(input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
             given = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
             if not isinstance(input_ids, torch.Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -18,10 +18,10 @@ from lissom.driver.compile import compile_model
 from lissom.driver.options import Inputs, Settings
 from lissom.errors import InputError
 from lissom.inspect.timing import ENOUGH, time_calls
-from lissom.passes import RECIPES
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.tuning.divergence import Divergence
-from lissom.tuning.spelling import EXACT
+from lissom.tuning.sites import Group, Option
+from lissom.tuning.spelling import pipeline_of
 
 _QUICK, _CAREFUL = 0.25, 1.0
 """Seconds of timing for each program: in the cost table, and of a verified candidate."""
@@ -33,18 +33,30 @@ def silent(_what: str, _finished: int, _total: int) -> None:
 
 @dataclass(frozen=True)
 class Variant:
-    """What holds for a whole program: the backend's name, and whether layers in floating point are in bfloat16."""
+    """What holds for a whole program: the backend's name, whether layers in floating point are in bfloat16, and whether padding
+    is left out."""
 
     backend: str
     bf16: bool = False
+    packed: bool = False
 
     @property
     def pipeline(self) -> str:
         """Its passes as text."""
-        return RECIPES["mixed-precision"] if self.bf16 else EXACT
+        return self.passes((), (), ())
 
-    def __str__(self) -> str:
-        return f"{self.backend} in bf16" if self.bf16 else self.backend
+    def passes(
+        self,
+        groups: Sequence[Group],
+        options: Sequence[Option],
+        linears: Sequence[str],
+        *,
+        steps: int = 0,
+        criterion: str = "auto",
+    ) -> str:
+        """The pipeline of these options: see `pipeline_of`."""
+        whole = {"bf16": self.bf16, "packed": self.packed}
+        return pipeline_of(groups, options, linears, steps=steps, criterion=criterion, **whole)
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,8 @@ class Workshop:
             passes=pipeline,
             backend=self.backends[backend],
             checks=checks,
-            data=self.data if checks == "numeric" else (),
+            # Where values do not matter, one batch is enough for patterns that are measured.
+            data=self.data if checks == "numeric" else self.data[:1],
             goal=None,
             progress=silent,
         )

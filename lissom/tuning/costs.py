@@ -16,7 +16,6 @@ from lissom.errors import LissomError
 from lissom.tuning.build import Variant, Workshop
 from lissom.tuning.clock import Clock
 from lissom.tuning.sites import Group, Option
-from lissom.tuning.spelling import pipeline_of
 from lissom.tuning.store import Store, number
 
 
@@ -75,7 +74,7 @@ class CostMeter:
             # A program keeps one attention and one feed-forward.
             members = members[: len(members) - (option.left == 0)]
             options = [option if at in members else group.whole for at, group in enumerate(self.groups)]
-            passes = pipeline_of(self.groups, options, self.linears, bf16=self.variant.bf16, criterion="magnitude")
+            passes = self.variant.passes(self.groups, options, self.linears, criterion="magnitude")
             if not members or passes == self.variant.pipeline:
                 continue
             record = self.store.get("cost", self.key, f"{self.variant.backend} {passes}")

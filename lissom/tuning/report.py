@@ -69,9 +69,9 @@ class TuneReport:
         return self._amount(candidate.cost(self.aim.memory))
 
     def layers(self) -> RenderableType:
-        """What was chosen for each group: heads or neurons that stay, and the scheme of its linear layers."""
+        """What was chosen for each group: heads or neurons that stay, and the scheme or pattern."""
         table = plain_table("what was chosen for each layer\n")
-        for heading in ("part", "kind", "stays", "", "linear layers"):
+        for heading in ("part", "kind", "stays", "", "form"):
             table.add_column(heading, justify="right" if heading == "stays" else "left", no_wrap=heading != "part")
         for group, option in zip(self.groups, read_options(self.groups, self.chosen.pipeline), strict=True):
             share = option.left / group.size

@@ -13,7 +13,6 @@ from lissom.tuning.costs import CostTable
 from lissom.tuning.losses import LossTable
 from lissom.tuning.sites import LOW_RANK, PLAIN, Group, Option
 from lissom.tuning.solve import Item, solve
-from lissom.tuning.spelling import pipeline_of
 from lissom.tuning.trials import Trials
 
 _LOSSES = (1.0, 0.7, 1.4, 0.5, 2.0, 0.35, 2.8, 0.25, 4.0, 0.18, 5.6, 0.1)
@@ -132,7 +131,7 @@ class Search:
         loss = sum(item.loss for item in choice) + self.base_loss(variant)
         cost = max(sum(item.cost for item in choice) + self.base_cost(variant), 0.0)
         options = [item.option for item in choice]
-        pipeline = pipeline_of(self.groups, options, self.linears, steps=steps, bf16=variant.bf16)
+        pipeline = variant.passes(self.groups, options, self.linears, steps=steps)
         return Candidate(
             pipeline,
             variant.backend,

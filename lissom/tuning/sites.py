@@ -17,8 +17,14 @@ from lissom.passes.sites import sites
 PLAIN = "none"
 LOW_RANK = "low-rank"
 """The form of linear layers as two factors with half of their bytes."""
+TABLE, PATTERN = "table", "pattern"
+"""The kinds of groups that are an embedding table or LM head, and the visible keys of an attention."""
 SCHEMES = ("int8-dynamic", "int8-weight", "int4-weight")
 """The schemes of `quantize` that need no calibration data, so that single layers can have them."""
+TABLE_SCHEMES = ("int8-weight", "int4-weight")
+"""The schemes of embedding tables and LM heads."""
+PATTERNS = ("measured", "window")
+"""The patterns of `sparsify-attention`, with the default window or mass."""
 FRACTIONS = (0.75, 0.5, 0.25, 0.125)
 """The amounts of heads and neurons that are tried, as fractions."""
 _LEAST_RANK = 64
@@ -38,12 +44,13 @@ class Option:
 class Group:
     """Sites that must have the same amount: one variable of the search.
 
-    name: the module path of the first site. kind: `attention`, `feed-forward` or `linear`.
+    name: the module path of the first site. kind: `attention`, `feed-forward`, `linear`, `table` or `pattern`.
     size: heads or neurons; 1 where none can be removed.
     units: the paths that the amounts of `prune-heads` or `prune-neurons` name. layer: the path by which `prune-layers`
         removes the part; empty if it cannot.
-    linears: the paths of its linear layers, as `quantize` names them. shapes: out_features and in_features of each.
-    schemes: those that all its linear layers take.
+    linears: the paths of its linear layers, tables or attentions, as passes name them. shapes: out_features and in_features of
+        each. schemes: the schemes that all its layers or tables take, or the patterns of an attention.
+    option: of `quantize`, by which it takes a table: `embeddings` or `lm_head`. tied: whether a table is both.
     """
 
     name: str
@@ -54,6 +61,8 @@ class Group:
     linears: list[str] = field(default_factory=list[str])
     shapes: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
     schemes: tuple[str, ...] = (PLAIN,)
+    option: str = ""
+    tied: bool = False
 
     @property
     def likeness(self) -> tuple[object, ...]:
@@ -80,7 +89,7 @@ class Group:
 
 
 def groups_of(program: Program) -> list[Group]:
-    """The groups of a program in canonical form: attentions, then feed-forwards, then other linear layers."""
+    """The groups of a program in canonical form: attentions, feed-forwards, other linear layers, tables, and patterns."""
     known = _Sites.of(program)
     found = program.fact(structure)
     groups: dict[object, Group] = {}
@@ -95,7 +104,8 @@ def groups_of(program: Program) -> list[Group]:
             if len(layer.feed_forward) == 1:
                 known.make_removable(group, layer.path, "feed-forward")
     ordered = sorted(groups.values(), key=lambda group: group.kind)
-    return [*(group for group in ordered if len(group.lefts()) > 1 or group.linears), *known.rest()]
+    parts = (group for group in ordered if len(group.lefts()) > 1 or group.linears)
+    return [*parts, *known.rest(), *known.tables, *known.patterns]
 
 
 def linear_paths(program: Program) -> list[str]:
@@ -112,12 +122,15 @@ class _Sites:
     linears: dict[str, AmountSite]
     shapes: Mapping[str, tuple[int, ...]]
     weights: Mapping[str, str]
+    tables: Sequence[Group]
+    patterns: Sequence[Group]
 
     @classmethod
     def of(cls, program: Program) -> _Sites:
         units: dict[str, AmountSite] = {}
         layers: dict[str, AmountSite] = {}
         linears: dict[str, AmountSite] = {}
+        tables, patterns = list[Group](), list[Group]()
         for site in sites(program):
             if "prune-heads" in site.takes or "prune-neurons" in site.takes:
                 units |= dict.fromkeys(site.paths, site)
@@ -125,6 +138,10 @@ class _Sites:
                 layers[site.path] = site
             elif site.kind == "linear" and "quantize" in site.takes:
                 linears[site.path] = site
+            elif (table := _table_of(site)) is not None:
+                tables.append(table)
+            elif "sparsify-attention" in site.takes:
+                patterns.append(_pattern_of(site))
         shapes: dict[str, tuple[int, ...]] = {}
         names: dict[str, str] = {}
         for node in program.nodes():
@@ -135,7 +152,9 @@ class _Sites:
                 for key in (path, name):
                     names.setdefault(name, key if key in linears else name)
                     shapes.setdefault(key, tuple(int(size) for size in program.weight(str(weight.target)).shape))
-        return cls(units, layers, linears, shapes, names)
+        for table in tables:
+            table.shapes = [shapes.get(table.name, ())]
+        return cls(units, layers, linears, shapes, names, tables, patterns)
 
     def group(self, groups: dict[object, Group], path: str, node: fx.Node, kind: str, layers: Sequence[fx.Node]) -> Group:
         """The group of a site, with the site's linear layers added to it."""
@@ -178,3 +197,19 @@ class _Sites:
             if len(group.schemes) > 1:
                 found.append(group)
         return found
+
+
+def _table_of(site: AmountSite) -> Group | None:
+    """The group of an embedding table or LM head; None for other sites, and for those that no scheme fits."""
+    for option in ("embeddings", "lm_head"):
+        taken = site.takes.get(f"quantize{{{option}=true}}", ())
+        schemes = [scheme for scheme in TABLE_SCHEMES if scheme in taken]
+        if schemes:
+            tied = option == "embeddings" and site.kind == "linear"
+            return Group(site.path, TABLE, linears=[*site.paths], schemes=(PLAIN, *schemes), option=option, tied=tied)
+    return None
+
+
+def _pattern_of(site: AmountSite) -> Group:
+    taken = site.takes["sparsify-attention"]
+    return Group(site.path, PATTERN, linears=[site.path], schemes=(PLAIN, *(item for item in PATTERNS if item in taken)))

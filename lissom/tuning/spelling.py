@@ -8,17 +8,20 @@ from lissom.compiler.analysis.amounts import AmountSite
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.spelling import format_pipeline, parse_pipeline
 from lissom.passes import RECIPES, known_passes
+from lissom.passes.attention.sparsify_attention.sparsify_attention import SparsifyAttention
 from lissom.passes.lightweight.low_rank.low_rank import LowRank
 from lissom.passes.prune.prune_heads import PruneHeads
 from lissom.passes.prune.prune_layers.prune_layers import PruneLayers
 from lissom.passes.prune.prune_neurons import PruneNeurons
 from lissom.passes.quantize.quantize import Quantize
 from lissom.passes.recover.distill import Distill
-from lissom.tuning.sites import LOW_RANK, PLAIN, Group, Option
+from lissom.tuning.sites import LOW_RANK, PATTERN, PLAIN, TABLE, Group, Option
 
 EXACT = "exact"
 HALF = 0.5
 """The fraction of its bytes that a layer has as two factors."""
+PACKED = "zero-padding,pack-tokens"
+"""Leaves padding out of all operators that treat tokens one by one."""
 
 
 def pipeline_of(
@@ -28,12 +31,13 @@ def pipeline_of(
     *,
     steps: int = 0,
     bf16: bool = False,
+    packed: bool = False,
     criterion: str = "auto",
 ) -> str:
     """The passes that give each group its option, as text; `exact` if all stay as they are.
 
     linears: the paths of all linear layers. steps: of distillation, where it is possible; 0 for none. bf16: whether layers in
-    floating point are in bfloat16. criterion: by which heads and neurons are chosen.
+    floating point are in bfloat16. packed: whether padding is left out. criterion: by which heads and neurons are chosen.
     """
     chosen = list(zip(groups, options, strict=True))
     passes: list[Pass] = []
@@ -46,29 +50,42 @@ def pipeline_of(
         amounts = ",".join(f"{unit}={left}" for group, left in fewer for unit in group.units)
         if amounts:
             passes.append(prune(amounts=amounts, criterion=criterion))  # pyright: ignore[reportArgumentType]
-    staying = [(group, option) for group, option in chosen if option.left]
+    patterns = [(group, option.scheme) for group, option in chosen if group.kind == PATTERN and option.scheme != PLAIN]
+    if patterns:
+        named = ",".join(f"{path}={scheme}" for group, scheme in patterns for path in group.linears)
+        passes.append(SparsifyAttention(patterns=f"*={PLAIN},{named}"))
+    staying = [(group, option) for group, option in chosen if option.left and group.kind not in (TABLE, PATTERN)]
     factored = [path for group, option in staying if option.scheme == LOW_RANK for path in group.linears]
     if factored:
         passes.append(LowRank(amounts=",".join(f"{path}={HALF}" for path in factored)))
     schemes = {path: option.scheme for group, option in staying if option.scheme != LOW_RANK for path in group.linears}
     gone = {path for group, option in chosen if not option.left for path in group.linears}
-    quantized = quantize_of({path: schemes.get(path, PLAIN) for path in linears if path not in gone})
+    tables = [(group, option.scheme) for group, option in chosen if group.kind == TABLE]
+    quantized = quantize_of({path: schemes.get(path, PLAIN) for path in linears if path not in gone}, tables)
     distill: list[Pass] = [Distill(steps=steps, precision="fp32")] if steps else []
     # Weights learn before they are cast and quantized; where nothing else is lossy, through the quantizers, if in float32.
     # A layer that is cast after it was quantized has no kernel.
     before, after = (distill, []) if passes else ([], distill if quantized and not bf16 else [])
     cast = parse_pipeline(RECIPES["mixed-precision"], known_passes()) if bf16 else []
-    return format_pipeline([*passes, *before, *cast, *quantized, *after]) or EXACT
+    pack = parse_pipeline(PACKED, known_passes()) if packed else []
+    return format_pipeline([*passes, *before, *cast, *quantized, *after, *pack]) or EXACT
 
 
-def quantize_of(schemes: Mapping[str, str]) -> list[Quantize]:
-    """`quantize` with these schemes of linear layers by path, or nothing if all are `none`."""
-    used = set(schemes.values())
-    if used <= {PLAIN}:
-        return []
-    if len(used) == 1:
-        return [Quantize(scheme=used.pop())]  # pyright: ignore[reportArgumentType]
-    return [Quantize(schemes=",".join(f"{path}={scheme}" for path, scheme in _merged(schemes).items()))]
+def quantize_of(schemes: Mapping[str, str], tables: Sequence[tuple[Group, str]] = ()) -> list[Quantize]:
+    """`quantize` with these schemes of linear layers by path and of tables by group; nothing if all are `none`."""
+    used, found = set(schemes.values()), list[Quantize]()
+    # int4 of linear layers would take tables that are tied to an LM head along.
+    embeddings = False if any(group.tied for group, _ in tables) else None
+    if len(used) == 1 and used != {PLAIN}:
+        found.append(Quantize(scheme=used.pop(), embeddings=embeddings))  # pyright: ignore[reportArgumentType]
+    elif len(used) > 1:
+        named = ",".join(f"{path}={scheme}" for path, scheme in _merged(schemes).items())
+        found.append(Quantize(schemes=named, embeddings=embeddings))
+    for option in dict.fromkeys(group.option for group, _ in tables):
+        for scheme in dict.fromkeys(scheme for group, scheme in tables if group.option == option and scheme != PLAIN):
+            only = ",".join(path for group, own in tables if (group.option, own) == (option, scheme) for path in group.linears)
+            found.append(Quantize(scheme=scheme, only=only, **{option: True}))  # pyright: ignore[reportArgumentType]
+    return found
 
 
 def _merged(schemes: Mapping[str, str]) -> dict[str, str]:
@@ -96,7 +113,7 @@ def read_options(groups: Sequence[Group], pipeline: str) -> list[Option]:
     lefts: dict[str, int] = {}
     factored: set[str] = set()
     schemes: dict[str, str] = {}
-    paths = [path for group in groups for path in group.linears]
+    paths = [path for group in groups if group.kind not in (TABLE, PATTERN) for path in group.linears]
     for item in parse_pipeline(pipeline, known_passes(), RECIPES):
         match item:
             case PruneLayers():
@@ -105,6 +122,10 @@ def read_options(groups: Sequence[Group], pipeline: str) -> list[Option]:
                 lefts |= {path: int(left) for path, left in item._amounts().entries}
             case LowRank():
                 factored |= {path for path, _ in item._amounts().entries}
+            case SparsifyAttention():
+                schemes |= {f"{PATTERN} {path}": pattern for path, pattern in item._patterns().entries}
+            case Quantize(only=only) if only:
+                schemes |= dict.fromkeys((f"{TABLE} {path}" for path in only.split(",")), item.scheme)
             case Quantize():
                 sites = [AmountSite("linear", (path,), 1, {}) for path in paths]
                 found = item._schemes().at(sites, "linear layers") if item.schemes else [None] * len(paths)
@@ -122,4 +143,5 @@ def _option(
     left = next((lefts[unit] for unit in group.units if unit in lefts), group.size)
     if any(path in factored for path in group.linears):
         return Option(left, LOW_RANK)
-    return Option(left, next((schemes[path] for path in group.linears if path in schemes), PLAIN))
+    marked = (f"{group.kind} {path}" if group.kind in (TABLE, PATTERN) else path for path in group.linears)
+    return Option(left, next((schemes[path] for path in marked if path in schemes), PLAIN))

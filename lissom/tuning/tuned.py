@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from lissom.backends.base import Backend, sample_at
+from lissom.compiler.analysis.structure.padding import padding_masks
 from lissom.compiler.ir.fingerprint import fingerprint
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
@@ -46,6 +48,8 @@ _COSTS, _LOSSES, _VERIFIED, _ALL = 0.25, 0.5, 0.7, 0.97
 _VERIFIED_ALONE = 1.3
 """The factor on the first two without distillation."""
 _MOST_NOTES = 3
+_PAYS = 0.97
+"""The part of the time that a program without padding may take to be worth its conversions."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ def tune(
     """Search the best program under a bound, and compile it.
 
     Each attention and feed-forward may lose heads or neurons or go as a whole, and its linear layers may be quantized or
-    factored; bfloat16 is tried where the processor has it. See docs/tuning.md for the method.
+    factored; embedding tables and LM heads may be quantized, and attentions see fewer keys. bfloat16 is tried where the
+    processor has it, and padding is left out where that is faster. See docs/tuning.md for the method.
 
     example_inputs: as in `compile`; times are measured on them.
     data: batches like example_inputs. Passes calibrate on them, and outputs are compared on them.
@@ -122,18 +127,30 @@ def tune(
         backends=backends,
         distill=distill,
     )
+    with searching(request) as clock:
+        program, _ = optimize_model(model, example_inputs, Settings(passes=EXACT, progress=silent))
+        return search(program, example_inputs, request, store, clock)
+
+
+@contextmanager
+def searching(request: Request) -> Generator[Clock]:
+    """The clock of a search, shown while it runs. Raises: UnsupportedError without scipy."""
     require_scipy()
-    clock, kept, notes = Clock(60 * request.minutes), Store(store), list[str]()
+    clock = Clock(60 * request.minutes)
     with clock.shown():
         clock.show("capture")
-        program, _ = optimize_model(model, example_inputs, Settings(passes=EXACT, progress=silent))
-        trials = _trials(program, example_inputs, request, kept, clock)
-        groups = groups_of(program)
-        try:
-            _search(trials, groups, request, notes)
-        except KeyboardInterrupt:
-            notes.append(f"interrupted after {clock.passed:.0f} s; this is the best program so far")
-        return _result(trials, groups, request, notes)
+        yield clock
+
+
+def search(program: Program, example: Inputs, request: Request, store: str | Path | None, clock: Clock) -> Tuned:
+    """The result for a program in canonical form. example: inputs of the program, on which times are measured."""
+    notes, groups = list[str](), groups_of(program)
+    trials = _trials(program, example, request, Store(store), clock)
+    try:
+        _search(trials, groups, request, notes)
+    except KeyboardInterrupt:
+        notes.append(f"interrupted after {clock.passed:.0f} s; this is the best program so far")
+    return _result(trials, groups, request, notes)
 
 
 def _trials(program: Program, example: Inputs, request: Request, kept: Store, clock: Clock) -> Trials:
@@ -210,19 +227,38 @@ def _search(trials: Trials, groups: Sequence[Group], request: Request, notes: li
 
 
 def _variants(trials: Trials, request: Request) -> dict[Variant, Candidate]:
-    """The backends, each in the program's own precision and in bfloat16 where that is fast, measured; the cheapest first."""
+    """The backends, each in the program's own precision and in bfloat16 where that is fast, measured; the cheapest first.
+
+    Padding is left out where that is faster on the example inputs.
+    """
     device = _device(trials.workshop.sample)
     fast = device.type == "cuda" or any(name in processor_features() for name in _FAST_BF16)
+    padded = not request.memory and _has_padding(trials.workshop.program, trials.workshop.sample)
     found = {Variant(trials.exact.backend): trials.exact}
     for backend in request.backends:
         for variant in (Variant(backend), *([Variant(backend, bf16=True)] if fast else [])):
-            if variant not in found:
-                base = trials.measure(Candidate(variant.pipeline, backend))
-                # A variant over the bound by itself leaves nothing for the other passes.
-                if not base.failed and (trials.aim.target is not None or trials.aim.meets(base)):
-                    found[variant] = base
+            base = found.get(variant) or _base(trials, variant)
+            packed = replace(variant, packed=True)
+            without = _base(trials, packed) if padded and base is not None else None
+            if without is not None and base is not None and without.milliseconds < _PAYS * base.milliseconds:
+                found.pop(variant, None)
+                variant, base = packed, without
+            if base is not None:
+                found[variant] = base
     ordered = sorted(found, key=lambda variant: found[variant].cost(request.memory))
     return {variant: found[variant] for variant in ordered}
+
+
+def _has_padding(program: Program, sample: Sample) -> bool:
+    """Whether a padding mask of these inputs hides tokens."""
+    places = (program.placeholders.index(mask) for mask in program.fact(padding_masks))
+    return any(bool((sample[at] == 0).any()) for at in places)
+
+
+def _base(trials: Trials, variant: Variant) -> Candidate | None:
+    """The variant without further passes; None if it fails, or is over the bound, which leaves nothing for the passes."""
+    base = trials.measure(Candidate(variant.pipeline, variant.backend))
+    return base if not base.failed and (trials.aim.target is not None or trials.aim.meets(base)) else None
 
 
 def _result(trials: Trials, groups: Sequence[Group], request: Request, notes: list[str]) -> Tuned:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import lissom
-from lissom.tuning.sites import LOW_RANK, Group, Option, groups_of, linear_paths
+from lissom.tuning.sites import LOW_RANK, PATTERN, TABLE, Group, Option, groups_of, linear_paths
 from lissom.tuning.spelling import pipeline_of, read_options
 from tests.models import captured, tiny_bert
 
@@ -28,9 +28,44 @@ def test_the_groups_of_a_bert(program):
     assert len(held) == len(set(held))
 
 
+def quantized(groups):
+    """int8 for all linear layers, nothing for tables and patterns."""
+    return [group.whole if group.kind in (TABLE, PATTERN) else Option(group.size, "int8-dynamic") for group in groups]
+
+
 def test_every_path_of_a_group_is_one_that_quantize_takes(program):
     known = set(linear_paths(program))
-    assert {path for group in groups_of(program) for path in group.linears} <= known
+    layers = [group for group in groups_of(program) if group.kind not in (TABLE, PATTERN)]
+    assert {path for group in layers for path in group.linears} <= known
+
+
+def test_tables_and_patterns_are_read_back_from_their_text(program):
+    groups, linears = groups_of(program), linear_paths(program)
+    tables = [group for group in groups if group.kind == TABLE]
+    patterns = [group for group in groups if group.kind == PATTERN]
+    assert [group.name for group in tables][-3:] == [
+        f"embeddings.{name}_embeddings" for name in ("word", "token_type", "position")
+    ]
+    assert [group.name for group in patterns] == [f"encoder.layer.{index}.attention.self" for index in range(2)]
+    chosen = {(TABLE, "embeddings.word_embeddings"): Option(1, "int8-weight"), (PATTERN, patterns[1].name): Option(1, "window")}
+    options = [chosen.get((group.kind, group.name), group.whole) for group in groups]
+    text = pipeline_of(groups, options, linears, packed=True)
+    assert text == (
+        'sparsify-attention{patterns="*=none,encoder.layer.1.attention.self=window"},'
+        "quantize{scheme=int8-weight,embeddings=true,only=embeddings.word_embeddings},zero-padding,pack-tokens"
+    )
+    assert read_options(groups, text) == options
+    lissom.optimize(program, tiny_bert().inputs, passes=text, checks="structural")
+
+
+def test_int4_of_linear_layers_leaves_a_tied_table_to_its_own_group():
+    groups = [
+        Group("up", "linear", linears=["up"], schemes=("none", "int4-weight")),
+        Group("head", TABLE, linears=["head"], schemes=("none", "int8-weight"), option="embeddings", tied=True),
+    ]
+    text = pipeline_of(groups, [Option(1, "int4-weight"), Option(1)], ["up"])
+    assert text == "quantize{scheme=int4-weight,embeddings=false}"
+    assert read_options(groups, text) == [Option(1, "int4-weight"), Option(1)]
 
 
 def test_nothing_chosen_is_the_exact_pipeline(program):
@@ -50,14 +85,14 @@ def test_options_are_read_back_from_their_text(program):
 
 def test_one_scheme_everywhere_needs_no_paths(program):
     groups, linears = groups_of(program), linear_paths(program)
-    assert pipeline_of(groups, [Option(group.size, "int8-dynamic") for group in groups], linears) == "quantize"
-    text = pipeline_of(groups, [Option(group.size, "int8-dynamic") for group in groups], linears, steps=3)
+    assert pipeline_of(groups, quantized(groups), linears) == "quantize"
+    text = pipeline_of(groups, quantized(groups), linears, steps=3)
     assert text == "quantize,distill{steps=3,precision=fp32}"
 
 
 def test_bfloat16_comes_before_quantizers_and_nothing_is_distilled_after_it(program):
     groups, linears = groups_of(program), linear_paths(program)
-    options = [Option(group.size, "int8-dynamic") for group in groups]
+    options = quantized(groups)
     assert pipeline_of(groups, options, linears, steps=3, bf16=True) == "cast,sink-casts,fold-casts,quantize"
 
 
@@ -69,4 +104,4 @@ def test_factors_are_read_back():
 
 
 def test_a_model_without_sites_has_linear_layers_alone():
-    assert {group.kind for group in groups_of(captured("tied"))} <= {"linear"}
+    assert {group.kind for group in groups_of(captured("tied"))} <= {"linear", TABLE}

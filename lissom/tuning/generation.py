@@ -1,0 +1,171 @@
+"""`lissom.tune_generation`: the best decoder under a bound, found by measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from lissom.backends.base import Backend
+from lissom.compiler.pipeline.options import Metric
+from lissom.driver.compile import optimize_model
+from lissom.driver.options import Inputs, Settings
+from lissom.errors import InputError, UnsupportedError
+from lissom.frontends.decoder import INPUTS, capture_decoder, check_capacity
+from lissom.generation import NextToken, compile_generation, named_prompts, scorer_of
+from lissom.runtime.compiled_model import CompiledModel
+from lissom.runtime.hosted_model import check_uncompiled
+from lissom.tuning.build import silent
+from lissom.tuning.candidates import Candidate
+from lissom.tuning.report import TuneReport
+from lissom.tuning.request import check_request
+from lissom.tuning.spelling import EXACT
+from lissom.tuning.tuned import search, searching
+
+if TYPE_CHECKING:
+    from lissom.generation.model import GenerationModel
+
+DECODER_GOALS = ("decode", "prefill", "memory")
+PERPLEXITY = "perplexity"
+_LEAST_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class TunedDecoder:
+    """The result of a search over a decoder.
+
+    best: the chosen decoder. pipeline: its passes as text: `lissom.compile_generation` with this text, the same max_length and
+        batch, every second group of rows, `goal=None` and this backend gives the same decoder again. backend: its name.
+    frontier, report: as of `Tuned`.
+    """
+
+    best: GenerationModel
+    pipeline: str
+    backend: str
+    frontier: tuple[Candidate, ...]
+    report: TuneReport
+
+    def __repr__(self) -> str:
+        return f"TunedDecoder(pipeline={self.pipeline!r:.200}, backend='{self.backend}', {len(self.frontier)} on the frontier)"
+
+
+def tune_generation(
+    model: nn.Module,
+    *,
+    max_length: int,
+    data: Iterable[torch.Tensor | Mapping[str, object]],
+    batch: int = 1,
+    metric: Literal["perplexity"] | Callable[[NextToken], float] | None = PERPLEXITY,
+    max_drop: float = 0.01,
+    goal: Literal["decode", "prefill", "memory"] = "decode",
+    target: float | str | None = None,
+    minutes: float = 40,
+    backends: Sequence[str | Backend] = ("eager",),
+    distill: bool = True,
+    store: str | Path | None = None,
+) -> TunedDecoder:
+    """Search the best decoder under a bound, and compile it with its KV cache.
+
+    max_length, batch: as for `compile_generation`.
+    data: token ids [rows, tokens], or outputs of a tokenizer: every second group of `batch` rows calibrates passes and trains
+        finalists; the others are judged.
+    metric: `perplexity` bounds its relative increase on the judged texts: with max_drop=0.02 it may grow by 2 %. A function is
+        scored as in `compile_generation`; None bounds the relative error of the logits of all tokens.
+    goal: what is to become small: `decode`, the time of a token after half of max_length; `prefill`, the time of reading the
+        first text of data; `memory`, the bytes of the weights.
+    target, minutes, backends, distill, store: as for `lissom.tune`.
+
+    Raises: as `compile_generation` and `tune`; InputError for fewer than two batches of data.
+
+    >>> import torch, lissom
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    >>> texts = [torch.randint(0, 50, (1, 12)) for _ in range(4)]
+    >>> tuned = lissom.tune_generation(LlamaForCausalLM(config), max_length=16, data=texts, minutes=0.1, distill=False)
+    >>> tuned.best.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape
+    torch.Size([1, 7])
+    """
+    if goal not in DECODER_GOALS:
+        raise UnsupportedError(f"goal={goal!r:.80} is not known; choose {', '.join(DECODER_GOALS)}")
+    if isinstance(metric, str) and metric != PERPLEXITY:
+        raise UnsupportedError(f"metric={metric!r:.80} is not known; give '{PERPLEXITY}', a function, or None")
+    check_uncompiled(model)
+    check_capacity(max_length, batch)
+    given = list(data)
+    texts = named_prompts(given, batch, max_length)
+    if len(texts) < _LEAST_BATCHES:
+        raise InputError(
+            f"data= holds {len(texts)} batch of {batch} rows; give two or more: one to calibrate passes on, and one to judge"
+        )
+    judged, calibrating = texts[::2], texts[1::2]
+    request = check_request(
+        data=calibrating,
+        metric=_perplexity(judged) if isinstance(metric, str) else scorer_of(metric, batch, max_length),
+        max_drop=max_drop,
+        goal="memory" if goal == "memory" else "latency",
+        target=target,
+        minutes=minutes,
+        backends=backends,
+        distill=distill,
+    )
+    example = _a_token(judged[0], max_length) if goal == "decode" else judged[0]
+    with searching(request) as clock:
+        taken = capture_decoder(model, max_length=max_length, batch=batch, all_logits=True, device=None)
+        program, _ = optimize_model(taken.program, example, Settings(passes=EXACT, progress=silent))
+        found = search(program, example, request, store, clock)
+    decoder = compile_generation(
+        model,
+        max_length=max_length,
+        batch=batch,
+        passes=found.pipeline,
+        backend=request.backends[found.backend],
+        data=calibrating_texts(given, batch, max_length),
+        goal=None,
+        progress=silent,
+    )
+    return TunedDecoder(decoder, found.pipeline, found.backend, found.frontier, found.report)
+
+
+def calibrating_texts(
+    data: Sequence[torch.Tensor | Mapping[str, object]], batch: int, max_length: int
+) -> list[dict[str, torch.Tensor]]:
+    """The batches of `data` that passes of a search are fitted to, for `compile_generation`."""
+    texts = named_prompts(data, batch, max_length)[1::2]
+    return [{"input_ids": ids, "attention_mask": mask[:, : ids.shape[1]]} for ids, mask in map(_ids_and_mask, texts)]
+
+
+def _ids_and_mask(text: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    assert isinstance(text, Mapping)
+    ids, mask = text[INPUTS[0]], text[INPUTS[1]]
+    assert isinstance(ids, torch.Tensor) and isinstance(mask, torch.Tensor)
+    return ids, mask
+
+
+def _a_token(text: Inputs, max_length: int) -> Inputs:
+    """The inputs of a call with one token, after half of the cache."""
+    ids, mask = _ids_and_mask(text)
+    start = torch.full((1,), max_length // 2, device=ids.device)
+    return dict(zip(INPUTS, (ids[:, -1:], torch.ones_like(mask), start.expand(len(ids), 1), start), strict=True))
+
+
+def _perplexity(judged: Sequence[Inputs]) -> Metric:
+    """The mean log-likelihood of the tokens of texts but the first of each: a drop of 0.02 is a perplexity 2 % higher."""
+
+    def perplexity(model: CompiledModel) -> float:
+        total, count = 0.0, 0
+        for text in judged:
+            ids, mask = _ids_and_mask(text)
+            assert isinstance(text, Mapping)
+            (logits,) = model.run([tensor for tensor in text.values() if isinstance(tensor, torch.Tensor)])
+            assert isinstance(logits, torch.Tensor)
+            real = mask[:, : ids.shape[1]].bool()
+            wanted = ids[:, 1:].masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
+            total -= float(torch.nn.functional.cross_entropy(logits[:, :-1].float().mT, wanted, reduction="sum"))
+            count += int((wanted != -100).sum())
+        return total / max(count, 1)
+
+    return perplexity  # pyright: ignore[reportReturnType]

@@ -1,0 +1,64 @@
+"""Tests of lissom.tune_generation on a small Llama: the bound, the text, and calls that are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lissom
+from lissom.errors import InputError, UnsupportedError
+from lissom.tuning.generation import calibrating_texts
+from tests.models import tiny_llama, tokens
+
+
+def texts(count=4):
+    return [tokens(seed=seed) for seed in range(count)]
+
+
+def perplexity(decoder, chosen):
+    losses = []
+    for ids in chosen:
+        for row in ids:
+            decoder.reset()
+            logits = decoder.step(row[None])[0, :-1]
+            losses.append(torch.nn.functional.cross_entropy(logits.float(), row[1:], reduction="none"))
+    return float(torch.cat(losses).mean().exp())
+
+
+@pytest.mark.slow
+def test_the_text_gives_the_decoder_again_within_the_bound():
+    model, data = tiny_llama().model, texts()
+    tuned = lissom.tune_generation(model, max_length=16, data=data, goal="memory", max_drop=0.05, minutes=0.5, distill=False)
+    assert tuned.report.chosen.bytes < tuned.report.candidates[0].bytes
+    options = {"max_length": 16, "all_logits": True, "goal": None}
+    judged = [text["input_ids"] for text in lissom.generation.named_prompts(data, 1, 16)[::2]]
+    before = perplexity(lissom.compile_generation(model, **options), judged)
+    fitted = calibrating_texts(data, 1, 16)
+    again = lissom.compile_generation(model, passes=tuned.pipeline, data=fitted, **options)
+    change = torch.tensor(perplexity(again, judged) / before).log()
+    assert float(change) == pytest.approx(tuned.report.chosen.drop, abs=1e-4)
+    assert float(change) <= 0.05
+    prompt = tokens()[:1]
+    again.reset()
+    assert torch.allclose(tuned.best.step(prompt), again.step(prompt)[:, -1], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_decode_step_is_what_is_timed():
+    tuned = lissom.tune_generation(tiny_llama().model, max_length=16, data=texts(2), minutes=0.1, distill=False, metric=None)
+    assert "pack-tokens" not in tuned.pipeline
+    assert tuned.best.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False).shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        ({"goal": "latency"}, UnsupportedError, "choose decode, prefill, memory"),
+        ({"metric": "bleu"}, UnsupportedError, "give 'perplexity', a function, or None"),
+        ({"data": [torch.ones(1, 4, dtype=torch.long)]}, InputError, "data= holds 1 batch of 1 rows"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, error, sentence):
+    given = {"max_length": 16, "data": texts(2)} | arguments
+    with pytest.raises(error, match=sentence):
+        lissom.tune_generation(tiny_llama().model, **given)
