@@ -1,11 +1,11 @@
 """`lissom.tune` on all-MiniLM-L6-v2 beside single techniques and other searches over the same options in the same time.
 
-    python benchmarks/tune.py --minutes 20 --max-drop 0.01
+    python benchmarks/tune.py --minutes 20 --max-drop 0.01 --update
 
 Compared are: the exact program; `quantize`; heads, neurons and layers pruned by themselves to three amounts each, and pruned
 and quantized; a random search over the options of tune; and Optuna's TPE over the same, if it is installed. All are timed side
 by side with the exact program, and evaluated by the mean cosine of embeddings of WordNet glosses that neither passes nor
-searches have seen.
+searches have seen. What was chosen is evaluated by recall@10 too, as in quality.py.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from quality import calibration_batches, conditions, read_pairs
+from quality import calibration_batches, conditions, difference, read_pairs, retrieve
+from readme import put_table
 
 import lissom
 from lissom.errors import LissomError
 from lissom.frontends.huggingface import Checkpoint, load
 from lissom.inspect.timing import time_calls
+from lissom.tuning.report import shortened
 from lissom.tuning.sites import PLAIN, SCHEMES, groups_of, linear_paths
 from lissom.tuning.spelling import pipeline_of
 
@@ -124,12 +126,31 @@ def searched(judge: Judge, minutes: float, optuna: bool) -> list[Found]:
     return found
 
 
+def table(judge: Judge, chosen: dict[str, str], pairs: int | None) -> str:
+    """Speed, cosine and recall@10 of what was chosen, then speed and cosine of the single techniques, as Markdown."""
+    texts = read_pairs("evaluation", pairs)
+    original = retrieve(judge.checkpoint.model, judge.checkpoint, texts)
+    lines = ["| program | × faster | drop of the cosine | change of recall@10 (95 %) | passes |", "|---|---:|---:|---:|---|"]
+    for name, pipeline in chosen.items():
+        _, speedup, drop = judge.judge(pipeline, reported=True)
+        cells = [f"{speedup:.2f}", f"{drop:.4f}", "", f"`{shortened(pipeline)}`"]
+        if name != pipeline:
+            found = lissom.compile(judge.checkpoint.model, judge.example, passes=pipeline, data=judge.data, goal=None)
+            change, low, high = difference(original, retrieve(found, judge.checkpoint, texts), 10)
+            cells[2] = f"{change:+.1%} ({low:+.1%} to {high:+.1%})"
+        lines.append(f"| {name if name != pipeline else 'single'} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0, help="of each search")
     parser.add_argument("--max-drop", type=float, default=0.01)
     parser.add_argument("--calibration", type=int, default=128, help="texts")
+    parser.add_argument("--pairs", type=int, help="synsets for recall@10; all of them by default")
+    parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
     parser.add_argument("--only", default="single,tune,random,optuna", help="which of these, separated by commas")
     options = parser.parse_args()
     wanted, judge = options.only.split(","), Judge(load("minilm"), options.calibration)
@@ -146,11 +167,11 @@ def main() -> None:
         chosen["random search"] = best(searched(judge, options.minutes, optuna=False), options.max_drop)
     if "optuna" in wanted and importlib.util.find_spec("optuna") is not None:
         chosen["Optuna TPE"] = best(searched(judge, options.minutes, optuna=True), options.max_drop)
-    rows = {name: judge.judge(pipeline, reported=True) for name, pipeline in chosen.items()}
-    print("| program | speedup | drop of the cosine |\n|---|---:|---:|")
-    for name, (_, speedup, drop) in rows.items():
-        print(f"| {name} | {speedup:.2f} | {drop:.4f} |")
-    print(f"\nmax_drop {options.max_drop}, {options.minutes:g} minutes for each search; {conditions()}")
+    text = table(judge, chosen, options.pairs)
+    text += f"\nmax_drop {options.max_drop:g}, {options.minutes:g} minutes for each search. {conditions()}.\n"
+    print(text)
+    if options.update:
+        put_table("tune", text)
 
 
 if __name__ == "__main__":
