@@ -17,6 +17,7 @@ from lissom.compiler.ir.samples import Sample, resize
 from lissom.compiler.verify.divergence import output_errors, run_samples, tolerances
 from lissom.errors import CaptureError, InputError
 from lissom.frontends.failures import describe_failure
+from lissom.frontends.kv_cache import ReturnedCacheError, is_kv_cache_object
 
 
 class RefusedSizesError(CaptureError):
@@ -26,7 +27,8 @@ class RefusedSizesError(CaptureError):
 def answer_to(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> list[object]:
     """The model's flat outputs for copies of the example inputs. Its buffers are restored.
 
-    Raises: CaptureError if the model itself fails, with its error, or returns anything but nested tensors.
+    Raises: CaptureError if the model itself fails, with its error, or returns anything but nested tensors; ReturnedCacheError
+        if that is a KV cache.
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     copies = {id(leaf): leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)}
@@ -40,6 +42,8 @@ def answer_to(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, obj
                 f"{type(model).__name__} itself fails on the example inputs, before it is captured: {describe_failure(error)}"
             ) from error
     odd = next((leaf for leaf in found if not isinstance(leaf, (torch.Tensor, bool, int, float, str, tuple, type(None)))), None)
+    if is_kv_cache_object(odd):
+        raise ReturnedCacheError(f"{type(model).__name__} returns a {type(odd).__name__}, and a program keeps no KV cache")
     if odd is not None:
         raise CaptureError(
             f"{type(model).__name__} returns a {type(odd).__name__}, and PyTorch does not know what is in it; return a tensor, "

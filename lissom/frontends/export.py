@@ -10,7 +10,7 @@ import inspect
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,6 +39,14 @@ from lissom.frontends.dynamic import (
 from lissom.frontends.failures import describe_failure, first_line, model_line
 from lissom.frontends.flatten import flatten_exported
 from lissom.frontends.isolation import isolated, with_own_modules, without_export_messages
+from lissom.frontends.kv_cache import (
+    GENERATION,
+    ReturnedCacheError,
+    check_switch,
+    describe_dropped_cache,
+    is_kv_cache_object,
+    without_kv_cache,
+)
 from lissom.frontends.recurrences import recurrences_as_operators
 from lissom.frontends.untouched import nothing_registered, untouched
 
@@ -88,23 +96,38 @@ def capture(
         model = with_own_modules(model)
         if isinstance(model, fx.GraphModule):
             kwargs = _in_order(model, args, kwargs)
-        with untouched(model), evaluating(model), recurrences_as_operators(model, device):
+        with untouched(model), evaluating(model), recurrences_as_operators(model, device), ExitStack() as stack:
             _bound(model, args, kwargs)
-            # A graph module has no code of its own, and an export error names the failing node.
-            answer = None
-            if not isinstance(model, fx.GraphModule):
-                with nothing_registered(model):
-                    answer = answer_to(model, args, kwargs)
+            answer, dropped = _answer(model, args, kwargs, stack)
             if isinstance(dynamic, Mapping):
                 program, notes = _capture_named(model, args, kwargs, dynamic, answer)
             else:
                 program, notes = _capture_by_trying(model, args, kwargs, dynamic, answer)
+            notes += dropped
     example = program.signature.flatten(args, kwargs)
     if dynamic is True:
         notes += declared_but_fixed(model, program.signature) or fixed_sequences(program.signature)
     if device is not None:
         program, example = move(program, device), [tensor.to(device) for tensor in example]
     return Capture(program, example, tuple(notes), time.perf_counter() - started)
+
+
+def _answer(
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], stack: ExitStack
+) -> tuple[list[object] | None, list[str]]:
+    """The model's flat outputs, and a note if it returned a KV cache; it returns none then, until the stack closes.
+
+    None for a graph module, which has no code of its own: an export error names the failing node.
+    """
+    if isinstance(model, fx.GraphModule):
+        return None, []
+    with nothing_registered(model):
+        try:
+            return answer_to(model, args, kwargs), []
+        except ReturnedCacheError:
+            check_switch(model, kwargs)
+            stack.enter_context(without_kv_cache(model))
+            return answer_to(model, args, kwargs), [describe_dropped_cache(model)]
 
 
 def _capture_by_trying(
@@ -268,6 +291,8 @@ def _check_leaves(inputs: object) -> None:
     for path, leaf in pytree.tree_flatten_with_path(inputs)[0]:
         if leaf is not None and not isinstance(leaf, (torch.Tensor, bool, int, float, str)):
             where = pytree.keystr(path[1:])
+            if is_kv_cache_object(leaf):
+                raise CaptureError(f"example input {where} is a KV cache, and a program keeps none; leave it out; {GENERATION}")
             raise CaptureError(
                 f"example input {where} is a {type(leaf).__name__}; inputs are tensors, numbers, flags, text, None, "
                 f"or nests of these: convert it first"

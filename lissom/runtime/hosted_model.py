@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import nn
 
+from lissom.compiler.analysis.embedding_bounds import embedding_tables
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType
@@ -20,8 +21,12 @@ from lissom.fields import take, take_list, text
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_SWITCHES = {"use_cache": "past_key_values", "output_attentions": "attentions", "output_hidden_states": "hidden_states"}
-"""Arguments that request additional outputs from a transformers model, each with the name of the output."""
+_SWITCHES = {
+    "use_cache": ("cache", "past_key_values"),
+    "output_attentions": ("attentions",),
+    "output_hidden_states": ("hidden_states",),
+}
+"""Arguments that request additional outputs from a transformers model, each with the names that the output may have."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,15 @@ class Facts:
     """The metadata of a transformers model.
 
     configuration: as JSON. main_input: the name of the argument for tokens, pixels or audio. modalities: of its inputs.
-    config_class: of the configuration; None looks it up by model type.
+    config_class: of the configuration; None looks it up by model type. source: the directory or the name on the Hub that the
+    model came from, with its tokenizer and processors; None if it was made in memory.
     """
 
     configuration: Mapping[str, object]
     main_input: str
     modalities: tuple[str, ...]
     config_class: Any = None
+    source: str | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> Facts | None:
@@ -46,7 +53,8 @@ class Facts:
         modalities = getattr(model, "input_modalities", ())
         listed = (modalities,) if isinstance(modalities, str) else tuple(modalities)
         main_input = str(getattr(model, "main_input_name", "input_ids"))
-        return cls(json.loads(config.to_json_string(use_diff=False)), main_input, listed, type(config))
+        source = str(getattr(config, "_name_or_path", "") or "") or None
+        return cls(json.loads(config.to_json_string(use_diff=False)), main_input, listed, type(config), source)
 
     def to_json(self) -> dict[str, object]:
         return {"config": self.configuration, "main_input": self.main_input, "modalities": list(self.modalities)}
@@ -74,7 +82,10 @@ class Facts:
         # The mapping imports a class only when it is looked up with brackets.
         known = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PretrainedConfig  # noqa: SIM401
         try:
-            return (self.config_class or known).from_dict(dict(self.configuration))
+            config = (self.config_class or known).from_dict(dict(self.configuration))
+            # As transformers does: pipelines look for the tokenizer and other files of the model there.
+            config._name_or_path = self.source or ""
+            return config
         # Configuration classes raise errors of their own for values they do not take.
         except Exception as error:
             first = next(iter(str(error).splitlines()), type(error).__name__)
@@ -84,7 +95,7 @@ class Facts:
 class FixedModule(nn.Module):
     """A program as a module without trainable parameters, fixed to the device and dtype it was compiled for.
 
-    Its weights are `program.weights()`; `parameters()` is empty, because changes to them would not reach the executable.
+    Its weights are in `state_dict()`; `parameters()` is empty, because changes to them would not reach the executable.
     """
 
     def __init__(self, program: Program) -> None:
@@ -115,6 +126,45 @@ class FixedModule(nn.Module):
                 f"and compile that again"
             )
         return self
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """The number of elements of its weights, as packed for the backend.
+
+        only_trainable: 0, because a compiled model has none. exclude_embeddings: without the tables of embeddings.
+        """
+        if only_trainable:
+            return 0
+        tables = embedding_tables(self.program) if exclude_embeddings else {}
+        return self.program.parameter_count - sum(tensor.numel() for tensor in tables.values())
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """The bytes of its weights. return_buffers: with those of its state, such as a KV cache."""
+        state = 0 if return_buffers else sum(self.program.weight(name).nbytes for name in self.program.state)
+        return self.program.parameter_bytes - state
+
+    def _save_to_state_dict(self, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
+        """The weights of the program under their names in it. Called by `state_dict`, of this module or its parents."""
+        for name, weight in self.program.weights().items():
+            destination[prefix + name] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, object], prefix: str, *_: object, **__: object
+    ) -> None:
+        """Called by `load_state_dict`, of this module or its parents.
+
+        Raises: UnsupportedError for other weights than its own.
+        """
+        own = {prefix + name: weight for name, weight in self.program.weights().items()}
+        given = {name: value for name, value in state_dict.items() if name.startswith(prefix) or name in own}
+        same = given.keys() == own.keys() and all(
+            isinstance(value, torch.Tensor) and value.shape == own[name].shape and torch.equal(value, own[name])
+            for name, value in given.items()
+        )
+        if not same:
+            raise UnsupportedError(
+                f"{self.program.name} is compiled, and its weights cannot be exchanged; load them into the model it was "
+                f"compiled from, and compile that again"
+            )
 
     def _take_name(self) -> None:
         """Give its class the name of the model's class: pipelines use it to tell whether a model fits their task."""
@@ -185,9 +235,11 @@ class HostedModel(FixedModule):
             value = kept.pop(name)
             given = bool(self._returned) if name == "return_dict" else _returns(self._returned, _SWITCHES[name])
             if value is not None and bool(value) != given:
+                other = f"compile again with {name}={value!r} among the example inputs"
+                if name == "use_cache" and value:
+                    other = "for generation compile with lissom.compile_generation"
                 raise InputError(
-                    f"argument '{name}' is {value!r}, and the program was captured with {given}: pass {given}, "
-                    f"or compile again with {name}={value!r} among the example inputs"
+                    f"argument '{name}' is {value!r}, and the program was captured with {given}: pass {given}, or {other}"
                 )
         return kept
 
@@ -217,6 +269,6 @@ def _names_returned(program: Program) -> tuple[str, ...]:
     return tuple(map(str, found)) if isinstance(found, Mapping) else ()
 
 
-def _returns(names: tuple[str, ...], wanted: str) -> bool:
+def _returns(names: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
     """True if one of the names is the wanted output, of an encoder or a decoder."""
     return any(name.endswith(wanted) for name in names)
