@@ -23,9 +23,10 @@ from lissom.compiler.ir import fake
 from lissom.compiler.ir.samples import Sample
 from lissom.driver.compile import compile_captured
 from lissom.driver.options import Settings, check_settings
-from lissom.errors import BudgetError, InputError, LissomError, PipelineTextError, RequirementError, UnsupportedError, nearest
+from lissom.errors import BudgetError, CaptureError, InputError, LissomError, PipelineTextError, RequirementError, UnsupportedError, nearest
 from lissom.frontends.device import device_of
-from lissom.frontends.dynamo import Graph, capture_graph, read_graph
+from lissom.frontends.dynamo import Graph, capture_graph, guard_sizes, read_graph, refuse
+from lissom.frontends.dynamo_reuse import computes_the_same, restart_with_dynamic_sizes
 from lissom.frontends.untouched import ordinary
 from lissom.inspect.report import Report
 from lissom.runtime.compiled_model import CompiledModel
@@ -66,6 +67,8 @@ class GraphReport:
 
 _reports: deque[GraphReport] = deque(maxlen=_KEPT_REPORTS)
 _said: set[str] = set()
+_live: weakref.WeakSet[_Compiled] = weakref.WeakSet()
+"""The graphs that Dynamo holds, whose programs serve equal graphs too."""
 
 
 def dynamo_reports() -> tuple[GraphReport, ...]:
@@ -95,13 +98,25 @@ def compile_graph(
     """
     settings = _settings(mode, options or {})
     check_settings(settings)
-    compiled = _Compiled(read_graph(module), settings)
-    return compiled.start([fake.hint(value) if isinstance(value, torch.SymInt) else value for value in example_inputs])
+    graph = read_graph(module)
+    args = [fake.hint(value) if isinstance(value, torch.SymInt) else value for value in example_inputs]
+    if graph.computes and _is_taken(graph, args):
+        restart_with_dynamic_sizes(graph)
+    return _Compiled(graph, settings).start(args)
+
+
+def _is_taken(graph: Graph, args: Sequence[object]) -> bool:
+    try:
+        refuse(graph, args)
+    except CaptureError:
+        return False
+    return True
 
 
 def _reset() -> None:
     _reports.clear()
     _said.clear()
+    _live.clear()
 
 
 compile_graph.reset = _reset  # pyright: ignore[reportFunctionMemberAccess]
@@ -125,6 +140,12 @@ def _settings(mode: str, options: Mapping[str, object]) -> Settings:
     if isinstance(options.get("data"), Iterator):
         raise UnsupportedError("data is an iterator, which can be read once, and every graph reads it; give a list of batches")
     return Settings(**{**_MODES[mode], **options})  # pyright: ignore[reportArgumentType]
+
+
+def _are_alike(one: Settings, other: Settings) -> bool:
+    """True if two settings are the same objects, or equal texts and numbers."""
+    values = [(getattr(one, field.name), getattr(other, field.name)) for field in fields(Settings)]
+    return all(a is b or (isinstance(a, (str, int, float)) and a == b) for a, b in values)
 
 
 class _Compiled:
@@ -181,7 +202,8 @@ class _Compiled:
         settings = replace(self._settings, data=_batches(graph, self._settings.data))
         take = partial(capture_graph, graph, args, guard=guard)
         try:
-            compiled = compile_captured(take, device, settings, title="torch.compile")
+            shared = self._compiled_before(args, guard=guard)
+            compiled = shared or compile_captured(take, device, settings, title="torch.compile")
             variant = _Variant(graph, compiled, args)
         except _ASKED_FOR:
             raise
@@ -189,9 +211,28 @@ class _Compiled:
             self._run_as_it_is(str(error) if isinstance(error, LissomError) else f"{type(error).__name__}: {error}")
             return None
         self._variants[self._key(args)] = variant
-        # Without the timer, which holds the program and its weights.
-        _reports.append(GraphReport(graph.name, replace(compiled.report, timer=None), None))
+        _live.add(self)
+        if shared is None:
+            # Without the timer, which holds the program and its weights.
+            _reports.append(GraphReport(graph.name, replace(compiled.report, timer=None), None))
         return variant
+
+    def _compiled_before(self, args: Sequence[object], *, guard: bool) -> CompiledModel | None:
+        """The model of an equal graph with the same weights, which Dynamo made for other sizes or in another gradient mode.
+
+        Raises: CaptureError for a graph that is not compiled in this mode.
+        """
+        refuse(self._graph, args)
+        for other in list(_live):
+            if not _are_alike(other._settings, self._settings) or not computes_the_same(other._graph, self._graph):
+                continue
+            found = next((item for item in list(other._variants.values()) if item.serves(self._graph, args)), None)
+            if found is not None:
+                _LOG.info("%s runs the program of %s", self._graph.name, other._graph.name)
+                if guard:
+                    guard_sizes(self._graph, found.compiled.program.signature)
+                return found.compiled
+        return None
 
     def _run_as_it_is(self, reason: str) -> None:
         reason = reason.partition("\n")[0]
@@ -229,7 +270,7 @@ class _Weights:
         self._groups = [[view for view in probed if (view.dtype, view.device) == kind] for kind in kinds]
         self._values = [torch.cat(group) for group in self._groups]
 
-    def hold(self, args: Sequence[object]) -> bool:
+    def hold(self, args: Sequence[object] | Mapping[int, object]) -> bool:
         """True if the arguments hold the same tensors, in the same memory, and no write to one is found."""
         for index, owner, place, writes in self._owners:
             tensor = args[index]
@@ -263,6 +304,8 @@ class _Variant:
     """A graph compiled for given weights, and the aliasing of its outputs."""
 
     def __init__(self, graph: Graph, compiled: CompiledModel, args: Sequence[object]) -> None:
+        self.compiled = compiled
+        self._graph = graph
         self._run = compiled.run
         self._weights = _Weights({index: cast(torch.Tensor, args[index]) for index in graph.weights})
         example = graph.sample(args)
@@ -280,6 +323,17 @@ class _Variant:
     def fits(self, args: Sequence[object]) -> bool:
         """True if no weight was changed or replaced since compiling."""
         return self._weights.hold(args)
+
+    def serves(self, graph: Graph, args: Sequence[object]) -> bool:
+        """True if it has the weights that an equal graph is called with, and takes its sizes."""
+        weights = {known: args[other] for known, other in zip(self._graph.weights, graph.weights, strict=True)}
+        if not self._weights.hold(weights):
+            return False
+        try:
+            self.compiled.program.signature.check_sizes(graph.sample(args))
+        except InputError:
+            return False
+        return True
 
     def is_gone(self) -> bool:
         """True if it cannot be called any more, because a weight was freed."""

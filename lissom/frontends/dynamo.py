@@ -104,7 +104,7 @@ def read_graph(module: fx.GraphModule) -> Graph:
     return Graph(module, name, inputs, weights, sorted(numbers), sizes, [*places.values()])
 
 
-def _source_name(node: fx.Node) -> str:
+def source_name(node: fx.Node) -> str:
     """The expression of the value in the caller's code, `L['self']._modules['0']._parameters['weight']`."""
     source = getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", node.name)
@@ -122,7 +122,7 @@ def _path(node: fx.Node) -> tuple[str | None, str]:
 
     A tensor in a plain attribute of a module is not a weight: modules keep values there that change between calls.
     """
-    parts = re.findall(r"\.?(\w+)|\['([^']*)'\]", _source_name(node).partition("[")[2])
+    parts = re.findall(r"\.?(\w+)|\['([^']*)'\]", source_name(node).partition("[")[2])
     words = [word or quoted for word, quoted in parts if word != "__dict__"]
     first = next((index for index, word in enumerate(words) if word in _CONTAINERS), None)
     if first is None or words[-2] not in _CONTAINERS[:2] or not isinstance(node.meta["example_value"], torch.Tensor):
@@ -132,7 +132,7 @@ def _path(node: fx.Node) -> tuple[str | None, str]:
 
 def _input_name(node: fx.Node) -> str:
     """`input_ids` for `L['kwargs']['input_ids']`, `args_0` for `L['args'][0]`."""
-    words = re.findall(r"\w+", _source_name(node).partition("[")[2])
+    words = re.findall(r"\w+", source_name(node).partition("[")[2])
     words = [word for word in words if word not in ("self", "kwargs")]
     first = max((index for index, word in enumerate(words) if not word.isdigit()), default=0)
     name = "_".join(words[first:]) or node.name
@@ -153,21 +153,21 @@ def capture_graph(graph: Graph, args: Sequence[object], *, guard: bool) -> Captu
     Raises: CaptureError for a graph that a program cannot hold.
     """
     started = time.perf_counter()
-    _refuse(graph, args)
+    refuse(graph, args)
     with torch.inference_mode(False), torch.no_grad(), tracing(None), _same_levels():
         example = [ordinary(tensor) for tensor in graph.sample(args)]
         free = {id(tensor): dims for tensor, dims in zip(example, _free_dimensions(graph), strict=True)}
         module = _without_batching(bind(graph, args), example)
         program = capture_sizes(module, example, lambda tensor: free.get(id(tensor), {}), _refuse_effects)
     if guard:
-        _guard_sizes(graph, program.signature)
+        guard_sizes(graph, program.signature)
     notes = [describe_dimensions(program.signature)]
     if any(str(node.target) in _WHOLE_LAYERS for node in program.nodes()):
         notes.append("layers of torch.nn come whole; torch.backends.mha.set_fastpath_enabled(False) lets passes into them")
     return Capture(program, example, tuple(notes), time.perf_counter() - started)
 
 
-def _refuse(graph: Graph, args: Sequence[object]) -> None:
+def refuse(graph: Graph, args: Sequence[object]) -> None:
     """Raise CaptureError for calls with gradients, autocast or unusual tensors, which programs do not support."""
     tensors = graph.tensors(args)
     differentiable = torch.is_grad_enabled() or any(
@@ -311,7 +311,7 @@ def _is_random(node: fx.Node) -> bool:
     return not off and all(named.get(name, 1.0) != 0.0 for name in ("p", "dropout_p", "dropout"))
 
 
-def _guard_sizes(graph: Graph, signature: Signature) -> None:
+def guard_sizes(graph: Graph, signature: Signature) -> None:
     """Add Dynamo guards for every size the program fixes, and for its bounds and conditions."""
     shapes = [(value.shape, leaf.type.shape) for value, leaf in zip(_fakes(graph), signature.tensors, strict=True)]
     pairs = [pair for given, found in shapes for pair in zip(given, found, strict=True)]
