@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from lissom.registration import register_with_transformers
 from lissom.shadowing import refuse_shadows
 from lissom.version import __version__
 
@@ -83,3 +84,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_ROOMS})
+
+
+register_with_transformers()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lissom.artifacts.directory import is_artifact
+from lissom.frontends.decoder import INPUTS
+from lissom.runtime.model_files import CONFIG, check_tokenizer, saved_config, write_processors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lissom.generation.model import GenerationModel
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
-"""The files that only the artifact of a decoder has."""
+GENERATION = "generation_config.json"
+"""The file that only the artifact of a decoder has."""
 _FORMER = "program"
 """The folder of the program in the former format, which had no hashes of the decoder's files."""
 
@@ -21,32 +24,42 @@ _FORMER = "program"
 def save(decoder: GenerationModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Write the decoder, completely or not at all. All ranks of a group must call it.
 
-    Raises: ArtifactError, UnsupportedError, RankError.
+    Raises: ArtifactError, InputError, UnsupportedError, RankError.
     """
+    if tokenizer is not None:
+        check_tokenizer(decoder.program, INPUTS[0], tokenizer)
 
     def write_more(folder: Path) -> None:
-        decoder.config.to_json_file(folder / CONFIG, use_diff=False)
+        saved_config(json.loads(decoder.config.to_json_string(use_diff=False)), folder)
         decoder.generation_config.to_json_file(folder / GENERATION)
-        if tokenizer is not None:
-            # Chat templates stay in the tokenizer's own file: an artifact has no folders.
-            tokenizer.save_pretrained(folder, save_jinja_files=False)
+        write_processors(folder, str(decoder.config._name_or_path) or None, None if tokenizer is None else _Flat(tokenizer), None)
 
     decoder.compiled.save_with(directory, write_more)
 
 
+class _Flat:
+    """A tokenizer whose chat templates stay in its own file: an artifact has no folders."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def save_pretrained(self, save_directory: str, /) -> object:
+        return self._tokenizer.save_pretrained(save_directory, save_jinja_files=False)
+
+
 def is_saved(directory: str | Path) -> bool:
     """True for a directory that `save` wrote; its content is not checked."""
-    return _has_config(Path(directory)) and is_artifact(directory)
+    return _has(Path(directory), GENERATION) and is_artifact(directory)
 
 
 def is_former(directory: Path) -> bool:
     """True for a directory in the former format, without hashes."""
-    return _has_config(directory) and not is_artifact(directory) and is_artifact(directory / _FORMER)
+    return _has(directory, CONFIG) and not is_artifact(directory) and is_artifact(directory / _FORMER)
 
 
-def _has_config(directory: Path) -> bool:
+def _has(directory: Path, name: str) -> bool:
     try:
-        return (directory / CONFIG).is_file()
+        return (directory / name).is_file()
     # A name that is too long, or a folder without permission.
     except OSError:
         return False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,9 +15,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lissom.errors import InputError, UnsupportedError
 from lissom.files import check_path
+from lissom.generation import load_generation
 from lissom.generation.decoder import Decoder
 from lissom.generation.directory import save
 from lissom.runtime.compiled_model import CompiledModel
+from lissom.runtime.model_files import upload
+from lissom.runtime.pickled import files_of, loaded_from
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -88,6 +92,29 @@ class GenerationModel(Decoder, GenerationMixin):
         """
         save(self, check_path(directory), tokenizer)
 
+    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        repo_id: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a model compiled by Lissom",
+    ) -> str:
+        """Upload the directory that `save` writes to a repository of the Hugging Face Hub; returns its address.
+
+        Raises: ArtifactError if the Hub cannot be reached, or refuses the upload; the errors of `save`.
+        """
+        return upload(partial(self.save, tokenizer=tokenizer), self.program.name, repo_id, private, token, commit_message)
+
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        """Pickle and deep copy: the files of its artifact, and the function that loads them. The cache is empty then.
+
+        Raises: UnsupportedError for a decoder that runs with other ranks, or whose backend cannot be saved.
+        """
+        self.compiled.check_alone()
+        return _from_files, (files_of(self.save), str(self.config._name_or_path))
+
     def can_generate(self) -> bool:
         return True
 
@@ -143,6 +170,12 @@ class GenerationModel(Decoder, GenerationMixin):
 
     def is_remote_code(self) -> bool:
         return False
+
+
+def _from_files(files: Mapping[str, bytes], source: str) -> GenerationModel:
+    found = loaded_from(files, load_generation)
+    found.config._name_or_path = source
+    return found
 
 
 class DecoderCache(Cache):

@@ -19,9 +19,10 @@ from lissom.backends.base import Backend
 from lissom.errors import ArtifactError
 from lissom.fields import parse_json, shown
 from lissom.frontends.device import check_device
-from lissom.generation.directory import CONFIG, GENERATION, is_former, is_saved
+from lissom.generation.directory import GENERATION, is_former, is_saved
 from lissom.generation.model import GenerationModel
 from lissom.runtime.compiled_model import compiled_from
+from lissom.runtime.model_files import CONFIG, original_fields
 
 Made = TypeVar("Made")
 
@@ -47,6 +48,7 @@ def load(directory: Path, device: str | torch.device | None, backend: str | Back
 
 
 def _config(fields: dict[str, Any]) -> Any:
+    fields = original_fields(fields)
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(f"there is no model of type {shown(kind)}")

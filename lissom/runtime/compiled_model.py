@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from lissom.artifacts import rank_files
-from lissom.artifacts.artifact import Compiled, Loaded, Trust, WriteMore, write_nothing
+from lissom.artifacts.artifact import Compiled, Loaded, Trust, WriteMore
 from lissom.backends.base import Backend, Executable, state_of
 from lissom.backends.distributed.backend import RankProgram
 from lissom.backends.distributed.ranks import Ranks
 from lissom.compiler.analysis.embedding_bounds import outside_table
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.errors import InputError
+from lissom.errors import InputError, UnsupportedError
 from lissom.files import check_path
 from lissom.frontends.device import check_device
 from lissom.frontends.untouched import ordinary
 from lissom.inspect.report import Report
 from lissom.runtime.hosted_model import Facts, HostedModel
 from lissom.runtime.layer_timer import ProgramTimer
+from lissom.runtime.model_files import Saveable, check_tokenizer, saved_config, upload, write_processors
+from lissom.runtime.pickled import files_of, loaded_from
 
 
 class CompiledModel(HostedModel):
@@ -89,16 +93,66 @@ class CompiledModel(HostedModel):
         """The ranks this one runs with; None for a model of one process."""
         return self._executable.ranks if isinstance(self._executable, RankProgram) else None
 
-    def save(self, directory: str | Path) -> None:
+    def save(
+        self, directory: str | Path, *, tokenizer: Saveable | None = None, processor: Saveable | None = None
+    ) -> None:
         """Write the model to a directory that `load` reads, on other machines too, and without the original model's code.
 
         The directory is written completely or not at all; an existing artifact is replaced. State is saved with its values at
         compile time, the backend with its options. All ranks of a group must call it.
 
-        Raises: ArtifactError if the directory holds something else, or cannot be written; UnsupportedError if the backend
-            cannot save its executable.
+        A transformers model is saved with its configuration, so that `pipeline(task, model=directory)` and
+        `AutoModel....from_pretrained(directory)` load it where Lissom is imported.
+
+        tokenizer, processor: saved in the same directory; by default those of the folder or Hub repository that the model was
+            loaded from. A processor may also be an image processor or a feature extractor.
+
+        Raises: ArtifactError if the directory holds something else, or cannot be written; InputError for a tokenizer with more
+            tokens than the model has embeddings; UnsupportedError if the backend cannot save its executable.
         """
-        self.save_with(directory, write_nothing)
+        if tokenizer is not None:
+            main_input = "input_ids" if self.facts is None else self.facts.main_input
+            check_tokenizer(self.program, main_input, tokenizer)
+        facts, source = self.facts, None if self.facts is None else self.facts.source
+
+        def write_more(folder: Path) -> None:
+            if facts is not None:
+                saved_config(facts.configuration, folder)
+            write_processors(folder, source, tokenizer, processor)
+
+        self.save_with(directory, write_more)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        tokenizer: Saveable | None = None,
+        processor: Saveable | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a model compiled by Lissom",
+    ) -> str:
+        """Upload the directory that `save` writes to a repository of the Hugging Face Hub; returns its address.
+
+        tokenizer, processor: as for `save`. private, token, commit_message: as in transformers.
+
+        Raises: ArtifactError if the Hub cannot be reached, or refuses the upload; the errors of `save`.
+        """
+        save = partial(self.save, tokenizer=tokenizer, processor=processor)
+        return upload(save, self.program.name, repo_id, private, token, commit_message)
+
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        """Pickle and deep copy: the files of its artifact, and the function that loads them.
+
+        Raises: UnsupportedError for a model that runs with other ranks, or whose backend cannot be saved.
+        """
+        self.check_alone()
+        return _from_files, (files_of(self.save), None if self.facts is None else self.facts.source)
+
+    def check_alone(self) -> None:
+        """Refuse to pickle a model that runs with other ranks. Raises: UnsupportedError."""
+        if self.ranks is not None:
+            raise UnsupportedError(f"{self.program.name} runs with other ranks and cannot be pickled; save() it on all of them")
 
     def save_with(self, directory: str | Path, write_more: WriteMore) -> None:
         """Like `save`, with additional files that the artifact's hashes cover.
@@ -115,6 +169,12 @@ class CompiledModel(HostedModel):
 
     def __repr__(self) -> str:
         return f"CompiledModel({self.program.name}{self.program.signature.describe()}, backend='{self.backend}')"
+
+
+def _from_files(files: Mapping[str, bytes], source: str | None) -> CompiledModel:
+    found = loaded_from(files, load)
+    found.facts = None if found.facts is None else replace(found.facts, source=source)
+    return found
 
 
 def load(
@@ -149,11 +209,13 @@ def load(
     loaded = rank_files.load(check_path(directory), check_device(device), backend, Trust(allow_native, trusted_keys))
     for note in loaded.notes:
         warnings.warn(note, stacklevel=2)
-    return compiled_from(loaded)
+    return compiled_from(loaded, str(directory))
 
 
-def compiled_from(loaded: Loaded) -> CompiledModel:
-    """The model that an artifact holds."""
+def compiled_from(loaded: Loaded, source: str | None = None) -> CompiledModel:
+    """The model that an artifact holds. source: its directory."""
     timer = ProgramTimer(loaded.program, loaded.executable, loaded.backend, loaded.history)
     report = Report(f"{loaded.program.name} on {loaded.backend.name}", loaded.history, timer=timer)
-    return CompiledModel(loaded.program, loaded.executable, report, loaded.backend, Facts.from_json(loaded.facts))
+    facts = Facts.from_json(loaded.facts)
+    facts = None if facts is None else replace(facts, source=source)
+    return CompiledModel(loaded.program, loaded.executable, report, loaded.backend, facts)

@@ -45,6 +45,25 @@ def outside_table(program: Program, inputs: Sequence[torch.Tensor]) -> str | Non
     return None
 
 
+def vocabulary_size(program: Program, name: str) -> int | None:
+    """The number of token ids that an input may hold: the fewest rows of a table it is looked up in; None if there is none.
+
+    name: of the input, `input_ids`.
+    """
+    shapes: dict[object, torch.Size] = {weight: tensor.shape for weight, tensor in program.weights().items()}
+    paths = (leaf.path for leaf in program.signature.tensors)
+    ids = {node for node, path in zip(program.placeholders, paths, strict=True) if path == name}
+    found = [_look_up(node, shapes) for node in program.nodes()]
+    return min((item[1] for item in found if item is not None and item[0] in ids), default=None)
+
+
+def embedding_tables(program: Program) -> dict[str, torch.Tensor]:
+    """The weights that embeddings look up rows of, by name; a table that is also an LM head is among them."""
+    reads = (node.args[0] for node in program.nodes(aten.embedding.default, packed_embedding))
+    names = dict.fromkeys(str(read.target) for read in reads if isinstance(read, fx.Node) and read.op == "get_attr")
+    return {name: program.weight(name) for name in names}
+
+
 def _outside(ids: torch.Tensor, table: str, rows: int) -> str | None:
     """The message for an index outside a table; None when all are inside."""
     low, high = (int(end) for end in torch.aminmax(ids)) if ids.numel() else (0, 0)

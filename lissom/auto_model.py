@@ -1,0 +1,162 @@
+"""Saved models for transformers' Auto classes and pipelines: `AutoModelForSequenceClassification.from_pretrained("out/")`.
+
+The configuration of a saved model has the model type `lissom`, which is registered with `AutoConfig` and with every Auto class
+of models. Nothing is unpickled, and no code of the folder is run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from transformers import PretrainedConfig
+
+from lissom.artifacts.directory import is_artifact
+from lissom.artifacts.manifest import NAME, listed_files
+from lissom.artifacts.signature import SIGNATURE
+from lissom.errors import ArtifactError, InputError, UnsupportedError
+from lissom.files import check_path
+from lissom.registration import MODEL_TYPE
+
+if TYPE_CHECKING:
+    from lissom.runtime.hosted_model import FixedModule
+
+
+class LissomConfig(PretrainedConfig):
+    """The configuration in the folder of a saved model: the fields of the original, under the model type `lissom`."""
+
+    model_type = MODEL_TYPE
+
+
+class SavedModel:
+    """Loads saved models for one Auto class.
+
+    auto_class: its name. architectures: the names of the model classes it loads.
+    """
+
+    config_class: ClassVar[type[PretrainedConfig]] = LissomConfig
+    auto_class: ClassVar[str] = "AutoModel"
+    architectures: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *_: object,
+        dtype: torch.dtype | str | None = None,
+        device_map: object = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+        **__: object,
+    ) -> FixedModule:
+        """The saved model in a folder, or in a repository of the Hub, which is downloaded. Other options are ignored.
+
+        dtype: of the compiled model, or `auto`. device_map: one device, or `auto` for the one it was compiled for.
+
+        Raises: InputError if the Auto class loads models of other kinds; UnsupportedError for another dtype or for several
+            devices; the errors of `lissom.load`.
+        """
+        # Imported when a model is loaded: this module is imported with transformers, perhaps by one of these.
+        from lissom.generation import load_generation
+        from lissom.generation.directory import is_saved
+        from lissom.runtime.compiled_model import CompiledModel, load
+
+        folder = check_path(name)
+        if not folder.is_dir():
+            folder = download(str(name), revision, token, cache_dir, local_files_only)
+        device = _one_device(device_map)
+        model: Any = load_generation(folder, device) if is_saved(folder) else load(folder, device)
+        kind = type(model).__name__
+        if isinstance(model, CompiledModel) and cls.architectures and kind not in cls.architectures:
+            raise InputError(
+                f"'{name}' holds a {kind}, and {cls.auto_class} loads models of other kinds; take the Auto class of {kind}, or "
+                f"lissom.load"
+            )
+        if isinstance(dtype, torch.dtype) and dtype != model.dtype:
+            raise UnsupportedError(
+                f"'{name}' was compiled for {model.dtype}, and dtype= is {dtype}; compile the model in that dtype"
+            )
+        return cast("FixedModule", model)
+
+
+def _one_device(device_map: object) -> str | torch.device | None:
+    """The device that a map names. Raises: UnsupportedError for several."""
+    if isinstance(device_map, Mapping):
+        places = set(cast("Mapping[str, object]", device_map).values())
+        device_map = places.pop() if len(places) == 1 else device_map
+    if device_map is None or device_map == "auto":
+        return None
+    if isinstance(device_map, int):
+        return torch.device(device_map)
+    if not isinstance(device_map, (str, torch.device)):
+        raise UnsupportedError(f"device_map= is {device_map!r:.80}, and a compiled model runs on one device; give that one")
+    return device_map
+
+
+def download(name: str, revision: str | None, token: str | bool | None, cache_dir: str | None, offline: bool) -> Path:
+    """The folder of a saved model from a repository of the Hub, in its cache.
+
+    The cache holds links; an artifact holds regular files, so they are linked or copied beside it.
+
+    Raises: ArtifactError if the repository cannot be read, or holds no saved model.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot = Path(
+            snapshot_download(name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=offline)
+        )
+    # The Hub's client raises errors of no common class, of its own and of its HTTP library.
+    except Exception as error:
+        raise ArtifactError(
+            f"'{name}' is no directory, and cannot be read from the Hub: {str(error).partition(chr(10))[0]}; give a directory that "
+            f"CompiledModel.save wrote, or connect to the Hub"
+        ) from error
+    if not is_artifact(snapshot):
+        raise ArtifactError(f"the repository '{name}' holds no saved model: it has no {NAME}; name one that push_to_hub wrote")
+    folder = snapshot.parent.parent / "lissom" / snapshot.name
+    if not is_artifact(folder):
+        _copy(snapshot, folder)
+    return folder
+
+
+def _copy(snapshot: Path, folder: Path) -> None:
+    """The artifact's own files as regular files; the manifest last, which makes the folder complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [*sorted(listed_files((snapshot / NAME).resolve())), *([SIGNATURE] if (snapshot / SIGNATURE).exists() else []), NAME]
+    for name in names:
+        source, target = (snapshot / Path(name).name).resolve(), folder / Path(name).name
+        target.unlink(missing_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:  # another file system
+            shutil.copyfile(source, target)
+
+
+def register_config() -> None:
+    """Make `AutoConfig` know the configuration of saved models."""
+    from transformers import AutoConfig
+
+    AutoConfig.register(MODEL_TYPE, LissomConfig, exist_ok=True)
+
+
+def register_models() -> None:
+    """Make every Auto class of models know saved models."""
+    register_config()
+    from transformers.models.auto import modeling_auto
+
+    for name, auto_class in list(vars(modeling_auto).items()):
+        mapping = getattr(auto_class, "_model_mapping", None)
+        if not name.startswith("AutoModel") or mapping is None:
+            continue
+        known: set[str] = set()
+        for found in mapping._model_mapping.values():
+            known |= {found} if isinstance(found, str) else set(found)
+        loader = type("SavedModel", (SavedModel,), {"auto_class": name, "architectures": frozenset(known), "__module__": __name__})
+        auto_class.register(LissomConfig, loader, exist_ok=True)

@@ -1,0 +1,68 @@
+"""Makes saved models known to transformers' Auto classes, whichever of Lissom and transformers is imported first."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+MODEL_TYPE = "lissom"
+"""The model type in the configuration of a saved model."""
+
+
+class _Watcher(MetaPathFinder):
+    """Calls a function once after the import of each of some modules."""
+
+    def __init__(self, actions: Mapping[str, Callable[[], None]]) -> None:
+        self._actions = dict(actions)
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        action = self._actions.pop(name, None)
+        if action is None:
+            return None
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run_after_import(spec.loader, action)
+        return spec
+
+
+def run_after_import(loader: Loader, action: Callable[[], None]) -> None:
+    """Let the loader call the action when it has run a module."""
+    run = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        run(module)
+        action()
+
+    loader.exec_module = exec_module
+
+
+def after_import(actions: Mapping[str, Callable[[], None]]) -> None:
+    """Call each action when its module is imported; now, if it is imported already."""
+    waiting = {name: action for name, action in actions.items() if name not in sys.modules}
+    if waiting:
+        sys.meta_path.insert(0, _Watcher(waiting))
+    for name in actions.keys() - waiting.keys():
+        actions[name]()
+
+
+def _register_config() -> None:
+    importlib.import_module("lissom.auto_model").register_config()
+
+
+def _register_models() -> None:
+    importlib.import_module("lissom.auto_model").register_models()
+
+
+def register_with_transformers() -> None:
+    """Register the configuration and the loader of saved models with transformers, which is not imported for it."""
+    after_import(
+        {
+            "transformers.models.auto.configuration_auto": _register_config,
+            "transformers.models.auto.modeling_auto": _register_models,
+        }
+    )
