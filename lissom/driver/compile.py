@@ -26,6 +26,7 @@ from lissom.driver.options import Inputs, Settings, check_choices, check_setting
 from lissom.driver.payoff import Payoff
 from lissom.driver.ranks import Unlowered, compile_for_ranks
 from lissom.errors import LissomError, UnsupportedError
+from lissom.frontends.adapters import with_merged_adapters
 from lissom.frontends.device import check_device, device_of
 from lissom.frontends.export import Capture, capture
 from lissom.frontends.isolation import isolated
@@ -40,6 +41,7 @@ from lissom.runtime.layer_timer import ProgramTimer
 
 def compile_model(model: nn.Module | Program, example_inputs: Inputs, settings: Settings) -> CompiledModel:
     """The model compiled as the settings say. Raises: what `lissom.compile` raises."""
+    model = with_merged_adapters(model) if isinstance(model, nn.Module) else model
     take, device = _capturing(model, example_inputs, settings)
     return compile_captured(take, device, settings, _facts_of(model))
 
@@ -47,6 +49,7 @@ def compile_model(model: nn.Module | Program, example_inputs: Inputs, settings: 
 def optimize_model(model: nn.Module | Program, example_inputs: Inputs, settings: Settings) -> tuple[Program, History]:
     """The model's program after the passes, not lowered. Raises: what `lissom.compile` raises."""
     check_choices(settings)
+    model = with_merged_adapters(model) if isinstance(model, nn.Module) else model
     passes = resolve_passes(settings.passes)
     take, device = _capturing(model, example_inputs, settings)
     with _shown(settings, "optimize") as progress, isolated(device):

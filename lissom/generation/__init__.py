@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,17 +13,20 @@ from torch import nn
 
 from lissom.artifacts.artifact import Trust
 from lissom.backends.base import Backend
+from lissom.backends.distributed.backend import Distributed
 from lissom.compiler.ir.program import Program
-from lissom.compiler.pipeline.options import Checks, Goal, Metric, Progress
+from lissom.compiler.pipeline.options import Checks, Goal, Progress
 from lissom.compiler.pipeline.pass_kinds import Pass, Training
 from lissom.driver.compile import compile_captured
-from lissom.driver.options import LABELS, Inputs, Settings, check_choices, resolve_passes
+from lissom.driver.options import LABELS, Inputs, Settings, check_choices, check_settings, resolve_passes
 from lissom.errors import InputError, UnsupportedError, refuse_old_names
 from lissom.files import check_path
+from lissom.frontends.adapters import with_merged_adapters
 from lissom.frontends.decoder import INPUTS, capture_decoder, check_capacity
 from lissom.frontends.device import check_device, device_of
 from lissom.frontends.export import Capture
-from lissom.generation.decoder import Decoder, labelled_prompts, prompts
+from lissom.generation.decoder import Decoder, labelled_prompts
+from lissom.generation.scoring import NextToken, Scorer
 from lissom.runtime.hosted_model import check_uncompiled
 
 if TYPE_CHECKING:
@@ -30,8 +34,6 @@ if TYPE_CHECKING:
     from lissom.runtime.compiled_model import CompiledModel
 
 __all__ = ["Decoder", "compile_generation", "load_generation"]
-
-NextToken = Callable[..., torch.Tensor]
 
 
 @refuse_old_names
@@ -63,7 +65,8 @@ def compile_generation(
         only the last token of a prompt, which comes after passes that train.
     data: token ids [rows, tokens], or the output of a tokenizer, for passes that calibrate or train; `finetune` takes the
         `labels` of such a mapping, [rows, tokens], the token ids themselves for a language model.
-    metric: scores a callable that takes input_ids and attention_mask of `batch` rows and returns the next token's logits.
+    metric: scores a callable that takes input_ids and attention_mask of `batch` rows and returns the next token's logits,
+        [batch, vocabulary], or with all_positions=True those of every token, [batch, tokens, vocabulary].
     backend, world_size, device, checks, max_drop, goal, simulate, progress: as for `compile`.
 
     Raises: UnsupportedError if the model is not a causal language model of transformers; CaptureError if it is already
@@ -102,16 +105,12 @@ def compile_generation(
     check_choices(asked)
     check_capacity(max_length, batch)
     place = check_device(device)
-
-    def take() -> Capture:
-        return capture_decoder(model, max_length=max_length, batch=batch, all_logits=all_logits, device=place)
-
-    settings = replace(
-        asked,
-        passes=_with_recipe(passes),
-        data=named_prompts(data, batch, max_length),
-        metric=scorer_of(metric, batch, max_length),
-    )
+    model = with_merged_adapters(model)
+    take = partial(capture_decoder, model, max_length=max_length, batch=batch, all_logits=all_logits, device=place)
+    score = None if metric is None else Scorer(metric, batch, max_length)
+    settings = replace(asked, passes=_with_recipe(passes), data=named_prompts(data, batch, max_length), metric=score)
+    if score is not None:
+        take, settings = _scored(take, score, settings, passes)
     compiled = compile_captured(take, place or device_of(model), settings)
     from lissom.generation.model import GenerationModel
 
@@ -138,14 +137,30 @@ def load_generation(
     return load(check_path(directory), device, backend, Trust(allow_native, trusted_keys))
 
 
-def _with_recipe(passes: str | Pass | Sequence[Pass]) -> list[Pass]:
+def _scored(
+    take: Callable[[], Capture], score: Scorer, settings: Settings, passes: str | Pass | Sequence[Pass]
+) -> tuple[Callable[[], Capture], Settings]:
+    """The capture and the settings for a metric: all passes leave all positions in the program where it reads them.
+
+    The metric is called on the captured program to know. Of several ranks one captures, so they leave them in any case.
+    """
+    _, backends = check_settings(settings)
+    if isinstance(backends[0], Distributed):
+        return take, replace(settings, passes=_with_recipe(passes, scored=True))
+    captured = take()
+    score.try_on(captured.program)
+    return lambda: captured, replace(settings, passes=_with_recipe(passes, scored=score.reads_all))
+
+
+def _with_recipe(passes: str | Pass | Sequence[Pass], *, scored: bool = False) -> list[Pass]:
     """The recipe `generation`, then the requested passes without the canonical form.
 
-    The part of it that drops all tokens but the last comes after the last pass that trains, which learns from all tokens.
+    The part of it that drops all tokens but the last comes after the last pass that trains, which learns from all tokens; after
+    all passes for a metric that scores all tokens.
     """
     wanted, exact, recipe = resolve_passes(passes), resolve_passes("exact"), resolve_passes("generation")
     asked = wanted[len(recipe) if wanted[: len(recipe)] == recipe else len(exact) :]
-    trained = max((index + 1 for index, item in enumerate(asked) if isinstance(item, Training)), default=0)
+    trained = max((index + 1 for index, item in enumerate(asked) if scored or isinstance(item, Training)), default=0)
     return [*exact, *asked[:trained], *recipe[len(exact) :], *asked[trained:]]
 
 
@@ -155,29 +170,3 @@ def named_prompts(data: Iterable[torch.Tensor | Mapping[str, object]], batch: in
         dict(zip(INPUTS, sample, strict=True)) | ({} if labels is None else {LABELS: labels})
         for sample, labels in labelled_prompts(list(data), batch, max_length)
     ]
-
-
-def scorer_of(metric: Callable[[NextToken], float] | None, batch: int, max_length: int) -> Metric | None:
-    """The caller's metric, which scores a function without a KV cache, as a metric of a program with one."""
-    if metric is None:
-        return None
-
-    def score(program: Program | CompiledModel) -> float:
-        def next_token(input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-            given = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
-            if not isinstance(input_ids, torch.Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise InputError(f"metric gave a {type(input_ids).__name__} as input_ids; give a tensor, [{batch}, tokens]")
-            samples = prompts([given], batch, max_length) if input_ids.shape[:1] == (batch,) else []
-            if len(samples) != 1:
-                raise InputError(
-                    f"metric gave input_ids of {list(input_ids.shape)}, and this decoder reads [{batch}, tokens]; score it on "
-                    f"{batch} rows at once, or compile with another batch="
-                )
-            (sample,) = samples
-            (logits,) = program.run(sample)
-            assert isinstance(logits, torch.Tensor)
-            return logits[:, -1]
-
-        return metric(next_token)
-
-    return score

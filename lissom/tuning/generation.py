@@ -15,8 +15,10 @@ from lissom.compiler.pipeline.options import Metric
 from lissom.driver.compile import optimize_model
 from lissom.driver.options import Inputs, Settings
 from lissom.errors import InputError, UnsupportedError
+from lissom.frontends.adapters import with_merged_adapters
 from lissom.frontends.decoder import INPUTS, capture_decoder, check_capacity
-from lissom.generation import NextToken, compile_generation, named_prompts, scorer_of
+from lissom.generation import compile_generation, named_prompts
+from lissom.generation.scoring import NextToken, Scorer
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.hosted_model import check_uncompiled
 from lissom.tuning.build import silent
@@ -95,6 +97,7 @@ def tune_generation(
         raise UnsupportedError(f"metric={metric!r:.80} is not known; give '{PERPLEXITY}', a function, or None")
     check_uncompiled(model)
     check_capacity(max_length, batch)
+    model = with_merged_adapters(model)
     given = list(data)
     texts = named_prompts(given, batch, max_length)
     if len(texts) < _LEAST_BATCHES:
@@ -104,7 +107,7 @@ def tune_generation(
     judged, calibrating = texts[::2], texts[1::2]
     request = check_request(
         data=calibrating,
-        metric=_perplexity(judged) if isinstance(metric, str) else scorer_of(metric, batch, max_length),
+        metric=_metric(metric, judged, batch, max_length),
         max_drop=max_drop,
         goal="memory" if goal == "memory" else "latency",
         target=target,
@@ -128,6 +131,15 @@ def tune_generation(
         progress=silent,
     )
     return TunedDecoder(decoder, found.pipeline, found.backend, found.frontier, found.report)
+
+
+def _metric(
+    metric: str | Callable[[NextToken], float] | None, judged: Sequence[Inputs], batch: int, max_length: int
+) -> Metric | None:
+    """The metric of a search: the texts' perplexity, the caller's, or None."""
+    if isinstance(metric, str):
+        return _perplexity(judged)
+    return None if metric is None else Scorer(metric, batch, max_length)
 
 
 def calibrating_texts(
