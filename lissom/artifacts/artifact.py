@@ -17,7 +17,7 @@ from lissom.artifacts.manifest import NAME, Content, Manifest, write_manifest
 from lissom.artifacts.program_file import ReadWeights, decode_program, encode_program
 from lissom.artifacts.weights import Place, load_weights, save_weights
 from lissom.backends import BACKENDS
-from lissom.backends.base import Backend, Executable
+from lissom.backends.base import WEIGHTS_FILE, Backend, Executable
 from lissom.backends.exported import kind_and_reason
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
@@ -30,7 +30,7 @@ from lissom.ops import KERNELS, block_sparse_attention
 from lissom.ops.native import SWITCH, load_kernels, missing_kernel
 from lissom.version import __version__
 
-PROGRAM, WEIGHTS, STEPS = "program.json", "weights.safetensors", "steps.json"
+PROGRAM, WEIGHTS, STEPS = "program.json", WEIGHTS_FILE, "steps.json"
 CHECKED_HERE = frozenset((PROGRAM, WEIGHTS, STEPS))
 """The files whose hash is checked when they are read, through the same handle."""
 
@@ -97,8 +97,11 @@ def save_artifact(directory: Path, compiled: Compiled) -> None:
     check_target(directory.absolute())
 
     def write(folder: Path) -> None:
-        compiled.backend.save_files(compiled.executable, folder)
-        write_program(compiled, save_weights(compiled.program, folder / WEIGHTS), folder)
+        backend, program = compiled.backend, compiled.program
+        backend.save_files(compiled.executable, folder)
+        entries = save_weights(program, folder / WEIGHTS, transposed=backend.transposed_weights(program, folder))
+        backend.share_weights(folder)
+        write_program(compiled, entries, folder)
 
     write_directory(directory, write)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -44,21 +44,23 @@ _ENTRIES = "entries"
 _KINDS = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
-def save_weights(program: Program, path: Path, *, alone: bool = False) -> dict[str, object]:
+def save_weights(
+    program: Program, path: Path, *, alone: bool = False, transposed: Collection[str] = ()
+) -> dict[str, object]:
     """Write the program's weights; returns for each weight the entry to read it back.
 
-    alone: write the entries into the file too, for `load_alone`.
+    alone: write the entries into the file too, for `load_alone`. transposed: matrices, by name, to write transposed.
 
     Raises: ArtifactError for a weight safetensors cannot hold; OSError if it cannot be written.
     """
-    entries, tensors = stored_weights(program)
+    entries, tensors = stored_weights(program, transposed)
     with path.open("wb") as file:
         write_tensors(file, tensors, {_ENTRIES: json.dumps(entries)} if alone else {})
     return entries
 
 
-def stored_weights(program: Program) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
-    """The entry of each weight of the program, and the tensors to store, by name.
+def stored_weights(program: Program, transposed: Collection[str] = ()) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+    """The entry of each weight of the program, and the tensors to store, by name. transposed: as for `save_weights`.
 
     Weights that share memory are one tensor in the file, under the first one's name. A transposed or expanded weight is
     written in memory order, without repetition; `order` and `shape` in its entry restore it.
@@ -76,6 +78,9 @@ def stored_weights(program: Program) -> tuple[dict[str, object], dict[str, torch
                 f"hold; make it a plain tensor of a plain dtype before compiling"
             )
         stored, entry = _as_stored(weight)
+        if name in transposed and "order" not in entry:
+            # Tied weights keep one key: each is a transposed view of the same memory.
+            stored, entry["order"] = stored.t(), [1, 0]
         key = (stored.data_ptr(), stored.dtype, stored.device, stored.shape, stored.stride()) if stored.numel() else name
         if key not in names:
             parts = _compress(name, stored)

@@ -23,6 +23,9 @@ from lissom.errors import InputError, UnsupportedError, VerifyError
 from lissom.inspect.hot_layers import LayerTimes
 from lissom.inspect.machine import Machine
 
+WEIGHTS_FILE = "weights.safetensors"
+"""The file of an artifact with the program's weights."""
+
 Executable = Callable[[Sequence[torch.Tensor]], Sequence[object]]
 """Takes flat inputs in the order of the program's placeholders; returns flat outputs. One with state is `Stateful` too."""
 
@@ -122,6 +125,13 @@ class Backend(ABC):
         Raises: UnsupportedError when this backend's executables cannot be saved; OSError.
         """
         raise UnsupportedError(f"what backend '{self.name}' builds cannot be saved; choose backend 'eager'")
+
+    def transposed_weights(self, program: Program, folder: Path) -> frozenset[str]:
+        """The weights, by name, that the files of `save_files` hold transposed; the artifact then holds them so too."""
+        return frozenset()
+
+    def share_weights(self, folder: Path) -> None:
+        """Let the files of `save_files` read weights from the artifact's own file, `WEIGHTS_FILE`, and drop their copies."""
 
     def native_code(self, *, saved_options: bool) -> str | None:
         """What native code an artifact of this backend loads, in words; None for data alone.

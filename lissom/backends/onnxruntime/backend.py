@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,11 +134,22 @@ class OnnxRuntime(Backend):
         """The ONNX file, which any ONNX Runtime opens, its weights, and the microbatch size."""
         from lissom.backends.onnxruntime.session import Session
 
+        from lissom.backends.onnxruntime.shared_weights import write_model
+
         assert isinstance(executable, Session)
-        for file in executable.path.parent.iterdir():
-            shutil.copyfile(file, folder / file.name)
+        write_model(executable.path, folder)
         elements = executable.cutting.elements if executable.cutting is not None else None
         (folder / CUTTING).write_text(json.dumps({"elements": elements}), encoding="utf-8")
+
+    def transposed_weights(self, program: Program, folder: Path) -> frozenset[str]:
+        from lissom.backends.onnxruntime.shared_weights import transposed_weights
+
+        return transposed_weights(program, folder)
+
+    def share_weights(self, folder: Path) -> None:
+        from lissom.backends.onnxruntime.shared_weights import share_weights
+
+        share_weights(folder)
 
     def native_code(self, *, saved_options: bool) -> str | None:
         return unlisted_option(self.providers, self.provider_options, self.threads) if saved_options else None

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import torch
 
+from lissom.backends.base import WEIGHTS_FILE
 from lissom.backends.onnx.export import WEIGHTS, input_names, output_names, results_of, state_names
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
@@ -31,8 +32,10 @@ def check_stored(path: Path) -> None:
     """
     proto = read_proto(path)
     for tensor in parts_of(proto, onnx.TensorProto):
-        if is_external(tensor) and external_place(tensor, path, path.absolute().parent)[0].name != WEIGHTS:
-            raise ArtifactError(f"'{path}' keeps '{tensor.name}' in another file than {WEIGHTS}; compile the model again")
+        if is_external(tensor) and external_place(tensor, path, path.absolute().parent)[0].name not in (WEIGHTS, WEIGHTS_FILE):
+            raise ArtifactError(
+                f"'{path}' keeps '{tensor.name}' in another file than {WEIGHTS} and {WEIGHTS_FILE}; compile the model again"
+            )
     strange = next((node for node in parts_of(proto, onnx.NodeProto) if node.domain not in _DOMAINS), None)
     if strange is not None:
         name = f"{strange.domain}.{strange.op_type}"
