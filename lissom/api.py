@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from lissom.backends.base import Backend
 from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.options import Checks, Goal, Metric, Progress
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.driver.compile import compile_model, optimize_model
 from lissom.driver.options import Inputs, Settings
-from lissom.errors import refuse_old_names
+from lissom.errors import UnsupportedError, refuse_old_names
+from lissom.files import check_path
 from lissom.frontends.dynamic import Dynamic
 from lissom.inspect.report import Report
+from lissom.runtime.checkpoint import save_checkpoint
 from lissom.runtime.compiled_model import CompiledModel
+from lissom.runtime.hosted_model import Facts
+from lissom.runtime.model_files import Saveable
 
 
 @refuse_old_names
@@ -98,6 +104,29 @@ class Optimized:
 
     program: Program
     report: Report
+    _model: nn.Module | Program = field(repr=False, compare=False)
+    _example: Sample = field(repr=False, compare=False)
+
+    def save_pretrained(
+        self, directory: str | Path, *, tokenizer: Saveable | None = None, processor: Saveable | None = None
+    ) -> None:
+        """Write an ordinary checkpoint that plain transformers loads: weights, and a configuration that says what was removed.
+
+        The checkpoint is loaded by transformers and compared with the program before it is written. Layers of different widths
+        are padded with zeros to the widest.
+
+        tokenizer, processor: as for `CompiledModel.save`.
+
+        Raises: UnsupportedError if the model is not one of transformers, its configuration cannot say what was removed, or the
+            program computes what no weights say, such as quantized layers; ArtifactError if it cannot be written.
+        """
+        model = self._model
+        if not isinstance(model, nn.Module) or Facts.of(model) is None:
+            raise UnsupportedError(
+                f"{self.program.name} was not captured from a transformers model here, and has no checkpoint; call "
+                f"lissom.optimize on the model itself"
+            )
+        save_checkpoint(self.program, model, self._example, check_path(directory), tokenizer, processor)  # pyright: ignore
 
 
 def optimize(
@@ -136,5 +165,5 @@ def optimize(
         max_drop=max_drop,
         progress=progress,
     )
-    program, history = optimize_model(model, example_inputs, settings)
-    return Optimized(program, Report(program.name, history))
+    program, history, example = optimize_model(model, example_inputs, settings)
+    return Optimized(program, Report(program.name, history), model, example)

@@ -26,7 +26,7 @@ from lissom.driver.options import Settings, check_settings
 from lissom.errors import BudgetError, CaptureError, InputError, LissomError, PipelineTextError, RequirementError, UnsupportedError, nearest
 from lissom.frontends.device import device_of
 from lissom.frontends.dynamo import Graph, capture_graph, guard_sizes, read_graph, refuse
-from lissom.frontends.dynamo_reuse import computes_the_same, restart_with_dynamic_sizes
+from lissom.frontends.dynamo_reuse import computes_the_same, forget_sizes, restart_with_dynamic_sizes, restart_with_static_sizes
 from lissom.frontends.untouched import ordinary
 from lissom.inspect.report import Report
 from lissom.runtime.compiled_model import CompiledModel
@@ -117,6 +117,7 @@ def _reset() -> None:
     _reports.clear()
     _said.clear()
     _live.clear()
+    forget_sizes()
 
 
 compile_graph.reset = _reset  # pyright: ignore[reportFunctionMemberAccess]
@@ -208,6 +209,8 @@ class _Compiled:
         except _ASKED_FOR:
             raise
         except Exception as error:
+            if guard:
+                restart_with_static_sizes()
             self._run_as_it_is(str(error) if isinstance(error, LissomError) else f"{type(error).__name__}: {error}")
             return None
         self._variants[self._key(args)] = variant

@@ -15,7 +15,7 @@ from lissom.backends.distributed.backend import Distributed
 from lissom.backends.eager.backend import Eager
 from lissom.backends.fastest import build_fastest
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.samples import check_samples, larger
+from lissom.compiler.ir.samples import Sample, check_samples, larger
 from lissom.compiler.memory import give_back_memory
 from lissom.compiler.pipeline.history import History, Size, Step
 from lissom.compiler.pipeline.options import Progress
@@ -46,8 +46,10 @@ def compile_model(model: nn.Module | Program, example_inputs: Inputs, settings: 
     return compile_captured(take, device, settings, _facts_of(model))
 
 
-def optimize_model(model: nn.Module | Program, example_inputs: Inputs, settings: Settings) -> tuple[Program, History]:
-    """The model's program after the passes, not lowered. Raises: what `lissom.compile` raises."""
+def optimize_model(
+    model: nn.Module | Program, example_inputs: Inputs, settings: Settings
+) -> tuple[Program, History, Sample]:
+    """The model's program after the passes, not lowered, and the flat example. Raises: what `lissom.compile` raises."""
     check_choices(settings)
     model = with_merged_adapters(model) if isinstance(model, nn.Module) else model
     passes = resolve_passes(settings.passes)
@@ -55,7 +57,7 @@ def optimize_model(model: nn.Module | Program, example_inputs: Inputs, settings:
     with _shown(settings, "optimize") as progress, isolated(device):
         job = _job(take, passes, settings, progress, 1 + len(passes))
         job.captured.program.about = _facts_of(model)
-        return job.pipeline.run(job.captured.program, job.history)
+        return *job.pipeline.run(job.captured.program, job.history), job.captured.example
 
 
 def _shown(settings: Settings, title: str) -> AbstractContextManager[Progress]:

@@ -7,8 +7,10 @@ Dynamo makes the sizes of a first call constants, and makes another graph for a 
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Mapping, Sequence
-from typing import cast
+from types import CodeType
+from typing import NoReturn, cast
 
 import sympy
 import torch
@@ -25,6 +27,14 @@ _OF_SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size, bool, int,
 """The values that are sizes, or are computed from them."""
 
 
+_made_dynamic: weakref.WeakKeyDictionary[CodeType, list[tuple[FrameStateSizeEntry, tuple[int, ...]]]] = (
+    weakref.WeakKeyDictionary()
+)
+"""By code object: Dynamo's records of its inputs, which were made dynamic here, with the sizes of the first call."""
+_static: weakref.WeakSet[CodeType] = weakref.WeakSet()
+"""The code objects that could not be compiled with dynamic sizes."""
+
+
 def restart_with_dynamic_sizes(graph: Graph) -> None:
     """Let Dynamo trace the code again with dynamic batch and sequence, unless all that may be dynamic is so already.
 
@@ -36,27 +46,53 @@ def restart_with_dynamic_sizes(graph: Graph) -> None:
     if not config.automatic_dynamic_shapes or not config.assume_static_by_default:
         return
     translator = InstructionTranslator.current_tx()
-    if translator.distributed_state is not None:
+    if translator.distributed_state is not None or translator.f_code in _static:
         return
-    marked = False
+    made: list[tuple[FrameStateSizeEntry, tuple[int, ...]]] = []
     for index, node in enumerate(graph.module.graph.find_nodes(op="placeholder")):
         name = source_name(node)
         if index not in graph.inputs or name.startswith("L['self']"):
             continue
         shape = cast(torch.Tensor, node.meta["example_value"]).shape
         free = [dim for dim in ((0, 1) if len(shape) in (2, 3) else (0,)) if dim < len(shape) and shape[dim] != 1]
-        sizes = [auto_dynamic if dim in free else auto_unset for dim in range(len(shape))]
-        known = update_automatic_dynamic(translator, name, FrameStateSizeEntry(size=(auto_unset,) * len(shape)))
-        if all(known.is_size_dynamic(dim) for dim in free):
+        entry = update_automatic_dynamic(translator, name, FrameStateSizeEntry(size=(auto_unset,) * len(shape)))
+        if all(entry.is_size_dynamic(dim) for dim in free) or not all(isinstance(size, int) for size in shape):
             continue
-        made = update_automatic_dynamic(translator, name, FrameStateSizeEntry(size=tuple(sizes)))
+        sizes = tuple(auto_dynamic if dim in free else auto_unset for dim in range(len(shape)))
+        entry = update_automatic_dynamic(translator, name, FrameStateSizeEntry(size=sizes))
         # Dynamo keeps the sizes seen so far for an earlier, static graph; there will be none.
-        made.excluded_sizes = None
-        marked = True
-    if marked:
-        # Its log of the trace holds for the same sizes alone; graph breaks are found again.
-        translator.speculation_log.clear()
-        raise TensorifyScalarRestartAnalysis(restart_reason="backend 'lissom' compiles for every batch size and length")
+        entry.excluded_sizes = None
+        made.append((entry, tuple(shape)))
+    if made:
+        _made_dynamic.setdefault(translator.f_code, []).extend(made)
+        _restart(translator, "dynamic")
+
+
+def restart_with_static_sizes() -> None:
+    """Let Dynamo trace the code again with the sizes of the call, if they were made dynamic here; for a graph that failed.
+
+    Raises: TensorifyScalarRestartAnalysis.
+    """
+    translator = InstructionTranslator.current_tx()
+    made = _made_dynamic.pop(translator.f_code, None)
+    if made is None:
+        return
+    for entry, sizes in made:
+        entry.size, entry.excluded_sizes = sizes, None
+    _static.add(translator.f_code)
+    _restart(translator, "static")
+
+
+def forget_sizes() -> None:
+    """Forget which code has dynamic sizes; Dynamo forgets them too when it is reset."""
+    _made_dynamic.clear()
+    _static.clear()
+
+
+def _restart(translator: InstructionTranslator, sizes: str) -> NoReturn:
+    # Dynamo's log of the trace holds for the same sizes alone; graph breaks are found again.
+    translator.speculation_log.clear()
+    raise TensorifyScalarRestartAnalysis(restart_reason=f"backend 'lissom' compiles with {sizes} sizes")
 
 
 def computes_the_same(known: Graph, other: Graph) -> bool:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -121,6 +122,14 @@ class CompiledModel(HostedModel):
             write_processors(folder, source, tokenizer, processor)
 
         self.save_with(directory, write_more)
+
+    def save_pretrained(self, directory: str | Path, **_: object) -> NoReturn:
+        """Raises: UnsupportedError, with the call that writes an ordinary checkpoint, and the one that saves this model."""
+        raise UnsupportedError(
+            f"{self.program.name} is compiled: its weights are laid out for backend '{self.backend}'. save({str(directory)!r}) "
+            f"writes it for lissom.load and Auto classes; lissom.optimize(model, example_inputs, "
+            f"passes=...).save_pretrained({str(directory)!r}) writes an ordinary checkpoint with the same passes"
+        )
 
     def push_to_hub(
         self,

@@ -58,7 +58,7 @@ def _seconds_a_step(search: Search, variant: Variant, choice: Choice) -> float:
     trials.clock.show("time of a distillation step")
     settings = Settings(passes=candidate.pipeline, checks="off", data=trials.workshop.data, progress=silent)
     try:
-        _, history = optimize_model(trials.workshop.program, trials.workshop.example, settings)
+        _, history, _ = optimize_model(trials.workshop.program, trials.workshop.example, settings)
     except LissomError as error:
         trials.fail(candidate, error)
         return math.inf

@@ -118,7 +118,7 @@ def tune_generation(
     example = _a_token(judged[0], max_length) if goal == "decode" else judged[0]
     with searching(request) as clock:
         taken = capture_decoder(model, max_length=max_length, batch=batch, all_logits=True, device=None)
-        program, _ = optimize_model(taken.program, example, Settings(passes=EXACT, progress=silent))
+        program, *_ = optimize_model(taken.program, example, Settings(passes=EXACT, progress=silent))
         found = search(program, example, request, store, clock)
     decoder = compile_generation(
         model,

@@ -128,7 +128,7 @@ def tune(
         distill=distill,
     )
     with searching(request) as clock:
-        program, _ = optimize_model(model, example_inputs, Settings(passes=EXACT, progress=silent))
+        program, *_ = optimize_model(model, example_inputs, Settings(passes=EXACT, progress=silent))
         return search(program, example_inputs, request, store, clock)
 
 
