@@ -109,14 +109,12 @@ def download(name: str, revision: str | None, token: str | bool | None, cache_di
     from huggingface_hub import snapshot_download
 
     try:
-        snapshot = Path(
-            snapshot_download(name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=offline)
-        )
+        snapshot = Path(snapshot_download(name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=offline))
     # The Hub's client raises errors of no common class, of its own and of its HTTP library.
     except Exception as error:
         raise ArtifactError(
-            f"'{name}' is no directory, and cannot be read from the Hub: {str(error).partition(chr(10))[0]}; give a directory that "
-            f"CompiledModel.save wrote, or connect to the Hub"
+            f"'{name}' is no directory, and cannot be read from the Hub: {str(error).partition(chr(10))[0]}; give a directory "
+            f"that CompiledModel.save wrote, or connect to the Hub"
         ) from error
     if not is_artifact(snapshot):
         raise ArtifactError(f"the repository '{name}' holds no saved model: it has no {NAME}; name one that push_to_hub wrote")
@@ -129,7 +127,11 @@ def download(name: str, revision: str | None, token: str | bool | None, cache_di
 def _copy(snapshot: Path, folder: Path) -> None:
     """The artifact's own files as regular files; the manifest last, which makes the folder complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = [*sorted(listed_files((snapshot / NAME).resolve())), *([SIGNATURE] if (snapshot / SIGNATURE).exists() else []), NAME]
+    names = [
+        *sorted(listed_files((snapshot / NAME).resolve())),
+        *([SIGNATURE] if (snapshot / SIGNATURE).exists() else []),
+        NAME,
+    ]
     for name in names:
         source, target = (snapshot / Path(name).name).resolve(), folder / Path(name).name
         target.unlink(missing_ok=True)
@@ -158,5 +160,6 @@ def register_models() -> None:
         known: set[str] = set()
         for found in mapping._model_mapping.values():
             known |= {found} if isinstance(found, str) else set(found)
-        loader = type("SavedModel", (SavedModel,), {"auto_class": name, "architectures": frozenset(known), "__module__": __name__})
+        fields = {"auto_class": name, "architectures": frozenset(known), "__module__": __name__}
+        loader = type("SavedModel", (SavedModel,), fields)
         auto_class.register(LissomConfig, loader, exist_ok=True)

@@ -9,7 +9,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-
 MODEL_TYPE = "lissom"
 """The model type in the configuration of a saved model."""
 

@@ -23,7 +23,16 @@ from lissom.compiler.ir import fake
 from lissom.compiler.ir.samples import Sample
 from lissom.driver.compile import compile_captured
 from lissom.driver.options import Settings, check_settings
-from lissom.errors import BudgetError, CaptureError, InputError, LissomError, PipelineTextError, RequirementError, UnsupportedError, nearest
+from lissom.errors import (
+    BudgetError,
+    CaptureError,
+    InputError,
+    LissomError,
+    PipelineTextError,
+    RequirementError,
+    UnsupportedError,
+    nearest,
+)
 from lissom.frontends.device import device_of
 from lissom.frontends.dynamo import Graph, capture_graph, guard_sizes, read_graph, refuse
 from lissom.frontends.dynamo_reuse import computes_the_same, forget_sizes, restart_with_dynamic_sizes, restart_with_static_sizes

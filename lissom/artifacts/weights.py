@@ -44,9 +44,7 @@ _ENTRIES = "entries"
 _KINDS = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
-def save_weights(
-    program: Program, path: Path, *, alone: bool = False, transposed: Collection[str] = ()
-) -> dict[str, object]:
+def save_weights(program: Program, path: Path, *, alone: bool = False, transposed: Collection[str] = ()) -> dict[str, object]:
     """Write the program's weights; returns for each weight the entry to read it back.
 
     alone: write the entries into the file too, for `load_alone`. transposed: matrices, by name, to write transposed.

@@ -132,6 +132,7 @@ class Backend(ABC):
 
     def share_weights(self, folder: Path) -> None:
         """Let the files of `save_files` read weights from the artifact's own file, `WEIGHTS_FILE`, and drop their copies."""
+        return
 
     def native_code(self, *, saved_options: bool) -> str | None:
         """What native code an artifact of this backend loads, in words; None for data alone.

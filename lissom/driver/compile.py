@@ -46,9 +46,7 @@ def compile_model(model: nn.Module | Program, example_inputs: Inputs, settings: 
     return compile_captured(take, device, settings, _facts_of(model))
 
 
-def optimize_model(
-    model: nn.Module | Program, example_inputs: Inputs, settings: Settings
-) -> tuple[Program, History, Sample]:
+def optimize_model(model: nn.Module | Program, example_inputs: Inputs, settings: Settings) -> tuple[Program, History, Sample]:
     """The model's program after the passes, not lowered, and the flat example. Raises: what `lissom.compile` raises."""
     check_choices(settings)
     model = with_merged_adapters(model) if isinstance(model, nn.Module) else model

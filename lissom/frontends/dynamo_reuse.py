@@ -185,4 +185,3 @@ def _same_target(known: Graph, one: fx.Node, other: Graph, two: fx.Node) -> bool
         same = (ours.dtype, ours.shape, ours.device) == (theirs.dtype, theirs.shape, theirs.device)
         return same and torch.equal(ours, theirs)
     return ours is theirs
-

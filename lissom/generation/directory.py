@@ -32,7 +32,9 @@ def save(decoder: GenerationModel, directory: Path, tokenizer: PreTrainedTokeniz
     def write_more(folder: Path) -> None:
         saved_config(json.loads(decoder.config.to_json_string(use_diff=False)), folder)
         decoder.generation_config.to_json_file(folder / GENERATION)
-        write_processors(folder, str(decoder.config._name_or_path) or None, None if tokenizer is None else _Flat(tokenizer), None)
+        write_processors(
+            folder, str(decoder.config._name_or_path) or None, None if tokenizer is None else _Flat(tokenizer), None
+        )
 
     decoder.compiled.save_with(directory, write_more)
 

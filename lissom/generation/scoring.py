@@ -121,8 +121,8 @@ class _Scored:
             return logits
         if head is None or not watched or watched[0].shape[1] != tokens:
             raise UnsupportedError(
-                f"the decoder computes the logits of the last token alone; compile it with all_logits=True for a metric "
-                f"of all positions"
+                "the decoder computes the logits of the last token alone; compile it with all_logits=True for a metric of all "
+                "positions"
             )
         return _logits(head, watched[0])
 

@@ -1,8 +1,8 @@
 """Ordinary checkpoints of optimized transformers models, which plain transformers loads.
 
 What passes removed is said in the configuration: fewer layers, narrower feed-forwards, fewer heads. The fields are found by
-trying: a field is changed in proportion to a size, and kept if the model that transformers builds from it fits better. Layers of
-different widths are padded with zeros to the widest, unless the family takes a configuration per layer.
+trying: a field is changed in proportion to a size, and kept if the model that transformers builds from it fits better. Layers
+of different widths are padded with zeros to the widest.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def _shorten(model: PreTrainedModel, config: PretrainedConfig, path: str, count:
             config.__dict__.update(trial.__dict__)
             return
     raise UnsupportedError(
-        f"{type(model).__name__} has no field in its configuration for {len(kept)} of {count} layers in '{path}', so no ordinary "
-        f"checkpoint holds it; {_ADVICE}"
+        f"{type(model).__name__} has no field in its configuration for {len(kept)} of {count} layers in '{path}', so no "
+        f"ordinary checkpoint holds it; {_ADVICE}"
     )
 
 
@@ -138,9 +138,9 @@ def _fit(model: PreTrainedModel, config: PretrainedConfig, wanted: Shapes) -> _F
         if better is None:
             name, dim = wrong[0]
             raise UnsupportedError(
-                f"the configuration of {type(model).__name__} cannot say that '{name}' is {list(wanted.get(name, ()))}: none of "
-                f"its fields changes the size {shapes[name][dim]} in dimension {dim} alone; an ordinary checkpoint would need "
-                f"such a field (a head size of its own, for heads); {_ADVICE}"
+                f"the configuration of {type(model).__name__} cannot say that '{name}' is {list(wanted.get(name, ()))}: none "
+                f"of its fields changes the size {shapes[name][dim]} in dimension {dim} alone; an ordinary checkpoint would "
+                f"need such a field (a head size of its own, for heads); {_ADVICE}"
             )
         config, shapes = better
     return _Fitted(config, shapes)
@@ -213,7 +213,8 @@ def _state(
         found = original[old[name]].detach() if found is None and old.get(name) in original else found
         if found is None or any(size > room for size, room in zip(found.shape, shape, strict=True)):
             raise UnsupportedError(
-                f"the program of {type(model).__name__} has no weight for '{name}', {list(shape)}, which its checkpoint has; {_ADVICE}"
+                f"the program of {type(model).__name__} has no weight for '{name}', {list(shape)}, which its checkpoint has; "
+                f"{_ADVICE}"
             )
         if found.shape != shape:
             padded = found.new_zeros(shape)
@@ -237,6 +238,6 @@ def _confirm(program: Program, model: PreTrainedModel, example: Sample, folder: 
     if not error <= tolerance_of(program):
         raise UnsupportedError(
             f"an ordinary checkpoint of {type(model).__name__} cannot hold this program: loaded by transformers, it differs by "
-            f"{error:.2g} relative, allowed {tolerance_of(program):.2g}; quantizers, low-rank factors and changed operators are "
-            f"no weights of the model; {_ADVICE}"
+            f"{error:.2g} relative, allowed {tolerance_of(program):.2g}; quantizers, low-rank factors and changed operators "
+            f"are no weights of the model; {_ADVICE}"
         )

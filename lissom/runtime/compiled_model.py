@@ -94,9 +94,7 @@ class CompiledModel(HostedModel):
         """The ranks this one runs with; None for a model of one process."""
         return self._executable.ranks if isinstance(self._executable, RankProgram) else None
 
-    def save(
-        self, directory: str | Path, *, tokenizer: Saveable | None = None, processor: Saveable | None = None
-    ) -> None:
+    def save(self, directory: str | Path, *, tokenizer: Saveable | None = None, processor: Saveable | None = None) -> None:
         """Write the model to a directory that `load` reads, on other machines too, and without the original model's code.
 
         The directory is written completely or not at all; an existing artifact is replaced. State is saved with its values at

@@ -147,9 +147,7 @@ class FixedModule(nn.Module):
         for name, weight in self.program.weights().items():
             destination[prefix + name] = weight if keep_vars else weight.detach()
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, object], prefix: str, *_: object, **__: object
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, object], prefix: str, *_: object, **__: object) -> None:
         """Called by `load_state_dict`, of this module or its parents.
 
         Raises: UnsupportedError for other weights than its own.

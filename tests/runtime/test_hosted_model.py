@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -89,7 +91,8 @@ def test_what_the_model_says_of_itself_is_saved(classifier, tokenizer, tmp_path)
     fast.save(tmp_path / "model")
     again = lissom.load(tmp_path / "model")
     assert type(again.config) is transformers.BertConfig
-    assert again.config.to_dict() == fast.config.to_dict()
+    # As transformers does, it names the directory it was loaded from.
+    assert again.config.to_dict() == fast.config.to_dict() | {"_name_or_path": str(tmp_path / "model")}
     assert pipeline("text-classification", again, tokenizer)(TEXTS) == pipeline("text-classification", fast, tokenizer)(TEXTS)
 
 
@@ -167,10 +170,44 @@ def test_it_cannot_train(bert):
         nn.Sequential(fast).train()
 
 
-def test_it_has_nothing_to_train_and_nothing_to_save_as_a_module(bert):
+def test_it_has_nothing_to_train(bert):
     _, fast = bert
     assert list(fast.parameters()) == []
-    assert fast.state_dict() == {}
+    assert fast.num_parameters(only_trainable=True) == 0
+    with pytest.raises(UnsupportedError, match="is compiled for inference and cannot train"):
+        fast.train()
+
+
+def test_its_weights_are_counted_and_listed(bert):
+    case, fast = bert
+    weights = fast.program.weights()
+    assert fast.state_dict().keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in fast.state_dict().items())
+    assert nn.Sequential(fast).state_dict().keys() == {f"0.{name}" for name in weights}
+    tables = sum(module.weight.numel() for module in case.model.modules() if isinstance(module, nn.Embedding))
+    # Packing pads, and buffers such as positions count too.
+    assert case.model.num_parameters() <= fast.num_parameters() < case.model.num_parameters() * 1.3
+    assert fast.num_parameters(exclude_embeddings=True) <= fast.num_parameters() - tables
+    assert fast.get_memory_footprint() == sum(weight.nbytes for weight in weights.values())
+    assert fast.get_memory_footprint(return_buffers=False) == fast.get_memory_footprint()
+
+
+def test_its_weights_cannot_be_exchanged(bert):
+    _, fast = bert
+    fast.load_state_dict(fast.state_dict())
+    others = {name: tensor + 1 for name, tensor in fast.state_dict().items()}
+    for module, given in ((fast, others), (nn.Sequential(fast), {f"0.{name}": tensor for name, tensor in others.items()})):
+        with pytest.raises(UnsupportedError, match="is compiled, and its weights cannot be exchanged"):
+            module.load_state_dict(given)
+
+
+def test_it_is_pickled_and_copied_through_its_artifact(classifier, tokenizer):
+    _, fast = classifier
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    for again in (pickle.loads(pickle.dumps(fast)), copy.deepcopy(fast), copy.deepcopy(nn.Sequential(fast))[0]):
+        assert type(again).__name__ == "BertForSequenceClassification"
+        assert torch.equal(again(**inputs).logits, fast(**inputs).logits)
+        assert again.config.to_dict() == fast.config.to_dict()
 
 
 def test_it_is_not_compiled_again(bert):

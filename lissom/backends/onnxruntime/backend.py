@@ -133,7 +133,6 @@ class OnnxRuntime(Backend):
     def save_files(self, executable: Executable, folder: Path) -> None:
         """The ONNX file, which any ONNX Runtime opens, its weights, and the microbatch size."""
         from lissom.backends.onnxruntime.session import Session
-
         from lissom.backends.onnxruntime.shared_weights import write_model
 
         assert isinstance(executable, Session)

@@ -70,7 +70,9 @@ def write_model(path: Path, folder: Path, places: Mapping[Content, int] | None =
     (folder / MODEL).write_bytes(proto.SerializeToString())
 
 
-def _external(path: Path, proto: onnx.ModelProto | None = None, own: str = WEIGHTS) -> Iterator[tuple[onnx.TensorProto, memoryview]]:
+def _external(
+    path: Path, proto: onnx.ModelProto | None = None, own: str = WEIGHTS
+) -> Iterator[tuple[onnx.TensorProto, memoryview]]:
     """The external tensors of a model with their bytes. own: the present name of its own file."""
     for tensor in parts_of(proto or read_proto(path), onnx.TensorProto):
         if is_external(tensor):

@@ -1,0 +1,86 @@
+"""Ordinary checkpoints of optimized models, loaded by plain transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import lissom
+from lissom.errors import UnsupportedError
+from tests.models import normal, seeded, tokens
+
+WIDTHS = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "vocab_size": 61}
+
+
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(**WIDTHS, num_hidden_layers=3, num_key_value_heads=2)
+    return seeded(lambda: transformers.LlamaForCausalLM(config))
+
+
+def qwen3() -> nn.Module:
+    config = transformers.Qwen3Config(**WIDTHS, num_hidden_layers=3, num_key_value_heads=2, head_dim=4)
+    return seeded(lambda: transformers.Qwen3ForCausalLM(config))
+
+
+def bert() -> nn.Module:
+    return seeded(lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**WIDTHS, num_hidden_layers=2)))
+
+
+def optimized(model: nn.Module, passes: str):
+    inputs = {"input_ids": tokens(2, 6)}
+    return lissom.optimize(model, inputs, passes=passes, data=[inputs], checks="off"), inputs
+
+
+@pytest.mark.parametrize(
+    ("build", "passes", "said"),
+    [
+        (bert, "exact", {}),
+        (bert, "prune-neurons{keep=0.5,scope=layer}", {"intermediate_size": 12}),
+        (llama, "prune-layers{keep=0.67},prune-heads{keep=0.5}", {"num_hidden_layers": 2, "num_attention_heads": 2}),
+        (qwen3, "prune-layers{keep=0.67}", {"num_hidden_layers": 2}),
+    ],
+)
+def test_plain_transformers_loads_what_was_pruned(build, passes, said, tmp_path):
+    model = build()
+    found, inputs = optimized(model, passes)
+    found.save_pretrained(tmp_path / "checkpoint")
+    again = type(model).from_pretrained(tmp_path / "checkpoint").eval()
+    assert {name: getattr(again.config, name) for name in said} == said
+    assert (again.num_parameters() < model.num_parameters()) == bool(said)
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, found.program.run([*inputs.values()])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_layers_of_different_widths_are_padded_to_the_widest(tmp_path):
+    model = llama()
+    found, inputs = optimized(model, 'prune-neurons{amounts="model.layers.0=8,model.layers.1=12,model.layers.2=10"}')
+    found.save_pretrained(tmp_path / "checkpoint")
+    again = type(model).from_pretrained(tmp_path / "checkpoint").eval()
+    assert again.config.intermediate_size == 12
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, found.program.run([*inputs.values()])[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("build", "passes", "sentence"),
+    [
+        (bert, "prune-heads{keep=0.5}", r"the configuration of Bert\w+ cannot say that '.*query.weight' is \[8, 16\]"),
+        (llama, "quantize{scheme=int8-dynamic}", r"an ordinary checkpoint of LlamaForCausalLM cannot hold this program"),
+    ],
+)
+def test_what_no_configuration_says_is_refused(build, passes, sentence, tmp_path):
+    found, _ = optimized(build(), passes)
+    with pytest.raises(UnsupportedError, match=sentence):
+        found.save_pretrained(tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_other_models_have_no_checkpoint(tmp_path):
+    found = lissom.optimize(nn.Linear(4, 2), normal(3, 4), checks="off")
+    with pytest.raises(UnsupportedError, match="was not captured from a transformers model here, and has no checkpoint"):
+        found.save_pretrained(tmp_path / "checkpoint")
+    fast = lissom.compile(nn.Linear(4, 2), normal(3, 4), checks="off")
+    with pytest.raises(UnsupportedError, match=r"lissom.optimize\(model, example_inputs, passes=...\).save_pretrained"):
+        fast.save_pretrained(tmp_path / "checkpoint")
