@@ -59,6 +59,7 @@ def test_an_auto_class_takes_the_folder(folder):
     assert type(found.config) is transformers.BertConfig and found.config.id2label == LABELS
 
 
+@pytest.mark.multiprocess
 def test_transformers_may_be_imported_first_or_last(folder):
     load = f"print(type(transformers.AutoModelForSequenceClassification.from_pretrained({str(folder)!r})).__name__)"
     for imports in ("import transformers, lissom", "import lissom, transformers", "import transformers.models.auto, lissom"):
@@ -104,10 +105,10 @@ def test_a_repository_in_the_cache_of_the_hub(folder, tmp_path):
         assert type(found).__name__ == "BertForSequenceClassification"
 
 
-def test_processors_are_kept_from_where_the_model_came(tmp_path):
-    fast = lissom.compile(
-        transformers.AutoModel.from_pretrained(find_directory("minilm")).eval(), {"input_ids": tokens(2, 6)}, checks="off"
-    )
+@pytest.mark.slow
+def test_processors_are_kept_from_where_the_model_came(tokenizer, tmp_path):
+    model = transformers.AutoModel.from_pretrained(find_directory("minilm")).eval()
+    fast = lissom.compile(model, tokenizer(TEXTS, padding=True, return_tensors="pt"), checks="off")
     fast.save(tmp_path / "one")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "one")("a text").input_ids[0] == 101
     lissom.load(tmp_path / "one").save(tmp_path / "two")
@@ -127,6 +128,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tokenizer, tmp_path):
     assert not is_artifact(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_a_vision_pipeline_takes_the_folder(tmp_path):
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -205,6 +206,22 @@ class HostedModel(FixedModule):
             # A single modality is written without a tuple, as in transformers.
             self.input_modalities = facts.modalities[0] if len(facts.modalities) == 1 else facts.modalities
             self._take_name()
+            self._name_arguments()
+
+    def _name_arguments(self) -> None:
+        """Give the forward of its class the arguments of the program: Trainer and pipelines read them from its signature."""
+        kind = type(self)
+        called = kind.forward
+
+        @wraps(called)
+        def forward(self: HostedModel, *args: object, **kwargs: object) -> object:
+            return called(self, *args, **kwargs)
+
+        taken = self.program.signature
+        names = dict.fromkeys(["self", *(item.name for item in (*taken.positional, *taken.keyword))])
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names if name.isidentifier()]
+        forward.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+        kind.forward = forward
 
     @cached_property
     def config(self) -> PretrainedConfig:

@@ -36,10 +36,13 @@ def optimized(model: nn.Module, passes: str):
 @pytest.mark.parametrize(
     ("build", "passes", "said"),
     [
-        (bert, "exact", {}),
         (bert, "prune-neurons{keep=0.5,scope=layer}", {"intermediate_size": 12}),
-        (llama, "prune-layers{keep=0.67},prune-heads{keep=0.5}", {"num_hidden_layers": 2, "num_attention_heads": 2}),
-        (qwen3, "prune-layers{keep=0.67}", {"num_hidden_layers": 2}),
+        pytest.param(bert, "exact", {}, marks=pytest.mark.slow),
+        pytest.param(
+            *(llama, "prune-layers{keep=0.67},prune-heads{keep=0.5}", {"num_hidden_layers": 2, "num_attention_heads": 2}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(qwen3, "prune-layers{keep=0.67}", {"num_hidden_layers": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_plain_transformers_loads_what_was_pruned(build, passes, said, tmp_path):
@@ -53,6 +56,7 @@ def test_plain_transformers_loads_what_was_pruned(build, passes, said, tmp_path)
         torch.testing.assert_close(again(**inputs).logits, found.program.run([*inputs.values()])[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_of_different_widths_are_padded_to_the_widest(tmp_path):
     model = llama()
     found, inputs = optimized(model, 'prune-neurons{amounts="model.layers.0=8,model.layers.1=12,model.layers.2=10"}')
@@ -67,7 +71,10 @@ def test_layers_of_different_widths_are_padded_to_the_widest(tmp_path):
     ("build", "passes", "sentence"),
     [
         (bert, "prune-heads{keep=0.5}", r"the configuration of Bert\w+ cannot say that '.*query.weight' is \[8, 16\]"),
-        (llama, "quantize{scheme=int8-dynamic}", r"an ordinary checkpoint of LlamaForCausalLM cannot hold this program"),
+        pytest.param(
+            *(llama, "quantize{scheme=int8-dynamic}", r"an ordinary checkpoint of LlamaForCausalLM cannot hold this program"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_no_configuration_says_is_refused(build, passes, sentence, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import pickle
 
@@ -84,6 +85,7 @@ def test_it_is_called_what_the_original_is_and_has_its_configuration(bert):
     assert fast.config.to_dict() == case.model.config.to_dict()
     assert fast.config is not case.model.config
     assert (fast.main_input_name, fast.can_generate()) == ("input_ids", False)
+    assert list(inspect.signature(fast.forward).parameters) == list(case.inputs)
 
 
 def test_what_the_model_says_of_itself_is_saved(classifier, tokenizer, tmp_path):
@@ -208,6 +210,19 @@ def test_it_is_pickled_and_copied_through_its_artifact(classifier, tokenizer):
         assert type(again).__name__ == "BertForSequenceClassification"
         assert torch.equal(again(**inputs).logits, fast(**inputs).logits)
         assert again.config.to_dict() == fast.config.to_dict()
+
+
+@pytest.mark.slow
+def test_trainer_and_accelerate_evaluate_it(classifier, tokenizer, tmp_path):
+    model, _ = classifier
+    inputs = dict(tokenizer(TEXTS, padding=True, return_tensors="pt"))
+    fast = lissom.compile(model, inputs | {"labels": torch.tensor([0, 1])}, checks="structural")
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")
+    assert accelerate.Accelerator(cpu=True).prepare(fast) is fast
+    rows = [{name: value[row] for name, value in inputs.items()} | {"labels": torch.tensor(row)} for row in (0, 1, 1)]
+    options = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], per_device_eval_batch_size=2)
+    wanted, found = (transformers.Trainer(model=one, args=options, eval_dataset=rows).evaluate() for one in (model, fast))
+    assert found["eval_loss"] == pytest.approx(wanted["eval_loss"], rel=1e-5)
 
 
 def test_it_is_not_compiled_again(bert):
