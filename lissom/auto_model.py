@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import torch
 from transformers import PretrainedConfig
 
 from lissom.artifacts.directory import is_artifact
@@ -23,6 +22,8 @@ from lissom.files import check_path
 from lissom.registration import MODEL_TYPE
 
 if TYPE_CHECKING:
+    import torch
+
     from lissom.runtime.hosted_model import FixedModule
 
 
@@ -63,9 +64,11 @@ class SavedModel:
             devices; the errors of `lissom.load`.
         """
         # Imported when a model is loaded: this module is imported with transformers, perhaps by one of these.
+        import torch
+
         from lissom.generation import load_generation
         from lissom.generation.directory import is_saved
-        from lissom.runtime.compiled_model import CompiledModel, load
+        from lissom.runtime.compiled_model import load
 
         folder = check_path(name)
         if not folder.is_dir():
@@ -73,7 +76,7 @@ class SavedModel:
         device = _one_device(device_map)
         model: Any = load_generation(folder, device) if is_saved(folder) else load(folder, device)
         kind = type(model).__name__
-        if isinstance(model, CompiledModel) and cls.architectures and kind not in cls.architectures:
+        if cls.architectures and kind not in cls.architectures:
             raise InputError(
                 f"'{name}' holds a {kind}, and {cls.auto_class} loads models of other kinds; take the Auto class of {kind}, or "
                 f"lissom.load"
@@ -87,6 +90,8 @@ class SavedModel:
 
 def _one_device(device_map: object) -> str | torch.device | None:
     """The device that a map names. Raises: UnsupportedError for several."""
+    import torch
+
     if isinstance(device_map, Mapping):
         places = set(cast("Mapping[str, object]", device_map).values())
         device_map = places.pop() if len(places) == 1 else device_map
