@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -27,11 +27,11 @@ def with_merged_adapters(model: nn.Module) -> nn.Module:
     layers = [name for name, module in model.named_modules() if isinstance(module, tuners.BaseTunerLayer)]
     if not layers and not isinstance(model, kind):
         return model
-    name = type(model).__name__
-    if isinstance(model, kind) and getattr(model.active_peft_config, "is_prompt_learning", False):
+    name, adapter = type(model).__name__, cast(Any, model).active_peft_config if isinstance(model, kind) else None
+    if getattr(adapter, "is_prompt_learning", False):
         raise UnsupportedError(
-            f"{name} has an adapter of the kind {model.active_peft_config.peft_type.value}, which is no change of weights; "
-            f"compile the model without it"
+            f"{name} has an adapter of the kind {adapter.peft_type.value}, which is no change of weights; compile the model "
+            f"without it"
         )
     copied: Any = with_own_modules(model)
     if copied is model:

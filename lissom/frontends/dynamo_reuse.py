@@ -10,7 +10,7 @@ import operator
 import weakref
 from collections.abc import Mapping, Sequence
 from types import CodeType
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import sympy
 import torch
@@ -55,17 +55,21 @@ def restart_with_dynamic_sizes(graph: Graph) -> None:
             continue
         shape = cast(torch.Tensor, node.meta["example_value"]).shape
         free = [dim for dim in ((0, 1) if len(shape) in (2, 3) else (0,)) if dim < len(shape) and shape[dim] != 1]
-        entry = update_automatic_dynamic(translator, name, FrameStateSizeEntry(size=(auto_unset,) * len(shape)))
-        if all(entry.is_size_dynamic(dim) for dim in free) or not all(isinstance(size, int) for size in shape):
+        entry = update_automatic_dynamic(translator, name, FrameStateSizeEntry(size=_sizes([], len(shape))))
+        if all(entry.is_size_dynamic(dim) for dim in free) or not all(type(size) is int for size in shape):
             continue
-        sizes = tuple(auto_dynamic if dim in free else auto_unset for dim in range(len(shape)))
-        entry = update_automatic_dynamic(translator, name, FrameStateSizeEntry(size=sizes))
+        entry = update_automatic_dynamic(translator, name, FrameStateSizeEntry(size=_sizes(free, len(shape))))
         # Dynamo keeps the sizes seen so far for an earlier, static graph; there will be none.
         entry.excluded_sizes = None
         made.append((entry, tuple(shape)))
     if made:
         _made_dynamic.setdefault(translator.f_code, []).extend(made)
         _restart(translator, "dynamic")
+
+
+def _sizes(free: Sequence[int], rank: int) -> Any:
+    """The sizes of a tensor in Dynamo's record: these dimensions are dynamic, and of the others nothing is said."""
+    return tuple(auto_dynamic if dim in free else auto_unset for dim in range(rank))
 
 
 def restart_with_static_sizes() -> None:

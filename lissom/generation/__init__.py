@@ -31,7 +31,6 @@ from lissom.runtime.hosted_model import check_uncompiled
 
 if TYPE_CHECKING:
     from lissom.generation.model import GenerationModel
-    from lissom.runtime.compiled_model import CompiledModel
 
 __all__ = ["Decoder", "compile_generation", "load_generation"]
 
