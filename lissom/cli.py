@@ -55,6 +55,8 @@ from lissom.inspect.report import Report, write_stopped
 from lissom.inspect.roofline import cost_table
 from lissom.inspect.sharding import Link, sharding_table
 from lissom.inspect.sites import amounts_table, axes_table, structure_tables
+from lissom.inspect.svg.attention import TOKENS, attention_svg
+from lissom.inspect.svg.sharding import sharding_svg
 from lissom.inspect.tables import coloured_diff, show
 from lissom.passes import RECIPES, known_passes
 from lissom.passes.sites import sites as list_sites
@@ -234,24 +236,34 @@ def run_show(
     ] = 10.0,
     batch: Annotated[int | None, typer.Option(help="With --cost or --sharding: the batch; the example's by default.")] = None,
     sequence: Annotated[
-        int | None, typer.Option(help="With --cost or --sharding: the tokens; the example's by default.")
+        int | None, typer.Option(help="With --cost, --sharding or --attention: the tokens; the example's, or 1,024 for --attention.")
     ] = None,
     html: Html = None,
+    svg: Annotated[
+        Path | None,
+        typer.Option(help="Draw the program to this file, as SVG; with --diff what changed, with --sharding the plan."),
+    ] = None,
+    only: Annotated[str, typer.Option(help="With --svg: draw this module alone, encoder.layer.0.")] = "",
+    attention: Annotated[
+        bool, typer.Option("--attention", help="With --svg: draw which blocks of keys each block of queries sees.")
+    ] = False,
     allow_native: AllowNative = False,
 ) -> None:
     """Print a model's program after the passes, the difference between two steps, its structure, or what every site costs."""
     sizes = {name: size for name, size in (("batch", batch), ("sequence", sequence)) if size is not None}
-    if sizes and not cost and sharding is None:
-        raise typer.BadParameter("--batch and --sequence go with --cost or --sharding")
+    if sizes and not cost and sharding is None and not attention:
+        raise typer.BadParameter("--batch and --sequence go with --cost, --sharding or --attention")
     if sharding is not None and sharding < 2:
         raise typer.BadParameter("--sharding takes 2 ranks or more")
-    if html is not None:
-        check_writable(html)
+    if svg is None and (only or attention):
+        raise typer.BadParameter("--only and --attention go with --svg")
+    for path in filter(None, (html, svg)):
+        check_writable(path)
     steps = _read_steps(diff) if diff is not None else None
     if sequence_parallel and sharding is None:
         raise typer.BadParameter("--sequence-parallel goes with --sharding")
     # Tables show structure and sizes, which structural checks cover; a printed program is checked numerically.
-    checks = "structural" if structure or axes or sites or cost or sharding is not None else "numeric"
+    checks = "structural" if structure or axes or sites or cost or attention or sharding is not None else "numeric"
     if is_artifact(model):
         if passes != "exact" or backend is not None or data is not None:
             raise typer.BadParameter("--passes, --backend and --data do not go with a saved model")
@@ -259,6 +271,9 @@ def run_show(
     else:
         # A program that is only shown may have layers without a kernel.
         compiled = _compile(model, passes, backend, None, checks, Quality(data), simulate=True, html=html)
+    if svg is not None and attention:
+        write_whole(svg, attention_svg(compiled.program, only, sequence or TOKENS))
+        return
     if structure or axes or sites:
         program = compiled.program
         tables = [structure_tables] * structure + [axes_table] * axes
@@ -266,6 +281,9 @@ def run_show(
         return
     if sharding is not None:
         plan = make_plan(compiled.program, sharding, sequence=sequence_parallel)
+        if svg is not None:
+            write_whole(svg, sharding_svg(compiled.program, plan, sizes))
+            return
         show(sharding_table(compiled.program, plan, sizes, Link(latency * 1e-6, bandwidth * 1e9)))
         return
     if cost:
@@ -273,6 +291,10 @@ def run_show(
         return
     if html is not None:
         compiled.report.to_html(html)
+    if svg is not None:
+        before, after = steps or (None, None)
+        compiled.report.to_svg(svg, step=after, only=only, compare=before)
+    if html is not None or svg is not None:
         return
     if steps is None:
         sys.stdout.write(compiled.program.text())

@@ -113,7 +113,7 @@ def write_program(compiled: Compiled, entries: Mapping[str, object], folder: Pat
     """
     program, history, backend = compiled.program, compiled.history, compiled.backend
     _write_json(folder / PROGRAM, encode_program(program, entries))
-    _write_json(folder / STEPS, history.texts)
+    _write_json(folder / STEPS, history.programs_to_json())
     compiled.write_more(folder)
     _confirm(program, folder)
     manifest = Manifest(

@@ -25,11 +25,17 @@ def fold_rows(rows: Sequence[Row], label: int = 0) -> list[Row]:
 def _folded(group: Sequence[Row], label: int) -> Row:
     found = [_NUMBER.search(row[label]) for row in group]
     numbers = sorted({int(item.group()) for item in found if item is not None})
-    text = _NUMBER.sub(_ranges(numbers), group[0][label], count=1)
+    text = _NUMBER.sub(ranges(numbers), group[0][label], count=1)
     return (*group[0][:label], f"{text} ×{len(group)}", *group[0][label + 1 :])
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def fold_names(names: Sequence[str]) -> str:
+    """The names of equal layers as one: `encoder.layer.0-5 ×6`, or the first and how many more."""
+    (folded, *others) = fold_rows([(name,) for name in names])
+    return f"{folded[0]} and {len(others)} more" if others else folded[0]
+
+
+def ranges(numbers: Sequence[int]) -> str:
     """`0-4,6` for 0, 1, 2, 3, 4 and 6."""
     runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

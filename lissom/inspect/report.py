@@ -20,6 +20,7 @@ from lissom.files import check_path, write_whole
 from lissom.inspect.hot_layers import LayerTimes
 from lissom.inspect.html.data import page_data
 from lissom.inspect.html.page import page
+from lissom.inspect.svg.step import step_svg
 from lissom.inspect.tables import plain, plain_table
 from lissom.inspect.training_plot import plot_training
 
@@ -99,11 +100,35 @@ class Report:
         times = None if self.timer is None else self.timer.known
         history = self.history
         last = len(history.steps) - 1
-        if self.timer is not None and last not in history.facts:
-            # An artifact keeps the last program alone.
-            history = replace(history, facts={**history.facts, last: node_facts(self.timer.program)})
+        if self.timer is not None and last not in history.changes:
+            # Artifacts of earlier versions keep the facts of no step.
+            history = replace(history, changes={**history.changes, last: {**node_facts(self.timer.program)}})
         data = page_data(self.title, history, times, _missing(self, times))
         write_whole(check_path(path), page(self.title, data, str(self)))
+
+    def to_svg(
+        self, path: str | PathLike[str] | None = None, *, step: int | None = None, only: str = "", compare: int | None = None
+    ) -> str:
+        """The program after a step as a picture: an SVG file that needs no network, in colors for light and dark.
+
+        Modules are frames, nodes are boxes, identical layers are drawn once, with their number; modules for which there is no
+        room are closed.
+
+        path: where to write it, if given. step: the last one by default. only: the path of a module, `encoder.layer.0`.
+        compare: another step. If it is earlier, nodes that it lacks are marked as added; if it is later, as removed. Nodes that
+            differ are marked as changed.
+
+        Raises: UnsupportedError if there is no such step or module; ArtifactError if the file cannot be written.
+
+        >>> import torch, lissom
+        >>> picture = lissom.optimize(torch.nn.Linear(4, 2), torch.ones(3, 4)).report.to_svg()
+        >>> "linear" in picture
+        True
+        """
+        picture = step_svg(self.title, self.history, step, only, compare)
+        if path is not None:
+            write_whole(check_path(path), picture)
+        return picture
 
     def _repr_html_(self) -> str:
         """The report in a notebook: the table."""
@@ -131,8 +156,8 @@ def write_stopped(path: Path | None, title: str, history: History | None, reason
 def _missing(report: Report, times: LayerTimes | None) -> list[str]:
     """Sentences on what the page of a report cannot show."""
     found = [f"The compile stopped after the last step shown: {report.stopped}"] if report.stopped else []
-    if any(index not in report.history.facts for index in range(len(report.history.steps))):
-        found.append("Costs, source lines and passes of nodes are known for the last step alone: an artifact keeps no more.")
+    if any(index not in report.history.changes for index in range(len(report.history.steps))):
+        found.append("Costs, source lines and passes of nodes are known for the last step alone: an artifact of an earlier version keeps no more.")
     if times is None and report.timer is not None:
         found.append("Times of layers: none were measured. Call report.kernels() before report.to_html().")
     elif times is None:

@@ -103,14 +103,14 @@ def sharding_table(program: Program, plan: Plan, sizes: Mapping[str, int], link:
     """
     chosen = example_sizes(program) | dict(sizes)
     numbers = size_numbers(program, chosen)
-    layers = [layer.path for layer in program.fact(structure).layers]
-    rows: dict[str, _Row] = {path: _Row() for path in [*layers, "other"]}
+    layers = layer_paths(program)
+    rows: dict[str, _Row] = {path: _Row() for path in layers}
     for node, placed in plan.placed.items():
         if node.op == "get_attr" and isinstance(placed, Placed) and nodes.is_tensor(node):
-            rows[_layer(str(node.target), layers)].weights.append((node, placed))
+            rows[layer_of(str(node.target), layers)].weights.append((node, placed))
     pairs = [(move.value, item) for move in plan.moves for item in traffic(plan, move, numbers)]
     for node, item in [*pairs, *joint_traffic(plan, numbers)]:
-        rows[_layer(nodes.origin(node).module_path, layers)].traffic.append(item)
+        rows[layer_of(nodes.origin(node).module_path, layers)].traffic.append(item)
     table = plain_table(
         f"{program.name} on {plan.world_size} ranks, {sizes_text(chosen)}",
         _caption(link, _tokens(plan, numbers), rows, _by_position(plan, numbers)),
@@ -139,7 +139,13 @@ class _Row:
         self.traffic: list[Traffic] = []
 
 
-def _layer(path: str, layers: Sequence[str]) -> str:
+def layer_paths(program: Program) -> list[str]:
+    """The module paths of the layers, and `other`, for all that is in none."""
+    return [*(layer.path for layer in program.fact(structure).layers), "other"]
+
+
+def layer_of(path: str, layers: Sequence[str]) -> str:
+    """The layer that holds a module or weight; `other` if none does."""
     return next((layer for layer in layers if path == layer or path.startswith(f"{layer}.")), "other")
 
 

@@ -239,9 +239,10 @@ def lower_rank(
 
 def append_steps(history: History, further: History) -> History:
     """A history followed by the steps of another, without its first step, the program it started from."""
-    joined = replace(history, steps=[*history.steps], texts=[*history.texts], facts={**history.facts})
+    joined = replace(history, steps=[*history.steps], texts=[*history.texts], changes={**history.changes})
     for index, (step, text) in enumerate(zip(further.steps[1:], further.texts[1:], strict=True), 1):
-        joined.record(replace(step, index=len(joined.steps)), text, further.facts.get(index))
+        facts = further.facts_of(index) if index in further.changes else None
+        joined.record(replace(step, index=len(joined.steps)), text, facts)
     return joined
 
 

@@ -15,6 +15,7 @@ from lissom.compiler.ir.program import Program
 from lissom.errors import UnsupportedError
 
 FORMAT_VERSION = 1
+_NOTHING = Cost()
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,22 @@ class NodeFacts:
     origin: Origin
 
 
-def node_facts(program: Program) -> dict[str, NodeFacts]:
-    """The facts of every operator call of a program under its name in the text, `%gelu`, and of every weight, `@up.weight`."""
-    calls = {f"%{node.name}": NodeFacts(example_cost(node), origin(node)) for node in program.nodes()}
-    reads = (node for node in program.graph.nodes if node.op == "get_attr")
-    return calls | {f"@{node.target}": NodeFacts(Cost(), origin(node)) for node in reads}
+def node_facts(program: Program, before: Mapping[str, NodeFacts] | None = None) -> dict[str, NodeFacts]:
+    """The facts of every operator call of a program under its name in the text, `%gelu`, and of every weight, `@up.weight`.
+
+    before: facts of the program before, which unchanged nodes share.
+    """
+    found: dict[str, NodeFacts] = {}
+    for node in program.graph.nodes:
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        is_call = node.op == "call_function"
+        name = f"%{node.name}" if is_call else f"@{node.target}"
+        cost, source = example_cost(node) if is_call else _NOTHING, origin(node)
+        known = None if before is None else before.get(name)
+        is_known = known is not None and known.cost is cost and known.origin is source
+        found[name] = known if is_known else NodeFacts(cost, source)
+    return found
 
 
 @dataclass(frozen=True)
@@ -110,36 +122,68 @@ class History:
     """The steps of a pipeline, the capture first; grows while the pipeline runs.
 
     pipeline: the whole pipeline as text. checks: how each step was checked.
-    texts: the program after each step. facts: of its nodes, by the index of the step; an artifact does not keep them.
+    texts: the program after each step. changes: the facts of its nodes that the step before has not, by name, and None for nodes
+        that are gone, by the index of the step; steps of which nothing is known have none.
     """
 
     pipeline: str
     checks: str
     steps: list[Step] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    facts: dict[int, dict[str, NodeFacts]] = field(default_factory=dict[int, dict[str, NodeFacts]])
+    changes: dict[int, dict[str, NodeFacts | None]] = field(default_factory=dict[int, "dict[str, NodeFacts | None]"])
+    _latest: tuple[int, Mapping[str, NodeFacts]] = field(default=(-1, {}), repr=False, compare=False)
 
-    def record(self, step: Step, text: str, facts: dict[str, NodeFacts] | None = None) -> None:
+    def record(self, step: Step, text: str, facts: Mapping[str, NodeFacts] | None = None) -> None:
         """Add a step with the text and, where they are known, the facts of the program after it."""
         self.steps.append(step)
         self.texts.append(text)
         self._keep_facts(len(self.steps) - 1, facts)
+
+    def record_program(self, step: Step, program: Program, text: str) -> None:
+        """Add a step with the program after it."""
+        last = len(self.steps) - 1
+        is_same = not program.edits and text == self.texts[last] and last in self.changes
+        before = self.facts_of(last)
+        self.record(step, text, before if is_same else node_facts(program, before))
 
     def restart(self, step: Step, program: Program) -> None:
         """Record the capture anew."""
         self.steps[:1], self.texts[:1] = [step], [program.text()]
         self._keep_facts(0, node_facts(program))
 
-    def _keep_facts(self, index: int, facts: dict[str, NodeFacts] | None) -> None:
-        # A step that was undone may have left some here.
-        self.facts.pop(index, None)
-        if facts is not None:
-            before = self.facts.get(index - 1)
-            self.facts[index] = before if before is not None and before == facts else facts
+    def facts_of(self, index: int) -> Mapping[str, NodeFacts]:
+        """The facts of the program after a step, by the names of nodes and weights in its text; empty if they are not known."""
+        if index not in self.changes:
+            return {}
+        if self._latest[0] == index:
+            return self._latest[1]
+        found: dict[str, NodeFacts | None] = {}
+        for step in range(index + 1):
+            found |= self.changes.get(step, {})
+        return {name: fact for name, fact in found.items() if fact is not None}
+
+    def _keep_facts(self, index: int, facts: Mapping[str, NodeFacts] | None) -> None:
+        # Steps that were undone may have left some.
+        for undone in [step for step in self.changes if step >= index]:
+            del self.changes[undone]
+        if facts is None:
+            return
+        before = self.facts_of(index - 1)
+        changed: dict[str, NodeFacts | None] = {}
+        if facts is not before:
+            changed |= {name: fact for name, fact in facts.items() if before.get(name) is not fact}
+            changed |= dict.fromkeys(before.keys() - facts.keys())
+        self.changes[index], self._latest = changed, (index, facts)
 
     def note(self, sentence: str) -> None:
         """Add a sentence for the reader to the last step."""
         self.steps[-1] = replace(self.steps[-1], notes=(*self.steps[-1].notes, sentence))
+
+    def check_step(self, index: int) -> None:
+        """Raises: UnsupportedError when there is no such step."""
+        if not 0 <= index < len(self.steps):
+            last = len(self.steps) - 1
+            raise UnsupportedError(f"there is no step {index}; this history has steps 0 (capture) to {last}")
 
     def diff(self, before: int, after: int) -> str:
         """The lines of the program that changed between two steps (0 is the capture), in unified form.
@@ -147,29 +191,54 @@ class History:
         Raises: UnsupportedError when there is no such step.
         """
         for index in (before, after):
-            if not 0 <= index < len(self.steps):
-                last = len(self.steps) - 1
-                raise UnsupportedError(f"there is no step {index}; this history has steps 0 (capture) to {last}")
+            self.check_step(index)
         names = [f"{index} {self.steps[index].spelling}" for index in (before, after)]
         return unified_diff(self.texts[before], self.texts[after], names[0], names[1])
 
+    def programs_to_json(self) -> dict[str, object]:
+        """The texts of the programs and the facts of their nodes, ready for `json.dumps`."""
+        changes = {index: {name: _fact_to_json(fact) for name, fact in found.items()} for index, found in self.changes.items()}
+        return {"texts": self.texts, "changes": changes}
+
     def to_json(self) -> dict[str, object]:
-        """Everything but the program texts, ready for `json.dumps`."""
+        """Everything but the programs, ready for `json.dumps`."""
         steps = [asdict(step) | {"summary": step.summary} for step in self.steps]
         return {"version": FORMAT_VERSION, "pipeline": self.pipeline, "checks": self.checks, "steps": steps}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], texts: Sequence[str]) -> History:
-        """The history that `to_json` wrote, with the programs' texts.
+    def from_json(cls, data: Mapping[str, Any], programs: Mapping[str, Any] | Sequence[str]) -> History:
+        """The history that `to_json` wrote, with what `programs_to_json` wrote, or only the programs' texts.
 
         Raises: ValueError, TypeError or KeyError when the data is no history.
         """
         if data["version"] != FORMAT_VERSION:
             raise ValueError(f"the history is of version {data['version']}; this Lissom reads version {FORMAT_VERSION}")
         steps = [_step_from_json(item) for item in data["steps"]]
+        texts = programs["texts"] if isinstance(programs, Mapping) else programs
         if len(steps) != len(texts) or data["checks"] not in ("numeric", "structural", "off"):
             raise ValueError("the history and the programs' texts do not belong together")
-        return cls(data["pipeline"], data["checks"], steps, list(texts))
+        found = cls(data["pipeline"], data["checks"], steps, list(texts))
+        for index, changes in programs["changes"].items() if isinstance(programs, Mapping) else ():
+            found.changes[int(index)] = {str(name): _fact_from_json(item) for name, item in changes.items()}
+        return found
+
+
+def _fact_to_json(fact: NodeFacts | None) -> list[object] | None:
+    if fact is None:
+        return None
+    cost, source = fact.cost, fact.origin
+    figures = (cost.flops, cost.read_bytes, cost.written_bytes, cost.parameters)
+    return [[int(figure) for figure in figures], source.module_path, source.source, source.code, source.passes, source.replaces]  # pyright: ignore
+
+
+def _fact_from_json(data: Sequence[Any] | None) -> NodeFacts | None:
+    if data is None:
+        return None
+    figures, path, source, code, passes, replaces = data
+    flops, read, written, parameters = map(int, figures)
+    texts = [str(item) for item in (path, source, code)]
+    origin = Origin(*texts, passes=tuple(str(item) for item in passes), replaces=str(replaces))
+    return NodeFacts(Cost(flops, read, written, parameters), origin)
 
 
 def _step_from_json(data: Mapping[str, Any]) -> Step:

@@ -18,7 +18,7 @@ from lissom.compiler.ir.interpreter import REFUSALS
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample, more_samples
 from lissom.compiler.memory import heap_set_aside
-from lissom.compiler.pipeline.history import History, Interrupted, Size, Step, changed_calls, node_facts
+from lissom.compiler.pipeline.history import History, Interrupted, Size, Step, changed_calls
 from lissom.compiler.pipeline.options import Checks, Metric, Progress, check_options, read_score
 from lissom.compiler.pipeline.pass_kinds import Annotation, Approximation, Pass, Rewrite, Training
 from lissom.compiler.pipeline.spelling import format_pass, format_pipeline
@@ -222,7 +222,7 @@ class _Run:
         """A copy of the run with its own history; pipeline: the text of the whole pipeline of the branch."""
         other = copy(self)
         kept = self.history
-        other.history = replace(kept, pipeline=pipeline, steps=[*kept.steps], texts=[*kept.texts], facts={**kept.facts})
+        other.history = replace(kept, pipeline=pipeline, steps=[*kept.steps], texts=[*kept.texts], changes={**kept.changes})
         return other
 
     def go_back(self, start: _Run, steps: int) -> None:
@@ -237,7 +237,7 @@ class _Run:
         spelling, size = format_pass(item), last.size
         score, about = last.metric, item.about()
         step = Step(index, spelling, item.kind, seconds, 0.0, size=size, metric=score, reverted=reason, about=about)
-        self.history.record(step, self.program.text(), node_facts(self.program))
+        self.history.record_program(step, self.program, self.program.text())
 
     def step(self, item: Pass, show: Callable[[str, int, int], None] | None = None) -> None:
         """Run one pass on a copy of the program; only a copy that passes its checks replaces the program."""
@@ -288,7 +288,7 @@ class _Run:
         self.program, self.outputs = after, outputs
         if item.redefines:
             self.original = answers(after, outputs)
-        self.history.record(step, text_after, node_facts(after))
+        self.history.record_program(step, after, text_after)
 
     def _run_pass(self, item: Pass, edit: Editor, fixed: Collection[str]) -> None:
         # A run of the program writes its state, and restores it. A training pass has copies of all but the fixed weights.

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from lissom.compiler.pipeline.history import History, NodeFacts, Step
 from lissom.inspect.hot_layers import LayerTimes
-from lissom.inspect.html.folds import identical_layers
-from lissom.inspect.html.lines import Line
+from lissom.inspect.identical_layers import identical_layers
+from lissom.inspect.lines import Line
 
 VERSION = 1
 Item = TypeVar("Item")
@@ -27,7 +27,7 @@ def page_data(title: str, history: History, times: LayerTimes | None, missing: S
     before: list[int] = []
     for index, (step, text) in enumerate(zip(history.steps, history.texts, strict=True)):
         lines = [Line.of(item) for item in text.split("\n")]
-        facts = history.facts.get(index, {})
+        facts = history.facts_of(index)
         records = [tables.record(line, facts.get(line.defines)) for line in lines]
         fold = tables.fold(text, lines)
         steps.append(_step(step) | {"lines": None if records == before else _stretches(before, records), "fold": fold})

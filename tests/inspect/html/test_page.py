@@ -43,7 +43,7 @@ def test_the_page_has_the_cost_of_every_node(pruned, tmp_path):
 
 def test_the_costs_of_a_step_are_those_of_its_program(minilm):
     found = lissom.optimize(minilm.model, minilm.example_inputs, passes="low-rank{budget=0.5}", checks="structural")
-    last = found.report.history.facts[len(found.report.history.steps) - 1]
+    last = found.report.history.facts_of(len(found.report.history.steps) - 1)
     costs = {f"%{node.name}": item for node, item in cost(found.program, example_sizes(found.program)).items()}
     assert {name: fact.cost for name, fact in last.items() if name[0] == "%"} == costs
 
@@ -53,7 +53,7 @@ def test_a_step_that_changes_weights_alone_is_seen(pruned):
     index = next(step.index for step in history.steps if step.spelling.startswith("prune-heads"))
     name = "@encoder.layer.3.attention.output.dense.weight"
     assert history.texts[index] == history.texts[index - 1]
-    passes = [history.facts[at][name].origin.passes for at in (index - 1, index)]
+    passes = [history.facts_of(at)[name].origin.passes for at in (index - 1, index)]
     assert ["prune-heads" in item for item in passes] == [False, True]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import NamedTuple
 
-from lissom.inspect.html.lines import Line
+from lissom.inspect.lines import Line
 
 _MOST_DIFFERENCES = 4
 _INPUT = re.compile(r"(\w+): (\w+\[[^\]]*\])")

@@ -1,4 +1,4 @@
-"""Tests of lissom.inspect.html.folds."""
+"""Tests of lissom.inspect.identical_layers."""
 
 import re
 
@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.inspect.html.folds import identical_layers
-from lissom.inspect.html.lines import Line
+from lissom.inspect.identical_layers import identical_layers
+from lissom.inspect.lines import Line
 
 
 class Block(nn.Module):
