@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,10 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lissom import api, demo
-from lissom.artifacts.directory import check_target, is_artifact
-from lissom.backends import find_backends
-from lissom.backends.base import Backend as BackendObject
+from lissom import demo
+from lissom.artifacts.directory import check_target
 from lissom.backends.distributed.backend import Distributed
 from lissom.bench_commands import run_bench, run_machine
 from lissom.cli_options import (
@@ -24,43 +21,23 @@ from lissom.cli_options import (
     DecoderPasses,
     Device,
     GoalName,
-    Html,
-    MaxDrop,
-    MetricName,
-    Model,
-    Passes,
     Quality,
     Seconds,
-    Simulate,
-    Ways,
     finite,
     goal_of,
 )
-from lissom.compiler.parallel.plan import make_plan
-from lissom.compiler.pipeline.history import Interrupted
-from lissom.compiler.pipeline.options import Goal, check_options
-from lissom.driver.options import resolve_passes
-from lissom.driver.ranks import with_world_size
+from lissom.compile_commands import run_compile, run_show
 from lissom.driver.torchrun import RankProcess, ending_at_once, may_speak, one_of_ranks, refuse_torchrun
 from lissom.errors import LissomError, UnsupportedError, nearest
-from lissom.files import check_writable, write_whole
 from lissom.frontends.device import check_device
-from lissom.frontends.sources import NAMES, load
+from lissom.frontends.sources import NAMES
 from lissom.generation.directory import is_saved
 from lissom.generation.prompted import Request, compile_prompted, load_prompted
 from lissom.generation.stream import Speed, stream_text, stream_tokens
 from lissom.inspect.catalogue import pass_page, passes_table
-from lissom.inspect.machine import load_machine
-from lissom.inspect.report import Report, write_stopped
-from lissom.inspect.roofline import cost_table
-from lissom.inspect.sharding import Link, sharding_table
-from lissom.inspect.sites import amounts_table, axes_table, structure_tables
-from lissom.inspect.svg.attention import TOKENS, attention_svg
-from lissom.inspect.svg.sharding import sharding_svg
-from lissom.inspect.tables import coloured_diff, show
+from lissom.inspect.tables import show
 from lissom.passes import RECIPES, known_passes
-from lissom.passes.sites import sites as list_sites
-from lissom.saved_commands import AllowNative, load_saved, run_saved, sign_saved, verify_saved
+from lissom.saved_commands import AllowNative, run_saved, sign_saved, verify_saved
 from lissom.shadowing import shadowed_install
 from lissom.tune_commands import run_tune
 from lissom.version import __version__
@@ -95,47 +72,7 @@ def run_demo(
     show(demo.latency_table(found))
 
 
-@app.command("compile")
-def run_compile(
-    model: Model,
-    passes: Passes = "exact",
-    backend: Backend = "eager",
-    device: Device = None,
-    world_size: Annotated[int | None, typer.Option(help="With --backend distributed: how many ranks share the model.")] = None,
-    checks: Checks = "numeric",
-    data: Data = None,
-    metric: MetricName = None,
-    max_drop: MaxDrop = None,
-    simulate: Simulate = False,
-    full: Annotated[bool, typer.Option("--full", help="List every step, and the kernels of the hot layers.")] = False,
-    history: Annotated[Path | None, typer.Option(help="Write the history to this file, as JSON.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Write the optimized program to this file, as text.")] = None,
-    html: Html = None,
-    save: Annotated[Path | None, typer.Option("--save", "-o", help="Write what was compiled to this directory.")] = None,
-    goal: GoalName = "latency",
-    _ways: Ways = None,
-) -> None:
-    """Compile a model and print what every pass did."""
-    refuse_torchrun("compile")
-    for path in filter(None, (history, text, html)):
-        check_writable(path)
-    if save is not None:
-        check_target(save)
-    chosen = with_world_size(backend, world_size)
-    quality = Quality(data, metric, max_drop)
-    compiled = _compile(model, passes, chosen, device, checks, quality, goal=goal_of(goal), simulate=simulate, html=html)
-    show(compiled.report.full() if full else compiled.report)
-    if save is not None:
-        assert isinstance(compiled, api.CompiledModel)
-        compiled.save(save)
-    if history is not None:
-        write_whole(history, json.dumps(compiled.report.history.to_json(), indent=1) + "\n")
-    if text is not None:
-        write_whole(text, compiled.program.text())
-    if html is not None:
-        compiled.report.to_html(html)
-
-
+app.command("compile")(run_compile)
 app.command("run")(run_saved)
 
 
@@ -211,98 +148,7 @@ def _write(piece: str, rank: RankProcess) -> None:
         sys.stdout.flush()
 
 
-@app.command("show")
-def run_show(
-    model: Model,
-    passes: Passes = "exact",
-    backend: Annotated[str | None, typer.Option(help="Show the program lowered for this backend.")] = None,
-    data: Data = None,
-    diff: Annotated[
-        str | None, typer.Option(help="Show what changed between two steps of the history, 10:11; 0 is the capture.")
-    ] = None,
-    structure: Annotated[bool, typer.Option("--structure", help="Show layers, attention and feed-forward sites.")] = False,
-    axes: Annotated[bool, typer.Option("--axes", help="Show the axes that linear layers contract.")] = False,
-    sites: Annotated[bool, typer.Option("--sites", help="Show the sites for which passes take amounts, and which.")] = False,
-    cost: Annotated[bool, typer.Option("--cost", help="Show FLOPs, bytes and parameters of every site.")] = False,
-    sharding: Annotated[int | None, typer.Option(help="Show the plan of `shard` for this many ranks.")] = None,
-    sequence_parallel: Annotated[
-        bool, typer.Option("--sequence-parallel", help="With --sharding: shard the values between layers by token position.")
-    ] = False,
-    latency: Annotated[
-        float, typer.Option(min=0.0, callback=finite, help="With --sharding: microseconds one message takes.")
-    ] = 10.0,
-    bandwidth: Annotated[
-        float, typer.Option(min=1e-6, callback=finite, help="With --sharding: GB/s of one rank's link, one way.")
-    ] = 10.0,
-    batch: Annotated[int | None, typer.Option(help="With --cost or --sharding: the batch; the example's by default.")] = None,
-    sequence: Annotated[
-        int | None, typer.Option(help="With --cost, --sharding or --attention: the tokens; the example's, or 1,024 for --attention.")
-    ] = None,
-    html: Html = None,
-    svg: Annotated[
-        Path | None,
-        typer.Option(help="Draw the program to this file, as SVG; with --diff what changed, with --sharding the plan."),
-    ] = None,
-    only: Annotated[str, typer.Option(help="With --svg: draw this module alone, encoder.layer.0.")] = "",
-    attention: Annotated[
-        bool, typer.Option("--attention", help="With --svg: draw which blocks of keys each block of queries sees.")
-    ] = False,
-    allow_native: AllowNative = False,
-) -> None:
-    """Print a model's program after the passes, the difference between two steps, its structure, or what every site costs."""
-    sizes = {name: size for name, size in (("batch", batch), ("sequence", sequence)) if size is not None}
-    if sizes and not cost and sharding is None and not attention:
-        raise typer.BadParameter("--batch and --sequence go with --cost, --sharding or --attention")
-    if sharding is not None and sharding < 2:
-        raise typer.BadParameter("--sharding takes 2 ranks or more")
-    if svg is None and (only or attention):
-        raise typer.BadParameter("--only and --attention go with --svg")
-    for path in filter(None, (html, svg)):
-        check_writable(path)
-    steps = _read_steps(diff) if diff is not None else None
-    if sequence_parallel and sharding is None:
-        raise typer.BadParameter("--sequence-parallel goes with --sharding")
-    # Tables show structure and sizes, which structural checks cover; a printed program is checked numerically.
-    checks = "structural" if structure or axes or sites or cost or attention or sharding is not None else "numeric"
-    if is_artifact(model):
-        if passes != "exact" or backend is not None or data is not None:
-            raise typer.BadParameter("--passes, --backend and --data do not go with a saved model")
-        compiled = load_saved(Path(model), None, allow_native)
-    else:
-        # A program that is only shown may have layers without a kernel.
-        compiled = _compile(model, passes, backend, None, checks, Quality(data), simulate=True, html=html)
-    if svg is not None and attention:
-        write_whole(svg, attention_svg(compiled.program, only, sequence or TOKENS))
-        return
-    if structure or axes or sites:
-        program = compiled.program
-        tables = [structure_tables] * structure + [axes_table] * axes
-        show(*(table(program) for table in tables), *([amounts_table(program, list_sites(program))] if sites else []))
-        return
-    if sharding is not None:
-        plan = make_plan(compiled.program, sharding, sequence=sequence_parallel)
-        if svg is not None:
-            write_whole(svg, sharding_svg(compiled.program, plan, sizes))
-            return
-        show(sharding_table(compiled.program, plan, sizes, Link(latency * 1e-6, bandwidth * 1e9)))
-        return
-    if cost:
-        show(cost_table(compiled.program, sizes, load_machine()))
-        return
-    if html is not None:
-        compiled.report.to_html(html)
-    if svg is not None:
-        before, after = steps or (None, None)
-        compiled.report.to_svg(svg, step=after, only=only, compare=before)
-    if html is not None or svg is not None:
-        return
-    if steps is None:
-        sys.stdout.write(compiled.program.text())
-        return
-    changed = compiled.report.history.diff(*steps)
-    console.print(coloured_diff(changed) if changed else "the two steps are the same program", soft_wrap=True)
-
-
+app.command("show")(run_show)
 app.command("tune")(run_tune)
 app.command("bench")(run_bench)
 app.command("sign")(sign_saved)
@@ -327,61 +173,6 @@ def run_passes(
 
 
 app.command("machine")(run_machine)
-
-
-def _read_steps(text: str) -> tuple[int, int]:
-    """The two step numbers in a text such as `10:11`."""
-    before, colon, after = text.partition(":")
-    if not colon or not before.isdecimal() or not after.isdecimal():
-        raise typer.BadParameter(f"--diff takes two steps, for example 10:11, and not '{text}'")
-    return int(before), int(after)
-
-
-def _compile(
-    model: str,
-    passes: str,
-    backend: str | BackendObject | None,
-    device: str | None,
-    checks: str,
-    quality: Quality,
-    *,
-    goal: Goal | None = None,
-    simulate: bool = False,
-    html: Path | None = None,
-) -> api.CompiledModel | api.Optimized:
-    """The model compiled for a backend; without a backend, only optimized by the passes.
-
-    html: where the finished steps are written when an error ends the passes.
-    """
-    # Options are checked before a large model is read.
-    check_options(checks)  # pyright: ignore[reportArgumentType]
-    pipeline = resolve_passes(passes)
-    if backend is not None:
-        find_backends(backend)
-    place = check_device(device)
-    quality.check()
-    source = load(model)
-    options = {"backend": backend, "goal": goal, "simulate": simulate}
-    run = api.optimize if backend is None else partial(api.compile, **options)
-    try:
-        compiled = run(
-            source.model,
-            source.example_inputs,
-            passes=pipeline,
-            device=device,
-            checks=checks,  # pyright: ignore[reportArgumentType]
-            **quality.arguments(source, place),
-        )
-    except Interrupted as error:
-        write_stopped(html, model, error.history, "it was interrupted")
-        show(Report("interrupted; finished so far", error.history))
-        raise typer.Exit(130) from None
-    except LissomError as error:
-        write_stopped(html, model, error.history, str(error))
-        raise
-    for note in source.notes:
-        Console(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
-    return compiled
 
 
 def main() -> None:

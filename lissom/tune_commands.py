@@ -96,7 +96,7 @@ def _show_reports(reports: list[TuneReport], plot: Path | None) -> None:
         raise ArtifactError("the store holds no search; `lissom tune MODEL --store DIR` writes one")
     show(*reports)
     if plot is not None:
-        reports[-1].plot(plot)
+        reports[-1].plot("pareto", plot)
 
 
 def _fraction(text: str) -> float:

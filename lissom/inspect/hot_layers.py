@@ -15,7 +15,7 @@ from torch import fx
 from lissom.compiler.analysis.cost import costs_on
 from lissom.compiler.ir.program import Program
 from lissom.inspect.kernels import Kernel, kernel_of, module_pattern, shape_of
-from lissom.inspect.machine import Machine
+from lissom.inspect.machine import Ceilings, Machine
 from lissom.inspect.roofline import digits, node_seconds, sizes_text
 from lissom.inspect.tables import plain, plain_table
 
@@ -30,6 +30,7 @@ class LayerTime:
 
     pattern: the module path, with `*` for numbers; empty for the model itself. count: the number of layers.
     milliseconds: the sum of their medians. roof_ms: the sum of their rooflines; None without the machine's ceilings.
+    flops, moved_bytes: of all of them; 0 where they are not known.
     """
 
     pattern: str
@@ -38,6 +39,8 @@ class LayerTime:
     count: int
     milliseconds: float
     roof_ms: float | None
+    flops: int = 0
+    moved_bytes: int = 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,12 +49,14 @@ class LayerTimes:
 
     title: the program, its backend, and the sizes of the inputs. without_roof: why no layer has a roofline, if none has.
     nodes: the milliseconds of every node by its name; empty where the backend times operators of its own.
+    ceilings: of the device that ran it; None if they are not known.
     """
 
     title: str
     layers: tuple[LayerTime, ...]
     without_roof: str = _UNMEASURED
     nodes: Mapping[str, float] = field(default_factory=dict[str, float])
+    ceilings: Ceilings | None = None
 
     @property
     def whole_ms(self) -> float:
@@ -123,10 +128,14 @@ def layer_times(
     found: list[LayerTime] = []
     for key, members in groups.items():
         roof = None if machine is None else 1e3 * sum(node_seconds(node, costs[node], machine) for node in members)
-        found.append(LayerTime(*key, len(members), sum(milliseconds[node] for node in members), roof))
+        work, moved = (
+            int(sum(map(read, members))) for read in (lambda node: costs[node].flops, lambda node: costs[node].bytes)
+        )
+        found.append(LayerTime(*key, len(members), sum(milliseconds[node] for node in members), roof, work, moved))
     found.sort(key=lambda layer: -layer.milliseconds)
+    ceilings = None if machine is None else machine.on(tensors[0].device if tensors else torch.device("cpu"))
     by_name = {node.name: milliseconds[node] for node in program.nodes()}
-    return LayerTimes(f"{program.name} on {backend}, {sizes_text(named)}", tuple(found), nodes=by_name)
+    return LayerTimes(f"{program.name} on {backend}, {sizes_text(named)}", tuple(found), nodes=by_name, ceilings=ceilings)
 
 
 def _table(found: LayerTimes) -> Table:

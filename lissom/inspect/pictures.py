@@ -1,4 +1,4 @@
-"""Figures of matplotlib written to files, completely or not at all."""
+"""Figures of matplotlib in one style, written to files completely or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,26 @@ from lissom.errors import UnsupportedError
 from lissom.files import writing_whole
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+MAIN, MARKED, QUIET, FAINT = "#1f77b4", "#d62728", "#888888", "#bbbbbb"
+"""The colors of what a picture is about, of what it marks, of bounds, and of the rest."""
+
+
+def new_figure(rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with panels below each other. Raises: UnsupportedError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UnsupportedError("drawing a plot needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(6.4, 4.2 if rows == 1 else 3.2 * rows), layout="constrained")
+    panels = [figure.add_subplot(rows, 1, number) for number in range(1, rows + 1)]
+    for axes in panels:
+        axes.grid(color="#e4e7ec", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -20,22 +20,28 @@ from lissom.files import check_path, write_whole
 from lissom.inspect.hot_layers import LayerTimes
 from lissom.inspect.html.data import page_data
 from lissom.inspect.html.page import page
+from lissom.inspect.plots import Facts, plot
 from lissom.inspect.svg.step import step_svg
 from lissom.inspect.tables import plain, plain_table
-from lissom.inspect.training_plot import plot_training
+from lissom.inspect.timing import Timing
 
 _LONGEST_PASS = 28
 _OPTION = re.compile(r'(?:[^,\["]|\[[^\]]*\]|"[^"]*")+')
 
 
 class LayerTimer(Protocol):
-    """Times the layers of a program. known: the last times; None before the first."""
+    """Times the layers of a program. known: the last times; None before the first. lengths: the times of calls by length."""
 
     program: Program
     known: LayerTimes | None
+    lengths: Mapping[int, Timing]
 
     def measure(self, args: Sequence[object], kwargs: Mapping[str, object]) -> LayerTimes:
         """The times on these arguments of the model, or on its example without any."""
+        ...
+
+    def time_lengths(self, lengths: Sequence[int]) -> Mapping[int, Timing]:
+        """The times of calls at these lengths."""
         ...
 
 
@@ -75,16 +81,35 @@ class Report:
         >>> [layer.shape for layer in fast.report.kernels().hot]
         ['64 × 256 → 512']
         """
+        return self._timed().measure(args, kwargs)
+
+    def latency(self, lengths: Sequence[int] = (16, 32, 64, 128, 256, 512)) -> Mapping[int, Timing]:
+        """The time of a call at several lengths, timed now; half a second each at most, or five calls.
+
+        lengths: of the dynamic dimensions besides the batch, or of the only one; others than the model takes are left out.
+
+        Raises: UnsupportedError if the program is not lowered, was loaded, has fixed sizes, or takes none of the lengths.
+        """
+        return self._timed().time_lengths(lengths)
+
+    def _timed(self) -> LayerTimer:
         if self.timer is None:
             raise UnsupportedError(f"{self.title} is not lowered for a backend, so no kernels run it; use lissom.compile")
-        return self.timer.measure(args, kwargs)
+        return self.timer
 
-    def plot_training(self, path: str | PathLike[str]) -> None:
-        """Draw the losses of the training passes over their minutes, in the format that the file's name says.
+    def plot(self, kind: str, path: str | PathLike[str]) -> None:
+        """Draw a plot with matplotlib, in the format that the file's name says.
 
-        Raises: UnsupportedError without matplotlib, without a training pass, or for a format that matplotlib does not write.
+        kind: `roofline`: the rate of every hot layer below the ceilings of the machine, after `kernels()`. `latency`: the time
+            of a call over its length, after `latency()`. `quality`: metric, cosine or error after each lossy pass over the
+            operations of a call. `training`: the losses of the training passes over their minutes.
+
+        Raises: UnsupportedError for another kind, for one that the report has no data for, without matplotlib, or for a format
+            that matplotlib does not write; ArtifactError if the file cannot be written.
         """
-        plot_training(self.history, Path(path))
+        times = None if self.timer is None else self.timer.known
+        lengths: Mapping[int, Timing] = {} if self.timer is None else self.timer.lengths
+        plot(kind, Facts(self.title, self.history, times, lengths), check_path(path))
 
     def to_html(self, path: str | PathLike[str]) -> None:
         """Write the report as one HTML file, which needs no network: the passes, and the program after each of them.
@@ -157,7 +182,10 @@ def _missing(report: Report, times: LayerTimes | None) -> list[str]:
     """Sentences on what the page of a report cannot show."""
     found = [f"The compile stopped after the last step shown: {report.stopped}"] if report.stopped else []
     if any(index not in report.history.changes for index in range(len(report.history.steps))):
-        found.append("Costs, source lines and passes of nodes are known for the last step alone: an artifact of an earlier version keeps no more.")
+        found.append(
+            "Costs, source lines and passes of nodes are known for the last step alone: "
+            "an artifact of an earlier version keeps no more."
+        )
     if times is None and report.timer is not None:
         found.append("Times of layers: none were measured. Call report.kernels() before report.to_html().")
     elif times is None:

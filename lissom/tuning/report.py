@@ -12,7 +12,8 @@ from rich.text import Text
 
 from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
 from lissom.errors import UnsupportedError
-from lissom.inspect.pictures import save_figure
+from lissom.files import check_path
+from lissom.inspect.pictures import FAINT, MAIN, MARKED, QUIET, new_figure, save_figure
 from lissom.inspect.tables import plain, plain_table
 from lissom.passes import RECIPES, known_passes
 from lissom.tuning.candidates import Aim, Candidate
@@ -78,13 +79,17 @@ class TuneReport:
             table.add_row(Text(group.name), group.kind, _left(group, option), _bar(share), option.scheme if option.left else "")
         return table
 
-    def plot(self, path: str | PathLike[str]) -> None:
-        """Draw cost and drop of all candidates, in the format that the file's name says: the frontier as a line, candidates
-        that others match in both in grey, quartiles of times as bars, the choice marked.
+    def plot(self, kind: str, path: str | PathLike[str]) -> None:
+        """Draw a plot with matplotlib, in the format that the file's name says.
 
-        Raises: UnsupportedError without matplotlib, or for a format that it does not write.
+        kind: `pareto`: cost and drop of all candidates, the frontier as a line, candidates that others match in both in grey,
+            quartiles of times as bars, the choice marked.
+
+        Raises: UnsupportedError for another kind, without matplotlib, or for a format that it does not write.
         """
-        _plot(self, Path(path))
+        if kind != "pareto":
+            raise UnsupportedError(f"the report of a search has no plot '{kind}'; it has pareto; tuned.best.report has others")
+        _plot(self, check_path(path))
 
     def __rich__(self) -> RenderableType:
         return _table(self)
@@ -150,19 +155,14 @@ def shortened(pipeline: str) -> str:
 
 
 def _plot(report: TuneReport, path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UnsupportedError("drawing candidates needs matplotlib: pip install 'lissom[tune]'") from error
     memory = report.aim.memory
     scale = 1e6 if memory else 1.0
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure()
     measured = [item for item in report.candidates if not item.failed]
     frontier = report.frontier
     for group, colour, label in (
-        ([item for item in measured if item not in frontier], "#bbbbbb", "matched by others"),
-        (frontier, "#1f77b4", "frontier"),
+        ([item for item in measured if item not in frontier], FAINT, "matched by others"),
+        (frontier, MAIN, "frontier"),
     ):
         if not group:
             continue
@@ -174,11 +174,11 @@ def _plot(report: TuneReport, path: Path) -> None:
         style = "o-" if group is frontier else "o"
         axes.errorbar(x, [item.drop for item in group], xerr=errors, fmt=style, color=colour, label=label, capsize=2)
     chosen = report.chosen
-    axes.plot([chosen.cost(memory) / scale], [chosen.drop], "*", color="#d62728", markersize=14, label="chosen", zorder=5)
+    axes.plot([chosen.cost(memory) / scale], [chosen.drop], "*", color=MARKED, markersize=14, label="chosen", zorder=5)
     if report.aim.target is None:
-        axes.axhline(report.aim.max_drop, color="#888888", linestyle=":", label="max_drop")
+        axes.axhline(report.aim.max_drop, color=QUIET, linestyle=":", label="max_drop")
     else:
-        axes.axvline(report.aim.target / scale, color="#888888", linestyle=":", label="target")
+        axes.axvline(report.aim.target / scale, color=QUIET, linestyle=":", label="target")
     axes.set(xlabel="MB" if memory else "ms", ylabel="drop of the metric" if report.scored else "relative output error")
     axes.set_title(report.name)
     axes.legend()

@@ -61,10 +61,10 @@ def test_the_table_has_predictions_measurements_and_verdicts():
 
 @pytest.mark.parametrize("aim", [Aim(False, 0.01), Aim(True, 0.01), Aim(False, 0.0, target=8.5)], ids=str)
 def test_the_picture_is_drawn(aim, tmp_path):
-    report(aim).plot(tmp_path / "frontier.svg")
+    report(aim).plot("pareto", tmp_path / "frontier.svg")
     assert "chosen" in (tmp_path / "frontier.svg").read_text() or (tmp_path / "frontier.svg").stat().st_size > 1000
     with pytest.raises(UnsupportedError, match="ends in no format of a picture"):
-        report(aim).plot(tmp_path / "frontier.txt")
+        report(aim).plot("pareto", tmp_path / "frontier.txt")
 
 
 def test_long_options_are_left_out():

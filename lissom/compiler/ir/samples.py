@@ -105,6 +105,16 @@ def larger(signature: Signature, example: Sequence[torch.Tensor], flops: int) ->
     return None if found is None else resize(signature, example, found)
 
 
+def of_length(signature: Signature, example: Sequence[torch.Tensor], length: int) -> Sample | None:
+    """The example with its dynamic dimensions besides the batch at a length; None where the signature does not take it."""
+    sample = resize(signature, example, signature.sizes_of(example) | dict.fromkeys(_lengths(signature), length))
+    try:
+        signature.check_sizes(sample)
+    except InputError:
+        return None
+    return sample
+
+
 def _variant(signature: Signature, example: Sequence[torch.Tensor], seed: int = 0) -> Sample:
     """The example at other sizes, if some are dynamic, with other floating-point values in every row."""
     sizes = signature.sizes_of(example)

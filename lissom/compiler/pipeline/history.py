@@ -122,8 +122,8 @@ class History:
     """The steps of a pipeline, the capture first; grows while the pipeline runs.
 
     pipeline: the whole pipeline as text. checks: how each step was checked.
-    texts: the program after each step. changes: the facts of its nodes that the step before has not, by name, and None for nodes
-        that are gone, by the index of the step; steps of which nothing is known have none.
+    texts: the program after each step. changes: the facts of its nodes that differ from those of the step before, by name, None
+        for a node that is gone; by the index of the step, without steps of which nothing is known.
     """
 
     pipeline: str

@@ -55,7 +55,9 @@ def attention_svg(program: Program, only: str = "", tokens: int = TOKENS) -> str
     for node in chosen:
         pattern, layout, reason = _pattern(program, node)
         if pattern is None:
-            reasons.append(f"{place(program, node)}: {reason or 'its mask does not depend on positions, so every key is visible'}")
+            reasons.append(
+                f"{place(program, node)}: {reason or 'its mask does not depend on positions, so every key is visible'}"
+            )
             continue
         block = max(pattern.block if layout is not None else 64, -(-tokens // _MOST_BLOCKS))
         some, whole = pattern.blocks(tokens, tokens, block, layout)

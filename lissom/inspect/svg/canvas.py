@@ -71,9 +71,7 @@ class Canvas:
     def __init__(self) -> None:
         self._elements: list[str] = []
 
-    def rect(
-        self, x: float, y: float, width: float, height: float, kind: str, *, radius: float = 5, about: str = ""
-    ) -> None:
+    def rect(self, x: float, y: float, width: float, height: float, kind: str, *, radius: float = 5, about: str = "") -> None:
         """A rectangle. kind: its class. about: shown when the pointer is on it."""
         title = f"><title>{_escaped(about)}</title></rect>" if about else "/>"
         place = f'x="{x:.4g}" y="{y:.6g}" width="{width:.5g}" height="{height:.6g}"'

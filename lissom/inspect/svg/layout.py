@@ -35,11 +35,11 @@ class Box:
     exits: dict[str, float] = field(default_factory=dict[str, float])
     pieces: list[Piece] = field(default_factory=list["Piece"])
 
-    def keys(self) -> Iterator[str]:
+    def leaves(self) -> Iterator[str]:
         """The keys of all boxes without items in it, or its own."""
         if self.items:
             for item in self.items:
-                yield from item.keys()
+                yield from item.leaves()
         else:
             yield self.key
 
@@ -85,9 +85,9 @@ def place(box: Box, edges: Sequence[tuple[str, str]]) -> None:
     """Set sizes and places of all boxes in a box, and the pieces of the edges; keys that are not in it lie outside."""
     if not box.items:
         return
-    inside = set(box.keys())
+    inside = set(box.leaves())
     for item in box.items:
-        own = set(item.keys())
+        own = set(item.leaves())
         place(item, [edge for edge in edges if edge[0] in own or edge[1] in own])
     _Rows(box, [edge for edge in edges if edge[0] in inside or edge[1] in inside], inside).place()
 
@@ -98,7 +98,7 @@ class _Rows:
     def __init__(self, box: Box, edges: Iterable[tuple[str, str]], inside: set[str]) -> None:
         self.box = box
         self.items = [_Vertex(order, item.width, item) for order, item in enumerate(box.items)]
-        owner = {key: vertex for vertex in self.items for key in vertex.item.keys()} if self.items else {}  # pyright: ignore
+        owner = {key: vertex for vertex, item in zip(self.items, box.items, strict=True) for key in item.leaves()}
         self.ins: dict[str, _Vertex] = {}
         self.outs: dict[str, _Vertex] = {}
         self.links: dict[tuple[str, _Vertex, _Vertex], None] = {}

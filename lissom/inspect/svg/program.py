@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -54,7 +55,7 @@ def program_svg(
     if not part.keys and only:
         known = sorted({line.path for line in lines if line.path})
         raise UnsupportedError(f"{title} has no node in the module '{only}'{nearest(only, known) or '; try'} {_some(known)}")
-    return _Picture(lines, part, status).svg(_title(title, part, status), f"{title} {only}".strip())
+    return _Picture(lines, part, status).svg(f"{title}, {only}" if only else title)
 
 
 def _some(paths: Sequence[str]) -> str:
@@ -102,14 +103,8 @@ def _equal(line: Line, was: Line, renamed: Mapping[str, str]) -> bool:
     return same and all(a in (b, renamed.get(b)) or b == renamed.get(a) for a, b in zip(line.reads, was.reads, strict=True))
 
 
-def _title(title: str, part: Shown, status: Mapping[str, str]) -> str:
-    counts = [f"{sum(word == status[name] for name in part.keys if name in status)} {word}" for word in _words(status)]
-    nodes = len(part.keys) + part.left_out + part.sizes
-    return f"{title}: {nodes} {'node' if nodes == 1 else 'nodes'}{''.join(f', {count}' for count in counts)}"
-
-
-def _words(status: Mapping[str, str]) -> list[str]:
-    return [word for word in ("added", "removed", "changed") if word in status.values()]
+def _nodes(count: int) -> str:
+    return f"{count} {'node' if count == 1 else 'nodes'}"
 
 
 class _Picture:
@@ -124,7 +119,7 @@ class _Picture:
         self.results = {part.keys[n] for line in lines if line.defines not in inside for n in _read(line) if n in part.keys}
         self.canvas = Canvas()
 
-    def svg(self, caption: str, title: str) -> str:
+    def svg(self, title: str) -> str:
         root = self._box(self.part.root)
         sources = dict.fromkeys(source for source, _ in self.part.edges if source not in self.part.keys.values())
         edges = [*self.part.edges, *((name, _OUTPUT) for name in self.results)]
@@ -133,16 +128,21 @@ class _Picture:
         if not self.part.root.path:
             page.items[len(sources) : len(sources) + 1] = root.items
         place(page, edges)
-        width = max(page.width + 2 * _MARGIN, 2 * _MARGIN + LABEL_WIDTH * 1.17 * len(caption), 260.0)
-        self.canvas.text(_MARGIN, 24, caption, "strong title")
-        self.canvas.text(_MARGIN, 42, self._legend(), "quiet")
+        legend = self._legend()
+        width = max(page.width, 1.25 * LABEL_WIDTH * len(title), LABEL_WIDTH * len(legend)) + 2 * _MARGIN
+        self.canvas.text(_MARGIN, 24, title, "strong title")
+        self.canvas.text(_MARGIN, 42, legend, "quiet")
         self._draw(page, (width - page.width) / 2, _TITLE_HEIGHT)
         return self.canvas.svg(width, _TITLE_HEIGHT + page.height + _MARGIN, title)
 
     def _legend(self) -> str:
-        without = ((self.part.sizes, "that compute sizes"), (self.part.left_out, "for which there is no room"))
-        words = [f"without {count} {'node' if count == 1 else 'nodes'} {which}" for count, which in without if count]
-        return "; ".join(["identical layers are drawn once", *words])
+        """The number of nodes, and of those that differ and those that are not drawn."""
+        part = self.part
+        counts = Counter(self.status[name] for name in part.keys if name in self.status)
+        without = ((part.sizes, "that compute sizes"), (part.left_out, "for which there is no room"))
+        words = [f"{counts[word]} {word}" for word in ("added", "removed", "changed") if counts[word]]
+        words += [f"without {_nodes(count)} {which}" for count, which in without if count]
+        return ", ".join([_nodes(len(part.keys) + part.left_out + part.sizes), *words, "identical layers drawn once"])
 
     def _box(self, item: Module | str) -> Box:
         if isinstance(item, str):
@@ -187,7 +187,9 @@ class _Picture:
             self._draw(box, x, y)
             return
         self.canvas.text(middle, y + 16, _label(module), "strong", anchor="middle")
-        self.canvas.text(middle, y + 30, f"{module_nodes(module)} nodes{' each' if module.members else ''}", "quiet", anchor="middle")
+        self.canvas.text(
+            middle, y + 30, f"{module_nodes(module)} nodes{' each' if module.members else ''}", "quiet", anchor="middle"
+        )
 
     def _kind(self, module: Module) -> str:
         return "changed" if any(name in self.status for name in module.nodes) else "folded"

@@ -1,4 +1,4 @@
-"""A tensor-parallel plan as an SVG picture: the weights of each layer in the shards of the ranks, and where ranks communicate."""
+"""A tensor-parallel plan as an SVG picture: the shards of the weights of each layer, and where ranks communicate."""
 
 from __future__ import annotations
 
@@ -133,4 +133,3 @@ def _draw_row(canvas: Canvas, row: Row, y: float, width: float, world_size: int)
             canvas.rect(left + rank * _ICON / world_size, y, _ICON / world_size, height, kind, radius=0)
     canvas.text(left + _ICON + 12, y + 15, row.label, "strong")
     canvas.text(left + _ICON + 12, y + 30, row.detail, "code quiet")
-

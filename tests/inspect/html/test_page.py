@@ -1,5 +1,6 @@
 """Tests of lissom.inspect.html and Report.to_html."""
 
+import dataclasses
 import re
 import time
 
@@ -108,10 +109,20 @@ def test_a_loaded_model_has_a_page(tmp_path):
     compiled = lissom.compile(nn.Linear(64, 32), torch.randn(8, 64))
     compiled.save(tmp_path / "saved")
     loaded = lissom.load(tmp_path / "saved")
-    data = data_of(written(loaded.report, tmp_path))
+    assert data_of(written(loaded.report, tmp_path)) == data_of(written(compiled.report, tmp_path))
+    assert loaded.report.to_svg(compare=0) == compiled.report.to_svg(compare=0)
+
+
+def test_an_artifact_of_an_earlier_version_has_a_page(tmp_path):
+    """They keep the texts of the programs, and the facts of no step."""
+    compiled = lissom.compile(nn.Linear(64, 32), torch.randn(8, 64))
+    compiled.save(tmp_path / "saved")
+    loaded = lissom.load(tmp_path / "saved")
+    history = History.from_json(loaded.report.history.to_json(), loaded.report.history.texts)
+    data = data_of(written(dataclasses.replace(loaded.report, history=history), tmp_path))
     assert texts_of(data) == compiled.report.history.texts
     assert costs_of(data)["%packed_linear"][0] == 2 * 8 * 64 * 32
-    assert "an artifact keeps no more" in data["missing"][0]
+    assert "an artifact of an earlier version keeps no more" in data["missing"][0]
 
 
 def test_a_history_that_an_error_ended_has_a_page(tmp_path):

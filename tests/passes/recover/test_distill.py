@@ -280,14 +280,14 @@ def test_the_curve_is_saved_and_drawn(tmp_path) -> None:
     history = found.report.history
     again = type(history).from_json(history.to_json(), history.texts)
     assert step(again).curve == step(history).curve
-    found.report.plot_training(tmp_path / "curve.svg")
+    found.report.plot("training", tmp_path / "curve.svg")
     assert (tmp_path / "curve.svg").read_text(encoding="utf-8").count("<svg") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["curve.svg"]
     with pytest.raises(lissom.LissomError, match=r"'curve\.txt' ends in no format of a picture"):
-        found.report.plot_training(tmp_path / "curve.txt")
+        found.report.plot("training", tmp_path / "curve.txt")
     plain = captures.optimize(seeded(FeedForward), normal(2, 5, 8))
     with pytest.raises(lissom.LissomError, match="no training pass ran"):
-        plain.report.plot_training(tmp_path / "curve.svg")
+        plain.report.plot("training", tmp_path / "curve.svg")
 
 
 def test_backends_run_what_was_trained() -> None:
