@@ -10,8 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from lissom.bench.worker import Failure
-from lissom.cli import app, main, write_whole
+from lissom.cli import app, main
 from lissom.errors import ArtifactError, UnsupportedError
+from lissom.files import write_whole
 from lissom.inspect.machine import cache_path, save_machine
 from lissom.ops.native import describe_kernels
 from lissom.passes import PASSES, RECIPES
@@ -338,3 +339,22 @@ def test_the_demonstration_runs():
     assert "BertModel on eager" in shown
     assert "embeddings differ from the original model's by" in shown
     assert "latency, ms" in shown
+
+
+def test_show_draws_pictures(tmp_path):
+    picture = tmp_path / "picture.svg"
+    model = ["show", "minilm", "--passes", "sparsify-attention{pattern=strided}", "--svg", str(picture)]
+    for more, words in (
+        (["--only", "encoder.layer.0", "--diff", "12:13"], "compared with 12"),
+        (["--attention", "--only", "encoder.layer.0", "--sequence", "512"], "of the blocks are seen"),
+        (["--sharding", "4"], "all-reduce of the output of"),
+    ):
+        result = runner.invoke(app, [*model, *more])
+        assert (result.exit_code, result.stdout) == (0, ""), result.output
+        assert words in picture.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("option", [["--only", "encoder"], ["--attention"]], ids=" ".join)
+def test_options_of_pictures_need_one(option):
+    result = runner.invoke(app, ["show", "minilm", *option])
+    assert result.exit_code == 2 and "go with --svg" in result.output

@@ -47,6 +47,9 @@ const line = keep(id => {
   return found;
 });
 
+// The number of elements of a type such as f32[64, 256]; 0 where a size has a name.
+const elements = type => ((/\[([^\]]*)\]/.exec(type) || ["", ""])[1].split(",").reduce((product, size) => product * Number(size || 1), 1)) || 0;
+
 const programText = step => records(step).map(id => line(id).text).join("\n");
 
 // The nodes of a step in order, by name, with their weights and readers.
@@ -56,7 +59,10 @@ const program = keep(step => {
   const weights = new Map(lines.filter(item => item.kind === "weight").map(item => [item.name, item]));
   const byName = new Map(nodes.map(item => [item.name, item]));
   const readers = new Map();
+  for (const node of nodes) node.sharded = 0;
   for (const node of nodes) for (const name of new Set(node.args)) {
+    const weight = weights.get(name);
+    if (weight && weight.type.includes(" Shard(")) node.sharded += elements(weight.type);
     if (!readers.has(name)) readers.set(name, []);
     readers.get(name).push(node);
   }

@@ -3,13 +3,15 @@ const HEATS = {
   flops: { label: "FLOPs", unit: "FLOP", of: node => node.cost ? node.cost[0] : 0 },
   bytes: { label: "Bytes moved", unit: "B", of: node => node.cost ? node.cost[1] + node.cost[2] : 0 },
   parameters: { label: "Parameters", unit: "", of: node => node.cost ? node.cost[3] : 0 },
+  sharded: { label: "Sharded parameters", unit: "", of: node => node.sharded },
   time: { label: "Time", unit: "ms", of: node => data.times.nodes[node.name] || 0 },
 };
+if (!data.pieces.some(parts => parts.some(text => text.includes(" Shard(")))) delete HEATS.sharded;
 const MOST_ROWS = 200;
 
 const hasHeat = keep((heat, step) => {
   if (heat === "time") return step === steps.length - 1 && data.times !== null && Object.keys(data.times.nodes).length > 0;
-  return program(step).nodes.some(node => node.cost !== null);
+  return program(step).nodes.some(node => heat === "sharded" ? node.sharded > 0 : node.cost !== null);
 });
 
 const heatText = (heat, value) => heat === "time" ? `${digits(value)} ms` : short(value, HEATS[heat].unit);
