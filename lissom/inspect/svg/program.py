@@ -12,7 +12,7 @@ from lissom.errors import UnsupportedError, nearest
 from lissom.inspect.lines import Line
 from lissom.inspect.svg.canvas import CODE_WIDTH, LABEL_WIDTH, Canvas
 from lissom.inspect.svg.layout import Box, Piece, place
-from lissom.inspect.svg.shown import MOST_NODES, Module, Shown, module_nodes, operator_of, shown
+from lissom.inspect.svg.shown import MOST_NODES, Module, Shown, is_size, module_nodes, operator_of, shown
 
 _MARGIN = 16.0
 _HEADER = 26.0
@@ -115,8 +115,8 @@ class _Picture:
         self.part, self.status = part, status
         self.modules: dict[str, Module] = {}
         self.inputs = dict(_INPUT.findall(lines[0].pieces[0]))
-        inside = set(part.keys)
-        self.results = {part.keys[n] for line in lines if line.defines not in inside for n in _read(line) if n in part.keys}
+        readers = [line for line in lines if line.defines not in part.keys and not is_size(line)]
+        self.results = {part.keys[name] for line in readers for name in _read(line) if name in part.keys}
         self.canvas = Canvas()
 
     def svg(self, title: str) -> str:
@@ -139,7 +139,8 @@ class _Picture:
         """The number of nodes, and of those that differ and those that are not drawn."""
         part = self.part
         counts = Counter(self.status[name] for name in part.keys if name in self.status)
-        without = ((part.sizes, "that compute sizes"), (part.left_out, "for which there is no room"))
+        computes = "that computes sizes" if part.sizes == 1 else "that compute sizes"
+        without = ((part.sizes, computes), (part.left_out, "for which there is no room"))
         words = [f"{counts[word]} {word}" for word in ("added", "removed", "changed") if counts[word]]
         words += [f"without {_nodes(count)} {which}" for count, which in without if count]
         return ", ".join([_nodes(len(part.keys) + part.left_out + part.sizes), *words, "identical layers drawn once"])

@@ -57,7 +57,7 @@ def shown(lines: Sequence[Line], only: str = "", status: Mapping[str, str] | Non
     only: the path of a module; all by default. status: of nodes, by name; layers with other statuses are not folded together.
     """
     below = [line for line in lines if line.is_node and (not only or line.path == only or line.path.startswith(f"{only}."))]
-    sizes = {line.defines for line in lines if line.is_node and line.type.startswith("int")}
+    sizes = {line.defines for line in lines if is_size(line)}
     inside = [line for line in below if line.defines not in sizes]
     root, modules = _tree(inside, only)
     folds = _Folds()
@@ -194,6 +194,11 @@ def _edges(lines: Sequence[Line], keys: Mapping[str, str], folds: _Folds) -> lis
             if name[0] == "%" and source != target and name not in without_room and not folds.are_apart(name, line.defines):
                 found[source, target] = None
     return list(found)
+
+
+def is_size(line: Line) -> bool:
+    """True for a node that computes a size."""
+    return line.is_node and line.type.startswith("int")
 
 
 _OPERATOR = re.compile(r" = (?:aten\.|lissom\.|operator\.)?([\w.]+)\(")

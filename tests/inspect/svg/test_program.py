@@ -146,3 +146,16 @@ def test_a_deep_model_is_drawn():
     model = transformers.BertModel(config).eval()
     picture = lissom.optimize(model, inputs, passes=passes, checks="structural").report.to_svg()
     assert any("×24 identical" in word for word in texts(picture))
+
+
+def test_only_results_lead_to_the_output():
+    text = """program Model(x: f32[batch, 4]) {
+  %relu: f32[batch, 4] = aten.relu(%x)
+  %sym_size: int batch = aten.sym_size.int(%relu, 0)
+  %zeros: f32[batch] = aten.zeros([%sym_size])
+  return [%zeros]
+}
+"""
+    picture = program_svg(text, "Model")
+    assert len(curves(picture)) == 2
+    assert any("without 1 node that computes sizes" in word for word in texts(picture))
