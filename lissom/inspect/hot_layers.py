@@ -129,7 +129,7 @@ def layer_times(
     for key, members in groups.items():
         roof = None if machine is None else 1e3 * sum(node_seconds(node, costs[node], machine) for node in members)
         work, moved = (
-            int(sum(map(read, members))) for read in (lambda node: costs[node].flops, lambda node: costs[node].bytes)
+            int(sum(sizes)) for sizes in zip(*((costs[node].flops, costs[node].bytes) for node in members), strict=True)
         )
         found.append(LayerTime(*key, len(members), sum(milliseconds[node] for node in members), roof, work, moved))
     found.sort(key=lambda layer: -layer.milliseconds)

@@ -118,16 +118,17 @@ def _quality(facts: Facts) -> Figure:
             "give passes such as `prune-heads`, with checks='numeric'"
         )
     label, read, start = measure
-    shown = [(step, read(step)) for step in lossy if read(step) is not None]
+    shown = [(step, value) for step in lossy if (value := read(step)) is not None]
     figure, (axes,) = new_figure()
     first = facts.history.steps[0]
     units = [first.size.flops / 1e9, *(step.size.flops / 1e9 for step, _ in shown)]
-    values = [first.metric if start is None else start, *(value for _, value in shown)]
+    before = first.metric or 0.0 if start is None else start
+    values = [before, *(value for _, value in shown)]
     axes.plot(units, values, "o-", color=MAIN)
     axes.plot(units[:1], values[:1], "o", color=MARKED)
     names = ["captured", *(step.spelling.partition("{")[0] for step, _ in shown)]
     for name, unit, value in zip(names, units, values, strict=True):
-        axes.annotate(name, (unit, value or 0.0), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        axes.annotate(name, (unit, value), textcoords="offset points", xytext=(6, 4), fontsize=8)
     axes.set(title=facts.title, xlabel="GFLOP a call after the pass", ylabel=label)
     axes.margins(x=0.2)
     return figure

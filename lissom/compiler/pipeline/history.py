@@ -56,8 +56,9 @@ def node_facts(program: Program, before: Mapping[str, NodeFacts] | None = None) 
         name = f"%{node.name}" if is_call else f"@{node.target}"
         cost, source = example_cost(node) if is_call else _NOTHING, origin(node)
         known = None if before is None else before.get(name)
-        is_known = known is not None and known.cost is cost and known.origin is source
-        found[name] = known if is_known else NodeFacts(cost, source)
+        if known is None or known.cost is not cost or known.origin is not source:
+            known = NodeFacts(cost, source)
+        found[name] = known
     return found
 
 

@@ -189,7 +189,9 @@ def _edges(lines: Sequence[Line], keys: Mapping[str, str], folds: _Folds) -> lis
     without_room = {line.defines for line in lines} - keys.keys()
     for line in lines:
         target = keys.get(line.defines)
-        for name in line.reads if target is not None else ():
+        if target is None:
+            continue
+        for name in line.reads:
             source = keys.get(name, name)
             if name[0] == "%" and source != target and name not in without_room and not folds.are_apart(name, line.defines):
                 found[source, target] = None
