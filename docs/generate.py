@@ -1,8 +1,8 @@
 """Generate the outputs in the documentation: `python docs/generate.py`. With `--check`, list the outdated documents.
 
-Pages of passes come from the passes' docstrings and examples.py, docs/demo.txt from `lissom demo`. In README.md and docs/*.md,
-blocks after `<!-- output -->` and parts after `<!-- generated: … -->` are filled in. Measured numbers are measured again when
-generating and ignored when checking. Named documents limit the work to them.
+Pages of passes come from the passes' docstrings and examples.py, docs/demo.txt from `lissom demo`. In README.md, docs/*.md
+and docs/tutorials/*.md, blocks after `<!-- output -->` and parts after `<!-- generated: … -->` are filled in. Measured numbers
+are measured again when generating and ignored when checking. Named documents limit the work to them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,13 @@ class Problem:
 def documents() -> list[Path]:
     """Every document with a generated part, those quoted by others first."""
     pages = [ROOT / "docs" / "passes" / f"{name}.md" for name in PASSES]
-    return [DEMO, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), INDEX, *pages]
+    guides = sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+    return [DEMO, ROOT / "README.md", *guides, INDEX, *pages]
+
+
+def is_slow(path: Path) -> bool:
+    """True for a document that says so in its first line; its code takes more than a few seconds."""
+    return path.exists() and path.read_text(encoding="utf-8").startswith("<!-- slow -->\n")
 
 
 def fresh(path: Path, seconds: float | None = None) -> str:

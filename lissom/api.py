@@ -100,7 +100,15 @@ def compile(
 
 @dataclass(frozen=True)
 class Optimized:
-    """The optimized program before a backend lowers it, and the report of every pass."""
+    """The result of `optimize`.
+
+    program: the optimized program, before a backend lowers it. report: what every pass did; prints as a table.
+
+    >>> import torch, lissom
+    >>> found = lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4), passes="cast{dtype=bf16}")
+    >>> found.program.parameter_bytes
+    20
+    """
 
     program: Program
     report: Report
@@ -142,7 +150,9 @@ def optimize(
     max_drop: float | None = None,
     progress: Progress | None = None,
 ) -> Optimized:
-    """Run only the passes, without lowering the program for a backend. Options and errors are those of `compile`.
+    """Run only the passes, without lowering the program for a backend.
+
+    Raises: LissomError, as `compile`, whose options these are.
 
     >>> import torch, lissom
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout())
@@ -150,7 +160,7 @@ def optimize(
     program Sequential(input: f32[batch, 4]) {
       weight @0.bias: f32[4]
       weight @0.weight: f32[4, 4]
-      %linear: f32[batch, 4] = aten.linear(%input, @0.weight, @0.bias)  # 0
+      %linear: f32[batch, 4] = aten.linear(%input_1, @0.weight, @0.bias)  # 0
       return [%linear]
     }
     <BLANKLINE>

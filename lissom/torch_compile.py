@@ -64,6 +64,11 @@ class GraphReport:
 
     name: `Graph_` and the number Dynamo gives it in its logs.
     report: what every pass did; None when the graph runs uncompiled, and `reason` says why.
+
+    >>> from lissom.torch_compile import GraphReport
+    >>> print(GraphReport("Graph_0", None, "its inputs are sparse"))
+    Graph_0 runs as it is: its inputs are sparse
+    <BLANKLINE>
     """
 
     name: str
@@ -84,8 +89,13 @@ def dynamo_reports() -> tuple[GraphReport, ...]:
     """The reports of the last 100 graphs of `torch.compile(..., backend="lissom")`; `torch.compiler.reset` clears them.
 
     >>> import torch, lissom
-    >>> for found in lissom.dynamo_reports():
-    ...     print(found)
+    >>> torch.compiler.reset()
+    >>> fast = torch.compile(torch.nn.Linear(4, 2), backend="lissom")
+    >>> with torch.no_grad():
+    ...     fast(torch.ones(3, 4)).shape
+    torch.Size([3, 2])
+    >>> len(lissom.dynamo_reports())
+    1
     """
     return tuple(_reports)
 

@@ -136,7 +136,7 @@ def test_the_tree_in_the_documentation_is_the_package():
 
 def kept_files() -> list[Path]:
     """The text files a checkout holds, without what tools leave in it."""
-    passed_over = {".git", "__pycache__", ".venv", "build", "dist", "lissom.egg-info", "shared", ".ci"}
+    passed_over = {".git", "__pycache__", ".venv", "build", "dist", "site", "lissom.egg-info", "shared", ".ci"}
     found = []
     for path in sorted(ROOT.rglob("*")):
         parts = path.relative_to(ROOT).parts

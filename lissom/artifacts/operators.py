@@ -40,6 +40,7 @@ def allow(target: torch._ops.OpOverload) -> None:
     The operator must only compute its results, and must check the sizes of its arguments: a file may call it with any.
 
     >>> import torch
+    >>> from lissom.artifacts.operators import allow
     >>> allow(torch.ops.aten.logit.default)
     """
     _ADDED[str(target)] = target

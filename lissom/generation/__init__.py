@@ -128,6 +128,14 @@ def load_generation(
 
     Raises: ArtifactError if the directory holds no decoder, was changed or damaged, or does not run here; UnsupportedError
         for a missing device or package.
+
+    >>> import tempfile, torch, lissom
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> folder = tempfile.mkdtemp() + "/decoder"
+    >>> lissom.compile_generation(LlamaForCausalLM(config), max_length=32).save(folder)
+    >>> lissom.load_generation(folder).step(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 50])
     """
     try:
         from lissom.generation.saved import load

@@ -30,6 +30,14 @@ class Decoder(FixedModule):
     away: not from the state of a recurrence, which has no slot for each of them.
 
     A decoder holds one conversation: calls from several threads would share its cache.
+
+    >>> import torch, lissom
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> decoder = lissom.compile_generation(LlamaForCausalLM(config), max_length=32)
+    >>> logits = decoder.step(torch.tensor([[1, 2, 3]]))
+    >>> decoder.step(logits.argmax(-1, keepdim=True)).shape, decoder.length
+    (torch.Size([1, 50]), 4)
     """
 
     def __init__(self, compiled: CompiledModel) -> None:

@@ -34,6 +34,14 @@ class GenerationModel(Decoder, GenerationMixin):
 
     `generate` starts with an empty cache unless it is given this one. Its class has the name of the model's class, and a
     transformers pipeline takes it in place of the model.
+
+    >>> import torch, lissom
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> decoder = lissom.compile_generation(LlamaForCausalLM(config), max_length=32)
+    >>> answer = decoder.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
+    >>> decoder.generate(answer, cache=decoder.cache, max_new_tokens=2, do_sample=False, eos_token_id=None).shape
+    torch.Size([1, 9])
     """
 
     main_input_name: ClassVar[str] = "input_ids"

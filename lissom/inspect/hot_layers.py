@@ -29,8 +29,15 @@ class LayerTime:
     """Layers that are equal but for their numbers: one module pattern, one shape, one kernel.
 
     pattern: the module path, with `*` for numbers; empty for the model itself. count: the number of layers.
+    shape: `rows × inputs → features` of linear layers, the sizes of the output of others. kernel: what runs them.
     milliseconds: the sum of their medians. roof_ms: the sum of their rooflines; None without the machine's ceilings.
     flops, moved_bytes: of all of them; 0 where they are not known.
+
+    >>> import torch, lissom
+    >>> fast = lissom.compile(torch.nn.Sequential(torch.nn.Linear(256, 256)), torch.randn(64, 256))
+    >>> (layer,) = fast.report.kernels().layers
+    >>> layer.count, layer.shape
+    (1, '64 × 256 → 256')
     """
 
     pattern: str
@@ -50,6 +57,11 @@ class LayerTimes:
     title: the program, its backend, and the sizes of the inputs. without_roof: why no layer has a roofline, if none has.
     nodes: the milliseconds of every node by its name; empty where the backend times operators of its own.
     ceilings: of the device that ran it; None if they are not known.
+
+    >>> import torch, lissom
+    >>> times = lissom.compile(torch.nn.Linear(256, 512), torch.randn(64, 256)).report.kernels()
+    >>> times.whole_ms > 0, times.share(times.layers)
+    (True, 1.0)
     """
 
     title: str

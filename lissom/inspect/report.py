@@ -55,6 +55,11 @@ class Report:
     times_faster: the speedup over the original model at each shape that was timed; empty if nothing was timed.
     timer: times the layers of the compiled program; None for a program that is not lowered.
     stopped: the error that ended the compile early; empty for one that finished.
+
+    >>> import torch, lissom
+    >>> report = lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4), passes="cast{dtype=bf16}").report
+    >>> "40 → 20 B" in str(report)
+    True
     """
 
     title: str

@@ -39,6 +39,15 @@ class CompiledModel(HostedModel):
 
     Several threads may call it, unless the program has state. Its outputs carry no gradients; other modules may be trained
     on them.
+
+    >>> import torch, lissom
+    >>> fast = lissom.compile(torch.nn.Linear(4, 2), torch.randn(3, 4))
+    >>> fast(torch.randn(5, 4)).shape
+    torch.Size([5, 2])
+    >>> fast(torch.randn(5, 3))
+    Traceback (most recent call last):
+    lissom.errors.InputError: argument 'input' has size 3 in dimension 1; allowed: 4; compile again with an example of that \
+size, or mark the dimension dynamic
     """
 
     def __init__(

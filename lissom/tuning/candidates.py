@@ -21,6 +21,11 @@ class Candidate:
     predicted_cost, predicted_drop: of the tables, in milliseconds or bytes, before it was built; None where they gave none.
     table_cost, table_loss: the sums of the tables themselves, to which whole programs are fitted.
     failed: why it could not be built or measured; empty otherwise.
+
+    >>> from lissom.tuning.candidates import Candidate
+    >>> small = Candidate("prune-heads{keep=0.5},distill{steps=100}", "eager", milliseconds=4.5, bytes=2_000_000, drop=0.01)
+    >>> small.exact, small.distilled, small.cost(memory=True)
+    (False, True, 2000000.0)
     """
 
     pipeline: str
@@ -39,10 +44,12 @@ class Candidate:
 
     @property
     def exact(self) -> bool:
+        """Whether it is the program without lossy passes."""
         return self.pipeline == EXACT
 
     @property
     def distilled(self) -> bool:
+        """Whether it was trained."""
         return "distill" in self.pipeline
 
     def same(self, other: Candidate) -> bool:

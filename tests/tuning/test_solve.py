@@ -52,6 +52,11 @@ def test_a_bound_that_no_choice_meets_has_no_solution():
     assert solve(table(0), ["attention"] * 4, cost=-1000.0) is None
 
 
+def test_a_program_without_groups_has_one_choice():
+    assert solve([], [], loss=0.1) == []
+    assert solve([], [], cost=-1.0) is None
+
+
 def test_one_group_of_a_kind_stays():
     items = [Item(Option(4), 0.0, 0.0), Item(Option(0), 0.0, -1.0)]
     choice = solve([items, items, items], ["attention", "attention", "feed-forward"], loss=1.0)

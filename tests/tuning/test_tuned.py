@@ -93,6 +93,13 @@ def test_the_exact_program_is_there_when_the_time_is_over_at_once():
     assert "chosen" in plain(tuned.report, 120)
 
 
+def test_a_model_without_sites_has_no_groups_to_search():
+    data = [torch.randn(2, 16) for _ in range(2)]
+    tuned = lissom.tune(torch.nn.Linear(16, 16).eval(), data[0], data=data, goal="memory", minutes=0.05, distill=False)
+    assert tuned.report.groups == ()
+    assert all(not candidate.failed for candidate in tuned.report.candidates)
+
+
 def test_ctrl_c_gives_the_best_program_so_far():
     case, calls = feed_forward(), []
 

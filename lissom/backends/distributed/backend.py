@@ -50,6 +50,10 @@ class Distributed(Backend):
     shared_memory: whether ranks on one machine exchange values through shared memory instead of gloo.
 
     Raises: UnsupportedError when a number is out of range.
+
+    >>> import lissom
+    >>> lissom.Distributed(world_size=2, shared_memory=False)
+    Distributed(world_size=2, timeout_seconds=30.0, shared_memory=False)
     """
 
     world_size: int | None = None

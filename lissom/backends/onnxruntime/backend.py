@@ -47,6 +47,11 @@ class OnnxRuntime(Backend):
     timing_seconds: how long each variant of the model is timed, at each of two sizes.
     accuracy_level: of weight-only quantized layers: 0 keeps activations in floating point; 4 quantizes them to int8 in groups,
         which is faster, and the report gives the error.
+
+    >>> import torch, lissom
+    >>> fast = lissom.compile(torch.nn.Linear(4, 2), torch.randn(3, 4), backend=lissom.OnnxRuntime(threads=1))
+    >>> fast(torch.randn(5, 4)).shape
+    torch.Size([5, 2])
     """
 
     name: ClassVar[str] = "onnxruntime"

@@ -34,6 +34,11 @@ class AmountSite:
         layer; the most terms of a convolution.
     takes: the allowed amounts for each pass, by the pass's text; any whole number may be written as a fraction too.
     shares: the paths of other sites of this kind on the same axis, which must get the same amount.
+
+    >>> import torch, lissom
+    >>> program = lissom.optimize(torch.nn.Linear(16, 16), torch.randn(2, 16)).program
+    >>> [(site.kind, site.size) for site in lissom.sites(program)]
+    [('linear', 16)]
     """
 
     kind: str

@@ -31,6 +31,13 @@ class Program:
     edits: the number of changes made, so that facts about the program can be cached until the next one.
     is_simulation: whether `run` simulates several processes. The weights are then fixed, and outputs may share memory where
         those of the processes do not.
+
+    >>> import torch, lissom
+    >>> program = lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4)).program
+    >>> program(torch.ones(5, 4)).shape
+    torch.Size([5, 2])
+    >>> {name: tuple(weight.shape) for name, weight in program.weights().items()}
+    {'weight': (2, 4), 'bias': (2,)}
     """
 
     is_simulation: ClassVar[bool] = False
@@ -124,6 +131,7 @@ class Program:
 
     @property
     def parameter_count(self) -> int:
+        """The elements of all weights and buffers the graph reads."""
         return sum(tensor.numel() for tensor in self.weights().values())
 
     @property

@@ -11,6 +11,11 @@ class TrainableModule(nn.Module):
     """A program with weights of its own as a module: parameters under their names, called as the model is called.
 
     `Program.with_weights` takes the trained weights back.
+
+    >>> import torch, lissom
+    >>> module = lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4)).program.trainable()
+    >>> [name for name, _ in module.named_parameters()]
+    ['weight', 'bias']
     """
 
     def __init__(self, graph_module: fx.GraphModule, call: Callable[..., object]) -> None:
@@ -22,5 +27,8 @@ class TrainableModule(nn.Module):
         self._call = call
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        """The model's outputs, with gradients."""
+        """The model's outputs, with gradients.
+
+        Raises: InputError if the arguments do not fit the signature.
+        """
         return self._call(*args, **kwargs)

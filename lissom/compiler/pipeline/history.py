@@ -22,7 +22,12 @@ _NOTHING = Cost()
 class Size:
     """The size of a program.
 
-    nodes: operator calls. parameters: elements of all weights and buffers. flops: at the captured sizes.
+    nodes: operator calls. parameters: elements of all weights and buffers. parameter_bytes: their bytes.
+    flops: at the captured sizes.
+
+    >>> import torch, lissom
+    >>> lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4)).report.history.steps[0].size
+    Size(nodes=1, parameters=10, parameter_bytes=40, flops=48)
     """
 
     nodes: int
@@ -32,6 +37,7 @@ class Size:
 
     @classmethod
     def of(cls, program: Program) -> Size:
+        """The size of a program."""
         return cls(len(program.nodes()), program.parameter_count, program.parameter_bytes, flops(program))
 
 
@@ -77,6 +83,12 @@ class Step:
     per_site: the pass as pipeline text with the amount that it chose for each site, which gives the same program; empty for
         passes without amounts.
     about: what the pass is for, the first line of its docstring.
+
+    >>> import torch, lissom
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Dropout())
+    >>> step = lissom.optimize(model, torch.randn(3, 4)).report.history.steps[2]
+    >>> step.summary, step.exact, step.relative_error
+    ('rewrote 1', True, 0.0)
     """
 
     index: int
@@ -125,6 +137,14 @@ class History:
     pipeline: the whole pipeline as text. checks: how each step was checked.
     texts: the program after each step. changes: the facts of its nodes that differ from those of the step before, by name, None
         for a node that is gone; by the index of the step, without steps of which nothing is known.
+
+    >>> import torch, lissom
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Dropout())
+    >>> history = lissom.optimize(model, torch.randn(3, 4)).report.history
+    >>> [step.spelling for step in history.steps[:3]]
+    ['capture', 'eliminate-dead-code', 'remove-no-ops']
+    >>> print(history.diff(1, 2).splitlines()[0])
+    --- 1 eliminate-dead-code
     """
 
     pipeline: str

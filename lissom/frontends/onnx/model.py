@@ -72,6 +72,14 @@ def from_onnx(path: str | Path) -> nn.Module:
 
     Raises: ArtifactError if the file is missing, is not ONNX, or lacks its external data; UnsupportedError for an operator that
         cannot be converted, with the name of its node, and if the packages of the extra `from-onnx` are not installed.
+
+    >>> import tempfile, onnx, torch, lissom
+    >>> path = tempfile.mkdtemp() + "/model.onnx"
+    >>> onnx.save(onnx.parser.parse_model('''
+    ...     <ir_version: 10, opset_import: ["" : 20]>
+    ...     agraph (float[N, 4] x) => (float[N, 4] y) { y = Gelu(x) }'''), path)
+    >>> lissom.from_onnx(path)(torch.zeros(2, 4)).shape
+    torch.Size([2, 4])
     """
     return read(path).module
 
