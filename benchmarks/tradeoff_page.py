@@ -3,175 +3,169 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tradeoff_rows import MODELS, RANKS, TECHNIQUES, Technique
 
+COLUMNS = ("memory savings", "speed-up", "complexity")
 SURVEY = {
     "Pruning": ("High", "Medium", "High"),
     "Quantization": ("Medium", "High", "Medium"),
     "Distillation": ("Low", "Medium", "Low"),
 }
-"""The survey's table: memory savings, speedup, complexity."""
-_COLUMNS = ("memory savings", "speed-up", "complexity")
-_MEMORY, _SPEED, _COMPLEXITY = (0.2, 0.5), (1.25, 2.0), (3, 6)
+"""The survey's table: a rating for each of COLUMNS."""
+LEVELS = ("Low", "Medium", "High")
+MEMORY, SPEED, COMPLEXITY = (0.2, 0.5), (1.25, 2.0), (3, 6)
 """From which value on a measurement counts as Medium, and as High."""
-_ENOUGH = 0.95
+ENOUGH = 0.95
 """The quality that a row must keep to stand for its technique."""
-_INTRO = """<!-- Made by benchmarks/tradeoffs.py; change that instead. -->
+SHAPES = {"minilm": "8 rows of 128 tokens", "gemma3-270m": "one token after 128", "vit": "four pictures"}
+REASONS = {
+    ("Pruning", "memory savings"): "Pruning leaves embedding tables as they are",
+    ("Pruning", "speed-up"): "How much can go at that quality decides",
+    ("Pruning", "complexity"): "Removal is a rewrite of the graph: an option names the fraction that stays, whatever the model",
+    ("Quantization", "memory savings"): "A weight in int8 or int4 takes a quarter or an eighth of the bytes of float32",
+    ("Quantization", "speed-up"): "The products are faster; norms, softmax and embeddings between them are not",
+    ("Quantization", "complexity"): "One option names the scheme",
+    ("Distillation", "memory savings"): "Training changes no size: what is saved are the layers that were removed before it",
+    ("Distillation", "speed-up"): "Training changes no speed: what is gained are the layers that were removed before it",
+    ("Distillation", "complexity"): "It needs data like those of the task, and time to train",
+}
+"""Why a measurement may differ from the survey's rating."""
+INTRO = """<!-- Made by benchmarks/tradeoffs.py; change that instead. -->
 
 # Trade-offs, measured
 
-What every technique saves, gains and costs, alone and combined, on three models: an encoder, a decoder and a vision transformer. The survey that Lissom
-follows rates three of them High, Medium or Low; [below](#beside-the-survey) that is compared with the measurements.
+What every technique saves, gains and costs, alone and combined, on three models: an encoder, a decoder and a vision
+transformer. The survey that Lissom follows rates three of them High, Medium or Low; [below](#beside-the-survey) that is
+compared with the measurements.
 
-- *memory saved*: of the weights in an artifact, in a decoder of the weights and a KV cache of 512 tokens; on two ranks, of the weights of one rank.
-- *speed-up*: over Lissom's own exact program in float32, the two called in turn in one process, so that it is the technique's alone. The exact program's
-  own speed-up is over PyTorch. On two ranks: two processes of one thread against one.
-- *quality kept*: all-MiniLM-L6-v2 looks up usage examples among glosses, and recall@10 counts, with a 95 % interval. Gemma's is the
-  ratio of perplexities, before over after, with the standard error of the change. The vision transformer has random weights and no task: its quality is the cosine of the
-  outputs' differences from their mean over pictures, which says how well the numbers are kept and nothing about accuracy.
+- *memory saved*: of the weights in an artifact; for a decoder of the weights and a KV cache of 512 tokens; on two ranks, of the
+  weights of one rank.
+- *speed-up*: over Lissom's own exact program in float32, the two called in turn in one process, so that it is the technique's
+  alone. On two ranks: two processes of one thread each against one.
+- *quality kept*: MiniLM looks up usage examples among glosses, and recall@10 counts, with a 95 % interval. Gemma's is the ratio
+  of perplexities, before over after, with the standard error of the change. The vision transformer has random weights and no
+  task: its quality is the mean cosine of its outputs to the original's, after the mean over all pictures is taken from both.
+  That says how well the numbers are kept, and nothing about accuracy.
 - *compile*: seconds of the whole call, with capture, calibration, training and building.
-- *needs*: data to calibrate or train on, and what hardware it takes to be faster. No row needs labels.
+- *needs*: data to calibrate or train on, and what makes it fast. No row needs labels.
 - *complexity*: options set, and lines a user writes: the call, a line for data, a command that starts ranks.
 
-`goal=None` keeps every pass here; by default a pass that makes the program slower is taken back. No row but those with `distill` trains, and those train for a
-minute at most: [Recovering quality](recovery.md) shows what more time wins back. `python benchmarks/tradeoffs.py --update` makes this page.
+`goal=None` keeps every pass here; by default a pass that makes the program slower is taken back. Only rows with `distill`
+train, for a minute at most: [Recovering quality](recovery.md) says what more time wins back. This page is made by
+`python benchmarks/tradeoffs.py --update`, which measures what is missing.
 """
+
+
+@dataclass(frozen=True)
+class Rating:
+    """A measurement as the survey would rate it, and its figure in words."""
+
+    level: str
+    figure: str
 
 
 def page(rows: Sequence[Any]) -> str:
     """The page of all rows, measured by `tradeoffs.py`."""
-    lines = [_INTRO]
+    lines = [INTRO]
     for model, title in MODELS.items():
-        lines += [f"## {title}\n", *_about(model, rows), _table(model, rows), ""]
-    lines += ["## Beside the survey\n", *_compared(rows)]
-    return "\n".join(lines)
+        lines += [f"## {title}\n", *about(model, rows), *table(model, rows), ""]
+    return "\n".join([*lines, "## Beside the survey\n", *beside_survey(rows)]) + "\n"
 
 
-def _about(model: str, rows: Sequence[Any]) -> Iterator[str]:
-    """The machine, and the exact program's speed."""
-    shape = {"minilm": "8 rows of 128 tokens", "gemma3-270m": "one token after 128", "vit": "four pictures"}[model]
+def about(model: str, rows: Sequence[Any]) -> Iterator[str]:
+    """The timed call, the exact program's speed, and the machine."""
+    yield f"A call has {SHAPES[model]}."
     exact = next((row for row in rows if (row.model, row.technique) == (model, "exact")), None)
     if exact is not None:
-        yield f"A call has {shape}. The exact program takes {exact.milliseconds:.3g} ms, and is {exact.faster:.2f} × as fast as PyTorch.\n"
-        yield f"{exact.machine}.\n"
-    else:
-        yield f"A call has {shape}.\n"
+        tables = f" Embedding tables are {exact.embeddings:.0%} of its bytes." if exact.embeddings else ""
+        yield f"The exact program takes {exact.milliseconds:.3g} ms, {exact.faster:.2f} × as fast as PyTorch.{tables}"
+        yield f"\n{exact.machine}."
+    yield ""
 
 
-def _table(model: str, rows: Sequence[Any]) -> str:
+def table(model: str, rows: Sequence[Any]) -> Iterator[str]:
     """The techniques of one model."""
     found = {(row.model, row.technique): row for row in rows}
-    lines = [
-        "| technique | passes | memory saved | speed-up | quality kept | compile, s | needs | complexity |",
-        "|---|---|---:|---:|---|---:|---|---|",
-    ]
+    yield "| technique | passes | memory saved | speed-up | quality kept | compile, s | needs | complexity |"
+    yield "|---|---|---:|---:|---|---:|---|---|"
     section = ""
     for item in TECHNIQUES:
         if item.section != section:
             section = item.section
-            lines.append(f"| **{section}** | | | | | | | |")
+            yield f"| **{section}** | | | | | | | |"
         passes = item.passes(model)
         if not passes:
-            lines.append(f"| {item.name} | does not apply: {item.without} | | | | | | |")
+            yield f"| {item.name} | does not apply: {item.without} | | | | | | |"
             continue
-        shown = "`shard{world_size=2},partition`" if passes == RANKS else f"`{passes.replace('|', '/')}`"
-        options = item.options(model) + (passes == RANKS)
-        complexity = f"{_counted(options, 'option')}, {_counted(item.lines, 'line')}"
-        cells = _cells(found.get((model, item.name)))
-        lines.append(f"| {item.name} | {shown} | {' | '.join(cells)} | {item.needs(model)} | {complexity} |")
-    return "\n".join(lines)
+        shown = "shard{world_size=2},partition" if passes == RANKS else passes
+        complexity = f"{counted(item.options(model), 'option')}, {counted(item.lines, 'line')}"
+        figures = " | ".join(cells(found.get((model, item.name))))
+        yield f"| {item.name} | `{shown}` | {figures} | {item.needs(model)} | {complexity} |"
 
 
-def _cells(row: Any) -> list[str]:
+def cells(row: Any) -> list[str]:
     """The measured cells of a row."""
     if row is None:
         return ["not measured", "", "", ""]
     if row.failed:
-        return [f"refused: {row.failed.replace('|', '/')[:200]}", "", "", ""]
+        return [f"refused: {row.failed.replace('|', '/')}", "", "", ""]
     return [f"{row.saved:.0%}", f"{row.faster:.2f} ×", f"{row.kept:.1%}: {row.quality}", f"{row.seconds:.0f}"]
 
 
-def _counted(count: int, word: str) -> str:
+def counted(count: int, word: str) -> str:
+    """`1 line`, `2 lines`."""
     return f"{count} {word}" + ("" if count == 1 else "s")
 
 
-def _compared(rows: Sequence[Any]) -> Iterator[str]:
+def beside_survey(rows: Sequence[Any]) -> Iterator[str]:
     """The survey's ratings beside ours, and a sentence for each that differs."""
-    yield (
-        f"The survey rates memory savings, speed-up and complexity. A measurement counts as Medium from {_MEMORY[0]:.0%} of the memory or "
-        f"{_SPEED[0]} × the speed on, as High from {_MEMORY[1]:.0%} or {_SPEED[1]:g} ×; as complexity count options and lines together, "
-        f"Medium from {_COMPLEXITY[0]}, High from {_COMPLEXITY[1]}, and training makes it at least Medium. A technique is rated by the row that saves most, and by the row "
-        f"that is fastest, of those that keep {_ENOUGH:.0%} of the quality; if none does, by the row that keeps most.\n"
-    )
-    yield f"| technique | model | {' | '.join(_COLUMNS)} |"
+    yield f"A measurement counts as Medium from {MEMORY[0]:.0%} of the memory or {SPEED[0]} × the speed on, and as High from"
+    yield f"{MEMORY[1]:.0%} or {SPEED[1]:g} ×. For complexity, options and lines count together: Medium from {COMPLEXITY[0]},"
+    yield f"High from {COMPLEXITY[1]}; training makes it Medium at least. Of the rows of a technique that keep {ENOUGH:.0%}"
+    yield "of the quality, the one that saves most, the fastest and the simplest count; if none does, the one that keeps most.\n"
+    yield f"| technique | model | {' | '.join(COLUMNS)} |"
     yield "|---|---|---|---|---|"
-    sentences: list[str] = []
-    for name, ratings in SURVEY.items():
-        yield f"| **{name}** | the survey | {' | '.join(ratings)} |"
+    found = {(name, model): ratings(name, model, rows) for name in SURVEY for model in MODELS}
+    for name, levels in SURVEY.items():
+        yield f"| **{name}** | the survey | {' | '.join(levels)} |"
         for model, title in MODELS.items():
-            found = _ratings(name, model, rows)
-            if found is None:
-                yield f"| | {title} | not measured | | |"
-                continue
-            yield f"| | {title} | {' | '.join(f'{level}: {text}' for level, text, _ in found)} |"
-            for column, rating, (level, text, reason) in zip(_COLUMNS, ratings, found, strict=True):
-                if level != rating:
-                    sentences.append(
-                        f"- {name}, {column}, {title}: {level} where the survey says {rating}. {text.capitalize()}{reason}."
-                    )
-    if sentences:
-        yield "\nWhere the measurement disagrees:\n"
-        yield from sentences
+            measured = " | ".join(f"{item.level}: {item.figure}" for item in found[name, model])
+            yield f"| | {title} | {measured or 'not measured | | '} |"
     yield ""
+    for name, levels in SURVEY.items():
+        for at, (column, level) in enumerate(zip(COLUMNS, levels, strict=True)):
+            differing = {model: found[name, model][at] for model in MODELS if found[name, model]}
+            parts = [f"{item.level} on {MODELS[model]}" for model, item in differing.items() if item.level != level]
+            if parts:
+                yield f"- {name}, {column}: the survey says {level}, measured is {', '.join(parts)}. {REASONS[name, column]}."
 
 
-def _ratings(name: str, model: str, rows: Sequence[Any]) -> list[tuple[str, str, str]] | None:
-    """For each column of the survey: the level, the figure, and the reason for it."""
+def ratings(name: str, model: str, rows: Sequence[Any]) -> list[Rating]:
+    """The rating of a technique in each of COLUMNS; empty where nothing was measured."""
     measured = {row.technique: row for row in rows if row.model == model and not row.failed}
     members = [(item, measured[item.name]) for item in TECHNIQUES if item.survey == name and item.name in measured]
     if not members:
-        return None
-    good = [pair for pair in members if pair[1].kept >= _ENOUGH] or [max(members, key=lambda pair: pair[1].kept)]
-    smallest = max(good, key=lambda pair: pair[1].saved)
-    fastest = max(good, key=lambda pair: pair[1].faster)
-    simplest = min(good, key=lambda pair: _effort(pair[0], model))
-    effort = _effort(simplest[0], model)
-    tables = measured["exact"].embeddings if "exact" in measured else 0.0
-    level = max(_level(effort, _COMPLEXITY), "Medium" if simplest[0].training else "Low", key=("Low", "Medium", "High").index)
-    return [
-        (
-            _level(smallest[1].saved, _MEMORY),
-            f"{smallest[1].saved:.0%} by {smallest[0].name}, {smallest[1].kept:.0%} of the quality kept",
-            f"; {tables:.0%} of the bytes are embedding tables, which it leaves as they are"
-            if tables > 0.1 and name != "Quantization"
-            else "",
-        ),
-        (
-            _level(fastest[1].faster, _SPEED),
-            f"{fastest[1].faster:.2f} × by {fastest[0].name}, {fastest[1].kept:.0%} of the quality kept",
-            _speed_reason(model),
-        ),
-        (
-            level,
-            f"{_counted(simplest[0].options(model), 'option')} and {_counted(simplest[0].lines, 'line')} for {simplest[0].name}",
-            "",
-        ),
-    ]
+        return []
+    good = [pair for pair in members if pair[1].kept >= ENOUGH] or [max(members, key=lambda pair: pair[1].kept)]
+    item, row = max(good, key=lambda pair: pair[1].saved)
+    memory = Rating(level_of(row.saved, MEMORY), f"{row.saved:.0%} by {item.name}, {row.kept:.0%} kept")
+    item, row = max(good, key=lambda pair: pair[1].faster)
+    speed = Rating(level_of(row.faster, SPEED), f"{row.faster:.2f} × by {item.name}, {row.kept:.0%} kept")
+    item, _ = min(good, key=lambda pair: effort(pair[0], model))
+    level = level_of(effort(item, model), COMPLEXITY)
+    level = max(level, "Medium", key=LEVELS.index) if item.training else level
+    written = f"{counted(item.options(model), 'option')}, {counted(item.lines, 'line')} for {item.name}"
+    return [memory, speed, Rating(level, written)]
 
 
-def _speed_reason(model: str) -> str:
-    """What bounds the speed of a call."""
-    if model == "gemma3-270m":
-        return "; a step reads every weight once, so only fewer bytes make it faster"
-    return ""
-
-
-def _effort(item: Technique, model: str) -> int:
+def effort(item: Technique, model: str) -> int:
+    """Options and lines together."""
     return item.options(model) + item.lines
 
 
-def _level(value: float, bounds: tuple[float, float]) -> str:
+def level_of(value: float, bounds: tuple[float, float]) -> str:
     """Low, Medium or High."""
-    return "High" if value >= bounds[1] else "Medium" if value >= bounds[0] else "Low"
+    return LEVELS[sum(value >= bound for bound in bounds)]

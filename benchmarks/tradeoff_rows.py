@@ -51,8 +51,9 @@ class Technique:
         return "; ".join([", ".join(wanted) or "nothing", *([f"faster with {self.hardware}"] if self.hardware else [])])
 
     def options(self, model: str) -> int:
-        """The number of options that the pipeline sets."""
-        return len(re.findall(r"[\w]=", self.passes(model)))
+        """The number of options that are set, in the pipeline or, for ranks, in the call."""
+        passes = self.passes(model)
+        return 1 if passes == RANKS else len(re.findall(r"\w=", passes))
 
     @property
     def lines(self) -> int:

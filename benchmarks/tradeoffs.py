@@ -3,11 +3,11 @@
     python benchmarks/tradeoffs.py --update
     python benchmarks/tradeoffs.py minilm --only int8 --quick
 
-A row has the memory a technique saves, its speed-up, the quality it keeps and the seconds it takes. Each row is printed and added to
-tradeoffs.json as soon as it is measured, and a run goes on where the last one stopped; rows of another machine are measured
-again. All of it takes about a quarter of an hour on two cores. Speed is relative to our own exact program in float32, the two called
-in turn. Quality of MiniLM and Gemma is that of quality.py; the vision transformer has random weights, and its quality is how well
-the differences between the outputs for different pictures are kept. `--quick` tries rows with little data, and keeps none.
+A row has the memory that a technique saves, its speed-up, the quality it keeps and the seconds it takes. Each row is printed
+and added to tradeoffs.json as soon as it is measured, and a run goes on where the last one stopped; rows of another machine are
+measured again. Speed is relative to our own exact program in float32, the two called in turn. Quality of MiniLM and Gemma is
+that of quality.py; the vision transformer has random weights, and its quality is how well the differences between its outputs
+for different pictures are kept. `--quick` tries rows with little data, and keeps none.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ RUNS = 30
 class Sizes:
     """How much is measured.
 
-    texts, pairs: calibration texts and evaluated synsets of MiniLM. tokens, evaluated: calibration and evaluation tokens of Gemma.
-    pictures: for calibration, and as many for evaluation. seconds: of timing a program. minutes: of training, as a factor.
+    texts, pairs: calibration texts and evaluated synsets of MiniLM. tokens, evaluated: Gemma's, to calibrate and to evaluate.
+    pictures: for calibration, and as many for evaluation. seconds: of timing a program. minutes: a factor on those of training.
     """
 
     texts: int = 512
@@ -87,9 +87,9 @@ QUICK = Sizes(texts=16, pairs=20, tokens=256, evaluated=64, pictures=8, seconds=
 class Row:
     """One technique on one model.
 
-    passes: as they ran. saved: fraction of the bytes of the weights, and of the KV cache of a decoder. faster: the speed-up. kept: the
-    fraction of the quality. quality: the same in the terms of the model. seconds: of the compile. failed: why there is no result.
-    embeddings: of the row `exact`: the fraction of the bytes that are embedding tables.
+    saved: fraction of the bytes of the weights, and of the KV cache of a decoder. faster: the speed-up. kept: fraction of the
+    quality. quality: the same in the terms of the model. seconds: of the compile. failed: why there is no result.
+    milliseconds: of a call. embeddings: the fraction of the bytes of weights that are embedding tables.
     """
 
     model: str
