@@ -54,7 +54,7 @@ compared with the measurements.
 - *complexity*: options set, and lines a user writes: the call, a line for data, a command that starts ranks.
 
 `goal=None` keeps every pass here; by default a pass that makes the program slower is taken back. Only rows with `distill`
-train, for a minute at most: [Recovering quality](recovery.md) says what more time wins back. This page is made by
+train, for less than a minute: [Recovering quality](recovery.md) says what more time wins back. This page is made by
 `python benchmarks/tradeoffs.py --update`, which measures what is missing.
 """
 
@@ -125,7 +125,7 @@ def beside_survey(rows: Sequence[Any]) -> Iterator[str]:
     yield f"A measurement counts as Medium from {MEMORY[0]:.0%} of the memory or {SPEED[0]} × the speed on, and as High from"
     yield f"{MEMORY[1]:.0%} or {SPEED[1]:g} ×. For complexity, options and lines count together: Medium from {COMPLEXITY[0]},"
     yield f"High from {COMPLEXITY[1]}; training makes it Medium at least. Of the rows of a technique that keep {ENOUGH:.0%}"
-    yield "of the quality, the one that saves most, the fastest and the simplest count; if none does, the one that keeps most.\n"
+    yield "of the quality, the one that saves most, the fastest and the simplest count; if none does, the best.\n"
     yield f"| technique | model | {' | '.join(COLUMNS)} |"
     yield "|---|---|---|---|---|"
     found = {(name, model): ratings(name, model, rows) for name in SURVEY for model in MODELS}

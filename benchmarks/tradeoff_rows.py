@@ -64,7 +64,7 @@ class Technique:
 _INT8 = "quantize{scheme=int8-dynamic}"
 _PRUNING, _QUANTIZATION, _DISTILLATION = "Pruning", "Quantization", "Distillation"
 _HEADS_NEURONS = "prune-heads{keep=0.75},prune-neurons{keep=0.5}"
-_GEMMA_PRUNING = "prune-heads{keep=0.75,criterion=wanda},prune-neurons{keep=0.75,criterion=wanda}"
+_CHEAP_PRUNING = "prune-heads{keep=0.75,criterion=wanda},prune-neurons{keep=0.75,criterion=wanda}"
 _INT8_CPU = "AVX-512 VNNI or AMX"
 _SPARSE_GPU = "2:4 sparse tensor cores"
 _BF16 = "AVX-512 BF16, AMX or a GPU"
@@ -76,7 +76,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         _PRUNING,
         "prune-heads{keep=0.75}",
         "prune-heads{keep=0.75,criterion=wanda}",
-        "prune-heads{keep=0.75}",
+        "prune-heads{keep=0.75,criterion=wanda}",
         data=True,
     ),
     Technique(
@@ -85,10 +85,9 @@ TECHNIQUES: tuple[Technique, ...] = (
         _PRUNING,
         "prune-neurons{keep=0.5}",
         "prune-neurons{keep=0.75,criterion=wanda}",
-        "prune-neurons{keep=0.5}",
+        "prune-neurons{keep=0.75,criterion=wanda}",
         data=True,
     ),
-    Technique("heads and neurons", "1.1 Pruning", _PRUNING, _HEADS_NEURONS, _GEMMA_PRUNING, _HEADS_NEURONS, data=True),
     Technique(
         "layers",
         "1.1 Pruning",
@@ -103,7 +102,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         "1.1 Pruning",
         _PRUNING,
         "prune-hidden{keep=0.9}",
-        vit="prune-hidden{keep=0.9}",
+        vit="prune-hidden{keep=0.9,criterion=magnitude,reconstruct=false}",
         data=True,
         without="takes minutes on a decoder of this size",
     ),
@@ -113,7 +112,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         _PRUNING,
         "sparsify{keep=0.5,criterion=sparsegpt}",
         "sparsify{keep=0.5,criterion=wanda}",
-        "sparsify{keep=0.5,criterion=sparsegpt}",
+        "sparsify{keep=0.5,criterion=wanda}",
         data=True,
     ),
     Technique(
@@ -122,7 +121,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         _PRUNING,
         "sparsify{pattern=2:4,criterion=sparsegpt}",
         "sparsify{pattern=2:4,criterion=wanda}",
-        "sparsify{pattern=2:4,criterion=sparsegpt}",
+        "sparsify{pattern=2:4,criterion=wanda}",
         data=True,
         hardware=_SPARSE_GPU,
     ),
@@ -166,9 +165,9 @@ TECHNIQUES: tuple[Technique, ...] = (
         "a student of fewer layers",
         "1.3 Distillation",
         _DISTILLATION,
-        "prune-layers{keep=0.5},distill{minutes=1}",
-        "prune-layers{keep=0.9},distill{minutes=1}",
-        "prune-layers{keep=0.5},distill{minutes=0.5}",
+        "prune-layers{keep=0.5},distill{minutes=0.75}",
+        "prune-layers{keep=0.9},distill{minutes=0.75}",
+        "prune-layers{keep=0.5},distill{minutes=0.25}",
         data=True,
         training=True,
     ),
@@ -234,8 +233,8 @@ TECHNIQUES: tuple[Technique, ...] = (
         "4 Hybrid",
         "",
         f"{_HEADS_NEURONS},quantize{{embeddings=true}}",
-        f"{_GEMMA_PRUNING},quantize{{scheme=int8-weight,granularity=group,embeddings=true}}",
-        f"{_HEADS_NEURONS},{_INT8}",
+        f"{_CHEAP_PRUNING},quantize{{scheme=int8-weight,granularity=group,embeddings=true}}",
+        f"{_CHEAP_PRUNING},{_INT8}",
         data=True,
         hardware=_INT8_CPU,
     ),
@@ -243,12 +242,11 @@ TECHNIQUES: tuple[Technique, ...] = (
         "pruned, distilled and int8",
         "4 Hybrid",
         "",
-        "prune-layers{keep=0.5},distill{minutes=1},quantize{embeddings=true}",
-        vit=f"prune-layers{{keep=0.5}},distill{{minutes=0.5}},{_INT8}",
+        "prune-layers{keep=0.5},distill{minutes=0.75},quantize{embeddings=true}",
         data=True,
         training=True,
         hardware=_INT8_CPU,
-        without="a minute of training is too short for it",
+        without="measured where it has a task and trains fast enough",
     ),
     Technique(
         "int8 table, int4 layers",
