@@ -43,6 +43,14 @@ class TunedDecoder:
     best: the chosen decoder. pipeline: its passes as text: `lissom.compile_generation` with this text, the same max_length and
         batch, every second group of rows, `goal=None` and this backend gives the same decoder again. backend: its name.
     frontier, report: as of `Tuned`.
+
+    >>> import torch, lissom
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    >>> texts = [torch.randint(0, 50, (1, 12)) for _ in range(4)]
+    >>> tuned = lissom.tune_generation(LlamaForCausalLM(config), max_length=16, data=texts, minutes=0.05, distill=False)
+    >>> tuned.report.verdict(tuned.report.chosen), tuned.backend
+    ('chosen', 'eager')
     """
 
     best: GenerationModel
