@@ -27,7 +27,8 @@ def with_merged_adapters(model: nn.Module) -> nn.Module:
     layers = [name for name, module in model.named_modules() if isinstance(module, tuners.BaseTunerLayer)]
     if not layers and not isinstance(model, kind):
         return model
-    name, adapter = type(model).__name__, cast(Any, model).active_peft_config if isinstance(model, kind) else None
+    name = type(model).__name__
+    adapter: Any = cast(Any, model).active_peft_config if isinstance(model, kind) else None
     if getattr(adapter, "is_prompt_learning", False):
         raise UnsupportedError(
             f"{name} has an adapter of the kind {adapter.peft_type.value}, which is no change of weights; compile the model "
