@@ -47,6 +47,8 @@ def share_weights(folder: Path) -> None:
     (folder / WEIGHTS).rename(source)
     write_model(folder / MODEL, folder, places, own=source.name)
     source.unlink()
+    if not (folder / WEIGHTS).stat().st_size:
+        (folder / WEIGHTS).unlink()
 
 
 def write_model(path: Path, folder: Path, places: Mapping[Content, int] | None = None, own: str = WEIGHTS) -> None:
