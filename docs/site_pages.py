@@ -95,7 +95,10 @@ def minilm_report() -> str:
         return path.read_text(encoding="utf-8")
 
 
-_REPORT_TEXT = f"""# MiniLM's compile, interactive
+_REPORT_TEXT = f"""---
+hide: [navigation, toc]
+---
+# MiniLM's compile, interactive
 
 The report of `lissom.compile` on all-MiniLM-L6-v2 with `passes="{REPORT_PASSES}"`, as `report.to_html` writes it.
 [Look inside](inspection.md) says what it shows. <a href="{REPORT}">Open it alone.</a>

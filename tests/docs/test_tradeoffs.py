@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,3 +82,10 @@ def test_the_page_shows_what_was_refused(benchmarks):
     text = page.page([Row("minilm", "attention heads", failed="no kernel | here")])
     assert "refused: no kernel / here" in text
     assert "not measured" in text
+
+
+def test_the_page_is_made_of_the_kept_rows(benchmarks):
+    _, page = benchmarks
+    records = ROOT / "benchmarks" / "tradeoffs.json"
+    rows = [SimpleNamespace(**item) for item in json.loads(records.read_text(encoding="utf-8"))] if records.exists() else []
+    assert (ROOT / "docs" / "tradeoffs.md").read_text(encoding="utf-8") == page.page(rows)
