@@ -109,8 +109,12 @@ def _latency(facts: Facts) -> Figure:
 
 
 def _quality(facts: Facts) -> Figure:
-    """What the lossy passes lose, over the work that is left: the metric, else the smallest cosine, else the error."""
-    lossy = [step for step in facts.history.steps if not step.exact and step.reverted is None]
+    """What the lossy passes lose, over the work that is left: the metric, else the smallest cosine, else the error.
+
+    The work is that before the next lossy pass: what a pass zeroes, later ones remove.
+    """
+    steps = facts.history.steps
+    lossy = [step for step in steps if not step.exact and step.reverted is None]
     measure = next((item for item in _MEASURES if any(item[1](step) is not None for step in lossy)), None)
     if measure is None:
         raise UnsupportedError(
@@ -120,8 +124,9 @@ def _quality(facts: Facts) -> Figure:
     label, read, start = measure
     shown = [(step, value) for step in lossy if (value := read(step)) is not None]
     figure, (axes,) = new_figure()
-    first = facts.history.steps[0]
-    units = [first.size.flops / 1e9, *(step.size.flops / 1e9 for step, _ in shown)]
+    first = steps[0]
+    ends = [step.index - 1 for step, _ in shown[1:]] + [len(steps) - 1]
+    units = [100 * steps[end].size.flops / max(first.size.flops, 1) for end in (0, *ends)]
     before = first.metric or 0.0 if start is None else start
     values = [before, *(value for _, value in shown)]
     axes.plot(units, values, "o-", color=MAIN)
@@ -129,7 +134,7 @@ def _quality(facts: Facts) -> Figure:
     names = ["captured", *(step.spelling.partition("{")[0] for step, _ in shown)]
     for name, unit, value in zip(names, units, values, strict=True):
         axes.annotate(name, (unit, value), textcoords="offset points", xytext=(6, 4), fontsize=8)
-    axes.set(title=facts.title, xlabel="GFLOP a call after the pass", ylabel=label)
+    axes.set(title=facts.title, xlabel="% of the FLOPs as captured", ylabel=label)
     axes.margins(x=0.2)
     return figure
 

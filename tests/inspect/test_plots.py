@@ -8,6 +8,7 @@ from torch import nn
 
 import lissom
 from lissom.errors import UnsupportedError
+from lissom.inspect.plots import KINDS, Facts
 from lissom.inspect.report import Report
 from tests import captures
 from tests.inspect.test_machine import example
@@ -55,6 +56,10 @@ def test_lengths_that_cannot_be_timed_are_refused(tmp_path):
 def test_quality_is_drawn_over_the_work_that_is_left(tmp_path):
     found = captures.optimize(seeded(FeedForward), normal(2, 5, 8), passes="prune-neurons{keep=0.5},eliminate-dead")
     assert "<svg" in drawn(found.report, "quality", tmp_path)
+    figure = KINDS["quality"](Facts("FeedForward", found.report.history))
+    work, quality = figure.axes[0].lines[0].get_data()
+    # Half of the neurons are zeroed by the lossy pass, and removed by the exact one after it.
+    assert [*work] == [100.0, 50.0] and quality[0] == 1.0 > quality[1]
 
 
 def test_what_a_report_has_no_data_for_is_refused(tmp_path):
