@@ -1,4 +1,4 @@
-"""The command line: `lissom demo | compile | tune | run | generate | show | bench | sign | verify | passes | machine | doctor`."""
+"""The command line: `lissom demo | compile | tune | run | generate | show | bench | sign | verify | passes | machine | …`."""
 
 from __future__ import annotations
 

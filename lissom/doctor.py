@@ -20,7 +20,9 @@ from lissom.ops.native.build import find_compiler
 from lissom.ops.native.instruction_sets import processors, usable_sets
 from lissom.version import __version__
 
-_REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(?:\[(?P<extras>[\w,-]+)\])?(?P<versions>[^;]*)(?:;.*extra == ['\"](?P<extra>[\w-]+))?")
+_REQUIREMENT = re.compile(
+    r"(?P<name>[\w.-]+)(?:\[(?P<extras>[\w,-]+)\])?(?P<versions>[^;]*)(?:;.*extra == ['\"](?P<extra>[\w-]+))?"
+)
 _TOOLS = ("dev", "docs", "zoo")
 """Extras for work on Lissom itself."""
 _CUDA = "onnx-gpu"
@@ -78,7 +80,7 @@ def _of_extra(name: str, requirements: Sequence[Requirement]) -> Iterator[Requir
 
 
 def run_doctor() -> None:
-    """Say what is installed, what runs here, and which line installs what is missing; exit 1 when something needed is broken."""
+    """Say what is installed, what runs here, and which line installs the rest; exit 1 when something needed is broken."""
     try:
         requirements = [parse_requirement(text) for text in importlib.metadata.requires("lissom") or ()]
     except importlib.metadata.PackageNotFoundError:

@@ -13,7 +13,9 @@ def test_what_is_there_is_listed_plainly():
     found = CliRunner().invoke(app, ["doctor"])
     assert found.exit_code == 0, found.output
     shown = " ".join(found.stdout.split())
-    assert all(part in shown for part in (f"lissom {__version__}", describe_kernels(), "backend eager ready", "extra demo installed"))
+    assert all(
+        part in shown for part in (f"lissom {__version__}", describe_kernels(), "backend eager ready", "extra demo installed")
+    )
     assert shown.endswith("everything that Lissom needs is there")
     assert "\x1b" not in found.stdout and all(line == line.rstrip() for line in found.stdout.splitlines())
 
@@ -43,7 +45,12 @@ def test_requirements_are_read(text, found):
 
 
 def test_missing_and_old_packages_are_named_with_the_extras_that_include_them():
-    texts = ('no-such-package>=1; extra == "sign"', 'numpy>=99; extra == "demo"', 'lissom[demo,sign]; extra == "all"', "torch>=2.11")
+    texts = (
+        'no-such-package>=1; extra == "sign"',
+        'numpy>=99; extra == "demo"',
+        'lissom[demo,sign]; extra == "all"',
+        "torch>=2.11",
+    )
     found = faults_by_extra([parse_requirement(text) for text in texts])
     assert found["sign"] == ["no-such-package"] and found[""] == []
     assert [fault.startswith("numpy ") and fault.endswith("must be 99 or newer") for fault in found["demo"]] == [True]
