@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lissom.errors import UnsupportedError
@@ -52,7 +52,7 @@ def build_wheel(output: Path, sets: Sequence[InstructionSet] = INSTRUCTION_SETS)
     return next(output.glob(f"lissom-*{tag}.whl"))
 
 
-def needed_libc(libraries: Sequence[Path]) -> int:
+def needed_libc(libraries: Iterable[Path]) -> int:
     """The minor version of glibc 2 that the libraries need: 34 for 2.34."""
     found = (re.findall(rb"GLIBC_2\.(\d+)", path.read_bytes()) for path in libraries)
     return max(OLDEST_LIBC, *(int(minor) for minors in found for minor in minors))

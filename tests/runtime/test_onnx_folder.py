@@ -17,14 +17,22 @@ from lissom.errors import ArtifactError, UnsupportedError
 from lissom.frontends.huggingface import Checkpoint
 from lissom.runtime.compiled_model import CompiledModel
 from tests import captures
-from tests.models import feed_forward, tiny_bert
+from tests.models import VOCABULARY, feed_forward, tiny_bert
 from tools.zoo import catalogue
 
 QUICK = lissom.OnnxRuntime(timing_seconds=0, threads=1)
 CLOSE = 1e-4
 ZOO = (
     *("causal/llama", "causal/gpt2", "causal/qwen3", "causal/bloom", "causal/opt", "classifier/bert", "classifier/mistral"),
-    *("masked/bert", "masked/roberta", "masked/distilbert", "masked/electra", "masked/albert", "masked/mpnet", "masked/deberta"),
+    *(
+        "masked/bert",
+        "masked/roberta",
+        "masked/distilbert",
+        "masked/electra",
+        "masked/albert",
+        "masked/mpnet",
+        "masked/deberta",
+    ),
     *("encoder/clip_text_model", "vision/vit", "vision/deit", "vision/beit", "vision/dinov2", "speech/wav2vec2"),
     *("encoder-decoder/bart", "encoder-decoder/t5"),
 )
@@ -71,7 +79,7 @@ def test_files_hold_standard_operators_of_an_old_opset(bert):
 def test_a_file_gives_the_models_answers_at_other_sizes(bert):
     model = tiny_bert().model
     for sizes in ((1, 1), (3, 9)):
-        inputs = {"input_ids": torch.randint(0, 60, sizes), "attention_mask": torch.ones(sizes, dtype=torch.long)}
+        inputs = {"input_ids": torch.randint(0, VOCABULARY, sizes), "attention_mask": torch.ones(sizes, dtype=torch.long)}
         with torch.no_grad():
             wanted = pytree.tree_leaves(model(**inputs))
         for left, right in zip(wanted, run_plainly(bert / "onnx" / "model.onnx", inputs), strict=True):
@@ -103,10 +111,10 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path):
         compiled.export_onnx(tmp_path / "a", dtypes=["q3"])  # pyright: ignore[reportArgumentType]
     with pytest.raises(UnsupportedError, match="dtypes='fp16' needs data="):
         compiled.export_onnx(tmp_path / "a", dtypes=["fp16"])
-    with pytest.raises(UnsupportedError, match="needs a model compiled with backend='onnxruntime', and this one is for 'eager'"):
+    with pytest.raises(UnsupportedError, match="needs a model compiled with backend='onnxruntime', and this one is"):
         captures.compile(case.model, case.inputs, checks="off").export_onnx(tmp_path / "a")
     other = feed_forward()
-    with pytest.raises(UnsupportedError, match="needs a config of transformers, and .* has none"):
+    with pytest.raises(UnsupportedError, match=r"needs a config of transformers, and .* has none"):
         captures.compile(other.model, other.inputs, backend=QUICK, checks="off").export_onnx(tmp_path / "a")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
