@@ -47,7 +47,7 @@ def fresh_environment(folder: Path, wheel: Path) -> Path:
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     # Before it sees the other packages, among them this environment's Lissom.
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", wheel], check=True)
+    subprocess.run([python, "-I", "-m", "pip", "install", "-q", "--no-index", "--no-deps", wheel], check=True)
     packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     (packages / "packages.pth").write_text(str(Path(torch.__file__).parent.parent) + "\n")
     return python
