@@ -30,8 +30,8 @@ from lissom.inspect.report import Report
 from lissom.runtime.hosted_model import Facts, HostedModel
 from lissom.runtime.layer_timer import ProgramTimer
 from lissom.runtime.model_files import Saveable, check_tokenizer, saved_config, upload, write_processors
+from lissom.runtime.onnx_folder import Dtype, Export, Layout, write_folder
 from lissom.runtime.pickled import files_of, loaded_from
-from lissom.runtime.onnx_folder import Dtype, Export, Layout, Savable, write_folder
 
 
 class CompiledModel(HostedModel):
@@ -188,7 +188,8 @@ size, or mark the dimension dynamic
         *,
         layout: Layout = "huggingface",
         dtypes: Sequence[Dtype] | None = None,
-        processor: Savable | None = None,
+        tokenizer: Saveable | None = None,
+        processor: Saveable | None = None,
         original: nn.Module | None = None,
         data: Sequence[Mapping[str, object]] = (),
         contrib: bool = False,
@@ -199,7 +200,7 @@ size, or mark the dimension dynamic
             speed.
         dtypes: the files, by the names of transformers.js: `fp32`, `fp16` (needs data), `q8` (int8-dynamic), `q4` (int4
             weights); all that apply by default. A model that was compiled quantized is one file.
-        processor: the tokenizer or image processor, whose files are written too.
+        tokenizer, processor: written too; by default those of the directory that the model came from.
         original: the model that the card compares with; the compiled program by default.
         data: batches of keyword arguments to calibrate and compare on; the example inputs by default.
         contrib: use operators of ONNX Runtime's own domain, `com.microsoft`, where they are faster. Other files hold standard
@@ -214,6 +215,8 @@ size, or mark the dimension dynamic
             raise UnsupportedError(
                 f"export_onnx needs a model compiled with backend='{OnnxRuntime.name}', and this one is for '{self.backend}'"
             )
+        if tokenizer is not None and self.facts is not None:
+            check_tokenizer(self.program, self.facts.main_input, tokenizer)
         signature, timer = self.program.signature, self.report.timer
         samples = [signature.flatten((), batch) for batch in data]
         example = timer.example if isinstance(timer, ProgramTimer) else None
@@ -221,7 +224,7 @@ size, or mark the dimension dynamic
         if not given:
             raise UnsupportedError("a loaded model keeps no example inputs; pass a batch in data=")
         lossy = [step.spelling for step in self.report.history.steps if not step.exact and step.reverted is None]
-        export = Export(self.program, self.facts, lossy, given, bool(samples), processor, original, contrib)
+        export = Export(self.program, self.facts, lossy, given, bool(samples), tokenizer, processor, original, contrib)
         write_folder(check_path(directory), layout, dtypes, export)
 
     def _repr_html_(self) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from lissom.passes.precision.cast import Cast
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 from lissom.passes.quantize.quantize import Quantize
 from lissom.runtime.hosted_model import Facts
+from lissom.runtime.model_files import CONFIG, Saveable, write_processors
 from lissom.version import __version__
 
 Layout = Literal["huggingface"]
@@ -53,12 +54,6 @@ _REQUANTIZED = 0.5
 _SECONDS = 0.3
 
 
-class Savable(Protocol):
-    """A tokenizer or a processor of transformers."""
-
-    def save_pretrained(self, save_directory: str) -> object: ...
-
-
 @dataclass(frozen=True)
 class Export:
     """What is written, and what it is compared with.
@@ -72,7 +67,8 @@ class Export:
     passes: Sequence[str]
     samples: Sequence[Sample]
     calibrated: bool
-    processor: Savable | None
+    tokenizer: Saveable | None
+    processor: Saveable | None
     original: nn.Module | None
     contrib: bool
 
@@ -131,9 +127,8 @@ def _bits(format: object) -> int:
 
 
 def _write(facts: Facts, chosen: Mapping[Dtype, Sequence[Pass]], export: Export, folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(facts.configuration, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if export.processor is not None:
-        export.processor.save_pretrained(str(folder))
+    (folder / CONFIG).write_text(json.dumps(facts.configuration, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_processors(folder, facts.source, export.tokenizer, export.processor)
     (folder / "onnx").mkdir()
     wanted = _wanted(export)
     files = [_write_file(folder / "onnx", dtype, passes, export, wanted) for dtype, passes in chosen.items()]
@@ -178,7 +173,7 @@ def _card(facts: Facts, files: Sequence[Written], export: Export) -> str:
         for item in files
     )
     shapes = ", ".join(f"`{leaf.path}` {list(tensor.shape)}" for leaf, tensor in _inputs(export))
-    base = str(facts.configuration.get("_name_or_path") or "")
+    base = facts.source or ""
     named = f"base_model: {base}\n" if base.count("/") == 1 and not base.startswith(("/", ".")) else ""
     return (
         f"---\nlibrary_name: transformers.js\n{named}tags: [onnx, lissom]\n---\n\n"

@@ -139,7 +139,7 @@ def test_architectures_give_their_answers_in_plain_onnx_runtime(tmp_path, name):
 def exported_minilm(minilm: Checkpoint, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("onnx") / "minilm"
     compiled = lissom.compile(minilm.model, minilm.example_inputs, backend=QUICK, checks="off")
-    compiled.export_onnx(folder, processor=minilm.tokenizer, data=[minilm.encode(TEXTS)])
+    compiled.export_onnx(folder, tokenizer=minilm.tokenizer, data=[minilm.encode(TEXTS)])
     return folder
 
 
