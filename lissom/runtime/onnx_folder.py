@@ -127,7 +127,9 @@ def _bits(format: object) -> int:
 
 
 def _write(facts: Facts, chosen: Mapping[Dtype, Sequence[Pass]], export: Export, folder: Path) -> None:
-    (folder / CONFIG).write_text(json.dumps(facts.configuration, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # Without the place on this machine that the model came from.
+    fields = {name: value for name, value in facts.configuration.items() if name != "_name_or_path"}
+    (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_processors(folder, facts.source, export.tokenizer, export.processor)
     (folder / "onnx").mkdir()
     wanted = _wanted(export)

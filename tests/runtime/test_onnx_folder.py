@@ -63,7 +63,8 @@ def bert(tmp_path_factory) -> Path:
 def test_a_folder_holds_files_configuration_and_card(bert):
     names = {path.relative_to(bert).as_posix() for path in bert.rglob("*") if path.is_file()}
     assert names == {"README.md", "config.json", "onnx/model.onnx", "onnx/model_quantized.onnx"}
-    assert json.loads((bert / "config.json").read_text())["model_type"] == "bert"
+    fields = json.loads((bert / "config.json").read_text())
+    assert fields["model_type"] == "bert" and "_name_or_path" not in fields
     card = (bert / "README.md").read_text()
     assert "| `onnx/model.onnx` |" in card and "| 1.00000 |" in card and "Operators are standard ONNX" in card
 
