@@ -96,10 +96,10 @@ def test_a_quantized_file_gives_the_answers_of_the_compiled_quantized_model(bert
 
 
 def test_a_quantized_model_is_one_file(tmp_path):
-    compiled = compiled_bert("quantize{scheme=int4-weight}")
-    compiled.export_onnx(tmp_path / "int4")
-    assert [path.name for path in (tmp_path / "int4" / "onnx").iterdir()] == ["model_q4.onnx"]
-    with pytest.raises(UnsupportedError, match="is quantized already, which is the file 'q4'; leave dtypes= out"):
+    compiled = compiled_bert("quantize{scheme=int8-dynamic,activations=tensor}")
+    compiled.export_onnx(tmp_path / "int8")
+    assert [path.name for path in (tmp_path / "int8" / "onnx").iterdir()] == ["model_quantized.onnx"]
+    with pytest.raises(UnsupportedError, match="is quantized already, which is the file 'q8'; leave dtypes= out"):
         compiled.export_onnx(tmp_path / "other", dtypes=["fp32"])
     assert not (tmp_path / "other").exists()
 
