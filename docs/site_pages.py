@@ -23,6 +23,7 @@ DOCS = ROOT / "docs"
 HOMES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "reporting.md",
     "benchmarks/README.md": "benchmarks.md",
 }

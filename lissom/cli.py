@@ -1,4 +1,4 @@
-"""The command line: `lissom demo | compile | tune | run | generate | show | bench | sign | verify | passes | machine`."""
+"""The command line: `lissom demo | compile | tune | run | generate | show | bench | sign | verify | passes | machine | …`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from lissom.cli_options import (
     goal_of,
 )
 from lissom.compile_commands import run_compile, run_show
+from lissom.doctor import run_doctor
 from lissom.driver.torchrun import RankProcess, ending_at_once, may_speak, one_of_ranks, refuse_torchrun
 from lissom.errors import LissomError, UnsupportedError, nearest
 from lissom.frontends.device import check_device
@@ -173,6 +174,7 @@ def run_passes(
 
 
 app.command("machine")(run_machine)
+app.command("doctor")(run_doctor)
 
 
 def main() -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from torch import nn
 
 from lissom.artifacts import rank_files
 from lissom.artifacts.artifact import Compiled, Loaded, Trust, WriteMore
 from lissom.backends.base import Backend, Executable, state_of
 from lissom.backends.distributed.backend import RankProgram
 from lissom.backends.distributed.ranks import Ranks
+from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.compiler.analysis.embedding_bounds import outside_table
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
@@ -28,6 +30,7 @@ from lissom.inspect.report import Report
 from lissom.runtime.hosted_model import Facts, HostedModel
 from lissom.runtime.layer_timer import ProgramTimer
 from lissom.runtime.model_files import Saveable, check_tokenizer, saved_config, upload, write_processors
+from lissom.runtime.onnx_folder import Dtype, Export, Layout, write_folder
 from lissom.runtime.pickled import files_of, loaded_from
 
 
@@ -178,6 +181,51 @@ size, or mark the dimension dynamic
         facts = {} if self.facts is None else self.facts.to_json()
         compiled = Compiled(self.program, self._executable, self.report.history, self._backend, facts, write_more)
         rank_files.save(check_path(directory), compiled)
+
+    def export_onnx(
+        self,
+        directory: str | Path,
+        *,
+        layout: Layout = "huggingface",
+        dtypes: Sequence[Dtype] | None = None,
+        tokenizer: Saveable | None = None,
+        processor: Saveable | None = None,
+        original: nn.Module | None = None,
+        data: Sequence[Mapping[str, object]] = (),
+        contrib: bool = False,
+    ) -> None:
+        """Write ONNX files that run without Lissom, in the layout that transformers.js and other tools load.
+
+        layout: `huggingface`: `onnx/model.onnx` and others, `config.json`, and a card, `README.md`, with measured quality and
+            speed.
+        dtypes: the files, by the names of transformers.js: `fp32`, `fp16` (needs data), `q8` (int8-dynamic), `q4` (int4
+            weights); all that apply by default. A model that was compiled quantized is one file.
+        tokenizer, processor: written too; by default those of the directory that the model came from.
+        original: the model that the card compares with; the compiled program by default.
+        data: batches of keyword arguments to calibrate and compare on; the example inputs by default.
+        contrib: use operators of ONNX Runtime's own domain, `com.microsoft`, where they are faster. Other files hold standard
+            operators alone, of the oldest opset that they allow.
+
+        Each file is opened by ONNX Runtime with its default options, and compared with the program.
+
+        Raises: UnsupportedError for a model of another backend than `onnxruntime`, or one that does not fit the layout;
+            VerifyError for a file with other answers; ArtifactError if the directory cannot be written.
+        """
+        if self.backend != OnnxRuntime.name:
+            raise UnsupportedError(
+                f"export_onnx needs a model compiled with backend='{OnnxRuntime.name}', and this one is for '{self.backend}'"
+            )
+        if tokenizer is not None and self.facts is not None:
+            check_tokenizer(self.program, self.facts.main_input, tokenizer)
+        signature, timer = self.program.signature, self.report.timer
+        samples = [signature.flatten((), batch) for batch in data]
+        example = timer.example if isinstance(timer, ProgramTimer) else None
+        given = samples or ([example] if example is not None else [])
+        if not given:
+            raise UnsupportedError("a loaded model keeps no example inputs; pass a batch in data=")
+        lossy = [step.spelling for step in self.report.history.steps if not step.exact and step.reverted is None]
+        export = Export(self.program, self.facts, lossy, given, bool(samples), tokenizer, processor, original, contrib)
+        write_folder(check_path(directory), layout, dtypes, export)
 
     def _repr_html_(self) -> str:
         """The report, in a notebook."""

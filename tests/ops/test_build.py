@@ -165,9 +165,30 @@ def test_a_compiler_that_is_not_there_is_named(tmp_path):
 
 
 def test_flags_name_another_library(monkeypatch):
-    plain = build._name(GENERIC)
+    plain = build._name(GENERIC, "")
     monkeypatch.setenv(build.FLAGS, "-O1")
-    assert build._name(GENERIC) != plain
+    assert build._name(GENERIC, "") != plain
+    assert build._name(GENERIC, "clang++") != build._name(GENERIC, "")
+
+
+def test_a_library_of_the_package_is_tested_once_and_needs_no_compiler(tmp_path, monkeypatch):
+    kept, isa = build.kept_library(), usable_sets()[0]
+    package, cache = tmp_path / "libraries", tmp_path / "cache"
+    package.mkdir()
+    cache.mkdir(mode=0o700)
+    monkeypatch.setattr(build, "_SHIPPED", package)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("CXX", "no-compiler")
+    library = package / build._name(isa, "")
+    library.write_bytes(kept.read_bytes())
+    package.chmod(0o555)
+    runs: list[Path] = []
+    monkeypatch.setattr(build, "run_self_test", lambda tested: runs.append(tested) or "")
+    assert build.kept_library() == build.kept_library() == library
+    assert runs == [library]
+    assert [path.name for path in package.iterdir()] == [library.name]
+    monkeypatch.setenv(build.FLAGS, "-O1")
+    assert build.shipped_library(isa) is None
 
 
 def test_a_library_in_the_cache_needs_no_compiler(tmp_path):

@@ -14,6 +14,9 @@ exactly, within the product itself: z is appended to q as further features, and 
 in the range of the weights, are appended to w. That takes some twenty rows for the 384 of a small encoder.
 
 Weight-only int8 and int4 layers become `MatMulNBits`, which reads quantized weights.
+
+In a model of standard operators, `MatMulInteger` and a product with both scales stand for `MatMulIntegerToFloat`, to which ONNX
+Runtime fuses them, and weight-only layers keep `DequantizeLinear`.
 """
 
 from __future__ import annotations
@@ -107,15 +110,17 @@ def quantized_layers(model: ir.Model) -> list[Layer]:
     return [layer for layer in found if layer is not None]
 
 
-def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = False) -> int:
+def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = False, standard: bool = False) -> int:
     """Replace quantized layers with integer kernels where there are any; returns how many.
 
+    standard: with operators of standard ONNX alone.
     beside: keep each layer, and add the relative error of its integer kernel as a further output of the model:
     max |found - wanted| / max |wanted|, on the same input.
     """
     groups: dict[ir.Value, list[Layer]] = defaultdict(list)
     for layer in quantized_layers(model):
-        if layer.obstacle is None and _level_obstacle(layer, accuracy_level) is None:
+        by_hand = standard and layer.rounded is None
+        if layer.obstacle is None and _level_obstacle(layer, accuracy_level) is None and not by_hand:
             groups[layer.x].append(layer)
     for group in groups.values():
         write, rounded = Writer(model), group[0].rounded
@@ -126,11 +131,11 @@ def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = 
             if values is None:
                 result, biased = _few_bits(write, layer, accuracy_level), False
             elif values.by_row is None:
-                result, biased = _scaled_once(write, layer, values), True
+                result, biased = _scaled_once(write, layer, values, standard), not standard
             else:
-                result, biased = _scaled_by_row(write, layer, values), False
+                result, biased = _scaled_by_row(write, layer, values, standard), False
             _finish(write, layer, result, biased, beside)
-    if groups:
+    if groups and not standard:
         model.opset_imports[CONTRIB] = 1
     return sum(map(len, groups.values()))
 
@@ -276,19 +281,30 @@ def _flat(array: np.ndarray) -> np.ndarray:
     return array.reshape(-1) if array.size > 1 else array.reshape(())
 
 
-def _scaled_once(write: Writer, layer: Layer, values: _Integers) -> ir.Value:
+def _multiplied(write: Writer, x: Sequence[ir.Value | None], weight: Sequence[ir.Value | None]) -> ir.Value:
+    """`MatMulIntegerToFloat` in standard operators. x, weight: the integers, scales and zero points of each."""
+    sums = write.call("MatMulInteger", x[0], weight[0], x[2], weight[2])
+    return write.call("Mul", write.call("Cast", sums, to=int(ir.DataType.FLOAT)), write.call("Mul", x[1], weight[1]))
+
+
+def _scaled_once(write: Writer, layer: Layer, values: _Integers, standard: bool) -> ir.Value:
     assert layer.stored is not None
     weight, scale, points = _operands(write, layer, layer.stored.q, "integers")
+    if standard:
+        return _multiplied(write, (values.q, values.scale, values.zero_point), (weight, scale, points))
     inputs = [values.q, weight, values.scale, scale, values.zero_point, points, _bias(layer)]
     return write.call("MatMulIntegerToFloat", *inputs, domain=CONTRIB)
 
 
-def _scaled_by_row(write: Writer, layer: Layer, values: _Integers) -> ir.Value:
+def _scaled_by_row(write: Writer, layer: Layer, values: _Integers, standard: bool) -> ir.Value:
     call, stored = write.call, layer.stored
     assert stored is not None and values.by_row is not None
     q = _with_rows(stored, values.rows) if values.rows else stored.q
     weight, scale, points = _operands(write, layer, q, f"integers_{values.rows}" if values.rows else "integers")
-    result = call("MatMulIntegerToFloat", values.q, weight, values.scale, scale, None, points, domain=CONTRIB)
+    if standard:
+        result = _multiplied(write, (values.q, values.scale, None), (weight, scale, points))
+    else:
+        result = call("MatMulIntegerToFloat", values.q, weight, values.scale, scale, None, points, domain=CONTRIB)
     if values.rows is None and values.zero_point is not None:
         sums = _column_sums(stored) * stored.scale.reshape(-1).astype(np.float64)
         sums = write.weight(layer.weight, "sums", sums.astype(np.float32))

@@ -40,17 +40,23 @@ INTEGERS = "integers"
 
 
 def write_variant(
-    exported: ir.Model, chosen: Collection[str] = (), *, accuracy_level: int = 0, chunk_bytes: int = CPU_BYTES
+    exported: ir.Model,
+    chosen: Collection[str] = (),
+    *,
+    accuracy_level: int = 0,
+    chunk_bytes: int = CPU_BYTES,
+    standard: bool = False,
 ) -> tuple[ir.Model, dict[str, int]]:
     """The exported model with the chosen rewrites, of CHOICES, INTEGERS and PAIRS, and how often each applied.
 
-    chunk_bytes: of keys and values that block-sparse attention gathers at a time.
+    chunk_bytes: of keys and values that block-sparse attention gathers at a time. standard: integer kernels in standard
+    operators.
     """
     model = exported.clone()
     gathered = expand_sparse(model, PAIRS not in chosen, chunk_bytes)
     places = {
         PAIRS: gathered,
-        INTEGERS: expand_integers(model, accuracy_level) if INTEGERS in chosen else 0,
+        INTEGERS: expand_integers(model, accuracy_level, standard=standard) if INTEGERS in chosen else 0,
         CACHE: fuse_cached_attention(model) if CACHE in chosen else 0,
         ATTENTION: expand_attention(model, ATTENTION in chosen),
         ROTARY: expand_rotary(model, ROTARY in chosen),

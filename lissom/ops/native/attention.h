@@ -4,8 +4,6 @@
 #include "amx.h"
 #include "visible_keys.h"
 
-#include <ATen/Parallel.h>
-
 #include <cmath>
 #include <vector>
 

@@ -42,10 +42,10 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, Optional
   TORCH_CHECK(std::isfinite(static_cast<float>(scale)) && std::isfinite(static_cast<float>(softcap)), "scale ", scale,
               " and softcap ", softcap, " must be finite");
   std::vector<int64_t> scores{q.size(0), q.size(1), q.size(2), k.size(2)};
-  TORCH_CHECK(!bias || (!bias->is_complex() && at::is_expandable_to(bias->sizes(), scores)),
+  TORCH_CHECK(!bias || (!bias->is_complex() && bias->broadcasts(scores)),
               "a bias is boolean or real and broadcasts to the scores, ", at::IntArrayRef(scores));
   scores[3] = 1;
-  TORCH_CHECK(!sinks || (sinks->is_floating_point() && at::is_expandable_to(sinks->sizes(), scores) &&
+  TORCH_CHECK(!sinks || (sinks->is_floating_point() && sinks->broadcasts(scores) &&
                          (sinks->dim() < 2 || sinks->size(-2) == 1)),
               "sinks are floating, one number a head: they broadcast to [batch, heads, 1, 1]");
 }
@@ -133,8 +133,7 @@ Tensor merged_attention(const Tensor& given, Optional bias, int64_t heads, int64
   Tensor x = given.contiguous();
   int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2), head_dim = width / (heads + 2 * key_heads);
   auto part = [&](int64_t first, int64_t count) {
-    return x.as_strided({batch, count, tokens, head_dim}, {tokens * width, head_dim, width, 1},
-                        x.storage_offset() + first * head_dim);
+    return x.strided({batch, count, tokens, head_dim}, {tokens * width, head_dim, width, 1}, first * head_dim);
   };
   Tensor y = fused_attention(part(0, heads), part(heads, key_heads), part(heads + key_heads, key_heads), bias, scale, softcap,
                              {}, causal, {}, {});

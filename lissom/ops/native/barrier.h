@@ -26,7 +26,7 @@ inline void pause() {
 
 // True once every rank has reached this step or a later one; false after `seconds`.
 // steps: [ranks, 8]. Writes of a rank before the barrier are visible to all ranks after it.
-bool barrier(const at::Tensor& steps, int64_t rank, int64_t step, double seconds) {
+bool barrier(const Tensor& steps, int64_t rank, int64_t step, double seconds) {
   check_readable(steps, "steps");
   TORCH_CHECK(steps.scalar_type() == at::kLong && steps.dim() == 2 && steps.is_contiguous() && steps.size(1) == kLine,
               "steps are int64, a line of ", kLine, " for each rank");

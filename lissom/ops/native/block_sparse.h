@@ -5,8 +5,6 @@
 #include "attention.h"
 #include "pattern.h"
 
-#include <c10/core/impl/alloc_cpu.h>
-
 #include <atomic>
 #include <memory>
 #include <numeric>
@@ -26,13 +24,13 @@ template <typename T>
 class Buffer {
  public:
   T* of(int64_t count) {
-    if (count > held_) data_.reset(static_cast<T*>(c10::alloc_cpu(count * sizeof(T)))), held_ = count;
+    if (count > held_) data_.reset(static_cast<T*>(aligned_memory(count * sizeof(T)))), held_ = count;
     return data_.get();
   }
 
  private:
   struct Free {
-    void operator()(T* data) const { c10::free_cpu(data); }
+    void operator()(T* data) const { std::free(data); }
   };
   std::unique_ptr<T, Free> data_;
   int64_t held_ = 0;

@@ -1,11 +1,14 @@
-"""Builds the libraries of C++ kernels, each once, and caches them where only this user may write.
+"""Finds the library of C++ kernels for this processor: in the package, in a private cache, or built into that cache.
+
+A wheel holds the libraries of all instruction sets (`python -m tools.wheel`). Elsewhere each is built once. The libraries use
+PyTorch's stable C interface, so one works with every PyTorch from 2.11 on, and needs no OpenMP of its own.
 
 The build is one compiler command rather than `torch.utils.cpp_extension.load`: it needs no `ninja`, and an interrupted build
 blocks no other. A library is written under a temporary name and renamed. Other processes wait for a file lock, which the
-system releases when its process ends. The file name holds the instruction set and a hash of the sources, the flags and
-PyTorch's version, so that a library from the cache needs no compiler.
+system releases when its process ends. The file name holds the instruction set and a hash of the sources and the flags, so that
+a library from the cache needs no compiler.
 
-A record next to the library holds its hash, which is checked before loading, and the result of its self-test for each kind of
+A record in the cache holds its hash, which is checked before loading, and the result of its self-test for each kind of
 processor that ran it. The self-test is a process that compares every kernel with its reference, since a loaded library cannot
 be unloaded.
 """
@@ -26,29 +29,34 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from lissom.ops.native.instruction_sets import INSTRUCTION_SETS, InstructionSet, processor_features, usable_sets
 
 FLAGS = "LISSOM_CXXFLAGS"
 """Set this environment variable to compiler flags that follow Lissom's own, such as `-O1 -g`."""
 
 _FOLDER = Path(__file__).parent
-_FLAGS = ("-O3", "-ffp-contract=fast", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w")
+_SHIPPED = _FOLDER / "libraries"
+"""The libraries that a wheel holds."""
+_STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+"""The stable interface of PyTorch 2.11."""
+_FLAGS = ("-O3", "-ffp-contract=fast", "-std=c++20", "-fPIC", "-shared", "-w", _STABLE)
 _SELF_TEST_SECONDS = 600
 
 
 def kept_library() -> Path:
-    """The library for this processor, built if it is not cached or was damaged.
+    """The library for this processor: the package's own, or the one in the cache, built if it is missing or was damaged.
 
     Raises: RuntimeError or OSError with the reason why there is none; UnsupportedError for an instruction set that was asked
     for and is not there.
     """
-    folder, reason = cache_folder(), ""
+    reason = ""
     for isa in usable_sets():
-        library = folder / _name(isa)
+        shipped = shipped_library(isa)
+        library = shipped or built_library(isa)
         found = self_test_of(library)
-        if found is None:
+        if found is None and shipped:
+            found = _test_once(shipped)
+        elif found is None:
             compiler = find_compiler()
             reason = _unsupported(compiler, isa)
             if reason:
@@ -56,11 +64,21 @@ def kept_library() -> Path:
             build_once(compiler, library, isa)
             found = self_test_of(library)
         if found:
-            raise RuntimeError(
-                f"the C++ kernels failed their self-test: {found}; delete {_record(library)} to build them again"
-            )
+            again = "to test them again" if shipped else "to build them again"
+            raise RuntimeError(f"the C++ kernels failed their self-test: {found}; delete {_record(library)} {again}")
         return library
     raise RuntimeError(reason)
+
+
+def shipped_library(isa: InstructionSet) -> Path | None:
+    """The library that the installed package holds; None where it holds none, or other compiler flags are asked for."""
+    library = _SHIPPED / shipped_name(isa)
+    return library if library.is_file() and not os.environ.get(FLAGS) else None
+
+
+def shipped_name(isa: InstructionSet) -> str:
+    """The file name of a library in a wheel. The compiler that built it is no part of it."""
+    return _name(isa, "")
 
 
 def build_all() -> dict[str, str]:
@@ -74,8 +92,13 @@ def build_all() -> dict[str, str]:
     for isa in INSTRUCTION_SETS:
         found[isa.name] = _unsupported(compiler, isa)
         if not found[isa.name]:
-            build_once(compiler, cache_folder() / _name(isa), isa)
+            build_once(compiler, built_library(isa), isa)
     return found
+
+
+def built_library(isa: InstructionSet) -> Path:
+    """Where the cache holds the library of an instruction set, once it is built."""
+    return cache_folder() / _name(isa, os.environ.get("CXX", ""))
 
 
 def find_compiler() -> list[str]:
@@ -155,6 +178,16 @@ def build_once(compiler: list[str], library: Path, isa: InstructionSet) -> None:
             _write_record(library, _record(library), {**tests, processor_kind(): run_self_test(library)})
 
 
+def _test_once(library: Path) -> str:
+    """The result of the self-test of a library of the package, run here or by another process meanwhile."""
+    with locked(_record(library).with_suffix(".lock")):
+        found = self_test_of(library)
+        if found is None:
+            found = run_self_test(library)
+            _write_record(library, _record(library), {**(_self_tests(library) or {}), processor_kind(): found})
+        return found
+
+
 @contextmanager
 def locked(file: Path) -> Generator[None]:
     """Hold the lock of a file; other processes wait for it. The system releases it when this process ends.
@@ -169,7 +202,9 @@ def locked(file: Path) -> Generator[None]:
 
 
 def _record(library: Path) -> Path:
-    return library.with_suffix(".json")
+    """The file of a library's hash and self-tests: beside it, or in the cache where the package holds the library."""
+    folder = cache_folder() if library.parent == _SHIPPED else library.parent
+    return folder / f"{library.stem}.json"
 
 
 def _write_record(library: Path, record: Path, tests: Mapping[str, str]) -> None:
@@ -190,9 +225,9 @@ def _flags(isa: InstructionSet) -> list[str]:
     return [*_FLAGS, *isa.flags, f'-DLISSOM_ISA="{isa.name}"', *shlex.split(os.environ.get(FLAGS, ""))]
 
 
-def _name(isa: InstructionSet) -> str:
+def _name(isa: InstructionSet, compiler: str) -> str:
     native = processor_kind() if "-march=native" in isa.flags else ""
-    given = [torch.__version__, os.environ.get("CXX", ""), native, *_flags(isa)]
+    given = [compiler, native, *_flags(isa)]
     parts = [*given, *(path.read_text(encoding="utf-8") for path in _sources())]
     return f"kernels-{isa.name}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:20]}.so"
 
@@ -215,10 +250,8 @@ def _build(compiler: list[str], library: Path, isa: InstructionSet) -> None:
             *compiler,
             *_flags(isa),
             *(f"-isystem{path}" for path in include_paths()),
-            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             *(str(path) for path in _sources() if path.suffix == ".cpp"),
             *(f"-L{path}" for path in library_paths()),
-            "-lc10",
             "-ltorch_cpu",
             "-o",
             str(made),

@@ -1,18 +1,10 @@
 // Checks of operands, which every entry point runs before it reads their memory.
 #pragma once
 
-#include <ATen/EmptyTensor.h>
-#include <ATen/ExpandUtils.h>
-#include <ATen/core/Tensor.h>
-
-#include <cstdint>
-#include <optional>
+#include "tensor.h"
 
 namespace lissom {
 namespace {
-
-using at::Tensor;
-using Optional = const std::optional<Tensor>&;
 
 // The largest size of a dimension. The product of two sizes, and of a few constants, then fits in 64 bits.
 constexpr int64_t kLargestSize = (int64_t(1) << 31) - 1;
@@ -24,13 +16,13 @@ inline void check_size(int64_t size, const char* name) {
 // Every element must be readable: dense, on the CPU, aligned, and within its storage.
 inline void check_readable(const Tensor& tensor, const char* name) {
   TORCH_CHECK(tensor.defined(), name, " is None, and must be a tensor");
-  TORCH_CHECK(tensor.device().is_cpu() && tensor.layout() == at::kStrided, name, " is ", tensor.layout(), " on ", tensor.device(),
-              ", and must be a dense tensor on the CPU");
+  TORCH_CHECK(tensor.is_cpu() && tensor.is_strided(), name, " must be a dense tensor on the CPU");
   if (tensor.numel() == 0) return;
-  size_t item = tensor.dtype().itemsize();
-  size_t needed = at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), item, tensor.storage_offset());
-  TORCH_CHECK(needed <= tensor.storage().nbytes(), name, " reaches ", needed, " bytes into a storage of ",
-              tensor.storage().nbytes(), "; clone it before its storage is resized");
+  size_t item = tensor.element_size(), last = tensor.storage_offset();
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
+  size_t needed = (last + 1) * item;
+  TORCH_CHECK(needed <= tensor.storage_bytes(), name, " reaches ", needed, " bytes into a storage of ",
+              tensor.storage_bytes(), "; clone it before its storage is resized");
   TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % item == 0, name, " is not aligned to its dtype; clone it");
 }
 

@@ -95,7 +95,7 @@ def _file(threads: int) -> Path | None:
     try:
         library = kept_library()  # its name holds a hash of the kernels' sources
         ways = f"{processor_kind()}-{torch.ops.lissom.use_amx():d}{torch.ops.lissom.dots_bfloat16():d}"
-        return cache_folder() / f"products-{library.stem}-{ways}-{threads}-threads.json"
+        return cache_folder() / f"products-{library.stem}-{ways}-{threads}-threads-torch-{torch.__version__}.json"
     except (OSError, RuntimeError):
         return None
 

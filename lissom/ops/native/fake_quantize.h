@@ -3,7 +3,7 @@
 
 #include "quantized.h"
 
-#include <c10/util/Float8_e4m3fn.h>
+#include <torch/headeronly/util/Float8_e4m3fn.h>
 
 namespace lissom {
 

@@ -4,19 +4,13 @@
 #include "checks.h"
 #include "fake_quantize.h"
 
-#include <ATen/ops/aminmax.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
-
 #include <string>
 #include <tuple>
 
 namespace lissom {
 namespace {
 
-inline Grid grid_of(c10::string_view format) {
+inline Grid grid_of(std::string_view format) {
   if (format == "int8") return {-128, 127};
   if (format == "uint8") return {0, 255, true, false};
   if (format == "int4") return {-8, 7};
@@ -78,7 +72,7 @@ struct Scales {
   }
 };
 
-Tensor fake_quantize_static(const Tensor& x, const Tensor& scale, Optional zero_point, c10::string_view format) {
+Tensor fake_quantize_static(const Tensor& x, const Tensor& scale, Optional zero_point, std::string_view format) {
   Grid grid = grid_of(format);
   return with_values(x, grid, [&](auto zero, const Tensor& values, auto is_integer) {
     using T = decltype(zero);
@@ -90,7 +84,7 @@ Tensor fake_quantize_static(const Tensor& x, const Tensor& scale, Optional zero_
   });
 }
 
-Tensor fake_quantize_dynamic(const Tensor& x, c10::string_view format, c10::string_view granularity) {
+Tensor fake_quantize_dynamic(const Tensor& x, std::string_view format, std::string_view granularity) {
   Grid grid = grid_of(format);
   TORCH_CHECK(granularity == "token" || granularity == "tensor", "granularity is 'token' or 'tensor', not '",
               std::string(granularity), "'");
@@ -105,7 +99,7 @@ Tensor fake_quantize_dynamic(const Tensor& x, c10::string_view format, c10::stri
       fake_quantize_rows<is_integer.value>(grid, rows, columns, from, to);
       return y.to(x.scalar_type());
     }
-    auto [low, high] = at::aminmax(values);
+    auto [low, high] = Tensor::call<2>("aten::aminmax", "", values, std::optional<int64_t>(), false);
     auto [scale, zero_point] = scale_for(low.template item<float>(), high.template item<float>(), grid);
     fake_quantize<is_integer.value>({&scale, &zero_point, rows, columns, 1}, grid, from, to);
     return y.to(x.scalar_type());
@@ -113,7 +107,7 @@ Tensor fake_quantize_dynamic(const Tensor& x, c10::string_view format, c10::stri
 }
 
 std::tuple<Tensor, Tensor> fake_quantize_gradients(const Tensor& gradient, const Tensor& x, const Tensor& scale,
-                                                   Optional zero_point, c10::string_view format, bool scales_learn) {
+                                                   Optional zero_point, std::string_view format, bool scales_learn) {
   Grid grid = grid_of(format);
   check_readable(gradient, "a gradient");
   TORCH_CHECK(gradient.sizes() == x.sizes(), "a gradient has the sizes ", gradient.sizes(), ", and must have ", x.sizes());

@@ -13,8 +13,6 @@
 
 #include "amx.h"
 
-#include <ATen/Parallel.h>
-
 #include <cmath>
 #include <vector>
 

@@ -4,13 +4,8 @@
 // call when every layer does it. Between begin_call and end_call a thread keeps the blocks it frees; afterwards at most kMostKept.
 #pragma once
 
-#include <ATen/EmptyTensor.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
-#include <c10/core/impl/alloc_cpu.h>
+#include "tensor.h"
 
-#include <cstdint>
 #include <iterator>
 #include <map>
 
@@ -29,7 +24,7 @@ struct FreeBlocks {
     for (auto& [bytes, block] : free) held += bytes;
     for (; held > most; free.erase(std::prev(free.end()))) {
       held -= free.rbegin()->first;
-      c10::free_cpu(free.rbegin()->second);
+      std::free(free.rbegin()->second);
     }
   }
 
@@ -50,8 +45,8 @@ inline void end_call() {
 }
 
 // An uninitialised tensor. The memory of a large one is cached by the thread that frees it within a call.
-inline at::Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  size_t bytes = at::detail::computeStorageNbytesContiguous(sizes, options.dtype().itemsize());  // raises when it overflows
+inline Tensor allocate(at::IntArrayRef sizes, at::TensorOptions options) {
+  size_t bytes = contiguous_bytes(sizes, at::bytes_of(options.type));
   FreeBlocks& mine = free_blocks();
   if (mine.depth == 0 || bytes < kLarge) return at::empty(sizes, options);
   void* block;
@@ -59,14 +54,15 @@ inline at::Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& optio
     block = found->second;
     mine.free.erase(found);
   } else {
-    block = c10::alloc_cpu(bytes);
+    block = aligned_memory(bytes);
   }
   auto release = [bytes](void* freed) {
     FreeBlocks& theirs = free_blocks();
     if (theirs.depth > 0) theirs.free.emplace(bytes, freed);
-    else c10::free_cpu(freed);
+    else std::free(freed);
   };
-  return at::from_blob(block, sizes, release, options);
+  torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(block, sizes, contiguous_strides(sizes), cpu, options.type, release);
 }
 
 }  // namespace lissom

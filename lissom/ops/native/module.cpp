@@ -9,15 +9,13 @@
 #include "rows.h"
 #include "weight_quantized.h"
 
-#include <torch/library.h>
-
 #include <string>
 #include <string_view>
 
 namespace lissom {
 namespace {
 
-Activation activation_of(c10::string_view name) {
+Activation activation_of(std::string_view name) {
   if (name == "none") return Activation::kNone;
   if (name == "relu") return Activation::kRelu;
   if (name == "gelu") return Activation::kGelu;
@@ -58,7 +56,7 @@ void check_linear(const Tensor& x, const Epilogue& epilogue) {
   check_floats(epilogue.other, sizes, "the other operand");
 }
 
-bool multiplies(c10::string_view combine) {
+bool multiplies(std::string_view combine) {
   TORCH_CHECK(combine == "add" || combine == "mul", "combine is 'add' or 'mul', not '", std::string(combine), "'");
   return combine == "mul";
 }
@@ -107,7 +105,7 @@ Tensor plain(const Tensor& x, const Tensor& weight, const Epilogue& epilogue) {
 }
 
 Tensor packed_linear(const Tensor& x, const Tensor& weight, Optional bias, Optional other, int64_t features,
-                     c10::string_view activation, c10::string_view combine) {
+                     std::string_view activation, std::string_view combine) {
   return plain(x, weight, {bias, other, {}, {}, features, activation_of(activation), multiplies(combine)});
 }
 
@@ -120,7 +118,7 @@ Tensor packed_linear_norm(const Tensor& x, const Tensor& weight, Optional bias, 
 struct QuantizedOperands {
   const Tensor &weight, &scale, &sums;
   Optional x_scale, x_zero_point;
-  c10::string_view granularity;
+  std::string_view granularity;
 };
 
 template <typename T, bool tiled>
@@ -164,20 +162,20 @@ Tensor quantized(const Tensor& x, const QuantizedOperands& operands, const Epilo
 }
 
 Tensor quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& sums, Optional x_scale,
-                        Optional x_zero_point, Optional bias, Optional other, int64_t features, c10::string_view granularity,
-                        c10::string_view activation, c10::string_view combine) {
+                        Optional x_zero_point, Optional bias, Optional other, int64_t features, std::string_view granularity,
+                        std::string_view activation, std::string_view combine) {
   return quantized(x, {weight, scale, sums, x_scale, x_zero_point, granularity},
                  {bias, other, {}, {}, features, activation_of(activation), multiplies(combine)});
 }
 
 Tensor quantized_linear_norm(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& sums, Optional x_scale,
                              Optional x_zero_point, Optional bias, Optional other, Optional norm_weight, Optional norm_bias,
-                             int64_t features, c10::string_view granularity, double eps) {
+                             int64_t features, std::string_view granularity, double eps) {
   return quantized(x, {weight, scale, sums, x_scale, x_zero_point, granularity},
                  {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
 }
 
-Form form_of(c10::string_view format) {
+Form form_of(std::string_view format) {
   if (format == "int8") return Form::kInt8;
   if (format == "uint8") return Form::kUint8;
   if (format == "int6") return Form::kInt6;
@@ -201,7 +199,7 @@ Tensor weight_quantized_of(const Tensor& given, const QuantizedWeight& weight, c
   });
 }
 
-Tensor weight_quantized(const Tensor& x, const Tensor& q, const Tensor& scale, Optional zero_point, c10::string_view format,
+Tensor weight_quantized(const Tensor& x, const Tensor& q, const Tensor& scale, Optional zero_point, std::string_view format,
               const Epilogue& epilogue) {
   check_linear(x, epilogue);
   int64_t columns = packed_features(epilogue), inputs = x.size(-1);
@@ -223,15 +221,15 @@ Tensor weight_quantized(const Tensor& x, const Tensor& q, const Tensor& scale, O
 }
 
 Tensor weight_quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, Optional zero_point, Optional bias,
-                               Optional other, int64_t features, c10::string_view format, c10::string_view activation,
-                               c10::string_view combine) {
+                               Optional other, int64_t features, std::string_view format, std::string_view activation,
+                               std::string_view combine) {
   return weight_quantized(x, weight, scale, zero_point, format,
                 {bias, other, {}, {}, features, activation_of(activation), multiplies(combine)});
 }
 
 Tensor weight_quantized_linear_norm(const Tensor& x, const Tensor& weight, const Tensor& scale, Optional zero_point,
                                     Optional bias, Optional other, Optional norm_weight, Optional norm_bias, int64_t features,
-                                    c10::string_view format, double eps) {
+                                    std::string_view format, double eps) {
   return weight_quantized(x, weight, scale, zero_point, format,
                 {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
 }
@@ -350,39 +348,50 @@ bool has_weight_quantized() { return kHasWeightQuantized; }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(lissom, CPU, library) {
-  library.impl("packed_linear", packed_linear);
-  library.impl("packed_linear_norm", packed_linear_norm);
-  library.impl("packed_embedding", packed_embedding);
+STABLE_TORCH_LIBRARY_IMPL(lissom, CPU, library) {
+  library.impl("packed_linear", boxed<packed_linear>);
+  library.impl("packed_linear_norm", boxed<packed_linear_norm>);
+  library.impl("packed_embedding", boxed<packed_embedding>);
   if (kHasInt8) {
-    library.impl("quantized_linear", quantized_linear);
-    library.impl("quantized_linear_norm", quantized_linear_norm);
+    library.impl("quantized_linear", boxed<quantized_linear>);
+    library.impl("quantized_linear_norm", boxed<quantized_linear_norm>);
   }
   if (kHasWeightQuantized) {
-    library.impl("weight_quantized_linear", weight_quantized_linear);
-    library.impl("weight_quantized_linear_norm", weight_quantized_linear_norm);
+    library.impl("weight_quantized_linear", boxed<weight_quantized_linear>);
+    library.impl("weight_quantized_linear_norm", boxed<weight_quantized_linear_norm>);
   }
-  library.impl("fused_attention", fused_attention);
-  library.impl("merged_attention", merged_attention);
-  library.impl("block_sparse_attention", block_sparse_attention);
-  library.impl("fused_rms_norm", fused_rms_norm);
-  library.impl("fused_rotary", fused_rotary);
-  library.impl("gated_delta_rule", gated_delta_rule);
-  library.impl("selective_scan", selective_scan);
-  library.impl("fake_quantize", fake_quantize_static);
-  library.impl("fake_quantize_dynamic", fake_quantize_dynamic);
-  library.impl("fake_quantize_backward", fake_quantize_gradients);
+  library.impl("fused_attention", boxed<fused_attention>);
+  library.impl("merged_attention", boxed<merged_attention>);
+  library.impl("block_sparse_attention", boxed<block_sparse_attention>);
+  library.impl("fused_rms_norm", boxed<fused_rms_norm>);
+  library.impl("fused_rotary", boxed<fused_rotary>);
+  library.impl("gated_delta_rule", boxed<gated_delta_rule>);
+  library.impl("selective_scan", boxed<selective_scan>);
+  library.impl("fake_quantize", boxed<fake_quantize_static>);
+  library.impl("fake_quantize_dynamic", boxed<fake_quantize_dynamic>);
+  library.impl("fake_quantize_backward", boxed<fake_quantize_gradients>);
 }
 
-TORCH_LIBRARY_FRAGMENT(lissom, library) {
-  library.def("instruction_set() -> str", instruction_set);
-  library.def("use_amx(bool? wanted=None) -> bool", use_amx);
-  library.def("dots_bfloat16(bool? wanted=None) -> bool", dots_bfloat16);
-  library.def("has_int8() -> bool", has_int8);
-  library.def("has_weight_quantized() -> bool", has_weight_quantized);
-  library.def("begin_call() -> ()", begin_call);
-  library.def("end_call() -> ()", end_call);
-  library.def("barrier(Tensor steps, int rank, int step, float seconds) -> bool", barrier);
+STABLE_TORCH_LIBRARY_FRAGMENT(lissom, library) {
+  library.def("instruction_set() -> str");
+  library.def("use_amx(bool? wanted=None) -> bool");
+  library.def("dots_bfloat16(bool? wanted=None) -> bool");
+  library.def("has_int8() -> bool");
+  library.def("has_weight_quantized() -> bool");
+  library.def("begin_call() -> ()");
+  library.def("end_call() -> ()");
+  library.def("barrier(Tensor steps, int rank, int step, float seconds) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lissom, CompositeImplicitAutograd, library) {
+  library.impl("instruction_set", boxed<instruction_set>);
+  library.impl("use_amx", boxed<use_amx>);
+  library.impl("dots_bfloat16", boxed<dots_bfloat16>);
+  library.impl("has_int8", boxed<has_int8>);
+  library.impl("has_weight_quantized", boxed<has_weight_quantized>);
+  library.impl("begin_call", boxed<begin_call>);
+  library.impl("end_call", boxed<end_call>);
+  library.impl("barrier", boxed<barrier>);
 }
 
 }  // namespace lissom

@@ -6,8 +6,6 @@
 
 #include "amx.h"
 
-#include <ATen/Parallel.h>
-
 #include <cmath>
 #include <vector>
 

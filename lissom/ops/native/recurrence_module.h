@@ -4,9 +4,6 @@
 #include "checks.h"
 #include "recurrences.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-
 #include <tuple>
 
 namespace lissom {
@@ -28,7 +25,7 @@ inline Tensor operand(const Tensor& tensor, at::IntArrayRef sizes, at::ScalarTyp
 // The state before the first token, which the kernel overwrites.
 inline Tensor started(Optional state, at::IntArrayRef sizes, at::ScalarType dtype, const Tensor& like) {
   if (!state) return at::zeros(sizes, like.options().dtype(dtype));
-  return operand(*state, sizes, dtype, "a state").clone(at::MemoryFormat::Contiguous);
+  return operand(*state, sizes, dtype, "a state").clone();
 }
 
 template <typename Work>

@@ -6,8 +6,6 @@
 
 #include "vector.h"
 
-#include <ATen/Parallel.h>
-
 #include <cmath>
 #include <vector>
 

@@ -3,8 +3,6 @@
 
 #include "attention.h"
 
-#include <ATen/Parallel.h>
-
 #include <cmath>
 
 namespace lissom {

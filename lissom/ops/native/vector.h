@@ -1,8 +1,10 @@
 // SIMD vectors as wide as the machine's registers, in the compiler's vector types: one source for AVX-512, AVX2 and NEON.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include "tensor.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>

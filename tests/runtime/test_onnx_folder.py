@@ -1,0 +1,166 @@
+"""Folders of ONNX files: what is in them, and that other runtimes give Lissom's answers."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import lissom
+from lissom.compiler.verify.divergence import relative_error
+from lissom.errors import ArtifactError, UnsupportedError
+from lissom.frontends.huggingface import Checkpoint
+from lissom.runtime.compiled_model import CompiledModel
+from tests import captures
+from tests.models import VOCABULARY, feed_forward, tiny_bert
+from tools.zoo import catalogue
+
+QUICK = lissom.OnnxRuntime(timing_seconds=0, threads=1)
+CLOSE = 1e-4
+ZOO = (
+    *("causal/llama", "causal/gpt2", "causal/qwen3", "causal/bloom", "causal/opt", "classifier/bert", "classifier/mistral"),
+    *(
+        "masked/bert",
+        "masked/roberta",
+        "masked/distilbert",
+        "masked/electra",
+        "masked/albert",
+        "masked/mpnet",
+        "masked/deberta",
+    ),
+    *("encoder/clip_text_model", "vision/vit", "vision/deit", "vision/beit", "vision/dinov2", "speech/wav2vec2"),
+    *("encoder-decoder/bart", "encoder-decoder/t5"),
+)
+ENTRIES = {entry.name: entry for entry in catalogue.entries()}
+TEXTS = ["How do I reset my password?", "Whisk the eggs, then season them."]
+
+
+def compiled_bert(passes: str = "exact") -> CompiledModel:
+    case = tiny_bert()
+    return captures.compile(case.model, case.inputs, backend=QUICK, passes=passes, checks="off")
+
+
+def run_plainly(path: Path, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The outputs of an ONNX file in a session as another program opens it."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    given = {item.name: inputs[item.name].numpy() for item in session.get_inputs()}
+    return [torch.from_numpy(found) for found in session.run(None, given)]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("onnx") / "bert"
+    case = tiny_bert()
+    compiled_bert().export_onnx(folder, dtypes=["fp32", "q8"], original=case.model)
+    return folder
+
+
+def test_a_folder_holds_files_configuration_and_card(bert):
+    names = {path.relative_to(bert).as_posix() for path in bert.rglob("*") if path.is_file()}
+    assert names == {"README.md", "config.json", "onnx/model.onnx", "onnx/model_quantized.onnx"}
+    fields = json.loads((bert / "config.json").read_text())
+    assert fields["model_type"] == "bert" and "_name_or_path" not in fields
+    card = (bert / "README.md").read_text()
+    assert "| `onnx/model.onnx` |" in card and "| 1.00000 |" in card and "Operators are standard ONNX" in card
+
+
+def test_files_hold_standard_operators_of_an_old_opset(bert):
+    for path in (bert / "onnx").iterdir():
+        model = onnx.load(path)
+        assert {item.domain: item.version for item in model.opset_import} == {"": 20}
+        assert {node.domain for node in model.graph.node} == {""}
+    assert "MatMulInteger" in {node.op_type for node in model.graph.node} or path.name == "model.onnx"
+
+
+def test_a_file_gives_the_models_answers_at_other_sizes(bert):
+    model = tiny_bert().model
+    for sizes in ((1, 1), (3, 9)):
+        inputs = {"input_ids": torch.randint(0, VOCABULARY, sizes), "attention_mask": torch.ones(sizes, dtype=torch.long)}
+        with torch.no_grad():
+            wanted = pytree.tree_leaves(model(**inputs))
+        for left, right in zip(wanted, run_plainly(bert / "onnx" / "model.onnx", inputs), strict=True):
+            assert relative_error(left, right) < CLOSE
+
+
+def test_a_quantized_file_gives_the_answers_of_the_compiled_quantized_model(bert):
+    compiled = compiled_bert("quantize{scheme=int8-dynamic,activations=tensor}")
+    inputs = dict(tiny_bert().inputs)
+    wanted = pytree.tree_leaves(compiled(**inputs))
+    for left, right in zip(wanted, run_plainly(bert / "onnx" / "model_quantized.onnx", inputs), strict=True):
+        assert relative_error(left, right) < CLOSE
+
+
+def test_a_quantized_model_is_one_file(tmp_path):
+    compiled = compiled_bert("quantize{scheme=int8-dynamic,activations=tensor}")
+    compiled.export_onnx(tmp_path / "int8")
+    assert [path.name for path in (tmp_path / "int8" / "onnx").iterdir()] == ["model_quantized.onnx"]
+    with pytest.raises(UnsupportedError, match="is quantized already, which is the file 'q8'; leave dtypes= out"):
+        compiled.export_onnx(tmp_path / "other", dtypes=["fp32"])
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path):
+    compiled, case = compiled_bert(), tiny_bert()
+    with pytest.raises(UnsupportedError, match="layout= is 'keras'; choose huggingface"):
+        compiled.export_onnx(tmp_path / "a", layout="keras")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UnsupportedError, match="choose some of fp32, fp16, q8, q4"):
+        compiled.export_onnx(tmp_path / "a", dtypes=["q3"])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UnsupportedError, match="dtypes='fp16' needs data="):
+        compiled.export_onnx(tmp_path / "a", dtypes=["fp16"])
+    with pytest.raises(UnsupportedError, match="needs a model compiled with backend='onnxruntime', and this one is"):
+        captures.compile(case.model, case.inputs, checks="off").export_onnx(tmp_path / "a")
+    other = feed_forward()
+    with pytest.raises(UnsupportedError, match=r"needs a config of transformers, and .* has none"):
+        captures.compile(other.model, other.inputs, backend=QUICK, checks="off").export_onnx(tmp_path / "a")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="exists and is not an artifact, so it is not replaced"):
+        compiled.export_onnx(tmp_path / "full", dtypes=["fp32"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_architectures_give_their_answers_in_plain_onnx_runtime(tmp_path, name):
+    case = ENTRIES[name].build()
+    compiled = lissom.compile(case.model, case.inputs, backend=QUICK, checks="off", goal=None)
+    compiled.export_onnx(tmp_path / "model", dtypes=["fp32", "q8", "q4"], original=case.model)
+    with torch.no_grad():
+        wanted = [leaf for leaf in pytree.tree_leaves(case.model(**case.inputs)) if isinstance(leaf, torch.Tensor)]
+    found = run_plainly(tmp_path / "model" / "onnx" / "model.onnx", dict(case.inputs))
+    for left, right in zip(wanted, found, strict=False):
+        assert relative_error(left, right) < CLOSE
+
+
+@pytest.fixture(scope="module")
+def exported_minilm(minilm: Checkpoint, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("onnx") / "minilm"
+    compiled = lissom.compile(minilm.model, minilm.example_inputs, backend=QUICK, checks="off")
+    compiled.export_onnx(folder, tokenizer=minilm.tokenizer, data=[minilm.encode(TEXTS)])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "cosine"), [("fp32", 0.999999), ("fp16", 0.9999), ("q8", 0.98), ("q4", 0.95)])
+def test_transformers_js_gives_the_same_hidden_states(minilm: Checkpoint, exported_minilm, dtype, cosine):
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("there is no Node.js")
+    asked = subprocess.run([node, "-e", "require.resolve('@huggingface/transformers')"], capture_output=True, check=False)
+    if asked.returncode:
+        pytest.skip("Node.js does not find @huggingface/transformers; install it, and set NODE_PATH to its node_modules")
+    script = Path(__file__).parent / "embed.cjs"
+    command = [node, str(script), str(exported_minilm), dtype, json.dumps(TEXTS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    answer = json.loads(done.stdout)
+    found = torch.tensor(answer["values"]).reshape(answer["sizes"])
+    with torch.no_grad():
+        wanted = minilm.model(**minilm.encode(TEXTS)).last_hidden_state
+    assert found.shape == wanted.shape
+    assert float(torch.cosine_similarity(found.flatten(), wanted.flatten(), 0)) > cosine
+    if dtype == "fp32":
+        assert relative_error(wanted, found) < CLOSE

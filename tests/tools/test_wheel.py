@@ -1,0 +1,88 @@
+"""The wheel: built, installed in a fresh environment without a compiler, and run from elsewhere."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from lissom.errors import UnsupportedError
+from lissom.ops.native import load_kernels
+from lissom.ops.native.instruction_sets import InstructionSet, usable_sets
+from tools.wheel import build_wheel, needed_libc
+
+MISSING = load_kernels()
+LARGEST = 15_000_000
+DEMO = """
+import json, time
+started = time.perf_counter()
+import torch, lissom
+from lissom.demo import SENTENCES
+from lissom.frontends.huggingface import load
+from lissom.ops.native import describe_kernels
+minilm = load("minilm")
+compiled = lissom.compile(minilm.model, minilm.example_inputs, progress=lambda *_: None)
+found = compiled(**minilm.encode(SENTENCES)).last_hidden_state
+kernels = sorted({str(node.target) for node in compiled.program.nodes() if str(node.target).startswith("lissom")})
+print(json.dumps([lissom.__file__, describe_kernels(), kernels, found.flatten()[:50].tolist(), time.perf_counter() - started]))
+"""
+
+
+def demo(python: Path | str, folder: Path, **environment: str) -> list[object]:
+    """What the demo's model says of its kernels and answers, in a process of its own."""
+    given = {"HF_HUB_OFFLINE": "1", "LISSOM_KERNELS": "ours", "HOME": str(folder), **environment}
+    done = subprocess.run([python, "-c", DEMO], cwd=folder, env=given, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def fresh_environment(folder: Path, wheel: Path) -> Path:
+    """The Python of a new environment with the wheel, which takes all other packages from this environment."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    # Before it sees the other packages, among them this environment's Lissom.
+    subprocess.run([python, "-I", "-m", "pip", "install", "-q", "--no-index", "--no-deps", wheel], check=True)
+    packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    (packages / "packages.pth").write_text(str(Path(torch.__file__).parent.parent) + "\n")
+    return python
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+def test_a_wheel_runs_without_a_compiler_as_a_build_from_source_does(tmp_path):
+    isa = usable_sets()[0]
+    wheel = build_wheel(tmp_path, [isa])
+    assert wheel.stat().st_size < LARGEST
+    assert f"-py3-none-manylinux_2_{needed_libc(_libraries(wheel, tmp_path))}_" in wheel.name
+    python = fresh_environment(tmp_path / "environment", wheel)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    started = time.perf_counter()
+    file, kernels, used, answers, _ = demo(python, elsewhere, PATH="/nowhere", CXX="no-compiler")
+    print(f"first answer after {time.perf_counter() - started:.1f} s")
+    assert Path(str(file)).is_relative_to(tmp_path / "environment")
+    root = str(Path(__file__).parent.parent.parent)
+    built = demo(sys.executable, elsewhere, PATH=os.environ["PATH"], PYTHONPATH=root, XDG_CACHE_HOME=_cache())
+    assert [kernels, used, answers] == built[1:4]
+    assert str(kernels).startswith(isa.name) and used
+
+
+def _libraries(wheel: Path, folder: Path) -> list[Path]:
+    with zipfile.ZipFile(wheel) as archive:
+        return [Path(archive.extract(name, folder / "unpacked")) for name in archive.namelist() if name.endswith(".so")]
+
+
+def _cache() -> str:
+    return os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+
+
+def test_a_library_for_one_processor_is_no_wheel(tmp_path):
+    with pytest.raises(UnsupportedError, match="would run on processors like this one only; build on x86_64"):
+        build_wheel(tmp_path, [InstructionSet("native", (), ("-march=native",))])

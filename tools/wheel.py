@@ -1,0 +1,72 @@
+"""Builds the wheel of this platform with its kernels: `python -m tools.wheel dist`.
+
+It needs a C++ compiler, and PyTorch and setuptools in the environment that runs it. The libraries of all instruction sets
+are built, or taken from the cache, and put into a copy of the package. The wheel serves every Python, and every PyTorch from
+2.11 on; its tag says which C library it needs at least. `--isa avx2` builds that set alone, for a try.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lissom.errors import UnsupportedError
+from lissom.ops.native.build import build_once, built_library, find_compiler, shipped_name
+from lissom.ops.native.instruction_sets import INSTRUCTION_SETS, InstructionSet
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("pyproject.toml", "README.md", "LICENSE", "lissom")
+OLDEST_LIBC = 17
+"""manylinux_2_17 is the oldest tag that pip knows by this name."""
+
+
+def build_wheel(output: Path, sets: Sequence[InstructionSet] = INSTRUCTION_SETS) -> Path:
+    """Build the wheel into a folder, and return its path.
+
+    Raises: UnsupportedError where kernels are built for one kind of processor only; RuntimeError without a compiler or when it
+        fails; CalledProcessError when pip fails.
+    """
+    if any("-march=native" in isa.flags for isa in sets):
+        raise UnsupportedError(f"a wheel for {platform.machine()} would run on processors like this one only; build on x86_64")
+    compiler = find_compiler()
+    with tempfile.TemporaryDirectory() as folder:
+        staged = Path(folder)
+        for name in PARTS:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+            copy(ROOT / name, staged / name)
+        libraries = staged / "lissom" / "ops" / "native" / "libraries"
+        libraries.mkdir()
+        for isa in sets:
+            build_once(compiler, built_library(isa), isa)
+            subprocess.run(["strip", "-o", libraries / shipped_name(isa), built_library(isa)], check=True)
+        tag = f"manylinux_2_{needed_libc(libraries.iterdir())}_{platform.machine()}"
+        options = [f"--config-settings=--build-option=--plat-name={tag}", "--no-deps", "--no-build-isolation", "--quiet"]
+        subprocess.run([sys.executable, "-m", "pip", "wheel", *options, "-w", output, staged], check=True)
+    return next(output.glob(f"lissom-*{tag}.whl"))
+
+
+def needed_libc(libraries: Iterable[Path]) -> int:
+    """The minor version of glibc 2 that the libraries need: 34 for 2.34."""
+    found = (re.findall(rb"GLIBC_2\.(\d+)", path.read_bytes()) for path in libraries)
+    return max(OLDEST_LIBC, *(int(minor) for minors in found for minor in minors))
+
+
+def main() -> None:
+    """Build, and print the wheel with its size."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("output", type=Path, help="the folder of the wheel")
+    parser.add_argument("--isa", action="append", help="an instruction set; all by default")
+    given = parser.parse_args()
+    wheel = build_wheel(given.output, [isa for isa in INSTRUCTION_SETS if not given.isa or isa.name in given.isa])
+    print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
