@@ -17,6 +17,7 @@ from sentence_transformers.base.modules import Transformer
 from torch import nn
 from transformers import PretrainedConfig
 
+from lissom.artifacts.packed import load_linked
 from lissom.compiler.analysis.embedding_bounds import vocabulary_size
 from lissom.errors import ArtifactError, InputError
 from lissom.integrations.fused_modules import Constant, Features, split_features
@@ -104,7 +105,7 @@ class CompiledTransformer(Transformer):
         )
         if found is None or not Path(found).is_dir():
             raise ArtifactError(f"'{model_name_or_path}' has no folder '{FOLDER}' with a compiled model; save the model again")
-        return load(found)
+        return load_linked(Path(found), load)
 
     def forward(self, features: Features, **kwargs: object) -> dict[str, Any]:
         """The features, and what the compiled modules add to them.

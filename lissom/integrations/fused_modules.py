@@ -50,6 +50,25 @@ class FusedModules(nn.Module):
         return {name: found[name] for name in self.outputs}
 
 
+class WholeSplade(nn.Module):
+    """`SpladePooling` over all tokens at once; its loop over chunks would fix the number of tokens.
+
+    y[v] = max over t, or sum over t, of log(1 + relu(x[t, v])), applied twice where the activation is `log1p_relu`
+    """
+
+    def __init__(self, pooling: Any) -> None:
+        super().__init__()
+        self.takes_max = pooling.pooling_strategy == "max"
+        self.logs = 2 if pooling.activation_function == "log1p_relu" else 1
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        logits = features[TOKENS]
+        weights = (logits * features[MASK].unsqueeze(-1).to(logits.dtype)).relu()
+        for _ in range(self.logs):
+            weights = weights.log1p()
+        return {**features, EMBEDDING: weights.amax(dim=1) if self.takes_max else weights.sum(dim=1)}
+
+
 def fuse(
     name: str,
     arguments: Sequence[str],

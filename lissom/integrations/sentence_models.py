@@ -16,6 +16,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncod
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -27,7 +28,7 @@ from lissom.errors import CaptureError, InputError, UnsupportedError
 from lissom.frontends.export import evaluating
 from lissom.frontends.huggingface import SENTENCES
 from lissom.integrations.compiled_transformer import CompiledTransformer, check_vocabulary
-from lissom.integrations.fused_modules import EMBEDDING, SCORES, Constant, fuse, split_features
+from lissom.integrations.fused_modules import EMBEDDING, SCORES, Constant, WholeSplade, fuse, split_features
 from lissom.passes.prune.pack_tokens.pack_tokens import PackTokens
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.hosted_model import FixedModule
@@ -53,7 +54,8 @@ def compile_sentence_model(model: _Model, example_inputs: Inputs | None, setting
     with evaluating(model), torch.no_grad():
         outputs = _outputs(model, fused, example, constants)
     dimension = None if rest or isinstance(model, CrossEncoder) else model.get_embedding_dimension()  # pyright: ignore
-    chain = fuse(type(model).__name__, list(example), fused, constants, outputs, _config_of(model, first))
+    traced = [WholeSplade(module) if isinstance(module, SpladePooling) else module for module in fused]
+    chain = fuse(type(model).__name__, list(example), traced, constants, outputs, _config_of(model, first))
 
     def with_program(program: FixedModule) -> _Model:
         names = [type(module).__name__ for module in fused]
