@@ -67,7 +67,7 @@ class TokenEmbeddings(nn.Module):
 
 def export(encoder: Encoder, folder: Path) -> Path:
     """The transformer as ONNX with dynamic batch and sequence."""
-    names = ("input_ids", "token_type_ids", "attention_mask")
+    names = ["input_ids", "token_type_ids", "attention_mask"]
     example = encoder.preprocess(["a text", "another, longer text"])
     file = folder / "model.onnx"
     axes = {name: {0: "batch", 1: "sequence"} for name in (*names, "tokens")}
