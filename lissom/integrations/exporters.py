@@ -19,14 +19,13 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 from transformers.exporters import DynamoConfig, DynamoExporter, ExportMetadata, ModelRunner, register_backend
 from transformers.exporters.exporter_dynamo import patch_model_config
-from transformers.exporters.metadata import load_treespec
 from transformers.exporters.utils import _OUTPUT_FLAGS
 
 from lissom.artifacts.packed import load_packed, pack
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.driver.compile import compile_captured
-from lissom.driver.options import Settings
+from lissom.driver.options import Settings, check_settings
 from lissom.errors import CaptureError, InputError
 from lissom.frontends.confirm import confirm
 from lissom.frontends.device import device_of
@@ -84,6 +83,8 @@ class LissomExporter(DynamoExporter):
         Raises: CaptureError if the model cannot be captured; else what `lissom.compile` raises.
         """
         started = time.perf_counter()
+        settings = config.settings()
+        check_settings(settings)
         name = type(model).__name__
         flags = {key: value for key, value in sample_inputs.items() if key in _OUTPUT_FLAGS}
         try:
@@ -92,7 +93,7 @@ class LissomExporter(DynamoExporter):
         except Exception as error:
             raise CaptureError(f"{name} cannot be captured by transformers' exporter: {describe_failure(error)}") from error
         take = _Capturing(exported, model, flags, time.perf_counter() - started)
-        return compile_captured(take, device_of(model, ()), config.settings()), metadata
+        return compile_captured(take, device_of(model, ()), settings), metadata
 
     @classmethod
     def save_program(cls, program: CompiledModel, path: str | Path) -> None:
@@ -111,7 +112,7 @@ class LissomRunner(ModelRunner):
     def __init__(self, model: CompiledModel, metadata: ExportMetadata) -> None:
         super().__init__(metadata)
         self.model = model
-        self._order = cast("list[str]", load_treespec(cast(str, metadata.in_spec)).children_specs[1].context)
+        self._order = list(metadata.kwargs)
 
     @property
     def device(self) -> torch.device:
