@@ -66,7 +66,6 @@ class CompiledTransformer(Transformer):
     def __init__(self, model_name_or_path: str, *, lissom: Mapping[str, Any] | None = None, **options: Any) -> None:
         """Reads a saved model; called by `load`. lissom: the fields that `get_config_dict` adds."""
         fields = dict(lissom or {})
-        self._directory = model_name_or_path
         super().__init__(model_name_or_path, **options)
         self.can_flatten_inputs = False
         try:
