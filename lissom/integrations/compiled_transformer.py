@@ -57,7 +57,7 @@ class CompiledTransformer(Transformer):
         nn.Module.__init__(made)
         kept = {name: value for name, value in vars(module).items() if name not in vars(made)}
         # A change of the maximum length must not reach the original's tokenizer.
-        made.__dict__.update(kept, processor=copy.deepcopy(module.processor))
+        vars(made).update(kept, processor=copy.deepcopy(module.processor))
         made.can_flatten_inputs = False
         made.model = model  # pyright: ignore[reportAttributeAccessIssue]
         made.fused, made.constants, made.dimension = fused, dict(constants), dimension

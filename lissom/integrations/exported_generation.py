@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, GenerationMixin, PretrainedConfig
-from transformers.exporters import ExportedModel
+from transformers.exporters.base import ExportedModel
 
 from lissom.errors import InputError, UnsupportedError
 from lissom.integrations.exporters import FORMAT, LissomRunner

@@ -17,8 +17,11 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
-from transformers.exporters import DynamoConfig, DynamoExporter, ExportMetadata, ModelRunner, register_backend
-from transformers.exporters.exporter_dynamo import patch_model_config
+from transformers.exporters.auto import register_backend
+from transformers.exporters.configs import DynamoConfig
+from transformers.exporters.exporter_dynamo import DynamoExporter, patch_model_config
+from transformers.exporters.metadata import ExportMetadata
+from transformers.exporters.runners.base import ModelRunner
 from transformers.exporters.utils import _OUTPUT_FLAGS
 
 from lissom.artifacts.packed import load_packed, pack
@@ -96,12 +99,14 @@ class LissomExporter(DynamoExporter):
         return compile_captured(take, device_of(model, ()), settings), metadata
 
     @classmethod
-    def save_program(cls, program: CompiledModel, path: str | Path) -> None:
+    def save_program(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, program: CompiledModel, path: str | Path
+    ) -> None:
         """Write one file that holds the program's artifact. Raises: ArtifactError, UnsupportedError."""
         pack(program.save, Path(path))
 
     @classmethod
-    def load_program(cls, path: str | Path) -> CompiledModel:
+    def load_program(cls, path: str | Path) -> CompiledModel:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The program of a file. Raises: ArtifactError if it holds none."""
         return load_packed(Path(path), load)
 

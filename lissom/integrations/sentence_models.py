@@ -189,6 +189,6 @@ def _with_modules(model: _Model, module: nn.Module, rest: Sequence[nn.Module]) -
     made._modules = {names[0]: module, **kept}
     made.prompts = dict(model.prompts)
     made.model_card_data = copy.copy(model.model_card_data)
-    made.model_card_data.register_model(made)
+    cast(Any, made.model_card_data).register_model(made)
     made.clear_placement_cache()
     return made

@@ -61,10 +61,9 @@ def vocabulary_size(program: Program, name: str) -> int | None:
 
     name: of the input, `input_ids`.
     """
-    shapes: dict[object, torch.Size] = {weight: tensor.shape for weight, tensor in program.weights().items()}
-    paths = (leaf.path for leaf in program.signature.tensors)
-    ids = {node for node, path in zip(program.placeholders, paths, strict=True) if path == name}
-    found: list[int] = []
+    shapes: dict[object, torch.Size] = {name: weight.shape for name, weight in program.weights().items()}
+    leaves = zip(program.signature.tensors, program.placeholders, strict=True)
+    ids = {node for leaf, node in leaves if leaf.path == path}
     for node in program.nodes():
         if node.target in _MOVES and node.args[0] in ids:
             ids.add(node)
