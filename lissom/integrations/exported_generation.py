@@ -71,7 +71,7 @@ class ExportedGenerator(nn.Module, GenerationMixin):
             raise InputError("the prompts have padding, and the model was exported without; export it with a padded example")
         if attention_mask is None and "attention_mask" in taken:
             attention_mask = input_ids.new_ones(len(input_ids), cached + input_ids.shape[1])
-        given = {
+        given: dict[str, Any] = {
             **others,
             "input_ids": input_ids,
             "attention_mask": attention_mask,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
+import sympy
 import torch
 from torch import nn
 from torch.export import ExportedProgram
@@ -174,6 +175,7 @@ class _Capturing:
         exported = self.exported.run_decompositions({})
         names = [str(spec.arg.name) for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
         mutated = _return_mutated(exported)
+        _tie_mask(exported)
         flat = dict(zip(names, leaves, strict=True))
         program = flatten_exported(exported, type(self.model).__name__, (), flat, (), has_caches=True)
         count = len(cast("Sequence[object]", program.output.args[0])) - len(mutated)
@@ -210,6 +212,24 @@ def _only_tensors(program: Program) -> Program:
     leaves = cast("Sequence[object]", found.output.args[0])
     found.output.args = (tuple(leaf for leaf in leaves if nodes.is_tensor(leaf)),)
     return found
+
+
+def _tie_mask(exported: ExportedProgram) -> None:
+    """Make the length of a padding mask the cached and the new tokens, if it is that in the example.
+
+    Export keeps its own symbol for it: the model cuts the mask to that length, and would pad a shorter one.
+    """
+    values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
+    inputs = [values[str(spec.arg.name)] for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
+    cache = next((value for value in inputs if isinstance(value, torch.Tensor) and value.dim() == 4), None)
+    mask, ids = values.get("attention_mask"), values.get("input_ids")
+    if mask is None or ids is None or cache is None or mask.dim() != 2:
+        return
+    length, total = mask.shape[1], cache.shape[2] + ids.shape[1]
+    if isinstance(length, torch.SymInt) and isinstance(total, torch.SymInt) and length.node.hint == total.node.hint:
+        symbol = length.node.expr
+        if isinstance(symbol, sympy.Symbol) and symbol not in total.node.expr.free_symbols:
+            length.node.shape_env._set_replacement(symbol, total.node.expr, "a mask of cached and new tokens")
 
 
 def _return_mutated(exported: ExportedProgram) -> list[str]:
