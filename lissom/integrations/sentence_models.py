@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.options import Metric
+from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.driver.compile import compile_model
 from lissom.driver.options import Inputs, Settings, resolve_passes
 from lissom.errors import CaptureError, InputError, UnsupportedError
@@ -35,6 +36,8 @@ from lissom.runtime.hosted_model import FixedModule
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _KINDS = (SentenceTransformer, SparseEncoder, CrossEncoder)
+_AFTER_PACKING = {"quantize", "gptq", "linear-attention"}
+"""The passes whose results `pack-tokens` does not follow."""
 _BATCH = 16
 """The texts of a batch of calibration data."""
 
@@ -44,7 +47,7 @@ def compile_sentence_model(model: _Model, example_inputs: Inputs | None, setting
 
     example_inputs, and the data of the settings: texts, or pairs of texts for a `CrossEncoder`, or batches of features from
     `model.preprocess`. Without example inputs two sentences are used. A metric is called with a model of this class.
-    `pack-tokens` is appended to the passes, so that padding is not computed.
+    `pack-tokens` is added to the passes, so that padding is not computed.
 
     Raises: what `lissom.compile` raises.
     """
@@ -61,16 +64,22 @@ def compile_sentence_model(model: _Model, example_inputs: Inputs | None, setting
         names = [type(module).__name__ for module in fused]
         return _with_modules(model, CompiledTransformer.of(first, program, names, constants, dimension), rest)
 
-    packing = resolve_passes(settings.passes)
-    if not any(isinstance(item, PackTokens) for item in packing):
-        packing.append(PackTokens())
     metric = settings.metric and _on_models(settings.metric, with_program, chain.config)
-    settings = replace(settings, passes=packing, data=_batches(model, settings.data), metric=metric)
+    settings = replace(settings, passes=_with_packing(settings.passes), data=_batches(model, settings.data), metric=metric)
     compiled = compile_model(chain, example, settings)
     if settings.dynamic is True:
         _check_sizes(compiled)
     check_vocabulary(model.tokenizer, compiled, type(model).__name__)
     return with_program(compiled)
+
+
+def _with_packing(passes: str | Pass | Sequence[Pass]) -> list[Pass]:
+    """The passes with `pack-tokens` at the last place where it follows the tokens: behind pruning, before quantization."""
+    found = resolve_passes(passes)
+    if not any(isinstance(item, PackTokens) for item in found):
+        at = next((at for at, item in enumerate(found) if item.name() in _AFTER_PACKING), len(found))
+        found.insert(at, PackTokens())
+    return found
 
 
 def _split(model: BaseModel) -> tuple[list[nn.Module], list[nn.Module]]:
