@@ -61,9 +61,10 @@ def vocabulary_size(program: Program, name: str) -> int | None:
 
     name: of the input, `input_ids`.
     """
-    shapes: dict[object, torch.Size] = {name: weight.shape for name, weight in program.weights().items()}
+    shapes: dict[object, torch.Size] = {weight: tensor.shape for weight, tensor in program.weights().items()}
     leaves = zip(program.signature.tensors, program.placeholders, strict=True)
-    ids = {node for leaf, node in leaves if leaf.path == path}
+    ids = {node for leaf, node in leaves if leaf.path == name}
+    found: list[int] = []
     for node in program.nodes():
         if node.target in _MOVES and node.args[0] in ids:
             ids.add(node)
