@@ -1,4 +1,6 @@
-"""Sentence Transformers with a compiled model in place of its transformer: similarity of sentences."""
+"""A model of Sentence Transformers compiled whole, saved, and loaded by Sentence Transformers."""
+
+import tempfile
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -11,10 +13,12 @@ SENTENCES = ["How do I reset my password?", "I cannot get into my account.", "Wh
 encoder = SentenceTransformer(str(find_directory("minilm")), device="cpu")  # or your own directory or name
 original = encoder.encode(SENTENCES, convert_to_tensor=True)
 
-example = encoder.tokenizer(SENTENCES, padding=True, return_tensors="pt")
-encoder[0].model = lissom.compile(encoder[0].model, example)
-found = encoder.encode(SENTENCES, convert_to_tensor=True)
+fast = lissom.compile(encoder)  # transformer, pooling and normalization in one program
+with tempfile.TemporaryDirectory() as folder:
+    fast.save(folder)
+    fast = SentenceTransformer(folder, device="cpu")
+found = fast.encode(SENTENCES, convert_to_tensor=True)
 
-print(encoder.similarity(found, found))
+print(fast.similarity(found, found))
 torch.testing.assert_close(found, original, rtol=1e-4, atol=1e-4)
 print("equal to the original model's embeddings")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, cast, overload
 
 import torch
 from torch import nn
@@ -16,20 +17,51 @@ from lissom.compiler.pipeline.options import Checks, Goal, Metric, Progress
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.driver.compile import compile_model, optimize_model
 from lissom.driver.options import Inputs, Settings
-from lissom.errors import UnsupportedError, refuse_old_names
+from lissom.errors import InputError, UnsupportedError, refuse_old_names
 from lissom.files import check_path
 from lissom.frontends.dynamic import Dynamic
 from lissom.inspect.report import Report
+from lissom.integrations import is_sentence_model
 from lissom.runtime.checkpoint import save_checkpoint
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.hosted_model import Facts
 from lissom.runtime.model_files import Saveable
 
+if TYPE_CHECKING:
+    from sentence_transformers.base.model import BaseModel
+
+    _SentenceModel = TypeVar("_SentenceModel", bound=BaseModel)
+
+
+class _Options(TypedDict, total=False):
+    """The keywords of `compile`."""
+
+    passes: str | Pass | Sequence[Pass]
+    backend: str | Backend
+    world_size: int | None
+    device: str | torch.device | None
+    dynamic: Dynamic | bool
+    checks: Checks
+    data: Iterable[Inputs]
+    metric: Metric | None
+    max_drop: float | None
+    goal: Goal | None
+    simulate: bool
+    progress: Progress | None
+
+
+@overload
+def compile(model: _SentenceModel, example_inputs: Inputs | None = None, **options: Unpack[_Options]) -> _SentenceModel: ...
+
+
+@overload
+def compile(model: nn.Module | Program, example_inputs: Inputs, **options: Unpack[_Options]) -> CompiledModel: ...
+
 
 @refuse_old_names
 def compile(
     model: nn.Module | Program,
-    example_inputs: Inputs,
+    example_inputs: Inputs | None = None,
     *,
     passes: str | Pass | Sequence[Pass] = "exact",
     backend: str | Backend = "eager",
@@ -43,13 +75,15 @@ def compile(
     goal: Goal | None = "latency",
     simulate: bool = False,
     progress: Progress | None = None,
-) -> CompiledModel:
+) -> CompiledModel | BaseModel:
     """Optimize a model for inference.
 
     The model itself is not modified. The result shares its weights until a pass changes one.
 
-    model: a module, or a program from `lissom.optimize`, whose sizes vary as they did there.
-    example_inputs: a tuple holds positional arguments, a mapping keyword arguments, a tensor is the only argument.
+    model: a module, or a program from `lissom.optimize`, whose sizes vary as they did there. A `SentenceTransformer`, a
+        `CrossEncoder` or a `SparseEncoder` gives a model of its own class, all of whose modules run as one program.
+    example_inputs: a tuple holds positional arguments, a mapping keyword arguments, a tensor is the only argument. Models of
+        Sentence Transformers take texts, here and as data, and have a default.
     passes: pipeline text, pass objects, or a recipe's name, run in the order written. The recipe `exact` brings every model
         into canonical form and always comes first.
     backend: the backend that runs the result: a name, or an object with options, `lissom.OnnxRuntime(threads=2)`;
@@ -95,6 +129,12 @@ def compile(
         simulate=simulate,
         progress=progress,
     )
+    if is_sentence_model(model):
+        from lissom.integrations.sentence_models import compile_sentence_model
+
+        return compile_sentence_model(cast(Any, model), example_inputs, settings)
+    if example_inputs is None:
+        raise InputError("example_inputs= is missing; give a tuple of arguments, a mapping of keywords, or the only tensor")
     return compile_model(model, example_inputs, settings)
 
 

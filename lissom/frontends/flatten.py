@@ -40,15 +40,18 @@ def flatten_exported(
     args: Sequence[object],
     kwargs: Mapping[str, object],
     parameters: tuple[str, ...],
+    *,
+    has_caches: bool = False,
 ) -> Program:
     """The exported program as a flat program.
 
     args, kwargs: the caller's example inputs, for their nesting and constants.
     parameters: the parameter names of the model's `forward`.
+    has_caches: whether inputs of rank 4 are caches, whose lengths may be equal to the sequence in the example alone.
 
     Raises: CaptureError for mutated inputs, control flow and custom objects, which a program cannot hold.
     """
-    _unify_sizes(exported)
+    _unify_sizes(exported, 3 if has_caches else None)
     weights = _weights(exported)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -202,16 +205,20 @@ def _plain(leaf: object, spec) -> object:  # noqa: ANN001
     return spec.arg.value if isinstance(spec.arg, ExportedConstant) else leaf.meta["val"]
 
 
-def _unify_sizes(exported: ExportedProgram) -> None:
+def _unify_sizes(exported: ExportedProgram, rank: int | None) -> None:
     """Use one symbol for the batch, and one for the sequence, of inputs with equal example sizes.
 
     Export keeps two symbols if nothing in the graph forces the sizes to be equal, as for a mask that is only indexed; equal
     example sizes mean one dimension. Masks over pairs of tokens have the sequence twice.
+
+    rank: of the inputs with a sequence, at most; None for any.
     """
     first: dict[tuple[int, int], sympy.Symbol] = {}
     pairs = zip(exported.graph_signature.input_specs, _placeholders(exported), strict=True)
     inputs = [node.meta["val"] for spec, node in pairs if spec.kind == InputKind.USER_INPUT]
-    sizes = [(index, size) for value in inputs if isinstance(value, torch.Tensor) for index, size in enumerate(value.shape)]
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    counted = [value.shape if rank is None or value.dim() <= rank else value.shape[:1] for value in tensors]
+    sizes = [(index, size) for shape in counted for index, size in enumerate(shape)]
     for index, size in sorted(sizes, key=operator.itemgetter(0)):
         if not isinstance(size, torch.SymInt) or not isinstance(size.node.expr, sympy.Symbol):
             continue

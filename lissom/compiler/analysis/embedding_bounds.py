@@ -11,12 +11,23 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.collectives import alone
 from lissom.compiler.ir.placement import Placed
 from lissom.compiler.ir.program import Program
 from lissom.ops.packed_linear import packed_embedding
 
 aten = torch.ops.aten
+
+_MOVES = {
+    *ops.RESHAPES,
+    *ops.CONVERSIONS,
+    *ops.IDENTITIES,
+    aten.index_select.default,
+    aten.slice.Tensor,
+    aten.clamp_min.default,
+}
+"""Operators whose result holds ids of their first argument."""
 
 
 def outside_table(program: Program, inputs: Sequence[torch.Tensor]) -> str | None:
@@ -51,10 +62,15 @@ def vocabulary_size(program: Program, name: str) -> int | None:
     name: of the input, `input_ids`.
     """
     shapes: dict[object, torch.Size] = {weight: tensor.shape for weight, tensor in program.weights().items()}
-    paths = (leaf.path for leaf in program.signature.tensors)
-    ids = {node for node, path in zip(program.placeholders, paths, strict=True) if path == name}
-    found = [_look_up(node, shapes) for node in program.nodes()]
-    return min((item[1] for item in found if item is not None and item[0] in ids), default=None)
+    leaves = zip(program.signature.tensors, program.placeholders, strict=True)
+    ids = {node for leaf, node in leaves if leaf.path == name}
+    found: list[int] = []
+    for node in program.nodes():
+        if node.target in _MOVES and node.args[0] in ids:
+            ids.add(node)
+        elif (looked_up := _look_up(node, shapes)) is not None and looked_up[0] in ids:
+            found.append(looked_up[1])
+    return min(found, default=None)
 
 
 def embedding_tables(program: Program) -> dict[str, torch.Tensor]:
