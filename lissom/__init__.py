@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from lissom.registration import register_with_transformers
+from lissom.registration import register_with_libraries
 from lissom.shadowing import refuse_shadows
 from lissom.version import __version__
 
@@ -86,4 +86,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_ROOMS})
 
 
-register_with_transformers()
+register_with_libraries()

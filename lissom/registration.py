@@ -1,10 +1,11 @@
-"""Makes saved models known to transformers' Auto classes, whichever of Lissom and transformers is imported first."""
+"""Makes Lissom known to transformers and Sentence Transformers, whichever of them and Lissom is imported first."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -57,11 +58,24 @@ def _register_models() -> None:
     importlib.import_module("lissom.auto_model").register_models()
 
 
-def register_with_transformers() -> None:
-    """Register the configuration and the loader of saved models with transformers, which is not imported for it."""
+def _register_exporter() -> None:
+    importlib.import_module("lissom.integrations.exporters")
+
+
+def _register_sentence_models() -> None:
+    # A version with other classes is imported as if Lissom were not here.
+    with suppress(ImportError):
+        importlib.import_module("lissom.integrations.compiled_transformer")
+
+
+def register_with_libraries() -> None:
+    """Register saved models with the Auto classes of transformers and with Sentence Transformers, and the backend of
+    transformers' exporters. Neither library is imported for it."""
     after_import(
         {
             "transformers.models.auto.configuration_auto": _register_config,
             "transformers.models.auto.modeling_auto": _register_models,
+            "transformers.exporters.auto": _register_exporter,
+            "sentence_transformers": _register_sentence_models,
         }
     )

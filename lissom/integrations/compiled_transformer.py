@@ -1,7 +1,7 @@
 """The module of Sentence Transformers that runs a compiled program, and its files.
 
-Importing this file is what makes `SentenceTransformer(directory)` find the class of a saved model without
-`trust_remote_code=True`.
+Importing this file, as `import lissom` does once Sentence Transformers is imported, makes `SentenceTransformer(directory)` find
+the class of a saved model without `trust_remote_code=True`.
 """
 
 from __future__ import annotations

@@ -277,9 +277,9 @@ def test_minilm(passes):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("first", ["", "import lissom.integrations.compiled_transformer"])
+@pytest.mark.parametrize("first", ["", "import lissom", "import sentence_transformers, lissom"])
 def test_a_saved_model_in_a_new_process(saved, fast, first):
-    """Sentence Transformers imports the class itself where it is trusted; else the import of one file is enough."""
+    """Sentence Transformers imports the class itself where it is trusted; else the import of Lissom is enough."""
     options = "" if first else ", trust_remote_code=True"
     code = f"{first}\nfrom sentence_transformers import SentenceTransformer\n"
     code += f"print(SentenceTransformer({str(saved)!r}, device='cpu'{options}).encode({TEXTS[0]!r})[0])"
