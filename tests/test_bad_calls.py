@@ -118,7 +118,7 @@ def quantized() -> torch.Tensor:
 
 
 INPUTS: dict[str, Refusal] = {
-    "none": (InputError, "example_inputs is a NoneType; a tuple is positional", lambda: compile_(inputs=None)),
+    "none": (InputError, "example_inputs= is missing; give a tuple", lambda: compile_(inputs=None)),
     "text": (InputError, "example_inputs is a str;", lambda: compile_(inputs="a text")),
     "number": (InputError, "example_inputs is a int;", lambda: compile_(inputs=1)),
     "array": (InputError, "example_inputs is a ndarray;", lambda: compile_(inputs=np.zeros((2, 4)))),

@@ -78,7 +78,7 @@ COMMANDS: dict[str, tuple[str, int, str]] = {
     "seed text": ("generate nowhere hello --seed one", 2, "Invalid value for '--seed'"),
     "show nothing": ("show nowhere", 1, "'nowhere' is neither a directory"),
     "show an artifact with passes": ("show {model} --passes funnel", 2, "do not go with a saved model"),
-    "show sizes alone": ("show {model} --batch 2", 2, "--batch and --sequence go with --cost or --sharding"),
+    "show sizes alone": ("show {model} --batch 2", 2, "--batch and --sequence go with --cost, --sharding or --attention"),
     "show one rank": ("show {model} --sharding 1", 2, "--sharding takes 2 ranks or more"),
     "show sequence alone": ("show {model} --sequence-parallel", 2, "goes with --sharding"),
     "show latency nan": ("show {model} --sharding 2 --latency nan", 2, "Invalid value for '--latency'"),

@@ -378,7 +378,7 @@ def test_it_is_a_module_of_the_models_name_that_stays_as_it_is() -> None:
     assert type(fast).__name__ == "LlamaForCausalLM" and isinstance(fast, torch.nn.Module)
     assert fast.eval().to("cpu").float() is fast
     assert (fast.device, fast.dtype, fast.can_generate()) == (torch.device("cpu"), torch.float32, True)
-    assert list(fast.parameters()) == [] and fast.state_dict() == {}
+    assert list(fast.parameters()) == [] and "model.norm.weight" in fast.state_dict()
     with pytest.raises(UnsupportedError, match="LlamaForCausalLM is compiled for inference and cannot train"):
         fast.train()
     for again in (lambda: lissom.compile_generation(fast, max_length=32), lambda: lissom.compile(fast, prompt())):

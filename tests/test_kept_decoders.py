@@ -12,7 +12,7 @@ import pytest
 
 from lissom.artifacts.directory import NAME
 from lissom.generation import kept
-from lissom.generation.directory import CONFIG
+from lissom.generation.directory import GENERATION
 from lissom.ops.native.build import locked
 
 REMOVE = """
@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     for index in range(6):
         place = found / str(index)
         place.mkdir(parents=True)
-        for name in (NAME, CONFIG):
+        for name in (NAME, GENERATION):
             (place / name).touch()
         os.utime(place, (index, index))
     return found

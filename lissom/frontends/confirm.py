@@ -35,7 +35,8 @@ def answer_to(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, obj
     own_args, own_kwargs = pytree.tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], spec)
     with _restored_buffers(model, [name for name, _ in model.named_buffers()]):
         try:
-            found = pytree.tree_leaves(nn.Module.__call__(model, *own_args, **own_kwargs))
+            # transformers' exporters make caches known to pytree; they stay leaves here.
+            found = pytree.tree_leaves(nn.Module.__call__(model, *own_args, **own_kwargs), is_leaf=is_kv_cache_object)
         # The caller's model may raise anything.
         except Exception as error:
             raise CaptureError(

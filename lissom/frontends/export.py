@@ -288,7 +288,7 @@ def check_model(model: object) -> None:
 
 
 def _check_leaves(inputs: object) -> None:
-    for path, leaf in pytree.tree_flatten_with_path(inputs)[0]:
+    for path, leaf in pytree.tree_flatten_with_path(inputs, is_leaf=is_kv_cache_object)[0]:
         if leaf is not None and not isinstance(leaf, (torch.Tensor, bool, int, float, str)):
             where = pytree.keystr(path[1:])
             if is_kv_cache_object(leaf):

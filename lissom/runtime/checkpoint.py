@@ -230,7 +230,7 @@ def _confirm(program: Program, model: PreTrainedModel, example: Sample, folder: 
     args, kwargs = program.signature.arguments([tensor.cpu() for tensor in example])
     with torch.no_grad(), without_kv_cache(loaded):
         wanted = [leaf for leaf in program.run(example) if isinstance(leaf, torch.Tensor)]
-        given = [leaf for leaf in pytree.tree_leaves(loaded(*args, **kwargs)) if not is_kv_cache_object(leaf)]
+        given = pytree.tree_leaves(loaded(*args, **kwargs), is_leaf=is_kv_cache_object)
     found = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
     pairs = list(zip(found, wanted, strict=False))
     same = len(found) == len(wanted) and all(one.shape == two.shape for one, two in pairs)

@@ -99,3 +99,13 @@ def test_a_cache_that_is_asked_for_is_refused() -> None:
         capture(llama(), (), {"input_ids": ids, "use_cache": True})
     with pytest.raises(CaptureError, match=r"example input \['cache'\] is a KV cache, and a program keeps none; leave it out"):
         capture(llama(), (), {"input_ids": ids, "cache": transformers.DynamicCache()})
+
+
+def test_a_cache_is_left_out_after_transformers_made_it_known_to_pytree() -> None:
+    """Its exporters register the class once; caches are then no leaves by themselves."""
+    from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+
+    model = llama().eval()
+    register_cache_pytrees_for_model(model)
+    found = capture(model, (), inputs_of(model))
+    assert set(found.program.signature.unflatten(found.program.run(found.example))) == {"logits"}

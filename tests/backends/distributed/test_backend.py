@@ -48,7 +48,7 @@ def test_outside_a_group_nothing_is_loaded(saved):
 
 def test_an_artifact_has_one_program_and_a_file_a_rank(held, saved):
     names = {path.name: path.stat().st_size for path in saved.iterdir()}
-    assert set(names) == {NAME, "program.json", "steps.json", "rank-0.safetensors", "rank-1.safetensors"}
+    assert set(names) == {NAME, "config.json", "program.json", "steps.json", "rank-0.safetensors", "rank-1.safetensors"}
     for rank in range(2):
         # A header and the weights of one rank.
         part = held.program.of_rank(rank).parameter_bytes
