@@ -154,6 +154,7 @@ def test_numbers_a_model_draws_are_given_back() -> None:
     assert np.random.get_state()[2] == states[2]
 
 
+@pytest.mark.slow
 def test_what_a_caller_froze_stays_frozen() -> None:
     gc.freeze()
     try:

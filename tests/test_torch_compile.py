@@ -348,7 +348,8 @@ def test_what_vmap_batches_is_lowered() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo's and transformers' own, and what is said of graphs that run as they are
-@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_recurrence_that_is_scanned(dynamic: bool | None) -> None:
     from transformers import MambaConfig, MambaForCausalLM

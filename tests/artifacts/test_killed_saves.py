@@ -16,7 +16,7 @@ from tests.artifacts.killing import contents
 from tests.artifacts.saving import compiled
 
 
-@pytest.mark.parametrize("kind", ["model", "decoder"])
+@pytest.mark.parametrize("kind", ["model", pytest.param("decoder", marks=pytest.mark.slow)])
 def test_a_save_that_is_stopped_leaves_the_old_or_the_new(kind, request):
     count = 100 if request.config.getoption("--slow") else 5
     command = [sys.executable, "-m", "tests.artifacts.killing", kind, "--signal", "SIGKILL", "--signal", "SIGINT"]

@@ -146,6 +146,7 @@ def test_peak_memory_is_that_of_this_process_and_does_not_fall():
     assert peak_bytes() >= before + (before >> 2)
 
 
+@pytest.mark.slow
 def test_a_worker_ends_with_the_process_that_started_it(directory, tmp_path):  # noqa: F811
     """A worker that has begun to time an engine for a minute, and whose parent is killed."""
     script = tmp_path / "parent.py"
