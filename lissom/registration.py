@@ -15,30 +15,31 @@ MODEL_TYPE = "lissom"
 
 
 class _Watcher(MetaPathFinder):
-    """Calls a function once after the import of each of some modules."""
+    """Calls a function once after the import of each of some modules. Looking a module up does not call it."""
 
     def __init__(self, actions: Mapping[str, Callable[[], None]]) -> None:
         self._actions = dict(actions)
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        action = self._actions.pop(name, None)
-        if action is None:
+        if name not in self._actions:
             return None
-        spec = importlib.util.find_spec(name)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((found for finder in others if (found := finder.find_spec(name, path, target)) is not None), None)
         if spec is not None and spec.loader is not None:
-            run_after_import(spec.loader, action)
+            self._run_after_import(spec.loader, name)
         return spec
 
+    def _run_after_import(self, loader: Loader, name: str) -> None:
+        """Let the loader call the module's action when it has run the module."""
+        run = loader.exec_module
 
-def run_after_import(loader: Loader, action: Callable[[], None]) -> None:
-    """Let the loader call the action when it has run a module."""
-    run = loader.exec_module
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            action = self._actions.pop(name, None)
+            if action is not None:
+                action()
 
-    def exec_module(module: ModuleType) -> None:
-        run(module)
-        action()
-
-    loader.exec_module = exec_module
+        loader.exec_module = exec_module
 
 
 def after_import(actions: Mapping[str, Callable[[], None]]) -> None:
@@ -59,11 +60,12 @@ def _register_models() -> None:
 
 
 def _register_exporter() -> None:
-    importlib.import_module("lissom.integrations.exporters")
+    # A version of a library with other classes is imported as if Lissom were not here; so below.
+    with suppress(ImportError):
+        importlib.import_module("lissom.integrations.exporters")
 
 
 def _register_sentence_models() -> None:
-    # A version with other classes is imported as if Lissom were not here.
     with suppress(ImportError):
         importlib.import_module("lissom.integrations.compiled_transformer")
 
