@@ -19,13 +19,14 @@ from lissom.driver.compile import compile_model, optimize_model
 from lissom.driver.options import Inputs, Settings
 from lissom.errors import InputError, UnsupportedError, refuse_old_names
 from lissom.files import check_path
+from lissom.frontends.adapters import with_merged_adapters
 from lissom.frontends.dynamic import Dynamic
 from lissom.inspect.report import Report
 from lissom.integrations import is_sentence_model
 from lissom.runtime.checkpoint import save_checkpoint
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.hosted_model import Facts
-from lissom.runtime.model_files import Saveable
+from lissom.runtime.model_files import Saveable, check_tokenizer
 
 if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel
@@ -161,20 +162,23 @@ class Optimized:
         """Write an ordinary checkpoint that plain transformers loads: weights, and a configuration that says what was removed.
 
         The checkpoint is loaded by transformers and compared with the program before it is written. Layers of different widths
-        are padded with zeros to the widest.
+        are padded with zeros to the widest. The directory is written completely or not at all, and must be new or empty.
 
         tokenizer, processor: as for `CompiledModel.save`.
 
         Raises: UnsupportedError if the model is not one of transformers, its configuration cannot say what was removed, or the
             program computes what no weights say, such as quantized layers; ArtifactError if it cannot be written.
         """
-        model = self._model
-        if not isinstance(model, nn.Module) or Facts.of(model) is None:
+        model = with_merged_adapters(self._model) if isinstance(self._model, nn.Module) else None
+        # Other modules keep a configuration of transformers too.
+        if model is None or Facts.of(model) is None or not hasattr(type(model), "from_pretrained"):
             raise UnsupportedError(
                 f"{self.program.name} was not captured from a transformers model here, and has no checkpoint; call "
                 f"lissom.optimize on the model itself"
             )
-        save_checkpoint(self.program, model, self._example, check_path(directory), tokenizer, processor)  # pyright: ignore
+        if tokenizer is not None:
+            check_tokenizer(self.program, str(getattr(model, "main_input_name", "input_ids")), tokenizer)
+        save_checkpoint(self.program, cast(Any, model), self._example, check_path(directory), tokenizer, processor)
 
 
 def optimize(

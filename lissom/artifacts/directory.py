@@ -96,6 +96,13 @@ def check_target(target: Path) -> None:
         _check_only_ours(target, found)
 
 
+def check_new(target: Path) -> None:
+    """Refuse a path where a new directory cannot be written that is no artifact. Raises: ArtifactError."""
+    check_target(target)
+    if is_artifact(target):
+        raise ArtifactError(f"'{target}' holds a compiled model, which would be replaced; choose another directory")
+
+
 def _check_only_ours(target: Path, found: Collection[str]) -> None:
     """Refuse to replace a directory whose manifest is not Lissom's, or that holds other files than the artifact's."""
     try:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import re
-import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,11 +19,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lissom.artifacts.directory import check_new, write_directory
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
-from lissom.errors import ArtifactError, UnsupportedError
-from lissom.frontends.failures import first_line
+from lissom.errors import UnsupportedError
 from lissom.frontends.kv_cache import is_kv_cache_object, without_kv_cache
 from lissom.runtime.model_files import Saveable, write_processors
 
@@ -47,28 +45,31 @@ def save_checkpoint(
 ) -> None:
     """Write the program's weights as a checkpoint of the model's class, after comparing the loaded checkpoint with the program.
 
+    The directory is written completely or not at all. An existing one is not replaced: its weights in other files than the
+    checkpoint's would stay, and transformers may read those.
+
     program: captured from the model and not lowered. example: flat inputs for the comparison.
 
     Raises: UnsupportedError if the configuration cannot say what was removed, or the checkpoint computes something else;
-        ArtifactError if it cannot be written.
+        ArtifactError if the directory exists, or cannot be written.
     """
+    check_new(directory)
     names, config = _kept_layers(program, model)
     weights = {names[name]: weight.detach() for name, weight in program.weights().items() if name in names}
     fitted = _fit(model, config, {name: tuple(weight.shape) for name, weight in weights.items()})
     state = _state(model, fitted, weights, {new: old for old, new in names.items()})
-    with tempfile.TemporaryDirectory() as temporary:
-        made: Any = type(model)(copy.deepcopy(fitted.config))
-        made.load_state_dict(state, assign=True, strict=False)
-        made.tie_weights()
-        if getattr(model, "generation_config", None) is not None:
-            made.generation_config = copy.deepcopy(model.generation_config)
-        made.save_pretrained(temporary)
-        _confirm(program, model, example, temporary)
-        write_processors(Path(temporary), str(model.config._name_or_path) or None, tokenizer, processor)
-        try:
-            shutil.copytree(temporary, directory, dirs_exist_ok=True)
-        except OSError as error:
-            raise ArtifactError(f"'{directory}' cannot be written: {first_line(error)}; choose another directory") from error
+    made: Any = type(model)(copy.deepcopy(fitted.config))
+    made.load_state_dict(state, assign=True, strict=False)
+    made.tie_weights()
+    if getattr(model, "generation_config", None) is not None:
+        made.generation_config = copy.deepcopy(model.generation_config)
+
+    def write(folder: Path) -> None:
+        made.save_pretrained(folder)
+        _confirm(program, model, example, folder)
+        write_processors(folder, str(model.config._name_or_path) or None, tokenizer, processor)
+
+    write_directory(directory, write)
 
 
 def _kept_layers(program: Program, model: PreTrainedModel) -> tuple[dict[str, str], PretrainedConfig]:
@@ -77,9 +78,9 @@ def _kept_layers(program: Program, model: PreTrainedModel) -> tuple[dict[str, st
     A layer is gone if the program uses none of its weights.
     """
     config, used = copy.deepcopy(model.config), set(program.weights())
-    names = {name: name for name in {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}}
+    names = {name: name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     for path, layers in model.named_modules():
-        if not isinstance(layers, nn.ModuleList) or f"{path}." not in "".join(names):
+        if not isinstance(layers, nn.ModuleList):
             continue
         inner = [[name for name in names if name.startswith(f"{path}.{index}.")] for index in range(len(layers))]
         kept = [index for index, found in enumerate(inner) if not found or used & set(found)]
@@ -132,7 +133,10 @@ def _fit(model: PreTrainedModel, config: PretrainedConfig, wanted: Shapes) -> _F
     """
     target = _widest(wanted)
     shapes = _shapes(model, config)
-    assert shapes is not None
+    if shapes is None:
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot be made from its configuration alone, so no ordinary checkpoint holds it; {_ADVICE}"
+        )
     while wrong := _wrong(shapes, target):
         better = _improved(model, config, shapes, target)
         if better is None:
@@ -224,7 +228,7 @@ def _state(
     return state
 
 
-def _confirm(program: Program, model: PreTrainedModel, example: Sample, folder: str) -> None:
+def _confirm(program: Program, model: PreTrainedModel, example: Sample, folder: Path) -> None:
     """Load the checkpoint in plain transformers and compare it with the program. Raises: UnsupportedError."""
     loaded = type(model).from_pretrained(folder, local_files_only=True).eval()
     args, kwargs = program.signature.arguments([tensor.cpu() for tensor in example])

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 import lissom
-from lissom.errors import UnsupportedError
+from lissom.errors import ArtifactError, UnsupportedError
 from tests.models import normal, seeded, tokens
 
 WIDTHS = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "vocab_size": 61}
@@ -82,6 +82,59 @@ def test_what_no_configuration_says_is_refused(build, passes, sentence, tmp_path
     with pytest.raises(UnsupportedError, match=sentence):
         found.save_pretrained(tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_directory_that_holds_something_is_not_mixed_with(tmp_path):
+    """A shard or an artifact that was there would be read instead of the checkpoint, or be damaged by it."""
+    found, inputs = optimized(bert(), "exact")
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    lissom.compile(nn.Linear(4, 2), normal(3, 4), checks="off").save(tmp_path / "artifact")
+    for folder, sentence in ((tmp_path, "is not an artifact, so it is not replaced"), (tmp_path / "artifact", "would be replaced")):
+        with pytest.raises(ArtifactError, match=sentence):
+            found.save_pretrained(folder)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"mine" and lissom.load(tmp_path / "artifact")
+
+
+class Wrapped(nn.Module):
+    """A module with a configuration of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = bert()
+        self.config = self.inner.config
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.inner(input_ids=input_ids).logits
+
+
+class Narrow(transformers.BertForSequenceClassification):
+    """A model that its configuration alone does not make."""
+
+    def __init__(self, config: transformers.BertConfig, width: int) -> None:
+        super().__init__(config)
+        self.width = width
+
+
+def test_a_model_that_cannot_be_made_from_its_configuration_is_refused(tmp_path):
+    narrow = seeded(lambda: Narrow(bert().config, 3))
+    cases = ((Wrapped().eval(), "was not captured from a transformers model"), (narrow, "cannot be made from its configuration"))
+    for model, sentence in cases:
+        with pytest.raises(UnsupportedError, match=sentence):
+            optimized(model, "exact")[0].save_pretrained(tmp_path / "checkpoint")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_adapters_are_merged_into_the_checkpoint(wrapped, tmp_path):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    lora = peft.LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False)
+    model = (peft.get_peft_model(llama(), lora) if wrapped else peft.inject_adapter_in_model(lora, llama())).eval()
+    found, inputs = optimized(model, "exact")
+    found.save_pretrained(tmp_path / "checkpoint")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_other_models_have_no_checkpoint(tmp_path):
