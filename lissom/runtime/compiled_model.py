@@ -209,7 +209,8 @@ size, or mark the dimension dynamic
         Each file is opened by ONNX Runtime with its default options, and compared with the program.
 
         Raises: UnsupportedError for a model of another backend than `onnxruntime`, or one that does not fit the layout;
-            VerifyError for a file with other answers; ArtifactError if the directory cannot be written.
+            InputError for data or an original that do not fit; VerifyError for a file with other answers; ArtifactError if the
+            directory holds something, or cannot be written.
         """
         if self.backend != OnnxRuntime.name:
             raise UnsupportedError(
@@ -218,6 +219,8 @@ size, or mark the dimension dynamic
         if tokenizer is not None and self.facts is not None:
             check_tokenizer(self.program, self.facts.main_input, tokenizer)
         signature, timer = self.program.signature, self.report.timer
+        if not isinstance(data, Sequence) or not all(isinstance(batch, Mapping) for batch in data):  # pyright: ignore
+            raise InputError("data= is not a list of batches; give mappings from the names of arguments to tensors")
         samples = [signature.flatten((), batch) for batch in data]
         example = timer.example if isinstance(timer, ProgramTimer) else None
         given = samples or ([example] if example is not None else [])

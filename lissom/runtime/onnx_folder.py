@@ -7,6 +7,7 @@ The layout is that of models on the Hugging Face hub for transformers.js, Optimu
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +16,8 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
-from lissom.artifacts.directory import write_directory
+from lissom.artifacts.directory import check_new, write_directory
 from lissom.backends.base import confirm
 from lissom.compiler.analysis.structure.linear import is_quantizer
 from lissom.compiler.ir.program import Program
@@ -25,7 +25,10 @@ from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.divergence import Divergence, compare
-from lissom.errors import UnsupportedError
+from lissom.errors import InputError, UnsupportedError
+from lissom.frontends.confirm import answer_to
+from lissom.frontends.export import evaluating
+from lissom.frontends.kv_cache import without_kv_cache
 from lissom.inspect.timing import Timing, time_calls
 from lissom.passes.precision.cast import Cast
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
@@ -99,6 +102,7 @@ def write_folder(directory: Path, layout: Layout, dtypes: Sequence[Dtype] | None
             f"the layout 'huggingface' has no place for state, and {export.program.name} keeps '{export.program.state[0]}'; "
             "compile the model without a KV cache, or save it with save()"
         )
+    check_new(directory)
     write_directory(directory, partial(_write, export.facts, _chosen(dtypes, export), export))
 
 
@@ -117,7 +121,7 @@ def _chosen(dtypes: Sequence[Dtype] | None, export: Export) -> dict[Dtype, Seque
         raise UnsupportedError(f"dtypes= is {dtypes!r}; choose some of {', '.join(FILES)}")
     if not export.calibrated and "fp16" in wanted:
         if dtypes is not None:
-            raise UnsupportedError("dtypes='fp16' needs data= to find what overflows; pass some batches, or leave it out")
+            raise UnsupportedError("'fp16' in dtypes= needs data= to find what overflows; pass some batches, or leave it out")
         return {name: PASSES[name] for name in wanted if name != "fp16"}
     return {name: PASSES[name] for name in wanted}
 
@@ -138,12 +142,23 @@ def _write(facts: Facts, chosen: Mapping[Dtype, Sequence[Pass]], export: Export,
 
 
 def _wanted(export: Export) -> list[list[object]]:
-    """The outputs of the original model, or of the program, on the samples."""
-    with torch.no_grad():
-        if export.original is None:
+    """The outputs of the original model, or of the program, on the samples.
+
+    Raises: InputError for an original with other outputs; CaptureError if it fails.
+    """
+    if export.original is None:
+        with torch.no_grad():
             return [export.program.run(sample) for sample in export.samples]
-        calls = map(export.program.signature.arguments, export.samples)
-        return [tree_leaves(export.original(*args, **kwargs)) for args, kwargs in calls]
+    calls = map(export.program.signature.arguments, export.samples)
+    with evaluating(export.original), without_kv_cache(export.original), torch.no_grad():
+        found = [answer_to(export.original, args, kwargs) for args, kwargs in calls]
+    count = export.program.signature.out_spec.num_leaves
+    odd = next((len(outputs) for outputs in found if len(outputs) != count), None)
+    if odd is not None:
+        raise InputError(
+            f"original= returns {odd} outputs, and {export.program.name} returns {count}; give the model it was compiled from"
+        )
+    return found
 
 
 def _write_file(
@@ -176,7 +191,8 @@ def _card(facts: Facts, files: Sequence[Written], export: Export) -> str:
     )
     shapes = ", ".join(f"`{leaf.path}` {list(tensor.shape)}" for leaf, tensor in _inputs(export))
     base = facts.source or ""
-    named = f"base_model: {base}\n" if base.count("/") == 1 and not base.startswith(("/", ".")) else ""
+    # A name on the Hub, and no relative path.
+    named = f"base_model: {base}\n" if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) and not Path(base).exists() else ""
     return (
         f"---\nlibrary_name: transformers.js\n{named}tags: [onnx, lissom]\n---\n\n"
         f"# {export.program.name}, exported by Lissom {__version__}\n\n"

@@ -13,10 +13,11 @@ from torch.utils import _pytree as pytree
 
 import lissom
 from lissom.compiler.verify.divergence import relative_error
-from lissom.errors import ArtifactError, UnsupportedError
+from lissom.errors import ArtifactError, CaptureError, InputError, UnsupportedError
 from lissom.frontends.huggingface import Checkpoint
 from lissom.runtime.compiled_model import CompiledModel
 from tests import captures
+from tests.frontends.test_kv_cache import SIZES, llama
 from tests.models import VOCABULARY, feed_forward, tiny_bert
 from tools.zoo import catalogue
 
@@ -110,10 +111,15 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path):
         compiled.export_onnx(tmp_path / "a", layout="keras")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UnsupportedError, match="choose some of fp32, fp16, q8, q4"):
         compiled.export_onnx(tmp_path / "a", dtypes=["q3"])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(UnsupportedError, match="dtypes='fp16' needs data="):
+    with pytest.raises(UnsupportedError, match="'fp16' in dtypes= needs data="):
         compiled.export_onnx(tmp_path / "a", dtypes=["fp16"])
     with pytest.raises(UnsupportedError, match="needs a model compiled with backend='onnxruntime', and this one is"):
         captures.compile(case.model, case.inputs, checks="off").export_onnx(tmp_path / "a")
+    for data in (3, {"input_ids": torch.ones(2, 3)}, [torch.ones(2, 3)]):
+        with pytest.raises(InputError, match="data= is not a list of batches; give mappings"):
+            compiled.export_onnx(tmp_path / "a", data=data)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(CaptureError, match="Linear itself fails on the example inputs"):
+        compiled.export_onnx(tmp_path / "a", dtypes=["fp32"], original=torch.nn.Linear(2, 2))
     other = feed_forward()
     with pytest.raises(UnsupportedError, match=r"needs a config of transformers, and .* has none"):
         captures.compile(other.model, other.inputs, backend=QUICK, checks="off").export_onnx(tmp_path / "a")
@@ -121,6 +127,16 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path):
     (tmp_path / "full" / "letter.txt").write_text("mine")
     with pytest.raises(ArtifactError, match="exists and is not an artifact, so it is not replaced"):
         compiled.export_onnx(tmp_path / "full", dtypes=["fp32"])
+
+
+@pytest.mark.slow
+def test_the_original_may_be_training_and_return_a_cache(tmp_path):
+    model, inputs = llama(), {"input_ids": torch.randint(0, SIZES["vocab_size"], (2, 6))}
+    model.config.attention_dropout = 0.5
+    compiled = lissom.compile(model, inputs, backend=QUICK, checks="off", goal=None)
+    compiled.export_onnx(tmp_path / "model", dtypes=["fp32"], original=model.train())
+    assert "| 1.00000 |" in (tmp_path / "model" / "README.md").read_text()
+    assert model.training and model.config.use_cache
 
 
 @pytest.mark.slow
