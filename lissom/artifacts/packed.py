@@ -16,24 +16,27 @@ from pathlib import Path
 from typing import TypeVar
 
 from lissom.errors import ArtifactError
+from lissom.files import writing_whole
+from lissom.frontends.failures import first_line
 
 _Model = TypeVar("_Model")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def pack(save: Callable[[Path], None], target: Path) -> None:
-    """Write the directory that `save` writes as one file. Raises: what `save` raises; ArtifactError."""
-    try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".lissom-") as temporary:
-            folder = Path(temporary) / "artifact"
-            save(folder)
-            packed = Path(temporary) / "packed"
-            with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
-                for path in sorted(folder.iterdir()):
-                    archive.write(path, path.name)
-            packed.replace(target)
-    except OSError as error:
-        raise ArtifactError(f"'{target}' cannot be written: {error.strerror or error}") from error
+    """Write the directory that `save` writes as one file, completely or not at all.
+
+    Raises: what `save` raises; ArtifactError.
+    """
+    with (
+        writing_whole(target) as file,
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=".lissom-") as temporary,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        folder = Path(temporary) / "artifact"
+        save(folder)
+        for path in sorted(folder.iterdir()):
+            archive.write(path, path.name)
 
 
 def load_packed(path: Path, load: Callable[[Path], _Model]) -> _Model:
@@ -52,8 +55,8 @@ def load_packed(path: Path, load: Callable[[Path], _Model]) -> _Model:
 
     try:
         return _from_copy(unpack, load)
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise ArtifactError(f"'{path}' holds no program of Lissom: {error}; export the model again") from error
+    except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise ArtifactError(f"'{path}' holds no program of Lissom: {first_line(error)}; export the model again") from error
 
 
 def load_linked(directory: Path, load: Callable[[Path], _Model]) -> _Model:

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from transformers.exporters import AutoExportConfig, AutoHfExporter, DynamoConfig, DynamoExporter, ExportedModel
 
 import lissom
+from lissom.artifacts.packed import load_packed, pack
 from lissom.errors import ArtifactError, CaptureError, InputError, PipelineTextError, UnsupportedError
 from lissom.integrations.exported_generation import ExportedGenerator
 from lissom.integrations.exporters import LissomConfig, LissomExporter, LissomRunner
@@ -156,6 +157,32 @@ def test_a_model_that_cannot_be_captured():
     with pytest.raises(CaptureError, match="BertModel cannot be captured by transformers' exporter") as caught:
         LissomExporter().export(encoder(), {"input_ids": tokens(2, 7).float()}, LissomConfig())
     assert "\n" not in str(caught.value)
+
+
+class Loaded:
+    """What is loaded from a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.names = [path.name for path in folder.iterdir()]
+
+
+def test_a_damaged_file(tmp_path):
+    """Every byte changed in turn: the archive is read or refused, and nothing else is raised."""
+
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "a.json").write_text("{}")
+
+    pack(save, tmp_path / "packed")
+    whole = (tmp_path / "packed").read_bytes()
+    refused = 0
+    for place in range(len(whole)):
+        (tmp_path / "packed").write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        try:
+            load_packed(tmp_path / "packed", Loaded)
+        except ArtifactError:
+            refused += 1
+    assert refused > len(whole) / 4
 
 
 @pytest.mark.parametrize("content", [b"", b"something else", b"PK\x05\x06" + 18 * b"\0"])
