@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -18,13 +20,17 @@ from lissom.artifacts.directory import is_artifact
 from lissom.artifacts.manifest import NAME, listed_files
 from lissom.artifacts.signature import SIGNATURE
 from lissom.errors import ArtifactError, InputError, UnsupportedError
-from lissom.files import check_path
+from lissom.files import check_path, reason
 from lissom.registration import MODEL_TYPE
 
 if TYPE_CHECKING:
     import torch
 
     from lissom.runtime.hosted_model import FixedModule
+
+
+_OTHER_MODELS = ("subfolder", "quantization_config", "gguf_file", "state_dict")
+"""The options of transformers that ask for another model than the saved one."""
 
 
 class LissomConfig(PretrainedConfig):
@@ -54,18 +60,21 @@ class SavedModel:
         token: str | bool | None = None,
         cache_dir: str | None = None,
         local_files_only: bool = False,
-        **__: object,
+        torch_dtype: torch.dtype | str | None = None,
+        **others: object,
     ) -> FixedModule:
-        """The saved model in a folder, or in a repository of the Hub, which is downloaded. Other options are ignored.
+        """The saved model in a folder, or in a repository of the Hub, which is downloaded.
 
-        dtype: of the compiled model, or `auto`. device_map: one device, or `auto` for the one it was compiled for.
+        dtype, torch_dtype: of the compiled model, or `auto`. device_map: one device, or `auto` for the one it was compiled for.
+        Options that say how a model is loaded, such as `low_cpu_mem_usage`, are ignored.
 
-        Raises: InputError if the Auto class loads models of other kinds; UnsupportedError for another dtype or for several
-            devices; the errors of `lissom.load`.
+        Raises: InputError if the Auto class loads models of other kinds; UnsupportedError for another dtype, for several
+            devices, or for an option that asks for another model; the errors of `lissom.load`.
         """
+        changed = next((option for option in _OTHER_MODELS if others.get(option)), None)
+        if changed is not None:
+            raise UnsupportedError(f"'{name}' holds a compiled model, which takes no {changed}=; leave it out")
         # Imported when a model is loaded: this module is imported with transformers, perhaps by one of these.
-        import torch
-
         from lissom.generation import load_generation
         from lissom.generation.directory import is_saved
         from lissom.runtime.compiled_model import load
@@ -81,7 +90,8 @@ class SavedModel:
                 f"'{name}' holds a {kind}, and {cls.auto_class} loads models of other kinds; take the Auto class of {kind}, or "
                 f"lissom.load"
             )
-        if isinstance(dtype, torch.dtype) and dtype != model.dtype:
+        dtype = torch_dtype if dtype is None else dtype
+        if dtype not in (None, "auto") and str(dtype).removeprefix("torch.") != str(model.dtype).removeprefix("torch."):
             raise UnsupportedError(
                 f"'{name}' was compiled for {model.dtype}, and dtype= is {dtype}; compile the model in that dtype"
             )
@@ -130,20 +140,28 @@ def download(name: str, revision: str | None, token: str | bool | None, cache_di
 
 
 def _copy(snapshot: Path, folder: Path) -> None:
-    """The artifact's own files as regular files; the manifest last, which makes the folder complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [
-        *sorted(listed_files((snapshot / NAME).resolve())),
-        *([SIGNATURE] if (snapshot / SIGNATURE).exists() else []),
-        NAME,
-    ]
-    for name in names:
-        source, target = (snapshot / Path(name).name).resolve(), folder / Path(name).name
-        target.unlink(missing_ok=True)
-        try:
-            os.link(source, target)
-        except OSError:  # another file system
-            shutil.copyfile(source, target)
+    """The artifact's own files as regular files in a new folder, which appears complete: other processes may load it too.
+
+    Raises: ArtifactError if the cache cannot be written.
+    """
+    names = [*listed_files((snapshot / NAME).resolve()), *([SIGNATURE] if (snapshot / SIGNATURE).exists() else []), NAME]
+    try:
+        folder.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            fresh = Path(temporary) / folder.name
+            fresh.mkdir()
+            for name in names:
+                source, target = (snapshot / Path(name).name).resolve(), fresh / Path(name).name
+                try:
+                    os.link(source, target)
+                except OSError:  # another file system
+                    shutil.copyfile(source, target)
+            with suppress(OSError):  # another process was first
+                fresh.rename(folder)
+    except OSError as error:
+        raise ArtifactError(
+            f"the cache of the Hub at '{folder.parent}' cannot be written: {reason(error)}; give another cache_dir="
+        ) from error
 
 
 def register_config() -> None:

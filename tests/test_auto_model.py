@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -71,6 +72,10 @@ def test_other_kinds_dtypes_and_devices_are_refused(folder):
         transformers.AutoModelForTokenClassification.from_pretrained(folder)
     with pytest.raises(UnsupportedError, match=r"was compiled for torch.float32, and dtype= is torch.float16"):
         AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float16)
+    with pytest.raises(UnsupportedError, match=r"was compiled for torch.float32, and dtype= is float16"):
+        AutoModelForSequenceClassification.from_pretrained(folder, dtype="float16")
+    with pytest.raises(UnsupportedError, match="holds a compiled model, which takes no quantization_config="):
+        AutoModelForSequenceClassification.from_pretrained(folder, quantization_config={"load_in_8bit": True})
     with pytest.raises(UnsupportedError, match="a compiled model runs on one device"):
         AutoModelForSequenceClassification.from_pretrained(folder, device_map={"a": "cpu", "b": 0})
 
@@ -87,7 +92,7 @@ def test_a_repository_that_cannot_be_reached(classifier, tokenizer, folder):
 
 
 def test_a_repository_in_the_cache_of_the_hub(folder, tmp_path):
-    """The cache has links to files under their hashes, and files that the Hub adds."""
+    """The cache has links to files under their hashes, and files that the Hub adds. Several threads load it at once."""
     repo, commit = tmp_path / "models--some--model", "a" * 40
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
@@ -100,9 +105,12 @@ def test_a_repository_in_the_cache_of_the_hub(folder, tmp_path):
     (snapshot / "README.md").write_text("what the Hub adds")
     from lissom.auto_model import SavedModel
 
-    for _ in range(2):
-        found = SavedModel.from_pretrained("some/model", cache_dir=str(tmp_path), local_files_only=True)
-        assert type(found).__name__ == "BertForSequenceClassification"
+    def load(_: int) -> str:
+        return type(SavedModel.from_pretrained("some/model", cache_dir=str(tmp_path), local_files_only=True)).__name__
+
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(load, range(8))) == {"BertForSequenceClassification"}
+    assert [path.name for path in (repo / "lissom").iterdir()] == [commit]
 
 
 @pytest.mark.slow
