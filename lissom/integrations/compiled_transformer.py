@@ -18,10 +18,11 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from lissom.artifacts.packed import load_linked
-from lissom.compiler.analysis.embedding_bounds import vocabulary_size
 from lissom.errors import ArtifactError, InputError
+from lissom.fields import number, take, take_list, text
 from lissom.integrations.fused_modules import Constant, Features, split_features
 from lissom.runtime.compiled_model import CompiledModel, load
+from lissom.runtime.model_files import check_tokenizer
 
 FOLDER = "lissom"
 """The folder of the artifact in the directory of a saved model."""
@@ -65,16 +66,19 @@ class CompiledTransformer(Transformer):
 
     def __init__(self, model_name_or_path: str, *, lissom: Mapping[str, Any] | None = None, **options: Any) -> None:
         """Reads a saved model; called by `load`. lissom: the fields that `get_config_dict` adds."""
-        fields = dict(lissom or {})
         super().__init__(model_name_or_path, **options)
         self.can_flatten_inputs = False
+        fields = dict[str, Any]() if lissom is None else lissom
         try:
-            self.fused, self.constants, self.dimension = list(fields["modules"]), dict(fields["constants"]), fields["dimension"]
-        except (KeyError, TypeError, ValueError) as error:
+            self.fused = list(take_list(fields, "modules", text))
+            self.constants = take(fields, "constants", dict)
+            dimension = take(fields, "dimension", object)
+            self.dimension = None if dimension is None else number(dimension)
+        except ValueError as error:
             raise ArtifactError(
-                f"'{model_name_or_path}' has no field '{error.args[0]}' in {self.config_file_name}; save the model again"
+                f"'{model_name_or_path}' cannot be read: in {self.config_file_name}, {error}; save the model again"
             ) from error
-        check_vocabulary(self.tokenizer, cast("CompiledModel", self.model), model_name_or_path)
+        check_tokenizer(cast("CompiledModel", self.model).program, "input_ids", self.tokenizer)
 
     def _load_model(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -147,20 +151,6 @@ class CompiledTransformer(Transformer):
 
     def __repr__(self) -> str:
         return f"CompiledTransformer({' + '.join(self.fused)}, {self.model!r})"
-
-
-def check_vocabulary(tokenizer: Any, model: CompiledModel, where: str) -> None:
-    """Refuse a tokenizer whose ids do not fit the embedding table. where: the directory, for the error.
-
-    Raises: ArtifactError.
-    """
-    rows = vocabulary_size(model.program, "input_ids")
-    highest = max(tokenizer.get_vocab().values(), default=0) if tokenizer is not None else 0
-    if rows is not None and highest >= rows:
-        raise ArtifactError(
-            f"the tokenizer in '{where}' has ids up to {highest}, and the model's embedding table has {rows} rows; "
-            f"put the tokenizer there that the model was saved with"
-        )
 
 
 def register() -> None:

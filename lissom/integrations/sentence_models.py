@@ -27,12 +27,14 @@ from lissom.driver.compile import compile_model
 from lissom.driver.options import Inputs, Settings, resolve_passes
 from lissom.errors import CaptureError, InputError, UnsupportedError
 from lissom.frontends.export import evaluating
+from lissom.frontends.failures import describe_failure
 from lissom.frontends.huggingface import SENTENCES
-from lissom.integrations.compiled_transformer import CompiledTransformer, check_vocabulary
+from lissom.integrations.compiled_transformer import CompiledTransformer
 from lissom.integrations.fused_modules import EMBEDDING, SCORES, Constant, WholeSplade, fuse, split_features
 from lissom.passes.prune.pack_tokens.pack_tokens import PackTokens
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.hosted_model import FixedModule
+from lissom.runtime.model_files import check_tokenizer
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _KINDS = (SentenceTransformer, SparseEncoder, CrossEncoder)
@@ -54,8 +56,7 @@ def compile_sentence_model(model: _Model, example_inputs: Inputs | None, setting
     fused, rest = _split(model)
     first = cast(Transformer, fused[0])
     example, constants = _features(model, example_inputs)
-    with evaluating(model), torch.no_grad():
-        outputs = _outputs(model, fused, example, constants)
+    outputs = _outputs(model, fused, example, constants)
     dimension = None if rest or isinstance(model, CrossEncoder) else model.get_embedding_dimension()  # pyright: ignore
     traced = [WholeSplade(module) if isinstance(module, SpladePooling) else module for module in fused]
     chain = fuse(type(model).__name__, list(example), traced, constants, outputs, _config_of(model, first))
@@ -69,7 +70,7 @@ def compile_sentence_model(model: _Model, example_inputs: Inputs | None, setting
     compiled = compile_model(chain, example, settings)
     if settings.dynamic is True:
         _check_sizes(compiled)
-    check_vocabulary(model.tokenizer, compiled, type(model).__name__)
+    check_tokenizer(compiled.program, "input_ids", model.tokenizer)
     return with_program(compiled)
 
 
@@ -143,10 +144,20 @@ def _batches(model: BaseModel, data: Iterable[Any]) -> Iterable[Any]:
 def _outputs(
     model: BaseModel, fused: Sequence[nn.Module], example: Mapping[str, torch.Tensor], constants: Mapping[str, Constant]
 ) -> list[str]:
-    """The features that the fused modules add and that the model's methods or later modules read."""
+    """The features that the fused modules add and that the model's methods or later modules read.
+
+    Raises: CaptureError if the modules fail on the example.
+    """
     found: dict[str, Any] = {**example, **constants}
-    for module in fused:
-        found = module(found)
+    with evaluating(model), torch.no_grad():
+        try:
+            for module in fused:
+                found = module(found)
+        # The modules may raise anything.
+        except Exception as error:
+            raise CaptureError(
+                f"{type(model).__name__} itself fails on the example inputs, before it is captured: {describe_failure(error)}"
+            ) from error
     added = [name for name, value in found.items() if isinstance(value, torch.Tensor) and name not in example]
     # Logits of every token, as wide as the vocabulary, are not worth returning.
     single = {CrossEncoder: SCORES, SparseEncoder: EMBEDDING}

@@ -118,8 +118,8 @@ size, or mark the dimension dynamic
         tokenizer, processor: saved in the same directory; by default those of the folder or Hub repository that the model was
             loaded from. A processor may also be an image processor or a feature extractor.
 
-        Raises: ArtifactError if the directory holds something else, or cannot be written; InputError for a tokenizer with more
-            tokens than the model has embeddings; UnsupportedError if the backend cannot save its executable.
+        Raises: ArtifactError if the directory holds something else, or cannot be written; InputError for a tokenizer with a
+            larger vocabulary than the model; UnsupportedError if the backend cannot save its executable.
         """
         if tokenizer is not None:
             main_input = "input_ids" if self.facts is None else self.facts.main_input

@@ -89,13 +89,12 @@ def _find(source: str, name: str) -> Path | None:
 
 
 def check_tokenizer(program: Program, main_input: str, tokenizer: object) -> None:
-    """Refuse a tokenizer with more tokens than the model's embeddings. Raises: InputError."""
-    rows = vocabulary_size(program, main_input)
-    try:
-        tokens = len(tokenizer)  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        return
-    if rows is not None and tokens > rows:
+    """Refuse a tokenizer with a larger vocabulary than the model's embedding table. Raises: InputError.
+
+    Added tokens are not counted: some models, such as Gemma 3, come with more of them than rows. A call with one is refused.
+    """
+    rows, tokens = vocabulary_size(program, main_input), getattr(tokenizer, "vocab_size", None)
+    if rows is not None and isinstance(tokens, int) and tokens > rows:
         raise InputError(
             f"the tokenizer has {tokens} tokens, and {program.name} has embeddings for {rows}; give the tokenizer of this model"
         )

@@ -153,16 +153,23 @@ def test_a_folder_without_the_fields(saved, tmp_path):
     fields = json.loads(file.read_text())
     del fields["lissom"]
     file.write_text(json.dumps(fields))
-    with pytest.raises(ArtifactError, match=r"has no field 'modules' in sentence_bert_config\.json"):
+    with pytest.raises(ArtifactError, match=r"in sentence_bert_config\.json, there is no field 'modules'"):
         SentenceTransformer(str(folder))
 
 
 def test_a_tokenizer_that_does_not_fit(saved, tmp_path):
+    """Tokens beyond the vocabulary of the tokenizer itself may be there, as in Gemma 3; they are refused in a call."""
     folder = _changed(saved, tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<more>"])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(ArtifactError, match="has ids up to 30522, and the model's embedding table has 30522 rows"):
+    with pytest.raises(InputError, match="30522"):
+        SentenceTransformer(str(folder), device="cpu").encode("one <more>")
+    file = folder / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    fields["model"]["vocab"]["zzzz"] = 30522
+    file.write_text(json.dumps(fields))
+    with pytest.raises(InputError, match="the tokenizer has 30523 tokens, and SentenceTransformer has embeddings for 30522"):
         SentenceTransformer(str(folder))
 
 
@@ -180,6 +187,10 @@ def _static() -> SentenceTransformer:
     {
         "no transformer": (UnsupportedError, "the first module of this SentenceTransformer is a StaticEmbedding", _static),
         "no texts": (InputError, "neither a list of texts nor features", lambda: lissom.compile(cross_encoder(), 3)),
+        "ids as lists": (
+            *(CaptureError, "SentenceTransformer itself fails on the example inputs, before it is captured: "),
+            lambda: lissom.compile(sentence_transformer(), {"input_ids": [[1, 2]]}),
+        ),
         "data of one text": (InputError, "data= is a str", lambda: lissom.compile(sentence_transformer(), data="a text")),
         "no example inputs": (InputError, "example_inputs= is missing", lambda: lissom.compile(torch.nn.Linear(2, 2))),
     }

@@ -86,10 +86,10 @@ def test_what_no_configuration_says_is_refused(build, passes, sentence, tmp_path
 
 def test_a_directory_that_holds_something_is_not_mixed_with(tmp_path):
     """A shard or an artifact that was there would be read instead of the checkpoint, or be damaged by it."""
-    found, inputs = optimized(bert(), "exact")
+    found, _ = optimized(bert(), "exact")
     (tmp_path / "model.safetensors").write_bytes(b"mine")
     lissom.compile(nn.Linear(4, 2), normal(3, 4), checks="off").save(tmp_path / "artifact")
-    for folder, sentence in ((tmp_path, "is not an artifact, so it is not replaced"), (tmp_path / "artifact", "would be replaced")):
+    for folder, sentence in ((tmp_path, "is not an artifact"), (tmp_path / "artifact", "which would be replaced")):
         with pytest.raises(ArtifactError, match=sentence):
             found.save_pretrained(folder)
     assert (tmp_path / "model.safetensors").read_bytes() == b"mine" and lissom.load(tmp_path / "artifact")
@@ -117,7 +117,7 @@ class Narrow(transformers.BertForSequenceClassification):
 
 def test_a_model_that_cannot_be_made_from_its_configuration_is_refused(tmp_path):
     narrow = seeded(lambda: Narrow(bert().config, 3))
-    cases = ((Wrapped().eval(), "was not captured from a transformers model"), (narrow, "cannot be made from its configuration"))
+    cases = ((Wrapped().eval(), "was not captured from a transformers"), (narrow, "cannot be made from its configuration"))
     for model, sentence in cases:
         with pytest.raises(UnsupportedError, match=sentence):
             optimized(model, "exact")[0].save_pretrained(tmp_path / "checkpoint")
