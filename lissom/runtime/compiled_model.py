@@ -209,7 +209,8 @@ size, or mark the dimension dynamic
         Each file is opened by ONNX Runtime with its default options, and compared with the program.
 
         Raises: UnsupportedError for a model of another backend than `onnxruntime`, or one that does not fit the layout;
-            VerifyError for a file with other answers; ArtifactError if the directory cannot be written.
+            InputError for data or an original that do not fit the model; VerifyError for a file with other answers;
+            ArtifactError if the directory cannot be written.
         """
         if self.backend != OnnxRuntime.name:
             raise UnsupportedError(
@@ -217,6 +218,9 @@ size, or mark the dimension dynamic
             )
         if tokenizer is not None and self.facts is not None:
             check_tokenizer(self.program, self.facts.main_input, tokenizer)
+        for batch in data:
+            if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise InputError(f"data= holds a {type(batch).__name__}; give batches as keyword arguments, {{'input_ids': …}}")
         signature, timer = self.program.signature, self.report.timer
         samples = [signature.flatten((), batch) for batch in data]
         example = timer.example if isinstance(timer, ProgramTimer) else None

@@ -19,13 +19,15 @@ from torch.utils._pytree import tree_leaves
 
 from lissom.artifacts.directory import write_directory
 from lissom.backends.base import confirm
+from lissom.backends.exported import kind_and_reason
 from lissom.compiler.analysis.structure.linear import is_quantizer
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.divergence import Divergence, compare
-from lissom.errors import UnsupportedError
+from lissom.errors import InputError, UnsupportedError
+from lissom.frontends.kv_cache import is_kv_cache_object, without_kv_cache
 from lissom.inspect.timing import Timing, time_calls
 from lissom.passes.precision.cast import Cast
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
@@ -87,8 +89,9 @@ class Written:
 def write_folder(directory: Path, layout: Layout, dtypes: Sequence[Dtype] | None, export: Export) -> None:
     """Write the folder, completely or not at all.
 
-    Raises: UnsupportedError for a layout or dtype that does not fit the model; VerifyError for a file that ONNX Runtime answers
-        otherwise than the program; ArtifactError when the directory holds something else, or cannot be written.
+    Raises: UnsupportedError for a layout or dtype that does not fit the model; InputError for an original that does not fit it;
+        VerifyError for a file that ONNX Runtime answers otherwise than the program; ArtifactError when the directory holds
+        something else, or cannot be written.
     """
     if layout not in get_args(Layout):
         raise UnsupportedError(f"layout= is {layout!r}; choose {', '.join(get_args(Layout))}")
@@ -138,12 +141,34 @@ def _write(facts: Facts, chosen: Mapping[Dtype, Sequence[Pass]], export: Export,
 
 
 def _wanted(export: Export) -> list[list[object]]:
-    """The outputs of the original model, or of the program, on the samples."""
+    """The outputs of the original model, or of the program, on the samples. Raises: InputError for another model."""
+    program, original = export.program, export.original
     with torch.no_grad():
-        if export.original is None:
-            return [export.program.run(sample) for sample in export.samples]
-        calls = map(export.program.signature.arguments, export.samples)
-        return [tree_leaves(export.original(*args, **kwargs)) for args, kwargs in calls]
+        own = [list[object](program.run(sample)) for sample in export.samples]
+        if original is None:
+            return own
+        if not isinstance(original, nn.Module) or original.training:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(
+                f"original= is no model in evaluation mode; give the one that {program.name} was made from, after eval()"
+            )
+        try:
+            calls = map(program.signature.arguments, export.samples)
+            with without_kv_cache(original):
+                found = [_outputs(original(*args, **kwargs)) for args, kwargs in calls]
+        # A model may raise any error.
+        except Exception as error:
+            raise InputError(
+                f"original= cannot be called as {program.name} is: {kind_and_reason(error)}; give the model it was made from"
+            ) from error
+    if [*map(len, found)] != [*map(len, own)]:
+        raise InputError(
+            f"original= has {len(found[0])} outputs, and {program.name} has {len(own[0])}; give the model it was made from"
+        )
+    return found
+
+
+def _outputs(returned: object) -> list[object]:
+    return [leaf for leaf in tree_leaves(returned) if not is_kv_cache_object(leaf)]
 
 
 def _write_file(
@@ -176,7 +201,8 @@ def _card(facts: Facts, files: Sequence[Written], export: Export) -> str:
     )
     shapes = ", ".join(f"`{leaf.path}` {list(tensor.shape)}" for leaf, tensor in _inputs(export))
     base = facts.source or ""
-    named = f"base_model: {base}\n" if base.count("/") == 1 and not base.startswith(("/", ".")) else ""
+    is_directory = base.startswith(("/", ".")) or Path(base).exists()
+    named = f"base_model: {base}\n" if base.count("/") == 1 and not is_directory else ""
     return (
         f"---\nlibrary_name: transformers.js\n{named}tags: [onnx, lissom]\n---\n\n"
         f"# {export.program.name}, exported by Lissom {__version__}\n\n"

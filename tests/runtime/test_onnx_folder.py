@@ -3,17 +3,20 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import onnxruntime
 import pytest
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lissom
 from lissom.compiler.verify.divergence import relative_error
-from lissom.errors import ArtifactError, UnsupportedError
+from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.frontends.huggingface import Checkpoint
 from lissom.runtime.compiled_model import CompiledModel
 from tests import captures
@@ -121,6 +124,51 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path):
     (tmp_path / "full" / "letter.txt").write_text("mine")
     with pytest.raises(ArtifactError, match="exists and is not an artifact, so it is not replaced"):
         compiled.export_onnx(tmp_path / "full", dtypes=["fp32"])
+
+
+def test_an_original_or_data_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
+    compiled, case = compiled_bert(), tiny_bert()
+    for original, words in (
+        (nn.Linear(3, 3).eval(), "original= cannot be called as .* is: TypeError: "),
+        (nn.Linear(3, 3), "original= is no model in evaluation mode; give the one that .* was made from, after eval"),
+        (_FirstOutput(case.model).eval(), "original= has 1 outputs, and .* has 2; give the model it was made from"),
+    ):
+        with pytest.raises(InputError, match=words):
+            compiled.export_onnx(tmp_path / "a", dtypes=["fp32"], original=original)
+    with pytest.raises(InputError, match="data= holds a Tensor; give batches as keyword arguments"):
+        compiled.export_onnx(tmp_path / "a", data=[torch.ones(2, 4)])  # pyright: ignore[reportArgumentType]
+    assert not (tmp_path / "a").exists()
+
+
+class _FirstOutput(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(**inputs)[0]
+
+
+@pytest.mark.slow
+def test_a_decoder_is_compared_with_its_original_without_the_cache_that_this_returns(tmp_path):
+    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2)).eval()
+    inputs = {"input_ids": torch.arange(12).reshape(2, 6)}
+    compiled = lissom.compile(model, inputs, backend=QUICK, checks="off", goal=None)
+    compiled.export_onnx(tmp_path / "llama", dtypes=["fp32"], original=model)
+    assert "| 1.00000 |" in (tmp_path / "llama" / "README.md").read_text()
+    assert model.config.use_cache
+
+
+def test_the_card_names_no_folder_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "bert").mkdir(parents=True)
+    compiled = compiled_bert()
+    assert compiled.facts is not None
+    compiled.facts = replace(compiled.facts, source="models/bert")
+    compiled.export_onnx(tmp_path / "a", dtypes=["fp32"])
+    assert "base_model" not in (tmp_path / "a" / "README.md").read_text()
 
 
 @pytest.mark.slow
