@@ -168,7 +168,8 @@ def _wanted(export: Export) -> list[list[object]]:
 
 
 def _outputs(returned: object) -> list[object]:
-    return [leaf for leaf in tree_leaves(returned) if not is_kv_cache_object(leaf)]
+    # transformers' exporters make caches known to pytree; they stay leaves here.
+    return [leaf for leaf in tree_leaves(returned, is_leaf=is_kv_cache_object) if not is_kv_cache_object(leaf)]
 
 
 def _write_file(
