@@ -142,6 +142,10 @@ def run_show(
         raise typer.BadParameter("--sharding takes 2 ranks or more")
     if svg is None and (only or attention):
         raise typer.BadParameter("--only and --attention go with --svg")
+    if svg is not None and (structure or axes or sites or cost):
+        raise typer.BadParameter("--svg does not go with --structure, --axes, --sites or --cost")
+    if only and sharding is not None:
+        raise typer.BadParameter("--only does not go with --sharding")
     for path in filter(None, (html, svg)):
         check_writable(path)
     steps = _read_steps(diff) if diff is not None else None
@@ -162,7 +166,7 @@ def run_show(
         compiled.report.to_html(html)
     if svg is not None:
         if attention:
-            picture = attention_svg(program, only, sequence or TOKENS)
+            picture = attention_svg(program, only, TOKENS if sequence is None else sequence)
         elif plan is not None:
             picture = sharding_svg(program, plan, sizes)
         else:

@@ -356,3 +356,17 @@ def test_show_draws_pictures(model, tmp_path):
 def test_options_of_pictures_need_one(option):
     found = runner.invoke(app, ["show", "minilm", *option], env={"COLUMNS": "400"})
     assert found.exit_code == 2 and "go with --svg" in found.output
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--structure"], "--svg does not go with --structure, --axes, --sites or --cost"),
+        (["--cost"], "--svg does not go with --structure, --axes, --sites or --cost"),
+        (["--sharding", "2", "--only", "encoder"], "--only does not go with --sharding"),
+    ],
+    ids=["structure", "cost", "a part of a plan"],
+)
+def test_options_that_a_picture_ignores_are_refused(option, words):
+    found = runner.invoke(app, ["show", "minilm", "--svg", "picture.svg", *option], env={"COLUMNS": "400"})
+    assert found.exit_code == 2 and words in found.output

@@ -8,6 +8,7 @@ are built, or taken from the cache, and put into a copy of the package. The whee
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import re
 import shutil
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lissom.errors import UnsupportedError
-from lissom.ops.native.build import build_once, built_library, find_compiler, shipped_name
+from lissom.ops.native.build import FLAGS, build_once, built_library, find_compiler, shipped_name
 from lissom.ops.native.instruction_sets import INSTRUCTION_SETS, InstructionSet
 
 ROOT = Path(__file__).parent.parent
@@ -30,9 +31,11 @@ OLDEST_LIBC = 17
 def build_wheel(output: Path, sets: Sequence[InstructionSet] = INSTRUCTION_SETS) -> Path:
     """Build the wheel into a folder, and return its path.
 
-    Raises: UnsupportedError where kernels are built for one kind of processor only; RuntimeError without a compiler or when it
-        fails; CalledProcessError when pip fails.
+    Raises: UnsupportedError where kernels are built for one kind of processor only, or with flags of one's own; RuntimeError
+        without a compiler or when it fails; CalledProcessError when pip fails.
     """
+    if os.environ.get(FLAGS):
+        raise UnsupportedError(f"{FLAGS} is set, and an installed package takes no libraries of other flags; unset it")
     if any("-march=native" in isa.flags for isa in sets):
         raise UnsupportedError(f"a wheel for {platform.machine()} would run on processors like this one only; build on x86_64")
     compiler = find_compiler()
@@ -62,7 +65,9 @@ def main() -> None:
     """Build, and print the wheel with its size."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("output", type=Path, help="the folder of the wheel")
-    parser.add_argument("--isa", action="append", help="an instruction set; all by default")
+    parser.add_argument(
+        "--isa", action="append", choices=[isa.name for isa in INSTRUCTION_SETS], help="an instruction set; all by default"
+    )
     given = parser.parse_args()
     wheel = build_wheel(given.output, [isa for isa in INSTRUCTION_SETS if not given.isa or isa.name in given.isa])
     print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB")

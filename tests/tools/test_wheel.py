@@ -86,3 +86,9 @@ def _cache() -> str:
 def test_a_library_for_one_processor_is_no_wheel(tmp_path):
     with pytest.raises(UnsupportedError, match="would run on processors like this one only; build on x86_64"):
         build_wheel(tmp_path, [InstructionSet("native", (), ("-march=native",))])
+
+
+def test_libraries_with_flags_of_ones_own_are_no_wheel(tmp_path, monkeypatch):
+    monkeypatch.setenv("LISSOM_CXXFLAGS", "-O1")
+    with pytest.raises(UnsupportedError, match="LISSOM_CXXFLAGS is set"):
+        build_wheel(tmp_path)

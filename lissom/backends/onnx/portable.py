@@ -10,12 +10,13 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-from lissom.backends.exported import leaves_of
+from lissom.backends.exported import kind_and_reason, leaves_of
 from lissom.backends.onnx.export import export_onnx, input_names, output_names, results_of
 from lissom.backends.onnx.translation import OPSET
 from lissom.backends.onnx.variants import INTEGERS, RMS_NORMS, write_variant
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.errors import UnsupportedError
 
 _OLDEST = 18
 """The oldest opset that PyTorch's exporter writes for."""
@@ -60,18 +61,18 @@ def portable_model(program: Program, example: Sample, *, contrib: bool = False) 
 def save_portable(model: ir.Model, path: Path) -> int:
     """Write a model to one file, and weights too large for it to a second one, NAME.onnx_data; returns the opset.
 
-    The opset is the oldest one in which the model is valid as it is.
+    The opset is the oldest one in which the model is valid as it is. Raises: UnsupportedError if there is none.
     """
     large = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value) > _LARGEST
+    reason = ""
     for opset in range(_OLDEST, OPSET + 1):
         model.opset_imports[""] = opset
         model.ir_version = _IR_VERSION
         ir.save(model, path, external_data=f"{path.name}_data" if large else None)
         try:
             onnx.checker.check_model(path, full_check=True)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
-            if opset == OPSET:
-                raise
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            reason = kind_and_reason(error)
             continue
         return opset
-    raise AssertionError
+    raise UnsupportedError(f"'{path.name}' is valid ONNX in no opset from {_OLDEST} to {OPSET}: {reason}; choose another dtype")

@@ -35,7 +35,7 @@ def attention_svg(program: Program, only: str = "", tokens: int = TOKENS) -> str
 
     only: the path of a module or a layer; all attentions by default, equal ones once. tokens: of queries and of keys.
 
-    Raises: UnsupportedError if there is no attention in it, or none with a pattern of positions.
+    Raises: UnsupportedError if there is no attention in it, none with a pattern of positions, or no token.
 
     >>> import torch, lissom
     >>> from lissom.inspect.svg.attention import attention_svg
@@ -45,6 +45,8 @@ def attention_svg(program: Program, only: str = "", tokens: int = TOKENS) -> str
     >>> "of the blocks are seen" in attention_svg(program, tokens=256)
     True
     """
+    if tokens < 1:
+        raise UnsupportedError(f"a pattern of {tokens} tokens cannot be drawn; give 1 token or more")
     found = [node for node in program.nodes() if is_attention(node) or nodes.is_call(node, block_sparse_attention)]
     paths = {nodes.origin(node).module_path: None for node in found}
     chosen = [node for node in found if _is_in(nodes.origin(node).module_path, only)]

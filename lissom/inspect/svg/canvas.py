@@ -74,14 +74,14 @@ class Canvas:
     def rect(self, x: float, y: float, width: float, height: float, kind: str, *, radius: float = 5, about: str = "") -> None:
         """A rectangle. kind: its class. about: shown when the pointer is on it."""
         title = f"><title>{_escaped(about)}</title></rect>" if about else "/>"
-        place = f'x="{x:.4g}" y="{y:.6g}" width="{width:.5g}" height="{height:.6g}"'
+        place = f'x="{x:.6g}" y="{y:.6g}" width="{width:.6g}" height="{height:.6g}"'
         self._elements.append(f'<rect {place} rx="{radius:g}" class="{kind}"{title}')
 
     def text(self, x: float, y: float, words: str, kind: str = "", *, anchor: str = "start") -> None:
         """A line of text. x, y: of its baseline, at its start, `middle` or `end`."""
         kinds = f' class="{kind}"' if kind else ""
         at = "" if anchor == "start" else f' text-anchor="{anchor}"'
-        self._elements.append(f'<text x="{x:.5g}" y="{y:.6g}"{kinds}{at}>{_escaped(words)}</text>')
+        self._elements.append(f'<text x="{x:.6g}" y="{y:.6g}"{kinds}{at}>{_escaped(words)}</text>')
 
     def curve(self, steps: str, kind: str = "edge", *, arrow: bool = False) -> None:
         """A line. steps: the commands of its path."""

@@ -45,3 +45,6 @@ def test_what_has_no_pattern_is_refused():
         attention_svg(dense)
     with pytest.raises(UnsupportedError, match=r"has no attention in 'linear1'; its attentions are in"):
         attention_svg(dense, "linear1")
+    for tokens in (0, -5):
+        with pytest.raises(UnsupportedError, match=rf"a pattern of {tokens} tokens cannot be drawn; give 1 token or more"):
+            attention_svg(dense, tokens=tokens)

@@ -10,6 +10,7 @@ from torch import nn
 import lissom
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.inspect.lines import Line
+from lissom.inspect.svg.canvas import Canvas
 from lissom.inspect.svg.program import program_svg
 from tests.inspect.html.test_page import Hostile
 from tests.inspect.svg.reading import boxes, curves, nodes, parsed, texts
@@ -159,3 +160,9 @@ def test_only_results_lead_to_the_output():
     picture = program_svg(text, "Model")
     assert len(curves(picture)) == 2
     assert any("without 1 node that computes sizes" in word for word in texts(picture))
+
+
+def test_places_in_a_wide_picture_are_not_rounded_to_pixels():
+    canvas = Canvas()
+    canvas.rect(12345.6, 0, 10, 10, "node")
+    assert boxes(canvas.svg(20000, 10, "wide"), "node") == [("", (12345.6, 0, 12355.6, 10))]
