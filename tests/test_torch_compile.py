@@ -348,8 +348,7 @@ def test_what_vmap_batches_is_lowered() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo's and transformers' own, and what is said of graphs that run as they are
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [pytest.param(x, marks=pytest.mark.slow) for x in (None, True)])
 @torch.no_grad()
 def test_a_recurrence_that_is_scanned(dynamic: bool | None) -> None:
     from transformers import MambaConfig, MambaForCausalLM
