@@ -21,6 +21,7 @@ from lissom.artifacts.manifest import NAME, listed_files
 from lissom.artifacts.signature import SIGNATURE
 from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.files import check_path, reason
+from lissom.frontends.failures import first_line
 from lissom.registration import MODEL_TYPE
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def download(name: str, revision: str | None, token: str | bool | None, cache_di
     # The Hub's client raises errors of no common class, of its own and of its HTTP library.
     except Exception as error:
         raise ArtifactError(
-            f"'{name}' is no directory, and cannot be read from the Hub: {str(error).partition(chr(10))[0]}; give a directory "
+            f"'{name}' is no directory, and cannot be read from the Hub: {first_line(error)}; give a directory "
             f"that CompiledModel.save wrote, or connect to the Hub"
         ) from error
     if not is_artifact(snapshot):

@@ -12,6 +12,7 @@ from torch import nn
 
 from lissom.backends.base import Backend
 from lissom.compiler.pipeline.options import Metric
+from lissom.compiler.training.vocabulary import IGNORED
 from lissom.driver.compile import optimize_model
 from lissom.driver.options import Inputs, Settings
 from lissom.errors import InputError, UnsupportedError
@@ -106,8 +107,7 @@ def tune_generation(
     check_uncompiled(model)
     check_capacity(max_length, batch)
     model = with_merged_adapters(model)
-    given = list(data)
-    texts = named_prompts(given, batch, max_length)
+    texts = named_prompts(data, batch, max_length)
     if len(texts) < _LEAST_BATCHES:
         raise InputError(
             f"data= holds {len(texts)} batch of {batch} rows; give two or more: one to calibrate passes on, and one to judge"
@@ -134,7 +134,7 @@ def tune_generation(
         batch=batch,
         passes=found.pipeline,
         backend=request.backends[found.backend],
-        data=calibrating_texts(given, batch, max_length),
+        data=token_ids(calibrating),
         goal=None,
         progress=silent,
     )
@@ -150,11 +150,8 @@ def _metric(
     return None if metric is None else Scorer(metric, batch, max_length)
 
 
-def calibrating_texts(
-    data: Sequence[torch.Tensor | Mapping[str, object]], batch: int, max_length: int
-) -> list[dict[str, torch.Tensor]]:
-    """The batches of `data` that passes of a search are fitted to, for `compile_generation`."""
-    texts = named_prompts(data, batch, max_length)[1::2]
+def token_ids(texts: Sequence[Inputs]) -> list[dict[str, torch.Tensor]]:
+    """Inputs of a decoder's program as `compile_generation` takes texts."""
     return [{"input_ids": ids, "attention_mask": mask[:, : ids.shape[1]]} for ids, mask in map(_ids_and_mask, texts)]
 
 
@@ -183,9 +180,9 @@ def _perplexity(judged: Sequence[Inputs]) -> Metric:
             (logits,) = model.run([tensor for tensor in text.values() if isinstance(tensor, torch.Tensor)])
             assert isinstance(logits, torch.Tensor)
             real = mask[:, : ids.shape[1]].bool()
-            wanted = ids[:, 1:].masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
+            wanted = ids[:, 1:].masked_fill(~(real[:, 1:] & real[:, :-1]), IGNORED)
             total -= float(torch.nn.functional.cross_entropy(logits[:, :-1].float().mT, wanted, reduction="sum"))
-            count += int((wanted != -100).sum())
+            count += int((wanted != IGNORED).sum())
         return total / max(count, 1)
 
     return perplexity  # pyright: ignore[reportReturnType]

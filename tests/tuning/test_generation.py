@@ -7,7 +7,7 @@ import torch
 
 import lissom
 from lissom.errors import InputError, UnsupportedError
-from lissom.tuning.generation import calibrating_texts
+from lissom.tuning.generation import token_ids
 from tests.models import tiny_llama, tokens
 
 
@@ -33,7 +33,7 @@ def test_the_text_gives_the_decoder_again_within_the_bound():
     options = {"max_length": 16, "all_logits": True, "goal": None}
     judged = [text["input_ids"] for text in lissom.generation.named_prompts(data, 1, 16)[::2]]
     before = perplexity(lissom.compile_generation(model, **options), judged)
-    fitted = calibrating_texts(data, 1, 16)
+    fitted = token_ids(lissom.generation.named_prompts(data, 1, 16)[1::2])
     again = lissom.compile_generation(model, passes=tuned.pipeline, data=fitted, **options)
     change = torch.tensor(perplexity(again, judged) / before).log()
     assert float(change) == pytest.approx(tuned.report.chosen.drop, abs=1e-4)
