@@ -177,7 +177,8 @@ def _perplexity(judged: Sequence[Inputs]) -> Metric:
         for text in judged:
             ids, mask = _ids_and_mask(text)
             assert isinstance(text, Mapping)
-            (logits,) = model.run([tensor for tensor in text.values() if isinstance(tensor, torch.Tensor)])
+            # Without labels, which the text may have.
+            (logits,) = model.run([tensor for name in INPUTS if isinstance(tensor := text[name], torch.Tensor)])
             assert isinstance(logits, torch.Tensor)
             real = mask[:, : ids.shape[1]].bool()
             wanted = ids[:, 1:].masked_fill(~(real[:, 1:] & real[:, :-1]), IGNORED)

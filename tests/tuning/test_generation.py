@@ -7,7 +7,7 @@ import torch
 
 import lissom
 from lissom.errors import InputError, UnsupportedError
-from lissom.tuning.generation import token_ids
+from lissom.tuning.generation import _perplexity, token_ids
 from tests.models import tiny_llama, tokens
 
 
@@ -41,6 +41,16 @@ def test_the_text_gives_the_decoder_again_within_the_bound():
     prompt = tokens()[:1]
     again.reset()
     assert torch.allclose(tuned.best.step(prompt), again.step(prompt)[:, -1], atol=1e-5)
+
+
+def test_perplexity_takes_texts_with_labels():
+    decoder = lissom.compile_generation(tiny_llama().model, max_length=16, all_logits=True, goal=None)
+    plain = [{"input_ids": ids} for ids in texts(2)]
+    scores = [
+        _perplexity(lissom.generation.named_prompts(given, 1, 16))(decoder.compiled)
+        for given in (plain, [{**text, "labels": text["input_ids"]} for text in plain])
+    ]
+    assert scores[0] == scores[1] < 0
 
 
 @pytest.mark.slow
