@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from transformers import Cache, GenerationConfig, GenerationMixin
+from transformers import Cache, GenerationConfig
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -19,6 +18,7 @@ from lissom.generation import load_generation
 from lissom.generation.decoder import Decoder
 from lissom.generation.directory import save
 from lissom.runtime.compiled_model import CompiledModel
+from lissom.runtime.generating import CompiledGeneration
 from lissom.runtime.model_files import upload
 from lissom.runtime.pickled import files_of, loaded_from
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
-class GenerationModel(Decoder, GenerationMixin):
+class GenerationModel(Decoder, CompiledGeneration):
     """A compiled decoder with the `generate` method of the original model.
 
     config, generation_config: those of the model. cache: the KV cache as `generate` sees it; `generate(cache=decoder.cache)`
@@ -44,9 +44,7 @@ class GenerationModel(Decoder, GenerationMixin):
     torch.Size([1, 9])
     """
 
-    main_input_name: ClassVar[str] = "input_ids"
     input_modalities: ClassVar[str] = "text"
-    _is_stateful: ClassVar[bool] = False
 
     def __init__(self, compiled: CompiledModel, config: PreTrainedConfig, generation_config: GenerationConfig) -> None:
         super().__init__(compiled)
@@ -123,9 +121,6 @@ class GenerationModel(Decoder, GenerationMixin):
         self.compiled.check_alone()
         return _from_files, (files_of(self.save), str(self.config._name_or_path))
 
-    def can_generate(self) -> bool:
-        return True
-
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: torch.Tensor,
@@ -168,16 +163,6 @@ class GenerationModel(Decoder, GenerationMixin):
             model_kwargs["cache"] = self.cache
         elif given is not None:
             given._is_user_defined = True
-
-    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
-        return False
-
-    @contextmanager
-    def _optimize_model_for_decode(self) -> Generator[None]:
-        yield
-
-    def is_remote_code(self) -> bool:
-        return False
 
 
 def _from_files(files: Mapping[str, bytes], source: str) -> GenerationModel:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationConfig, GenerationMixin, PretrainedConfig
+from transformers import Cache, GenerationConfig, PretrainedConfig
 from transformers.exporters.base import ExportedModel
 
 from lissom.errors import InputError, UnsupportedError
 from lissom.integrations.exporters import FORMAT, LissomRunner
+from lissom.runtime.generating import CompiledGeneration
 
 PREFILL, DECODE = "prefill", "decode"
 
 
-class ExportedGenerator(nn.Module, GenerationMixin):
+class ExportedGenerator(nn.Module, CompiledGeneration):
     """An exported decoder with the `generate` of transformers: prompts run on one program, further tokens on another.
 
     exported: the export of a causal language model, with a cache that grows, or one loaded by `ExportedModel.from_pretrained`.
@@ -27,9 +26,6 @@ class ExportedGenerator(nn.Module, GenerationMixin):
     >>> from lissom.integrations.exported_generation import ExportedGenerator
     >>> ExportedGenerator(ExportedModel.from_pretrained("exported")).generate(ids, max_new_tokens=20)  # doctest: +SKIP
     """
-
-    main_input_name: ClassVar[str] = "input_ids"
-    _is_stateful: ClassVar[bool] = False
 
     def __init__(self, exported: ExportedModel) -> None:
         super().__init__()
@@ -79,16 +75,3 @@ class ExportedGenerator(nn.Module, GenerationMixin):
             "cache": cache,
         }
         return runner(**{name: value for name, value in given.items() if name in taken})
-
-    def can_generate(self) -> bool:
-        return True
-
-    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
-        return False
-
-    @contextmanager
-    def _optimize_model_for_decode(self) -> Generator[None]:
-        yield
-
-    def is_remote_code(self) -> bool:
-        return False
