@@ -79,7 +79,7 @@ class GraphReport:
         return f"{self.name} runs as it is: {self.reason}\n" if self.report is None else str(self.report)
 
 
-_reports: deque[GraphReport] = deque(maxlen=_KEPT_REPORTS)
+REPORTS: deque[GraphReport] = deque(maxlen=_KEPT_REPORTS)
 _said: set[str] = set()
 _live: weakref.WeakSet[_Compiled] = weakref.WeakSet()
 """The graphs that Dynamo holds, whose programs serve equal graphs too."""
@@ -97,7 +97,7 @@ def dynamo_reports() -> tuple[GraphReport, ...]:
     >>> len(lissom.dynamo_reports())
     1
     """
-    return tuple(_reports)
+    return tuple(REPORTS)
 
 
 def compile_graph(
@@ -133,7 +133,7 @@ def _is_taken(graph: Graph, args: Sequence[object]) -> bool:
 
 
 def _reset() -> None:
-    _reports.clear()
+    REPORTS.clear()
     _said.clear()
     _live.clear()
     forget_sizes()
@@ -236,7 +236,7 @@ class _Compiled:
         _live.add(self)
         if shared is None:
             # Without the timer, which holds the program and its weights.
-            _reports.append(GraphReport(graph.name, replace(compiled.report, timer=None), None))
+            REPORTS.append(GraphReport(graph.name, replace(compiled.report, timer=None), None))
         return variant
 
     def _compiled_before(self, args: Sequence[object], *, guard: bool) -> CompiledModel | None:
@@ -258,7 +258,7 @@ class _Compiled:
 
     def _run_as_it_is(self, reason: str) -> None:
         reason = reason.partition("\n")[0]
-        _reports.append(GraphReport(self._graph.name, None, reason))
+        REPORTS.append(GraphReport(self._graph.name, None, reason))
         sentence = f"torch.compile with backend 'lissom' runs {self._graph.name} as it is: {reason}"
         if sentence not in _said:
             _said.add(sentence)

@@ -11,7 +11,7 @@ import lissom
 from lissom.errors import InputError, PipelineTextError, UnsupportedError
 from lissom.inspect.report import Report
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
-from lissom.torch_compile import GraphReport, _reports, compile_graph
+from lissom.torch_compile import REPORTS, GraphReport, compile_graph
 from tests.refusals import Refusal, check, table
 
 
@@ -61,12 +61,12 @@ def test_options(refusal: Refusal) -> None:
 
 
 def test_only_the_last_reports_are_kept() -> None:
-    before = list(_reports)
+    before = list(REPORTS)
     try:
         for index in range(300):
-            _reports.append(GraphReport(f"Graph_{index}", cast(Report, None), "a test"))
+            REPORTS.append(GraphReport(f"Graph_{index}", cast(Report, None), "a test"))
         names = [found.name for found in lissom.dynamo_reports()]
         assert names == [f"Graph_{index}" for index in range(200, 300)]
     finally:
-        _reports.clear()
-        _reports.extend(before)
+        REPORTS.clear()
+        REPORTS.extend(before)

@@ -41,7 +41,7 @@ def keep_blocks(model: nn.Module, file: Path) -> None:
         start, end = int(item.data_offset), int(item.data_offset + item.n_bytes)
         if end > len(bytes_):
             raise ArtifactError(f"{file} has {len(bytes_)} bytes, and '{item.name}' ends at byte {end}; copy the file again")
-        found = _order(processor, item.name, rows, columns, names)
+        found = block_order(processor, item.name, rows, columns, names)
         weight = weights.get(names[item.name])
         if found is not None and weight is not None:
             keep_stored(weight, StoredWeight(bytes_[start:end], kind, rows, columns, *found))
@@ -66,7 +66,7 @@ def _names(model: nn.Module, reader: Any) -> tuple[Mapping[str, str], Any]:
     return loading.get_gguf_hf_weights_map(model, processor), processor
 
 
-def _order(
+def block_order(
     processor: Any, name: str, rows: int, columns: int, names: Mapping[str, str]
 ) -> tuple[torch.Tensor | None, bool] | None:
     """The stored row of each row of a weight, and whether the weight is transposed; None where it is not made of these rows."""

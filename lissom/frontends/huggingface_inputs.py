@@ -132,7 +132,7 @@ def _pictures(config: PreTrainedConfig, directory: Path) -> Iterator[Inputs]:
     """Pictures with the size and channels of the configuration or the image processor; videos if it has `num_frames`."""
     parts = [config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config", "encoder"))]
     channels = next((found for part in parts if isinstance(found := getattr(part, "num_channels", None), int)), 3)
-    size = next((found for part in parts if (found := _two_sizes(getattr(part, "image_size", None)))), None)
+    size = next((found for part in parts if (found := two_sizes(getattr(part, "image_size", None)))), None)
     size = size or _processor_size(directory) or (224, 224)
     frames = getattr(config, "num_frames", None)
     if isinstance(frames, int):
@@ -145,10 +145,10 @@ def _processor_size(directory: Path) -> tuple[int, int] | None:
     if not file.is_file():
         return None
     fields = json.loads(file.read_text(encoding="utf-8"))
-    return _two_sizes(fields.get("crop_size")) or _two_sizes(fields.get("size"))
+    return two_sizes(fields.get("crop_size")) or two_sizes(fields.get("size"))
 
 
-def _two_sizes(found: object) -> tuple[int, int] | None:
+def two_sizes(found: object) -> tuple[int, int] | None:
     """Height and width from a number, a pair or a mapping; None for anything else."""
     if isinstance(found, int) and found > 0:
         return found, found
@@ -158,7 +158,7 @@ def _two_sizes(found: object) -> tuple[int, int] | None:
         sizes = cast(Mapping[str, int], found)
         if "height" in sizes and "width" in sizes:
             return int(sizes["height"]), int(sizes["width"])
-        return _two_sizes(sizes.get("shortest_edge"))
+        return two_sizes(sizes.get("shortest_edge"))
     return None
 
 

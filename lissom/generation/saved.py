@@ -40,14 +40,14 @@ def load(directory: Path, device: str | torch.device | None, backend: str | Back
     loaded = rank_files.load(directory, check_device(device), backend, trust)
     for note in loaded.notes:
         warnings.warn(note, stacklevel=3)
-    config = _read(directory / CONFIG, loaded.files, _config)
+    config = _read(directory / CONFIG, loaded.files, configuration_of)
     # As transformers does: pipelines look for the tokenizer and other files of the model there.
     config._name_or_path = str(directory)
     generation = _read(directory / GENERATION, loaded.files, GenerationConfig.from_dict)
     return GenerationModel(compiled_from(loaded), config, generation)
 
 
-def _config(fields: dict[str, Any]) -> Any:
+def configuration_of(fields: dict[str, Any]) -> Any:
     fields = original_fields(fields)
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:

@@ -146,7 +146,7 @@ def _metric(
 ) -> Metric | None:
     """The metric of a search: the texts' perplexity, the caller's, or None."""
     if isinstance(metric, str):
-        return _perplexity(judged)
+        return perplexity_of_prompts(judged)
     return None if metric is None else Scorer(metric, batch, max_length)
 
 
@@ -169,7 +169,7 @@ def _a_token(text: Inputs, max_length: int) -> Inputs:
     return dict(zip(INPUTS, (ids[:, -1:], torch.ones_like(mask), start.expand(len(ids), 1), start), strict=True))
 
 
-def _perplexity(judged: Sequence[Inputs]) -> Metric:
+def perplexity_of_prompts(judged: Sequence[Inputs]) -> Metric:
     """The mean log-likelihood of the tokens of texts but the first of each: a drop of 0.02 is a perplexity 2 % higher."""
 
     def perplexity(model: CompiledModel) -> float:

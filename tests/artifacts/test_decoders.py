@@ -17,7 +17,7 @@ from lissom.artifacts.directory import sign_directory
 from lissom.artifacts.manifest import NAME, Content, read_manifest
 from lissom.errors import ArtifactError
 from lissom.generation.directory import CONFIG, GENERATION, is_saved
-from lissom.generation.saved import _config
+from lissom.generation.saved import configuration_of
 from tests.artifacts.killing import contents
 from tests.artifacts.saving import compiled
 from tests.artifacts.test_directory import rewrite
@@ -178,7 +178,7 @@ def test_a_decoder_is_signed_whole(saved, tmp_path):
 @pytest.mark.parametrize("name", DECODERS)
 def test_configurations_are_read_as_transformers_reads_them(name, tmp_path):
     decoder(name).config.to_json_file(tmp_path / CONFIG, use_diff=False)
-    found = _config(json.loads((tmp_path / CONFIG).read_text()))
+    found = configuration_of(json.loads((tmp_path / CONFIG).read_text()))
     wanted = AutoConfig.from_pretrained(tmp_path)
     found._name_or_path = wanted._name_or_path
     assert type(found) is type(wanted) and found.to_dict() == wanted.to_dict()

@@ -65,13 +65,13 @@ def test_a_transposed_weight_is_found(tmp_path: Path) -> None:
     """As GPT-2's are; transformers' own code says which."""
     from transformers.modeling_gguf_pytorch_utils import GPT2TensorProcessor
 
-    from lissom.frontends.gguf import _order
+    from lissom.frontends.gguf import block_order
 
     processor = GPT2TensorProcessor()
-    assert _order(processor, "blk.0.ffn_up.weight", 64, 32, {}) == (None, True)
-    assert _order(processor, "blk.0.ffn_up.weight", 32, 32, {}) == (None, True)
-    assert _order(processor, "token_embd.weight", 64, 32, {}) == (None, False)
-    assert _order(processor, "output.weight", 64, 32, {}) is None
+    assert block_order(processor, "blk.0.ffn_up.weight", 64, 32, {}) == (None, True)
+    assert block_order(processor, "blk.0.ffn_up.weight", 32, 32, {}) == (None, True)
+    assert block_order(processor, "token_embd.weight", 64, 32, {}) == (None, False)
+    assert block_order(processor, "output.weight", 64, 32, {}) is None
 
 
 def test_a_truncated_file_is_refused(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import lissom
 from lissom.errors import UnsupportedError
 from lissom.frontends import sources
 from lissom.frontends.huggingface import find_directory, load
-from lissom.frontends.huggingface_inputs import _two_sizes
+from lissom.frontends.huggingface_inputs import two_sizes
 from tests.models import seeded, tiny_llama
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -191,7 +191,7 @@ def test_a_model_that_takes_something_else_is_refused(tmp_path):
     ],
 )
 def test_sizes_are_read_however_they_are_written(written, sizes):
-    assert _two_sizes(written) == sizes
+    assert two_sizes(written) == sizes
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 
 import lissom
 from lissom.errors import InputError, UnsupportedError
-from lissom.tuning.generation import _perplexity, token_ids
+from lissom.tuning.generation import perplexity_of_prompts, token_ids
 from tests.models import tiny_llama, tokens
 
 
@@ -47,7 +47,7 @@ def test_perplexity_takes_texts_with_labels():
     decoder = lissom.compile_generation(tiny_llama().model, max_length=16, all_logits=True, goal=None)
     plain = [{"input_ids": ids} for ids in texts(2)]
     scores = [
-        _perplexity(lissom.generation.named_prompts(given, 1, 16))(decoder.compiled)
+        perplexity_of_prompts(lissom.generation.named_prompts(given, 1, 16))(decoder.compiled)
         for given in (plain, [{**text, "labels": text["input_ids"]} for text in plain])
     ]
     assert scores[0] == scores[1] < 0

@@ -176,7 +176,7 @@ class _Collectives:
             return _itself
         if node.target not in COLLECTIVES:
             return None
-        world_size, operation, in_place = self.ranks.world_size, str(node.args[1]), _owns_argument(node)
+        world_size, operation, in_place = self.ranks.world_size, str(node.args[1]), owns_argument(node)
         all_reduce, all_gather, reduce_scatter = map(
             self._refusing, (self.channel.reduce, self.channel.gather, self.channel.scatter)
         )
@@ -215,7 +215,7 @@ def _itself(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _owns_argument(node: fx.Node) -> bool:
+def owns_argument(node: fx.Node) -> bool:
     """True when a collective can overwrite its argument: it has no other readers, and is no view."""
     made = cast(fx.Node, node.args[0])
     if made.op != "call_function" or len(made.users) > 1 or not isinstance(made.target, torch._ops.OpOverload):

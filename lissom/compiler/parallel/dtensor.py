@@ -54,7 +54,7 @@ def as_dtensors(program: Program, mesh: DeviceMesh) -> dict[str, DTensor]:
                 f"the weight '{name}' of {program.name} has no placement: the program was not partitioned, or was lowered "
                 f'since; take the one that passes="shard{{world_size=N}},partition" gives'
             )
-        local, shape, placement = _described(name, own[name], placed, world_size, rank)
+        local, shape, placement = dtensor_parts(name, own[name], placed, world_size, rank)
         stride = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
         found[name] = DTensor.from_local(
             local.contiguous(), mesh, [placement], run_check=False, shape=torch.Size(shape), stride=tuple(stride)
@@ -68,7 +68,7 @@ def _world_size(program: Program) -> int:
     return max((span.parts * span.every for span in spans), default=1)
 
 
-def _described(
+def dtensor_parts(
     name: str, weight: torch.Tensor, placed: Placed, world_size: int, rank: int
 ) -> tuple[torch.Tensor, list[int], Placement]:
     """This rank's shard without padding, the shape of the whole weight, and the placement. Raises: UnsupportedError."""

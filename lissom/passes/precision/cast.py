@@ -102,14 +102,14 @@ class Cast(Approximation):
     def run(self, edit: Editor) -> None:
         low = DTYPES[self.dtype]
         if low is not torch.float16:
-            _Caster(edit, low, self.skip).run()
+            Caster(edit, low, self.skip).run()
             return
         if not edit.data:
             raise RequirementError(
                 "cast{dtype=fp16} needs calibration data to find what overflows: pass data=, or choose dtype=bf16"
             )
         guard = _Guard(edit, self.margin, self.underflow)
-        _Caster(edit, low, self.skip, guard).run()
+        Caster(edit, low, self.skip, guard).run()
         guard.report()
 
 
@@ -195,7 +195,7 @@ class _Guard:
 
 
 @dataclass
-class _Caster:
+class Caster:
     edit: Editor
     low: torch.dtype
     skip: str = ""

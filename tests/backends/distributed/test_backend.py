@@ -12,7 +12,7 @@ from torch import nn
 
 import lissom
 from lissom.artifacts.manifest import NAME
-from lissom.backends.distributed.backend import _owns_argument
+from lissom.backends.distributed.backend import owns_argument
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES
 from lissom.compiler.ir.printer import program_text
 from lissom.errors import ArtifactError, UnsupportedError
@@ -88,9 +88,9 @@ def test_what_cannot_be_shared_is_refused():
 
 def test_sums_are_taken_in_place_where_nothing_else_reads_them(held):
     lowered = held.program.of_rank(0)
-    assert [_owns_argument(node) for node in lowered.nodes(ALL_REDUCE)] == [True] * 5
+    assert [owns_argument(node) for node in lowered.nodes(ALL_REDUCE)] == [True] * 5
     view = lowered.nodes(ALL_GATHER)[0]
-    assert not _owns_argument(view) or view.args[0].target is not torch.ops.aten.transpose.int
+    assert not owns_argument(view) or view.args[0].target is not torch.ops.aten.transpose.int
 
 
 COMPILES = """

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lissom.compiler.ir.placement import Placed, Span, local_part
-from lissom.compiler.parallel.dtensor import _described
+from lissom.compiler.parallel.dtensor import dtensor_parts
 from lissom.errors import UnsupportedError
 from tests.backends.ranks import printed, run_ranks
 
@@ -52,11 +52,11 @@ def test_a_part_is_described() -> None:
     weight = torch.arange(14.0).reshape(7, 2)
     rows = Placed(((0, (Span(1, 7, 1, 2),)),))
     for rank, size in ((0, 4), (1, 3)):
-        local, shape, placement = _described("w", local_part(weight, rows, rank), rows, 2, rank)
+        local, shape, placement = dtensor_parts("w", local_part(weight, rows, rank), rows, 2, rank)
         assert torch.equal(local, weight[4 * rank : 4 * rank + size])
         assert (shape, placement) == ([7, 2], Shard(0))
-    assert _described("w", weight, Placed(), 2, 0)[1:] == ([7, 2], Replicate())
-    assert _described("w", weight, Placed(partial=True), 2, 0)[1:] == ([7, 2], Partial())
+    assert dtensor_parts("w", weight, Placed(), 2, 0)[1:] == ([7, 2], Replicate())
+    assert dtensor_parts("w", weight, Placed(partial=True), 2, 0)[1:] == ([7, 2], Partial())
 
 
 @pytest.mark.parametrize(
@@ -70,4 +70,4 @@ def test_a_part_is_described() -> None:
 )
 def test_what_has_no_word_is_named(placed: Placed, reason: str) -> None:
     with pytest.raises(UnsupportedError, match=f"the weight 'w' is no DTensor: it.* ?{reason.removeprefix('its ')}"):
-        _described("w", torch.zeros(4, 2), placed, 4, 0)
+        dtensor_parts("w", torch.zeros(4, 2), placed, 4, 0)

@@ -22,7 +22,7 @@ from lissom.compiler.pipeline.history import Step
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.errors import LissomError, RequirementError
 from lissom.ops.attention import attention
-from lissom.passes.precision.cast import Cast, _Caster
+from lissom.passes.precision.cast import Cast, Caster
 from tests import captures
 from tests.decoders import MAX_LENGTH, VOCABULARY
 from tests.decoders import decoder as tiny_decoder
@@ -112,7 +112,7 @@ class CastAll(Approximation):
     """Casts to float16 whatever may overflow it."""
 
     def run(self, edit: Editor) -> None:
-        _Caster(edit, torch.float16).run()
+        Caster(edit, torch.float16).run()
 
 
 def halved(module: nn.Module, *inputs: torch.Tensor, options: str = "") -> tuple[Program, Step]:

@@ -108,13 +108,13 @@ def reorder(edit: Editor, found: Axes, numbering: Sequence[Axis], order: torch.T
                 continue
             if rows not in atoms:
                 raise UnsupportedError(f"'{node.target}' has the same entry for a place in every group")
-            weight = weight.index_select(dim, _places(axis, rows, units, order).to(weight.device))
+            weight = weight.index_select(dim, places_of(axis, rows, units, order).to(weight.device))
             moved.append((node, weight))
     for node, weight in moved:
         edit.set_weight(node, weight, retype=False)
 
 
-def _places(axis: Axis, rows: Axis, units: Axis, order: torch.Tensor) -> torch.Tensor:
+def places_of(axis: Axis, rows: Axis, units: Axis, order: torch.Tensor) -> torch.Tensor:
     """For each index of an axis, the index whose entry moves there."""
     row, unit = unit_of(axis, [rows]), unit_of(axis, [units])
     within = torch.zeros(len(row), dtype=torch.long)

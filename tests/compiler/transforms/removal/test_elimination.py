@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lissom.compiler.analysis.axes.axis import Axis, product
-from lissom.compiler.transforms.removal.elimination import _places, plan_of
+from lissom.compiler.transforms.removal.elimination import places_of, plan_of
 
 
 @pytest.mark.parametrize(
@@ -42,5 +42,5 @@ def test_one_unit_is_left_where_all_are_dead():
 def test_an_order_moves_all_features_of_a_unit():
     groups, within, features = Axis(2), Axis(2), Axis(3)
     order = torch.tensor([[1, 0], [0, 1]])
-    places = _places(product([groups, within, features]), groups, within, order)
+    places = places_of(product([groups, within, features]), groups, within, order)
     assert places.tolist() == [3, 4, 5, 0, 1, 2, 6, 7, 8, 9, 10, 11]
