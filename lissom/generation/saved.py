@@ -48,6 +48,7 @@ def load(directory: Path, device: str | torch.device | None, backend: str | Back
 
 
 def configuration_of(fields: dict[str, Any]) -> Any:
+    """The configuration of transformers with these fields, as they were when the decoder was saved."""
     fields = original_fields(fields)
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:

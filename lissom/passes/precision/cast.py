@@ -196,6 +196,8 @@ class _Guard:
 
 @dataclass
 class Caster:
+    """Writes the casts of a program whose values may become a format of fewer bits; what a guard names stays in float32."""
+
     edit: Editor
     low: torch.dtype
     skip: str = ""
