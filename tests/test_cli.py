@@ -156,6 +156,7 @@ def test_a_written_file_is_as_readable_as_any_other(tmp_path):
     assert path.stat().st_mode == plain.stat().st_mode
 
 
+@pytest.mark.slow
 def test_bench_prints_the_table_and_writes_it_as_markdown(model, tmp_path):
     file = tmp_path / "table.md"
     arguments = ("--engines", "eager", "--shapes", "1x4,2xragged", "--seconds", "0", "--threads", "1", "--markdown", file)
@@ -341,6 +342,7 @@ def test_the_demonstration_runs():
     assert "latency, ms" in shown
 
 
+@pytest.mark.slow
 def test_show_draws_pictures(model, tmp_path):
     picture = tmp_path / "picture.svg"
     for more, words in (

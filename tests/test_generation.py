@@ -43,7 +43,10 @@ MODELS = [
     *(pytest.param("eager", name, marks=pytest.mark.slow if name in ALIKE else ()) for name in DECODERS),
     ("onnxruntime", "llama"),
     *(pytest.param("onnxruntime", name, marks=pytest.mark.slow) for name in DECODERS if name != "llama"),
-    *(("eager", name) for name in RECURRENT),
+    *(
+        pytest.param("eager", name, marks=pytest.mark.slow if name in ("falcon_h1", "olmo_hybrid") else ())
+        for name in RECURRENT
+    ),
     *(pytest.param("onnxruntime", name, marks=pytest.mark.slow) for name in RECURRENT),
 ]
 
@@ -321,7 +324,7 @@ def test_lossy_passes_calibrate_on_texts_and_are_scored() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gemma3", "gpt2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen2", "mistral"))]
+    "name", ["llama", *(pytest.param(x, marks=pytest.mark.slow) for x in ("gemma3", "gpt2", "qwen2", "mistral"))]
 )
 def test_attention_over_a_cache_as_one_operator_gives_the_same_tokens(name: str) -> None:
     """The form of ONNX Runtime that is chosen where it is faster, which for models as small it may not be."""

@@ -51,6 +51,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_processes_that_remove_at_once_leave_the_last_ones_used(folder):
     processes = [ready_to_remove(folder) for _ in range(3)]
     for process in processes:

@@ -136,7 +136,7 @@ def test_models_of_other_dtypes(build, dtype: torch.dtype) -> None:
         assert compiled(input_ids=ids)["logits"].dtype == model(ids).logits.dtype
 
 
-@pytest.mark.parametrize("name", ["mamba2", "falcon_h1"])
+@pytest.mark.parametrize("name", ["mamba2", pytest.param("falcon_h1", marks=pytest.mark.slow)])
 def test_a_decoder_in_bfloat16(name: str) -> None:
     model = decoder(name).to(torch.bfloat16)
     fast = lissom.compile_generation(model, max_length=16)

@@ -53,7 +53,7 @@ def is_same(left: Mapping[str, object], right: Mapping[str, object]) -> bool:
     return left.keys() == right.keys() and all(left[name] is right[name] for name in left)
 
 
-@pytest.mark.parametrize("tokens", [9, 40])
+@pytest.mark.parametrize("tokens", [pytest.param(9, marks=pytest.mark.slow), 40])
 def test_frequencies_that_depend_on_the_length_are_captured_and_not_left_in_the_model(tokens: int) -> None:
     model, before = longrope(), copy.deepcopy(longrope())
     held = attributes(model)

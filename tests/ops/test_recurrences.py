@@ -115,7 +115,9 @@ def test_a_text_in_parts_gives_what_it_gives_at_once(name: str) -> None:
     assert relative_error(last, state) < SUMS
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", ["per head", "scan", *(pytest.param(x, marks=pytest.mark.slow) for x in ("per feature", "scan per state"))]
+)
 def test_gradients(name: str) -> None:
     operator, _, operands, options = CALLS[name](3)
     narrow = [item[..., :5] if item.dim() == 4 and item.shape[-1] > 18 else item for item in operands]

@@ -34,6 +34,7 @@ def test_a_sample_of_no_slice_is_saved_and_loaded(name, tmp_path):
     assert SAMPLES[name].load(tmp_path / name)()
 
 
+@pytest.mark.slow
 def test_a_slice_of_a_campaign_finds_no_fault(folder):
     words, faults = run(folder, SLICE, seed=0, count=80)
     assert faults == {}
@@ -114,6 +115,7 @@ def test_what_must_not_happen_is_noticed(load, word):
     assert _watched(load).startswith(word)
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_answer_is_noticed(folder):
     worker = Worker(folder, 600.0)
     assert worker.judge(Case("plain", ())) == "equal"

@@ -194,6 +194,7 @@ def test_memory_is_linear_in_the_length(name, tmp_path):
     assert largest[1] == 2 * largest[0]
 
 
+@pytest.mark.slow
 def test_the_report_says_which_form_is_used_and_where_the_lines_cross(tmp_path):
     pattern = Pattern(((window(16, 16),),))
     model = seeded(lambda: Sparse(pattern))

@@ -113,6 +113,7 @@ def test_a_finished_run_gives_its_result(tmp_path: Path) -> None:
     assert again.report.history.steps[-1].rewritten == first.report.history.steps[-1].rewritten > 0
 
 
+@pytest.mark.slow
 def test_minutes_count_what_was_used(tmp_path: Path) -> None:
     options = f"minutes=0.05,checkpoint={tmp_path}"
     train(options, progress=interrupted_at(20))

@@ -119,7 +119,7 @@ def test_leaves_other_weights_alone(name: str) -> None:
     assert history.steps[-1].rewritten == 0
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_decoder_reads_its_mask_as_it_is(batch: int) -> None:
     captured = capture_decoder(decoder("gemma3"), max_length=32, batch=batch)
     program, _ = Pipeline(parse_pipeline("exact", known_passes(), RECIPES), samples=captured.samples).run(captured.program)

@@ -116,7 +116,7 @@ def square(program: Program) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_no_mask_of_all_pairs_is_left(name: str, padded: bool) -> None:
     """Sliding windows as models come with them, of a quarter of the tokens."""

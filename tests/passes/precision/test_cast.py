@@ -177,6 +177,7 @@ def test_a_residual_stream_that_overflows_stays_in_float32(name: str, weight: st
     assert {skip.reason for skip in step.skipped} == {"an input or output may overflow float16"}
 
 
+@pytest.mark.slow
 def test_the_note_names_the_residual_stream() -> None:
     case = tiny_t5()
     with torch.no_grad():

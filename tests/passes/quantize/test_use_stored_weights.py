@@ -148,7 +148,13 @@ def test_every_backend_gives_the_same(backend: object) -> None:
     torch.testing.assert_close(compiled(x), module(x), rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("passes", ["use-stored-weights,cast{dtype=bf16}", "use-stored-weights,quantize-cache", "generation"])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "use-stored-weights,cast{dtype=bf16}",
+        *(pytest.param(passes, marks=pytest.mark.slow) for passes in ("use-stored-weights,quantize-cache", "generation")),
+    ],
+)
 def test_it_composes_and_is_lowered(llama: nn.Module, passes: str, tmp_path: Path) -> None:
     passes = passes if "use-stored" in passes else f"{passes},use-stored-weights"
     decoder = lissom.compile_generation(llama, max_length=32, passes=passes, goal=None)
@@ -170,6 +176,7 @@ def test_it_composes_and_is_lowered(llama: nn.Module, passes: str, tmp_path: Pat
     assert torch.equal(again.step(prompt), decoder.step(prompt))
 
 
+@pytest.mark.slow
 def test_onnx_runtime_reads_it_as_a_decoder(llama: nn.Module) -> None:
     backend = OnnxRuntime(timing_seconds=0)
     options = {"passes": "use-stored-weights", "goal": None, "simulate": True}

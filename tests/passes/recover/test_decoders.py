@@ -60,7 +60,7 @@ def best(step: Step) -> float:
     return min(point.held_out for point in step.curve)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "gpt2"))])
 def test_distills_a_program_with_a_cache(name) -> None:
     """The prefill is trained on all tokens, and the state stays empty and without gradients."""
     passes = f"{QUANTIZED},distill{{steps=80,learning_rate=3e-4,precision=fp32}}"

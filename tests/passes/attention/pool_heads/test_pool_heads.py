@@ -208,7 +208,7 @@ def test_composes(backend: Backend) -> None:
     assert compiled.program.parameter_count < sum(weight.numel() for weight in module.parameters())
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "gpt2"))])
 def test_a_decoder_generates_the_same_with_a_smaller_cache(name: str) -> None:
     model, ids = decoder(name), prompt()["input_ids"]
     pooled, merged = (
