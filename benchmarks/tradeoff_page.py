@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from tradeoff_rows import MODELS, RANKS, TECHNIQUES, Technique
+from tradeoff_rows import MODELS, RANKS, TECHNIQUES, Row, Technique
 
 COLUMNS = ("memory savings", "speed-up", "complexity")
 SURVEY = {
@@ -67,7 +66,7 @@ class Rating:
     figure: str
 
 
-def page(rows: Sequence[Any]) -> str:
+def page(rows: Sequence[Row]) -> str:
     """The page of all rows, measured by `tradeoffs.py`."""
     lines = [INTRO]
     for model, title in MODELS.items():
@@ -75,7 +74,7 @@ def page(rows: Sequence[Any]) -> str:
     return "\n".join([*lines, "## Beside the survey\n", *beside_survey(rows)]) + "\n"
 
 
-def about(model: str, rows: Sequence[Any]) -> Iterator[str]:
+def about(model: str, rows: Sequence[Row]) -> Iterator[str]:
     """The timed call, the exact program's speed, and the machine."""
     yield f"A call has {SHAPES[model]}."
     exact = next((row for row in rows if (row.model, row.technique) == (model, "exact")), None)
@@ -86,7 +85,7 @@ def about(model: str, rows: Sequence[Any]) -> Iterator[str]:
     yield ""
 
 
-def table(model: str, rows: Sequence[Any]) -> Iterator[str]:
+def table(model: str, rows: Sequence[Row]) -> Iterator[str]:
     """The techniques of one model."""
     found = {(row.model, row.technique): row for row in rows}
     yield "| technique | passes | memory saved | speed-up | quality kept | compile, s | needs | complexity |"
@@ -106,7 +105,7 @@ def table(model: str, rows: Sequence[Any]) -> Iterator[str]:
         yield f"| {item.name} | `{shown}` | {figures} | {item.needs(model)} | {complexity} |"
 
 
-def cells(row: Any) -> list[str]:
+def cells(row: Row) -> list[str]:
     """The measured cells of a row."""
     if row is None:
         return ["not measured", "", "", ""]
@@ -120,7 +119,7 @@ def counted(count: int, word: str) -> str:
     return f"{count} {word}" + ("" if count == 1 else "s")
 
 
-def beside_survey(rows: Sequence[Any]) -> Iterator[str]:
+def beside_survey(rows: Sequence[Row]) -> Iterator[str]:
     """The survey's ratings beside ours, and a sentence for each that differs."""
     yield f"A measurement counts as Medium from {MEMORY[0]:.0%} of the memory or {SPEED[0]} × the speed on, and as High from"
     yield f"{MEMORY[1]:.0%} or {SPEED[1]:g} ×. For complexity, options and lines count together: Medium from {COMPLEXITY[0]},"
@@ -143,7 +142,7 @@ def beside_survey(rows: Sequence[Any]) -> Iterator[str]:
                 yield f"- {name}, {column}: the survey says {level}, measured is {', '.join(parts)}. {REASONS[name, column]}."
 
 
-def ratings(name: str, model: str, rows: Sequence[Any]) -> list[Rating]:
+def ratings(name: str, model: str, rows: Sequence[Row]) -> list[Rating]:
     """The rating of a technique in each of COLUMNS; empty where nothing was measured."""
     measured = {row.technique: row for row in rows if row.model == model and not row.failed}
     members = [(item, measured[item.name]) for item in TECHNIQUES if item.survey == name and item.name in measured]

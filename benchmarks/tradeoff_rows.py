@@ -20,6 +20,29 @@ TEXTS = "texts"
 
 
 @dataclass(frozen=True)
+class Row:
+    """One technique on one model.
+
+    saved: fraction of the bytes of the weights, and of the KV cache of a decoder. faster: the speed-up. kept: fraction of the
+    quality. quality: the same in the terms of the model. seconds: of the compile. failed: why there is no result.
+    milliseconds: of a call. embeddings: the fraction of the bytes of weights that are embedding tables.
+    """
+
+    model: str
+    technique: str
+    passes: str
+    machine: str
+    saved: float = 0.0
+    faster: float = 1.0
+    kept: float = 1.0
+    quality: str = ""
+    seconds: float = 0.0
+    failed: str = ""
+    milliseconds: float = 0.0
+    embeddings: float = 0.0
+
+
+@dataclass(frozen=True)
 class Technique:
     """A row of the page.
 

@@ -39,7 +39,7 @@ from quality import (
     windows,
 )
 from tradeoff_page import page
-from tradeoff_rows import MODELS, RANKS, TECHNIQUES
+from tradeoff_rows import MODELS, RANKS, TECHNIQUES, Row
 
 import lissom
 from lissom.artifacts.weights import stored_bytes
@@ -81,29 +81,6 @@ class Sizes:
 
 
 QUICK = Sizes(texts=16, pairs=20, tokens=256, evaluated=64, pictures=8, seconds=0.1, minutes=0.05)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One technique on one model.
-
-    saved: fraction of the bytes of the weights, and of the KV cache of a decoder. faster: the speed-up. kept: fraction of the
-    quality. quality: the same in the terms of the model. seconds: of the compile. failed: why there is no result.
-    milliseconds: of a call. embeddings: the fraction of the bytes of weights that are embedding tables.
-    """
-
-    model: str
-    technique: str
-    passes: str
-    machine: str
-    saved: float = 0.0
-    faster: float = 1.0
-    kept: float = 1.0
-    quality: str = ""
-    seconds: float = 0.0
-    failed: str = ""
-    milliseconds: float = 0.0
-    embeddings: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lissom.passes.sites import sites
     from lissom.runtime.compiled_model import CompiledModel, load
     from lissom.torch_compile import dynamo_reports
-    from lissom.tuning.generation import TunedDecoder, tune_generation
+    from lissom.tuning.generation import tune_generation
     from lissom.tuning.tuned import Tuned, tune
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "OnnxRuntime",
     "Optimized",
     "Tuned",
-    "TunedDecoder",
     "__version__",
     "compile",
     "compile_generation",
@@ -53,7 +52,6 @@ _HOMES = {
     "OnnxRuntime": "lissom.backends.onnxruntime.backend",
     "Optimized": "lissom.api",
     "Tuned": "lissom.tuning.tuned",
-    "TunedDecoder": "lissom.tuning.generation",
     "compile": "lissom.api",
     "compile_generation": "lissom.generation",
     "dynamo_reports": "lissom.torch_compile",

@@ -15,7 +15,7 @@ from lissom.errors import ArtifactError, UnsupportedError
 from lissom.files import check_writable
 from lissom.frontends.sources import NAMES, load
 from lissom.inspect.tables import show
-from lissom.tuning.generation import DECODER_GOALS, PERPLEXITY, TunedDecoder, tune_generation
+from lissom.tuning.generation import DECODER_GOALS, PERPLEXITY, tune_generation
 from lissom.tuning.report import TuneReport
 from lissom.tuning.stored import stored_reports
 from lissom.tuning.tuned import Tuned, tune
@@ -79,7 +79,7 @@ def run_tune(
     }
     source = load(model)
     given = quality.arguments(source, None)
-    tuned: Tuned | TunedDecoder
+    tuned: Tuned[Any]
     if decodes:
         tuned = tune_generation(source.model, max_length=max_length, data=given["data"], **options)
     else:

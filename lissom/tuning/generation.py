@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,11 +22,9 @@ from lissom.generation.scoring import NextToken, Scorer
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.hosted_model import check_uncompiled
 from lissom.tuning.build import silent
-from lissom.tuning.candidates import Candidate
-from lissom.tuning.report import TuneReport
 from lissom.tuning.request import check_request
 from lissom.tuning.spelling import EXACT
-from lissom.tuning.tuned import search, searching
+from lissom.tuning.tuned import Tuned, search, searching
 
 if TYPE_CHECKING:
     from lissom.generation.model import GenerationModel
@@ -35,33 +32,6 @@ if TYPE_CHECKING:
 DECODER_GOALS = ("decode", "prefill", "memory")
 PERPLEXITY = "perplexity"
 _LEAST_BATCHES = 2
-
-
-@dataclass(frozen=True)
-class TunedDecoder:
-    """The result of a search over a decoder.
-
-    best: the chosen decoder. pipeline: its passes as text: `lissom.compile_generation` with this text, the same max_length and
-        batch, every second group of rows, `goal=None` and this backend gives the same decoder again. backend: its name.
-    frontier, report: as of `Tuned`.
-
-    >>> import torch, lissom
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> config = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-    >>> texts = [torch.randint(0, 50, (1, 12)) for _ in range(4)]
-    >>> tuned = lissom.tune_generation(LlamaForCausalLM(config), max_length=16, data=texts, minutes=0.05, distill=False)
-    >>> tuned.report.verdict(tuned.report.chosen), tuned.backend
-    ('chosen', 'eager')
-    """
-
-    best: GenerationModel
-    pipeline: str
-    backend: str
-    frontier: tuple[Candidate, ...]
-    report: TuneReport
-
-    def __repr__(self) -> str:
-        return f"TunedDecoder(pipeline={self.pipeline!r:.200}, backend='{self.backend}', {len(self.frontier)} on the frontier)"
 
 
 def tune_generation(
@@ -78,7 +48,7 @@ def tune_generation(
     backends: Sequence[str | Backend] = ("eager",),
     distill: bool = True,
     store: str | Path | None = None,
-) -> TunedDecoder:
+) -> Tuned[GenerationModel]:
     """Search the best decoder under a bound, and compile it with its KV cache.
 
     max_length, batch: as for `compile_generation`.
@@ -138,7 +108,7 @@ def tune_generation(
         goal=None,
         progress=silent,
     )
-    return TunedDecoder(decoder, found.pipeline, found.backend, found.frontier, found.report)
+    return Tuned(decoder, found.pipeline, found.backend, found.frontier, found.report)
 
 
 def _metric(

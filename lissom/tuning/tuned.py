@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -52,12 +53,17 @@ _PAYS = 0.97
 """The part of the time that a program without padding may take to be worth its conversions."""
 
 
+Best = TypeVar("Best", covariant=True)
+
+
 @dataclass(frozen=True)
-class Tuned:
+class Tuned(Generic[Best]):
     """The result of a search.
 
-    best: the chosen program, compiled. pipeline: its passes as text: `lissom.compile` with this text, the same example
-        inputs, the same data, `goal=None` and this backend gives the same program again. backend: its name.
+    best: the chosen program, compiled: a `CompiledModel`, or a `GenerationModel` from `tune_generation`.
+    pipeline: its passes as text: `lissom.compile` with this text, the same example inputs, the same data, `goal=None` and this
+        backend gives the same program again; `lissom.compile_generation` with the same max_length and batch, and every second
+        group of rows. backend: its name.
     frontier: the candidates that no other matches in both cost and drop, the cheapest first.
     report: prints as a table of all candidates; `plot` draws them.
 
@@ -68,7 +74,7 @@ class Tuned:
     (True, 'eager')
     """
 
-    best: CompiledModel
+    best: Best
     pipeline: str
     backend: str
     frontier: tuple[Candidate, ...]
@@ -91,7 +97,7 @@ def tune(
     backends: Sequence[str | Backend] = ("eager",),
     distill: bool = True,
     store: str | Path | None = None,
-) -> Tuned:
+) -> Tuned[CompiledModel]:
     """Search the best program under a bound, and compile it.
 
     Each attention and feed-forward may lose heads or neurons or go as a whole, and its linear layers may be quantized or
@@ -148,7 +154,7 @@ def searching(request: Request) -> Generator[Clock]:
         yield clock
 
 
-def search(program: Program, example: Inputs, request: Request, store: str | Path | None, clock: Clock) -> Tuned:
+def search(program: Program, example: Inputs, request: Request, store: str | Path | None, clock: Clock) -> Tuned[CompiledModel]:
     """The result for a program in canonical form. example: inputs of the program, on which times are measured."""
     notes, groups = list[str](), groups_of(program)
     trials = _trials(program, example, request, Store(store), clock)
@@ -267,7 +273,7 @@ def _base(trials: Trials, variant: Variant) -> Candidate | None:
     return base if not base.failed and (trials.aim.target is not None or trials.aim.meets(base)) else None
 
 
-def _result(trials: Trials, groups: Sequence[Group], request: Request, notes: list[str]) -> Tuned:
+def _result(trials: Trials, groups: Sequence[Group], request: Request, notes: list[str]) -> Tuned[CompiledModel]:
     chosen, compiled = trials.chosen()
     missed = trials.aim.nearest_miss(trials.candidates)
     if chosen is trials.exact and missed is not None:

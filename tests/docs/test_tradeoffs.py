@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -30,16 +28,9 @@ def benchmarks():
         sys.path.remove(folder)
 
 
-@dataclass(frozen=True)
-class Row:
-    model: str
-    technique: str
-    saved: float = 0.0
-    faster: float = 1.0
-    kept: float = 1.0
-    quality: str = ""
-    seconds: float = 0.0
-    failed: str = ""
+def row(module, technique="attention heads", **measured):
+    """A row of MiniLM."""
+    return module.Row("minilm", technique, "prune-heads", "a machine", **measured)
 
 
 def test_every_pipeline_is_valid(benchmarks):
@@ -58,10 +49,10 @@ def test_names_are_unique(benchmarks):
 
 
 def test_the_survey_is_rated_by_the_best_row_that_keeps_the_quality(benchmarks):
-    _, page = benchmarks
+    module, page = benchmarks
     rows = [
-        Row("minilm", "attention heads", saved=0.1, faster=1.3, kept=0.99),
-        Row("minilm", "feed-forward neurons", saved=0.7, faster=3.0, kept=0.5),
+        row(module, saved=0.1, faster=1.3, kept=0.99),
+        row(module, technique="feed-forward neurons", saved=0.7, faster=3.0, kept=0.5),
     ]
     memory, speed, complexity = page.ratings("Pruning", "minilm", rows)
     assert (memory.level, speed.level, complexity.level) == ("Low", "Medium", "Medium")
@@ -69,8 +60,8 @@ def test_the_survey_is_rated_by_the_best_row_that_keeps_the_quality(benchmarks):
 
 
 def test_a_difference_from_the_survey_has_a_sentence(benchmarks):
-    _, page = benchmarks
-    lines = list(page.beside_survey([Row("minilm", "attention heads", saved=0.1, faster=1.3)]))
+    module, page = benchmarks
+    lines = list(page.beside_survey([row(module, saved=0.1, faster=1.3)]))
     assert any(
         line.startswith("- Pruning, memory savings: the survey says High, measured is Low on all-MiniLM") for line in lines
     )
@@ -78,14 +69,14 @@ def test_a_difference_from_the_survey_has_a_sentence(benchmarks):
 
 
 def test_the_page_shows_what_was_refused(benchmarks):
-    _, page = benchmarks
-    text = page.page([Row("minilm", "attention heads", failed="no kernel | here")])
+    module, page = benchmarks
+    text = page.page([row(module, failed="no kernel | here")])
     assert "refused: no kernel / here" in text
     assert "not measured" in text
 
 
 def test_the_page_is_made_of_the_kept_rows(benchmarks):
-    _, page = benchmarks
+    module, page = benchmarks
     records = ROOT / "benchmarks" / "tradeoffs.json"
-    rows = [SimpleNamespace(**item) for item in json.loads(records.read_text(encoding="utf-8"))] if records.exists() else []
+    rows = [module.Row(**item) for item in json.loads(records.read_text(encoding="utf-8"))] if records.exists() else []
     assert (ROOT / "docs" / "tradeoffs.md").read_text(encoding="utf-8") == page.page(rows)
