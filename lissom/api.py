@@ -25,6 +25,7 @@ from lissom.inspect.report import Report
 from lissom.integrations import is_sentence_model
 from lissom.runtime.checkpoint import save_checkpoint
 from lissom.runtime.compiled_model import CompiledModel
+from lissom.runtime.gguf.writer import Dtype, GgufFile, write_gguf
 from lissom.runtime.hosted_model import Facts
 from lissom.runtime.model_files import Saveable, check_tokenizer
 
@@ -169,16 +170,43 @@ class Optimized:
         Raises: UnsupportedError if the model is not one of transformers, its configuration cannot say what was removed, or the
             program computes what no weights say, such as quantized layers; ArtifactError if it cannot be written.
         """
+        model = self._transformers_model("checkpoint", tokenizer)
+        save_checkpoint(self.program, model, self._example, check_path(directory), tokenizer, processor)
+
+    def export_gguf(self, path: str | Path, *, tokenizer: Saveable | None = None, dtype: Dtype | None = None) -> GgufFile:
+        """Write a decoder as a GGUF file, which llama.cpp runs: weights, sizes of every layer, and the vocabulary.
+
+        Weights in int8 and int4 are written with the program's integers, in Q8_0, Q4_0 and Q4_1; weights that have the values
+        of the GGUF file they were read from, with its blocks. Removed layers are left out. Where llama.cpp reads one width for
+        all layers, those of different widths are padded with zeros to the widest. The file is written completely or not at all.
+
+        tokenizer: a fast one of transformers; by default that of the folder that the model came from. dtype: of matrices in
+            floating point, `f32`, `f16` or `bf16`; by default the program's own.
+
+        Returns: the graph of llama.cpp, the types of the tensors, and the size of the file.
+
+        Raises: UnsupportedError if the model is not one of transformers, llama.cpp has no graph for the program or no tokenizer
+            like this one, or gguf is not installed; ArtifactError if the file cannot be written.
+        """
+        return write_gguf(
+            self.program, self._transformers_model("GGUF file", tokenizer), self._example, check_path(path), tokenizer, dtype
+        )
+
+    def _transformers_model(self, what: str, tokenizer: Saveable | None) -> Any:
+        """The model that the program was captured from, with merged adapters; its tokenizer is checked.
+
+        Raises: UnsupportedError for another one; InputError for a tokenizer with a larger vocabulary.
+        """
         model = with_merged_adapters(self._model) if isinstance(self._model, nn.Module) else None
         # Other modules keep a configuration of transformers too.
         if model is None or Facts.of(model) is None or not hasattr(type(model), "from_pretrained"):
             raise UnsupportedError(
-                f"{self.program.name} was not captured from a transformers model here, and has no checkpoint; call "
+                f"{self.program.name} was not captured from a transformers model here, and has no {what}; call "
                 f"lissom.optimize on the model itself"
             )
         if tokenizer is not None:
             check_tokenizer(self.program, str(getattr(model, "main_input_name", "input_ids")), tokenizer)
-        save_checkpoint(self.program, cast(Any, model), self._example, check_path(directory), tokenizer, processor)
+        return model
 
 
 def optimize(

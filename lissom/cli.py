@@ -1,4 +1,4 @@
-"""The command line: `lissom demo | compile | tune | run | generate | show | bench | sign | verify | passes | machine | …`."""
+"""The command line: `lissom demo | compile | tune | run | generate | show | export | bench | sign | verify | passes | …`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from lissom.compile_commands import run_compile, run_show
 from lissom.doctor import run_doctor
 from lissom.driver.torchrun import RankProcess, ending_at_once, may_speak, one_of_ranks, refuse_torchrun
 from lissom.errors import LissomError, UnsupportedError, nearest
+from lissom.export_commands import run_export
 from lissom.frontends.device import check_device
 from lissom.frontends.sources import NAMES
 from lissom.generation.directory import is_saved
@@ -151,6 +152,7 @@ def _write(piece: str, rank: RankProcess) -> None:
 
 app.command("show")(run_show)
 app.command("tune")(run_tune)
+app.command("export")(run_export)
 app.command("bench")(run_bench)
 app.command("sign")(sign_saved)
 app.command("verify")(verify_saved)

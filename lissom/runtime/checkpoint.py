@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,7 @@ def save_checkpoint(
         ArtifactError if the directory exists, or cannot be written.
     """
     check_new(directory)
-    names, config = _kept_layers(program, model)
+    names, config = kept_layers(program.weights(), model)
     weights = {names[name]: weight.detach() for name, weight in program.weights().items() if name in names}
     fitted = _fit(model, config, {name: tuple(weight.shape) for name, weight in weights.items()})
     state = _state(model, fitted, weights, {new: old for old, new in names.items()})
@@ -72,12 +72,14 @@ def save_checkpoint(
     write_directory(directory, write)
 
 
-def _kept_layers(program: Program, model: PreTrainedModel) -> tuple[dict[str, str], PretrainedConfig]:
+def kept_layers(used: Collection[str], model: PreTrainedModel) -> tuple[dict[str, str], PretrainedConfig]:
     """The name in the checkpoint for every weight of the model that stays, and the configuration with fewer layers.
 
-    A layer is gone if the program uses none of its weights.
+    used: the names of the weights that the program uses. A layer is gone if it uses none of the layer's.
+
+    Raises: UnsupportedError if the configuration has no field for the number of layers.
     """
-    config, used = copy.deepcopy(model.config), set(program.weights())
+    config, used = copy.deepcopy(model.config), set(used)
     names = {name: name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     for path, layers in model.named_modules():
         if not isinstance(layers, nn.ModuleList):
