@@ -18,6 +18,7 @@ llama = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip
 pytestmark = pytest.mark.slow
 STEPS = 12
 PRUNED = "prune-layers{keep=0.67},prune-heads{keep=0.5},prune-neurons{keep=0.5}"
+UNIFORM = "prune-layers{keep=0.67},prune-heads{keep=0.5,scope=layer},prune-neurons{keep=0.5,scope=layer}"
 WIDTHS = 'prune-neurons{amounts="model.layers.0=32,model.layers.1=64"}'
 
 
@@ -55,14 +56,15 @@ def greedy(program: Program, prompt: Sequence[int], never: int) -> tuple[list[in
 @pytest.mark.parametrize(
     ("family", "passes", "graph", "fields"),
     [
-        ("llama", PRUNED, "llama", {}),
+        ("llama", PRUNED, "deci", {}),
+        ("llama", UNIFORM, "llama", {}),
         ("llama", WIDTHS, "deci", {"tie_word_embeddings": True}),
         ("llama", 'prune-heads{amounts="model.layers.0=2"}', "deci", {}),
         ("llama", "prune-layers{keep=0.67,part=attention}", "deci", {}),
         ("llama", "exact", "llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
         ("mistral", WIDTHS, "deci", {}),
         ("qwen2", "prune-heads{keep=0.5,scope=layer}," + WIDTHS, "qwen2", {}),
-        ("qwen3", PRUNED, "qwen3", {}),
+        ("qwen3", UNIFORM, "qwen3", {}),
         ("qwen3", WIDTHS, "openelm", {"tie_word_embeddings": True}),
         ("qwen3", WIDTHS, "qwen3", {"tie_word_embeddings": False}),
         ("gemma3_text", "prune-heads{keep=0.5,scope=layer}," + WIDTHS, "gemma3", {"layers": 4}),

@@ -106,7 +106,7 @@ def read_weights(program: Program, model: nn.Module, norm_offset: float) -> dict
             continue
         whole = q if FORMATS[form].bits == 8 else unpack_halves(q, FORMATS[form])
         stored = StoredBlocks(whole, scale, zero_point[0] if zero_point else None, form)
-        found[str(stored_as.target).removesuffix(f"_{form}")] = _blocks_of(stored) or _floating(stored)
+        found[str(stored_as.target).removesuffix(f"_{form}")] = blocks_of(stored) or _floating(stored)
     for node in program.nodes(torch.ops.aten.rms_norm.default):
         scale = _attribute(nodes.argument(node, "weight"))
         if scale is not None and str(scale.target) not in originals:
@@ -133,7 +133,7 @@ def _floating(stored: StoredBlocks) -> torch.Tensor:
     return stored.dequantize(slice(None)) if stored.scale.dim() else stored.q * stored.scale
 
 
-def _blocks_of(stored: StoredBlocks) -> Blocks | None:
+def blocks_of(stored: StoredBlocks) -> Blocks | None:
     """The integers in the type that has room for them; None where none has, or scales differ within 32 weights of a row."""
     kind = BLOCK_TYPES.get(_KINDS.get(stored.format, ""))
     if kind is None or stored.q.dim() != 2 or stored.q.shape[1] % kind.size:
