@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
+from lissom.cli import app
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.ops.formats import FORMATS, dequantize, quantize, scale_for
 from lissom.ops.gguf_blocks import StoredBlocks
@@ -138,6 +140,19 @@ def test_values_that_float16_cannot_hold_are_refused(tmp_path):
     with pytest.raises(UnsupportedError, match=r"'output.weight' has values that f16 cannot hold; choose dtype='bf16'"):
         optimized(model).export_gguf(tmp_path / "model.gguf", tokenizer=byte_level(), dtype="f16")
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_file_with_the_tokenizer_of_the_folder(tmp_path):
+    tokenizer = byte_level()
+    decoder("qwen2", len(tokenizer), layers=1).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model.gguf"
+    told = CliRunner().invoke(app, ["export", str(tmp_path / "model"), str(file), "--passes", "quantize{scheme=int4-weight}"])
+    assert told.exit_code == 0, told.output
+    assert f"{file}: 0.1 MB for the graph 'qwen2' of llama.cpp; tensors: 9 in F32, 7 in Q4_0" in told.output
+    fields, tensors = read(file)
+    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id and len(tensors) == 16
 
 
 @pytest.mark.slow

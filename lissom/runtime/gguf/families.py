@@ -22,28 +22,29 @@ if TYPE_CHECKING:
 class Family:
     """How llama.cpp computes a family of models.
 
-    architecture: for layers of one width. by_layer: for layers of several widths; None where llama.cpp has none. fields: the
-    values of the configuration that its graph computes with. interleaved: pairs of rotary features are neighbours there, and in
-    transformers half a head apart. norm_offset: what is added to the weights of norms.
+    architecture: for layers of one width. by_layer: for layers of several widths; None where llama.cpp has none. other_heads: for
+    heads that are together narrower than the residual stream, where `architecture` has no room for them. fields: the values
+    of the configuration that its graph computes with. norm_offset: what is added to the weights of norms.
     """
 
     architecture: str
     by_layer: str | None = None
+    other_heads: str | None = None
     fields: Mapping[str, Sequence[object]] = field(default_factory=dict[str, Sequence[object]])
-    interleaved: bool = False
     norm_offset: float = 0.0
 
 
+INTERLEAVED = ("llama", "deci")
+"""The graphs in which pairs of rotary features are neighbours; in transformers they are half a head apart."""
 _SILU = {"hidden_act": ("silu",)}
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family("llama", "deci", _SILU, interleaved=True),
-    "mistral": Family("llama", "deci", {**_SILU, "sliding_window": (None,)}, interleaved=True),
-    "qwen2": Family("qwen2", None, {**_SILU, "use_sliding_window": (False,)}),
-    "qwen3": Family("qwen3", "openelm", {**_SILU, "use_sliding_window": (False,), "attention_bias": (False,)}),
+    "llama": Family("llama", "deci", fields=_SILU),
+    "mistral": Family("llama", "deci", fields={**_SILU, "sliding_window": (None,)}),
+    "qwen2": Family("qwen2", None, "llama", {**_SILU, "use_sliding_window": (False,)}),
+    "qwen3": Family("qwen3", "openelm", fields={**_SILU, "use_sliding_window": (False,), "attention_bias": (False,)}),
     "gemma3_text": Family(
         "gemma3",
-        None,
-        {
+        fields={
             "hidden_activation": ("gelu_pytorch_tanh",),
             "attn_logit_softcapping": (None,),
             "use_bidirectional_attention": (None, False),

@@ -106,7 +106,7 @@ def fit(weights: Mapping[str, Weight], sizes: Sizes, family: Family, config: Pre
     Raises: UnsupportedError where padding would let query heads read other keys.
     """
     if sizes.is_uniform:
-        return Layers(weights, sizes, family.architecture)
+        return Layers(weights, sizes, _graph(family, sizes, config))
     if family.by_layer is not None and _reads_each_layer(family.by_layer, weights, config):
         return Layers(weights, sizes, family.by_layer)
     wide, found = sizes.widest(), dict(weights)
@@ -129,7 +129,13 @@ def fit(weights: Mapping[str, Weight], sizes: Sizes, family: Family, config: Pre
         for part, size in ((_OUTPUT, wide.heads[0] * head_dim), (_DOWN, wide.neurons[0])):
             weight = f"{layer}{part}.weight"
             found[weight] = padded(found[weight], (found[weight].shape[0], size))
-    return Layers(found, wide, family.architecture)
+    return Layers(found, wide, _graph(family, wide, config))
+
+
+def _graph(family: Family, sizes: Sizes, config: Any) -> str:
+    """The graph for layers of one width."""
+    narrower = sizes.heads[0] * head_dim_of(config) != config.hidden_size
+    return family.other_heads if narrower and family.other_heads is not None else family.architecture
 
 
 def _reads_each_layer(architecture: str, weights: Mapping[str, Weight], config: PretrainedConfig) -> bool:

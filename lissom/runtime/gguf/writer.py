@@ -23,7 +23,7 @@ from lissom.files import check_writable, writing_whole
 from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 from lissom.runtime.checkpoint import kept_layers
-from lissom.runtime.gguf.families import Family, describe, family_of, head_dim_of, rope_factors, rope_of
+from lissom.runtime.gguf.families import INTERLEAVED, describe, family_of, head_dim_of, rope_factors, rope_of
 from lissom.runtime.gguf.layers import LAYER, Layers, complete, confirm, fit, sizes_of
 from lissom.runtime.gguf.vocabulary import read_vocabulary
 from lissom.runtime.gguf.weights import Blocks, Weight, joined, read_weights, with_rows
@@ -91,7 +91,7 @@ def write_gguf(
     describe(writer, config, layers.sizes)
     vocabulary.write(writer)
     factors = rope_factors(config, model)
-    tensors = _tensors(gguf, layers, family, head_dim_of(config), factors)
+    tensors = _tensors(gguf, layers, family.norm_offset, head_dim_of(config), factors)
     types = _write(gguf, writer, tensors, path, dtype)
     return GgufFile(layers.architecture, types, path.stat().st_size / 1e6)
 
@@ -109,7 +109,7 @@ def _folded(program: Program, example: Sample) -> Program:
 
 
 def _tensors(
-    gguf: Any, layers: Layers, family: Family, head_dim: int, factors: torch.Tensor | None
+    gguf: Any, layers: Layers, norm_offset: float, head_dim: int, factors: torch.Tensor | None
 ) -> dict[str, Callable[[], Weight]]:
     """The tensors of the file by their names, made when they are written."""
     count = len(layers.sizes.heads)
@@ -121,19 +121,21 @@ def _tensors(
     for name, weight in layers.weights.items():
         if fused and name.endswith(_FUSED):
             continue
-        found[named.get_name(name, try_suffixes=(".weight", ".bias"))] = _maker(name, weight, family, head_dim)
+        found[named.get_name(name, try_suffixes=(".weight", ".bias"))] = _maker(
+            name, weight, norm_offset, head_dim, interleaved=layers.architecture in INTERLEAVED
+        )
     for index in range(count if fused else 0):
         parts = [layers.weights[LAYER.format(index) + name] for name in _FUSED]
         found[f"blk.{index}.attn_qkv.weight"] = lambda parts=parts: joined(parts)
     return found
 
 
-def _maker(name: str, weight: Weight, family: Family, head_dim: int) -> Callable[[], Weight]:
+def _maker(name: str, weight: Weight, norm_offset: float, head_dim: int, *, interleaved: bool) -> Callable[[], Weight]:
     """A function that gives the weight as llama.cpp reads it."""
-    if family.norm_offset and name.endswith("norm.weight"):
+    if norm_offset and name.endswith("norm.weight"):
         assert isinstance(weight, torch.Tensor)
-        return lambda: weight.float() + family.norm_offset
-    if family.interleaved and (".q_proj." in name or ".k_proj." in name):
+        return lambda: weight.float() + norm_offset
+    if interleaved and (".q_proj." in name or ".k_proj." in name):
         # The two halves of every head, one feature of each in turn.
         order = torch.arange(weight.shape[0]).view(-1, 2, head_dim // 2).transpose(1, 2).reshape(-1)
         return lambda: with_rows(weight, order)
