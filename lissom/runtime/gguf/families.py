@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class Family:
     """How llama.cpp computes a family of models.
 
-    architecture: for layers of one width. by_layer: for layers of several widths; None where llama.cpp has none. other_heads: for
-    heads that are together narrower than the residual stream, where `architecture` has no room for them. fields: the values
-    of the configuration that its graph computes with. norm_offset: what is added to the weights of norms.
+    architecture: for layers of one width. by_layer: for layers of several widths; None where llama.cpp has none. other_heads:
+    for heads that are together narrower than the residual stream, where `architecture` has no room for them. fields: the
+    values of the configuration that its graph computes with. norm_offset: what is added to the weights of norms.
     """
 
     architecture: str
