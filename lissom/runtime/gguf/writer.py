@@ -149,7 +149,7 @@ def _write(
     types: Counter[str] = Counter()
     for name, make in tensors.items():
         weight = make()
-        kind, data = _encoded(name, weight, dtype)
+        kind, data = encoded(name, weight, dtype)
         types[kind] += 1
         writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, gguf.GGMLQuantizationType[kind])
     matrices = Counter({kind: count for kind, count in types.items() if kind != "F32"}) or types
@@ -163,7 +163,7 @@ def _write(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for name, make in tensors.items():
-                writer.write_tensor_data(_encoded(name, make(), dtype)[1])
+                writer.write_tensor_data(encoded(name, make(), dtype)[1])
         finally:
             writer.close()
     return dict(types.most_common())
@@ -175,7 +175,7 @@ def _file_type(gguf: Any, kind: str) -> int:
     return next(int(gguf.LlamaFileType[name]) for name in names if name in gguf.LlamaFileType.__members__)
 
 
-def _encoded(name: str, weight: Weight, dtype: Dtype | None) -> tuple[str, np.ndarray[Any, Any]]:
+def encoded(name: str, weight: Weight, dtype: Dtype | None) -> tuple[str, np.ndarray[Any, Any]]:
     """The type and the bytes of a tensor. Raises: UnsupportedError for values that the type cannot hold."""
     if isinstance(weight, Blocks):
         return weight.kind.name, weight.data.numpy()
