@@ -4,10 +4,9 @@
     python examples/serve_embeddings.py minilm --passes quantize --port 8000
     curl localhost:8000/embed -d '{"texts": ["A lake.", "Two boats."]}'
 
-`POST /embed` and OpenAI's `POST /v1/embeddings`, `GET /health`, `GET /metrics`. The event loop reads and answers requests, one
-thread tokenizes, one runs the model. A batch holds texts up to a number of tokens; the compiled model does not compute padding,
-so texts of unlike lengths share a batch. The queue is bounded: a request that does not fit gets status 503 with `Retry-After`,
-and one that was accepted is answered, also when the server is told to stop.
+The event loop reads and answers requests, one thread tokenizes, one runs the model. The compiled model computes no padding, so
+texts of unlike lengths share a batch. A request that does not fit the queue gets status 503 with `Retry-After`; one that was
+accepted is answered, also when the server is told to stop. docs/serving.md has the routes and the bounds.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,7 @@ import uvicorn
 from sentence_transformers import SentenceTransformer
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from torch.nn.utils.rnn import pad_sequence
@@ -44,10 +42,10 @@ import lissom
 from lissom.frontends.huggingface import find_directory
 from lissom.integrations.compiled_transformer import CompiledTransformer
 
+Endpoint = Callable[[Request], Awaitable[Response]]
 _log = logging.getLogger("uvicorn.error")
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _PADDED = 4
-_ROUTES = "POST /embed, POST /v1/embeddings, GET /health and GET /metrics"
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -129,8 +127,9 @@ class Histogram:
 
 @dataclass
 class Job:
-    """A request in the queue. rows: its embeddings as they are computed; left: how many are missing."""
+    """A request in the queue. arrived: by the event loop's clock. rows: its embeddings as they are computed; left: missing."""
 
+    arrived: float
     answer: asyncio.Future[list[np.ndarray]]
     rows: list[np.ndarray]
     left: int
@@ -138,12 +137,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Text:
-    """A text in the queue. index: in its request. arrived: by the event loop's clock."""
+    """A text in the queue. index: in its request."""
 
     ids: list[int]
     job: Job
     index: int
-    arrived: float
 
 
 @dataclass
@@ -171,8 +169,8 @@ class Batcher:
             seconds = max(1, math.ceil(self.tokens * self.token_seconds))
             raise HTTPException(503, "the server is busy; send the request again later", {"Retry-After": str(seconds)})
         loop = asyncio.get_running_loop()
-        job = Job(loop.create_future(), [np.empty(0)] * len(texts), len(texts))
-        self.waiting.extend(Text(ids, job, index, loop.time()) for index, ids in enumerate(texts))
+        job = Job(loop.time(), loop.create_future(), [np.empty(0)] * len(texts), len(texts))
+        self.waiting.extend(Text(ids, job, index) for index, ids in enumerate(texts))
         self.tokens += count
         self.arrived.set()
         return job.answer
@@ -185,7 +183,7 @@ class Batcher:
                 await self.arrived.wait()
                 self.arrived.clear()
                 while self.waiting:
-                    wait = self.waiting[0].arrived + self.limits.wait_seconds - loop.time()
+                    wait = self.waiting[0].job.arrived + self.limits.wait_seconds - loop.time()
                     if wait > 0 and self.tokens < self.limits.batch_tokens and not stopped.is_set():
                         await asyncio.sleep(wait)
                     await self._compute(self._take(), worker)
@@ -238,8 +236,8 @@ class Server:
 
     def application(self) -> Starlette:
         """The ASGI application."""
-        posts: dict[str, Callable[[Request], Awaitable[Response]]] = {"/embed": self.embed, "/v1/embeddings": self.embeddings}
-        routes = [Route(path, self._guarded(path, found), methods=["POST"]) for path, found in posts.items()]
+        posts = (("/embed", self.embed), ("/v1/embeddings", self.embeddings))
+        routes = [Route(path, self._guarded(path, found), methods=["POST"]) for path, found in posts]
         routes += [Route("/health", self.health), Route("/metrics", self.metrics)]
         return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={HTTPException: _refused})
 
@@ -253,7 +251,7 @@ class Server:
             self.batcher.arrived.set()
             await self.running
 
-    def _guarded(self, path: str, found: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    def _guarded(self, path: str, found: Endpoint) -> Endpoint:
         """The route, with a bound on open requests, and counted."""
         self.seconds[path] = Histogram(_SECONDS)
 
@@ -268,7 +266,7 @@ class Server:
                 response = await _refused(request, refusal)
             # A batch that failed, which the batcher has logged.
             except Exception as error:
-                response = _error(500, f"the model failed: {type(error).__name__}", {})
+                response = await _refused(request, HTTPException(500, f"the model failed: {type(error).__name__}"))
             finally:
                 self.open -= 1
             self.answered[path, response.status_code] += 1
@@ -280,15 +278,13 @@ class Server:
 
     async def embed(self, request: Request) -> Response:
         """`{"texts": […], "truncate": false}` to `{"embeddings": [[…], …]}`."""
-        body = await self._body(request)
-        _only(body, {"texts", "truncate"})
+        body = await self._body(request, {"texts", "truncate"})
         rows, _ = await self._rows(body, body.get("texts"), "texts")
         return JSONResponse({"embeddings": [row.tolist() for row in rows]})
 
     async def embeddings(self, request: Request) -> Response:
         """The request and the answer of OpenAI's API for embeddings."""
-        body = await self._body(request)
-        _only(body, {"input", "model", "encoding_format", "dimensions", "user", "truncate"})
+        body = await self._body(request, {"input", "model", "encoding_format", "dimensions", "user", "truncate"})
         if body.get("model") != self.encoder.name:
             raise HTTPException(404, f"this server has the model '{self.encoder.name}'; give it as model")
         if body.get("dimensions") not in (None, self.encoder.dimension):
@@ -300,8 +296,8 @@ class Server:
         rows, tokens = await self._rows(body, [given] if isinstance(given, str) else given, "input")
         written = [row.tolist() if form == "float" else base64.b64encode(row.astype("<f4").tobytes()).decode() for row in rows]
         data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(written)]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return JSONResponse({"object": "list", "data": data, "model": self.encoder.name, "usage": usage})
+        answer = {"object": "list", "data": data, "model": self.encoder.name}
+        return JSONResponse({**answer, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
 
     async def health(self, request: Request) -> Response:
         """Status 200 while requests are computed."""
@@ -310,20 +306,20 @@ class Server:
 
     async def metrics(self, request: Request) -> Response:
         """Counts, sizes and times in the text format of Prometheus."""
-        texts, tokens = len(self.batcher.waiting), self.batcher.tokens
-        lines = ["# TYPE embeddings_requests_total counter"]
+        batcher, lines = self.batcher, ["# TYPE embeddings_requests_total counter"]
         for (path, status), count in sorted(self.answered.items()):
             lines.append(f'embeddings_requests_total{{path="{path}",status="{status}"}} {count}')
-        for name, value in (("open_requests", self.open), ("queue_texts", texts), ("queue_tokens", tokens)):
+        sizes = {"open_requests": self.open, "queue_texts": len(batcher.waiting), "queue_tokens": batcher.tokens}
+        for name, value in sizes.items():
             lines += [f"# TYPE embeddings_{name} gauge", f"embeddings_{name} {value}"]
-        for name, found in (("texts", self.batcher.batch_texts), ("tokens", self.batcher.batch_tokens)):
+        for name, found in (("texts", batcher.batch_texts), ("tokens", batcher.batch_tokens)):
             lines += [f"# TYPE embeddings_batch_{name} histogram", *found.lines(f"embeddings_batch_{name}")]
         lines.append("# TYPE embeddings_request_seconds histogram")
         for path, found in self.seconds.items():
             lines += found.lines("embeddings_request_seconds", f'path="{path}"')
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
-    async def _body(self, request: Request) -> dict[str, Any]:
+    async def _body(self, request: Request, known: set[str]) -> dict[str, Any]:
         """The JSON object of a request. A body that is too large is read to its end, so that the client reads the answer."""
         held, size = bytearray(), 0
         try:
@@ -332,6 +328,8 @@ class Server:
                     size += len(chunk)
                     if size <= self.limits.body_bytes:
                         held += chunk
+        except ClientDisconnect:
+            raise HTTPException(400, "the connection ended before the body") from None
         except TimeoutError:
             raise HTTPException(408, f"the body did not arrive within {self.limits.body_seconds:g} seconds") from None
         if size > self.limits.body_bytes:
@@ -343,6 +341,8 @@ class Server:
             raise HTTPException(400, "the body is not JSON") from None
         if not isinstance(found, dict):
             raise HTTPException(400, "the body is not a JSON object")
+        if unknown := sorted(found.keys() - known):
+            raise HTTPException(400, f"the request has no field '{unknown[0]}'; it has {', '.join(sorted(known))}")
         return found
 
     async def _rows(self, body: dict[str, Any], texts: object, name: str) -> tuple[list[np.ndarray], int]:
@@ -369,33 +369,20 @@ class Server:
         return await self.batcher.submit(found), sum(map(len, found))
 
 
-def _only(body: dict[str, Any], known: set[str]) -> None:
-    unknown = sorted(body.keys() - known)
-    if unknown:
-        raise HTTPException(400, f"the request has no field '{unknown[0]}'; it has {', '.join(sorted(known))}")
-
-
-def _error(status: int, sentence: str, headers: dict[str, str]) -> Response:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": sentence, "type": kind, "param": None, "code": None}}, status, headers)
-
-
-async def _refused(request: Request, refusal: Exception) -> Response:
-    assert isinstance(refusal, HTTPException)
-    sentence = refusal.detail
-    if sentence == HTTPStatus(refusal.status_code).phrase:  # from the router
-        sentence = f"the server has no {request.method} {request.url.path}; it has {_ROUTES}"
-    return _error(refusal.status_code, sentence, dict(refusal.headers or {}))
+async def _refused(request: Request, refusal: HTTPException) -> Response:
+    kind = "invalid_request_error" if refusal.status_code < 500 else "server_error"
+    error = {"message": refusal.detail, "type": kind, "param": None, "code": None}
+    return JSONResponse({"error": error}, refusal.status_code, refusal.headers)
 
 
 def configure(encoder: Encoder, limits: Limits, host: str, port: int) -> uvicorn.Config:
-    """The server's settings for uvicorn; more connections than twice the requests get its own status 503."""
+    """The server's settings for uvicorn; more connections than four times the requests get its own 503."""
     return uvicorn.Config(
         Server(encoder, limits).application(),
         host=host,
         port=port,
         access_log=False,
-        limit_concurrency=2 * limits.requests,
+        limit_concurrency=4 * limits.requests,
         timeout_graceful_shutdown=math.ceil(limits.stop_seconds),
     )
 
@@ -413,8 +400,7 @@ def main() -> None:
     model = SentenceTransformer(str(find_directory(options.model)), device="cpu")
     if not isinstance(model[0], CompiledTransformer):
         model = lissom.compile(model, passes=options.passes)
-    limits = Limits(batch_tokens=options.batch_tokens, queue_tokens=options.queue_tokens)
-    encoder = Encoder(model, Path(options.model).name)
+    encoder, limits = Encoder(model, Path(options.model).name), Limits(options.batch_tokens, options.queue_tokens)
     uvicorn.Server(configure(encoder, limits, options.host, options.port)).run()
 
 

@@ -15,6 +15,11 @@ class CompiledGeneration(GenerationMixin):
     main_input_name: ClassVar[str] = "input_ids"
     _is_stateful: ClassVar[bool] = False
 
+    @property
+    def name_or_path(self) -> str:
+        """Where the model came from."""
+        return str(self.config.name_or_path)
+
     def can_generate(self) -> bool:
         return True
 
