@@ -5,8 +5,8 @@
 Each engine runs in a server process of its own with all-MiniLM-L6-v2; this process sends requests of one text of mixed length
 over loopback, on the same processor. First a fixed number of clients, each of which sends its next request when it has an
 answer; then requests at random times (Poisson) at several rates, to find the highest rate at which the 99th percentile of the
-latency stays within a bound; then twice the rate that the engine can serve, to see that no accepted request is lost. Prints
-Markdown tables; `--update` puts them into benchmarks/README.md.
+latency stays within a bound; then three times the rate that the engine can serve, to see that no accepted request is lost.
+Prints Markdown tables; `--update` puts them into benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ async def measure(engine: str, port: int, process: int, wanted: np.ndarray, opti
     most = max(load.rate for load in clients.values())
     bounded = await highest_rate(to, most, options.seconds, options.p99)
     before = resident_mb(process, "VmRSS")
-    overload = await open_loop(to, 2 * most, options.seconds)
+    overload = await open_loop(to, 3 * most, options.seconds)
     return Row(engine, cosine, clients, bounded, overload, (before, resident_mb(process, "VmHWM")))
 
 
@@ -254,7 +254,7 @@ def tables(rows: Sequence[Row], options: argparse.Namespace) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} | {found.rate:.0f} | {there} | {times} | {row.cosine:.5f} |")
     lines += [
         "",
-        "Twice the rate that 32 clients reach:",
+        "Three times the rate that the clients reach:",
         "",
         "| server | sent | answered | refused with 503 | lost | p99 of answers, ms | MB before | peak MB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",

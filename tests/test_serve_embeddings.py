@@ -249,7 +249,7 @@ def test_a_server_process_with_minilm():
     wanted = SentenceTransformer(str(find_directory("minilm")), device="cpu").encode(texts)
     process = subprocess.Popen([sys.executable, str(EXAMPLE), "minilm", f"--port={port}"], env={**os.environ})
     try:
-        for _ in range(1200):
+        for _ in range(3000):
             assert process.poll() is None
             with suppress(OSError):
                 assert ask(port, "/health")[0] == 200

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from transformers import GenerationConfig, GenerationMixin
 
@@ -18,7 +18,7 @@ class CompiledGeneration(GenerationMixin):
     @property
     def name_or_path(self) -> str:
         """Where the model came from."""
-        return str(self.config.name_or_path)
+        return str(cast(Any, self).config.name_or_path)
 
     def can_generate(self) -> bool:
         return True
