@@ -216,7 +216,7 @@ class Batcher:
                 if not text.job.answer.done():
                     text.job.answer.set_exception(error)
             return
-        self.token_seconds = (time.perf_counter() - started) / sum(len(text.ids) for text in batch)
+        self.token_seconds = (time.perf_counter() - started) / max(1, sum(map(len, ids)))
         for text, row in zip(batch, rows, strict=True):
             text.job.rows[text.index] = row
             text.job.left -= 1
