@@ -65,7 +65,7 @@ class Limits:
     body_bytes: int = 1 << 20
     requests: int = 512
     body_seconds: float = 10.0
-    stop_seconds: float = 30.0
+    stop_seconds: float = 120.0
 
 
 class Encoder:

@@ -183,6 +183,7 @@ def test_a_decoder_is_loaded_by_its_auto_class(tmp_path):
     assert found.config.vocab_size == SIZES["vocab_size"]
 
 
+@pytest.mark.slow
 def test_transformers_serve_loads_a_decoder(tokenizer, tmp_path):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | {"vocab_size": len(tokenizer)})).eval()
     model.config.architectures = ["LlamaForCausalLM"]

@@ -258,12 +258,12 @@ def test_a_server_process_with_minilm():
         answers = ask_many(port, [{"texts": [text]} for text in texts])
         np.testing.assert_allclose([body["embeddings"][0] for _, body, _ in answers], wanted, atol=1e-4)
         with ThreadPoolExecutor(8) as clients:
-            asked = [clients.submit(ask, port, "/embed", {"texts": texts}) for _ in range(8)]
+            asked = [clients.submit(ask, port, "/embed", {"texts": texts[:16]}) for _ in range(8)]
             while "embeddings_open_requests 8" not in ask(port, "/metrics")[1]:
                 time.sleep(0.001)
             process.send_signal(signal.SIGTERM)
             for item in asked:
-                np.testing.assert_allclose(item.result()[1]["embeddings"], wanted, atol=1e-4)
+                np.testing.assert_allclose(item.result()[1]["embeddings"], wanted[:16], atol=1e-4)
         assert process.wait(60) in (0, -signal.SIGTERM)
     finally:
         process.kill()
