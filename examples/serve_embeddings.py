@@ -43,7 +43,6 @@ from lissom.frontends.huggingface import find_directory
 from lissom.integrations.compiled_transformer import CompiledTransformer
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-_log = logging.getLogger("uvicorn.error")
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _PADDED = 4
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -87,8 +86,8 @@ class Encoder:
     def tokenize(self, texts: Sequence[str], *, truncate: bool) -> list[list[int]]:
         """The token ids of each text, of any length unless truncated to `max_tokens`. For one thread at a time."""
         prompted = [self.prompt + text for text in texts]
-        options = {"truncation": True, "max_length": self.max_tokens} if truncate else {"truncation": False}
-        return self.tokenizer(prompted, return_attention_mask=False, verbose=False, **options)["input_ids"]
+        most = self.max_tokens if truncate else None
+        return self.tokenizer(prompted, truncation=truncate, max_length=most, verbose=False)["input_ids"]
 
     def embed(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         """The embeddings, [texts, dimension] in float32. texts: token ids."""
@@ -177,13 +176,12 @@ class Batcher:
 
     async def run(self, stopped: asyncio.Event) -> None:
         """Compute batches until the server is stopped and nothing waits."""
-        loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1, "model") as worker:
             while not (stopped.is_set() and not self.waiting):
                 await self.arrived.wait()
                 self.arrived.clear()
                 while self.waiting:
-                    wait = self.waiting[0].job.arrived + self.limits.wait_seconds - loop.time()
+                    wait = self.waiting[0].job.arrived + self.limits.wait_seconds - asyncio.get_running_loop().time()
                     if wait > 0 and self.tokens < self.limits.batch_tokens and not stopped.is_set():
                         await asyncio.sleep(wait)
                     await self._compute(self._take(), worker)
@@ -193,11 +191,11 @@ class Batcher:
         batch, tokens, longest, most = list[Text](), 0, 0, self.limits.batch_tokens
         while self.waiting:
             length = len(self.waiting[0].ids)
-            tokens, longest = tokens + length, max(longest, length)
+            longest = max(longest, length)
             # Attention runs on padded rows, so their number is bounded too.
-            if batch and (tokens > most or longest * (len(batch) + 1) > _PADDED * most):
-                tokens -= length
+            if batch and (tokens + length > most or longest * (len(batch) + 1) > _PADDED * most):
                 break
+            tokens += length
             batch.append(self.waiting.popleft())
         self.tokens -= tokens
         self.batch_texts.add(len(batch))
@@ -211,7 +209,7 @@ class Batcher:
             rows = await asyncio.get_running_loop().run_in_executor(worker, self.encoder.embed, ids)
         # The model may raise anything; the requests of this batch are told, and the server goes on.
         except Exception as error:
-            _log.exception("a batch of %d texts failed", len(batch))
+            logging.getLogger("uvicorn.error").exception("a batch of %d texts failed", len(batch))
             for text in batch:
                 if not text.job.answer.done():
                     text.job.answer.set_exception(error)
@@ -264,8 +262,7 @@ class Server:
                 response = await found(request)
             except HTTPException as refusal:
                 response = await _refused(request, refusal)
-            # A batch that failed, which the batcher has logged.
-            except Exception as error:
+            except Exception as error:  # of the model, which the batcher has logged
                 response = await _refused(request, HTTPException(500, f"the model failed: {type(error).__name__}"))
             finally:
                 self.open -= 1
@@ -328,16 +325,13 @@ class Server:
                     size += len(chunk)
                     if size <= self.limits.body_bytes:
                         held += chunk
-        except ClientDisconnect:
-            raise HTTPException(400, "the connection ended before the body") from None
-        except TimeoutError:
+        except (ClientDisconnect, TimeoutError):
             raise HTTPException(408, f"the body did not arrive within {self.limits.body_seconds:g} seconds") from None
         if size > self.limits.body_bytes:
             raise HTTPException(413, f"the body has {size} bytes, and may have {self.limits.body_bytes}; send fewer texts")
         try:
             found = json.loads(held)
-        # Also bytes that are no UTF-8, and lists nested too deep.
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError):  # bytes that are no UTF-8 too, and lists nested too deep
             raise HTTPException(400, "the body is not JSON") from None
         if not isinstance(found, dict):
             raise HTTPException(400, "the body is not a JSON object")
@@ -356,8 +350,7 @@ class Server:
             raise HTTPException(400, "truncate is neither true nor false")
         try:
             "".join(texts).encode()
-        # Half of a surrogate pair, which JSON can hold.
-        except UnicodeEncodeError:
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
             raise HTTPException(400, f"{name} has a text that is not Unicode") from None
         loop, most = asyncio.get_running_loop(), self.encoder.max_tokens
         found = await loop.run_in_executor(self.tokenizing, lambda: self.encoder.tokenize(texts, truncate=truncate))
@@ -371,8 +364,7 @@ class Server:
 
 async def _refused(request: Request, refusal: HTTPException) -> Response:
     kind = "invalid_request_error" if refusal.status_code < 500 else "server_error"
-    error = {"message": refusal.detail, "type": kind, "param": None, "code": None}
-    return JSONResponse({"error": error}, refusal.status_code, refusal.headers)
+    return JSONResponse({"error": {"message": refusal.detail, "type": kind}}, refusal.status_code, refusal.headers)
 
 
 def configure(encoder: Encoder, limits: Limits, host: str, port: int) -> uvicorn.Config:
