@@ -39,6 +39,12 @@ class LissomConfig(PretrainedConfig):
 
     model_type = MODEL_TYPE
 
+    def __post_init__(self, **others: object) -> None:
+        super().__post_init__(**others)
+        # `transformers serve` looks this name up in transformers and loads the model with it.
+        if any(name.endswith("ForCausalLM") for name in self.architectures or ()):
+            self.architectures = ["AutoModelForCausalLM"]
+
 
 class SavedModel:
     """Loads saved models for one Auto class.

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, pipeline
+from transformers.cli.serving.model_manager import ModelManager
 
 import lissom
 from lissom.artifacts.directory import is_artifact
@@ -180,3 +181,20 @@ def test_a_decoder_is_loaded_by_its_auto_class(tmp_path):
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(found.generate(ids, **options), decoder.generate(ids, **options))
     assert found.config.vocab_size == SIZES["vocab_size"]
+
+
+@pytest.mark.slow
+def test_transformers_serve_loads_a_decoder(tokenizer, tmp_path):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | {"vocab_size": len(tokenizer)})).eval()
+    model.config.architectures = ["LlamaForCausalLM"]
+    lissom.compile_generation(model, max_length=16, checks="structural").save(tmp_path / "decoder", tokenizer)
+    served = ModelManager(device="cpu", model_timeout=-1)
+    found, used = served.load_model_and_processor(str(tmp_path / "decoder"))
+    served.shutdown()
+    assert type(found).__name__ == "LlamaForCausalLM" and found.config.architectures == ["LlamaForCausalLM"]
+    ids = used("A lake.", return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "tokenizer": used}  # as the server calls it
+    wanted = model.generate(ids, **options)
+    assert torch.equal(found.generate(ids, **options), wanted)
+    options["stop_strings"] = used.decode(wanted[0, ids.shape[1] + 2])
+    assert torch.equal(found.generate(ids, **options), model.generate(ids, **options))

@@ -12,7 +12,9 @@ import pytest
 
 from tests.backends.ranks import free_port
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+# The server does not end; tests/test_serve_embeddings.py runs it.
+SERVER = "serve_embeddings"
+EXAMPLES = sorted(path for path in (Path(__file__).parent.parent / "examples").glob("*.py") if path.stem != SERVER)
 # What a script needs beside transformers.
 NEEDS = {"sentence_embeddings": "sentence_transformers", "finetune_classifier": "sklearn"}
 SAID = {

@@ -25,6 +25,9 @@ from lissom.runtime.pickled import files_of, loaded_from
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+_OF_GENERATE = ("is_first_iteration", "labels", "tokenizer", "assistant_tokenizer")
+"""Arguments of `generate` that it also gives to the forward."""
+
 
 class GenerationModel(Decoder, CompiledGeneration):
     """A compiled decoder with the `generate` method of the original model.
@@ -131,7 +134,7 @@ class GenerationModel(Decoder, CompiledGeneration):
     ) -> dict[str, Any]:
         """The new tokens, and the mask of all tokens, from which the program computes positions."""
         ids = input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
-        forwarded = {key: value for key, value in kwargs.items() if key not in ("is_first_iteration", "labels")}
+        forwarded = {key: value for key, value in kwargs.items() if key not in _OF_GENERATE}
         return {"input_ids": ids, "cache": cache, "attention_mask": attention_mask, **forwarded}
 
     def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]

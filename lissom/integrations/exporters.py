@@ -134,8 +134,16 @@ class LissomRunner(ModelRunner):
     def __call__(self, share_inputs: bool = True, share_outputs: bool = False, **kwargs: object) -> Any:
         """What the exported model returns; inputs that it changes in place, such as a cache of fixed size, are changed.
 
+        `ExportedModel` drops arguments that were not exported, with a warning, before it calls this.
+
         Raises: InputError if the arguments do not fit those of the export.
         """
+        unknown = next((name for name, value in kwargs.items() if name not in self._order and value is not None), None)
+        if unknown is not None:
+            raise InputError(
+                f"argument '{unknown}' was not exported; the model was exported with {', '.join(self._order)}: leave it out, "
+                f"or export the model with it in the example"
+            )
         given = {**self.metadata.in_constants, **kwargs}
         missing = next((name for name in self._order if name not in given), None)
         if missing is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from transformers import GenerationConfig, GenerationMixin
 
@@ -14,6 +14,11 @@ class CompiledGeneration(GenerationMixin):
 
     main_input_name: ClassVar[str] = "input_ids"
     _is_stateful: ClassVar[bool] = False
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the model came from."""
+        return str(cast(Any, self).config.name_or_path)
 
     def can_generate(self) -> bool:
         return True

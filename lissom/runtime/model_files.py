@@ -16,11 +16,11 @@ from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.frontends.failures import first_line
 from lissom.registration import MODEL_TYPE
 
-CONFIG = "config.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 _ORIGINAL = MODEL_TYPE
 """The field of a saved model's configuration with the original's model type."""
 _OF_TOKENIZERS = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json"),
+    *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json"),
     *("merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm"),
     *("chat_template.jinja", "chat_template.json", "normalizer.json"),
 )

@@ -34,7 +34,7 @@ from lissom.passes.precision.cast import Cast
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 from lissom.passes.quantize.quantize import Quantize
 from lissom.runtime.hosted_model import Facts
-from lissom.runtime.model_files import CONFIG, Saveable, write_processors
+from lissom.runtime.model_files import CONFIG, TOKENIZER, Saveable, write_processors
 from lissom.version import __version__
 
 Layout = Literal["huggingface"]
@@ -136,9 +136,20 @@ def _write(facts: Facts, chosen: Mapping[Dtype, Sequence[Pass]], export: Export,
     (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_processors(folder, facts.source, export.tokenizer, export.processor)
     (folder / "onnx").mkdir()
-    wanted = _wanted(export)
-    files = [_write_file(folder / "onnx", dtype, passes, export, wanted) for dtype, passes in chosen.items()]
+    wanted, metadata = _wanted(export), _metadata(folder)
+    files = [_write_file(folder / "onnx", dtype, passes, export, wanted, metadata) for dtype, passes in chosen.items()]
     (folder / "README.md").write_text(_card(facts, files, export), encoding="utf-8")
+
+
+def _metadata(folder: Path) -> dict[str, str]:
+    """The entries of an ONNX file's metadata: labels that have names of their own, and the tokenizer, both as JSON."""
+    found = dict[str, str]()
+    labels = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("id2label") or {}
+    if any(label != f"LABEL_{index}" for index, label in labels.items()):
+        found["id2label"] = json.dumps(labels)
+    if (folder / TOKENIZER).is_file():
+        found[TOKENIZER] = (folder / TOKENIZER).read_text(encoding="utf-8")
+    return found
 
 
 def _wanted(export: Export) -> list[list[object]]:
@@ -162,7 +173,12 @@ def _wanted(export: Export) -> list[list[object]]:
 
 
 def _write_file(
-    folder: Path, dtype: Dtype, passes: Sequence[Pass], export: Export, wanted: Sequence[Sequence[object]]
+    folder: Path,
+    dtype: Dtype,
+    passes: Sequence[Pass],
+    export: Export,
+    wanted: Sequence[Sequence[object]],
+    metadata: Mapping[str, str],
 ) -> Written:
     # ONNX is an optional dependency.
     from lissom.backends.onnx.portable import PlainSession, portable_model, save_portable
@@ -171,7 +187,9 @@ def _write_file(
     if passes:
         program, _ = Pipeline(passes, [example], data=export.samples).run(program)
     path = folder / FILES[dtype]
-    opset = save_portable(portable_model(program, example, contrib=export.contrib), path)
+    model = portable_model(program, example, contrib=export.contrib)
+    model.metadata_props.update(metadata)
+    opset = save_portable(model, path)
     session = PlainSession(program, path)
     confirm("onnxruntime", session, program, example, _REQUANTIZED if dtype == "q4" else 0.0)
     divergence = compare(wanted, [session(sample) for sample in export.samples])

@@ -132,6 +132,14 @@ def test_dropped_arguments(exported):
     torch.testing.assert_close(exported(**given).last_hidden_state, exported(**texts()).last_hidden_state)
 
 
+def test_a_runner_refuses_arguments_that_were_not_exported(exported):
+    types = torch.ones(2, 7, dtype=torch.int64)
+    message = "argument 'token_type_ids' was not exported; the model was exported with input_ids, attention_mask: leave it out"
+    with pytest.raises(InputError, match=message):
+        exported.runners["model"](**texts(), token_type_ids=types)
+    exported.runners["model"](**texts(), token_type_ids=None)
+
+
 def test_bad_calls(exported):
     with pytest.raises(InputError, match="argument 'attention_mask' is missing; the model was exported with input_ids"):
         exported(input_ids=tokens(2, 7))

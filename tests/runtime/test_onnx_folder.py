@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from torch.utils import _pytree as pytree
+from transformers import BertConfig, BertForSequenceClassification
 
 import lissom
 from lissom.compiler.verify.divergence import relative_error
@@ -66,8 +67,23 @@ def test_a_folder_holds_files_configuration_and_card(bert):
     assert names == {"README.md", "config.json", "onnx/model.onnx", "onnx/model_quantized.onnx"}
     fields = json.loads((bert / "config.json").read_text())
     assert fields["model_type"] == "bert" and "_name_or_path" not in fields
+    assert not onnx.load(bert / "onnx" / "model.onnx").metadata_props  # neither names of labels nor a tokenizer
     card = (bert / "README.md").read_text()
     assert "| `onnx/model.onnx` |" in card and "| 1.00000 |" in card and "Operators are standard ONNX" in card
+
+
+def test_a_file_holds_the_names_of_labels_and_the_tokenizer(minilm: Checkpoint, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = BertConfig(vocab_size=len(minilm.tokenizer), id2label={0: "cooking", 1: "astronomy"}, **sizes)
+    model = BertForSequenceClassification(config).eval()
+    compiled = lissom.compile(
+        model, dict(minilm.tokenizer(TEXTS, padding=True, return_tensors="pt")), backend=QUICK, checks="off"
+    )
+    compiled.export_onnx(tmp_path / "bert", dtypes=["fp32"], tokenizer=minilm.tokenizer)
+    session = onnxruntime.InferenceSession(tmp_path / "bert" / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    found = session.get_modelmeta().custom_metadata_map
+    assert json.loads(found["id2label"]) == {"0": "cooking", "1": "astronomy"}
+    assert found["tokenizer.json"] == (tmp_path / "bert" / "tokenizer.json").read_text(encoding="utf-8")
 
 
 def test_files_hold_standard_operators_of_an_old_opset(bert):
