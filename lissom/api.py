@@ -15,7 +15,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.options import Checks, Goal, Metric, Progress
 from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.driver.compile import compile_model, optimize_model
+from lissom.driver.compile import compile_model, optimize_model, with_errors
 from lissom.driver.options import Inputs, Settings
 from lissom.errors import InputError, UnsupportedError, refuse_old_names
 from lissom.files import check_path
@@ -248,4 +248,5 @@ def optimize(
         progress=progress,
     )
     program, history, example = optimize_model(model, example_inputs, settings)
-    return Optimized(program, Report(program.name, history), model, example)
+    report = with_errors(Report(program.name, history), program, model, example_inputs, settings)
+    return Optimized(program, report, model, example)

@@ -14,6 +14,7 @@ from lissom.calibration_files import FORMATS, METRICS, make_metric, read_data
 from lissom.compiler.pipeline.options import Goal, check_goal
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.frontends.sources import NAMES, Source
+from lissom.inspect.svg.heat import HEATS
 
 MOST_THREADS = 256
 """A limit, because OpenMP ends the process if it cannot start the requested threads."""
@@ -69,6 +70,17 @@ MetricName = Annotated[
 MaxDrop = Annotated[
     float | None,
     typer.Option(min=0.0, callback=finite_or_none, help="The most --metric may drop; a pass that costs more is refused."),
+]
+
+Errors = Annotated[
+    bool, typer.Option("--errors", help="Measure the error of every node, and the attention mass that sparse attentions keep.")
+]
+HeatName = Annotated[
+    str | None,
+    typer.Option(
+        help=f"With --html or --svg: color nodes by {', '.join(HEATS)}; error and mass are measured as by --errors, time "
+        "by `compile --full`."
+    ),
 ]
 
 

@@ -20,7 +20,9 @@ from lissom.cli_options import (
     Checks,
     Data,
     Device,
+    Errors,
     GoalName,
+    HeatName,
     Html,
     MaxDrop,
     MetricName,
@@ -43,11 +45,13 @@ from lissom.files import check_writable, write_whole
 from lissom.frontends.device import check_device
 from lissom.frontends.sources import load
 from lissom.inspect.machine import load_machine
+from lissom.inspect.node_errors import NodeErrors
 from lissom.inspect.report import Report, write_stopped
 from lissom.inspect.roofline import cost_table
 from lissom.inspect.sharding import Link, sharding_table
 from lissom.inspect.sites import amounts_table, axes_table, structure_tables
 from lissom.inspect.svg.attention import TOKENS, attention_svg
+from lissom.inspect.svg.heat import MEASURED
 from lissom.inspect.svg.sharding import sharding_svg
 from lissom.inspect.tables import coloured_diff, show
 from lissom.passes.sites import sites as list_sites
@@ -71,20 +75,27 @@ def run_compile(
     history: Annotated[Path | None, typer.Option(help="Write the history to this file, as JSON.")] = None,
     text: Annotated[Path | None, typer.Option(help="Write the optimized program to this file, as text.")] = None,
     html: Html = None,
+    errors: Errors = False,
+    heat: HeatName = None,
     save: Annotated[Path | None, typer.Option("--save", "-o", help="Write what was compiled to this directory.")] = None,
     goal: GoalName = "latency",
     _ways: Ways = None,
 ) -> None:
     """Compile a model and print what every pass did."""
     refuse_torchrun("compile")
+    if heat is not None and html is None:
+        raise typer.BadParameter("--heat goes with --html")
     for path in filter(None, (history, text, html)):
         check_writable(path)
     if save is not None:
         check_target(save)
     chosen = with_world_size(backend, world_size)
     quality = Quality(data, metric, max_drop)
-    compiled = _compile(model, passes, chosen, device, checks, quality, goal=goal_of(goal), simulate=simulate, html=html)
-    show(compiled.report.full() if full else compiled.report)
+    measured = errors or heat in MEASURED
+    compiled = _compile(
+        model, passes, chosen, device, checks, quality, goal=goal_of(goal), simulate=simulate, html=html, errors=measured
+    )
+    show(compiled.report.full() if full else compiled.report, *_measured(compiled))
     if save is not None:
         assert isinstance(compiled, api.CompiledModel)
         compiled.save(save)
@@ -93,7 +104,7 @@ def run_compile(
     if text is not None:
         write_whole(text, compiled.program.text())
     if html is not None:
-        compiled.report.to_html(html)
+        compiled.report.to_html(html, heat=heat)
 
 
 def run_show(
@@ -132,6 +143,8 @@ def run_show(
     attention: Annotated[
         bool, typer.Option("--attention", help="With --svg: draw which blocks of keys each block of queries sees.")
     ] = False,
+    errors: Errors = False,
+    heat: HeatName = None,
     allow_native: AllowNative = False,
 ) -> None:
     """Print a model's program after the passes, the difference between two steps, its structure, or what every site costs."""
@@ -144,6 +157,8 @@ def run_show(
         raise typer.BadParameter("--only and --attention go with --svg")
     if svg is not None and (structure or axes or sites or cost):
         raise typer.BadParameter("--svg does not go with --structure, --axes, --sites or --cost")
+    if heat is not None and ((html is None and svg is None) or diff is not None or attention or sharding is not None):
+        raise typer.BadParameter("--heat goes with --html or --svg, and not with --diff, --attention or --sharding")
     if only and sharding is not None:
         raise typer.BadParameter("--only does not go with --sharding")
     for path in filter(None, (html, svg)):
@@ -154,16 +169,18 @@ def run_show(
     # Tables show structure and sizes, which structural checks cover; a printed program is checked numerically.
     checks = "structural" if structure or axes or sites or cost or attention or sharding is not None else "numeric"
     if is_artifact(model):
-        if passes != "exact" or backend is not None or data is not None:
-            raise typer.BadParameter("--passes, --backend and --data do not go with a saved model")
+        if passes != "exact" or backend is not None or data is not None or errors:
+            raise typer.BadParameter("--passes, --backend, --data and --errors do not go with a saved model")
         compiled = load_saved(Path(model), None, allow_native)
     else:
         # A program that is only shown may have layers without a kernel.
-        compiled = _compile(model, passes, backend, None, checks, Quality(data), simulate=True, html=html)
+        compiled = _compile(
+            model, passes, backend, None, checks, Quality(data), simulate=True, html=html, errors=errors or heat in MEASURED
+        )
     program = compiled.program
     plan = None if sharding is None else make_plan(program, sharding, sequence=sequence_parallel)
     if html is not None:
-        compiled.report.to_html(html)
+        compiled.report.to_html(html, heat=heat)
     if svg is not None:
         if attention:
             picture = attention_svg(program, only, TOKENS if sequence is None else sequence)
@@ -171,7 +188,7 @@ def run_show(
             picture = sharding_svg(program, plan, sizes)
         else:
             before, after = steps or (None, None)
-            picture = compiled.report.to_svg(step=after, only=only, compare=before)
+            picture = compiled.report.to_svg(step=after, only=only, compare=before, heat=heat)
         write_whole(svg, picture)
     elif structure or axes or sites:
         tables = [structure_tables] * structure + [axes_table] * axes
@@ -183,8 +200,16 @@ def run_show(
     elif steps is not None:
         changed = compiled.report.history.diff(*steps)
         console.print(coloured_diff(changed) if changed else "the two steps are the same program", soft_wrap=True)
+    elif errors:
+        show(*_measured(compiled))
     elif html is None:
         sys.stdout.write(program.text())
+
+
+def _measured(compiled: api.CompiledModel | api.Optimized) -> list[NodeErrors]:
+    """The errors of nodes, if they were measured."""
+    found = compiled.report.measured_errors
+    return [] if found is None else [found]
 
 
 def _read_steps(text: str) -> tuple[int, int]:
@@ -206,10 +231,11 @@ def _compile(
     goal: Goal | None = None,
     simulate: bool = False,
     html: Path | None = None,
+    errors: bool = False,
 ) -> api.CompiledModel | api.Optimized:
     """The model compiled for a backend; without a backend, only optimized by the passes.
 
-    html: where the finished steps are written when an error ends the passes.
+    html: where the finished steps are written when an error ends the passes. errors: measures those of nodes.
     """
     # Options are checked before a large model is read.
     check_options(checks)  # pyright: ignore[reportArgumentType]
@@ -237,6 +263,8 @@ def _compile(
     except LissomError as error:
         write_stopped(html, model, error.history, str(error))
         raise
+    if errors:
+        compiled.report.errors(source.model)
     for note in source.notes:
         Console(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
     return compiled

@@ -35,15 +35,25 @@ from lissom.inspect.report import Report
 from lissom.passes.parallel.partition import Partition
 from lissom.passes.parallel.shard import Shard
 from lissom.runtime.compiled_model import CompiledModel
+from lissom.runtime.error_meter import with_meter
 from lissom.runtime.hosted_model import Facts, check_uncompiled
 from lissom.runtime.layer_timer import ProgramTimer
 
 
 def compile_model(model: nn.Module | Program, example_inputs: Inputs, settings: Settings) -> CompiledModel:
     """The model compiled as the settings say. Raises: what `lissom.compile` raises."""
-    model = with_merged_adapters(model) if isinstance(model, nn.Module) else model
+    given, model = model, with_merged_adapters(model) if isinstance(model, nn.Module) else model
     take, device = _capturing(model, example_inputs, settings)
-    return compile_captured(take, device, settings, _facts_of(model))
+    compiled = compile_captured(take, device, settings, _facts_of(model))
+    if compiled.ranks is None:
+        compiled.report = with_errors(compiled.report, compiled.program, given, example_inputs, settings)
+    return compiled
+
+
+def with_errors(report: Report, program: Program, model: nn.Module | Program, inputs: Inputs, settings: Settings) -> Report:
+    """The report of a compile, with what measures the errors of the program's nodes."""
+    device = check_device(settings.device)
+    return with_meter(report, program, model, split_inputs(inputs), dynamic=settings.dynamic, device=device)
 
 
 def optimize_model(model: nn.Module | Program, example_inputs: Inputs, settings: Settings) -> tuple[Program, History, Sample]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -12,21 +11,31 @@ from typing import Protocol
 
 from rich.console import Group, RenderableType
 from rich.text import Text
+from torch import nn
 
 from lissom.compiler.ir.program import Program
-from lissom.compiler.pipeline.history import History, Size, Step, node_facts
+from lissom.compiler.pipeline.history import History, node_facts
 from lissom.errors import UnsupportedError
 from lissom.files import check_path, write_whole
 from lissom.inspect.hot_layers import LayerTimes
 from lissom.inspect.html.data import page_data
 from lissom.inspect.html.page import page
+from lissom.inspect.node_errors import NodeErrors
 from lissom.inspect.plots import Facts, plot
+from lissom.inspect.step_texts import (
+    Units,
+    about_checks,
+    changed_sizes,
+    effect,
+    has_effect,
+    hidden_steps,
+    notes_of,
+    short_spelling,
+)
+from lissom.inspect.svg.heat import Heat, heat_of
 from lissom.inspect.svg.step import step_svg
 from lissom.inspect.tables import plain, plain_table
 from lissom.inspect.timing import Timing
-
-_LONGEST_PASS = 28
-_OPTION = re.compile(r'(?:[^,\["]|\[[^\]]*\]|"[^"]*")+')
 
 
 class LayerTimer(Protocol):
@@ -45,6 +54,16 @@ class LayerTimer(Protocol):
         ...
 
 
+class ErrorMeter(Protocol):
+    """Measures the errors of a program's nodes. known: the last errors; None before the first."""
+
+    known: NodeErrors | None
+
+    def measure(self, model: object) -> NodeErrors:
+        """The errors beside this model's nodes; None for the model that was compiled."""
+        ...
+
+
 @dataclass(frozen=True, repr=False)
 class Report:
     """The report of a compile: prints as a table, exports as JSON through `history`.
@@ -54,6 +73,7 @@ class Report:
 
     times_faster: the speedup over the original model at each shape that was timed; empty if nothing was timed.
     timer: times the layers of the compiled program; None for a program that is not lowered.
+    meter: measures the errors of the program's nodes; None for a loaded model, and for one that ranks share.
     stopped: the error that ended the compile early; empty for one that finished.
 
     >>> import torch, lissom
@@ -68,6 +88,7 @@ class Report:
     every_step: bool = False
     timer: LayerTimer | None = None
     stopped: str = ""
+    meter: ErrorMeter | None = None
 
     def full(self) -> Report:
         """The same report with every step, and with the kernels of the hot layers."""
@@ -97,6 +118,29 @@ class Report:
         """
         return self._timed().time_lengths(lengths)
 
+    def errors(self, model: nn.Module | Program | None = None) -> NodeErrors:
+        """The error of every node on the example inputs, and the softmax mass that sparse attentions keep.
+
+        Measured now, against the original model: it is captured anew, and both programs run once, side by side. Pages and
+        pictures of the report show it from then on.
+
+        model: what was compiled, with its weights unchanged; it may be left out as long as the caller holds it.
+
+        Raises: InputError for another model, or if the model is gone and not given; UnsupportedError for a loaded model, and
+            for one that ranks share.
+        """
+        if self.meter is None:
+            raise UnsupportedError(
+                f"{self.title} was loaded or runs on several ranks, so there is no original to compare it with; "
+                f"compile the model here, in one process"
+            )
+        return self.meter.measure(model)
+
+    @property
+    def measured_errors(self) -> NodeErrors | None:
+        """What `errors` measured last; None before the first call."""
+        return None if self.meter is None else self.meter.known
+
     def _timed(self) -> LayerTimer:
         if self.timer is None:
             raise UnsupportedError(f"{self.title} is not lowered for a backend, so no kernels run it; use lissom.compile")
@@ -116,12 +160,14 @@ class Report:
         lengths: Mapping[int, Timing] = {} if self.timer is None else self.timer.lengths
         plot(kind, Facts(self.title, self.history, times, lengths), check_path(path))
 
-    def to_html(self, path: str | PathLike[str]) -> None:
+    def to_html(self, path: str | PathLike[str], *, heat: str | None = None) -> None:
         """Write the report as one HTML file, which needs no network: the passes, and the program after each of them.
 
-        The page has the times of layers if they were measured before (`kernels()`); nothing is timed for it.
+        The page has the times of layers and the errors of nodes if they were measured before (`kernels()`, `errors()`).
 
-        Raises: ArtifactError if the file cannot be written.
+        heat: what colors the nodes first, as for `to_svg`.
+
+        Raises: UnsupportedError for a heat that is not known; ArtifactError if the file cannot be written.
 
         >>> import tempfile, torch, lissom
         >>> path = tempfile.mkdtemp() + "/report.html"
@@ -133,11 +179,19 @@ class Report:
         if self.timer is not None and last not in history.changes:
             # Artifacts of earlier versions keep the facts of no step.
             history = replace(history, changes={**history.changes, last: {**node_facts(self.timer.program)}})
-        data = page_data(self.title, history, times, _missing(self, times))
+        if heat is not None:
+            self._heat(heat, last)
+        data = {"heat": heat} | page_data(self.title, history, times, self.measured_errors, _missing(self, times))
         write_whole(check_path(path), page(self.title, data, str(self)))
 
     def to_svg(
-        self, path: str | PathLike[str] | None = None, *, step: int | None = None, only: str = "", compare: int | None = None
+        self,
+        path: str | PathLike[str] | None = None,
+        *,
+        step: int | None = None,
+        only: str = "",
+        compare: int | None = None,
+        heat: str | None = None,
     ) -> str:
         """The program after a step as a picture: an SVG file that needs no network, in colors for light and dark.
 
@@ -147,18 +201,25 @@ class Report:
         path: where to write it, if given. step: the last one by default. only: the path of a module, `encoder.layer.0`.
         compare: another step. If it is earlier, nodes that it lacks are marked as added; if it is later, as removed. Nodes that
             differ are marked as changed.
+        heat: colors nodes by `flops`, `bytes`, `parameters`, `time` (after `kernels()`), `error` or `mass` (after `errors()`).
 
-        Raises: UnsupportedError if there is no such step or module; ArtifactError if the file cannot be written.
+        Raises: UnsupportedError if there is no such step, module or heat; ArtifactError if the file cannot be written.
 
         >>> import torch, lissom
         >>> picture = lissom.optimize(torch.nn.Linear(4, 2), torch.ones(3, 4)).report.to_svg()
         >>> "linear" in picture
         True
         """
-        picture = step_svg(self.title, self.history, step, only, compare)
+        last = len(self.history.steps) - 1
+        colors = None if heat is None else self._heat(heat, last if step is None else step)
+        picture = step_svg(self.title, self.history, step, only, compare, colors)
         if path is not None:
             write_whole(check_path(path), picture)
         return picture
+
+    def _heat(self, kind: str, step: int) -> Heat:
+        self.history.check_step(step)
+        return heat_of(kind, self.history, step, None if self.timer is None else self.timer.known, self.measured_errors)
 
     def _repr_html_(self) -> str:
         """The report in a notebook: the table."""
@@ -197,6 +258,8 @@ def _missing(report: Report, times: LayerTimes | None) -> list[str]:
         found.append("Times of layers: the program is not lowered for a backend. Compile it with --backend to time it.")
     elif not times.nodes:
         found.append("Times of layers: this backend runs operators of its own, so the times cannot be put on nodes.")
+    if report.measured_errors is None:
+        found.append("Errors of nodes: none were measured. Call report.errors() where the model is compiled, or use --errors.")
     if report.history.checks != "numeric":
         found.append(f"Errors of steps: checks were {report.history.checks}, so outputs were not compared.")
     return found
@@ -206,23 +269,28 @@ def _history_table(report: Report) -> RenderableType:
     """A summary, a row per step, then the notes, the reasons for reverted passes, and the checks."""
     steps = report.history.steps
     before = dict(zip((step.index for step in steps[1:]), steps, strict=False))
-    listed = [step for step in steps if report.every_step or _has_effect(step, before.get(step.index))]
+    listed = [step for step in steps if report.every_step or has_effect(step, before.get(step.index))]
     table = plain_table(f"{report.title}: {_summary(report)}\n")
     table.add_column("#", justify="right")
     table.add_column("pass", no_wrap=True)
     table.add_column("what it did", overflow="fold")
     scored = any(step.metric is not None for step in steps)
-    units = _Units.of(steps[0].size)
+    units = Units.of(steps[0].size)
     headings = ("nodes", units.bytes.name, units.flops.name, "error", *(["metric"] if scored else []))
     for heading in (*(["s"] if report.every_step else []), *headings):
         table.add_column(heading, justify="right", no_wrap=True)
     for step in listed:
         row = [f"{step.seconds + step.check_seconds:.2f}"] if report.every_step else []
-        row += _changed(before.get(step.index), step, units)
+        row += changed_sizes(before.get(step.index), step, units)
         row += ["" if step.relative_error is None else f"{step.relative_error:.0e}"]
         row += [("" if step.metric is None else f"{step.metric:.4g}")] if scored else []
-        table.add_row(str(step.index), Text(_short(step.spelling)), Text(_effect(step)), *row)
-    below = [*_notes(steps), *_hidden(len(steps) - len(listed)), *_summary_of_layers(report), _about_checks(report.history)]
+        table.add_row(str(step.index), Text(short_spelling(step.spelling)), Text(effect(step)), *row)
+    below = [
+        *notes_of(steps),
+        *hidden_steps(len(steps) - len(listed)),
+        *_summary_of_layers(report),
+        about_checks(report.history),
+    ]
     return Group(table, Text("\n".join(["", *below])), *_hot_layers(report))
 
 
@@ -242,12 +310,6 @@ def _hot_layers(report: Report) -> list[RenderableType]:
         return [Text(f"kernels: {error}")]
 
 
-def _has_effect(step: Step, before: Step | None) -> bool:
-    """True for the capture, for lossy passes, and for passes that changed the program."""
-    changed = step.rewritten or step.added or step.removed
-    return before is None or step.kind != "rewrite" or bool(changed) or step.size != before.size
-
-
 def _summary(report: Report) -> str:
     """`2.1 × faster, 184 → 45 nodes, 90.9 → 23.1 MB, smallest cosine 0.9998`, as far as it is known."""
     first, last = report.history.steps[0], report.history.steps[-1]
@@ -255,7 +317,7 @@ def _summary(report: Report) -> str:
     if report.times_faster:
         low, high = (f"{speed:.1f}" for speed in (min(report.times_faster), max(report.times_faster)))
         parts.append(f"{low if low == high else f'{low} to {high}'} × faster")
-    units = _Units.of(first.size)
+    units = Units.of(first.size)
     (nodes, size, _), (nodes_before, size_before, _) = units.texts(last.size), units.texts(first.size)
     parts.append(f"{nodes} nodes" if nodes == nodes_before else f"{nodes_before} → {nodes} nodes")
     parts.append(f"{size if size == size_before else f'{size_before} → {size}'} {units.bytes.name}")
@@ -268,96 +330,3 @@ def _summary(report: Report) -> str:
     if first.metric is not None and last.metric is not None:
         parts.append(f"metric {first.metric:.4g} → {last.metric:.4g}")
     return ", ".join(parts)
-
-
-def _short(spelling: str) -> str:
-    """The text of a pass, shortened to fit into a row by leaving out options."""
-    if len(spelling) <= _LONGEST_PASS:
-        return spelling
-    name, _, options = spelling.partition("{")
-    text = f"{name}{{"
-    for option in _OPTION.findall(options.removesuffix("}")):
-        if len(text) + len(option) + 3 > _LONGEST_PASS:
-            break
-        text += f"{option},"
-    return f"{text}…}}"
-
-
-def _effect(step: Step) -> str:
-    if step.index == 0:
-        return ""
-    return step.summary if step.reverted is None else f"reverted: {step.reverted.partition(': ')[0]}"
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """The unit of a column: its name, and its size in what is counted."""
-
-    name: str
-    scale: float
-
-    @classmethod
-    def of(cls, count: int, base: str) -> _Unit:
-        """The largest unit not above `count`; the names end in `base`."""
-        prefix, scale = next(((name, size) for name, size in _PREFIXES if count >= size), ("", 1.0))
-        return cls(f"{prefix}{base}", scale)
-
-    def text(self, count: int) -> str:
-        """Three significant digits without exponent."""
-        value = count / self.scale
-        return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
-
-
-_PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3))
-
-
-@dataclass(frozen=True)
-class _Units:
-    """The units of a report, chosen by the captured model."""
-
-    bytes: _Unit
-    flops: _Unit
-
-    @classmethod
-    def of(cls, size: Size) -> _Units:
-        return cls(_Unit.of(size.parameter_bytes, "B"), _Unit.of(size.flops, "FLOP"))
-
-    def texts(self, size: Size) -> list[str]:
-        """Nodes, bytes of weights and operations."""
-        return [str(size.nodes), self.bytes.text(size.parameter_bytes), self.flops.text(size.flops)]
-
-
-def _changed(before: Step | None, step: Step, units: _Units) -> list[str]:
-    """The sizes of a step; unchanged numbers are left out."""
-    sizes = units.texts(step.size)
-    if before is None:
-        return sizes
-    return ["" if new == old else new for new, old in zip(sizes, units.texts(before.size), strict=True)]
-
-
-def _notes(steps: list[Step]) -> list[str]:
-    """The notes, each with its pass, and the reasons for reverted passes; notes of the last step may be the backend's."""
-    found: list[str] = []
-    for step in steps:
-        named = f"{step.spelling.partition('{')[0]}: " if 0 < step.index < len(steps) - 1 else ""
-        found += [f"{named}{note}" for note in step.notes]
-        found += [] if step.reverted is None else [f"{step.spelling} was reverted: {step.reverted}"]
-    return found
-
-
-def _hidden(count: int) -> list[str]:
-    return (
-        [f"{count} more {'step' if count == 1 else 'steps'} changed nothing; report.full() or --full shows them"]
-        if count
-        else []
-    )
-
-
-def _about_checks(history: History) -> str:
-    words = {
-        "numeric": "every exact step ran beside the one before and gave equal outputs",
-        "structural": "form and types were checked after every step, numbers were not",
-        "off": "nothing was checked",
-    }
-    seconds = sum(step.seconds + step.check_seconds for step in history.steps)
-    return f"checks: {history.checks} ({words[history.checks]}); {seconds:.1f} s in all"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from operator import attrgetter
 from typing import Any, cast
 
@@ -17,6 +17,23 @@ Observer = Callable[[fx.Node, object], object]
 
 def run(graph: fx.Graph, weights: nn.Module, inputs: Sequence[torch.Tensor], observe: Observer | None = None) -> list[object]:
     """The flat outputs of the graph; `observe` sees every call's result in order, and may return another value in its place."""
+    calls, other = steps(graph, weights, inputs), None
+    while True:
+        try:
+            found = calls.send(other)
+        except StopIteration as end:
+            return end.value
+        other = None if observe is None else observe(*found)
+        del found  # or its value would outlive its last use
+
+
+def steps(
+    graph: fx.Graph, weights: nn.Module, inputs: Sequence[torch.Tensor]
+) -> Generator[tuple[fx.Node, object], object, list[object]]:
+    """Runs the graph one call at a time: yields each call with its result, and returns the flat outputs.
+
+    A value sent back replaces the result; None keeps it.
+    """
     values: dict[fx.Node, object] = {}
     last_uses = last_uses_of(graph)
     feed = iter(inputs)
@@ -29,7 +46,7 @@ def run(graph: fx.Graph, weights: nn.Module, inputs: Sequence[torch.Tensor], obs
             values[node] = attrgetter(str(node.target))(weights)
         else:
             values[node] = call(node, values.__getitem__)
-            if observe is not None and (other := observe(node, values[node])) is not None:
+            if (other := (yield node, values[node])) is not None:
                 values[node] = other
         for used in last_uses.get(node, ()):
             del values[used]

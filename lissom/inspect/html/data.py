@@ -15,12 +15,15 @@ from lissom.compiler.pipeline.history import History, NodeFacts, Step
 from lissom.inspect.hot_layers import LayerTimes
 from lissom.inspect.identical_layers import identical_layers
 from lissom.inspect.lines import Line
+from lissom.inspect.node_errors import NodeErrors
 
 VERSION = 1
 Item = TypeVar("Item")
 
 
-def page_data(title: str, history: History, times: LayerTimes | None, missing: Sequence[str]) -> dict[str, object]:
+def page_data(
+    title: str, history: History, times: LayerTimes | None, errors: NodeErrors | None, missing: Sequence[str]
+) -> dict[str, object]:
     """What the page shows, ready for `json.dumps`. missing: sentences on what the report does not have."""
     tables = _Tables()
     steps: list[dict[str, object]] = []
@@ -39,6 +42,7 @@ def page_data(title: str, history: History, times: LayerTimes | None, missing: S
         "checks": history.checks,
         "missing": list(missing),
         "times": None if times is None else _times(times),
+        "errors": None if errors is None else _errors(errors),
         "steps": steps,
         **tables.to_json(),
     }
@@ -46,6 +50,15 @@ def page_data(title: str, history: History, times: LayerTimes | None, missing: S
 
 def _times(times: LayerTimes) -> dict[str, object]:
     return {"title": times.title, "nodes": {f"%{name}": milliseconds for name, milliseconds in times.nodes.items()}}
+
+
+def _errors(errors: NodeErrors) -> dict[str, object]:
+    """The errors of nodes, and the softmax mass that attentions lost, to three digits."""
+    lost = {name: 1 - mass for name, mass in errors.kept_mass.items()}
+    return {
+        key: {f"%{name}": float(f"{value:.3g}") for name, value in found.items()}
+        for key, found in (("nodes", errors.nodes), ("lost", lost))
+    }
 
 
 def _step(step: Step) -> dict[str, object]:

@@ -131,7 +131,7 @@ function stepPanel(view) {
 
 function costList(value, total) {
   return Object.entries(HEATS).filter(([heat]) => total(heat) > 0).map(([heat, { label }]) =>
-    [h("dt", {}, label), h("dd", {}, value(heat) ? `${heatText(heat, value(heat))}, ${percent(value(heat) / total(heat))} of the program` : "none")]);
+    [h("dt", {}, label), h("dd", {}, value(heat) ? `${heatText(heat, value(heat))}, ${heatShare(heat, value(heat), total(heat))}` : "none")]);
 }
 
 function touching(names, upTo) {
@@ -185,6 +185,8 @@ function nodePanel(view) {
     ["source", origin.source ? [origin.source, origin.code ? h("code", { class: "block" }, origin.code) : null] : null],
     ["replaces", node.replaces ? h("code", {}, node.replaces) : null],
     ["reads", node.args.length ? names([...new Set(node.args)]) : null],
+    ["attention mass", data.errors && view.step === steps.length - 1 && node.name in data.errors.lost
+      ? `${percent(1 - data.errors.lost[node.name])} of the original's is at the keys it sees` : null],
     ["read by", readers.has(node.name) ? names(readers.get(node.name).map(item => item.name)) : "the result"],
   ].filter(([, value]) => value !== null);
   return [

@@ -120,7 +120,7 @@ function drawTools(view) {
   const step = h("select", { "aria-label": "Step", on: { change: event => go({ step: Number(event.target.value) }) } }, steps.map((_, i) => option(i, `${i} ${passName(i)}`, i === view.step)));
   const heats = Object.entries(HEATS).map(([heat, { label }]) => h("button", {
     type: "button", "aria-pressed": String(heat === view.heat), disabled: !hasHeat(heat, view.step),
-    title: hasHeat(heat, view.step) ? null : heat === "time" ? "measured for the last step alone, if at all" : "not known for this step", on: { click: () => go({ heat }) },
+    title: hasHeat(heat, view.step) ? null : !(heat in MEASURED) ? "not known for this step" : MEASURED[heat].of === null ? MEASURED[heat].how : view.step < steps.length - 1 ? "measured for the last step alone" : "none", on: { click: () => go({ heat }) },
   }, label));
   const box = h("input", { type: "checkbox", checked: page.changes, on: { change: event => go({ changes: event.target.checked }) } });
   const counts = view.from === null ? null : compare(view.from, view.step).counts;
@@ -130,8 +130,8 @@ function drawTools(view) {
 
 function heatCells(value, total, heat) {
   const share = total ? value / total : 0;
-  return h("span", { class: "heat", title: value ? `${heatText(heat, value)}, ${percent(share)} of the program` : "" },
-    value ? h("span", { class: "fill", style: `width:${Math.min(100, 100 * share).toFixed(2)}%` }) : null, h("span", { class: "figure" }, value ? percent(share) : ""));
+  return h("span", { class: "heat", title: value ? `${heatText(heat, value)}, ${heatShare(heat, value, total)}` : "" },
+    value ? h("span", { class: "fill", style: `width:${Math.min(100, 100 * share).toFixed(2)}%` }) : null, h("span", { class: "figure" }, !value ? "" : HEATS[heat].largest ? heatText(heat, value) : percent(share)));
 }
 
 function choices(row) {
@@ -160,7 +160,7 @@ function treeRow(row, view, total) {
     h("span", { class: "label" }, h("span", { class: "caret", on: { click: event => { event.stopPropagation(); if (open) page.open.delete(module.path); else page.open.add(module.path); draw(); } } }, open ? "▾" : "▸"), h("strong", {}, row.label),
       members.length > 1 ? h("span", { class: "times", title: "the same operators, shapes and constants" }, `×${members.length} identical`) : null, group && group.differences.length ? h("span", { class: "differs", title: group.differences.join("\n") }, `differs: ${differenceTexts(group.differences)[0]}`) : null, choices(row)),
     h("span", { class: "type" }, signs(module.counts), h("span", { class: "quiet" }, `${plural(module.nodes.filter(entry => entry.status !== "removed").length, "node")}${members.length > 1 ? " each" : ""}`)),
-    heat ? heatCells(members.reduce((sum, item) => sum + heatOf(item, heat), 0), total, heat) : h("span", {}));
+    heat ? heatCells(joined(heat, members.map(item => heatOf(item, heat))), total, heat) : h("span", {}));
 }
 
 function drawTree(view) {
@@ -222,7 +222,8 @@ addEventListener("keydown", event => {
 at("search").addEventListener("input", event => { page.query = event.target.value.trim().toLowerCase(); drawPasses(); });
 addEventListener("hashchange", readAddress);
 
-if (hasHeat("time", steps.length - 1)) page.heat = "time";
+if (data.heat) page.heat = data.heat;
+else if (hasHeat("time", steps.length - 1)) page.heat = "time";
 openSome(state(), 30);
 drawHeader();
 if (!readAddress()) draw();

@@ -5,16 +5,27 @@ const HEATS = {
   parameters: { label: "Parameters", unit: "", of: node => node.cost ? node.cost[3] : 0 },
   sharded: { label: "Sharded parameters", unit: "", of: node => node.sharded },
   time: { label: "Time", unit: "ms", of: node => data.times.nodes[node.name] || 0 },
+  error: { label: "Error", largest: true, of: node => data.errors.nodes[node.name] || 0 },
+  mass: { label: "Attention mass lost", largest: true, of: node => data.errors.lost[node.name] || 0 },
+};
+// What each measured heat is read from, and what measures it; they are known for the last step alone.
+const MEASURED = {
+  time: { of: data.times && data.times.nodes, how: "measure it with report.kernels() or --full" },
+  error: { of: data.errors && data.errors.nodes, how: "measure it with report.errors() or --errors" },
+  mass: { of: data.errors && data.errors.lost, how: "measure it with report.errors() or --errors; only sparse attentions lose any" },
 };
 if (!data.pieces.some(parts => parts.some(text => text.includes(" Shard(")))) delete HEATS.sharded;
 const MOST_ROWS = 200;
 
 const hasHeat = keep((heat, step) => {
-  if (heat === "time") return step === steps.length - 1 && data.times !== null && Object.keys(data.times.nodes).length > 0;
+  if (heat in MEASURED) return step === steps.length - 1 && MEASURED[heat].of !== null && Object.keys(MEASURED[heat].of).length > 0;
   return program(step).nodes.some(node => heat === "sharded" ? node.sharded > 0 : node.cost !== null);
 });
 
-const heatText = (heat, value) => heat === "time" ? `${digits(value)} ms` : short(value, HEATS[heat].unit);
+const heatText = (heat, value) => heat === "time" ? `${digits(value)} ms` : HEATS[heat].largest ? exponent(value) : short(value, HEATS[heat].unit);
+
+// A value beside that of the whole program: its share of a sum, or which part of the largest it is.
+const heatShare = (heat, value, total) => HEATS[heat].largest ? `${percent(value / total)} of the largest` : `${percent(value / total)} of the program`;
 
 // The modules of a step; nodes that are gone since the step `from` stand where they were.
 const modules = keep((step, from) => {
@@ -61,10 +72,10 @@ const modules = keep((step, from) => {
 
 const changesOf = module => module.counts.added + module.counts.removed + module.counts.changed;
 
+const joined = (heat, values) => HEATS[heat].largest ? values.reduce((a, b) => Math.max(a, b), 0) : values.reduce((a, b) => a + b, 0);
+
 function heatOf(module, heat) {
-  let sum = 0;
-  for (const entry of module.nodes) if (entry.status !== "removed") sum += HEATS[heat].of(entry.node);
-  return sum;
+  return joined(heat, module.nodes.filter(entry => entry.status !== "removed").map(entry => HEATS[heat].of(entry.node)));
 }
 
 // The groups of a module's numbered children: { members, differences } of each child, by its name.

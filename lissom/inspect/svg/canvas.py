@@ -12,6 +12,7 @@ LABEL_WIDTH = 7.2
 """The mean width of a character of a label."""
 _CONTROL = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML does not allow, not even escaped."""
+_CLASS = re.compile(r'class="([^"]*)"')
 _LIGHT: Mapping[str, str] = {
     ".back": "fill:#f6f7f9",
     "text": "fill:#1c2430",
@@ -33,6 +34,10 @@ _LIGHT: Mapping[str, str] = {
     ".rank1": "fill:#e08a3c",
     ".rank2": "fill:#5aa469",
     ".rank3": "fill:#b3589a",
+    ".heat1": "fill:#fbe9dc;stroke:#d9a98a",
+    ".heat2": "fill:#f7c9a8;stroke:#c9824f",
+    ".heat3": "fill:#f0a070;stroke:#b05a26",
+    ".heat4": "fill:#e5704a;stroke:#8f3413",
 }
 _DARK: Mapping[str, str] = {
     ".back": "fill:#12161d",
@@ -55,6 +60,10 @@ _DARK: Mapping[str, str] = {
     ".rank1": "fill:#d98b45",
     ".rank2": "fill:#6bbd7f",
     ".rank3": "fill:#c77ab0",
+    ".heat1": "fill:#33261f;stroke:#7a5a48",
+    ".heat2": "fill:#4d3222;stroke:#a06f4c",
+    ".heat3": "fill:#6e3f20;stroke:#cf8a58",
+    ".heat4": "fill:#95431b;stroke:#ffa878",
 }
 RANK_COLORS = 4
 """The number of colors of ranks."""
@@ -90,8 +99,10 @@ class Canvas:
 
     def svg(self, width: float, height: float, title: str) -> str:
         """The whole picture. title: for readers who do not see it."""
-        themes = "".join(f"{kind}{{{look}}}" for kind, look in _LIGHT.items())
-        dark = "".join(f"{kind}{{{look}}}" for kind, look in _DARK.items())
+        used = {".back", ".head", "text", *(f".{kind}" for element in self._elements for kind in _kinds(element))}
+        themes, dark = (
+            "".join(f"{kind}{{{look}}}" for kind, look in theme.items() if kind in used) for theme in (_LIGHT, _DARK)
+        )
         return "\n".join(
             [
                 f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
@@ -105,6 +116,12 @@ class Canvas:
                 "</svg>\n",
             ]
         )
+
+
+def _kinds(element: str) -> list[str]:
+    """The classes of an element."""
+    found = _CLASS.search(element)
+    return found[1].split() if found else []
 
 
 def _escaped(words: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -11,6 +12,7 @@ from lissom.compiler.pipeline.history import NodeFacts
 from lissom.errors import UnsupportedError, nearest
 from lissom.inspect.lines import Line
 from lissom.inspect.svg.canvas import CODE_WIDTH, LABEL_WIDTH, Canvas
+from lissom.inspect.svg.heat import LEVELS, Heat
 from lissom.inspect.svg.layout import Box, Piece, place
 from lissom.inspect.svg.shown import MOST_NODES, Module, Shown, is_size, module_nodes, operator_of, shown
 
@@ -41,11 +43,13 @@ def program_svg(
     only: str = "",
     compared: Compared | None = None,
     facts: Mapping[str, NodeFacts] | None = None,
+    heat: Heat | None = None,
     most: int = MOST_NODES,
 ) -> str:
     """The picture of a program's text, with at most `most` nodes.
 
-    only: the path of a module. facts: of the nodes of this program, for matching it with the other one.
+    only: the path of a module. facts: of the nodes of this program, for matching it with the other one. heat: what colors the
+    nodes of a program that is not compared.
 
     Raises: UnsupportedError if there is no such module.
     """
@@ -55,7 +59,7 @@ def program_svg(
     if not part.keys and only:
         known = sorted({line.path for line in lines if line.path})
         raise UnsupportedError(f"{title} has no node in the module '{only}'{nearest(only, known) or '; try'} {_some(known)}")
-    return _Picture(lines, part, status).svg(f"{title}, {only}" if only else title)
+    return _Picture(lines, part, status, heat).svg(f"{title}, {only}" if only else title)
 
 
 def _some(paths: Sequence[str]) -> str:
@@ -110,9 +114,11 @@ def _nodes(count: int) -> str:
 class _Picture:
     """Draws what is shown of a program."""
 
-    def __init__(self, lines: Sequence[Line], part: Shown, status: Mapping[str, str]) -> None:
+    def __init__(self, lines: Sequence[Line], part: Shown, status: Mapping[str, str], heat: Heat | None = None) -> None:
         self.lines = {line.defines: line for line in lines if line.defines}
-        self.part, self.status = part, status
+        self.part, self.status, self.heat = part, status, heat
+        self.heats = {} if heat is None else heat.join(part.keys)
+        self.hottest = max(self.heats.values(), default=0.0)
         self.modules: dict[str, Module] = {}
         self.inputs = dict(_INPUT.findall(lines[0].pieces[0]))
         readers = [line for line in lines if line.defines not in part.keys and not is_size(line)]
@@ -143,6 +149,7 @@ class _Picture:
         without = ((part.sizes, computes), (part.left_out, "for which there is no room"))
         words = [f"{counts[word]} {word}" for word in ("added", "removed", "changed") if counts[word]]
         words += [f"without {_nodes(count)} {which}" for count, which in without if count]
+        words += [] if self.heat is None else [f"color: {self.heat.label}, at most {self.hottest:.3g}"]
         return ", ".join([_nodes(len(part.keys) + part.left_out + part.sizes), *words, "identical layers drawn once"])
 
     def _box(self, item: Module | str) -> Box:
@@ -177,12 +184,14 @@ class _Picture:
         module, middle = self.modules.get(box.key), x + box.width / 2
         if module is None:
             line, first = self.lines.get(box.key), "strong" if box.key in self.part.keys else "quiet"
-            kind = self.status.get(box.key, "node") if box.key in self.part.keys else "value"
-            self.canvas.rect(x, y, box.width, box.height, kind, about="" if line is None else _whole(line))
+            kind = self.status.get(box.key, self._warmth(box.key) or "node") if box.key in self.part.keys else "value"
+            about = "" if line is None else f"{_whole(line)}{self._figure(box.key)}"
+            self.canvas.rect(x, y, box.width, box.height, kind, about=about)
             for height, words, look in zip((16, 30), self._words(box.key), (first, "quiet"), strict=True):
                 self.canvas.text(middle, y + height, words, f"code {look}", anchor="middle")
             return
-        self.canvas.rect(x, y, box.width, box.height, "frame" if module.is_open else self._kind(module), about=module.path)
+        about = f"{module.path}{self._figure(box.key)}"
+        self.canvas.rect(x, y, box.width, box.height, "frame" if module.is_open else self._kind(module), about=about)
         if module.is_open:
             self.canvas.text(x + 10, y + 17, _label(module), "strong")
             self._draw(box, x, y)
@@ -193,7 +202,15 @@ class _Picture:
         )
 
     def _kind(self, module: Module) -> str:
-        return "changed" if any(name in self.status for name in module.nodes) else "folded"
+        return "changed" if any(name in self.status for name in module.nodes) else self._warmth(module.path) or "folded"
+
+    def _warmth(self, key: str) -> str:
+        """The class of the color that shows the heat of a node or closed module; empty if it has none."""
+        value = self.heats.get(key, 0.0)
+        return f"heat{math.ceil(LEVELS * value / self.hottest)}" if value > 0 else ""
+
+    def _figure(self, key: str) -> str:
+        return f"\n{self.heat.label}: {self.heats[key]:.3g}" if self.heat is not None and key in self.heats else ""
 
 
 def _read(line: Line) -> Sequence[str]:

@@ -99,6 +99,36 @@ def test_three_clicks_say_what_was_pruned_in_a_layer(report, tmp_path):
     assert third.startswith("encoder.layer.3") and f"{32 * int(kept)}" in third and "384" in third
 
 
+@pytest.fixture(scope="module")
+def sparse():
+    """A model of two layers, whose windows hide keys and whose errors were measured."""
+    case = tiny_llama()
+    passes = "sparsify-attention{pattern=window,window=2}"
+    found = lissom.optimize(case.model, case.inputs, passes=passes, checks="structural")
+    return found, found.report.errors(case.model)
+
+
+@pytest.mark.parametrize(("heat", "label"), [("error", "Error"), ("mass", "Attention mass lost")])
+def test_a_measured_heat_is_on_the_page_and_in_the_details(sparse, heat, label, tmp_path):
+    found, errors = sparse
+    found.report.to_html(tmp_path / "report.html", heat=heat)
+    values = errors.nodes if heat == "error" else {name: 1 - mass for name, mass in errors.kept_mass.items()}
+    hottest = max(values, key=values.__getitem__)
+    pressed = "document.querySelector('#tools [aria-pressed=true]').textContent"
+    width = f"document.querySelector('#tree [data-node=\"%{hottest}\"] .fill').style.width"
+    script = f"go({{ node: '%{hottest}', module: null }}); seen.push(document.getElementById('detail').innerText);"
+    (detail,), button, filled = shown(tmp_path / "report.html", script, f"[seen, {pressed}, {width}]")
+    assert (button, filled) == (label, "100%") and "100 % of the largest" in detail
+    assert heat == "error" or f"{round(100 * errors.kept_mass[hottest])} % of the original's" in detail
+
+
+def test_a_heat_without_figures_says_what_measures_it(report, tmp_path):
+    written(report, tmp_path)
+    button = "[...document.querySelectorAll('#tools button')].find(item => item.textContent === 'Error')"
+    disabled, title = shown(tmp_path / "report.html", "", f"[{button}.disabled, {button}.title]")
+    assert disabled and "report.errors()" in title and "--errors" in title
+
+
 def test_the_search_finds_passes_modules_and_nodes(report, tmp_path):
     written(report, tmp_path)
     script = (

@@ -98,10 +98,13 @@ def test_names_stay_text(tmp_path):
 
 
 def test_times_are_on_the_page_once_they_are_measured(tmp_path):
-    compiled = lissom.compile(nn.Linear(64, 32), torch.randn(8, 64))
+    model = nn.Linear(64, 32)
+    compiled = lissom.compile(model, torch.randn(8, 64))
     compiled.report.kernels()
+    compiled.report.errors()
     data = data_of(written(compiled.report, tmp_path))
     assert data["times"]["nodes"].keys() == {f"%{node.name}" for node in compiled.program.nodes()}
+    assert data["errors"]["nodes"].keys() <= data["times"]["nodes"].keys() and data["errors"]["lost"] == {}
     assert data["missing"] == []
 
 

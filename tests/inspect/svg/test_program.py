@@ -86,6 +86,32 @@ def test_a_change_of_weights_alone_is_marked(pruned):
     assert [about.partition(" = ")[2].partition("(")[0] for about, _ in found] == ["aten.linear"]
 
 
+def test_heat_colors_the_costliest_nodes(pruned):
+    picture, program = pruned.to_svg(heat="flops", only="encoder.layer.0"), pruned.history.texts[-1]
+    costs = {name: fact.cost.flops for name, fact in pruned.history.facts_of(len(pruned.history.steps) - 1).items()}
+    hottest = [about.split(":")[0] for about, _ in boxes(picture, "heat4")]
+    names = [about.split(":")[0] for about, _ in boxes(picture, "node", *(f"heat{level}" for level in (1, 2, 3, 4)))]
+    largest = max(costs[name] for name in names)
+    assert hottest and set(hottest) == {name for name in names if costs[name] > 0.75 * largest}
+    assert any(f"color: FLOPs, at most {float(largest):.3g}" in text for text in texts(picture))
+    assert "linear" in _line(program, hottest[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heat": "warmth"}, "there is no heat 'warmth'; give one of flops, bytes, parameters, time, error, mass"),
+        ({"heat": "error"}, "heat 'error' was not measured; call report.errors() first"),
+        ({"heat": "mass", "step": 2}, "heat 'mass' is measured for the last step alone"),
+        ({"heat": "time"}, "no times of nodes were measured"),
+        ({"heat": "flops", "compare": 1}, "give heat= or compare="),
+    ],
+)
+def test_a_heat_that_is_not_known_is_refused(pruned, options, message):
+    with pytest.raises(UnsupportedError, match=re.escape(message)):
+        pruned.to_svg(**options)
+
+
 def test_modules_without_room_are_closed():
     case = tiny_llama()
     text = lissom.optimize(case.model, case.inputs, checks="structural").program.text()

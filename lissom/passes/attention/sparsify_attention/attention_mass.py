@@ -6,15 +6,14 @@ so that short texts do not lower the mass of later blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.structure.operands import is_causal, mask_of, scale_of
 from lissom.compiler.analysis.structure.real_tokens import token_mask
+from lissom.compiler.calibration.attention_weights import attention_weights, operands_of, rows_of
 from lissom.compiler.calibration.partial_run import Stream
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
@@ -68,39 +67,14 @@ def block_masses(
     for finished, sample in enumerate(data):
         stream = Stream(program, [sample])
         for node in order:
-            masks = [item for item in (mask_of(node), node.kwargs.get("sinks")) if isinstance(item, fx.Node)]
-            wanted = [cast(fx.Node, item) for item in (*node.args[:2], *masks)]
+            wanted = operands_of(node)
             values = dict(zip(wanted, stream.advance(0, node, wanted), strict=True))
             real = token_mask(program, sample, wanted[0], axis=2)
-            for row in range(values[wanted[0]].shape[0]):
+            for row, given in enumerate(rows_of(values)):
                 tokens = torch.ones(values[wanted[0]].shape[2], dtype=torch.bool) if real is None else real[row].cpu()
-                given: dict[object, torch.Tensor] = {
-                    item: value[row : row + 1] if value.dim() == 4 and value.shape[0] > 1 else value
-                    for item, value in values.items()
-                }
-                found[node].add(_weights(node, given).cpu(), tokens, block)
+                found[node].add(attention_weights(node, given).cpu(), tokens, block)
         progress(finished + 1, len(data))
     return found
-
-
-def _weights(node: fx.Node, values: Mapping[object, torch.Tensor]) -> torch.Tensor:
-    """The softmax weights of one text, [heads, queries, keys]; zeros in a row without visible keys."""
-    q, k = (values[item].float() for item in node.args[:2])
-    if k.shape[1] != q.shape[1]:
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    mask = values.get(mask_of(node))
-    if is_causal(node):
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    scores = q @ k.transpose(-1, -2) * scale_of(node)
-    softcap = cast(float, node.kwargs.get("softcap") or 0.0)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    sinks = values.get(node.kwargs.get("sinks"))
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
-    return torch.softmax(scores, -1)[0, ..., : k.shape[2]].nan_to_num(0.0)
 
 
 def fewest_blocks(mean: torch.Tensor, share: float) -> torch.Tensor:

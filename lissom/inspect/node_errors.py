@@ -1,0 +1,271 @@
+"""The errors of a program's nodes: each compared with the node of the original program that it stands for.
+
+Both programs run side by side, one call at a time. A value of the original is freed as soon as it was compared, so few
+activations are in memory at once. For a sparse attention, the fraction of the original's softmax mass at the visible keys is
+measured too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from rich.console import Group, RenderableType
+from torch import fx
+
+from lissom.compiler.analysis.structure.linear import is_attention
+from lissom.compiler.analysis.structure.masks import HIDDEN
+from lissom.compiler.analysis.structure.operands import is_causal, mask_of
+from lissom.compiler.analysis.structure.real_tokens import token_mask
+from lissom.compiler.calibration.attention_weights import attention_weights, operands_of, row_of, rows_of
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.interpreter import steps
+from lissom.compiler.ir.program import Program, kept_state
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.verify.divergence import both_unfilled, lasting
+from lissom.inspect.kernels import short_name, without_numbers
+from lissom.inspect.roofline import sizes_text
+from lissom.inspect.tables import plain, plain_table
+from lissom.ops import block_sparse_attention, fused_attention, merged_attention
+from lissom.ops.pattern import Pattern
+
+_MASK_VALUE = 1e30
+"""Values of this magnitude are mask values, which would hide the error of all others."""
+_MOST = 12
+_ROUNDING = 1e-6
+_SPARSIFIES = "sparsify-attention"
+_WITH_FLAG = {fused_attention: "causal", merged_attention: "causal"}
+
+
+@dataclass(frozen=True, repr=False)
+class NodeErrors:
+    """The errors of a program's nodes on the example inputs; prints as a table of the largest.
+
+    title: the program and the sizes of the inputs. nodes: by name the relative error √(Σ(y − x)² / Σx²) of the values y of a
+    node to the values x of the original's; nodes without a counterpart of the same shape are left out. kept_mass: by name of a
+    sparse attention the fraction of the original's softmax mass at the keys it sees, over heads and tokens that are no padding.
+    places: by name the module path and the operator.
+
+    >>> import torch, lissom
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8)).eval()
+    >>> found = lissom.optimize(model, torch.randn(4, 64), passes="cast{dtype=bf16}", checks="structural")
+    >>> errors = found.report.errors().nodes
+    >>> 0 < errors["linear"] < errors["linear_1"] < 0.01
+    True
+    """
+
+    title: str
+    nodes: Mapping[str, float]
+    kept_mass: Mapping[str, float]
+    places: Mapping[str, tuple[str, str]]
+
+    def __rich__(self) -> RenderableType:
+        return _tables(self)
+
+    def __str__(self) -> str:
+        return plain(_tables(self))
+
+    def __repr__(self) -> str:
+        return f"<NodeErrors of {self.title}: {len(self.nodes)} nodes; print it to read the largest>"
+
+
+def measure_node_errors(original: Program, program: Program, sample: Sample, replaced: Mapping[str, str]) -> NodeErrors:
+    """The errors of `program`, which passes made of `original`, for the same flat inputs.
+
+    replaced: for names of nodes the name of the node that each one replaced, in any pass.
+    """
+    pairs = _pairs(original, program, replaced)
+    attentions = {node: pairs[node] for node in pairs if is_attention(pairs[node])}
+    readers = Counter(pairs.values())
+    readers.update(item for node in attentions.values() for item in operands_of(node))
+    running = _Running(original, sample, readers)
+    errors, masses = dict[str, float](), dict[str, float]()
+    masks = _Masks(program, sample, [node for node in attentions if _mask(node) is not None])
+
+    def observe(node: fx.Node, value: object) -> None:
+        masks.keep(node, value)
+        before = pairs.get(node)
+        if before is None:
+            return
+        error = None if both_unfilled(original, before.name, node) else rms_error(running.value(before), value)
+        if error is not None:
+            errors[node.name] = error
+        if node in attentions:
+            values = {item: cast(torch.Tensor, running.value(item)) for item in operands_of(before)}
+            mass = _kept_mass(original, before, sample, values, masks.visible(node, values))
+            if mass is not None and (_SPARSIFIES in nodes.origin(node).passes or mass < 1 - _ROUNDING):
+                masses[node.name] = mass
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for item in (original, program):
+            stack.enter_context(kept_state(item))
+        program.run(sample, observe)
+    dimensions, sizes = program.signature.dimensions, program.signature.sizes_of(sample)
+    named = {dimensions[symbol].name: size for symbol, size in sizes.items() if symbol in dimensions}
+    title = f"{program.name}, {sizes_text(named)}"
+    places = {node.name: (nodes.origin(node).module_path, short_name(node)) for node in pairs}
+    return NodeErrors(title, errors, masses, places)
+
+
+def _pairs(original: Program, program: Program, replaced: Mapping[str, str]) -> dict[fx.Node, fx.Node]:
+    """For each node of the program its counterpart in the original: of the same name, or the one that it replaced."""
+    originals = {node.name: node for node in original.nodes()}
+    found: dict[fx.Node, fx.Node] = {}
+    for node in program.nodes():
+        name, seen = node.name, set[str]()
+        while name and name not in originals and name not in seen:
+            seen.add(name)
+            name = (nodes.origin(node).replaces if name == node.name else "") or replaced.get(name, "")
+        if name in originals:
+            found[node] = originals[name]
+    return found
+
+
+class _Running:
+    """The values of a program's nodes, computed when they are asked for.
+
+    readers: how often the value of each node is asked for; after that it is freed.
+    """
+
+    def __init__(self, program: Program, sample: Sample, readers: Counter[fx.Node]) -> None:
+        self._program = program
+        self._steps = steps(program.graph, program.graph_module, sample)
+        self._given = dict(zip(program.placeholders, sample, strict=True))
+        self._readers = readers
+        self._held: dict[fx.Node, object] = {}
+
+    def value(self, node: fx.Node) -> object:
+        if node.op != "call_function":
+            return self._given[node] if node in self._given else self._program.weight(str(node.target))
+        while node not in self._held:
+            found, value = next(self._steps)
+            if self._readers[found]:
+                self._held[found] = lasting(found, value)
+        self._readers[node] -= 1
+        return self._held[node] if self._readers[node] else self._held.pop(node)
+
+
+def rms_error(wanted: object, found: object) -> float | None:
+    """√(Σ(y − x)² / Σx²) for the values x that are wanted and those y that were found; the largest of the items of tuples.
+
+    None if they differ in shape, or are no floating-point tensors. Mask values of x do not count; NaN, infinities and mask
+    values of y count as 0. If all values of x are 0, the error is 1, or 0 if those of y are too.
+    """
+    if isinstance(wanted, (tuple, list)) and isinstance(found, (tuple, list)) and len(wanted) == len(found):
+        return max((error for pair in zip(wanted, found, strict=True) if (error := rms_error(*pair)) is not None), default=None)
+    if not isinstance(wanted, torch.Tensor) or not isinstance(found, torch.Tensor) or wanted.shape != found.shape:
+        return None
+    if not wanted.is_floating_point() or not found.is_floating_point() or not wanted.numel():
+        return None
+    precise = torch.float64 if wanted.dtype == torch.float64 else torch.float32
+    x, y = wanted.detach().to(precise), found.detach().to(precise)
+    if torch.equal(x, y):
+        return 0.0
+    counted = x.abs() < _MASK_VALUE
+    y = y.where(counted & (y.abs() < _MASK_VALUE), 0.0)
+    x = x.where(counted, 0.0)
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
+    size, difference = float(norm(x)), float(norm(y - x))
+    return difference / size if size else float(difference > 0)
+
+
+class _Masks:
+    """The masks of the program's attentions, by their values."""
+
+    def __init__(self, program: Program, sample: Sample, attentions: Iterable[fx.Node]) -> None:
+        self._program = program
+        self._values: dict[fx.Node, object] = dict(zip(program.placeholders, sample, strict=True))
+        self._readers = Counter(_mask(node) for node in attentions)
+
+    def keep(self, node: fx.Node, value: object) -> None:
+        if node in self._readers:
+            self._values[node] = value
+
+    def visible(self, node: fx.Node, operands: Mapping[fx.Node, torch.Tensor]) -> torch.Tensor | None:
+        """Which keys an attention sees: booleans that broadcast to [batch, heads, queries, keys]; None if it sees all.
+
+        operands: those of the original's attention.
+        """
+        q, k = [*operands.values()][:2]
+        shape = q.shape[2], k.shape[2]
+        if node.target is block_sparse_attention:
+            layout = nodes.argument(node, "layout")
+            table = self._tensor(layout) if isinstance(layout, fx.Node) else None
+            numbers = cast("Sequence[int]", nodes.argument(node, "pattern"))
+            return Pattern.decode(numbers, cast(int, nodes.argument(node, "block"))).mask(*shape, table)[None]
+        causal = is_causal(node) or (node.target in _WITH_FLAG and bool(nodes.argument(node, _WITH_FLAG[node.target])))
+        seen = torch.ones(shape, dtype=torch.bool, device=q.device).tril()[None, None] if causal else None
+        if (mask := _mask(node)) is None:
+            return seen
+        value = self._tensor(mask)
+        value = value if value.dtype == torch.bool else value > HIDDEN
+        self._readers[mask] -= 1
+        if not self._readers[mask]:
+            self._values.pop(mask, None)
+        return value if seen is None else value & seen
+
+    def _tensor(self, node: fx.Node) -> torch.Tensor:
+        return cast(torch.Tensor, self._program.weight(str(node.target)) if node.op == "get_attr" else self._values[node])
+
+
+def _mask(node: fx.Node) -> fx.Node | None:
+    """The mask of an attention of any operator; None when there is none."""
+    if is_attention(node):
+        return mask_of(node)
+    found = nodes.argument(node, "bias") if node.target in _WITH_FLAG else None
+    return found if isinstance(found, fx.Node) else None
+
+
+def _kept_mass(
+    program: Program, node: fx.Node, sample: Sample, values: Mapping[fx.Node, torch.Tensor], visible: torch.Tensor | None
+) -> float | None:
+    """The fraction of an attention's softmax mass at visible keys; None if the mask has other heads or tokens.
+
+    Queries of padding, and queries that see no key, do not count.
+    """
+    q, k = [*values.values()][:2]
+    shape = torch.Size((q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+    if visible is None:
+        return 1.0
+    if visible.dim() > 4 or any(
+        size not in (1, wanted) for size, wanted in zip(visible.shape[::-1], shape[::-1], strict=False)
+    ):
+        return None
+    real = token_mask(program, sample, operands_of(node)[0], axis=2)
+    kept = total = 0.0
+    for row, given in enumerate(rows_of(values)):
+        weights = attention_weights(node, given)
+        if real is not None:
+            weights = weights * real[row].to(weights.device)[:, None]
+        seen = row_of(visible.reshape((1,) * (4 - visible.dim()) + visible.shape), row)[0].to(weights.device)
+        kept, total = kept + float((weights * seen).sum()), total + float(weights.sum())
+    return kept / total if total else None
+
+
+def _tables(found: NodeErrors) -> RenderableType:
+    """The largest errors, equal nodes of identical layers together, and the kept mass of each sparse attention."""
+    table = plain_table(f"{found.title}: error of nodes to the original's")
+    table.add_column("module", overflow="fold")
+    table.add_column("operator", no_wrap=True)
+    for heading in ("nodes", "largest error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    groups: dict[tuple[str, str], list[float]] = {}
+    for name, error in found.nodes.items():
+        path, operator = found.places[name]
+        groups.setdefault((without_numbers(path), operator), []).append(error)
+    for (path, operator), errors in sorted(groups.items(), key=lambda item: -max(item[1]))[:_MOST]:
+        table.add_row(path, operator, str(len(errors)), f"{max(errors):.1e}")
+    if not found.kept_mass:
+        return table
+    masses = plain_table("\nsoftmax mass of the original at the keys that sparse attentions see")
+    masses.add_column("attention", overflow="fold")
+    masses.add_column("mass", justify="right", no_wrap=True)
+    for name, mass in found.kept_mass.items():
+        masses.add_row(found.places[name][0] or name, f"{100 * mass:.1f} %")
+    return Group(table, masses)
