@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from blocks import fill, mask, settled
 from examples import EXAMPLES
-from measure import machine, measure, sizes
-from page import page, timings
+from measure import machine, measure, run_example
+from page import change_picture, page, timings
 from rich.console import Group
 
 from lissom import demo
@@ -82,6 +82,16 @@ def fresh(path: Path, seconds: float | None = None) -> str:
     return fill(text, path.stem)
 
 
+def picture_of(page: Path) -> Path:
+    """Where the picture of a pass's page is."""
+    return page.parent / "pictures" / f"{page.stem}.svg"
+
+
+def has_picture(path: Path) -> bool:
+    """True for the page of a pass."""
+    return path.parent.name == "passes" and path != INDEX
+
+
 def problem(path: Path) -> Problem | None:
     """The problem of an outdated document. All its code is run; an error in it is raised."""
     name = path.relative_to(ROOT)
@@ -90,6 +100,9 @@ def problem(path: Path) -> Problem | None:
         return Problem(f"{name} is missing; run `python docs/generate.py {name}`", excused=False)
     kept = path.read_text(encoding="utf-8")
     old, new = (_comparable(path, text).splitlines() for text in (kept, made))
+    if has_picture(path):
+        drawn = picture_of(path).read_text(encoding="utf-8") if picture_of(path).exists() else ""
+        old, new = [*old, *drawn.splitlines()], [*new, *(change_picture(path.stem) or "").splitlines()]
     if old == new:
         return None
     excused = not made_with_these_versions() and _without_outputs(path, kept) == _without_outputs(path, made)
@@ -98,8 +111,9 @@ def problem(path: Path) -> Problem | None:
 
 
 def stray_pages() -> list[Path]:
-    """Pages of passes that do not exist."""
-    return [path for path in sorted((ROOT / "docs" / "passes").glob("*.md")) if path.stem not in PASSES and path != INDEX]
+    """Pages and pictures of passes that do not exist."""
+    found = [*sorted(INDEX.parent.glob("*.md")), *sorted((INDEX.parent / "pictures").glob("*.svg"))]
+    return [path for path in found if path.stem not in PASSES and path != INDEX]
 
 
 def versions() -> str:
@@ -131,7 +145,7 @@ def _page(name: str, seconds: float | None) -> str:
     if name not in EXAMPLES:
         raise KeyError(f"docs/examples.py has no example for the pass {name}")
     measured = "" if seconds is None else timings(measure(EXAMPLES[name], name, seconds), machine())
-    return page(PASSES[name], EXAMPLES[name], sizes(EXAMPLES[name], name), measured)
+    return page(PASSES[name], EXAMPLES[name], run_example(name), measured)
 
 
 def _demo(seconds: float | None) -> str:
@@ -193,7 +207,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path.parent.mkdir(exist_ok=True)
         text = _kept_measured(path) if options.keep_measured else fresh(path, options.seconds)
         path.write_text(text, encoding="utf-8")
+        if has_picture(path):
+            _draw(path)
     return 0
+
+
+def _draw(page: Path) -> None:
+    """Write the picture of a pass's page; a pass that leaves the graph as it is has none."""
+    picture, path = change_picture(page.stem), picture_of(page)
+    if picture is None:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(picture, encoding="utf-8")
 
 
 def _kept_measured(path: Path) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from examples import Example
+from examples import EXAMPLES, Example
 
 from lissom.backends import find_backend
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, check_samples
 from lissom.compiler.parallel.partitioned_program import PartitionedProgram
-from lissom.compiler.pipeline.history import Size
+from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.divergence import tolerance_of
@@ -51,12 +52,12 @@ class _Shown:
         return Pipeline(passes, self.samples, data=self.data, labels=self.labels, **options)
 
 
-def sizes(example: Example, name: str) -> tuple[Size, Size]:
-    """The size of the example's program before and after the first pass of that name in its pipeline."""
-    shown = _capture(example, name)
+@cache
+def run_example(name: str) -> History:
+    """The history of a pass's example, up to the first pass of that name in its pipeline."""
+    shown = _capture(EXAMPLES[name], name)
     # The code of the page runs the same passes with all checks.
-    _, history = shown.pipeline(shown.passes, checks="off").run(shown.program)
-    return history.steps[-2].size, history.steps[-1].size
+    return shown.pipeline(shown.passes, checks="off").run(shown.program)[1]
 
 
 def measure(example: Example, name: str, seconds: float) -> Gain:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import get_args
 
 from examples import Example
-from measure import Gain
+from measure import Gain, run_example
 
-from lissom.compiler.pipeline.history import Size
+from lissom.compiler.pipeline.history import History, Size
 from lissom.compiler.pipeline.pass_kinds import Approximation, Pass
 from lissom.compiler.pipeline.spelling import options_of, parse_pipeline
 from lissom.inspect.catalogue import first_line, option_rows
+from lissom.inspect.svg.change import change_svg
 from lissom.passes import PASSES, RECIPES
 from lissom.passes.quantize.quantize import Scheme
 
@@ -42,8 +43,9 @@ MEASURED = {
 NOTICE = "<!-- Made by docs/generate.py from the pass's docstring and docs/examples.py; change those instead. -->"
 
 
-def page(item: type[Pass], example: Example, sizes: tuple[Size, Size], timings: str) -> str:
-    """The page as Markdown, with an empty output block. sizes: before and after the pass. timings: the measured part."""
+def page(item: type[Pass], example: Example, history: History, timings: str) -> str:
+    """The page as Markdown, with an empty output block. history: of the example, the pass last. timings: the measured part."""
+    sizes = history.steps[-2].size, history.steps[-1].size
     module = sys.modules[item.__module__]
     return (
         "\n\n".join(
@@ -57,6 +59,7 @@ def page(item: type[Pass], example: Example, sizes: tuple[Size, Size], timings: 
                 "## At work",
                 f"```python\n{_code(item, example)}\n```",
                 "<!-- output -->\n```text\n```",
+                _picture(item.name()),
                 "## Gain and loss",
                 f"<!-- sizes -->\n{_sizes(*sizes)}\n<!-- end -->",
                 f"<!-- measured -->\n{timings}<!-- end -->",
@@ -66,6 +69,18 @@ def page(item: type[Pass], example: Example, sizes: tuple[Size, Size], timings: 
         )
         + "\n"
     )
+
+
+def change_picture(name: str) -> str | None:
+    """What the pass changes in its example, as SVG; None if it leaves the graph as it is."""
+    history = run_example(name)
+    return change_svg(history, len(history.steps) - 1, name)
+
+
+def _picture(name: str) -> str:
+    if change_picture(name) is None:
+        return "The graph of the example stays as it is: the pass changes weights alone."
+    return f"![The nodes that {name} changes](pictures/{name}.svg)"
 
 
 def _sources(item: type[Pass]) -> str:

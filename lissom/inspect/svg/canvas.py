@@ -75,14 +75,15 @@ _FONTS = (
 
 
 class Canvas:
-    """Collects the elements of a picture."""
+    """Collects the elements of a picture. about: whether rectangles say what they are about when the pointer is on them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, about: bool = True) -> None:
+        self._about = about
         self._elements: list[str] = []
 
     def rect(self, x: float, y: float, width: float, height: float, kind: str, *, radius: float = 5, about: str = "") -> None:
         """A rectangle. kind: its class. about: shown when the pointer is on it."""
-        title = f"><title>{_escaped(about)}</title></rect>" if about else "/>"
+        title = f"><title>{_escaped(about)}</title></rect>" if about and self._about else "/>"
         place = f'x="{x:.6g}" y="{y:.6g}" width="{width:.6g}" height="{height:.6g}"'
         self._elements.append(f'<rect {place} rx="{radius:g}" class="{kind}"{title}')
 

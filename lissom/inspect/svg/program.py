@@ -16,7 +16,7 @@ from lissom.inspect.svg.heat import LEVELS, Heat
 from lissom.inspect.svg.layout import Box, Piece, place
 from lissom.inspect.svg.shown import MOST_NODES, Module, Shown, is_size, module_nodes, operator_of, shown
 
-_MARGIN = 16.0
+MARGIN = 16.0
 _HEADER = 26.0
 _NODE_HEIGHT = 38.0
 _TITLE_HEIGHT = 52.0
@@ -59,7 +59,7 @@ def program_svg(
     if not part.keys and only:
         known = sorted({line.path for line in lines if line.path})
         raise UnsupportedError(f"{title} has no node in the module '{only}'{nearest(only, known) or '; try'} {_some(known)}")
-    return _Picture(lines, part, status, heat).svg(f"{title}, {only}" if only else title)
+    return Picture(lines, part, status, heat).svg(f"{title}, {only}" if only else title)
 
 
 def _some(paths: Sequence[str]) -> str:
@@ -111,10 +111,17 @@ def _nodes(count: int) -> str:
     return f"{count} {'node' if count == 1 else 'nodes'}"
 
 
-class _Picture:
+class Picture:
     """Draws what is shown of a program."""
 
-    def __init__(self, lines: Sequence[Line], part: Shown, status: Mapping[str, str], heat: Heat | None = None) -> None:
+    def __init__(
+        self,
+        lines: Sequence[Line],
+        part: Shown,
+        status: Mapping[str, str],
+        heat: Heat | None = None,
+        canvas: Canvas | None = None,
+    ) -> None:
         self.lines = {line.defines: line for line in lines if line.defines}
         self.part, self.status, self.heat = part, status, heat
         self.heats = {} if heat is None else heat.join(part.keys)
@@ -123,9 +130,20 @@ class _Picture:
         self.inputs = dict(_INPUT.findall(lines[0].pieces[0]))
         readers = [line for line in lines if line.defines not in part.keys and not is_size(line)]
         self.results = {part.keys[name] for line in readers for name in _read(line) if name in part.keys}
-        self.canvas = Canvas()
+        self.canvas = canvas or Canvas()
 
     def svg(self, title: str) -> str:
+        """The whole picture."""
+        page = self.page()
+        legend = self._legend()
+        width = max(page.width, 1.25 * LABEL_WIDTH * len(title), LABEL_WIDTH * len(legend)) + 2 * MARGIN
+        self.canvas.text(MARGIN, 24, title, "strong title")
+        self.canvas.text(MARGIN, 42, legend, "quiet")
+        self.draw(page, (width - page.width) / 2, _TITLE_HEIGHT)
+        return self.canvas.svg(width, _TITLE_HEIGHT + page.height + MARGIN, title)
+
+    def page(self) -> Box:
+        """Everything that is drawn, in its place: what comes in, the modules and nodes, and the output."""
         root = self._box(self.part.root)
         sources = dict.fromkeys(source for source, _ in self.part.edges if source not in self.part.keys.values())
         edges = [*self.part.edges, *((name, _OUTPUT) for name in self.results)]
@@ -134,12 +152,7 @@ class _Picture:
         if not self.part.root.path:
             page.items[len(sources) : len(sources) + 1] = root.items
         place(page, edges)
-        legend = self._legend()
-        width = max(page.width, 1.25 * LABEL_WIDTH * len(title), LABEL_WIDTH * len(legend)) + 2 * _MARGIN
-        self.canvas.text(_MARGIN, 24, title, "strong title")
-        self.canvas.text(_MARGIN, 42, legend, "quiet")
-        self._draw(page, (width - page.width) / 2, _TITLE_HEIGHT)
-        return self.canvas.svg(width, _TITLE_HEIGHT + page.height + _MARGIN, title)
+        return page
 
     def _legend(self) -> str:
         """The number of nodes, and of those that differ and those that are not drawn."""
@@ -174,7 +187,8 @@ class _Picture:
         module = self.part.names.get(name)
         return f"{module}: {operator_of(line)}" if module else operator_of(line), line.type
 
-    def _draw(self, box: Box, x: float, y: float) -> None:
+    def draw(self, box: Box, x: float, y: float) -> None:
+        """Draw what is in a box that is at this place."""
         for item in box.items:
             self._draw_item(item, x + item.x, y + item.y)
         for piece in box.pieces:
@@ -194,7 +208,7 @@ class _Picture:
         self.canvas.rect(x, y, box.width, box.height, "frame" if module.is_open else self._kind(module), about=about)
         if module.is_open:
             self.canvas.text(x + 10, y + 17, _label(module), "strong")
-            self._draw(box, x, y)
+            self.draw(box, x, y)
             return
         self.canvas.text(middle, y + 16, _label(module), "strong", anchor="middle")
         self.canvas.text(
