@@ -128,6 +128,9 @@ def _code(item: type[Pass], example: Example) -> str:
     # Backends' passes run only with a backend; the others do not depend on the machine.
     function = "compile" if ".lowering." in item.__module__ else "optimize"
     lossy = any(isinstance(found, Approximation) for found in parse_pipeline(example.passes, PASSES, RECIPES))
+    # A pass of the recipe `exact` may begin with the same words.
+    exact = f"{item.name()}-" in RECIPES["exact"]
+    found = f'step.spelling == "{item.name()}"' if exact else f'step.spelling.startswith("{item.name()}")'
     passes += ", goal=None" if function == "compile" and lossy else ""
     return "\n".join(
         [
@@ -136,7 +139,7 @@ def _code(item: type[Pass], example: Example) -> str:
             source,
             "\n\ntorch.manual_seed(0)",
             f"history = lissom.{function}({example.model.__name__}(), {example.inputs}{passes}).report.history",
-            f'step = next(step for step in history.steps if step.spelling.startswith("{item.name()}"))',
+            f"step = next(step for step in history.steps if {found})",
             "print(step.summary)",
             "print(history.diff(step.index - 1, step.index))",
         ]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lissom.errors import LissomError
     from lissom.frontends.onnx.model import from_onnx
     from lissom.generation import compile_generation, load_generation
+    from lissom.inspect.svg.step import draw
     from lissom.passes.sites import sites
     from lissom.runtime.compiled_model import CompiledModel, load
     from lissom.torch_compile import dynamo_reports
@@ -35,6 +36,7 @@ __all__ = [
     "__version__",
     "compile",
     "compile_generation",
+    "draw",
     "dynamo_reports",
     "from_onnx",
     "load",
@@ -54,6 +56,7 @@ _HOMES = {
     "Tuned": "lissom.tuning.tuned",
     "compile": "lissom.api",
     "compile_generation": "lissom.generation",
+    "draw": "lissom.inspect.svg.step",
     "dynamo_reports": "lissom.torch_compile",
     "from_onnx": "lissom.frontends.onnx.model",
     "load": "lissom.runtime.compiled_model",

@@ -51,7 +51,7 @@ from lissom.inspect.roofline import cost_table
 from lissom.inspect.sharding import Link, sharding_table
 from lissom.inspect.sites import amounts_table, axes_table, structure_tables
 from lissom.inspect.svg.attention import TOKENS, attention_svg
-from lissom.inspect.svg.heat import MEASURED
+from lissom.inspect.svg.heat import HEATS, MEASURED
 from lissom.inspect.svg.sharding import sharding_svg
 from lissom.inspect.tables import coloured_diff, show
 from lissom.passes.sites import sites as list_sites
@@ -83,9 +83,8 @@ def run_compile(
 ) -> None:
     """Compile a model and print what every pass did."""
     refuse_torchrun("compile")
-    if heat is not None and html is None:
-        raise typer.BadParameter("--heat goes with --html")
-    for path in filter(None, (history, text, html)):
+    _check_pages(heat, html, None, alone=True)
+    for path in filter(None, (history, text)):
         check_writable(path)
     if save is not None:
         check_target(save)
@@ -157,12 +156,9 @@ def run_show(
         raise typer.BadParameter("--only and --attention go with --svg")
     if svg is not None and (structure or axes or sites or cost):
         raise typer.BadParameter("--svg does not go with --structure, --axes, --sites or --cost")
-    if heat is not None and ((html is None and svg is None) or diff is not None or attention or sharding is not None):
-        raise typer.BadParameter("--heat goes with --html or --svg, and not with --diff, --attention or --sharding")
     if only and sharding is not None:
         raise typer.BadParameter("--only does not go with --sharding")
-    for path in filter(None, (html, svg)):
-        check_writable(path)
+    _check_pages(heat, html, svg, alone=diff is None and sharding is None and not attention)
     steps = _read_steps(diff) if diff is not None else None
     if sequence_parallel and sharding is None:
         raise typer.BadParameter("--sequence-parallel goes with --sharding")
@@ -174,9 +170,8 @@ def run_show(
         compiled = load_saved(Path(model), None, allow_native)
     else:
         # A program that is only shown may have layers without a kernel.
-        compiled = _compile(
-            model, passes, backend, None, checks, Quality(data), simulate=True, html=html, errors=errors or heat in MEASURED
-        )
+        measured = errors or heat in MEASURED
+        compiled = _compile(model, passes, backend, None, checks, Quality(data), simulate=True, html=html, errors=measured)
     program = compiled.program
     plan = None if sharding is None else make_plan(program, sharding, sequence=sequence_parallel)
     if html is not None:
@@ -210,6 +205,16 @@ def _measured(compiled: api.CompiledModel | api.Optimized) -> list[NodeErrors]:
     """The errors of nodes, if they were measured."""
     found = compiled.report.measured_errors
     return [] if found is None else [found]
+
+
+def _check_pages(heat: str | None, html: Path | None, svg: Path | None, *, alone: bool) -> None:
+    """Refuse a heat without a page or picture to color, and files that cannot be written. alone: no other view is asked for."""
+    if heat is not None and ((html is None and svg is None) or not alone):
+        raise typer.BadParameter("--heat goes with --html or --svg, and not with --diff, --attention or --sharding")
+    if heat is not None and heat not in HEATS:
+        raise typer.BadParameter(f"--heat is one of {', '.join(HEATS)}, and not '{heat}'")
+    for path in filter(None, (html, svg)):
+        check_writable(path)
 
 
 def _read_steps(text: str) -> tuple[int, int]:

@@ -354,6 +354,32 @@ def test_show_draws_pictures(model, tmp_path):
         assert words in picture.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
+def test_errors_of_nodes_are_measured_and_drawn(model, tmp_path):
+    page, picture = tmp_path / "page.html", tmp_path / "picture.svg"
+    passes = "sparsify-attention{pattern=window,window=2}"
+    shown = invoke("show", model, "--passes", passes, "--errors")
+    assert "largest error" in shown and "softmax mass of the original" in shown
+    assert invoke("show", model, "--passes", passes, "--heat", "mass", "--html", page, "--svg", picture) == ""
+    assert '"heat":"mass"' in page.read_text(encoding="utf-8")
+    assert "color: attention mass lost" in picture.read_text(encoding="utf-8")
+    assert "largest error" in invoke("compile", model, "--passes", passes, "--checks", "off", "--errors")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--heat", "error"], "--heat goes with --html or --svg"),
+        (["--heat", "error", "--svg", "a.svg", "--diff", "0:1"], "and not with --diff, --attention or --sharding"),
+        (["--heat", "warmth", "--svg", "a.svg"], "--heat is one of flops, bytes, parameters, time, error, mass"),
+    ],
+    ids=["no page", "a difference", "another heat"],
+)
+def test_a_heat_needs_a_page_to_color(options, words):
+    found = runner.invoke(app, ["show", "minilm", *options], env={"COLUMNS": "400"})
+    assert found.exit_code == 2 and words in found.output
+
+
 @pytest.mark.parametrize("option", [["--only", "encoder"], ["--attention"]], ids=" ".join)
 def test_options_of_pictures_need_one(option):
     found = runner.invoke(app, ["show", "minilm", *option], env={"COLUMNS": "400"})

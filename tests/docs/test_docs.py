@@ -50,6 +50,12 @@ def test_check_names_a_stale_document_and_exits_with_one(tmp_path, monkeypatch, 
     assert generate.main(["--check", str(stale)]) == 0
 
 
+def test_check_names_a_page_whose_picture_is_stale(tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "picture_of", lambda page: tmp_path / "missing.svg")
+    problem = generate.problem(generate.INDEX.parent / "raise-rms-norm.md")
+    assert problem is not None and "raise-rms-norm.md is out of date" in problem.text and "<svg" in problem.text
+
+
 def test_outputs_made_with_other_versions_may_differ_and_nothing_else(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generate, "ROOT", tmp_path)
     monkeypatch.setattr(generate, "made_with_these_versions", lambda: False)
