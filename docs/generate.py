@@ -22,7 +22,7 @@ import torch
 from blocks import fill, mask, settled
 from examples import EXAMPLES
 from measure import machine, measure, run_example
-from page import change_picture, page, timings
+from page import change_picture, left_by_times, page, timings
 from rich.console import Group
 
 from lissom import demo
@@ -100,7 +100,7 @@ def problem(path: Path) -> Problem | None:
         return Problem(f"{name} is missing; run `python docs/generate.py {name}`", excused=False)
     kept = path.read_text(encoding="utf-8")
     old, new = (_comparable(path, text).splitlines() for text in (kept, made))
-    if has_picture(path):
+    if has_picture(path) and not left_by_times(path.stem):
         drawn = picture_of(path).read_text(encoding="utf-8") if picture_of(path).exists() else ""
         old, new = [*old, *drawn.splitlines()], [*new, *(change_picture(path.stem) or "").splitlines()]
     if old == new:
@@ -216,7 +216,8 @@ def _draw(page: Path) -> None:
     """Write the picture of a pass's page; a pass that leaves the graph as it is has none."""
     picture, path = change_picture(page.stem), picture_of(page)
     if picture is None:
-        path.unlink(missing_ok=True)
+        if not left_by_times(page.stem):
+            path.unlink(missing_ok=True)
         return
     path.parent.mkdir(exist_ok=True)
     path.write_text(picture, encoding="utf-8")

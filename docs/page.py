@@ -17,6 +17,7 @@ from lissom.compiler.pipeline.pass_kinds import Approximation, Pass
 from lissom.compiler.pipeline.spelling import options_of, parse_pipeline
 from lissom.inspect.catalogue import first_line, option_rows
 from lissom.inspect.svg.change import change_svg
+from lissom.ops.native.choice import is_measured
 from lissom.passes import PASSES, RECIPES
 from lissom.passes.quantize.quantize import Scheme
 
@@ -77,8 +78,13 @@ def change_picture(name: str) -> str | None:
     return change_svg(history, len(history.steps) - 1, name)
 
 
+def left_by_times(name: str) -> bool:
+    """True if a pass left a layer of the example as it is because it timed a kernel as slower; the next time may differ."""
+    return any(is_measured(skip.reason) for step in run_example(name).steps for skip in step.skipped)
+
+
 def _picture(name: str) -> str:
-    if change_picture(name) is None:
+    if change_picture(name) is None and not left_by_times(name):
         return "The graph of the example stays as it is: the pass changes weights alone."
     return f"![The nodes that {name} changes](pictures/{name}.svg)"
 

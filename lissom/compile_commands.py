@@ -150,8 +150,7 @@ def run_show(
     sizes = {name: size for name, size in (("batch", batch), ("sequence", sequence)) if size is not None}
     if sizes and not cost and sharding is None and not attention:
         raise typer.BadParameter("--batch and --sequence go with --cost, --sharding or --attention")
-    if sharding is not None and sharding < 2:
-        raise typer.BadParameter("--sharding takes 2 ranks or more")
+    _check_sharding(sharding, sequence_parallel)
     if svg is None and (only or attention):
         raise typer.BadParameter("--only and --attention go with --svg")
     if svg is not None and (structure or axes or sites or cost):
@@ -160,8 +159,6 @@ def run_show(
         raise typer.BadParameter("--only does not go with --sharding")
     _check_pages(heat, html, svg, alone=diff is None and sharding is None and not attention)
     steps = _read_steps(diff) if diff is not None else None
-    if sequence_parallel and sharding is None:
-        raise typer.BadParameter("--sequence-parallel goes with --sharding")
     # Tables show structure and sizes, which structural checks cover; a printed program is checked numerically.
     checks = "structural" if structure or axes or sites or cost or attention or sharding is not None else "numeric"
     if is_artifact(model):
@@ -205,6 +202,14 @@ def _measured(compiled: api.CompiledModel | api.Optimized) -> list[NodeErrors]:
     """The errors of nodes, if they were measured."""
     found = compiled.report.measured_errors
     return [] if found is None else [found]
+
+
+def _check_sharding(ranks: int | None, sequence_parallel: bool) -> None:
+    """Refuse a plan for too few ranks, and its option without a plan."""
+    if ranks is not None and ranks < 2:
+        raise typer.BadParameter("--sharding takes 2 ranks or more")
+    if sequence_parallel and ranks is None:
+        raise typer.BadParameter("--sequence-parallel goes with --sharding")
 
 
 def _check_pages(heat: str | None, html: Path | None, svg: Path | None, *, alone: bool) -> None:

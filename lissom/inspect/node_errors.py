@@ -39,7 +39,7 @@ _MASK_VALUE = 1e30
 _MOST = 12
 _ROUNDING = 1e-6
 _SPARSIFIES = "sparsify-attention"
-_WITH_FLAG = {fused_attention: "causal", merged_attention: "causal"}
+_LOWERED = (fused_attention, merged_attention)
 
 
 @dataclass(frozen=True, repr=False)
@@ -199,7 +199,7 @@ class _Masks:
             table = self._tensor(layout) if isinstance(layout, fx.Node) else None
             numbers = cast("Sequence[int]", nodes.argument(node, "pattern"))
             return Pattern.decode(numbers, cast(int, nodes.argument(node, "block"))).mask(*shape, table)[None]
-        causal = is_causal(node) or (node.target in _WITH_FLAG and bool(nodes.argument(node, _WITH_FLAG[node.target])))
+        causal = is_causal(node) or (nodes.is_call(node, *_LOWERED) and bool(nodes.argument(node, "causal")))
         seen = torch.ones(shape, dtype=torch.bool, device=q.device).tril()[None, None] if causal else None
         if (mask := _mask(node)) is None:
             return seen
@@ -218,7 +218,7 @@ def _mask(node: fx.Node) -> fx.Node | None:
     """The mask of an attention of any operator; None when there is none."""
     if is_attention(node):
         return mask_of(node)
-    found = nodes.argument(node, "bias") if node.target in _WITH_FLAG else None
+    found = nodes.argument(node, "bias") if nodes.is_call(node, *_LOWERED) else None
     return found if isinstance(found, fx.Node) else None
 
 

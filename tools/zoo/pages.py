@@ -28,6 +28,7 @@ import torch
 import lissom
 from lissom.inspect.identical_layers import identical_layers
 from lissom.inspect.lines import Line
+from lissom.inspect.svg.program import Compared, statuses
 from lissom.inspect.svg.shown import shown
 from tests.inspect.html.reading import data_of, texts_of
 from tests.inspect.svg.reading import nodes as drawn_nodes
@@ -72,7 +73,10 @@ def _check(entry: Entry, record: dict[str, Any], report: Callable[[dict[str, Any
     record["bytes"] = [(folder / f"{name}.{form}").stat().st_size for form in ("html", "svg")]
     for text in (found.history.texts[0], found.history.texts[-1]):
         record["hidden"] += hidden_by_folds([Line.of(line) for line in text.split("\n")])
-    record["hidden"] += hidden_in_picture(found.history.texts[-1], picture)
+    before, after = ([Line.of(line) for line in found.history.texts[index].split("\n")] for index in (0, -1))
+    last = len(found.history.steps) - 1
+    status = statuses(after, found.history.facts_of(last), Compared(before, "added", found.history.facts_of(0)))
+    record["hidden"] += hidden_in_picture(found.history.texts[-1], picture, status)
 
 
 def hidden_by_folds(lines: Sequence[Line]) -> list[str]:
@@ -104,10 +108,13 @@ def _anonymous(lines: Sequence[Line], path: str, types: Mapping[str, str]) -> li
     return [f"{_NAMES.sub(name, head)}{line.path[len(path) :]}" for head, line in zip(heads, lines, strict=True)]
 
 
-def hidden_in_picture(text: str, picture: str) -> list[str]:
-    """Sentences on nodes that a picture neither draws, nor counts, nor stands another one for that is equal."""
+def hidden_in_picture(text: str, picture: str, status: Mapping[str, str] | None = None) -> list[str]:
+    """Sentences on nodes that a picture neither draws, nor counts, nor stands another one for that is equal.
+
+    status: of nodes, by name, in a picture that compares two programs.
+    """
     lines = {line.defines: line for line in map(Line.of, text.split("\n")) if line.is_node}
-    part = shown([Line.of(line) for line in text.split("\n")])
+    part = shown([Line.of(line) for line in text.split("\n")], status=status)
     found = [
         f"{name} stands behind {shown_by}, which differs"
         for name, shown_by in part.keys.items()

@@ -129,7 +129,8 @@ class Picture:
         self.modules: dict[str, Module] = {}
         self.inputs = dict(_INPUT.findall(lines[0].pieces[0]))
         readers = [line for line in lines if line.defines not in part.keys and not is_size(line)]
-        self.results = {part.keys[name] for line in readers for name in _read(line) if name in part.keys}
+        # In the order of the program, so that a program has one picture.
+        self.results = [*dict.fromkeys(part.keys[name] for line in readers for name in _read(line) if name in part.keys)]
         self.canvas = canvas or Canvas()
 
     def svg(self, title: str) -> str:

@@ -29,8 +29,8 @@ def boxes(picture: str, *kinds: str) -> list[tuple[str, tuple[float, float, floa
 
 
 def nodes(picture: str) -> list[str]:
-    """The names of the nodes that are drawn."""
-    return [re.match(r"(%[\w.]+)", about)[1] for about, _ in boxes(picture, *NODES)]
+    """The names of the nodes that are drawn; a closed module that changed has a path in place of a name."""
+    return [found[1] for about, _ in boxes(picture, *NODES) if (found := re.match(r"(%[\w.]+): ", about))]
 
 
 def curves(picture: str) -> list[list[float]]:

@@ -11,7 +11,8 @@ import lissom
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.inspect.lines import Line
 from lissom.inspect.svg.canvas import Canvas
-from lissom.inspect.svg.program import program_svg
+from lissom.inspect.svg.program import Picture, program_svg
+from lissom.inspect.svg.shown import shown
 from tests.inspect.html.test_page import Hostile
 from tests.inspect.svg.reading import boxes, curves, nodes, parsed, texts
 from tests.models import tiny_llama
@@ -110,6 +111,40 @@ def test_heat_colors_the_costliest_nodes(pruned):
 def test_a_heat_that_is_not_known_is_refused(pruned, options, message):
     with pytest.raises(UnsupportedError, match=re.escape(message)):
         pruned.to_svg(**options)
+
+
+def test_a_closed_module_that_changed_is_no_node():
+    """Its box has the color of changed nodes."""
+    report = lissom.optimize(WithManyNodes(), torch.randn(2, 4), checks="structural").report
+    picture = report.to_svg(compare=0)
+    assert "wide" in [about for about, _ in boxes(picture, "changed")]
+    assert nodes(picture) and all(name.startswith("%") for name in nodes(picture))
+
+
+class WithManyNodes(nn.Module):
+    """A module with more nodes than a picture draws, in front of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.last = Wide(), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.wide(x))
+
+
+class Wide(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for count in range(210):
+            x = x * 1.5 + (x * 1.0 if count == 0 else x)
+        return x
+
+
+def test_results_are_in_the_order_of_the_program(pruned):
+    """A set of names would have another order in every process, and so would the picture."""
+    lines = [Line.of(line) for line in pruned.history.texts[-1].split("\n")]
+    some = [line for line in lines if line.is_node][::7]
+    results = Picture(lines, shown(some), {}).results
+    assert len(results) > 10 and results == [line.defines for line in some if line.defines in results]
 
 
 def test_modules_without_room_are_closed():
