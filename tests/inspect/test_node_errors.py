@@ -106,6 +106,7 @@ def _includes(found, distance):
     return bool(mask[node.args[3].name].expand(2, 4, 24, 24)[0, 0, 0, distance])
 
 
+@pytest.mark.slow
 def test_a_sparse_kernel_keeps_the_same_mass(case):
     passes = "sparsify-attention{pattern=window,window=3}"
     wanted = optimized(case, passes).report.errors().kept_mass
@@ -161,6 +162,7 @@ def test_a_program_is_compared_with_the_program_it_was_made_of(case):
     assert set(report.errors().nodes.values()) == {0.0}
 
 
+@pytest.mark.slow
 def test_a_loaded_model_has_no_original(case, tmp_path):
     lissom.compile(*case, checks="structural", dynamic=False).save(tmp_path / "saved")
     with pytest.raises(UnsupportedError, match="was loaded or runs on several ranks, so there is no original"):
