@@ -1,0 +1,133 @@
+"""The two programs of an encoder-decoder: captured, compiled, and given calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lissom.backends.distributed.backend import Distributed
+from lissom.compiler.pipeline.pass_kinds import Pass, Training
+from lissom.compiler.training.vocabulary import IGNORED
+from lissom.driver.compile import compile_captured
+from lissom.driver.options import Inputs, Settings, check_settings, resolve_passes
+from lissom.errors import InputError, UnsupportedError
+from lissom.frontends.decoder import INPUTS, check_generating
+from lissom.frontends.device import check_device, device_of
+from lissom.frontends.encoder_decoder import capture_encoder, capture_source_decoder, decoder_inputs, encoder_example
+from lissom.generation.encoder_decoder import ATTENTION_MASK, Encoder, EncoderDecoderModel, refuse_own_generate
+
+Batch = torch.Tensor | Mapping[str, object]
+
+
+def compile_encoder_decoder(
+    model: nn.Module,
+    settings: Settings,
+    with_recipe: Callable[[str | Pass | Sequence[Pass]], list[Pass]],
+    *,
+    max_length: int,
+    batch: int,
+    all_logits: bool,
+    encoder_inputs: Mapping[str, object] | None,
+) -> EncoderDecoderModel:
+    """The encoder compiled, then the decoder; arguments and errors as for `compile_generation`.
+
+    with_recipe: puts the recipe `generation` before the passes of the decoder.
+    """
+    known = check_generating(model, max_length, batch)
+    refuse_own_generate(known)
+    _check_settings(known, settings)
+    place = check_device(settings.device)
+    device, batches = place or device_of(known), list(cast("Iterable[Batch]", settings.data))
+    example = encoder_example(known, encoder_inputs)
+    encoder = compile_captured(
+        partial(capture_encoder, known, example, place),
+        device,
+        replace(settings, data=[_encoder_inputs(batch, example) for batch in batches]),
+        title="compile the encoder",
+    )
+    sizes = {"max_length": max_length, "batch": batch}
+    take = partial(capture_source_decoder, known, example, **sizes, all_logits=all_logits, device=place)
+    prompts = _decoder_prompts(known, Encoder(encoder), batches, **sizes) if batches else []
+    decoder = compile_captured(
+        take,
+        device,
+        replace(settings, passes=with_recipe(settings.passes), data=prompts),
+        title="compile the decoder",
+    )
+    return EncoderDecoderModel(decoder, encoder, known.config, cast(Any, known.generation_config))
+
+
+def _check_settings(model: PreTrainedModel, settings: Settings) -> None:
+    """Refuse what takes one program. Raises: UnsupportedError."""
+    _, backends = check_settings(settings)
+    name = type(model).__name__
+    if isinstance(backends[0], Distributed):
+        raise UnsupportedError(f"{name} is an encoder-decoder model, which runs in one process; choose backend='eager'")
+    trained = next((item for item in resolve_passes(settings.passes) if isinstance(item, Training)), None)
+    if trained is not None:
+        raise UnsupportedError(
+            f"{name} becomes two programs, and {trained.name()} trains one; train the model, then compile it for generation"
+        )
+    if settings.metric is not None:
+        raise UnsupportedError(
+            f"{name} becomes two programs, and metric= scores one; compile it without, and score model.generate(...)"
+        )
+
+
+def _encoder_inputs(batch: Batch, example: Mapping[str, torch.Tensor]) -> Inputs:
+    """A calibration batch as inputs of the encoder's program. Raises: InputError if its main input is missing."""
+    main = next(iter(example))
+    given = dict(batch) if isinstance(batch, Mapping) else {main: batch}
+    tensor = given.get(main)
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(f"data= has no tensor {main}; give what the encoder reads, with labels or decoder_input_ids")
+    kept = {name: value for name, value in given.items() if name in example}
+    if ATTENTION_MASK in example and ATTENTION_MASK not in kept:
+        kept[ATTENTION_MASK] = torch.ones(tensor.shape[:2], dtype=torch.int64, device=tensor.device)
+    return kept
+
+
+def _decoder_prompts(
+    model: PreTrainedModel, encoder: Encoder, batches: Sequence[Batch], max_length: int, batch: int
+) -> list[Inputs]:
+    """The calibration batches as inputs of the decoder's program, `batch` rows at a time, behind an empty KV cache."""
+    found: list[Inputs] = []
+    for item in batches:
+        given = dict(item) if isinstance(item, Mapping) else {encoder.main_input_name: item}
+        source = encoder.read({name: value for name, value in given.items() if name in encoder.names})
+        ids = _decoder_tokens(model, given, len(source[0]))[:, :max_length]
+        for first in range(0, len(ids), batch):
+            # The last group is filled up with the first rows.
+            rows = torch.arange(first, first + batch, device=ids.device) % len(ids)
+            tokens = [
+                ids[rows],
+                torch.ones(batch, max_length, dtype=torch.int64, device=ids.device),
+                torch.arange(ids.shape[1], device=ids.device).expand(batch, -1).contiguous(),
+                torch.zeros(1, dtype=torch.int64, device=ids.device),
+            ]
+            rest = decoder_inputs({name: tensor[rows] for name, tensor in source.items()})
+            found.append(dict(zip(INPUTS, tokens, strict=True)) | rest)
+    return found
+
+
+def _decoder_tokens(model: PreTrainedModel, given: Mapping[str, object], rows: int) -> torch.Tensor:
+    """The decoder's tokens of a batch, [rows, tokens]: given, or its labels behind the start token.
+
+    Raises: InputError if it has neither.
+    """
+    ids = given.get("decoder_input_ids")
+    if isinstance(ids, torch.Tensor) and ids.dim() == 2 and len(ids) == rows:
+        return ids
+    labels = given.get("labels")
+    start = getattr(model.generation_config, "decoder_start_token_id", None)
+    if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or len(labels) != rows or not isinstance(start, int):
+        raise InputError("data= of an encoder-decoder needs labels or decoder_input_ids, [rows, tokens], for the decoder")
+    shifted = labels.roll(1, 1).masked_fill(labels.roll(1, 1) == IGNORED, start)
+    shifted[:, 0] = start
+    return shifted
