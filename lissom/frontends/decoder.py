@@ -66,6 +66,10 @@ def capture_decoder(
         that cannot be captured.
     """
     known = check_generating(model, max_length, batch)
+    if known.config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"{type(model).__name__} is an encoder-decoder model; this takes a causal language model, such as LlamaForCausalLM"
+        )
     with isolated(device_of(known)):
         return _capture(cast("PreTrainedModel", with_own_modules(known)), max_length, batch, all_logits, device)
 
@@ -159,6 +163,7 @@ def refuse_different(model: nn.Module, program: Program, wanted: torch.Tensor, f
 
 
 def describe_cache(program: Program) -> str:
+    """A note on the size of a program's KV cache."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in map(program.weight, program.state))
     rows, length = program.signature.tensors[1].type.shape
     return f"the cache holds {length} tokens of {rows} sequence{'s' if rows != 1 else ''} in {size / 1e6:.3g} MB"
@@ -178,7 +183,8 @@ def check_generating(model: nn.Module, max_length: int, batch: int) -> PreTraine
         raise UnsupportedError(f"{name} is not a transformers model; generation takes one, such as LlamaForCausalLM")
     if not isinstance(model, GenerationMixin):
         raise UnsupportedError(
-            f"{name} does not generate; generation takes a language model, such as LlamaForCausalLM or T5ForConditionalGeneration"
+            f"{name} does not generate; generation takes a language model, such as LlamaForCausalLM, or an "
+            f"encoder-decoder, such as T5ForConditionalGeneration"
         )
     check_capacity(max_length, batch)
     known = longest_text(model)

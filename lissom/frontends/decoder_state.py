@@ -81,6 +81,7 @@ def _new_cache(model: PreTrainedModel) -> Any:
 
 
 def layer_tensors(layer: Any) -> State:
+    """What a layer of a cache of transformers keeps. Raises: TypeError for anything but the state that is described here."""
     from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
 
     found: dict[str, Any] = {}
@@ -154,6 +155,7 @@ def call(model: nn.Module, cache: object, **inputs: object) -> Any:
 
 
 def unsupported_state(model: nn.Module, error: Exception | None = None) -> UnsupportedError:
+    """The error for a model whose layers keep other state. error: what its own code raised."""
     why = f" ({type(error).__name__}: {first_line(error)})" if error else ""
     return UnsupportedError(
         f"{type(model).__name__} cannot be run with a cache that holds the state of every layer{why}; generation takes models "

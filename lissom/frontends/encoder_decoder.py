@@ -25,11 +25,10 @@ from torch.export import Dim
 
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample, check_samples
-from lissom.errors import CaptureError, UnsupportedError
+from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.decoder import (
     CACHE,
     INPUTS,
-    check_generating,
     check_state,
     describe_cache,
     example_tokens,
@@ -54,7 +53,7 @@ HIDDEN, MASK = "last_hidden_state", "encoder_attention_mask"
 """The outputs of the encoder's program besides the keys and values of cross-attention."""
 SOURCE_MASK, CROSS = "source_mask", "cross"
 """The inputs of the decoder's program after those of `decoder`."""
-_GIVEN = ("encoder_hidden_states", MASK)
+_PADDING = "attention_mask"
 _DECODER = "decoder_"
 
 
@@ -72,31 +71,46 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def encoder_example(model: PreTrainedModel, given: Mapping[str, object] | None) -> Inputs:
-    """Two rows of inputs of the encoder, the main one first; the second row ends in padding if it has an attention mask.
+    """Inputs of the encoder, the main one first, with an attention mask if the model reads one; its last row ends in padding.
 
-    given: the caller's, which are taken as they are; None makes them from the configuration.
+    given: the caller's; None makes two rows from the configuration.
 
-    Raises: UnsupportedError if none can be made; CaptureError if the caller's are not tensors.
+    Raises: UnsupportedError if none can be made; InputError if the caller's are no tensors, or lack the mask.
     """
-    if given is None:
-        made, _ = make_inputs(model, None, Path(str(model.config._name_or_path)))
-        made = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
-        mask = made.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and len(mask) > 1:
-            mask[-1, -2:] = 0
-    else:
-        made = dict(given)
+    made = dict(given) if given is not None else make_inputs(model, None, Path(str(model.config._name_or_path)))[0]
+    made = {name: value for name, value in made.items() if not name.startswith(_DECODER) and name != "use_cache"}
     wrong = next((name for name, value in made.items() if not isinstance(value, torch.Tensor)), None)
-    if wrong is not None:
-        raise CaptureError(f"encoder_inputs['{wrong}'] is a {type(made[wrong]).__name__}; give tensors by name")
-    kept = {name: cast(torch.Tensor, value) for name, value in made.items() if not name.startswith(_DECODER)}
+    if wrong is not None or not made:
+        kind = "empty" if wrong is None else f"a {type(made[wrong]).__name__} at '{wrong}'"
+        raise InputError(f"encoder_inputs= is {kind}; give the tensors that the encoder reads, by name")
+    kept = {name: cast(torch.Tensor, value).to(device_of(model)) for name, value in made.items()}
     main = model.main_input_name if model.main_input_name in kept else next(iter(kept))
-    ordered = {main: kept[main], **kept}
-    return {name: tensor.to(device_of(model)) for name, tensor in ordered.items()}
+    kept = {main: kept[main], **kept}
+    if given is not None and _PADDING in kept:
+        return kept
+    kept |= {_PADDING: torch.ones(kept[main].shape[:2], dtype=torch.int64, device=kept[main].device)}
+    padded = kept[_PADDING].clone()
+    padded[-1, -max(2, padded.shape[1] // 4) :] = 0
+    if _reads_padding(model, kept, padded):
+        if given is not None:
+            raise InputError(f"encoder_inputs= has no {_PADDING}, and {type(model).__name__} reads one; give it too")
+        return kept | {_PADDING: padded}
+    return {name: tensor for name, tensor in kept.items() if name != _PADDING}
+
+
+def _reads_padding(model: PreTrainedModel, whole: Inputs, padded: torch.Tensor) -> bool:
+    """Whether the mask of the encoder's input changes what the decoder reads: models such as Whisper ignore it."""
+    if _PADDING not in inspect.signature(type(model).forward).parameters:
+        return False
+    with isolated(device_of(model)), untouched(model), evaluating(model), torch.no_grad():
+        one, other = (_source(model, whole | {_PADDING: mask}, _Seen()) for mask in (whole[_PADDING], padded))
+    return any(not torch.equal(one[name], other[name]) for name in one)
 
 
 def capture_encoder(model: PreTrainedModel, example: Inputs, device: torch.device | None = None) -> Capture:
     """The encoder, with the keys and values of the decoder's cross-attention. The model is not modified.
+
+    example: from `encoder_example`.
 
     Raises: UnsupportedError if the decoder keeps anything but keys and values; CaptureError naming the line that cannot be
         captured.
@@ -185,8 +199,6 @@ def _source(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], seen: _S
 def _called(model: PreTrainedModel, cache: object, **inputs: object) -> Any:
     try:
         return call(model, cache, **inputs)
-    except torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode:
-        raise
     except (TypeError, AttributeError) as error:
         raise UnsupportedError(
             f"{type(model).__name__} cannot be run with a cache for self-attention and one for cross-attention "
@@ -254,7 +266,7 @@ def _confirm(program: Program, model: PreTrainedModel, inputs: Inputs, example: 
 
     Raises: CaptureError if they differ.
     """
-    ids, mask, positions, start, *others = example
+    ids, mask, _, start, *others = example
     tokens = ids.shape[1]
     filled = torch.ones_like(mask)
     counted = torch.arange(tokens, device=ids.device).expand_as(ids).contiguous()

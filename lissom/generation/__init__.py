@@ -71,7 +71,8 @@ def compile_generation(
         `labels` of such a mapping, [rows, tokens], the token ids themselves for a language model. For an encoder-decoder:
         mappings with the encoder's inputs, and labels or decoder_input_ids.
     metric: scores a callable that takes input_ids and attention_mask of `batch` rows and returns the next token's logits,
-        [batch, vocabulary], or with all_positions=True those of every token, [batch, tokens, vocabulary].
+        [batch, vocabulary], or with all_positions=True those of every token, [batch, tokens, vocabulary]. That of an
+        encoder-decoder takes decoder_input_ids and the encoder's inputs; all_positions needs all_logits.
     backend, world_size, device, checks, max_drop, goal, simulate, progress: as for `compile`.
 
     Raises: UnsupportedError if the model is not a language model of transformers; CaptureError if it is already

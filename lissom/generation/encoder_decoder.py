@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 import transformers
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
@@ -99,7 +100,7 @@ class EncoderDecoderModel(GenerationModel):
     ) -> None:
         super().__init__(compiled, config, generation_config)
         self.encoder = Encoder(encoder)
-        self.main_input_name = self.encoder.main_input_name  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.main_input_name = self.encoder.main_input_name  # pyright: ignore[reportAttributeAccessIssue]
         self.input_modalities = "text" if self.main_input_name == "input_ids" else "audio"  # pyright: ignore
         self._read_from: object = None
         self._copies = 1
@@ -122,7 +123,9 @@ class EncoderDecoderModel(GenerationModel):
         rows = found[HIDDEN].shape[0]
         self._copies, rest = divmod(self.batch, rows)
         if rest or not self._copies:
-            raise InputError(f"the encoder read {rows} rows, and this decoder generates {self.batch}; compile with batch={rows}")
+            raise InputError(
+                f"the encoder read {rows} rows, and this decoder generates {self.batch}; compile with batch={rows}"
+            )
         for name, tensor in found.items():
             found[name] = tensor.repeat_interleave(self._copies, 0) if self._copies > 1 else tensor
         self._take(found)
@@ -175,8 +178,7 @@ class EncoderDecoderModel(GenerationModel):
         found = super().forward(
             decoder_input_ids, decoder_attention_mask, cache, use_cache, logits_to_keep, return_dict, **others
         )
-        hidden = None if encoder_outputs is None else encoder_outputs[HIDDEN]
-        return Seq2SeqLMOutput(logits=found.logits, cache=found["cache"] if use_cache else None, encoder_last_hidden_state=hidden)  # pyright: ignore
+        return Seq2SeqLMOutput(logits=found.logits, cache=self.cache if use_cache else None)  # pyright: ignore
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_ids: torch.Tensor, next_sequence_length: int | None = None, cache: Cache | None = None, **kwargs: object
@@ -224,9 +226,10 @@ class EncoderDecoderModel(GenerationModel):
             )
         rows = outputs[MASK].shape[0]
         if rows != self.batch:
-            raise InputError(f"encoder_outputs= has {rows} rows, and this decoder generates {self.batch}; compile it with batch=")
-        found = decoder_inputs(outputs)
-        self._source = [tensor for value in found.values() for tensor in (value if isinstance(value, list) else [value])]  # pyright: ignore
+            raise InputError(
+                f"encoder_outputs= has {rows} rows, and this decoder generates {self.batch}; compile it with batch={rows}"
+            )
+        self._source = cast("list[torch.Tensor]", tree_leaves(decoder_inputs(outputs)))
         self._read_from = outputs
 
     def _take_name(self) -> None:

@@ -21,6 +21,8 @@ from lissom.frontends.decoder import INPUTS, check_generating
 from lissom.frontends.device import check_device, device_of
 from lissom.frontends.encoder_decoder import capture_encoder, capture_source_decoder, decoder_inputs, encoder_example
 from lissom.generation.encoder_decoder import ATTENTION_MASK, Encoder, EncoderDecoderModel, refuse_own_generate
+from lissom.generation.source_scoring import SourceScorer
+from lissom.runtime.compiled_model import CompiledModel
 
 Batch = torch.Tensor | Mapping[str, object]
 
@@ -45,22 +47,26 @@ def compile_encoder_decoder(
     place = check_device(settings.device)
     device, batches = place or device_of(known), list(cast("Iterable[Batch]", settings.data))
     example = encoder_example(known, encoder_inputs)
-    encoder = compile_captured(
-        partial(capture_encoder, known, example, place),
-        device,
-        replace(settings, data=[_encoder_inputs(batch, example) for batch in batches]),
-        title="compile the encoder",
-    )
     sizes = {"max_length": max_length, "batch": batch}
-    take = partial(capture_source_decoder, known, example, **sizes, all_logits=all_logits, device=place)
+    captured = capture_source_decoder(known, example, **sizes, all_logits=all_logits, device=place)
+    own = replace(settings, data=[_encoder_inputs(item, example) for item in batches])
+    if settings.metric is not None:
+        own = replace(own, metric=SourceScorer(settings.metric, batch, max_length, decoder=captured.program.copy()))
+    encoder = compile_captured(partial(capture_encoder, known, example, place), device, own, title="compile the encoder")
     prompts = _decoder_prompts(known, Encoder(encoder), batches, **sizes) if batches else []
-    decoder = compile_captured(
-        take,
-        device,
-        replace(settings, passes=with_recipe(settings.passes), data=prompts),
-        title="compile the decoder",
-    )
+    own = replace(settings, passes=with_recipe(settings.passes), data=prompts, max_drop=_rest(settings, encoder))
+    if settings.metric is not None:
+        own = replace(own, metric=SourceScorer(settings.metric, batch, max_length, encoder=encoder))
+    decoder = compile_captured(lambda: captured, device, own, title="compile the decoder")
     return EncoderDecoderModel(decoder, encoder, known.config, cast(Any, known.generation_config))
+
+
+def _rest(settings: Settings, encoder: CompiledModel) -> float | None:
+    """What the encoder's passes left of max_drop."""
+    steps = [step.metric for step in encoder.report.history.steps if step.metric is not None]
+    if settings.max_drop is None or not steps:
+        return settings.max_drop
+    return max(0.0, settings.max_drop - max(0.0, steps[0] - steps[-1]))
 
 
 def _check_settings(model: PreTrainedModel, settings: Settings) -> None:
@@ -73,10 +79,6 @@ def _check_settings(model: PreTrainedModel, settings: Settings) -> None:
     if trained is not None:
         raise UnsupportedError(
             f"{name} becomes two programs, and {trained.name()} trains one; train the model, then compile it for generation"
-        )
-    if settings.metric is not None:
-        raise UnsupportedError(
-            f"{name} becomes two programs, and metric= scores one; compile it without, and score model.generate(...)"
         )
 
 

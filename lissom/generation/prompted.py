@@ -38,7 +38,8 @@ def load_prompted(model: str, prompt: str, device: str | None, *, allow_native: 
     decoder = load_generation(model, device, allow_native=allow_native)
     # Loading the decoder checked the tokenizer's files too.
     tokenizer = tokenizer_of(Path(model))
-    return decoder, tokenizer, read_prompt(prompt, tokenizer, longest_text(decoder) if is_encoder_decoder(decoder) else decoder.max_length)
+    longest = longest_text(decoder) if is_encoder_decoder(decoder) else decoder.max_length
+    return decoder, tokenizer, read_prompt(prompt, tokenizer, longest)
 
 
 @dataclass(frozen=True)
