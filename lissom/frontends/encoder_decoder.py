@@ -102,8 +102,10 @@ def _reads_padding(model: PreTrainedModel, whole: Inputs, padded: torch.Tensor) 
     """Whether the mask of the encoder's input changes what the decoder reads: models such as Whisper ignore it."""
     if _PADDING not in inspect.signature(type(model).forward).parameters:
         return False
-    with isolated(device_of(model)), untouched(model), evaluating(model), torch.no_grad():
-        one, other = (_source(model, whole | {_PADDING: mask}, _Seen()) for mask in (whole[_PADDING], padded))
+    with isolated(device_of(model)), torch.no_grad():
+        own = cast("PreTrainedModel", with_own_modules(model))
+        with untouched(own), evaluating(own):
+            one, other = (_source(own, whole | {_PADDING: mask}, _Seen()) for mask in (whole[_PADDING], padded))
     return any(not torch.equal(one[name], other[name]) for name in one)
 
 
