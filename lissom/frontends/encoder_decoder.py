@@ -256,8 +256,10 @@ def _forward(
             if MASK in passed:
                 passed[MASK] = source_mask if dtype is None else source_mask.to(dtype)
 
+        outputs: Any = BaseModelOutput(last_hidden_state=hidden)  # pyright: ignore[reportArgumentType]
+        outputs.attention_mask = source_mask  # where models such as Moonshine look for it
         with _watching(model, exchange):
-            logits = call(model, cache, encoder_outputs=BaseModelOutput(last_hidden_state=hidden), **given).logits  # pyright: ignore
+            logits = call(model, cache, encoder_outputs=outputs, **given).logits
         return logits if all_logits else logits[:, -1:]
 
     return forward
