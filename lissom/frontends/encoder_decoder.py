@@ -233,6 +233,7 @@ def _forward(
     parameters = inspect.signature(type(model).forward).parameters
     batch, _, width = source[HIDDEN].shape
     dtype = None if seen.mask is None else seen.mask.dtype
+    positioned = "position_ids" in inspect.signature(type(model.get_decoder()).forward).parameters
 
     def forward(
         input_ids: torch.Tensor,
@@ -255,6 +256,11 @@ def _forward(
         def exchange(passed: dict[str, Any]) -> None:
             if MASK in passed:
                 passed[MASK] = source_mask if dtype is None else source_mask.to(dtype)
+            if positioned and passed.get("position_ids") is None:
+                # What the decoder computes by itself, some with slices of which the start may be no tensor.
+                passed["position_ids"] = (torch.arange(input_ids.shape[1], device=input_ids.device) + start).expand_as(
+                    input_ids
+                )
 
         outputs: Any = BaseModelOutput(last_hidden_state=hidden)  # pyright: ignore[reportArgumentType]
         outputs.attention_mask = source_mask  # where models such as Moonshine look for it
