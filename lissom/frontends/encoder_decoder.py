@@ -25,7 +25,7 @@ from torch.export import Dim
 
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample, check_samples
-from lissom.errors import InputError, UnsupportedError
+from lissom.errors import InputError, LissomError, UnsupportedError
 from lissom.frontends.decoder import (
     CACHE,
     INPUTS,
@@ -104,8 +104,7 @@ def _reads_padding(model: PreTrainedModel, whole: Inputs, padded: torch.Tensor) 
         return False
     with isolated(device_of(model)), torch.no_grad():
         own = cast("PreTrainedModel", with_own_modules(model))
-        with untouched(own), evaluating(own):
-            one, other = (_source(own, whole | {_PADDING: mask}, _Seen()) for mask in (whole[_PADDING], padded))
+        one, other = (_run_source(own, whole | {_PADDING: mask}, _Seen()) for mask in (whole[_PADDING], padded))
     return any(not torch.equal(one[name], other[name]) for name in one)
 
 
@@ -144,8 +143,7 @@ def capture_source_decoder(
         own = cast("PreTrainedModel", with_own_modules(model))
         seen, rows = _Seen(), torch.arange(batch) % len(next(iter(example.values())))
         tiled = {name: tensor[rows.to(tensor.device)] for name, tensor in example.items()}
-        with untouched(own), evaluating(own), torch.no_grad():
-            source = _source(own, tiled, seen)
+        source = _run_source(own, tiled, seen)
         stateful = with_state(own, seen.states, max_length, batch)
         stateful.forward = _forward(stateful, own, source, seen, all_logits)
         tokens = example_tokens(own, max_length, batch)
@@ -183,7 +181,7 @@ def _source(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], seen: _S
         seen.mask = given.get(MASK)
 
     with _watching(model, watch):
-        outputs = _called(model, EncoderDecoderCache(own, cross), **inputs, decoder_input_ids=token)
+        outputs = call(model, EncoderDecoderCache(own, cross), **inputs, decoder_input_ids=token)
     hidden = outputs.encoder_last_hidden_state
     seen.states.extend(map(layer_tensors, own.layers))
     mask = hidden.new_ones(hidden.shape[:2], dtype=torch.int64) if seen.mask is None else seen.mask.to(torch.int64)
@@ -198,13 +196,19 @@ def _source(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], seen: _S
     return found
 
 
-def _called(model: PreTrainedModel, cache: object, **inputs: object) -> Any:
+def _run_source(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], seen: _Seen) -> Inputs:
+    """`_source` of the model as it is. Raises: UnsupportedError if it does not run on such inputs and caches."""
     try:
-        return call(model, cache, **inputs)
-    except (TypeError, AttributeError) as error:
+        with untouched(model), evaluating(model), torch.no_grad():
+            return _source(model, inputs, seen)
+    except LissomError:
+        raise
+    # The model's own code may raise anything.
+    except Exception as error:
         raise UnsupportedError(
-            f"{type(model).__name__} cannot be run with a cache for self-attention and one for cross-attention "
-            f"({type(error).__name__}: {first_line(error)}); generation takes encoder-decoder models that can"
+            f"{type(model).__name__} cannot be run on {', '.join(inputs)} with a cache for self-attention and one for "
+            f"cross-attention ({type(error).__name__}: {first_line(error)}); generation takes encoder-decoder models that can; "
+            f"encoder_inputs= gives other inputs"
         ) from error
 
 

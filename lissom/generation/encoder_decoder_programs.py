@@ -48,12 +48,14 @@ def compile_encoder_decoder(
     device, batches = place or device_of(known), list(cast("Iterable[Batch]", settings.data))
     example = encoder_example(known, encoder_inputs)
     sizes = {"max_length": max_length, "batch": batch}
+    inputs = [_encoder_inputs(item, example) for item in batches]
+    tokens = [_decoder_tokens(known, item, next(iter(given.values()))) for item, given in zip(batches, inputs, strict=True)]
     captured = capture_source_decoder(known, example, **sizes, all_logits=all_logits, device=place)
-    own = replace(settings, data=[_encoder_inputs(item, example) for item in batches])
+    own = replace(settings, data=inputs)
     if settings.metric is not None:
         own = replace(own, metric=SourceScorer(settings.metric, batch, max_length, decoder=captured.program.copy()))
     encoder = compile_captured(partial(capture_encoder, known, example, place), device, own, title="compile the encoder")
-    prompts = _decoder_prompts(known, Encoder(encoder), batches, **sizes) if batches else []
+    prompts = _decoder_prompts(Encoder(encoder), zip(inputs, tokens, strict=True), **sizes)
     own = replace(settings, passes=with_recipe(settings.passes), data=prompts, max_drop=_rest(settings, encoder))
     if settings.metric is not None:
         own = replace(own, metric=SourceScorer(settings.metric, batch, max_length, encoder=encoder))
@@ -82,54 +84,65 @@ def _check_settings(model: PreTrainedModel, settings: Settings) -> None:
         )
 
 
-def _encoder_inputs(batch: Batch, example: Mapping[str, torch.Tensor]) -> Inputs:
-    """A calibration batch as inputs of the encoder's program. Raises: InputError if its main input is missing."""
+def _encoder_inputs(batch: Batch, example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A calibration batch as inputs of the encoder's program, the main one first. Raises: InputError if that is missing."""
     main = next(iter(example))
     given = dict(batch) if isinstance(batch, Mapping) else {main: batch}
     tensor = given.get(main)
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"data= has no tensor {main}; give what the encoder reads, with labels or decoder_input_ids")
-    kept = {name: value for name, value in given.items() if name in example}
+    others = {name: value for name, value in given.items() if name in example and isinstance(value, torch.Tensor)}
+    kept = {main: tensor, **others}
     if ATTENTION_MASK in example and ATTENTION_MASK not in kept:
         kept[ATTENTION_MASK] = torch.ones(tensor.shape[:2], dtype=torch.int64, device=tensor.device)
     return kept
 
 
+def _decoder_tokens(model: PreTrainedModel, batch: Batch, main: torch.Tensor) -> torch.Tensor:
+    """The decoder's tokens of a batch, [rows, tokens]: given, or its labels behind the start token.
+
+    main: the main input of the encoder, [rows, ...].
+
+    Raises: InputError if it has neither.
+    """
+    found = batch if isinstance(batch, Mapping) else {}
+    ids, labels = (_table(found.get(name), len(main)) for name in ("decoder_input_ids", "labels"))
+    if ids is not None:
+        return ids
+    start = getattr(model.generation_config, "decoder_start_token_id", None)
+    if labels is None or not isinstance(start, int):
+        raise InputError("data= of an encoder-decoder needs labels or decoder_input_ids, [rows, tokens], for the decoder")
+    shifted = labels.roll(1, 1)
+    shifted = shifted.masked_fill(shifted == IGNORED, start)
+    shifted[:, 0] = start
+    return shifted
+
+
+def _table(value: object, rows: int) -> torch.Tensor | None:
+    """The value, if it is a tensor [rows, tokens] of integers."""
+    fits = isinstance(value, torch.Tensor) and value.dim() == 2 and len(value) == rows and not value.is_floating_point()
+    return cast(torch.Tensor, value) if fits else None
+
+
 def _decoder_prompts(
-    model: PreTrainedModel, encoder: Encoder, batches: Sequence[Batch], max_length: int, batch: int
+    encoder: Encoder, batches: Iterable[tuple[Mapping[str, torch.Tensor], torch.Tensor]], max_length: int, batch: int
 ) -> list[Inputs]:
-    """The calibration batches as inputs of the decoder's program, `batch` rows at a time, behind an empty KV cache."""
+    """Calibration batches as inputs of the decoder's program, `batch` rows at a time, behind an empty KV cache.
+
+    batches: the inputs of the encoder, and the tokens of the decoder, [rows, tokens].
+    """
     found: list[Inputs] = []
-    for item in batches:
-        given = dict(item) if isinstance(item, Mapping) else {encoder.main_input_name: item}
-        source = encoder.read({name: value for name, value in given.items() if name in encoder.names})
-        ids = _decoder_tokens(model, given, len(source[0]))[:, :max_length]
+    for inputs, tokens in batches:
+        source, ids = encoder.read(inputs), tokens[:, :max_length]
         for first in range(0, len(ids), batch):
             # The last group is filled up with the first rows.
             rows = torch.arange(first, first + batch, device=ids.device) % len(ids)
-            tokens = [
+            prompt = [
                 ids[rows],
                 torch.ones(batch, max_length, dtype=torch.int64, device=ids.device),
                 torch.arange(ids.shape[1], device=ids.device).expand(batch, -1).contiguous(),
                 torch.zeros(1, dtype=torch.int64, device=ids.device),
             ]
             rest = decoder_inputs({name: tensor[rows] for name, tensor in source.items()})
-            found.append(dict(zip(INPUTS, tokens, strict=True)) | rest)
+            found.append(dict(zip(INPUTS, prompt, strict=True)) | rest)
     return found
-
-
-def _decoder_tokens(model: PreTrainedModel, given: Mapping[str, object], rows: int) -> torch.Tensor:
-    """The decoder's tokens of a batch, [rows, tokens]: given, or its labels behind the start token.
-
-    Raises: InputError if it has neither.
-    """
-    ids = given.get("decoder_input_ids")
-    if isinstance(ids, torch.Tensor) and ids.dim() == 2 and len(ids) == rows:
-        return ids
-    labels = given.get("labels")
-    start = getattr(model.generation_config, "decoder_start_token_id", None)
-    if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or len(labels) != rows or not isinstance(start, int):
-        raise InputError("data= of an encoder-decoder needs labels or decoder_input_ids, [rows, tokens], for the decoder")
-    shifted = labels.roll(1, 1).masked_fill(labels.roll(1, 1) == IGNORED, start)
-    shifted[:, 0] = start
-    return shifted
