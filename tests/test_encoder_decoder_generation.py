@@ -25,7 +25,8 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_i
 CLOSE = {"rtol": 1e-4, "atol": 5e-4}
 BART = "encoder-decoder/bart"
 SLOW = [
-    *(f"encoder-decoder/{name}" for name in ("t5", "t5gemma", "t5gemma2", "marian", "pegasus", "m2m_100")),
+    *(f"encoder-decoder/{name}" for name in ("t5", "t5gemma", "t5gemma2", "marian", "mbart", "pegasus", "m2m_100")),
+    "encoder-decoder/encoder-decoder",
     *(f"speech/{name}" for name in ("whisper", "speech_to_text", "moonshine", "speecht5")),
 ]
 FAMILIES = [BART, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]

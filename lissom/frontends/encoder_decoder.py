@@ -77,7 +77,7 @@ def encoder_example(model: PreTrainedModel, given: Mapping[str, object] | None) 
 
     Raises: UnsupportedError if none can be made; InputError if the caller's are no tensors, or lack the mask.
     """
-    made = dict(given) if given is not None else make_inputs(model, None, Path(str(model.config._name_or_path)))[0]
+    made = dict(given) if given is not None else _made(model)
     made = {name: value for name, value in made.items() if not name.startswith(_DECODER) and name != "use_cache"}
     wrong = next((name for name, value in made.items() if not isinstance(value, torch.Tensor)), None)
     if wrong is not None or not made:
@@ -96,6 +96,16 @@ def encoder_example(model: PreTrainedModel, given: Mapping[str, object] | None) 
             raise InputError(f"encoder_inputs= has no {_PADDING}, and {type(model).__name__} reads one; give it too")
         return kept | {_PADDING: padded}
     return {name: tensor for name, tensor in kept.items() if name != _PADDING}
+
+
+def _made(model: PreTrainedModel) -> dict[str, object]:
+    """Inputs made from the configuration. Raises: UnsupportedError."""
+    try:
+        return make_inputs(model, None, Path(str(model.config._name_or_path)))[0]
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            f"{str(error).rpartition(';')[0]}; give encoder_inputs=, the tensors its encoder reads"
+        ) from error
 
 
 def _reads_padding(model: PreTrainedModel, whole: Inputs, padded: torch.Tensor) -> bool:

@@ -103,7 +103,7 @@ class EncoderDecoderModel(GenerationModel):
         self.main_input_name = self.encoder.main_input_name  # pyright: ignore[reportAttributeAccessIssue]
         self.input_modalities = "text" if self.main_input_name == "input_ids" else "audio"  # pyright: ignore
         self._read_from: object = None
-        self._copies = 1
+        self._copies = 1  # how many rows one after the other read the same text
         if _WHISPER in (found.__name__ for found in type(self).__mro__):
             # Its `generate` reads the strides of the encoder's convolutions, which are these in every configuration.
             strides = SimpleNamespace(conv1=SimpleNamespace(stride=(1,)), conv2=SimpleNamespace(stride=(2,)))
@@ -121,13 +121,14 @@ class EncoderDecoderModel(GenerationModel):
         """
         found = self.encoder.read(inputs)
         rows = found[HIDDEN].shape[0]
-        self._copies, rest = divmod(self.batch, rows)
-        if rest or not self._copies:
+        copies, rest = divmod(self.batch, rows)
+        if rest or not copies:
             raise InputError(
                 f"the encoder read {rows} rows, and this decoder generates {self.batch}; compile with batch={rows}"
             )
         for name, tensor in found.items():
-            found[name] = tensor.repeat_interleave(self._copies, 0) if self._copies > 1 else tensor
+            found[name] = tensor.repeat_interleave(copies, 0) if copies > 1 else tensor
+        self._copies = copies
         self._take(found)
         self.reset()
 
@@ -150,6 +151,7 @@ class EncoderDecoderModel(GenerationModel):
         own = torch.arange(self.batch, device=rows.device)
         if not torch.equal(rows // self._copies, own // self._copies):  # else the rows read the same text
             self._source = [tensor[rows.to(tensor.device)] for tensor in self._source]
+            self._copies = 1
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -230,6 +232,11 @@ class EncoderDecoderModel(GenerationModel):
                 f"encoder_outputs= has {rows} rows, and this decoder generates {self.batch}; compile it with batch={rows}"
             )
         self._source = cast("list[torch.Tensor]", tree_leaves(decoder_inputs(outputs)))
+        own = torch.arange(self.batch, device=self.device)
+        first = own - own % self._copies
+        # The mask and the keys of the first layer tell whether rows are copies of one text, as beams are.
+        if not all(torch.equal(tensor, tensor[first]) for tensor in self._source[:2]):
+            self._copies = 1
         self._read_from = outputs
 
     def _take_name(self) -> None:
