@@ -83,7 +83,7 @@ def encoder_example(model: PreTrainedModel, given: Mapping[str, object] | None) 
     if wrong is not None or not made:
         kind = "empty" if wrong is None else f"a {type(made[wrong]).__name__} at '{wrong}'"
         raise InputError(f"encoder_inputs= is {kind}; give the tensors that the encoder reads, by name")
-    kept = {name: cast(torch.Tensor, value).to(device_of(model)) for name, value in made.items()}
+    kept = {name: widened(cast(torch.Tensor, value)).to(device_of(model)) for name, value in made.items()}
     main = model.main_input_name if model.main_input_name in kept else next(iter(kept))
     kept = {main: kept[main], **kept}
     if given is not None and _PADDING in kept:
@@ -96,6 +96,11 @@ def encoder_example(model: PreTrainedModel, given: Mapping[str, object] | None) 
             raise InputError(f"encoder_inputs= has no {_PADDING}, and {type(model).__name__} reads one; give it too")
         return kept | {_PADDING: padded}
     return {name: tensor for name, tensor in kept.items() if name != _PADDING}
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """Token ids and masks as int64: feature extractors give int32 and booleans."""
+    return tensor.to(torch.int64) if tensor.dtype in (torch.bool, torch.int32) else tensor
 
 
 def _made(model: PreTrainedModel) -> dict[str, object]:

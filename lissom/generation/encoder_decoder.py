@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from lissom.errors import InputError, UnsupportedError
 from lissom.files import check_path
-from lissom.frontends.encoder_decoder import CROSS, HIDDEN, MASK, decoder_inputs
+from lissom.frontends.encoder_decoder import CROSS, HIDDEN, MASK, decoder_inputs, widened
 from lissom.generation.directory import save
 from lissom.generation.model import GenerationModel
 from lissom.inspect.report import Report
@@ -63,7 +63,11 @@ class Encoder(nn.Module):
         Raises: InputError for other inputs than those of the program.
         """
         given = {name: value for name, value in inputs.items() if value is not None and value is not False}
-        given = {name: value for name, value in given.items() if name not in _SWITCHES}
+        given = {
+            name: widened(value) if isinstance(value, torch.Tensor) else value
+            for name, value in given.items()
+            if name not in _SWITCHES
+        }
         main = given.get(self.main_input_name)
         if not isinstance(main, torch.Tensor):
             raise InputError(f"{self.main_input_name} is a {type(main).__name__}; give a tensor, which the encoder reads")

@@ -19,7 +19,7 @@ from lissom.driver.options import Inputs, Settings, check_settings, resolve_pass
 from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.decoder import INPUTS, check_generating
 from lissom.frontends.device import check_device, device_of
-from lissom.frontends.encoder_decoder import capture_encoder, capture_source_decoder, decoder_inputs, encoder_example
+from lissom.frontends.encoder_decoder import capture_encoder, capture_source_decoder, decoder_inputs, encoder_example, widened
 from lissom.generation.encoder_decoder import ATTENTION_MASK, Encoder, EncoderDecoderModel, refuse_own_generate
 from lissom.generation.source_scoring import SourceScorer
 from lissom.runtime.compiled_model import CompiledModel
@@ -92,7 +92,7 @@ def _encoder_inputs(batch: Batch, example: Mapping[str, torch.Tensor]) -> dict[s
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"data= has no tensor {main}; give what the encoder reads, with labels or decoder_input_ids")
     others = {name: value for name, value in given.items() if name in example and isinstance(value, torch.Tensor)}
-    kept = {main: tensor, **others}
+    kept = {name: widened(value) for name, value in {main: tensor, **others}.items()}
     if ATTENTION_MASK in example and ATTENTION_MASK not in kept:
         kept[ATTENTION_MASK] = torch.ones(tensor.shape[:2], dtype=torch.int64, device=tensor.device)
     return kept
