@@ -199,7 +199,7 @@ def test_a_pipeline_of_speech_recognition_takes_it() -> None:
         "tokenizer": transformers.PreTrainedTokenizerFast(tokenizer_object=made),
         "feature_extractor": transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True),
     }
-    sound = np.random.default_rng(0).standard_normal(1600).astype(np.float32)
+    sound = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
     texts = [
         pipeline("automatic-speech-recognition", model=found, **parts)(sound, generate_kwargs=GREEDY | {"num_beams": 1})["text"]
         for found in (compiled("speech/moonshine", batch=1), model("speech/moonshine"))
