@@ -123,7 +123,7 @@ def run_generate(
         if save is not None:
             decoder.save(save, tokenizer)
         # The last token of the answer is not written to the KV cache.
-        room = decoder.max_length - ids.shape[1] + 1
+        room = decoder.max_length - decoder.slots(ids) + 1
         if room < max_new_tokens and rank.speaks:
             note = f"{decoder.max_length} tokens fit into the KV cache, so the answer ends after {room}"
             Console(stderr=True).print(note, highlight=False, soft_wrap=True)

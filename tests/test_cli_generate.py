@@ -143,3 +143,19 @@ def test_generate_refuses_in_a_sentence(decoder, model, prompt, sentence):
 
 def test_generate_needs_a_decoder():
     assert "BertModel does not generate" in str(runner.invoke(app, ["generate", "minilm", "one"]).exception)
+
+
+@pytest.mark.slow
+def test_generate_takes_an_encoder_decoder(tmp_path):
+    sizes = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in (("layers", 1), ("ffn_dim", 24))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "forced_eos_token_id": None}
+    config = transformers.BartConfig(vocab_size=30522, d_model=16, max_position_embeddings=64, **sizes, **heads)
+    seeded(lambda: transformers.BartForConditionalGeneration(config)).save_pretrained(tmp_path / "bart")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        shutil.copy(find_directory("minilm") / name, tmp_path / "bart")
+    saved = str(tmp_path / "saved")
+    made = runner.invoke(app, ["generate", str(tmp_path / "bart"), "one two", "--max-new-tokens", "5", "--save", saved])
+    assert made.exit_code == 0, made.output
+    assert "prompt: 4 tokens" in made.stderr
+    again = runner.invoke(app, ["generate", saved, "one two", "--max-new-tokens", "5"])
+    assert again.exit_code == 0 and again.stdout == made.stdout

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import nn
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, EncoderDecoderCache, LinearAttentionCacheLayerMixin
 
 from lissom.frontends.decoder_state import KEYS_AND_VALUES, OF_RECURRENT, is_kv_cache, numbered
 
@@ -87,6 +88,43 @@ class HybridState(RecurrentState, AttentionState):
 
     def get_max_length(self) -> int:
         return AttentionState.get_max_length(self)
+
+
+class SourceState(CacheLayerMixin):
+    """The keys and values of cross-attention, which the encoder's output gave once for all tokens."""
+
+    is_sliding = False
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        CacheLayerMixin.__init__(self)
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+
+    def lazy_initialization(self, *_: object, **__: object) -> None:
+        """Does nothing: the tensors exist already."""
+
+    def update(self, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values as they are."""
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: object) -> tuple[int, int]:
+        return self.get_seq_length(), 0
+
+    def get_seq_length(self) -> int:
+        assert self.keys is not None
+        return self.keys.shape[2]
+
+    def get_max_length(self) -> int:
+        return self.get_seq_length()
+
+
+def cache_with_source(own: Cache, cross: Sequence[torch.Tensor]) -> EncoderDecoderCache:
+    """The cache of a decoder with cross-attention. cross: its keys and values, layer by layer."""
+    layers = [SourceState(*pair) for pair in zip(cross[::2], cross[1::2], strict=True)]
+    cache = EncoderDecoderCache(own, Cache(layers=list(layers)))
+    cache.is_updated = dict.fromkeys(range(len(layers)), True)
+    return cache
 
 
 def layer_over(layer: nn.Module, start: torch.Tensor) -> CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer:

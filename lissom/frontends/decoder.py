@@ -65,7 +65,11 @@ def capture_decoder(
         and values, convolutions and recurrences; InputError if max_length or batch do not fit it; CaptureError naming the line
         that cannot be captured.
     """
-    known = _check(model, max_length, batch)
+    known = check_generating(model, max_length, batch)
+    if known.config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"{type(model).__name__} is an encoder-decoder model; this takes a causal language model, such as LlamaForCausalLM"
+        )
     with isolated(device_of(known)):
         return _capture(cast("PreTrainedModel", with_own_modules(known)), max_length, batch, all_logits, device)
 
@@ -73,27 +77,33 @@ def capture_decoder(
 def _capture(model: PreTrainedModel, max_length: int, batch: int, all_logits: bool, device: torch.device | None) -> Capture:
     """`capture_decoder` for a model that was checked."""
     states = layer_states(model)
-    example = _example(model, max_length, batch)
+    example = example_tokens(model, max_length, batch)
     sequence = Dim("sequence", max=max_length)
     dynamic: dict[str, dict[int, Dim | str]] = {"input_ids": {1: sequence}, "position_ids": {1: sequence}}
-    stateful = _with_state(model, states, max_length, batch, all_logits)
+    stateful = with_state(model, states, max_length, batch)
+    stateful.forward = _forward(stateful, all_logits)
     with masks_of_new_tokens(model):
         captured = capture(stateful, (), dict(zip(INPUTS, example, strict=True)), dynamic=dynamic, device=device)
-    other = next((name for name in captured.program.state if not name.startswith(f"{CACHE}.")), None)
+    check_state(model, captured.program)
+    with recurrences_as_operators(model, device):
+        _confirm(captured.program, model, captured.example)
+    step = step_inputs(captured.example, max_length)
+    checked = (*check_samples(captured.program.signature, captured.example), step)
+    notes = (*captured.notes, describe_cache(captured.program))
+    return replace(captured, example=step, samples=checked, notes=notes, timed=(prefill_inputs(captured.example, max_length),))
+
+
+def check_state(model: nn.Module, program: Program) -> None:
+    """Refuse a program that keeps more than the state of its layers. Raises: UnsupportedError."""
+    other = next((name for name in program.state if not name.startswith(f"{CACHE}.")), None)
     if other is not None:
         raise UnsupportedError(
             f"{type(model).__name__} keeps '{other}' between calls besides the state of its layers; generation takes models "
             f"whose only state is in transformers' cache"
         )
-    with recurrences_as_operators(model, device):
-        _confirm(captured.program, model, captured.example)
-    step = _step(captured.example, max_length)
-    checked = (*check_samples(captured.program.signature, captured.example), step)
-    notes = (*captured.notes, _describe(captured.program))
-    return replace(captured, example=step, samples=checked, notes=notes, timed=(_prefill(captured.example, max_length),))
 
 
-def _example(model: PreTrainedModel, max_length: int, batch: int) -> Sample:
+def example_tokens(model: PreTrainedModel, max_length: int, batch: int) -> Sample:
     """Inputs that expose a wrong program: some slots filled, the first of them padding, and several new tokens."""
     tokens = max(2, min(8, (max_length - 2) // 3))
     start, padding = 2, 1
@@ -106,14 +116,14 @@ def _example(model: PreTrainedModel, max_length: int, batch: int) -> Sample:
     return [tensor.to(device) for tensor in (ids, mask, positions, torch.tensor([start]))]
 
 
-def _step(example: Sample, max_length: int) -> Sample:
+def step_inputs(example: Sample, max_length: int) -> Sample:
     """The inputs of a decode step with a half-full cache; programs are timed on them."""
     ids, mask, positions, start = example
     filled = max_length // 2
     return [ids[:, :1], mask, torch.full_like(positions[:, :1], filled - 1), torch.full_like(start, filled)]
 
 
-def _prefill(example: Sample, max_length: int) -> Sample:
+def prefill_inputs(example: Sample, max_length: int) -> Sample:
     """The inputs of a prefill of an empty cache; programs are timed on them too."""
     ids, mask, positions, start = example
     tokens = min(_PREFILL, max_length)
@@ -139,7 +149,12 @@ def _confirm(program: Program, model: PreTrainedModel, example: Sample) -> None:
             found = program.run([tensor.to(device) for tensor in part])
         given = {"input_ids": ids, "attention_mask": mask[:, :tokens], "position_ids": positions[:, :tokens]}
         wanted = _whole(model, {name: tensor.to(device_of(model)) for name, tensor in given.items()})
-    error = relative_error(wanted[:, -1].to(device), cast(torch.Tensor, found[0])[:, -1])
+    refuse_different(model, program, wanted[:, -1].to(device), cast(torch.Tensor, found[0])[:, -1])
+
+
+def refuse_different(model: nn.Module, program: Program, wanted: torch.Tensor, found: torch.Tensor) -> None:
+    """Refuse logits of a program that differ from the model's. Raises: CaptureError."""
+    error = relative_error(wanted, found)
     if error > tolerance_of(program):
         raise CaptureError(
             f"{type(model).__name__} with a cache of fixed size differs from {type(model).__name__} without one by {error:.2g} "
@@ -147,14 +162,15 @@ def _confirm(program: Program, model: PreTrainedModel, example: Sample) -> None:
         )
 
 
-def _describe(program: Program) -> str:
+def describe_cache(program: Program) -> str:
+    """A note on the size of a program's KV cache."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in map(program.weight, program.state))
     rows, length = program.signature.tensors[1].type.shape
     return f"the cache holds {length} tokens of {rows} sequence{'s' if rows != 1 else ''} in {size / 1e6:.3g} MB"
 
 
-def _check(model: nn.Module, max_length: int, batch: int) -> PreTrainedModel:
-    """The model, if it is a causal language model with positions for the whole cache. Raises: UnsupportedError, InputError."""
+def check_generating(model: nn.Module, max_length: int, batch: int) -> PreTrainedModel:
+    """The model, if it generates and has positions for the whole cache. Raises: UnsupportedError, InputError."""
     try:
         from transformers import Cache, GenerationMixin, PreTrainedModel
     except ImportError as error:
@@ -165,9 +181,11 @@ def _check(model: nn.Module, max_length: int, batch: int) -> PreTrainedModel:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(f"{name} is not a transformers model; generation takes one, such as LlamaForCausalLM")
-    if not isinstance(model, GenerationMixin) or model.config.is_encoder_decoder:
-        kind = "is an encoder-decoder model" if model.config.is_encoder_decoder else "does not generate"
-        raise UnsupportedError(f"{name} {kind}; generation takes a causal language model, such as LlamaForCausalLM")
+    if not isinstance(model, GenerationMixin):
+        raise UnsupportedError(
+            f"{name} does not generate; generation takes a language model, such as LlamaForCausalLM, or an "
+            f"encoder-decoder, such as T5ForConditionalGeneration"
+        )
     check_capacity(max_length, batch)
     known = longest_text(model)
     if known is not None and max_length > known:
@@ -203,8 +221,9 @@ def check_capacity(max_length: int, batch: int) -> None:
 def longest_text(model: nn.Module) -> int | None:
     """The number of positions of a transformers model; None if its configuration gives no limit."""
     config: Any = getattr(model, "config", None)
-    known = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
-    return known if isinstance(known, int) else None
+    text = None if config is None else config.get_text_config(decoder=True)
+    known = (getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions"))
+    return next((found for found in known if isinstance(found, int)), None)
 
 
 def _whole(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -214,19 +233,17 @@ def _whole(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.
         return model(**{name: tensor for name, tensor in inputs.items() if name in parameters}, use_cache=False).logits
 
 
-def _with_state(model: PreTrainedModel, states: Sequence[State], max_length: int, batch: int, all_logits: bool) -> nn.Module:
+def with_state(model: PreTrainedModel, states: Sequence[State], max_length: int, batch: int) -> PreTrainedModel:
     """A module with the model's submodules and weights under the same names, and the state of its layers as buffers."""
     stateful = copy.copy(model)
     stateful._modules, stateful._buffers = dict(model._modules), dict(model._buffers)
     if hasattr(model, CACHE):
         raise UnsupportedError(f"{type(model).__name__} already has an attribute '{CACHE}', which its KV cache needs")
-    holder = buffers(states, max_length, batch, device_of(model))
-    stateful.add_module(CACHE, holder)
-    stateful.forward = _forward(stateful, holder, all_logits)
+    stateful.add_module(CACHE, buffers(states, max_length, batch, device_of(model)))
     return stateful
 
 
-def _forward(stateful: PreTrainedModel, holder: nn.Module, all_logits: bool) -> Callable[..., torch.Tensor]:
+def _forward(stateful: PreTrainedModel, all_logits: bool) -> Callable[..., torch.Tensor]:
     """The forward of the module with the state of its layers."""
     parameters = inspect.signature(type(stateful).forward).parameters
     keep = {"logits_to_keep": 1} if "logits_to_keep" in parameters and not all_logits else {}
@@ -234,7 +251,7 @@ def _forward(stateful: PreTrainedModel, holder: nn.Module, all_logits: bool) -> 
     def forward(
         input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, start: torch.Tensor
     ) -> torch.Tensor:
-        cache = cache_of(holder, start)
+        cache = cache_of(stateful.get_submodule(CACHE), start)
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         given = {name: tensor for name, tensor in given.items() if name in parameters}
         logits = call(stateful, cache, **given, **keep).logits

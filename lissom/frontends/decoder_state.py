@@ -57,12 +57,12 @@ def layer_states(model: PreTrainedModel) -> list[State]:
     try:
         with untouched(model), evaluating(model), torch.no_grad():
             call(model, cache, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)))
-        found = [_tensors(layer) for layer in cache.layers]
+        found = [layer_tensors(layer) for layer in cache.layers]
     # The model's own code may raise anything for a cache class it does not know.
     except Exception as error:
-        raise _unsupported(model, error) from error
+        raise unsupported_state(model, error) from error
     if not any(found) or any(name in KEYS_AND_VALUES and x.dim() != 4 for state in found for name, x in state.items()):
-        raise _unsupported(model)
+        raise unsupported_state(model)
     return found
 
 
@@ -80,7 +80,8 @@ def _new_cache(model: PreTrainedModel) -> Any:
     return Cache(layer_class_to_replicate=DynamicLayer)
 
 
-def _tensors(layer: Any) -> State:
+def layer_tensors(layer: Any) -> State:
+    """What a layer of a cache of transformers keeps. Raises: TypeError for anything but the state that is described here."""
     from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
 
     found: dict[str, Any] = {}
@@ -153,7 +154,8 @@ def call(model: nn.Module, cache: object, **inputs: object) -> Any:
     return type(model).forward(model, **inputs, cache=cache, use_cache=True)  # pyright: ignore[reportCallIssue]
 
 
-def _unsupported(model: nn.Module, error: Exception | None = None) -> UnsupportedError:
+def unsupported_state(model: nn.Module, error: Exception | None = None) -> UnsupportedError:
+    """The error for a model whose layers keep other state. error: what its own code raised."""
     why = f" ({type(error).__name__}: {first_line(error)})" if error else ""
     return UnsupportedError(
         f"{type(model).__name__} cannot be run with a cache that holds the state of every layer{why}; generation takes models "

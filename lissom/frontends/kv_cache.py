@@ -49,5 +49,4 @@ def without_kv_cache(model: nn.Module) -> Generator[None]:
 def describe_dropped_cache(model: nn.Module) -> str:
     """The note on a capture without the cache; it names `compile_generation` for the models that this takes."""
     generates = getattr(model, "can_generate", None)
-    alone = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return f"{WITHOUT_CACHE}; {GENERATION}" if alone and callable(generates) and generates() else WITHOUT_CACHE
+    return f"{WITHOUT_CACHE}; {GENERATION}" if callable(generates) and generates() else WITHOUT_CACHE

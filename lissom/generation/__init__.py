@@ -24,6 +24,7 @@ from lissom.files import check_path
 from lissom.frontends.adapters import with_merged_adapters
 from lissom.frontends.decoder import INPUTS, capture_decoder, check_capacity
 from lissom.frontends.device import check_device, device_of
+from lissom.frontends.encoder_decoder import is_encoder_decoder
 from lissom.frontends.export import Capture
 from lissom.generation.decoder import Decoder, labelled_prompts
 from lissom.generation.scoring import NextToken, Scorer
@@ -42,6 +43,7 @@ def compile_generation(
     max_length: int,
     batch: int = 1,
     all_logits: bool = False,
+    encoder_inputs: Mapping[str, object] | None = None,
     passes: str | Pass | Sequence[Pass] = "exact",
     backend: str | Backend = "eager",
     world_size: int | None = None,
@@ -54,21 +56,26 @@ def compile_generation(
     simulate: bool = False,
     progress: Progress | None = None,
 ) -> GenerationModel:
-    """Optimize a causal language model of transformers for generation: one program with the KV cache as its state.
+    """Optimize a language model of transformers for generation: one program with the KV cache as its state.
+
+    An encoder-decoder becomes two: the encoder, which also computes the keys and values of cross-attention, and the decoder.
 
     The model itself is not modified. The result shares its weights until a pass changes one.
 
     max_length: the capacity of the KV cache in tokens, prompt and answer together. batch: the number of sequences, beams
         included. all_logits: return the logits of every token of a call, which assisted decoding needs.
+    encoder_inputs: example inputs of the encoder of an encoder-decoder, by name; made from the configuration by default.
     passes: as for `compile`; the recipe `generation` always comes first: the canonical form, and a last layer that computes
         only the last token of a prompt, which comes after passes that train.
     data: token ids [rows, tokens], or the output of a tokenizer, for passes that calibrate or train; `finetune` takes the
-        `labels` of such a mapping, [rows, tokens], the token ids themselves for a language model.
+        `labels` of such a mapping, [rows, tokens], the token ids themselves for a language model. For an encoder-decoder:
+        mappings with the encoder's inputs, and labels or decoder_input_ids.
     metric: scores a callable that takes input_ids and attention_mask of `batch` rows and returns the next token's logits,
-        [batch, vocabulary], or with all_positions=True those of every token, [batch, tokens, vocabulary].
+        [batch, vocabulary], or with all_positions=True those of every token, [batch, tokens, vocabulary]. That of an
+        encoder-decoder takes decoder_input_ids and the encoder's inputs; all_positions needs all_logits.
     backend, world_size, device, checks, max_drop, goal, simulate, progress: as for `compile`.
 
-    Raises: UnsupportedError if the model is not a causal language model of transformers; CaptureError if it is already
+    Raises: UnsupportedError if the model is not a language model of transformers; CaptureError if it is already
         compiled, or a line of it cannot be captured; InputError if max_length or batch do not fit it; and the errors of
         `compile`.
 
@@ -105,6 +112,15 @@ def compile_generation(
     check_capacity(max_length, batch)
     place = check_device(device)
     model = with_merged_adapters(model)
+    if is_encoder_decoder(model):
+        from lissom.generation.encoder_decoder_programs import compile_encoder_decoder
+
+        sizes = {"max_length": max_length, "batch": batch}
+        return compile_encoder_decoder(
+            model, asked, _with_recipe, **sizes, all_logits=all_logits, encoder_inputs=encoder_inputs
+        )
+    if encoder_inputs is not None:
+        raise InputError(f"{type(model).__name__} has no encoder, and encoder_inputs= was given; leave it out")
     take = partial(capture_decoder, model, max_length=max_length, batch=batch, all_logits=all_logits, device=place)
     score = None if metric is None else Scorer(metric, batch, max_length)
     settings = replace(asked, passes=_with_recipe(passes), data=named_prompts(data, batch, max_length), metric=score)

@@ -52,6 +52,7 @@ class Decoder(FixedModule):
         self._start = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._counted = torch.arange(self.max_length, device=self.device).expand(self.batch, self.max_length)
         self._padded = self._unfinished = False
+        self._source: Sample = []
 
     @property
     def report(self) -> Report:
@@ -72,6 +73,15 @@ class Decoder(FixedModule):
         """
         logits = self._read(input_ids, attention_mask)
         return logits if self.all_logits else logits[:, -1]
+
+    def prefill(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Empty the KV cache, then append a prompt, [batch, tokens]; returns as `step`. Raises: InputError."""
+        self.reset()
+        return self.step(input_ids)
+
+    def slots(self, input_ids: torch.Tensor) -> int:
+        """The slots of the KV cache that a prompt, [batch, tokens], takes."""
+        return input_ids.shape[1]
 
     def reset(self) -> None:
         """Empty the KV cache, and the state of recurrent layers."""
@@ -189,7 +199,7 @@ class Decoder(FixedModule):
         else:
             positions = self._counted[:, start:end]
         self._start.fill_(start)
-        inputs = [input_ids, self._mask, positions, self._start]
+        inputs = [input_ids, self._mask, positions, self._start, *self._source]
         self._unfinished = not self.is_croppable
         (logits,) = self.compiled.run(inputs)
         self.length, self._unfinished = end, False

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lissom.artifacts.directory import is_artifact
+from lissom.artifacts.packed import pack
 from lissom.frontends.decoder import INPUTS
-from lissom.runtime.model_files import CONFIG, check_tokenizer, saved_config, write_processors
+from lissom.runtime.model_files import CONFIG, Saveable, check_tokenizer, saved_config, write_processors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lissom.generation.model import GenerationModel
+    from lissom.runtime.compiled_model import CompiledModel
 
 GENERATION = "generation_config.json"
 """The file that only the artifact of a decoder has."""
@@ -21,8 +23,18 @@ _FORMER = "program"
 """The folder of the program in the former format, which had no hashes of the decoder's files."""
 
 
-def save(decoder: GenerationModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write the decoder, completely or not at all. All ranks of a group must call it.
+ENCODER = "encoder.lissom"
+"""The file of an encoder-decoder that holds the artifact of its encoder."""
+
+
+def save(
+    decoder: GenerationModel,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    processor: Saveable | None = None,
+    encoder: CompiledModel | None = None,
+) -> None:
+    """Write the decoder, completely or not at all, with the encoder it reads from. All ranks of a group must call it.
 
     Raises: ArtifactError, InputError, UnsupportedError, RankError.
     """
@@ -32,8 +44,10 @@ def save(decoder: GenerationModel, directory: Path, tokenizer: PreTrainedTokeniz
     def write_more(folder: Path) -> None:
         saved_config(json.loads(decoder.config.to_json_string(use_diff=False)), folder)
         decoder.generation_config.to_json_file(folder / GENERATION)
+        if encoder is not None:
+            pack(encoder.save, folder / ENCODER)
         write_processors(
-            folder, str(decoder.config._name_or_path) or None, None if tokenizer is None else _Flat(tokenizer), None
+            folder, str(decoder.config._name_or_path) or None, None if tokenizer is None else _Flat(tokenizer), processor
         )
 
     decoder.compiled.save_with(directory, write_more)

@@ -19,7 +19,7 @@ from lissom.generation.decoder import Decoder
 from lissom.generation.directory import save
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.generating import CompiledGeneration
-from lissom.runtime.model_files import upload
+from lissom.runtime.model_files import Saveable, upload
 from lissom.runtime.pickled import files_of, loaded_from
 
 if TYPE_CHECKING:
@@ -90,16 +90,21 @@ class GenerationModel(Decoder, CompiledGeneration):
             logits = logits[:, -logits_to_keep:]
         return CausalLMOutputWithPast(logits=logits, cache=self.cache if use_cache else None)  # pyright: ignore
 
-    def save(self, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def save(
+        self,
+        directory: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        processor: Saveable | None = None,
+    ) -> None:
         """Write a directory that `lissom.load_generation` reads: the program, and the model's configuration as JSON.
 
         It is written completely or not at all; an existing decoder is replaced.
 
-        tokenizer: saved in the same directory.
+        tokenizer, processor: saved in the same directory; a processor may also be a feature extractor.
 
         Raises: ArtifactError if the directory cannot be written; UnsupportedError if the backend cannot be saved.
         """
-        save(self, check_path(directory), tokenizer)
+        save(self, check_path(directory), tokenizer, processor)
 
     def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from lissom.backends.distributed.backend import Distributed
 from lissom.backends.eager.backend import Eager
@@ -15,6 +16,7 @@ from lissom.compiler.pipeline.options import Goal, check_options
 from lissom.driver.options import resolve_passes
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.frontends.decoder import SHORTEST, longest_text
+from lissom.frontends.encoder_decoder import is_encoder_decoder
 from lissom.frontends.gguf import describe_blocks
 from lissom.frontends.huggingface import PACKAGED, find_directory, tokenizer_of
 from lissom.frontends.sources import Source, load
@@ -36,7 +38,8 @@ def load_prompted(model: str, prompt: str, device: str | None, *, allow_native: 
     decoder = load_generation(model, device, allow_native=allow_native)
     # Loading the decoder checked the tokenizer's files too.
     tokenizer = tokenizer_of(Path(model))
-    return decoder, tokenizer, read_prompt(prompt, tokenizer, decoder.max_length)
+    longest = longest_text(decoder) if is_encoder_decoder(decoder) else decoder.max_length
+    return decoder, tokenizer, read_prompt(prompt, tokenizer, longest)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def compile_prompted(
         raise UnsupportedError(f"{model} has no tokenizer, and a prompt is text; use lissom.compile_generation")
     longest = longest_text(source.model)
     ids = read_prompt(prompt, tokenizer, longest)
-    wanted = max(SHORTEST, ids.shape[1] + max_new_tokens)
+    wanted = max(SHORTEST, _slots(source.model, ids) + max_new_tokens)
     if place is not None:
         wanted = kept.rounded(wanted)
     decoder = compile_generation(
@@ -98,6 +101,11 @@ def compile_prompted(
     if place is not None:
         _keep(decoder, tokenizer, place, tell)
     return decoder, tokenizer, ids
+
+
+def _slots(model: nn.Module, ids: torch.Tensor) -> int:
+    """The slots of the KV cache that a prompt takes: the encoder of an encoder-decoder reads it, so the start token alone."""
+    return 1 if is_encoder_decoder(model) else ids.shape[1]
 
 
 def _default_passes(source: Source, request: Request, tell: Callable[[str], None]) -> str:
@@ -131,7 +139,7 @@ def _kept(place: Path, prompt: str, max_new_tokens: int, device: str | None) -> 
         return None
     longest = longest_text(decoder)
     ids = read_prompt(prompt, tokenizer, longest)
-    wanted = ids.shape[1] + max_new_tokens
+    wanted = decoder.slots(ids) + max_new_tokens
     fits = decoder.max_length >= (wanted if longest is None else min(wanted, longest))
     return (decoder, tokenizer, ids) if fits else None
 

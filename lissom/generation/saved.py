@@ -13,13 +13,15 @@ from transformers import CONFIG_MAPPING, GenerationConfig
 
 from lissom.artifacts import rank_files
 from lissom.artifacts.artifact import Trust
-from lissom.artifacts.directory import verified_bytes
+from lissom.artifacts.directory import verified_bytes, verified_path
 from lissom.artifacts.manifest import Content
+from lissom.artifacts.packed import load_packed
 from lissom.backends.base import Backend
 from lissom.errors import ArtifactError
 from lissom.fields import parse_json, shown
 from lissom.frontends.device import check_device
-from lissom.generation.directory import GENERATION, is_former, is_saved
+from lissom.generation.directory import ENCODER, GENERATION, is_former, is_saved
+from lissom.generation.encoder_decoder import EncoderDecoderModel
 from lissom.generation.model import GenerationModel
 from lissom.runtime.compiled_model import compiled_from
 from lissom.runtime.model_files import CONFIG, original_fields
@@ -44,7 +46,13 @@ def load(directory: Path, device: str | torch.device | None, backend: str | Back
     # As transformers does: pipelines look for the tokenizer and other files of the model there.
     config._name_or_path = str(directory)
     generation = _read(directory / GENERATION, loaded.files, GenerationConfig.from_dict)
-    return GenerationModel(compiled_from(loaded), config, generation)
+    if ENCODER not in loaded.files:
+        return GenerationModel(compiled_from(loaded), config, generation)
+    with verified_path(directory / ENCODER, loaded.files[ENCODER]) as path:
+        # The hash of the outer artifact, and so its signature, covers the encoder.
+        inner = Trust(trust.allow_native)
+        encoder = load_packed(path, lambda folder: compiled_from(rank_files.load(folder, check_device(device), backend, inner)))
+    return EncoderDecoderModel(compiled_from(loaded), encoder, config, generation)
 
 
 def configuration_of(fields: dict[str, Any]) -> Any:

@@ -84,9 +84,8 @@ def stream_tokens(
         raise InputError(f"seed is {seed}; give a whole number of 64 bits")
     speed = speed or Speed()
     draw = torch.Generator(decoder.device).manual_seed(seed)
-    decoder.reset()
     started = time.perf_counter()
-    logits = decoder.step(input_ids)
+    logits = decoder.prefill(input_ids)
     token = _choose(logits, temperature, draw)
     speed.prompt, speed.prompt_seconds = input_ids.shape[1], time.perf_counter() - started
     started = time.perf_counter()

@@ -1,0 +1,148 @@
+"""The two programs of an encoder-decoder: captured, compiled, and given calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lissom.backends.distributed.backend import Distributed
+from lissom.compiler.pipeline.pass_kinds import Pass, Training
+from lissom.compiler.training.vocabulary import IGNORED
+from lissom.driver.compile import compile_captured
+from lissom.driver.options import Inputs, Settings, check_settings, resolve_passes
+from lissom.errors import InputError, UnsupportedError
+from lissom.frontends.decoder import INPUTS, check_generating
+from lissom.frontends.device import check_device, device_of
+from lissom.frontends.encoder_decoder import capture_encoder, capture_source_decoder, decoder_inputs, encoder_example, widened
+from lissom.generation.encoder_decoder import ATTENTION_MASK, Encoder, EncoderDecoderModel, refuse_own_generate
+from lissom.generation.source_scoring import SourceScorer
+from lissom.runtime.compiled_model import CompiledModel
+
+Batch = torch.Tensor | Mapping[str, object]
+
+
+def compile_encoder_decoder(
+    model: nn.Module,
+    settings: Settings,
+    with_recipe: Callable[[str | Pass | Sequence[Pass]], list[Pass]],
+    *,
+    max_length: int,
+    batch: int,
+    all_logits: bool,
+    encoder_inputs: Mapping[str, object] | None,
+) -> EncoderDecoderModel:
+    """The encoder compiled, then the decoder; arguments and errors as for `compile_generation`.
+
+    with_recipe: puts the recipe `generation` before the passes of the decoder.
+    """
+    known = check_generating(model, max_length, batch)
+    refuse_own_generate(known)
+    _check_settings(known, settings)
+    place = check_device(settings.device)
+    device, batches = place or device_of(known), list(cast("Iterable[Batch]", settings.data))
+    example = encoder_example(known, encoder_inputs)
+    sizes = {"max_length": max_length, "batch": batch}
+    inputs = [_encoder_inputs(item, example) for item in batches]
+    tokens = [_decoder_tokens(known, item, next(iter(given.values()))) for item, given in zip(batches, inputs, strict=True)]
+    captured = capture_source_decoder(known, example, **sizes, all_logits=all_logits, device=place)
+    own = replace(settings, data=inputs)
+    if settings.metric is not None:
+        own = replace(own, metric=SourceScorer(settings.metric, batch, max_length, decoder=captured.program.copy()))
+    encoder = compile_captured(partial(capture_encoder, known, example, place), device, own, title="compile the encoder")
+    prompts = _decoder_prompts(Encoder(encoder), zip(inputs, tokens, strict=True), **sizes)
+    own = replace(settings, passes=with_recipe(settings.passes), data=prompts, max_drop=_rest(settings, encoder))
+    if settings.metric is not None:
+        own = replace(own, metric=SourceScorer(settings.metric, batch, max_length, encoder=encoder))
+    decoder = compile_captured(lambda: captured, device, own, title="compile the decoder")
+    return EncoderDecoderModel(decoder, encoder, known.config, cast(Any, known.generation_config))
+
+
+def _rest(settings: Settings, encoder: CompiledModel) -> float | None:
+    """What the encoder's passes left of max_drop."""
+    steps = [step.metric for step in encoder.report.history.steps if step.metric is not None]
+    if settings.max_drop is None or not steps:
+        return settings.max_drop
+    return max(0.0, settings.max_drop - max(0.0, steps[0] - steps[-1]))
+
+
+def _check_settings(model: PreTrainedModel, settings: Settings) -> None:
+    """Refuse what takes one program. Raises: UnsupportedError."""
+    _, backends = check_settings(settings)
+    name = type(model).__name__
+    if isinstance(backends[0], Distributed):
+        raise UnsupportedError(f"{name} is an encoder-decoder model, which runs in one process; choose backend='eager'")
+    trained = next((item for item in resolve_passes(settings.passes) if isinstance(item, Training)), None)
+    if trained is not None:
+        raise UnsupportedError(
+            f"{name} becomes two programs, and {trained.name()} trains one; train the model, then compile it for generation"
+        )
+
+
+def _encoder_inputs(batch: Batch, example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A calibration batch as inputs of the encoder's program, the main one first. Raises: InputError if that is missing."""
+    main = next(iter(example))
+    given = dict(batch) if isinstance(batch, Mapping) else {main: batch}
+    tensor = given.get(main)
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(f"data= has no tensor {main}; give what the encoder reads, with labels or decoder_input_ids")
+    others = {name: value for name, value in given.items() if name in example and isinstance(value, torch.Tensor)}
+    kept = {name: widened(value) for name, value in {main: tensor, **others}.items()}
+    if ATTENTION_MASK in example and ATTENTION_MASK not in kept:
+        kept[ATTENTION_MASK] = torch.ones(tensor.shape[:2], dtype=torch.int64, device=tensor.device)
+    return kept
+
+
+def _decoder_tokens(model: PreTrainedModel, batch: Batch, main: torch.Tensor) -> torch.Tensor:
+    """The decoder's tokens of a batch, [rows, tokens]: given, or its labels behind the start token.
+
+    main: the main input of the encoder, [rows, ...].
+
+    Raises: InputError if it has neither.
+    """
+    found = batch if isinstance(batch, Mapping) else {}
+    ids, labels = (_table(found.get(name), len(main)) for name in ("decoder_input_ids", "labels"))
+    if ids is not None:
+        return ids
+    start = getattr(model.generation_config, "decoder_start_token_id", None)
+    if labels is None or not isinstance(start, int):
+        raise InputError("data= of an encoder-decoder needs labels or decoder_input_ids, [rows, tokens], for the decoder")
+    shifted = labels.roll(1, 1)
+    shifted = shifted.masked_fill(shifted == IGNORED, start)
+    shifted[:, 0] = start
+    return shifted
+
+
+def _table(value: object, rows: int) -> torch.Tensor | None:
+    """The value, if it is a tensor [rows, tokens] of integers."""
+    fits = isinstance(value, torch.Tensor) and value.dim() == 2 and len(value) == rows and not value.is_floating_point()
+    return cast(torch.Tensor, value) if fits else None
+
+
+def _decoder_prompts(
+    encoder: Encoder, batches: Iterable[tuple[Mapping[str, torch.Tensor], torch.Tensor]], max_length: int, batch: int
+) -> list[Inputs]:
+    """Calibration batches as inputs of the decoder's program, `batch` rows at a time, behind an empty KV cache.
+
+    batches: the inputs of the encoder, and the tokens of the decoder, [rows, tokens].
+    """
+    found: list[Inputs] = []
+    for inputs, tokens in batches:
+        source, ids = encoder.read(inputs), tokens[:, :max_length]
+        for first in range(0, len(ids), batch):
+            # The last group is filled up with the first rows.
+            rows = torch.arange(first, first + batch, device=ids.device) % len(ids)
+            prompt = [
+                ids[rows],
+                torch.ones(batch, max_length, dtype=torch.int64, device=ids.device),
+                torch.arange(ids.shape[1], device=ids.device).expand(batch, -1).contiguous(),
+                torch.zeros(1, dtype=torch.int64, device=ids.device),
+            ]
+            rest = decoder_inputs({name: tensor[rows] for name, tensor in source.items()})
+            found.append(dict(zip(INPUTS, prompt, strict=True)) | rest)
+    return found
