@@ -55,7 +55,7 @@ class NodeErrors:
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8)).eval()
     >>> found = lissom.optimize(model, torch.randn(4, 64), passes="cast{dtype=bf16}", checks="structural")
     >>> errors = found.report.errors().nodes
-    >>> 0 < errors["linear"] < errors["linear_1"] < 0.01
+    >>> 0 < errors["linear"] < 0.01 and 0 < errors["linear_1"] < 0.01
     True
     """
 

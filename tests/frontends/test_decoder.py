@@ -102,7 +102,7 @@ def minimax() -> torch.nn.Module:
     [
         (lambda: torch.nn.Linear(2, 2), {}, UnsupportedError, "Linear is not a transformers model"),
         (lambda: tiny_bert().model, {}, UnsupportedError, "BertModel does not generate"),
-        (lambda: tiny_t5().model, {}, UnsupportedError, "takes a causal language model, such as LlamaForCausalLM"),
+        (lambda: tiny_t5().model, {}, UnsupportedError, "generation takes a language model, such as LlamaForCausalLM, or an"),
         (mamba, {}, UnsupportedError, "MambaForCausalLM starts its recurrence anew at every call"),
         (minimax, {}, UnsupportedError, "MiniMaxForCausalLM cannot be run with a cache that holds the state of every layer"),
         (neo, {}, CaptureError, "GPTNeoForCausalLM with a cache of fixed size differs"),

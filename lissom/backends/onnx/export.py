@@ -132,12 +132,23 @@ def _export(program: Program, example: Sample) -> ExportedProgram:
     flat = program.copy()
     flat.output.args = (tuple(results_of(flat)),)
     return_state(flat)
+    _copy_returned_inputs(flat)
     _respell(flat)
     shapes = (*(free_dimensions(leaf) for leaf in program.signature.tensors), *({} for _ in program.state))
     # The exporter reads the arguments from generated code, which the copy lacks.
     module = fx.GraphModule(flat.graph_module, flat.graph).eval()
     with torch.no_grad():
         return torch.export.export(module, traced, dynamic_shapes=shapes, strict=False)
+
+
+def _copy_returned_inputs(program: Program) -> None:
+    """Return copies of inputs that are outputs as they are: the exporter would give the input the output's name."""
+    for result in program.output.all_input_nodes:
+        if result.op == "placeholder":
+            with program.graph.inserting_before(program.output):
+                copied = program.graph.call_function(aten.clone.default, (result,))
+            copied.meta = dict(result.meta)
+            program.output.replace_input_with(result, copied)
 
 
 def _respell(program: Program) -> None:

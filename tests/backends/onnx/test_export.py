@@ -75,6 +75,21 @@ def test_nested_inputs_and_outputs_are_named_by_their_place():
     assert output_names(program) == ["past_layer_0_1", "past_layer_1_1", "sum_0"]
 
 
+class Returns(nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"doubled": 2 * x, "given": x}
+
+
+def test_an_input_that_is_returned_keeps_its_name(tmp_path):
+    found = capture(Returns(), (normal(2, 3),))
+    path = exported(found, tmp_path)
+    model = onnx.load(path)
+    assert [item.name for item in (*model.graph.input, *model.graph.output)] == ["x", "doubled", "given"]
+    x = normal(4, 5)
+    for one, other in zip(run_plainly(found, path, [x]), found.program.run([x]), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_plain_session_runs_the_file_at_other_sizes(tmp_path):
     found = capture_of("feed_forward")
     path = exported(found, tmp_path)
