@@ -14,6 +14,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
 
 from lissom.errors import InputError, UnsupportedError
 from lissom.files import check_path
@@ -245,7 +249,8 @@ class EncoderDecoderModel(GenerationModel):
 
     def _take_name(self) -> None:
         """As for every compiled model; `generate` is the model's own where transformers keeps it in a class of its own."""
-        original = getattr(transformers, self.program.name, None)
+        known = {*MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values()}
+        original = getattr(transformers, self.program.name) if self.program.name in known else None
         kinds = original.__mro__ if isinstance(original, type) else ()
         own = [kind for kind in kinds if issubclass(kind, GenerationMixin) and not issubclass(kind, PreTrainedModel)]
         own = [kind for kind in own if kind is not GenerationMixin]
