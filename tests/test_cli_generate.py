@@ -56,6 +56,19 @@ def test_generate_keeps_what_it_compiled(decoder, tmp_path, monkeypatch):
     assert "is kept for the next time in" in first.stderr
     assert "was compiled before and kept in" in second.stderr
     assert first.stdout == second.stdout
+    monkeypatch.setenv("LISSOM_KEPT_DECODERS", "some")
+    error = runner.invoke(app, arguments).exception
+    assert str(error) == "LISSOM_KEPT_DECODERS is 'some'; give the number of decoders to keep, 0 for none"
+
+
+@pytest.mark.slow
+def test_generate_compiles_anew_what_is_damaged_or_changed(decoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LISSOM_KEPT_DECODERS", "2")
+    monkeypatch.setattr("lissom.generation.kept.cache_folder", lambda: tmp_path)
+    copied = tmp_path / "model"
+    shutil.copytree(decoder, copied)
+    arguments = ["generate", str(copied), "one two", "--max-new-tokens", "5"]
+    assert "is kept for the next time in" in runner.invoke(app, arguments).stderr
     assert "kept" not in runner.invoke(app, [*arguments, "--fresh"]).stderr
     (place,) = (tmp_path / "decoders").iterdir()
     (place / "weights.safetensors").write_bytes(b"damaged")
@@ -65,9 +78,6 @@ def test_generate_keeps_what_it_compiled(decoder, tmp_path, monkeypatch):
     assert len(list(place.parent.iterdir())) == 2 and not place.exists()
     (copied / "model.safetensors").touch()
     assert "is kept for the next time" in runner.invoke(app, arguments).stderr
-    monkeypatch.setenv("LISSOM_KEPT_DECODERS", "some")
-    error = runner.invoke(app, arguments).exception
-    assert str(error) == "LISSOM_KEPT_DECODERS is 'some'; give the number of decoders to keep, 0 for none"
 
 
 def test_generate_reads_the_weights_of_a_gguf_file_as_they_are(decoder, tmp_path, monkeypatch):

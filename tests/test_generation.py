@@ -37,7 +37,7 @@ GREEDY = {"max_new_tokens": 50, "do_sample": False, "eos_token_id": None, "pad_t
 BACKENDS = {"eager": "eager", "onnxruntime": lissom.OnnxRuntime(timing_seconds=0)}
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 # Of a kind with gemma3, qwen2 and gpt_neox. tests/frontends/test_decoder.py captures them, and they are compared there.
-ALIKE = {"gemma2", "qwen3", "phi", "mistral"}
+ALIKE = {"gemma2", "qwen2", "qwen3", "phi", "mistral", "gpt_neox"}
 # Every form of ONNX Runtime's is built, some seconds a model.
 MODELS = [
     *(pytest.param("eager", name, marks=pytest.mark.slow if name in ALIKE else ()) for name in DECODERS),

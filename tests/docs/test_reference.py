@@ -26,6 +26,7 @@ SLOW = {
     "lissom.generation.load_generation",
     "lissom.generation.decoder.Decoder",
     "lissom.generation.model.GenerationModel",
+    "lissom.generation.encoder_decoder.EncoderDecoderModel",
 }
 
 

@@ -16,12 +16,13 @@ from lissom.frontends.decoder import INPUTS, capture_decoder
 from lissom.passes import PASSES, RECIPES
 from tests.decoders import DECODERS, GATED, MAX_LENGTH, ROTARY, WINDOWED, decoder
 from tests.models import seeded, tiny_bert, tiny_t5
+from tests.neighbours import all_but_slow
 
 aten = torch.ops.aten
 EXACT = parse_pipeline("exact", PASSES, RECIPES)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", all_but_slow(DECODERS, "llama", "gemma3", "gpt2", "bloom"))
 def test_passes_recognise_the_model_behind_its_cache(name: str) -> None:
     model = decoder(name)
     captured = capture_decoder(model, max_length=MAX_LENGTH)

@@ -18,6 +18,7 @@ from lissom.frontends.recurrences import recurrences_as_operators
 from lissom.ops import gated_delta_rule, selective_scan
 from tests.decoders import RECURRENT, decoder
 from tests.models import normal, seeded
+from tests.neighbours import all_but_slow
 
 modeling = transformers.models.qwen3_next.modeling_qwen3_next
 
@@ -125,7 +126,7 @@ def test_a_function_with_other_parameters_stays() -> None:
     assert torch.equal(lissom.compile(Other(), x)(x), 2 * x)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", all_but_slow([torch.bfloat16, torch.float64], torch.bfloat16))
 @pytest.mark.parametrize("build", [mamba, *RECURRENT.values()])
 def test_models_of_other_dtypes(build, dtype: torch.dtype) -> None:
     model = seeded(build).eval().to(dtype)

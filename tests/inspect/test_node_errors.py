@@ -141,6 +141,7 @@ def test_other_shapes_and_integers_have_no_error():
     assert rms_error((torch.ones(2), 1), (torch.zeros(2), 1)) == 1.0
 
 
+@pytest.mark.slow
 def test_the_model_may_be_given_and_must_be_the_same(case):
     model, inputs = Attention().eval(), case[1]
     report = lissom.optimize(model, inputs, checks="structural", dynamic=False).report

@@ -21,6 +21,7 @@ from lissom.ops import block_sparse_attention
 from lissom.ops.blocked_attention import block_sparse_attention_reference
 from lissom.ops.pattern import LAYOUT, Condition, Pattern
 from tests.models import normal, seeded
+from tests.neighbours import all_but_slow
 
 CAUSAL = Condition(-1, 1, high=0)
 FIRST = Condition(0, 1, high=4)
@@ -151,7 +152,7 @@ def test_heads_with_keys_of_their_own(tmp_path):
 BIASES = {"padding": (2, 1, 1, 140), "of a head": (1, 4, 1, 140), "of pairs": (1, 1, 140, 140), "of all": (2, 4, 140, 140)}
 
 
-@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("heads", all_but_slow([1, 4], 4))
 @pytest.mark.parametrize("kind", BIASES)
 def test_a_bias_is_gathered_with_the_keys(kind, heads, tmp_path):
     pattern = PATTERNS["blocks and window"]

@@ -16,6 +16,7 @@ from lissom.compiler.training.losses import IGNORED, Output, cross_entropy, dist
 from lissom.compiler.training.vocabulary import supervision, vocabulary_loss
 from tests import captures
 from tests.models import normal, seeded
+from tests.neighbours import all_but_slow
 
 WORDS, WIDTH = 97, 16
 SIZES: dict[str, Any] = {
@@ -90,7 +91,7 @@ class Largest(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize("case", [llama, gemma, gpt2, phi, granite])
+@pytest.mark.parametrize("case", all_but_slow([llama, gemma, gpt2, phi, granite], llama, gemma))
 @pytest.mark.parametrize("passes", ["exact", "quantize{scheme=int4-weight,group=8,lm_head=true}"], ids=["float", "int4"])
 def test_equals_the_whole_logits(case, passes) -> None:
     """Both losses with padding and unlabelled tokens, from a teacher of its own head, in parts of two rows."""

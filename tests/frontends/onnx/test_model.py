@@ -18,6 +18,7 @@ from lissom.frontends.onnx.model import OnnxModel, read
 from lissom.passes import RECIPES
 from tests.frontends.onnx_files import export, graph, run, tiny_vit
 from tests.models import Case, normal, tiny_llama, tokens
+from tests.neighbours import all_but_slow
 
 for _package in ("onnx", "onnx_ir", "onnx2fx", "onnxruntime", "onnxscript"):
     pytest.importorskip(_package, reason=f"{_package} is not installed: pip install 'lissom[from-onnx,dev]'")
@@ -107,7 +108,7 @@ def test_opset_23_gives_what_the_model_gives(files):
         assert difference(found.module(**inputs), [wanted]) < 1e-5
 
 
-@pytest.mark.parametrize("exporter", [*EXPORTERS, "opset 23"])
+@pytest.mark.parametrize("exporter", all_but_slow([*EXPORTERS, "opset 23"], "torchscript, opset 17", "opset 23"))
 def test_the_program_reads_like_that_of_the_model(files, exporter):
     """Linear layers, norms, attention and activations are single operators, as when the model itself is compiled."""
     _, model = files("llama", exporter)

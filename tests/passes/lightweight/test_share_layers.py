@@ -20,6 +20,7 @@ from lissom.passes import PASSES
 from lissom.passes.lightweight.share_layers import ShareLayers
 from tests import captures
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.neighbours import all_but_slow
 from tests.passes.harness import check_golden, every_backend, rewrite
 
 STACKS = {
@@ -199,7 +200,7 @@ def test_options_are_spelt_as_they_are_written() -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("build", [tiny_bert, tiny_llama])
+@pytest.mark.parametrize("build", all_but_slow([tiny_bert, tiny_llama], tiny_bert))
 def test_composes(build: Callable[[], Case], backend: Backend) -> None:
     case = build()
     pruning = "prune-neurons{keep=0.5,criterion=magnitude},eliminate-dead"

@@ -15,6 +15,7 @@ from lissom.backends.base import Backend
 from lissom.passes.prune.eliminate_dead_tokens import EliminateDeadTokens
 from tests import captures
 from tests.models import VOCABULARY, FeedForward, normal, seeded, tokens
+from tests.neighbours import all_but_slow
 from tests.passes.harness import check_golden, every_backend, rewrite
 
 _SMALL: dict[str, object] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -131,7 +132,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, object]]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", all_but_slow(MODELS, "bert, first token", "vit, class token", "llama, last logits"))
 def test_transformers_compute_their_last_layer_where_it_is_read(name: str) -> None:
     build, given = MODELS[name]
     optimized = captures.optimize(seeded(build), given, passes="eliminate-dead-tokens")

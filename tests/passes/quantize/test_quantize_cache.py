@@ -14,6 +14,7 @@ from lissom.ops.quantization import dequantize
 from lissom.passes.quantize.quantize_cache import QuantizeCache
 from tests.decoders import decoder, prompt
 from tests.models import normal
+from tests.neighbours import all_but_slow
 from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
 
 
@@ -34,7 +35,7 @@ def test_leaves_other_graphs_alone() -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", all_but_slow(["llama", "gpt2"], "llama"))
 def test_numbers(name: str, bits: int) -> None:
     before, after, _ = quantized(name, bits, batch=2)
     ids = prompt(2)["input_ids"]

@@ -26,6 +26,7 @@ from lissom.errors import UnsupportedError
 from lissom.frontends.export import capture
 from lissom.passes import PASSES, RECIPES
 from tests.models import Case, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
+from tests.neighbours import all_but_slow
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 37}
 
@@ -81,7 +82,7 @@ def removable(program: Program, found: Axes) -> dict[Axis, list[tuple[str, int]]
     return readers
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", all_but_slow(MODELS, "bert", "llama"))
 @settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10_000))
 def test_removing_indices_that_contribute_nothing_changes_no_output(name: str, seed: int):

@@ -19,6 +19,7 @@ from lissom.compiler.ir.program import Program
 from lissom.ops.pattern import Condition
 from tests import captures
 from tests.models import VOCABULARY, Case, normal, seeded, tokens
+from tests.neighbours import all_but_slow
 from tests.passes.harness import Calls, rewrite
 
 LENGTH = 37
@@ -216,7 +217,7 @@ WINDOWS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("name", all_but_slow(WINDOWS, "gemma2", "mistral"))
 def test_windows_that_models_come_with_are_read(name: str) -> None:
     build, windows = WINDOWS[name]
     case = Case(seeded(build), {"input_ids": tokens(2, 11), "use_cache": False})

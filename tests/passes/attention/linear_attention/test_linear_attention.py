@@ -19,6 +19,7 @@ from lissom.ops.linear_attention import linear_attention
 from lissom.passes.attention.linear_attention.linear_attention import LinearAttention, chunk_for
 from tests import captures
 from tests.models import CASES, Counter, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tokens
+from tests.neighbours import all_but_slow
 from tests.passes.harness import calls, check_golden, every_backend, rewrite
 from tests.passes.models import optimized
 from tests.passes.quantize.calibrated import passed
@@ -170,7 +171,7 @@ def test_the_mask_is_not_made_any_more() -> None:
     ("name", "reason"),
     [
         ("t5", "a bias is added to its scores"),
-        ("deberta", "a bias is added to its scores"),
+        pytest.param("deberta", "a bias is added to its scores", marks=pytest.mark.slow),
         ("gemma3", "its mask hides more than padding and later tokens"),
     ],
 )
@@ -244,7 +245,7 @@ def test_it_trains(name: str) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("name", ["bert", pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
+@pytest.mark.parametrize("name", all_but_slow(["bert", "gpt2", "llama"], "llama"))
 def test_composes(name: str, backend: Backend) -> None:
     case = CASES[name]()
     passes = "prune-heads{keep=0.5},eliminate-dead,linear-attention{features=elu},quantize"

@@ -24,6 +24,7 @@ from lissom.passes.attention.sparsify_attention.attention_mass import BlockMass,
 from lissom.passes.attention.sparsify_attention.sparsify_attention import SparsifyAttention, random_layout, with_room
 from tests import captures
 from tests.models import Case, normal, tiny_bert, tiny_gpt2, tiny_llama, tokens
+from tests.neighbours import all_but_slow
 from tests.passes.harness import Calls, check_golden, every_backend, rewrite
 
 MODELS = {build.__name__: build for build in (tiny_bert, tiny_gpt2, tiny_llama)}
@@ -230,7 +231,9 @@ def test_text_and_object_are_inverse() -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("options", ["{window=2}", "{pattern=global-window-random,window=1,block=2,random_blocks=1}"])
+@pytest.mark.parametrize(
+    "options", all_but_slow(["{window=2}", "{pattern=global-window-random,window=1,block=2,random_blocks=1}"], "{window=2}")
+)
 def test_composes(options: str, backend: Backend) -> None:
     case = tiny_llama()
     passes = f"sparsify-attention{options}"

@@ -17,6 +17,7 @@ from lissom.passes import PASSES
 from lissom.passes.lightweight.depthwise_separable.depthwise_separable import DepthwiseSeparable
 from tests import captures
 from tests.models import Case, normal, seeded, tiny_bert
+from tests.neighbours import all_but_slow
 from tests.passes.harness import Calls, calls, check_golden, every_backend, rewrite
 from tests.passes.lightweight.depthwise_separable.test_factors import best, layout_of
 from tests.passes.lightweight.models import (
@@ -311,7 +312,7 @@ def test_one_sample_without_a_batch_is_taken() -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("build", [tiny_wav2vec2, tiny_segformer])
+@pytest.mark.parametrize("build", all_but_slow([tiny_wav2vec2, tiny_segformer], tiny_segformer))
 def test_composes(build: Callable[[], Case], backend: Backend) -> None:
     case = build()
     passes = "exact,prune-neurons{keep=0.5,criterion=magnitude},eliminate-dead,depthwise-separable{budget=0.6},quantize"

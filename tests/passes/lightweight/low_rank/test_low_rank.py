@@ -14,6 +14,7 @@ from lissom.errors import UnsupportedError
 from lissom.passes.lightweight.low_rank.low_rank import LowRank
 from tests import captures
 from tests.models import FeedForward, normal, seeded, tokens
+from tests.neighbours import all_but_slow
 from tests.passes.harness import apply, aten, calls, capture_model, check_golden, every_backend, rewrite
 from tests.passes.quantize.calibrated import MODELS, exact, passed
 
@@ -237,7 +238,9 @@ def test_the_model_is_as_it_was_and_the_factors_train() -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("behind", ["", ",quantize{scheme=int8-dynamic}", ",cast{dtype=bf16}"])
+@pytest.mark.parametrize(
+    "behind", all_but_slow(["", ",quantize{scheme=int8-dynamic}", ",cast{dtype=bf16}"], ",quantize{scheme=int8-dynamic}")
+)
 def test_composes(backend: Backend, behind: str) -> None:
     if backend.name == "onnxruntime" and "bf16" in behind:
         pytest.skip("ONNX Runtime lacks kernels of bfloat16 on a CPU")

@@ -14,6 +14,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.passes.prune.pack_tokens.pack_tokens import PackTokens
 from tests import captures
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.neighbours import all_but_slow
 from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite
 
 MODELS = {build.__name__: build for build in (tiny_bert, tiny_gpt2, tiny_llama, tiny_t5)}
@@ -141,7 +142,7 @@ def test_a_second_attention_that_sees_padding_is_a_reason_to_stop() -> None:
     assert history.steps[1].summary == "rewrote 0 of 1; skipped 1: its mask does not hide padding"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", all_but_slow(MODELS, "tiny_bert"))
 def test_transformers_compose_with_zero_padding_and_cast(name: str) -> None:
     case: Case = MODELS[name]()
     fitting = {**case.kwargs, "attention_mask": torch.ones_like(case.kwargs["input_ids"])}
