@@ -292,6 +292,7 @@ def main() -> None:
     for engine in options.engines.split(","):
         with served(engine, options.threads) as (port, process):
             rows.append(asyncio.run(measure(engine, port, process, wanted, options)))
+        print(f"{engine}: {rows[-1].bounded.rate:.0f} requests/s", flush=True)
     printed = tables(rows, options)
     print(printed)
     if options.update:
