@@ -13,7 +13,7 @@ from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE
 from lissom.compiler.parallel.plan import make_plan
 from lissom.inspect.sharding import joint_traffic, traffic
 from tests import captures
-from tests.models import seeded
+from tests.models import normal, seeded
 from tests.passes.harness import rewrite
 from tests.passes.parallel.models import collectives, reasons
 
@@ -53,7 +53,7 @@ class Head(nn.Module):
 def test_numbers(name: str, world_size: int) -> None:
     read, wanted = READERS[name]
     # 61 divides by none of these; the shift makes a zero in the place of a row that is not there the greatest of all.
-    program, history = rewrite(CUT.format(world_size), seeded(lambda: Head(61, read, -50.0)), torch.randn(2, 5, 8))
+    program, history = rewrite(CUT.format(world_size), seeded(lambda: Head(61, read, -50.0)), normal(2, 5, 8))
     assert reasons(history) == []
     assert collectives(program) == wanted
     for node in program.nodes(ALL_REDUCE, ALL_GATHER):
@@ -63,7 +63,7 @@ def test_numbers(name: str, world_size: int) -> None:
 @pytest.mark.parametrize("vocabulary", [16, 17, 21, 22, 64])
 def test_vocabularies_that_fill_some_ranks(vocabulary: int) -> None:
     # On 4 ranks 17 rows are blocks of 5, the last of which holds 2; 21 are blocks of 6, of which the last holds 3.
-    rewrite(CUT.format(4), seeded(lambda: Head(vocabulary, lambda x: (x.argmax(-1), x.amax(-1)), -9.0)), torch.randn(3, 2, 8))
+    rewrite(CUT.format(4), seeded(lambda: Head(vocabulary, lambda x: (x.argmax(-1), x.amax(-1)), -9.0)), normal(3, 2, 8))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -73,15 +73,15 @@ def test_the_first_of_equals_wins(world_size: int) -> None:
         model.head.weight.zero_()
         for places in ([17, 33, 60], [59, 60], [0, 31], range(61)):
             model.head.bias.fill_(-3.0)[list(places)] = -1.0
-            program, _ = rewrite(CUT.format(world_size), model, torch.randn(2, 5, 8))
-            for found in program.run_ranks([torch.randn(2, 5, 8)])[-1]:
+            program, _ = rewrite(CUT.format(world_size), model, normal(2, 5, 8))
+            for found in program.run_ranks([normal(2, 5, 8)])[-1]:
                 assert isinstance(found, torch.Tensor) and found.unique().tolist() == [min(places)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_formats(dtype: torch.dtype) -> None:
     model = seeded(lambda: Head(61, lambda x: (x.argmax(-1), x.log_softmax(-1).amax(-1), x.logsumexp(-1)))).to(dtype)
-    rewrite(CUT.format(4), model, torch.randn(2, 5, 8, dtype=dtype))
+    rewrite(CUT.format(4), model, normal(2, 5, 8).to(dtype))
 
 
 def test_infinite_logits() -> None:
@@ -96,22 +96,22 @@ def test_infinite_logits() -> None:
 
     mask = torch.ones(61, dtype=torch.bool)
     mask[[3, 59]] = False
-    program, _ = rewrite(CUT.format(4), seeded(Masked), torch.randn(2, 5, 8), mask)
+    program, _ = rewrite(CUT.format(4), seeded(Masked), normal(2, 5, 8), mask)
     # Of a row of nothing but -inf the first place is the best, and every place named is one that is there.
-    best, total, _, _, places = program.run_ranks([torch.randn(2, 5, 8), torch.ones(61, dtype=torch.bool)])[0]
+    best, total, _, _, places = program.run_ranks([normal(2, 5, 8), torch.ones(61, dtype=torch.bool)])[0]
     assert isinstance(best, torch.Tensor) and isinstance(total, torch.Tensor) and isinstance(places, torch.Tensor)
     assert not best.any() and (total == -torch.inf).all() and places.max() <= 60
 
 
 def test_logits_that_are_returned_are_gathered_once() -> None:
-    program, _ = rewrite(CUT.format(2), seeded(lambda: Head(61, lambda x: (x, x.argmax(-1)))), torch.randn(2, 5, 8))
+    program, _ = rewrite(CUT.format(2), seeded(lambda: Head(61, lambda x: (x, x.argmax(-1)))), normal(2, 5, 8))
     assert collectives(program) == (0, 1)
-    program, _ = rewrite(CUT.format(2), seeded(lambda: Head(61, lambda x: x.log_softmax(-1))), torch.randn(2, 5, 8))
+    program, _ = rewrite(CUT.format(2), seeded(lambda: Head(61, lambda x: x.log_softmax(-1))), normal(2, 5, 8))
     assert collectives(program) == (0, 1)
 
 
 def test_short_rows_are_gathered() -> None:
-    program, _ = rewrite(CUT.format(4), seeded(lambda: Head(8, lambda x: x.softmax(-1).amax(-1))), torch.randn(2, 5, 8))
+    program, _ = rewrite(CUT.format(4), seeded(lambda: Head(8, lambda x: x.softmax(-1).amax(-1))), normal(2, 5, 8))
     assert collectives(program) == (0, 1)
 
 
