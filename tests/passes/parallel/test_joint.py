@@ -53,7 +53,8 @@ class Head(nn.Module):
 def test_numbers(name: str, world_size: int) -> None:
     read, wanted = READERS[name]
     # 61 divides by none of these; the shift makes a zero in the place of a row that is not there the greatest of all.
-    program, history = rewrite(CUT.format(world_size), seeded(lambda: Head(61, read, -50.0)), normal(2, 5, 8))
+    # No two of the greatest are within rounding of each other here, where ranks may choose the other.
+    program, history = rewrite(CUT.format(world_size), seeded(lambda: Head(61, read, -50.0)), normal(2, 5, 8, seed=1))
     assert reasons(history) == []
     assert collectives(program) == wanted
     for node in program.nodes(ALL_REDUCE, ALL_GATHER):
