@@ -19,20 +19,21 @@ from lissom.generation.directory import ENCODER
 from lissom.generation.encoder_decoder import EncoderDecoderModel
 from tests.decoders import decoder
 from tests.encoder_decoders import MAX_LENGTH, compiled, model, source
+from tests.neighbours import all_but_slow
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 # Logits are up to ten, and sums of float32 in another order.
 CLOSE = {"rtol": 1e-4, "atol": 5e-4}
 BART = "encoder-decoder/bart"
-SLOW = [
+FAMILIES = [
+    BART,
     *(f"encoder-decoder/{name}" for name in ("t5", "t5gemma", "t5gemma2", "marian", "mbart", "pegasus", "m2m_100")),
     "encoder-decoder/encoder-decoder",
     *(f"speech/{name}" for name in ("whisper", "speech_to_text", "moonshine", "speecht5", "canary")),
 ]
-FAMILIES = [BART, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", all_but_slow(FAMILIES, BART))
 def test_generate_gives_the_tokens_the_model_gives(name: str) -> None:
     fast = compiled(name)
     begun = torch.tensor([[1, 7, 8], [1, 9, 6]])

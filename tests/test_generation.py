@@ -29,6 +29,7 @@ from lissom.inspect.report import Report
 from lissom.passes import RECIPES, known_passes
 from tests.decoders import DECODERS, MAX_LENGTH, RECURRENT, decoder, prompt
 from tests.models import seeded
+from tests.neighbours import all_but_slow
 
 GREEDY = {"max_new_tokens": 50, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -323,9 +324,7 @@ def test_lossy_passes_calibrate_on_texts_and_are_scored() -> None:
     assert steps[first - 1 : first + 2] == ["eliminate-dead-tokens", "quantize{scheme=int8-static}", "quantize-cache"]
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", *(pytest.param(x, marks=pytest.mark.slow) for x in ("gemma3", "gpt2", "qwen2", "mistral"))]
-)
+@pytest.mark.parametrize("name", all_but_slow(["llama", "gemma3", "gpt2", "qwen2", "mistral"], "llama"))
 def test_attention_over_a_cache_as_one_operator_gives_the_same_tokens(name: str) -> None:
     """The form of ONNX Runtime that is chosen where it is faster, which for models as small it may not be."""
     pytest.importorskip("onnxruntime")

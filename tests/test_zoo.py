@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.neighbours import all_but_slow
 from tools.zoo import catalogue, coverage, dynamo
 from tools.zoo.check import BACKENDS, check
 from tools.zoo.entry import FAMILIES
@@ -60,7 +61,7 @@ def loading() -> Iterator[str]:
         yield address
 
 
-@pytest.mark.parametrize("name", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+@pytest.mark.parametrize("name", all_but_slow((*FEW, *MORE), *FEW))
 def test_few(name: str, loading: str) -> None:
     """One contract: the same structure and the same values on every backend, and after saving and loading."""
     record: dict[str, Any] = {"name": name, "family": ENTRIES[name].family}
@@ -87,7 +88,7 @@ MORE_UNDER_TORCH_COMPILE = (
 
 @pytest.mark.parametrize(
     "name",
-    [*UNDER_TORCH_COMPILE, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_UNDER_TORCH_COMPILE)],
+    all_but_slow((*UNDER_TORCH_COMPILE, *MORE_UNDER_TORCH_COMPILE), *UNDER_TORCH_COMPILE),
 )
 def test_few_under_torch_compile(name: str) -> None:
     record: dict[str, Any] = {"name": name, "family": ENTRIES[name].family}

@@ -11,6 +11,7 @@ import lissom
 from lissom.errors import CaptureError
 from lissom.frontends.export import capture
 from tests.models import seeded, tokens
+from tests.neighbours import all_but_slow
 
 SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 SEQ2SEQ = {
@@ -66,9 +67,7 @@ def inputs_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return main | ({"decoder_input_ids": tokens(2, 4)} if model.config.is_encoder_decoder else {})  # pyright: ignore
 
 
-@pytest.mark.parametrize(
-    "build", [llama, bart, Wrapped, *(pytest.param(x, marks=pytest.mark.slow) for x in (t5, whisper, mamba))]
-)
+@pytest.mark.parametrize("build", all_but_slow([llama, bart, Wrapped, t5, whisper, mamba], llama, bart, Wrapped))
 def test_it_is_captured_without_the_cache(build) -> None:
     model = build().eval()
     configs = [module.config for module in model.modules() if hasattr(module, "config")]

@@ -19,6 +19,7 @@ from lissom.ops import gated_delta_rule, selective_scan
 from lissom.ops.native import load_kernels
 from lissom.ops.recurrences import gated_delta_rule_reference, selective_scan_reference
 from tests.models import normal
+from tests.neighbours import all_but_slow
 from tests.passes.harness import capture_model, every_backend
 
 # Sums of some hundred products in float32, in another order.
@@ -115,9 +116,7 @@ def test_a_text_in_parts_gives_what_it_gives_at_once(name: str) -> None:
     assert relative_error(last, state) < SUMS
 
 
-@pytest.mark.parametrize(
-    "name", ["per head", "scan", *(pytest.param(x, marks=pytest.mark.slow) for x in ("per feature", "scan per state"))]
-)
+@pytest.mark.parametrize("name", all_but_slow(CALLS, "per head", "scan"))
 def test_gradients(name: str) -> None:
     operator, _, operands, options = CALLS[name](3)
     narrow = [item[..., :5] if item.dim() == 4 and item.shape[-1] > 18 else item for item in operands]

@@ -18,6 +18,7 @@ from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of
 from lissom.compiler.verify.structure import verify_structure
 from lissom.passes import PASSES
+from tests.neighbours import all_but_slow
 from tools.zoo.catalogue import entries
 from tools.zoo.known import CANNOT_BE_CAPTURED
 from tools.zoo.removal import REWRITES, canonical, expected_left, mask_randomly, read_columns
@@ -60,7 +61,7 @@ def check(program: Program, samples: list[Sample], seed: int) -> None:
         assert after.parameter_count < masked.parameter_count
 
 
-@pytest.mark.parametrize("name", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+@pytest.mark.parametrize("name", all_but_slow((*FEW, *MORE), *FEW))
 @settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**20))
 def test_a_random_pattern(name: str, seed: int) -> None:

@@ -19,6 +19,7 @@ from lissom.ops.quantization import dequantize
 from lissom.ops.weight_quantized_linear import weight_quantized_linear
 from tests import captures
 from tests.models import normal
+from tests.neighbours import all_but_slow
 from tests.passes.harness import check_golden, every_backend, rewrite, step_of
 
 gguf_files = pytest.importorskip("tests.gguf_files")
@@ -150,10 +151,10 @@ def test_every_backend_gives_the_same(backend: object) -> None:
 
 @pytest.mark.parametrize(
     "passes",
-    [
+    all_but_slow(
+        ["use-stored-weights,cast{dtype=bf16}", "use-stored-weights,quantize-cache", "generation"],
         "use-stored-weights,cast{dtype=bf16}",
-        *(pytest.param(passes, marks=pytest.mark.slow) for passes in ("use-stored-weights,quantize-cache", "generation")),
-    ],
+    ),
 )
 def test_it_composes_and_is_lowered(llama: nn.Module, passes: str, tmp_path: Path) -> None:
     passes = passes if "use-stored" in passes else f"{passes},use-stored-weights"

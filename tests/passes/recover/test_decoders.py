@@ -23,6 +23,7 @@ from lissom.generation.decoder import labelled_prompts, prompts
 from lissom.passes.recover.finetune import Finetune
 from tests.decoders import DECODERS, RECURRENT, VOCABULARY
 from tests.models import seeded
+from tests.neighbours import all_but_slow
 
 QUANTIZED = "quantize{scheme=int4-weight,group=8}"
 
@@ -60,7 +61,7 @@ def best(step: Step) -> float:
     return min(point.held_out for point in step.curve)
 
 
-@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "gpt2"))])
+@pytest.mark.parametrize("name", all_but_slow(["llama", "gemma2", "gpt2"], "llama"))
 def test_distills_a_program_with_a_cache(name) -> None:
     """The prefill is trained on all tokens, and the state stays empty and without gradients."""
     passes = f"{QUANTIZED},distill{{steps=80,learning_rate=3e-4,precision=fp32}}"

@@ -18,6 +18,7 @@ from lissom.passes.attention.pool_heads.pool_heads import PoolHeads
 from tests import captures
 from tests.decoders import decoder, prompt
 from tests.models import VOCABULARY, Case, normal, seeded, tiny_gpt2, tiny_llama, tiny_t5, tokens
+from tests.neighbours import all_but_slow
 from tests.passes.harness import Calls, check_golden, every_backend, rewrite
 from tests.passes.prune.models import reasons, sites_of
 
@@ -208,7 +209,7 @@ def test_composes(backend: Backend) -> None:
     assert compiled.program.parameter_count < sum(weight.numel() for weight in module.parameters())
 
 
-@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "gpt2"))])
+@pytest.mark.parametrize("name", all_but_slow(["llama", "gemma3", "gpt2"], "llama"))
 def test_a_decoder_generates_the_same_with_a_smaller_cache(name: str) -> None:
     model, ids = decoder(name), prompt()["input_ids"]
     pooled, merged = (
