@@ -267,6 +267,15 @@ def _left_padded_labels(rows: Sequence[tuple[torch.Tensor, torch.Tensor | None]]
     return torch.stack([torch.nn.functional.pad(labels, (tokens - labels.numel(), 0), value=IGNORED) for labels in found])
 
 
+def unpadded(ids: torch.Tensor, max_length: int) -> dict[str, torch.Tensor]:
+    """Texts of one length, [rows, tokens], as inputs of a decoder with an empty KV cache, by name."""
+    rows, tokens = ids.shape
+    mask = torch.ones(rows, max_length, dtype=torch.int64, device=ids.device)
+    positions = torch.arange(tokens, device=ids.device).expand(rows, -1).contiguous()
+    start = torch.zeros(1, dtype=torch.int64, device=ids.device)
+    return dict(zip(INPUTS, (ids, mask, positions, start), strict=True))
+
+
 def _left_padded(rows: Sequence[torch.Tensor], max_length: int) -> Sample:
     tokens = max(row.numel() for row in rows)
     ids = torch.zeros(len(rows), tokens, dtype=torch.int64, device=rows[0].device)

@@ -111,7 +111,6 @@ class EncoderDecoderModel(GenerationModel):
         self.main_input_name = self.encoder.main_input_name  # pyright: ignore[reportAttributeAccessIssue]
         self.input_modalities = "text" if self.main_input_name == "input_ids" else "audio"  # pyright: ignore
         self._read_from: object = None
-        self._copies = 1  # how many rows one after the other read the same text
         if _WHISPER in (found.__name__ for found in type(self).__mro__):
             # Its `generate` reads the strides of the encoder's convolutions, which are these in every configuration.
             strides = SimpleNamespace(conv1=SimpleNamespace(stride=(1,)), conv2=SimpleNamespace(stride=(2,)))
@@ -210,17 +209,6 @@ class EncoderDecoderModel(GenerationModel):
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         return sum(part.get_memory_footprint(return_buffers) for part in (super(), self.encoder.compiled))
-
-    def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: object,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        self._copies = self.batch // batch_size
 
     def _check(self, input_ids: torch.Tensor) -> int:
         if not self._source:

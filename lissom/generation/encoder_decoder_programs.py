@@ -17,9 +17,10 @@ from lissom.compiler.training.vocabulary import IGNORED
 from lissom.driver.compile import compile_captured
 from lissom.driver.options import Inputs, Settings, check_settings, resolve_passes
 from lissom.errors import InputError, UnsupportedError
-from lissom.frontends.decoder import INPUTS, check_generating
+from lissom.frontends.decoder import check_generating
 from lissom.frontends.device import check_device, device_of
 from lissom.frontends.encoder_decoder import capture_encoder, capture_source_decoder, decoder_inputs, encoder_example, widened
+from lissom.generation.decoder import unpadded
 from lissom.generation.encoder_decoder import ATTENTION_MASK, Encoder, EncoderDecoderModel, refuse_own_generate
 from lissom.generation.source_scoring import SourceScorer
 from lissom.runtime.compiled_model import CompiledModel
@@ -137,12 +138,6 @@ def _decoder_prompts(
         for first in range(0, len(ids), batch):
             # The last group is filled up with the first rows.
             rows = torch.arange(first, first + batch, device=ids.device) % len(ids)
-            prompt = [
-                ids[rows],
-                torch.ones(batch, max_length, dtype=torch.int64, device=ids.device),
-                torch.arange(ids.shape[1], device=ids.device).expand(batch, -1).contiguous(),
-                torch.zeros(1, dtype=torch.int64, device=ids.device),
-            ]
             rest = decoder_inputs({name: tensor[rows] for name, tensor in source.items()})
-            found.append(dict(zip(INPUTS, prompt, strict=True)) | rest)
+            found.append(unpadded(ids[rows], max_length) | rest)
     return found

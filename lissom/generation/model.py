@@ -54,6 +54,7 @@ class GenerationModel(Decoder, CompiledGeneration):
         self.config = config
         self.generation_config = generation_config
         self.cache = DecoderCache(self)
+        self._copies = 1  # how many rows one after the other are of the same text
         self._take_name()
 
     def forward(
@@ -166,6 +167,7 @@ class GenerationModel(Decoder, CompiledGeneration):
         given = model_kwargs.get("cache")
         if given is not None and given is not self.cache:
             raise InputError(f"cache= is a {type(given).__name__} from elsewhere; a compiled decoder has its own, .cache")
+        self._copies = copies
         if given is None and generation_config.use_cache is not False:
             self.reset()
             model_kwargs["cache"] = self.cache

@@ -16,6 +16,9 @@ from lissom.frontends.decoder import INPUTS
 from lissom.generation.decoder import prompts
 from lissom.runtime.compiled_model import CompiledModel
 
+LAST_ALONE = (
+    "the decoder computes the logits of the last token alone; compile it with all_logits=True for a metric of all positions"
+)
 NextToken = Callable[..., torch.Tensor]
 """Takes input_ids and attention_mask of `batch` rows, and all_positions; returns logits."""
 
@@ -120,10 +123,7 @@ class _Scored:
         if logits.shape[1] == tokens:
             return logits
         if head is None or not watched or watched[0].shape[1] != tokens:
-            raise UnsupportedError(
-                "the decoder computes the logits of the last token alone; compile it with all_logits=True for a metric of all "
-                "positions"
-            )
+            raise UnsupportedError(LAST_ALONE)
         return _logits(head, watched[0])
 
 

@@ -10,8 +10,9 @@ import torch
 
 from lissom.compiler.ir.program import Program
 from lissom.errors import InputError, UnsupportedError
-from lissom.frontends.decoder import INPUTS
 from lissom.frontends.encoder_decoder import decoder_inputs
+from lissom.generation.decoder import unpadded
+from lissom.generation.scoring import LAST_ALONE
 from lissom.runtime.compiled_model import CompiledModel
 
 Part = Program | CompiledModel
@@ -51,20 +52,14 @@ class _Scored:
 
         Raises: InputError; UnsupportedError for all positions of a decoder that computes the last alone.
         """
-        if not isinstance(decoder_input_ids, torch.Tensor) or decoder_input_ids.shape[:1] != (self.batch,):  # pyright: ignore
+        is_tensor = isinstance(decoder_input_ids, torch.Tensor)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not is_tensor or decoder_input_ids.dim() != 2 or len(decoder_input_ids) != self.batch:
             raise InputError(f"metric gave other decoder_input_ids than a tensor [{self.batch}, tokens]; compile with batch=")
-        tokens, device = decoder_input_ids.shape[1], decoder_input_ids.device
-        counted = torch.arange(tokens, device=device).expand(self.batch, -1).contiguous()
-        mask = torch.ones(self.batch, self.max_length, dtype=torch.int64, device=device)
-        start = torch.zeros(1, dtype=torch.int64, device=device)
-        given = dict(zip(INPUTS, (decoder_input_ids, mask, counted, start), strict=True))
+        given = unpadded(decoder_input_ids, self.max_length)
         source = cast("dict[str, torch.Tensor]", _run(self.encoder, inputs))
         logits = cast(torch.Tensor, _run(self.decoder, given | decoder_inputs(source)))
-        if all_positions and logits.shape[1] != tokens:
-            raise UnsupportedError(
-                "the decoder computes the logits of the last token alone; compile it with all_logits=True for a metric of all "
-                "positions"
-            )
+        if all_positions and logits.shape[1] != decoder_input_ids.shape[1]:
+            raise UnsupportedError(LAST_ALONE)
         return logits if all_positions else logits[:, -1]
 
 

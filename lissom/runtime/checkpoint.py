@@ -233,17 +233,25 @@ def _state(
 def _confirm(program: Program, model: PreTrainedModel, example: Sample, folder: Path) -> None:
     """Load the checkpoint in plain transformers and compare it with the program. Raises: UnsupportedError."""
     loaded = type(model).from_pretrained(folder, local_files_only=True).eval()
-    args, kwargs = program.signature.arguments([tensor.cpu() for tensor in example])
-    with torch.no_grad(), without_kv_cache(loaded):
-        wanted = [leaf for leaf in program.run(example) if isinstance(leaf, torch.Tensor)]
-        given = pytree.tree_leaves(loaded(*args, **kwargs), is_leaf=is_kv_cache_object)
-    found = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
-    pairs = list(zip(found, wanted, strict=False))
-    same = len(found) == len(wanted) and all(one.shape == two.shape for one, two in pairs)
-    error = max((relative_error(two.cpu(), one) for one, two in pairs), default=0.0) if same else float("inf")
+    error = error_of(loaded, program, example)
     if not error <= tolerance_of(program):
         raise UnsupportedError(
             f"an ordinary checkpoint of {type(model).__name__} cannot hold this program: loaded by transformers, it differs by "
             f"{error:.2g} relative, allowed {tolerance_of(program):.2g}; quantizers, low-rank factors and changed operators "
             f"are no weights of the model; {_ADVICE}"
         )
+
+
+def error_of(model: nn.Module, program: Program, example: Sample) -> float:
+    """The largest relative error of a model's outputs, without a KV cache, to the program's on the same inputs.
+
+    model: on the CPU. Infinite if the outputs differ in number or shape, or are no tensors.
+    """
+    args, kwargs = program.signature.arguments([tensor.cpu() for tensor in example])
+    with torch.no_grad(), without_kv_cache(model):
+        wanted = [leaf for leaf in program.run(example) if isinstance(leaf, torch.Tensor)]
+        given = pytree.tree_leaves(model(*args, **kwargs), is_leaf=is_kv_cache_object)
+    found = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
+    if not wanted or [leaf.shape for leaf in found] != [leaf.shape for leaf in wanted]:
+        return float("inf")
+    return max(relative_error(two.cpu(), one) for one, two in zip(found, wanted, strict=True))

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.compiler.verify.divergence import relative_error, tolerance_of
+from lissom.compiler.verify.divergence import tolerance_of
 from lissom.errors import UnsupportedError
-from lissom.frontends.kv_cache import is_kv_cache_object, without_kv_cache
+from lissom.runtime.checkpoint import error_of
 from lissom.runtime.gguf.families import Family, Sizes, head_dim_of
 from lissom.runtime.gguf.weights import Weight, padded, value_of
 
@@ -166,13 +165,7 @@ def confirm(
         _assign(made, name, buffers[old.get(name, name)])
     for layer, heads, groups in zip(made.model.layers, sizes.heads, sizes.key_value_heads, strict=True):
         layer.self_attn.num_key_value_groups = heads // groups
-    args, kwargs = program.signature.arguments([tensor.cpu() for tensor in example])
-    with torch.no_grad(), without_kv_cache(made):
-        wanted = [leaf for leaf in program.run(example) if isinstance(leaf, torch.Tensor)]
-        found = pytree.tree_leaves(made(*args, **kwargs), is_leaf=is_kv_cache_object)
-    pairs = list(zip([leaf for leaf in found if isinstance(leaf, torch.Tensor)], wanted, strict=False))
-    same = bool(pairs) and all(one.shape == two.shape for one, two in pairs)
-    error = max(relative_error(two.cpu(), one) for one, two in pairs) if same else float("inf")
+    error = error_of(made, program, example)
     if not error <= tolerance_of(program):
         raise UnsupportedError(
             f"no GGUF file holds this program: the layers of {type(model).__name__} with its weights differ by {error:.2g} "
