@@ -1,9 +1,14 @@
 """Folders of ONNX files: what is in them, and that other runtimes give Lissom's answers."""
 
 import json
+import queue
 import shutil
 import subprocess
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
 
 import onnx
 import onnxruntime
@@ -24,20 +29,16 @@ from tools.zoo import catalogue
 
 QUICK = lissom.OnnxRuntime(timing_seconds=0, threads=1)
 CLOSE = 1e-4
-ZOO = (
-    *("causal/llama", "causal/gpt2", "causal/qwen3", "causal/bloom", "causal/opt", "classifier/bert", "classifier/mistral"),
-    *(
-        "masked/bert",
-        "masked/roberta",
-        "masked/distilbert",
-        "masked/electra",
-        "masked/albert",
-        "masked/mpnet",
-        "masked/deberta",
-    ),
-    *("encoder/clip_text_model", "vision/vit", "vision/deit", "vision/beit", "vision/dinov2", "speech/wav2vec2"),
-    *("encoder-decoder/bart", "encoder-decoder/t5"),
-)
+ZOO = {
+    "causal": "llama gpt2 qwen3 bloom opt gemma mistral phi gpt_neox falcon",
+    "classifier": "bert mistral albert roberta",
+    "masked": "bert roberta distilbert electra albert mpnet deberta camembert ernie squeezebert xlm-roberta modernbert",
+    "encoder": "clip_text_model siglip_vision_model dpr",
+    "vision": "vit deit beit dinov2 swin segformer",
+    "speech": "wav2vec2 hubert",
+    "encoder-decoder": "bart t5 mbart",
+}
+"""Names by family of the zoo."""
 ENTRIES = {entry.name: entry for entry in catalogue.entries()}
 TEXTS = ["How do I reset my password?", "Whisk the eggs, then season them."]
 
@@ -156,7 +157,7 @@ def test_the_original_may_be_training_and_return_a_cache(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [f"{family}/{name}" for family, names in ZOO.items() for name in names.split()])
 def test_architectures_give_their_answers_in_plain_onnx_runtime(tmp_path, name):
     case = ENTRIES[name].build()
     compiled = lissom.compile(case.model, case.inputs, backend=QUICK, checks="off", goal=None)
@@ -176,19 +177,76 @@ def exported_minilm(minilm: Checkpoint, tmp_path_factory) -> Path:
     return folder
 
 
+DTYPES = pytest.mark.parametrize(("dtype", "cosine"), [("fp32", 0.999999), ("fp16", 0.9999), ("q8", 0.98), ("q4", 0.95)])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "cosine"), [("fp32", 0.999999), ("fp16", 0.9999), ("q8", 0.98), ("q4", 0.95)])
+@DTYPES
 def test_transformers_js_gives_the_same_hidden_states(minilm: Checkpoint, exported_minilm, dtype, cosine):
-    node = shutil.which("node")
-    if node is None:
+    packages_of_npm()
+    script = Path(__file__).parent / "embed.cjs"
+    command = ["node", str(script), str(exported_minilm), dtype, json.dumps(TEXTS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    check_answer(minilm, json.loads(done.stdout), dtype, cosine)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium (Debian: apt-get install chromium)")
+@DTYPES
+def test_a_page_in_a_browser_gives_the_same_hidden_states(minilm: Checkpoint, exported_minilm, tmp_path, dtype, cosine):
+    check_answer(minilm, answer_of_page(packages_of_npm(), exported_minilm, dtype, tmp_path), dtype, cosine)
+
+
+def packages_of_npm() -> Path:
+    """The folder node_modules in which Node.js finds transformers.js; skips the test where there is none."""
+    if shutil.which("node") is None:
         pytest.skip("there is no Node.js")
-    asked = subprocess.run([node, "-e", "require.resolve('@huggingface/transformers')"], capture_output=True, check=False)
+    script = "console.log(require.resolve('@huggingface/transformers'))"
+    asked = subprocess.run(["node", "-e", script], capture_output=True, check=False, text=True)
     if asked.returncode:
         pytest.skip("Node.js does not find @huggingface/transformers; install it, and set NODE_PATH to its node_modules")
-    script = Path(__file__).parent / "embed.cjs"
-    command = [node, str(script), str(exported_minilm), dtype, json.dumps(TEXTS)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    answer = json.loads(done.stdout)
+    return next(folder for folder in Path(asked.stdout).parents if folder.name == "node_modules")
+
+
+def answer_of_page(packages: Path, folder: Path, dtype: str, profile: Path) -> dict[str, Any]:
+    """What embed.html posts, opened in headless Chromium from a server on the loopback interface."""
+    answers: queue.Queue[dict[str, Any]] = queue.Queue()
+    roots = {"packages": packages, "models/model": folder, "page": Path(__file__).parent}
+
+    class Handler(SimpleHTTPRequestHandler):
+        extensions_map = SimpleHTTPRequestHandler.extensions_map | {".mjs": "text/javascript", ".wasm": "application/wasm"}
+
+        def translate_path(self, path: str) -> str:
+            name = path.partition("?")[0].lstrip("/")
+            found = ((root, name.removeprefix(f"{top}/")) for top, root in roots.items() if name.startswith(f"{top}/"))
+            root, rest = next(found, (profile, "there-is-no-such-file"))
+            return str(root / rest)
+
+        def do_POST(self) -> None:
+            answers.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        query = urlencode({"dtype": dtype, "texts": json.dumps(TEXTS)})
+        page = f"http://127.0.0.1:{server.server_port}/page/embed.html?{query}"
+        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--remote-debugging-port=0"]
+        with subprocess.Popen(["chromium", *options, page], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as browser:
+            try:
+                return answers.get(timeout=300)
+            finally:
+                browser.terminate()
+                server.shutdown()
+
+
+def check_answer(minilm: Checkpoint, answer: dict[str, Any], dtype: str, cosine: float) -> None:
+    """Compare hidden states that another runtime computed for TEXTS with the model's own."""
+    assert "error" not in answer, answer["error"]
     found = torch.tensor(answer["values"]).reshape(answer["sizes"])
     with torch.no_grad():
         wanted = minilm.model(**minilm.encode(TEXTS)).last_hidden_state

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,11 +15,14 @@ import torch
 
 from lissom.errors import UnsupportedError
 from lissom.ops.native import load_kernels
-from lissom.ops.native.instruction_sets import InstructionSet, usable_sets
+from lissom.ops.native.instruction_sets import SETS_OF_MACHINES, InstructionSet, usable_sets
 from tools.wheel import build_wheel, needed_libc
 
 MISSING = load_kernels()
 LARGEST = 15_000_000
+CROSS = "aarch64-linux-gnu-g++"
+AARCH64 = 183
+"""EM_AARCH64 in the header of an ELF file."""
 DEMO = """
 import json, time
 started = time.perf_counter()
@@ -83,8 +87,40 @@ def _cache() -> str:
     return os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
 
 
+@pytest.mark.parametrize(
+    ("symbols", "minor"),
+    [
+        (b"GLIBC_2.5", 17),
+        (b"GLIBC_2.29 GLIBCXX_3.4.22", 29),
+        (b"GLIBC_2.29 GLIBC_2.17 GLIBCXX_3.4.29 GLIBCXX_3.4.9", 34),
+        (b"GLIBCXX_3.4.32", 39),
+        (b"GLIBCXX_3.4.99", 39),
+    ],
+)
+def test_the_tag_names_the_first_system_with_both_libraries(tmp_path, symbols, minor):
+    (tmp_path / "kernels.so").write_bytes(b"\x7fELF " + symbols + b"\0")
+    assert needed_libc([tmp_path / "kernels.so"]) == minor
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(CROSS) is None, reason=f"needs {CROSS} (Debian: apt-get install g++-aarch64-linux-gnu)")
+def test_a_wheel_for_another_machine_is_built_by_a_cross_compiler(tmp_path, monkeypatch):
+    # In place of PyTorch for AArch64: the linker asks for the library's name alone.
+    subprocess.run([CROSS, "-shared", "-x", "c++", os.devnull, "-o", tmp_path / "libtorch_cpu.so"], check=True)
+    monkeypatch.setenv("CXX", f"{CROSS} -L{tmp_path}")
+    wheel = build_wheel(tmp_path / "dist", SETS_OF_MACHINES["aarch64"], "aarch64")
+    assert wheel.name.endswith("_aarch64.whl")
+    libraries = _libraries(wheel, tmp_path)
+    assert {path.name.split("-")[1] for path in libraries} == {"armv8", "armv8_2"}
+    for path in libraries:
+        header = path.read_bytes()[:20]
+        assert header[:4] == b"\x7fELF" and int.from_bytes(header[18:20], "little") == AARCH64
+
+
 def test_a_library_for_one_processor_is_no_wheel(tmp_path):
-    with pytest.raises(UnsupportedError, match="would run on processors like this one only; build on x86_64"):
+    with pytest.raises(
+        UnsupportedError, match="would run on processors like this one only; there are wheels for x86_64, aarch64"
+    ):
         build_wheel(tmp_path, [InstructionSet("native", (), ("-march=native",))])
 
 

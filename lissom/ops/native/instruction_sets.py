@@ -59,11 +59,15 @@ _AVX512_VNNI = _with("avx512_vnni", _AVX512, avx512_vnni="-mavx512vnni")
 _AVX512_BF16 = _with("avx512_bf16", _AVX512_VNNI, avx512_bf16="-mavx512bf16")
 _AMX = _with("amx", _AVX512_BF16, amx_tile="-mamx-tile", amx_int8="-mamx-int8", amx_bf16="-mamx-bf16")
 _GENERIC = InstructionSet("generic", (), ())
+_ARMV8 = InstructionSet("armv8", ("asimd",), ("-march=armv8-a",))
+_ARMV8_2 = InstructionSet("armv8_2", ("asimd", "atomics", "asimdhp", "asimddp"), ("-march=armv8.2-a+fp16+dotprod",))
 _NATIVE = InstructionSet("native", (), ("-march=native",))
 
-INSTRUCTION_SETS = (
-    (_AMX, _AVX512_BF16, _AVX512_VNNI, _AVX512, _AVX_VNNI, _AVX2, _GENERIC) if platform.machine() == "x86_64" else (_NATIVE,)
-)
+SETS_OF_MACHINES = {
+    "x86_64": (_AMX, _AVX512_BF16, _AVX512_VNNI, _AVX512, _AVX_VNNI, _AVX2, _GENERIC),
+    "aarch64": (_ARMV8_2, _ARMV8),
+}
+INSTRUCTION_SETS = SETS_OF_MACHINES.get(platform.machine(), (_NATIVE,))
 
 
 def usable_sets() -> list[InstructionSet]:
