@@ -33,15 +33,16 @@ class CostTable:
         found = self.known.get((group.likeness, option))
         if found is not None:
             return found
-        least = smallest(group)
-        ends = [
-            0.0 if end == group.whole else self.known.get((group.likeness, end), math.inf)
-            for end in (Option(group.size, option.scheme), Option(least, option.scheme))
-        ]
-        if not option.left or least == group.size or math.isinf(sum(ends)):
+        least, full = smallest(group), Option(group.size, option.scheme)
+        if option.pooled:
+            end, along = Option(group.size, option.scheme, group.pools[-1]), group.key_value_heads - option.pooled
+            along /= group.key_value_heads - group.pools[-1]
+        elif not option.left or least == group.size:
             return math.inf
-        along = (group.size - option.left) / (group.size - least)
-        return ends[0] + along * (ends[1] - ends[0])
+        else:
+            end, along = Option(least, option.scheme), (group.size - option.left) / (group.size - least)
+        ends = [0.0 if item == group.whole else self.known.get((group.likeness, item), math.inf) for item in (full, end)]
+        return ends[0] + along * (ends[1] - ends[0]) if math.isfinite(sum(ends)) else math.inf
 
 
 def smallest(group: Group) -> int:
@@ -68,7 +69,7 @@ class CostMeter:
         forms = {group.likeness: group for group in self.groups}
         tasks = [(form, option) for form, group in forms.items() for option in self._options(group, schemes)]
         # What shows which schemes pay comes first.
-        tasks.sort(key=lambda task: task[1].left != forms[task[0]].size)
+        tasks.sort(key=lambda task: task[1].left != forms[task[0]].size or task[1].pooled > 0)
         for done, (form, option) in enumerate(tasks):
             members = [at for at, group in enumerate(self.groups) if group.likeness == form]
             # A program keeps one attention and one feed-forward.
@@ -82,7 +83,8 @@ class CostMeter:
             if share is None:
                 if not self.clock.within(until):
                     continue
-                self.clock.show(f"costs, {done} of {len(tasks)}: {forms[form].kind} {option.left} {option.scheme}")
+                units = option.pooled or option.left
+                self.clock.show(f"costs, {done} of {len(tasks)}: {forms[form].kind} {units} {option.scheme}")
                 share = self._share(table, passes)
             if share is not None:
                 table.known[form, option] = share / len(members)
@@ -93,6 +95,7 @@ class CostMeter:
         for scheme in schemes:
             if scheme in group.schemes:
                 yield from (Option(left, scheme) for left in dict.fromkeys([group.size, smallest(group)]))
+                yield from (Option(group.size, scheme, pooled) for pooled in group.pools[-1:])
         if group.layer:
             yield Option(0)
 

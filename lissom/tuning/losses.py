@@ -33,26 +33,35 @@ _LEAST = 1e-12
 class LossTable:
     """Losses of options, by the index of the group.
 
-    lefts: of amounts, schemes: of schemes; infinite where the pass failed. wanted: how many were to be measured.
+    lefts: of amounts, pools: of numbers of key/value heads, schemes: of schemes; infinite where the pass failed. wanted: how
+    many were to be measured.
     """
 
     groups: Sequence[Group]
     lefts: list[dict[int, float]] = field(default_factory=list[dict[int, float]])
+    pools: list[dict[int, float]] = field(default_factory=list[dict[int, float]])
     schemes: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     wanted: int = 0
     failed: list[str] = field(default_factory=list[str])
 
     def __post_init__(self) -> None:
         self.lefts = [{group.size: 0.0} for group in self.groups]
+        self.pools = [{group.key_value_heads: 0.0} for group in self.groups]
         self.schemes = [{PLAIN: 0.0} for _ in self.groups]
 
     @property
     def measured(self) -> int:
-        return sum(map(len, self.lefts)) + sum(map(len, self.schemes)) - 2 * len(self.groups)
+        tables = (self.lefts, self.pools, self.schemes)
+        return sum(len(known) - 1 for table in tables for known in table)
 
     def loss(self, index: int, option: Option) -> float:
         """The loss of an option; infinite where nothing is known of it."""
-        return self._of_left(index, option.left) + (self._of_scheme(index, option.scheme) if option.left else 0.0)
+        return self.of_amounts(index, option) + (self._of_scheme(index, option.scheme) if option.left else 0.0)
+
+    def of_amounts(self, index: int, option: Option) -> float:
+        """The part of the loss that removed heads or neurons and pooled heads have."""
+        pooled = self._of_count(self.pools, index, self.groups[index].key_value_heads, option.pooled) if option.pooled else 0.0
+        return self._of_count(self.lefts, index, self.groups[index].size, option.left) + pooled
 
     def _like(self, index: int) -> Iterator[int]:
         likeness = self.groups[index].likeness
@@ -63,14 +72,14 @@ class LossTable:
             return self.schemes[index][scheme]
         return max((self.schemes[at][scheme] for at in self._like(index) if scheme in self.schemes[at]), default=math.inf)
 
-    def _of_left(self, index: int, left: int) -> float:
-        known = self.lefts[index]
+    def _of_count(self, table: Sequence[dict[int, float]], index: int, size: int, left: int) -> float:
+        known = table[index]
         if left in known:
             return known[left]
         if left == 0 or len([item for item in known if item]) == 1:
-            others = (at for at in self._like(index) if at != index and len(self.lefts[at]) > 1)
-            return max((self._interpolated(self.lefts[at], self.groups[at].size, left) for at in others), default=math.inf)
-        return self._interpolated(known, self.groups[index].size, left)
+            others = (at for at in self._like(index) if at != index and len(table[at]) > 1)
+            return max((self._interpolated(table[at], size, left) for at in others), default=math.inf)
+        return self._interpolated(known, size, left)
 
     @staticmethod
     def _interpolated(known: dict[int, float], size: int, left: int) -> float:
@@ -115,7 +124,9 @@ class LossMeter:
                     continue
                 self.clock.show(f"losses, {done} of {len(tasks)}: {self.groups[index].name}")
                 loss = self._loss(table, passes)
-            if option.scheme == PLAIN:
+            if option.pooled:
+                table.pools[index][option.pooled] = loss
+            elif option.scheme == PLAIN:
                 table.lefts[index][option.left] = loss
             else:
                 table.schemes[index][option.scheme] = loss
@@ -140,8 +151,11 @@ class LossMeter:
                     yield index, Option(group.size, scheme)
         fewer = [[left for left in group.lefts() if 0 < left < group.size] for group in self.groups]
         orders = [dict.fromkeys([0, *item[1:2], *item[:1], *item[-1:], *item]) for item in fewer]
-        rounds = [[left for left in order if left or group.layer] for order, group in zip(orders, self.groups, strict=True)]
+        rounds = [
+            [*(Option(left) for left in order if left or group.layer), *(Option(group.size, pooled=at) for at in group.pools)]
+            for order, group in zip(orders, self.groups, strict=True)
+        ]
         for turn in range(max(map(len, rounds), default=0)):
-            for index, lefts in enumerate(rounds):
-                if turn < len(lefts):
-                    yield index, Option(lefts[turn])
+            for index, options in enumerate(rounds):
+                if turn < len(options):
+                    yield index, options[turn]

@@ -66,6 +66,18 @@ class TuneReport:
         factor = f"{own / ahead:.2f} x the {self._ranked}" if ahead > 0 else f"a larger {self._ranked}"
         return f"{factor} of the chosen one" + (", on the frontier" if candidate in self.frontier else "")
 
+    def why_exact(self) -> str:
+        """Why the exact program was chosen: the nearest miss, or that nothing was found to be cheaper."""
+        missed = self.aim.nearest_miss(self.candidates)
+        kept = "the exact program is kept"
+        if missed is not None:
+            return f"no cheaper candidate meets the bound, and {kept}; the nearest {self.verdict(missed)}: {missed.pipeline}"
+        if not self.groups:
+            return f"{kept}: the model has no layer that the search can change"
+        if all(item.exact or item.failed for item in self.candidates):
+            return f"{kept}: no other was built within the time, or the tables show nothing that is cheaper"
+        return f"{kept}: no candidate has a smaller {self._ranked}"
+
     @property
     def _ranked(self) -> str:
         return "drop" if self.aim.target is not None else "size" if self.aim.memory else "time"
@@ -83,7 +95,7 @@ class TuneReport:
             table.add_column(heading, justify="right" if heading == "stays" else "left", no_wrap=heading != "part")
         for group, option in zip(self.groups, read_options(self.groups, self.chosen.pipeline), strict=True):
             share = option.left / group.size
-            table.add_row(Text(group.name), group.kind, _left(group, option), _bar(share), option.scheme if option.left else "")
+            table.add_row(Text(group.name), group.kind, _left(group, option), _bar(share), _form(group, option))
         return table
 
     def plot(self, kind: str, path: str | PathLike[str]) -> None:
@@ -112,6 +124,11 @@ def _left(group: Group, option: Option) -> str:
     if not option.left:
         return "removed"
     return f"{option.left} of {group.size}" if group.units else "all"
+
+
+def _form(group: Group, option: Option) -> str:
+    pooled = f", {option.pooled} of {group.key_value_heads} key/value heads" if option.pooled else ""
+    return f"{option.scheme}{pooled}" if option.left else ""
 
 
 def _bar(share: float) -> str:

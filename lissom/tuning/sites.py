@@ -34,10 +34,15 @@ _MULTIPLE = 16
 
 @dataclass(frozen=True)
 class Option:
-    """What a group may become. left: heads or neurons that stay, 0 if the whole part is removed. scheme: of its layers."""
+    """What a group may become.
+
+    left: heads or neurons that stay, 0 if the whole part is removed. scheme: of its layers. pooled: key/value heads that stay
+    when they are pooled, 0 for all; only where all heads stay, since removed heads take key/value heads along.
+    """
 
     left: int
     scheme: str = PLAIN
+    pooled: int = 0
 
 
 @dataclass
@@ -51,6 +56,7 @@ class Group:
     linears: the paths of its linear layers, tables or attentions, as passes name them. shapes: out_features and in_features of
         each. schemes: the schemes that all its layers or tables take, or the patterns of an attention.
     option: of `quantize`, by which it takes a table: `embeddings` or `lm_head`. tied: whether a table is both.
+    pools: numbers of key/value heads that `pool-heads` may leave, the largest first. key_value_heads: their present number.
     """
 
     name: str
@@ -63,11 +69,13 @@ class Group:
     schemes: tuple[str, ...] = (PLAIN,)
     option: str = ""
     tied: bool = False
+    pools: tuple[int, ...] = ()
+    key_value_heads: int = 0
 
     @property
     def likeness(self) -> tuple[object, ...]:
         """Equal for groups whose options take the same time."""
-        return self.kind, self.size, bool(self.layer), self.schemes, tuple(self.shapes)
+        return self.kind, self.size, bool(self.layer), self.schemes, tuple(self.shapes), self.pools
 
     @property
     def whole(self) -> Option:
@@ -85,7 +93,8 @@ class Group:
     def options(self, schemes: Iterable[str]) -> list[Option]:
         """Every option with these schemes."""
         taken = [scheme for scheme in schemes if scheme in self.schemes]
-        return [Option(left, scheme) for left in self.lefts() for scheme in (taken if left else [PLAIN])]
+        found = [Option(left, scheme) for left in self.lefts() for scheme in (taken if left else [PLAIN])]
+        return [*found, *(Option(self.size, scheme, pooled) for pooled in self.pools for scheme in taken)]
 
 
 def groups_of(program: Program) -> list[Group]:
@@ -99,6 +108,7 @@ def groups_of(program: Program) -> list[Group]:
             group = known.group(groups, site.path, site.node, "attention", [*site.q, *site.k, *site.v, *ends])
             if len(layer.attention) == 1:
                 known.make_removable(group, layer.path, "attention")
+            known.make_poolable(group, site.path)
         for site in layer.feed_forward:
             group = known.group(groups, site.path, site.down, "feed-forward", [*site.up, site.down])
             if len(layer.feed_forward) == 1:
@@ -119,6 +129,7 @@ class _Sites:
 
     units: Mapping[str, AmountSite]
     layers: Mapping[str, AmountSite]
+    pools: Mapping[str, AmountSite]
     linears: dict[str, AmountSite]
     shapes: Mapping[str, tuple[int, ...]]
     weights: Mapping[str, str]
@@ -129,6 +140,7 @@ class _Sites:
     def of(cls, program: Program) -> _Sites:
         units: dict[str, AmountSite] = {}
         layers: dict[str, AmountSite] = {}
+        pools: dict[str, AmountSite] = {}
         linears: dict[str, AmountSite] = {}
         tables, patterns = list[Group](), list[Group]()
         for site in sites(program):
@@ -136,6 +148,8 @@ class _Sites:
                 units |= dict.fromkeys(site.paths, site)
             elif site.kind == "layer":
                 layers[site.path] = site
+            elif "pool-heads" in site.takes:
+                pools[site.path] = site
             elif site.kind == "linear" and "quantize" in site.takes:
                 linears[site.path] = site
             elif (table := _table_of(site)) is not None:
@@ -154,7 +168,7 @@ class _Sites:
                     shapes.setdefault(key, tuple(int(size) for size in program.weight(str(weight.target)).shape))
         for table in tables:
             table.shapes = [shapes.get(table.name, ())]
-        return cls(units, layers, linears, shapes, names, tables, patterns)
+        return cls(units, layers, pools, linears, shapes, names, tables, patterns)
 
     def group(self, groups: dict[object, Group], path: str, node: fx.Node, kind: str, layers: Sequence[fx.Node]) -> Group:
         """The group of a site, with the site's linear layers added to it."""
@@ -188,6 +202,18 @@ class _Sites:
         if site is not None and alone and f"prune-layers{{part={part}}}" in site.takes:
             group.layer = layer
 
+    def make_poolable(self, group: Group, path: str) -> None:
+        """Add the numbers of key/value heads to an attention that is alone in its group."""
+        site = self.pools.get(path)
+        if site is not None and group.units == [path]:
+            wanted = {round(fraction * site.size) for fraction in FRACTIONS}
+            group.key_value_heads = site.size
+            group.pools = tuple(
+                left for left in sorted(legal_counts(site), reverse=True) if left in wanted and left < site.size
+            )
+        else:
+            group.pools = ()
+
     def rest(self) -> list[Group]:
         """A group for each linear layer that no other group has."""
         found: list[Group] = []
@@ -197,6 +223,11 @@ class _Sites:
             if len(group.schemes) > 1:
                 found.append(group)
         return found
+
+
+def legal_counts(site: AmountSite) -> list[int]:
+    """The numbers that passes take at a site."""
+    return [item for found in site.takes.values() for item in found if isinstance(item, int)]
 
 
 def _table_of(site: AmountSite) -> Group | None:

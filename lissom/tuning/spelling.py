@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from lissom.compiler.analysis.amounts import AmountSite
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.spelling import format_pipeline, parse_pipeline
 from lissom.passes import RECIPES, known_passes
+from lissom.passes.attention.pool_heads.pool_heads import PoolHeads
 from lissom.passes.attention.sparsify_attention.sparsify_attention import SparsifyAttention
 from lissom.passes.lightweight.low_rank.low_rank import LowRank
+from lissom.passes.prune.merge_equal_heads import MergeEqualHeads
 from lissom.passes.prune.prune_heads import PruneHeads
 from lissom.passes.prune.prune_layers.prune_layers import PruneLayers
 from lissom.passes.prune.prune_neurons import PruneNeurons
@@ -50,6 +53,10 @@ def pipeline_of(
         amounts = ",".join(f"{unit}={left}" for group, left in fewer for unit in group.units)
         if amounts:
             passes.append(prune(amounts=amounts, criterion=criterion))  # pyright: ignore[reportArgumentType]
+    pooled = ",".join(f"{unit}={option.pooled}" for group, option in chosen if option.pooled for unit in group.units)
+    if pooled:
+        fitted = criterion != "magnitude"
+        passes += [PoolHeads(amounts=pooled, align=fitted, regroup=fitted), MergeEqualHeads()]
     patterns = [(group, option.scheme) for group, option in chosen if group.kind == PATTERN and option.scheme != PLAIN]
     if patterns:
         named = ",".join(f"{path}={scheme}" for group, scheme in patterns for path in group.linears)
@@ -111,6 +118,7 @@ def read_options(groups: Sequence[Group], pipeline: str) -> list[Option]:
     """The option that a pipeline of `pipeline_of` gives each group: its inverse."""
     gone: set[tuple[str, str]] = set()
     lefts: dict[str, int] = {}
+    pooled: dict[str, int] = {}
     factored: set[str] = set()
     schemes: dict[str, str] = {}
     paths = [path for group in groups if group.kind not in (TABLE, PATTERN) for path in group.linears]
@@ -120,6 +128,8 @@ def read_options(groups: Sequence[Group], pipeline: str) -> list[Option]:
                 gone |= {(item.part, path) for path, left in item._amounts().entries if left == "0"}
             case PruneHeads() | PruneNeurons():
                 lefts |= {path: int(left) for path, left in item._amounts().entries}
+            case PoolHeads():
+                pooled |= {path: int(left) for path, left in item._amounts().entries}
             case LowRank():
                 factored |= {path for path, _ in item._amounts().entries}
             case SparsifyAttention():
@@ -132,7 +142,9 @@ def read_options(groups: Sequence[Group], pipeline: str) -> list[Option]:
                 schemes |= {path: scheme or item.scheme for path, scheme in zip(paths, found, strict=True)}
             case _:
                 pass
-    return [_option(group, gone, lefts, factored, schemes) for group in groups]
+    found = [_option(group, gone, lefts, factored, schemes) for group in groups]
+    counts = [next((pooled[unit] for unit in group.units if unit in pooled), 0) for group in groups]
+    return [replace(option, pooled=count) for option, count in zip(found, counts, strict=True)]
 
 
 def _option(

@@ -36,8 +36,15 @@ class Store:
         self.path = None if directory is None else _made(check_path(directory)) / FILE
         self.skipped = 0
         self._known: _Index = {}
+        self._asked = set[str]()
         if self.path is not None and self.path.exists():
             self._read(self.path)
+        self._earlier = {key for _, key, _ in self._known}
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it had records when it was opened, but none under the keys that were asked for since."""
+        return bool(self._earlier) and self._earlier.isdisjoint(self._asked)
 
     def _read(self, path: Path) -> None:
         content = read_plain(path, _MOST_BYTES)
@@ -53,10 +60,12 @@ class Store:
 
     def get(self, kind: str, key: str, name: str) -> Record | None:
         """The latest record of that kind, measured on what the key stands for."""
+        self._asked.add(key)
         return self._known.get((kind, key, name))
 
     def all(self, kind: str, key: str | None = None) -> list[Record]:
         """The latest record of every name, in the order of the first."""
+        self._asked |= {key} if key is not None else set()
         return [found for (at, on, _), found in self._known.items() if at == kind and key in (None, on)]
 
     def add(self, kind: str, key: str, name: str, **fields: object) -> Record:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +35,7 @@ from lissom.tuning.search import Search
 from lissom.tuning.sites import PLAIN, Group, groups_of, linear_paths
 from lissom.tuning.solve import require_scipy
 from lissom.tuning.spelling import EXACT
-from lissom.tuning.store import Store
+from lissom.tuning.store import Store, number, text
 from lissom.tuning.trials import Trials
 from lissom.version import __version__
 
@@ -176,11 +176,11 @@ def _trials(program: Program, example: Inputs, request: Request, kept: Store, cl
     first = Variant(next(iter(request.backends)))
     base = workshop.base(first)
     quality = Quality.of(base, Divergence(program, batches), request.metric, request.max_drop)
-    milliseconds, size = workshop.milliseconds(base), workshop.size(base)
+    metric = "" if request.metric is None else _identity(request.metric, quality)
+    key = fingerprint(_place(workshop), batches, metric)
+    milliseconds, size = _earlier_time(kept, key, first.backend) or workshop.milliseconds(base), workshop.size(base)
     exact = Candidate(EXACT, first.backend, milliseconds, milliseconds, milliseconds, size)
     aim = Aim(request.memory, request.max_drop, request.target_cost(exact.cost(request.memory)))
-    metric = "" if request.metric is None else f"{_identity(request.metric)} {quality.score!r}"
-    key = fingerprint(_place(workshop), batches, metric)
     kept.add(
         "run",
         key,
@@ -197,6 +197,12 @@ def _trials(program: Program, example: Inputs, request: Request, kept: Store, cl
     trials = Trials(workshop, quality, aim, kept, key, clock, [exact])
     trials.recall()
     return trials
+
+
+def _earlier_time(kept: Store, key: str, backend: str) -> float | None:
+    """The time of the exact program in an earlier call, to which the times of its candidates are relative."""
+    runs = (run for run in kept.all("run", key) if text(run, "backend") == backend)
+    return next((found for run in runs if (found := number(run, "milliseconds", 0.0))), None)
 
 
 def _place(workshop: Workshop) -> str:
@@ -275,22 +281,28 @@ def _base(trials: Trials, variant: Variant) -> Candidate | None:
 
 def _result(trials: Trials, groups: Sequence[Group], request: Request, notes: list[str]) -> Tuned[CompiledModel]:
     chosen, compiled = trials.chosen()
-    missed = trials.aim.nearest_miss(trials.candidates)
-    if chosen is trials.exact and missed is not None:
-        what = "drop" if request.target is None else "cost"
-        notes.append(
-            f"no cheaper candidate meets the bound, and the exact program is kept; the nearest has "
-            f"{trials.aim.miss(missed):.2f} x the {what} allowed: {missed.pipeline}"
-        )
-    if request.metric is None:
-        notes.append("without a metric, drops are relative output errors on data=")
-    if trials.quality.noise:
-        notes.append(f"two measurements of the exact program's metric differ by {trials.quality.noise:.2g}")
-    if trials.store.skipped:
-        notes.append(f"{trials.store.skipped} unreadable lines of the store were passed over")
     name, scored = trials.workshop.program.name, request.metric is not None
-    report = TuneReport(name, trials.aim, tuple(trials.candidates), chosen, scored, tuple(notes), tuple(groups))
+    report = TuneReport(name, trials.aim, tuple(trials.candidates), chosen, scored, groups=tuple(groups))
+    why = [report.why_exact()] if chosen is trials.exact else []
+    report = replace(report, notes=(*notes, *why, *_remarks(trials, request)))
     return Tuned(compiled, chosen.pipeline, chosen.backend, tuple(report.frontier), report)
+
+
+def _remarks(trials: Trials, request: Request) -> Iterator[str]:
+    """Sentences on the data, the metric and the store."""
+    if len(request.data) == 1:
+        yield "data= holds one batch, so passes calibrate on the batch that is judged: give two or more"
+    if request.metric is None:
+        yield "without a metric, drops are relative output errors on data="
+    if trials.quality.noise:
+        yield f"two measurements of the exact program's metric differ by {trials.quality.noise:.2g}; drops are as uncertain"
+    if trials.store.foreign:
+        yield (
+            "nothing in the store fits this call: it holds measurements of another model, other weights, data or inputs, "
+            "another machine or version"
+        )
+    if trials.store.skipped:
+        yield f"{trials.store.skipped} unreadable lines of the store were passed over"
 
 
 def _many_rows(program: Program, flat: Sample) -> Sample:
@@ -308,12 +320,13 @@ def _device(sample: Sample) -> torch.device:
     return sample[0].device if sample else torch.device("cpu")
 
 
-def _identity(metric: Metric) -> str:
-    """What tells metrics apart in a store: the name, and the code of a function."""
+def _identity(metric: Metric, quality: Quality) -> str:
+    """What tells metrics apart in a store: the name, the code of a function, and the exact program's score unless it varies."""
     code = getattr(metric, "__code__", None)
     parts = (
         (code.co_code.hex(), code.co_names, [item for item in code.co_consts if isinstance(item, (str, int, float))])
         if code
         else ()
     )
-    return f"{getattr(metric, '__qualname__', type(metric).__qualname__)} {fingerprint(*parts)}"
+    score = "" if quality.noise else repr(quality.score)
+    return f"{getattr(metric, '__qualname__', type(metric).__qualname__)} {fingerprint(*parts)} {score}"

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from contextlib import suppress
+from random import Random
 
+import numpy as np
 import pytest
 
+import lissom
 from lissom.tuning.store import FILE, Store
+from lissom.tuning.stored import stored_reports
+from tests.models import tiny_bert
+from tests.tuning.searches import batches
 
 CODE = """
 import sys
@@ -63,3 +72,56 @@ def test_two_searches_share_a_store(tmp_path):
     store = Store(tmp_path)
     assert store.skipped == 0
     assert store.all("candidate")
+
+
+def saved_model(directory) -> list[str]:
+    """The arguments of `lissom tune` for a tiny encoder and batches in files."""
+    case = tiny_bert()
+    case.model.save_pretrained(directory / "model")
+    (directory / "data").mkdir()
+    for index, batch in enumerate(batches(case)):
+        np.savez(directory / "data" / f"{index}.npz", **{name: tensor.numpy() for name, tensor in batch.items()})
+    return [str(directory / "model"), "--data", str(directory / "data")]
+
+
+def lines(store) -> list[dict[str, object]]:
+    """Every whole record of a store, with those of the same name."""
+    path = store / FILE
+    found = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_nothing_but_the_measurement_at_work_is_lost_by_twenty_kills(tmp_path):
+    store, random = tmp_path / "store", Random(0)
+    command = [
+        sys.executable, "-m", "lissom", "tune", *saved_model(tmp_path), "--goal", "memory", "--max-drop", "20%",
+        "--minutes", "2", "--no-distill", "--store", str(store), "--save", str(tmp_path / "saved"),
+    ]  # fmt: skip
+    kills = 0
+    while kills < 20:
+        before = lines(store)
+        wanted, deadline = len(before) + random.randrange(6), time.monotonic() + 120
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(lines(store)) < wanted and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(2 * random.random())
+        process.kill()
+        assert process.wait() in (0, -signal.SIGKILL)
+        kills += process.returncode != 0
+        assert lines(store)[: len(before)] == before
+    found = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert found.returncode == 0, found.stderr
+    measured = [record for record in lines(store) if record["kind"] != "run" and not record.get("failed")]
+    names = [(record["kind"], record["key"], record["name"]) for record in measured]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+    (report,) = stored_reports(store)
+    candidates = [record["pipeline"] for record in measured if record["kind"] == "candidate"]
+    assert len(candidates) > 3
+    assert set(candidates) == {item.pipeline for item in report.candidates[1:]}
+    assert found.stdout.rstrip().replace("\n", "").endswith(report.chosen.pipeline)
+    assert lissom.load(tmp_path / "saved").program.parameter_count > 0

@@ -7,7 +7,7 @@ import pytest
 import lissom
 from lissom.tuning.sites import LOW_RANK, PATTERN, TABLE, Group, Option, groups_of, linear_paths
 from lissom.tuning.spelling import pipeline_of, read_options
-from tests.models import captured, tiny_bert
+from tests.models import captured, tiny_bert, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,22 @@ def test_factors_are_read_back():
     text = pipeline_of([group], [Option(8, LOW_RANK)], group.linears)
     assert text == 'low-rank{amounts="layer.up=0.5,layer.down=0.5"}'
     assert read_options([group], text) == [Option(8, LOW_RANK)]
+
+
+def test_key_value_heads_are_pooled_only_where_all_heads_stay():
+    case = tiny_llama()
+    program = lissom.optimize(case.model, case.inputs, checks="off").program
+    groups, linears = groups_of(program), linear_paths(program)
+    attention = groups[0]
+    assert (attention.size, attention.key_value_heads, attention.pools) == (2, 2, (1,))
+    found = attention.options(["none", "int8-dynamic"])
+    assert [option for option in found if option.pooled] == [Option(2, "none", 1), Option(2, "int8-dynamic", 1)]
+    options = [found[-1], *(group.whole for group in groups[1:])]
+    text = pipeline_of(groups, options, linears)
+    assert text.startswith(f'pool-heads{{amounts="{attention.units[0]}=1"}},merge-equal-heads,quantize')
+    assert read_options(groups, text) == options
+    found = lissom.optimize(program, case.inputs, passes=text, checks="structural").program
+    assert found.parameter_count < program.parameter_count
 
 
 def test_a_model_without_sites_has_linear_layers_alone():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import cycle
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_a_bound_that_nothing_meets_leaves_the_exact_program_and_names_the_neare
     tuned = lissom.tune(case.model, case.inputs, data=batches(case), max_drop=0, goal="memory", minutes=0.2, distill=False)
     assert tuned.pipeline == "exact"
     assert len(tuned.report.candidates) > 1
-    assert any("the exact program is kept; the nearest has" in note for note in tuned.report.notes)
+    assert any("the exact program is kept; the nearest loses" in note for note in tuned.report.notes)
 
 
 def test_the_exact_program_is_there_when_the_time_is_over_at_once():
@@ -91,6 +92,39 @@ def test_the_exact_program_is_there_when_the_time_is_over_at_once():
     assert torch.allclose(tuned.best(*case.inputs), case.model(*case.inputs), atol=1e-6)
     assert [item.pipeline for item in tuned.frontier] == ["exact"]
     assert "chosen" in plain(tuned.report, 120)
+    assert any("the exact program is kept" in note for note in tuned.report.notes)
+    assert any(note.startswith("data= holds one batch") for note in tuned.report.notes)
+
+
+def test_a_target_that_nothing_reaches_leaves_the_exact_program_and_names_the_nearest():
+    case = feed_forward()
+    tuned = lissom.tune(case.model, case.inputs, data=[case.inputs] * 2, goal="memory", target="0.00001 MB", minutes=0.02)
+    assert tuned.pipeline == "exact"
+    sentence = "no cheaper candidate meets the bound, and the exact program is kept; the nearest misses the target: "
+    assert any(note.startswith(sentence) for note in tuned.report.notes), tuned.report.notes
+
+
+def test_a_second_call_takes_the_time_of_the_exact_program_from_the_store(tmp_path):
+    case, options = feed_forward(), {"minutes": 1e-6, "store": tmp_path}
+    scores = cycle([0.5, 0.501])
+    tuned = [
+        lissom.tune(case.model, case.inputs, data=[case.inputs], metric=lambda model: next(scores), **options) for _ in range(2)
+    ]
+    first, second = (item.report.candidates[0].milliseconds for item in tuned)
+    assert first == second
+    assert "two measurements of the exact program's metric differ by 0.001; drops are as uncertain" in tuned[1].report.notes
+
+
+def test_a_store_of_another_model_is_named(tmp_path):
+    case, options = feed_forward(), {"minutes": 1e-6, "store": tmp_path}
+    other = lissom.tune(torch.nn.LayerNorm(16).eval(), torch.randn(2, 16), data=[torch.randn(2, 16)], **options)
+    tuned = lissom.tune(case.model, case.inputs, data=[case.inputs], **options)
+    again = lissom.tune(case.model, case.inputs, data=[case.inputs], **options)
+    named = [
+        any(note.startswith("nothing in the store fits this call") for note in item.report.notes)
+        for item in (other, tuned, again)
+    ]
+    assert named == [False, True, False]
 
 
 def test_a_model_without_sites_has_no_groups_to_search():

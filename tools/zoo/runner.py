@@ -38,17 +38,19 @@ def run(
     *,
     seconds: float = 60.0,
     jobs: int = 2,
+    warm: Check | None = None,
 ) -> list[Record]:
     """The records of the models, in the order they finished; each is appended to `output`, one per line,
     so that an interrupted run loses nothing.
 
     check: checks one model in a child process. describe: one line about a record.
-    seconds: the processor time of one model before its process is killed. jobs: how many run at a time.
+    seconds: the processor time of one model before its process is killed. jobs: how many run at a time. warm: a quicker check
+    to fill caches with; `check` if None.
 
     The children are forks of this process, so they need not import its modules again.
     """
     records: list[Record] = []
-    _warm({entry.family for entry in entries}, check)
+    _warm({entry.family for entry in entries}, warm or check)
     with output.open("a", encoding="utf-8") as file, _bar(len(entries), describe) as advance:
         for record in _records(iter(entries), seconds, jobs, check):
             records.append(record)
