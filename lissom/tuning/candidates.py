@@ -19,7 +19,8 @@ class Candidate:
     pipeline: its passes as text. backend: its name. milliseconds: of a call, with low and high quartile. bytes: of its weights.
     drop: of the metric, or the relative output error without a metric. error: the relative output error.
     predicted_cost, predicted_drop: of the tables, in milliseconds or bytes, before it was built; None where they gave none.
-    table_cost, table_loss: the sums of the tables themselves, to which whole programs are fitted.
+    table_cost, table_loss: the sums of the tables themselves, to which whole programs are fitted. table_amounts: the part of
+    table_loss that removed and pooled heads, neurons and parts have.
     failed: why it could not be built or measured; empty otherwise.
 
     >>> from lissom.tuning.candidates import Candidate
@@ -40,6 +41,7 @@ class Candidate:
     predicted_drop: float | None = None
     table_cost: float | None = None
     table_loss: float | None = None
+    table_amounts: float = 0.0
     failed: str = ""
 
     @property
@@ -86,6 +88,7 @@ def read_candidate(record: Record) -> Candidate | None:
         number(record, "predicted_drop"),
         number(record, "table_cost", 0.0),
         number(record, "table_loss", 0.0),
+        number(record, "table_amounts", 0.0) or 0.0,
         failed,
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
@@ -131,6 +131,29 @@ class LossMeter:
             else:
                 table.schemes[index][option.scheme] = loss
         return table
+
+    def in_sample(self, table: LossTable, divergence: Divergence, data: Sequence[Sample]) -> dict[str, tuple[float, float]]:
+        """For each kind of group one amount's loss on the batches that its pass calibrates on, and its loss in the table.
+
+        data: the batches that programs calibrate on, and that `divergence` compares.
+        """
+        meter = replace(self, data=data, divergence=divergence, key=f"{self.key} in sample")
+        found: dict[str, tuple[float, float]] = {}
+        for index, group in enumerate(self.groups):
+            known = ((left, loss) for left, loss in table.lefts[index].items() if left and 0 < loss < math.inf)
+            left, loss = next(known, (0, 0.0))
+            if not left or group.kind in found:
+                continue
+            options = [Option(left) if at == index else other.whole for at, other in enumerate(self.groups)]
+            passes = pipeline_of(self.groups, options, self.linears)
+            record = self.store.get("loss", meter.key, passes)
+            again = None if record is None else number(record, "loss", 0.0)
+            if again is None and self.clock.left > 0:
+                self.clock.show(f"losses on the batches of calibration: {group.name}")
+                again = meter._loss(table, passes)
+            if again is not None:
+                found[group.kind] = again, loss
+        return found
 
     def _loss(self, table: LossTable, passes: str) -> float:
         pipeline = Pipeline(parse_pipeline(passes, known_passes()), checks="off", data=self.data)

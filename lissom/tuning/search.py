@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from lissom.tuning.build import Variant
 from lissom.tuning.candidates import Candidate
-from lissom.tuning.corrections import Line, PowerLaw
+from lissom.tuning.corrections import Line, PowerLaw, fit_parts
 from lissom.tuning.costs import CostTable
 from lissom.tuning.losses import LossTable
 from lissom.tuning.sites import LOW_RANK, PLAIN, Group, Option
@@ -30,7 +30,8 @@ class Search:
     """The state of a search.
 
     bases: the variants with the measured program that has no further passes. tables: the options of each group, for each of
-    them. law: from summed losses to the drop. line: from summed costs to the cost.
+    them. usual: the factor on losses of amounts before programs were measured; weight: the present one. law: from these sums
+    to the drop. line: from summed costs to the cost.
     """
 
     trials: Trials
@@ -38,6 +39,8 @@ class Search:
     linears: Sequence[str]
     bases: dict[Variant, Candidate]
     tables: dict[Variant, list[list[Item]]] = field(default_factory=dict[Variant, "list[list[Item]]"])
+    usual: float = 1.0
+    weight: float = 1.0
     law: PowerLaw = field(default_factory=PowerLaw)
     line: Line = field(default_factory=Line)
 
@@ -46,7 +49,8 @@ class Search:
         base, table = self.base_cost(variant), list[list[Item]]()
         for at, group in enumerate(self.groups):
             items = [
-                Item(option, losses.loss(at, option), costs.cost(group, option) * base) for option in group.options(schemes)
+                Item(option, losses.loss(at, option), costs.cost(group, option) * base, losses.of_amounts(at, option))
+                for option in group.options(schemes)
             ]
             table.append([item for item in items if math.isfinite(item.loss + item.cost)])
         self.tables[variant] = table
@@ -94,16 +98,21 @@ class Search:
             choice = self.solve(variant, loss, cost)
             if choice is not None:
                 candidate = self.candidate(variant, choice)
-                rank = candidate.table_cost if math.isinf(cost) else candidate.table_loss
+                rank = candidate.table_cost if math.isinf(cost) else candidate.predicted_drop
                 found.append((rank or 0.0, variant, choice))
         return min(found, key=lambda item: item[0])[1:] if found else None
 
     def solve(self, variant: Variant, loss: float, cost: float) -> Choice | None:
-        """The best choice whose whole program has at most this loss or this cost; the other bound is infinite."""
+        """The best choice whose whole program has at most this weighted loss or this cost; the other bound is infinite."""
         loss, cost = loss - self.base_loss(variant), cost - self.base_cost(variant)
         if loss < 0:
             return None
-        return solve(self.tables[variant], [group.kind for group in self.groups], loss=loss, cost=cost)
+        table = self.tables[variant]
+        weighted = [[item.weighted(self.weight) for item in items] for items in table]
+        found = solve(weighted, [group.kind for group in self.groups], loss=loss, cost=cost)
+        if found is None:
+            return None
+        return [next(same for same in items if same.option == item.option) for items, item in zip(table, found, strict=True)]
 
     def _bounds(self, variant: Variant) -> list[tuple[float, float]]:
         """The bounds on loss and cost to solve for."""
@@ -129,6 +138,7 @@ class Search:
     def candidate(self, variant: Variant, choice: Choice, steps: int = 0) -> Candidate:
         """The candidate of a choice, with what the tables predict. steps: of distillation."""
         loss = sum(item.loss for item in choice) + self.base_loss(variant)
+        amounts = sum(item.amounts for item in choice)
         cost = max(sum(item.cost for item in choice) + self.base_cost(variant), 0.0)
         options = [item.option for item in choice]
         pipeline = variant.passes(self.groups, options, self.linears, steps=steps)
@@ -136,9 +146,10 @@ class Search:
             pipeline,
             variant.backend,
             predicted_cost=max(self.line(cost), 0.0),
-            predicted_drop=None if steps else self.law(loss),
+            predicted_drop=None if steps else self.law(loss + (self.weight - 1) * amounts),
             table_cost=cost,
             table_loss=None if steps else loss,
+            table_amounts=amounts,
         )
 
     def verify(self, variant: Variant, choice: Choice, steps: int = 0) -> Candidate:
@@ -152,7 +163,10 @@ class Search:
         aim, fitting = self.trials.aim, self.trials.fitting()
         floor = aim.max_drop / 100 or 1e-6
         start = PowerLaw(1.0, 0.5 if self.trials.quality.metric is None else 1.0)
-        self.law = start.fit([(item.table_loss or 0.0, max(item.drop, floor)) for item in fitting], aim.max_drop)
+        points = [
+            ((item.table_loss or 0.0) - item.table_amounts, item.table_amounts, max(item.drop, floor)) for item in fitting
+        ]
+        self.weight, self.law = fit_parts(start, points, aim.max_drop, self.usual)
         costs = [(item.table_cost, item.cost(aim.memory)) for item in fitting if item.table_cost]
         base = self.trials.exact.cost(aim.memory)
         self.line = Line().fit([*costs, (base, base)] if costs else [])

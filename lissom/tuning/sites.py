@@ -209,7 +209,7 @@ class _Sites:
             wanted = {round(fraction * site.size) for fraction in FRACTIONS}
             group.key_value_heads = site.size
             group.pools = tuple(
-                left for left in sorted(legal_counts(site), reverse=True) if left in wanted and left < site.size
+                left for left in sorted(_legal_counts(site), reverse=True) if left in wanted and left < site.size
             )
         else:
             group.pools = ()
@@ -225,7 +225,7 @@ class _Sites:
         return found
 
 
-def legal_counts(site: AmountSite) -> list[int]:
+def _legal_counts(site: AmountSite) -> list[int]:
     """The numbers that passes take at a site."""
     return [item for found in site.takes.values() for item in found if isinstance(item, int)]
 

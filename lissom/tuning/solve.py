@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
@@ -18,11 +18,19 @@ _SLACK = 1e-9
 
 @dataclass(frozen=True)
 class Item:
-    """An option of a group with its loss and its cost, relative to the exact program."""
+    """An option of a group with its loss and its cost, relative to the exact program.
+
+    amounts: the part of the loss that removed and pooled heads, neurons and parts have; the rest is that of formats.
+    """
 
     option: Option
     loss: float
     cost: float
+    amounts: float = 0.0
+
+    def weighted(self, weight: float) -> Item:
+        """The same with a factor on the loss of amounts."""
+        return self if weight == 1 or not self.amounts else replace(self, loss=self.loss + (weight - 1) * self.amounts)
 
 
 Table = Sequence[Sequence[Item]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +49,8 @@ _COSTS, _LOSSES, _VERIFIED, _ALL = 0.25, 0.5, 0.7, 0.97
 _VERIFIED_ALONE = 1.3
 """The factor on the first two without distillation."""
 _MOST_NOTES = 3
+_FITTED = 0.5
+"""The part of the error on other batches below which that on the batches of calibration misleads."""
 _PAYS = 0.97
 """The part of the time that a program without padding may take to be worth its conversions."""
 
@@ -233,6 +235,11 @@ def _search(trials: Trials, groups: Sequence[Group], request: Request, notes: li
     meter = LossMeter(program, groups, linears, calibrating, divergence, trials.store, key, clock)
     losses = meter.measure([scheme for scheme in every if scheme in schemes], _LOSSES * stretch)
     search = Search(trials, groups, linears, bases)
+    in_sample = meter.in_sample(losses, trials.quality.divergence, trials.quality.divergence.batches)
+    notes += _too_little(in_sample)
+    if request.metric is None:
+        # The largest, since a factor that is too small leads to programs far over the bound.
+        search.usual = min(max((own / other for own, other in in_sample.values()), default=1.0), 1.0) or 1.0
     for variant in bases:
         search.add_table(variant, losses, costs[variant], [scheme for scheme in every if scheme in schemes])
     if losses.measured < losses.wanted:
@@ -286,6 +293,16 @@ def _result(trials: Trials, groups: Sequence[Group], request: Request, notes: li
     why = [report.why_exact()] if chosen is trials.exact else []
     report = replace(report, notes=(*notes, *why, *_remarks(trials, request)))
     return Tuned(compiled, chosen.pipeline, chosen.backend, tuple(report.frontier), report)
+
+
+def _too_little(in_sample: Mapping[str, tuple[float, float]]) -> Iterator[str]:
+    """A sentence where the data are so few that passes fit them much better than other data."""
+    kind, (own, other) = min(in_sample.items(), key=lambda item: item[1][0] / item[1][1], default=("", (1.0, 1.0)))
+    if own < _FITTED**2 * other:
+        yield (
+            f"data= is small: with fewer units, a {kind} has the error {own**0.5:.2g} on the batches that its pass calibrates "
+            f"on, and {other**0.5:.2g} on others; give more batches, and a metric with data of its own"
+        )
 
 
 def _remarks(trials: Trials, request: Request) -> Iterator[str]:

@@ -108,7 +108,7 @@ def test_nothing_but_the_measurement_at_work_is_lost_by_twenty_kills(tmp_path):
         wanted, deadline = len(before) + random.randrange(6), time.monotonic() + 120
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while len(lines(store)) < wanted and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+            time.sleep(0.05)
         time.sleep(2 * random.random())
         process.kill()
         assert process.wait() in (0, -signal.SIGKILL)
@@ -121,7 +121,7 @@ def test_nothing_but_the_measurement_at_work_is_lost_by_twenty_kills(tmp_path):
     assert [name for name, count in Counter(names).items() if count > 1] == []
     (report,) = stored_reports(store)
     candidates = [record["pipeline"] for record in measured if record["kind"] == "candidate"]
-    assert len(candidates) > 3
+    assert candidates and len(measured) > 20
     assert set(candidates) == {item.pipeline for item in report.candidates[1:]}
     assert found.stdout.rstrip().replace("\n", "").endswith(report.chosen.pipeline)
     assert lissom.load(tmp_path / "saved").program.parameter_count > 0

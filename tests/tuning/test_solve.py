@@ -11,7 +11,7 @@ import pytest
 
 import lissom
 from lissom.errors import UnsupportedError
-from lissom.tuning.corrections import Line, PowerLaw
+from lissom.tuning.corrections import Line, PowerLaw, fit_parts
 from lissom.tuning.sites import Option
 from lissom.tuning.solve import Item, solve
 from tests.models import feed_forward
@@ -88,3 +88,25 @@ def test_a_missing_scipy_is_named_before_any_work(monkeypatch):
     case = feed_forward()
     with pytest.raises(UnsupportedError, match=r"scipy: pip install 'lissom\[tune\]'"):
         lissom.tune(case.model, case.inputs, data=[case.inputs])
+
+
+def test_the_factor_on_one_part_is_found_where_points_show_it():
+    generator = random.Random(3)
+    parts = [(10 ** generator.uniform(-4, -1), 10 ** generator.uniform(-4, -1)) for _ in range(12)]
+    points = [(first, second, (first + 0.25 * second) ** 0.5) for first, second in parts]
+    factor, law = fit_parts(PowerLaw(1.0, 0.5), points, 0.1)
+    assert factor < 0.5
+    assert [law(first + factor * second) for first, second, _ in points] == pytest.approx([y for *_, y in points], rel=0.1)
+    # Few points do not set it.
+    assert fit_parts(PowerLaw(1.0, 0.5), points[:3], 0.1, 0.4)[0] == 0.4
+
+
+def test_the_factor_is_1_without_points_and_where_one_part_is_missing():
+    assert fit_parts(PowerLaw(), [], 0.1)[0] == 1
+    assert fit_parts(PowerLaw(), [(0.1, 0.0, 0.3), (0.2, 0.0, 0.5)], 0.1)[0] == 1
+
+
+def test_a_weighted_item_has_a_factor_on_the_loss_of_amounts():
+    item = Item(Option(4), 0.5, -1.0, 0.2)
+    assert item.weighted(0.5).loss == pytest.approx(0.4)
+    assert item.weighted(1.0) is item

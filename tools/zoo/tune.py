@@ -32,7 +32,7 @@ from tools.zoo.entry import Entry, words
 KINDS: Mapping[str, tuple[str, ...]] = {
     "vision": words("vision/vit vision/dinov2 vision/swin timm/deit3 timm/convit"),
     "encoder–decoder": words("encoder-decoder/t5 encoder-decoder/bart encoder-decoder/pegasus encoder-decoder/m2m_100"),
-    "mixture of experts": words("causal/mixtral causal/qwen3_moe causal/olmoe encoder-decoder/switch_transformers"),
+    "mixture of experts": words("causal/mixtral causal/qwen3_moe causal/olmoe causal/granitemoe"),
     "hybrid": words("causal/jamba causal/bamba causal/falcon_h1 causal/lfm2 causal/recurrent_gemma"),
     "speech": words("speech/wav2vec2 speech/whisper"),
 }
