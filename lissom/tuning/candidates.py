@@ -20,7 +20,7 @@ class Candidate:
     drop: of the metric, or the relative output error without a metric. error: the relative output error.
     predicted_cost, predicted_drop: of the tables, in milliseconds or bytes, before it was built; None where they gave none.
     table_cost, table_loss: the sums of the tables themselves, to which whole programs are fitted. table_amounts: the part of
-    table_loss that removed and pooled heads, neurons and parts have.
+    table_loss that fewer heads or neurons have.
     failed: why it could not be built or measured; empty otherwise.
 
     >>> from lissom.tuning.candidates import Candidate

@@ -56,10 +56,13 @@ class LossTable:
 
     def loss(self, index: int, option: Option) -> float:
         """The loss of an option; infinite where nothing is known of it."""
-        return self.of_amounts(index, option) + (self._of_scheme(index, option.scheme) if option.left else 0.0)
+        return self._of_units(index, option) + (self._of_scheme(index, option.scheme) if option.left else 0.0)
 
     def of_amounts(self, index: int, option: Option) -> float:
-        """The part of the loss that removed heads or neurons and pooled heads have."""
+        """The part of the loss that passes which fit weights to data cause: fewer units, not the removal of all."""
+        return self._of_units(index, option) if option.left else 0.0
+
+    def _of_units(self, index: int, option: Option) -> float:
         pooled = self._of_count(self.pools, index, self.groups[index].key_value_heads, option.pooled) if option.pooled else 0.0
         return self._of_count(self.lefts, index, self.groups[index].size, option.left) + pooled
 

@@ -20,7 +20,7 @@ _SLACK = 1e-9
 class Item:
     """An option of a group with its loss and its cost, relative to the exact program.
 
-    amounts: the part of the loss that removed and pooled heads, neurons and parts have; the rest is that of formats.
+    amounts: the part of the loss that fewer heads or neurons have; the rest is that of formats and of removed parts.
     """
 
     option: Option

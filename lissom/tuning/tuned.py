@@ -300,7 +300,7 @@ def _too_little(in_sample: Mapping[str, tuple[float, float]]) -> Iterator[str]:
     kind, (own, other) = min(in_sample.items(), key=lambda item: item[1][0] / item[1][1], default=("", (1.0, 1.0)))
     if own < _FITTED**2 * other:
         yield (
-            f"data= is small: with fewer units, a {kind} has the error {own**0.5:.2g} on the batches that its pass calibrates "
+            f"data= is small: {kind} with fewer units has the error {own**0.5:.2g} on the batches that its pass calibrates "
             f"on, and {other**0.5:.2g} on others; give more batches, and a metric with data of its own"
         )
 
