@@ -104,7 +104,8 @@ def _reduce(node: fx.Node, known: Known) -> Value:
 
 def _scan(node: fx.Node, known: Known) -> Value:
     dims = of(node.args[0], known)
-    mark(dims[dim_of(node, len(dims))], whole=True)
+    for axis in dims[dim_of(node, len(dims)) :][:1]:
+        mark(axis, whole=True)
     return dims
 
 

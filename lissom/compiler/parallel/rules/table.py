@@ -176,6 +176,8 @@ def _product(
     elif len(split) > 1 and "n" in split:
         # Values sharded by position, a weight sharded by features: the values are gathered.
         split = {"n": split["n"]}
+    if not read.fits(split):
+        return replicated(node, read)
     padded = any(span.is_padded for span in summed) and not any(map(is_weight, sides))
     if summed and (padded or not read.is_apart(summed)):
         return replicated(node, read)
@@ -255,7 +257,7 @@ def over(*names: str) -> Rule:
 
     def rule(node: fx.Node, read: Reading) -> Outcome:
         item = cast(fx.Node, node.args[0])
-        rank = len(shape_of(item))
+        rank = len(shape_of(item)) or 1
         given = [nodes.argument(node, name) for name in names]
         whole = {cast(int, dim) % rank for found in given for dim in (found if isinstance(found, (list, tuple)) else [found])}
         placed = read.of(item)

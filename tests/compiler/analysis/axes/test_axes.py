@@ -216,3 +216,20 @@ def test_empty_slices_norms_and_ellipses_have_axes():
     found = after.fact(axes)
     norm = after.nodes(torch.ops.aten.linalg_vector_norm.default)[0]
     assert [found.axis(norm, dim).size for dim in (-1,)] == [1]
+
+
+class _Scalars(nn.Module):
+    """Operators along dimension 0 of a tensor without dimensions, which PyTorch allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = self.gate.softmax(0) + self.gate.cumsum(0) + self.gate.sum(0, keepdim=True) + self.gate.amax(0)
+        return x * gate
+
+
+def test_a_tensor_without_dimensions_has_no_axes():
+    program = capture(_Scalars(), (torch.randn(2, 3),)).program
+    assert all(program.fact(axes).of[node] == () for node in program.nodes(torch.ops.aten.softmax.int, torch.ops.aten.amax.default))

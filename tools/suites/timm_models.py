@@ -1,0 +1,145 @@
+"""The model list of timm: random weights and the smallest input that a model takes."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.models import normal
+from tools.suites.models import RESULTS, check_model
+from tools.suites.suite import Item, Record, Report, Suite
+from tools.zoo.coverage import cell, table
+from tools.zoo.weights import woken
+
+SIZES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512, 768, 1024)
+"""The sides of square images that are tried, in pixels."""
+_SMALL = (
+    *("test", "atto", "femto", "pico", "zepto", "nano", "xxxs", "xxs", "xxtiny", "xtiny", "xs", "tiny", "ti", "t", "mini"),
+    *("little", "small", "s", "sm", "lite", "xsmall"),
+)
+"""Words in the names of small models, the smallest first."""
+
+
+def items(everything: bool) -> list[Item]:
+    """Every model of timm, or the smallest of each of its modules, judged by the names."""
+    timm = importlib.import_module("timm")
+    chosen = [
+        (family, name)
+        for family in timm.list_modules()
+        for name in _ordered(timm.list_models(module=family))[: None if everything else 1]
+    ]
+    return [Item(name, family, partial(build, name)) for family, name in chosen]
+
+
+def _ordered(names: Sequence[str]) -> list[str]:
+    """The names, those of small models first."""
+
+    def key(name: str) -> tuple[int, int, str]:
+        words = re.split(r"[_.]", name)
+        place = min((_SMALL.index(word) for word in words if word in _SMALL), default=len(_SMALL))
+        numbers = [int(number) for number in re.findall(r"\d+", name)]
+        return place, sum(numbers), name
+
+    return sorted(names, key=key)
+
+
+def build(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """The model with random weights, and two images of the smallest size at which it runs.
+
+    Raises: RuntimeError for a model that runs at none of the sizes.
+    """
+    errors: list[str] = []
+    for model, size in _candidates(name):
+        image = normal(2, 3, size, size)
+        try:
+            with torch.no_grad():
+                found = model(image)
+        # Models refuse small images by any error.
+        except Exception as error:
+            errors.append(f"{size}: {type(error).__name__}: {str(error)[:100]}")
+            continue
+        if torch.is_tensor(found) and found.numel() and bool(found.isfinite().all()):
+            return model, image
+        errors.append(f"{size}: no finite output")
+    raise RuntimeError(f"{name} runs at none of the sizes: {errors[-1] if errors else 'it has no size'}")
+
+
+def _candidates(name: str) -> Iterator[tuple[nn.Module, int]]:
+    """The model for each size: built for it where the constructor takes one, else as it is."""
+    timm = importlib.import_module("timm")
+    create = partial(timm.create_model, name, pretrained=False, num_classes=10)
+    plain: nn.Module | None = None
+    for size in SIZES:
+        try:
+            yield woken(partial(_evaluating, partial(create, img_size=size))), size
+            continue
+        except GeneratorExit:
+            raise
+        # The constructor takes no size, or not this one.
+        except Exception:
+            plain = plain or woken(partial(_evaluating, create))
+        yield plain, size
+
+
+def _evaluating(create: Any) -> nn.Module:
+    return create().eval()
+
+
+def check(item: Item, report: Report) -> None:
+    """Check one model. report: called with the record after every phase."""
+    report({"phase": "build"})
+    torch.manual_seed(0)
+    try:
+        model, image = item.build()
+    # What timm cannot build or run is no fault of ours.
+    except Exception as error:
+        report({"phase": None, "result": "not run", "reason": f"{type(error).__name__}: {str(error)[:300]}"})
+        return
+    report({"phase": "capture", "size": image.shape[-1], "parameters": sum(item.numel() for item in model.parameters())})
+    report({"phase": None} | check_model(model, ((image,), {})))
+
+
+def details(records: Sequence[Record]) -> str:
+    """A table of the models."""
+    rows = [
+        [
+            record["family"],
+            record["name"],
+            str(record.get("size", "")),
+            f"{record.get('parameters', 0) / 1e6:.1f}",
+            ", ".join(record.get("dynamic", ())) or "none",
+            "failure" if record.get("failed") else record["result"],
+            cell(record.get("error") or record.get("reason") or ""),
+        ]
+        for record in sorted(records, key=lambda record: (record["family"], record["name"]))
+    ]
+    return table(["module", "model", "pixels", "million parameters", "dynamic", "result", "remarks"], rows)
+
+
+def warm() -> None:
+    """Import timm, and fill the caches of the capture."""
+    importlib.import_module("timm")
+    check_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval(), ((normal(2, 3, 8, 8),), {}))
+
+
+SUITE = Suite(
+    title="timm",
+    introduction="""\
+The models of `timm.list_models()`: by default the smallest of each module of timm, with `--all` all of them. Weights are random,
+and the image is the smallest of 32, 64, … pixels at which the model runs.
+""",
+    noun="models",
+    items=items,
+    check=check,
+    warm=warm,
+    results=RESULTS | {"not run": "timm cannot build or run it without its own weights or at these sizes"},
+    faults=frozenset({"failure", "wrong"}),
+    details=details,
+    seconds=400.0,
+)
