@@ -26,6 +26,10 @@ from tools.zoo.coverage import table
 
 KINDS = ("node", "simple", "pytorch-converted", "pytorch-operator")
 """The tests that hold their models and data; the others download large models."""
+DECIDES = "decides on the values"
+"""A part of the refusal of a file whose sizes depend on the values of inputs."""
+_SMALL = 64
+"""The most elements of an input that gives sizes or axes."""
 
 
 def items(everything: bool) -> list[Item]:
@@ -50,7 +54,27 @@ def check(item: Item, report: Report) -> None:
         warnings.simplefilter("ignore")
         path, sets = _files(test, Path(folder))
         report({"phase": "run", "operator": _operator(path)})
-        report({"phase": None} | _run(path, sets, test.rtol, test.atol))
+        record = _run(path, sets, test.rtol, test.atol)
+        if record["result"] == "refused" and DECIDES in record["reason"] and len(sets) == 1:
+            path, sets = _with_constants(path, Path(folder) / "constants.onnx", *sets[0])
+            record = _run(path, sets, test.rtol, test.atol) | {"constants": True}
+        report({"phase": None} | record)
+
+
+def _with_constants(
+    path: Path, changed: Path, inputs: list[Any], outputs: list[Any]
+) -> tuple[Path, list[tuple[list[Any], list[Any]]]]:
+    """The file with its small integer inputs as initializers, as exporters write sizes and axes; and the other inputs."""
+    model, left = onnx.load(path), list[Any]()
+    for declared, value in zip(list(model.graph.input), inputs, strict=True):
+        array = None if value is None or isinstance(value, (list, onnx.TensorProto)) else np.asarray(value)
+        if array is not None and array.dtype.kind in "iub" and array.size <= _SMALL:
+            model.graph.initializer.append(numpy_helper.from_array(array, declared.name))
+            model.graph.input.remove(declared)
+        else:
+            left.append(value)
+    onnx.save(model, changed)
+    return changed, [(left, outputs)]
 
 
 def _files(test: Any, folder: Path) -> tuple[Path, list[tuple[list[Any], list[Any]]]]:
@@ -182,7 +206,8 @@ SUITE = Suite(
     title="ONNX backend tests",
     introduction="""\
 The tests of `onnx.backend.test` that need no download: every operator of the standard on small inputs, and models that PyTorch
-exported. Each file is read by `lissom.from_onnx`, captured, and run; the outputs are compared with those of the test.
+exported. Each file is read by `lissom.from_onnx`, captured, and run; the outputs are compared with those of the test. Where a size
+or an axis is an input, it becomes an initializer, as exporters write it.
 """,
     noun="tests",
     items=items,

@@ -66,3 +66,14 @@ def test_an_operator_known_to_be_wrong_is_refused(cases, name, tmp_path):
     onnx.save(newest.model, path)
     with pytest.raises(UnsupportedError, match=f"there is no correct conversion of {name} "):
         from_onnx(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "test"),
+    [("BatchNormalization", "test_batchnorm_example_training_mode"), ("Dropout", "test_training_dropout")],
+)
+def test_an_operator_in_training_mode_is_refused(cases, name, test, tmp_path):
+    path = tmp_path / "model.onnx"
+    onnx.save(next(item.model for item in cases[name] if item.name == test), path)
+    with pytest.raises(UnsupportedError, match=f"is a {name} in training mode; export the model again in evaluation mode"):
+        from_onnx(path)

@@ -22,7 +22,7 @@ from lissom.compiler.parallel.rules.table import rule_of
 from lissom.compiler.verify.divergence import TOLERANCE, relative_error
 from tools.suites.opinfo.calls import Call, OneCall, program_of, run
 
-_MOST = 24
+_MOST = 12
 """The most placements of the arguments that are tried for one call and world size."""
 Choice = tuple[Placed, ...]
 

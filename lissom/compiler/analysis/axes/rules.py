@@ -13,7 +13,7 @@ from lissom.compiler.analysis.axes.axis import Axis, cut, divide, mark, pin, pro
 from lissom.compiler.analysis.axes.base import Dims, Known, Rule, Value, broadcast, fresh, of, tensors, unknown
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
-from lissom.compiler.ir.dimension_map import dim_of
+from lissom.compiler.ir.dimension_map import dim_of, shape_of
 from lissom.compiler.ir.operators import is_pointwise, reduced_dims, rule_table
 from lissom.compiler.ir.printer import target_text
 from lissom.compiler.ir.recurrence_letters import HEADS, LETTERS, SHARED, operands_of
@@ -54,7 +54,9 @@ def _check(node: fx.Node, found: Value) -> None:
 
 
 def _pointwise(node: fx.Node, known: Known) -> Value:
-    return broadcast(tensors(node, known), len(nodes.tensor_type(node).shape), target_text(node.target))
+    found = broadcast(tensors(node, known), len(shape_of(node)), target_text(node.target))
+    results = nodes.node_type(node)
+    return (found,) * len(results) if isinstance(results, tuple) else found
 
 
 def _linear(node: fx.Node, known: Known) -> Value:
@@ -274,8 +276,10 @@ RULES: dict[object, Rule] = rule_table(
     (_added_product, ops.MATMULS_WITH_BIAS),
     (_embedding, [aten.embedding.default]),
     (views.moved, [aten.permute.default, *ops.TRANSPOSES, aten.unsqueeze.default, *ops.SQUEEZES]),
-    (views.moved, [*ops.EXPANDS, aten.expand_as.default, *ops.SUMS]),
-    (views.reshape, [*ops.RESHAPES, *ops.RESHAPES_AS]),
+    (_pointwise, [aten.expand_as.default]),
+    (views.moved, [*ops.EXPANDS, *ops.SUMS]),
+    (views.reshape, ops.RESHAPES),
+    (views.reshape_as, ops.RESHAPES_AS),
     (views.repeat, [aten.repeat.default]),
     (views.repeat_interleave, [aten.repeat_interleave.self_int]),
     (views.cat, ops.CONCATENATIONS),

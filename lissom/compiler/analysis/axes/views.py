@@ -41,6 +41,14 @@ def reshape(node: fx.Node, known: Known) -> Value:
     return tuple(result)
 
 
+def reshape_as(node: fx.Node, known: Known) -> Value:
+    """The same to the sizes of another tensor, whose axes are those of the result."""
+    found = cast(Dims, reshape(node, known))
+    for axis, other in zip(found, of(node.args[1], known), strict=True):
+        unify(axis, other, f"the sizes of {target_text(node.target)}")
+    return found
+
+
 def take(factors: list[Axis], size: Size) -> Axis | None:
     """Remove factors with product `size` from the front of the list; None when there are no such factors."""
     if size == 1:

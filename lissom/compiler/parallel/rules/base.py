@@ -110,7 +110,8 @@ def alike(node: fx.Node, read: Reading, whole: Collection[int] = ()) -> Outcome:
     if not read.fits(dims):
         return replicated(node, read)
     wants = {item: aligned(item, dims, rank) for item in items}
-    return settled(node, read, sharded(*dims.items()), wants)
+    result = sharded(*dims.items())
+    return settled(node, read, (result,) * len(typed) if isinstance(typed, tuple) else result, wants)
 
 
 def aligned(item: fx.Node, dims: Mapping[int, Spans], rank: int) -> Placed:
