@@ -206,8 +206,8 @@ SUITE = Suite(
     title="ONNX backend tests",
     introduction="""\
 The tests of `onnx.backend.test` that need no download: every operator of the standard on small inputs, and models that PyTorch
-exported. Each file is read by `lissom.from_onnx`, captured, and run; the outputs are compared with those of the test. Where a size
-or an axis is an input, it becomes an initializer, as exporters write it.
+exported. Each file is read by `lissom.from_onnx`, captured, and run; the outputs are compared with those of the test. Where a
+size or an axis is an input, it becomes an initializer, as exporters write it.
 """,
     noun="tests",
     items=items,

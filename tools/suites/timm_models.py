@@ -138,8 +138,8 @@ def warm() -> None:
 SUITE = Suite(
     title="timm",
     introduction="""\
-The models of `timm.list_models()`: by default the smallest of each module of timm, with `--all` all of them. Weights are random,
-and the image is the smallest of 32, 64, 96, 128, 192 and 256 pixels, or the model's own size, at which the model runs.
+The models of `timm.list_models()`: by default the smallest of each module, judged by the names, with `--all` all. Weights are
+random, and the image is the smallest of 32, 64, 96, 128, 192 and 256 pixels, or the model's own size, at which the model runs.
 """,
     noun="models",
     items=items,

@@ -24,7 +24,7 @@ _INTRODUCTION = """\
 Every model here is tiny and has random weights: the page covers architectures, not answers. Each is captured and run through
 the recipe `exact` with every pass checked, and the result is compared with the model at the example's sizes and at up to three
 others. The FLOPs of each node are compared with PyTorch's `flop_counter`. `python -m tools.zoo` makes the measurements and this
-page. The page [suites of other projects](suites.md) has PyTorch's operators and examples, ONNX's tests, and more models of timm.
+page. The page [suites of other projects](suites.md) has PyTorch's operators and examples, ONNX's tests, and timm's models.
 
 - *dynamic*: the sizes that may vary from call to call.
 - *attention*, *feed-forward*: the sites found in the final program, of the number in the model's configuration; a dash if the

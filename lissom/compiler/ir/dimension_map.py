@@ -122,6 +122,13 @@ def _squeeze(node: fx.Node) -> DimensionMap:
     return tuple(dim for dim, size in enumerate(shape) if dim not in named or size != 1)
 
 
+def name_squeezed_dims(node: fx.Node, shape: Sequence[Size]) -> None:
+    """Let a `squeeze` of this shape name the dimensions that it removes, so that it keeps others whose size becomes 1."""
+    named = range(len(shape)) if node.target is aten.squeeze.default else named_dims(node, "dim", len(shape))
+    gone = [dim for dim in named if shape[dim : dim + 1] == (1,)]
+    node.target, node.args, node.kwargs = aten.squeeze.dims, (node.args[0], gone), {}
+
+
 def _without_dim(node: fx.Node) -> DimensionMap:
     """For `select` and `unbind`, which remove a dimension."""
     rank = _rank_of(node.args[0])

@@ -45,8 +45,8 @@ def check_operators(model: ir.Model, path: Path) -> None:
     for node in model.graph.all_nodes():
         if _trains(node):
             raise UnsupportedError(
-                f"{path} cannot be converted: node {node.name!r} is a {node.op_type} in training mode; export the model again in "
-                f"evaluation mode"
+                f"{path} cannot be converted: node {node.name!r} is a {node.op_type} in training mode; "
+                f"export the model again in evaluation mode"
             )
         opset = model.opset_imports.get(node.domain, 1)
         standard = node.domain in ("", "ai.onnx")

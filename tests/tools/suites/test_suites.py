@@ -50,6 +50,10 @@ def faults_of(function: Any, *tensors: torch.Tensor) -> list[str]:
         (lambda x: x.softmax(0), [()]),
         (lambda x: F.layer_norm(x.reshape(4, 10), [10]).transpose(0, 1), [(2, 2, 10)]),
         (lambda x: torch.cat(x.split(2, 1), 0), [(3, 4)]),
+        (lambda x: (x.squeeze(), x.squeeze(2), x.squeeze((1, 2))), [(5, 1, 5, 1)]),
+        (lambda x: torch.take_along_dim(x, torch.tensor([[0, 2]]), 1), [(5, 5)]),
+        (lambda x: x.gather(1, torch.tensor([[0, 2], [1, 1]])), [(5, 5)]),
+        (lambda x: x.index_select(0, torch.tensor([0])), [()]),
     ],
 )
 def test_rules_agree_on_a_call(function, shapes):
@@ -91,7 +95,7 @@ ONNX = """
 
 @pytest.mark.parametrize(
     ("operator", "result", "reason"),
-    [("Relu", "passed", ""), ("Neg", "wrong", "output 0 differs by 2"), ("Hardmax", "refused", "Hardmax")],
+    [("Relu", "passed", ""), ("Neg", "wrong", "output 0 differs by 2"), ("Bernoulli", "refused", "conversion of Bernoulli")],
 )
 def test_an_onnx_test_passes_or_says_why_not(tmp_path, operator, result, reason):
     onnx.save(onnx.parser.parse_model(ONNX % operator), tmp_path / "model.onnx")

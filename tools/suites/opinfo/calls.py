@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -106,9 +107,15 @@ class OneCall:
         return [node for node in self.program.graph.nodes if node.op == "get_attr"]
 
 
+@cache
+def _fake_mode() -> FakeTensorMode:
+    """The mode of all these programs, which remembers the types of equal calls."""
+    return FakeTensorMode()
+
+
 def program_of(call: Call) -> OneCall | None:
-    """The call as a program; None where its results are no tensors, or sizes depend on values."""
-    graph, root, mode = fx.Graph(), nn.Module(), FakeTensorMode()
+    """The call as a program; None where its results are no dense tensors, or sizes depend on values."""
+    graph, root, mode = fx.Graph(), nn.Module(), _fake_mode()
     reads: dict[int, fx.Node] = {}
     for number, tensor in enumerate(call.tensors):
         root.register_buffer(f"argument_{number}", tensor)
@@ -124,7 +131,7 @@ def program_of(call: Call) -> OneCall | None:
         return None
     nodes.set_value(node, found)
     items = list(cast("Sequence[object]", found)) if isinstance(found, (tuple, list)) else [found]
-    if not items or not all(isinstance(item, torch.Tensor) for item in items):
+    if not items or not all(isinstance(item, torch.Tensor) and item.layout is torch.strided for item in items):
         return None
     results = (node,)
     if isinstance(found, (tuple, list)):

@@ -100,14 +100,19 @@ def _check(call: Call, choice: Choice, world_size: int, wanted: list[torch.Tenso
     known: dict[fx.Node, Placed | tuple[Placed, ...]] = dict(zip(one.weights, choice, strict=True))
     claim = f"{call} with {', '.join(map(_spelled, choice))} on {world_size} ranks"
     read = Reading(known, world_size=world_size, constant=one.program.constant)
+    wants: list[Placed] = []
     try:
         for node in dict.fromkeys((one.call, *one.results)):
             found = outcome(node, read)
+            wants += found.wants.values()
             steps = (redistribution_steps(read.of(item), want, world_size) for item, want in found.wants.items())
             if found.reason or any(step is None for step in steps):
                 # A plan does not shard these arguments then.
                 return ""
             known[node] = found.result
+        if all(known[node] == REPLICATED for node in one.results) and all(want == REPLICATED for want in wants):
+            # The rule shards nothing.
+            return ""
         claim += f" gives {known[one.call]}"
         for node, placed in known.items():
             nodes.set_placed(node, placed)

@@ -129,8 +129,8 @@ def warm() -> None:
 SUITE = Suite(
     title="OpInfo",
     introduction="""\
-The sample inputs of `torch.testing._internal.common_methods_invocations.op_db` in float32 on the CPU. Each is traced to ATen calls
-as capture does, and the rules for each call are checked:
+The sample inputs of `torch.testing._internal.common_methods_invocations.op_db` in float32 on the CPU. Each is traced to ATen
+calls as capture does, and the rules for each call are checked:
 
 - *axes*: random indices of an axis are removed from the arguments as a pass does; the results lack these indices, and are
   otherwise equal. What is summed over or normed is zero there.

@@ -201,8 +201,9 @@ def index_select(node: fx.Node, known: Known) -> Value:
     """Rows looked up along one dimension, which is pinned; in the result it has the axis of the looked-up indices."""
     dims, chosen = list(of(node.args[0], known)), of(node.args[2], known)
     index = dim_of(node, len(dims))
-    pin(dims[index], "its indices are looked up")
-    dims[index] = chosen[0] if chosen else Axis(1)
+    if dims:
+        pin(dims[index], "its indices are looked up")
+        dims[index] = chosen[0] if chosen else Axis(1)
     return tuple(dims)
 
 
@@ -229,10 +230,19 @@ def gather(node: fx.Node, known: Known) -> Value:
     dims, chosen = of(node.args[0], known), of(lookup_indices(node), known)
     index = dim_of(node, len(dims))
     pin(dims[index], "its indices are looked up")
+    result = list(chosen)
     for dim, (axis, other) in enumerate(zip(dims, chosen, strict=True)):
-        if dim != index and axis.size == other.size:
+        if dim == index:
+            continue
+        if axis.size == other.size:
             unify(axis, other, "gathered along another dimension")
-    return chosen
+        elif node.target is torch.ops.aten.take_along_dim.default:
+            # It broadcasts a size of 1; `gather` takes the first indices.
+            result[dim] = axis if other.size == 1 else other
+        else:
+            pin(axis, "only its first indices are gathered")
+            pin(other, "gathers the first indices of a longer dimension")
+    return tuple(result)
 
 
 def index(node: fx.Node, known: Known) -> Value:

@@ -11,8 +11,8 @@ from torch import fx
 
 from lissom.compiler.analysis.axes.views import every_nth, slice_bounds
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.dimension_map import dim_of
-from lissom.compiler.ir.operators import CONVOLUTIONS, SIZES_AT, SPLITS
+from lissom.compiler.ir.dimension_map import dim_of, name_squeezed_dims
+from lissom.compiler.ir.operators import CONVOLUTIONS, SIZES_AT, SPLITS, SQUEEZES
 from lissom.compiler.ir.placement import Placed, Spans, local_size
 from lissom.compiler.ir.types import TensorType
 from lissom.compiler.parallel.partition.state import PartitionState, Placement
@@ -99,10 +99,15 @@ def _local_index(spans: Spans, index: int) -> int:
     return local
 
 
+def _squeeze(state: PartitionState, node: fx.Node, placed: Placement) -> None:
+    name_squeezed_dims(node, state.shape(cast(fx.Node, node.args[0])).shape)
+
+
 _RULES: Mapping[object, Callable[[PartitionState, fx.Node, Placement], None]] = {
     **dict.fromkeys(SIZES_AT, _sizes),
     **dict.fromkeys(SPLITS, _split),
     **dict.fromkeys(CONVOLUTIONS, _groups),
+    **dict.fromkeys(SQUEEZES, _squeeze),
     aten.slice.Tensor: _slice,
     aten.repeat_interleave.self_int: _repeats,
 }

@@ -208,7 +208,7 @@ def embedding(node: fx.Node, read: Reading) -> Outcome:
     table, ids = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     placed = read.of(table)
     rows = placed.spans(0)
-    blocks = len(rows) < 2 and all(span.outer == 1 for span in rows) and read.is_apart(rows)
+    blocks = len(rows) < 2 and all(span.outer == span.inner == 1 for span in rows) and read.is_apart(rows)
     if placed.partial or len(placed.dims) > 1 or not blocks:
         return replicated(node, read)
     result = PARTIAL if rows else sharded((len(shape_of(node)) - 1, placed.spans(1)))

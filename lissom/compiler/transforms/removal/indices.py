@@ -16,8 +16,9 @@ from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.views import slice_bounds
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.dimension_map import name_squeezed_dims, shape_of
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.operators import CONVOLUTIONS, LAYER_NORMS, SIZES_AT, SPLITS
+from lissom.compiler.ir.operators import CONVOLUTIONS, LAYER_NORMS, SIZES_AT, SPLITS, SQUEEZES
 from lissom.compiler.ir.printer import target_text
 from lissom.compiler.ir.types import format_size
 from lissom.compiler.transforms.removal.norms import follow_norm, normed_axes
@@ -134,6 +135,8 @@ def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.
         dim, pieces = cast(int, nodes.argument(node, "dim")), cast("tuple[tuple[Axis, ...], ...]", found.of[node])
         sizes = [_size(piece[dim], keep) for piece in pieces]
         node.target, node.args, node.kwargs = aten.split_with_sizes.default, (node.args[0], sizes, dim), {}
+    elif target in SQUEEZES:
+        name_squeezed_dims(node, shape_of(node.args[0]))
     elif target is aten.slice.Tensor:
         _follow_slice(node, found, keep)
     elif target is aten.scaled_dot_product_attention.default and nodes.argument(node, "scale") is None:

@@ -119,6 +119,7 @@ ROWS = [
         (cut(1, 6), cut(1, 6), R), P,
     ),
     Row("embedding by rows", lambda i, t: F.embedding(i, t), (ids(2, 3), W), (R, cut(0, 8)), P, sized=True),
+    Row("embedding by pairs of rows", lambda i, t: F.embedding(i, t), (ids(2, 3), W), (R, cut(0, 4, 2)), R, {1: R}),
     Row("embedding by columns", lambda i, t: F.embedding(i, t), (ids(2, 3), W), (R, cut(1, 6)), cut(2, 6)),
     # Attention, rotation.
     Row("attention", attend, (HEADS, HEADS, HEADS), (cut(1, 4), cut(1, 4), cut(1, 4)), cut(1, 4)),
