@@ -70,6 +70,11 @@ def dim_of(node: fx.Node, rank: int) -> int:
     return dim
 
 
+def channel_dim(node: fx.Node) -> int:
+    """The dimension of channels in the input and the result of a convolution: 1, or 0 without a batch."""
+    return len(shape_of(node)) - len(shape_of(node.args[1])) + 1
+
+
 def _rank_of(item: object) -> int:
     return len(shape_of(item))
 

@@ -13,7 +13,7 @@ from lissom.compiler.analysis.axes.axis import Axis, cut, divide, mark, pin, pro
 from lissom.compiler.analysis.axes.base import Dims, Known, Rule, Value, broadcast, fresh, of, tensors, unknown
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
-from lissom.compiler.ir.dimension_map import dim_of, shape_of
+from lissom.compiler.ir.dimension_map import channel_dim, dim_of, shape_of
 from lissom.compiler.ir.operators import is_pointwise, reduced_dims, rule_table
 from lissom.compiler.ir.printer import target_text
 from lissom.compiler.ir.recurrence_letters import HEADS, LETTERS, SHARED, operands_of
@@ -128,6 +128,8 @@ def _batch_norm(node: fx.Node, known: Known) -> Value:
     for item in node.args[1:5]:
         if nodes.is_tensor(item):
             unify(dims[1], of(item, known)[0], "a weight of a norm")
+    for axis in (dims[0], *dims[2:]) if nodes.argument(node, "training") else ():
+        mark(axis, whole=True)
     return dims
 
 
@@ -136,6 +138,8 @@ def _group_norm(node: fx.Node, known: Known) -> Value:
     for used in node.all_input_nodes:
         for axis in of(used, known)[:2]:
             pin(axis, "normalised in groups")
+    for axis in dims[2:]:
+        mark(axis, whole=True)
     return dims
 
 
@@ -240,20 +244,22 @@ def _rounded(node: fx.Node, known: Known) -> Value:
 
 def _convolution(node: fx.Node, known: Known) -> Value:
     x, weight = of(node.args[0], known), of(node.args[1], known)
-    groups = nodes.argument(node, "groups")
+    groups, channels = nodes.argument(node, "groups"), x[channel_dim(node)]
     if (bias := nodes.argument(node, "bias")) is not None:
         unify(of(bias, known)[0], weight[0], "a bias of a convolution")
     if groups == 1:
-        unify(x[1], weight[1], "contracted by a convolution")
-    elif groups == x[1].size == weight[0].size:
-        unify(x[1], weight[0], "the channels of a depthwise convolution")
+        unify(channels, weight[1], "contracted by a convolution")
+    elif groups == channels.size == weight[0].size:
+        unify(channels, weight[0], "the channels of a depthwise convolution")
     else:
-        pin(x[1], "convolved in groups")
+        pin(channels, "convolved in groups")
         pin(weight[0], "convolved in groups")
-    for axis in (*x[2:], *weight[2:]):
+        pin(weight[1], "convolved in groups")
+    count = len(weight) - 2
+    for axis in (*x[-count:], *weight[2:]):
         pin(axis, "convolved over")
-    spatial = nodes.tensor_type(node).shape[2:]
-    return (x[0], weight[0], *(Axis(size, pinned="convolved over") for size in spatial))
+    spatial = nodes.tensor_type(node).shape[-count:]
+    return (*x[: -count - 1], weight[0], *(Axis(size, pinned="convolved over") for size in spatial))
 
 
 def _einsum(node: fx.Node, known: Known) -> Value:

@@ -210,6 +210,8 @@ def index_select(node: fx.Node, known: Known) -> Value:
 def index_copy(node: fx.Node, known: Known) -> Value:
     """Rows of a tensor are overwritten: their dimension is pinned, and the others are unified with those of the new rows."""
     dims, rows = of(node.args[0], known), of(node.args[3], known)
+    if not dims or not rows:
+        return dims
     index = dim_of(node, len(dims))
     for axis in (dims[index], rows[index]):
         pin(axis, "its indices are looked up")
@@ -228,6 +230,8 @@ def gather(node: fx.Node, known: Known) -> Value:
     if nodes.argument(node, "dim") is None:
         return unknown(node, known)
     dims, chosen = of(node.args[0], known), of(lookup_indices(node), known)
+    if len(dims) != len(chosen) or not dims:
+        return unknown(node, known)
     index = dim_of(node, len(dims))
     pin(dims[index], "its indices are looked up")
     result = list(chosen)

@@ -11,7 +11,7 @@ from torch import fx
 
 from lissom.compiler.analysis.axes.views import every_nth, slice_bounds
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.dimension_map import dim_of, name_squeezed_dims
+from lissom.compiler.ir.dimension_map import channel_dim, dim_of, name_squeezed_dims
 from lissom.compiler.ir.operators import CONVOLUTIONS, SIZES_AT, SPLITS, SQUEEZES
 from lissom.compiler.ir.placement import Placed, Spans, local_size
 from lissom.compiler.ir.types import TensorType
@@ -60,8 +60,9 @@ def _split(state: PartitionState, node: fx.Node, placed: Placement) -> None:
 def _groups(state: PartitionState, node: fx.Node, placed: Placement) -> None:
     """Only depthwise convolutions are sharded."""
     assert isinstance(placed, Placed)
-    if spans := placed.spans(1):
-        nodes.set_argument(node, "groups", local_size(spans, state.shape(node).shape[1]))
+    at = channel_dim(node)
+    if spans := placed.spans(at):
+        nodes.set_argument(node, "groups", local_size(spans, state.shape(node).shape[at]))
 
 
 def _slice(state: PartitionState, node: fx.Node, placed: Placement) -> None:

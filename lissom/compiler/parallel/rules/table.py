@@ -17,7 +17,7 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
-from lissom.compiler.ir.dimension_map import shape_of
+from lissom.compiler.ir.dimension_map import channel_dim, shape_of
 from lissom.compiler.ir.operators import is_pointwise, reduced_dims, rule_table
 from lissom.compiler.ir.placement import PARTIAL, REPLICATED, Spans, is_padded, sharded
 from lissom.compiler.ir.recurrence_letters import LETTERS
@@ -281,14 +281,14 @@ def convolution(node: fx.Node, read: Reading) -> Outcome:
     """Depthwise convolutions may be sharded by channel; other convolutions read all channels."""
     x, weight = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     bias = nodes.argument(node, "bias")
-    channels = shape_of(node)[1]
-    if nodes.argument(node, "groups") == channels == shape_of(x)[1] and not read.of(x).partial:
-        spans = read.of(x).spans(1) or read.of(weight).spans(0)
-        wants = {x: sharded((1, spans)), weight: sharded((0, spans))}
+    at = channel_dim(node)
+    if nodes.argument(node, "groups") == shape_of(node)[at] == shape_of(x)[at] and not read.of(x).partial:
+        spans = read.of(x).spans(at) or read.of(weight).spans(0)
+        wants = {x: sharded((at, spans)), weight: sharded((0, spans))}
         if isinstance(bias, fx.Node):
             wants[bias] = sharded((0, spans))
-        if all(dim == 1 for dim, _ in read.of(x).dims):
-            return settled(node, read, sharded((1, spans)), wants)
+        if all(dim == at for dim, _ in read.of(x).dims):
+            return settled(node, read, sharded((at, spans)), wants)
     return replicated(node, read)
 
 
