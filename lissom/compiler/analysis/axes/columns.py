@@ -21,8 +21,8 @@ from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite
 from lissom.compiler.analysis.structure.linear import input_of, weight_of
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.dimension_map import channel_dim
+from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import CONVOLUTIONS
 from lissom.compiler.ir.program import Program
 
