@@ -55,6 +55,7 @@ def faults_of(function: Any, *tensors: torch.Tensor) -> list[str]:
         (lambda x: x.gather(1, torch.tensor([[0, 2], [1, 1]])), [(5, 5)]),
         (lambda x: x.index_select(0, torch.tensor([0])), [()]),
         (lambda x: x.index_copy(0, torch.tensor([0]), x.reshape(1)), [()]),
+        (lambda x, rows: x.index_copy(1, torch.arange(5), rows), [(3, 5), (3, 5)]),
         (lambda x: x.gather(0, torch.zeros(2, 0, dtype=torch.int64)), [(5,)]),
         (lambda x: F.embedding(torch.tensor([1, 9]), x), [(10, 3)]),
         (F.conv2d, [(3, 4, 4), (2, 3, 3, 3)]),
@@ -63,6 +64,8 @@ def faults_of(function: Any, *tensors: torch.Tensor) -> list[str]:
         (lambda x, mean, variance: F.batch_norm(x, mean, variance.abs(), training=True), [(5, 4, 5), (4,), (4,)]),
         (lambda x: F.group_norm(x, 2), [(2, 6, 3)]),
         (torch.atleast_2d, [(4, 4)]),
+        (lambda x: x.unsafe_split(2), [(4, 4)]),
+        (lambda x: x.view(20, 5), [(5, 4, 5)]),
     ],
 )
 def test_rules_agree_on_a_call(function, shapes):

@@ -38,12 +38,18 @@ def check_cost(call: Call) -> str:
     return ""
 
 
+def flops_of(call: Call) -> int:
+    """The operations of a call by PyTorch's counter."""
+    one = program_of(call)
+    assert one is not None
+    return counted(one.call, {node: one.program.weight(str(node.target)) for node in one.weights})[0]
+
+
 def check_flops(call: Call) -> str:
     """How the operations of a call are miscounted; empty when they are right."""
     one = program_of(call)
     assert one is not None
-    wanted, _ = counted(one.call, {node: one.program.weight(str(node.target)) for node in one.weights})
-    found = node_cost(one.call, fake.hint).flops
+    wanted, found = flops_of(call), node_cost(one.call, fake.hint).flops
     return f"{call} is counted as {found} operations, and PyTorch counts {wanted}" if found != wanted else ""
 
 

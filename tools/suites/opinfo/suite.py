@@ -16,7 +16,7 @@ import torch
 from tools.suites.known import OPINFO
 from tools.suites.opinfo.axis_rules import check_axes, has_axis_rule
 from tools.suites.opinfo.calls import Call, OneCall, calls_of, program_of
-from tools.suites.opinfo.cost_rules import check_cost, check_flops, has_formula
+from tools.suites.opinfo.cost_rules import check_cost, check_flops, flops_of, has_formula
 from tools.suites.opinfo.placement_rules import check_placements, has_placement_rule
 from tools.suites.suite import Item, Record, Report, Suite
 from tools.zoo.check import sentence
@@ -87,6 +87,8 @@ def _check_call(call: Call, generator: random.Random, counts: dict[str, Counter[
     }
     for kind, (has_rule, find_fault) in checks.items():
         if not has_rule(one):
+            if kind == "operations":
+                counts[name]["operations only PyTorch counts"] += flops_of(call) > 0
             continue
         try:
             problem = find_fault()
@@ -111,12 +113,14 @@ def details(records: Sequence[Record]) -> str:
         ruled = [name for name, counts in totals.items() if counts[f"{kind} agrees"] or counts[f"{kind} disagrees"]]
         named = ", ".join(f"`{name}` ({count})" for name, count in sorted(wrong.items())) or "none"
         rows.append([kind, str(len(ruled)), str(len(totals) - len(ruled)), str(agree), str(sum(wrong.values())), named])
+    uncounted = ", ".join(f"`{name}`" for name, counts in sorted(totals.items()) if counts["operations only PyTorch counts"])
     samples = sum(record.get("samples", 0) for record in records)
     untraced = sum(record.get("untraced", 0) for record in records)
     return (
         f"{samples} sample inputs, of which {untraced} cannot be traced, make calls of {len(totals)} ATen operators. Calls "
         f"that differ only in values count once for each operator of OpInfo.\n\n"
         + table(["rule", "operators with one", "without", "calls that agree", "that disagree", "operators that disagree"], rows)
+        + f"\nOperators without a formula whose operations PyTorch counts: {uncounted or 'none'}.\n"
     )
 
 

@@ -125,6 +125,8 @@ def _normalise(node: fx.Node, known: Known) -> Value:
 
 def _batch_norm(node: fx.Node, known: Known) -> Value:
     dims = of(node.args[0], known)
+    if len(dims) < 2:
+        return unknown(node, known)
     for item in node.args[1:5]:
         if nodes.is_tensor(item):
             unify(dims[1], of(item, known)[0], "a weight of a norm")

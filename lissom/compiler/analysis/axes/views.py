@@ -213,7 +213,7 @@ def index_copy(node: fx.Node, known: Known) -> Value:
     if not dims or not rows:
         return dims
     index = dim_of(node, len(dims))
-    for axis in (dims[index], rows[index]):
+    for axis in (dims[index], rows[index], *of(node.args[2], known)):
         pin(axis, "its indices are looked up")
     return _unified([dims, rows], index, dims[index], "index_copy")
 

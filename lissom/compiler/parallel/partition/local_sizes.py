@@ -31,6 +31,9 @@ def _sizes(state: PartitionState, node: fx.Node, placed: Placement) -> None:
     assert isinstance(placed, Placed)
     index = SIZES_AT[node.target]
     sizes = [*cast("list[object]", node.args[index])]
+    if node.target is aten.view.default and cast(fx.Node, node.args[0]).op == "get_attr":
+        # A rank's shard of a weight lies in the memory of the whole, where not every view of it exists.
+        node.target = aten.reshape.default
     first = 0
     if node.target is aten.unflatten.int:
         first = cast(int, node.args[1]) % (state.shape(node).rank - len(sizes) + 1)
