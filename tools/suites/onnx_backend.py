@@ -20,6 +20,7 @@ from lissom.errors import ArtifactError, CaptureError, LissomError, UnsupportedE
 from lissom.frontends.export import capture
 from lissom.frontends.onnx.graph import torch_dtype
 from lissom.frontends.onnx.model import read
+from tools.suites.known import ONNX
 from tools.suites.suite import Item, Record, Report, Suite, counts_by
 from tools.zoo.check import sentence
 from tools.zoo.coverage import cell, table
@@ -223,6 +224,7 @@ size or an axis is an input, it becomes an initializer, as exporters write it.
         "wrong": "other outputs",
     },
     faults=frozenset({"failure", "wrong"}),
+    known=ONNX,
     details=details,
     block=100,
 )

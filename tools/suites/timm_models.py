@@ -119,8 +119,8 @@ def details(records: Sequence[Record]) -> str:
             record["family"],
             record["name"],
             str(record.get("size", "")),
-            f"{record.get('parameters', 0) / 1e6:.1f}",
-            ", ".join(record.get("dynamic", ())) or "none",
+            f"{record['parameters'] / 1e6:.1f}" if "parameters" in record else "",
+            ", ".join(record.get("dynamic", ())),
             "failure" if record.get("failed") else record["result"],
             cell(record.get("error") or record.get("reason") or ""),
         ]
