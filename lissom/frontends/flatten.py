@@ -235,7 +235,8 @@ def _signature(
     specs = [spec for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
     values = {node.name: node.meta["val"] for node in _placeholders(exported)}
     feed = iter(values[spec.arg.name] for spec in specs)
-    names = [parameters[i] if i < len(parameters) else f"args[{i}]" for i in range(len(args))]
+    # Arguments that `*args` collects have no name; the parameters after it are keywords.
+    names = [parameters[i] if i < len(parameters) and parameters[i] not in kwargs else f"args[{i}]" for i in range(len(args))]
     positional = tuple(_argument(name, item, feed) for name, item in zip(names, args, strict=True))
     keyword = tuple(_argument(name, item, feed) for name, item in kwargs.items())
     tensors = [leaf for item in (*positional, *keyword) for leaf in item.leaves if isinstance(leaf, TensorArgument)]

@@ -164,6 +164,20 @@ def test_arguments_without_names_are_numbered():
     assert program(normal(4, 3), normal(4, 3)).shape == (8, 3)
 
 
+class NamedBehind(nn.Module):
+    """Takes any number of tensors, then one by name."""
+
+    def forward(self, x: torch.Tensor, *parts: torch.Tensor, scale: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x, *parts]).sum(0) * scale + more["shift"]
+
+
+def test_a_keyword_behind_arguments_without_names_keeps_its_own():
+    args, kwargs = (normal(2, 3), normal(2, 3, seed=1)), {"scale": normal(2, 3, seed=2), "shift": normal(2, 3, seed=3)}
+    program = capture(NamedBehind(), args, kwargs).program
+    assert program.signature.describe().startswith("(x: f32[2, 3], args[1]: f32[2, 3], *, scale: ")
+    assert torch.equal(program(*args, **kwargs), NamedBehind()(*args, **kwargs))
+
+
 class Names(nn.Module):
     """Has a submodule that is called as a graph module calls its graph."""
 

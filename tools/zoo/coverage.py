@@ -24,7 +24,7 @@ _INTRODUCTION = """\
 Every model here is tiny and has random weights: the page covers architectures, not answers. Each is captured and run through
 the recipe `exact` with every pass checked, and the result is compared with the model at the example's sizes and at up to three
 others. The FLOPs of each node are compared with PyTorch's `flop_counter`. `python -m tools.zoo` makes the measurements and this
-page.
+page. The page [suites of other projects](suites.md) has PyTorch's operators and examples, ONNX's tests, and timm's models.
 
 - *dynamic*: the sizes that may vary from call to call.
 - *attention*, *feed-forward*: the sites found in the final program, of the number in the model's configuration; a dash if the
@@ -134,7 +134,7 @@ def _summary(records: Sequence[Record], families: Sequence[str]) -> str:
     head += [_TITLES[RUNTIME]] if _ran(records, RUNTIME) else []
     head += ["loaded", "attention sites", "feed-forward sites", "FLOPs"]
     groups = {family: [record for record in records if record["family"] == family] for family in families} | {"all": records}
-    return _table(head, (_family_row(family, group, _ran(records, RUNTIME)) for family, group in groups.items()))
+    return table(head, (_family_row(family, group, _ran(records, RUNTIME)) for family, group in groups.items()))
 
 
 def _family_row(name: str, records: Sequence[Record], runtime: bool) -> list[str]:
@@ -189,7 +189,7 @@ def _models(records: Sequence[Record]) -> str:
     runtime = _ran(records, RUNTIME)
     head = ["model", "captured", "dynamic", "attention", "feed-forward", "eager"]
     head += [_TITLES[RUNTIME]] if runtime else []
-    return _table([*head, "loaded", "seconds", "remarks"], (_model_row(record, runtime) for record in records))
+    return table([*head, "loaded", "seconds", "remarks"], (_model_row(record, runtime) for record in records))
 
 
 def _model_row(record: Record, runtime: bool) -> list[str]:
@@ -224,7 +224,7 @@ def _sites(record: Record, kind: str) -> str:
 def remarks(record: Record) -> str:
     """Why a model is not captured, not equal, not loaded, or has fewer sites than its configuration says."""
     if record.get("failed"):
-        return _cell(f"{record['failed']}: {record['error']}")
+        return cell(f"{record['failed']}: {record['error']}")
     found = [] if record["agrees"] else [f"the program differs by {record['capture_error']:.2g} relative"]
     found += [_backend_remark(record["name"], backend, told) for backend, told in record["backends"].items()]
     found += [f"attention left ({count}): {reason}" for reason, count in record.get("skipped", {}).items()]
@@ -233,7 +233,7 @@ def remarks(record: Record) -> str:
     found += [f"operations: {found}" for found in record.get("miscounted", ())[:1]]
     if not record.get("dynamic"):
         found += record.get("notes", ())[:1]
-    return _cell("; ".join(filter(None, found)))
+    return cell("; ".join(filter(None, found)))
 
 
 def _backend_remark(name: str, backend: str, told: Record) -> str:
@@ -256,13 +256,14 @@ def _different_size(record: Record, kind: str) -> str:
     return f"{kind.replace('_', ' ')} {', '.join(map(str, sites[kind]))}, where the configuration says {expected}"
 
 
-def _cell(text: str, longest: int = 240) -> str:
+def cell(text: str, longest: int = 240) -> str:
     """Text for a table cell: one line, bars escaped, truncated if long."""
     plain = re.sub(r"\s+", " ", text).replace("|", "\\|")
     return plain if len(plain) <= longest else plain[: longest - 1] + "…"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -289,9 +290,9 @@ def dynamo_section(records: Sequence[Record]) -> str:
     families = [family for family in FAMILIES if any(record["family"] == family for record in ordered)]
     groups = {family: [record for record in ordered if record["family"] == family] for family in families} | {"all": ordered}
     head = ["family", "models", "applicable", "equal", "equal, dynamic=True", "every graph a program"]
-    summary = _table(head, (_dynamo_row(family, group) for family, group in groups.items()))
+    summary = table(head, (_dynamo_row(family, group) for family, group in groups.items()))
     told = [record for record in ordered if _dynamo_remark(record)]
-    remarks = _table(["model", "remarks"], ([record["name"], _cell(_dynamo_remark(record))] for record in told))
+    remarks = table(["model", "remarks"], ([record["name"], cell(_dynamo_remark(record))] for record in told))
     return "\n".join([_DYNAMO, _DYNAMO_INTRODUCTION, f"{dynamo_headline(ordered)}\n", summary, *([remarks] if told else [])])
 
 

@@ -188,7 +188,7 @@ def write(path: Path, records: Sequence[Record]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Search the models that the arguments select; returns 1 if an answer is missing or wrong."""
     from tools.zoo.catalogue import entries
-    from tools.zoo.runner import run
+    from tools.zoo.runner import run, warm_zoo
 
     parser = argparse.ArgumentParser(prog="python -m tools.zoo.tune", description=__doc__)
     selection.add_arguments(parser, "zoo-tune.json")
@@ -201,7 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.output.unlink(missing_ok=True)
     search = partial(check, goal=options.goal)
     brief, whole = partial(search, minutes=0.01), partial(search, minutes=options.minutes)
-    run(chosen, options.output, whole, describe, seconds=options.limit_seconds, jobs=options.jobs, warm=brief)
+    warm = partial(warm_zoo, {entry.family for entry in chosen}, brief)
+    run(chosen, options.output, whole, describe, seconds=options.limit_seconds, jobs=options.jobs, warm=warm)
     records = load(options.output)
     if options.page is not None:
         write(options.page, records)

@@ -70,6 +70,11 @@ def dim_of(node: fx.Node, rank: int) -> int:
     return dim
 
 
+def channel_dim(node: fx.Node) -> int:
+    """The dimension of channels in the input and the result of a convolution: 1, or 0 without a batch."""
+    return len(shape_of(node)) - len(shape_of(node.args[1])) + 1
+
+
 def _rank_of(item: object) -> int:
     return len(shape_of(item))
 
@@ -120,6 +125,13 @@ def _squeeze(node: fx.Node) -> DimensionMap:
     shape = shape_of(node.args[0])
     named = range(len(shape)) if node.target is aten.squeeze.default else named_dims(node, "dim", len(shape))
     return tuple(dim for dim, size in enumerate(shape) if dim not in named or size != 1)
+
+
+def name_squeezed_dims(node: fx.Node, shape: Sequence[Size]) -> None:
+    """Let a `squeeze` of this shape name the dimensions that it removes, so that it keeps others whose size becomes 1."""
+    named = range(len(shape)) if node.target is aten.squeeze.default else named_dims(node, "dim", len(shape))
+    gone = [dim for dim in named if shape[dim : dim + 1] == (1,)]
+    node.target, node.args, node.kwargs = aten.squeeze.dims, (node.args[0], gone), {}
 
 
 def _without_dim(node: fx.Node) -> DimensionMap:

@@ -17,7 +17,11 @@ from lissom.compiler.ir.program import Program
 aten = torch.ops.aten
 
 # These may return their argument, though their schemas promise a new tensor.
-_MAY_GIVE_BACK = (*DROPOUTS, aten.type_as.default)
+_MAY_GIVE_BACK = (
+    *(*DROPOUTS, aten.type_as.default, aten.sum_to_size.default, aten.conj_physical.default),
+    *(aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default),
+    *(aten.atleast_1d.default, aten.atleast_2d.default, aten.atleast_3d.default),
+)
 
 
 def strip_casts(node: fx.Node) -> fx.Node:

@@ -169,6 +169,6 @@ def reduced_dims(node: fx.Node, rank: int) -> set[int]:
     """The dimensions a reduction removes, counted from the front; all of them when the call names none."""
     index = 2 if node.target in _NORMS_OF_VECTORS else 1
     found = node.args[index] if len(node.args) > index else node.kwargs.get("dim")
-    if found is None or found == []:
+    if found is None or found == [] or rank == 0:
         return set(range(rank))
     return {dim % rank for dim in (found if isinstance(found, (list, tuple)) else [found])}  # pyright: ignore

@@ -35,11 +35,19 @@ def load(path: Path) -> ir.Model:
 
 
 def check_operators(model: ir.Model, path: Path) -> None:
-    """Refuse operators without a conversion. Raises: UnsupportedError naming each with the first node that uses it."""
+    """Refuse operators without a conversion, and those in training mode.
+
+    Raises: UnsupportedError naming each with the first node that uses it.
+    """
     from onnx2fx import is_supported
 
     missing: dict[str, str] = {}
     for node in model.graph.all_nodes():
+        if _trains(node):
+            raise UnsupportedError(
+                f"{path} cannot be converted: node {node.name!r} is a {node.op_type} in training mode; "
+                f"export the model again in evaluation mode"
+            )
         opset = model.opset_imports.get(node.domain, 1)
         standard = node.domain in ("", "ai.onnx")
         wrong = standard and opset >= operators.WRONG.get(node.op_type, opset + 1)
@@ -52,6 +60,15 @@ def check_operators(model: ir.Model, path: Path) -> None:
             f"{path} cannot be converted: there is no correct conversion of {found}; export the model again with standard ONNX "
             f"operators, opset 17 to 23"
         )
+
+
+def _trains(node: ir.Node) -> bool:
+    """True if the node does in training what it does not do in inference."""
+    if node.op_type == "BatchNormalization":
+        mode = node.attributes.get("training_mode")
+        return mode is not None and mode.as_int() == 1
+    mode = node.inputs[2] if node.op_type == "Dropout" and len(node.inputs) > 2 else None
+    return mode is not None and (mode.const_value is None or bool(mode.const_value.numpy().any()))
 
 
 def take_weights(model: ir.Model) -> dict[str, tuple[str, torch.Tensor]]:

@@ -159,6 +159,11 @@ def power(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
     return found if found.dtype is x.dtype else found.to(x.dtype)
 
 
+def swish(x: torch.Tensor, *, alpha: float = 1.0) -> torch.Tensor:
+    """x · sigmoid(alpha · x)."""
+    return functional.silu(x) if alpha == 1.0 else x * (alpha * x).sigmoid()
+
+
 def gather_nd(x: torch.Tensor, indices: torch.Tensor, *, batch_dims: int = 0) -> torch.Tensor:
     """The slices of `x` at the points in the last dimension of `indices`, after `batch_dims` dimensions both have."""
     if not 0 <= batch_dims < min(x.dim(), indices.dim()):
@@ -276,6 +281,7 @@ TABLE: Mapping[str, Function] = {
     "RMSNormalization": rms_normalization,
     "LayerNormalization": layer_normalization,
     "Attention": attention,
+    "Swish": swish,
     "Linear": functional.linear,
 }
 """Functions by ONNX operator, and `Linear`, x weightᵀ + bias. Inputs are positional, attributes are keywords."""

@@ -66,3 +66,25 @@ def test_an_operator_known_to_be_wrong_is_refused(cases, name, tmp_path):
     onnx.save(newest.model, path)
     with pytest.raises(UnsupportedError, match=f"there is no correct conversion of {name} "):
         from_onnx(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "test"),
+    [("BatchNormalization", "test_batchnorm_example_training_mode"), ("Dropout", "test_training_dropout")],
+)
+def test_an_operator_in_training_mode_is_refused(cases, name, test, tmp_path):
+    path = tmp_path / "model.onnx"
+    onnx.save(next(item.model for item in cases[name] if item.name == test), path)
+    with pytest.raises(UnsupportedError, match=f"is a {name} in training mode; export the model again in evaluation mode"):
+        from_onnx(path)
+
+
+def test_swish_takes_its_factor(tmp_path):
+    path, x = tmp_path / "model.onnx", torch.linspace(-2, 2, 5)
+    onnx.save(
+        onnx.parser.parse_model("""
+            <ir_version: 11, opset_import: ["" : 24]>
+            graph (float[5] x) => (float[5] y) { y = Swish <alpha: float = 0.5> (x) }"""),
+        path,
+    )
+    torch.testing.assert_close(from_onnx(path)(x), x * torch.sigmoid(0.5 * x))

@@ -21,6 +21,7 @@ from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite
 from lissom.compiler.analysis.structure.linear import input_of, weight_of
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.dimension_map import channel_dim
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import CONVOLUTIONS
 from lissom.compiler.ir.program import Program
@@ -92,7 +93,7 @@ def find_neuron_columns(program: Program, site: FeedForwardSite) -> Columns | st
 
 def feature_dim(layer: fx.Node) -> int:
     """The feature dimension in the input and output of a linear layer."""
-    return 1 if layer.target in CONVOLUTIONS else -1
+    return channel_dim(layer) if layer.target in CONVOLUTIONS else -1
 
 
 def _columns(found: Axes, layer: fx.Node, axis: Axis, count: int, units: str) -> Columns | str:

@@ -16,6 +16,7 @@ from lissom.compiler.analysis.axes.zeros import Zeros, zero_at, zeros
 from lissom.compiler.analysis.structure.linear import is_attention
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
+from lissom.compiler.ir.dimension_map import channel_dim
 from lissom.compiler.ir.operators import reduced_dims
 from lissom.compiler.ir.program import Program
 
@@ -56,7 +57,7 @@ def summed(node: fx.Node) -> list[list[Place]]:
     if is_attention(node):
         return [[(args[0], -1), (args[1], -1)]]
     if node.target in ops.CONVOLUTIONS and nodes.argument(node, "groups") == 1:
-        return [[(args[0], 1), (args[1], 1)]]
+        return [[(args[0], channel_dim(node)), (args[1], 1)]]
     if node.target in ops.SUMS:
         return [[(args[0], dim)] for dim in reduced_dims(node, nodes.tensor_type(args[0]).rank)]
     return _summed_by_einsum(node) if node.target is aten.einsum.default else []

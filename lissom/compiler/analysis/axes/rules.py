@@ -13,7 +13,7 @@ from lissom.compiler.analysis.axes.axis import Axis, cut, divide, mark, pin, pro
 from lissom.compiler.analysis.axes.base import Dims, Known, Rule, Value, broadcast, fresh, of, tensors, unknown
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
-from lissom.compiler.ir.dimension_map import dim_of
+from lissom.compiler.ir.dimension_map import channel_dim, dim_of, shape_of
 from lissom.compiler.ir.operators import is_pointwise, reduced_dims, rule_table
 from lissom.compiler.ir.printer import target_text
 from lissom.compiler.ir.recurrence_letters import HEADS, LETTERS, SHARED, operands_of
@@ -54,7 +54,9 @@ def _check(node: fx.Node, found: Value) -> None:
 
 
 def _pointwise(node: fx.Node, known: Known) -> Value:
-    return broadcast(tensors(node, known), len(nodes.tensor_type(node).shape), target_text(node.target))
+    found = broadcast(tensors(node, known), len(shape_of(node)), target_text(node.target))
+    results = nodes.node_type(node)
+    return (found,) * len(results) if isinstance(results, tuple) else found
 
 
 def _linear(node: fx.Node, known: Known) -> Value:
@@ -104,7 +106,8 @@ def _reduce(node: fx.Node, known: Known) -> Value:
 
 def _scan(node: fx.Node, known: Known) -> Value:
     dims = of(node.args[0], known)
-    mark(dims[dim_of(node, len(dims))], whole=True)
+    for axis in dims[dim_of(node, len(dims)) :][:1]:
+        mark(axis, whole=True)
     return dims
 
 
@@ -122,9 +125,13 @@ def _normalise(node: fx.Node, known: Known) -> Value:
 
 def _batch_norm(node: fx.Node, known: Known) -> Value:
     dims = of(node.args[0], known)
+    if len(dims) < 2:
+        return unknown(node, known)
     for item in node.args[1:5]:
         if nodes.is_tensor(item):
             unify(dims[1], of(item, known)[0], "a weight of a norm")
+    for axis in (dims[0], *dims[2:]) if nodes.argument(node, "training") else ():
+        mark(axis, whole=True)
     return dims
 
 
@@ -133,6 +140,8 @@ def _group_norm(node: fx.Node, known: Known) -> Value:
     for used in node.all_input_nodes:
         for axis in of(used, known)[:2]:
             pin(axis, "normalised in groups")
+    for axis in dims[2:]:
+        mark(axis, whole=True)
     return dims
 
 
@@ -237,20 +246,22 @@ def _rounded(node: fx.Node, known: Known) -> Value:
 
 def _convolution(node: fx.Node, known: Known) -> Value:
     x, weight = of(node.args[0], known), of(node.args[1], known)
-    groups = nodes.argument(node, "groups")
+    groups, channels = nodes.argument(node, "groups"), x[channel_dim(node)]
     if (bias := nodes.argument(node, "bias")) is not None:
         unify(of(bias, known)[0], weight[0], "a bias of a convolution")
     if groups == 1:
-        unify(x[1], weight[1], "contracted by a convolution")
-    elif groups == x[1].size == weight[0].size:
-        unify(x[1], weight[0], "the channels of a depthwise convolution")
+        unify(channels, weight[1], "contracted by a convolution")
+    elif groups == channels.size == weight[0].size:
+        unify(channels, weight[0], "the channels of a depthwise convolution")
     else:
-        pin(x[1], "convolved in groups")
+        pin(channels, "convolved in groups")
         pin(weight[0], "convolved in groups")
-    for axis in (*x[2:], *weight[2:]):
+        pin(weight[1], "convolved in groups")
+    count = len(weight) - 2
+    for axis in (*x[-count:], *weight[2:]):
         pin(axis, "convolved over")
-    spatial = nodes.tensor_type(node).shape[2:]
-    return (x[0], weight[0], *(Axis(size, pinned="convolved over") for size in spatial))
+    spatial = nodes.tensor_type(node).shape[-count:]
+    return (*x[: -count - 1], weight[0], *(Axis(size, pinned="convolved over") for size in spatial))
 
 
 def _einsum(node: fx.Node, known: Known) -> Value:
@@ -273,8 +284,10 @@ RULES: dict[object, Rule] = rule_table(
     (_added_product, ops.MATMULS_WITH_BIAS),
     (_embedding, [aten.embedding.default]),
     (views.moved, [aten.permute.default, *ops.TRANSPOSES, aten.unsqueeze.default, *ops.SQUEEZES]),
-    (views.moved, [*ops.EXPANDS, aten.expand_as.default, *ops.SUMS]),
-    (views.reshape, [*ops.RESHAPES, *ops.RESHAPES_AS]),
+    (_pointwise, [aten.expand_as.default]),
+    (views.moved, [*ops.EXPANDS, *ops.SUMS]),
+    (views.reshape, ops.RESHAPES),
+    (views.reshape_as, ops.RESHAPES_AS),
     (views.repeat, [aten.repeat.default]),
     (views.repeat_interleave, [aten.repeat_interleave.self_int]),
     (views.cat, ops.CONCATENATIONS),

@@ -41,6 +41,14 @@ def reshape(node: fx.Node, known: Known) -> Value:
     return tuple(result)
 
 
+def reshape_as(node: fx.Node, known: Known) -> Value:
+    """The same to the sizes of another tensor, whose axes are those of the result."""
+    found = cast(Dims, reshape(node, known))
+    for axis, other in zip(found, of(node.args[1], known), strict=True):
+        unify(axis, other, f"the sizes of {target_text(node.target)}")
+    return found
+
+
 def take(factors: list[Axis], size: Size) -> Axis | None:
     """Remove factors with product `size` from the front of the list; None when there are no such factors."""
     if size == 1:
@@ -193,16 +201,19 @@ def index_select(node: fx.Node, known: Known) -> Value:
     """Rows looked up along one dimension, which is pinned; in the result it has the axis of the looked-up indices."""
     dims, chosen = list(of(node.args[0], known)), of(node.args[2], known)
     index = dim_of(node, len(dims))
-    pin(dims[index], "its indices are looked up")
-    dims[index] = chosen[0] if chosen else Axis(1)
+    if dims:
+        pin(dims[index], "its indices are looked up")
+        dims[index] = chosen[0] if chosen else Axis(1)
     return tuple(dims)
 
 
 def index_copy(node: fx.Node, known: Known) -> Value:
     """Rows of a tensor are overwritten: their dimension is pinned, and the others are unified with those of the new rows."""
     dims, rows = of(node.args[0], known), of(node.args[3], known)
+    if not dims or not rows:
+        return dims
     index = dim_of(node, len(dims))
-    for axis in (dims[index], rows[index]):
+    for axis in (dims[index], rows[index], *of(node.args[2], known)):
         pin(axis, "its indices are looked up")
     return _unified([dims, rows], index, dims[index], "index_copy")
 
@@ -219,12 +230,23 @@ def gather(node: fx.Node, known: Known) -> Value:
     if nodes.argument(node, "dim") is None:
         return unknown(node, known)
     dims, chosen = of(node.args[0], known), of(lookup_indices(node), known)
+    if len(dims) != len(chosen) or not dims:
+        return unknown(node, known)
     index = dim_of(node, len(dims))
     pin(dims[index], "its indices are looked up")
+    result = list(chosen)
     for dim, (axis, other) in enumerate(zip(dims, chosen, strict=True)):
-        if dim != index and axis.size == other.size:
+        if dim == index:
+            continue
+        if axis.size == other.size:
             unify(axis, other, "gathered along another dimension")
-    return chosen
+        elif node.target is torch.ops.aten.take_along_dim.default:
+            # It broadcasts a size of 1; `gather` takes the first indices.
+            result[dim] = axis if other.size == 1 else other
+        else:
+            pin(axis, "only its first indices are gathered")
+            pin(other, "gathers the first indices of a longer dimension")
+    return tuple(result)
 
 
 def index(node: fx.Node, known: Known) -> Value:

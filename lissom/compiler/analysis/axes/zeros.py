@@ -23,7 +23,7 @@ from lissom.compiler.analysis.axes.columns import unit_of, units_within
 from lissom.compiler.analysis.structure.linear import bias_of, input_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
-from lissom.compiler.ir.dimension_map import dim_of, dimension_map
+from lissom.compiler.ir.dimension_map import channel_dim, dim_of, dimension_map
 from lissom.compiler.ir.operators import packet_of
 from lissom.compiler.ir.program import Program
 from lissom.ops import rotary
@@ -220,9 +220,10 @@ def _convolution(node: fx.Node, known: _Known) -> Zero:
     x, weight, bias = known.of(node.args[0]), known.of(node.args[1]), known.of(nodes.argument(node, "bias"))
     size = cast(int, nodes.tensor_type(node.args[1]).shape[0])
     rows = _at(weight, 0, 0, size)
-    if nodes.argument(node, "groups") == size == nodes.tensor_type(node.args[0]).shape[1]:
-        rows = rows | _at(x, 0, 1, size)
-    return Zero({1: rows & _at(bias, 0, 0, size)}, (x.whole or weight.whole) and bias.whole)
+    at = channel_dim(node)
+    if nodes.argument(node, "groups") == size == nodes.tensor_type(node.args[0]).shape[at]:
+        rows = rows | _at(x, 0, at, size)
+    return Zero({at: rows & _at(bias, 0, 0, size)}, (x.whole or weight.whole) and bias.whole)
 
 
 def _permuted(node: fx.Node, known: _Known) -> Zero:

@@ -11,8 +11,8 @@ from torch import fx
 
 from lissom.compiler.analysis.axes.views import every_nth, slice_bounds
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.dimension_map import dim_of
-from lissom.compiler.ir.operators import CONVOLUTIONS, SIZES_AT, SPLITS
+from lissom.compiler.ir.dimension_map import channel_dim, dim_of, name_squeezed_dims
+from lissom.compiler.ir.operators import CONVOLUTIONS, SIZES_AT, SPLITS, SQUEEZES
 from lissom.compiler.ir.placement import Placed, Spans, local_size
 from lissom.compiler.ir.types import TensorType
 from lissom.compiler.parallel.partition.state import PartitionState, Placement
@@ -31,6 +31,9 @@ def _sizes(state: PartitionState, node: fx.Node, placed: Placement) -> None:
     assert isinstance(placed, Placed)
     index = SIZES_AT[node.target]
     sizes = [*cast("list[object]", node.args[index])]
+    if node.target is aten.view.default and cast(fx.Node, node.args[0]).op == "get_attr":
+        # A rank's shard of a weight lies in the memory of the whole, where not every view of it exists.
+        node.target = aten.reshape.default
     first = 0
     if node.target is aten.unflatten.int:
         first = cast(int, node.args[1]) % (state.shape(node).rank - len(sizes) + 1)
@@ -60,8 +63,9 @@ def _split(state: PartitionState, node: fx.Node, placed: Placement) -> None:
 def _groups(state: PartitionState, node: fx.Node, placed: Placement) -> None:
     """Only depthwise convolutions are sharded."""
     assert isinstance(placed, Placed)
-    if spans := placed.spans(1):
-        nodes.set_argument(node, "groups", local_size(spans, state.shape(node).shape[1]))
+    at = channel_dim(node)
+    if spans := placed.spans(at):
+        nodes.set_argument(node, "groups", local_size(spans, state.shape(node).shape[at]))
 
 
 def _slice(state: PartitionState, node: fx.Node, placed: Placement) -> None:
@@ -99,10 +103,15 @@ def _local_index(spans: Spans, index: int) -> int:
     return local
 
 
+def _squeeze(state: PartitionState, node: fx.Node, placed: Placement) -> None:
+    name_squeezed_dims(node, state.shape(cast(fx.Node, node.args[0])).shape)
+
+
 _RULES: Mapping[object, Callable[[PartitionState, fx.Node, Placement], None]] = {
     **dict.fromkeys(SIZES_AT, _sizes),
     **dict.fromkeys(SPLITS, _split),
     **dict.fromkeys(CONVOLUTIONS, _groups),
+    **dict.fromkeys(SQUEEZES, _squeeze),
     aten.slice.Tensor: _slice,
     aten.repeat_interleave.self_int: _repeats,
 }

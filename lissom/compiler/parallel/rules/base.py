@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -55,7 +55,7 @@ class Reading:
         """True when each rank holds a part of its own, so that sums of the parts are a sum over ranks."""
         return all(span.parts == self.world_size for span in spans)
 
-    def fits(self, dims: Mapping[int, Spans]) -> bool:
+    def fits(self, dims: Mapping[Any, Spans]) -> bool:
         """True when a value may be sharded along these dimensions: one, or several whose parts ranks take together."""
         parts = [max(span.parts for span in spans) for spans in dims.values()]
         return len(dims) < 2 or math.prod(parts) == self.world_size
@@ -110,7 +110,8 @@ def alike(node: fx.Node, read: Reading, whole: Collection[int] = ()) -> Outcome:
     if not read.fits(dims):
         return replicated(node, read)
     wants = {item: aligned(item, dims, rank) for item in items}
-    return settled(node, read, sharded(*dims.items()), wants)
+    result = sharded(*dims.items())
+    return settled(node, read, (result,) * len(typed) if isinstance(typed, tuple) else result, wants)
 
 
 def aligned(item: fx.Node, dims: Mapping[int, Spans], rank: int) -> Placed:

@@ -115,7 +115,7 @@ def joint_dim(node: fx.Node) -> int | None:
     if nodes.is_call(node, *LAYER_NORMS):
         return rank - 1 if len(cast("list[int]", node.args[1])) == 1 else None
     dim = nodes.argument(node, "dim")
-    return dim % rank if isinstance(dim, int) else None
+    return dim % rank if isinstance(dim, int) and rank else None
 
 
 def _is_number(item: fx.Node) -> bool:

@@ -62,7 +62,7 @@ def _looked_up(node: fx.Node, read: Reading, places: dict[int, int], chosen: Seq
 def gather(node: fx.Node, read: Reading) -> Outcome:
     """Looks up indices of a dimension that is not sharded; values and indices are sharded alike in the others."""
     item, chosen = cast(fx.Node, node.args[0]), lookup_indices(node)
-    if nodes.argument(node, "dim") is None:
+    if nodes.argument(node, "dim") is None or len(shape_of(item)) != len(shape_of(chosen)):
         return replicated(node, read)
     dim = dim_of(node, len(shape_of(item)))
     alike_here = all(a == b for at, (a, b) in enumerate(zip(shape_of(item), shape_of(chosen), strict=True)) if at != dim)

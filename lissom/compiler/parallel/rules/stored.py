@@ -69,8 +69,8 @@ def written(node: fx.Node, read: Reading) -> Outcome:
 def rows_exchanged(node: fx.Node, read: Reading) -> Outcome:
     """index_copy: writes rows along a dimension that is not sharded; the state gives the placement of the others."""
     item, dim, index, source = cast("tuple[fx.Node, int, fx.Node, fx.Node]", node.args[:4])
-    placed = read.of(item)
-    if placed.partial or placed.spans(dim % len(shape_of(item))):
+    placed, along = read.of(item), dim % (len(shape_of(item)) or 1)
+    if placed.partial or placed.spans(along) or read.of(source).spans(along):
         return replicated(node, read)
     if placed.is_replicated and read.of(source).is_sharded:
         placed = read.of(source)

@@ -17,7 +17,7 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
-from lissom.compiler.ir.dimension_map import shape_of
+from lissom.compiler.ir.dimension_map import channel_dim, shape_of
 from lissom.compiler.ir.operators import is_pointwise, reduced_dims, rule_table
 from lissom.compiler.ir.placement import PARTIAL, REPLICATED, Spans, is_padded, sharded
 from lissom.compiler.ir.recurrence_letters import LETTERS
@@ -176,6 +176,8 @@ def _product(
     elif len(split) > 1 and "n" in split:
         # Values sharded by position, a weight sharded by features: the values are gathered.
         split = {"n": split["n"]}
+    if not read.fits(split):
+        return replicated(node, read)
     padded = any(span.is_padded for span in summed) and not any(map(is_weight, sides))
     if summed and (padded or not read.is_apart(summed)):
         return replicated(node, read)
@@ -206,7 +208,7 @@ def embedding(node: fx.Node, read: Reading) -> Outcome:
     table, ids = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     placed = read.of(table)
     rows = placed.spans(0)
-    blocks = len(rows) < 2 and all(span.outer == 1 for span in rows) and read.is_apart(rows)
+    blocks = len(rows) < 2 and all(span.outer == span.inner == 1 for span in rows) and read.is_apart(rows)
     if placed.partial or len(placed.dims) > 1 or not blocks:
         return replicated(node, read)
     result = PARTIAL if rows else sharded((len(shape_of(node)) - 1, placed.spans(1)))
@@ -255,7 +257,7 @@ def over(*names: str) -> Rule:
 
     def rule(node: fx.Node, read: Reading) -> Outcome:
         item = cast(fx.Node, node.args[0])
-        rank = len(shape_of(item))
+        rank = len(shape_of(item)) or 1
         given = [nodes.argument(node, name) for name in names]
         whole = {cast(int, dim) % rank for found in given for dim in (found if isinstance(found, (list, tuple)) else [found])}
         placed = read.of(item)
@@ -279,14 +281,14 @@ def convolution(node: fx.Node, read: Reading) -> Outcome:
     """Depthwise convolutions may be sharded by channel; other convolutions read all channels."""
     x, weight = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     bias = nodes.argument(node, "bias")
-    channels = shape_of(node)[1]
-    if nodes.argument(node, "groups") == channels == shape_of(x)[1] and not read.of(x).partial:
-        spans = read.of(x).spans(1) or read.of(weight).spans(0)
-        wants = {x: sharded((1, spans)), weight: sharded((0, spans))}
+    at = channel_dim(node)
+    if nodes.argument(node, "groups") == shape_of(node)[at] == shape_of(x)[at] and not read.of(x).partial:
+        spans = read.of(x).spans(at) or read.of(weight).spans(0)
+        wants = {x: sharded((at, spans)), weight: sharded((0, spans))}
         if isinstance(bias, fx.Node):
             wants[bias] = sharded((0, spans))
-        if all(dim == 1 for dim, _ in read.of(x).dims):
-            return settled(node, read, sharded((1, spans)), wants)
+        if all(dim == at for dim, _ in read.of(x).dims):
+            return settled(node, read, sharded((at, spans)), wants)
     return replicated(node, read)
 
 

@@ -16,8 +16,9 @@ from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.views import slice_bounds
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.dimension_map import channel_dim, name_squeezed_dims, shape_of
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.operators import CONVOLUTIONS, LAYER_NORMS, SIZES_AT, SPLITS
+from lissom.compiler.ir.operators import CONVOLUTIONS, LAYER_NORMS, SIZES_AT, SPLITS, SQUEEZES
 from lissom.compiler.ir.printer import target_text
 from lissom.compiler.ir.types import format_size
 from lissom.compiler.transforms.removal.norms import follow_norm, normed_axes
@@ -134,6 +135,8 @@ def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.
         dim, pieces = cast(int, nodes.argument(node, "dim")), cast("tuple[tuple[Axis, ...], ...]", found.of[node])
         sizes = [_size(piece[dim], keep) for piece in pieces]
         node.target, node.args, node.kwargs = aten.split_with_sizes.default, (node.args[0], sizes, dim), {}
+    elif target in SQUEEZES:
+        name_squeezed_dims(node, shape_of(node.args[0]))
     elif target is aten.slice.Tensor:
         _follow_slice(node, found, keep)
     elif target is aten.scaled_dot_product_attention.default and nodes.argument(node, "scale") is None:
@@ -141,8 +144,9 @@ def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.
         head_dim = cast(int, cast(Axis, found.of[cast(fx.Node, node.args[0])][-1]).find().size)
         nodes.set_argument(node, "scale", head_dim**-0.5)
     elif target in CONVOLUTIONS and nodes.argument(node, "groups") != 1:
-        channels = _size(cast(Axis, found.of[node.all_input_nodes[0]][1]), keep)
-        nodes.set_argument(node, "groups", channels)
+        channels = cast(Axis, found.of[cast(fx.Node, node.args[0])][channel_dim(node)])
+        if nodes.argument(node, "groups") == channels.size:
+            nodes.set_argument(node, "groups", _size(channels, keep))
     elif target is aten.repeat_interleave.self_int:
         _set_argument(node, 1, _copies(node, cast(int, node.args[2] if len(node.args) > 2 else 0), found, keep))
     elif target is aten.repeat.default:

@@ -216,3 +216,43 @@ def test_empty_slices_norms_and_ellipses_have_axes():
     found = after.fact(axes)
     norm = after.nodes(torch.ops.aten.linalg_vector_norm.default)[0]
     assert [found.axis(norm, dim).size for dim in (-1,)] == [1]
+
+
+class _Scalars(nn.Module):
+    """Operators along dimension 0 of a tensor without dimensions, which PyTorch allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = self.gate.softmax(0) + self.gate.cumsum(0) + self.gate.sum(0, keepdim=True) + self.gate.amax(0)
+        return x * gate
+
+
+def test_a_tensor_without_dimensions_has_no_axes():
+    program = capture(_Scalars(), (torch.randn(2, 3),)).program
+    assert all(
+        program.fact(axes).of[node] == () for node in program.nodes(torch.ops.aten.softmax.int, torch.ops.aten.amax.default)
+    )
+
+
+class _Several(nn.Module):
+    """An element-wise operator with two results, and operators that take the sizes of another tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.like = nn.Parameter(torch.randn(4, 1)), nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mantissa, _ = torch.frexp(self.gain.expand_as(self.like))
+        return x @ mantissa.reshape(24).reshape_as(self.like)
+
+
+def test_sizes_of_another_tensor_are_its_axes():
+    program = capture(_Several(), (torch.randn(2, 4),)).program
+    found = program.fact(axes)
+    reads = {str(node.target): node for node in program.graph.nodes if node.op == "get_attr"}
+    (product,) = program.nodes(torch.ops.aten.matmul.default)
+    assert found.axis(reads["like"], 0) is found.axis(reads["gain"], 0) is found.axis(product.args[1], 0)
+    assert found.axis(reads["like"], 1) is found.axis(product.args[1], 1)

@@ -108,6 +108,7 @@ ROWS = [
         (R, cut(1, 6), cut(0, 6)), P, {0: P}),
     Row("matmul by columns", torch.matmul, (X, W.T.contiguous()), (R, cut(1, 8)), cut(2, 8)),
     Row("matmul, batches", torch.matmul, (HEADS, HEADS.mT.contiguous()), (cut(1, 4), cut(1, 4)), cut(1, 4)),
+    Row("matmul, rows and batches", torch.matmul, (normal(4, 6), normal(2, 6, 4)), (cut(0, 4), cut(0, 2)), R, {0: R, 1: R}),
     Row("bmm", torch.bmm, (X, X.mT.contiguous()), (cut(0, 2), R), cut(0, 2), {1: cut(0, 2)}),
     Row(
         "grouped product by columns", torch.ops.lissom.grouped_product, (X[0], normal(2, 6, 8), torch.tensor([1, 4])),
@@ -118,6 +119,7 @@ ROWS = [
         (cut(1, 6), cut(1, 6), R), P,
     ),
     Row("embedding by rows", lambda i, t: F.embedding(i, t), (ids(2, 3), W), (R, cut(0, 8)), P, sized=True),
+    Row("embedding by pairs of rows", lambda i, t: F.embedding(i, t), (ids(2, 3), W), (R, cut(0, 4, 2)), R, {1: R}),
     Row("embedding by columns", lambda i, t: F.embedding(i, t), (ids(2, 3), W), (R, cut(1, 6)), cut(2, 6)),
     # Attention, rotation.
     Row("attention", attend, (HEADS, HEADS, HEADS), (cut(1, 4), cut(1, 4), cut(1, 4)), cut(1, 4)),
