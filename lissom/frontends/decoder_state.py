@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -150,8 +150,21 @@ def _cut_mask(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def call(model: nn.Module, cache: object, **inputs: object) -> Any:
-    """The outputs of the model's own forward."""
-    return type(model).forward(model, **inputs, cache=cache, use_cache=True)  # pyright: ignore[reportCallIssue]
+    """The outputs of the model's own forward. inputs: the token ids, [batch, tokens], among others."""
+    ids = cast(torch.Tensor, inputs.get("decoder_input_ids", inputs.get("input_ids")))
+    with exchanged(torch, "arange", _positions_or(torch.arange, ids.shape[1])):
+        return type(model).forward(model, **inputs, cache=cache, use_cache=True)  # pyright: ignore[reportCallIssue]
+
+
+def _positions_or(own: Callable[..., torch.Tensor], tokens: int) -> Callable[..., torch.Tensor]:
+    """`torch.arange`, which also takes `(cached, cached + tokens)`, the positions of a call, if the former is a tensor."""
+
+    def arange(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(args) == 2 and isinstance(args[0], torch.Tensor):
+            return own(tokens, **kwargs) + args[0]
+        return own(*args, **kwargs)
+
+    return arange
 
 
 def unsupported_state(model: nn.Module, error: Exception | None = None) -> UnsupportedError:

@@ -70,7 +70,7 @@ def _candidates(
     model: PreTrainedModel, takes: set[str], tokenizer: PreTrainedTokenizerBase | None, directory: Path
 ) -> Iterator[tuple[Inputs, str]]:
     """The candidates, the likeliest first."""
-    config, main = model.config, model.main_input_name
+    config, main = model.config, _main(model)
     if main == "input_ids" or (main not in _MAKERS and "input_ids" in takes):
         pictures: list[Inputs] = list(_pictures(config, directory)) if "pixel_values" in takes else []
         for text, note in _texts(model, tokenizer):
@@ -86,6 +86,12 @@ def _candidates(
             yield inputs, note
             if "input_ids" in takes:
                 yield from ((inputs | text, f"{note}; {made}") for text, made in _texts(model, tokenizer))
+
+
+def _main(model: PreTrainedModel) -> str:
+    """The name of the model's main input; where it is a name for any, that of its encoder."""
+    named = model.main_input_name
+    return model.get_encoder().main_input_name if named == "inputs" and model.config.is_encoder_decoder else named
 
 
 def _completed(model: PreTrainedModel, takes: set[str], inputs: Inputs) -> Inputs:
