@@ -156,6 +156,11 @@ def refuse_different(model: nn.Module, program: Program, wanted: torch.Tensor, f
     """Refuse logits of a program that differ from the model's. Raises: CaptureError."""
     error = relative_error(wanted, found)
     if error > tolerance_of(program):
+        if getattr(model.config, "is_decoder", True) is False and not getattr(model.config, "is_encoder_decoder", False):
+            raise CaptureError(
+                f"the attention of {type(model).__name__} sees later tokens, since its configuration has is_decoder=False; "
+                f"load the model with is_decoder=True"
+            )
         raise CaptureError(
             f"{type(model).__name__} with a cache of fixed size differs from {type(model).__name__} without one by {error:.2g} "
             f"relative, allowed {tolerance_of(program):.2g}; its code does not know caches that are longer than what is in them"

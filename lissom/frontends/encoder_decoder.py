@@ -199,6 +199,11 @@ def _source(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], seen: _S
     with _watching(model.get_decoder(), watch), _watching(model.get_encoder(), lambda given: given.pop("use_cache", None)):
         outputs = call(model, EncoderDecoderCache(own, cross), **inputs, decoder_input_ids=token)
     hidden = outputs.encoder_last_hidden_state
+    if hidden.dim() != 3:
+        raise UnsupportedError(
+            f"the encoder of {type(model).__name__} returns {list(hidden.shape)}; generation takes models whose encoder "
+            f"returns [batch, source, width]"
+        )
     seen.states.extend(map(layer_tensors, own.layers))
     mask = hidden.new_ones(hidden.shape[:2], dtype=torch.int64) if seen.mask is None else seen.mask.to(torch.int64)
     found = {HIDDEN: hidden, MASK: mask}

@@ -3,7 +3,8 @@
 torch.export records one path for all inputs, and which experts have tokens depends on the values. The loops of four families of
 transformers are exchanged during the export,
 
-    output[t] = sum over experts e of gate[e, t] · expert_e(x[t]),    gate[e, t] = sum over choices k of hit[e, k, t] · weight[t, k]
+    output[t] = sum over experts e of gate[e, t] · expert_e(x[t]),
+    gate[e, t] = sum over choices k of hit[e, k, t] · weight[t, k],
 
 which is the same sum with terms of gate 0 added; other families choose such a form by `experts_implementation`. Outside of the
 export the model's own code runs.

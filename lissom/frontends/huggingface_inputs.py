@@ -25,6 +25,8 @@ SENTENCES = (
 )
 
 _ROWS, _TOKENS, _SAMPLES, _FRAMES = 2, 12, 16000, 128
+_SIDE = 4
+"""The rows and columns of a picture that is given as patches."""
 _CACHES = {"cache", "past_key_values", "cache_params", "state"}
 """The names of the output that holds the KV cache, in different versions of transformers."""
 
@@ -203,6 +205,14 @@ def _sounds(config: PreTrainedConfig, directory: Path) -> Iterator[Inputs]:
     yield {"input_values": _normal(_ROWS, 1, _SAMPLES)}
 
 
+def _patches(config: PreTrainedConfig, directory: Path) -> Iterator[Inputs]:
+    """Patches of pictures, [rows, patches, 2 + width]: each begins with its row and column in the picture, counted from 1."""
+    vision = getattr(config, "vision_config", config)
+    patches = _normal(_ROWS, _SIDE**2, 2 + int(vision.patch_embed_hidden_size))
+    patches[..., :2] = torch.cartesian_prod(torch.arange(_SIDE), torch.arange(_SIDE)) + 1
+    yield {"flattened_patches": patches}
+
+
 def _normal(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -211,5 +221,6 @@ _MAKERS = {
     "pixel_values": ("pictures", _pictures),
     "input_features": ("spectrograms", _spectrograms),
     "input_values": ("sound", _sounds),
+    "flattened_patches": ("patches of pictures", _patches),
 }
 """By main input of models that do not read text: its name for notes, and its candidates."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 ATTENTION_MASK = "attention_mask"
 _SWITCHES = ("return_dict", "use_cache")
+_MODALITIES = {"input_ids": "text", "pixel_values": "image", "flattened_patches": "image"}
 _WHISPER = "WhisperGenerationMixin"
 
 
@@ -109,7 +110,7 @@ class EncoderDecoderModel(GenerationModel):
         super().__init__(compiled, config, generation_config)
         self.encoder = Encoder(encoder)
         self.main_input_name = self.encoder.main_input_name  # pyright: ignore[reportAttributeAccessIssue]
-        self.input_modalities = "text" if self.main_input_name == "input_ids" else "audio"  # pyright: ignore
+        self.input_modalities = _MODALITIES.get(self.main_input_name, "audio")  # pyright: ignore
         self._read_from: object = None
         if _WHISPER in (found.__name__ for found in type(self).__mro__):
             # Its `generate` reads the strides of the encoder's convolutions, which are these in every configuration.

@@ -10,7 +10,9 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+from transformers import VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
 import lissom
 from lissom.errors import LissomError
 from lissom.frontends.encoder_decoder import encoder_example
+from tests.models import Case
 from tools.zoo import coverage, huggingface, selection
 from tools.zoo.check import sentence
 from tools.zoo.entry import FAMILIES, Entry
 from tools.zoo.runner import run
+from tools.zoo.weights import woken
 
 MAX_LENGTH, NEW_TOKENS, BATCH = 24, 8, 2
 GREEDY: Mapping[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -33,6 +38,12 @@ _PADDING = 4
 _LARGER = 3.0  # times the weights of the zoo, so that attention is not even and the tokens of an answer differ
 _START = 1
 Record = dict[str, Any]
+_SECTION = "## Generation\n"
+_INTRODUCTION = """\
+Models that generate, compiled by `lissom.compile_generation` for two rows, one of them with padding. Their greedy tokens are
+compared with those of transformers' `generate`; `python -m tools.zoo.generation` does it. A model that transformers itself
+cannot run with a cache is listed and not counted.
+"""
 EQUAL, REFUSED, DIFFERS, FAILS, ELSEWHERE = "equal", "refused", "differs", "fails", "not in transformers"
 NONE = "does not generate"
 GENERATING: Mapping[str, tuple[str, ...]] = {
@@ -41,6 +52,12 @@ GENERATING: Mapping[str, tuple[str, ...]] = {
     "speech": ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",),
 }
 """The families, and the tables of transformers whose models generate."""
+_WITH_PICTURES = ("pix2struct", "pp_formulanet", "vision-encoder-decoder")
+"""Types with an encoder of pictures, in the table of models that read pictures and text."""
+
+
+_PAIRS = {"vision/donut": ("donut-swin", "mbart"), "vision/trocr": ("vit", "trocr")}
+"""Models that transformers makes of two others: the types of the encoder and the decoder."""
 
 
 def check(entry: Entry, report: Callable[[Record], None]) -> None:
@@ -77,7 +94,7 @@ def _check(entry: Entry, record: Record, report: Callable[[Record], None]) -> No
     phase("transformers")
     wanted = model.generate(**inputs, **GREEDY, use_cache=True)
     phase("compile")
-    fast = lissom.compile_generation(model, max_length=MAX_LENGTH, batch=BATCH, goal=None, checks="off")
+    fast: Any = lissom.compile_generation(model, max_length=MAX_LENGTH, batch=BATCH, goal=None, checks="off")
     phase("generate")
     found = fast.generate(**inputs, **GREEDY)
     record["different_tokens"] = len(wanted.unique())
@@ -103,7 +120,8 @@ def generating(entry: Entry) -> tuple[Any, dict[str, Any]] | None:
     for weight in model.parameters():
         if weight.dim() > 1:
             weight.mul_(_LARGER)
-    inputs = {name: value for name, value in case.kwargs.items() if not name.startswith("decoder_") and name != "use_cache"}
+    given: dict[str, Any] = case.kwargs
+    inputs = {name: value for name, value in given.items() if not name.startswith("decoder_") and name != "use_cache"}
     if model.config.is_encoder_decoder:
         inputs = dict(encoder_example(model, None))
         if model.generation_config.decoder_start_token_id is None:
@@ -113,10 +131,62 @@ def generating(entry: Entry) -> tuple[Any, dict[str, Any]] | None:
     return model, inputs
 
 
+def entries() -> Iterator[Entry]:
+    """The models of the zoo that may generate, and encoder-decoders that read pictures."""
+    yield from huggingface.entries(mappings=GENERATING)
+    for entry in huggingface.entries(mappings={"vision": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",)}):
+        if entry.name.removeprefix("vision/") in _WITH_PICTURES:
+            yield entry
+    for name, parts in _PAIRS.items():
+        yield Entry(name, "vision", partial(_pair, *parts))
+
+
+def _pair(encoder: str, decoder: str) -> Case:
+    """A pair of an encoder of pictures and a decoder."""
+    parts = huggingface.config_of("vision", encoder), huggingface.config_of("causal", decoder)
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+    return Case(woken(lambda: VisionEncoderDecoderModel(config)), {})
+
+
 def describe(record: Record) -> str:
     """One line: the model, its time, and its result."""
     reason = f": {record['reason']}" if record.get("reason") else ""
     return f"{record['name']} ({record['total_seconds']:.1f} s): {record['outcome']}{reason}"
+
+
+def headline(records: Sequence[Record]) -> str:
+    """The sentence that counts the models with equal tokens."""
+    run = [record for record in records if record["outcome"] not in (NONE, ELSEWHERE)]
+    equal = sum(record["outcome"] == EQUAL for record in run)
+    return f"Of {len(run)} models that transformers generates with, {equal} ({equal / max(1, len(run)):.1%}) give equal tokens."
+
+
+def section(records: Sequence[Record]) -> str:
+    """The section of the coverage page: a row per family, then the models without equal tokens, with the reasons."""
+    told = [record for record in records if record["outcome"] != NONE]
+    lines = [
+        _SECTION,
+        _INTRODUCTION,
+        f"{headline(told)}\n",
+        "| family | models | equal | refused | wrong |",
+        "|---|---|---|---|---|",
+    ]
+    for family in FAMILIES:
+        found = Counter(record["outcome"] for record in told if record["family"] == family)
+        if found:
+            wrong = found[DIFFERS] + found[FAILS]
+            lines.append(f"| {family} | {found.total() - found[ELSEWHERE]} | {found[EQUAL]} | {found[REFUSED]} | {wrong} |")
+    others = sorted((record for record in told if record["outcome"] != EQUAL), key=lambda record: record["name"])
+    lines += ["", *(f"- {record['name']}: {record['outcome']}, {record['reason']}" for record in others)]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def write(path: Path, records: Sequence[Record]) -> None:
+    """Write the section into the page, replacing the old one."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, _, old = text.partition(_SECTION)
+    _, found, behind = old.partition("\n## ")
+    path.write_text(f"{before.rstrip()}\n\n{section(records)}{found and f'{found}{behind}'}", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,13 +194,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.zoo.generation", description=__doc__)
     selection.add_arguments(parser, "generation.json")
     options = parser.parse_args(arguments)
-    chosen = selection.choose(parser, options, list(huggingface.entries(mappings=GENERATING)))
+    chosen = selection.choose(parser, options, list(entries()))
     if not options.resume:
         options.output.unlink(missing_ok=True)
     run(chosen, options.output, check, describe, seconds=options.limit_seconds, jobs=options.jobs)
     records = coverage.load(options.output)
-    print("\n".join(map(describe, records)))
-    return 1 if any(record["outcome"] in (DIFFERS, FAILS) for record in records) else 0
+    if (page := selection.page(options)) is not None:
+        write(page, records)
+    wrong = [record for record in records if record["outcome"] in (DIFFERS, FAILS)]
+    print("\n".join([headline(records), *map(describe, wrong)]))
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
