@@ -228,7 +228,7 @@ def longest_text(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     text = None if config is None else config.get_text_config(decoder=True)
     known = (getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions"))
-    return next((found for found in known if isinstance(found, int)), None)
+    return next((found for found in known if isinstance(found, int) and found > 0), None)
 
 
 def _whole(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -34,7 +34,12 @@ def counted_from_start(model: nn.Module, start: torch.Tensor) -> Generator[None]
 
 
 def _neo(
-    layer: Any, start: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+    layer: Any,
+    start: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """GPT-Neo's attention in float32, without a scale. query, key, value: [batch, heads, tokens or slots, head_dim]."""
     rows = torch.arange(query.shape[2], device=query.device) + start

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -20,16 +19,13 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lissom.errors import InputError, UnsupportedError
-from lissom.files import check_path
 from lissom.frontends.encoder_decoder import CROSS, HIDDEN, MASK, decoder_inputs, widened
-from lissom.generation.directory import save
 from lissom.generation.model import GenerationModel
 from lissom.inspect.report import Report
 from lissom.runtime.compiled_model import CompiledModel
-from lissom.runtime.model_files import Saveable
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig
 
 ATTENTION_MASK = "attention_mask"
 _SWITCHES = ("return_dict", "use_cache")
@@ -120,6 +116,10 @@ class EncoderDecoderModel(GenerationModel):
     def get_encoder(self) -> Encoder:
         return self.encoder
 
+    @property
+    def _encoder_program(self) -> CompiledModel:
+        return self.encoder.compiled
+
     def encode(self, **inputs: object) -> None:
         """Run the encoder on a text or a sound, and empty the KV cache; `step` then takes the decoder's tokens.
 
@@ -196,14 +196,6 @@ class EncoderDecoderModel(GenerationModel):
         """The new tokens of the decoder; the output of the encoder goes along."""
         found = super().prepare_inputs_for_generation(input_ids, next_sequence_length, cache, **cast("dict[str, Any]", kwargs))
         return {"decoder_input_ids": found.pop("input_ids"), **found}
-
-    def save(
-        self,
-        directory: str | Path,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        processor: Saveable | None = None,
-    ) -> None:
-        save(self, check_path(directory), tokenizer, processor, self.encoder.compiled)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         return sum(part.num_parameters(only_trainable, exclude_embeddings) for part in (super(), self.encoder.compiled))
