@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 ATTENTION_MASK = "attention_mask"
+_OTHER_OUTPUTS = ("output_attentions", "output_hidden_states")
 _SWITCHES = ("return_dict", "use_cache")
 _MODALITIES = {"input_ids": "text", "pixel_values": "image", "flattened_patches": "image"}
 _WHISPER = "WhisperGenerationMixin"
@@ -61,7 +62,7 @@ class Encoder(nn.Module):
     def read(self, inputs: Mapping[str, object]) -> BaseModelOutput:
         """The encoder's output for its inputs; without an attention mask nothing is padding.
 
-        Raises: InputError for other inputs than those of the program.
+        Raises: InputError for other inputs than those of the program; UnsupportedError for outputs that it does not have.
         """
         given = {name: value for name, value in inputs.items() if value is not None and value is not False}
         given = {
@@ -69,6 +70,12 @@ class Encoder(nn.Module):
             for name, value in given.items()
             if name not in _SWITCHES
         }
+        asked = next((name for name in _OTHER_OUTPUTS if name in given and name not in self.names), None)
+        if asked is not None:
+            raise UnsupportedError(
+                f"a compiled encoder-decoder returns no attention weights and hidden states; leave out {asked}=, and "
+                f"timestamps of words, which need it"
+            )
         main = given.get(self.main_input_name)
         if not isinstance(main, torch.Tensor):
             raise InputError(f"{self.main_input_name} is a {type(main).__name__}; give a tensor, which the encoder reads")
