@@ -191,6 +191,11 @@ def check_generating(model: nn.Module, max_length: int, batch: int) -> PreTraine
             f"{name} does not generate; generation takes a language model, such as LlamaForCausalLM, or an "
             f"encoder-decoder, such as T5ForConditionalGeneration"
         )
+    if "input_ids" not in inspect.signature(type(model).forward).parameters and not model.config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"{name} reads {model.main_input_name}; generation takes a language model, which reads token ids, or an "
+            f"encoder-decoder"
+        )
     check_capacity(max_length, batch)
     known = longest_text(model)
     if known is not None and max_length > known:
