@@ -79,5 +79,5 @@ class ExportedGenerator(nn.Module, CompiledGeneration):
         for layer in getattr(outputs.get("cache"), "layers", ()):
             # The programs keep and return all tokens of such a layer, which counts them by itself where it runs.
             if type(layer) is DynamicSlidingWindowLayer:
-                layer.__class__ = DynamicLayer
+                layer.__class__ = DynamicLayer  # pyright: ignore[reportAttributeAccessIssue]
         return outputs
