@@ -152,6 +152,7 @@ def refusals() -> dict[str, tuple[type[LissomError], str, Any]]:
         "step first": (InputError, "call encode(...) before step", lambda: fast.step(torch.zeros(2, 1).long())),
         "no source": (InputError, "input_ids is a NoneType; give a tensor", lambda: fast.encode()),
         "three rows": (InputError, "read 3 rows", lambda: fast.encode(input_ids=torch.ones(3, 4).long())),
+        "attentions": (UnsupportedError, "leave out output_attentions=", lambda: fast.encode(**inputs, output_attentions=True)),
         "other argument": (InputError, "'pixels'", lambda: fast.encode(**inputs, pixels=torch.ones(2))),
         "other outputs": (
             InputError,

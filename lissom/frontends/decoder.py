@@ -156,6 +156,11 @@ def refuse_different(model: nn.Module, program: Program, wanted: torch.Tensor, f
     """Refuse logits of a program that differ from the model's. Raises: CaptureError."""
     error = relative_error(wanted, found)
     if error > tolerance_of(program):
+        if getattr(model.config, "is_decoder", True) is False and not getattr(model.config, "is_encoder_decoder", False):
+            raise CaptureError(
+                f"the attention of {type(model).__name__} sees later tokens, since its configuration has is_decoder=False; "
+                f"load the model with is_decoder=True"
+            )
         raise CaptureError(
             f"{type(model).__name__} with a cache of fixed size differs from {type(model).__name__} without one by {error:.2g} "
             f"relative, allowed {tolerance_of(program):.2g}; its code does not know caches that are longer than what is in them"
@@ -185,6 +190,11 @@ def check_generating(model: nn.Module, max_length: int, batch: int) -> PreTraine
         raise UnsupportedError(
             f"{name} does not generate; generation takes a language model, such as LlamaForCausalLM, or an "
             f"encoder-decoder, such as T5ForConditionalGeneration"
+        )
+    if "input_ids" not in inspect.signature(type(model).forward).parameters and not model.config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"{name} reads {model.main_input_name}; generation takes a language model, which reads token ids, or an "
+            f"encoder-decoder"
         )
     check_capacity(max_length, batch)
     known = longest_text(model)
@@ -223,7 +233,7 @@ def longest_text(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     text = None if config is None else config.get_text_config(decoder=True)
     known = (getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions"))
-    return next((found for found in known if isinstance(found, int)), None)
+    return next((found for found in known if isinstance(found, int) and found > 0), None)
 
 
 def _whole(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

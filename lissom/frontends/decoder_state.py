@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from lissom.errors import UnsupportedError
 from lissom.frontends.device import device_of
 from lissom.frontends.export import evaluating
 from lissom.frontends.failures import first_line
+from lissom.frontends.fixed_caches import counted_from_start
 from lissom.frontends.isolation import exchanged
 from lissom.frontends.recurrences import modules_with
 from lissom.frontends.untouched import untouched
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 KEYS_AND_VALUES = ("keys", "values")
 OF_RECURRENT = ("convolution", "recurrence")
+_START = "lissom_start"
+"""The attribute of a cache over buffers that holds the number of filled slots."""
 _MASK = "create_recurrent_attention_mask"
 """The function of transformers that cuts the padding mask to a call's tokens, which it takes to be the last of the mask."""
 
@@ -124,7 +127,7 @@ def cache_of(holder: nn.Module, start: torch.Tensor) -> Any:
     from lissom.frontends.cache_layers import layer_over  # imports transformers
 
     cache = Cache(layers=[layer_over(layer, start) for layer in holder.children()])
-    cache.lissom_start = start  # pyright: ignore[reportAttributeAccessIssue]
+    setattr(cache, _START, start)
     return cache
 
 
@@ -140,7 +143,7 @@ def masks_of_new_tokens(model: nn.Module) -> Generator[None]:
 def _cut_mask(own: Callable[..., Any]) -> Callable[..., Any]:
     def replacement(*args: Any, **kwargs: Any) -> Any:
         cache, mask = kwargs.get("cache"), kwargs.get("attention_mask")
-        start = getattr(cache, "lissom_start", None)
+        start = getattr(cache, _START, None)
         if start is None or mask is None:  # a call of another thread
             return own(*args, **kwargs)
         tokens = kwargs["inputs_embeds"].shape[1]
@@ -150,8 +153,24 @@ def _cut_mask(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def call(model: nn.Module, cache: object, **inputs: object) -> Any:
-    """The outputs of the model's own forward."""
-    return type(model).forward(model, **inputs, cache=cache, use_cache=True)  # pyright: ignore[reportCallIssue]
+    """The outputs of the model's own forward. inputs: the token ids, [batch, tokens], among others."""
+    ids = cast(torch.Tensor, inputs.get("decoder_input_ids", inputs.get("input_ids")))
+    start = getattr(cache, _START, None)
+    with exchanged(torch, "arange", _positions_or(torch.arange, ids.shape[1])), ExitStack() as stack:
+        if start is not None:
+            stack.enter_context(counted_from_start(model, start))
+        return type(model).forward(model, **inputs, cache=cache, use_cache=True)  # pyright: ignore[reportCallIssue]
+
+
+def _positions_or(own: Callable[..., torch.Tensor], tokens: int) -> Callable[..., torch.Tensor]:
+    """`torch.arange`, which also takes `(cached, cached + tokens)`, the positions of a call, if the former is a tensor."""
+
+    def arange(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(args) == 2 and isinstance(args[0], torch.Tensor):
+            return own(tokens, **kwargs) + args[0]
+        return own(*args, **kwargs)
+
+    return arange
 
 
 def unsupported_state(model: nn.Module, error: Exception | None = None) -> UnsupportedError:

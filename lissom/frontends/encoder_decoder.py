@@ -195,9 +195,15 @@ def _source(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], seen: _S
     def watch(given: dict[str, Any]) -> None:
         seen.mask = given.get(MASK)
 
-    with _watching(model, watch):
+    # Some encoders refuse the decoder's use_cache, which the model passes on.
+    with _watching(model.get_decoder(), watch), _watching(model.get_encoder(), lambda given: given.pop("use_cache", None)):
         outputs = call(model, EncoderDecoderCache(own, cross), **inputs, decoder_input_ids=token)
     hidden = outputs.encoder_last_hidden_state
+    if hidden.dim() != 3:
+        raise UnsupportedError(
+            f"the encoder of {type(model).__name__} returns {list(hidden.shape)}; generation takes models whose encoder "
+            f"returns [batch, source, width]"
+        )
     seen.states.extend(map(layer_tensors, own.layers))
     mask = hidden.new_ones(hidden.shape[:2], dtype=torch.int64) if seen.mask is None else seen.mask.to(torch.int64)
     found = {HIDDEN: hidden, MASK: mask}
@@ -228,16 +234,15 @@ def _run_source(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], seen
 
 
 @contextmanager
-def _watching(model: PreTrainedModel, watch: Callable[[dict[str, Any]], None]) -> Generator[None]:
-    """Let `watch` see, and change, the keyword arguments of the calls of the decoder until the block ends."""
-    decoder = cast(nn.Module, model.get_decoder())
-    called = decoder.forward
+def _watching(part: Any, watch: Callable[[dict[str, Any]], object]) -> Generator[None]:
+    """Let `watch` see, and change, the keyword arguments of the calls of a part of the model until the block ends."""
+    called = part.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         watch(kwargs)
         return called(*args, **kwargs)
 
-    with exchanged(decoder, "forward", forward):
+    with exchanged(part, "forward", forward):
         yield
 
 
@@ -283,7 +288,8 @@ def _forward(
 
         outputs: Any = BaseModelOutput(last_hidden_state=hidden)  # pyright: ignore[reportArgumentType]
         outputs.attention_mask = source_mask  # where models such as Moonshine look for it
-        with _watching(model, exchange):
+        outputs.router_logits = None  # where mixtures of experts look for them
+        with _watching(model.get_decoder(), exchange):
             logits = call(model, cache, encoder_outputs=outputs, **given).logits
         return logits if all_logits else logits[:, -1:]
 

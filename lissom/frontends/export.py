@@ -36,6 +36,7 @@ from lissom.frontends.dynamic import (
     renamed,
     wanted_dimensions,
 )
+from lissom.frontends.experts import experts_for_all_tokens
 from lissom.frontends.failures import describe_failure, first_line, model_line
 from lissom.frontends.flatten import flatten_exported
 from lissom.frontends.isolation import isolated, with_own_modules, without_export_messages
@@ -97,6 +98,7 @@ def capture(
         if isinstance(model, fx.GraphModule):
             kwargs = _in_order(model, args, kwargs)
         with untouched(model), evaluating(model), recurrences_as_operators(model, device), ExitStack() as stack:
+            stack.enter_context(experts_for_all_tokens(model))
             _bound(model, args, kwargs)
             answer, dropped = _answer(model, args, kwargs, stack)
             if isinstance(dynamic, Mapping):

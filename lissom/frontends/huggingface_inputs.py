@@ -25,6 +25,8 @@ SENTENCES = (
 )
 
 _ROWS, _TOKENS, _SAMPLES, _FRAMES = 2, 12, 16000, 128
+_SIDE = 4
+"""The rows and columns of a picture that is given as patches."""
 _CACHES = {"cache", "past_key_values", "cache_params", "state"}
 """The names of the output that holds the KV cache, in different versions of transformers."""
 
@@ -70,7 +72,7 @@ def _candidates(
     model: PreTrainedModel, takes: set[str], tokenizer: PreTrainedTokenizerBase | None, directory: Path
 ) -> Iterator[tuple[Inputs, str]]:
     """The candidates, the likeliest first."""
-    config, main = model.config, model.main_input_name
+    config, main = model.config, _main(model)
     if main == "input_ids" or (main not in _MAKERS and "input_ids" in takes):
         pictures: list[Inputs] = list(_pictures(config, directory)) if "pixel_values" in takes else []
         for text, note in _texts(model, tokenizer):
@@ -86,6 +88,12 @@ def _candidates(
             yield inputs, note
             if "input_ids" in takes:
                 yield from ((inputs | text, f"{note}; {made}") for text, made in _texts(model, tokenizer))
+
+
+def _main(model: PreTrainedModel) -> str:
+    """The name of the model's main input; where it is a name for any, that of its encoder."""
+    named = model.main_input_name
+    return model.get_encoder().main_input_name if named == "inputs" and model.config.is_encoder_decoder else named
 
 
 def _completed(model: PreTrainedModel, takes: set[str], inputs: Inputs) -> Inputs:
@@ -197,6 +205,14 @@ def _sounds(config: PreTrainedConfig, directory: Path) -> Iterator[Inputs]:
     yield {"input_values": _normal(_ROWS, 1, _SAMPLES)}
 
 
+def _patches(config: PreTrainedConfig, directory: Path) -> Iterator[Inputs]:
+    """Patches of pictures, [rows, patches, 2 + width]: each begins with its row and column in the picture, counted from 1."""
+    vision = getattr(config, "vision_config", config)
+    patches = _normal(_ROWS, _SIDE**2, 2 + int(vision.patch_embed_hidden_size))
+    patches[..., :2] = torch.cartesian_prod(torch.arange(_SIDE), torch.arange(_SIDE)) + 1
+    yield {"flattened_patches": patches}
+
+
 def _normal(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -205,5 +221,6 @@ _MAKERS = {
     "pixel_values": ("pictures", _pictures),
     "input_features": ("spectrograms", _spectrograms),
     "input_values": ("sound", _sounds),
+    "flattened_patches": ("patches of pictures", _patches),
 }
 """By main input of models that do not read text: its name for notes, and its candidates."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -20,19 +19,18 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lissom.errors import InputError, UnsupportedError
-from lissom.files import check_path
 from lissom.frontends.encoder_decoder import CROSS, HIDDEN, MASK, decoder_inputs, widened
-from lissom.generation.directory import save
 from lissom.generation.model import GenerationModel
 from lissom.inspect.report import Report
 from lissom.runtime.compiled_model import CompiledModel
-from lissom.runtime.model_files import Saveable
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig
 
 ATTENTION_MASK = "attention_mask"
+_OTHER_OUTPUTS = ("output_attentions", "output_hidden_states")
 _SWITCHES = ("return_dict", "use_cache")
+_MODALITIES = {"input_ids": "text", "pixel_values": "image", "flattened_patches": "image"}
 _WHISPER = "WhisperGenerationMixin"
 
 
@@ -64,7 +62,7 @@ class Encoder(nn.Module):
     def read(self, inputs: Mapping[str, object]) -> BaseModelOutput:
         """The encoder's output for its inputs; without an attention mask nothing is padding.
 
-        Raises: InputError for other inputs than those of the program.
+        Raises: InputError for other inputs than those of the program; UnsupportedError for outputs that it does not have.
         """
         given = {name: value for name, value in inputs.items() if value is not None and value is not False}
         given = {
@@ -72,6 +70,12 @@ class Encoder(nn.Module):
             for name, value in given.items()
             if name not in _SWITCHES
         }
+        asked = next((name for name in _OTHER_OUTPUTS if name in given and name not in self.names), None)
+        if asked is not None:
+            raise UnsupportedError(
+                f"a compiled encoder-decoder returns no attention weights and hidden states; leave out {asked}=, and "
+                f"timestamps of words, which need it"
+            )
         main = given.get(self.main_input_name)
         if not isinstance(main, torch.Tensor):
             raise InputError(f"{self.main_input_name} is a {type(main).__name__}; give a tensor, which the encoder reads")
@@ -109,7 +113,7 @@ class EncoderDecoderModel(GenerationModel):
         super().__init__(compiled, config, generation_config)
         self.encoder = Encoder(encoder)
         self.main_input_name = self.encoder.main_input_name  # pyright: ignore[reportAttributeAccessIssue]
-        self.input_modalities = "text" if self.main_input_name == "input_ids" else "audio"  # pyright: ignore
+        self.input_modalities = _MODALITIES.get(self.main_input_name, "audio")  # pyright: ignore
         self._read_from: object = None
         if _WHISPER in (found.__name__ for found in type(self).__mro__):
             # Its `generate` reads the strides of the encoder's convolutions, which are these in every configuration.
@@ -118,6 +122,10 @@ class EncoderDecoderModel(GenerationModel):
 
     def get_encoder(self) -> Encoder:
         return self.encoder
+
+    @property
+    def _encoder_program(self) -> CompiledModel:
+        return self.encoder.compiled
 
     def encode(self, **inputs: object) -> None:
         """Run the encoder on a text or a sound, and empty the KV cache; `step` then takes the decoder's tokens.
@@ -195,14 +203,6 @@ class EncoderDecoderModel(GenerationModel):
         """The new tokens of the decoder; the output of the encoder goes along."""
         found = super().prepare_inputs_for_generation(input_ids, next_sequence_length, cache, **cast("dict[str, Any]", kwargs))
         return {"decoder_input_ids": found.pop("input_ids"), **found}
-
-    def save(
-        self,
-        directory: str | Path,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        processor: Saveable | None = None,
-    ) -> None:
-        save(self, check_path(directory), tokenizer, processor, self.encoder.compiled)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         return sum(part.num_parameters(only_trainable, exclude_embeddings) for part in (super(), self.encoder.compiled))

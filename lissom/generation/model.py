@@ -105,7 +105,12 @@ class GenerationModel(Decoder, CompiledGeneration):
 
         Raises: ArtifactError if the directory cannot be written; UnsupportedError if the backend cannot be saved.
         """
-        save(self, check_path(directory), tokenizer, processor)
+        save(self, check_path(directory), tokenizer, processor, self._encoder_program)
+
+    @property
+    def _encoder_program(self) -> CompiledModel | None:
+        """The encoder that is saved too; None for a model without."""
+        return None
 
     def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

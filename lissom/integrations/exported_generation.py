@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, PretrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.exporters.base import ExportedModel
 
 from lissom.errors import InputError, UnsupportedError
@@ -74,4 +75,9 @@ class ExportedGenerator(nn.Module, CompiledGeneration):
             "position_ids": position_ids,
             "cache": cache,
         }
-        return runner(**{name: value for name, value in given.items() if name in taken})
+        outputs = runner(**{name: value for name, value in given.items() if name in taken})
+        for layer in getattr(outputs.get("cache"), "layers", ()):
+            # The programs keep and return all tokens of such a layer, which counts them by itself where it runs.
+            if type(layer) is DynamicSlidingWindowLayer:
+                layer.__class__ = DynamicLayer  # pyright: ignore[reportAttributeAccessIssue]
+        return outputs

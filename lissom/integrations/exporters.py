@@ -23,7 +23,7 @@ from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter, patch_model_config
 from transformers.exporters.metadata import ExportMetadata
 from transformers.exporters.runners.base import ModelRunner
-from transformers.exporters.utils import _OUTPUT_FLAGS
+from transformers.exporters.utils import _OUTPUT_FLAGS, apply_patches
 
 from lissom.artifacts.packed import load_packed, pack
 from lissom.compiler.ir import node as nodes
@@ -189,7 +189,9 @@ class _Capturing:
         count = len(cast("Sequence[object]", program.output.args[0])) - len(mutated)
         _, spec = pytree.tree_flatten({MUTATED: dict.fromkeys(mutated, 0), OUTPUTS: [0] * count})
         program.signature = replace(program.signature, out_spec=spec)
-        with evaluating(self.model), torch.no_grad(), patch_model_config(cast(Any, self.model), dict(self.flags)):
+        config = patch_model_config(cast(Any, self.model), dict(self.flags))
+        # With these patches the exporter captured it: a cache keeps what is behind a sliding window, too.
+        with evaluating(self.model), torch.no_grad(), config, apply_patches(DynamoExporter.export_format):
             confirmed = confirm(_only_tensors(program), _ByLeaves(self.model, nesting, names, mutated), (), flat)
         program.signature = replace(program.signature, dimensions=confirmed.signature.dimensions)
         example = program.signature.flatten((), flat)

@@ -81,12 +81,14 @@ def test_the_notes_say_what_the_cache_takes() -> None:
     assert "the cache holds 64 tokens of 2 sequences in 0.0328 MB" in notes
 
 
-def neo() -> torch.nn.Module:
-    options = {"vocab_size": 99, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 8}
-    kinds = [[["global", "local"], 1]]
-    return transformers.GPTNeoForCausalLM(
-        transformers.GPTNeoConfig(**options, attention_types=kinds, max_position_embeddings=64, bos_token_id=0, eos_token_id=0)
-    )
+def bert() -> torch.nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return transformers.BertLMHeadModel(transformers.BertConfig(vocab_size=99, **sizes))
+
+
+def xlnet() -> torch.nn.Module:
+    sizes = {"d_model": 32, "d_inner": 32, "n_layer": 1, "n_head": 4}
+    return transformers.XLNetLMHeadModel(transformers.XLNetConfig(vocab_size=99, **sizes))
 
 
 def mamba() -> torch.nn.Module:
@@ -106,7 +108,8 @@ def minimax() -> torch.nn.Module:
         (lambda: tiny_t5().model, {}, UnsupportedError, "generation takes a language model, such as LlamaForCausalLM, or an"),
         (mamba, {}, UnsupportedError, "MambaForCausalLM starts its recurrence anew at every call"),
         (minimax, {}, UnsupportedError, "MiniMaxForCausalLM cannot be run with a cache that holds the state of every layer"),
-        (neo, {}, CaptureError, "GPTNeoForCausalLM with a cache of fixed size differs"),
+        (bert, {}, CaptureError, "BertLMHeadModel sees later tokens, since its configuration has is_decoder=False"),
+        (xlnet, {}, UnsupportedError, "XLNetLMHeadModel cannot be run with a cache"),
         (DECODERS["llama"], {"max_length": 65}, InputError, "max_length is 65, and LlamaForCausalLM knows positions up to 64"),
         (DECODERS["llama"], {"max_length": 4}, InputError, "max_length is 4; give the tokens of prompt and answer together"),
         (DECODERS["llama"], {"batch": 0}, InputError, "batch is 0; give how many sequences"),

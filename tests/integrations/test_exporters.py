@@ -69,6 +69,12 @@ def decoder() -> transformers.PreTrainedModel:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+def windowed() -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(vocab_size=99, num_key_value_heads=1, sliding_window=5, **SIZES)
+    return transformers.MistralForCausalLM(config).eval()
+
+
 def translations(rows: int = 2, length: int = 7) -> Inputs:
     return texts(rows, length) | {"decoder_input_ids": tokens(rows, 4)}
 
@@ -233,9 +239,9 @@ def test_passes_and_backend_of_the_configuration():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("padded", [False, True])
-def test_generate(padded, tmp_path):
-    model = decoder()
+@pytest.mark.parametrize(("build", "padded"), [(decoder, False), (decoder, True), (windowed, True)])
+def test_generate(build, padded, tmp_path):
+    model = build()
     prompts = {"input_ids": tokens(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.int64)}
     if padded:
         prompts["attention_mask"][1, :2] = 0

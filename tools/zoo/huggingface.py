@@ -50,12 +50,13 @@ ENCODERS = words(
 """Encoders, and towers of larger models, in the table of plain models; the rest are in a family above, or composite."""
 
 
-def entries(attention: str | None = None) -> Iterator[Entry]:
+def entries(attention: str | None = None, mappings: Mapping[str, tuple[str, ...]] = MAPPINGS) -> Iterator[Entry]:
     """Every type of every family that is not left out, with the class from the first table that lists it.
 
-    attention: the attention implementation, `eager` or `sdpa`; the default of transformers if None.
+    attention: the attention implementation, `eager` or `sdpa`; the default of transformers if None. mappings: the families,
+        and the tables for each.
     """
-    for family, tables in MAPPINGS.items():
+    for family, tables in mappings.items():
         found: dict[str, str] = {}
         for table in tables:
             for model_type, class_name in getattr(modeling_auto, table).items():

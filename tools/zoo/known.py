@@ -8,16 +8,12 @@ _EXPERTS = "loops over the experts that were given tokens"
 _BLOCKS = "computes the number of its blocks with tensors, so that a shape depends on their values"
 
 CANNOT_BE_CAPTURED: Mapping[str, str] = {
-    "causal/dbrx": _EXPERTS,
-    "causal/longcat_flash": _EXPERTS,
     "causal/qwen4_exp": "branches on the number of complete blocks",
     "causal/qwen4_exp_text": "branches on the number of complete blocks",
     "classifier/longformer": _BLOCKS,
     "masked/longformer": _BLOCKS,
     "encoder-decoder/led": _BLOCKS,
     "encoder-decoder/fsmt": "branches on whether the mask pads anything",
-    "encoder-decoder/nllb-moe": f"converts a layer in its forward, and {_EXPERTS}",
-    "encoder-decoder/switch_transformers": f"converts a layer in its forward, and {_EXPERTS}",
     "encoder/openai_privacy_filter": _EXPERTS,
 }
 

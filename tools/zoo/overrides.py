@@ -39,10 +39,18 @@ _SEAMLESS = {
 _WAV2VEC2 = {"conv_dim": (16, 16), "conv_kernel": (10, 3), "conv_stride": (5, 4), "num_feat_extract_layers": 2}
 _CONFORMER = {"vocab_size": 128}
 
+_DECODERS_TOO = words(
+    """
+    bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert reformer rembert roberta
+    roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod
+    """
+)
+"""Encoders that are also decoders if their configuration says so."""
+
 CONFIGS: Mapping[str, Changes] = {
     # Text.
     "bamba": {"attn_layer_indices": [1]},
-    "causal/reformer": {"is_decoder": True},
+    **{f"causal/{name}": {"is_decoder": True} for name in _DECODERS_TOO},
     "cohere_compass_text": {
         "rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": 1e4},

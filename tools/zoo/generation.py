@@ -1,0 +1,210 @@
+"""`python -m tools.zoo.generation`: compare the greedy tokens of compiled decoders with those of transformers' `generate`.
+
+Every model of the zoo that generates is compiled with its KV cache for two rows, one of which has padding. A model that
+transformers itself cannot run with a cache does not apply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from transformers import VisionEncoderDecoderConfig, VisionEncoderDecoderModel
+
+import lissom
+from lissom.errors import LissomError
+from lissom.frontends.encoder_decoder import encoder_example
+from tests.models import Case
+from tools.zoo import coverage, huggingface, selection
+from tools.zoo.check import sentence
+from tools.zoo.entry import FAMILIES, Entry
+from tools.zoo.runner import run
+from tools.zoo.weights import woken
+
+MAX_LENGTH, NEW_TOKENS, BATCH = 24, 8, 2
+GREEDY: Mapping[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+_PADDING = 4
+_LARGER = 3.0  # times the weights of the zoo, so that attention is not even and the tokens of an answer differ
+_START = 1
+Record = dict[str, Any]
+_SECTION = "## Generation\n"
+_INTRODUCTION = """\
+Models that generate, compiled by `lissom.compile_generation` for two rows, one of them with padding. Their greedy tokens are
+compared with those of transformers' `generate`; `python -m tools.zoo.generation` does it. A model that transformers itself
+cannot run with a cache is listed and not counted.
+"""
+EQUAL, REFUSED, DIFFERS, FAILS, ELSEWHERE = "equal", "refused", "differs", "fails", "not in transformers"
+NONE = "does not generate"
+GENERATING: Mapping[str, tuple[str, ...]] = {
+    "causal": huggingface.MAPPINGS["causal"],
+    "encoder-decoder": huggingface.MAPPINGS["encoder-decoder"],
+    "speech": ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",),
+}
+"""The families, and the tables of transformers whose models generate."""
+_WITH_PICTURES = ("pix2struct", "pp_formulanet", "vision-encoder-decoder")
+"""Types with an encoder of pictures, in the table of models that read pictures and text."""
+
+
+_PAIRS = {"vision/donut": ("donut-swin", "mbart"), "vision/trocr": ("vit", "trocr")}
+"""Models that transformers makes of two others: the types of the encoder and the decoder."""
+
+
+def check(entry: Entry, report: Callable[[Record], None]) -> None:
+    """Build the model, and compare the tokens it generates with those of the compiled one.
+
+    report: called with the record after every phase.
+    """
+    record: Record = {"phase": "build", "outcome": FAILS, "reason": None}
+    report(record)
+    torch.manual_seed(0)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            _check(entry, record, report)
+        except LissomError as error:
+            record |= {"outcome": REFUSED, "reason": sentence(error)}
+        except Exception as error:
+            outcome = ELSEWHERE if record["phase"] == "transformers" else FAILS
+            record |= {"outcome": outcome, "reason": f"{record['phase']}: {sentence(error)}"}
+    report(record | {"phase": None})
+
+
+def _check(entry: Entry, record: Record, report: Callable[[Record], None]) -> None:
+    def phase(name: str) -> None:
+        record["phase"] = name
+        report(record)
+
+    phase("build")
+    found = generating(entry)
+    if found is None:
+        record |= {"outcome": NONE}
+        return
+    model, inputs = found
+    phase("transformers")
+    wanted = model.generate(**inputs, **GREEDY, use_cache=True)
+    phase("compile")
+    fast: Any = lissom.compile_generation(model, max_length=MAX_LENGTH, batch=BATCH, goal=None, checks="off")
+    phase("generate")
+    found = fast.generate(**inputs, **GREEDY)
+    record["different_tokens"] = len(wanted.unique())
+    record["outcome"] = EQUAL if wanted.shape == found.shape and torch.equal(wanted, found) else DIFFERS
+    if record["outcome"] is DIFFERS:
+        record["reason"] = f"{found.tolist()} instead of {wanted.tolist()}"
+        phase("transformers")
+        plain = model.generate(**inputs, **GREEDY, use_cache=False)
+        if not torch.equal(plain, wanted):
+            record |= {"outcome": ELSEWHERE, "reason": "it gives other tokens with a cache than without one"}
+
+
+def generating(entry: Entry) -> tuple[Any, dict[str, Any]] | None:
+    """The model of an entry and the arguments of its `generate`: for decoders the zoo's, padded on the left, for others those
+    that are made from the configuration.
+
+    None if it does not generate.
+    """
+    case = entry.build()
+    model: Any = case.model
+    if not (callable(getattr(model, "can_generate", None)) and model.can_generate()):
+        return None
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.mul_(_LARGER)
+    given: dict[str, Any] = case.kwargs
+    inputs = {name: value for name, value in given.items() if not name.startswith("decoder_") and name != "use_cache"}
+    if model.config.is_encoder_decoder:
+        inputs = dict(encoder_example(model, None))
+        if model.generation_config.decoder_start_token_id is None:
+            model.generation_config.decoder_start_token_id = _START
+    elif "attention_mask" in inputs:
+        inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+    return model, inputs
+
+
+def entries() -> Iterator[Entry]:
+    """The models of the zoo that may generate, and encoder-decoders that read pictures."""
+    yield from huggingface.entries(mappings=GENERATING)
+    for entry in huggingface.entries(mappings={"vision": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",)}):
+        if entry.name.removeprefix("vision/") in _WITH_PICTURES:
+            yield entry
+    for name, parts in _PAIRS.items():
+        yield Entry(name, "vision", partial(_pair, *parts))
+
+
+def _pair(encoder: str, decoder: str) -> Case:
+    """A pair of an encoder of pictures and a decoder."""
+    parts = huggingface.config_of("vision", encoder), huggingface.config_of("causal", decoder)
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+    return Case(woken(lambda: VisionEncoderDecoderModel(config)), {})
+
+
+def describe(record: Record) -> str:
+    """One line: the model, its time, and its result."""
+    reason = f": {record['reason']}" if record.get("reason") else ""
+    return f"{record['name']} ({record['total_seconds']:.1f} s): {record['outcome']}{reason}"
+
+
+def headline(records: Sequence[Record]) -> str:
+    """The sentence that counts the models with equal tokens."""
+    run = [record for record in records if record["outcome"] not in (NONE, ELSEWHERE)]
+    equal = sum(record["outcome"] == EQUAL for record in run)
+    return f"Of {len(run)} models that transformers generates with, {equal} ({equal / max(1, len(run)):.1%}) give equal tokens."
+
+
+def section(records: Sequence[Record]) -> str:
+    """The section of the coverage page: a row per family, then the models without equal tokens, with the reasons."""
+    told = [record for record in records if record["outcome"] != NONE]
+    lines = [
+        _SECTION,
+        _INTRODUCTION,
+        f"{headline(told)}\n",
+        "| family | models | equal | refused | wrong |",
+        "|---|---|---|---|---|",
+    ]
+    for family in FAMILIES:
+        found = Counter(record["outcome"] for record in told if record["family"] == family)
+        if found:
+            wrong = found[DIFFERS] + found[FAILS]
+            lines.append(f"| {family} | {found.total() - found[ELSEWHERE]} | {found[EQUAL]} | {found[REFUSED]} | {wrong} |")
+    others = sorted((record for record in told if record["outcome"] != EQUAL), key=lambda record: record["name"])
+    lines += ["", *(f"- {record['name']}: {record['outcome']}, {record['reason']}" for record in others)]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def write(path: Path, records: Sequence[Record]) -> None:
+    """Write the section into the page, replacing the old one."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, _, old = text.partition(_SECTION)
+    _, found, behind = old.partition("\n## ")
+    path.write_text(f"{before.rstrip()}\n\n{section(records)}{found and f'{found}{behind}'}", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check the models that the arguments select; returns 1 if one gives other tokens, or fails."""
+    parser = argparse.ArgumentParser(prog="python -m tools.zoo.generation", description=__doc__)
+    selection.add_arguments(parser, "generation.json")
+    options = parser.parse_args(arguments)
+    chosen = selection.choose(parser, options, list(entries()))
+    if not options.resume:
+        options.output.unlink(missing_ok=True)
+    run(chosen, options.output, check, describe, seconds=options.limit_seconds, jobs=options.jobs)
+    records = coverage.load(options.output)
+    if (page := selection.page(options)) is not None:
+        write(page, records)
+    wrong = [record for record in records if record["outcome"] in (DIFFERS, FAILS)]
+    print("\n".join([headline(records), *map(describe, wrong)]))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
