@@ -8,6 +8,7 @@ All are zeros before the first token.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -163,10 +164,11 @@ def call(model: nn.Module, cache: object, **inputs: object) -> Any:
 
 
 def _positions_or(own: Callable[..., torch.Tensor], tokens: int) -> Callable[..., torch.Tensor]:
-    """`torch.arange`, which also takes `(cached, cached + tokens)`, the positions of a call, if the former is a tensor."""
+    """`torch.arange`, which in this thread also takes `(cached, cached + tokens)`, the positions of a call, as tensors."""
+    thread = threading.get_ident()
 
     def arange(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if len(args) == 2 and isinstance(args[0], torch.Tensor):
+        if len(args) == 2 and isinstance(args[0], torch.Tensor) and threading.get_ident() == thread:
             return own(tokens, **kwargs) + args[0]
         return own(*args, **kwargs)
 
