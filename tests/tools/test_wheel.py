@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import venv
 import zipfile
@@ -16,7 +17,7 @@ import torch
 from lissom.errors import UnsupportedError
 from lissom.ops.native import load_kernels
 from lissom.ops.native.instruction_sets import SETS_OF_MACHINES, InstructionSet, usable_sets
-from tools.wheel import build_wheel, needed_libc
+from tools.wheel import PARTS, ROOT, build_wheel, needed_libc
 
 MISSING = load_kernels()
 LARGEST = 15_000_000
@@ -57,8 +58,6 @@ def fresh_environment(folder: Path, wheel: Path) -> Path:
     return python
 
 
-@pytest.mark.slow
-@pytest.mark.multiprocess
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)
 def test_a_wheel_runs_without_a_compiler_as_a_build_from_source_does(tmp_path):
     isa = usable_sets()[0]
@@ -85,6 +84,20 @@ def _libraries(wheel: Path, folder: Path) -> list[Path]:
 
 def _cache() -> str:
     return os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+
+
+def test_an_sdist_holds_the_whole_package(tmp_path):
+    staged = shutil.copytree(
+        ROOT / "lissom", tmp_path / "lissom", ignore=shutil.ignore_patterns("__pycache__", "libraries")
+    ).parent
+    for name in PARTS[:-1]:
+        shutil.copy(ROOT / name, staged)
+    build = "import setuptools.build_meta as build; build.build_sdist('.')"
+    subprocess.run([sys.executable, "-c", build], cwd=staged, check=True, capture_output=True)
+    with tarfile.open(next(staged.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    package = {str(path.relative_to(staged)) for path in (staged / "lissom").rglob("*") if path.is_file()}
+    assert "lissom/ops/native/module.cpp" in package and package <= held
 
 
 @pytest.mark.parametrize(
