@@ -9,6 +9,7 @@ import pytest
 
 from tests.neighbours import all_but_slow
 from tools.zoo import generation
+from tools.zoo.coverage import put_section
 
 ENTRIES = {entry.name: entry for entry in generation.entries()}
 NEO = "causal/gpt_neo"
@@ -50,7 +51,7 @@ def test_the_page_counts_and_explains(tmp_path: Path) -> None:
     page = tmp_path / "coverage.md"
     page.write_text("# Coverage\n\n## torch.compile\n\nkept\n")
     for _ in range(2):
-        generation.write(page, records)
+        put_section(page, generation.section(records))
     text = page.read_text()
     assert text.count("## Generation") == 1 and "## torch.compile\n\nkept\n" in text
     assert "Of 3 models that transformers generates with, 1 (33.3%) give equal tokens." in text

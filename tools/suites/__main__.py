@@ -12,8 +12,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from tools.suites.suite import Suite, describe, headline, surprises, write_section
-from tools.zoo.coverage import load
+from tools.suites.suite import Suite, describe, headline, section, surprises
+from tools.zoo.coverage import load, put_section
 from tools.zoo.runner import run
 
 SUITES = {"opinfo": "opinfo", "export": "export_examples", "onnx": "onnx_backend", "timm": "timm_models"}
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run(left, output, suite.check, describe, seconds=suite.seconds, jobs=options.jobs, warm=suite.warm, block=suite.block)
     records = load(output)
     if page := options.page or (None if options.only else PAGE):
-        write_section(page, suite, records)
+        put_section(page, section(suite, records))
     unexpected = surprises(suite, records)
     print("\n".join([*unexpected, headline(suite, records)]))
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes; the records are in {output}")

@@ -7,12 +7,11 @@ import importlib
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
 from tools.suites.models import RESULTS, check_model
-from tools.suites.suite import Item, Record, Report, Suite
+from tools.suites.suite import Item, Record, Report, Suite, given
 from tools.zoo.check import sentence
 from tools.zoo.coverage import cell, table
 
@@ -22,11 +21,7 @@ def items(everything: bool) -> list[Item]:
     examples = importlib.import_module("torch._export.db.examples").all_examples()
     # Examples of one tag may share a name, so the name of the class counts.
     named = {type(case.model).__name__: case for case in examples.values()}
-    return [Item(name, " ".join(sorted(case.tags)) or "python", partial(_same, case)) for name, case in named.items()]
-
-
-def _same(case: Any) -> Any:
-    return case
+    return [Item(name, " ".join(sorted(case.tags)) or "python", partial(given, case)) for name, case in named.items()]
 
 
 def check(item: Item, report: Report) -> None:

@@ -21,7 +21,7 @@ from lissom.frontends.export import capture
 from lissom.frontends.onnx.graph import torch_dtype
 from lissom.frontends.onnx.model import read
 from tools.suites.known import ONNX
-from tools.suites.suite import Item, Record, Report, Suite, counts_by
+from tools.suites.suite import Item, Record, Report, Suite, counts_by, given
 from tools.zoo.check import sentence
 from tools.zoo.coverage import cell, table
 
@@ -38,11 +38,7 @@ def items(everything: bool) -> list[Item]:
         # The expected outputs of a few tests are computed with overflows.
         warnings.simplefilter("ignore")
         found = {test.name: test for kind in KINDS for test in loader.load_model_tests(kind=kind)}
-    return [Item(name, test.kind, partial(_same, test)) for name, test in found.items()]
-
-
-def _same(test: Any) -> Any:
-    return test
+    return [Item(name, test.kind, partial(given, test)) for name, test in found.items()]
 
 
 def check(item: Item, report: Report) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tools.zoo.coverage import cell, table
@@ -47,6 +45,11 @@ class Suite:
     details: Callable[[Sequence[Record]], str] = lambda records: ""
     seconds: float = 120.0
     block: int = 1
+
+
+def given(case: Any) -> Any:
+    """The case itself: what an item builds that is made already."""
+    return case
 
 
 def result_of(record: Record) -> str:
@@ -99,16 +102,3 @@ def _reason(suite: Suite, record: Record) -> str:
 def counts_by(records: Iterable[Record], key: Callable[[Record], str]) -> list[tuple[str, int]]:
     """How many records each key has, the most frequent first."""
     return sorted(Counter(map(key, records)).items(), key=lambda item: (-item[1], item[0]))
-
-
-def write_section(path: Path, suite: Suite, records: Sequence[Record]) -> None:
-    """Replace the suite's section of the page, or append it."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    made = section(suite, records).rstrip("\n") + "\n"
-    found = re.search(rf"^## {re.escape(suite.title)}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    if found is None:
-        text = f"{text.rstrip()}\n\n{made}".lstrip("\n")
-    else:
-        rest = text[found.end() :]
-        text = f"{text[: found.start()]}{made}" + (f"\n{rest}" if rest else "")
-    path.write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.models import normal
 from tools.suites.models import RESULTS, check_model
-from tools.suites.suite import Item, Record, Report, Suite
+from tools.suites.suite import Item, Record, Report, Suite, result_of
 from tools.zoo.coverage import cell, table
 from tools.zoo.weights import woken
 
@@ -121,7 +121,7 @@ def details(records: Sequence[Record]) -> str:
             str(record.get("size", "")),
             f"{record['parameters'] / 1e6:.1f}" if "parameters" in record else "",
             ", ".join(record.get("dynamic", ())),
-            "failure" if record.get("failed") else record["result"],
+            result_of(record),
             cell(record.get("error") or record.get("reason") or ""),
         ]
         for record in sorted(records, key=lambda record: (record["family"], record["name"]))

@@ -275,12 +275,21 @@ def write_page(path: Path, records: Sequence[Record]) -> None:
 
 
 def write_dynamo(path: Path, records: Sequence[Record]) -> None:
-    """Write the section on `torch.compile` at the end of the page."""
-    rest, _, told = path.read_text(encoding="utf-8").partition(_DYNAMO) if path.exists() else ("", "", "")
-    # The section on sharding comes from another run and is kept.
-    _, found, behind = told.partition("\n## ")
-    text = "\n\n".join([rest.rstrip("\n"), dynamo_section(records)])
-    path.write_text(f"{text}{found}{behind}".lstrip("\n"), encoding="utf-8")
+    """Write the section on `torch.compile` into the page."""
+    put_section(path, dynamo_section(records))
+
+
+def put_section(path: Path, section: str) -> None:
+    """Replace the section of the page that has the same heading, `## …`; append it if there is none."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    made, heading = section.rstrip("\n") + "\n", section.partition("\n")[0]
+    found = re.search(rf"^{re.escape(heading)}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    if found is None:
+        text = f"{text.rstrip()}\n\n{made}".lstrip("\n")
+    else:
+        rest = text[found.end() :]
+        text = f"{text[: found.start()]}{made}" + (f"\n{rest}" if rest else "")
+    path.write_text(text, encoding="utf-8")
 
 
 def dynamo_section(records: Sequence[Record]) -> str:

@@ -13,7 +13,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -54,8 +53,6 @@ GENERATING: Mapping[str, tuple[str, ...]] = {
 """The families, and the tables of transformers whose models generate."""
 _WITH_PICTURES = ("pix2struct", "pp_formulanet", "vision-encoder-decoder")
 """Types with an encoder of pictures, in the table of models that read pictures and text."""
-
-
 _PAIRS = {"vision/donut": ("donut-swin", "mbart"), "vision/trocr": ("vit", "trocr")}
 """Models that transformers makes of two others: the types of the encoder and the decoder."""
 
@@ -85,7 +82,6 @@ def _check(entry: Entry, record: Record, report: Callable[[Record], None]) -> No
         record["phase"] = name
         report(record)
 
-    phase("build")
     found = generating(entry)
     if found is None:
         record |= {"outcome": NONE}
@@ -181,14 +177,6 @@ def section(records: Sequence[Record]) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def write(path: Path, records: Sequence[Record]) -> None:
-    """Write the section into the page, replacing the old one."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    before, _, old = text.partition(_SECTION)
-    _, found, behind = old.partition("\n## ")
-    path.write_text(f"{before.rstrip()}\n\n{section(records)}{found and f'{found}{behind}'}", encoding="utf-8")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check the models that the arguments select; returns 1 if one gives other tokens, or fails."""
     parser = argparse.ArgumentParser(prog="python -m tools.zoo.generation", description=__doc__)
@@ -200,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run(chosen, options.output, check, describe, seconds=options.limit_seconds, jobs=options.jobs)
     records = coverage.load(options.output)
     if (page := selection.page(options)) is not None:
-        write(page, records)
+        coverage.put_section(page, section(records))
     wrong = [record for record in records if record["outcome"] in (DIFFERS, FAILS)]
     print("\n".join([headline(records), *map(describe, wrong)]))
     return 1 if wrong else 0

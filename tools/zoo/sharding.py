@@ -32,7 +32,7 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.divergence import relative_error, run_original, tolerance_of
 from lissom.passes.parallel.partition import Partition
 from lissom.passes.parallel.shard import Shard
-from tools.zoo.coverage import load
+from tools.zoo.coverage import load, put_section
 from tools.zoo.entry import FAMILIES, Entry
 from tools.zoo.removal import canonical
 
@@ -193,14 +193,6 @@ def describe(record: Record) -> str:
     return f"{record['name']} ({record['total_seconds']:.1f} s): {'' if is_equal(record) else 'NOT EQUAL, '}{outcome}"
 
 
-def write(path: Path, records: Sequence[Record]) -> None:
-    """Write the section into the page, replacing the old one."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    before, _, old = text.partition(_SECTION)
-    _, found, behind = old.partition("\n## ")
-    path.write_text(f"{before.rstrip()}\n\n{section(records)}{found and f'{found}{behind}'}", encoding="utf-8")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Shard the models that the arguments select; returns 1 if one fails or differs."""
     from tools.zoo.catalogue import entries
@@ -224,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     records = load(options.output)
     page = options.page or (None if options.only else Path("docs/coverage.md"))
     if page is not None:
-        write(page, records)
+        put_section(page, section(records))
     print(headline(records))
     return 1 if any(record.get("failed") not in (None, "capture") or not is_equal(record) for record in records) else 0
 

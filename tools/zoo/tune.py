@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,7 +25,7 @@ import lissom
 from tests.models import Case
 from tools.zoo import selection
 from tools.zoo.check import answer, sentence
-from tools.zoo.coverage import load
+from tools.zoo.coverage import load, put_section
 from tools.zoo.entry import Entry, words
 
 KINDS: Mapping[str, tuple[str, ...]] = {
@@ -103,19 +102,15 @@ def _check(case: Case, record: Record, report: Callable[[Record], None]) -> None
         "gain": exact.cost(memory) / max(chosen.cost(memory), 1e-9),
     }
     report(record)
-    found = [_outputs(tuned.best(*args, **kwargs)) for args, kwargs in zip(*calls, strict=True)]
+    found = [pytree.tree_leaves(tuned.best(*args, **kwargs)) for args, kwargs in zip(*calls, strict=True)]
     record["measured"] = _relative_error(wanted, found)
     again = lissom.compile(
         case.model, case.inputs, passes=tuned.pipeline, data=data, goal=None, backend=tuned.backend, progress=lambda *_: None
     )
-    others = [_outputs(again(*args, **kwargs)) for args, kwargs in zip(*calls, strict=True)]
+    others = [pytree.tree_leaves(again(*args, **kwargs)) for args, kwargs in zip(*calls, strict=True)]
     record["same"] = all(
         _equal(one, other) for left, right in zip(found, others, strict=True) for one, other in zip(left, right, strict=True)
     )
-
-
-def _outputs(result: object) -> list[object]:
-    return pytree.tree_leaves(result)
 
 
 def _equal(one: object, other: object) -> bool:
@@ -177,14 +172,6 @@ def section(records: Sequence[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(path: Path, records: Sequence[Record]) -> None:
-    """Replace the section of the page."""
-    before, _, old = path.read_text(encoding="utf-8").partition(_SECTION)
-    _, found, behind = old.partition("\n## ")
-    text = f"{before.rstrip()}\n\n{section(records)}{found and f'{found}{behind}'}"
-    path.write_text(text, encoding="utf-8")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Search the models that the arguments select; returns 1 if an answer is missing or wrong."""
     from tools.zoo.catalogue import entries
@@ -205,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run(chosen, options.output, whole, describe, seconds=options.limit_seconds, jobs=options.jobs, warm=warm)
     records = load(options.output)
     if options.page is not None:
-        write(options.page, records)
+        put_section(options.page, section(records))
     wrong = [record for record in records if not is_right(record)]
     right = len(records) - len(wrong)
     print(f"{len(records)} models, {right} answered in time, within the bound, by a text that gives the same program")

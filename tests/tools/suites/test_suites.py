@@ -21,7 +21,8 @@ from tools.suites import __main__, export_examples, onnx_backend, timm_models
 from tools.suites.models import check_model
 from tools.suites.opinfo import calls
 from tools.suites.opinfo import suite as opinfo
-from tools.suites.suite import Item, Suite, headline, surprises, write_section
+from tools.suites.suite import Item, Suite, headline, section, surprises
+from tools.zoo.coverage import put_section
 
 aten = torch.ops.aten
 F = torch.nn.functional
@@ -131,7 +132,7 @@ def test_a_section_takes_the_place_of_the_one_before(tmp_path):
     )  # fmt: skip
     page = tmp_path / "page.md"
     page.write_text("# Page\n\n## Things\n\nold\n\n## Others\n\nkept\n")
-    write_section(page, suite, [{"name": "one", "result": "bad", "reason": "wrong"}])
+    put_section(page, section(suite, [{"name": "one", "result": "bad", "reason": "wrong"}]))
     text = page.read_text()
     assert text.startswith("# Page\n\n## Things\n\nThey are things.") and text.endswith("\n\n## Others\n\nkept\n")
     assert "| `one` | bad | it is old |" in text and "old\n\n## Others" not in text.partition("it is old")[0]

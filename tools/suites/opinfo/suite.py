@@ -9,7 +9,6 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -18,7 +17,7 @@ from tools.suites.opinfo.axis_rules import check_axes, has_axis_rule
 from tools.suites.opinfo.calls import Call, OneCall, calls_of, program_of
 from tools.suites.opinfo.cost_rules import check_cost, check_flops, flops_of, has_formula
 from tools.suites.opinfo.placement_rules import check_placements, has_placement_rule
-from tools.suites.suite import Item, Record, Report, Suite
+from tools.suites.suite import Item, Record, Report, Suite, given
 from tools.zoo.check import sentence
 from tools.zoo.coverage import table
 
@@ -32,11 +31,7 @@ def items(everything: bool) -> list[Item]:
     """The operators that have float32 samples on the CPU."""
     op_db = importlib.import_module("torch.testing._internal.common_methods_invocations").op_db
     found = [op for op in op_db if torch.float32 in op.dtypes]
-    return [Item(f"{op.name}.{op.variant_test_name}".rstrip("."), op.name, partial(_same, op)) for op in found]
-
-
-def _same(op: Any) -> Any:
-    return op
+    return [Item(f"{op.name}.{op.variant_test_name}".rstrip("."), op.name, partial(given, op)) for op in found]
 
 
 def check(item: Item, report: Report) -> None:
