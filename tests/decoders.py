@@ -49,7 +49,19 @@ _SCANS = {
     "mamba_chunk_size": 16,
     "mamba_expand": 2,
 }
+_MAMBA = {"mamba_d_state": 8, "mamba_dt_rank": 4}
 RECURRENT: Mapping[str, Callable[[], nn.Module]] = {
+    "mamba": lambda: transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8, **_ENDS)
+    ),
+    "zamba": lambda: transformers.ZambaForCausalLM(
+        transformers.ZambaConfig(
+            **{**_GROUPED, **_MAMBA, **_ENDS, "num_hidden_layers": 3},
+            n_mamba_heads=2,
+            attention_hidden_size=64,
+            layers_block_type=["mamba", "hybrid", "hybrid"],
+        )
+    ),
     "mamba2": lambda: transformers.Mamba2ForCausalLM(
         transformers.Mamba2Config(
             vocab_size=VOCABULARY,
@@ -83,14 +95,46 @@ RECURRENT: Mapping[str, Callable[[], nn.Module]] = {
     ),
 }
 """Models with layers that keep the state of a recurrence or of a convolution."""
+WHOLE: Mapping[str, Callable[[], nn.Module]] = {
+    "openai_gpt": lambda: transformers.OpenAIGPTLMHeadModel(
+        transformers.OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=MAX_LENGTH)
+    ),
+    "minimax": lambda: transformers.MiniMaxForCausalLM(
+        transformers.MiniMaxConfig(**_GROUPED, head_dim=8, num_local_experts=2, block_size=8)
+    ),
+}
+"""Models without a cache, or with one of their own: all tokens are computed at every call."""
+OTHERS: Mapping[str, Callable[[], nn.Module]] = {
+    **WHOLE,
+    "deepseek_v32": lambda: transformers.DeepseekV32ForCausalLM(
+        transformers.DeepseekV32Config(
+            **_WIDE,
+            moe_intermediate_size=32,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=8,
+            v_head_dim=8,
+            index_topk=8,
+            index_head_dim=16,
+            index_n_heads=16,
+            mlp_layer_types=["dense", "sparse"],
+        )
+    ),
+}
+"""Models whose layers, or whose state, are of a form of their own."""
 ROTARY = {"llama", "gemma3", "gemma2", "qwen2", "qwen3", "mistral", "phi", "gpt_neox"}
 GATED = ROTARY - {"phi", "gpt_neox"}
 WINDOWED = {"gemma3", "gemma2", "mistral"}
 
 
 def decoder(name: str) -> transformers.PreTrainedModel:
-    """One of DECODERS or RECURRENT in evaluation mode, its matrices large enough for its texts not to repeat one token."""
-    model = seeded({**DECODERS, **RECURRENT}[name])
+    """One of DECODERS, RECURRENT or OTHERS in evaluation mode, its matrices large enough for its texts not to repeat one token."""
+    model = seeded({**DECODERS, **RECURRENT, **OTHERS}[name])
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:

@@ -27,7 +27,7 @@ from lissom.generation.decoder import prompts
 from lissom.generation.stream import Speed, read_prompt, stream_tokens
 from lissom.inspect.report import Report
 from lissom.passes import RECIPES, known_passes
-from tests.decoders import DECODERS, MAX_LENGTH, RECURRENT, decoder, prompt
+from tests.decoders import DECODERS, MAX_LENGTH, OTHERS, RECURRENT, decoder, prompt
 from tests.models import seeded
 from tests.neighbours import all_but_slow
 
@@ -45,10 +45,10 @@ MODELS = [
     ("onnxruntime", "llama"),
     *(pytest.param("onnxruntime", name, marks=pytest.mark.slow) for name in DECODERS if name != "llama"),
     *(
-        pytest.param("eager", name, marks=pytest.mark.slow if name in ("falcon_h1", "olmo_hybrid") else ())
-        for name in RECURRENT
+        pytest.param("eager", name, marks=pytest.mark.slow if name in ("falcon_h1", "olmo_hybrid", "zamba", "minimax") else ())
+        for name in (*RECURRENT, *OTHERS)
     ),
-    *(pytest.param("onnxruntime", name, marks=pytest.mark.slow) for name in RECURRENT),
+    *(pytest.param("onnxruntime", name, marks=pytest.mark.slow) for name in (*RECURRENT, *OTHERS)),
 ]
 
 

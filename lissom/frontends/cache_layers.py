@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, EncoderDecoderCache, LinearAttentionCacheLayerMixin
 
-from lissom.frontends.decoder_state import KEYS_AND_VALUES, OF_RECURRENT, is_kv_cache, numbered
+from lissom.frontends.decoder_state import INDEXER_KEYS, KEYS_AND_VALUES, OF_RECURRENT, is_kv_cache, numbered
 
 
 class AttentionState(CacheLayerMixin):
@@ -21,6 +21,7 @@ class AttentionState(CacheLayerMixin):
         CacheLayerMixin.__init__(self)
         self.keys = cast(torch.Tensor, layer.keys)
         self.values = cast(torch.Tensor, layer.values)
+        self.indexer_keys = getattr(layer, INDEXER_KEYS, None)
         self.start = start
         self.is_initialized = True
 
@@ -32,12 +33,24 @@ class AttentionState(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the new keys and values into their slots; returns all of them."""
         assert self.keys is not None and self.values is not None
-        slots = torch.arange(key_states.shape[2], device=key_states.device) + self.start
+        slots = self._slots(key_states)
         keys = self.keys.index_copy(2, slots, key_states)
         values = self.values.index_copy(2, slots, value_states)
         self.keys.copy_(keys)
         self.values.copy_(values)
         return keys, values
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Write the new keys of the indexer, [batch, tokens, head_dim]; returns all of them."""
+        assert self.indexer_keys is not None
+        new = indexer_key_states.unsqueeze(1)
+        keys = self.indexer_keys.index_copy(2, self._slots(new), new)
+        self.indexer_keys.copy_(keys)
+        return keys.squeeze(1)
+
+    def _slots(self, new: torch.Tensor) -> torch.Tensor:
+        """The slots of a call's tokens. new: [batch, heads, tokens, head_dim]."""
+        return torch.arange(new.shape[2], device=new.device) + self.start
 
     def get_mask_sizes(self, query_length: object) -> tuple[int, int]:
         return self.get_max_length(), 0

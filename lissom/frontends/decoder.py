@@ -32,6 +32,7 @@ from lissom.frontends.export import Capture, capture, check_model, evaluating
 from lissom.frontends.isolation import isolated, with_own_modules
 from lissom.frontends.recurrences import recurrences_as_operators
 from lissom.frontends.untouched import untouched
+from lissom.frontends.whole_text import TEXT, check_causal, forward_over_text, run_whole, text_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +57,8 @@ def capture_decoder(
 ) -> Capture:
     """The model as a program whose state is its KV cache, and that of recurrent layers.
 
-    The model is not modified, and the program shares its weights.
+    The model is not modified, and the program shares its weights. A causal model whose cache cannot be captured, or that has
+    none, becomes a program that keeps the text and computes all of it at every call; a note says so.
 
     max_length: the capacity of the cache in tokens, prompt included. batch: the fixed number of sequences.
     all_logits: return the logits of every token of a call, [batch, tokens, vocabulary], not only of the last.
@@ -71,17 +73,39 @@ def capture_decoder(
             f"{type(model).__name__} is an encoder-decoder model; this takes a causal language model, such as LlamaForCausalLM"
         )
     with isolated(device_of(known)):
-        return _capture(cast("PreTrainedModel", with_own_modules(known)), max_length, batch, all_logits, device)
+        own = cast("PreTrainedModel", with_own_modules(known))
+        try:
+            return _capture(own, layer_states(own), max_length, batch, all_logits, device)
+        except (CaptureError, UnsupportedError) as error:
+            refusal = error
+        try:
+            check_causal(own, example_tokens(own, max_length, batch)[0])
+            captured = _capture(own, [text_state(own, batch)], max_length, batch, all_logits, device)
+        # The model's own code may raise anything; what is wrong with its cache is told in any case.
+        except Exception as error:
+            raise refusal from error
+    why = str(refusal).partition(";")[0]
+    note = f"compiled without a KV cache, so that every token costs a forward over all {max_length} tokens: {why}"
+    return replace(captured, notes=(*captured.notes, note))
 
 
-def _capture(model: PreTrainedModel, max_length: int, batch: int, all_logits: bool, device: torch.device | None) -> Capture:
-    """`capture_decoder` for a model that was checked."""
-    states = layer_states(model)
+def _capture(
+    model: PreTrainedModel,
+    states: Sequence[State],
+    max_length: int,
+    batch: int,
+    all_logits: bool,
+    device: torch.device | None,
+) -> Capture:
+    """`capture_decoder` for a model that was checked. states: of its layers, or the text."""
     example = example_tokens(model, max_length, batch)
     sequence = Dim("sequence", max=max_length)
     dynamic: dict[str, dict[int, Dim | str]] = {"input_ids": {1: sequence}, "position_ids": {1: sequence}}
     stateful = with_state(model, states, max_length, batch)
-    stateful.forward = _forward(stateful, all_logits)
+    whole = any(TEXT in state for state in states)
+    stateful.forward = (
+        forward_over_text(stateful, f"{CACHE}.0.{TEXT}", all_logits) if whole else _forward(stateful, all_logits)
+    )
     with masks_of_new_tokens(model):
         captured = capture(stateful, (), dict(zip(INPUTS, example, strict=True)), dynamic=dynamic, device=device)
     check_state(model, captured.program)
@@ -143,12 +167,12 @@ def _confirm(program: Program, model: PreTrainedModel, example: Sample) -> None:
     positions = positions.clamp_min(0)
     ends = sorted({1, tokens - 1, tokens})
     found: list[object] = []
-    with torch.no_grad(), kept_state(program):
+    with torch.no_grad(), kept_state(program), untouched(model), evaluating(model):
         for begin, end in zip([0, *ends], ends, strict=False):
             part = [ids[:, begin:end], mask, positions[:, begin:end], torch.full_like(start, begin)]
             found = program.run([tensor.to(device) for tensor in part])
         given = {"input_ids": ids, "attention_mask": mask[:, :tokens], "position_ids": positions[:, :tokens]}
-        wanted = _whole(model, {name: tensor.to(device_of(model)) for name, tensor in given.items()})
+        wanted = run_whole(model, {name: tensor.to(device_of(model)) for name, tensor in given.items()})
     refuse_different(model, program, wanted[:, -1].to(device), cast(torch.Tensor, found[0])[:, -1])
 
 
@@ -234,13 +258,6 @@ def longest_text(model: nn.Module) -> int | None:
     text = None if config is None else config.get_text_config(decoder=True)
     known = (getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions"))
     return next((found for found in known if isinstance(found, int) and found > 0), None)
-
-
-def _whole(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The model's logits without a KV cache."""
-    parameters = inspect.signature(type(model).forward).parameters
-    with untouched(model), evaluating(model):
-        return model(**{name: tensor for name, tensor in inputs.items() if name in parameters}, use_cache=False).logits
 
 
 def with_state(model: PreTrainedModel, states: Sequence[State], max_length: int, batch: int) -> PreTrainedModel:

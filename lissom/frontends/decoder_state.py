@@ -22,21 +22,20 @@ from lissom.frontends.export import evaluating
 from lissom.frontends.failures import first_line
 from lissom.frontends.fixed_caches import counted_from_start
 from lissom.frontends.isolation import exchanged
-from lissom.frontends.recurrences import modules_with
+from lissom.frontends.recurrences import modules_with, scans_continued
 from lissom.frontends.untouched import untouched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEYS_AND_VALUES = ("keys", "values")
+INDEXER_KEYS = "indexer_keys"
+"""The keys by which a layer chooses the tokens that it attends to, [batch, 1, slots, head_dim]."""
 OF_RECURRENT = ("convolution", "recurrence")
 _START = "lissom_start"
 """The attribute of a cache over buffers that holds the number of filled slots."""
 _MASK = "create_recurrent_attention_mask"
 """The function of transformers that cuts the padding mask to a call's tokens, which it takes to be the last of the mask."""
-
-_FORGETS = "mamba_selective_scan"
-"""The function of transformers that computes the recurrence of Mamba, always from zeros."""
 
 State = Mapping[str, torch.Tensor]
 """A layer's tensors by name; none for a layer that keeps nothing."""
@@ -52,11 +51,6 @@ def layer_states(model: PreTrainedModel) -> list[State]:
 
     Raises: UnsupportedError if a layer keeps anything else.
     """
-    if modules_with(model, _FORGETS):
-        raise UnsupportedError(
-            f"{type(model).__name__} starts its recurrence anew at every call of several tokens, since transformers' "
-            f"{_FORGETS} takes no state; generation takes models whose recurrence can be continued, such as Mamba-2"
-        )
     cache = _new_cache(model)
     try:
         with untouched(model), evaluating(model), torch.no_grad():
@@ -71,15 +65,16 @@ def layer_states(model: PreTrainedModel) -> list[State]:
 
 
 def _new_cache(model: PreTrainedModel) -> Any:
-    """An empty cache: by the model's configuration where it names recurrent layers, else one that grows with the layers."""
+    """An empty cache: by the configuration where it names recurrent layers or indexers, else one that grows with the layers."""
     from transformers import Cache
-    from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
+    from transformers.cache_utils import DynamicCache, DynamicIndexedLayer, DynamicLayer, LinearAttentionCacheLayerMixin
 
     try:
         cache = DynamicCache(config=model.config)
     except (AttributeError, KeyError, TypeError, ValueError):  # a configuration without what the cache asks for
         cache = None
-    if cache is not None and any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+    known = (LinearAttentionCacheLayerMixin, DynamicIndexedLayer)
+    if cache is not None and any(isinstance(layer, known) for layer in cache.layers):
         return cache
     return Cache(layer_class_to_replicate=DynamicLayer)
 
@@ -96,8 +91,10 @@ def layer_tensors(layer: Any) -> State:
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         for kind, states in zip(OF_RECURRENT, (layer.conv_states, layer.recurrent_states), strict=True):
             found |= {numbered(kind, index): state for index, state in states.items() if state is not None}
-    if hasattr(layer, "indexer_keys"):
-        raise TypeError("a layer that keeps the keys of an indexer")
+    if getattr(layer, INDEXER_KEYS, None) is not None:
+        if layer.indexer_position_ids is not None:
+            raise TypeError("a layer that keeps the positions of an indexer's keys")
+        found[INDEXER_KEYS] = layer.indexer_keys.unsqueeze(1)
     if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in found.values()):
         raise TypeError("a layer that keeps no keys and values, or whole numbers")
     return found
@@ -148,18 +145,27 @@ def _cut_mask(own: Callable[..., Any]) -> Callable[..., Any]:
         if start is None or mask is None:  # a call of another thread
             return own(*args, **kwargs)
         tokens = kwargs["inputs_embeds"].shape[1]
-        return mask.index_select(1, torch.arange(tokens, device=mask.device) + start)
+        return _of_new_tokens(mask, start, tokens)
 
     return replacement
 
 
-def call(model: nn.Module, cache: object, **inputs: object) -> Any:
+def _of_new_tokens(mask: torch.Tensor, start: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The part of a mask of all slots, [batch, slots], that belongs to a call's tokens."""
+    return mask.index_select(1, torch.arange(tokens, device=mask.device) + start)
+
+
+def call(model: nn.Module, cache: Any, **inputs: Any) -> Any:
     """The outputs of the model's own forward. inputs: the token ids, [batch, tokens], among others."""
     ids = cast(torch.Tensor, inputs.get("decoder_input_ids", inputs.get("input_ids")))
     start = getattr(cache, _START, None)
     with exchanged(torch, "arange", _positions_or(torch.arange, ids.shape[1])), ExitStack() as stack:
         if start is not None:
+            if not any(hasattr(layer, KEYS_AND_VALUES[0]) for layer in cache.layers) and not modules_with(model, _MASK):
+                # Its layers multiply their inputs by the mask as it is.
+                inputs["attention_mask"] = _of_new_tokens(inputs["attention_mask"], start, ids.shape[1])
             stack.enter_context(counted_from_start(model, start))
+            stack.enter_context(scans_continued(model, cache))
         return type(model).forward(model, **inputs, cache=cache, use_cache=True)  # pyright: ignore[reportCallIssue]
 
 

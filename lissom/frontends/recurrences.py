@@ -130,6 +130,40 @@ def _chunk_scan(
     return (y, last) if return_final_states else y
 
 
+@contextmanager
+def scans_continued(model: nn.Module, cache: Any) -> Generator[None]:
+    """Let the layers of Mamba-1 start from the state in a cache of transformers, in this thread, until the block ends.
+
+    transformers' function for several tokens takes no state: its layers start anew at each call of more than one.
+    """
+    with ExitStack() as stack:
+        for module in modules_with(model, _FORGETS):
+            for layer in model.modules():
+                if type(layer).__module__ == module.__name__ and _FORGETS in _names(type(layer)):
+                    stack.enter_context(exchanged(layer, "forward", partial(_continued, layer, module, cache)))
+        yield
+
+
+def _names(layer: type[nn.Module]) -> tuple[str, ...]:
+    """The names that a layer's forward reads."""
+    return inspect.unwrap(layer.forward).__code__.co_names
+
+
+def _continued(layer: Any, module: ModuleType, cache: Any, *args: object, **kwargs: object) -> object:
+    """The layer's forward, with scans that start from its state; of several, one for each head of it."""
+    state = cache.get_recurrent_state(layer.layer_idx)
+    states = iter((state,) if state.dim() == 3 else state.unbind(1))
+    own, thread = vars(module)[_FORGETS], threading.get_ident()
+
+    def scan(*given: Any, **options: Any) -> object:
+        if threading.get_ident() != thread:
+            return own(*given, **options)
+        return _token_scan(own, *given, **options, state=next(states))
+
+    with exchanged(module, _FORGETS, scan):
+        return type(layer).forward(layer, *args, **kwargs)
+
+
 def _token_scan(
     _own: Function,
     hidden_states: torch.Tensor,
@@ -142,13 +176,16 @@ def _token_scan(
     delta_bias: torch.Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    state: torch.Tensor | None = None,
     **_others: object,
 ) -> object:
     """The selective scan of Mamba-1, which has one channel a head, and tokens in the last dimension."""
     step = _step(dt, None if delta_bias is None else delta_bias[..., None], delta_softplus)
     x = hidden_states if D is None else hidden_states.to(torch.promote_types(hidden_states.dtype, D.dtype))
     b, c = (item.transpose(1, 2).unsqueeze(2) for item in (B, C))
-    y, last = selective_scan(x.transpose(1, 2).unsqueeze(-1), step.transpose(1, 2), A, b, c, D)
+    y, last = selective_scan(
+        x.transpose(1, 2).unsqueeze(-1), step.transpose(1, 2), A, b, c, D, None if state is None else state.unsqueeze(2)
+    )
     y = y.squeeze(-1).transpose(1, 2)
     if z is not None:
         y = y * functional.silu(z)
@@ -189,6 +226,8 @@ _RULE = ("query", "key", "value", "g", "beta", "initial_state", "output_final_st
 _PACKED = ("cu_seqlens", "seq_idx")
 """The parameters with which several texts share a row; the operators have none of them."""
 _SCAN = ("hidden_states", "dt", "A", "B", "C")
+_FORGETS = "mamba_selective_scan"
+"""The function of transformers that computes the recurrence of Mamba-1, always from zeros."""
 _FUNCTIONS: Mapping[str, tuple[Function, tuple[str, ...]]] = {
     "torch_chunk_gated_delta_rule": (_delta_rule, _RULE),
     "torch_recurrent_gated_delta_rule": (_delta_rule, _RULE),
@@ -196,6 +235,6 @@ _FUNCTIONS: Mapping[str, tuple[Function, tuple[str, ...]]] = {
     "recurrent_kimi_delta_attention": (_delta_rule, _RULE),
     "mamba2_chunk_scan": (_chunk_scan, (*_SCAN, "chunk_size")),
     "mamba2_selective_state_update": (_state_update, ("state", *_SCAN)),
-    "mamba_selective_scan": (_token_scan, (*_SCAN, "D", "z", "delta_bias")),
+    _FORGETS: (_token_scan, (*_SCAN, "D", "z", "delta_bias")),
 }
 """The functions by name: the replacement, which is given the function itself first, and the parameters it must have."""

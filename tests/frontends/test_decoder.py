@@ -81,6 +81,15 @@ def test_the_notes_say_what_the_cache_takes() -> None:
     assert "the cache holds 64 tokens of 2 sequences in 0.0328 MB" in notes
 
 
+def test_a_model_without_a_cache_computes_the_whole_text() -> None:
+    captured = capture_decoder(decoder("openai_gpt"), max_length=16)
+    assert captured.program.state == ("cache.0.text",)
+    assert captured.notes[-1] == (
+        "compiled without a KV cache, so that every token costs a forward over all 16 tokens: OpenAIGPTLMHeadModel cannot be "
+        "run with a cache that holds the state of every layer"
+    )
+
+
 def bert() -> torch.nn.Module:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     return transformers.BertLMHeadModel(transformers.BertConfig(vocab_size=99, **sizes))
@@ -91,23 +100,12 @@ def xlnet() -> torch.nn.Module:
     return transformers.XLNetLMHeadModel(transformers.XLNetConfig(vocab_size=99, **sizes))
 
 
-def mamba() -> torch.nn.Module:
-    return transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2))
-
-
-def minimax() -> torch.nn.Module:
-    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "head_dim": 8}
-    return transformers.MiniMaxForCausalLM(transformers.MiniMaxConfig(**sizes, num_hidden_layers=2, num_local_experts=2))
-
-
 @pytest.mark.parametrize(
     ("build", "options", "error", "message"),
     [
         (lambda: torch.nn.Linear(2, 2), {}, UnsupportedError, "Linear is not a transformers model"),
         (lambda: tiny_bert().model, {}, UnsupportedError, "BertModel does not generate"),
         (lambda: tiny_t5().model, {}, UnsupportedError, "generation takes a language model, such as LlamaForCausalLM, or an"),
-        (mamba, {}, UnsupportedError, "MambaForCausalLM starts its recurrence anew at every call"),
-        (minimax, {}, UnsupportedError, "MiniMaxForCausalLM cannot be run with a cache that holds the state of every layer"),
         (bert, {}, CaptureError, "BertLMHeadModel sees later tokens, since its configuration has is_decoder=False"),
         (xlnet, {}, UnsupportedError, "XLNetLMHeadModel cannot be run with a cache"),
         (DECODERS["llama"], {"max_length": 65}, InputError, "max_length is 65, and LlamaForCausalLM knows positions up to 64"),

@@ -96,7 +96,7 @@ _NAMES: Sequence[tuple[int, str]] = (
     (
         2,
         """
-        num_experts_per_tok moe_topk moe_k index_n_heads n_group encoder_sparse_step decoder_sparse_step max_window_layers
+        num_experts_per_tok moe_topk moe_k n_group encoder_sparse_step decoder_sparse_step max_window_layers
         """,
     ),
     (
@@ -106,7 +106,8 @@ _NAMES: Sequence[tuple[int, str]] = (
         num_sparse_encoder_layers num_sparse_decoder_layers moe_layer_start_index
         """,
     ),
-    (16, "num_mel_bins"),
+    # With few heads, many keys of an indexer score exactly 0, and which of them are the best is left to the sort.
+    (16, "num_mel_bins index_n_heads"),
 )
 SIZES: Mapping[str, int] = {name: size for size, names in _NAMES for name in words(names)}
 """The value of a field of that name, unless it is smaller already."""
