@@ -133,7 +133,7 @@ WINDOWED = {"gemma3", "gemma2", "mistral"}
 
 
 def decoder(name: str) -> transformers.PreTrainedModel:
-    """One of DECODERS, RECURRENT or OTHERS in evaluation mode, its matrices large enough for its texts not to repeat one token."""
+    """One of DECODERS, RECURRENT or OTHERS in evaluation mode, with matrices so large that its texts do not repeat one token."""
     model = seeded({**DECODERS, **RECURRENT, **OTHERS}[name])
     with torch.no_grad():
         for weight in model.parameters():

