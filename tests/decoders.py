@@ -133,7 +133,7 @@ WINDOWED = {"gemma3", "gemma2", "mistral"}
 
 
 def decoder(name: str) -> transformers.PreTrainedModel:
-    """One of DECODERS, RECURRENT or OTHERS in evaluation mode, with matrices so large that its texts do not repeat one token."""
+    """One of DECODERS, RECURRENT or OTHERS in evaluation mode, with weights so large that its texts do not repeat one token."""
     model = seeded({**DECODERS, **RECURRENT, **OTHERS}[name])
     with torch.no_grad():
         for weight in model.parameters():

@@ -8,7 +8,7 @@ costs a forward over max_length tokens, however few it adds. Some models of tran
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from lissom.frontends.untouched import untouched
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_STEPS = 2
 TEXT = "text"
 """The state of the one layer that these programs have."""
 
@@ -37,13 +38,12 @@ def forward_over_text(stateful: PreTrainedModel, buffer: str, all_logits: bool) 
     def forward(
         input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, start: torch.Tensor
     ) -> torch.Tensor:
-        text, tokens = stateful.get_buffer(buffer), input_ids.shape[1]
-        slots = torch.arange(tokens, device=input_ids.device) + start
-        text.copy_(text.index_copy(2, slots, input_ids[:, None, :, None]))
-        counted = torch.arange(text.shape[2], device=input_ids.device)
-        seen = attention_mask * (counted < start + tokens)
+        text, places = stateful.get_buffer(buffer), torch.arange(input_ids.shape[1], device=input_ids.device) + start
+        text.copy_(text.index_copy(2, places, input_ids[:, None, :, None]))
+        seen = attention_mask * (torch.arange(text.shape[2], device=input_ids.device) < start + input_ids.shape[1])
+        # A copy, since the model's input must not be what the next call writes into.
         logits = run_whole(stateful, _padded(text[:, 0, :, 0].clone(), seen))
-        return logits.index_select(1, slots if all_logits else start + tokens - 1)
+        return logits.index_select(1, places if all_logits else places[-1:])
 
     return forward
 
@@ -53,10 +53,10 @@ def _padded(input_ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tens
     return {"input_ids": input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
 
 
-def run_whole(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def run_whole(model: PreTrainedModel, inputs: Mapping[str, object]) -> torch.Tensor:
     """The model's logits without a cache, of those inputs that it reads."""
     parameters = inspect.signature(type(model).forward).parameters
-    given: dict[str, Any] = {name: tensor for name, tensor in inputs.items() if name in parameters}
+    given: dict[str, Any] = {name: value for name, value in inputs.items() if name in parameters}
     if "use_cache" in parameters:
         given["use_cache"] = False
     return cast(Any, type(model).forward(model, **given)).logits
@@ -70,16 +70,15 @@ def check_causal(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
     ids = input_ids.to(device_of(model))
     mask = torch.ones_like(ids)
     mask[:, 0] = 0
+    options = {"max_new_tokens": _STEPS, "min_new_tokens": _STEPS, "do_sample": False, "num_beams": 1}
     with untouched(model), evaluating(model), torch.no_grad():
         whole, shorter = (run_whole(model, _padded(ids[:, :end], mask[:, :end])) for end in (ids.shape[1], -1))
-        found = cast(Any, model).generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=1,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
+        steps: Any = cast(Any, model).generate(
+            input_ids=ids, attention_mask=mask, **options, output_logits=True, return_dict_in_generate=True
         )
-    for other, wanted in ((shorter[:, -1], whole[:, -2]), (whole[:, -1], found.logits[0])):
-        if relative_error(wanted, other) > TOLERANCE.get(wanted.dtype, 0.0):
-            raise UnsupportedError(f"the logits of {type(model).__name__} depend on more than the tokens before")
+        longer = run_whole(model, _padded(steps.sequences[:, :-1], torch.cat([mask, mask[:, -1:]], 1)))
+    pairs = zip((whole[:, -2], *steps.logits), (shorter[:, -1], longer[:, -2], longer[:, -1]), strict=True)
+    if any(not relative_error(wanted, found) <= TOLERANCE.get(wanted.dtype, 0.0) for wanted, found in pairs):
+        raise UnsupportedError(
+            f"the logits of {type(model).__name__} depend on later tokens, or its generate computes others than its forward"
+        )
