@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, PretrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 from transformers.exporters.base import ExportedModel
 
+from lissom.compiler.ir.signature import TensorArgument
 from lissom.errors import InputError, UnsupportedError
 from lissom.integrations.exporters import FORMAT, LissomRunner
 from lissom.runtime.generating import CompiledGeneration
@@ -61,12 +62,16 @@ class ExportedGenerator(nn.Module, CompiledGeneration):
 
         Raises: InputError for padding where the model was exported without.
         """
-        cached = 0 if cache is None else cache.get_seq_length()
-        runner = self.runners[DECODE if cached else PREFILL]
+        runner = self.runners[DECODE if _is_filled(cache) else PREFILL]
         taken = runner.metadata.kwargs
-        if attention_mask is not None and "attention_mask" not in taken and not attention_mask.all():
+        masked = "attention_mask" in taken and _reads_mask(runner)
+        # The state of a recurrence holds no padding: its next tokens have no mask.
+        if attention_mask is not None and not masked and not _is_filled(cache) and not attention_mask.all():
             raise InputError("the prompts have padding, and the model was exported without; export it with a padded example")
-        if attention_mask is None and "attention_mask" in taken:
+        if not masked:
+            attention_mask = None
+        elif attention_mask is None:
+            cached = cache.get_seq_length() if _is_filled(cache) else 0
             attention_mask = input_ids.new_ones(len(input_ids), cached + input_ids.shape[1])
         given: dict[str, Any] = {
             **others,
@@ -81,3 +86,20 @@ class ExportedGenerator(nn.Module, CompiledGeneration):
             if type(layer) is DynamicSlidingWindowLayer:
                 layer.__class__ = DynamicLayer  # pyright: ignore[reportAttributeAccessIssue]
         return outputs
+
+
+def _reads_mask(runner: LissomRunner) -> bool:
+    """Whether a program reads a padding mask, and was not exported with None in place of it."""
+    arguments = {argument.name: argument.leaves for argument in runner.model.program.signature.keyword}
+    return any(isinstance(leaf, TensorArgument) for leaf in arguments.get("attention_mask", ()))
+
+
+def _is_filled(cache: Cache | None) -> TypeGuard[Cache]:
+    """Whether a layer of the cache has read tokens: those of a recurrence count none."""
+    layers = () if cache is None else cache.layers
+    return any(
+        any(layer.has_previous_state.values())
+        if isinstance(layer, LinearAttentionCacheLayerMixin)
+        else isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > 0
+        for layer in layers
+    )

@@ -6,6 +6,7 @@ passes with checks, lowering, an artifact. Importing this file registers the bac
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.nn import functional
 from torch.utils import _pytree as pytree
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from transformers.exporters.auto import register_backend
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter, patch_model_config
@@ -92,7 +95,8 @@ class LissomExporter(DynamoExporter):
         name = type(model).__name__
         flags = {key: value for key, value in sample_inputs.items() if key in _OUTPUT_FLAGS}
         try:
-            exported, metadata = super().export_program(cast(Any, model), sample_inputs, config)
+            inputs = {key: _whole_windows(value) for key, value in sample_inputs.items()}
+            exported, metadata = super().export_program(cast(Any, model), inputs, config)
         # transformers passes on whatever the model's code and torch.export raise.
         except Exception as error:
             raise CaptureError(f"{name} cannot be captured by transformers' exporter: {describe_failure(error)}") from error
@@ -183,7 +187,7 @@ class _Capturing:
         exported = self.exported.run_decompositions({})
         names = [str(spec.arg.name) for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
         mutated = _return_mutated(exported)
-        _tie_mask(exported)
+        _tie_lengths(exported)
         flat = dict(zip(names, leaves, strict=True))
         program = flatten_exported(exported, type(self.model).__name__, (), flat, (), has_caches=True)
         count = len(cast("Sequence[object]", program.output.args[0])) - len(mutated)
@@ -224,22 +228,45 @@ def _only_tensors(program: Program) -> Program:
     return found
 
 
-def _tie_mask(exported: ExportedProgram) -> None:
-    """Make the length of a padding mask the cached and the new tokens, if it is that in the example.
+def _whole_windows(value: Any) -> Any:
+    """A cache whose layers with a sliding window are as long as the others, with zeros that the window hides.
 
-    Export keeps its own symbol for it: the model cuts the mask to that length, and would pad a shorter one.
+    transformers captures such a layer as one that keeps all tokens, and what it gives as an example has cut them off.
+    """
+    if not isinstance(value, DynamicCache):
+        return value
+    found = copy.copy(value)
+    found.layers = [copy.copy(layer) for layer in value.layers]
+    for layer in found.layers:
+        if isinstance(layer, DynamicSlidingWindowLayer) and layer.keys is not None and layer.values is not None:
+            missing = layer.cumulative_length - layer.keys.shape[2]
+            layer.keys, layer.values = (functional.pad(each, (0, 0, missing, 0)) for each in (layer.keys, layer.values))
+    return found
+
+
+def _tie_lengths(exported: ExportedProgram) -> None:
+    """Make all layers of a cache equally long, and a padding mask as long as the cached and the new tokens, if the example is.
+
+    Export keeps a symbol for each: the model cuts the mask to that length, and would pad a shorter one.
     """
     values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
     inputs = [values[str(spec.arg.name)] for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
-    cache = next((value for value in inputs if isinstance(value, torch.Tensor) and value.dim() == 4), None)
+    caches = [value for value in inputs if isinstance(value, torch.Tensor) and value.dim() == 4]
     mask, ids = values.get("attention_mask"), values.get("input_ids")
-    if mask is None or ids is None or cache is None or mask.dim() != 2:
+    if mask is None or ids is None or not caches or mask.dim() != 2:
         return
-    length, total = mask.shape[1], cache.shape[2] + ids.shape[1]
-    if isinstance(length, torch.SymInt) and isinstance(total, torch.SymInt) and length.node.hint == total.node.hint:
-        symbol = length.node.expr
-        if isinstance(symbol, sympy.Symbol) and symbol not in total.node.expr.free_symbols:
-            length.node.shape_env._set_replacement(symbol, total.node.expr, "a mask of cached and new tokens")
+    cached = caches[0].shape[2]
+    for other in caches[1:]:
+        _tie(other.shape[2], cached)
+    _tie(mask.shape[1], cached + ids.shape[1])
+
+
+def _tie(length: object, other: object) -> None:
+    """Replace the symbol of a length by another length, if they are equal in the example."""
+    if isinstance(length, torch.SymInt) and isinstance(other, torch.SymInt) and length.node.hint == other.node.hint:
+        symbol, target = length.node.expr, other.node.expr
+        if isinstance(symbol, sympy.Symbol) and symbol not in target.free_symbols:
+            length.node.shape_env._set_replacement(symbol, target, "the cached tokens")
 
 
 def _return_mutated(exported: ExportedProgram) -> list[str]:

@@ -114,8 +114,10 @@ def _generate(entry: Entry, model: Any, inputs: dict[str, Any]) -> str | None:
     if found is None:
         return None
     model, given = found
+    # The zoo leaves the cache out, to capture what it captures.
+    model.config.get_text_config().use_cache = model.generation_config.use_cache = True
     try:
-        wanted = model.generate(**given, **GREEDY, use_cache=True)
+        wanted = model.generate(**given, **GREEDY)
     except Exception as error:
         raise _ElsewhereError(f"transformers: {sentence(error)}") from error
     exported = LissomExporter().export_for_generation(model, copy.deepcopy(given), LissomConfig(**_OPTIONS))
