@@ -23,9 +23,7 @@ from lissom.errors import LissomError
 from lissom.frontends.export import capture
 from tools.zoo import selection
 from tools.zoo.catalogue import entries
-from tools.zoo.coverage import load
 from tools.zoo.entry import Entry
-from tools.zoo.runner import run
 
 
 def collect(entry: Entry, report: Callable[[dict[str, Any]], None]) -> None:
@@ -50,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     chosen = selection.choose(parser, options, entries())
     describe = lambda record: f"{record['name']}: {record.get('error') or len(record.get('operators', ()))}"  # noqa: E731
-    run(chosen, options.output, collect, describe, seconds=options.limit_seconds, jobs=options.jobs)
+    records = selection.run_chosen(options, chosen, collect, describe)
     needed: dict[str, str] = {}
-    for record in load(options.output):
+    for record in records:
         needed |= {name: record["name"] for name in record.get("operators", ()) if not is_allowed(name)}
     print("\n".join(f"{name} ({model})" for name, model in sorted(needed.items())) or "every operator is on the list")
     return 1 if needed else 0

@@ -75,6 +75,22 @@ def windowed() -> transformers.PreTrainedModel:
     return transformers.MistralForCausalLM(config).eval()
 
 
+def half_windowed() -> transformers.PreTrainedModel:
+    """Layers with a sliding window beside layers without."""
+    torch.manual_seed(0)
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
+    config = transformers.Gemma2Config(vocab_size=99, num_key_value_heads=1, head_dim=8, sliding_window=5, **{**SIZES, **kinds})
+    return transformers.Gemma2ForCausalLM(config).eval()
+
+
+def recurrent() -> transformers.PreTrainedModel:
+    """Layers that keep the state of a recurrence, and no keys."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 16, "state_size": 8, "n_groups": 1}
+    config = transformers.Mamba2Config(vocab_size=99, **sizes, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    return transformers.Mamba2ForCausalLM(config).eval()
+
+
 def translations(rows: int = 2, length: int = 7) -> Inputs:
     return texts(rows, length) | {"decoder_input_ids": tokens(rows, 4)}
 
@@ -239,7 +255,9 @@ def test_passes_and_backend_of_the_configuration():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("build", "padded"), [(decoder, False), (decoder, True), (windowed, True)])
+@pytest.mark.parametrize(
+    ("build", "padded"), [(decoder, False), (decoder, True), (windowed, True), (half_windowed, True), (recurrent, True)]
+)
 def test_generate(build, padded, tmp_path):
     model = build()
     prompts = {"input_ids": tokens(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.int64)}

@@ -19,9 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from tools.zoo import selection
     from tools.zoo.catalogue import entries
     from tools.zoo.check import BACKENDS, check, describe
-    from tools.zoo.coverage import headline, load, surprises, write_page
+    from tools.zoo.coverage import headline, surprises, write_page
     from tools.zoo.fresh import loader
-    from tools.zoo.runner import run
 
     parser = argparse.ArgumentParser(prog="python -m tools.zoo", description=__doc__)
     selection.add_arguments(parser, "zoo.json")
@@ -34,14 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(entry.name for entry in chosen))
         return 0
-    if not options.resume:
-        options.output.unlink(missing_ok=True)
     started = time.perf_counter()
     backends = options.backend or tuple(BACKENDS)
-    limit, jobs = options.limit_seconds, options.jobs
     with nullcontext() if options.no_reload else loader() as address:
-        run(chosen, options.output, partial(check, backends=backends, loader=address), describe, seconds=limit, jobs=jobs)
-    records = load(options.output)
+        records = selection.run_chosen(options, chosen, partial(check, backends=backends, loader=address), describe)
     if (page := selection.page(options)) is not None:
         write_page(page, records)
     minutes = (time.perf_counter() - started) / 60

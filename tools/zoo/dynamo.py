@@ -29,7 +29,6 @@ from tests.models import Case
 from tools.zoo import catalogue, coverage, selection
 from tools.zoo.check import answer, compared, other_samples, sentence
 from tools.zoo.entry import Entry
-from tools.zoo.runner import run
 
 MODES: Mapping[str, bool | None] = {"automatic": None, "dynamic": True}
 _TOLERANCE = 1e-4  # float32, for models that cannot be captured: nothing is rewritten there, sums are at most reordered
@@ -124,10 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     selection.add_arguments(parser, "dynamo.json")
     options = parser.parse_args(arguments)
     chosen = selection.choose(parser, options, catalogue.entries())
-    if not options.resume:
-        options.output.unlink(missing_ok=True)
-    run(chosen, options.output, check, describe, seconds=options.limit_seconds, jobs=options.jobs)
-    records = coverage.load(options.output)
+    records = selection.run_chosen(options, chosen, check, describe)
     if (page := selection.page(options)) is not None:
         coverage.write_dynamo(page, records)
     print(coverage.dynamo_headline(records))

@@ -32,7 +32,6 @@ from tools.zoo import coverage, huggingface, selection
 from tools.zoo.check import sentence
 from tools.zoo.entry import FAMILIES, Entry
 from tools.zoo.generation import DIFFERS, ELSEWHERE, EQUAL, FAILS, GREEDY, REFUSED, generating
-from tools.zoo.runner import run
 
 Record = dict[str, Any]
 _ALLOWED = 2e-4
@@ -178,10 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     selection.add_arguments(parser, "exporters.json")
     options = parser.parse_args(arguments)
     chosen = selection.choose(parser, options, list(entries()))
-    if not options.resume:
-        options.output.unlink(missing_ok=True)
-    run(chosen, options.output, check, describe, seconds=options.limit_seconds, jobs=options.jobs)
-    records = coverage.load(options.output)
+    records = selection.run_chosen(options, chosen, check, describe)
     if (page := selection.page(options)) is not None:
         coverage.put_section(page, section(records))
     wrong = [record for record in records if {record.get(column) for column in _COLUMNS} & {DIFFERS, FAILS}]

@@ -28,7 +28,6 @@ from tests.models import Case
 from tools.zoo import coverage, huggingface, selection
 from tools.zoo.check import sentence
 from tools.zoo.entry import FAMILIES, Entry
-from tools.zoo.runner import run
 from tools.zoo.weights import woken
 
 MAX_LENGTH, NEW_TOKENS, BATCH = 24, 8, 2
@@ -183,10 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     selection.add_arguments(parser, "generation.json")
     options = parser.parse_args(arguments)
     chosen = selection.choose(parser, options, list(entries()))
-    if not options.resume:
-        options.output.unlink(missing_ok=True)
-    run(chosen, options.output, check, describe, seconds=options.limit_seconds, jobs=options.jobs)
-    records = coverage.load(options.output)
+    records = selection.run_chosen(options, chosen, check, describe)
     if (page := selection.page(options)) is not None:
         coverage.put_section(page, section(records))
     wrong = [record for record in records if record["outcome"] in (DIFFERS, FAILS)]

@@ -7,9 +7,7 @@ and every node of a program must be drawn, stand behind one that is equal, or be
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import random
 import re
 import sys
 import time
@@ -149,33 +147,16 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the pages of the models that the arguments select; returns 1 if one cannot be written, or hides something."""
+    from tools.zoo import selection
     from tools.zoo.catalogue import entries
-    from tools.zoo.runner import run
 
     parser = argparse.ArgumentParser(prog="python -m tools.zoo.pages", description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models, or only these families")
-    parser.add_argument("--sample", type=int, help="only so many models, drawn at random")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--jobs", type=int, default=1, help="parallel models (default 1)")
-    parser.add_argument("--limit-seconds", type=float, default=150.0, help="processor seconds per model (default 150)")
-    parser.add_argument("--output", type=Path, default=Path("zoo-pages.json"), help="file for the records, one per line")
+    selection.add_arguments(parser, "zoo-pages.json")
     parser.add_argument("--folder", type=Path, default=Path("zoo-pages"), help="where the pages are written")
     options = parser.parse_args(arguments)
-    chosen = [entry for entry in entries() if not options.only or entry.name in options.only or entry.family in options.only]
-    if options.sample is not None:
-        chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
-    options.output.unlink(missing_ok=True)
     options.folder.mkdir(parents=True, exist_ok=True)
-
-    run(
-        chosen,
-        options.output,
-        partial(check, folder=options.folder),
-        describe,
-        seconds=options.limit_seconds,
-        jobs=options.jobs,
-    )
-    records = [json.loads(line) for line in options.output.read_text(encoding="utf-8").splitlines()]
+    write = partial(check, folder=options.folder)
+    records = selection.run_chosen(options, selection.choose(parser, options, entries()), write, describe)
     print(summary(records))
     wrong = [item for item in records if item.get("hidden") or item.get("failed") in ("html", "svg", "read")]
     return 1 if wrong else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import sys
@@ -11,7 +10,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -194,22 +192,14 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Remove zeroed heads and neurons of the models that the arguments select; returns 1 if an output changes."""
+    from tools.zoo import selection
     from tools.zoo.catalogue import entries
-    from tools.zoo.runner import run
 
     parser = argparse.ArgumentParser(prog="python -m tools.zoo.removal", description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models, or only these families")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random heads and neurons")
-    parser.add_argument("--jobs", type=int, default=1, help="parallel models (default 1)")
-    parser.add_argument("--limit-seconds", type=float, default=150.0, help="processor seconds per model (default 150)")
-    parser.add_argument("--output", type=Path, default=Path("zoo-removal.json"), help="file for the records, one per line")
+    selection.add_arguments(parser, "zoo-removal.json")
     options = parser.parse_args(arguments)
-    chosen = [entry for entry in entries() if not options.only or entry.name in options.only or entry.family in options.only]
-    options.output.unlink(missing_ok=True)
-
     check = partial(remove, seed=options.seed)
-    run(chosen, options.output, check, describe, seconds=options.limit_seconds, jobs=options.jobs)
-    records = [json.loads(line) for line in options.output.read_text(encoding="utf-8").splitlines()]
+    records = selection.run_chosen(options, selection.choose(parser, options, entries()), check, describe)
     print(table(records))
     return 1 if any(not record.get("failed") and not record["equal"] for record in records) else 0
 

@@ -1,19 +1,22 @@
-"""The models of the zoo that a run checks: the command-line arguments, and the entries they select."""
+"""The models of the zoo that a run checks: the command-line arguments, the entries they select, and the run itself."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tools.zoo.coverage import load
 from tools.zoo.entry import FAMILIES, Entry
+from tools.zoo.runner import Check, Record, run
 
 
 def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     """Add the arguments of every run of the zoo. output: the default file of the records."""
-    parser.add_argument("--family", action="append", choices=FAMILIES, help="only this family; may be given again")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models, or models of these families")
+    parser.add_argument("--sample", type=int, help="only so many of them, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random (default %(default)s)")
     parser.add_argument("--limit-seconds", type=float, default=300.0, help="processor seconds per model (default 300)")
     parser.add_argument("--jobs", type=int, default=2, help="parallel models (default 2)")
     parser.add_argument(
@@ -25,18 +28,37 @@ def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
 
 def choose(parser: argparse.ArgumentParser, options: argparse.Namespace, entries: Sequence[Entry]) -> list[Entry]:
     """The models the arguments name, without those a resumed run has records of. Unknown names end the run."""
-    chosen = [entry for entry in entries if not options.family or entry.family in options.family]
+    chosen = list(entries)
     if options.only:
-        unknown = set(options.only) - {entry.name for entry in chosen}
+        unknown = set(options.only) - {entry.name for entry in chosen} - set(FAMILIES)
         if unknown:
-            parser.error(f"no such models: {', '.join(sorted(unknown))}; `python -m tools.zoo --list` prints the names")
-        chosen = [entry for entry in chosen if entry.name in options.only]
+            parser.error(
+                f"no such models: {', '.join(sorted(unknown))}; `python -m tools.zoo --list` prints the names, and the "
+                f"families are {', '.join(FAMILIES)}"
+            )
+        chosen = [entry for entry in chosen if entry.name in options.only or entry.family in options.only]
+    if options.sample is not None:
+        chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
     if options.resume and options.output.exists():
         done = {record["name"] for record in load(options.output)}
         chosen = [entry for entry in chosen if entry.name not in done]
     return chosen
 
 
+def run_chosen(
+    options: argparse.Namespace,
+    chosen: Sequence[Entry],
+    check: Check[Entry],
+    describe: Callable[[Record], str],
+    warm: Callable[[], None] | None = None,
+) -> list[Record]:
+    """Check the models, and return all records in the output: those of earlier runs too, if this one resumes them."""
+    if not options.resume:
+        options.output.unlink(missing_ok=True)
+    run(chosen, options.output, check, describe, seconds=options.limit_seconds, jobs=options.jobs, warm=warm)
+    return load(options.output)
+
+
 def page(options: argparse.Namespace) -> Path | None:
     """The page a run writes into; None if only some models were run and no page is named."""
-    return options.page or (None if options.family or options.only else Path("docs/coverage.md"))
+    return options.page or (None if options.only or options.sample is not None else Path("docs/coverage.md"))

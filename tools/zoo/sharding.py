@@ -32,7 +32,7 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.divergence import relative_error, run_original, tolerance_of
 from lissom.passes.parallel.partition import Partition
 from lissom.passes.parallel.shard import Shard
-from tools.zoo.coverage import load, put_section
+from tools.zoo.coverage import put_section
 from tools.zoo.entry import FAMILIES, Entry
 from tools.zoo.removal import canonical
 
@@ -195,27 +195,14 @@ def describe(record: Record) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Shard the models that the arguments select; returns 1 if one fails or differs."""
+    from tools.zoo import selection
     from tools.zoo.catalogue import entries
-    from tools.zoo.runner import run
 
     parser = argparse.ArgumentParser(prog="python -m tools.zoo.sharding", description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models, or only these families")
-    parser.add_argument("--limit-seconds", type=float, default=300.0, help="processor seconds per model (default 300)")
-    parser.add_argument("--jobs", type=int, default=2, help="parallel models (default 2)")
-    parser.add_argument("--output", type=Path, default=Path("sharding.json"), help="file for the records, one per line")
-    parser.add_argument("--resume", action="store_true", help="keep the records in the output, and check the other models")
-    parser.add_argument("--page", type=Path, help="the page to update; docs/coverage.md if all models are run")
+    selection.add_arguments(parser, "sharding.json")
     options = parser.parse_args(arguments)
-    chosen = [entry for entry in entries() if not options.only or entry.name in options.only or entry.family in options.only]
-    if not options.resume:
-        options.output.unlink(missing_ok=True)
-    elif options.output.exists():
-        done = {record["name"] for record in load(options.output)}
-        chosen = [entry for entry in chosen if entry.name not in done]
-    run(chosen, options.output, check, describe, seconds=options.limit_seconds, jobs=options.jobs)
-    records = load(options.output)
-    page = options.page or (None if options.only else Path("docs/coverage.md"))
-    if page is not None:
+    records = selection.run_chosen(options, selection.choose(parser, options, entries()), check, describe)
+    if (page := selection.page(options)) is not None:
         put_section(page, section(records))
     print(headline(records))
     return 1 if any(record.get("failed") not in (None, "capture") or not is_equal(record) for record in records) else 0

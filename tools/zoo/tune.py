@@ -25,7 +25,7 @@ import lissom
 from tests.models import Case
 from tools.zoo import selection
 from tools.zoo.check import answer, sentence
-from tools.zoo.coverage import load, put_section
+from tools.zoo.coverage import put_section
 from tools.zoo.entry import Entry, words
 
 KINDS: Mapping[str, tuple[str, ...]] = {
@@ -175,7 +175,7 @@ def section(records: Sequence[Record]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Search the models that the arguments select; returns 1 if an answer is missing or wrong."""
     from tools.zoo.catalogue import entries
-    from tools.zoo.runner import run, warm_zoo
+    from tools.zoo.runner import warm_zoo
 
     parser = argparse.ArgumentParser(prog="python -m tools.zoo.tune", description=__doc__)
     selection.add_arguments(parser, "zoo-tune.json")
@@ -184,13 +184,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     named = [name for names in KINDS.values() for name in names]
     chosen = selection.choose(parser, options, [entry for entry in entries() if entry.name in named])
-    if not options.resume:
-        options.output.unlink(missing_ok=True)
     search = partial(check, goal=options.goal)
     brief, whole = partial(search, minutes=0.01), partial(search, minutes=options.minutes)
     warm = partial(warm_zoo, {entry.family for entry in chosen}, brief)
-    run(chosen, options.output, whole, describe, seconds=options.limit_seconds, jobs=options.jobs, warm=warm)
-    records = load(options.output)
+    records = selection.run_chosen(options, chosen, whole, describe, warm)
     if options.page is not None:
         put_section(options.page, section(records))
     wrong = [record for record in records if not is_right(record)]
