@@ -7,6 +7,7 @@ import inspect
 import json
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def _read_arrays(path: Path) -> Batch:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ArtifactError(
             f"'{path}' cannot be read as arrays: {error}; write it with numpy.savez, by the arguments' names"
         ) from error

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from lissom import demo
 from lissom.artifacts.directory import check_target
@@ -99,8 +100,11 @@ def run_generate(
 ) -> None:
     """Continue a text with a model compiled with its KV cache, and print its speed."""
     saved = Path(model) if is_saved(model) else None
-    if saved is not None and (passes not in (None, "exact") or backend != "eager" or data is not None or save is not None):
-        raise typer.BadParameter("--passes, --backend, --data and --save do not go with a saved decoder")
+    asked = passes not in (None, "exact") or backend != "eager" or data is not None or save is not None
+    if saved is not None and (asked or checks != "numeric" or goal != "latency" or fresh):
+        raise typer.BadParameter(
+            "--passes, --backend, --checks, --data, --goal, --save and --fresh do not go with a saved decoder"
+        )
     if saved is None and backend != Distributed.name:
         refuse_torchrun("generate")
     if save is not None:
@@ -193,12 +197,14 @@ def _run() -> None:
         app()
     except (LissomError, OSError) as error:
         if may_speak():
-            Console(stderr=True).print(f"[red]error:[/red] {_escaped(error)}", highlight=False, soft_wrap=True)
+            words = Text.assemble(("error:", "red"), f" {_worded(error)}")
+            Console(stderr=True).print(words, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
-def _escaped(error: Exception) -> str:
+def _worded(error: Exception) -> str:
+    """The text of an error for the command line."""
     # Errors of the system may quote a very long name.
     text = str(error) if isinstance(error, LissomError) else f"{error!s:.400}"
     # Errors name the arguments of `lissom.compile`, not the options of the command line.
-    return text.replace("pass data=", "give --data FILE").replace("[", r"\[")
+    return text.replace("pass data=", "give --data FILE")

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from torch import nn
 
 from lissom import api
 from lissom.artifacts.directory import check_target, is_artifact
@@ -45,7 +46,6 @@ from lissom.files import check_writable, write_whole
 from lissom.frontends.device import check_device
 from lissom.frontends.sources import load
 from lissom.inspect.machine import load_machine
-from lissom.inspect.node_errors import NodeErrors
 from lissom.inspect.report import Report, write_stopped
 from lissom.inspect.roofline import cost_table
 from lissom.inspect.sharding import Link, sharding_table
@@ -84,6 +84,8 @@ def run_compile(
     """Compile a model and print what every pass did."""
     refuse_torchrun("compile")
     _check_pages(heat, html, None, alone=True)
+    if heat == "time" and not full:
+        raise typer.BadParameter("--heat time needs --full, which times the layers")
     for path in filter(None, (history, text)):
         check_writable(path)
     if save is not None:
@@ -91,13 +93,15 @@ def run_compile(
     chosen = with_world_size(backend, world_size)
     quality = Quality(data, metric, max_drop)
     measured = errors or heat in MEASURED
-    compiled = _compile(
-        model, passes, chosen, device, checks, quality, goal=goal_of(goal), simulate=simulate, html=html, errors=measured
+    compiled, original = _compile(
+        model, passes, chosen, device, checks, quality, goal=goal_of(goal), simulate=simulate, html=html
     )
-    show(compiled.report.full() if full else compiled.report, *_measured(compiled))
     if save is not None:
         assert isinstance(compiled, api.CompiledModel)
         compiled.save(save)
+    show(compiled.report.full() if full else compiled.report)
+    if measured:
+        show(compiled.report.errors(original))
     if history is not None:
         write_whole(history, json.dumps(compiled.report.history.to_json(), indent=1) + "\n")
     if text is not None:
@@ -148,8 +152,19 @@ def run_show(
 ) -> None:
     """Print a model's program after the passes, the difference between two steps, its structure, or what every site costs."""
     sizes = {name: size for name, size in (("batch", batch), ("sequence", sequence)) if size is not None}
-    if sizes and not cost and sharding is None and not attention:
-        raise typer.BadParameter("--batch and --sequence go with --cost, --sharding or --attention")
+    views = (structure or axes or sites, cost, sharding is not None, diff is not None, attention, errors and svg is None)
+    if sum(views) > 1:
+        raise typer.BadParameter(
+            "--structure, --axes and --sites, --cost, --sharding, --diff, --attention and --errors are views; give one of them"
+        )
+    if errors and svg is not None and heat not in MEASURED:
+        raise typer.BadParameter(f"--errors goes with --svg as --heat {' or '.join(MEASURED)}")
+    if heat == "time":
+        raise typer.BadParameter("--heat time goes with `lissom compile --full`, which times the layers")
+    if sizes and not cost and sharding is None and (not attention or batch is not None):
+        raise typer.BadParameter(
+            "--batch goes with --cost or --sharding, and --sequence with --cost, --sharding or --attention"
+        )
     _check_sharding(sharding, sequence_parallel)
     if svg is None and (only or attention):
         raise typer.BadParameter("--only and --attention go with --svg")
@@ -167,8 +182,9 @@ def run_show(
         compiled = load_saved(Path(model), None, allow_native)
     else:
         # A program that is only shown may have layers without a kernel.
-        measured = errors or heat in MEASURED
-        compiled = _compile(model, passes, backend, None, checks, Quality(data), simulate=True, html=html, errors=measured)
+        compiled, original = _compile(model, passes, backend, None, checks, Quality(data), simulate=True, html=html)
+        if errors or heat in MEASURED:
+            compiled.report.errors(original)
     program = compiled.program
     plan = None if sharding is None else make_plan(program, sharding, sequence=sequence_parallel)
     if html is not None:
@@ -192,16 +208,10 @@ def run_show(
     elif steps is not None:
         changed = compiled.report.history.diff(*steps)
         console.print(coloured_diff(changed) if changed else "the two steps are the same program", soft_wrap=True)
-    elif errors:
-        show(*_measured(compiled))
+    elif errors and compiled.report.measured_errors is not None:
+        show(compiled.report.measured_errors)
     elif html is None:
         sys.stdout.write(program.text())
-
-
-def _measured(compiled: api.CompiledModel | api.Optimized) -> list[NodeErrors]:
-    """The errors of nodes, if they were measured."""
-    found = compiled.report.measured_errors
-    return [] if found is None else [found]
 
 
 def _check_sharding(ranks: int | None, sequence_parallel: bool) -> None:
@@ -241,11 +251,10 @@ def _compile(
     goal: Goal | None = None,
     simulate: bool = False,
     html: Path | None = None,
-    errors: bool = False,
-) -> api.CompiledModel | api.Optimized:
-    """The model compiled for a backend; without a backend, only optimized by the passes.
+) -> tuple[api.CompiledModel | api.Optimized, nn.Module]:
+    """The model compiled for a backend, without a backend only optimized by the passes; and the model itself.
 
-    html: where the finished steps are written when an error ends the passes. errors: measures those of nodes.
+    html: where the finished steps are written when an error ends the passes.
     """
     # Options are checked before a large model is read.
     check_options(checks)  # pyright: ignore[reportArgumentType]
@@ -273,8 +282,6 @@ def _compile(
     except LissomError as error:
         write_stopped(html, model, error.history, str(error))
         raise
-    if errors:
-        compiled.report.errors(source.model)
     for note in source.notes:
         Console(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
-    return compiled
+    return compiled, source.model

@@ -258,7 +258,9 @@ class _Compiled:
 
     def _run_as_it_is(self, reason: str) -> None:
         reason = reason.partition("\n")[0]
-        REPORTS.append(GraphReport(self._graph.name, None, reason))
+        found = GraphReport(self._graph.name, None, reason)
+        if found not in REPORTS:
+            REPORTS.append(found)
         sentence = f"torch.compile with backend 'lissom' runs {self._graph.name} as it is: {reason}"
         if sentence not in _said:
             _said.add(sentence)

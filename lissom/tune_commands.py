@@ -14,6 +14,7 @@ from lissom.cli_options import Data, MetricName, Quality
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.files import check_writable
 from lissom.frontends.sources import NAMES, load
+from lissom.inspect.pictures import check_picture
 from lissom.inspect.tables import show
 from lissom.tuning.generation import DECODER_GOALS, PERPLEXITY, tune_generation
 from lissom.tuning.report import TuneReport
@@ -52,6 +53,7 @@ def run_tune(
     """Search the fastest or smallest program under a bound on the loss."""
     if plot is not None:
         check_writable(plot)
+        check_picture(plot)
     if show_store is not None:
         if model is not None:
             raise typer.BadParameter("--show takes a store, and no model")
@@ -86,9 +88,9 @@ def run_tune(
         tuned = tune(source.model, source.example_inputs, data=given["data"], metric=given["metric"], **options)
     for note in source.notes:
         Console(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
-    _show_reports([tuned.report], plot)
     if save is not None:
         tuned.best.save(save)
+    _show_reports([tuned.report], plot)
 
 
 def _show_reports(reports: list[TuneReport], plot: Path | None) -> None:

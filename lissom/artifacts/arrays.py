@@ -75,9 +75,19 @@ def named_tensors(outputs: object, name: str = "") -> dict[str, torch.Tensor]:
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write tensors to a file, completely or not at all; bfloat16, which numpy lacks, as float32. Raises: ArtifactError."""
-    arrays = {
-        name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy() for name, tensor in tensors.items()
-    }
+    """Write tensors to a file, completely or not at all; bfloat16 and float8, which numpy lacks, as float32.
+
+    Raises: ArtifactError if it cannot be written, or for a name that is an argument of `numpy.savez`.
+    """
+    odd = next((name for name in tensors if name in ("file", "allow_pickle")), None)
+    if odd is not None:
+        raise ArtifactError(f"an output is called '{odd}', and numpy.savez has an argument of that name; rename the output")
+    arrays = {name: _for_numpy(tensor).cpu().numpy() for name, tensor in tensors.items()}
     with writing_whole(path) as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+
+
+def _for_numpy(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in a dtype that numpy has, without a conjugation or sign that PyTorch has put off."""
+    lacking = tensor.is_floating_point() and (tensor.dtype == torch.bfloat16 or tensor.itemsize == 1)
+    return tensor.float() if lacking else tensor.resolve_conj().resolve_neg()

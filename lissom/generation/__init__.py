@@ -187,9 +187,11 @@ def _with_recipe(passes: str | Pass | Sequence[Pass], *, scored: bool = False) -
     return [*exact, *asked[:trained], *recipe[len(exact) :], *asked[trained:]]
 
 
-def named_prompts(data: Iterable[torch.Tensor | Mapping[str, object]], batch: int, max_length: int) -> list[Inputs]:
-    """Calibration texts as inputs of the program, with their labels."""
+def named_prompts(
+    data: Iterable[torch.Tensor | Mapping[str, object]], batch: int, max_length: int, *, fill: bool = True
+) -> list[Inputs]:
+    """Calibration texts as inputs of the program, with their labels. fill: as for `labelled_prompts`."""
     return [
         dict(zip(INPUTS, sample, strict=True)) | ({} if labels is None else {LABELS: labels})
-        for sample, labels in labelled_prompts(list(data), batch, max_length)
+        for sample, labels in labelled_prompts(list(data), batch, max_length, fill=fill)
     ]

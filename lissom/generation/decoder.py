@@ -119,11 +119,10 @@ class Decoder(FixedModule):
         """
         if not isinstance(rows, torch.Tensor) or rows.dtype not in (torch.int32, torch.int64) or rows.shape != (self.batch,):  # pyright: ignore
             raise InputError(f"rows is {rows!r:.80}; give a tensor of {self.batch} row numbers, one for each row")
+        if bool(((rows < 0) | (rows >= self.batch)).any()):
+            raise InputError(f"rows is {rows.tolist()!s:.80}; this decoder has rows 0 to {self.batch - 1}")
         rows = rows.to(self.device)
-        try:
-            self._mask.copy_(self._mask[rows])
-        except IndexError as error:
-            raise InputError(f"rows is {rows.tolist()!s:.80}; this decoder has rows 0 to {self.batch - 1}") from error
+        self._mask.copy_(self._mask[rows])
         for name, tensor in self.compiled.state().items():
             filled = tensor[:, :, : self.length] if is_kv_cache(name) else tensor
             filled.copy_(filled[rows])
@@ -201,7 +200,11 @@ class Decoder(FixedModule):
         self._start.fill_(start)
         inputs = [input_ids, self._mask, positions, self._start, *self._source]
         self._unfinished = not self.is_croppable
-        (logits,) = self.compiled.run(inputs)
+        try:
+            (logits,) = self.compiled.run(inputs)
+        except InputError:  # ids that no table has: found before anything is written
+            self._unfinished = False
+            raise
         self.length, self._unfinished = end, False
         return cast(torch.Tensor, logits)
 
@@ -227,8 +230,12 @@ def prompts(batches: Prompts, batch: int, max_length: int) -> list[Sample]:
     return [sample for sample, _ in labelled_prompts(batches, batch, max_length)]
 
 
-def labelled_prompts(batches: Prompts, batch: int, max_length: int) -> list[tuple[Sample, torch.Tensor | None]]:
+def labelled_prompts(
+    batches: Prompts, batch: int, max_length: int, *, fill: bool = True
+) -> list[tuple[Sample, torch.Tensor | None]]:
     """The same, each with the labels of its tokens, [batch, tokens], -100 at padding; None where a row has none.
+
+    fill: whether the last group is filled up with the first rows; it is left out otherwise.
 
     Raises: InputError as `prompts`.
     """
@@ -243,8 +250,8 @@ def labelled_prompts(batches: Prompts, batch: int, max_length: int) -> list[tupl
         for row, seen in enumerate(kept):
             if bool(seen.any()):
                 rows.append((ids[row][seen][:max_length], None if labels is None else labels[row][seen][:max_length]))
-    # The last group is filled up with the first rows.
-    groups = ([rows[(first + item) % len(rows)] for item in range(batch)] for first in range(0, len(rows), batch))
+    starts = range(0, len(rows) if fill else len(rows) - batch + 1, batch)
+    groups = ([rows[(first + item) % len(rows)] for item in range(batch)] for first in starts)
     return [(_left_padded([ids for ids, _ in group], max_length), _left_padded_labels(group)) for group in groups]
 
 

@@ -134,6 +134,11 @@ class EncoderDecoderModel(GenerationModel):
 
         Raises: InputError if they do not fit.
         """
+        self._encode(inputs)
+        self.reset()
+
+    def _encode(self, inputs: Mapping[str, object]) -> None:
+        """`encode` without emptying the cache."""
         found = self.encoder.read(inputs)
         rows = found[HIDDEN].shape[0]
         copies, rest = divmod(self.batch, rows)
@@ -145,7 +150,6 @@ class EncoderDecoderModel(GenerationModel):
             found[name] = tensor.repeat_interleave(copies, 0) if copies > 1 else tensor
         self._copies = copies
         self._take(found)
-        self.reset()
 
     def prefill(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Encode a text, [batch, tokens]; returns the logits after the start token, as `step`. Raises: InputError."""
@@ -189,7 +193,7 @@ class EncoderDecoderModel(GenerationModel):
         """
         inputs = {name: others.pop(name) for name in self.encoder.names if name in others}
         if encoder_outputs is None:
-            self.encode(**inputs, **({ATTENTION_MASK: attention_mask} if ATTENTION_MASK in self.encoder.names else {}))
+            self._encode({**inputs, **({ATTENTION_MASK: attention_mask} if ATTENTION_MASK in self.encoder.names else {})})
         elif encoder_outputs is not self._read_from:
             self._take(encoder_outputs)
         found = super().forward(

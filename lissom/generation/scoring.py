@@ -14,7 +14,7 @@ from lissom.compiler.training.lm_head import LmHead, lm_head_of
 from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.decoder import INPUTS
 from lissom.generation.decoder import prompts
-from lissom.runtime.compiled_model import CompiledModel
+from lissom.runtime.compiled_model import CompiledModel, own_state
 
 LAST_ALONE = (
     "the decoder computes the logits of the last token alone; compile it with all_logits=True for a metric of all positions"
@@ -31,7 +31,7 @@ class Scorer:
 
     def __init__(self, metric: Callable[[NextToken], float], batch: int, max_length: int) -> None:
         self.reads_all = False
-        self._metric = metric
+        self.metric = metric
         self._sizes = batch, max_length
         self._first: float | None = None
 
@@ -51,7 +51,7 @@ class Scorer:
     def _score(self, program: Program | CompiledModel) -> float:
         scored = _Scored(program, *self._sizes)
         try:
-            return self._metric(scored)
+            return self.metric(scored)
         finally:
             self.reads_all |= scored.reads_all
 
@@ -75,15 +75,18 @@ class _Scored:
         Raises: InputError.
         """
         sample = self._sample(input_ids, attention_mask)
+        kept = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        longest = int(kept.sum(1).max())
+        if longest > self.max_length:
+            raise InputError(f"metric gave a text of {longest} tokens; this decoder reads {self.max_length} or fewer")
         if not all_positions:
-            (logits,) = self.program.run(sample)
+            with own_state(self.program):
+                (logits,) = self.program.run(sample)
             assert isinstance(logits, torch.Tensor)
             return logits[:, -1]
         self.reads_all = True
-        if input_ids.shape[1] > self.max_length:
-            raise InputError(f"metric asked for {input_ids.shape[1]} positions; this decoder reads {self.max_length} or fewer")
-        found = self._all_logits(sample)
-        kept = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        with own_state(self.program):
+            found = self._all_logits(sample)
         logits = found.new_zeros(*input_ids.shape, found.shape[-1])
         for row, seen in enumerate(kept):
             # Rows without their padding, which `prompts` puts on the left.

@@ -13,7 +13,7 @@ from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.encoder_decoder import decoder_inputs
 from lissom.generation.decoder import unpadded
 from lissom.generation.scoring import LAST_ALONE
-from lissom.runtime.compiled_model import CompiledModel
+from lissom.runtime.compiled_model import CompiledModel, own_state
 
 Part = Program | CompiledModel
 
@@ -65,4 +65,5 @@ class _Scored:
 
 def _run(part: Part, inputs: Mapping[str, object]) -> object:
     signature = (part if isinstance(part, Program) else part.program).signature
-    return signature.unflatten(part.run(signature.flatten((), inputs)))
+    with own_state(part):
+        return signature.unflatten(part.run(signature.flatten((), inputs)))

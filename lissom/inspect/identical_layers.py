@@ -7,18 +7,15 @@ as a mask or a shared weight, it is the same value. Values of weights are not co
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import NamedTuple
 
-from lissom.inspect.lines import Line
+from lissom.inspect.lines import Line, input_types
 
 _MOST_DIFFERENCES = 4
-_INPUT = re.compile(r"(\w+): (\w+\[[^\]]*\])")
-"""An input of the program, in its first line."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Group:
 
 def identical_layers(lines: Sequence[Line]) -> dict[str, tuple[Group, ...]]:
     """The groups of identical layers below each module that has numbered ones, by its path; none where no two are identical."""
-    types = {f"%{name}": type_ for name, type_ in _INPUT.findall(lines[0].pieces[0])}
+    types = {f"%{name}": type_ for name, type_ in input_types(lines).items()}
     types |= {line.defines: line.type for line in lines if line.defines}
     found: dict[str, tuple[Group, ...]] = {}
     for container, layers in _numbered(lines).items():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-# The path of a module may hold any characters; it ends the line.
-_NAME = re.compile(r"([%@][\w.]+|(?<=  # ).+$)")
+# The path of a module may hold any characters, and ends the line; so may the name of a weight.
+_NAME = re.compile(r"(%[\w.]+|@[^\s:,()\[\]'\"]+|(?<=  # ).+$)")
+_INPUT = re.compile(r"(\w+): (\w+\[[^\]]*\])")
+"""An input of the program, in its first line."""
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,10 @@ class Line:
     def type(self) -> str:
         """The type of the node or weight that the line defines."""
         return self.pieces[1].removeprefix(": ").partition(" = ")[0] if self.defines else ""
+
+
+def input_types(lines: Sequence[Line]) -> dict[str, str]:
+    """The types of a program's inputs, by the names of their nodes without `%`."""
+    found = _INPUT.findall(lines[0].pieces[0])
+    # fx adds `_1` to the name of a builtin, such as `input`.
+    return {f"{name}{end}": kind for end in ("_1", "") for name, kind in found}

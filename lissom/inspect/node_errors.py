@@ -16,6 +16,7 @@ from typing import cast
 
 import torch
 from rich.console import Group, RenderableType
+from rich.text import Text
 from torch import fx
 
 from lissom.compiler.analysis.structure.linear import is_attention
@@ -260,12 +261,12 @@ def _tables(found: NodeErrors) -> RenderableType:
         path, operator = found.places[name]
         groups.setdefault((without_numbers(path), operator), []).append(error)
     for (path, operator), errors in sorted(groups.items(), key=lambda item: -max(item[1]))[:_MOST]:
-        table.add_row(path, operator, str(len(errors)), f"{max(errors):.1e}")
+        table.add_row(Text(path), operator, str(len(errors)), f"{max(errors):.1e}")
     if not found.kept_mass:
         return table
     masses = plain_table("\nsoftmax mass of the original at the keys that sparse attentions see")
     masses.add_column("attention", overflow="fold")
     masses.add_column("mass", justify="right", no_wrap=True)
     for name, mass in found.kept_mass.items():
-        masses.add_row(found.places[name][0] or name, f"{100 * mass:.1f} %")
+        masses.add_row(Text(found.places[name][0] or name), f"{100 * mass:.1f} %")
     return Group(table, masses)

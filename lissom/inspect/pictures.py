@@ -36,9 +36,19 @@ def save_figure(figure: Figure, path: Path) -> None:
 
     Raises: UnsupportedError for a format that matplotlib does not write; ArtifactError if the file cannot be written.
     """
+    with writing_whole(path) as file:
+        figure.savefig(file, format=_format_of(figure, path))
+
+
+def check_picture(path: Path) -> None:
+    """Refuse what `new_figure` and `save_figure` would, before the work whose result is drawn. Raises: UnsupportedError."""
+    _format_of(new_figure()[0], path)
+
+
+def _format_of(figure: Figure, path: Path) -> str:
+    """The format that a file's name ends in. Raises: UnsupportedError."""
     form = path.suffix.removeprefix(".")
     known = figure.canvas.get_supported_filetypes()
     if form not in known:
         raise UnsupportedError(f"'{path.name}' ends in no format of a picture; give one of {', '.join(sorted(known))}")
-    with writing_whole(path) as file:
-        figure.savefig(file, format=form)
+    return form

@@ -83,8 +83,8 @@ def _ceilings(axes: Axes, found: Ceilings, at: Sequence[float]) -> None:
     """The line of the memory bandwidth, and those of the products in each dtype."""
     bandwidth = found.memory_gb_per_second.median
     peaks = {"fp32": found.fp32_gflops, "bf16": found.bf16_gflops, "int8": found.int8_gops}
-    low = min(at) / 4
-    high = max([*at, *(peak.median / bandwidth for peak in peaks.values() if peak is not None)]) * 4
+    known = [*at, *(peak.median / bandwidth for peak in peaks.values() if peak is not None)]
+    low, high = min(known) / 4, max(known) * 4
     for dtype, peak in peaks.items():
         if peak is not None:
             knee = peak.median / bandwidth

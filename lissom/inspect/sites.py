@@ -44,7 +44,7 @@ def structure_tables(program: Program) -> RenderableType:
         for layer in found.layers
     ]
     for row in fold_rows(rows):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return Group(table, Text(f"\n{_rest(found)}"))
 
 
@@ -106,7 +106,7 @@ def axes_table(program: Program) -> Table:
         shrinks = f"no: {reason}" if (reason := found.obstacle(axis)) else "yes"
         rows.append((str(axis.size), _paths(readers), str(len(places)), str(len(weights)), shrinks))
     for row in fold_rows(rows, label=1):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -137,7 +137,7 @@ def _batches(model: BaseModel, data: Iterable[Any]) -> Iterable[Any]:
         return data  # refused by compile
     items = list(data)
     if not items or not all(map(_is_text, items)):
-        return items or data
+        return [split_features(item)[0] if isinstance(item, Mapping) else item for item in items] or data
     return [split_features(model.preprocess(items[at : at + _BATCH]))[0] for at in range(0, len(items), _BATCH)]
 
 

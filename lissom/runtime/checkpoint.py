@@ -133,12 +133,12 @@ def _fit(model: PreTrainedModel, config: PretrainedConfig, wanted: Shapes) -> _F
 
     Raises: UnsupportedError naming the first weight that no field explains, and what would be needed.
     """
-    target = _widest(wanted)
     shapes = _shapes(model, config)
     if shapes is None:
         raise UnsupportedError(
             f"{type(model).__name__} cannot be made from its configuration alone, so no ordinary checkpoint holds it; {_ADVICE}"
         )
+    target = _widest(wanted, shapes)
     while wrong := _wrong(shapes, target):
         better = _improved(model, config, shapes, target)
         if better is None:
@@ -152,13 +152,17 @@ def _fit(model: PreTrainedModel, config: PretrainedConfig, wanted: Shapes) -> _F
     return _Fitted(config, shapes)
 
 
-def _widest(wanted: Shapes) -> Shapes:
-    """The shapes with every size the largest of the same weight in all layers."""
-    groups: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+def _widest(wanted: Shapes, known: Shapes) -> Shapes:
+    """The shapes with every size the largest of the same weight in all layers, where these were equal before.
+
+    known: the shapes that the configuration gives.
+    """
+    kinds = {name: (_LAYER.sub(".*.", name), known.get(name)) for name in wanted}
+    groups: dict[object, list[tuple[int, ...]]] = defaultdict(list)
     for name, shape in wanted.items():
-        groups[_LAYER.sub(".*.", name)].append(shape)
+        groups[kinds[name]].append(shape)
     largest = {kind: tuple(map(max, zip(*shapes, strict=True))) for kind, shapes in groups.items()}
-    return {name: largest[_LAYER.sub(".*.", name)] for name in wanted}
+    return {name: largest[kinds[name]] for name in wanted}
 
 
 def _wrong(shapes: Shapes, target: Shapes) -> list[tuple[str, int]]:

@@ -15,12 +15,12 @@ from torch import nn
 
 from lissom.artifacts import rank_files
 from lissom.artifacts.artifact import Compiled, Loaded, Trust, WriteMore
-from lissom.backends.base import Backend, Executable, state_of
+from lissom.backends.base import Backend, Executable, restored_state, state_of
 from lissom.backends.distributed.backend import RankProgram
 from lissom.backends.distributed.ranks import Ranks
 from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.compiler.analysis.embedding_bounds import outside_table
-from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.errors import InputError, UnsupportedError
 from lissom.files import check_path
@@ -32,6 +32,11 @@ from lissom.runtime.layer_timer import ProgramTimer
 from lissom.runtime.model_files import Saveable, check_tokenizer, saved_config, upload, write_processors
 from lissom.runtime.onnx_folder import Dtype, Export, Layout, write_folder
 from lissom.runtime.pickled import files_of, loaded_from
+
+
+def own_state(model: Program | CompiledModel) -> AbstractContextManager[None]:
+    """Restores the state of a program after the block: what it reads there does not change what it reads next."""
+    return kept_state(model) if isinstance(model, Program) else restored_state(model._executable)
 
 
 class CompiledModel(HostedModel):
@@ -161,12 +166,19 @@ size, or mark the dimension dynamic
         return upload(save, self.program.name, repo_id, private, token, commit_message)
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-        """Pickle and deep copy: the files of its artifact, and the function that loads them.
+        """Pickle: the files of its artifact, and the function that loads them.
 
         Raises: UnsupportedError for a model that runs with other ranks, or whose backend cannot be saved.
         """
         self.check_alone()
         return _from_files, (files_of(self.save), None if self.facts is None else self.facts.source)
+
+    def __deepcopy__(self, memo: object) -> CompiledModel:
+        """A copy through its artifact; unlike a pickle's, its compiled code is known. Raises: as `__reduce_ex__`."""
+        self.check_alone()
+        found = loaded_from(files_of(self.save), partial(load, allow_native=True))
+        found.facts = self.facts
+        return found
 
     def check_alone(self) -> None:
         """Refuse to pickle a model that runs with other ranks. Raises: UnsupportedError."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import History
@@ -62,7 +63,10 @@ class OriginalMeter:
             for name, fact in changes.items()
             if fact is not None and fact.origin.replaces
         }
-        sample = self.program.signature.flatten(self.args, self.kwargs)
+        inputs = self.args, self.kwargs
+        if self.device is not None:
+            inputs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), inputs)
+        sample = self.program.signature.flatten(*inputs)
         self.known = measure_node_errors(original, self.program, sample, replaced)
         return self.known
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -18,7 +19,7 @@ from lissom.driver.compile import compile_model
 from lissom.driver.options import Inputs, Settings
 from lissom.errors import InputError
 from lissom.inspect.timing import ENOUGH, time_calls
-from lissom.runtime.compiled_model import CompiledModel
+from lissom.runtime.compiled_model import CompiledModel, own_state
 from lissom.tuning.divergence import Divergence
 from lissom.tuning.sites import Group, Option
 from lissom.tuning.spelling import pipeline_of
@@ -159,10 +160,16 @@ class Quality:
 
     def drop(self, found: CompiledModel) -> tuple[float, float]:
         """The drop, and the divergence of the outputs. Raises: InputError if the metric fails."""
-        squared = self.divergence.of(found.run)
-        if self.metric is None:
+        squared = self.divergence.of(partial(_run_by_itself, found))
+        if self.metric is None or math.isinf(squared):
             return squared**0.5, squared
         return self.score - _score(self.metric, found, original=False), squared
+
+
+def _run_by_itself(found: CompiledModel, sample: Sample) -> Sequence[object]:
+    """The outputs; the state of a decoder is then as it was."""
+    with own_state(found):
+        return found.run(sample)
 
 
 def _score(metric: Metric, model: CompiledModel, *, original: bool) -> float:

@@ -33,7 +33,10 @@ class PowerLaw:
 
     def inverse(self, y: float) -> float:
         """The x that gives y."""
-        return (y / self.scale) ** (1 / self.exponent) if y > 0 else 0.0
+        try:
+            return (y / self.scale) ** (1 / self.exponent) if y > 0 else 0.0
+        except OverflowError:
+            return math.inf
 
     def fit(self, points: Points, near: float) -> PowerLaw:
         """The law through measured points, those with y close to `near` weighted most; one point sets the scale alone."""

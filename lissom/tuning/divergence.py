@@ -56,5 +56,5 @@ class Divergence:
                 finite = a.isfinite()
                 errors[index] += float((b.double() - a.double())[finite].square().sum())
                 sizes[index] += float(a.double()[finite].square().sum())
-        worst = max((error / size for error, size in zip(errors, sizes, strict=True) if size > 0), default=0.0)
-        return worst if math.isfinite(worst) else math.inf
+        shares = [error / size for error, size in zip(errors, sizes, strict=True) if size > 0]
+        return max(shares, default=0.0) if all(map(math.isfinite, shares)) else math.inf

@@ -13,13 +13,13 @@ from lissom.backends.base import Backend
 from lissom.compiler.pipeline.options import Metric
 from lissom.compiler.training.vocabulary import IGNORED
 from lissom.driver.compile import optimize_model
-from lissom.driver.options import Inputs, Settings
+from lissom.driver.options import Inputs, Settings, check_data
 from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.adapters import with_merged_adapters
 from lissom.frontends.decoder import INPUTS, capture_decoder, check_capacity
 from lissom.generation import compile_generation, named_prompts
 from lissom.generation.scoring import NextToken, Scorer
-from lissom.runtime.compiled_model import CompiledModel
+from lissom.runtime.compiled_model import CompiledModel, own_state
 from lissom.runtime.hosted_model import check_uncompiled
 from lissom.tuning.build import silent
 from lissom.tuning.request import check_request
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 DECODER_GOALS = ("decode", "prefill", "memory")
 PERPLEXITY = "perplexity"
-_LEAST_BATCHES = 2
+_LEAST_BATCHES = _LEAST_TOKENS = 2
 
 
 def tune_generation(
@@ -77,7 +77,10 @@ def tune_generation(
     check_uncompiled(model)
     check_capacity(max_length, batch)
     model = with_merged_adapters(model)
-    texts = named_prompts(data, batch, max_length)
+    check_data(data)
+    # Without labels, which a search does not read, and without rows that stand in two groups.
+    whole = named_prompts(data, batch, max_length, fill=False)
+    texts: list[Inputs] = [{name: text[name] for name in INPUTS} for text in whole if isinstance(text, Mapping)]
     if len(texts) < _LEAST_BATCHES:
         raise InputError(
             f"data= holds {len(texts)} batch of {batch} rows; give two or more: one to calibrate passes on, and one to judge"
@@ -140,15 +143,20 @@ def _a_token(text: Inputs, max_length: int) -> Inputs:
 
 
 def perplexity_of_prompts(judged: Sequence[Inputs]) -> Metric:
-    """The mean log-likelihood of the tokens of texts but the first of each: a drop of 0.02 is a perplexity 2 % higher."""
+    """The mean log-likelihood of the tokens of texts but the first of each: a drop of 0.02 is a perplexity 2 % higher.
+
+    Raises: InputError if no text has a second token.
+    """
+    if all(int(mask.sum(1).max()) - (mask.shape[1] - ids.shape[1]) < _LEAST_TOKENS for ids, mask in map(_ids_and_mask, judged)):
+        raise InputError("data= has texts of one token, of which none can be predicted; give longer texts")
 
     def perplexity(model: CompiledModel) -> float:
         total, count = 0.0, 0
         for text in judged:
             ids, mask = _ids_and_mask(text)
             assert isinstance(text, Mapping)
-            # Without labels, which the text may have.
-            (logits,) = model.run([tensor for name in INPUTS if isinstance(tensor := text[name], torch.Tensor)])
+            with own_state(model):
+                (logits,) = model.run([tensor for name in INPUTS if isinstance(tensor := text[name], torch.Tensor)])
             assert isinstance(logits, torch.Tensor)
             real = mask[:, : ids.shape[1]].bool()
             wanted = ids[:, 1:].masked_fill(~(real[:, 1:] & real[:, :-1]), IGNORED)

@@ -91,11 +91,15 @@ def check_request(
 def _named(backends: Sequence[str | Backend]) -> dict[str, str | Backend]:
     if isinstance(backends, (str, Backend)):
         backends = (backends,)
+    if not isinstance(backends, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UnsupportedError(f"backends= is {backends!r:.80}; give one or more, for example ('eager',)")
     found: dict[str, str | Backend] = {}
     for item in backends:
         backend = find_backend(item)
         if backend.runs_ranks:
             raise UnsupportedError(f"backends= holds '{backend.name}', and tune searches programs that run in one process")
+        if backend.name in found:
+            raise UnsupportedError(f"backends= holds '{backend.name}' twice; give each backend once")
         found[backend.name] = backend
     if not found:
         raise UnsupportedError("backends= is empty; give one or more, for example ('eager',)")

@@ -111,7 +111,9 @@ def number(record: Record, name: str, least: float = -math.inf) -> float | None:
     found = record.get(name)
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         return None
-    return float(found) if math.isfinite(found) and found >= least else None
+    with suppress(OverflowError):  # a whole number of hundreds of digits
+        return float(found) if math.isfinite(found) and found >= least else None
+    return None
 
 
 def text(record: Record, name: str) -> str:

@@ -12,15 +12,15 @@ from lissom.runtime.compiled_model import CompiledModel
 from lissom.tuning.build import Quality, Variant, Workshop
 from lissom.tuning.candidates import Aim, Candidate, read_candidate
 from lissom.tuning.clock import Clock
-from lissom.tuning.store import Store
+from lissom.tuning.store import Store, number
 
 
 @dataclass
 class Trials:
     """The measured candidates. key: of the store, for the program, the machine, the inputs, the data and the metric.
 
-    candidates: the exact program first, with its figures. best: the best candidate with its compiled program, where that is in
-    memory. pace: the mean seconds of a candidate so far.
+    candidates: the exact program first, with its figures. distill: whether programs may be trained. best: the best candidate
+    with its compiled program, where that is in memory. pace: the mean seconds of a candidate so far.
     """
 
     workshop: Workshop
@@ -30,6 +30,7 @@ class Trials:
     key: str
     clock: Clock
     candidates: list[Candidate]
+    distill: bool = True
     best: tuple[Candidate, CompiledModel] | None = None
     pace: float = 0.0
     _built: int = 0
@@ -39,11 +40,18 @@ class Trials:
         return self.candidates[0]
 
     def recall(self) -> None:
-        """Take the candidates of earlier calls from the store. A failure is not taken: it may have been the machine's."""
+        """Take the candidates of earlier calls from the store, if this call may have them.
+
+        A failure is not taken: it may have been the machine's. Their times are relative to the exact program's of their call.
+        """
         for record in self.store.all("candidate", self.key):
             found = read_candidate(record)
-            if found is not None and not found.failed and self.known(found) is None:
-                self.candidates.append(found)
+            if found is None or found.failed or self.known(found) is not None:
+                continue
+            if found.backend in self.workshop.backends and (self.distill or not found.distilled):
+                scale = self.exact.milliseconds / (number(record, "exact", 0.0) or self.exact.milliseconds)
+                times = {name: scale * getattr(found, name) for name in ("milliseconds", "low", "high")}
+                self.candidates.append(replace(found, **times))
 
     def known(self, candidate: Candidate) -> Candidate | None:
         """The candidate with the same passes and backend."""
@@ -69,7 +77,8 @@ class Trials:
         self._built += 1
         self.pace += (time.monotonic() - started - self.pace) / self._built
         self.candidates.append(found)
-        self.store.add("candidate", self.key, f"{found.backend} {found.pipeline}", **asdict(found))
+        figures = asdict(found) | {"exact": self.exact.milliseconds}
+        self.store.add("candidate", self.key, f"{found.backend} {found.pipeline}", **figures)
         if compiled is not None and self.aim.choose(self.candidates) is found:
             self.best = found, compiled
             self.clock.best = self._words(found)

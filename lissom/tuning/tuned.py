@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import CodeType
 from typing import Generic, TypeVar
 
 import torch
@@ -179,7 +180,7 @@ def _trials(program: Program, example: Inputs, request: Request, kept: Store, cl
     base = workshop.base(first)
     quality = Quality.of(base, Divergence(program, batches), request.metric, request.max_drop)
     metric = "" if request.metric is None else _identity(request.metric, quality)
-    key = fingerprint(_place(workshop), batches, metric)
+    key = fingerprint(_place(workshop), batches, metric, request.memory)
     milliseconds, size = _earlier_time(kept, key, first.backend) or workshop.milliseconds(base), workshop.size(base)
     exact = Candidate(EXACT, first.backend, milliseconds, milliseconds, milliseconds, size)
     aim = Aim(request.memory, request.max_drop, request.target_cost(exact.cost(request.memory)))
@@ -196,7 +197,7 @@ def _trials(program: Program, example: Inputs, request: Request, kept: Store, cl
         milliseconds=milliseconds,
         bytes=size,
     )
-    trials = Trials(workshop, quality, aim, kept, key, clock, [exact])
+    trials = Trials(workshop, quality, aim, kept, key, clock, [exact], request.distill)
     trials.recall()
     return trials
 
@@ -227,8 +228,7 @@ def _search(trials: Trials, groups: Sequence[Group], request: Request, notes: li
         meter = CostMeter(trials.workshop, groups, linears, variant, request.memory, trials.store, key, clock)
         costs[variant] = meter.measure(every, _COSTS * stretch * turn / len(bases))
         schemes |= worthwhile(costs[variant], groups, every)
-    pairs = [split_inputs(batch) for batch in request.data[: 2 * _JUDGED]]
-    samples = [program.signature.flatten(*pair) for pair in pairs]
+    samples = list(trials.quality.divergence.batches[: 2 * _JUDGED])
     judged, calibrating = samples[::2], samples[1::2] or samples
     key = fingerprint(trials.workshop.fingerprint, __version__, judged, calibrating)
     divergence = Divergence(program, judged)
@@ -339,11 +339,18 @@ def _device(sample: Sample) -> torch.device:
 
 def _identity(metric: Metric, quality: Quality) -> str:
     """What tells metrics apart in a store: the name, the code of a function, and the exact program's score unless it varies."""
-    code = getattr(metric, "__code__", None)
-    parts = (
-        (code.co_code.hex(), code.co_names, [item for item in code.co_consts if isinstance(item, (str, int, float))])
-        if code
-        else ()
-    )
+    # The caller's own function, of a decoder's metric and of a partial one.
+    own: object = getattr(metric, "metric", metric)
+    own = getattr(own, "func", own)
+    code = getattr(own, "__code__", None)
     score = "" if quality.noise else repr(quality.score)
-    return f"{getattr(metric, '__qualname__', type(metric).__qualname__)} {fingerprint(*parts)} {score}"
+    name = getattr(own, "__qualname__", type(own).__qualname__)
+    return f"{name} {fingerprint(*(_code_parts(code) if isinstance(code, CodeType) else ()))} {score}"
+
+
+def _code_parts(code: CodeType) -> list[object]:
+    """The instructions, names and plain constants of a function and of those inside of it."""
+    found: list[object] = [code.co_code.hex(), *code.co_names]
+    for item in code.co_consts:
+        found += _code_parts(item) if isinstance(item, CodeType) else [item] if isinstance(item, (str, int, float)) else []
+    return found

@@ -7,6 +7,8 @@ a length in the lines of the step before; or 1, the first of consecutive records
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -56,7 +58,7 @@ def _errors(errors: NodeErrors) -> dict[str, object]:
     """The errors of nodes, and the softmax mass that attentions lost, to three digits."""
     lost = {name: 1 - mass for name, mass in errors.kept_mass.items()}
     return {
-        key: {f"%{name}": float(f"{value:.3g}") for name, value in found.items()}
+        key: {f"%{name}": _finite(float(f"{value:.3g}")) for name, value in found.items()}
         for key, found in (("nodes", errors.nodes), ("lost", lost))
     }
 
@@ -79,14 +81,21 @@ def _step(step: Step) -> dict[str, object]:
         "removed": step.removed,
         "rewritten": step.rewritten,
         "skipped": list(skipped.items()),
-        "error": step.relative_error,
-        "cosine": step.cosine,
-        "metric": step.metric,
+        "error": _finite(step.relative_error),
+        "cosine": _finite(step.cosine),
+        "metric": _finite(step.metric),
         "notes": list(step.notes),
         "reverted": step.reverted,
         "perSite": step.per_site,
-        "heldOut": [step.curve[0].held_out, step.curve[-1].held_out] if step.curve else None,
+        "heldOut": [_finite(step.curve[at].held_out) for at in (0, -1)] if step.curve else None,
     }
+
+
+def _finite(figure: float | None) -> float | None:
+    """The figure as JSON can hold it: the largest number for infinity, None for NaN."""
+    if figure is None or math.isnan(figure):
+        return None
+    return max(-sys.float_info.max, min(figure, sys.float_info.max))
 
 
 def _stretches(before: Sequence[int], records: Sequence[int]) -> list[int]:

@@ -81,7 +81,8 @@ function heatOf(module, heat) {
 // The groups of a module's numbered children: { members, differences } of each child, by its name.
 function groupsOf(module, step, from) {
   const found = new Map();
-  const now = data.folds[steps[step].fold][module.path], old = from === null ? null : data.folds[steps[from].fold][module.path];
+  const own = at => Object.hasOwn(data.folds[steps[at].fold], module.path) ? data.folds[steps[at].fold][module.path] : undefined;
+  const now = own(step), old = from === null ? null : own(from);
   if (!now) return found;
   const number = (groups, name) => groups ? groups.findIndex(group => group[0].includes(name)) : -1;
   const groups = new Map();

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lissom.compiler.pipeline.history import NodeFacts
 from lissom.errors import UnsupportedError, nearest
-from lissom.inspect.lines import Line
+from lissom.inspect.lines import Line, input_types
 from lissom.inspect.svg.canvas import CODE_WIDTH, LABEL_WIDTH, Canvas
 from lissom.inspect.svg.heat import LEVELS, Heat
 from lissom.inspect.svg.layout import Box, Piece, place
@@ -20,8 +19,8 @@ MARGIN = 16.0
 _HEADER = 26.0
 _NODE_HEIGHT = 38.0
 _TITLE_HEIGHT = 52.0
-_OUTPUT = "output"
-_INPUT = re.compile(r"(\w+): (\w+\[[^\]]*\])")
+_OUTPUT = "%"
+"""Stands for the result: no module and no node has this name."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class Picture:
         self.heats = {} if heat is None else heat.join(part.keys)
         self.hottest = max(self.heats.values(), default=0.0)
         self.modules: dict[str, Module] = {}
-        self.inputs = dict(_INPUT.findall(lines[0].pieces[0]))
+        self.inputs = input_types(lines)
         readers = [line for line in lines if line.defines not in part.keys and not is_size(line)]
         # In the order of the program, so that a program has one picture.
         self.results = [*dict.fromkeys(part.keys[name] for line in readers for name in _read(line) if name in part.keys)]
@@ -182,7 +181,7 @@ class Picture:
         """The two lines of a node or value."""
         line = self.lines.get(name)
         if name == _OUTPUT:
-            return _OUTPUT, ", ".join(sorted({self.lines[item].type for item in self.results if item in self.lines})[:2])
+            return "output", ", ".join(sorted({self.lines[item].type for item in self.results if item in self.lines})[:2])
         if line is None or name not in self.part.keys:
             return name.removeprefix("%"), self.inputs.get(name.removeprefix("%"), "") if line is None else line.type
         module = self.part.names.get(name)

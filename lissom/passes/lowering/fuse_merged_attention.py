@@ -3,7 +3,8 @@
     q, k, v = split(qkv);  each: reshape to heads, transpose      ->  y = lissom::merged_attention(qkv, mask)
     y = reshape(transpose(lissom::fused_attention(q, k, v, mask)))
 
-The heads may also come from qkv as [batch, tokens, 3, heads, head_dim], as timm's vision transformers split them.
+The heads may also come from qkv as [batch, tokens, 3, heads, head_dim], as timm's vision transformers split them. Where
+`pack-tokens` looks up the rows of q, k and v behind the split, those of qkv are looked up once.
 
 The view operators around the attention copy nothing, but each takes about a microsecond to call, and a layer has a dozen of
 them: a tenth of the time of a small model on a short text.
@@ -38,7 +39,8 @@ class FuseMergedAttention(Rewrite):
             options = {name: value for name, value in node.kwargs.items() if name != "sinks"}
             heads, key_heads = (nodes.tensor_type(item).shape[1] for item in node.args[:2])
             with edit.before(node):
-                call = edit.call(merged_attention, merged, *node.args[3:], heads=heads, key_heads=key_heads, **options)
+                projection = merged.projection if merged.lookup is None else _looked_up(edit, merged.projection, merged.lookup)
+                call = edit.call(merged_attention, projection, *node.args[3:], heads=heads, key_heads=key_heads, **options)
             edit.replace(joined, call)
 
 
@@ -53,16 +55,44 @@ def _obstacle(node: fx.Node) -> str | None:
     return None
 
 
-def _merged(attention: fx.Node) -> fx.Node | None:
-    """The projection [batch, tokens, features] that splits into exactly q, k and v, in this order."""
+@dataclass(frozen=True)
+class _Merged:
+    """Where the heads come from: the projection [batch, tokens, features] that splits into exactly q, k and v, in this order.
+
+    lookup: the reshape of a lookup of rows that stands between each piece and its heads, that of q.
+    """
+
+    projection: fx.Node
+    lookup: fx.Node | None = None
+
+
+def _looked_up(edit: Editor, projection: fx.Node, lookup: fx.Node) -> fx.Node:
+    """The rows of the whole projection that a lookup takes of a piece, [batch, tokens, features]."""
+    selected, sizes = lookup.args
+    rows = edit.call(aten.index_select.default, projection, *selected.args[1:])  # pyright: ignore
+    return edit.call(aten.reshape.default, rows, [*sizes[:2], nodes.tensor_type(projection).shape[2]])  # pyright: ignore
+
+
+def _merged(attention: fx.Node) -> _Merged | None:
+    """The merged projection of an attention; None if there is none."""
     pieces = [_piece(item) for item in attention.args[:3]]
     if pieces[0] is None:
-        return _packed(attention)
-    split = pieces[0][0]
-    if pieces != [(split, 0), (split, 1), (split, 2)] or len(nodes.node_type(split)) != 3:  # pyright: ignore
+        packed = _packed(attention)
+        return None if packed is None else _Merged(packed)
+    split, _, lookup = pieces[0]
+    taken = [(piece[0], piece[1], _rows_of(piece[2])) for piece in pieces if piece is not None]
+    if taken != [(split, index, _rows_of(lookup)) for index in range(3)] or len(nodes.node_type(split)) != 3:  # pyright: ignore
         return None
     depths = {nodes.tensor_type(item).shape[3] for item in attention.args[:3]}
-    return split.args[0] if len(depths) == 1 else None  # pyright: ignore[reportReturnType]
+    return _Merged(split.args[0], lookup) if len(depths) == 1 else None  # pyright: ignore[reportArgumentType]
+
+
+def _rows_of(lookup: fx.Node | None) -> tuple[object, ...]:
+    """The dimension and the rows of a lookup, and the sizes it is reshaped to but the last; nothing without a lookup."""
+    if lookup is None:
+        return ()
+    selected, sizes = lookup.args
+    return (*selected.args[1:], *sizes[:2])  # pyright: ignore
 
 
 def _packed(attention: fx.Node) -> fx.Node | None:
@@ -92,19 +122,32 @@ def _part(item: object) -> tuple[fx.Node, int] | None:
     return (taken.args[0], index) if first else None  # pyright: ignore[reportReturnType]
 
 
-def _piece(heads: object) -> tuple[fx.Node, int] | None:
-    """The split, and the index of its output, that [batch, heads, tokens, head_dim] is a view of."""
+def _piece(heads: object) -> tuple[fx.Node, int, fx.Node | None] | None:
+    """The split, and the index of its output, that [batch, heads, tokens, head_dim] is a view of, or the rows of a lookup."""
     if not _swaps_heads(heads) or not nodes.is_call(heads.args[0], *RESHAPES):
         return None
     cut = heads.args[0]
+    found = nodes.tensor_type(cut)
     piece = cut.args[0]
+    lookup = piece if _looks_up(piece) else None
+    if lookup is not None:
+        piece = lookup.args[0].args[0]  # pyright: ignore
     if not nodes.is_call(piece, operator.getitem) or not nodes.is_call(piece.args[0], *SPLITS):
         return None
     split = piece.args[0]
-    whole, part, found = (nodes.tensor_type(item) for item in (split.args[0], piece, cut))
+    whole, part = nodes.tensor_type(split.args[0]), nodes.tensor_type(lookup or piece)
     last = nodes.argument(split, "dim") in (-1, 2)
-    ok = whole.rank == 3 and last and found.rank == 4 and part.shape[:2] == found.shape[:2]
-    return (split, int(piece.args[1])) if ok else None  # pyright: ignore[reportArgumentType]
+    ok = whole.rank == 3 and last and found.rank == 4 and part.rank == 3 and part.shape[:2] == found.shape[:2]
+    return (split, int(piece.args[1]), lookup) if ok else None  # pyright: ignore[reportArgumentType]
+
+
+def _looks_up(node: object) -> bool:
+    """True for rows that are selected in the dimension of tokens, and reshaped to [batch, tokens, features]."""
+    return (
+        nodes.is_call(node, aten.reshape.default)
+        and nodes.is_call(node.args[0], aten.index_select.default)
+        and node.args[0].args[1] == 1
+    )
 
 
 def _joined(attention: fx.Node) -> fx.Node | None:

@@ -31,6 +31,18 @@ def attend_packed(qkv: torch.Tensor, *, sizes=(3, 4, 4), permutation=(2, 0, 3, 1
     return scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, -1)
 
 
+ROWS = torch.tensor([0, 1, 2, 1, 3, 4, 5, 5, 0, 4, 3, 2])
+
+
+def attend_to_rows(qkv: torch.Tensor, *, other: bool = False):
+    """The same over rows that are looked up in the pieces, as `pack-tokens` does. qkv: [1, rows, features]."""
+    pieces = qkv.split(16, -1)
+    rows = [ROWS, ROWS, ROWS.flip(0) if other else ROWS]
+    padded = (piece.index_select(1, index).reshape(2, 6, 16) for piece, index in zip(pieces, rows, strict=True))
+    q, k, v = (piece.view(2, 6, 4, 4).transpose(1, 2) for piece in padded)
+    return scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 6, 16)
+
+
 FUSED = {
     "unbound": (48, attend_packed),
     "selected": (48, lambda x: attend_packed(x, selects=True)),
@@ -69,6 +81,15 @@ def test_what_is_no_merged_projection_is_left_with_the_reason(name: str) -> None
     assert calls(program, merged_attention) == (reason is None)
     if reason is not None:
         assert reason in history.steps[-1].skipped[0].reason
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_rows_that_are_looked_up_are_looked_up_once(other: bool) -> None:
+    x = normal(1, 8, 48)
+    program, _ = rewrite(PASSES, Calls(lambda x: attend_to_rows(x, other=other)), x, dynamic=False)
+    assert calls(program, merged_attention) == (not other)
+    assert calls(program, torch.ops.aten.index_select.default) == (3 if other else 1)
+    torch.testing.assert_close(program(x), attend_to_rows(x, other=other), rtol=0, atol=5e-6)
 
 
 def test_heads_read_elsewhere_too_are_left() -> None:
