@@ -50,6 +50,8 @@ def observed_ranges(
     ends: dict[fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def widen(node: fx.Node, rows: torch.Tensor) -> None:
+        if not rows.numel():
+            return
         low, high = rows.float().aminmax()
         before = ends.get(node, (low, high))
         ends[node] = torch.minimum(low, before[0]), torch.maximum(high, before[1])
@@ -60,6 +62,8 @@ def observed_ranges(
     counts = {node: torch.zeros(BINS, dtype=torch.float64) for node in ends}
 
     def count(node: fx.Node, rows: torch.Tensor) -> None:
+        if not rows.numel():
+            return
         low, high = (float(end) for end in ends[node])
         counts[node] += torch.histc(rows.float(), BINS, low, high).double().cpu() if high > low else 0
 

@@ -22,6 +22,7 @@ from lissom.compiler.analysis.structure.linear import width
 from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.printer import place
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
@@ -33,6 +34,8 @@ VisitGradient = Callable[[fx.Node, torch.Tensor, torch.Tensor, torch.Tensor | No
 _Tracked = tuple[fx.Node, torch.Tensor, torch.Tensor | None]
 Progress = Callable[[int, int], None]
 """Called with the number of finished samples and their total number."""
+NO_TOKENS = "the calibration data gives it no tokens"
+"""Why a layer is not calibrated, such as an expert that no token chose."""
 
 
 @dataclass
@@ -199,13 +202,15 @@ def _track(found: list[_Tracked], node: fx.Node, value: torch.Tensor, mask: torc
 def _likelihood(program: Program, sample: Sample, outputs: Sequence[object], generator: torch.Generator) -> torch.Tensor:
     """The log-likelihood of labels drawn from the program's own outputs, summed over real tokens, without constants."""
     leaves = cast("Sequence[object]", program.output.args[0])
-    vocabularies = {item.rows for item in program.fact(structure).embeddings}
+    found = program.fact(structure)
+    heads, vocabularies = set(found.lm_heads), {item.rows for item in found.embeddings}
     total = torch.zeros(())
     for node, value in zip(leaves, outputs, strict=True):
         if not (isinstance(node, fx.Node) and isinstance(value, torch.Tensor)) or not value.requires_grad or value.dim() == 0:
             continue
         rows = real_rows(value, token_mask(program, sample, node)).float()
-        if width(node) in vocabularies:
+        # Hidden states may be as wide as a table of positions is long.
+        if width(node) in vocabularies and not heads.isdisjoint(computed_from([node])):
             logs = rows.log_softmax(-1)
             noise = torch.rand(rows.shape, generator=generator).to(rows.device)
             drawn = (logs.detach() - (-noise.clamp_min(1e-20).log()).log()).argmax(-1)

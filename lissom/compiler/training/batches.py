@@ -48,7 +48,7 @@ def hold_out(
     found = list(batches)
     if len(found) == 1 and (batched := _batched_inputs(program.signature)) is not None:
         size = _rows_of(found[0], batched)
-        held = max(1, round(size * fraction))
+        held = min(max(1, round(size * fraction)), size - 1)
         if size > 1:
             found = [_rows(found[0], batched, slice(0, size - held)), _rows(found[0], batched, slice(size - held, size))]
             return found[:1], found[1:]

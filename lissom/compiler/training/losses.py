@@ -199,7 +199,7 @@ def cross_entropy(output: Output, logits: torch.Tensor, labels: torch.Tensor) ->
     if labels.is_floating_point():
         return mean((logits.reshape(labels.shape) - labels.float()).square())
     following = next_labels(output, labels).flatten()
-    counted = total(int((following != IGNORED).sum()))
+    counted = max(total(int((following != IGNORED).sum())), 1)
     return functional.cross_entropy(logits.flatten(0, -2), following, ignore_index=IGNORED, reduction="sum") / counted
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from lissom.compiler.analysis.module_filter import is_path_protected
+from lissom.compiler.analysis.structure.linear import is_quantizer
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
@@ -109,7 +110,7 @@ class Fitting(Training):
         every = self._batches(edit)
         batches, judged = hold_out(program, every, self.held_out, self.seed, self.name())
         learned = self._learned(program)
-        scales = _learning_scales(program) if self.scales else {}
+        scales = _learning_scales(program, self._stays(program)) if self.scales else {}
         learned |= {name: scale for name, (scale, _) in scales.items()}
         with data_parallel(next(iter(learned.values())).device) as ranks, ExitStack() as held:
             checkpoint = self._checkpoint(edit, every, ranks)
@@ -192,15 +193,32 @@ class Fitting(Training):
 
     def _names(self, program: Program) -> list[str]:
         """The names of the parameters that learn."""
-        tables = {str(item.node.all_input_nodes[0].target) for item in program.fact(structure).embeddings}
-        found: list[str] = []
-        for name, tensor in program.weights().items():
+        stays = self._stays(program)
+        return [
+            name
+            for name, tensor in program.weights().items()
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and not stays(name)
+        ]
+
+    def _stays(self, program: Program) -> Callable[[str], bool]:
+        """Whether the options leave a weight, or the scale of a quantizer, as it is. It takes its name."""
+        tables = set[str]()
+        for item in () if self.embeddings else program.fact(structure).embeddings:
+            found = item.node.all_input_nodes[0]
+            while is_quantizer(found):
+                tables |= {str(part.target) for part in found.all_input_nodes[1:]}
+                found = found.all_input_nodes[0]
+            tables.add(str(found.target))
+
+        def stays(name: str) -> bool:
             path = name.rpartition(".")[0]
-            stays = name in tables and not self.embeddings
-            stays = stays or is_path_protected(path, self.skip) or bool(self.only and not is_path_protected(path, self.only))
-            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and not stays:
-                found.append(name)
-        return found
+            return (
+                name in tables
+                or is_path_protected(path, self.skip)
+                or bool(self.only and not is_path_protected(path, self.only))
+            )
+
+        return stays
 
     def _learned(self, program: Program) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name."""
@@ -278,10 +296,14 @@ def _load_quantizers(edit: Editor) -> None:
         edit.note(f"the quantizers in the graph run without Lissom's kernels, which makes a step slower: {missing}")
 
 
-def _learning_scales(program: Program) -> dict[str, tuple[nn.Parameter, torch.dtype]]:
-    """The scales of quantizers in the graph, as parameters in float32 that take their place; and their dtypes."""
+def _learning_scales(program: Program, stays: Callable[[str], bool]) -> dict[str, tuple[nn.Parameter, torch.dtype]]:
+    """The scales of quantizers in the graph, as parameters in float32 that take their place; and their dtypes.
+
+    stays: whether the scale of this name is left as it is.
+    """
     reads = [node.args[1] for node in program.nodes(fake_quantize)]
-    names = dict.fromkeys(str(read.target) for read in reads if isinstance(read, fx.Node) and read.op == "get_attr")
+    known = dict.fromkeys(str(read.target) for read in reads if isinstance(read, fx.Node) and read.op == "get_attr")
+    names = [name for name in known if not stays(name)]
     found = {
         name: (nn.Parameter(program.weight(name).detach().to(torch.float32, copy=True)), program.weight(name).dtype)
         for name in names

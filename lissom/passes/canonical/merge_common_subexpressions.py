@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.match import is_handed_out
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import ScalarType
 from lissom.compiler.pipeline.pass_kinds import Rewrite
@@ -27,8 +28,12 @@ class MergeCommonSubexpressions(Rewrite):
         reads = [node for node in edit.program.graph.nodes if node.op == "get_attr"]
         for node in chain(reads, edit.nodes()):
             key = _key(edit.program, node)
-            if key is not None and (earlier := first.setdefault(key, node)) is not node:
-                edit.replace(node, earlier)
+            if key is None or (earlier := first.setdefault(key, node)) is node:
+                continue
+            # Two outputs have memory of their own each.
+            if nodes.is_tensor(node) and all(is_handed_out(edit.program, item) for item in (node, earlier)):
+                continue
+            edit.replace(node, earlier)
 
 
 def _key(program: Program, node: fx.Node) -> object:

@@ -86,7 +86,9 @@ def _guards(edit: Editor, node: fx.Node, source: fx.Node) -> bool:
     memory = memory_of(source)
     if memory.op == "get_attr" and str(memory.target) in edit.program.state:
         return True
-    if memory.op in ("placeholder", "get_attr") and is_handed_out(edit.program, node):
+    # The program would return an input, a weight, or one output twice.
+    returned = memory.op in ("placeholder", "get_attr") or is_handed_out(edit.program, memory)
+    if returned and is_handed_out(edit.program, node):
         return True
     return is_read_by(node, ops.READ_LAYOUT)
 

@@ -49,7 +49,9 @@ class RewriteEinsum(Rewrite):
             if letters is None:
                 edit.skip(node, f"'{node.args[0]}' is no product of two operands")
                 continue
-            if _varying(operands[0], letters.left, letters.rows) + _varying(operands[1], letters.right, letters.contracted) > 1:
+            left, right = operands
+            others = _varies(left, letters.left, letters.rows) or _varies(right, letters.right, letters.columns)
+            if others and _varies(right, letters.right, letters.contracted):
                 edit.skip(node, f"'{node.args[0]}' folds two sizes that vary")
                 continue
             with edit.before(node):
@@ -99,10 +101,10 @@ def parse(equation: str) -> _Letters | None:
     return _Letters(left, right, result, batch, rows, contracted, columns)
 
 
-def _varying(operand: fx.Node, term: str, group: str) -> int:
-    """1 when a group of several letters has a dynamic size, so that flattening it takes the one -1 of a reshape."""
+def _varies(operand: fx.Node, term: str, group: str) -> bool:
+    """Whether a group of several letters has a dynamic size, so that flattening it takes the one -1 of a reshape."""
     shape = nodes.tensor_type(operand).shape
-    return int(len(group) != 1 and any(not isinstance(shape[term.index(letter)], int) for letter in group))
+    return len(group) != 1 and any(not isinstance(shape[term.index(letter)], int) for letter in group)
 
 
 def _product(edit: Editor, operands: Sequence[fx.Node], letters: _Letters) -> fx.Node:

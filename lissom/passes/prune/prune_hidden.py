@@ -10,13 +10,13 @@ zero for them, and layers ignore them. `eliminate-dead`, which runs right after 
   DepGraph: Towards Any Structural Pruning, equation 4. https://arxiv.org/abs/2301.12900
 
 With `reconstruct`, layers that read the stream are refitted in order: x and x̃ are a layer's inputs in the original and in the
-pruned program, and W̃ minimizes E‖W x + b − W̃ x̃ − b̃‖² + λ‖W̃‖², so
+pruned program, and W̃ minimizes E‖W x + b − W̃ x̃ − b̃‖² + λ‖W̃ − W‖², so
 
-    W̃ = W · Cov(x, x̃) (Cov(x̃, x̃) + λI)⁻¹        b̃ = b + W E[x] − W̃ E[x̃]
+    W̃ = W + W (Cov(x, x̃) − Cov(x̃, x̃)) (Cov(x̃, x̃) + λI)⁻¹        b̃ = b + W E[x] − W̃ E[x̃]
 
-with λ a hundredth of the mean of Var(x̃); without a bias the moments are not centred. He et al. 2017, Channel Pruning for
-Accelerating Very Deep Neural Networks, equation 2. https://arxiv.org/abs/1707.06168 An LM head tied to an embedding table keeps
-its weight.
+with λ a hundredth of the mean of Var(x̃); without a bias the moments are not centred. Where the data says nothing, W stays. He et al. 2017, Channel
+Pruning for Accelerating Very Deep Neural Networks, equation 2. https://arxiv.org/abs/1707.06168 An LM head tied to an embedding
+table keeps its weight.
 """
 
 from __future__ import annotations
@@ -277,10 +277,13 @@ def fit(
         gram += (y.float().T @ y.float()).double()
         sums += torch.stack([x.double().sum(0), y.double().sum(0)])
         count += len(x)
+    if count <= centred:  # a mean of one row has no variance
+        return weight.masked_fill(~kept, 0), torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
     means = sums / count if centred else torch.zeros_like(sums)
     cross, gram = cross / count - means[0, :, None] * means[1], gram / count - means[1, :, None] * means[1]
-    gram = gram[kept][:, kept]
-    gram.diagonal().add_(DAMPING * gram.diagonal().mean())
+    gram, own = gram[kept][:, kept], weight[:, kept].double()
+    missing = weight.double() @ cross[:, kept] - own @ gram
+    gram.diagonal().add_(max(DAMPING * float(gram.diagonal().mean()), 1e-12))
     result = torch.zeros_like(weight)
-    result[:, kept] = torch.linalg.solve(gram, (weight.double() @ cross[:, kept]).T).T.to(weight.dtype)
+    result[:, kept] = (own + torch.linalg.solve(gram, missing.T).T).to(weight.dtype)
     return result, (weight.double() @ means[0] - result.double() @ means[1]).to(weight.dtype)

@@ -37,7 +37,7 @@ from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.hessian import inverse_factor
 from lissom.compiler.calibration.layer_sweep import sweep_moments
-from lissom.compiler.calibration.statistics import Moments
+from lissom.compiler.calibration.statistics import NO_TOKENS, Moments
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
@@ -189,13 +189,20 @@ class Sparsify(Approximation):
         """Zero the smallest weights. ranked: the names of weights without an amount, which scope=global ranks together."""
         matrices = {matrix.name: matrix for matrix in layers.values()}
         together = [matrix.read(edit.program) for name, matrix in matrices.items() if name in ranked]
-        least = threshold(together, _KEEP if self.keep is None else self.keep) if self.scope == "global" and together else None
+        chosen = list[torch.Tensor]()
+        if self.scope == "global" and together:
+            whole = most(
+                torch.cat([weight.abs().flatten().float() for weight in together]), _KEEP if self.keep is None else self.keep
+            )
+            chosen = list(whole.split([weight.numel() for weight in together]))
         for name, matrix in matrices.items():
             weight, density = matrix.read(edit.program), densities[name]
             if isinstance(density, tuple):
                 kept = largest(weight.abs(), density)
+            elif chosen and name in ranked:
+                kept = chosen.pop(0).view_as(weight)
             else:
-                kept = weight.abs() > (threshold([weight], density) if least is None or name not in ranked else least)
+                kept = most(weight.abs().float(), density)
             matrix.write(edit, weight.masked_fill(~kept, 0))
 
     def _tell(
@@ -206,7 +213,7 @@ class Sparsify(Approximation):
         chosen: dict[str, object] = {}
         for name, matrix in matrices.items():
             density = densities[name]
-            if self.scope == "global":
+            if self.scope == "global" and not isinstance(density, tuple):
                 weight = matrix.read(edit.program)
                 density = int(weight.count_nonzero()) / weight.numel()
             chosen[name] = ":".join(map(str, density)) if isinstance(density, tuple) else density
@@ -254,14 +261,16 @@ def _calibrate(edit: Editor, layers: dict[fx.Node, Matrix], prune: Prune) -> Non
     for finished, (node, read) in enumerate(sweep_moments(edit.program, edit.data, names)):
         edit.report("layers", finished, len(set(names.values())))
         edit.current = node
+        if not read.moments.count:
+            edit.skip(node, NO_TOKENS)
+            continue
         layers[node].write(edit, prune(layers[node].read(edit.program), read.moments, names[node]))
 
 
-def threshold(weights: Sequence[torch.Tensor], keep: float) -> float:
-    """The magnitude that the fraction `keep` of all these weights exceeds."""
-    sizes = torch.cat([weight.abs().flatten().float() for weight in weights])
-    gone = sizes.numel() - max(1, round(keep * sizes.numel()))
-    return float(sizes.kthvalue(gone).values) if gone else -1.0
+def most(scores: torch.Tensor, keep: float) -> torch.Tensor:
+    """True for the fraction `keep` of the scores that is largest, one at least; of equal ones the first."""
+    places = scores.flatten().sort(descending=True, stable=True).indices[: max(1, round(keep * scores.numel()))]
+    return torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device).index_fill_(0, places, True).view_as(scores)
 
 
 def largest(scores: torch.Tensor, pattern: tuple[int, int]) -> torch.Tensor:
@@ -290,7 +299,7 @@ def sparsegpt(weight: torch.Tensor, read: Moments, density: Density, damping: fl
         block, upper = result[:, start : start + block_size], factor[start : start + block_size, start : start + block_size]
         # Zeros are written, not multiplied: a negative zero has its sign bit set, so compression would not see a zero.
         scores = block.square() / upper.diagonal().square()
-        kept = scores > threshold([scores], keep)
+        kept = most(scores, keep)
         errors = torch.zeros_like(block)
         for index in range(block.shape[1]):
             if pattern and index % pattern[1] == 0:

@@ -25,6 +25,7 @@ from lissom.compiler.analysis.structure.linear import bias_of, is_linear
 from lissom.compiler.analysis.structure.matrix import RoundedMatrix, matrix_of, rounded_matrix_of, treated_layers
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.layer_sweep import sweep
+from lissom.compiler.calibration.statistics import NO_TOKENS
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import evaluate_nodes
@@ -57,7 +58,11 @@ class CorrectBias(Approximation):
         for finished, (layer, read) in enumerate(sweep(edit.program, edit.data, list(layers), edit.reference)):
             edit.report("layers", finished, len(layers))
             edit.current = layer
-            mean = torch.cat(read).double().mean(0)
+            rows = torch.cat(read)
+            if not len(rows) or not bool(wanted[layer].isfinite().all()):
+                edit.skip(layer, NO_TOKENS)
+                continue
+            mean = rows.double().mean(0)
             bias = bias_of(layer)
             assert bias is not None
             held = edit.tensor(bias)

@@ -25,7 +25,7 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.structure.linear import input_of
-from lissom.compiler.calibration.statistics import observe
+from lissom.compiler.calibration.statistics import NO_TOKENS, observe
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Rewrite
 from lissom.compiler.transforms.channel_scaling import chosen_sites
@@ -60,6 +60,9 @@ class SmoothQuant(Rewrite):
         sites = chosen_sites(edit, norms=self.norms, linears=self.linears, skip=self.skip, only=self.only)
         largest = largest_values(edit, {input_of(reader.layer) for site in sites for reader in site.readers})
         for site in sites:
+            if any(input_of(reader.layer) not in largest for reader in site.readers):
+                edit.skip(site.producer, NO_TOKENS)
+                continue
             read = [site.by_channel(reader, largest[input_of(reader.layer)]) for reader in site.readers]
             site.scale(edit, smoothing(torch.stack(read).amax(0), site.read_sizes(edit.program), self.alpha))
 

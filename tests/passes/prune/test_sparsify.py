@@ -16,7 +16,7 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
 from lissom.errors import LissomError, RequirementError, UnsupportedError
 from lissom.passes import PASSES
-from lissom.passes.prune.sparsify import NOTE, Sparsify, sparsegpt, threshold, wanda
+from lissom.passes.prune.sparsify import NOTE, Sparsify, most, sparsegpt, wanda
 from tests import captures
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
 from tests.passes.harness import check_golden, rewrite
@@ -166,7 +166,7 @@ def test_sparsegpt_gives_less_error_than_wanda_and_wanda_less_than_magnitude() -
     weight, rows = normal(32, 64), normal(400, 64, seed=1) @ mixing
     read = moments_of(rows)
     found = {
-        "magnitude": weight.masked_fill(weight.abs() <= threshold([weight], 0.5), 0),
+        "magnitude": weight.masked_fill(~most(weight.abs(), 0.5), 0),
         "wanda": wanda(weight, read, 0.5),
         "sparsegpt": sparsegpt(weight, read, 0.5, 0.01, 16),
     }

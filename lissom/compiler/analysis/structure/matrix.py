@@ -121,7 +121,18 @@ def treated_layers(
         matrix = find(node)
         return matrix if isinstance(matrix, str) else obstacle(node, matrix) or matrix
 
-    return edit.accepted((node, treat(node)) for node in edit.nodes() if is_linear(node) and node not in passed_over)
+    layers = [node for node in edit.nodes() if is_linear(node) and node not in passed_over]
+    ways: dict[str, set[bool]] = {}
+    for node in layers:
+        if not isinstance(matrix := find(node), str):
+            ways.setdefault(matrix.name, set()).add(matrix.transposed)
+    turned = {name for name, found in ways.items() if len(found) > 1}
+
+    def treat_one_way(node: fx.Node) -> Found | str:
+        found = treat(node)
+        return found if isinstance(found, str) or found.name not in turned else "its weight is read in both orientations"
+
+    return edit.accepted((node, treat_one_way(node)) for node in layers)
 
 
 def readers_of(weight: fx.Node) -> list[fx.Node]:

@@ -257,7 +257,8 @@ def _ending(program: Program, reference: Program, columns: Columns, residual: fx
     if not _same_type(known.get(layer.name), layer):
         return "the program before pruning has no such layer"
     bias = bias_of(layer)
-    bias = bias if bias is not None and bias.op == "get_attr" and _reads(program, bias) == 1 else None
+    if bias is not None and (bias.op != "get_attr" or _reads(program, bias) > 1):
+        return "its bias is computed, or read elsewhere too"
     joined = residual is not None and layer in residual.all_input_nodes and nodes.argument(residual, "alpha") == 1
     if residual is None or not joined or not _same_type(known.get(residual.name), residual):
         return Ending(columns, bias, start, None, known[layer.name])

@@ -252,7 +252,7 @@ def _observe(edit: Editor, sites: Sequence[_Site]) -> dict[fx.Node, list[_Seen]]
     program, samples = edit.program, spread(edit.data, _TOKENS)
     for finished, sample in enumerate(samples):
         edit.report("observe", finished, len(samples))
-        values: dict[fx.Node, torch.Tensor] = {}
+        values: dict[fx.Node, torch.Tensor] = dict(zip(program.placeholders, sample, strict=True))
         wanted = {item for site in sites for item in (site.q, site.k)}
 
         def keep(

@@ -25,11 +25,12 @@ from torch import fx
 from lissom.compiler.analysis.amounts import Amounts, AmountSite, Legal
 from lissom.compiler.analysis.axes.zeros import is_zero, zeros
 from lissom.compiler.analysis.module_filter import is_path_protected
-from lissom.compiler.analysis.structure.linear import weight_of
+from lissom.compiler.analysis.structure.linear import weight_of, weight_path
 from lissom.compiler.analysis.structure.transformer import Layer, structure
 from lissom.compiler.calibration.statistics import observe
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.interpreter import evaluate_nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.compiler.pipeline.spelling import format_pass
@@ -144,9 +145,9 @@ class PruneLayers(Approximation):
     def _scores(self, edit: Editor, units: dict[str, list[Branch]]) -> dict[str, float]:
         if self.criterion == "magnitude":
             # The Frobenius norm of the last matrices of all branches together.
-            weights = {path: [weight_of(branch.last) for branch in unit] for path, unit in units.items()}
+            weights = {path: [_values(edit.program, branch.last) for branch in unit] for path, unit in units.items()}
             return {
-                path: sum(float(edit.tensor(item).square().sum()) for item in read if item is not None) ** 0.5
+                path: sum(float(item.square().sum()) for item in read if item is not None) ** 0.5
                 for path, read in weights.items()
             }
         if not edit.data:
@@ -154,6 +155,12 @@ class PruneLayers(Approximation):
                 "prune-layers{criterion=influence} needs calibration data: pass data=, or choose criterion=magnitude"
             )
         return _influences(edit, units)
+
+
+def _values(program: Program, layer: fx.Node) -> torch.Tensor | None:
+    """The numbers of a layer's weight, those of stored integers too; None where it is computed from inputs."""
+    path = weight_path(layer)
+    return evaluate_nodes(program.graph_module, path[0]).float() if path and path[-1].op == "get_attr" else None
 
 
 def _units(program: Program, layer: Layer, part: str) -> dict[str, list[Branch] | str]:
