@@ -70,6 +70,17 @@ def test_a_loop_of_ones_own() -> None:
     assert torch.allclose(found.logits[0, -1], wanted[0, 3], **CLOSE)
 
 
+def test_a_call_with_the_cache_goes_on_where_it_was() -> None:
+    """The encoder's inputs may be given again: the text of the decoder stays."""
+    bart, fast = model(BART), compiled(BART)
+    inputs, tokens = source(BART, 2, 9), torch.tensor([[0, 8, 5], [0, 6, 7]])
+    with torch.no_grad():
+        wanted = bart(**inputs, decoder_input_ids=tokens, use_cache=False).logits[:, -1]
+    begun = fast(tokens[:, :2], **inputs)
+    found = fast(tokens[:, 2:], cache=begun.cache, **inputs)
+    assert torch.allclose(found.logits[:, -1], wanted, **CLOSE)
+
+
 def test_both_programs_share_the_weights_of_the_model() -> None:
     bart, fast = model(BART), compiled(BART)
     places = {weight.data_ptr() for weight in bart.parameters()}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import lissom
+from lissom.errors import InputError
 from tests.decoders import decoder, prompt
 
 
@@ -32,3 +34,24 @@ def test_perplexity_of_all_positions_is_a_bound() -> None:
     steps = [step.spelling for step in fast.report.history.steps]
     assert steps.index("quantize-cache") < steps.index("eliminate-dead-tokens")
     assert fast.step(ids, mask).shape == (2, wanted.shape[-1])
+
+
+def test_a_metric_reads_every_text_from_an_empty_state() -> None:
+    texts = [prompt(length=length)["input_ids"] for length in (6, 4)]
+    found = []
+
+    def metric(logits_of) -> float:
+        found.append([logits_of(ids) for ids in (*texts, texts[0])])
+        return 1.0
+
+    fast = lissom.compile_generation(decoder("mamba2"), max_length=16, metric=metric, goal=None)
+    for first, other, again in found:
+        assert torch.equal(first, again) and not torch.equal(first, other)
+    fast.reset()
+    torch.testing.assert_close(fast.step(texts[1]), found[-1][1], rtol=0, atol=1e-5)
+
+
+def test_a_text_longer_than_the_cache_is_refused() -> None:
+    ids = torch.zeros(1, 20, dtype=torch.int64)
+    with pytest.raises(InputError, match="metric gave a text of 20 tokens; this decoder reads 16 or fewer"):
+        lissom.compile_generation(decoder("llama"), max_length=16, metric=lambda logits_of: float(logits_of(ids).sum()))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lissom
-from lissom.errors import UnsupportedError
+from lissom.errors import InputError, UnsupportedError
 from tests.decoders import decoder, prompt
 from tests.test_generation import compiled
 
@@ -69,3 +69,14 @@ def test_a_quantized_cache_can_be_cropped() -> None:
     wanted = fast.step(ids[:, :1])
     fast.crop(5)
     assert torch.equal(fast.step(ids[:, :1]), wanted)
+
+
+def test_a_wrong_token_leaves_the_state_as_it_was() -> None:
+    fast = lissom.compile_generation(decoder("mamba2"), max_length=16)
+    ids = prompt(length=5)["input_ids"]
+    fast.step(ids)
+    with pytest.raises(InputError):
+        fast.step(torch.tensor([[10_000]]))
+    found = fast.step(ids[:, :1])
+    fast.reset()
+    torch.testing.assert_close(found, fast.step(torch.cat([ids, ids[:, :1]], 1)), rtol=0, atol=2e-5)

@@ -115,3 +115,19 @@ def test_lines_give_their_text_back(minilm):
         line = Line.of(item)
         names = [*line.names, ""]
         assert "".join(piece + name for piece, name in zip(line.pieces, names, strict=True)) == item
+
+
+def test_layers_that_read_an_input_with_the_name_of_a_builtin():
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)))
+    text = lissom.optimize(model, torch.randn(2, 8), checks="structural").program.text()
+    assert "input:" in text.split("\n")[0] and "%input_1" in text
+    assert [group.members for group in identical_layers(lines(text))[""]] == [("0", "1", "2")]
+
+
+def test_a_weight_whose_name_has_a_dash():
+    model = nn.Sequential()
+    model.add_module("en-de", nn.Linear(4, 4))
+    text = lissom.optimize(model, torch.randn(2, 4), checks="structural").program.text()
+    assert {"@en-de.weight", "@en-de.bias"} <= {line.defines for line in lines(text)}
+    reads = next(line.reads for line in lines(text) if line.is_node and line.reads)
+    assert "@en-de.weight" in reads

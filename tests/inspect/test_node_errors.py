@@ -195,3 +195,10 @@ def test_state_is_not_shared_between_the_two_programs():
     report = lissom.optimize(model, torch.ones(2, 4), checks="structural", dynamic=False).report
     assert set(report.errors().nodes.values()) == {0.0}
     assert not model.kept.any()
+
+
+def test_a_module_whose_name_is_markup():
+    model = nn.Sequential()
+    model.add_module("[/b]", nn.Linear(4, 4))
+    found = lissom.optimize(model, torch.randn(2, 4), passes="quantize{scheme=int8-weight}")
+    assert "[/b]" in str(found.report.errors(model))

@@ -8,7 +8,8 @@ from torch import nn
 
 import lissom
 from lissom.errors import UnsupportedError
-from lissom.inspect.plots import KINDS, Facts
+from lissom.inspect.pictures import new_figure
+from lissom.inspect.plots import KINDS, Facts, _ceilings
 from lissom.inspect.report import Report
 from tests import captures
 from tests.inspect.test_machine import example
@@ -83,3 +84,13 @@ def test_a_roofline_needs_ceilings(compiled, tmp_path):
     compiled.report.timer.known = dataclasses.replace(times, ceilings=None)
     with pytest.raises(UnsupportedError, match="lissom machine"):
         compiled.report.plot("roofline", tmp_path / "a.svg")
+
+
+def test_the_ceilings_start_left_of_every_knee():
+    """Also where all layers are bound by arithmetic."""
+    figure, (axes,) = new_figure()
+    ceilings = example().cpu
+    _ceilings(axes, ceilings, [1e6])
+    for line in axes.lines:
+        x, y = line.get_data()
+        assert list(x) == sorted(x) and list(y) == sorted(y)

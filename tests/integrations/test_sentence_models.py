@@ -276,6 +276,12 @@ def test_texts_as_data_and_a_metric_of_the_whole_model():
     assert (fast.encode(TEXTS) * wanted).sum(1).min() > 0.95
 
 
+def test_features_as_data():
+    model = sentence_transformer()
+    fast = lissom.compile(model, passes="quantize{scheme=int8-static}", data=[model.preprocess(TEXTS)], simulate=True)
+    assert (fast.encode(TEXTS) * model.encode(TEXTS)).sum(1).min() > 0.9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("passes", ["exact", "quantize"])
 def test_minilm(passes):

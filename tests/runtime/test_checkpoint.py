@@ -144,3 +144,16 @@ def test_other_models_have_no_checkpoint(tmp_path):
     fast = lissom.compile(nn.Linear(4, 2), normal(3, 4), checks="off")
     with pytest.raises(UnsupportedError, match=r"lissom.optimize\(model, example_inputs, passes=...\).save_pretrained"):
         fast.save_pretrained(tmp_path / "checkpoint")
+
+
+def test_weights_that_differ_in_their_configuration_are_not_padded(tmp_path):
+    """Stages of a hierarchical transformer have numbers too, and widths of their own."""
+    sizes = {"hidden_sizes": [8, 16], "num_encoder_blocks": 2, "depths": [1, 1], "num_attention_heads": [1, 2]}
+    lists = {"sr_ratios": [2, 1], "patch_sizes": [3, 3], "strides": [2, 2], "mlp_ratios": [2, 2]}
+    model = seeded(lambda: transformers.SegformerModel(transformers.SegformerConfig(**sizes, **lists, decoder_hidden_size=8)))
+    pictures = normal(2, 3, 16, 16)
+    found = lissom.optimize(model, {"pixel_values": pictures}, checks="off")
+    found.save_pretrained(tmp_path / "checkpoint")
+    again = transformers.SegformerModel.from_pretrained(tmp_path / "checkpoint").eval()
+    with torch.no_grad():
+        assert torch.equal(again(pictures).last_hidden_state, model(pictures).last_hidden_state)

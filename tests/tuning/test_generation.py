@@ -8,6 +8,7 @@ import torch
 import lissom
 from lissom.errors import InputError, UnsupportedError
 from lissom.tuning.generation import perplexity_of_prompts, token_ids
+from tests.decoders import decoder, prompt
 from tests.models import tiny_llama, tokens
 
 
@@ -65,6 +66,9 @@ def test_a_decode_step_is_what_is_timed():
     [
         ({"goal": "latency"}, UnsupportedError, "choose decode, prefill, memory"),
         ({"metric": "bleu"}, UnsupportedError, "give 'perplexity', a function, or None"),
+        ({"data": None}, InputError, "data="),
+        ({"data": [torch.ones(1, 1, dtype=torch.long)] * 4}, InputError, "data= has texts of one token"),
+        ({"batch": 4, "data": [torch.ones(6, 4, dtype=torch.long)]}, InputError, "data= holds 1 batch of 4 rows"),
         ({"data": [torch.ones(1, 4, dtype=torch.long)]}, InputError, "data= holds 1 batch of 1 rows"),
     ],
 )
@@ -72,3 +76,16 @@ def test_wrong_arguments_are_refused(arguments, error, sentence):
     given = {"max_length": 16, "data": texts(2)} | arguments
     with pytest.raises(error, match=sentence):
         lissom.tune_generation(tiny_llama().model, **given)
+
+
+def test_every_text_is_read_by_itself():
+    """The state of a recurrence that one text leaves is not what the next one starts with."""
+    given = prompt(2)["input_ids"]
+    fast = lissom.compile_generation(decoder("mamba2"), max_length=16, all_logits=True, goal=None)
+    scores = []
+    metric = perplexity_of_prompts(lissom.generation.named_prompts([given], 1, 16))
+    for _ in range(2):
+        scores.append(metric(fast.compiled))
+    assert scores[0] == scores[1]
+    rows = [perplexity_of_prompts(lissom.generation.named_prompts([row[None]], 1, 16))(fast.compiled) for row in given]
+    assert scores[0] == pytest.approx(sum(rows) / 2, rel=1e-6)

@@ -110,3 +110,9 @@ def test_a_weighted_item_has_a_factor_on_the_loss_of_amounts():
     item = Item(Option(4), 0.5, -1.0, 0.2)
     assert item.weighted(0.5).loss == pytest.approx(0.4)
     assert item.weighted(1.0) is item
+
+
+def test_a_bound_without_end_allows_every_loss():
+    law = PowerLaw().fit([(1.0, 1e-3), (2.0, 3e-3), (4.0, 9e-3)], 1e-3)
+    assert law.inverse(1e300) > 1e100
+    assert PowerLaw(1.0, 0.25).inverse(1e300) == math.inf

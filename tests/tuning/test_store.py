@@ -66,7 +66,7 @@ def test_lines_that_are_no_records_are_passed_over(tmp_path, line):
     assert store.all("loss") == []
 
 
-@pytest.mark.parametrize("value", ["1e400", "NaN", '"1"', "true", "null", "-1", "[1]"])
+@pytest.mark.parametrize("value", ["1e400", "9" * 400, "NaN", '"1"', "true", "null", "-1", "[1]"])
 def test_a_number_that_is_none_is_not_taken(tmp_path, value):
     (tmp_path / FILE).write_text(f'{{"version":1,"kind":"loss","key":"key","name":"name","loss":{value}}}\n')
     assert number(Store(tmp_path).get("loss", "key", "name"), "loss", 0.0) is None

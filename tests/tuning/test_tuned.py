@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from itertools import cycle
 
 import pytest
@@ -11,7 +12,10 @@ import torch
 
 import lissom
 from lissom.errors import InputError, UnsupportedError
+from lissom.generation.scoring import Scorer
 from lissom.inspect.tables import plain
+from lissom.tuning.store import Store
+from lissom.tuning.tuned import _identity
 from tests.models import feed_forward, normal, tiny_bert
 from tests.tuning.searches import FAMILIES, batches
 
@@ -179,6 +183,8 @@ def test_a_metric_that_does_not_measure_is_refused(metric, sentence):
         ({"minutes": 0}, UnsupportedError, "minutes= is 0"),
         ({"minutes": math.inf}, UnsupportedError, "minutes= is inf"),
         ({"backends": ()}, UnsupportedError, "backends= is empty"),
+        ({"backends": None}, UnsupportedError, "backends= is None; give one or more"),
+        ({"backends": ("eager", "eager")}, UnsupportedError, "backends= holds 'eager' twice"),
         ({"backends": ("egaer",)}, UnsupportedError, "there is no backend 'egaer'; did you mean 'eager'"),
         ({"backends": ("distributed",)}, UnsupportedError, "programs that run in one process"),
         ({"distill": 1}, UnsupportedError, "distill= is 1; give True or False"),
@@ -188,3 +194,49 @@ def test_bad_options_are_refused(options, error, sentence):
     case = feed_forward()
     with pytest.raises(error, match=sentence):
         lissom.tune(case.model, case.inputs, **{"data": [case.inputs], **options})
+
+
+def test_a_store_gives_only_what_a_call_may_have(tmp_path):
+    """Candidates of other backends, trained ones, and those of another goal stay out."""
+    case = feed_forward()
+    given = {"data": [case.inputs] * 2, "store": tmp_path, "max_drop": 0.5}
+    first = lissom.tune(case.model, case.inputs, goal="memory", minutes=0.05, distill=False, **given)
+    candidates = [item for item in Store(tmp_path).all("candidate") if item["pipeline"] != "exact"]
+    for change in ({"backend": "onnxruntime"}, {"distilled": True, "pipeline": "distill{steps=3}"}):
+        Store(tmp_path).add(
+            "candidate", str(candidates[0]["key"]), str(change), **{**_fields(candidates[0]), **change, "bytes": 1}
+        )
+    again = lissom.tune(case.model, case.inputs, goal="memory", minutes=1e-6, distill=False, **given)
+    assert {item.backend for item in again.report.candidates} == {"eager"}
+    assert not any(item.distilled for item in again.report.candidates)
+    assert len(again.report.candidates) == len([item for item in first.report.candidates if not item.failed])
+    other = lissom.tune(case.model, case.inputs, goal="latency", minutes=1e-6, distill=False, **given)
+    assert len(other.report.candidates) == 1
+
+
+def _fields(record):
+    return {name: value for name, value in record.items() if name not in ("version", "kind", "key", "name")}
+
+
+def test_labels_in_the_data_are_passed_over():
+    case = feed_forward()
+    name = lissom.optimize(case.model, case.inputs).program.signature.parameters[0]
+    labelled = [{name: normal(2, 5, 8, seed=seed), "labels": torch.zeros(2)} for seed in range(2)]
+    tuned = lissom.tune(case.model, case.inputs, data=labelled, goal="memory", minutes=0.05, distill=False, max_drop=0.5)
+    assert len(tuned.report.candidates) > 1
+
+
+def test_metrics_are_told_apart_by_their_code():
+    """Those of decoders, partial ones, and code in nested functions."""
+
+    class Scored:
+        noise, score = 0.0, 1.0
+
+    metrics = [
+        Scorer(lambda logits_of: 1.0, 1, 8),
+        Scorer(lambda logits_of: 2.0, 1, 8),
+        partial(lambda model, by: 3.0, by=1),
+        lambda model: (lambda: 4.0)(),
+        lambda model: (lambda: 5.0)(),
+    ]
+    assert len({_identity(metric, Scored()) for metric in metrics}) == len(metrics)

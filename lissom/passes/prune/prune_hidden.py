@@ -14,9 +14,9 @@ pruned program, and W̃ minimizes E‖W x + b − W̃ x̃ − b̃‖² + λ‖W�
 
     W̃ = W + W (Cov(x, x̃) − Cov(x̃, x̃)) (Cov(x̃, x̃) + λI)⁻¹        b̃ = b + W E[x] − W̃ E[x̃]
 
-with λ a hundredth of the mean of Var(x̃); without a bias the moments are not centred. Where the data says nothing, W stays. He et al. 2017, Channel
-Pruning for Accelerating Very Deep Neural Networks, equation 2. https://arxiv.org/abs/1707.06168 An LM head tied to an embedding
-table keeps its weight.
+with λ a hundredth of the mean of Var(x̃); without a bias the moments are not centred. Where the data says nothing, W stays. He
+et al. 2017, Channel Pruning for Accelerating Very Deep Neural Networks, equation 2. https://arxiv.org/abs/1707.06168 An LM head
+tied to an embedding table keeps its weight.
 """
 
 from __future__ import annotations

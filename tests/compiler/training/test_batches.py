@@ -40,6 +40,8 @@ def test_a_part_is_held_out() -> None:
 def test_a_single_batch_is_split_by_rows() -> None:
     kept, held = hold_out(program(), [Batch([normal(4, 5, 8)], torch.arange(4))], 0.25, 0, "distill")
     assert kept[0].labels.tolist() == [0, 1, 2] and held[0].labels.tolist() == [3]
+    kept, held = hold_out(program(), [Batch([normal(2, 5, 8)])], 0.8, 0, "distill")
+    assert len(kept[0].inputs[0]) == len(held[0].inputs[0]) == 1
     with pytest.raises(RequirementError, match="distill has one row of data, and needs at least two"):
         hold_out(program(), [Batch([normal(1, 5, 8)])], 0.1, 0, "distill")
 

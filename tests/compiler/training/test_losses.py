@@ -95,6 +95,7 @@ def test_labels_of_a_causal_model_are_those_of_the_next_token() -> None:
         if labels[row, at + 1] >= 0
     ]
     assert float(cross_entropy(output, logits, labels)) == pytest.approx(sum(wanted) / len(wanted), rel=1e-5)
+    assert float(cross_entropy(output, logits, torch.full_like(labels, -100))) == 0.0
 
 
 class Heads(nn.Module):

@@ -1,7 +1,9 @@
 """Tests of lissom.inspect.html and Report.to_html."""
 
 import dataclasses
+import math
 import re
+import sys
 import time
 
 import pytest
@@ -167,3 +169,30 @@ def test_the_page_of_a_deep_model_is_small(tmp_path):
     assert texts_of(data) == compiled.report.history.texts
     # The first layers read what no other does; the most fold.
     assert max(len(group[0]) for group in data["folds"][data["steps"][-1]["fold"]]["encoder.layer"]) >= 94
+
+
+class Chooser(nn.Module):
+    """Numbers, and the index of the largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.layer(x)
+        return y, y.argmax(-1)
+
+
+def test_an_error_without_end_is_a_number(tmp_path):
+    """An index that differs has no finite relative error, and JSON has no infinity."""
+    found = lissom.optimize(Chooser(), torch.randn(64, 8), passes="low-rank{rank=1}", checks="numeric")
+    assert any(step.relative_error == math.inf for step in found.report.history.steps)
+    page = data_of(written(found.report, tmp_path))
+    assert max(step["error"] or 0 for step in page["steps"]) == sys.float_info.max
+
+
+def test_a_module_named_as_a_property_of_every_object(tmp_path):
+    model = nn.Sequential()
+    model.add_module("constructor", nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    found = lissom.optimize(model, torch.randn(2, 4), checks="structural")
+    assert texts_of(data_of(written(found.report, tmp_path))) == found.report.history.texts

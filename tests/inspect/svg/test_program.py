@@ -227,3 +227,12 @@ def test_places_in_a_wide_picture_are_not_rounded_to_pixels():
     canvas = Canvas()
     canvas.rect(12345.6, 0, 10, 10, "node")
     assert boxes(canvas.svg(20000, 10, "wide"), "node") == [("", (12345.6, 0, 12355.6, 10))]
+
+
+def test_a_module_called_output_is_not_the_result():
+    model = nn.Sequential()
+    model.add_module("output", nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
+    found = lissom.optimize(model, torch.randn(2, 8), checks="structural")
+    picture = found.report.to_svg()
+    assert len(nodes(picture)) == sum(line.is_node for line in map(Line.of, found.program.text().split("\n")))
+    assert texts(picture).count("output") == 2  # the module, and the result

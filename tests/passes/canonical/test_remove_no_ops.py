@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import lissom
 from lissom.backends.base import Backend
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pipeline import Pipeline
@@ -219,3 +220,15 @@ def test_twice_is_once() -> None:
     program, history = rewrite("remove-no-ops,remove-no-ops", seeded(Copying), normal(2, 5, 8))
     assert program.text() == history.texts[1]
     assert history.steps[2].summary == "nothing to do"
+
+
+def twice(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    y = x * 2
+    return y, y.clone(), y + 0, x.sin(), x.sin()
+
+
+def test_outputs_of_equal_value_keep_memory_of_their_own() -> None:
+    found = lissom.optimize(Calls(twice), normal(2, 3)).program(normal(2, 3, seed=1))
+    assert len({item.untyped_storage().data_ptr() for item in found}) == len(found)
+    for one, other in zip(found, twice(normal(2, 3, seed=1)), strict=True):
+        assert torch.equal(one, other)

@@ -103,6 +103,13 @@ def test_what_is_left_alone_is_reported() -> None:
     assert [skip.reason for skip in history.steps[1].skipped] == ["'bij->bji' is no product of two operands"]
 
 
+def test_two_sizes_that_vary_in_one_operand_are_left_alone() -> None:
+    """`[i·j, b·d]` would need two sizes of -1."""
+    function = lambda a, x: torch.einsum("hij,bijd->bhd", a, x)  # noqa: E731
+    program, history = rewrite("rewrite-einsum", Calls(function), normal(2, 3, 4), normal(5, 3, 4, 6))
+    assert calls(program, aten.einsum.default) == 1 and "folds two sizes that vary" in history.steps[-1].skipped[0].reason
+
+
 def test_composes() -> None:
     program, _ = rewrite("exact", seeded(Packed), normal(2, 5, 8))
     assert calls(program, aten.scaled_dot_product_attention.default) == 1

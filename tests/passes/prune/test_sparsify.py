@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import lissom
 from lissom.compiler.calibration.statistics import Moments
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import History
@@ -292,3 +293,36 @@ def test_composes() -> None:
 def test_a_number_with_a_colon_is_a_word() -> None:
     with pytest.raises(LissomError, match="option 'keep' of sparsify takes a number"):
         parse_pipeline("sparsify{keep=2:4}", PASSES)
+
+
+class BothWays(nn.Module):
+    """One matrix as a linear layer and, transposed, as a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(8, 8, bias=False), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.up(x)) @ self.up.weight)
+
+
+@pytest.mark.parametrize(
+    "passes",
+    ["sparsify{criterion=wanda}", "sparsify{criterion=sparsegpt}", "low-rank{rank=2}", "quantize{scheme=int8-weight},gptq"],
+)
+def test_a_matrix_that_is_read_in_both_orientations_is_left_alone(passes: str) -> None:
+    model, x = seeded(BothWays), normal(4, 8)
+    found = lissom.optimize(model, x, passes=passes, data=[(normal(4, 8, seed=seed),) for seed in range(3)])
+    reasons = [skip.reason for step in found.report.history.steps for skip in step.skipped]
+    assert "its weight is read in both orientations" in reasons
+
+
+@pytest.mark.parametrize("options", ["", ",criterion=sparsegpt", ",scope=global"])
+def test_equal_weights_keep_their_share(options: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.copy_(torch.where(normal(8, 8) > 0, 0.5, -0.5))
+    found = lissom.optimize(model, normal(32, 8), passes=f"sparsify{{keep=0.5{options}}}", data=[(normal(32, 8, seed=1),)])
+    kept = [int(found.program.weight(name).count_nonzero()) for name in ("0.weight", "2.weight")]
+    assert sum(kept) == 64 and ("global" in options or kept == [32, 32])

@@ -176,6 +176,23 @@ def test_embeddings_stay_unless_asked() -> None:
         assert same != changes, step(found.report.history).notes
 
 
+def test_a_quantized_table_and_the_scales_of_others_stay() -> None:
+    case = tied()
+    data = [(tokens(seed=seed),) for seed in range(6)]
+    passes = "quantize{scheme=int8-weight,embeddings=true}"
+    before = captures.optimize(case.model, case.inputs, passes=passes, data=data).program
+    for option, changes in (("", True), (',skip="*"', None), (",embeddings=true", True)):
+        text = f"{passes},distill{{steps=30,learning_rate=0.003{option}}}"
+        if changes is None:
+            with pytest.raises(RequirementError, match="has no weights to train"):
+                captures.optimize(case.model, case.inputs, passes=text, data=data)
+            continue
+        after = captures.optimize(case.model, case.inputs, passes=text, data=data).program
+        changed = {name for name, weight in before.weights().items() if not torch.equal(weight, after.weight(name))}
+        of_table = {name for name in changed if name.startswith(("head.weight", "table."))}
+        assert bool(of_table) == ("embeddings" in option), changed
+
+
 def test_only_the_named_modules_learn() -> None:
     case = tiny_bert()
     text = "prune-layers{keep=0.5}"
