@@ -6,15 +6,13 @@ import importlib
 import inspect
 import json
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from lissom.artifacts.arrays import read_arrays
 from lissom.compiler.pipeline.options import Metric
 from lissom.errors import ArtifactError, UnsupportedError, nearest
 from lissom.frontends.sources import Source
@@ -59,12 +57,9 @@ def read_data(path: Path, source: Source, device: torch.device | None = None) ->
 
 def _read_arrays(path: Path) -> Batch:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ArtifactError(
-            f"'{path}' cannot be read as arrays: {error}; write it with numpy.savez, by the arguments' names"
-        ) from error
+        return {name: torch.from_numpy(array) for name, array in read_arrays(path).items()}
+    except TypeError as error:
+        raise ArtifactError(f"'{path}' cannot be read as tensors: {error}; write numbers, by the arguments' names") from error
 
 
 def _json_texts(path: Path) -> list[str]:

@@ -23,7 +23,7 @@ def read_inputs(signature: Signature, path: Path) -> tuple[tuple[object, ...], d
 
     Raises: ArtifactError if the file cannot be read; InputError if it lacks an argument, or holds an unknown one.
     """
-    arrays = _read(path)
+    arrays = read_arrays(path)
     wanted = {leaf.path: leaf for leaf in signature.tensors}
     for name in arrays:
         if name not in wanted:
@@ -34,13 +34,14 @@ def read_inputs(signature: Signature, path: Path) -> tuple[tuple[object, ...], d
     return signature.arguments([_tensor(leaf, arrays[name]) for name, leaf in wanted.items()])
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file by name, in this machine's byte order. Raises: ArtifactError if they cannot be read."""
     try:
         with path.open("rb") as file:
             arrays = np.load(file, allow_pickle=False)
             if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise ValueError("it holds one array without a name")
-            return {name: arrays[name] for name in arrays.files}
+            return {name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in arrays.items()}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ArtifactError(
             f"'{path}' cannot be read as arrays: {error}; write it with numpy.savez, by the arguments' names"
@@ -49,9 +50,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 def _tensor(leaf: TensorArgument, array: np.ndarray) -> torch.Tensor:
     try:
-        # The file may have another byte order than this machine.
-        native = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
-        tensor = torch.from_numpy(native).reshape(array.shape)
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)
     except (TypeError, ValueError) as error:
         raise InputError(f"argument '{leaf.path}' is an array of {array.dtype}, which is not a tensor dtype") from error
     casts = tensor.is_floating_point() and leaf.type.dtype.is_floating_point

@@ -88,9 +88,8 @@ def test_a_roofline_needs_ceilings(compiled, tmp_path):
 
 def test_the_ceilings_start_left_of_every_knee():
     """Also where all layers are bound by arithmetic."""
-    figure, (axes,) = new_figure()
-    ceilings = example().cpu
-    _ceilings(axes, ceilings, [1e6])
+    _, (axes,) = new_figure()
+    _ceilings(axes, example().cpu, [1e6])
     for line in axes.lines:
         x, y = line.get_data()
         assert list(x) == sorted(x) and list(y) == sorted(y)
