@@ -19,6 +19,8 @@ from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import answers, run_samples
 
 Run = Callable[[Sample], Sequence[object]]
+_AT_ONCE = 1 << 20
+"""Numbers that are compared at once: logits of a large vocabulary have a hundred million."""
 
 
 class Divergence:
@@ -53,8 +55,21 @@ class Divergence:
                 if not wanted.is_floating_point():
                     continue
                 a, b = (wanted, value) if mask is None else (wanted[mask], value[mask])
-                finite = a.isfinite()
-                errors[index] += float((b.double() - a.double())[finite].square().sum())
-                sizes[index] += float(a.double()[finite].square().sum())
+                for part in zip(a.flatten().split(_AT_ONCE), b.flatten().split(_AT_ONCE), strict=True):
+                    error, size = _squares(*part)
+                    errors[index] += error
+                    sizes[index] += size
         shares = [error / size for error, size in zip(errors, sizes, strict=True) if size > 0]
         return max(shares, default=0.0) if all(map(math.isfinite, shares)) else math.inf
+
+
+def _squares(wanted: torch.Tensor, found: torch.Tensor) -> tuple[float, float]:
+    """Σ (found − wanted)² and Σ wanted² over the places where `wanted` is finite. Both: [numbers]."""
+    a, b = wanted.float(), found.float()
+    difference = b - a
+    error, size = float(difference @ difference), float(a @ a)
+    if math.isfinite(error + size):
+        return error, size
+    finite = wanted.isfinite()
+    a, b = wanted[finite].double(), found[finite].double()
+    return float((b - a).square_().sum()), float(a.square_().sum())

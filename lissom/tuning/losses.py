@@ -9,7 +9,8 @@ amount or scheme of a kind measured, from the largest loss of groups of the same
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from lissom.compiler.ir.program import Program
@@ -112,12 +113,33 @@ class LossMeter:
     key: str
     clock: Clock
 
-    def measure(self, schemes: Sequence[str], until: float) -> LossTable:
-        """The table for these schemes, in turns over all groups, the most useful first; stops at a fraction of the time."""
+    def measure(self, schemes: Sequence[str], saving: Callable[[int, Option], float], until: float) -> LossTable:
+        """The table for these schemes, the most useful options first; stops at a fraction of the time.
+
+        saving: what an option of a group saves, as a fraction of the whole cost. Each kind of option is measured for one group
+        of each form first: schemes, which need no calibration, then amounts, each time those that save most. The others follow,
+        those first that save most for their loss.
+        """
         table = LossTable(self.groups)
         tasks = list(self._tasks(schemes))
         table.wanted = len(tasks)
-        for done, (index, option) in enumerate(tasks):
+        members = Counter(group.likeness for group in self.groups)
+        first = dict[object, tuple[int, Option]]()
+        for index, option in tasks:  # of the amounts of a form one is enough: the others are interpolated
+            kind = option.scheme, option.pooled > 0, option.left == 0
+            first.setdefault((self.groups[index].likeness, kind), (index, option))
+        ordered = sorted(
+            first.values(), key=lambda task: (task[1].scheme == PLAIN, -saving(*task) * members[self.groups[task[0]].likeness])
+        )
+        self._measure(table, ordered, 0, until)
+        known = set(ordered)
+        rest = [(saving(*task) / max(table.loss(*task), _LEAST), task) for task in tasks if task not in known]
+        self._measure(table, [task for _, task in sorted(rest, key=lambda item: -item[0])], len(ordered), until)
+        return table
+
+    def _measure(self, table: LossTable, tasks: Sequence[tuple[int, Option]], before: int, until: float) -> None:
+        """Put the losses of options into the table; stops at a fraction of the time."""
+        for done, (index, option) in enumerate(tasks, before):
             options = [option if at == index else group.whole for at, group in enumerate(self.groups)]
             passes = pipeline_of(self.groups, options, self.linears)
             record = self.store.get("loss", self.key, passes)
@@ -125,7 +147,7 @@ class LossMeter:
             if loss is None:
                 if not self.clock.within(until):
                     continue
-                self.clock.show(f"losses, {done} of {len(tasks)}: {self.groups[index].name}")
+                self.clock.show(f"losses, {done} of {table.wanted}: {self.groups[index].name}")
                 loss = self._loss(table, passes)
             if option.pooled:
                 table.pools[index][option.pooled] = loss
@@ -133,7 +155,6 @@ class LossMeter:
                 table.lefts[index][option.left] = loss
             else:
                 table.schemes[index][option.scheme] = loss
-        return table
 
     def in_sample(self, table: LossTable, divergence: Divergence, data: Sequence[Sample]) -> dict[str, tuple[float, float]]:
         """For each kind of group one amount's loss on the batches that its pass calibrates on, and its loss in the table.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import CodeType
 from typing import Generic, TypeVar
@@ -33,15 +35,15 @@ from lissom.tuning.losses import LossMeter
 from lissom.tuning.report import TuneReport
 from lissom.tuning.request import Request, check_request
 from lissom.tuning.search import Search
-from lissom.tuning.sites import PLAIN, Group, groups_of, linear_paths
+from lissom.tuning.sites import PLAIN, Group, Option, groups_of, linear_paths
 from lissom.tuning.solve import require_scipy
 from lissom.tuning.spelling import EXACT
 from lissom.tuning.store import Store, number, text
 from lissom.tuning.trials import Trials
 from lissom.version import __version__
 
-_JUDGED = 4
-"""Batches on which the loss table compares outputs; as many others calibrate its passes."""
+_MOST_COMPARED = 8
+"""Batches of the loss table: every second one calibrates its passes, and outputs are compared on the others."""
 _BATCHES = 8
 """How many times the example's rows a call has with goal="throughput"."""
 _FAST_BF16 = ("avx512_bf16", "amx_bf16")
@@ -178,7 +180,9 @@ def _trials(program: Program, example: Inputs, request: Request, kept: Store, cl
     clock.show("the exact program")
     first = Variant(next(iter(request.backends)))
     base = workshop.base(first)
-    quality = Quality.of(base, Divergence(program, batches), request.metric, request.max_drop)
+    # With a metric, the outputs are compared for what the tables are built on alone.
+    compared = batches if request.metric is None else batches[:_MOST_COMPARED]
+    quality = Quality.of(base, Divergence(program, compared), request.metric, request.max_drop)
     metric = "" if request.metric is None else _identity(request.metric, quality)
     key = fingerprint(_place(workshop), batches, metric, request.memory)
     milliseconds, size = _earlier_time(kept, key, first.backend) or workshop.milliseconds(base), workshop.size(base)
@@ -228,12 +232,13 @@ def _search(trials: Trials, groups: Sequence[Group], request: Request, notes: li
         meter = CostMeter(trials.workshop, groups, linears, variant, request.memory, trials.store, key, clock)
         costs[variant] = meter.measure(every, _COSTS * stretch * turn / len(bases))
         schemes |= worthwhile(costs[variant], groups, every)
-    samples = list(trials.quality.divergence.batches[: 2 * _JUDGED])
+    samples = list(trials.quality.divergence.batches[:_MOST_COMPARED])
     judged, calibrating = samples[::2], samples[1::2] or samples
     key = fingerprint(trials.workshop.fingerprint, __version__, judged, calibrating)
     divergence = Divergence(program, judged)
     meter = LossMeter(program, groups, linears, calibrating, divergence, trials.store, key, clock)
-    losses = meter.measure([scheme for scheme in every if scheme in schemes], _LOSSES * stretch)
+    saving = partial(_saving, costs, groups)
+    losses = meter.measure([scheme for scheme in every if scheme in schemes], saving, _LOSSES * stretch)
     search = Search(trials, groups, linears, bases)
     in_sample = meter.in_sample(losses, trials.quality.divergence, trials.quality.divergence.batches)
     notes += _too_little(in_sample)
@@ -249,6 +254,12 @@ def _search(trials: Trials, groups: Sequence[Group], request: Request, notes: li
     search.run(_VERIFIED if request.distill else _ALL)
     if request.distill:
         distil(search, _ALL)
+
+
+def _saving(costs: Mapping[Variant, CostTable], groups: Sequence[Group], index: int, option: Option) -> float:
+    """The most that an option of a group saves in any variant; 0 where no cost is known."""
+    found = (table.cost(groups[index], option) for table in costs.values())
+    return max((-cost for cost in found if math.isfinite(cost)), default=0.0)
 
 
 def _variants(trials: Trials, request: Request) -> dict[Variant, Candidate]:

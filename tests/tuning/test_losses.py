@@ -21,7 +21,7 @@ def test_losses_are_smaller_on_the_batches_of_calibration():
     samples = [program.signature.flatten((normal(*case.args[0].shape, seed=seed),), {}) for seed in range(2)]
     judged = Divergence(program, samples[:1])
     meter = LossMeter(program, groups, linear_paths(program), samples[1:], judged, Store(None), "key", Clock(60))
-    table = meter.measure([], 1.0)
+    table = meter.measure([], lambda index, option: 1.0, 1.0)
     at, group = next((at, group) for at, group in enumerate(groups) if group.units)
     assert table.measured == table.wanted == len(group.lefts()) - 1
     assert table.of_amounts(at, group.whole) == 0

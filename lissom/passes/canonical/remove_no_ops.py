@@ -17,7 +17,7 @@ from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import is_handed_out, is_read_by, is_view, memory_of
+from lissom.compiler.ir.match import is_handed_out, is_read_by, is_view, memory_of, views_of
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
@@ -87,9 +87,11 @@ def _guards(edit: Editor, node: fx.Node, source: fx.Node) -> bool:
     if memory.op == "get_attr" and str(memory.target) in edit.program.state:
         return True
     # The program would return an input, a weight, or one output twice.
-    returned = memory.op in ("placeholder", "get_attr") or is_handed_out(edit.program, memory)
-    if returned and is_handed_out(edit.program, node):
-        return True
+    if is_handed_out(edit.program, node):
+        own = set(views_of(node))
+        others = (view for view in views_of(memory) if view not in own)
+        if memory.op in ("placeholder", "get_attr") or any(edit.program.output in view.users for view in others):
+            return True
     return is_read_by(node, ops.READ_LAYOUT)
 
 

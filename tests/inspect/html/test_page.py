@@ -176,10 +176,10 @@ class Chooser(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Linear(8, 8)
+        self.layer, self.head = nn.Linear(8, 16), nn.Linear(16, 8)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        y = self.layer(x)
+        y = self.head(torch.relu(self.layer(x)))
         return y, y.argmax(-1)
 
 

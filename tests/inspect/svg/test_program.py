@@ -231,7 +231,7 @@ def test_places_in_a_wide_picture_are_not_rounded_to_pixels():
 
 def test_a_module_called_output_is_not_the_result():
     model = nn.Sequential()
-    model.add_module("output", nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
+    model.add_module("output", nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)))
     found = lissom.optimize(model, torch.randn(2, 8), checks="structural")
     picture = found.report.to_svg()
     assert len(nodes(picture)) == sum(line.is_node for line in map(Line.of, found.program.text().split("\n")))

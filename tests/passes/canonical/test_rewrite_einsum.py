@@ -9,7 +9,7 @@ from torch import nn
 from lissom.compiler.verify.divergence import relative_error
 from lissom.passes.canonical.rewrite_einsum import RewriteEinsum, parse
 from tests.models import normal, seeded
-from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
+from tests.passes.harness import Calls, apply, aten, calls, capture_model, check_golden, rewrite
 
 EQUATIONS = {
     "scores": ("bihd,bjhd->bhij", (2, 3, 4, 5), (2, 6, 4, 5)),
@@ -105,8 +105,10 @@ def test_what_is_left_alone_is_reported() -> None:
 
 def test_two_sizes_that_vary_in_one_operand_are_left_alone() -> None:
     """`[i·j, b·d]` would need two sizes of -1."""
-    function = lambda a, x: torch.einsum("hij,bijd->bhd", a, x)  # noqa: E731
-    program, history = rewrite("rewrite-einsum", Calls(function), normal(2, 3, 4), normal(5, 3, 4, 6))
+    function = lambda a, x: torch.einsum("ijh,ijbd->hbd", a, torch.cat([x, x], 2))  # noqa: E731
+    x, y = normal(3, 4, 2), normal(3, 4, 5, 6)
+    captured = capture_model(Calls(function), x, y, dynamic={"y": {0: "i", 2: "b"}, "x": {0: "i"}})
+    program, history = apply("rewrite-einsum", captured.program, captured.example)
     assert calls(program, aten.einsum.default) == 1 and "folds two sizes that vary" in history.steps[-1].skipped[0].reason
 
 

@@ -135,7 +135,8 @@ def test_fit_is_ridge_regression(centred: bool) -> None:
     means = (goal.mean(0), given.mean(0)) if centred else (torch.zeros(3), torch.zeros(4))
     goal, given = goal - means[0], given - means[1]
     penalty = (0.01 * (given.square().sum(0).mean())).sqrt() * torch.eye(4, dtype=torch.float64)
-    wanted = torch.linalg.lstsq(torch.cat([given, penalty]), torch.cat([goal, torch.zeros(4, 3)])).solution.T
+    start = penalty @ weight[:, kept].T.double()  # the penalty is on the distance to the weights that stay
+    wanted = torch.linalg.lstsq(torch.cat([given, penalty]), torch.cat([goal, start])).solution.T
     torch.testing.assert_close(found[:, kept].double(), wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(shift.double(), means[0].double() - wanted @ means[1].double(), rtol=1e-4, atol=1e-4)
     assert not found[:, ~kept].any()

@@ -319,7 +319,7 @@ def test_a_matrix_that_is_read_in_both_orientations_is_left_alone(passes: str) -
 
 @pytest.mark.parametrize("options", ["", ",criterion=sparsegpt", ",scope=global"])
 def test_equal_weights_keep_their_share(options: str) -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     with torch.no_grad():
         for layer in (model[0], model[2]):
             layer.weight.copy_(torch.where(normal(8, 8) > 0, 0.5, -0.5))
