@@ -91,10 +91,11 @@ def layer_tensors(layer: Any) -> State:
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         for kind, states in zip(OF_RECURRENT, (layer.conv_states, layer.recurrent_states), strict=True):
             found |= {numbered(kind, index): state for index, state in states.items() if state is not None}
-    if getattr(layer, INDEXER_KEYS, None) is not None:
-        if layer.indexer_position_ids is not None:
+    indexer_keys: torch.Tensor | None = getattr(layer, INDEXER_KEYS, None)
+    if indexer_keys is not None:
+        if getattr(layer, "indexer_position_ids", None) is not None:
             raise TypeError("a layer that keeps the positions of an indexer's keys")
-        found[INDEXER_KEYS] = layer.indexer_keys.unsqueeze(1)
+        found[INDEXER_KEYS] = indexer_keys.unsqueeze(1)
     if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in found.values()):
         raise TypeError("a layer that keeps no keys and values, or whole numbers")
     return found

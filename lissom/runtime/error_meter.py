@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -63,10 +64,11 @@ class OriginalMeter:
             for name, fact in changes.items()
             if fact is not None and fact.origin.replaces
         }
-        inputs = self.args, self.kwargs
+        args, kwargs = self.args, self.kwargs
         if self.device is not None:
-            inputs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), inputs)
-        sample = self.program.signature.flatten(*inputs)
+            move = partial(pytree.tree_map_only, torch.Tensor, lambda tensor: tensor.to(self.device))
+            args, kwargs = move(args), move(kwargs)
+        sample = self.program.signature.flatten(args, kwargs)
         self.known = measure_node_errors(original, self.program, sample, replaced)
         return self.known
 

@@ -129,9 +129,9 @@ def _piece(heads: object) -> tuple[fx.Node, int, fx.Node | None] | None:
     cut = heads.args[0]
     found = nodes.tensor_type(cut)
     piece = cut.args[0]
-    lookup = piece if _looks_up(piece) else None
-    if lookup is not None:
-        piece = lookup.args[0].args[0]  # pyright: ignore
+    lookup = None
+    if isinstance(piece, fx.Node) and _looks_up(piece):
+        lookup, piece = piece, piece.args[0].args[0]  # pyright: ignore
     if not nodes.is_call(piece, operator.getitem) or not nodes.is_call(piece.args[0], *SPLITS):
         return None
     split = piece.args[0]
@@ -141,13 +141,10 @@ def _piece(heads: object) -> tuple[fx.Node, int, fx.Node | None] | None:
     return (split, int(piece.args[1]), lookup) if ok else None  # pyright: ignore[reportArgumentType]
 
 
-def _looks_up(node: object) -> bool:
+def _looks_up(node: fx.Node) -> bool:
     """True for rows that are selected in the dimension of tokens, and reshaped to [batch, tokens, features]."""
-    return (
-        nodes.is_call(node, aten.reshape.default)
-        and nodes.is_call(node.args[0], aten.index_select.default)
-        and node.args[0].args[1] == 1
-    )
+    selected = node.args[0] if nodes.is_call(node, aten.reshape.default) else None
+    return nodes.is_call(selected, aten.index_select.default) and nodes.argument(selected, "dim") == 1
 
 
 def _joined(attention: fx.Node) -> fx.Node | None:
