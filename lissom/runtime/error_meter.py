@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import nn
@@ -66,11 +65,14 @@ class OriginalMeter:
         }
         args, kwargs = self.args, self.kwargs
         if self.device is not None:
-            move = partial(pytree.tree_map_only, torch.Tensor, lambda tensor: tensor.to(self.device))
-            args, kwargs = move(args), move(kwargs)
+            args, kwargs = (pytree.tree_map(self._moved, given) for given in (args, kwargs))
         sample = self.program.signature.flatten(args, kwargs)
         self.known = measure_node_errors(original, self.program, sample, replaced)
         return self.known
+
+    def _moved(self, item: object) -> object:
+        """An input on the device of the program."""
+        return item.to(self.device) if isinstance(item, torch.Tensor) else item
 
     def _canonical(self, model: nn.Module | Program) -> Program:
         """The model's program after the recipe `exact`, which is the first of every pipeline."""
