@@ -279,5 +279,9 @@ TECHNIQUES: tuple[Technique, ...] = (
         data=True,
         without="the recipe is for decoders",
     ),
+    *(
+        Technique(f"recipe {name}", "Recipes", "", name, name, name, hardware=_INT8_CPU)
+        for name in ("fast", "balanced", "small")
+    ),
 )
 """All rows, in the order of the survey."""

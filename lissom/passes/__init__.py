@@ -90,11 +90,12 @@ RECIPES: Mapping[str, str] = {
     "generation": f"{_EXACT},eliminate-dead-tokens",
     "mixed-precision": "cast,sink-casts,fold-casts",
     "fast": "eliminate-dead-tokens,quantize",
+    "balanced": "cast{dtype=bf16},quantize{embeddings=true}",
     "small": "quantize{scheme=int4-weight,embeddings=true,lm_head=true}",
     "int8": "quantize",
     "int4": "quantize{scheme=int4-weight}",
 }
-"""Pipelines by name. The last four are goals (time, size, or a weight format) and need no calibration data."""
+"""Pipelines by name. The last five are goals (time, both, size, or a weight format) and need no calibration data."""
 
 
 def known_passes() -> dict[str, type[Pass]]:
