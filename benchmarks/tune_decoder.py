@@ -61,7 +61,8 @@ def main() -> None:
         windows(checkpoint, "evaluation", options.evaluated),
     )
     limits = {"max_drop": options.max_drop, "minutes": options.minutes, "store": options.store}
-    tuned = lissom.tune_generation(checkpoint.model, max_length=LENGTH, data=data, **limits)
+    # A step of training takes seconds; the time is better spent on more candidates.
+    tuned = lissom.tune_generation(checkpoint.model, max_length=LENGTH, data=data, distill=False, **limits)
     print(tuned.report, flush=True)
     chosen = {**SCHEMES, "lissom.tune_generation": tuned.pipeline}
     del tuned
