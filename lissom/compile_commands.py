@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -153,18 +154,7 @@ def run_show(
     """Print a model's program after the passes, the difference between two steps, its structure, or what every site costs."""
     sizes = {name: size for name, size in (("batch", batch), ("sequence", sequence)) if size is not None}
     views = (structure or axes or sites, cost, sharding is not None, diff is not None, attention, errors and svg is None)
-    if sum(views) > 1:
-        raise typer.BadParameter(
-            "--structure, --axes and --sites, --cost, --sharding, --diff, --attention and --errors are views; give one of them"
-        )
-    if errors and svg is not None and heat not in MEASURED:
-        raise typer.BadParameter(f"--errors goes with --svg as --heat {' or '.join(MEASURED)}")
-    if heat == "time":
-        raise typer.BadParameter("--heat time goes with `lissom compile --full`, which times the layers")
-    if sizes and not cost and sharding is None and (not attention or batch is not None):
-        raise typer.BadParameter(
-            "--batch goes with --cost or --sharding, and --sequence with --cost, --sharding or --attention"
-        )
+    _check_views(views, sizes, heat, errors=errors and svg is not None, attention=attention)
     _check_sharding(sharding, sequence_parallel)
     if svg is None and (only or attention):
         raise typer.BadParameter("--only and --attention go with --svg")
@@ -212,6 +202,26 @@ def run_show(
         show(compiled.report.measured_errors)
     elif html is None:
         sys.stdout.write(program.text())
+
+
+def _check_views(views: Sequence[bool], sizes: Mapping[str, int], heat: str | None, *, errors: bool, attention: bool) -> None:
+    """Refuse two views at once, and options of another view.
+
+    views: structure, cost, sharding, diff, attention, and errors. errors: whether they are to be in a picture.
+    """
+    if sum(views) > 1:
+        raise typer.BadParameter(
+            "--structure, --axes and --sites, --cost, --sharding, --diff, --attention and --errors are views; give one of them"
+        )
+    if errors and heat not in MEASURED:
+        raise typer.BadParameter(f"--errors goes with --svg as --heat {' or '.join(MEASURED)}")
+    if heat == "time":
+        raise typer.BadParameter("--heat time goes with `lissom compile --full`, which times the layers")
+    _, cost, sharding, *_ = views
+    if sizes and not cost and not sharding and (not attention or "batch" in sizes):
+        raise typer.BadParameter(
+            "--batch goes with --cost or --sharding, and --sequence with --cost, --sharding or --attention"
+        )
 
 
 def _check_sharding(ranks: int | None, sequence_parallel: bool) -> None:

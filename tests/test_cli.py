@@ -313,7 +313,7 @@ def test_show_lists_the_sites_and_their_amounts(model: str) -> None:
 def test_sizes_without_a_cost_to_show_are_refused(model):
     result = runner.invoke(app, ["show", model, "--batch", "3"])
     assert result.exit_code == 2
-    assert "--batch and --sequence go with --cost" in result.output
+    assert "--batch goes with --cost or --sharding" in result.output
 
 
 def test_the_machine_is_measured_once_and_again_when_asked(tmp_path, monkeypatch):

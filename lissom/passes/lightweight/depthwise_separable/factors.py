@@ -186,8 +186,10 @@ class Fit:
 
         value: [1, channels in, *sizes]; wanted: [1, channels out, *sizes], without bias.
         """
-        z = self._met(value).float()
-        y = wanted.float().flatten(2)[0].unflatten(0, (z.shape[0], -1)).mT
+        # Sums of half precision lose what is small, and overflow.
+        value, wanted = (item.to(torch.promote_types(item.dtype, torch.float32)) for item in (value, wanted))
+        z = self._met(value)
+        y = wanted.flatten(2)[0].unflatten(0, (z.shape[0], -1)).mT
         e = y - z @ self.start.to(z.dtype)
         self.power += float(y.double().square().sum())
         middle = z.shape[1] // 2
