@@ -123,7 +123,8 @@ def compile_generation(
         raise InputError(f"{type(model).__name__} has no encoder, and encoder_inputs= was given; leave it out")
     take = partial(capture_decoder, model, max_length=max_length, batch=batch, all_logits=all_logits, device=place)
     score = None if metric is None else Scorer(metric, batch, max_length)
-    settings = replace(asked, passes=_with_recipe(passes), data=named_prompts(data, batch, max_length), metric=score)
+    texts = named_prompts(data, batch, max_length)
+    settings = replace(asked, passes=_with_recipe(passes, scored=bool(texts)), data=texts, metric=score)
     if score is not None:
         take, settings = _scored(take, score, settings, passes)
     compiled = compile_captured(take, place or device_of(model), settings)
@@ -172,14 +173,14 @@ def _scored(
         return take, replace(settings, passes=_with_recipe(passes, scored=True))
     captured = take()
     score.try_on(captured.program)
-    return lambda: captured, replace(settings, passes=_with_recipe(passes, scored=score.reads_all))
+    return lambda: captured, replace(settings, passes=_with_recipe(passes, scored=score.reads_all or bool(settings.data)))
 
 
 def _with_recipe(passes: str | Pass | Sequence[Pass], *, scored: bool = False) -> list[Pass]:
     """The recipe `generation`, then the requested passes without the canonical form.
 
     The part of it that drops all tokens but the last comes after the last pass that trains, which learns from all tokens; after
-    all passes for a metric that scores all tokens.
+    all passes where they calibrate on texts, or for a metric that scores all tokens.
     """
     wanted, exact, recipe = resolve_passes(passes), resolve_passes("exact"), resolve_passes("generation")
     asked = wanted[len(recipe) if wanted[: len(recipe)] == recipe else len(exact) :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -31,7 +31,7 @@ Batch = torch.Tensor | Mapping[str, object]
 def compile_encoder_decoder(
     model: nn.Module,
     settings: Settings,
-    with_recipe: Callable[[str | Pass | Sequence[Pass]], list[Pass]],
+    with_recipe: Callable[..., list[Pass]],
     *,
     max_length: int,
     batch: int,
@@ -57,7 +57,9 @@ def compile_encoder_decoder(
         own = replace(own, metric=SourceScorer(settings.metric, batch, max_length, decoder=captured.program.copy()))
     encoder = compile_captured(partial(capture_encoder, known, example, place), device, own, title="compile the encoder")
     prompts = _decoder_prompts(Encoder(encoder), zip(inputs, tokens, strict=True), **sizes)
-    own = replace(settings, passes=with_recipe(settings.passes), data=prompts, max_drop=_rest(settings, encoder))
+    own = replace(
+        settings, passes=with_recipe(settings.passes, scored=bool(prompts)), data=prompts, max_drop=_rest(settings, encoder)
+    )
     if settings.metric is not None:
         own = replace(own, metric=SourceScorer(settings.metric, batch, max_length, encoder=encoder))
     decoder = compile_captured(lambda: captured, device, own, title="compile the decoder")

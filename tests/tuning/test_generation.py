@@ -41,7 +41,9 @@ def test_the_text_gives_the_decoder_again_within_the_bound():
     assert float(change) <= 0.05
     prompt = tokens()[:1]
     again.reset()
-    assert torch.allclose(tuned.best.step(prompt), again.step(prompt)[:, -1], atol=1e-5)
+    one, other = tuned.best.step(prompt), again.step(prompt)[:, -1]
+    # The last layer of `best` computes one token, in sums of another order; eight-bit activations then round to neighbours.
+    assert float((one - other).norm() / other.norm()) < 0.05
 
 
 def test_perplexity_takes_texts_with_labels():
