@@ -127,19 +127,10 @@ def decoder(sizes: Sizes) -> Subject:
     make = partial(lissom.compile_generation, checkpoint.model, max_length=LENGTH, all_logits=True)
     pieces = windows(checkpoint, "evaluation", sizes.evaluated, min(WINDOW, sizes.evaluated))
 
-    def losses(found: Any) -> torch.Tensor:
-        parts = []
-        for ids in pieces:
-            found.reset()
-            with torch.inference_mode():
-                logits = found.step(ids)[0, :-1].float()
-            parts.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
-        return torch.cat(parts).double()
-
     exact: list[torch.Tensor] = []
 
     def score(found: Any) -> tuple[float, str]:
-        reached = losses(found)
+        reached = decoder_losses(found, pieces)
         exact.append(reached)
         after, change = perplexity_change(exact[0], reached)
         return math.exp(-float((reached - exact[0]).mean())), f"perplexity {after}, {change}"
@@ -150,6 +141,17 @@ def decoder(sizes: Sizes) -> Subject:
         lambda: _eager_step(Static(checkpoint)),
         score,
     )
+
+
+def decoder_losses(found: Any, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The losses of all tokens but the first of each piece of text, [1, tokens]."""
+    parts = []
+    for ids in pieces:
+        found.reset()
+        with torch.inference_mode():
+            logits = found.step(ids)[0, :-1].float()
+        parts.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    return torch.cat(parts).double()
 
 
 def decode(found: Any) -> Callable[[], object]:

@@ -15,7 +15,8 @@ import gc
 import torch
 from quality import conditions, perplexity_change, windows
 from readme import put_table
-from tradeoffs import LENGTH, WINDOW, decode
+from tradeoff_rows import TECHNIQUES
+from tradeoffs import LENGTH, WINDOW, decode, decoder_losses
 
 import lissom
 from lissom.frontends.huggingface import load
@@ -23,26 +24,9 @@ from lissom.generation.model import GenerationModel
 from lissom.inspect.timing import time_calls
 from lissom.tuning.report import shortened
 
-SCHEMES = {
-    "bf16": "cast{dtype=bf16}",
-    "int8": "quantize{scheme=int8-weight,granularity=group,embeddings=true}",
-    "bf16 and int8": "cast{dtype=bf16},quantize{scheme=int8-weight,granularity=group,embeddings=true}",
-    "the file's own 4 to 8 bits": "use-stored-weights",
-    "int4": "quantize{scheme=int4-weight},gptq{tables=false}",
-}
+UNIFORM = ("bfloat16", "int8 weights, tables too", "bfloat16 and int8", "the file's own 4 to 8 bits", "int4 weights, GPTQ")
+"""Rows of the trade-offs: the same scheme everywhere."""
 SECONDS = 3.0
-Text = list[torch.Tensor]
-
-
-def losses(decoder: GenerationModel, texts: Text) -> torch.Tensor:
-    """The loss of every token but the first of each text."""
-    parts = []
-    for ids in texts:
-        decoder.reset()
-        with torch.inference_mode():
-            logits = decoder.step(ids)[0, :-1].float()
-        parts.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
-    return torch.cat(parts).double()
 
 
 def main() -> None:
@@ -64,7 +48,8 @@ def main() -> None:
     # A step of training takes seconds; the time is better spent on more candidates.
     tuned = lissom.tune_generation(checkpoint.model, max_length=LENGTH, data=data, distill=False, **limits)
     print(tuned.report, flush=True)
-    chosen = {**SCHEMES, "lissom.tune_generation": tuned.pipeline}
+    schemes = {item.name: item.gemma for item in TECHNIQUES if item.name in UNIFORM}
+    chosen = {**schemes, "lissom.tune_generation": tuned.pipeline}
     del tuned
 
     def build(passes: str) -> GenerationModel:
@@ -74,14 +59,14 @@ def main() -> None:
         )
 
     exact = build("exact")
-    base = losses(exact, texts)
+    base = decoder_losses(exact, texts)
     lines = ["| program | × faster | perplexity | change | passes |", "|---|---:|---:|---:|---|"]
     for name, passes in {"exact": "exact", **chosen}.items():
         found = build(passes)
         with torch.inference_mode():
             timings = time_calls({"exact": decode(exact), "found": decode(found)}, SECONDS)
         speedup = timings["exact"].median_ms / timings["found"].median_ms
-        after, change = perplexity_change(base, losses(found, texts))
+        after, change = perplexity_change(base, decoder_losses(found, texts))
         lines.append(f"| {name} | {speedup:.2f} | {after} | {change} | `{shortened(passes)}` |")
         print(lines[-1], flush=True)
     about = f"max_drop {options.max_drop:g}, {options.minutes:g} minutes, {len(base):,} tokens evaluated. {conditions()}."

@@ -250,9 +250,14 @@ def labelled_prompts(
         for row, seen in enumerate(kept):
             if bool(seen.any()):
                 rows.append((ids[row][seen][:max_length], None if labels is None else labels[row][seen][:max_length]))
-    starts = range(0, len(rows) if fill else len(rows) - batch + 1, batch)
-    groups = ([rows[(first + item) % len(rows)] for item in range(batch)] for first in starts)
+    groups = ([rows[index] for index in group] for group in row_groups(len(rows), batch, fill=fill))
     return [(_left_padded([ids for ids, _ in group], max_length), _left_padded_labels(group)) for group in groups]
+
+
+def row_groups(count: int, batch: int, *, fill: bool = True) -> list[list[int]]:
+    """The numbers of `count` rows, `batch` at a time; the last group is filled up with the first rows, or left out."""
+    starts = range(0, count if fill else count - batch + 1, batch)
+    return [[(first + item) % count for item in range(batch)] for first in starts]
 
 
 def _like(given: torch.Tensor | Mapping[str, object], name: str, ids: torch.Tensor) -> torch.Tensor | None:

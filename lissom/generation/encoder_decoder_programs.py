@@ -20,7 +20,7 @@ from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.decoder import check_generating
 from lissom.frontends.device import check_device, device_of
 from lissom.frontends.encoder_decoder import capture_encoder, capture_source_decoder, decoder_inputs, encoder_example, widened
-from lissom.generation.decoder import unpadded
+from lissom.generation.decoder import row_groups, unpadded
 from lissom.generation.encoder_decoder import ATTENTION_MASK, Encoder, EncoderDecoderModel, refuse_own_generate
 from lissom.generation.source_scoring import SourceScorer
 from lissom.runtime.compiled_model import CompiledModel
@@ -137,9 +137,8 @@ def _decoder_prompts(
     found: list[Inputs] = []
     for inputs, tokens in batches:
         source, ids = encoder.read(inputs), tokens[:, :max_length]
-        for first in range(0, len(ids), batch):
-            # The last group is filled up with the first rows.
-            rows = torch.arange(first, first + batch, device=ids.device) % len(ids)
+        for group in row_groups(len(ids), batch):
+            rows = torch.tensor(group, device=ids.device)
             rest = decoder_inputs({name: tensor[rows] for name, tensor in source.items()})
             found.append(unpadded(ids[rows], max_length) | rest)
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -39,6 +39,7 @@ class ExportedGenerator(nn.Module, CompiledGeneration):
         if exported.config is None or exported.config.is_encoder_decoder:
             raise UnsupportedError("generate on an export needs a causal language model; for others call the components")
         self.runners = cast("dict[str, LissomRunner]", exported.runners)
+        self._masked = {name for name, runner in self.runners.items() if _reads_mask(runner)}
         self.config: PretrainedConfig = exported.config
         self.generation_config = exported.generation_config or GenerationConfig.from_model_config(exported.config)
 
@@ -62,16 +63,16 @@ class ExportedGenerator(nn.Module, CompiledGeneration):
 
         Raises: InputError for padding where the model was exported without.
         """
-        runner = self.runners[DECODE if _is_filled(cache) else PREFILL]
+        stage = DECODE if _is_filled(cache) else PREFILL
+        runner, masked = self.runners[stage], stage in self._masked
         taken = runner.metadata.kwargs
-        masked = "attention_mask" in taken and _reads_mask(runner)
         # The state of a recurrence holds no padding: its next tokens have no mask.
-        if attention_mask is not None and not masked and not _is_filled(cache) and not attention_mask.all():
+        if attention_mask is not None and not masked and stage == PREFILL and not attention_mask.all():
             raise InputError("the prompts have padding, and the model was exported without; export it with a padded example")
         if not masked:
             attention_mask = None
         elif attention_mask is None:
-            cached = cache.get_seq_length() if _is_filled(cache) else 0
+            cached = cache.get_seq_length() if cache is not None and stage == DECODE else 0
             attention_mask = input_ids.new_ones(len(input_ids), cached + input_ids.shape[1])
         given: dict[str, Any] = {
             **others,
@@ -94,7 +95,7 @@ def _reads_mask(runner: LissomRunner) -> bool:
     return any(isinstance(leaf, TensorArgument) for leaf in arguments.get("attention_mask", ()))
 
 
-def _is_filled(cache: Cache | None) -> TypeGuard[Cache]:
+def _is_filled(cache: Cache | None) -> bool:
     """Whether a layer of the cache has read tokens: those of a recurrence count none."""
     layers = () if cache is None else cache.layers
     return any(

@@ -6,7 +6,6 @@ the call fails, Dynamo's own backend `eager` is tried: a model that fails there 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -119,17 +118,8 @@ def describe(record: Record) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check the models that the arguments select; returns 1 if one has other outputs under `torch.compile`."""
-    parser = argparse.ArgumentParser(prog="python -m tools.zoo.dynamo", description=__doc__)
-    selection.add_arguments(parser, "dynamo.json")
-    options = parser.parse_args(arguments)
-    chosen = selection.choose(parser, options, catalogue.entries())
-    records = selection.run_chosen(options, chosen, check, describe)
-    if (page := selection.page(options)) is not None:
-        coverage.write_dynamo(page, records)
-    print(coverage.dynamo_headline(records))
-    wrong = [record for record in records if coverage.is_wrong(record)]
-    print("\n".join(map(describe, wrong)), end="\n" if wrong else "")
-    return 1 if wrong else 0
+    told = coverage.dynamo_section, coverage.dynamo_headline, coverage.is_wrong
+    return selection.compare_all(arguments, "dynamo", __doc__, catalogue.entries(), check, describe, *told)
 
 
 if __name__ == "__main__":

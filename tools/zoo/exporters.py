@@ -7,14 +7,13 @@ A model that transformers' own exporter to torch.export does not take is listed 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,12 +27,13 @@ from lissom.compiler.verify.divergence import relative_error
 from lissom.errors import CaptureError, LissomError
 from lissom.integrations.exported_generation import ExportedGenerator
 from lissom.integrations.exporters import LissomConfig, LissomExporter
-from tools.zoo import coverage, huggingface, selection
+from tools.zoo import huggingface, selection
 from tools.zoo.check import sentence
 from tools.zoo.entry import FAMILIES, Entry
-from tools.zoo.generation import DIFFERS, ELSEWHERE, EQUAL, FAILS, GREEDY, REFUSED, generating
+from tools.zoo.generation import DIFFERS, ELSEWHERE, EQUAL, FAILS, GREEDY, REFUSED, compared, generating
 
 Record = dict[str, Any]
+_Outcome = tuple[str | None, str | None]
 _ALLOWED = 2e-4
 """Relative: a model and its export add in another order, layer after layer, in float32."""
 _OPTIONS = {"checks": "off", "goal": None}
@@ -60,32 +60,20 @@ def check(entry: Entry, report: Callable[[Record], None]) -> None:
     report(record | {"phase": None})
 
 
-def _outcome(step: Callable[..., str | None], entry: Entry, model: Any, inputs: Any) -> tuple[str | None, str | None]:
+def _outcome(step: Callable[..., _Outcome], entry: Entry, model: Any, inputs: Any) -> _Outcome:
     """The outcome of a step and its reason; None for a step that does not apply."""
     try:
-        return step(entry, model, inputs), None
+        return step(entry, model, inputs)
     except CaptureError as error:
         elsewhere = "cannot be captured by transformers' exporter" in str(error)
         return ELSEWHERE if elsewhere else REFUSED, sentence(error)
     except LissomError as error:
         return REFUSED, sentence(error)
-    except _DifferentError as error:
-        return DIFFERS, str(error)
-    except _ElsewhereError as error:
-        return ELSEWHERE, str(error)
     except Exception as error:
         return FAILS, sentence(error)
 
 
-class _DifferentError(Exception):
-    """The outputs are not those of the model."""
-
-
-class _ElsewhereError(Exception):
-    """transformers itself does not run it."""
-
-
-def _export(entry: Entry, model: Any, inputs: dict[str, Any]) -> str:
+def _export(entry: Entry, model: Any, inputs: dict[str, Any]) -> _Outcome:
     wanted = model(**copy.deepcopy(inputs))
     exported = LissomExporter().export(model, copy.deepcopy(inputs), LissomConfig(**_OPTIONS))
     with tempfile.TemporaryDirectory() as folder:
@@ -95,9 +83,9 @@ def _export(entry: Entry, model: Any, inputs: dict[str, Any]) -> str:
         error = _error(wanted, each(**copy.deepcopy(inputs)))
         if not error <= _ALLOWED:
             own = DynamoExporter().export(model, copy.deepcopy(inputs), DynamoConfig(dynamic=True))
-            kind = _ElsewhereError if not _error(wanted, own(**copy.deepcopy(inputs))) <= _ALLOWED else _DifferentError
-            raise kind(f"the outputs differ by {error:.2g} relative")
-    return EQUAL
+            elsewhere = not _error(wanted, own(**copy.deepcopy(inputs))) <= _ALLOWED
+            return ELSEWHERE if elsewhere else DIFFERS, f"the outputs differ by {error:.2g} relative"
+    return EQUAL, None
 
 
 def _error(wanted: object, found: object) -> float:
@@ -108,29 +96,19 @@ def _error(wanted: object, found: object) -> float:
     return max((relative_error(*pair) for pair in zip(one, other, strict=True)), default=0.0)
 
 
-def _generate(entry: Entry, model: Any, inputs: dict[str, Any]) -> str | None:
+def _generate(entry: Entry, model: Any, inputs: dict[str, Any]) -> _Outcome:
     found = generating(entry) if entry.family == "causal" else None
     if found is None:
-        return None
+        return None, None
     model, given = found
     # The zoo leaves the cache out, to capture what it captures.
     model.config.get_text_config().use_cache = model.generation_config.use_cache = True
     try:
         wanted = model.generate(**given, **GREEDY)
     except Exception as error:
-        raise _ElsewhereError(f"transformers: {sentence(error)}") from error
+        return ELSEWHERE, f"transformers: {sentence(error)}"
     exported = LissomExporter().export_for_generation(model, copy.deepcopy(given), LissomConfig(**_OPTIONS))
-    tokens = ExportedGenerator(exported).generate(**given, **GREEDY)
-    if wanted.shape == tokens.shape and torch.equal(wanted, tokens):
-        return EQUAL
-    if not torch.equal(model.generate(**given, **GREEDY, use_cache=False), wanted):
-        raise _ElsewhereError("it gives other tokens with a cache than without one")
-    raise _DifferentError(f"{tokens.tolist()} instead of {wanted.tolist()}")
-
-
-def entries() -> Iterator[Entry]:
-    """The models of transformers in the zoo."""
-    yield from huggingface.entries()
+    return compared(model, given, wanted, ExportedGenerator(exported).generate(**given, **GREEDY))
 
 
 def describe(record: Record) -> str:
@@ -173,16 +151,9 @@ def section(records: Sequence[Record]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check the models that the arguments select; returns 1 if one gives other outputs or tokens, or fails."""
-    parser = argparse.ArgumentParser(prog="python -m tools.zoo.exporters", description=__doc__)
-    selection.add_arguments(parser, "exporters.json")
-    options = parser.parse_args(arguments)
-    chosen = selection.choose(parser, options, list(entries()))
-    records = selection.run_chosen(options, chosen, check, describe)
-    if (page := selection.page(options)) is not None:
-        coverage.put_section(page, section(records))
-    wrong = [record for record in records if {record.get(column) for column in _COLUMNS} & {DIFFERS, FAILS}]
-    print("\n".join([headline(records), *map(describe, wrong)]))
-    return 1 if wrong else 0
+    is_wrong = lambda record: bool({record.get(column) for column in _COLUMNS} & {DIFFERS, FAILS})  # noqa: E731
+    chosen = list(huggingface.entries())
+    return selection.compare_all(arguments, "exporters", __doc__, chosen, check, describe, section, headline, is_wrong)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ transformers itself cannot run with a cache does not apply.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import warnings
@@ -25,7 +24,7 @@ import lissom
 from lissom.errors import LissomError
 from lissom.frontends.encoder_decoder import encoder_example
 from tests.models import Case
-from tools.zoo import coverage, huggingface, selection
+from tools.zoo import huggingface, selection
 from tools.zoo.check import sentence
 from tools.zoo.entry import FAMILIES, Entry
 from tools.zoo.weights import woken
@@ -93,13 +92,17 @@ def _check(entry: Entry, record: Record, report: Callable[[Record], None]) -> No
     phase("generate")
     found = fast.generate(**inputs, **GREEDY)
     record["different_tokens"] = len(wanted.unique())
-    record["outcome"] = EQUAL if wanted.shape == found.shape and torch.equal(wanted, found) else DIFFERS
-    if record["outcome"] is DIFFERS:
-        record["reason"] = f"{found.tolist()} instead of {wanted.tolist()}"
-        phase("transformers")
-        plain = model.generate(**inputs, **GREEDY, use_cache=False)
-        if not torch.equal(plain, wanted):
-            record |= {"outcome": ELSEWHERE, "reason": "it gives other tokens with a cache than without one"}
+    phase("transformers")
+    record["outcome"], record["reason"] = compared(model, inputs, wanted, found)
+
+
+def compared(model: Any, inputs: Mapping[str, Any], wanted: torch.Tensor, found: torch.Tensor) -> tuple[str, str | None]:
+    """The outcome for the tokens that transformers gives with a cache and those that were found, and its reason."""
+    if wanted.shape == found.shape and torch.equal(wanted, found):
+        return EQUAL, None
+    if not torch.equal(model.generate(**inputs, **GREEDY, use_cache=False), wanted):
+        return ELSEWHERE, "it gives other tokens with a cache than without one"
+    return DIFFERS, f"{found.tolist()} instead of {wanted.tolist()}"
 
 
 def generating(entry: Entry) -> tuple[Any, dict[str, Any]] | None:
@@ -178,16 +181,10 @@ def section(records: Sequence[Record]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check the models that the arguments select; returns 1 if one gives other tokens, or fails."""
-    parser = argparse.ArgumentParser(prog="python -m tools.zoo.generation", description=__doc__)
-    selection.add_arguments(parser, "generation.json")
-    options = parser.parse_args(arguments)
-    chosen = selection.choose(parser, options, list(entries()))
-    records = selection.run_chosen(options, chosen, check, describe)
-    if (page := selection.page(options)) is not None:
-        coverage.put_section(page, section(records))
-    wrong = [record for record in records if record["outcome"] in (DIFFERS, FAILS)]
-    print("\n".join([headline(records), *map(describe, wrong)]))
-    return 1 if wrong else 0
+    is_wrong = lambda record: record["outcome"] in (DIFFERS, FAILS)  # noqa: E731
+    return selection.compare_all(
+        arguments, "generation", __doc__, list(entries()), check, describe, section, headline, is_wrong
+    )
 
 
 if __name__ == "__main__":

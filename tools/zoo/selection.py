@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tools.zoo.coverage import load
+from tools.zoo.coverage import load, put_section
 from tools.zoo.entry import FAMILIES, Entry
 from tools.zoo.runner import Check, Record, run
 
@@ -62,3 +62,29 @@ def run_chosen(
 def page(options: argparse.Namespace) -> Path | None:
     """The page a run writes into; None if only some models were run and no page is named."""
     return options.page or (None if options.only or options.sample is not None else Path("docs/coverage.md"))
+
+
+def compare_all(
+    arguments: Sequence[str] | None,
+    name: str,
+    about: str | None,
+    entries: Sequence[Entry],
+    check: Check[Entry],
+    describe: Callable[[Record], str],
+    section: Callable[[Sequence[Record]], str],
+    headline: Callable[[Sequence[Record]], str],
+    is_wrong: Callable[[Record], bool],
+) -> int:
+    """The main function of `tools.zoo.NAME`: check the models that the arguments select, and write the section of the page.
+
+    Prints the headline and the models that are wrong; returns 1 if there are any.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m tools.zoo.{name}", description=about)
+    add_arguments(parser, f"{name}.json")
+    options = parser.parse_args(arguments)
+    records = run_chosen(options, choose(parser, options, entries), check, describe)
+    if (path := page(options)) is not None:
+        put_section(path, section(records))
+    wrong = [record for record in records if is_wrong(record)]
+    print("\n".join([headline(records), *map(describe, wrong)]))
+    return 1 if wrong else 0

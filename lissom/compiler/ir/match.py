@@ -84,9 +84,9 @@ def is_read_by(node: fx.Node, operators: Collection[object]) -> bool:
     return any(user.target in operators for view in views_of(node) for user in view.users)
 
 
-def is_handed_out(program: Program, node: fx.Node) -> bool:
-    """True when the program returns the node's memory, whole or as a view."""
-    return any(program.output in view.users for view in views_of(node))
+def is_handed_out(program: Program, node: fx.Node, besides: Collection[fx.Node] = ()) -> bool:
+    """True when the program returns the node's memory, whole or as a view. besides: views that do not count."""
+    return any(program.output in view.users for view in views_of(node) if view not in besides)
 
 
 def other_argument(node: fx.Node, known: fx.Node) -> object:

@@ -87,11 +87,9 @@ def _guards(edit: Editor, node: fx.Node, source: fx.Node) -> bool:
     if memory.op == "get_attr" and str(memory.target) in edit.program.state:
         return True
     # The program would return an input, a weight, or one output twice.
-    if is_handed_out(edit.program, node):
-        own = set(views_of(node))
-        others = (view for view in views_of(memory) if view not in own)
-        if memory.op in ("placeholder", "get_attr") or any(edit.program.output in view.users for view in others):
-            return True
+    again = memory.op in ("placeholder", "get_attr") or is_handed_out(edit.program, memory, besides=views_of(node))
+    if again and is_handed_out(edit.program, node):
+        return True
     return is_read_by(node, ops.READ_LAYOUT)
 
 

@@ -188,19 +188,18 @@ class Sparsify(Approximation):
     ) -> None:
         """Zero the smallest weights. ranked: the names of weights without an amount, which scope=global ranks together."""
         matrices = {matrix.name: matrix for matrix in layers.values()}
-        together = [matrix.read(edit.program) for name, matrix in matrices.items() if name in ranked]
-        chosen = list[torch.Tensor]()
+        together = {name: matrix.read(edit.program) for name, matrix in matrices.items() if name in ranked}
+        chosen: dict[str, torch.Tensor] = {}
         if self.scope == "global" and together:
-            whole = most(
-                torch.cat([weight.abs().flatten().float() for weight in together]), _KEEP if self.keep is None else self.keep
-            )
-            chosen = list(whole.split([weight.numel() for weight in together]))
+            sizes = torch.cat([weight.abs().flatten().float() for weight in together.values()])
+            whole = most(sizes, _KEEP if self.keep is None else self.keep)
+            chosen = dict(zip(together, whole.split([weight.numel() for weight in together.values()]), strict=True))
         for name, matrix in matrices.items():
             weight, density = matrix.read(edit.program), densities[name]
             if isinstance(density, tuple):
                 kept = largest(weight.abs(), density)
-            elif chosen and name in ranked:
-                kept = chosen.pop(0).view_as(weight)
+            elif name in chosen:
+                kept = chosen[name].view_as(weight)
             else:
                 kept = most(weight.abs().float(), density)
             matrix.write(edit, weight.masked_fill(~kept, 0))
@@ -269,8 +268,11 @@ def _calibrate(edit: Editor, layers: dict[fx.Node, Matrix], prune: Prune) -> Non
 
 def most(scores: torch.Tensor, keep: float) -> torch.Tensor:
     """True for the fraction `keep` of the scores that is largest, one at least; of equal ones the first."""
-    places = scores.flatten().sort(descending=True, stable=True).indices[: max(1, round(keep * scores.numel()))]
-    return torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device).index_fill_(0, places, True).view_as(scores)
+    flat, count = scores.flatten(), max(1, round(keep * scores.numel()))
+    least = flat.kthvalue(flat.numel() - count + 1).values
+    kept = flat > least
+    kept[(flat == least).nonzero().flatten()[: count - int(kept.sum())]] = True
+    return kept.view_as(scores)
 
 
 def largest(scores: torch.Tensor, pattern: tuple[int, int]) -> torch.Tensor:

@@ -117,22 +117,20 @@ def treated_layers(
     find: the matrix of a layer, or why it has none. obstacle: why a layer is left alone.
     """
 
-    def treat(node: fx.Node) -> Found | str:
-        matrix = find(node)
-        return matrix if isinstance(matrix, str) else obstacle(node, matrix) or matrix
-
-    layers = [node for node in edit.nodes() if is_linear(node) and node not in passed_over]
+    layers = {node: find(node) for node in edit.nodes() if is_linear(node) and node not in passed_over}
     ways: dict[str, set[bool]] = {}
-    for node in layers:
-        if not isinstance(matrix := find(node), str):
+    for matrix in layers.values():
+        if not isinstance(matrix, str):
             ways.setdefault(matrix.name, set()).add(matrix.transposed)
-    turned = {name for name, found in ways.items() if len(found) > 1}
 
-    def treat_one_way(node: fx.Node) -> Found | str:
-        found = treat(node)
-        return found if isinstance(found, str) or found.name not in turned else "its weight is read in both orientations"
+    def treat(node: fx.Node, matrix: Found | str) -> Found | str:
+        if isinstance(matrix, str):
+            return matrix
+        if (reason := obstacle(node, matrix)) is not None:
+            return reason
+        return matrix if len(ways[matrix.name]) == 1 else "its weight is read in both orientations"
 
-    return edit.accepted((node, treat_one_way(node)) for node in layers)
+    return edit.accepted((node, treat(node, matrix)) for node, matrix in layers.items())
 
 
 def readers_of(weight: fx.Node) -> list[fx.Node]:
