@@ -3,9 +3,10 @@
     python benchmarks/tune.py --minutes 20 --max-drop 0.01 --update
 
 Compared are: the exact program; `quantize`; heads, neurons and layers pruned by themselves to three amounts each, and pruned
-and quantized; a random search over the options of tune; and Optuna's TPE over the same, if it is installed. All are timed side
-by side with the exact program, and evaluated by the mean cosine of embeddings of WordNet glosses that neither passes nor
-searches have seen. What was chosen is evaluated by recall@10 too, as in quality.py.
+and quantized; a random search over the options of tune; Optuna's TPE over the same, if it is installed; int8 by torchao; and
+int8 under the same bound by NNCF's accuracy control on OpenVINO. All are timed side by side with the exact program, and
+evaluated by the mean cosine of embeddings of WordNet glosses that neither passes nor searches have seen. What was chosen is
+evaluated by recall@10 too, as in quality.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from quality import calibration_batches, conditions, difference, read_pairs, retrieve
 from readme import put_table
+from tune_peers import PEERS, Peer
 
 import lissom
 from lissom.errors import LissomError
@@ -61,16 +63,17 @@ class Judge:
             ]
         return float(torch.cat(cosines).mean())
 
-    def speedup(self, model: Callable[..., object]) -> float:
-        """The speedup over the exact program, of the lower quartiles."""
-        calls = {"exact": lambda: self.exact(**self.example), "found": lambda: model(**self.example)}
+    def speedup(self, call: Callable[[], object]) -> float:
+        """The speedup over the exact program, of the lower quartiles. call: computes the outputs of the example."""
+        calls = {"exact": lambda: self.exact(**self.example), "found": call}
         timings = time_calls(calls, 1.0, most=300)
         return timings["exact"].low_ms / timings["found"].low_ms
 
     def judge(self, pipeline: str, *, reported: bool = False) -> Found:
         """Raises: LissomError if the pipeline cannot be built."""
         found = lissom.compile(self.checkpoint.model, self.example, passes=pipeline, data=self.data, goal=None)
-        return pipeline, self.speedup(found), 1.0 - self.metric(found, self.reported_on if reported else None)
+        drop = 1.0 - self.metric(found, self.reported_on if reported else None)
+        return pipeline, self.speedup(lambda: found(**self.example)), drop
 
 
 def embeddings(model: Callable[..., object], batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -126,20 +129,30 @@ def searched(judge: Judge, minutes: float, optuna: bool) -> list[Found]:
     return found
 
 
-def table(judge: Judge, chosen: dict[str, str], pairs: int | None) -> str:
-    """Speed, cosine and recall@10 of what was chosen, then speed and cosine of the single techniques, as Markdown."""
+def table(judge: Judge, chosen: dict[str, str], peers: Sequence[str], max_drop: float, pairs: int | None) -> str:
+    """Speed, cosine and recall@10 of what was chosen and of peers, speed and cosine of single techniques, as Markdown."""
     texts = read_pairs("evaluation", pairs)
     original = retrieve(judge.checkpoint.model, judge.checkpoint, texts)
     lines = ["| program | × faster | drop of the cosine | change of recall@10 (95 %) | passes |", "|---|---:|---:|---:|---|"]
+
+    def add(name: str, speedup: float, drop: float, call: Callable[..., object] | None, passes: str) -> None:
+        change = ""
+        if call is not None:
+            found, low, high = difference(original, retrieve(call, judge.checkpoint, texts), 10)
+            change = f"{found:+.1%} ({low:+.1%} to {high:+.1%})"
+        lines.append(f"| {name} | {speedup:.2f} | {drop:.4f} | {change} | {passes} |")
+        print(lines[-1], flush=True)
+
     for name, pipeline in chosen.items():
         _, speedup, drop = judge.judge(pipeline, reported=True)
-        cells = [f"{speedup:.2f}", f"{drop:.4f}", "", f"`{shortened(pipeline)}`"]
+        call = None
         if name != pipeline:
-            found = lissom.compile(judge.checkpoint.model, judge.example, passes=pipeline, data=judge.data, goal=None)
-            change, low, high = difference(original, retrieve(found, judge.checkpoint, texts), 10)
-            cells[2] = f"{change:+.1%} ({low:+.1%} to {high:+.1%})"
-        lines.append(f"| {name if name != pipeline else 'single'} | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
+            call = lissom.compile(judge.checkpoint.model, judge.example, passes=pipeline, data=judge.data, goal=None)
+        add("single" if call is None else name, speedup, drop, call, f"`{shortened(pipeline)}`")
+    for name in peers:
+        peer = Peer.prepare(name, judge.data, judge.example, judge.metric, max_drop)
+        drop = 1.0 - judge.metric(peer.model, judge.reported_on)
+        add(name, judge.speedup(peer.call), drop, peer.model, "")
     return "\n".join(lines) + "\n"
 
 
@@ -151,7 +164,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=128, help="texts")
     parser.add_argument("--pairs", type=int, help="synsets for recall@10; all of them by default")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
-    parser.add_argument("--only", default="single,tune,random,optuna", help="which of these, separated by commas")
+    parser.add_argument("--only", default="single,tune,random,optuna,peers", help="which of these, separated by commas")
     options = parser.parse_args()
     wanted, judge = options.only.split(","), Judge(load("minilm"), options.calibration)
     chosen: dict[str, str] = {}
@@ -167,7 +180,7 @@ def main() -> None:
         chosen["random search"] = best(searched(judge, options.minutes, optuna=False), options.max_drop)
     if "optuna" in wanted and importlib.util.find_spec("optuna") is not None:
         chosen["Optuna TPE"] = best(searched(judge, options.minutes, optuna=True), options.max_drop)
-    text = table(judge, chosen, options.pairs)
+    text = table(judge, chosen, PEERS if "peers" in wanted else (), options.max_drop, options.pairs)
     text += f"\nmax_drop {options.max_drop:g}, {options.minutes:g} minutes for each search. {conditions()}.\n"
     print(text)
     if options.update:

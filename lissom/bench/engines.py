@@ -148,17 +148,17 @@ def _export(task: Task) -> Path:
     return file
 
 
-def openvino(task: Task, *, precision: str, int8: bool = False) -> Build:
+def openvino(task: Task, *, precision: str, quantize: Callable[[Any, Sequence[Inputs]], Any] | None = None) -> Build:
     """OpenVINO for latency, one compile per shape; precision: of the operators that are not int8.
 
-    int8: by NNCF, with its schemes for transformers, calibrated on 100 texts.
+    quantize: gives a quantized model from OpenVINO's and the task's calibration inputs.
     """
     # If this package is importable, OpenVINO reports its import over the network.
     sys.modules.setdefault("openvino_telemetry", cast(ModuleType, None))
     runtime = import_module("openvino")
     converted = runtime.convert_model(_export(task))
-    if int8:
-        converted = _nncf(converted, task.calibration)
+    if quantize is not None:
+        converted = quantize(converted, task.calibration)
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": task.threads, "INFERENCE_PRECISION_HINT": precision}
 
     def build(inputs: Inputs) -> Call:
@@ -172,7 +172,8 @@ def openvino(task: Task, *, precision: str, int8: bool = False) -> Build:
     return build
 
 
-def _nncf(model: Any, calibration: Sequence[Inputs]) -> Any:
+def nncf_int8(model: Any, calibration: Sequence[Inputs]) -> Any:
+    """int8 by NNCF, with its schemes for transformers. Raises: UnsupportedError without calibration inputs."""
     if not calibration:
         raise UnsupportedError("it calibrates on texts; give some with --texts")
     nncf = import_module("nncf")
@@ -238,7 +239,10 @@ _TABLE = (
     Engine("openvino", "OpenVINO fp32", ("openvino", "onnx"), partial(openvino, precision="f32")),
     Engine("openvino-bf16", "OpenVINO bf16", ("openvino", "onnx"), partial(openvino, precision="bf16")),
     Engine(
-        "openvino-int8", "OpenVINO int8 (NNCF)", ("openvino", "nncf", "onnx"), partial(openvino, precision="bf16", int8=True)
+        "openvino-int8",
+        "OpenVINO int8 (NNCF)",
+        ("openvino", "nncf", "onnx"),
+        partial(openvino, precision="bf16", quantize=nncf_int8),
     ),
     Engine("ctranslate2", "CTranslate2 fp32", ("ctranslate2",), partial(ctranslate2, compute_type="float32")),
     Engine("ctranslate2-int8", "CTranslate2 int8", ("ctranslate2",), partial(ctranslate2, compute_type="int8")),
