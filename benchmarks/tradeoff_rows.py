@@ -246,7 +246,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         "bfloat16 and int8",
         "4 Hybrid",
         "",
-        "cast,quantize{embeddings=true}",
+        "cast{dtype=bf16},quantize{embeddings=true}",
         "cast{dtype=bf16},quantize{scheme=int8-weight,granularity=group,embeddings=true}",
         f"cast{{dtype=bf16}},{_INT8}",
         hardware=_INT8_CPU,

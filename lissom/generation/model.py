@@ -79,8 +79,7 @@ class GenerationModel(Decoder, CompiledGeneration):
             raise UnsupportedError(f"a compiled decoder gives logits for token ids and nothing else; leave out {wanted[0]}=")
         if cache is None:
             self.reset()
-        elif cache is not self.cache:
-            raise InputError(f"cache= is a {type(cache).__name__} from elsewhere; a compiled decoder has its own, .cache")
+        self._refuse_other(cache)
         if logits_to_keep > 1 and not self.all_logits:
             raise UnsupportedError(
                 f"logits of {logits_to_keep} tokens were asked for, and this decoder gives those of the last; "
@@ -148,6 +147,10 @@ class GenerationModel(Decoder, CompiledGeneration):
         forwarded = {key: value for key, value in kwargs.items() if key not in _OF_GENERATE}
         return {"input_ids": ids, "cache": cache, "attention_mask": attention_mask, **forwarded}
 
+    def _refuse_other(self, cache: object) -> None:
+        if cache is not None and cache is not self.cache:
+            raise InputError(f"cache= is a {type(cache).__name__} from elsewhere; a compiled decoder has its own, .cache")
+
     def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         generation_config: GenerationConfig,
@@ -170,8 +173,7 @@ class GenerationModel(Decoder, CompiledGeneration):
                 f"lower max_new_tokens, or compile with max_length={max_cache_length + 1}"
             )
         given = model_kwargs.get("cache")
-        if given is not None and given is not self.cache:
-            raise InputError(f"cache= is a {type(given).__name__} from elsewhere; a compiled decoder has its own, .cache")
+        self._refuse_other(given)
         self._copies = copies
         if given is None and generation_config.use_cache is not False:
             self.reset()
