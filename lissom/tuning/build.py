@@ -167,7 +167,7 @@ class Quality:
 
 
 def _run_by_itself(found: CompiledModel, sample: Sample) -> Sequence[object]:
-    """The outputs; the state of a decoder is then as it was."""
+    """The outputs; a KV cache is then as it was."""
     with own_state(found):
         return found.run(sample)
 

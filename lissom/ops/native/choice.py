@@ -94,8 +94,8 @@ def _file(threads: int) -> Path | None:
     """The file of this machine's times; None where the user's cache cannot be used."""
     try:
         library = kept_library()  # its name holds a hash of the kernels' sources
-        ways = f"{processor_kind()}-{torch.ops.lissom.use_amx():d}{torch.ops.lissom.dots_bfloat16():d}"
-        return cache_folder() / f"products-{library.stem}-{ways}-{threads}-threads-torch-{torch.__version__}.json"
+        instructions = f"{processor_kind()}-{torch.ops.lissom.use_amx():d}{torch.ops.lissom.dots_bfloat16():d}"
+        return cache_folder() / f"products-{library.stem}-{instructions}-{threads}-threads-torch-{torch.__version__}.json"
     except (OSError, RuntimeError):
         return None
 

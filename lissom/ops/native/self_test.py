@@ -43,7 +43,7 @@ def main(library: str) -> None:
     """Load the library and compare. Raises: SystemExit with the first difference."""
     torch.ops.load_library(library)
     with torch.inference_mode():
-        for dtype, dots, amx in ways():
+        for dtype, dots, amx in instructions():
             torch.ops.lissom.dots_bfloat16(dots)
             torch.ops.lissom.use_amx(amx)
             for name, reference, operands, options in cases(dtype):
@@ -55,7 +55,7 @@ def main(library: str) -> None:
                         raise SystemExit(f"{name} of {dtype} has an error of {difference:.2g}")
 
 
-def ways() -> list[tuple[torch.dtype, bool, bool]]:
+def instructions() -> list[tuple[torch.dtype, bool, bool]]:
     """The dtypes, and how each is multiplied: by vectors, an instruction for bfloat16, or tiles (AMX, or their emulation)."""
     found = [(torch.float32, False, False), (torch.bfloat16, False, False)]
     found += [(torch.bfloat16, True, False)] if torch.ops.lissom.dots_bfloat16(True) else []

@@ -118,17 +118,17 @@ def treated_layers(
     """
 
     layers = {node: find(node) for node in edit.nodes() if is_linear(node) and node not in passed_over}
-    ways: dict[str, set[bool]] = {}
+    orientations: dict[str, set[bool]] = {}
     for matrix in layers.values():
         if not isinstance(matrix, str):
-            ways.setdefault(matrix.name, set()).add(matrix.transposed)
+            orientations.setdefault(matrix.name, set()).add(matrix.transposed)
 
     def treat(node: fx.Node, matrix: Found | str) -> Found | str:
         if isinstance(matrix, str):
             return matrix
         if (reason := obstacle(node, matrix)) is not None:
             return reason
-        return matrix if len(ways[matrix.name]) == 1 else "its weight is read in both orientations"
+        return matrix if len(orientations[matrix.name]) == 1 else "its weight is read in both orientations"
 
     return edit.accepted((node, treat(node, matrix)) for node, matrix in layers.items())
 
