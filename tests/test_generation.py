@@ -37,17 +37,16 @@ GREEDY = {"max_new_tokens": 50, "do_sample": False, "eos_token_id": None, "pad_t
 # Nothing is timed: whichever forms are chosen, the tokens are the same.
 BACKENDS = {"eager": "eager", "onnxruntime": lissom.OnnxRuntime(timing_seconds=0)}
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-# Of a kind with gemma3, qwen2 and gpt_neox. tests/frontends/test_decoder.py captures them, and they are compared there.
-ALIKE = {"gemma2", "qwen2", "qwen3", "phi", "mistral", "gpt_neox"}
+# Of a kind with others here. tests/frontends/test_decoder.py captures these decoders, and they are compared there.
+ALIKE = {"gemma2", "qwen2", "qwen3", "phi", "mistral", "gpt_neox", "bloom"}
+# Recurrent or without a cache of the usual kind.
+OTHERS_ALIKE = {"falcon_h1", "olmo_hybrid", "zamba", "minimax", "qwen3_next", "lfm2", "deepseek_v32"}
 # Every form of ONNX Runtime's is built, some seconds a model.
 MODELS = [
     *(pytest.param("eager", name, marks=pytest.mark.slow if name in ALIKE else ()) for name in DECODERS),
     ("onnxruntime", "llama"),
     *(pytest.param("onnxruntime", name, marks=pytest.mark.slow) for name in DECODERS if name != "llama"),
-    *(
-        pytest.param("eager", name, marks=pytest.mark.slow if name in ("falcon_h1", "olmo_hybrid", "zamba", "minimax") else ())
-        for name in (*RECURRENT, *OTHERS)
-    ),
+    *(pytest.param("eager", name, marks=pytest.mark.slow if name in OTHERS_ALIKE else ()) for name in (*RECURRENT, *OTHERS)),
     *(pytest.param("onnxruntime", name, marks=pytest.mark.slow) for name in (*RECURRENT, *OTHERS)),
 ]
 
@@ -77,7 +76,7 @@ def test_generate_gives_the_tokens_the_model_gives(backend: str, name: str) -> N
     assert len(set(wanted[0].tolist())) > 5
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_next", "mamba2"])
+@pytest.mark.parametrize("name", all_but_slow(["llama", "qwen3_next", "mamba2"], "llama", "mamba2"))
 def test_other_lengths_of_prompt_need_no_other_program(name: str) -> None:
     model, fast = compiled(name)
     for length in (1, 2, 13):

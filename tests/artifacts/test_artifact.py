@@ -69,7 +69,13 @@ def no_pickle(monkeypatch):
                 monkeypatch.setattr(module, name, refuse)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("bert_eager", "llama_eager", "t5", "gpt2") else ())
+        for name in CASES
+    ],
+)
 def test_a_model_comes_back(name, tmp_path, no_pickle):
     model = compiled(name)
     again = reloaded(model, tmp_path / "artifact")

@@ -16,11 +16,11 @@ from tests.artifacts.killing import contents
 from tests.artifacts.saving import compiled
 
 
-@pytest.mark.parametrize("kind", ["model", pytest.param("decoder", marks=pytest.mark.slow)])
-def test_a_save_that_is_stopped_leaves_the_old_or_the_new(kind, request):
-    count = 100 if request.config.getoption("--slow") else 5
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["model", "decoder"])
+def test_a_save_that_is_stopped_leaves_the_old_or_the_new(kind):
     command = [sys.executable, "-m", "tests.artifacts.killing", kind, "--signal", "SIGKILL", "--signal", "SIGINT"]
-    command += ["--count", str(count)]
+    command += ["--count", "100"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
 

@@ -17,6 +17,7 @@ from lissom.frontends.export import capture
 from tests import captures
 from tests.backends.caches import DYNAMIC, PLACES, Decoder, call_of, decoder, decoder_session, generation
 from tests.models import capture_of, counter, normal, seeded
+from tests.neighbours import all_but_slow
 
 BACKENDS = {"eager": Eager(), "onnxruntime": OnnxRuntime(timing_seconds=0)}
 # Two layers of float32 (unit roundoff 6e-8), sums of at most 64 terms in another order.
@@ -201,7 +202,10 @@ def test_backends_are_timed_without_leaving_a_trace():
     assert fast.state()["seen"].item() == 0.0
 
 
-@pytest.fixture(scope="module", params=["", "quantize{scheme=int4-weight,skip=embedding}"], ids=["float32", "int4-weight"])
+PLAIN, INT4 = "", "quantize{scheme=int4-weight,skip=embedding}"
+
+
+@pytest.fixture(scope="module", params=[PLAIN, INT4], ids=["float32", "int4-weight"])
 def compiled(request):
     """A decoder compiled by ONNX Runtime, and the same by eager with its weights rounded."""
     model, example = seeded(lambda: Decoder()), tuple(call_of(2, 5))
@@ -211,6 +215,7 @@ def compiled(request):
     ]
 
 
+@pytest.mark.parametrize("compiled", all_but_slow([PLAIN, INT4], PLAIN), ids=["float32", "int4-weight"], indirect=True)
 def test_weights_of_few_bits_go_with_state(compiled):
     eager, fast = compiled
     with restored_state(eager._executable, fast._executable):

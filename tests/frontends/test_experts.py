@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
 
@@ -17,6 +18,7 @@ def dbrx() -> transformers.PreTrainedModel:
     return seeded(lambda: transformers.DbrxModel(transformers.DbrxConfig(attn_config=attention, ffn_config=experts, **sizes)))
 
 
+@pytest.mark.slow
 def test_the_program_routes_other_tokens_as_the_model_does() -> None:
     model = dbrx()
     program = capture(model, (), {"input_ids": torch.arange(14).view(2, 7), "use_cache": False}).program

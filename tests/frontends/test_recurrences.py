@@ -127,7 +127,9 @@ def test_a_function_with_other_parameters_stays() -> None:
 
 
 @pytest.mark.parametrize("dtype", all_but_slow([torch.bfloat16, torch.float64], torch.bfloat16))
-@pytest.mark.parametrize("build", [mamba, *RECURRENT.values()])
+@pytest.mark.parametrize(
+    "build", all_but_slow([mamba, *RECURRENT.values()], mamba, *(RECURRENT[name] for name in ("mamba", "mamba2", "lfm2")))
+)
 def test_models_of_other_dtypes(build, dtype: torch.dtype) -> None:
     model = seeded(build).eval().to(dtype)
     model.config.use_cache = False

@@ -24,18 +24,26 @@ from tests.captures import capture_once
 aten = torch.ops.aten
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def _every_backend(*quick: str) -> pytest.MarkDecorator:
+    """Every backend as a parameter of a test; those that are not quick are marked slow."""
+    return pytest.mark.parametrize(
+        "backend",
+        [
+            pytest.param(
+                OnnxRuntime(timing_seconds=0) if item.name == "onnxruntime" else item,
+                id=item.name,
+                marks=() if item.name in quick else pytest.mark.slow,
+            )
+            for item in find_backends(FASTEST)
+        ],
+    )
+
+
 # Inductor takes some twenty seconds a graph. ONNX Runtime's variants are all built and checked, and timed in five runs each.
-every_backend = pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param(
-            OnnxRuntime(timing_seconds=0) if item.name == "onnxruntime" else item,
-            id=item.name,
-            marks=pytest.mark.slow if item.name == "inductor" else (),
-        )
-        for item in find_backends(FASTEST)
-    ],
-)
+every_backend = _every_backend("eager", "onnxruntime")
+every_backend_but_eager_slow = _every_backend("eager")
 # Set by `pytest tests/passes --update-goldens`.
 update_goldens = False
 

@@ -15,14 +15,16 @@ from tests.passes.harness import aten, calls
 from tests.passes.models import EAGER, case_of, compiled, optimized
 
 
-@pytest.mark.parametrize("name", all_but_slow(EAGER, "bert", "llama", "t5", "gemma3", "deberta"))
+@pytest.mark.parametrize("name", all_but_slow(EAGER, "bert", "llama", "gemma3", "deberta"))
 def test_every_attention_is_raised(name: str) -> None:
     fast, attentions = optimized(name), EAGER[name][1]
     assert calls(fast.program, aten.scaled_dot_product_attention.default) == attentions
     assert calls(fast.program, aten.softmax.int, aten._softmax.default) == 0
 
 
-@pytest.mark.parametrize("name", EAGER)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("whisper", "mpnet") else ()) for name in EAGER]
+)
 def test_nothing_is_skipped(name: str) -> None:
     assert [skip for step in optimized(name).report.history.steps for skip in step.skipped] == []
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lissom.errors import ArtifactError
+from tests.neighbours import all_but_slow
 from tools.fuzz_artifacts.campaign import Case, Worker, cases, make_samples, run, smallest
 from tools.fuzz_artifacts.mutations import CANARY, JSON, MANIFEST, Mutation, apply, seal
 from tools.fuzz_artifacts.samples import SAMPLES, Answer, Sample
@@ -28,7 +29,7 @@ def folder(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("name", sorted(set(SAMPLES) - set(SLICE)))
+@pytest.mark.parametrize("name", all_but_slow(sorted(set(SAMPLES) - set(SLICE)), "int8", "onnx", "ranks"))
 def test_a_sample_of_no_slice_is_saved_and_loaded(name, tmp_path):
     make_samples(tmp_path, [name])
     assert SAMPLES[name].load(tmp_path / name)()

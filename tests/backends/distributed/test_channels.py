@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.backends.ranks import printed, run_ranks
+from tests.neighbours import all_but_slow
 
 EXCHANGES = """
 join()
@@ -39,7 +40,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", all_but_slow([2, 3], 2))
 def test_shared_memory_gives_what_gloo_gives(world_size: int, tmp_path: Path) -> None:
     for lines in printed(run_ranks(EXCHANGES, tmp_path, world_size)):
         assert lines == ["SharedMemory GroupChannel", "True"]

@@ -25,7 +25,6 @@ from tools.zoo.catalogue import entries
 PRUNED = "prune-heads{keep=0.5},prune-neurons{keep=0.5}"
 DYNAMIC, TENSOR = "quantize{scheme=int8-dynamic}", "quantize{scheme=int8-dynamic,activations=tensor}"
 STATIC, INT4 = "quantize{scheme=int8-static}", "quantize{scheme=int4-weight,group=16}"
-QUICK = {"masked/bert", "causal/llama"}
 ARCHITECTURES = {
     "masked/bert": STATIC,
     "masked/distilbert": DYNAMIC,
@@ -43,7 +42,7 @@ FAST = OnnxRuntime(timing_seconds=0)
 
 @pytest.mark.parametrize(
     ("name", "scheme"),
-    [pytest.param(*item, marks=() if item[0] in QUICK else pytest.mark.slow) for item in ARCHITECTURES.items()],
+    [pytest.param(*item, marks=() if item[0] == "causal/llama" else pytest.mark.slow) for item in ARCHITECTURES.items()],
     ids=list(ARCHITECTURES),
 )
 def test_pruned_and_quantized_architectures_run_in_integers(name, scheme):

@@ -117,7 +117,7 @@ def check_exported(model, found, export, samples, folder, **options):
     return graphs
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", all_but_slow(PATTERNS, "causal blocks", "window and sinks", "two strides"))
 def test_every_form_gives_what_the_operator_gives(name, tmp_path):
     pattern = PATTERNS[name]
     model = seeded(lambda: Sparse(pattern, layout=layout_of(pattern, dense=(0,))))
@@ -134,8 +134,14 @@ def by_heads(name):
 
 
 # A key and its value take 2 · 2 · 8 · 4 bytes of the two groups of heads.
-@pytest.mark.parametrize("chunk_bytes", [1, 128 * 2 * 140, 2**28])
-@pytest.mark.parametrize("name", ["window", "window and global tokens", "blocks and window"])
+@pytest.mark.parametrize(
+    ("name", "chunk_bytes"),
+    [
+        pytest.param(name, size, marks=pytest.mark.slow if (name, size) == ("blocks and window", 1) else ())
+        for name in ("window", "window and global tokens", "blocks and window")
+        for size in (1, 128 * 2 * 140, 2**28)
+    ],
+)
 def test_chunks_of_every_size_give_the_same(name, chunk_bytes, tmp_path):
     """A block at a time, a few, of which the last is not a whole chunk, and all at once; of one sequence and of several."""
     samples = [(normal(2, 140, 16),), *((normal(*size, 16, seed=3),) for size in [(1, 1), (3, 333), (1, 701)])]

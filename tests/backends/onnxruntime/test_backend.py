@@ -34,7 +34,7 @@ def fast_bert():
     return case, lissom.compile(case.model, case.inputs, backend=OnnxRuntime(timing_seconds=0))
 
 
-SLOW = {"bert_eager", "llama_eager", "t5", "gpt2", "blocked", "convolution"}
+SLOW = {"bert_eager", "llama", "llama_eager", "t5", "gpt2", "blocked", "convolution"}
 
 
 @pytest.mark.parametrize(

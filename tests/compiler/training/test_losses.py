@@ -122,7 +122,11 @@ def test_forms_of_outputs() -> None:
 
 @pytest.mark.parametrize(
     ("case", "forms"),
-    [(tiny_bert, ["hidden", "embeddings"]), (tiny_llama, ["logits"]), (tiny_t5, ["hidden"])],
+    [
+        (tiny_bert, ["hidden", "embeddings"]),
+        (tiny_llama, ["logits"]),
+        pytest.param(tiny_t5, ["hidden"], marks=pytest.mark.slow),
+    ],
     ids=["bert", "llama", "t5"],
 )
 def test_forms_of_models(case, forms) -> None:

@@ -68,7 +68,7 @@ def difference(found: object, wanted: list[torch.Tensor]) -> float:
 @pytest.mark.parametrize(
     ("name", "exporter"),
     [
-        pytest.param(name, exporter, marks=pytest.mark.slow if name == "llama" and "dynamo" in exporter else ())
+        pytest.param(name, exporter, marks=pytest.mark.slow if name == "llama" else ())
         for name in MODELS
         for exporter in EXPORTERS
     ],

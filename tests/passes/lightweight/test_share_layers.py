@@ -21,7 +21,7 @@ from lissom.passes.lightweight.share_layers import ShareLayers
 from tests import captures
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.neighbours import all_but_slow
-from tests.passes.harness import check_golden, every_backend, rewrite
+from tests.passes.harness import check_golden, every_backend, every_backend_but_eager_slow, rewrite
 
 STACKS = {
     "bert": (tiny_bert, "encoder.layer"), "gpt2": (tiny_gpt2, "h"), "llama": (tiny_llama, "model.layers"),
@@ -199,7 +199,7 @@ def test_options_are_spelt_as_they_are_written() -> None:
     assert (found, format_pass(found)) == (ShareLayers(every=2, take="mean"), text)
 
 
-@every_backend
+@every_backend_but_eager_slow
 @pytest.mark.parametrize("build", all_but_slow([tiny_bert, tiny_llama], tiny_bert))
 def test_composes(build: Callable[[], Case], backend: Backend) -> None:
     case = build()

@@ -20,7 +20,8 @@ from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention, 
 from tests import captures
 from tests.compiler.analysis.patterns.test_reader import SIZES, SLIDING
 from tests.models import Case, normal, seeded, tiny_bert, tokens
-from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
+from tests.neighbours import all_but_slow
+from tests.passes.harness import Calls, aten, calls, check_golden, every_backend_but_eager_slow, rewrite
 
 ALWAYS = LowerSparseAttention(always=True)
 SPARSE = {
@@ -117,7 +118,7 @@ def square(program: Program) -> list[str]:
 
 
 @pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+@pytest.mark.parametrize("name", all_but_slow(["mistral", "gemma3"], "mistral"))
 def test_no_mask_of_all_pairs_is_left(name: str, padded: bool) -> None:
     """Sliding windows as models come with them, of a quarter of the tokens."""
     options = SIZES | {"max_position_embeddings": 2 * LENGTH}
@@ -183,7 +184,7 @@ def test_a_window_longer_than_the_text_hides_nothing() -> None:
     assert [hides(both_ways, length, None) for length in (64, 256, 1024)] == [False, False, True]
 
 
-@every_backend
+@every_backend_but_eager_slow
 def test_composes(backend: Backend) -> None:
     case: Case = tiny_bert()
     passes = "sparsify-attention{window=2}"

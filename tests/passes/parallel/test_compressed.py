@@ -14,8 +14,14 @@ from tests.passes.parallel.models import partition, program_of, reasons, run_pas
 PRUNED = "prune-heads{keep=0.75,criterion=magnitude},prune-neurons{keep=0.7,criterion=magnitude},eliminate-dead"
 
 
-@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-weight", "int4-weight,group=8"])
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        pytest.param(name, scheme, marks=pytest.mark.slow if (name, scheme) == ("llama", "int8-dynamic") else ())
+        for name in ("llama", "bert")
+        for scheme in ("int8-dynamic", "int8-weight", "int4-weight,group=8")
+    ],
+)
 def test_pruned_and_quantized_programs_are_sharded(name: str, scheme: str) -> None:
     program, samples = program_of(name)
     compressed, _ = run_passes(f"{PRUNED},quantize{{scheme={scheme}}},fold-quantized-weights", program, samples)

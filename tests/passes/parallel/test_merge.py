@@ -38,7 +38,10 @@ def _llama() -> nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SIZES, intermediate_size=48))
 
 
-@pytest.mark.parametrize(("build", "each"), [(_gptj, 1), (_phi, 1), (_llama, 2)])
+@pytest.mark.parametrize(
+    ("build", "each"),
+    [pytest.param(_gptj, 1, marks=pytest.mark.slow), pytest.param(_phi, 1, marks=pytest.mark.slow), (_llama, 2)],
+)
 def test_one_all_reduce_a_layer_that_computes_both_parts_side_by_side(build: object, each: int) -> None:
     program, samples = _program(seeded(build))  # pyright: ignore[reportArgumentType]
     after, _ = partition(program, samples, 2)

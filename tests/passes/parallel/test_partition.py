@@ -19,6 +19,7 @@ from lissom.errors import PassError, RequirementError, UnsupportedError
 from lissom.passes.parallel.partition import Partition
 from tests import captures
 from tests.models import FeedForward, normal, seeded
+from tests.neighbours import all_but_slow
 from tests.passes.harness import check_golden, rewrite
 from tests.passes.parallel.models import (
     NAMES_AND_SIZES,
@@ -62,7 +63,13 @@ def test_a_stale_plan_is_refused() -> None:
         run_passes("partition", planned, samples)
 
 
-@pytest.mark.parametrize(("name", "world_size"), NAMES_AND_SIZES)
+@pytest.mark.parametrize(
+    ("name", "world_size"),
+    [
+        pytest.param(*item.values, marks=pytest.mark.slow if item.values == ("t5", 3) else item.marks)
+        for item in NAMES_AND_SIZES
+    ],
+)
 def test_numbers(name: str, world_size: int) -> None:
     # The pipeline compares the ranks in lock-step with the program before, at two sizes.
     after, history = partitioned(name, world_size)
@@ -80,7 +87,7 @@ def test_numbers(name: str, world_size: int) -> None:
     # vocabulary.
     [
         ("llama", 5),
-        ("gemma3", 5),
+        pytest.param("gemma3", 5, marks=pytest.mark.slow),
         ("bert", 5),
         ("gpt2", 5),
         pytest.param("mixtral", 5, marks=pytest.mark.slow),
@@ -96,7 +103,7 @@ def test_communicates_no_more_than_needed(name: str, reduces: int) -> None:
     assert collectives(after) == (reduces, 1)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", all_but_slow([2, 4], 4))
 def test_rank_holds_its_share_of_the_bytes(world_size: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -172,14 +179,10 @@ def test_heads_left_by_pruning_need_not_divide(world_size: int) -> None:
     assert not last[-8:].any()
 
 
-# Two heads of keys and values, and as many as queries have, each for two to four ranks.
-CACHES = {("llama", 2), ("llama", 3), ("gemma3", 4)}
-
-
 @pytest.mark.parametrize(
     ("name", "world_size"),
     [
-        pytest.param(name, world_size, marks=[] if (name, world_size) in CACHES else pytest.mark.slow)
+        pytest.param(name, world_size, marks=[] if name == "llama" and world_size < 4 else pytest.mark.slow)
         for name in ("llama", "gemma3", "gpt2", "gpt_neox")
         for world_size in (2, 3, 4)
     ],

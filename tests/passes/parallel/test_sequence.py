@@ -66,9 +66,9 @@ def test_numbers(name: str, world_size: int) -> None:
         ("t5", (0, 12, 12)),
         ("vit", (0, 4, 5)),
         ("cohere", (0, 3, 4)),
-        ("falcon", (0, 3, 4)),
+        pytest.param("falcon", (0, 3, 4), marks=pytest.mark.slow),
         ("neox", (1, 2, 3)),
-        ("mixtral", (0, 5, 6)),
+        pytest.param("mixtral", (0, 5, 6), marks=pytest.mark.slow),
     ],
 )
 def test_collectives(name: str, wanted: tuple[int, int, int]) -> None:

@@ -32,7 +32,9 @@ def test_leaves_other_graphs_alone() -> None:
     assert history.steps[1].notes == ("on 2 ranks: nothing sharded; nothing to redistribute",)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("olmo2", "mamba") else ()) for name in MODELS]
+)
 def test_every_value_is_placed(name: str) -> None:
     program, samples = program_of(name)
     planned, history = run_passes("shard{world_size=4}", program, samples)

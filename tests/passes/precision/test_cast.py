@@ -154,7 +154,9 @@ def padded(case: Case) -> dict[str, object]:
     return {**case.kwargs, "attention_mask": mask}
 
 
-@pytest.mark.parametrize(("name", "weight"), [("tiny_t5", "wo.weight"), ("tiny_llama", "down_proj.weight")])
+@pytest.mark.parametrize(
+    ("name", "weight"), [pytest.param("tiny_t5", "wo.weight", marks=pytest.mark.slow), ("tiny_llama", "down_proj.weight")]
+)
 def test_a_residual_stream_that_overflows_stays_in_float32(name: str, weight: str) -> None:
     case: Case = MODELS[name]()
     inputs = padded(case)

@@ -12,6 +12,7 @@ from lissom.backends.base import Backend
 from lissom.compiler.ir import node as nodes
 from tests import captures
 from tests.models import CASES, normal, seeded
+from tests.neighbours import all_but_slow
 from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -118,7 +119,7 @@ def test_state_is_read_before_it_is_written() -> None:
     assert torch.equal(program(x), x)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "t5", "gpt2"])
+@pytest.mark.parametrize("name", all_but_slow(["bert", "llama", "t5", "gpt2"], "bert", "llama", "gpt2"))
 def test_models_kept_in_bfloat16_stay_bit_for_bit(name: str) -> None:
     case = CASES[name]()
     model = case.model.to(BF16)

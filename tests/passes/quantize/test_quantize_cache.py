@@ -34,7 +34,7 @@ def test_leaves_other_graphs_alone() -> None:
     assert history.steps[1].notes == ("the program has no KV cache; compile_generation makes one that has",)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", all_but_slow([8, 4], 8))
 @pytest.mark.parametrize("name", all_but_slow(["llama", "gpt2"], "llama"))
 def test_numbers(name: str, bits: int) -> None:
     before, after, _ = quantized(name, bits, batch=2)

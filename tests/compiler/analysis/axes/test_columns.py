@@ -12,7 +12,10 @@ from tests.compiler.analysis.axes.test_axes import canonical
 from tests.models import Case, normal, seeded
 
 
-@pytest.mark.parametrize(("name", "dim"), [("bert", 1), ("llama", 1), ("t5", 1), ("gpt2", 0), ("bloom", 1), ("deberta", 1)])
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [("bert", 1), ("llama", 1), ("t5", 1), ("gpt2", 0), ("bloom", 1), pytest.param("deberta", 1, marks=pytest.mark.slow)],
+)
 def test_heads_are_blocks_of_columns_of_the_output_projection(name: str, dim: int):
     program, _ = canonical(name)
     for site in program.fact(structure).attention:

@@ -228,6 +228,7 @@ def test_windows_that_models_come_with_are_read(name: str) -> None:
     assert not any(reading.rest for reading in found)
 
 
+@pytest.mark.slow
 def test_chunks_of_llama_4_are_read() -> None:
     config = transformers.Llama4TextConfig(
         **SIZES, head_dim=4, attention_chunk_size=4, intermediate_size_mlp=24, num_local_experts=2

@@ -20,7 +20,7 @@ from lissom.passes.attention.linear_attention.linear_attention import LinearAtte
 from tests import captures
 from tests.models import CASES, Counter, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tokens
 from tests.neighbours import all_but_slow
-from tests.passes.harness import calls, check_golden, every_backend, rewrite
+from tests.passes.harness import calls, check_golden, every_backend_but_eager_slow, rewrite
 from tests.passes.models import optimized
 from tests.passes.quantize.calibrated import passed
 
@@ -172,7 +172,7 @@ def test_the_mask_is_not_made_any_more() -> None:
     [
         ("t5", "a bias is added to its scores"),
         pytest.param("deberta", "a bias is added to its scores", marks=pytest.mark.slow),
-        ("gemma3", "its mask hides more than padding and later tokens"),
+        pytest.param("gemma3", "its mask hides more than padding and later tokens", marks=pytest.mark.slow),
     ],
 )
 def test_other_attention_is_left_with_a_reason(name: str, reason: str) -> None:
@@ -244,7 +244,7 @@ def test_it_trains(name: str) -> None:
         assert sum("_features." in item for item in trained) == {"elu": 4, "hedgehog": 8}[name]
 
 
-@every_backend
+@every_backend_but_eager_slow
 @pytest.mark.parametrize("name", all_but_slow(["bert", "gpt2", "llama"], "llama"))
 def test_composes(name: str, backend: Backend) -> None:
     case = CASES[name]()

@@ -18,7 +18,7 @@ from lissom.passes.lightweight.depthwise_separable.depthwise_separable import De
 from tests import captures
 from tests.models import Case, normal, seeded, tiny_bert
 from tests.neighbours import all_but_slow
-from tests.passes.harness import Calls, calls, check_golden, every_backend, rewrite
+from tests.passes.harness import Calls, calls, check_golden, every_backend_but_eager_slow, rewrite
 from tests.passes.lightweight.depthwise_separable.test_factors import best, layout_of
 from tests.passes.lightweight.models import (
     smooth,
@@ -256,7 +256,7 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", all_but_slow(MODELS, "vit", "segformer", "wav2vec2"))
 def test_transformers_get_smaller(name: str) -> None:
     """With their batch left free, and at the sizes the checks are made with."""
     build, convolutions = MODELS[name]
@@ -311,7 +311,7 @@ def test_one_sample_without_a_batch_is_taken() -> None:
     assert found.report.history.steps[-1].rewritten == 2
 
 
-@every_backend
+@every_backend_but_eager_slow
 @pytest.mark.parametrize("build", all_but_slow([tiny_wav2vec2, tiny_segformer], tiny_segformer))
 def test_composes(build: Callable[[], Case], backend: Backend) -> None:
     case = build()

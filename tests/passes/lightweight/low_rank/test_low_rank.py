@@ -15,7 +15,7 @@ from lissom.passes.lightweight.low_rank.low_rank import LowRank
 from tests import captures
 from tests.models import FeedForward, normal, seeded, tokens
 from tests.neighbours import all_but_slow
-from tests.passes.harness import apply, aten, calls, capture_model, check_golden, every_backend, rewrite
+from tests.passes.harness import apply, aten, calls, capture_model, check_golden, every_backend_but_eager_slow, rewrite
 from tests.passes.quantize.calibrated import MODELS, exact, passed
 
 PLAIN = "whiten=true,asymmetric=false,fisher=false,damping=1e-9"
@@ -51,7 +51,7 @@ def test_leaves_other_graphs_alone() -> None:
     assert history.steps[-1].summary == "rewrote 0 of 2; skipped 2: factors of the chosen rank would be no smaller (2)"
 
 
-@pytest.mark.parametrize("name", FACTORED)
+@pytest.mark.parametrize("name", all_but_slow(FACTORED, "tiny_bert", "tiny_llama"))
 def test_the_weights_become_factors_of_that_rank(name: str) -> None:
     """GPT-2 keeps its matrices the other way round, T5 and Llama have no biases."""
     before = exact(MODELS[name])
@@ -237,7 +237,7 @@ def test_the_model_is_as_it_was_and_the_factors_train() -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-@every_backend
+@every_backend_but_eager_slow
 @pytest.mark.parametrize(
     "behind", all_but_slow(["", ",quantize{scheme=int8-dynamic}", ",cast{dtype=bf16}"], ",quantize{scheme=int8-dynamic}")
 )
@@ -345,7 +345,7 @@ def test_heads_that_cannot_be_shortened_are_reported_and_their_layers_factored()
         assert history.steps[-1].rewritten >= FACTORED[name] - 4
 
 
-@every_backend
+@every_backend_but_eager_slow
 def test_shorter_heads_compose(backend: Backend) -> None:
     case = MODELS["tiny_bert"]()
     passes = "low-rank{budget=0.5,attention=true},quantize{scheme=int8-dynamic}"

@@ -13,6 +13,7 @@ from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
 from tests import captures
 from tests.decoders import decoder
 from tests.models import normal, seeded
+from tests.neighbours import all_but_slow
 from tests.passes.harness import aten, calls, every_backend, rewrite
 from tests.passes.prune.models import eliminate, program_of, reasons, sites_of, zero_bias, zero_heads
 
@@ -42,7 +43,7 @@ def test_leaves_other_graphs_alone() -> None:
     assert reasons(history) == []
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize("name", all_but_slow(["bert", "gpt2", "llama", "t5"], "bert", "gpt2", "llama"))
 def test_every_projection_loses_the_rows_of_a_dead_head(name: str) -> None:
     program, samples = program_of(name)
     heads, site = sites_of(program).attention[0].heads, sites_of(program).attention[0]

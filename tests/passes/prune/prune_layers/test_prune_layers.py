@@ -21,6 +21,7 @@ from lissom.passes.prune.prune_layers.branches import branch_of
 from lissom.passes.prune.prune_layers.prune_layers import PruneLayers
 from tests import captures
 from tests.models import VOCABULARY, Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
+from tests.neighbours import all_but_slow
 from tests.passes.harness import aten, calls, check_golden, rewrite
 
 Build = Callable[[], Case]
@@ -140,7 +141,9 @@ class Passed(nn.Module):
         return hidden, bias, None
 
 
-@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama, gemma, neox], ids=lambda build: build.__name__)
+@pytest.mark.parametrize(
+    "build", all_but_slow([tiny_gpt2, tiny_llama, gemma, neox], tiny_gpt2, tiny_llama, neox), ids=lambda build: build.__name__
+)
 def test_what_is_zeroed_is_then_eliminated_exactly(build: Build) -> None:
     for part, gone in (("layer", 2), ("attention", 1), ("feed-forward", 1)):
         program, history = pruned(build, f"prune-layers{{keep=0.5,part={part}}},eliminate-dead")
