@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -24,8 +25,9 @@ from lissom.tuning.divergence import Divergence
 from lissom.tuning.sites import Group, Option
 from lissom.tuning.spelling import pipeline_of
 
-_QUICK, _CAREFUL = 0.25, 1.0
-"""Seconds of timing for each program: in the cost table, and of a verified candidate."""
+_QUICK, _CAREFUL, _OF_BUILD = 0.25, 1.0, 0.1
+"""Seconds of timing for each program, in the cost table and of a verified candidate; or this part of the time to build it, if
+that is more, since five calls of a large program say little."""
 
 
 def silent(_what: str, _finished: int, _total: int) -> None:
@@ -74,7 +76,7 @@ class Workshop:
     """Builds candidates of one program.
 
     program: the exact one. example: of the model's inputs. sample: the flat inputs for timing. data: all batches, for passes
-    that calibrate. exact: the program without lossy passes, compiled for each variant.
+    that calibrate. exact: the program without lossy passes, compiled for each variant. seconds: the time of the last build.
     """
 
     program: Program
@@ -83,6 +85,7 @@ class Workshop:
     data: Sequence[Inputs]
     backends: Mapping[str, str | Backend]
     exact: dict[Variant, CompiledModel] = field(default_factory=dict[Variant, CompiledModel])
+    seconds: float = 0.0
 
     @cached_property
     def fingerprint(self) -> str:
@@ -100,7 +103,10 @@ class Workshop:
             goal=None,
             progress=silent,
         )
-        return compile_model(self.program, self.example, settings)
+        started = time.monotonic()
+        found = compile_model(self.program, self.example, settings)
+        self.seconds = time.monotonic() - started
+        return found
 
     def base(self, variant: Variant) -> CompiledModel:
         """The program of a variant without further passes. Raises: LissomError."""
@@ -112,7 +118,8 @@ class Workshop:
         """The time of a program over that of `base`."""
         calls = {"base": partial(base.run, self.sample), "found": partial(found.run, self.sample)}
         with restored_state(base._executable, found._executable):
-            timings = time_calls(calls, _CAREFUL if careful else _QUICK, most=ENOUGH)
+            seconds = max(_CAREFUL if careful else _QUICK, _OF_BUILD * self.seconds)
+            timings = time_calls(calls, seconds, most=ENOUGH)
         base_ms, ms = timings["base"], timings["found"]
         # Other processes only ever add time, so the lower quartiles are compared.
         ratio = ms.low_ms / base_ms.low_ms

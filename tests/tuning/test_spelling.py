@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lissom
 from lissom.tuning.sites import LOW_RANK, PATTERN, TABLE, Group, Option, groups_of, linear_paths
 from lissom.tuning.spelling import pipeline_of, read_options
-from tests.models import captured, tiny_bert, tiny_llama
+from tests.models import captured, seeded, tiny_bert, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +123,27 @@ def test_key_value_heads_are_pooled_only_where_all_heads_stay():
 
 def test_a_model_without_sites_has_linear_layers_alone():
     assert {group.kind for group in groups_of(captured("tied"))} <= {"linear", TABLE}
+
+
+def test_a_table_tied_to_the_lm_head_is_left_alone_by_int4_of_other_layers():
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    inputs = {"input_ids": torch.randint(0, 64, (1, 8))}
+    program = lissom.optimize(seeded(lambda: LlamaForCausalLM(config)), inputs).program
+    groups, linears = groups_of(program), linear_paths(program)
+    table = next(group for group in groups if group.kind == TABLE)
+    assert table.tied and table.option == "embeddings"
+    options = [
+        Option(item.size, "int4-weight") if "int4-weight" in item.schemes and item is not table else item.whole
+        for item in groups
+    ]
+    text = pipeline_of(groups, options, linears)
+    found = lissom.optimize(program, inputs, passes=text, checks="structural").program
+    assert found.weights()["model.embed_tokens.weight"].dtype == torch.float32
+    assert read_options(groups, text) == options

@@ -110,11 +110,12 @@ class Quantize(Approximation):
     def sites(cls, program: Program) -> Sequence[AmountSite]:
         layers, tables = _matrices(program), {_table(item.node) for item in program.fact(structure).embeddings}
         found = weight_sites(layers, cls.name(), _taken)
+        multiplied = {matrix.name for node, matrix in layers.items() if is_linear(node)}
         for node, matrix in layers.items():
             site = found[matrix.name]
             text = f"{cls.name()}{{embeddings=true}}" if matrix.node in tables else f"{cls.name()}{{lm_head=true}}"
             if matrix.node in tables or node in program.fact(structure).lm_heads:
-                kind = site.kind if is_linear(node) else "embedding"
+                kind = site.kind if matrix.name in multiplied else "embedding"
                 found[matrix.name] = replace(site, kind=kind, takes={text: _taken(*matrix.shape)})
         return [*found.values()]
 
