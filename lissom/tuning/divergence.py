@@ -8,7 +8,7 @@ Errors of different sites are nearly uncorrelated, so their squares add. The roo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -43,9 +43,9 @@ class Divergence:
     def of(self, run: Run) -> float:
         """The same of a compiled program."""
         with torch.no_grad():
-            return self._compared([list(run(sample)) for sample in self.batches])
+            return self._compared(list(run(sample)) for sample in self.batches)
 
-    def _compared(self, found: Sequence[Sequence[object]]) -> float:
+    def _compared(self, found: Iterable[Sequence[object]]) -> float:
         count = len(self._wanted[0])
         errors, sizes = [0.0] * count, [0.0] * count
         for left, right, masks in zip(self._wanted, found, self._masks, strict=True):

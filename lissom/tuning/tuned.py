@@ -23,7 +23,6 @@ from lissom.compiler.pipeline.options import Metric
 from lissom.driver.compile import optimize_model
 from lissom.driver.options import Inputs, Settings, read_data, split_inputs
 from lissom.inspect.machine import device_name
-from lissom.ops.native.instruction_sets import processor_features
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.tuning.build import Quality, Variant, Workshop, silent
 from lissom.tuning.candidates import Aim, Candidate
@@ -46,7 +45,6 @@ _MOST_COMPARED = 8
 """Batches of the loss table: every second one calibrates its passes, and outputs are compared on the others."""
 _BATCHES = 8
 """How many times the example's rows a call has with goal="throughput"."""
-_FAST_BF16 = ("avx512_bf16", "amx_bf16")
 _COSTS, _LOSSES, _VERIFIED, _ALL = 0.25, 0.5, 0.7, 0.97
 """The fractions of the time after which the cost table, the loss table, the candidates and the distillation end."""
 _VERIFIED_ALONE = 1.3
@@ -263,24 +261,25 @@ def _saving(costs: Mapping[Variant, CostTable], groups: Sequence[Group], index: 
 
 
 def _variants(trials: Trials, request: Request) -> dict[Variant, Candidate]:
-    """The backends, each in the program's own precision and in bfloat16 where that is fast, measured; the cheapest first.
+    """The backends, each in the program's own precision and in bfloat16 where that is cheaper, measured; the cheapest first.
 
     Padding is left out where that is faster on the example inputs.
     """
-    device = _device(trials.workshop.sample)
-    fast = device.type == "cuda" or any(name in processor_features() for name in _FAST_BF16)
     padded = not request.memory and _has_padding(trials.workshop.program, trials.workshop.sample)
     found = {Variant(trials.exact.backend): trials.exact}
     for backend in request.backends:
-        for variant in (Variant(backend), *([Variant(backend, bf16=True)] if fast else [])):
+        plain: Candidate | None = None
+        for variant in (Variant(backend), Variant(backend, bf16=True)):
             base = found.get(variant) or _base(trials, variant)
+            if base is None or (plain is not None and base.cost(request.memory) >= _PAYS * plain.cost(request.memory)):
+                continue
+            plain = plain or base
             packed = replace(variant, packed=True)
-            without = _base(trials, packed) if padded and base is not None else None
-            if without is not None and base is not None and without.milliseconds < _PAYS * base.milliseconds:
+            without = _base(trials, packed) if padded else None
+            if without is not None and without.milliseconds < _PAYS * base.milliseconds:
                 found.pop(variant, None)
                 variant, base = packed, without
-            if base is not None:
-                found[variant] = base
+            found[variant] = base
     ordered = sorted(found, key=lambda variant: found[variant].cost(request.memory))
     return {variant: found[variant] for variant in ordered}
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
 
+from lissom.compiler.ir.printer import node_text
 from lissom.compiler.ir.program import Program
+
+_NAME = re.compile(r"%(\w+)")
 
 
 def fingerprint(*parts: object) -> str:
@@ -19,8 +23,26 @@ def fingerprint(*parts: object) -> str:
 
 
 def program_fingerprint(program: Program) -> str:
-    """A hash of a program's text and weights."""
-    return fingerprint(program.text(), [item for pair in program.weights().items() for item in pair])
+    """A hash of a program's operators and weights."""
+    return fingerprint(structure_fingerprint(program), program.weights())
+
+
+def structure_fingerprint(program: Program) -> str:
+    """A hash of a program's operators, whatever the order and the names of its nodes.
+
+    Models that iterate over a set, as Gemma 3 over its kinds of layers, are captured in another order in each process.
+    """
+    known: dict[str, str] = {}
+    ends: list[str] = []
+    for node in program.graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            continue
+        line = node_text(program, node).removeprefix(f"%{node.name}: ")
+        known[node.name] = fingerprint(_NAME.sub(lambda found: known.get(found[1], found[0]), line))
+        if not node.users:
+            ends.append(known[node.name])
+    weights = sorted(node_text(program, node) for node in program.graph.nodes if node.op == "get_attr")
+    return fingerprint(program.signature.describe(), weights, sorted(ends))
 
 
 def _feed(found: hashlib._Hash, part: object) -> None:
