@@ -53,7 +53,7 @@ _MOST_NOTES = 3
 _FITTED = 0.5
 """The part of the error on other batches below which that on the batches of calibration misleads."""
 _PAYS = 0.97
-"""The part of the time that a program without padding may take to be worth its conversions."""
+"""The part of the cost that a program without padding, or in bfloat16, may have to be worth its conversions."""
 
 
 Best = TypeVar("Best", covariant=True)
