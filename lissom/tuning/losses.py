@@ -9,6 +9,7 @@ amount or scheme of a kind measured, from the largest loss of groups of the same
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -118,7 +119,7 @@ class LossMeter:
 
         saving: what an option of a group saves, as a fraction of the whole cost. Each kind of option is measured for one group
         of each form first: schemes, which need no calibration, then amounts, each time those that save most. The others follow,
-        those first that save most for their loss.
+        those first that save most for their loss and for the time that such an option took to measure.
         """
         table = LossTable(self.groups)
         tasks = list(self._tasks(schemes))
@@ -131,10 +132,18 @@ class LossMeter:
         ordered = sorted(
             first.values(), key=lambda task: (task[1].scheme == PLAIN, -saving(*task) * members[self.groups[task[0]].likeness])
         )
-        self._measure(table, ordered, 0, until)
+        taken = dict[bool, float]()  # whether it is a scheme: the seconds of the slowest
+        for done, task in enumerate(ordered):
+            started, scheme = time.monotonic(), task[1].scheme != PLAIN
+            self._measure(table, [task], done, until)
+            taken[scheme] = max(taken.get(scheme, _LEAST), time.monotonic() - started)
         known = set(ordered)
-        rest = [(saving(*task) / max(table.loss(*task), _LEAST), task) for task in tasks if task not in known]
-        self._measure(table, [task for _, task in sorted(rest, key=lambda item: -item[0])], len(ordered), until)
+
+        def worth(task: tuple[int, Option]) -> float:
+            return saving(*task) / max(table.loss(*task), _LEAST) / taken[task[1].scheme != PLAIN]
+
+        rest = sorted((task for task in tasks if task not in known), key=worth, reverse=True)
+        self._measure(table, rest, len(ordered), until)
         return table
 
     def _measure(self, table: LossTable, tasks: Sequence[tuple[int, Option]], before: int, until: float) -> None:
