@@ -238,9 +238,9 @@ def _search(trials: Trials, groups: Sequence[Group], request: Request, notes: li
     saving = partial(_saving, costs, groups)
     losses = meter.measure([scheme for scheme in every if scheme in schemes], saving, _LOSSES * stretch)
     search = Search(trials, groups, linears, bases)
-    in_sample = meter.in_sample(losses, trials.quality.divergence, trials.quality.divergence.batches)
-    notes += _too_little(in_sample)
     if request.metric is None:
+        in_sample = meter.in_sample(losses, trials.quality.divergence, trials.quality.divergence.batches)
+        notes += _too_little(in_sample)
         # The largest, since a factor that is too small leads to programs far over the bound.
         search.usual = min(max((own / other for own, other in in_sample.values()), default=1.0), 1.0) or 1.0
     for variant in bases:
