@@ -15,12 +15,12 @@ import argparse
 import importlib.util
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from quality import calibration_batches, conditions, difference, read_pairs, retrieve
 from readme import put_table
-from tune_peers import PEERS, Peer
+from tune_peers import PEERS, prepare
 
 import lissom
 from lissom.errors import LissomError
@@ -129,7 +129,7 @@ def searched(judge: Judge, minutes: float, optuna: bool) -> list[Found]:
     return found
 
 
-def table(judge: Judge, chosen: dict[str, str], peers: Sequence[str], max_drop: float, pairs: int | None) -> str:
+def table(judge: Judge, chosen: dict[str, str], peers: Iterable[str], max_drop: float, pairs: int | None) -> str:
     """Speed, cosine and recall@10 of what was chosen and of peers, speed and cosine of single techniques, as Markdown."""
     texts = read_pairs("evaluation", pairs)
     original = retrieve(judge.checkpoint.model, judge.checkpoint, texts)
@@ -150,7 +150,7 @@ def table(judge: Judge, chosen: dict[str, str], peers: Sequence[str], max_drop: 
             call = lissom.compile(judge.checkpoint.model, judge.example, passes=pipeline, data=judge.data, goal=None)
         add("single" if call is None else name, speedup, drop, call, f"`{shortened(pipeline)}`")
     for name in peers:
-        peer = Peer.prepare(name, judge.data, judge.example, judge.metric, max_drop)
+        peer = prepare(name, judge.data, judge.example, judge.metric, max_drop)
         drop = 1.0 - judge.metric(peer.model, judge.reported_on)
         add(name, judge.speedup(peer.call), drop, peer.model, "")
     return "\n".join(lines) + "\n"

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from lissom.bench.engines import Call, Task, openvino, torchao_int8
+from lissom.bench.engines import Call, Task, openvino, openvino_feed, torchao_int8
 from lissom.bench.workload import Inputs, load_model
-
-PEERS = ("torchao int8 + torch.compile", "OpenVINO int8, NNCF with accuracy control")
 
 Metric = Callable[[Callable[..., object]], float]
 
@@ -30,20 +28,32 @@ class Peer:
     model: Callable[..., object]
     call: Call
 
-    @staticmethod
-    def prepare(name: str, data: Sequence[Inputs], example: Inputs, metric: Metric, max_drop: float) -> Peer:
-        """Quantize and compile. data: batches that calibrate. metric, max_drop: the bound, where the library takes one."""
-        with tempfile.TemporaryDirectory() as folder:
-            task = Task(load_model("minilm"), _rows(data), torch.get_num_threads(), Path(folder))
-            if name == PEERS[0]:
-                call = torchao_int8(task)(example)
-                return Peer(task.model.source.model, call)
-            build = openvino(task, precision="f32", quantize=partial(_within_bound, metric=metric, max_drop=max_drop))
 
-            def model(**inputs: torch.Tensor) -> BaseModelOutput:
-                return BaseModelOutput(last_hidden_state=torch.from_numpy(build(inputs)()))
+def torchao(task: Task, example: Inputs, _metric: Metric, _max_drop: float) -> Peer:
+    """int8 everywhere: it takes no bound."""
+    call = torchao_int8(task)(example)
+    return Peer(task.model.source.model, call)
 
-            return Peer(model, build(example))
+
+def nncf(task: Task, example: Inputs, metric: Metric, max_drop: float) -> Peer:
+    """int8 where the bound allows it."""
+    build = openvino(task, precision="f32", quantize=partial(_within_bound, metric=metric, max_drop=max_drop))
+    return Peer(_model(lambda inputs: build(inputs)()), build(example))
+
+
+PEERS = {"torchao int8 + torch.compile": torchao, "OpenVINO int8, NNCF with accuracy control": nncf}
+
+
+def prepare(name: str, data: Sequence[Inputs], example: Inputs, metric: Metric, max_drop: float) -> Peer:
+    """Quantize all-MiniLM-L6-v2, and compile it. data: batches that calibrate. metric, max_drop: the bound on the drop."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = Task(load_model("minilm"), _rows(data), torch.get_num_threads(), Path(folder))
+        return PEERS[name](task, example, metric, max_drop)
+
+
+def _model(hidden: Callable[[Inputs], Any]) -> Callable[..., BaseModelOutput]:
+    """A function with the model's call. hidden: gives the hidden states as an array."""
+    return lambda **inputs: BaseModelOutput(last_hidden_state=torch.from_numpy(hidden(inputs)))
 
 
 def _rows(data: Sequence[Inputs]) -> list[Inputs]:
@@ -56,24 +66,19 @@ def _rows(data: Sequence[Inputs]) -> list[Inputs]:
 
 def _within_bound(model: Any, calibration: Sequence[Inputs], *, metric: Metric, max_drop: float) -> Any:
     """int8 where the metric allows it: NNCF gives layers back to float32 until the drop is within the bound."""
-    import nncf
+    import nncf as library
 
-    rows = [{name: tensor.numpy() for name, tensor in row.items()} for row in calibration]
-    names = [port.get_any_name() for port in model.inputs]
+    rows = [openvino_feed(model, inputs) for inputs in calibration]
 
     def score(compiled: Any, _: object) -> float:
-        def call(**inputs: torch.Tensor) -> BaseModelOutput:
-            hidden = compiled({name: inputs[name].numpy() for name in names})[0]
-            return BaseModelOutput(last_hidden_state=torch.from_numpy(hidden))
+        return metric(_model(lambda inputs: compiled(openvino_feed(compiled, inputs))[0]))
 
-        return metric(call)
-
-    return nncf.quantize_with_accuracy_control(
+    return library.quantize_with_accuracy_control(
         model,
-        nncf.Dataset(rows),
-        nncf.Dataset(rows[:1]),  # the metric has texts of its own, and computes all of them for each item here
+        library.Dataset(rows),
+        library.Dataset(rows[:1]),  # the metric has texts of its own, and computes all of them for each item here
         score,
         max_drop=max_drop,
-        model_type=nncf.ModelType.TRANSFORMER,
+        model_type=library.ModelType.TRANSFORMER,
         subset_size=len(rows),
     )

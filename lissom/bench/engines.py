@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lissom import api
-from lissom.bench.workload import Inputs, Model
+from lissom.bench.workload import Array, Inputs, Model
 from lissom.errors import UnsupportedError, nearest
 from lissom.frontends.huggingface import find_directory
 from lissom.frontends.isolation import exchanged
@@ -163,8 +163,7 @@ def openvino(task: Task, *, precision: str, quantize: Callable[[Any, Sequence[In
 
     def build(inputs: Inputs) -> Call:
         fixed = converted.clone()
-        taken = {port.get_any_name() for port in fixed.inputs}
-        feed = {name: x.numpy() for name, x in inputs.items() if name in taken}
+        feed = openvino_feed(fixed, inputs)
         fixed.reshape({name: list(x.shape) for name, x in feed.items()})
         request = runtime.compile_model(fixed, "CPU", options).create_infer_request()
         return lambda: request.infer(feed, share_inputs=True, share_outputs=True)[0]
@@ -172,13 +171,18 @@ def openvino(task: Task, *, precision: str, quantize: Callable[[Any, Sequence[In
     return build
 
 
+def openvino_feed(model: Any, inputs: Inputs) -> dict[str, Array]:
+    """The inputs that a model of OpenVINO takes."""
+    taken = {port.get_any_name() for port in model.inputs}
+    return {name: x.numpy() for name, x in inputs.items() if name in taken}
+
+
 def nncf_int8(model: Any, calibration: Sequence[Inputs]) -> Any:
     """int8 by NNCF, with its schemes for transformers. Raises: UnsupportedError without calibration inputs."""
     if not calibration:
         raise UnsupportedError("it calibrates on texts; give some with --texts")
     nncf = import_module("nncf")
-    taken = {port.get_any_name() for port in model.inputs}
-    rows = [{name: x.numpy() for name, x in inputs.items() if name in taken} for inputs in calibration]
+    rows = [openvino_feed(model, inputs) for inputs in calibration]
     return nncf.quantize(model, nncf.Dataset(rows), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(rows))
 
 
