@@ -22,6 +22,8 @@ _COSTS = (1.0, 0.97, 1.03, 0.94, 1.06, 0.9, 1.1, 0.86, 1.15, 0.8, 1.2, 0.75)
 _SPREAD = (0.3, 0.6, 0.8)
 """The parts of the greatest saving that the first candidates have, while no drop is known."""
 _MOST_UNIFORM = 4
+_FAR = 3.0
+"""The predicted drop, in bounds, of a uniform scheme that is not tried."""
 Choice = Sequence[Item]
 
 
@@ -58,9 +60,11 @@ class Search:
     def run(self, until: float) -> None:
         """Verify candidates until a fraction of the time has passed, or no new ones are found."""
         self.correct()
+        tried = 0
         for variant, choice in self._uniform():
-            if self.has_time(until):
+            if tried < _MOST_UNIFORM and self.has_time(until) and not self._far_over(variant, choice):
                 self.verify(variant, choice)
+                tried += 1
         while self.has_time(until) and (found := next(self._fresh(), None)) is not None:
             self.verify(*found)
 
@@ -69,19 +73,23 @@ class Search:
         return self.trials.clock.until(until) > self.trials.pace
 
     def _uniform(self) -> list[tuple[Variant, Choice]]:
-        """The same scheme of `quantize` everywhere: the cheapest of these programs, and cheaper than the variant."""
-        found: list[tuple[float, Variant, Choice]] = []
+        """The same scheme of `quantize` everywhere, where that is cheaper than the variant: the one with the least loss, which
+        shows how far the drop is from the table's losses, then the cheapest first."""
+        found: list[tuple[float, float, Variant, Choice]] = []
         for variant, table in self.tables.items():
             for scheme in dict.fromkeys(item.option.scheme for items in table for item in items):
-                wanted = [Option(group.size, scheme) for group in self.groups]
-                choice = [
-                    next((item for item in items if item.option == option), items[0])
-                    for option, items in zip(wanted, table, strict=True)
-                ]
+                choice = [_with_scheme(group, items, scheme) for group, items in zip(self.groups, table, strict=True)]
                 saving = sum(item.cost for item in choice)
                 if scheme not in (PLAIN, LOW_RANK) and saving < 0:
-                    found.append((saving + self.base_cost(variant), variant, choice))
-        return [item[1:] for item in sorted(found, key=lambda item: item[0])[:_MOST_UNIFORM]]
+                    loss = sum(item.loss for item in choice) + self.base_loss(variant)
+                    found.append((saving + self.base_cost(variant), loss, variant, choice))
+        least = min((item[1] for item in found), default=0.0)
+        return [item[2:] for item in sorted(found, key=lambda item: (item[1] > least, item[0]))]
+
+    def _far_over(self, variant: Variant, choice: Choice) -> bool:
+        """Whether measured candidates say that a choice is far over the bound on the drop."""
+        aim, predicted = self.trials.aim, self.candidate(variant, choice).predicted_drop
+        return aim.target is None and bool(self.trials.fitting()) and (predicted or 0.0) > _FAR * aim.max_drop
 
     def _fresh(self) -> Iterator[tuple[Variant, Choice]]:
         """Solutions that were not built yet, those nearest to the bound first; for each bound that of the best variant."""
@@ -170,3 +178,11 @@ class Search:
         costs = [(item.table_cost, item.cost(aim.memory)) for item in fitting if item.table_cost]
         base = self.trials.exact.cost(aim.memory)
         self.line = Line().fit([*costs, (base, base)] if costs else [])
+
+
+def _with_scheme(group: Group, items: Sequence[Item], scheme: str) -> Item:
+    """The option of a whole group with a scheme; where it does not take it, with one of as many bits, or as it is."""
+    whole = {item.option.scheme: item for item in items if item.option == Option(group.size, item.option.scheme)}
+    bits = scheme.partition("-")[0]
+    alike = (item for name, item in whole.items() if name.partition("-")[0] == bits)
+    return whole.get(scheme) or next(alike, items[0])

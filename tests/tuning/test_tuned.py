@@ -241,3 +241,16 @@ def test_metrics_are_told_apart_by_their_code():
         lambda model: (lambda: 5.0)(),
     ]
     assert len({_identity(metric, Scored()) for metric in metrics}) == len(metrics)
+
+
+@pytest.mark.slow
+def test_a_uniform_scheme_far_over_the_bound_is_not_built(tmp_path):
+    config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    model = seeded(lambda: LlamaForCausalLM(config))
+    data = [{"input_ids": tokens(2, 8, seed=seed)} for seed in range(4)]
+    options = {"goal": "memory", "minutes": 0.3, "distill": False, "store": tmp_path}
+    loose, tight = (lissom.tune(model, data[0], data=data, max_drop=bound, **options) for bound in (0.3, 0.001))
+    int4 = {item.pipeline for item in loose.report.candidates if "int4" in item.pipeline}
+    assert int4
+    # The store knows those of the first call.
+    assert all(item.pipeline in int4 for item in tight.report.candidates if "int4" in item.pipeline)
