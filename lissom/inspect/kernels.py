@@ -56,7 +56,8 @@ def kernel_of(node: fx.Node, measured: bool = False) -> Kernel:
     if node.target not in _NATIVE or load_kernels():
         return Kernel("Lissom", name, f"by PyTorch's operators, {numbers}")
     if node.target in _INT8:
-        return Kernel("Lissom", name, f"{instructions_for(torch.int8)}, int8")
+        few = "int4 weights, " if nodes.tensor_type(node.args[1]).dtype == torch.uint8 else ""
+        return Kernel("Lissom", name, f"{instructions_for(torch.int8)}, {few}int8")
     dtype = nodes.tensor_type(node).dtype if nodes.is_tensor(node) else torch.float32
     if node.target in _WEIGHT_ONLY:
         numbers = f"{node.kwargs['format']} weights, {numbers}"

@@ -54,6 +54,8 @@ FORMATS: Mapping[str, Format] = {
 
 LEAST = 1e-30
 """The smallest scale; that of a block of zeros."""
+SCALES = (torch.float16, torch.float32)
+"""The dtypes of group-wise scales of packed weights, and of their zero points in floating point."""
 
 
 def scale_for(low: torch.Tensor, high: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -63,7 +63,8 @@ def packed_embedding_reference(weight: torch.Tensor, indices: torch.Tensor, *, f
     panel, column = indices // PANEL, indices % PANEL
     if bits > 4:
         return weight[panel, :, column].flatten(indices.dim())
-    single = (weight[panel, :, column % (PANEL // 2)] >> (column // (PANEL // 2) * 4).to(torch.uint8).unsqueeze(-1)) & 15
+    bytes = weight[panel, :, column % (PANEL // 2)].flatten(indices.dim())
+    single = (bytes >> (column // (PANEL // 2) * 4).to(torch.uint8).unsqueeze(-1)) & 15
     low, high = single.unflatten(-1, (-1, 2)).unbind(-1)
     return low | (high << 4)
 
@@ -71,10 +72,11 @@ def packed_embedding_reference(weight: torch.Tensor, indices: torch.Tensor, *, f
 def _check_rows(weight: torch.Tensor, indices: torch.Tensor, *, features: int, bits: int) -> None:
     require(indices.dtype in (torch.int64, torch.int32), "indices are of {}, and must be int64 or int32", indices.dtype)
     width = PANEL // 2 if bits == 4 else PANEL
-    fits = weight.dim() in ((3,) if bits == 4 else (3, 4)) and weight.shape[2] == width and weight.is_contiguous()
+    fits = weight.dim() in (3, 4) and weight.shape[2] == width and weight.is_contiguous()
     message = "a packed weight has the sizes {}, and must be contiguous and [panels, steps, {}] or that and a step's values"
     require(fits, message, weight.shape, width)
-    fits = weight.dtype == torch.uint8 and weight.shape[1] % 2 == 0 if bits == 4 else bits in (8, 16, 32)
+    even = weight.shape[1:].numel() // width % 2 == 0
+    fits = weight.dtype == torch.uint8 and even if bits == 4 else bits in (8, 16, 32)
     require(fits, "a number takes {} bits, and must take 8, 16, 32, or 4 in bytes of an even number of inputs", bits)
     message = "a packed weight has {} panels of {} rows, and must have those of {} features"
     require(features >= 0 and weight.shape[0] == -(-features // PANEL), message, weight.shape[0], PANEL, features)
@@ -101,5 +103,5 @@ packed_embedding = define(
     "packed_embedding(Tensor weight, Tensor indices, *, int features, int bits) -> Tensor", packed_embedding_reference, _rows_of
 )
 """The rows `indices`, integers of any shape, of a packed weight: [..., inputs], of the weight's dtype. features: the number of
-rows. bits: per element; with 4, where a weight is [panels, inputs, 16] bytes, the result is packed two per byte:
-[..., inputs / 2]. Raises: IndexError for an index out of range."""
+rows. bits: per element; with 4, where a weight is [panels, inputs, 16] or [panels, inputs / 4, 16, 4] bytes, the result is
+packed two per byte: [..., inputs / 2]. Raises: IndexError for an index out of range."""

@@ -1,18 +1,21 @@
-"""`lissom::quantized_linear` and `lissom::quantized_linear_norm`: an int8 linear layer (W8A8) with a fused epilogue.
+"""`lissom::quantized_linear` and `lissom::quantized_linear_norm`: an int8 linear layer (W8A8, W4A8) with a fused epilogue.
 
 y = activation(Q(x) Wᵀ + b) + other, or activation(Q(x) Wᵀ + b) · other
 z = layer_norm(Q(x) Wᵀ + b + other)
 
 Q quantizes x to `uint8` inside the kernel, as `lissom::fake_quantize_dynamic` and `lissom::fake_quantize` do. W is int8 with
-per-channel scales. Products are summed in int32 and dequantized at the end:
+per-channel scales, or int8 or int4 with a scale for each group of inputs. Products are summed in int32 and dequantized at the
+end, with group-wise scales at the end of each group:
 
     Q(x) Wᵀ = s_x · s_w · (Σ x_q w_q - z_x · Σ w_q)
+    Q(x) Wᵀ = s_x · (Σ_g s_wg · Σ x_q w_q - z_x · Σ_g s_wg · Σ w_q)
 
 Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference, eq. 7.
 
 A packed weight holds panels of 32 output features, [panels, inputs / 4, 32, 4]: an instruction multiplies four values of the
 reduction axis, or, with AVX2, two: the first and third, then the others. Inputs are padded with zeros to a multiple of four,
-features to whole panels.
+features to whole panels. With four bits, features c and c + 16 of a panel share a byte, c in its low half:
+[panels, inputs / 4, 16, 4]. Group-wise scales are [groups, packed features].
 """
 
 from __future__ import annotations
@@ -24,25 +27,35 @@ from torch.nn import functional
 
 from lissom.ops.checks import cast, check_exact, require
 from lissom.ops.epilogue import PANEL, LinearForm
-from lissom.ops.quantization import fake_quantize_dynamic_reference, fake_quantize_reference
+from lissom.ops.formats import SCALES
+from lissom.ops.quantization import dequantize_reference, fake_quantize_dynamic_reference, fake_quantize_reference
 
 FORMAT = "uint8"
 """The format of x."""
 MOST_INPUTS = 2**16
 """The most inputs; the sum of more int8 products could overflow int32."""
-_STEP = 4
+STEP = 4
+"""Inputs that an instruction multiplies at once."""
 
 
 def pack_bytes(weight: torch.Tensor) -> torch.Tensor:
     """The packed form of a weight [features, inputs] of int8."""
     features, inputs = weight.shape
-    panels, steps = -(-features // PANEL), -(-inputs // _STEP)
-    filled = functional.pad(weight, (0, steps * _STEP - inputs, 0, panels * PANEL - features))
-    return filled.view(panels, PANEL, steps, _STEP).transpose(1, 2).contiguous()
+    panels, steps = -(-features // PANEL), -(-inputs // STEP)
+    filled = functional.pad(weight, (0, steps * STEP - inputs, 0, panels * PANEL - features))
+    return filled.view(panels, PANEL, steps, STEP).transpose(1, 2).contiguous()
+
+
+def pack_halves_of_bytes(weight: torch.Tensor) -> torch.Tensor:
+    """The packed form of a weight [features, inputs] of four bits, not packed before."""
+    low, high = (pack_bytes(weight).to(torch.uint8) & 15).split(PANEL // 2, 2)
+    return low | (high << 4)
 
 
 def unpack_bytes(packed: torch.Tensor, features: int, inputs: int) -> torch.Tensor:
-    """The weight [features, inputs] of a packed one."""
+    """The weight [features, inputs] of a packed one, of eight bits or four."""
+    if packed.dtype == torch.uint8:
+        packed = (torch.cat((packed & 15, packed >> 4), 2).to(torch.int8) ^ 8) - 8
     return packed.transpose(1, 2).flatten(2).flatten(0, 1)[:features, :inputs]
 
 
@@ -54,11 +67,22 @@ def fill_panels(values: torch.Tensor, features: int) -> torch.Tensor:
 def _check(x: torch.Tensor, *operands: Any, features: int, granularity: str = "token") -> None:
     """Raise unless the operands fit x."""
     weight, scale, sums, x_scale, x_zero_point = operands
-    inputs, panels = x.shape[-1], -(-features // PANEL)
+    inputs, panels, grouped = x.shape[-1], -(-features // PANEL), scale.dim() == 2
     require(inputs <= MOST_INPUTS, "there are {} inputs, and sums of 32 bits take {}", inputs, MOST_INPUTS)
-    check_exact(weight, (panels, -(-inputs // _STEP), PANEL, _STEP), torch.int8, "a packed weight")
-    check_exact(scale, (panels * PANEL,), torch.float32, "a weight's scale")
-    check_exact(sums, (panels * PANEL,), torch.int32, "the sums of a weight")
+    packed = grouped and weight.dtype == torch.uint8
+    sizes = panels, -(-inputs // STEP), PANEL // 2 if packed else PANEL, STEP
+    check_exact(weight, sizes, torch.uint8 if packed else torch.int8, "a packed weight")
+    if grouped:
+        fits = scale.shape[0] > 0 and inputs % (STEP * scale.shape[0]) == 0
+        message = (
+            "scales have the sizes {}, and must be [groups, packed features], with a multiple of four of {} inputs a group"
+        )
+        require(fits, message, scale.shape, inputs)
+        kind = scale.dtype if scale.dtype in SCALES else torch.float32
+        check_exact(scale, (scale.shape[0], panels * PANEL), kind, "a weight's scale")
+    else:
+        check_exact(scale, (panels * PANEL,), torch.float32, "a weight's scale")
+    check_exact(sums, (panels * PANEL,), torch.float32 if grouped else torch.int32, "the sums of a weight")
     require(granularity in ("token", "tensor"), "granularity is 'token' or 'tensor', not '{}'", granularity)
     for item in (x_scale, x_zero_point):
         require(item is None or item.numel() == 1, "x has one scale and one zero point where they are known")
@@ -72,7 +96,8 @@ def _product(x: torch.Tensor, *operands: Any, features: int, granularity: str = 
         rounded = fake_quantize_dynamic_reference(x.float(), format=FORMAT, granularity=granularity)
     else:
         rounded = fake_quantize_reference(x.float(), x_scale, x_zero_point, format=FORMAT)
-    matrix = unpack_bytes(weight, features, x.shape[-1]).float() * scale[:features, None]
+    q = unpack_bytes(weight, features, x.shape[-1])
+    matrix = dequantize_reference(q, scale.reshape(-1, scale.shape[-1]).T[:features], format="int8", dtype=torch.float32)
     return functional.linear(rounded, matrix, cast(bias, torch.float32))
 
 
@@ -83,7 +108,8 @@ quantized_linear_reference = _FORM.reference
 
 quantized_linear = torch.ops.lissom.quantized_linear.default
 """The operator. x: [..., inputs], float32 or bfloat16; weight: packed; scale, sums: per-channel scale and sum of the
-weights, float32 and int32, padded to whole panels; x_scale, x_zero_point: the static scale of x, []; bias: [features]; other:
+weights, float32 and int32, padded to whole panels; with group-wise scales [groups, packed features], float16 or float32, sums
+are Σ_g s_wg · Σ w_q in float32; x_scale, x_zero_point: the static scale of x, []; bias: [features]; other:
 like the result, [..., features]; features: of the result; granularity: of the dynamic scale of x, `token` or `tensor`;
 activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from lissom.ops.checks import cast, check_exact, require
 from lissom.ops.epilogue import PANEL, LinearForm
-from lissom.ops.formats import FORMATS, Format
+from lissom.ops.formats import FORMATS, SCALES, Format
 from lissom.ops.quantization import dequantize_reference
 
 FORMS: Mapping[str, Format] = {
@@ -32,8 +32,6 @@ FORMS: Mapping[str, Format] = {
     "uint5": Format("uint5", 0, 31, 5, torch.uint8, False),
 }
 """The formats of packed weights. In programs, weights of 5 and 6 bits are int8 or uint8."""
-SCALES = (torch.float16, torch.float32)
-"""The dtypes of scales, and of zero points in floating point."""
 
 
 def narrowest(q: torch.Tensor, format: str) -> str:

@@ -19,10 +19,10 @@ LOW_RANK = "low-rank"
 """The form of linear layers as two factors with half of their bytes."""
 TABLE, PATTERN = "table", "pattern"
 """The kinds of groups that are an embedding table or LM head, and the visible keys of an attention."""
-SCHEMES = ("int8-dynamic", "int8-weight", "int4-weight")
-"""The schemes of `quantize` that need no calibration data, so that single layers can have them."""
+SCHEMES = ("int8-dynamic", "int8-weight", "int4-dynamic", "int4-weight")
+"""The schemes of `quantize` that need no calibration data, so that single layers and LM heads can have them."""
 TABLE_SCHEMES = ("int8-weight", "int4-weight")
-"""The schemes of embedding tables and LM heads."""
+"""The schemes of embedding tables that are no LM head."""
 PATTERNS = ("measured", "window")
 """The patterns of `sparsify-attention`, with the default window or mass."""
 FRACTIONS = (0.75, 0.5, 0.25, 0.125)
@@ -234,7 +234,7 @@ def _table_of(site: AmountSite) -> Group | None:
     """The group of an embedding table or LM head; None for other sites, and for those that no scheme fits."""
     for option in ("embeddings", "lm_head"):
         taken = site.takes.get(f"quantize{{{option}=true}}", ())
-        schemes = [scheme for scheme in TABLE_SCHEMES if scheme in taken]
+        schemes = [scheme for scheme in (TABLE_SCHEMES if site.kind == "embedding" else SCHEMES) if scheme in taken]
         if schemes:
             tied = option == "embeddings" and site.kind == "linear"
             return Group(site.path, TABLE, linears=[*site.paths], schemes=(PLAIN, *schemes), option=option, tied=tied)

@@ -46,6 +46,7 @@ def test_a_kernel_of_ours_has_its_instruction_set_and_numbers():
         ("quantize", "int8"),
         ("quantize{scheme=int8-weight}", "int8 weights, float32"),
         ("quantize{scheme=int4-weight}", "int4 weights, float32"),
+        ("quantize{scheme=int4-dynamic}", "int4 weights, int8"),
     ],
 )
 def test_quantized_layers_name_their_formats(passes, details):
@@ -53,7 +54,7 @@ def test_quantized_layers_name_their_formats(passes, details):
         pytest.skip("this processor lacks AVX2")
     program = compiled(FeedForward(64, 128), normal(2, 5, 64), passes=passes)
     found = [kernel_of(node) for node in program.nodes() if "quantized_linear" in operator_name(node)]
-    multiplied = torch.int8 if details == "int8" else torch.float32
+    multiplied = torch.int8 if details.endswith("int8") else torch.float32
     assert {kernel.details for kernel in found} == {f"{instructions_for(multiplied)}, {details}"}
 
 

@@ -14,15 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lissom.ops.epilogue import ACTIVATIONS
+from lissom.ops.formats import dequantize
 from lissom.ops.native import kernel_dtypes, missing_int8_kernel
 from lissom.ops.quantized_linear import (
     fill_panels,
     pack_bytes,
+    pack_halves_of_bytes,
     quantized_linear,
     quantized_linear_norm,
     quantized_linear_reference,
     unpack_bytes,
 )
+from lissom.ops.weight_quantized_linear import pack_blocks
 
 CPU = torch.device("cpu")
 # The operator calls the C++ kernel where this processor has one for the dtype, else the reference.
@@ -81,6 +84,75 @@ def error(wanted: torch.Tensor, found: torch.Tensor) -> float:
 def test_packing_loses_nothing(features: int, inputs: int) -> None:
     q, _ = layer(features, inputs)
     assert torch.equal(unpack_bytes(pack_bytes(q), features, inputs), q)
+
+
+@pytest.mark.parametrize(("features", "inputs"), [(1, 4), (31, 8), (33, 64), (96, 12)])
+def test_packing_four_bits_loses_nothing(features: int, inputs: int) -> None:
+    q = layer(features, inputs)[0] >> 4
+    packed_q = pack_halves_of_bytes(q)
+    assert packed_q.numel() * 2 == pack_bytes(q).numel()
+    assert torch.equal(unpack_bytes(packed_q, features, inputs), q)
+
+
+def grouped(bits: int, features: int, inputs: int, groups: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """A weight of that many bits, and a scale for each group of inputs; then both packed with their sums."""
+    generator = torch.Generator().manual_seed(features + inputs)
+    q = layer(features, inputs)[0] >> (8 - bits)
+    scale = ((torch.rand(features, groups, generator=generator) + 0.5) / ((1 << bits - 1) * inputs**0.5)).to(dtype)
+    sums = dequantize(q, scale, None, torch.float32).sum(1)
+    parts = (pack_bytes if bits == 8 else pack_halves_of_bytes)(q), pack_blocks(scale, features), fill_panels(sums, features)
+    return q, scale, *parts
+
+
+# Rows up to six, or with AVX2 two, read four bits in registers; for 15 and 43 rows, threads and tiles split what is left.
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("rows", "features", "inputs", "groups"),
+    [(1, 33, 64, 2), (2, 64, 96, 3), (3, 7, 4, 1), (6, 40, 40, 10), (7, 64, 64, 1), (15, 33, 128, 4), (43, 100, 12, 3)],
+)
+def test_scales_of_groups(rows: int, features: int, inputs: int, groups: int, bits: int, dtype: torch.dtype, form: str) -> None:
+    x = numbers(rows, inputs, dtype=dtype) + 0.3
+    q, scale, *operands = grouped(bits, features, inputs, groups, torch.float16 if groups > 1 else torch.float32)
+    whole, step, zero = bytes_of(x.float().numpy(), "token")
+    weight = q.double().numpy() * np.repeat(scale.double().numpy(), inputs // groups, 1)
+    wanted = torch.from_numpy(((whole - zero) @ weight.T) * step)
+    found = FORMS[form][0](x, *operands, features=features)
+    # Sums of groups are added in float32, and the zero point's part is taken off at the end.
+    assert error(wanted, found) < 2 * ALLOWED[dtype]
+    for part in (1, 5):
+        assert torch.equal(
+            quantized_linear(x[:part], *operands, features=features), quantized_linear(x, *operands, features=features)[:part]
+        )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scales_of_groups_with_a_known_scale_and_an_epilogue(form: str) -> None:
+    x, bias, other = numbers(5, 64), numbers(33), numbers(5, 33, seed=1)
+    q, scale, *operands = grouped(4, 33, 64, 2, torch.float16)
+    known = torch.tensor(0.02), torch.tensor(117, dtype=torch.uint8)
+    rounded = torch.ops.lissom.fake_quantize(x, *known, format="uint8")
+    weight = dequantize(q, scale, None, torch.float32)
+    wanted = torch.nn.functional.silu(torch.nn.functional.linear(rounded, weight, bias)) * other
+    found = FORMS[form][0](x, *operands, *known, bias, other, features=33, activation="silu", combine="mul")
+    assert error(wanted.double(), found) < 2 * ALLOWED[torch.float32]
+
+
+WRONG_GROUPS = {
+    "a multiple of four": lambda weight, scale, sums: (weight, scale.repeat(5, 1), sums),
+    "a weight's scale": lambda weight, scale, sums: (weight, scale.double(), sums),
+    "the sums of a weight": lambda weight, scale, sums: (weight, scale, sums.int()),
+    "a packed weight": lambda weight, scale, sums: (weight[:, :3].contiguous(), scale, sums),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sentence", WRONG_GROUPS)
+def test_wrong_scales_of_groups_are_refused(sentence: str, form: str) -> None:
+    _, _, *operands = grouped(4, 33, 64, 2, torch.float16)
+    with pytest.raises(RuntimeError, match=sentence):
+        FORMS[form][0](numbers(2, 64), *WRONG_GROUPS[sentence](*operands), features=33)
 
 
 @settings(max_examples=150, deadline=None)

@@ -119,16 +119,27 @@ struct QuantizedOperands {
   const Tensor &weight, &scale, &sums;
   Optional x_scale, x_zero_point;
   std::string_view granularity;
+
+  bool grouped() const { return scale.dim() == 2; }
 };
 
-template <typename T, bool tiled>
-Tensor quantized_of(const Tensor& given, const QuantizedOperands& operands, const Epilogue& epilogue) {
-  check_linear(given, epilogue);
-  int64_t inputs = given.size(-1), padded = ceil_div(inputs, 4) * 4, columns = packed_features(epilogue);
+// Raises unless the operands fit x.
+void check_quantized(const Tensor& x, const QuantizedOperands& operands, const Epilogue& epilogue) {
+  check_linear(x, epilogue);
+  int64_t inputs = x.size(-1), columns = packed_features(epilogue), groups = operands.grouped() ? operands.scale.size(0) : 1;
   TORCH_CHECK(inputs <= kMostInt8Inputs, "there are ", inputs, " inputs, and int32 sums take at most ", kMostInt8Inputs);
-  check_exact(operands.weight, {columns / kPanel, padded / 4, kPanel, 4}, at::kChar, "a packed weight");
-  check_exact(operands.scale, columns, at::kFloat, "a weight's scale");
-  check_exact(operands.sums, columns, at::kInt, "the sums of a weight");
+  bool bytes = !operands.grouped() || operands.weight.scalar_type() == at::kChar;
+  check_exact(operands.weight, {columns / kPanel, ceil_div(inputs, 4), bytes ? kPanel : kPanel / 2, 4}, bytes ? at::kChar : at::kByte,
+              "a packed weight");
+  if (operands.grouped()) {
+    TORCH_CHECK(groups > 0 && inputs % groups == 0 && inputs / groups % 4 == 0, "scales have the sizes ", operands.scale.sizes(),
+                ", and must be [groups, packed features], where each group has a multiple of four of the ", inputs, " inputs");
+    check_exact(operands.scale, {groups, columns}, operands.scale.scalar_type() == at::kHalf ? at::kHalf : at::kFloat,
+                "a weight's scale");
+  } else {
+    check_exact(operands.scale, columns, at::kFloat, "a weight's scale");
+  }
+  check_exact(operands.sums, columns, operands.grouped() ? at::kFloat : at::kInt, "the sums of a weight");
   TORCH_CHECK(operands.granularity == "token" || operands.granularity == "tensor", "granularity is 'token' or 'tensor', not '",
               std::string(operands.granularity), "'");
   for (Optional known : {std::cref(operands.x_scale), std::cref(operands.x_zero_point)}) {
@@ -136,10 +147,10 @@ Tensor quantized_of(const Tensor& given, const QuantizedOperands& operands, cons
     TORCH_CHECK(!known || (known->numel() == 1 && !known->is_complex()), "x has one scale and one zero point where they are known");
   }
   TORCH_CHECK(!operands.x_zero_point || operands.x_scale, "x has a zero point only with a scale");
-  Tensor x = given.contiguous();
-  Quantized<T, tiled> source{x.const_data_ptr<T>(), operands.weight.const_data_ptr<int8_t>(), operands.scale.const_data_ptr<float>(),
-                      operands.sums.const_data_ptr<int32_t>(), x.numel() / std::max<int64_t>(inputs, 1), inputs, padded,
-                      operands.granularity == "token" ? Granularity::kToken : Granularity::kTensor, Quantization{}};
+}
+
+template <typename T, typename Source>
+Tensor quantized_of(const Tensor& x, Source source, const QuantizedOperands& operands, const Epilogue& epilogue) {
   if (operands.x_scale) {
     float scale = operands.x_scale->item<float>();
     TORCH_CHECK(std::isfinite(scale) && scale > 0, "the scale of x is ", scale, ", and must be finite and greater than 0");
@@ -148,17 +159,39 @@ Tensor quantized_of(const Tensor& given, const QuantizedOperands& operands, cons
     TORCH_CHECK(zero >= 0 && zero <= kLargestByte, "the zero point of x is ", zero, ", and must be from 0 to ", kLargestByte);
     source.quantization = {scale, 1.0f / scale, static_cast<int32_t>(zero)};
   }
-  if (inputs > 0) source.measure();
+  if (source.inputs > 0) source.measure();
   return linear_of<T>(x, source, epilogue);
 }
 
+template <typename T>
+Tensor quantized_of(const Tensor& given, const QuantizedOperands& operands, const Epilogue& epilogue) {
+  check_quantized(given, operands, epilogue);
+  Tensor x = given.contiguous();
+  int64_t inputs = x.size(-1), padded = ceil_div(inputs, 4) * 4, rows = x.numel() / std::max<int64_t>(inputs, 1);
+  Granularity granularity = operands.granularity == "token" ? Granularity::kToken : Granularity::kTensor;
+  const T* from = x.const_data_ptr<T>();
+  const int8_t* weight = static_cast<const int8_t*>(operands.weight.const_data_ptr());
+  auto plain = [&](auto tiled) {
+    Quantized<T, decltype(tiled)::value> source{from, weight, operands.scale.const_data_ptr<float>(), operands.sums.const_data_ptr<int32_t>(),
+                                                rows, inputs, padded, granularity, Quantization{}};
+    return quantized_of<T>(x, source, operands, epilogue);
+  };
+  auto grouped = [&](auto bits) {
+    GroupQuantized<T, decltype(bits)::value> source{{from, weight, nullptr, nullptr, rows, inputs, padded, granularity, Quantization{}},
+                                                    operands.scale.const_data_ptr(), operands.scale.scalar_type() == at::kHalf,
+                                                    operands.sums.const_data_ptr<float>(), operands.scale.size(0),
+                                                    packed_features(epilogue)};
+    return quantized_of<T>(x, source, operands, epilogue);
+  };
+  if (operands.grouped() && operands.weight.scalar_type() == at::kByte) return grouped(std::integral_constant<int, 4>{});
+  if (operands.grouped()) return grouped(std::integral_constant<int, 8>{});
+  if constexpr (std::is_same_v<Element, uint8_t>)
+    if (by_amx(x)) return plain(std::true_type{});
+  return plain(std::false_type{});
+}
+
 Tensor quantized(const Tensor& x, const QuantizedOperands& operands, const Epilogue& epilogue) {
-  return by_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
-    if constexpr (std::is_same_v<Element, uint8_t>)
-      if (x.dim() >= 1 && by_amx(x)) return quantized_of<T, true>(x, operands, epilogue);
-    return quantized_of<T, false>(x, operands, epilogue);
-  });
+  return by_dtype(x, [&](auto zero) { return quantized_of<decltype(zero)>(x, operands, epilogue); });
 }
 
 Tensor quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& sums, Optional x_scale,
@@ -287,19 +320,19 @@ Tensor packed_embedding(const Tensor& weight, const Tensor& indices, int64_t fea
               indices.scalar_type(), ", and must be int64 or int32");
   bool halves = bits == 4;
   int64_t width_of_panel = halves ? kPanel / 2 : kPanel;
-  TORCH_CHECK(weight.is_contiguous() && weight.dim() >= 3 && weight.dim() <= (halves ? 3 : 4) && weight.size(2) == width_of_panel,
+  TORCH_CHECK(weight.is_contiguous() && weight.dim() >= 3 && weight.dim() <= 4 && weight.size(2) == width_of_panel,
               "a packed weight has the sizes ", weight.sizes(), ", and must be contiguous and [panels, steps, ", width_of_panel,
               "] or [panels, steps, 32, values of a step]");
-  TORCH_CHECK(halves ? weight.scalar_type() == at::kByte && weight.size(1) % 2 == 0 : bits == 8 || bits == 16 || bits == 32,
+  int64_t steps = weight.size(1), pair = weight.dim() == 4 ? weight.size(3) : 1;
+  TORCH_CHECK(halves ? weight.scalar_type() == at::kByte && steps * pair % 2 == 0 : bits == 8 || bits == 16 || bits == 32,
               "a number takes ", bits, " bits, and must take 8, 16, 32, or 4 in bytes of an even number of inputs");
   check_size(features, "the number of features");
   TORCH_CHECK(ceil_div(features, kPanel) == weight.size(0), "a packed weight has ", weight.size(0), " panels of ", kPanel,
               " rows, and must have those of ", features, " features");
   Tensor rows = indices.to(at::kLong).contiguous();
-  int64_t steps = weight.size(1), pair = weight.dim() == 4 ? weight.size(3) : 1, width = pair * weight.element_size();
-  int64_t stride = weight.size(2) * width;
+  int64_t width = pair * weight.element_size(), stride = weight.size(2) * width;
   std::vector<int64_t> sizes = indices.sizes().vec();
-  sizes.push_back(halves ? steps / 2 : steps * pair);
+  sizes.push_back(halves ? steps * pair / 2 : steps * pair);
   Tensor found = at::empty(sizes, weight.options());
   const int64_t* row = rows.const_data_ptr<int64_t>();
   const char* from = static_cast<const char*>(weight.const_data_ptr());
@@ -311,9 +344,9 @@ Tensor packed_embedding(const Tensor& weight, const Tensor& indices, int64_t fea
     int64_t column = row[i] % kPanel;
     if (halves) {
       int shift = column < kPanel / 2 ? 0 : 4;
-      place += column % (kPanel / 2);
-      for (int64_t step = 0; step < steps; step += 2, place += 2 * stride)
-        *to++ = ((place[0] >> shift) & 15) | (((place[stride] >> shift) & 15) << 4);
+      place += column % (kPanel / 2) * pair;
+      auto bits_of = [&](int64_t input) { return (place[input / pair * stride + input % pair] >> shift) & 15; };
+      for (int64_t input = 0; input < steps * pair; input += 2) *to++ = bits_of(input) | (bits_of(input + 1) << 4);
     } else {
       place += column * width;
       for (int64_t step = 0; step < steps; ++step, place += stride, to += width) std::memcpy(to, place, width);

@@ -2,11 +2,14 @@
 // and the sums are dequantized at the end.
 //
 //   x W^T  =  scale_x scale_w (sum_i q_i w_i - zero_x sum_i w_i)
+//
+// With a scale for each group of inputs, the sum of each group is dequantized by itself; such weights have 8 or 4 bits (W4A8).
 #pragma once
 
 #include "amx.h"
 
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 namespace lissom {
@@ -210,6 +213,84 @@ struct Quantized {
       return whole * (factor * row.scale);
     }
   };
+};
+
+constexpr uint8_t kInt4Middle = 8;  // added to elements of four bits, which are multiplied without a sign
+
+// x by tokens, and a weight of 8 or 4 bits with a scale for each group of inputs:
+//   x W^T  =  scale_x (sum_g scale_w[g] sum_i q_i w_i - zero_x sum_g scale_w[g] sum_i w_i)
+template <typename T, int bits>
+struct GroupQuantized : Quantized<T, false> {
+  using Base = Quantized<T, false>;
+  static constexpr int64_t kStepBytes = kPanel * 4 * bits / 8;  // of four inputs of a panel; of four bits columns c and c + 16
+                                                                // share a byte
+  const void* group_scale;   // [groups, columns], float16 or float32
+  bool half;
+  const float* weighted;     // sum_g scale_w[g] sum_i w_i, [columns]
+  int64_t groups, columns;
+  std::vector<int32_t> middles{};  // 8 sum_i q_i of each row and group, [rows, groups], for four bits
+
+  void prepare(int64_t begin, int64_t end) {
+    Base::prepare(begin, end);
+    if constexpr (bits == 8) return;
+    int64_t group = this->inputs / groups;
+    middles.resize((end - begin) * groups);
+    for (size_t i = 0; i < middles.size(); ++i) {
+      const Element* from = this->elements.data() + i * group;
+      middles[i] = kInt4Middle * std::accumulate(from, from + group, int32_t{0});
+    }
+  }
+
+  const int8_t* open(int64_t panel, int64_t) const { return this->weight + panel * (this->inputs / 4) * kStepBytes; }
+
+  template <int R, bool fetches>
+  void tile(const int8_t* opened, int64_t row, int64_t panel, int column, Vec (&values)[R][kWide]) const {
+    const int64_t inputs = this->inputs, steps = inputs / groups / 4, first = row - this->origin, c = panel * kPanel + column;
+    const Element* rows = this->elements.data() + first * inputs;
+    for (int64_t g = 0; g < groups; ++g, rows += steps * 4) {
+      IntVec totals[R][kWide] = {};
+      for (int64_t step = 0; step < steps; ++step, opened += kStepBytes) {
+        __builtin_prefetch(opened + 4096, 0, 2);
+        ByteVec found[kWide];
+#pragma GCC unroll 2
+        for (int v = 0; v < kWide; ++v) {
+          if constexpr (bits == 4) found[v] = raised(opened, column + v * kLanes);
+          else found[v] = load_bytes(opened + (column + v * kLanes) * 4);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < kWide; ++v) totals[r][v] = lissom::product(rows + r * inputs + step * 4, found[v], totals[r][v]);
+      }
+#pragma GCC unroll 2
+      for (int v = 0; v < kWide; ++v) {
+        int64_t place = g * columns + c + v * kLanes;
+        Vec scale = half ? load(static_cast<const Half*>(group_scale) + place) : load(static_cast<const float*>(group_scale) + place);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          if constexpr (bits == 4) totals[r][v] -= middles[(first + r) * groups + g];
+          values[r][v] += to_floats(totals[r][v]) * scale;
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < kWide; ++v) {
+      Vec ones = load(weighted + c + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Quantization& mine = this->quantizations[first + r];
+        values[r][v] = (values[r][v] - ones * static_cast<float>(mine.zero)) * mine.scale;
+      }
+    }
+  }
+
+ private:
+  // The elements of four inputs and kLanes columns from `column` on, plus 8, as bytes.
+  static ByteVec raised(const int8_t* from, int column) {
+    ByteVec both = load_bytes(from + column % (kPanel / 2) * 4);
+    BitVec low = column < kPanel / 2 ? (BitVec)both : (BitVec)both >> 4;
+    return (ByteVec)((low & 0x0f0f0f0fu) ^ kInt4Middle * 0x01010101u);
+  }
 };
 
 }  // namespace lissom

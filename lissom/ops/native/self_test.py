@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from lissom.ops.blocked_attention import block_sparse_attention_reference
-from lissom.ops.formats import FORMATS
+from lissom.ops.formats import FORMATS, dequantize
 from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference
 from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
 from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_reference
@@ -22,7 +22,7 @@ from lissom.ops.quantization import (
     fake_quantize_dynamic_reference,
     fake_quantize_reference,
 )
-from lissom.ops.quantized_linear import fill_panels, pack_bytes, quantized_linear_reference
+from lissom.ops.quantized_linear import fill_panels, pack_bytes, pack_halves_of_bytes, quantized_linear_reference
 from lissom.ops.recurrences import gated_delta_rule_reference, selective_scan_reference
 from lissom.ops.weight_quantized_linear import FORMS, pack_blocks, pack_stored, weight_quantized_linear_reference
 
@@ -137,6 +137,7 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
             operands = pack_bytes(q), fill_panels(scale[:, 0], features), fill_panels(q.sum(1, dtype=torch.int32), features)
             yield "quantized_linear", quantized_linear_reference, (x, *operands), {**sizes, "activation": "silu"}
             yield "quantized_linear_norm", quantized_linear_reference, (x, *operands), norm
+            yield from _grouped_cases(_numbers(rows, 40, dtype=dtype), features)
         for form in FORMS if torch.ops.lissom.has_weight_quantized() else ():
             low, high = int(FORMS[form].low), int(FORMS[form].high) + 1
             q = _whole(features, inputs, low, high).to(torch.int8 if low else torch.uint8)
@@ -148,6 +149,16 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
                 yield "weight_quantized_linear", weight_quantized_linear_reference, (x, *shifted), {**sizes, **options}
             yield "weight_quantized_linear", weight_quantized_linear_reference, (x, *operands), {**sizes, **options}
             yield "weight_quantized_linear_norm", weight_quantized_linear_reference, (x, *operands), {**norm, **options}
+
+
+def _grouped_cases(x: torch.Tensor, features: int) -> Iterator[Case]:
+    """A linear layer whose weight has a scale for half of the inputs, of 8 and 4 bits, in float32 and float16."""
+    for bits, pack_bits, dtype in ((8, pack_bytes, torch.float32), (4, pack_halves_of_bytes, torch.float16)):
+        q = _whole(features, x.shape[1], -(1 << (bits - 1)), 1 << (bits - 1)).to(torch.int8)
+        scale = (torch.rand(features, 2, generator=torch.Generator().manual_seed(1)) / (1 << bits)).to(dtype)
+        sums = dequantize(q, scale, None, torch.float32).sum(1)
+        operands = pack_bits(q), pack_blocks(scale, features), fill_panels(sums, features)
+        yield "quantized_linear", quantized_linear_reference, (x, *operands), {"features": features, "activation": "silu"}
 
 
 def _numbers(*sizes: int, dtype: torch.dtype) -> torch.Tensor:

@@ -79,22 +79,22 @@ inline auto with_operand(Work&& work) {
 // Quantized activations are held as Element: uint8 where an instruction adds four int8 products (VNNI); else int16, since AVX2's
 // int8 instruction saturates sums at 16 bits, and its int16 instruction adds two products exactly.  Four weights are then two pairs
 // of int16, weights 0 and 2 and weights 1 and 3, and activations are kept in the order 0, 2, 1, 3.
+typedef int8_t ByteVec __attribute__((vector_size(kLanes * 4)));  // four weights of each of kLanes columns
 #if defined(__AVX512VNNI__)
 constexpr bool kHasInt8 = true;
 using Element = uint8_t;
-inline IntVec product(const uint8_t* a, const int8_t* b, IntVec sum) {
+inline IntVec product(const uint8_t* a, ByteVec b, IntVec sum) {
   int32_t four;
   std::memcpy(&four, a, sizeof four);
-  return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four), _mm512_loadu_si512(b));
+  return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four), (__m512i)b);
 }
 #elif defined(__AVXVNNI__) && !defined(__AVX512F__)
 constexpr bool kHasInt8 = true;
 using Element = uint8_t;
-inline IntVec product(const uint8_t* a, const int8_t* b, IntVec sum) {
+inline IntVec product(const uint8_t* a, ByteVec b, IntVec sum) {
   int32_t four;
   std::memcpy(&four, a, sizeof four);
-  __m256i columns = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
-  return (IntVec)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_set1_epi32(four), columns);
+  return (IntVec)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_set1_epi32(four), (__m256i)b);
 }
 #elif defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
 constexpr bool kHasInt8 = true;
@@ -109,16 +109,21 @@ inline IntVec sum_of_two(const int16_t* a, WordVec b) {
   return (IntVec)_mm256_madd_epi16(_mm256_set1_epi32(two), (__m256i)b);
 #endif
 }
-inline IntVec product(const int16_t* a, const int8_t* b, IntVec sum) {
-  WordVec pairs;
-  std::memcpy(&pairs, b, sizeof pairs);
+inline IntVec product(const int16_t* a, ByteVec b, IntVec sum) {
+  WordVec pairs = (WordVec)b;
   return sum + sum_of_two(a, pairs << 8 >> 8) + sum_of_two(a + 2, pairs >> 8);
 }
 #else
 constexpr bool kHasInt8 = false;
 using Element = uint8_t;
-inline IntVec product(const uint8_t*, const int8_t*, IntVec sum) { return sum; }  // never called
+inline IntVec product(const uint8_t*, ByteVec, IntVec sum) { return sum; }  // never called
 #endif
+inline ByteVec load_bytes(const void* from) {
+  ByteVec found;
+  std::memcpy(&found, from, sizeof found);
+  return found;
+}
+inline IntVec product(const Element* a, const int8_t* b, IntVec sum) { return product(a, load_bytes(b), sum); }
 
 // sums[r][v] += a[r, :] times columns v of the chunk at b.  a: rows `stride` apart.  With `fetches` the next panel of the
 // weights is prefetched meanwhile.

@@ -3,7 +3,7 @@
     linear(fake_quantize(x) | fake_quantize_dynamic(x), dequantize(W_q), b)   ->   lissom::quantized_linear(x, W_q, b)
     linear(x, dequantize(W_q), b)                                             ->   lissom::weight_quantized_linear(x, W_q, b)
 
-The first (W8A8) quantizes x inside the kernel and sums int8 products in int32; no quantized activation is written to memory.
+The first (W8A8, W4A8) quantizes x inside the kernel and sums int8 products in int32; no quantized activation is written to memory.
 The second (weight-only int8 or int4) dequantizes the weight in registers; int8 weights whose values need only five or six bits
 are packed so with AVX-512, unless they are embedding tables too. The pass comes after `fold-quantized-weights`.
 Weights stored as [features in, features out], as in GPT-2, are transposed when they are packed. An embedding table tied to the
@@ -23,18 +23,26 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import LINEAR_PRODUCTS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.ops.formats import FORMATS
+from lissom.ops.formats import FORMATS, SCALES, dequantize
 from lissom.ops.native import missing_int8_kernel, missing_weight_quantized_kernel, reads_few_bits_faster
 from lissom.ops.packed_linear import packed_embedding
-from lissom.ops.quantized_linear import FORMAT, MOST_INPUTS, fill_panels, pack_bytes, quantized_linear
-from lissom.ops.weight_quantized_linear import FORMS, SCALES, narrowest, pack_blocks, pack_stored, weight_quantized_linear
+from lissom.ops.quantized_linear import (
+    FORMAT,
+    MOST_INPUTS,
+    STEP,
+    fill_panels,
+    pack_bytes,
+    pack_halves_of_bytes,
+    quantized_linear,
+)
+from lissom.ops.weight_quantized_linear import FORMS, narrowest, pack_blocks, pack_stored, weight_quantized_linear
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class PackQuantizedLinear(Rewrite):
-    """Lowers linear layers with integer weights to CPU kernels for W8A8, W8A16 and W4A16."""
+    """Lowers linear layers with integer weights to CPU kernels for W8A8, W4A8, W8A16 and W4A16."""
 
     def run(self, edit: Editor) -> None:
         packed: dict[tuple[fx.Node, bool], _Packed] = {}
@@ -67,26 +75,42 @@ def _obstacle(layer: QuantizedLayer) -> str | None:
 
 
 def _obstacle_to_int8(layer: QuantizedLayer) -> str | None:
-    if layer.format != "int8":
-        return f"its weight is in {layer.format}, and the kernel multiplies with int8"
-    if layer.blocks[1] != 1:
-        return "its weight has group-wise scales, and the kernel takes one scale per feature"
+    features, inputs = layer.sizes
+    if layer.format not in ("int8", "int4"):
+        return f"its weight is in {layer.format}, and the kernel multiplies with int8 or int4"
+    if _is_grouped(layer) and inputs // layer.blocks[1] % STEP:
+        return f"{inputs // layer.blocks[1]} of its inputs share a scale, and the kernel takes a multiple of {STEP}"
+    if len(layer.weight.all_input_nodes) > 2:
+        return "its weight has zero points, and the kernel takes none"
+    if _is_grouped(layer) and (reason := _obstacle_to_group_scales(layer)):
+        return reason
     if layer.values.kwargs["format"] != FORMAT:
         return f"its input is quantized to {layer.values.kwargs['format']}, and the kernel quantizes to {FORMAT}"
     if not layer.has_one_scale:
         return "its input is quantized with more than one scale"
-    if layer.sizes[1] > MOST_INPUTS:
-        return f"it has {layer.sizes[1]} inputs, and 32-bit sums take at most {MOST_INPUTS}"
+    if inputs > MOST_INPUTS:
+        return f"it has {inputs} inputs, and 32-bit sums take at most {MOST_INPUTS}"
+    return None
+
+
+def _is_grouped(layer: QuantizedLayer) -> bool:
+    """Whether the int8 kernel reads the weight with group-wise scales, as it reads all of four bits."""
+    return layer.blocks[1] != 1 or layer.format == "int4"
+
+
+def _obstacle_to_group_scales(layer: QuantizedLayer) -> str | None:
+    if layer.blocks[0] not in (1, layer.sizes[0]):
+        return "its weight has a scale for several features"
+    if nodes.tensor_type(layer.weight.args[1]).dtype not in SCALES:
+        return "its weight's scale is neither float16 nor float32"
     return None
 
 
 def _obstacle_to_weight_only(layer: QuantizedLayer, dtype: torch.dtype) -> str | None:
     if layer.format not in FORMS:
         return f"its weight is in {layer.format}, and the kernel reads {', '.join(FORMS)}"
-    if layer.blocks[0] not in (1, layer.sizes[0]):
-        return "its weight has a scale for several features"
-    if nodes.tensor_type(layer.weight.args[1]).dtype not in SCALES:
-        return "its weight's scale is neither float16 nor float32"
+    if reason := _obstacle_to_group_scales(layer):
+        return reason
     if dtype == torch.bfloat16 and layer.sizes[1] % 2:
         return "its number of inputs is odd, and bfloat16 takes two at once"
     return None
@@ -126,7 +150,11 @@ def _pack(edit: Editor, layer: QuantizedLayer) -> _Packed:
     tables = [user for user in layer.stored.users if user.target is aten.embedding.default]
     narrows = reads_few_bits_faster() and not (layer.rounds or tables)
     format = narrowest(q, form.name) if narrows else form.name
-    if layer.rounds:
+    if layer.rounds and _is_grouped(layer):
+        sums = dequantize(q, scale, None, torch.float32).sum(1)
+        packed = pack_bytes(q) if form.bits == 8 else pack_halves_of_bytes(q)
+        parts = {"": packed, "_scale": pack_blocks(scale, features), "_sums": fill_panels(sums, features)}
+    elif layer.rounds:
         sums = q.sum(1, dtype=torch.int32)
         parts = {"": pack_bytes(q), "_scale": fill_panels(scale.float(), features), "_sums": fill_panels(sums, features)}
     else:
@@ -143,6 +171,6 @@ def _pack(edit: Editor, layer: QuantizedLayer) -> _Packed:
 def _look_up_packed(edit: Editor, packed: _Packed, ids: object) -> fx.Node:
     """An embedding of rows of a packed weight; use inside `edit.before`."""
     rows = edit.call(packed_embedding, packed.operands[0], ids, features=packed.features, bits=FORMS[packed.format].bits)
-    if nodes.tensor_type(packed.operands[0]).rank == 3:
+    if FORMATS[packed.format].bits == 4 or nodes.tensor_type(packed.operands[0]).rank == 3:
         return rows
     return edit.call(aten.slice.Tensor, rows, -1, 0, packed.inputs)

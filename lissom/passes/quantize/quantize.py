@@ -11,6 +11,7 @@ Neural Networks for Efficient Integer-Arithmetic-Only Inference.
 | int8-static (W8A8) | int8, per-channel | uint8, per-tensor scale and zero point from calibration data |
 | int8-weight (W8A16) | int8, per-channel | floating point |
 | int4-weight (W4A16) | int4, per-group of 32 | floating point |
+| int4-dynamic (W4A8) | int4, per-group of 32 | uint8, as for int8-dynamic |
 | fp8 | e4m3, per-channel | e4m3, per-token or per-tensor scale, computed at run time |
 
 The residual stream, norms and softmax stay in floating point unless `residual` or `attention` is true.
@@ -42,7 +43,7 @@ from lissom.errors import RequirementError, UnsupportedError
 from lissom.ops.formats import FORMATS, Format, scale_for
 from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
 
-Scheme = Literal["int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp8"]
+Scheme = Literal["int8-dynamic", "int8-static", "int8-weight", "int4-weight", "int4-dynamic", "fp8"]
 _Grid = tuple[torch.Tensor, torch.Tensor | None]
 _DEFAULT_GROUP = 32
 _HALF = torch.finfo(torch.float16)
@@ -62,7 +63,7 @@ class Quantize(Approximation):
     observer: chooses the clipping range of activations from calibration data: `min-max`, `percentile`, `mse` or `entropy`.
     fraction: the part of all values that `percentile` keeps inside the clipping range.
     weight_observer: chooses the clipping range of weights, `min-max` or `mse`; `auto` is `mse` for int4.
-    embeddings: quantizes embedding tables too, and with them the LM heads tied to them. By default int4-weight stores tables
+    embeddings: quantizes embedding tables too, and with them the LM heads tied to them. By default int4 schemes store tables
         that are tied to an LM head in int8; other tables, and those of other schemes, stay as they are.
     lm_head: quantizes LM heads and classifiers that are not tied to an embedding table.
     attention: quantizes queries, keys and values at the input of attention.
@@ -124,7 +125,7 @@ class Quantize(Approximation):
         """The format of weights."""
         if self.scheme == "fp8":
             return FORMATS["fp8"]
-        return FORMATS[("" if self.symmetric else "u") + ("int4" if self.scheme == "int4-weight" else "int8")]
+        return FORMATS[("" if self.symmetric else "u") + self.scheme.partition("-")[0]]
 
     @property
     def activation_format(self) -> Format | None:
@@ -195,7 +196,7 @@ class Quantize(Approximation):
     @property
     def _takes_tied(self) -> bool:
         """Whether tables that are tied to an LM head are quantized: they are most of what a small decoder reads for a token."""
-        return self.scheme == "int4-weight" if self.embeddings is None else self.embeddings
+        return _has_four_bits(self.scheme) if self.embeddings is None else self.embeddings
 
     def _layers(self, edit: Editor, others: Sequence[fx.Node]) -> dict[fx.Node, Matrix]:
         """The linear layers to quantize, with their matrices; the rest but for `others` is reported as skipped."""
@@ -232,7 +233,7 @@ class Quantize(Approximation):
     def _granularity(self) -> str:
         if self.granularity != "auto":
             return self.granularity
-        return "group" if self.scheme == "int4-weight" else "channel"
+        return "group" if _has_four_bits(self.scheme) else "channel"
 
     def _quantize_weight(self, edit: Editor, node: fx.Node, form: Format, *, transposed: bool = False) -> None:
         """Insert Q/DQ between a weight and all its readers."""
@@ -292,6 +293,10 @@ class Quantize(Approximation):
                 self._insert(edit, value, asked, form, scale_for(*ranges[value], form) if value in ranges else None)
 
 
+def _has_four_bits(scheme: str) -> bool:
+    return scheme.startswith("int4")
+
+
 def _table(look_up: fx.Node) -> fx.Node | None:
     """The table of an embedding where it is a weight."""
     found = look_up.args[0]
@@ -307,4 +312,4 @@ def _matrices(program: Program) -> dict[fx.Node, Matrix]:
 
 def _taken(outputs: int, inputs: int) -> tuple[str, ...]:
     """The schemes that fit a weight of that many out_features and in_features, at default options."""
-    return (UNCHANGED, *(item for item in get_args(Scheme) if item != "int4-weight" or inputs % _DEFAULT_GROUP == 0))
+    return (UNCHANGED, *(item for item in get_args(Scheme) if not _has_four_bits(item) or inputs % _DEFAULT_GROUP == 0))

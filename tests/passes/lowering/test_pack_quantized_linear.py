@@ -43,9 +43,9 @@ class Two(nn.Module):
 class Tied(nn.Module):
     """An LM head that is the embedding, and a layer used twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 6) -> None:
         super().__init__()
-        self.table, self.twice = nn.Embedding(35, 6), nn.Linear(6, 6)
+        self.table, self.twice = nn.Embedding(35, width), nn.Linear(width, width)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(self.twice(self.twice(self.table(tokens))), self.table.weight)
@@ -125,6 +125,20 @@ def test_a_table_that_is_an_lm_head_too_is_held_once_and_looked_up_packed() -> N
     close(program(tokens), before(tokens), 2e-3)
 
 
+@pytest.mark.parametrize("scheme", ["int8-dynamic,granularity=group", "int4-dynamic"])
+def test_scales_of_groups_are_read_by_the_kernel(scheme: str) -> None:
+    module, tokens = Tied(8).eval(), torch.tensor([[1, 2, 34], [31, 32, 33]])
+    options = f",scheme={scheme},group=4,embeddings=true"
+    before = rounded(module, tokens, options=options)
+    program, _ = packed(module, tokens, options=options)
+    assert calls(program, quantized_linear) == 3
+    assert calls(program, aten.linear.default, fake_quantize_dynamic) == 0
+    close(program(tokens), before(tokens), 2e-3)
+    if scheme.startswith("int4"):
+        stored = {name: weight.shape for name, weight in program.weights().items() if weight.dtype == torch.uint8}
+        assert stored["table.weight_int4_packed"] == (2, 2, 16, 4)
+
+
 STORED = [
     "int8-weight",
     "int8-weight,symmetric=false",
@@ -163,9 +177,9 @@ def test_a_known_scale_goes_into_the_kernel() -> None:
 
 
 LEFT = {
-    ",symmetric=false": "its weight is in uint8, and the kernel multiplies with int8",
-    ",granularity=group,group=2": "its weight has group-wise scales, and the kernel takes one scale per feature",
-    ",scheme=fp8": "its weight is in fp8, and the kernel multiplies with int8",
+    ",symmetric=false": "its weight is in uint8, and the kernel multiplies with int8 or int4",
+    ",granularity=group,group=2": "2 of its inputs share a scale, and the kernel takes a multiple of 4",
+    ",scheme=fp8": "its weight is in fp8, and the kernel multiplies with int8 or int4",
 }
 
 

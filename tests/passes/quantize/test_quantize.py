@@ -18,7 +18,7 @@ from tests.models import Case, tiny_bert, tiny_gpt2, tiny_llama
 from tests.passes.harness import check_golden, rewrite
 
 aten = torch.ops.aten
-SCHEMES = ("int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp8")
+SCHEMES = ("int8-dynamic", "int8-static", "int8-weight", "int4-weight", "int4-dynamic", "fp8")
 
 
 def test_golden() -> None:
@@ -39,7 +39,7 @@ def rounded_weights(program: Program) -> dict[str, torch.fx.Node]:
 @pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2, tiny_llama])
 def test_a_quantized_model_answers_nearly_as_before(make: type, scheme: str) -> None:
     case = make()
-    group = "" if scheme != "int4-weight" else ",group=8"
+    group = ",group=8" if scheme.startswith("int4") else ""
     found = captures.optimize(case.model, case.inputs, passes=f"quantize{{scheme={scheme}{group}}}", data=[case.inputs])
     step = found.report.history.steps[-1]
     assert step.rewritten > 4
