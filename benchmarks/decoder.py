@@ -227,7 +227,12 @@ ENGINES: dict[str, tuple[str, Callable[[Checkpoint], Engine]]] = {
     "lissom-bf16": ("Lissom bf16", lissom_engine("cast{dtype=bf16}")),
     "lissom-int8-int4": ("Lissom int8 table and head, int4 layers", lissom_engine(MIXED)),
     "lissom-stored": ("Lissom, the file's own weights", lissom_engine("use-stored-weights")),
+    "lissom-int8": ("Lissom int8, activations too", lissom_engine("cast,quantize{embeddings=true}")),
     "lissom-int4": ("Lissom int4", lissom_engine(INT4)),
+    "lissom-int4-int8": (
+        "Lissom int8 table and head, int4 layers, int8 activations",
+        lissom_engine("quantize{scheme=int4-dynamic},gptq{tables=false}"),
+    ),
     "lissom-onnxruntime": ("Lissom fp32 on ONNX Runtime", lissom_engine("exact", "onnxruntime")),
     "lissom-onnxruntime-int4": ("Lissom int4 on ONNX Runtime", lissom_engine(INT4, "onnxruntime")),
 }

@@ -71,7 +71,7 @@ SCHEMES = {
     "int8-dynamic": Scheme(
         "W8A8: weights in int8 with per-channel scales, activations in uint8 with per-token scales and zero points that are "
         "computed at run time. It needs no calibration data. Matrix products run in integers.",
-        "- For decode, one token at a time: it is bound by reading weights, and those of `int4-dynamic` are half as large.\n"
+        "- For decode, one token at a time: it is bound by reading weights, and `int4-dynamic` reads half.\n"
         "- Where a tenth of a percent of quality counts: `int8-weight` keeps activations in floating point.",
         ("quantize{scheme=int8-dynamic}", "quantize{scheme=int8-dynamic,activations=tensor}"),
         ("quantize{scheme=int8-dynamic}",),
@@ -116,7 +116,7 @@ SCHEMES = {
         ("quantize{scheme=int4-weight,embeddings=false}", "quantize{scheme=int4-weight,embeddings=false},gptq"),
     ),
     "int4-dynamic": Scheme(
-        "W4A8: weights in int4 with a scale per group of 32, activations in uint8 as for `int8-dynamic`. Matrix products run in "
+        "W4A8: weights in int4 with a scale per group of 32, activations in uint8 as for `int8-dynamic`. Products run in "
         "integers: four bits become bytes in registers, and the sum of each group is scaled. `gptq` after it and `awq` before "
         "it reduce the error of the weights with calibration data.",
         "- Without data for `gptq` or `awq` where quality counts: the loss of round-to-nearest "

@@ -20,6 +20,19 @@ def give_back_memory() -> None:
             trim(0)
 
 
+_MUCH = 1 << 26
+"""The bytes of weights for which a full collection, some tenths of a second, pays."""
+
+
+def free_dropped_programs(size: int) -> None:
+    """Free programs that nothing refers to any more, where they have many bytes of weights.
+
+    Graphs are cycles, and Python's collector, which goes by the number of objects, would keep several programs.
+    """
+    if size >= _MUCH:
+        gc.collect()
+
+
 _aside: list[bool] = []
 """Not empty while the heap is set aside. Passes run under the lock of `frontends/isolation.py`, one thread at a time."""
 

@@ -15,6 +15,7 @@ from lissom.backends.base import Backend, restored_state
 from lissom.compiler.ir.fingerprint import program_fingerprint
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.memory import free_dropped_programs
 from lissom.compiler.pipeline.options import Checks, Metric, read_score
 from lissom.driver.compile import compile_model
 from lissom.driver.options import Inputs, Settings
@@ -103,6 +104,7 @@ class Workshop:
             goal=None,
             progress=silent,
         )
+        free_dropped_programs(self.program.parameter_bytes)
         started = time.monotonic()
         found = compile_model(self.program, self.example, settings)
         self.seconds = time.monotonic() - started

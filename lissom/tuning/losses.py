@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.memory import free_dropped_programs
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.errors import LissomError
@@ -195,6 +196,7 @@ class LossMeter:
         except LissomError as error:
             table.failed.append(f"{passes}: {error}")
             return math.inf
+        free_dropped_programs(self.program.parameter_bytes)
         if math.isfinite(loss):
             self.store.add("loss", self.key, passes, loss=loss)
         return loss

@@ -9,6 +9,7 @@ from itertools import cycle
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lissom
 from lissom.errors import InputError, UnsupportedError
@@ -17,7 +18,7 @@ from lissom.inspect.tables import plain
 from lissom.passes import RECIPES
 from lissom.tuning.store import Store
 from lissom.tuning.tuned import _identity
-from tests.models import feed_forward, normal, tiny_bert
+from tests.models import feed_forward, normal, seeded, tiny_bert, tokens
 from tests.tuning.searches import FAMILIES, batches
 
 

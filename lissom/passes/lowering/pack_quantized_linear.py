@@ -3,9 +3,9 @@
     linear(fake_quantize(x) | fake_quantize_dynamic(x), dequantize(W_q), b)   ->   lissom::quantized_linear(x, W_q, b)
     linear(x, dequantize(W_q), b)                                             ->   lissom::weight_quantized_linear(x, W_q, b)
 
-The first (W8A8, W4A8) quantizes x inside the kernel and sums int8 products in int32; no quantized activation is written to memory.
-The second (weight-only int8 or int4) dequantizes the weight in registers; int8 weights whose values need only five or six bits
-are packed so with AVX-512, unless they are embedding tables too. The pass comes after `fold-quantized-weights`.
+The first (W8A8, W4A8) quantizes x inside the kernel and sums int8 products in int32; no quantized activation is written to
+memory. The second (weight-only int8 or int4) dequantizes the weight in registers; int8 weights whose values need only five or
+six bits are packed so with AVX-512, unless they are embedding tables too. The pass comes after `fold-quantized-weights`.
 Weights stored as [features in, features out], as in GPT-2, are transposed when they are packed. An embedding table tied to the
 LM head is held once, packed: its rows are looked up there.
 """
@@ -75,7 +75,7 @@ def _obstacle(layer: QuantizedLayer) -> str | None:
 
 
 def _obstacle_to_int8(layer: QuantizedLayer) -> str | None:
-    features, inputs = layer.sizes
+    inputs = layer.sizes[1]
     if layer.format not in ("int8", "int4"):
         return f"its weight is in {layer.format}, and the kernel multiplies with int8 or int4"
     if _is_grouped(layer) and inputs // layer.blocks[1] % STEP:
