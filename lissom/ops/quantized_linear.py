@@ -97,7 +97,7 @@ def _product(x: torch.Tensor, *operands: Any, features: int, granularity: str = 
     else:
         rounded = fake_quantize_reference(x.float(), x_scale, x_zero_point, format=FORMAT)
     q = unpack_bytes(weight, features, x.shape[-1])
-    matrix = dequantize_reference(q, scale.reshape(-1, scale.shape[-1]).T[:features], format="int8", dtype=torch.float32)
+    matrix = dequantize_reference(q, torch.atleast_2d(scale).T[:features], format="int8", dtype=torch.float32)
     return functional.linear(rounded, matrix, cast(bias, torch.float32))
 
 

@@ -62,6 +62,8 @@ _AS_FAR = 4.0
 """The largest ratio of two programs' errors from the exact result: on few samples one of them may be lucky."""
 _LOCALLY_AS_FAR = 2.0
 """The same for one node: the largest error of thousands of values, so luck counts for less."""
+_DECIDED = (torch.float32, *ROUNDINGS)
+"""The dtypes of nodes whose value in float64 decides where large terms cancel."""
 _WIDER = {
     torch.float32: TOLERANCE[torch.float32],
     # A pass that rescales weights rounds each of them once more to float32, by 6e-8; 4e-8 measured at the outputs.
@@ -298,7 +300,9 @@ def _is_as_exact(
     corresponding: Collection[str],
     given: Mapping[fx.Node, torch.Tensor],
 ) -> bool:
-    """True when a float32 value is at most `_LOCALLY_AS_FAR` times as far from that in float64 as the value of `before`.
+    """True when a value of 32 or 16 bits is at most `_LOCALLY_AS_FAR` times as far from that in float64 as that of `before`.
+
+    In bfloat16 the simulation rounds what is quantized once more before it is multiplied, and a kernel does not.
 
     known: the values of `before`. corresponding: the nodes that have these values in `after` too; those between them and the
     node are computed in float64. given: the inputs.
@@ -316,7 +320,7 @@ def _is_as_exact(
 
     computed: dict[fx.Node, object] = {}
     own = known[node.name]
-    if not (isinstance(own, torch.Tensor) and isinstance(found, torch.Tensor) and own.dtype is torch.float32):
+    if not (isinstance(own, torch.Tensor) and isinstance(found, torch.Tensor) and own.dtype in _DECIDED):
         return False
     try:
         wanted = exact(node)
