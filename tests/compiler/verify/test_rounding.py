@@ -104,7 +104,7 @@ def test_a_sum_that_cancels_rounds_by_more_than_others(factor: float, differs: b
 
 @pytest.mark.skipif(torch.bfloat16 not in kernel_dtypes(), reason="no kernels in bfloat16 here")
 def test_outliers_that_cancel_in_bfloat16_are_no_mistake_of_a_kernel() -> None:
-    """The simulation rounds what is quantized to bfloat16, where 300 has steps of 2; the kernel multiplies the whole numbers."""
+    """The simulation rounds quantized values to bfloat16, where 300 has steps of 2; the kernel multiplies whole numbers."""
     x, model = normal(9, 64), torch.nn.Linear(64, 40, bias=False)
     x[:, 0], x[:, 1] = 300 + x[:, 0], 250 + x[:, 1]
     with torch.no_grad():
