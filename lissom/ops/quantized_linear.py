@@ -27,8 +27,9 @@ from torch.nn import functional
 
 from lissom.ops.checks import cast, check_exact, require
 from lissom.ops.epilogue import PANEL, LinearForm
-from lissom.ops.formats import SCALES
+from lissom.ops.formats import SCALES, dequantize
 from lissom.ops.quantization import dequantize_reference, fake_quantize_dynamic_reference, fake_quantize_reference
+from lissom.ops.weight_quantized_linear import pack_blocks
 
 FORMAT = "uint8"
 """The format of x."""
@@ -50,6 +51,13 @@ def pack_halves_of_bytes(weight: torch.Tensor) -> torch.Tensor:
     """The packed form of a weight [features, inputs] of four bits, not packed before."""
     low, high = (pack_bytes(weight).to(torch.uint8) & 15).split(PANEL // 2, 2)
     return low | (high << 4)
+
+
+def pack_groups(q: torch.Tensor, scale: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight [features, inputs] of 8 or 4 bits with scales [features or 1, groups], as the operator takes them with the sums."""
+    sums = dequantize(q, scale, None, torch.float32).sum(1)
+    packed = pack_bytes(q) if bits == 8 else pack_halves_of_bytes(q)
+    return packed, pack_blocks(scale, len(q)), fill_panels(sums, len(q))
 
 
 def unpack_bytes(packed: torch.Tensor, features: int, inputs: int) -> torch.Tensor:

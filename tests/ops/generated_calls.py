@@ -22,18 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lissom.errors import LissomError
 from lissom.ops.blocked_attention import blocked_attention
-from lissom.ops.formats import dequantize
 from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference
 from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
 from lissom.ops.native import kernel_dtypes, load_kernels
 from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_reference
-from lissom.ops.quantized_linear import fill_panels, pack_bytes, pack_halves_of_bytes, quantized_linear_reference
-from lissom.ops.weight_quantized_linear import (
-    FORMS,
-    pack_blocks,
-    pack_stored,
-    weight_quantized_linear_reference,
-)
+from lissom.ops.quantized_linear import fill_panels, pack_bytes, pack_groups, quantized_linear_reference
+from lissom.ops.weight_quantized_linear import FORMS, pack_blocks, pack_stored, weight_quantized_linear_reference
 from tests.ops.patterns import PATTERNS, layout_of
 
 Value = torch.Tensor | int | float | bool | str | list[int] | None
@@ -150,22 +144,15 @@ class Generator:
             "x_zero_point": torch.tensor(self.random.choice([0, 128, 255]), dtype=torch.uint8) if known else None,
         }
         if groups:
-            operands |= self.grouped(features, inputs, groups)
+            bits = self.random.choice([4, 8])
+            q = torch.randint(-(1 << bits - 1), 1 << bits - 1, (features, inputs), generator=self.torch).to(torch.int8)
+            scale = torch.rand(features, groups, generator=self.torch) / 100
+            scale = scale.to(self.random.choice([torch.float16, torch.float32]))
+            operands |= zip(("weight", "scale", "sums"), pack_groups(q, scale, bits), strict=True)
         norm = self.random.random() < 0.4
         options: dict[str, Value] = {"granularity": self.random.choice(["token", "tensor"])}
         call = Call("quantized_linear" + "_norm" * norm, quantized_linear_reference, operands, options)
         return self.around(call, lead, features, dtype)
-
-    def grouped(self, features: int, inputs: int, groups: int) -> dict[str, Value]:
-        """A weight of 8 or 4 bits with a scale for each group of inputs."""
-        bits = self.random.choice([4, 8])
-        q = torch.randint(-(1 << bits - 1), 1 << bits - 1, (features, inputs), generator=self.torch).to(torch.int8)
-        scale = (torch.rand(features, groups, generator=self.torch) / 100).to(
-            self.random.choice([torch.float16, torch.float32])
-        )
-        sums = dequantize(q, scale, None, torch.float32).sum(1)
-        packed = pack_bytes(q) if bits == 8 else pack_halves_of_bytes(q)
-        return {"weight": packed, "scale": pack_blocks(scale, features), "sums": fill_panels(sums, features)}
 
     def stored(self) -> Call:
         dtype, lead = self.random.choice(self.dtypes), self.lead()

@@ -19,13 +19,13 @@ from lissom.ops.native import kernel_dtypes, missing_int8_kernel
 from lissom.ops.quantized_linear import (
     fill_panels,
     pack_bytes,
+    pack_groups,
     pack_halves_of_bytes,
     quantized_linear,
     quantized_linear_norm,
     quantized_linear_reference,
     unpack_bytes,
 )
-from lissom.ops.weight_quantized_linear import pack_blocks
 
 CPU = torch.device("cpu")
 # The operator calls the C++ kernel where this processor has one for the dtype, else the reference.
@@ -99,9 +99,7 @@ def grouped(bits: int, features: int, inputs: int, groups: int, dtype: torch.dty
     generator = torch.Generator().manual_seed(features + inputs)
     q = layer(features, inputs)[0] >> (8 - bits)
     scale = ((torch.rand(features, groups, generator=generator) + 0.5) / ((1 << bits - 1) * inputs**0.5)).to(dtype)
-    sums = dequantize(q, scale, None, torch.float32).sum(1)
-    parts = (pack_bytes if bits == 8 else pack_halves_of_bytes)(q), pack_blocks(scale, features), fill_panels(sums, features)
-    return q, scale, *parts
+    return q, scale, *pack_groups(q, scale, bits)
 
 
 # Rows up to six, or with AVX2 two, read four bits in registers; for 15 and 43 rows, threads and tiles split what is left.

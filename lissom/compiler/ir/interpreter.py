@@ -57,10 +57,12 @@ REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, Runtim
 """The exceptions that a model, or its program, may raise on inputs it does not accept."""
 
 
-def call(node: fx.Node, value_of: Callable[[fx.Node], object]) -> object:
-    """The result of a call node, with the values of the nodes it reads."""
+def call(node: fx.Node, value_of: Callable[[fx.Node], object], adapted: Callable[[object], object] | None = None) -> object:
+    """The result of a call node, with the values of the nodes it reads. adapted: applied to all arguments."""
     target = stand_in(node.target) or cast(Callable[..., object], node.target)
-    return target(*with_values(node.args, value_of), **with_values(node.kwargs, value_of))
+    given = with_values((node.args, node.kwargs), value_of)
+    args, kwargs = given if adapted is None else fx.node.map_aggregate(given, cast(Any, adapted))
+    return target(*args, **kwargs)
 
 
 def with_values(arguments: object, value_of: Callable[[fx.Node], object]) -> Any:

@@ -302,7 +302,8 @@ def _is_as_exact(
 ) -> bool:
     """True when a value of 32 or 16 bits is at most `_LOCALLY_AS_FAR` times as far from that in float64 as that of `before`.
 
-    In bfloat16 the simulation rounds what is quantized once more before it is multiplied, and a kernel does not.
+    In bfloat16 the simulation rounds quantized activations and weights once more before they are multiplied, and a kernel does
+    not.
 
     known: the values of `before`. corresponding: the nodes that have these values in `after` too; those between them and the
     node are computed in float64. given: the inputs.
@@ -315,10 +316,11 @@ def _is_as_exact(
             value = given[used] if used in given else before.weight(str(used.target))
             return _widened(value, torch.float64)
         if used not in computed:
-            computed[used] = call(used, exact)
+            computed[used] = call(used, exact, widened)
         return computed[used]
 
     computed: dict[fx.Node, object] = {}
+    widened = partial(_widened, wide=torch.float64)
     own = known[node.name]
     if not (isinstance(own, torch.Tensor) and isinstance(found, torch.Tensor) and own.dtype in _DECIDED):
         return False

@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from lissom.ops.blocked_attention import block_sparse_attention_reference
-from lissom.ops.formats import FORMATS, dequantize
+from lissom.ops.formats import FORMATS
 from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference
 from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
 from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_reference
@@ -22,7 +22,7 @@ from lissom.ops.quantization import (
     fake_quantize_dynamic_reference,
     fake_quantize_reference,
 )
-from lissom.ops.quantized_linear import fill_panels, pack_bytes, pack_halves_of_bytes, quantized_linear_reference
+from lissom.ops.quantized_linear import fill_panels, pack_bytes, pack_groups, quantized_linear_reference
 from lissom.ops.recurrences import gated_delta_rule_reference, selective_scan_reference
 from lissom.ops.weight_quantized_linear import FORMS, pack_blocks, pack_stored, weight_quantized_linear_reference
 
@@ -153,12 +153,11 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 def _grouped_cases(x: torch.Tensor, features: int) -> Iterator[Case]:
     """A linear layer whose weight has a scale for half of the inputs, of 8 and 4 bits, in float32 and float16."""
-    for bits, pack_bits, dtype in ((8, pack_bytes, torch.float32), (4, pack_halves_of_bytes, torch.float16)):
+    for bits, dtype in ((8, torch.float32), (4, torch.float16)):
         q = _whole(features, x.shape[1], -(1 << (bits - 1)), 1 << (bits - 1)).to(torch.int8)
         scale = (torch.rand(features, 2, generator=torch.Generator().manual_seed(1)) / (1 << bits)).to(dtype)
-        sums = dequantize(q, scale, None, torch.float32).sum(1)
-        operands = pack_bits(q), pack_blocks(scale, features), fill_panels(sums, features)
-        yield "quantized_linear", quantized_linear_reference, (x, *operands), {"features": features, "activation": "silu"}
+        options = {"features": features, "activation": "silu"}
+        yield "quantized_linear", quantized_linear_reference, (x, *pack_groups(q, scale, bits)), options
 
 
 def _numbers(*sizes: int, dtype: torch.dtype) -> torch.Tensor:

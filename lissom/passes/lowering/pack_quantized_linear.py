@@ -23,7 +23,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import LINEAR_PRODUCTS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.ops.formats import FORMATS, SCALES, dequantize
+from lissom.ops.formats import FORMATS, SCALES
 from lissom.ops.native import missing_int8_kernel, missing_weight_quantized_kernel, reads_few_bits_faster
 from lissom.ops.packed_linear import packed_embedding
 from lissom.ops.quantized_linear import (
@@ -32,7 +32,7 @@ from lissom.ops.quantized_linear import (
     STEP,
     fill_panels,
     pack_bytes,
-    pack_halves_of_bytes,
+    pack_groups,
     quantized_linear,
 )
 from lissom.ops.weight_quantized_linear import FORMS, narrowest, pack_blocks, pack_stored, weight_quantized_linear
@@ -151,9 +151,7 @@ def _pack(edit: Editor, layer: QuantizedLayer) -> _Packed:
     narrows = reads_few_bits_faster() and not (layer.rounds or tables)
     format = narrowest(q, form.name) if narrows else form.name
     if layer.rounds and _is_grouped(layer):
-        sums = dequantize(q, scale, None, torch.float32).sum(1)
-        packed = pack_bytes(q) if form.bits == 8 else pack_halves_of_bytes(q)
-        parts = {"": packed, "_scale": pack_blocks(scale, features), "_sums": fill_panels(sums, features)}
+        parts = dict(zip(("", "_scale", "_sums"), pack_groups(q, scale, form.bits), strict=True))
     elif layer.rounds:
         sums = q.sum(1, dtype=torch.int32)
         parts = {"": pack_bytes(q), "_scale": fill_panels(scale.float(), features), "_sums": fill_panels(sums, features)}

@@ -103,13 +103,14 @@ def test_a_sum_that_cancels_rounds_by_more_than_others(factor: float, differs: b
 
 
 @pytest.mark.skipif(torch.bfloat16 not in kernel_dtypes(), reason="no kernels in bfloat16 here")
-def test_outliers_that_cancel_in_bfloat16_are_no_mistake_of_a_kernel() -> None:
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-weight"])
+def test_outliers_that_cancel_in_bfloat16_are_no_mistake_of_a_kernel(scheme: str) -> None:
     """The simulation rounds quantized values to bfloat16, where 300 has steps of 2; the kernel multiplies whole numbers."""
     x, model = normal(9, 64), torch.nn.Linear(64, 40, bias=False)
     x[:, 0], x[:, 1] = 300 + x[:, 0], 250 + x[:, 1]
     with torch.no_grad():
         model.weight[:, 0], model.weight[:, 1] = 1.0, -1.2
-    before = captures.optimize(model.bfloat16(), x.bfloat16(), passes="quantize{lm_head=true}").program
+    before = captures.optimize(model.bfloat16(), x.bfloat16(), passes=f"quantize{{scheme={scheme},lm_head=true}}").program
     after, _ = apply("fold-quantized-weights,pack-quantized-linear", before, [x.bfloat16()])
     allowed = local_tolerances(before)
     errors = local_errors(before, after, [x.bfloat16()])
