@@ -54,7 +54,7 @@ def pack_halves_of_bytes(weight: torch.Tensor) -> torch.Tensor:
 
 
 def pack_groups(q: torch.Tensor, scale: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A weight [features, inputs] of 8 or 4 bits with scales [features or 1, groups], as the operator takes them with the sums."""
+    """The operands for a weight [features, inputs] of 8 or 4 bits with scales [features or 1, groups], and its sums."""
     sums = dequantize(q, scale, None, torch.float32).sum(1)
     packed = pack_bytes(q) if bits == 8 else pack_halves_of_bytes(q)
     return packed, pack_blocks(scale, len(q)), fill_panels(sums, len(q))
