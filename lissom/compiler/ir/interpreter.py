@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_aggregate
 
 from lissom.compiler.ir.collectives import stand_in
 
@@ -61,7 +62,7 @@ def call(node: fx.Node, value_of: Callable[[fx.Node], object], adapted: Callable
     """The result of a call node, with the values of the nodes it reads. adapted: applied to all arguments."""
     target = stand_in(node.target) or cast(Callable[..., object], node.target)
     given = with_values((node.args, node.kwargs), value_of)
-    args, kwargs = given if adapted is None else fx.node.map_aggregate(given, cast(Any, adapted))
+    args, kwargs = given if adapted is None else map_aggregate(given, cast(Any, adapted))
     return target(*args, **kwargs)
 
 
