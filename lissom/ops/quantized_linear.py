@@ -28,7 +28,7 @@ from torch.nn import functional
 from lissom.ops.checks import cast, check_exact, require
 from lissom.ops.epilogue import PANEL, LinearForm
 from lissom.ops.formats import SCALES, dequantize
-from lissom.ops.quantization import dequantize_reference, fake_quantize_dynamic_reference, fake_quantize_reference
+from lissom.ops.quantization import fake_quantize_dynamic_reference, fake_quantize_reference
 from lissom.ops.weight_quantized_linear import pack_blocks
 
 FORMAT = "uint8"
@@ -105,7 +105,7 @@ def _product(x: torch.Tensor, *operands: Any, features: int, granularity: str = 
     else:
         rounded = fake_quantize_reference(x.float(), x_scale, x_zero_point, format=FORMAT)
     q = unpack_bytes(weight, features, x.shape[-1])
-    matrix = dequantize_reference(q, torch.atleast_2d(scale).T[:features], format="int8", dtype=torch.float32)
+    matrix = dequantize(q, torch.atleast_2d(scale).T[:features], None, torch.float32)
     return functional.linear(rounded, matrix, cast(bias, torch.float32))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from lissom.tuning.build import Variant
 from lissom.tuning.candidates import Candidate
@@ -60,11 +61,10 @@ class Search:
     def run(self, until: float) -> None:
         """Verify candidates until a fraction of the time has passed, or no new ones are found."""
         self.correct()
-        tried = 0
-        for variant, choice in self._uniform():
-            if tried < _MOST_UNIFORM and self.has_time(until) and not self._far_over(variant, choice):
-                self.verify(variant, choice)
-                tried += 1
+        # One by one, since each that is verified corrects what is predicted of the next.
+        worth = (found for found in self._uniform() if self.has_time(until) and not self._far_over(*found))
+        for found in islice(worth, _MOST_UNIFORM):
+            self.verify(*found)
         while self.has_time(until) and (found := next(self._fresh(), None)) is not None:
             self.verify(*found)
 

@@ -102,7 +102,7 @@ def grouped(bits: int, features: int, inputs: int, groups: int, dtype: torch.dty
     return q, scale, *pack_groups(q, scale, bits)
 
 
-# Rows up to six, or with AVX2 two, read four bits in registers; for 15 and 43 rows, threads and tiles split what is left.
+# For 15 and 43 rows, threads and tiles split what is left; features that are no multiple of 32 leave a panel partly empty.
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [4, 8])

@@ -168,7 +168,8 @@ def _pack(edit: Editor, layer: QuantizedLayer) -> _Packed:
 
 def _look_up_packed(edit: Editor, packed: _Packed, ids: object) -> fx.Node:
     """An embedding of rows of a packed weight; use inside `edit.before`."""
-    rows = edit.call(packed_embedding, packed.operands[0], ids, features=packed.features, bits=FORMS[packed.format].bits)
-    if FORMATS[packed.format].bits == 4 or nodes.tensor_type(packed.operands[0]).rank == 3:
+    bits = FORMS[packed.format].bits
+    rows = edit.call(packed_embedding, packed.operands[0], ids, features=packed.features, bits=bits)
+    if bits == 4 or nodes.tensor_type(packed.operands[0]).rank == 3:
         return rows
     return edit.call(aten.slice.Tensor, rows, -1, 0, packed.inputs)
