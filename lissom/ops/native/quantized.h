@@ -264,8 +264,7 @@ struct GroupQuantized : Quantized<T, false> {
       }
 #pragma GCC unroll 2
       for (int v = 0; v < kWide; ++v) {
-        int64_t place = g * columns + c + v * kLanes;
-        Vec scale = half ? load(static_cast<const Half*>(group_scale) + place) : load(static_cast<const float*>(group_scale) + place);
+        Vec scale = load_floats(group_scale, half, g * columns + c + v * kLanes);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           if constexpr (bits == 4) totals[r][v] -= middles[(first + r) * groups + g];

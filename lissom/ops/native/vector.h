@@ -103,6 +103,11 @@ inline Vec load(const Half* from) {
 #endif
 }
 
+// From an element of an array of float16 or float32 on.
+inline Vec load_floats(const void* from, bool half, int64_t place) {
+  return half ? load(static_cast<const Half*>(from) + place) : load(static_cast<const float*>(from) + place);
+}
+
 inline IntVec widen(const int8_t* from) {
 #if defined(__AVX512F__)
   return (IntVec)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));

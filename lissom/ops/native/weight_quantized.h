@@ -62,16 +62,11 @@ struct QuantizedWeight {
   const uint8_t* panel(int64_t index) const { return q + index * inputs * step_bytes(form); }
 
   bool has_zeros() const { return zero || shift; }
-  Vec scales(int64_t group, int64_t column) const { return floats(scale, half, group * columns + column); }
+  Vec scales(int64_t group, int64_t column) const { return load_floats(scale, half, group * columns + column); }
   Vec shifts(int64_t group, int64_t column) const {
-    return shift ? floats(shift, half_shift, group * columns + column) : splat(0.0f);
+    return shift ? load_floats(shift, half_shift, group * columns + column) : splat(0.0f);
   }
   Vec zeros(int64_t group, int64_t column) const { return zero ? load(zero + group * columns + column) : splat(0.0f); }
-
- private:
-  static Vec floats(const void* from, bool half, int64_t place) {
-    return half ? load(static_cast<const Half*>(from) + place) : load(static_cast<const float*>(from) + place);
-  }
 };
 
 // Converts a chunk of a panel's row of weights to floats, before zero point and scale.
