@@ -56,11 +56,11 @@ class Variant:
         linears: Sequence[str],
         *,
         steps: int = 0,
-        criterion: str = "auto",
+        fitted: bool = True,
     ) -> str:
         """The pipeline of these options: see `pipeline_of`."""
         whole = {"bf16": self.bf16, "packed": self.packed}
-        return pipeline_of(groups, options, linears, steps=steps, criterion=criterion, **whole)
+        return pipeline_of(groups, options, linears, steps=steps, fitted=fitted, **whole)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class CostMeter:
             # A program keeps one attention and one feed-forward.
             members = members[: len(members) - (option.left == 0)]
             options = [option if at in members else group.whole for at, group in enumerate(self.groups)]
-            passes = self.variant.passes(self.groups, options, self.linears, criterion="magnitude")
+            passes = self.variant.passes(self.groups, options, self.linears, fitted=False)
             if not members or passes == self.variant.pipeline:
                 continue
             record = self.store.get("cost", self.key, f"{self.variant.backend} {passes}")

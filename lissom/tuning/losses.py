@@ -151,14 +151,9 @@ class LossMeter:
         """Put the losses of options into the table; stops at a fraction of the time."""
         for done, (index, option) in enumerate(tasks, before):
             options = [option if at == index else group.whole for at, group in enumerate(self.groups)]
-            passes = pipeline_of(self.groups, options, self.linears)
-            record = self.store.get("loss", self.key, passes)
-            loss = None if record is None else number(record, "loss", 0.0)
+            loss = self._known(table, options, f"losses, {done} of {table.wanted}: {self.groups[index].name}", until)
             if loss is None:
-                if not self.clock.within(until):
-                    continue
-                self.clock.show(f"losses, {done} of {table.wanted}: {self.groups[index].name}")
-                loss = self._loss(table, passes)
+                continue
             if option.pooled:
                 table.pools[index][option.pooled] = loss
             elif option.scheme == PLAIN:
@@ -179,15 +174,23 @@ class LossMeter:
             if not left or group.kind in found:
                 continue
             options = [Option(left) if at == index else other.whole for at, other in enumerate(self.groups)]
-            passes = pipeline_of(self.groups, options, self.linears)
-            record = self.store.get("loss", meter.key, passes)
-            again = None if record is None else number(record, "loss", 0.0)
-            if again is None and self.clock.left > 0:
-                self.clock.show(f"losses on the batches of calibration: {group.name}")
-                again = meter._loss(table, passes)
+            again = meter._known(table, options, f"losses on the batches of calibration: {group.name}", 1.0)
             if again is not None:
                 found[group.kind] = again, loss
         return found
+
+    def _known(self, table: LossTable, options: Sequence[Option], what: str, until: float) -> float | None:
+        """The loss of these options, from the store or measured; None if that fraction of the time has passed.
+
+        what: is shown while it is measured.
+        """
+        passes = pipeline_of(self.groups, options, self.linears)
+        record = self.store.get("loss", self.key, passes)
+        loss = None if record is None else number(record, "loss", 0.0)
+        if loss is None and self.clock.within(until):
+            self.clock.show(what)
+            loss = self._loss(table, passes)
+        return loss
 
     def _loss(self, table: LossTable, passes: str) -> float:
         pipeline = Pipeline(parse_pipeline(passes, known_passes()), checks="off", data=self.data)

@@ -16,6 +16,7 @@ from lissom.passes.prune.merge_equal_heads import MergeEqualHeads
 from lissom.passes.prune.prune_heads import PruneHeads
 from lissom.passes.prune.prune_layers.prune_layers import PruneLayers
 from lissom.passes.prune.prune_neurons import PruneNeurons
+from lissom.passes.quantize.gptq import Gptq
 from lissom.passes.quantize.quantize import Quantize
 from lissom.passes.recover.distill import Distill
 from lissom.tuning.sites import LOW_RANK, PATTERN, PLAIN, TABLE, Group, Option
@@ -35,12 +36,13 @@ def pipeline_of(
     steps: int = 0,
     bf16: bool = False,
     packed: bool = False,
-    criterion: str = "auto",
+    fitted: bool = True,
 ) -> str:
     """The passes that give each group its option, as text; `exact` if all stay as they are.
 
     linears: the paths of all linear layers. steps: of distillation, where it is possible; 0 for none. bf16: whether layers in
-    floating point are in bfloat16. packed: whether padding is left out. criterion: by which heads and neurons are chosen.
+    floating point are in bfloat16. packed: whether padding is left out. fitted: whether passes choose and fit weights on
+    calibration data; not where time alone is measured.
     """
     chosen = list(zip(groups, options, strict=True))
     passes: list[Pass] = []
@@ -52,10 +54,9 @@ def pipeline_of(
         fewer = [(group, option.left) for group, option in chosen if group.kind == kind and 0 < option.left < group.size]
         amounts = ",".join(f"{unit}={left}" for group, left in fewer for unit in group.units)
         if amounts:
-            passes.append(prune(amounts=amounts, criterion=criterion))  # pyright: ignore[reportArgumentType]
+            passes.append(prune(amounts=amounts, criterion="auto" if fitted else "magnitude"))
     pooled = ",".join(f"{unit}={option.pooled}" for group, option in chosen if option.pooled for unit in group.units)
     if pooled:
-        fitted = criterion != "magnitude"
         passes += [PoolHeads(amounts=pooled, align=fitted, regroup=fitted), MergeEqualHeads()]
     patterns = [(group, option.scheme) for group, option in chosen if group.kind == PATTERN and option.scheme != PLAIN]
     if patterns:
@@ -75,7 +76,16 @@ def pipeline_of(
     before, after = (distill, []) if passes else ([], distill if quantized and not bf16 else [])
     cast = parse_pipeline(RECIPES["mixed-precision"], known_passes()) if bf16 else []
     pack = parse_pipeline(PACKED, known_passes()) if packed else []
-    return format_pipeline([*passes, *before, *cast, *quantized, *after, *pack]) or EXACT
+    fit: list[Pass] = _gptq_of(schemes, tables) if fitted else []
+    return format_pipeline([*passes, *before, *cast, *quantized, *fit, *after, *pack]) or EXACT
+
+
+def _gptq_of(schemes: Mapping[str, str], tables: Sequence[tuple[Group, str]]) -> list[Pass]:
+    """`gptq` for the layers and LM heads of four bits: rounding those to nearest costs several times as much."""
+    heads = {path: scheme for group, scheme in tables if group.option == "lm_head" or group.tied for path in group.linears}
+    quantized = {path: scheme for path, scheme in (schemes | heads).items() if scheme != PLAIN}
+    four = [path for path, scheme in quantized.items() if scheme.startswith("int4")]
+    return [Gptq(only="" if len(four) == len(quantized) else ",".join(four))] if four else []
 
 
 def quantize_of(schemes: Mapping[str, str], tables: Sequence[tuple[Group, str]] = ()) -> list[Quantize]:

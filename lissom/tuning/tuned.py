@@ -236,7 +236,8 @@ def _search(trials: Trials, groups: Sequence[Group], request: Request, notes: li
     divergence = Divergence(program, judged)
     meter = LossMeter(program, groups, linears, calibrating, divergence, trials.store, key, clock)
     saving = partial(_saving, costs, groups)
-    losses = meter.measure([scheme for scheme in every if scheme in schemes], saving, _LOSSES * stretch)
+    used = [scheme for scheme in every if scheme in schemes]
+    losses = meter.measure(used, saving, _LOSSES * stretch)
     search = Search(trials, groups, linears, bases)
     if request.metric is None:
         in_sample = meter.in_sample(losses, trials.quality.divergence, trials.quality.divergence.batches)
@@ -244,7 +245,7 @@ def _search(trials: Trials, groups: Sequence[Group], request: Request, notes: li
         # The largest, since a factor that is too small leads to programs far over the bound.
         search.usual = min(max((own / other for own, other in in_sample.values()), default=1.0), 1.0) or 1.0
     for variant in bases:
-        search.add_table(variant, losses, costs[variant], [scheme for scheme in every if scheme in schemes])
+        search.add_table(variant, losses, costs[variant], used)
     if losses.measured < losses.wanted:
         notes.append(f"{losses.measured} of {losses.wanted} losses were measured; the others are interpolated")
     failed = [sentence for table in (losses, *costs.values()) for sentence in table.failed]

@@ -66,8 +66,23 @@ def test_int4_of_linear_layers_leaves_a_tied_table_to_its_own_group():
         Group("head", TABLE, linears=["head"], schemes=("none", "int8-weight"), option="embeddings", tied=True),
     ]
     text = pipeline_of(groups, [Option(1, "int4-weight"), Option(1)], ["up"])
-    assert text == "quantize{scheme=int4-weight,embeddings=false}"
+    assert text == "quantize{scheme=int4-weight,embeddings=false},gptq"
     assert read_options(groups, text) == [Option(1, "int4-weight"), Option(1)]
+
+
+def test_four_bits_are_fitted_to_the_data_unless_time_alone_is_measured():
+    groups = [
+        Group("up", "linear", linears=["up"], schemes=("none", "int8-dynamic")),
+        Group("head", TABLE, linears=["table", "head"], schemes=("none", "int4-dynamic"), option="embeddings", tied=True),
+    ]
+    options = [Option(1, "int8-dynamic"), Option(1, "int4-dynamic")]
+    table = 'quantize{scheme=int4-dynamic,embeddings=true,only="table,head"}'
+    quantized = f"quantize{{embeddings=false}},{table}"
+    assert pipeline_of(groups, options, ["up"]) == f'{quantized},gptq{{only="table,head"}}'
+    text = pipeline_of(groups, options, ["up"], bf16=True)
+    assert text == f'cast,sink-casts,fold-casts,{quantized},gptq{{only="table,head"}}'
+    assert read_options(groups, text) == options
+    assert pipeline_of(groups, options, ["up"], fitted=False) == quantized
 
 
 def test_nothing_chosen_is_the_exact_pipeline(program):
@@ -144,6 +159,7 @@ def test_a_table_tied_to_the_lm_head_is_left_alone_by_int4_of_other_layers():
         for item in groups
     ]
     text = pipeline_of(groups, options, linears)
-    found = lissom.optimize(program, inputs, passes=f"{text},fold-quantized-weights", checks="structural").program
+    passes = f"{text},fold-quantized-weights"
+    found = lissom.optimize(program, inputs, passes=passes, data=[inputs], checks="structural").program
     assert "lm_head.weight" in found.weights()  # and not lm_head.weight_int8
     assert read_options(groups, text) == options

@@ -48,6 +48,23 @@ inline void pack(const T* from, int64_t along, int64_t across, int64_t inner, in
     int64_t columns = std::min<int64_t>(kPanel, outer - panel * kPanel);
     const T* source = from + panel * kPanel * across;
     if (columns < kPanel || inner < padded) std::fill(start, start + padded * kPanel, P(0));
+    if constexpr (std::is_same_v<T, P> && std::is_same_v<P, BFloat16>) {
+      if (along == 1 && inner % pair == 0) {  // pairs lie in memory as they are packed
+        for (int64_t c = 0; c < columns; ++c)
+          for (int64_t i = 0; i < inner; i += pair) std::memcpy(start + i * kPanel + c * pair, source + c * across + i, 4);
+        continue;
+      }
+      if (across == 1 && columns == kPanel) {  // two rows are interleaved
+        for (int64_t i = 0; i < inner; i += pair)
+          for (int64_t c = 0; c < kPanel; c += kLanes) {
+            BitVec first = (BitVec)load(source + i * along + c) >> 16;
+            BitVec second = i + 1 < inner ? (BitVec)load(source + (i + 1) * along + c) : BitVec{};
+            second |= first;
+            std::memcpy(start + i * kPanel + c * pair, &second, sizeof second);
+          }
+        continue;
+      }
+    }
     if (along == 1) {
       for (int64_t c = 0; c < columns; ++c)
         for (int64_t i = 0; i < inner; ++i) start[(i / pair) * kPanel * pair + c * pair + i % pair] = source[c * across + i];
@@ -99,10 +116,11 @@ inline void finish_scores(const Call& call, float* row, int64_t visible, int64_t
   }
 }
 
-// Softmax of a row of scores in place, without the division: returns the sum to divide by. Masked scores and padding become 0.
-template <typename Call>
+// Softmax of a row of scores into `to`, which may be the row, without the division: returns the sum to divide by. Masked scores
+// and padding become 0; the row may change.
+template <typename Call, typename P>
 inline float softmax(const Call& call, float* row, int64_t visible, int64_t padded, const float* bias, const bool* seen,
-                    const float* sink) {
+                    const float* sink, P* to) {
   float scale = 1.0f;
   bool all_seen = !seen || (call.bias_strides.column == 1 ? !std::memchr(seen, 0, visible) : *seen);
   if (call.softcap == 0 && !bias && all_seen && call.scale != 0) {  // scaling is then folded into the argument of the exponential
@@ -117,26 +135,26 @@ inline float softmax(const Call& call, float* row, int64_t visible, int64_t padd
   if (sink) top = std::max(top, *sink);
   auto has_nan = [&] { return std::any_of(row, row + padded, [](float score) { return std::isnan(score); }); };
   if (top == kHidden && !has_nan()) {  // a fully masked row yields zeros, as PyTorch's operator does
-    std::fill(row, row + padded, 0.0f);
+    std::fill(to, to + padded, P(0));
     return 1.0f;
   }
   Vec total = splat(0.0f);
   for (int64_t c = 0; c < padded; c += kLanes) {
     Vec value = exponential(load(row + c) * scale - top);
-    store(row + c, value);
+    store(to + c, value);
     total += value;
   }
   return sum(total) + (sink ? std::exp(*sink - top) : 0.0f);
 }
 
 // Softmax of one row of the call, whose scores start at the key `from`.
-template <typename Call>
+template <typename Call, typename P>
 inline float softmax_row(const Call& call, int64_t b, int64_t h, int64_t row, int64_t from, float* scores,
-                        int64_t visible, int64_t padded) {
+                        int64_t visible, int64_t padded, P* to) {
   int64_t offset = call.bias_strides.at(b, h, row) + from * call.bias_strides.column;
   const float* sink = call.sinks ? call.sinks + b * call.sink_batch + h * call.sink_head : nullptr;
   return softmax(call, scores, visible, padded, call.bias ? call.bias + offset : nullptr, call.mask ? call.mask + offset : nullptr,
-                sink);
+                sink, to);
 }
 
 // P: the dtype in which queries, keys, weights and values are multiplied.
@@ -196,20 +214,14 @@ inline void head(const Attention<T>& call, const VisibleKeys& visible_keys, int6
         for (int r = 0; r < R; ++r)
           for (int w = 0; w < kWide; ++w) store(scores + r * width + c + w * kLanes, sums[r][w]);
       }
+      P* weights;
+      if constexpr (pair == 2) weights = scratch.weights.data();
+      else weights = scores;
       float inverse[R];
       for (int r = 0; r < R; ++r) {
-        int64_t visible = std::max<int64_t>(visible_keys.of(b, h, top + r).end - seen.begin - skipped, 0);
-        inverse[r] = 1.0f / softmax_row(call, b, h, top + r, seen.begin + skipped, scores + r * width + skipped, visible,
-                                       padded - skipped);
-      }
-      const P* weights;
-      if constexpr (pair == 2) {
-        for (int r = 0; r < R; ++r)
-          for (int64_t c = skipped; c < padded; c += kLanes)
-            store(scratch.weights.data() + r * width + c, load(scores + r * width + c));
-        weights = scratch.weights.data();
-      } else {
-        weights = scores;
+        int64_t visible = std::max<int64_t>(visible_keys.of(b, h, top + r).end - seen.begin - skipped, 0), place = r * width + skipped;
+        inverse[r] = 1.0f / softmax_row(call, b, h, top + r, seen.begin + skipped, scores + place, visible, padded - skipped,
+                                       weights + place);
       }
       for (int64_t c = 0; c < call.value_dim; c += kChunk) {
         Vec sums[R][kWide] = {};
@@ -254,8 +266,8 @@ inline void head_by_tiles(const Attention<BFloat16>& call, const VisibleKeys& vi
     for (int64_t r = 0; r < rows; ++r) {
       float* line = scores + r * width;
       int64_t visible = std::max<int64_t>(visible_keys.of(b, h, top + r).end - seen.begin - skipped, 0);
-      inverse[r] = 1.0f / softmax_row(call, b, h, top + r, seen.begin + skipped, line + skipped, visible, padded - skipped);
-      for (int64_t c = skipped; c < padded; c += kLanes) store(scratch.weights.data() + r * width + c, load(line + c));
+      inverse[r] = 1.0f / softmax_row(call, b, h, top + r, seen.begin + skipped, line + skipped, visible, padded - skipped,
+                                     scratch.weights.data() + r * width + skipped);
     }
     for (int64_t c = 0; c < call.value_dim; c += kPanel) {
       amx_product<BFloat16>(rows, scratch.weights.data() + skipped, width * sizeof(BFloat16),
@@ -367,7 +379,8 @@ inline void some_rows(const Attention<T, Cache>& call, const VisibleKeys& visibl
   for (int r = 0; r < R; ++r) {
     auto [h, row] = place(r);
     int64_t visible = std::max<int64_t>(visible_keys.of(b, h, row).end - seen.begin, 0);
-    inverse[r] = 1.0f / softmax_row(call, b, h, row, seen.begin, scores + r * padded, visible, padded);
+    float* line = scores + r * padded;
+    inverse[r] = 1.0f / softmax_row(call, b, h, row, seen.begin, line, visible, padded, line);
   }
   scale_by(call.v_scale);
   weighted_sum<R>(scores, padded, inverse, v, call.v_strides.row, &seen, 1, call.value_dim, y);

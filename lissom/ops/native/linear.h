@@ -45,7 +45,7 @@ struct Plain {
   }
 
   void product(const T* opened, int64_t row, int64_t rows, int64_t, float* sums) const {
-    multiply_parts(x + row * inputs, inputs, rows, [&](int64_t from, int64_t) { return opened + from * kPanel; }, sums);
+    multiply_parts<true>(x + row * inputs, inputs, rows, [&](int64_t from, int64_t) { return opened + from * kPanel; }, sums);
   }
 };
 
@@ -82,7 +82,7 @@ struct Widened {
       widen_pairs(opened + from * kPanel, depth / 2, columns);
       return static_cast<const float*>(columns);
     };
-    multiply_parts(floats + (row - origin) * inputs, inputs, rows, widened, sums);
+    multiply_parts<false>(floats + (row - origin) * inputs, inputs, rows, widened, sums);
   }
 };
 

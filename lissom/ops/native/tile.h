@@ -228,10 +228,10 @@ inline void in_pieces(int64_t begin, int64_t end, int64_t most, Work&& work) {
 constexpr int64_t kDepth = 192;
 
 // sums, [R, kPanel] of which a chunk starts there, = or += R rows of a, `stride` apart, times `steps` steps of the columns at b.
-template <int R>
+template <int R, bool fetches>
 inline void accumulate(const float* a, int64_t stride, const float* b, int64_t steps, float* sums, bool first) {
   Vec held[R][kWide] = {};
-  multiply<R>(a, stride, b, steps, held);
+  multiply<R, fetches>(a, stride, b, steps, held);
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < kWide; ++v) {
       float* place = sums + r * kPanel + v * kLanes;
@@ -240,7 +240,8 @@ inline void accumulate(const float* a, int64_t stride, const float* b, int64_t s
 }
 
 // sums, [rows, kPanel], = rows of a times a panel of `inputs` inputs.  columns(from, depth) are those of a part of the inputs.
-template <typename Columns>
+// With `fetches` what follows a part in memory is prefetched while the first rows are multiplied.
+template <bool fetches, typename Columns>
 inline void multiply_parts(const float* a, int64_t inputs, int64_t rows, Columns&& columns, float* sums) {
   if (inputs == 0) std::fill(sums, sums + rows * kPanel, 0.0f);
   for (int64_t from = 0; from < inputs; from += kDepth) {
@@ -248,18 +249,23 @@ inline void multiply_parts(const float* a, int64_t inputs, int64_t rows, Columns
     const float* part = columns(from, depth);
     in_pieces(0, rows, kRows, [&](int64_t top, int64_t bottom) {
       with_rows(static_cast<int>(bottom - top), [&](auto count) {
-        for (int column = 0; column < kPanel; column += kChunk)
-          accumulate<decltype(count)::value>(a + top * inputs + from, inputs, part + column, depth,
-                                             sums + top * kPanel + column, from == 0);
+        constexpr int R = decltype(count)::value;
+        for (int column = 0; column < kPanel; column += kChunk) {
+          const float* rows = a + top * inputs + from;
+          float* to = sums + top * kPanel + column;
+          if (fetches && top == 0) accumulate<R, true>(rows, inputs, part + column, depth, to, from == 0);
+          else accumulate<R, false>(rows, inputs, part + column, depth, to, from == 0);
+        }
       });
     });
   }
 }
 
-// The same for R rows and one chunk, in registers.
+// The same for R rows and one chunk, in registers; bfloat16 rounds far more than a long sum, so its sums are not split.
 template <int R, bool fetches, typename T>
 inline void multiply_in_parts(const T* a, int64_t inputs, const T* b, Vec (&sums)[R][kWide]) {
   constexpr int pair = kPair<T>;
+  if constexpr (!std::is_same_v<T, float>) return multiply<R, fetches>(a, inputs, b, inputs / pair, sums);
   for (int64_t from = 0; from < inputs; from += kDepth) {
     Vec part[R][kWide] = {};
     multiply<R, fetches>(a + from, inputs, b + from * kPanel, std::min(kDepth, inputs - from) / pair, part);
