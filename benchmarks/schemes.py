@@ -72,9 +72,21 @@ SCHEMES = {
         "W8A8: weights in int8 with per-channel scales, activations in uint8 with per-token scales and zero points that are "
         "computed at run time. It needs no calibration data. Matrix products run in integers.",
         "- For decode, one token at a time: it is bound by reading weights, and `int4-dynamic` reads half.\n"
+        "- Where some features are far larger than others, as in decoders: `int8-group` rounds those by themselves.\n"
         "- Where a tenth of a percent of quality counts: `int8-weight` keeps activations in floating point.",
         ("quantize{scheme=int8-dynamic}", "quantize{scheme=int8-dynamic,activations=tensor}"),
         ("quantize{scheme=int8-dynamic}",),
+    ),
+    "int8-group": Scheme(
+        "W8A8 with activations in int8 that have a scale per group of 32, computed at run time; weights as for "
+        "`int8-dynamic`. Where some features are far larger than others, as in decoders, only their own group is rounded "
+        "coarsely.",
+        "- For prefill and large batches: the sum of each group is scaled by itself, see the longer shape; tiles of AMX "
+        "are not used.\n"
+        "- For encoders: `int8-dynamic` loses next to nothing there.\n"
+        "- With ONNX Runtime or on CUDA: neither has such products, and the scheme is refused.",
+        ("quantize{scheme=int8-group}",),
+        ("quantize{scheme=int8-group}", "quantize{scheme=int8-group,embeddings=true}"),
     ),
     "int8-static": Scheme(
         "W8A8 as `int8-dynamic`, with per-tensor activation scales and zero points that an observer chooses from calibration "
@@ -116,7 +128,7 @@ SCHEMES = {
         ("quantize{scheme=int4-weight,embeddings=false}", "quantize{scheme=int4-weight,embeddings=false},gptq"),
     ),
     "int4-dynamic": Scheme(
-        "W4A8: weights in int4 with a scale per group of 32, activations in uint8 as for `int8-dynamic`. Products run in "
+        "W4A8: weights in int4 with a scale per group of 32, activations in int8 as for `int8-group`. Products run in "
         "integers: four bits become bytes in registers, and the sum of each group is scaled. `gptq` after it and `awq` before "
         "it reduce the error of the weights with calibration data.",
         "- Without data for `gptq` or `awq` where quality counts: the loss of round-to-nearest "

@@ -27,6 +27,20 @@ class Example:
     imports: str = ""
 
 
+class TiedHead(nn.Module):
+    """A language model without layers: words are looked up and scored with one matrix."""
+
+    def __init__(self, words: int = 512, width: int = 256) -> None:
+        super().__init__()
+        self.words = nn.Embedding(words, width)
+        self.mix = nn.Linear(width, width)
+        self.head = nn.Linear(width, words, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(functional.gelu(self.mix(self.words(ids))))
+
+
 class UnusedPooler(nn.Module):
     """Computes a pooled vector and throws it away."""
 
@@ -516,6 +530,7 @@ EXAMPLES = {
     "sink-casts": Example(HeadsInFloat, "torch.randn(4, 128, 256).bfloat16()", "sink-casts"),
     "quantize": Example(Block, "torch.randn(4, 128, 256)", "quantize"),
     "fold-quantized-weights": Example(Block, "torch.randn(4, 128, 256)", "quantize{scheme=int8-weight},fold-quantized-weights"),
+    "untie-lm-head": Example(TiedHead, "torch.randint(0, 512, (4, 128))", "untie-lm-head"),
     "use-stored-weights": Example(
         FromFile,
         "torch.randn(4, 128, 256)",

@@ -52,6 +52,7 @@ _EXAMPLES = {
     "distill": "prune-neurons{keep=0.5},distill{minutes=5}",
     "equalize": "equalize,quantize{scheme=int8-weight}",
     "quantize": "quantize{scheme=int8-dynamic}",
+    "untie-lm-head": "untie-lm-head,quantize{scheme=int4-weight,lm_head=true}",
     "fold-quantized-weights": "quantize{scheme=int8-weight},fold-quantized-weights",
     "low-rank": "low-rank{budget=0.5}",
     "depthwise-separable": "depthwise-separable{budget=0.5}",

@@ -4,7 +4,8 @@ fake_quantize is quantize followed by dequantize (Q/DQ) with a static scale:
 
     y = (clamp(round(x / scale) + zero_point, low, high) - zero_point) · scale
 
-fake_quantize_dynamic computes the scale from x itself, per-token (all but the last dimension) or per-tensor. The result is in
+fake_quantize_dynamic computes the scale from x itself, per-token (all but the last dimension), per-tensor, or per-group, of 32
+neighbours in the last dimension. The result is in
 floating point, so a quantized program runs and trains as it is. Gradients use the straight-through estimator: they pass where
 x is in range, and are zero where x is clamped. Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference, §3. Bengio et al. 2013, Estimating or Propagating Gradients Through Stochastic Neurons, §4.
@@ -21,12 +22,28 @@ from typing import Any
 import torch
 
 from lissom.ops import formats
+from lissom.ops.checks import require
 from lissom.ops.formats import FORMATS
 from lissom.ops.library import define
 
+GROUP = 32
+"""Neighbours in the last dimension that share a scale with granularity `group`."""
+
+
+def check_granularity(x: torch.Tensor, granularity: str) -> None:
+    """Raise unless the granularity is known and fits x."""
+    known = granularity in ("token", "tensor", "group")
+    require(known, "granularity is 'token', 'tensor' or 'group', not '{}'", granularity)
+    fits = granularity != "group" or (x.dim() > 0 and x.shape[-1] % GROUP == 0)
+    require(fits, "x has the sizes {}, and groups need a multiple of {} features", x.shape, GROUP)
+
 
 def dynamic_scale(x: torch.Tensor, format: str, granularity: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and zero point from the range of x: [..., 1] for granularity `token`, [] for `tensor`."""
+    """Scale and zero point from the range of x: [..., 1] for granularity `token`, [] for `tensor`, [..., features / 32] for
+    `group`."""
+    check_granularity(x, granularity)
+    if granularity == "group":
+        return formats.scale_for(*x.unflatten(-1, (x.shape[-1] // GROUP, GROUP)).aminmax(dim=-1), FORMATS[format])
     if x.shape[-1:].numel() == 0 or (granularity == "tensor" and x.numel() == 0):
         low = high = x.new_zeros((*x.shape[:-1], 1) if granularity == "token" else ())
     elif granularity == "token":
@@ -57,6 +74,11 @@ def dequantize_reference(
 
 
 def _fake(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_dynamic(x: torch.Tensor, *, format: str, granularity: str = "token") -> torch.Tensor:
+    check_granularity(x, granularity)
     return torch.empty_like(x)
 
 
@@ -132,11 +154,11 @@ Returns x's shape and dtype. Differentiable in x and scale."""
 fake_quantize_dynamic = define(
     'fake_quantize_dynamic(Tensor x, *, str format, str granularity="token") -> Tensor',
     fake_quantize_dynamic_reference,
-    _fake,
+    _fake_dynamic,
     backward=_straight_through,
 )
-"""The operator. x: [..., features]; format: a name in FORMATS; granularity: `token` or `tensor`. Differentiable: no value is
-clamped."""
+"""The operator. x: [..., features]; format: a name in FORMATS; granularity: `token`, `tensor`, or `group` with a multiple of 32
+features. Differentiable: no value is clamped."""
 
 dequantize = define(
     "dequantize(Tensor q, Tensor scale, Tensor? zero_point=None, *, str format, ScalarType dtype) -> Tensor",

@@ -3,12 +3,13 @@
 y = activation(Q(x) Wᵀ + b) + other, or activation(Q(x) Wᵀ + b) · other
 z = layer_norm(Q(x) Wᵀ + b + other)
 
-Q quantizes x to `uint8` inside the kernel, as `lissom::fake_quantize_dynamic` and `lissom::fake_quantize` do. W is int8 with
-per-channel scales, or int8 or int4 with a scale for each group of inputs. Products are summed in int32 and dequantized at the
-end, with group-wise scales at the end of each group:
+Q quantizes x to `uint8` inside the kernel, or, with a scale for 32 neighbours, to `int8`, as `lissom::fake_quantize_dynamic`
+and `lissom::fake_quantize` do. W is int8 with per-channel scales, or int8 or int4 with a scale for each group of inputs.
+Products are summed in int32 and dequantized at the end, with group-wise scales at the end of each group:
 
     Q(x) Wᵀ = s_x · s_w · (Σ x_q w_q - z_x · Σ w_q)
     Q(x) Wᵀ = s_x · (Σ_g s_wg · Σ x_q w_q - z_x · Σ_g s_wg · Σ w_q)
+    Q(x) Wᵀ = Σ_g s_xg · s_wg · Σ x_q w_q
 
 Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference, eq. 7.
 
@@ -28,11 +29,11 @@ from torch.nn import functional
 from lissom.ops.checks import cast, check_exact, require
 from lissom.ops.epilogue import PANEL, LinearForm
 from lissom.ops.formats import SCALES, dequantize
-from lissom.ops.quantization import fake_quantize_dynamic_reference, fake_quantize_reference
+from lissom.ops.quantization import GROUP, check_granularity, fake_quantize_dynamic_reference, fake_quantize_reference
 from lissom.ops.weight_quantized_linear import pack_blocks
 
-FORMAT = "uint8"
-"""The format of x."""
+X_FORMATS = {"token": "uint8", "tensor": "uint8", "group": "int8"}
+"""The format of x by the granularity of its scale."""
 MOST_INPUTS = 2**16
 """The most inputs; the sum of more int8 products could overflow int32."""
 STEP = 4
@@ -91,7 +92,12 @@ def _check(x: torch.Tensor, *operands: Any, features: int, granularity: str = "t
     else:
         check_exact(scale, (panels * PANEL,), torch.float32, "a weight's scale")
     check_exact(sums, (panels * PANEL,), torch.float32 if grouped else torch.int32, "the sums of a weight")
-    require(granularity in ("token", "tensor"), "granularity is 'token' or 'tensor', not '{}'", granularity)
+    check_granularity(x, granularity)
+    if granularity == "group":
+        require(x_scale is None, "x has a known scale, and granularity 'group' computes scales")
+        each = inputs // scale.shape[0] if grouped else inputs
+        message = "a scale of the weight is of {} inputs, and must be of a multiple of {} where x has groups of {}"
+        require(each % GROUP == 0, message, each, GROUP, GROUP)
     for item in (x_scale, x_zero_point):
         require(item is None or item.numel() == 1, "x has one scale and one zero point where they are known")
     require(x_zero_point is None or x_scale is not None, "x has a zero point only with a scale")
@@ -101,9 +107,9 @@ def _product(x: torch.Tensor, *operands: Any, features: int, granularity: str = 
     """Q(x) Wᵀ + b in float32."""
     weight, scale, _, x_scale, x_zero_point, bias = operands
     if x_scale is None:
-        rounded = fake_quantize_dynamic_reference(x.float(), format=FORMAT, granularity=granularity)
+        rounded = fake_quantize_dynamic_reference(x.float(), format=X_FORMATS[granularity], granularity=granularity)
     else:
-        rounded = fake_quantize_reference(x.float(), x_scale, x_zero_point, format=FORMAT)
+        rounded = fake_quantize_reference(x.float(), x_scale, x_zero_point, format=X_FORMATS[granularity])
     q = unpack_bytes(weight, features, x.shape[-1])
     matrix = dequantize(q, torch.atleast_2d(scale).T[:features], None, torch.float32)
     return functional.linear(rounded, matrix, cast(bias, torch.float32))
@@ -118,7 +124,7 @@ quantized_linear = torch.ops.lissom.quantized_linear.default
 """The operator. x: [..., inputs], float32 or bfloat16; weight: packed; scale, sums: per-channel scale and sum of the
 weights, float32 and int32, padded to whole panels; with group-wise scales [groups, packed features], float16 or float32, sums
 are Σ_g s_wg · Σ w_q in float32; x_scale, x_zero_point: the static scale of x, []; bias: [features]; other:
-like the result, [..., features]; features: of the result; granularity: of the dynamic scale of x, `token` or `tensor`;
+like the result, [..., features]; features: of the result; granularity: of the dynamic scale of x, `token`, `tensor` or `group`;
 activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
 
 quantized_linear_norm = torch.ops.lissom.quantized_linear_norm.default

@@ -59,6 +59,7 @@ from lissom.passes.quantize.gptq import Gptq
 from lissom.passes.quantize.quantize import Quantize
 from lissom.passes.quantize.quantize_cache import QuantizeCache
 from lissom.passes.quantize.smooth_quant import SmoothQuant
+from lissom.passes.quantize.untie_lm_head import UntieLmHead
 from lissom.passes.quantize.use_stored_weights import UseStoredWeights
 from lissom.passes.recover.distill import Distill
 from lissom.passes.recover.finetune import Finetune
@@ -69,7 +70,8 @@ _ALL: tuple[type[Pass], ...] = (
     *(EliminateDeadTokens, ZeroPadding, PackTokens),
     *(PruneHeads, PruneNeurons, PruneLayers, PruneHidden, Sparsify, EliminateDead, MergeEqualHeads),
     *(LowRank, LinearAttention, DepthwiseSeparable, ShareLayers, PoolHeads, SparsifyAttention),
-    *(Equalize, SmoothQuant, Awq, Quantize, Gptq, CorrectBias, QuantizeCache, FoldQuantizedWeights, UseStoredWeights),
+    *(Equalize, SmoothQuant, Awq, UntieLmHead, Quantize, Gptq, CorrectBias),
+    *(QuantizeCache, FoldQuantizedWeights, UseStoredWeights),
     *(Distill, Finetune),
     *(Cast, FoldCasts, SinkCasts),
     *(MergeProjections, FuseRotary, LowerSparseAttention, FuseAttention, FuseRmsNorm),

@@ -12,7 +12,7 @@ from lissom.tuning.candidates import Candidate
 from lissom.tuning.corrections import Line, PowerLaw, fit_parts
 from lissom.tuning.costs import CostTable
 from lissom.tuning.losses import LossTable
-from lissom.tuning.sites import LOW_RANK, PLAIN, Group, Option
+from lissom.tuning.sites import LOW_RANK, PLAIN, UNTIED, Group, Option
 from lissom.tuning.solve import Item, solve
 from lissom.tuning.trials import Trials
 
@@ -80,7 +80,7 @@ class Search:
             for scheme in dict.fromkeys(item.option.scheme for items in table for item in items):
                 choice = [_with_scheme(group, items, scheme) for group, items in zip(self.groups, table, strict=True)]
                 saving = sum(item.cost for item in choice)
-                if scheme not in (PLAIN, LOW_RANK) and saving < 0:
+                if scheme not in (PLAIN, LOW_RANK) and not scheme.startswith(UNTIED) and saving < 0:
                     loss = sum(item.loss for item in choice) + self.base_loss(variant)
                     found.append((saving + self.base_cost(variant), loss, variant, choice))
         least = min((item[1] for item in found), default=0.0)

@@ -19,8 +19,10 @@ LOW_RANK = "low-rank"
 """The form of linear layers as two factors with half of their bytes."""
 TABLE, PATTERN = "table", "pattern"
 """The kinds of groups that are an embedding table or LM head, and the visible keys of an attention."""
-SCHEMES = ("int8-dynamic", "int8-weight", "int4-dynamic", "int4-weight")
+SCHEMES = ("int8-dynamic", "int8-group", "int8-weight", "int4-dynamic", "int4-weight")
 """The schemes of `quantize` that need no calibration data, so that single layers and LM heads can have them."""
+UNTIED = "untied-"
+"""Begins the four-bit schemes of an LM head that gets a matrix of its own; its table is then in int8."""
 TABLE_SCHEMES = ("int8-weight", "int4-weight")
 """The schemes of embedding tables that are no LM head."""
 PATTERNS = ("measured", "window")
@@ -237,6 +239,7 @@ def _table_of(site: AmountSite) -> Group | None:
         schemes = [scheme for scheme in (TABLE_SCHEMES if site.kind == "embedding" else SCHEMES) if scheme in taken]
         if schemes:
             tied = option == "embeddings" and site.kind == "linear"
+            schemes += [f"{UNTIED}{scheme}" for scheme in schemes if tied and scheme.startswith("int4")]
             return Group(site.path, TABLE, linears=[*site.paths], schemes=(PLAIN, *schemes), option=option, tied=tied)
     return None
 

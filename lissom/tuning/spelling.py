@@ -18,8 +18,9 @@ from lissom.passes.prune.prune_layers.prune_layers import PruneLayers
 from lissom.passes.prune.prune_neurons import PruneNeurons
 from lissom.passes.quantize.gptq import Gptq
 from lissom.passes.quantize.quantize import Quantize
+from lissom.passes.quantize.untie_lm_head import UntieLmHead
 from lissom.passes.recover.distill import Distill
-from lissom.tuning.sites import LOW_RANK, PATTERN, PLAIN, TABLE, Group, Option
+from lissom.tuning.sites import LOW_RANK, PATTERN, PLAIN, TABLE, TABLE_SCHEMES, UNTIED, Group, Option
 
 EXACT = "exact"
 HALF = 0.5
@@ -77,13 +78,15 @@ def pipeline_of(
     cast = parse_pipeline(RECIPES["mixed-precision"], known_passes()) if bf16 else []
     pack = parse_pipeline(PACKED, known_passes()) if packed else []
     fit: list[Pass] = _gptq_of(schemes, tables) if fitted else []
-    return format_pipeline([*passes, *before, *cast, *quantized, *fit, *after, *pack]) or EXACT
+    untie: list[Pass] = [UntieLmHead()] if any(scheme.startswith(UNTIED) for _, scheme in tables) else []
+    return format_pipeline([*passes, *before, *untie, *cast, *quantized, *fit, *after, *pack]) or EXACT
 
 
 def _gptq_of(schemes: Mapping[str, str], tables: Sequence[tuple[Group, str]]) -> list[Pass]:
     """`gptq` for the layers and LM heads of four bits: rounding those to nearest costs several times as much."""
-    heads = {path: scheme for group, scheme in tables if group.option == "lm_head" or group.tied for path in group.linears}
-    quantized = {path: scheme for path, scheme in (schemes | heads).items() if scheme != PLAIN}
+    heads = [(group, scheme.removeprefix(UNTIED)) for group, scheme in tables if group.option == "lm_head" or group.tied]
+    every = {**schemes, **{path: scheme for group, scheme in heads for path in group.linears}}
+    quantized = {path: scheme for path, scheme in every.items() if scheme != PLAIN}
     four = [path for path, scheme in quantized.items() if scheme.startswith("int4")]
     return [Gptq(only="" if len(four) == len(quantized) else ",".join(four))] if four else []
 
@@ -101,7 +104,10 @@ def quantize_of(schemes: Mapping[str, str], tables: Sequence[tuple[Group, str]] 
     for option in dict.fromkeys(group.option for group, _ in tables):
         for scheme in dict.fromkeys(scheme for group, scheme in tables if group.option == option and scheme != PLAIN):
             only = ",".join(path for group, own in tables if (group.option, own) == (option, scheme) for path in group.linears)
-            found.append(Quantize(scheme=scheme, only=only, **{option: True}))  # pyright: ignore[reportArgumentType]
+            parts = [(option, scheme)]
+            if scheme.startswith(UNTIED):
+                parts = [(option, TABLE_SCHEMES[0]), ("lm_head", scheme.removeprefix(UNTIED))]
+            found += [Quantize(scheme=scheme, only=only, **{option: True}) for option, scheme in parts]  # pyright: ignore
     return found
 
 
@@ -132,6 +138,7 @@ def read_options(groups: Sequence[Group], pipeline: str) -> list[Option]:
     factored: set[str] = set()
     schemes: dict[str, str] = {}
     paths = [path for group in groups if group.kind not in (TABLE, PATTERN) for path in group.linears]
+    untied = ""
     for item in parse_pipeline(pipeline, known_passes(), RECIPES):
         match item:
             case PruneLayers():
@@ -144,8 +151,11 @@ def read_options(groups: Sequence[Group], pipeline: str) -> list[Option]:
                 factored |= {path for path, _ in item._amounts().entries}
             case SparsifyAttention():
                 schemes |= {f"{PATTERN} {path}": pattern for path, pattern in item._patterns().entries}
+            case UntieLmHead():
+                untied = UNTIED
             case Quantize(only=only) if only:
-                schemes |= dict.fromkeys((f"{TABLE} {path}" for path in only.split(",")), item.scheme)
+                own = untied if item.lm_head else ""
+                schemes |= dict.fromkeys((f"{TABLE} {path}" for path in only.split(",")), f"{own}{item.scheme}")
             case Quantize():
                 sites = [AmountSite("linear", (path,), 1, {}) for path in paths]
                 found = item._schemes().at(sites, "linear layers") if item.schemes else [None] * len(paths)

@@ -129,7 +129,7 @@ class Generator:
     def quantized(self) -> Call:
         dtype, lead = self.random.choice(self.dtypes), self.lead()
         groups = self.random.choice([0, 0, 1, 2, 3])  # none: a scale for each feature
-        inputs, features = groups * 4 * self.random.choice([0, 1, 5, 8]) if groups else self.size(), self.size()
+        inputs, features = groups * 4 * self.random.choice([0, 1, 5, 8]) if groups else 2 * self.size(), self.size()
         q = torch.randint(-127, 128, (features, inputs), generator=self.torch).to(torch.int8)
         scale = torch.rand(features, generator=self.torch) / 100
         operands = {
@@ -150,7 +150,8 @@ class Generator:
             scale = scale.to(self.random.choice([torch.float16, torch.float32]))
             operands |= zip(("weight", "scale", "sums"), pack_groups(q, scale, bits), strict=True)
         norm = self.random.random() < 0.4
-        options: dict[str, Value] = {"granularity": self.random.choice(["token", "tensor"])}
+        kinds = ["token", "tensor", *["group"] * (not known and inputs // max(groups, 1) % 32 == 0)]
+        options: dict[str, Value] = {"granularity": self.random.choice(kinds)}
         call = Call("quantized_linear" + "_norm" * norm, quantized_linear_reference, operands, options)
         return self.around(call, lead, features, dtype)
 

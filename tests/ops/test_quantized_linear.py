@@ -17,6 +17,7 @@ from lissom.ops.epilogue import ACTIVATIONS
 from lissom.ops.formats import dequantize
 from lissom.ops.native import kernel_dtypes, missing_int8_kernel
 from lissom.ops.quantized_linear import (
+    X_FORMATS,
     fill_panels,
     pack_bytes,
     pack_groups,
@@ -137,6 +138,48 @@ def test_scales_of_groups_with_a_known_scale_and_an_epilogue(form: str) -> None:
     assert error(wanted.double(), found) < 2 * ALLOWED[torch.float32]
 
 
+# Three rows share a tile, 15 and 43 are split among tiles and threads; a weight has a scale for each feature, or for groups.
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "groups"), [(8, 0), (8, 1), (8, 2), (4, 1), (4, 2), (4, 4)])
+@pytest.mark.parametrize(("rows", "features"), [(1, 33), (3, 64), (15, 7), (43, 100)])
+def test_groups_of_activations(rows: int, features: int, bits: int, groups: int, dtype: torch.dtype, form: str) -> None:
+    x = numbers(rows, 128, dtype=dtype) * 10.0 ** numbers(rows, 128, seed=3).round().to(dtype)
+    if groups:
+        q, scale, *operands = grouped(bits, features, 128, groups, torch.float16)
+    else:
+        q, scale = layer(features, 128)
+        operands, scale = packed(q, scale), scale[:, None]
+    parts = x.float().numpy().reshape(rows, 4, 32)
+    step = np.abs(parts).max(-1, keepdims=True) / np.float32(127)
+    rounded = (np.rint(parts * (np.float32(1) / step)).astype(np.float64) * step).reshape(rows, 128)
+    weight = q.double().numpy() * np.repeat(scale.double().numpy(), 128 // scale.shape[1], 1)
+    found = FORMS[form][0](x, *operands, features=features, granularity="group")
+    # Sums of four groups are added in float32.
+    assert error(torch.from_numpy(rounded @ weight.T), found) < 2 * ALLOWED[dtype]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_group_without_numbers_is_seen_to_be_so(value: float) -> None:
+    x, (q, scale) = numbers(20, 64), layer(33, 64)
+    clean = quantized_linear(x, *packed(q, scale), features=33, granularity="group")
+    x[5, 40] = value
+    found = quantized_linear(x, *packed(q, scale), features=33, granularity="group")
+    assert found[5].isnan().all()
+    assert torch.equal(torch.cat((found[:5], found[6:])), torch.cat((clean[:5], clean[6:])))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_groups_that_do_not_fit_are_refused(form: str) -> None:
+    call = FORMS[form][0]
+    with pytest.raises(RuntimeError, match="groups need a multiple of 32 features"):
+        call(numbers(2, 40), *packed(*layer(6, 40)), features=6, granularity="group")
+    with pytest.raises(RuntimeError, match="a scale of the weight is of 16 inputs, and must be of a multiple of 32"):
+        call(numbers(2, 64), *grouped(4, 6, 64, 4, torch.float16)[2:], features=6, granularity="group")
+    with pytest.raises(RuntimeError, match="x has a known scale"):
+        call(numbers(2, 64), *packed(*layer(6, 64)), torch.tensor(0.1), features=6, granularity="group")
+
+
 WRONG_GROUPS = {
     "a multiple of four": lambda weight, scale, sums: (weight, scale.repeat(5, 1), sums),
     "a weight's scale": lambda weight, scale, sums: (weight, scale.double(), sums),
@@ -219,14 +262,16 @@ def test_a_known_scale_cuts_off_what_it_cannot_hold(dtype: torch.dtype, zero_poi
     assert error(wanted, found) < ALLOWED[dtype]
 
 
-@pytest.mark.parametrize("granularity", ["token", "tensor"])
+@pytest.mark.parametrize("granularity", ["token", "tensor", "group"])
 def test_values_are_rounded_as_the_formula_says_to_the_last_bit(granularity: str) -> None:
     """One product a feature and scales of one: the result is what x was rounded to."""
     for seed in range(20):
         x = numbers(37, 32, seed=seed) * 10.0 ** (seed - 10)
         q = torch.eye(32).to(torch.int8)
         found = quantized_linear(x, *packed(q, torch.ones(32)), features=32, granularity=granularity)
-        assert torch.equal(found, torch.ops.lissom.fake_quantize_dynamic(x, format="uint8", granularity=granularity))
+        assert torch.equal(
+            found, torch.ops.lissom.fake_quantize_dynamic(x, format=X_FORMATS[granularity], granularity=granularity)
+        )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -283,7 +328,7 @@ def test_inputs_of_any_layout_and_rank() -> None:
 def test_a_wrong_weight_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"a packed weight has the sizes .* must be contiguous with the sizes"):
         quantized_linear(numbers(2, 8), *packed(*layer(6, 9)), features=6)
-    with pytest.raises(RuntimeError, match="granularity is 'token' or 'tensor'"):
+    with pytest.raises(RuntimeError, match="granularity is 'token', 'tensor' or 'group'"):
         quantized_linear(numbers(2, 8), *packed(*layer(6, 8)), features=6, granularity="channel")
 
 

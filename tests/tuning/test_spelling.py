@@ -85,6 +85,19 @@ def test_four_bits_are_fitted_to_the_data_unless_time_alone_is_measured():
     assert pipeline_of(groups, options, ["up"], fitted=False) == quantized
 
 
+def test_an_lm_head_of_its_own_leaves_its_table_in_int8():
+    group = Group(
+        "head", TABLE, linears=["table", "head"], schemes=("none", "untied-int4-dynamic"), option="embeddings", tied=True
+    )
+    text = pipeline_of([group], [Option(1, "untied-int4-dynamic")], [], bf16=True)
+    assert text == (
+        "untie-lm-head,cast,sink-casts,fold-casts,"
+        'quantize{scheme=int8-weight,embeddings=true,only="table,head"},'
+        'quantize{scheme=int4-dynamic,lm_head=true,only="table,head"},gptq'
+    )
+    assert read_options([group], text) == [Option(1, "untied-int4-dynamic")]
+
+
 def test_nothing_chosen_is_the_exact_pipeline(program):
     groups = groups_of(program)
     assert pipeline_of(groups, [group.whole for group in groups], linear_paths(program), steps=9) == "exact"
@@ -153,7 +166,7 @@ def test_a_table_tied_to_the_lm_head_is_left_alone_by_int4_of_other_layers():
     program = lissom.optimize(seeded(lambda: LlamaForCausalLM(config)), inputs).program
     groups, linears = groups_of(program), linear_paths(program)
     table = next(group for group in groups if group.kind == TABLE)
-    assert table.tied and table.option == "embeddings"
+    assert table.tied and table.option == "embeddings" and "untied-int4-dynamic" in table.schemes
     options = [
         Option(item.size, "int4-weight") if "int4-weight" in item.schemes and item is not table else item.whole
         for item in groups

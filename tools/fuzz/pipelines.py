@@ -50,6 +50,7 @@ EXACT: tuple[Draw, ...] = (
     _pass("equalize"),
     _pass("smooth-quant", alpha=(None, 0.25, 0.75, 1.0), norms=(None, False), linears=(None, False)),
     _pass("awq", scheme=(None, "int8-weight"), symmetric=(None, False), norms=(None, False), linears=(None, False)),
+    _pass("untie-lm-head"),
     _pass("fold-casts"),
     _pass("sink-casts"),
 )

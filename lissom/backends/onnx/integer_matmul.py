@@ -30,7 +30,15 @@ import onnx_ir as ir
 
 from lissom.backends.onnx.attention import CONTRIB
 from lissom.backends.onnx.export import module_of
-from lissom.backends.onnx.quantization import Stored, dynamic_range, format_of, is_quantization, operands, scalar_scales
+from lissom.backends.onnx.quantization import (
+    Stored,
+    dynamic_range,
+    format_of,
+    is_by_group,
+    is_quantization,
+    operands,
+    scalar_scales,
+)
 from lissom.backends.onnx.rewriting import Writer, constant_of, fixed_size, take_over
 from lissom.backends.onnx.translation import DEQUANTIZE, ROUND, ROUND_DYNAMIC
 from lissom.backends.simulated_layers import SimulatedLayer
@@ -85,7 +93,7 @@ class Layer:
         if stored.scale.shape[0] != 1:
             return "a product of integers takes a scale for each channel, and it has one for each group of a channel"
         scale = constant_of(rounded.inputs[1]) if rounded.op_type == ROUND else np.ones(1)
-        if scale is None or scale.size != 1:
+        if scale is None or scale.size != 1 or is_by_group(rounded):
             return "a product of integers takes one scale for the values it reads"
         return None
 
@@ -146,11 +154,10 @@ def simulated(layers: Sequence[Layer], accuracy_level: int, failure: str = "") -
     for layer in layers:
         reason = layer.obstacle or _level_obstacle(layer, accuracy_level) or failure
         if reason:
-            parts = (
-                layer.stored and f"{layer.stored.form.name} weights",
-                layer.rounded and f"{format_of(layer.rounded).name} activations",
-            )
-            found.append(SimulatedLayer(layer.product.name or "", layer.module, " on ".join(filter(None, parts)), reason))
+            weights = layer.stored and f"{layer.stored.form.name} weights"
+            values = layer.rounded and f"{format_of(layer.rounded).name} activations"
+            what = " on ".join(filter(None, (weights, values)))
+            found.append(SimulatedLayer(layer.product.name or "", layer.module, what, reason))
     return found
 
 
@@ -158,9 +165,7 @@ def _level_obstacle(layer: Layer, accuracy_level: int) -> str | None:
     """Why a weight-only layer has no kernel faster than dequantizing the weight."""
     if layer.rounded is not None or layer.stored is None or layer.stored.form.bits == 4 or accuracy_level == 4:
         return None
-    return (
-        "ONNX Runtime is fast with int8 weights only if it may quantize activations, as OnnxRuntime(accuracy_level=4) lets it"
-    )
+    return "ONNX Runtime is fast with int8 weights only where it rounds activations, as OnnxRuntime(accuracy_level=4) lets it"
 
 
 def _as_layer(product: ir.Node) -> Layer | None:

@@ -17,6 +17,7 @@ import torch
 from lissom.backends.onnx.rewriting import Writer, constant_of, fixed_size, nodes_of, sizes_of
 from lissom.backends.onnx.translation import DEQUANTIZE, DOMAIN, ROUND, ROUND_DYNAMIC
 from lissom.ops.formats import FORMATS, LEAST, Format, unpack_halves
+from lissom.ops.quantization import GROUP
 
 _TYPES = {name: ir.DataType[name.upper()] for name in ("int8", "uint8", "int4", "uint4")} | {"fp8": ir.DataType.FLOAT8E4M3FN}
 _FLOAT = int(ir.DataType.FLOAT)
@@ -84,9 +85,18 @@ def scalar_scales(write: Writer, scale: ir.Value, zero_point: ir.Value | None, f
     return write.constant(number.reshape(()).astype(np.float32)), write.constant(found)
 
 
+def is_by_group(node: ir.Node) -> bool:
+    """Whether a quantizer computes a scale for each group of neighbours."""
+    return node.op_type == ROUND_DYNAMIC and node.attributes["granularity"].as_string() == "group"
+
+
 def _rounded_at_run_time(write: Writer, node: ir.Node) -> ir.Value:
-    """Q/DQ with a dynamic scale, per-token or per-tensor."""
+    """Q/DQ with a dynamic scale, per-token, per-group or per-tensor."""
     form, x = format_of(node), write.as_float(operands(node)[0])
+    if is_by_group(node):
+        parts = write.shaped(x, -1, GROUP)
+        rounded = _by_hand(write, parts, *dynamic_range(write, parts, form), form)
+        return write.call("Reshape", rounded, write.call("Shape", x))
     by_token = node.attributes["granularity"].as_string() == "token"
     if form.name == "uint8" and not by_token:
         q, scale, zero_point = write.op_multi_out("DynamicQuantizeLinear", [x], num_outputs=3)

@@ -84,10 +84,16 @@ Tensor fake_quantize_static(const Tensor& x, const Tensor& scale, Optional zero_
   });
 }
 
+void check_granularity(const Tensor& x, std::string_view granularity) {
+  TORCH_CHECK(granularity == "token" || granularity == "tensor" || granularity == "group",
+              "granularity is 'token', 'tensor' or 'group', not '", std::string(granularity), "'");
+  TORCH_CHECK(granularity != "group" || (x.dim() > 0 && x.size(-1) % kGroup == 0), "x has the sizes ", x.sizes(),
+              ", and groups need a multiple of ", kGroup, " features");
+}
+
 Tensor fake_quantize_dynamic(const Tensor& x, std::string_view format, std::string_view granularity) {
   Grid grid = grid_of(format);
-  TORCH_CHECK(granularity == "token" || granularity == "tensor", "granularity is 'token' or 'tensor', not '",
-              std::string(granularity), "'");
+  check_granularity(x, granularity);
   return with_values(x, grid, [&](auto zero, const Tensor& values, auto is_integer) {
     using T = decltype(zero);
     Tensor y = at::empty_like(values);
@@ -95,8 +101,9 @@ Tensor fake_quantize_dynamic(const Tensor& x, std::string_view format, std::stri
     const T* from = values.const_data_ptr<T>();
     T* to = y.template mutable_data_ptr<T>();
     int64_t columns = x.dim() ? x.size(-1) : 1, rows = x.numel() / columns;
-    if (granularity == "token") {
-      fake_quantize_rows<is_integer.value>(grid, rows, columns, from, to);
+    if (granularity != "tensor") {
+      int64_t width = granularity == "group" ? kGroup : columns;
+      fake_quantize_rows<is_integer.value>(grid, x.numel() / width, width, from, to);
       return y.to(x.scalar_type());
     }
     auto [low, high] = Tensor::call<2>("aten::aminmax", "", values, std::optional<int64_t>(), false);

@@ -140,8 +140,12 @@ void check_quantized(const Tensor& x, const QuantizedOperands& operands, const E
     check_exact(operands.scale, columns, at::kFloat, "a weight's scale");
   }
   check_exact(operands.sums, columns, operands.grouped() ? at::kFloat : at::kInt, "the sums of a weight");
-  TORCH_CHECK(operands.granularity == "token" || operands.granularity == "tensor", "granularity is 'token' or 'tensor', not '",
-              std::string(operands.granularity), "'");
+  check_granularity(x, operands.granularity);
+  if (operands.granularity == "group") {
+    TORCH_CHECK(!operands.x_scale, "x has a known scale, and granularity 'group' computes scales");
+    TORCH_CHECK(inputs / groups % kGroup == 0, "a scale of the weight is of ", inputs / groups, " inputs, and must be of a multiple of ",
+                kGroup, " where x has groups of ", kGroup);
+  }
   for (Optional known : {std::cref(operands.x_scale), std::cref(operands.x_zero_point)}) {
     check_readable(known, "the scale of x");
     TORCH_CHECK(!known || (known->numel() == 1 && !known->is_complex()), "x has one scale and one zero point where they are known");
@@ -168,7 +172,8 @@ Tensor quantized_of(const Tensor& given, const QuantizedOperands& operands, cons
   check_quantized(given, operands, epilogue);
   Tensor x = given.contiguous();
   int64_t inputs = x.size(-1), padded = ceil_div(inputs, 4) * 4, rows = x.numel() / std::max<int64_t>(inputs, 1);
-  Granularity granularity = operands.granularity == "token" ? Granularity::kToken : Granularity::kTensor;
+  Granularity granularity = operands.granularity == "token" ? Granularity::kToken
+                            : operands.granularity == "group" ? Granularity::kGroup : Granularity::kTensor;
   const T* from = x.const_data_ptr<T>();
   const int8_t* weight = static_cast<const int8_t*>(operands.weight.const_data_ptr());
   auto plain = [&](auto tiled) {
@@ -176,15 +181,19 @@ Tensor quantized_of(const Tensor& given, const QuantizedOperands& operands, cons
                                                 rows, inputs, padded, granularity, Quantization{}};
     return quantized_of<T>(x, source, operands, epilogue);
   };
-  auto grouped = [&](auto bits) {
-    GroupQuantized<T, decltype(bits)::value> source{{from, weight, nullptr, nullptr, rows, inputs, padded, granularity, Quantization{}},
-                                                    operands.scale.const_data_ptr(), operands.scale.scalar_type() == at::kHalf,
-                                                    operands.sums.const_data_ptr<float>(), operands.scale.size(0),
-                                                    packed_features(epilogue)};
+  auto grouped = [&](auto bits, auto by_group) {
+    bool half = operands.scale.scalar_type() == at::kHalf;
+    const float* weighted = operands.grouped() ? operands.sums.const_data_ptr<float>() : nullptr;
+    GroupQuantized<T, decltype(bits)::value, decltype(by_group)::value> source{
+        {from, weight, nullptr, nullptr, rows, inputs, padded, granularity, Quantization{}},
+        operands.scale.const_data_ptr(), half, weighted, operands.grouped() ? operands.scale.size(0) : 1, packed_features(epilogue)};
     return quantized_of<T>(x, source, operands, epilogue);
   };
-  if (operands.grouped() && operands.weight.scalar_type() == at::kByte) return grouped(std::integral_constant<int, 4>{});
-  if (operands.grouped()) return grouped(std::integral_constant<int, 8>{});
+  auto of_bits = [&](auto bits) {
+    return granularity == Granularity::kGroup ? grouped(bits, std::true_type{}) : grouped(bits, std::false_type{});
+  };
+  if (operands.weight.scalar_type() == at::kByte) return of_bits(std::integral_constant<int, 4>{});
+  if (operands.grouped() || granularity == Granularity::kGroup) return of_bits(std::integral_constant<int, 8>{});
   if constexpr (std::is_same_v<Element, uint8_t>)
     if (by_amx(x)) return plain(std::true_type{});
   return plain(std::false_type{});

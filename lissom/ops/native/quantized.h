@@ -3,7 +3,8 @@
 //
 //   x W^T  =  scale_x scale_w (sum_i q_i w_i - zero_x sum_i w_i)
 //
-// With a scale for each group of inputs, the sum of each group is dequantized by itself; such weights have 8 or 4 bits (W4A8).
+// With a scale for each group of inputs, of the weight or of x, the sum of each group is dequantized by itself; such weights have
+// 8 or 4 bits (W4A8).
 #pragma once
 
 #include "amx.h"
@@ -102,7 +103,46 @@ inline void quantize_row(const T* x, int64_t n, int64_t padded, Quantization& qu
   if (any(has_nan)) quantization.scale = kNaN;
 }
 
-enum class Granularity { kToken, kTensor, kStatic };
+// The same for activations with a sign.
+inline void store_signed(uint8_t* to, IntVec value) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)value), _mm256_extracti128_si256((__m256i)value, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
+#else
+  store_elements(to, value);  // which keeps the low bits
+#endif
+}
+inline void store_signed(int16_t* to, IntVec value) { store_elements(to, value); }
+
+constexpr int64_t kGroup = 32;          // values of x that share a scale with granularity "group"
+constexpr float kLargestSigned = 127.0f;
+
+// Quantizes a group without a zero point; returns its scale, NaN where it holds NaN or an infinity. total: of the integers.
+template <typename T>
+inline float quantize_group(const T* x, Element* to, int32_t& total) {
+  constexpr int kVectors = kGroup / kLanes;
+  Vec values[kVectors], reach = splat(0.0f);
+  Mask has_nan{};
+  for (int v = 0; v < kVectors; ++v) {
+    values[v] = load(x + v * kLanes);
+    has_nan |= is_nan(values[v]);
+    reach = maximum(maximum(values[v], -values[v]), reach);
+  }
+  float scale = std::max(largest(reach) / kLargestSigned, kLeastScale);
+  bool finite = !any(has_nan) && std::isfinite(scale);
+  float inverse = finite ? 1.0f / scale : 0.0f;
+  IntVec sums{};
+  for (int v = 0; v < kVectors; ++v) {
+    IntVec q = finite ? nearest(values[v] * inverse) : IntVec{};
+    store_signed(to + v * kLanes, q);
+    sums += q;
+  }
+  total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
+  return finite ? scale : kNaN;
+}
+
+enum class Granularity { kToken, kTensor, kStatic, kGroup };
 
 // tiled: whether products go by tiles.
 template <typename T, bool tiled>
@@ -215,29 +255,48 @@ struct Quantized {
   };
 };
 
-constexpr uint8_t kInt4Middle = 8;  // added to elements of four bits, which are multiplied without a sign
+constexpr uint8_t kInt4Middle = 8, kInt8Middle = 128;  // added to elements that are multiplied without a sign
 
-// x by tokens, and a weight of 8 or 4 bits with a scale for each group of inputs:
+// A weight of 8 or 4 bits with a scale for each group of inputs, and x by tokens:
 //   x W^T  =  scale_x (sum_g scale_w[g] sum_i q_i w_i - zero_x sum_g scale_w[g] sum_i w_i)
-template <typename T, int bits>
+// or, by_group, x with a scale for each kGroup inputs and no zero point; the weight may then have one scale for each feature:
+//   x W^T  =  sum_g scale_x[g] scale_w[g] sum_i q_i w_i
+template <typename T, int bits, bool by_group>
 struct GroupQuantized : Quantized<T, false> {
   using Base = Quantized<T, false>;
   static constexpr int64_t kStepBytes = kPanel * 4 * bits / 8;  // of four inputs of a panel; of four bits columns c and c + 16
                                                                 // share a byte
+  static constexpr int32_t kMiddle = bits == 4 ? kInt4Middle : by_group && kRaises ? kInt8Middle : 0;
   const void* group_scale;   // [groups, columns], float16 or float32
   bool half;
-  const float* weighted;     // sum_g scale_w[g] sum_i w_i, [columns]
+  const float* weighted;     // sum_g scale_w[g] sum_i w_i, [columns]; unused by_group
   int64_t groups, columns;
-  std::vector<int32_t> middles{};  // 8 sum_i q_i of each row and group, [rows, groups], for four bits
+  std::vector<int32_t> middles{};  // kMiddle sum_i q_i of each row and part, [rows, parts]
+  std::vector<float> scales{};     // of x, by_group, likewise
+
+  // The pieces of a row whose sums are dequantized by themselves.
+  int64_t parts() const { return by_group ? this->inputs / kGroup : groups; }
 
   void prepare(int64_t begin, int64_t end) {
-    Base::prepare(begin, end);
-    if constexpr (bits == 8) return;
-    int64_t group = this->inputs / groups;
-    middles.resize((end - begin) * groups);
-    for (size_t i = 0; i < middles.size(); ++i) {
-      const Element* from = this->elements.data() + i * group;
-      middles[i] = kInt4Middle * std::accumulate(from, from + group, int32_t{0});
+    const int64_t inputs = this->inputs, count = parts(), length = inputs / std::max<int64_t>(count, 1);
+    if constexpr (kMiddle != 0) middles.resize((end - begin) * count);
+    if constexpr (!by_group) {
+      Base::prepare(begin, end);
+      for (size_t i = 0; i < middles.size(); ++i) {
+        const Element* from = this->elements.data() + i * length;
+        middles[i] = kMiddle * std::accumulate(from, from + length, int32_t{0});
+      }
+    } else {
+      this->origin = begin;
+      this->elements.resize((end - begin) * inputs), scales.resize((end - begin) * count);
+      int64_t grain = std::max<int64_t>(1, kQuantizationGrain / kGroup);
+      at::parallel_for(0, (end - begin) * count, grain, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) {
+          int32_t total;
+          scales[i] = quantize_group(this->x + begin * inputs + i * kGroup, this->elements.data() + i * kGroup, total);
+          if constexpr (kMiddle != 0) middles[i] = kMiddle * total;
+        }
+      });
     }
   }
 
@@ -245,33 +304,38 @@ struct GroupQuantized : Quantized<T, false> {
 
   template <int R, bool fetches>
   void tile(const int8_t* opened, int64_t row, int64_t panel, int column, Vec (&values)[R][kWide]) const {
-    const int64_t inputs = this->inputs, steps = inputs / groups / 4, first = row - this->origin, c = panel * kPanel + column;
+    const int64_t inputs = this->inputs, count = parts(), first = row - this->origin, c = panel * kPanel + column;
+    const int64_t steps = inputs / std::max<int64_t>(count, 1) / 4, share = count / groups;
     const Element* rows = this->elements.data() + first * inputs;
-    for (int64_t g = 0; g < groups; ++g, rows += steps * 4) {
+    for (int64_t part = 0; part < count; ++part, rows += steps * 4) {
       IntVec totals[R][kWide] = {};
       for (int64_t step = 0; step < steps; ++step, opened += kStepBytes) {
         __builtin_prefetch(opened + 4096, 0, 2);
         ByteVec found[kWide];
 #pragma GCC unroll 2
-        for (int v = 0; v < kWide; ++v) {
-          if constexpr (bits == 4) found[v] = raised(opened, column + v * kLanes);
-          else found[v] = load_bytes(opened + (column + v * kLanes) * 4);
-        }
+        for (int v = 0; v < kWide; ++v) found[v] = bytes(opened, column + v * kLanes);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-          for (int v = 0; v < kWide; ++v) totals[r][v] = lissom::product(rows + r * inputs + step * 4, found[v], totals[r][v]);
+          for (int v = 0; v < kWide; ++v) {
+            const Element* four = rows + r * inputs + step * 4;
+            if constexpr (by_group) totals[r][v] = signed_product(four, found[v], totals[r][v]);
+            else totals[r][v] = lissom::product(four, found[v], totals[r][v]);
+          }
       }
 #pragma GCC unroll 2
       for (int v = 0; v < kWide; ++v) {
-        Vec scale = load_floats(group_scale, half, g * columns + c + v * kLanes);
+        Vec scale = load_floats(group_scale, half, part / share * columns + c + v * kLanes);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          if constexpr (bits == 4) totals[r][v] -= middles[(first + r) * groups + g];
-          values[r][v] += to_floats(totals[r][v]) * scale;
+          int64_t place = (first + r) * count + part;
+          if constexpr (kMiddle != 0) totals[r][v] -= middles[place];
+          if constexpr (by_group) values[r][v] += to_floats(totals[r][v]) * (scale * scales[place]);
+          else values[r][v] += to_floats(totals[r][v]) * scale;
         }
       }
     }
+    if constexpr (by_group) return;
 #pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v) {
       Vec ones = load(weighted + c + v * kLanes);
@@ -284,10 +348,12 @@ struct GroupQuantized : Quantized<T, false> {
   }
 
  private:
-  // The elements of four inputs and kLanes columns from `column` on, plus 8, as bytes.
-  static ByteVec raised(const int8_t* from, int column) {
-    ByteVec both = load_bytes(from + column % (kPanel / 2) * 4);
-    BitVec low = column < kPanel / 2 ? (BitVec)both : (BitVec)both >> 4;
+  // The elements of four inputs and kLanes columns from `column` on, plus kMiddle.
+  static ByteVec bytes(const int8_t* from, int column) {
+    ByteVec found = load_bytes(from + column % (kPanel * bits / 8) * 4);
+    if constexpr (bits == 8 && kMiddle == 0) return found;
+    if constexpr (bits == 8) return (ByteVec)((BitVec)found ^ kInt8Middle * 0x01010101u);
+    BitVec low = column < kPanel / 2 ? (BitVec)found : (BitVec)found >> 4;
     return (ByteVec)((low & 0x0f0f0f0fu) ^ kInt4Middle * 0x01010101u);
   }
 };

@@ -18,6 +18,7 @@ from lissom.ops.fused_attention import fused_attention_reference, merged_attenti
 from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
 from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_reference
 from lissom.ops.quantization import (
+    GROUP,
     fake_quantize_backward_reference,
     fake_quantize_dynamic_reference,
     fake_quantize_reference,
@@ -95,6 +96,8 @@ def _fake_quantize_cases(dtype: torch.dtype) -> Iterator[Case]:
         for granularity in ("token", "tensor"):
             options = {"format": name, "granularity": granularity}
             yield "fake_quantize_dynamic", fake_quantize_dynamic_reference, (x,), options
+        options = {"format": name, "granularity": "group"}
+        yield "fake_quantize_dynamic", fake_quantize_dynamic_reference, (_numbers(6, 2 * GROUP, dtype=dtype),), options
 
 
 def _recurrence_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -137,7 +140,12 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
             operands = pack_bytes(q), fill_panels(scale[:, 0], features), fill_panels(q.sum(1, dtype=torch.int32), features)
             yield "quantized_linear", quantized_linear_reference, (x, *operands), {**sizes, "activation": "silu"}
             yield "quantized_linear_norm", quantized_linear_reference, (x, *operands), norm
-            yield from _grouped_cases(_numbers(rows, 40, dtype=dtype), features)
+            yield from _grouped_cases(_numbers(rows, 40, dtype=dtype), features, {})
+            by_group, wide = {"granularity": "group"}, _numbers(rows, 2 * GROUP, dtype=dtype)
+            yield from _grouped_cases(wide, features, by_group)
+            q = _whole(features, 2 * GROUP, -127, 128).to(torch.int8)
+            operands = pack_bytes(q), fill_panels(scale[:, 0], features), fill_panels(q.sum(1, dtype=torch.int32), features)
+            yield "quantized_linear", quantized_linear_reference, (wide, *operands), {**sizes, **by_group}
         for form in FORMS if torch.ops.lissom.has_weight_quantized() else ():
             low, high = int(FORMS[form].low), int(FORMS[form].high) + 1
             q = _whole(features, inputs, low, high).to(torch.int8 if low else torch.uint8)
@@ -151,13 +159,13 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
             yield "weight_quantized_linear_norm", weight_quantized_linear_reference, (x, *operands), {**norm, **options}
 
 
-def _grouped_cases(x: torch.Tensor, features: int) -> Iterator[Case]:
+def _grouped_cases(x: torch.Tensor, features: int, options: dict[str, object]) -> Iterator[Case]:
     """A linear layer whose weight has a scale for half of the inputs, of 8 and 4 bits, in float32 and float16."""
     for bits, dtype in ((8, torch.float32), (4, torch.float16)):
         q = _whole(features, x.shape[1], -(1 << (bits - 1)), 1 << (bits - 1)).to(torch.int8)
         scale = (torch.rand(features, 2, generator=torch.Generator().manual_seed(1)) / (1 << bits)).to(dtype)
-        options = {"features": features, "activation": "silu"}
-        yield "quantized_linear", quantized_linear_reference, (x, *pack_groups(q, scale, bits)), options
+        given = {"features": features, "activation": "silu", **options}
+        yield "quantized_linear", quantized_linear_reference, (x, *pack_groups(q, scale, bits)), given
 
 
 def _numbers(*sizes: int, dtype: torch.dtype) -> torch.Tensor:

@@ -125,6 +125,22 @@ inline ByteVec load_bytes(const void* from) {
 }
 inline IntVec product(const Element* a, const int8_t* b, IntVec sum) { return product(a, load_bytes(b), sum); }
 
+// The same for signed activations; weights are then unsigned where kRaises, since VNNI multiplies unsigned by signed bytes.
+constexpr bool kRaises = std::is_same_v<Element, uint8_t>;
+inline IntVec signed_product(const Element* a, ByteVec b, IntVec sum) {
+#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
+  int32_t four;
+  std::memcpy(&four, a, sizeof four);
+#if defined(__AVX512VNNI__)
+  return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)b, _mm512_set1_epi32(four));
+#else
+  return (IntVec)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)b, _mm256_set1_epi32(four));
+#endif
+#else
+  return product(a, b, sum);
+#endif
+}
+
 // sums[r][v] += a[r, :] times columns v of the chunk at b.  a: rows `stride` apart.  With `fetches` the next panel of the
 // weights is prefetched meanwhile.
 template <int R, bool fetches = false, typename A, typename B, typename Sum>

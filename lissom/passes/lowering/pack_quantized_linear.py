@@ -26,10 +26,11 @@ from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.formats import FORMATS, SCALES
 from lissom.ops.native import missing_int8_kernel, missing_weight_quantized_kernel, reads_few_bits_faster
 from lissom.ops.packed_linear import packed_embedding
+from lissom.ops.quantization import GROUP
 from lissom.ops.quantized_linear import (
-    FORMAT,
     MOST_INPUTS,
     STEP,
+    X_FORMATS,
     fill_panels,
     pack_bytes,
     pack_groups,
@@ -84,13 +85,21 @@ def _obstacle_to_int8(layer: QuantizedLayer) -> str | None:
         return "its weight has zero points, and the kernel takes none"
     if _is_grouped(layer) and (reason := _obstacle_to_group_scales(layer)):
         return reason
-    if layer.values.kwargs["format"] != FORMAT:
-        return f"its input is quantized to {layer.values.kwargs['format']}, and the kernel quantizes to {FORMAT}"
+    granularity = _granularity(layer)
+    if (found := layer.values.kwargs["format"]) != (wanted := X_FORMATS[granularity]):
+        return f"its input is quantized to {found} per-{granularity}, and the kernel quantizes to {wanted}"
+    if granularity == "group" and inputs // layer.blocks[1] % GROUP:
+        return f"{inputs // layer.blocks[1]} of its inputs share a scale of the weight, and {GROUP} of its activations"
     if not layer.has_one_scale:
         return "its input is quantized with more than one scale"
     if inputs > MOST_INPUTS:
         return f"it has {inputs} inputs, and 32-bit sums take at most {MOST_INPUTS}"
     return None
+
+
+def _granularity(layer: QuantizedLayer) -> str:
+    """The granularity of the scale of x."""
+    return str(layer.values.kwargs.get("granularity", "token"))
 
 
 def _is_grouped(layer: QuantizedLayer) -> bool:
@@ -126,7 +135,7 @@ def _call(edit: Editor, layer: QuantizedLayer, packed: _Packed) -> fx.Node:
         operands += (*layer.values.args[1:], None)[:2]
     else:
         operands += (None, None)
-        options["granularity"] = layer.values.kwargs.get("granularity", "token")
+        options["granularity"] = _granularity(layer)
     operands.append(layer.bias)
     while operands[-1] is None:
         operands.pop()

@@ -8,11 +8,15 @@ Neural Networks for Efficient Integer-Arithmetic-Only Inference.
 | scheme | weights | activations |
 |---|---|---|
 | int8-dynamic (W8A8) | int8, per-channel | uint8, per-token or per-tensor scale and zero point, computed at run time |
+| int8-group (W8A8) | int8, per-channel | int8, per-group of 32, computed at run time |
 | int8-static (W8A8) | int8, per-channel | uint8, per-tensor scale and zero point from calibration data |
 | int8-weight (W8A16) | int8, per-channel | floating point |
 | int4-weight (W4A16) | int4, per-group of 32 | floating point |
-| int4-dynamic (W4A8) | int4, per-group of 32 | uint8, as for int8-dynamic |
+| int4-dynamic (W4A8) | int4, per-group of 32 | int8, as for int8-group |
 | fp8 | e4m3, per-channel | e4m3, per-token or per-tensor scale, computed at run time |
+
+A scale for 32 neighbours rounds least where some features are far larger than others, as in decoders. It takes about as long as
+a scale per token for a few rows, as in decode, and longer for many.
 
 The residual stream, norms and softmax stay in floating point unless `residual` or `attention` is true.
 """
@@ -41,9 +45,9 @@ from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.compiler.pipeline.spelling import format_pass
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.ops.formats import FORMATS, Format, scale_for
-from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
+from lissom.ops.quantization import GROUP, fake_quantize, fake_quantize_dynamic
 
-Scheme = Literal["int8-dynamic", "int8-static", "int8-weight", "int4-weight", "int4-dynamic", "fp8"]
+Scheme = Literal["int8-dynamic", "int8-group", "int8-static", "int8-weight", "int4-weight", "int4-dynamic", "fp8"]
 _Grid = tuple[torch.Tensor, torch.Tensor | None]
 _DEFAULT_GROUP = 32
 _HALF = torch.finfo(torch.float16)
@@ -59,7 +63,7 @@ class Quantize(Approximation):
     granularity: per-tensor, per-channel or per-group weight scales; `auto` is the scheme's default.
     group: number of neighbouring weights per scale with granularity=group.
     symmetric: quantizes weights without a zero point; asymmetric weights are stored as uint8 or uint4.
-    activations: per-token or per-tensor activation scales at run time.
+    activations: per-token or per-tensor activation scales of int8-dynamic and fp8.
     observer: chooses the clipping range of activations from calibration data: `min-max`, `percentile`, `mse` or `entropy`.
     fraction: the part of all values that `percentile` keeps inside the clipping range.
     weight_observer: chooses the clipping range of weights, `min-max` or `mse`; `auto` is `mse` for int4.
@@ -95,9 +99,10 @@ class Quantize(Approximation):
             raise UnsupportedError(f"quantize takes fraction= above 0.5 and up to 1, not {self.fraction:g}")
         if self.scheme == "fp8" and not self.symmetric:
             raise UnsupportedError("quantize{scheme=fp8} has no zero points: leave out symmetric=false")
-        if (self.attention or self.residual) and self.scheme.endswith("-weight"):
+        if (self.attention or self.residual) and (self.scheme.endswith("-weight") or _by_group(self.scheme)):
+            what = "inputs of linear layers" if _by_group(self.scheme) else "weights"
             raise UnsupportedError(
-                f"quantize{{scheme={self.scheme}}} quantizes weights only: leave out attention= and residual=, or choose "
+                f"quantize{{scheme={self.scheme}}} quantizes {what} only: leave out attention= and residual=, or choose "
                 "int8-dynamic, int8-static or fp8"
             )
         if self._schemes() and (self.attention or self.residual):
@@ -132,7 +137,7 @@ class Quantize(Approximation):
         """The format of activations; None for weight-only schemes."""
         if self.scheme.endswith("-weight"):
             return None
-        return FORMATS["fp8" if self.scheme == "fp8" else "uint8"]
+        return FORMATS["fp8" if self.scheme == "fp8" else "int8" if _by_group(self.scheme) else "uint8"]
 
     def run(self, edit: Editor) -> None:
         matrices = {node: item for node, item in _matrices(edit.program).items() if self.embeddings or is_linear(node)}
@@ -220,6 +225,8 @@ class Quantize(Approximation):
         if nodes.tensor_type(input_of(node)).dtype == torch.float64:
             return "it computes in float64"
         size = nodes.tensor_type(matrix.node).shape[0 if matrix.transposed else 1]
+        if _by_group(self.scheme) and size % GROUP:
+            return f"its {size} input features are no multiple of {GROUP}, of which activations share a scale"
         return self._shape_obstacle(int(size), self._table_format if tied else self.weight_format)  # pyright: ignore
 
     def _shape_obstacle(self, size: int, form: Format) -> str | None:
@@ -256,7 +263,8 @@ class Quantize(Approximation):
         name = weight or value.name
         with edit.before(readers[0], like=[value if weight or value.op == "call_function" else readers[0]]):
             if grid is None:
-                rounded = edit.call(fake_quantize_dynamic, value, format=form.name, granularity=self.activations)
+                granularity = "group" if _by_group(self.scheme) else self.activations
+                rounded = edit.call(fake_quantize_dynamic, value, format=form.name, granularity=granularity)
             else:
                 scale, zero_point = grid
                 parts = [edit.weight(f"{name}_scale", scale)]
@@ -297,6 +305,11 @@ def _has_four_bits(scheme: str) -> bool:
     return scheme.startswith("int4")
 
 
+def _by_group(scheme: str) -> bool:
+    """Whether activations have a scale for each group of neighbours."""
+    return scheme in ("int8-group", "int4-dynamic")
+
+
 def _table(look_up: fx.Node) -> fx.Node | None:
     """The table of an embedding where it is a weight."""
     found = look_up.args[0]
@@ -312,4 +325,5 @@ def _matrices(program: Program) -> dict[fx.Node, Matrix]:
 
 def _taken(outputs: int, inputs: int) -> tuple[str, ...]:
     """The schemes that fit a weight of that many out_features and in_features, at default options."""
-    return (UNCHANGED, *(item for item in get_args(Scheme) if not _has_four_bits(item) or inputs % _DEFAULT_GROUP == 0))
+    by_32 = (item for item in get_args(Scheme) if inputs % _DEFAULT_GROUP == 0 or not (_has_four_bits(item) or _by_group(item)))
+    return (UNCHANGED, *by_32)

@@ -125,10 +125,12 @@ def test_a_table_that_is_an_lm_head_too_is_held_once_and_looked_up_packed() -> N
     close(program(tokens), before(tokens), 2e-3)
 
 
-@pytest.mark.parametrize("scheme", ["int8-dynamic,granularity=group", "int4-dynamic"])
-def test_scales_of_groups_are_read_by_the_kernel(scheme: str) -> None:
-    module, tokens = Tied(8).eval(), torch.tensor([[1, 2, 34], [31, 32, 33]])
-    options = f",scheme={scheme},group=4,embeddings=true"
+@pytest.mark.parametrize(
+    ("scheme", "width"), [("int8-dynamic,granularity=group,group=4", 8), ("int8-group", 32), ("int4-dynamic", 32)]
+)
+def test_scales_of_groups_are_read_by_the_kernel(scheme: str, width: int) -> None:
+    module, tokens = Tied(width).eval(), torch.tensor([[1, 2, 34], [31, 32, 33]])
+    options = f",scheme={scheme},embeddings=true"
     before = rounded(module, tokens, options=options)
     program, _ = packed(module, tokens, options=options)
     assert calls(program, quantized_linear) == 3
@@ -136,7 +138,7 @@ def test_scales_of_groups_are_read_by_the_kernel(scheme: str) -> None:
     close(program(tokens), before(tokens), 2e-3)
     if scheme.startswith("int4"):
         stored = {name: weight.shape for name, weight in program.weights().items() if weight.dtype == torch.uint8}
-        assert stored["table.weight_int4_packed"] == (2, 2, 16, 4)
+        assert stored["table.weight_int4_packed"] == (2, 8, 16, 4)
 
 
 STORED = [

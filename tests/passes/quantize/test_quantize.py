@@ -14,11 +14,11 @@ from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
 from lissom.passes import PASSES
 from lissom.passes.quantize.quantize import Quantize
 from tests import captures
-from tests.models import Case, tiny_bert, tiny_gpt2, tiny_llama
+from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama
 from tests.passes.harness import check_golden, rewrite
 
 aten = torch.ops.aten
-SCHEMES = ("int8-dynamic", "int8-static", "int8-weight", "int4-weight", "int4-dynamic", "fp8")
+SCHEMES = ("int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp8")
 
 
 def test_golden() -> None:
@@ -45,6 +45,25 @@ def test_a_quantized_model_answers_nearly_as_before(make: type, scheme: str) -> 
     assert step.rewritten > 4
     assert step.cosine is not None
     assert 0.98 < step.cosine < 1
+
+
+@pytest.mark.parametrize(("scheme", "least"), [("int8-group", 0.9999), ("int4-dynamic", 0.99)])
+def test_activations_share_a_scale_by_groups(scheme: str, least: float) -> None:
+    module, x = seeded(lambda: FeedForward(64, 128)), normal(2, 5, 64)
+    found = captures.optimize(module, x, passes=f"quantize{{scheme={scheme},lm_head=true}}")
+    cosine = found.report.history.steps[-1].cosine
+    assert cosine is not None and least < cosine < 1
+    rounded = found.program.nodes(fake_quantize_dynamic)
+    assert [dict(node.kwargs) for node in rounded] == [{"format": "int8", "granularity": "group"}] * 2
+    with pytest.raises(UnsupportedError, match="quantizes inputs of linear layers only"):
+        Quantize(scheme=scheme, attention=True)  # pyright: ignore[reportArgumentType]
+
+
+def test_layers_without_whole_groups_of_activations_are_left() -> None:
+    found = captures.optimize(seeded(FeedForward), normal(2, 5, 8), passes="quantize{scheme=int8-group,lm_head=true}")
+    reasons = {skip.reason for skip in found.report.history.steps[-1].skipped}
+    why = "input features are no multiple of 32, of which activations share a scale"
+    assert reasons == {f"its 8 {why}", f"its 12 {why}"}
 
 
 def test_weights_and_what_layers_read_are_rounded_and_nothing_else() -> None:
