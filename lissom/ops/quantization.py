@@ -43,7 +43,8 @@ def dynamic_scale(x: torch.Tensor, format: str, granularity: str) -> tuple[torch
     `group`."""
     check_granularity(x, granularity)
     if granularity == "group":
-        return formats.scale_for(*x.unflatten(-1, (x.shape[-1] // GROUP, GROUP)).aminmax(dim=-1), FORMATS[format])
+        low, high = x.unflatten(-1, (x.shape[-1] // GROUP, GROUP)).aminmax(dim=-1)
+        return formats.scale_for(low, high, FORMATS[format])
     if x.shape[-1:].numel() == 0 or (granularity == "tensor" and x.numel() == 0):
         low = high = x.new_zeros((*x.shape[:-1], 1) if granularity == "token" else ())
     elif granularity == "token":

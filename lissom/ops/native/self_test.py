@@ -159,7 +159,7 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
             yield "weight_quantized_linear_norm", weight_quantized_linear_reference, (x, *operands), {**norm, **options}
 
 
-def _grouped_cases(x: torch.Tensor, features: int, options: dict[str, object]) -> Iterator[Case]:
+def _grouped_cases(x: torch.Tensor, features: int, options: Mapping[str, object]) -> Iterator[Case]:
     """A linear layer whose weight has a scale for half of the inputs, of 8 and 4 bits, in float32 and float16."""
     for bits, dtype in ((8, torch.float32), (4, torch.float16)):
         q = _whole(features, x.shape[1], -(1 << (bits - 1)), 1 << (bits - 1)).to(torch.int8)
