@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,34 +60,42 @@ def documented_tree() -> list[str]:
     return files
 
 
-@pytest.mark.parametrize("path", sources("lissom", "tests", "tools"), ids=relative)
-def test_a_file_is_short_enough_to_read(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+def parsed(*folders: str) -> Iterator[tuple[str, ast.Module]]:
+    """The modules in these folders, by their paths."""
+    for path in sources(*folders):
+        yield relative(path), ast.parse(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("path", sources("lissom"), ids=relative)
-def test_a_function_is_short_enough_to_read(path):
-    found = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    functions = [item for item in found if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)]
-    # The body alone: options and their descriptions are a table.
-    bodies = {item.name: item.body[1:] if ast.get_docstring(item) else item.body for item in functions}
-    assert {name for name, body in bodies.items() if body and body[-1].end_lineno - body[0].lineno >= 50} == set()
+def test_files_are_short_enough_to_read():
+    lengths = {relative(path): path.read_text(encoding="utf-8").count("\n") for path in sources("lissom", "tests", "tools")}
+    assert {path: length for path, length in lengths.items() if length > LONGEST} == {}
 
 
-@pytest.mark.parametrize("path", sources("lissom", "docs", "benchmarks", "examples", "tools"), ids=relative)
-def test_a_module_says_what_it_is(path):
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+def test_functions_are_short_enough_to_read():
+    long = list[str]()
+    for path, module in parsed("lissom"):
+        for item in ast.walk(module):
+            if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef):
+                # The body alone: options and their descriptions are a table.
+                body = item.body[1:] if ast.get_docstring(item) else item.body
+                if body and body[-1].end_lineno - body[0].lineno >= 50:
+                    long.append(f"{path}: {item.name}")
+    assert long == []
 
 
-@pytest.mark.parametrize("path", sources("benchmarks", "docs", "examples", "tools"), ids=relative)
-def test_what_is_imported_from_the_package_is_there(path):
-    missing = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "lissom":
-            module = importlib.import_module(node.module)
-            missing += [
-                item.name for item in node.names if not hasattr(module, item.name) and not _is_module(module, item.name)
-            ]
+def test_modules_say_what_they_are():
+    modules = parsed("lissom", "docs", "benchmarks", "examples", "tools")
+    assert [path for path, module in modules if not ast.get_docstring(module)] == []
+
+
+def test_what_is_imported_from_the_package_is_there():
+    missing = list[str]()
+    for path, parts in parsed("benchmarks", "docs", "examples", "tools"):
+        for node in ast.walk(parts):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "lissom":
+                module = importlib.import_module(node.module)
+                names = [item.name for item in node.names if not hasattr(module, item.name)]
+                missing += [f"{path}: {node.module}.{name}" for name in names if not _is_module(module, name)]
     assert missing == []
 
 
