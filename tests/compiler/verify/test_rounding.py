@@ -22,7 +22,7 @@ from lissom.compiler.verify.rounding import (
     rounds_values,
 )
 from lissom.errors import VerifyError
-from lissom.ops.native import kernel_dtypes
+from lissom.ops.native import kernel_dtypes, multiplies_bfloat16
 from lissom.passes import PASSES
 from tests import captures
 from tests.models import normal, tiny_bert
@@ -114,7 +114,9 @@ def test_outliers_that_cancel_in_bfloat16_are_no_mistake_of_a_kernel(scheme: str
     after, _ = apply("fold-quantized-weights,pack-quantized-linear", before, [x.bfloat16()])
     allowed = local_tolerances(before)
     errors = local_errors(before, after, [x.bfloat16()])
-    assert any(error > allowed[name] for name, error in errors.items())
+    # A processor that multiplies bfloat16 rounds weights to it, as the simulation does.
+    if scheme == "int8-dynamic" or not multiplies_bfloat16():
+        assert any(error > allowed[name] for name, error in errors.items())
     assert not differs_locally(before, after, [[x.bfloat16()]])
 
 
