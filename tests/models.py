@@ -100,10 +100,10 @@ class Blocked(nn.Module):
 class Tied(nn.Module):
     """A language model whose LM head is its embedding."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, 8)
-        self.head = nn.Linear(8, VOCABULARY, bias=False)
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
         self.head.weight = self.embedding.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -182,6 +182,15 @@ def tiny_llama(attention: str = "sdpa", **options: object) -> Case:
         intermediate_size=24, max_position_embeddings=32, use_cache=False, attn_implementation=attention, **options,
     )  # fmt: skip
     return _with_mask(lambda: transformers.LlamaForCausalLM(config))
+
+
+def tied_llama() -> nn.Module:
+    """A decoder of one layer whose LM head is its embedding, with sizes that schemes of 32 neighbours take."""
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return seeded(lambda: transformers.LlamaForCausalLM(config))
 
 
 def tiny_t5() -> Case:

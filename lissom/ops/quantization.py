@@ -5,12 +5,12 @@ fake_quantize is quantize followed by dequantize (Q/DQ) with a static scale:
     y = (clamp(round(x / scale) + zero_point, low, high) - zero_point) · scale
 
 fake_quantize_dynamic computes the scale from x itself, per-token (all but the last dimension), per-tensor, or per-group, of 32
-neighbours in the last dimension. The result is in
-floating point, so a quantized program runs and trains as it is. Gradients use the straight-through estimator: they pass where
-x is in range, and are zero where x is clamped. Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference, §3. Bengio et al. 2013, Estimating or Propagating Gradients Through Stochastic Neurons, §4.
-A scale that requires gradients gets Σ (q - zero_point - x / scale) over its block, without x / scale where x is clamped: Esser
-et al. 2020, Learned Step Size Quantization, eq. 3.
+neighbours in the last dimension. The result is in floating point, so a quantized program runs and trains as it is. Gradients
+use the straight-through estimator: they pass where x is in range, and are zero where x is clamped. Jacob et al. 2018,
+Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference, §3. Bengio et al. 2013,
+Estimating or Propagating Gradients Through Stochastic Neurons, §4. A scale that requires gradients gets
+Σ (q - zero_point - x / scale) over its block, without x / scale where x is clamped: Esser et al. 2020, Learned Step Size
+Quantization, eq. 3.
 
 dequantize converts stored integers, or fp8, to floating point; see `lissom/ops/formats.py` for formats and scales.
 """

@@ -129,7 +129,7 @@ class Generator:
     def quantized(self) -> Call:
         dtype, lead = self.random.choice(self.dtypes), self.lead()
         groups = self.random.choice([0, 0, 1, 2, 3])  # none: a scale for each feature
-        inputs, features = groups * 4 * self.random.choice([0, 1, 5, 8]) if groups else 2 * self.size(), self.size()
+        inputs, features = groups * 4 * self.random.choice([0, 1, 5, 8]) if groups else self.size(), self.size()
         q = torch.randint(-127, 128, (features, inputs), generator=self.torch).to(torch.int8)
         scale = torch.rand(features, generator=self.torch) / 100
         operands = {

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lissom
 from lissom.tuning.sites import LOW_RANK, PATTERN, TABLE, Group, Option, groups_of, linear_paths
 from lissom.tuning.spelling import pipeline_of, read_options
-from tests.models import captured, seeded, tiny_bert, tiny_llama
+from tests.models import captured, tied_llama, tiny_bert, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -154,16 +153,8 @@ def test_a_model_without_sites_has_linear_layers_alone():
 
 
 def test_a_table_tied_to_the_lm_head_is_left_alone_by_int4_of_other_layers():
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-    )
     inputs = {"input_ids": torch.randint(0, 64, (1, 8))}
-    program = lissom.optimize(seeded(lambda: LlamaForCausalLM(config)), inputs).program
+    program = lissom.optimize(tied_llama(), inputs).program
     groups, linears = groups_of(program), linear_paths(program)
     table = next(group for group in groups if group.kind == TABLE)
     assert table.tied and table.option == "embeddings" and "untied-int4-dynamic" in table.schemes

@@ -228,7 +228,7 @@ class _Lowering:
     def _dynamic_scale(self, layer: QuantizedLayer, x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node | None]:
         """Scale, its inverse, and for int8 the zero point - 128 in float32 and int32, from the range of x."""
         call = self.edit.call
-        by_token = layer.values.kwargs.get("granularity", "token") == "token"
+        by_token = layer.granularity == "token"
         both = call(aten.aminmax.default, x, **({"dim": -1, "keepdim": True} if by_token else {}))
         low = call(aten.clamp_max.default, self.edit.item(both, 0), 0)
         high = call(aten.clamp_min.default, self.edit.item(both, 1), 0)

@@ -85,21 +85,15 @@ def _obstacle_to_int8(layer: QuantizedLayer) -> str | None:
         return "its weight has zero points, and the kernel takes none"
     if _is_grouped(layer) and (reason := _obstacle_to_group_scales(layer)):
         return reason
-    granularity = _granularity(layer)
-    if (found := layer.values.kwargs["format"]) != (wanted := X_FORMATS[granularity]):
-        return f"its input is quantized to {found} per-{granularity}, and the kernel quantizes to {wanted}"
-    if granularity == "group" and inputs // layer.blocks[1] % GROUP:
+    if (found := layer.values.kwargs["format"]) != (wanted := X_FORMATS[layer.granularity]):
+        return f"its input is quantized to {found} per-{layer.granularity}, and the kernel quantizes to {wanted}"
+    if layer.granularity == "group" and inputs // layer.blocks[1] % GROUP:
         return f"{inputs // layer.blocks[1]} of its inputs share a scale of the weight, and {GROUP} of its activations"
     if not layer.has_one_scale:
         return "its input is quantized with more than one scale"
     if inputs > MOST_INPUTS:
         return f"it has {inputs} inputs, and 32-bit sums take at most {MOST_INPUTS}"
     return None
-
-
-def _granularity(layer: QuantizedLayer) -> str:
-    """The granularity of the scale of x."""
-    return str(layer.values.kwargs.get("granularity", "token"))
 
 
 def _is_grouped(layer: QuantizedLayer) -> bool:
@@ -135,7 +129,7 @@ def _call(edit: Editor, layer: QuantizedLayer, packed: _Packed) -> fx.Node:
         operands += (*layer.values.args[1:], None)[:2]
     else:
         operands += (None, None)
-        options["granularity"] = _granularity(layer)
+        options["granularity"] = layer.granularity
     operands.append(layer.bias)
     while operands[-1] is None:
         operands.pop()

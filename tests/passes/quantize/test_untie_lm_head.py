@@ -7,59 +7,38 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lissom
 from lissom.compiler.analysis.structure.transformer import structure
 from tests import captures
-from tests.models import normal, seeded
+from tests.models import VOCABULARY, Tied, normal, seeded, tied_llama
 from tests.passes.harness import check_golden, rewrite
 
-TOKENS = torch.tensor([[1, 2, 34, 31, 32, 33]])
+TOKENS = torch.tensor([[1, 2, 3, 5, 8, 13]])
 
 
-class Tied(nn.Module):
-    """Looks words up, and scores them with the same table."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.mix, self.head = nn.Embedding(35, 32), nn.Linear(32, 32), nn.Linear(32, 35, bias=False)
-        self.head.weight = self.words.weight
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(nn.functional.gelu(self.mix(self.words(ids))))
-
-
-def llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
+def tied() -> nn.Module:
+    return seeded(lambda: Tied(32))
 
 
 def test_rewrites() -> None:
-    program, history = rewrite("untie-lm-head", seeded(Tied), TOKENS)
+    program, history = rewrite("untie-lm-head", tied(), TOKENS)
     check_golden("untie_lm_head", history.diff(0, 1))
     (item,) = program.fact(structure).embeddings
     assert not item.tied
 
 
 def test_the_table_and_the_head_are_one_memory_until_one_changes() -> None:
-    module = seeded(Tied)
+    module = tied()
     program, _ = rewrite("untie-lm-head", module, TOKENS)
-    places = {weight.data_ptr() for name, weight in program.weights().items() if weight.shape == (35, 32)}
+    places = {weight.data_ptr() for name, weight in program.weights().items() if weight.shape == (VOCABULARY, 32)}
     assert len(places) == 1
     assert torch.equal(program(TOKENS), module(TOKENS))
 
 
-@pytest.mark.parametrize("build", [Tied, llama])
+@pytest.mark.parametrize("build", [tied, tied_llama])
 def test_the_table_and_the_head_have_formats_of_their_own(build: Callable[[], nn.Module]) -> None:
-    model = seeded(build)
+    model = build()
     passes = "untie-lm-head,quantize{scheme=int4-weight,lm_head=true},quantize{scheme=int8-weight,embeddings=true},gptq"
     found = captures.optimize(model, TOKENS, passes=f"{passes},fold-quantized-weights", data=[TOKENS]).program
     stored = {weight.dtype for weight in found.weights().values() if weight.dim() == 2 and not weight.is_floating_point()}
@@ -68,7 +47,7 @@ def test_the_table_and_the_head_have_formats_of_their_own(build: Callable[[], nn
 
 def test_a_table_that_is_quantized_already_is_left_with_the_reason() -> None:
     passes = "quantize{scheme=int8-weight,embeddings=true},untie-lm-head"
-    step = captures.optimize(seeded(Tied), TOKENS, passes=passes).report.history.steps[-1]
+    step = captures.optimize(tied(), TOKENS, passes=passes).report.history.steps[-1]
     assert [skip.reason for skip in step.skipped] == [
         "what it reads of its table is read elsewhere too; untie it before quantize"
     ]
@@ -80,7 +59,7 @@ def test_leaves_other_programs_alone() -> None:
 
 
 def test_an_untied_decoder_generates_as_before() -> None:
-    model = seeded(llama)
+    model = tied_llama()
     plain = lissom.compile_generation(model, max_length=16)
     found = lissom.compile_generation(model, max_length=16, passes="untie-lm-head")
     wanted = plain.generate(TOKENS, max_new_tokens=4, do_sample=False)

@@ -55,6 +55,11 @@ class QuantizedLayer:
         return self.values.target is fake_quantize
 
     @property
+    def granularity(self) -> str:
+        """That of its input's dynamic scale; `token` where the scale is known."""
+        return str(self.values.kwargs.get("granularity", "token"))
+
+    @property
     def x(self) -> fx.Node:
         """The layer's input before it is quantized."""
         return cast(fx.Node, self.values.args[0]) if self.rounds else self.values
