@@ -53,7 +53,8 @@ compared with the measurements.
 - *complexity*: options set, and lines a user writes: the call, a line for data, a command that starts ranks.
 
 `goal=None` keeps every pass here; by default a pass that makes the program slower is taken back. Only rows with `distill`
-train, for less than a minute: [Recovering quality](recovery.md) says what more time wins back. This page is made by
+train, for less than a minute: [Recovering quality](recovery.md) says what more time wins back. Rows of int4 are from before
+its weights had zero points by default: `symmetric=true` gives them. This page is made by
 `python benchmarks/tradeoffs.py --update`, which measures what is missing.
 """
 

@@ -58,7 +58,7 @@ def kernel_of(node: fx.Node, measured: bool = False) -> Kernel:
     if node.target in _INT8:
         few = "int4 weights, " if nodes.tensor_type(node.args[1]).dtype == torch.uint8 else ""
         # Sums of groups are scaled one by one, which tiles of AMX cannot do.
-        grouped = node.kwargs.get("granularity") == "group" or nodes.tensor_type(node.args[2]).rank == 2
+        grouped = node.kwargs.get("granularity") == "group" or nodes.tensor_type(node.args[2]).rank == 3
         instructions = instructions_for(torch.float32 if grouped else torch.int8)
         return Kernel("Lissom", name, f"{instructions}, {few}int8")
     dtype = nodes.tensor_type(node).dtype if nodes.is_tensor(node) else torch.float32

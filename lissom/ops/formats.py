@@ -6,8 +6,8 @@ For a weight [out, in]:
     []  or [1, 1]       per-tensor         [out, 1]        per-channel
     [1, in]             per-input          [out, in / g]   group-wise, with g neighbouring inputs per group
 
-Stored weights may have zero points in floating point, which are subtracted after scaling: x ≈ q · scale - zero_point. GGUF
-calls them minimums, torchao zero points of the float domain.
+A scale may be negative, and is not zero. Stored weights may have zero points in floating point, which are subtracted after
+scaling: x ≈ q · scale - zero_point. GGUF calls them minimums, torchao zero points of the float domain.
 
 Four-bit formats are packed two elements per byte along the last dimension, the first in the low half.
 """
@@ -53,9 +53,15 @@ FORMATS: Mapping[str, Format] = {
 """By name. `int8` and `int4` are symmetric, `uint8` and `uint4` have a zero point, `fp8` is e4m3 without infinities."""
 
 LEAST = 1e-30
-"""The smallest scale; that of a block of zeros."""
+"""The smallest size of a scale; that of a block of zeros."""
 SCALES = (torch.float16, torch.float32)
 """The dtypes of group-wise scales of packed weights, and of their zero points in floating point."""
+
+
+def weight_format(name: str, symmetric: bool | None) -> Format:
+    """The format of weights in `int8`, `int4` or `fp8`. symmetric: without zero points; None: as is usual for the bits."""
+    form = FORMATS[name]
+    return form if symmetric or (symmetric is None and form.bits != 4) else FORMATS[f"u{name}"]
 
 
 def scale_for(low: torch.Tensor, high: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -124,8 +130,8 @@ def dequantize_stored(
 def within(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, form: Format) -> torch.Tensor:
     """True where x is in the representable range of its block."""
     middle = 0.0 if zero_point is None else zero_point
-    ends = [(end - middle) * scale.float() for end in (form.low, form.high)]
-    return _by_block(x, ends[0], torch.ge) & _by_block(x, ends[1], torch.le)
+    first, last = ((end - middle) * scale.float() for end in (form.low, form.high))
+    return _by_block(x, torch.minimum(first, last), torch.ge) & _by_block(x, torch.maximum(first, last), torch.le)
 
 
 def pack_halves(q: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ which takes most of the time for one row. The kernel dequantizes in registers fo
 
 A packed weight holds panels of 32 output features, [panels, inputs, bytes]. With 8 bits, a feature has a byte. With fewer,
 features c and c + 16 of a panel share a byte of their lowest four bits, c in its low half; the other bits follow after these 16
-bytes, feature by feature from the lowest bit of each byte up. Scales and zero points are [groups, packed features].
+bytes, feature by feature from the lowest bit of each byte up. Scales and zero points are [panels, groups, 32].
 """
 
 from __future__ import annotations
@@ -82,9 +82,15 @@ def unpack_stored(packed: torch.Tensor, format: str, features: int) -> torch.Ten
 
 
 def pack_blocks(values: torch.Tensor, features: int) -> torch.Tensor:
-    """Group-wise scales or zero points, [features or 1, groups] or [], as [groups, packed features]."""
+    """Group-wise scales or zero points, [features or 1, groups] or [], as [panels, groups, 32]: a panel's next to each other."""
     blocks = values.reshape(-1, values.shape[-1] if values.dim() else 1).expand(features, -1)
-    return functional.pad(blocks.T, (0, -features % PANEL)).contiguous()
+    filled = functional.pad(blocks, (0, 0, 0, -features % PANEL))
+    return filled.view(-1, PANEL, filled.shape[1]).transpose(1, 2).contiguous()
+
+
+def unpack_blocks(packed: torch.Tensor, features: int) -> torch.Tensor:
+    """Group-wise scales or zero points of packed ones, [features, groups]."""
+    return packed.transpose(1, 2).flatten(0, 1)[:features]
 
 
 def _check(x: torch.Tensor, *operands: Any, features: int, format: str) -> None:
@@ -95,10 +101,10 @@ def _check(x: torch.Tensor, *operands: Any, features: int, format: str) -> None:
     check_exact(weight, (panels, inputs, step_bytes(format)), FORMS[format].storage, "a packed weight")
     if x.dtype == torch.bfloat16:
         require(inputs % 2 == 0, "there are {} inputs, and bfloat16 takes an even number", inputs)
-    fits = scale.dim() == 2 and scale.shape[0] > 0 and inputs % scale.shape[0] == 0
-    message = "scales have the sizes {}, and must be [groups, packed features], where the groups divide {} inputs"
+    fits = scale.dim() == 3 and scale.shape[1] > 0 and inputs % scale.shape[1] == 0
+    message = "scales have the sizes {}, and must be [panels, groups, 32], where the groups divide {} inputs"
     require(fits, message, scale.shape, inputs)
-    sizes = scale.shape[0], panels * PANEL
+    sizes = panels, scale.shape[1], PANEL
     check_exact(scale, sizes, scale.dtype if scale.dtype in SCALES else torch.float32, "a weight's scale")
     if zero_point is not None:
         dtype = zero_point.dtype if zero_point.dtype in SCALES else torch.uint8
@@ -108,7 +114,7 @@ def _check(x: torch.Tensor, *operands: Any, features: int, format: str) -> None:
 def _product(x: torch.Tensor, *operands: Any, features: int, format: str) -> torch.Tensor:
     weight, scale, zero_point, bias = operands
     q = unpack_stored(weight, format, features)
-    blocks = [None if item is None else item.T[:features].contiguous() for item in (scale, zero_point)]
+    blocks = [None if item is None else unpack_blocks(item, features).contiguous() for item in (scale, zero_point)]
     # The unpacked elements are dequantized like an eight-bit format.
     matrix = dequantize_reference(q, *blocks, format="int8", dtype=x.dtype)  # pyright: ignore[reportArgumentType]
     return functional.linear(x, matrix, cast(bias, x.dtype))
@@ -120,7 +126,7 @@ _FORM.define()
 weight_quantized_linear_reference = _FORM.reference
 
 weight_quantized_linear = torch.ops.lissom.weight_quantized_linear.default
-"""The operator. x: [..., inputs], float32 or bfloat16; weight: packed; scale, zero_point: [groups, packed features], float16 or
+"""The operator. x: [..., inputs], float32 or bfloat16; weight: packed; scale, zero_point: [panels, groups, 32], float16 or
 float32, and the same or uint8; bias: [features]; other: [..., features], like the result; features: of the result; format: of
 the weight, a name in FORMS; activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's
 dtype."""

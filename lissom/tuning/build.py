@@ -1,4 +1,4 @@
-"""Building programs of a search: compiled, timed side by side with the exact one, and evaluated."""
+"""Building programs of a search: compiled, timed side by side with another one, and evaluated."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Timed:
-    """The time of a program over that of the exact one, timed in turns: median, lower and upper quartile."""
+    """The time of a program over that of another one, timed in turns: median, lower and upper quartile."""
 
     ratio: float
     low: float

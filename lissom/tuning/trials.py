@@ -89,16 +89,18 @@ class Trials:
         self.candidates.append(_failed(candidate, error))
 
     def _with_figures(self, candidate: Candidate, compiled: CompiledModel) -> Candidate:
-        timed = self.workshop.time(compiled, self.workshop.base(Variant(self.exact.backend)), careful=not self.aim.memory)
+        # Beside the best so far where there is one: on a machine whose memory is faster at times, a ratio of two programs that
+        # are much alike varies less, and it is this one that decides.
+        first, base = self.best or (self.exact, self.workshop.base(Variant(self.exact.backend)))
+        timed = self.workshop.time(compiled, base, careful=not self.aim.memory)
         drop, squared = self.quality.drop(compiled)
         if not math.isfinite(drop + squared):
             return replace(candidate, failed="its outputs are not finite")
-        milliseconds = self.exact.milliseconds
         return replace(
             candidate,
-            milliseconds=timed.ratio * milliseconds,
-            low=timed.low * milliseconds,
-            high=timed.high * milliseconds,
+            milliseconds=timed.ratio * first.milliseconds,
+            low=timed.low * first.milliseconds,
+            high=timed.high * first.milliseconds,
             bytes=self.workshop.size(compiled),
             drop=drop,
             error=squared**0.5,

@@ -29,7 +29,7 @@ def optimized(passes, case=None):
         ("quantize{activations=tensor}", "int8 weights (per-channel) on uint8 activations (per-tensor)"),
         ("quantize{scheme=int8-static}", "int8 weights (per-channel) on uint8 activations (static)"),
         ("quantize{scheme=int8-weight,granularity=tensor}", "int8 weights (per-tensor)"),
-        ("quantize{scheme=int4-weight,group=4}", "int4 weights (groups of 4)"),
+        ("quantize{scheme=int4-weight,group=4}", "uint4 weights (groups of 4)"),
         (FP8, "fp8 weights (per-channel) on fp8 activations (per-token)"),
     ],
 )
@@ -43,7 +43,7 @@ def test_layers_that_read_rounded_values_are_told(passes, format, fold):
 def test_weights_kept_the_other_way_round_are_seen():
     layers = simulated_layers(optimized("quantize{scheme=int4-weight,group=8}", tiny_gpt2()))
     assert len(layers) == 8
-    assert {layer.format for layer in layers} == {"int4 weights (groups of 8)"}
+    assert {layer.format for layer in layers} == {"uint4 weights (groups of 8)"}
 
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "fp8"])

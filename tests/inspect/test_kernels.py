@@ -45,7 +45,7 @@ def test_a_kernel_of_ours_has_its_instruction_set_and_numbers():
     [
         ("quantize", "int8"),
         ("quantize{scheme=int8-weight}", "int8 weights, float32"),
-        ("quantize{scheme=int4-weight}", "int4 weights, float32"),
+        ("quantize{scheme=int4-weight}", "uint4 weights, float32"),
         ("quantize{scheme=int8-group}", "int8"),
         ("quantize{scheme=int4-dynamic}", "int4 weights, int8"),
     ],

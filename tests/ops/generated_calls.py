@@ -131,28 +131,27 @@ class Generator:
         groups = self.random.choice([0, 0, 1, 2, 3])  # none: a scale for each feature
         inputs, features = groups * 4 * self.random.choice([0, 1, 5, 8]) if groups else self.size(), self.size()
         q = torch.randint(-127, 128, (features, inputs), generator=self.torch).to(torch.int8)
-        scale = torch.rand(features, generator=self.torch) / 100
-        operands = {
-            "x": self.numbers(*lead, inputs, dtype=dtype),
-            "weight": pack_bytes(q),
-            "scale": fill_panels(scale, features),
-        }
+        scale = fill_panels(torch.rand(features, generator=self.torch) / 100, features)
+        operands = {"x": self.numbers(*lead, inputs, dtype=dtype), "weight": pack_bytes(q), "scale": scale}
         known = self.random.random() < 0.3
         operands |= {
             "sums": fill_panels(q.sum(1, dtype=torch.int32), features),
             "x_scale": torch.tensor(0.02) if known else None,
             "x_zero_point": torch.tensor(self.random.choice([0, 128, 255]), dtype=torch.uint8) if known else None,
         }
+        kinds = ["token", "tensor", *["group"] * (not known and inputs // max(groups, 1) % 32 == 0)]
+        options, zero = {"granularity": self.random.choice(kinds)}, None
         if groups:
             bits = self.random.choice([4, 8])
             q = torch.randint(-(1 << bits - 1), 1 << bits - 1, (features, inputs), generator=self.torch).to(torch.int8)
             scale = torch.rand(features, groups, generator=self.torch) / 100
             scale = scale.to(self.random.choice([torch.float16, torch.float32]))
-            operands |= zip(("weight", "scale", "sums"), pack_groups(q, scale, bits), strict=True)
+            if bits == 4 and options["granularity"] == "group" and self.random.random() < 0.5:
+                q, zero = (q + 8).to(torch.uint8), torch.randint(0, 16, scale.shape, generator=self.torch).to(torch.uint8)
+            operands |= zip(("weight", "scale", "sums"), pack_groups(q, scale, bits, zero), strict=True)
+        operands["zero_point"] = None if zero is None else pack_blocks(zero, features)
         norm = self.random.random() < 0.4
-        kinds = ["token", "tensor", *["group"] * (not known and inputs // max(groups, 1) % 32 == 0)]
-        options: dict[str, Value] = {"granularity": self.random.choice(kinds)}
-        call = Call("quantized_linear" + "_norm" * norm, quantized_linear_reference, operands, options)
+        call = Call("quantized_linear" + "_norm" * norm, quantized_linear_reference, operands, {**options})
         return self.around(call, lead, features, dtype)
 
     def stored(self) -> Call:

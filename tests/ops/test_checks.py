@@ -22,7 +22,7 @@ WEIGHT = pack(torch.randn(40, 10))
 BYTES = torch.zeros(2, 3, 32, 4, dtype=torch.int8)
 STORED = torch.zeros(2, 10, 32, dtype=torch.int8)
 FOUR_BITS = torch.zeros(2, 10, 16, dtype=torch.uint8)
-ONES, SUMS = torch.ones(64), torch.zeros(64, dtype=torch.int32)
+ONES, SUMS, BLOCKS = torch.ones(64), torch.zeros(64, dtype=torch.int32), torch.ones(2, 1, 32)
 IDS = torch.tensor([0, 39])
 Q, K = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
 QKV = torch.randn(2, 5, 64)
@@ -66,11 +66,11 @@ WRONG = [
     ("quantized_linear", (X, BYTES, ONES, SUMS), {"features": 40, "granularity": "row"}),
     ("quantized_linear", (torch.ones(1, 2**17), torch.ones(1, 2**15, 32, 4).char(), ONES[:32], SUMS[:32]), {"features": 1}),
     ("weight_quantized_linear", (X, STORED, ONES), STORED_INT8),
-    ("weight_quantized_linear", (X, STORED.float(), ONES[None]), STORED_INT8),
-    ("weight_quantized_linear", (X, STORED, ONES.view(1, 64).repeat(3, 1)), STORED_INT8),
-    ("weight_quantized_linear", (X, STORED, ONES[None].double()), STORED_INT8),
-    ("weight_quantized_linear", (X, STORED, ONES[None], ONES[None].to(torch.int8)), STORED_INT8),
-    ("weight_quantized_linear", (X, STORED, ONES[None]), {"features": 40, "format": "int2"}),
+    ("weight_quantized_linear", (X, STORED.float(), BLOCKS), STORED_INT8),
+    ("weight_quantized_linear", (X, STORED, BLOCKS.repeat(1, 3, 1)), STORED_INT8),
+    ("weight_quantized_linear", (X, STORED, BLOCKS.double()), STORED_INT8),
+    ("weight_quantized_linear", (X, STORED, BLOCKS, BLOCKS.to(torch.int8)), STORED_INT8),
+    ("weight_quantized_linear", (X, STORED, BLOCKS), {"features": 40, "format": "int2"}),
     ("fused_attention", (Q, K, K[:, :1]), {"scale": 1.0}),
     ("fused_attention", (Q, K[:1], K[:1]), {"scale": 1.0}),
     ("fused_attention", (Q, K[..., :4], K), {"scale": 1.0}),
@@ -154,7 +154,7 @@ def test_a_layer_without_inputs_gives_its_bias(rows):
 @pytest.mark.parametrize("sizes", [(0, 5), (3, 0), (0, 0)])
 def test_nothing_is_quantized_to_nothing(granularity, sizes):
     weight = torch.zeros(1, -(-sizes[1] // 4), 32, 4, dtype=torch.int8)
-    operands = torch.zeros(sizes), weight, ONES[:32], SUMS[:32], None, None, torch.ones(7)
+    operands = torch.zeros(sizes), weight, ONES[:32], SUMS[:32], None, None, None, torch.ones(7)
     for call in (OPS.quantized_linear, quantized_linear_reference):
         assert torch.equal(call(*operands, features=7, granularity=granularity), torch.ones(sizes[0], 7))
     assert OPS.fake_quantize_dynamic(torch.zeros(sizes), format="uint8", granularity=granularity).shape == sizes

@@ -91,6 +91,9 @@ def test_what_lies_within_is_told() -> None:
     x = torch.tensor([[-2.0, 0.0, 1.0, 3.0]])
     scale = torch.tensor([[1 / 127]])
     assert formats.within(x, scale, None, FORMATS["int8"]).tolist() == [[False, True, True, False]]
+    x, scale = torch.tensor([[-1.0, -0.8, 0.9, 1.1]]), torch.tensor([[1 / 8]])
+    assert formats.within(x, scale, None, FORMATS["int4"]).tolist() == [[True, True, False, False]]
+    assert formats.within(x, -scale, None, FORMATS["int4"]).tolist() == [[False, True, True, False]]
 
 
 def test_blocks_are_summed() -> None:

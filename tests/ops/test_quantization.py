@@ -140,6 +140,17 @@ def test_the_gradient_of_a_scale() -> None:
     assert scale.grad[:, 0].tolist() == pytest.approx([sum(row) for row in rows], rel=1e-5)
 
 
+def test_a_negative_scale_mirrors_the_range() -> None:
+    """Seven steps below zero and eight above: the gradient passes in [-7 s, 8 s], as in the reference."""
+    x, scale = torch.tensor([[-8.0, -7.0, 8.0, 9.0]], requires_grad=True), torch.tensor([[-1.0]], requires_grad=True)
+    y = fake_quantize(x, scale, format="int4")
+    assert y.tolist() == [[-7.0, -7.0, 8.0, 8.0]]
+    y.sum().backward()
+    assert x.grad is not None and scale.grad is not None
+    assert x.grad.tolist() == [[0.0, 1.0, 1.0, 0.0]]
+    assert scale.grad.tolist() == [[7.0 - 8.0]]
+
+
 def test_the_gradient_passes_straight_through_where_values_fit() -> None:
     x = torch.tensor([-3.0, 0.3, 0.5, 3.0], requires_grad=True)
     fake_quantize(x, torch.tensor(1 / 127), format="int8").sum().backward()

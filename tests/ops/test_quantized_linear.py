@@ -27,6 +27,7 @@ from lissom.ops.quantized_linear import (
     quantized_linear_reference,
     unpack_bytes,
 )
+from lissom.ops.weight_quantized_linear import pack_blocks
 
 CPU = torch.device("cpu")
 # The operator calls the C++ kernel where this processor has one for the dtype, else the reference.
@@ -134,7 +135,7 @@ def test_scales_of_groups_with_a_known_scale_and_an_epilogue(form: str) -> None:
     rounded = torch.ops.lissom.fake_quantize(x, *known, format="uint8")
     weight = dequantize(q, scale, None, torch.float32)
     wanted = torch.nn.functional.silu(torch.nn.functional.linear(rounded, weight, bias)) * other
-    found = FORMS[form][0](x, *operands, *known, bias, other, features=33, activation="silu", combine="mul")
+    found = FORMS[form][0](x, *operands, *known, None, bias, other, features=33, activation="silu", combine="mul")
     assert error(wanted.double(), found) < 2 * ALLOWED[torch.float32]
 
 
@@ -159,6 +160,36 @@ def test_groups_of_activations(rows: int, features: int, bits: int, groups: int,
     assert error(torch.from_numpy(rounded @ weight.T), found) < 2 * ALLOWED[dtype]
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("rows", "features"), [(1, 33), (3, 64), (15, 7), (43, 100)])
+def test_zero_points_of_groups(rows: int, features: int, groups: int, dtype: torch.dtype, form: str) -> None:
+    x = numbers(rows, 128, dtype=dtype) + 1.0
+    signed, scale, *_ = grouped(4, features, 128, groups, torch.float16)
+    q, generator = (signed + 8).to(torch.uint8), torch.Generator().manual_seed(rows)
+    zero_point = torch.randint(0, 16, scale.shape, generator=generator).to(torch.uint8)
+    operands = *pack_groups(q, scale, 4, zero_point), None, None, pack_blocks(zero_point, features)
+    rounded = torch.ops.lissom.fake_quantize_dynamic(x.float(), format="int8", granularity="group").double()
+    wanted = rounded @ dequantize(q, scale.double(), zero_point, torch.float32).double().T
+    found = FORMS[form][0](x, *operands, features=features, granularity="group")
+    # Sums of up to four groups are added in float32.
+    assert error(wanted, found) < 2 * ALLOWED[dtype]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_zero_points_without_a_kernel_are_refused(form: str) -> None:
+    call, x, (_, _, *operands) = FORMS[form][0], numbers(2, 64), grouped(4, 33, 64, 2, torch.float16)
+    zero_point = torch.full((2, 2, 32), 8, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="only with four bits, where x has the granularity 'group'"):
+        call(x, *operands, None, None, zero_point, features=33)
+    with pytest.raises(RuntimeError, match="only with four bits, where x has the granularity 'group'"):
+        call(x, *grouped(8, 33, 64, 2, torch.float16)[2:], None, None, zero_point, features=33, granularity="group")
+    for wrong in (zero_point[:1], zero_point.int(), zero_point[..., :9]):
+        with pytest.raises(RuntimeError, match="a weight's zero point"):
+            call(x, *operands, None, None, wrong, features=33, granularity="group")
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_group_without_numbers_is_seen_to_be_so(value: float) -> None:
     x, (q, scale) = numbers(20, 64), layer(33, 64)
@@ -181,7 +212,7 @@ def test_groups_that_do_not_fit_are_refused(form: str) -> None:
 
 
 WRONG_GROUPS = {
-    "a multiple of four": lambda weight, scale, sums: (weight, scale.repeat(5, 1), sums),
+    "a multiple of four": lambda weight, scale, sums: (weight, scale.repeat(1, 5, 1), sums),
     "a weight's scale": lambda weight, scale, sums: (weight, scale.double(), sums),
     "the sums of a weight": lambda weight, scale, sums: (weight, scale, sums.int()),
     "a packed weight": lambda weight, scale, sums: (weight[:, :3].contiguous(), scale, sums),
@@ -227,7 +258,7 @@ def test_numbers(
     if other is not None:
         wanted = wanted * other.double() if combine == "mul" else wanted + other.double()
     options = {"combine": combine} if other is not None else {}
-    operands = (x, *packed(q, scale), None, None, bias, other)
+    operands = (x, *packed(q, scale), None, None, None, bias, other)
     found = FORMS[form][0](*operands, features=features, granularity=granularity, activation=activation, **options)
     assert found.dtype == dtype
     # A result may be small, or zero behind ReLU, where its terms cancel; they are of the order of one.
@@ -242,7 +273,7 @@ def test_numbers_with_a_norm(rows: int, dtype: torch.dtype, form: str) -> None:
     bias, other, gain, shift = (numbers(*sizes, dtype=dtype, seed=2) for sizes in ((33,), (rows, 33), (33,), (33,)))
     total = product(x, q, scale, "token") + bias.double() + other.double()
     wanted = torch.nn.functional.layer_norm(total, (33,), gain.double(), shift.double(), 1e-5)
-    operands = (x, *packed(q, scale), None, None, bias, other, gain, shift)
+    operands = (x, *packed(q, scale), None, None, None, bias, other, gain, shift)
     found = FORMS[form][1](*operands, features=33, eps=1e-5)
     # A norm of 33 values of order 1 magnifies little; the reference rounds once more, in front of it.
     assert error(wanted, found) < ALLOWED[dtype] * (1 if form == "operator" or dtype == torch.float32 else 4)

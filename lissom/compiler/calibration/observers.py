@@ -11,7 +11,8 @@ For activations, from a histogram of 2,048 bins over all calibration data:
   evenly over the bins that share a level. Migacz 2017, 8-bit Inference with TensorRT, slides 24 to 28.
 
 For weights, per block: `min-max`, or `mse` for every block separately; `auto` is `mse` for 4-bit formats, where the search
-matters because they have few levels, else `min-max`.
+matters because they have few levels, else `min-max`. With `mse` an int4 block whose largest value is positive has a negative
+scale, so that this value gets the level -8, which has no counterpart above zero; GGUF's Q4_0 does the same.
 """
 
 from __future__ import annotations
@@ -119,9 +120,13 @@ def _weight_scale(
     scale, zero_point = formats.scale_for(low, high, form)
     if observer == "min-max":
         return scale, zero_point
+    # In int8 one level of 256 makes no difference.
+    sign = torch.where(high > -low, -1.0, 1.0) if form.symmetric and form.bits == 4 else 1.0
+    scale = sign * scale
     least = _block_error(weight, scale, zero_point, form)
     for factor in _WEIGHT_FACTORS[1:]:
         narrow, shifted = formats.scale_for(factor * low, factor * high, form)
+        narrow = sign * narrow
         error = _block_error(weight, narrow, shifted, form)
         better = error < least
         least = torch.where(better, error, least)

@@ -96,7 +96,7 @@ class Run:
 
     learned: the parameters by name, or this rank's shards of them. zeros: for some of them where they stay zero. loss: of this
     rank's rows; the losses of the ranks add up. count: of batches. judge: the held-out loss of all ranks. report: called with a
-    sentence and the fraction of the run that is over. scales: the largest element of each scale by name; scales stay positive.
+    sentence and the fraction of the run that is over. scales: the largest size of an element of each scale by name; signs stay.
     ranks: that train together. shards: of sharded weights. checkpoint: where the state is written, and where it is read.
     """
 
@@ -115,6 +115,7 @@ class Run:
     def __post_init__(self) -> None:
         self._weights = [item for name, item in self.learned.items() if name not in self.scales]
         self._scales = [self.learned[name] for name in self.scales]
+        self._signs = [scale.detach().sign() for scale in self._scales]
         # A step of Adam has the size of the learning rate, and scales are small: each changes by its share of the largest one.
         groups = [{"params": self._weights, "share": 1.0}]
         groups += [{"params": [self.learned[name]], "share": _SCALE_RATE * largest} for name, largest in self.scales.items()]
@@ -211,8 +212,8 @@ class Run:
         with torch.no_grad():
             for name, kept in self.zeros.items():
                 self.learned[name].masked_fill_(kept, 0.0)
-            for scale in self._scales:
-                scale.clamp_min_(LEAST)
+            for scale, sign in zip(self._scales, self._signs, strict=True):
+                scale.mul_(sign).clamp_min_(LEAST).mul_(sign)
         self._recent.append(loss)
         self._step += 1
         self._ending = interrupted > 0

@@ -119,7 +119,7 @@ class Fitting(Training):
             parts = _Parts.of(program, batches, judged, ranks)
             objective = held.enter_context(closing(self.objective(edit, parts.batches, parts.judged)))
             held.enter_context(_only_these_learn(program, learned))
-            largest = {name: float(scale.detach().max()) for name, (scale, _) in scales.items()}
+            largest = {name: float(scale.detach().abs().max()) for name, (scale, _) in scales.items()}
             trained, zeros, shards = learned, _zeros(learned), None
             if self.shard:
                 shards = held.enter_context(closing(Shards(program, learned, ranks)))

@@ -48,7 +48,10 @@ struct Quantizer {
     if constexpr (!is_integer) q = round_to_fp8(q);
     return (q - zero) * scale;
   }
-  IntVec is_inside(Vec x) const { return (x >= (low - zero) * scale) & (x <= (high - zero) * scale); }
+  IntVec is_inside(Vec x) const {
+    Vec first = (low - zero) * scale, last = (high - zero) * scale;
+    return (x >= minimum(first, last)) & (x <= maximum(first, last));
+  }
 };
 
 // work(first, count, scale) runs for each block of a row; scale: the index of its scale.

@@ -117,24 +117,24 @@ Tensor packed_linear_norm(const Tensor& x, const Tensor& weight, Optional bias, 
 // The weight of a quantized layer, and how x is quantized.
 struct QuantizedOperands {
   const Tensor &weight, &scale, &sums;
-  Optional x_scale, x_zero_point;
+  Optional x_scale, x_zero_point, zero_point;
   std::string_view granularity;
 
-  bool grouped() const { return scale.dim() == 2; }
+  bool grouped() const { return scale.dim() == 3; }
 };
 
 // Raises unless the operands fit x.
 void check_quantized(const Tensor& x, const QuantizedOperands& operands, const Epilogue& epilogue) {
   check_linear(x, epilogue);
-  int64_t inputs = x.size(-1), columns = packed_features(epilogue), groups = operands.grouped() ? operands.scale.size(0) : 1;
+  int64_t inputs = x.size(-1), columns = packed_features(epilogue), groups = operands.grouped() ? operands.scale.size(1) : 1;
   TORCH_CHECK(inputs <= kMostInt8Inputs, "there are ", inputs, " inputs, and int32 sums take at most ", kMostInt8Inputs);
   bool bytes = !operands.grouped() || operands.weight.scalar_type() == at::kChar;
   check_exact(operands.weight, {columns / kPanel, ceil_div(inputs, 4), bytes ? kPanel : kPanel / 2, 4}, bytes ? at::kChar : at::kByte,
               "a packed weight");
   if (operands.grouped()) {
     TORCH_CHECK(groups > 0 && inputs % groups == 0 && inputs / groups % 4 == 0, "scales have the sizes ", operands.scale.sizes(),
-                ", and must be [groups, packed features], where each group has a multiple of four of the ", inputs, " inputs");
-    check_exact(operands.scale, {groups, columns}, operands.scale.scalar_type() == at::kHalf ? at::kHalf : at::kFloat,
+                ", and must be [panels, groups, 32], where each group has a multiple of four of the ", inputs, " inputs");
+    check_exact(operands.scale, {columns / kPanel, groups, kPanel}, operands.scale.scalar_type() == at::kHalf ? at::kHalf : at::kFloat,
                 "a weight's scale");
   } else {
     check_exact(operands.scale, columns, at::kFloat, "a weight's scale");
@@ -151,6 +151,11 @@ void check_quantized(const Tensor& x, const QuantizedOperands& operands, const E
     TORCH_CHECK(!known || (known->numel() == 1 && !known->is_complex()), "x has one scale and one zero point where they are known");
   }
   TORCH_CHECK(!operands.x_zero_point || operands.x_scale, "x has a zero point only with a scale");
+  if (operands.zero_point) {
+    TORCH_CHECK(!bytes && operands.granularity == "group",
+                "a weight has zero points only with four bits, where x has the granularity 'group'");
+    check_exact(*operands.zero_point, {columns / kPanel, groups, kPanel}, at::kByte, "a weight's zero point");
+  }
 }
 
 template <typename T, typename Source>
@@ -181,17 +186,20 @@ Tensor quantized_of(const Tensor& given, const QuantizedOperands& operands, cons
                                                 rows, inputs, padded, granularity, Quantization{}};
     return quantized_of<T>(x, source, operands, epilogue);
   };
-  auto grouped = [&](auto bits, auto by_group) {
+  auto grouped = [&](auto bits, auto by_group, auto shifts) {
     bool half = operands.scale.scalar_type() == at::kHalf;
     const float* weighted = operands.grouped() ? operands.sums.const_data_ptr<float>() : nullptr;
-    GroupQuantized<T, decltype(bits)::value, decltype(by_group)::value> source{
+    GroupQuantized<T, decltype(bits)::value, decltype(by_group)::value, decltype(shifts)::value> source{
         {from, weight, nullptr, nullptr, rows, inputs, padded, granularity, Quantization{}},
-        operands.scale.const_data_ptr(), half, weighted, operands.grouped() ? operands.scale.size(0) : 1, packed_features(epilogue)};
+        operands.scale.const_data_ptr(), half, weighted, operands.grouped() ? operands.scale.size(1) : 1,
+        operands.zero_point ? operands.zero_point->const_data_ptr<uint8_t>() : nullptr};
     return quantized_of<T>(x, source, operands, epilogue);
   };
   auto of_bits = [&](auto bits) {
-    return granularity == Granularity::kGroup ? grouped(bits, std::true_type{}) : grouped(bits, std::false_type{});
+    constexpr std::false_type no;
+    return granularity == Granularity::kGroup ? grouped(bits, std::true_type{}, no) : grouped(bits, no, no);
   };
+  if (operands.zero_point) return grouped(std::integral_constant<int, 4>{}, std::true_type{}, std::true_type{});
   if (operands.weight.scalar_type() == at::kByte) return of_bits(std::integral_constant<int, 4>{});
   if (operands.grouped() || granularity == Granularity::kGroup) return of_bits(std::integral_constant<int, 8>{});
   if constexpr (std::is_same_v<Element, uint8_t>)
@@ -204,16 +212,16 @@ Tensor quantized(const Tensor& x, const QuantizedOperands& operands, const Epilo
 }
 
 Tensor quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& sums, Optional x_scale,
-                        Optional x_zero_point, Optional bias, Optional other, int64_t features, std::string_view granularity,
-                        std::string_view activation, std::string_view combine) {
-  return quantized(x, {weight, scale, sums, x_scale, x_zero_point, granularity},
+                        Optional x_zero_point, Optional zero_point, Optional bias, Optional other, int64_t features,
+                        std::string_view granularity, std::string_view activation, std::string_view combine) {
+  return quantized(x, {weight, scale, sums, x_scale, x_zero_point, zero_point, granularity},
                  {bias, other, {}, {}, features, activation_of(activation), multiplies(combine)});
 }
 
 Tensor quantized_linear_norm(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& sums, Optional x_scale,
-                             Optional x_zero_point, Optional bias, Optional other, Optional norm_weight, Optional norm_bias,
-                             int64_t features, std::string_view granularity, double eps) {
-  return quantized(x, {weight, scale, sums, x_scale, x_zero_point, granularity},
+                             Optional x_zero_point, Optional zero_point, Optional bias, Optional other, Optional norm_weight,
+                             Optional norm_bias, int64_t features, std::string_view granularity, double eps) {
+  return quantized(x, {weight, scale, sums, x_scale, x_zero_point, zero_point, granularity},
                  {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
 }
 
@@ -247,18 +255,19 @@ Tensor weight_quantized(const Tensor& x, const Tensor& q, const Tensor& scale, O
   int64_t columns = packed_features(epilogue), inputs = x.size(-1);
   Form form = form_of(format);
   check_exact(q, {columns / kPanel, inputs, step_bytes(form)}, form == Form::kInt8 ? at::kChar : at::kByte, "a packed weight");
-  TORCH_CHECK(scale.dim() == 2 && scale.size(0) > 0 && inputs % scale.size(0) == 0, "scales have the sizes ", scale.sizes(),
-              ", and must be [groups, packed features], where the groups divide ", inputs, " inputs");
-  int64_t groups = scale.size(0);
+  TORCH_CHECK(scale.dim() == 3 && scale.size(1) > 0 && inputs % scale.size(1) == 0, "scales have the sizes ", scale.sizes(),
+              ", and must be [panels, groups, 32], where the groups divide ", inputs, " inputs");
+  int64_t groups = scale.size(1);
+  std::initializer_list<int64_t> blocks{columns / kPanel, groups, kPanel};
   bool half = scale.scalar_type() == at::kHalf;
-  check_exact(scale, {groups, columns}, half ? at::kHalf : at::kFloat, "a weight's scale");
+  check_exact(scale, blocks, half ? at::kHalf : at::kFloat, "a weight's scale");
   at::ScalarType kind = zero_point ? zero_point->scalar_type() : at::kByte;
   bool shifts = kind == at::kHalf || kind == at::kFloat;
-  if (zero_point) check_exact(*zero_point, {groups, columns}, shifts ? kind : at::kByte, "a weight's zero point");
+  if (zero_point) check_exact(*zero_point, blocks, shifts ? kind : at::kByte, "a weight's zero point");
   const void* zeros = zero_point ? zero_point->const_data_ptr() : nullptr;
   QuantizedWeight packed{static_cast<const uint8_t*>(q.const_data_ptr()), form, scale.const_data_ptr(), half,
                       shifts ? nullptr : static_cast<const uint8_t*>(zeros), shifts ? zeros : nullptr, kind == at::kHalf, inputs,
-                      groups, columns};
+                      groups};
   return by_dtype(x, [&](auto zero) { return weight_quantized_of<decltype(zero)>(x, packed, epilogue); });
 }
 

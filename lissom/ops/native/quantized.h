@@ -261,16 +261,19 @@ constexpr uint8_t kInt4Middle = 8, kInt8Middle = 128;  // added to elements that
 //   x W^T  =  scale_x (sum_g scale_w[g] sum_i q_i w_i - zero_x sum_g scale_w[g] sum_i w_i)
 // or, by_group, x with a scale for each kGroup inputs and no zero point; the weight may then have one scale for each feature:
 //   x W^T  =  sum_g scale_x[g] scale_w[g] sum_i q_i w_i
-template <typename T, int bits, bool by_group>
+// or, shifts, so with zero points of four-bit weights too, which are then stored without a sign:
+//   x W^T  =  sum_g scale_x[g] scale_w[g] (sum_i q_i w_i - zero_w[g] sum_i q_i)
+template <typename T, int bits, bool by_group, bool shifts>
 struct GroupQuantized : Quantized<T, false> {
   using Base = Quantized<T, false>;
   static constexpr int64_t kStepBytes = kPanel * 4 * bits / 8;  // of four inputs of a panel; of four bits columns c and c + 16
                                                                 // share a byte
-  static constexpr int32_t kMiddle = bits == 4 ? kInt4Middle : by_group && kRaises ? kInt8Middle : 0;
-  const void* group_scale;   // [groups, columns], float16 or float32
+  static constexpr int32_t kMiddle = shifts ? 1 : bits == 4 ? kInt4Middle : by_group && kRaises ? kInt8Middle : 0;
+  const void* group_scale;   // [panels, groups, kPanel], float16 or float32
   bool half;
   const float* weighted;     // sum_g scale_w[g] sum_i w_i, [columns]; unused by_group
-  int64_t groups, columns;
+  int64_t groups;
+  const uint8_t* zero_point;       // as group_scale; null unless it shifts
   std::vector<int32_t> middles{};  // kMiddle sum_i q_i of each row and part, [rows, parts]
   std::vector<float> scales{};     // of x, by_group, likewise
 
@@ -325,12 +328,15 @@ struct GroupQuantized : Quantized<T, false> {
       }
 #pragma GCC unroll 2
       for (int v = 0; v < kWide; ++v) {
-        Vec scale = load_floats(group_scale, half, part / share * columns + c + v * kLanes);
+        const int64_t group = place_of(part / share, groups, c + v * kLanes);
+        Vec scale = load_floats(group_scale, half, group), zero{};
+        if constexpr (shifts) zero = load(zero_point + group);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           int64_t place = (first + r) * count + part;
-          if constexpr (kMiddle != 0) totals[r][v] -= middles[place];
-          if constexpr (by_group) values[r][v] += to_floats(totals[r][v]) * (scale * scales[place]);
+          if constexpr (kMiddle != 0 && !shifts) totals[r][v] -= middles[place];
+          if constexpr (shifts) values[r][v] += (to_floats(totals[r][v]) - zero * static_cast<float>(middles[place])) * (scale * scales[place]);
+          else if constexpr (by_group) values[r][v] += to_floats(totals[r][v]) * (scale * scales[place]);
           else values[r][v] += to_floats(totals[r][v]) * scale;
         }
       }
@@ -348,13 +354,13 @@ struct GroupQuantized : Quantized<T, false> {
   }
 
  private:
-  // The elements of four inputs and kLanes columns from `column` on, plus kMiddle.
+  // The elements of four inputs and kLanes columns from `column` on, plus kMiddle unless it shifts.
   static ByteVec bytes(const int8_t* from, int column) {
     ByteVec found = load_bytes(from + column % (kPanel * bits / 8) * 4);
     if constexpr (bits == 8 && kMiddle == 0) return found;
     if constexpr (bits == 8) return (ByteVec)((BitVec)found ^ kInt8Middle * 0x01010101u);
     BitVec low = column < kPanel / 2 ? (BitVec)found : (BitVec)found >> 4;
-    return (ByteVec)((low & 0x0f0f0f0fu) ^ kInt4Middle * 0x01010101u);
+    return (ByteVec)((low & 0x0f0f0f0fu) ^ (shifts ? 0 : kInt4Middle * 0x01010101u));
   }
 };
 

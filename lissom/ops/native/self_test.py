@@ -160,12 +160,18 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _grouped_cases(x: torch.Tensor, features: int, options: Mapping[str, object]) -> Iterator[Case]:
-    """A linear layer whose weight has a scale for half of the inputs, of 8 and 4 bits, in float32 and float16."""
+    """A linear layer whose weight has a scale for half of the inputs, of 8 and 4 bits, in float32 and float16; of 4 bits also
+    with zero points, where x has groups."""
     for bits, dtype in ((8, torch.float32), (4, torch.float16)):
         q = _whole(features, x.shape[1], -(1 << (bits - 1)), 1 << (bits - 1)).to(torch.int8)
         scale = (torch.rand(features, 2, generator=torch.Generator().manual_seed(1)) / (1 << bits)).to(dtype)
         given = {"features": features, "activation": "silu", **options}
         yield "quantized_linear", quantized_linear_reference, (x, *pack_groups(q, scale, bits)), given
+    if options:
+        q, scale = (q + 8).to(torch.uint8), scale.half()
+        zero_point = _whole(features, 2, 0, 16).to(torch.uint8)
+        operands = *pack_groups(q, scale, 4, zero_point), None, None, pack_blocks(zero_point, features)
+        yield "quantized_linear", quantized_linear_reference, (x, *operands), given
 
 
 def _numbers(*sizes: int, dtype: torch.dtype) -> torch.Tensor:

@@ -18,6 +18,11 @@ constexpr int kWide = 2;                                // vectors of a tile's r
 constexpr int kChunk = kWide * kLanes;                  // columns of a tile
 static_assert(kPanel % kChunk == 0);
 
+// Where group-wise scales, [panels, groups, kPanel], have that of a group and a packed column.
+inline int64_t place_of(int64_t group, int64_t groups, int64_t column) {
+  return (column / kPanel * groups + group) * kPanel + column % kPanel;
+}
+
 template <typename T>
 constexpr int kPair = 4 / sizeof(T);  // values a step takes along the reduction axis
 

@@ -52,21 +52,21 @@ struct QuantizedWeight {
   const uint8_t* q;      // [panels, inputs, step_bytes]; below eight bits columns c and c + 16 share a byte of their lowest four
                          // bits, and after these bytes the other bits follow column by column
   Form form;
-  const void* scale;     // [groups, columns], float16 or float32
+  const void* scale;     // [panels, groups, kPanel], float16 or float32
   bool half;
-  const uint8_t* zero;   // [groups, columns], or null
-  const void* shift;     // [groups, columns], float16 or float32, or null
+  const uint8_t* zero;   // likewise, or null
+  const void* shift;     // likewise, float16 or float32, or null
   bool half_shift;
-  int64_t inputs, groups, columns;
+  int64_t inputs, groups;
 
   const uint8_t* panel(int64_t index) const { return q + index * inputs * step_bytes(form); }
 
   bool has_zeros() const { return zero || shift; }
-  Vec scales(int64_t group, int64_t column) const { return load_floats(scale, half, group * columns + column); }
+  Vec scales(int64_t group, int64_t column) const { return load_floats(scale, half, place_of(group, groups, column)); }
   Vec shifts(int64_t group, int64_t column) const {
-    return shift ? load_floats(shift, half_shift, group * columns + column) : splat(0.0f);
+    return shift ? load_floats(shift, half_shift, place_of(group, groups, column)) : splat(0.0f);
   }
-  Vec zeros(int64_t group, int64_t column) const { return zero ? load(zero + group * columns + column) : splat(0.0f); }
+  Vec zeros(int64_t group, int64_t column) const { return zero ? load(zero + place_of(group, groups, column)) : splat(0.0f); }
 };
 
 // Converts a chunk of a panel's row of weights to floats, before zero point and scale.

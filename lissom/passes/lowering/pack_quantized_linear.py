@@ -77,12 +77,15 @@ def _obstacle(layer: QuantizedLayer) -> str | None:
 
 def _obstacle_to_int8(layer: QuantizedLayer) -> str | None:
     inputs = layer.sizes[1]
-    if layer.format not in ("int8", "int4"):
-        return f"its weight is in {layer.format}, and the kernel multiplies with int8 or int4"
+    if layer.format not in ("int8", "int4", "uint4"):
+        return f"its weight is in {layer.format}, and the kernel multiplies with int8, int4 or uint4"
     if _is_grouped(layer) and inputs // layer.blocks[1] % STEP:
         return f"{inputs // layer.blocks[1]} of its inputs share a scale, and the kernel takes a multiple of {STEP}"
     if len(layer.weight.all_input_nodes) > 2:
-        return "its weight has zero points, and the kernel takes none"
+        if layer.granularity != "group":
+            return f"its weight has zero points, and the kernel takes them only where {GROUP} activations share a scale"
+        if nodes.tensor_type(layer.weight.args[2]).dtype != torch.uint8:
+            return "its weight has zero points in floating point, and the kernel takes integers"
     if _is_grouped(layer) and (reason := _obstacle_to_group_scales(layer)):
         return reason
     if (found := layer.values.kwargs["format"]) != (wanted := X_FORMATS[layer.granularity]):
@@ -98,7 +101,7 @@ def _obstacle_to_int8(layer: QuantizedLayer) -> str | None:
 
 def _is_grouped(layer: QuantizedLayer) -> bool:
     """Whether the int8 kernel reads the weight with group-wise scales, as it reads all of four bits."""
-    return layer.blocks[1] != 1 or layer.format == "int4"
+    return layer.blocks[1] != 1 or FORMATS[layer.format].bits == 4
 
 
 def _obstacle_to_group_scales(layer: QuantizedLayer) -> str | None:
@@ -126,9 +129,9 @@ def _call(edit: Editor, layer: QuantizedLayer, packed: _Packed) -> fx.Node:
     if not layer.rounds:
         options["format"] = packed.format
     elif layer.scale_is_known:
-        operands += (*layer.values.args[1:], None)[:2]
+        operands += [*(*layer.values.args[1:], None)[:2], None]
     else:
-        operands += (None, None)
+        operands += [None, None, packed.zero_point]
         options["granularity"] = layer.granularity
     operands.append(layer.bias)
     while operands[-1] is None:
@@ -138,12 +141,16 @@ def _call(edit: Editor, layer: QuantizedLayer, packed: _Packed) -> fx.Node:
 
 @dataclass
 class _Packed:
-    """A packed weight in the program: the kernel's operands that hold it, its sizes, and its format."""
+    """A packed weight in the program: the kernel's operands that hold it, its sizes, and its format.
+
+    zero_point: an operand that comes after others.
+    """
 
     operands: Sequence[fx.Node | None]
     features: int
     inputs: int
     format: str
+    zero_point: fx.Node | None
 
 
 def _pack(edit: Editor, layer: QuantizedLayer) -> _Packed:
@@ -154,7 +161,9 @@ def _pack(edit: Editor, layer: QuantizedLayer) -> _Packed:
     narrows = reads_few_bits_faster() and not (layer.rounds or tables)
     format = narrowest(q, form.name) if narrows else form.name
     if layer.rounds and _is_grouped(layer):
-        parts = dict(zip(("", "_scale", "_sums"), pack_groups(q, scale, form.bits), strict=True))
+        parts = dict(zip(("", "_scale", "_sums"), pack_groups(q, scale, form.bits, zero_point), strict=True))
+        if zero_point is not None:
+            parts["_zero_point"] = pack_blocks(zero_point, features)
     elif layer.rounds:
         sums = q.sum(1, dtype=torch.int32)
         parts = {"": pack_bytes(q), "_scale": fill_panels(scale.float(), features), "_sums": fill_panels(sums, features)}
@@ -166,7 +175,8 @@ def _pack(edit: Editor, layer: QuantizedLayer) -> _Packed:
         operands: list[fx.Node | None] = [
             edit.weight(f"{layer.stored.target}_packed{leaf}", value) for leaf, value in parts.items()
         ]
-    return _Packed([*operands, *[None] * (3 - len(operands))], features, inputs, format)
+    operands += [None] * (3 - len(operands))
+    return _Packed(operands[:3], features, inputs, format, next(iter(operands[3:]), None))
 
 
 def _look_up_packed(edit: Editor, packed: _Packed, ids: object) -> fx.Node:

@@ -34,7 +34,7 @@ from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Rewrite
 from lissom.compiler.transforms.channel_scaling import ScalingSite, chosen_sites
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.ops import formats
-from lissom.ops.formats import FORMATS
+from lissom.ops.formats import weight_format
 
 STEPS = 20
 _LEAST = 1e-4
@@ -49,7 +49,7 @@ class Awq(Rewrite):
     scheme: the scheme that `quantize` will use, `int4-weight` or `int8-weight`.
     granularity: per-tensor, per-channel or per-group scales; `auto` is the scheme's default.
     group: number of neighbouring weights per scale with granularity=group.
-    symmetric: quantizes weights without a zero point.
+    symmetric: quantizes weights without a zero point; as in `quantize` by default.
     weight_observer: chooses the clipping range of weights, `min-max` or `mse`; `auto` is `mse` for int4.
     norms: scales the output channels of norms.
     linears: scales the output channels of linear layers.
@@ -60,7 +60,7 @@ class Awq(Rewrite):
     scheme: Literal["int4-weight", "int8-weight"] = "int4-weight"
     granularity: Literal["auto", "tensor", "channel", "group"] = "auto"
     group: int = 32
-    symmetric: bool = True
+    symmetric: bool | None = None
     weight_observer: WeightObserver = "auto"
     norms: bool = True
     linears: bool = True
@@ -100,7 +100,7 @@ class Awq(Rewrite):
         return best_factors(sizes, error)
 
     def _quantized(self, weight: torch.Tensor) -> torch.Tensor:
-        form = FORMATS[("" if self.symmetric else "u") + self.scheme.removesuffix("-weight")]
+        form = weight_format(self.scheme.removesuffix("-weight"), self.symmetric)
         rows, columns = weight.shape
         kind = self.granularity
         if kind == "auto":

@@ -238,7 +238,7 @@ def fitted_scale(weight: torch.Tensor, levels: torch.Tensor, hessian: torch.Tens
     """The scales that minimize the layer's error with fixed integers: min over s of tr((s·q - W) H (s·q - W)ᵀ).
 
     weight: [features out, features in]; levels: q minus its zero point, in that shape; hessian: H, positive definite;
-    scale: [blocks of rows, blocks of columns], kept for a block of rows where a solution is not positive.
+    scale: [blocks of rows, blocks of columns], kept for a block of rows where the sign of a scale would change.
     """
     blocks, groups = scale.shape
     rows, size = len(weight) // blocks, weight.shape[1] // groups
@@ -256,10 +256,11 @@ def fitted_scale(weight: torch.Tensor, levels: torch.Tensor, hessian: torch.Tens
         # A group of zeros is the same with any scale.
         empty = system.diagonal(dim1=1, dim2=2) == 0
         system.diagonal(dim1=1, dim2=2)[empty] = 1
+        before = scale[start : start + step]
         found = torch.linalg.solve(system, target).to(scale.dtype)
-        found = torch.where(empty, scale[start : start + step], found)
-        good = (found > 0).all(1, keepdim=True) & found.isfinite().all(1, keepdim=True)
-        fitted[start : start + step] = torch.where(good, found, scale[start : start + step])
+        found = torch.where(empty, before, found)
+        good = (found.sign() == before.sign()).all(1, keepdim=True) & found.isfinite().all(1, keepdim=True)
+        fitted[start : start + step] = torch.where(good, found, before)
     return fitted
 
 

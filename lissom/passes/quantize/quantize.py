@@ -11,8 +11,8 @@ Neural Networks for Efficient Integer-Arithmetic-Only Inference.
 | int8-group (W8A8) | int8, per-channel | int8, per-group of 32, computed at run time |
 | int8-static (W8A8) | int8, per-channel | uint8, per-tensor scale and zero point from calibration data |
 | int8-weight (W8A16) | int8, per-channel | floating point |
-| int4-weight (W4A16) | int4, per-group of 32 | floating point |
-| int4-dynamic (W4A8) | int4, per-group of 32 | int8, as for int8-group |
+| int4-weight (W4A16) | uint4, per-group of 32 with zero points | floating point |
+| int4-dynamic (W4A8) | uint4, per-group of 32 with zero points | int8, as for int8-group |
 | fp8 | e4m3, per-channel | e4m3, per-token or per-tensor scale, computed at run time |
 
 A scale for 32 neighbours rounds least where some features are far larger than others, as in decoders. It takes about as long as
@@ -44,7 +44,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.compiler.pipeline.spelling import format_pass
 from lissom.errors import RequirementError, UnsupportedError
-from lissom.ops.formats import FORMATS, Format, scale_for
+from lissom.ops.formats import FORMATS, Format, scale_for, weight_format
 from lissom.ops.quantization import GROUP, fake_quantize, fake_quantize_dynamic
 
 Scheme = Literal["int8-dynamic", "int8-group", "int8-static", "int8-weight", "int4-weight", "int4-dynamic", "fp8"]
@@ -62,7 +62,8 @@ class Quantize(Approximation):
         `"*=none,encoder.layer.0=int8-dynamic,*.output.dense=int4-weight"`. Layers that it does not name get `scheme`.
     granularity: per-tensor, per-channel or per-group weight scales; `auto` is the scheme's default.
     group: number of neighbouring weights per scale with granularity=group.
-    symmetric: quantizes weights without a zero point; asymmetric weights are stored as uint8 or uint4.
+    symmetric: quantizes weights without a zero point; asymmetric weights are stored as uint8 or uint4. By default those of four
+        bits have zero points: a byte for each group, which takes a third of the error.
     activations: per-token or per-tensor activation scales of int8-dynamic and fp8.
     observer: chooses the clipping range of activations from calibration data: `min-max`, `percentile`, `mse` or `entropy`.
     fraction: the part of all values that `percentile` keeps inside the clipping range.
@@ -79,7 +80,7 @@ class Quantize(Approximation):
     scheme: Scheme = "int8-dynamic"
     granularity: Literal["auto", "tensor", "channel", "group"] = "auto"
     group: int = _DEFAULT_GROUP
-    symmetric: bool = True
+    symmetric: bool | None = None
     activations: Literal["token", "tensor"] = "token"
     observer: Observer = "min-max"
     fraction: float = 0.9999
@@ -97,7 +98,7 @@ class Quantize(Approximation):
             raise UnsupportedError(f"quantize takes group= of 1 or more neighbours, not {self.group}")
         if not 0.5 < self.fraction <= 1:
             raise UnsupportedError(f"quantize takes fraction= above 0.5 and up to 1, not {self.fraction:g}")
-        if self.scheme == "fp8" and not self.symmetric:
+        if self.scheme == "fp8" and self.symmetric is False:
             raise UnsupportedError("quantize{scheme=fp8} has no zero points: leave out symmetric=false")
         if (self.attention or self.residual) and (self.scheme.endswith("-weight") or _by_group(self.scheme)):
             what = "inputs of linear layers" if _by_group(self.scheme) else "weights"
@@ -130,7 +131,7 @@ class Quantize(Approximation):
         """The format of weights."""
         if self.scheme == "fp8":
             return FORMATS["fp8"]
-        return FORMATS[("" if self.symmetric else "u") + self.scheme.partition("-")[0]]
+        return weight_format(self.scheme.partition("-")[0], self.symmetric)
 
     @property
     def activation_format(self) -> Format | None:
@@ -196,7 +197,7 @@ class Quantize(Approximation):
     @property
     def _table_format(self) -> Format:
         """The format of tables that are tied to an LM head."""
-        return FORMATS["int8" if self.symmetric else "uint8"] if self.embeddings is None else self.weight_format
+        return weight_format("int8", self.symmetric) if self.embeddings is None else self.weight_format
 
     @property
     def _takes_tied(self) -> bool:
@@ -249,8 +250,9 @@ class Quantize(Approximation):
         shapes = {"tensor": (1, 1), "channel": (outputs, 1), "group": (outputs, inputs // self.group)}
         shape = shapes[self._granularity]
         scale, zero_point = weight_scale(weight, shape[::-1] if transposed else shape, form, self.weight_observer)
-        if self._granularity == "group" and float(scale.min()) > _HALF.tiny and float(scale.max()) < _HALF.max:
-            scale = scale.half()
+        if self._granularity == "group":
+            least, largest = scale.abs().aminmax()
+            scale = scale.half() if least > _HALF.tiny and largest < _HALF.max else scale
         self._insert(edit, node, list(node.users), form, (scale, zero_point), str(node.target))
 
     def _insert(

@@ -165,7 +165,8 @@ def test_zero_points_that_would_take_many_rows_are_taken_out_behind_the_product(
 @pytest.mark.parametrize(("group", "features"), [(16, 96), (32, 96), (64, 192), (48, 96)])
 def test_weights_of_four_bits_stay_as_they_are_stored(group, features, bias, tmp_path):
     model = seeded(lambda: Layer(features, 10, bias))
-    program, export = exported(model, normal(2, 5, features), f"scheme=int4-weight,group={group},weight_observer=min-max")
+    options = f"scheme=int4-weight,group={group},symmetric=true,weight_observer=min-max"
+    program, export = exported(model, normal(2, 5, features), options)
     weight, scale = rounded_weight(model.matrix, group, 4)
     for shape in SHAPES:
         x = normal(*shape, features, seed=3)

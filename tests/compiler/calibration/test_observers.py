@@ -101,6 +101,16 @@ def test_scales_of_weights_by_squared_error_lose_less_in_every_block(name: str) 
     assert float(best.sum()) < 0.99 * float(plain.sum())
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_largest_value_of_a_block_gets_the_level_without_a_counterpart(sign: float) -> None:
+    """Eight equal steps, of which int4 has eight on one side of zero only."""
+    weight = sign * torch.arange(9.0)[None]
+    scale, _ = weight_scale(weight, (1, 1), FORMATS["int4"], "mse")
+    found = formats.dequantize(formats.quantize(weight, scale, None, FORMATS["int4"]), scale, None, torch.float32)
+    assert float((found - weight).abs().max()) < 0.1
+    assert float(weight_scale(weight, (1, 1), FORMATS["int8"], "mse")[0]) > 0
+
+
 @pytest.mark.parametrize(("form", "observer"), [("int4", "mse"), ("uint4", "mse"), ("int8", "min-max"), ("fp8", "min-max")])
 def test_auto_searches_where_levels_are_few(form: str, observer: str) -> None:
     weight = normal(8, 32)

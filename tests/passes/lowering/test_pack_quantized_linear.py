@@ -126,7 +126,13 @@ def test_a_table_that_is_an_lm_head_too_is_held_once_and_looked_up_packed() -> N
 
 
 @pytest.mark.parametrize(
-    ("scheme", "width"), [("int8-dynamic,granularity=group,group=4", 8), ("int8-group", 32), ("int4-dynamic", 32)]
+    ("scheme", "width"),
+    [
+        ("int8-dynamic,granularity=group,group=4", 8),
+        ("int8-group", 32),
+        ("int4-dynamic", 32),
+        ("int4-dynamic,symmetric=true", 32),
+    ],
 )
 def test_scales_of_groups_are_read_by_the_kernel(scheme: str, width: int) -> None:
     module, tokens = Tied(width).eval(), torch.tensor([[1, 2, 34], [31, 32, 33]])
@@ -138,7 +144,7 @@ def test_scales_of_groups_are_read_by_the_kernel(scheme: str, width: int) -> Non
     close(program(tokens), before(tokens), 2e-3)
     if scheme.startswith("int4"):
         stored = {name: weight.shape for name, weight in program.weights().items() if weight.dtype == torch.uint8}
-        assert stored["table.weight_int4_packed"] == (2, 8, 16, 4)
+        assert stored[f"table.weight_{'' if 'symmetric' in scheme else 'u'}int4_packed"] == (2, 8, 16, 4)
 
 
 STORED = [
@@ -147,7 +153,7 @@ STORED = [
     "int8-weight,granularity=tensor",
     "int8-weight,granularity=group,group=2",
     "int4-weight,group=2",
-    "int4-weight,group=2,symmetric=false",
+    "int4-weight,group=2,symmetric=true",
     "int4-weight,granularity=channel",
 ]
 
@@ -179,9 +185,9 @@ def test_a_known_scale_goes_into_the_kernel() -> None:
 
 
 LEFT = {
-    ",symmetric=false": "its weight is in uint8, and the kernel multiplies with int8 or int4",
+    ",symmetric=false": "its weight is in uint8, and the kernel multiplies with int8, int4 or uint4",
     ",granularity=group,group=2": "2 of its inputs share a scale, and the kernel takes a multiple of 4",
-    ",scheme=fp8": "its weight is in fp8, and the kernel multiplies with int8 or int4",
+    ",scheme=fp8": "its weight is in fp8, and the kernel multiplies with int8, int4 or uint4",
 }
 
 

@@ -86,10 +86,10 @@ def test_leaves_other_programs_alone() -> None:
 @pytest.mark.parametrize(
     ("options", "group", "low", "high", "zero_points"),
     [
-        ("group=8", 8, -8, 7, False),
-        ("group=4,symmetric=false", 4, 0, 15, True),
+        ("group=8,symmetric=true", 8, -8, 7, False),
+        ("group=4", 4, 0, 15, True),
         ("scheme=int8-weight", 16, -128, 127, False),
-        ("granularity=channel", 16, -8, 7, False),
+        ("granularity=channel,symmetric=true", 16, -8, 7, False),
     ],
 )
 def test_numbers(options: str, group: int, low: int, high: int, zero_points: bool) -> None:

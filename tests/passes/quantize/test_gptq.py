@@ -272,7 +272,7 @@ class Normed(nn.Module):
 def test_layers_are_fitted_to_what_they_gave_before_and_tokens_count_by_the_norm_behind() -> None:
     """The oracle goes through both programs by hand: W·x₀ is wanted, each token divided by the variance or mean square."""
     module, x = seeded(Normed), normal(60, 8, seed=1) * normal(60, 1, seed=2).exp()
-    rounding = "quantize{scheme=int4-weight,granularity=channel,weight_observer=min-max}"
+    rounding = "quantize{scheme=int4-weight,granularity=channel,symmetric=true,weight_observer=min-max}"
     passes = f"{rounding},gptq{{act_order=false,refit=false,pull=0.2}}"
     program = captures.optimize(module, x, passes=passes, data=[x]).program
     before = now = x

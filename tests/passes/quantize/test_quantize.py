@@ -150,7 +150,7 @@ def test_int4_weight_takes_a_tied_table_along_in_int8() -> None:
     ids = torch.tensor([[1, 2, 3]])
     found = captures.optimize(Tied(), (ids,), passes="quantize{scheme=int4-weight,group=8}").program
     formats = {name: node.kwargs["format"] for name, node in rounded_weights(found).items()}
-    assert formats == {"mix.weight": "int4", "words.weight": "int8"}
+    assert formats == {"mix.weight": "uint4", "words.weight": "int8"}
     table = found.nodes(aten.embedding.default)[0].args[0]
     assert table.target is fake_quantize and table.args[1].meta["val"].shape == (20, 1)
     without = captures.optimize(Tied(), (ids,), passes="quantize{scheme=int4-weight,group=8,embeddings=false}").program
@@ -189,8 +189,8 @@ def test_a_second_pass_leaves_what_is_quantized() -> None:
     passes = 'quantize{scheme=int8-weight,only="*.attention"},quantize{scheme=int4-weight,group=8}'
     found = captures.optimize(case.model, case.inputs, passes=passes)
     formats = {name: node.kwargs["format"] for name, node in rounded_weights(found.program).items()}
-    assert all(form == ("int8" if ".attention." in name else "int4") for name, form in formats.items())
-    assert set(formats.values()) == {"int8", "int4"}
+    assert all(form == ("int8" if ".attention." in name else "uint4") for name, form in formats.items())
+    assert set(formats.values()) == {"int8", "uint4"}
     assert any("quantized already" in skip.reason for skip in found.report.history.steps[-1].skipped)
 
 

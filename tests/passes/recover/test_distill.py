@@ -150,14 +150,14 @@ def test_scales_learn_unless_told_otherwise() -> None:
         program, _ = recovered(f"{passes},distill{{steps=200,learning_rate=0.01{option}}}")
         assert any(not torch.equal(program.weight(name), before.weight(name)) for name in names) == changes
         assert all(program.weight(name).dtype == before.weight(name).dtype for name in names)
-        assert all(bool((program.weight(name) > 0).all()) for name in names)
+        assert all(torch.equal(program.weight(name).sign(), before.weight(name).sign()) for name in names)
 
 
 def test_tied_weights_stay_one() -> None:
     case = tied()
     data = [(tokens(seed=seed),) for seed in range(6)]
     text = "quantize{scheme=int4-weight,embeddings=true,lm_head=true,group=4}"
-    text += ",distill{steps=30,embeddings=true,scales=false,learning_rate=0.003}"
+    text += ",distill{steps=30,embeddings=true,scales=false,learning_rate=0.001}"
     found = captures.optimize(case.model, case.inputs, passes=text, data=data)
     assert [name for name, item in found.program.weights().items() if isinstance(item, nn.Parameter)] == ["head.weight"]
     assert not torch.equal(found.program.weight("head.weight"), case.model.head.weight)
