@@ -113,8 +113,8 @@ SCHEMES = {
         ("quantize{scheme=int8-weight}", "quantize{scheme=int8-weight,granularity=group,embeddings=true}"),
     ),
     "int4-weight": Scheme(
-        "Weight-only int4 (W4A16) with a scale and a zero point per group of 32. `gptq` after it and `awq` before it reduce the error with "
-        "calibration data.",
+        "Weight-only int4 (W4A16) with a scale and a zero point per group of 32. `gptq` after it and `awq` before it reduce "
+        "the error with calibration data.",
         "- Without data for `gptq` or `awq` where quality counts: the loss of round-to-nearest "
         "is many times as large.\n"
         "- For prefill and large batches: products run in floating point, no faster.\n"
@@ -128,9 +128,9 @@ SCHEMES = {
         ("quantize{scheme=int4-weight,embeddings=false}", "quantize{scheme=int4-weight,embeddings=false},gptq"),
     ),
     "int4-dynamic": Scheme(
-        "W4A8: weights in int4 with a scale and a zero point per group of 32, activations in int8 as for `int8-group`. Products run in "
-        "integers: four bits become bytes in registers, and the sum of each group is scaled. `gptq` after it and `awq` before "
-        "it reduce the error of the weights with calibration data.",
+        "W4A8: weights in int4 with a scale and a zero point per group of 32, activations in int8 as for `int8-group`. "
+        "Products run in integers: four bits become bytes in registers, and the sum of each group is scaled. `gptq` after it "
+        "and `awq` before it reduce the error of the weights with calibration data.",
         "- Without data for `gptq` or `awq` where quality counts: the loss of round-to-nearest "
         "is many times as large.\n"
         "- For prefill and large batches: `int8-dynamic` has fewer sums to scale, and a smaller error.\n"

@@ -90,9 +90,7 @@ def _check(x: torch.Tensor, *operands: Any, features: int, granularity: str = "t
     check_exact(weight, sizes, torch.uint8 if packed else torch.int8, "a packed weight")
     if grouped:
         fits = scale.shape[1] > 0 and inputs % (STEP * scale.shape[1]) == 0
-        message = (
-            "scales have the sizes {}, and must be [panels, groups, 32], with a multiple of four of {} inputs a group"
-        )
+        message = "scales have the sizes {}, and must be [panels, groups, 32], with a multiple of four of {} inputs a group"
         require(fits, message, scale.shape, inputs)
         kind = scale.dtype if scale.dtype in SCALES else torch.float32
         check_exact(scale, (panels, scale.shape[1], PANEL), kind, "a weight's scale")

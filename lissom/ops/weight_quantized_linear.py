@@ -82,7 +82,7 @@ def unpack_stored(packed: torch.Tensor, format: str, features: int) -> torch.Ten
 
 
 def pack_blocks(values: torch.Tensor, features: int) -> torch.Tensor:
-    """Group-wise scales or zero points, [features or 1, groups] or [], as [panels, groups, 32]: a panel's next to each other."""
+    """Group-wise scales or zero points, [features or 1, groups] or [], as [panels, groups, 32]: a panel's side by side."""
     blocks = values.reshape(-1, values.shape[-1] if values.dim() else 1).expand(features, -1)
     filled = functional.pad(blocks, (0, 0, 0, -features % PANEL))
     return filled.view(-1, PANEL, filled.shape[1]).transpose(1, 2).contiguous()

@@ -63,7 +63,7 @@ class Quantize(Approximation):
     granularity: per-tensor, per-channel or per-group weight scales; `auto` is the scheme's default.
     group: number of neighbouring weights per scale with granularity=group.
     symmetric: quantizes weights without a zero point; asymmetric weights are stored as uint8 or uint4. By default those of four
-        bits have zero points: a byte for each group, which takes a third of the error.
+        bits have zero points: a byte for each group, which takes up to a quarter of the error.
     activations: per-token or per-tensor activation scales of int8-dynamic and fp8.
     observer: chooses the clipping range of activations from calibration data: `min-max`, `percentile`, `mse` or `entropy`.
     fraction: the part of all values that `percentile` keeps inside the clipping range.
