@@ -161,7 +161,8 @@ def _pack(edit: Editor, layer: QuantizedLayer) -> _Packed:
     narrows = reads_few_bits_faster() and not (layer.rounds or tables)
     format = narrowest(q, form.name) if narrows else form.name
     if layer.rounds and _is_grouped(layer):
-        parts = dict(zip(("", "_scale", "_sums"), pack_groups(q, scale, form.bits, zero_point), strict=True))
+        parts: dict[str, torch.Tensor] = {}
+        parts |= zip(("", "_scale", "_sums"), pack_groups(q, scale, form.bits, zero_point), strict=True)
         if zero_point is not None:
             parts["_zero_point"] = pack_blocks(zero_point, features)
     elif layer.rounds:
