@@ -27,7 +27,7 @@ PRODUCTS = {
     "quantize{scheme=fp8}": aten._scaled_mm.default,
     "cast{dtype=bf16},quantize{scheme=fp8}": aten._scaled_mm.default,
     "cast{dtype=bf16},quantize{scheme=fp8,activations=tensor}": aten._scaled_mm.default,
-    "cast{dtype=bf16},quantize{scheme=int4-weight}": aten._weight_int4pack_mm.default,
+    "cast{dtype=bf16},quantize{scheme=int4-weight,symmetric=true}": aten._weight_int4pack_mm.default,
     "cast{dtype=bf16},quantize{scheme=int4-weight,group=64,symmetric=false}": aten._weight_int4pack_mm.default,
 }
 

@@ -182,7 +182,7 @@ OPTIONS = [
     "granularity=tensor",
     "activations=tensor,symmetric=false",
     "scheme=int4-weight,group=16,symmetric=false",
-    "scheme=int4-weight,granularity=channel",
+    "scheme=int4-weight,granularity=channel,symmetric=true",
     "scheme=int8-weight",
     "scheme=fp8",
     "scheme=fp8,activations=tensor",
@@ -201,7 +201,9 @@ def test_every_format_gives_what_the_program_gives(options, form, tmp_path):
 
 
 @pytest.mark.parametrize("form", [(), (INTEGERS,)], ids=["plain", "integers"])
-@pytest.mark.parametrize("options", ["int8-weight", "int4-weight,group=8", "int4-weight,group=16,symmetric=false"])
+@pytest.mark.parametrize(
+    "options", ["int8-weight", "int4-weight,group=8,symmetric=true", "int4-weight,group=16,symmetric=false"]
+)
 def test_tables_are_looked_up_before_they_are_turned_back(options, form, tmp_path):
     ids = torch.tensor([[3, 0, 19], [5, 5, 1]])
     program, export = exported_tables(f"scheme={options},embeddings=true")

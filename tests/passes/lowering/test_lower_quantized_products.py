@@ -228,7 +228,10 @@ def test_weights_of_eight_bits(granularity: str, cast: str) -> None:
 
 @pytest.mark.usefixtures("newest", "four_bits")
 @pytest.mark.parametrize("make", [lambda: Two(128), lambda: Turned()], ids=["linear", "turned"])
-@pytest.mark.parametrize("options", ["group=32", "group=16,symmetric=false", "group=64", "granularity=channel,symmetric=false"])
+@pytest.mark.parametrize(
+    "options",
+    ["group=32,symmetric=true", "group=16,symmetric=false", "group=64,symmetric=true", "granularity=channel,symmetric=false"],
+)
 def test_weights_of_four_bits(options: str, make: type[nn.Module]) -> None:
     module = seeded(make)
     x = normal(9, 32) if isinstance(module, Turned) else normal(2, 5, 128)

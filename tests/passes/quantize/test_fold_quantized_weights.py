@@ -14,7 +14,7 @@ from tests.passes.harness import check_golden, rewrite
 aten = torch.ops.aten
 PASSES = {
     "int8": "quantize{scheme=int8-weight,embeddings=true}",
-    "int4": "quantize{scheme=int4-weight,group=8,embeddings=true}",
+    "int4": "quantize{scheme=int4-weight,group=8,symmetric=true,embeddings=true}",
     "uint4": "quantize{scheme=int4-weight,group=8,symmetric=false,embeddings=true}",
     "tensor": "quantize{scheme=int8-weight,granularity=tensor,embeddings=true}",
     "fp8": "quantize{scheme=fp8}",

@@ -22,7 +22,7 @@ from tests.passes.harness import apply, capture_model, check_golden, rewrite
 from tests.passes.quantize.calibrated import MODELS, exact, moments_of, passed
 
 SCHEMES = (
-    "scheme=int4-weight,group=8",
+    "scheme=int4-weight,group=8,symmetric=true",
     "scheme=int4-weight,group=8,symmetric=false,weight_observer=mse",
     "scheme=int8-weight,granularity=tensor",
     "scheme=int8-weight,embeddings=true",
