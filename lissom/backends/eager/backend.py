@@ -1,7 +1,8 @@
 """Eager PyTorch: the flat program as one Python function that calls one operator a line, on any device PyTorch has.
 
-There are no modules, hooks or attributes between two operators; each value is freed after its last use. Calls from several
-threads are independent unless the program has state.
+There are no modules, hooks or attributes between two operators; each value is freed after its last use. On a CPU, operators
+that the library of kernels can call one after the other are one line (`chains.py`). Calls from several threads are
+independent unless the program has state.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import torch
 from torch import fx
 
 from lissom.backends.base import Backend, Executable, confirm
+from lissom.backends.eager.chains import Chain, runs_of
 from lissom.backends.eager.cuda_graphs import with_fast_layout, with_graphs
 from lissom.backends.eager.methods import METHODS
 from lissom.backends.eager.node_times import time_nodes
-from lissom.compiler.ir.interpreter import last_uses_of
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.pass_kinds import Pass
@@ -132,6 +133,8 @@ def emit(
 ) -> tuple[str, dict[str, object]]:
     """The program as the source of a function `run`, and the globals of the source.
 
+    Operators that a chain can call are one line together.
+
     The source contains no text of the program, which may be untrusted: variables are numbered, strings and names are globals,
     and keywords are those of the operator's schema.
 
@@ -139,27 +142,35 @@ def emit(
     """
     names: dict[str, object] = {}
     scope: dict[fx.Node, str] = {}
-    frees = last_uses_of(program.graph)
-    lines: list[str] = []
-    parameters: list[str] = []
+
+    def weight(name: str) -> torch.Tensor:
+        return state[name] if state and name in state else program.weight(name).detach()
+
     for node in program.graph.nodes:
         if node.op == "get_attr":
-            name = str(node.target)
             scope[node] = f"w{len(names)}"
-            names[scope[node]] = state[name] if state and name in state else program.weight(name).detach()
-            continue
-        if node.op == "output":
-            lines.append(f"    return {_argument(node.args[0], scope, names)}")
-            continue
-        scope[node] = f"v{len(scope)}"
-        if node.op == "placeholder":
-            parameters.append(scope[node])
+            names[scope[node]] = weight(str(node.target))
+        elif node.op == "placeholder":
+            scope[node] = f"v{len(scope)}"
+    header = f"def run({', '.join(scope[node] for node in program.placeholders)}):"
+    lines: list[str] = []
+    for run in runs_of(program, lambda node: calls(node) is not None):
+        first = len(scope)
+        scope |= {node: f"v{first + place}" for place, node in enumerate(run.outputs)}
+        if run.native:
+            chain = f"k{len(names)}"
+            names[chain] = Chain(run, weight)
+            read = [[scope[node] for node in nodes] for nodes in (run.tensors, run.numbers)]
+            call = f"{chain}([{', '.join(read[0])}], [{', '.join(read[1])}])"
         else:
-            lines.append(f"    {scope[node]} = {_call(node, scope, names, calls)}")
-        freed = [scope[used] for used in frees.get(node, ()) if used.op != "get_attr"]
+            call = _call(run.nodes[0], scope, names, calls)
+        made = "".join(f"{scope[node]}, " for node in run.outputs) if run.native else scope[run.nodes[0]]
+        lines.append(f"    {made.rstrip() or '[]'} = {call}")
+        freed = [scope[node] for node in run.freed]
         if freed:
             lines.append(f"    del {', '.join(freed)}")
-    return "\n".join([f"def run({', '.join(parameters)}):", *lines, ""]), names
+    result = _argument(program.graph.output_node().args[0], scope, names)
+    return "\n".join([header, *lines, f"    return {result}", ""]), names
 
 
 def _call(node: fx.Node, scope: dict[fx.Node, str], names: dict[str, object], calls: Calls) -> str:

@@ -44,11 +44,20 @@ inline void end_call() {
   if (--mine.depth == 0) mine.shrink(kMostKept);
 }
 
-// An uninitialised tensor. The memory of a large one is cached by the thread that frees it within a call.
+// The chains that this thread is in (chain.h).
+inline int64_t& running() {
+  thread_local int64_t found = 0;
+  return found;
+}
+
+// An uninitialised tensor. The memory of a large one is cached by the thread that frees it within a call; a small one within a
+// chain is no tensor of PyTorch until the chain returns it.
 inline Tensor allocate(at::IntArrayRef sizes, at::TensorOptions options) {
   size_t bytes = contiguous_bytes(sizes, at::bytes_of(options.type));
   FreeBlocks& mine = free_blocks();
-  if (mine.depth == 0 || bytes < kLarge) return at::empty(sizes, options);
+  bool cached = mine.depth > 0 && bytes >= kLarge;
+  if (!cached && running() == 0) return at::empty(sizes, options);
+  if (!cached) return {aligned_memory(bytes), bytes, [](void* freed, size_t) { std::free(freed); }, sizes, options.type};
   void* block;
   if (auto found = mine.free.find(bytes); found != mine.free.end()) {
     block = found->second;
@@ -56,13 +65,12 @@ inline Tensor allocate(at::IntArrayRef sizes, at::TensorOptions options) {
   } else {
     block = aligned_memory(bytes);
   }
-  auto release = [bytes](void* freed) {
+  auto release = [](void* freed, size_t size) {
     FreeBlocks& theirs = free_blocks();
-    if (theirs.depth > 0) theirs.free.emplace(bytes, freed);
+    if (theirs.depth > 0) theirs.free.emplace(size, freed);
     else std::free(freed);
   };
-  torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  return torch::stable::from_blob(block, sizes, contiguous_strides(sizes), cpu, options.type, release);
+  return {block, bytes, release, sizes, options.type};
 }
 
 }  // namespace lissom

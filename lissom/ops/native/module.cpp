@@ -7,6 +7,8 @@
 #include "quantized.h"
 #include "recurrence_module.h"
 #include "rows.h"
+#include "chain.h"
+#include "views.h"
 #include "weight_quantized.h"
 
 #include <string>
@@ -400,27 +402,33 @@ bool has_weight_quantized() { return kHasWeightQuantized; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lissom, CPU, library) {
-  library.impl("packed_linear", boxed<packed_linear>);
-  library.impl("packed_linear_norm", boxed<packed_linear_norm>);
-  library.impl("packed_embedding", boxed<packed_embedding>);
+  implement<packed_linear>(library, "packed_linear");
+  implement<packed_linear_norm>(library, "packed_linear_norm");
+  implement<packed_embedding>(library, "packed_embedding");
   if (kHasInt8) {
-    library.impl("quantized_linear", boxed<quantized_linear>);
-    library.impl("quantized_linear_norm", boxed<quantized_linear_norm>);
+    implement<quantized_linear>(library, "quantized_linear");
+    implement<quantized_linear_norm>(library, "quantized_linear_norm");
   }
   if (kHasWeightQuantized) {
-    library.impl("weight_quantized_linear", boxed<weight_quantized_linear>);
-    library.impl("weight_quantized_linear_norm", boxed<weight_quantized_linear_norm>);
+    implement<weight_quantized_linear>(library, "weight_quantized_linear");
+    implement<weight_quantized_linear_norm>(library, "weight_quantized_linear_norm");
   }
-  library.impl("fused_attention", boxed<fused_attention>);
-  library.impl("merged_attention", boxed<merged_attention>);
-  library.impl("block_sparse_attention", boxed<block_sparse_attention>);
-  library.impl("fused_rms_norm", boxed<fused_rms_norm>);
-  library.impl("fused_rotary", boxed<fused_rotary>);
+  implement<fused_attention>(library, "fused_attention");
+  implement<merged_attention>(library, "merged_attention");
+  implement<block_sparse_attention>(library, "block_sparse_attention");
+  implement<fused_rms_norm>(library, "fused_rms_norm");
+  implement<fused_rotary>(library, "fused_rotary");
   library.impl("gated_delta_rule", boxed<gated_delta_rule>);
   library.impl("selective_scan", boxed<selective_scan>);
   library.impl("fake_quantize", boxed<fake_quantize_static>);
   library.impl("fake_quantize_dynamic", boxed<fake_quantize_dynamic>);
   library.impl("fake_quantize_backward", boxed<fake_quantize_gradients>);
+  add_kernel<reshape>("aten::reshape"), add_kernel<reshape>("aten::view");
+  add_kernel<transpose>("aten::transpose.int"), add_kernel<permute>("aten::permute");
+  add_kernel<unsqueeze>("aten::unsqueeze"), add_kernel<expand>("aten::expand");
+  add_kernel<lissom::select>("aten::select.int"), add_kernel<slice>("aten::slice.Tensor");
+  add_kernel<split>("aten::split_with_sizes"), add_kernel<lissom::add>("aten::add.Tensor");
+  add_kernel<index_copy_>("aten::index_copy_");
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lissom, library) {
@@ -431,6 +439,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lissom, library) {
   library.def("has_weight_quantized() -> bool");
   library.def("begin_call() -> ()");
   library.def("end_call() -> ()");
+  library.def("chain_operators() -> str[]");
+  library.def(
+      "make_chain(str[] operators, int[] code, float[] floats, str[] texts, Tensor[] constants, int inputs, int numbers, "
+      "int registers, int[] outputs) -> Tensor");
+  library.def("run_chain(Tensor chain, Tensor[] inputs, int[] numbers) -> Tensor[]");
   library.def("barrier(Tensor steps, int rank, int step, float seconds) -> bool");
 }
 
@@ -442,6 +455,9 @@ STABLE_TORCH_LIBRARY_IMPL(lissom, CompositeImplicitAutograd, library) {
   library.impl("has_weight_quantized", boxed<has_weight_quantized>);
   library.impl("begin_call", boxed<begin_call>);
   library.impl("end_call", boxed<end_call>);
+  library.impl("chain_operators", boxed<chain_operators>);
+  library.impl("make_chain", boxed<make_chain>);
+  library.impl("run_chain", boxed<run_chain>);
   library.impl("barrier", boxed<barrier>);
 }
 

@@ -91,43 +91,144 @@ inline std::vector<int64_t> contiguous_strides(at::IntArrayRef sizes) {
   return found;
 }
 
-class Tensor : public torch::stable::Tensor {
+// Sizes or strides: up to six without an allocation.
+class Dimensions {
+ public:
+  Dimensions() = default;
+  Dimensions(at::IntArrayRef from) : count_(from.size()) {
+    if (count_ > kFew) many_ = std::make_shared<const std::vector<int64_t>>(from.begin(), from.end());
+    else std::copy(from.begin(), from.end(), few_.begin());
+  }
+  size_t size() const { return count_; }
+  const int64_t* data() const { return many_ ? many_->data() : few_.data(); }
+  int64_t operator[](size_t dim) const { return data()[dim]; }
+  operator at::IntArrayRef() const { return {data(), count_}; }
+
+ private:
+  static constexpr size_t kFew = 6;
+  size_t count_ = 0;
+  std::array<int64_t, kFew> few_;
+  std::shared_ptr<const std::vector<int64_t>> many_;
+};
+
+// The memory of a tensor: PyTorch's, or a block of one's own that `release` frees.
+struct Memory {
+  torch::stable::Tensor* lent = nullptr;
+  char* base = nullptr;
+  size_t bytes = 0;
+  void (*release)(void* block, size_t bytes) = nullptr;
+
+  ~Memory() {
+    if (release) release(base, bytes);
+    delete lent;
+  }
+};
+
+// A tensor whose sizes are read from PyTorch once, and whose views and intermediate results are no objects of PyTorch.
+class Tensor {
   using Base = torch::stable::Tensor;
 
  public:
   Tensor() = default;  // undefined
-  Tensor(Base base) : Base(std::move(base)) {}
+  Tensor(Base base) {
+    if (!base.defined()) return;
+    memory_ = std::make_shared<Memory>();
+    memory_->lent = new Base(std::move(base));
+    const Base& lent = *memory_->lent;
+    type_ = lent.scalar_type(), cpu_ = lent.is_cpu(), strided_ = layout_of(lent) == aoti_torch_layout_strided();
+    if (!strided_) return;
+    sizes_ = at::IntArrayRef(lent.sizes()), strides_ = at::IntArrayRef(lent.strides());
+    data_ = static_cast<char*>(const_cast<void*>(lent.const_data_ptr()));
+    memory_->base = data_ - lent.storage_offset() * element_size();
+    memory_->bytes = storage_size_of(lent);
+  }
+  // A block of one's own, which becomes that of the tensor.
+  Tensor(void* block, size_t bytes, void (*release)(void*, size_t), at::IntArrayRef sizes, at::ScalarType type)
+      : memory_(std::make_shared<Memory>()), data_(static_cast<char*>(block)), sizes_(sizes), strides_(contiguous_strides(sizes)),
+        type_(type) {
+    memory_->base = data_, memory_->bytes = bytes, memory_->release = release;
+  }
 
-  at::IntArrayRef sizes() const { return Base::sizes(); }
-  at::IntArrayRef strides() const { return Base::strides(); }
-  at::TensorOptions options() const { return {scalar_type()}; }
+  // PyTorch's tensor of the same elements.
+  Base stable() const {
+    if (!memory_) return Base();
+    if (const Base* lent = memory_->lent) {
+      if (whole_) return *lent;
+      AtenTensorHandle found;
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(lent->get(), dim(), sizes_.data(), strides_.data(),
+                                                                   storage_offset() - lent->storage_offset(), &found));
+      return Base(found);
+    }
+    torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+    return torch::stable::from_blob(memory_->base, sizes(), strides(), cpu, type_, [held = memory_](void*) {}, storage_offset());
+  }
 
-  size_t storage_bytes() const {
-    int64_t found;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(get(), &found));
+  bool defined() const { return static_cast<bool>(memory_); }
+  bool is_cpu() const { return cpu_; }
+  bool is_strided() const { return strided_; }
+  at::ScalarType scalar_type() const { return type_; }
+  at::TensorOptions options() const { return {type_}; }
+  size_t element_size() const { return at::bytes_of(type_); }
+  int64_t dim() const { return sizes_.size(); }
+  at::IntArrayRef sizes() const { return sizes_; }
+  at::IntArrayRef strides() const { return strides_; }
+  int64_t size(int64_t dim) const { return sizes_[place_of(dim)]; }
+  int64_t stride(int64_t dim) const { return strides_[place_of(dim)]; }
+  int64_t numel() const {
+    int64_t found = 1;
+    for (int64_t n = 0; n < dim(); ++n) found *= sizes_[n];
     return found;
   }
-  bool is_strided() const {
-    int32_t found;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(get(), &found));
-    return found == aoti_torch_layout_strided();
+  bool is_contiguous() const {
+    int64_t step = 1;
+    bool found = true;
+    for (int64_t n = dim(); n-- > 0; step *= sizes_[n]) {
+      if (sizes_[n] == 0) return true;
+      found &= sizes_[n] == 1 || strides_[n] == step;
+    }
+    return found;
+  }
+  // In elements.
+  int64_t storage_offset() const { return (data_ - memory_->base) / static_cast<int64_t>(element_size()); }
+  size_t storage_bytes() const { return memory_->bytes; }
+  // False where PyTorch has moved or resized the memory since.
+  bool is_current() const {
+    const Base* lent = memory_->lent;
+    return !lent || (lent->const_data_ptr() == data_ && storage_size_of(*lent) == memory_->bytes);
+  }
+
+  const void* const_data_ptr() const { return data_; }
+  void* mutable_data_ptr() const {
+    Base* lent = memory_->lent;  // may share its memory until it is written
+    if (!lent) return data_;
+    int64_t place = data_ - static_cast<const char*>(lent->const_data_ptr());
+    return static_cast<char*>(lent->mutable_data_ptr()) + place;
+  }
+  template <typename T>
+  const T* const_data_ptr() const {
+    check_type<T>();
+    return reinterpret_cast<const T*>(data_);
+  }
+  template <typename T>
+  T* mutable_data_ptr() const {
+    check_type<T>();
+    return static_cast<T*>(mutable_data_ptr());
   }
   bool is_complex() const {
-    auto type = scalar_type();
-    return type == at::ScalarType::ComplexHalf || type == at::ScalarType::ComplexFloat || type == at::ScalarType::ComplexDouble;
+    return type_ == at::ScalarType::ComplexHalf || type_ == at::ScalarType::ComplexFloat || type_ == at::ScalarType::ComplexDouble;
   }
   bool is_floating_point() const {
-    switch (scalar_type()) {
+    switch (type_) {
       case at::kHalf: case at::kBFloat16: case at::kFloat: case at::kDouble:
       case at::ScalarType::Float8_e4m3fn: case at::ScalarType::Float8_e5m2: return true;
       default: return false;
     }
   }
 
-  Tensor to(at::ScalarType type) const { return type == scalar_type() ? *this : Tensor(torch::stable::to(*this, type)); }
-  Tensor contiguous() const { return is_contiguous() ? *this : Tensor(torch::stable::contiguous(*this)); }
-  Tensor clone() const { return torch::stable::clone(*this); }
-  Tensor sum(at::IntArrayRef dims) const { return torch::stable::sum(*this, dims); }
+  Tensor to(at::ScalarType type) const { return type == type_ ? *this : Tensor(torch::stable::to(stable(), type)); }
+  Tensor contiguous() const { return is_contiguous() ? *this : Tensor(torch::stable::contiguous(stable())); }
+  Tensor clone() const { return torch::stable::clone(stable()); }
+  Tensor sum(at::IntArrayRef dims) const { return torch::stable::sum(stable(), dims); }
   Tensor exp() const { return call<1>("aten::exp", "", *this)[0]; }
   Tensor mul(const Tensor& other) const { return call<1>("aten::mul", "Tensor", *this, other)[0]; }
 
@@ -138,10 +239,11 @@ class Tensor : public torch::stable::Tensor {
 
   // A view; `offset` counts from the first element of this one.
   Tensor strided(at::IntArrayRef sizes, at::IntArrayRef strides, int64_t offset = 0) const {
-    AtenTensorHandle found;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch__reinterpret_tensor(get(), sizes.size(), sizes.data(), strides.data(), offset, &found));
-    return Tensor(Base(found));
+    Tensor found;
+    found.memory_ = memory_, found.data_ = data_ + offset * static_cast<int64_t>(element_size());
+    found.sizes_ = sizes, found.strides_ = strides, found.type_ = type_;
+    found.cpu_ = cpu_, found.strided_ = strided_, found.whole_ = false;
+    return found;
   }
   Tensor view(at::IntArrayRef sizes) const {
     TORCH_CHECK(is_contiguous(), "only contiguous tensors are viewed in other sizes");
@@ -172,7 +274,7 @@ class Tensor : public torch::stable::Tensor {
   // Calls an operator through the dispatcher; returns its outputs.
   template <size_t outputs, typename... Arguments>
   static std::array<Tensor, outputs> call(const char* name, const char* overload, const Arguments&... arguments) {
-    using torch::stable::detail::from, torch::stable::detail::to;
+    using torch::stable::detail::to;
     std::array<StableIValue, std::max(outputs, sizeof...(Arguments))> stack{passed(arguments)...};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
     std::array<Tensor, outputs> found;
@@ -181,11 +283,36 @@ class Tensor : public torch::stable::Tensor {
   }
 
  private:
-  static StableIValue passed(const Tensor& tensor) { return torch::stable::detail::from(static_cast<const Base&>(tensor)); }
+  static int32_t layout_of(const Base& tensor) {
+    int32_t found;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &found));
+    return found;
+  }
+  static size_t storage_size_of(const Base& tensor) {
+    int64_t found;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &found));
+    return found;
+  }
+  size_t place_of(int64_t given) const {
+    TORCH_CHECK_INDEX(given >= -dim() && given < dim(), "a dimension is ", given, ", and there are ", dim());
+    return given < 0 ? given + dim() : given;
+  }
+  template <typename T>
+  void check_type() const {
+    TORCH_CHECK(type_ == c10::CppTypeToScalarType<T>::value, "a tensor is of ", type_, ", and is read as ",
+                c10::CppTypeToScalarType<T>::value);
+  }
+  static StableIValue passed(const Tensor& tensor) { return torch::stable::detail::from(tensor.stable()); }
   template <typename T>
   static StableIValue passed(const T& value) {
     return torch::stable::detail::from(value);
   }
+
+  std::shared_ptr<Memory> memory_;
+  char* data_ = nullptr;
+  Dimensions sizes_, strides_;
+  at::ScalarType type_ = at::kFloat;
+  bool cpu_ = true, strided_ = true, whole_ = true;
 };
 
 using Optional = const std::optional<Tensor>&;
@@ -217,66 +344,5 @@ inline Tensor zeros(IntArrayRef sizes, TensorOptions options) {
 }
 
 }  // namespace at
-
-// Converts a function of tensors, numbers and texts to one that PyTorch's dispatcher calls.
-template <typename T>
-struct Taken {
-  static T from(StableIValue value) { return torch::stable::detail::to<T>(value); }
-};
-template <>
-struct Taken<Tensor> {
-  static Tensor from(StableIValue value) { return torch::stable::detail::to<torch::stable::Tensor>(value); }
-};
-template <>
-struct Taken<std::optional<Tensor>> {
-  static std::optional<Tensor> from(StableIValue value) {
-    auto found = torch::stable::detail::to<std::optional<torch::stable::Tensor>>(value);
-    return found ? std::optional<Tensor>(std::move(*found)) : std::nullopt;
-  }
-};
-template <>
-struct Taken<at::IntArrayRef> {
-  static std::vector<int64_t> from(StableIValue value) { return torch::stable::detail::to<std::vector<int64_t>>(value); }
-};
-template <>
-struct Taken<std::string_view> {
-  // PyTorch's own conversion to std::string never frees a copy.
-  static std::string from(StableIValue value) {
-    auto handle = torch::stable::detail::to<StringHandle>(value);
-    const char* data;
-    size_t length;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-    std::string found(data, length);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-    return found;
-  }
-};
-
-inline StableIValue given(const Tensor& tensor) {
-  return torch::stable::detail::from(static_cast<const torch::stable::Tensor&>(tensor));
-}
-inline StableIValue given(bool value) { return torch::stable::detail::from(value); }
-inline StableIValue given(const std::string& value) { return torch::stable::detail::from(value); }
-
-template <typename Result, typename... Arguments>
-void call_boxed(Result (*function)(Arguments...), StableIValue* stack) {
-  [&]<size_t... n>(std::index_sequence<n...>) {
-    std::tuple<decltype(Taken<std::remove_cvref_t<Arguments>>::from(0))...> taken{
-        Taken<std::remove_cvref_t<Arguments>>::from(stack[n])...};
-    if constexpr (std::is_void_v<Result>) std::apply(function, taken);
-    else if constexpr (requires { std::tuple_size<Result>::value; }) {
-      auto found = std::apply(function, taken);
-      stack[0] = given(std::get<0>(found)), stack[1] = given(std::get<1>(found));
-    } else {
-      stack[0] = given(std::apply(function, taken));
-    }
-  }(std::index_sequence_for<Arguments...>{});
-}
-
-template <auto function>
-void boxed(StableIValue* stack, uint64_t, uint64_t) {
-  call_boxed(function, stack);
-}
 
 }  // namespace lissom

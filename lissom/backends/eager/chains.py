@@ -1,0 +1,278 @@
+"""Chains: runs of operators that the library of kernels calls one after the other, without Python between them.
+
+A call through Python and PyTorch's dispatcher takes several microseconds, which is more than the computation where a model is
+small or reads one token. `lissom::make_chain` takes the calls as numbers: for each its operator, the registers of its
+results, its arguments, and the registers that no later call reads (`ops/native/chain.h`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir.program import Program
+from lissom.ops.native import load_kernels
+
+aten = torch.ops.aten
+
+FEWEST = 4
+"""Fewer calls are made from Python: a chain takes a few microseconds itself."""
+
+Literal = bool | int | float | str | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Calls in order, with no other call between them.
+
+    native: by a chain, and not from Python.
+    outputs: the values that are read later. freed: the values that nothing reads later; for a chain, of those it is given
+    and those it returns.
+    """
+
+    nodes: Sequence[fx.Node]
+    native: bool
+    outputs: Sequence[fx.Node] = ()
+    freed: Sequence[fx.Node] = ()
+
+    @property
+    def read(self) -> list[fx.Node]:
+        """The values that are read and made before, without weights."""
+        inside = set(self.nodes)
+        found = dict.fromkeys(chain.from_iterable(node.all_input_nodes for node in self.nodes))
+        return [node for node in found if node not in inside and node.op != "get_attr"]
+
+    @property
+    def tensors(self) -> list[fx.Node]:
+        """The tensors that a chain is given in each call."""
+        return [node for node in self.read if _is_tensor(node)]
+
+    @property
+    def numbers(self) -> list[fx.Node]:
+        """The numbers that a chain is given in each call."""
+        return [node for node in self.read if not _is_tensor(node)]
+
+
+def runs_of(program: Program, is_replaced: Callable[[fx.Node], bool]) -> list[Run]:
+    """All calls of the program, in an order in which they can be run. is_replaced: nodes that Python calls.
+
+    A call that no chain can make goes before the chain that is open, unless it reads its results, or memory that it writes.
+    """
+    operators = _operators() if _on_cpu(program) else frozenset[str]()
+    state = _reached(program, program.state)
+    found, opened, inside, taken = list[Run](), list[fx.Node](), set[fx.Node](), set[fx.Node]()
+
+    def close() -> None:
+        if sum(node.target is not getitem for node in opened) >= FEWEST:
+            found.append(Run(tuple(opened), native=True))
+        else:
+            found.extend(Run((node,), native=False) for node in opened)
+        opened.clear()
+        inside.clear()
+
+    for node in program.nodes():
+        if node in taken:
+            continue
+        if not is_replaced(node) and _is_native(node, operators):
+            calls = [node, *node.users] if _has_pieces(node) else [node]
+            opened.extend(calls)
+            inside.update(calls)
+            taken.update(calls)
+            continue
+        written = _writes(node) or (node in state and any(map(_writes, opened)))
+        if opened and (written or not inside.isdisjoint(node.all_input_nodes)):
+            close()
+        found.append(Run((node,), native=False))
+    close()
+    return _with_lifetimes(found, program.graph)
+
+
+def _with_lifetimes(runs: Sequence[Run], graph: fx.Graph) -> list[Run]:
+    """The runs with their outputs, and with the values that are freed after each."""
+    later, found = set(graph.output_node().all_input_nodes), list[Run]()
+    for run in reversed(runs):
+        outputs = [node for node in run.nodes if not run.native or node in later]
+        freed = [node for node in dict.fromkeys([*outputs, *run.read]) if node not in later]
+        later.update(run.read)
+        found.append(Run(run.nodes, run.native, outputs, freed))
+    return found[::-1]
+
+
+class Chain:
+    """A chain of the library, freed with this object. Called with the tensors and numbers it reads; returns its outputs."""
+
+    def __init__(self, run: Run, weight: Callable[[str], torch.Tensor]) -> None:
+        encoder = _Encoder(weight, {node: place for place, node in enumerate(run.tensors)}, run.numbers)
+        inputs, last = len(encoder.registers), _last_reads(run)
+        for node in run.nodes:
+            if node.target is not getitem:
+                encoder.append(node, last.get(node, ()))
+        self._chain: torch.Tensor = torch.ops.lissom.make_chain(
+            list(encoder.operators), encoder.code, encoder.floats, encoder.texts, encoder.constants,
+            inputs, len(encoder.numbers), encoder.count, [encoder.registers[node] for node in run.outputs],
+        )  # fmt: skip
+        self._run = torch.ops.lissom.run_chain.default
+
+    def __call__(self, tensors: list[torch.Tensor], numbers: list[int]) -> list[torch.Tensor]:
+        return self._run(self._chain, tensors, numbers)
+
+
+def _last_reads(run: Run) -> dict[fx.Node, list[fx.Node]]:
+    """The values that each call of a chain is the last to read, and the results that nothing reads."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in run.nodes:
+        if node.target is getitem:
+            last[node] = node.all_input_nodes[0]
+        else:
+            last |= dict.fromkeys((node, *node.all_input_nodes), node)
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for value, node in last.items():
+        if value not in run.outputs:
+            found.setdefault(node, []).append(value)
+    return found
+
+
+@dataclass
+class _Encoder:
+    """Writes calls as numbers; kinds are those of `Kind` in chain.h."""
+
+    weight: Callable[[str], torch.Tensor]
+    registers: dict[fx.Node, int]
+    given: Sequence[fx.Node]
+    operators: dict[str, int] = field(default_factory=dict[str, int])
+    code: list[int] = field(default_factory=list[int])
+    floats: list[float] = field(default_factory=list[float])
+    texts: list[str] = field(default_factory=list[str])
+    constants: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
+    places: dict[str, int] = field(default_factory=dict[str, int])
+    """Of constants, by name."""
+
+    def __post_init__(self) -> None:
+        self.numbers = {node: place for place, node in enumerate(self.given)}
+        self.count = len(self.registers)
+
+    def append(self, node: fx.Node, freed: Iterable[fx.Node]) -> None:
+        arguments = _arguments(node)
+        assert arguments is not None, "a call that no chain can make"
+        name = node.target.name()  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess, reportUnknownVariableType, reportUnknownMemberType]
+        pieces = len(node.meta["val"]) if _has_pieces(node) else 1
+        self.code += [self.operators.setdefault(str(name), len(self.operators)), self.count, pieces, len(arguments)]
+        for item in arguments:
+            self._argument(item)
+        if _has_pieces(node):
+            self.registers |= {piece: self.count + int(piece.args[1]) for piece in node.users}  # pyright: ignore[reportArgumentType]
+        else:
+            self.registers[node] = self.count
+        self.count += pieces
+        places = [self.registers[value] for value in freed if value in self.registers]
+        self.code += [len(places), *places]
+
+    def _argument(self, item: Any) -> None:
+        if item is None:
+            self.code.append(0)
+        elif isinstance(item, fx.Node) and item.op == "get_attr":
+            name = str(item.target)
+            if name not in self.places:
+                self.places[name] = len(self.constants)
+                self.constants.append(self.weight(name))
+            self.code += [2, self.places[name]]
+        elif isinstance(item, fx.Node):
+            self.code += [1, self.registers[item]] if _is_tensor(item) else [3, self.numbers[item]]
+        elif isinstance(item, bool):
+            self.code += [5, int(item)]
+        elif isinstance(item, int):
+            self.code += [4, item]
+        elif isinstance(item, float):
+            self.code += [6, len(self.floats)]
+            self.floats.append(item)
+        elif isinstance(item, str):
+            self.code += [7, len(self.texts)]
+            self.texts.append(item)
+        else:
+            self.code += [8, len(item)]
+            for part in item:
+                self._argument(part)
+
+
+@cache
+def _operators() -> frozenset[str]:
+    """The operators that a chain can call, none without the library of kernels."""
+    return frozenset[str]() if load_kernels() else frozenset(torch.ops.lissom.chain_operators())
+
+
+def _on_cpu(program: Program) -> bool:
+    values = (node.meta.get("val") for node in program.placeholders)
+    tensors = (value for value in (*values, *program.weights().values()) if isinstance(value, torch.Tensor))
+    return all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _reached(program: Program, state: Iterable[str]) -> set[fx.Node]:
+    """The nodes that the program's state reaches."""
+    names, found = set(state), set[fx.Node]()
+    if names:
+        for node in program.graph.nodes:
+            if (node.op == "get_attr" and str(node.target) in names) or not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+    return found
+
+
+def _is_native(node: fx.Node, operators: frozenset[str]) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.name() not in operators or _arguments(node) is None:
+        return False
+    if node.target is aten.add.Tensor:
+        return _adds_floats(node)
+    return not _has_pieces(node) or all(map(_is_piece, node.users))
+
+
+def _adds_floats(node: fx.Node) -> bool:
+    """True for a sum of two tensors of one dtype, float32 or bfloat16, one of which has the sizes of the sum."""
+    found = [item.meta.get("val") if isinstance(item, fx.Node) else None for item in (node, *node.args)]
+    values = [value for value in found if isinstance(value, torch.Tensor)]
+    if node.kwargs or len(values) != 3:
+        return False
+    floats = {value.dtype for value in values} in ({torch.float32}, {torch.bfloat16})
+    return floats and str(values[0].shape) in [str(value.shape) for value in values[1:]]
+
+
+def _is_piece(node: fx.Node) -> bool:
+    if node.target is not getitem or len(node.args) != 2:
+        return False
+    whole, place = node.args
+    return isinstance(whole, fx.Node) and isinstance(place, int) and 0 <= place < len(whole.meta["val"])
+
+
+def _has_pieces(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (list, tuple))
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return node.op == "get_attr" or isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _arguments(node: fx.Node) -> list[Any] | None:
+    """The arguments in the order of the operator's schema, with defaults; None where one is neither a tensor nor a literal."""
+    schema: Any = node.target._schema  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
+    rest = schema.arguments[len(node.args) :]
+    found = [*node.args, *(node.kwargs.get(parameter.name, parameter.default_value) for parameter in rest)]
+    named = node.kwargs.keys() <= {parameter.name for parameter in rest}
+    return found if named and all(map(_is_argument, found)) else None
+
+
+def _is_argument(item: object) -> bool:
+    if isinstance(item, fx.Node):
+        return _is_tensor(item) or isinstance(item.meta.get("val"), (int, torch.SymInt))
+    if isinstance(item, (list, tuple)):
+        return all(isinstance(part, int) or (isinstance(part, fx.Node) and not _is_tensor(part)) for part in item)
+    return item is None or isinstance(item, (bool, int, float, str))

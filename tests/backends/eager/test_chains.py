@@ -1,0 +1,254 @@
+"""Tests of lissom.backends.eager.chains, and of the operators that lissom/ops/native/views.h computes for it."""
+
+import operator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import fx, nn
+from torch._subclasses import FakeTensorMode
+
+import lissom
+from lissom.backends.eager.backend import build_function, emit
+from lissom.backends.eager.chains import Chain, Run, runs_of
+from lissom.backends.eager.methods import METHODS
+from lissom.frontends.export import capture
+from lissom.ops.native import load_kernels
+from tests.models import normal, tiny_bert, tiny_gpt2, tiny_llama
+
+aten = torch.ops.aten
+
+pytestmark = pytest.mark.skipif(bool(load_kernels()), reason=f"there are no kernels: {load_kernels()}")
+
+
+def chains_of(program):
+    """The chains of what `emit` makes of a program."""
+    return [value for value in emit(program)[1].values() if isinstance(value, Chain)]
+
+
+def from_python(program):
+    """What eager builds of a program without chains."""
+    return build_function(program, calls=lambda node: METHODS.get(node.target, node.target))
+
+
+def call(target, *args):
+    """The result of an operator that a chain calls."""
+    graph, tensors = fx.Graph(), [item for item in args if isinstance(item, torch.Tensor)]
+    nodes = []
+    for tensor in tensors:
+        nodes.append(graph.placeholder(f"x{len(nodes)}"))
+        nodes[-1].meta["val"] = tensor
+    rest = iter(nodes)
+    node = graph.call_function(target, tuple(next(rest) if isinstance(item, torch.Tensor) else item for item in args))
+    with torch.inference_mode():
+        node.meta["val"] = target(*(item.clone() if isinstance(item, torch.Tensor) else item for item in args))
+        outputs = [node]
+        if isinstance(node.meta["val"], list):
+            outputs = [graph.call_function(operator.getitem, (node, place)) for place in range(len(node.meta["val"]))]
+        run = Run(tuple(dict.fromkeys([node, *outputs])), native=True, outputs=outputs)
+        return Chain(run, {}.__getitem__)(tensors, [])
+
+
+@pytest.mark.parametrize("passes", ["exact", "cast,sink-casts,fold-casts", "int8"])
+@pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2, tiny_llama])
+def test_a_chain_gives_the_bits_that_python_gives(make, passes):
+    case = make()
+    compiled = lissom.compile(case.model, case.kwargs, passes=passes, goal=None)
+    sample = list(case.kwargs.values())
+    assert chains_of(compiled.program)
+    with torch.inference_mode():
+        found, wanted = build_function(compiled.program)(sample), from_python(compiled.program)(sample)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("target", "args"),
+    [
+        (aten.reshape.default, (normal(2, 3, 4), [6, -1])),
+        (aten.reshape.default, (normal(2, 3, 4).transpose(1, 2), [8, 3])),
+        (aten.reshape.default, (normal(2, 3, 4).transpose(1, 2), [2, 2, 2, 3])),
+        (aten.reshape.default, (normal(2, 3, 4).transpose(0, 1), [-1])),
+        (aten.reshape.default, (normal(0, 3), [3, 0, 2])),
+        (aten.reshape.default, (torch.tensor(2.0), [1, 1])),
+        (aten.view.default, (torch.arange(12), [3, 1, 4])),
+        (aten.transpose.int, (normal(2, 3, 4), -1, 0)),
+        (aten.permute.default, (normal(2, 3, 4, 1, 2, 1, 2, 2), [7, 0, -2, 1, 2, 3, 4, 5])),
+        (aten.unsqueeze.default, (normal(2, 3), -1)),
+        (aten.unsqueeze.default, (normal(2, 3).t(), 1)),
+        (aten.expand.default, (normal(3, 1), [2, -1, 4])),
+        (aten.select.int, (normal(2, 3, 4), 1, -1)),
+        (aten.slice.Tensor, (normal(5, 4), 0, -4, 2**63 - 1, 2)),
+        (aten.slice.Tensor, (normal(5, 4), 1, 3, 1)),
+        (aten.slice.Tensor, (torch.ones(5, 4, dtype=torch.bool), 0, None, None, 3)),
+        (aten.split_with_sizes.default, (normal(2, 7, 3), [1, 0, 6], -2)),
+        (aten.add.Tensor, (normal(3, 5), normal(3, 5))),
+        (aten.add.Tensor, (normal(70, 300).t(), normal(300, 70))),
+        (aten.add.Tensor, (normal(3, 1, 5), normal(5))),
+        (aten.add.Tensor, (normal(5).bfloat16(), normal(3, 5).bfloat16())),
+    ],
+)
+def test_views_and_sums_are_those_of_pytorch(target, args):
+    with torch.inference_mode():
+        wanted = target(*args)
+    for found, other in zip(call(target, *args), wanted if isinstance(wanted, list) else [wanted], strict=True):
+        assert found.dtype == other.dtype
+        assert torch.equal(found, other)
+        if target is not aten.add.Tensor:
+            assert found.stride() == other.stride() or found.numel() < 2
+
+
+def test_every_reshape_is_a_view_exactly_where_pytorch_has_one():
+    generator = torch.Generator().manual_seed(3)
+    sizes = [1, 2, 3, 2, 1, 2]
+    for _ in range(200):
+        order = torch.randperm(len(sizes), generator=generator).tolist()
+        x = torch.arange(24.0).reshape(sizes).permute(order)
+        cuts = sorted(torch.randint(0, 7, (2,), generator=generator).tolist())
+        parts = [x.shape[: cuts[0]], x.shape[cuts[0] : cuts[1]], x.shape[cuts[1] :]]
+        wanted = x.reshape([part.numel() for part in parts])
+        (found,) = call(aten.reshape.default, x, [part.numel() for part in parts])
+        assert torch.equal(found, wanted)
+        assert (found.data_ptr() == x.data_ptr()) == (wanted.data_ptr() == x.data_ptr())
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+def test_slices_are_copied_where_pytorch_copies_them(dim):
+    x, index = normal(4, 5, 6), torch.tensor([3, 0])
+    source = normal(2, 4, 5, 6)[0].narrow(dim, 1, 2).transpose(0, 2).contiguous().transpose(0, 2)
+    wanted = x.index_copy(dim, index, source)
+    (found,) = call(aten.index_copy_.default, x, dim, index, source)
+    assert found.data_ptr() == x.data_ptr()
+    assert torch.equal(x, wanted)
+
+
+def test_an_index_out_of_range_copies_nothing():
+    x, index = torch.zeros(3, 2), torch.tensor([0, 1])
+    graph = fx.Graph()
+    nodes = [graph.placeholder(name) for name in ("x", "index", "source")]
+    for node, value in zip(nodes, (x, index, torch.ones(2, 2)), strict=True):
+        node.meta["val"] = value
+    copy = graph.call_function(aten.index_copy_.default, (nodes[0], 0, nodes[1], nodes[2]))
+    copy.meta["val"] = x
+    made = Chain(Run((copy,), native=True, outputs=[copy]), {}.__getitem__)
+    with torch.inference_mode(), pytest.raises(IndexError, match=r"index 3 is out of bounds for dimension 0 with size 3"):
+        made([x, torch.tensor([0, 3]), torch.ones(2, 2)], [])
+    assert not x.any()
+
+
+class Interleaved(nn.Module):
+    """Views, one operator that no chain calls and that reads none of them, and one that does."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        a = x.transpose(0, 1).unsqueeze(0)
+        b = torch.cos(y)
+        c = a.transpose(1, 2).unsqueeze(0)
+        d = torch.sin(c)
+        return (d + b).transpose(0, 1).unsqueeze(0).transpose(1, 2).unsqueeze(0)
+
+
+def test_a_call_that_reads_no_result_does_not_divide_a_chain():
+    program = capture(Interleaved(), (normal(3, 4), normal(1, 1, 3, 4))).program
+    found = [("native", len(run.nodes)) if run.native else run.nodes[0].target for run in runs_of(program, lambda _: False)]
+    assert found == [aten.cos.default, ("native", 4), aten.sin.default, ("native", 5)]
+
+
+class Cache(nn.Module):
+    """State that is written in a chain, and read by an operator that no chain calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(4, 3))
+
+    def forward(self, rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        before = torch.cos(self.kept)
+        self.kept.index_copy_(0, at, rows.transpose(0, 1).unsqueeze(0).transpose(1, 2).select(0, 0))
+        return before + torch.cos(self.kept)
+
+
+def test_state_is_read_before_and_after_a_chain_writes_it():
+    case = (normal(2, 3), torch.tensor([3, 1]))
+    run = lissom.compile(Cache(), case)
+    model = Cache()
+    for _ in range(2):
+        torch.testing.assert_close(run(*case), model(*case), rtol=0, atol=0)
+
+
+def test_threads_run_one_chain_at_once():
+    case = tiny_bert()
+    compiled = lissom.compile(case.model, case.kwargs, passes="int8", goal=None)
+    assert chains_of(compiled.program)
+    wanted = compiled(**case.kwargs)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: compiled(**case.kwargs), range(40)):
+            assert torch.equal(found.last_hidden_state, wanted.last_hidden_state)
+
+
+def test_a_chain_is_freed_with_its_function():
+    weight = torch.ones(3)
+    graph = fx.Graph()
+    node = graph.get_attr("weight")
+    node.meta["val"] = weight
+    view = graph.call_function(aten.unsqueeze.default, (node, 0))
+    view.meta["val"] = weight[None]
+    chain = Chain(Run((view,), native=True, outputs=[view]), {"weight": weight}.__getitem__)
+    number = chain._chain.clone()
+    assert torch.equal(chain([], [])[0], weight[None])
+    with FakeTensorMode():  # a chain may be freed while PyTorch traces
+        del chain
+    with pytest.raises(RuntimeError, match="there is no chain of this number"):
+        torch.ops.lissom.run_chain(number, [], [])
+
+
+def test_a_weight_whose_memory_was_resized_is_not_read():
+    case = tiny_bert()
+    compiled = lissom.compile(case.model, case.kwargs, goal=None)
+    name = next(name for name in compiled.program.weights() if name.endswith("weight_packed"))
+    compiled.program.weight(name).untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="the memory of a weight was moved or resized after the model was compiled"):
+        compiled(**case.kwargs)
+
+
+VALID = {"operators": ["aten::unsqueeze"], "code": [0, 1, 1, 2, 1, 0, 4, 0, 0], "floats": [], "texts": [], "constants": []}
+
+
+def make(inputs=1, numbers=0, registers=2, outputs=(1,), **changed):
+    given = {**VALID, **changed}
+    return torch.ops.lissom.make_chain(*given.values(), inputs, numbers, registers, list(outputs))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"code": [0, 1, 1, 2, 1]}, "ends within an instruction"),
+        ({"code": [1, 1, 1, 2, 1, 0, 4, 0, 0]}, "holds 1 where there are 1"),
+        ({"code": [0, 0, 1, 2, 1, 0, 4, 0, 0]}, "an instruction writes to an input"),
+        ({"code": [0, 1, 2, 2, 1, 0, 4, 0, 0]}, "holds 2 where there are 2"),
+        ({"code": [0, 1, 1, 2, 1, 2, 4, 0, 0]}, "holds 2 where there are 2"),
+        ({"code": [0, 1, 1, 2, 1, -1, 4, 0, 0]}, "holds -1 where there are 2"),
+        ({"code": [0, 1, 1, 2, 1, 0, 6, 0, 0]}, "holds 0 where there are 0"),
+        ({"code": [0, 1, 1, 2, 4, 0, 4, 0, 0]}, "the arguments of aten::unsqueeze do not fit its parameters"),
+        ({"code": [0, 1, 1, 1, 1, 0, 0]}, "the arguments of aten::unsqueeze do not fit its parameters"),
+        ({"code": [0, 1, 1, 2, 1, 0, 9, 0, 0]}, "an argument of an unknown kind"),
+        ({"code": [0, 1, 1, 2, 1, 0, 8, 1, 8, 0, 0]}, "a list of integers holds a list"),
+        ({"code": [0, 1, 1, 2, 1, 0, 4, 0, 1, 2]}, "holds 2 where there are 2"),
+        ({"operators": ["aten::nonsense"]}, "an operator without a kernel"),
+        ({"outputs": (2,)}, "has no register 2"),
+        ({"registers": 0}, "a chain has 0 registers for 1 inputs"),
+        ({"registers": 2**40}, "registers for 1 inputs"),
+    ],
+)
+def test_a_malformed_chain_is_refused(changed, message):
+    with pytest.raises(RuntimeError, match=message):
+        make(**changed)
+
+
+def test_a_chain_checks_what_it_is_given():
+    chain = make()
+    assert torch.ops.lissom.run_chain(chain, [torch.ones(3)], [])[0].shape == (1, 3)
+    with pytest.raises(RuntimeError, match="a chain takes 1 tensors and 0 numbers, not 0 and 1"):
+        torch.ops.lissom.run_chain(chain, [], [1])
+    with pytest.raises(RuntimeError, match="a chain returns a register that holds no tensor"):
+        torch.ops.lissom.run_chain(make(code=[]), [torch.ones(3)], [])
+    twice = [0, 1, 1, 2, 1, 0, 4, 0, 1, 0, 0, 1, 1, 2, 1, 0, 4, 0, 0]
+    with pytest.raises(RuntimeError, match="an instruction reads a register that holds no tensor"):
+        torch.ops.lissom.run_chain(make(code=twice), [torch.ones(3)], [])
