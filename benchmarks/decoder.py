@@ -34,6 +34,7 @@ from spread import Quartiles, quartiles, spread
 from lissom.bench.worker import peak_bytes
 from lissom.frontends.huggingface import Checkpoint, find_directory, load
 from lissom.inspect.machine import measure_machine
+from lissom.ops import packed_embedding
 
 PROMPT, ANSWER, LENGTH = 128, 64, 1024
 """The lengths in tokens of the prompt, the answer, and the cache."""
@@ -200,9 +201,10 @@ class Lissom:
         self.decoder = lissom.compile_generation(
             checkpoint.model, max_length=LENGTH, passes=passes, backend=backend, data=data, goal=None
         )
-        self.bytes_read = self.decoder.program.parameter_bytes - sum(
-            self.decoder.program.weight(name).nbytes for name in self.decoder.program.state
-        )
+        program = self.decoder.program
+        names = {node: str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
+        rows = {name for node, name in names.items() if all(user.target in EMBEDDINGS for user in node.users)}
+        self.bytes_read = program.parameter_bytes - sum(program.weight(name).nbytes for name in {*program.state, *rows})
 
     def reset(self) -> None:
         self.decoder.reset()
@@ -215,6 +217,16 @@ def lissom_engine(passes: str, backend: str = "eager") -> Callable[[Checkpoint],
     """A Lissom engine with a pipeline on a backend."""
     return lambda checkpoint: Lissom(passes, backend, checkpoint)
 
+
+EMBEDDINGS = (torch.ops.aten.embedding.default, packed_embedding)
+"""They read single rows of a table."""
+HEAD = '{only="model.embed_tokens,lm_head"}'
+OWN_HEAD = (
+    "untie-lm-head,cast{{dtype=bf16}},quantize{{scheme={0},embeddings=false}},"
+    'quantize{{scheme=int8-weight,embeddings=true,only="model.embed_tokens,lm_head"}},'
+    'quantize{{scheme=int4-dynamic,lm_head=true,only="model.embed_tokens,lm_head"}},gptq{1}'
+)
+"""An embedding table in int8 and an LM head in int4, the layers in a scheme, and GPTQ for all or for the head alone."""
 
 ENGINES: dict[str, tuple[str, Callable[[Checkpoint], Engine]]] = {
     "eager-bf16": ("PyTorch eager bf16, static cache", eager),
@@ -232,6 +244,14 @@ ENGINES: dict[str, tuple[str, Callable[[Checkpoint], Engine]]] = {
     "lissom-int4-int8": (
         "Lissom int8 table and head, int4 layers, int8 activations",
         lissom_engine("quantize{scheme=int4-dynamic},gptq{tables=false}"),
+    ),
+    "lissom-int8-group": (
+        "Lissom int8 in groups, LM head of its own in int4",
+        lissom_engine(OWN_HEAD.format("int8-group", HEAD)),
+    ),
+    "lissom-int4-dynamic": (
+        "Lissom int4, int8 activations, LM head of its own",
+        lissom_engine(OWN_HEAD.format("int4-dynamic", "")),
     ),
     "lissom-onnxruntime": ("Lissom fp32 on ONNX Runtime", lissom_engine("exact", "onnxruntime")),
     "lissom-onnxruntime-int4": ("Lissom int4 on ONNX Runtime", lissom_engine(INT4, "onnxruntime")),

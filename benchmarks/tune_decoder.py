@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=40.0, help="of the search; %(default)s by default")
     parser.add_argument("--max-drop", type=float, default=0.02, help="increase of perplexity; %(default)s by default")
-    parser.add_argument("--tokens", type=int, default=8192, help="that calibrate and judge; %(default)s by default")
+    parser.add_argument("--tokens", type=int, default=16384, help="that calibrate and judge; %(default)s by default")
     parser.add_argument("--evaluated", type=int, default=8192, help="tokens of the table; %(default)s by default")
     parser.add_argument("--store", help="the folder of the search, to go on with")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
@@ -50,12 +50,19 @@ def main() -> None:
     print(tuned.report, flush=True)
     schemes = {item.name: item.gemma for item in TECHNIQUES if item.name in UNIFORM}
     chosen = {**schemes, "lissom.tune_generation": tuned.pipeline}
+    calibration = tuned.calibration
     del tuned
 
     def build(passes: str) -> GenerationModel:
         gc.collect()
         return lissom.compile_generation(
-            checkpoint.model, max_length=LENGTH, all_logits=True, passes=passes, data=data[1::2], checks="structural", goal=None
+            checkpoint.model,
+            max_length=LENGTH,
+            all_logits=True,
+            passes=passes,
+            data=calibration,
+            checks="structural",
+            goal=None,
         )
 
     exact = build("exact")

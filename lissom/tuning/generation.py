@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 DECODER_GOALS = ("decode", "prefill", "memory")
 PERPLEXITY = "perplexity"
 _LEAST_BATCHES = _LEAST_TOKENS = 2
+_MOST_CALIBRATING = 4096
+"""Tokens that calibrate passes where nothing is trained: more make GPTQ slower and hardly better, and judge more closely."""
 
 
 def tune_generation(
@@ -53,7 +56,8 @@ def tune_generation(
 
     max_length, batch: as for `compile_generation`.
     data: token ids [rows, tokens], or outputs of a tokenizer: every second group of `batch` rows calibrates passes and trains
-        finalists; the others are judged.
+        finalists, with distill=False those with the first 4,096 tokens; the others are judged. The bound holds for texts that
+        were judged: on others the drop is larger by about its noise, so a tight bound needs more texts.
     metric: `perplexity` bounds its relative increase on the judged texts: with max_drop=0.02 it may grow by 2 %. A function is
         scored as in `compile_generation`; None bounds the relative error of the logits of all tokens.
     goal: what is to become small: `decode`, the time of a token after half of max_length; `prefill`, the time of reading the
@@ -85,7 +89,7 @@ def tune_generation(
         raise InputError(
             f"data= holds {len(texts)} batch of {batch} rows; give two or more: one to calibrate passes on, and one to judge"
         )
-    judged, calibrating = texts[::2], texts[1::2]
+    judged, calibrating = divided(texts, most=math.inf if distill else _MOST_CALIBRATING)
     request = check_request(
         data=calibrating,
         metric=_metric(metric, judged, batch, max_length),
@@ -101,17 +105,30 @@ def tune_generation(
         taken = capture_decoder(model, max_length=max_length, batch=batch, all_logits=True, device=None)
         program, *_ = optimize_model(taken.program, example, Settings(passes=EXACT, progress=silent))
         found = search(program, example, request, store, clock)
+    calibration = tuple(token_ids(calibrating))
     decoder = compile_generation(
         model,
         max_length=max_length,
         batch=batch,
         passes=found.pipeline,
         backend=request.backends[found.backend],
-        data=token_ids(calibrating),
+        data=calibration,
         goal=None,
         progress=silent,
     )
-    return Tuned(decoder, found.pipeline, found.backend, found.frontier, found.report)
+    return Tuned(decoder, found.pipeline, found.backend, found.frontier, found.report, calibration)
+
+
+def divided(texts: Sequence[Inputs], most: float) -> tuple[list[Inputs], list[Inputs]]:
+    """The texts that are judged, and those that calibrate: every second one, until those have `most` tokens."""
+    judged, calibrating, tokens = list[Inputs](), list[Inputs](), 0
+    for place, text in enumerate(texts):
+        if place % 2 and tokens < most:
+            calibrating.append(text)
+            tokens += _ids_and_mask(text)[0].numel()
+        else:
+            judged.append(text)
+    return judged, calibrating
 
 
 def _metric(

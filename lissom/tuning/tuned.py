@@ -64,11 +64,12 @@ class Tuned(Generic[Best]):
     """The result of a search.
 
     best: the chosen program, compiled: a `CompiledModel`, or a `GenerationModel` from `tune_generation`.
-    pipeline: its passes as text: `lissom.compile` with this text, the same example inputs, the same data, `goal=None` and this
-        backend gives the same program again; `lissom.compile_generation` with the same max_length and batch, and every second
-        group of rows. backend: its name.
+    pipeline: its passes as text: `lissom.compile`, or `lissom.compile_generation` with the same max_length and batch, with this
+        text, the same example inputs, `data=` the batches of `calibration`, `goal=None` and this backend gives the same
+        program again. backend: its name.
     frontier: the candidates that no other matches in both cost and drop, the cheapest first.
     report: prints as a table of all candidates; `plot` draws them.
+    calibration: the batches that passes calibrated on.
 
     >>> import torch, lissom
     >>> model, batches = torch.nn.Linear(16, 16).eval(), [torch.randn(2, 16) for _ in range(2)]
@@ -82,6 +83,7 @@ class Tuned(Generic[Best]):
     backend: str
     frontier: tuple[Candidate, ...]
     report: TuneReport
+    calibration: tuple[Inputs, ...]
 
     def __repr__(self) -> str:
         return f"Tuned(pipeline={self.pipeline!r:.200}, backend='{self.backend}', {len(self.frontier)} on the frontier)"
@@ -303,7 +305,7 @@ def _result(trials: Trials, groups: Sequence[Group], request: Request, notes: li
     report = TuneReport(name, trials.aim, tuple(trials.candidates), chosen, scored, groups=tuple(groups))
     why = [report.why_exact()] if chosen is trials.exact else []
     report = replace(report, notes=(*notes, *why, *_remarks(trials, request)))
-    return Tuned(compiled, chosen.pipeline, chosen.backend, tuple(report.frontier), report)
+    return Tuned(compiled, chosen.pipeline, chosen.backend, tuple(report.frontier), report, tuple(request.data))
 
 
 def _too_little(in_sample: Mapping[str, tuple[float, float]]) -> Iterator[str]:

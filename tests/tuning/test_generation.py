@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import lissom
 from lissom.errors import InputError, UnsupportedError
-from lissom.tuning.generation import perplexity_of_prompts, token_ids
+from lissom.tuning.generation import divided, perplexity_of_prompts
 from tests.decoders import decoder, prompt
 from tests.models import tiny_llama, tokens
 
@@ -34,8 +36,7 @@ def test_the_text_gives_the_decoder_again_within_the_bound():
     options = {"max_length": 16, "all_logits": True, "goal": None}
     judged = [text["input_ids"] for text in lissom.generation.named_prompts(data, 1, 16)[::2]]
     before = perplexity(lissom.compile_generation(model, **options), judged)
-    fitted = token_ids(lissom.generation.named_prompts(data, 1, 16)[1::2])
-    again = lissom.compile_generation(model, passes=tuned.pipeline, data=fitted, **options)
+    again = lissom.compile_generation(model, passes=tuned.pipeline, data=tuned.calibration, **options)
     change = torch.tensor(perplexity(again, judged) / before).log()
     assert float(change) == pytest.approx(tuned.report.chosen.drop, abs=1e-4)
     assert float(change) <= 0.05
@@ -54,6 +55,14 @@ def test_perplexity_takes_texts_with_labels():
         for given in (plain, [{**text, "labels": text["input_ids"]} for text in plain])
     ]
     assert scores[0] == scores[1] < 0
+
+
+@pytest.mark.parametrize(("most", "calibrating"), [(math.inf, [1, 3, 5]), (20, [1, 3]), (1, [1])])
+def test_every_second_text_calibrates_until_there_are_enough_tokens(most, calibrating):
+    given = lissom.generation.named_prompts([tokens(1, 10, seed) for seed in range(7)], 1, 16)
+    places = {id(text): place for place, text in enumerate(given)}
+    found = [[places[id(text)] for text in part] for part in divided(given, most)]
+    assert found == [[place for place in range(7) if place not in calibrating], calibrating]
 
 
 @pytest.mark.slow

@@ -272,7 +272,10 @@ def _arguments(node: fx.Node) -> list[Any] | None:
 
 def _is_argument(item: object) -> bool:
     if isinstance(item, fx.Node):
-        return _is_tensor(item) or isinstance(item.meta.get("val"), (int, torch.SymInt))
+        value = item.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            return not value.is_complex()  # which may be conjugated by a flag
+        return _is_tensor(item) or isinstance(value, (int, torch.SymInt))
     if isinstance(item, (list, tuple)):
         return all(isinstance(part, int) or (isinstance(part, fx.Node) and not _is_tensor(part)) for part in item)
     return item is None or isinstance(item, (bool, int, float, str))

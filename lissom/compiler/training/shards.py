@@ -61,7 +61,7 @@ class Shards:
         self._shapes = {name: item.shape for name, item in learned.items()}
         # By the address of a whole weight, which another tensor takes once the weight is freed.
         self._live: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor, torch.Size]] = {}
-        made = {item: nn.Parameter(self.cut(item.detach())) for item in learned.values()}
+        made = {item: nn.Parameter(self.partition(item.detach())) for item in learned.values()}
         self.parameters = {name: made[item] for name, item in learned.items()}
         for name, shard in self.parameters.items():
             program.set_weight(name, shard)
@@ -74,7 +74,7 @@ class Shards:
         path, _, leaf = name.rpartition(".")
         return self._program.graph_module.get_submodule(path), leaf
 
-    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+    def partition(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's shard of a whole tensor, in memory of its own."""
         size = -(-whole.numel() // self._ranks.world_size)
         found = whole.new_zeros(size)

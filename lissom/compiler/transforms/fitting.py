@@ -123,7 +123,7 @@ class Fitting(Training):
             trained, zeros, shards = learned, _zeros(learned), None
             if self.shard:
                 shards = held.enter_context(closing(Shards(program, learned, ranks)))
-                trained, zeros = shards.parameters, {name: shards.cut(places) for name, places in zeros.items()}
+                trained, zeros = shards.parameters, {name: shards.partition(places) for name, places in zeros.items()}
             done = Run(
                 trained,
                 zeros,

@@ -428,7 +428,8 @@ STABLE_TORCH_LIBRARY_IMPL(lissom, CPU, library) {
   add_kernel<unsqueeze>("aten::unsqueeze"), add_kernel<expand>("aten::expand");
   add_kernel<lissom::select>("aten::select.int"), add_kernel<slice>("aten::slice.Tensor");
   add_kernel<split>("aten::split_with_sizes"), add_kernel<lissom::add>("aten::add.Tensor");
-  add_kernel<index_copy_>("aten::index_copy_");
+  add_kernel<index_copy_>("aten::index_copy_"), add_kernel<embedding>("aten::embedding");
+  add_kernel<lissom::layer_norm>("aten::layer_norm");
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lissom, library) {

@@ -176,8 +176,10 @@ class Tensor {
   int64_t stride(int64_t dim) const { return strides_[place_of(dim)]; }
   int64_t numel() const {
     int64_t found = 1;
-    for (int64_t n = 0; n < dim(); ++n) found *= sizes_[n];
-    return found;
+    bool large = false, none = false;
+    for (int64_t n = 0; n < dim(); ++n) none |= sizes_[n] == 0, large |= __builtin_mul_overflow(found, sizes_[n], &found);
+    TORCH_CHECK(!large || none, "a tensor of the sizes ", sizes(), " is too large");
+    return none ? 0 : found;
   }
   bool is_contiguous() const {
     int64_t step = 1;

@@ -135,6 +135,33 @@ Tensor add(const Tensor& one, const Tensor& two, int64_t) {
   return y;
 }
 
+// Rows of a table; its last three parameters matter to gradients alone.
+Tensor embedding(const Tensor& table, const Tensor& given, int64_t, bool, bool) {
+  check_readable(table, "a table"), check_readable(given, "indices");
+  TORCH_CHECK(table.dim() == 2, "a table has ", table.dim(), " dimensions, and must have two");
+  TORCH_CHECK(given.scalar_type() == at::kLong || given.scalar_type() == at::kInt, "indices are of ", given.scalar_type(),
+              ", and must be int64 or int32");
+  Tensor indices = given.to(at::kLong).contiguous();
+  auto sizes = indices.sizes().vec();
+  sizes.push_back(table.size(1));
+  Tensor rows = table.stride(1) == 1 ? table : table.contiguous(), found = allocate(sizes, table.options());
+  const int64_t* index = indices.const_data_ptr<int64_t>();
+  int64_t count = indices.numel(), step = rows.stride(0) * rows.element_size(), bytes = rows.size(1) * rows.element_size();
+  for (int64_t i = 0; i < count; ++i) TORCH_CHECK_INDEX(index[i] >= 0 && index[i] < rows.size(0), "index out of range in self");
+  const char* from = static_cast<const char*>(rows.const_data_ptr());
+  char* to = static_cast<char*>(found.mutable_data_ptr());
+  at::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(rows.size(1), 1)), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) std::memcpy(to + i * bytes, from + index[i] * step, bytes);
+  });
+  return found;
+}
+
+// PyTorch's own, through the dispatcher.
+Tensor layer_norm(const Tensor& x, at::IntArrayRef sizes, Optional weight, Optional bias, double eps, bool cudnn) {
+  auto stable = [](Optional given) { return given ? std::optional(given->stable()) : std::nullopt; };
+  return Tensor::call<1>("aten::layer_norm", "", x, sizes.vec(), stable(weight), stable(bias), eps, cudnn)[0];
+}
+
 // Copies the slices of `source` along a dimension to the places of x that `index` names; nothing where one is out of range.
 Tensor index_copy_(const Tensor& x, int64_t given, const Tensor& index, const Tensor& source) {
   check_readable(x, "x"), check_readable(source, "source"), check_readable(index, "index"), check_dtype(index, at::kLong, "index");

@@ -31,22 +31,28 @@ def from_python(program):
     return build_function(program, calls=lambda node: METHODS.get(node.target, node.target))
 
 
-def call(target, *args):
-    """The result of an operator that a chain calls."""
+def chain_of(target, *args):
+    """A chain of one operator, and the tensors it takes."""
     graph, tensors = fx.Graph(), [item for item in args if isinstance(item, torch.Tensor)]
-    nodes = []
-    for tensor in tensors:
-        nodes.append(graph.placeholder(f"x{len(nodes)}"))
-        nodes[-1].meta["val"] = tensor
+    nodes = [graph.placeholder(f"x{place}") for place in range(len(tensors))]
+    for node, tensor in zip(nodes, tensors, strict=True):
+        node.meta["val"] = tensor
     rest = iter(nodes)
     node = graph.call_function(target, tuple(next(rest) if isinstance(item, torch.Tensor) else item for item in args))
     with torch.inference_mode():
         node.meta["val"] = target(*(item.clone() if isinstance(item, torch.Tensor) else item for item in args))
-        outputs = [node]
-        if isinstance(node.meta["val"], list):
-            outputs = [graph.call_function(operator.getitem, (node, place)) for place in range(len(node.meta["val"]))]
-        run = Run(tuple(dict.fromkeys([node, *outputs])), native=True, outputs=outputs)
-        return Chain(run, {}.__getitem__)(tensors, [])
+    outputs = [node]
+    if isinstance(node.meta["val"], list):
+        outputs = [graph.call_function(operator.getitem, (node, place)) for place in range(len(node.meta["val"]))]
+    run = Run(tuple(dict.fromkeys([node, *outputs])), native=True, outputs=outputs)
+    return Chain(run, {}.__getitem__), tensors
+
+
+def call(target, *args):
+    """The results of an operator that a chain calls."""
+    chain, tensors = chain_of(target, *args)
+    with torch.inference_mode():
+        return chain(tensors, [])
 
 
 @pytest.mark.parametrize("passes", ["exact", "cast,sink-casts,fold-casts", "int8"])
@@ -81,6 +87,11 @@ def test_a_chain_gives_the_bits_that_python_gives(make, passes):
         (aten.slice.Tensor, (normal(5, 4), 1, 3, 1)),
         (aten.slice.Tensor, (torch.ones(5, 4, dtype=torch.bool), 0, None, None, 3)),
         (aten.split_with_sizes.default, (normal(2, 7, 3), [1, 0, 6], -2)),
+        (aten.embedding.default, (normal(7, 5), torch.tensor([[6, 0, 6]]), 0)),
+        (aten.embedding.default, (normal(5, 70).bfloat16().t(), torch.arange(70, dtype=torch.int32))),
+        (aten.embedding.default, (torch.arange(12).reshape(4, 3), torch.tensor(2))),
+        (aten.layer_norm.default, (normal(3, 8), [8], normal(8), normal(8, seed=1), 1e-5, False)),
+        (aten.layer_norm.default, (normal(3, 2, 4).bfloat16(), [2, 4])),
         (aten.add.Tensor, (normal(3, 5), normal(3, 5))),
         (aten.add.Tensor, (normal(70, 300).t(), normal(300, 70))),
         (aten.add.Tensor, (normal(3, 1, 5), normal(5))),
@@ -111,6 +122,22 @@ def test_every_reshape_is_a_view_exactly_where_pytorch_has_one():
         assert (found.data_ptr() == x.data_ptr()) == (wanted.data_ptr() == x.data_ptr())
 
 
+@pytest.mark.parametrize("index", [-1, 7, 2**62])
+def test_an_index_beyond_a_table_is_refused(index):
+    table = normal(7, 5)
+    chain, _ = chain_of(aten.embedding.default, table, torch.tensor([0]))
+    with pytest.raises(IndexError, match="index out of range in self"):
+        chain([table, torch.tensor([0, index])], [])
+
+
+def test_more_elements_than_there_are_numbers_are_refused():
+    expand = [0, 1, 1, 3, 1, 0, 8, 5, *[4, 8192] * 5, 5, 0, 0]
+    reshape = [1, 2, 1, 2, 1, 1, 8, 1, 4, 0, 0]
+    wide = make(operators=["aten::expand", "aten::reshape"], code=expand + reshape, registers=3, outputs=(2,))
+    with pytest.raises(RuntimeError, match=r"a tensor of the sizes \[8192, 8192, 8192, 8192, 8192\] is too large"):
+        torch.ops.lissom.run_chain(wide, [torch.ones(1)], [])
+
+
 @pytest.mark.parametrize("dim", [0, 1, 2, -1])
 def test_slices_are_copied_where_pytorch_copies_them(dim):
     x, index = normal(4, 5, 6), torch.tensor([3, 0])
@@ -122,16 +149,10 @@ def test_slices_are_copied_where_pytorch_copies_them(dim):
 
 
 def test_an_index_out_of_range_copies_nothing():
-    x, index = torch.zeros(3, 2), torch.tensor([0, 1])
-    graph = fx.Graph()
-    nodes = [graph.placeholder(name) for name in ("x", "index", "source")]
-    for node, value in zip(nodes, (x, index, torch.ones(2, 2)), strict=True):
-        node.meta["val"] = value
-    copy = graph.call_function(aten.index_copy_.default, (nodes[0], 0, nodes[1], nodes[2]))
-    copy.meta["val"] = x
-    made = Chain(Run((copy,), native=True, outputs=[copy]), {}.__getitem__)
-    with torch.inference_mode(), pytest.raises(IndexError, match=r"index 3 is out of bounds for dimension 0 with size 3"):
-        made([x, torch.tensor([0, 3]), torch.ones(2, 2)], [])
+    x, source = torch.zeros(3, 2), torch.ones(2, 2)
+    chain, _ = chain_of(aten.index_copy_.default, x, 0, torch.tensor([0, 1]), source)
+    with torch.inference_mode(), pytest.raises(IndexError, match="index 3 is out of bounds for dimension 0 with size 3"):
+        chain([x, torch.tensor([0, 3]), source], [])
     assert not x.any()
 
 
@@ -183,16 +204,10 @@ def test_threads_run_one_chain_at_once():
             assert torch.equal(found.last_hidden_state, wanted.last_hidden_state)
 
 
-def test_a_chain_is_freed_with_its_function():
-    weight = torch.ones(3)
-    graph = fx.Graph()
-    node = graph.get_attr("weight")
-    node.meta["val"] = weight
-    view = graph.call_function(aten.unsqueeze.default, (node, 0))
-    view.meta["val"] = weight[None]
-    chain = Chain(Run((view,), native=True, outputs=[view]), {"weight": weight}.__getitem__)
+def test_a_chain_is_freed_with_its_object():
+    chain, tensors = chain_of(aten.unsqueeze.default, torch.ones(3), 0)
     number = chain._chain.clone()
-    assert torch.equal(chain([], [])[0], weight[None])
+    assert chain(tensors, [])[0].shape == (1, 3)
     with FakeTensorMode():  # a chain may be freed while PyTorch traces
         del chain
     with pytest.raises(RuntimeError, match="there is no chain of this number"):
