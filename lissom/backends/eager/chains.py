@@ -67,15 +67,16 @@ def runs_of(program: Program, is_replaced: Callable[[fx.Node], bool]) -> list[Ru
     """
     operators = _operators() if _on_cpu(program) else frozenset[str]()
     state = _reached(program, program.state)
-    found, opened, inside, taken = list[Run](), list[fx.Node](), set[fx.Node](), set[fx.Node]()
+    found, opened, writing = list[Run](), list[fx.Node](), list[fx.Node]()
+    inside, taken = set[fx.Node](), set[fx.Node]()
 
     def close() -> None:
         if sum(node.target is not getitem for node in opened) >= FEWEST:
             found.append(Run(tuple(opened), native=True))
         else:
             found.extend(Run((node,), native=False) for node in opened)
-        opened.clear()
-        inside.clear()
+        for held in (opened, inside, writing):
+            held.clear()
 
     for node in program.nodes():
         if node in taken:
@@ -85,8 +86,9 @@ def runs_of(program: Program, is_replaced: Callable[[fx.Node], bool]) -> list[Ru
             opened.extend(calls)
             inside.update(calls)
             taken.update(calls)
+            writing.extend(filter(_writes, calls))
             continue
-        written = _writes(node) or (node in state and any(map(_writes, opened)))
+        written = _writes(node) or (node in state and bool(writing))
         if opened and (written or not inside.isdisjoint(node.all_input_nodes)):
             close()
         found.append(Run((node,), native=False))
