@@ -25,8 +25,6 @@ aten = torch.ops.aten
 FEWEST = 4
 """Fewer calls are made from Python: a chain takes a few microseconds itself."""
 
-Literal = bool | int | float | str | None
-
 
 @dataclass(frozen=True)
 class Run:
