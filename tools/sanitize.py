@@ -1,8 +1,8 @@
 """Runs the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: `python -m tools.sanitize`.
 
 It needs g++ with its sanitizers. The kernels are built with both and cached separately. Then the calls of
-`tests/ops/generated_calls.py` and the tests of `tests/ops` run with the sanitizers preloaded, and stop at the first finding.
-`--isa` takes another instruction set than the best one here, such as `avx2`.
+`tests/ops/generated_calls.py`, the tests of `tests/ops` and those of chains run with the sanitizers preloaded, and stop at the
+first finding. `--isa` takes another instruction set than the best one here, such as `avx2`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+TESTS = ("tests/ops", "tests/backends/eager/test_chains.py")
 SANITIZERS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
 
@@ -48,7 +49,7 @@ def main() -> int:
     given = parser.parse_args()
     where = environment(given.isa, not given.plain)
     calls = ["tests.ops.generated_calls", "--calls", str(given.calls), "--seed", str(given.seed)]
-    for arguments in (calls, [*calls, "--amx"], ["pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "tests/ops"]):
+    for arguments in (calls, [*calls, "--amx"], ["pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *TESTS]):
         done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=where, check=False)
         if done.returncode:
             return done.returncode if done.returncode > 0 else 1

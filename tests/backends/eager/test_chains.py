@@ -267,3 +267,24 @@ def test_a_chain_checks_what_it_is_given():
     twice = [0, 1, 1, 2, 1, 0, 4, 0, 1, 0, 0, 1, 1, 2, 1, 0, 4, 0, 0]
     with pytest.raises(RuntimeError, match="an instruction reads a register that holds no tensor"):
         torch.ops.lissom.run_chain(make(code=twice), [torch.ones(3)], [])
+
+
+def test_numbers_by_chance_are_refused_or_run():
+    """Views, a sum and a copy of slices with some numbers of the chain replaced: a sentence, and no access out of bounds."""
+    operators = ["aten::transpose.int", "aten::reshape", "aten::add.Tensor", "aten::slice.Tensor", "aten::index_copy_"]
+    views = [0, 2, 1, 3, 1, 0, 4, 0, 4, 1, 0, 1, 3, 1, 2, 1, 2, 8, 2, 4, 3, 4, -1, 1, 2]
+    sums = [2, 4, 1, 3, 1, 3, 2, 0, 4, 1, 1, 3, 3, 5, 1, 5, 1, 4, 4, 0, 4, 0, 4, 2, 4, 1, 0]
+    copies = [4, 6, 1, 4, 1, 4, 4, 0, 1, 1, 1, 5, 0]
+    code = views + sums + copies
+    given = {"operators": operators, "constants": [torch.ones(4)], "inputs": 2, "registers": 7, "outputs": (6,)}
+    generator, ran = torch.Generator().manual_seed(5), 0
+    for turn in range(400):
+        changed = list(code)
+        for place in torch.randint(len(code), (turn % 4,), generator=generator).tolist():
+            changed[place] = int(torch.randint(-9, 10, (1,), generator=generator)) * (2**40 if turn % 3 == 0 else 1)
+        try:
+            torch.ops.lissom.run_chain(make(code=changed, **given), [normal(4, 3), torch.tensor([2, 0])], [])
+            ran += 1
+        except (RuntimeError, IndexError) as error:
+            assert str(error)
+    assert ran >= 100
