@@ -341,7 +341,7 @@ inline Tensor empty_like(const Tensor& tensor) { return empty(tensor.sizes(), te
 
 inline Tensor zeros(IntArrayRef sizes, TensorOptions options) {
   Tensor found = empty(sizes, options);
-  std::memset(found.mutable_data_ptr(), 0, found.numel() * found.element_size());
+  if (found.numel() > 0) std::memset(found.mutable_data_ptr(), 0, found.numel() * found.element_size());
   return found;
 }
 

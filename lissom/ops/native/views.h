@@ -148,6 +148,7 @@ Tensor embedding(const Tensor& table, const Tensor& given, int64_t, bool, bool) 
   const int64_t* index = indices.const_data_ptr<int64_t>();
   int64_t count = indices.numel(), step = rows.stride(0) * rows.element_size(), bytes = rows.size(1) * rows.element_size();
   for (int64_t i = 0; i < count; ++i) TORCH_CHECK_INDEX(index[i] >= 0 && index[i] < rows.size(0), "index out of range in self");
+  if (found.numel() == 0) return found;
   const char* from = static_cast<const char*>(rows.const_data_ptr());
   char* to = static_cast<char*>(found.mutable_data_ptr());
   at::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(rows.size(1), 1)), [&](int64_t first, int64_t last) {
