@@ -11,27 +11,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 
 import torch
+from quality import conditions
+from quantization import own_head
 from readme import processor_kind, put_table
+from spread import spread
 
 import lissom
 from lissom.backends.eager.backend import build_function
 from lissom.backends.eager.methods import METHODS
 from lissom.compiler.ir.program import Program
 from lissom.frontends.huggingface import load
-from lissom.inspect.machine import device_name
 from lissom.inspect.timing import time_calls
 
 BF16 = "cast,sink-casts,fold-casts"
-HEAD = 'only="model.embed_tokens,lm_head"'
 ENCODERS = {"float32": "exact", "bfloat16": BF16, "int8": "int8"}
 DECODERS = {
     "bfloat16": BF16,
     "int8": f"{BF16},quantize{{embeddings=true}}",
-    "int4": f"untie-lm-head,{BF16},quantize{{scheme=int4-dynamic,embeddings=false}},"
-    f"quantize{{scheme=int8-weight,embeddings=true,{HEAD}}},quantize{{scheme=int4-dynamic,lm_head=true,{HEAD}}}",
+    "int4": own_head(BF16, "int4-dynamic"),
 }
 LENGTH, PLACE = 1024, 128
 """Of the KV cache, and of the token."""
@@ -74,9 +73,7 @@ def row(name: str, program: Program, inputs: Sequence[torch.Tensor], seconds: fl
     if not all(map(torch.equal, *outputs)):
         raise SystemExit(f"{name}: the outputs with and without chains differ")
     times = time_calls({key: (lambda function=function: function(inputs)) for key, function in functions.items()}, seconds)
-    cells = [
-        f"{found.median_ms:.3f} ({found.low_ms:.3f} to {found.high_ms:.3f})" for found in (times["python"], times["chains"])
-    ]
+    cells = [spread((time.median_ms, time.low_ms, time.high_ms), 3) for time in (times["python"], times["chains"])]
     saved = 1 - times["chains"].median_ms / times["python"].median_ms
     return f"| {name} | {len(program.nodes())} | {' | '.join(cells)} | {saved:.0%} |"
 
@@ -92,9 +89,7 @@ def main() -> None:
         for name, program, inputs in programs():
             lines.append(row(name, program, inputs, options.seconds))
             print(lines[-1], flush=True)
-    threads = torch.get_num_threads()
-    lines += ["", f"Medians (middle half). {device_name(torch.device('cpu'))}, {threads} threads; torch {torch.__version__}, "
-              f"transformers {version('transformers')}, lissom {version('lissom')}."]  # fmt: skip
+    lines += ["", f"Medians (middle half). {conditions()}."]
     text = "\n".join(lines) + "\n"
     print(text)
     if options.update:

@@ -27,7 +27,7 @@ import torch
 import transformers
 from apart import run_apart
 from quality import conditions, windows
-from quantization import INT4, MIXED
+from quantization import INT4, MIXED, OF_HEAD, own_head
 from readme import processor_kind, put_table
 from spread import Quartiles, quartiles, spread
 
@@ -220,13 +220,7 @@ def lissom_engine(passes: str, backend: str = "eager") -> Callable[[Checkpoint],
 
 EMBEDDINGS = (torch.ops.aten.embedding.default, packed_embedding)
 """They read single rows of a table."""
-HEAD = '{only="model.embed_tokens,lm_head"}'
-OWN_HEAD = (
-    "untie-lm-head,cast{{dtype=bf16}},quantize{{scheme={0},embeddings=false}},"
-    'quantize{{scheme=int8-weight,embeddings=true,only="model.embed_tokens,lm_head"}},'
-    'quantize{{scheme=int4-dynamic,lm_head=true,only="model.embed_tokens,lm_head"}},gptq{1}'
-)
-"""An embedding table in int8 and an LM head in int4, the layers in a scheme, and GPTQ for all or for the head alone."""
+CAST = "cast{dtype=bf16}"
 
 ENGINES: dict[str, tuple[str, Callable[[Checkpoint], Engine]]] = {
     "eager-bf16": ("PyTorch eager bf16, static cache", eager),
@@ -236,7 +230,7 @@ ENGINES: dict[str, tuple[str, Callable[[Checkpoint], Engine]]] = {
     "onnxruntime-fp32": ("ONNX Runtime (genai) fp32", lambda item: Genai("fp32", item)),
     "onnxruntime-int4": ("ONNX Runtime (genai) int4", lambda item: Genai("int4", item)),
     "lissom-fp32": ("Lissom fp32", lissom_engine("exact")),
-    "lissom-bf16": ("Lissom bf16", lissom_engine("cast{dtype=bf16}")),
+    "lissom-bf16": ("Lissom bf16", lissom_engine(CAST)),
     "lissom-int8-int4": ("Lissom int8 table and head, int4 layers", lissom_engine(MIXED)),
     "lissom-stored": ("Lissom, the file's own weights", lissom_engine("use-stored-weights")),
     "lissom-int8": ("Lissom int8, activations too", lissom_engine("cast,quantize{embeddings=true}")),
@@ -247,11 +241,11 @@ ENGINES: dict[str, tuple[str, Callable[[Checkpoint], Engine]]] = {
     ),
     "lissom-int8-group": (
         "Lissom int8 in groups, LM head of its own in int4",
-        lissom_engine(OWN_HEAD.format("int8-group", HEAD)),
+        lissom_engine(f"{own_head(CAST, 'int8-group')},gptq{{{OF_HEAD}}}"),
     ),
     "lissom-int4-dynamic": (
         "Lissom int4, int8 activations, LM head of its own",
-        lissom_engine(OWN_HEAD.format("int4-dynamic", "")),
+        lissom_engine(f"{own_head(CAST, 'int4-dynamic')},gptq"),
     ),
     "lissom-onnxruntime": ("Lissom fp32 on ONNX Runtime", lissom_engine("exact", "onnxruntime")),
     "lissom-onnxruntime-int4": ("Lissom int4 on ONNX Runtime", lissom_engine(INT4, "onnxruntime")),

@@ -41,6 +41,17 @@ _AWQ = "awq{symmetric=false}"
 _GPTQ = "gptq{tables=false}"
 MIXED, INT4 = f"{_TABLES},{_ZERO_POINTS},{_GPTQ}", f"{_ALL},gptq"
 """The pipelines that decoder.py times too: int8 embedding tables with int4 layers, and int4 throughout."""
+OF_HEAD = 'only="model.embed_tokens,lm_head"'
+"""The layers that `own_head` gives formats of their own, as an option of passes."""
+
+
+def own_head(cast: str, scheme: str) -> str:
+    """Passes for an embedding table in int8, an LM head in int4, and the layers in a scheme, after the passes of `cast`."""
+    layers = f"quantize{{scheme={scheme},embeddings=false}}"
+    table, head = f"scheme=int8-weight,embeddings=true,{OF_HEAD}", f"scheme=int4-dynamic,lm_head=true,{OF_HEAD}"
+    return f"untie-lm-head,{cast},{layers},quantize{{{table}}},quantize{{{head}}}"
+
+
 GEMMA = (
     MIXED,
     INT4,
