@@ -155,17 +155,17 @@ def emit(
     header = f"def run({', '.join(scope[node] for node in program.placeholders)}):"
     lines: list[str] = []
     for run in runs_of(program, lambda node: calls(node) is not None):
-        first = len(scope)
-        scope |= {node: f"v{first + place}" for place, node in enumerate(run.outputs)}
+        scope |= {node: f"v{place}" for place, node in enumerate(run.outputs, len(scope))}
         if run.native:
+            made = f"[{', '.join(scope[node] for node in run.outputs)}]"
             chain = f"k{len(names)}"
             names[chain] = Chain(run, weight)
             read = [[scope[node] for node in nodes] for nodes in (run.tensors, run.numbers)]
             call = f"{chain}([{', '.join(read[0])}], [{', '.join(read[1])}])"
         else:
-            call = _call(run.nodes[0], scope, names, calls)
-        made = "".join(f"{scope[node]}, " for node in run.outputs) if run.native else scope[run.nodes[0]]
-        lines.append(f"    {made.rstrip() or '[]'} = {call}")
+            [node] = run.nodes
+            made, call = scope[node], _call(node, scope, names, calls)
+        lines.append(f"    {made} = {call}")
         freed = [scope[node] for node in run.freed]
         if freed:
             lines.append(f"    del {', '.join(freed)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain
 from operator import getitem
 from typing import Any
@@ -40,7 +40,7 @@ class Run:
     outputs: Sequence[fx.Node] = ()
     freed: Sequence[fx.Node] = ()
 
-    @property
+    @cached_property
     def read(self) -> list[fx.Node]:
         """The values that are read and made before, without weights."""
         inside = set(self.nodes)

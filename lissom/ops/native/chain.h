@@ -9,7 +9,6 @@
 #include "checks.h"
 #include "memory.h"
 
-#include <atomic>
 #include <map>
 #include <mutex>
 #include <unordered_map>
@@ -53,22 +52,15 @@ struct Parameter<Tensor> {
   static const Tensor& of(const Argument& from, const Registers& held) { return held.tensor(from); }
 };
 template <>
-struct Parameter<std::optional<Tensor>> {
-  static bool fits(const Argument& from) { return from.is_tensor() || from.kind == Kind::kNone; }
-  static std::optional<Tensor> of(const Argument& from, const Registers& held) {
-    return from.kind == Kind::kNone ? std::nullopt : std::optional(held.tensor(from));
-  }
-};
-template <>
 struct Parameter<int64_t> {
   static bool fits(const Argument& from) { return from.is_int(); }
   static int64_t of(const Argument& from, const Registers& held) { return held.number(from); }
 };
-template <>
-struct Parameter<std::optional<int64_t>> {
-  static bool fits(const Argument& from) { return from.is_int() || from.kind == Kind::kNone; }
-  static std::optional<int64_t> of(const Argument& from, const Registers& held) {
-    return from.kind == Kind::kNone ? std::nullopt : std::optional(held.number(from));
+template <typename T>
+struct Parameter<std::optional<T>> {
+  static bool fits(const Argument& from) { return from.kind == Kind::kNone || Parameter<T>::fits(from); }
+  static std::optional<T> of(const Argument& from, const Registers& held) {
+    return from.kind == Kind::kNone ? std::nullopt : std::optional<T>(Parameter<T>::of(from, held));
   }
 };
 template <>

@@ -30,6 +30,14 @@ inline void check_readable(Optional tensor, const char* name) {
   if (tensor) check_readable(*tensor, name);
 }
 
+// Indices as contiguous int64.
+inline Tensor checked_indices(const Tensor& given) {
+  check_readable(given, "indices");
+  TORCH_CHECK(given.scalar_type() == at::kLong || given.scalar_type() == at::kInt, "indices are of ", given.scalar_type(),
+              ", and must be int64 or int32");
+  return given.to(at::kLong).contiguous();
+}
+
 inline void check_dtype(const Tensor& tensor, at::ScalarType dtype, const char* name) {
   TORCH_CHECK(tensor.scalar_type() == dtype, name, " is of ", tensor.scalar_type(), ", and must be of ", dtype);
 }

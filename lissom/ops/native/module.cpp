@@ -335,9 +335,8 @@ Tensor fused_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool 
 
 // Rows of a packed weight, gathered from elements `stride` bytes apart.
 Tensor packed_embedding(const Tensor& weight, const Tensor& indices, int64_t features, int64_t bits) {
-  check_readable(weight, "a packed weight"), check_readable(indices, "indices");
-  TORCH_CHECK(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt, "indices are of ",
-              indices.scalar_type(), ", and must be int64 or int32");
+  check_readable(weight, "a packed weight");
+  Tensor rows = checked_indices(indices);
   bool halves = bits == 4;
   int64_t width_of_panel = halves ? kPanel / 2 : kPanel;
   TORCH_CHECK(weight.is_contiguous() && weight.dim() >= 3 && weight.dim() <= 4 && weight.size(2) == width_of_panel,
@@ -349,7 +348,6 @@ Tensor packed_embedding(const Tensor& weight, const Tensor& indices, int64_t fea
   check_size(features, "the number of features");
   TORCH_CHECK(ceil_div(features, kPanel) == weight.size(0), "a packed weight has ", weight.size(0), " panels of ", kPanel,
               " rows, and must have those of ", features, " features");
-  Tensor rows = indices.to(at::kLong).contiguous();
   int64_t width = pair * weight.element_size(), stride = weight.size(2) * width;
   std::vector<int64_t> sizes = indices.sizes().vec();
   sizes.push_back(halves ? steps * pair / 2 : steps * pair);

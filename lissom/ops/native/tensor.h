@@ -111,6 +111,12 @@ class Dimensions {
   std::shared_ptr<const std::vector<int64_t>> many_;
 };
 
+// A dimension counted from the front.
+inline int64_t wrapped(int64_t dim, int64_t dims) {
+  TORCH_CHECK_INDEX(dim >= -dims && dim < dims, "a dimension is ", dim, ", and there are ", dims);
+  return dim < 0 ? dim + dims : dim;
+}
+
 // The memory of a tensor: PyTorch's, or a block of one's own that `release` frees.
 struct Memory {
   torch::stable::Tensor* lent = nullptr;
@@ -172,8 +178,8 @@ class Tensor {
   int64_t dim() const { return sizes_.size(); }
   at::IntArrayRef sizes() const { return sizes_; }
   at::IntArrayRef strides() const { return strides_; }
-  int64_t size(int64_t dim) const { return sizes_[place_of(dim)]; }
-  int64_t stride(int64_t dim) const { return strides_[place_of(dim)]; }
+  int64_t size(int64_t dim) const { return sizes_[wrapped(dim, this->dim())]; }
+  int64_t stride(int64_t dim) const { return strides_[wrapped(dim, this->dim())]; }
   int64_t numel() const {
     int64_t found = 1;
     bool large = false, none = false;
@@ -294,10 +300,6 @@ class Tensor {
     int64_t found;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &found));
     return found;
-  }
-  size_t place_of(int64_t given) const {
-    TORCH_CHECK_INDEX(given >= -dim() && given < dim(), "a dimension is ", given, ", and there are ", dim());
-    return given < 0 ? given + dim() : given;
   }
   template <typename T>
   void check_type() const {

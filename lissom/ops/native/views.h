@@ -3,16 +3,8 @@
 
 #include "rows.h"
 
-#include <numeric>
-
 namespace lissom {
 namespace {
-
-// A dimension counted from the front.
-inline int64_t wrapped(int64_t dim, int64_t dims) {
-  TORCH_CHECK_INDEX(dim >= -dims && dim < dims, "a dimension is ", dim, ", and there are ", dims);
-  return dim < 0 ? dim + dims : dim;
-}
 
 // The strides that view x in other sizes; none where that takes a copy. As in ATen's computeStride.
 inline std::optional<std::vector<int64_t>> strides_for(const Tensor& x, at::IntArrayRef sizes) {
@@ -137,11 +129,9 @@ Tensor add(const Tensor& one, const Tensor& two, int64_t) {
 
 // Rows of a table; its last three parameters matter to gradients alone.
 Tensor embedding(const Tensor& table, const Tensor& given, int64_t, bool, bool) {
-  check_readable(table, "a table"), check_readable(given, "indices");
+  check_readable(table, "a table");
+  Tensor indices = checked_indices(given);
   TORCH_CHECK(table.dim() == 2, "a table has ", table.dim(), " dimensions, and must have two");
-  TORCH_CHECK(given.scalar_type() == at::kLong || given.scalar_type() == at::kInt, "indices are of ", given.scalar_type(),
-              ", and must be int64 or int32");
-  Tensor indices = given.to(at::kLong).contiguous();
   auto sizes = indices.sizes().vec();
   sizes.push_back(table.size(1));
   Tensor rows = table.stride(1) == 1 ? table : table.contiguous(), found = allocate(sizes, table.options());
