@@ -20,7 +20,7 @@ class Candidate:
     drop: of the metric, or the relative output error without a metric. error: the relative output error.
     predicted_cost, predicted_drop: of the tables, in milliseconds or bytes, before it was built; None where they gave none.
     table_cost, table_loss: the sums of the tables themselves, to which whole programs are fitted. table_amounts: the part of
-    table_loss that fewer heads or neurons have.
+    table_loss that fewer heads or neurons have. table_tables: that of formats of embedding tables and LM heads.
     failed: why it could not be built or measured; empty otherwise.
 
     >>> from lissom.tuning.candidates import Candidate
@@ -42,6 +42,7 @@ class Candidate:
     table_cost: float | None = None
     table_loss: float | None = None
     table_amounts: float = 0.0
+    table_tables: float = 0.0
     failed: str = ""
 
     @property
@@ -89,6 +90,7 @@ def read_candidate(record: Record) -> Candidate | None:
         number(record, "table_cost", 0.0),
         number(record, "table_loss", 0.0),
         number(record, "table_amounts", 0.0) or 0.0,
+        number(record, "table_tables", 0.0) or 0.0,
         failed,
     )
 

@@ -1,8 +1,9 @@
 """Corrections of the tables by whole programs: a power law from summed losses to the drop, and a line for costs.
 
-In the sum, losses of amounts have a factor. The table has them on other batches than those that passes calibrate on; without a
-metric, whole programs are compared on the batches that they calibrate on, where the error that is left is smaller. Losses of
-formats need no data.
+In the sum, two kinds of losses have a factor. Those of amounts: the table has them on other batches than those that passes
+calibrate on; without a metric, whole programs are compared on the batches that they calibrate on, where the error that is left
+is smaller. Losses of formats need no data. And those of embedding tables and LM heads: no layer follows an LM head, and a metric
+such as perplexity feels its error more than an error of the same size from the layers.
 """
 
 from __future__ import annotations
@@ -10,15 +11,31 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
 Points = Sequence[tuple[float, float]]
-_FACTORS = tuple(2 ** (step / 2) for step in range(-6, 7))
-"""The factors on losses of amounts that are tried, relative to the usual one."""
+_STEPS = tuple(2 ** (step / 2) for step in range(-6, 7))
+"""The factors on kinds of losses that are tried, relative to the usual ones."""
 _CHARGE = 0.01
-"""On the squared logarithm of that factor over the usual one."""
+"""On the squared logarithm of each factor over the usual one."""
 _LEAST_POINTS = 4
+
+
+class Factors(NamedTuple):
+    """The factors on the losses of amounts, and of embedding tables and LM heads."""
+
+    amounts: float = 1.0
+    tables: float = 1.0
+
+    def __call__(self, loss: float, amounts: float, tables: float) -> float:
+        """A loss of which these parts are of the two kinds."""
+        return loss + (self.amounts - 1) * amounts + (self.tables - 1) * tables
+
+
+USUAL = Factors()
 
 
 @dataclass
@@ -65,20 +82,21 @@ def _weighted(points: Points, near: float) -> tuple[list[tuple[float, float]], l
 
 
 def fit_parts(
-    start: PowerLaw, points: Sequence[tuple[float, float, float]], near: float, usual: float = 1.0
-) -> tuple[float, PowerLaw]:
-    """The factor w and the law of y = law(a + w·b) through points (a, b, y) with the least error in logarithms.
+    start: PowerLaw, points: Sequence[tuple[float, float, float, float]], near: float, usual: Factors = USUAL
+) -> tuple[Factors, PowerLaw]:
+    """The factors and the law of y = law(factors(loss, amounts, tables)) with the least error in logarithms.
 
-    usual: the factor with fewer than four points; others are charged for their distance from it. near: as in `PowerLaw.fit`.
+    points: (loss, amounts, tables, y). usual: the factors with fewer than four points; others are charged for their distance
+    from them. near: as in `PowerLaw.fit`.
     """
-    found: list[tuple[float, float, PowerLaw]] = []
-    for step in _FACTORS if len(points) >= _LEAST_POINTS else (1.0,):
-        factor = step * usual
-        sums = [(first + factor * second, y) for first, second, y in points]
+    found: list[tuple[float, Factors, PowerLaw]] = []
+    for steps in product(_STEPS, _STEPS) if len(points) >= _LEAST_POINTS else ((1.0, 1.0),):
+        factors = Factors(*(step * before for step, before in zip(steps, usual, strict=True)))
+        sums = [(factors(*parts), y) for *parts, y in points]
         law = start.fit(sums, near)
-        found.append((law.error(sums, near) + _CHARGE * math.log(step) ** 2, factor, law))
-    _, factor, law = min(found, key=lambda item: item[0])
-    return factor, law
+        found.append((law.error(sums, near) + _CHARGE * sum(math.log(step) ** 2 for step in steps), factors, law))
+    _, factors, law = min(found, key=lambda item: item[0])
+    return factors, law
 
 
 @dataclass

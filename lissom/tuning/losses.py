@@ -23,7 +23,7 @@ from lissom.errors import LissomError
 from lissom.passes import known_passes
 from lissom.tuning.clock import Clock
 from lissom.tuning.divergence import Divergence
-from lissom.tuning.sites import PLAIN, Group, Option
+from lissom.tuning.sites import PLAIN, TABLE, Group, Option
 from lissom.tuning.spelling import pipeline_of
 from lissom.tuning.store import Store, number
 
@@ -64,6 +64,10 @@ class LossTable:
     def of_amounts(self, index: int, option: Option) -> float:
         """The part of the loss that passes which fit weights to data cause: fewer units, not the removal of all."""
         return self._of_units(index, option) if option.left else 0.0
+
+    def of_tables(self, index: int, option: Option) -> float:
+        """The part of the loss that formats of embedding tables and LM heads cause."""
+        return self._of_scheme(index, option.scheme) if self.groups[index].kind == TABLE else 0.0
 
     def _of_units(self, index: int, option: Option) -> float:
         pooled = self._of_count(self.pools, index, self.groups[index].key_value_heads, option.pooled) if option.pooled else 0.0

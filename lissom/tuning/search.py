@@ -9,7 +9,7 @@ from itertools import islice
 
 from lissom.tuning.build import Variant
 from lissom.tuning.candidates import Candidate
-from lissom.tuning.corrections import Line, PowerLaw, fit_parts
+from lissom.tuning.corrections import USUAL, Factors, Line, PowerLaw, fit_parts
 from lissom.tuning.costs import CostTable
 from lissom.tuning.losses import LossTable
 from lissom.tuning.sites import LOW_RANK, PLAIN, UNTIED, Group, Option
@@ -33,7 +33,7 @@ class Search:
     """The state of a search.
 
     bases: the variants with the measured program that has no further passes. tables: the options of each group, for each of
-    them. usual: the factor on losses of amounts before programs were measured; weight: the present one. law: from these sums
+    them. usual: the factors on kinds of losses before programs were measured; factors: the present ones. law: from these sums
     to the drop. line: from summed costs to the cost.
     """
 
@@ -42,8 +42,8 @@ class Search:
     linears: Sequence[str]
     bases: dict[Variant, Candidate]
     tables: dict[Variant, list[list[Item]]] = field(default_factory=dict[Variant, "list[list[Item]]"])
-    usual: float = 1.0
-    weight: float = 1.0
+    usual: Factors = USUAL
+    factors: Factors = USUAL
     law: PowerLaw = field(default_factory=PowerLaw)
     line: Line = field(default_factory=Line)
 
@@ -52,7 +52,13 @@ class Search:
         base, table = self.base_cost(variant), list[list[Item]]()
         for at, group in enumerate(self.groups):
             items = [
-                Item(option, losses.loss(at, option), costs.cost(group, option) * base, losses.of_amounts(at, option))
+                Item(
+                    option,
+                    losses.loss(at, option),
+                    costs.cost(group, option) * base,
+                    losses.of_amounts(at, option),
+                    losses.of_tables(at, option),
+                )
                 for option in group.options(schemes)
             ]
             table.append([item for item in items if math.isfinite(item.loss + item.cost)])
@@ -116,7 +122,7 @@ class Search:
         if loss < 0:
             return None
         table = self.tables[variant]
-        weighted = [[item.weighted(self.weight) for item in items] for items in table]
+        weighted = [[item.weighted(self.factors) for item in items] for items in table]
         found = solve(weighted, [group.kind for group in self.groups], loss=loss, cost=cost)
         if found is None:
             return None
@@ -146,7 +152,7 @@ class Search:
     def candidate(self, variant: Variant, choice: Choice, steps: int = 0) -> Candidate:
         """The candidate of a choice, with what the tables predict. steps: of distillation."""
         loss = sum(item.loss for item in choice) + self.base_loss(variant)
-        amounts = sum(item.amounts for item in choice)
+        amounts, tables = sum(item.amounts for item in choice), sum(item.tables for item in choice)
         cost = max(sum(item.cost for item in choice) + self.base_cost(variant), 0.0)
         options = [item.option for item in choice]
         pipeline = variant.passes(self.groups, options, self.linears, steps=steps)
@@ -154,10 +160,11 @@ class Search:
             pipeline,
             variant.backend,
             predicted_cost=max(self.line(cost), 0.0),
-            predicted_drop=None if steps else self.law(loss + (self.weight - 1) * amounts),
+            predicted_drop=None if steps else self.law(self.factors(loss, amounts, tables)),
             table_cost=cost,
             table_loss=None if steps else loss,
             table_amounts=amounts,
+            table_tables=tables,
         )
 
     def verify(self, variant: Variant, choice: Choice, steps: int = 0) -> Candidate:
@@ -171,10 +178,8 @@ class Search:
         aim, fitting = self.trials.aim, self.trials.fitting()
         floor = aim.max_drop / 100 or 1e-6
         start = PowerLaw(1.0, 0.5 if self.trials.quality.metric is None else 1.0)
-        points = [
-            ((item.table_loss or 0.0) - item.table_amounts, item.table_amounts, max(item.drop, floor)) for item in fitting
-        ]
-        self.weight, self.law = fit_parts(start, points, aim.max_drop, self.usual)
+        points = [(item.table_loss or 0.0, item.table_amounts, item.table_tables, max(item.drop, floor)) for item in fitting]
+        self.factors, self.law = fit_parts(start, points, aim.max_drop, self.usual)
         costs = [(item.table_cost, item.cost(aim.memory)) for item in fitting if item.table_cost]
         base = self.trials.exact.cost(aim.memory)
         self.line = Line().fit([*costs, (base, base)] if costs else [])

@@ -10,6 +10,7 @@ from types import ModuleType
 import numpy as np
 
 from lissom.errors import UnsupportedError
+from lissom.tuning.corrections import Factors
 from lissom.tuning.sites import Option
 
 _SECONDS = 10.0
@@ -20,17 +21,19 @@ _SLACK = 1e-9
 class Item:
     """An option of a group with its loss and its cost, relative to the exact program.
 
-    amounts: the part of the loss that fewer heads or neurons have; the rest is that of formats and of removed parts.
+    amounts: the part of the loss that fewer heads or neurons have. tables: that of formats of embedding tables and LM heads.
+    The rest is that of other formats and of removed parts.
     """
 
     option: Option
     loss: float
     cost: float
     amounts: float = 0.0
+    tables: float = 0.0
 
-    def weighted(self, weight: float) -> Item:
-        """The same with a factor on the loss of amounts."""
-        return self if weight == 1 or not self.amounts else replace(self, loss=self.loss + (weight - 1) * self.amounts)
+    def weighted(self, factors: Factors) -> Item:
+        """The same with factors on these parts of the loss."""
+        return replace(self, loss=factors(self.loss, self.amounts, self.tables))
 
 
 Table = Sequence[Sequence[Item]]

@@ -27,6 +27,7 @@ from lissom.runtime.compiled_model import CompiledModel
 from lissom.tuning.build import Quality, Variant, Workshop, silent
 from lissom.tuning.candidates import Aim, Candidate
 from lissom.tuning.clock import Clock
+from lissom.tuning.corrections import Factors
 from lissom.tuning.costs import CostMeter, CostTable, worthwhile
 from lissom.tuning.divergence import Divergence
 from lissom.tuning.finalists import distil
@@ -245,7 +246,7 @@ def _search(trials: Trials, groups: Sequence[Group], request: Request, notes: li
         in_sample = meter.in_sample(losses, trials.quality.divergence, trials.quality.divergence.batches)
         notes += _too_little(in_sample)
         # The largest, since a factor that is too small leads to programs far over the bound.
-        search.usual = min(max((own / other for own, other in in_sample.values()), default=1.0), 1.0) or 1.0
+        search.usual = Factors(min(max((own / other for own, other in in_sample.values()), default=1.0), 1.0) or 1.0)
     for variant in bases:
         search.add_table(variant, losses, costs[variant], used)
     if losses.measured < losses.wanted:
