@@ -2,8 +2,8 @@
 
 In the sum, two kinds of losses have a factor. Those of amounts: the table has them on other batches than those that passes
 calibrate on; without a metric, whole programs are compared on the batches that they calibrate on, where the error that is left
-is smaller. Losses of formats need no data. And those of embedding tables and LM heads: no layer follows an LM head, and a metric
-such as perplexity feels its error more than an error of the same size from the layers.
+is smaller. Losses of formats need no data. And those of embedding tables and LM heads: a metric such as perplexity may feel an
+error of an LM head, which no layer follows, more than an error of the same size from the layers.
 """
 
 from __future__ import annotations
