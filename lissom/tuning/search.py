@@ -12,7 +12,7 @@ from lissom.tuning.candidates import Candidate
 from lissom.tuning.corrections import USUAL, Factors, Line, PowerLaw, fit_parts
 from lissom.tuning.costs import CostTable
 from lissom.tuning.losses import LossTable
-from lissom.tuning.sites import LOW_RANK, PLAIN, UNTIED, Group, Option
+from lissom.tuning.sites import LOW_RANK, PLAIN, TABLE, UNTIED, Group, Option
 from lissom.tuning.solve import Item, solve
 from lissom.tuning.trials import Trials
 
@@ -23,6 +23,8 @@ _COSTS = (1.0, 0.97, 1.03, 0.94, 1.06, 0.9, 1.1, 0.86, 1.15, 0.8, 1.2, 0.75)
 _SPREAD = (0.3, 0.6, 0.8)
 """The parts of the greatest saving that the first candidates have, while no drop is known."""
 _MOST_UNIFORM = 4
+_MUCH = 0.25
+"""The part of what a solution saves from which its tables are measured by themselves."""
 _FAR = 3.0
 """The predicted drop, in bounds, of a uniform scheme that is not tried."""
 Choice = Sequence[Item]
@@ -71,6 +73,8 @@ class Search:
         worth = (found for found in self._uniform() if self.has_time(until) and not self._far_over(*found))
         for found in islice(worth, _MOST_UNIFORM):
             self.verify(*found)
+        if self.has_time(until) and (alone := self._tables_alone()) is not None:
+            self.verify(*alone)
         while self.has_time(until) and (found := next(self._fresh(), None)) is not None:
             self.verify(*found)
 
@@ -91,6 +95,21 @@ class Search:
                     found.append((saving + self.base_cost(variant), loss, variant, choice))
         least = min((item[1] for item in found), default=0.0)
         return [item[2:] for item in sorted(found, key=lambda item: (item[1] > least, item[0]))]
+
+    def _tables_alone(self) -> tuple[Variant, Choice] | None:
+        """The embedding tables and LM heads of the first solution by themselves, if they save much of its time or bytes.
+
+        They are few and lose much each, and uniform schemes do not tell their losses from those of the layers.
+        """
+        variant, choice = next(self._fresh(), (None, ()))
+        if variant is None:
+            return None
+        table = self.tables[variant]
+        alone = [
+            item if group.kind == TABLE else items[0] for group, items, item in zip(self.groups, table, choice, strict=True)
+        ]
+        much = sum(item.cost for item in alone) < _MUCH * sum(item.cost for item in choice) < 0
+        return (variant, alone) if much else None
 
     def _far_over(self, variant: Variant, choice: Choice) -> bool:
         """Whether measured candidates say that a choice is far over the bound on the drop."""

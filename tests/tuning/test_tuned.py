@@ -255,3 +255,16 @@ def test_a_uniform_scheme_far_over_the_bound_is_not_built(tmp_path):
     assert int4
     # The store knows those of the first call.
     assert all(item.pipeline in int4 for item in tight.report.candidates if "int4" in item.pipeline)
+
+
+@pytest.mark.slow
+def test_tables_that_save_much_are_measured_by_themselves():
+    config = LlamaConfig(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    model = seeded(lambda: LlamaForCausalLM(config))
+    data = [{"input_ids": tokens(2, 8, seed=seed)} for seed in range(4)]
+    tuned = lissom.tune(
+        model, data[0], data=data, goal="memory", minutes=0.3, distill=False, max_drop=0.05
+    )  # int4 everywhere has more
+    tables = [item for item in tuned.report.candidates if item.table_tables and item.table_tables == item.table_loss]
+    assert tables
+    assert all("layers" not in item.pipeline for item in tables)
