@@ -26,6 +26,7 @@ from lissom.tuning.report import shortened
 
 UNIFORM = ("bfloat16", "int8 weights, tables too", "bfloat16 and int8", "the file's own 4 to 8 bits", "int4 weights, GPTQ")
 """Rows of the trade-offs: the same scheme everywhere."""
+INT8 = {"int8 everywhere, activations too": "quantize{embeddings=true}"}
 SECONDS = 3.0
 
 
@@ -49,7 +50,7 @@ def main() -> None:
     tuned = lissom.tune_generation(checkpoint.model, max_length=LENGTH, data=data, distill=False, **limits)
     print(tuned.report, flush=True)
     schemes = {item.name: item.gemma for item in TECHNIQUES if item.name in UNIFORM}
-    chosen = {**schemes, "lissom.tune_generation": tuned.pipeline}
+    chosen = {**schemes, **INT8, "lissom.tune_generation": tuned.pipeline}
     calibration = tuned.calibration
     del tuned
 
