@@ -262,9 +262,10 @@ def test_tables_that_save_much_are_measured_by_themselves():
     config = LlamaConfig(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     model = seeded(lambda: LlamaForCausalLM(config))
     data = [{"input_ids": tokens(2, 8, seed=seed)} for seed in range(4)]
-    tuned = lissom.tune(
-        model, data[0], data=data, goal="memory", minutes=0.3, distill=False, max_drop=0.05
-    )  # int4 everywhere has more
-    tables = [item for item in tuned.report.candidates if item.table_tables and item.table_tables == item.table_loss]
+    # int4 everywhere loses more than the bound, so that it is not the first solution.
+    tuned = lissom.tune(model, data[0], data=data, goal="memory", minutes=0.3, distill=False, max_drop=0.05)
+    # Each quantize of its passes names a table; in bfloat16 its loss has that of the casts too.
+    quantized = [(item, item.pipeline.split("quantize{")[1:]) for item in tuned.report.candidates if item.table_tables]
+    tables = [item for item, passes in quantized if all("only=" in options for options in passes)]
     assert tables
     assert all("layers" not in item.pipeline for item in tables)
