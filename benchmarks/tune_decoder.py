@@ -27,6 +27,7 @@ from lissom.tuning.report import shortened
 UNIFORM = ("bfloat16", "int8 weights, tables too", "bfloat16 and int8", "the file's own 4 to 8 bits", "int4 weights, GPTQ")
 """Rows of the trade-offs: the same scheme everywhere."""
 INT8 = {"int8 everywhere, activations too": "quantize{embeddings=true}"}
+"""The uniform scheme that the trade-offs do not have."""
 SECONDS = 3.0
 
 
