@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from lissom.compiler.ir.node import has_value, node_type
 from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.types import ScalarType, TensorType, ValueType
 from lissom.ops.native import load_kernels
 
 aten = torch.ops.aten
@@ -59,9 +61,10 @@ class Run:
 
 
 def runs_of(program: Program, is_replaced: Callable[[fx.Node], bool]) -> list[Run]:
-    """All calls of the program, in an order in which they can be run. is_replaced: nodes that Python calls.
+    """All calls of the program, in an order in which they can be run. is_replaced: nodes that Python calls, in the program's order.
 
-    A call that no chain can make goes before the chain that is open, unless it reads its results, or memory that it writes.
+    Another call that no chain can make goes before the chain that is open, unless it reads its results, or memory that it
+    writes. A replaced one does not: ranks that wait for each other in it make the same calls before.
     """
     operators = _operators() if _on_cpu(program) else frozenset[str]()
     state = _reached(program, program.state)
@@ -79,15 +82,16 @@ def runs_of(program: Program, is_replaced: Callable[[fx.Node], bool]) -> list[Ru
     for node in program.nodes():
         if node in taken:
             continue
-        if not is_replaced(node) and _is_native(node, operators):
-            calls = [node, *node.users] if _has_pieces(node) else [node]
+        replaced = is_replaced(node)
+        if not replaced and _is_native(node, operators):
+            calls = [node, *node.users] if _pieces(node) else [node]
             opened.extend(calls)
             inside.update(calls)
             taken.update(calls)
             writing.extend(filter(_writes, calls))
             continue
         written = _writes(node) or (node in state and bool(writing))
-        if opened and (written or not inside.isdisjoint(node.all_input_nodes)):
+        if opened and (replaced or written or not inside.isdisjoint(node.all_input_nodes)):
             close()
         found.append(Run((node,), native=False))
     close()
@@ -162,11 +166,11 @@ class _Encoder:
         arguments = _arguments(node)
         assert arguments is not None, "a call that no chain can make"
         name = node.target.name()  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess, reportUnknownVariableType, reportUnknownMemberType]
-        pieces = len(node.meta["val"]) if _has_pieces(node) else 1
+        pieces = max(_pieces(node), 1)
         self.code += [self.operators.setdefault(str(name), len(self.operators)), self.count, pieces, len(arguments)]
         for item in arguments:
             self._argument(item)
-        if _has_pieces(node):
+        if _pieces(node):
             self.registers |= {piece: self.count + int(piece.args[1]) for piece in node.users}  # pyright: ignore[reportArgumentType]
         else:
             self.registers[node] = self.count
@@ -208,9 +212,10 @@ def _operators() -> frozenset[str]:
 
 
 def _on_cpu(program: Program) -> bool:
-    values = (node.meta.get("val") for node in program.placeholders)
-    tensors = (value for value in (*values, *program.weights().values()) if isinstance(value, torch.Tensor))
-    return all(tensor.device.type == "cpu" for tensor in tensors)
+    devices = {weight.device for weight in program.weights().values()}
+    types = map(_type, program.placeholders)
+    devices |= {found.device for found in types if isinstance(found, TensorType)}
+    return all(device.type == "cpu" for device in devices)
 
 
 def _reached(program: Program, state: Iterable[str]) -> set[fx.Node]:
@@ -228,32 +233,39 @@ def _is_native(node: fx.Node, operators: frozenset[str]) -> bool:
         return False
     if node.target is aten.add.Tensor:
         return _adds_floats(node)
-    return not _has_pieces(node) or all(map(_is_piece, node.users))
+    return not _pieces(node) or all(map(_is_piece, node.users))
 
 
 def _adds_floats(node: fx.Node) -> bool:
     """True for a sum of two tensors of one dtype, float32 or bfloat16, one of which has the sizes of the sum."""
-    found = [item.meta.get("val") if isinstance(item, fx.Node) else None for item in (node, *node.args)]
-    values = [value for value in found if isinstance(value, torch.Tensor)]
-    if node.kwargs or len(values) != 3:
+    types = [_type(item) for item in (node, *node.args) if isinstance(item, fx.Node)]
+    tensors = [found for found in types if isinstance(found, TensorType)]
+    if node.kwargs or len(tensors) != 3:
         return False
-    floats = {value.dtype for value in values} in ({torch.float32}, {torch.bfloat16})
-    return floats and str(values[0].shape) in [str(value.shape) for value in values[1:]]
+    floats = {found.dtype for found in tensors} in ({torch.float32}, {torch.bfloat16})
+    return floats and tensors[0].shape in [found.shape for found in tensors[1:]]
 
 
 def _is_piece(node: fx.Node) -> bool:
     if node.target is not getitem or len(node.args) != 2:
         return False
     whole, place = node.args
-    return isinstance(whole, fx.Node) and isinstance(place, int) and 0 <= place < len(whole.meta["val"])
+    return isinstance(whole, fx.Node) and isinstance(place, int) and 0 <= place < _pieces(whole)
 
 
-def _has_pieces(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), (list, tuple))
+def _type(node: fx.Node) -> ValueType:
+    """The node's type, which loading a program does not need the value for; None where it has none."""
+    return node_type(node) if has_value(node) else None
+
+
+def _pieces(node: fx.Node) -> int:
+    """The number of results of a call that returns several; 0 for others."""
+    found = _type(node)
+    return len(found) if isinstance(found, tuple) else 0
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    return node.op == "get_attr" or isinstance(node.meta.get("val"), torch.Tensor)
+    return node.op == "get_attr" or isinstance(_type(node), TensorType)
 
 
 def _writes(node: fx.Node) -> bool:
@@ -272,10 +284,10 @@ def _arguments(node: fx.Node) -> list[Any] | None:
 
 def _is_argument(item: object) -> bool:
     if isinstance(item, fx.Node):
-        value = item.meta.get("val")
-        if isinstance(value, torch.Tensor):
-            return not value.is_complex()  # which may be conjugated by a flag
-        return _is_tensor(item) or isinstance(value, (int, torch.SymInt))
+        found = _type(item)
+        if isinstance(found, TensorType):
+            return not found.dtype.is_complex  # which may be conjugated by a flag
+        return _is_tensor(item) or (isinstance(found, ScalarType) and found.kind is int)
     if isinstance(item, (list, tuple)):
         return all(isinstance(part, int) or (isinstance(part, fx.Node) and not _is_tensor(part)) for part in item)
     return item is None or isinstance(item, (bool, int, float, str))

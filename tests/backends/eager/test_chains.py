@@ -167,6 +167,28 @@ class Interleaved(nn.Module):
         return (d + b).transpose(0, 1).unsqueeze(0).transpose(1, 2).unsqueeze(0)
 
 
+@pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2])
+def test_a_loaded_program_has_the_same_chains(tmp_path, make):
+    case = make()
+    compiled = lissom.compile(case.model, case.inputs, checks="off")
+    compiled.save(tmp_path / "saved")
+    loaded = lissom.load(tmp_path / "saved")
+
+    def names(found):
+        return [(run.native, [node.name for node in run.nodes]) for run in runs_of(found.program, lambda _: False)]
+
+    assert any(native for native, _ in names(compiled))
+    assert names(loaded) == names(compiled)
+
+
+def test_a_replaced_call_stays_in_its_place():
+    program = capture(Interleaved(), (normal(3, 4), normal(1, 1, 3, 4))).program
+    replaced = (aten.cos.default, aten.sin.default)
+    runs = runs_of(program, lambda node: node.target in replaced)
+    before = [node.target for run in runs for node in run.nodes]
+    assert before == [node.target for node in program.nodes()]
+
+
 def test_a_call_that_reads_no_result_does_not_divide_a_chain():
     program = capture(Interleaved(), (normal(3, 4), normal(1, 1, 3, 4))).program
     found = [("native", len(run.nodes)) if run.native else run.nodes[0].target for run in runs_of(program, lambda _: False)]
