@@ -11,6 +11,9 @@ from lissom.passes import RECIPES, known_passes
 from lissom.tuning.spelling import EXACT
 from lissom.tuning.store import Record, number, text
 
+ALIKE = 1.02
+"""Times that differ by less count as equal: two measurements of the same program do."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -126,9 +129,18 @@ class Aim:
         return figure / bound if bound > 0 else figure
 
     def choose(self, candidates: Sequence[Candidate]) -> Candidate:
-        """The best candidate that meets the bound; without one, the exact program, which is the first."""
+        """The best candidate that meets the bound; without one, the exact program, which is the first.
+
+        Of programs that are as fast as the fastest, within what a measurement varies, it is the one with the smallest drop.
+        """
         fitting = [item for item in candidates if self.meets(item)]
-        return min(fitting, key=self.rank) if fitting else candidates[0]
+        if not fitting:
+            return candidates[0]
+        best = min(fitting, key=self.rank)
+        if self.memory or self.target is not None:
+            return best
+        alike = (item for item in fitting if item.milliseconds <= ALIKE * best.milliseconds)
+        return min(alike, key=lambda item: (item.drop, item.milliseconds))
 
     def nearest_miss(self, candidates: Sequence[Candidate]) -> Candidate | None:
         """The measured candidate that misses the bound by least; None if there is none besides the exact program."""

@@ -16,7 +16,7 @@ from lissom.files import check_path
 from lissom.inspect.pictures import FAINT, MAIN, MARKED, QUIET, new_figure, save_figure
 from lissom.inspect.tables import plain, plain_table
 from lissom.passes import RECIPES, known_passes
-from lissom.tuning.candidates import Aim, Candidate
+from lissom.tuning.candidates import ALIKE, Aim, Candidate
 from lissom.tuning.sites import Group, Option
 from lissom.tuning.spelling import EXACT, read_options
 
@@ -64,7 +64,8 @@ class TuneReport:
         ahead = self.chosen.drop if self.aim.target is not None else self.chosen.cost(self.aim.memory)
         own = candidate.drop if self.aim.target is not None else candidate.cost(self.aim.memory)
         factor = f"{own / ahead:.2f} x the {self._ranked}" if ahead > 0 else f"a larger {self._ranked}"
-        return f"{factor} of the chosen one" + (", on the frontier" if candidate in self.frontier else "")
+        text = f"{factor} of the chosen one" + (", with a larger drop" if own < ahead else "")
+        return text + (", on the frontier" if candidate in self.frontier else "")
 
     def why_exact(self) -> str:
         """Why the exact program was chosen: the nearest miss, or that nothing was found to be cheaper."""
@@ -76,7 +77,8 @@ class TuneReport:
             return f"{kept}: the model has no layer that the search can change"
         if all(item.exact or item.failed for item in self.candidates):
             return f"{kept}: no other was built within the time, or the tables show nothing that is cheaper"
-        return f"{kept}: no candidate has a smaller {self._ranked}"
+        clearly = f" by more than {ALIKE - 1:.0%}" if self._ranked == "time" else ""
+        return f"{kept}: no candidate has a smaller {self._ranked}{clearly}"
 
     @property
     def _ranked(self) -> str:

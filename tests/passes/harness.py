@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lissom.backends import FASTEST, find_backends
+from lissom.backends.base import Backend
 from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, check_samples
@@ -44,6 +45,13 @@ def _every_backend(*quick: str) -> pytest.MarkDecorator:
 # Inductor takes some twenty seconds a graph. ONNX Runtime's variants are all built and checked, and timed in five runs each.
 every_backend = _every_backend("eager", "onnxruntime")
 every_backend_but_eager_slow = _every_backend("eager")
+
+
+def simulates(backend: Backend) -> bool:
+    """Whether the backend has no kernels for quantized layers, and computes them in floating point where `simulate=True`."""
+    return backend.name == "inductor"
+
+
 # Set by `pytest tests/passes --update-goldens`.
 update_goldens = False
 

@@ -151,7 +151,7 @@ def test_the_command_writes_a_file_with_the_tokenizer_of_the_folder(tmp_path):
     file = tmp_path / "model.gguf"
     told = CliRunner().invoke(app, ["export", str(tmp_path / "model"), str(file), "--passes", "quantize{scheme=int4-weight}"])
     assert told.exit_code == 0, told.output
-    assert f"{file}: 0.1 MB for the graph 'qwen2' of llama.cpp; tensors: 8 in F32, 7 in Q4_0" in told.output
+    assert f"{file}: 0.1 MB for the graph 'qwen2' of llama.cpp; tensors: 8 in F32, 7 in Q4_1" in told.output
     fields, tensors = read(file)
     assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id and len(tensors) == 15
 

@@ -97,7 +97,9 @@ def test_llama3_frequencies_are_written(tmp_path):
     assert continued(serve(tmp_path / "model.gguf"), prompt) == (ids, pytest.approx(losses, abs=1e-3))
 
 
-@pytest.mark.parametrize(("scheme", "kind"), [("int8-weight", "Q8_0"), ("int4-weight", "Q4_0")])
+@pytest.mark.parametrize(
+    ("scheme", "kind"), [("int8-weight", "Q8_0"), ("int4-weight", "Q4_1"), ("int4-weight,symmetric=true", "Q4_0")]
+)
 def test_quantized_weights_are_read(scheme, kind, tmp_path):
     tokenizer = byte_level()
     found = optimized(decoder("llama", len(tokenizer)), f"quantize{{scheme={scheme}}}")

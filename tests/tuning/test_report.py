@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lissom.errors import UnsupportedError
@@ -33,6 +35,16 @@ def test_the_fastest_within_the_bound_is_chosen_and_the_others_have_a_reason():
         "failed: PassError: it broke",
     ]
     assert [item.pipeline for item in found.frontier] == [WORSE.pipeline, "quantize", "exact"]
+
+
+def test_of_equally_fast_programs_the_one_with_the_smallest_drop_is_chosen():
+    alike = Candidate("int8", "eager", 5.08, 5.0, 5.2, 30, drop=0.001)
+    candidates = (EXACT, FASTER, alike)
+    found = TuneReport("Model", Aim(False, 0.01), candidates, Aim(False, 0.01).choose(candidates), True)
+    assert found.chosen is alike
+    assert found.verdict(FASTER) == "0.98 x the time of the chosen one, with a larger drop, on the frontier"
+    assert Aim(True, 0.01).choose((EXACT, FASTER, replace(alike, bytes=31))) is FASTER
+    assert Aim(False, 0.01).choose((EXACT, replace(FASTER, milliseconds=9.9))) is EXACT
 
 
 def test_the_most_accurate_that_reaches_a_target_is_chosen():

@@ -38,11 +38,11 @@ REWRITES = "eliminate-dead"
 
 
 def canonical(case: Case) -> tuple[Program, list[Sample]]:
-    """The program of a model after the exact recipe, and inputs at two sizes."""
+    """The program of a model after the exact recipe, and inputs at two sizes, where it takes both."""
     with torch.no_grad():
         case.model(*case.args, **case.kwargs)  # some models complete themselves in their first call, and capture refuses that
     captured = capture(case.model, case.args, case.kwargs)
-    samples = check_samples(captured.program.signature, captured.example)
+    samples, _, _ = run_original(captured.program, check_samples(captured.program.signature, captured.example))
     program, _ = Pipeline(parse_pipeline(RECIPES["exact"], PASSES), checks="off").run(captured.program)
     return program, samples
 

@@ -61,7 +61,7 @@ class Run:
 
 
 def runs_of(program: Program, is_replaced: Callable[[fx.Node], bool]) -> list[Run]:
-    """All calls of the program, in an order in which they can be run. is_replaced: nodes that Python calls, in the program's order.
+    """All calls of the program, in an order in which they can be run. is_replaced: nodes that Python calls.
 
     Another call that no chain can make goes before the chain that is open, unless it reads its results, or memory that it
     writes. A replaced one does not: ranks that wait for each other in it make the same calls before.

@@ -32,7 +32,8 @@ ARCHITECTURES = {
     "causal/llama": DYNAMIC,
     "encoder-decoder/t5": DYNAMIC,
     "vision/vit": DYNAMIC,
-    "causal/gemma": INT4,
+    # Its head is its embedding table, which int4 takes along in int8: ONNX Runtime is fast in that with rounded activations.
+    "causal/gemma": f"{INT4[:-1]},embeddings=false}}",
     "causal/qwen3": DYNAMIC,
     "causal/mistral": INT4,
     "causal/opt": DYNAMIC,
@@ -59,13 +60,13 @@ def test_pruned_and_quantized_architectures_run_in_integers(name, scheme):
     assert found, told
     products = {operator: int(number) for number, operator in re.findall(r"(\d+) (\w+)", found[3])}
     assert (int(found[1]), int(found[2]), sum(products.values())) == (count, count, count)
-    wanted_products = {"MatMulNBits"} if scheme == INT4 else {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
+    wanted_products = {"MatMulNBits"} if "int4" in scheme else {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
     assert set(products) <= wanted_products
     example = program.signature.flatten(case.args, case.kwargs)
     sizes = {symbol: max(3, dimension.minimum) for symbol, dimension in program.signature.dimensions.items()}
     for sample in (example, resize(program.signature, example, sizes)):
         outputs = run_samples(program, [sample])
-        loss = 0.0 if scheme == INT4 else rounding_loss(program, [sample], outputs)
+        loss = 0.0 if "int4" in scheme else rounding_loss(program, [sample], outputs)
         error = compare(outputs, [list(compiled._executable(sample))]).relative_error
         assert error <= max(tolerance_of(program), SHARE * loss)
 

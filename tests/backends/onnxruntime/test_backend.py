@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -251,10 +252,12 @@ def test_a_file_of_batches_that_says_nothing_is_refused(tmp_path, built, text):
 @pytest.mark.slow
 def test_minilm_equals_the_original(minilm):
     fast = lissom.compile(minilm.model, minilm.example_inputs, backend="onnxruntime")
+    exact = deepcopy(minilm.model).double()
     for texts in (["one"], ["a longer sentence than the first", "short", "of three, the last"]):
         inputs = minilm.encode(texts)
         with torch.inference_mode():
-            wanted = minilm.model(**inputs).last_hidden_state
-        # Six layers of float32 (unit roundoff 6e-8) that sum 384 and 1536 terms in another order differ by some 1e-6.
-        assert relative_error(wanted, fast(**inputs).last_hidden_state) < 1e-5
+            wanted = exact(**inputs).last_hidden_state
+            own = relative_error(wanted, minilm.model(**inputs).last_hidden_state.double())
+        # Six layers of float32 that sum 384 and 1536 terms: PyTorch's own are up to 1.7e-5 from float64, by the processor.
+        assert relative_error(wanted, fast(**inputs).last_hidden_state.double()) < max(1e-5, 2 * own)
     assert Path(fast._executable.path).is_file()

@@ -68,9 +68,9 @@ def train_form(form: str, rows: int) -> Optimized:
     classes = [{"x": item, "labels": item[:, :3].argmax(-1)} for item in x]
     own = Finetune(steps=20, learning_rate=0.003, precision="fp32", loss=margin)
     (hidden, features, bias), data, passes = {
-        "embeddings": ((16, 64, False), x, f"prune-neurons{{keep=0.5}},distill{{{text}}}"),
+        "embeddings": ((16, 64, False), x, f"low-rank{{keep=0.5}},distill{{{text}}}"),
         "scales": ((16, 64, False), x, f"quantize{{scheme=int4-weight,group=4}},distill{{{text}}}"),
-        "labels": ((16, 3, True), classes, f"prune-neurons{{keep=0.5}},distill{{{text}}}"),
+        "labels": ((16, 3, True), classes, f"low-rank{{keep=0.5}},distill{{{text}}}"),
         "regression": ((16, 1, True), [{"x": item, "labels": item.sum(-1)} for item in x], f"finetune{{{text}}}"),
         "own": ((16, 3, True), classes, [own]),
     }[form]

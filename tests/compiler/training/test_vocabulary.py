@@ -65,7 +65,7 @@ def program_of(model: torch.nn.Module, passes: str = "exact") -> tuple[Program, 
     head = lm_head_of(found, found.output.args[0][0])
     assert head is not None and head.vocabulary == WORDS
     for name, item in found.weights().items():
-        if name.endswith("_scale"):
+        if name.endswith("_scale") and item.dim():  # of a quantizer, and not Gemma's number for all embeddings
             found.set_weight(name, torch.nn.Parameter(item.float()))
     return found, head
 

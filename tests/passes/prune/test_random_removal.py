@@ -70,6 +70,7 @@ def test_a_random_pattern(name: str, seed: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the models' libraries, at their import and in the models themselves
 @pytest.mark.parametrize("name", [name for name in ENTRIES if name not in CANNOT_BE_CAPTURED])
 def test_every_model_gives_the_masked_outputs(name: str) -> None:
     with torch.no_grad():

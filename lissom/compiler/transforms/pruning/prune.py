@@ -75,6 +75,8 @@ class UnitPruning(Approximation):
             cannot be met.
         """
         criterion = self._criterion(edit)
+        if not sites and not edit.skipped:
+            edit.note(f"the program has no {self.units} that can be removed")
         if criterion != "magnitude":
             reasons = [None if site.is_readable(edit.program) else _UNREADABLE for site in sites]
             readable = zip(sites, reasons, strict=True)

@@ -20,7 +20,7 @@ from lissom.passes.attention.linear_attention.linear_attention import LinearAtte
 from tests import captures
 from tests.models import CASES, Counter, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tokens
 from tests.neighbours import all_but_slow
-from tests.passes.harness import calls, check_golden, every_backend_but_eager_slow, rewrite
+from tests.passes.harness import calls, check_golden, every_backend_but_eager_slow, rewrite, simulates
 from tests.passes.models import optimized
 from tests.passes.quantize.calibrated import passed
 
@@ -249,7 +249,7 @@ def test_it_trains(name: str) -> None:
 def test_composes(name: str, backend: Backend) -> None:
     case = CASES[name]()
     passes = "prune-heads{keep=0.5},eliminate-dead,linear-attention{features=elu},quantize"
-    found = captures.compile(case.model, case.inputs, passes=passes, backend=backend, goal=None)
+    found = captures.compile(case.model, case.inputs, passes=passes, backend=backend, goal=None, simulate=simulates(backend))
     ids, mask = tokens(3, 11, seed=4), torch.ones(3, 11, dtype=torch.long)
     mask[1, 6:] = 0
     wanted = found.program(input_ids=ids, attention_mask=mask)[0]  # pyright: ignore[reportIndexIssue]

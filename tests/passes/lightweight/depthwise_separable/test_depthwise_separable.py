@@ -18,7 +18,7 @@ from lissom.passes.lightweight.depthwise_separable.depthwise_separable import De
 from tests import captures
 from tests.models import Case, normal, seeded, tiny_bert
 from tests.neighbours import all_but_slow
-from tests.passes.harness import Calls, calls, check_golden, every_backend_but_eager_slow, rewrite
+from tests.passes.harness import Calls, calls, check_golden, every_backend_but_eager_slow, rewrite, simulates
 from tests.passes.lightweight.depthwise_separable.test_factors import best, layout_of
 from tests.passes.lightweight.models import (
     smooth,
@@ -316,7 +316,8 @@ def test_one_sample_without_a_batch_is_taken() -> None:
 def test_composes(build: Callable[[], Case], backend: Backend) -> None:
     case = build()
     passes = "exact,prune-neurons{keep=0.5,criterion=magnitude},eliminate-dead,depthwise-separable{budget=0.6},quantize"
-    fast = captures.compile(case.model, case.inputs, passes=passes, backend=backend, data=[case.inputs])
+    options = {"passes": passes, "data": [case.inputs], "backend": backend, "simulate": simulates(backend)}
+    fast = captures.compile(case.model, case.inputs, **options)
     spelled = {step.spelling.partition("{")[0]: step for step in fast.report.history.steps}
     assert spelled["depthwise-separable"].rewritten > 0 and spelled["quantize"].rewritten > 0
     with torch.no_grad():

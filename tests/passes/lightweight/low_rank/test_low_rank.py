@@ -15,7 +15,16 @@ from lissom.passes.lightweight.low_rank.low_rank import LowRank
 from tests import captures
 from tests.models import FeedForward, normal, seeded, tokens
 from tests.neighbours import all_but_slow
-from tests.passes.harness import apply, aten, calls, capture_model, check_golden, every_backend_but_eager_slow, rewrite
+from tests.passes.harness import (
+    apply,
+    aten,
+    calls,
+    capture_model,
+    check_golden,
+    every_backend_but_eager_slow,
+    rewrite,
+    simulates,
+)
 from tests.passes.quantize.calibrated import MODELS, exact, passed
 
 PLAIN = "whiten=true,asymmetric=false,fisher=false,damping=1e-9"
@@ -248,7 +257,9 @@ def test_composes(backend: Backend, behind: str) -> None:
     passes = f"prune-neurons{{keep=0.5}},eliminate-dead,low-rank{{rank=4}}{behind}"
     data = [{"input_ids": tokens(seed=seed), "attention_mask": case.kwargs["attention_mask"]} for seed in range(3)]
     found = captures.optimize(case.model, case.inputs, passes=passes, data=data)
-    fast = captures.compile(case.model, case.inputs, passes=passes, data=data, backend=backend, goal=None)
+    fast = captures.compile(
+        case.model, case.inputs, passes=passes, data=data, backend=backend, goal=None, simulate=simulates(backend)
+    )
     with torch.no_grad():
         wanted, given = found.program(**case.kwargs)[0], fast(**case.kwargs)[0]
     # bfloat16 has eight bits, and so have bytes whose last one a sum in another order may change.
@@ -350,7 +361,8 @@ def test_shorter_heads_compose(backend: Backend) -> None:
     case = MODELS["tiny_bert"]()
     passes = "low-rank{budget=0.5,attention=true},quantize{scheme=int8-dynamic}"
     found = captures.optimize(case.model, case.inputs, passes=passes, data=[case.inputs])
-    fast = captures.compile(case.model, case.inputs, passes=passes, data=[case.inputs], backend=backend, goal=None)
+    options = {"passes": passes, "data": [case.inputs], "backend": backend, "simulate": simulates(backend)}
+    fast = captures.compile(case.model, case.inputs, goal=None, **options)
     with torch.no_grad():
         # A sum in another order may change the last of eight bits.
         torch.testing.assert_close(fast(**case.kwargs)[0], found.program(**case.kwargs)[0], rtol=0, atol=5e-2)
