@@ -263,7 +263,7 @@ def test_tables_that_save_much_are_measured_by_themselves():
     model = seeded(lambda: LlamaForCausalLM(config))
     data = [{"input_ids": tokens(2, 8, seed=seed)} for seed in range(4)]
     # int4 everywhere loses more than the bound, so that it is not the first solution.
-    tuned = lissom.tune(model, data[0], data=data, goal="memory", minutes=0.3, distill=False, max_drop=0.05)
+    tuned = lissom.tune(model, data[0], data=data, goal="memory", minutes=0.8, distill=False, max_drop=0.05)
     # Each quantize of its passes names a table; in bfloat16 its loss has that of the casts too.
     quantized = [(item, item.pipeline.split("quantize{")[1:]) for item in tuned.report.candidates if item.table_tables]
     tables = [item for item, passes in quantized if all("only=" in options for options in passes)]
