@@ -41,7 +41,7 @@ def progress(what, *_):
             threading.Timer(WHEN, end).start()
 
 started = []
-found = train("steps=1000,checkpoint=" + str(folder / "state"), progress=progress if KILLS else None)
+found = train("steps=4000,checkpoint=" + str(folder / "state"), progress=progress if KILLS else None)
 print(digest(found))
 print(notes(found))
 """
