@@ -92,6 +92,9 @@ class Connections:
 
     async def post(self, index: int) -> tuple[int, bytes]:
         """Status and body of the answer for a text."""
+        # The server closes connections that were idle for 5 seconds.
+        while self.free and self.free[-1][0].at_eof():
+            self.free.pop()[1].close()
         reader, writer = self.free.pop() if self.free else await asyncio.open_connection(HOST, self.port)
         writer.write(self.requests[index % len(self.requests)])
         head = await reader.readuntil(b"\r\n\r\n")
