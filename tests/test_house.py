@@ -101,7 +101,7 @@ def test_what_is_imported_from_the_package_is_there():
 
 
 def test_what_a_node_carries_is_read_in_one_place():
-    """A value in `node.meta` may be made on first access, as in a loaded program. Graphs of other libraries have none of these."""
+    """A loaded program makes the values in `node.meta` on first access. Graphs of other libraries hold plain ones."""
     others = {"lissom/integrations/exporters.py", "lissom/backends/onnx/export.py"}
     readers = {path for path, tree in parsed("lissom") for node in ast.walk(tree) if getattr(node, "attr", "") == "meta"}
     assert {path for path in readers - others if not path.startswith("lissom/frontends/")} == {"lissom/compiler/ir/node.py"}
