@@ -123,7 +123,7 @@ class Teacher:
             if wanted is None or not isinstance(value, torch.Tensor):
                 return None
             errors.append(distance("hidden", value, wanted, targets.real[node.name]))
-            return wanted if replaces else None
+            return wanted.to(value.dtype) if replaces else None
 
         found = self.student.run(sample, observe if hidden and targets.hidden else None)
         share = 1.0 if labels is None else 1 - labels.alpha

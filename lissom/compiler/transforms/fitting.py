@@ -106,6 +106,7 @@ class Fitting(Training):
 
     def run(self, edit: Editor) -> None:
         program = self._check(edit)
+        precision = self._precision(program)
         _load_quantizers(edit)
         every = self._batches(edit)
         batches, judged = hold_out(program, every, self.held_out, self.seed, self.name())
@@ -134,7 +135,7 @@ class Fitting(Training):
                     None if self.steps is not None else 60 * (self.minutes or MINUTES),
                     self.steps,
                     self.learning_rate,
-                    self.precision,
+                    precision,
                     self.seed,
                 ),
                 lambda what, fraction: edit.report(what, round(1000 * fraction), 1000),
@@ -184,6 +185,16 @@ class Fitting(Training):
         if not edit.data:
             raise RequirementError(f"{self.name()} needs data to train on: pass data=")
         return edit.program
+
+    def _precision(self, program: Program) -> Precision:
+        """The precision of products; a program with weights in float16 keeps its own, which does not mix with bfloat16."""
+        if all(item.dtype != torch.float16 for item in program.weights().values()):
+            return self.precision
+        if self.precision == "bf16":
+            raise RequirementError(
+                f"{self.name()}: precision=bf16 does not go with weights in float16; cast after it, or leave precision= out"
+            )
+        return "fp32"
 
     def fixed(self, program: Program) -> Collection[str]:
         """All weights that do not learn. Those that share memory with one that does are copied with it."""

@@ -287,6 +287,23 @@ def test_bfloat16_keeps_float32_weights() -> None:
     assert step(history).curve[-1].held_out < step(history).curve[0].held_out
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
+def test_a_program_in_bfloat16_learns_block_by_block(precision) -> None:
+    """A norm reads the teacher's value, which is in float32, in the place of one in bfloat16."""
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    data = [normal(4, 5, 16, seed=seed) for seed in range(4)]
+    passes = f"cast{{dtype=bf16}},distill{{steps=2,blockwise=1,precision={precision}}}"
+    found = captures.optimize(model, data[0], passes=passes, data=data)
+    assert found.report.history.steps[-1].curve[-1].step == 2
+
+
+def test_a_program_in_float16_is_not_trained_in_bfloat16() -> None:
+    _, history = recovered("cast{dtype=fp16},distill{steps=2}")
+    assert step(history).curve[-1].step == 2
+    with pytest.raises(RequirementError, match="precision=bf16 does not go with weights in float16; cast after it, or"):
+        recovered("cast{dtype=fp16},distill{steps=2,precision=bf16}")
+
+
 def test_the_curve_is_saved_and_drawn(tmp_path) -> None:
     pytest.importorskip("matplotlib")
     found = captures.optimize(
