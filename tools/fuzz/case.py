@@ -197,7 +197,7 @@ def _judge(case: Case, model: nn.Module, given: Mapping[str, object], address: s
         backend=_BACKENDS.get(case.backend, case.backend),
         dynamic=case.dynamic,
         checks=case.checks,
-        data=data,
+        data=[_given(case, batch) for batch in data],
         goal=None,
         simulate=True,
     )
