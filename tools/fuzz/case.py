@@ -191,13 +191,13 @@ def run(case: Case, address: str = "") -> Outcome:
 
 def _judge(case: Case, model: nn.Module, given: Mapping[str, object], address: str) -> Outcome:
     inputs = _inputs(case, case.example, given)
-    data = [_inputs(case, call, given) for call in case.calls[:1]] * 2
+    data = [_given(case, _inputs(case, call, given)) for call in case.calls[:1]] * 2
     settings = Settings(
         ",".join(case.passes) or "exact",
         backend=_BACKENDS.get(case.backend, case.backend),
         dynamic=case.dynamic,
         checks=case.checks,
-        data=[_given(case, batch) for batch in data],
+        data=data,
         goal=None,
         simulate=True,
     )
@@ -226,7 +226,7 @@ def _judge(case: Case, model: nn.Module, given: Mapping[str, object], address: s
 
 
 def _oracle(
-    case: Case, model: nn.Module, data: Sequence[dict[str, object]]
+    case: Case, model: nn.Module, data: Sequence[tuple[object, ...] | dict[str, object]]
 ) -> Callable[[Mapping[str, object], list[torch.Tensor]], str | None]:
     """The reference for the outputs: the model if every pass is exact, else the program up to the last lossy pass."""
     passes = parse_pipeline(",".join(case.passes), PASSES) if case.passes else []
@@ -244,7 +244,7 @@ def _oracle(
         return by_model
     prefix = ",".join(case.passes[: lossy[-1] + 1])
     captured = _capture(case).program
-    samples = [captured.signature.flatten(*_split(_given(case, batch))) for batch in data]
+    samples = [captured.signature.flatten(*_split(batch)) for batch in data]
     # Checks are off so that the oracle does not depend on the verifier.
     program, _ = Pipeline(resolve_passes(prefix), checks="off", data=samples).run(captured)
     names = {item.name() for item in passes}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lissom.compiler.ir.node import has_value, node_type
+from lissom.compiler.ir.node import has_value, is_tensor, node_type
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import ScalarType, TensorType, ValueType
 from lissom.ops.native import load_kernels
@@ -166,15 +166,15 @@ class _Encoder:
         arguments = _arguments(node)
         assert arguments is not None, "a call that no chain can make"
         name = node.target.name()  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess, reportUnknownVariableType, reportUnknownMemberType]
-        pieces = max(_pieces(node), 1)
-        self.code += [self.operators.setdefault(str(name), len(self.operators)), self.count, pieces, len(arguments)]
+        pieces = _pieces(node)
+        self.code += [self.operators.setdefault(str(name), len(self.operators)), self.count, pieces or 1, len(arguments)]
         for item in arguments:
             self._argument(item)
-        if _pieces(node):
+        if pieces:
             self.registers |= {piece: self.count + int(piece.args[1]) for piece in node.users}  # pyright: ignore[reportArgumentType]
         else:
             self.registers[node] = self.count
-        self.count += pieces
+        self.count += pieces or 1
         places = [self.registers[value] for value in freed if value in self.registers]
         self.code += [len(places), *places]
 
@@ -212,10 +212,8 @@ def _operators() -> frozenset[str]:
 
 
 def _on_cpu(program: Program) -> bool:
-    devices = {weight.device for weight in program.weights().values()}
-    types = map(_type, program.placeholders)
-    devices |= {found.device for found in types if isinstance(found, TensorType)}
-    return all(device.type == "cpu" for device in devices)
+    inputs = (leaf.type.device for leaf in program.signature.tensors)
+    return all(device.type == "cpu" for device in (*inputs, *(weight.device for weight in program.weights().values())))
 
 
 def _reached(program: Program, state: Iterable[str]) -> set[fx.Node]:
@@ -254,7 +252,7 @@ def _is_piece(node: fx.Node) -> bool:
 
 
 def _type(node: fx.Node) -> ValueType:
-    """The node's type, which loading a program does not need the value for; None where it has none."""
+    """The node's type, known before its value is made; None where it has none."""
     return node_type(node) if has_value(node) else None
 
 
@@ -265,7 +263,7 @@ def _pieces(node: fx.Node) -> int:
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    return node.op == "get_attr" or isinstance(_type(node), TensorType)
+    return node.op == "get_attr" or is_tensor(node)
 
 
 def _writes(node: fx.Node) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from lissom.compiler.ir.samples import resize
 from lissom.compiler.verify.divergence import relative_error, run_samples, tolerance_of
 from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.frontends.export import capture
+from tests.backends.minilm import assert_as_exact_as_pytorch
 from tests.models import CASES, capture_of, captured, feed_forward, normal, tiny_bert, tiny_gpt2, tiny_llama, tokens
 
 
@@ -252,12 +252,5 @@ def test_a_file_of_batches_that_says_nothing_is_refused(tmp_path, built, text):
 @pytest.mark.slow
 def test_minilm_equals_the_original(minilm):
     fast = lissom.compile(minilm.model, minilm.example_inputs, backend="onnxruntime")
-    exact = deepcopy(minilm.model).double()
-    for texts in (["one"], ["a longer sentence than the first", "short", "of three, the last"]):
-        inputs = minilm.encode(texts)
-        with torch.inference_mode():
-            wanted = exact(**inputs).last_hidden_state
-            own = relative_error(wanted, minilm.model(**inputs).last_hidden_state.double())
-        # Six layers of float32 that sum 384 and 1536 terms: PyTorch's own are up to 1.7e-5 from float64, by the processor.
-        assert relative_error(wanted, fast(**inputs).last_hidden_state.double()) < max(1e-5, 2 * own)
+    assert_as_exact_as_pytorch(minilm, fast)
     assert Path(fast._executable.path).is_file()
