@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=128, help="texts")
     parser.add_argument("--pairs", type=int, help="synsets for recall@10; all of them by default")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
+    parser.add_argument("--store", help="a directory for what lissom.tune finds: a run that was ended goes on from it")
     parser.add_argument("--only", default="single,tune,random,optuna,peers", help="which of these, separated by commas")
     options = parser.parse_args()
     wanted, judge = options.only.split(","), Judge(load("minilm"), options.calibration)
@@ -173,8 +174,9 @@ def main() -> None:
         chosen |= {pipeline: pipeline for pipeline, _, _ in found}
         chosen["best single technique"] = best(found, options.max_drop)
     if "tune" in wanted:
-        limits = {"max_drop": options.max_drop, "minutes": options.minutes}
+        limits = {"max_drop": options.max_drop, "minutes": options.minutes, "store": options.store}
         tuned = lissom.tune(judge.checkpoint.model, judge.example, data=judge.data, metric=judge.metric, **limits)
+        print(tuned.report, flush=True)
         chosen["lissom.tune"] = tuned.pipeline
     if "random" in wanted:
         chosen["random search"] = best(searched(judge, options.minutes, optuna=False), options.max_drop)
