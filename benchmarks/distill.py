@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from quality import Embedder, Retrieval, Texts, conditions, difference, read_pairs, retrieve, training_batches
-from readme import put_table
+from readme import processor_kind, put_table
 
 import lissom
 from lissom.compiler.ir.editor import CurvePoint
@@ -181,7 +181,7 @@ def main() -> None:
     text = "\n".join(lines) + f"\n\n{about} {conditions()}.\n"
     print(text)
     if options.update:
-        put_table("distillation", text)
+        put_table(f"distillation {processor_kind()}", text)
         draw(found)
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/tune.py --minutes 20 --max-drop 0.01 --update
 
-Compared are: the exact program; `quantize`; heads, neurons and layers pruned by themselves to three amounts each, and pruned
-and quantized; a random search over the options of tune; Optuna's TPE over the same, if it is installed; int8 by torchao; and
+Compared are: the exact program; `quantize`, `cast`, and padding left out; heads, neurons and layers pruned by themselves to
+three amounts each, and pruned and quantized; a random search over the options of tune; Optuna's TPE over the same, if it is installed; int8 by torchao; and
 int8 under the same bound by NNCF's accuracy control on OpenVINO. All are timed side by side with the exact program, and
 evaluated by the mean cosine of embeddings of WordNet glosses that neither passes nor searches have seen. What was chosen is
 evaluated by recall@10 too, as in quality.py.
@@ -19,16 +19,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from quality import calibration_batches, conditions, difference, read_pairs, retrieve
-from readme import put_table
+from readme import processor_kind, put_table
 from tune_peers import PEERS, prepare
 
 import lissom
 from lissom.errors import LissomError
 from lissom.frontends.huggingface import Checkpoint, load
 from lissom.inspect.timing import time_calls
+from lissom.tuning.build import Variant
 from lissom.tuning.report import shortened
-from lissom.tuning.sites import PLAIN, SCHEMES, groups_of, linear_paths
-from lissom.tuning.spelling import pipeline_of
+from lissom.tuning.sites import PLAIN, SCHEMES, Option, groups_of, linear_paths
 
 ROWS, TOKENS, HELD, BATCH = 8, 64, 256, 32
 KEEPS = (0.75, 0.5, 0.25)
@@ -84,7 +84,7 @@ def embeddings(model: Callable[..., object], batch: dict[str, torch.Tensor]) -> 
 
 def single_techniques() -> Iterator[str]:
     """Pipelines of one technique with one amount everywhere."""
-    yield "quantize"
+    yield from ("quantize", "cast", "zero-padding,pack-tokens")
     for keep in KEEPS:
         for passes in (f"prune-heads{{keep={keep}}}", f"prune-neurons{{keep={keep}}}", f"prune-layers{{keep={keep}}}"):
             yield passes
@@ -100,13 +100,14 @@ def searched(judge: Judge, minutes: float, optuna: bool) -> list[Found]:
     """A random search or Optuna's TPE over the options of tune, for that many minutes."""
     program = lissom.optimize(judge.checkpoint.model, judge.example).program
     groups, linears = groups_of(program), linear_paths(program)
-    offered = [group.options((PLAIN, *SCHEMES)) for group in groups]
+    variants = [Variant("eager", bf16, packed) for bf16 in (False, True) for packed in (False, True)]
+    offered: list[Sequence[Variant | Option]] = [variants, *(group.options((PLAIN, *SCHEMES)) for group in groups)]
     found: list[Found] = []
 
     def attempt(chosen: list[int]) -> Found | None:
-        options = [items[at] for items, at in zip(offered, chosen, strict=True)]
+        variant, *options = [items[at] for items, at in zip(offered, chosen, strict=True)]
         try:
-            found.append(judge.judge(pipeline_of(groups, options, linears)))
+            found.append(judge.judge(variant.passes(groups, options, linears)))
         except LissomError:
             return None
         return found[-1]
@@ -186,7 +187,7 @@ def main() -> None:
     text += f"\nmax_drop {options.max_drop:g}, {options.minutes:g} minutes for each search. {conditions()}.\n"
     print(text)
     if options.update:
-        put_table("tune", text)
+        put_table(f"tune {processor_kind()}", text)
 
 
 if __name__ == "__main__":

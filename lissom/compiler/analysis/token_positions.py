@@ -19,6 +19,7 @@ from lissom.compiler.ir.operators import rule_table
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType
 from lissom.ops import linear_attention, rotary
+from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
 
 aten = torch.ops.aten
 
@@ -156,7 +157,19 @@ def _linear_attention(node: fx.Node, dim: int) -> Sources | None:
     return _attention(node, dim)
 
 
+def _fake_quantize(node: fx.Node, dim: int) -> Sources | None:
+    """With one scale for all; a scale of each channel belongs to its position."""
+    return {0: dim} if all(size == 1 for size in shape_of(node.args[1])) else None
+
+
+def _fake_quantize_dynamic(node: fx.Node, dim: int) -> Sources | None:
+    """A token has its own scales, a tensor one that all positions determine."""
+    return {0: dim} if nodes.argument(node, "granularity") != "tensor" and dim < len(shape_of(node)) - 1 else None
+
+
 RULES: dict[object, Rule] = rule_table(
+    (_fake_quantize, [fake_quantize]),
+    (_fake_quantize_dynamic, [fake_quantize_dynamic]),
     (_of_argument(0), [aten.linear.default]),
     (_of_argument(1), [aten.embedding.default]),
     (_norm, ops.LAYER_NORMS),

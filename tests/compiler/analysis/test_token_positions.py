@@ -12,6 +12,7 @@ from torch.nn import functional
 from lissom.compiler.analysis.token_positions import operands, position_sources, row_position, shape_of, with_operands
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import call
+from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
 from tests.models import normal
 from tests.passes.harness import Calls, aten, capture_model
 
@@ -45,6 +46,12 @@ FUNCTIONS: dict[str, Callable[..., object]] = {
     "padded": lambda x: functional.pad(x, (1, 0, 0, 2)),
     "in equal parts": lambda x: x.tensor_split(2, 1),
     "more reductions": lambda x: (x.std(1), x.logsumexp(-1), x.max(0)[1], x.all(), torch.linalg.vector_norm(x, dim=2)),
+    "quantized": lambda x: (
+        fake_quantize(x, torch.tensor(0.01), format="int8"),
+        fake_quantize(x, torch.full((1, 1, 4), 0.01), format="int8"),
+        *(fake_quantize_dynamic(x, format="int8", granularity=by) for by in ("token", "tensor")),
+        fake_quantize_dynamic(x.repeat(1, 1, 8), format="int8", granularity="group"),
+    ),
     "sizes of another": lambda x: (x[:, :1].expand_as(x), x.reshape(3, 16).view_as(x)),
 }
 
@@ -107,6 +114,9 @@ def _tensors(value: object) -> list[torch.Tensor]:
         (lambda x: x.reshape(12, 4), aten.reshape.default, [False, True]),
         (lambda x: x.roll(1, 1), aten.roll.default, [True, False, True]),
         (lambda x: x.roll(1), aten.roll.default, [False, False, False]),
+        (lambda x: fake_quantize(x, torch.tensor(0.01), format="int8"), fake_quantize, [True, True, True]),
+        (lambda x: fake_quantize(x, torch.full((1, 1, 4), 0.01), format="int8"), fake_quantize, [False, False, False]),
+        (lambda x: fake_quantize_dynamic(x, format="int8"), fake_quantize_dynamic, [True, True, False]),
     ],
 )
 def test_which_dimensions_work_position_by_position(function: Callable, target: object, dims: list[bool]) -> None:
