@@ -3,10 +3,10 @@
     python benchmarks/tune.py --minutes 20 --max-drop 0.01 --update
 
 Compared are: the exact program; `quantize`, `cast`, and padding left out; heads, neurons and layers pruned by themselves to
-three amounts each, and pruned and quantized; a random search over the options of tune; Optuna's TPE over the same, if it is installed; int8 by torchao; and
-int8 under the same bound by NNCF's accuracy control on OpenVINO. All are timed side by side with the exact program, and
-evaluated by the mean cosine of embeddings of WordNet glosses that neither passes nor searches have seen. What was chosen is
-evaluated by recall@10 too, as in quality.py.
+three amounts each, and pruned and quantized; a random search over the options of tune; Optuna's TPE over the same, if it is
+installed; int8 by torchao; and int8 under the same bound by NNCF's accuracy control on OpenVINO. All are timed side by side
+with the exact program, and evaluated by the mean cosine of embeddings of WordNet glosses that neither passes nor searches have
+seen. What was chosen is evaluated by recall@10 too, as in quality.py.
 """
 
 from __future__ import annotations
