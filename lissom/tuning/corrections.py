@@ -1,4 +1,4 @@
-"""Corrections of the tables by whole programs: a power law from summed losses to the drop, and a line for costs.
+"""Corrections of the tables by whole programs: a power law from summed losses to the drop, and ratios of costs.
 
 In the sum, two kinds of losses have a factor. Those of amounts: the table has them on other batches than those that passes
 calibrate on; without a metric, whole programs are compared on the batches that they calibrate on, where the error that is left
@@ -9,7 +9,7 @@ error of an LM head, which no layer follows, more than an error of the same size
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -17,11 +17,15 @@ from typing import NamedTuple
 import numpy as np
 
 Points = Sequence[tuple[float, float]]
+Features = Sequence[Hashable]
+"""What a program has at each place where programs may differ."""
 _STEPS = tuple(2 ** (step / 2) for step in range(-6, 7))
 """The factors on kinds of losses that are tried, relative to the usual ones."""
 _CHARGE = 0.01
 """On the squared logarithm of each factor over the usual one."""
 _LEAST_POINTS = 4
+_NOISE = 0.05
+"""The variance of a measured ratio over that of ratios of unlike programs: about 3 % against 13 %, squared."""
 
 
 class Factors(NamedTuple):
@@ -99,25 +103,37 @@ def fit_parts(
     return factors, law
 
 
-@dataclass
-class Line:
-    """y = offset + scale · x, fitted by least squares; the identity without points."""
+@dataclass(frozen=True)
+class Ratios:
+    """Measured costs over summed ones, by measured programs and how much a new one is like them.
 
-    offset: float = 0.0
-    scale: float = 1.0
+    The logarithm of the ratio is a Gaussian process whose mean is zero and whose covariance is the likeness of two programs.
+    Rasmussen and Williams 2006, Gaussian Processes for Machine Learning, (2.25).
 
-    def __call__(self, x: float) -> float:
-        return self.offset + self.scale * x
+    points: the features of a program, its summed and its measured cost. weights: of the features; two programs are alike by the
+    weights of the features that they share, over all weights.
+    """
 
-    def inverse(self, y: float) -> float:
-        return (y - self.offset) / self.scale
+    points: Sequence[tuple[Features, float, float]] = ()
+    weights: Sequence[float] = ()
 
-    def fit(self, points: Sequence[tuple[float, float]]) -> Line:
-        """The line through measured points; with too little spread, the scale alone."""
-        if not points:
-            return Line()
-        x, y = (np.array(values) for values in zip(*points, strict=True))
-        if len(points) < 3 or np.ptp(x) < 0.05 * float(np.abs(x).max()):
-            return Line(0.0, float(np.median(y / x)))
-        scale, offset = np.polyfit(x, y, 1)
-        return Line(float(offset), float(scale)) if 0.3 < scale < 3 else Line(0.0, float(np.median(y / x)))
+    def __call__(self, features: Features) -> float:
+        """The ratio that is expected of a program."""
+        if not self.points:
+            return 1.0
+        known = [found for found, _, _ in self.points]
+        covariance = np.array([[self._likeness(a, b) for b in known] for a in known]) + _NOISE * np.eye(len(known))
+        return float(np.exp([self._likeness(features, found) for found in known] @ np.linalg.solve(covariance, self._logs)))
+
+    @property
+    def _logs(self) -> np.ndarray:
+        return np.array([math.log(measured / summed) for _, summed, measured in self.points])
+
+    def _likeness(self, one: Features, other: Features) -> float:
+        shared = (weight for weight, a, b in zip(self.weights, one, other, strict=True) if a == b)
+        return sum(shared) / (sum(self.weights) or 1.0)
+
+    def inverse(self, cost: float) -> float:
+        """The summed cost of a program that takes this cost, by the measured program that comes closest to it."""
+        nearest = min(self.points, key=lambda point: abs(point[2] - cost), default=((), 1.0, 1.0))
+        return cost * nearest[1] / nearest[2]

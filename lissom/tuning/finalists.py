@@ -47,7 +47,7 @@ def _finalist(search: Search, factor: float) -> tuple[Variant, Choice] | None:
     aim = search.trials.aim
     loss = factor * search.law.inverse(aim.max_drop) if aim.target is None else math.inf
     # A target that the last one missed is aimed at more closely.
-    cost = math.inf if aim.target is None else search.line.inverse(aim.target) * (0.97 if factor < _FACTOR else 1.0)
+    cost = math.inf if aim.target is None else search.ratios.inverse(aim.target) * (0.97 if factor < _FACTOR else 1.0)
     found = search.best_of(dict.fromkeys(search.tables, (loss, cost)))
     return found if found is not None and search.candidate(*found, _PROBE_STEPS).distilled else None
 

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+from lissom.passes import RECIPES
 from lissom.tuning.build import Variant
 from lissom.tuning.candidates import Candidate
-from lissom.tuning.corrections import USUAL, Factors, Line, PowerLaw, fit_parts
+from lissom.tuning.corrections import USUAL, Factors, Features, PowerLaw, Ratios, fit_parts
 from lissom.tuning.costs import CostTable
 from lissom.tuning.losses import LossTable
 from lissom.tuning.sites import LOW_RANK, PLAIN, TABLE, UNTIED, Group, Option
 from lissom.tuning.solve import Item, solve
+from lissom.tuning.spelling import read_options
 from lissom.tuning.trials import Trials
 
 _LOSSES = (1.0, 0.7, 1.4, 0.5, 2.0, 0.35, 2.8, 0.25, 4.0, 0.18, 5.6, 0.1)
@@ -36,7 +38,7 @@ class Search:
 
     bases: the variants with the measured program that has no further passes. tables: the options of each group, for each of
     them. usual: the factors on kinds of losses before programs were measured; factors: the present ones. law: from these sums
-    to the drop. line: from summed costs to the cost.
+    to the drop. ratios: of costs to summed ones.
     """
 
     trials: Trials
@@ -47,7 +49,7 @@ class Search:
     usual: Factors = USUAL
     factors: Factors = USUAL
     law: PowerLaw = field(default_factory=PowerLaw)
-    line: Line = field(default_factory=Line)
+    ratios: Ratios = field(default_factory=Ratios)
 
     def add_table(self, variant: Variant, losses: LossTable, costs: CostTable, schemes: Sequence[str]) -> None:
         """The options of every group; those without a known loss or cost are left out."""
@@ -151,13 +153,13 @@ class Search:
         """The bounds on loss and cost to solve for."""
         aim = self.trials.aim
         if aim.target is not None:
-            target = self.line.inverse(aim.target)
+            target = self.ratios.inverse(aim.target)
             return [(math.inf, factor * target) for factor in _COSTS]
         allowed = self.law.inverse(aim.max_drop)
         losses = [(factor * allowed, math.inf) for factor in _LOSSES]
         if self.trials.fitting() or self.trials.quality.metric is None:
             return losses
-        saving = sum(min(item.cost for item in items) for items in self.tables[variant])
+        saving = -sum(self._savings(variant))
         return [*((math.inf, self.base_cost(variant) + part * saving) for part in _SPREAD), *losses]
 
     def base_cost(self, variant: Variant) -> float:
@@ -178,7 +180,7 @@ class Search:
         return Candidate(
             pipeline,
             variant.backend,
-            predicted_cost=max(self.line(cost), 0.0),
+            predicted_cost=cost * self.ratios(_features(variant, options)),
             predicted_drop=None if steps else self.law(self.factors(loss, amounts, tables)),
             table_cost=cost,
             table_loss=None if steps else loss,
@@ -199,9 +201,22 @@ class Search:
         start = PowerLaw(1.0, 0.5 if self.trials.quality.metric is None else 1.0)
         points = [(item.table_loss or 0.0, item.table_amounts, item.table_tables, max(item.drop, floor)) for item in fitting]
         self.factors, self.law = fit_parts(start, points, aim.max_drop, self.usual)
-        costs = [(item.table_cost, item.cost(aim.memory)) for item in fitting if item.table_cost]
-        base = self.trials.exact.cost(aim.memory)
-        self.line = Line().fit([*costs, (base, base)] if costs else [])
+        points = [(self._read(item), item.table_cost, item.cost(aim.memory)) for item in fitting if item.table_cost]
+        self.ratios = Ratios(points, [max(spans) for spans in zip(*map(self._savings, self.tables), strict=True)])
+
+    def _savings(self, variant: Variant) -> list[float]:
+        """What each group saves at most."""
+        return [-min(item.cost for item in items) for items in self.tables[variant]]
+
+    def _read(self, candidate: Candidate) -> Features:
+        """The features of a candidate that was measured."""
+        variant = Variant(candidate.backend, bf16=RECIPES["mixed-precision"] in candidate.pipeline)
+        return _features(variant, read_options(self.groups, candidate.pipeline))
+
+
+def _features(variant: Variant, options: Sequence[Option]) -> Features:
+    """What decides on the cost of each group. Layers that are not quantized are in the precision of the variant."""
+    return [(variant.backend, option, variant.bf16 and option.scheme == PLAIN) for option in options]
 
 
 def _with_scheme(group: Group, items: Sequence[Item], scheme: str) -> Item:

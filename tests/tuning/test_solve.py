@@ -11,7 +11,7 @@ import pytest
 
 import lissom
 from lissom.errors import UnsupportedError
-from lissom.tuning.corrections import Factors, Line, PowerLaw, fit_parts
+from lissom.tuning.corrections import Factors, PowerLaw, Ratios, fit_parts
 from lissom.tuning.sites import Option
 from lissom.tuning.solve import Item, solve
 from tests.models import feed_forward
@@ -76,11 +76,25 @@ def test_a_power_law_is_recovered():
     assert PowerLaw(1.0, 0.5).fit([], near=1.0) == PowerLaw(1.0, 0.5)
 
 
-def test_a_line_is_recovered():
-    line = Line().fit([(x, 2 + 0.5 * x) for x in (1.0, 2.0, 4.0)])
-    assert (line.offset, line.scale) == pytest.approx((2.0, 0.5))
-    assert line.inverse(line(3.0)) == pytest.approx(3.0)
-    assert Line().fit([])(7.0) == 7.0
+def test_costs_are_corrected_by_programs_that_are_alike():
+    """A ratio carries over by the weight of what two programs share, here 3 of 4 for the features "a" and "b"."""
+    ratios = Ratios([(("a", "b"), 10.0, 12.0)], [3.0, 1.0])
+    assert ratios(("a", "b")) == pytest.approx(1.2, rel=0.01)
+    assert math.log(ratios(("a", "c"))) == pytest.approx(0.75 * math.log(ratios(("a", "b"))))
+    assert ratios(("c", "d")) == pytest.approx(1.0)
+    assert Ratios()(("a", "b")) == 1.0
+
+
+def test_of_two_measured_programs_the_one_that_is_more_alike_counts():
+    points = [(("a", "a", "a", "a"), 10.0, 8.0), (("b", "b", "b", "a"), 10.0, 12.0)]
+    ratios = Ratios(points, [1.0] * 4)
+    assert ratios(("a", "a", "a", "c")) < 0.9 < 1.1 < ratios(("b", "b", "b", "c"))
+
+
+def test_a_cost_to_reach_is_that_of_the_nearest_measured_program():
+    ratios = Ratios([(("a",), 10.0, 8.0), (("b",), 10.0, 12.0)], [1.0])
+    assert ratios.inverse(11.0) == pytest.approx(11.0 * 10 / 12)
+    assert Ratios().inverse(7.0) == 7.0
 
 
 def test_a_missing_scipy_is_named_before_any_work(monkeypatch):
