@@ -27,8 +27,8 @@ from lissom.inspect.step_texts import (
     about_checks,
     changed_sizes,
     effect,
-    has_effect,
     hidden_steps,
+    is_shown,
     notes_of,
     short_spelling,
 )
@@ -269,7 +269,7 @@ def _history_table(report: Report) -> RenderableType:
     """A summary, a row per step, then the notes, the reasons for reverted passes, and the checks."""
     steps = report.history.steps
     before = dict(zip((step.index for step in steps[1:]), steps, strict=False))
-    listed = [step for step in steps if report.every_step or has_effect(step, before.get(step.index))]
+    listed = [step for step in steps if report.every_step or is_shown(step, before.get(step.index), report.history.pipeline)]
     table = plain_table(f"{report.title}: {_summary(report)}\n")
     table.add_column("#", justify="right")
     table.add_column("pass", no_wrap=True)

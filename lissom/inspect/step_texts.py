@@ -11,10 +11,14 @@ _LONGEST_PASS = 28
 _OPTION = re.compile(r'(?:[^,\["]|\[[^\]]*\]|"[^"]*")+')
 
 
-def has_effect(step: Step, before: Step | None) -> bool:
-    """True for the capture, for lossy passes, and for passes that changed the program."""
+def is_shown(step: Step, before: Step | None, pipeline: str) -> bool:
+    """True for the capture, lossy passes, passes that changed the program, and those of `pipeline` that could not.
+
+    pipeline: the text of the passes that were asked for; a backend's own come after them.
+    """
     changed = step.rewritten or step.added or step.removed
-    return before is None or step.kind != "rewrite" or bool(changed) or step.size != before.size
+    refused = step.skipped and f",{step.spelling}," in f",{pipeline},"
+    return before is None or step.kind != "rewrite" or bool(changed or refused) or step.size != before.size
 
 
 def short_spelling(spelling: str) -> str:

@@ -31,6 +31,7 @@ from lissom.frontends.failures import describe_failure
 from lissom.frontends.huggingface import SENTENCES
 from lissom.integrations.compiled_transformer import CompiledTransformer
 from lissom.integrations.fused_modules import EMBEDDING, SCORES, Constant, WholeSplade, fuse, split_features
+from lissom.passes.attention.linear_attention.linear_attention import LinearAttention
 from lissom.passes.prune.pack_tokens.pack_tokens import PackTokens
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.hosted_model import FixedModule
@@ -38,8 +39,6 @@ from lissom.runtime.model_files import check_tokenizer
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _KINDS = (SentenceTransformer, SparseEncoder, CrossEncoder)
-_AFTER_PACKING = {"quantize", "gptq", "linear-attention"}
-"""The passes whose results `pack-tokens` does not follow."""
 _BATCH = 16
 """The texts of a batch of calibration data."""
 
@@ -75,10 +74,10 @@ def compile_sentence_model(model: _Model, example_inputs: Inputs | None, setting
 
 
 def _with_packing(passes: str | Pass | Sequence[Pass]) -> list[Pass]:
-    """The passes with `pack-tokens` at the last place where it follows the tokens: behind pruning, before quantization."""
+    """The passes with `pack-tokens` at the end, or before the first `linear-attention`, whose results it does not follow."""
     found = resolve_passes(passes)
     if not any(isinstance(item, PackTokens) for item in found):
-        at = next((at for at, item in enumerate(found) if item.name() in _AFTER_PACKING), len(found))
+        at = next((at for at, item in enumerate(found) if isinstance(item, LinearAttention)), len(found))
         found.insert(at, PackTokens())
     return found
 

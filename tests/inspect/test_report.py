@@ -98,6 +98,17 @@ def test_a_lossy_pass_that_found_nothing_is_listed():
     assert "cast nothing to do" in " ".join(str(Report("Model", history)).split())
 
 
+def test_a_pass_that_was_asked_for_and_could_do_nothing_is_listed_with_its_reason():
+    history = fixed()
+    history.pipeline = "some-pass,pack-tokens"
+    for index, spelling in enumerate(("pack-tokens", "fuse-attention"), 3):
+        skips = (Skip("n", "'n'", "it reads positions that may be padding"),)
+        history.record(Step(index, spelling, "rewrite", 0.0, 0.0, AFTER, skipped=skips), "b\n")
+    shown = " ".join(str(Report("Model", history)).split())
+    assert "pack-tokens rewrote 0 of 1; skipped 1: it reads positions that may be padding" in shown
+    assert "fuse-attention" not in shown
+
+
 def test_sizes_are_in_the_unit_of_the_captured_model():
     history = History("", "off")
     for index, size in enumerate((Size(3, 250, 1_000, 5_500_000), Size(3, 100, 400, 99_960))):
