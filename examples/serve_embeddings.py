@@ -192,7 +192,7 @@ class Batcher:
         while self.waiting:
             length = len(self.waiting[0].ids)
             longest = max(longest, length)
-            # Attention runs on padded rows, so their number is bounded too.
+            # Some attention runs on padded rows, so their number is bounded too.
             if batch and (tokens + length > most or longest * (len(batch) + 1) > _PADDED * most):
                 break
             tokens += length

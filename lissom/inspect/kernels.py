@@ -110,7 +110,7 @@ def shape_of(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> str:
     if x is not None:
         *rows, inputs = _sizes(x, sizes)
         return f"{_product(rows)} × {inputs} → {output[-1]}"
-    if node.target is ops.merged_attention:
+    if node.target in (ops.merged_attention, ops.unpadded_attention):
         batch, tokens, width = _sizes(node, sizes)
         heads = int(str(node.kwargs["heads"]))
         return f"{heads} heads × {int(width) // heads}, {batch} × {tokens} tokens"

@@ -32,7 +32,7 @@ from lissom.compiler.verify.divergence import both_unfilled, lasting
 from lissom.inspect.kernels import short_name, without_numbers
 from lissom.inspect.roofline import sizes_text
 from lissom.inspect.tables import plain, plain_table
-from lissom.ops import block_sparse_attention, fused_attention, merged_attention
+from lissom.ops import block_sparse_attention, fused_attention, merged_attention, unpadded_attention
 from lissom.ops.pattern import Pattern
 
 _MASK_VALUE = 1e30
@@ -40,7 +40,7 @@ _MASK_VALUE = 1e30
 _MOST = 12
 _ROUNDING = 1e-6
 _SPARSIFIES = "sparsify-attention"
-_LOWERED = (fused_attention, merged_attention)
+_LOWERED = (fused_attention, merged_attention, unpadded_attention)
 
 
 @dataclass(frozen=True, repr=False)

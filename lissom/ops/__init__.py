@@ -7,7 +7,7 @@ import torch
 from lissom.ops.attention import attention, attention_reference
 from lissom.ops.block_sparse_attention import block_sparse_attention
 from lissom.ops.flex_attention import flex_block_sparse_attention as flex_block_sparse_attention
-from lissom.ops.fused_attention import fused_attention, merged_attention
+from lissom.ops.fused_attention import fused_attention, merged_attention, unpadded_attention
 from lissom.ops.fused_rows import fused_rms_norm, fused_rotary
 from lissom.ops.grouped_product import grouped_product, grouped_product_reference
 from lissom.ops.linear_attention import linear_attention, linear_attention_reference
@@ -38,6 +38,7 @@ KERNELS = (
     fused_attention,
     block_sparse_attention,
     merged_attention,
+    unpadded_attention,
     fused_rms_norm,
     fused_rotary,
 )

@@ -1,5 +1,6 @@
 """`lissom::fused_attention`: attention in one pass that holds a few rows of scores at a time.
 `lissom::merged_attention` is the same on the output of a merged projection; it splits and merges the heads inside.
+`lissom::unpadded_attention` is the same for texts that follow each other without padding.
 
 scores = q kᵀ · scale;  scores = softcap · tanh(scores / softcap);  weights = softmax([scores + bias, sinks]);  weights · v
 
@@ -64,6 +65,21 @@ def check_merged(qkv: torch.Tensor, heads: int, key_heads: int) -> None:
     require(fits, message, width, heads, key_heads)
 
 
+def check_unpadded(
+    qkv: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, heads: int, key_heads: int
+) -> None:
+    """Raise unless the operands of an attention without padding fit."""
+    check_merged(qkv, heads, key_heads)
+    fit = "qkv {}, slots {} and rows {} must be [1, tokens of all texts, all heads], [batch, tokens] and [rows]"
+    sizes = qkv.shape, slots.shape, rows.shape
+    require(qkv.shape[0] == 1, fit, *sizes)
+    require((slots.dim(), rows.dim()) == (2, 1), fit, *sizes)
+    for item in (slots, rows):
+        require(item.dtype in (torch.int64, torch.int32), "indices are of {}, and must be int64 or int32", item.dtype)
+    if bias is not None:
+        check_broadcast(bias, (slots.shape[0], heads, slots.shape[1], slots.shape[1]), "a bias")
+
+
 def fused_attention_reference(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -116,6 +132,27 @@ def merged_attention_reference(
     return found.transpose(1, 2).flatten(2)
 
 
+def unpadded_attention_reference(
+    qkv: torch.Tensor,
+    slots: torch.Tensor,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    heads: int,
+    key_heads: int,
+    scale: float,
+    softcap: float = 0.0,
+    causal: bool = False,
+) -> torch.Tensor:
+    """The reference implementation."""
+    check_unpadded(qkv, slots, rows, bias, heads, key_heads)
+    padded = qkv[0].index_select(0, slots.flatten()).unflatten(0, slots.shape)
+    found = merged_attention_reference(
+        padded, bias, heads=heads, key_heads=key_heads, scale=scale, softcap=softcap, causal=causal
+    )
+    return found.flatten(0, 1).index_select(0, rows)[None]
+
+
 def output_of(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """An uninitialized output of an attention, contiguous as [batch, queries, heads, value_dim]."""
     batch, heads, queries, _ = q.shape
@@ -131,6 +168,20 @@ def _merged_shape_of(qkv: torch.Tensor, *_: object, heads: int, key_heads: int, 
     check_merged(qkv, heads, key_heads)
     batch, tokens, width = qkv.shape
     return qkv.new_empty((batch, tokens, width // (heads + 2 * key_heads) * heads))
+
+
+def _unpadded_shape_of(
+    qkv: torch.Tensor,
+    slots: torch.Tensor,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    heads: int,
+    key_heads: int,
+    **_: object,
+) -> torch.Tensor:
+    check_unpadded(qkv, slots, rows, bias, heads, key_heads)
+    return qkv.new_empty((1, rows.shape[0], qkv.shape[2] // (heads + 2 * key_heads) * heads))
 
 
 fused_attention = define(
@@ -152,3 +203,13 @@ merged_attention = define(
 )
 """The operator. qkv: [batch, tokens, (heads + 2 key_heads) · head_dim], the heads of q, then those of k, then those of v; the
 others as in `fused_attention`. Returns [batch, tokens, heads · head_dim]."""
+
+unpadded_attention = define(
+    "unpadded_attention(Tensor qkv, Tensor slots, Tensor rows, Tensor? bias=None, *, int heads, int key_heads, float scale, "
+    "float softcap=0.0, bool causal=False) -> Tensor",
+    unpadded_attention_reference,
+    _unpadded_shape_of,
+)
+"""The operator. qkv: [1, tokens of all texts, (heads + 2 key_heads) · head_dim]; slots: [batch, tokens of a padded text], the
+token of qkv at each position; rows: the positions of slots whose results are returned; bias: of the padded texts; the others as
+in `merged_attention`. Returns [1, rows, heads · head_dim]."""

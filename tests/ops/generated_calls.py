@@ -22,7 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lissom.errors import LissomError
 from lissom.ops.blocked_attention import blocked_attention
-from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference
+from lissom.ops.fused_attention import (
+    fused_attention_reference,
+    merged_attention_reference,
+    unpadded_attention_reference,
+)
 from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
 from lissom.ops.native import kernel_dtypes, load_kernels
 from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_reference
@@ -79,7 +83,7 @@ class Generator:
         self.torch = torch.Generator().manual_seed(seed)
         self.dtypes = kernel_dtypes() or (torch.float32,)
         self.makers = [self.linear, self.quantized, self.stored, self.embedding, self.attention, self.merged, self.sparse]
-        self.makers += [self.norm, self.rotary]
+        self.makers += [self.norm, self.rotary, self.unpadded]
 
     def call(self) -> tuple[Call, bool]:
         """A call, and whether it is spoilt."""
@@ -231,6 +235,21 @@ class Generator:
         options: dict[str, Value] = {"heads": heads, "key_heads": key_heads, "scale": 0.4, "softcap": 0.0}
         options["causal"] = self.random.random() < 0.5
         return Call("merged_attention", merged_attention_reference, {"qkv": qkv, "bias": bias}, options)
+
+    def unpadded(self) -> Call:
+        call = self.merged()
+        qkv, bias = call.operands["qkv"], call.operands["bias"]
+        assert isinstance(qkv, torch.Tensor)
+        lengths = torch.randint(0, qkv.shape[1] + 1, (qkv.shape[0], 1), generator=self.torch)
+        seen = torch.arange(qkv.shape[1]) < lengths
+        rows = seen.flatten().nonzero().squeeze(1)
+        slots = seen.flatten().cumsum(0).sub(1).clamp_min(0).unflatten(0, seen.shape)
+        x = qkv.flatten(0, 1)[None]
+        if self.random.random() < 0.5:
+            bias = seen[:, None, None]
+        call.options["causal"] = self.random.random() < 0.2
+        operands: dict[str, Value] = {"qkv": x, "slots": slots, "rows": rows, "bias": bias}
+        return Call("unpadded_attention", unpadded_attention_reference, operands, call.options)
 
     def sparse(self) -> Call:
         operands, options, (heads, queries, keys) = self.qkv()

@@ -7,7 +7,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lissom
 from lissom.ops.blocked_attention import blocked_attention
-from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference
+from lissom.ops.fused_attention import (
+    fused_attention_reference,
+    merged_attention_reference,
+    unpadded_attention_reference,
+)
 from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
 from lissom.ops.native import load_kernels
 from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_reference
@@ -34,6 +38,7 @@ REFERENCES = {
     "weight_quantized_linear": weight_quantized_linear_reference,
     "fused_attention": fused_attention_reference,
     "merged_attention": merged_attention_reference,
+    "unpadded_attention": unpadded_attention_reference,
     "block_sparse_attention": blocked_attention,
     "fused_rms_norm": fused_rms_norm_reference,
     "fused_rotary": fused_rotary_reference,
@@ -41,6 +46,7 @@ REFERENCES = {
 EMBEDDING = {"features": 40, "bits": 32}
 STORED_INT8 = {"features": 40, "format": "int8"}
 SCALES = {"k_scale": torch.ones(2, 2, 7, 1), "v_scale": torch.ones(2, 2, 7, 1)}
+HEADS = {"heads": 2, "key_heads": 1, "scale": 1.0}
 WRONG = [
     ("packed_linear", (X, WEIGHT[:1]), {"features": 40}),
     ("packed_linear", (X, WEIGHT.flatten()), {"features": 40}),
@@ -87,6 +93,11 @@ WRONG = [
     ("merged_attention", (QKV,), {"heads": 2, "key_heads": -1, "scale": 1.0}),
     ("merged_attention", (QKV,), {"heads": 2**62, "key_heads": 2**62, "scale": 1.0}),
     ("merged_attention", (QKV,), {"heads": 5, "key_heads": 2, "scale": 1.0}),
+    ("unpadded_attention", (QKV, IDS[None], IDS[:1]), HEADS),
+    ("unpadded_attention", (QKV[:1], IDS, IDS[:1]), HEADS),
+    ("unpadded_attention", (QKV[:1], IDS[None, :1], IDS[None, :1]), HEADS),
+    ("unpadded_attention", (QKV[:1], IDS[None, :1].float(), IDS[:1]), HEADS),
+    ("unpadded_attention", (QKV[:1], IDS[None, :1], IDS[:1], torch.ones(3)), HEADS),
     ("block_sparse_attention", (Q, K, K), {"pattern": [0, 1, 1, 0, 9, 1], "block": 4, "scale": 1.0}),
     ("block_sparse_attention", (Q, K, K), {"pattern": [0, -1, 1, 0, 9, 0, 0], "block": 4, "scale": 1.0}),
     ("block_sparse_attention", (Q, K, K), {"pattern": [0, -1, 1, 0, 9, 1, 2**31 - 1], "block": 4, "scale": 1.0}),

@@ -12,6 +12,8 @@ from lissom.ops.fused_attention import (
     fused_attention_reference,
     merged_attention,
     merged_attention_reference,
+    unpadded_attention,
+    unpadded_attention_reference,
 )
 from lissom.ops.native import kernel_dtypes, load_kernels
 
@@ -157,6 +159,47 @@ def test_heads_of_a_merged_projection(form, heads, key_heads, tokens, mask, dtyp
     found = form(qkv, bias, heads=heads, key_heads=key_heads, scale=0.3)
     assert found.is_contiguous()
     assert relative_error(wanted, found.double()) < ALLOWED[dtype]
+
+
+def unpadded(kind, seen):
+    """Slots and rows of texts without padding, and the mask, in a layout that `pack-tokens` makes, or in another."""
+    rows = seen.flatten().nonzero().squeeze(1)
+    slots = seen.flatten().cumsum(0).sub(1).clamp_min(0).unflatten(0, seen.shape)
+    mask = seen[:, None, None].expand(-1, 1, seen.shape[1], -1)
+    if kind == "bias":
+        mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None, None]
+    elif kind == "heads":
+        mask = mask & (torch.arange(4)[:, None, None] * 3 <= torch.arange(seen.shape[1]))
+    elif kind == "triangle":
+        mask = mask & torch.ones(seen.shape[1], seen.shape[1], dtype=torch.bool).tril()
+    elif kind == "other rows":
+        rows = rows.flip(0)[::2]
+    elif kind == "scattered":
+        place = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        slots = place[slots]
+    return slots, rows, mask
+
+
+@pytest.mark.parametrize("form", [unpadded_attention, unpadded_attention_reference], ids=["operator", "reference"])
+@pytest.mark.parametrize("kind", ["packed", "hole", "bias", "heads", "triangle", "other rows", "scattered", "causal"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_texts_without_padding_attend_as_padded_ones_do(form, kind, dtype):
+    seen = torch.arange(70) < torch.tensor([70, 3, 41, 1, 0])[:, None]
+    if kind == "hole":
+        seen[2, 5] = False
+    slots, rows, mask = unpadded(kind, seen)
+    qkv = numbers(1, int(slots.max()) + 1, (4 + 2 * 2) * 8, dtype=dtype)
+    options = {"heads": 4, "key_heads": 2, "scale": 0.3, "softcap": 2.0, "causal": kind == "causal"}
+    wanted = merged_attention_reference(qkv[0, slots].double(), mask, **options).flatten(0, 1)[rows]
+    assert relative_error(wanted, form(qkv, slots, rows, mask, **options)[0].double()) < ALLOWED[dtype]
+
+
+def test_tokens_that_are_not_there_are_refused():
+    qkv, rows = numbers(1, 4, 24), torch.tensor([0, 3])
+    for form in (unpadded_attention, unpadded_attention_reference):
+        for slots, taken in ((torch.tensor([[0, 4]]), rows[:1]), (torch.tensor([[0, -5]]), rows[:1]), (rows[None], rows)):
+            with pytest.raises((IndexError, RuntimeError)):
+                form(qkv, slots, taken, heads=1, key_heads=1, scale=1.0)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -204,7 +204,7 @@ TRANSLATIONS: Mapping[object, Callable[..., object]] = {
 
 _WRITTEN_BY: Mapping[object, str] = {
     ops.fused_attention: "fuse-attention or lower-sparse-attention",
-    ops.merged_attention: "fuse-merged-attention",
+    **dict.fromkeys((ops.merged_attention, ops.unpadded_attention), "fuse-merged-attention"),
     ops.fused_rms_norm: "fuse-rms-norm",
     ops.fused_rotary: "fuse-rotary",
     **dict.fromkeys((ops.packed_linear, ops.packed_embedding), "pack-linear or pack-quantized-linear"),

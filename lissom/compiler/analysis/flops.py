@@ -80,6 +80,12 @@ def _merged_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
     return 2 * product(shape_of(node)[:-2]) * tokens * tokens * features
 
 
+def _unpadded_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """The same, where each row that is returned sees the tokens of a padded text."""
+    *_, rows, features = shape_of(node)
+    return 2 * rows * _operand(node, 1, shape_of)[-1] * features
+
+
 def _block_sparse_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
     """The same for the visible blocks of the pattern. For a layout that is no weight, all its blocks count as visible."""
     q, k, v = (_operand(node, index, shape_of) for index in range(3))
@@ -204,6 +210,7 @@ FORMULAS: dict[object, Formula] = {
     **dict.fromkeys((*operators.ATTENTIONS, ops.fused_attention), _attention),
     ops.block_sparse_attention: _block_sparse_attention,
     ops.merged_attention: _merged_attention,
+    ops.unpadded_attention: _unpadded_attention,
     ops.linear_attention: _linear_attention,
     ops.gated_delta_rule: _delta_rule,
     ops.selective_scan: _selective_scan,

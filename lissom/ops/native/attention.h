@@ -431,4 +431,34 @@ void run(const Attention<T>& call) {
   with_operand<T>([&](auto zero) { all_heads(zero, [&](auto&&... sizes) { head(call, visible_keys, sizes...); }); });
 }
 
+// Several calls of one batch each, of the same heads; their heads are divided among threads together.
+template <typename T>
+void run(const std::vector<Attention<T>>& calls) {
+  std::vector<VisibleKeys> visible_keys(calls.begin(), calls.end());
+  int64_t heads = calls[0].heads, items = static_cast<int64_t>(calls.size()) * heads;
+  auto all_heads = [&](auto zero, auto&& wanted, auto&& one_head) {
+    at::parallel_for(0, items, 1, [&](int64_t from, int64_t to) {
+      Scratch<decltype(zero)> scratch;
+      for (int64_t item = from; item < to; ++item) {
+        const Attention<T>& call = calls[item / heads];
+        if (!wanted(call)) continue;
+        if (item == from || item % heads == 0) scratch.packed_from = -1;  // of another text
+        one_head(call, visible_keys[item / heads], item % heads, scratch);
+      }
+    });
+  };
+  bool tiles = false;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    tiles = amx.load(std::memory_order_relaxed);
+    if (tiles)
+      all_heads(T{}, [](auto& call) { return call.queries >= kFewestAmxRows; }, [](auto& call, auto& visible, int64_t h, auto& scratch) {
+        head_by_tiles(call, visible, 0, h, 0, call.queries, scratch);
+      });
+  }
+  with_operand<T>([&](auto zero) {
+    all_heads(zero, [&](auto& call) { return !tiles || call.queries < kFewestAmxRows; },
+              [](auto& call, auto& visible, int64_t h, auto& scratch) { head(call, visible, 0, h, 0, call.queries, scratch); });
+  });
+}
+
 }  // namespace lissom

@@ -121,23 +121,123 @@ Tensor fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, Option
   });
 }
 
+// The features of a head of a merged projection, which is checked: [batch, tokens, all heads].
+int64_t head_dim_of(const Tensor& qkv, int64_t heads, int64_t key_heads) {
+  check_readable(qkv, "qkv");
+  TORCH_CHECK(qkv.dim() == 3, "qkv has ", qkv.dim(), " dimensions, and must be [batch, tokens, all heads]");
+  for (int64_t size : qkv.sizes()) check_size(size, "a size of qkv");
+  bool fits = heads > 0 && key_heads > 0 && heads <= qkv.size(2) && key_heads <= qkv.size(2);
+  TORCH_CHECK(fits && qkv.size(2) % (heads + 2 * key_heads) == 0, "qkv has ", qkv.size(2), " features, and must have some for ",
+              "each of ", heads, " heads and twice ", key_heads, " key heads");
+  return qkv.size(2) / (heads + 2 * key_heads);
+}
+
 // Heads are split and merged by strides, here rather than by separate operators, whose overhead is noticeable in a small model.
 Tensor merged_attention(const Tensor& given, Optional bias, int64_t heads, int64_t key_heads, double scale, double softcap,
                         bool causal) {
-  check_readable(given, "qkv");
-  TORCH_CHECK(given.dim() == 3, "qkv has ", given.dim(), " dimensions, and must be [batch, tokens, all heads]");
-  for (int64_t size : given.sizes()) check_size(size, "a size of qkv");
-  bool fits = heads > 0 && key_heads > 0 && heads <= given.size(2) && key_heads <= given.size(2);
-  TORCH_CHECK(fits && given.size(2) % (heads + 2 * key_heads) == 0, "qkv has ", given.size(2), " features, and must have some for ",
-              "each of ", heads, " heads and twice ", key_heads, " key heads");
+  int64_t head_dim = head_dim_of(given, heads, key_heads);
   Tensor x = given.contiguous();
-  int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2), head_dim = width / (heads + 2 * key_heads);
+  int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   auto part = [&](int64_t first, int64_t count) {
     return x.strided({batch, count, tokens, head_dim}, {tokens * width, head_dim, width, 1}, first * head_dim);
   };
   Tensor y = fused_attention(part(0, heads), part(heads, key_heads), part(heads + key_heads, key_heads), bias, scale, softcap,
                              {}, causal, {}, {});
   return y.transpose(1, 2).view({batch, tokens, heads * head_dim});
+}
+
+// One call for each text whose rows are asked for, where its queries and its visible keys are neighbours in memory, as pack-tokens
+// leaves them, and one mask holds for all its queries; else none. whole: what the calls share, with the mask of all texts.
+template <typename T>
+std::vector<Attention<T>> calls_of_texts(const Attention<T>& whole, const Tensor& slot_table, const Tensor& row_table) {
+  int64_t batch = slot_table.size(0), tokens = slot_table.size(1), count = row_table.size(0), width = whole.q_strides.row;
+  const int64_t *slots = slot_table.const_data_ptr<int64_t>(), *rows = row_table.const_data_ptr<int64_t>();
+  auto neighbours = [](auto&& place, int64_t from, int64_t to) {
+    for (int64_t n = from + 1; n < to; ++n)
+      if (place(n) != place(n - 1) + 1) return false;
+    return true;
+  };
+  std::vector<Attention<T>> found;
+  int64_t taken = 0;
+  for (int64_t b = 0; b < batch && taken < count; ++b) {
+    int64_t first = taken;
+    while (taken < count && rows[taken] / tokens == b && (taken == first || rows[taken] > rows[taken - 1])) ++taken;
+    if (taken == first) continue;
+    auto query = [&](int64_t n) { return slots[rows[n]]; };
+    auto key = [&](int64_t n) { return slots[b * tokens + n]; };
+    Attention<T> call = whole;
+    if (call.mask) call.mask += b * whole.bias_strides.batch;
+    if (call.bias) call.bias += b * whole.bias_strides.batch;
+    call.batch = 1, call.queries = 1;  // all of them see the same keys
+    VisibleKeys visible(call);
+    Span seen{0, 0};
+    for (int64_t h = 0; h < call.heads; ++h) seen = joined(seen, visible.of(0, h, 0));
+    if (!neighbours(query, first, taken) || !neighbours(key, seen.begin, seen.end)) return {};
+    call.queries = taken - first;
+    call.q += query(first) * width, call.y += first * call.heads * call.value_dim;
+    int64_t ahead = seen.begin < seen.end ? (key(seen.begin) - seen.begin) * width : 0;
+    call.k += ahead, call.v += ahead;
+    found.push_back(call);
+  }
+  return taken == count ? found : std::vector<Attention<T>>{};
+}
+
+// Tokens of several texts without padding, [1, tokens of all, all heads]. slots: [batch, tokens of a padded text], the token at each
+// position; rows: the positions, over all texts, whose results are returned.
+Tensor unpadded_attention(const Tensor& given, const Tensor& slots_given, const Tensor& rows_given, Optional bias, int64_t heads,
+                          int64_t key_heads, double scale, double softcap, bool causal) {
+  int64_t head_dim = head_dim_of(given, heads, key_heads);
+  Tensor x = given.contiguous(), slots = checked_indices(slots_given), rows = checked_indices(rows_given);
+  TORCH_CHECK(x.size(0) == 1 && slots.dim() == 2 && rows.dim() == 1, "qkv ", x.sizes(), ", slots ", slots.sizes(), " and rows ",
+              rows.sizes(), " must be [1, tokens of all texts, all heads], [batch, tokens] and [rows]");
+  for (const Tensor& item : {slots, rows})
+    for (int64_t size : item.sizes()) check_size(size, "a size of slots or rows");
+  int64_t batch = slots.size(0), tokens = slots.size(1), width = x.size(2), count = rows.size(0);
+  auto check_indices = [](const Tensor& indices, int64_t limit, const char* name) {
+    const int64_t* values = indices.const_data_ptr<int64_t>();
+    for (int64_t n = 0; n < indices.numel(); ++n)
+      TORCH_CHECK_INDEX(values[n] >= 0 && values[n] < limit, name, " holds ", values[n], ", and must be from 0 to ", limit - 1);
+  };
+  check_indices(slots, x.size(1), "slots"), check_indices(rows, slots.numel(), "rows");
+  std::vector<int64_t> scores{batch, heads, tokens, tokens};
+  check_readable(bias, "bias");
+  bool readable = !bias || (!bias->is_complex() && bias->broadcasts(scores));  // else refused below, by name
+  Tensor mask;
+  if (bias && readable) mask = (bias->scalar_type() == at::kBool ? *bias : bias->to(at::kFloat)).expand(scores);
+  bool alike = readable && !causal && (!bias || ((mask.stride(2) == 0 || tokens == 1) && mask.stride(3) == 1));
+  return by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    Tensor y = allocate({1, count, heads * head_dim}, x.options());
+    if (y.numel() == 0 && alike) return y;
+    if (alike) {
+      Attention<T> whole{};
+      whole.q = x.const_data_ptr<T>(), whole.k = whole.q + heads * head_dim, whole.v = whole.k + key_heads * head_dim;
+      whole.q_strides = whole.k_strides = whole.v_strides = {0, head_dim, width, 1};
+      if (bias && mask.scalar_type() == at::kBool) whole.mask = mask.const_data_ptr<bool>();
+      else if (bias) whole.bias = mask.const_data_ptr<float>();
+      if (bias) whole.bias_strides = {mask.stride(0), mask.stride(1), 0, 1};
+      whole.y = y.mutable_data_ptr<T>();
+      whole.heads = heads, whole.key_heads = key_heads, whole.keys = tokens, whole.head_dim = whole.value_dim = head_dim;
+      whole.scale = static_cast<float>(scale), whole.softcap = static_cast<float>(softcap);
+      TORCH_CHECK(std::isfinite(whole.scale) && std::isfinite(whole.softcap), "scale ", scale, " and softcap ", softcap,
+                  " must be finite");
+      std::vector<Attention<T>> calls = calls_of_texts(whole, slots, rows);
+      if (!calls.empty()) {
+        run(calls);
+        return y;
+      }
+    }
+    auto lookup = [](const Tensor& from, const Tensor& indices, int64_t features, const Tensor& to) {
+      const int64_t* places = indices.const_data_ptr<int64_t>();
+      for (int64_t n = 0; n < indices.numel(); ++n)
+        std::copy_n(from.const_data_ptr<T>() + places[n] * features, features, to.mutable_data_ptr<T>() + n * features);
+    };
+    Tensor padded = allocate({batch, tokens, width}, x.options());
+    lookup(x, slots, width, padded);
+    Tensor all = merged_attention(padded, bias, heads, key_heads, scale, softcap, causal).contiguous();
+    lookup(all, rows, heads * head_dim, y);
+    return y;
+  });
 }
 
 constexpr size_t kFields = 7;  // of a condition in an operator's argument: the number of its alternative, and its six fields

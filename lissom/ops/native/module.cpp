@@ -413,6 +413,7 @@ STABLE_TORCH_LIBRARY_IMPL(lissom, CPU, library) {
   }
   implement<fused_attention>(library, "fused_attention");
   implement<merged_attention>(library, "merged_attention");
+  implement<unpadded_attention>(library, "unpadded_attention");
   implement<block_sparse_attention>(library, "block_sparse_attention");
   implement<fused_rms_norm>(library, "fused_rms_norm");
   implement<fused_rotary>(library, "fused_rotary");

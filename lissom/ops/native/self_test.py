@@ -14,7 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from lissom.ops.blocked_attention import block_sparse_attention_reference
 from lissom.ops.formats import FORMATS
-from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference
+from lissom.ops.fused_attention import (
+    fused_attention_reference,
+    merged_attention_reference,
+    unpadded_attention_reference,
+)
 from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
 from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_reference
 from lissom.ops.quantization import (
@@ -77,6 +81,11 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         yield "block_sparse_attention", block_sparse_attention_reference, (q[:, :, :queries], k, v, None, None), window
     whole = _numbers(2, 21, (4 + 2 * 2) * 10, dtype=dtype)
     yield "merged_attention", merged_attention_reference, (whole,), {"heads": 4, "key_heads": 2, "scale": 0.3, "causal": True}
+    seen = torch.arange(21) < torch.tensor([[21], [7]])
+    rows, slots = seen.flatten().nonzero().squeeze(1), seen.flatten().cumsum(0).sub(1).unflatten(0, (2, 21))
+    for bias in (seen[:, None, None], None):
+        options = {"heads": 4, "key_heads": 2, "scale": 0.3}
+        yield "unpadded_attention", unpadded_attention_reference, (whole.flatten(0, 1)[None, rows], slots, rows, bias), options
     yield "fused_rms_norm", fused_rms_norm_reference, (_numbers(5, 37, dtype=dtype), _numbers(37, dtype=dtype)), {"eps": 1e-5}
     for interleaved in (False, True):
         angles = [_numbers(19, 9, dtype=dtype) for _ in range(2)]

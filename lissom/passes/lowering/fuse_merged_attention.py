@@ -4,7 +4,8 @@
     y = reshape(transpose(lissom::fused_attention(q, k, v, mask)))
 
 The heads may also come from qkv as [batch, tokens, 3, heads, head_dim], as timm's vision transformers split them. Where
-`pack-tokens` looks up the rows of q, k and v behind the split, those of qkv are looked up once.
+`pack-tokens` looks up the rows of q, k and v behind the split, those of qkv are looked up once; where it takes the real tokens
+of the result again, attention is `lissom::unpadded_attention`, which reads tokens without padding, and nothing is looked up.
 
 The view operators around the attention copy nothing, but each takes about a microsecond to call, and a layer has a dozen of
 them: a tenth of the time of a small model on a short text.
@@ -23,7 +24,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import RESHAPES, SPLITS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.ops.fused_attention import fused_attention, merged_attention
+from lissom.ops.fused_attention import fused_attention, merged_attention, unpadded_attention
 
 aten = torch.ops.aten
 
@@ -36,12 +37,18 @@ class FuseMergedAttention(Rewrite):
         for node in edit.treatable(_obstacle, fused_attention):
             merged, joined = _merged(node), _joined(node)
             assert merged is not None and joined is not None
-            options = {name: value for name, value in node.kwargs.items() if name != "sinks"}
             heads, key_heads = (nodes.tensor_type(item).shape[1] for item in node.args[:2])
-            with edit.before(node):
-                projection = merged.projection if merged.lookup is None else _looked_up(edit, merged.projection, merged.lookup)
-                call = edit.call(merged_attention, projection, *node.args[3:], heads=heads, key_heads=key_heads, **options)
-            edit.replace(joined, call)
+            rest = {name: value for name, value in node.kwargs.items() if name != "sinks"}
+            options = {"heads": heads, "key_heads": key_heads, **rest}
+            taken = _taken(joined, merged.projection) if merged.lookup is not None else None
+            with edit.before(taken or node):
+                if merged.lookup is not None and taken is not None:
+                    slots = _slots(edit, merged.lookup)
+                    call = edit.call(unpadded_attention, merged.projection, slots, taken.args[2], *node.args[3:], **options)
+                else:
+                    whole = merged.projection if merged.lookup is None else _looked_up(edit, merged.projection, merged.lookup)
+                    call = edit.call(merged_attention, whole, *node.args[3:], **options)
+            edit.replace(taken or joined, call)
 
 
 def _obstacle(node: fx.Node) -> str | None:
@@ -71,6 +78,25 @@ def _looked_up(edit: Editor, projection: fx.Node, lookup: fx.Node) -> fx.Node:
     selected, sizes = lookup.args
     rows = edit.call(aten.index_select.default, projection, *selected.args[1:])  # pyright: ignore
     return edit.call(aten.reshape.default, rows, [*sizes[:2], nodes.tensor_type(projection).shape[2]])  # pyright: ignore
+
+
+def _slots(edit: Editor, lookup: fx.Node) -> fx.Node:
+    """The row that a lookup takes for each position, [batch, tokens]."""
+    selected, sizes = lookup.args
+    return edit.call(aten.reshape.default, selected.args[2], sizes[:2])  # pyright: ignore
+
+
+def _taken(joined: fx.Node, projection: fx.Node) -> fx.Node | None:
+    """The rows that are taken of an attention's result, where nothing else reads it, if it computes from rows of one batch."""
+    flat = next(iter(joined.users))
+    if len(joined.users) != 1 or not nodes.is_call(flat, *RESHAPES) or len(flat.users) != 1:
+        return None
+    taken = next(iter(flat.users))
+    if not nodes.is_call(taken, aten.index_select.default) or nodes.argument(taken, "dim") != 1 or taken.args[0] is not flat:
+        return None
+    shapes = [nodes.tensor_type(item).shape for item in (flat, joined, projection)]
+    whole = len(shapes[0]) == 3 and shapes[0][2] == shapes[1][2]
+    return taken if whole and shapes[0][0] == shapes[2][0] == 1 else None
 
 
 def _merged(attention: fx.Node) -> _Merged | None:

@@ -5,7 +5,8 @@
 
 Linear layers, norms, activations, embeddings and residual adds run on the packed rows, one long sequence;
 attention and all other operators across tokens run on the padded form. Both conversions are lookups of whole rows, which every
-backend supports. In the padded form a padding position holds a copy of the last real token before it, which nothing may read.
+backend supports; on a CPU the backend `eager` fuses them into attention, which then reads packed rows where they are. In the
+padded form a padding position holds a copy of the last real token before it, which nothing may read.
 The pass is exact because it follows every value to where a mask hides padding, padding is set to zero, or one position is
 selected, and leaves the program alone where a value reaches any other reader. A row keeps all its positions if its selected
 position (`[CLS]`, the last token) is padding, or if it has no real token: attention from padding may see other padding.
