@@ -56,3 +56,9 @@ def projected(batch: int, heads: tuple[int, int], tokens: tuple[int, int], sizes
     (count, key_count), (queries, keys), (head_dim, value_dim) = heads, tokens, sizes
     shapes = [(queries, count, head_dim), (keys, key_count, head_dim), (keys, key_count, value_dim)]
     return [numbers(batch, *shape, dtype=dtype, seed=seed).transpose(1, 2) for seed, shape in enumerate(shapes)]
+
+
+def slots_and_rows(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Operands of `unpadded_attention` as `pack-tokens` makes them. seen: tokens that are no padding, [batch, tokens]."""
+    slots = seen.flatten().cumsum(0).sub(1).clamp_min(0).unflatten(0, seen.shape)
+    return slots, seen.flatten().nonzero().squeeze(1)

@@ -16,6 +16,7 @@ from lissom.ops.fused_attention import (
     unpadded_attention_reference,
 )
 from lissom.ops.native import kernel_dtypes, load_kernels
+from tests.ops.patterns import slots_and_rows
 
 # float32: sums in another order and an exponential good to 2e-7.  bfloat16: weights and result rounded once each.
 ALLOWED = {torch.float32: 5e-6, torch.bfloat16: 1.5e-2}
@@ -163,8 +164,7 @@ def test_heads_of_a_merged_projection(form, heads, key_heads, tokens, mask, dtyp
 
 def unpadded(kind, seen):
     """Slots and rows of texts without padding, and the mask, in a layout that `pack-tokens` makes, or in another."""
-    rows = seen.flatten().nonzero().squeeze(1)
-    slots = seen.flatten().cumsum(0).sub(1).clamp_min(0).unflatten(0, seen.shape)
+    slots, rows = slots_and_rows(seen)
     mask = seen[:, None, None].expand(-1, 1, seen.shape[1], -1)
     if kind == "bias":
         mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None, None]
