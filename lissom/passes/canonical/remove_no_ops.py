@@ -3,7 +3,7 @@
 Dropout outside training, assertions, aliases and copies, casts to the same dtype, slices, expands and reshapes to the same
 sizes, and additions of 0 or multiplications by 1. Such an operator is the identity exactly when its result has its argument's
 type. `view` becomes `reshape`, because without a copy its argument may have strides that it cannot view; `type_as` becomes a
-cast to a named dtype.
+cast to a named dtype, and `copy`, to which export turns an assignment and which has no gradient, a cast of what is assigned.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class RemoveNoOps(Rewrite):
                 continue
             if node.target in _VIEWS:
                 edit.change_call(node, aten.reshape.default, *node.args)
+            if node.target is aten.copy.default:
+                _assign(edit, node)
             source = node.args[0] if node.args else None
             if node.target in _CASTS_LIKE and not node.kwargs and len(node.args) == 2:
                 found = nodes.tensor_type(node)
@@ -55,6 +57,18 @@ class RemoveNoOps(Rewrite):
                     edit.change_call(node, aten.to.dtype, source, found.dtype)
             if isinstance(source, fx.Node) and _gives_back(node) and not _guards(edit, node, source):
                 edit.replace(node, source)
+
+
+def _assign(edit: Editor, node: fx.Node) -> None:
+    """Make a `copy` a cast of its second argument, in the sizes of the first."""
+    place, value, *_ = node.args
+    found, given = nodes.tensor_type(place), nodes.tensor_type(value)
+    if found.device != given.device:
+        return
+    if given.shape != found.shape:
+        with edit.before(node):
+            value = edit.call(aten.expand.default, value, [edit.size(place, dim) for dim in range(found.rank)])  # pyright: ignore
+    edit.change_call(node, aten.to.dtype, value, found.dtype)
 
 
 def _gives_back(node: fx.Node) -> bool:

@@ -192,6 +192,21 @@ def test_a_cast_to_the_type_of_another_names_the_dtype() -> None:
     assert [node.target for node in program.nodes()] == [aten.to.dtype, aten.mul.Tensor]
 
 
+def test_an_assignment_becomes_what_is_assigned_in_the_sizes_and_dtype_of_its_place() -> None:
+    """`copy`, which export makes of it, has no gradient: nothing behind it could be trained."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        y[...] = x.mean(1, keepdim=True).double()
+        y[:, 1:] = x[:, :-1].sin()
+        return y * x
+
+    x = normal(2, 5, 8)
+    program, _ = rewrite(RemoveNoOps(), Calls(function), x)
+    assert calls(program, aten.copy.default) == 0
+    torch.testing.assert_close(program(x), function(x), rtol=0, atol=0)
+
+
 def test_a_constant_made_in_forward_is_read_directly() -> None:
     program, _ = rewrite(RemoveNoOps(), Calls(lambda x: x * torch.tensor(2.0)), normal(2, 5, 8))
     assert [node.target for node in program.nodes()] == [aten.mul.Tensor]
