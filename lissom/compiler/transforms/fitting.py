@@ -58,7 +58,7 @@ class Fitting(Training):
     learning_rate: the highest; it falls to zero at the end.
     batch: rows of a step; none takes the batches of the data as they are.
     precision: of products and activations, `fp32` or `bf16`, with weights in float32; `auto` takes bf16 where a step is
-        faster in it and the gradients agree.
+        faster in it and the gradients agree, but fp32 with `steps`: what is faster may differ from run to run.
     held_out: the fraction of the data that decides which weights stay, and is not trained on.
     embeddings: trains embedding tables too, and LM heads tied to them.
     scales: trains the scales of quantizers in the graph too.
@@ -189,7 +189,7 @@ class Fitting(Training):
     def _precision(self, program: Program) -> Precision:
         """The precision of products; a program with weights in float16 keeps its own, which does not mix with bfloat16."""
         if all(item.dtype != torch.float16 for item in program.weights().values()):
-            return self.precision
+            return "fp32" if self.precision == "auto" and self.steps is not None else self.precision
         if self.precision == "bf16":
             raise RequirementError(
                 f"{self.name()}: precision=bf16 does not go with weights in float16; cast after it, or leave precision= out"
