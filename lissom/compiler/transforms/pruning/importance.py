@@ -162,13 +162,14 @@ def second_order(
 def removal_path(weight: torch.Tensor, covariance: torch.Tensor, metric: torch.Tensor, units: torch.Tensor) -> Ranking:
     """The ranking of the second-order criterion: repeatedly remove the unit of least cost and update the others.
 
-    weight: [out_features, in_features]; covariance: of the inputs, [in_features, in_features]; metric: G,
-    [out_features, out_features]; units: [units, features], the columns of each unit.
+    weight: [out_features, in_features], those of several experts below each other; covariance: of the inputs, [in_features,
+    in_features]; metric: G, [out_features, out_features]; units: [units, features], the columns of each unit.
     """
     step = -(-len(units) // _STEPS)
-    # tr(G·V·A·Vᵀ) = tr((RV)·A·(RV)ᵀ) for G = RᵀR, so G is applied once.
+    # tr(G·V·A·Vᵀ) = tr((RV)·A·(RV)ᵀ) for G = RᵀR, so G is applied once; to each expert where a weight holds several.
     values, vectors = torch.linalg.eigh(metric.double())
-    weight = ((vectors * values.clamp_min(0).sqrt()).T @ weight.double()).float()
+    root = (vectors * values.clamp_min(0).sqrt()).T
+    weight = (root @ weight.double().unflatten(0, (-1, len(metric)))).flatten(0, 1).float()
     inverse = damped_inverse(covariance)
     left = torch.arange(len(units))
     order: list[torch.Tensor] = []

@@ -94,6 +94,16 @@ def test_the_second_order_path_weighs_what_the_metric_weighs() -> None:
     torch.testing.assert_close(found.cost, torch.tensor([1.0, 9.0]), rtol=1e-2, atol=0)
 
 
+def test_the_metric_weighs_the_outputs_of_each_expert() -> None:
+    """A weight of three experts has their outputs below each other; their gradients are observed together."""
+    weight, inputs, gradients = normal(12, 6), normal(40, 6, seed=1), normal(30, 4, seed=2)
+    metric, units = gradients.T @ gradients, torch.arange(6)[:, None]
+    found = removal_path(weight, inputs.T @ inputs, metric, units)
+    wanted = removal_path(weight, inputs.T @ inputs, torch.block_diag(*[metric] * 3), units)
+    assert torch.equal(found.order, wanted.order)
+    torch.testing.assert_close(found.cost, wanted.cost)
+
+
 def test_dead_units_go_first_and_cost_nothing() -> None:
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(3, 8, generator=generator)
