@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import NamedTuple
 
@@ -121,17 +122,29 @@ class Ratios:
         """The ratio that is expected of a program."""
         if not self.points:
             return 1.0
-        known = [found for found, _, _ in self.points]
-        covariance = np.array([[self._likeness(a, b) for b in known] for a in known]) + _NOISE * np.eye(len(known))
-        return float(np.exp([self._likeness(features, found) for found in known] @ np.linalg.solve(covariance, self._logs)))
+        return float(np.exp(self._likeness([self._numbers.get(item, -1) for item in features]) @ self._fitted))
 
-    @property
-    def _logs(self) -> np.ndarray:
-        return np.array([math.log(measured / summed) for _, summed, measured in self.points])
+    @cached_property
+    def _numbers(self) -> dict[Hashable, int]:
+        """A number for each feature."""
+        every = dict.fromkeys(item for features, *_ in self.points for item in features)
+        return {item: number for number, item in enumerate(every)}
 
-    def _likeness(self, one: Features, other: Features) -> float:
-        shared = (weight for weight, a, b in zip(self.weights, one, other, strict=True) if a == b)
-        return sum(shared) / (sum(self.weights) or 1.0)
+    @cached_property
+    def _known(self) -> np.ndarray:
+        """The features of the points, [points, features]."""
+        return np.array([[self._numbers[item] for item in features] for features, *_ in self.points])
+
+    def _likeness(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        """How much each point is like a program, [points]."""
+        weights = np.array(self.weights)
+        return (self._known == numbers) @ weights / (weights.sum() or 1.0)
+
+    @cached_property
+    def _fitted(self) -> np.ndarray:
+        """The inverse covariance times the logarithms of the measured ratios, [points]."""
+        covariance = np.stack([self._likeness(row) for row in self._known]) + _NOISE * np.eye(len(self.points))
+        return np.linalg.solve(covariance, [math.log(measured / summed) for _, summed, measured in self.points])
 
     def inverse(self, cost: float) -> float:
         """The summed cost of a program that takes this cost, by the measured program that comes closest to it."""
