@@ -140,16 +140,12 @@ def unpadded_attention_reference(
     *,
     heads: int,
     key_heads: int,
-    scale: float,
-    softcap: float = 0.0,
-    causal: bool = False,
+    **options: Any,
 ) -> torch.Tensor:
     """The reference implementation."""
     check_unpadded(qkv, slots, rows, bias, heads, key_heads)
     padded = qkv[0].index_select(0, slots.flatten()).unflatten(0, slots.shape)
-    found = merged_attention_reference(
-        padded, bias, heads=heads, key_heads=key_heads, scale=scale, softcap=softcap, causal=causal
-    )
+    found = merged_attention_reference(padded, bias, heads=heads, key_heads=key_heads, **options)
     return found.flatten(0, 1).index_select(0, rows)[None]
 
 
