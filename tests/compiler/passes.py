@@ -126,6 +126,14 @@ class ScaleWeights(Approximation):
 
 
 @dataclass(frozen=True)
+class Calibrates(Approximation):
+    """Lossy in name: notes how many batches of data it was given."""
+
+    def run(self, edit: Editor) -> None:
+        edit.note(f"{len(edit.data)} batches")
+
+
+@dataclass(frozen=True)
 class Marks(Annotation):
     """Changes nothing but the record; with `bits`, wrong: moves the last bits of a weight."""
 

@@ -83,13 +83,6 @@ class Moments:
         self.gram.addmm_(weighted.T, rows)
 
 
-def spread(data: Sequence[Sample], tokens: int) -> list[Sample]:
-    """Evenly spaced samples of the data with about that many tokens together; all samples when they have fewer."""
-    held = sum(max(tensor.shape[:2].numel() for tensor in sample) for sample in data)
-    wanted = max(1, min(len(data), round(len(data) * tokens / max(held, 1))))
-    return [data[index * len(data) // wanted] for index in range(wanted)]
-
-
 def real_rows(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The features of the real tokens, [tokens, features]. value: [..., features]; mask: [...]."""
     return value.reshape(-1, value.shape[-1]) if mask is None else value[mask]

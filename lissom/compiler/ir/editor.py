@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -15,11 +16,17 @@ from lissom.compiler.ir import fake, printer
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.samples import Sample
+from lissom.compiler.ir.samples import Sample, spread
 from lissom.compiler.ir.types import format_type
 from lissom.errors import PassError
 
 Found = TypeVar("Found")
+
+CALIBRATED_TOKENS = 2**18
+"""The tokens that a pass without training gets at most: as many as GPTQ's 128 texts of 2,048.
+
+Frantar et al. 2022, GPTQ. https://arxiv.org/abs/2210.17323
+"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Editor:
     """Edits one program on behalf of one pass.
 
     program: the program being changed; a pass may put another in its place.
-    data: calibration inputs, flat; empty when the caller gave none. labels: of each of them, or None.
+    labels: of each calibration input, or None. trains: whether the pass trains, and gets all calibration inputs.
     reference: the program before the first pass that changed numbers; None where that is this one.
     rewritten: how many places the pass changed.
     skipped: the places it could not treat, with the reason.
@@ -65,13 +72,15 @@ class Editor:
         data: Sequence[Sample] = (),
         *,
         labels: Sequence[torch.Tensor | None] = (),
+        trains: bool = False,
         reference: Program | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self.program = program
         self.pass_name = pass_name
-        self.data = data
+        self._data = data
         self.labels = labels
+        self._trains = trains
         self.reference = reference
         self._progress = progress
         self.rewritten = 0
@@ -80,6 +89,14 @@ class Editor:
         self.curve: list[CurvePoint] = []
         self.per_site = ""
         self.current: fx.Node | None = None
+
+    @cached_property
+    def data(self) -> Sequence[Sample]:
+        """Calibration inputs, flat; empty when the caller gave none. A pass that does not train gets a part of much data."""
+        found = self._data if self._trains else spread(self._data, CALIBRATED_TOKENS)
+        if len(found) < len(self._data):
+            self.note(f"calibrated on {len(found):,} of {len(self._data):,} batches of data=, evenly spaced")
+        return found
 
     def nodes(self, *targets: object) -> Iterator[fx.Node]:
         """The program's call nodes (of these targets) in order; nodes erased meanwhile are passed over."""

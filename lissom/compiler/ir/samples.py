@@ -1,4 +1,4 @@
-"""Verification inputs: the caller's example, and valid variants of it with other sizes, values and masks.
+"""Verification inputs: the caller's example, and valid variants of it with other sizes, values and masks; and parts of data.
 
 docs/verification.md says what each is for.
 """
@@ -29,6 +29,13 @@ _MASKED = -1e4
 """The masking value for an additive mask of zeros only; in the range of fp16."""
 _LOW = -1e3
 """A floating-point input with only zeros and values of at most this is taken for an additive mask."""
+
+
+def spread(data: Sequence[Sample], tokens: int) -> Sequence[Sample]:
+    """Evenly spaced samples of the data with about that many tokens together; all samples when they have fewer."""
+    held = sum(max(tensor.shape[:2].numel() for tensor in sample) for sample in data)
+    wanted = min(len(data), max(1, round(len(data) * tokens / max(held, 1))))
+    return data if wanted == len(data) else [data[index * len(data) // wanted] for index in range(wanted)]
 
 
 def resize(signature: Signature, example: Sequence[torch.Tensor], sizes: Sizes, seed: int = 0) -> Sample:

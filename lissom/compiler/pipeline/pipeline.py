@@ -249,8 +249,8 @@ class _Run:
         started = time.perf_counter()
         fixed = item.fixed(self.program) if isinstance(item, Training) else ()
         copied = self.program.own_copy(fixed) if isinstance(item, Training) else self.program.copy()
-        given = self.pipeline
-        edit = Editor(copied, item.name(), given.data, labels=given.labels, reference=self.reference, progress=show)
+        data, labels, trains = self.pipeline.data, self.pipeline.labels, isinstance(item, Training)
+        edit = Editor(copied, item.name(), data, labels=labels, trains=trains, reference=self.reference, progress=show)
         self._run_pass(item, edit, fixed)
         after = edit.program
         after.drop_dead()

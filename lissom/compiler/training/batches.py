@@ -14,6 +14,9 @@ from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.signature import Signature
 from lissom.errors import RequirementError
 
+MOST_HELD_OUT = 32
+"""Batches held out at most: enough to tell which weights are best."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -39,7 +42,7 @@ def resized(program: Program, batches: Sequence[Batch], rows: int) -> list[Batch
 def hold_out(
     program: Program, batches: Sequence[Batch], fraction: float, seed: int, name: str
 ) -> tuple[list[Batch], list[Batch]]:
-    """The batches to train on, and those held out: `fraction` of them, drawn with the seed, at least one.
+    """The batches to train on, and those held out: `fraction` of them, drawn with the seed, from one to `MOST_HELD_OUT`.
 
     A single batch is split by rows. name: of the pass, for the error.
 
@@ -57,7 +60,7 @@ def hold_out(
             f"{name} has one row of data, and needs at least two, one to train on and one to judge by: pass more data="
         )
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = set(order[: min(max(1, round(len(found) * fraction)), len(found) - 1)])
+    held = set(order[: min(max(1, round(len(found) * fraction)), MOST_HELD_OUT, len(found) - 1)])
     return [item for at, item in enumerate(found) if at not in held], [found[at] for at in sorted(held)]
 
 

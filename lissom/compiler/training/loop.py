@@ -37,6 +37,8 @@ Precision = Literal["auto", "fp32", "bf16"]
 _WARM_UP = 0.05
 _JUDGED = 10
 """How often the held-out loss is measured in a run, at most every `_LEAST_STEPS` steps."""
+_JUDGING = 0.05
+"""The fraction of a run with a deadline in seconds after which the held-out loss is measured at the end only."""
 _LEAST_STEPS = 2
 _CLIPPED = 1.0
 """The largest norm of the gradient of a step."""
@@ -125,7 +127,7 @@ class Run:
         self._kept = {name: item.detach().clone() for name, item in self.learned.items()}
         self._step, self._seconds, self._recent, self._order = 0, 0.0, list[float](), list[int]()
         self._started, self._interrupt, self._measured = time.perf_counter(), Interrupt(), False
-        self._ending = False
+        self._ending, self._judging, self._judges = False, 0.0, True
 
     def train(self) -> Trained:
         """Leave the weights with the smallest held-out loss, which may be those from before.
@@ -149,8 +151,10 @@ class Run:
 
     def _measure(self) -> None:
         """Add a point to the curve; keep the weights if the held-out loss is the smallest so far."""
+        began = time.perf_counter()
         with torch.no_grad():
             held_out = self.judge()
+        self._judging += time.perf_counter() - began
         mean = sum(self._recent) / len(self._recent) if self._recent else None
         point = CurvePoint(self._step, time.perf_counter() - self._started, mean, held_out)
         self._found.curve.append(point)
@@ -166,7 +170,7 @@ class Run:
         if not self._found.curve:
             self._measure()
             self._found.precision = "bf16" if self._choose_precision() else "fp32"
-            self._started = time.perf_counter()
+            self._started, self._judging = time.perf_counter(), 0.0
         autocast = self._found.precision == "bf16"
         done = self.plan.done(self._seconds, self._step)
         while done < 1.0:
@@ -175,9 +179,8 @@ class Run:
             if writes is None:
                 return True
             done = self.plan.done(self._seconds, self._step)
-            if done >= 1.0 or (
-                done * _JUDGED >= len(self._found.curve) and self._step >= self._found.curve[-1].step + _LEAST_STEPS
-            ):
+            due = done * _JUDGED >= len(self._found.curve) and self._step >= self._found.curve[-1].step + _LEAST_STEPS
+            if done >= 1.0 or (due and self._judges):
                 self._measure()
             self._tell(done)
             if self._ending and done < 1.0:
@@ -190,7 +193,7 @@ class Run:
     def _take_step(self, batch: int, done: float, autocast: bool) -> bool | None:
         """Train on one batch; None when a value was not finite, else whether to write a state after it.
 
-        Rank 0 decides on the time and on writing; an interrupt of any rank is one of all.
+        Rank 0 decides on the time, on measuring and on writing; an interrupt of any rank is one of all.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = group["share"] * self.plan.rate(done)
@@ -199,9 +202,11 @@ class Run:
         first = self.ranks.rank == 0
         writes = first and self.checkpoint is not None and self.checkpoint.due(self._measured)
         seconds = time.perf_counter() - self._started if first else 0.0
-        loss, self._seconds, writes, interrupted, *present = self.ranks.sums(
-            [float(value), seconds, writes, self._interrupt.seen, *(item.grad is not None for item in items)]
+        judges = first and (self.plan.seconds is None or self._judging <= _JUDGING * seconds)
+        loss, self._seconds, writes, judged, interrupted, *present = self.ranks.sums(
+            [float(value), seconds, writes, judges, self._interrupt.seen, *(item.grad is not None for item in items)]
         )
+        self._judges = judged > 0
         if self.shards is None:
             self.ranks.add_gradients(items, [count > 0 for count in present])
         norms = [self._clip(items) for items in (self._weights, self._scales) if items]
@@ -224,8 +229,9 @@ class Run:
         norm = nn.utils.get_total_norm([item.grad for item in items if item.grad is not None])
         if self.shards is not None:
             norm = self.ranks.sum(norm.square()).sqrt()
-        nn.utils.clip_grads_with_norm_(items, _CLIPPED, norm)
-        return float(norm)
+        if (found := float(norm)) > _CLIPPED:
+            nn.utils.clip_grads_with_norm_(items, _CLIPPED, norm)
+        return found
 
     def _gradients(self, batch: int, done: float, autocast: bool) -> torch.Tensor:
         self._optimizer.zero_grad()

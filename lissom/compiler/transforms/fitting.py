@@ -59,7 +59,7 @@ class Fitting(Training):
     batch: rows of a step; none takes the batches of the data as they are.
     precision: of products and activations, `fp32` or `bf16`, with weights in float32; `auto` takes bf16 where a step is
         faster in it and the gradients agree, but fp32 with `steps`: what is faster may differ from run to run.
-    held_out: the fraction of the data that decides which weights stay, and is not trained on.
+    held_out: the fraction of the data that decides which weights stay, and is not trained on; 32 batches at most.
     embeddings: trains embedding tables too, and LM heads tied to them.
     scales: trains the scales of quantizers in the graph too.
     seed: of the held-out part and of the order of the batches.

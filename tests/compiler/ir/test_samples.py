@@ -2,7 +2,7 @@
 
 import torch
 
-from lissom.compiler.ir.samples import check_samples, resize
+from lissom.compiler.ir.samples import check_samples, resize, spread
 from tests.models import capture_of, captured, normal, tokens
 
 
@@ -67,3 +67,11 @@ def test_a_variant_stays_under_the_maximum():
     example = [tokens(2, 32), torch.ones(2, 32, dtype=torch.long)]
     _, second = check_samples(found.program.signature, example)
     assert second[0].shape == (1, 16)
+
+
+def test_samples_are_spread_over_the_data() -> None:
+    data = [[torch.zeros(64, 64)] for _ in range(10)]
+    assert [item is found for item, found in zip(data[::5], spread(data, 8192), strict=True)] == [True, True]
+    assert len(spread(data[:1], 8192)) == 1
+    assert len(spread([[torch.zeros(2, 3)]] * 4, 8192)) == 4
+    assert spread([], 8192) == []

@@ -16,6 +16,7 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import BudgetError, LissomError, PassError, RequirementError, UnsupportedError, VerifyError
 from lissom.frontends.export import capture
 from tests.compiler.passes import (
+    Calibrates,
     DoubleGelu,
     DoubleState,
     DropDropout,
@@ -343,3 +344,12 @@ def test_options_that_make_no_sense_are_refused(options, reason):
     with pytest.raises(UnsupportedError) as caught:
         Pipeline([], **options)
     assert str(caught.value) == reason
+
+
+def test_passes_calibrate_on_part_of_much_data() -> None:
+    data = [[torch.zeros(1000, 131, 8)] for _ in range(4)]
+    _, history = run(captured("feed_forward"), Calibrates(), ScaleWeights(), data=data)
+    assert history.steps[-2].notes == ("calibrated on 2 of 4 batches of data=, evenly spaced", "2 batches")
+    assert not history.steps[-1].notes
+    _, history = run(captured("feed_forward"), Calibrates(), data=data[:1])
+    assert history.steps[-1].notes == ("1 batches",)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lissom.compiler.training.batches import Batch, amount, hold_out, resized
+from lissom.compiler.training.batches import MOST_HELD_OUT, Batch, amount, hold_out, resized
 from lissom.errors import RequirementError
 from tests import captures
 from tests.models import FeedForward, normal, seeded, tiny_bert, tokens
@@ -35,6 +35,12 @@ def test_a_part_is_held_out() -> None:
     assert {id(item) for item in (*kept, *held)} == {id(item) for item in batches}
     assert [id(item) for item in hold_out(program(), batches, 0.3, 0, "distill")[1]] == [id(item) for item in held]
     assert len(hold_out(program(), batches[:2], 0.9, 0, "distill")[0]) == 1
+
+
+def test_of_much_data_few_batches_are_held_out() -> None:
+    batches = [Batch([torch.zeros(1, 5, 8)]) for _ in range(20 * MOST_HELD_OUT)]
+    kept, held = hold_out(program(), batches, 0.1, 0, "distill")
+    assert len(held) == MOST_HELD_OUT and len(kept) == 19 * MOST_HELD_OUT
 
 
 def test_a_single_batch_is_split_by_rows() -> None:

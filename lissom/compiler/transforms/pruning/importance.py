@@ -27,10 +27,10 @@ from torch import fx
 
 from lissom.compiler.analysis.structure.linear import input_of, width
 from lissom.compiler.calibration import statistics
-from lissom.compiler.calibration.statistics import Moments, Progress, real_rows, spread
+from lissom.compiler.calibration.statistics import Moments, Progress, real_rows
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.samples import Sample
+from lissom.compiler.ir.samples import Sample, spread
 from lissom.compiler.transforms.pruning.budget import Ranking
 from lissom.compiler.transforms.pruning.units import UnitSite
 

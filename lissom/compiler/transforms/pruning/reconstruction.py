@@ -32,11 +32,11 @@ from lissom.compiler.analysis.structure.linear import bias_of, input_of, width
 from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.partial_run import Stream
-from lissom.compiler.calibration.statistics import Moments, Progress, real_rows, spread
+from lissom.compiler.calibration.statistics import Moments, Progress, real_rows
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program, kept_state
-from lissom.compiler.ir.samples import Sample
+from lissom.compiler.ir.samples import Sample, spread
 from lissom.compiler.memory import give_back_memory
 from lissom.compiler.transforms.pruning.units import UnitSite
 

@@ -34,13 +34,12 @@ from lissom.compiler.analysis.structure.linear import width
 from lissom.compiler.analysis.structure.masks import mask_kind
 from lissom.compiler.analysis.structure.operands import operands_obstacle, scale_of, shared_operands
 from lissom.compiler.analysis.structure.padding import KeyMask, key_mask
-from lissom.compiler.calibration.statistics import spread
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import ATTENTIONS
 from lissom.compiler.ir.program import Program, kept_state
-from lissom.compiler.ir.samples import Sample
+from lissom.compiler.ir.samples import Sample, spread
 from lissom.compiler.pipeline.pass_kinds import Approximation, Requirement
 from lissom.ops.linear_attention import linear_attention
 from lissom.passes.attention.linear_attention.feature_maps import (

@@ -42,10 +42,11 @@ from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.hessian import damped, shifted
 from lissom.compiler.calibration.layer_sweep import Counterpart, Read, sweep_moments
-from lissom.compiler.calibration.statistics import observe_gradients, spread
+from lissom.compiler.calibration.statistics import observe_gradients
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import spread
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.compiler.pipeline.spelling import format_pass
 from lissom.compiler.transforms.factor_budget import check_amount

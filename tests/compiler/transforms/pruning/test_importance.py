@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lissom.compiler.calibration.statistics import spread
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
@@ -130,13 +129,6 @@ def test_a_rearranged_mask_costs_no_more_and_breaks_up_twins() -> None:
 def test_an_inverse_is_damped() -> None:
     assert bool(torch.isfinite(damped_inverse(torch.zeros(3, 3))).all())
     torch.testing.assert_close(damped_inverse(torch.eye(3)), torch.eye(3) / 1.001)
-
-
-def test_samples_are_spread_over_the_data() -> None:
-    data = [[torch.zeros(64, 64)] for _ in range(10)]
-    assert len(spread(data, 8192)) == 2
-    assert len(spread(data[:1], 8192)) == 1
-    assert len(spread([[torch.zeros(2, 3)]] * 4, 8192)) == 4
 
 
 def test_gates_of_heads_are_summed_over_their_features() -> None:
