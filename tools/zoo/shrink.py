@@ -56,7 +56,7 @@ _NAMES: Sequence[tuple[int, str]] = (
     (
         INTERMEDIATE,
         """
-        intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff d_inner hidden_dim ffn_hidden_size
+        intermediate_size dff encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff d_inner hidden_dim ffn_hidden_size
         moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size speech_encoder_intermediate_size
         t2u_encoder_ffn_dim t2u_decoder_ffn_dim feed_forward_size dim_ff moe_shared_expert_intermediate_size
         expert_ffn_hidden_size intermediate_size_mlp dense_intermediate_size
