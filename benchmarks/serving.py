@@ -48,6 +48,8 @@ HOST = "127.0.0.1"
 _TEXTS = 500
 _COMPARED = 64
 _STEPS = 6
+_IDLE_SECONDS = 4.0
+"""A connection that was idle for longer is not used again: the server closes it after 5 seconds."""
 
 
 @dataclass
@@ -85,17 +87,16 @@ class Connections:
     """HTTP connections that are kept; a request takes a free one, or opens one."""
 
     def __init__(self, port: int, texts: Sequence[str]) -> None:
-        self.port, self.free = port, list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]()
+        self.port, self.free = port, list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]]()
         bodies = [json.dumps({"model": "minilm", "input": text, "encoding_format": "base64"}).encode() for text in texts]
         head = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n"
         self.requests = [head.format(len(body)).encode() + body for body in bodies]
 
     async def post(self, index: int) -> tuple[int, bytes]:
         """Status and body of the answer for a text."""
-        # The server closes connections that were idle for 5 seconds.
-        while self.free and self.free[-1][0].at_eof():
-            self.free.pop()[1].close()
-        reader, writer = self.free.pop() if self.free else await asyncio.open_connection(HOST, self.port)
+        while self.free and time.perf_counter() - self.free[-1][0] > _IDLE_SECONDS:
+            self.free.pop()[2].close()
+        reader, writer = self.free.pop()[1:] if self.free else await asyncio.open_connection(HOST, self.port)
         writer.write(self.requests[index % len(self.requests)])
         head = await reader.readuntil(b"\r\n\r\n")
         size = re.search(rb"content-length: (\d+)", head)
@@ -104,7 +105,7 @@ class Connections:
         if b"connection: close" in head:
             writer.close()
         else:
-            self.free.append((reader, writer))
+            self.free.append((time.perf_counter(), reader, writer))
         return int(head.split(b" ", 2)[1]), body
 
     async def count(self, load: Load, index: int, due: float) -> None:
@@ -122,7 +123,7 @@ class Connections:
 
     async def close(self) -> None:
         """Close the free connections."""
-        for _, writer in self.free:
+        for _, _, writer in self.free:
             writer.close()
         self.free.clear()
 
