@@ -7,7 +7,7 @@ rows of 13 tokens 8.7 and 1.9, of 64 23 and 7.5, of 128 54 and 30; 8 rows of 256
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -21,22 +21,13 @@ def short_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    *args: Any,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """`scaled_dot_product_attention`; in float32 where autocast would take bfloat16 for fewer than `SHORT` tokens on a CPU."""
-    attend = partial(
-        functional.scaled_dot_product_attention,
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-    )
+    attend = functional.scaled_dot_product_attention
     if query.device.type != "cpu" or key.shape[-2] >= SHORT or not torch.is_autocast_enabled("cpu"):
-        return attend(query, key, value, attn_mask)
+        return attend(query, key, value, attn_mask, *args, **kwargs)
     with torch.autocast("cpu", enabled=False):
         mask = attn_mask.float() if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
-        return attend(query.float(), key.float(), value.float(), mask)
+        return attend(query.float(), key.float(), value.float(), mask, *args, **kwargs)
