@@ -40,7 +40,7 @@ from lissom.generation.stream import Speed, stream_text, stream_tokens
 from lissom.inspect.catalogue import pass_page, passes_table
 from lissom.inspect.tables import show
 from lissom.passes import RECIPES, known_passes
-from lissom.saved_commands import AllowNative, run_saved, sign_saved, verify_saved
+from lissom.saved_commands import AllowNative, run_saved, sign_saved, verify_saved, warnings_told
 from lissom.shadowing import shadowed_install
 from lissom.tune_commands import run_tune
 from lissom.version import __version__
@@ -112,18 +112,19 @@ def run_generate(
     quality = Quality(data)
     quality.check()
     with one_of_ranks(saved, device) as rank:
-        decoder, tokenizer, ids = (
-            load_prompted(model, prompt, rank.device, allow_native=allow_native)
-            if saved is not None
-            else compile_prompted(
-                model,
-                prompt,
-                max_new_tokens,
-                Request(passes, backend, rank.device, checks, goal_of(goal), data, save is None and not fresh),
-                partial(quality.batches, device=check_device(rank.device)),
-                partial(Console(stderr=True).print, highlight=False, soft_wrap=True, markup=False),
+        with warnings_told():
+            decoder, tokenizer, ids = (
+                load_prompted(model, prompt, rank.device, allow_native=allow_native)
+                if saved is not None
+                else compile_prompted(
+                    model,
+                    prompt,
+                    max_new_tokens,
+                    Request(passes, backend, rank.device, checks, goal_of(goal), data, save is None and not fresh),
+                    partial(quality.batches, device=check_device(rank.device)),
+                    partial(Console(stderr=True).print, highlight=False, soft_wrap=True, markup=False),
+                )
             )
-        )
         if save is not None:
             decoder.save(save, tokenizer)
         # The last token of the answer is not written to the KV cache.

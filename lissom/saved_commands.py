@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -66,9 +68,15 @@ def verify_saved(
 
 def load_saved(directory: Path, device: str | None, allow_native: bool) -> CompiledModel:
     """A saved model; what is not as it was where it was made is said on standard error."""
+    with warnings_told():
+        return load(directory, device, allow_native=allow_native)
+
+
+@contextmanager
+def warnings_told() -> Generator[None]:
+    """Say the warnings of the block on standard error, at its end, as plain sentences."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        compiled = load(directory, device, allow_native=allow_native)
+        warnings.simplefilter("always", UserWarning)
+        yield
     for warning in caught:
         Console(stderr=True).print(str(warning.message), highlight=False, soft_wrap=True, markup=False)
-    return compiled

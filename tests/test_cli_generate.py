@@ -46,6 +46,16 @@ def test_generate_streams_text_and_says_how_fast(decoder, tmp_path):
     assert refused.exit_code == 2 and "do not go with" in refused.output
 
 
+def test_generate_says_that_every_token_costs_a_whole_forward(decoder, tmp_path):
+    shutil.copytree(decoder, tmp_path / "model")
+    config = transformers.OpenAIGPTConfig(vocab_size=30522, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    seeded(lambda: transformers.OpenAIGPTLMHeadModel(config)).save_pretrained(tmp_path / "model")
+    result = runner.invoke(app, ["generate", str(tmp_path / "model"), "one two", "--max-new-tokens", "5"])
+    told = "compiled without a KV cache, so that every token costs a forward over all 9 tokens: OpenAIGPTLMHeadModel"
+    assert result.exit_code == 0, result.exception
+    assert told in result.stderr
+
+
 def test_generate_keeps_what_it_compiled(decoder, tmp_path, monkeypatch):
     monkeypatch.setenv("LISSOM_KEPT_DECODERS", "2")
     monkeypatch.setattr("lissom.generation.kept.cache_folder", lambda: tmp_path)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -58,7 +59,7 @@ def capture_decoder(
     """The model as a program whose state is its KV cache, and that of recurrent layers.
 
     The model is not modified, and the program shares its weights. A causal model whose cache cannot be captured, or that has
-    none, becomes a program that keeps the text and computes all of it at every call; a note says so.
+    none, becomes a program that keeps the text and computes all of it at every call; a note and a warning say so.
 
     max_length: the capacity of the cache in tokens, prompt included. batch: the fixed number of sequences.
     all_logits: return the logits of every token of a call, [batch, tokens, vocabulary], not only of the last.
@@ -86,6 +87,7 @@ def capture_decoder(
             raise refusal from error
     why = str(refusal).partition(";")[0]
     note = f"compiled without a KV cache, so that every token costs a forward over all {max_length} tokens: {why}"
+    warnings.warn(note, stacklevel=2)
     return replace(captured, notes=(*captured.notes, note))
 
 
@@ -127,7 +129,7 @@ def check_state(model: nn.Module, program: Program) -> None:
 
 def example_tokens(model: PreTrainedModel, max_length: int, batch: int) -> Sample:
     """Inputs that expose a wrong program: some slots filled, the first of them padding, and several new tokens."""
-    tokens = max(2, min(8, (max_length - 2) // 3))
+    tokens = max(3, min(8, (max_length - 2) // 3))
     start, padding = 2, 1
     vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     device = device_of(model)

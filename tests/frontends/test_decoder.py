@@ -82,7 +82,8 @@ def test_the_notes_say_what_the_cache_takes() -> None:
 
 
 def test_a_model_without_a_cache_computes_the_whole_text() -> None:
-    captured = capture_decoder(decoder("openai_gpt"), max_length=16)
+    with pytest.warns(UserWarning, match="compiled without a KV cache, so that every token costs a forward over all 16 tokens"):
+        captured = capture_decoder(decoder("openai_gpt"), max_length=16)
     assert captured.program.state == ("cache.0.text",)
     assert captured.notes[-1] == (
         "compiled without a KV cache, so that every token costs a forward over all 16 tokens: OpenAIGPTLMHeadModel cannot be "

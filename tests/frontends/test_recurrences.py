@@ -16,6 +16,7 @@ from lissom.errors import CaptureError
 from lissom.frontends.export import capture
 from lissom.frontends.recurrences import recurrences_as_operators
 from lissom.ops import gated_delta_rule, selective_scan
+from lissom.ops.recurrences import selective_scan_reference
 from tests.decoders import RECURRENT, decoder
 from tests.models import normal, seeded
 from tests.neighbours import all_but_slow
@@ -94,6 +95,22 @@ def test_a_function_that_computes_something_else_is_found_out(monkeypatch) -> No
     model.config.use_cache = False
     with pytest.raises(CaptureError, match=r"torch_chunk_gated_delta_rule and the operator for it differ by 0\.001 relative"):
         capture(model, (), {"input_ids": torch.ones(1, 5, dtype=torch.int64)})
+
+
+def test_an_operator_that_rounds_less_than_the_function_is_kept() -> None:
+    """The function subtracts sums of decays over all tokens, here 5,000, from each other; 6e-8 of it are 3e-4."""
+    scan = transformers.models.mamba2.modeling_mamba2.mamba2_chunk_scan
+    model = decoder("mamba2")
+    x, b, c, rates = normal(1, 12, 4, 16), normal(1, 12, 2, 8), normal(1, 12, 2, 8), -normal(4).abs() - 1
+    steps = torch.full((1, 12, 4), 0.03)
+    steps[:, :6] = 900.0
+    given = {"chunk_size": 8, "return_final_states": True}
+    _, rounded = scan(x, steps, rates, b, c, **given)
+    with recurrences_as_operators(model):
+        _, found = transformers.models.mamba2.modeling_mamba2.mamba2_chunk_scan(x, steps, rates, b, c, **given)
+    _, exact = selective_scan_reference(*(item.double() for item in (x, steps, rates, b, c)))
+    assert relative_error(exact, rounded.double()) > 2e-5
+    assert relative_error(exact, found.double()) < 2e-6
 
 
 def test_a_decode_step_of_mamba_2_overwrites_its_state() -> None:

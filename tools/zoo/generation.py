@@ -34,12 +34,13 @@ GREEDY: Mapping[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "
 _PADDING = 4
 _LARGER = 3.0  # times the weights of the zoo, so that attention is not even and the tokens of an answer differ
 _START = 1
+_CACHELESS = "without a KV cache"
 Record = dict[str, Any]
 _SECTION = "## Generation\n"
 _INTRODUCTION = """\
 Models that generate, compiled by `lissom.compile_generation` for two rows, one of them with padding. Their greedy tokens are
 compared with those of transformers' `generate`; `python -m tools.zoo.generation` does it. A model that transformers itself
-cannot run with a cache is listed and not counted.
+cannot run with a cache is listed and not counted. The last list has models that are compiled without a cache.
 """
 EQUAL, REFUSED, DIFFERS, FAILS, ELSEWHERE = "equal", "refused", "differs", "fails", "not in transformers"
 NONE = "does not generate"
@@ -63,8 +64,9 @@ def check(entry: Entry, report: Callable[[Record], None]) -> None:
     record: Record = {"phase": "build", "outcome": FAILS, "reason": None}
     report(record)
     torch.manual_seed(0)
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", message=f"compiled {_CACHELESS}")
         try:
             _check(entry, record, report)
         except LissomError as error:
@@ -72,7 +74,7 @@ def check(entry: Entry, report: Callable[[Record], None]) -> None:
         except Exception as error:
             outcome = ELSEWHERE if record["phase"] == "transformers" else FAILS
             record |= {"outcome": outcome, "reason": f"{record['phase']}: {sentence(error)}"}
-    report(record | {"phase": None})
+    report(record | {"phase": None, "cacheless": [str(warning.message).partition(": ")[2] for warning in caught]})
 
 
 def _check(entry: Entry, record: Record, report: Callable[[Record], None]) -> None:
@@ -176,6 +178,8 @@ def section(records: Sequence[Record]) -> str:
             lines.append(f"| {family} | {found.total() - found[ELSEWHERE]} | {found[EQUAL]} | {found[REFUSED]} | {wrong} |")
     others = sorted((record for record in told if record["outcome"] != EQUAL), key=lambda record: record["name"])
     lines += ["", *(f"- {record['name']}: {record['outcome']}, {record['reason']}" for record in others)]
+    slow = sorted(f"- {record['name']}: {line}" for record in told for line in record.get("cacheless", ()))
+    lines += ["", f"Compiled {_CACHELESS}, so that every token costs a forward over the whole text:\n", *slow]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
