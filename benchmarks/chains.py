@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from quality import conditions
 from quantization import own_head
-from readme import processor_kind, put_table
+from readme import put_table
 from spread import spread
 
 import lissom
@@ -93,7 +93,7 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if options.update:
-        put_table(f"chains {processor_kind()}", text)
+        put_table("chains", text, by_processor=True)
 
 
 if __name__ == "__main__":

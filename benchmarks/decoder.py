@@ -28,7 +28,7 @@ import transformers
 from apart import run_apart
 from quality import conditions, windows
 from quantization import INT4, MIXED, OF_HEAD, own_head
-from readme import processor_kind, put_table
+from readme import put_table
 from spread import Quartiles, quartiles, spread
 
 from lissom.bench.worker import peak_bytes
@@ -394,7 +394,7 @@ def main() -> None:
     printed = table(options.engines, options.threads, options.tokens)
     print(printed)
     if options.update:
-        put_table(f"decoder {processor_kind()}", printed)
+        put_table("decoder", printed, by_processor=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from quality import Embedder, Retrieval, Texts, conditions, difference, read_pairs, retrieve, training_batches
-from readme import processor_kind, put_table
+from readme import put_table
 
 import lissom
 from lissom.compiler.ir.editor import CurvePoint
@@ -201,7 +201,7 @@ def main() -> None:
     text = "\n".join(lines) + f"\n\n{about} {conditions()}.\n"
     print(text)
     if options.update:
-        put_table(f"distillation {processor_kind()}", text)
+        put_table("distillation", text, by_processor=True)
         draw(found)
 
 

@@ -95,7 +95,7 @@ def main() -> None:
     text = table(load("gemma3-270m"), options.passes, recovery, options.rows, options.tokens)
     print(text)
     if options.update:
-        put_table("distillation gemma3-270m", text)
+        put_table("distillation gemma3-270m", text, by_processor=True)
 
 
 if __name__ == "__main__":

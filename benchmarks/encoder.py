@@ -108,9 +108,10 @@ def main() -> None:
     printed = markdown_table(records, options.threads)
     print(printed)
     if options.update:
-        kind = processor_kind() if options.model == "minilm" else f"{options.model} {processor_kind()}"
-        figure = HERE / f"encoder-{kind.replace(' ', '-')}.svg"
-        put_table(f"encoder {kind}", f"{printed}\n![milliseconds a call of every engine at every shape]({figure.name})\n")
+        name = "encoder" if options.model == "minilm" else f"encoder {options.model}"
+        figure = HERE / f"{name} {processor_kind()}.svg".replace(" ", "-")
+        drawn = f"\n![milliseconds a call of every engine at every shape]({figure.name})\n"
+        put_table(name, f"{printed}{drawn}", by_processor=True)
         draw(records, figure)
 
 

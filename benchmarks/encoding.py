@@ -195,7 +195,7 @@ def main() -> None:
     printed = table([Row(**cast(dict, row)) for row in found], options.texts)
     print(printed)
     if options.update:
-        put_table(f"encoding {processor_kind()}", printed)
+        put_table("encoding", printed, by_processor=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quality import conditions
-from readme import processor_kind, put_table
+from readme import put_table
 from tune import Judge
 
 from lissom.errors import LissomError
@@ -93,7 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     text = table(Judge(load("minilm"), options.texts))
     if options.update:
-        put_table(f"pairs {processor_kind()}", text)
+        put_table("pairs", text, by_processor=True)
 
 
 if __name__ == "__main__":

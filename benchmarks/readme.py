@@ -21,10 +21,26 @@ def processor_kind() -> str:
     return f"{vendor} {kind}"
 
 
-def put_table(name: str, text: str) -> None:
-    """Put the text between `<!-- name -->` and the next `<!-- end -->`. Raises: SystemExit where there is no such place."""
-    marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+def put_table(name: str, text: str, *, by_processor: bool = False) -> None:
+    """Put the text between `<!-- name -->` and the next `<!-- end -->`.
+
+    by_processor: each kind of processor has a table, `<!-- name amd avx2 -->`; a new one comes after the last.
+
+    Raises: SystemExit where there is no such place.
+    """
     page = README.read_text(encoding="utf-8")
-    if marked.search(page) is None:
-        raise SystemExit(f"{README} has no place for the table: add <!-- {name} --> and <!-- end --> to it")
-    README.write_text(marked.sub(lambda found: found[1] + text + found[2], page), encoding="utf-8")
+    mark = f"{name} {processor_kind()}" if by_processor else name
+    table = f"<!-- {mark} -->\n{text}<!-- end -->"
+    own, others = (list(_tables(pattern).finditer(page)) for pattern in (re.escape(mark), rf"{re.escape(name)} \w+ \w+"))
+    if own:
+        page = page[: own[0].start()] + table + page[own[0].end() :]
+    elif by_processor and others:
+        page = f"{page[: others[-1].end()]}\n\n{table}{page[others[-1].end() :]}"
+    else:
+        raise SystemExit(f"{README} has no place for the table: add <!-- {mark} --> and <!-- end --> to it")
+    README.write_text(page, encoding="utf-8")
+
+
+def _tables(mark: str) -> re.Pattern[str]:
+    """Finds tables by the pattern of their mark."""
+    return re.compile(rf"<!-- {mark} -->\n.*?<!-- end -->", re.DOTALL)

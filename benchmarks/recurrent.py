@@ -133,7 +133,7 @@ def main() -> None:
     ]
     print("\n".join(lines))
     if options.update:
-        put_table(f"recurrent {processor_kind()}", "\n".join(lines) + "\n")
+        put_table("recurrent", "\n".join(lines) + "\n", by_processor=True)
 
 
 if __name__ == "__main__":

@@ -300,7 +300,7 @@ def main() -> None:
     printed = tables(rows, options)
     print(printed)
     if options.update:
-        put_table(f"serving {processor_kind()}", printed)
+        put_table("serving", printed, by_processor=True)
 
 
 if __name__ == "__main__":

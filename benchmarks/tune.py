@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from quality import calibration_batches, conditions, difference, read_pairs, retrieve
-from readme import processor_kind, put_table
+from readme import put_table
 from tune_peers import PEERS, prepare
 
 import lissom
@@ -187,7 +187,7 @@ def main() -> None:
     text += f"\nmax_drop {options.max_drop:g}, {options.minutes:g} minutes for each search. {conditions()}.\n"
     print(text)
     if options.update:
-        put_table(f"tune {processor_kind()}", text)
+        put_table("tune", text, by_processor=True)
 
 
 if __name__ == "__main__":

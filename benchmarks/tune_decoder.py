@@ -14,7 +14,7 @@ import gc
 
 import torch
 from quality import conditions, perplexity_change, windows
-from readme import processor_kind, put_table
+from readme import put_table
 from tradeoff_rows import TECHNIQUES
 from tradeoffs import LENGTH, WINDOW, decode, decoder_losses
 
@@ -81,7 +81,7 @@ def main() -> None:
     about = f"max_drop {options.max_drop:g}, {options.minutes:g} minutes, {len(base):,} tokens evaluated. {conditions()}."
     text = "\n".join([*lines, "", about]) + "\n"
     if options.update:
-        put_table(f"tune gemma3-270m {processor_kind()}", text)
+        put_table("tune gemma3-270m", text, by_processor=True)
 
 
 if __name__ == "__main__":
