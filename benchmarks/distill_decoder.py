@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from distill import RECOVER
-from quality import WINDOW, conditions, decoder_inputs, losses, optimized, perplexity_change, training_texts, windows
+from quality import WINDOW, conditions, decoder_inputs, losses, perplexity_change, training_texts, windows
 from readme import put_table
 
 import lissom
@@ -48,35 +48,37 @@ def quick(program: Program) -> Program:
 
 def table(checkpoint: Checkpoint, pipelines: Sequence[str], recovery: str, rows: int, tokens: int) -> str:
     """Perplexity without and with recovery, as Markdown."""
-    texts = windows(checkpoint, "evaluation", tokens)
-    exact = lissom.optimize(checkpoint.model, checkpoint.example_inputs, checks="structural").program
-    base = losses(exact, checkpoint, texts)
-    batches = training_windows(checkpoint, rows)
-    lines = [
-        "| passes | without recovery | with `distill` | steps | seconds in all |",
-        "|---|---:|---:|---:|---:|",
-        f"| none | {float(base.mean().exp()):.2f} | | | |",
-    ]
+    texts, batches = windows(checkpoint, "evaluation", tokens), training_windows(checkpoint, rows)
+    lines = ["| passes | without recovery | with `distill` | steps | seconds in all |", "|---|---:|---:|---:|---:|"]
     for passes in pipelines:
-        calibration = batches[: 128 // rows]
-        without, _ = optimized(checkpoint, passes.replace(f",{RECOVER}", ""), calibration)
-        plain = ", ".join(perplexity_change(base, losses(quick(without), checkpoint, texts)))
-        print(f"{passes.replace(f',{RECOVER}', '')}: {plain}", flush=True)
-        del without
+        measured = list[torch.Tensor]()
+
+        def likelihood(program: Program, measured: list[torch.Tensor] = measured) -> float:
+            """Higher is better; measured at the start and after every lossy pass."""
+            measured.append(losses(quick(program), checkpoint, texts))
+            print(f"perplexity {float(measured[-1].mean().exp()):.2f}", flush=True)
+            return -float(measured[-1].mean())
+
         found = lissom.optimize(
             checkpoint.model,
             checkpoint.example_inputs,
             passes=passes.replace(RECOVER, recovery),
             data=batches,
             checks="structural",
+            metric=likelihood,
         )
         (step,) = (step for step in found.report.history.steps if step.curve)
-        after = ", ".join(perplexity_change(base, losses(quick(found.program), checkpoint, texts)))
         seconds = sum(item.seconds for item in found.report.history.steps)
-        lines.append(f"| `{passes.replace(RECOVER, 'distill')}` | {plain} | {after} | {step.curve[-1].step} | {seconds:.0f} |")
+        base, *_, before, after = measured
+        if len(lines) == 2:
+            lines.append(f"| none | {float(base.mean().exp()):.2f} | | | |")
+        changes = [", ".join(perplexity_change(base, item)) for item in (before, after)]
+        lines.append(
+            f"| `{passes.replace(RECOVER, 'distill')}` | {' | '.join(changes)} | {step.curve[-1].step} | {seconds:.0f} |"
+        )
         print(lines[-1], flush=True)
-    about = f"`{recovery}`, steps of {rows} × {WINDOW} tokens, {len(base):,} tokens evaluated. {conditions()}."
-    return "\n".join([*lines, "", about]) + "\n"
+    about = f"`{recovery}`, steps of {rows} × {WINDOW} tokens, {sum(map(torch.numel, texts)) - len(texts):,} tokens evaluated."
+    return "\n".join([*lines, "", f"{about} {conditions()}."]) + "\n"
 
 
 def main() -> None:

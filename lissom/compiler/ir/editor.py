@@ -22,12 +22,6 @@ from lissom.errors import PassError
 
 Found = TypeVar("Found")
 
-CALIBRATED_TOKENS = 2**18
-"""The tokens that a pass without training gets at most: as many as GPTQ's 128 texts of 2,048.
-
-Frantar et al. 2022, GPTQ. https://arxiv.org/abs/2210.17323
-"""
-
 
 @dataclass(frozen=True)
 class CurvePoint:
@@ -55,7 +49,7 @@ class Editor:
     """Edits one program on behalf of one pass.
 
     program: the program being changed; a pass may put another in its place.
-    labels: of each calibration input, or None. trains: whether the pass trains, and gets all calibration inputs.
+    labels: of each calibration input, or None. most_tokens: of the calibration inputs that the pass gets.
     reference: the program before the first pass that changed numbers; None where that is this one.
     rewritten: how many places the pass changed.
     skipped: the places it could not treat, with the reason.
@@ -72,7 +66,7 @@ class Editor:
         data: Sequence[Sample] = (),
         *,
         labels: Sequence[torch.Tensor | None] = (),
-        trains: bool = False,
+        most_tokens: int | None = None,
         reference: Program | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
@@ -80,7 +74,7 @@ class Editor:
         self.pass_name = pass_name
         self._data = data
         self.labels = labels
-        self._trains = trains
+        self._most_tokens = most_tokens
         self.reference = reference
         self._progress = progress
         self.rewritten = 0
@@ -92,8 +86,8 @@ class Editor:
 
     @cached_property
     def data(self) -> Sequence[Sample]:
-        """Calibration inputs, flat; empty when the caller gave none. A pass that does not train gets a part of much data."""
-        found = self._data if self._trains else spread(self._data, CALIBRATED_TOKENS)
+        """Calibration inputs, flat; empty when the caller gave none."""
+        found = self._data if self._most_tokens is None else spread(self._data, self._most_tokens)
         if len(found) < len(self._data):
             self.note(f"calibrated on {len(found):,} of {len(self._data):,} batches of data=, evenly spaced")
         return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from lissom.compiler.ir.editor import CurvePoint, Skip
 from lissom.compiler.ir.node import Origin, origin
 from lissom.compiler.ir.printer import unified_diff
 from lissom.compiler.ir.program import Program
-from lissom.errors import UnsupportedError
+from lissom.errors import LissomError, UnsupportedError
 
 FORMAT_VERSION = 1
 _NOTHING = Cost()
@@ -283,3 +284,15 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, history: History) -> None:
         super().__init__(f"interrupted after {len(history.steps)} finished steps")
         self.history = history
+
+
+@contextmanager
+def stopped_with(history: History) -> Generator[None]:
+    """Attach the history to the error that stops a run."""
+    try:
+        yield
+    except LissomError as error:
+        error.history = history
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted(history) from None
