@@ -187,12 +187,13 @@ class Fitting(Training):
         return edit.program
 
     def _precision(self, program: Program) -> Precision:
-        """The precision of products; a program with weights in float16 keeps its own, which does not mix with bfloat16."""
-        if all(item.dtype != torch.float16 for item in program.weights().values()):
+        """The precision of products; a program that computes in float16 keeps its own, which does not mix with bfloat16."""
+        computed = (nodes.tensor_type(node).dtype for node in program.nodes() if nodes.is_tensor(node))
+        if torch.float16 not in computed:
             return "fp32" if self.precision == "auto" and self.steps is not None else self.precision
         if self.precision == "bf16":
             raise RequirementError(
-                f"{self.name()}: precision=bf16 does not go with weights in float16; cast after it, or leave precision= out"
+                f"{self.name()}: precision=bf16 does not go with a program in float16; cast after it, or leave precision= out"
             )
         return "fp32"
 

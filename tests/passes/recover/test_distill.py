@@ -300,8 +300,16 @@ def test_a_program_in_bfloat16_learns_block_by_block(precision) -> None:
 def test_a_program_in_float16_is_not_trained_in_bfloat16() -> None:
     _, history = recovered("cast{dtype=fp16},distill{steps=2}")
     assert step(history).curve[-1].step == 2
-    with pytest.raises(RequirementError, match="precision=bf16 does not go with weights in float16; cast after it, or"):
+    with pytest.raises(RequirementError, match="precision=bf16 does not go with a program in float16; cast after it, or"):
         recovered("cast{dtype=fp16},distill{steps=2,precision=bf16}")
+
+
+def test_weights_in_four_bits_learn_in_bfloat16() -> None:
+    """Their scales are in float16, in which nothing is computed."""
+    passes = "prune-neurons{keep=0.5},quantize{scheme=int4-weight,group=4}"
+    program, history = recovered(f"{passes},distill{{steps=20,precision=bf16}}")
+    assert "in bf16" in step(history).notes[-1]
+    assert any(weight.dtype == torch.float16 for weight in program.weights().values())
 
 
 def test_the_curve_is_saved_and_drawn(tmp_path) -> None:
