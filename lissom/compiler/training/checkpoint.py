@@ -48,7 +48,8 @@ class State:
 
     step: the number of finished steps. seconds: used so far. precision: of products. order: the batches that are left of this
     pass over the data, the last one next. recent: the losses since the last measurement. updates: AdamW's steps by parameter,
-    without those that never had a gradient. stopped: why a finished run ended early.
+    without those that never had a gradient. stopped: why a finished run ended early. slowed: the step at which it went back to
+    the start, or None.
     """
 
     step: int
@@ -60,11 +61,12 @@ class State:
     updates: dict[str, int] = field(default_factory=dict[str, int])
     finished: bool = False
     stopped: str | None = None
+    slowed: int | None = None
 
     @classmethod
     def from_json(cls, data: object) -> State:
         """Raises: ValueError when the data is no state."""
-        stopped = cast("dict[str, object]", data).get("stopped")
+        stopped, slowed = (cast("dict[str, object]", data).get(name) for name in ("stopped", "slowed"))
         curve = take_list(data, "curve", _point)
         seconds = take(data, "seconds", float)
         if not curve:
@@ -81,6 +83,7 @@ class State:
             {name: count(value) for name, value in cast("dict[str, object]", take(data, "updates", dict)).items()},
             take(data, "finished", bool),
             None if stopped is None else printable(stopped),
+            None if slowed is None else count(slowed),
         )
 
 

@@ -25,7 +25,7 @@ from lissom.compiler.training.batches import Batch, amount, hold_out, resized, r
 from lissom.compiler.training.buckets import by_length
 from lissom.compiler.training.checkpoint import Checkpoint
 from lissom.compiler.training.identity import identity_of
-from lissom.compiler.training.loop import Plan, Precision, Run, Trained
+from lissom.compiler.training.loop import SLOWED, Plan, Precision, Run, Trained
 from lissom.compiler.training.ranks import Ranks, data_parallel
 from lissom.compiler.training.shards import Shards
 from lissom.errors import RequirementError
@@ -251,6 +251,12 @@ class Fitting(Training):
         if not done.curve or done.best is None:
             return
         first, last = done.curve[0], done.curve[-1]
+        if done.slowed is not None:
+            rate = self.learning_rate * SLOWED
+            edit.note(
+                f"the first {done.slowed} steps made it worse, so it went back to the start and on with a tenth of the "
+                f"learning rate; learning_rate={rate:.2g} takes all the time for it"
+            )
         if done.gained:
             size, unit = amount(edit.program, batches)
             speed = f"{size * last.step / max(last.seconds, 1e-3):,.0f} {unit}/s"

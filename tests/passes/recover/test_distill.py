@@ -86,7 +86,7 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 def test_never_worse_and_says_so() -> None:
     """Far too high a learning rate: the weights from before stay, bit by bit."""
     before, _ = recovered("prune-neurons{keep=0.5}")
-    after, history = recovered("prune-neurons{keep=0.5},distill{steps=10,learning_rate=5.0}")
+    after, history = recovered("prune-neurons{keep=0.5},distill{steps=1,learning_rate=5000.0}")
     assert all(torch.equal(weight, after.weight(name)) for name, weight in before.weights().items())
     assert "gained nothing" in step(history).notes[-1]
     assert step(history).rewritten == 0
@@ -302,6 +302,17 @@ def test_a_program_in_float16_is_not_trained_in_bfloat16() -> None:
     assert step(history).curve[-1].step == 2
     with pytest.raises(RequirementError, match="precision=bf16 does not go with a program in float16; cast after it, or"):
         recovered("cast{dtype=fp16},distill{steps=2,precision=bf16}")
+
+
+def test_a_rate_that_makes_the_student_worse_falls_at_half_time() -> None:
+    _, history = recovered("prune-neurons{keep=0.5},distill{steps=60,learning_rate=0.3}")
+    first, *points = step(history).curve
+    assert all(point.held_out > first.held_out for point in points if point.step <= 30)
+    assert points[-1].held_out < first.held_out
+    assert step(history).notes[-2] == (
+        "the first 30 steps made it worse, so it went back to the start and on with a tenth of the learning rate; "
+        "learning_rate=0.03 takes all the time for it"
+    )
 
 
 def test_weights_in_four_bits_learn_in_bfloat16() -> None:
