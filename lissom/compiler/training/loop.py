@@ -133,7 +133,7 @@ class Run:
         self._kept = {name: item.detach().clone() for name, item in self.learned.items()}
         self._step, self._seconds, self._recent, self._order = 0, 0.0, list[float](), list[int]()
         self._started, self._interrupt, self._measured = time.perf_counter(), Interrupt(), False
-        self._ending, self._halved, self._judging, self._judges = False, False, 0.0, True
+        self._ending, self._judging, self._judges = False, 0.0, True
 
     def train(self) -> Trained:
         """Leave the weights with the smallest held-out loss, which may be those from before.
@@ -184,14 +184,13 @@ class Run:
             writes = self._take_step(self._order.pop(), done, autocast)
             if writes is None:
                 return True
-            done = self.plan.done(self._seconds, self._step)
+            before, done = done, self.plan.done(self._seconds, self._step)
             due = done * _JUDGED >= len(self._found.curve) and self._step >= self._found.curve[-1].step + _LEAST_STEPS
-            at_half = done >= _HALF and not self._halved
+            at_half = before < _HALF <= done
             if done >= 1.0 or at_half or (due and self._judges):
                 self._measure()
             if at_half and done < 1.0:
                 self._slow_down()
-            self._halved = self._halved or at_half
             self._tell(done)
             if self._ending and done < 1.0:
                 self._found.stopped = "it was interrupted"
@@ -304,7 +303,6 @@ class Run:
                 self._found.best = point
         self._found.curve, self._found.precision, self._found.stopped = state.curve, state.precision, state.stopped
         self._found.resumed, self._found.slowed, self._step = state.step, state.slowed, state.step
-        self._halved = self.plan.done(state.seconds, state.step) >= _HALF
         with torch.no_grad():
             for name, item in self.learned.items():
                 self._kept[name].copy_(tensors[BEST + name])
