@@ -30,6 +30,8 @@ Three things go beyond the algorithm:
 
 Where activations are quantized too, X is the quantized input. A matrix that several layers share, or that is an embedding
 table as well, is quantized first, on the inputs of all its layers in the program before this pass, with W itself as target.
+For an embedding table λ is larger, `table_damping`: its rows are read by themselves too, where each error counts for itself and
+is not compensated by others, as λ‖W - Q(W)‖² has it.
 """
 
 from __future__ import annotations
@@ -78,6 +80,7 @@ class Gptq(Approximation):
     tables: quantizes LM heads tied to an embedding table, and the table with them; by default those of four bits, since in int8
         rounding to the nearest loses next to nothing, and a table has many rows.
     damping: added to the diagonal of XᵀX, as a fraction of its mean.
+    table_damping: the same for embedding tables.
     block_size: number of columns after which errors are passed on to all later ones; affects only the time.
     skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
     only: module paths to change, in the same form; others stay as they are.
@@ -90,13 +93,14 @@ class Gptq(Approximation):
     refit: bool = True
     tables: bool | None = None
     damping: float = 0.01
+    table_damping: float = 0.5
     block_size: int = 128
     skip: str = ""
     only: str = ""
 
     def __post_init__(self) -> None:
-        if self.damping <= 0 or self.block_size < 1 or self.pull <= 0:
-            raise UnsupportedError("gptq takes damping= and pull= above 0 and block_size= of 1 or more")
+        if min(self.damping, self.table_damping, self.pull) <= 0 or self.block_size < 1:
+            raise UnsupportedError("gptq takes damping=, table_damping= and pull= above 0 and block_size= of 1 or more")
         if self.rescale != "none" and self.act_order:
             raise UnsupportedError(
                 "gptq{rescale=...} chooses the scale of a group when its columns are reached together: add act_order=false"
@@ -138,16 +142,17 @@ class Gptq(Approximation):
         form = _format_of(matrix)
         scale, zero_point = matrix.read_scale(edit.program)
         weight, gram = matrix.read(edit.program), read.moments.gram
+        damping = self.table_damping if _is_table(matrix) else self.damping
         if read.shift is not None:
             weight = shifted(weight, gram, read.shift, self.pull)
         if self.rescale == "none":
-            rounded = gptq(weight, gram, scale, zero_point, form, self.damping, self.block_size, self.act_order)
+            rounded = gptq(weight, gram, scale, zero_point, form, damping, self.block_size, self.act_order)
         else:
-            rounded, scale, zero_point = gptq_with_scales(weight, gram, scale, zero_point, form, self.damping, self.rescale)
+            rounded, scale, zero_point = gptq_with_scales(weight, gram, scale, zero_point, form, damping, self.rescale)
         if self.refit:
             q = formats.quantize(rounded, scale, zero_point, form)
             levels = formats.dequantize(q, torch.ones_like(scale), zero_point, torch.float32)
-            scale = fitted_scale(weight, levels, damped(gram, self.damping), scale)
+            scale = fitted_scale(weight, levels, damped(gram, damping), scale)
             rounded = formats.dequantize(q, scale, zero_point, torch.float32)
         for part, value in zip(matrix.quantizer.all_input_nodes[1:], (scale, zero_point), strict=False):
             if value is not None:
