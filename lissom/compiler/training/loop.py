@@ -1,8 +1,8 @@
 """The training loop: steps until a deadline, the best weights by the held-out loss, and the curve of both losses.
 
 AdamW (Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, without decay) on float32 weights. The learning rate
-rises over the first twentieth and falls linearly to zero at the deadline. A run that only made the held-out loss larger by
-half-time goes back to the start, and on with a tenth of the rate. https://arxiv.org/abs/1711.05101
+rises over the first twentieth and falls linearly to zero at the deadline. A run that only made the held-out loss larger in
+its first quarter goes back to the start, and on with a thirtieth of the rate. https://arxiv.org/abs/1711.05101
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ _JUDGED = 10
 _JUDGING = 0.05
 """The fraction of a run with a deadline in seconds after which the held-out loss is measured at the end only."""
 _LEAST_STEPS = 2
-_HALF = 0.5
-SLOWED = 0.1
+_TRIED = 0.25
+"""The fraction of a run after which its learning rate is judged."""
+SLOWED = 1 / 30
 """The factor of the learning rate of a run that went back: decoders need about 1e-5, where encoders need 3e-4."""
 _CLIPPED = 1.0
 """The largest norm of the gradient of a step."""
@@ -186,10 +187,10 @@ class Run:
                 return True
             before, done = done, self.plan.done(self._seconds, self._step)
             due = done * _JUDGED >= len(self._found.curve) and self._step >= self._found.curve[-1].step + _LEAST_STEPS
-            at_half = before < _HALF <= done
-            if done >= 1.0 or at_half or (due and self._judges):
+            tried = before < _TRIED <= done
+            if done >= 1.0 or tried or (due and self._judges):
                 self._measure()
-            if at_half and done < 1.0:
+            if tried and done < 1.0:
                 self._slow_down()
             self._tell(done)
             if self._ending and done < 1.0:

@@ -254,7 +254,7 @@ class Fitting(Training):
         if done.slowed is not None:
             rate = self.learning_rate * SLOWED
             edit.note(
-                f"the first {done.slowed} steps made it worse, so it went back to the start and on with a tenth of the "
+                f"the first {done.slowed} steps made it worse, so it went back to the start and on with a thirtieth of the "
                 f"learning rate; learning_rate={rate:.2g} takes all the time for it"
             )
         if done.gained:

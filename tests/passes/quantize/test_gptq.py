@@ -323,6 +323,18 @@ def test_a_table_that_is_an_lm_head_too_is_treated_by_what_the_head_reads(passes
     assert on_grid(found.program) == 2
 
 
+def test_a_table_stays_nearer_to_its_rows_than_a_layer_does() -> None:
+    module, ids = seeded(TiedTable), torch.arange(12).reshape(2, 6)
+
+    def distance(options: str) -> float:
+        passes = f"quantize{{scheme=int4-weight,group=8,embeddings=true}},gptq{{{options}}}"
+        table = captures.optimize(module, ids, passes=passes, data=[ids]).program.weight("table.weight")
+        return float((table - module.table.weight).detach().norm())
+
+    assert distance("damping=0.01") == distance("damping=10.0") == distance("table_damping=0.5")
+    assert distance("damping=0.01") < distance("table_damping=0.01")
+
+
 def test_patterns_choose_layers() -> None:
     _, history = passed(MODELS["tiny_llama"], 'quantize{scheme=int8-weight},gptq{skip="*.down_proj"}')
     assert history.steps[-1].summary.startswith("rewrote 12 of 15; skipped 3: skip= names it (2)")
@@ -338,8 +350,9 @@ def test_without_data_it_says_so() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"damping": 0.0}, "gptq takes damping= and pull= above 0 and block_size= of 1 or more"),
-        ({"pull": 0.0}, "gptq takes damping= and pull= above 0 and block_size= of 1 or more"),
+        ({"damping": 0.0}, "gptq takes damping=, table_damping= and pull= above 0 and block_size= of 1 or more"),
+        ({"table_damping": 0.0}, "gptq takes damping=, table_damping= and pull= above 0 and block_size= of 1 or more"),
+        ({"pull": 0.0}, "gptq takes damping=, table_damping= and pull= above 0 and block_size= of 1 or more"),
         ({"rescale": "mse", "act_order": True}, "chooses the scale of a group when its columns are reached together"),
     ],
 )
