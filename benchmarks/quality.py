@@ -77,15 +77,16 @@ def calibration_batches(checkpoint: Checkpoint, texts: int = 3400, batch: int = 
     return [checkpoint.encode([pool[index] for index in order[at : at + batch]]) for at in range(0, len(pool), batch)]
 
 
-def training_texts() -> list[str]:
-    """All texts that are not evaluated."""
+def training_texts() -> list[list[str]]:
+    """All texts that are not evaluated: glosses of synsets with an example, as those evaluated are, examples, other glosses."""
     pool = read_pairs("calibration")
-    return [*pool.glosses, *pool.examples, *gzip.decompress(TEXTS.read_bytes()).decode().splitlines()]
+    parts = [part.splitlines() for part in gzip.decompress(TEXTS.read_bytes()).decode().split("\n\n")]
+    return [[*given, *part] for given, part in zip((pool.glosses, pool.examples, []), parts, strict=True)]
 
 
 def training_batches(checkpoint: Checkpoint, batch: int) -> list[dict[str, torch.Tensor]]:
     """Batches of all texts that are not evaluated, in random order, each padded to its longest text."""
-    texts = training_texts()
+    texts = [text for part in training_texts() for text in part]
     random.Random(0).shuffle(texts)
     return [checkpoint.encode(texts[start : start + batch]) for start in range(0, len(texts), batch)]
 

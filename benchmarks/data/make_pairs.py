@@ -4,9 +4,10 @@
     python benchmarks/data/make_pairs.py wordnet/usr/share/wordnet
 
 One line a synset: its split, its identifier, its gloss, and a usage example of it. The synsets of `evaluation` are searched and
-searched for; those of `calibration` share no synset, no gloss and no example with them. The texts, one a line, are
-all glosses and examples of 3 to 40 words of synsets that are not evaluated, for training, in random order; none is among the
-pairs. The same database gives the same files.
+searched for; those of `calibration` share no synset, no gloss and no example with them. The texts, one a line, are for
+training: all glosses and examples of 3 to 40 words of synsets that are not evaluated. In random order they are first the glosses
+of synsets with an example, as all pairs are, then examples, then the other glosses, with an empty line between; none is among
+the pairs. The same database gives the same files.
 """
 
 from __future__ import annotations
@@ -79,20 +80,23 @@ def draw(database: Path) -> dict[str, list[Pair]]:
     return chosen
 
 
-def training(database: Path, chosen: dict[str, list[Pair]]) -> list[str]:
-    """All glosses and examples of some length of synsets that are not evaluated; no text is in a pair or occurs twice."""
+def training(database: Path, chosen: dict[str, list[Pair]]) -> list[list[str]]:
+    """All glosses with an example, examples and other glosses of some length of synsets that are not evaluated.
+
+    No text is in a pair or occurs twice.
+    """
     evaluated = {pair.synset for pair in chosen["evaluation"]}
     paired = {text for found in chosen.values() for pair in found for text in (pair.gloss, pair.example)}
-    fresh = [
-        text
+    found = {
+        text: 1 if place else 2 * (len(texts) == 1)
         for part in ("noun", "verb", "adj", "adv")
         for synset, texts in synsets(database, part)
         if synset not in evaluated
-        for text in texts
+        for place, text in enumerate(texts)
         if len(text.split()) in WORDS and text not in paired
-    ]
-    texts = list(dict.fromkeys(fresh))
-    return random.Random(0).sample(texts, len(texts))
+    }
+    texts = random.Random(0).sample(list(found), len(found))
+    return [[text for text in texts if found[text] == part] for part in range(3)]
 
 
 def main() -> None:
@@ -105,11 +109,11 @@ def main() -> None:
             generator = random.Random(1)
             generator.shuffle(found)
             file.writelines(f"{split}\t{pair.synset}\t{pair.gloss}\t{pair.example}\n" for pair in found)
-    texts = training(parser.parse_args().database, chosen)
+    parts = training(parser.parse_args().database, chosen)
     # Without a name and a time, so that the same texts give the same file.
     with TEXTS.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed:
-        packed.write("".join(f"{text}\n" for text in texts).encode())
-    print(f"{TEXTS.name}: {len(texts)} texts")
+        packed.write("\n".join("".join(f"{text}\n" for text in part) for part in parts).encode())
+    print(f"{TEXTS.name}: {' + '.join(str(len(part)) for part in parts)} texts")
     print(f"{PAIRS.name}: " + ", ".join(f"{len(found)} synsets of {split}" for split, found in chosen.items()))
 
 
