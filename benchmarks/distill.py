@@ -29,6 +29,7 @@ RECOVER = "RECOVER"
 """Stands in a pipeline for the pass that trains."""
 PIPELINES = (
     f"prune-layers{{keep=0.5}},{RECOVER}",
+    f"prune-layers{{keep=0.5,criterion=linear-fit}},{RECOVER}",
     f"prune-layers{{keep=0.67}},prune-neurons{{keep=0.95}},{RECOVER}",
     f"prune-heads{{keep=0.75}},prune-neurons{{keep=0.5}},{RECOVER}",
     f"quantize{{scheme=int4-weight}},{RECOVER}",

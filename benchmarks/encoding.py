@@ -134,7 +134,7 @@ class Row:
 def mixed_texts(count: int) -> list[str]:
     """Texts of 1 to 8 WordNet texts each, the same ones every time."""
     draw = random.Random(0)
-    lines = gzip.decompress(TEXTS.read_bytes()).decode().splitlines()
+    lines = list(filter(None, gzip.decompress(TEXTS.read_bytes()).decode().splitlines()))
     draw.shuffle(lines)
     feed = iter(lines)
     return ["; ".join(next(feed) for _ in range(draw.randint(1, 8))) for _ in range(count)]

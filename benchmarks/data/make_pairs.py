@@ -5,9 +5,9 @@
 
 One line a synset: its split, its identifier, its gloss, and a usage example of it. The synsets of `evaluation` are searched and
 searched for; those of `calibration` share no synset, no gloss and no example with them. The texts, one a line, are for
-training: all glosses and examples of 3 to 40 words of synsets that are not evaluated. In random order they are first the glosses
-of synsets with an example, as all pairs are, then examples, then the other glosses, with an empty line between; none is among
-the pairs. The same database gives the same files.
+training: all glosses and examples of 3 to 40 words of synsets that are not evaluated, none of them among the pairs. First come
+the glosses of synsets with an example, as all pairs are, then examples, then the other glosses, each in random order and with
+an empty line between. The same database gives the same files.
 """
 
 from __future__ import annotations

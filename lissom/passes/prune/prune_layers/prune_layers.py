@@ -6,6 +6,8 @@
   Redundant Than You Expect, equation 1. https://arxiv.org/abs/2403.03853 All layers are measured once, in the unpruned program.
 - `magnitude` needs none: the Frobenius norm of the last matrices of the layer's branches, which bounds their outputs. It is
   weaker, because it ignores the activations.
+- `linear-fit` needs calibration data: the layers whose part a linear map could play best, see `linear_fit`. Where training
+  follows, the others take that part over. Without training `influence` loses less.
 
 How a layer is removed depends on where its norms are. Pre-norm, y = x + f(norm(x)): weight and bias of the last layer of
 each branch are set to zero, so that y = x, and `eliminate-dead`, which runs right after it, removes the branch. Post-norm,
@@ -36,6 +38,7 @@ from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.compiler.pipeline.spelling import format_pass
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes.prune.prune_layers.branches import Branch, branch_of, follow
+from lissom.passes.prune.prune_layers.linear_fit import most_linear
 
 _KEEP = 0.75
 _WHAT = {"layer": "layers", "attention": "attentions", "feed-forward": "feed-forwards"}
@@ -50,13 +53,14 @@ class PruneLayers(Approximation):
     amounts: which layers go, by module path, with `*` and `?`: 0 removes a layer, 1 keeps it, `"encoder.layer.3=0,*.5=0"`. It
         needs no data. Without `keep`, other layers stay.
     part: what is removed: whole layers, or only their `attention` or `feed-forward`.
-    criterion: how layers are ranked; `influence` needs calibration data.
+    criterion: how layers are chosen; `influence` and `linear-fit` need calibration data. `linear-fit` is for layers whose part
+        the others learn in a training pass that follows.
     protect: module paths of layers to keep, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
     """
 
     keep: float | None = None
     part: Literal["layer", "attention", "feed-forward"] = "layer"
-    criterion: Literal["influence", "magnitude"] = "influence"
+    criterion: Literal["influence", "magnitude", "linear-fit"] = "influence"
     protect: str = ""
     amounts: str = ""
 
@@ -84,8 +88,7 @@ class PruneLayers(Approximation):
         if self.keep is not None or not self.amounts:
             units = {name: unit for name, unit in rest.items() if name not in staying and not isinstance(unit, str)}
             count = self._count(len(rest), {name: reason for name, reason in staying.items() if name in rest})
-            scores = self._scores(edit, units)
-            chosen += sorted(units, key=scores.__getitem__)[:count]
+            chosen += self._least_needed(edit, units, count)
         gone = [name for name in found if name in chosen]
         if gone:
             text = ",".join(f"{name}=0" for name in gone)
@@ -142,6 +145,17 @@ class PruneLayers(Approximation):
             )
         return count
 
+    def _least_needed(self, edit: Editor, units: dict[str, list[Branch]], count: int) -> list[str]:
+        """The names of the layers to remove."""
+        if self.criterion != "magnitude" and not edit.data:
+            raise RequirementError(
+                f"prune-layers{{criterion={self.criterion}}} needs calibration data: pass data=, or choose criterion=magnitude"
+            )
+        if self.criterion == "linear-fit":
+            return most_linear(edit, units, count)
+        scores = self._scores(edit, units)
+        return sorted(units, key=scores.__getitem__)[:count]
+
     def _scores(self, edit: Editor, units: dict[str, list[Branch]]) -> dict[str, float]:
         if self.criterion == "magnitude":
             # The Frobenius norm of the last matrices of all branches together.
@@ -150,10 +164,6 @@ class PruneLayers(Approximation):
                 path: sum(float(item.square().sum()) for item in read if item is not None) ** 0.5
                 for path, read in weights.items()
             }
-        if not edit.data:
-            raise RequirementError(
-                "prune-layers{criterion=influence} needs calibration data: pass data=, or choose criterion=magnitude"
-            )
         return _influences(edit, units)
 
 

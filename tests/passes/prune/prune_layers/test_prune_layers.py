@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from itertools import combinations, pairwise
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -119,7 +121,7 @@ def test_rewrites() -> None:
 
 
 @pytest.mark.parametrize("build", LAYERS, ids=lambda build: build.__name__)
-@pytest.mark.parametrize("criterion", ["influence", "magnitude"])
+@pytest.mark.parametrize("criterion", ["influence", "magnitude", "linear-fit"])
 def test_numbers(build: Build, criterion: str) -> None:
     """What is left answers as the model without that layer."""
     case = build()
@@ -161,28 +163,80 @@ def test_layers_that_share_weights_are_passed_by() -> None:
     assert history.steps[1].summary == "rewrote 2"
 
 
-def test_influence_is_one_minus_the_cosine_over_real_tokens() -> None:
-    """The order of removal is that of the scores, taken from the model's own hidden states."""
-    case = deep()
+def residual_streams(layers: int) -> list[list[torch.Tensor]]:
+    """Of real tokens, [tokens, features], before the first layer of `deep` and after each, for the data of `pruned`."""
+    case, states = deep(layers), list[torch.Tensor]()
+    for layer in case.model.h:
+        layer.register_forward_hook(lambda _, args, out: states.append(out))
+    case.model.h[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))
     mask = torch.ones(2, 5, dtype=torch.long)
     mask[1, 3:] = 0
+    found: list[list[torch.Tensor]] = []
     with torch.no_grad():
-        inputs = [{"input_ids": tokens(seed=seed), "attention_mask": mask} for seed in range(3)]
-        states: list[torch.Tensor] = []
-        hooks = [layer.register_forward_hook(lambda _, args, out: states.append(out)) for layer in case.model.h]
-        case.model.h[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))
-        scores = torch.zeros(4)
-        for item in inputs:
+        for seed in range(3):
             states.clear()
-            case.model(**item)
-            for index in range(4):
-                x, y = states[index][mask != 0], states[index + 1][mask != 0]
-                scores[index] += (1 - (x * y).sum(-1) / x.norm(dim=-1) / y.norm(dim=-1)).sum()
-        assert len(hooks) == 4
-    least = int(scores.argmin())
+            case.model(input_ids=tokens(seed=seed), attention_mask=mask)
+            found.append([state[mask != 0] for state in states])
+    return found
+
+
+def removed(program: Program, layers: int) -> set[int]:
+    return {index for index in range(layers) if not program.weight(f"h.{index}.mlp.c_proj.weight").any()}
+
+
+def test_influence_is_one_minus_the_cosine_over_real_tokens() -> None:
+    """The order of removal is that of the scores, taken from the model's own hidden states."""
+    scores = torch.zeros(4)
+    for states in residual_streams(4):
+        for index, (x, y) in enumerate(pairwise(states)):
+            scores[index] += (1 - (x * y).sum(-1) / x.norm(dim=-1) / y.norm(dim=-1)).sum()
     program, _ = pruned(deep, "prune-layers{keep=0.75}")
-    dead = {index for index in range(4) if not program.weight(f"h.{index}.mlp.c_proj.weight").any()}
-    assert dead == {least}
+    assert removed(program, 4) == {int(scores.argmin())}
+
+
+def test_linear_fit_removes_the_layers_with_the_least_error_of_linear_maps() -> None:
+    """By trying all of them, with NumPy's least squares, ridge regression as rows of their own."""
+    first, seen, third = residual_streams(5)
+
+    def error(start: int, stop: int) -> float:
+        x, y = (torch.cat([first[index], third[index]]).double().numpy() for index in (start, stop))
+        centre, mean = x.mean(0), y.mean(0)
+        x, y = x - centre, y - mean
+        ridge = np.sqrt(1e-3 * (x**2).sum(0).mean()) * np.eye(16)
+        found = np.linalg.lstsq(np.vstack([x, ridge]), np.vstack([y, np.zeros((16, 16))]))[0]
+        wanted = seen[stop].double().numpy() - mean
+        missing = wanted - (seen[start].double().numpy() - centre) @ found
+        return (missing**2).sum() / (wanted**2).sum()
+
+    @cache
+    def least(start: int, stop: int) -> float:
+        """As one run, or in parts."""
+        parts = (least(start, middle) + least(middle, stop) for middle in range(start + 1, stop))
+        return min([error(start, stop), *parts])
+
+    def cost(gone: tuple[int, ...]) -> float:
+        edges = [index for index in range(6) if (index in gone) != (index - 1 in gone)]
+        return sum(least(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True))
+
+    for count in (1, 2, 3):
+        ranked = sorted(combinations(range(5), count), key=cost)
+        # The sums differ by more than a million times the rounding of float32.
+        assert cost(ranked[1]) - cost(ranked[0]) > 1e-3
+        program, _ = pruned(partial(deep, 5), f"prune-layers{{keep={1 - count / 5},criterion=linear-fit}}")
+        assert removed(program, 5) == {*ranked[0]}
+
+
+@pytest.mark.parametrize("part", ["attention", "feed-forward"])
+def test_linear_fit_takes_parts_of_layers_that_do_not_follow_each_other(part: str) -> None:
+    _, history = pruned(deep, f"prune-layers{{keep=0.5,part={part},criterion=linear-fit}}")
+    assert history.steps[1].summary == "rewrote 2"
+
+
+def test_linear_fit_takes_one_batch() -> None:
+    model = seeded(lambda: nn.Sequential(Normed(), Normed()))
+    x = normal(2, 5, 8)
+    program = captures.optimize(model, x, passes="prune-layers{keep=0.5,criterion=linear-fit}", data=[x]).program
+    assert calls(program, aten.layer_norm.default) == 1
 
 
 @pytest.mark.parametrize("build", LAYERS, ids=lambda build: build.__name__)
@@ -214,9 +268,10 @@ def test_a_program_without_layers_is_refused() -> None:
         rewrite(PruneLayers(), seeded(lambda: nn.Linear(8, 8)), normal(2, 5, 8))
 
 
-def test_without_data_influence_says_so() -> None:
-    with pytest.raises(RequirementError, match=r"prune-layers\{criterion=influence\} needs calibration data: pass data=, or"):
-        pruned(tiny_gpt2, "prune-layers{keep=0.5}", data=False)
+@pytest.mark.parametrize("criterion", ["influence", "linear-fit"])
+def test_without_data_it_says_so(criterion: str) -> None:
+    with pytest.raises(RequirementError, match=rf"prune-layers\{{criterion={criterion}\}} needs calibration data: pass data="):
+        pruned(tiny_gpt2, f"prune-layers{{keep=0.5,criterion={criterion}}}", data=False)
 
 
 def test_composes() -> None:
