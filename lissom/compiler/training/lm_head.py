@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.operators import CASTS, IDENTITIES, is_pointwise
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.compiler.training.short_attention import short_attention
+from lissom.compiler.training.mixed_precision import rms_norm, short_attention
 from lissom.errors import RequirementError
 
 aten = torch.ops.aten
@@ -134,8 +134,12 @@ class Trunk:
                 raise RequirementError(f"{name} has no gradients through a quantized KV cache; put it before quantize-cache")
             found.graph.erase_node(write)
         found.drop_dead()
-        for node in found.nodes(aten.scaled_dot_product_attention.default):
-            node.target = short_attention
+        wide: dict[object, Callable[..., object]] = {
+            aten.scaled_dot_product_attention.default: short_attention,
+            aten.rms_norm.default: rms_norm,
+        }
+        for node in found.nodes(*wide):
+            node.target = wide[node.target]
         return cls(program, found.graph)
 
     def run(self, inputs: Sample, observe: Observer | None = None) -> list[object]:

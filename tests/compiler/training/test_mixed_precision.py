@@ -1,12 +1,14 @@
-"""Tests of attention in a training step with bfloat16 products."""
+"""Tests of the calls that a training step with bfloat16 products computes in float32."""
 
 from __future__ import annotations
+
+import warnings
 
 import pytest
 import torch
 from torch.nn import functional
 
-from lissom.compiler.training.short_attention import SHORT, short_attention
+from lissom.compiler.training.mixed_precision import SHORT, rms_norm, short_attention
 from tests.models import normal
 
 
@@ -35,3 +37,19 @@ def test_others_are_attended_as_pytorch_does(tokens: int, autocast: bool) -> Non
     found = gradients(short_attention, tokens, None, autocast)
     exact = gradients(functional.scaled_dot_product_attention, tokens, None, autocast)
     assert found[0].dtype == torch.bfloat16 and all(map(torch.equal, found, exact))
+
+
+@pytest.mark.parametrize("weight", [None, normal(8, seed=1)])
+def test_norms_are_those_of_the_weights_dtype_and_warn_of_nothing(weight: torch.Tensor | None, capfd) -> None:
+    x = normal(2, 5, 8).bfloat16()
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = rms_norm(x, [8], weight, 1e-6)
+    finally:
+        torch.set_warn_always(before)
+    assert capfd.readouterr().err == ""
+    assert torch.equal(found, functional.rms_norm(x if weight is None else x.float(), [8], weight, 1e-6))
+    assert found.dtype == (torch.bfloat16 if weight is None else torch.float32)

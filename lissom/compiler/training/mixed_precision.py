@@ -1,12 +1,14 @@
-"""Attention in a training step with bfloat16 products.
+"""Calls that a training step with bfloat16 products computes in float32.
 
 PyTorch's attention on a CPU is slower in bfloat16 than in float32 for few tokens, above all its gradients. Forward and
 backward, 12 heads of 32 features, ms in bfloat16 and in float32 (AMD EPYC with bfloat16 products, 2 threads, torch 2.13): 32
-rows of 13 tokens 8.7 and 1.9, of 64 23 and 7.5, of 128 54 and 30; 8 rows of 256 23 and 23.
+rows of 13 tokens 8.7 and 1.9, of 64 23 and 7.5, of 128 54 and 30; 8 rows of 256 23 and 23. Its `rms_norm` of values in bfloat16
+with a weight in float32 prints a warning.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,3 +33,10 @@ def short_attention(
     with torch.autocast("cpu", enabled=False):
         mask = attn_mask.float() if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
         return attend(query.float(), key.float(), value.float(), mask, *args, **kwargs)
+
+
+def rms_norm(
+    x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
+) -> torch.Tensor:
+    """`torch.nn.functional.rms_norm`, in the weight's dtype."""
+    return functional.rms_norm(x if weight is None else x.to(weight.dtype), list(shape), weight, eps)
