@@ -43,6 +43,8 @@ _JUDGING = 0.05
 _LEAST_STEPS = 2
 _TRIED = 0.25
 """The fraction of a run after which its learning rate is judged."""
+_WORSE = 0.02
+"""The relative rise of the held-out loss that a rate is to blame for."""
 SLOWED = 1 / 30
 """The factor of the learning rate of a run that went back: decoders need about 1e-5, where encoders need 3e-4."""
 _CLIPPED = 1.0
@@ -201,9 +203,9 @@ class Run:
         return True
 
     def _slow_down(self) -> None:
-        """Go back to the start, and on at a lower rate, if the held-out loss was larger ever since."""
+        """Go back to the start, and on at a lower rate, if the held-out loss was clearly larger ever since."""
         first, *others = self._found.curve
-        if all(point.held_out > first.held_out for point in others):
+        if all(point.held_out > first.held_out + _WORSE * abs(first.held_out) for point in others):
             self._found.slowed = self._step
             self._restore_best()
             self._optimizer.state.clear()
