@@ -1,8 +1,8 @@
 """The training loop: steps until a deadline, the best weights by the held-out loss, and the curve of both losses.
 
 AdamW (Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, without decay) on float32 weights. The learning rate
-rises over the first twentieth and falls linearly to zero at the deadline. A run that only made the held-out loss larger in
-its first quarter goes back to the start, and on with a thirtieth of the rate. https://arxiv.org/abs/1711.05101
+rises over the first twentieth and falls linearly to zero at the deadline. A run that made the held-out loss larger by 2 %
+or more in its first quarter goes back to the start, and on with a thirtieth of the rate. https://arxiv.org/abs/1711.05101
 """
 
 from __future__ import annotations

@@ -38,5 +38,6 @@ def short_attention(
 def rms_norm(
     x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
 ) -> torch.Tensor:
-    """`torch.nn.functional.rms_norm`, in the weight's dtype."""
-    return functional.rms_norm(x if weight is None else x.to(weight.dtype), list(shape), weight, eps)
+    """`torch.nn.functional.rms_norm`, in the weight's dtype where that is wider."""
+    wide = x if weight is None else x.to(torch.promote_types(x.dtype, weight.dtype))
+    return functional.rms_norm(wide, list(shape), weight, eps)

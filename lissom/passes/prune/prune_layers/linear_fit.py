@@ -6,13 +6,13 @@ error is the part of y's variance that the best linear map of x leaves unexplain
     error = E‖y - ŷ(x)‖² / E‖y - E y‖²,   ŷ(x) = A x + b
 
 A and b are fitted on every other batch, by ridge regression, and the error is measured on the others. The sum of the errors of
-all runs is least. Shopkhoev et al. 2025, ReplaceMe: Network Simplification via Depth Pruning and Transformer Block
-Linearization, put such a map in place of one run. https://arxiv.org/abs/2505.02819
+all runs is least, where a run counts as its parts if theirs is less. Shopkhoev et al. 2025, ReplaceMe: Network Simplification
+via Depth Pruning and Transformer Block Linearization, put such a map in place of one run. https://arxiv.org/abs/2505.02819
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -41,8 +41,12 @@ def most_linear(edit: Editor, units: Mapping[str, Sequence[Branch]], count: int)
     stream = _hidden_states(edit, parts)
 
     @cache
+    def fit_from(start: int) -> Callable[[Halves], float]:
+        return unexplained_by(stream[parts[start][0].before])
+
+    @cache
     def error(start: int, stop: int) -> float:
-        return unexplained(stream[parts[start][0].before], stream[parts[stop - 1][-1].after])
+        return fit_from(start)(stream[parts[stop - 1][-1].after])
 
     # The least error of each number of removed layers among the first ones, with those layers.
     least: list[dict[int, tuple[float, list[str]]]] = [{0: (0.0, [])}, *({} for _ in names)]
@@ -62,15 +66,22 @@ def most_linear(edit: Editor, units: Mapping[str, Sequence[Branch]], count: int)
     return least[-1][count][1]
 
 
-def unexplained(before: Halves, after: Halves) -> float:
-    """The part of the variance of `after` that the best linear map of `before` leaves unexplained."""
-    (x, seen_x), (y, seen_y) = before, after
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    centred = x - mean_x
-    solved = torch.linalg.solve(damped(centred.T @ centred, _DAMPING), (centred.T @ (y - mean_y)).double())
-    wanted = seen_y - mean_y
-    missing = wanted - (seen_x - mean_x) @ solved.float()
-    return float(missing.square().sum() / wanted.square().sum().clamp_min(1e-30))
+def unexplained_by(before: Halves) -> Callable[[Halves], float]:
+    """Takes another hidden state: the part of its variance that the best linear map of `before` leaves unexplained."""
+    x, seen_x = before
+    mean_x = x.mean(0)
+    # Factored once for all runs that begin here.
+    factor = torch.linalg.cholesky(damped((x - mean_x).T @ (x - mean_x), _DAMPING))
+
+    def unexplained(after: Halves) -> float:
+        y, seen_y = after
+        mean_y = y.mean(0)
+        solved = torch.cholesky_solve(((x - mean_x).T @ (y - mean_y)).double(), factor)
+        wanted = seen_y - mean_y
+        missing = wanted - (seen_x - mean_x) @ solved.float()
+        return float(missing.square().sum() / wanted.square().sum().clamp_min(1e-30))
+
+    return unexplained
 
 
 def _hidden_states(edit: Editor, parts: Sequence[Sequence[Branch]]) -> dict[fx.Node, Halves]:
@@ -84,7 +95,6 @@ def _hidden_states(edit: Editor, parts: Sequence[Sequence[Branch]]) -> dict[fx.N
         kept[node].append(rows[:: -(-len(rows) // share) or 1].float())
 
     observe(edit.program, edit.data, chosen, visit)
-    halves = {node: (torch.cat(rows[::2]), torch.cat(rows[1::2] or rows[:1])) for node, rows in kept.items()}
-    if len(edit.data) > 1:
-        return halves
-    return {node: (rows[::2], rows[1::2]) for node, (rows, _) in halves.items()}
+    if len(edit.data) == 1:
+        return {node: (rows[::2], rows[1::2]) for node, (rows,) in kept.items()}
+    return {node: (torch.cat(rows[::2]), torch.cat(rows[1::2])) for node, rows in kept.items()}

@@ -270,7 +270,8 @@ def test_a_program_without_layers_is_refused() -> None:
 
 @pytest.mark.parametrize("criterion", ["influence", "linear-fit"])
 def test_without_data_it_says_so(criterion: str) -> None:
-    with pytest.raises(RequirementError, match=rf"prune-layers\{{criterion={criterion}\}} needs calibration data: pass data="):
+    message = rf"prune-layers\{{criterion={criterion}\}} needs calibration data: pass data=, or"
+    with pytest.raises(RequirementError, match=message):
         pruned(tiny_gpt2, f"prune-layers{{keep=0.5,criterion={criterion}}}", data=False)
 
 
