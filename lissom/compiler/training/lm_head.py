@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional
 
 from lissom.compiler.analysis.structure.linear import as_int, bias_of, input_of
 from lissom.compiler.ir import node as nodes
@@ -17,9 +19,12 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.training.mixed_precision import rms_norm, short_attention
 from lissom.errors import RequirementError
+from lissom.ops.quantization import fake_quantize
 
 aten = torch.ops.aten
 
+Weights = tuple[torch.Tensor, torch.Tensor | None]
+"""A weight and a bias."""
 LARGE = 8192
 """The vocabulary from which logits are computed for some tokens at a time; at 8,192 both ways take the same time."""
 
@@ -31,6 +36,7 @@ class LmHead:
     linear: `aten.linear` with a weight that is computed from weights alone, quantized or not. hidden: its input,
         [batch, tokens, width], for all tokens also where the program computes logits of the last one only.
     stored: the nodes its weight and bias are computed from, in order. tail: element-wise calls after it, in order.
+    kept: the weight and bias of `fixed_weights`, in the last dtype that was asked for.
     """
 
     program: Program
@@ -38,6 +44,7 @@ class LmHead:
     hidden: fx.Node
     stored: tuple[fx.Node, ...]
     tail: tuple[fx.Node, ...]
+    kept: dict[torch.dtype | None, Weights] = field(default_factory=dict["torch.dtype | None", Weights], compare=False)
 
     @property
     def vocabulary(self) -> int:
@@ -48,11 +55,28 @@ class LmHead:
         """Whether a loss is to be computed from the hidden state: for many entries, or where logits are those of few tokens."""
         return self.vocabulary >= LARGE or (bool(self.program.state) and input_of(self.linear) is not self.hidden)
 
-    def weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weight, [vocabulary, width], and the bias, [vocabulary]; gradients flow to what they are computed from."""
+    def weights(self, dtype: torch.dtype | None = None) -> Weights:
+        """The weight, [vocabulary, width], and the bias, [vocabulary]; gradients flow to what they are computed from.
+
+        dtype: that they are converted to; None leaves them as they are.
+        """
+        if not any(self.program.weight(str(node.target)).requires_grad for node in self.stored if node.op == "get_attr"):
+            return self.fixed_weights(dtype)
+        return self._weights(dtype)
+
+    def fixed_weights(self, dtype: torch.dtype | None = None) -> Weights:
+        """The same without gradients, computed once for many calls with one dtype: for weights that do not change."""
+        if dtype not in self.kept:
+            self.kept.clear()
+            with torch.no_grad():
+                self.kept[dtype] = self._weights(dtype)
+        return self.kept[dtype]
+
+    def _weights(self, dtype: torch.dtype | None) -> Weights:
         values = self._values(self.stored, {})
-        bias = bias_of(self.linear)
-        return values[self.linear.args[1]], None if bias is None else values[bias]  # pyright: ignore[reportArgumentType]
+        weight, bias = values[self.linear.args[1]], bias_of(self.linear)  # pyright: ignore[reportArgumentType]
+        shift = None if bias is None else values[bias]
+        return (weight, shift) if dtype is None else (weight.to(dtype), None if shift is None else shift.to(dtype))
 
     def finish(self, product: torch.Tensor) -> torch.Tensor:
         """The logits from the result of the linear layer, both [rows, vocabulary]."""
@@ -133,6 +157,8 @@ class Trunk:
             if nodes.tensor_type(write).dtype in (torch.int8, torch.uint8):
                 raise RequirementError(f"{name} has no gradients through a quantized KV cache; put it before quantize-cache")
             found.graph.erase_node(write)
+        for node in found.nodes(aten.embedding.default):
+            _quantize_rows_read(node)
         found.drop_dead()
         wide: dict[object, Callable[..., object]] = {
             aten.scaled_dot_product_attention.default: short_attention,
@@ -145,3 +171,31 @@ class Trunk:
     def run(self, inputs: Sample, observe: Observer | None = None) -> list[object]:
         """The flat outputs, as `Program.run` has them."""
         return run(self.graph, self.program.graph_module, inputs, observe)
+
+
+def _quantize_rows_read(lookup: fx.Node) -> None:
+    """Quantize what an embedding reads of a table with scales by row, and not all of the table at every step."""
+    table = lookup.args[0]
+    if not nodes.is_call(table, fake_quantize):
+        return
+    stored, scale, zero_point = (nodes.argument(table, name) for name in ("x", "scale", "zero_point"))
+    rows = nodes.tensor_type(stored).shape[0]
+    if any(isinstance(item, fx.Node) and nodes.tensor_type(item).shape[:1] != (rows,) for item in (scale, zero_point)):
+        return
+    lookup.target = _quantized_rows
+    lookup.args = (stored, scale, zero_point, *lookup.args[1:])  # pyright: ignore[reportAttributeAccessIssue]
+    lookup.kwargs = {**lookup.kwargs, "format": table.kwargs["format"]}
+
+
+def _quantized_rows(
+    table: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    ids: torch.Tensor,
+    *options: Any,
+    format: str,
+    **named: Any,
+) -> torch.Tensor:
+    """`aten.embedding` of a table that is quantized by rows; options, named: its further arguments."""
+    x, of_scale = aten.embedding(table, ids, *options, **named), functional.embedding(ids, scale)
+    return fake_quantize(x, of_scale, None if zero_point is None else functional.embedding(ids, zero_point), format=format)

@@ -49,8 +49,6 @@ SLOWED = 1 / 30
 """The factor of the learning rate of a run that went back: decoders need about 1e-5, where encoders need 3e-4."""
 _CLIPPED = 1.0
 """The largest norm of the gradient of a step."""
-_SCALE_RATE = 1.0
-"""The learning rate of a scale, in relation to its largest element."""
 _ALIKE = 0.98
 """The cosine between the gradients of one batch in bfloat16 and in float32 from which bfloat16 may be used."""
 
@@ -107,8 +105,8 @@ class Run:
 
     learned: the parameters by name, or this rank's shards of them. zeros: for some of them where they stay zero. loss: of this
     rank's rows; the losses of the ranks add up. count: of batches. judge: the held-out loss of all ranks. report: called with a
-    sentence and the fraction of the run that is over. scales: the largest size of an element of each scale by name; signs stay.
-    ranks: that train together. shards: of sharded weights. checkpoint: where the state is written, and where it is read.
+    sentence and the fraction of the run that is over. scales: the learning rate of each scale against that of weights, by name;
+    signs stay. ranks: that train together. shards: of sharded weights. checkpoint: where the state is written, and is read.
     """
 
     learned: Mapping[str, nn.Parameter]
@@ -127,9 +125,8 @@ class Run:
         self._weights = [item for name, item in self.learned.items() if name not in self.scales]
         self._scales = [self.learned[name] for name in self.scales]
         self._signs = [scale.detach().sign() for scale in self._scales]
-        # A step of Adam has the size of the learning rate, and scales are small: each changes by its share of the largest one.
         groups = [{"params": self._weights, "share": 1.0}]
-        groups += [{"params": [self.learned[name]], "share": _SCALE_RATE * largest} for name, largest in self.scales.items()]
+        groups += [{"params": [self.learned[name]], "share": share} for name, share in self.scales.items()]
         self._optimizer = torch.optim.AdamW(groups, lr=self.plan.learning_rate, weight_decay=0.0, fused=True)
         self._generator = torch.Generator().manual_seed(self.plan.seed)
         self._found = Trained()

@@ -22,11 +22,12 @@ from torch.nn import functional
 
 from lissom.compiler.training.lm_head import LmHead
 from lissom.compiler.training.ranks import total
+from lissom.ops.divergence import token_divergence
 
 IGNORED = -100
 """The label of a token without one, as in `torch.nn.functional.cross_entropy`."""
-ELEMENTS = 1 << 24
-"""The logits computed at a time: 64 MB in float32, and some five tensors of that size."""
+ELEMENTS = 1 << 25
+"""The logits computed at a time: 134 MB in float32, and three tensors of that size, or five with labels or without kernels."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,11 @@ def vocabulary_loss(head: LmHead, hidden: torch.Tensor, learned: Supervision, *,
     counted = (learned.shares != 0) | (learned.alphas != 0)
     if not bool(counted.all()):
         rows, learned = rows[counted], learned.of(counted)
-    weight, bias = head.weights()
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    student = _Product(head, rows if dtype is None else rows.to(dtype), *head.weights(dtype))
     teacher = None
-    with torch.no_grad():
-        if learned.teacher is not None:
-            teacher = _Product(learned.teacher[0], learned.teacher[1], *learned.teacher[0].weights())
-    student = _Product(head, rows, weight, bias)
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        student, teacher = student.to(dtype), None if teacher is None else teacher.to(dtype)
+    if learned.teacher is not None:
+        teacher = _Product(*learned.teacher, *learned.teacher[0].fixed_weights(dtype))
     count, differentiated = max(1, elements // head.vocabulary), torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
         found: Any = _Loss.apply(student.rows, student.weight, student.bias, head, teacher, learned, count, differentiated)
@@ -111,14 +108,10 @@ class _Product:
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def to(self, dtype: torch.dtype) -> _Product:
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return _Product(self.head, self.rows.to(dtype), self.weight.to(dtype), bias)
-
     def logits(self, chosen: slice) -> torch.Tensor:
-        """In float32, [rows, vocabulary]."""
+        """[rows, vocabulary]."""
         rows = self.rows[chosen].to(self.weight.dtype)
-        return self.head.finish(functional.linear(rows, self.weight, self.bias)).float()
+        return self.head.finish(functional.linear(rows, self.weight, self.bias))
 
 
 class _Loss(torch.autograd.Function):
@@ -175,32 +168,28 @@ def _loss_and_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of some rows, and its gradient to the result of their linear layer, [rows, vocabulary], in its dtype."""
     if not head.tail or not differentiated:
-        logits = head.finish(product).float()
-        loss, gradient = _losses(logits, teacher, learned, chosen)
+        loss, gradient = _losses(head.finish(product), teacher, learned, chosen)
         return loss, gradient.to(product.dtype)
     with torch.enable_grad():
         leaf = product.detach().requires_grad_()
-        logits = head.finish(leaf).float()
+        logits = head.finish(leaf)
     loss, gradient = _losses(logits.detach(), teacher, learned, chosen)
-    return loss, torch.autograd.grad(logits, leaf, gradient)[0]
+    return loss, torch.autograd.grad(logits, leaf, gradient.to(logits.dtype))[0]
 
 
 def _losses(
     logits: torch.Tensor, teacher: _Product | None, learned: Supervision, chosen: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of some rows' logits [rows, vocabulary], and its gradient to them: α (q₁ - y) + share · τ (q - p)."""
-    shares, alphas, temperature = learned.shares[chosen, None], learned.alphas[chosen, None], learned.temperature
+    alphas, temperature = learned.alphas[chosen, None], learned.temperature
     summed, gradient = torch.zeros((), device=logits.device), None
     if bool((alphas != 0).any()):
-        log_q = logits.log_softmax(-1)
+        log_q = logits.float().log_softmax(-1)
         labels = learned.labels[chosen, None].clamp_min(0)
         summed = summed - (log_q.gather(1, labels) * alphas).sum()
         gradient = log_q.exp_().mul_(alphas).scatter_add_(1, labels, -alphas)
     if teacher is not None:
-        log_q = logits.div(temperature).log_softmax(-1)
-        log_p = teacher.logits(chosen).div_(temperature).log_softmax(-1)
-        p = log_p.exp()
-        summed = summed + temperature**2 * (log_p.sub_(log_q).mul_(p).sum(-1, keepdim=True) * shares).sum()
-        of_kl = log_q.exp_().sub_(p).mul_(temperature * shares)
-        gradient = of_kl if gradient is None else gradient.add_(of_kl)
+        loss, of_divergence = token_divergence(logits, teacher.logits(chosen), learned.shares[chosen], temperature)
+        summed = summed + loss.squeeze(0)
+        gradient = of_divergence if gradient is None else gradient.add_(of_divergence)
     return summed, torch.zeros_like(logits) if gradient is None else gradient

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -29,6 +30,7 @@ from lissom.compiler.training.loop import SLOWED, Plan, Precision, Run, Trained
 from lissom.compiler.training.ranks import Ranks, data_parallel
 from lissom.compiler.training.shards import Shards
 from lissom.errors import RequirementError
+from lissom.ops.formats import LEAST
 from lissom.ops.native import load_kernels
 from lissom.ops.quantization import fake_quantize
 
@@ -107,7 +109,8 @@ class Fitting(Training):
     def run(self, edit: Editor) -> None:
         program = self._check(edit)
         precision = self._precision(program)
-        _load_quantizers(edit)
+        if program.nodes(*FAKE_QUANTIZES):
+            load_kernels_for(edit, "the quantizers in the graph")
         every = self._batches(edit)
         batches, judged = hold_out(program, every, self.held_out, self.seed, self.name())
         learned = self._learned(program)
@@ -120,7 +123,7 @@ class Fitting(Training):
             parts = _Parts.of(program, batches, judged, ranks)
             objective = held.enter_context(closing(self.objective(edit, parts.batches, parts.judged)))
             held.enter_context(_only_these_learn(program, learned))
-            largest = {name: float(scale.detach().abs().max()) for name, (scale, _) in scales.items()}
+            rates = _rates(program, scales)
             trained, zeros, shards = learned, _zeros(learned), None
             if self.shard:
                 shards = held.enter_context(closing(Shards(program, learned, ranks)))
@@ -139,7 +142,7 @@ class Fitting(Training):
                     self.seed,
                 ),
                 lambda what, fraction: edit.report(what, round(1000 * fraction), 1000),
-                largest,
+                rates,
                 ranks,
                 shards,
                 checkpoint,
@@ -307,11 +310,11 @@ class _Parts:
         return loss() * float(self.ranks.fraction > 0)
 
 
-def _load_quantizers(edit: Editor) -> None:
-    """Load the kernels of the quantizers in the graph; note why there are none."""
-    quantizers = edit.program.nodes(*FAKE_QUANTIZES)
-    if quantizers and nodes.tensor_type(quantizers[0]).device.type == "cpu" and (missing := load_kernels()):
-        edit.note(f"the quantizers in the graph run without Lissom's kernels, which makes a step slower: {missing}")
+def load_kernels_for(edit: Editor, what: str) -> None:
+    """Load the kernels on a CPU; note why there are none. what: runs by them, `the quantizers in the graph`."""
+    on_cpu = all(nodes.tensor_type(node).device.type == "cpu" for node in edit.program.output.all_input_nodes)
+    if on_cpu and (missing := load_kernels()):
+        edit.note(f"{what} run without Lissom's kernels, which makes a step slower: {missing}")
 
 
 def _learning_scales(program: Program, stays: Callable[[str], bool]) -> dict[str, tuple[nn.Parameter, torch.dtype]]:
@@ -329,6 +332,19 @@ def _learning_scales(program: Program, stays: Callable[[str], bool]) -> dict[str
     for name, (scale, _) in found.items():
         program.set_weight(name, scale)
     return found
+
+
+def _rates(program: Program, scales: Collection[str]) -> dict[str, float]:
+    """The learning rates of scales against that of weights, by which they change by the same fraction in a step as matrices.
+
+    A step of Adam has the size of the learning rate. Esser et al. 2020, Learned Step Size Quantization, §2.2, balance both too.
+    """
+    weights = program.weights()
+    others = [item for name, item in weights.items() if name not in scales and isinstance(item, nn.Parameter)]
+    matrices = [item.detach() for item in others if item.is_floating_point() and item.dim() > 1 and item.numel()]
+    sizes = [float(torch.linalg.vector_norm(item, dtype=torch.float32)) / item.numel() ** 0.5 for item in matrices]
+    typical = max(statistics.median(sizes), LEAST) if sizes else 1.0
+    return {name: float(weights[name].detach().abs().max()) / typical for name in scales}
 
 
 @contextmanager

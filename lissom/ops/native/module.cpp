@@ -2,6 +2,7 @@
 #include "attention_module.h"
 #include "linear.h"
 #include "barrier.h"
+#include "divergence.h"
 #include "fake_quantize_module.h"
 #include "memory.h"
 #include "quantized.h"
@@ -422,6 +423,7 @@ STABLE_TORCH_LIBRARY_IMPL(lissom, CPU, library) {
   library.impl("fake_quantize", boxed<fake_quantize_static>);
   library.impl("fake_quantize_dynamic", boxed<fake_quantize_dynamic>);
   library.impl("fake_quantize_backward", boxed<fake_quantize_gradients>);
+  library.impl("token_divergence", boxed<token_divergence>);
   add_kernel<reshape>("aten::reshape"), add_kernel<reshape>("aten::view");
   add_kernel<transpose>("aten::transpose.int"), add_kernel<permute>("aten::permute");
   add_kernel<unsqueeze>("aten::unsqueeze"), add_kernel<expand>("aten::expand");

@@ -13,6 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from lissom.ops.blocked_attention import block_sparse_attention_reference
+from lissom.ops.divergence import token_divergence_reference
 from lissom.ops.formats import FORMATS
 from lissom.ops.fused_attention import (
     fused_attention_reference,
@@ -92,6 +93,8 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         yield "fused_rotary", fused_rotary_reference, (q, *angles), {"interleaved": interleaved}
     yield from _recurrence_cases(dtype)
     yield from _fake_quantize_cases(dtype)
+    logits = [_numbers(5, width, dtype=dtype)[:, :203] for width in (203, 204)]
+    yield "token_divergence", token_divergence_reference, (*logits, torch.rand(5)), {"temperature": 2.0}
 
 
 def _fake_quantize_cases(dtype: torch.dtype) -> Iterator[Case]:

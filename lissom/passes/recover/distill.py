@@ -28,7 +28,7 @@ from lissom.compiler.training.batches import Batch
 from lissom.compiler.training.cache import TargetCache
 from lissom.compiler.training.losses import Output, labelled_output, outputs_of
 from lissom.compiler.training.teacher import Labels, Targets, Teacher
-from lissom.compiler.transforms.fitting import Fitting, Objective
+from lissom.compiler.transforms.fitting import Fitting, Objective, load_kernels_for
 from lissom.errors import RequirementError
 
 
@@ -71,6 +71,8 @@ class Distill(Fitting):
         if not outputs:
             raise RequirementError("distill: no output is logits, embeddings or hidden states, so there is nothing to learn")
         teacher = Teacher.of(edit.reference, outputs, student, self.name())
+        if teacher.heads:
+            load_kernels_for(edit, "the losses of token logits")
         if teacher.residuals and self.hidden:
             edit.note(f"hidden states are compared at {len(teacher.residuals)} residual adds")
         every, cache = [*batches, *judged], TargetCache()
