@@ -68,6 +68,7 @@ def table(checkpoint: Checkpoint, pipelines: Sequence[str], recovery: str, rows:
             metric=likelihood,
         )
         (step,) = (step for step in found.report.history.steps if step.curve)
+        print(*step.notes, sep="\n")
         seconds = sum(item.seconds for item in found.report.history.steps)
         base, *_, before, after = measured
         if len(lines) == 2:

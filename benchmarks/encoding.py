@@ -11,7 +11,6 @@ benchmarks/README.md.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import platform
 import random
@@ -30,6 +29,7 @@ from typing import cast
 import numpy as np
 import torch
 from apart import run_apart
+from quality import read_texts
 from readme import processor_kind, put_table
 from sentence_transformers import SentenceTransformer
 from torch import nn
@@ -37,7 +37,6 @@ from torch import nn
 import lissom
 from lissom.frontends.huggingface import find_directory
 
-TEXTS = Path(__file__).parent / "data" / "wordnet_texts.txt.gz"
 Encoder = SentenceTransformer
 
 
@@ -134,7 +133,7 @@ class Row:
 def mixed_texts(count: int) -> list[str]:
     """Texts of 1 to 8 WordNet texts each, the same ones every time."""
     draw = random.Random(0)
-    lines = list(filter(None, gzip.decompress(TEXTS.read_bytes()).decode().splitlines()))
+    lines = [text for part in read_texts() for text in part]
     draw.shuffle(lines)
     feed = iter(lines)
     return ["; ".join(next(feed) for _ in range(draw.randint(1, 8))) for _ in range(count)]

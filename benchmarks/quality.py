@@ -77,11 +77,15 @@ def calibration_batches(checkpoint: Checkpoint, texts: int = 3400, batch: int = 
     return [checkpoint.encode([pool[index] for index in order[at : at + batch]]) for at in range(0, len(pool), batch)]
 
 
+def read_texts() -> list[list[str]]:
+    """Texts of synsets that have no pair: glosses of those with an example, examples, other glosses."""
+    return [part.splitlines() for part in gzip.decompress(TEXTS.read_bytes()).decode().split("\n\n")]
+
+
 def training_texts() -> list[list[str]]:
     """All texts that are not evaluated: glosses of synsets with an example, as those evaluated are, examples, other glosses."""
     pool = read_pairs("calibration")
-    parts = [part.splitlines() for part in gzip.decompress(TEXTS.read_bytes()).decode().split("\n\n")]
-    return [[*given, *part] for given, part in zip((pool.glosses, pool.examples, []), parts, strict=True)]
+    return [[*given, *part] for given, part in zip((pool.glosses, pool.examples, []), read_texts(), strict=True)]
 
 
 def training_batches(checkpoint: Checkpoint, batch: int) -> list[dict[str, torch.Tensor]]:

@@ -15,7 +15,7 @@ Every loss is that of the rows of one process, and of several ranks its part of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -28,6 +28,7 @@ from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.operators import is_activation
 from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.recurrence_letters import LETTERS as RECURRENCES
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.signature import evaluate
 from lissom.compiler.training.batches import Batch
@@ -111,7 +112,7 @@ def _last_layer(leaf: fx.Node) -> tuple[fx.Node | None, bool]:
 
 
 def _is_causal(program: Program) -> bool:
-    return any(site.mask.causal for site in program.fact(structure).attention)
+    return bool(program.nodes(*RECURRENCES)) or any(site.mask.causal for site in program.fact(structure).attention)
 
 
 def real_tokens(program: Program, sample: Sample, output: Output) -> torch.Tensor | None:
@@ -209,7 +210,7 @@ def next_labels(output: Output, labels: torch.Tensor) -> torch.Tensor:
 
 
 def labelled_output(program: Program, outputs: Sequence[Output], batches: Sequence[Batch]) -> Output | None:
-    """The output that the labels belong to; None without labels.
+    """The output that the labels belong to, with whether they are those of the next token; None without labels.
 
     Raises: RequirementError when only some batches have labels, or no output fits them.
     """
@@ -228,9 +229,33 @@ def labelled_output(program: Program, outputs: Sequence[Output], batches: Sequen
         tokens = nodes.tensor_type(output.compared).shape[:-1]
         found.append(torch.Size(evaluate(size, sizes) for size in (*tokens, nodes.tensor_type(output.node).shape[-1])))
         if _fits(output, found[-1], labels):
-            return output
+            return replace(output, shifted=_predicts_next(output, known))
     shapes = ", ".join(str(list(shape)) for shape in found)
     raise RequirementError(f"labels of shape {list(labels.shape)} fit no output: they have the shapes {shapes}")
+
+
+def _predicts_next(output: Output, batches: Sequence[Batch]) -> bool:
+    """Whether the label of a token is the token after it.
+
+    The data tell where labels repeat an input of the model: `labels` equal to `input_ids`, as transformers has them for a
+    decoder, are those of the next token. Behind it by one token, as for an encoder-decoder's `decoder_input_ids`, they are not.
+    """
+    if output.form != "logits" or nodes.tensor_type(output.node).rank != 3:
+        return False
+    for index in range(len(batches[0].inputs)):
+        equal, following = (all(_repeats(batch, index, by) for batch in batches) for by in (0, 1))
+        if equal != following:
+            return equal
+    return output.shifted
+
+
+def _repeats(batch: Batch, index: int, by: int) -> bool:
+    """Whether the known labels are the tokens of this input, each that many tokens before it."""
+    labels, ids = batch.labels, batch.inputs[index]
+    if labels is None or ids.is_floating_point() or ids.shape != labels.shape or labels.dim() != 2:
+        return False
+    labels, ids = labels[:, : labels.shape[1] - by], ids[:, by:]
+    return bool(((labels == ids) | (labels == IGNORED)).all())
 
 
 def _fits(output: Output, logits: torch.Size, labels: torch.Tensor) -> bool:

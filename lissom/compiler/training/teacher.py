@@ -144,8 +144,8 @@ class Teacher:
         wanted, real = targets.outputs[output.index], targets.real[output.index]
         if output.head is None:
             loss = share * distance(output.form, value, wanted, real, temperature)
-            return loss if labels is None else loss + labels.alpha * cross_entropy(output, value, labels.values)
-        given, alpha = (None, 0.0) if labels is None else (next_labels(output, labels.values), labels.alpha)
+            return loss if labels is None else loss + labels.alpha * cross_entropy(labels.output, value, labels.values)
+        given, alpha = (None, 0.0) if labels is None else (next_labels(labels.output, labels.values), labels.alpha)
         learned = supervision(
             value,
             (self.heads[output.index], wanted),

@@ -1,8 +1,9 @@
 """Train a program on the task itself: cross-entropy with labels, or a loss of the caller's.
 
-Class and token logits take the cross-entropy with the labels of the batches; tokens with the label -100 do not count, and where
-a token sees only those before it, it predicts the next label. One number per row takes the squared error. No teacher is needed.
-With several ranks a loss of the caller's is taken for a mean over rows.
+Class and token logits take the cross-entropy with the labels of the batches; tokens with the label -100 do not count. A token
+predicts the next label where it sees only those before it, unless labels are an input's tokens, each one place earlier. One
+number per row takes the squared error. No teacher is needed. With several ranks a loss of the caller's is taken for a mean over
+rows.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Finetune(Fitting):
         there is one number per row.
     """
 
-    learning_rate: float = 5e-5
+    learning_rate: float | None = 5e-5
     loss: TaskLoss | None = None
 
     def objective(self, edit: Editor, batches: Sequence[Batch], judged: Sequence[Batch]) -> Objective:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from lissom.errors import InputError, RequirementError
 from lissom.passes.recover.finetune import Finetune
 from tests import captures
-from tests.models import normal, seeded, tokens
+from tests.models import VOCABULARY, normal, seeded, tokens
 from tests.passes.harness import check_golden
 
 
@@ -51,6 +52,53 @@ def test_leaves_other_graphs_alone() -> None:
         for passes in ("exact", "finetune{steps=2}")
     ]
     assert texts[0] == texts[1]
+
+
+def _language_model(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A model with inputs, and labels as transformers takes them; the label of one token is not known."""
+    small = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    labels = torch.randint(1, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(0))
+    known = labels.clone()
+    known[1, 3] = -100
+    if name == "t5":
+        config = transformers.T5Config(
+            **small, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0, use_cache=False
+        )
+        model = seeded(lambda: transformers.T5ForConditionalGeneration(config))
+        behind = model.prepare_decoder_input_ids_from_labels(known)
+        return model, {"input_ids": tokens(), "decoder_input_ids": behind, "labels": known}
+    if name == "mamba":
+        config = transformers.MambaConfig(**small, hidden_size=16, state_size=4, num_hidden_layers=2, use_cache=False)
+        return seeded(lambda: transformers.MambaForCausalLM(config)), {"input_ids": labels, "labels": known}
+    config = transformers.GPT2Config(**small, n_embd=16, n_layer=2, n_head=2, n_positions=32, use_cache=False)
+    return seeded(lambda: transformers.GPT2LMHeadModel(config)), {"input_ids": labels, "labels": known}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "mamba"])
+def test_labels_are_those_of_transformers(name) -> None:
+    """A decoder's are the tokens it reads; an encoder-decoder reads them one place later."""
+    model, batch = _language_model(name)
+    with torch.no_grad():
+        wanted = float(model(**batch).loss)
+    assert _first_loss(model, batch) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_labels_that_are_already_those_of_the_next_token() -> None:
+    """Where the data move them, as many training loops do, they are not moved again."""
+    model, batch = _language_model("gpt2")
+    ids = batch["input_ids"]
+    moved = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+    with torch.no_grad():
+        logits = model(input_ids=moved["input_ids"]).logits
+    wanted = nn.functional.cross_entropy(logits.flatten(0, 1), moved["labels"].flatten())
+    assert _first_loss(model, moved) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def _first_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
+    """The loss before training."""
+    inputs = {name: item for name, item in batch.items() if name != "labels"}
+    found = captures.optimize(model, inputs, passes="finetune{steps=1}", data=[batch] * 4)
+    return found.report.history.steps[-1].curve[0].held_out
 
 
 def test_learns_a_task() -> None:
