@@ -44,7 +44,7 @@ _LEAST_STEPS = 2
 _TRIED = 0.25
 """The fraction of a run after which its learning rate is judged."""
 _WORSE = 0.5
-"""The relative rise of the held-out loss that a rate is to blame for. A good rate may raise it by some percent while it is high:
+"""The relative rise of the held-out loss that a rate is to blame for. A good one may raise it by some percent while it is high:
 quantized weights then change to and fro, and settle as it falls."""
 SLOWED = 1 / 30
 """The factor of the learning rate of a run that went back: the best rates of what was tried lie between 3e-4 and 1e-5."""
