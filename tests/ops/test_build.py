@@ -11,6 +11,7 @@ import torch
 
 from lissom.errors import UnsupportedError
 from lissom.ops import KERNELS, gated_delta_rule, selective_scan
+from lissom.ops.divergence import token_divergence
 from lissom.ops.native import build, instruction_sets, load_kernels, self_test
 from lissom.ops.native.instruction_sets import INSTRUCTION_SETS, SWITCH, usable_sets
 from lissom.ops.quantization import fake_quantize, fake_quantize_backward, fake_quantize_dynamic
@@ -110,7 +111,7 @@ def test_the_self_test_names_the_kernel_that_differs(monkeypatch):
 
 def test_the_self_test_calls_every_kernel():
     quantizers = (fake_quantize, fake_quantize_dynamic, fake_quantize_backward)
-    kernels = (*KERNELS, gated_delta_rule, selective_scan, *quantizers)
+    kernels = (*KERNELS, gated_delta_rule, selective_scan, token_divergence, *quantizers)
     assert {name for name, *_ in self_test.cases(torch.float32)} == {kernel.name().split("::")[1] for kernel in kernels}
 
 

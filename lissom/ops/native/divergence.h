@@ -30,14 +30,15 @@ struct Softmax {
 };
 
 // Σ p (log p - log q) of a row, p the teacher's probabilities and q the student's; its gradient times `share`, (q - p) · share.
+// The sums of p and of q are 1, and q - p in every term cancels what the logarithms of the totals are off by.
 template <typename T>
 float divergence(const T* student, const T* teacher, T* gradient, int64_t n, float inverse, float share) {
   float log_s = Softmax(student, n, inverse).log_total(), log_t = Softmax(teacher, n, inverse).log_total();
   Vec sums = splat(0.0f);
   for (int64_t c = 0; c < n; c += kLanes) {
     Vec log_q = load_some(student + c, n - c) * inverse - log_s, log_p = load_some(teacher + c, n - c) * inverse - log_t;
-    Vec p = exponential(log_p), found = p * (log_p - log_q);
-    found = p == splat(0.0f) ? p : found;  // -inf logits
+    Vec p = exponential(log_p), q = exponential(log_q), found = p * (log_p - log_q) + (q - p);
+    found = p == splat(0.0f) ? q : found;  // -inf logits
     if (n - c < kLanes) {
       float held[kLanes];
       store(held, found);
@@ -45,7 +46,7 @@ float divergence(const T* student, const T* teacher, T* gradient, int64_t n, flo
       found = load(held);
     }
     sums += found;
-    store_some(gradient + c, (exponential(log_q) - p) * share, n - c);
+    store_some(gradient + c, (q - p) * share, n - c);
   }
   return sum(sums);
 }

@@ -146,7 +146,8 @@ def test_a_student_of_another_width() -> None:
     assert hidden.shape[-1] < kept.shape[-1] == WIDTH
     wanted = distance("logits", pruned.run([ids()])[0], teacher.run([ids()])[0], None, 2.0)
     found = vocabulary_loss(head, hidden, supervision(hidden, (other, kept.detach()), temperature=2.0))
-    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    # Logarithms about 4 are within 2.4e-7, and a divergence of 2e-4 is a sum of their differences, times 4 for the temperature.
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5, abs=1e-6)
 
 
 def test_products_are_in_the_dtype_of_autocast() -> None:

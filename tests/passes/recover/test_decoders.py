@@ -157,7 +157,7 @@ def test_a_loss_of_ones_own_gets_the_output_of_a_call() -> None:
 
 @pytest.mark.parametrize("name", all_but_slow(["mamba2", "olmo_hybrid"], "mamba2"))
 def test_recurrent_decoders(name) -> None:
-    _, step = trained(name, f"{QUANTIZED},distill{{steps=40,learning_rate=1e-4}}", texts(20))
+    _, step = trained(name, f"{QUANTIZED},distill{{steps=80,learning_rate=1e-3}}", texts(20))
     assert best(step) < step.curve[0].held_out
 
 
