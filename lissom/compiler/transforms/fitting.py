@@ -125,7 +125,7 @@ class Fitting(Training):
             parts = _Parts.of(program, batches, judged, ranks)
             objective = held.enter_context(closing(self.objective(edit, parts.batches, parts.judged)))
             held.enter_context(_only_these_learn(program, learned))
-            rates = _rates(program, scales)
+            rates = _rates(program, scales) if scales else {}
             trained, zeros, shards = learned, _zeros(learned), None
             if self.shard:
                 shards = held.enter_context(closing(Shards(program, learned, ranks)))
