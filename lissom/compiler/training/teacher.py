@@ -110,7 +110,10 @@ class Teacher:
         return self._compared(sample, targets, temperature, hidden, labels, replaces=False)
 
     def blockwise(self, sample: Sample, targets: Targets, *, temperature: float) -> torch.Tensor:
-        """The loss of every block on the teacher's input, and of the outputs on the teacher's last hidden state."""
+        """The loss of every block on the teacher's input, and of the outputs on the teacher's last hidden state.
+
+        Logits over a large vocabulary are left out where blocks learn: they would train one norm for half the time of a step.
+        """
         return self._compared(sample, targets, temperature, 1.0, None, replaces=True)
 
     def _compared(
@@ -129,6 +132,8 @@ class Teacher:
         share = 1.0 if labels is None else 1 - labels.alpha
         total = torch.zeros(())
         for output in self.outputs:
+            if replaces and output.head is not None and any(error.requires_grad for error in errors):
+                continue
             value = found[output.index]
             assert isinstance(value, torch.Tensor)
             own = labels if labels is not None and labels.output.index == output.index else None
