@@ -2,10 +2,11 @@
 
 With p = softmax(t / τ) of the teacher and q = softmax(s / τ) of the student, over tokens with weights w,
 
-    τ² Σ w Σ p · (log p - log q),    and its gradient to s,    τ · w · (q - p)
+    τ² Σ w Σ p · log(p / q),    and its gradient to s,    τ · w · (q - p)
 
-Both come from one call, as `lissom.compiler.training.vocabulary` needs them, and the gradient is all that is written: logits
-over 262,144 entries take longer to read and write than to compute. Hinton et al. 2015, Distilling the Knowledge in a Neural
+The sum is computed as that of p · (q / p + log(p / q) - 1), which is the same and whose terms do not cancel. Both come from one
+call, as `lissom.compiler.training.vocabulary` needs them, and the gradient is all that is written: logits over 262,144 entries
+take longer to read and write than to compute. Hinton et al. 2015, Distilling the Knowledge in a Neural
 Network, §2. https://arxiv.org/abs/1503.02531
 """
 
@@ -22,15 +23,16 @@ def token_divergence_reference(
     """The reference implementation."""
     weights = shares.float()[:, None]
     log_q, log_p = (item.float().div(temperature).log_softmax(-1) for item in (student, teacher))
-    p = log_p.exp()
+    p, difference = log_p.exp(), log_p.sub_(log_q)
+    terms = difference.neg().expm1_().add_(difference).mul_(p)
+    q = log_q.exp_()
     # Where p is 0, log p may be -inf.
-    terms = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0)
-    loss = temperature**2 * (terms.sum(-1, keepdim=True) * weights).sum().reshape(1)
-    return loss, log_q.exp_().sub_(p).mul_(temperature * weights).to(student.dtype)
+    loss = temperature**2 * (torch.where(p == 0, q, terms).sum(-1, keepdim=True) * weights).sum()
+    return loss, q.sub_(p).mul_(temperature * weights).to(student.dtype)
 
 
 def _fake(student: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return student.new_empty(1, dtype=torch.float32), torch.empty_like(student)
+    return student.new_empty((), dtype=torch.float32), torch.empty_like(student)
 
 
 token_divergence = define(
@@ -38,5 +40,5 @@ token_divergence = define(
     token_divergence_reference,
     _fake,
 )
-"""The operator. student, teacher: logits, [tokens, vocabulary]; shares: [tokens]. Returns the loss, [1] in float32, and the
+"""The operator. student, teacher: logits, [tokens, vocabulary]; shares: [tokens]. Returns the loss, [] in float32, and the
 gradient in the student's shape and dtype. Not differentiable."""

@@ -190,6 +190,6 @@ def _losses(
         gradient = log_q.exp_().mul_(alphas).scatter_add_(1, labels, -alphas)
     if teacher is not None:
         loss, of_divergence = token_divergence(logits, teacher.logits(chosen), learned.shares[chosen], temperature)
-        summed = summed + loss.squeeze(0)
+        summed = summed + loss
         gradient = of_divergence if gradient is None else gradient.add_(of_divergence)
     return summed, torch.zeros_like(logits) if gradient is None else gradient

@@ -111,14 +111,11 @@ inline void normalize(const Linear<T>& call, const float* from, T* to) {
   for (int64_t c = 0; c < n; c += kLanes) total += load_some(from + c, n - c);
   float mean = sum(total) / n;
   Vec squares = splat(0.0f);
-  int64_t whole = n / kLanes * kLanes;
-  for (int64_t c = 0; c < whole; c += kLanes) {
-    Vec centered = load(from + c) - mean;
+  for (int64_t c = 0; c < n; c += kLanes) {
+    Vec centered = first_lanes(load_some(from + c, n - c) - mean, n - c);
     squares += centered * centered;
   }
-  float rest = 0;
-  for (int64_t c = whole; c < n; ++c) rest += (from[c] - mean) * (from[c] - mean);
-  float scale = 1.0f / std::sqrt((sum(squares) + rest) / n + call.eps);
+  float scale = 1.0f / std::sqrt(sum(squares) / n + call.eps);
   for (int64_t c = 0; c < n; c += kLanes) {
     Vec value = (load_some(from + c, n - c) - mean) * scale;
     if (call.norm_weight) value *= load_some(call.norm_weight + c, n - c);

@@ -153,6 +153,14 @@ inline void store_some(T* to, Vec value, int64_t count) {
   std::copy(held, held + std::max<int64_t>(count, 0), to);
 }
 
+// The first `count` lanes of a value; the others are 0.
+inline Vec first_lanes(Vec value, int64_t count) {
+  if (count >= kLanes) return value;
+  float held[kLanes];
+  store(held, value);
+  return load_some(held, count);
+}
+
 // A lane where a or b is NaN yields b.
 inline Vec maximum(Vec a, Vec b) {
 #if defined(__AVX512F__)
