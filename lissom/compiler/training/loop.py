@@ -32,7 +32,6 @@ from lissom.compiler.training.interrupt import Interrupt
 from lissom.compiler.training.ranks import Ranks
 from lissom.compiler.training.shards import Shards
 from lissom.errors import ArtifactError
-from lissom.ops.formats import LEAST
 
 Precision = Literal["auto", "fp32", "bf16"]
 _WARM_UP = 0.05
@@ -100,14 +99,26 @@ Loss = Callable[[int, float], torch.Tensor]
 """The loss of one batch. Takes the index of the batch, and the fraction of the run that is over."""
 
 
+@dataclass(frozen=True)
+class Scale:
+    """How the scale of a quantizer learns.
+
+    rates: the learning rate of each element against that of weights, in the scale's shape.
+    least: the smallest size, which its dtype after the run still holds. Signs stay.
+    """
+
+    rates: torch.Tensor
+    least: float
+
+
 @dataclass
 class Run:
     """A run that trains weights in place.
 
     learned: the parameters by name, or this rank's shards of them. zeros: for some of them where they stay zero. loss: of this
     rank's rows; the losses of the ranks add up. count: of batches. judge: the held-out loss of all ranks. report: called with a
-    sentence and the fraction of the run that is over. scales: the learning rate of each scale against that of weights, by name;
-    signs stay. ranks: that train together. shards: of sharded weights. checkpoint: where the state is written, and is read.
+    sentence and the fraction of the run that is over. scales: those of `learned` that are scales of quantizers, by name. ranks:
+    that train together. shards: of sharded weights. checkpoint: where the state is written, and is read.
     """
 
     learned: Mapping[str, nn.Parameter]
@@ -117,7 +128,7 @@ class Run:
     judge: Callable[[], float]
     plan: Plan
     report: Callable[[str, float], None]
-    scales: Mapping[str, float] = field(default_factory=dict[str, float])
+    scales: Mapping[str, Scale] = field(default_factory=dict[str, Scale])
     ranks: Ranks = field(default_factory=Ranks)
     shards: Shards | None = None
     checkpoint: Checkpoint | None = None
@@ -126,9 +137,8 @@ class Run:
         self._weights = [item for name, item in self.learned.items() if name not in self.scales]
         self._scales = [self.learned[name] for name in self.scales]
         self._signs = [scale.detach().sign() for scale in self._scales]
-        groups = [{"params": self._weights, "share": 1.0}]
-        groups += [{"params": [self.learned[name]], "share": share} for name, share in self.scales.items()]
-        self._optimizer = torch.optim.AdamW(groups, lr=self.plan.learning_rate, weight_decay=0.0, fused=True)
+        items = [*self._weights, *self._scales]
+        self._optimizer = torch.optim.AdamW(items, lr=self.plan.learning_rate, weight_decay=0.0, fused=True)
         self._generator = torch.Generator().manual_seed(self.plan.seed)
         self._found = Trained()
         self._kept = {name: item.detach().clone() for name, item in self.learned.items()}
@@ -215,7 +225,7 @@ class Run:
         """
         rate = self.plan.rate(done) * (1.0 if self._found.slowed is None else SLOWED)
         for group in self._optimizer.param_groups:
-            group["lr"] = group["share"] * rate
+            group["lr"] = rate
         value = self._gradients(batch, done, autocast)
         items = [*self._weights, *self._scales]
         first = self.ranks.rank == 0
@@ -232,12 +242,13 @@ class Run:
         if not all(map(math.isfinite, (loss, *norms))):
             self._found.stopped = f"the loss or its gradient was not finite after {self._step} steps"
             return None
+        before = [scale.detach().clone() for scale in self._scales]
         self._optimizer.step()
         with torch.no_grad():
             for name, kept in self.zeros.items():
                 self.learned[name].masked_fill_(kept, 0.0)
-            for scale, sign in zip(self._scales, self._signs, strict=True):
-                scale.mul_(sign).clamp_min_(LEAST).mul_(sign)
+            for how, scale, old, sign in zip(self.scales.values(), self._scales, before, self._signs, strict=True):
+                scale.sub_(old).mul_(how.rates).add_(old).mul_(sign).clamp_min_(how.least).mul_(sign)
         self._recent.append(loss)
         self._step += 1
         self._ending = interrupted > 0

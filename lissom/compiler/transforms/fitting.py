@@ -26,7 +26,7 @@ from lissom.compiler.training.batches import Batch, amount, hold_out, resized, r
 from lissom.compiler.training.buckets import by_length
 from lissom.compiler.training.checkpoint import Checkpoint
 from lissom.compiler.training.identity import identity_of
-from lissom.compiler.training.loop import SLOWED, Plan, Precision, Run, Trained
+from lissom.compiler.training.loop import SLOWED, Plan, Precision, Run, Scale, Trained
 from lissom.compiler.training.losses import outputs_of
 from lissom.compiler.training.ranks import Ranks, data_parallel
 from lissom.compiler.training.shards import Shards
@@ -130,6 +130,7 @@ class Fitting(Training):
             if self.shard:
                 shards = held.enter_context(closing(Shards(program, learned, ranks)))
                 trained, zeros = shards.parameters, {name: shards.partition(places) for name, places in zeros.items()}
+                rates = {name: shards.partition(each) for name, each in rates.items()}
             done = Run(
                 trained,
                 zeros,
@@ -144,7 +145,7 @@ class Fitting(Training):
                     self.seed,
                 ),
                 lambda what, fraction: edit.report(what, round(1000 * fraction), 1000),
-                rates,
+                {name: Scale(each, max(LEAST, torch.finfo(scales[name][1]).tiny)) for name, each in rates.items()},
                 ranks,
                 shards,
                 checkpoint,
@@ -343,17 +344,18 @@ def _default_rate(program: Program) -> float:
     return (1e-4 if program.nodes(fake_quantize) else 3e-4) * (0.1 if predicts else 1.0)
 
 
-def _rates(program: Program, scales: Collection[str]) -> dict[str, float]:
-    """The learning rates of scales against that of weights, by which they change by the same fraction in a step as matrices.
+def _rates(program: Program, scales: Collection[str]) -> dict[str, torch.Tensor]:
+    """The learning rates of scales against that of weights, by which each changes by the same fraction in a step as matrices.
 
     A step of Adam has the size of the learning rate. Esser et al. 2020, Learned Step Size Quantization, §2.2, balance both too.
+    With one rate for a tensor of scales, the small ones among them would reach 0 in some hundred steps.
     """
     weights = program.weights()
     others = [item for name, item in weights.items() if name not in scales and isinstance(item, nn.Parameter)]
     matrices = [item.detach() for item in others if item.is_floating_point() and item.dim() > 1 and item.numel()]
     sizes = [float(torch.linalg.vector_norm(item, dtype=torch.float32)) / item.numel() ** 0.5 for item in matrices]
     typical = max(statistics.median(sizes), LEAST) if sizes else 1.0
-    return {name: float(weights[name].detach().abs().max()) / typical for name in scales}
+    return {name: weights[name].detach().abs() / typical for name in scales}
 
 
 @contextmanager

@@ -153,6 +153,20 @@ def test_scales_learn_unless_told_otherwise() -> None:
         assert all(torch.equal(program.weight(name).sign(), before.weight(name).sign()) for name in names)
 
 
+def test_small_scales_beside_large_ones_stay_above_zero() -> None:
+    """Each learns by its own size. At one rate for all they went to 0, which float16 holds them as, and outputs were NaN."""
+    model = seeded(FeedForward)
+    with torch.no_grad():
+        model.up.weight[::2] *= 0.01
+    data = [normal(8, 5, 8, seed=seed) for seed in range(3)]
+    passes = "quantize{scheme=int4-weight,group=4},distill{steps=200,learning_rate=0.01}"
+    program = captures.optimize(model, data[0], passes=passes, data=data).program
+    scale = program.weight("up.weight_scale")
+    assert scale.dtype == torch.float16
+    assert float(scale.abs().min()) >= torch.finfo(torch.float16).tiny
+    assert all(bool(item.isfinite().all()) for item in program.run([data[1]]))
+
+
 def test_tied_weights_stay_one() -> None:
     case = tied()
     data = [(tokens(seed=seed),) for seed in range(6)]
