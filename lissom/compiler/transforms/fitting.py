@@ -58,8 +58,8 @@ class Fitting(Training):
 
     minutes: the length of the run, 5 by default.
     steps: the length in steps instead; only then do two runs give the same weights.
-    learning_rate: the highest; it falls to zero at the end. none takes 3e-4, 1e-4 where weights are quantized in the graph,
-        and a tenth of these for the logits of next tokens.
+    learning_rate: the highest; it falls to zero at the end. none takes 3e-4, or 2e-5 for the logits of next tokens; where
+        weights are quantized in the graph 1e-4 and 1e-5.
     batch: rows of a step; none takes the batches of the data as they are.
     precision: of products and activations, `fp32` or `bf16`, with weights in float32; `auto` takes bf16 where a step is
         faster in it and the gradients agree, but fp32 with `steps`: what is faster may differ from run to run.
@@ -341,7 +341,9 @@ def _learning_scales(program: Program, stays: Callable[[str], bool]) -> dict[str
 def _default_rate(program: Program) -> float:
     """The learning rate that recovered most of all-MiniLM-L6-v2 and Gemma 3 270M, pruned and quantized, in minutes."""
     predicts = any(output.shifted for output in outputs_of(program)[0])
-    return (1e-4 if program.nodes(fake_quantize) else 3e-4) * (0.1 if predicts else 1.0)
+    if program.nodes(fake_quantize):
+        return 1e-5 if predicts else 1e-4
+    return 2e-5 if predicts else 3e-4
 
 
 def _rates(program: Program, scales: Collection[str]) -> dict[str, torch.Tensor]:
