@@ -83,7 +83,7 @@ def compile_generation(
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     >>> decoder = lissom.compile_generation(LlamaForCausalLM(config), max_length=32)
-    >>> decoder.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape
+    >>> decoder.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, eos_token_id=None).shape
     torch.Size([1, 7])
     >>> decoder.reset()
     >>> decoder.step(torch.tensor([[1, 2, 3]])).shape

@@ -71,7 +71,7 @@ def tune_generation(
     >>> config = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     >>> texts = [torch.randint(0, 50, (1, 12)) for _ in range(4)]
     >>> tuned = lissom.tune_generation(LlamaForCausalLM(config), max_length=16, data=texts, minutes=0.1, distill=False)
-    >>> tuned.best.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape
+    >>> tuned.best.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, eos_token_id=None).shape
     torch.Size([1, 7])
     """
     if goal not in DECODER_GOALS:
