@@ -6,8 +6,8 @@ With p = softmax(t / τ) of the teacher and q = softmax(s / τ) of the student, 
 
 The sum is computed as that of p · (q / p + log(p / q) - 1), which is the same and whose terms do not cancel. Both come from one
 call, as `lissom.compiler.training.vocabulary` needs them, and the gradient is all that is written: logits over 262,144 entries
-take longer to read and write than to compute. Hinton et al. 2015, Distilling the Knowledge in a Neural
-Network, §2. https://arxiv.org/abs/1503.02531
+take longer to read and write than to compute. Hinton et al. 2015, Distilling the Knowledge in a Neural Network,
+§2. https://arxiv.org/abs/1503.02531
 """
 
 from __future__ import annotations
