@@ -60,7 +60,9 @@ class LmHead:
 
         dtype: that they are converted to; None leaves them as they are.
         """
-        if not any(self.program.weight(str(node.target)).requires_grad for node in self.stored if node.op == "get_attr"):
+        with torch.enable_grad():  # a sharded weight is gathered as it is read, and needs gradients only here
+            learns = any(self.program.weight(str(node.target)).requires_grad for node in self.stored if node.op == "get_attr")
+        if not learns:
             return self.fixed_weights(dtype)
         return self._weights(dtype)
 

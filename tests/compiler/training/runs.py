@@ -78,11 +78,14 @@ def train_form(form: str, rows: int) -> Optimized:
 
 
 def train_words(options: str) -> Optimized:
-    """Distill a language model over a large vocabulary, with labels, of which some are unknown."""
+    """Distill a language model over a large vocabulary, with labels, of which some are unknown.
+
+    A label is the number after its token: labels equal to the tokens would be those of the next token, which are random.
+    """
     data = []
     for seed in range(6):
         ids = torch.randint(0, LARGE, (5, 4), generator=torch.Generator().manual_seed(seed))
-        data.append({"input": ids, "labels": ids.where(ids % 5 > 0, -100)})
+        data.append({"input": ids, "labels": ((ids + 1) % LARGE).where(ids % 5 > 0, -100)})
     model = seeded(lambda: nn.Sequential(nn.Embedding(LARGE, 8), nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, LARGE)))
     text = f"prune-neurons{{keep=0.5}},distill{{steps=10,precision=fp32,{options}}}"
     return lissom.optimize(model, {"input": data[0]["input"]}, passes=text, data=data)
