@@ -137,8 +137,8 @@ class Run:
         self._weights = [item for name, item in self.learned.items() if name not in self.scales]
         self._scales = [self.learned[name] for name in self.scales]
         self._signs = [scale.detach().sign() for scale in self._scales]
-        items = [*self._weights, *self._scales]
-        self._optimizer = torch.optim.AdamW(items, lr=self.plan.learning_rate, weight_decay=0.0, fused=True)
+        self._items = [self.learned[name] for name in self._names()]
+        self._optimizer = torch.optim.AdamW(self._items, lr=self.plan.learning_rate, weight_decay=0.0, fused=True)
         self._generator = torch.Generator().manual_seed(self.plan.seed)
         self._found = Trained()
         self._kept = {name: item.detach().clone() for name, item in self.learned.items()}
@@ -227,17 +227,16 @@ class Run:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         value = self._gradients(batch, done, autocast)
-        items = [*self._weights, *self._scales]
         first = self.ranks.rank == 0
         writes = first and self.checkpoint is not None and self.checkpoint.due(self._measured)
         seconds = time.perf_counter() - self._started if first else 0.0
         judges = first and (self.plan.seconds is None or self._judging <= _JUDGING * seconds)
         loss, self._seconds, writes, judged, interrupted, *present = self.ranks.sums(
-            [float(value), seconds, writes, judges, self._interrupt.seen, *(item.grad is not None for item in items)]
+            [float(value), seconds, writes, judges, self._interrupt.seen, *(item.grad is not None for item in self._items)]
         )
         self._judges = judged > 0
         if self.shards is None:
-            self.ranks.add_gradients(items, [count > 0 for count in present])
+            self.ranks.add_gradients(self._items, [count > 0 for count in present])
         norms = [self._clip(items) for items in (self._weights, self._scales) if items]
         if not all(map(math.isfinite, (loss, *norms))):
             self._found.stopped = f"the loss or its gradient was not finite after {self._step} steps"

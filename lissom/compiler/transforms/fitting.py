@@ -350,7 +350,7 @@ def _rates(program: Program, scales: Collection[str]) -> dict[str, torch.Tensor]
     """The learning rates of scales against that of weights, by which each changes by the same fraction in a step as matrices.
 
     A step of Adam has the size of the learning rate. Esser et al. 2020, Learned Step Size Quantization, §2.2, balance both too.
-    With one rate for a tensor of scales, the small ones among them would reach 0 in some hundred steps.
+    With one rate for a tensor of scales, the small ones among them can reach 0 in some hundred steps.
     """
     weights = program.weights()
     others = [item for name, item in weights.items() if name not in scales and isinstance(item, nn.Parameter)]
