@@ -22,7 +22,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,9 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 class Limits:
     """The bounds of a server; together they bound its memory.
 
-    batch_tokens: tokens of a batch, without padding. queue_tokens: tokens that may wait. wait_seconds: how long a text waits
-    for others while the model is idle. texts, body_bytes: of a request. requests: that may be open. body_seconds: for a
-    client to send its body. stop_seconds: for answers, once the server is told to stop.
+    batch_tokens: tokens of a batch, without padding. queue_tokens: tokens that may wait. wait_seconds: at most, for as many
+    texts as the last batch had, while the model is idle. texts, body_bytes: of a request. requests: that may be open.
+    body_seconds: for a client to send its body. stop_seconds: for answers, once the server is told to stop.
     """
 
     batch_tokens: int = 1024
@@ -74,8 +74,7 @@ class Encoder:
     """
 
     def __init__(self, model: SentenceTransformer, name: str) -> None:
-        self.model, self.name = model, name
-        self.tokenizer = model.tokenizer
+        self.model, self.name, self.tokenizer = model, name, model.tokenizer
         self.max_tokens = int(model.max_seq_length or self.tokenizer.model_max_length)
         self.prompt = model.prompts.get(model.default_prompt_name or "", "")
         features = model.preprocess(["a"])
@@ -85,8 +84,7 @@ class Encoder:
 
     def tokenize(self, texts: Sequence[str], *, truncate: bool) -> list[list[int]]:
         """The token ids of each text, of any length unless truncated to `max_tokens`. For one thread at a time."""
-        prompted = [self.prompt + text for text in texts]
-        most = self.max_tokens if truncate else None
+        prompted, most = [self.prompt + text for text in texts], self.max_tokens if truncate else None
         return self.tokenizer(prompted, truncation=truncate, max_length=most, verbose=False)["input_ids"]
 
     def embed(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -145,12 +143,13 @@ class Text:
 
 @dataclass
 class Batcher:
-    """A bounded queue of texts, and the thread that computes them in batches, first come first served."""
+    """A bounded queue of texts, and the thread that computes batches of them in order. last: texts of the last batch."""
 
     encoder: Encoder
     limits: Limits
     waiting: deque[Text] = field(default_factory=deque)
     tokens: int = 0
+    last: int = 1
     token_seconds: float = 0.0
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     batch_texts: Histogram = field(default_factory=lambda: Histogram(_SIZES))
@@ -181,23 +180,24 @@ class Batcher:
                 await self.arrived.wait()
                 self.arrived.clear()
                 while self.waiting:
-                    wait = self.waiting[0].job.arrived + self.limits.wait_seconds - asyncio.get_running_loop().time()
-                    if wait > 0 and self.tokens < self.limits.batch_tokens and not stopped.is_set():
-                        await asyncio.sleep(wait)
+                    with suppress(TimeoutError):  # Clients that were answered together send together.
+                        async with asyncio.timeout_at(self.waiting[0].job.arrived + self.limits.wait_seconds):
+                            while len(self.waiting) < self.last and self.tokens < self.limits.batch_tokens:
+                                self.arrived.clear()
+                                await self.arrived.wait()
                     await self._compute(self._take(), worker)
 
     def _take(self) -> list[Text]:
         """The first texts, up to the tokens of a batch, or to four times as many padded ones; at least one."""
         batch, tokens, longest, most = list[Text](), 0, 0, self.limits.batch_tokens
         while self.waiting:
-            length = len(self.waiting[0].ids)
-            longest = max(longest, length)
+            longest = max(longest, length := len(self.waiting[0].ids))
             # Some attention runs on padded rows, so their number is bounded too.
             if batch and (tokens + length > most or longest * (len(batch) + 1) > _PADDED * most):
                 break
             tokens += length
             batch.append(self.waiting.popleft())
-        self.tokens -= tokens
+        self.tokens, self.last = self.tokens - tokens, len(batch)
         self.batch_texts.add(len(batch))
         self.batch_tokens.add(tokens)
         return batch

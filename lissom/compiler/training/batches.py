@@ -16,6 +16,8 @@ from lissom.errors import RequirementError
 
 MOST_HELD_OUT = 32
 """Batches held out at most: enough to tell which weights are best."""
+MOST_NEXT_TOKENS = 4096
+"""Tokens held out at most where next tokens are predicted: each of them has a loss of its own."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,12 @@ def resized(program: Program, batches: Sequence[Batch], rows: int) -> list[Batch
 
 
 def hold_out(
-    program: Program, batches: Sequence[Batch], fraction: float, seed: int, name: str
+    program: Program, batches: Sequence[Batch], fraction: float, seed: int, name: str, *, next_tokens: bool = False
 ) -> tuple[list[Batch], list[Batch]]:
     """The batches to train on, and those held out: `fraction` of them, drawn with the seed, from one to `MOST_HELD_OUT`.
 
-    A single batch is split by rows. name: of the pass, for the error.
+    next_tokens: whether the program predicts them; then at most `MOST_NEXT_TOKENS` are held out. A single batch is split by
+    rows. name: of the pass, for the error.
 
     Raises: RequirementError for less than two rows.
     """
@@ -60,7 +63,10 @@ def hold_out(
             f"{name} has one row of data, and needs at least two, one to train on and one to judge by: pass more data="
         )
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = set(order[: min(max(1, round(len(found) * fraction)), MOST_HELD_OUT, len(found) - 1)])
+    most = min(MOST_HELD_OUT, len(found) - 1)
+    if next_tokens:
+        most = min(most, max(1, round(MOST_NEXT_TOKENS / amount(program, found)[0])))
+    held = set(order[: min(max(1, round(len(found) * fraction)), most)])
     return [item for at, item in enumerate(found) if at not in held], [found[at] for at in sorted(held)]
 
 

@@ -79,6 +79,11 @@ def outputs_of(program: Program) -> tuple[list[Output], list[str]]:
     return found, skipped
 
 
+def predicts_next_tokens(program: Program) -> bool:
+    """Whether an output holds the logits of next tokens."""
+    return any(output.shifted for output in outputs_of(program)[0])
+
+
 def _head(program: Program, leaf: fx.Node) -> LmHead | None:
     head = lm_head_of(program, leaf)
     return head if head is not None and head.saves_memory else None

@@ -27,7 +27,7 @@ from lissom.compiler.training.buckets import by_length
 from lissom.compiler.training.checkpoint import Checkpoint
 from lissom.compiler.training.identity import identity_of
 from lissom.compiler.training.loop import SLOWED, Plan, Precision, Run, Scale, Trained
-from lissom.compiler.training.losses import outputs_of
+from lissom.compiler.training.losses import predicts_next_tokens
 from lissom.compiler.training.ranks import Ranks, data_parallel
 from lissom.compiler.training.shards import Shards
 from lissom.errors import RequirementError
@@ -63,7 +63,8 @@ class Fitting(Training):
     batch: rows of a step; none takes the batches of the data as they are.
     precision: of products and activations, `fp32` or `bf16`, with weights in float32; `auto` takes bf16 where a step is
         faster in it and the gradients agree, but fp32 with `steps`: what is faster may differ from run to run.
-    held_out: the fraction of the data that decides which weights stay, and is not trained on; 32 batches at most.
+    held_out: the fraction of the data that decides which weights stay, and is not trained on; 32 batches at
+        most, and of next tokens as many batches as have 4,096.
     embeddings: trains embedding tables too, and LM heads tied to them.
     scales: trains the scales of quantizers in the graph too.
     seed: of the held-out part and of the order of the batches.
@@ -110,11 +111,12 @@ class Fitting(Training):
 
     def run(self, edit: Editor) -> None:
         program = self._check(edit)
-        precision, rate = self._precision(program), self.learning_rate or _default_rate(program)
+        precision, predicts = self._precision(program), predicts_next_tokens(program)
+        rate = self.learning_rate or _default_rate(program, predicts)
         if program.nodes(*FAKE_QUANTIZES):
             load_kernels_for(edit, "the quantizers in the graph")
         every = self._batches(edit)
-        batches, judged = hold_out(program, every, self.held_out, self.seed, self.name())
+        batches, judged = hold_out(program, every, self.held_out, self.seed, self.name(), next_tokens=predicts)
         learned = self._learned(program)
         scales = _learning_scales(program, self._stays(program)) if self.scales else {}
         learned |= {name: scale for name, (scale, _) in scales.items()}
@@ -338,9 +340,8 @@ def _learning_scales(program: Program, stays: Callable[[str], bool]) -> dict[str
     return found
 
 
-def _default_rate(program: Program) -> float:
+def _default_rate(program: Program, predicts: bool) -> float:
     """The learning rate that recovered most of all-MiniLM-L6-v2 and Gemma 3 270M, pruned and quantized, in minutes."""
-    predicts = any(output.shifted for output in outputs_of(program)[0])
     if program.nodes(fake_quantize):
         return 1e-5 if predicts else 1e-4
     return 2e-5 if predicts else 3e-4

@@ -37,13 +37,13 @@ class Distill(Fitting):
     """Trains weights so that the outputs are those from before the lossy passes.
 
     alpha: the weight of the cross-entropy with labels; it has no effect where batches have none.
-    temperature: divides logits before the softmax of both programs.
+    temperature: divides logits before the softmax of both programs; none takes 2, or 1 for the logits of next tokens.
     hidden: the weight of the hidden states.
     blockwise: the fraction of the run in which blocks learn by themselves.
     """
 
     alpha: float = 0.5
-    temperature: float = 2.0
+    temperature: float | None = None
     hidden: float = 1.0
     blockwise: float = 0.1
 
@@ -51,7 +51,7 @@ class Distill(Fitting):
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha}; give a fraction from 0 to 1")
-        if not self.temperature > 0:
+        if self.temperature is not None and not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; give a number above 0")
         if self.hidden < 0:
             raise ValueError(f"hidden is {self.hidden}; give 0 or more")
@@ -76,7 +76,9 @@ class Distill(Fitting):
         if teacher.residuals and self.hidden:
             edit.note(f"hidden states are compared at {len(teacher.residuals)} residual adds")
         every, cache = [*batches, *judged], TargetCache()
-        distillation = _Distillation(self, teacher, every, labelled_output(student, teacher.outputs, every), cache)
+        temperature = self.temperature or (1.0 if any(output.shifted for output in outputs) else 2.0)
+        labelled = labelled_output(student, teacher.outputs, every)
+        distillation = _Distillation(self, temperature, teacher, every, labelled, cache)
         held_out = partial(distillation.end_to_end, hidden=0.0)
 
         def close() -> None:
@@ -92,6 +94,7 @@ class _Distillation:
     """The losses of the batches. labelled: the output that labels belong to, if there are any."""
 
     options: Distill
+    temperature: float
     teacher: Teacher
     batches: Sequence[Batch]
     labelled: Output | None
@@ -102,15 +105,15 @@ class _Distillation:
         if done >= self.options.blockwise or not self.teacher.residuals:
             return self.end_to_end(index, hidden=self.options.hidden)
         inputs = self.batches[index].inputs
-        return self.teacher.blockwise(inputs, self._targets(index), temperature=self.options.temperature)
+        return self.teacher.blockwise(inputs, self._targets(index), temperature=self.temperature)
 
     def end_to_end(self, index: int, *, hidden: float) -> torch.Tensor:
         """The loss of the outputs, with `hidden` times that of the hidden states."""
-        batch, options, labels = self.batches[index], self.options, None
+        batch, labels = self.batches[index], None
         if self.labelled is not None and batch.labels is not None:
-            labels = Labels(self.labelled, batch.labels, options.alpha)
+            labels = Labels(self.labelled, batch.labels, self.options.alpha)
         targets = self._targets(index)
-        return self.teacher.end_to_end(batch.inputs, targets, temperature=options.temperature, hidden=hidden, labels=labels)
+        return self.teacher.end_to_end(batch.inputs, targets, temperature=self.temperature, hidden=hidden, labels=labels)
 
     def _targets(self, index: int) -> Targets:
         return self.cache.targets(index, lambda: self.teacher.targets(self.batches[index].inputs))

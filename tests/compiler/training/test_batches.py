@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lissom.compiler.training.batches import MOST_HELD_OUT, Batch, amount, hold_out, resized
+from lissom.compiler.training.batches import MOST_HELD_OUT, MOST_NEXT_TOKENS, Batch, amount, hold_out, resized
 from lissom.errors import RequirementError
 from tests import captures
 from tests.models import FeedForward, normal, seeded, tiny_bert, tokens
@@ -41,6 +41,15 @@ def test_of_much_data_few_batches_are_held_out() -> None:
     batches = [Batch([torch.zeros(1, 5, 8)]) for _ in range(20 * MOST_HELD_OUT)]
     kept, held = hold_out(program(), batches, 0.1, 0, "distill")
     assert len(held) == MOST_HELD_OUT and len(kept) == 19 * MOST_HELD_OUT
+
+
+def test_next_tokens_are_held_out_by_their_number() -> None:
+    bert = tiny_bert()
+    found = captures.optimize(bert.model, bert.inputs).program
+    batches = [Batch([tokens(4, MOST_NEXT_TOKENS // 32), torch.ones(4, MOST_NEXT_TOKENS // 32).long()]) for _ in range(100)]
+    assert len(hold_out(found, batches, 0.1, 0, "distill")[1]) == 10
+    assert len(hold_out(found, batches, 0.1, 0, "distill", next_tokens=True)[1]) == 8
+    assert len(hold_out(found, [batches[0]] * 100, 0.05, 0, "distill", next_tokens=True)[1]) == 5
 
 
 def test_a_single_batch_is_split_by_rows() -> None:
