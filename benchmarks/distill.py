@@ -128,6 +128,7 @@ def recovered(setting: Setting, passes: str, recovery: str) -> Recovered:
         metric=recall_10,
     )
     (step,) = (step for step in found.report.history.steps if step.curve)
+    print(*step.notes, sep="\n", flush=True)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in setting.batches) / len(setting.batches)
     last, quantized = step.curve[-1], None
     if "quantize" not in passes:

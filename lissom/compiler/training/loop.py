@@ -211,9 +211,9 @@ class Run:
         return True
 
     def _slow_down(self) -> None:
-        """Go back to the start, and on at a lower rate, if the held-out loss was clearly larger ever since."""
-        first, *others = self._found.curve
-        if all(point.held_out > first.held_out + _WORSE * abs(first.held_out) for point in others):
+        """Go back to the start, and on at a lower rate, if the held-out loss is clearly larger and never was smaller."""
+        first, *_, last = (point.held_out for point in self._found.curve)
+        if last > first + _WORSE * abs(first) and self._found.best is self._found.curve[0]:
             self._found.slowed = self._step
             self._restore_best()
             self._optimizer.state.clear()
