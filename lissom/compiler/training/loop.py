@@ -1,8 +1,8 @@
 """The training loop: steps until a deadline, the best weights by the held-out loss, and the curve of both losses.
 
 AdamW (Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, without decay) on float32 weights. The learning rate
-rises over the first twentieth and falls linearly to zero at the deadline. A run that doubled the held-out loss in its first quarter
-goes back to the start, and on with a thirtieth of the rate. https://arxiv.org/abs/1711.05101
+rises over the first twentieth and falls linearly to zero at the deadline. A run that doubled the held-out loss in its first
+quarter goes back to the start, and on with a thirtieth of the rate. https://arxiv.org/abs/1711.05101
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _LEAST_STEPS = 2
 _TRIED = 0.25
 """The fraction of a run after which its learning rate is judged."""
 _WORSE = 1.0
-"""The relative rise of the held-out loss that a rate is to blame for. A good one may raise it while it is high: 3e-4 by half after
-neurons of MiniLM, and left it a quarter smaller; rates too high by a factor of 3 made it more than twice as large."""
+"""The relative rise of the held-out loss that a rate is to blame for. A good one may raise it while it is high: on MiniLM with
+0.75 of its neurons 3e-4 raised it by half, and left it a quarter smaller. Rates 3 to 5 times too high more than doubled it."""
 SLOWED = 1 / 30
 """The factor of the learning rate of a run that went back: the best rates of what was tried lie between 3e-4 and 1e-5."""
 _CLIPPED = 1.0
