@@ -10,9 +10,9 @@ for embeddings, the squared error for hidden states. Without labels α is 0. Hin
 Neural Network; Jiao et al. 2020, TinyBERT, has the terms of hidden states. https://arxiv.org/abs/1503.02531,
 https://arxiv.org/abs/1909.10351
 
-The first part of the run is blockwise: each residual add learns the teacher's value from the teacher's value at the one before.
-Weights that are quantized in the graph learn through the rounding, which makes the pass quantization-aware. Zeros of pruned
-matrices, tied weights and factors stay as they are.
+The first part of the run is blockwise, but for decoders: each residual add learns the teacher's value from the teacher's value
+at the one before. Weights that are quantized in the graph learn through the rounding, which makes the pass quantization-aware.
+Zeros of pruned matrices, tied weights and factors stay as they are.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Distill(Fitting):
     alpha: the weight of the cross-entropy with labels; it has no effect where batches have none.
     temperature: divides logits before the softmax of both programs; none takes 2, or 1 for the logits of next tokens.
     hidden: the weight of the hidden states.
-    blockwise: the fraction of the run in which blocks learn by themselves.
+    blockwise: the fraction of the run in which blocks learn by themselves; none takes 0.1, or 0 for the logits of next tokens.
     """
 
     alpha: float = 0.5
     temperature: float | None = None
     hidden: float = 1.0
-    blockwise: float = 0.1
+    blockwise: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +55,7 @@ class Distill(Fitting):
             raise ValueError(f"temperature is {self.temperature}; give a number above 0")
         if self.hidden < 0:
             raise ValueError(f"hidden is {self.hidden}; give 0 or more")
-        if not 0 <= self.blockwise <= 1:
+        if self.blockwise is not None and not 0 <= self.blockwise <= 1:
             raise ValueError(f"blockwise is {self.blockwise}; give a fraction from 0 to 1")
 
     def objective(self, edit: Editor, batches: Sequence[Batch], judged: Sequence[Batch]) -> Objective:
@@ -76,9 +76,11 @@ class Distill(Fitting):
         if teacher.residuals and self.hidden:
             edit.note(f"hidden states are compared at {len(teacher.residuals)} residual adds")
         every, cache = [*batches, *judged], TargetCache()
-        temperature = self.temperature or (1.0 if any(output.shifted for output in outputs) else 2.0)
+        temperature, blockwise = (1.0, 0.0) if any(output.shifted for output in outputs) else (2.0, 0.1)
+        temperature = temperature if self.temperature is None else self.temperature
+        blockwise = blockwise if self.blockwise is None else self.blockwise
         labelled = labelled_output(student, teacher.outputs, every)
-        distillation = _Distillation(self, temperature, teacher, every, labelled, cache)
+        distillation = _Distillation(self, temperature, blockwise, teacher, every, labelled, cache)
         held_out = partial(distillation.end_to_end, hidden=0.0)
 
         def close() -> None:
@@ -95,6 +97,7 @@ class _Distillation:
 
     options: Distill
     temperature: float
+    blockwise: float
     teacher: Teacher
     batches: Sequence[Batch]
     labelled: Output | None
@@ -102,7 +105,7 @@ class _Distillation:
 
     def loss(self, index: int, done: float) -> torch.Tensor:
         """The loss of a training batch: of blocks by themselves at the start, then of the whole."""
-        if done >= self.options.blockwise or not self.teacher.residuals:
+        if done >= self.blockwise or not self.teacher.residuals:
             return self.end_to_end(index, hidden=self.options.hidden)
         inputs = self.batches[index].inputs
         return self.teacher.blockwise(inputs, self._targets(index), temperature=self.temperature)
