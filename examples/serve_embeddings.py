@@ -52,9 +52,9 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 class Limits:
     """The bounds of a server; together they bound its memory.
 
-    batch_tokens: tokens of a batch, without padding. queue_tokens: tokens that may wait. wait_seconds: at most, for as many
-    texts as the last batch had, while the model is idle. texts, body_bytes: of a request. requests: that may be open.
-    body_seconds: for a client to send its body. stop_seconds: for answers, once the server is told to stop.
+    batch_tokens: tokens of a batch, without padding. queue_tokens: tokens that may wait. wait_seconds: of a text, at most, for
+    as many others as the last batch had, while the model is idle. texts, body_bytes: of a request. requests: that may be
+    open. body_seconds: for a client to send its body. stop_seconds: for answers, once the server is told to stop.
     """
 
     batch_tokens: int = 1024

@@ -126,6 +126,13 @@ def test_many_at_once_share_batches(port, model):
     assert "\nembeddings_queue_tokens 0\n" in metrics
 
 
+def test_one_client_does_not_wait_for_others(example, model):
+    """Requests of several texts too: as many as the last batch had are there at once."""
+    with running(example, example.Encoder(model, "tiny"), example.Limits(wait_seconds=1000.0)) as server:
+        answers = [ask(server.config.port, "/embed", {"texts": texts}) for texts in (TEXTS[:1], TEXTS[:2], TEXTS[:2])]
+        assert [status for status, _, _ in answers] == [200] * 3
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "sentence"),
     [
