@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from linear_attention import held_bytes
 from quality import Embedder, Retrieval, Texts, conditions, difference, read_pairs, retrieve, training_batches
 from readme import put_table
 
 import lissom
+from lissom.bench.worker import peak_bytes
 from lissom.compiler.ir.editor import CurvePoint
 from lissom.compiler.ir.program import Program
+from lissom.compiler.memory import give_back_memory
 from lissom.frontends.huggingface import Checkpoint, load
 from lissom.inspect.timing import time_calls
 
@@ -111,12 +114,15 @@ def shown(recall: Recall) -> str:
 
 def recovered(setting: Setting, passes: str, recovery: str) -> Recovered:
     """Run one pipeline, and measure the program that recovery begins with and the one it ends with."""
-    programs, retrievals = list[Program](), list[Retrieval]()
+    programs, retrievals, held, peaks = list[Program](), list[Retrieval](), list[int](), list[int]()
 
     def recall_10(program: Program) -> float:
-        """Measured at the start and after every lossy pass."""
+        """Measured at the start and after every lossy pass; with the peak memory since the last time, and that held now."""
+        peaks.append(peak_bytes())
         programs.append(program)
         retrievals.append(retrieve(program, setting.checkpoint, setting.texts))
+        give_back_memory()
+        held.append(held_bytes())
         return retrievals[-1].recall(10)
 
     found = lissom.optimize(
@@ -128,7 +134,10 @@ def recovered(setting: Setting, passes: str, recovery: str) -> Recovered:
         metric=recall_10,
     )
     (step,) = (step for step in found.report.history.steps if step.curve)
-    print(*step.notes, sep="\n", flush=True)
+    weights = {item.data_ptr(): item.nbytes for item in programs[-2].weights().values()}  # once, where they are tied
+    added = peaks[-1] - held[-2]
+    more = f"training took {added >> 20} MiB more than before, {added / sum(weights.values()):.1f} times the student's weights"
+    print(*step.notes, more, sep="\n", flush=True)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in setting.batches) / len(setting.batches)
     last, quantized = step.curve[-1], None
     if "quantize" not in passes:
