@@ -134,9 +134,9 @@ def recovered(setting: Setting, passes: str, recovery: str) -> Recovered:
         metric=recall_10,
     )
     (step,) = (step for step in found.report.history.steps if step.curve)
-    weights = {item.data_ptr(): item.nbytes for item in programs[-2].weights().values()}  # once, where they are tied
     added = peaks[-1] - held[-2]
-    more = f"training took {added >> 20} MiB more than before, {added / sum(weights.values()):.1f} times the student's weights"
+    times = added / programs[-2].parameter_bytes
+    more = f"training took {added >> 20} MiB more than before, {times:.1f} times the student's weights"
     print(*step.notes, more, sep="\n", flush=True)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in setting.batches) / len(setting.batches)
     last, quantized = step.curve[-1], None

@@ -145,7 +145,7 @@ class Run:
         self._kept = {name: item.detach().clone() for name, item in self.learned.items()}
         self._step, self._seconds, self._recent, self._order = 0, 0.0, list[float](), list[int]()
         self._started, self._interrupt, self._measured = time.perf_counter(), Interrupt(), False
-        self._ending, self._judging, self._judged, self._judges = False, 0.0, 0.0, True
+        self._ending, self._judging, self._last_judging, self._judges = False, 0.0, 0.0, True
 
     def train(self) -> Trained:
         """Leave the weights with the smallest held-out loss, which may be those from before.
@@ -172,8 +172,8 @@ class Run:
         began = time.perf_counter()
         with torch.no_grad():
             held_out = self.judge()
-        self._judged = time.perf_counter() - began
-        self._judging += self._judged
+        self._last_judging = time.perf_counter() - began
+        self._judging += self._last_judging
         mean = sum(self._recent) / len(self._recent) if self._recent else None
         point = CurvePoint(self._step, time.perf_counter() - self._started, mean, held_out)
         self._found.curve.append(point)
@@ -232,7 +232,7 @@ class Run:
         first = self.ranks.rank == 0
         writes = first and self.checkpoint is not None and self.checkpoint.due(self._measured)
         seconds = time.perf_counter() - self._started if first else 0.0
-        judges = first and (self.plan.seconds is None or self._judging + self._judged <= _JUDGING * seconds)
+        judges = first and (self.plan.seconds is None or self._judging + self._last_judging <= _JUDGING * seconds)
         loss, self._seconds, writes, judged, interrupted, *present = self.ranks.sums(
             [float(value), seconds, writes, judges, self._interrupt.seen, *(item.grad is not None for item in self._items)]
         )

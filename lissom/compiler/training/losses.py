@@ -79,9 +79,9 @@ def outputs_of(program: Program) -> tuple[list[Output], list[str]]:
     return found, skipped
 
 
-def predicts_next_tokens(program: Program) -> bool:
-    """Whether an output holds the logits of next tokens."""
-    return any(output.shifted for output in outputs_of(program)[0])
+def predicts_next_tokens(outputs: Sequence[Output]) -> bool:
+    """Whether one of the outputs holds the logits of next tokens."""
+    return any(output.shifted for output in outputs)
 
 
 def _head(program: Program, leaf: fx.Node) -> LmHead | None:

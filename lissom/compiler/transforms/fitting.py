@@ -27,7 +27,7 @@ from lissom.compiler.training.buckets import by_length
 from lissom.compiler.training.checkpoint import Checkpoint
 from lissom.compiler.training.identity import identity_of
 from lissom.compiler.training.loop import SLOWED, Plan, Precision, Run, Scale, Trained
-from lissom.compiler.training.losses import predicts_next_tokens
+from lissom.compiler.training.losses import outputs_of, predicts_next_tokens
 from lissom.compiler.training.ranks import Ranks, data_parallel
 from lissom.compiler.training.shards import Shards
 from lissom.errors import RequirementError
@@ -111,7 +111,7 @@ class Fitting(Training):
 
     def run(self, edit: Editor) -> None:
         program = self._check(edit)
-        precision, predicts = self._precision(program), predicts_next_tokens(program)
+        precision, predicts = self._precision(program), predicts_next_tokens(outputs_of(program)[0])
         rate = self.learning_rate or _default_rate(program, predicts)
         if program.nodes(*FAKE_QUANTIZES):
             load_kernels_for(edit, "the quantizers in the graph")

@@ -26,7 +26,7 @@ import torch
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.training.batches import Batch
 from lissom.compiler.training.cache import TargetCache
-from lissom.compiler.training.losses import Output, labelled_output, outputs_of
+from lissom.compiler.training.losses import Output, labelled_output, outputs_of, predicts_next_tokens
 from lissom.compiler.training.teacher import Labels, Targets, Teacher
 from lissom.compiler.transforms.fitting import Fitting, Objective, load_kernels_for
 from lissom.errors import RequirementError
@@ -76,7 +76,7 @@ class Distill(Fitting):
         if teacher.residuals and self.hidden:
             edit.note(f"hidden states are compared at {len(teacher.residuals)} residual adds")
         every, cache = [*batches, *judged], TargetCache()
-        temperature, blockwise = (1.0, 0.0) if any(output.shifted for output in outputs) else (2.0, 0.1)
+        temperature, blockwise = (1.0, 0.0) if predicts_next_tokens(outputs) else (2.0, 0.1)
         temperature = temperature if self.temperature is None else self.temperature
         blockwise = blockwise if self.blockwise is None else self.blockwise
         labelled = labelled_output(student, teacher.outputs, every)
@@ -93,7 +93,10 @@ class Distill(Fitting):
 
 @dataclass(frozen=True)
 class _Distillation:
-    """The losses of the batches. labelled: the output that labels belong to, if there are any."""
+    """The losses of the batches.
+
+    temperature, blockwise: the options, or what they are by default. labelled: the output that labels belong to, if any.
+    """
 
     options: Distill
     temperature: float
