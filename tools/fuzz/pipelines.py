@@ -40,7 +40,12 @@ _LOWERINGS = (
     *("fold-quantized-weights", "pack-quantized-linear"),
 )
 DISTILL = _pass(
-    "distill", steps=(1, 3), blockwise=(None, 0, 1), batch=(None, 1, 2), precision=(None, "bf16"), embeddings=(None, True)
+    "distill",
+    steps=(1, 3),
+    blockwise=(None, 0, 1),
+    batch=(None, 1, 2),
+    precision=(None, "bf16", "fp16"),
+    embeddings=(None, True),
 )
 EXACT: tuple[Draw, ...] = (
     *map(_pass, _CANONICAL),

@@ -22,6 +22,7 @@ from typing import cast
 import torch
 
 from lissom.compiler.ir.editor import CurvePoint
+from lissom.compiler.training.gradients import LossScale
 from lissom.compiler.training.ranks import Ranks
 from lissom.errors import ArtifactError
 from lissom.fields import count, parse_json, printable, shown, take, take_list
@@ -49,7 +50,7 @@ class State:
     step: the number of finished steps. seconds: used so far. precision: of products. order: the batches that are left of this
     pass over the data, the last one next. recent: the losses since the last measurement. updates: AdamW's steps by parameter,
     without those that never had a gradient. stopped: why a finished run ended early. slowed: the step at which it went back to
-    the start, or None.
+    the start, or None. scale: of losses in float16.
     """
 
     step: int
@@ -62,11 +63,12 @@ class State:
     finished: bool = False
     stopped: str | None = None
     slowed: int | None = None
+    scale: LossScale | None = None
 
     @classmethod
     def from_json(cls, data: object) -> State:
         """Raises: ValueError when the data is no state."""
-        stopped, slowed = (cast("dict[str, object]", data).get(name) for name in ("stopped", "slowed"))
+        stopped, slowed, scale = (cast("dict[str, object]", data).get(name) for name in ("stopped", "slowed", "scale"))
         curve = take_list(data, "curve", _point)
         seconds = take(data, "seconds", float)
         if not curve:
@@ -84,7 +86,15 @@ class State:
             take(data, "finished", bool),
             None if stopped is None else printable(stopped),
             None if slowed is None else count(slowed),
+            None if scale is None else _scale(scale),
         )
+
+
+def _scale(data: object) -> LossScale:
+    factor = take(data, "factor", float)
+    if not 0 < factor < math.inf:
+        raise ValueError(f"its losses are scaled by {factor}")
+    return LossScale(factor, count(take(data, "lasted", int)), count(take(data, "skipped", int)))
 
 
 def _float(data: object) -> float:

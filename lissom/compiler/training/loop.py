@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import nn
 
 from lissom.compiler.ir.editor import CurvePoint
+from lissom.compiler.memory import give_back_memory
 from lissom.compiler.training.checkpoint import (
     BEST,
     FIRST,
@@ -28,12 +27,12 @@ from lissom.compiler.training.checkpoint import (
     Checkpoint,
     State,
 )
+from lissom.compiler.training.gradients import AUTOCAST, Gradients, Loss, LossScale, Precision
 from lissom.compiler.training.interrupt import Interrupt
 from lissom.compiler.training.ranks import Ranks
 from lissom.compiler.training.shards import Shards
 from lissom.errors import ArtifactError
 
-Precision = Literal["auto", "fp32", "bf16"]
 _WARM_UP = 0.05
 _JUDGED = 10
 """How often the held-out loss is measured in a run, at most every `_LEAST_STEPS` steps."""
@@ -48,10 +47,9 @@ _WORSE = 1.0
 0.75 of its neurons 3e-4 raised it by half, and left it a quarter smaller. Rates 3 to 5 times too high more than doubled it."""
 SLOWED = 1 / 30
 """The factor of the learning rate of a run that went back: the best rates of what was tried lie between 3e-4 and 1e-5."""
-_CLIPPED = 1.0
-"""The largest norm of the gradient of a step."""
-_ALIKE = 0.98
-"""The cosine between the gradients of one batch in bfloat16 and in float32 from which bfloat16 may be used."""
+_TRIMMED = 1.0
+"""The seconds after which memory that holds nothing is given back. Rows of many lengths, and what PyTorch keeps of each length,
+leave gaps: on MiniLM 200 MiB in a minute. Giving them back takes 4 to 15 ms."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Trained:
     """The result of a run.
 
     stopped: why it ended early, or None. precision: that was used. resumed: the step from which it went on, or None.
-    slowed: the step at which it went back to the start, or None.
+    slowed: the step at which it went back to the start, or None. scale: of losses in float16.
     """
 
     curve: list[CurvePoint] = field(default_factory=list[CurvePoint])
@@ -90,14 +88,11 @@ class Trained:
     precision: str = "fp32"
     resumed: int | None = None
     slowed: int | None = None
+    scale: LossScale | None = None
 
     @property
     def gained(self) -> bool:
         return self.best is not None and self.best.step > 0
-
-
-Loss = Callable[[int, float], torch.Tensor]
-"""The loss of one batch. Takes the index of the batch, and the fraction of the run that is over."""
 
 
 @dataclass(frozen=True)
@@ -140,11 +135,13 @@ class Run:
         self._signs = [scale.detach().sign() for scale in self._scales]
         self._items = [self.learned[name] for name in self._names()]
         self._optimizer = torch.optim.AdamW(self._items, lr=self.plan.learning_rate, weight_decay=0.0, fused=True)
+        self._gradients = Gradients(self.learned, self.zeros, self.loss, self.ranks, self.shards)
         self._generator = torch.Generator().manual_seed(self.plan.seed)
         self._found = Trained()
         self._kept = {name: item.detach().clone() for name, item in self.learned.items()}
         self._step, self._seconds, self._recent, self._order = 0, 0.0, list[float](), list[int]()
         self._started, self._interrupt, self._measured = time.perf_counter(), Interrupt(), False
+        self._trimmed = self._started
         self._ending, self._judging, self._last_judging, self._judges = False, 0.0, 0.0, True
 
     def train(self) -> Trained:
@@ -188,13 +185,13 @@ class Run:
         """Train; False when the run was interrupted."""
         if not self._found.curve:
             self._measure()
-            self._found.precision = "bf16" if self._choose_precision() else "fp32"
+            self._found.precision = self._gradients.choose(self.plan.precision)
+            self._found.scale = LossScale() if self._found.precision == "fp16" else None
             self._started, self._judging = time.perf_counter(), 0.0
-        autocast = self._found.precision == "bf16"
         done = self.plan.done(self._seconds, self._step)
         while done < 1.0:
             self._order = self._order or torch.randperm(self.count, generator=self._generator).tolist()
-            writes = self._take_step(self._order.pop(), done, autocast)
+            writes = self._take_step(self._order.pop(), done)
             if writes is None:
                 return True
             before, done = done, self.plan.done(self._seconds, self._step)
@@ -220,7 +217,7 @@ class Run:
             self._restore_best()
             self._optimizer.state.clear()
 
-    def _take_step(self, batch: int, done: float, autocast: bool) -> bool | None:
+    def _take_step(self, batch: int, done: float) -> bool | None:
         """Train on one batch; None when a value was not finite, else whether to write a state after it.
 
         Rank 0 decides on the time, on measuring and on writing; an interrupt of any rank is one of all.
@@ -228,7 +225,9 @@ class Run:
         rate = self.plan.rate(done) * (1.0 if self._found.slowed is None else SLOWED)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        value = self._gradients(batch, done, autocast)
+        scale = self._found.scale
+        factor = 1.0 if scale is None else scale.factor
+        value = self._gradients.compute(batch, done, self._found.precision, factor)
         first = self.ranks.rank == 0
         writes = first and self.checkpoint is not None and self.checkpoint.due(self._measured)
         seconds = time.perf_counter() - self._started if first else 0.0
@@ -239,10 +238,24 @@ class Run:
         self._judges = judged > 0
         if self.shards is None:
             self.ranks.add_gradients(self._items, [count > 0 for count in present])
-        norms = [self._clip(items) for items in (self._weights, self._scales) if items]
-        if not all(map(math.isfinite, (loss, *norms))):
+        norms = [self._gradients.clip(items, factor) for items in (self._weights, self._scales) if items]
+        if all(map(math.isfinite, (loss, *norms))):
+            self._update()
+            if scale is not None:
+                scale.keep()
+        elif scale is None or not math.isfinite(loss) or not scale.halve():
             self._found.stopped = f"the loss or its gradient was not finite after {self._step} steps"
             return None
+        self._recent.append(loss)
+        self._step += 1
+        self._ending = interrupted > 0
+        if time.perf_counter() - self._trimmed > _TRIMMED:
+            give_back_memory()
+            self._trimmed = time.perf_counter()
+        return writes > 0
+
+    def _update(self) -> None:
+        """Take the optimizer's step, and keep what is fixed: zeros, and signs and least sizes of scales."""
         before = [scale.detach().clone() for scale in self._scales]
         self._optimizer.step()
         with torch.no_grad():
@@ -250,50 +263,6 @@ class Run:
                 self.learned[name].masked_fill_(kept, 0.0)
             for how, scale, old, sign in zip(self.scales.values(), self._scales, before, self._signs, strict=True):
                 scale.sub_(old).mul_(how.rates).add_(old).mul_(sign).clamp_min_(how.least).mul_(sign)
-        self._recent.append(loss)
-        self._step += 1
-        self._ending = interrupted > 0
-        return writes > 0
-
-    def _clip(self, items: Sequence[nn.Parameter]) -> float:
-        """Clip the norm of the gradients, whole or sharded; returns the norm."""
-        norm = nn.utils.get_total_norm([item.grad for item in items if item.grad is not None])
-        if self.shards is not None:
-            norm = self.ranks.sum(norm.square()).sqrt()
-        if (found := float(norm)) > _CLIPPED:
-            nn.utils.clip_grads_with_norm_(items, _CLIPPED, norm)
-        return found
-
-    def _gradients(self, batch: int, done: float, autocast: bool) -> torch.Tensor:
-        self._optimizer.zero_grad()
-        with torch.enable_grad(), self.shards.regathering() if self.shards is not None else nullcontext():
-            with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-                value = self.loss(batch, done)
-            value.backward()
-        for name, kept in self.zeros.items():
-            gradient = self.learned[name].grad
-            if gradient is not None:
-                gradient.masked_fill_(kept, 0.0)
-        return value.detach()
-
-    def _choose_precision(self) -> bool:
-        """Whether to compute in bfloat16: as asked for, or where it is faster here and the gradients agree."""
-        chosen = self.plan.precision == "bf16"
-        if self.plan.precision == "auto":
-            gradients: list[torch.Tensor] = []
-            seconds: list[float] = []
-            for autocast in (False, True):
-                times: list[float] = []
-                for _ in range(2):
-                    began = time.perf_counter()
-                    self._gradients(0, 1.0, autocast)
-                    times.append(time.perf_counter() - began)
-                seconds.append(min(times))
-                found = [item.grad for item in self.learned.values() if item.grad is not None]
-                gradients.append(torch.cat([item.flatten() for item in found]))
-            alike = torch.nn.functional.cosine_similarity(*gradients, dim=0)
-            chosen = seconds[1] < 0.9 * seconds[0] and bool(alike > _ALIKE)
-        return bool(self.ranks.broadcast(torch.tensor(chosen, dtype=torch.uint8)))
 
     def _tell(self, done: float) -> None:
         left = self._seconds * (1 - done) / max(done, 1e-6)
@@ -316,6 +285,7 @@ class Run:
                 self._found.best = point
         self._found.curve, self._found.precision, self._found.stopped = state.curve, state.precision, state.stopped
         self._found.resumed, self._found.slowed, self._step = state.step, state.slowed, state.step
+        self._found.scale = state.scale
         with torch.no_grad():
             for name, item in self.learned.items():
                 self._kept[name].copy_(tensors[BEST + name])
@@ -352,8 +322,8 @@ class Run:
             raise _unfit("it has other weights")
         if len({*state.order}) < len(state.order) or any(batch >= self.count for batch in state.order):
             raise _unfit(f"its order is not one of {self.count} batches")
-        if state.precision not in ("fp32", "bf16"):
-            raise _unfit(f"its precision is '{state.precision}'")
+        if state.precision not in AUTOCAST or (state.scale is not None) != (state.precision == "fp16"):
+            raise _unfit(f"its precision is '{state.precision}', {'with' if state.scale else 'without'} a scale of losses")
         found = {BEST + name: item for name, item in self._kept.items()}
         if state.finished:
             return found
@@ -382,6 +352,7 @@ class Run:
             finished,
             self._found.stopped if finished else None,
             self._found.slowed,
+            self._found.scale,
         )
         self.checkpoint.write(state, self._tensors_of(state))
         self._measured = False

@@ -14,7 +14,7 @@ vocabulary too. https://arxiv.org/abs/2410.10989, https://arxiv.org/abs/2411.090
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ IGNORED = -100
 """The label of a token without one, as in `torch.nn.functional.cross_entropy`."""
 ELEMENTS = 1 << 25
 """The logits computed at a time: 134 MB in float32, and three tensors of that size, or five with labels or without kernels."""
+
+_LARGEST = 1024.0
+"""The largest weight of a token in float16, whose smallest number is 6e-8: the gradient of a mean over 512 tokens by a logit of
+probability 1e-5 would be 2e-8. The gradient by a logit is at most the weight, its sum over a row twice that."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,15 @@ class Supervision:
         """That of some tokens; chosen: booleans, [tokens]."""
         teacher = None if self.teacher is None else (self.teacher[0], self.teacher[1][chosen])
         return Supervision(self.temperature, teacher, self.shares[chosen], self.labels[chosen], self.alphas[chosen])
+
+    def times(self, factor: float) -> Supervision:
+        """With weights that are `factor` times as large."""
+        return replace(self, shares=self.shares * factor, alphas=self.alphas * factor)
+
+    def factor_in(self, dtype: torch.dtype) -> float:
+        """What makes the largest weight of a token `_LARGEST`, in float16; 1 in other dtypes."""
+        largest = float(torch.maximum(self.shares, self.alphas).max()) if self.shares.numel() else 0.0
+        return _LARGEST / largest if dtype == torch.float16 and largest else 1.0
 
 
 def supervision(
@@ -95,8 +108,10 @@ def vocabulary_loss(head: LmHead, hidden: torch.Tensor, learned: Supervision, *,
         teacher = _Product(*learned.teacher, *learned.teacher[0].fixed_weights(dtype))
     count, differentiated = max(1, elements // head.vocabulary), torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
+        factor = learned.factor_in(student.weight.dtype)
+        learned = learned.times(factor)
         found: Any = _Loss.apply(student.rows, student.weight, student.bias, head, teacher, learned, count, differentiated)
-    return found
+    return found / factor
 
 
 @dataclass(frozen=True)

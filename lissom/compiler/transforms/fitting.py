@@ -25,8 +25,9 @@ from lissom.compiler.pipeline.spelling import format_pass
 from lissom.compiler.training.batches import Batch, amount, hold_out, resized, rows_of_rank
 from lissom.compiler.training.buckets import by_length
 from lissom.compiler.training.checkpoint import Checkpoint
+from lissom.compiler.training.gradients import Precision
 from lissom.compiler.training.identity import identity_of
-from lissom.compiler.training.loop import SLOWED, Plan, Precision, Run, Scale, Trained
+from lissom.compiler.training.loop import SLOWED, Plan, Run, Scale, Trained
 from lissom.compiler.training.losses import outputs_of, predicts_next_tokens
 from lissom.compiler.training.ranks import Ranks, data_parallel
 from lissom.compiler.training.shards import Shards
@@ -61,8 +62,9 @@ class Fitting(Training):
     learning_rate: the highest; it falls to zero at the end. none takes 3e-4, or 2e-5 for the logits of next tokens; where
         weights are quantized in the graph 1e-4 and 1e-5.
     batch: rows of a step; none takes the batches of the data as they are.
-    precision: of products and activations, `fp32` or `bf16`, with weights in float32; `auto` takes bf16 where a step is
-        faster in it and the gradients agree, but fp32 with `steps`: what is faster may differ from run to run.
+    precision: of products and activations, `fp32`, `bf16`, or `fp16` with a scale of losses that adapts, with weights in
+        float32; `auto` takes bf16 where a step on a CPU is faster in it and the gradients agree, but fp32 with `steps`: what
+        is faster may differ from run to run.
     held_out: the fraction of the data that decides which weights stay, and is not trained on; 32 batches at
         most, and of next tokens as many batches as have 4,096.
     embeddings: trains embedding tables too, and LM heads tied to them.
@@ -110,7 +112,9 @@ class Fitting(Training):
         """What the run minimizes. batches: to train on. judged: held out."""
 
     def run(self, edit: Editor) -> None:
-        program = self._check(edit)
+        if not edit.data:
+            raise RequirementError(f"{self.name()} needs data to train on: pass data=")
+        program = edit.program
         precision, predicts = self._precision(program), predicts_next_tokens(outputs_of(program)[0])
         rate = self.learning_rate or _default_rate(program, predicts)
         if program.nodes(*FAKE_QUANTIZES):
@@ -189,21 +193,18 @@ class Fitting(Training):
         if checkpoint is not None and checkpoint.problem is not None:
             edit.note(checkpoint.problem)
 
-    def _check(self, edit: Editor) -> Program:
-        if not edit.data:
-            raise RequirementError(f"{self.name()} needs data to train on: pass data=")
-        return edit.program
-
     def _precision(self, program: Program) -> Precision:
-        """The precision of products; a program that computes in float16 keeps its own, which does not mix with bfloat16."""
-        computed = (nodes.tensor_type(node).dtype for node in program.nodes() if nodes.is_tensor(node))
-        if torch.float16 not in computed:
-            return "fp32" if self.precision == "auto" and self.steps is not None else self.precision
-        if self.precision == "bf16":
+        """The precision of products; a program that computes in half precision does not mix with the other one."""
+        computed = {nodes.tensor_type(node).dtype for node in program.nodes() if nodes.is_tensor(node)}
+        if self.precision == "auto":
+            return "fp32" if self.steps is not None or torch.float16 in computed else "auto"
+        other = {"bf16": torch.float16, "fp16": torch.bfloat16}.get(self.precision)
+        if other in computed:
             raise RequirementError(
-                f"{self.name()}: precision=bf16 does not go with a program in float16; cast after it, or leave precision= out"
+                f"{self.name()}: precision={self.precision} does not go with a program in {str(other).partition('.')[2]}; cast "
+                f"after it, or leave precision= out"
             )
-        return "fp32"
+        return self.precision
 
     def fixed(self, program: Program) -> Collection[str]:
         """All weights that do not learn. Those that share memory with one that does are copied with it."""
@@ -266,6 +267,8 @@ class Fitting(Training):
                 f"the first {done.slowed} steps made it worse, so it went back to the start and on with a thirtieth of the "
                 f"learning rate; learning_rate={rate * SLOWED:.2g} takes all the time for it"
             )
+        if done.scale is not None and done.scale.skipped:
+            edit.note(f"the gradients of {done.scale.skipped} steps overflowed float16; they changed nothing but the scale")
         if done.gained:
             size, unit = amount(edit.program, batches)
             speed = f"{size * last.step / max(last.seconds, 1e-3):,.0f} {unit}/s"

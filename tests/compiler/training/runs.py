@@ -15,8 +15,6 @@ from lissom.compiler.training.lm_head import LARGE
 from lissom.passes.recover.finetune import Finetune
 from tests.models import FeedForward, normal, seeded, tiny_bert, tokens
 
-OPTIONS = "learning_rate=0.01,precision=fp32"
-
 
 def data(rows: int = 8, count: int = 12) -> list[torch.Tensor]:
     return [normal(rows, 5, 8, seed=seed) for seed in range(count)]
@@ -24,7 +22,7 @@ def data(rows: int = 8, count: int = 12) -> list[torch.Tensor]:
 
 def train(options: str, *, rows: int = 8, progress: Callable[..., None] | None = None) -> Optimized:
     """Distill half of a feed-forward."""
-    text = f"prune-neurons{{keep=0.5}},distill{{{OPTIONS},{options}}}"
+    text = f"prune-neurons{{keep=0.5}},distill{{learning_rate=0.01,{options}}}"
     return lissom.optimize(seeded(FeedForward), normal(2, 5, 8), passes=text, data=data(rows), progress=progress)
 
 

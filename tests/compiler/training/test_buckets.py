@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lissom
+from lissom.compiler.training import buckets
 from lissom.compiler.training.batches import Batch
 from lissom.compiler.training.buckets import by_length
 from tests import captures
@@ -53,6 +54,15 @@ def test_rows_of_similar_length_share_a_batch(rows) -> None:
     assert found.padding_after < 0.3
     for batch in found.batches:
         assert bool((batch.inputs[0][batch.inputs[1] == 0] == 1).all())
+
+
+def test_batches_have_few_lengths(monkeypatch) -> None:
+    """What adds the fewest tokens is added: one to the row of 2 and one to that of 8."""
+    monkeypatch.setattr(buckets, "_LENGTHS", 4)
+    given = [Batch(padded((9, 2, 3, 4))), Batch(padded((10, 10, 8, 9), seed=1)), Batch(padded((4, 4), seed=2))]
+    found = by_length(program(tiny_bert()), given, 1)
+    assert in_rows(found.batches) == in_rows(given)
+    assert [batch.inputs[0].shape[1] for batch in found.batches] == [3, 3, 4, 4, 4, 9, 9, 9, 10, 10]
 
 
 def test_real_tokens_have_the_same_outputs() -> None:

@@ -86,9 +86,11 @@ def interrupted_at(step: int) -> Callable[..., None]:
     return progress
 
 
-def test_ctrl_c_leaves_a_state_to_go_on_from(tmp_path: Path) -> None:
-    options = f"steps=60,checkpoint={tmp_path / 'new' / 'state'}"
-    wanted = train("steps=60")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_ctrl_c_leaves_a_state_to_go_on_from(precision: str, tmp_path: Path) -> None:
+    options = f"steps=60,precision={precision}"
+    wanted = train(options)
+    options += f",checkpoint={tmp_path / 'new' / 'state'}"
     for step in (17, 20):
         found = train(options, progress=interrupted_at(step))
         assert "stopped early: it was interrupted; the best weights so far are kept" in notes(found)
@@ -191,6 +193,10 @@ def cut(folder: Path) -> None:
         (changed(updates={"elsewhere.weight": 3}), "it has other weights"),
         (changed(stopped="a\nb"), "is not a name"),
         (changed(precision="int1"), "its precision is 'int1'"),
+        (changed(precision="fp16"), "its precision is 'fp16', without a scale of losses"),
+        (changed(scale={"factor": 2.0, "lasted": 0, "skipped": 0}), "its precision is 'fp32', with a scale of losses"),
+        (changed(scale={"factor": 0.0, "lasted": 0, "skipped": 0}), r"its losses are scaled by 0\.0"),
+        (changed(scale=[1.0]), "there is no field 'factor'"),
         (changed(step=7), r"lacks 'step-7\.safetensors'"),
         (tensors(lambda found: found.pop("best/up.weight")), "it holds tensors of other names"),
         (tensors(lambda found: found.update({"best/up.weight": torch.ones(3)})), r"is F32 \[3\], not \[6, 8\]"),

@@ -171,6 +171,20 @@ def test_products_are_in_the_dtype_of_autocast() -> None:
         assert (gradient - found[1][name]).norm() <= 2e-2 * gradient.norm(), name
 
 
+def test_gradients_do_not_underflow_in_float16() -> None:
+    """With labels that weigh 1e-6, the gradient by a logit is at most 5e-8, and float16 has no number but zero below 6e-8."""
+    student, head = program_of(seeded(llama))
+    part, labels, scale = Trunk.of(student, {0: head}, "test"), ids(seed=1), 2.0**30
+    wanted = gradients(student, scale * 1e-6 * cross_entropy(Output(0, head.linear, "logits"), student.run([ids()])[0], labels))
+    with torch.autocast("cpu", torch.float16):
+        (value,) = part.run([ids()])
+        loss = vocabulary_loss(head, value, supervision(value, labels=labels, alpha=1e-6))
+    found = gradients(student, scale * loss)
+    for name, gradient in wanted.items():
+        # Some roundings to 11 bits each.
+        assert (gradient - found[name]).norm() <= 2e-3 * gradient.norm(), name
+
+
 def test_no_tensor_has_the_logits_of_all_tokens() -> None:
     """The largest tensor is the head's weight, 16 wide; logits of all 40 tokens would be larger."""
     student, head = program_of(seeded(llama))

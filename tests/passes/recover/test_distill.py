@@ -229,10 +229,10 @@ def test_models(case, passes) -> None:
 def test_an_interrupt_keeps_the_best(monkeypatch) -> None:
     real, calls = loop.Run._take_step, itertools.count()
 
-    def stop(self, batch, done, autocast):
+    def stop(self, batch, done):
         if next(calls) == 100:
             raise KeyboardInterrupt
-        return real(self, batch, done, autocast)
+        return real(self, batch, done)
 
     monkeypatch.setattr(loop.Run, "_take_step", stop)
     program, history = recovered("prune-neurons{keep=0.5},distill{steps=200,learning_rate=0.01}")
@@ -281,7 +281,7 @@ def test_requirements(passes, data, message) -> None:
         ("alpha=2", "alpha is 2.0; give a fraction from 0 to 1"),
         ("temperature=0", "temperature is 0.0; give a number above 0"),
         ("held_out=1", "held_out is 1.0; give a fraction between 0 and 1"),
-        ("precision=fp16", "option 'precision' of distill takes one of auto, fp32, bf16"),
+        ("precision=fp8", "option 'precision' of distill takes one of auto, fp32, bf16, fp16"),
     ],
 )
 def test_options(options, message) -> None:
@@ -294,9 +294,10 @@ def test_minutes_end_the_run() -> None:
     assert 1.0 <= step(history).curve[-1].seconds < 20
 
 
-def test_bfloat16_keeps_float32_weights() -> None:
-    program, history = recovered("prune-neurons{keep=0.5},distill{steps=100,learning_rate=0.01,precision=bf16}")
-    assert "in bf16" in step(history).notes[-1]
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_keeps_float32_weights(precision) -> None:
+    program, history = recovered(f"prune-neurons{{keep=0.5}},distill{{steps=100,learning_rate=0.01,precision={precision}}}")
+    assert f"in {precision}" in step(history).notes[-1]
     assert {weight.dtype for weight in program.weights().values()} == {torch.float32}
     assert step(history).curve[-1].held_out < step(history).curve[0].held_out
 
@@ -311,11 +312,14 @@ def test_a_program_in_bfloat16_learns_block_by_block(precision) -> None:
     assert found.report.history.steps[-1].curve[-1].step == 2
 
 
-def test_a_program_in_float16_is_not_trained_in_bfloat16() -> None:
-    _, history = recovered("cast{dtype=fp16},distill{steps=2}")
-    assert step(history).curve[-1].step == 2
-    with pytest.raises(RequirementError, match="precision=bf16 does not go with a program in float16; cast after it, or"):
-        recovered("cast{dtype=fp16},distill{steps=2,precision=bf16}")
+@pytest.mark.parametrize(("dtype", "precision"), [("fp16", "bf16"), ("bf16", "fp16")])
+def test_a_program_in_half_precision_is_not_trained_in_the_other(dtype, precision) -> None:
+    for allowed in ("auto", dtype):
+        _, history = recovered(f"cast{{dtype={dtype}}},distill{{steps=2,precision={allowed}}}")
+        assert step(history).curve[-1].step == 2
+    message = f"precision={precision} does not go with a program in b?float16; cast after it, or leave precision= out"
+    with pytest.raises(RequirementError, match=message):
+        recovered(f"cast{{dtype={dtype}}},distill{{steps=2,precision={precision}}}")
 
 
 def test_a_rate_that_makes_the_student_worse_falls_after_a_quarter() -> None:
@@ -329,11 +333,12 @@ def test_a_rate_that_makes_the_student_worse_falls_after_a_quarter() -> None:
     )
 
 
-def test_weights_in_four_bits_learn_in_bfloat16() -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_weights_in_four_bits_learn_in_half_precision(precision) -> None:
     """Their scales are in float16, in which nothing is computed."""
     passes = "prune-neurons{keep=0.5},quantize{scheme=int4-weight,group=4}"
-    program, history = recovered(f"{passes},distill{{steps=20,precision=bf16}}")
-    assert "in bf16" in step(history).notes[-1]
+    program, history = recovered(f"{passes},distill{{steps=40,precision={precision}}}")
+    assert f"in {precision}" in step(history).notes[-1]
     assert any(weight.dtype == torch.float16 for weight in program.weights().values())
 
 
