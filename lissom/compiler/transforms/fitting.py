@@ -268,7 +268,9 @@ class Fitting(Training):
                 f"learning rate; learning_rate={rate * SLOWED:.2g} takes all the time for it"
             )
         if done.scale is not None and done.scale.skipped:
-            edit.note(f"the gradients of {done.scale.skipped} steps overflowed float16; they changed nothing but the scale")
+            edit.note(
+                f"{done.scale.skipped} of {last.step} steps overflowed float16, and changed nothing but the scale of losses"
+            )
         if done.gained:
             size, unit = amount(edit.program, batches)
             speed = f"{size * last.step / max(last.seconds, 1e-3):,.0f} {unit}/s"

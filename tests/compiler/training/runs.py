@@ -38,7 +38,7 @@ def train_bert(options: str) -> Optimized:
         mask = torch.ones_like(ids)
         mask[::2, 6:] = 0
         batches.append({"input_ids": ids, "attention_mask": mask})
-    text = f"prune-heads{{keep=0.5}},distill{{precision=fp32,blockwise=0.3,{options}}}"
+    text = f"prune-heads{{keep=0.5}},distill{{blockwise=0.3,{options}}}"
     return lissom.optimize(case.model, case.inputs, passes=text, data=batches)
 
 

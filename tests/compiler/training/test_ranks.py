@@ -12,7 +12,7 @@ import torch
 from lissom.api import Optimized
 from lissom.errors import RequirementError
 from tests.backends.ranks import printed, run_ranks
-from tests.compiler.training.runs import train, train_bert, train_form, train_words
+from tests.compiler.training.runs import notes, train, train_bert, train_form, train_words
 
 pytestmark = pytest.mark.multiprocess
 
@@ -69,6 +69,17 @@ def test_ranks_give_the_weights_of_one_process(world_size: int, shard: str, tmp_
         assert f"{world_size} ranks trained together, each on its rows of every batch" in str(item["notes"])
         # Losses of weights that differ as above; the first one is of the same weights.
         assert [held_out for _, held_out in item["curve"]] == pytest.approx(curve, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["false", "true"])
+def test_ranks_skip_the_steps_that_overflow_together(shard: str, tmp_path: Path) -> None:
+    """In float16 the rows of one rank may overflow alone, and the scale of losses is that of all."""
+    options = "steps=8,learning_rate=0.0003,precision=fp16"
+    wanted = notes(train_bert(options))
+    overflowed = next(line for line in wanted.splitlines() if "of 8 steps overflowed float16" in line)
+    for item in run(f"tell(train_bert('{options},shard={shard}'))", tmp_path):
+        assert overflowed in str(item["notes"])
 
 
 @pytest.mark.slow
