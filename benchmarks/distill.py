@@ -188,6 +188,16 @@ def speedup(setting: Setting, found: lissom.CompiledModel) -> float:
     return timings["exact"].median_ms / timings["found"].median_ms
 
 
+def prepared(pairs: int | None = None) -> Setting:
+    """The setting. pairs: the synsets to evaluate on; all of them by default."""
+    checkpoint = load("minilm")
+    model = Embedder(checkpoint.model).eval()
+    batches, texts = training_batches(checkpoint, BATCH), read_pairs("evaluation", pairs)
+    original = retrieve(model, checkpoint, texts)
+    exact = lissom.compile(model, checkpoint.example_inputs)
+    return Setting(checkpoint, model, batches, texts, original, exact)
+
+
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -197,12 +207,8 @@ def main() -> None:
     parser.add_argument("--passes", nargs="*", default=list(PIPELINES), help=f"pipelines to measure, {RECOVER} where to train")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
     options = parser.parse_args()
-    checkpoint = load("minilm")
-    model = Embedder(checkpoint.model).eval()
-    batches, texts = training_batches(checkpoint, BATCH), read_pairs("evaluation", options.pairs)
-    original = retrieve(model, checkpoint, texts)
-    exact = lissom.compile(model, checkpoint.example_inputs)
-    setting = Setting(checkpoint, model, batches, texts, original, exact)
+    setting = prepared(options.pairs)
+    original = setting.original
     lines = [
         "| passes | × faster | recall@10 without recovery | with `distill` | × with int8 on top | recall@10 | steps "
         "| tokens/s | PyTorch's |",
