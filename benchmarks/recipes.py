@@ -1,4 +1,4 @@
-"""Two recipes of recovery on all-MiniLM-L6-v2, over the minutes and over speed, for pages of docs/.
+"""Two recipes of recovery on all-MiniLM-L6-v2, over the minutes and over speed, for the pages of docs/recipes/.
 
     python benchmarks/recipes.py
     python benchmarks/recipes.py --draw
@@ -25,7 +25,7 @@ from lissom.files import write_whole
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "recipes.json"
-DOCS = HERE.parent / "docs"
+PAGES = HERE.parent / "docs" / "recipes"
 _LAYERS = "prune-layers{{keep={keep},criterion=linear-fit}},distill{{minutes={minutes},batch=64,learning_rate=0.001}}"
 _WIDTHS = "prune-heads{{keep={keep}}},prune-neurons{{keep={keep}}},distill{{minutes={minutes},batch=64}}"
 STAGES = 4
@@ -157,8 +157,8 @@ def draw(chosen: Sequence[Measured], path: Path) -> None:
 
 def put_page(page: str, chosen: Sequence[Measured]) -> None:
     """Draw the figure, and write the table into the page behind its mark."""
-    draw(chosen, DOCS / f"{page}.svg")
-    path = DOCS / f"{page}.md"
+    draw(chosen, PAGES / f"{page}.svg")
+    path = PAGES / f"{page}.md"
     mark = "<!-- Made by benchmarks/recipes.py. -->\n"
     text = path.read_text(encoding="utf-8").partition(mark)[0]
     lines = [

@@ -65,7 +65,8 @@ def hold_out(
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
     most = min(MOST_HELD_OUT, len(found) - 1)
     if next_tokens:
-        most = min(most, max(1, round(MOST_NEXT_TOKENS / amount(program, found)[0])))
+        tokens, _ = amount(program, [found[at] for at in order[:most]])
+        most = min(most, max(1, round(MOST_NEXT_TOKENS / tokens)))
     held = set(order[: min(max(1, round(len(found) * fraction)), most)])
     return [item for at, item in enumerate(found) if at not in held], [found[at] for at in sorted(held)]
 

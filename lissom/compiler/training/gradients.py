@@ -2,7 +2,8 @@
 
 Weights and their gradients are in float32. Gradients of activations in float16 below 6e-8 would become zero, so losses are
 multiplied by a scale first: half of it after a step whose gradients overflowed, which changes nothing else, and twice of it
-after many that did not. Micikevicius et al. 2018, Mixed Precision Training, §3. https://arxiv.org/abs/1710.03740
+after many that did not. The norm that a step is clipped by tells, and is that of all ranks; `torch.amp.GradScaler` looks at
+each rank's gradients by themselves. Micikevicius et al. 2018, Mixed Precision Training, §3. https://arxiv.org/abs/1710.03740
 """
 
 from __future__ import annotations

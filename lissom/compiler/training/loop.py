@@ -245,6 +245,8 @@ class Run:
                 scale.keep()
         elif scale is None or not math.isfinite(loss) or not scale.halve():
             self._found.stopped = f"the loss or its gradient was not finite after {self._step} steps"
+            if scale is not None:
+                self._found.stopped += ", in float16 where numbers end at 65,504; precision=bf16 has the range of float32"
             return None
         self._recent.append(loss)
         self._step += 1
