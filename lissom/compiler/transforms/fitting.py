@@ -268,9 +268,7 @@ class Fitting(Training):
                 f"learning rate; learning_rate={rate * SLOWED:.2g} takes all the time for it"
             )
         if done.scale is not None and done.scale.skipped:
-            edit.note(
-                f"{done.scale.skipped} of {last.step} steps overflowed float16, and changed nothing but the scale of losses"
-            )
+            edit.note(f"{done.scale.skipped} of {last.step} steps overflowed float16 and changed only the scale of losses")
         if done.gained:
             size, unit = amount(edit.program, batches)
             speed = f"{size * last.step / max(last.seconds, 1e-3):,.0f} {unit}/s"

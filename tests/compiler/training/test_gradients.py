@@ -95,8 +95,8 @@ def test_a_gradient_that_is_never_finite_ends_the_run() -> None:
     seen, found = run_in_float16(lambda weight: (0 * weight.sum()).sqrt() + weight.sum(), 60)
     assert all(bool((weight == 1).all()) for weight in seen)
     assert found.stopped == (
-        "the loss or its gradient was not finite after 16 steps, in float16 where numbers end at 65,504; precision=bf16 has the "
-        "range of float32"
+        "the loss or its gradient was not finite after 16 steps, in float16 where numbers end at 65,504; "
+        "precision=bf16 has the range of float32"
     )
 
 
