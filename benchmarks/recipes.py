@@ -85,7 +85,7 @@ def measure() -> None:
         for passes in pipelines:
             if all(passes != item.passes for item in read_measured()):
                 item = Measured(page, passes, list(stages(setting, passes)), conditions())
-                print(row(item), flush=True)
+                print(rows(item), flush=True)
                 write_whole(RECORDS, json.dumps([asdict(one) for one in (*read_measured(), item)], indent=1) + "\n")
 
 
@@ -118,7 +118,7 @@ def stages(setting: Setting, passes: str) -> Iterator[Stage]:
         yield Stage(minutes, speedup(setting, compiled(setting, after)), *recalls, curve)
 
 
-def row(item: Measured) -> str:
+def rows(item: Measured) -> str:
     """The rows of the table, one a stage."""
     lines = list[str]()
     for number, stage in enumerate(item.stages, 1):
@@ -165,7 +165,7 @@ def put_page(page: str, chosen: Sequence[Measured]) -> None:
         f"![{TITLES[page]}]({page}.svg)\n",
         "| passes | minutes of training | × faster | recall@10 before the last training | after it |",
         "|---|---:|---:|---:|---:|",
-        *map(row, chosen),
+        *map(rows, chosen),
         f"\n{chosen[-1].machine}.\n",
     ]
     write_whole(path, text + mark + "\n" + "\n".join(lines))

@@ -106,10 +106,10 @@ class Gradients:
 
     def choose(self, precision: Precision) -> str:
         """The precision asked for; for `auto` bfloat16 where a CPU is faster in it and the gradients agree, else float32."""
-        bf16 = precision == "auto" and self._device == "cpu" and self._is_better_in_bf16()
-        if precision == "auto":
-            precision = "bf16" if bool(self.ranks.broadcast(torch.tensor(bf16, dtype=torch.uint8))) else "fp32"
-        return precision
+        if precision != "auto":
+            return precision
+        bf16 = self._device == "cpu" and self._is_better_in_bf16()
+        return "bf16" if bool(self.ranks.broadcast(torch.tensor(bf16, dtype=torch.uint8))) else "fp32"
 
     def _is_better_in_bf16(self) -> bool:
         gradients: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""Calls that a training step with bfloat16 products computes in float32.
+"""Calls that a training step with products in half precision computes in float32.
 
 PyTorch's attention on a CPU is slower in bfloat16 than in float32 for few tokens, above all its gradients. Forward and
 backward, 12 heads of 32 features, ms in bfloat16 and in float32 (AMD EPYC with bfloat16 products, 2 threads, torch 2.13): 32
@@ -26,7 +26,7 @@ def short_attention(
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """`scaled_dot_product_attention`; in float32 where autocast would take bfloat16 for fewer than `SHORT` tokens on a CPU."""
+    """`scaled_dot_product_attention`; in float32 where autocast takes half precision for fewer than `SHORT` tokens on a CPU."""
     attend = functional.scaled_dot_product_attention
     if query.device.type != "cpu" or key.shape[-2] >= SHORT or not torch.is_autocast_enabled("cpu"):
         return attend(query, key, value, attn_mask, *args, **kwargs)

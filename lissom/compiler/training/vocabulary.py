@@ -59,8 +59,10 @@ class Supervision:
 
     def factor_in(self, dtype: torch.dtype) -> float:
         """What makes the largest weight of a token `_LARGEST`, in float16; 1 in other dtypes."""
-        largest = float(torch.maximum(self.shares, self.alphas).max()) if self.shares.numel() else 0.0
-        return _LARGEST / largest if dtype == torch.float16 and largest else 1.0
+        if dtype != torch.float16 or not self.shares.numel():
+            return 1.0
+        largest = float(torch.maximum(self.shares, self.alphas).max())
+        return _LARGEST / largest if largest else 1.0
 
 
 def supervision(

@@ -201,8 +201,8 @@ class Fitting(Training):
         other = {"bf16": torch.float16, "fp16": torch.bfloat16}.get(self.precision)
         if other in computed:
             raise RequirementError(
-                f"{self.name()}: precision={self.precision} does not go with a program in {str(other).partition('.')[2]}; cast "
-                f"after it, or leave precision= out"
+                f"{self.name()}: precision={self.precision} does not go with a program in {str(other).removeprefix('torch.')}; "
+                f"cast after it, or leave precision= out"
             )
         return self.precision
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lissom.compiler.training.gradients import Gradients, LossScale
+from lissom.compiler.training.gradients import Gradients, Loss, LossScale
 from lissom.compiler.training.lm_head import Trunk
 from lissom.compiler.training.loop import Plan, Run, Trained
 from lissom.compiler.training.ranks import Ranks
@@ -16,22 +16,22 @@ from tools.zoo import catalogue
 from tools.zoo.removal import canonical
 
 
-def of(model: nn.Module, loss, precision: str, factor: float = 1.0) -> torch.Tensor:
-    """All gradients of a model's parameters, [parameters], divided by the factor."""
-    learned = dict(model.named_parameters())
-    Gradients(learned, {}, lambda *_: loss(), Ranks(), None).compute(0, 0.0, precision, factor)
-    return torch.cat([item.grad.flatten() for item in learned.values()]) / factor
+def gradients(learned: dict[str, nn.Parameter], loss: Loss, precision: str, factor: float = 1.0) -> torch.Tensor:
+    """All gradients of the parameters that have one, [elements], divided by the factor."""
+    Gradients(learned, {}, loss, Ranks(), None).compute(0, 0.0, precision, factor)
+    return torch.cat([item.grad.flatten() / factor for item in learned.values() if item.grad is not None])
 
 
 def test_a_scale_keeps_small_gradients_of_float16() -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)))
 
-    def loss() -> torch.Tensor:
+    def loss(*_: object) -> torch.Tensor:
         return 1e-7 * model(normal(5, 8)).float().square().mean()
 
-    wanted = of(model, loss, "fp32")
-    assert not of(model, loss, "fp16").any()
-    found = of(model, loss, "fp16", LossScale().factor * 2**8)
+    learned = dict(model.named_parameters())
+    wanted = gradients(learned, loss, "fp32")
+    assert not gradients(learned, loss, "fp16").any()
+    found = gradients(learned, loss, "fp16", LossScale().factor * 2**8)
     assert found.dtype == torch.float32
     # Some roundings to 11 bits each.
     assert (found - wanted).norm() <= 5e-3 * wanted.norm()
@@ -57,14 +57,8 @@ def test_gradients_are_those_of_float32(name: str, precision: str) -> None:
         found = [item for item in trunk.run(samples[0]) if isinstance(item, torch.Tensor) and item.requires_grad]
         return torch.stack([item.float().square().mean() for item in found]).sum()
 
-    computed = Gradients(learned, {}, loss, Ranks(), None)
-
-    def gradients(precision: str, factor: float) -> torch.Tensor:
-        computed.compute(0, 0.0, precision, factor)
-        return torch.cat([item.grad.flatten() / factor for item in learned.values() if item.grad is not None])
-
-    wanted, scale = gradients("fp32", 1.0), LossScale(1.0 if precision == "bf16" else 2.0**16)
-    while not (found := gradients(precision, scale.factor)).isfinite().all():
+    wanted, scale = gradients(learned, loss, "fp32"), LossScale(1.0 if precision == "bf16" else 2.0**16)
+    while not (found := gradients(learned, loss, precision, scale.factor)).isfinite().all():
         assert scale.halve()
     # Roundings of many layers, to 8 bits each or to 11.
     assert (found - wanted).norm() <= (0.1 if precision == "bf16" else 0.02) * wanted.norm()

@@ -1,4 +1,4 @@
-"""Tests of the calls that a training step with bfloat16 products computes in float32."""
+"""Tests of the calls that a training step with products in half precision computes in float32."""
 
 from __future__ import annotations
 

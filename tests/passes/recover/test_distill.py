@@ -312,12 +312,12 @@ def test_a_program_in_bfloat16_learns_block_by_block(precision) -> None:
     assert found.report.history.steps[-1].curve[-1].step == 2
 
 
-@pytest.mark.parametrize(("dtype", "precision"), [("fp16", "bf16"), ("bf16", "fp16")])
-def test_a_program_in_half_precision_is_not_trained_in_the_other(dtype, precision) -> None:
+@pytest.mark.parametrize(("dtype", "name", "precision"), [("fp16", "float16", "bf16"), ("bf16", "bfloat16", "fp16")])
+def test_a_program_in_half_precision_is_not_trained_in_the_other(dtype, name, precision) -> None:
     for allowed in ("auto", dtype):
         _, history = recovered(f"cast{{dtype={dtype}}},distill{{steps=2,precision={allowed}}}")
         assert step(history).curve[-1].step == 2
-    message = f"precision={precision} does not go with a program in b?float16; cast after it, or leave precision= out"
+    message = f"precision={precision} does not go with a program in {name}; cast after it, or leave precision= out"
     with pytest.raises(RequirementError, match=message):
         recovered(f"cast{{dtype={dtype}}},distill{{steps=2,precision={precision}}}")
 
