@@ -18,6 +18,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from figures import save, subplots
 from readme import put_table
 
 _LINEAR = 1.15
@@ -124,16 +125,13 @@ def machine() -> str:
 
 def draw(costs: list[Cost], file: Path) -> None:
     """Seconds by layers, stacked: capture, passes, verification."""
-    from matplotlib import pyplot
-
     layers = [cost.layers for cost in costs]
-    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    figure, axes = subplots(figsize=(6, 3.5))
     parts = ("capture", "passes", "verification")
     axes.stackplot(layers, *([getattr(cost, part) for cost in costs] for part in parts), labels=parts)
     axes.set(xlabel="layers", ylabel="seconds", xticks=layers, title="Compiling a BERT of base width")
     axes.legend(loc="upper left")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    save(figure, file)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from figures import save, subplots
 from quality import (
     calibration_batches,
     conditions,
@@ -136,10 +137,7 @@ def scorer(model: str, checkpoint: Checkpoint) -> Callable[[CompiledModel | None
 
 def draw(model: str, points: Sequence[Point], path: Path) -> None:
     """Three plots side by side: quality, latency and bytes against the fraction kept."""
-    from matplotlib import pyplot
-
-    pyplot.rcParams["svg.hashsalt"] = "lissom"
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    figure, axes = subplots(1, 3, figsize=(12, 3.6))
     quality = "recall@10" if model == "minilm" else "perplexity"
     for passes in PASSES[model]:
         chosen = sorted((point for point in points if point.passes == passes), key=lambda point: point.keep)
@@ -158,8 +156,7 @@ def draw(model: str, points: Sequence[Point], path: Path) -> None:
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def page(points: Sequence[Point]) -> str:

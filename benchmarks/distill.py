@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from figures import save, subplots
 from linear_attention import held_bytes
 from quality import Embedder, Retrieval, Texts, conditions, difference, read_pairs, retrieve, training_batches
 from readme import put_table
@@ -160,10 +161,7 @@ def recall(setting: Setting, found: Retrieval) -> Recall:
 
 def draw(found: Sequence[Recovered]) -> None:
     """The loss over the minutes, and recall over speed with and without recovery."""
-    from matplotlib import pyplot
-
-    pyplot.rcParams["svg.hashsalt"] = "lissom"
-    figure, (losses, qualities) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, (losses, qualities) = subplots(1, 2, figsize=(10, 3.8))
     for item in found:
         minutes = [point.seconds / 60 for point in item.curve]
         (line,) = losses.plot(minutes, [point.held_out for point in item.curve], label=item.passes)
@@ -177,8 +175,7 @@ def draw(found: Sequence[Recovered]) -> None:
     qualities.set(xlabel="times faster than the exact program", ylabel="change of recall@10, %", title="hollow: not recovered")
     for axes in (losses, qualities):
         axes.grid(alpha=0.3)
-    figure.savefig(FIGURE, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, FIGURE)
 
 
 def speedup(setting: Setting, found: lissom.CompiledModel) -> float:

@@ -1,9 +1,9 @@
-"""Encoders on Lissom and on other engines, at several shapes: all-MiniLM-L6-v2, BERT-base, ViT-B/16.
+"""Encoders on Lissom and on other engines, at several shapes: all-MiniLM-L6-v2, BERT-base, ModernBERT-base, ViT-B/16.
 
     python benchmarks/encoder.py --update
     python benchmarks/encoder.py --model bert-base --update
 
-BERT-base and ViT-B/16 have random weights; BERT reads the same texts, with MiniLM's tokenizer.
+All but MiniLM have random weights; BERT and ModernBERT read the same texts, with MiniLM's tokenizer.
 
 Each engine runs in a process of its own, with the settings its documentation advises for latency (`lissom/bench/engines.py`).
 Prints a Markdown table at the end; `--update` puts it into benchmarks/README.md, at the place of this kind of processor,
@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from figures import save, subplots
 from readme import processor_kind, put_table
 
 from lissom.bench.comparison import compare, measurements
@@ -31,17 +32,23 @@ from lissom.inspect.progress import progress_bar
 
 HERE = Path(__file__).parent
 GLOSSES = HERE / "data" / "glosses.txt"
-SHAPES = {"minilm": "1x32,1x128,8x128,32x128,32xragged", "bert-base": "1x32,1x128,8x128,32x128", "vit-b16": "1,8"}
+SHAPES = {
+    "minilm": "1x32,1x128,8x128,32x128,32xragged",
+    "bert-base": "1x32,1x128,8x128,32x128",
+    "modernbert": "1x32,1x128,8x128,32xragged",
+    "vit-b16": "1,8",
+}
 
 
 def model_name(model: str, folder: Path) -> str:
     """The name by which Lissom loads the model; one that is made is written to the folder."""
-    if model != "bert-base":
+    if model not in ("bert-base", "modernbert"):
         return {"minilm": "minilm", "vit-b16": "timm:vit_base_patch16_224"}[model]
-    from transformers import BertConfig, BertModel
+    from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel
 
     torch.manual_seed(0)
-    BertModel(BertConfig()).eval().save_pretrained(folder)
+    made = BertModel(BertConfig()) if model == "bert-base" else ModernBertModel(ModernBertConfig())
+    made.eval().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
         shutil.copy(find_directory("minilm") / name, folder)
     return str(folder)
@@ -70,14 +77,9 @@ def measure(model: str, engines: str, shapes: str, seconds: float, threads: int)
 
 def draw(records: list[Record], file: Path) -> None:
     """Median milliseconds of every engine, one panel per shape, with the quartiles as whiskers."""
-    from matplotlib import pyplot
-
-    pyplot.rcParams["svg.hashsalt"] = "lissom"
     shapes = shapes_of(records)
     ran = {engine.title: found for engine in ENGINES.values() if (found := measurements(records, engine.name))}
-    figure, panels = pyplot.subplots(
-        1, len(shapes), sharey=True, squeeze=False, figsize=(2.4 + 2.2 * len(shapes), 1 + 0.3 * len(ran)), layout="constrained"
-    )
+    figure, panels = subplots(1, len(shapes), sharey=True, squeeze=False, figsize=(2.4 + 2.2 * len(shapes), 1 + 0.3 * len(ran)))
     colours = ["tab:blue" if title.startswith("Lissom") else "tab:gray" for title in ran]
     for panel, shape in zip(panels[0], shapes, strict=True):
         timings = [found[shape].timing if shape in found else None for found in ran.values()]
@@ -90,7 +92,7 @@ def draw(records: list[Record], file: Path) -> None:
         panel.margins(x=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].invert_yaxis()
-    figure.savefig(file, metadata={"Date": None})
+    save(figure, file)
 
 
 def main() -> None:

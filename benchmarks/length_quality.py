@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from figures import save, subplots
 from quality import conditions, windows
 from readme import put_table
 from torch import nn
@@ -150,10 +151,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def draw(rows: Sequence[Row], file: Path) -> None:
     """Mean error, change of perplexity and time per token against the length."""
-    from matplotlib import pyplot
-
-    pyplot.rcParams["svg.hashsalt"] = "lissom"
-    figure, panels = pyplot.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    figure, panels = subplots(1, 3, figsize=(13, 4.2))
     for name in PASSES:
         mine = sorted((row for row in rows if row.treated == name), key=lambda row: row.tokens)
         lengths = [row.tokens for row in mine]
@@ -170,8 +168,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         panel.grid(alpha=0.3)
     panels[1].set_yscale("symlog", linthresh=1)
     panels[2].legend(fontsize=7)
-    figure.savefig(file, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, file)
 
 
 def read_rows() -> list[Row]:

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from figures import save, subplots
 from quality import calibration_batches, conditions, cosine, difference, embed, long_texts, read_pairs, retrieve
 from readme import put_table
 from torch import nn
@@ -164,11 +165,8 @@ def speed_table(points: Sequence[Point], model: str, lengths: Sequence[int]) -> 
 
 def draw(points: Sequence[Point], file: Path) -> None:
     """Microseconds per token against the length, a panel per model: softmax in grey and black, ONNX Runtime dashed."""
-    from matplotlib import pyplot
-
-    pyplot.rcParams["svg.hashsalt"] = "lissom"
     models = [name for name in MODELS if any(point.model == name for point in points)]
-    figure, panels = pyplot.subplots(1, len(models), squeeze=False, figsize=(4.4 * len(models), 4), layout="constrained")
+    figure, panels = subplots(1, len(models), squeeze=False, figsize=(4.4 * len(models), 4))
     colours = {"softmax": "black", "elu": "tab:blue", "relu": "tab:green", "hedgehog": "tab:red"}
     for panel, model in zip(panels[0], models, strict=True):
         for engine in ENGINES:
@@ -182,8 +180,7 @@ def draw(points: Sequence[Point], file: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("µs a token")
     panels[0][0].legend(fontsize=7)
-    figure.savefig(file, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, file)
 
 
 def quality_table(pairs: int | None, calibration: int, chosen: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from curves import TITLES
+from figures import save, subplots
 from quality import (
     calibration_batches,
     conditions,
@@ -136,10 +137,7 @@ def latency_table(ranks: Sequence[int], found: dict[str, list[float]]) -> str:
 
 def draw(ranks: Sequence[int], found: dict[str, list[float]]) -> None:
     """Latency and bytes against rank."""
-    from matplotlib import pyplot
-
-    pyplot.rcParams["svg.hashsalt"] = "lissom"
-    figure, axis = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
+    figure, axis = subplots(figsize=(5, 3.4))
     for name, values in found.items():
         axis.plot(ranks, values, marker="o", linestyle="--" if "bytes" in name else "-", label=name)
     axis.axhline(1, color="black", linewidth=0.8)
@@ -148,8 +146,7 @@ def draw(ranks: Sequence[int], found: dict[str, list[float]]) -> None:
     axis.set_ylim(0)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.savefig(FIGURE, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, FIGURE)
 
 
 def main() -> None:

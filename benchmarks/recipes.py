@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from distill import Recall, Setting, compiled, prepared, recall, shown, speedup
+from figures import save, subplots
 from quality import conditions, retrieve
 
 import lissom
@@ -129,10 +130,7 @@ def rows(item: Measured) -> str:
 
 def draw(chosen: Sequence[Measured], path: Path) -> None:
     """The held-out loss and recall over the minutes, and recall over speed without and with recovery."""
-    from matplotlib import pyplot
-
-    pyplot.rcParams["svg.hashsalt"] = "lissom"
-    figure, (losses, minutes, speeds) = pyplot.subplots(1, 3, figsize=(13, 3.9), layout="constrained")
+    figure, (losses, minutes, speeds) = subplots(1, 3, figsize=(13, 3.9))
     for number, item in enumerate(chosen):
         color = f"C{number}"
         label = "gradual" if item.passes == GRADUAL else item.passes.replace(",distill", ",\ndistill")
@@ -151,8 +149,7 @@ def draw(chosen: Sequence[Measured], path: Path) -> None:
     speeds.set(xlabel="times faster than the exact program", ylabel="change of recall@10, %", title="hollow: not recovered")
     for axes in (losses, minutes, speeds):
         axes.grid(alpha=0.3)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def put_page(page: str, chosen: Sequence[Measured]) -> None:

@@ -21,6 +21,7 @@ from typing import cast
 
 import torch
 from apart import run_apart
+from figures import save, subplots
 from quality import conditions
 from readme import put_table
 from torch.nn.functional import scaled_dot_product_attention
@@ -215,11 +216,8 @@ def report(times: Times, memory: Peaks, engines: Sequence[str], lengths: Sequenc
 
 def draw(times: Times, memory: Peaks, engines: Sequence[str], lengths: Sequence[int], dims: Sequence[int]) -> None:
     """Milliseconds, and memory if measured, against the length."""
-    from matplotlib import pyplot
-
-    pyplot.rcParams["svg.hashsalt"] = "lissom"
     rows = [(name, kind, values) for name, values in (("ms", times), ("MB", memory)) if values for kind in KINDS]
-    figure, axes = pyplot.subplots(len(dims), len(rows), figsize=(4.2 * len(rows), 3.6 * len(dims)), squeeze=False)
+    figure, axes = subplots(len(dims), len(rows), figsize=(4.2 * len(rows), 3.6 * len(dims)), squeeze=False)
     for line, head_dim in zip(axes, dims, strict=True):
         for axis, (unit, kind, values) in zip(line, rows, strict=True):
             for name in engines:
@@ -231,9 +229,7 @@ def draw(times: Times, memory: Peaks, engines: Sequence[str], lengths: Sequence[
             axis.minorticks_off()
             axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(FIGURE, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, FIGURE)
 
 
 def main() -> None:

@@ -137,6 +137,19 @@ class RmsNormed(nn.Module):
         return self.project(self.weight * (x * torch.rsqrt(variance + 1e-6)))
 
 
+class MergedGate(nn.Module):
+    """A gated feed-forward whose gate and up projections are one layer, as in ModernBERT."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, 8 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, value = self.project(x).chunk(2, dim=-1)
+        return self.down(functional.gelu(gate) * value)
+
+
 class FeedForward(nn.Module):
     """The tanh form of GELU, written out as in GPT-2."""
 
@@ -300,6 +313,20 @@ class Padded(nn.Module):
         q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         x = functional.scaled_dot_product_attention(q, k, v, mask[:, None, None, :]).transpose(1, 2).flatten(2)
         return x + self.down(functional.gelu(self.up(x)))
+
+
+class PaddedAttention(nn.Module):
+    """Attention with its output projection; a mask keeps it from padding."""
+
+    def __init__(self, width: int = 256, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.output = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = functional.scaled_dot_product_attention(q, k, v, mask[:, None, None, :])
+        return x + self.output(mixed.transpose(1, 2).flatten(2))
 
 
 _RAGGED = "(torch.randn(4, 128, 256), torch.arange(128) < torch.tensor([[128], [40], [30], [20]]))"
@@ -543,7 +570,8 @@ EXAMPLES = {
     "sparsify-attention": Example(SelfAttention, "torch.randn(1, 512, 256)", "sparsify-attention{window=64,global_tokens=1}"),
     "lower-sparse-attention": Example(LocalAttention, "torch.randn(1, 512, 256)", "lower-sparse-attention{always=true}"),
     "fuse-attention": Example(Projections, "torch.randn(4, 128, 256)", "fuse-attention"),
-    "fuse-rms-norm": Example(RmsNormed, "torch.randn(4, 128, 256)", "fuse-rms-norm"),
+    "fuse-norm": Example(RmsNormed, "torch.randn(4, 128, 256)", "fuse-norm"),
+    "split-gates": Example(MergedGate, "torch.randn(4, 128, 256)", "split-gates"),
     "fuse-rotary": Example(Rotary, "torch.randn(4, 128, 256)", "fuse-rotary"),
     "pack-linear": Example(Block, "torch.randn(4, 128, 256)", "pack-linear"),
     "pack-quantized-linear": Example(
@@ -555,6 +583,9 @@ EXAMPLES = {
         "quantize{lm_head=true},fold-quantized-weights,lower-quantized-products{always=true}",
     ),
     "fuse-epilogues": Example(Block, "torch.randn(4, 128, 256)", "pack-linear,fuse-epilogues"),
+    "fuse-unpadded-attention": Example(
+        PaddedAttention, _RAGGED, "zero-padding,pack-tokens,fuse-attention,fuse-unpadded-attention"
+    ),
     "fuse-merged-attention": Example(
         MergedProjection, "torch.randn(1, 32, 256)", "fuse-attention,pack-linear,fuse-merged-attention"
     ),

@@ -110,10 +110,13 @@ def shape_of(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> str:
     if x is not None:
         *rows, inputs = _sizes(x, sizes)
         return f"{_product(rows)} × {inputs} → {output[-1]}"
-    if node.target in (ops.merged_attention, ops.unpadded_attention):
+    if node.target is ops.merged_attention:
         batch, tokens, width = _sizes(node, sizes)
         heads = int(str(node.kwargs["heads"]))
         return f"{heads} heads × {int(width) // heads}, {batch} × {tokens} tokens"
+    if node.target is ops.unpadded_attention:
+        batch, tokens = _sizes(nodes.argument(node, "slots"), sizes)
+        return f"{output[1]} heads × {output[3]}, {batch} × {tokens} tokens, unpadded"
     if node.target in _ATTENTIONS and len(output) == 4:
         batch, heads, tokens, width = output
         keys = _sizes(nodes.argument(node, _parameter(node, 1)), sizes)[-2]

@@ -33,6 +33,7 @@ from lissom.inspect.kernels import short_name, without_numbers
 from lissom.inspect.roofline import sizes_text
 from lissom.inspect.tables import plain, plain_table
 from lissom.ops import block_sparse_attention, fused_attention, merged_attention, unpadded_attention
+from lissom.ops.fused_attention import band_mask
 from lissom.ops.pattern import Pattern
 
 _MASK_VALUE = 1e30
@@ -200,8 +201,12 @@ class _Masks:
             table = self._tensor(layout) if isinstance(layout, fx.Node) else None
             numbers = cast("Sequence[int]", nodes.argument(node, "pattern"))
             return Pattern.decode(numbers, cast(int, nodes.argument(node, "block"))).mask(*shape, table)[None]
-        causal = is_causal(node) or (nodes.is_call(node, *_LOWERED) and bool(nodes.argument(node, "causal")))
-        seen = torch.ones(shape, dtype=torch.bool, device=q.device).tril()[None, None] if causal else None
+        seen = None
+        if node.target is unpadded_attention:
+            low, high = (cast("int | None", nodes.argument(node, name)) for name in ("low", "high"))
+            seen = band_mask(shape[1], low, high, q.device)
+        elif is_causal(node) or (nodes.is_call(node, *_LOWERED) and nodes.argument(node, "causal")):
+            seen = torch.ones(shape, dtype=torch.bool, device=q.device).tril()[None, None]
         if (mask := _mask(node)) is None:
             return seen
         value = self._tensor(mask)

@@ -8,7 +8,7 @@ from lissom.ops.attention import attention, attention_reference
 from lissom.ops.block_sparse_attention import block_sparse_attention
 from lissom.ops.flex_attention import flex_block_sparse_attention as flex_block_sparse_attention
 from lissom.ops.fused_attention import fused_attention, merged_attention, unpadded_attention
-from lissom.ops.fused_rows import fused_rms_norm, fused_rotary
+from lissom.ops.fused_rows import fused_layer_norm, fused_rms_norm, fused_rotary
 from lissom.ops.grouped_product import grouped_product, grouped_product_reference
 from lissom.ops.linear_attention import linear_attention, linear_attention_reference
 from lissom.ops.packed_linear import packed_embedding, packed_linear, packed_linear_norm
@@ -39,6 +39,7 @@ KERNELS = (
     block_sparse_attention,
     merged_attention,
     unpadded_attention,
+    fused_layer_norm,
     fused_rms_norm,
     fused_rotary,
 )

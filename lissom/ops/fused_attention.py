@@ -1,6 +1,6 @@
 """`lissom::fused_attention`: attention in one pass that holds a few rows of scores at a time.
 `lissom::merged_attention` is the same on the output of a merged projection; it splits and merges the heads inside.
-`lissom::unpadded_attention` is the same for texts that follow each other without padding.
+`lissom::unpadded_attention` is the first for texts that follow each other without padding.
 
 scores = q kᵀ · scale;  scores = softcap · tanh(scores / softcap);  weights = softmax([scores + bias, sinks]);  weights · v
 
@@ -66,18 +66,21 @@ def check_merged(qkv: torch.Tensor, heads: int, key_heads: int) -> None:
 
 
 def check_unpadded(
-    qkv: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, heads: int, key_heads: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
     """Raise unless the operands of an attention without padding fit."""
-    check_merged(qkv, heads, key_heads)
-    fit = "qkv {}, slots {} and rows {} must be [1, tokens of all texts, all heads], [batch, tokens] and [rows]"
-    sizes = qkv.shape, slots.shape, rows.shape
-    require(qkv.shape[0] == 1, fit, *sizes)
+    check_attention(q, k, v)
+    fit = "q {}, k {}, slots {} and rows {} must be [1, heads, tokens of all texts, head_dim], the same, [batch, tokens] and "
+    fit += "[rows]"
+    sizes = q.shape, k.shape, slots.shape, rows.shape
+    require(q.shape[0] == 1, fit, *sizes)
+    require(q.shape[2] == k.shape[2], fit, *sizes)
     require((slots.dim(), rows.dim()) == (2, 1), fit, *sizes)
     for item in (slots, rows):
         require(item.dtype in (torch.int64, torch.int32), "indices are of {}, and must be int64 or int32", item.dtype)
     if bias is not None:
-        check_broadcast(bias, (slots.shape[0], heads, slots.shape[1], slots.shape[1]), "a bias")
+        require(not bias.is_complex(), "a bias is of {}, and must be boolean or real", bias.dtype)
+        check_broadcast(bias, (slots.shape[0], q.shape[1], slots.shape[1], slots.shape[1]), "a bias")
 
 
 def fused_attention_reference(
@@ -103,6 +106,15 @@ def fused_attention_reference(
     mask = bias if seen is None else with_bias(seen, bias)
     found = attention_reference(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
     return found.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def band_mask(tokens: int, low: int | None, high: int | None, device: torch.device) -> torch.Tensor | None:
+    """The keys i + low to i + high that query i of a text sees, boolean [tokens, tokens]; None where it sees all."""
+    if low is None and high is None:
+        return None
+    place = torch.arange(tokens, device=device)
+    distance = place - place[:, None]
+    return (distance >= (-tokens if low is None else low)) & (distance <= (tokens if high is None else high))
 
 
 def with_bias(seen: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -133,20 +145,25 @@ def merged_attention_reference(
 
 
 def unpadded_attention_reference(
-    qkv: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     slots: torch.Tensor,
     rows: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    heads: int,
-    key_heads: int,
-    **options: Any,
+    scale: float,
+    softcap: float = 0.0,
+    low: int | None = None,
+    high: int | None = None,
 ) -> torch.Tensor:
     """The reference implementation."""
-    check_unpadded(qkv, slots, rows, bias, heads, key_heads)
-    padded = qkv[0].index_select(0, slots.flatten()).unflatten(0, slots.shape)
-    found = merged_attention_reference(padded, bias, heads=heads, key_heads=key_heads, **options)
-    return found.flatten(0, 1).index_select(0, rows)[None]
+    check_unpadded(q, k, v, slots, rows, bias)
+    padded = (item[0].index_select(1, slots.flatten()).unflatten(1, slots.shape).transpose(0, 1) for item in (q, k, v))
+    seen = band_mask(slots.shape[1], low, high, q.device)
+    mask = bias if seen is None else with_bias(seen, bias)
+    found = fused_attention_reference(*padded, mask, scale=scale, softcap=softcap)
+    return found.transpose(1, 2).flatten(0, 1).index_select(0, rows)[None].transpose(1, 2)
 
 
 def output_of(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -167,17 +184,16 @@ def _merged_shape_of(qkv: torch.Tensor, *_: object, heads: int, key_heads: int, 
 
 
 def _unpadded_shape_of(
-    qkv: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     slots: torch.Tensor,
     rows: torch.Tensor,
     bias: torch.Tensor | None = None,
-    *,
-    heads: int,
-    key_heads: int,
     **_: object,
 ) -> torch.Tensor:
-    check_unpadded(qkv, slots, rows, bias, heads, key_heads)
-    return qkv.new_empty((1, rows.shape[0], qkv.shape[2] // (heads + 2 * key_heads) * heads))
+    check_unpadded(q, k, v, slots, rows, bias)
+    return q.new_empty((1, rows.shape[0], q.shape[1], v.shape[3])).transpose(1, 2)
 
 
 fused_attention = define(
@@ -201,11 +217,12 @@ merged_attention = define(
 others as in `fused_attention`. Returns [batch, tokens, heads · head_dim]."""
 
 unpadded_attention = define(
-    "unpadded_attention(Tensor qkv, Tensor slots, Tensor rows, Tensor? bias=None, *, int heads, int key_heads, float scale, "
-    "float softcap=0.0, bool causal=False) -> Tensor",
+    "unpadded_attention(Tensor q, Tensor k, Tensor v, Tensor slots, Tensor rows, Tensor? bias=None, *, float scale, "
+    "float softcap=0.0, int? low=None, int? high=None) -> Tensor",
     unpadded_attention_reference,
     _unpadded_shape_of,
 )
-"""The operator. qkv: [1, tokens of all texts, (heads + 2 key_heads) · head_dim]; slots: [batch, tokens of a padded text], the
-token of qkv at each position; rows: the positions of slots whose results are returned; bias: of the padded texts; the others as
-in `merged_attention`. Returns [1, rows, heads · head_dim]."""
+"""The operator. q: [1, heads, tokens of all texts, head_dim]; k, v: [1, key_heads, tokens of all texts, …]; slots: [batch,
+tokens of a padded text], the token at each position; rows: the positions of slots whose results are returned; bias: of the
+padded texts; low, high: query i of a text sees keys i + low to i + high; the others as in `fused_attention`.
+Returns [1, heads, rows, value_dim], contiguous as [1, rows, heads, value_dim]."""

@@ -107,6 +107,19 @@ class Pattern:
     def asks_layout(self) -> bool:
         return any(condition.asks_layout for conditions in self.alternatives for condition in conditions)
 
+    @property
+    def band(self) -> tuple[int, int] | None:
+        """The bounds of j - i where they alone decide whether query i sees key j, as in a sliding window; None elsewhere."""
+        if len(self.alternatives) != 1:
+            return None
+        low, high = -UNBOUNDED, UNBOUNDED
+        for condition in self.alternatives[0]:
+            if condition.key == 0 or condition.query != -condition.key or condition.unit != 1 or condition.modulus != 0:
+                return None
+            bounds = sorted((condition.key * condition.low, condition.key * condition.high))
+            low, high = max(low, bounds[0]), min(high, bounds[1])
+        return low, high
+
     def mask(self, queries: int, keys: int, layout: torch.Tensor | None = None) -> torch.Tensor:
         """The dense mask: boolean, [heads or 1, queries, keys], on the layout's device."""
         device = None if layout is None else layout.device

@@ -27,14 +27,16 @@ from lissom.passes.lightweight.share_layers import ShareLayers
 from lissom.passes.lowering.fuse_attention import FuseAttention
 from lissom.passes.lowering.fuse_epilogues import FuseEpilogues
 from lissom.passes.lowering.fuse_merged_attention import FuseMergedAttention
-from lissom.passes.lowering.fuse_rms_norm import FuseRmsNorm
+from lissom.passes.lowering.fuse_norm import FuseNorm
 from lissom.passes.lowering.fuse_rotary import FuseRotary
+from lissom.passes.lowering.fuse_unpadded_attention import FuseUnpaddedAttention
 from lissom.passes.lowering.lower_quantized_products import LowerQuantizedProducts
 from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.lowering.pack_quantized_linear import PackQuantizedLinear
 from lissom.passes.lowering.pack_sparse import PackSparse
+from lissom.passes.lowering.split_gates import SplitGates
 from lissom.passes.lowering.write_state_in_place import WriteStateInPlace
 from lissom.passes.parallel.partition import Partition
 from lissom.passes.parallel.shard import Shard
@@ -74,9 +76,9 @@ _ALL: tuple[type[Pass], ...] = (
     *(QuantizeCache, FoldQuantizedWeights, UseStoredWeights),
     *(Distill, Finetune),
     *(Cast, FoldCasts, SinkCasts),
-    *(MergeProjections, FuseRotary, LowerSparseAttention, FuseAttention, FuseRmsNorm),
-    *(PackQuantizedLinear, LowerQuantizedProducts, PackLinear, FuseEpilogues, FuseMergedAttention, PackSparse),
-    *(WriteStateInPlace, Shard, Partition),
+    *(MergeProjections, SplitGates, FuseRotary, LowerSparseAttention, FuseAttention),
+    *(PackQuantizedLinear, LowerQuantizedProducts, PackLinear, FuseEpilogues, FuseNorm, FuseUnpaddedAttention),
+    *(FuseMergedAttention, PackSparse, WriteStateInPlace, Shard, Partition),
 )
 PASSES: Mapping[str, type[Pass]] = {item.name(): item for item in _ALL}
 """Lissom's passes by name."""

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lissom.errors import LissomError
 from lissom.ops.blocked_attention import blocked_attention
 from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference, unpadded_attention_reference
-from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
+from lissom.ops.fused_rows import fused_layer_norm_reference, fused_rms_norm_reference, fused_rotary_reference
 from lissom.ops.native import kernel_dtypes, load_kernels
 from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_reference
 from lissom.ops.quantized_linear import fill_panels, pack_bytes, pack_groups, quantized_linear_reference
@@ -87,9 +87,8 @@ class Generator:
         """A call, and whether it is spoilt."""
         call = self.random.choice(self.makers)()
         spoilt = self.random.random() < 0.7
-        if spoilt:
-            for _ in range(self.random.choice([1, 1, 2, 3])):
-                self.spoil(call)
+        for _ in range(self.random.choice([1, 1, 2, 3]) if spoilt else 0):
+            self.spoil(call)
         return call, spoilt
 
     def numbers(self, *sizes: int, dtype: torch.dtype) -> torch.Tensor:
@@ -235,18 +234,17 @@ class Generator:
         return Call("merged_attention", merged_attention_reference, {"qkv": qkv, "bias": bias}, options)
 
     def unpadded(self) -> Call:
-        call = self.merged()
-        qkv, bias = call.operands["qkv"], call.operands["bias"]
-        assert isinstance(qkv, torch.Tensor)
-        lengths = torch.randint(0, qkv.shape[1] + 1, (qkv.shape[0], 1), generator=self.torch)
-        seen = torch.arange(qkv.shape[1]) < lengths
+        heads, key_heads, depth = 2, self.random.choice([1, 2]), self.random.choice([1, 7, 8, 32])
+        seen = torch.arange(self.size()) < torch.randint(0, 40, (self.random.choice([0, 1, 2]), 1), generator=self.torch)
         slots, rows = slots_and_rows(seen)
-        x = qkv.flatten(0, 1)[None]
-        if self.random.random() < 0.5:
-            bias = seen[:, None, None]
-        call.options["causal"] = self.random.random() < 0.2
-        operands: dict[str, Value] = {"qkv": x, "slots": slots, "rows": rows, "bias": bias}
-        return Call("unpadded_attention", unpadded_attention_reference, operands, call.options)
+        sizes = [1, seen.numel(), heads + 2 * key_heads, depth]
+        whole = self.numbers(*sizes, dtype=self.random.choice(self.dtypes)).transpose(1, 2)
+        parts = whole.split([heads, key_heads, key_heads], 1)
+        low, high = (self.random.choice([None, None, -9, 0, 5]) for _ in range(2))
+        bias = seen[:, None, None] if self.random.random() < 0.7 else None
+        operands: dict[str, Value] = {**dict(zip("qkv", parts, strict=True)), "slots": slots, "rows": rows, "bias": bias}
+        options: dict[str, Value] = {"scale": 0.4, "softcap": self.random.choice([0.0, 2.0]), "low": low, "high": high}
+        return Call("unpadded_attention", unpadded_attention_reference, operands, options)
 
     def sparse(self) -> Call:
         operands, options, (heads, queries, keys) = self.qkv()
@@ -257,15 +255,17 @@ class Generator:
 
     def norm(self) -> Call:
         dtype, features = self.random.choice(self.dtypes), self.size()
-        x = self.numbers(*self.lead(), features, dtype=dtype)
-        weight = self.numbers(features, dtype=dtype) if self.random.random() < 0.7 else None
-        return Call("fused_rms_norm", fused_rms_norm_reference, {"x": x, "weight": weight}, {"eps": 1e-5})
+        maybe = lambda: self.numbers(features, dtype=dtype) if self.random.random() < 0.7 else None  # noqa: E731
+        operands: dict[str, Value] = {"x": self.numbers(*self.lead(), features, dtype=dtype), "weight": maybe()}
+        if self.random.random() < 0.5:
+            return Call("fused_rms_norm", fused_rms_norm_reference, operands, {"eps": 1e-5})
+        return Call("fused_layer_norm", fused_layer_norm_reference, {**operands, "bias": maybe()}, {"eps": 1e-5})
 
     def rotary(self) -> Call:
         dtype, half, tokens = self.random.choice(self.dtypes), self.size(), self.size()
         batch, angles = self.random.choice([0, 1, 2]), half * self.random.choice([1, 2])
-        sizes = self.random.choice([[tokens], [1, 1, tokens], [batch, 1, tokens]])
-        operands: dict[str, Value] = {"x": self.numbers(batch, self.random.choice([1, 3]), tokens, 2 * half, dtype=dtype)}
+        sizes, heads = self.random.choice([[tokens], [1, 1, tokens], [batch, 1, tokens]]), self.random.choice([1, 3])
+        operands: dict[str, Value] = {"x": self.numbers(batch, heads, tokens, 2 * half, dtype=dtype)}
         operands |= {name: self.numbers(*sizes, angles, dtype=dtype) for name in ("cos", "sin")}
         return Call("fused_rotary", fused_rotary_reference, operands, {"interleaved": self.random.random() < 0.5})
 
@@ -377,8 +377,7 @@ def main() -> int:
     faulthandler.enable()
     if "asan" not in os.environ.get("LD_PRELOAD", ""):  # which reserves terabytes
         resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))
-    missing = load_kernels()
-    if missing:
+    if missing := load_kernels():
         raise SystemExit(missing)
     if given.amx and not torch.ops.lissom.use_amx(True):
         raise SystemExit("the operating system does not permit AMX")

@@ -12,7 +12,7 @@ from lissom.ops.fused_attention import (
     merged_attention_reference,
     unpadded_attention_reference,
 )
-from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
+from lissom.ops.fused_rows import fused_layer_norm_reference, fused_rms_norm_reference, fused_rotary_reference
 from lissom.ops.native import load_kernels
 from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_reference
 from lissom.ops.pattern import Pattern
@@ -40,6 +40,7 @@ REFERENCES = {
     "merged_attention": merged_attention_reference,
     "unpadded_attention": unpadded_attention_reference,
     "block_sparse_attention": blocked_attention,
+    "fused_layer_norm": fused_layer_norm_reference,
     "fused_rms_norm": fused_rms_norm_reference,
     "fused_rotary": fused_rotary_reference,
 }
@@ -93,11 +94,12 @@ WRONG = [
     ("merged_attention", (QKV,), {"heads": 2, "key_heads": -1, "scale": 1.0}),
     ("merged_attention", (QKV,), {"heads": 2**62, "key_heads": 2**62, "scale": 1.0}),
     ("merged_attention", (QKV,), {"heads": 5, "key_heads": 2, "scale": 1.0}),
-    ("unpadded_attention", (QKV, IDS[None], IDS[:1]), HEADS),
-    ("unpadded_attention", (QKV[:1], IDS, IDS[:1]), HEADS),
-    ("unpadded_attention", (QKV[:1], IDS[None, :1], IDS[None, :1]), HEADS),
-    ("unpadded_attention", (QKV[:1], IDS[None, :1].float(), IDS[:1]), HEADS),
-    ("unpadded_attention", (QKV[:1], IDS[None, :1], IDS[:1], torch.ones(3)), HEADS),
+    ("unpadded_attention", (Q, Q, Q, IDS[None], IDS[:1]), {"scale": 1.0}),
+    ("unpadded_attention", (Q[:1], K[:1], K[:1], IDS[None, :1], IDS[:1]), {"scale": 1.0}),
+    ("unpadded_attention", (Q[:1], Q[:1], Q[:1], IDS, IDS[:1]), {"scale": 1.0}),
+    ("unpadded_attention", (Q[:1], Q[:1], Q[:1], IDS[None, :1], IDS[None, :1]), {"scale": 1.0}),
+    ("unpadded_attention", (Q[:1], Q[:1], Q[:1], IDS[None, :1].float(), IDS[:1]), {"scale": 1.0}),
+    ("unpadded_attention", (Q[:1], Q[:1], Q[:1], IDS[None, :1], IDS[:1], torch.ones(3)), {"scale": 1.0}),
     ("block_sparse_attention", (Q, K, K), {"pattern": [0, 1, 1, 0, 9, 1], "block": 4, "scale": 1.0}),
     ("block_sparse_attention", (Q, K, K), {"pattern": [0, -1, 1, 0, 9, 0, 0], "block": 4, "scale": 1.0}),
     ("block_sparse_attention", (Q, K, K), {"pattern": [0, -1, 1, 0, 9, 1, 2**31 - 1], "block": 4, "scale": 1.0}),
@@ -110,6 +112,8 @@ WRONG = [
         (Q, K, K, None, torch.ones(3, 2, 2, dtype=torch.bool)),
         {"pattern": [0, 0, 0, 0, 0, 1, 0], "block": 4, "scale": 1.0},
     ),
+    ("fused_layer_norm", (X, None, torch.ones(9)), {"eps": 1e-5}),
+    ("fused_layer_norm", (X[0, 0],), {"eps": 1e-5}),
     ("fused_rms_norm", (X, torch.ones(9)), {"eps": 1e-5}),
     ("fused_rms_norm", (X[0, 0],), {"eps": 1e-5}),
     ("fused_rotary", (Q, ANGLES[:, :3], ANGLES[:, :3]), {}),

@@ -174,6 +174,8 @@ def unpadded(kind, seen):
         mask = mask & torch.ones(seen.shape[1], seen.shape[1], dtype=torch.bool).tril()
     elif kind == "other rows":
         rows = rows.flip(0)[::2]
+    elif kind == "later rows":
+        rows = rows[rows % seen.shape[1] > 1]
     elif kind == "scattered":
         place = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         slots = place[slots]
@@ -181,25 +183,33 @@ def unpadded(kind, seen):
 
 
 @pytest.mark.parametrize("form", [unpadded_attention, unpadded_attention_reference], ids=["operator", "reference"])
-@pytest.mark.parametrize("kind", ["packed", "hole", "bias", "heads", "triangle", "other rows", "scattered", "causal"])
+@pytest.mark.parametrize(
+    "kind", ["packed", "hole", "bias", "heads", "triangle", "other rows", "scattered", "causal", "window", "later rows"]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_texts_without_padding_attend_as_padded_ones_do(form, kind, dtype):
     seen = torch.arange(70) < torch.tensor([70, 3, 41, 1, 0])[:, None]
     if kind == "hole":
         seen[2, 5] = False
     slots, rows, mask = unpadded(kind, seen)
-    qkv = numbers(1, int(slots.max()) + 1, (4 + 2 * 2) * 8, dtype=dtype)
-    options = {"heads": 4, "key_heads": 2, "scale": 0.3, "softcap": 2.0, "causal": kind == "causal"}
-    wanted = merged_attention_reference(qkv[0, slots].double(), mask, **options).flatten(0, 1)[rows]
-    assert relative_error(wanted, form(qkv, slots, rows, mask, **options)[0].double()) < ALLOWED[dtype]
+    q, k, v = numbers(1, int(slots.max()) + 1, 4 + 2 + 2, 8, dtype=dtype).transpose(1, 2).split([4, 2, 2], 1)
+    band = {"causal": (None, 0), "window": (-9, 4), "later rows": (-20, -1)}.get(kind, (None, None))
+    i = torch.arange(slots.shape[1])
+    low, high = (bound if bound is not None else sign * 99 for bound, sign in zip(band, (-1, 1), strict=True))
+    whole = mask & (i - i[:, None] >= low) & (i - i[:, None] <= high) if band != (None, None) else mask
+    padded = (item[0][:, slots].transpose(0, 1).double() for item in (q, k, v))
+    wanted = fused_attention_reference(*padded, whole, scale=0.3, softcap=2.0).transpose(1, 2).flatten(0, 1)[rows]
+    found = form(q, k, v, slots, rows, mask, scale=0.3, softcap=2.0, low=band[0], high=band[1])
+    assert found.transpose(1, 2).is_contiguous()
+    assert relative_error(wanted, found[0].transpose(0, 1).double()) < ALLOWED[dtype]
 
 
 def test_tokens_that_are_not_there_are_refused():
-    qkv, rows = numbers(1, 4, 24), torch.tensor([0, 3])
+    q, rows = numbers(1, 1, 4, 8), torch.tensor([0, 3])
     for form in (unpadded_attention, unpadded_attention_reference):
         for slots, taken in ((torch.tensor([[0, 4]]), rows[:1]), (torch.tensor([[0, -5]]), rows[:1]), (rows[None], rows)):
             with pytest.raises((IndexError, RuntimeError)):
-                form(qkv, slots, taken, heads=1, key_heads=1, scale=1.0)
+                form(q, q, q, slots, taken, scale=1.0)
 
 
 @pytest.mark.parametrize("form", FORMS)

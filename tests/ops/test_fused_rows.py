@@ -1,4 +1,4 @@
-"""`lissom::fused_rms_norm` and `lissom::fused_rotary`: kernel and reference against float64."""
+"""`lissom::fused_layer_norm`, `fused_rms_norm` and `fused_rotary`: kernel and reference against float64."""
 
 import pytest
 import torch
@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from lissom.compiler.verify.divergence import relative_error
-from lissom.ops.fused_rows import fused_rms_norm, fused_rms_norm_reference, fused_rotary, fused_rotary_reference
+from lissom.ops.fused_rows import (
+    fused_layer_norm,
+    fused_layer_norm_reference,
+    fused_rms_norm,
+    fused_rms_norm_reference,
+    fused_rotary,
+    fused_rotary_reference,
+)
 from lissom.ops.native import kernel_dtypes, load_kernels
 from lissom.ops.rotary import rotary_reference
 
@@ -36,6 +43,26 @@ def test_rms_norm(rows, features, weighted, dtype, form):
     found = form(x, weight, eps=1e-5)
     assert found.dtype == dtype
     assert relative_error(wanted, found.double()) < ALLOWED[dtype]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    features=st.integers(2, 100),
+    weighted=st.booleans(),
+    biased=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    form=st.sampled_from([fused_layer_norm, fused_layer_norm_reference]),
+)
+def test_layer_norm(rows, features, weighted, biased, dtype, form):
+    x = numbers(rows, features, dtype=dtype)
+    weight, bias = (numbers(features, dtype=dtype, seed=n) if given else None for n, given in ((1, weighted), (2, biased)))
+    doubles = [None if item is None else item.double() for item in (weight, bias)]
+    wanted = functional.layer_norm(x.double(), (features,), *doubles, 1e-5)
+    found = form(x, weight, bias, eps=1e-5)
+    assert found.dtype == dtype
+    # Two features may be close to each other, and their difference is what is normed.
+    assert relative_error(wanted, found.double()) < ALLOWED[dtype] * (10 if features < 8 else 1)
 
 
 @settings(max_examples=100, deadline=None)

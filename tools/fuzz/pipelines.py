@@ -35,9 +35,9 @@ _ELIMINATIONS = (
     *("eliminate-dead-tokens", "merge-equal-heads"),
 )
 _LOWERINGS = (
-    *("merge-projections{always=true}", "fuse-rotary", "fuse-attention", "fuse-rms-norm", "pack-linear", "fuse-epilogues"),
-    *("fuse-merged-attention", "lower-sparse-attention{always=true}", "pack-sparse{always=true}", "write-state-in-place"),
-    *("fold-quantized-weights", "pack-quantized-linear"),
+    *("merge-projections{always=true}", "split-gates", "fuse-rotary", "fuse-attention", "pack-linear", "fuse-epilogues"),
+    *("fuse-norm", "fuse-unpadded-attention", "fuse-merged-attention", "lower-sparse-attention{always=true}"),
+    *("pack-sparse{always=true}", "write-state-in-place", "fold-quantized-weights", "pack-quantized-linear"),
 )
 DISTILL = _pass(
     "distill",

@@ -31,14 +31,16 @@ from lissom.ops.native import load_kernels, one_call
 from lissom.passes.lowering.fuse_attention import FuseAttention
 from lissom.passes.lowering.fuse_epilogues import FuseEpilogues
 from lissom.passes.lowering.fuse_merged_attention import FuseMergedAttention
-from lissom.passes.lowering.fuse_rms_norm import FuseRmsNorm
+from lissom.passes.lowering.fuse_norm import FuseNorm
 from lissom.passes.lowering.fuse_rotary import FuseRotary
+from lissom.passes.lowering.fuse_unpadded_attention import FuseUnpaddedAttention
 from lissom.passes.lowering.lower_quantized_products import LowerQuantizedProducts
 from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.lowering.pack_quantized_linear import PackQuantizedLinear
 from lissom.passes.lowering.pack_sparse import PackSparse
+from lissom.passes.lowering.split_gates import SplitGates
 from lissom.passes.lowering.write_state_in_place import WriteStateInPlace
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
@@ -59,8 +61,10 @@ class Eager(Backend):
             return (WriteStateInPlace(),)
         # Without kernels the later passes say why; merged projections would then be read as strided slices.
         merge = () if load_kernels() else (MergeProjections(always=True, gates=False),)
-        products = (PackQuantizedLinear(), PackLinear(), FuseEpilogues(), FuseMergedAttention(), WriteStateInPlace())
-        return (FoldQuantizedWeights(), *merge, FuseRotary(), LowerSparseAttention(), FuseAttention(), FuseRmsNorm(), *products)
+        heads = (FuseRotary(), LowerSparseAttention(), FuseAttention())
+        products = (SplitGates(), PackQuantizedLinear(), PackLinear(), FuseEpilogues(), FuseNorm())
+        lookups = (FuseUnpaddedAttention(), FuseMergedAttention(), WriteStateInPlace())
+        return (FoldQuantizedWeights(), *merge, *heads, *products, *lookups)
 
     def build(self, program: Program, example: Sample) -> Executable:
         executable = build_function(program, with_graphs)

@@ -204,8 +204,9 @@ TRANSLATIONS: Mapping[object, Callable[..., object]] = {
 
 _WRITTEN_BY: Mapping[object, str] = {
     ops.fused_attention: "fuse-attention or lower-sparse-attention",
-    **dict.fromkeys((ops.merged_attention, ops.unpadded_attention), "fuse-merged-attention"),
-    ops.fused_rms_norm: "fuse-rms-norm",
+    ops.merged_attention: "fuse-merged-attention",
+    ops.unpadded_attention: "fuse-unpadded-attention",
+    **dict.fromkeys((ops.fused_layer_norm, ops.fused_rms_norm), "fuse-norm"),
     ops.fused_rotary: "fuse-rotary",
     **dict.fromkeys((ops.packed_linear, ops.packed_embedding), "pack-linear or pack-quantized-linear"),
     **dict.fromkeys((ops.quantized_linear, ops.weight_quantized_linear), "pack-quantized-linear"),

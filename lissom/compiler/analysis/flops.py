@@ -82,8 +82,8 @@ def _merged_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
 
 def _unpadded_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
     """The same, where each row that is returned sees the tokens of a padded text."""
-    *_, rows, features = shape_of(node)
-    return 2 * rows * _operand(node, 1, shape_of)[-1] * features
+    _, heads, rows, value_dim = shape_of(node)
+    return heads * rows * _operand(node, 3, shape_of)[-1] * (_operand(node, 0, shape_of)[-1] + value_dim)
 
 
 def _block_sparse_attention(node: fx.Node, shape_of: ShapeOf) -> Size:

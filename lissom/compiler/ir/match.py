@@ -64,6 +64,11 @@ def is_own_weight(item: object) -> TypeGuard[fx.Node]:
     return isinstance(item, fx.Node) and item.op == "get_attr" and len(item.users) == 1
 
 
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The only node that reads a value; None where there are several or none."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
 def memory_of(node: fx.Node) -> fx.Node:
     """The value in whose memory the node's result may be."""
     while is_view(node):

@@ -29,7 +29,7 @@ struct Attention {
   T* y;                      // [batch, queries, heads, value_dim]
   int64_t batch, heads, key_heads, queries, keys, head_dim, value_dim;
   float scale, softcap;
-  bool causal;
+  Band band;
 
   const T* query(int64_t b, int64_t h, int64_t row) const { return q + q_strides.at(b, h, row); }
   const Cache* key(int64_t b, int64_t group, int64_t token) const { return k + k_strides.at(b, group, token); }
@@ -116,19 +116,20 @@ inline void finish_scores(const Call& call, float* row, int64_t visible, int64_t
   }
 }
 
-// Softmax of a row of scores into `to`, which may be the row, without the division: returns the sum to divide by. Masked scores
-// and padding become 0; the row may change.
+// Softmax of a row of scores into `to`, which may be the row, without the division: returns the sum to divide by. Scores outside of
+// `visible` and other masked ones, and padding, become 0; the row may change.
 template <typename Call, typename P>
-inline float softmax(const Call& call, float* row, int64_t visible, int64_t padded, const float* bias, const bool* seen,
+inline float softmax(const Call& call, float* row, Span visible, int64_t padded, const float* bias, const bool* seen,
                     const float* sink, P* to) {
   float scale = 1.0f;
-  bool all_seen = !seen || (call.bias_strides.column == 1 ? !std::memchr(seen, 0, visible) : *seen);
+  bool all_seen = !seen || (call.bias_strides.column == 1 ? !std::memchr(seen + visible.begin, 0, visible.end - visible.begin) : *seen);
   if (call.softcap == 0 && !bias && all_seen && call.scale != 0) {  // scaling is then folded into the argument of the exponential
     scale = call.scale;
-    std::fill(row + visible, row + padded, scale > 0 ? kHidden : -kHidden);
+    std::fill(row + visible.end, row + padded, scale > 0 ? kHidden : -kHidden);
   } else {
-    finish_scores(call, row, visible, padded, bias, seen);
+    finish_scores(call, row, visible.end, padded, bias, seen);
   }
+  std::fill(row, row + visible.begin, scale > 0 ? kHidden : -kHidden);
   Vec highest = splat(kHidden);
   for (int64_t c = 0; c < padded; c += kLanes) highest = maximum(load(row + c) * scale, highest);  // ignores NaN
   float top = largest(highest);
@@ -149,8 +150,9 @@ inline float softmax(const Call& call, float* row, int64_t visible, int64_t padd
 
 // Softmax of one row of the call, whose scores start at the key `from`.
 template <typename Call, typename P>
-inline float softmax_row(const Call& call, int64_t b, int64_t h, int64_t row, int64_t from, float* scores,
-                        int64_t visible, int64_t padded, P* to) {
+inline float softmax_row(const Call& call, const VisibleKeys& visible_keys, int64_t b, int64_t h, int64_t row, int64_t from,
+                         float* scores, int64_t padded, P* to) {
+  Span seen = visible_keys.of(b, h, row), visible{std::max<int64_t>(seen.begin - from, 0), std::max<int64_t>(seen.end - from, 0)};
   int64_t offset = call.bias_strides.at(b, h, row) + from * call.bias_strides.column;
   const float* sink = call.sinks ? call.sinks + b * call.sink_batch + h * call.sink_head : nullptr;
   return softmax(call, scores, visible, padded, call.bias ? call.bias + offset : nullptr, call.mask ? call.mask + offset : nullptr,
@@ -187,8 +189,9 @@ inline void head(const Attention<T>& call, const VisibleKeys& visible_keys, int6
   int64_t depth = ceil_div(call.head_dim, pair) * pair;
   Span seen = visible_keys.of(b, h, begin, end);                 // keys outside are not read, and counted from its begin
   int64_t width = ceil_div(seen.end - seen.begin, kPanel) * kPanel;        // keys, filled up to whole panels
-  scratch.scores.resize(kRows * width);
-  if (pair == 2) scratch.weights.resize(kRows * width);
+  int64_t line = width + kLanes;  // of scores: not a power of two, which would map all rows to the same cache sets
+  scratch.scores.resize(kRows * line);
+  if (pair == 2) scratch.weights.resize(kRows * line);
   pack_head(call, b, h / (call.heads / call.key_heads), seen, depth, width, scratch);
   in_pieces(begin, end, kRows, [&](int64_t top, int64_t bottom) {
     Span tile = visible_keys.of(b, h, top, bottom);
@@ -212,21 +215,21 @@ inline void head(const Attention<T>& call, const VisibleKeys& visible_keys, int6
         const P* panel = scratch.keys.data() + c / kPanel * depth * kPanel + c % kPanel * pair;
         multiply<R>(q, q_stride, panel, depth / pair, sums);
         for (int r = 0; r < R; ++r)
-          for (int w = 0; w < kWide; ++w) store(scores + r * width + c + w * kLanes, sums[r][w]);
+          for (int w = 0; w < kWide; ++w) store(scores + r * line + c + w * kLanes, sums[r][w]);
       }
       P* weights;
       if constexpr (pair == 2) weights = scratch.weights.data();
       else weights = scores;
       float inverse[R];
       for (int r = 0; r < R; ++r) {
-        int64_t visible = std::max<int64_t>(visible_keys.of(b, h, top + r).end - seen.begin - skipped, 0), place = r * width + skipped;
-        inverse[r] = 1.0f / softmax_row(call, b, h, top + r, seen.begin + skipped, scores + place, visible, padded - skipped,
-                                       weights + place);
+        int64_t place = r * line + skipped;
+        inverse[r] = 1.0f / softmax_row(call, visible_keys, b, h, top + r, seen.begin + skipped, scores + place, padded - skipped,
+                                        weights + place);
       }
       for (int64_t c = 0; c < call.value_dim; c += kChunk) {
         Vec sums[R][kWide] = {};
         const P* panel = scratch.values.data() + (c / kPanel * width + skipped) * kPanel + c % kPanel * pair;
-        multiply<R>(weights + skipped, width, panel, (padded - skipped) / pair, sums);
+        multiply<R>(weights + skipped, line, panel, (padded - skipped) / pair, sums);
         for (int r = 0; r < R; ++r) {
           T* y = call.output(b, h, top + r);
           for (int w = 0; w < kWide && c + w * kLanes < call.value_dim; ++w)
@@ -265,9 +268,8 @@ inline void head_by_tiles(const Attention<BFloat16>& call, const VisibleKeys& vi
     float inverse[kAmxRows];
     for (int64_t r = 0; r < rows; ++r) {
       float* line = scores + r * width;
-      int64_t visible = std::max<int64_t>(visible_keys.of(b, h, top + r).end - seen.begin - skipped, 0);
-      inverse[r] = 1.0f / softmax_row(call, b, h, top + r, seen.begin + skipped, line + skipped, visible, padded - skipped,
-                                     scratch.weights.data() + r * width + skipped);
+      inverse[r] = 1.0f / softmax_row(call, visible_keys, b, h, top + r, seen.begin + skipped, line + skipped, padded - skipped,
+                                      scratch.weights.data() + r * width + skipped);
     }
     for (int64_t c = 0; c < call.value_dim; c += kPanel) {
       amx_product<BFloat16>(rows, scratch.weights.data() + skipped, width * sizeof(BFloat16),
@@ -378,9 +380,8 @@ inline void some_rows(const Attention<T, Cache>& call, const VisibleKeys& visibl
   float inverse[R];
   for (int r = 0; r < R; ++r) {
     auto [h, row] = place(r);
-    int64_t visible = std::max<int64_t>(visible_keys.of(b, h, row).end - seen.begin, 0);
     float* line = scores + r * padded;
-    inverse[r] = 1.0f / softmax_row(call, b, h, row, seen.begin, line, visible, padded, line);
+    inverse[r] = 1.0f / softmax_row(call, visible_keys, b, h, row, seen.begin, line, padded, line);
   }
   scale_by(call.v_scale);
   weighted_sum<R>(scores, padded, inverse, v, call.v_strides.row, &seen, 1, call.value_dim, y);
@@ -411,14 +412,18 @@ template <typename T>
 void run(const Attention<T>& call) {
   VisibleKeys visible_keys(call);
   if (call.queries <= kFewRows && call.k_strides.column == 1 && call.v_strides.column == 1) return few_rows(call, visible_keys);
-  int64_t threads = at::get_num_threads(), heads = call.batch * call.heads;
+  int64_t threads = at::get_num_threads(), heads = call.batch * call.heads, shared = call.heads / call.key_heads;
   // With few heads, the rows of a head are split among threads too; each share packs the keys again.
   int64_t shares = heads >= 4 * threads ? 1 : std::max<int64_t>(1, std::min(ceil_div(4 * threads, heads), call.queries / 64));
+  // Within a band the keys of fewer rows are fewer, and stay in the L2 cache.
+  if (int64_t across = call.band.high - call.band.low; across < call.keys)
+    shares = std::max(shares, call.queries / std::max<int64_t>(256, across / 2));
   auto all_heads = [&](auto zero, auto one_head) {
     at::parallel_for(0, heads * shares, 1, [&](int64_t from, int64_t to) {
       Scratch<decltype(zero)> scratch;
       for (int64_t item = from; item < to; ++item) {
-        int64_t which = item / shares, share = item % shares;
+        // Heads that share keys follow each other, each with the same rows, and reuse the packed keys.
+        int64_t group = item / (shares * shared), share = item / shared % shares, which = group * shared + item % shared;
         if (share == 0 && which + 1 < heads) fetch(call, visible_keys, (which + 1) / call.heads, (which + 1) % call.heads);
         int64_t begin = call.queries * share / shares, end = call.queries * (share + 1) / shares;
         one_head(which / call.heads, which % call.heads, begin, end, scratch);

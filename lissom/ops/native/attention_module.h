@@ -4,6 +4,7 @@
 #include "block_sparse.h"
 #include "checks.h"
 #include "memory.h"
+#include "views.h"
 
 #include <cmath>
 #include <functional>
@@ -11,14 +12,6 @@
 
 namespace lissom {
 namespace {
-
-// Calls work(T{}) for the dtype T of x, float32 or bfloat16.
-template <typename Work>
-Tensor by_dtype(const Tensor& x, Work&& work) {
-  if (x.scalar_type() == at::kFloat) return work(float{});
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16, "the kernels compute in float32 and bfloat16, not in ", x.scalar_type());
-  return work(BFloat16{});
-}
 
 Strides strides_of(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
@@ -50,6 +43,19 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, Optional
               "sinks are floating, one number a head: they broadcast to [batch, heads, 1, 1]");
 }
 
+// Sets the bias or the mask of a call whose scores have these sizes; returns the memory that it reads.
+template <typename T, typename Cache>
+Tensor set_bias(Attention<T, Cache>& call, Optional bias, at::IntArrayRef scores) {
+  if (!bias) return {};
+  Tensor mask = bias->scalar_type() == at::kBool ? *bias : bias->to(at::kFloat);
+  if (mask.dim() > 0 && mask.stride(-1) > 1) mask = mask.contiguous();
+  mask = mask.expand(scores);
+  if (mask.scalar_type() == at::kBool) call.mask = mask.const_data_ptr<bool>();
+  else call.bias = mask.const_data_ptr<float>();
+  call.bias_strides = strides_of(mask);
+  return mask;
+}
+
 // Calls `work` with the pointers and strides of the operands; returns the output that it fills.
 template <typename T, typename Cache, typename Work>
 Tensor with_attention(const Tensor& given, const Tensor& k, const Tensor& v, Optional bias, double scale, double softcap,
@@ -61,15 +67,7 @@ Tensor with_attention(const Tensor& given, const Tensor& k, const Tensor& v, Opt
   Attention<T, Cache> call{};
   call.q = q.const_data_ptr<T>(), call.k = k.const_data_ptr<Cache>(), call.v = v.const_data_ptr<Cache>();
   call.q_strides = strides_of(q), call.k_strides = strides_of(k), call.v_strides = strides_of(v);
-  Tensor mask, sink;
-  if (bias) {
-    mask = bias->scalar_type() == at::kBool ? *bias : bias->to(at::kFloat);
-    if (mask.dim() > 0 && mask.stride(-1) > 1) mask = mask.contiguous();
-    mask = mask.expand({batch, heads, queries, keys});
-    if (mask.scalar_type() == at::kBool) call.mask = mask.const_data_ptr<bool>();
-    else call.bias = mask.const_data_ptr<float>();
-    call.bias_strides = strides_of(mask);
-  }
+  Tensor mask = set_bias(call, bias, {batch, heads, queries, keys}), sink;
   if (sinks) {
     sink = sinks->to(at::kFloat).expand({batch, heads, queries, 1});
     call.sinks = sink.const_data_ptr<float>(), call.sink_batch = sink.stride(0), call.sink_head = sink.stride(1);
@@ -87,7 +85,7 @@ template <typename T, typename Cache>
 Tensor attention_of(const Tensor& q, const Tensor& k, const Tensor& v, Optional bias, double scale, double softcap,
                     Optional sinks, bool causal, Optional k_scale, Optional v_scale) {
   return with_attention<T, Cache>(q, k, v, bias, scale, softcap, sinks, [&](Attention<T, Cache>& call) {
-    call.causal = causal;
+    if (causal) call.band = Band::causal();
     if constexpr (std::is_same_v<T, Cache>) {
       run(call);
     } else {
@@ -150,7 +148,7 @@ Tensor merged_attention(const Tensor& given, Optional bias, int64_t heads, int64
 // leaves them, and one mask holds for all its queries; else none. whole: what the calls share, with the mask of all texts.
 template <typename T>
 std::vector<Attention<T>> calls_of_texts(const Attention<T>& whole, const Tensor& slot_table, const Tensor& row_table) {
-  int64_t batch = slot_table.size(0), tokens = slot_table.size(1), count = row_table.size(0), width = whole.q_strides.row;
+  int64_t batch = slot_table.size(0), tokens = slot_table.size(1), count = row_table.size(0);
   const int64_t *slots = slot_table.const_data_ptr<int64_t>(), *rows = row_table.const_data_ptr<int64_t>();
   auto neighbours = [](auto&& place, int64_t from, int64_t to) {
     for (int64_t n = from + 1; n < to; ++n)
@@ -163,80 +161,79 @@ std::vector<Attention<T>> calls_of_texts(const Attention<T>& whole, const Tensor
     int64_t first = taken;
     while (taken < count && rows[taken] / tokens == b && (taken == first || rows[taken] > rows[taken - 1])) ++taken;
     if (taken == first) continue;
+    auto position = [&](int64_t n) { return rows[n] % tokens; };
     auto query = [&](int64_t n) { return slots[rows[n]]; };
     auto key = [&](int64_t n) { return slots[b * tokens + n]; };
     Attention<T> call = whole;
     if (call.mask) call.mask += b * whole.bias_strides.batch;
     if (call.bias) call.bias += b * whole.bias_strides.batch;
-    call.batch = 1, call.queries = 1;  // all of them see the same keys
+    call.batch = 1, call.queries = 1, call.band = Band();  // the mask lets all queries see the same keys
     VisibleKeys visible(call);
     Span seen{0, 0};
     for (int64_t h = 0; h < call.heads; ++h) seen = joined(seen, visible.of(0, h, 0));
-    if (!neighbours(query, first, taken) || !neighbours(key, seen.begin, seen.end)) return {};
-    call.queries = taken - first;
-    call.q += query(first) * width, call.y += first * call.heads * call.value_dim;
-    int64_t ahead = seen.begin < seen.end ? (key(seen.begin) - seen.begin) * width : 0;
-    call.k += ahead, call.v += ahead;
+    bool ordered = !whole.band.narrows() || neighbours(position, first, taken);
+    if (!ordered || !neighbours(query, first, taken) || !neighbours(key, seen.begin, seen.end)) return {};
+    call.queries = taken - first, call.band = whole.band.after(position(first));
+    call.q += query(first) * whole.q_strides.row, call.y += first * call.heads * call.value_dim;
+    int64_t ahead = seen.begin < seen.end ? key(seen.begin) - seen.begin : 0;
+    call.k += ahead * whole.k_strides.row, call.v += ahead * whole.v_strides.row;
     found.push_back(call);
   }
   return taken == count ? found : std::vector<Attention<T>>{};
 }
 
-// Tokens of several texts without padding, [1, tokens of all, all heads]. slots: [batch, tokens of a padded text], the token at each
-// position; rows: the positions, over all texts, whose results are returned.
-Tensor unpadded_attention(const Tensor& given, const Tensor& slots_given, const Tensor& rows_given, Optional bias, int64_t heads,
-                          int64_t key_heads, double scale, double softcap, bool causal) {
-  int64_t head_dim = head_dim_of(given, heads, key_heads);
-  Tensor x = given.contiguous(), slots = checked_indices(slots_given), rows = checked_indices(rows_given);
-  TORCH_CHECK(x.size(0) == 1 && slots.dim() == 2 && rows.dim() == 1, "qkv ", x.sizes(), ", slots ", slots.sizes(), " and rows ",
-              rows.sizes(), " must be [1, tokens of all texts, all heads], [batch, tokens] and [rows]");
+// Tokens of several texts without padding, [1, heads, tokens of all, head_dim]. slots: [batch, tokens of a padded text], the token at
+// each position; rows: the positions, over all texts, whose results are returned. Query i of a text sees keys i + low to i + high.
+Tensor unpadded_attention(const Tensor& given, const Tensor& k, const Tensor& v, const Tensor& slots_given, const Tensor& rows_given,
+                          Optional bias, double scale, double softcap, std::optional<int64_t> low, std::optional<int64_t> high) {
+  check_attention(given, k, v, {}, scale, softcap, {}, given.scalar_type());
+  Tensor slots = checked_indices(slots_given), rows = checked_indices(rows_given);
+  TORCH_CHECK(given.size(0) == 1 && k.size(2) == given.size(2) && slots.dim() == 2 && rows.dim() == 1, "q ", given.sizes(), ", k ",
+              k.sizes(), ", slots ", slots.sizes(), " and rows ", rows.sizes(),
+              " must be [1, heads, tokens of all texts, head_dim], the same, [batch, tokens] and [rows]");
   for (const Tensor& item : {slots, rows})
     for (int64_t size : item.sizes()) check_size(size, "a size of slots or rows");
-  int64_t batch = slots.size(0), tokens = slots.size(1), width = x.size(2), count = rows.size(0);
+  int64_t batch = slots.size(0), tokens = slots.size(1), count = rows.size(0), heads = given.size(1), value_dim = v.size(3);
   auto check_indices = [](const Tensor& indices, int64_t limit, const char* name) {
     const int64_t* values = indices.const_data_ptr<int64_t>();
     for (int64_t n = 0; n < indices.numel(); ++n)
       TORCH_CHECK_INDEX(values[n] >= 0 && values[n] < limit, name, " holds ", values[n], ", and must be from 0 to ", limit - 1);
   };
-  check_indices(slots, x.size(1), "slots"), check_indices(rows, slots.numel(), "rows");
-  std::vector<int64_t> scores{batch, heads, tokens, tokens};
+  check_indices(slots, given.size(2), "slots"), check_indices(rows, slots.numel(), "rows");
   check_readable(bias, "bias");
-  bool readable = !bias || (!bias->is_complex() && bias->broadcasts(scores));  // else refused below, by name
-  Tensor mask;
-  if (bias && readable) mask = (bias->scalar_type() == at::kBool ? *bias : bias->to(at::kFloat)).expand(scores);
-  bool alike = readable && !causal && (!bias || ((mask.stride(2) == 0 || tokens == 1) && mask.stride(3) == 1));
-  return by_dtype(x, [&](auto zero) {
+  std::vector<int64_t> scores{batch, heads, tokens, tokens};
+  TORCH_CHECK(!bias || (!bias->is_complex() && bias->broadcasts(scores)), "a bias is boolean or real and broadcasts to the scores, ",
+              at::IntArrayRef(scores));
+  Band band;
+  if (low) band.low = std::clamp(*low, -Band::kFar, Band::kFar);
+  if (high) band.high = std::clamp(*high, -Band::kFar, Band::kFar);
+  return by_dtype(given, [&](auto zero) {
     using T = decltype(zero);
-    Tensor y = allocate({1, count, heads * head_dim}, x.options());
-    if (y.numel() == 0 && alike) return y;
-    if (alike) {
-      Attention<T> whole{};
-      whole.q = x.const_data_ptr<T>(), whole.k = whole.q + heads * head_dim, whole.v = whole.k + key_heads * head_dim;
-      whole.q_strides = whole.k_strides = whole.v_strides = {0, head_dim, width, 1};
-      if (bias && mask.scalar_type() == at::kBool) whole.mask = mask.const_data_ptr<bool>();
-      else if (bias) whole.bias = mask.const_data_ptr<float>();
-      if (bias) whole.bias_strides = {mask.stride(0), mask.stride(1), 0, 1};
-      whole.y = y.mutable_data_ptr<T>();
-      whole.heads = heads, whole.key_heads = key_heads, whole.keys = tokens, whole.head_dim = whole.value_dim = head_dim;
-      whole.scale = static_cast<float>(scale), whole.softcap = static_cast<float>(softcap);
-      TORCH_CHECK(std::isfinite(whole.scale) && std::isfinite(whole.softcap), "scale ", scale, " and softcap ", softcap,
-                  " must be finite");
-      std::vector<Attention<T>> calls = calls_of_texts(whole, slots, rows);
-      if (!calls.empty()) {
+    Tensor q = given.stride(3) == 1 ? given : given.contiguous(), y = allocate({1, count, heads, value_dim}, q.options());
+    if (y.numel() == 0) return y.transpose(1, 2);
+    Attention<T> whole{};
+    whole.q = q.const_data_ptr<T>(), whole.k = k.const_data_ptr<T>(), whole.v = v.const_data_ptr<T>();
+    whole.q_strides = strides_of(q), whole.k_strides = strides_of(k), whole.v_strides = strides_of(v);
+    Tensor mask = set_bias(whole, bias, scores);
+    whole.y = y.mutable_data_ptr<T>();
+    whole.heads = heads, whole.key_heads = k.size(1), whole.keys = tokens, whole.head_dim = q.size(3), whole.value_dim = value_dim;
+    whole.scale = static_cast<float>(scale), whole.softcap = static_cast<float>(softcap), whole.band = band;
+    if (!bias || ((whole.bias_strides.row == 0 || tokens == 1) && whole.bias_strides.column == 1)) {
+      whole.bias_strides.row = 0;
+      if (std::vector<Attention<T>> calls = calls_of_texts(whole, slots, rows); !calls.empty()) {
         run(calls);
-        return y;
+        return y.transpose(1, 2);
       }
     }
-    auto lookup = [](const Tensor& from, const Tensor& indices, int64_t features, const Tensor& to) {
-      const int64_t* places = indices.const_data_ptr<int64_t>();
-      for (int64_t n = 0; n < indices.numel(); ++n)
-        std::copy_n(from.const_data_ptr<T>() + places[n] * features, features, to.mutable_data_ptr<T>() + n * features);
+    auto padded = [&](const Tensor& x) {
+      Tensor found = index_select(x.transpose(1, 2), 1, slots.view(slots.numel()));
+      return found.view({batch, tokens, x.size(1), x.size(3)}).transpose(1, 2);
     };
-    Tensor padded = allocate({batch, tokens, width}, x.options());
-    lookup(x, slots, width, padded);
-    Tensor all = merged_attention(padded, bias, heads, key_heads, scale, softcap, causal).contiguous();
-    lookup(all, rows, heads * head_dim, y);
-    return y;
+    Tensor all = with_attention<T, T>(padded(q), padded(k), padded(v), bias, scale, softcap, {}, [&](Attention<T>& call) {
+      call.band = band;
+      run(call);
+    });
+    return index_select(all.transpose(1, 2).view({1, batch * tokens, heads, value_dim}), 1, rows).transpose(1, 2);
   });
 }
 

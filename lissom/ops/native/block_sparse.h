@@ -84,6 +84,7 @@ struct TileScratch {
   PanelVisibility visibility;
   PanelTest test;
   std::vector<int64_t> panels;
+  std::vector<char> masked;       // by panel: whether the call's own mask may hide some key
   std::vector<Run> runs;
   std::vector<Span> spans;
   float top[kTile], total[kTile];  // per row: the maximum of its scores so far, and the sum of its weights
@@ -111,12 +112,14 @@ inline void list_panels(const BlockSparse<T>& sparse, int64_t b, int64_t h, Span
   const Attention<T>& call = sparse.call;
   scratch.visibility.find(sparse.pattern, h, rows, call.keys);
   scratch.panels.clear();
+  scratch.masked.assign(scratch.visibility.panels.size(), call.mask != nullptr);
   const Strides& strides = call.bias_strides;
   const bool* seen = call.mask && strides.row == 0 ? call.mask + strides.at(b, h, 0) : nullptr;
   for (int64_t panel = 0; panel < int64_t(scratch.visibility.panels.size()); ++panel) {
     if (scratch.visibility.panels[panel] == Visibility::kNone) continue;
     int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, call.keys - first);
     if (seen && (strides.column == 1 ? !std::memchr(seen + first, 1, count) : !*seen)) continue;
+    if (seen) scratch.masked[panel] = strides.column == 1 && std::memchr(seen + first, 0, count);
     scratch.panels.push_back(panel);
   }
 }
@@ -162,7 +165,7 @@ inline void some_panels(const BlockSparse<T>& sparse, const Shape<P>& shape, int
   float* scores = scratch.scores.of(0);
   const Strides& strides = call.bias_strides;
   int64_t bias = strides.at(b, h, row);
-  bool plain = !call.bias && !call.mask && call.softcap == 0;
+  bool plain = !call.bias && call.softcap == 0;
   Vec highest[R];
   for (int r = 0; r < rows; ++r) highest[r] = splat(kHidden);
   int64_t kept = 0;
@@ -174,7 +177,7 @@ inline void some_panels(const BlockSparse<T>& sparse, const Shape<P>& shape, int
       visibility = scratch.test.prepare(sparse.pattern, scratch.visibility, h, {row, row + rows},
                                         {key, std::min(key + kPanel, call.keys)});
     if (visibility == Visibility::kNone) continue;
-    bool untouched = plain && visibility == Visibility::kFull && key + kPanel <= call.keys;
+    bool untouched = plain && !scratch.masked[panel] && visibility == Visibility::kFull && key + kPanel <= call.keys;
     if constexpr (tiled)
       amx_product<P>(rows, q, shape.depth * sizeof(P), amx_panel(keys + key * shape.depth, shape.depth),
                      scores + kept * kPanel, shape.stride * sizeof(float));
@@ -399,9 +402,38 @@ void run_as(const BlockSparse<T>& sparse) {
   });
 }
 
+// The band that is the same as the pattern: that of a sliding window, or of all keys where it hides none of them from these
+// queries, as a window hides none of a short text; none for other patterns.
+template <typename T>
+std::optional<Band> band_of(const BlockSparse<T>& sparse) {
+  const Pattern& pattern = sparse.pattern;
+  bool differences = pattern.alternatives.size() == 1;
+  Band band;
+  for (const auto& conditions : pattern.alternatives)
+    for (const Condition& condition : conditions) {
+      differences &= condition.key != 0 && condition.query == -condition.key && condition.unit == 1 && condition.modulus == 0;
+      bool ahead = condition.key > 0;
+      band.low = std::max(band.low, ahead ? condition.low : -condition.high);
+      band.high = std::min(band.high, ahead ? condition.high : -condition.low);
+    }
+  if (differences) return band;
+  PanelVisibility visibility;
+  for (int64_t head = 0; head < pattern.heads; ++head) {
+    visibility.find(pattern, head, {0, sparse.call.queries}, sparse.call.keys);
+    for (Visibility panel : visibility.panels)
+      if (panel != Visibility::kFull) return std::nullopt;
+  }
+  return Band();
+}
+
 template <typename T>
 void run(const BlockSparse<T>& sparse) {
   const Attention<T>& call = sparse.call;
+  if (auto band = band_of(sparse)) {
+    Attention<T> dense = call;
+    dense.band = *band;
+    return run(dense);
+  }
   if (call.queries <= kFewRows && call.k_strides.column == 1 && call.v_strides.column == 1) return few_rows(sparse);
   if constexpr (std::is_same_v<T, BFloat16>)
     if (amx.load(std::memory_order_relaxed) && call.queries >= kFewestAmxRows) return run_as<T, true>(sparse);

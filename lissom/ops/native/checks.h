@@ -1,7 +1,7 @@
 // Checks of operands, which every entry point runs before it reads their memory.
 #pragma once
 
-#include "tensor.h"
+#include "vector.h"
 
 namespace lissom {
 namespace {
@@ -36,6 +36,14 @@ inline Tensor checked_indices(const Tensor& given) {
   TORCH_CHECK(given.scalar_type() == at::kLong || given.scalar_type() == at::kInt, "indices are of ", given.scalar_type(),
               ", and must be int64 or int32");
   return given.to(at::kLong).contiguous();
+}
+
+// Calls work(T{}) for the dtype T of x, float32 or bfloat16.
+template <typename Work>
+Tensor by_dtype(const Tensor& x, Work&& work) {
+  if (x.scalar_type() == at::kFloat) return work(float{});
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16, "the kernels compute in float32 and bfloat16, not in ", x.scalar_type());
+  return work(BFloat16{});
 }
 
 inline void check_dtype(const Tensor& tensor, at::ScalarType dtype, const char* name) {

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "amx.h"
+#include "rows.h"
 
 #include <cmath>
 #include <vector>
@@ -97,32 +98,9 @@ struct Linear {
   int64_t rows, features;
   Activation activation;
   bool multiplies;     // multiply by other instead of adding it
-  const T* norm_weight;  // [features], or null
-  const T* norm_bias;    // [features], or null
   bool norms;
-  float eps;
+  LayerNorm<T> norm;
 };
-
-// Layer norm of one row: (x - mean) / sqrt(variance + eps) * weight + bias, with two-pass statistics as in PyTorch.
-template <typename T>
-inline void normalize(const Linear<T>& call, const float* from, T* to) {
-  Vec total = splat(0.0f);
-  int64_t n = call.features;
-  for (int64_t c = 0; c < n; c += kLanes) total += load_some(from + c, n - c);
-  float mean = sum(total) / n;
-  Vec squares = splat(0.0f);
-  for (int64_t c = 0; c < n; c += kLanes) {
-    Vec centered = first_lanes(load_some(from + c, n - c) - mean, n - c);
-    squares += centered * centered;
-  }
-  float scale = 1.0f / std::sqrt(sum(squares) / n + call.eps);
-  for (int64_t c = 0; c < n; c += kLanes) {
-    Vec value = (load_some(from + c, n - c) - mean) * scale;
-    if (call.norm_weight) value *= load_some(call.norm_weight + c, n - c);
-    if (call.norm_bias) value += load_some(call.norm_bias + c, n - c);
-    store_some(to + c, value, n - c);
-  }
-}
 
 // The epilogue of a vector of sums of one row, from column c on, without the bias.
 template <typename T>
@@ -232,7 +210,7 @@ void run(const Linear<T>& call, const Source& source) {
         held.resize((end - begin) * call.features);
         block(call, mine, begin, end, first, last, held.data(), begin);
         for (int64_t row = begin; row < end; ++row)
-          normalize(call, held.data() + (row - begin) * call.features, call.y + row * call.features);
+          call.norm(held.data() + (row - begin) * call.features, call.y + row * call.features);
       } else {
         block(call, mine, begin, end, first, last, call.y, 0);
       }
@@ -241,7 +219,7 @@ void run(const Linear<T>& call, const Source& source) {
   if (split_norm) {
     at::parallel_for(0, call.rows, most, [&](int64_t from, int64_t to) {
       for (int64_t row = from; row < to; ++row)
-        normalize(call, shared.data() + row * call.features, call.y + row * call.features);
+        call.norm(shared.data() + row * call.features, call.y + row * call.features);
     });
   }
 }

@@ -74,8 +74,8 @@ Tensor linear_of(const Tensor& x, const Source& source, const Epilogue& epilogue
   Converted<T> b(epilogue.bias, x), o(epilogue.other, x), nw(epilogue.norm_weight, x), nb(epilogue.norm_bias, x);
   if (y.numel() == 0) return y;
   run(Linear<T>{b.pointer(), o.pointer(), y.mutable_data_ptr<T>(), y.numel() / epilogue.features, epilogue.features,
-                epilogue.activation, epilogue.multiplies, nw.pointer(), nb.pointer(), epilogue.norms,
-                static_cast<float>(epilogue.eps)},
+                epilogue.activation, epilogue.multiplies, epilogue.norms,
+                LayerNorm<T>{nw.pointer(), nb.pointer(), epilogue.features, static_cast<float>(epilogue.eps)}},
       source);
   return y;
 }
@@ -288,12 +288,34 @@ Tensor weight_quantized_linear_norm(const Tensor& x, const Tensor& weight, const
                 {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
 }
 
+// The features of rows to norm, which are checked.
+int64_t features_of(const Tensor& x, Optional weight, Optional bias = {}) {
+  check_readable(x, "x");
+  TORCH_CHECK(x.dim() >= 1, "x is a scalar, and must be [..., features]");
+  int64_t n = x.size(-1);
+  check_size(n, "the number of features");
+  check_floats(weight, n, "a norm's weight"), check_floats(bias, n, "a norm's bias");
+  return n;
+}
+
+template <typename T>
+Tensor layer_norm_of(const Tensor& given, Optional weight, Optional bias, double eps) {
+  int64_t n = features_of(given, weight, bias);
+  Tensor x = given.contiguous(), y = allocate(x.sizes(), x.options());
+  Converted<T> w(weight, x), b(bias, x);
+  if (x.numel() > 0)
+    run(LayerNorm<T>{w.pointer(), b.pointer(), n, static_cast<float>(eps)}, x.const_data_ptr<T>(), y.mutable_data_ptr<T>(),
+        x.numel() / n);
+  return y;
+}
+
+Tensor fused_layer_norm(const Tensor& x, Optional weight, Optional bias, double eps) {
+  return by_dtype(x, [&](auto zero) { return layer_norm_of<decltype(zero)>(x, weight, bias, eps); });
+}
+
 template <typename T>
 Tensor rms_norm_of(const Tensor& given, Optional weight, double eps) {
-  check_readable(given, "x");
-  TORCH_CHECK(given.dim() >= 1, "x is a scalar, and must be [..., features]");
-  int64_t n = given.size(-1);
-  check_size(n, "the number of features"), check_floats(weight, n, "a norm's weight");
+  int64_t n = features_of(given, weight);
   Tensor x = given.contiguous(), y = allocate(x.sizes(), x.options());
   Converted<T> w(weight, x);
   if (x.numel() > 0)
@@ -416,6 +438,7 @@ STABLE_TORCH_LIBRARY_IMPL(lissom, CPU, library) {
   implement<merged_attention>(library, "merged_attention");
   implement<unpadded_attention>(library, "unpadded_attention");
   implement<block_sparse_attention>(library, "block_sparse_attention");
+  implement<fused_layer_norm>(library, "fused_layer_norm");
   implement<fused_rms_norm>(library, "fused_rms_norm");
   implement<fused_rotary>(library, "fused_rotary");
   library.impl("gated_delta_rule", boxed<gated_delta_rule>);
@@ -428,8 +451,10 @@ STABLE_TORCH_LIBRARY_IMPL(lissom, CPU, library) {
   add_kernel<transpose>("aten::transpose.int"), add_kernel<permute>("aten::permute");
   add_kernel<unsqueeze>("aten::unsqueeze"), add_kernel<expand>("aten::expand");
   add_kernel<lissom::select>("aten::select.int"), add_kernel<slice>("aten::slice.Tensor");
-  add_kernel<split>("aten::split_with_sizes"), add_kernel<lissom::add>("aten::add.Tensor");
-  add_kernel<index_copy_>("aten::index_copy_"), add_kernel<embedding>("aten::embedding");
+  add_kernel<split>("aten::split_with_sizes"), add_kernel<split_evenly>("aten::split.Tensor");
+  add_kernel<chunk>("aten::chunk"), add_kernel<unbind>("aten::unbind.int"), add_kernel<lissom::add>("aten::add.Tensor");
+  add_kernel<index_copy_>("aten::index_copy_"), add_kernel<index_select>("aten::index_select");
+  add_kernel<embedding>("aten::embedding");
   add_kernel<lissom::layer_norm>("aten::layer_norm");
 }
 

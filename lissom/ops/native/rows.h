@@ -1,4 +1,4 @@
-// Row-wise kernels: RMS norm and rotary position embedding.
+// Row-wise kernels: layer norm, RMS norm and rotary position embedding.
 #pragma once
 
 #include "attention.h"
@@ -8,6 +8,41 @@
 namespace lissom {
 
 constexpr int64_t kGrain = 1 << 14;  // elements below which a second thread costs more than it saves
+
+// (x - mean) / sqrt(variance + eps) * weight + bias for a row of n numbers, with two-pass statistics as in PyTorch. Either of weight
+// and bias may be null.
+template <typename T>
+struct LayerNorm {
+  const T *weight, *bias;
+  int64_t n;
+  float eps;
+
+  template <typename Source>
+  void operator()(const Source* from, T* to) const {
+    Vec total = splat(0.0f);
+    for (int64_t c = 0; c < n; c += kLanes) total += load_some(from + c, n - c);
+    float mean = sum(total) / n;
+    Vec squares = splat(0.0f);
+    for (int64_t c = 0; c < n; c += kLanes) {
+      Vec centered = first_lanes(load_some(from + c, n - c) - mean, n - c);
+      squares += centered * centered;
+    }
+    float scale = 1.0f / std::sqrt(sum(squares) / n + eps);
+    for (int64_t c = 0; c < n; c += kLanes) {
+      Vec value = (load_some(from + c, n - c) - mean) * scale;
+      if (weight) value *= load_some(weight + c, n - c);
+      if (bias) value += load_some(bias + c, n - c);
+      store_some(to + c, value, n - c);
+    }
+  }
+};
+
+template <typename T>
+void run(const LayerNorm<T>& norm, const T* x, T* y, int64_t rows) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / norm.n), [&](int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; ++row) norm(x + row * norm.n, y + row * norm.n);
+  });
+}
 
 // x / sqrt(mean(x^2) + eps) * weight
 template <typename T>
@@ -64,12 +99,13 @@ inline void rotate(const Rotary<T>& call, const T* x, const T* cos, const T* sin
 
 template <typename T>
 void run(const Rotary<T>& call) {
-  int64_t rows = call.batch * call.tokens * call.heads;
-  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / call.head_dim), [&](int64_t from, int64_t to) {
+  int64_t rows = call.batch * call.tokens, most = std::max<int64_t>(1, kGrain / (call.heads * call.head_dim));
+  at::parallel_for(0, rows, most, [&](int64_t from, int64_t to) {
     for (int64_t row = from; row < to; ++row) {
-      int64_t h = row % call.heads, t = row / call.heads % call.tokens, b = row / call.heads / call.tokens;
-      rotate(call, call.x + call.x_strides.at(b, h, t), call.cos + call.cos_strides.at(b, h, t),
-             call.sin + call.sin_strides.at(b, h, t), call.y + call.y_strides.at(b, h, t));
+      int64_t t = row % call.tokens, b = row / call.tokens;
+      for (int64_t h = 0; h < call.heads; ++h)
+        rotate(call, call.x + call.x_strides.at(b, h, t), call.cos + call.cos_strides.at(b, h, t),
+               call.sin + call.sin_strides.at(b, h, t), call.y + call.y_strides.at(b, h, t));
     }
   });
 }

@@ -20,7 +20,7 @@ from lissom.ops.fused_attention import (
     merged_attention_reference,
     unpadded_attention_reference,
 )
-from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
+from lissom.ops.fused_rows import fused_layer_norm_reference, fused_rms_norm_reference, fused_rotary_reference
 from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_reference
 from lissom.ops.quantization import (
     GROUP,
@@ -84,10 +84,12 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     yield "merged_attention", merged_attention_reference, (whole,), {"heads": 4, "key_heads": 2, "scale": 0.3, "causal": True}
     seen = torch.arange(21) < torch.tensor([[21], [7]])
     rows, slots = seen.flatten().nonzero().squeeze(1), seen.flatten().cumsum(0).sub(1).unflatten(0, (2, 21))
-    for bias in (seen[:, None, None], None):
-        options = {"heads": 4, "key_heads": 2, "scale": 0.3}
-        yield "unpadded_attention", unpadded_attention_reference, (whole.flatten(0, 1)[None, rows], slots, rows, bias), options
-    yield "fused_rms_norm", fused_rms_norm_reference, (_numbers(5, 37, dtype=dtype), _numbers(37, dtype=dtype)), {"eps": 1e-5}
+    heads = whole.flatten(0, 1)[None, rows].unflatten(-1, (8, 10)).transpose(1, 2).split([4, 2, 2], 1)
+    for bias, low in ((seen[:, None, None], None), (seen[:, None, None], -3), (None, None)):
+        yield "unpadded_attention", unpadded_attention_reference, (*heads, slots, rows, bias), {"scale": 0.3, "low": low}
+    x, weight, bias = (_numbers(*sizes, dtype=dtype) for sizes in ((5, 37), (37,), (37,)))
+    yield "fused_layer_norm", fused_layer_norm_reference, (x, weight, bias), {"eps": 1e-5}
+    yield "fused_rms_norm", fused_rms_norm_reference, (x, weight), {"eps": 1e-5}
     for interleaved in (False, True):
         angles = [_numbers(19, 9, dtype=dtype) for _ in range(2)]
         yield "fused_rotary", fused_rotary_reference, (q, *angles), {"interleaved": interleaved}

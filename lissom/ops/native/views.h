@@ -1,6 +1,8 @@
 // Views and small operators of ATen for chains (chain.h), where PyTorch's dispatcher would take longer than they do.
 #pragma once
 
+#include "checks.h"
+#include "memory.h"
 #include "rows.h"
 
 namespace lissom {
@@ -107,6 +109,26 @@ std::vector<Tensor> split(const Tensor& x, at::IntArrayRef pieces, int64_t given
   return found;
 }
 
+std::vector<Tensor> split_evenly(const Tensor& x, int64_t piece, int64_t dim) {
+  TORCH_CHECK(piece > 0, "the pieces of a split have the size ", piece, ", and must have some");
+  int64_t size = x.size(dim);
+  std::vector<int64_t> pieces(std::max<int64_t>(ceil_div(size, piece), 1), piece);
+  pieces.back() = size - piece * (static_cast<int64_t>(pieces.size()) - 1);
+  return split(x, pieces, dim);
+}
+
+std::vector<Tensor> chunk(const Tensor& x, int64_t count, int64_t dim) {
+  TORCH_CHECK(count > 0, "there are ", count, " chunks, and must be some");
+  if (x.size(dim) == 0) return split(x, std::vector<int64_t>(count, 0), dim);
+  return split_evenly(x, ceil_div(x.size(dim), count), dim);
+}
+
+std::vector<Tensor> unbind(const Tensor& x, int64_t dim) {
+  std::vector<Tensor> found;
+  for (int64_t index = 0; index < x.size(dim); ++index) found.push_back(select(x, dim, index));
+  return found;
+}
+
 // x + other, whose sizes broadcast to those of x or the other way round.
 Tensor add(const Tensor& one, const Tensor& two, int64_t) {
   check_readable(one, "a summand"), check_readable(two, "a summand"), check_dtype(two, one.scalar_type(), "a summand");
@@ -127,24 +149,41 @@ Tensor add(const Tensor& one, const Tensor& two, int64_t) {
   return y;
 }
 
-// Rows of a table; its last three parameters matter to gradients alone.
-Tensor embedding(const Tensor& table, const Tensor& given, int64_t, bool, bool) {
-  check_readable(table, "a table");
+// Slices along a dimension, in the order of `given`.
+Tensor index_select(const Tensor& x, int64_t along, const Tensor& given) {
+  check_readable(x, "x");
   Tensor indices = checked_indices(given);
-  TORCH_CHECK(table.dim() == 2, "a table has ", table.dim(), " dimensions, and must have two");
-  auto sizes = indices.sizes().vec();
-  sizes.push_back(table.size(1));
-  Tensor rows = table.stride(1) == 1 ? table : table.contiguous(), found = allocate(sizes, table.options());
+  TORCH_CHECK(x.dim() > 0 && indices.dim() <= 1, "slices of the sizes ", x.sizes(), " are selected by indices of the sizes ",
+              indices.sizes());
+  int64_t dim = wrapped(along, x.dim()), count = indices.numel(), outer = 1, inner = 1;
   const int64_t* index = indices.const_data_ptr<int64_t>();
-  int64_t count = indices.numel(), step = rows.stride(0) * rows.element_size(), bytes = rows.size(1) * rows.element_size();
-  for (int64_t i = 0; i < count; ++i) TORCH_CHECK_INDEX(index[i] >= 0 && index[i] < rows.size(0), "index out of range in self");
+  for (int64_t i = 0; i < count; ++i) TORCH_CHECK_INDEX(index[i] >= 0 && index[i] < x.size(dim), "index out of range in self");
+  auto sizes = x.sizes().vec();
+  sizes[dim] = count;
+  Tensor found = allocate(sizes, x.options());
   if (found.numel() == 0) return found;
-  const char* from = static_cast<const char*>(rows.const_data_ptr());
+  bool adjacent = true;
+  for (int64_t d = x.dim(); d-- > 0;) {
+    if (d > dim) adjacent &= x.size(d) == 1 || x.stride(d) == inner;
+    if (d != dim) (d > dim ? inner : outer) *= x.size(d);
+  }
+  Tensor from = adjacent && outer == 1 ? x : x.contiguous();
+  int64_t item = x.element_size(), bytes = inner * item, step = from.stride(dim) * item, whole = from.size(dim) * step;
+  const char* source = static_cast<const char*>(from.const_data_ptr());
   char* to = static_cast<char*>(found.mutable_data_ptr());
-  at::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(rows.size(1), 1)), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) std::memcpy(to + i * bytes, from + index[i] * step, bytes);
+  at::parallel_for(0, outer * count, std::max<int64_t>(1, kGrain / inner), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) std::memcpy(to + i * bytes, source + i / count * whole + index[i % count] * step, bytes);
   });
   return found;
+}
+
+// Rows of a table; its last three parameters matter to gradients alone.
+Tensor embedding(const Tensor& table, const Tensor& given, int64_t, bool, bool) {
+  TORCH_CHECK(table.dim() == 2, "a table has ", table.dim(), " dimensions, and must have two");
+  Tensor indices = checked_indices(given);
+  auto sizes = indices.sizes().vec();
+  sizes.push_back(table.size(1));
+  return index_select(table, 0, indices.view(indices.numel())).view(sizes);
 }
 
 // PyTorch's own, through the dispatcher.

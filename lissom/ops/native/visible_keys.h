@@ -14,6 +14,20 @@ struct Span {
   int64_t begin, end;  // the first visible key, and one past the last; equal when none is visible
 };
 
+// Query i sees keys i + low to i + high.
+struct Band {
+  static constexpr int64_t kFar = int64_t(1) << 40;
+  int64_t low = -kFar, high = kFar;
+
+  static Band causal() { return {-kFar, 0}; }
+  Band after(int64_t queries) const { return {low + queries, high + queries}; }  // of the queries that follow these
+  bool narrows() const { return low > -kFar || high < kFar; }
+  Span of(int64_t row, int64_t keys) const {
+    int64_t begin = std::clamp<int64_t>(row + low, 0, keys);
+    return {begin, std::clamp<int64_t>(row + high + 1, begin, keys)};
+  }
+};
+
 inline Span joined(Span a, Span b) {
   if (a.begin == a.end) return b;
   if (b.begin == b.end) return a;
@@ -59,12 +73,12 @@ inline Span span_of(const float* bias, int64_t stride, int64_t keys) {
 class VisibleKeys {
  public:
   template <typename Call>
-  explicit VisibleKeys(const Call& call) : keys_(call.keys), causal_(call.causal) {
+  explicit VisibleKeys(const Call& call) : keys_(call.keys), band_(call.band) {
     if (!call.bias && !call.mask) return;
     const auto& strides = call.bias_strides;
     heads_ = strides.head ? call.heads : 1;
-    // Whether all biases of a row are below kLowestBias depends on the keys that causality leaves it.
-    bool limited = call.bias && causal_;
+    // Whether all biases of a row are below kLowestBias depends on the keys that the band leaves it.
+    bool limited = call.bias && band_.narrows();
     queries_ = strides.row || limited ? call.queries : 1;
     int64_t batches = strides.batch ? call.batch : 1;
     per_batch_ = strides.batch ? heads_ * queries_ : 0;
@@ -72,10 +86,11 @@ class VisibleKeys {
     for (int64_t b = 0; b < batches; ++b)
       for (int64_t h = 0; h < heads_; ++h)
         for (int64_t row = 0; row < queries_; ++row) {
-          int64_t offset = strides.at(b, h, row);
-          int64_t keys = limited ? std::min(call.keys, row + 1) : call.keys;
-          spans_.push_back(call.mask ? span_of(call.mask + offset, strides.column, keys)
-                                     : span_of(call.bias + offset, strides.column, keys));
+          Span left = limited ? band_.of(row, call.keys) : Span{0, call.keys};
+          int64_t offset = strides.at(b, h, row) + left.begin * strides.column, keys = left.end - left.begin;
+          Span found = call.mask ? span_of(call.mask + offset, strides.column, keys)
+                                 : span_of(call.bias + offset, strides.column, keys);
+          spans_.push_back({left.begin + found.begin, left.begin + found.end});
         }
   }
 
@@ -85,7 +100,8 @@ class VisibleKeys {
       int64_t head = heads_ > 1 ? h : 0, query = queries_ > 1 ? row : 0;
       found = spans_[b * per_batch_ + head * queries_ + query];
     }
-    if (causal_) found.end = std::min(found.end, row + 1);
+    Span left = band_.of(row, keys_);
+    found = {std::max(found.begin, left.begin), std::min(found.end, left.end)};
     // An empty span is {0, 0}: memory is allocated from the first to the last key that any row sees.
     return found.begin < found.end ? found : Span{0, 0};
   }
@@ -98,7 +114,7 @@ class VisibleKeys {
 
  private:
   int64_t keys_, heads_ = 1, queries_ = 1, per_batch_ = 0;
-  bool causal_;
+  Band band_;
   std::vector<Span> spans_;
 };
 

@@ -21,6 +21,7 @@ from torch import fx
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.match import only_user
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.packed_linear import packed_linear, packed_linear_norm
 from lissom.ops.quantized_linear import quantized_linear, quantized_linear_norm
@@ -49,12 +50,12 @@ class FuseEpilogues(Rewrite):
 
 def _fuse(edit: Editor, linear: fx.Node) -> fx.Node | None:
     """The layer with its only reader fused into it; None when the reader is no epilogue."""
-    if len(linear.users) != 1:
+    reader = only_user(linear)
+    if reader is None:
         return None
-    reader = next(iter(linear.users))
     options, operands = dict(linear.kwargs), _operands(linear)
     other = operands["other"]
-    activation = _activation(reader)
+    activation = activation_of(reader)
     if activation and options.get("activation", "none") == "none" and other is None:
         return _replace(edit, linear, reader, operands, {**options, "activation": activation})
     if reader.target in _COMBINE and other is None and not reader.kwargs:
@@ -87,7 +88,8 @@ def _replace(edit: Editor, linear: fx.Node, reader: fx.Node, operands: dict[str,
     return call
 
 
-def _activation(node: fx.Node) -> str | None:
+def activation_of(node: fx.Node) -> str | None:
+    """The name of the activation that a call computes, if the kernels have it as an epilogue."""
     if node.target is aten.relu.default:
         return "relu"
     if node.target is aten.silu.default:

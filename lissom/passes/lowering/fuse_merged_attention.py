@@ -4,8 +4,7 @@
     y = reshape(transpose(lissom::fused_attention(q, k, v, mask)))
 
 The heads may also come from qkv as [batch, tokens, 3, heads, head_dim], as timm's vision transformers split them. Where
-`pack-tokens` looks up the rows of q, k and v behind the split, those of qkv are looked up once; where it takes the real tokens
-of the result again, attention is `lissom::unpadded_attention`, which reads tokens without padding, and nothing is looked up.
+`pack-tokens` looks up the rows of q, k and v behind the split, those of qkv are looked up once.
 
 The view operators around the attention copy nothing, but each takes about a microsecond to call, and a layer has a dozen of
 them: a tenth of the time of a small model on a short text.
@@ -22,9 +21,10 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.match import only_user
 from lissom.compiler.ir.operators import RESHAPES, SPLITS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.ops.fused_attention import fused_attention, merged_attention, unpadded_attention
+from lissom.ops.fused_attention import fused_attention, merged_attention
 
 aten = torch.ops.aten
 
@@ -35,20 +35,14 @@ class FuseMergedAttention(Rewrite):
 
     def run(self, edit: Editor) -> None:
         for node in edit.treatable(_obstacle, fused_attention):
-            merged, joined = _merged(node), _joined(node)
+            merged, joined = _merged(node), joined_heads(node)
             assert merged is not None and joined is not None
             heads, key_heads = (nodes.tensor_type(item).shape[1] for item in node.args[:2])
             rest = {name: value for name, value in node.kwargs.items() if name != "sinks"}
-            options = {"heads": heads, "key_heads": key_heads, **rest}
-            taken = _taken(joined, merged.projection) if merged.lookup is not None else None
-            with edit.before(taken or node):
-                if merged.lookup is not None and taken is not None:
-                    slots = _slots(edit, merged.lookup)
-                    call = edit.call(unpadded_attention, merged.projection, slots, taken.args[2], *node.args[3:], **options)
-                else:
-                    whole = merged.projection if merged.lookup is None else _looked_up(edit, merged.projection, merged.lookup)
-                    call = edit.call(merged_attention, whole, *node.args[3:], **options)
-            edit.replace(taken or joined, call)
+            with edit.before(node):
+                whole = merged.projection if merged.lookup is None else _looked_up(edit, merged.projection, merged.lookup)
+                call = edit.call(merged_attention, whole, *node.args[3:], heads=heads, key_heads=key_heads, **rest)
+            edit.replace(joined, call)
 
 
 def _obstacle(node: fx.Node) -> str | None:
@@ -57,7 +51,7 @@ def _obstacle(node: fx.Node) -> str | None:
         return "it has sinks"
     if _merged(node) is None:
         return "its queries, keys and values are not the heads of one merged projection"
-    if _joined(node) is None:
+    if joined_heads(node) is None:
         return "its heads are not joined right behind it"
     return None
 
@@ -78,25 +72,6 @@ def _looked_up(edit: Editor, projection: fx.Node, lookup: fx.Node) -> fx.Node:
     selected, sizes = lookup.args
     rows = edit.call(aten.index_select.default, projection, *selected.args[1:])  # pyright: ignore
     return edit.call(aten.reshape.default, rows, [*sizes[:2], nodes.tensor_type(projection).shape[2]])  # pyright: ignore
-
-
-def _slots(edit: Editor, lookup: fx.Node) -> fx.Node:
-    """The row that a lookup takes for each position, [batch, tokens]."""
-    selected, sizes = lookup.args
-    return edit.call(aten.reshape.default, selected.args[2], sizes[:2])  # pyright: ignore
-
-
-def _taken(joined: fx.Node, projection: fx.Node) -> fx.Node | None:
-    """The rows that are taken of an attention's result, where nothing else reads it, if it computes from rows of one batch."""
-    flat = next(iter(joined.users))
-    if len(joined.users) != 1 or not nodes.is_call(flat, *RESHAPES) or len(flat.users) != 1:
-        return None
-    taken = next(iter(flat.users))
-    if not nodes.is_call(taken, aten.index_select.default) or nodes.argument(taken, "dim") != 1 or taken.args[0] is not flat:
-        return None
-    shapes = [nodes.tensor_type(item).shape for item in (flat, joined, projection)]
-    whole = len(shapes[0]) == 3 and shapes[0][2] == shapes[1][2]
-    return taken if whole and shapes[0][0] == shapes[2][0] == 1 else None
 
 
 def _merged(attention: fx.Node) -> _Merged | None:
@@ -150,7 +125,7 @@ def _part(item: object) -> tuple[fx.Node, int] | None:
 
 def _piece(heads: object) -> tuple[fx.Node, int, fx.Node | None] | None:
     """The split, and the index of its output, that [batch, heads, tokens, head_dim] is a view of, or the rows of a lookup."""
-    if not _swaps_heads(heads) or not nodes.is_call(heads.args[0], *RESHAPES):
+    if not swaps_heads(heads) or not nodes.is_call(heads.args[0], *RESHAPES):
         return None
     cut = heads.args[0]
     found = nodes.tensor_type(cut)
@@ -173,20 +148,16 @@ def _looks_up(node: fx.Node) -> bool:
     return nodes.is_call(selected, aten.index_select.default) and nodes.argument(selected, "dim") == 1
 
 
-def _joined(attention: fx.Node) -> fx.Node | None:
+def joined_heads(attention: fx.Node) -> fx.Node | None:
     """The reshape that merges the heads of the attention's output, where nothing else reads them."""
-    if len(attention.users) != 1:
-        return None
-    swapped = next(iter(attention.users))
-    if not _swaps_heads(swapped) or len(swapped.users) != 1:
-        return None
-    joined = next(iter(swapped.users))
+    swapped = only_user(attention)
+    joined = only_user(swapped) if swaps_heads(swapped) else None
     if not nodes.is_call(joined, *RESHAPES) or nodes.tensor_type(joined).rank != 3:
         return None
     return joined if nodes.tensor_type(joined).shape[:2] == nodes.tensor_type(swapped).shape[:2] else None
 
 
-def _swaps_heads(node: object) -> TypeGuard[fx.Node]:
+def swaps_heads(node: object) -> TypeGuard[fx.Node]:
     """True for a call that swaps the dimensions of tokens and heads."""
     if nodes.is_call(node, aten.permute.default):
         return list(node.args[1]) == [0, 2, 1, 3]  # pyright: ignore[reportArgumentType]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from lissom.ops import fused_attention, merged_attention, unpadded_attention
+from lissom.ops import fused_attention, merged_attention
 from tests import captures
 from tests.models import normal, tiny_bert, tiny_gpt2, tiny_llama
 from tests.passes.harness import Calls, calls, check_golden, rewrite
@@ -90,20 +90,6 @@ def test_rows_that_are_looked_up_are_looked_up_once(other: bool) -> None:
     assert calls(program, merged_attention) == (not other)
     assert calls(program, torch.ops.aten.index_select.default) == (3 if other else 1)
     torch.testing.assert_close(program(x), attend_to_rows(x, other=other), rtol=0, atol=5e-6)
-
-
-@pytest.mark.parametrize("other", [False, True])
-def test_rows_that_are_taken_of_the_result_need_no_padding(other: bool) -> None:
-    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = attend_to_rows(x)
-        taken = found.reshape(1, 12, 16).index_select(1, ROWS[:7])
-        return (taken, found) if other else (taken,)
-
-    x = normal(1, 8, 48)
-    program, _ = rewrite(PASSES, Calls(function), x, dynamic=False)
-    assert (calls(program, unpadded_attention), calls(program, merged_attention)) == ((0, 1) if other else (1, 0))
-    for left, right in zip(program(x), function(x), strict=True):
-        torch.testing.assert_close(left, right, rtol=0, atol=5e-6)
 
 
 def test_heads_read_elsewhere_too_are_left() -> None:

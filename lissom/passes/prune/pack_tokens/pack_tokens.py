@@ -3,10 +3,11 @@
     rows = indices of the real tokens in mask [batch, tokens]        packed = x[rows]           [1, real tokens, features]
     slot[b, t] = (number of real tokens up to (b, t)) - 1       padded = packed[slot]      [batch, tokens, features]
 
-Linear layers, norms, activations, embeddings and residual adds run on the packed rows, one long sequence;
-attention and all other operators across tokens run on the padded form. Both conversions are lookups of whole rows, which every
-backend supports; on a CPU the backend `eager` fuses them into attention, which then reads packed rows where they are. In the
-padded form a padding position holds a copy of the last real token before it, which nothing may read.
+Linear layers, norms, activations, embeddings, residual adds and rotary embeddings of heads run on the packed rows, one long
+sequence; attention and all other operators across tokens run on the padded form. Both conversions are lookups of whole rows,
+which every backend supports; on a CPU the backend `eager` fuses them into attention (`fuse-unpadded-attention`), which then
+reads packed rows where they are. In the padded form a padding position holds a copy of the last real token before it, which
+nothing may read.
 The pass is exact because it follows every value to where a mask hides padding, padding is set to zero, or one position is
 selected, and leaves the program alone where a value reaches any other reader. A row keeps all its positions if its selected
 position (`[CLS]`, the last token) is padding, or if it has no real token: attention from padding may see other padding.
@@ -35,7 +36,7 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import SIZED_RESHAPES
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.unflatten import unflatten_where
-from lissom.passes.prune.pack_tokens.token_flow import PaddingReadError, TokenFlow, Use, has_layers, is_item
+from lissom.passes.prune.pack_tokens.token_flow import HEADS, PaddingReadError, TokenFlow, Use, has_layers, is_item
 
 aten = torch.ops.aten
 
@@ -79,7 +80,7 @@ class _Packer:
     edit: Editor
     flow: TokenFlow
     new: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
-    gathered: dict[tuple[fx.Node, int | None, int | None], fx.Node] = field(default_factory=dict)
+    gathered: dict[tuple[fx.Node, int | None, int | None, bool], fx.Node] = field(default_factory=dict)
 
     def run(self) -> None:
         first = next(iter(self.flow.packed))
@@ -149,7 +150,7 @@ class _Packer:
                     edit.replace(user, self._size(node, new, cast(int, user.args[1])))
         if any(user not in self.flow.packed for user in node.users):
             with edit.before(node.next, like=[node]):
-                padded = self._unpacked(new, self.slots, [self.batch, self.tokens])
+                padded = self._padded(new, self.flow.places[node] == HEADS)
             edit.replace(node, padded)
             self.new[padded] = new
             self.flow.packed[padded] = None
@@ -158,32 +159,47 @@ class _Packer:
 
     def _operands(self, node: fx.Node) -> dict[Slot, object]:
         """The operands that the packed call changes, by argument position."""
-        by_batch, by_tokens = (position_sources(node, dim) or {} for dim in (0, 1))
+        place = self.flow.places[node]
+        by_batch, by_tokens = (position_sources(node, dim) or {} for dim in place)
         changed: dict[Slot, object] = {}
         for slot, item in operands(node).items():
             if item in self.new:
                 changed[slot] = self.new[item]
             elif slot in by_batch or slot in by_tokens:
-                changed[slot] = self._gathered(item, by_batch.get(slot), by_tokens.get(slot))
+                changed[slot] = self._gathered(item, by_batch.get(slot), by_tokens.get(slot), place == HEADS)
         return changed
 
-    def _gathered(self, item: fx.Node, batch_dim: int | None, token_dim: int | None) -> fx.Node:
-        """The kept rows of a padded value; a value without batch or tokens is indexed by the dimension it has."""
-        key = (item, batch_dim, token_dim)
+    def _gathered(self, item: fx.Node, batch_dim: int | None, token_dim: int | None, heads: bool) -> fx.Node:
+        """The kept rows of a padded value; a value without batch or tokens is indexed by the dimension it has.
+
+        heads: the tokens are behind heads.
+        """
+        key = (item, batch_dim, token_dim, heads)
         if key not in self.gathered:
             self.gathered[key] = self._gather(*key)
         return self.gathered[key]
 
-    def _gather(self, item: fx.Node, batch_dim: int | None, token_dim: int | None) -> fx.Node:
+    def _gather(self, item: fx.Node, batch_dim: int | None, token_dim: int | None, heads: bool) -> fx.Node:
         call = self.edit.call
         if batch_dim is not None and token_dim is not None:
-            flat = call(aten.reshape.default, item, [1, -1, *shape_of(item)[2:]])
-            return call(aten.index_select.default, flat, 1, self.rows)
+            first = call(aten.transpose.int, item, 1, 2) if heads else item
+            flat = call(aten.reshape.default, first, [1, -1, *shape_of(first)[2:]])
+            found = call(aten.index_select.default, flat, 1, self.rows)
+            return call(aten.transpose.int, found, 1, 2) if heads else found
         numbers = call(aten.reshape.default, self._numbers(0 if token_dim is None else 1), [-1])
         wanted = call(aten.index_select.default, numbers, 0, self.rows)
         if token_dim is not None:
             return call(aten.index_select.default, item, token_dim, wanted)
-        return call(aten.transpose.int, call(aten.index_select.default, item, batch_dim, wanted), 0, 1)
+        return call(aten.transpose.int, call(aten.index_select.default, item, batch_dim, wanted), 0, 2 if heads else 1)
+
+    def _padded(self, packed: fx.Node, heads: bool) -> fx.Node:
+        """A packed value in padded form. heads: its tokens are behind heads, [1, heads, tokens, features]."""
+        if not heads:
+            return self._unpacked(packed, self.slots, [self.batch, self.tokens])
+        spread = self.edit.call(aten.index_select.default, packed, 2, self.slots)
+        _, count, _, features = shape_of(packed)
+        apart = self.edit.call(aten.reshape.default, spread, [count, self.batch, self.tokens, features])
+        return self.edit.call(aten.transpose.int, apart, 0, 1)
 
     def _unpacked(self, packed: fx.Node, slots: fx.Node, sizes: list[fx.Node | int]) -> fx.Node:
         """A packed value in padded form, with these sizes."""
@@ -201,5 +217,7 @@ class _Packer:
 
     def _size(self, node: fx.Node, new: fx.Node, dim: int) -> fx.Node:
         """The size of a dimension of the padded value."""
-        source = self.flow.mask if dim % len(shape_of(node)) < 2 else new
-        return self.edit.call(aten.sym_size.int, source, dim % len(shape_of(node)))
+        place, dim = self.flow.places[node], dim % len(shape_of(node))
+        if dim in place:
+            return self.edit.call(aten.sym_size.int, self.flow.mask, place.index(dim))
+        return self.edit.call(aten.sym_size.int, new, dim)

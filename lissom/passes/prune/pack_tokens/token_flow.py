@@ -32,6 +32,8 @@ aten = torch.ops.aten
 Place = tuple[int, int]
 """The batch and the token dimension of a value."""
 FIRST: Place = (0, 1)
+HEADS: Place = (0, 2)
+"""The place in [batch, heads, tokens, features]."""
 Check = Callable[[torch.Tensor, torch.Tensor], bool]
 """A check of a value, given the kept positions."""
 Use = Literal["output", "positions", "operands", "mask"]
@@ -175,8 +177,8 @@ class TokenFlow:
         return True
 
     def _choose_packed(self) -> None:
-        """The calls to compute in packed form: over [batch, tokens, ...], and the views between them."""
-        wanted = {node for node, place in self.places.items() if place == FIRST and self._packs(node)}
+        """The calls to compute in packed form: over [batch, tokens, ...] or heads of them, and the views between them."""
+        wanted = {node for node in self.places if self._packs(node)}
         views = {node for node in self.places if node.target in _VIEWS or is_item(node)}
         for node in reversed(self.places):
             if node in views and node in wanted and wanted.isdisjoint(node.users):
@@ -188,8 +190,15 @@ class TokenFlow:
                 self.packed[node] = None
 
     def _packs(self, node: fx.Node) -> bool:
-        """True when the call can run on packed tokens: batch and tokens are the leading dimensions of its loose values."""
-        if is_attention(node) or any(self.places.get(item, FIRST) != FIRST for item in operands(node).values()):
+        """True when the call can run on packed tokens: its loose values and its result have one place, or it makes heads."""
+        places = {self.places[item] for item in operands(node).values() if item in self.places} | {self.places[node]}
+        if self.places[node] == HEADS and (len(shape_of(node)) != 4 or not self.chosen.keys().isdisjoint(node.users)):
+            return False
+        if node.target in (aten.transpose.int, aten.permute.default):
+            return places == {FIRST, HEADS} and self.places[node] == HEADS
+        if is_attention(node) or len(places) > 1 or not places <= {FIRST, HEADS}:
+            return False
+        if HEADS in places and node.target in _VIEWS:
             return False
         if node.target in ops.SIZED_RESHAPES:
             return shape_of(node)[:2] == shape_of(node.args[0])[:2] and all(

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from lissom.backends.base import Backend
 from lissom.compiler.ir import node as nodes
+from lissom.ops import rotary
 from lissom.passes.prune.pack_tokens.pack_tokens import PackTokens
 from tests import captures
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
@@ -42,12 +43,34 @@ class Encoder(nn.Module):
         return mask[:, None, None, :]
 
 
+class Rotated(Encoder):
+    """The same with rotary embeddings; `counted`: positions count real tokens, so that each text has angles of its own."""
+
+    def __init__(self, counted: bool) -> None:
+        super().__init__()
+        self.counted = counted
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        places = mask.cumsum(1) if self.counted else torch.arange(mask.shape[1])[None]
+        angles = places[:, None, :, None] * torch.tensor([1.0, 0.1, 1.0, 0.1])
+        for q, k, v, o in zip(self.q, self.k, self.v, self.o, strict=True):
+            heads = [layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (q, k, v)]
+            turned = (rotary(item, angles.cos(), angles.sin()) for item in heads[:2])
+            mixed = functional.scaled_dot_product_attention(*turned, heads[2], attn_mask=self.seen(mask))
+            x = x + o(mixed.transpose(1, 2).flatten(2))
+        return _ANSWERS[self.answer](x, mask)
+
+
 _ANSWERS = {
     "mean": lambda x, mask: (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1),
     "zeroed": lambda x, mask: torch.where(mask[..., None], x, 0.0),
     "first": lambda x, mask: x[:, 0],
     "last": lambda x, mask: x[:, -1],
     "computed": lambda x, mask: x[torch.arange(x.shape[0]), mask.sum(1) - 1],
+    "heads": lambda x, mask: x.unflatten(-1, (2, 4)).transpose(1, 2)[:, :, 0],
+    "permuted": lambda x, mask: x.unflatten(-1, (2, 4)).permute(0, 2, 1, 3).sigmoid()[:, :, -1],
+    "features": lambda x, mask: x.transpose(1, 2).sigmoid()[:, :, 0],
+    "features and back": lambda x, mask: x.transpose(1, 2).sigmoid().transpose(1, 2)[:, 0],
     "plain": lambda x, mask: x,
     "plain mean": lambda x, mask: x.mean(1),
 }
@@ -75,7 +98,7 @@ def test_leaves_other_graphs_alone() -> None:
     assert history.steps[1].summary == "nothing to do"
 
 
-@pytest.mark.parametrize("answer", ["mean", "zeroed", "first", "last", "computed"])
+@pytest.mark.parametrize("answer", [name for name in _ANSWERS if not name.startswith("plain")])
 def test_numbers(answer: str) -> None:
     module = seeded(lambda: Encoder(answer))
     program, history = rewrite(PackTokens(), module, *inputs())
@@ -87,6 +110,19 @@ def test_numbers(answer: str) -> None:
         # Two layers of sums of eight float32 products of order 1.
         torch.testing.assert_close(program(x, mask).double(), wanted, rtol=0, atol=2e-6)
     assert history.steps[1].relative_error is not None
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_heads_are_turned_without_padding(counted: bool) -> None:
+    module = seeded(lambda: Rotated(counted))
+    program, _ = rewrite(PackTokens(), module, *inputs())
+    turned = [nodes.tensor_type(node).shape for node in program.nodes(rotary)]
+    assert len(turned) == 4
+    assert all(shape[0] == 1 and str(shape[2]).startswith("u") for shape in turned)
+    for batch, length in ((5, 5), (1, 1), (7, 9)):
+        x, mask = inputs(batch, length, seed=1)
+        # Two layers of sums of eight float32 products of order 1.
+        torch.testing.assert_close(program(x, mask), module(x, mask), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("fill", [-1e4, float("-inf")])

@@ -1,0 +1,134 @@
+"""Let attention on a CPU read the tokens of several texts without padding, as `pack-tokens` leaves them.
+
+    q, k, v = heads of x[slots];  y = joined(lissom::fused_attention(q, k, v, mask))[rows]
+        ->  y = joined(lissom::unpadded_attention(heads of x …, slots, rows, mask))
+
+`pack-tokens` looks up padded queries, keys and values before an attention, and takes the real tokens of its result. Here
+the attention does neither: it reads the rows of each text where they are, and computes no padded query. A sliding window, which
+`lower-sparse-attention` found, becomes the distances that a query sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.match import only_user
+from lissom.compiler.ir.operators import RESHAPES, SIZED_RESHAPES
+from lissom.compiler.ir.types import TensorType
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.ops.block_sparse_attention import block_sparse_attention
+from lissom.ops.fused_attention import fused_attention, unpadded_attention
+from lissom.ops.pattern import Pattern
+from lissom.passes.lowering.fuse_merged_attention import joined_heads, swaps_heads
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FuseUnpaddedAttention(Rewrite):
+    """Fuses the lookups of padded tokens around attention into its kernel."""
+
+    def run(self, edit: Editor) -> None:
+        for node in edit.nodes(fused_attention, block_sparse_attention):
+            lookups = [_lookup(item) for item in node.args[:3]]
+            found = [item for item in lookups if item is not None]
+            if len(found) == 3 and edit.may_change(node, _obstacle(node, found)):
+                _read_unpadded(edit, node, found)
+
+
+class _Lookup(NamedTuple):
+    """A value without padding that heads [batch, heads, tokens, features] are looked up in.
+
+    packed: [1, heads, tokens, features], or with the tokens in front. slots: the row for each position. sizes: batch, tokens.
+    """
+
+    packed: fx.Node
+    slots: fx.Node
+    sizes: tuple[object, ...]
+
+
+def _lookup(heads: object) -> _Lookup | None:
+    """The lookup of heads; None where there is none."""
+    apart = whole = heads.args[0] if nodes.is_call(heads, aten.transpose.int, aten.permute.default) else None
+    if nodes.is_call(heads, aten.transpose.int) and [*heads.args[1:3]] == [0, 1] and nodes.is_call(apart, *SIZED_RESHAPES):
+        return _selected(apart.args[0], 2, apart.args[1][1:3])  # pyright: ignore
+    if not swaps_heads(heads):
+        return None
+    if nodes.is_call(apart, *RESHAPES) and nodes.is_call(apart.args[0], *SIZED_RESHAPES):
+        whole = apart.args[0]
+    if not nodes.is_call(whole, *SIZED_RESHAPES) or nodes.tensor_type(whole).shape[:2] != nodes.tensor_type(apart).shape[:2]:
+        return None
+    return _selected(whole.args[0], 1, whole.args[1][:2])  # pyright: ignore
+
+
+def _selected(node: object, dim: int, sizes: object) -> _Lookup | None:
+    """The lookup of a selection of rows that is reshaped to these sizes of batch and tokens."""
+    if not nodes.is_call(node, aten.index_select.default) or nodes.argument(node, "dim") != dim:
+        return None
+    packed, slots = node.args[0], node.args[2]
+    if nodes.tensor_type(packed).shape[0] != 1 or nodes.tensor_type(slots).rank != 1:
+        return None
+    return _Lookup(packed, slots, tuple(sizes))  # pyright: ignore
+
+
+def _obstacle(attention: fx.Node, lookups: list[_Lookup]) -> str | None:
+    """Why an attention cannot read tokens without padding; None when it can."""
+    if any(attention.kwargs.get(name) is not None for name in ("sinks", "k_scale", "v_scale")):
+        return "it has sinks, or keys and values in int8"
+    if len({(item.slots, item.sizes) for item in lookups}) > 1:
+        return "its queries, keys and values are padded in different ways"
+    if _taken(attention) is None:
+        return "something else than the real tokens of its result is read"
+    return None if _band(attention) is not None else "its pattern is no window"
+
+
+def _band(attention: fx.Node) -> dict[str, int] | None:
+    """The distances from a query to the keys that it sees, as options of the kernel; None where they are no band."""
+    if attention.target is fused_attention:
+        return {"high": 0} if attention.kwargs.get("causal") else {}
+    pattern = Pattern.decode(nodes.argument(attention, "pattern"), int(nodes.argument(attention, "block")))  # pyright: ignore
+    return None if pattern.band is None else dict(zip(("low", "high"), pattern.band, strict=True))
+
+
+def _taken(attention: fx.Node) -> fx.Node | None:
+    """The rows that are taken of an attention's result, [1, rows, features], where nothing else reads it."""
+    joined = joined_heads(attention)
+    flat = None if joined is None else only_user(joined)
+    taken = only_user(flat) if nodes.is_call(flat, *RESHAPES) else None
+    if not nodes.is_call(taken, aten.index_select.default) or nodes.argument(taken, "dim") != 1 or taken.args[0] is not flat:
+        return None
+    shapes = [nodes.tensor_type(item).shape for item in (flat, joined)]
+    return taken if len(shapes[0]) == 3 and shapes[0][0] == 1 and shapes[0][2] == shapes[1][2] else None
+
+
+def _read_unpadded(edit: Editor, attention: fx.Node, lookups: list[_Lookup]) -> None:
+    taken, band = _taken(attention), _band(attention)
+    assert taken is not None and band is not None
+    bias = nodes.argument(attention, "bias")
+    options = {name: attention.kwargs[name] for name in ("scale", "softcap") if name in attention.kwargs}
+    with edit.before(taken, like=[attention]):
+        types = map(nodes.tensor_type, attention.args[:3])
+        heads = [_heads(edit, item.packed, given) for item, given in zip(lookups, types, strict=True)]
+        slots = edit.call(aten.reshape.default, lookups[0].slots, [*lookups[0].sizes])
+        rest = [] if bias is None else [bias]
+        found = edit.call(unpadded_attention, *heads, slots, taken.args[2], *rest, **options, **band)
+        joined = edit.call(aten.transpose.int, found, 1, 2)
+        features = nodes.tensor_type(taken).shape[2]
+        call = edit.call(aten.reshape.default, joined, [1, -1, features])
+    edit.replace(taken, call)
+
+
+def _heads(edit: Editor, packed: fx.Node, padded: TensorType) -> fx.Node:
+    """The packed value as [1, heads, tokens, features]. padded: the type of its heads in padded form."""
+    _, heads, _, features = padded.shape
+    shape = nodes.tensor_type(packed).shape
+    if len(shape) == 4 and shape[1] == heads and shape[3] == features:
+        return packed
+    apart = packed if len(shape) == 4 else edit.call(aten.reshape.default, packed, [1, -1, heads, features])
+    return edit.call(aten.transpose.int, apart, 1, 2)

@@ -1,0 +1,102 @@
+"""Split the merged projection of a gated feed-forward on a CPU into two, so that the gate is computed in their kernels.
+
+    a, b = split(x [Wa; Wb]ᵀ);  act(a) · b   ->  act(x Waᵀ) · (x Wbᵀ)
+
+ModernBERT, Phi-3, GLM-4 and others store both projections as one weight. Behind one product the activation and the product with
+b read strided slices and write to memory: 5 % of the time of ModernBERT-base in int8, 8 texts of 128 tokens. Behind two,
+`fuse-epilogues` computes both while the sums are in registers.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import fx, nn
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.match import is_own_weight, only_user
+from lissom.compiler.ir.operators import SPLITS
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.ops.native import missing_kernel
+from lissom.ops.quantization import dequantize
+from lissom.passes.lowering.fuse_epilogues import activation_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class SplitGates(Rewrite):
+    """Splits the merged gate and up projections of gated feed-forwards, whose products then fuse with the gate."""
+
+    def run(self, edit: Editor) -> None:
+        for linear in edit.nodes(aten.linear.default):
+            gate = _gate(linear)
+            if gate is not None and edit.may_change(linear, _obstacle(linear)):
+                _split(edit, linear, gate)
+
+
+class _Gate(NamedTuple):
+    """The pieces that a merged projection splits into, in order, and the parts of their names."""
+
+    pieces: list[fx.Node]
+    names: list[str]
+
+
+def _gate(linear: fx.Node) -> _Gate | None:
+    """The two halves of a merged projection, one of which gates the other after an activation; None for other layers."""
+    split = only_user(linear)
+    if not nodes.is_call(split, *SPLITS) or nodes.argument(split, "dim") not in (-1, nodes.tensor_type(linear).rank - 1):
+        return None
+    found = sorted(split.users, key=lambda node: node.args[1] if node.target is operator.getitem else -1)  # pyright: ignore
+    if [node.args[1] for node in found if node.target is operator.getitem] != [0, 1] or len(nodes.node_type(split)) != 2:  # pyright: ignore
+        return None
+    for place, piece in enumerate(found):
+        activation = only_user(piece)
+        product = None if activation is None or activation_of(activation) is None else only_user(activation)
+        if nodes.is_call(product, aten.mul.Tensor) and {*product.args} == {activation, found[1 - place]}:
+            alone = only_user(found[1 - place]) is product
+            return _Gate(found, ["gate", "up"] if place == 0 else ["up", "gate"]) if alone else None
+    return None
+
+
+def _obstacle(linear: fx.Node) -> str | None:
+    """Why a projection cannot be split; None when it can."""
+    x, weight, *bias = linear.args
+    if nodes.is_call(weight, dequantize):
+        stored = all(map(is_own_weight, weight.all_input_nodes)) and len(weight.users) == 1
+    else:
+        stored = is_own_weight(weight)
+    if not stored or not all(item is None or is_own_weight(item) for item in bias):
+        return "its weight is computed, or read elsewhere too"
+    return missing_kernel(nodes.tensor_type(x).dtype, nodes.tensor_type(x).device)
+
+
+def _split(edit: Editor, linear: fx.Node, gate: _Gate) -> None:
+    x, *stored = linear.args
+    first = stored[0] if stored[0].op == "get_attr" else stored[0].args[0]  # pyright: ignore
+    path = str(first.target).rpartition(".")[0]  # pyright: ignore
+    start = 0
+    for piece, name in zip(gate.pieces, gate.names, strict=True):
+        rows = slice(start, start + nodes.tensor_type(piece).shape[-1])  # pyright: ignore
+        start = rows.stop
+        with edit.before(linear, like=[linear]):
+            reads = [
+                None if item is None else _rows(edit, item, rows, f"{path}.{name}.{leaf}")  # pyright: ignore
+                for item, leaf in zip(stored, ("weight", "bias"), strict=False)
+            ]
+            edit.replace(piece, edit.call(aten.linear.default, x, *reads))
+
+
+def _rows(edit: Editor, weight: fx.Node, rows: slice, name: str) -> fx.Node:
+    """Some rows of a weight or of a bias, in a dequantized weight of its integers and their grid."""
+    if nodes.is_call(weight, dequantize):
+        q, *grid = map(edit.tensor, weight.all_input_nodes)
+        parts = [q[rows], *(item if item.numel() == 1 else item[rows] for item in grid)]
+        leaves = (name, f"{name}_scale", f"{name}_zero_point")
+        stored = [edit.weight(leaf, part.clone()) for leaf, part in zip(leaves, parts, strict=False)]
+        return edit.call(dequantize, *stored, **weight.kwargs)
+    return edit.weight(name, nn.Parameter(edit.tensor(weight)[rows].clone(), requires_grad=False))
