@@ -159,10 +159,10 @@ def unpadded_attention_reference(
 ) -> torch.Tensor:
     """The reference implementation."""
     check_unpadded(q, k, v, slots, rows, bias)
-    padded = (item[0].index_select(1, slots.flatten()).unflatten(1, slots.shape).transpose(0, 1) for item in (q, k, v))
+    padded = [item[0].index_select(1, slots.flatten()).unflatten(1, slots.shape).transpose(0, 1) for item in (q, k, v)]
     seen = band_mask(slots.shape[1], low, high, q.device)
     mask = bias if seen is None else with_bias(seen, bias)
-    found = fused_attention_reference(*padded, mask, scale=scale, softcap=softcap)
+    found = fused_attention_reference(padded[0], padded[1], padded[2], mask, scale=scale, softcap=softcap)
     return found.transpose(1, 2).flatten(0, 1).index_select(0, rows)[None].transpose(1, 2)
 
 

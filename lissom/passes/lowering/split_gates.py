@@ -57,7 +57,7 @@ def _gate(linear: fx.Node) -> _Gate | None:
     for place, piece in enumerate(found):
         activation = only_user(piece)
         product = None if activation is None or activation_of(activation) is None else only_user(activation)
-        if nodes.is_call(product, aten.mul.Tensor) and {*product.args} == {activation, found[1 - place]}:
+        if nodes.is_call(product, aten.mul.Tensor) and found[1 - place] in product.args:
             alone = only_user(found[1 - place]) is product
             return _Gate(found, ["gate", "up"] if place == 0 else ["up", "gate"]) if alone else None
     return None
