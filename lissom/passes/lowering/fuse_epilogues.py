@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.structure.linear import activation_of
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
@@ -86,17 +87,6 @@ def _replace(edit: Editor, linear: fx.Node, reader: fx.Node, operands: dict[str,
         call = edit.call(target, *given, **options)
     edit.replace(reader, call)
     return call
-
-
-def activation_of(node: fx.Node) -> str | None:
-    """The name of the activation that a call computes, if the kernels have it as an epilogue."""
-    if node.target is aten.relu.default:
-        return "relu"
-    if node.target is aten.silu.default:
-        return "silu"
-    if node.target is aten.gelu.default:
-        return {"none": "gelu", "tanh": "gelu_tanh"}[str(nodes.argument(node, "approximate"))]
-    return None
 
 
 def _over_features(norm: fx.Node, features: object) -> bool:

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.structure.operands import joined_heads, swaps_heads
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import only_user
 from lissom.compiler.ir.operators import RESHAPES, SPLITS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.fused_attention import fused_attention, merged_attention
@@ -146,21 +145,3 @@ def _looks_up(node: fx.Node) -> bool:
     """True for rows that are selected in the dimension of tokens, and reshaped to [batch, tokens, features]."""
     selected = node.args[0] if nodes.is_call(node, aten.reshape.default) else None
     return nodes.is_call(selected, aten.index_select.default) and nodes.argument(selected, "dim") == 1
-
-
-def joined_heads(attention: fx.Node) -> fx.Node | None:
-    """The reshape that merges the heads of the attention's output, where nothing else reads them."""
-    swapped = only_user(attention)
-    joined = only_user(swapped) if swaps_heads(swapped) else None
-    if not nodes.is_call(joined, *RESHAPES) or nodes.tensor_type(joined).rank != 3:
-        return None
-    return joined if nodes.tensor_type(joined).shape[:2] == nodes.tensor_type(swapped).shape[:2] else None
-
-
-def swaps_heads(node: object) -> TypeGuard[fx.Node]:
-    """True for a call that swaps the dimensions of tokens and heads."""
-    if nodes.is_call(node, aten.permute.default):
-        return list(node.args[1]) == [0, 2, 1, 3]  # pyright: ignore[reportArgumentType]
-    if not nodes.is_call(node, aten.transpose.int) or nodes.tensor_type(node).rank != 4:
-        return False
-    return {int(item) % 4 for item in node.args[1:3]} == {1, 2}  # pyright: ignore[reportArgumentType]

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.structure.operands import joined_heads, swaps_heads
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import only_user
@@ -25,7 +26,6 @@ from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.block_sparse_attention import block_sparse_attention
 from lissom.ops.fused_attention import fused_attention, unpadded_attention
 from lissom.ops.pattern import Pattern
-from lissom.passes.lowering.fuse_merged_attention import joined_heads, swaps_heads
 
 aten = torch.ops.aten
 

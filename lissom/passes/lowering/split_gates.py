@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
+from lissom.compiler.analysis.structure.linear import activation_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_own_weight, only_user
@@ -23,7 +24,6 @@ from lissom.compiler.ir.operators import SPLITS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.native import missing_kernel
 from lissom.ops.quantization import dequantize
-from lissom.passes.lowering.fuse_epilogues import activation_of
 
 aten = torch.ops.aten
 

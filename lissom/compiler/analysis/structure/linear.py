@@ -134,3 +134,14 @@ def width(node: object) -> int:
 def as_int(size: object) -> int:
     """The size when it is fixed, -1 when it varies."""
     return size if isinstance(size, int) else -1
+
+
+def activation_of(node: fx.Node) -> str | None:
+    """The name of the activation that a call computes, if the kernels have it as an epilogue."""
+    if node.target is aten.relu.default:
+        return "relu"
+    if node.target is aten.silu.default:
+        return "silu"
+    if node.target is aten.gelu.default:
+        return {"none": "gelu", "tanh": "gelu_tanh"}[str(nodes.argument(node, "approximate"))]
+    return None

@@ -1,9 +1,9 @@
-"""The operands of an attention in the form that kernels accept."""
+"""The operands of an attention in the form that kernels accept, and the views that split and join its heads."""
 
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 from torch import fx
@@ -11,6 +11,7 @@ from torch import fx
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.match import only_user
 from lissom.compiler.ir.operators import RESHAPES
 
 aten = torch.ops.aten
@@ -103,3 +104,21 @@ def operands_obstacle(edit: Editor, node: fx.Node) -> str | None:
     if not all(fake.same_size(edit.program.fake_mode, q.shape[0], item.shape[0]) for item in (k, v)):
         return "its batch is broadcast"
     return None
+
+
+def joined_heads(attention: fx.Node) -> fx.Node | None:
+    """The reshape that merges the heads of the attention's output, where nothing else reads them."""
+    swapped = only_user(attention)
+    joined = only_user(swapped) if swaps_heads(swapped) else None
+    if not nodes.is_call(joined, *RESHAPES) or nodes.tensor_type(joined).rank != 3:
+        return None
+    return joined if nodes.tensor_type(joined).shape[:2] == nodes.tensor_type(swapped).shape[:2] else None
+
+
+def swaps_heads(node: object) -> TypeGuard[fx.Node]:
+    """True for a call that swaps the dimensions of tokens and heads."""
+    if nodes.is_call(node, aten.permute.default):
+        return list(node.args[1]) == [0, 2, 1, 3]  # pyright: ignore[reportArgumentType]
+    if not nodes.is_call(node, aten.transpose.int) or nodes.tensor_type(node).rank != 4:
+        return False
+    return {int(item) % 4 for item in node.args[1:3]} == {1, 2}  # pyright: ignore[reportArgumentType]
