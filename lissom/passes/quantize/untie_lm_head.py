@@ -30,7 +30,7 @@ class UntieLmHead(Rewrite):
             *between, table = weight_path(head) or (head,)
             if table in tables and edit.may_change(head, _obstacle(between)):
                 with edit.before(head, like=[table]):
-                    own = edit.weight(f"{nodes.origin(head).module_path}.weight_untied", _alias(edit, table))
+                    own = edit.weight(f"{nodes.origin(head).module_path}.weight_untied".lstrip("."), _alias(edit, table))
                 (between[-1] if between else head).replace_input_with(table, own)
                 edit.rewritten += 1
 

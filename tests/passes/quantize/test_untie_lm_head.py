@@ -53,6 +53,23 @@ def test_a_table_that_is_quantized_already_is_left_with_the_reason() -> None:
     ]
 
 
+def test_a_head_that_is_no_module_is_untied() -> None:
+    """Found by tools/fuzz: logits computed in the model's own `forward` have no module path."""
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(VOCABULARY, 8)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.table(ids).tanh(), self.table.weight)
+
+    module = seeded(Whole)
+    program, _ = rewrite("untie-lm-head", module, TOKENS)
+    assert set(program.weights()) == {"table.weight", "weight_untied"}
+    assert torch.equal(program(TOKENS), module(TOKENS))
+
+
 def test_leaves_other_programs_alone() -> None:
     _, history = rewrite("untie-lm-head", seeded(lambda: nn.Linear(8, 8)), normal(2, 8))
     assert history.texts[0] == history.texts[1]
