@@ -201,12 +201,12 @@ class _Masks:
             table = self._tensor(layout) if isinstance(layout, fx.Node) else None
             numbers = cast("Sequence[int]", nodes.argument(node, "pattern"))
             return Pattern.decode(numbers, cast(int, nodes.argument(node, "block"))).mask(*shape, table)[None]
-        seen = None
+        low = high = None
         if node.target is unpadded_attention:
             low, high = (cast("int | None", nodes.argument(node, name)) for name in ("low", "high"))
-            seen = band_mask(shape[1], low, high, q.device)
         elif is_causal(node) or (nodes.is_call(node, *_LOWERED) and nodes.argument(node, "causal")):
-            seen = torch.ones(shape, dtype=torch.bool, device=q.device).tril()[None, None]
+            high = 0
+        seen = band_mask(*shape, low, high, q.device)
         if (mask := _mask(node)) is None:
             return seen
         value = self._tensor(mask)

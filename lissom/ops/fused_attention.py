@@ -102,19 +102,18 @@ def fused_attention_reference(
         k, v = ((item.float() * by).to(q.dtype) for item, by in ((k, k_scale), (v, v_scale)))
     group = q.shape[1] // k.shape[1]
     k, v = (item.repeat_interleave(group, 1) if group > 1 else item for item in (k, v))
-    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() if causal else None
+    seen = band_mask(q.shape[2], k.shape[2], None, 0 if causal else None, q.device)
     mask = bias if seen is None else with_bias(seen, bias)
     found = attention_reference(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
     return found.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def band_mask(tokens: int, low: int | None, high: int | None, device: torch.device) -> torch.Tensor | None:
-    """The keys i + low to i + high that query i of a text sees, boolean [tokens, tokens]; None where it sees all."""
+def band_mask(queries: int, keys: int, low: int | None, high: int | None, device: torch.device) -> torch.Tensor | None:
+    """The keys i + low to i + high that query i sees, boolean [queries, keys]; None where it sees all."""
     if low is None and high is None:
         return None
-    place = torch.arange(tokens, device=device)
-    distance = place - place[:, None]
-    return (distance >= (-tokens if low is None else low)) & (distance <= (tokens if high is None else high))
+    distance = torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None]
+    return (distance >= (-queries if low is None else low)) & (distance <= (keys if high is None else high))
 
 
 def with_bias(seen: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -160,7 +159,7 @@ def unpadded_attention_reference(
     """The reference implementation."""
     check_unpadded(q, k, v, slots, rows, bias)
     padded = [item[0].index_select(1, slots.flatten()).unflatten(1, slots.shape).transpose(0, 1) for item in (q, k, v)]
-    seen = band_mask(slots.shape[1], low, high, q.device)
+    seen = band_mask(slots.shape[1], slots.shape[1], low, high, q.device)
     mask = bias if seen is None else with_bias(seen, bias)
     found = fused_attention_reference(padded[0], padded[1], padded[2], mask, scale=scale, softcap=softcap)
     return found.transpose(1, 2).flatten(0, 1).index_select(0, rows)[None].transpose(1, 2)

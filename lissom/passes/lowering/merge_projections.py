@@ -13,16 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import torch
 from torch import fx, nn
 from torch.nn import functional
 
 from lissom.compiler.analysis.cost import example_shape
+from lissom.compiler.analysis.structure.quantized_linear import is_owned, layer_path, store_like
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import is_own_weight, is_read_by
+from lissom.compiler.ir.match import is_read_by
 from lissom.compiler.ir.operators import FAKE_QUANTIZES
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.measured import GAIN, median_seconds
@@ -69,7 +69,7 @@ def _groups(edit: Editor) -> list[list[fx.Node]]:
         # A slice of a merged output has other strides than a separate output.
         if is_read_by(node, (aten.as_strided.default,)):
             continue
-        if _owned(weight) and (bias is None or _owned(bias)) and nodes.tensor_type(weight).rank == 2:
+        if is_owned(weight) and (bias is None or is_owned(bias)) and nodes.tensor_type(weight).rank == 2:
             readers.setdefault((x, bias is None, *_storage(edit, x, weight)), []).append(node)
     return [found for found in readers.values() if len(found) > 1]
 
@@ -77,13 +77,6 @@ def _groups(edit: Editor) -> list[list[fx.Node]]:
 def _is_gate(linear: fx.Node) -> bool:
     """True when the only reader of the layer's output is an activation."""
     return all(user.target in (aten.silu.default, aten.gelu.default, aten.relu.default) for user in linear.users)
-
-
-def _owned(item: object) -> TypeGuard[fx.Node]:
-    """True for a weight, or a dequantized one, that nothing else reads."""
-    if nodes.is_call(item, dequantize):
-        return len(item.users) == 1 and all(map(is_own_weight, item.all_input_nodes))
-    return is_own_weight(item)
 
 
 def _storage(edit: Editor, x: object, weight: fx.Node) -> tuple[object, ...]:
@@ -132,9 +125,7 @@ def _join(edit: Editor, weights: Sequence[fx.Node], name: str) -> fx.Node:
     """A weight that concatenates these along output features; use inside `edit.before`."""
     if weights[0].target is dequantize:
         parts = zip(*(_parts(edit, weight) for weight in weights), strict=True)
-        leaves = (name, f"{name}_scale", f"{name}_zero_point")
-        stored = [edit.weight(leaf, torch.cat(part)) for leaf, part in zip(leaves, parts, strict=False)]
-        return edit.call(dequantize, *stored, **weights[0].kwargs)
+        return store_like(edit, weights[0], name, map(torch.cat, parts))
     joined = torch.cat(list(map(edit.tensor, weights)))
     return edit.weight(name, nn.Parameter(joined, requires_grad=False))
 
@@ -147,9 +138,7 @@ def _parts(edit: Editor, weight: fx.Node) -> list[torch.Tensor]:
 
 def _merge(edit: Editor, group: Sequence[fx.Node]) -> None:
     x, *operands = group[0].args
-    first = operands[0] if operands[0].op == "get_attr" else operands[0].args[0]  # pyright: ignore
-    layer = str(first.target).rpartition(".")[0]  # pyright: ignore
-    path = f"{layer.rpartition('.')[0]}.merged".lstrip(".")
+    path = f"{layer_path(operands[0]).rpartition('.')[0]}.merged".lstrip(".")  # pyright: ignore
     with edit.before(group[0], like=list(group)):
         reads = [
             _join(edit, [node.args[index] for node in group], f"{path}.{leaf}")  # pyright: ignore

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 
 from lissom.compiler.analysis.structure.linear import activation_of
+from lissom.compiler.analysis.structure.quantized_linear import is_owned, layer_path, store_like
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_own_weight, only_user
@@ -39,48 +39,35 @@ class SplitGates(Rewrite):
                 _split(edit, linear, gate)
 
 
-class _Gate(NamedTuple):
-    """The pieces that a merged projection splits into, in order, and the parts of their names."""
-
-    pieces: list[fx.Node]
-    names: list[str]
-
-
-def _gate(linear: fx.Node) -> _Gate | None:
-    """The two halves of a merged projection, one of which gates the other after an activation; None for other layers."""
+def _gate(linear: fx.Node) -> dict[str, fx.Node] | None:
+    """The halves of a merged projection in order: "gate", which passes an activation, and "up", its factor; else None."""
     split = only_user(linear)
     if not nodes.is_call(split, *SPLITS) or nodes.argument(split, "dim") not in (-1, nodes.tensor_type(linear).rank - 1):
         return None
-    found = sorted(split.users, key=lambda node: node.args[1] if node.target is operator.getitem else -1)  # pyright: ignore
-    if [node.args[1] for node in found if node.target is operator.getitem] != [0, 1] or len(nodes.node_type(split)) != 2:  # pyright: ignore
+    pieces = {node.args[1]: node for node in split.users if node.target is operator.getitem}
+    if len(split.users) != 2 or pieces.keys() != {0, 1} or len(nodes.node_type(split)) != 2:  # pyright: ignore
         return None
-    for place, piece in enumerate(found):
-        activation = only_user(piece)
+    for gate, up in ((pieces[0], pieces[1]), (pieces[1], pieces[0])):
+        activation = only_user(gate)
         product = None if activation is None or activation_of(activation) is None else only_user(activation)
-        if nodes.is_call(product, aten.mul.Tensor) and found[1 - place] in product.args:
-            alone = only_user(found[1 - place]) is product
-            return _Gate(found, ["gate", "up"] if place == 0 else ["up", "gate"]) if alone else None
+        if nodes.is_call(product, aten.mul.Tensor) and product is only_user(up):
+            names = {gate: "gate", up: "up"}
+            return {names[pieces[place]]: pieces[place] for place in (0, 1)}
     return None
 
 
 def _obstacle(linear: fx.Node) -> str | None:
     """Why a projection cannot be split; None when it can."""
     x, weight, *bias = linear.args
-    if nodes.is_call(weight, dequantize):
-        stored = all(map(is_own_weight, weight.all_input_nodes)) and len(weight.users) == 1
-    else:
-        stored = is_own_weight(weight)
-    if not stored or not all(item is None or is_own_weight(item) for item in bias):
+    if not is_owned(weight) or not all(item is None or is_own_weight(item) for item in bias):
         return "its weight is computed, or read elsewhere too"
     return missing_kernel(nodes.tensor_type(x).dtype, nodes.tensor_type(x).device)
 
 
-def _split(edit: Editor, linear: fx.Node, gate: _Gate) -> None:
+def _split(edit: Editor, linear: fx.Node, gate: dict[str, fx.Node]) -> None:
     x, *stored = linear.args
-    first = stored[0] if stored[0].op == "get_attr" else stored[0].args[0]  # pyright: ignore
-    path = str(first.target).rpartition(".")[0]  # pyright: ignore
-    start = 0
-    for piece, name in zip(gate.pieces, gate.names, strict=True):
+    path, start = layer_path(stored[0]), 0  # pyright: ignore
+    for name, piece in gate.items():
         rows = slice(start, start + nodes.tensor_type(piece).shape[-1])  # pyright: ignore
         start = rows.stop
         with edit.before(linear, like=[linear]):
@@ -96,7 +83,5 @@ def _rows(edit: Editor, weight: fx.Node, rows: slice, name: str) -> fx.Node:
     if nodes.is_call(weight, dequantize):
         q, *grid = map(edit.tensor, weight.all_input_nodes)
         parts = [q[rows], *(item if item.numel() == 1 else item[rows] for item in grid)]
-        leaves = (name, f"{name}_scale", f"{name}_zero_point")
-        stored = [edit.weight(leaf, part.clone()) for leaf, part in zip(leaves, parts, strict=False)]
-        return edit.call(dequantize, *stored, **weight.kwargs)
+        return store_like(edit, weight, name, (part.clone() for part in parts))
     return edit.weight(name, nn.Parameter(edit.tensor(weight)[rows].clone(), requires_grad=False))

@@ -7,9 +7,9 @@ and the same as `addmm`, `mm` or `matmul`, with the weight in either orientation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 from torch import fx
@@ -18,6 +18,7 @@ from lissom.compiler.analysis.structure.linear import bias_of, input_of
 from lissom.compiler.analysis.structure.matrix import stored_weight
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.match import is_own_weight
 from lissom.compiler.ir.operators import FAKE_QUANTIZES, LINEAR_PRODUCTS, TRANSPOSES
 from lissom.ops.formats import FORMATS, unpack_halves
 from lissom.ops.quantization import dequantize, fake_quantize
@@ -117,3 +118,23 @@ def _reads_whole(user: fx.Node) -> bool:
     if nodes.is_call(user, *TRANSPOSES):
         return any(_reads_whole(item) for item in user.users)
     return user.target not in LINEAR_PRODUCTS
+
+
+def is_owned(item: object) -> TypeGuard[fx.Node]:
+    """True for a weight, or a dequantized one, that nothing else reads."""
+    if nodes.is_call(item, dequantize):
+        return len(item.users) == 1 and all(map(is_own_weight, item.all_input_nodes))
+    return is_own_weight(item)
+
+
+def layer_path(weight: fx.Node) -> str:
+    """The module that a weight, or a dequantized one, is stored in."""
+    stored = weight if weight.op == "get_attr" else cast(fx.Node, weight.args[0])
+    return str(stored.target).rpartition(".")[0]
+
+
+def store_like(edit: Editor, weight: fx.Node, name: str, parts: Iterable[torch.Tensor]) -> fx.Node:
+    """A dequantized weight of other integers and their grid, in the format of `weight`; use inside `edit.before`."""
+    leaves = (name, f"{name}_scale", f"{name}_zero_point")
+    stored = [edit.weight(leaf, part) for leaf, part in zip(leaves, parts, strict=False)]
+    return edit.call(dequantize, *stored, **weight.kwargs)
