@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,7 +100,16 @@ def ending_at_once() -> Generator[None]:
             raise
         sys.stdout.flush()
         sys.stderr.flush()
+        if ended.code == 1:
+            _wait_for_failing_ranks()
         os._exit(int(ended.code or 0))
+
+
+_SAID = "lissom/said"
+"""The key of the store under which failing ranks count themselves."""
+_PATIENCE = 10.0
+"""Seconds that rank 0 waits for the others to fail: they may be that much behind on a busy machine, and are waiting for it if they
+do not."""
 
 
 def may_speak() -> bool:
@@ -107,6 +117,15 @@ def may_speak() -> bool:
     if not _STORES:
         return os.environ.get("RANK", "0") == "0" or not under_torchrun()
     try:
-        return _STORES[-1].add("lissom/said", 1) == 1
+        return _STORES[-1].add(_SAID, 1) == 1
     except RuntimeError:
         return True
+
+
+def _wait_for_failing_ranks() -> None:
+    """On rank 0, where it serves the store, so that ranks that fail later learn that the error has been said."""
+    if not _STORES or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or os.environ["RANK"] != "0":
+        return
+    until = time.monotonic() + _PATIENCE
+    while _STORES[-1].add(_SAID, 0) < int(os.environ["WORLD_SIZE"]) and time.monotonic() < until:
+        time.sleep(0.01)

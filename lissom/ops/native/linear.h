@@ -99,7 +99,7 @@ struct Linear {
   Activation activation;
   bool multiplies;     // multiply by other instead of adding it
   bool norms;
-  LayerNorm<T> norm;
+  RowNorm<T> norm;
 };
 
 // The epilogue of a vector of sums of one row, from column c on, without the bias.

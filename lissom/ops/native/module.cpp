@@ -75,7 +75,7 @@ Tensor linear_of(const Tensor& x, const Source& source, const Epilogue& epilogue
   if (y.numel() == 0) return y;
   run(Linear<T>{b.pointer(), o.pointer(), y.mutable_data_ptr<T>(), y.numel() / epilogue.features, epilogue.features,
                 epilogue.activation, epilogue.multiplies, epilogue.norms,
-                LayerNorm<T>{nw.pointer(), nb.pointer(), epilogue.features, static_cast<float>(epilogue.eps)}},
+                RowNorm<T>{nw.pointer(), nb.pointer(), epilogue.features, static_cast<float>(epilogue.eps)}},
       source);
   return y;
 }
@@ -288,43 +288,27 @@ Tensor weight_quantized_linear_norm(const Tensor& x, const Tensor& weight, const
                 {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
 }
 
-// The features of rows to norm, which are checked.
-int64_t features_of(const Tensor& x, Optional weight, Optional bias = {}) {
-  check_readable(x, "x");
-  TORCH_CHECK(x.dim() >= 1, "x is a scalar, and must be [..., features]");
-  int64_t n = x.size(-1);
+template <typename T, bool centers>
+Tensor norm_of(const Tensor& given, Optional weight, Optional bias, double eps) {
+  check_readable(given, "x");
+  TORCH_CHECK(given.dim() >= 1, "x is a scalar, and must be [..., features]");
+  int64_t n = given.size(-1);
   check_size(n, "the number of features");
   check_floats(weight, n, "a norm's weight"), check_floats(bias, n, "a norm's bias");
-  return n;
-}
-
-template <typename T>
-Tensor layer_norm_of(const Tensor& given, Optional weight, Optional bias, double eps) {
-  int64_t n = features_of(given, weight, bias);
   Tensor x = given.contiguous(), y = allocate(x.sizes(), x.options());
   Converted<T> w(weight, x), b(bias, x);
   if (x.numel() > 0)
-    run(LayerNorm<T>{w.pointer(), b.pointer(), n, static_cast<float>(eps)}, x.const_data_ptr<T>(), y.mutable_data_ptr<T>(),
+    run(RowNorm<T, centers>{w.pointer(), b.pointer(), n, static_cast<float>(eps)}, x.const_data_ptr<T>(), y.mutable_data_ptr<T>(),
         x.numel() / n);
   return y;
 }
 
 Tensor fused_layer_norm(const Tensor& x, Optional weight, Optional bias, double eps) {
-  return by_dtype(x, [&](auto zero) { return layer_norm_of<decltype(zero)>(x, weight, bias, eps); });
-}
-
-template <typename T>
-Tensor rms_norm_of(const Tensor& given, Optional weight, double eps) {
-  int64_t n = features_of(given, weight);
-  Tensor x = given.contiguous(), y = allocate(x.sizes(), x.options());
-  Converted<T> w(weight, x);
-  if (x.numel() > 0)
-    rms_norm(x.const_data_ptr<T>(), w.pointer(), y.mutable_data_ptr<T>(), x.numel() / n, n, static_cast<float>(eps));
-  return y;
+  return by_dtype(x, [&](auto zero) { return norm_of<decltype(zero), true>(x, weight, bias, eps); });
 }
 
 Tensor fused_rms_norm(const Tensor& x, Optional weight, double eps) {
-  return by_dtype(x, [&](auto zero) { return rms_norm_of<decltype(zero)>(x, weight, eps); });
+  return by_dtype(x, [&](auto zero) { return norm_of<decltype(zero), false>(x, weight, {}, eps); });
 }
 
 template <typename T>

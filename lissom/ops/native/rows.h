@@ -10,26 +10,32 @@ namespace lissom {
 constexpr int64_t kGrain = 1 << 14;  // elements below which a second thread costs more than it saves
 
 // (x - mean) / sqrt(variance + eps) * weight + bias for a row of n numbers, with two-pass statistics as in PyTorch. Either of weight
-// and bias may be null.
-template <typename T>
-struct LayerNorm {
+// and bias may be null. Without `centers` the mean is taken for 0: RMS norm.
+template <typename T, bool centers = true>
+struct RowNorm {
   const T *weight, *bias;
   int64_t n;
   float eps;
 
   template <typename Source>
   void operator()(const Source* from, T* to) const {
-    Vec total = splat(0.0f);
-    for (int64_t c = 0; c < n; c += kLanes) total += load_some(from + c, n - c);
-    float mean = sum(total) / n;
+    float mean = 0;
+    if constexpr (centers) {
+      Vec total = splat(0.0f);
+      for (int64_t c = 0; c < n; c += kLanes) total += load_some(from + c, n - c);
+      mean = sum(total) / n;
+    }
     Vec squares = splat(0.0f);
     for (int64_t c = 0; c < n; c += kLanes) {
-      Vec centered = first_lanes(load_some(from + c, n - c) - mean, n - c);
-      squares += centered * centered;
+      Vec value = load_some(from + c, n - c);
+      if constexpr (centers) value = first_lanes(value - mean, n - c);
+      squares += value * value;
     }
     float scale = 1.0f / std::sqrt(sum(squares) / n + eps);
     for (int64_t c = 0; c < n; c += kLanes) {
-      Vec value = (load_some(from + c, n - c) - mean) * scale;
+      Vec value = load_some(from + c, n - c);
+      if constexpr (centers) value -= mean;
+      value *= scale;
       if (weight) value *= load_some(weight + c, n - c);
       if (bias) value += load_some(bias + c, n - c);
       store_some(to + c, value, n - c);
@@ -37,31 +43,10 @@ struct LayerNorm {
   }
 };
 
-template <typename T>
-void run(const LayerNorm<T>& norm, const T* x, T* y, int64_t rows) {
+template <typename T, bool centers>
+void run(const RowNorm<T, centers>& norm, const T* x, T* y, int64_t rows) {
   at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / norm.n), [&](int64_t from, int64_t to) {
     for (int64_t row = from; row < to; ++row) norm(x + row * norm.n, y + row * norm.n);
-  });
-}
-
-// x / sqrt(mean(x^2) + eps) * weight
-template <typename T>
-void rms_norm(const T* x, const T* weight, T* y, int64_t rows, int64_t n, float eps) {
-  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / n), [&](int64_t from, int64_t to) {
-    for (int64_t row = from; row < to; ++row) {
-      const T* source = x + row * n;
-      Vec squares = splat(0.0f);
-      for (int64_t c = 0; c < n; c += kLanes) {
-        Vec value = load_some(source + c, n - c);
-        squares += value * value;
-      }
-      float scale = 1.0f / std::sqrt(sum(squares) / n + eps);
-      for (int64_t c = 0; c < n; c += kLanes) {
-        Vec value = load_some(source + c, n - c) * scale;
-        if (weight) value *= load_some(weight + c, n - c);
-        store_some(y + row * n + c, value, n - c);
-      }
-    }
   });
 }
 
@@ -80,11 +65,18 @@ inline void rotate(const Rotary<T>& call, const T* x, const T* cos, const T* sin
   int64_t half = call.head_dim / 2;
   bool full = call.angles == call.head_dim;
   if (call.interleaved) {
-    for (int64_t i = 0; i < half; ++i) {
-      int64_t first = full ? 2 * i : i, second = full ? 2 * i + 1 : i;
-      float a = x[2 * i], b = x[2 * i + 1];
-      y[2 * i] = static_cast<T>(a * static_cast<float>(cos[first]) - b * static_cast<float>(sin[first]));
-      y[2 * i + 1] = static_cast<T>(b * static_cast<float>(cos[second]) + a * static_cast<float>(sin[second]));
+    auto turn = [&](int64_t c, Vec cosine, Vec sine) {
+      Vec value = load_some(x + c, call.head_dim - c);
+      store_some(y + c, value * cosine + quarter_turn(value) * sine, call.head_dim - c);
+    };
+    for (int64_t c = 0; c < call.angles; c += kLanes) {
+      Vec cosine = load_some(cos + c, call.angles - c), sine = load_some(sin + c, call.angles - c);
+      if (full) {
+        turn(c, cosine, sine);
+      } else {
+        turn(2 * c, each_twice<0>(cosine), each_twice<0>(sine));
+        if (c + kLanes / 2 < half) turn(2 * c + kLanes, each_twice<1>(cosine), each_twice<1>(sine));
+      }
     }
     return;
   }

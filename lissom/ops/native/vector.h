@@ -161,6 +161,38 @@ inline Vec first_lanes(Vec value, int64_t count) {
   return load_some(held, count);
 }
 
+// (-b, a) for each two adjacent lanes (a, b).
+inline Vec quarter_turn(Vec value) {
+#if defined(__AVX512F__)
+  Vec swapped = (Vec)_mm512_permute_ps((__m512)value, _MM_SHUFFLE(2, 3, 0, 1));
+#elif defined(__AVX2__)
+  Vec swapped = (Vec)_mm256_permute_ps((__m256)value, _MM_SHUFFLE(2, 3, 0, 1));
+#else
+  Vec swapped;
+  for (int lane = 0; lane < kLanes; ++lane) swapped[lane] = value[lane ^ 1];
+#endif
+  BitVec signs{};
+  for (int lane = 0; lane < kLanes; lane += 2) signs[lane] = 0x80000000u;
+  return (Vec)((BitVec)swapped ^ signs);
+}
+
+// Each lane of the lower half, or of the upper one, twice.
+template <int upper>
+inline Vec each_twice(Vec value) {
+  constexpr int kFirst = upper * kLanes / 2;
+#if defined(__AVX512F__)
+  const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(kFirst), _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7));
+  return (Vec)_mm512_permutexvar_ps(places, (__m512)value);
+#elif defined(__AVX2__)
+  const __m256i places = _mm256_add_epi32(_mm256_set1_epi32(kFirst), _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+  return (Vec)_mm256_permutevar8x32_ps((__m256)value, places);
+#else
+  Vec found;
+  for (int lane = 0; lane < kLanes; ++lane) found[lane] = value[kFirst + lane / 2];
+  return found;
+#endif
+}
+
 // A lane where a or b is NaN yields b.
 inline Vec maximum(Vec a, Vec b) {
 #if defined(__AVX512F__)
