@@ -108,8 +108,8 @@ def ending_at_once() -> Generator[None]:
 _SAID = "lissom/said"
 """The key of the store under which failing ranks count themselves."""
 _PATIENCE = 10.0
-"""Seconds that rank 0 waits for the others to fail: they may be that much behind on a busy machine, and are waiting for it if they
-do not."""
+"""Seconds that rank 0 waits for the others to fail, which may be that much behind on a busy machine. Those that do not fail are
+waiting for it."""
 
 
 def may_speak() -> bool:

@@ -26,6 +26,7 @@ from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.calibration.attention_weights import attention_weights, operands_of, row_of, rows_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import steps
+from lissom.compiler.ir.match import memory_of
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import both_unfilled, lasting
@@ -82,7 +83,8 @@ def measure_node_errors(original: Program, program: Program, sample: Sample, rep
     replaced: for names of nodes the name of the node that each one replaced, in any pass.
     """
     pairs = _pairs(original, program, replaced)
-    attentions = {node: pairs[node] for node in pairs if is_attention(pairs[node])}
+    found = ((node, memory_of(before) if node.target is merged_attention else before) for node, before in pairs.items())
+    attentions = {node: before for node, before in found if is_attention(before)}
     readers = Counter(pairs.values())
     readers.update(item for node in attentions.values() for item in operands_of(node))
     running = _Running(original, sample, readers)
@@ -98,8 +100,8 @@ def measure_node_errors(original: Program, program: Program, sample: Sample, rep
         if error is not None:
             errors[node.name] = error
         if node in attentions:
-            values = {item: cast(torch.Tensor, running.value(item)) for item in operands_of(before)}
-            mass = _kept_mass(original, before, sample, values, masks.visible(node, values))
+            values = {item: cast(torch.Tensor, running.value(item)) for item in operands_of(attentions[node])}
+            mass = _kept_mass(original, attentions[node], sample, values, masks.visible(node, values))
             if mass is not None and (_SPARSIFIES in nodes.origin(node).passes or mass < 1 - _ROUNDING):
                 masses[node.name] = mass
 

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from lissom import ops
 from lissom.compiler.ir.program import Program
 from lissom.inspect.kernels import Kernel, kernel_of, module_pattern, operator_name, shape_of
 from lissom.ops.native import instructions_for, load_kernels
 from tests import captures
-from tests.models import FeedForward, captured, normal, tiny_bert
+from tests.models import FeedForward, captured, normal, seeded, tiny_bert
+from tests.passes.prune.pack_tokens.test_pack_tokens import Encoder, inputs
 
 aten = torch.ops.aten
 
@@ -96,6 +98,13 @@ def test_shapes_of_attentions_have_heads_and_tokens():
         heads, head_dim = case.model.config.num_attention_heads, case.model.config.hidden_size
         expected = f"{heads} heads × {head_dim // heads}, {batch} × {tokens} tokens"
         assert [shape_of(node, sizes) for node in program.nodes()].count(expected) == case.model.config.num_hidden_layers
+
+
+def test_attention_without_padding_has_the_sizes_of_the_padded_texts():
+    program = compiled(seeded(Encoder), inputs(), passes="pack-tokens")
+    (first, second) = program.nodes(ops.unpadded_attention)
+    sizes = program.signature.sizes_of(list(inputs(3, 7)))
+    assert shape_of(first, sizes) == shape_of(second, sizes) == "2 heads × 4, 3 × 7 tokens, unpadded"
 
 
 def test_other_operators_have_the_sizes_of_their_output():

@@ -9,8 +9,12 @@ from torch import nn
 from torch.nn import functional
 
 import lissom
+from lissom import ops
 from lissom.errors import InputError, UnsupportedError
 from lissom.inspect.node_errors import rms_error
+from lissom.ops.native import load_kernels
+from tests.models import seeded
+from tests.passes.prune.pack_tokens.test_pack_tokens import Encoder, inputs
 
 
 class Attention(nn.Module):
@@ -29,12 +33,16 @@ class Attention(nn.Module):
         return x
 
 
+def padded_inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    seen = torch.ones(2, 24, dtype=torch.bool)
+    seen[1, 17:] = False
+    return 4 * torch.randn(2, 24, 16), seen
+
+
 @pytest.fixture(scope="module")
 def case():
     torch.manual_seed(0)
-    seen = torch.ones(2, 24, dtype=torch.bool)
-    seen[1, 17:] = False
-    return Attention().eval(), (4 * torch.randn(2, 24, 16), seen)
+    return Attention().eval(), padded_inputs()
 
 
 def optimized(case, passes):
@@ -106,12 +114,30 @@ def _includes(found, distance):
     return bool(mask[node.args[3].name].expand(2, 4, 24, 24)[0, 0, 0, distance])
 
 
+WINDOW = "sparsify-attention{pattern=window,window=3}"
+SPARSE = "lower-sparse-attention{always=true}"
+
+
 @pytest.mark.slow
-def test_a_sparse_kernel_keeps_the_same_mass(case):
-    passes = "sparsify-attention{pattern=window,window=3}"
-    wanted = optimized(case, passes).report.errors().kept_mass
-    found = optimized(case, f"{passes},lower-sparse-attention{{always=true}}").report.errors().kept_mass
-    assert list(found.values()) == pytest.approx(list(wanted.values())) and not set(found) & set(wanted)
+@pytest.mark.parametrize(
+    ("build", "lowering", "target"),
+    [
+        (Attention, SPARSE, ops.block_sparse_attention),
+        (Attention, "fuse-attention", ops.fused_attention),
+        (Attention, "fuse-attention,fuse-merged-attention", ops.merged_attention),
+        (lambda: Encoder("zeroed"), f"zero-padding,pack-tokens,{SPARSE},fuse-unpadded-attention", ops.unpadded_attention),
+    ],
+    ids=["sparse", "fused", "merged", "unpadded"],
+)
+def test_an_attention_kernel_keeps_the_same_mass(build, lowering, target):
+    if load_kernels():
+        pytest.skip(load_kernels())
+    given = seeded(build), inputs(5, 12) if target is ops.unpadded_attention else padded_inputs()
+    wanted = optimized(given, WINDOW).report.errors().kept_mass
+    lowered = optimized(given, f"{WINDOW},{lowering}")
+    assert len(list(lowered.program.nodes(target))) == 2
+    # Sums of float32 weights over some hundred pairs of tokens.
+    assert list(lowered.report.errors().kept_mass.values()) == pytest.approx(list(wanted.values()), rel=1e-5)
 
 
 def test_it_prints_as_a_table(case):

@@ -147,10 +147,12 @@ class Editor:
             yield
 
     def call(self, target: torch._ops.OpOverload, *args: object, **kwargs: object) -> fx.Node:
-        """A new, typed call node; use inside `before`.
+        """A new, typed call node; use inside `before`. Operands of None at the end are left out.
 
         Raises: PassError when the operator does not accept these arguments.
         """
+        while args and args[-1] is None:
+            args = args[:-1]
         name = target._schema.name.partition("::")[2]
         return self._made(self.program.graph.create_node("call_function", target, args, kwargs, name))  # pyright: ignore
 
@@ -241,10 +243,14 @@ class Editor:
             )
         old.replace_all_uses_with(new)
         if self.pass_name in nodes.origin(new).passes and not nodes.origin(new).replaces:
-            nodes.set_origin(new, replace(nodes.origin(new), replaces=old.name))
+            self.succeed(old, new)
         program.graph.erase_node(old)
         program.edits += 1
         self.rewritten += 1
+
+    def succeed(self, old: fx.Node, new: fx.Node) -> None:
+        """Record that a new node of another shape computes what `old` did; `replace` records it of nodes of the same type."""
+        nodes.set_origin(new, replace(nodes.origin(new), replaces=old.name))
 
     def replace_by(self, old: fx.Node, target: torch._ops.OpOverload, *args: object, **kwargs: object) -> fx.Node:
         """Replace a node by a new call, and return the call; see `before`, `call` and `replace`."""

@@ -15,7 +15,7 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import other_argument, scalar_and_node, strip_casts
+from lissom.compiler.ir.match import only_user, other_argument, scalar_and_node, strip_casts
 from lissom.compiler.ir.operators import CASTS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
@@ -99,9 +99,10 @@ def _is_same(item: object, x: fx.Node) -> bool:
 
 def _raise(edit: Editor, x: fx.Node, normalised: fx.Node, epsilon: float) -> None:
     """Replace the normalized value, and a cast and a weight after it where there are any, by `rms_norm`."""
-    cast, original = _only_user(normalised, *CASTS), strip_casts(x)
-    is_cast_back = cast is not None and nodes.tensor_type(cast) == nodes.tensor_type(original)
-    end, start = (cast, original) if cast is not None and is_cast_back else (normalised, x)
+    cast, original = only_user(normalised), strip_casts(x)
+    end, start = normalised, x
+    if nodes.is_call(cast, *CASTS) and nodes.tensor_type(cast) == nodes.tensor_type(original):
+        end, start = cast, original
     root, weight = _weighted(end)
     if weight is not None and nodes.tensor_type(weight).dtype != nodes.tensor_type(end).dtype:
         root, start, weight = normalised, x, None
@@ -112,15 +113,12 @@ def _raise(edit: Editor, x: fx.Node, normalised: fx.Node, epsilon: float) -> Non
 
 def _weighted(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """The product of the node with a weight over its last dimension, and the weight; the node alone when there is none."""
-    product = _only_user(node, *_MULTIPLY)
-    other = other_argument(product, node) if product is not None else None
-    if product is None or not nodes.is_tensor(other):
+    product = only_user(node)
+    if not nodes.is_call(product, *_MULTIPLY):
+        return node, None
+    other = other_argument(product, node)
+    if not nodes.is_tensor(other):
         return node, None
     if nodes.tensor_type(other).shape != nodes.tensor_type(node).shape[-1:]:
         return node, None
     return product, other
-
-
-def _only_user(node: fx.Node, *targets: object) -> fx.Node | None:
-    users = list(node.users)
-    return users[0] if len(users) == 1 and nodes.is_call(users[0], *targets) else None

@@ -80,11 +80,8 @@ def _operands(linear: fx.Node) -> dict[str, object]:
 def _replace(edit: Editor, linear: fx.Node, reader: fx.Node, operands: dict[str, object], options: dict[str, Any]) -> fx.Node:
     """Replace the reader with the layer's kernel, or its variant with a norm."""
     target = _NORMED[linear.target] if "eps" in options else cast(torch._ops.OpOverload, linear.target)
-    given = list(operands.values())
-    while given[-1] is None:
-        given.pop()
     with edit.before(reader, like=[linear]):
-        call = edit.call(target, *given, **options)
+        call = edit.call(target, *operands.values(), **options)
     edit.replace(reader, call)
     return call
 

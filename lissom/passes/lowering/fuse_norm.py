@@ -33,10 +33,7 @@ class FuseNorm(Rewrite):
             eps = nodes.argument(node, "eps")
             if eps is None:
                 eps = torch.finfo(nodes.tensor_type(node).dtype).eps
-            operands = [node.args[0], *_parameters(node)]
-            while operands[-1] is None:
-                operands.pop()
-            edit.replace_by(node, _FUSED[node.target], *operands, eps=eps)  # pyright: ignore[reportArgumentType]
+            edit.replace_by(node, _FUSED[node.target], node.args[0], *_parameters(node), eps=eps)  # pyright: ignore[reportArgumentType]
 
 
 def _parameters(norm: fx.Node) -> list[object]:

@@ -35,11 +35,12 @@ class FuseUnpaddedAttention(Rewrite):
     """Fuses the lookups of padded tokens around attention into its kernel."""
 
     def run(self, edit: Editor) -> None:
-        for node in edit.nodes(fused_attention, block_sparse_attention):
-            lookups = [_lookup(item) for item in node.args[:3]]
-            found = [item for item in lookups if item is not None]
-            if len(found) == 3 and edit.may_change(node, _obstacle(node, found)):
-                _read_unpadded(edit, node, found)
+        attentions = list(edit.nodes(fused_attention, block_sparse_attention))
+        padded = [(node, [item for item in map(_lookup, node.args[:3]) if item]) for node in attentions]
+        found = edit.accepted((node, _site(node, lookups)) for node, lookups in padded if len(lookups) == 3)
+        slots: dict[object, fx.Node] = {}
+        for node, site in found.items():
+            _read_unpadded(edit, node, site, slots)
 
 
 class _Lookup(NamedTuple):
@@ -77,19 +78,32 @@ def _selected(node: object, dim: int, sizes: object) -> _Lookup | None:
     return _Lookup(packed, slots, tuple(sizes))  # pyright: ignore
 
 
-def _obstacle(attention: fx.Node, lookups: list[_Lookup]) -> str | None:
-    """Why an attention cannot read tokens without padding; None when it can."""
+class _Site(NamedTuple):
+    """What is put in the place of an attention on padded heads.
+
+    lookups: of queries, keys and values. taken: the rows that are taken of its result, [1, rows, features]. band: the distances
+    from a query to the keys that it sees, as options of the kernel.
+    """
+
+    lookups: list[_Lookup]
+    taken: fx.Node
+    band: dict[str, int]
+
+
+def _site(attention: fx.Node, lookups: list[_Lookup]) -> _Site | str:
+    """What an attention that reads tokens without padding needs; the reason where it cannot."""
     if any(attention.kwargs.get(name) is not None for name in ("sinks", "k_scale", "v_scale")):
         return "it has sinks, or keys and values in int8"
     if len({(item.slots, item.sizes) for item in lookups}) > 1:
         return "its queries, keys and values are padded in different ways"
-    if _taken(attention) is None:
+    taken, band = _taken(attention), _band(attention)
+    if taken is None:
         return "something else than the real tokens of its result is read"
-    return None if _band(attention) is not None else "its pattern is no window"
+    return "its pattern is no window" if band is None else _Site(lookups, taken, band)
 
 
 def _band(attention: fx.Node) -> dict[str, int] | None:
-    """The distances from a query to the keys that it sees, as options of the kernel; None where they are no band."""
+    """The band of an attention; None where it has none."""
     if attention.target is fused_attention:
         return {"high": 0} if attention.kwargs.get("causal") else {}
     pattern = Pattern.decode(nodes.argument(attention, "pattern"), int(nodes.argument(attention, "block")))  # pyright: ignore
@@ -107,17 +121,19 @@ def _taken(attention: fx.Node) -> fx.Node | None:
     return taken if len(shapes[0]) == 3 and shapes[0][0] == 1 and shapes[0][2] == shapes[1][2] else None
 
 
-def _read_unpadded(edit: Editor, attention: fx.Node, lookups: list[_Lookup]) -> None:
-    taken, band = _taken(attention), _band(attention)
-    assert taken is not None and band is not None
-    bias = nodes.argument(attention, "bias")
+def _read_unpadded(edit: Editor, attention: fx.Node, site: _Site, slots: dict[object, fx.Node]) -> None:
+    """Replace an attention. slots: [batch, tokens], of attentions before it, by lookup."""
+    (lookups, taken, band), bias = site, nodes.argument(attention, "bias")
+    padding = (lookups[0].slots, lookups[0].sizes)
     options = {name: attention.kwargs[name] for name in ("scale", "softcap") if name in attention.kwargs}
+    if padding not in slots:
+        with edit.before(attention):  # and so before those of attentions that follow
+            slots[padding] = edit.call(aten.reshape.default, lookups[0].slots, [*lookups[0].sizes])
     with edit.before(taken, like=[attention]):
         types = map(nodes.tensor_type, attention.args[:3])
         heads = [_heads(edit, item.packed, given) for item, given in zip(lookups, types, strict=True)]
-        slots = edit.call(aten.reshape.default, lookups[0].slots, [*lookups[0].sizes])
-        rest = [] if bias is None else [bias]
-        found = edit.call(unpadded_attention, *heads, slots, taken.args[2], *rest, **options, **band)
+        found = edit.call(unpadded_attention, *heads, slots[padding], taken.args[2], bias, **options, **band)
+        edit.succeed(attention, found)
         joined = edit.call(aten.transpose.int, found, 1, 2)
         features = nodes.tensor_type(taken).shape[2]
         call = edit.call(aten.reshape.default, joined, [1, -1, features])

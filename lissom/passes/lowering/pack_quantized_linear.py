@@ -133,10 +133,7 @@ def _call(edit: Editor, layer: QuantizedLayer, packed: _Packed) -> fx.Node:
     else:
         operands += [None, None, packed.zero_point]
         options["granularity"] = layer.granularity
-    operands.append(layer.bias)
-    while operands[-1] is None:
-        operands.pop()
-    return edit.call(quantized_linear if layer.rounds else weight_quantized_linear, *operands, **options)
+    return edit.call(quantized_linear if layer.rounds else weight_quantized_linear, *operands, layer.bias, **options)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES, WAIT
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.fake import hint
-from lissom.compiler.ir.match import computed_from
+from lissom.compiler.ir.match import computed_from, only_user
 from lissom.compiler.ir.placement import REPLICATED
 
 aten = torch.ops.aten
@@ -49,7 +49,7 @@ def _fit(first: fx.Node, second: fx.Node) -> bool:
     if first.target is not second.target or first.target not in (ALL_REDUCE, ALL_GATHER) or first.args[1:] != second.args[1:]:
         return False
     a, b = (cast(torch.Tensor, nodes.value(cast(fx.Node, node.args[0]))) for node in (first, second))
-    waited = all(len(node.users) == 1 and nodes.is_call(next(iter(node.users)), WAIT) for node in (first, second))
+    waited = all(nodes.is_call(only_user(node), WAIT) for node in (first, second))
     return waited and a.dtype == b.dtype and all(math.prod(map(hint, x.shape)) <= LARGEST for x in (a, b))
 
 
