@@ -1,12 +1,17 @@
-"""Memory that is free but not given back, and objects that live on and need not be looked at."""
+"""Memory that is free but not given back, pages of weights, and objects that live on and need not be looked at."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
 
 
 def give_back_memory() -> None:
@@ -18,6 +23,56 @@ def give_back_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def use_huge_pages(tensors: Iterable[torch.Tensor]) -> None:
+    """Ask Linux to put the memory of tensors on a CPU into huge pages, where it lies and now; else do nothing.
+
+    A processor stops prefetching at the end of a page, and finding the next one takes longest under a hypervisor, which has
+    page tables of its own: one core reads pages of 2 MiB up to twice as fast as those of 4 KiB. A huge page is made where at
+    least half of it is memory of these tensors.
+    """
+    size = _huge_page_bytes()
+    if not size:
+        return
+    used: dict[int, int] = {}
+    for address, count in {_extent(tensor) for tensor in tensors if tensor.device.type == "cpu"}:
+        for page in range(address // size, -(-(address + count) // size)):
+            inside = min(address + count, (page + 1) * size) - max(address, page * size)
+            used[page] = used.get(page, 0) + inside
+    runs: list[list[int]] = []
+    for page in sorted(page for page, inside in used.items() if 2 * inside >= size):
+        if runs and runs[-1][1] == page:
+            runs[-1][1] = page + 1
+        else:
+            runs.append([page, page + 1])
+    advise = ctypes.CDLL(None, use_errno=True).madvise
+    for first, last in runs:
+        place, length = ctypes.c_void_p(first * size), ctypes.c_size_t((last - first) * size)
+        # Linux before 6.1 cannot do it now; it then does it by and by.
+        if advise(place, length, _COLLAPSE) and ctypes.get_errno() == errno.EINVAL:
+            advise(place, length, _HUGE)
+
+
+_HUGE, _COLLAPSE = 14, 25
+"""Numbers of Linux's advice on memory."""
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """The address and the bytes of a tensor's memory."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
+@cache
+def _huge_page_bytes() -> int:
+    """The size of a huge page; 0 where the system has none or must not use them."""
+    folder = Path("/sys/kernel/mm/transparent_hugepage")
+    try:
+        allowed = "[never]" not in (folder / "enabled").read_text()
+        return int((folder / "hpage_pmd_size").read_text()) if allowed else 0
+    except (OSError, ValueError):
+        return 0
 
 
 _MUCH = 1 << 26

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -69,6 +70,8 @@ def _run(code: str, folder: str, environment: dict[str, str], out: str, err: str
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
+    # A shell that starts something in the background has it ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     sys.argv = ["-c", folder]
     exec(compile(code, "<string>", "exec"), sys.modules["__main__"].__dict__)

@@ -23,6 +23,7 @@ from lissom.backends.eager.methods import METHODS
 from lissom.backends.eager.node_times import time_nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.memory import use_huge_pages
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.inspect.hot_layers import LayerTimes, layer_times
 from lissom.inspect.machine import Machine
@@ -101,6 +102,7 @@ def build_function(
     """An executable that runs the program's operators in order. wrap: applied to the function. calls: as in `emit`."""
     program = with_fast_layout(program)
     state = {name: program.weight(name).detach().clone() for name in program.state}
+    use_huge_pages([*_read_whole(program), *state.values()])
     source, names = emit(program, state, calls)
     scope = dict(names)
     exec(compile(source, "<lissom program>", "exec"), scope)
@@ -114,6 +116,16 @@ def build_function(
         run = one_call(run)
     executable = wrap(program, run)
     return _Stateful(executable, state) if state else executable
+
+
+def _read_whole(program: Program) -> list[torch.Tensor]:
+    """The weights that a call reads; of tables of embeddings it looks up a few rows."""
+    reads = (node for node in program.graph.nodes if node.op == "get_attr")
+    found = {str(node.target) for node in reads if any(user.target is not _EMBEDDING for user in node.users)}
+    return [program.weight(name) for name in found]
+
+
+_EMBEDDING = torch.ops.aten.embedding.default
 
 
 class _Stateful:

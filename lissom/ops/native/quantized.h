@@ -212,11 +212,11 @@ struct Quantized {
     });
   }
 
-  template <int R, bool fetches>
+  template <int R, Fetch fetch>
   void tile(const int8_t* opened, int64_t row, int64_t panel, int column, Vec (&values)[R][kWide]) const {
     IntVec totals[R][kWide] = {};
     const int8_t* columns = opened + column * kPair<int8_t>;
-    multiply<R, fetches>(elements.data() + (row - origin) * padded, padded, columns, padded / kPair<int8_t>, totals);
+    multiply<R, fetch>(elements.data() + (row - origin) * padded, padded, columns, padded / kPair<int8_t>, totals);
 #pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v) {
       Dequantizer column_of(*this, panel * kPanel + column + v * kLanes);
@@ -305,7 +305,7 @@ struct GroupQuantized : Quantized<T, false> {
 
   const int8_t* open(int64_t panel, int64_t) const { return this->weight + panel * (this->inputs / 4) * kStepBytes; }
 
-  template <int R, bool fetches>
+  template <int R, Fetch fetch>
   void tile(const int8_t* opened, int64_t row, int64_t panel, int column, Vec (&values)[R][kWide]) const {
     const int64_t inputs = this->inputs, count = parts(), first = row - this->origin, c = panel * kPanel + column;
     const int64_t steps = inputs / std::max<int64_t>(count, 1) / 4, share = count / groups;
@@ -313,7 +313,7 @@ struct GroupQuantized : Quantized<T, false> {
     for (int64_t part = 0; part < count; ++part, rows += steps * 4) {
       IntVec totals[R][kWide] = {};
       for (int64_t step = 0; step < steps; ++step, opened += kStepBytes) {
-        __builtin_prefetch(opened + 4096, 0, 2);
+        __builtin_prefetch(opened + kAhead, 0, 2);
         ByteVec found[kWide];
 #pragma GCC unroll 2
         for (int v = 0; v < kWide; ++v) found[v] = bytes(opened, column + v * kLanes);

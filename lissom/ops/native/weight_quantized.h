@@ -204,7 +204,7 @@ struct WeightQuantized {
     return held.data();
   }
 
-  template <int R, bool fetches>
+  template <int R, Fetch fetch>
   void tile(const P* opened, int64_t row, int64_t panel, int column, Vec (&totals)[R][kWide]) const {
     constexpr int pair = kPair<P>;
     if constexpr (R <= kFew) {
@@ -214,7 +214,7 @@ struct WeightQuantized {
     const P* from;
     if constexpr (std::is_same_v<T, P>) from = x + row * weight.inputs;
     else from = values(row);
-    multiply_in_parts<R, false>(from, weight.inputs, opened + column * pair, totals);
+    multiply_in_parts<R, Fetch::kNothing>(from, weight.inputs, opened + column * pair, totals);
   }
 
  private:
@@ -274,7 +274,7 @@ struct WeightQuantized {
       };
       int64_t i = 0;
       for (; i + chains <= group; i += chains) {
-        __builtin_prefetch(from + i * step + 4096, 0, 2);
+        __builtin_prefetch(from + i * step + kAhead, 0, 2);
 #pragma GCC unroll 4
         for (int chain = 0; chain < chains; ++chain) take(i + chain, partial[chain]);
       }

@@ -1,0 +1,70 @@
+"""Tests of lissom.compiler.memory: huge pages, as Linux counts them."""
+
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lissom
+from lissom.compiler import memory
+from lissom.compiler.memory import use_huge_pages
+from tests.models import normal
+
+MIB = 1 << 20
+RELEASE = tuple(int(part) for part in platform.release().split(".")[:2] if part.isdigit())
+pytestmark = pytest.mark.skipif(
+    platform.system() != "Linux" or RELEASE < (6, 1) or memory._huge_page_bytes() != 2 * MIB,
+    reason="this system does not make huge pages of 2 MiB on request",
+)
+
+
+def huge_bytes(tensor: torch.Tensor) -> int:
+    """The bytes in huge pages of the mappings that a tensor's memory lies in."""
+    first = tensor.untyped_storage().data_ptr()
+    last, inside, found = first + tensor.untyped_storage().nbytes(), False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):
+            low, high = (int(part, 16) for part in name.split("-"))
+            inside = low < last and first < high
+        elif inside and name == "AnonHugePages:":
+            found += int(rest[0]) << 10
+    return found
+
+
+def test_a_large_tensor_lies_in_huge_pages_and_keeps_its_values():
+    x = torch.arange(16 * MIB // 4, dtype=torch.int32)
+    place = x.data_ptr()
+    use_huge_pages([x, x[5:], x])
+    # All but the pages at both ends, of which less than half may be of the tensor.
+    assert huge_bytes(x) >= 12 * MIB
+    assert x.data_ptr() == place and torch.equal(x, torch.arange(16 * MIB // 4, dtype=torch.int32))
+
+
+def test_no_memory_is_taken_for_a_little():
+    whole = torch.zeros(64 * MIB, dtype=torch.uint8)
+    page = -whole.data_ptr() % (2 * MIB) + 8 * MIB
+    # A quarter of each of two pages: storages of their own within the memory of `whole`.
+    little = [torch.frombuffer(whole.numpy(), dtype=torch.uint8, count=MIB // 2, offset=page + start) for start in (0, 3 * MIB)]
+    before = huge_bytes(whole)
+    use_huge_pages(little)
+    assert huge_bytes(whole) == before
+    use_huge_pages([whole])
+    assert huge_bytes(whole) >= 60 * MIB
+
+
+def test_a_system_that_must_not_use_them_is_not_asked(monkeypatch):
+    monkeypatch.setattr(memory, "_huge_page_bytes", lambda: 0)
+    x = torch.zeros(16 * MIB, dtype=torch.uint8)
+    before = huge_bytes(x)
+    use_huge_pages([x])
+    assert huge_bytes(x) == before
+
+
+def test_the_weights_of_a_compiled_model_lie_in_huge_pages():
+    model = nn.Sequential(nn.Linear(2048, 2048), nn.Linear(2048, 2048)).eval()
+    compiled = lissom.compile(model, normal(3, 2048), checks="off")
+    found = sum(huge_bytes(weight) for weight in compiled.program.weights().values() if weight.numel() > MIB)
+    assert found >= 2 * 12 * MIB
