@@ -40,22 +40,24 @@ def use_huge_pages(tensors: Iterable[torch.Tensor]) -> None:
         for page in range(address // size, -(-(address + count) // size)):
             inside = min(address + count, (page + 1) * size) - max(address, page * size)
             used[page] = used.get(page, 0) + inside
-    runs: list[list[int]] = []
-    for page in sorted(page for page, inside in used.items() if 2 * inside >= size):
-        if runs and runs[-1][1] == page:
-            runs[-1][1] = page + 1
-        else:
-            runs.append([page, page + 1])
     advise = ctypes.CDLL(None, use_errno=True).madvise
-    for first, last in runs:
-        place, length = ctypes.c_void_p(first * size), ctypes.c_size_t((last - first) * size)
+    refused = 0
+    for page in sorted(page for page, inside in used.items() if 2 * inside >= size):
+        place = ctypes.c_void_p(page * size), ctypes.c_size_t(size)
+        if not advise(*place, _COLLAPSE):
+            refused = 0
+            continue
         # Linux before 6.1 cannot do it now; it then does it by and by.
-        if advise(place, length, _COLLAPSE) and ctypes.get_errno() == errno.EINVAL:
-            advise(place, length, _HUGE)
+        if ctypes.get_errno() == errno.EINVAL:
+            advise(*place, _HUGE)
+        elif (refused := refused + 1) == _MOST_REFUSALS:
+            break  # there are no free huge pages, and looking for one takes milliseconds
 
 
 _HUGE, _COLLAPSE = 14, 25
 """Numbers of Linux's advice on memory."""
+_MOST_REFUSALS = 16
+"""In a row."""
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
