@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
+import mmap
 import sys
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -25,16 +27,20 @@ def give_back_memory() -> None:
             trim(0)
 
 
-def use_huge_pages(tensors: Iterable[torch.Tensor]) -> None:
+def use_huge_pages(tensors: Iterable[torch.Tensor], own: Iterable[torch.Tensor] = ()) -> None:
     """Ask Linux to put the memory of tensors on a CPU into huge pages, where it lies and now; else do nothing.
 
     A processor stops prefetching at the end of a page, and finding the next one takes longest under a hypervisor, which has
     page tables of its own: one core reads pages of 2 MiB up to twice as fast as those of 4 KiB. A huge page is made where at
     least half of it is memory of these tensors.
+
+    own: those whose memory is nobody else's. Small ones are moved together: among others' memory in a heap they would lose
+    their huge pages whenever the C library gives back what is free between them.
     """
     size = _huge_page_bytes()
     if not size:
         return
+    _move_together(own, size)
     used: dict[int, int] = {}
     for address, count in {_extent(tensor) for tensor in tensors if tensor.device.type == "cpu"}:
         for page in range(address // size, -(-(address + count) // size)):
@@ -54,6 +60,34 @@ def use_huge_pages(tensors: Iterable[torch.Tensor]) -> None:
             break  # there are no free huge pages, and looking for one takes milliseconds
 
 
+def _move_together(tensors: Iterable[torch.Tensor], page: int) -> None:
+    """Move the memory of small tensors into huge pages. A mapped file, which processes share, stays where it is."""
+    held: dict[int, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if tensor.device.type == "cpu" and storage.resizable() and 0 < storage.nbytes() < _MOST_MOVED_PAGES * page:
+            held.setdefault(storage.data_ptr(), []).append(tensor)
+    places = [0, *accumulate(-(-_extent(first)[1] // _LINE) * _LINE for first, *_ in held.values())]
+    if places[-1] < page // 2:
+        return
+    try:
+        block = mmap.mmap(-1, (places[-1] // page + 2) * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        return  # there is no memory for both
+    start = -torch.frombuffer(block, dtype=torch.uint8).data_ptr() % page
+    with torch.inference_mode():
+        for place, sharing in zip(places[:-1], held.values(), strict=True):
+            storage = sharing[0].untyped_storage()
+            moved = torch.frombuffer(block, dtype=torch.uint8, count=storage.nbytes(), offset=start + place)
+            moved.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
+            for tensor in sharing:
+                view = torch.empty(0, dtype=tensor.dtype)
+                tensor.data = view.set_(moved.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+_MOST_MOVED_PAGES, _LINE = 4, 64
+"""The pages of what is moved, and the bytes of a line of the cache."""
 _HUGE, _COLLAPSE = 14, 25
 """Numbers of Linux's advice on memory."""
 _MOST_REFUSALS = 16

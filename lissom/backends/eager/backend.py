@@ -21,6 +21,7 @@ from lissom.backends.eager.chains import Chain, runs_of
 from lissom.backends.eager.cuda_graphs import with_fast_layout, with_graphs
 from lissom.backends.eager.methods import METHODS
 from lissom.backends.eager.node_times import time_nodes
+from lissom.compiler.ir.operators import QUANTIZED_LINEARS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.memory import use_huge_pages
@@ -29,6 +30,7 @@ from lissom.inspect.hot_layers import LayerTimes, layer_times
 from lissom.inspect.machine import Machine
 from lissom.ops import KERNELS
 from lissom.ops.native import load_kernels, one_call
+from lissom.ops.packed_linear import packed_linear, packed_linear_norm
 from lissom.passes.lowering.fuse_attention import FuseAttention
 from lissom.passes.lowering.fuse_epilogues import FuseEpilogues
 from lissom.passes.lowering.fuse_merged_attention import FuseMergedAttention
@@ -102,7 +104,7 @@ def build_function(
     """An executable that runs the program's operators in order. wrap: applied to the function. calls: as in `emit`."""
     program = with_fast_layout(program)
     state = {name: program.weight(name).detach().clone() for name in program.state}
-    use_huge_pages([*_read_whole(program), *state.values()])
+    use_huge_pages(_read_whole(program), own=[*_packed(program), *state.values()])
     source, names = emit(program, state, calls)
     scope = dict(names)
     exec(compile(source, "<lissom program>", "exec"), scope)
@@ -125,7 +127,20 @@ def _read_whole(program: Program) -> list[torch.Tensor]:
     return [program.weight(name) for name in found]
 
 
+def _packed(program: Program) -> list[torch.Tensor]:
+    """The weights that were packed for kernels, and their grids: they are the program's own."""
+    found: dict[str, torch.Tensor] = {}
+    for call in program.nodes(packed_linear, packed_linear_norm, *QUANTIZED_LINEARS):
+        parameters = cast(torch._ops.OpOverload, call.target)._schema.arguments
+        for parameter, item in zip(parameters, call.args, strict=False):
+            if parameter.name in _PACKED and isinstance(item, fx.Node) and item.op == "get_attr":
+                found[str(item.target)] = program.weight(str(item.target))
+    return list(found.values())
+
+
 _EMBEDDING = torch.ops.aten.embedding.default
+_PACKED = ("weight", "scale", "sums", "zero_point")
+"""Parameters of linear layers."""
 
 
 class _Stateful:
