@@ -76,12 +76,12 @@ def _move_together(tensors: Iterable[torch.Tensor], page: int) -> None:
     except OSError:
         return  # there is no memory for both
     start = -torch.frombuffer(block, dtype=torch.uint8).data_ptr() % page
-    with torch.inference_mode():
-        for place, sharing in zip(places[:-1], held.values(), strict=True):
-            storage = sharing[0].untyped_storage()
-            moved = torch.frombuffer(block, dtype=torch.uint8, count=storage.nbytes(), offset=start + place)
-            moved.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
-            for tensor in sharing:
+    for place, sharing in zip(places[:-1], held.values(), strict=True):
+        storage = sharing[0].untyped_storage()
+        moved = torch.frombuffer(block, dtype=torch.uint8, count=storage.nbytes(), offset=start + place)
+        moved.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
+        for tensor in sharing:
+            with torch.inference_mode(tensor.is_inference()):
                 view = torch.empty(0, dtype=tensor.dtype)
                 tensor.data = view.set_(moved.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 

@@ -87,8 +87,14 @@ def test_the_weights_of_a_compiled_model_lie_in_huge_pages(size: int, count: int
     torch.testing.assert_close(compiled(normal(2, size)), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_moved_keeps_its_values_and_its_sharing():
-    whole = torch.arange(MIB, dtype=torch.int32)
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_is_moved_keeps_its_values_and_its_sharing(inference: bool):
+    with torch.inference_mode(inference):
+        whole = torch.arange(MIB, dtype=torch.int32)
+        check_moved(whole)
+
+
+def check_moved(whole: torch.Tensor):
     rows, columns = whole.view(1024, 1024), whole.view(1024, 1024).T[3:]
     before = rows.clone()
     use_huge_pages([], own=[rows, columns])

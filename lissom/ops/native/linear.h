@@ -4,7 +4,7 @@
 //   prepare(begin, end)       called before tiles of rows [begin, end), by the same thread; or, where kSharesRows, by one thread
 //                             for all that read the same rows
 //   open(panel, rows)         the panel as tiles of that many rows read it
-//   tile<R, fetch>(...)       R rows of one chunk of the panel's columns, in float32
+//   tile<R, fetches>(...)     R rows of one chunk of the panel's columns, in float32; `once`: no other tile reads the panel
 //   product(...)              up to kProductRows rows of all the panel's columns; used for more than kFewRows rows, where
 //                             kProductRows is not 0
 //   row_bytes()               the bytes of one row of x
@@ -40,9 +40,9 @@ struct Plain {
   void prepare(int64_t, int64_t) {}
   const T* open(int64_t panel, int64_t) const { return weight + panel * inputs * kPanel; }
 
-  template <int R, Fetch fetch>
-  void tile(const T* opened, int64_t row, int64_t, int column, Vec (&sums)[R][kWide]) const {
-    multiply_in_parts<R, fetch>(x + row * inputs, inputs, opened + column * kPair<T>, sums);
+  template <int R, bool fetches>
+  void tile(const T* opened, int64_t row, int64_t, int column, Vec (&sums)[R][kWide], bool once) const {
+    multiply_in_parts<R, fetches>(x + row * inputs, inputs, opened + column * kPair<T>, sums, once);
   }
 
   void product(const T* opened, int64_t row, int64_t rows, int64_t, float* sums) const {
@@ -72,8 +72,8 @@ struct Widened {
 
   const BFloat16* open(int64_t panel, int64_t) const { return weight + panel * inputs * kPanel; }
 
-  template <int R, Fetch fetch>
-  void tile(const BFloat16* opened, int64_t row, int64_t, int column, Vec (&sums)[R][kWide]) const {
+  template <int R, bool fetches>
+  void tile(const BFloat16* opened, int64_t row, int64_t, int column, Vec (&sums)[R][kWide], bool) const {
     multiply_widened<R>(floats + (row - origin) * inputs, inputs, opened + column * 2, inputs / 2, sums);
   }
 
@@ -145,9 +145,9 @@ inline void block_by_vectors(const Linear<T>& call, const Source& source, int64_
         constexpr int R = decltype(count)::value;
         for (int column = 0; column < kPanel; column += kChunk) {
           Vec sums[R][kWide] = {};
-          if (end - begin <= kRows) source.template tile<R, Fetch::kAhead>(opened, top, panel, column, sums);
-          else if (bottom == end) source.template tile<R, Fetch::kNextPanel>(opened, top, panel, column, sums);
-          else source.template tile<R, Fetch::kNothing>(opened, top, panel, column, sums);
+          const bool once = end - begin <= kRows;
+          if (bottom == end) source.template tile<R, true>(opened, top, panel, column, sums, once);
+          else source.template tile<R, false>(opened, top, panel, column, sums, once);
 #pragma GCC unroll 2
           for (int v = 0; v < kWide; ++v) {
             int64_t c = panel * kPanel + column + v * kLanes, left = n - c;

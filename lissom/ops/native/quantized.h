@@ -212,11 +212,11 @@ struct Quantized {
     });
   }
 
-  template <int R, Fetch fetch>
-  void tile(const int8_t* opened, int64_t row, int64_t panel, int column, Vec (&values)[R][kWide]) const {
+  template <int R, bool fetches>
+  void tile(const int8_t* opened, int64_t row, int64_t panel, int column, Vec (&values)[R][kWide], bool once) const {
     IntVec totals[R][kWide] = {};
     const int8_t* columns = opened + column * kPair<int8_t>;
-    multiply<R, fetch>(elements.data() + (row - origin) * padded, padded, columns, padded / kPair<int8_t>, totals);
+    multiply<R, fetches>(elements.data() + (row - origin) * padded, padded, columns, padded / kPair<int8_t>, totals, once);
 #pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v) {
       Dequantizer column_of(*this, panel * kPanel + column + v * kLanes);
@@ -305,8 +305,8 @@ struct GroupQuantized : Quantized<T, false> {
 
   const int8_t* open(int64_t panel, int64_t) const { return this->weight + panel * (this->inputs / 4) * kStepBytes; }
 
-  template <int R, Fetch fetch>
-  void tile(const int8_t* opened, int64_t row, int64_t panel, int column, Vec (&values)[R][kWide]) const {
+  template <int R, bool fetches>
+  void tile(const int8_t* opened, int64_t row, int64_t panel, int column, Vec (&values)[R][kWide], bool) const {
     const int64_t inputs = this->inputs, count = parts(), first = row - this->origin, c = panel * kPanel + column;
     const int64_t steps = inputs / std::max<int64_t>(count, 1) / 4, share = count / groups;
     const Element* rows = this->elements.data() + first * inputs;

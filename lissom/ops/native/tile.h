@@ -146,21 +146,20 @@ inline IntVec signed_product(const Element* a, ByteVec b, IntVec sum) {
 #endif
 }
 
-// What is prefetched while a chunk is multiplied: the next panel of the weights, or what comes soon of a panel that is read once.
-enum class Fetch { kNothing, kNextPanel, kAhead };
 constexpr int64_t kAhead = 4096;  // bytes: beyond a page's end, where the hardware's prefetcher may stop
 
-// sums[r][v] += a[r, :] times columns v of the chunk at b.  a: rows `stride` apart.
-template <int R, Fetch fetch = Fetch::kNothing, typename A, typename B, typename Sum>
+// sums[r][v] += a[r, :] times columns v of the chunk at b.  a: rows `stride` apart.  With `fetches` weights are prefetched meanwhile:
+// those kAhead bytes on where they are read once, else the next panel.
+template <int R, bool fetches = false, typename A, typename B, typename Sum>
 inline __attribute__((always_inline)) void multiply(
-    const A* a, int64_t stride, const B* b, int64_t steps, Sum (&sums)[R][kWide]) {
+    const A* a, int64_t stride, const B* b, int64_t steps, Sum (&sums)[R][kWide], bool once = false) {
   constexpr int pair = kPair<B>;
   const A* rows[(R + 2) / 3];
-  const char* coming = reinterpret_cast<const char*>(b) + (fetch == Fetch::kAhead ? kAhead : steps * kPanel * pair * int64_t(sizeof(B)));
+  const char* coming = reinterpret_cast<const char*>(b) + (once ? kAhead : steps * kPanel * pair * int64_t(sizeof(B)));
 #pragma GCC unroll 8
   for (int r = 0; r < R; r += 3) rows[r / 3] = a + r * stride;
   for (int64_t step = 0; step < steps; ++step) {
-    if (fetch != Fetch::kNothing) {
+    if (fetches) {
 #pragma GCC unroll 2
       for (int line = 0; line < kChunk * 4; line += 64) __builtin_prefetch(coming + line, 0, 2);
       coming += kPanel * pair * sizeof(B);
@@ -252,10 +251,10 @@ inline void in_pieces(int64_t begin, int64_t end, int64_t most, Work&& work) {
 constexpr int64_t kDepth = 192;
 
 // sums, [R, kPanel] of which a chunk starts there, = or += R rows of a, `stride` apart, times `steps` steps of the columns at b.
-template <int R, Fetch fetch>
+template <int R, bool fetches>
 inline void accumulate(const float* a, int64_t stride, const float* b, int64_t steps, float* sums, bool first) {
   Vec held[R][kWide] = {};
-  multiply<R, fetch>(a, stride, b, steps, held);
+  multiply<R, fetches>(a, stride, b, steps, held);
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < kWide; ++v) {
       float* place = sums + r * kPanel + v * kLanes;
@@ -277,8 +276,8 @@ inline void multiply_parts(const float* a, int64_t inputs, int64_t rows, Columns
         for (int column = 0; column < kPanel; column += kChunk) {
           const float* rows = a + top * inputs + from;
           float* to = sums + top * kPanel + column;
-          if (fetches && top == 0) accumulate<R, Fetch::kNextPanel>(rows, inputs, part + column, depth, to, from == 0);
-          else accumulate<R, Fetch::kNothing>(rows, inputs, part + column, depth, to, from == 0);
+          if (fetches && top == 0) accumulate<R, true>(rows, inputs, part + column, depth, to, from == 0);
+          else accumulate<R, false>(rows, inputs, part + column, depth, to, from == 0);
         }
       });
     });
@@ -286,13 +285,13 @@ inline void multiply_parts(const float* a, int64_t inputs, int64_t rows, Columns
 }
 
 // The same for R rows and one chunk, in registers; bfloat16 rounds far more than a long sum, so its sums are not split.
-template <int R, Fetch fetch, typename T>
-inline void multiply_in_parts(const T* a, int64_t inputs, const T* b, Vec (&sums)[R][kWide]) {
+template <int R, bool fetches, typename T>
+inline void multiply_in_parts(const T* a, int64_t inputs, const T* b, Vec (&sums)[R][kWide], bool once = false) {
   constexpr int pair = kPair<T>;
-  if constexpr (!std::is_same_v<T, float>) return multiply<R, fetch>(a, inputs, b, inputs / pair, sums);
+  if constexpr (!std::is_same_v<T, float>) return multiply<R, fetches>(a, inputs, b, inputs / pair, sums, once);
   for (int64_t from = 0; from < inputs; from += kDepth) {
     Vec part[R][kWide] = {};
-    multiply<R, fetch>(a + from, inputs, b + from * kPanel, std::min(kDepth, inputs - from) / pair, part);
+    multiply<R, fetches>(a + from, inputs, b + from * kPanel, std::min(kDepth, inputs - from) / pair, part, once);
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < kWide; ++v) sums[r][v] += part[r][v];
   }

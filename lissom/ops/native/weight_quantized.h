@@ -204,8 +204,8 @@ struct WeightQuantized {
     return held.data();
   }
 
-  template <int R, Fetch fetch>
-  void tile(const P* opened, int64_t row, int64_t panel, int column, Vec (&totals)[R][kWide]) const {
+  template <int R, bool fetches>
+  void tile(const P* opened, int64_t row, int64_t panel, int column, Vec (&totals)[R][kWide], bool) const {
     constexpr int pair = kPair<P>;
     if constexpr (R <= kFew) {
       if (!opened)
@@ -214,7 +214,7 @@ struct WeightQuantized {
     const P* from;
     if constexpr (std::is_same_v<T, P>) from = x + row * weight.inputs;
     else from = values(row);
-    multiply_in_parts<R, Fetch::kNothing>(from, weight.inputs, opened + column * pair, totals);
+    multiply_in_parts<R, false>(from, weight.inputs, opened + column * pair, totals);
   }
 
  private:
