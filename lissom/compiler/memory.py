@@ -42,7 +42,7 @@ def use_huge_pages(tensors: Iterable[torch.Tensor], own: Iterable[torch.Tensor] 
         return
     _move_together(own, size)
     used: dict[int, int] = {}
-    for address, count in {_extent(tensor) for tensor in tensors if tensor.device.type == "cpu"}:
+    for address, count in set(map(_extent, filter(_is_plain, tensors))):
         for page in range(address // size, -(-(address + count) // size)):
             inside = min(address + count, (page + 1) * size) - max(address, page * size)
             used[page] = used.get(page, 0) + inside
@@ -63,9 +63,9 @@ def use_huge_pages(tensors: Iterable[torch.Tensor], own: Iterable[torch.Tensor] 
 def _move_together(tensors: Iterable[torch.Tensor], page: int) -> None:
     """Move the memory of small tensors into huge pages. A mapped file, which processes share, stays where it is."""
     held: dict[int, list[torch.Tensor]] = {}
-    for tensor in tensors:
+    for tensor in filter(_is_plain, tensors):
         storage = tensor.untyped_storage()
-        if tensor.device.type == "cpu" and storage.resizable() and 0 < storage.nbytes() < _MOST_MOVED_PAGES * page:
+        if storage.resizable() and 0 < storage.nbytes() < _MOST_MOVED_PAGES * page:
             held.setdefault(storage.data_ptr(), []).append(tensor)
     places = [0, *accumulate(-(-_extent(first)[1] // _LINE) * _LINE for first, *_ in held.values())]
     if places[-1] < page // 2:
@@ -92,6 +92,12 @@ _HUGE, _COLLAPSE = 14, 25
 """Numbers of Linux's advice on memory."""
 _MOST_REFUSALS = 16
 """In a row."""
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """True for a dense tensor on a CPU, of no class of its own."""
+    dense = tensor.device.type == "cpu" and tensor.layout is torch.strided and not tensor.is_quantized
+    return dense and type(tensor) in (torch.Tensor, torch.nn.Parameter)
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
