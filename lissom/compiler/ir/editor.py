@@ -249,7 +249,7 @@ class Editor:
         self.rewritten += 1
 
     def succeed(self, old: fx.Node, new: fx.Node) -> None:
-        """Record that a new node of another shape computes what `old` did; `replace` records it of nodes of the same type."""
+        """Record that a new node computes what `old` did; needed where their shapes differ, as `replace` does it otherwise."""
         nodes.set_origin(new, replace(nodes.origin(new), replaces=old.name))
 
     def replace_by(self, old: fx.Node, target: torch._ops.OpOverload, *args: object, **kwargs: object) -> fx.Node:

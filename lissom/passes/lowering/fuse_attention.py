@@ -43,8 +43,7 @@ class FuseAttention(Rewrite):
             held = _int8_cache(k), _int8_cache(v)
             if held[0] is not None and held[1] is not None:
                 (k, options["k_scale"]), (v, options["v_scale"]) = held[0], held[1]
-            masks = [] if (mask := operands.mask_of(node)) is None else [mask]
-            edit.replace_by(node, fused_attention, q, k, v, *masks, **options)
+            edit.replace_by(node, fused_attention, q, k, v, operands.mask_of(node), **options)
 
 
 def _int8_cache(node: object) -> tuple[fx.Node, fx.Node] | None:

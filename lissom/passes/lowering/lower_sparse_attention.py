@@ -219,15 +219,13 @@ def _lower(edit: Editor, node: fx.Node, reading: Reading) -> None:
             grouped = {"enable_gqa": True} if nodes.argument(node, "enable_gqa") or k is not node.args[1] else {}
             call = edit.call(_PLAIN, q, k, v, None, 0.0, True, scale=scale_of(node), **grouped)
         elif reading.causal:
-            bias = [] if rest is None else [rest]
-            call = edit.call(fused_attention, q, k, v, *bias, scale=scale_of(node), causal=True, **options)
+            call = edit.call(fused_attention, q, k, v, rest, scale=scale_of(node), causal=True, **options)
         else:
             name = f"{nodes.origin(node).module_path}.blocks".removeprefix(".")
             layout = None if reading.layout is None else edit.weight(name, reading.layout)
-            operands = [rest, layout] if layout is not None else [] if rest is None else [rest]
             pattern = reading.pattern
             call = edit.call(
-                block_sparse_attention, q, k, v, *operands,
+                block_sparse_attention, q, k, v, rest, layout,
                 pattern=pattern.encode(), block=pattern.block, scale=scale_of(node), **options,
             )  # fmt: skip
     edit.replace(node, call)

@@ -188,7 +188,7 @@ class _Narrower:
         if is_causal(node):
             mask = self._causal_rows(node, wanted)
             kept = {name: nodes.argument(node, name) for name in ("scale", "enable_gqa")}
-            args, kwargs = [*args[:3], *([mask] if mask is not None else [])], {key: kept[key] for key in kept if kept[key]}
+            args, kwargs = [*args[:3], mask], {key: kept[key] for key in kept if kept[key]}
         if not isinstance(node.target, torch._ops.OpOverload):
             return self.edit.item(cast(fx.Node, args[0]), cast(int, args[1]))
         return self.edit.call(node.target, *args, **kwargs)

@@ -351,8 +351,7 @@ def _replace(edit: Editor, layers: Mapping[fx.Node, Matrix], factors: Mapping[st
                 reads[matrix.name] = v, u
             v, u = reads[matrix.name]
             thin = edit.call(aten.linear.default, input_of(node), v)
-            bias = bias_of(node)
-            edit.replace(node, edit.call(aten.linear.default, thin, u, *([] if bias is None else [bias])))
+            edit.replace(node, edit.call(aten.linear.default, thin, u, bias_of(node)))
 
 
 def _fisher(edit: Editor, layers: Mapping[fx.Node, Matrix]) -> dict[str, torch.Tensor]:
