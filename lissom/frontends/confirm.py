@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
+import numpy as np
 import sympy
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from lissom.compiler.ir.interpreter import REFUSALS
-from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.samples import Sample, resize
+from lissom.compiler.ir.program import Program, kept_state
+from lissom.compiler.ir.samples import Sample, resize, varied_samples
 from lissom.compiler.verify.divergence import output_errors, run_samples, tolerances
 from lissom.errors import CaptureError, InputError
 from lissom.frontends.failures import describe_failure
 from lissom.frontends.kv_cache import ReturnedCacheError, is_kv_cache_object
+from lissom.frontends.untouched import nothing_registered, untouched
+
+
+class BehaviorError(CaptureError):
+    """The program and the model differ in a way that does not depend on which sizes are dynamic."""
 
 
 class RefusedSizesError(CaptureError):
@@ -33,10 +40,11 @@ def answer_to(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, obj
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     copies = {id(leaf): leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)}
     own_args, own_kwargs = pytree.tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], spec)
-    with _restored_buffers(model, [name for name, _ in model.named_buffers()]):
+    with untouched(model), nothing_registered(model):
         try:
             # transformers' exporters make caches known to pytree; they stay leaves here.
             found = pytree.tree_leaves(nn.Module.__call__(model, *own_args, **own_kwargs), is_leaf=is_kv_cache_object)
+            found = _own(found)
         # The caller's model may raise anything.
         except Exception as error:
             raise CaptureError(
@@ -91,6 +99,48 @@ def confirm(
     return program
 
 
+def confirm_calls(program: Program, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    """Compare program and model in calls in turn: on the example, on other values with every form of padding, and again.
+
+    Both keep their state from call to call; it is restored afterwards. What the model refuses, or answers with NaN, is left out.
+
+    Raises: CaptureError saying whether values, masks, or the calls before made the difference.
+    """
+    example = program.signature.flatten(args, kwargs)
+    calls: list[tuple[Sample, list[object]]] = []
+    with untouched(model):
+        for sample in (example, *varied_samples(example), example):
+            with suppress(*REFUSALS):
+                found = _call(model, program, sample)
+                if not any(isinstance(leaf, torch.Tensor) and bool(leaf.isnan().any()) for leaf in found):
+                    calls.append((sample, found))
+    with torch.no_grad(), kept_state(program):
+        for sample, wanted in calls:
+            found = _own(program.run(sample))
+            for error, allowed in zip(output_errors([wanted], [found]), tolerances(program), strict=False):
+                if error > allowed:
+                    in_turn = sample is example or _differs_alone(model, program, sample, wanted)
+                    raise BehaviorError(
+                        f"the captured program differs from {type(model).__name__} by {error:.2g} relative, allowed {allowed:.2g}, "
+                        f"{_IN_TURN if in_turn else _BY_VALUES}"
+                    )
+
+
+_IN_TURN = (
+    "when both are called several times: the model keeps state that is not a buffer, or is random; register what it keeps as a buffer"
+)
+_BY_VALUES = (
+    "on inputs with other values or masks than the example's: the model's code decides on values, or reads what an earlier call left"
+)
+
+
+def _differs_alone(model: nn.Module, program: Program, sample: Sample, wanted: Sequence[object]) -> bool:
+    """Whether the model answers a sample otherwise by itself than after other calls."""
+    return any(error > allowed for error, allowed in zip(
+        output_errors([wanted], [_answer(model, program, sample)[: len(wanted)]]), tolerances(program), strict=False
+    ))
+
+
 def refused_dimensions(program: Program, model: nn.Module, args: Sequence[object]) -> set[tuple[int, int]]:
     """The dimensions, with their inputs' `id`, that refuse every other size when varied alone.
 
@@ -135,11 +185,21 @@ def _agrees(program: Program, model: nn.Module, example: Sample, sizes: Mapping[
 
 def _answer(model: nn.Module, program: Program, sample: Sample) -> list[object]:
     """The model's flat outputs for a sample, followed by its new state; the model's state is restored."""
+    with untouched(model):
+        outputs = _call(model, program, sample)
+        return [*outputs, *_own([model.get_buffer(name) for name in program.state])]
+
+
+def _call(model: nn.Module, program: Program, sample: Sample) -> list[object]:
+    """The model's flat outputs for a sample."""
     args, kwargs = program.signature.arguments(sample)
-    with _restored_buffers(model, program.state):
-        # GraphModule.__call__ prints the errors it raises, and the model may refuse the sizes tried here.
-        wanted = pytree.tree_leaves(nn.Module.__call__(model, *args, **kwargs))
-        return [*wanted, *(model.get_buffer(name).clone() for name in program.state)]
+    # GraphModule.__call__ prints the errors it raises, and the model may refuse the sizes tried here.
+    return _own(pytree.tree_leaves(nn.Module.__call__(model, *args, **kwargs)))
+
+
+def _own(leaves: Sequence[object]) -> list[object]:
+    """The outputs in memory of their own: an output may be a buffer, which is restored after the call."""
+    return [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
 
 def _require_equal(program: Program, model: nn.Module, sample: Sample, wanted: Sequence[object]) -> None:
@@ -149,20 +209,24 @@ def _require_equal(program: Program, model: nn.Module, sample: Sample, wanted: S
         if error > allowed:
             raise CaptureError(
                 f"the captured program differs from {type(model).__name__} by {error:.2g} relative, allowed "
-                f"{allowed:.2g}; the model may be random, or keep state outside its buffers"
+                f"{allowed:.2g}; {_cause(model, program, sample)}"
             )
 
 
-@contextmanager
-def _restored_buffers(model: nn.Module, names: Sequence[str]) -> Generator[None]:
-    """Restore the buffers that a call of the model writes."""
-    buffers = {name: model.get_buffer(name) for name in names}
-    # A buffer made under inference mode cannot be written outside of it.
-    buffers = {name: tensor for name, tensor in buffers.items() if not tensor.is_inference()}
-    saved = {name: (tensor.clone(), tensor._version) for name, tensor in buffers.items()}
-    try:
-        yield
-    finally:
-        for name, (before, version) in saved.items():
-            if buffers[name]._version != version:
-                buffers[name].copy_(before)
+def _cause(model: nn.Module, program: Program, sample: Sample) -> str:
+    """Why a program and its model may differ on the same inputs, told by more calls of the model."""
+    first, other, again = (_seeded(model, program, sample, seed) for seed in (0, 1, 0))
+    allowed = max(tolerances(program), default=0.0)
+    if any(error > allowed for error in output_errors([first], [again])):
+        return "the model gives other outputs for the same inputs each time: it keeps state outside its buffers"
+    if any(error > allowed for error in output_errors([first], [other])):
+        return "the model is random in evaluation mode"
+    return "its code takes another path while torch.export traces it"
+
+
+def _seeded(model: nn.Module, program: Program, sample: Sample, seed: int) -> list[object]:
+    """The model's outputs with all generators of random numbers seeded; `isolated` restores these after the capture."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    return _answer(model, program, sample)

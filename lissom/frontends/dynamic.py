@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 import sympy
@@ -13,7 +13,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.signature import Signature
+from lissom.compiler.ir.signature import Signature, TensorArgument
 from lissom.errors import CaptureError
 
 Dynamic = Mapping[str, Mapping[int, "str | Dim"]]
@@ -42,42 +42,76 @@ def check_dynamic(dynamic: object) -> None:
                 )
 
 
-def wanted_dimensions(dynamic: Dynamic, arguments: Mapping[str, object]) -> dict[int, dict[int, object]]:
-    """The dimensions the caller names, by the `id` of their input.
+@dataclass(frozen=True)
+class Named:
+    """The dimensions a caller names, by the position of their input among the leaves of the call."""
+
+    given: Mapping[int, Mapping[int, str | Dim]]
+
+    def dims_of(self, position: int) -> dict[int, object]:
+        return dict.fromkeys(self.given.get(position, {}), Dim.AUTO)
+
+
+def wanted_dimensions(dynamic: Dynamic, arguments: Mapping[str, object], bound: Mapping[str, object]) -> Named:
+    """The dimensions the caller names. A name is that of an argument, or of a part of one as signatures print it.
+
+    arguments: as the signature names them, in the order of the call. bound: as `forward` names them, `*args` as one.
 
     Raises: CaptureError for an unknown argument or dimension, and for an example size outside its range.
     """
-    wanted: dict[int, dict[int, object]] = {}
-    for name, dims in dynamic.items():
-        if name not in arguments:
-            raise CaptureError(f"dynamic names '{name}', which is not an argument of this call; it has {', '.join(arguments)}")
-        tensors = [leaf for leaf in pytree.tree_leaves(arguments[name]) if isinstance(leaf, torch.Tensor)]
-        rank = min((tensor.dim() for tensor in tensors), default=0)
+    parts = _parts(arguments, bound)
+    found: dict[int, dict[int, str | Dim]] = {}
+    for name, dims in sorted(dynamic.items(), key=lambda item: len(parts.get(item[0], ())), reverse=True):  # whole before part
+        if name not in parts:
+            known = [part for part, leaves in parts.items() if name.startswith(part) and part != name]
+            has = [part for part in parts if known and part.startswith(known[-1])] or list(arguments)
+            raise CaptureError(f"dynamic names '{name}', which is not an argument of this call; it has {', '.join(has)}")
+        tensors = parts[name]
+        rank = min((tensor.dim() for _, tensor in tensors), default=0)
         for index, given in dims.items():
             if not 0 <= index < rank:
                 raise CaptureError(f"dynamic names dimension {index} of '{name}', which has {rank}, counted from 0")
-            outside = next((tensor.shape[index] for tensor in tensors if not _in_range(given, tensor.shape[index])), None)
+            outside = next((tensor.shape[index] for _, tensor in tensors if not _in_range(given, tensor.shape[index])), None)
             if outside is not None:
                 raise CaptureError(
                     f"the example has size {outside} in dimension {index} of '{name}', outside of the range dynamic= gives "
                     f"it; pass an example inside"
                 )
-        wanted |= {id(tensor): dict.fromkeys(dims, Dim.AUTO) for tensor in tensors}
-    return wanted
+            for position, _ in tensors:
+                found.setdefault(position, {})[index] = given
+    return Named(found)
+
+
+def _parts(arguments: Mapping[str, object], bound: Mapping[str, object]) -> dict[str, list[tuple[int, torch.Tensor]]]:
+    """For `past`, `past[0]` and `past[0][0]` alike, the tensors in it with their positions among the leaves of the call."""
+    found: dict[str, list[tuple[int, torch.Tensor]]] = {name: [] for name in (*arguments, *bound)}
+    position = 0
+    owners = {id(leaf): name for name, item in bound.items() if name not in arguments for leaf in pytree.tree_leaves(item)}
+    for name, item in arguments.items():
+        for path, leaf in pytree.tree_flatten_with_path(item)[0]:
+            if isinstance(leaf, torch.Tensor):
+                names = [name + pytree.keystr(path[:end]) for end in range(len(path) + 1)]
+                for part in (*names, *([owners[id(leaf)]] if id(leaf) in owners else ())):
+                    found.setdefault(part, []).append((position, leaf))
+            position += 1
+    return found
 
 
 def _in_range(given: str | Dim, size: int) -> bool:
     return isinstance(given, str) or bool(given.min <= size <= given.max)
 
 
-def renamed(program: Program, dynamic: Dynamic) -> Program:
+def renamed(program: Program, named: Named) -> Program:
     """The program with the caller's names and ranges on its dimensions.
 
-    Raises: CaptureError if the model fixes a dimension that should vary, or two dimensions get the same name.
+    Raises: CaptureError if the model fixes a dimension that should vary, two dimensions get the same name, one gets two, or
+        the size of one with a range follows from others.
     """
-    dimensions = dict(program.signature.dimensions)
-    for leaf in program.signature.tensors:
-        for index, wanted in dynamic.get(leaf.path.split("[")[0].split(".")[0], {}).items():
+    signature = program.signature
+    dimensions, taken = dict(signature.dimensions), dict[sympy.Symbol, str]()
+    leaves = [leaf for item in (*signature.positional, *signature.keyword) for leaf in item.leaves]
+    for position, leaf in enumerate(leaves):
+        for index, wanted in named.given.get(position, {}).items() if isinstance(leaf, TensorArgument) else ():
             size = leaf.type.shape[index]
             name = wanted if isinstance(wanted, str) else wanted.__name__
             if isinstance(size, int):
@@ -86,7 +120,17 @@ def renamed(program: Program, dynamic: Dynamic) -> Program:
                     f"leave it out of dynamic="
                 )
             if not isinstance(size, sympy.Symbol) or size not in dimensions:
+                if not isinstance(wanted, str):
+                    raise CaptureError(
+                        f"dimension {index} ({name}) of '{leaf.path}' is {signature.name_of(size)} in this model; give it "
+                        f"a name without a range, and the others ranges"
+                    )
                 continue
+            if taken.setdefault(size, name) != name:
+                raise CaptureError(
+                    f"dynamic gives the names '{taken[size]}' and '{name}' to dimensions that the model takes as equal; "
+                    f"give them one name"
+                )
             found = replace(dimensions[size], name=name)
             if not isinstance(wanted, str):
                 bounds = [bound for bound in (wanted.max, found.maximum) if isinstance(bound, int)]

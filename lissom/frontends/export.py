@@ -24,7 +24,9 @@ from torch.utils import _pytree as pytree
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.errors import CaptureError
-from lissom.frontends.confirm import RefusedSizesError, answer_to, confirm, refused_dimensions
+from lissom.frontends.cache_lengths import CacheLengths, cache_lengths
+from lissom.frontends.causal_masks import masks_as_given
+from lissom.frontends.confirm import RefusedSizesError, answer_to, confirm, confirm_calls, refused_dimensions
 from lissom.frontends.device import device_of, move
 from lissom.frontends.dynamic import (
     Dynamic,
@@ -38,7 +40,7 @@ from lissom.frontends.dynamic import (
 )
 from lissom.frontends.experts import experts_for_all_tokens
 from lissom.frontends.failures import describe_failure, first_line, model_line
-from lissom.frontends.flatten import flatten_exported
+from lissom.frontends.flatten import flatten_exported, named_arguments
 from lissom.frontends.isolation import isolated, with_own_modules, without_export_messages
 from lissom.frontends.kv_cache import (
     GENERATION,
@@ -48,11 +50,14 @@ from lissom.frontends.kv_cache import (
     is_kv_cache_object,
     without_kv_cache,
 )
+from lissom.frontends.nested_tensors import encoders_without_nesting
 from lissom.frontends.recurrences import recurrences_as_operators
-from lissom.frontends.untouched import nothing_registered, untouched
+from lissom.frontends.untouched import assignments_as_writes, nothing_registered, untouched
 
 FreeDimensions = Callable[[torch.Tensor], dict[int, object]]
 _BATCH_AND_SEQUENCE, _BATCH, _SEQUENCE, _NOTHING = (0, 1), (0,), (1,), ()
+_WITH_CACHE = ((0, 1, 2), (0, 2))
+_WORDS = ("batch", "sequence", "cache")
 
 
 @dataclass(frozen=True)
@@ -94,11 +99,13 @@ def capture(
     check_dynamic(dynamic)
     _check_leaves((args, kwargs))
     with isolated(device_of(model, (args, kwargs))), torch.no_grad():
-        model = with_own_modules(model)
+        given, model = model, with_own_modules(model)
         if isinstance(model, fx.GraphModule):
             kwargs = _in_order(model, args, kwargs)
         with untouched(model), evaluating(model), recurrences_as_operators(model, device), ExitStack() as stack:
             stack.enter_context(experts_for_all_tokens(model))
+            stack.enter_context(encoders_without_nesting(model))
+            stack.enter_context(masks_as_given())
             _bound(model, args, kwargs)
             answer, dropped = _answer(model, args, kwargs, stack)
             if isinstance(dynamic, Mapping):
@@ -106,6 +113,9 @@ def capture(
             else:
                 program, notes = _capture_by_trying(model, args, kwargs, dynamic, answer)
             notes += dropped
+            # The caller's own model, unless it would have to be changed first: what a copy does may depend on the original.
+            as_captured = dropped or any(module.training for module in given.modules())
+            confirm_calls(program, model if as_captured else given, args, kwargs)
     example = program.signature.flatten(args, kwargs)
     if dynamic is True:
         notes += declared_but_fixed(model, program.signature) or fixed_sequences(program.signature)
@@ -123,13 +133,12 @@ def _answer(
     """
     if isinstance(model, fx.GraphModule):
         return None, []
-    with nothing_registered(model):
-        try:
-            return answer_to(model, args, kwargs), []
-        except ReturnedCacheError:
-            check_switch(model, kwargs)
-            stack.enter_context(without_kv_cache(model))
-            return answer_to(model, args, kwargs), [describe_dropped_cache(model)]
+    try:
+        return answer_to(model, args, kwargs), []
+    except ReturnedCacheError:
+        check_switch(model, kwargs)
+        stack.enter_context(without_kv_cache(model))
+        return answer_to(model, args, kwargs), [describe_dropped_cache(model)]
 
 
 def _capture_by_trying(
@@ -139,19 +148,24 @@ def _capture_by_trying(
     tried: list[str] = []
     first: Exception | None = None
     plans = (_BATCH_AND_SEQUENCE, _BATCH, _SEQUENCE, _NOTHING) if dynamic else (_NOTHING,)
-    masks = mask_dimensions([leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)])
+    leaves = pytree.tree_leaves((args, kwargs))
+    masks = mask_dimensions([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+    lengths = cache_lengths(args, kwargs)
+    if dynamic and lengths is not None:
+        plans = (*_WITH_CACHE, *plans)
     for dims in plans:
         if isinstance(first, GuardOnDataDependentSymNode) and dims != _NOTHING:
             continue  # only with all sizes fixed may a value that depends on a size become a constant
         try:
-            program = _export(model, args, kwargs, partial(_free, dims, masks))
+            more = _cache_dimensions(lengths, dims, leaves)
+            program = _export(model, args, kwargs, partial(_free, dims, masks, more))
             program = confirm(program, model, args, kwargs, answer)
         # The model's code and torch.export may raise anything; the next plan fixes more sizes, and the last one reports it.
         except Exception as error:
             first = first or error
             if dims == _NOTHING:
                 raise _explain(model, first) from first
-            words = " and ".join(("batch", "sequence")[dim] for dim in dims)
+            words = " and ".join(_WORDS[dim] for dim in dims)
             tried.append(f"tried {words} dynamic: {first_line(error)}")
             continue
         return program, [describe_dimensions(program.signature), *tried]
@@ -187,10 +201,19 @@ def _capture_named(
     model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dynamic: Dynamic, answer: Sequence[object] | None
 ) -> tuple[Program, list[str]]:
     """Export with exactly the dynamic dimensions the caller names."""
-    wanted = wanted_dimensions(dynamic, _bound(model, args, kwargs))
+    named = wanted_dimensions(dynamic, named_arguments(args, kwargs, _parameters(model)), _bound(model, args, kwargs))
+    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+    wanted: dict[int, dict[int, object]] = {}
+    for position, leaf in enumerate(leaves):
+        wanted.setdefault(id(leaf), {}).update(named.dims_of(position))
+    names = {
+        (position, index): item if isinstance(item, str) else item.__name__
+        for position, dims in named.given.items()
+        for index, item in dims.items()
+    }
     with _explained(model):
-        program = _export(model, args, kwargs, lambda tensor: wanted.get(id(tensor), {}))
-        program = renamed(program, dynamic)
+        program = _export(model, args, kwargs, lambda tensor: wanted.get(id(tensor), {}), names)
+        program = renamed(program, named)
         program = confirm(program, model, args, kwargs, answer)
     return program, [describe_dimensions(program.signature)]
 
@@ -206,20 +229,38 @@ def _explained(model: nn.Module) -> Generator[None]:
         raise _explain(model, error) from error
 
 
-def _free(dims: Sequence[int], masks: Mapping[int, Sequence[int]], tensor: torch.Tensor) -> dict[int, object]:
+def _cache_dimensions(lengths: CacheLengths | None, dims: Sequence[int], leaves: Sequence[object]) -> dict[int, set[int]]:
+    found: dict[int, set[int]] = {}
+    if lengths is None or 2 not in dims:
+        return found
+    for place, dim in lengths.of_cache | lengths.of_both | (lengths.of_tokens if 1 in dims else frozenset()):
+        found.setdefault(id(leaves[place]), set()).add(dim)
+    return found
+
+
+def _free(
+    dims: Sequence[int], masks: Mapping[int, Sequence[int]], more: Mapping[int, set[int]], tensor: torch.Tensor
+) -> dict[int, object]:
     """The dynamic dimensions of one input: batch; sequence for inputs of rank 2 or 3, and for masks over pairs of tokens."""
     last = 1 if tensor.dim() in (2, 3) else 0
-    pairs = masks.get(id(tensor), ()) if 1 in dims else ()
+    pairs = (*(masks.get(id(tensor), ()) if 1 in dims else ()), *more.get(id(tensor), ()))
     return {dim: Dim.AUTO for dim in (*dims, *pairs) if dim in pairs or (dim < tensor.dim() and dim <= last)}
 
 
-def _export(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dims_of: FreeDimensions) -> Program:
+def _export(model, args, kwargs, dims_of, names=None):
     """Export with the dynamic dimensions of `dims_of`, and flatten the result into a program."""
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     dims = {id(leaf): dims_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
     free = {dim for found in dims.values() for dim in found}
     single = {dim for dim in free if all(leaf.shape[dim] == 1 for leaf in leaves if dim in dims.get(id(leaf), ()))}
     traced = [_grown(leaf, single & dims[id(leaf)].keys()) if id(leaf) in dims else leaf for leaf in leaves]
+    lengths = cache_lengths(args, kwargs)
+    if lengths is not None:
+        places = frozenset((place, dim) for place, leaf in enumerate(leaves) for dim in dims.get(id(leaf), ()))
+        for (place, dim), size in lengths.traced(places).items():
+            old = leaves[place].shape[dim]
+            if size != old:
+                traced[place] = traced[place].index_select(dim, torch.arange(size, device=traced[place].device) % old)
     hints = [dims.get(id(leaf)) for leaf in leaves]
     traced_args, traced_kwargs = pytree.tree_unflatten(traced, spec)
     hint_args, hint_kwargs = pytree.tree_unflatten(hints, spec)
@@ -227,7 +268,7 @@ def _export(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, objec
     # The model runs again afterwards for comparison, and must not hold fake tensors of the export then.
     with untouched(model), without_export_messages(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export", UserWarning)
-        with nothing_registered(model):
+        with nothing_registered(model), assignments_as_writes(model):
             dynamic = bound if free else None
             exported = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=dynamic, strict=False)
     if _writes(exported):
@@ -235,7 +276,7 @@ def _export(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, objec
             # PyTorch itself copies module metadata that has a deprecated class.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             exported = exported.run_decompositions({})
-    return flatten_exported(exported, type(model).__name__, args, kwargs, tuple(_parameters(model)))
+    return flatten_exported(exported, type(model).__name__, args, kwargs, tuple(_parameters(model)), lengths=lengths, names=names)
 
 
 def _grown(tensor: torch.Tensor, dims: set[int]) -> torch.Tensor:
@@ -282,6 +323,9 @@ def check_model(model: object) -> None:
         raise CaptureError(f"the model was made by {made}; pass the torch.nn.Module it was made from")
     if not isinstance(model, nn.Module):
         raise CaptureError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
+    scripted = next((path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise CaptureError(f"submodule '{scripted}' was made by TorchScript; replace it by the torch.nn.Module it was made from")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise CaptureError(f"weight '{name}' has no size before the model's first call; call the model once")

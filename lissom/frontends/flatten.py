@@ -23,6 +23,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
 from lissom.compiler.ir.types import type_of
 from lissom.errors import CaptureError
+from lissom.frontends.cache_lengths import CacheLengths
 from lissom.frontends.untouched import alias
 from lissom.ops import grouped_product
 
@@ -42,6 +43,8 @@ def flatten_exported(
     parameters: tuple[str, ...],
     *,
     has_caches: bool = False,
+    lengths: CacheLengths | None = None,
+    names: Mapping[tuple[int, int], str] | None = None,
 ) -> Program:
     """The exported program as a flat program.
 
@@ -51,7 +54,8 @@ def flatten_exported(
 
     Raises: CaptureError for mutated inputs, control flow and custom objects, which a program cannot hold.
     """
-    _unify_sizes(exported, 3 if has_caches else None)
+    _unify_sizes(exported, 3 if has_caches else None, names or {})
+    _tie_lengths(exported, lengths)
     weights = _weights(exported)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -205,28 +209,56 @@ def _plain(leaf: object, spec) -> object:  # noqa: ANN001
     return spec.arg.value if isinstance(spec.arg, ExportedConstant) else leaf.meta["val"]
 
 
-def _unify_sizes(exported: ExportedProgram, rank: int | None) -> None:
-    """Use one symbol for the batch, and one for the sequence, of inputs with equal example sizes.
+def _unify_sizes(exported: ExportedProgram, rank: int | None, names: Mapping[tuple[int, int], str]) -> None:
+    """Use one symbol for the batch, and one for the sequence, of inputs with equal example sizes, or with one name.
 
     Export keeps two symbols if nothing in the graph forces the sizes to be equal, as for a mask that is only indexed; equal
     example sizes mean one dimension. Masks over pairs of tokens have the sequence twice.
 
-    rank: of the inputs with a sequence, at most; None for any.
+    rank: of the inputs with a sequence, at most; None for any. names: the caller's, by input and dimension; sizes of unlike
+    names stay apart.
     """
-    first: dict[tuple[int, int], sympy.Symbol] = {}
+    first: dict[tuple[object, int], sympy.Symbol] = {}
     pairs = zip(exported.graph_signature.input_specs, _placeholders(exported), strict=True)
     inputs = [node.meta["val"] for spec, node in pairs if spec.kind == InputKind.USER_INPUT]
-    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
-    counted = [value.shape if rank is None or value.dim() <= rank else value.shape[:1] for value in tensors]
-    sizes = [(index, size) for shape in counted for index, size in enumerate(shape)]
-    for index, size in sorted(sizes, key=operator.itemgetter(0)):
+    sizes = [
+        (index, size, names.get((place, index)))
+        for place, value in enumerate(inputs)
+        if isinstance(value, torch.Tensor)
+        for index, size in enumerate(value.shape if rank is None or value.dim() <= rank else value.shape[:1])
+    ]
+    for index, size, name in sorted(sizes, key=operator.itemgetter(0)):
         if not isinstance(size, torch.SymInt) or not isinstance(size.node.expr, sympy.Symbol):
             continue
         symbol, env = size.node.expr, size.node.shape_env
         # A later dimension shares a symbol only if its size is some input's sequence; height and width stay separate.
-        shared = first.setdefault((index, size.node.hint), symbol) if index < 2 else first.get((1, size.node.hint), symbol)
+        if name is not None or index < 2:
+            shared = first.setdefault((name or index, size.node.hint), symbol)
+        else:
+            shared = first.get((1, size.node.hint), symbol)
         if shared != symbol:
             env._set_replacement(symbol, shared, "inputs of equal example size")
+
+
+def _tie_lengths(exported: ExportedProgram, lengths: CacheLengths | None) -> None:
+    if lengths is None:
+        return
+    pairs = zip(exported.graph_signature.input_specs, _placeholders(exported), strict=True)
+    inputs = [node.meta["val"] for spec, node in pairs if spec.kind == InputKind.USER_INPUT]
+    cached, tokens = (
+        [inputs[place].shape[dim] for place, dim in sorted(places)] for places in (lengths.of_cache, lengths.of_tokens)
+    )
+    for length in cached[1:]:
+        _tie(length, cached[0])
+    for place, dim in sorted(lengths.of_both):
+        _tie(inputs[place].shape[dim], cached[0] + (tokens[0] if tokens else lengths.tokens))
+
+
+def _tie(length: object, other: object) -> None:
+    if isinstance(length, torch.SymInt) and isinstance(other, torch.SymInt) and length.node.hint == other.node.hint:
+        symbol, target = length.node.expr, other.node.expr
+        if isinstance(symbol, sympy.Symbol) and symbol not in target.free_symbols:
+            length.node.shape_env._set_replacement(symbol, target, "the cached tokens")
 
 
 def _signature(
@@ -235,15 +267,21 @@ def _signature(
     specs = [spec for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
     values = {node.name: node.meta["val"] for node in _placeholders(exported)}
     feed = iter(values[spec.arg.name] for spec in specs)
-    # Arguments that `*args` collects have no name; the parameters after it are keywords.
-    names = [parameters[i] if i < len(parameters) and parameters[i] not in kwargs else f"args[{i}]" for i in range(len(args))]
-    positional = tuple(_argument(name, item, feed) for name, item in zip(names, args, strict=True))
+    named = list(named_arguments(args, kwargs, parameters).items())
+    positional = tuple(_argument(name, item, feed) for name, item in named[: len(args)])
     keyword = tuple(_argument(name, item, feed) for name, item in kwargs.items())
     tensors = [leaf for item in (*positional, *keyword) for leaf in item.leaves if isinstance(leaf, TensorArgument)]
     dimensions = _dimensions(exported, tensors)
     conditions = _conditions(exported, set(dimensions))
     out_spec = cast(pytree.TreeSpec, exported.call_spec.out_spec)
     return Signature(positional, keyword, parameters, out_spec, dimensions, conditions)
+
+
+def named_arguments(args: Sequence[object], kwargs: Mapping[str, object], parameters: Sequence[str]) -> dict[str, object]:
+    """The arguments of a call by the names of the signature: those that `*args` collects have none, and are numbered."""
+    # The parameters after `*args` are keywords.
+    names = [parameters[i] if i < len(parameters) and parameters[i] not in kwargs else f"args[{i}]" for i in range(len(args))]
+    return dict(zip(names, args, strict=True)) | dict(kwargs)
 
 
 def _argument(name: str, item: object, feed) -> Argument:  # noqa: ANN001

@@ -11,9 +11,10 @@ import importlib
 import logging
 import random
 import threading
-from collections.abc import Generator
-from contextlib import contextmanager
-from types import FunctionType
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from types import FunctionType, MethodType
 
 import numpy as np
 import torch
@@ -60,9 +61,38 @@ def with_own_modules(model: nn.Module) -> nn.Module:
     # Attributes such as locks, files and sessions of other libraries may raise any error when copied.
     except Exception:
         return model
+    if any(_reads_original(vars(module), tensors, set()) for module in copied.modules()):
+        return model
     for module in copied.modules():
         module.training = False
     return copied
+
+
+def _reads_original(value: object, copies: Mapping[int, object], seen: set[int]) -> bool:
+    """True for a function, or a container of one, that holds an object of the original: functions are not copied.
+
+    A hook with `def hook(*_): self.kept = ...` in `__init__` writes to the original model, and the copy never sees it.
+    copies: the copied objects by the `id` of the original.
+    """
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    if isinstance(value, FunctionType):
+        held = [*_cells(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values()]
+        return any(copies.get(id(item), item) is not item or _reads_original(item, copies, seen) for item in held)
+    if isinstance(value, (MethodType, partial)):
+        return _reads_original(value.__func__ if isinstance(value, MethodType) else value.func, copies, seen)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+    return any(_reads_original(item, copies, seen) for item in items)
+
+
+def _cells(function: FunctionType) -> list[object]:
+    """The objects in a function's closure; a cell is empty before its variable is assigned."""
+    found = list[object]()
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):
+            found.append(cell.cell_contents)
+    return found
 
 
 @contextmanager

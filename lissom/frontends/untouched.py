@@ -71,13 +71,31 @@ def nothing_registered(model: nn.Module) -> Generator[None]:
             )
 
 
+@contextmanager
+def assignments_as_writes(model: nn.Module) -> Generator[None]:
+    """While exporting, write `self.buffer = value` into the buffer: torch.export sees assignments in the root module alone."""
+    held = {id(module) for module in model.modules()}
+
+    def write(module: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor | None:
+        before = module._buffers.get(name)
+        if id(module) not in held or before is None or before is value or not torch.compiler.is_exporting():
+            return None
+        return before.copy_(value) if before.shape == value.shape and before.dtype == value.dtype else None
+
+    handle = torch.nn.modules.module.register_module_buffer_registration_hook(write)  # pyright: ignore
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _registered(model: nn.Module) -> dict[tuple[str, str, bool], None]:
     """The buffers, parameters and submodules: kind, path, and whether it is in the state dict."""
     found: dict[tuple[str, str, bool], None] = {}
     for path, module in model.named_modules():
         kinds = {"submodule": module._modules, "parameter": module._parameters, "buffer": module._buffers}
         for kind, held in kinds.items():
-            for name in held:
+            for name in held.keys():
                 found[kind, f"{path}.{name}".removeprefix("."), name not in module._non_persistent_buffers_set] = None
     return found
 

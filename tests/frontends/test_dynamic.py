@@ -329,7 +329,7 @@ class Noisy(nn.Module):
 def test_a_random_model_is_refused():
     found = refusal(lambda: capture(Noisy(), (normal(2, 3),)))
     assert found.startswith("the captured program differs from Noisy by ")
-    assert found.endswith(" relative, allowed 2e-05; the model may be random, or keep state outside its buffers")
+    assert found.endswith(" relative, allowed 2e-05; the model is random in evaluation mode")
 
 
 def test_a_model_that_is_no_module_is_refused():

@@ -5,7 +5,8 @@ docs/verification.md says what each is for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from math import prod
 
 import sympy
@@ -55,6 +56,9 @@ def resize(signature: Signature, example: Sequence[torch.Tensor], sizes: Sizes, 
     for leaf, tensor in zip(signature.tensors, example, strict=True):
         dims = [dim for dim, size in enumerate(leaf.type.shape) if not isinstance(size, int)]
         counts_up = tensor.dim() - 1 in dims and _counts_up(tensor)
+        pairs = tensor.dim() > 1 and tensor.dim() - 1 in dims and leaf.type.shape[-1] == leaf.type.shape[-2]
+        if pairs and _is_causal(tensor):
+            tensor, dims = _causal(tensor, evaluate(leaf.type.shape[-1], sizes)), dims[:-2]
         rows = 1
         for dim in dims[:-1] if counts_up else dims:
             size = leaf.type.shape[dim]
@@ -64,7 +68,8 @@ def resize(signature: Signature, example: Sequence[torch.Tensor], sizes: Sizes, 
                 tensor = tensor.index_select(dim, found[0])
             else:
                 tensor = torch.stack([row.index_select(dim - 1, place) for row, place in zip(tensor, found, strict=True)])
-            rows = new if dim == 0 else 1
+            # The queries of a mask over pairs of tokens are no rows: each sees the same keys, itself among them.
+            rows = rows if pairs else new if dim == 0 else 1
         if counts_up:
             length = evaluate(leaf.type.shape[-1], sizes)
             tensor = tensor[..., :1] + torch.arange(length, dtype=tensor.dtype, device=tensor.device)
@@ -97,19 +102,63 @@ def more_samples(signature: Signature, example: Sequence[torch.Tensor], flops: i
     return found
 
 
-def larger(signature: Signature, example: Sequence[torch.Tensor], flops: int) -> Sample | None:
-    """The example with all dynamic dimensions up to 16 times as large, for timing; None where that takes too long.
+def varied_samples(example: Sequence[torch.Tensor]) -> list[Sample]:
+    """The example's sizes with other values, and with every form of padding in its masks of either polarity."""
+    plain = _redrawn(list(map(_ids_redrawn, example)), 4)
+    forms: tuple[Pattern, ...] = (
+        _tail,
+        _tail_and_hole,
+        lambda rows, columns: _first_row(rows, columns, max(columns // 3, 1)),
+        lambda rows, columns: _first_row(rows, columns, columns if rows > 1 else 0),
+    )
+    masked = [_masked(plain, form, kind) for kind in (1, 0) for form in forms]
+    return [plain, *(sample for sample in masked if not _same(sample, plain))]
+
+
+def smaller_samples(signature: Signature, example: Sequence[torch.Tensor], sample: Sample) -> Iterator[Sample]:
+    """Instead of a sample that the model refuses: its rows and positions thinned out to smaller sizes.
+
+    First the example's lengths, then all its sizes, then half of them.
+    """
+    found, usual, lengths = signature.sizes_of(sample), signature.sizes_of(example), _lengths(signature)
+    halves = {symbol: max(signature.dimensions[symbol].minimum, size // 2) for symbol, size in usual.items()}
+    tried = list[Sizes]()
+    for sizes in (found | {symbol: usual[symbol] for symbol in lengths}, usual, halves):
+        if sizes != found and sizes not in tried:
+            tried.append(sizes)
+            other = _thinned(signature, sample, sizes)
+            with suppress(InputError):
+                signature.check_sizes(other)
+                yield other
+
+
+def _thinned(signature: Signature, sample: Sample, sizes: Sizes) -> Sample:
+    """Evenly spaced rows and positions of a sample, the first and the last among them, so that padding stays where it is."""
+    thinned = Sample()
+    for leaf, tensor in zip(signature.tensors, sample, strict=True):
+        dims = [dim for dim, size in enumerate(leaf.type.shape) if not isinstance(size, int)]
+        counts_up = tensor.dim() - 1 in dims and _counts_up(tensor)
+        for dim in dims:
+            new = evaluate(leaf.type.shape[dim], sizes)
+            places = torch.linspace(0, tensor.shape[dim] - 1, new).round().long()
+            places = torch.arange(new) if counts_up and dim == tensor.dim() - 1 else places
+            tensor = tensor.index_select(dim, places.to(tensor.device))
+        thinned.append(tensor)
+    return thinned
+
+
+def larger(signature: Signature, example: Sequence[torch.Tensor], flops: int) -> Iterator[Sample]:
+    """The example with all dynamic dimensions 16, 8, 4 and 2 times as large, for timing, where that does not take too long.
 
     flops: of a run on the example.
     """
     usual = signature.sizes_of(example)
-    tried: list[Sizes] = []
     for factor in (16, 8, 4, 2):
         sizes = {symbol: signature.dimensions[symbol].at_most(size * factor) for symbol, size in usual.items()}
-        if flops * prod(sizes[symbol] / size for symbol, size in usual.items()) <= LARGE_WORK:
-            tried.append(sizes)
-    found = _first_allowed(signature, example, tried)
-    return None if found is None else resize(signature, example, found)
+        if flops * prod(sizes[symbol] / size for symbol, size in usual.items()) > LARGE_WORK:
+            continue
+        if _first_allowed(signature, example, [sizes]) is not None:
+            yield resize(signature, example, sizes)
 
 
 def of_length(signature: Signature, example: Sequence[torch.Tensor], length: int) -> Sample | None:
@@ -236,6 +285,20 @@ def _mask_values(tensor: torch.Tensor) -> tuple[int, float] | None:
     return usual, 1 - usual
 
 
+def _is_causal(tensor: torch.Tensor) -> bool:
+    """True for masks over pairs of tokens with one value on and below the diagonal and another above it."""
+    if tensor.numel() == 0 or tensor.shape[-1] < 3:
+        return False
+    return torch.equal(tensor, _causal(tensor, tensor.shape[-1]))
+
+
+def _causal(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    """The causal mask of another length."""
+    seen, hidden = tensor[..., :1, :1], tensor[..., :1, -1:]
+    later = torch.ones(length, length, dtype=torch.bool, device=tensor.device).triu(1)
+    return torch.where(later, hidden, seen)
+
+
 def _counts_up(tensor: torch.Tensor) -> bool:
     """True for position ids: integers that increase by one along the last dimension."""
     if tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() == 0 or tensor.shape[-1] < 3:
@@ -248,6 +311,13 @@ def _tail_and_hole(rows: int, columns: int) -> torch.Tensor:
     places = torch.zeros(rows, columns, dtype=torch.bool)
     places[-1, columns // 2 + 1 :] = True
     places[0, 1] = columns > 2
+    return places
+
+
+def _tail(rows: int, columns: int) -> torch.Tensor:
+    """Padding at the end of the last row alone."""
+    places = torch.zeros(rows, columns, dtype=torch.bool)
+    places[-1, columns // 2 + 1 :] = True
     return places
 
 

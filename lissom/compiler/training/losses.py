@@ -7,6 +7,7 @@ p = softmax(t / τ) of the teacher and q = softmax(s / τ) of the student:
 
 Embeddings, rows of one matrix: 1 - cos(s, t), plus the mean squared difference of the cosines within the batch (Park et al.
 2019, Relational Knowledge Distillation, compares pairs of rows). Hidden states: ‖s - t‖² / ‖t - mean t‖², over real tokens.
+Scores, one number per row or token, as of a reward model or a regression: the mean squared error.
 https://arxiv.org/abs/1503.02531, https://arxiv.org/abs/1904.05068
 
 Every loss is that of the rows of one process, and of several ranks its part of the loss of all their rows; see `ranks`.
@@ -37,7 +38,7 @@ from lissom.compiler.training.ranks import all_rows, mean, total
 from lissom.compiler.training.vocabulary import IGNORED
 from lissom.errors import RequirementError
 
-Form = Literal["logits", "embeddings", "hidden"]
+Form = Literal["logits", "embeddings", "hidden", "scores"]
 _PROJECTION = 64
 """A last layer without a bias and with at least so many outputs per row projects embeddings; a narrower one classifies."""
 _SMALL = 1e-12
@@ -72,7 +73,7 @@ def outputs_of(program: Program) -> tuple[list[Output], list[str]]:
         form = _form(program, leaf)
         if form is None or not isinstance(leaf, fx.Node):
             shown = f"'{leaf.name}'" if isinstance(leaf, fx.Node) else repr(leaf)
-            skipped.append(f"output {index}, {shown}, is neither logits, embeddings nor hidden states, and is not trained on")
+            skipped.append(f"output {index}, {shown}, is neither logits, scores, embeddings nor hidden states, and is not trained on")
         elif all(leaf is not other.node for other in found):
             shifted = form == "logits" and nodes.tensor_type(leaf).rank == 3 and _is_causal(program)
             found.append(Output(index, leaf, form, shifted, _head(program, leaf) if form == "logits" else None))
@@ -93,6 +94,8 @@ def _form(program: Program, leaf: object) -> Form | None:
     if not nodes.is_tensor(leaf) or leaf.op != "call_function" or not nodes.tensor_type(leaf).dtype.is_floating_point:
         return None
     kind = nodes.tensor_type(leaf)
+    if kind.rank == 1 or (kind.rank in (2, 3) and kind.shape[-1] == 1):
+        return "scores"
     if kind.rank not in (2, 3) or not isinstance(kind.shape[-1], int):
         return None
     layer, activated = _last_layer(leaf)
@@ -130,12 +133,14 @@ def distance(
 ) -> torch.Tensor:
     """The loss of a student's output against the teacher's, [] in float32.
 
-    found, wanted: [rows, features] or [rows, tokens, features]. real: of the tokens, [rows, tokens].
+    found, wanted: [rows, features] or [rows, tokens, features]; scores may be [rows]. real: of the tokens, [rows, tokens].
     """
     if form == "hidden":
         return squared_error(found.float(), wanted.float(), real)
     if real is not None:
         found, wanted = found[real], wanted[real]
+    if form == "scores":
+        return mean((found.float() - wanted.float()).square().flatten())
     found, wanted = found.float().flatten(0, -2), wanted.float().flatten(0, -2)
     return divergence(found, wanted, temperature) if form == "logits" else embedding_distance(found, wanted)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import REFUSALS
 from lissom.compiler.ir.operators import UNFILLED
 from lissom.compiler.ir.program import Program, kept_state
-from lissom.compiler.ir.samples import Sample
+from lissom.compiler.ir.samples import Sample, smaller_samples
 from lissom.errors import VerifyError
 
 TOLERANCE = {
@@ -88,19 +89,40 @@ def run_original(program: Program, samples: Sequence[Sample]) -> tuple[list[Samp
     kept, outputs, notes = list[Sample](), list[list[object]](), list[str]()
     for index, sample in enumerate(samples):
         try:
-            found = run_samples(program, [sample])
+            found, refusal = run_samples(program, [sample])[0], ""
         except REFUSALS as error:
-            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            refusal = f"which the model refuses: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             if index == 0:
+                reason = refusal.partition(": ")[2]
                 raise VerifyError(f"{program.name} as captured does not run on the example inputs: {reason}") from error
-            notes.append(f"no check on inputs {shapes_of(sample)}, which the model refuses: {reason}")
-            continue
-        if outputs and any(map(_has_nan, found[0])) and not any(map(_has_nan, outputs[0])):
-            notes.append(f"no check on inputs {shapes_of(sample)}, for which the model returns NaN")
-            continue
-        kept.append(sample)
-        outputs += found
+            found = None
+        if found is not None and index and _new_nan(found, outputs[0]):
+            found, refusal = None, "for which the model returns NaN"
+        if found is None:
+            shapes = shapes_of(sample)
+            sample, found = _smaller(program, samples[0], sample, outputs[0])
+            instead = "" if found is None else f"; checked on {shapes_of(sample)} instead"
+            notes.append(f"no check on inputs {shapes}, {refusal}{instead}")
+        if found is not None:
+            kept.append(sample)
+            outputs.append(found)
     return kept, outputs, notes
+
+
+def _smaller(
+    program: Program, example: Sample, sample: Sample, usual: Sequence[object]
+) -> tuple[Sample, list[object] | None]:
+    """A smaller form of a sample on which the program runs without NaN, with its outputs; None if it runs on none."""
+    for other in smaller_samples(program.signature, example, sample):
+        with suppress(*REFUSALS):
+            found = run_samples(program, [other])[0]
+            if not _new_nan(found, usual):
+                return other, found
+    return sample, None
+
+
+def _new_nan(found: Sequence[object], usual: Sequence[object]) -> bool:
+    return any(map(_has_nan, found)) and not any(map(_has_nan, usual))
 
 
 def _has_nan(value: object) -> bool:
@@ -119,6 +141,15 @@ def run_samples(program: Program, samples: Sequence[Sample]) -> list[list[object
         with torch.no_grad(), kept_state(program):
             outputs.append([*program.run(sample), *program.state_values()])
     return outputs
+
+
+def runs(program: Program, sample: Sample) -> bool:
+    """True if the program takes the sample: a model may refuse sizes that its signature allows."""
+    try:
+        run_samples(program, [sample])
+    except REFUSALS:
+        return False
+    return True
 
 
 def answers(program: Program, outputs: Sequence[list[object]]) -> list[list[object]]:

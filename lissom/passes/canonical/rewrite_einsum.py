@@ -51,7 +51,8 @@ class RewriteEinsum(Rewrite):
                 continue
             left, right = operands
             others = _varies(left, letters.left, letters.rows) or _varies(right, letters.right, letters.columns)
-            if others and _varies(right, letters.right, letters.contracted):
+            terms = ((left, letters.left), (right, letters.right))
+            if others and any(_varies(operand, term, letters.contracted) for operand, term in terms):
                 edit.skip(node, f"'{node.args[0]}' folds two sizes that vary")
                 continue
             with edit.before(node):
@@ -108,18 +109,31 @@ def _varies(operand: fx.Node, term: str, group: str) -> bool:
 
 
 def _product(edit: Editor, operands: Sequence[fx.Node], letters: _Letters) -> fx.Node:
-    sizes = {
-        letter: edit.size(operand, dim)
+    sizes: dict[str, fx.Node | int] = {}
+    for operand, term in zip(operands, (letters.left, letters.right), strict=True):
+        for dim, letter in enumerate(term):
+            size = edit.size(operand, dim)
+            if letter not in sizes or size != 1:  # a size of 1 broadcasts
+                sizes[letter] = size
+    left, right = (
+        _expanded(edit, operand, term, sizes)
         for operand, term in zip(operands, (letters.left, letters.right), strict=True)
-        for dim, letter in enumerate(term)
-    }
-    left = _arranged(edit, operands[0], letters.left, letters.batch, letters.rows, letters.contracted, sizes)
-    right = _arranged(edit, operands[1], letters.right, letters.batch, letters.contracted, letters.columns, sizes)
+    )
+    left = _arranged(edit, left, letters.left, letters.batch, letters.rows, letters.contracted, sizes)
+    right = _arranged(edit, right, letters.right, letters.batch, letters.contracted, letters.columns, sizes)
     found = edit.call(aten.matmul.default, left, right)
     order = letters.batch + letters.rows + letters.columns
     if len(letters.rows) != 1 or len(letters.columns) != 1:
         found = edit.call(aten.reshape.default, found, [sizes[letter] for letter in order])
     return _permuted(edit, found, order, letters.result)
+
+
+def _expanded(edit: Editor, operand: fx.Node, term: str, sizes: dict[str, fx.Node | int]) -> fx.Node:
+    """The operand with its sizes of 1 expanded to those of the other operand, as `einsum` broadcasts them."""
+    pairs = zip(nodes.tensor_type(operand).shape, (sizes[letter] for letter in term), strict=True)
+    if all(own != 1 or size == 1 for own, size in pairs):
+        return operand
+    return edit.call(aten.expand.default, operand, [sizes[letter] for letter in term])
 
 
 def _arranged(

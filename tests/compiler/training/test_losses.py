@@ -117,7 +117,35 @@ def test_forms_of_outputs() -> None:
     program = captures.optimize(seeded(Heads), normal(2, 5, 8)).program
     outputs, skipped = outputs_of(program)
     assert [item.form for item in outputs] == ["logits", "embeddings", "embeddings", "hidden"]
-    assert skipped == ["output 5, 'argmax', is neither logits, embeddings nor hidden states, and is not trained on"]
+    assert skipped == ["output 5, 'argmax', is neither logits, scores, embeddings nor hidden states, and is not trained on"]
+
+
+class Reward(nn.Module):
+    """One number per row, in both usual shapes, and one per token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.row, self.token = nn.Linear(8, 16), nn.Linear(16, 1), nn.Linear(16, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = torch.relu(self.up(x))
+        return self.row(found[:, -1]), self.row(found[:, 0]).squeeze(-1), self.token(found)
+
+
+def test_heads_of_one_number_give_scores() -> None:
+    program = captures.optimize(seeded(Reward), normal(2, 5, 8)).program
+    assert [item.form for item in outputs_of(program)[0]] == ["scores", "scores", "scores"]
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (6,), (2, 3, 1)])
+def test_scores_are_compared_by_the_squared_error(shape) -> None:
+    found, wanted = normal(*shape), normal(*shape, seed=1)
+    pairs = list(zip(found.flatten().tolist(), wanted.flatten().tolist(), strict=True))
+    assert float(distance("scores", found, wanted)) == pytest.approx(sum((a - b) ** 2 for a, b in pairs) / 6, rel=1e-5)
+    if len(shape) == 3:
+        real = torch.tensor([[True, True, False], [True, True, True]])
+        kept = [pair for index, pair in enumerate(pairs) if index != 2]
+        assert float(distance("scores", found, wanted, real)) == pytest.approx(sum((a - b) ** 2 for a, b in kept) / 5, rel=1e-5)
 
 
 @pytest.mark.parametrize(

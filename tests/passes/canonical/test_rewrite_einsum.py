@@ -19,6 +19,9 @@ EQUATIONS = {
     "no batch": ("ij,jk->ki", (3, 4), (4, 5)),
     "outer": ("bi,bj->bij", (2, 3), (2, 4)),
     "dot": ("bi,bi->b", (2, 3), (2, 3)),
+    "contracted size of 1": ("bi,ij->bj", (2, 1), (5, 4)),
+    "one of two contracted sizes is 1": ("bhd,hdk->bk", (2, 3, 4), (1, 4, 5)),
+    "batch of 1": ("bihd,bjhd->bhij", (1, 3, 4, 5), (2, 6, 1, 5)),
 }
 OTHERS = ["ij->ji", "ij,jk,kl->il", "ii,ij->j", "...i,ij->...j", "ij,kl->il", "ij,jk"]
 
