@@ -1,10 +1,16 @@
-"""KV caches among a model's arguments: the inputs whose sizes are the cached tokens, the new tokens, or both together."""
+"""KV caches among a model's arguments: the dimensions that count cached tokens, new tokens, or both together.
+
+For `forward(ids, past, mask)` with ids [batch, tokens], past [(k, v), ...] of [batch, heads, cached, head_dim] each, and mask
+[batch, cached + tokens], torch.export has a symbol for every length. They are one for all caches, and the mask's is a sum.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
+import sympy
 import torch
 from torch.utils import _pytree as pytree
 
@@ -23,12 +29,15 @@ class CacheLengths:
     of_both: frozenset[Place]
 
     def traced(self, free: frozenset[Place]) -> dict[Place, int]:
-        """Sizes to trace with: two or more, since export specializes 0 and 1; unlike for caches and tokens; sums kept."""
-        may_grow = lambda places: bool(places & free) and self.of_both <= free  # noqa: E731
-        tokens = max(self.tokens, 2) if may_grow(self.of_tokens) else self.tokens
-        cached = max(self.cached, 2) if may_grow(self.of_cache) else self.cached
-        if cached == tokens and may_grow(self.of_cache):
-            cached *= 2
+        """Sizes to trace with: two or more, since export specializes 0 and 1; unlike for caches and tokens; sums kept.
+
+        free: the dynamic dimensions; others keep their sizes.
+        """
+        sums_vary = self.of_both <= free
+        tokens = max(self.tokens, 2) if sums_vary and self.of_tokens & free else self.tokens
+        cached = self.cached
+        if sums_vary and self.of_cache & free:
+            cached = max(cached, 2) if max(cached, 2) != tokens else 2 * tokens
         sizes = dict.fromkeys(self.of_tokens, tokens) | dict.fromkeys(self.of_cache, cached)
         return sizes | dict.fromkeys(self.of_both, tokens + cached)
 
@@ -44,7 +53,7 @@ def cache_lengths(args: Sequence[object], kwargs: Mapping[str, object]) -> Cache
         position += len(leaves)
         (caches if not isinstance(item, torch.Tensor) and _is_cache([leaf for _, leaf in tensors]) else others).extend(tensors)
     lengths = [leaf.shape[1] for _, leaf in others if leaf.dim() in (2, 3)]
-    if not caches or not lengths:
+    if not caches or not lengths or 0 in caches[0][1].shape:
         return None
     shape = caches[0][1].shape
     sums = [(dim, size) for dim in (2, 1) for size in lengths if size + shape[dim] in lengths]
@@ -69,3 +78,25 @@ def _is_length(others: Sequence[tuple[int, torch.Tensor]], place: int, index: in
 def _is_cache(tensors: Sequence[torch.Tensor]) -> bool:
     shapes = {tensor.shape[:3] for tensor in tensors}
     return len(tensors) > 1 and len(shapes) == 1 and all(each.dim() == 4 and each.is_floating_point() for each in tensors)
+
+
+def tie_lengths(inputs: Sequence[object], lengths: CacheLengths | None) -> None:
+    """Make all caches equally long, and sums the cached and the new tokens. inputs: fake, by position."""
+    if lengths is None:
+        return
+    cached, tokens = (
+        [cast(torch.Tensor, inputs[place]).shape[dim] for place, dim in sorted(places)]
+        for places in (lengths.of_cache, lengths.of_tokens)
+    )
+    for length in cached[1:]:
+        tie(length, cached[0])
+    for place, dim in sorted(lengths.of_both):
+        tie(cast(torch.Tensor, inputs[place]).shape[dim], cached[0] + (tokens[0] if tokens else lengths.tokens))
+
+
+def tie(length: object, other: object) -> None:
+    """Replace the symbol of a length by another length, if they are equal in the example."""
+    if isinstance(length, torch.SymInt) and isinstance(other, torch.SymInt) and length.node.hint == other.node.hint:
+        symbol, target = length.node.expr, other.node.expr
+        if isinstance(symbol, sympy.Symbol) and symbol not in target.free_symbols:
+            length.node.shape_env._set_replacement(symbol, target, "the cached tokens")

@@ -1,4 +1,4 @@
-"""Masks of `torch.nn.Transformer` as they are given: whether one is causal is not read from its values while a model is exported.
+"""Masks of `torch.nn.Transformer` as they are given: an export does not read from their values whether one is causal.
 
 `torch.nn.TransformerEncoder` and `TransformerDecoder` compare a mask with the causal one and, if they are equal, leave the mask
 out of attention for `is_causal=True`. A graph has one path for all values; the mask as a mask is right for every one.

@@ -102,7 +102,8 @@ def confirm(
 def confirm_calls(program: Program, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
     """Compare program and model in calls in turn: on the example, on other values with every form of padding, and again.
 
-    Both keep their state from call to call; it is restored afterwards. What the model refuses, or answers with NaN, is left out.
+    Both keep their state from call to call; it is restored afterwards. Calls that the model refuses, or answers with NaN, are
+    left out.
 
     Raises: CaptureError saying whether values, masks, or the calls before made the difference.
     """
@@ -121,24 +122,29 @@ def confirm_calls(program: Program, model: nn.Module, args: Sequence[object], kw
                 if error > allowed:
                     in_turn = sample is example or _differs_alone(model, program, sample, wanted)
                     raise BehaviorError(
-                        f"the captured program differs from {type(model).__name__} by {error:.2g} relative, allowed {allowed:.2g}, "
-                        f"{_IN_TURN if in_turn else _BY_VALUES}"
+                        f"the captured program differs from {type(model).__name__} by {error:.2g} relative, allowed "
+                        f"{allowed:.2g}, {_IN_TURN if in_turn else _BY_VALUES}"
                     )
 
 
 _IN_TURN = (
-    "when both are called several times: the model keeps state that is not a buffer, or is random; register what it keeps as a buffer"
+    "when both are called several times: the model keeps state that is not a buffer, or is random; register what it keeps as a "
+    "buffer"
 )
 _BY_VALUES = (
-    "on inputs with other values or masks than the example's: the model's code decides on values, or reads what an earlier call left"
+    "on inputs with other values or masks than those of the example: its code decides on values, or reads what an earlier call "
+    "left"
 )
 
 
 def _differs_alone(model: nn.Module, program: Program, sample: Sample, wanted: Sequence[object]) -> bool:
     """Whether the model answers a sample otherwise by itself than after other calls."""
-    return any(error > allowed for error, allowed in zip(
-        output_errors([wanted], [_answer(model, program, sample)[: len(wanted)]]), tolerances(program), strict=False
-    ))
+    return any(
+        error > allowed
+        for error, allowed in zip(
+            output_errors([wanted], [_answer(model, program, sample)[: len(wanted)]]), tolerances(program), strict=False
+        )
+    )
 
 
 def refused_dimensions(program: Program, model: nn.Module, args: Sequence[object]) -> set[tuple[int, int]]:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import sympy
 import torch
 from torch import nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from lissom.compiler.ir.fake import fake_mode
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Signature, TensorArgument
 from lissom.errors import CaptureError
+from lissom.frontends.cache_lengths import CacheLengths
+from lissom.frontends.failures import TORCH_FOLDER
 
 Dynamic = Mapping[str, Mapping[int, "str | Dim"]]
+_SIZE = re.compile(r"L\['(?P<name>\w+)'\](?P<rest>.*)\.size\(\)\[(?P<dim>\d+)\]")
+"""The name that torch.export gives to the size of an input."""
 _EXAMPLE = '{"input_ids": {0: "batch"}}'
 
 
@@ -48,8 +56,14 @@ class Named:
 
     given: Mapping[int, Mapping[int, str | Dim]]
 
-    def dims_of(self, position: int) -> dict[int, object]:
-        return dict.fromkeys(self.given.get(position, {}), Dim.AUTO)
+    @property
+    def names(self) -> dict[tuple[int, int], str]:
+        """The name of each, by position and dimension."""
+        return {
+            (position, index): item if isinstance(item, str) else item.__name__
+            for position, dims in self.given.items()
+            for index, item in dims.items()
+        }
 
 
 def wanted_dimensions(dynamic: Dynamic, arguments: Mapping[str, object], bound: Mapping[str, object]) -> Named:
@@ -63,7 +77,7 @@ def wanted_dimensions(dynamic: Dynamic, arguments: Mapping[str, object], bound: 
     found: dict[int, dict[int, str | Dim]] = {}
     for name, dims in sorted(dynamic.items(), key=lambda item: len(parts.get(item[0], ())), reverse=True):  # whole before part
         if name not in parts:
-            known = [part for part, leaves in parts.items() if name.startswith(part) and part != name]
+            known = [part for part in parts if name.startswith(part) and part != name]
             has = [part for part in parts if known and part.startswith(known[-1])] or list(arguments)
             raise CaptureError(f"dynamic names '{name}', which is not an argument of this call; it has {', '.join(has)}")
         tensors = parts[name]
@@ -83,7 +97,7 @@ def wanted_dimensions(dynamic: Dynamic, arguments: Mapping[str, object], bound: 
 
 
 def _parts(arguments: Mapping[str, object], bound: Mapping[str, object]) -> dict[str, list[tuple[int, torch.Tensor]]]:
-    """For `past`, `past[0]` and `past[0][0]` alike, the tensors in it with their positions among the leaves of the call."""
+    """The tensors of each argument and of each part of one, `past`, `past[0]` and `past[0][0]`, with their positions."""
     found: dict[str, list[tuple[int, torch.Tensor]]] = {name: [] for name in (*arguments, *bound)}
     position = 0
     owners = {id(leaf): name for name, item in bound.items() if name not in arguments for leaf in pytree.tree_leaves(item)}
@@ -97,34 +111,53 @@ def _parts(arguments: Mapping[str, object], bound: Mapping[str, object]) -> dict
     return found
 
 
+def traced_inputs(
+    leaves: Sequence[object], dims: Mapping[int, Mapping[int, object]], lengths: CacheLengths | None
+) -> list[object]:
+    """The inputs to trace with: where a dynamic size is 1 in all of them it is doubled, because export specializes it."""
+    places = [(place, dim) for place, leaf in enumerate(leaves) for dim in dims.get(id(leaf), ())]
+    sizes = {(place, dim): cast(torch.Tensor, leaves[place]).shape[dim] for place, dim in places}
+    larger = {dim for (_, dim), size in sizes.items() if size != 1}
+    wanted = {place: 2 if place[1] not in larger else size for place, size in sizes.items()}
+    if lengths is not None:
+        wanted |= {place: size for place, size in lengths.traced(frozenset(places)).items() if place in sizes}
+    traced = list(leaves)
+    for (place, dim), size in wanted.items():
+        if size != sizes[place, dim]:
+            tensor = cast(torch.Tensor, traced[place])
+            traced[place] = tensor.index_select(dim, torch.arange(size, device=tensor.device) % sizes[place, dim])
+    return traced
+
+
 def _in_range(given: str | Dim, size: int) -> bool:
     return isinstance(given, str) or bool(given.min <= size <= given.max)
 
 
-def renamed(program: Program, named: Named) -> Program:
-    """The program with the caller's names and ranges on its dimensions.
+def renamed(program: Program, named: Named, lines: Mapping[tuple[str, int], str]) -> Program:
+    """The program with the caller's names and ranges on its dimensions. lines: that fix a size, see `lines_that_fix`.
 
     Raises: CaptureError if the model fixes a dimension that should vary, two dimensions get the same name, one gets two, or
         the size of one with a range follows from others.
     """
     signature = program.signature
     dimensions, taken = dict(signature.dimensions), dict[sympy.Symbol, str]()
+    sums: list[tuple[str, sympy.Expr]] = []
     leaves = [leaf for item in (*signature.positional, *signature.keyword) for leaf in item.leaves]
-    for position, leaf in enumerate(leaves):
-        for index, wanted in named.given.get(position, {}).items() if isinstance(leaf, TensorArgument) else ():
+    tensors = [(position, leaf) for position, leaf in enumerate(leaves) if isinstance(leaf, TensorArgument)]
+    for position, leaf in tensors:
+        for index, wanted in named.given.get(position, {}).items():
             size = leaf.type.shape[index]
             name = wanted if isinstance(wanted, str) else wanted.__name__
             if isinstance(size, int):
+                line = lines.get((leaf.path, index))
                 raise CaptureError(
-                    f"dimension {index} ({name}) of '{leaf.path}' was to be dynamic, but the model fixes it at {size}; "
-                    f"leave it out of dynamic="
+                    f"dimension {index} ({name}) of '{leaf.path}' was to be dynamic, but "
+                    + ("the model" if line is None else f"{line} takes it as a number and")
+                    + f" fixes it at {size}; leave it out of dynamic="
                 )
             if not isinstance(size, sympy.Symbol) or size not in dimensions:
                 if not isinstance(wanted, str):
-                    raise CaptureError(
-                        f"dimension {index} ({name}) of '{leaf.path}' is {signature.name_of(size)} in this model; give it "
-                        f"a name without a range, and the others ranges"
-                    )
+                    sums.append((f"dimension {index} ({name}) of '{leaf.path}'", size))
                 continue
             if taken.setdefault(size, name) != name:
                 raise CaptureError(
@@ -142,7 +175,11 @@ def renamed(program: Program, named: Named) -> Program:
         raise CaptureError(
             f"dynamic gives the name '{twice}' to dimensions that vary independently; give each a name of its own"
         )
-    program.signature = replace(program.signature, dimensions=dimensions)
+    program.signature = replace(signature, dimensions=dimensions)
+    for where, size in sums:
+        raise CaptureError(
+            f"{where} is {program.signature.name_of(size)} in this model; give it a name without a range, and ranges to those"
+        )
     return program
 
 
@@ -164,13 +201,41 @@ def mask_dimensions(tensors: Sequence[torch.Tensor]) -> dict[int, tuple[int, ...
     return found
 
 
-def fixed_sequences(signature: Signature) -> list[str]:
-    """Notes on token inputs whose sequence dimension is fixed."""
-    return [
-        f"dimension 1 of '{leaf.path}' is fixed at {leaf.type.shape[1]}: the model combines it with sizes that do not vary"
-        for leaf in signature.tensors
-        if len(leaf.type.shape) == 2 and not leaf.type.dtype.is_floating_point and isinstance(leaf.type.shape[1], int)
-    ]
+def lines_that_fix(exported: ExportedProgram) -> dict[tuple[str, int], str]:
+    """The model's line that took a dynamic size as a number, as `len(x)` or `int(x.shape[0])` do, by input path and dimension.
+
+    torch.export fixes such a size at the example's without an error. Its record is internal, and empty where it changed.
+    """
+    env = fake_mode(exported.graph).shape_env
+    found: dict[tuple[str, int], str] = {}
+    for symbol, value in getattr(env, "replacements", {}).items():
+        sources = getattr(env, "var_to_sources", {}).get(symbol, ())
+        where = getattr(getattr(env, "replacements_slocs", {}).get(symbol), "framework_loc", None)
+        if not value.is_number or not sources or not isinstance(where, traceback.FrameSummary):
+            continue
+        matched = _SIZE.fullmatch(str(sources[0].name))
+        # A line of torch's own is where a weight or an operator needs the size.
+        if matched is not None and not where.filename.startswith(TORCH_FOLDER):
+            line = f"{Path(where.filename).name}:{where.lineno} (`{(where.line or '').strip()}`)"
+            found[matched["name"] + (matched["rest"] or ""), int(matched["dim"])] = line
+    return found
+
+
+def fixed_sizes(signature: Signature, lines: Mapping[tuple[str, int], str]) -> list[str]:
+    """Notes on dimensions that the model fixes: the batch, the sequence of token ids, and those with a known line."""
+    notes: list[str] = []
+    for leaf in signature.tensors:
+        for index, size in enumerate(leaf.type.shape):
+            line = lines.get((leaf.path, index))
+            if size == 0:
+                notes.append(f"dimension {index} of '{leaf.path}' is fixed at 0: give an example with values there")
+            elif isinstance(size, int) and line is not None:
+                notes.append(f"dimension {index} of '{leaf.path}' is fixed at {size}: {line} takes it as a number; use x.shape")
+            elif isinstance(size, int) and index == 1 and len(leaf.type.shape) == 2 and not leaf.type.dtype.is_floating_point:
+                notes.append(
+                    f"dimension 1 of '{leaf.path}' is fixed at {size}: the model combines it with sizes that do not vary"
+                )
+    return notes
 
 
 def declared_but_fixed(model: nn.Module, signature: Signature) -> list[str]:

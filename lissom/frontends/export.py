@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.errors import CaptureError
-from lissom.frontends.cache_lengths import CacheLengths, cache_lengths
+from lissom.frontends.cache_lengths import CacheLengths, Place, cache_lengths
 from lissom.frontends.causal_masks import masks_as_given
 from lissom.frontends.confirm import RefusedSizesError, answer_to, confirm, confirm_calls, refused_dimensions
 from lissom.frontends.device import device_of, move
@@ -33,9 +33,11 @@ from lissom.frontends.dynamic import (
     check_dynamic,
     declared_but_fixed,
     describe_dimensions,
-    fixed_sequences,
+    fixed_sizes,
+    lines_that_fix,
     mask_dimensions,
     renamed,
+    traced_inputs,
     wanted_dimensions,
 )
 from lissom.frontends.experts import experts_for_all_tokens
@@ -117,8 +119,6 @@ def capture(
             as_captured = dropped or any(module.training for module in given.modules())
             confirm_calls(program, model if as_captured else given, args, kwargs)
     example = program.signature.flatten(args, kwargs)
-    if dynamic is True:
-        notes += declared_but_fixed(model, program.signature) or fixed_sequences(program.signature)
     if device is not None:
         program, example = move(program, device), [tensor.to(device) for tensor in example]
     return Capture(program, example, tuple(notes), time.perf_counter() - started)
@@ -158,7 +158,7 @@ def _capture_by_trying(
             continue  # only with all sizes fixed may a value that depends on a size become a constant
         try:
             more = _cache_dimensions(lengths, dims, leaves)
-            program = _export(model, args, kwargs, partial(_free, dims, masks, more))
+            program, lines = _export(model, args, kwargs, partial(_free, dims, masks, more))
             program = confirm(program, model, args, kwargs, answer)
         # The model's code and torch.export may raise anything; the next plan fixes more sizes, and the last one reports it.
         except Exception as error:
@@ -168,7 +168,8 @@ def _capture_by_trying(
             words = " and ".join(_WORDS[dim] for dim in dims)
             tried.append(f"tried {words} dynamic: {first_line(error)}")
             continue
-        return program, [describe_dimensions(program.signature), *tried]
+        fixed = declared_but_fixed(model, program.signature) or fixed_sizes(program.signature, lines) if dynamic else []
+        return program, [describe_dimensions(program.signature), *tried, *fixed]
     raise AssertionError("the last plan returns or raises")
 
 
@@ -182,7 +183,7 @@ def capture_sizes(
     Raises: CaptureError.
     """
     with isolated(device_of(model, args)), evaluating(model), recurrences_as_operators(model), _explained(model):
-        program = _export(model, args, {}, dims_of)
+        program, _ = _export(model, args, {}, dims_of)
         refuse(program)
         try:
             return confirm(program, model, args, {})
@@ -194,7 +195,7 @@ def capture_sizes(
         def others(tensor: torch.Tensor) -> dict[int, object]:
             return {dim: found for dim, found in dims_of(tensor).items() if (id(tensor), dim) not in fixed}
 
-        return confirm(_export(model, args, {}, others), model, args, {})
+        return confirm(_export(model, args, {}, others)[0], model, args, {})
 
 
 def _capture_named(
@@ -202,18 +203,12 @@ def _capture_named(
 ) -> tuple[Program, list[str]]:
     """Export with exactly the dynamic dimensions the caller names."""
     named = wanted_dimensions(dynamic, named_arguments(args, kwargs, _parameters(model)), _bound(model, args, kwargs))
-    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
     wanted: dict[int, dict[int, object]] = {}
-    for position, leaf in enumerate(leaves):
-        wanted.setdefault(id(leaf), {}).update(named.dims_of(position))
-    names = {
-        (position, index): item if isinstance(item, str) else item.__name__
-        for position, dims in named.given.items()
-        for index, item in dims.items()
-    }
+    for position, leaf in enumerate(pytree.tree_leaves((tuple(args), dict(kwargs)))):
+        wanted.setdefault(id(leaf), {}).update(dict.fromkeys(named.given.get(position, {}), Dim.AUTO))
     with _explained(model):
-        program = _export(model, args, kwargs, lambda tensor: wanted.get(id(tensor), {}), names)
-        program = renamed(program, named)
+        program, lines = _export(model, args, kwargs, lambda tensor: wanted.get(id(tensor), {}), named.names)
+        program = renamed(program, named, lines)
         program = confirm(program, model, args, kwargs, answer)
     return program, [describe_dimensions(program.signature)]
 
@@ -230,6 +225,7 @@ def _explained(model: nn.Module) -> Generator[None]:
 
 
 def _cache_dimensions(lengths: CacheLengths | None, dims: Sequence[int], leaves: Sequence[object]) -> dict[int, set[int]]:
+    """The dimensions that vary with the cached tokens in a plan with `cache`, by input `id`."""
     found: dict[int, set[int]] = {}
     if lengths is None or 2 not in dims:
         return found
@@ -241,26 +237,30 @@ def _cache_dimensions(lengths: CacheLengths | None, dims: Sequence[int], leaves:
 def _free(
     dims: Sequence[int], masks: Mapping[int, Sequence[int]], more: Mapping[int, set[int]], tensor: torch.Tensor
 ) -> dict[int, object]:
-    """The dynamic dimensions of one input: batch; sequence for inputs of rank 2 or 3, and for masks over pairs of tokens."""
+    """The dynamic dimensions of one input: batch; sequence for inputs of rank 2 or 3, and for masks over pairs of tokens.
+
+    more: dimensions of caches and of what grows with them.
+    """
     last = 1 if tensor.dim() in (2, 3) else 0
     pairs = (*(masks.get(id(tensor), ()) if 1 in dims else ()), *more.get(id(tensor), ()))
     return {dim: Dim.AUTO for dim in (*dims, *pairs) if dim in pairs or (dim < tensor.dim() and dim <= last)}
 
 
-def _export(model, args, kwargs, dims_of, names=None):
-    """Export with the dynamic dimensions of `dims_of`, and flatten the result into a program."""
+def _export(
+    model: nn.Module,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    dims_of: FreeDimensions,
+    names: Mapping[Place, str] | None = None,
+) -> tuple[Program, dict[tuple[str, int], str]]:
+    """Export with the dynamic dimensions of `dims_of`, and flatten the result; with the lines that fix one of them.
+
+    names: the caller's names of dimensions.
+    """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     dims = {id(leaf): dims_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
-    free = {dim for found in dims.values() for dim in found}
-    single = {dim for dim in free if all(leaf.shape[dim] == 1 for leaf in leaves if dim in dims.get(id(leaf), ()))}
-    traced = [_grown(leaf, single & dims[id(leaf)].keys()) if id(leaf) in dims else leaf for leaf in leaves]
-    lengths = cache_lengths(args, kwargs)
-    if lengths is not None:
-        places = frozenset((place, dim) for place, leaf in enumerate(leaves) for dim in dims.get(id(leaf), ()))
-        for (place, dim), size in lengths.traced(places).items():
-            old = leaves[place].shape[dim]
-            if size != old:
-                traced[place] = traced[place].index_select(dim, torch.arange(size, device=traced[place].device) % old)
+    free, lengths = {dim for found in dims.values() for dim in found}, cache_lengths(args, kwargs)
+    traced = traced_inputs(leaves, dims, lengths)
     hints = [dims.get(id(leaf)) for leaf in leaves]
     traced_args, traced_kwargs = pytree.tree_unflatten(traced, spec)
     hint_args, hint_kwargs = pytree.tree_unflatten(hints, spec)
@@ -276,14 +276,10 @@ def _export(model, args, kwargs, dims_of, names=None):
             # PyTorch itself copies module metadata that has a deprecated class.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             exported = exported.run_decompositions({})
-    return flatten_exported(exported, type(model).__name__, args, kwargs, tuple(_parameters(model)), lengths=lengths, names=names)
-
-
-def _grown(tensor: torch.Tensor, dims: set[int]) -> torch.Tensor:
-    """The input with these dimensions of size 1 doubled, because export specializes a size of 1."""
-    for dim in dims:
-        tensor = torch.cat([tensor, tensor], dim)
-    return tensor
+    parameters = tuple(_parameters(model))
+    lines = lines_that_fix(exported)
+    name = type(model).__name__
+    return flatten_exported(exported, name, args, kwargs, parameters, lengths=lengths, names=names or {}), lines
 
 
 def _writes(exported: ExportedProgram) -> bool:
@@ -325,7 +321,9 @@ def check_model(model: object) -> None:
         raise CaptureError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
     scripted = next((path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)), None)
     if scripted is not None:
-        raise CaptureError(f"submodule '{scripted}' was made by TorchScript; replace it by the torch.nn.Module it was made from")
+        raise CaptureError(
+            f"submodule '{scripted}' was made by TorchScript; replace it by the torch.nn.Module it was made from"
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise CaptureError(f"weight '{name}' has no size before the model's first call; call the model once")

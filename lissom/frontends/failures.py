@@ -9,7 +9,7 @@ import torch
 
 from lissom.frontends.flatten import FRAME
 
-_TORCH = str(Path(torch.__file__).parent)
+TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
 def describe_failure(error: Exception) -> str:
@@ -23,11 +23,13 @@ def model_line(error: Exception) -> str:
     The error of a graph module names the source line of the failing node itself.
     """
     recorded = FRAME.findall(str(error).partition("Original traceback:")[2])
-    recorded = [frame for frame in recorded if not frame[0].startswith(_TORCH)]
+    recorded = [frame for frame in recorded if not frame[0].startswith(TORCH_FOLDER)]
     if recorded:
         file, line, code = recorded[-1]
         return f"{Path(file).name}:{line} (`{code.strip()}`)"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((_TORCH, "<"))]
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((TORCH_FOLDER, "<"))
+    ]
     frames = [frame for frame in frames if Path(__file__).parent not in Path(frame.filename).parents]
     if not frames:
         return "torch"

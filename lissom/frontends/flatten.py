@@ -6,6 +6,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 import sympy
@@ -23,7 +24,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
 from lissom.compiler.ir.types import type_of
 from lissom.errors import CaptureError
-from lissom.frontends.cache_lengths import CacheLengths
+from lissom.frontends.cache_lengths import CacheLengths, Place, tie_lengths
 from lissom.frontends.untouched import alias
 from lissom.ops import grouped_product
 
@@ -44,18 +45,19 @@ def flatten_exported(
     *,
     has_caches: bool = False,
     lengths: CacheLengths | None = None,
-    names: Mapping[tuple[int, int], str] | None = None,
+    names: Mapping[Place, str] = MappingProxyType({}),
 ) -> Program:
     """The exported program as a flat program.
 
     args, kwargs: the caller's example inputs, for their nesting and constants.
     parameters: the parameter names of the model's `forward`.
     has_caches: whether inputs of rank 4 are caches, whose lengths may be equal to the sequence in the example alone.
+    lengths: of the caches among the arguments. names: the caller's names of dimensions, by input and dimension.
 
     Raises: CaptureError for mutated inputs, control flow and custom objects, which a program cannot hold.
     """
-    _unify_sizes(exported, 3 if has_caches else None, names or {})
-    _tie_lengths(exported, lengths)
+    _unify_sizes(exported, 3 if has_caches else None, names)
+    tie_lengths(_inputs(exported), lengths)
     weights = _weights(exported)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -209,7 +211,7 @@ def _plain(leaf: object, spec) -> object:  # noqa: ANN001
     return spec.arg.value if isinstance(spec.arg, ExportedConstant) else leaf.meta["val"]
 
 
-def _unify_sizes(exported: ExportedProgram, rank: int | None, names: Mapping[tuple[int, int], str]) -> None:
+def _unify_sizes(exported: ExportedProgram, rank: int | None, names: Mapping[Place, str]) -> None:
     """Use one symbol for the batch, and one for the sequence, of inputs with equal example sizes, or with one name.
 
     Export keeps two symbols if nothing in the graph forces the sizes to be equal, as for a mask that is only indexed; equal
@@ -219,11 +221,9 @@ def _unify_sizes(exported: ExportedProgram, rank: int | None, names: Mapping[tup
     names stay apart.
     """
     first: dict[tuple[object, int], sympy.Symbol] = {}
-    pairs = zip(exported.graph_signature.input_specs, _placeholders(exported), strict=True)
-    inputs = [node.meta["val"] for spec, node in pairs if spec.kind == InputKind.USER_INPUT]
     sizes = [
         (index, size, names.get((place, index)))
-        for place, value in enumerate(inputs)
+        for place, value in enumerate(_inputs(exported))
         if isinstance(value, torch.Tensor)
         for index, size in enumerate(value.shape if rank is None or value.dim() <= rank else value.shape[:1])
     ]
@@ -240,25 +240,10 @@ def _unify_sizes(exported: ExportedProgram, rank: int | None, names: Mapping[tup
             env._set_replacement(symbol, shared, "inputs of equal example size")
 
 
-def _tie_lengths(exported: ExportedProgram, lengths: CacheLengths | None) -> None:
-    if lengths is None:
-        return
+def _inputs(exported: ExportedProgram) -> list[object]:
+    """The fake values of the call's leaves, in order."""
     pairs = zip(exported.graph_signature.input_specs, _placeholders(exported), strict=True)
-    inputs = [node.meta["val"] for spec, node in pairs if spec.kind == InputKind.USER_INPUT]
-    cached, tokens = (
-        [inputs[place].shape[dim] for place, dim in sorted(places)] for places in (lengths.of_cache, lengths.of_tokens)
-    )
-    for length in cached[1:]:
-        _tie(length, cached[0])
-    for place, dim in sorted(lengths.of_both):
-        _tie(inputs[place].shape[dim], cached[0] + (tokens[0] if tokens else lengths.tokens))
-
-
-def _tie(length: object, other: object) -> None:
-    if isinstance(length, torch.SymInt) and isinstance(other, torch.SymInt) and length.node.hint == other.node.hint:
-        symbol, target = length.node.expr, other.node.expr
-        if isinstance(symbol, sympy.Symbol) and symbol not in target.free_symbols:
-            length.node.shape_env._set_replacement(symbol, target, "the cached tokens")
+    return [node.meta["val"] for spec, node in pairs if spec.kind == InputKind.USER_INPUT]
 
 
 def _signature(

@@ -8,7 +8,7 @@ end, and not while it is traced. Which of the two it does depends on the values 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -19,7 +19,7 @@ from lissom.frontends.isolation import exchanged
 
 @contextmanager
 def encoders_without_nesting(model: nn.Module) -> Generator[None]:
-    """Exchange the forward of PyTorch's encoders for the time of an export, until the block ends."""
+    """Exchange the forward of PyTorch's encoders in exports, until the block ends."""
     with ExitStack() as stack:
         for module in model.modules():
             if type(module) is nn.TransformerEncoder:
@@ -27,7 +27,7 @@ def encoders_without_nesting(model: nn.Module) -> Generator[None]:
         yield
 
 
-def _while_exporting(module: nn.TransformerEncoder):  # noqa: ANN202
+def _while_exporting(module: nn.TransformerEncoder) -> Callable[..., torch.Tensor]:
     own = module.forward
 
     def forward(
@@ -38,23 +38,28 @@ def _while_exporting(module: nn.TransformerEncoder):  # noqa: ANN202
     ) -> torch.Tensor:
         if not torch.compiler.is_exporting():
             return own(src, mask, src_key_padding_mask, is_causal)
+        padding = None if src_key_padding_mask is None or mask is not None else _left_out(module, src, src_key_padding_mask)
+        if padding is not None and src_key_padding_mask is not None and src_key_padding_mask.is_floating_point():
+            # PyTorch's fused layers take any number but 0 for padding.
+            src_key_padding_mask = src_key_padding_mask.masked_fill(src_key_padding_mask != 0, -torch.inf)
         output = src
         for layer in module.layers:
             # A hint only: without it the layer applies the mask that is given.
             output = layer(output, src_mask=mask, is_causal=False, src_key_padding_mask=src_key_padding_mask)
-        if src_key_padding_mask is not None and mask is None and _nests(module, src):
-            output = _zeroed(output, src_key_padding_mask)
+        if padding is not None:
+            output = output.masked_fill(padding.unsqueeze(-1), 0.0)
         return output if module.norm is None else module.norm(output)
 
     return forward
 
 
-def _nests(module: nn.TransformerEncoder, src: torch.Tensor) -> bool:
-    return bool(torch.backends.mha.get_fastpath_enabled() and module.use_nested_tensor and src.dim() == 3)
+def _left_out(module: nn.TransformerEncoder, src: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+    """The tokens that the encoder leaves out: padding, if each row has it at the end; None where it never does.
 
-
-def _zeroed(output: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Zeros at padding positions if each row has its padding at the end. output: [batch, tokens, width]; mask: [batch, tokens]."""
+    mask: [batch, tokens], true or not zero at padding. Returns booleans [batch, tokens].
+    """
+    if not (torch.backends.mha.get_fastpath_enabled() and module.use_nested_tensor and src.dim() == 3):
+        return None
     padding = mask if mask.dtype is torch.bool else mask != 0
     elsewhere = (padding[:, :-1] & ~padding[:, 1:]).any()
-    return output.masked_fill((padding & ~elsewhere).unsqueeze(-1), 0.0)
+    return padding & ~elsewhere

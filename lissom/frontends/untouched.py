@@ -95,7 +95,7 @@ def _registered(model: nn.Module) -> dict[tuple[str, str, bool], None]:
     for path, module in model.named_modules():
         kinds = {"submodule": module._modules, "parameter": module._parameters, "buffer": module._buffers}
         for kind, held in kinds.items():
-            for name in held.keys():
+            for name in held:
                 found[kind, f"{path}.{name}".removeprefix("."), name not in module._non_persistent_buffers_set] = None
     return found
 

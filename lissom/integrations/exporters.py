@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
-import sympy
 import torch
 from torch import nn
 from torch.export import ExportedProgram
@@ -34,6 +33,7 @@ from lissom.compiler.ir.program import Program
 from lissom.driver.compile import compile_captured
 from lissom.driver.options import Settings, check_settings
 from lissom.errors import CaptureError, InputError
+from lissom.frontends.cache_lengths import tie
 from lissom.frontends.confirm import confirm
 from lissom.frontends.device import device_of
 from lissom.frontends.dynamic import describe_dimensions
@@ -257,16 +257,8 @@ def _tie_lengths(exported: ExportedProgram) -> None:
         return
     cached = caches[0].shape[2]
     for other in caches[1:]:
-        _tie(other.shape[2], cached)
-    _tie(mask.shape[1], cached + ids.shape[1])
-
-
-def _tie(length: object, other: object) -> None:
-    """Replace the symbol of a length by another length, if they are equal in the example."""
-    if isinstance(length, torch.SymInt) and isinstance(other, torch.SymInt) and length.node.hint == other.node.hint:
-        symbol, target = length.node.expr, other.node.expr
-        if isinstance(symbol, sympy.Symbol) and symbol not in target.free_symbols:
-            length.node.shape_env._set_replacement(symbol, target, "the cached tokens")
+        tie(other.shape[2], cached)
+    tie(mask.shape[1], cached + ids.shape[1])
 
 
 def _return_mutated(exported: ExportedProgram) -> list[str]:

@@ -73,7 +73,9 @@ def outputs_of(program: Program) -> tuple[list[Output], list[str]]:
         form = _form(program, leaf)
         if form is None or not isinstance(leaf, fx.Node):
             shown = f"'{leaf.name}'" if isinstance(leaf, fx.Node) else repr(leaf)
-            skipped.append(f"output {index}, {shown}, is neither logits, scores, embeddings nor hidden states, and is not trained on")
+            skipped.append(
+                f"output {index}, {shown}, is neither logits, scores, embeddings nor hidden states, and is not trained on"
+            )
         elif all(leaf is not other.node for other in found):
             shifted = form == "logits" and nodes.tensor_type(leaf).rank == 3 and _is_causal(program)
             found.append(Output(index, leaf, form, shifted, _head(program, leaf) if form == "logits" else None))

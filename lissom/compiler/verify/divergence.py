@@ -109,9 +109,7 @@ def run_original(program: Program, samples: Sequence[Sample]) -> tuple[list[Samp
     return kept, outputs, notes
 
 
-def _smaller(
-    program: Program, example: Sample, sample: Sample, usual: Sequence[object]
-) -> tuple[Sample, list[object] | None]:
+def _smaller(program: Program, example: Sample, sample: Sample, usual: Sequence[object]) -> tuple[Sample, list[object] | None]:
     """A smaller form of a sample on which the program runs without NaN, with its outputs; None if it runs on none."""
     for other in smaller_samples(program.signature, example, sample):
         with suppress(*REFUSALS):

@@ -116,8 +116,7 @@ def _product(edit: Editor, operands: Sequence[fx.Node], letters: _Letters) -> fx
             if letter not in sizes or size != 1:  # a size of 1 broadcasts
                 sizes[letter] = size
     left, right = (
-        _expanded(edit, operand, term, sizes)
-        for operand, term in zip(operands, (letters.left, letters.right), strict=True)
+        _expanded(edit, operand, term, sizes) for operand, term in zip(operands, (letters.left, letters.right), strict=True)
     )
     left = _arranged(edit, left, letters.left, letters.batch, letters.rows, letters.contracted, sizes)
     right = _arranged(edit, right, letters.right, letters.batch, letters.contracted, letters.columns, sizes)

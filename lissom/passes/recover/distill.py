@@ -6,8 +6,8 @@ data. With y the labels, τ the temperature, t and s the outputs of teacher and 
     L = α · CE(y, s) + (1 - α) · D(t, s) + hidden · Σ ‖h_s - h_t‖² / ‖h_t - mean h_t‖² / places
 
 D follows the form of the output: τ² · KL for class and token logits, 1 - cosine and the difference of cosines within the batch
-for embeddings, the squared error for hidden states and scores. Without labels α is 0. Hinton et al. 2015, Distilling the Knowledge in a
-Neural Network; Jiao et al. 2020, TinyBERT, has the terms of hidden states. https://arxiv.org/abs/1503.02531,
+for embeddings, the squared error for hidden states and scores. Without labels α is 0. Hinton et al. 2015, Distilling the
+Knowledge in a Neural Network; Jiao et al. 2020, TinyBERT, has the terms of hidden states. https://arxiv.org/abs/1503.02531,
 https://arxiv.org/abs/1909.10351
 
 The first part of the run is blockwise, but for decoders: each residual add learns the teacher's value from the teacher's value
@@ -69,7 +69,9 @@ class Distill(Fitting):
         for sentence in skipped:
             edit.note(sentence)
         if not outputs:
-            raise RequirementError("distill: no output is logits, scores, embeddings or hidden states, so there is nothing to learn")
+            raise RequirementError(
+                "distill: no output is logits, scores, embeddings or hidden states, so there is nothing to learn"
+            )
         teacher = Teacher.of(edit.reference, outputs, student, self.name())
         if teacher.heads:
             load_kernels_for(edit, "the losses of token logits")
