@@ -229,7 +229,8 @@ def _redrawn(sample: Sample, seed: int) -> Sample:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_floating_point() or _mask_values(tensor) is not None:
+        # There is no arithmetic on 8-bit floats.
+        if not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or _mask_values(tensor) is not None:
             return tensor
         factors = 1 - torch.rand(tensor.shape, generator=generator) / 2
         return tensor * factors.to(tensor.device, tensor.dtype)
@@ -272,6 +273,8 @@ def _masked(sample: Sample, pattern: Pattern, kind: int = 1, low: float | None =
 def _mask_values(tensor: torch.Tensor) -> tuple[int, float] | None:
     """The kind, see `_masked`, and the masking value of a mask or of token type ids; None for any other input."""
     if tensor.dim() < 2 or tensor.shape[-1] < 2 or tensor.numel() == 0 or tensor.is_complex():
+        return None
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
         return None
     zeros = tensor == 0
     if tensor.is_floating_point() and bool((zeros | (tensor <= _LOW)).all()):
@@ -329,4 +332,4 @@ def _first_row(rows: int, columns: int, count: int) -> torch.Tensor:
 
 
 def _same(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:
-    return all(map(torch.equal, left, right))
+    return all(a is b or torch.equal(a, b) for a, b in zip(left, right, strict=True))

@@ -7,7 +7,7 @@ p = softmax(t / τ) of the teacher and q = softmax(s / τ) of the student:
 
 Embeddings, rows of one matrix: 1 - cos(s, t), plus the mean squared difference of the cosines within the batch (Park et al.
 2019, Relational Knowledge Distillation, compares pairs of rows). Hidden states: ‖s - t‖² / ‖t - mean t‖², over real tokens.
-Scores, one number per row or token, as of a reward model or a regression: the mean squared error.
+Scores, one number per row or token, as of a reward model or a regression: mean (s - t)² / variance of t.
 https://arxiv.org/abs/1503.02531, https://arxiv.org/abs/1904.05068
 
 Every loss is that of the rows of one process, and of several ranks its part of the loss of all their rows; see `ranks`.
@@ -142,7 +142,7 @@ def distance(
     if real is not None:
         found, wanted = found[real], wanted[real]
     if form == "scores":
-        return mean((found.float() - wanted.float()).square().flatten())
+        return score_error(found.float().flatten(), wanted.float().flatten())
     found, wanted = found.float().flatten(0, -2), wanted.float().flatten(0, -2)
     return divergence(found, wanted, temperature) if form == "logits" else embedding_distance(found, wanted)
 
@@ -159,6 +159,17 @@ def embedding_distance(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tenso
     pairs = (found @ all_rows(found).T - wanted @ all_rows(wanted).T).square().sum() / total(len(found)) ** 2
     # A pair counts twice, once with each row in front: the rows behind, without gradients, stand for the other half.
     return mean(1 - (found * wanted).sum(-1)) + 2 * pairs - pairs.detach()
+
+
+def score_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """mean (found - wanted)² / variance of wanted; both [rows].
+
+    The variance counts as at least a hundredth of the mean square, since a batch may have one row.
+    """
+    with torch.no_grad():
+        squares = mean(wanted.square())
+        spread = (squares - mean(wanted).square()).maximum(0.01 * squares).clamp_min(_SMALL)
+    return mean((found - wanted).square()) / spread
 
 
 def squared_error(found: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:

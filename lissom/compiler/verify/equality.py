@@ -117,7 +117,8 @@ def _overlap(left: torch.Tensor, right: torch.Tensor) -> bool:
         return False
     if left.dtype != right.dtype:
         return True
-    size = left.untyped_storage().nbytes() // left.element_size()
+    # A value and its view from one chain are two storages at one address, each as long as its own tensor needs.
+    size = max(item.untyped_storage().nbytes() for item in (left, right)) // left.element_size()
     places = torch.zeros(size, dtype=torch.bool)
     places.as_strided(left.shape, left.stride(), left.storage_offset()).fill_(True)
     return bool(places.as_strided(right.shape, right.stride(), right.storage_offset()).any())

@@ -323,3 +323,24 @@ def test_numbers_by_chance_are_refused_or_run():
         except (RuntimeError, IndexError) as error:
             assert str(error)
     assert ran >= 100
+
+
+class ValueAndView(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8), nn.RMSNorm(8)
+
+    def forward(self, x):
+        y = x + self.norm(self.linear(x))
+        return y, y[:, 0]
+
+
+@pytest.mark.parametrize("checks", ["numeric", "off"])
+def test_a_chain_gives_a_value_and_its_view(checks):
+    torch.manual_seed(0)
+    model, x = ValueAndView().eval(), normal(4, 5, 8)
+    found = lissom.compile(model, x, checks=checks)(x)
+    with torch.no_grad():
+        wanted = model(x)
+    for left, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)  # float32 products in another order

@@ -138,14 +138,23 @@ def test_heads_of_one_number_give_scores() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 1), (6,), (2, 3, 1)])
-def test_scores_are_compared_by_the_squared_error(shape) -> None:
+def test_scores_are_compared_relative_to_their_variance(shape) -> None:
     found, wanted = normal(*shape), normal(*shape, seed=1)
+
+    def by_hand(pairs: list[tuple[float, float]]) -> float:
+        mean = sum(b for _, b in pairs) / len(pairs)
+        return sum((a - b) ** 2 for a, b in pairs) / sum((b - mean) ** 2 for _, b in pairs)
+
     pairs = list(zip(found.flatten().tolist(), wanted.flatten().tolist(), strict=True))
-    assert float(distance("scores", found, wanted)) == pytest.approx(sum((a - b) ** 2 for a, b in pairs) / 6, rel=1e-5)
+    assert float(distance("scores", found, wanted)) == pytest.approx(by_hand(pairs), rel=1e-5)
     if len(shape) == 3:
         real = torch.tensor([[True, True, False], [True, True, True]])
         kept = [pair for index, pair in enumerate(pairs) if index != 2]
-        assert float(distance("scores", found, wanted, real)) == pytest.approx(sum((a - b) ** 2 for a, b in kept) / 5, rel=1e-5)
+        assert float(distance("scores", found, wanted, real)) == pytest.approx(by_hand(kept), rel=1e-5)
+
+
+def test_one_score_is_compared_relative_to_its_size() -> None:
+    assert float(distance("scores", torch.tensor([[2.2]]), torch.tensor([[2.0]]))) == pytest.approx(0.04 / 0.04, rel=1e-5)
 
 
 @pytest.mark.parametrize(

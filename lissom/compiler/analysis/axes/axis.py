@@ -116,7 +116,8 @@ def unify(left: Axis, right: Axis, reason: str) -> None:
     elif left.form == right.form == "sum":
         _align(left.segments(), right.segments(), reason, cut)
     else:
-        _pin_both(left, right, f"{reason}: one side is a product of axes, the other a sum")
+        whole, pieces = (left, right) if left.form == "product" else (right, left)
+        _align([whole], pieces.segments(), f"{reason}: one side is a product of axes, the other a sum", cut)
 
 
 def _pin_both(left: Axis, right: Axis, reason: str) -> None:

@@ -108,8 +108,9 @@ def _columns(found: Axes, layer: fx.Node, axis: Axis, count: int, units: str) ->
         if inputs and inputs.isdisjoint(present):
             continue  # of the output features: a single unit has no axis that would tell
         shared = tuple(atom for atom in dict.fromkeys(numbering) if atom in present)
-        if math.prod(sizes_of(shared)) == count and (shared or count == 1):
-            return Columns(layer, weight, dim, unit_of(other, shared), count, shared)
+        unit = unit_of(other, shared)
+        if math.prod(sizes_of(shared)) == count and (shared or count == 1) and len(unit[unit >= 0].unique()) == count:
+            return Columns(layer, weight, dim, unit, count, shared)
     reason = next((atom.pinned for atom in numbering if atom.pinned), "") or "no dimension of its weight numbers them"
     return f"the {units} that '{layer.name}' reads cannot be assigned to columns: {reason}"
 

@@ -11,9 +11,11 @@ from torch import fx
 from lissom.compiler.analysis.structure.linear import (
     SHAPES,
     features,
+    first_factor,
     input_of,
     is_linear,
     is_quantizer,
+    last_factor,
     producers,
     residual_of,
     source,
@@ -101,7 +103,8 @@ def feed_forward_site(down: fx.Node, projections: set[fx.Node]) -> FeedForwardSi
     products = any(_multiplies_values(node) for node in between) or len(up) == 2
     if not (activations or products) or not 1 <= len(up) <= 2 or projections.intersection(up) or down in projections:
         return None
-    if len({source(input_of(node)) for node in up}) > 1 or features(down, 0) != features(next(iter(up)), 1):
+    firsts = [first_factor(node) for node in up]
+    if len({source(input_of(node)) for node in firsts}) > 1 or features(last_factor(down), 0) != features(firsts[0], 1):
         return None
     return FeedForwardSite(tuple(up), activations, down, products, features(down, 1), residual_of(down))
 

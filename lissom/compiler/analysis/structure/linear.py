@@ -103,9 +103,38 @@ def source(node: fx.Node) -> fx.Node:
     return node
 
 
+def last_factor(linear: fx.Node) -> fx.Node:
+    """The layer that ends a product of linear layers, U of U·(V·x), as `low-rank` makes them; else the layer itself."""
+    node = linear
+    while True:
+        users = list(node.users)
+        while len(users) == 1 and is_quantizer(users[0]):
+            users = list(users[0].users)
+        if len(users) != 1 or not is_linear(users[0]):
+            return node
+        node = users[0]
+
+
+def first_factor(linear: fx.Node) -> fx.Node:
+    """The layer that begins a product of linear layers, V of U·(V·x); else the layer itself."""
+    node = linear
+    while is_linear(before := _unquantized(input_of(node))) and last_factor(before) is last_factor(linear):
+        node = before
+    return node
+
+
+def _unquantized(node: fx.Node) -> fx.Node:
+    while is_quantizer(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
 def residual_of(last: fx.Node) -> fx.Node | None:
-    """The residual add of a site, reached from its last call through views, norms and element-wise operators only."""
-    node = last
+    """The residual add of a site, reached from its last call through views, norms and element-wise operators only.
+
+    Of a layer in factors, from its last factor.
+    """
+    node = last_factor(last)
     for _ in range(_FAR):
         users = [user for user in node.users if user.op == "call_function"]
         if len(users) != 1:
@@ -113,7 +142,7 @@ def residual_of(last: fx.Node) -> fx.Node | None:
         user = users[0]
         if nodes.is_call(user, aten.add.Tensor) and all(map(nodes.is_tensor, user.args[:2])):
             return user if {nodes.tensor_type(item).rank for item in user.args[:2]} == {nodes.tensor_type(user).rank} else None
-        if not (user.target in SHAPES or user.target in ops.NORMS or ops.is_pointwise(user)):
+        if not (user.target in SHAPES or user.target in ops.NORMS or ops.is_pointwise(user) or is_quantizer(user)):
             return None
         node = user
     return None

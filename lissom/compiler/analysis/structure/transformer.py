@@ -7,7 +7,6 @@ only give the place and the layer of a site.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch import fx
 
 from lissom.compiler.analysis.structure.attention import AttentionSite, attention_site
 from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite, MixtureSite, feed_forward_site, mixture_site
-from lissom.compiler.analysis.structure.layers import in_order, layer_paths
+from lissom.compiler.analysis.structure.layers import in_order, layers_of
 from lissom.compiler.analysis.structure.linear import SHAPES, as_int, is_attention, is_linear, weight_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.operators import CONVOLUTIONS, NORMS, is_activation
@@ -129,11 +128,10 @@ def _reached_from(program: Program, targets: set[object]) -> set[fx.Node]:
 
 
 def _layers(attention: Sequence[AttentionSite], feed_forward: Sequence[FeedForwardSite]) -> tuple[Layer, ...]:
-    """Sites grouped by layer, in the order of the layers' paths."""
-    of_attention, of_feed_forward = layer_paths([site.path for site in attention], [site.path for site in feed_forward])
-    held: dict[str, tuple[list[AttentionSite], list[FeedForwardSite]]] = defaultdict(lambda: ([], []))
-    for path, site in zip(of_attention, attention, strict=True):
-        held[path][0].append(site)
-    for path, site in zip(of_feed_forward, feed_forward, strict=True):
-        held[path][1].append(site)
-    return tuple(Layer(path, tuple(held[path][0]), tuple(held[path][1])) for path in sorted(held, key=in_order))
+    """The layers, in the order of their paths; the sites of each in the order of the graph."""
+    held = layers_of(attention, feed_forward)
+    order = [(path, set(map(id, held[path]))) for path in sorted(held, key=in_order)]
+    return tuple(
+        Layer(path, *(tuple(site for site in sites if id(site) in inside) for sites in (attention, feed_forward)))  # pyright: ignore
+        for path, inside in order
+    )

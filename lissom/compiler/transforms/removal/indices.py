@@ -13,14 +13,14 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.axes.axes import Axes, axes
-from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.analysis.axes.axis import Axis, quotient
 from lissom.compiler.analysis.axes.views import slice_bounds
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.dimension_map import channel_dim, name_squeezed_dims, shape_of
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import CONVOLUTIONS, LAYER_NORMS, SIZES_AT, SPLITS, SQUEEZES
 from lissom.compiler.ir.printer import target_text
-from lissom.compiler.ir.types import format_size
+from lissom.compiler.ir.types import Size, format_size
 from lissom.compiler.transforms.removal.norms import follow_norm, normed_axes
 from lissom.errors import LissomError, UnsupportedError
 
@@ -109,11 +109,15 @@ def _axes_of(value: object) -> list[Axis]:
     return [axis for item in items for axis in ([item] if isinstance(item, Axis) else cast("tuple[Axis, ...]", item))]
 
 
-def _size(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> int:
-    """The size of the axis after the removal; unchanged, and possibly symbolic, without removed atoms."""
+def _size(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> Size:
+    """The size of the axis after the removal; symbolic where one of its factors is."""
+    axis = axis.find()
     if keep.keys().isdisjoint(axis.atoms()):
-        return cast(int, axis.find().size)
-    return int(mask(axis, keep).sum())
+        return axis.size
+    if axis.form == "atom":
+        return int(keep[axis].sum())
+    sizes = [cast(int, _size(part, keep)) for part in axis.parts]
+    return sum(sizes) if axis.form == "sum" else math.prod(sizes)
 
 
 def _cut(weight: torch.Tensor, dims: tuple[Axis, ...], keep: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
@@ -133,7 +137,9 @@ def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.
         _set_argument(node, SIZES_AT[target], _new_sizes(edit, node, SIZES_AT[target], found, keep))
     elif target in SPLITS:
         dim, pieces = cast(int, nodes.argument(node, "dim")), cast("tuple[tuple[Axis, ...], ...]", found.of[node])
-        sizes = [_size(piece[dim], keep) for piece in pieces]
+        if all(keep.keys().isdisjoint(piece[dim].atoms()) for piece in pieces):
+            return
+        sizes = [cast(int, _size(piece[dim], keep)) for piece in pieces]
         node.target, node.args, node.kwargs = aten.split_with_sizes.default, (node.args[0], sizes, dim), {}
     elif target in SQUEEZES:
         name_squeezed_dims(node, shape_of(node.args[0]))
@@ -173,7 +179,7 @@ def _new_size(edit: Editor, node: fx.Node, size: object, axis: Axis, keep: Mappi
     factors = axis.factors()
     if not isinstance(size, fx.Node) or any(factor.find().form != "atom" for factor in factors):
         raise UnsupportedError(f"{target_text(node.target)} ('{node.name}') has a computed size in it that no rule corrects")
-    kept = math.prod(_size(factor, keep) for factor in factors if factor in keep)
+    kept = math.prod(cast(int, _size(factor, keep)) for factor in factors if factor in keep)
     whole = math.prod(cast(int, factor.size) for factor in factors if factor in keep)
     with edit.before(node):
         return edit.compute_size(operator.floordiv, edit.compute_size(operator.mul, size, kept), whole)
@@ -199,7 +205,10 @@ def _copies(node: fx.Node, dim: int, found: Axes, keep: Mapping[Axis, torch.Tens
     axis, added = result[dim], len(result) - len(source)
     if keep.keys().isdisjoint(axis.atoms()) or not isinstance(count, int):
         return count
-    return _size(axis, keep) // (_size(source[dim - added], keep) if dim >= added else 1)
+    copies = quotient(_size(axis, keep), _size(source[dim - added], keep) if dim >= added else 1)
+    if copies is None:
+        raise UnsupportedError(f"{target_text(node.target)} ('{node.name}') repeats a dimension whose copies cannot be counted")
+    return copies
 
 
 def _set_argument(node: fx.Node, index: int, value: object) -> None:

@@ -19,10 +19,10 @@ from itertools import pairwise
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.structure.branches import Branch, follow
 from lissom.compiler.calibration.hessian import damped
 from lissom.compiler.calibration.statistics import observe
 from lissom.compiler.ir.editor import Editor
-from lissom.passes.prune.prune_layers.branches import Branch, follow
 
 _ROWS = 1 << 14
 """The most tokens that are kept."""

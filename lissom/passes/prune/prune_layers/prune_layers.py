@@ -27,6 +27,7 @@ from torch import fx
 from lissom.compiler.analysis.amounts import Amounts, AmountSite, Legal
 from lissom.compiler.analysis.axes.zeros import is_zero, zeros
 from lissom.compiler.analysis.module_filter import is_path_protected
+from lissom.compiler.analysis.structure.branches import Branch, branch_of, follow, joined
 from lissom.compiler.analysis.structure.linear import weight_of, weight_path
 from lissom.compiler.analysis.structure.transformer import Layer, structure
 from lissom.compiler.calibration.statistics import observe
@@ -37,7 +38,6 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.compiler.pipeline.spelling import format_pass
 from lissom.errors import RequirementError, UnsupportedError
-from lissom.passes.prune.prune_layers.branches import Branch, branch_of, follow
 from lissom.passes.prune.prune_layers.linear_fit import most_linear
 
 _KEEP = 0.75
@@ -87,6 +87,9 @@ class PruneLayers(Approximation):
         chosen, rest = self._named(found, staying)
         if self.keep is not None or not self.amounts:
             units = {name: unit for name, unit in rest.items() if name not in staying and not isinstance(unit, str)}
+            if len(rest) == 1:
+                edit.note(f"the only one of its {_WHAT[self.part]} stays")
+                return
             count = self._count(len(rest), {name: reason for name, reason in staying.items() if name in rest})
             chosen += self._least_needed(edit, units, count)
         gone = [name for name in found if name in chosen]
@@ -102,7 +105,10 @@ class PruneLayers(Approximation):
     def _found(self, program: Program) -> dict[str, list[Branch] | str]:
         """The layers of the program, each with its branches, or why it cannot be removed."""
         found: dict[str, list[Branch] | str] = {}
-        for layer in program.fact(structure).layers:
+        layers = program.fact(structure).layers
+        # A head of two linear layers, such as a pooler, is a feed-forward but adds to no residual stream.
+        in_stream = [layer for layer in layers if any(site.residual for site in (*layer.attention, *layer.feed_forward))]
+        for layer in in_stream or layers:
             found |= _units(program, layer, self.part)
         return found
 
@@ -187,8 +193,16 @@ def _units(program: Program, layer: Layer, part: str) -> dict[str, list[Branch] 
             calls.append([])
         calls[-1].append(branch)
     names = [layer.path, *(f"{layer.path} (call {index})" for index in range(2, len(calls) + 1))]
-    reason = "between its parts something else changes the residual stream"
-    return {name: call if follow(call) else reason for name, call in zip(names, calls, strict=False)}
+    return {name: _obstacle(call) or call for name, call in zip(names, calls, strict=False)}
+
+
+def _obstacle(call: Sequence[Branch]) -> str | None:
+    """Why a layer cannot be removed; None when it can."""
+    if not follow(call):
+        return "between its parts something else changes the residual stream"
+    if nodes.node_type(call[0].before) != nodes.node_type(call[-1].after):
+        return "the residual stream has another type after it"
+    return None
 
 
 def _branches(program: Program, layer: Layer, part: str) -> list[Branch] | str:
@@ -205,7 +219,7 @@ def _branches(program: Program, layer: Layer, part: str) -> list[Branch] | str:
         if nodes.node_type(branch.before) != nodes.node_type(branch.after):
             return "the residual stream has another type after it"
         branches.append(branch)
-    return sorted(branches, key=lambda branch: branch.total)
+    return joined(sorted(branches, key=lambda branch: branch.total))
 
 
 def _influences(edit: Editor, units: dict[str, list[Branch]]) -> dict[str, float]:

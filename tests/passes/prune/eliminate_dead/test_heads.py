@@ -179,3 +179,54 @@ def test_composes(backend: Backend) -> None:
         # Sums of 8 terms in float32, in another order.
         torch.testing.assert_close(compiled(x), module(x), rtol=0, atol=1e-5)
     assert sites_of(compiled.program).attention == () or compiled.program.parameter_count < 4 * 72
+
+
+class InTheBatch(Attention):
+    """Heads folded into the batch, with a mask for each row repeated for its heads; or queries split along the tokens."""
+
+    def __init__(self, *, split: bool) -> None:
+        super().__init__()
+        self.split = split
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        rows, tokens, _ = x.shape
+        q, k, v = (layer(x).view(rows, tokens, 4, 2).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if self.split:
+            first, others = q.split([1, tokens - 1], 2)
+            found = nn.functional.scaled_dot_product_attention(torch.cat([first * 2, others], 2), k, v)
+        else:
+            q, k, v = (item.reshape(rows * 4, tokens, 2) for item in (q, k, v))
+            found = nn.functional.scaled_dot_product_attention(q, k, v, mask.repeat_interleave(4, 0))
+            found = found.view(rows, 4, tokens, 2)
+        return x + self.out(found.transpose(1, 2).reshape(rows, tokens, 8))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_dead_heads_go_where_sizes_vary_beside_them(split: bool) -> None:
+    model, mask = seeded(lambda: InTheBatch(split=split)), torch.ones(3, 5, 5, dtype=torch.bool).tril()
+    with torch.no_grad():
+        model.out.weight.view(8, 4, 2)[:, (1, 3)] = 0
+    found = captures.optimize(model, (normal(3, 5, 8), mask), passes=f"exact,{PASS}").program
+    assert found.weight("q.weight").shape == (4, 8)
+    x, mask = normal(2, 4, 8, seed=1), torch.ones(2, 4, 4, dtype=torch.bool).tril()
+    with torch.no_grad():
+        # Float32 sums of fewer terms.
+        torch.testing.assert_close(found(x, mask), model(x, mask), rtol=1e-5, atol=1e-6)
+
+
+class Halves(Attention):
+    """Queries whose first and second pair of heads go different ways and are joined again."""
+
+    def __init__(self) -> None:
+        super().__init__(dead=())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (4, 2)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        first, second = q.split(2, 1)
+        q = torch.cat([first, second * 2], 1)
+        return x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_heads_in_two_groups_are_not_dead() -> None:
+    _, history = rewrite(EliminateDead(("heads",)), seeded(Halves), normal(2, 5, 8))
+    assert history.steps[1].rewritten == 0

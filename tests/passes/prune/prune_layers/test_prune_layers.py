@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import nn
 
+from lissom.compiler.analysis.structure.branches import branch_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import History
@@ -19,7 +20,6 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes import PASSES
-from lissom.passes.prune.prune_layers.branches import branch_of
 from lissom.passes.prune.prune_layers.prune_layers import PruneLayers
 from tests import captures
 from tests.models import VOCABULARY, Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
@@ -281,3 +281,36 @@ def test_composes() -> None:
     fast = captures.compile(case.model, case.inputs, passes=passes)
     with torch.no_grad():
         assert fast(**case.kwargs).last_hidden_state.shape == (2, 5, 16)
+
+
+@pytest.mark.parametrize("before", ["low-rank{keep=0.9,whiten=false}", "quantize", "prune-hidden{keep=0.5}"])
+def test_whole_layers_go_behind_lossy_passes(before: str) -> None:
+    program, history = pruned(tiny_gpt2, f"{before},prune-layers{{keep=0.5}}")
+    step = next(item for item in history.steps if item.spelling.startswith("prune-layers"))
+    assert step.summary == "rewrote 2"
+    program, _ = pruned(tiny_gpt2, f"{before},prune-layers{{keep=0.5}},eliminate-dead")
+    found = program.fact(structure)
+    assert (len(found.attention), len(found.feed_forward)) == (1, 1)
+
+
+def test_a_single_layer_stays_with_a_note() -> None:
+    program, history = pruned(partial(deep, 1), "prune-layers{keep=0.7},sparsify{keep=0.5}")
+    assert "the only one of its layers stays" in history.steps[1].notes
+    assert len(program.fact(structure).layers) == 1
+
+
+class FirstToken(nn.Module):
+    """An encoder whose last feed-forward matters for the first token only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = deep(2).model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids).last_hidden_state[:, 0]
+
+
+def test_a_layer_whose_tokens_are_cut_down_inside_stays_with_the_reason() -> None:
+    passes = "exact,eliminate-dead-tokens,prune-layers{keep=0.5}"
+    found = captures.optimize(seeded(FirstToken), {"input_ids": tokens()}, passes=passes, data=[{"input_ids": tokens()}])
+    assert len(found.program.fact(structure).layers) in (1, 2)

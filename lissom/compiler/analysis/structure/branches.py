@@ -7,16 +7,19 @@ post-norm:  y = norm(x + f(x))          before: x   after: y, after the norm
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import torch
 from torch import fx
 
 from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite
-from lissom.compiler.analysis.structure.linear import SHAPES, input_of, is_linear, residual_of
+from lissom.compiler.analysis.structure.linear import SHAPES, input_of, is_linear, is_quantizer, last_factor, residual_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.operators import NORMS, is_pointwise
+
+aten = torch.ops.aten
 
 _SUMS = 4
 """The most sums between a branch and the residual stream, where several branches are added up first."""
@@ -48,20 +51,31 @@ def branch_of(site: AttentionSite | FeedForwardSite) -> Branch | str:
     firsts = site.q if isinstance(site, AttentionSite) else site.up
     if last is None or not firsts:
         return "it has no input and output projections"
+    last = last_factor(last)
     behind = _behind(input_of(firsts[0]))
     total = stream = site.residual
     for _ in range(_SUMS):
         if total is None or stream is None:
             break
-        for before in stream.all_input_nodes:
+        for before in _terms(stream):
             if (bare := _bare(before)) in behind:
                 addend, rest = _operands(total, last)
-                plain = not any(nodes.is_call(node, *NORMS) for node in behind[: behind.index(bare)])
-                users = list(stream.users)
-                normed = plain and not _norm_between(addend, last) and len(users) == 1 and nodes.is_call(users[0], *NORMS)
-                return Branch(last, before, users[0] if normed else stream, total, addend, rest, normed)
+                normed = None
+                if _is_plain(behind[: behind.index(bare)]) and not _norm_between(addend, last):
+                    normed = _only_norm(stream)
+                return Branch(last, before, normed or stream, total, addend, rest, normed is not None)
         stream = residual_of(stream)
     return "its residual add cannot be found"
+
+
+def joined(branches: Sequence[Branch]) -> list[Branch]:
+    """The branches, with one stream after those that are added one after the other, y = (x + f(x)) + g(x)."""
+    found = list(branches)
+    for later in reversed(found):
+        for index, earlier in enumerate(found):
+            if later.rest is earlier.total is not later.total and _bare(earlier.before) is _bare(later.before):
+                found[index] = replace(earlier, after=later.after)
+    return found
 
 
 def follow(branches: Sequence[Branch]) -> bool:
@@ -85,13 +99,51 @@ def _bare(node: fx.Node) -> fx.Node:
     return node
 
 
-def _behind(node: fx.Node) -> list[fx.Node]:
-    """The value and its origins before views, casts and norms, nearest first."""
-    found = [node]
-    while nodes.is_call(node, *SHAPES, *NORMS) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-        found.append(node)
+def _terms(total: fx.Node) -> list[fx.Node]:
+    """The terms of a sum, nearest first; those of sums in it too."""
+    found = list(total.all_input_nodes)
+    level = found
+    for _ in range(_SUMS):
+        level = [item for node in level if nodes.is_call(node, aten.add.Tensor) for item in node.all_input_nodes]
+        found += level
     return found
+
+
+def _behind(node: fx.Node) -> list[fx.Node]:
+    """The value and its origins before views, casts, norms and factors of a linear layer, nearest first."""
+    found = [node]
+    while True:
+        if is_linear(node):
+            node = input_of(node)
+        elif (
+            nodes.is_call(node, *SHAPES, *NORMS, aten.constant_pad_nd.default) or is_quantizer(node)
+        ) and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        else:
+            return found
+        found.append(node)
+
+
+def _is_plain(between: Sequence[fx.Node]) -> bool:
+    """True when no norm stands before the first linear layer of a branch; the calls from that layer's side."""
+    for node in reversed(between):
+        if nodes.is_call(node, *NORMS):
+            return False
+        if is_linear(node):
+            return True
+    return True
+
+
+def _only_norm(stream: fx.Node) -> fx.Node | None:
+    """The norm that alone reads a value, or the slice after it where `prune-hidden` padded its input."""
+    users = list(stream.users)
+    padded = len(users) == 1 and nodes.is_call(users[0], aten.constant_pad_nd.default)
+    if padded:
+        users = list(users[0].users)
+    if len(users) != 1 or not nodes.is_call(users[0], *NORMS):
+        return None
+    after = list(users[0].users)
+    return (after[0] if len(after) == 1 and nodes.is_call(after[0], aten.slice.Tensor) else None) if padded else users[0]
 
 
 def _norm_between(addend: fx.Node, last: fx.Node) -> bool:

@@ -1,12 +1,12 @@
-"""Tests of lissom.passes.prune.prune_layers.branches."""
+"""Tests of lissom.compiler.analysis.structure.branches."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from lissom.compiler.analysis.structure.branches import branch_of, follow
 from lissom.compiler.analysis.structure.transformer import structure
-from lissom.passes.prune.prune_layers.branches import branch_of, follow
 from tests import captures
 from tests.models import normal, seeded
 from tests.passes.models import optimized
