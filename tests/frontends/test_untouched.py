@@ -252,3 +252,70 @@ def test_modules_of_every_kind_are_captured_and_left_alone(kind: str) -> None:
 def test_a_lazy_weight_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"weight '0\.weight' has no size before the model's first call; call the"):
         capture(nn.Sequential(nn.LazyLinear(8)), (normal(2, 8),))
+
+
+class Averages(nn.Module):
+    """Keeps a moving average in a buffer that it assigns, or writes to."""
+
+    def __init__(self, *, assigns: bool) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(8))
+        self.assigns = assigns
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        average = 0.9 * self.average + 0.1 * x.mean((0, 1))
+        if self.assigns:
+            self.average = average
+        else:
+            self.average.copy_(average)
+        return x - average
+
+
+class Holds(nn.Module):
+    def __init__(self, *, assigns: bool) -> None:
+        super().__init__()
+        self.inner = Averages(assigns=assigns)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("make", [Averages, Holds])
+@pytest.mark.parametrize("assigns", [False, True])
+def test_a_buffer_starts_where_the_model_s_does(make, assigns: bool) -> None:
+    model = make(assigns=assigns).eval()
+    found = capture(model, (normal(2, 5, 8),))
+    buffer = dict(model.named_buffers())
+    assert all(not tensor.any() for tensor in buffer.values())
+    assert found.notes[0] == "dynamic: batch (1 or more), sequence (1 or more)"
+    with torch.no_grad():
+        for seed in range(3):
+            x = normal(2, 5, 8, seed=seed)
+            torch.testing.assert_close(found.program(x), model(x), rtol=1e-6, atol=1e-6)  # a few float32 operations
+
+
+class Counts(nn.Module):
+    """Keeps a number that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+def test_state_that_is_no_buffer_is_refused_with_the_cause() -> None:
+    with pytest.raises(CaptureError, match=r"keeps state (that is not a buffer|outside its buffers)"):
+        capture(Counts(), (normal(2, 5, 8),))
+
+
+@pytest.mark.parametrize("script", [torch.jit.script, lambda module: torch.jit.trace(module, normal(2, 8))])
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_scripted_submodule_is_refused_by_name(script) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), script(nn.Linear(8, 8)))
+    with pytest.raises(
+        CaptureError, match=r"submodule '1' was made by TorchScript; replace it by the torch\.nn\.Module it was made from"
+    ):
+        capture(model, (normal(2, 8),))

@@ -2,7 +2,8 @@
 
 import torch
 
-from lissom.compiler.ir.samples import check_samples, resize, spread
+from lissom.compiler.ir.samples import check_samples, resize, spread, varied_samples
+from lissom.frontends.export import capture
 from tests.models import capture_of, captured, normal, tokens
 
 
@@ -75,3 +76,29 @@ def test_samples_are_spread_over_the_data() -> None:
     assert len(spread(data[:1], 8192)) == 1
     assert len(spread([[torch.zeros(2, 3)]] * 4, 8192)) == 4
     assert spread([], 8192) == []
+
+
+def test_a_causal_mask_stays_causal_and_every_query_sees_its_own_key() -> None:
+    class Masked(torch.nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x, mask)
+
+    causal = torch.zeros(6, 6).masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -torch.inf)
+    window = causal.masked_fill(torch.ones(6, 6, dtype=torch.bool).tril(-2), -torch.inf)
+    signature = capture(Masked(), (normal(2, 6, 8), causal)).program.signature
+    _, resized = resize(
+        signature, [normal(2, 6, 8), causal], sizes_at(signature, [normal(2, 6, 8), causal], batch=3, sequence=9)
+    )
+    assert torch.equal(resized == 0, torch.ones(9, 9, dtype=torch.bool).tril())
+    _, resized = resize(
+        signature, [normal(2, 6, 8), window], sizes_at(signature, [normal(2, 6, 8), window], batch=3, sequence=9)
+    )
+    assert bool((resized.diagonal() == 0).all())
+
+
+def test_every_form_of_padding_is_tried_in_masks_of_both_polarities() -> None:
+    for usual in (1, 0):
+        found = [mask for _, mask in varied_samples([normal(2, 6, 8), torch.full((2, 6), usual)])[1:]]
+        places = [(mask != usual).tolist() for mask in found]
+        end, start = [[False] * 6, [False] * 4 + [True] * 2], [[True, True, False, False, False, False], [False] * 6]
+        assert end in places and start in places and [[True] * 6, [False] * 6] in places

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import check_samples
 from lissom.compiler.pipeline.history import History, Interrupted, Size, Step
-from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.compiler.pipeline.pass_kinds import Pass, Rewrite
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import BudgetError, LissomError, PassError, RequirementError, UnsupportedError, VerifyError
 from lissom.frontends.export import capture
@@ -280,6 +283,40 @@ def test_a_sample_the_original_refuses_is_left_out():
         Pipeline([DoubleGelu()], samples=[[ids], [refused]]).run(program)
     with pytest.raises(VerifyError, match="does not run on the example inputs: RuntimeError: a row has no end"):
         Pipeline([DropDropout()], samples=[[refused], [ids]]).run(program)
+
+
+class Positions(nn.Module):
+    """Takes as many tokens as it has positions: 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(16, 8)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        found = nn.functional.gelu(x + self.positions(torch.arange(x.shape[1])))
+        return found * mask.unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class DropMask(Rewrite):
+    """Wrong: leaves the mask out, which shows where the mask is not all ones."""
+
+    def run(self, edit: Editor) -> None:
+        for node in edit.nodes(torch.ops.aten.mul.Tensor):
+            edit.replace(node, node.args[0])
+
+
+def test_inputs_the_model_refuses_are_replaced_by_smaller_ones():
+    """The variant of an example with all positions is too long; without another one the mask would be ones everywhere."""
+    torch.manual_seed(0)
+    found = capture(Positions().eval(), (torch.randn(2, 16, 8), torch.ones(2, 16)))
+    with pytest.raises(VerifyError, match="its outputs differ"):
+        Pipeline([DropMask()], samples=check_samples(found.program.signature, found.example)).run(found.program)
+    program = capture(Positions().eval(), (torch.randn(2, 16, 8), torch.ones(2, 16))).program
+    _, history = Pipeline([DropDropout()], samples=check_samples(program.signature, found.example)).run(program)
+    (note,) = history.steps[0].notes
+    assert note.startswith("no check on inputs [3, 18, 8] and [3, 18], which the model refuses: IndexError")
+    assert note.endswith("; checked on [3, 16, 8] and [3, 16] instead")
 
 
 def test_an_interrupt_keeps_what_was_finished():
