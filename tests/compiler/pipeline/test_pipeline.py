@@ -315,8 +315,8 @@ def test_inputs_the_model_refuses_are_replaced_by_smaller_ones():
     program = capture(Positions().eval(), (torch.randn(2, 16, 8), torch.ones(2, 16))).program
     _, history = Pipeline([DropDropout()], samples=check_samples(program.signature, found.example)).run(program)
     (note,) = history.steps[0].notes
-    assert note.startswith("no check on inputs [3, 18, 8] and [3, 18], which the model refuses: IndexError")
-    assert note.endswith("; checked on [3, 16, 8] and [3, 16] instead")
+    assert note.startswith("no check on inputs [3, 18, 8], [3, 18], which the model refuses: IndexError")
+    assert note.endswith("; checked on [3, 16, 8], [3, 16] instead")
 
 
 def test_an_interrupt_keeps_what_was_finished():
