@@ -89,10 +89,10 @@ def more_samples(signature: Signature, example: Sequence[torch.Tensor], flops: i
     flops: of a run on the example.
     """
     plain = _variant(signature, example, seed=1)
+    starts = _masked(plain, _start, low=-float("inf"))
     found = [
-        _masked(plain, lambda rows, columns: _first_row(rows, columns, max(columns // 3, 1)), low=-float("inf")),
-        # All of the first row, when there are others.
-        _masked(plain, lambda rows, columns: _first_row(rows, columns, columns if rows > 1 else 0)),
+        _masked(starts, _start, kind=0),
+        _masked(_masked(plain, _whole_row), _whole_row, kind=0),
         _masked(list(map(_ids_redrawn, plain)), _tail_and_hole, kind=0),
     ]
     found = [sample for sample in found if not _same(sample, plain)]
@@ -105,13 +105,7 @@ def more_samples(signature: Signature, example: Sequence[torch.Tensor], flops: i
 def varied_samples(example: Sequence[torch.Tensor]) -> list[Sample]:
     """The example's sizes with other values, and with every form of padding in its masks of either polarity."""
     plain = _redrawn(list(map(_ids_redrawn, example)), 4)
-    forms: tuple[Pattern, ...] = (
-        _tail,
-        _tail_and_hole,
-        lambda rows, columns: _first_row(rows, columns, max(columns // 3, 1)),
-        lambda rows, columns: _first_row(rows, columns, columns if rows > 1 else 0),
-    )
-    masked = [_masked(plain, form, kind) for kind in (1, 0) for form in forms]
+    masked = [_masked(plain, form, kind) for kind in (1, 0) for form in (_tail, _tail_and_hole, _start, _whole_row)]
     return [plain, *(sample for sample in masked if not _same(sample, plain))]
 
 
@@ -324,8 +318,17 @@ def _tail(rows: int, columns: int) -> torch.Tensor:
     return places
 
 
-def _first_row(rows: int, columns: int, count: int) -> torch.Tensor:
+def _start(rows: int, columns: int) -> torch.Tensor:
     """Padding at the first places of the first row."""
+    return _first_row(rows, columns, max(columns // 3, 1))
+
+
+def _whole_row(rows: int, columns: int) -> torch.Tensor:
+    """A first row of padding only, when there are others."""
+    return _first_row(rows, columns, columns if rows > 1 else 0)
+
+
+def _first_row(rows: int, columns: int, count: int) -> torch.Tensor:
     places = torch.zeros(rows, columns, dtype=torch.bool)
     places[0, :count] = True
     return places
