@@ -32,6 +32,7 @@ from lissom.runtime.layer_timer import ProgramTimer
 from lissom.runtime.model_files import Saveable, check_tokenizer, saved_config, upload, write_processors
 from lissom.runtime.onnx_folder import Dtype, Export, Layout, write_folder
 from lissom.runtime.pickled import files_of, loaded_from
+from lissom.runtime.tracers import has_memory, refuse_tracer, tracer, untraced, with_memory
 
 
 def own_state(model: Program | CompiledModel) -> AbstractContextManager[None]:
@@ -70,19 +71,28 @@ size, or mark the dimension dynamic
     def forward(self, *args: object, **kwargs: object) -> object:
         """The model's outputs.
 
+        Under torch.compile the graph breaks here, and the call runs as it is.
+
         Raises: InputError if the arguments do not fit the signature, or an index is out of range (a token id beyond the
-            vocabulary, a position beyond the last), with the value found and the range allowed.
+            vocabulary, a position beyond the last), with the value found and the range allowed; or under another tracer, such
+            as torch.export, FakeTensorMode or torch.jit.trace.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return untraced(self.forward, args, kwargs)
         signature = self.program.signature
         with self.refusals():
+            refuse_tracer(self.program.name)
             tensors = signature.flatten(args, self.asked(kwargs))
         return signature.unflatten(self.run(tensors))
 
     def run(self, tensors: Sample) -> Sequence[object]:
         """The flat outputs for flat inputs, in the order of the program's placeholders; sizes and types are not checked.
 
-        Raises: InputError for an index out of range, such as a token id beyond the vocabulary.
+        Raises: InputError for an index out of range, such as a token id beyond the vocabulary, and for a tensor without memory.
         """
+        if tracer() is not None or not all(map(has_memory, tensors)):
+            with self.refusals():
+                tensors = with_memory(self.program, tensors)
         try:
             found = self._executable(tensors)
         except (IndexError, RuntimeError) as error:
