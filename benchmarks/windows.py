@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 from quality import conditions, windows
@@ -33,6 +34,8 @@ EXAMPLE = 512
 
 class Without(Eager):
     """The eager backend without some of its lowering passes."""
+
+    name: ClassVar[str] = "without"
 
     def __init__(self, *left_out: type[Pass]) -> None:
         self.left_out = left_out

@@ -17,6 +17,7 @@ from typing import cast
 
 import torch
 from torch import fx
+from torch._guards import tracing
 
 from lissom.backends import FASTEST
 from lissom.compiler.ir import fake
@@ -220,11 +221,16 @@ class _Compiled:
         """Compile for these weights and numbers; None if that fails, with a warning."""
         graph, device = self._graph, device_of(None, self._graph.tensors(args))
         settings = replace(self._settings, data=_batches(graph, self._settings.data))
-        take = partial(capture_graph, graph, args, guard=guard)
+        take = partial(capture_graph, graph, args)
         try:
-            shared = self._compiled_before(args, guard=guard)
-            compiled = shared or compile_captured(take, device, settings, title="torch.compile")
-            variant = _Variant(graph, compiled, args)
+            # Passes and backends export programs, and Dynamo's own context would take the sizes of these for its guards.
+            with tracing(None):
+                shared = self._compiled_before(args)
+                compiled = shared or compile_captured(take, device, settings, title="torch.compile")
+                variant = _Variant(graph, compiled, args)
+            if guard:
+                # Other sizes than those that the program takes get their own graph.
+                guard_sizes(graph, compiled.program.signature)
         except _ASKED_FOR:
             raise
         except Exception as error:
@@ -239,7 +245,7 @@ class _Compiled:
             REPORTS.append(GraphReport(graph.name, replace(compiled.report, timer=None), None))
         return variant
 
-    def _compiled_before(self, args: Sequence[object], *, guard: bool) -> CompiledModel | None:
+    def _compiled_before(self, args: Sequence[object]) -> CompiledModel | None:
         """The model of an equal graph with the same weights, which Dynamo made for other sizes or in another gradient mode.
 
         Raises: CaptureError for a graph that is not compiled in this mode.
@@ -251,8 +257,6 @@ class _Compiled:
             found = next((item for item in list(other._variants.values()) if item.serves(self._graph, args)), None)
             if found is not None:
                 _LOG.info("%s runs the program of %s", self._graph.name, other._graph.name)
-                if guard:
-                    guard_sizes(self._graph, found.compiled.program.signature)
                 return found.compiled
         return None
 

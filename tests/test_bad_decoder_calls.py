@@ -9,6 +9,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lissom
 from lissom.errors import ArtifactError, CaptureError, InputError, UnsupportedError
@@ -185,6 +187,18 @@ def test_a_head_is_trained_on_logits() -> None:
     head = nn.Linear(99, 2)
     head(step()).sum().backward()
     assert head.weight.grad is not None
+
+
+def test_a_decoder_under_tracers() -> None:
+    wanted, model = step(), compiled()
+    model.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        check((InputError, "is compiled and cannot run under FakeTensorMode", lambda: model.step(IDS)))
+    check((InputError, "cannot run under make_fx", lambda: make_fx(lambda ids: model.step(ids))(IDS)))
+    assert model.length == 0
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(lambda ids: model.step(ids) + 0, backend="eager")(IDS), wanted)
+    assert model.length == 3
 
 
 def test_a_decoder_is_loaded_for_its_backend_by_name(tmp_path: Path) -> None:

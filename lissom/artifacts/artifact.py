@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from lissom.artifacts.directory import check_target, verified_bytes, verified_pa
 from lissom.artifacts.manifest import NAME, Content, Manifest, write_manifest
 from lissom.artifacts.program_file import ReadWeights, decode_program, encode_program
 from lissom.artifacts.weights import Place, load_weights, save_weights
-from lissom.backends import BACKENDS
+from lissom.backends import BACKENDS, check_name
 from lissom.backends.base import WEIGHTS_FILE, Backend, Executable
 from lissom.backends.exported import kind_and_reason
 from lissom.compiler.ir import node as nodes
@@ -119,7 +119,7 @@ def write_program(compiled: Compiled, entries: Mapping[str, object], folder: Pat
     manifest = Manifest(
         name=program.name,
         backend=backend.name,
-        options=asdict(backend),
+        options=_options(backend),
         device=str(_device_of(program)),
         signature=program.signature.describe(),
         pipeline=history.pipeline,
@@ -129,6 +129,20 @@ def write_program(compiled: Compiled, entries: Mapping[str, object], folder: Pat
         files={path.name: Content.of(path) for path in sorted(folder.iterdir())},
     )
     write_manifest(manifest, folder / NAME)
+
+
+def _options(backend: Backend) -> Mapping[str, object]:
+    """The options of a backend by name. Raises: ArtifactError for one that JSON cannot hold."""
+    for field in fields(backend):
+        value = getattr(backend, field.name)
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"option '{field.name}' of backend '{backend.name}' is a {type(value).__name__}, and an artifact holds "
+                f"numbers, texts, and lists and mappings of them; keep the option as one of these"
+            ) from error
+    return asdict(backend)
 
 
 def _write_json(path: Path, data: object) -> None:
@@ -184,14 +198,21 @@ def load_whole(
 def find_saved_backend(manifest: Manifest, directory: Path, wanted: str | Backend | None, trust: Trust = NO_TRUST) -> Backend:
     """The backend the artifact was saved with, or the given one with its options; a name gives the saved one.
 
+    A backend of another package has to be given: nothing is imported because an artifact names it.
+
     Raises: ArtifactError, also if the backend would run native code that is not allowed; UnsupportedError.
     """
     name = manifest.backend
     if not isinstance(wanted, (str, Backend, type(None))):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UnsupportedError(f"backend= is {wanted!r:.80}; give '{name}', or an object with options of it")
-    if name not in BACKENDS:
+    if name not in BACKENDS and not isinstance(wanted, Backend):
         hint = nearest(name, BACKENDS) or ";"
-        raise ArtifactError(f"'{directory}' was made by a backend '{name}'{hint} this Lissom has {', '.join(BACKENDS)}")
+        raise ArtifactError(
+            f"'{directory}' was made by a backend '{name}'{hint} this Lissom has {', '.join(BACKENDS)}; "
+            f"pass a backend of another package as an object, backend="
+        )
+    if isinstance(wanted, Backend):
+        check_name(wanted)
     asked = wanted.name if isinstance(wanted, Backend) else wanted
     if asked not in (None, name):
         raise UnsupportedError(

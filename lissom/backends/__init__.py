@@ -20,10 +20,11 @@ FASTEST = "fastest"
 def find_backend(wanted: str | Backend) -> Backend:
     """The backend of that name, with default options; or the object given.
 
-    Raises: UnsupportedError when there is none, or this machine lacks its requirements.
+    Raises: UnsupportedError when there is none, it has no name of its own, or this machine lacks its requirements.
     """
     names = (*BACKENDS, FASTEST)
     if isinstance(wanted, Backend):
+        check_name(wanted)
         backend = wanted
     elif not isinstance(wanted, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UnsupportedError(
@@ -39,6 +40,20 @@ def find_backend(wanted: str | Backend) -> Backend:
     if missing is not None:
         raise UnsupportedError(missing)
     return backend
+
+
+def is_ours(backend: Backend) -> bool:
+    """True for a backend of this package, which an artifact's manifest suffices to make again."""
+    return type(backend) in BACKENDS.values()
+
+
+def check_name(backend: Backend) -> None:
+    """Refuse a backend without a name, or with the name of another in the table. Raises: UnsupportedError."""
+    kind, name = type(backend).__name__, getattr(backend, "name", None)
+    if not isinstance(name, str) or not name:
+        raise UnsupportedError(f'the backend {kind} has no name; give its class one, `name: ClassVar[str] = "mine"`')
+    if name in (*BACKENDS, FASTEST) and not is_ours(backend):
+        raise UnsupportedError(f"the backend {kind} has the name '{name}', which is taken; give its class another name")
 
 
 def find_backends(wanted: str | Backend) -> Sequence[Backend]:

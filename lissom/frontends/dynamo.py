@@ -144,11 +144,10 @@ def _unique(name: str, taken: object) -> str:
     return next(other for index in range(len(names) + 1) if (other := name if not index else f"{name}_{index}") not in names)
 
 
-def capture_graph(graph: Graph, args: Sequence[object], *, guard: bool) -> Capture:
+def capture_graph(graph: Graph, args: Sequence[object]) -> Capture:
     """The graph as a program with the weights and numbers of these arguments. The program shares the weights' memory.
 
-    Sizes that are dynamic in Dynamo are dynamic in the program. guard: while Dynamo compiles, add guards for the sizes that the
-    program fixes, so that other sizes get their own graph.
+    Sizes that are dynamic in Dynamo are dynamic in the program.
 
     Raises: CaptureError for a graph that a program cannot hold.
     """
@@ -159,8 +158,6 @@ def capture_graph(graph: Graph, args: Sequence[object], *, guard: bool) -> Captu
         free = {id(tensor): dims for tensor, dims in zip(example, _free_dimensions(graph), strict=True)}
         module = _without_batching(bind(graph, args), example)
         program = capture_sizes(module, example, lambda tensor: free.get(id(tensor), {}), _refuse_effects)
-    if guard:
-        guard_sizes(graph, program.signature)
     notes = [describe_dimensions(program.signature)]
     if any(str(node.target) in _WHOLE_LAYERS for node in program.nodes()):
         notes.append("layers of torch.nn come whole; torch.backends.mha.set_fastpath_enabled(False) lets passes into them")

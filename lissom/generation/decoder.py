@@ -19,6 +19,7 @@ from lissom.frontends.decoder_state import is_kv_cache
 from lissom.inspect.report import Report
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.hosted_model import FixedModule
+from lissom.runtime.tracers import refuse_tracer, untraced
 
 
 class Decoder(FixedModule):
@@ -132,7 +133,10 @@ class Decoder(FixedModule):
 
         Raises: InputError.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return cast(torch.Tensor, untraced(self._read, (input_ids, attention_mask), {}))
         with self.compiled.refusals():
+            refuse_tracer(self.program.name)
             tokens = self._check(input_ids)
         if self._unfinished:
             raise UnsupportedError("a call was interrupted while it wrote the state of recurrent layers; reset() the decoder")

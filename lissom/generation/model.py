@@ -12,6 +12,7 @@ from transformers import Cache, GenerationConfig
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from lissom.backends.base import Backend
 from lissom.errors import InputError, UnsupportedError
 from lissom.files import check_path
 from lissom.generation import load_generation
@@ -127,12 +128,14 @@ class GenerationModel(Decoder, CompiledGeneration):
         return upload(partial(self.save, tokenizer=tokenizer), self.program.name, repo_id, private, token, commit_message)
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-        """Pickle and deep copy: the files of its artifact, and the function that loads them. The cache is empty then.
+        """Pickle and deep copy: the files of its artifact, the function that loads them, and a backend of another package.
+
+        The cache is empty then.
 
         Raises: UnsupportedError for a decoder that runs with other ranks, or whose backend cannot be saved.
         """
         self.compiled.check_alone()
-        return _from_files, (files_of(self.save), str(self.config._name_or_path))
+        return _from_files, (files_of(self.save), str(self.config._name_or_path), self.compiled.external_backend)
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -182,8 +185,8 @@ class GenerationModel(Decoder, CompiledGeneration):
             given._is_user_defined = True
 
 
-def _from_files(files: Mapping[str, bytes], source: str) -> GenerationModel:
-    found = loaded_from(files, load_generation)
+def _from_files(files: Mapping[str, bytes], source: str, backend: Backend | None = None) -> GenerationModel:
+    found = loaded_from(files, partial(load_generation, backend=backend))
     found.config._name_or_path = source
     return found
 

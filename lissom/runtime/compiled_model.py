@@ -15,6 +15,7 @@ from torch import nn
 
 from lissom.artifacts import rank_files
 from lissom.artifacts.artifact import Compiled, Loaded, Trust, WriteMore
+from lissom.backends import is_ours
 from lissom.backends.base import Backend, Executable, restored_state, state_of
 from lissom.backends.distributed.backend import RankProgram
 from lissom.backends.distributed.ranks import Ranks
@@ -32,6 +33,7 @@ from lissom.runtime.layer_timer import ProgramTimer
 from lissom.runtime.model_files import Saveable, check_tokenizer, saved_config, upload, write_processors
 from lissom.runtime.onnx_folder import Dtype, Export, Layout, write_folder
 from lissom.runtime.pickled import files_of, loaded_from
+from lissom.runtime.tracers import has_memory, refuse_tracer, tracer, untraced, with_memory
 
 
 def own_state(model: Program | CompiledModel) -> AbstractContextManager[None]:
@@ -70,19 +72,28 @@ size, or mark the dimension dynamic
     def forward(self, *args: object, **kwargs: object) -> object:
         """The model's outputs.
 
+        Under torch.compile the graph breaks here, and the call runs as it is.
+
         Raises: InputError if the arguments do not fit the signature, or an index is out of range (a token id beyond the
-            vocabulary, a position beyond the last), with the value found and the range allowed.
+            vocabulary, a position beyond the last), with the value found and the range allowed; or under another tracer, such
+            as torch.export, FakeTensorMode or torch.jit.trace.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return untraced(self.forward, args, kwargs)
         signature = self.program.signature
         with self.refusals():
+            refuse_tracer(self.program.name)
             tensors = signature.flatten(args, self.asked(kwargs))
         return signature.unflatten(self.run(tensors))
 
     def run(self, tensors: Sample) -> Sequence[object]:
         """The flat outputs for flat inputs, in the order of the program's placeholders; sizes and types are not checked.
 
-        Raises: InputError for an index out of range, such as a token id beyond the vocabulary.
+        Raises: InputError for an index out of range, such as a token id beyond the vocabulary, and for a tensor without memory.
         """
+        if tracer() is not None or not all(map(has_memory, tensors)):
+            with self.refusals():
+                tensors = with_memory(self.program, tensors)
         try:
             found = self._executable(tensors)
         except (IndexError, RuntimeError) as error:
@@ -166,19 +177,24 @@ size, or mark the dimension dynamic
         return upload(save, self.program.name, repo_id, private, token, commit_message)
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-        """Pickle: the files of its artifact, and the function that loads them.
+        """Pickle: the files of its artifact, the function that loads them, and a backend of another package.
 
         Raises: UnsupportedError for a model that runs with other ranks, or whose backend cannot be saved.
         """
         self.check_alone()
-        return _from_files, (files_of(self.save), None if self.facts is None else self.facts.source)
+        return _from_files, (files_of(self.save), None if self.facts is None else self.facts.source, self.external_backend)
 
     def __deepcopy__(self, memo: object) -> CompiledModel:
         """A copy through its artifact; unlike a pickle's, its compiled code is known. Raises: as `__reduce_ex__`."""
         self.check_alone()
-        found = loaded_from(files_of(self.save), partial(load, allow_native=True))
+        found = loaded_from(files_of(self.save), partial(load, backend=self.external_backend, allow_native=True))
         found.facts = self.facts
         return found
+
+    @property
+    def external_backend(self) -> Backend | None:
+        """The backend where another package has it, which loading needs; None for one of Lissom's."""
+        return None if is_ours(self._backend) else self._backend
 
     def check_alone(self) -> None:
         """Refuse to pickle a model that runs with other ranks. Raises: UnsupportedError."""
@@ -250,8 +266,8 @@ size, or mark the dimension dynamic
         return f"CompiledModel({self.program.name}{self.program.signature.describe()}, backend='{self.backend}')"
 
 
-def _from_files(files: Mapping[str, bytes], source: str | None) -> CompiledModel:
-    found = loaded_from(files, load)
+def _from_files(files: Mapping[str, bytes], source: str | None, backend: Backend | None = None) -> CompiledModel:
+    found = loaded_from(files, partial(load, backend=backend))
     found.facts = None if found.facts is None else replace(found.facts, source=source)
     return found
 
@@ -269,7 +285,7 @@ def load(
     device: where it runs; by default the device it was compiled for. A warning names what differs from the machine that
         compiled it, such as missing kernels.
     backend: the backend it was saved for, by name, or as an object whose options replace the saved ones:
-        `lissom.OnnxRuntime(threads=1)`.
+        `lissom.OnnxRuntime(threads=1)`. A backend of another package has to be an object.
     allow_native: load native code that the artifact holds or names: code compiled by `inductor`, libraries named in options.
     trusted_keys: PEM files of Ed25519 public keys, one of which must have signed it (`lissom sign`).
 

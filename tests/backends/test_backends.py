@@ -1,5 +1,7 @@
 """Tests of lissom.backends: the table of ways out."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -61,3 +63,22 @@ def test_a_wider_dtype_is_run_once_a_sample_however_many_outputs_differ(monkeypa
     # One step of float32 at 3e4 is 2e-3, far above what two correct programs may differ by.
     assert confirm("exact", lambda inputs: [inputs[0].clone(), inputs[0].clone()], found.program, found.example) > 1e-4
     assert len(runs) == len(set(runs)) > 1
+
+
+def test_a_backend_has_a_name_of_its_own():
+    class Nameless(Backend):
+        def build(self, program, example):
+            return program.run
+
+    class Second(Eager):
+        """Inherits the name."""
+
+    class Fastest(Nameless):
+        name: ClassVar[str] = "fastest"
+
+    with pytest.raises(UnsupportedError, match="the backend Nameless has no name; give its class one"):
+        find_backend(Nameless())
+    for backend, name in ((Second(), "eager"), (Fastest(), "fastest")):
+        sentence = f"the backend {type(backend).__name__} has the name '{name}', which is taken; give its class another name"
+        with pytest.raises(UnsupportedError, match=sentence):
+            find_backend(backend)

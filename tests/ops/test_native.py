@@ -1,5 +1,7 @@
 """The kernels' memory: results of one call reuse each other's, and nothing a caller holds is written to."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -101,3 +103,36 @@ def test_amx_that_the_system_refuses_is_told(monkeypatch):
     monkeypatch.undo()
     assert native.refused_tiles() is None
     torch.ops.lissom.use_amx(before)
+
+
+# In a process of its own: reading such a tensor would end it.
+WITHOUT_MEMORY = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from lissom.ops.native import load_kernels
+from lissom.ops.packed_linear import pack
+assert not load_kernels()
+ops, weight = torch.ops.lissom, pack(torch.ones(4, 8))
+chain = ops.make_chain(["aten::unsqueeze"], [0, 1, 1, 2, 1, 0, 4, 0, 0], [], [], [], 1, 0, 2, [1])
+freed, fake = torch.ones(3, 8), FakeTensorMode(allow_non_fake_inputs=True).from_tensor(torch.ones(3, 8))
+freed.untyped_storage().resize_(0)
+for x in (freed, fake, torch.ones(3, 8, device="meta")):
+    for call in (lambda: ops.packed_linear(x, weight, features=4), lambda: ops.run_chain(chain, [x], [])[0].abs()):
+        try:
+            found = call()
+            print(type(found).__name__, found.device)
+        except (RuntimeError, NotImplementedError) as error:
+            print(str(error).splitlines()[0][:40])
+print(ops.packed_linear(torch.ones(3, 8)[:0], weight, features=4).shape, ops.run_chain(chain, [torch.ones(3)[:0]], [])[0].shape)
+"""
+
+
+def test_tensors_without_memory_are_not_read():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    freed, same, fake, fake_chain, meta, meta_chain, empty = done.stdout.splitlines()
+    assert freed == same and freed.startswith("a tensor has no memory")
+    # The operators have fake forms, and a chain has none.
+    assert fake == "FakeTensor cpu" and meta == "Tensor meta"
+    assert "run_chain" in fake_chain and "run_chain" in meta_chain
+    assert empty == "torch.Size([0, 4]) torch.Size([1, 0])"

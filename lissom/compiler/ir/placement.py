@@ -165,19 +165,19 @@ def indices_of(spans: Spans, rank: int) -> torch.Tensor:
     return torch.cat(found)
 
 
-def local_part(weight: torch.Tensor, placed: Placed, rank: int) -> torch.Tensor:
-    """A rank's shard of a weight: a view when its indices are contiguous, else a copy, with zeros as padding.
+def local_part(weight: torch.Tensor, placed: Placed, rank: int, padding: int = 0) -> torch.Tensor:
+    """A rank's shard of a weight: a view when its indices are contiguous, else a copy, filled up with `padding`.
 
     Rank 0 holds all of a partial weight, and the others hold zeros.
     """
     if placed.partial:
         return weight if rank == 0 else torch.zeros_like(weight)
     for dim, spans in placed.dims:
-        weight = _take(weight, dim, indices_of(spans, rank))
+        weight = _take(weight, dim, indices_of(spans, rank), padding)
     return weight
 
 
-def _take(weight: torch.Tensor, dim: int, indices: torch.Tensor) -> torch.Tensor:
+def _take(weight: torch.Tensor, dim: int, indices: torch.Tensor, padding: int) -> torch.Tensor:
     first = int(indices[0])
     if first >= 0 and torch.equal(indices, torch.arange(first, first + len(indices))):
         return weight.narrow(dim, first, len(indices))
@@ -186,7 +186,7 @@ def _take(weight: torch.Tensor, dim: int, indices: torch.Tensor) -> torch.Tensor
     indices = indices.to(weight.device)
     found = stored.index_select(dim, indices.clamp_min(0))
     missing = (indices < 0).nonzero().flatten()
-    return (found.index_fill(dim, missing, 0) if len(missing) else found).view(weight.dtype)
+    return (found.index_fill(dim, missing, padding) if len(missing) else found).view(weight.dtype)
 
 
 def whole_of(parts: Sequence[torch.Tensor], placed: Placed) -> torch.Tensor:

@@ -207,6 +207,8 @@ class Signature:
                 f"argument '{leaf.path}' is a {type(value).__name__}; the program takes a tensor, "
                 f"{format_type(wanted, self.name_of)}"
             )
+        if type(value) not in _PLAIN and not value.is_nested:
+            value = self._plain(leaf, value)
         if value.layout is not torch.strided or value.is_nested:
             kind = "nested" if value.is_nested else f"of layout {value.layout}"
             raise InputError(
@@ -219,6 +221,17 @@ class Signature:
         found = format_type(TensorType(value.dtype, tuple(value.shape), value.device), str)
         advice = f"move it with .to('{wanted.device}')" if value.device != wanted.device else "pass that dtype and rank"
         raise InputError(f"argument '{leaf.path}' is {found}; the program takes {format_type(wanted, self.name_of)}: {advice}")
+
+    def _plain(self, leaf: TensorArgument, value: torch.Tensor) -> torch.Tensor:
+        """A tensor of a subclass as a torch.Tensor of the same memory. Raises: InputError where the subclass runs operators."""
+        kind = type(value)
+        if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # pyright: ignore[reportAttributeAccessIssue]
+            raise InputError(
+                f"argument '{leaf.path}' is a {kind.__name__}, which runs operators itself; the program takes a plain tensor, "
+                f"{format_type(leaf.type, self.name_of)}"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return value.as_subclass(torch.Tensor)
 
     def check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:
         """Check sizes against the signature.
@@ -267,6 +280,9 @@ class Signature:
                 if isinstance(size, sympy.Symbol):
                     sizes[size] = found
         return sizes
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _equal(value: object, captured: object) -> bool:

@@ -431,6 +431,7 @@ STABLE_TORCH_LIBRARY_IMPL(lissom, CPU, library) {
   library.impl("fake_quantize_dynamic", boxed<fake_quantize_dynamic>);
   library.impl("fake_quantize_backward", boxed<fake_quantize_gradients>);
   library.impl("token_divergence", boxed<token_divergence>);
+  library.impl("run_chain", boxed<run_chain>);
   add_kernel<reshape>("aten::reshape"), add_kernel<reshape>("aten::view");
   add_kernel<transpose>("aten::transpose.int"), add_kernel<permute>("aten::permute");
   add_kernel<unsqueeze>("aten::unsqueeze"), add_kernel<expand>("aten::expand");
@@ -468,7 +469,6 @@ STABLE_TORCH_LIBRARY_IMPL(lissom, CompositeImplicitAutograd, library) {
   library.impl("end_call", boxed<end_call>);
   library.impl("chain_operators", boxed<chain_operators>);
   library.impl("make_chain", boxed<make_chain>);
-  library.impl("run_chain", boxed<run_chain>);
   library.impl("barrier", boxed<barrier>);
 }
 

@@ -147,6 +147,7 @@ class Tensor {
     data_ = static_cast<char*>(const_cast<void*>(lent.const_data_ptr()));
     memory_->base = data_ - lent.storage_offset() * element_size();
     memory_->bytes = storage_size_of(lent);
+    TORCH_CHECK(memory_->base || numel() == 0, "a tensor has no memory; it may be fake, or its storage was freed");
   }
   // A block of one's own, which becomes that of the tensor.
   Tensor(void* block, size_t bytes, void (*release)(void*, size_t), at::IntArrayRef sizes, at::ScalarType type)

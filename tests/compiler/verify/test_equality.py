@@ -7,7 +7,9 @@ import ctypes
 import pytest
 import torch
 
-from lissom.compiler.verify.equality import _overlap
+from lissom.compiler.verify.equality import _overlap, require_equal
+from lissom.errors import VerifyError
+from tests.models import capture_of
 
 MEMORY = (ctypes.c_float * 24)()
 
@@ -30,3 +32,16 @@ def test_rows_side_by_side_do_not_overlap() -> None:
     whole = torch.zeros(4, 6)
     assert not _overlap(whole[:2], whole[2:])
     assert _overlap(whole[:, :2], whole[1])
+
+
+def test_an_output_that_became_nan_is_refused_although_no_node_differs() -> None:
+    captured = capture_of("feed_forward")
+    program, sample = captured.program, captured.example
+    with torch.no_grad():
+        wanted = [program.run(sample)]
+    assert require_equal(program, program, [sample], wanted, wanted) == 0
+    for value in (torch.nan, torch.inf):
+        found = [[output.clone() for output in wanted[0]]]
+        found[0][0].view(-1)[3] = value
+        with pytest.raises(VerifyError, match="outputs differ from the program before by"):
+            require_equal(program, program, [sample], wanted, found)

@@ -265,3 +265,13 @@ def test_a_depthwise_convolution_is_sharded_by_channels(padding: str | int) -> N
     for found in after.run_ranks([x]):
         # Two ranks' sums of eight products in another order.
         torch.testing.assert_close(found, program.run([x]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["int8-weight", "fp8,granularity=group,group=8", "int8-group,group=8"])
+def test_scales_of_padding_are_one(scheme: str) -> None:
+    program, samples = program_of("llama")
+    quantized, _ = run_passes(f"quantize{{scheme={scheme}}}", program, samples)
+    # Four heads are shared as six, and the scales of those that do not exist divide zeros.
+    after, _ = partition(quantized, samples, 3)
+    for found in after.run_ranks(samples[0]):
+        assert max(map(relative_error, quantized.run(samples[0]), found)) <= tolerance_of(program)

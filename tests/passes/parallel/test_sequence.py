@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
 from lissom.compiler.ir.program import Program
@@ -168,3 +168,20 @@ def test_one_token_at_a_time_stays_whole() -> None:
     after, history = partition(program, samples, 2, SEQUENCE)
     assert kinds(after) == (2, 3, 4)
     assert "2 sums stay all-reduces: the 1 positions are not more than 2 ranks" in history.steps[1].notes
+
+
+def test_a_stream_that_is_returned() -> None:
+    class Returning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = FeedForward(), FeedForward()
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x = self.first(x)
+            return self.second(x), x
+
+    module, x = seeded(Returning), normal(2, 8, 8)
+    after, _ = rewrite("shard{world_size=2,sequence=true},partition", module, x)
+    with torch.no_grad():
+        for found in after.run_ranks([x]):
+            assert max(map(relative_error, module(x), found)) <= tolerance_of(after)

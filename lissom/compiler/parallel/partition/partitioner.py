@@ -25,7 +25,7 @@ from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.parallel.rules.gathered import outcome, own_part
 from lissom.compiler.parallel.rules.joint import joint_dim, joint_span
 from lissom.errors import PassError
-from lissom.ops.quantization import fake_quantize_dynamic
+from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 
 aten = torch.ops.aten
 
@@ -75,6 +75,7 @@ def _wants(state: PartitionState, node: fx.Node) -> Mapping[fx.Node, Placed]:
 def _shard_weights(state: PartitionState) -> None:
     """Give every rank its shard of each weight; replicated weights are shared, and state is each rank's own."""
     program = state.edit.program
+    scales = {str(scale.target) for node in program.nodes(fake_quantize, dequantize) if (scale := _scale(node)) is not None}
     for node in [node for node in program.graph.nodes if node.op == "get_attr"]:
         name, placed = str(node.target), state.known[node]
         assert isinstance(placed, Placed)
@@ -83,7 +84,9 @@ def _shard_weights(state: PartitionState) -> None:
             continue
         weight = program.weight(name)
         if name not in state.own:
-            parts = [local_part(weight.detach(), placed, rank) for rank in range(state.world_size)]
+            # A scale is not zero: quantizing divides by it. Padding that it scales is zero.
+            padding = 1 if name in scales else 0
+            parts = [local_part(weight.detach(), placed, rank, padding) for rank in range(state.world_size)]
             if is_state:
                 parts = [part.clone() for part in parts]
             if isinstance(weight, nn.Parameter):
@@ -91,6 +94,12 @@ def _shard_weights(state: PartitionState) -> None:
             state.own[name] = parts
             state.edit.rewritten += 1
         state.edit.set_weight(node, state.own[name][0], retype=False)
+
+
+def _scale(quantizer: fx.Node) -> fx.Node | None:
+    """The scale of a quantizer where it is a weight."""
+    scale = quantizer.args[1]
+    return scale if isinstance(scale, fx.Node) and scale.op == "get_attr" else None
 
 
 def _partition_call(state: PartitionState, node: fx.Node, wants: Mapping[fx.Node, Placed], joint: Span | None) -> None:

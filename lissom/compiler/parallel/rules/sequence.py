@@ -23,6 +23,7 @@ from torch import fx
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.dimension_map import shape_of
 from lissom.compiler.ir.fake import hint
+from lissom.compiler.ir.operators import LAYER_NORMS
 from lissom.compiler.ir.placement import POSITIONS, REPLICATED, Placed, Span, sharded
 from lissom.compiler.parallel.rules import table as rules
 from lissom.compiler.parallel.rules import views as views
@@ -97,4 +98,6 @@ def _is_one_of_several_norms(node: fx.Node) -> bool:
     if rules.rule_of(node) is not rules.norm:
         return False
     (item, *_) = node.all_input_nodes
-    return sum(rules.rule_of(user) is rules.norm and user.args[0] is item for user in item.users) > 1
+    # The program's output has no rule.
+    norms = (user for user in item.users if nodes.is_call(user, *LAYER_NORMS) and user.args[0] is item)
+    return sum(1 for _ in norms) > 1
