@@ -80,7 +80,8 @@ def compile(
 ) -> CompiledModel | BaseModel:
     """Optimize a model for inference.
 
-    The model itself is not modified. The result shares its weights until a pass changes one.
+    The model itself is not modified. The result shares its weights until a pass changes one, and refuses calls after these were
+    trained or loaded anew.
 
     model: a module, or a program from `lissom.optimize`, whose sizes vary as they did there. A `SentenceTransformer`, a
         `CrossEncoder` or a `SparseEncoder` gives a model of its own class, all of whose modules run as one program.

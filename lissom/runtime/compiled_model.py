@@ -68,6 +68,7 @@ size, or mark the dimension dynamic
         self.backend = backend.name
         self._backend = backend
         self._executable = executable
+        self._shared = _Shared(program)
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """The model's outputs.
@@ -89,8 +90,12 @@ size, or mark the dimension dynamic
     def run(self, tensors: Sample) -> Sequence[object]:
         """The flat outputs for flat inputs, in the order of the program's placeholders; sizes and types are not checked.
 
-        Raises: InputError for an index out of range, such as a token id beyond the vocabulary, and for a tensor without memory.
+        Raises: InputError for an index out of range, such as a token id beyond the vocabulary, for a tensor without memory, and
+            for weights that were trained or loaded anew since they were compiled.
         """
+        if self._shared.changed():
+            with self.refusals():
+                raise InputError(self._shared.sentence(self.program.name))
         if tracer() is not None or not all(map(has_memory, tensors)):
             with self.refusals():
                 tensors = with_memory(self.program, tensors)
@@ -206,6 +211,8 @@ size, or mark the dimension dynamic
 
         write_more: called with the folder to write them into.
         """
+        if self._shared.changed():
+            raise InputError(self._shared.sentence(self.program.name))
         facts = {} if self.facts is None else self.facts.to_json()
         compiled = Compiled(self.program, self._executable, self.report.history, self._backend, facts, write_more)
         rank_files.save(check_path(directory), compiled)
@@ -264,6 +271,33 @@ size, or mark the dimension dynamic
 
     def __repr__(self) -> str:
         return f"CompiledModel({self.program.name}{self.program.signature.describe()}, backend='{self.backend}')"
+
+
+class _Shared:
+    """The parameters that a compiled program shares with its model, which may be trained on.
+
+    Other weights are packed copies, so that the program would be a mixture of both. PyTorch counts the writes to a tensor, but
+    not those through `.data`.
+    """
+
+    def __init__(self, program: Program) -> None:
+        found = {name: item for name, item in program.weights().items() if isinstance(item, nn.Parameter)}
+        self._names = [name for name, item in found.items() if not item.is_inference()]
+        self._tensors = [found[name] for name in self._names]
+        self._versions = [tensor._version for tensor in self._tensors]
+
+    def changed(self) -> bool:
+        """Whether one of them was written to since the compile."""
+        return [tensor._version for tensor in self._tensors] != self._versions
+
+    def sentence(self, name: str) -> str:
+        """The error for changed weights. name: of the program."""
+        pairs = zip(self._names, self._tensors, self._versions, strict=True)
+        first = next(path for path, tensor, version in pairs if tensor._version != version)
+        return (
+            f"the weights of {name} were changed after it was compiled, first '{first}', and it holds packed copies of others; "
+            f"compile it again, or compile copy.deepcopy(model) to keep the weights as they are"
+        )
 
 
 def _from_files(files: Mapping[str, bytes], source: str | None, backend: Backend | None = None) -> CompiledModel:
