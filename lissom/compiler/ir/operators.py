@@ -12,7 +12,14 @@ from typing import TypeVar
 import torch
 from torch import fx
 
-from lissom.ops import attention, quantized_linear, quantized_linear_norm, weight_quantized_linear, weight_quantized_linear_norm
+from lissom.ops import (
+    attention,
+    grouped_product,
+    quantized_linear,
+    quantized_linear_norm,
+    weight_quantized_linear,
+    weight_quantized_linear_norm,
+)
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 
 aten = torch.ops.aten
@@ -128,6 +135,8 @@ MATMULS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
 MATMULS_WITH_BIAS = (aten.addmm.default, aten.baddbmm.default)
 LINEAR_PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
 """Operators that a linear layer may be, apart from convolutions."""
+GROUPED_PRODUCTS = (grouped_product,)
+"""Products of rows with the matrix of their group, out of a stack [groups, in_features, out_features]."""
 QUANTIZED_LINEARS = (quantized_linear, quantized_linear_norm, weight_quantized_linear, weight_quantized_linear_norm)
 """Kernels of linear layers that read a quantized weight, their second argument."""
 CONVOLUTIONS = (

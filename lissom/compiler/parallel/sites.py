@@ -211,21 +211,12 @@ def linear_layers(program: Program) -> list[tuple[fx.Node, fx.Node]]:
     for node in program.nodes():
         if is_linear(node):
             found.append((node, cast(fx.Node, weight_of(node))))
-        elif nodes.is_call(node, aten.linear.default) and (stack := _stack(node.args[1])) is not None:
-            found.append((node, stack))
         elif node.target is grouped_product:
             weight = cast(fx.Node, node.args[1])
             while weight.op == "call_function" and weight.all_input_nodes:
                 weight = weight.all_input_nodes[0]
             found.append((node, weight))
     return found
-
-
-def _stack(weight: object) -> fx.Node | None:
-    """The stacked weight that `select` picks a matrix from; None for any other value."""
-    while nodes.is_call(weight, aten.select.int):
-        weight = weight.args[0]
-    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
 
 
 def linear_weights(program: Program) -> dict[fx.Node, list[fx.Node]]:
