@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import fx, nn
 
+from lissom.compiler.analysis.structure.linear import weight_of
 from lissom.compiler.ir.operators import GROUPED_PRODUCTS
 from lissom.compiler.ir.program import Program
 from tests import captures
@@ -72,9 +73,6 @@ def stacked_products(program: Program) -> list[fx.Node]:
 
 
 def stacks(program: Program) -> dict[str, torch.Tensor]:
-    """The stacked matrices of experts, by name, of those that have the weight's own name."""
-    return {
-        name: weight
-        for name, weight in program.weights().items()
-        if name.endswith(("up_proj", "down_proj")) and weight.dim() == 3
-    }
+    """The stacked matrices of experts, by the names of their weights."""
+    weights = [weight_of(node) for node in stacked_products(program)]
+    return {str(item.target): program.weight(str(item.target)).detach() for item in weights if item is not None}
