@@ -48,8 +48,10 @@ def _expert(write: Writer, stored: ir.Node, index: int) -> ir.Value:
     for item in operands(stored):
         value = constant_of(item)
         # A scale of the whole stack has no dimensions.
-        stacked = item is not None and value is not None and value.ndim == 3
-        parts.append(write.weight(item, str(index), value[index], item.dtype) if stacked else item)
+        if item is not None and value is not None and value.ndim == 3:
+            parts.append(write.weight(item, str(index), value[index], item.dtype))
+        else:
+            parts.append(item)
     expert = write.op(DEQUANTIZE, parts, {"format": format_of(stored).name}, domain=DOMAIN)
     whole = stored.outputs[0]
     expert.type, expert.shape = whole.type, ir.Shape(sizes_of(whole)[1:])

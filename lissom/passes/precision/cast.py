@@ -28,7 +28,7 @@ import math
 import operator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import fx
@@ -289,11 +289,10 @@ class Caster:
                 if item.op == "get_attr" and dtype == self.low and item.target not in edit.program.state:
                     low = _fitted(edit.tensor(item), dtype).to(dtype)
                     self.casts[key] = edit.weight(f"{item.target}_low", edit.like(item, low))
-                elif self._is_view_of_weight(item):
+                elif nodes.is_call(item, *_VIEWS) and self._views_weight(item):
                     # The weight is cast at compile time, and not its view whenever the program runs.
-                    self.casts[key] = edit.call(
-                        item.target, self._cast(item.args[0], dtype, reader), *item.args[1:], **item.kwargs
-                    )
+                    low = self._cast(item.all_input_nodes[0], dtype, reader)
+                    self.casts[key] = edit.call(cast(torch._ops.OpOverload, item.target), low, *item.args[1:], **item.kwargs)
                 elif item.target is dequantize:
                     self.casts[key] = edit.call(dequantize, *item.args, **{**item.kwargs, "dtype": dtype})
                 else:
@@ -301,12 +300,11 @@ class Caster:
                     self.casts[key] = edit.call(aten.to.dtype, value, dtype)
         return self.casts[key]
 
-    def _is_view_of_weight(self, item: fx.Node) -> bool:
+    def _views_weight(self, item: fx.Node) -> bool:
         """True for a view of a weight, such as the transposed matrices of experts."""
-        root = item
-        while nodes.is_call(root, *_VIEWS):
-            root = root.args[0]
-        return root is not item and root.op == "get_attr" and root.target not in self.edit.program.state
+        while nodes.is_call(item, *_VIEWS):
+            item = item.all_input_nodes[0]
+        return item.op == "get_attr" and item.target not in self.edit.program.state
 
     def _overflows(self, item: fx.Node) -> bool:
         """True for a constant with float32's lowest number, which is minus infinity in reduced precision."""

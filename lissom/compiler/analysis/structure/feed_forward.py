@@ -115,7 +115,7 @@ def _is_number(node: fx.Node) -> bool:
 
 def _is_looked_up(node: fx.Node) -> bool:
     """True for rows of a weight that are looked up: the biases of the experts of each row."""
-    return nodes.is_call(node, aten.index.Tensor) and node.args[0].op == "get_attr"
+    return node.target is aten.index.Tensor and node.all_input_nodes[0].op == "get_attr"
 
 
 def _is_spatial(linear: fx.Node) -> bool:
