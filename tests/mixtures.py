@@ -62,6 +62,11 @@ def samples(count: int = 4, *, length: int = 24) -> list[dict[str, torch.Tensor]
     return [{"input_ids": torch.randint(3, 99, (2, length), generator=generator)} for _ in range(count)]
 
 
+def single_token() -> list[dict[str, torch.Tensor]]:
+    """Calibration data of one token, which reaches two experts."""
+    return [{"input_ids": torch.tensor([[5]])}]
+
+
 def program_of(name: str) -> Program:
     """The canonical program of a family."""
     return captures.optimize(mixture(name), samples(1)[0], checks="structural").program

@@ -21,7 +21,8 @@ from lissom.compiler.analysis.cost import example_shape
 from lissom.compiler.analysis.structure.linear import input_of, is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of
 from lissom.compiler.analysis.structure.real_tokens import token_mask
-from lissom.compiler.calibration.statistics import Moments, check_finite, real_rows
+from lissom.compiler.calibration.statistics import NO_TOKENS, Moments, check_finite, real_rows
+from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import call
 from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.operators import GROUPED_PRODUCTS
@@ -108,22 +109,22 @@ def sweep_moments(
         readers.setdefault(name, []).append(layer)
     early = {name: layers for name, layers in readers.items() if len(layers) > 1 or name in first}
     chosen = {layer for layers in early.values() for layer in layers}
-    seen: dict[fx.Node, tuple[Moments, ...]] = {}
+    seen: dict[tuple[object, ...], tuple[Moments, ...]] = {}
     for layer, read, ends in _sweep(program, data, chosen, _computed_from_weights(program), set(), program):
-        if input_of(layer) not in seen:
-            seen[input_of(layer)] = (moments_of(read), *_by_expert(read, ends))
+        if _rows_of(layer) not in seen:
+            seen[_rows_of(layer)] = (moments_of(read), *_by_expert(read, ends))
     for layers in early.values():
-        whole, *experts = (Moments.sum(parts) for parts in zip(*(seen[input_of(layer)] for layer in layers), strict=True))
+        whole, *experts = (Moments.sum(parts) for parts in zip(*(seen[_rows_of(layer)] for layer in layers), strict=True))
         yield layers[0], Read(whole, None, tuple(experts))
     late = [node for node in program.graph.nodes if node in weights and node not in chosen]
     others = _counterparts(data, late, counterpart)
-    known: tuple[fx.Node, Read] | None = None
+    known: tuple[tuple[object, ...], Read] | None = None
     for layer, read, ends in _sweep_changed(program, data, late, program if counterpart is None else counterpart.program):
         wanted, counts = next(others), token_weights(layer, read)
-        if counts is not None or known is None or known[0] is not input_of(layer):
+        if counts is not None or known is None or known[0] != _rows_of(layer):
             shift = None if wanted is None else shift_of(read, wanted, counts)
             found = Read(moments_of(read, counts), shift, _by_expert(read, ends))
-            known = (input_of(layer), found) if counts is None else None
+            known = (_rows_of(layer), found) if counts is None else None
         else:
             found = known[1]
         yield layer, found
@@ -142,6 +143,19 @@ def _counterparts(
     reads = sweep(counterpart.program, data, in_order)
     for layer in layers:
         yield next(reads)[1] if layer in others else None
+
+
+def has_tokens(edit: Editor, layer: fx.Node, read: Read) -> bool:
+    """True where calibration gives a layer tokens, or some of its experts; those without are reported as skipped."""
+    unread = sum(not moments.count for moments in read.each)
+    if unread:
+        edit.skip(layer, f"{unread} of its {len(read.experts)} experts: {NO_TOKENS}" if read.experts else NO_TOKENS)
+    return unread < len(read.each)
+
+
+def _rows_of(layer: fx.Node) -> tuple[object, ...]:
+    """The input of a layer and, for a stack of experts, the ends of their rows."""
+    return input_of(layer), *(layer.args[2:] if layer.target in GROUPED_PRODUCTS else ())
 
 
 def _by_expert(read: Sequence[torch.Tensor], ends: Sequence[torch.Tensor]) -> tuple[Moments, ...]:

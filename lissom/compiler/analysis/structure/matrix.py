@@ -5,9 +5,9 @@ The experts of a mixture have a stack of matrices, [experts, out_features, in_fe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import fx
@@ -58,6 +58,16 @@ class Matrix:
         edit.rewritten += 1
 
 
+def matrices_of(stack: torch.Tensor) -> list[torch.Tensor]:
+    """The matrices of a stack, or the matrix alone where it is none."""
+    return [stack] if stack.dim() == 2 else list(stack)
+
+
+def stack_like(matrices: Sequence[torch.Tensor], stack: torch.Tensor) -> torch.Tensor:
+    """The inverse of `matrices_of`: one tensor with as many dimensions as the given one."""
+    return matrices[0] if stack.dim() == 2 else torch.stack([*matrices])
+
+
 def stored_weight(linear: fx.Node) -> tuple[object, bool]:
     """The weight argument of a product before transposes, and whether it is [in_features, out_features] there."""
     found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target is not aten.linear.default
@@ -69,7 +79,7 @@ def stored_weight(linear: fx.Node) -> tuple[object, bool]:
 def _swaps_last(node: fx.Node) -> bool:
     """True for a transpose of the last two dimensions."""
     rank = nodes.tensor_type(node).rank
-    dims = node.args[1:3] or (0, 1)
+    dims = cast("tuple[int, ...]", node.args[1:3]) or (0, 1)
     return node.target is aten.mT.default or {dim % rank for dim in dims} == {rank - 2, rank - 1}
 
 
