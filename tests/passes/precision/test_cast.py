@@ -15,7 +15,6 @@ import lissom
 from lissom.backends.base import Backend
 from lissom.backends.eager.backend import Eager
 from lissom.backends.onnxruntime.backend import OnnxRuntime
-from lissom.compiler.analysis.structure.linear import weight_path
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
@@ -27,7 +26,6 @@ from lissom.passes.precision.cast import Cast, Caster
 from tests import captures
 from tests.decoders import MAX_LENGTH, VOCABULARY
 from tests.decoders import decoder as tiny_decoder
-from tests.mixtures import MIXTURES, mixture, program_of, samples, stacked_products, stacks
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite
 
@@ -60,23 +58,6 @@ def test_products_run_in_bfloat16_and_answers_keep_their_dtype(name: str) -> Non
     assert torch.cosine_similarity(found.flatten(), wanted.flatten(), 0) > 0.999
     assert step.relative_error is not None and 0 < step.relative_error < 0.1
     assert step.size.parameter_bytes < 0.75 * fast.report.history.steps[0].size.parameter_bytes
-
-
-@pytest.mark.parametrize("name", MIXTURES)
-def test_stacked_experts_are_cast_at_compile_time(name: str) -> None:
-    program = program_of(name)
-    found = captures.optimize(mixture(name), samples(1)[0], passes="cast{dtype=bf16}", checks="structural").program
-    products = stacked_products(found)
-    assert [nodes.tensor_type(node).dtype for node in products] == [torch.bfloat16, torch.bfloat16]
-    for node in products:
-        assert {item.target for item in weight_path(node)[:-1]} <= {aten.transpose.int}
-        assert str(weight_path(node)[-1].target).endswith("_proj_low")
-    assert {weight.dtype for weight in stacks(found).values()} == {torch.bfloat16}
-    # The tables of the rotary embedding stay in float32.
-    assert 0.5 < found.parameter_bytes / program.parameter_bytes < 0.51
-    given = list(samples(1)[0].values())
-    # The router's scores are rounded to 8 bits too, so a few tokens reach another expert.
-    assert torch.cosine_similarity(*(item.run(given)[0].flatten() for item in (program, found)), 0) > 0.99
 
 
 def test_softmax_and_exponentials_stay_in_float32() -> None:
