@@ -15,6 +15,7 @@ from torch import fx
 from lissom import ops
 from lissom.compiler.analysis.structure.linear import input_of, is_linear, is_quantizer, weight_of
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.operators import GROUPED_PRODUCTS, INT8_LINEARS, WEIGHT_ONLY_LINEARS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import Step
 from lissom.errors import UnsupportedError
@@ -24,13 +25,13 @@ from lissom.ops.quantization import dequantize
 aten = torch.ops.aten
 
 _KERNELS = {
-    *(ops.quantized_linear, ops.quantized_linear_norm),
+    *INT8_LINEARS,
     *(aten._int_mm.default, aten._scaled_mm.default, aten._weight_int4pack_mm.default, aten._weight_int8pack_mm.default),
 }
 """Operators that compute a quantized layer from integers, one per layer."""
 _OTHER_LAYERS = {
     *(aten.linear.default, ops.sparse_linear, ops.packed_linear, ops.packed_linear_norm),
-    *(ops.weight_quantized_linear, ops.weight_quantized_linear_norm),
+    *WEIGHT_ONLY_LINEARS,
 }
 """Operators of linear layers in floating point whose weight `is_linear` does not see."""
 
@@ -52,7 +53,7 @@ def simulated_layers(program: Program) -> list[SimulatedLayer]:
     """The quantized layers of a lowered program without a kernel."""
     layers = [(node, quantizers) for node in program.nodes() if (quantizers := _quantizers(node))]
     return [
-        SimulatedLayer(node.name, nodes.origin(node).module_path, " on ".join(map(_describe, items)), _reason(items))
+        SimulatedLayer(node.name, nodes.origin(node).module_path, " on ".join(map(_describe, items)), _reason(node, items))
         for node, items in layers
     ]
 
@@ -93,11 +94,13 @@ def account(layers: Sequence[SimulatedLayer], total: int, kernels: str = "") -> 
     return f"{said}; {len(layers)} in floating point on quantized values: {reasons}"
 
 
-def _reason(quantizers: Sequence[fx.Node]) -> str:
-    """Why there is no kernel, by formats and device."""
+def _reason(node: fx.Node, quantizers: Sequence[fx.Node]) -> str:
+    """Why there is no kernel, by operator, formats and device."""
     on_cuda = all(nodes.tensor_type(item).device.type == "cuda" for item in quantizers)
     if not on_cuda and any(item.kwargs["format"] == "fp8" for item in quantizers):
         return "products of fp8 need a CUDA device"
+    if on_cuda and node.target in GROUPED_PRODUCTS:
+        return "experts have kernels for quantized weights on a CPU only"
     return SimulatedLayer.reason
 
 

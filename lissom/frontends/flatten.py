@@ -32,7 +32,10 @@ _WEIGHTS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
 _NO_MODULE = "_empty_nn_module_stack"
 _TORCH = str(Path(torch.__file__).parent)
-_OF_OTHERS: Mapping[str, object] = {"transformers.grouped_mm_fallback.default": grouped_product}
+_OF_OTHERS: Mapping[str, object] = {
+    "transformers.grouped_mm_fallback.default": grouped_product,
+    "aten._grouped_mm.default": grouped_product,
+}
 """Operators registered by other packages, by name, and the equivalent Lissom operators."""
 
 
@@ -148,7 +151,9 @@ def _copy_call(graph: fx.Graph, node: fx.Node, translate) -> fx.Node:  # noqa: A
             f"a program is one straight graph: take the branch out of the model"
         )
     copied = graph.node_copy(node, translate)
-    copied.target = _OF_OTHERS.get(str(node.target), node.target)  # pyright: ignore[reportAttributeAccessIssue]
+    # PyTorch's grouped product with a bias or another output type is none of ours.
+    if len(node.args) == 3 and not node.kwargs:
+        copied.target = _OF_OTHERS.get(str(node.target), node.target)  # pyright: ignore[reportAttributeAccessIssue]
     copied.meta = {}
     # A view needs the strides seen at capture; with gradients, or on another device, operators return other strides.
     if copied.target is torch.ops.aten.view.default:

@@ -22,8 +22,8 @@ from lissom.ops.native import instructions_for, load_kernels, multiplies_bfloat1
 aten = torch.ops.aten
 
 _NATIVE = {*ops.KERNELS, ops.gated_delta_rule, ops.selective_scan}
-_INT8 = {ops.quantized_linear, ops.quantized_linear_norm}
-_WEIGHT_ONLY = {ops.weight_quantized_linear, ops.weight_quantized_linear_norm}
+_INT8 = {*operators.INT8_LINEARS}
+_WEIGHT_ONLY = {*operators.WEIGHT_ONLY_LINEARS}
 _LINEARS = {
     *(aten.linear.default, ops.packed_linear, ops.packed_linear_norm, ops.sparse_linear),
     *operators.QUANTIZED_LINEARS,
@@ -56,9 +56,10 @@ def kernel_of(node: fx.Node, measured: bool = False) -> Kernel:
     if node.target not in _NATIVE or load_kernels():
         return Kernel("Lissom", name, f"by PyTorch's operators, {numbers}")
     if node.target in _INT8:
-        few = "int4 weights, " if nodes.tensor_type(node.args[1]).dtype == torch.uint8 else ""
+        weight, scale = (nodes.tensor_type(item) for item in node.args[1:3])
+        few = "int4 weights, " if weight.dtype == torch.uint8 else ""
         # Sums of groups are scaled one by one, which tiles of AMX cannot do.
-        grouped = node.kwargs.get("granularity") == "group" or nodes.tensor_type(node.args[2]).rank == 3
+        grouped = node.kwargs.get("granularity") == "group" or scale.rank == weight.rank - 1
         instructions = instructions_for(torch.float32 if grouped else torch.int8)
         return Kernel("Lissom", name, f"{instructions}, {few}int8")
     dtype = nodes.tensor_type(node).dtype if nodes.is_tensor(node) else torch.float32
@@ -126,7 +127,9 @@ def shape_of(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> str:
 
 def _input_of(node: fx.Node) -> fx.Node | None:
     """The input of a linear layer; None for any other node."""
-    if node.target in _LINEARS or (node.target in operators.MATMULS and weight_of(node) is not None):
+    if node.target in _LINEARS or (
+        node.target in (*operators.MATMULS, *operators.GROUPED_PRODUCTS) and weight_of(node) is not None
+    ):
         found = node.args[0]
     elif node.target in operators.MATMULS_WITH_BIAS:
         found = node.args[1]

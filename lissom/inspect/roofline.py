@@ -16,12 +16,12 @@ from torch import fx
 
 from lissom.compiler.analysis.cost import Cost, cost, example_sizes, site_costs, total_cost
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.operators import INT8_LINEARS
 from lissom.compiler.ir.program import Program
 from lissom.errors import UnsupportedError
 from lissom.inspect.folding import fold_rows
 from lissom.inspect.machine import Ceiling, Ceilings, Machine
 from lissom.inspect.tables import plain_table
-from lissom.ops import quantized_linear, quantized_linear_norm
 
 _CPU = torch.device("cpu")
 
@@ -58,7 +58,7 @@ def node_seconds(node: fx.Node, found: Cost, machine: Machine) -> float:
     if not nodes.is_tensor(typed):
         return 0.0
     type_ = nodes.tensor_type(typed)
-    dtype = torch.int8 if node.target in (quantized_linear, quantized_linear_norm) else type_.dtype
+    dtype = torch.int8 if node.target in INT8_LINEARS else type_.dtype
     return roofline_seconds(found, machine, dtype, device=type_.device)
 
 

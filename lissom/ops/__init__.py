@@ -12,12 +12,16 @@ from lissom.ops.fused_rows import fused_layer_norm, fused_rms_norm, fused_rotary
 from lissom.ops.grouped_product import grouped_product, grouped_product_reference
 from lissom.ops.linear_attention import linear_attention, linear_attention_reference
 from lissom.ops.packed_linear import packed_embedding, packed_linear, packed_linear_norm
-from lissom.ops.quantized_linear import quantized_linear, quantized_linear_norm
+from lissom.ops.quantized_linear import quantized_linear, quantized_linear_grouped, quantized_linear_norm
 from lissom.ops.recurrences import gated_delta_rule as gated_delta_rule
 from lissom.ops.recurrences import selective_scan as selective_scan
 from lissom.ops.rotary import rotary, rotary_reference
 from lissom.ops.sparse_linear import sparse_linear as sparse_linear
-from lissom.ops.weight_quantized_linear import weight_quantized_linear, weight_quantized_linear_norm
+from lissom.ops.weight_quantized_linear import (
+    weight_quantized_linear,
+    weight_quantized_linear_grouped,
+    weight_quantized_linear_norm,
+)
 
 IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {
     attention: attention_reference,
@@ -32,8 +36,10 @@ KERNELS = (
     packed_linear,
     packed_linear_norm,
     quantized_linear,
+    quantized_linear_grouped,
     quantized_linear_norm,
     weight_quantized_linear,
+    weight_quantized_linear_grouped,
     weight_quantized_linear_norm,
     fused_attention,
     block_sparse_attention,

@@ -19,17 +19,17 @@ def grouped_product_reference(input: torch.Tensor, weight: torch.Tensor, offs: t
     """The reference implementation: one product per group that has rows."""
     _check(input, weight, offs)
     result = input.new_zeros(input.shape[0], weight.shape[2])
-    for group, rows in _groups(offs, input.shape[0]):
+    for group, rows in groups_of(offs, input.shape[0]):
         torch.mm(input[rows], weight[group], out=result[rows])
     return result
 
 
-def _groups(offs: torch.Tensor, count: int) -> Iterator[tuple[int, slice]]:
+def groups_of(offs: torch.Tensor, count: int, operator: str = "grouped_product") -> Iterator[tuple[int, slice]]:
     """The groups that have rows, with their slice of rows. Raises: RuntimeError when `offs` decreases or exceeds `count`."""
     start = 0
     for group, end in enumerate(offs.tolist()):
         if not start <= end <= count:
-            raise RuntimeError(f"lissom::grouped_product has {count} rows, and group {group} is from row {start} to {end}")
+            raise RuntimeError(f"lissom::{operator} has {count} rows, and group {group} is from row {start} to {end}")
         if end > start:
             yield group, slice(start, end)
         start = end
@@ -56,7 +56,7 @@ def _remember(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
     input, weight, offs = ctx.saved_tensors
     of_weight = torch.zeros_like(weight)
-    for group, rows in _groups(offs, input.shape[0]):
+    for group, rows in groups_of(offs, input.shape[0]):
         of_weight[group] = input[rows].T @ gradient[rows]
     return grouped_product(gradient, weight.transpose(1, 2), offs), of_weight, None
 

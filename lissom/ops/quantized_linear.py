@@ -30,6 +30,7 @@ from torch.nn import functional
 from lissom.ops.checks import cast, check_exact, require
 from lissom.ops.epilogue import PANEL, LinearForm
 from lissom.ops.formats import SCALES, dequantize
+from lissom.ops.grouped_linear import GroupedLinear
 from lissom.ops.quantization import GROUP, check_granularity, fake_quantize_dynamic_reference, fake_quantize_reference
 from lissom.ops.weight_quantized_linear import pack_blocks, unpack_blocks
 
@@ -131,6 +132,8 @@ _OPTIONAL = ("Tensor? x_scale=None", "Tensor? x_zero_point=None", "Tensor? zero_
 _FORM = LinearForm("quantized_linear", (*_STORED, *_OPTIONAL), 'str granularity="token"', _check, _product)
 _FORM.define()
 quantized_linear_reference = _FORM.reference
+_GROUPED = GroupedLinear(_FORM)
+quantized_linear_grouped_reference = _GROUPED.reference
 
 quantized_linear = torch.ops.lissom.quantized_linear.default
 """The operator. x: [..., inputs], float32 or bfloat16; weight: packed; scale, sums: per-channel scale and sum of the
@@ -142,3 +145,7 @@ the dynamic scale of x, `token`, `tensor` or `group`; activation: a name in ACTI
 
 quantized_linear_norm = torch.ops.lissom.quantized_linear_norm.default
 """The same followed by a layer norm over the features; norm_weight, norm_bias: [features]."""
+
+quantized_linear_grouped = _GROUPED.define()
+"""The layers of experts. x: [rows, inputs], sorted by group; weight, scale, sums, zero_point: as above, [groups, ...]; x_scale,
+x_zero_point: of all rows; offs: [groups], the end of each group's rows. Returns [rows, features]."""

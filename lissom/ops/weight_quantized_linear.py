@@ -1,4 +1,4 @@
-"""`lissom::weight_quantized_linear` and `lissom::weight_quantized_linear_norm`: a weight-only quantized linear layer.
+"""`lissom::weight_quantized_linear`, with `_norm` and `_grouped`: a weight-only quantized linear layer.
 
 y = activation(x Wᵀ + b) + other, or activation(x Wᵀ + b) · other,   W = (W_q - zero_point) · scale
 W = W_q · scale - zero_point for zero points in floating point
@@ -23,6 +23,7 @@ from torch.nn import functional
 from lissom.ops.checks import cast, check_exact, require
 from lissom.ops.epilogue import PANEL, LinearForm
 from lissom.ops.formats import FORMATS, SCALES, Format
+from lissom.ops.grouped_linear import GroupedLinear
 from lissom.ops.quantization import dequantize_reference
 
 FORMS: Mapping[str, Format] = {
@@ -124,6 +125,8 @@ _STORED = ("Tensor weight", "Tensor scale", "Tensor? zero_point=None")
 _FORM = LinearForm("weight_quantized_linear", _STORED, "str format", _check, _product)
 _FORM.define()
 weight_quantized_linear_reference = _FORM.reference
+_GROUPED = GroupedLinear(_FORM)
+weight_quantized_linear_grouped_reference = _GROUPED.reference
 
 weight_quantized_linear = torch.ops.lissom.weight_quantized_linear.default
 """The operator. x: [..., inputs], float32 or bfloat16; weight: packed; scale, zero_point: [panels, groups, 32], float16 or
@@ -133,3 +136,7 @@ dtype."""
 
 weight_quantized_linear_norm = torch.ops.lissom.weight_quantized_linear_norm.default
 """The same followed by a layer norm over the features; norm_weight, norm_bias: [features]."""
+
+weight_quantized_linear_grouped = _GROUPED.define()
+"""The layers of experts. x: [rows, inputs], sorted by group; weight, scale, zero_point: as above, each [groups, ...]; offs:
+[groups], the end of each group's rows. Returns [rows, features]."""

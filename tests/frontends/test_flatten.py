@@ -9,6 +9,8 @@ from lissom.compiler.ir.signature import ConstantArgument, TensorArgument
 from lissom.errors import CaptureError
 from lissom.frontends.export import capture
 from lissom.frontends.flatten import flatten_exported
+from tests import captures
+from tests.mixtures import mixture, samples, stacked_products
 from tests.models import captured, feed_forward, normal, tokens
 
 aten = torch.ops.aten
@@ -164,3 +166,11 @@ def test_an_embedding_that_is_only_indexed_shares_its_batch():
 
     program = capture(Masked(), (tokens(), tokens(seed=1))).program
     assert program.signature.describe() == "(ids: i64[batch, sequence], mask: i64[batch, sequence])"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_products_of_both_packages_become_one_operator(dtype: torch.dtype) -> None:
+    """In bfloat16 transformers calls `aten._grouped_mm`, in float32 an operator of its own."""
+    found = captures.optimize(mixture("mixtral").to(dtype), samples(1)[0], checks="structural").program
+    assert [nodes.tensor_type(node).dtype for node in stacked_products(found)] == [dtype, dtype]
+    assert not found.nodes(torch.ops.aten._grouped_mm.default)

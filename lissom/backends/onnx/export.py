@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lissom.backends.exported import free_dimensions, leaves_of, traced_example
+from lissom.backends.onnx.experts import split_experts
 from lissom.backends.onnx.recurrences import RECURRENCES
 from lissom.backends.onnx.state import return_state
 from lissom.backends.onnx.translation import OPSET, TRANSLATIONS
@@ -82,6 +83,7 @@ def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir
         # nodes it has not folded stay as they are.
         with suppress(Exception):
             optimize(model)
+    split_experts(model)
     _name_sizes(program, model)
     return model
 

@@ -16,6 +16,7 @@ from onnxscript import evaluator, values
 
 from lissom import ops
 from lissom.backends.onnx.rewriting import fixed_size
+from lissom.compiler.ir.operators import QUANTIZED_LINEARS
 from lissom.compiler.ir.program import Program
 from lissom.errors import UnsupportedError
 from lissom.ops.linear_attention import CHUNK, FLOOR
@@ -209,7 +210,7 @@ _WRITTEN_BY: Mapping[object, str] = {
     **dict.fromkeys((ops.fused_layer_norm, ops.fused_rms_norm), "fuse-norm"),
     ops.fused_rotary: "fuse-rotary",
     **dict.fromkeys((ops.packed_linear, ops.packed_embedding), "pack-linear or pack-quantized-linear"),
-    **dict.fromkeys((ops.quantized_linear, ops.weight_quantized_linear), "pack-quantized-linear"),
+    **dict.fromkeys(QUANTIZED_LINEARS, "pack-quantized-linear"),
     **dict.fromkeys((ops.packed_linear_norm, ops.quantized_linear_norm, ops.weight_quantized_linear_norm), "fuse-epilogues"),
     ops.sparse_linear: "pack-sparse",
 }

@@ -21,14 +21,17 @@ from lissom.compiler.analysis.cost import example_shape
 from lissom.compiler.analysis.structure.linear import input_of, is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of
 from lissom.compiler.analysis.structure.real_tokens import token_mask
-from lissom.compiler.calibration.statistics import Moments, check_finite, real_rows
+from lissom.compiler.calibration.statistics import NO_TOKENS, Moments, check_finite, real_rows
+from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import call
 from lissom.compiler.ir.match import computed_from
+from lissom.compiler.ir.operators import GROUPED_PRODUCTS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 
 TokenWeights = Callable[[fx.Node, Sequence[torch.Tensor]], Sequence[torch.Tensor] | None]
 """From a layer and its inputs, [tokens, features] per sample, to token weights, [tokens] per sample; None for equal weights."""
+_Sweep = Generator[tuple[fx.Node, list[torch.Tensor], list[torch.Tensor]]]
 
 
 def sweep(
@@ -42,9 +45,8 @@ def sweep(
 
     Raises: RequirementError when a value is infinite or NaN.
     """
-    constant = _computed_from_weights(program)
-    own = [used for layer in layers for used in layer.all_input_nodes if used in constant]
-    return _sweep(program, data, layers, constant, set(computed_from(own)), masks or program)
+    for layer, read, _ in _sweep_changed(program, data, layers, masks or program):
+        yield layer, read
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,17 @@ class Read:
     """Statistics of the inputs of the layers that share one weight.
 
     moments: of x, their inputs in the program at that time. shift: Σ (x₀ - x)·xᵀ, [features, features], with x₀ their inputs
-    in the other program; None when there is none.
+    in the other program; None when there is none. experts: the moments of each expert's rows; empty for a single matrix.
     """
 
     moments: Moments
     shift: torch.Tensor | None = None
+    experts: tuple[Moments, ...] = ()
+
+    @property
+    def each(self) -> tuple[Moments, ...]:
+        """The moments of the inputs of each matrix: one for a layer, one per expert for a stack."""
+        return self.experts or (self.moments,)
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Counterpart:
     def of(cls, program: Program, layers: Mapping[fx.Node, Matrix], reference: Program) -> Counterpart:
         """The layers of the same name and with the same weights in another program.
 
-        None whose number of rows depends on values: an expert may read other tokens there.
+        Experts have none: they may read other tokens there. So do layers whose number of rows depends on values.
         """
         known = {node.name: node for node in reference.nodes() if is_linear(node) and 0 not in example_shape(input_of(node))}
         found: dict[fx.Node, fx.Node] = {}
@@ -101,20 +109,22 @@ def sweep_moments(
         readers.setdefault(name, []).append(layer)
     early = {name: layers for name, layers in readers.items() if len(layers) > 1 or name in first}
     chosen = {layer for layers in early.values() for layer in layers}
-    seen: dict[fx.Node, Moments] = {}
-    for layer, read in _sweep(program, data, chosen, _computed_from_weights(program), set(), program):
-        if input_of(layer) not in seen:
-            seen[input_of(layer)] = moments_of(read)
+    seen: dict[tuple[object, ...], tuple[Moments, ...]] = {}
+    for layer, read, ends in _sweep(program, data, chosen, _computed_from_weights(program), set(), program):
+        if _rows_of(layer) not in seen:
+            seen[_rows_of(layer)] = (moments_of(read), *_by_expert(read, ends))
     for layers in early.values():
-        yield layers[0], Read(Moments.sum([seen[input_of(layer)] for layer in layers]))
+        whole, *experts = (Moments.sum(parts) for parts in zip(*(seen[_rows_of(layer)] for layer in layers), strict=True))
+        yield layers[0], Read(whole, None, tuple(experts))
     late = [node for node in program.graph.nodes if node in weights and node not in chosen]
     others = _counterparts(data, late, counterpart)
-    known: tuple[fx.Node, Read] | None = None
-    for layer, read in sweep(program, data, late, None if counterpart is None else counterpart.program):
+    known: tuple[tuple[object, ...], Read] | None = None
+    for layer, read, ends in _sweep_changed(program, data, late, program if counterpart is None else counterpart.program):
         wanted, counts = next(others), token_weights(layer, read)
-        if counts is not None or known is None or known[0] is not input_of(layer):
-            found = Read(moments_of(read, counts), None if wanted is None else shift_of(read, wanted, counts))
-            known = (input_of(layer), found) if counts is None else None
+        if counts is not None or known is None or known[0] != _rows_of(layer):
+            shift = None if wanted is None else shift_of(read, wanted, counts)
+            found = Read(moments_of(read, counts), shift, _by_expert(read, ends))
+            known = (_rows_of(layer), found) if counts is None else None
         else:
             found = known[1]
         yield layer, found
@@ -133,6 +143,27 @@ def _counterparts(
     reads = sweep(counterpart.program, data, in_order)
     for layer in layers:
         yield next(reads)[1] if layer in others else None
+
+
+def has_tokens(edit: Editor, layer: fx.Node, read: Read) -> bool:
+    """True where calibration gives a layer tokens, or some of its experts; those without are reported as skipped."""
+    unread = sum(not moments.count for moments in read.each)
+    if unread:
+        edit.skip(layer, f"{unread} of its {len(read.experts)} experts: {NO_TOKENS}" if read.experts else NO_TOKENS)
+    return unread < len(read.each)
+
+
+def _rows_of(layer: fx.Node) -> tuple[object, ...]:
+    """The input of a layer and, for a stack of experts, the ends of their rows."""
+    return input_of(layer), *(layer.args[2:] if layer.target in GROUPED_PRODUCTS else ())
+
+
+def _by_expert(read: Sequence[torch.Tensor], ends: Sequence[torch.Tensor]) -> tuple[Moments, ...]:
+    """The moments of each expert's rows, given the end of its rows in each sample; empty for a layer without experts."""
+    if not ends:
+        return ()
+    parts = [rows.tensor_split(last.tolist())[:-1] for rows, last in zip(read, ends, strict=True)]
+    return tuple(moments_of(rows) for rows in zip(*parts, strict=True))
 
 
 def moments_of(read: Sequence[torch.Tensor], counts: Sequence[torch.Tensor] | None = None) -> Moments:
@@ -154,6 +185,13 @@ def shift_of(
     return total
 
 
+def _sweep_changed(program: Program, data: Sequence[Sample], layers: Collection[fx.Node], masks: Program) -> _Sweep:
+    """As `_sweep`, where the caller may set the weights of the layers: what depends on weights only is computed at each use."""
+    constant = _computed_from_weights(program)
+    own = [used for layer in layers for used in layer.all_input_nodes if used in constant]
+    return _sweep(program, data, layers, constant, set(computed_from(own)), masks)
+
+
 def _sweep(
     program: Program,
     data: Sequence[Sample],
@@ -161,8 +199,11 @@ def _sweep(
     constant: set[fx.Node],
     late: set[fx.Node],
     masks: Program,
-) -> Generator[tuple[fx.Node, list[torch.Tensor]]]:
-    """constant: nodes that depend on no input, computed once for all samples; late: nodes computed at each use."""
+) -> _Sweep:
+    """The layers in order, each with its inputs per sample and, for a stack of experts, the ends of their rows per sample.
+
+    constant: nodes that depend on no input, computed once for all samples; late: nodes computed at each use.
+    """
     needed = set(computed_from(layers))
     order = [node for node in program.graph.nodes if node in needed and node not in late]
     last_uses = _last_uses(order)
@@ -175,16 +216,19 @@ def _sweep(
         piece = order[start:end]
         _run(program, [node for node in piece if node in constant], fixed, late, {})
         read: list[torch.Tensor] = []
+        ends: list[torch.Tensor] = []
         for sample, known in zip(data, values, strict=True):
             held = ChainMap(known, fixed)
             _run(program, [node for node in piece if node not in constant], held, late, last_uses)
             value = cast(torch.Tensor, held[input_of(layer)])
             read.append(real_rows(value, token_mask(masks, sample, input_of(layer))))
+            if layer.target in GROUPED_PRODUCTS:
+                ends.append(cast(torch.Tensor, held[cast(fx.Node, layer.args[2])]).cpu())
             check_finite(program, input_of(layer), read[-1])
         for used in (used for node in piece for used in last_uses[node]):
             fixed.pop(used, None)
         start = end
-        yield layer, read
+        yield layer, read, ends
 
 
 def _run(

@@ -12,7 +12,8 @@ from typing import TypeVar
 import torch
 from torch import fx
 
-from lissom.ops import attention, quantized_linear, quantized_linear_norm, weight_quantized_linear, weight_quantized_linear_norm
+from lissom import ops
+from lissom.ops import attention, grouped_product
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 
 aten = torch.ops.aten
@@ -128,7 +129,13 @@ MATMULS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
 MATMULS_WITH_BIAS = (aten.addmm.default, aten.baddbmm.default)
 LINEAR_PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
 """Operators that a linear layer may be, apart from convolutions."""
-QUANTIZED_LINEARS = (quantized_linear, quantized_linear_norm, weight_quantized_linear, weight_quantized_linear_norm)
+GROUPED_PRODUCTS = (grouped_product,)
+"""Products of rows with the matrix of their group, out of a stack [groups, in_features, out_features]."""
+INT8_LINEARS = (ops.quantized_linear, ops.quantized_linear_grouped, ops.quantized_linear_norm)
+"""Kernels of linear layers that quantize their input."""
+WEIGHT_ONLY_LINEARS = (ops.weight_quantized_linear, ops.weight_quantized_linear_grouped, ops.weight_quantized_linear_norm)
+"""Kernels of linear layers with a quantized weight and floating-point products."""
+QUANTIZED_LINEARS = (*INT8_LINEARS, *WEIGHT_ONLY_LINEARS)
 """Kernels of linear layers that read a quantized weight, their second argument."""
 CONVOLUTIONS = (
     *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),

@@ -61,10 +61,12 @@ def shard_sites(program: Program, world_size: int, layers: Mapping[fx.Node, str]
     """The sites of a program on `world_size` ranks. layers: linear layers the user names, each `column-wise` or `row-wise`."""
     found, facts = program.fact(axes), program.fact(structure)
     sites = [_attention(found, site, world_size) for site in facts.attention]
+    grouped = [node for node in program.nodes() if node.target is grouped_product]
     for item in facts.feed_forward:
+        if item.down in grouped:
+            continue
         inside = [(input_of(item.down), feature_dim(item.down)), *((up, feature_dim(up)) for up in item.up)]
         sites.append(_whole("feed-forward", item.down, [found.axis(*place) for place in inside], world_size))
-    grouped = [node for node in program.nodes() if node.target is grouped_product]
     for node in grouped:
         if not set(grouped).isdisjoint(computed_from(node.args[:1], _moves_or_maps)):
             sites.append(_whole("experts", node, [found.axis(cast(fx.Node, node.args[0]), -1)], world_size))
@@ -211,21 +213,12 @@ def linear_layers(program: Program) -> list[tuple[fx.Node, fx.Node]]:
     for node in program.nodes():
         if is_linear(node):
             found.append((node, cast(fx.Node, weight_of(node))))
-        elif nodes.is_call(node, aten.linear.default) and (stack := _stack(node.args[1])) is not None:
-            found.append((node, stack))
         elif node.target is grouped_product:
             weight = cast(fx.Node, node.args[1])
             while weight.op == "call_function" and weight.all_input_nodes:
                 weight = weight.all_input_nodes[0]
             found.append((node, weight))
     return found
-
-
-def _stack(weight: object) -> fx.Node | None:
-    """The stacked weight that `select` picks a matrix from; None for any other value."""
-    while nodes.is_call(weight, aten.select.int):
-        weight = weight.args[0]
-    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
 
 
 def linear_weights(program: Program) -> dict[fx.Node, list[fx.Node]]:

@@ -29,7 +29,7 @@ from lissom.compiler.analysis.axes.base import Value
 from lissom.compiler.analysis.axes.columns import unit_of
 from lissom.compiler.analysis.module_filter import obstacle_by_name
 from lissom.compiler.analysis.structure.linear import SHAPES, bias_of, input_of, is_attention, is_linear
-from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
+from lissom.compiler.analysis.structure.matrix import Matrix, matrices_of, matrix_of, readers_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
@@ -84,13 +84,14 @@ class ScalingSite:
 
     def read_sizes(self, program: Program) -> torch.Tensor:
         """The largest magnitude in the columns that read each channel, [channels]."""
-        columns = [(reader, reader.matrix.read(program).float().abs().amax(0)) for reader in self.readers]
+        columns = [(reader, reader.matrix.read(program).float().abs().flatten(0, -2).amax(0)) for reader in self.readers]
         return torch.stack([self.by_channel(*pair) for pair in columns]).amax(0)
 
     def rows(self, program: Program) -> torch.Tensor:
         """The largest magnitude in the rows of the producer's matrix for each channel, [channels]."""
         assert self.matrix is not None, "a norm has no rows"
-        return _largest(self.matrix.read(program).float().abs().amax(1), self.parameters[0].channel, self.count)
+        rows = torch.stack([part.float().abs().amax(1) for part in matrices_of(self.matrix.read(program))]).amax(0)
+        return _largest(rows, self.parameters[0].channel, self.count)
 
     def scale(self, edit: Editor, factors: torch.Tensor) -> None:
         """Divide the channels by these factors, and multiply the columns that read them. factors: [channels], positive.
@@ -155,7 +156,7 @@ def _site(program: Program, producer: fx.Node) -> ScalingSite | str:
     count = math.prod(cast(int, atom.size) for atom in shared)
     readers: list[Reader] = []
     for layer, axis in zip(layers, axes_read, strict=True):
-        matrix = matrix_of(layer)
+        matrix = matrix_of(layer, stacks=True)
         if isinstance(matrix, str):
             return f"a layer that reads it cannot be scaled: {matrix}"
         if readers_of(matrix.node) != [layer]:
@@ -171,11 +172,15 @@ def _site(program: Program, producer: fx.Node) -> ScalingSite | str:
         same = tuple(atom for atom in dict.fromkeys(own.atoms()) if atom in atoms)
         if not same or bool(((unit_of(own, same) >= 0) & (channel >= 0)).any()):
             return "its output channels cannot be separated from other outputs"
-    parameters = tuple(
-        Parameter(weight, 1 if matrix is not None and matrix.transposed and weight is matrix.node else 0, channel)
-        for weight in weights
-    )
+    parameters = tuple(Parameter(weight, _channel_dim(weight, matrix), channel) for weight in weights)
     return ScalingSite(producer, count, parameters, tuple(readers), matrix)
+
+
+def _channel_dim(weight: fx.Node, matrix: Matrix | None) -> int:
+    """The dimension of the channels in a weight or bias of the producer."""
+    if matrix is None or weight is not matrix.node:
+        return 0
+    return nodes.tensor_type(weight).rank - (1 if matrix.transposed else 2)
 
 
 def _shared(own: Axis, others: list[set[Axis]]) -> tuple[Axis, ...]:
@@ -196,7 +201,7 @@ def _atoms(found: Value) -> set[Axis]:
 def _parameters(producer: fx.Node) -> tuple[list[fx.Node], Matrix | None] | str:
     """The weights of the producer, the matrix of a linear layer first; or why they cannot be scaled."""
     if is_linear(producer):
-        matrix = matrix_of(producer)
+        matrix = matrix_of(producer, stacks=True)
         if isinstance(matrix, str):
             return matrix
         if readers_of(matrix.node) != [producer]:
@@ -247,6 +252,10 @@ def _carries(user: fx.Node, node: fx.Node) -> bool:
         return True
     if user.target is aten.div.Tensor:
         return user.args[0] is node and user.args[1] is not node
+    if user.target is aten.index.Tensor:
+        # The rows of experts are gathered, with all their features.
+        indices = cast("list[fx.Node | None]", user.args[1])
+        return user.args[0] is node and node not in indices and len(indices) < nodes.tensor_type(node).rank
     return user.target in _CARRYING
 
 

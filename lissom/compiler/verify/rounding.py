@@ -22,7 +22,7 @@ from torch.fx.node import map_aggregate
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import REFUSALS, call
-from lissom.compiler.ir.operators import FAKE_QUANTIZES
+from lissom.compiler.ir.operators import FAKE_QUANTIZES, INT8_LINEARS
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import (
@@ -36,7 +36,6 @@ from lissom.compiler.verify.divergence import (
     run_samples,
     worst_error,
 )
-from lissom.ops import quantized_linear, quantized_linear_norm
 
 aten = torch.ops.aten
 
@@ -74,7 +73,7 @@ _ERASED = 2e-3
 """The same in float32 if -1e4 is added to scores: that rounds them to thousandths."""
 _PRODUCTS = {aten._int_mm.default, aten._scaled_mm.default}
 """Products whose first factor is quantized by operators before it, as `lower-quantized-products` writes them."""
-_ROUNDING = {*FAKE_QUANTIZES, quantized_linear, quantized_linear_norm, *_PRODUCTS}
+_ROUNDING = {*FAKE_QUANTIZES, *INT8_LINEARS, *_PRODUCTS}
 
 
 def rounds_values(program: Program) -> bool:

@@ -7,7 +7,7 @@ full vectors and remainders.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -28,9 +28,21 @@ from lissom.ops.quantization import (
     fake_quantize_dynamic_reference,
     fake_quantize_reference,
 )
-from lissom.ops.quantized_linear import fill_panels, pack_bytes, pack_groups, quantized_linear_reference
+from lissom.ops.quantized_linear import (
+    fill_panels,
+    pack_bytes,
+    pack_groups,
+    quantized_linear_grouped_reference,
+    quantized_linear_reference,
+)
 from lissom.ops.recurrences import gated_delta_rule_reference, selective_scan_reference
-from lissom.ops.weight_quantized_linear import FORMS, pack_blocks, pack_stored, weight_quantized_linear_reference
+from lissom.ops.weight_quantized_linear import (
+    FORMS,
+    pack_blocks,
+    pack_stored,
+    weight_quantized_linear_grouped_reference,
+    weight_quantized_linear_reference,
+)
 
 # Outputs are about 1. A wrong instruction has an error of that size, sums in another order 1e-6, and bfloat16, which rounds
 # inputs, weights and outputs to 8 bits, 2e-2.
@@ -154,6 +166,8 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
             operands = pack_bytes(q), fill_panels(scale[:, 0], features), fill_panels(q.sum(1, dtype=torch.int32), features)
             yield "quantized_linear", quantized_linear_reference, (x, *operands), {**sizes, "activation": "silu"}
             yield "quantized_linear_norm", quantized_linear_reference, (x, *operands), norm
+            given = {**sizes, "offs": torch.tensor([1, 1, rows])}
+            yield "quantized_linear_grouped", quantized_linear_grouped_reference, (x, *_stacked(operands)), given
             yield from _grouped_cases(_numbers(rows, 40, dtype=dtype), features, {})
             by_group, wide = {"granularity": "group"}, _numbers(rows, 2 * GROUP, dtype=dtype)
             yield from _grouped_cases(wide, features, by_group)
@@ -171,6 +185,8 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
                 yield "weight_quantized_linear", weight_quantized_linear_reference, (x, *shifted), {**sizes, **options}
             yield "weight_quantized_linear", weight_quantized_linear_reference, (x, *operands), {**sizes, **options}
             yield "weight_quantized_linear_norm", weight_quantized_linear_reference, (x, *operands), {**norm, **options}
+            given = {**sizes, **options, "offs": torch.tensor([1, 1, rows])}
+            yield "weight_quantized_linear_grouped", weight_quantized_linear_grouped_reference, (x, *_stacked(operands)), given
 
 
 def _grouped_cases(x: torch.Tensor, features: int, options: Mapping[str, object]) -> Iterator[Case]:
@@ -186,6 +202,11 @@ def _grouped_cases(x: torch.Tensor, features: int, options: Mapping[str, object]
         zero_point = _whole(features, 2, 0, 16).to(torch.uint8)
         operands = *pack_groups(q, scale, 4, zero_point), None, None, pack_blocks(zero_point, features)
         yield "quantized_linear", quantized_linear_reference, (x, *operands), given
+
+
+def _stacked(operands: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The operands of three groups that have equal weights."""
+    return [None if item is None else item.expand(3, *item.shape).contiguous() for item in operands]
 
 
 def _numbers(*sizes: int, dtype: torch.dtype) -> torch.Tensor:

@@ -2,12 +2,13 @@
 
     linear(fake_quantize(x) | fake_quantize_dynamic(x), dequantize(W_q), b)   ->   lissom::quantized_linear(x, W_q, b)
     linear(x, dequantize(W_q), b)                                             ->   lissom::weight_quantized_linear(x, W_q, b)
+    grouped_product(x, dequantize(W_q), offs)                                 ->   lissom::weight_quantized_linear_grouped(…)
 
 The first (W8A8, W4A8) quantizes x inside the kernel and sums int8 products in int32; no quantized activation is written to
 memory. The second (weight-only int8 or int4) dequantizes the weight in registers; int8 weights whose values need only five or
 six bits are packed so with AVX-512, unless they are embedding tables too. The pass comes after `fold-quantized-weights`.
 Weights stored as [features in, features out], as in GPT-2, are transposed when they are packed. An embedding table tied to the
-LM head is held once, packed: its rows are looked up there.
+LM head is held once, packed: its rows are looked up there. The matrices of experts are packed one by one, into a stack.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import fx
 from lissom.compiler.analysis.structure.quantized_linear import QuantizedLayer, quantized_layer
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.operators import LINEAR_PRODUCTS
+from lissom.compiler.ir.operators import GROUPED_PRODUCTS, LINEAR_PRODUCTS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.formats import FORMATS, SCALES
 from lissom.ops.native import missing_int8_kernel, missing_weight_quantized_kernel, reads_few_bits_faster
@@ -35,8 +36,16 @@ from lissom.ops.quantized_linear import (
     pack_bytes,
     pack_groups,
     quantized_linear,
+    quantized_linear_grouped,
 )
-from lissom.ops.weight_quantized_linear import FORMS, narrowest, pack_blocks, pack_stored, weight_quantized_linear
+from lissom.ops.weight_quantized_linear import (
+    FORMS,
+    narrowest,
+    pack_blocks,
+    pack_stored,
+    weight_quantized_linear,
+    weight_quantized_linear_grouped,
+)
 
 aten = torch.ops.aten
 
@@ -47,7 +56,7 @@ class PackQuantizedLinear(Rewrite):
 
     def run(self, edit: Editor) -> None:
         packed: dict[tuple[fx.Node, bool], _Packed] = {}
-        for node in edit.nodes(*LINEAR_PRODUCTS):
+        for node in edit.nodes(*LINEAR_PRODUCTS, *GROUPED_PRODUCTS):
             layer = quantized_layer(node)
             if layer is None or not edit.may_change(node, _obstacle(layer)):
                 continue
@@ -70,6 +79,8 @@ def _obstacle(layer: QuantizedLayer) -> str | None:
     if layer.is_read_whole:
         return "its weight is read elsewhere too"
     x = nodes.tensor_type(layer.x)
+    if layer.is_stacked and layer.granularity == "tensor":
+        return "its input has one scale for the rows of all experts, and the kernel computes one per expert"
     if layer.rounds:
         return _obstacle_to_int8(layer) or missing_int8_kernel(x.dtype, x.device)
     return _obstacle_to_weight_only(layer, x.dtype) or missing_weight_quantized_kernel(x.dtype, x.device)
@@ -133,6 +144,9 @@ def _call(edit: Editor, layer: QuantizedLayer, packed: _Packed) -> fx.Node:
     else:
         operands += [None, None, packed.zero_point]
         options["granularity"] = layer.granularity
+    if layer.is_stacked:
+        kernel = quantized_linear_grouped if layer.rounds else weight_quantized_linear_grouped
+        return edit.call(kernel, *operands, offs=layer.node.args[2], **options)
     return edit.call(quantized_linear if layer.rounds else weight_quantized_linear, *operands, layer.bias, **options)
 
 
@@ -153,10 +167,30 @@ class _Packed:
 def _pack(edit: Editor, layer: QuantizedLayer) -> _Packed:
     form = FORMATS[layer.format]
     q, scale, zero_point = layer.parts(edit)
-    features, inputs = q.shape
+    features, inputs = q.shape[-2:]
     tables = [user for user in layer.stored.users if user.target is aten.embedding.default]
     narrows = reads_few_bits_faster() and not (layer.rounds or tables)
     format = narrowest(q, form.name) if narrows else form.name
+    if layer.is_stacked:
+        scales = scale if scale.dim() else scale.expand(len(q))
+        experts = zip(q, scales, [None] * len(q) if zero_point is None else zero_point, strict=True)
+        each = [_packed_parts(layer, *expert, format) for expert in experts]
+        parts = {leaf: torch.stack([item[leaf] for item in each]) for leaf in each[0]}
+    else:
+        parts = _packed_parts(layer, q, scale, zero_point, format)
+    with edit.before(layer.stored.next, like=[layer.node]):
+        operands: list[fx.Node | None] = [
+            edit.weight(f"{layer.stored.target}_packed{leaf}", value) for leaf, value in parts.items()
+        ]
+    operands += [None] * (3 - len(operands))
+    return _Packed(operands[:3], features, inputs, format, next(iter(operands[3:]), None))
+
+
+def _packed_parts(
+    layer: QuantizedLayer, q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, format: str
+) -> dict[str, torch.Tensor]:
+    """A packed weight, its scales, and its sums or zero points, by the suffixes of their names."""
+    features, form = len(q), FORMATS[layer.format]
     if layer.rounds and _is_grouped(layer):
         parts: dict[str, torch.Tensor] = {}
         parts |= zip(("", "_scale", "_sums"), pack_groups(q, scale, form.bits, zero_point), strict=True)
@@ -169,12 +203,7 @@ def _pack(edit: Editor, layer: QuantizedLayer) -> _Packed:
         grid = zip(("_scale", "_zero_point"), (scale, zero_point), strict=True)
         kept = {leaf: pack_blocks(item, features) for leaf, item in grid if item is not None}
         parts = {"": pack_stored(q, format), **kept}
-    with edit.before(layer.stored.next, like=[layer.node]):
-        operands: list[fx.Node | None] = [
-            edit.weight(f"{layer.stored.target}_packed{leaf}", value) for leaf, value in parts.items()
-        ]
-    operands += [None] * (3 - len(operands))
-    return _Packed(operands[:3], features, inputs, format, next(iter(operands[3:]), None))
+    return parts
 
 
 def _look_up_packed(edit: Editor, packed: _Packed, ids: object) -> fx.Node:

@@ -28,7 +28,7 @@ import math
 import operator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import fx
@@ -40,7 +40,17 @@ from lissom.compiler.calibration.ranges import Range, measured_ranges, range_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_view
-from lissom.compiler.ir.operators import ATTENTIONS, CONVOLUTIONS, LAYER_NORMS, MATMULS, MATMULS_WITH_BIAS, REPEATS, RESHAPES
+from lissom.compiler.ir.operators import (
+    ATTENTIONS,
+    CONVOLUTIONS,
+    GROUPED_PRODUCTS,
+    LAYER_NORMS,
+    MATMULS,
+    MATMULS_WITH_BIAS,
+    REPEATS,
+    RESHAPES,
+    TRANSPOSES,
+)
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.ops.attention import attention
@@ -53,9 +63,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LARGEST = torch.finfo(torch.float16).max
 
 _LOW = {
-    *(aten.linear.default, *MATMULS, *MATMULS_WITH_BIAS, *CONVOLUTIONS, *ATTENTIONS),
+    *(aten.linear.default, *MATMULS, *MATMULS_WITH_BIAS, *GROUPED_PRODUCTS, *CONVOLUTIONS, *ATTENTIONS),
     *(aten.embedding.default, *LAYER_NORMS, aten.group_norm.default),
 }
+_VIEWS = (*TRANSPOSES, aten.permute.default, *RESHAPES, aten.slice.Tensor, aten.select.int)
+"""Views of a weight that are taken of the cast weight."""
 _FOLLOWS = {
     *(*RESHAPES, *REPEATS, operator.getitem, aten.cat.default, aten.stack.default, aten.clone.default, aten.contiguous.default),
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.add.Scalar, aten.mul.Scalar, aten.neg.default),
@@ -277,12 +289,22 @@ class Caster:
                 if item.op == "get_attr" and dtype == self.low and item.target not in edit.program.state:
                     low = _fitted(edit.tensor(item), dtype).to(dtype)
                     self.casts[key] = edit.weight(f"{item.target}_low", edit.like(item, low))
+                elif nodes.is_call(item, *_VIEWS) and self._views_weight(item):
+                    # The weight is cast at compile time, and not its view whenever the program runs.
+                    low = self._cast(item.all_input_nodes[0], dtype, reader)
+                    self.casts[key] = edit.call(cast(torch._ops.OpOverload, item.target), low, *item.args[1:], **item.kwargs)
                 elif item.target is dequantize:
                     self.casts[key] = edit.call(dequantize, *item.args, **{**item.kwargs, "dtype": dtype})
                 else:
                     value = edit.call(aten.clamp_min.default, item, _lowest(dtype)) if clamp else item
                     self.casts[key] = edit.call(aten.to.dtype, value, dtype)
         return self.casts[key]
+
+    def _views_weight(self, item: fx.Node) -> bool:
+        """True for a view of a weight, such as the transposed matrices of experts."""
+        while nodes.is_call(item, *_VIEWS):
+            item = item.all_input_nodes[0]
+        return item.op == "get_attr" and item.target not in self.edit.program.state
 
     def _overflows(self, item: fx.Node) -> bool:
         """True for a constant with float32's lowest number, which is minus infinity in reduced precision."""

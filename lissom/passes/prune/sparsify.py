@@ -15,7 +15,8 @@ calibration data, without padding.
   SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, algorithm 1. https://arxiv.org/abs/2301.00774
 
 `wanda` and `sparsegpt` prune the layers in the order in which they run, each on the outputs of the pruned layers before it. A
-matrix that several layers share is pruned first, on the inputs of all of them in the program before this pass.
+matrix that several layers share is pruned first, on the inputs of all of them in the program before this pass. Each expert of a
+mixture is pruned on the tokens routed to it; experts that no token reaches stay as they are.
 
 With the pattern N:M, at most N of every M neighbours in a row are kept. CUDA runs 2:4 in bfloat16 and float16 (`pack-sparse`);
 elsewhere zeros give no speedup, which the report notes. Artifacts become smaller in any case.
@@ -33,11 +34,19 @@ from torch import fx
 from lissom.compiler.analysis.amounts import UNCHANGED, Amounts, AmountSite, amounts_text, fraction_of
 from lissom.compiler.analysis.module_filter import is_protected
 from lissom.compiler.analysis.structure.linear import is_linear
-from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of, treated_layers, weight_sites
+from lissom.compiler.analysis.structure.matrix import (
+    Matrix,
+    matrices_of,
+    matrix_of,
+    readers_of,
+    stack_like,
+    treated_layers,
+    weight_sites,
+)
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.hessian import inverse_factor
-from lissom.compiler.calibration.layer_sweep import sweep_moments
-from lissom.compiler.calibration.statistics import NO_TOKENS, Moments
+from lissom.compiler.calibration.layer_sweep import has_tokens, sweep_moments
+from lissom.compiler.calibration.statistics import Moments
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
@@ -150,7 +159,7 @@ class Sparsify(Approximation):
     def _candidates(self, program: Program) -> dict[fx.Node, Matrix]:
         """The linear layers with a matrix, but for those that are passed over."""
         layers = [node for node in program.nodes() if is_linear(node) and node not in self._passed_over(program)]
-        return {node: matrix for node in layers if isinstance(matrix := matrix_of(node), Matrix)}
+        return {node: matrix for node in layers if isinstance(matrix := matrix_of(node, stacks=True), Matrix)}
 
     def _passed_over(self, program: Program) -> set[fx.Node]:
         found = program.fact(structure)
@@ -178,7 +187,7 @@ class Sparsify(Approximation):
 
         return treated_layers(
             edit,
-            lambda node: "it is protected" if is_protected(node, self.protect) else matrix_of(node),
+            lambda node: "it is protected" if is_protected(node, self.protect) else matrix_of(node, stacks=True),
             obstacle,
             self._passed_over(edit.program),
         )
@@ -260,10 +269,14 @@ def _calibrate(edit: Editor, layers: dict[fx.Node, Matrix], prune: Prune) -> Non
     for finished, (node, read) in enumerate(sweep_moments(edit.program, edit.data, names)):
         edit.report("layers", finished, len(set(names.values())))
         edit.current = node
-        if not read.moments.count:
-            edit.skip(node, NO_TOKENS)
+        weight = layers[node].read(edit.program)
+        if not has_tokens(edit, node, read):
             continue
-        layers[node].write(edit, prune(layers[node].read(edit.program), read.moments, names[node]))
+        pruned = [
+            prune(part, moments, names[node]).to(part.dtype) if moments.count else part
+            for part, moments in zip(matrices_of(weight), read.each, strict=True)
+        ]
+        layers[node].write(edit, stack_like(pruned, weight))
 
 
 def most(scores: torch.Tensor, keep: float) -> torch.Tensor:
@@ -278,8 +291,8 @@ def most(scores: torch.Tensor, keep: float) -> torch.Tensor:
 def largest(scores: torch.Tensor, pattern: tuple[int, int]) -> torch.Tensor:
     """True for the N largest of every M neighbours along a row. scores: [rows, columns]."""
     n, m = pattern
-    groups = scores.unflatten(1, (-1, m))
-    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(n, -1).indices, True).flatten(1)
+    groups = scores.unflatten(-1, (-1, m))
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(n, -1).indices, True).flatten(-2)
 
 
 def wanda(weight: torch.Tensor, read: Moments, density: Density) -> torch.Tensor:

@@ -13,7 +13,8 @@ diag(s)⁻¹ is folded into the producer of the channels, a norm or the precedin
 computes the same function: the pass comes before `quantize`, and `gptq` may follow that. The clipping that the paper searches
 for is `quantize{weight_observer=mse}`.
 
-The error is computed from the sum of x·xᵀ over the tokens of the calibration data, without padding.
+The error is computed from the sum of x·xᵀ over the tokens of the calibration data, without padding. The experts of a mixture
+share the factors of the norm that they read, and X is the tokens of all of them.
 """
 
 from __future__ import annotations
@@ -101,12 +102,13 @@ class Awq(Rewrite):
 
     def _quantized(self, weight: torch.Tensor) -> torch.Tensor:
         form = weight_format(self.scheme.removesuffix("-weight"), self.symmetric)
-        rows, columns = weight.shape
+        *stack, rows, columns = weight.shape
         kind = self.granularity
         if kind == "auto":
             kind = "group" if self.scheme == "int4-weight" else "channel"
         groups = columns // self.group if kind == "group" and columns % self.group == 0 else 1
-        scale, zero_point = weight_scale(weight, (1 if kind == "tensor" else rows, groups), form, self.weight_observer)
+        shape = (*stack, 1 if kind == "tensor" else rows, groups)
+        scale, zero_point = weight_scale(weight, shape, form, self.weight_observer)
         return formats.dequantize(formats.quantize(weight, scale, zero_point, form), scale, zero_point, torch.float32)
 
 
@@ -136,6 +138,6 @@ def best_factors(sizes: torch.Tensor, error: Callable[[torch.Tensor], float]) ->
 
 
 def rounding_error(weight: torch.Tensor, factors: torch.Tensor, gram: torch.Tensor, rounded: Round) -> float:
-    """Σ ‖(Q(W diag(s)) diag(s)⁻¹ - W) x‖² over the tokens. weight: [features out, features in]; gram: Σ x·xᵀ."""
+    """Σ ‖(Q(W diag(s)) diag(s)⁻¹ - W) x‖² over the tokens. weight: [..., features out, features in]; gram: Σ x·xᵀ."""
     error = rounded(weight * factors) / factors - weight
     return float(((error @ gram) * error).sum())

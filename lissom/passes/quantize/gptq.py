@@ -32,6 +32,9 @@ Where activations are quantized too, X is the quantized input. A matrix that sev
 table as well, is quantized first, on the inputs of all its layers in the program before this pass, with W itself as target.
 For an embedding table λ is larger, `table_damping`: its rows are read by themselves too, where each error counts for itself and
 is not compensated by others, as λ‖W - Q(W)‖² has it.
+
+Each expert of a mixture is quantized on the tokens routed to it, with W itself as target; the weights of experts that no token
+reaches are rounded to nearest.
 """
 
 from __future__ import annotations
@@ -46,10 +49,11 @@ from torch import fx
 
 from lissom.compiler.analysis.module_filter import obstacle_by_name
 from lissom.compiler.analysis.structure.linear import input_of
-from lissom.compiler.analysis.structure.matrix import RoundedMatrix, rounded_matrix_of, treated_layers
+from lissom.compiler.analysis.structure.matrix import RoundedMatrix, matrices_of, rounded_matrix_of, stack_like, treated_layers
 from lissom.compiler.calibration.hessian import damped, inverse_factor, shifted
-from lissom.compiler.calibration.layer_sweep import Counterpart, Read, sweep_moments
+from lissom.compiler.calibration.layer_sweep import Counterpart, Read, has_tokens, sweep_moments
 from lissom.compiler.calibration.observers import weight_scale
+from lissom.compiler.calibration.statistics import Moments
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import call, evaluate_nodes
 from lissom.compiler.ir.operators import LAYER_NORMS
@@ -62,6 +66,7 @@ from lissom.ops.formats import FORMATS, Format
 aten = torch.ops.aten
 
 Rescale = Literal["none", "min-max", "mse"]
+_Rounded = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 _HELD = 1 << 24
 """Most elements in memory at once while scales are fitted."""
 _LEAST = 1e-12
@@ -124,7 +129,8 @@ class Gptq(Approximation):
         for finished, (node, read) in enumerate(reads):
             edit.report("layers", finished, len(set(names.values())))
             edit.current = node
-            self._quantize(edit, layers[node], read)
+            if has_tokens(edit, node, read):
+                self._quantize(edit, layers[node], read)
 
     def _layers(self, edit: Editor) -> dict[fx.Node, RoundedMatrix]:
         """The linear layers to quantize, with their matrices; the others are reported as skipped."""
@@ -136,15 +142,39 @@ class Gptq(Approximation):
             taken = _format_of(matrix).bits == 4 if self.tables is None else self.tables
             return None if taken else "its weight is an embedding table too; tables=true treats both"
 
-        return treated_layers(edit, rounded_matrix_of, obstacle)
+        return treated_layers(edit, partial(rounded_matrix_of, stacks=True), obstacle)
 
     def _quantize(self, edit: Editor, matrix: RoundedMatrix, read: Read) -> None:
-        form = _format_of(matrix)
-        scale, zero_point = matrix.read_scale(edit.program)
-        weight, gram = matrix.read(edit.program), read.moments.gram
+        weight, (scale, zero_point) = matrix.read(edit.program), matrix.read_scale(edit.program)
+        points = [None] * len(read.each) if zero_point is None else matrices_of(zero_point)
+        found: list[_Rounded] = []
+        for part, size, point, moments in zip(matrices_of(weight), matrices_of(scale), points, read.each, strict=True):
+            # An expert without tokens keeps its weights, which are rounded to nearest.
+            found.append(
+                self._rounded(matrix, part, size, point, moments, read.shift) if moments.count else (part, size, point)
+            )
+        rounded, scale = (stack_like(parts, weight) for parts in ([item[0] for item in found], [item[1] for item in found]))
+        zero_points = [item[2] for item in found if item[2] is not None]
+        zero_point = stack_like(zero_points, weight) if zero_points else None
+        for part, value in zip(matrix.quantizer.all_input_nodes[1:], (scale, zero_point), strict=False):
+            if value is not None:
+                edit.set_weight(part, (value.mT if matrix.transposed else value).contiguous())
+        matrix.write(edit, rounded)
+
+    def _rounded(
+        self,
+        matrix: RoundedMatrix,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None,
+        moments: Moments,
+        shift: torch.Tensor | None,
+    ) -> _Rounded:
+        """A matrix after GPTQ, with its scales and zero points."""
+        form, gram = _format_of(matrix), moments.gram
         damping = self.table_damping if _is_table(matrix) else self.damping
-        if read.shift is not None:
-            weight = shifted(weight, gram, read.shift, self.pull)
+        if shift is not None:
+            weight = shifted(weight, gram, shift, self.pull)
         if self.rescale == "none":
             rounded = gptq(weight, gram, scale, zero_point, form, damping, self.block_size, self.act_order)
         else:
@@ -154,10 +184,7 @@ class Gptq(Approximation):
             levels = formats.dequantize(q, torch.ones_like(scale), zero_point, torch.float32)
             scale = fitted_scale(weight, levels, damped(gram, damping), scale)
             rounded = formats.dequantize(q, scale, zero_point, torch.float32)
-        for part, value in zip(matrix.quantizer.all_input_nodes[1:], (scale, zero_point), strict=False):
-            if value is not None:
-                edit.set_weight(part, (value.T if matrix.transposed else value).contiguous())
-        matrix.write(edit, rounded)
+        return rounded, scale, zero_point
 
 
 def _format_of(matrix: RoundedMatrix) -> Format:

@@ -18,6 +18,8 @@ Neural Networks for Efficient Integer-Arithmetic-Only Inference.
 A scale for 32 neighbours rounds least where some features are far larger than others, as in decoders. It takes about as long as
 a scale per token for a few rows, as in decode, and longer for many.
 
+The experts of a mixture, whose matrices are stacked in one weight, have their own scales each.
+
 The residual stream, norms and softmax stay in floating point unless `residual` or `attention` is true.
 """
 
@@ -158,7 +160,7 @@ class Quantize(Approximation):
         schemes = {node: given[matrix.name] or self.scheme for node, matrix in matrices.items()}
         rest = [node for node in edit.program.nodes() if is_linear(node) and node not in matrices]
         for node in rest:
-            if isinstance(reason := matrix_of(node), str) and node.target not in CONVOLUTIONS:
+            if isinstance(reason := matrix_of(node, stacks=True), str) and node.target not in CONVOLUTIONS:
                 edit.skip(node, reason)
         for node, scheme in schemes.items():
             if scheme == UNCHANGED:
@@ -208,7 +210,7 @@ class Quantize(Approximation):
         """The linear layers to quantize, with their matrices; the rest but for `others` is reported as skipped."""
         return treated_layers(
             edit,
-            lambda node: obstacle_by_name(node, skip=self.skip, only=self.only) or matrix_of(node),
+            lambda node: obstacle_by_name(node, skip=self.skip, only=self.only) or matrix_of(node, stacks=True),
             partial(self._obstacle, edit),
             {*edit.program.fact(structure).convolutions, *others},
         )
@@ -225,7 +227,7 @@ class Quantize(Approximation):
             return "it is an LM head or classifier; lm_head=true includes it"
         if nodes.tensor_type(input_of(node)).dtype == torch.float64:
             return "it computes in float64"
-        size = nodes.tensor_type(matrix.node).shape[0 if matrix.transposed else 1]
+        size = nodes.tensor_type(matrix.node).shape[-2 if matrix.transposed else -1]
         if _by_group(self.scheme) and size % GROUP:
             return f"its {size} input features are no multiple of {GROUP}, of which activations share a scale"
         return self._shape_obstacle(int(size), self._table_format if tied else self.weight_format)  # pyright: ignore
@@ -246,10 +248,12 @@ class Quantize(Approximation):
     def _quantize_weight(self, edit: Editor, node: fx.Node, form: Format, *, transposed: bool = False) -> None:
         """Insert Q/DQ between a weight and all its readers."""
         weight = edit.tensor(node)
-        outputs, inputs = weight.shape[::-1] if transposed else weight.shape
+        outputs, inputs = weight.shape[:-3:-1] if transposed else weight.shape[-2:]
         shapes = {"tensor": (1, 1), "channel": (outputs, 1), "group": (outputs, inputs // self.group)}
         shape = shapes[self._granularity]
-        scale, zero_point = weight_scale(weight, shape[::-1] if transposed else shape, form, self.weight_observer)
+        # A stack of matrices has scales for each of them.
+        shape = (*weight.shape[:-2], *(shape[::-1] if transposed else shape))
+        scale, zero_point = weight_scale(weight, shape, form, self.weight_observer)
         if self._granularity == "group":
             least, largest = scale.abs().aminmax()
             scale = scale.half() if least > _HALF.tiny and largest < _HALF.max else scale
@@ -320,7 +324,11 @@ def _table(look_up: fx.Node) -> fx.Node | None:
 
 def _matrices(program: Program) -> dict[fx.Node, Matrix]:
     """The linear layers and the look-ups in embedding tables, each with its weight; those without a matrix are left out."""
-    layers = {node: matrix for node in program.nodes() if is_linear(node) and isinstance(matrix := matrix_of(node), Matrix)}
+    layers = {
+        node: matrix
+        for node in program.nodes()
+        if is_linear(node) and isinstance(matrix := matrix_of(node, stacks=True), Matrix)
+    }
     look_ups = {item.node: table for item in program.fact(structure).embeddings if (table := _table(item.node)) is not None}
     return layers | {node: Matrix(table, transposed=False) for node, table in look_ups.items()}
 

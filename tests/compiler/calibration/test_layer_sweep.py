@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import fx, nn
 
 import lissom
-from lissom.compiler.analysis.structure.linear import input_of, is_linear
+from lissom.compiler.analysis.structure.linear import input_of, is_linear, weight_of
+from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of
 from lissom.compiler.calibration.layer_sweep import Counterpart, sweep, sweep_moments
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from tests import captures
+from tests.mixtures import MIXTURES, program_of, samples, stacked_products
 from tests.models import captured, normal, seeded, tiny_gpt2, tokens
 
 
@@ -118,3 +121,41 @@ def test_moments_of_both_programs_with_tokens_weighted():
         else:
             torch.testing.assert_close(read.shift, shift)
         program.set_weight(layers[layer], program.weight(layers[layer]).detach() * 0.5)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_each_expert_has_the_moments_of_its_rows(name: str) -> None:
+    program = program_of(name)
+    data = [program.signature.flatten((), inputs) for inputs in samples(3, length=3)]
+    layers = stacked_products(program)
+    for layer, read in sweep_moments(program, data, {node: str(weight_of(node).target) for node in layers}):
+        values = [[values_of(program, sample, node) for node in (input_of(layer), layer.args[2])] for sample in data]
+        for expert, found in enumerate(read.each):
+            starts = [0 if expert == 0 else int(ends[expert - 1]) for _, ends in values]
+            rows = torch.cat([rows[start : int(ends[expert])] for start, (rows, ends) in zip(starts, values, strict=True)])
+            assert found.count == len(rows)
+            torch.testing.assert_close(found.gram, rows.T @ rows)
+        assert read.moments.count == sum(len(rows) for rows, _ in values) == sum(item.count for item in read.each)
+
+
+def test_experts_that_share_a_stack_add_their_moments() -> None:
+    program = program_of("mixtral")
+    data = [program.signature.flatten((), inputs) for inputs in samples(2)]
+    layer = stacked_products(program)[0]
+    name = str(weight_of(layer).target)
+    ((_, alone),) = sweep_moments(program, data, {layer: name})
+    ((_, first),) = sweep_moments(program, data, {layer: name}, [name])
+    for one, other in zip(alone.each, first.each, strict=True):
+        assert one.count == other.count
+        torch.testing.assert_close(one.gram, other.gram)
+
+
+def test_experts_have_no_counterpart() -> None:
+    program = program_of("mixtral")
+    layers = {
+        node: matrix
+        for node in program.nodes()
+        if is_linear(node) and isinstance(matrix := matrix_of(node, stacks=True), Matrix)
+    }
+    found = Counterpart.of(program, layers, program).layers
+    assert stacked_products(program) == [node for node in layers if node not in found]

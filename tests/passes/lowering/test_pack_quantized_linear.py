@@ -10,13 +10,24 @@ import torch
 from torch import nn
 
 import lissom
+from lissom.backends.eager.backend import Eager
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import History
-from lissom.ops import quantized_linear, quantized_linear_norm, weight_quantized_linear, weight_quantized_linear_norm
+from lissom.errors import UnsupportedError
+from lissom.ops import (
+    grouped_product,
+    quantized_linear,
+    quantized_linear_grouped,
+    quantized_linear_norm,
+    weight_quantized_linear,
+    weight_quantized_linear_grouped,
+    weight_quantized_linear_norm,
+)
 from lissom.ops.native import kernel_dtypes, missing_int8_kernel, reads_few_bits_faster
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 from lissom.ops.quantized_linear import unpack_bytes
 from tests import captures
+from tests.mixtures import MIXTURES, mixture, samples
 from tests.models import Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama
 from tests.passes.harness import apply, aten, calls, check_golden, rewrite
 
@@ -259,3 +270,45 @@ def test_weights_that_need_fewer_bits_are_packed_in_fewer(low: int, high: int, f
     (layer,) = found.nodes(weight_quantized_linear)
     assert layer.kwargs["format"] == (format if reads_few_bits_faster() else "int8")
     torch.testing.assert_close(found.run([normal(3, 8)])[0], module(normal(3, 8)), rtol=1e-5, atol=1e-4)
+
+
+EXPERT_SCHEMES = {
+    "int8-weight": weight_quantized_linear_grouped,
+    "int4-weight": weight_quantized_linear_grouped,
+    "int8-dynamic": quantized_linear_grouped,
+    "int8-static": quantized_linear_grouped,
+    "int8-group": quantized_linear_grouped,
+    "int4-dynamic": quantized_linear_grouped,
+}
+
+
+@pytest.mark.parametrize("scheme", EXPERT_SCHEMES)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_have_kernels(name: str, scheme: str) -> None:
+    given, passes = samples(), f"quantize{{scheme={scheme}}}"
+    wanted = captures.optimize(mixture(name), given[0], passes=passes, data=given, checks="structural").program
+    model = captures.compile(mixture(name), given[0], passes=passes, data=given, backend=Eager())
+    assert calls(model.program, EXPERT_SCHEMES[scheme]) == 2
+    found = model(**given[0]).logits
+    # The same integers, summed in another order; an activation between two integers may be rounded to the other.
+    exact = scheme.endswith("-weight")
+    found, wanted = found.flatten(), wanted.run(list(given[0].values()))[0].flatten()
+    assert float((found - wanted).norm() / wanted.norm()) < (1e-5 if exact else 1e-2)
+
+
+def test_experts_share_no_scale_of_a_tensor() -> None:
+    given, passes = samples(1), "quantize{scheme=int8-dynamic,activations=tensor}"
+    with pytest.raises(UnsupportedError, match="its input has one scale for the rows of all experts"):
+        captures.compile(mixture("mixtral"), given[0], passes=passes, backend=Eager())
+    model = captures.compile(mixture("mixtral"), given[0], passes=passes, backend=Eager(), simulate=True)
+    assert calls(model.program, grouped_product) == 2
+
+
+@pytest.mark.parametrize("passes", ["quantize{scheme=int8-dynamic}", "quantize{scheme=int4-weight}"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_quantized_experts_are_saved_and_loaded(name: str, passes: str, tmp_path: Path) -> None:
+    given = samples(1)
+    model = captures.compile(mixture(name), given[0], passes=passes, backend=Eager())
+    model.save(tmp_path / "artifact")
+    loaded = lissom.load(tmp_path / "artifact")
+    assert torch.equal(loaded(**given[0]).logits, model(**given[0]).logits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import lissom
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pipeline import Pipeline
@@ -12,6 +13,7 @@ from lissom.compiler.transforms.pruning.units import neuron_sites
 from lissom.errors import LissomError, RequirementError, UnsupportedError
 from lissom.passes.prune.prune_neurons import PruneNeurons
 from tests import captures
+from tests.mixtures import EXPERTS, HIDDEN, INNER, mixture, samples, stacks
 from tests.models import Case, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.passes.harness import check_golden, step_of
 
@@ -103,3 +105,39 @@ def test_what_is_pruned_is_removed() -> None:
 def test_leaves_other_programs_alone() -> None:
     plain = captures.optimize(torch.nn.Linear(3, 5), torch.randn(2, 3), passes=[PruneNeurons(keep=0.5)])
     assert plain.report.history.diff(0, len(plain.report.history.steps) - 1) == ""
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_experts_lose_the_same_neurons(name: str, criterion: str) -> None:
+    """The experts of a layer share the axis of their neurons."""
+    data, passes = samples(), f"prune-neurons{{keep=0.5,criterion={criterion}}}"
+    found = captures.optimize(mixture(name), data[0], passes=passes, data=data)
+    down, up = (stacks(found.program)[key] for key in sorted(stacks(found.program)))
+    assert up.shape == (EXPERTS, INNER, HIDDEN) and down.shape == (EXPERTS, HIDDEN, INNER // 2)
+
+
+def test_neurons_of_experts_that_are_pruned_are_removed_exactly() -> None:
+    data = samples()
+    model = mixture("mixtral")
+    zeroed = captures.optimize(model, data[0], checks="structural").program.copy()
+    name = next(key for key in stacks(zeroed) if "down" in key)
+    zeroed.set_weight(name, zeroed.weight(name).detach().index_fill(2, torch.arange(0, INNER, 2), 0.0))
+    found = lissom.optimize(zeroed, data[0], passes="eliminate-dead")
+    assert [tuple(item.shape) for item in stacks(found.program).values()] == [
+        (EXPERTS, INNER, HIDDEN),
+        (EXPERTS, HIDDEN, INNER // 2),
+    ]
+    wanted, given = zeroed.run(list(data[1].values()))[0], found.program.run(list(data[1].values()))[0]
+    torch.testing.assert_close(given, wanted)
+
+
+def test_interleaved_neurons_of_experts_stay_and_are_named() -> None:
+    """Gate and up alternate in the projection of GPT-OSS."""
+    data = samples()
+    found = captures.optimize(mixture("gpt-oss"), data[0], passes="prune-neurons{keep=0.5}", data=data, checks="structural")
+    up, down = stacks(found.program).values()
+    assert up.shape == (EXPERTS, HIDDEN, 2 * INNER) and down.shape == (EXPERTS, INNER, HIDDEN)
+    assert int((down == 0).all(2).all(0).sum()) == INNER // 2
+    reasons = [item.reason for item in step_of(found.report.history, "eliminate-dead").skipped]
+    assert reasons == ["dead neurons stay: a slice takes one index of each 2 of their axis"]

@@ -19,6 +19,7 @@ from lissom.errors import LissomError, RequirementError, UnsupportedError
 from lissom.passes import PASSES
 from lissom.passes.prune.sparsify import NOTE, Sparsify, most, sparsegpt, wanda
 from tests import captures
+from tests.mixtures import EXPERTS, MIXTURES, mixture, program_of, samples, single_token, stacks
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
 from tests.passes.harness import check_golden, rewrite
 
@@ -326,3 +327,38 @@ def test_equal_weights_keep_their_share(options: str) -> None:
     found = lissom.optimize(model, normal(32, 8), passes=f"sparsify{{keep=0.5{options}}}", data=[(normal(32, 8, seed=1),)])
     kept = [int(found.program.weight(name).count_nonzero()) for name in ("0.weight", "2.weight")]
     assert sum(kept) == 64 and ("global" in options or kept == [32, 32])
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_pruned_one_by_one(name: str, criterion: str) -> None:
+    data, passes = samples(), f"sparsify{{keep=0.5,criterion={criterion}}}"
+    found = captures.optimize(mixture(name), data[0], passes=passes, data=data, checks="structural").program
+    for weight in stacks(found).values():
+        assert [float((expert == 0).float().mean()) for expert in weight] == pytest.approx([0.5] * EXPERTS, abs=0.05)
+    if criterion == "magnitude":
+        for weight, before in zip(stacks(found).values(), stacks(program_of(name)).values(), strict=True):
+            assert torch.equal(weight, torch.where(weight == 0, 0, before))
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_pattern_holds_in_the_rows_of_every_expert(criterion: str) -> None:
+    data, passes = samples(), f"sparsify{{pattern=2:4,criterion={criterion}}}"
+    for name in ("mixtral", "gpt-oss"):
+        found = captures.optimize(mixture(name), data[0], passes=passes, data=data, checks="structural").program
+        for weight in stacks(found).values():
+            rows = weight.mT if name == "gpt-oss" else weight
+            assert bool(((rows.unflatten(-1, (-1, 4)) != 0).sum(-1) == 2).all())
+
+
+def test_experts_without_tokens_stay_and_are_named() -> None:
+    example, passes = samples(1)[0], "sparsify{keep=0.5,criterion=wanda}"
+    found = captures.optimize(mixture("mixtral"), example, passes=passes, data=single_token(), checks="structural")
+    before = stacks(program_of("mixtral"))
+    whole = {
+        name: [torch.equal(*pair) for pair in zip(weight, before[name], strict=True)]
+        for name, weight in stacks(found.program).items()
+    }
+    assert [sum(item) for item in whole.values()] == [EXPERTS - 2] * 2
+    reasons = {item.reason for item in found.report.history.steps[-1].skipped if "experts" in item.place}
+    assert reasons == {"2 of its 4 experts: the calibration data gives it no tokens"}

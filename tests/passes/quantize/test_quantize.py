@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from lissom.compiler.analysis.structure.matrix import RoundedMatrix, rounded_matrix_of
+from lissom.compiler.calibration.observers import weight_scale
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.errors import RequirementError, UnsupportedError
@@ -14,6 +16,7 @@ from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
 from lissom.passes import PASSES
 from lissom.passes.quantize.quantize import Quantize
 from tests import captures
+from tests.mixtures import EXPERTS, HIDDEN, INNER, MIXTURES, mixture, program_of, samples, stacked_products, stacks
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama
 from tests.passes.harness import check_golden, rewrite
 
@@ -239,3 +242,47 @@ def test_a_width_no_group_divides_is_reported() -> None:
     )
     reasons = [skip.reason for skip in found.report.history.steps[-1].skipped]
     assert "its 12 input features are no multiple of group=8" in reasons
+
+
+@pytest.mark.parametrize(("scheme", "groups"), [("int8-weight", 1), ("int4-weight", 32), ("int8-dynamic", 1), ("fp8", 1)])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_each_expert_is_quantized_as_a_matrix_of_its_own(name: str, scheme: str, groups: int) -> None:
+    before = stacks(program_of(name))
+    found = captures.optimize(mixture(name), samples(1)[0], passes=f"quantize{{scheme={scheme}}}", checks="structural").program
+    given = {node: rounded_matrix_of(node, stacks=True) for node in stacked_products(found)}
+    assert [matrix.shape for matrix in given.values()] == [(2 * INNER, HIDDEN), (HIDDEN, INNER)]
+    for matrix in given.values():
+        form = FORMATS[str(matrix.quantizer.kwargs["format"])]
+        scale, zero_point = matrix.read_scale(found)
+        rows, columns = matrix.shape
+        assert scale.shape == (EXPERTS, rows, 1 if groups == 1 else columns // groups)
+        weights = before[matrix.name].mT if matrix.transposed else before[matrix.name]
+        for expert, weight in enumerate(weights):
+            size, point = weight_scale(weight, tuple(scale.shape[1:]), form, "auto")
+            assert torch.equal(scale[expert], size.to(scale.dtype))
+            assert zero_point is None or torch.equal(zero_point[expert].float(), point.float())
+            wanted = fake_quantize(weight.contiguous(), size.to(scale.dtype), point, format=form.name)
+            assert torch.equal(found_values(found, matrix)[expert], wanted)
+
+
+def found_values(program: Program, matrix: RoundedMatrix) -> torch.Tensor:
+    """The values of a quantized weight, [..., out_features, in_features]."""
+    operands = [program.weight(str(item.target)).detach() for item in matrix.quantizer.all_input_nodes]
+    values = fake_quantize(*operands, **matrix.quantizer.kwargs)
+    return values.mT if matrix.transposed else values
+
+
+def test_a_stack_has_a_scale_for_each_expert_at_least() -> None:
+    found = captures.optimize(
+        mixture("mixtral"), samples(1)[0], passes="quantize{scheme=int8-weight,granularity=tensor}", checks="structural"
+    ).program
+    scales = [rounded_matrix_of(node, stacks=True).read_scale(found)[0] for node in stacked_products(found)]
+    assert [scale.shape for scale in scales] == [(EXPERTS, 1, 1)] * 2
+
+
+def test_experts_are_named_by_their_module() -> None:
+    (site,) = [item for item in Quantize.sites(program_of("gpt-oss")) if "down_proj" in item.path]
+    assert site.size == HIDDEN
+    passes = f'quantize{{scheme=int8-weight,schemes="*=none,{site.path}=int4-weight"}}'
+    found = captures.optimize(mixture("gpt-oss"), samples(1)[0], passes=passes, checks="structural").program
+    assert [str(node.kwargs["format"]) for node in rounded_weights(found).values()] == ["uint4"]

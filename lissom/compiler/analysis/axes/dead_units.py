@@ -50,7 +50,7 @@ def summed(node: fx.Node) -> list[list[Place]]:
     args = cast("tuple[fx.Node, ...]", node.args)
     if node.target is aten.linear.default:
         return [[(args[0], -1), (args[1], 1)]]
-    if node.target in ops.MATMULS:
+    if node.target in (*ops.MATMULS, *ops.GROUPED_PRODUCTS):
         return [[(args[0], -1), (args[1], -2 if nodes.tensor_type(args[1]).rank > 1 else -1)]]
     if node.target in ops.MATMULS_WITH_BIAS:
         return [[(args[1], -1), (args[2], -2)]]

@@ -216,13 +216,11 @@ def _rotary(node: fx.Node, known: Known) -> Value:
 
 
 def _grouped_product(node: fx.Node, known: Known) -> Value:
-    """Rows times the matrix of their expert. Experts are looked up by index, so every axis is pinned."""
+    """Rows times the matrix of their expert. Experts are looked up by index, so their axis and that of the rows are pinned."""
     x, weight = of(node.args[0], known), of(node.args[1], known)
     unify(x[1], weight[1], "contracted by a grouped product")
-    for dims in tensors(node, known):
-        for axis in dims:
-            pin(axis, f"no indices can be removed from the inputs of {target_text(node.target)}")
-    pin(weight[2], "the features of a grouped product")
+    for axis in (x[0], weight[0], *of(node.args[2], known)):
+        pin(axis, f"{target_text(node.target)} looks experts up by index")
     return (x[0], weight[2])
 
 

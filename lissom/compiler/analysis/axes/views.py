@@ -172,7 +172,7 @@ def slice_of(node: fx.Node, known: Known) -> Value:
     if pieces is None:
         strided = every_nth(node, axis.size)
         pair = divide(axis, cast(int, axis.size) // strided) if strided else None
-        pin(axis, "cut by slice")
+        pin(axis, f"a slice takes one index of each {strided} of their axis" if strided else "cut by slice")
         dims[index] = pair[0] if pair else Axis(wanted, pinned="a piece of another axis")
     else:
         dims[index] = pieces[1 if sizes[0] > 0 else 0]

@@ -311,7 +311,7 @@ _RULES: dict[object, _Rule] = {
     **dict.fromkeys((aten.add, aten.sub), partial(_combined, items=slice(2))),
     aten.where: partial(_combined, items=slice(1, 3)),
     aten.pow: _power,
-    **dict.fromkeys((aten.linear.default, *ops.MATMULS, *ops.MATMULS_WITH_BIAS), _product),
+    **dict.fromkeys((aten.linear.default, *ops.MATMULS, *ops.GROUPED_PRODUCTS, *ops.MATMULS_WITH_BIAS), _product),
     aten.embedding.default: _embedding,
     aten.layer_norm.default: _layer_norm,
     aten.rms_norm.default: _rms_norm,

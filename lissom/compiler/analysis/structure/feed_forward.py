@@ -86,7 +86,7 @@ def feed_forward_site(down: fx.Node, projections: set[fx.Node]) -> FeedForwardSi
     pending, seen = [input_of(down)], set()
     while pending:
         node = pending.pop(0)
-        if node in seen or node.op != "call_function" or _is_number(node):
+        if node in seen or node.op != "call_function" or _is_number(node) or _is_looked_up(node):
             continue
         seen.add(node)
         if is_linear(node):
@@ -114,6 +114,11 @@ def _is_number(node: fx.Node) -> bool:
     found = nodes.node_type(node)
     parts = found if isinstance(found, tuple) else (found,)
     return all(isinstance(part, ScalarType) or (isinstance(part, TensorType) and part.rank == 0) for part in parts)
+
+
+def _is_looked_up(node: fx.Node) -> bool:
+    """True for rows of a weight that are looked up: the biases of the experts of each row."""
+    return node.target is aten.index.Tensor and node.all_input_nodes[0].op == "get_attr"
 
 
 def _is_spatial(linear: fx.Node) -> bool:

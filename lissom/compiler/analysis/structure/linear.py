@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 _WEIGHT_VIEWS = (
     *(*ops.TRANSPOSES, aten.permute.default, *ops.RESHAPES, *ops.CASTS),
-    *(operator.getitem, *ops.SPLITS, aten.slice.Tensor),
+    *(operator.getitem, *ops.SPLITS, aten.slice.Tensor, aten.select.int),
 )
 """Operators allowed between a weight and the linear layer that reads it."""
 SHAPES = {
@@ -40,7 +40,7 @@ def is_quantizer(node: fx.Node) -> bool:
 
 
 def is_linear(node: fx.Node) -> bool:
-    """True for a product with a weight: linear, addmm, a convolution, or a matmul whose second factor is a weight."""
+    """True for a product with a weight: linear, addmm, a convolution, or a (grouped) matmul whose second factor is one."""
     return weight_of(node) is not None
 
 
@@ -60,7 +60,7 @@ def weight_path(node: fx.Node) -> tuple[fx.Node, ...]:
     """
     if node.target in ops.MATMULS_WITH_BIAS:
         found = node.args[2]
-    elif node.target in (aten.linear.default, *ops.MATMULS, *ops.CONVOLUTIONS, *ops.QUANTIZED_LINEARS):
+    elif node.target in (aten.linear.default, *ops.MATMULS, *ops.GROUPED_PRODUCTS, *ops.CONVOLUTIONS, *ops.QUANTIZED_LINEARS):
         found = node.args[1]
     else:
         return ()
@@ -86,7 +86,7 @@ def bias_of(linear: fx.Node) -> fx.Node | None:
     if linear.target in ops.MATMULS_WITH_BIAS:
         found = linear.args[0]
     else:
-        found = None if linear.target in ops.MATMULS else nodes.argument(linear, "bias")
+        found = None if linear.target in (*ops.MATMULS, *ops.GROUPED_PRODUCTS) else nodes.argument(linear, "bias")
     return found if isinstance(found, fx.Node) else None
 
 

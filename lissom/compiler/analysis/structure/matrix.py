@@ -1,10 +1,13 @@
-"""The weight matrix of a linear layer, always as [out_features, in_features], whatever its stored orientation."""
+"""The weight matrix of a linear layer, always as [out_features, in_features], whatever its stored orientation.
+
+The experts of a mixture have a stack of matrices, [experts, out_features, in_features].
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import fx
@@ -13,18 +16,21 @@ from lissom.compiler.analysis.amounts import AmountSite, Legal, site_names
 from lissom.compiler.analysis.structure.linear import as_int, is_linear, is_quantizer, weight_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.operators import LINEAR_PRODUCTS, TRANSPOSES
+from lissom.compiler.ir.operators import GROUPED_PRODUCTS, LINEAR_PRODUCTS, TRANSPOSES
 from lissom.compiler.ir.program import Program
 from lissom.ops.quantization import fake_quantize
 
 aten = torch.ops.aten
 
+_PRODUCTS = (*LINEAR_PRODUCTS, *GROUPED_PRODUCTS)
+_STACKED = "its weight is a stack of the matrices of several experts"
+
 
 @dataclass(frozen=True)
 class Matrix:
-    """The weight matrix of a linear layer.
+    """The weight matrix of a linear layer, or the stack of those of several experts.
 
-    node: the weight. transposed: whether it is stored as [in_features, out_features], as in GPT-2.
+    node: the weight. transposed: whether it is stored as [..., in_features, out_features], as in GPT-2.
     """
 
     node: fx.Node
@@ -36,43 +42,70 @@ class Matrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """out_features and in_features."""
-        rows, columns = nodes.tensor_type(self.node).shape
+        """out_features and in_features, of each matrix of a stack."""
+        rows, columns = nodes.tensor_type(self.node).shape[-2:]
         return (as_int(columns), as_int(rows)) if self.transposed else (as_int(rows), as_int(columns))
 
     def read(self, program: Program) -> torch.Tensor:
-        """A view of the weight as [out_features, in_features]."""
+        """A view of the weight as [..., out_features, in_features]."""
         weight = program.weight(self.name).detach()
-        return weight.T if self.transposed else weight
+        return weight.mT if self.transposed else weight
 
     def write(self, edit: Editor, matrix: torch.Tensor) -> None:
-        """Give the weight new values, in this program only; one place rewritten. matrix: [out_features, in_features]."""
+        """Give the weight new values, in this program only; one place rewritten. matrix: [..., out_features, in_features]."""
         matrix = matrix.to(edit.program.weight(self.name).dtype)
-        edit.set_weight(self.node, (matrix.T if self.transposed else matrix).contiguous())
+        edit.set_weight(self.node, (matrix.mT if self.transposed else matrix).contiguous())
         edit.rewritten += 1
+
+
+def matrices_of(stack: torch.Tensor) -> list[torch.Tensor]:
+    """The matrices of a stack, or the matrix alone where it is none."""
+    return [stack] if stack.dim() == 2 else list(stack)
+
+
+def stack_like(matrices: Sequence[torch.Tensor], stack: torch.Tensor) -> torch.Tensor:
+    """The inverse of `matrices_of`: one tensor with as many dimensions as the given one."""
+    return matrices[0] if stack.dim() == 2 else torch.stack([*matrices])
 
 
 def stored_weight(linear: fx.Node) -> tuple[object, bool]:
     """The weight argument of a product before transposes, and whether it is [in_features, out_features] there."""
     found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target is not aten.linear.default
-    while nodes.is_call(found, *TRANSPOSES):
+    while nodes.is_call(found, *TRANSPOSES) and _swaps_last(found):
         found, transposed = found.args[0], not transposed
     return found, transposed
 
 
-def matrix_of(linear: fx.Node) -> Matrix | str:
-    """The weight matrix of a layer, or why it cannot be changed for this layer alone."""
+def _swaps_last(node: fx.Node) -> bool:
+    """True for a transpose of the last two dimensions."""
+    rank = nodes.tensor_type(node).rank
+    dims = cast("tuple[int, ...]", node.args[1:3]) or (0, 1)
+    return node.target is aten.mT.default or {dim % rank for dim in dims} == {rank - 2, rank - 1}
+
+
+def _rank(linear: fx.Node) -> int:
+    """The rank of the weight of a product that is a matrix, or a stack of them for experts."""
+    return 3 if linear.target in GROUPED_PRODUCTS else 2
+
+
+def matrix_of(linear: fx.Node, *, stacks: bool = False) -> Matrix | str:
+    """The weight matrix of a layer, or why it cannot be changed for this layer alone.
+
+    stacks: whether the caller takes the stacked matrices of experts.
+    """
     weight = weight_of(linear)
     assert weight is not None, f"'{linear.name}' is no linear layer"
-    if linear.target not in LINEAR_PRODUCTS:
+    if linear.target not in _PRODUCTS:
         return "it is a convolution or a batched matrix product"
+    if linear.target in GROUPED_PRODUCTS and not stacks:
+        return _STACKED
     found, transposed = stored_weight(linear)
     if isinstance(found, fx.Node) and is_quantizer(found):
         return "its weight is quantized already"
     if found is not weight:
         return "its weight is split, cast or reshaped before it is used"
     form = nodes.tensor_type(weight)
-    if form.rank != 2 or not form.dtype.is_floating_point:
+    if form.rank != _rank(linear) or not form.dtype.is_floating_point:
         return "its weight is no floating-point matrix"
     return Matrix(weight, transposed)
 
@@ -87,21 +120,23 @@ class RoundedMatrix(Matrix):
     quantizer: fx.Node
 
     def read_scale(self, program: Program) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scale and zero point, each [blocks of out_features, blocks of in_features]."""
+        """Scale and zero point, each [..., blocks of out_features, blocks of in_features]."""
         values = [program.weight(str(item.target)).detach() for item in self.quantizer.all_input_nodes[1:]]
-        turned = [value.reshape(1, 1) if value.dim() == 0 else value.T if self.transposed else value for value in values]
+        turned = [value.reshape(1, 1) if value.dim() == 0 else value.mT if self.transposed else value for value in values]
         return turned[0], turned[1] if len(turned) > 1 else None
 
 
-def rounded_matrix_of(linear: fx.Node) -> RoundedMatrix | str:
-    """The weight matrix that `lissom::fake_quantize` quantizes for a layer, or why there is none."""
-    if linear.target not in LINEAR_PRODUCTS:
+def rounded_matrix_of(linear: fx.Node, *, stacks: bool = False) -> RoundedMatrix | str:
+    """The weight matrix that `lissom::fake_quantize` quantizes for a layer, or why there is none; stacks: as in `matrix_of`."""
+    if linear.target not in _PRODUCTS:
         return "it is a convolution or a batched matrix product"
+    if linear.target in GROUPED_PRODUCTS and not stacks:
+        return _STACKED
     found, transposed = stored_weight(linear)
     if not isinstance(found, fx.Node) or found.target is not fake_quantize:
         return "its weight is not quantized"
     weight = found.args[0]
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or nodes.tensor_type(weight).rank != 2:
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or nodes.tensor_type(weight).rank != _rank(linear):
         return "its weight is computed before it is quantized"
     return RoundedMatrix(weight, transposed, found)
 

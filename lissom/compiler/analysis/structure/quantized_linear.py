@@ -19,7 +19,7 @@ from lissom.compiler.analysis.structure.matrix import stored_weight
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_own_weight
-from lissom.compiler.ir.operators import FAKE_QUANTIZES, LINEAR_PRODUCTS, TRANSPOSES
+from lissom.compiler.ir.operators import FAKE_QUANTIZES, GROUPED_PRODUCTS, LINEAR_PRODUCTS, TRANSPOSES
 from lissom.ops.formats import FORMATS, unpack_halves
 from lissom.ops.quantization import dequantize, fake_quantize
 
@@ -28,10 +28,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A linear layer with a quantized weight.
+    """A linear layer with a quantized weight, or the layers of several experts with a stack of them.
 
     node: the product. values: its input. weight: the dequantized weight. bias: None when there is none.
-    transposed: whether the weight is [in_features, out_features].
+    transposed: whether the weight is [..., in_features, out_features].
     """
 
     node: fx.Node
@@ -39,6 +39,11 @@ class QuantizedLayer:
     weight: fx.Node
     bias: fx.Node | None
     transposed: bool
+
+    @property
+    def is_stacked(self) -> bool:
+        """True for the layers of experts, whose product reads the ends of their rows too."""
+        return self.node.target in GROUPED_PRODUCTS
 
     @property
     def stored(self) -> fx.Node:
@@ -73,13 +78,13 @@ class QuantizedLayer:
     @property
     def blocks(self) -> tuple[int, int]:
         """The number of blocks with a scale each, along out_features and in_features."""
-        shape = cast("Sequence[int]", nodes.tensor_type(self.weight.args[1]).shape) or (1, 1)
+        shape = cast("Sequence[int]", nodes.tensor_type(self.weight.args[1]).shape)[-2:] or (1, 1)
         return cast("tuple[int, int]", tuple(shape[::-1] if self.transposed else shape))
 
     @property
     def sizes(self) -> tuple[int, int]:
         """out_features and in_features."""
-        shape = cast("Sequence[int]", nodes.tensor_type(self.weight).shape)
+        shape = cast("Sequence[int]", nodes.tensor_type(self.weight).shape)[-2:]
         return cast("tuple[int, int]", tuple(shape[::-1] if self.transposed else shape))
 
     @property
@@ -93,11 +98,11 @@ class QuantizedLayer:
         return not self.scale_is_known or not any(nodes.tensor_type(item).rank for item in self.values.all_input_nodes[1:])
 
     def parts(self, edit: Editor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The stored weight, unpacked, its scale and its zero point, as [out_features, in_features]."""
+        """The stored weight, unpacked, its scale and its zero point, as [..., out_features, in_features]."""
         q, *grid = (edit.program.weight(str(item.target)).detach() for item in self.weight.all_input_nodes)
         form = FORMATS[self.format]
         q = unpack_halves(q, form) if form.bits == 4 else q
-        q, scale, *zero_point = (item.T if self.transposed and item.dim() else item for item in (q, *grid))
+        q, scale, *zero_point = (item.mT if self.transposed and item.dim() else item for item in (q, *grid))
         return q, scale, zero_point[0] if zero_point else None
 
 
@@ -107,7 +112,9 @@ def quantized_layer(node: fx.Node) -> QuantizedLayer | None:
         return None
     weight, transposed = stored_weight(node)
     x, bias = input_of(node), bias_of(node)
-    if not isinstance(weight, fx.Node) or weight.target is not dequantize or nodes.tensor_type(weight).rank != 2:
+    if not isinstance(weight, fx.Node) or weight.target is not dequantize:
+        return None
+    if nodes.tensor_type(weight).rank != (3 if node.target in GROUPED_PRODUCTS else 2):
         return None
     if any(item.op != "get_attr" for item in weight.all_input_nodes):
         return None
@@ -117,7 +124,7 @@ def quantized_layer(node: fx.Node) -> QuantizedLayer | None:
 def _reads_whole(user: fx.Node) -> bool:
     if nodes.is_call(user, *TRANSPOSES):
         return any(_reads_whole(item) for item in user.users)
-    return user.target not in LINEAR_PRODUCTS
+    return user.target not in (*LINEAR_PRODUCTS, *GROUPED_PRODUCTS)
 
 
 def is_owned(item: object) -> TypeGuard[fx.Node]:

@@ -22,6 +22,7 @@ from lissom.compiler.analysis.structure.operands import mask_of
 from lissom.compiler.analysis.structure.padding import kept_rows, order_of, padding_masks
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import REFUSALS
+from lissom.compiler.ir.operators import GROUPED_PRODUCTS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.signature import TensorArgument
@@ -34,8 +35,11 @@ _HIDDEN_ROUNDED = 0.99 * HIDDEN
 def token_mask(program: Program, sample: Sample, node: fx.Node, axis: int = 1) -> torch.Tensor | None:
     """Which tokens of the node's tensor are real, as booleans in the shape of its batch and tokens; None when all are.
 
-    In a row without real tokens, all count as real. axis: the dimension of the tokens, the second to last.
+    In a row without real tokens, all count as real. Rows sorted by expert are in another order than the masks: all count.
+    axis: the dimension of the tokens, the second to last.
     """
+    if any(item.target in GROUPED_PRODUCTS for item in (node, *node.users)):
+        return None
     shape = nodes.tensor_type(node).shape
     for batch, tokens, real in program.fact(_sources).of(program, sample):
         if len(shape) == axis + 2 and (shape[0], shape[axis]) == (batch, tokens):

@@ -209,7 +209,7 @@ def _branches(program: Program, layer: Layer, part: str) -> list[Branch] | str:
     """The branches of a layer in order, or why they cannot be found."""
     sites = [*(layer.attention if part != "feed-forward" else ()), *(layer.feed_forward if part != "attention" else ())]
     mixtures = [site.path for site in program.fact(structure).mixtures]
-    if part == "layer" and any(f"{path}.".startswith(f"{layer.path}.") for path in mixtures):
+    if part != "attention" and any(f"{path}.".startswith(f"{layer.path}.") for path in mixtures):
         return "it holds a mixture of experts, which has no one branch"
     branches: list[Branch] = []
     for site in sites:

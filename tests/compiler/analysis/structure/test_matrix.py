@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -9,6 +10,8 @@ import lissom
 from lissom.compiler.analysis.structure.linear import is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
 from lissom.compiler.ir.editor import Editor
+from tests import captures
+from tests.mixtures import EXPERTS, HIDDEN, INNER, MIXTURES, program_of, stacked_products
 from tests.models import captured, normal, seeded
 
 
@@ -56,3 +59,38 @@ def test_what_is_written_is_read_back_and_counts():
     assert torch.equal(matrix.read(program), wanted)
     assert program.weight(matrix.name).shape == (16, 48) and program.weight(matrix.name).is_contiguous()
     assert edit.rewritten == 1
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_have_a_stack_of_matrices(name: str) -> None:
+    program = program_of(name)
+    up, down = stacked_products(program)
+    assert matrix_of(up) == matrix_of(down) == "its weight is a stack of the matrices of several experts"
+    matrices = [matrix_of(node, stacks=True) for node in (up, down)]
+    assert all(isinstance(item, Matrix) and item.transposed == (name == "gpt-oss") for item in matrices)
+    assert [item.shape for item in matrices] == [(2 * INNER, HIDDEN), (HIDDEN, INNER)]
+    for matrix in matrices:
+        whole, edit = matrix.read(program), Editor(program, "test")
+        assert whole.shape == (EXPERTS, *matrix.shape)
+        expert = program.weight(matrix.name)[1]
+        assert torch.equal(whole[1], expert.T if matrix.transposed else expert)
+        matrix.write(edit, whole * 2)
+        assert torch.equal(matrix.read(program), whole * 2) and program.weight(matrix.name).is_contiguous()
+
+
+class Selected(nn.Module):
+    """Two matrices of a stack, each selected by its index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(normal(2, 3, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.experts[0]) * nn.functional.linear(x, self.experts[1])
+
+
+def test_a_matrix_selected_from_a_stack_is_no_matrix_of_its_own() -> None:
+    program = captures.optimize(seeded(Selected), (normal(2, 4),)).program
+    layers = [node for node in program.nodes() if is_linear(node)]
+    reason = "its weight is split, cast or reshaped before it is used"
+    assert [matrix_of(node, stacks=True) for node in layers] == [reason, reason]

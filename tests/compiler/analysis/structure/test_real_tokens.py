@@ -17,6 +17,7 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.driver.options import resolve_passes
 from lissom.frontends.decoder import capture_decoder
 from lissom.generation.decoder import prompts
+from lissom.ops import grouped_product
 from tests import captures
 from tests.decoders import DECODERS
 from tests.models import normal, seeded
@@ -113,3 +114,25 @@ def test_slots_of_an_empty_cache_are_the_tokens_of_a_sample() -> None:
     found = token_mask(program, sample, residual)
     assert found is not None
     assert found.tolist() == [[True] * 5, [False] * 3 + [True] * 2]  # padded on the left
+
+
+def test_rows_sorted_by_expert_all_count() -> None:
+    """With one expert per token there are as many rows as tokens, but in another order."""
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.router = Attention("integers"), nn.Linear(8, 2)
+            self.experts = nn.Parameter(normal(2, 8, 8))
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            rows = self.attention(x, mask).flatten(0, 1)
+            expert = self.router(rows).argmax(-1)
+            ends = torch.stack([(expert <= index).sum() for index in range(2)])
+            return grouped_product(rows[expert.argsort()], self.experts, ends)
+
+    x = normal(2, 4, 8)
+    program = captures.optimize(seeded(Mixture), (x, REAL.long())).program
+    (product,) = program.nodes(grouped_product)
+    assert token_mask(program, [x, REAL.long()], product) is token_mask(program, [x, REAL.long()], input_of(product)) is None
+    assert token_mask(program, [x, REAL.long()], program.nodes(torch.ops.aten.linear.default)[-1]) is not None
