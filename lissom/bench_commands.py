@@ -19,6 +19,7 @@ from lissom.bench.workload import DEFAULT_SHAPES, parse_shapes
 from lissom.calibration_files import read_texts
 from lissom.cli_options import MOST_THREADS, Model, Seconds
 from lissom.driver.options import resolve_passes
+from lissom.fields import visible
 from lissom.files import check_writable, write_whole
 from lissom.inspect.machine import Machine, cache_path, load_machine, measure_machine, save_machine
 from lissom.inspect.progress import progress_bar
@@ -99,16 +100,16 @@ def run_machine(
     """Print what this machine can do at most: matrix products and memory bandwidth, measured once and kept."""
     if build_kernels:
         for name, failed in build_all().items():
-            show(f"{name}: {failed or 'built'}")
+            print(visible(f"{name}: {failed or 'built'}"))
         return
     found = None if again else load_machine()
     if found is not None:
         show(machine_table(found))
-        print(f"read from {cache_path()}\nkernels: {describe_kernels()}")
+        print(f"read from {cache_path()}\nkernels: {visible(describe_kernels())}")
         return
     found, path = _measure_machine()
     show(machine_table(found))
-    print(f"kept in {path}\nkernels: {describe_kernels()}")
+    print(f"kept in {path}\nkernels: {visible(describe_kernels())}")
 
 
 def _measure_machine() -> tuple[Machine, Path]:
