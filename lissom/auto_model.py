@@ -7,7 +7,6 @@ of models. Nothing is unpickled, and no code of the folder is run.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,8 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from transformers import PretrainedConfig
 
 from lissom.artifacts.directory import is_artifact
-from lissom.artifacts.manifest import NAME, listed_files
-from lissom.artifacts.signature import SIGNATURE
+from lissom.artifacts.manifest import NAME
+from lissom.artifacts.packed import copy_linked
+from lissom.artifacts.signature import TrustedKeys
 from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.files import check_path, reason
 from lissom.frontends.failures import first_line
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _OTHER_MODELS = ("subfolder", "quantization_config", "gguf_file", "state_dict")
 """The options of transformers that ask for another model than the saved one."""
+_LOADING = ("trusted_keys", "allow_native", "map_weights")
+"""The options of `lissom.load` that say how far a saved model is trusted."""
 
 
 class LissomConfig(PretrainedConfig):
@@ -44,6 +46,17 @@ class LissomConfig(PretrainedConfig):
         # `transformers serve` looks this name up in transformers and loads the model with it.
         if any(name.endswith("ForCausalLM") for name in self.architectures or ()):
             self.architectures = ["AutoModelForCausalLM"]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """The configuration; with `return_unused_kwargs` also the options that are not its fields.
+
+        transformers gives an option that the configuration has as a field to the configuration, and not to the model. The
+        options of `lissom.load` always go to the model, so that no `config.json` can take them away.
+        """
+        ours = {name: options.pop(name) for name in _LOADING if name in options}
+        found: Any = super().from_dict(config_dict, **options)
+        return (found[0], found[1] | ours) if options.get("return_unused_kwargs") else found
 
 
 class SavedModel:
@@ -68,12 +81,16 @@ class SavedModel:
         cache_dir: str | None = None,
         local_files_only: bool = False,
         torch_dtype: torch.dtype | str | None = None,
+        trusted_keys: TrustedKeys | None = None,
+        allow_native: bool = False,
+        map_weights: bool = True,
         **others: object,
     ) -> FixedModule:
         """The saved model in a folder, or in a repository of the Hub, which is downloaded.
 
         dtype, torch_dtype: of the compiled model, or `auto`. device_map: one device, or `auto` for the one it was compiled for.
-        Options that say how a model is loaded, such as `low_cpu_mem_usage`, are ignored.
+        trusted_keys, allow_native, map_weights: as for `lissom.load`. Options of transformers that say how a model is loaded,
+        such as `low_cpu_mem_usage`, are ignored.
 
         Raises: InputError if the Auto class loads models of other kinds; UnsupportedError for another dtype, for several
             devices, or for an option that asks for another model; the errors of `lissom.load`.
@@ -81,6 +98,10 @@ class SavedModel:
         changed = next((option for option in _OTHER_MODELS if others.get(option)), None)
         if changed is not None:
             raise UnsupportedError(f"'{name}' holds a compiled model, which takes no {changed}=; leave it out")
+        for option in others:
+            # Other options of transformers are ignored; a misspelled one must not drop the check of a signature.
+            if "trust" in option and option != "trust_remote_code":
+                raise InputError(f"'{name}' holds a compiled model, which takes no {option}=; give trusted_keys=")
         # Imported when a model is loaded: this module is imported with transformers, perhaps by one of these.
         from lissom.generation import load_generation
         from lissom.generation.directory import is_saved
@@ -90,7 +111,8 @@ class SavedModel:
         if not folder.is_dir():
             folder = download(str(name), revision, token, cache_dir, local_files_only)
         device = _one_device(device_map)
-        model: Any = load_generation(folder, device) if is_saved(folder) else load(folder, device)
+        read = load_generation if is_saved(folder) else load
+        model: Any = read(folder, device, allow_native=allow_native, trusted_keys=trusted_keys, map_weights=map_weights)
         kind = type(model).__name__
         if cls.architectures and kind not in cls.architectures:
             raise InputError(
@@ -149,20 +171,14 @@ def download(name: str, revision: str | None, token: str | bool | None, cache_di
 def _copy(snapshot: Path, folder: Path) -> None:
     """The artifact's own files as regular files in a new folder, which appears complete: other processes may load it too.
 
-    Raises: ArtifactError if the cache cannot be written.
+    Raises: ArtifactError as `copy_linked`, or if the cache cannot be written.
     """
-    names = [*listed_files((snapshot / NAME).resolve()), *([SIGNATURE] if (snapshot / SIGNATURE).exists() else []), NAME]
     try:
         folder.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             fresh = Path(temporary) / folder.name
             fresh.mkdir()
-            for name in names:
-                source, target = (snapshot / Path(name).name).resolve(), fresh / Path(name).name
-                try:
-                    os.link(source, target)
-                except OSError:  # another file system
-                    shutil.copyfile(source, target)
+            copy_linked(snapshot, fresh, exact=False)
             with suppress(OSError):  # another process was first
                 fresh.rename(folder)
     except OSError as error:

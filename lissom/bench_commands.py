@@ -19,6 +19,7 @@ from lissom.bench.workload import DEFAULT_SHAPES, parse_shapes
 from lissom.calibration_files import read_texts
 from lissom.cli_options import MOST_THREADS, Model, Seconds
 from lissom.driver.options import resolve_passes
+from lissom.fields import visible
 from lissom.files import check_writable, write_whole
 from lissom.inspect.machine import Machine, cache_path, load_machine, measure_machine, save_machine
 from lissom.inspect.progress import progress_bar
@@ -26,7 +27,7 @@ from lissom.inspect.roofline import machine_table
 from lissom.inspect.tables import show
 from lissom.ops.native import describe_kernels
 from lissom.ops.native.build import build_all
-from lissom.saved_commands import AllowNative
+from lissom.saved_commands import AllowNative, TrustedKey, check_saved
 
 
 def run_bench(
@@ -44,6 +45,7 @@ def run_bench(
     passes: Annotated[str | None, typer.Option(help="With --profile: pipeline text or a recipe's name.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file too, as Markdown.")] = None,
     allow_native: AllowNative = False,
+    trusted_key: TrustedKey = None,
 ) -> None:
     """Time a model on Lissom and on the other engines installed here, each in a process of its own."""
     if profile and (engines or markdown):
@@ -52,6 +54,7 @@ def run_bench(
         raise typer.BadParameter("--passes goes with --profile")
     if markdown is not None:
         check_writable(markdown)
+    check_saved(is_artifact(model), trusted_key)
     if is_artifact(model) and (engines or texts or profile or markdown):
         raise typer.BadParameter("--engines, --texts, --profile and --markdown need the model, and do not go with a saved one")
     chosen = find_engines(engines) if engines else tuple(ENGINES.values())
@@ -61,7 +64,7 @@ def run_bench(
         torch.set_num_threads(threads)
     if is_artifact(model):
         shown = parsed or parse_shapes(DEFAULT_SHAPES)
-        show(saved_table(Path(model), shown, seconds, allow_native=allow_native))
+        show(saved_table(Path(model), shown, seconds, allow_native=allow_native, trusted_keys=trusted_key or None))
         return
     if profile:
         resolve_passes(passes or "exact")
@@ -97,16 +100,16 @@ def run_machine(
     """Print what this machine can do at most: matrix products and memory bandwidth, measured once and kept."""
     if build_kernels:
         for name, failed in build_all().items():
-            print(f"{name}: {failed or 'built'}")
+            print(visible(f"{name}: {failed or 'built'}"))
         return
     found = None if again else load_machine()
     if found is not None:
         show(machine_table(found))
-        print(f"read from {cache_path()}\nkernels: {describe_kernels()}")
+        print(f"read from {cache_path()}\nkernels: {visible(describe_kernels())}")
         return
     found, path = _measure_machine()
     show(machine_table(found))
-    print(f"kept in {path}\nkernels: {describe_kernels()}")
+    print(f"kept in {path}\nkernels: {visible(describe_kernels())}")
 
 
 def _measure_machine() -> tuple[Machine, Path]:

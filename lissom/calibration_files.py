@@ -68,7 +68,7 @@ def _json_texts(path: Path) -> list[str]:
     for number, line in enumerate(read_texts(path), 1):
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(f"'{path}', line {number} is not JSON: {error}") from error
         text = value.get("text") if isinstance(value, dict) else value
         if not isinstance(text, str):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from lissom import demo
@@ -32,21 +31,23 @@ from lissom.doctor import run_doctor
 from lissom.driver.torchrun import RankProcess, ending_at_once, may_speak, one_of_ranks, refuse_torchrun
 from lissom.errors import LissomError, UnsupportedError, nearest
 from lissom.export_commands import run_export
+from lissom.fields import visible
 from lissom.frontends.device import check_device
 from lissom.frontends.sources import NAMES
 from lissom.generation.directory import is_saved
 from lissom.generation.prompted import Request, compile_prompted, load_prompted
-from lissom.generation.stream import Speed, stream_text, stream_tokens
+from lissom.generation.stream import Speed, end_tokens, stream_text, stream_tokens
 from lissom.inspect.catalogue import pass_page, passes_table
 from lissom.inspect.tables import show
+from lissom.inspect.terminal import Terminal
 from lissom.passes import RECIPES, known_passes
-from lissom.saved_commands import AllowNative, run_saved, sign_saved, verify_saved, warnings_told
+from lissom.saved_commands import AllowNative, TrustedKey, check_saved, run_saved, sign_saved, verify_saved, warnings_told
 from lissom.shadowing import shadowed_install
 from lissom.tune_commands import run_tune
 from lissom.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-console = Console()
+console = Terminal()
 
 
 def _print_version(asked: bool) -> None:
@@ -97,9 +98,11 @@ def run_generate(
     save: Annotated[Path | None, typer.Option(help="Write the decoder with its tokenizer to this directory too.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Compile anew, also where an earlier call kept this decoder.")] = False,
     allow_native: AllowNative = False,
+    trusted_key: TrustedKey = None,
 ) -> None:
     """Continue a text with a model compiled with its KV cache, and print its speed."""
     saved = Path(model) if is_saved(model) else None
+    check_saved(saved is not None, trusted_key)
     asked = passes not in (None, "exact") or backend != "eager" or data is not None or save is not None
     if saved is not None and (asked or checks != "numeric" or goal != "latency" or fresh):
         raise typer.BadParameter(
@@ -114,7 +117,7 @@ def run_generate(
     with one_of_ranks(saved, device) as rank:
         with warnings_told():
             decoder, tokenizer, ids = (
-                load_prompted(model, prompt, rank.device, allow_native=allow_native)
+                load_prompted(model, prompt, rank.device, allow_native=allow_native, trusted_keys=trusted_key or None)
                 if saved is not None
                 else compile_prompted(
                     model,
@@ -122,7 +125,7 @@ def run_generate(
                     max_new_tokens,
                     Request(passes, backend, rank.device, checks, goal_of(goal), data, save is None and not fresh),
                     partial(quality.batches, device=check_device(rank.device)),
-                    partial(Console(stderr=True).print, highlight=False, soft_wrap=True, markup=False),
+                    partial(Terminal(stderr=True).print, highlight=False, soft_wrap=True, markup=False),
                 )
             )
         if save is not None:
@@ -131,14 +134,14 @@ def run_generate(
         room = decoder.max_length - decoder.slots(ids) + 1
         if room < max_new_tokens and rank.speaks:
             note = f"{decoder.max_length} tokens fit into the KV cache, so the answer ends after {room}"
-            Console(stderr=True).print(note, highlight=False, soft_wrap=True)
-        speed, stop = Speed(), decoder.generation_config.eos_token_id
+            Terminal(stderr=True).print(note, highlight=False, soft_wrap=True)
+        speed = Speed()
         tokens = stream_tokens(
             decoder,
             ids.to(decoder.device),
             max_new_tokens=min(max_new_tokens, room),
             temperature=temperature,
-            stop=[stop] if isinstance(stop, int) else stop or (),
+            stop=end_tokens(decoder.generation_config.eos_token_id),
             seed=rank.seed(seed),
             speed=speed,
         )
@@ -146,12 +149,12 @@ def run_generate(
             _write(piece, rank)
         _write("\n", rank)
     if rank.speaks:
-        Console(stderr=True).print(str(speed), highlight=False, soft_wrap=True, markup=False)
+        Terminal(stderr=True).print(str(speed), highlight=False, soft_wrap=True, markup=False)
 
 
 def _write(piece: str, rank: RankProcess) -> None:
     if rank.speaks:
-        sys.stdout.write(piece)
+        sys.stdout.write(visible(piece) if sys.stdout.isatty() else piece)
         sys.stdout.flush()
 
 
@@ -188,7 +191,7 @@ def main() -> None:
     """Run the command line; a LissomError prints one sentence and exits with status 1."""
     shadow = shadowed_install(Path.cwd(), Path(__file__).parent)
     if shadow is not None:
-        Console(stderr=True).print(f"note: {shadow}", highlight=False, soft_wrap=True, markup=False)
+        Terminal(stderr=True).print(f"note: {shadow}", highlight=False, soft_wrap=True, markup=False)
     with ending_at_once():
         _run()
 
@@ -199,7 +202,7 @@ def _run() -> None:
     except (LissomError, OSError) as error:
         if may_speak():
             words = Text.assemble(("error:", "red"), f" {_worded(error)}")
-            Console(stderr=True).print(words, highlight=False, soft_wrap=True)
+            Terminal(stderr=True).print(words, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from torch import nn
 
 from lissom import api
@@ -43,6 +42,7 @@ from lissom.driver.options import resolve_passes
 from lissom.driver.ranks import with_world_size
 from lissom.driver.torchrun import refuse_torchrun
 from lissom.errors import LissomError
+from lissom.fields import visible
 from lissom.files import check_writable, write_whole
 from lissom.frontends.device import check_device
 from lissom.frontends.sources import load
@@ -55,10 +55,11 @@ from lissom.inspect.svg.attention import TOKENS, attention_svg
 from lissom.inspect.svg.heat import HEATS, MEASURED
 from lissom.inspect.svg.sharding import sharding_svg
 from lissom.inspect.tables import coloured_diff, show
+from lissom.inspect.terminal import Terminal
 from lissom.passes.sites import sites as list_sites
-from lissom.saved_commands import AllowNative, load_saved
+from lissom.saved_commands import AllowNative, TrustedKey, check_saved, load_saved
 
-console = Console()
+console = Terminal()
 
 
 def run_compile(
@@ -150,26 +151,26 @@ def run_show(
     errors: Errors = False,
     heat: HeatName = None,
     allow_native: AllowNative = False,
+    trusted_key: TrustedKey = None,
 ) -> None:
     """Print a model's program after the passes, the difference between two steps, its structure, or what every site costs."""
     sizes = {name: size for name, size in (("batch", batch), ("sequence", sequence)) if size is not None}
     views = (structure or axes or sites, cost, sharding is not None, diff is not None, attention, errors and svg is None)
     _check_views(views, sizes, heat, errors=errors and svg is not None, attention=attention)
-    _check_sharding(sharding, sequence_parallel)
+    _check_sharding(sharding, sequence_parallel, only)
     if svg is None and (only or attention):
         raise typer.BadParameter("--only and --attention go with --svg")
     if svg is not None and (structure or axes or sites or cost):
         raise typer.BadParameter("--svg does not go with --structure, --axes, --sites or --cost")
-    if only and sharding is not None:
-        raise typer.BadParameter("--only does not go with --sharding")
     _check_pages(heat, html, svg, alone=diff is None and sharding is None and not attention)
     steps = _read_steps(diff) if diff is not None else None
     # Tables show structure and sizes, which structural checks cover; a printed program is checked numerically.
     checks = "structural" if structure or axes or sites or cost or attention or sharding is not None else "numeric"
+    check_saved(is_artifact(model), trusted_key)
     if is_artifact(model):
         if passes != "exact" or backend is not None or data is not None or errors:
             raise typer.BadParameter("--passes, --backend, --data and --errors do not go with a saved model")
-        compiled = load_saved(Path(model), None, allow_native)
+        compiled = load_saved(Path(model), None, allow_native, trusted_key)
     else:
         # A program that is only shown may have layers without a kernel.
         compiled, original = _compile(model, passes, backend, None, checks, Quality(data), simulate=True, html=html)
@@ -201,7 +202,7 @@ def run_show(
     elif errors and compiled.report.measured_errors is not None:
         show(compiled.report.measured_errors)
     elif html is None:
-        sys.stdout.write(program.text())
+        sys.stdout.write(visible(program.text()))
 
 
 def _check_views(views: Sequence[bool], sizes: Mapping[str, int], heat: str | None, *, errors: bool, attention: bool) -> None:
@@ -224,12 +225,14 @@ def _check_views(views: Sequence[bool], sizes: Mapping[str, int], heat: str | No
         )
 
 
-def _check_sharding(ranks: int | None, sequence_parallel: bool) -> None:
-    """Refuse a plan for too few ranks, and its option without a plan."""
+def _check_sharding(ranks: int | None, sequence_parallel: bool, only: str) -> None:
+    """Refuse a plan for too few ranks, its option without a plan, and a part of a picture of it."""
     if ranks is not None and ranks < 2:
         raise typer.BadParameter("--sharding takes 2 ranks or more")
     if sequence_parallel and ranks is None:
         raise typer.BadParameter("--sequence-parallel goes with --sharding")
+    if only and ranks is not None:
+        raise typer.BadParameter("--only does not go with --sharding")
 
 
 def _check_pages(heat: str | None, html: Path | None, svg: Path | None, *, alone: bool) -> None:
@@ -293,5 +296,5 @@ def _compile(
         write_stopped(html, model, error.history, str(error))
         raise
     for note in source.notes:
-        Console(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
+        Terminal(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
     return compiled, source.model

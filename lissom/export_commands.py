@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from lissom import api
 from lissom.cli_options import Checks, Data, MaxDrop, MetricName, Model, Passes, Quality
@@ -15,9 +14,10 @@ from lissom.driver.torchrun import refuse_torchrun
 from lissom.files import check_writable
 from lissom.frontends.device import check_device
 from lissom.frontends.sources import load
+from lissom.inspect.terminal import Terminal
 from lissom.runtime.gguf.writer import check_dtype
 
-console = Console()
+console = Terminal()
 
 
 def run_export(
@@ -50,5 +50,5 @@ def run_export(
     )
     written = found.export_gguf(file, dtype=chosen)
     for note in source.notes:
-        Console(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
+        Terminal(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
     console.print(f"{file}: {written}", highlight=False, soft_wrap=True, markup=False)

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -25,6 +26,7 @@ _LONGEST = 60
 _LONGEST_NAME = 1000
 _DIGITS = len(str(-(1 << 63)))
 _TEXT = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _BRACKETS = re.compile(r"[][{}]")
 
 
@@ -36,6 +38,16 @@ def take(data: object, key: str, kind: type[Kind]) -> Kind:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
         raise ValueError(f"the field '{key}' is {shown(value)}, which is not of type {kind.__name__}")
     return value
+
+
+def check_fields(data: object, kind: type[object], *more: str) -> None:
+    """Refuse a JSON object with other fields than those of a dataclass. more: names allowed too. Raises: ValueError."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{shown(data)} is not an object with fields")
+    known = {*(field.name for field in fields(cast(Any, kind))), *more}
+    unknown = next((name for name in cast("dict[str, object]", data) if name not in known), None)
+    if unknown is not None:
+        raise ValueError(f"there is an unknown field {shown(unknown)}")
 
 
 def take_list(data: object, key: str, read: Callable[[object], Item]) -> tuple[Item, ...]:
@@ -63,11 +75,29 @@ def printable(data: object) -> str:
     return found
 
 
+def visible(words: str) -> str:
+    """The text with escapes in place of control characters, marks of writing direction, and lone surrogates."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), words)
+
+
 def number(data: object) -> int:
     """The item as a 64-bit integer. Raises: ValueError if it is anything else."""
     if not isinstance(data, int) or isinstance(data, bool) or abs(data) >= 1 << 63:
         raise ValueError(f"{shown(data)} is not a whole number of 64 bits")
     return data
+
+
+def real(data: object) -> float:
+    """The item as a floating-point number. Raises: ValueError if it is not a number."""
+    if not isinstance(data, (int, float)) or isinstance(data, bool):
+        raise ValueError(f"{shown(data)} is not a number")
+    return float(data)
+
+
+def optional(data: object, key: str, read: Callable[[object], Item]) -> Item | None:
+    """A field converted by `read`; None if it is missing or null. Raises: what `read` raises."""
+    value = cast("dict[str, object]", data).get(key) if isinstance(data, dict) else None
+    return None if value is None else read(value)
 
 
 def count(data: object) -> int:

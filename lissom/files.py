@@ -14,13 +14,15 @@ from pathlib import Path
 from lissom.errors import ArtifactError
 
 
-def open_plain(path: Path) -> BufferedReader:
+def open_plain(path: Path, *, links: bool = False) -> BufferedReader:
     """Open a file for reading. Only a regular file is opened: a link may lead anywhere, and a pipe may block forever.
+
+    links: follow links, as in the cache of the Hugging Face Hub; they too lead to a regular file.
 
     Raises: ArtifactError.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = os.open(path, os.O_RDONLY | (0 if links else os.O_NOFOLLOW) | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ENOENT:
             raise ArtifactError(
@@ -38,12 +40,12 @@ def open_plain(path: Path) -> BufferedReader:
     return os.fdopen(handle, "rb")
 
 
-def read_plain(path: Path, most: int) -> bytes:
-    """The content of a regular file, at most `most` + 1 bytes.
+def read_plain(path: Path, most: int, *, links: bool = False) -> bytes:
+    """The content of a regular file, at most `most` + 1 bytes. links: as for `open_plain`.
 
     Raises: ArtifactError as `open_plain`, or if it cannot be read.
     """
-    with open_plain(path) as file:
+    with open_plain(path, links=links) as file:
         try:
             return file.read(most + 1)
         except OSError as error:

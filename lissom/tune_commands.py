@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from lissom.artifacts.directory import check_target
 from lissom.cli_options import Data, MetricName, Quality
@@ -16,6 +15,7 @@ from lissom.files import check_writable
 from lissom.frontends.sources import NAMES, load
 from lissom.inspect.pictures import check_picture
 from lissom.inspect.tables import show
+from lissom.inspect.terminal import Terminal
 from lissom.tuning.generation import DECODER_GOALS, PERPLEXITY, tune_generation
 from lissom.tuning.report import TuneReport
 from lissom.tuning.stored import stored_reports
@@ -87,7 +87,7 @@ def run_tune(
     else:
         tuned = tune(source.model, source.example_inputs, data=given["data"], metric=given["metric"], **options)
     for note in source.notes:
-        Console(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
+        Terminal(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
     if save is not None:
         tuned.best.save(save)
     _show_reports([tuned.report], plot)

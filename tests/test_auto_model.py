@@ -18,6 +18,7 @@ import lissom
 from lissom.artifacts.directory import is_artifact
 from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.frontends.huggingface import find_directory
+from tests.artifacts.hostile import seal
 from tests.artifacts.saving import in_a_fresh_process
 from tests.frontends.test_kv_cache import SIZES, llama
 from tests.models import seeded, tokens
@@ -198,3 +199,33 @@ def test_transformers_serve_loads_a_decoder(tokenizer, tmp_path):
     assert torch.equal(found.generate(ids, **options), wanted)
     options["stop_strings"] = used.decode(wanted[0, ids.shape[1] + 2])
     assert torch.equal(found.generate(ids, **options), model.generate(ids, **options))
+
+
+def test_an_auto_class_asks_for_a_signature(folder, tmp_path):
+    """Also where config.json has fields of these names, which transformers prefers to the arguments."""
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    fields = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(fields | {"trusted_keys": None, "allow_native": True}))
+    seal(changed)
+    for path in (folder, changed):
+        assert type(AutoModelForSequenceClassification.from_pretrained(path)).__name__ == "BertForSequenceClassification"
+        for keys in ("key.pub.pem", ["key.pub.pem"], []):
+            with pytest.raises(ArtifactError, match=r"is not signed|the key 'key\.pub\.pem' cannot be read"):
+                AutoModelForSequenceClassification.from_pretrained(path, trusted_keys=keys)
+    with pytest.raises(InputError, match=r"takes no trusted_key=; give trusted_keys=$"):
+        AutoModelForSequenceClassification.from_pretrained(folder, trusted_key="key.pub.pem")
+
+
+def test_a_link_in_the_cache_of_the_hub_fills_no_disk(folder, tmp_path):
+    repo, commit = tmp_path / "models--some--model", "a" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    snapshot = repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for path in folder.iterdir():
+        (snapshot / path.name).symlink_to("/dev/zero" if path.name == "weights.safetensors" else path)
+    from lissom.auto_model import SavedModel
+
+    with pytest.raises(ArtifactError, match=r"weights\.safetensors' is not a regular file"):
+        SavedModel.from_pretrained("some/model", cache_dir=str(tmp_path), local_files_only=True)
+    assert list((repo / "lissom").iterdir()) == []

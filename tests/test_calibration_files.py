@@ -75,6 +75,7 @@ def test_texts_are_batches_by_the_tokenizer(texts: Path, directory) -> None:  # 
         ("data.npz", b"no zip", ArtifactError, "cannot be read as arrays"),
         ("data.csv", b"1,2", ArtifactError, "is not a file of calibration data; give an .npz file"),
         ("data.jsonl", b"{", ArtifactError, "line 1 is not JSON"),
+        ("data.jsonl", b"[" * 100_000, ArtifactError, "line 1 is not JSON"),
         ("data.jsonl", b'{"body": 1}', ArtifactError, "line 1 holds no text"),
         ("data.txt", b"\n\n", ArtifactError, "holds no text; give one text per line"),
         ("data.txt", b"one", UnsupportedError, "holds texts, and the model has no tokenizer"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -16,6 +17,7 @@ from lissom.frontends.gguf import keep_blocks
 from lissom.frontends.huggingface import Checkpoint, find_directory
 from lissom.frontends.sources import Source
 from lissom.ops.native import missing_weight_quantized_kernel
+from tests.artifacts.hostile import seal
 from tests.models import seeded
 
 runner = CliRunner()
@@ -179,3 +181,15 @@ def test_generate_takes_an_encoder_decoder(tmp_path):
     assert "prompt: 4 tokens" in made.stderr
     again = runner.invoke(app, ["generate", saved, "one two", "--max-new-tokens", "5"])
     assert again.exit_code == 0 and again.stdout == made.stdout
+
+
+@pytest.mark.parametrize("found", ["two", [2, "two"], 2.5, True])
+def test_generate_refuses_an_end_token_that_is_no_number(decoder, tmp_path, found):
+    path = tmp_path / "saved"
+    assert runner.invoke(app, ["generate", decoder, "one", "--max-new-tokens", "2", "--save", str(path)]).exit_code == 0
+    fields = json.loads((path / "generation_config.json").read_text())
+    (path / "generation_config.json").write_text(json.dumps(fields | {"eos_token_id": found}))
+    seal(path)
+    error = runner.invoke(app, ["generate", str(path), "one", "--max-new-tokens", "2"]).exception
+    assert isinstance(error, LissomError)
+    assert "eos_token_id" in str(error)

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import lzma
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import cast
 
 import numpy as np
 import torch
 
+from lissom.artifacts.weights import check_memory
 from lissom.compiler.ir.signature import Signature, TensorArgument
 from lissom.errors import ArtifactError, InputError
+from lissom.fields import shown
 from lissom.files import writing_whole
+from lissom.frontends.failures import first_line
+
+_UNREADABLE = (
+    *(OSError, ValueError, EOFError, MemoryError, OverflowError, RuntimeError, KeyError, SyntaxError, tokenize.TokenError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+)
+"""What numpy, zipfile and its decompressors raise for a damaged file."""
+_LONGEST = 1000
+"""The longest name of an output."""
 
 
 def read_inputs(signature: Signature, path: Path) -> tuple[tuple[object, ...], dict[str, object]]:
@@ -41,11 +55,21 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             arrays = np.load(file, allow_pickle=False)
             if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise ValueError("it holds one array without a name")
-            return {name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in arrays.items()}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            assert arrays.zip is not None
+            # zipfile decompresses no member beyond the size in the directory of the archive.
+            check_memory(sum(member.file_size for member in arrays.zip.infolist()), "its arrays")
+            return {name: _native(arrays[name]) for name in arrays}
+    except _UNREADABLE as error:
         raise ArtifactError(
-            f"'{path}' cannot be read as arrays: {error}; write it with numpy.savez, by the arguments' names"
+            f"'{path}' cannot be read as arrays: {first_line(error)}; write it with numpy.savez, by the arguments' names"
         ) from error
+
+
+def _native(array: object) -> np.ndarray:
+    """The array in this machine's byte order. Raises: ValueError for the bytes numpy returns of any other file."""
+    if not isinstance(array, np.ndarray):
+        raise ValueError("one of its files is not an array")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _tensor(leaf: TensorArgument, array: np.ndarray) -> torch.Tensor:
@@ -76,17 +100,26 @@ def named_tensors(outputs: object, name: str = "") -> dict[str, torch.Tensor]:
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write tensors to a file, completely or not at all; bfloat16 and float8, which numpy lacks, as float32.
 
-    Raises: ArtifactError if it cannot be written, or for a name that is an argument of `numpy.savez`.
+    Raises: ArtifactError if it cannot be written, or for a name that a file cannot have.
     """
-    odd = next((name for name in tensors if name in ("file", "allow_pickle")), None)
+    odd = next((name for name in tensors if not _is_member(name)), None)
     if odd is not None:
-        raise ArtifactError(f"an output is called '{odd}', and numpy.savez has an argument of that name; rename the output")
-    arrays = {name: _for_numpy(tensor).cpu().numpy() for name, tensor in tensors.items()}
-    with writing_whole(path) as file:
-        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+        raise ArtifactError(f"an output is called {shown(odd)}, which a file in an archive cannot be called; rename the output")
+    # numpy.savez takes names as keyword arguments, which cannot be `file`.
+    with writing_whole(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, tensor in tensors.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, _for_numpy(tensor).cpu().numpy(), allow_pickle=False)
+
+
+def _is_member(name: str) -> bool:
+    """True for the name of a file that a program which unpacks the archive writes into its own folder."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return name.isprintable() and len(name) <= _LONGEST and not path.is_absolute() and ".." not in path.parts
 
 
 def _for_numpy(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in a dtype that numpy has, without a conjugation or sign that PyTorch has put off."""
+    tensor = tensor.to_dense() if tensor.layout is not torch.strided else tensor
     lacking = tensor.is_floating_point() and (tensor.dtype == torch.bfloat16 or tensor.itemsize == 1)
     return tensor.float() if lacking else tensor.resolve_conj().resolve_neg()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -65,10 +65,12 @@ class Trust:
 
     allow_native: load native code, such as a compiled library, that it holds or names.
     keys: files of public keys, one of which must have signed it; None requires no signature.
+    map_weights: map the weights from their file instead of reading them into memory.
     """
 
     allow_native: bool = False
-    keys: Sequence[str | Path] | None = None
+    keys: tuple[Path, ...] | None = None
+    map_weights: bool = True
 
 
 NO_TRUST = Trust()
@@ -183,10 +185,12 @@ def load_whole(
             f"'{directory}' was made for {saved.type} by backend '{backend.name}', and runs nowhere else; "
             f"compile the model again for {wanted.type}"
         )
+    if backend.maps_files and not trust.map_weights:
+        raise UnsupportedError(f"backend '{backend.name}' maps the files of an artifact itself; leave map_weights= out")
 
     def read_weights(entries: Mapping[str, object], place: Place) -> dict[str, torch.Tensor]:
         with verified_path(directory / WEIGHTS, manifest.content_of(WEIGHTS, directory)) as path:
-            return load_weights(entries, path, place)
+            return load_weights(entries, path, place, mapped=trust.map_weights)
 
     program = read_program(directory, manifest, read_weights, lambda found: wanted if found.type == saved.type else found)
     notes = _check_kernels(program, directory)

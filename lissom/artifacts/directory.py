@@ -196,7 +196,7 @@ def _flush(path: Path) -> None:
 def read_directory(
     directory: Path,
     passed_over: Callable[[Manifest], Collection[str]] = lambda _: frozenset[str](),
-    trusted_keys: Sequence[str | Path] | None = None,
+    trusted_keys: Sequence[Path] | None = None,
 ) -> Manifest:
     """The manifest of an artifact, after checking that every file is present and unchanged.
 
@@ -250,22 +250,33 @@ def _read_manifest(directory: Path) -> bytes:
 
 def _check_files(directory: Path, files: Mapping[str, Content], unread: Collection[str]) -> None:
     """Refuse a directory that does not hold exactly these files. unread: those that are not opened."""
-    _check_names(directory, files, unread)
+    check_names(directory, files, unread)
     for name, content in files.items():
         if name not in unread:
             open_verified(directory / name, content).close()
 
 
-def _check_names(directory: Path, files: Mapping[str, Content], unread: Collection[str]) -> None:
+def check_names(directory: Path, files: Mapping[str, Content], unread: Collection[str] = (), *, exact: bool = True) -> None:
+    """Refuse a directory that lacks one of the files, or names one outside it. unread: files that may be missing.
+
+    exact: refuse additional files too.
+
+    Raises: ArtifactError.
+    """
     for name in files:
         if _FILE.fullmatch(name) is None or name in (NAME, SIGNATURE):
             raise ArtifactError(
                 f"'{directory / NAME}' names the file {shown(name)}, which is not in the artifact's directory itself; "
                 f"do not use this artifact"
             )
-    found = {path.name for path in directory.iterdir()} - {NAME, SIGNATURE}
-    for name in sorted(found - set(files)):
-        raise ArtifactError(f"'{directory}' holds {shown(name)}, which its manifest does not name; take it out, or save again")
+    try:
+        found = {path.name for path in directory.iterdir()} - {NAME, SIGNATURE}
+    except OSError as error:
+        raise ArtifactError(f"'{directory}' cannot be read: {reason(error)}; name another directory") from error
+    if exact and (additional := found - set(files)):
+        raise ArtifactError(
+            f"'{directory}' holds {shown(min(additional))}, which its manifest does not name; take it out, or save again"
+        )
     for name in sorted(set(files) - found - set(unread)):
         raise ArtifactError(f"'{directory}' lacks '{name}', which its manifest names; copy it whole, or save again")
 
@@ -277,7 +288,7 @@ def open_verified(path: Path, wanted: Content) -> BufferedReader:
     """
     file = open_plain(path)
     try:
-        _check_size(path, os.fstat(file.fileno()).st_size, wanted)
+        check_size(path, os.fstat(file.fileno()).st_size, wanted)
         if Content.of_file(file) != wanted:
             raise _changed(path)
         file.seek(0)
@@ -308,7 +319,7 @@ def verified_bytes(path: Path, wanted: Content) -> bytes:
     if wanted.size > MOST_BYTES:
         raise ArtifactError(f"'{path}' has {wanted.size} bytes, and {MOST_BYTES} are the most; save the model again")
     with open_plain(path) as file:
-        _check_size(path, os.fstat(file.fileno()).st_size, wanted)
+        check_size(path, os.fstat(file.fileno()).st_size, wanted)
         try:
             # One byte more, to detect a file that grew without reading an endless one.
             found = file.read(wanted.size + 1)
@@ -319,7 +330,8 @@ def verified_bytes(path: Path, wanted: Content) -> bytes:
     return found
 
 
-def _check_size(path: Path, size: int, wanted: Content) -> None:
+def check_size(path: Path, size: int, wanted: Content) -> None:
+    """Refuse a file of another size than in the manifest. Raises: ArtifactError."""
     if size != wanted.size:
         raise ArtifactError(f"'{path}' has {size} bytes, and had {wanted.size} when written; copy it whole, or save again")
 

@@ -158,7 +158,7 @@ def _load_part(directory: Path, backend: Distributed, device: torch.device | Non
     def read_weights(_: object, place: Place) -> dict[str, torch.Tensor]:
         name = weights_file(rank)
         with verified_path(directory / name, manifest.content_of(name, directory)) as path:
-            return load_alone(path, place)
+            return load_alone(path, place, mapped=trust.map_weights)
 
     stored = artifact.read_program(
         directory, manifest, read_weights, lambda found: wanted if found.type == saved.type else found
@@ -168,12 +168,12 @@ def _load_part(directory: Path, backend: Distributed, device: torch.device | Non
     return _Part(stored, lowered, artifact.read_history(manifest, directory), lowering)
 
 
-def check_ranks(directory: Path, rest: str) -> None:
+def check_ranks(directory: Path, rest: str, trust: artifact.Trust = artifact.NO_TRUST) -> None:
     """Refuse an artifact for several ranks outside a process group of that size. rest: the command line after `lissom`.
 
     Raises: UnsupportedError; ArtifactError if the directory is not an artifact.
     """
-    manifest = read_directory(directory, lambda found: found.files)
+    manifest = read_directory(directory, lambda found: found.files, trust.keys)
     if manifest.backend == Distributed.name:
         _check_group(manifest, directory, rest)
 

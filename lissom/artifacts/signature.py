@@ -6,16 +6,32 @@ A signature is a file with the 64 bytes of RFC 8032, which `openssl pkeyutl -ver
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from lissom.errors import ArtifactError, UnsupportedError
+from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.files import read_plain
 
 SIGNATURE = "manifest.sig"
-_BYTES = 64
+SIGNATURE_BYTES = 64
 Key = TypeVar("Key")
+TrustedKeys = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+"""The argument `trusted_keys=`: the path of a public key, or several paths."""
+
+
+def key_files(trusted_keys: TrustedKeys | None) -> tuple[Path, ...] | None:
+    """The paths in `trusted_keys=`; None if no signature is required.
+
+    Raises: InputError for anything but a path or several.
+    """
+    if trusted_keys is None:
+        return None
+    try:
+        return tuple(map(Path, (trusted_keys,) if isinstance(trusted_keys, (str, os.PathLike)) else trusted_keys))
+    except TypeError as error:
+        raise InputError(f"trusted_keys= is {trusted_keys!r:.80}; give the path of a public key, or a list of paths") from error
 
 
 def sign(message: bytes, private_key: Path) -> bytes:
@@ -28,7 +44,7 @@ def sign(message: bytes, private_key: Path) -> bytes:
     return key.sign(message)
 
 
-def check_signature(message: bytes, directory: Path, trusted_keys: Sequence[str | Path]) -> None:
+def check_signature(message: bytes, directory: Path, trusted_keys: Sequence[Path]) -> None:
     """Refuse an artifact whose manifest is not signed by one of the keys.
 
     message: the bytes of the manifest. trusted_keys: files of public keys; without any, every artifact is refused.
@@ -40,12 +56,12 @@ def check_signature(message: bytes, directory: Path, trusted_keys: Sequence[str 
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    keys = [_read(Path(path), Ed25519PublicKey, "public", load_pem_public_key) for path in trusted_keys]
+    keys = [_read(path, Ed25519PublicKey, "public", load_pem_public_key) for path in trusted_keys]
     path = directory / SIGNATURE
     # A broken link counts as existing, and is refused when it is opened.
     if not path.is_symlink() and not path.exists():
         raise ArtifactError(f"'{directory}' is not signed, and trusted keys were given; sign it with `lissom sign`")
-    signature = read_plain(path, _BYTES)
+    signature = read_plain(path, SIGNATURE_BYTES)
     for key in keys:
         try:
             key.verify(signature, message)

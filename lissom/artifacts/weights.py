@@ -5,8 +5,8 @@ takes M bits per group; indices would take N·log₂M, the same at 2:4 and more 
 zeros are kept. Such a weight is decompressed into memory when read.
 
 Mapped memory is the file itself: writing into the file changes the weights, and truncating it ends the process with SIGBUS at
-the next access to the missing part. Saving writes a new file and renames it, so it does neither. `LISSOM_MAP_WEIGHTS=0` copies
-the weights into memory instead.
+the next access to the missing part. Saving writes a new file and renames it, so it does neither. `load(..., map_weights=False)`
+and `LISSOM_MAP_WEIGHTS=0` read the weights into memory instead.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +32,8 @@ from lissom.tensor_files import ALIGNMENT, DTYPES, write_tensors
 Place = Callable[[torch.device], torch.device]
 """Maps the device a tensor was saved on to the device to load it on."""
 SWITCH = "LISSOM_MAP_WEIGHTS"
-"""The environment variable; 0 copies weights from the file instead of mapping them."""
+"""The environment variable; 0 reads weights into memory instead of mapping them."""
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _BITS: Mapping[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtypes by element size in bytes, to view the bits of a value."""
 SMALLEST = 4096
@@ -166,20 +168,21 @@ def _as_stored(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, object]]:
     return stored.permute(tuple(order)), entry
 
 
-def load_weights(entries: Mapping[str, object], path: Path, place: Place) -> dict[str, torch.Tensor]:
+def load_weights(entries: Mapping[str, object], path: Path, place: Place, *, mapped: bool = True) -> dict[str, torch.Tensor]:
     """The weights by name, mapped from the file; for another device than the CPU they are copied.
 
-    place: maps the saved device to the device to load on.
+    place: maps the saved device to the device to load on. mapped: False reads them into memory, which later changes of the file
+    do not affect.
 
     Raises: ValueError if the file does not fit the entries.
     """
-    with _open(path) as file:
+    with _open(path, mapped) as file:
         return read_weights(entries, file.get_tensor, place)
 
 
-def load_alone(path: Path, place: Place) -> dict[str, torch.Tensor]:
+def load_alone(path: Path, place: Place, *, mapped: bool = True) -> dict[str, torch.Tensor]:
     """The weights of a file that holds its own entries; otherwise as `load_weights`."""
-    with _open(path) as file:
+    with _open(path, mapped) as file:
         entries = parse_json((file.metadata() or {}).get(_ENTRIES, "").encode(), path)
         if not isinstance(entries, dict):
             raise ValueError(f"'{path}' does not say how its weights are read")
@@ -187,16 +190,54 @@ def load_alone(path: Path, place: Place) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _open(path: Path) -> Generator[Any]:
+def _open(path: Path, mapped: bool) -> Generator[Any]:
     """An open safetensors file. Raises: ValueError if it is not one."""
     # Imported when first needed.
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            yield file
+            if mapped and os.environ.get(SWITCH) != "0":
+                yield file
+            else:
+                with path.open("rb") as plain:
+                    yield _Unmapped(plain, path, file.metadata())
     except SafetensorError as error:
         raise ValueError(f"the weights cannot be read: {error}") from error
+
+
+class _Unmapped:
+    """Reads tensors into memory from a safetensors file whose header the library has checked.
+
+    Truncating the file meanwhile is an error here; in mapped memory it would end the process.
+    """
+
+    def __init__(self, file: BufferedReader, path: Path, notes: Mapping[str, str] | None) -> None:
+        self._file, self._notes = file, notes
+        # 8 bytes with the length of the header, the header, and the tensors.
+        self._start = 8 + int.from_bytes(self._read(0, 8), "little")
+        self._header = parse_json(self._read(8, self._start - 8), path)
+
+    def metadata(self) -> Mapping[str, str] | None:
+        return self._notes
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        entry = take(self._header, name, dict)
+        shape = take_list(entry, "shape", count)
+        found = torch.empty(shape, dtype=_DTYPES[take(entry, "dtype", str)])
+        begin, _ = take_list(entry, "data_offsets", count)
+        if found.numel():
+            self._fill(begin + self._start, found.reshape(-1).view(torch.uint8).numpy().data)
+        return found
+
+    def _read(self, start: int, size: int) -> bytes:
+        self._fill(start, memoryview(found := bytearray(size)))
+        return bytes(found)
+
+    def _fill(self, start: int, into: memoryview) -> None:
+        self._file.seek(start)
+        if self._file.readinto(into) != into.nbytes:
+            raise ValueError("the file was truncated while it was read")
 
 
 def read_weights(
@@ -228,7 +269,7 @@ def _read(tensor_of: Callable[[str], torch.Tensor], name: str, entry: object) ->
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone() if tensor.data_ptr() % ALIGNMENT or os.environ.get(SWITCH) == "0" else tensor
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def _as_used(stored: torch.Tensor, entry: object) -> torch.Tensor:

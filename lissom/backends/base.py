@@ -67,11 +67,13 @@ class Backend(ABC):
 
     movable: True when an artifact saved for one kind of device can be loaded for another.
     runs_ranks: True when it runs a program partitioned for several ranks.
+    maps_files: True when it maps files of an artifact itself.
     """
 
     name: ClassVar[str]
     movable: ClassVar[bool] = False
     runs_ranks: ClassVar[bool] = False
+    maps_files: ClassVar[bool] = False
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
         """Exact passes that lower a program on `device` to the operators of this backend; checked like any other pass."""

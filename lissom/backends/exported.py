@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,6 +15,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, resize
 from lissom.compiler.ir.signature import TensorArgument
 from lissom.errors import ArtifactError, UnsupportedError
+from lissom.fields import parse_json
 
 Found = TypeVar("Found")
 
@@ -74,6 +74,6 @@ def read_json(path: Path, what: str, read: Callable[[Any], Found]) -> Found:
     Raises: ArtifactError when the file or one of its fields cannot be read.
     """
     try:
-        return read(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        return read(parse_json(path.read_bytes(), path))
+    except (ArtifactError, OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"'{path}' does not say {what} ({kind_and_reason(error)}); compile the model again") from error

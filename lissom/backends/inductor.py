@@ -44,6 +44,7 @@ class Inductor(Backend):
     """Compiles the program with AOTInductor; needs a C++ compiler."""
 
     name: ClassVar[str] = "inductor"
+    maps_files: ClassVar[bool] = True
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
         return (FoldQuantizedWeights(), LowerQuantizedProducts()) if device.type == "cuda" else ()

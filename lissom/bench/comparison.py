@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Generator, Iterator, Sequence
@@ -19,6 +18,7 @@ from lissom.bench.engines import Engine
 from lissom.bench.worker import Failure, Measurement, Record, Request, from_json
 from lissom.bench.workload import Shape, Workload, load_model, prepare
 from lissom.inspect.progress import Report
+from lissom.processes import python_command, python_environment, signal_name
 
 LIMIT_SECONDS = 900.0
 """The time limit of an engine for everything except timing."""
@@ -64,7 +64,10 @@ def run_worker(
 ) -> Iterator[Record]:
     """The records of one engine; a crash or a timeout is recorded as a failure."""
     limit = limit_seconds + 2 * seconds * len(workload.shapes)
-    with tempfile.TemporaryDirectory(prefix="lissom-bench-") as folder, tempfile.TemporaryFile("w+") as errors:
+    with (
+        tempfile.TemporaryDirectory(prefix="lissom-bench-") as folder,
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+    ):
         request = Request(
             engine=engine.name,
             model=workload.model,
@@ -101,12 +104,12 @@ def run_worker(
 def _start(threads: int, errors: IO[str]) -> subprocess.Popen[str]:
     settings = dict.fromkeys(_THREADS, str(threads)) | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.Popen(
-        [sys.executable, "-m", "lissom.bench.worker"],
+        python_command("lissom.bench.worker"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
-        env=os.environ | settings,
+        env=python_environment(**settings),
         # Its own process group, which an interrupt on the terminal does not reach and which can be killed as a whole.
         start_new_session=True,
     )
@@ -143,7 +146,7 @@ def _epitaph(status: int, errors: IO[str]) -> str:
     """The exit status of a process, and the last line of its standard error."""
     errors.seek(0)
     last = next((line.strip() for line in reversed(errors.readlines()) if line.strip()), "")
-    ended = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    ended = f"signal {signal_name(-status)}" if status < 0 else f"exit status {status}"
     return f"its process ended with {ended}{': ' if last else ''}{last[:300]}"
 
 

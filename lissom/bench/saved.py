@@ -13,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from torch.utils import _pytree as pytree
 
+from lissom.artifacts.signature import TrustedKeys
 from lissom.bench.worker import peak_bytes
 from lissom.bench.workload import Shape
 from lissom.compiler.ir.program import Program
@@ -31,13 +32,20 @@ _LEGEND = (
 )
 
 
-def saved_table(directory: Path, shapes: Sequence[Shape], seconds: float, *, allow_native: bool = False) -> RenderableType:
+def saved_table(
+    directory: Path,
+    shapes: Sequence[Shape],
+    seconds: float,
+    *,
+    allow_native: bool = False,
+    trusted_keys: TrustedKeys | None = None,
+) -> RenderableType:
     """Load an artifact and time it at each shape; without dynamic batch and sequence, at its smallest sizes.
 
     Raises: ArtifactError; InputError for a shape it does not take; UnsupportedError for a ragged one.
     """
     started = time.perf_counter()
-    compiled = load(directory, allow_native=allow_native)
+    compiled = load(directory, allow_native=allow_native, trusted_keys=trusted_keys)
     loaded_seconds = time.perf_counter() - started
     program = compiled.program
     table = plain_table(f"{directory}: {program.name} on {compiled.backend}, loaded in {loaded_seconds:.2f} s", "")

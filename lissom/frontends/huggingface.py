@@ -57,6 +57,8 @@ PACKAGED = {
 }
 """Models in packages, by the names `load` takes."""
 
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+"""Options of every `from_pretrained`: no network, and no code of a checkpoint."""
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model"),
@@ -121,7 +123,10 @@ def tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a directory. Raises: ArtifactError if there is none; UnsupportedError without transformers."""
     try:
         found = _load_tokenizer(directory)
-    except (OSError, ValueError) as error:
+    except UnsupportedError:
+        raise
+    # The tokenizers library raises plain exceptions for a broken file.
+    except Exception as error:
         reason = first_line(error)
         raise ArtifactError(f"the tokenizer in '{directory}' cannot be loaded by transformers: {reason}") from error
     if found is None:
@@ -133,7 +138,7 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     if not any((directory / file).is_file() for file in _TOKENIZER):
         return None
     with _offline() as transformers:
-        return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(directory, **_LOCAL)
 
 
 def find_directory(name: str) -> Path:
@@ -194,7 +199,7 @@ def _load_saved(directory: Path) -> tuple[PreTrainedModel, set[str]]:
         raise ArtifactError(f"{directory} has a config but no weights; put model.safetensors next to config.json")
     architectures = fields.get("architectures") or ["AutoModel"]
     model_class = getattr(transformers, architectures[0], transformers.AutoModel)
-    model, found = model_class.from_pretrained(directory, local_files_only=True, output_loading_info=True)
+    model, found = model_class.from_pretrained(directory, **_LOCAL, output_loading_info=True)
     return model.eval(), set(found["missing_keys"])
 
 
@@ -207,7 +212,7 @@ def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedT
     import transformers
     from tqdm.auto import tqdm
 
-    options = {"gguf_file": file, "local_files_only": True}
+    options = {"gguf_file": file, **_LOCAL}
     # Configuration, weights and tokenizer each parse the header with the vocabulary, which takes seconds, so it is cached.
     reader = exchanged(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
     bar = exchanged(
@@ -226,7 +231,7 @@ _ALONE = threading.RLock()
 
 @contextmanager
 def _offline() -> Generator[Any]:
-    """transformers without network access and progress bars; its settings are restored when the block ends.
+    """transformers without network access, progress bars and questions; its settings are restored when the block ends.
 
     Raises: UnsupportedError if it is not installed.
     """
@@ -239,10 +244,14 @@ def _offline() -> Generator[Any]:
             raise UnsupportedError("reading a checkpoint needs transformers: pip install 'lissom[demo]'") from error
         bars, offline = transformers.utils.logging.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE
         constants.HF_HUB_OFFLINE = True
+        # transformers loads some parts of a model, such as its text encoder, without `trust_remote_code`, and then asks whether
+        # to run the checkpoint's code. With no time to answer, the question is an error.
+        unasked = exchanged(importlib.import_module("transformers.dynamic_module_utils"), "TIME_OUT_REMOTE_CODE", 0)
         if bars:
             transformers.utils.logging.disable_progress_bar()
         try:
-            yield transformers
+            with unasked:
+                yield transformers
         finally:
             constants.HF_HUB_OFFLINE = offline
             if bars:

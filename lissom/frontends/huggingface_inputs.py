@@ -175,7 +175,7 @@ def _audio(directory: Path) -> Iterator[tuple[Inputs, str]]:
     import transformers
 
     try:
-        extractor = transformers.AutoFeatureExtractor.from_pretrained(directory, local_files_only=True)
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         rate = int(extractor.sampling_rate)
         sounds = [wave.numpy() for wave in _normal(_ROWS, rate)]
         inputs = dict(extractor(sounds, sampling_rate=rate, return_tensors="pt"))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lissom.artifacts.artifact import Trust
+from lissom.artifacts.signature import TrustedKeys, key_files
 from lissom.backends.base import Backend
 from lissom.backends.distributed.backend import Distributed
 from lissom.compiler.ir.program import Program
@@ -139,7 +140,8 @@ def load_generation(
     *,
     backend: str | Backend | None = None,
     allow_native: bool = False,
-    trusted_keys: Sequence[str | Path] | None = None,
+    trusted_keys: TrustedKeys | None = None,
+    map_weights: bool = True,
 ) -> GenerationModel:
     """The decoder that `save` wrote, its weights mapped from the file. Nothing is unpickled. Arguments as for `load`.
 
@@ -158,7 +160,7 @@ def load_generation(
         from lissom.generation.saved import load
     except ImportError as error:
         raise UnsupportedError("generation needs transformers: pip install 'lissom[demo]'") from error
-    return load(check_path(directory), device, backend, Trust(allow_native, trusted_keys))
+    return load(check_path(directory), device, backend, Trust(allow_native, key_files(trusted_keys), map_weights))
 
 
 def _scored(

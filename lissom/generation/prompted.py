@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from lissom.artifacts.signature import TrustedKeys
 from lissom.backends.distributed.backend import Distributed
 from lissom.backends.eager.backend import Eager
 from lissom.compiler.pipeline.options import Goal, check_options
@@ -33,9 +34,11 @@ if TYPE_CHECKING:
     Prompted = tuple[GenerationModel, PreTrainedTokenizerBase, torch.Tensor]
 
 
-def load_prompted(model: str, prompt: str, device: str | None, *, allow_native: bool = False) -> Prompted:
+def load_prompted(
+    model: str, prompt: str, device: str | None, *, allow_native: bool = False, trusted_keys: TrustedKeys | None = None
+) -> Prompted:
     """A saved decoder, its tokenizer, and the prompt's tokens."""
-    decoder = load_generation(model, device, allow_native=allow_native)
+    decoder = load_generation(model, device, allow_native=allow_native, trusted_keys=trusted_keys)
     # Loading the decoder checked the tokenizer's files too.
     tokenizer = tokenizer_of(Path(model))
     longest = longest_text(decoder) if is_encoder_decoder(decoder) else decoder.max_length

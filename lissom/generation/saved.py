@@ -38,7 +38,7 @@ def load(directory: Path, device: str | torch.device | None, backend: str | Back
         )
     if not is_saved(directory):
         raise ArtifactError(f"'{directory}' holds no saved decoder; name a directory that its save wrote")
-    rank_files.check_ranks(directory, f"generate {directory} PROMPT")
+    rank_files.check_ranks(directory, f"generate {directory} PROMPT", trust)
     loaded = rank_files.load(directory, check_device(device), backend, trust)
     for note in loaded.notes:
         warnings.warn(note, stacklevel=3)
@@ -50,7 +50,7 @@ def load(directory: Path, device: str | torch.device | None, backend: str | Back
         return GenerationModel(compiled_from(loaded), config, generation)
     with verified_path(directory / ENCODER, loaded.files[ENCODER]) as path:
         # The hash of the outer artifact, and so its signature, covers the encoder.
-        inner = Trust(trust.allow_native)
+        inner = Trust(trust.allow_native, map_weights=trust.map_weights)
         encoder = load_packed(path, lambda folder: compiled_from(rank_files.load(folder, check_device(device), backend, inner)))
     return EncoderDecoderModel(compiled_from(loaded), encoder, config, generation)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -55,6 +55,26 @@ def read_prompt(text: str, tokenizer: PreTrainedTokenizerBase, longest: int | No
     if longest is not None and count > longest:
         raise InputError(f"the prompt is {count} tokens, and {longest} can be read at most; shorten it")
     return ids
+
+
+def end_tokens(eos_token_id: object) -> tuple[int, ...]:
+    """The token ids in `eos_token_id` of a generation configuration, which is None, one id, or several.
+
+    Raises: InputError if it is anything else.
+    """
+    found = (
+        tuple(cast("Sequence[object]", eos_token_id))
+        if isinstance(eos_token_id, (list, tuple))
+        else ()
+        if eos_token_id is None
+        else (eos_token_id,)
+    )
+    tokens = tuple(token for token in found if isinstance(token, int) and not isinstance(token, bool))
+    if len(tokens) < len(found):
+        raise InputError(
+            f"eos_token_id of the generation configuration is {eos_token_id!r:.80}; write a token id or a list of them"
+        )
+    return tokens
 
 
 def stream_tokens(

@@ -7,18 +7,18 @@ import json
 import os
 import platform
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lissom.compiler.memory import use_huge_pages
 from lissom.errors import ArtifactError
+from lissom.fields import check_fields, count, optional, parse_json, real, take, take_list, text
 from lissom.inspect.progress import Report
 from lissom.inspect.timing import Timing, time_calls
 from lissom.ops.native.instruction_sets import processor_features, processors
@@ -254,9 +254,10 @@ def cache_path() -> Path:
 def load_machine() -> Machine | None:
     """The saved ceilings of this machine; None if not measured yet, or if the file is damaged or of another version."""
     try:
-        data = json.loads(cache_path().read_text(encoding="utf-8"))
-        found = _from_json(data) if data["version"] == FORMAT_VERSION else None
-    except (OSError, ValueError, TypeError, KeyError, ArtifactError):
+        path = cache_path()
+        data = parse_json(path.read_bytes(), path)
+        found = _from_json(data) if take(data, "version", int) == FORMAT_VERSION else None
+    except (OSError, ValueError, ArtifactError):
         return None
     present = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return found if found is not None and [item.name for item in found.devices] == present else None
@@ -284,13 +285,34 @@ def save_machine(machine: Machine) -> Path:
     return path
 
 
-def _from_json(data: Mapping[str, Any]) -> Machine:
-    fields = dict(data)
-    del fields["version"]
-    fields |= {"isa": tuple(data["isa"]), "cpu": _device(data["cpu"]), "devices": tuple(map(_device, data["devices"]))}
-    return Machine(**fields)
+def _from_json(data: object) -> Machine:
+    check_fields(data, Machine, "version")
+    return Machine(
+        cores=count(take(data, "cores", int)),
+        threads=count(take(data, "threads", int)),
+        isa=take_list(data, "isa", text),
+        l1d_bytes=optional(data, "l1d_bytes", count),
+        l2_bytes=optional(data, "l2_bytes", count),
+        l3_bytes=optional(data, "l3_bytes", count),
+        torch=take(data, "torch", str),
+        measured=take(data, "measured", str),
+        cpu=_device(take(data, "cpu", dict)),
+        devices=take_list(data, "devices", _device),
+    )
 
 
-def _device(data: Mapping[str, Any]) -> Ceilings:
-    fields: dict[str, Any] = {name: Ceiling(**item) if isinstance(item, dict) else item for name, item in data.items()}
-    return Ceilings(**fields)
+def _device(data: object) -> Ceilings:
+    check_fields(data, Ceilings)
+    return Ceilings(
+        name=take(data, "name", str),
+        fp32_gflops=_ceiling(take(data, "fp32_gflops", dict)),
+        bf16_gflops=optional(data, "bf16_gflops", _ceiling),
+        int8_gops=optional(data, "int8_gops", _ceiling),
+        memory_gb_per_second=_ceiling(take(data, "memory_gb_per_second", dict)),
+    )
+
+
+def _ceiling(data: object) -> Ceiling:
+    check_fields(data, Ceiling)
+    median, low, high = (real(take(data, name, object)) for name in ("median", "low", "high"))
+    return Ceiling(median, low, high, take(data, "how", str))

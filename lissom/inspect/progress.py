@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from lissom.inspect.terminal import Terminal
+
 Report = Callable[[str, int, int], None]
 
 _SECONDS_BETWEEN_LINES = 2.0
@@ -17,7 +19,7 @@ _SECONDS_BETWEEN_LINES = 2.0
 @contextmanager
 def progress_bar(title: str) -> Generator[Report]:
     """A function that shows the running stage, how many stages are finished, and their total."""
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     if not console.is_terminal:
         yield _lines(title, console)
         return

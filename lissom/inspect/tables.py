@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from lissom.inspect.terminal import Terminal
 
 _WIDTH = 80
 
 
 def plain(item: RenderableType, width: int = _WIDTH) -> str:
     """A table as text, without colours and trailing spaces."""
-    console = Console(width=width, color_system=None, force_terminal=False)
+    console = Terminal(width=width, color_system=None, force_terminal=False)
     with console.capture() as captured:
         console.print(item)
     return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
@@ -34,7 +36,7 @@ def plain_table(title: str | None = None, caption: str | None = None) -> Table:
 
 def show(*items: RenderableType) -> None:
     """Print tables to standard output: with rich on a terminal, as `plain` text in a pipe."""
-    console = Console()
+    console = Terminal()
     if console.is_terminal:
         console.print(*items, sep="\n")
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -28,6 +29,8 @@ FOLDER = "lissom"
 """The folder of the artifact in the directory of a saved model."""
 _LOADING = {"subfolder", "token", "cache_dir", "revision", "local_files_only", "trust_remote_code"}
 """The `model_kwargs` that Sentence Transformers itself adds."""
+_OURS = {"trusted_keys", "allow_native", "map_weights"}
+"""The `model_kwargs` that `lissom.load` takes."""
 
 
 class CompiledTransformer(Transformer):
@@ -93,7 +96,7 @@ class CompiledTransformer(Transformer):
 
         Raises: ArtifactError if there is none; InputError for options of a model that is not compiled.
         """
-        unknown = sorted(model_kwargs.keys() - _LOADING)
+        unknown = sorted(model_kwargs.keys() - _LOADING - _OURS)
         if unknown or backend != "torch":
             what = f"model_kwargs '{unknown[0]}'" if unknown else f"backend '{backend}'"
             raise InputError(f"'{model_name_or_path}' is compiled, and takes no {what}; leave it out")
@@ -108,7 +111,7 @@ class CompiledTransformer(Transformer):
         )
         if found is None or not Path(found).is_dir():
             raise ArtifactError(f"'{model_name_or_path}' has no folder '{FOLDER}' with a compiled model; save the model again")
-        return load_linked(Path(found), load)
+        return load_linked(Path(found), partial(load, **{name: model_kwargs[name] for name in _OURS & model_kwargs.keys()}))
 
     def forward(self, features: Features, **kwargs: object) -> dict[str, Any]:
         """The features, and what the compiled modules add to them.

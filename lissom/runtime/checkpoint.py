@@ -236,7 +236,7 @@ def _state(
 
 def _confirm(program: Program, model: PreTrainedModel, example: Sample, folder: Path) -> None:
     """Load the checkpoint in plain transformers and compare it with the program. Raises: UnsupportedError."""
-    loaded = type(model).from_pretrained(folder, local_files_only=True).eval()
+    loaded = type(model).from_pretrained(folder, local_files_only=True, trust_remote_code=False).eval()
     error = error_of(loaded, program, example)
     if not error <= tolerance_of(program):
         raise UnsupportedError(

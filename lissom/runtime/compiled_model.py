@@ -15,6 +15,7 @@ from torch import nn
 
 from lissom.artifacts import rank_files
 from lissom.artifacts.artifact import Compiled, Loaded, Trust, WriteMore
+from lissom.artifacts.signature import TrustedKeys, key_files
 from lissom.backends import is_ours
 from lissom.backends.base import Backend, Executable, restored_state, state_of
 from lissom.backends.distributed.backend import RankProgram
@@ -312,7 +313,8 @@ def load(
     *,
     backend: str | Backend | None = None,
     allow_native: bool = False,
-    trusted_keys: Sequence[str | Path] | None = None,
+    trusted_keys: TrustedKeys | None = None,
+    map_weights: bool = True,
 ) -> CompiledModel:
     """The model that `CompiledModel.save` wrote, its weights mapped from the file. Nothing is unpickled.
 
@@ -321,7 +323,8 @@ def load(
     backend: the backend it was saved for, by name, or as an object whose options replace the saved ones:
         `lissom.OnnxRuntime(threads=1)`. A backend of another package has to be an object.
     allow_native: load native code that the artifact holds or names: code compiled by `inductor`, libraries named in options.
-    trusted_keys: PEM files of Ed25519 public keys, one of which must have signed it (`lissom sign`).
+    trusted_keys: PEM files of Ed25519 public keys, one or several, one of which must have signed it (`lissom sign`).
+    map_weights: False reads the weights into memory: a mapped file that is cut short later ends the process.
 
     A model for several ranks is loaded by every rank of a group of that size; each rank reads only its own shard.
 
@@ -335,7 +338,8 @@ def load(
     >>> lissom.load(folder)
     CompiledModel(Linear(input: f32[batch, 4]), backend='eager')
     """
-    loaded = rank_files.load(check_path(directory), check_device(device), backend, Trust(allow_native, trusted_keys))
+    trust = Trust(allow_native, key_files(trusted_keys), map_weights)
+    loaded = rank_files.load(check_path(directory), check_device(device), backend, trust)
     for note in loaded.notes:
         warnings.warn(note, stacklevel=2)
     return compiled_from(loaded, str(directory))

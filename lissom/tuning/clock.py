@@ -7,8 +7,9 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from lissom.inspect.terminal import Terminal
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Clock:
     @contextmanager
     def shown(self) -> Generator[None]:
         """Show the progress inside; nothing where standard error is no terminal."""
-        console = Console(stderr=True)
+        console = Terminal(stderr=True)
         if not console.is_terminal:
             yield
             return

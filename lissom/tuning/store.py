@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -73,17 +74,25 @@ class Store:
         record: Record = {"version": VERSION, "kind": kind, "key": key, "name": name, **fields}
         self._known[kind, key, name] = record
         if self.path is not None:
-            line = f"\n{json.dumps(record, separators=(',', ':'))}\n".encode()
             try:
-                handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-                try:
-                    os.write(handle, line)
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
+                _append(self.path, f"\n{json.dumps(record, separators=(',', ':'))}\n".encode())
             except OSError as error:
                 raise ArtifactError(f"'{self.path}' cannot be written: {reason(error)}; choose another directory") from error
         return record
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Append a line by one call, and flush it to the disk. Raises: OSError, also for anything but a regular file."""
+    # Without O_NONBLOCK, opening a pipe that nobody reads blocks forever.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    handle = os.open(path, flags, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError("it is not a regular file")
+        os.write(handle, line)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _made(directory: Path) -> Path:

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import lissom
@@ -15,9 +17,10 @@ from lissom.artifacts.directory import read_directory, sign_directory
 from lissom.artifacts.manifest import NAME, Content, read_manifest
 from lissom.artifacts.signature import SIGNATURE
 from lissom.cli import app
-from lissom.errors import ArtifactError, UnsupportedError
+from lissom.errors import ArtifactError, InputError, UnsupportedError
 from tests.artifacts.saving import compiled
 from tests.artifacts.test_directory import rewrite
+from tests.frontends.test_kv_cache import llama
 
 pytest.importorskip("cryptography", reason="needs cryptography")
 
@@ -188,3 +191,42 @@ def test_without_the_package_it_says_what_to_install(signed, keys, monkeypatch):
     assert lissom.load(signed).backend == "eager"
     with pytest.raises(UnsupportedError, match=r"signatures need the package cryptography: pip install 'lissom\[sign\]'"):
         lissom.load(signed, trusted_keys=[keys[1]])
+
+
+def test_trusted_keys_are_a_path_or_several(signed, keys):
+    _, public, other = keys
+    for trusted in (public, str(public), (public,), {str(public)}, iter([other, public])):
+        assert lissom.load(signed, trusted_keys=trusted).backend == "eager"
+    for trusted in (3, False, [3], bytes(public), [bytes(public)]):
+        with pytest.raises(InputError, match=r"^trusted_keys= is .*; give the path of a public key, or a list of paths$"):
+            lissom.load(signed, trusted_keys=trusted)
+
+
+def test_a_decoder_takes_a_path_of_a_key(tmp_path, keys):
+    private, public, other = keys
+    lissom.compile_generation(llama(), max_length=8, checks="off").save(tmp_path / "decoder")
+    with pytest.raises(ArtifactError, match="is not signed, and trusted keys were given"):
+        lissom.load_generation(tmp_path / "decoder", trusted_keys=public)
+    sign_directory(tmp_path / "decoder", private)
+    assert lissom.load_generation(tmp_path / "decoder", trusted_keys=public).max_length == 8
+    with pytest.raises(ArtifactError, match="is not signed by a trusted key"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "decoder", trusted_keys=other)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "decoder", trusted_keys=str(public)).max_length == 8
+
+
+def test_commands_load_what_a_trusted_key_signed(signed, keys, tmp_path):
+    _, public, other = keys
+    np.savez(tmp_path / "data.npz", x=np.ones((2, 5, 8), np.float32))
+    runner = CliRunner()
+    for command in (["show"], ["run", "--input", str(tmp_path / "data.npz")], ["bench", "--seconds", "0"]):
+        done = runner.invoke(app, [*command, str(signed), "--trusted-key", str(other), "--trusted-key", str(public)])
+        assert done.exit_code == 0, done.output
+        refused = runner.invoke(app, [*command, str(signed), "--trusted-key", str(other)]).exception
+        assert "is not signed by a trusted key" in str(refused)
+
+
+@pytest.mark.parametrize("command", [["show"], ["bench"], ["generate", "prompt"]])
+def test_a_trusted_key_goes_with_a_saved_model(command, keys, tmp_path):
+    arguments = [command[0], str(tmp_path), *command[1:], "--trusted-key", str(keys[1])]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
+    assert done.exit_code == 2 and "--trusted-key goes with a saved model" in done.output

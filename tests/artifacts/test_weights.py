@@ -6,9 +6,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lissom
+from lissom import tensor_files
 from lissom.artifacts.artifact import WEIGHTS
 from lissom.artifacts.weights import load_weights, save_weights
-from lissom.errors import ArtifactError
+from lissom.errors import ArtifactError, UnsupportedError
+from lissom.tensor_files import ALIGNMENT, write_tensors
 from tests.artifacts.saving import compiled, compiled_module, reloaded
 from tests.models import FeedForward, captured, normal, seeded
 
@@ -231,3 +233,40 @@ def test_a_compressed_weight_that_does_not_fit_is_refused(tmp_path, entry, messa
     with pytest.raises(ValueError) as refusal:
         load_weights({"head.weight": entries["head.weight"] | entry}, tmp_path / "file", lambda device: device)
     assert str(refusal.value) == message
+
+
+def test_weights_read_into_memory_do_not_depend_on_the_file(tmp_path):
+    model = compiled("bert")
+    model.save(tmp_path / "artifact")
+    again = lissom.load(tmp_path / "artifact", map_weights=False)
+    with (tmp_path / "artifact" / "weights.safetensors").open("r+b") as file:
+        file.truncate(100)
+    wanted = model.program.weights()
+    for name, weight in again.program.weights().items():
+        assert torch.equal(weight, wanted[name]) and weight.dtype == wanted[name].dtype
+        assert weight.data_ptr() % ALIGNMENT == 0
+
+
+@pytest.mark.parametrize("dtype", sorted(tensor_files.DTYPES, key=str), ids=str)
+def test_every_dtype_is_read_into_memory(tmp_path, dtype):
+    tensors = {
+        "a": torch.arange(7).reshape(7, 1).to(dtype),
+        "none": torch.zeros(0, 3).to(dtype),
+        "one": torch.ones(()).to(dtype),
+    }
+    with (tmp_path / "file").open("wb") as file:
+        write_tensors(file, tensors, {})
+    entries = {name: {"tensor": name, "device": "cpu"} for name in tensors}
+    found = load_weights(entries, tmp_path / "file", lambda device: device, mapped=False)
+    for name, tensor in tensors.items():
+        assert found[name].dtype == dtype and found[name].shape == tensor.shape
+        assert found[name].reshape(-1).view(torch.uint8).tolist() == tensor.reshape(-1).view(torch.uint8).tolist()
+
+
+def test_a_backend_that_maps_files_itself_is_refused(tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    lissom.compile(torch.nn.Linear(4, 4), torch.ones(2, 4), backend="onnxruntime").save(tmp_path / "artifact")
+    with pytest.raises(
+        UnsupportedError, match="backend 'onnxruntime' maps the files of an artifact itself; leave map_weights= out"
+    ):
+        lissom.load(tmp_path / "artifact", map_weights=False)

@@ -1,9 +1,11 @@
 """Tests of lissom.frontends.huggingface."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import safetensors.torch
@@ -206,3 +208,42 @@ def test_no_server_is_asked_while_a_checkpoint_is_read(directory, monkeypatch):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", noted)
     load(str(directory))
     assert seen == [True] and not constants.is_offline_mode()
+
+
+CODE = """
+from pathlib import Path
+Path(__file__).with_name("ran").touch()
+from transformers import PreTrainedTokenizerFast
+class Evil(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"architectures": ["AutoModel"], "model_type": None},
+        {"architectures": ["No"], "model_type": "vision-encoder-decoder", "encoder": {"model_type": "vit"},
+         "decoder": {"model_type": "bert"}},
+        {"architectures": ["BertModel"]},
+    ],
+)  # fmt: skip
+def test_code_of_a_checkpoint_does_not_run_and_no_question_is_asked(copied, fields, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    config = json.loads((copied / "config.json").read_text()) | fields
+    config |= {"auto_map": {"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil"}}
+    (copied / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    tokenizer = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (copied / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (copied / "evil.py").write_text(CODE)
+    with suppress(ArtifactError):
+        load(str(copied))
+    assert not (copied / "ran").exists()
+
+
+@pytest.mark.parametrize("text", ["{}", '{"version": "1.0", "model": {"type": "X"}}'])
+def test_a_broken_tokenizer_is_named(copied, text):
+    (copied / "tokenizer.json").write_text(text)
+    (copied / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"^the tokenizer in '.*' cannot be loaded by transformers: "):
+        huggingface.tokenizer_of(copied)

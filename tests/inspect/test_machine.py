@@ -168,8 +168,16 @@ def test_keeping_again_replaces_what_was_kept(cache):
         lambda data: json.dumps({key: value for key, value in data.items() if key != "cpu"}),
         lambda data: json.dumps(data | {"more": 1}),
         lambda data: json.dumps(data | {"devices": [data["cpu"]]}),
+        lambda data: json.dumps(data | {"cpu": 3}),
+        lambda data: json.dumps(data | {"devices": [3]}),
+        lambda data: json.dumps(data | {"cores": "many"}),
+        lambda data: json.dumps(data | {"cpu": data["cpu"] | {"memory_gb_per_second": {"median": "fast"}}}),
+        lambda data: "[" * 100_000,
     ],
-    ids=["cut short", "a list", "another version", "a field less", "a field more", "a device that is gone"],
+    ids=[
+        *("cut short", "a list", "another version", "a field less", "a field more", "a device that is gone"),
+        *("a number for a device", "a number in devices", "text for a number", "text for a rate", "nested deeply"),
+    ],
 )
 def test_a_file_that_does_not_fit_is_as_good_as_none(cache, change):
     path = save_machine(example())

@@ -303,3 +303,8 @@ def test_a_saved_model_in_a_new_process(saved, fast, first):
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert abs(float(ran.stdout.split()[-1]) - fast.encode(TEXTS[0])[0]) < 1e-5
+
+
+def test_a_saved_model_asks_for_a_signature(saved):
+    with pytest.raises(ArtifactError, match="is not signed, and trusted keys were given"):
+        SentenceTransformer(str(saved), model_kwargs={"trusted_keys": []})

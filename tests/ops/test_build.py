@@ -243,3 +243,45 @@ def test_a_set_that_the_compiler_does_not_know_is_passed_over(tmp_path):
     script.chmod(0o755)
     assert build._unsupported([str(script)], INSTRUCTION_SETS[0]) == "error: unrecognized option"
     assert build._unsupported([str(script)], GENERIC) == ""
+
+
+def test_a_self_test_that_cannot_run_says_nothing_about_the_library(tmp_path, monkeypatch):
+    kept = build.kept_library()
+    library = tmp_path / kept.name
+    library.write_bytes(kept.read_bytes())
+    build._write_record(library, build._record(library), {})
+    for code, said in (
+        ("raise ImportError('no torch here')", "their self-test could not run: ImportError: no torch here"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "their self-test could not run: it was ended by SIGKILL"),
+    ):
+        monkeypatch.setattr(build, "python_command", lambda *_, code=code: [sys.executable, "-c", code])
+        with pytest.raises(RuntimeError) as caught:
+            build.build_once(["/no/compiler"], library, GENERIC)
+        assert str(caught.value) == said
+        assert build._self_tests(library) == {}
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGILL)"
+    monkeypatch.setattr(build, "python_command", lambda *_: [sys.executable, "-c", code])
+    build.build_once(["/no/compiler"], library, GENERIC)
+    assert build.self_test_of(library) == "it was ended by SIGILL"
+
+
+def test_a_self_test_imports_nothing_from_the_current_directory(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    assert build.run_self_test(build.kept_library()) == ""
+
+
+def test_an_environment_variable_with_an_open_quote_is_named(monkeypatch):
+    monkeypatch.setenv("CXX", '"g++')
+    with pytest.raises(RuntimeError, match=r"^CXX cannot be split into words: No closing quotation$"):
+        build.find_compiler()
+    monkeypatch.setenv(build.FLAGS, "'-O1")
+    with pytest.raises(RuntimeError, match=r"^LISSOM_CXXFLAGS cannot be split into words: No closing quotation$"):
+        build._name(GENERIC, "")
+
+
+def test_a_compiler_may_write_anything(tmp_path):
+    script = tmp_path / "compiler"
+    script.write_text("#!/bin/sh\nprintf 'error: \\377 bad\\n' >&2\nexit 1\n")
+    script.chmod(0o755)
+    assert build._unsupported([str(script)], GENERIC) == "error: \ufffd bad"

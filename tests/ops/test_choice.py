@@ -56,7 +56,9 @@ def test_a_shape_is_measured_once_a_machine(slow, tmp_path):
     assert set(json.loads(file.read_text())) == {"float32 64x256x512", "bfloat16 64x256x512"}
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"float32 64x256x512": 3}', "\x00"])
+@pytest.mark.parametrize(
+    "content", ["", "[1]", '{"float32 64x256x512": 3}', "\x00", "[" * 100_000, f'{{"x": [1{"0" * 400}, 1]}}']
+)
 def test_a_file_that_holds_something_else_is_replaced(slow, tmp_path, content):
     choice.slower_than_pytorch(*SHAPE)
     (file,) = tmp_path.iterdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -129,3 +130,15 @@ def test_a_line_is_json(tmp_path):
     Store(tmp_path).add("loss", "key", 'a "quoted"\nname', loss=1.0)
     lines = [line for line in (tmp_path / FILE).read_text().split("\n") if line]
     assert [json.loads(line)["name"] for line in lines] == ['a "quoted"\nname']
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_a_pipe_in_place_of_the_records_is_refused(tmp_path, read):
+    """Opening a pipe that nobody reads would wait forever; one that somebody reads takes the records away."""
+    store = Store(tmp_path)
+    os.mkfifo(tmp_path / FILE)
+    reader = os.open(tmp_path / FILE, os.O_RDONLY | os.O_NONBLOCK) if read else None
+    with pytest.raises(ArtifactError, match=r"records\.jsonl' cannot be written: .*; choose another directory"):
+        store.add("loss", "key", "name", loss=0.25)
+    if reader is not None:
+        os.close(reader)

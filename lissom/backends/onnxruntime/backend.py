@@ -55,6 +55,7 @@ class OnnxRuntime(Backend):
     """
 
     name: ClassVar[str] = "onnxruntime"
+    maps_files: ClassVar[bool] = True
 
     providers: tuple[str, ...] = ()
     provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])

@@ -14,6 +14,7 @@ from lissom.compiler.ir.node import Origin, origin
 from lissom.compiler.ir.printer import unified_diff
 from lissom.compiler.ir.program import Program
 from lissom.errors import LissomError, UnsupportedError
+from lissom.fields import check_fields, count, optional, real, shown, take, take_list, take_text, text
 
 FORMAT_VERSION = 1
 _NOTHING = Cost()
@@ -224,7 +225,7 @@ class History:
 
     def to_json(self) -> dict[str, object]:
         """Everything but the programs, ready for `json.dumps`."""
-        steps = [asdict(step) | {"summary": step.summary} for step in self.steps]
+        steps = [_step_to_json(step) for step in self.steps]
         return {"version": FORMAT_VERSION, "pipeline": self.pipeline, "checks": self.checks, "steps": steps}
 
     @classmethod
@@ -234,12 +235,13 @@ class History:
         Raises: ValueError, TypeError or KeyError when the data is no history.
         """
         if data["version"] != FORMAT_VERSION:
-            raise ValueError(f"the history is of version {data['version']}; this Lissom reads version {FORMAT_VERSION}")
-        steps = [_step_from_json(item) for item in data["steps"]]
-        texts = programs["texts"] if isinstance(programs, Mapping) else programs
-        if len(steps) != len(texts) or data["checks"] not in ("numeric", "structural", "off"):
+            raise ValueError(f"the history is of version {shown(data['version'])}; this Lissom reads version {FORMAT_VERSION}")
+        steps = take_list(data, "steps", _step_from_json)
+        texts = list(map(text, programs["texts"] if isinstance(programs, Mapping) else programs))
+        checks = take(data, "checks", str)
+        if len(steps) != len(texts) or checks not in ("numeric", "structural", "off"):
             raise ValueError("the history and the programs' texts do not belong together")
-        found = cls(data["pipeline"], data["checks"], steps, list(texts))
+        found = cls(take(data, "pipeline", str), checks, list(steps), texts)
         for index, changes in programs["changes"].items() if isinstance(programs, Mapping) else ():
             found.changes[int(index)] = {str(name): _fact_from_json(item) for name, item in changes.items()}
         return found
@@ -263,13 +265,57 @@ def _fact_from_json(data: Sequence[Any] | None) -> NodeFacts | None:
     return NodeFacts(Cost(flops, read, written, parameters), origin)
 
 
-def _step_from_json(data: Mapping[str, Any]) -> Step:
-    fields: dict[str, Any] = {key: value for key, value in data.items() if key != "summary"}
-    fields["size"] = Size(**data["size"])
-    fields["skipped"] = tuple(Skip(**item) for item in data["skipped"])
-    fields["notes"] = tuple(data["notes"])
-    fields["curve"] = tuple(CurvePoint(**item) for item in data.get("curve", ()))
-    return Step(**fields)
+def _step_to_json(step: Step) -> dict[str, object]:
+    lists: dict[str, object] = {
+        "skipped": [asdict(skip) for skip in step.skipped],
+        "notes": list(step.notes),
+        "curve": [asdict(point) for point in step.curve],
+    }
+    return asdict(step) | lists | {"summary": step.summary}
+
+
+def _step_from_json(data: object) -> Step:
+    check_fields(data, Step, "summary")
+    return Step(
+        index=count(take(data, "index", int)),
+        spelling=take(data, "spelling", str),
+        kind=take(data, "kind", str),
+        seconds=real(take(data, "seconds", object)),
+        check_seconds=real(take(data, "check_seconds", object)),
+        size=_size_from_json(take(data, "size", dict)),
+        added=count(take(data, "added", int)),
+        removed=count(take(data, "removed", int)),
+        rewritten=count(take(data, "rewritten", int)),
+        skipped=take_list(data, "skipped", _skip_from_json),
+        relative_error=optional(data, "relative_error", real),
+        cosine=optional(data, "cosine", real),
+        metric=optional(data, "metric", real),
+        notes=take_list(data, "notes", text),
+        reverted=optional(data, "reverted", text),
+        curve=optional(data, "curve", _curve_from_json) or (),
+        per_site=take_text(data, "per_site"),
+        about=take_text(data, "about"),
+    )
+
+
+def _size_from_json(data: object) -> Size:
+    check_fields(data, Size)
+    return Size(*(count(take(data, name, int)) for name in ("nodes", "parameters", "parameter_bytes", "flops")))
+
+
+def _skip_from_json(data: object) -> Skip:
+    check_fields(data, Skip)
+    return Skip(*(take(data, name, str) for name in ("node", "place", "reason")))
+
+
+def _curve_from_json(data: object) -> tuple[CurvePoint, ...]:
+    return take_list({"curve": data}, "curve", _point_from_json)
+
+
+def _point_from_json(data: object) -> CurvePoint:
+    check_fields(data, CurvePoint)
+    seconds, held_out = (real(take(data, name, object)) for name in ("seconds", "held_out"))
+    return CurvePoint(count(take(data, "step", int)), seconds, optional(data, "loss", real), held_out)
 
 
 def changed_calls(before: Sequence[str], after: Sequence[str]) -> tuple[int, int]:

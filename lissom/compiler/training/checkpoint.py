@@ -35,6 +35,9 @@ WEIGHT, BEST, FIRST, SECOND = "weight/", "best/", "first-moment/", "second-momen
 """The names of tensors begin so: the weights, the best ones so far, and the moments of AdamW."""
 ORDER_GENERATOR, GLOBAL_GENERATOR = "order-generator", "global-generator"
 _TENSORS = re.compile(r"(step-\d{1,18}|result)(-rank-\d{1,6})?\.safetensors")
+_NOTE = {"lissom": "training"}
+_HEADER = json.dumps({"__metadata__": {"format": "pt", **_NOTE}}, separators=(",", ":"))[:-2].encode()
+"""The beginning of the header in each of our files of tensors; other programs may write files of the same names."""
 _TEMPORARY = re.compile(r"\.lissom-[0-9a-f]{16}")
 _MOST_BYTES = 64 << 20
 _COST = 25
@@ -126,7 +129,11 @@ class Checkpoint:
         self._ending = f"-rank-{ranks.rank}.safetensors" if sharded else ".safetensors"
         self._cost, self._written, self._step = 0.0, -math.inf, -1
         self._handle: int | None = None
-        self._on_all(self._open if ranks.rank == 0 else None)
+        try:
+            self._on_all(self._open if ranks.rank == 0 else None)
+        except BaseException:
+            self.close()
+            raise
 
     def _on_all(self, work: Callable[[], None] | None) -> None:
         """Do something on this rank. Raises: ArtifactError on all ranks when it fails on one."""
@@ -148,8 +155,19 @@ class Checkpoint:
             # Some file systems have no locks; then nobody is told.
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise ArtifactError(f"another process trains in '{self.directory}'; wait for it, or name another") from error
-        if (self.directory / STATE).exists():
-            self._delete(lambda name: _TEMPORARY.fullmatch(name) is not None)
+        self._delete(lambda path: _TEMPORARY.fullmatch(path.name) is not None)
+        if not (self.directory / STATE).exists():
+            for path in sorted(self.directory.iterdir()):
+                if _TENSORS.fullmatch(path.name):
+                    self._check_ours(path)
+
+    def _check_ours(self, path: Path) -> None:
+        """Refuse a file of another program under a name that a run may write. Raises: ArtifactError."""
+        if os.path.lexists(path) and not _is_ours(path):
+            raise ArtifactError(
+                f"'{self.directory}' holds '{path.name}', which no run of Lissom wrote, and this run may replace it; "
+                f"choose another directory"
+            )
 
     def close(self) -> None:
         """Let another process use the directory."""
@@ -253,19 +271,31 @@ class Checkpoint:
         self._cost = self._written - started
 
     def _write_tensors(self, stem: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        with writing_whole(self.directory / (stem + self._ending)) as file:
-            write_tensors(file, tensors, {})
+        path = self.directory / (stem + self._ending)
+        self._check_ours(path)
+        with writing_whole(path) as file:
+            write_tensors(file, tensors, _NOTE)
 
     def _commit(self, state: State) -> None:
         """Make the tensors that were written the state, and delete those of the states before."""
         data = {"format": FORMAT_VERSION, "run": self._run, "state": asdict(state)}
         write_whole(self.directory / STATE, json.dumps(data))
-        self._delete(lambda name: (found := _TENSORS.fullmatch(name)) is not None and found[1] != _stem(state))
+        self._delete(lambda path: (found := _TENSORS.fullmatch(path.name)) is not None and found[1] != _stem(state))
 
-    def _delete(self, chosen: Callable[[str], bool]) -> None:
+    def _delete(self, chosen: Callable[[Path], bool]) -> None:
+        """Delete those of the chosen files that a checkpoint wrote."""
         with suppress(OSError):
-            for path in [path for path in self.directory.iterdir() if chosen(path.name)]:
+            for path in [path for path in self.directory.iterdir() if chosen(path) and _is_ours(path)]:
                 path.unlink(missing_ok=True)
+
+
+def _is_ours(path: Path) -> bool:
+    """True for a file of tensors that a checkpoint wrote, even if it was killed meanwhile."""
+    try:
+        with open_plain(path) as file:
+            return file.read(8 + len(_HEADER))[8:] == _HEADER
+    except (ArtifactError, OSError):
+        return False
 
 
 def _stem(state: State) -> str:

@@ -22,7 +22,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Generator, Mapping
@@ -30,6 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lissom.ops.native.instruction_sets import INSTRUCTION_SETS, InstructionSet, processor_features, usable_sets
+from lissom.processes import python_command, python_environment, signal_name
 
 FLAGS = "LISSOM_CXXFLAGS"
 """Set this environment variable to compiler flags that follow Lissom's own, such as `-O1 -g`."""
@@ -41,6 +41,10 @@ _STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 """The stable interface of PyTorch 2.11."""
 _FLAGS = ("-O3", "-ffp-contract=fast", "-std=c++20", "-fPIC", "-shared", "-w", _STABLE)
 _SELF_TEST_SECONDS = 600
+FAILED = 3
+"""The exit status of a self-test that found a fault of the library; Python ends with 1 or 2 for any other reason."""
+_FAULTS = (signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT)
+"""The signals that end the self-test of a faulty library. Others, such as SIGKILL, come from outside."""
 
 
 def kept_library() -> Path:
@@ -103,7 +107,7 @@ def built_library(isa: InstructionSet) -> Path:
 
 def find_compiler() -> list[str]:
     """The command that compiles C++: CXX where it is set. Raises: RuntimeError when there is no such program."""
-    given = shlex.split(os.environ.get("CXX", ""))
+    given = _words("CXX")
     if given and shutil.which(given[0]) is None:
         raise RuntimeError(f"CXX names the compiler '{given[0]}', and there is no such program")
     if given:
@@ -114,10 +118,18 @@ def find_compiler() -> list[str]:
     return [found]
 
 
+def _words(name: str) -> list[str]:
+    """The words of an environment variable. Raises: RuntimeError if a quote is not closed."""
+    try:
+        return shlex.split(os.environ.get(name, ""))
+    except ValueError as error:
+        raise RuntimeError(f"{name} cannot be split into words: {error}") from error
+
+
 def _unsupported(compiler: list[str], isa: InstructionSet) -> str:
     """Why the compiler cannot build for an instruction set, or an empty text."""
     command = [*compiler, *isa.flags, "-E", "-x", "c++", os.devnull, "-o", os.devnull]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = _run(command)
     return _first_error(done.stderr) if done.returncode else ""
 
 
@@ -171,10 +183,10 @@ def _self_tests(library: Path) -> Mapping[str, str] | None:
 def build_once(compiler: list[str], library: Path, isa: InstructionSet) -> None:
     """Build and test the library, or wait for the process that does. Raises: as `_build` does."""
     with locked(library.with_suffix(".lock")):
-        tests = _self_tests(library)
-        if tests is None:
+        if _self_tests(library) is None:
             _build(compiler, library, isa)
-        elif not isa.missing and processor_kind() not in tests:
+        tests = _self_tests(library) or {}
+        if not isa.missing and processor_kind() not in tests:
             _write_record(library, _record(library), {**tests, processor_kind(): run_self_test(library)})
 
 
@@ -222,7 +234,7 @@ def _sources() -> list[Path]:
 
 
 def _flags(isa: InstructionSet) -> list[str]:
-    return [*_FLAGS, *isa.flags, f'-DLISSOM_ISA="{isa.name}"', *shlex.split(os.environ.get(FLAGS, ""))]
+    return [*_FLAGS, *isa.flags, f'-DLISSOM_ISA="{isa.name}"', *_words(FLAGS)]
 
 
 def _name(isa: InstructionSet, compiler: str) -> str:
@@ -238,7 +250,7 @@ def processor_kind() -> str:
 
 
 def _build(compiler: list[str], library: Path, isa: InstructionSet) -> None:
-    """Compile and test under a temporary name beside the library, then rename the record and the library.
+    """Compile under a temporary name beside the library, then rename the library and its record, which holds no self-test yet.
 
     Raises: RuntimeError with the compiler's first error, OSError when nothing can be written there.
     """
@@ -256,10 +268,10 @@ def _build(compiler: list[str], library: Path, isa: InstructionSet) -> None:
             "-o",
             str(made),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = _run(command)
         if done.returncode:
             raise RuntimeError(_first_error(done.stderr))
-        _write_record(made, _record(made), {} if isa.missing else {processor_kind(): run_self_test(made)})
+        _write_record(made, _record(made), {})
         made.replace(library)
         _record(made).replace(_record(library))
 
@@ -272,15 +284,26 @@ def _first_error(output: str) -> str:
 def run_self_test(library: Path) -> str:
     """The result of a library's self-test, run in a process of its own; empty when it passes.
 
-    Raises: RuntimeError when it does not end, which says nothing about the library.
+    Raises: RuntimeError when it cannot run or does not end, which says nothing about the library.
     """
-    environment = {**os.environ, "LISSOM_NATIVE": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", "lissom.ops.native.self_test", str(library)]
+    command = python_command("lissom.ops.native.self_test", str(library))
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=_SELF_TEST_SECONDS)
+        done = _run(command, env=python_environment(LISSOM_NATIVE="0"), timeout=_SELF_TEST_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"their self-test did not end within {_SELF_TEST_SECONDS} seconds") from error
-    if done.returncode < 0:
-        return f"it was ended by {signal.Signals(-done.returncode).name}"
-    lines = done.stderr.strip().splitlines()
-    return (lines or ["no message"])[-1] if done.returncode else ""
+    if done.returncode == 0:
+        return ""
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if done.returncode == FAILED:
+        return last
+    ended = f"it was ended by {signal_name(-done.returncode)}" if done.returncode < 0 else last
+    if -done.returncode in _FAULTS:
+        return ended
+    raise RuntimeError(f"their self-test could not run: {ended}")
+
+
+def _run(
+    command: list[str], *, env: Mapping[str, str] | None = None, timeout: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command. Bytes of its output that are not UTF-8 are replaced."""
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=env, timeout=timeout)

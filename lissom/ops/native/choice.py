@@ -105,7 +105,7 @@ def _read(file: Path) -> dict[str, Times]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         return {str(key): (float(ours), float(theirs)) for key, (ours, theirs) in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
 
 

@@ -21,6 +21,7 @@ from lissom.ops.fused_attention import (
     unpadded_attention_reference,
 )
 from lissom.ops.fused_rows import fused_layer_norm_reference, fused_rms_norm_reference, fused_rotary_reference
+from lissom.ops.native.build import FAILED
 from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_reference
 from lissom.ops.quantization import (
     GROUP,
@@ -59,7 +60,10 @@ Case = tuple[
 
 def main(library: str) -> None:
     """Load the library and compare. Raises: SystemExit with the first difference."""
-    torch.ops.load_library(library)
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise SystemExit(str(error)) from error
     with torch.inference_mode():
         for dtype, dots, amx in instructions():
             torch.ops.lissom.dots_bfloat16(dots)
@@ -218,4 +222,8 @@ def _whole(features: int, inputs: int, low: int, high: int) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except SystemExit as fault:
+        sys.stderr.write(f"{fault}\n")
+        sys.exit(FAILED)

@@ -79,7 +79,7 @@ def _of_folder(source: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     # Tokenizers raise errors of their own where a file is missing.
     except (OSError, ValueError, ImportError):
         return None

@@ -240,7 +240,7 @@ def test_it_is_saved_and_loaded(tmp_path, built):
         OnnxRuntime().load_executable(found.program, tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"elements": "many"}', '{"elements": [2]}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"elements": "many"}', '{"elements": [2]}', "[" * 100_000])
 def test_a_file_of_batches_that_says_nothing_is_refused(tmp_path, built, text):
     found, session = built
     OnnxRuntime().save_files(session, tmp_path)

@@ -100,3 +100,39 @@ def test_changes_are_counted_by_name():
 
 def test_an_empty_history_has_no_steps():
     assert History("", "numeric").to_json()["steps"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seconds": "x"}, "'x' is not a number"),
+        ({"notes": ["a", 3]}, "3 is not text"),
+        ({"reverted": 7}, "7 is not text"),
+        ({"kind": 7}, "the field 'kind' is 7"),
+        ({"index": -1}, "-1 is negative"),
+        ({"relative_error": [1.0]}, r"\[1\.0\] is not a number"),
+        ({"skipped": [{"node": 1, "place": "", "reason": ""}]}, "the field 'node' is 1"),
+        ({"curve": [{"step": 0, "seconds": 0.0, "loss": None, "held_out": None}]}, "None is not a number"),
+        ({"curve": 3}, "the field 'curve' is 3"),
+        ({"size": {"nodes": "x", "parameters": 1, "parameter_bytes": 1, "flops": 1}}, "the field 'nodes' is 'x'"),
+        ({"size": [1, 2, 3, 4]}, "the field 'size' is "),
+        ({"more": 1}, "there is an unknown field 'more'"),
+    ],
+)
+def test_a_step_of_another_type_is_refused(history, change, said):
+    data = json.loads(json.dumps(history.to_json()))
+    data["steps"][1] |= change
+    with pytest.raises(ValueError, match=said):
+        History.from_json(data, history.texts)
+
+
+def test_texts_of_another_type_are_refused(history):
+    data = history.to_json()
+    assert History.from_json(data, history.texts).steps == history.steps
+    with pytest.raises(ValueError, match="7 is not text"):
+        History.from_json(data, [7, *history.texts[1:]])
+    for name in ("pipeline", "checks"):
+        with pytest.raises(ValueError, match=f"the field '{name}' is 7"):
+            History.from_json({**data, name: 7}, history.texts)
+    with pytest.raises(ValueError, match="the field 'steps' is 7"):
+        History.from_json({**data, "steps": 7}, history.texts)

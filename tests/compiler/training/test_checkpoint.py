@@ -247,3 +247,35 @@ def test_options() -> None:
         Distill(checkpoint="")
     with pytest.raises(PipelineTextError, match="option 'shard' of distill takes true or false"):
         train("shard=2")
+
+
+def test_files_of_other_programs_are_kept(tmp_path: Path) -> None:
+    """Others may write files of the same names; those that Lissom wrote have a note in their header."""
+    save_file({"theirs": torch.ones(2)}, tmp_path / "step-2-rank-3.safetensors")
+    with pytest.raises(
+        ArtifactError, match=r"holds 'step-2-rank-3\.safetensors', which no run of Lissom wrote, and this run may"
+    ):
+        train(f"steps=20,checkpoint={tmp_path}")
+    assert names(tmp_path) == ["step-2-rank-3.safetensors"]
+    (tmp_path / "step-2-rank-3.safetensors").unlink()
+    train(f"steps=20,checkpoint={tmp_path}", progress=interrupted_at(5))
+    save_file({"theirs": torch.ones(2)}, tmp_path / "step-1.safetensors")
+    (tmp_path / ".lissom-0123456789abcdef").write_text("what another process writes")
+    train(f"steps=20,checkpoint={tmp_path}")
+    assert names(tmp_path) == [".lissom-0123456789abcdef", "result.safetensors", "state.json", "step-1.safetensors"]
+
+
+def test_a_file_of_another_program_is_not_replaced(tmp_path: Path) -> None:
+    train(f"steps=20,checkpoint={tmp_path}", progress=interrupted_at(5))
+    save_file({"theirs": torch.ones(2)}, tmp_path / "result.safetensors")
+    found = train(f"steps=20,checkpoint={tmp_path}")
+    assert "the state of the run was not written, and training went on: " in notes(found)
+    assert list(load_file(tmp_path / "result.safetensors")) == ["theirs"]
+
+
+def test_what_a_killed_run_left_is_deleted(tmp_path: Path) -> None:
+    train(f"steps=20,checkpoint={tmp_path}", progress=interrupted_at(5))
+    (path,) = tmp_path.glob("step-*.safetensors")
+    (tmp_path / ".lissom-0123456789abcdef").write_bytes(path.read_bytes()[:500])
+    train(f"steps=20,checkpoint={tmp_path}")
+    assert names(tmp_path) == ["result.safetensors", "state.json"]
