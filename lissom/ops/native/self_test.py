@@ -154,6 +154,7 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
             operands = pack_bytes(q), fill_panels(scale[:, 0], features), fill_panels(q.sum(1, dtype=torch.int32), features)
             yield "quantized_linear", quantized_linear_reference, (x, *operands), {**sizes, "activation": "silu"}
             yield "quantized_linear_norm", quantized_linear_reference, (x, *operands), norm
+            yield "quantized_linear", quantized_linear_reference, (x, *operands, *_row_scales(rows)), sizes
             yield from _grouped_cases(_numbers(rows, 40, dtype=dtype), features, {})
             by_group, wide = {"granularity": "group"}, _numbers(rows, 2 * GROUP, dtype=dtype)
             yield from _grouped_cases(wide, features, by_group)
@@ -186,6 +187,11 @@ def _grouped_cases(x: torch.Tensor, features: int, options: Mapping[str, object]
         zero_point = _whole(features, 2, 0, 16).to(torch.uint8)
         operands = *pack_groups(q, scale, 4, zero_point), None, None, pack_blocks(zero_point, features)
         yield "quantized_linear", quantized_linear_reference, (x, *operands), given
+
+
+def _row_scales(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A known scale and zero point for each row of x."""
+    return (torch.arange(rows) + 20.0)[:, None] / 1000, (100.0 + torch.arange(rows))[:, None]
 
 
 def _numbers(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
