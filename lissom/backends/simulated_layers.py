@@ -98,6 +98,8 @@ def _reason(quantizers: Sequence[fx.Node]) -> str:
     on_cuda = all(nodes.tensor_type(item).device.type == "cuda" for item in quantizers)
     if not on_cuda and any(item.kwargs["format"] == "fp8" for item in quantizers):
         return "products of fp8 need a CUDA device"
+    if any(nodes.is_call(user, aten.index_select.default) for item in quantizers for user in item.users):
+        return "a rank takes its part of the input after it is quantized, since groups of equal scale do not fit the ranks"
     return SimulatedLayer.reason
 
 
@@ -110,7 +112,15 @@ def _quantizers(node: fx.Node) -> list[fx.Node]:
         candidates = node.all_input_nodes[::-1]
     else:
         return []
-    return [item for item in candidates if isinstance(item, fx.Node) and is_quantizer(item) and not _is_looked_up(item)]
+    wholes = [_whole(item) for item in candidates if isinstance(item, fx.Node)]
+    return [item for item in wholes if is_quantizer(item) and not _is_looked_up(item)]
+
+
+def _whole(item: fx.Node) -> fx.Node:
+    """The value that a rank takes its part of; any other value as it is."""
+    while nodes.is_call(item, aten.index_select.default) and isinstance(first := item.args[0], fx.Node):
+        item = first
+    return item
 
 
 def _is_looked_up(quantizer: fx.Node) -> bool:
