@@ -44,9 +44,7 @@ def test_every_layer_runs_in_integers(scheme: str) -> None:
 
 def test_groups_that_do_not_fit_the_ranks_are_named() -> None:
     program = partitioned("int8-group", 4)  # a head of 16 for each rank, and groups of 32
-    sentence = (
-        "no kernel for 1 of 5 quantized layers, first 'model.layers.0.self_attn.o_proj' with int8 .*: a rank takes"
-    )
+    sentence = "no kernel for 1 of 5 quantized layers, first 'model.layers.0.self_attn.o_proj' with int8 .*: a rank takes"
     with pytest.raises(UnsupportedError, match=sentence):
         lowered(program, 4)
     _, history = lowered(program, 4, simulate=True)

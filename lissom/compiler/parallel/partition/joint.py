@@ -155,7 +155,7 @@ class Joint:
         return x if nodes.tensor_type(x).dtype == dtype else self.edit.call(aten.to.dtype, x, dtype)
 
     def quantize(self, node: fx.Node, spans: Spans) -> fx.Node:
-        """Dynamic quantization with the range of all shards, per-token or per-tensor; every range contains 0, so padding is 0."""
+        """Dynamic quantization with the range of all shards, per-token or per-tensor. Every range contains 0, as padding is."""
         x = cast(fx.Node, node.args[0])
         rank = nodes.tensor_type(x).rank
         x = self._masked(x, rank - 1, spans, 0)
