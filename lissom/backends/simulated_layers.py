@@ -101,6 +101,8 @@ def _reason(node: fx.Node, quantizers: Sequence[fx.Node]) -> str:
         return "products of fp8 need a CUDA device"
     if on_cuda and node.target in GROUPED_PRODUCTS:
         return "experts have kernels for quantized weights on a CPU only"
+    if any(nodes.is_call(user, aten.index_select.default) for item in quantizers for user in item.users):
+        return "a rank takes its part of the input after it is quantized, since groups of equal scale do not fit the ranks"
     return SimulatedLayer.reason
 
 
@@ -113,7 +115,15 @@ def _quantizers(node: fx.Node) -> list[fx.Node]:
         candidates = node.all_input_nodes[::-1]
     else:
         return []
-    return [item for item in candidates if isinstance(item, fx.Node) and is_quantizer(item) and not _is_looked_up(item)]
+    wholes = [_whole(item) for item in candidates if isinstance(item, fx.Node)]
+    return [item for item in wholes if is_quantizer(item) and not _is_looked_up(item)]
+
+
+def _whole(item: fx.Node) -> fx.Node:
+    """The value that a rank takes its part of; any other value as it is."""
+    while nodes.is_call(item, aten.index_select.default) and isinstance(first := item.args[0], fx.Node):
+        item = first
+    return item
 
 
 def _is_looked_up(quantizer: fx.Node) -> bool:

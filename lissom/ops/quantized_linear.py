@@ -81,6 +81,11 @@ def fill_panels(values: torch.Tensor, features: int) -> torch.Tensor:
     return functional.pad(values.reshape(-1).expand(features), (0, -features % PANEL)).contiguous()
 
 
+def _is_by_row(known: torch.Tensor, x: torch.Tensor) -> bool:
+    """True for the known scale or zero point of each row of x, [..., 1]."""
+    return known.dtype == torch.float32 and tuple(known.shape) == (*x.shape[:-1], 1)
+
+
 def _check(x: torch.Tensor, *operands: Any, features: int, granularity: str = "token") -> None:
     """Raise unless the operands fit x."""
     weight, scale, sums, x_scale, x_zero_point, zero_point = operands
@@ -104,8 +109,10 @@ def _check(x: torch.Tensor, *operands: Any, features: int, granularity: str = "t
         each = inputs // scale.shape[1] if grouped else inputs
         message = "a scale of the weight is of {} inputs, and must be of a multiple of {} where x has groups of {}"
         require(each % GROUP == 0, message, each, GROUP, GROUP)
-    for item in (x_scale, x_zero_point):
-        require(item is None or item.numel() == 1, "x has one scale and one zero point where they are known")
+    known = [item for item in (x_scale, x_zero_point) if item is not None]
+    if not all(_is_by_row(item, x) for item in known):
+        message = "x has one scale and one zero point where they are known, or both in float32 for each row"
+        require(all(item.numel() == 1 for item in known), message)
     require(x_zero_point is None or x_scale is not None, "x has a zero point only with a scale")
     if zero_point is not None:
         message = "a weight has zero points only with four bits, where x has the granularity 'group'"
@@ -138,10 +145,10 @@ quantized_linear_grouped_reference = _GROUPED.reference
 quantized_linear = torch.ops.lissom.quantized_linear.default
 """The operator. x: [..., inputs], float32 or bfloat16; weight: packed; scale, sums: per-channel scale and sum of the
 weights, float32 and int32, padded to whole panels; with group-wise scales [panels, groups, 32], float16 or float32, sums
-are Σ_g s_wg · Σ w_q in float32; x_scale, x_zero_point: the static scale of x, []; zero_point: of a four-bit weight, in the
-shape of its scale, uint8; bias: [features]; other: like the result, [..., features]; features: of the result; granularity: of
-the dynamic scale of x, `token`, `tensor` or `group`; activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns
-[..., features], of x's dtype."""
+are Σ_g s_wg · Σ w_q in float32; x_scale, x_zero_point: the known scale of x, [], or of each row, float32 [..., 1];
+zero_point: of a four-bit weight, in the shape of its scale, uint8; bias: [features]; other: like the result, [..., features];
+features: of the result; granularity: of the dynamic scale of x, `token`, `tensor` or `group`; activation: a name in
+ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
 
 quantized_linear_norm = torch.ops.lissom.quantized_linear_norm.default
 """The same followed by a layer norm over the features; norm_weight, norm_bias: [features]."""

@@ -124,6 +124,17 @@ struct QuantizedOperands {
   std::string_view granularity;
 
   bool grouped() const { return scale.dim() == 3; }
+
+  // Whether each row of x has a known scale, [..., 1], and zero point.
+  bool by_row(const Tensor& x) const {
+    auto fits = [&](const Tensor& known) {
+      if (known.scalar_type() != at::kFloat || known.dim() != x.dim() || known.size(-1) != 1) return false;
+      for (int64_t dim = 0; dim + 1 < x.dim(); ++dim)
+        if (known.size(dim) != x.size(dim)) return false;
+      return true;
+    };
+    return x_scale && fits(*x_scale) && (!x_zero_point || fits(*x_zero_point));
+  }
 };
 
 // Raises unless the operands fit x.
@@ -149,9 +160,11 @@ void check_quantized(const Tensor& x, const QuantizedOperands& operands, const E
     TORCH_CHECK(inputs / groups % kGroup == 0, "a scale of the weight is of ", inputs / groups, " inputs, and must be of a multiple of ",
                 kGroup, " where x has groups of ", kGroup);
   }
+  bool by_row = operands.by_row(x);
   for (Optional known : {std::cref(operands.x_scale), std::cref(operands.x_zero_point)}) {
     check_readable(known, "the scale of x");
-    TORCH_CHECK(!known || (known->numel() == 1 && !known->is_complex()), "x has one scale and one zero point where they are known");
+    TORCH_CHECK(!known || by_row || (known->numel() == 1 && !known->is_complex()),
+                "x has one scale and one zero point where they are known, or both in float32 for each row");
   }
   TORCH_CHECK(!operands.x_zero_point || operands.x_scale, "x has a zero point only with a scale");
   if (operands.zero_point) {
@@ -163,7 +176,16 @@ void check_quantized(const Tensor& x, const QuantizedOperands& operands, const E
 
 template <typename T, typename Source>
 Tensor quantized_of(const Tensor& x, Source source, const QuantizedOperands& operands, const Epilogue& epilogue) {
-  if (operands.x_scale) {
+  Tensor row_scales, row_zeros;  // keep the memory that the source reads
+  if (operands.by_row(x)) {
+    source.granularity = Granularity::kRows;
+    row_scales = operands.x_scale->contiguous();
+    source.row_scale = row_scales.const_data_ptr<float>();
+    if (operands.x_zero_point) {
+      row_zeros = operands.x_zero_point->contiguous();
+      source.row_zero = row_zeros.const_data_ptr<float>();
+    }
+  } else if (operands.x_scale) {
     float scale = operands.x_scale->item<float>();
     TORCH_CHECK(std::isfinite(scale) && scale > 0, "the scale of x is ", scale, ", and must be finite and greater than 0");
     source.granularity = Granularity::kStatic;

@@ -35,6 +35,12 @@ inline Quantization quantization_for(float low, float high) {
 // The scale of a row that holds NaN or an infinity: its outputs become NaN.
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
+// Of a row with a known scale. The outputs become NaN where the scale is not finite and positive, as that of a row with NaN.
+inline Quantization known_quantization(float scale, float zero) {
+  bool fits = std::isfinite(scale) && scale > 0 && zero >= 0 && zero <= kLargestByte;
+  return fits ? Quantization{scale, 1.0f / scale, static_cast<int32_t>(zero)} : Quantization{kNaN, 0.0f, 0};
+}
+
 struct Range {
   Vec low = splat(0.0f), high = splat(0.0f);
   Mask has_nan{};
@@ -142,7 +148,7 @@ inline float quantize_group(const T* x, Element* to, int32_t& total) {
   return finite ? scale : kNaN;
 }
 
-enum class Granularity { kToken, kTensor, kStatic, kGroup };
+enum class Granularity { kToken, kTensor, kStatic, kRows, kGroup };
 
 // tiled: whether products go by tiles.
 template <typename T, bool tiled>
@@ -156,7 +162,8 @@ struct Quantized {
   const int32_t* sums;    // of the weights of each feature, likewise
   int64_t rows, inputs, padded;
   Granularity granularity;
-  Quantization quantization;              // of all rows, unless the granularity is per-token
+  Quantization quantization;              // of all rows, with kTensor and kStatic
+  const float *row_scale = nullptr, *row_zero = nullptr;  // of each row, with kRows; row_zero is null without zero points
   int64_t origin = 0;     // the first row of `elements` and `quantizations`
   std::vector<Element> elements{};
   std::vector<Quantization> quantizations{};
@@ -204,6 +211,8 @@ struct Quantized {
           Range range;
           range.template take<false>(x + row * inputs, inputs);
           mine = range.quantization();
+        } else if (granularity == Granularity::kRows) {
+          mine = known_quantization(row_scale[row], row_zero ? row_zero[row] : 0.0f);
         } else {
           mine = quantization;
         }

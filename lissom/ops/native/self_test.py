@@ -172,6 +172,7 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
             yield "quantized_linear_norm", quantized_linear_reference, (x, *operands), norm
             given = {**sizes, "offs": torch.tensor([1, 1, rows])}
             yield "quantized_linear_grouped", quantized_linear_grouped_reference, (x, *_stacked(operands)), given
+            yield "quantized_linear", quantized_linear_reference, (x, *operands, *_row_scales(rows)), sizes
             yield from _grouped_cases(_numbers(rows, 40, dtype=dtype), features, {})
             by_group, wide = {"granularity": "group"}, _numbers(rows, 2 * GROUP, dtype=dtype)
             yield from _grouped_cases(wide, features, by_group)
@@ -211,6 +212,11 @@ def _grouped_cases(x: torch.Tensor, features: int, options: Mapping[str, object]
 def _stacked(operands: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None]:
     """The operands of three groups that have equal weights."""
     return [None if item is None else item.expand(3, *item.shape).contiguous() for item in operands]
+
+
+def _row_scales(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A known scale and zero point for each row of x."""
+    return (torch.arange(rows) + 20.0)[:, None] / 1000, (100.0 + torch.arange(rows))[:, None]
 
 
 def _numbers(*sizes: int, dtype: torch.dtype) -> torch.Tensor:

@@ -103,8 +103,8 @@ def _obstacle_to_int8(layer: QuantizedLayer) -> str | None:
         return f"its input is quantized to {found} per-{layer.granularity}, and the kernel quantizes to {wanted}"
     if layer.granularity == "group" and inputs // layer.blocks[1] % GROUP:
         return f"{inputs // layer.blocks[1]} of its inputs share a scale of the weight, and {GROUP} of its activations"
-    if not layer.has_one_scale:
-        return "its input is quantized with more than one scale"
+    if not layer.has_one_scale and not layer.has_row_scales:
+        return "its input is quantized with known scales that are neither one nor one for each row"
     if inputs > MOST_INPUTS:
         return f"it has {inputs} inputs, and 32-bit sums take at most {MOST_INPUTS}"
     return None

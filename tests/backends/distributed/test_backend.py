@@ -321,7 +321,7 @@ def test_models_of_many_families(name: str, passes: str, tmp_path: Path):
     from tests.passes.parallel.models import MODELS
     case = MODELS[{name!r}]()
     join()
-    options = {{"passes": {passes!r}, "goal": None, "simulate": True}}
+    options = {{"passes": {passes!r}, "goal": None}}
     fast = lissom.compile(case.model, case.inputs, backend="distributed", world_size=2, **options)
     one = lissom.compile(case.model, case.inputs, **options)
     found, wanted = fast(*case.args, **case.kwargs)[0], one(*case.args, **case.kwargs)[0]

@@ -312,3 +312,30 @@ def test_quantized_experts_are_saved_and_loaded(name: str, passes: str, tmp_path
     model.save(tmp_path / "artifact")
     loaded = lissom.load(tmp_path / "artifact")
     assert torch.equal(loaded(**given[0]).logits, model(**given[0]).logits)
+
+
+class Known(nn.Module):
+    """A layer whose input is quantized with computed scales, one for each index of all dimensions but `dim`."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("q", torch.arange(-24, 24, dtype=torch.int8).view(8, 6))
+        self.register_buffer("scale", torch.rand(8, 1, generator=torch.Generator().manual_seed(0)) / 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        step = x.abs().amax(self.dim, keepdim=True).clamp_min(1e-6) / 128
+        x = torch.ops.lissom.fake_quantize(x, step, torch.full_like(step, 128.0), format="uint8")
+        return nn.functional.linear(x, dequantize(self.q, self.scale, format="int8", dtype=torch.float32))
+
+
+def test_a_known_scale_for_each_row() -> None:
+    program, history = rewrite("pack-quantized-linear", Known(-1), normal(2, 5, 6))
+    assert reasons(history) == [] and calls(program, quantized_linear) == 1 and calls(program, fake_quantize) == 0
+    close(program(normal(3, 7, 6)), Known(-1)(normal(3, 7, 6)), 1e-6)
+
+
+def test_other_known_scales_have_no_kernel() -> None:
+    program, history = rewrite("pack-quantized-linear", Known(1), normal(2, 5, 6))
+    assert reasons(history) == ["its input is quantized with known scales that are neither one nor one for each row"]
+    assert calls(program, fake_quantize) == 1

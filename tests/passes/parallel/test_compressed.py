@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import rewrite
@@ -68,3 +69,24 @@ def test_a_range_found_in_parts_leaves_out_what_is_filled_up() -> None:
     text = "quantize{scheme=int8-dynamic},fold-quantized-weights,shard{world_size=2,plan=[up:column-wise]},partition"
     program, _ = rewrite(text, model, normal(2, 5, 8))
     assert any(7 in weight.shape for name, weight in program.weights().items() if name.startswith("down") and weight.dim() == 2)
+
+
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-dynamic,activations=tensor", "int8-group"])
+def test_inputs_are_quantized_in_parts(scheme: str) -> None:
+    module, x = seeded(lambda: FeedForward(32, 64)), normal(2, 5, 32)
+    quantized, _ = rewrite(f"quantize{{scheme={scheme}}}", module, x)
+    program, _ = rewrite(f"quantize{{scheme={scheme}}},shard{{world_size=2}},partition", module, x)
+    # The range of a row or a tensor is reduced; ranks hold whole groups.
+    collectives = len(program.nodes(ALL_REDUCE)), len(program.nodes(ALL_GATHER))
+    assert collectives == (1 if scheme == "int8-group" else 2, 0)
+    with torch.no_grad():
+        wanted = quantized.run([x])
+        for found in program.run_ranks([x]):
+            assert max(map(relative_error, wanted, found)) <= tolerance_of(quantized)
+
+
+def test_inputs_whose_groups_do_not_fit_the_ranks_are_gathered() -> None:
+    program, _ = rewrite(
+        "quantize{scheme=int8-group},shard{world_size=4},partition", seeded(lambda: FeedForward(32, 64)), normal(2, 5, 32)
+    )
+    assert len(program.nodes(ALL_GATHER)) == 1

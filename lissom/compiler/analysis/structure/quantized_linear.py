@@ -57,7 +57,7 @@ class QuantizedLayer:
 
     @property
     def scale_is_known(self) -> bool:
-        """True when its input is quantized with a scale from calibration."""
+        """True when its input is quantized with a scale that is an operand, from calibration or computed by other operators."""
         return self.values.target is fake_quantize
 
     @property
@@ -94,8 +94,17 @@ class QuantizedLayer:
 
     @property
     def has_one_scale(self) -> bool:
-        """False when its input is quantized with several calibrated scales."""
+        """False when its input is quantized with several known scales."""
         return not self.scale_is_known or not any(nodes.tensor_type(item).rank for item in self.values.all_input_nodes[1:])
+
+    @property
+    def has_row_scales(self) -> bool:
+        """True when its input is quantized with a known scale for each row, as where ranks hold parts of the rows."""
+        if not self.scale_is_known:
+            return False
+        rows = (*nodes.tensor_type(self.x).shape[:-1], 1)
+        grid = [nodes.tensor_type(item) for item in self.values.all_input_nodes[1:]]
+        return all(found.shape == rows and found.dtype == torch.float32 for found in grid)
 
     def parts(self, edit: Editor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The stored weight, unpacked, its scale and its zero point, as [..., out_features, in_features]."""

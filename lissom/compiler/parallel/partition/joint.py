@@ -155,15 +155,20 @@ class Joint:
         return x if nodes.tensor_type(x).dtype == dtype else self.edit.call(aten.to.dtype, x, dtype)
 
     def quantize(self, node: fx.Node, spans: Spans) -> fx.Node:
-        """Dynamic quantization with the range of all shards; every range contains 0, so padding is 0."""
+        """Dynamic quantization with the range of all shards, per-token or per-tensor. Every range contains 0, as padding is."""
         x = cast(fx.Node, node.args[0])
-        x = self._masked(x, nodes.tensor_type(x).rank - 1, spans, 0)
+        rank = nodes.tensor_type(x).rank
+        x = self._masked(x, rank - 1, spans, 0)
+        per_token = nodes.argument(node, "granularity") == "token"
+        dims = [-1] if per_token else [*range(rank)]
         form = FORMATS[cast(str, node.kwargs["format"])]
         call: Callable[..., fx.Node] = self.edit.call
-        least = call(aten.neg.default, call(aten.amin.default, x, [-1], True))
-        ends = call(aten.cat.default, [least, call(aten.amax.default, x, [-1], True)], -1)
+        least = call(aten.neg.default, call(aten.amin.default, x, dims, True))
+        ends = call(aten.cat.default, [least, call(aten.amax.default, x, dims, True)], -1)
         ends = call(aten.clamp_min.default, call(aten.to.dtype, self.reduced(ends, "max"), torch.float32), 0)
         below, high = (call(aten.slice.Tensor, ends, -1, at, at + 1) for at in (0, 1))
+        if not per_token:
+            below, high = (call(aten.reshape.default, end, []) for end in (below, high))
         zero_point = None
         if form.symmetric:
             scale = call(aten.div.Tensor, call(aten.maximum.default, below, high), form.high)

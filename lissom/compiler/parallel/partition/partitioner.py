@@ -142,9 +142,11 @@ def _look_up(state: PartitionState, node: fx.Node) -> bool:
 
 
 def _quantize_jointly(state: PartitionState, node: fx.Node) -> bool:
-    """Quantize sharded rows with the range of all ranks' parts. False for any other call."""
+    """Quantize sharded rows with the range of all ranks' parts. False for any other call, and where ranks hold whole groups."""
     placed = state.known[node]
     if not nodes.is_call(node, fake_quantize_dynamic) or not isinstance(placed, Placed):
+        return False
+    if nodes.argument(node, "granularity") == "group":
         return False
     if spans := placed.spans(state.shape(node).rank - 1):
         with state.edit.before(node):

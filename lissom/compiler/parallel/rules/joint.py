@@ -151,9 +151,11 @@ def exchanges(node: fx.Node, read: Reading) -> tuple[Exchange, ...]:
     if node.target is fake_quantize_dynamic:
         typed = nodes.tensor_type(node)
         placed = read.known.get(node)
-        if not isinstance(placed, Placed) or not placed.spans(typed.rank - 1):
+        granularity = nodes.argument(node, "granularity")
+        if not isinstance(placed, Placed) or not placed.spans(typed.rank - 1) or granularity == "group":
             return ()
-        return (Exchange("all-reduce", (*typed.shape[:-1], 2), typed.dtype),)
+        rows = typed.shape[:-1] if granularity == "token" else (1,) * (typed.rank - 1)
+        return (Exchange("all-reduce", (*rows, 2), typed.dtype),)
     span = joint_span(node, read)
     if span is None or nodes.is_call(node, *LOOK_UP):
         return ()

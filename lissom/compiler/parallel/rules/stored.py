@@ -10,14 +10,17 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.dimension_map import shape_of
 from lissom.compiler.ir.placement import REPLICATED, Span, Spans, sharded
 from lissom.compiler.parallel.rules.base import Outcome, Reading, replicated, settled, tensors
+from lissom.ops.quantization import GROUP
 
 
 def quantized_row(node: fx.Node, read: Reading) -> Outcome:
-    """Dynamic quantization: the range of a row of which ranks hold parts is all-reduced."""
+    """Dynamic quantization: the range of a row, or a tensor, of which ranks hold parts is all-reduced; groups stay whole."""
     (item,) = tensors(node)
-    placed = read.of(item)
-    per_token = nodes.argument(node, "granularity") == "token"
-    if placed.partial or (placed.dims and not per_token):
+    placed, features = read.of(item), shape_of(node)[-1]
+    granularity, last = nodes.argument(node, "granularity"), len(shape_of(node)) - 1
+    if placed.partial or (granularity == "tensor" and any(dim != last for dim, _ in placed.dims)):
+        return replicated(node, read)
+    if granularity == "group" and _narrowed(placed.spans(last), features, cast(int, features) // GROUP) is None:
         return replicated(node, read)
     return Outcome(placed)
 
