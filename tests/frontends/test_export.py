@@ -239,3 +239,14 @@ def at_size(case: Case, batch: int, length: int) -> Case:
     if isinstance(case.inputs, tuple):
         return Case(case.model, (normal(batch, length, 8),))
     return Case(case.model, {"input_ids": tokens(batch, length), "attention_mask": torch.ones(batch, length, dtype=torch.long)})
+
+
+class Attends(nn.Module):
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def test_an_example_may_hold_one_tensor_twice():
+    q, k, v = (normal(2, 4, 5, 8, seed=seed) for seed in range(3))
+    program = capture(Attends(), (q, k, k)).program
+    torch.testing.assert_close(program(q, k, v), Attends()(q, k, v), rtol=1e-5, atol=1e-6)  # float32 sums

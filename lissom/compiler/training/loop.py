@@ -94,6 +94,17 @@ class Trained:
     def gained(self) -> bool:
         return self.best is not None and self.best.step > 0
 
+    @property
+    def shortfall(self) -> str:
+        """Why no step gained anything, to go on with in a sentence, as far as the losses tell."""
+        if not any(point.held_out for point in self.curve):
+            return ": the outputs are equal already"
+        losses = [point.loss for point in self.curve if point.loss is not None]
+        if len(losses) < 2 or losses[-1] >= losses[0]:
+            return ""
+        fell = f"the loss of the training batches fell from {losses[0]:.4g} to {losses[-1]:.4g}"
+        return f", while {fell}: it fits these batches only, pass more data="
+
 
 @dataclass(frozen=True)
 class Scale:

@@ -280,21 +280,8 @@ class Fitting(Training):
         else:
             edit.note(
                 f"{last.step} steps gained nothing, the held-out loss was {first.held_out:.4g} before and never "
-                f"smaller{_why(done)}; the weights are as they were"
+                f"smaller{done.shortfall}; the weights are as they were"
             )
-
-
-def _why(done: Trained) -> str:
-    """Why no step gained anything, as far as the losses of the training batches tell."""
-    if not any(point.held_out for point in done.curve):
-        return ": the outputs are equal already"
-    losses = [point.loss for point in done.curve if point.loss is not None]
-    if len(losses) > 1 and losses[-1] < losses[0]:
-        return (
-            f", while the loss of the training batches fell from {losses[0]:.4g} to {losses[-1]:.4g}: it fits these batches "
-            f"only, pass more data="
-        )
-    return ""
 
 
 @dataclass(frozen=True)
