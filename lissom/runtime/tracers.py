@@ -11,15 +11,19 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.errors import InputError
 
+# Bound once: every call of a compiled model checks them.
+_is_tracing = torch._C._is_tracing
+_count_modes = torch._C._len_torch_dispatch_stack
+_address: Callable[[torch.Tensor], int] = torch._C._data_address  # pyright: ignore[reportAttributeAccessIssue]
 _KINDS = torch._C._TorchDispatchModeKey
 _MODES = {_KINDS.PROXY: "make_fx or torch.export", _KINDS.FUNCTIONAL: "torch.export", _KINDS.FAKE: "FakeTensorMode"}
 
 
 def tracer() -> str | None:
     """The tracer of PyTorch that the call runs under; None for user modes such as FlopCounterMode, and outside of all."""
-    if torch._C._is_tracing():
+    if _is_tracing():
         return "torch.jit.trace"
-    if not torch._C._len_torch_dispatch_stack():
+    if not _count_modes():
         return None
     return next((name for kind, name in _MODES.items() if torch._C._get_dispatch_mode(kind) is not None), None)
 
@@ -27,7 +31,7 @@ def tracer() -> str | None:
 def has_memory(tensor: torch.Tensor) -> bool:
     """False for a tensor of a transform, a fake one, one of zeros that are not stored, and one whose storage was freed."""
     try:
-        return torch._C._data_address(tensor) != 0 or tensor.numel() == 0  # pyright: ignore[reportAttributeAccessIssue]
+        return _address(tensor) != 0 or tensor.numel() == 0
     except RuntimeError:
         return False
 
