@@ -233,10 +233,10 @@ def _redrawn(sample: Sample, seed: int) -> Sample:
 
 
 def _ids_redrawn(tensor: torch.Tensor) -> torch.Tensor:
-    """Random integers between the smallest and the largest, unless the tensor is a mask or counts up."""
+    """Random integers between the smallest and the largest, unless the tensor is a mask, counts up, or holds sorted offsets."""
     if tensor.dtype not in (torch.int32, torch.int64) or tensor.numel() < 2:
         return tensor
-    if _mask_values(tensor) is not None or _counts_up(tensor):
+    if _mask_values(tensor) is not None or bool((tensor.diff(dim=-1) >= 0).all()):
         return tensor
     low, high = int(tensor.min()), int(tensor.max())
     drawn = torch.randint(low, high + 1, tensor.shape, generator=torch.Generator().manual_seed(low), dtype=tensor.dtype)
