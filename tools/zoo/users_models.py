@@ -217,7 +217,8 @@ def _mask(length: int = 12) -> torch.Tensor:
 
 
 def _encoder(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> Case:
-    return Case(woken(build).to(dtype), {"ids": _ids(), "attention_mask": _mask()})
+    model = woken(build)
+    return Case(model if dtype == torch.float32 else model.to(dtype), {"ids": _ids(), "attention_mask": _mask()})
 
 
 def _given(build: Callable[[], nn.Module], *inputs: object) -> Case:
