@@ -114,14 +114,18 @@ def _parts(arguments: Mapping[str, object], bound: Mapping[str, object]) -> dict
 def traced_inputs(
     leaves: Sequence[object], dims: Mapping[int, Mapping[int, object]], lengths: CacheLengths | None
 ) -> list[object]:
-    """The inputs to trace with: where a dynamic size is 1 in all of them it is doubled, because export specializes it."""
+    """The inputs to trace with: where a dynamic size is 1 in all of them it is doubled, because export specializes it.
+
+    Tensors are new objects, because an export that fails leaves its marks of dynamic dimensions on them.
+    """
     places = [(place, dim) for place, leaf in enumerate(leaves) for dim in dims.get(id(leaf), ())]
     sizes = {(place, dim): cast(torch.Tensor, leaves[place]).shape[dim] for place, dim in places}
     larger = {dim for (_, dim), size in sizes.items() if size != 1}
     wanted = {place: 2 if place[1] not in larger else size for place, size in sizes.items()}
     if lengths is not None:
         wanted |= {place: size for place, size in lengths.traced(frozenset(places)).items() if place in sizes}
-    traced = list(leaves)
+    unmarked = {id(leaf): leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    traced = [unmarked.get(id(leaf), leaf) for leaf in leaves]
     for (place, dim), size in wanted.items():
         if size != sizes[place, dim]:
             tensor = cast(torch.Tensor, traced[place])

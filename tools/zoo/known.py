@@ -16,7 +16,6 @@ CANNOT_BE_CAPTURED: Mapping[str, str] = {
     "encoder-decoder/fsmt": "branches on whether the mask pads anything",
     "encoder/openai_privacy_filter": _EXPERTS,
     "hand-written/assigned-table": "replaces an empty buffer by one of another size in its first call",
-    "hand-written/fake-quantized": "calls fake_quantize_per_tensor_affine, which PyTorch cannot trace",
 }
 
 _WEIGHTS = "it returns the attention weights, or computes its output from them"
@@ -50,10 +49,11 @@ NOT_ON_ONNX_RUNTIME: Mapping[str, str] = {
     "hand-written/bfloat16": "ONNX Runtime lacks kernels of bfloat16 on a CPU",
 }
 
-_RECURRENT = "its recurrent layer is one operator, which artifacts do not allow"
+_RECURRENT = "artifacts do not allow the operator of its recurrent layer"
 
 CANNOT_BE_SAVED: Mapping[str, str] = {
     "hand-written/dataclass-outputs": "its outputs are of a class of its own",
+    "hand-written/fake-quantized": "artifacts do not allow PyTorch's fake quantizers",
     "hand-written/gru": _RECURRENT,
     "hand-written/lstm": _RECURRENT,
     "hand-written/lstm-bidirectional": _RECURRENT,

@@ -264,8 +264,8 @@ def _encoders() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     yield "tied", partial(Encoder, tied=True)
     yield "dataclass-outputs", networks.DataclassOutputs
     yield "hooked-features", networks.Collecting
-    yield "assigned-table", partial(networks.Assigning, counts=False)
-    yield "assigned-average", partial(networks.Assigning, counts=True)
+    yield "assigned-table", partial(networks.Assigning, averages=False)
+    yield "assigned-average", partial(networks.Assigning, averages=True)
     yield from ((name, partial(Pooled, name)) for name in ("reward", "mean", "normalized"))
 
 
@@ -309,12 +309,16 @@ def _others() -> Iterator[tuple[str, Callable[[], Case], Expected]]:
 
 _LAYERS = Expected(LAYERS, HEADS, HEADS, HEAD_DIM, LAYERS)
 _NO_COUNT = Expected(LAYERS, HEADS, HEADS, HEAD_DIM)
+_SIZES = {
+    **dict.fromkeys(("complex-rotary", "complex-rotary-computed"), Expected(LAYERS, HEADS, HEADS // 2, HEAD_DIM, LAYERS)),
+    "latent-attention": Expected(LAYERS, HEADS, HEADS, HEAD_DIM + attention.Latent.ROTARY, LAYERS),
+}
 
 
 def entries() -> Iterator[Entry]:
     """Every model of a user's kind."""
     for name, build in _encoders():
-        expected = _NO_COUNT if name.startswith("experts") else _LAYERS
+        expected = _NO_COUNT if name.startswith("experts") else _SIZES.get(name, _LAYERS)
         yield Entry(f"hand-written/{name}", "hand-written", partial(_encoder, build), partial(_same, expected))
     for name, make, expected in _others():
         yield Entry(f"hand-written/{name}", "hand-written", make, partial(_same, expected))

@@ -270,17 +270,17 @@ class Collecting(Encoder):
 
 
 class Assigning(Encoder):
-    """A buffer assigned in forward: a table grown to the length, as in many rotary layers; or a count of calls."""
+    """A buffer assigned in forward: a table grown to the length, as in many rotary layers; or an average."""
 
-    def __init__(self, counts: bool) -> None:
+    def __init__(self, averages: bool) -> None:
         super().__init__()
-        self.counts = counts
-        self.register_buffer("state", torch.zeros(1) if counts else torch.zeros(0, WIDTH), persistent=counts)
+        self.averages = averages
+        self.register_buffer("state", torch.zeros(1) if averages else torch.zeros(0, WIDTH), persistent=averages)
 
     def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         hidden = self.hidden(ids, attention_mask)
-        if self.counts:
-            self.state = self.state * 0.9 + hidden.mean()
+        if self.averages:
+            self.state = hidden.mean().reshape(1)
             return self.head(hidden) + self.state
         if ids.shape[1] > self.state.shape[0]:
             positions = torch.arange(ids.shape[1], device=ids.device)[:, None]
