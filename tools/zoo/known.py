@@ -15,7 +15,6 @@ CANNOT_BE_CAPTURED: Mapping[str, str] = {
     "encoder-decoder/led": _BLOCKS,
     "encoder-decoder/fsmt": "branches on whether the mask pads anything",
     "encoder/openai_privacy_filter": _EXPERTS,
-    "hand-written/assigned-table": "replaces an empty buffer by one of another size in its first call",
 }
 
 _WEIGHTS = "it returns the attention weights, or computes its output from them"
