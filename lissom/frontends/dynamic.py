@@ -116,7 +116,8 @@ def traced_inputs(
 ) -> list[object]:
     """The inputs to trace with: where a dynamic size is 1 in all of them it is doubled, because export specializes it.
 
-    A tensor that is given twice is copied, because export would take the two inputs for one.
+    Every tensor is a new object: export would take one that is given twice for one input, and an export that fails leaves its
+    marks of dynamic dimensions on tensors.
     """
     places = [(place, dim) for place, leaf in enumerate(leaves) for dim in dims.get(id(leaf), ())]
     sizes = {(place, dim): cast(torch.Tensor, leaves[place]).shape[dim] for place, dim in places}
@@ -124,11 +125,7 @@ def traced_inputs(
     wanted = {place: 2 if place[1] not in larger else size for place, size in sizes.items()}
     if lengths is not None:
         wanted |= {place: size for place, size in lengths.traced(frozenset(places)).items() if place in sizes}
-    first = {id(leaf): place for place, leaf in reversed(list(enumerate(leaves)))}
-    traced = list(leaves)
-    for place, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor) and first[id(leaf)] != place:
-            traced[place] = leaf.clone()
+    traced = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     for (place, dim), size in wanted.items():
         if size != sizes[place, dim]:
             tensor = cast(torch.Tensor, traced[place])

@@ -255,6 +255,21 @@ class Halving(nn.Module):
         return x[:, : 4 * (x.shape[1] // 4)] if not torch.jit.is_tracing() and x.shape[1] > 6 else x * 2
 
 
+def test_a_model_of_fixed_sizes_is_captured_after_attempts_that_fail():
+    """PyTorch has no rule for the sizes of this operator, so that only an export with fixed sizes succeeds."""
+
+    class FakeQuantized(nn.Module):
+        def forward(self, x):
+            return torch.fake_quantize_per_tensor_affine(x, 0.05, 3, -128, 127)
+
+    x = normal(3, 4)
+    found = capture(FakeQuantized(), (x,))
+    assert shape(found) == "(x: f32[3, 4])"
+    assert len(found.notes) == 4
+    assert not x.__dict__, "the caller's tensor has marks of dynamic dimensions"
+    torch.testing.assert_close(found.program(x), FakeQuantized()(x), rtol=0.0, atol=0.0)
+
+
 def test_a_size_at_which_the_model_gives_something_else_is_not_promised():
     """A choice by size is kept as a condition, or the size is fixed; either way no call gets a wrong answer."""
     program = capture(Halving(), (normal(2, 5, 3),)).program

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.zoo import hand_written, huggingface, libraries
+from tools.zoo import hand_written, huggingface, libraries, users_models
 from tools.zoo.entry import Entry
 
 
@@ -11,4 +11,4 @@ def entries(attention: str | None = None) -> list[Entry]:
 
     attention: the attention implementation in transformers, `eager` or `sdpa`; each model's default if None.
     """
-    return [*huggingface.entries(attention), *hand_written.entries(), *libraries.entries()]
+    return [*huggingface.entries(attention), *hand_written.entries(), *users_models.entries(), *libraries.entries()]

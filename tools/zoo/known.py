@@ -1,4 +1,4 @@
-"""Models that cannot be captured, do not run on ONNX Runtime, or keep a decomposed attention, with the reason."""
+"""Models that cannot be captured or saved, do not run on ONNX Runtime, or keep a decomposed attention, with the reason."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ CANNOT_BE_CAPTURED: Mapping[str, str] = {
     "encoder/openai_privacy_filter": _EXPERTS,
 }
 
+_WEIGHTS = "it returns the attention weights, or computes its output from them"
+
 ATTENTION_LEFT: Mapping[str, str] = {
     "encoder-decoder/longt5": "its local attention computes blocks of keys in scores of rank 5",
     "encoder-decoder/pegasus_x": "its local attention computes blocks of keys in scores of rank 5",
     "timm/convit": "it mixes two softmaxes before the product with v",
+    "hand-written/cross-attention": _WEIGHTS,
+    "hand-written/cross-attention-bias-kv": _WEIGHTS,
+    "hand-written/multihead-attention-weights": _WEIGHTS,
     "x-transformers/one-kv-head": "it merges heads and queries into one dimension of the scores",
     "x-transformers/talking-heads": "it mixes the heads' attention weights before the product with v",
 }
@@ -40,4 +45,15 @@ NOT_ON_ONNX_RUNTIME: Mapping[str, str] = {
     "encoder/mistral_large4_text": _TIES,
     "causal/hunyuan_v1_moe": _HISTOGRAM,
     "classifier/hunyuan_v1_moe": _HISTOGRAM,
+    "hand-written/bfloat16": "ONNX Runtime lacks kernels of bfloat16 on a CPU",
+}
+
+_RECURRENT = "artifacts do not allow the operator of its recurrent layer"
+
+CANNOT_BE_SAVED: Mapping[str, str] = {
+    "hand-written/dataclass-outputs": "its outputs are of a class of its own",
+    "hand-written/fake-quantized": "artifacts do not allow PyTorch's fake quantizers",
+    "hand-written/gru": _RECURRENT,
+    "hand-written/lstm": _RECURRENT,
+    "hand-written/lstm-bidirectional": _RECURRENT,
 }
