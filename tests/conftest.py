@@ -7,8 +7,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("LISSOM_KEPT_DECODERS", "0")
 os.environ.setdefault("LISSOM_KERNELS", "ours")  # which is faster depends on the load
-# By AMX, PyTorch's products in bfloat16 spread a NaN to the row beside it, where kernels are compared with them.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 # One core a test process: OpenMP's threads wait for each other by spinning, and where two processes have a thread for every
 # core, they slow each other down many times over. Set before torch is imported, and for the processes that tests start.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -117,7 +117,13 @@ def confirm_calls(program: Program, model: nn.Module, args: Sequence[object], kw
                     calls.append((sample, found))
     with torch.no_grad(), kept_state(program):
         for sample, wanted in calls:
-            found = _own(program.run(sample))
+            try:
+                found = _own(program.run(sample))
+            except REFUSALS as error:
+                raise BehaviorError(
+                    f"the captured program fails on inputs that {type(model).__name__} takes, with other values or masks than "
+                    f"those of the example: {describe_failure(error)}"
+                ) from error
             for error, allowed in zip(output_errors([wanted], [found]), tolerances(program), strict=False):
                 if error > allowed:
                     in_turn = sample is example or _differs_alone(model, program, sample, wanted)
