@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir.program import Program
-from lissom.frontends.dynamo import capture_graph, read_graph
+from lissom.frontends.dynamo import capture_graph, guard_sizes, read_graph
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -18,7 +18,9 @@ def programs_of(function: Function, *calls: tuple[torch.Tensor, ...]) -> list[Pr
     programs: list[Program] = []
 
     def backend(module: fx.GraphModule, args: Sequence[object]) -> Callable[..., object]:
-        programs.append(capture_graph(read_graph(module), args, guard=True).program)
+        graph = read_graph(module)
+        programs.append(capture_graph(graph, args).program)
+        guard_sizes(graph, programs[-1].signature)
         return module.forward
 
     torch.compiler.reset()

@@ -253,6 +253,7 @@ def test_sites_of_a_quantized_program_are_those_that_passes_still_take() -> None
     after, _ = run("quantize", "bert")
     assert {name for site in lissom.sites(after) for name in site.takes} == {
         *("low-rank{lm_head=true}", "quantize{lm_head=true}", "quantize{embeddings=true}", "sparsify-attention"),
+        *("prune-layers", "prune-layers{part=attention}", "prune-layers{part=feed-forward}"),
     }
 
 
