@@ -388,15 +388,3 @@ def test_dimensions_of_unlike_names_stay_apart():
     program = capture(Two(), (normal(3, 8), normal(3, 8)), dynamic={"x": {0: "rows"}, "y": {0: "others"}}).program
     left, right = program(normal(6, 8), normal(4, 8))
     assert (left.shape[0], right.shape[0]) == (6, 4)
-
-
-class Added(nn.Module):
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return x + y
-
-
-def test_two_names_of_one_dimension_are_refused():
-    dynamic = {"x": {0: "rows"}, "y": {0: "others"}}
-    assert refusal(lambda: capture(Added(), (normal(3, 8), normal(3, 8)), dynamic=dynamic)) == (
-        "dynamic gives the names 'rows' and 'others' to dimensions that the model takes as equal; give them one name"
-    )

@@ -1,4 +1,4 @@
-"""Tests of the notes on sizes that a model fixes."""
+"""Tests of sizes that a model fixes, or takes as equal."""
 
 from __future__ import annotations
 
@@ -33,3 +33,15 @@ def test_the_line_that_fixes_a_size_is_named():
     )
     found = refusal(lambda: capture(Resampler(), (normal(2, 5, 8),), dynamic={"x": {0: "batch"}}))
     assert "takes it as a number and fixes it at 2; leave it out of dynamic=" in found
+
+
+class Added(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+
+def test_two_names_of_one_dimension_are_refused():
+    dynamic = {"x": {0: "rows"}, "y": {0: "others"}}
+    assert refusal(lambda: capture(Added(), (normal(3, 8), normal(3, 8)), dynamic=dynamic)) == (
+        "dynamic gives the names 'rows' and 'others' to dimensions that the model takes as equal; give them one name"
+    )

@@ -146,7 +146,7 @@ def test_ids_past_the_table_are_refused(ids):
 def test_memory_that_cannot_be_read_is_refused():
     gone = X.clone()
     gone.untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match="x reaches 120 bytes into a storage of 0"):
+    with pytest.raises(RuntimeError, match="a tensor has no memory; it may be fake, or its storage was freed"):
         OPS.fused_rms_norm(gone, eps=1e-5)
     unaligned = torch.frombuffer(bytearray(41), dtype=torch.float32, offset=1, count=10)
     with pytest.raises(RuntimeError, match="x is not aligned to its dtype; clone it"):
