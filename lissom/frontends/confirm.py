@@ -23,10 +23,6 @@ from lissom.frontends.kv_cache import ReturnedCacheError, is_kv_cache_object
 from lissom.frontends.untouched import nothing_registered, untouched
 
 
-class BehaviorError(CaptureError):
-    """The program and the model differ in a way that does not depend on which sizes are dynamic."""
-
-
 class RefusedSizesError(CaptureError):
     """The model, or the bounds found during capture, refuse every size tried other than the example's."""
 
@@ -120,17 +116,20 @@ def confirm_calls(program: Program, model: nn.Module, args: Sequence[object], kw
             try:
                 found = _own(program.run(sample))
             except REFUSALS as error:
-                raise BehaviorError(
+                raise CaptureError(
                     f"the captured program fails on inputs that {type(model).__name__} takes, with other values or masks than "
                     f"those of the example: {describe_failure(error)}"
                 ) from error
-            for error, allowed in zip(output_errors([wanted], [found]), tolerances(program), strict=False):
-                if error > allowed:
-                    in_turn = sample is example or _differs_alone(model, program, sample, wanted)
-                    raise BehaviorError(
-                        f"the captured program differs from {type(model).__name__} by {error:.2g} relative, allowed "
-                        f"{allowed:.2g}, {_IN_TURN if in_turn else _BY_VALUES}"
-                    )
+            excess = _excess(program, wanted, found)
+            if excess is not None:
+                # Does the model itself answer otherwise after other calls than alone?
+                in_turn = sample is example or (
+                    _excess(program, wanted, _answer(model, program, sample)[: len(wanted)]) is not None
+                )
+                raise CaptureError(
+                    f"the captured program differs from {type(model).__name__} by {excess[0]:.2g} relative, allowed "
+                    f"{excess[1]:.2g}, {_IN_TURN if in_turn else _BY_VALUES}"
+                )
 
 
 _IN_TURN = (
@@ -143,14 +142,10 @@ _BY_VALUES = (
 )
 
 
-def _differs_alone(model: nn.Module, program: Program, sample: Sample, wanted: Sequence[object]) -> bool:
-    """Whether the model answers a sample otherwise by itself than after other calls."""
-    return any(
-        error > allowed
-        for error, allowed in zip(
-            output_errors([wanted], [_answer(model, program, sample)[: len(wanted)]]), tolerances(program), strict=False
-        )
-    )
+def _excess(program: Program, wanted: Sequence[object], found: Sequence[object]) -> tuple[float, float] | None:
+    """The error of the first output above its tolerance, and the tolerance; None if all are within."""
+    pairs = zip(output_errors([wanted], [found]), tolerances(program), strict=False)  # no state among the outputs
+    return next(((error, allowed) for error, allowed in pairs if error > allowed), None)
 
 
 def refused_dimensions(program: Program, model: nn.Module, args: Sequence[object]) -> set[tuple[int, int]]:

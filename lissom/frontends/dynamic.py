@@ -6,7 +6,6 @@ import re
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import cast
 
 import sympy
@@ -20,7 +19,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Signature, TensorArgument
 from lissom.errors import CaptureError
 from lissom.frontends.cache_lengths import CacheLengths
-from lissom.frontends.failures import TORCH_FOLDER
+from lissom.frontends.failures import TORCH_FOLDER, line_text
 
 Dynamic = Mapping[str, Mapping[int, "str | Dim"]]
 _SIZE = re.compile(r"L\['(?P<name>\w+)'\](?P<rest>.*)\.size\(\)\[(?P<dim>\d+)\]")
@@ -220,8 +219,8 @@ def lines_that_fix(exported: ExportedProgram) -> dict[tuple[str, int], str]:
         matched = _SIZE.fullmatch(str(sources[0].name))
         # A line of torch's own is where a weight or an operator needs the size.
         if matched is not None and not where.filename.startswith(TORCH_FOLDER):
-            line = f"{Path(where.filename).name}:{where.lineno} (`{(where.line or '').strip()}`)"
-            found[matched["name"] + (matched["rest"] or ""), int(matched["dim"])] = line
+            line = line_text(where.filename, where.lineno, where.line)
+            found[matched["name"] + matched["rest"], int(matched["dim"])] = line
     return found
 
 

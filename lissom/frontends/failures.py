@@ -26,14 +26,19 @@ def model_line(error: Exception) -> str:
     recorded = [frame for frame in recorded if not frame[0].startswith(TORCH_FOLDER)]
     if recorded:
         file, line, code = recorded[-1]
-        return f"{Path(file).name}:{line} (`{code.strip()}`)"
+        return line_text(file, line, code)
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((TORCH_FOLDER, "<"))
     ]
     frames = [frame for frame in frames if Path(__file__).parent not in Path(frame.filename).parents]
     if not frames:
         return "torch"
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} (`{(frames[-1].line or '').strip()}`)"
+    return line_text(frames[-1].filename, frames[-1].lineno, frames[-1].line)
+
+
+def line_text(file: str, number: object, code: str | None) -> str:
+    """A line of code with its place, `modeling.py:12 (`if x.sum() > 0:`)`."""
+    return f"{Path(file).name}:{number} (`{(code or '').strip()}`)"
 
 
 def first_line(error: Exception) -> str:
