@@ -101,7 +101,7 @@ def _encode(tree: object, leaf: object, where: str) -> object:
         fields = [field.name for field in dataclass_fields(cast(Any, tree))]
         return {"output": kind.__name__, "module": kind.__module__, "fields": fields, "items": items}
     raise ArtifactError(
-        f"{where} holds a {kind.__name__}, which an artifact cannot hold; "
+        f"{where} holds a value of type '{kind.__name__}', which an artifact cannot hold; "
         f"it holds lists, tuples, dicts and outputs of transformers"
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -11,6 +11,7 @@ from torch import fx
 from torch.export import Dim
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.printer import place
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, resize
 from lissom.compiler.ir.signature import TensorArgument
@@ -47,6 +48,21 @@ def check_tensors(backend: str, program: Program) -> None:
             raise UnsupportedError(
                 f"backend '{backend}' returns tensors, and {program.name} returns the size '{leaf.name}'; "
                 f"choose backend 'eager'"
+            )
+
+
+def check_steps(backend: str, program: Program, unrolled: Collection[object]) -> None:
+    """Refuse recurrent layers that the backend unrolls where the number of steps varies. Raises: UnsupportedError.
+
+    unrolled: the operators of these layers.
+    """
+    for node in program.nodes(*unrolled):
+        x = cast(fx.Node, node.args[0])
+        steps = nodes.tensor_type(x).shape[1 if node.args[-1] else 0]
+        if not isinstance(steps, int):
+            raise UnsupportedError(
+                f"backend '{backend}' computes {place(program, node)} step by step, and the number of steps, "
+                f"{program.signature.name_of(steps)}, varies; compile with dynamic=False, or choose backend 'eager'"
             )
 
 

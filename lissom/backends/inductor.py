@@ -21,6 +21,7 @@ from torch import fx, nn
 from lissom.backends.base import Backend, Executable, confirm
 from lissom.backends.exported import (
     check_plain,
+    check_steps,
     device_of,
     free_dimensions,
     kind_and_reason,
@@ -28,11 +29,13 @@ from lissom.backends.exported import (
     read_json,
     traced_example,
 )
+from lissom.compiler.ir.operators import RECURRENT_LAYERS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.inspect.machine import instruction_sets
+from lissom.passes.canonical.fold_constants import FoldConstants
 from lissom.passes.lowering.lower_quantized_products import LowerQuantizedProducts
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
@@ -47,7 +50,8 @@ class Inductor(Backend):
     maps_files: ClassVar[bool] = True
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
-        return (FoldQuantizedWeights(), LowerQuantizedProducts()) if device.type == "cuda" else ()
+        quantized = (FoldQuantizedWeights(), LowerQuantizedProducts()) if device.type == "cuda" else ()
+        return (FoldConstants(shared=True), *quantized)
 
     def missing(self) -> str | None:
         # Here, because it takes a second or two to import.
@@ -69,6 +73,7 @@ class Inductor(Backend):
             VerifyError when the package gives other outputs than the program.
         """
         check_plain(self.name, program)
+        check_steps(self.name, program, RECURRENT_LAYERS)
         folder = Path(mkdtemp(prefix="lissom-"))
         try:
             # Warnings about the compiler's internals; failures raise.

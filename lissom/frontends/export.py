@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from lissom.compiler.ir.fake import recurrent_layers_whole
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.errors import CaptureError
@@ -268,11 +269,11 @@ def _export(
     # The model runs again afterwards for comparison, and must not hold fake tensors of the export then.
     with untouched(model), without_export_messages(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export", UserWarning)
-        with nothing_registered(model), assignments_as_writes(model):
+        with nothing_registered(model), assignments_as_writes(model), recurrent_layers_whole():
             dynamic = bound if free else None
             exported = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=dynamic, strict=False)
     if _writes(exported):
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), recurrent_layers_whole():
             # PyTorch itself copies module metadata that has a deprecated class.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             exported = exported.run_decompositions({})

@@ -31,6 +31,7 @@ from lissom.inspect.machine import Machine
 from lissom.ops import KERNELS
 from lissom.ops.native import load_kernels, one_call
 from lissom.ops.packed_linear import packed_linear, packed_linear_norm
+from lissom.passes.canonical.fold_constants import FoldConstants
 from lissom.passes.lowering.fuse_attention import FuseAttention
 from lissom.passes.lowering.fuse_epilogues import FuseEpilogues
 from lissom.passes.lowering.fuse_merged_attention import FuseMergedAttention
@@ -59,15 +60,16 @@ class Eager(Backend):
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
         if device.type == "cuda":
-            return (LowerSparseAttention(), PackSparse(), FoldQuantizedWeights(), LowerQuantizedProducts(), WriteStateInPlace())
+            products = (PackSparse(), FoldQuantizedWeights(), LowerQuantizedProducts())
+            return (FoldConstants(shared=True), LowerSparseAttention(), *products, WriteStateInPlace())
         if device.type != "cpu":
-            return (WriteStateInPlace(),)
+            return (FoldConstants(shared=True), WriteStateInPlace())
         # Without kernels the later passes say why; merged projections would then be read as strided slices.
         merge = () if load_kernels() else (MergeProjections(always=True, gates=False),)
         heads = (FuseRotary(), LowerSparseAttention(), FuseAttention())
         products = (SplitGates(), PackQuantizedLinear(), PackLinear(), FuseEpilogues(), FuseNorm())
         lookups = (FuseUnpaddedAttention(), FuseMergedAttention(), WriteStateInPlace())
-        return (FoldQuantizedWeights(), *merge, *heads, *products, *lookups)
+        return (FoldConstants(shared=True), FoldQuantizedWeights(), *merge, *heads, *products, *lookups)
 
     def build(self, program: Program, example: Sample) -> Executable:
         executable = build_function(program, with_graphs)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from lissom.compiler.ir.operators import RECURRENT_LAYERS
 from lissom.ops import IMPLEMENTATIONS
 
 aten = torch.ops.aten
@@ -31,10 +32,46 @@ def _batch_norm(input: torch.Tensor, *rest: Any, **options: Any) -> tuple[torch.
     return aten._native_batch_norm_legit_no_training.default(input, *rest, **options)
 
 
+def _recurrent_layers(target: torch._ops.OpOverload, gates: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """PyTorch's LSTM, GRU or RNN with a check of sizes: oneDNN reads past the end of too short weights (torch 2.13).
+
+    gates: how many matrices of a step lie in one weight.
+    """
+
+    def run(
+        input: torch.Tensor,
+        hx: torch.Tensor | Sequence[torch.Tensor],
+        params: Sequence[torch.Tensor],
+        has_biases: bool,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        states = [hx] if isinstance(hx, torch.Tensor) else hx
+        ways = 2 if bidirectional else 1
+        found = [tuple(tensor.shape) for tensor in (input, *states, *params)]
+        if any(len(shape) != 3 for shape in found[: 1 + len(states)]) or not 0 < num_layers * ways <= len(params):
+            raise ValueError(f"{target} of {num_layers} layers has an input, states and weights of {found}")
+        hidden, cell = states[0].shape[-1], states[-1].shape[-1]
+        expected = [(num_layers * ways, input.shape[1 - batch_first], state.shape[-1]) for state in states]
+        for layer in range(num_layers):
+            features = input.shape[-1] if layer == 0 else hidden * ways
+            one = [(gates * cell, features), (gates * cell, hidden)]
+            expected += (one + [(gates * cell,)] * 2 * has_biases + [(hidden, cell)] * (hidden != cell)) * ways
+        if found[1:] != expected:
+            raise ValueError(f"{target} has states and weights of {found[1:]}, and not {expected}")
+        return target(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
+
+    return run
+
+
 # A tensor method takes half the time of its operator to call, which matters for small models.
 METHODS: dict[object, Callable[..., object]] = {
     aten.scaled_dot_product_attention.default: _attention,
     aten._native_batch_norm_legit_no_training.default: _batch_norm,
+    **{target: _recurrent_layers(target, gates) for target, gates in RECURRENT_LAYERS.items()},
     # A program from a file may return uninitialized memory.
     aten.empty_like.default: aten.zeros_like.default,
     aten.new_empty.default: aten.new_zeros.default,

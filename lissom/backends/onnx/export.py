@@ -24,6 +24,8 @@ from lissom.backends.onnx.recurrences import RECURRENCES
 from lissom.backends.onnx.state import return_state
 from lissom.backends.onnx.translation import OPSET, TRANSLATIONS
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.fake import recurrent_layers_whole
+from lissom.compiler.ir.operators import PLAIN_RNNS, RECURRENT_LAYERS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.frontends.isolation import only_errors
@@ -33,6 +35,8 @@ MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 
 aten = torch.ops.aten
 
+_WHOLE = [target for target in RECURRENT_LAYERS if target not in PLAIN_RNNS]
+"""The recurrent layers that have translations; others are computed step by step."""
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other)
 _SPELLINGS: Mapping[object, object] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
@@ -55,14 +59,15 @@ def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir
 
     decompose: decompose operators first. The exporter then has translations for nearly all, and takes twice as long.
     """
-    exported = _export(program, example)
+    with recurrent_layers_whole(_WHOLE):
+        exported = _export(program, example)
     if not decompose:
         exported.run_decompositions = lambda *_, **__: exported  # pyright: ignore[reportUnknownLambdaType]
     _keep_origins(program, exported)
     past, present = state_names(program)
     inputs, outputs = input_names(program) + past, output_names(program) + present
     # Warnings about the exporter's internals, and messages about our untyped translations; failures raise.
-    with warnings.catch_warnings(), only_errors("torch.onnx"), torch.no_grad():
+    with warnings.catch_warnings(), only_errors("torch.onnx"), torch.no_grad(), recurrent_layers_whole(_WHOLE):
         warnings.simplefilter("ignore")
         result = torch.onnx.export(
             exported,

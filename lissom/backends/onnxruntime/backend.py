@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from lissom.backends.base import Backend, Executable
-from lissom.backends.exported import check_tensors, kind_and_reason, read_json
+from lissom.backends.exported import check_steps, check_tensors, kind_and_reason, read_json
 from lissom.backends.onnxruntime.session_options import unlisted_option
 from lissom.backends.simulated_layers import SimulatedLayer, account
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.operators import PLAIN_RNNS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.errors import ArtifactError, LissomError, UnsupportedError
 from lissom.inspect.hot_layers import LayerTimes
 from lissom.inspect.machine import Machine
+from lissom.passes.canonical.fold_constants import FoldConstants
 from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
@@ -67,7 +69,7 @@ class OnnxRuntime(Backend):
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
         # Whether sparse attention is faster is timed with ONNX Runtime itself, when the model is built.
-        return (FoldQuantizedWeights(), LowerSparseAttention(always=True, causal=False))
+        return (FoldConstants(shared=True), FoldQuantizedWeights(), LowerSparseAttention(always=True, causal=False))
 
     def simulated(self, program: Program) -> Sequence[SimulatedLayer]:
         """None here; the session sets `simulated` when it is built."""
@@ -192,11 +194,12 @@ class OnnxRuntime(Backend):
 def _check(program: Program) -> None:
     """Refuse programs that cannot be exported, or that ONNX Runtime lacks kernels for. Raises: UnsupportedError."""
     check_tensors(OnnxRuntime.name, program)
+    check_steps(OnnxRuntime.name, program, PLAIN_RNNS)
     for node in program:
         if nodes.is_tensor(node) and node.op != "output":
             found = nodes.tensor_type(node)
             if found.dtype == torch.bfloat16 and found.device.type == "cpu":
                 raise UnsupportedError(
                     f"ONNX Runtime lacks kernels of bfloat16 on a CPU, and {program.name} has it in '{node.name}'; "
-                    f"leave the cast out, or choose backend 'eager'"
+                    f"convert the model to float32, leave a cast to bfloat16 out, or choose backend 'eager'"
                 )

@@ -154,6 +154,12 @@ def _selective_scan(node: fx.Node, shape_of: ShapeOf) -> Size:
     return 3 * product(x) * b[-1]
 
 
+def _recurrent_layers(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """Each token is multiplied by each matrix of each layer and direction: those of its input and of the state."""
+    matrices = [shape_of(item) for item in cast(Sequence[fx.Node], node.args[2])]
+    return product(_operand(node, 0, shape_of)[:-1]) * sum(product(shape) for shape in matrices if len(shape) == 2)
+
+
 def _convolution(node: fx.Node, shape_of: ShapeOf) -> Size:
     return product(shape_of(node)) * product(_operand(node, 1, shape_of)[1:])
 
@@ -214,6 +220,7 @@ FORMULAS: dict[object, Formula] = {
     ops.linear_attention: _linear_attention,
     ops.gated_delta_rule: _delta_rule,
     ops.selective_scan: _selective_scan,
+    **dict.fromkeys(operators.RECURRENT_LAYERS, _recurrent_layers),
     **dict.fromkeys((ops.packed_linear, ops.packed_linear_norm, *operators.QUANTIZED_LINEARS), _summed_over(0)),
     # Its weight holds half of the values, [out_features, in_features / 2].
     ops.sparse_linear: _summed_over(1),

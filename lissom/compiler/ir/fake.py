@@ -12,14 +12,17 @@ from typing import cast
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.node import map_arg
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.numbers import int_oo
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import call
+from lissom.compiler.ir.operators import RECURRENT_LAYERS
 from lissom.compiler.ir.types import ScalarType, Size, TensorType, ValueType, size_of, type_of
 
 aten = torch.ops.aten
@@ -50,7 +53,8 @@ def typing_scope(mode: FakeTensorMode) -> Generator[None]:
         with mode, torch.no_grad():
             yield
     else:
-        with mode, mode.shape_env.suppress_guards(), torch.no_grad():
+        # Some operators, such as baddbmm, take symbolic sizes only in their Python decompositions.
+        with mode, mode.shape_env.suppress_guards(), enable_python_dispatcher(), torch.no_grad():
             yield
 
 
@@ -59,6 +63,8 @@ def fake_call(mode: FakeTensorMode, node: fx.Node) -> object:
     with typing_scope(mode):
         if nodes.is_call(node, aten.constant_pad_nd.default, aten.pad.default):
             return _fake_pad(node)
+        if nodes.is_call(node, *RECURRENT_LAYERS):
+            return _fake_recurrent_layers(*map_arg(node.args, nodes.value))  # pyright: ignore
         return call(node, nodes.value)
 
 
@@ -106,6 +112,36 @@ def _fake_pad(node: fx.Node) -> object:
     for dim, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
         shape[-dim] = shape[-dim] + before + after
     return x.new_empty(shape)
+
+
+def _fake_recurrent_layers(input: torch.Tensor, hx: object, *rest: object) -> tuple[torch.Tensor, ...]:
+    """The fake values of an LSTM, GRU or RNN, its output and its states; the arguments are those of `aten.lstm.input`."""
+    states = [hx] if isinstance(hx, torch.Tensor) else cast("list[torch.Tensor]", hx)
+    *_, bidirectional, batch_first = rest
+    features = states[0].shape[-1] * (2 if bidirectional else 1)
+    first, second = input.shape[:2]
+    # Steps lie one behind the other in memory.
+    output = (
+        input.new_empty((second, first, features)).transpose(0, 1)
+        if batch_first
+        else input.new_empty((first, second, features))
+    )
+    return output, *(state.new_empty(state.shape) for state in states)
+
+
+@contextmanager
+def recurrent_layers_whole(targets: Iterable[torch._ops.OpOverload] = RECURRENT_LAYERS) -> Generator[None]:
+    """Let PyTorch type an LSTM, GRU or RNN as one call; it would type them step by step, and so fix the number of steps."""
+    kept = {target: dict(target.py_kernels) for target in targets}
+    try:
+        for target, kernels in kept.items():
+            target.py_kernels.update(dict.fromkeys(kernels, _fake_recurrent_layers))
+            target._dispatch_cache.clear()
+        yield
+    finally:
+        for target, kernels in kept.items():
+            target.py_kernels.update(kernels)
+            target._dispatch_cache.clear()
 
 
 def fake_weight(mode: FakeTensorMode, weight: torch.Tensor) -> torch.Tensor:

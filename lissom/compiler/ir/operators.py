@@ -129,6 +129,10 @@ MATMULS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
 MATMULS_WITH_BIAS = (aten.addmm.default, aten.baddbmm.default)
 LINEAR_PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
 """Operators that a linear layer may be, apart from convolutions."""
+PLAIN_RNNS = (aten.rnn_tanh.input, aten.rnn_relu.input)
+"""All layers of an RNN without gates at once."""
+RECURRENT_LAYERS = {aten.lstm.input: 4, aten.gru.input: 3, **dict.fromkeys(PLAIN_RNNS, 1)}
+"""All layers of an LSTM, GRU or RNN at once, and how many matrices of a step lie in one of its weights."""
 GROUPED_PRODUCTS = (grouped_product,)
 """Products of rows with the matrix of their group, out of a stack [groups, in_features, out_features]."""
 INT8_LINEARS = (ops.quantized_linear, ops.quantized_linear_grouped, ops.quantized_linear_norm)

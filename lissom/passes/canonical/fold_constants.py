@@ -2,20 +2,25 @@
 
 A constant is stored in the program under `folded.<node>`. Trainable weights that are folded stay trainable in their folded
 form. Left alone: views of one weight (they cost nothing and keep it shared), constants larger than these weights, outputs that
-the caller may modify, random numbers, and state.
+the caller may modify, random numbers, state, and products whose matrix a layer of the inputs multiplies by too (DeBERTa's
+projections of relative positions): a pass that changes the matrix must change both. Lowering folds these, by `shared=true`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
+from lissom.compiler.analysis.structure.linear import weight_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import evaluate_nodes
 from lissom.compiler.ir.match import computed_from, is_handed_out, is_view
+from lissom.compiler.ir.printer import place
+from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
@@ -25,14 +30,24 @@ _SMALL_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class FoldConstants(Rewrite):
-    """Replaces operators whose arguments are all constant by their result."""
+    """Replaces operators whose arguments are all constant by their result.
+
+    shared: fold what products of constants lead to, even if other layers read their matrices, and nothing else; for lowering.
+    """
+
+    shared: bool = False
 
     def run(self, edit: Editor) -> None:
-        constant = _constant_nodes(edit)
+        constant = _constant_nodes(edit.program, set())
+        if not self.shared and (shared := _shared_products(edit, constant)):
+            constant = _constant_nodes(edit.program, shared)
         for node in edit.nodes():
             if node not in constant or all(user in constant for user in node.users):
                 continue
-            inputs = [found for found in computed_from([node]) if found.op == "get_attr"]
+            computed = computed_from([node])
+            if self.shared and not any(weight_of(found) for found in computed):
+                continue
+            inputs = [found for found in computed if found.op == "get_attr"]
             if (len(inputs) == 1 and _only_views(node)) or is_handed_out(edit.program, node):
                 continue
             allowed = max(_SMALL_BYTES, sum(map(_bytes, inputs)))
@@ -50,14 +65,33 @@ class FoldConstants(Rewrite):
             edit.replace(node, folded)
 
 
-def _constant_nodes(edit: Editor) -> set[fx.Node]:
-    """The nodes that no input, state or random number reaches."""
+def _constant_nodes(program: Program, besides: Set[fx.Node]) -> set[fx.Node]:
+    """The nodes that no input, state, random number or node of `besides` reaches."""
     constant: set[fx.Node] = set()
-    for node in edit.program:
-        fixed = node.op == "get_attr" and str(node.target) not in edit.program.state
-        if fixed or (nodes.is_pure(node) and nodes.is_tensor(node) and constant.issuperset(node.all_input_nodes)):
+    for node in program:
+        fixed = node.op == "get_attr" and str(node.target) not in program.state
+        computed = nodes.is_pure(node) and nodes.is_tensor(node) and constant.issuperset(node.all_input_nodes)
+        if (fixed or computed) and node not in besides:
             constant.add(node)
     return constant
+
+
+def _shared_products(edit: Editor, constant: Set[fx.Node]) -> set[fx.Node]:
+    """The products of constants whose matrix a product with the inputs reads too."""
+    others: dict[object, fx.Node] = {}
+    mine: list[tuple[fx.Node, object]] = []
+    for node in edit.nodes():
+        weight = weight_of(node)
+        if weight is None or weight.op != "get_attr":
+            continue
+        if node in constant:
+            mine.append((node, weight.target))
+        else:
+            others.setdefault(weight.target, node)
+    found = [(node, others[target]) for node, target in mine if target in others]
+    for node, other in found:
+        edit.skip(node, f"{place(edit.program, other)} multiplies by its matrix too; lowering folds it")
+    return {node for node, _ in found}
 
 
 def _only_views(node: fx.Node) -> bool:

@@ -195,6 +195,8 @@ def _energies(edit: Editor, axis: Axis) -> torch.Tensor:
 
     observe(edit.program, edit.data, {input_of(node) for node in readers}, visit)
     for node in readers:
+        if input_of(node) not in squares:  # a product of constants, such as DeBERTa's of relative positions
+            continue
         matrix = matrix_of(node)
         weight = matrix.read(edit.program).float().square().sum(0).cpu() if isinstance(matrix, Matrix) else 1.0
         scores += _fractions(squares[input_of(node)] * weight)

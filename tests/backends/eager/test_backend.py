@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lissom.backends.base import confirm
 from lissom.backends.eager.backend import Eager, build_function, emit
 from lissom.backends.eager.methods import METHODS
+from lissom.compiler.ir.operators import RECURRENT_LAYERS
 from lissom.compiler.verify.divergence import run_samples
 from lissom.errors import VerifyError
 from lissom.frontends.export import capture
-from tests.models import CASES, capture_of, captured, counter, feed_forward, normal, tiny_bert
+from tests.models import CASES, capture_of, captured, counter, feed_forward, normal, seeded, tiny_bert
 
 aten = torch.ops.aten
 
@@ -184,6 +185,24 @@ def test_batch_norm_reads_no_channel_that_is_not_there():
     assert torch.equal(call(x, ones, ones, ones, ones, 0.1, 1e-5)[0], wanted[0])
     with pytest.raises(ValueError, match=r"batch norm has \[2\] for 6 channels"):
         call(x, ones, ones, ones[:2], ones, 0.1, 1e-5)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False, "batch_first": True}])
+def test_recurrent_layers_read_no_weight_that_is_not_there(kind, options):
+    module = seeded(lambda: kind(3, 4, **options)).eval()
+    program = capture(module, (normal(2, 5, 3),)).program
+    (node,) = program.nodes(*RECURRENT_LAYERS)
+    call = METHODS[node.target]
+    states = torch.zeros(*module(normal(2, 5, 3))[1][0].shape) if kind is nn.LSTM else module(normal(2, 5, 3))[1] * 0
+    hx = (states, states) if kind is nn.LSTM else states
+    rest = node.args[3:]
+    wanted = node.target(normal(2, 5, 3), hx, module._flat_weights, *rest)
+    assert torch.equal(call(normal(2, 5, 3), hx, module._flat_weights, *rest)[0], wanted[0])
+    with pytest.raises(ValueError, match="states and weights of"):
+        call(normal(2, 5, 3), hx, [module._flat_weights[0][:1], *module._flat_weights[1:]], *rest)
+    with pytest.raises(ValueError, match="of 1000000000 layers has"):
+        call(normal(2, 5, 3), hx, module._flat_weights, rest[0], 10**9, *rest[2:])
 
 
 class Keyword(nn.Module):

@@ -1,12 +1,16 @@
 """Tests of lissom.compiler.ir.fake."""
 
+import logging
+
 import torch
+from torch import nn
 from torch.utils._sympy.functions import FloorDiv
 
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.types import ScalarType, TensorType
-from tests.models import captured
+from lissom.frontends.export import capture
+from tests.models import captured, normal
 
 CPU = torch.device("cpu")
 
@@ -97,3 +101,19 @@ def test_types_of_another_dtype_rank_kind_or_length_differ():
 def test_a_hint_is_the_size_of_the_example():
     batch, sequence, width = nodes.value(captured("feed_forward").placeholders[0]).shape
     assert [fake.hint(size) for size in (batch, sequence, width)] == [2, 5, 8]
+
+
+class Scores(nn.Module):
+    """Scores with a bias for each pair, as MultiheadAttention computes them where it returns its weights."""
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(bias, x, x.mT)
+
+
+def test_operators_that_take_symbolic_sizes_only_where_they_are_decomposed_are_typed_quietly(caplog):
+    program = capture(Scores(), (normal(2, 3, 4), normal(2, 3, 3))).program
+    (node,) = program.nodes(torch.ops.aten.baddbmm.default)
+    typed = nodes.type_of(fake.fake_call(program.fake_mode, node))
+    assert fake.same_type(program.fake_mode, typed, nodes.node_type(node))
+    # PyTorch logged a traceback.
+    assert [found.message for found in caplog.records if found.levelno >= logging.WARNING] == []

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +14,7 @@ from lissom.passes.canonical.fold_constants import FoldConstants
 from tests import captures
 from tests.models import captured, normal, seeded
 from tests.passes.harness import Calls, apply, aten, calls, check_golden, every_backend, rewrite
+from tests.passes.models import tiny_deberta
 
 Function = Callable[..., object]
 
@@ -182,3 +185,51 @@ def test_composes(backend: Backend) -> None:
     x = normal(3, 7, 8, seed=1)
     # One product the other way round: a rounding of 6e-8 on values below 10.
     torch.testing.assert_close(fast(x), module(x), rtol=1e-6, atol=1e-6)
+
+
+class SharedMatrix(nn.Module):
+    """A table and the input multiplied by one matrix, as DeBERTa projects relative positions by the matrix of queries."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.table = nn.Parameter(normal(6, 8))
+        self.project = nn.Linear(8, 8)
+        self.positions = nn.Linear(8, 8) if own else self.project
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.project(x) @ self.positions(self.table * 2).t()
+
+
+def test_a_product_with_a_matrix_of_another_layer_is_left_to_the_lowering() -> None:
+    program, history = rewrite(FoldConstants(), seeded(lambda: SharedMatrix(own=False)), normal(2, 5, 8))
+    assert calls(program, aten.linear.default) == 2
+    (skip,) = history.steps[1].skipped
+    assert re.sub(r":\d+", "", skip.reason) == (
+        "'linear' (aten.linear, in project, test_fold_constants.py) multiplies by its matrix too; lowering folds it"
+    )
+    lowered, _ = apply(FoldConstants(shared=True), program, [normal(2, 5, 8)])
+    assert calls(lowered, aten.linear.default) == 1
+
+
+def test_a_product_with_a_matrix_of_its_own_is_folded() -> None:
+    program, _ = rewrite(FoldConstants(), seeded(lambda: SharedMatrix(own=True)), normal(2, 5, 8))
+    assert calls(program, aten.linear.default) == 1
+
+
+def test_lowering_folds_products_alone() -> None:
+    module = Calls(lambda model, x: x * (model.w + 1), w=weight(8))
+    program, history = rewrite(FoldConstants(shared=True), module, normal(2, 5, 8))
+    assert program.text() == history.texts[0]
+
+
+@every_backend
+def test_a_lossy_pass_changes_both_products_of_a_shared_matrix(backend: Backend) -> None:
+    case = tiny_deberta()
+    sparse = copy.deepcopy(case.model)
+    changed = captures.optimize(case.model, case.inputs, passes="sparsify{keep=0.5}").program.weights()
+    sparse.load_state_dict({name: weight for name, weight in changed.items() if name in sparse.state_dict()}, strict=False)
+    fast = captures.compile(case.model, case.inputs, passes="sparsify{keep=0.5}", backend=backend)
+    with torch.no_grad():
+        wanted = sparse(**case.inputs).last_hidden_state
+    # One layer of float32: sums of 24 terms, unit roundoff 6e-8, on values below 10.
+    torch.testing.assert_close(fast(**case.inputs).last_hidden_state, wanted, rtol=1e-5, atol=1e-5)

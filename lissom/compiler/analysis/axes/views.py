@@ -124,7 +124,7 @@ def split(node: fx.Node, known: Known) -> Value:
     types = cast("tuple[TensorType, ...]", nodes.node_type(node))
     pieces = pieces_of(dims[index], [found.shape[index] for found in types])
     if pieces is None:
-        pin(dims[index], f"cut by {target_text(node.target)}")
+        pin(dims[index], f"{target_text(node.target)} cuts their axis in pieces that are no whole parts of it")
         pieces = [Axis(found.shape[index], pinned="a piece of another axis") for found in types]
     return tuple((*dims[:index], piece, *dims[index + 1 :]) for piece in pieces)
 
@@ -172,7 +172,8 @@ def slice_of(node: fx.Node, known: Known) -> Value:
     if pieces is None:
         strided = every_nth(node, axis.size)
         pair = divide(axis, cast(int, axis.size) // strided) if strided else None
-        pin(axis, f"a slice takes one index of each {strided} of their axis" if strided else "cut by slice")
+        reason = "a slice cuts a piece of their axis that is no whole part of it"
+        pin(axis, f"a slice takes one index of each {strided} of their axis" if strided else reason)
         dims[index] = pair[0] if pair else Axis(wanted, pinned="a piece of another axis")
     else:
         dims[index] = pieces[1 if sizes[0] > 0 else 0]
