@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -107,17 +107,17 @@ class SavedModel:
         from lissom.generation.directory import is_saved
         from lissom.runtime.compiled_model import load
 
+        device = _one_device(device_map)
         folder = check_path(name)
         if not folder.is_dir():
             folder = download(str(name), revision, token, cache_dir, local_files_only)
-        device = _one_device(device_map)
         read = load_generation if is_saved(folder) else load
         model: Any = read(folder, device, allow_native=allow_native, trusted_keys=trusted_keys, map_weights=map_weights)
         kind = type(model).__name__
         if cls.architectures and kind not in cls.architectures:
             raise InputError(
-                f"'{name}' holds a {kind}, and {cls.auto_class} loads models of other kinds; take the Auto class of {kind}, or "
-                f"lissom.load"
+                f"'{name}' holds a model of class {kind}, and {cls.auto_class} loads models of other kinds; take the Auto "
+                f"class of {kind}, or lissom.load"
             )
         dtype = torch_dtype if dtype is None else dtype
         if dtype not in (None, "auto") and str(dtype).removeprefix("torch.") != str(model.dtype).removeprefix("torch."):
@@ -132,11 +132,13 @@ def _one_device(device_map: object) -> str | torch.device | None:
     import torch
 
     if isinstance(device_map, Mapping):
-        places = set(cast("Mapping[str, object]", device_map).values())
-        device_map = places.pop() if len(places) == 1 else device_map
+        places = list(cast("Mapping[str, object]", device_map).values())
+        # Not a set: what is no device may have no hash.
+        device_map = places[0] if places and all(place == places[0] for place in places) else device_map
     if device_map is None or device_map == "auto":
         return None
-    if isinstance(device_map, int):
+    # PyTorch has no device of a negative number.
+    if isinstance(device_map, int) and device_map >= 0:
         return torch.device(device_map)
     if not isinstance(device_map, (str, torch.device)):
         raise UnsupportedError(f"device_map= is {device_map!r:.80}, and a compiled model runs on one device; give that one")
@@ -178,9 +180,13 @@ def _copy(snapshot: Path, folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             fresh = Path(temporary) / folder.name
             fresh.mkdir()
-            copy_linked(snapshot, fresh, exact=False)
-            with suppress(OSError):  # another process was first
+            copy_linked(snapshot, fresh, exact=False, place=folder.parent)
+            try:
                 fresh.rename(folder)
+            except OSError:
+                # Another process may have been first.
+                if not is_artifact(folder):
+                    raise
     except OSError as error:
         raise ArtifactError(
             f"the cache of the Hub at '{folder.parent}' cannot be written: {reason(error)}; give another cache_dir="
@@ -192,6 +198,31 @@ def register_config() -> None:
     from transformers import AutoConfig
 
     AutoConfig.register(MODEL_TYPE, LissomConfig, exist_ok=True)
+    _refuse_unsigned(AutoConfig)
+
+
+def _refuse_unsigned(auto_config: Any) -> None:
+    """Make `AutoConfig` refuse `trusted_keys=` for a model that Lissom did not save, which is never signed.
+
+    transformers gives an option that is a field of `config.json` to the configuration, and loads the model without it.
+    """
+    whole = auto_config.from_pretrained.__func__
+    if getattr(whole, "refuses_unsigned", False):
+        return
+
+    @wraps(whole)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+        found = whole(cls, pretrained_model_name_or_path, **options)
+        config = found[0] if isinstance(found, tuple) else found
+        if options.get("trusted_keys") is not None and not isinstance(config, LissomConfig):
+            raise InputError(
+                f"'{pretrained_model_name_or_path}' holds no model that Lissom saved, and only these are signed; "
+                f"leave trusted_keys= out"
+            )
+        return found
+
+    vars(from_pretrained)["refuses_unsigned"] = True
+    auto_config.from_pretrained = classmethod(from_pretrained)
 
 
 def register_models() -> None:

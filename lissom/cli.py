@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -46,7 +47,8 @@ from lissom.shadowing import shadowed_install
 from lissom.tune_commands import run_tune
 from lissom.version import __version__
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+# An error may quote a file, and typer's own tracebacks leave control characters in.
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Terminal()
 
 
@@ -203,6 +205,10 @@ def _run() -> None:
         if may_speak():
             words = Text.assemble(("error:", "red"), f" {_worded(error)}")
             Terminal(stderr=True).print(words, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except Exception:
+        if may_speak():
+            Terminal(stderr=True).print(Text(traceback.format_exc()), highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -26,7 +26,7 @@ _LONGEST = 60
 _LONGEST_NAME = 1000
 _DIGITS = len(str(-(1 << 63)))
 _TEXT = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _BRACKETS = re.compile(r"[][{}]")
 
 

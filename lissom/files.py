@@ -25,9 +25,7 @@ def open_plain(path: Path, *, links: bool = False) -> BufferedReader:
         handle = os.open(path, os.O_RDONLY | (0 if links else os.O_NOFOLLOW) | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ENOENT:
-            raise ArtifactError(
-                f"'{path.parent}' lacks '{path.name}', which its manifest names; copy it whole, or save again"
-            ) from error
+            raise ArtifactError(f"there is no file '{path}'; copy the artifact whole, or save again") from error
         kinds = {errno.ELOOP: "is a symbolic link", errno.ENXIO: "is not a regular file"}
         if error.errno not in kinds:
             raise ArtifactError(f"'{path}' cannot be read: {error.strerror}") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,7 @@ from transformers.cli.serving.model_manager import ModelManager
 
 import lissom
 from lissom.artifacts.directory import is_artifact
+from lissom.auto_model import SavedModel, register_config
 from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.frontends.huggingface import find_directory
 from tests.artifacts.hostile import seal
@@ -70,7 +73,8 @@ def test_transformers_may_be_imported_first_or_last(folder):
 
 
 def test_other_kinds_dtypes_and_devices_are_refused(folder):
-    with pytest.raises(InputError, match="holds a BertForSequenceClassification, and AutoModelForTokenClassification loads"):
+    said = "holds a model of class BertForSequenceClassification, and AutoModelForTokenClassification loads models of other"
+    with pytest.raises(InputError, match=said):
         transformers.AutoModelForTokenClassification.from_pretrained(folder)
     with pytest.raises(UnsupportedError, match=r"was compiled for torch.float32, and dtype= is torch.float16"):
         AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float16)
@@ -82,13 +86,17 @@ def test_other_kinds_dtypes_and_devices_are_refused(folder):
         AutoModelForSequenceClassification.from_pretrained(folder, device_map={"a": "cpu", "b": 0})
 
 
+@pytest.mark.parametrize("device_map", [-1, {"": -1}, {"a": []}, {"a": {}, "b": {}}, {}], ids=repr)
+def test_no_device_is_refused_before_a_download(device_map):
+    with pytest.raises(UnsupportedError, match=r"^device_map= is .*, and a compiled model runs on one device; give that one$"):
+        SavedModel.from_pretrained("some/model", device_map=device_map)
+
+
 def test_a_repository_that_cannot_be_reached(classifier, tokenizer, folder):
     with pytest.raises(
         ArtifactError, match=r"cannot be uploaded to 'some/model': .*; check the name, the token and the network"
     ):
         lissom.load(folder).push_to_hub("some/model")
-    from lissom.auto_model import SavedModel
-
     with pytest.raises(ArtifactError, match="'some/model' is no directory, and cannot be read from the Hub: "):
         SavedModel.from_pretrained("some/model")
 
@@ -105,7 +113,6 @@ def test_a_repository_in_the_cache_of_the_hub(folder, tmp_path):
         shutil.copyfile(path, blobs / str(index))
         (snapshot / path.name).symlink_to(blobs / str(index))
     (snapshot / "README.md").write_text("what the Hub adds")
-    from lissom.auto_model import SavedModel
 
     def load(_: int) -> str:
         return type(SavedModel.from_pretrained("some/model", cache_dir=str(tmp_path), local_files_only=True)).__name__
@@ -216,16 +223,55 @@ def test_an_auto_class_asks_for_a_signature(folder, tmp_path):
         AutoModelForSequenceClassification.from_pretrained(folder, trusted_key="key.pub.pem")
 
 
-def test_a_link_in_the_cache_of_the_hub_fills_no_disk(folder, tmp_path):
-    repo, commit = tmp_path / "models--some--model", "a" * 40
+def test_an_auto_class_with_keys_refuses_a_checkpoint(classifier, tmp_path):
+    """Also where config.json has a field of that name, which takes the option away."""
+    classifier.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    for more in ({}, {"trusted_keys": None}):
+        config.write_text(json.dumps(json.loads(config.read_text()) | more))
+        assert AutoModelForSequenceClassification.from_pretrained(tmp_path).num_labels == 2
+        for keys in ("key.pub.pem", []):
+            with pytest.raises(InputError, match=r"and only these are signed; leave trusted_keys= out$"):
+                AutoModelForSequenceClassification.from_pretrained(tmp_path, trusted_keys=keys)
+
+
+def test_a_configuration_is_registered_once():
+    before = vars(transformers.AutoConfig)["from_pretrained"]
+    register_config()
+    assert vars(transformers.AutoConfig)["from_pretrained"] is before
+
+
+def cached(folder: Path, cache: Path) -> Path:
+    """A repository `some/model` in a cache of the Hub, with links to the files of a folder."""
+    repo, commit = cache / "models--some--model", "a" * 40
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
     snapshot = repo / "snapshots" / commit
     snapshot.mkdir(parents=True)
     for path in folder.iterdir():
-        (snapshot / path.name).symlink_to("/dev/zero" if path.name == "weights.safetensors" else path)
-    from lissom.auto_model import SavedModel
+        (snapshot / path.name).symlink_to(path)
+    return repo
 
+
+def test_a_link_in_the_cache_of_the_hub_fills_no_disk(folder, tmp_path):
+    repo = cached(folder, tmp_path)
+    weights = repo / "snapshots" / ("a" * 40) / "weights.safetensors"
+    weights.unlink()
+    weights.symlink_to("/dev/zero")
     with pytest.raises(ArtifactError, match=r"weights\.safetensors' is not a regular file"):
         SavedModel.from_pretrained("some/model", cache_dir=str(tmp_path), local_files_only=True)
     assert list((repo / "lissom").iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["link", "rename"])
+def test_a_cache_of_the_hub_that_takes_no_copy(folder, tmp_path, monkeypatch, step):
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    repo = cached(folder, tmp_path)
+    monkeypatch.setattr(*((os, "link", refuse) if step == "link" else (Path, "rename", refuse)))
+    usage = shutil.disk_usage(tmp_path)._replace(free=9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    said = f"9 are free in '{repo}/lissom'" if step == "link" else f"'{repo}/lissom' cannot be written: No space left on device"
+    with pytest.raises(ArtifactError, match=re.escape(said)):
+        SavedModel.from_pretrained("some/model", cache_dir=str(tmp_path), local_files_only=True)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import lissom
+from lissom import processes
 from lissom.processes import python_command, python_environment, signal_name
 
 
@@ -28,6 +29,14 @@ def test_the_environment_keeps_absolute_folders_in_their_order(monkeypatch):
     assert python_environment()["PYTHONPATH"].split(os.pathsep) == [package, "/first", "/second"]
     monkeypatch.setattr(sys, "path", ["/first", package])
     assert python_environment()["PYTHONPATH"].split(os.pathsep) == ["/first", package]
+
+
+def test_the_environment_leaves_out_what_it_cannot_hold(monkeypatch):
+    """A colon parts paths, and what is after it would be relative."""
+    monkeypatch.setattr(processes, "__file__", "/pack:age/lissom/processes.py")
+    monkeypatch.setattr(sys, "path", ["/first", "/sec:ond", Path("/third"), "/fourth"])
+    found = python_environment()
+    assert (found["PYTHONPATH"], found["PYTHONSAFEPATH"]) == ("/first:/fourth", "1")
 
 
 def test_a_signal_has_a_name():

@@ -15,6 +15,7 @@ from tools.zoo.check import BACKENDS, check
 from tools.zoo.entry import FAMILIES
 from tools.zoo.fresh import loader
 from tools.zoo.known import ATTENTION_LEFT, CANNOT_BE_CAPTURED, CANNOT_BE_SAVED, NOT_ON_ONNX_RUNTIME
+from tools.zoo.users_models import PADDING
 
 FEW = (
     "causal/llama",
@@ -110,6 +111,12 @@ def test_names_are_unique_and_of_a_known_family() -> None:
     assert len(names) == len(set(names))
     assert {entry.family for entry in catalogue.entries()} <= set(FAMILIES)
     assert all(name.startswith(f"{entry.family}/") for name, entry in ENTRIES.items())
+
+
+def test_translations_read_padding() -> None:
+    src, tgt = ENTRIES["hand-written/translation"].build().args
+    assert torch.equal(src == PADDING, torch.arange(12) > torch.tensor([[11], [8]]))
+    assert torch.equal(tgt == PADDING, torch.arange(9) > torch.tensor([[8], [5]]))
 
 
 GOOD = {"equal": True, "error_found": 1e-7, "structure": True, "reload_error": 1e-7, "reloaded": True}

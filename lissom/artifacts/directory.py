@@ -13,7 +13,7 @@ import shutil
 import stat
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from io import BufferedReader
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 
 from lissom.artifacts.manifest import NAME, Content, Manifest, listed_files, parse_manifest
@@ -22,9 +22,14 @@ from lissom.errors import ArtifactError
 from lissom.fields import MOST_BYTES, shown
 from lissom.files import check_parent, open_plain, read_plain, reason, writing_whole
 
-_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
 _EXCHANGE, _HERE = 2, -100
 """RENAME_EXCHANGE and AT_FDCWD on Linux."""
+
+
+def is_file_name(name: str) -> bool:
+    """True for a name that a file of an artifact may have, which leads into no other directory."""
+    return _FILE.fullmatch(name) is not None
 
 
 def is_artifact(path: str | Path) -> bool:
@@ -264,7 +269,7 @@ def check_names(directory: Path, files: Mapping[str, Content], unread: Collectio
     Raises: ArtifactError.
     """
     for name in files:
-        if _FILE.fullmatch(name) is None or name in (NAME, SIGNATURE):
+        if not is_file_name(name) or name in (NAME, SIGNATURE):
             raise ArtifactError(
                 f"'{directory / NAME}' names the file {shown(name)}, which is not in the artifact's directory itself; "
                 f"do not use this artifact"
@@ -288,17 +293,25 @@ def open_verified(path: Path, wanted: Content) -> BufferedReader:
     """
     file = open_plain(path)
     try:
+        verify(file, path, wanted)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def verify(file: BufferedReader | BufferedRandom, path: Path, wanted: Content) -> None:
+    """Check the hash of an open file, and go to its start. path: for errors.
+
+    Raises: ArtifactError if it differs from the manifest.
+    """
+    try:
         check_size(path, os.fstat(file.fileno()).st_size, wanted)
         if Content.of_file(file) != wanted:
             raise _changed(path)
         file.seek(0)
     except OSError as error:
-        file.close()
         raise ArtifactError(f"'{path}' cannot be read: {reason(error)}") from error
-    except BaseException:
-        file.close()
-        raise
-    return file
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import cast
 
@@ -37,7 +37,7 @@ class Content:
             return cls.of_file(file)
 
     @classmethod
-    def of_file(cls, file: BufferedReader) -> Content:
+    def of_file(cls, file: BufferedReader | BufferedRandom) -> Content:
         """Size and hash of an open file, from its position to the end. Raises: OSError."""
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return cls(file.tell(), digest)

@@ -45,7 +45,10 @@ class Output(Mapping[str, object]):
         return len(self._items)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self._fields:
+        # A copy is asked for attributes before it has any.
+        if name.startswith("_"):
+            raise AttributeError(f"an output of a model has no attribute '{name}'")
+        if name not in self._fields:
             raise AttributeError(f"{self._name} has no field '{name}'; it has {', '.join(self._fields)}")
         return self._items.get(name)
 
@@ -128,14 +131,14 @@ def _decode(data: object) -> object:
         case {"tuple": _}:
             return take_list(data, "tuple", _decode)
         case {"dict": _}:
-            return dict(take_list(data, "dict", _decode_item))
+            return _distinct(take_list(data, "dict", _decode_item))
         case {"OrderedDict": _}:
-            return OrderedDict(take_list(data, "OrderedDict", _decode_item))
+            return OrderedDict(_distinct(take_list(data, "OrderedDict", _decode_item)))
         case {"namedtuple": str() as name}:
             items = take_list(data, "items", _decode_item)
             return _named_tuple(name, tuple(text(key) for key, _ in items))(*(item for _, item in items))
         case {"output": str() as name}:
-            items = {text(key): item for key, item in take_list(data, "items", _decode_item)}
+            items = _distinct([(text(key), item) for key, item in take_list(data, "items", _decode_item)])
             fields = take_list(data, "fields", text)
             kind = _output_class(name, take(data, "module", str), fields)
             return Output(name, fields, items) if kind is None else kind(**items)
@@ -148,6 +151,17 @@ def _decode_item(data: object) -> tuple[Any, object]:
         raise ValueError(f"{shown(data)} is not a key with an item")
     key, item = cast("list[object]", data)
     return decode_argument(key), _decode(item)
+
+
+def _distinct(items: Sequence[tuple[Any, object]]) -> dict[Any, object]:
+    """The items by key. Raises: ValueError for a key that is given twice, or is of a type that is no key."""
+    try:
+        found = dict(items)
+    except TypeError as error:
+        raise ValueError(f"{shown([key for key, _ in items])} are not keys") from error
+    if len(found) < len(items):
+        raise ValueError(f"{shown([key for key, _ in items])} are not keys that differ")
+    return found
 
 
 @cache

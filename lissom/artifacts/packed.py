@@ -6,36 +6,38 @@ copied to a temporary directory, which lives as long as the model that was loade
 
 from __future__ import annotations
 
+import errno
 import os
-import re
 import shutil
 import struct
 import tempfile
 import weakref
 import zipfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
-from io import BufferedReader
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
-from lissom.artifacts.directory import check_names, check_size
-from lissom.artifacts.manifest import NAME, parse_manifest
+from lissom.artifacts.directory import check_names, check_size, is_file_name, verify
+from lissom.artifacts.manifest import NAME, Content, parse_manifest
 from lissom.artifacts.signature import SIGNATURE, SIGNATURE_BYTES
-from lissom.errors import ArtifactError
+from lissom.errors import ArtifactError, LissomError
 from lissom.fields import MOST_BYTES
 from lissom.files import open_plain, read_plain, reason, writing_whole
 from lissom.frontends.failures import first_line
 
 _Model = TypeVar("_Model")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _PART = 1 << 20
 """The bytes that are copied at once."""
+_MOST_FILES = 4096
+_MOST_LISTED = 4 << 20
+"""The bytes that the list of the files in an archive takes at most; 4,096 names of 255 bytes are less."""
 
 
 def pack(save: Callable[[Path], None], target: Path) -> None:
-    """Write the directory that `save` writes as one file, completely or not at all.
+    """Write the directory that `save` writes as one file, completely or not at all. The same files give the same bytes.
 
     Raises: what `save` raises; ArtifactError.
     """
@@ -47,32 +49,79 @@ def pack(save: Callable[[Path], None], target: Path) -> None:
         folder = Path(temporary) / "artifact"
         save(folder)
         for path in sorted(folder.iterdir()):
-            archive.write(path, path.name)
+            with path.open("rb") as source, archive.open(zipfile.ZipInfo(path.name), "w", force_zip64=True) as packed:
+                shutil.copyfileobj(source, packed, _PART)
 
 
-def load_packed(path: Path, load: Callable[[Path], _Model]) -> _Model:
-    """What `load` makes of the directory packed in a file. Raises: what `load` raises; ArtifactError for another file."""
+def load_packed(path: Path, load: Callable[[Path], _Model], wanted: Content | None = None) -> _Model:
+    """What `load` makes of the directory packed in a file. wanted: size and hash of the file, if they are known.
 
-    def unpack(folder: Path) -> None:
-        with open_plain(path, links=True) as file, zipfile.ZipFile(file) as archive:
+    Raises: what `load` raises; ArtifactError for another file, or without room for a copy.
+    """
+    return from_copy(partial(_unpack, path, wanted), load, path)
+
+
+class _Archive(BufferedReader):
+    """A file that says itself how long the list of its parts is, which is read at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _MOST_LISTED:
+            raise zipfile.BadZipFile("its list of files is too long")
+        return super().read(size)
+
+
+def _unpack(path: Path, wanted: Content | None, folder: Path) -> None:
+    """Copy the files packed in a file into a folder. Raises: ArtifactError."""
+    try:
+        opened = open_plain(path, links=True) if wanted is None else _private(path, wanted)
+        with _Archive(opened.detach()) as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             names = {entry.filename for entry in entries}
             # No entry may leave the folder, or expand to more than is in the file.
-            odd = [entry.filename for entry in entries if not _NAME.fullmatch(entry.filename) or entry.compress_type]
+            odd = [entry.filename for entry in entries if not is_file_name(entry.filename) or entry.compress_type]
             size = sum(entry.file_size for entry in entries)
+            if len(entries) > _MOST_FILES:
+                raise zipfile.BadZipFile(f"it holds {len(entries)} files, and {_MOST_FILES} are the most")
             if odd or len(names) < len(entries) or size > os.fstat(file.fileno()).st_size:
                 raise zipfile.BadZipFile(f"it holds {odd[0]!r:.80}" if odd else "its sizes or names are wrong")
             # A sparse file is larger than its space on the disk; the copy takes all of it.
-            _check_room(folder, size, path)
+            _check_room(folder.parent, size, path)
             for entry in entries:
                 with archive.open(entry) as source, (folder / entry.filename).open("wb") as copied:
                     shutil.copyfileobj(source, copied)
+    # A name that is not UTF-8 and an offset outside the file raise ValueError, and a huge length the two after it.
+    except (EOFError, ValueError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile, RuntimeError) as error:
+        raise _no_program(path, error) from error
+    except OSError as error:
+        # So the system calls an offset before the file.
+        if error.errno == errno.EINVAL:
+            raise _no_program(path, error) from error
+        raise ArtifactError(
+            f"'{path}' cannot be copied to a folder in '{folder.parent}': {reason(error)}; make room there"
+        ) from error
 
+
+def _no_program(path: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(f"'{path}' holds no program of Lissom: {first_line(error)}; export the model again")
+
+
+def _private(path: Path, wanted: Content) -> BufferedRandom:
+    """A checked copy of a file, without a name, so that no other process changes it after the check.
+
+    Raises: ArtifactError if the file has other content, or cannot be copied; OSError.
+    """
+    copied = tempfile.TemporaryFile()  # noqa: SIM115
     try:
-        return _from_copy(unpack, load)
-    # A name that is not UTF-8 and an offset outside the file raise ValueError.
-    except (OSError, EOFError, ValueError, struct.error, zipfile.BadZipFile, RuntimeError) as error:
-        raise ArtifactError(f"'{path}' holds no program of Lissom: {first_line(error)}; export the model again") from error
+        with open_plain(path) as source:
+            check_size(path, os.fstat(source.fileno()).st_size, wanted)
+            _check_room(Path(tempfile.gettempdir()), wanted.size, path)
+            _copy(source, copied, wanted.size)
+        copied.seek(0)
+        verify(copied, path, wanted)
+    except BaseException:
+        copied.close()
+        raise
+    return copied
 
 
 def load_linked(directory: Path, load: Callable[[Path], _Model]) -> _Model:
@@ -84,17 +133,20 @@ def load_linked(directory: Path, load: Callable[[Path], _Model]) -> _Model:
         linked = any(path.is_symlink() for path in directory.iterdir())
     except OSError as error:
         raise ArtifactError(f"'{directory}' cannot be read: {reason(error)}; name another directory") from error
-    return _from_copy(partial(copy_linked, directory), load) if linked else load(directory)
+    return from_copy(partial(copy_linked, directory), load, directory) if linked else load(directory)
 
 
-def copy_linked(directory: Path, target: Path, *, exact: bool = True) -> None:
+def copy_linked(directory: Path, target: Path, *, exact: bool = True, place: Path | None = None) -> None:
     """Copy an artifact whose files may be links into an empty directory, by hard links where the file system allows it.
 
     Only files of the manifest are read, and each is a regular file of the size in the manifest, so that no link fills the disk.
-    Hashes are checked when the copy is loaded. exact: refuse additional files in the directory.
+    Hashes are checked when the copy is loaded.
+
+    exact: refuse additional files in the directory. place: the directory that errors name; by default the one with `target`.
 
     Raises: ArtifactError if the directory differs from its manifest, or the copy does not fit on the disk.
     """
+    place = target.parent if place is None else place
     manifest = read_plain(directory / NAME, MOST_BYTES, links=True)
     files = parse_manifest(manifest, directory / NAME).files
     check_names(directory, files, exact=exact)
@@ -106,16 +158,19 @@ def copy_linked(directory: Path, target: Path, *, exact: bool = True) -> None:
             with open_plain(directory / name, links=True) as source:
                 check_size(directory / name, os.fstat(source.fileno()).st_size, content)
                 if not _linked(source, directory / name, target / name):
-                    _check_room(target, content.size, directory / name)
-                    _copy(source, target / name, content.size)
+                    _check_room(place, content.size, directory / name)
+                    with (target / name).open("xb") as copied:
+                        _copy(source, copied, content.size)
     except OSError as error:
-        raise ArtifactError(f"'{directory}' cannot be copied to '{target}': {reason(error)}; make room there") from error
+        raise ArtifactError(
+            f"'{directory}' cannot be copied to a folder in '{place}': {reason(error)}; make room there"
+        ) from error
 
 
-def _check_room(folder: Path, size: int, source: Path) -> None:
-    free = shutil.disk_usage(folder).free
+def _check_room(place: Path, size: int, source: Path) -> None:
+    free = shutil.disk_usage(place).free
     if size > free:
-        raise ArtifactError(f"'{source}' takes {size} bytes, and {free} are free in '{folder.parent}'; make room there")
+        raise ArtifactError(f"'{source}' takes {size} bytes, and {free} are free in '{place}'; make room there")
 
 
 def _linked(source: BufferedReader, path: Path, target: Path) -> bool:
@@ -128,21 +183,32 @@ def _linked(source: BufferedReader, path: Path, target: Path) -> bool:
     return False
 
 
-def _copy(source: BufferedReader, target: Path, size: int) -> None:
+def _copy(source: BufferedReader, target: IO[bytes], size: int) -> None:
     """Copy at most so many bytes: the file may grow meanwhile. Raises: OSError."""
-    with target.open("xb") as copied:
-        while size and (part := source.read(min(size, _PART))):
-            size -= copied.write(part)
+    while size and (part := source.read(min(size, _PART))):
+        size -= target.write(part)
 
 
-def _from_copy(fill: Callable[[Path], None], load: Callable[[Path], _Model]) -> _Model:
-    """What `load` makes of a temporary directory, which is deleted with it."""
-    temporary = tempfile.TemporaryDirectory(prefix="lissom-")
-    try:
-        fill(Path(temporary.name))
-        model = load(Path(temporary.name))
-    except BaseException:
-        temporary.cleanup()
-        raise
-    weakref.finalize(model, temporary.cleanup)
+def from_copy(fill: Callable[[Path], None], load: Callable[[Path], _Model], source: Path | None = None) -> _Model:
+    """What `load` makes of a temporary directory, which `fill` writes, and which is deleted with it.
+
+    source: what was copied; errors of `load` name it in place of the directory.
+
+    Raises: what `fill` and `load` raise; ArtifactError without a directory for temporary files, or room in it.
+    """
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lissom-"))
+            fill(Path(folder))
+        except OSError as error:
+            raise ArtifactError(
+                f"there is no room for a copy of the model: {reason(error)}; set TMPDIR to a directory with room"
+            ) from error
+        try:
+            model = load(Path(folder))
+        except LissomError as error:
+            if source is not None:
+                error.args = (str(error).replace(folder, str(source)),)
+            raise
+        weakref.finalize(model, stack.pop_all().close)
     return model

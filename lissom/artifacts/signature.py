@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from lissom.errors import ArtifactError, InputError, UnsupportedError
-from lissom.files import read_plain
+from lissom.files import read_plain, reason
+from lissom.frontends.failures import first_line
 
 SIGNATURE = "manifest.sig"
 SIGNATURE_BYTES = 64
@@ -59,9 +60,13 @@ def check_signature(message: bytes, directory: Path, trusted_keys: Sequence[Path
     keys = [_read(path, Ed25519PublicKey, "public", load_pem_public_key) for path in trusted_keys]
     path = directory / SIGNATURE
     # A broken link counts as existing, and is refused when it is opened.
-    if not path.is_symlink() and not path.exists():
+    if not os.path.lexists(path):
         raise ArtifactError(f"'{directory}' is not signed, and trusted keys were given; sign it with `lissom sign`")
     signature = read_plain(path, SIGNATURE_BYTES)
+    if len(signature) != SIGNATURE_BYTES:
+        raise ArtifactError(
+            f"'{path}' is not a signature of {SIGNATURE_BYTES} bytes; sign the artifact again with `lissom sign`"
+        )
     for key in keys:
         try:
             key.verify(signature, message)
@@ -71,7 +76,7 @@ def check_signature(message: bytes, directory: Path, trusted_keys: Sequence[Path
     named = ", ".join(f"'{path}'" for path in trusted_keys) or "no key"
     raise ArtifactError(
         f"'{directory}' is not signed by a trusted key ({named}), or its manifest was changed after it was signed; "
-        f"do not use it, or trust the key of who signed it"
+        f"do not use it, or trust the key of whoever signed it"
     )
 
 
@@ -90,11 +95,13 @@ def _read(path: Path, kind: type[Key], word: str, parse: Callable[[bytes], objec
         # Key files may be links, as secrets mounted into containers are.
         key = parse(path.read_bytes())
     except OSError as error:
-        raise ArtifactError(f"the key '{path}' cannot be read: {error.strerror}") from error
+        raise ArtifactError(f"the key '{path}' cannot be read: {reason(error)}; give the path of a PEM file") from error
     except TypeError as error:
         raise ArtifactError(f"the key '{path}' has a passphrase; write it without: openssl pkey -in KEY -out PLAIN") from error
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise ArtifactError(f"'{path}' is not a PEM file of a {word} key: {error}") from error
+        raise ArtifactError(
+            f"'{path}' is not a PEM file of a {word} key: {first_line(error)}; give the file that `openssl pkey` wrote"
+        ) from error
     if not isinstance(key, kind):
         raise ArtifactError(
             f"'{path}' holds a key of another algorithm than Ed25519; make one: openssl genpkey -algorithm ed25519 -out KEY"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch.utils import _pytree as pytree
 
 from lissom.errors import UnsupportedError
+from lissom.frontends.failures import first_line
 from lissom.frontends.huggingface import SENTENCES
 from lissom.frontends.sources import Source, load
 
@@ -164,8 +165,7 @@ def _wanted(model: Model, shape: str, inputs: Inputs) -> Array:
         with torch.inference_mode():
             return answer(model(inputs))
     except (IndexError, RuntimeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UnsupportedError(f"{model.name} does not run at {shape}: {reason}") from error
+        raise UnsupportedError(f"{model.name} does not run at {shape}: {first_line(error)}") from error
 
 
 def answer(outputs: object) -> Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import cast
 
 import sympy
@@ -42,8 +43,14 @@ class CacheLengths:
         return sizes | dict.fromkeys(self.of_both, tokens + cached)
 
 
-def cache_lengths(args: Sequence[object], kwargs: Mapping[str, object]) -> CacheLengths | None:
-    """The lengths in a call whose caches are nested arguments of [batch, heads, cached, head_dim]; None without one."""
+def cache_lengths(
+    args: Sequence[object], kwargs: Mapping[str, object], names: Mapping[Place, str] = MappingProxyType({})
+) -> CacheLengths | None:
+    """The lengths in a call whose caches are nested arguments of [batch, heads, cached, head_dim]; None without one.
+
+    Caches of another length than the first, as of an encoder's tokens, are none of them. names: the caller's, of dimensions;
+    caches with unlike names are not the same.
+    """
     caches: list[tuple[int, torch.Tensor]] = []
     others: list[tuple[int, torch.Tensor]] = []
     position = 0
@@ -59,11 +66,13 @@ def cache_lengths(args: Sequence[object], kwargs: Mapping[str, object]) -> Cache
     sums = [(dim, size) for dim in (2, 1) for size in lengths if size + shape[dim] in lengths]
     dim, tokens = sums[0] if sums else (2, lengths[0])
     cached = shape[dim]
+    alike = [(place, dim) for place, leaf in caches if (leaf.shape[0], leaf.shape[dim]) == (shape[0], cached)]
+    name = next((names[place] for place in alike if place in names), None)
     places = [(place, index, size) for place, leaf in others for index, size in enumerate(leaf.shape) if index]
     return CacheLengths(
         tokens,
         cached,
-        frozenset((place, dim) for place, _ in caches),
+        frozenset(place for place in alike if names.get(place, name) == name),
         frozenset((place, index) for place, index, size in places if size == tokens and _is_length(others, place, index)),
         frozenset((place, index) for place, index, size in places if size == tokens + cached),
     )

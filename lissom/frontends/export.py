@@ -260,7 +260,8 @@ def _export(
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     dims = {id(leaf): dims_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
-    free, lengths = {dim for found in dims.values() for dim in found}, cache_lengths(args, kwargs)
+    free = {dim for found in dims.values() for dim in found}
+    lengths = cache_lengths(args, kwargs, names or {})
     traced = traced_inputs(leaves, dims, lengths)
     hints = [dims.get(id(leaf)) for leaf in leaves]
     traced_args, traced_kwargs = pytree.tree_unflatten(traced, spec)

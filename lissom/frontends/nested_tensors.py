@@ -22,9 +22,14 @@ def encoders_without_nesting(model: nn.Module) -> Generator[None]:
     """Exchange the forward of PyTorch's encoders in exports, until the block ends."""
     with ExitStack() as stack:
         for module in model.modules():
-            if type(module) is nn.TransformerEncoder:
+            if isinstance(module, nn.TransformerEncoder) and _has_pytorch_s_forward(module):
                 stack.enter_context(exchanged(module, "forward", _while_exporting(module)))
         yield
+
+
+def _has_pytorch_s_forward(module: nn.TransformerEncoder) -> bool:
+    """True unless its class or its owner replaced the forward."""
+    return "forward" not in vars(module) and type(module).forward is nn.TransformerEncoder.forward
 
 
 def _while_exporting(module: nn.TransformerEncoder) -> Callable[..., torch.Tensor]:
@@ -58,7 +63,8 @@ def _left_out(module: nn.TransformerEncoder, src: torch.Tensor, mask: torch.Tens
 
     mask: [batch, tokens], true or not zero at padding. Returns booleans [batch, tokens].
     """
-    if not (torch.backends.mha.get_fastpath_enabled() and module.use_nested_tensor and src.dim() == 3):
+    nests = getattr(module, "use_nested_tensor", False)
+    if not (torch.backends.mha.get_fastpath_enabled() and nests and src.dim() == 3):
         return None
     padding = mask if mask.dtype is torch.bool else mask != 0
     elsewhere = (padding[:, :-1] & ~padding[:, 1:]).any()

@@ -13,13 +13,14 @@ from transformers import CONFIG_MAPPING, GenerationConfig
 
 from lissom.artifacts import rank_files
 from lissom.artifacts.artifact import Trust
-from lissom.artifacts.directory import verified_bytes, verified_path
+from lissom.artifacts.directory import verified_bytes
 from lissom.artifacts.manifest import Content
 from lissom.artifacts.packed import load_packed
 from lissom.backends.base import Backend
 from lissom.errors import ArtifactError
 from lissom.fields import parse_json, shown
 from lissom.frontends.device import check_device
+from lissom.frontends.failures import first_line
 from lissom.generation.directory import ENCODER, GENERATION, is_former, is_saved
 from lissom.generation.encoder_decoder import EncoderDecoderModel
 from lissom.generation.model import GenerationModel
@@ -48,10 +49,13 @@ def load(directory: Path, device: str | torch.device | None, backend: str | Back
     generation = _read(directory / GENERATION, loaded.files, GenerationConfig.from_dict)
     if ENCODER not in loaded.files:
         return GenerationModel(compiled_from(loaded), config, generation)
-    with verified_path(directory / ENCODER, loaded.files[ENCODER]) as path:
-        # The hash of the outer artifact, and so its signature, covers the encoder.
-        inner = Trust(trust.allow_native, map_weights=trust.map_weights)
-        encoder = load_packed(path, lambda folder: compiled_from(rank_files.load(folder, check_device(device), backend, inner)))
+    # The hash of the outer artifact, and so its signature, covers the encoder.
+    inner = Trust(trust.allow_native, map_weights=trust.map_weights)
+    encoder = load_packed(
+        directory / ENCODER,
+        lambda folder: compiled_from(rank_files.load(folder, check_device(device), backend, inner)),
+        loaded.files[ENCODER],
+    )
     return EncoderDecoderModel(compiled_from(loaded), encoder, config, generation)
 
 
@@ -76,5 +80,6 @@ def _read(path: Path, files: Mapping[str, Content], make: Callable[[dict[str, An
         return make(cast("dict[str, Any]", fields))
     # The errors transformers raises for values of a wrong type.
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ArtifactError(f"'{path}' holds a configuration transformers cannot read: {first}") from error
+        raise ArtifactError(
+            f"'{path}' holds a configuration transformers cannot read: {first_line(error)}; save the decoder again"
+        ) from error

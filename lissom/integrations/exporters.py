@@ -33,7 +33,7 @@ from lissom.compiler.ir.program import Program
 from lissom.driver.compile import compile_captured
 from lissom.driver.options import Settings, check_settings
 from lissom.errors import CaptureError, InputError
-from lissom.frontends.cache_lengths import tie
+from lissom.frontends.cache_lengths import CacheLengths, tie_lengths
 from lissom.frontends.confirm import confirm
 from lissom.frontends.device import device_of
 from lissom.frontends.dynamic import describe_dimensions
@@ -250,15 +250,15 @@ def _tie_lengths(exported: ExportedProgram) -> None:
     Export keeps a symbol for each: the model cuts the mask to that length, and would pad a shorter one.
     """
     values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
-    inputs = [values[str(spec.arg.name)] for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
-    caches = [value for value in inputs if isinstance(value, torch.Tensor) and value.dim() == 4]
+    names = [str(spec.arg.name) for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
+    inputs = [values[name] for name in names]
+    caches = [place for place, value in enumerate(inputs) if isinstance(value, torch.Tensor) and value.dim() == 4]
     mask, ids = values.get("attention_mask"), values.get("input_ids")
     if mask is None or ids is None or not caches or mask.dim() != 2:
         return
-    cached = caches[0].shape[2]
-    for other in caches[1:]:
-        tie(other.shape[2], cached)
-    tie(mask.shape[1], cached + ids.shape[1])
+    of_tokens, of_both = (frozenset({(names.index(name), 1)}) for name in ("input_ids", "attention_mask"))
+    of_cache = frozenset((place, 2) for place in caches)
+    tie_lengths(inputs, CacheLengths(ids.shape[1], inputs[caches[0]].shape[2], of_cache, of_tokens, of_both))
 
 
 def _return_mutated(exported: ExportedProgram) -> list[str]:

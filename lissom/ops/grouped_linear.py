@@ -18,6 +18,8 @@ from lissom.ops.epilogue import LinearForm, Operand
 from lissom.ops.grouped_product import groups_of
 from lissom.ops.library import define
 
+_ALL = slice(None)
+
 
 @dataclass(frozen=True)
 class GroupedLinear:
@@ -57,7 +59,7 @@ class GroupedLinear:
         self._check(x, given, offs, features, options)
         result = x.new_zeros(x.shape[0], features)
         for group, rows in groups_of(offs, x.shape[0], f"{self.form.name}_grouped"):
-            result[rows] = layer(x[rows], *self._of_group(given, group), features=features, **options)
+            result[rows] = layer(x[rows], *self._of_group(given, group, rows), features=features, **options)
         return result
 
     def _check(
@@ -68,21 +70,28 @@ class GroupedLinear:
         one = options.get("granularity") != "tensor"
         require(one, "granularity is 'tensor', and must be 'token' or 'group': rows of different groups share no scale")
         require(offs.dim() == 1, "offs has the sizes {}, and must be [groups]", offs.shape)
+        whole = not (offs.dtype.is_floating_point or offs.dtype.is_complex or offs.dtype == torch.bool)
+        require(whole, "offs is of {}, and must be of an integer dtype", offs.dtype)
         for name, item in zip(self.form.stored, given, strict=False):
             fits = item is None or _is_shared(name) or (item.dim() > 0 and item.shape[0] == offs.shape[0])
             require(fits, "an operand has the sizes {}, and must be [groups, ...] with {} groups", _sizes(item), len(offs))
         if len(offs):
             self.form.check(x, *self._of_group(given, 0), features=features, **options)
 
-    def _of_group(self, given: Sequence[Operand], group: int) -> list[Operand]:
-        """The operands of one group. PyTorch leaves out those at the end that are None."""
+    def _of_group(self, given: Sequence[Operand], group: int, rows: slice = _ALL) -> list[Operand]:
+        """The operands of one group, for these rows of x. PyTorch leaves out those at the end that are None."""
         stored = zip(self.form.stored, [*given, *[None] * (len(self.form.stored) - len(given))], strict=True)
-        return [item if item is None or _is_shared(name) else item[group] for name, item in stored]
+        return [None if item is None else _of_rows(item, rows) if _is_shared(name) else item[group] for name, item in stored]
 
 
 def _is_shared(operand: str) -> bool:
     """True for an operand of all groups: the static scale of x, and its zero point."""
     return " x_" in operand
+
+
+def _of_rows(item: torch.Tensor, rows: slice) -> torch.Tensor:
+    """What these rows read of one number for all rows, or of one for each."""
+    return item if rows == _ALL or item.numel() == 1 else item[rows]
 
 
 def _sizes(item: Operand) -> Sequence[int]:

@@ -18,6 +18,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType
 from lissom.errors import ArtifactError, CaptureError, InputError, UnsupportedError
 from lissom.fields import take, take_list, text
+from lissom.frontends.failures import first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -89,8 +90,9 @@ class Facts:
             return config
         # Configuration classes raise errors of their own for values they do not take.
         except Exception as error:
-            first = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ArtifactError(f"transformers refuses the configuration of this model of type '{kind}': {first}") from error
+            raise ArtifactError(
+                f"transformers refuses the configuration of this model of type '{kind}': {first_line(error)}"
+            ) from error
 
 
 class FixedModule(nn.Module):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
+
+from lissom.artifacts.packed import from_copy
 
 Model = TypeVar("Model")
 
@@ -19,10 +22,10 @@ def files_of(save: Callable[[Path], None]) -> dict[str, bytes]:
 
 
 def loaded_from(files: Mapping[str, bytes], load: Callable[[Path], Model]) -> Model:
-    """The model that `load` reads from these files. Weights stay mapped from them, though their names are gone."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
-        folder.mkdir()
-        for name, content in files.items():
-            (folder / Path(name).name).write_bytes(content)
-        return load(folder)
+    """The model that `load` reads from these files. They exist as long as the model: backends read theirs again to save it."""
+    return from_copy(partial(_write, files), load)
+
+
+def _write(files: Mapping[str, bytes], folder: Path) -> None:
+    for name, content in files.items():
+        (folder / Path(name).name).write_bytes(content)

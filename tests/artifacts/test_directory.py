@@ -160,7 +160,7 @@ def test_a_truncated_file_is_refused(saved, name, kept):
 @pytest.mark.parametrize("name", FILES[1:])
 def test_a_missing_file_is_refused(saved, name):
     (saved / name).unlink()
-    assert refusal(saved) == f"'DIR' lacks '{name}', which its manifest names; copy it whole, or save again"
+    assert refusal(saved) == f"there is no file 'DIR/{name}'; copy the artifact whole, or save again"
 
 
 def test_a_file_too_many_is_refused(saved):

@@ -1,5 +1,6 @@
 """Tests of lissom.artifacts.nesting: containers come back, those of transformers too."""
 
+import copy
 import json
 import pickle
 from collections import OrderedDict, deque, namedtuple
@@ -104,6 +105,12 @@ def test_without_transformers_an_output_is_like_one(without_transformers):
     assert again(found, [1, 2, 3]) == found
 
 
+def test_an_output_is_copied_and_pickled():
+    found = Output("BaseModelOutput", ("last_hidden_state", "attentions"), {"last_hidden_state": 1})
+    for other in (copy.copy(found), copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert other == found and repr(other) == repr(found)
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -115,9 +122,13 @@ def test_without_transformers_an_output_is_like_one(without_transformers):
         {"dict": ["*"]},
         {"namedtuple": "a b", "items": []},
         {"namedtuple": "A", "items": [["class", "*"]]},
+        {"dict": [["a", "*"], ["a", "*"]]},
+        {"dict": [[["a"], "*"]]},
+        {"OrderedDict": [[1, "*"], [True, "*"]]},
+        {"output": "A", "module": "b", "fields": ["a"], "items": [["a", "*"], ["a", "*"]]},
     ],
     ids=str,
 )
 def test_what_is_no_nesting_is_refused(data):
-    with pytest.raises(ValueError, match=r"is not |is no |valid identifiers|keyword"):
+    with pytest.raises(ValueError, match=r"is not |is no |are not keys|valid identifiers|keyword"):
         decode_nesting(data)

@@ -81,7 +81,7 @@ def test_an_unsigned_artifact_is_refused_where_keys_are_given(signed, keys):
 def test_another_s_signature_is_refused(signed, keys):
     assert refusal(signed, keys[2]) == (
         f"'DIR' is not signed by a trusted key ('{keys[2]}'), or its manifest was changed after it was signed; "
-        f"do not use it, or trust the key of who signed it"
+        f"do not use it, or trust the key of whoever signed it"
     )
     # No key trusts nobody.
     assert refusal(signed).startswith("'DIR' is not signed by a trusted key (no key), ")
@@ -122,6 +122,14 @@ def test_a_linked_signature_is_refused(signed, keys):
     assert refusal(signed, keys[1]).startswith(f"'DIR/{SIGNATURE}' is a symbolic link; ")
 
 
+@pytest.mark.parametrize("content", [b"", b"x" * 63, b"x" * 65])
+def test_a_signature_of_another_length_is_told(signed, keys, content):
+    (signed / SIGNATURE).write_bytes(content)
+    assert refusal(signed, keys[1]) == (
+        f"'DIR/{SIGNATURE}' is not a signature of 64 bytes; sign the artifact again with `lissom sign`"
+    )
+
+
 def test_what_is_saved_again_is_not_signed_any_more(signed, keys):
     compiled("feed_forward").save(signed)
     assert not (signed / SIGNATURE).exists()
@@ -141,8 +149,8 @@ def test_files_that_are_no_keys_are_told(signed, keys, tmp_path):
     (tmp_path / "text").write_text("no key")
     openssl = shutil.which("openssl")
     said = {
-        tmp_path / "nowhere": "cannot be read: No such file or directory",
-        tmp_path / "text": "is not a PEM file of a public key",
+        tmp_path / "nowhere": "cannot be read: No such file or directory; give the path of a PEM file",
+        tmp_path / "text": "; give the file that `openssl pkey` wrote",
         private: "is not a PEM file of a public key",
     }
     if openssl is not None:

@@ -75,3 +75,28 @@ def test_a_part_of_an_argument_may_be_named(name):
 def test_an_unknown_part_is_refused_with_those_there_are():
     found = refusal(lambda: capture(seeded(Cached).eval(), cached_call(2, 3, 5, 0), dynamic={"past[2]": {2: "cached"}}))
     assert found.startswith("dynamic names 'past[2]', which is not an argument of this call; it has past, past[0], past[0][0],")
+
+
+class Crossed(Cached):
+    """A decoder that also reads a cache of its source, which does not grow."""
+
+    def forward(self, ids: torch.Tensor, past: Past, cross: Past) -> tuple[torch.Tensor, Past]:  # pyright: ignore
+        x, new = super().forward(ids, past)
+        return x + sum((k * v).sum(2).flatten(1)[:, None] for k, v in cross), new
+
+
+def crossed_call(cached: int, source: int) -> tuple[object, ...]:
+    cross = [tuple(normal(2, 2, source, 8, seed=50 + 10 * layer + index) for index in range(2)) for layer in range(2)]
+    return *cached_call(2, 3, cached, 0), cross
+
+
+@pytest.mark.parametrize("source", [10, 5])
+def test_the_cache_of_a_source_has_its_own_length(source):
+    """Also one that is as long in the example, where the caller's names tell the two apart."""
+    model, dynamic = seeded(Crossed).eval(), {"past": {2: "cached"}, "cross": {2: "source"}}
+    program = capture(model, crossed_call(5, source), dynamic=dynamic).program
+    assert {item.name for item in program.signature.dimensions.values()} == {"cached", "source"}
+    call = crossed_call(9, 7)
+    with torch.no_grad():
+        # Float32 sums in another order.
+        torch.testing.assert_close(program(*call)[0], model(*call)[0], rtol=1e-5, atol=1e-5)

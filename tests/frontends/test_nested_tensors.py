@@ -80,3 +80,32 @@ def test_a_compiled_encoder_pools_as_the_model_does() -> None:
     x, mask = normal(3, 9, WIDTH, seed=1), masks(3, 9)["end"]
     with torch.no_grad():
         torch.testing.assert_close(fast(x, mask), model(x, mask), rtol=1e-5, atol=2e-6)
+
+
+class Sized(nn.TransformerEncoder):
+    """A subclass that changes only how it is made."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True), 2)
+
+
+def assert_captured_with_padding(model: nn.Module) -> None:
+    """Captured without padding, it gives what the model gives with some."""
+    program = capture(model, (normal(2, 7, WIDTH), masks(2, 7)["none"])).program
+    x, mask = normal(2, 7, WIDTH, seed=1), masks(2, 7)["end"]
+    with torch.no_grad():
+        # Float32 products in another order.
+        torch.testing.assert_close(program(x, mask), model(x, mask), rtol=1e-5, atol=2e-6)
+
+
+def test_a_subclass_with_pytorch_s_forward() -> None:
+    model = seeded(Encoder).eval()
+    model.encoder = seeded(Sized).eval()
+    assert_captured_with_padding(model)
+
+
+def test_a_replaced_forward_is_kept() -> None:
+    model = seeded(Encoder).eval()
+    own = model.encoder.layers[0]
+    model.encoder.forward = lambda src, src_key_padding_mask: own(src) * src_key_padding_mask[..., None]
+    assert_captured_with_padding(model)

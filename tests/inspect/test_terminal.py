@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import pytest
 from rich.panel import Panel
 from rich.text import Text
 from typer.testing import CliRunner
 
+from lissom import cli
 from lissom.cli import app
 from lissom.fields import visible
 from lissom.inspect.tables import plain
@@ -25,6 +27,7 @@ TITLE = "\x1b]0;title\x07"
         (TITLE, r"\x1b]0;title\x07"),
         ("a\rb\x9bc", r"a\rb\x9bc"),
         ("a\u202eb", r"a\u202eb"),
+        ("a\u061cb", r"a\u061cb"),
         ("a\ud800", r"a\ud800"),
         ("line\n\tü 漢 👍", "line\n\tü 漢 👍"),
     ],
@@ -57,3 +60,16 @@ def test_commands_escape_what_an_artifact_says(tmp_path, option):
     result = CliRunner().invoke(app, ["show", str(tmp_path / "artifact"), *option])
     assert result.exit_code == 0, result.output
     assert "\x1b" not in result.output
+
+
+def test_an_unexpected_error_is_escaped(monkeypatch, capsys):
+    def fail(*_: object) -> None:
+        raise RuntimeError(f"a{TITLE}b")
+
+    monkeypatch.setattr(cli, "passes_table", fail)
+    monkeypatch.setattr(sys, "argv", ["lissom", "passes"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert r"RuntimeError: a\x1b]0;titleb" in said and "\x1b" not in said

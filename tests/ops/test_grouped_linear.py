@@ -103,6 +103,19 @@ def test_a_static_scale_is_that_of_all_groups() -> None:
     assert torch.equal(found, torch.cat(wanted))
 
 
+def test_a_known_scale_of_each_row_goes_along() -> None:
+    x, offs = normal(ROWS, INPUTS), torch.tensor([3, 3, 11])
+    scale, zero_point = torch.linspace(0.02, 0.05, ROWS)[:, None], torch.linspace(100, 130, ROWS).round()[:, None]
+    found = quantized_linear_grouped(x, *int8(by_group=False), scale, zero_point, offs=offs, features=FEATURES)
+    wanted = [
+        quantized_linear(
+            x[rows], *(item[group] for item in int8(by_group=False)), scale[rows], zero_point[rows], features=FEATURES
+        )
+        for group, rows in ((0, slice(3)), (2, slice(3, None)))
+    ]
+    assert torch.equal(found, torch.cat(wanted))
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name: str) -> None:
     layer, operands, options = CALLS[name]
@@ -117,6 +130,7 @@ def test_opcheck(name: str) -> None:
         ({"offs": torch.tensor([2, 3, 12])}, "weight_quantized_linear_grouped has 11 rows, and group 2 is from row 3 to 12"),
         ({"offs": torch.tensor([2, 11])}, r"an operand has the sizes \[3, .*\] with 2 groups"),
         ({"offs": torch.tensor([[2, 3, 11]])}, r"offs has the sizes \[1, 3\]"),
+        ({"offs": torch.tensor([2.0, 3.0, 11.0])}, "offs is of torch.float32, and must be of an integer dtype"),
         ({"features": 44, "format": "int4"}, "a packed weight"),
     ],
 )

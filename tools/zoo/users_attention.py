@@ -169,7 +169,7 @@ class Latent(nn.Module):
 
 
 class MultiheadAttention(nn.Module):
-    """PyTorch's nn.MultiheadAttention with padding; weights: adds the mean of its weights to the output's last column."""
+    """PyTorch's nn.MultiheadAttention with padding; weights: adds the largest weight of each query to its output."""
 
     def __init__(self, weights: bool = False, rows: bool = False, batch_first: bool = True, **options: bool) -> None:
         super().__init__()
@@ -288,7 +288,7 @@ class RMSNorm(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeddings, layers, and an LM head. mask: padding is taken from the ids if no mask is an input."""
+    """Embeddings, layers, and an LM head, for token ids with a mask of padding."""
 
     def __init__(
         self,

@@ -19,6 +19,9 @@ from tools.zoo.entry import Entry, Expected
 from tools.zoo.users_attention import HEAD_DIM, HEADS, HIDDEN, LAYERS, VOCABULARY, WIDTH, Encoder, FeedForward
 from tools.zoo.weights import woken
 
+PADDING = 1
+"""The token of padding in translations."""
+
 
 class Sinusoidal(nn.Module):
     """PyTorch's tutorial: an encoder in [tokens, batch, width] with a table of positions computed in forward."""
@@ -44,7 +47,7 @@ class Seq2Seq(nn.Module):
 
     def __init__(self, **options: bool) -> None:
         super().__init__()
-        self.src, self.tgt = (nn.Embedding(VOCABULARY, WIDTH, padding_idx=1) for _ in range(2))
+        self.src, self.tgt = (nn.Embedding(VOCABULARY, WIDTH, padding_idx=PADDING) for _ in range(2))
         self.transformer = nn.Transformer(WIDTH, HEADS, LAYERS, LAYERS, HIDDEN, batch_first=True, **options)
         self.generator = nn.Linear(WIDTH, VOCABULARY)
 
@@ -52,7 +55,7 @@ class Seq2Seq(nn.Module):
         length = tgt.shape[1]
         tgt_mask = torch.triu(torch.ones(length, length, device=tgt.device), diagonal=1).bool()
         src_mask = torch.zeros(src.shape[1], src.shape[1], device=src.device).type(torch.bool)
-        padded, tgt_padded = src == 1, tgt == 1
+        padded, tgt_padded = src == PADDING, tgt == PADDING
         out = self.transformer(
             self.src(src), self.tgt(tgt), src_mask, tgt_mask, None, padded, tgt_padded, memory_key_padding_mask=padded
         )
@@ -210,6 +213,13 @@ def _ids(seed: int = 0, length: int = 12) -> torch.Tensor:
     return torch.randint(2, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(seed))
 
 
+def _padded(seed: int = 0, length: int = 12) -> torch.Tensor:
+    """Token ids with padding at the end of the second row."""
+    ids = _ids(seed, length)
+    ids[1, -3:] = PADDING
+    return ids
+
+
 def _mask(length: int = 12) -> torch.Tensor:
     mask = torch.ones(2, length, dtype=torch.bool)
     mask[1, -4:] = False
@@ -287,7 +297,9 @@ def _others() -> Iterator[tuple[str, Callable[[], Case], Expected]]:
     yield "sinusoidal", partial(_given, Sinusoidal, _ids().T.contiguous()), usual
     for order in (False, True):
         name = "translation-norm-first" if order else "translation"
-        yield name, partial(_given, partial(Seq2Seq, norm_first=order), _ids(), _ids(1, 9)), translated
+        # At other lengths padding comes first in some target, where the model answers NaN: only without does the length vary.
+        target = _ids(1, 9) if order else _padded(1, 9)
+        yield name, partial(_given, partial(Seq2Seq, norm_first=order), _padded(), target), translated
     yield (
         "decoder",
         partial(_given, DecoderOnly, vectors, normal(2, 7, WIDTH), ~_mask(7)),
@@ -308,9 +320,11 @@ def _others() -> Iterator[tuple[str, Callable[[], Case], Expected]]:
 
 
 _LAYERS = Expected(LAYERS, HEADS, HEADS, HEAD_DIM, LAYERS)
-_NO_COUNT = Expected(LAYERS, HEADS, HEADS, HEAD_DIM)
+# A mixture of separate layers has a site for each expert, and one of stacked weights a site for all.
+_EXPERTS = Expected(LAYERS, HEADS, HEADS, HEAD_DIM, 4 * LAYERS)
 _SIZES = {
     **dict.fromkeys(("complex-rotary", "complex-rotary-computed"), Expected(LAYERS, HEADS, HEADS // 2, HEAD_DIM, LAYERS)),
+    **dict.fromkeys(("experts-loop", "experts-indices"), _EXPERTS),
     "latent-attention": Expected(LAYERS, HEADS, HEADS, HEAD_DIM + attention.Latent.ROTARY, LAYERS),
 }
 
@@ -318,8 +332,7 @@ _SIZES = {
 def entries() -> Iterator[Entry]:
     """Every model of a user's kind."""
     for name, build in _encoders():
-        expected = _NO_COUNT if name.startswith("experts") else _SIZES.get(name, _LAYERS)
-        yield Entry(f"hand-written/{name}", "hand-written", partial(_encoder, build), partial(_same, expected))
+        yield Entry(f"hand-written/{name}", "hand-written", partial(_encoder, build), partial(_same, _SIZES.get(name, _LAYERS)))
     for name, make, expected in _others():
         yield Entry(f"hand-written/{name}", "hand-written", make, partial(_same, expected))
 

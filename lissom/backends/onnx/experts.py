@@ -22,9 +22,10 @@ def split_experts(model: ir.Model) -> None:
     for gather in nodes_of(model, "", "Gather"):
         index, source = constant_of(gather.inputs[1]), gather.inputs[0]
         swap = source.producer() if source is not None else None
-        swaps = swap is not None and swap.op_type == "Transpose" and [*swap.attributes["perm"].as_ints()] == _SWAPPED
+        swaps = swap is not None and swap.op_type == "Transpose" and [*swap.attributes.get_ints("perm", ())] == _SWAPPED
         stored = swap.inputs[0].producer() if swap is not None and swaps and swap.inputs[0] is not None else swap
-        if stored is None or not is_quantization(stored, DEQUANTIZE) or index is None or index.size != 1:
+        # A list of one index would keep the dimension of experts.
+        if stored is None or not is_quantization(stored, DEQUANTIZE) or index is None or index.ndim:
             continue
         if gather.attributes.get_int("axis", 0) != 0 or not _is_stack(stored):
             continue

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 
+from lissom.backends.onnx.experts import split_experts
+from lissom.backends.onnx.rewriting import nodes_of
+from lissom.backends.onnx.translation import DEQUANTIZE, DOMAIN
 from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.errors import UnsupportedError
 from tests import captures
@@ -49,3 +54,30 @@ def test_experts_without_a_kernel_are_counted() -> None:
             passes="quantize{scheme=int8-weight,only=*.experts}",
             backend=OnnxRuntime(timing_seconds=0),
         )
+
+
+def gathered(index: object, perm: list[int] | None) -> ir.Model:
+    """A model that gathers an expert from a stack of transposed matrices."""
+    tape = ir.tape.Tape()
+    stack, scale = (
+        tape.op("Constant", [], {"value": ir.tensor(array)})
+        for array in (np.ones((2, 3, 3), np.int8), np.ones((2, 3, 1), np.float32))
+    )
+    stored = tape.op(DEQUANTIZE, [stack, scale], {"format": "int8"}, domain=DOMAIN)
+    stored.shape, stored.type = ir.Shape([2, 3, 3]), ir.TensorType(ir.DataType.FLOAT)
+    swapped = tape.op("Transpose", [stored], {} if perm is None else {"perm": perm})
+    chosen = tape.op("Constant", [], {"value": ir.tensor(np.array(index))})
+    result = tape.op("Gather", [swapped, chosen])
+    graph = ir.Graph([], [result], nodes=tape.nodes, opset_imports={"": 21, DOMAIN: 1}, name="gathered")
+    return ir.Model(graph, ir_version=10)
+
+
+@pytest.mark.parametrize(
+    ("index", "perm", "left"),
+    [(1, [0, 2, 1], 0), ([1], [0, 2, 1], 1), ([0, 1], [0, 2, 1], 1), (1, [2, 1, 0], 1), (1, None, 1)],
+)
+def test_one_expert_of_a_swapped_stack_is_taken_out(index: object, perm: list[int] | None, left: int) -> None:
+    """A list of one index keeps a dimension, and another order of dimensions is not that of matrices."""
+    model = gathered(index, perm)
+    split_experts(model)
+    assert len(nodes_of(model, "", "Gather")) == left
