@@ -109,7 +109,7 @@ def confirm_calls(program: Program, model: nn.Module, args: Sequence[object], kw
         for sample in (example, *varied_samples(example), example):
             with suppress(*REFUSALS):
                 found = _call(model, program, sample)
-                if not any(isinstance(leaf, torch.Tensor) and bool(leaf.isnan().any()) for leaf in found):
+                if not _has_nan(found):
                     calls.append((sample, found))
     with torch.no_grad(), kept_state(program):
         for sample, wanted in calls:
@@ -176,12 +176,14 @@ def _refuse_difference(answers: Sequence[bool | None]) -> None:
 
 
 def _agrees(program: Program, model: nn.Module, example: Sample, sizes: Mapping[sympy.Symbol, int]) -> bool | None:
-    """Whether the outputs of program and model agree at these sizes; None if one of them refuses the sizes."""
+    """Whether the outputs of program and model agree at these sizes; None if one refuses them, or the model answers NaN."""
     sample = resize(program.signature, example, sizes)
     try:
         program.signature.check_sizes(sample)
         wanted = _answer(model, program, sample)
     except (InputError, *REFUSALS):
+        return None
+    if _has_nan(wanted):
         return None
     try:
         _require_equal(program, model, sample, wanted)
@@ -202,6 +204,10 @@ def _call(model: nn.Module, program: Program, sample: Sample) -> list[object]:
     args, kwargs = program.signature.arguments(sample)
     # GraphModule.__call__ prints the errors it raises, and the model may refuse the sizes tried here.
     return _own(pytree.tree_leaves(nn.Module.__call__(model, *args, **kwargs)))
+
+
+def _has_nan(leaves: Sequence[object]) -> bool:
+    return any(isinstance(leaf, torch.Tensor) and bool(leaf.isnan().any()) for leaf in leaves)
 
 
 def _own(leaves: Sequence[object]) -> list[object]:

@@ -15,6 +15,8 @@ import blocks
 import numpy as np
 import pytest
 
+import lissom
+from lissom.frontends.huggingface import load
 from tests.frontends.test_huggingface import directory  # noqa: F401
 from tests.test_cli_generate import decoder  # noqa: F401
 
@@ -33,7 +35,7 @@ PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.
 
 
 @pytest.fixture
-def folder(directory, decoder, tmp_path, monkeypatch) -> Path:  # noqa: F811
+def folder(page, directory, decoder, tmp_path, monkeypatch) -> Path:  # noqa: F811
     """A folder with what the pages take for given: texts, arrays, a key, a checkpoint, saved models."""
     monkeypatch.chdir(tmp_path)
     Path("texts.txt").write_text("The recipe needs two eggs.\nA comet was seen last night.\n" * 40)
@@ -45,9 +47,11 @@ def folder(directory, decoder, tmp_path, monkeypatch) -> Path:  # noqa: F811
         "openssl pkey -in key.pem -pubout -out key.pub.pem",
         f"lissom compile {directory} --save saved-model",
         f"lissom compile {directory} --backend distributed --world-size 2 --save llama",
-        f"lissom generate {decoder} one --max-new-tokens 2 --backend distributed --passes exact --save decoder",
     ):
         _run(line)
+    checkpoint = load(decoder)
+    ranks = {"backend": "distributed", "world_size": 2} if page.stem == "parallel" else {}
+    lissom.compile_generation(checkpoint.model, max_length=64, **ranks).save("decoder", checkpoint.tokenizer)
     Path("docs/pictures").mkdir(parents=True)
     return tmp_path
 

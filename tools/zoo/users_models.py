@@ -297,9 +297,7 @@ def _others() -> Iterator[tuple[str, Callable[[], Case], Expected]]:
     yield "sinusoidal", partial(_given, Sinusoidal, _ids().T.contiguous()), usual
     for order in (False, True):
         name = "translation-norm-first" if order else "translation"
-        # At other lengths padding comes first in some target, where the model answers NaN: only without does the length vary.
-        target = _ids(1, 9) if order else _padded(1, 9)
-        yield name, partial(_given, partial(Seq2Seq, norm_first=order), _padded(), target), translated
+        yield name, partial(_given, partial(Seq2Seq, norm_first=order), _padded(), _padded(1, 9)), translated
     yield (
         "decoder",
         partial(_given, DecoderOnly, vectors, normal(2, 7, WIDTH), ~_mask(7)),
