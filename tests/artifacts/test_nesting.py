@@ -55,7 +55,7 @@ def test_another_container_is_refused(tree):
     with pytest.raises(ArtifactError) as caught:
         encode_nesting(pytree.tree_structure([tree]), "what the model returns")
     assert str(caught.value) == (
-        "what the model returns holds a deque, which an artifact cannot hold; "
+        "what the model returns holds a value of type 'deque', which an artifact cannot hold; "
         "it holds lists, tuples, dicts and outputs of transformers"
     )
 

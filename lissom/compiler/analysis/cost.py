@@ -23,6 +23,7 @@ from lissom.compiler.analysis.sites import sites as find_sites
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.match import is_view
+from lissom.compiler.ir.operators import DROPOUTS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import Size, size_of
 from lissom.errors import UnsupportedError, nearest
@@ -189,7 +190,7 @@ def moves_nothing(node: fx.Node) -> bool:
     source, mode = node.args[0], fake.mode_of(node)
     if not nodes.is_tensor(source) or not nodes.is_tensor(node) or mode is None:
         return True
-    if _memory(nodes.value(node)) == _memory(nodes.value(source)):
+    if node.target in DROPOUTS or _memory(nodes.value(node)) == _memory(nodes.value(source)):
         return True
     # Capture types some views with memory of their own; calling the operator again tells them from copies. Layers are alike, so
     # few calls are needed.

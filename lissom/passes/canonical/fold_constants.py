@@ -19,7 +19,6 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import evaluate_nodes
 from lissom.compiler.ir.match import computed_from, is_handed_out, is_view
-from lissom.compiler.ir.printer import place
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
@@ -78,20 +77,9 @@ def _constant_nodes(program: Program, besides: Set[fx.Node]) -> set[fx.Node]:
 
 def _shared_products(edit: Editor, constant: Set[fx.Node]) -> set[fx.Node]:
     """The products of constants whose matrix a product with the inputs reads too."""
-    others: dict[object, fx.Node] = {}
-    mine: list[tuple[fx.Node, object]] = []
-    for node in edit.nodes():
-        weight = weight_of(node)
-        if weight is None or weight.op != "get_attr":
-            continue
-        if node in constant:
-            mine.append((node, weight.target))
-        else:
-            others.setdefault(weight.target, node)
-    found = [(node, others[target]) for node, target in mine if target in others]
-    for node, other in found:
-        edit.skip(node, f"{place(edit.program, other)} multiplies by its matrix too; lowering folds it")
-    return {node for node, _ in found}
+    matrices = {node: weight.target for node in edit.nodes() if (weight := weight_of(node)) and weight.op == "get_attr"}
+    others = {matrix for node, matrix in matrices.items() if node not in constant}
+    return {node for node, matrix in matrices.items() if node in constant and matrix in others}
 
 
 def _only_views(node: fx.Node) -> bool:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Callable
 
 import pytest
@@ -201,12 +200,8 @@ class SharedMatrix(nn.Module):
 
 
 def test_a_product_with_a_matrix_of_another_layer_is_left_to_the_lowering() -> None:
-    program, history = rewrite(FoldConstants(), seeded(lambda: SharedMatrix(own=False)), normal(2, 5, 8))
+    program, _ = rewrite(FoldConstants(), seeded(lambda: SharedMatrix(own=False)), normal(2, 5, 8))
     assert calls(program, aten.linear.default) == 2
-    (skip,) = history.steps[1].skipped
-    assert re.sub(r":\d+", "", skip.reason) == (
-        "'linear' (aten.linear, in project, test_fold_constants.py) multiplies by its matrix too; lowering folds it"
-    )
     lowered, _ = apply(FoldConstants(shared=True), program, [normal(2, 5, 8)])
     assert calls(lowered, aten.linear.default) == 1
 
