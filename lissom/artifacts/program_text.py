@@ -12,7 +12,7 @@ import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import sympy
 import torch
@@ -20,10 +20,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lissom.artifacts.calls import check_call
-from lissom.artifacts.expression import decode_expression
 from lissom.artifacts.operators import FUNCTIONS, find_operator
 from lissom.artifacts.program_file import MOST_NODES, check_weight_name
-from lissom.artifacts.text_expression import expression_data
+from lissom.artifacts.text_scanner import DTYPES, NAME, Scanner
 from lissom.artifacts.weights import check_memory
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
@@ -32,16 +31,12 @@ from lissom.compiler.ir.node import Origin
 from lissom.compiler.ir.printer import target_text
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
-from lissom.compiler.ir.types import ScalarType, Size, TensorType, ValueType, format_type, short_dtype
-from lissom.errors import ArtifactError
+from lissom.compiler.ir.types import Size, TensorType, format_type
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PATH = re.compile(r"[A-Za-z_][\w.]*(?:\[[^\]\n]*\][\w.]*)*")
 _TARGET = re.compile(r"[A-Za-z_][\w.]*")
 _WEIGHT = re.compile(r"[^\s,:()\[\]]+")
 _NUMBER = re.compile(r"-?(?:inf|nan|\d[\d.]*(?:e[-+]?\d+)?j?)")
-_DEVICE = re.compile(r"[a-z]+(?::\d+)?")
-_DTYPES = {short_dtype(item): item for item in vars(torch).values() if isinstance(item, torch.dtype)}
 _WORDS: Mapping[str, object] = {
     "True": True,
     "False": False,
@@ -49,12 +44,11 @@ _WORDS: Mapping[str, object] = {
     "end": 2**63 - 1,
     "inf": float("inf"),
     "nan": float("nan"),
-    **_DTYPES,
+    **DTYPES,
     **{name: torch.device(name) for name in ("cpu", "cuda", "meta")},
     **{name: getattr(torch, name) for name in ("strided", "contiguous_format", "preserve_format", "channels_last")},
     "channels_last_3d": torch.channels_last_3d,
 }
-_KINDS: Mapping[str, type] = {"int": int, "float": float, "bool": bool}
 _TARGETS = {target_text(function): name for name, function in FUNCTIONS.items()}
 _HINTS = (4, 16, 8, 24, 32, 12)
 """Sizes at the example where none are given: no two alike, and divisible by small blocks."""
@@ -77,14 +71,12 @@ def parse_program(text: str, sizes: Mapping[str, int] | None = None) -> Program:
     return _Parser(text, sizes or {}).program()
 
 
-class _Parser:
-    """A recursive-descent parser over one text; `at` is the index of the current character."""
+class _Parser(Scanner):
+    """A recursive-descent parser over one text."""
 
     def __init__(self, text: str, sizes: Mapping[str, int]) -> None:
-        self.text = text
-        self.at = 0
+        super().__init__(text)
         self.sizes = sizes
-        self.symbols: dict[str, sympy.Symbol] = {}
         self.graph = fx.Graph()
         self.values: dict[str, fx.Node] = {}
         self.reads: dict[str, fx.Node] = {}
@@ -94,25 +86,25 @@ class _Parser:
         self.mode = fake.symbolic_mode({}, ())
 
     def program(self) -> Program:
-        self._expect("program ")
-        name = self._take(re.compile(r"[^\s({}]+"), "the program's name")
+        self.expect("program ")
+        name = self.take(re.compile(r"[^\s({}]+"), "the program's name")
         signature = self._signature()
         self.mode = fake.symbolic_mode(self._facts(signature), ())
         for leaf in signature.tensors:
             self._placeholder(leaf)
-        self._expect(" {\n")
-        while self._accept("  weight @"):
+        self.expect(" {\n")
+        while self.accept("  weight @"):
             self._weight()
-        while self._accept("  %"):
+        while self.accept("  %"):
             self._call()
             if len(self.values) > MOST_NODES:
-                self._fail(f"the program has more than {MOST_NODES} nodes")
-        self._expect("  return ")
+                self.fail(f"the program has more than {MOST_NODES} nodes")
+        self.expect("  return ")
         start = self.at
         outputs = self._list()
-        self._expect("\n}\n")
+        self.expect("\n}\n")
         if self.at < len(self.text):
-            self._fail("expected the end of the text after the program")
+            self.fail("expected the end of the text after the program")
         self.graph.create_node("output", "output", (tuple(outputs),), name="output")
         leaf = pytree.tree_structure(0)
         out_spec = leaf if len(outputs) == 1 else pytree.tree_structure(tuple(0 for _ in outputs))
@@ -121,20 +113,20 @@ class _Parser:
         program = Program(name, FlatModule(self.weights, self.graph), signature, state)
         for node in program.nodes(*nodes.STATE_WRITES):
             if not nodes.is_state_write(node) or str(cast(fx.Node, node.args[0]).target) not in state:
-                self._fail(f"'{node.name}' writes to a buffer that is not state of the program", start)
+                self.fail(f"'{node.name}' writes to a buffer that is not state of the program", start)
         return program
 
     # The signature
 
     def _signature(self) -> Signature:
-        self._expect("(")
+        self.expect("(")
         positional: list[Argument] = []
         keyword: list[Argument] = []
         chosen = positional
-        while not self._accept(")"):
+        while not self.accept(")"):
             if positional or keyword or chosen is keyword:
-                self._expect(", ")
-            if self._accept("*"):
+                self.expect(", ")
+            if self.accept("*"):
                 chosen = keyword
                 continue
             chosen.append(self._argument())
@@ -143,37 +135,37 @@ class _Parser:
 
     def _argument(self) -> Argument:
         leaves: list[Leaf] = []
-        if self._accept("{"):
-            while not self._accept("}"):
+        if self.accept("{"):
+            while not self.accept("}"):
                 if leaves:
-                    self._expect(", ")
+                    self.expect(", ")
                 leaves.append(self._leaf())
         else:
             leaves.append(self._leaf())
         paths = [leaf.path for leaf in leaves]
-        name = cast(re.Match[str], _NAME.match(paths[0])).group() if paths else ""
+        name = cast(re.Match[str], NAME.match(paths[0])).group() if paths else ""
         spec = pytree.tree_structure(0) if paths == [name] else pytree.tree_structure(tuple(0 for _ in paths))
         return Argument(name, spec, tuple(leaves))
 
     def _leaf(self) -> Leaf:
-        path = self._take(_PATH, "an argument of the program")
-        if self._accept("="):
+        path = self.take(_PATH, "an argument of the program")
+        if self.accept("="):
             return ConstantArgument(path, self._literal())
-        self._expect(": ")
+        self.expect(": ")
         start = self.at
-        found = self._type(declare=True)
+        found = self.value_type(declare=True)
         if not isinstance(found, TensorType):
-            self._fail("an argument has the type of a tensor, such as f32[batch, 4]", start)
+            self.fail("an argument has the type of a tensor, such as f32[batch, 4]", start)
         return TensorArgument(path, found)
 
     def _literal(self) -> object:
         """A Python literal, up to the comma or bracket behind it."""
         start = self.at
-        end = self._end_of_expression()
+        end = self.end_of_expression()
         try:
             found = ast.literal_eval(self.text[start:end])
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            self._fail(f"'{self.text[start:end]}' is no number, text, list, tuple or dict", start)
+            self.fail(f"'{self.text[start:end]}' is no number, text, list, tuple or dict", start)
         self.at = end
         return found
 
@@ -184,7 +176,7 @@ class _Parser:
     def _facts(self, signature: Signature) -> dict[sympy.Symbol, SymbolFact]:
         unknown = self.sizes.keys() - self.symbols.keys()
         if unknown:
-            self._fail(f"the program has no size {min(unknown)!r}; its sizes: {', '.join(self.symbols) or 'none'}", 0)
+            self.fail(f"the program has no size {min(unknown)!r}; its sizes: {', '.join(self.symbols) or 'none'}", 0)
         hints = dict(zip(self.symbols, _HINTS * len(self.symbols), strict=False)) | dict(self.sizes)
         return {symbol: SymbolFact(hints[name], 1, None) for name, symbol in self.symbols.items()}
 
@@ -198,23 +190,23 @@ class _Parser:
 
     def _weight(self) -> None:
         start = self.at
-        name = self._take(_WEIGHT, "a weight's name")
+        name = self.take(_WEIGHT, "a weight's name")
         try:
             check_weight_name(name)
         except ValueError as error:
-            self._fail(str(error), start)
-        self._expect(": ")
-        found = self._type()
+            self.fail(str(error), start)
+        self.expect(": ")
+        found = self.value_type()
         if not isinstance(found, TensorType) or any(not isinstance(size, int) for size in found.shape):
-            self._fail("a weight has the type of a tensor with fixed sizes", start)
-        if self._accept(" state"):
+            self.fail("a weight has the type of a tensor with fixed sizes", start)
+        if self.accept(" state"):
             self.state.append(name)
-        self._expect("\n")
+        self.expect("\n")
         self.bytes += math.prod(cast("tuple[int, ...]", found.shape)) * found.dtype.itemsize
         try:
             check_memory(self.bytes, "the program's weights")
         except ValueError as error:
-            self._fail(str(error), start)
+            self.fail(str(error), start)
         if name not in self.weights:
             self.weights[name] = _random(name, found)
         node = self.graph.create_node("get_attr", name)
@@ -223,54 +215,57 @@ class _Parser:
 
     def _call(self) -> None:
         start = self.at
-        name = self._take(_NAME, "the name of a value")
+        name = self.take(NAME, "the name of a value")
         if name in self.values:
-            self._fail(f"there is a value '%{name}' already", start)
-        self._expect(": ")
+            self.fail(f"there is a value '%{name}' already", start)
+        self.expect(": ")
         typed = self.at
-        self._type(named=True)
+        self.value_type(named=True)
         written = self.text[typed : self.at]
-        self._expect(" = ")
+        self.expect(" = ")
         target, args, kwargs = self._target_and_arguments()
         path = ""
-        if self._accept("  # "):
-            path = self._take(re.compile(r"[^\n]+"), "a module's path")
-        self._expect("\n")
+        if self.accept("  # "):
+            path = self.take(re.compile(r"[^\n]+"), "a module's path")
+        self.expect("\n")
         node = self.graph.create_node("call_function", target, tuple(args), kwargs, name=name)
         if node.name != name:
-            self._fail(f"'{name}' is no name a value can have", start)
+            self.fail(f"'{name}' is no name a value can have", start)
         if path:
             nodes.set_origin(node, Origin(path))
         try:
             nodes.set_value(node, fake.fake_call(self.mode, node))
         except Exception as error:
-            self._fail(f"{target_text(target)} refuses its arguments: {str(error).splitlines()[0]}", start)
-        found = format_type(nodes.node_type(node), self._name_of)
+            self.fail(f"{target_text(target)} refuses its arguments: {str(error).splitlines()[0]}", start)
+        found = format_type(nodes.node_type(node), str)
         if found != written and not self._same(node, typed):
-            self._fail(f"{target_text(target)} returns {found} here, and not {written}", typed)
+            self.fail(f"{target_text(target)} returns {found} here, and not {written}", typed)
         self.values[name] = node
 
     def _same(self, node: fx.Node, typed: int) -> bool:
         """Whether the type in the text is equal to the inferred one for all sizes."""
         after, self.at = self.at, typed
-        found = self._type(named=True)
+        found = self.value_type(named=True)
         self.at = after
         return fake.same_type(self.mode, nodes.node_type(node), found)
 
-    def _target_and_arguments(self) -> tuple[Any, list[object], dict[str, object]]:
+    def expect_size(self, number: int) -> None:
+        fake.number_sizes_from(self.mode, number)
+
+    def _target_and_arguments(self) -> tuple[Any, list[Any], dict[str, Any]]:
         start = self.at
-        name = self._take(_TARGET, "an operator")
+        name = self.take(_TARGET, "an operator")
         full = _TARGETS.get(name) or (name if name.count(".") == 2 else f"{name}.default")
         try:
             target = find_operator(full)
         except ValueError as error:
-            self._fail(str(error), start)
-        self._expect("(")
-        args: list[object] = []
-        kwargs: dict[str, object] = {}
-        while not self._accept(")"):
+            self.fail(str(error), start)
+        self.expect("(")
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        while not self.accept(")"):
             if args or kwargs:
-                self._expect(", ")
+                self.expect(", ")
             keyword = re.compile(r"([A-Za-z_]\w*)=").match(self.text, self.at)
             if keyword:
                 self.at = keyword.end()
@@ -280,156 +275,55 @@ class _Parser:
         try:
             check_call(target, args, kwargs)
         except ValueError as error:
-            self._fail(str(error), start)
+            self.fail(str(error), start)
         return target, args, kwargs
 
     def _value(self) -> Any:
         start = self.at
-        if self._accept("%"):
-            name = self._take(_NAME, "the name of a value")
+        if self.accept("%"):
+            name = self.take(NAME, "the name of a value")
             if name not in self.values:
-                self._fail(f"there is no value '%{name}' above", start)
+                self.fail(f"there is no value '%{name}' above", start)
             return self.values[name]
-        if self._accept("@"):
-            name = self._take(_WEIGHT, "a weight's name")
+        if self.accept("@"):
+            name = self.take(_WEIGHT, "a weight's name")
             if name not in self.reads:
-                self._fail(f"there is no weight '@{name}' above", start)
+                self.fail(f"there is no weight '@{name}' above", start)
             return self.reads[name]
-        if self._peek("["):
+        if self.peek("["):
             return self._list()
-        if self._peek("'") or self._peek('"') or self._peek("slice("):
+        if self.peek("'") or self.peek('"') or self.peek("slice("):
             return self._quoted()
-        word = _NAME.match(self.text, self.at)
+        word = NAME.match(self.text, self.at)
         if word and word.group() in _WORDS:
             self.at = word.end()
-            if isinstance(_WORDS[word.group()], torch.device) and self._accept(":"):
-                return torch.device(word.group(), int(self._take(re.compile(r"\d+"), "a device's number")))
+            if isinstance(_WORDS[word.group()], torch.device) and self.accept(":"):
+                return torch.device(word.group(), int(self.take(re.compile(r"\d+"), "a device's number")))
             return _WORDS[word.group()]
-        number = self._take(_NUMBER, "%value, @weight, a number, a list, a dtype, True, False or None")
+        number = self.take(_NUMBER, "%value, @weight, a number, a list, a dtype, True, False or None")
         try:
             return float(number) if number.lstrip("-") in ("inf", "nan") else ast.literal_eval(number)
         except (ValueError, SyntaxError):
-            self._fail(f"'{number}' is no number", start)
+            self.fail(f"'{number}' is no number", start)
 
     def _quoted(self) -> object:
-        if not self._peek("slice("):
+        if not self.peek("slice("):
             return self._literal()
-        self._expect("slice(")
+        self.expect("slice(")
         parts = [self._value()]
-        while self._accept(", "):
+        while self.accept(", "):
             parts.append(self._value())
-        self._expect(")")
+        self.expect(")")
         return slice(*parts)
 
-    def _list(self) -> list[object]:
-        self._expect("[")
-        found: list[object] = []
-        while not self._accept("]"):
+    def _list(self) -> list[Any]:
+        self.expect("[")
+        found: list[Any] = []
+        while not self.accept("]"):
             if found:
-                self._expect(", ")
+                self.expect(", ")
             found.append(self._value())
         return found
-
-    # Types
-
-    def _type(self, *, declare: bool = False, named: bool = False) -> ValueType:
-        """A type. declare: names in its sizes are new sizes. named: names that are none stand for sizes found while running."""
-        if self._accept("none"):
-            return None
-        if self._accept("("):
-            parts: list[ValueType] = []
-            while not self._accept(")"):
-                if parts:
-                    self._expect(", ")
-                parts.append(self._type(declare=declare, named=named))
-            return tuple(parts)
-        start = self.at
-        word = self._take(_NAME, "a type, such as f32[batch, 4]")
-        if word in _KINDS and self._accept(" "):
-            return ScalarType(_KINDS[word], self._size(declare, named))
-        if word not in _DTYPES:
-            self._fail(f"there is no dtype '{word}'; there are {', '.join(sorted(_DTYPES))}", start)
-        self._expect("[")
-        shape: list[Size] = []
-        while not self._accept("]"):
-            if shape:
-                self._expect(", ")
-            shape.append(self._size(declare, named))
-        device = self._take(_DEVICE, "a device, such as cuda:0") if self._accept("@") else "cpu"
-        return TensorType(_DTYPES[word], tuple(shape), torch.device(device))
-
-    def _size(self, declare: bool, named: bool) -> Size:
-        start, end = self.at, self._end_of_expression()
-        written = self.text[start:end]
-        try:
-            data, names = expression_data(written)
-            for name in names - self.symbols.keys():
-                if not declare and not named:
-                    raise ValueError(f"no argument has the size '{name}'")
-                self._new_symbol(name, declare)
-            found = decode_expression(data, self.symbols)
-        except ValueError as error:
-            self._fail(str(error), start)
-        self.at = end
-        return int(found) if isinstance(found, sympy.Integer) else cast(Size, found)
-
-    def _new_symbol(self, name: str, declare: bool) -> None:
-        if declare:
-            self.symbols[name] = sympy.Symbol(name, positive=True, integer=True)
-            return
-        numbered = re.fullmatch(r"u(\d+)", name)
-        if numbered is None:
-            raise ValueError(f"no argument has the size '{name}'")
-        # The next size that an operator finds while it runs is to have this name.
-        fake.number_sizes_from(self.mode, int(numbered[1]))
-        self.symbols[name] = sympy.Symbol(name, integer=True)
-
-    def _name_of(self, expression: sympy.Expr) -> str:
-        return str(expression)
-
-    def _end_of_expression(self) -> int:
-        """The index behind the expression or literal that begins here: of a comma or bracket, or of the end of the line."""
-        depth, quote = 0, ""
-        for at in range(self.at, len(self.text)):
-            character = self.text[at]
-            if quote:
-                quote = "" if character == quote and self.text[at - 1] != "\\" else quote
-            elif character in "'\"":
-                quote = character
-            elif character in "([{":
-                depth += 1
-            elif depth == 0 and (character in ")]},\n" or self.text.startswith(" = ", at)):
-                return at
-            elif character in ")]}":
-                depth -= 1
-        return len(self.text)
-
-    # Characters
-
-    def _peek(self, part: str) -> bool:
-        return self.text.startswith(part, self.at)
-
-    def _accept(self, part: str) -> bool:
-        found = self._peek(part)
-        self.at += found * len(part)
-        return found
-
-    def _expect(self, part: str) -> None:
-        if not self._accept(part):
-            self._fail(f"expected {part.strip() or part!r}")
-
-    def _take(self, pattern: re.Pattern[str], what: str) -> str:
-        found = pattern.match(self.text, self.at)
-        if found is None:
-            self._fail(f"expected {what}")
-        self.at = found.end()
-        return found.group()
-
-    def _fail(self, problem: str, at: int | None = None) -> NoReturn:
-        at = self.at if at is None else at
-        line = self.text.count("\n", 0, at) + 1
-        column = at - self.text.rfind("\n", 0, at)
-        raise ArtifactError(f"line {line}, column {column} of the program's text: {problem}")
 
 
 def _contiguous(shape: Sequence[Size]) -> Sequence[Size]:

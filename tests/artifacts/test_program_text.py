@@ -86,32 +86,41 @@ def test_passes_run_on_it():
     assert found.text() == text.replace("  %mul: f32[batch, 4] = aten.clone(%linear)\n", "").replace("%mul]", "%linear]")
 
 
-BAD = {
-    "no program": ("", "line 1, column 1 of the program's text: expected 'program'"),
-    "unknown operator": (TWICE.replace("aten.mul.Tensor", "aten.mull"), "line 4, column 25 .* there is no operator 'aten.mull.default'"),
-    "operator of Python": (TWICE.replace("aten.mul.Tensor", "os.system"), "there is no operator 'os.system.default'"),
-    "another type": (TWICE.replace("%mul: f32[batch, 4]", "%mul: f32[batch, 5]"), r"line 4, column 9 .* aten.mul.Tensor returns f32\[batch, 4\] here, and not f32\[batch, 5\]"),
-    "unknown value": (TWICE.replace("(%linear, 2.0)", "(%line, 2.0)"), "line 4, column 41 .* there is no value '%line' above"),
-    "unknown weight": (TWICE.replace("(%x, @up.weight)", "(%x, @up.bias)"), "there is no weight '@up.bias' above"),
-    "unknown size": (TWICE.replace("@up.weight: f32[4, 4]", "@up.weight: f32[4, tokens]"), "no argument has the size 'tokens'"),
-    "unknown dtype": (TWICE.replace("(x: f32[", "(x: float32["), "line 1, column 18 .* there is no dtype 'float32'"),
-    "wrong shapes": (TWICE.replace("@up.weight: f32[4, 4]", "@up.weight: f32[4, 5]"), "line 3, column 4 .* aten.linear refuses its arguments"),
-    "a value twice": (TWICE.replace("%mul: f32", "%linear: f32"), "there is a value '%linear' already"),
-    "wrong argument": (TWICE.replace("2.0)", "'two')"), "the argument 'other' of aten.mul.Tensor is 'two'"),
-    "no end": (TWICE.replace("\n}\n", ""), "line 5, column 16 .* expected '}'"),
-    "more behind": (TWICE + "x", "expected the end of the text after the program"),
-    "code in a size": (TWICE.replace("[batch, 4]) {", "[__import__('os'), 4]) {"), "is not a size"),
-    "a size too large": (TWICE.replace("(x: f32[batch, 4])", "(x: f32[batch**999, 4])"), "may have .* bits"),
-    "a weight that is a method": (TWICE.replace("up.weight", "forward"), "is not a name for a weight"),
-    "a huge weight": (TWICE.replace("f32[4, 4]", "f32[4, 99999999999999]"), "the program's weights would take .* bytes of memory"),
-    "random numbers": (TWICE.replace("aten.mul.Tensor(%linear, 2.0)", "aten.dropout(%linear, 0.5, True)"), "draws random numbers"),
-    "writes": (TWICE.replace("aten.mul.Tensor(%linear, 2.0)", "aten.copy_(%linear, %linear)"), "writes to a buffer that is not state"),
-}  # fmt: skip
+PARTS = {
+    "unknown operator": ("aten.mul.Tensor", "aten.mull", "line 4, column 25 .* there is no operator 'aten.mull.default'"),
+    "operator of Python": ("aten.mul.Tensor", "os.system", "there is no operator 'os.system.default'"),
+    "another type": (
+        "%mul: f32[batch, 4]",
+        "%mul: f32[batch, 5]",
+        r"line 4, column 9 .* aten.mul.Tensor returns f32\[batch, 4\] here, and not f32\[batch, 5\]",
+    ),
+    "unknown value": ("(%linear, 2.0)", "(%line, 2.0)", "line 4, column 41 .* there is no value '%line' above"),
+    "unknown weight": ("(%x, @up.weight)", "(%x, @up.bias)", "there is no weight '@up.bias' above"),
+    "unknown size": ("@up.weight: f32[4, 4]", "@up.weight: f32[4, tokens]", "no argument has the size 'tokens'"),
+    "unknown dtype": ("(x: f32[", "(x: float32[", "line 1, column 18 .* there is no dtype 'float32'"),
+    "wrong shapes": ("weight: f32[4, 4]", "weight: f32[4, 5]", "line 3, column 4 .* aten.linear refuses its arguments"),
+    "a value twice": ("%mul: f32", "%linear: f32", "there is a value '%linear' already"),
+    "wrong argument": ("2.0)", "'two')", "the argument 'other' of aten.mul.Tensor is 'two'"),
+    "no end": ("\n}\n", "", "line 5, column 16 .* expected '}'"),
+    "more behind": ("\n}\n", "\n}\nx", "expected the end of the text after the program"),
+    "code in a size": ("[batch, 4]) {", "[__import__('os'), 4]) {", "is not a size"),
+    "a size too large": ("(x: f32[batch, 4])", "(x: f32[batch**999, 4])", "may have .* bits"),
+    "a weight that is a method": ("up.weight", "forward", "is not a name for a weight"),
+    "a huge weight": ("f32[4, 4]", "f32[4, 99999999999999]", "the program's weights would take .* bytes of memory"),
+    "random numbers": ("aten.mul.Tensor(%linear, 2.0)", "aten.dropout(%linear, 0.5, True)", "draws random numbers"),
+    "a write": ("aten.mul.Tensor(%linear, 2.0)", "aten.copy_(%linear, %linear)", "writes to a buffer that is not state"),
+}
 
 
-@pytest.mark.parametrize(("text", "told"), BAD.values(), ids=BAD)
-def test_what_does_not_parse_is_told_with_its_place(text, told):
+@pytest.mark.parametrize(("part", "other", "told"), PARTS.values(), ids=PARTS)
+def test_what_does_not_parse_is_told_with_its_place(part, other, told):
     with pytest.raises(ArtifactError, match=told):
+        parse_program(TWICE.replace(part, other))
+
+
+@pytest.mark.parametrize("text", ["", "\0", "program", "{" * 100_000])
+def test_other_texts_are_no_programs(text):
+    with pytest.raises(ArtifactError, match="of the program's text: expected"):
         parse_program(text)
 
 
