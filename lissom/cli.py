@@ -1,4 +1,4 @@
-"""The command line: `lissom demo | compile | tune | run | generate | show | export | bench | sign | verify | passes | …`."""
+"""The command line: `lissom demo | compile | tune | run | generate | show | opt | export | bench | sign | verify | passes | …`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from lissom.generation.stream import Speed, end_tokens, stream_text, stream_toke
 from lissom.inspect.catalogue import pass_page, passes_table
 from lissom.inspect.tables import show
 from lissom.inspect.terminal import Terminal
-from lissom.opt_command import run_opt
+from lissom.opt_commands import run_opt
 from lissom.passes import RECIPES, known_passes
 from lissom.saved_commands import AllowNative, TrustedKey, check_saved, run_saved, sign_saved, verify_saved, warnings_told
 from lissom.shadowing import shadowed_install
