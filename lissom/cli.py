@@ -1,4 +1,4 @@
-"""The command line: `lissom demo | compile | tune | run | generate | show | opt | export | bench | sign | verify | passes | …`."""
+"""The command line, `lissom`: its commands, and how errors end them."""
 
 from __future__ import annotations
 
