@@ -22,7 +22,7 @@ from lissom.artifacts.signature import TrustedKeys
 from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.files import check_path, reason
 from lissom.frontends.failures import first_line
-from lissom.registration import MODEL_TYPE
+from lissom.runtime.model_files import MODEL_TYPE
 
 if TYPE_CHECKING:
     import torch

@@ -14,9 +14,10 @@ from lissom.compiler.analysis.embedding_bounds import vocabulary_size
 from lissom.compiler.ir.program import Program
 from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.frontends.failures import first_line
-from lissom.registration import MODEL_TYPE
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+MODEL_TYPE = "lissom"
+"""The model type in the configuration of a saved model."""
 _ORIGINAL = MODEL_TYPE
 """The field of a saved model's configuration with the original's model type."""
 _OF_TOKENIZERS = (
