@@ -10,14 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from lissom.artifacts.manifest import MODEL_TYPE
 from lissom.compiler.analysis.embedding_bounds import vocabulary_size
 from lissom.compiler.ir.program import Program
 from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.frontends.failures import first_line
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-MODEL_TYPE = "lissom"
-"""The model type in the configuration of a saved model."""
 _ORIGINAL = MODEL_TYPE
 """The field of a saved model's configuration with the original's model type."""
 _OF_TOKENIZERS = (
