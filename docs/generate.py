@@ -8,6 +8,7 @@ are measured again when generating and ignored when checking. Named documents li
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import json
 import os
@@ -76,7 +77,7 @@ def fresh(path: Path, seconds: float | None = None) -> str:
         return _demo(seconds)
     if path.parent.name == "passes" and path != INDEX:
         return fill(_page(path.stem, seconds), path.stem)
-    sections = {"passes": _passes_tables, "recipes": _recipes, "docs/demo.txt": _quoted_demo}
+    sections = {"passes": _passes_tables, "recipes": _recipes, "docs/demo.txt": _quoted_demo, "rooms": _rooms}
     text = _SECTION.sub(lambda found: f"{found[1]}{sections[found[2]]()}{found[3]}", path.read_text(encoding="utf-8"))
     if seconds is not None:
         text = _MEASURED.sub(lambda found: f"{found[1]}{_hot_layers()}{found[2]}", text)
@@ -184,6 +185,16 @@ def _passes_tables() -> str:
         ]
         parts.append("\n".join([f"## {title}", "", "| pass | | what it does |", "|---|---|---|", *rows, ""]))
     return "\n".join(parts)
+
+
+def _rooms() -> str:
+    """The packages of Lissom, each with the first sentence of its docstring."""
+    rows: list[str] = []
+    for path in sorted((ROOT / "lissom").rglob("__init__.py")):
+        about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        room = path.parent.relative_to(ROOT).as_posix()
+        rows.append(f"| `{room}` | {' '.join(about.split(chr(10) * 2)[0].split())} |")
+    return "\n".join(["", "| room | what is in it |", "|---|---|", *rows, ""])
 
 
 def _recipes() -> str:

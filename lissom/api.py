@@ -17,7 +17,7 @@ from lissom.compiler.pipeline.options import Checks, Goal, Metric, Progress
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.driver.compile import compile_model, optimize_model, with_errors
 from lissom.driver.options import Inputs, Settings
-from lissom.errors import InputError, UnsupportedError, refuse_old_names
+from lissom.errors import InputError, UnsupportedError
 from lissom.files import check_path
 from lissom.frontends.adapters import with_merged_adapters
 from lissom.frontends.dynamic import Dynamic
@@ -60,7 +60,6 @@ def compile(model: _SentenceModel, example_inputs: Inputs | None = None, **optio
 def compile(model: nn.Module | Program, example_inputs: Inputs, **options: Unpack[_Options]) -> CompiledModel: ...
 
 
-@refuse_old_names
 def compile(
     model: nn.Module | Program,
     example_inputs: Inputs | None = None,

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from transformers import PretrainedConfig
 
 from lissom.artifacts.directory import is_artifact
-from lissom.artifacts.manifest import NAME
+from lissom.artifacts.manifest import MODEL_TYPE, NAME
 from lissom.artifacts.packed import copy_linked
 from lissom.artifacts.signature import TrustedKeys
 from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.files import check_path, reason
 from lissom.frontends.failures import first_line
-from lissom.registration import MODEL_TYPE
 
 if TYPE_CHECKING:
     import torch

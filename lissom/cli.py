@@ -1,4 +1,4 @@
-"""The command line: `lissom demo | compile | tune | run | generate | show | export | bench | sign | verify | passes | …`."""
+"""The command line, `lissom`: its commands, and how errors end them."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ from lissom.generation.stream import Speed, end_tokens, stream_text, stream_toke
 from lissom.inspect.catalogue import pass_page, passes_table
 from lissom.inspect.tables import show
 from lissom.inspect.terminal import Terminal
+from lissom.opt_commands import run_opt
 from lissom.passes import RECIPES, known_passes
 from lissom.saved_commands import AllowNative, TrustedKey, check_saved, run_saved, sign_saved, verify_saved, warnings_told
 from lissom.shadowing import shadowed_install
@@ -161,6 +162,7 @@ def _write(piece: str, rank: RankProcess) -> None:
 
 
 app.command("show")(run_show)
+app.command("opt")(run_opt)
 app.command("tune")(run_tune)
 app.command("export")(run_export)
 app.command("bench")(run_bench)

@@ -27,12 +27,6 @@ def finite(value: float) -> float:
     return value
 
 
-def refuse_ways(value: int | None) -> None:
-    """Refuse the former option `--ways`, naming the current one."""
-    if value is not None:
-        raise typer.BadParameter("it is called --world-size now")
-
-
 def finite_or_none(value: float | None) -> float | None:
     """Like `finite`, for an optional value."""
     return None if value is None else finite(value)
@@ -50,7 +44,6 @@ Seconds = Annotated[
     float,
     typer.Option(min=0.0, max=86_400.0, callback=finite, help="How long to time each engine at each shape."),
 ]
-Ways = Annotated[int | None, typer.Option("--ways", hidden=True, callback=refuse_ways)]
 Checks = Annotated[str, typer.Option(help="numeric, structural or off.")]
 GoalName = Annotated[
     str, typer.Option("--goal", help="Revert lossy passes by latency or memory, as measured here; none keeps every pass.")

@@ -31,7 +31,6 @@ from lissom.cli_options import (
     Passes,
     Quality,
     Simulate,
-    Ways,
     finite,
     goal_of,
 )
@@ -81,7 +80,6 @@ def run_compile(
     heat: HeatName = None,
     save: Annotated[Path | None, typer.Option("--save", "-o", help="Write what was compiled to this directory.")] = None,
     goal: GoalName = "latency",
-    _ways: Ways = None,
 ) -> None:
     """Compile a model and print what every pass did."""
     refuse_torchrun("compile")

@@ -6,25 +6,8 @@ A message says where (node, module path, source line, pass), what was found, wha
 from __future__ import annotations
 
 import difflib
-import inspect
-from collections.abc import Callable, Iterable
-from functools import wraps
-from typing import Any, TypeVar
-
-_Made = TypeVar("_Made", bound=Callable[..., Any])
-
-RENAMED = (
-    ("ways", "world_size"),
-    ("cut", "partition"),
-    ("eliminate-dead-heads", "eliminate-dead"),
-    ("eliminate-dead-neurons", "eliminate-dead"),
-    ("eliminate-dead-layers", "eliminate-dead"),
-    ("eliminate-dead-hidden", "eliminate-dead"),
-    ("output_heads", "lm_head"),
-    ("share", "fraction"),
-    ("only_if_faster", "goal"),
-)
-"""Former names of options and passes, each with its current name."""
+from collections.abc import Iterable
+from typing import Any
 
 
 class LissomError(Exception):
@@ -82,27 +65,6 @@ class RankError(LissomError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known word closest to `word`, or an empty text; for a former name the current one."""
-    known = list(known)
-    renamed = next((new for old, new in RENAMED if old == word and new in known), None)
-    if renamed is not None:
-        return f"; it is called '{renamed}' now;"
+    """`; did you mean 'x'?` for the known word closest to `word`, or an empty text."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
-
-
-def refuse_old_names(made: _Made) -> _Made:
-    """Wrap a function or a class so that a renamed keyword raises TypeError with the new name."""
-    if inspect.isclass(made):
-        made.__init__ = refuse_old_names(made.__init__)
-        return made  # pyright: ignore[reportReturnType]
-    parameters = inspect.signature(made).parameters
-    renamed = {old: new for old, new in RENAMED if new in parameters}
-
-    @wraps(made)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        for old in renamed.keys() & kwargs.keys():
-            raise TypeError(f"{made.__qualname__.removesuffix('.__init__')}() has no {old}=; it is called {renamed[old]}= now")
-        return made(*args, **kwargs)
-
-    return checked  # pyright: ignore[reportReturnType]

@@ -10,9 +10,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-MODEL_TYPE = "lissom"
-"""The model type in the configuration of a saved model."""
-
 
 class _Watcher(MetaPathFinder):
     """Calls a function once after the import of each of some modules. Looking a module up does not call it."""

@@ -51,7 +51,6 @@ COMMANDS: dict[str, tuple[str, int, str]] = {
         "world_size= is 1; give the number of ranks",
     ),
     "compile for ranks of eager": ("compile nowhere --world-size 2", 1, "world_size=2 goes with backend='distributed'"),
-    "compile for ranks by the old name": ("compile nowhere --ways 2", 2, "it is called --world-size now"),
     "compile into nothing": ("compile nowhere --text {folder}/no/file", 1, "there is no directory"),
     "compile into a folder": ("compile nowhere --text {folder}", 1, "it is a directory; name a file in it"),
     "compile history into nothing": ("compile nowhere --history {folder}/no/file", 1, "there is no directory"),

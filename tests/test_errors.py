@@ -4,7 +4,7 @@ import pytest
 
 from lissom import errors
 from lissom.compiler.pipeline.history import History, Interrupted
-from lissom.errors import RENAMED, LissomError, nearest, refuse_old_names
+from lissom.errors import LissomError, nearest
 
 
 def test_the_nearest_known_word_is_offered():
@@ -13,24 +13,6 @@ def test_the_nearest_known_word_is_offered():
 
 def test_nothing_is_offered_where_nothing_is_near():
     assert nearest("zebra", ["raise-attention", "low-rank"]) == ""
-
-
-@pytest.mark.parametrize(("old", "new"), RENAMED)
-def test_an_old_name_leads_to_the_new_one_where_there_is_one(old, new):
-    assert nearest(old, ["low-rank", new]) == f"; it is called '{new}' now;"
-    assert new not in nearest(old, ["low-rank"])
-
-
-def test_an_old_keyword_is_refused_with_the_new_one():
-    @refuse_old_names
-    def share(model, *, world_size=None):
-        return model, world_size
-
-    assert share("a", world_size=2) == ("a", 2)
-    with pytest.raises(TypeError, match=r"share\(\) has no ways=; it is called world_size= now$"):
-        share("a", ways=2)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'cut'"):
-        share("a", cut=2)
 
 
 @pytest.mark.parametrize("name", [name for name in vars(errors) if name.endswith("Error")])

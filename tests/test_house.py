@@ -44,22 +44,6 @@ def pass_classes() -> dict[type[Pass], str]:
     return found
 
 
-def documented_tree() -> list[str]:
-    """The files of the package that docs/architecture.md lists, by their paths."""
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    block = re.search(r"^lissom/(?: +#.*)?\n((?:  +\S.*\n)+)", text, re.MULTILINE)
-    assert block, "docs/architecture.md holds no tree that starts with the line lissom/"
-    folders: list[str] = []
-    files = []
-    for line in block[1].splitlines():
-        entry = line.partition("#")[0].rstrip()
-        depth = (len(entry) - len(entry.lstrip())) // 2
-        folders[depth - 1 :] = [entry.strip()] if entry.endswith("/") else []
-        if not entry.endswith("/"):
-            files.append("lissom/" + "".join(folders) + entry.strip())
-    return files
-
-
 def parsed(*folders: str) -> Iterator[tuple[str, ast.Module]]:
     """The modules in these folders, by their paths."""
     for path in sources(*folders):
@@ -145,10 +129,6 @@ def test_no_golden_and_no_page_is_left_over():
     goldens = {path.stem.replace("_", "-") for path in (ROOT / "tests" / "golden").glob("*.txt")}
     pages = {path.stem for path in (ROOT / "docs" / "passes").glob("*.md")}
     assert goldens == pages - {"index"} == set(PASSES)
-
-
-def test_the_tree_in_the_documentation_is_the_package():
-    assert sorted(documented_tree()) == [relative(path) for path in sources("lissom")]
 
 
 def kept_files() -> list[Path]:

@@ -18,6 +18,8 @@ from lissom.errors import ArtifactError
 from lissom.fields import MOST_BYTES, count, number, parse_json, printable, shown, take, text
 from lissom.files import read_plain
 
+MODEL_TYPE = "lissom"
+"""The model type in the configuration of a saved model."""
 NAME = "manifest.json"
 KIND = "lissom artifact"
 FORMAT_VERSION = 2

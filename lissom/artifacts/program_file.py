@@ -61,7 +61,7 @@ def decode_program(data: object, read_weights: ReadWeights, place: Place) -> Pro
     state = take_list(data, "state", text)
     weights = dict(read_weights(take(data, "weights", dict), place))
     for name in weights:
-        _check_weight_name(name)
+        check_weight_name(name)
     weights |= _own_state(state, weights)
     items = take(data, "nodes", list)
     if len(items) > MOST_NODES:
@@ -95,7 +95,7 @@ def _yields_tensor(node: fx.Node) -> bool:
     return schema is not None and [str(item.type) for item in schema.returns] == ["Tensor"]
 
 
-def _check_weight_name(name: str) -> None:
+def check_weight_name(name: str) -> None:
     """Refuse a name that is already an attribute of a module, or that would end a string in source generated from a graph."""
     first, *others = printable(name).split(".")
     taken = hasattr(_MODULE, first) or any(hasattr(_INNER, part) for part in others)

@@ -1,4 +1,4 @@
-"""The table of backends, by name."""
+"""What runs a program: PyTorch with Lissom's kernels, TorchInductor, ONNX Runtime, several ranks; and the table of these."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from lissom.compiler.pipeline.options import Checks, Goal, Progress
 from lissom.compiler.pipeline.pass_kinds import Pass, Training
 from lissom.driver.compile import compile_captured
 from lissom.driver.options import LABELS, Inputs, Settings, check_choices, check_settings, resolve_passes
-from lissom.errors import InputError, UnsupportedError, refuse_old_names
+from lissom.errors import InputError, UnsupportedError
 from lissom.files import check_path
 from lissom.frontends.adapters import with_merged_adapters
 from lissom.frontends.decoder import INPUTS, capture_decoder, check_capacity
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["Decoder", "compile_generation", "load_generation"]
 
 
-@refuse_old_names
 def compile_generation(
     model: nn.Module,
     *,

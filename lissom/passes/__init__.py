@@ -1,4 +1,4 @@
-"""The table of Lissom's passes, and the named pipelines."""
+"""The passes, each in a file or folder of its own; their table, and the named pipelines."""
 
 from __future__ import annotations
 

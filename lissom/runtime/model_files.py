@@ -10,11 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from lissom.artifacts.manifest import MODEL_TYPE
 from lissom.compiler.analysis.embedding_bounds import vocabulary_size
 from lissom.compiler.ir.program import Program
 from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.frontends.failures import first_line
-from lissom.registration import MODEL_TYPE
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 _ORIGINAL = MODEL_TYPE

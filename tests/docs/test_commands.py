@@ -18,6 +18,8 @@ import pytest
 import lissom
 from lissom.frontends.huggingface import load
 from tests.frontends.test_huggingface import directory  # noqa: F401
+from tests.runtime.gguf_models import byte_level
+from tests.runtime.gguf_models import decoder as qwen2
 from tests.test_cli_generate import decoder  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +43,10 @@ def folder(page, directory, decoder, tmp_path, monkeypatch) -> Path:  # noqa: F8
     Path("texts.txt").write_text("The recipe needs two eggs.\nA comet was seen last night.\n" * 40)
     ids = np.full((2, 8), 2023)
     np.savez("data.npz", input_ids=ids, attention_mask=np.ones_like(ids), token_type_ids=np.zeros_like(ids))
-    shutil.copytree(decoder, "path/to/checkpoint")
+    # transformers adds a token to the tokenizers of this family.
+    tokenizer = byte_level()
+    qwen2("qwen2", len(tokenizer) + 6, layers=5).save_pretrained("path/to/checkpoint")
+    tokenizer.save_pretrained("path/to/checkpoint")
     for line in (
         "openssl genpkey -algorithm ed25519 -out key.pem",
         "openssl pkey -in key.pem -pubout -out key.pub.pem",
@@ -57,7 +62,8 @@ def folder(page, directory, decoder, tmp_path, monkeypatch) -> Path:  # noqa: F8
 
 
 def _run(line: str) -> None:
-    words = shlex.split(line)
+    command, _, target = line.partition(" > ")
+    words = shlex.split(command)
     if words[0] == "lissom":
         words = [sys.executable, "-m", "lissom", *words[1:]]
     if words[0] == "torchrun":
@@ -67,6 +73,8 @@ def _run(line: str) -> None:
     )
     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert "Traceback" not in done.stderr, f"{line}\n{done.stderr[-4000:]}"
+    if target:
+        Path(target).write_text(done.stdout)
 
 
 @pytest.mark.slow

@@ -110,22 +110,6 @@ def run(edit, node):
     assert page.skip_reasons(source) == ["it is shared", "rank … is not 4"]
 
 
-def test_architecture_lists_every_file_of_the_package():
-    tree = re.search(r"```text\n(lissom/\n.*?)```", ARCHITECTURE.read_text(encoding="utf-8"), re.DOTALL)
-    assert tree is not None
-    listed, folders = [], []
-    for line in tree.group(1).splitlines():
-        entry = line.partition("#")[0].rstrip()
-        depth = (len(entry) - len(entry.lstrip())) // 2
-        folders[depth:] = [entry.strip().rstrip("/")]
-        if not entry.endswith("/"):
-            listed.append("/".join(folders))
-    found = {str(path.relative_to(ROOT)) for path in (ROOT / "lissom").rglob("*.py")}
-    assert found - {*listed} == set(), "files that docs/architecture.md does not list"
-    assert {*listed} - found == set(), "files that docs/architecture.md lists and that do not exist"
-    assert len(listed) == len({*listed})
-
-
 def test_architecture_states_the_layers_the_linter_enforces():
     configured = re.search(r"layers = \[\n(.*?)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.DOTALL)
     assert configured is not None

@@ -33,13 +33,6 @@ def test_settings_that_do_not_fit():
     ):
         with pytest.raises(UnsupportedError, match=message):
             lissom.compile(seeded(FeedForward), x, **options)
-    for call in (
-        lambda: lissom.compile(seeded(FeedForward), x, backend="distributed", ways=2),
-        lambda: lissom.compile_generation(seeded(FeedForward), max_length=8, backend="distributed", ways=2),
-        lambda: lissom.Distributed(ways=2),
-    ):
-        with pytest.raises(TypeError, match=r"\(\) has no ways=; it is called world_size= now"):
-            call()
 
 
 @pytest.mark.multiprocess

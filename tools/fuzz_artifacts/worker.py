@@ -53,7 +53,8 @@ class Watch:
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         """An audit hook of Python's."""
-        if not self.on:
+        # Without a name, the process itself is looked into.
+        if not self.on or (event == "ctypes.dlopen" and arguments[0] is None):
             return
         if event in _EVENTS:
             self.seen.append(f"{event} {str(arguments)[:200]}")

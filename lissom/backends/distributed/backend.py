@@ -33,7 +33,7 @@ from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Checks, Pipeline
-from lissom.errors import InputError, LissomError, RankError, UnsupportedError, refuse_old_names
+from lissom.errors import InputError, LissomError, RankError, UnsupportedError
 from lissom.version import __version__
 
 MOST_RANKS = 1024
@@ -41,7 +41,6 @@ MOST_RANKS = 1024
 LONGEST_SECONDS = 7 * 24 * 3600.0
 
 
-@refuse_old_names
 @dataclass(frozen=True)
 class Distributed(Backend):
     """Runs a program on several ranks, one process each: shared memory or gloo on CPUs, NCCL on CUDA devices.

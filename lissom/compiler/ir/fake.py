@@ -268,12 +268,19 @@ def symbolic_mode(facts: Mapping[sympy.Symbol, SymbolFact], conditions: Iterable
             _known_sizes(env)[symbol] = sympy.Integer(fact.hint)
     # The mode numbers the sizes that depend on values; the next one must not get a name that is in use.
     numbered = (re.fullmatch(r"u(\d+)", symbol.name) for symbol in facts)
-    first = max((int(found[1]) + 1 for found in numbered if found), default=0)
-    # A number, or an `itertools.count` in other releases.
-    env.unbacked_symint_counter = type(env.unbacked_symint_counter)(first)
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True, export=True)
+    number_sizes_from(mode, max((int(found[1]) + 1 for found in numbered if found), default=0))
     for condition in conditions:
         env.evaluate_expr(condition)
-    return FakeTensorMode(shape_env=env, allow_non_fake_inputs=True, export=True)
+    return mode
+
+
+def number_sizes_from(mode: FakeTensorMode, first: int) -> None:
+    """Name the next size that depends on values `u` with this number."""
+    env = mode.shape_env
+    assert env is not None
+    # A number, or an `itertools.count` in other releases.
+    env.unbacked_symint_counter = type(env.unbacked_symint_counter)(first)
 
 
 def fake_tensor(mode: FakeTensorMode, found: TensorType, stride: Sequence[Size]) -> torch.Tensor:

@@ -47,12 +47,11 @@ from lissom.compiler.parallel.rules.joint import JOINT, numbers_a_row
 from lissom.compiler.parallel.rules.sequence import position_obstacle
 from lissom.compiler.parallel.sites import linear_layers, shard_sites
 from lissom.compiler.pipeline.pass_kinds import Annotation
-from lissom.errors import UnsupportedError, refuse_old_names
+from lissom.errors import UnsupportedError
 
 _LAYER_WORDS = ("column-wise", "row-wise")
 
 
-@refuse_old_names
 @dataclass(frozen=True)
 class Shard(Annotation):
     """Gives every value of the program a placement across ranks.

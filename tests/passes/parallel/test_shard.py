@@ -206,15 +206,12 @@ def test_requirements() -> None:
     program, samples = program_of("llama")
     for text, message in {
         "shard": "shard: needs world_size",
-        "shard{ways=2}": "shard has no option 'ways'; it is called 'world_size' now; its options: world_size, plan",
-        "shard{world_size=2},cut": "there is no pass 'cut'; it is called 'partition' now; `lissom passes` lists them all",
+        "shard{ranks=2}": "shard has no option 'ranks'; its options: world_size, plan",
         "shard{world_size=1}": "world_size is 1; tensor parallelism takes 2 ranks or more",
         "shard{world_size=2,plan=[mlp]}": "plan has 'mlp'; write PATTERN:replicate, PATTERN:column-wise or PATTERN:row-wise",
     }.items():
         with pytest.raises(PipelineTextError, match=message):
             run_passes(text, program, samples)
-    with pytest.raises(TypeError, match=r"Shard\(\) has no ways=; it is called world_size= now"):
-        Shard(ways=2)
     with pytest.raises(UnsupportedError, match="no shardable module has a path like 'mpl'"):
         run_passes("shard{world_size=2,plan=[mpl:replicate]}", program, samples)
 

@@ -50,12 +50,6 @@ def test_unknown_kinds_are_refused() -> None:
         parse_pipeline("eliminate-dead{units=[head]}", PASSES)
 
 
-@pytest.mark.parametrize("name", ["heads", "neurons", "layers", "hidden"])
-def test_old_names_lead_to_the_new_one(name: str) -> None:
-    with pytest.raises(PipelineTextError, match="it is called 'eliminate-dead' now"):
-        parse_pipeline(f"eliminate-dead-{name}", PASSES)
-
-
 def test_it_follows_every_pass_that_prunes_and_exact_follows_the_last() -> None:
     exact = RECIPES["exact"]
     assert format_pipeline(resolve_passes("quantize")) == f"{exact},quantize"

@@ -1,0 +1,340 @@
+"""Reading a program's text: the inverse of `lissom.compiler.ir.printer`, so that a program can be written by hand.
+
+A text does not hold all of a program. Weights get random values, from a generator seeded by their names; a size gets a number
+at the example, which may be given; what a call returns is a tuple of the outputs, or the only one. Types are inferred anew from
+the operators and compared with the text. The operators that a text may call are those of an artifact; no code in it is run.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import sympy
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from lissom.artifacts.calls import check_call
+from lissom.artifacts.operators import FUNCTIONS, find_operator
+from lissom.artifacts.program_file import MOST_NODES, check_weight_name
+from lissom.artifacts.text_scanner import DTYPES, NAME, Scanner
+from lissom.artifacts.weights import check_memory
+from lissom.compiler.ir import fake
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.fake import FlatModule, SymbolFact
+from lissom.compiler.ir.node import Origin
+from lissom.compiler.ir.printer import target_text
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
+from lissom.compiler.ir.types import Size, TensorType, format_type
+
+_PATH = re.compile(r"[A-Za-z_][\w.]*(?:\[[^\]\n]*\][\w.]*)*")
+_TARGET = re.compile(r"[A-Za-z_][\w.]*")
+_WEIGHT = re.compile(r"[^\s,:()\[\]]+")
+_NUMBER = re.compile(r"-?(?:inf|nan|\d[\d.]*(?:e[-+]?\d+)?j?)")
+_WORDS: Mapping[str, object] = {
+    "True": True,
+    "False": False,
+    "None": None,
+    "end": 2**63 - 1,
+    "inf": float("inf"),
+    "nan": float("nan"),
+    **DTYPES,
+    **{name: torch.device(name) for name in ("cpu", "cuda", "meta")},
+    **{name: getattr(torch, name) for name in ("strided", "contiguous_format", "preserve_format", "channels_last")},
+    "channels_last_3d": torch.channels_last_3d,
+}
+_TARGETS = {target_text(function): name for name, function in FUNCTIONS.items()}
+_HINTS = (4, 16, 8, 24, 32, 12)
+"""Sizes at the example where none are given: no two alike, and divisible by small blocks."""
+
+
+def parse_program(text: str, sizes: Mapping[str, int] | None = None) -> Program:
+    """The program that a text describes, which prints as this text.
+
+    sizes: numbers at the example for sizes by name, `{"batch": 2, "sequence": 64}`.
+
+    Raises: ArtifactError with line, column and what was expected; for an operator that is unknown, or that returns another type
+    than the text says.
+
+    >>> from lissom.artifacts.program_text import parse_program
+    >>> text = "program Twice(x: f32[batch, 4]) {\\n  %mul: f32[batch, 4] = aten.mul.Tensor(%x, 2)\\n  return [%mul]\\n}\\n"
+    >>> program = parse_program(text)
+    >>> program.text() == text, program(torch.ones(1, 4))
+    (True, tensor([[2., 2., 2., 2.]]))
+    """
+    return _Parser(text, sizes or {}).program()
+
+
+class _Parser(Scanner):
+    """A recursive-descent parser over one text."""
+
+    def __init__(self, text: str, sizes: Mapping[str, int]) -> None:
+        super().__init__(text)
+        self.sizes = sizes
+        self.graph = fx.Graph()
+        self.values: dict[str, fx.Node] = {}
+        self.reads: dict[str, fx.Node] = {}
+        self.weights: dict[str, torch.Tensor] = {}
+        self.bytes = 0
+        self.state: list[str] = []
+        self.mode = fake.symbolic_mode({}, ())
+
+    def program(self) -> Program:
+        self.expect("program ")
+        name = self.take(re.compile(r"[^\s({}]+"), "the program's name")
+        signature = self._signature()
+        self.mode = fake.symbolic_mode(self._facts(signature), ())
+        for leaf in signature.tensors:
+            self._placeholder(leaf)
+        self.expect(" {\n")
+        while self.accept("  weight @"):
+            self._weight()
+        while self.accept("  %"):
+            self._call()
+            if len(self.values) > MOST_NODES:
+                self.fail(f"the program has more than {MOST_NODES} nodes")
+        self.expect("  return ")
+        start = self.at
+        outputs = self._list()
+        self.expect("\n}\n")
+        if self.at < len(self.text):
+            self.fail("expected the end of the text after the program")
+        self.graph.create_node("output", "output", (tuple(outputs),), name="output")
+        leaf = pytree.tree_structure(0)
+        out_spec = leaf if len(outputs) == 1 else pytree.tree_structure(tuple(0 for _ in outputs))
+        signature = Signature(*self._arguments(signature), out_spec, signature.dimensions)
+        state = tuple(self.state)
+        program = Program(name, FlatModule(self.weights, self.graph), signature, state)
+        for node in program.nodes(*nodes.STATE_WRITES):
+            if not nodes.is_state_write(node) or str(cast(fx.Node, node.args[0]).target) not in state:
+                self.fail(f"'{node.name}' writes to a buffer that is not state of the program", start)
+        return program
+
+    # The signature
+
+    def _signature(self) -> Signature:
+        self.expect("(")
+        positional: list[Argument] = []
+        keyword: list[Argument] = []
+        chosen = positional
+        while not self.accept(")"):
+            if positional or keyword or chosen is keyword:
+                self.expect(", ")
+            if self.accept("*"):
+                chosen = keyword
+                continue
+            chosen.append(self._argument())
+        dimensions = {symbol: Dimension(name, 1, None) for name, symbol in self.symbols.items()}
+        return Signature(tuple(positional), tuple(keyword), (), pytree.tree_structure(0), dimensions)
+
+    def _argument(self) -> Argument:
+        leaves: list[Leaf] = []
+        if self.accept("{"):
+            while not self.accept("}"):
+                if leaves:
+                    self.expect(", ")
+                leaves.append(self._leaf())
+        else:
+            leaves.append(self._leaf())
+        paths = [leaf.path for leaf in leaves]
+        name = cast(re.Match[str], NAME.match(paths[0])).group() if paths else ""
+        spec = pytree.tree_structure(0) if paths == [name] else pytree.tree_structure(tuple(0 for _ in paths))
+        return Argument(name, spec, tuple(leaves))
+
+    def _leaf(self) -> Leaf:
+        path = self.take(_PATH, "an argument of the program")
+        if self.accept("="):
+            return ConstantArgument(path, self._literal())
+        self.expect(": ")
+        start = self.at
+        found = self.value_type(declare=True)
+        if not isinstance(found, TensorType):
+            self.fail("an argument has the type of a tensor, such as f32[batch, 4]", start)
+        return TensorArgument(path, found)
+
+    def _literal(self) -> object:
+        """A Python literal, up to the comma or bracket behind it."""
+        start = self.at
+        end = self.end_of_expression()
+        try:
+            found = ast.literal_eval(self.text[start:end])
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            self.fail(f"'{self.text[start:end]}' is no number, text, list, tuple or dict", start)
+        self.at = end
+        return found
+
+    def _arguments(self, signature: Signature) -> tuple[tuple[Argument, ...], tuple[Argument, ...], tuple[str, ...]]:
+        names = tuple(item.name for item in (*signature.positional, *signature.keyword))
+        return signature.positional, signature.keyword, names
+
+    def _facts(self, signature: Signature) -> dict[sympy.Symbol, SymbolFact]:
+        unknown = self.sizes.keys() - self.symbols.keys()
+        if unknown:
+            self.fail(f"the program has no size {min(unknown)!r}; its sizes: {', '.join(self.symbols) or 'none'}", 0)
+        hints = dict(zip(self.symbols, _HINTS * len(self.symbols), strict=False)) | dict(self.sizes)
+        return {symbol: SymbolFact(hints[name], 1, None) for name, symbol in self.symbols.items()}
+
+    def _placeholder(self, leaf: TensorArgument) -> None:
+        name = re.sub(r"\W+", "_", leaf.path).strip("_")
+        node = self.graph.create_node("placeholder", name, name=name)
+        nodes.set_value(node, fake.fake_tensor(self.mode, leaf.type, _contiguous(leaf.type.shape)))
+        self.values[name] = node
+
+    # The lines of weights and calls
+
+    def _weight(self) -> None:
+        start = self.at
+        name = self.take(_WEIGHT, "a weight's name")
+        try:
+            check_weight_name(name)
+        except ValueError as error:
+            self.fail(str(error), start)
+        self.expect(": ")
+        found = self.value_type()
+        if not isinstance(found, TensorType) or any(not isinstance(size, int) for size in found.shape):
+            self.fail("a weight has the type of a tensor with fixed sizes", start)
+        if self.accept(" state"):
+            self.state.append(name)
+        self.expect("\n")
+        self.bytes += math.prod(cast("tuple[int, ...]", found.shape)) * found.dtype.itemsize
+        try:
+            check_memory(self.bytes, "the program's weights")
+        except ValueError as error:
+            self.fail(str(error), start)
+        if name not in self.weights:
+            self.weights[name] = _random(name, found)
+        node = self.graph.create_node("get_attr", name)
+        nodes.set_value(node, fake.fake_weight(self.mode, self.weights[name]))
+        self.reads.setdefault(name, node)
+
+    def _call(self) -> None:
+        start = self.at
+        name = self.take(NAME, "the name of a value")
+        if name in self.values:
+            self.fail(f"there is a value '%{name}' already", start)
+        self.expect(": ")
+        typed = self.at
+        self.value_type(named=True)
+        written = self.text[typed : self.at]
+        self.expect(" = ")
+        target, args, kwargs = self._target_and_arguments()
+        path = ""
+        if self.accept("  # "):
+            path = self.take(re.compile(r"[^\n]+"), "a module's path")
+        self.expect("\n")
+        node = self.graph.create_node("call_function", target, tuple(args), kwargs, name=name)
+        if node.name != name:
+            self.fail(f"'{name}' is no name a value can have", start)
+        if path:
+            nodes.set_origin(node, Origin(path))
+        try:
+            nodes.set_value(node, fake.fake_call(self.mode, node))
+        except Exception as error:
+            self.fail(f"{target_text(target)} refuses its arguments: {str(error).splitlines()[0]}", start)
+        found = format_type(nodes.node_type(node), str)
+        if found != written and not self._same(node, typed):
+            self.fail(f"{target_text(target)} returns {found} here, and not {written}", typed)
+        self.values[name] = node
+
+    def _same(self, node: fx.Node, typed: int) -> bool:
+        """Whether the type in the text is equal to the inferred one for all sizes."""
+        after, self.at = self.at, typed
+        found = self.value_type(named=True)
+        self.at = after
+        return fake.same_type(self.mode, nodes.node_type(node), found)
+
+    def expect_size(self, number: int) -> None:
+        fake.number_sizes_from(self.mode, number)
+
+    def _target_and_arguments(self) -> tuple[Any, list[Any], dict[str, Any]]:
+        start = self.at
+        name = self.take(_TARGET, "an operator")
+        full = _TARGETS.get(name) or (name if name.count(".") == 2 else f"{name}.default")
+        try:
+            target = find_operator(full)
+        except ValueError as error:
+            self.fail(str(error), start)
+        self.expect("(")
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        while not self.accept(")"):
+            if args or kwargs:
+                self.expect(", ")
+            keyword = re.compile(r"([A-Za-z_]\w*)=").match(self.text, self.at)
+            if keyword:
+                self.at = keyword.end()
+                kwargs[keyword[1]] = self._value()
+            else:
+                args.append(self._value())
+        try:
+            check_call(target, args, kwargs)
+        except ValueError as error:
+            self.fail(str(error), start)
+        return target, args, kwargs
+
+    def _value(self) -> Any:
+        start = self.at
+        if self.accept("%"):
+            name = self.take(NAME, "the name of a value")
+            if name not in self.values:
+                self.fail(f"there is no value '%{name}' above", start)
+            return self.values[name]
+        if self.accept("@"):
+            name = self.take(_WEIGHT, "a weight's name")
+            if name not in self.reads:
+                self.fail(f"there is no weight '@{name}' above", start)
+            return self.reads[name]
+        if self.peek("["):
+            return self._list()
+        if self.peek("'") or self.peek('"') or self.peek("slice("):
+            return self._quoted()
+        word = NAME.match(self.text, self.at)
+        if word and word.group() in _WORDS:
+            self.at = word.end()
+            if isinstance(_WORDS[word.group()], torch.device) and self.accept(":"):
+                return torch.device(word.group(), int(self.take(re.compile(r"\d+"), "a device's number")))
+            return _WORDS[word.group()]
+        number = self.take(_NUMBER, "%value, @weight, a number, a list, a dtype, True, False or None")
+        try:
+            return float(number) if number.lstrip("-") in ("inf", "nan") else ast.literal_eval(number)
+        except (ValueError, SyntaxError):
+            self.fail(f"'{number}' is no number", start)
+
+    def _quoted(self) -> object:
+        if not self.peek("slice("):
+            return self._literal()
+        self.expect("slice(")
+        parts = [self._value()]
+        while self.accept(", "):
+            parts.append(self._value())
+        self.expect(")")
+        return slice(*parts)
+
+    def _list(self) -> list[Any]:
+        self.expect("[")
+        found: list[Any] = []
+        while not self.accept("]"):
+            if found:
+                self.expect(", ")
+            found.append(self._value())
+        return found
+
+
+def _contiguous(shape: Sequence[Size]) -> Sequence[Size]:
+    """The strides of a contiguous tensor."""
+    return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def _random(name: str, found: TensorType) -> torch.Tensor:
+    """A weight with values that depend on its name alone: normal with a variance of 1 / its last size; integers are 0."""
+    if not found.dtype.is_floating_point:
+        return torch.full(cast("tuple[int, ...]", found.shape), found.dtype == torch.bool, dtype=found.dtype)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    shape = cast("tuple[int, ...]", found.shape)
+    return (torch.randn(shape, generator=generator) / max(1, *shape[-1:], 1) ** 0.5).to(found.dtype)
