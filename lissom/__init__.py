@@ -66,7 +66,7 @@ _HOMES = {
     "tune": "lissom.tuning.tuned",
     "tune_generation": "lissom.tuning.generation",
 }
-"""Where each public name is defined. It is imported when it is first asked for, since torch and sympy take seconds."""
+"""The module that defines each public name, imported on first access because torch and sympy take seconds."""
 _ROOMS = ("artifacts", "backends", "compiler", "errors", "frontends", "generation", "inspect", "ops", "passes", "runtime")
 """Packages that `import lissom` makes reachable by their names."""
 

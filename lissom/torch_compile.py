@@ -395,5 +395,5 @@ class _Variant:
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    """Where the tensor's storage begins; 0 for an empty one."""
+    """The address of the tensor's storage; 0 for an empty one."""
     return tensor.untyped_storage().data_ptr()

@@ -16,7 +16,7 @@ Tell = Callable[[object], None]
 Prepare = Callable[[], Callable[[Any, Tell], None]]
 """Called once in a child process; returns the function that works on an item and reports what it finds."""
 Late = Callable[[BaseProcess, float], bool]
-"""Whether a child process that has worked on an item for this many seconds is killed."""
+"""True if a child process that has worked on an item for this many seconds is to be killed."""
 
 
 @dataclass

@@ -248,7 +248,7 @@ def outcome(data: bytes, folder: Path, compare: bool) -> str:
 
 
 def _difference(path: Path, model: OnnxModel, inputs: dict[str, torch.Tensor], found: list[object]) -> str:
-    """How a program's outputs differ from those of ONNX Runtime, if it can run the file."""
+    """The difference of a program's outputs from those of ONNX Runtime, in words, if it can run the file."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:

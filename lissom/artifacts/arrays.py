@@ -25,7 +25,7 @@ _UNREADABLE = (
     *(OSError, ValueError, EOFError, MemoryError, OverflowError, RuntimeError, KeyError, SyntaxError, tokenize.TokenError),
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
 )
-"""What numpy, zipfile and its decompressors raise for a damaged file."""
+"""Exceptions that numpy, zipfile and its decompressors raise for a damaged file."""
 _LONGEST = 1000
 """The longest name of an output."""
 

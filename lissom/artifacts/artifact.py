@@ -61,7 +61,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Trust:
-    """How far an artifact is trusted.
+    """The load policy of an artifact: native code, signatures and memory mapping.
 
     allow_native: load native code, such as a compiled library, that it holds or names.
     keys: files of public keys, one of which must have signed it; None requires no signature.

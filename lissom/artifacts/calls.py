@@ -77,7 +77,7 @@ def _check_operator(target: torch._ops.OpOverload, args: Sequence[object], kwarg
 
 
 def _fits(item: object, kind: str, of_numbers: bool, one_for_all: bool = False) -> bool:
-    """Whether an argument has a type, as schemas write it.
+    """True if an argument matches a type, as schemas write it.
 
     of_numbers: a number may replace a tensor. one_for_all: one number may replace a list.
     """

@@ -54,7 +54,7 @@ def pack(save: Callable[[Path], None], target: Path) -> None:
 
 
 def load_packed(path: Path, load: Callable[[Path], _Model], wanted: Content | None = None) -> _Model:
-    """What `load` makes of the directory packed in a file. wanted: size and hash of the file, if they are known.
+    """The result of `load` on the directory packed in a file. wanted: size and hash of the file, if they are known.
 
     Raises: what `load` raises; ArtifactError for another file, or without room for a copy.
     """
@@ -125,7 +125,7 @@ def _private(path: Path, wanted: Content) -> BufferedRandom:
 
 
 def load_linked(directory: Path, load: Callable[[Path], _Model]) -> _Model:
-    """What `load` makes of a directory, whose files may be links as in the cache of the Hugging Face Hub.
+    """The result of `load` on a directory whose files may be links, as in the cache of the Hugging Face Hub.
 
     Raises: what `load` raises; ArtifactError as `copy_linked`.
     """
@@ -190,7 +190,7 @@ def _copy(source: BufferedReader, target: IO[bytes], size: int) -> None:
 
 
 def from_copy(fill: Callable[[Path], None], load: Callable[[Path], _Model], source: Path | None = None) -> _Model:
-    """What `load` makes of a temporary directory, which `fill` writes, and which is deleted with it.
+    """The result of `load` on a temporary directory, which `fill` writes and which is deleted with the result.
 
     source: what was copied; errors of `load` name it in place of the directory.
 

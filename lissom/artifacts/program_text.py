@@ -243,7 +243,7 @@ class _Parser(Scanner):
         self.values[name] = node
 
     def _same(self, node: fx.Node, typed: int) -> bool:
-        """Whether the type in the text is equal to the inferred one for all sizes."""
+        """True if the type in the text equals the inferred one for all sizes."""
         after, self.at = self.at, typed
         found = self.value_type(named=True)
         self.at = after

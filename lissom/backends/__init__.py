@@ -1,4 +1,4 @@
-"""What runs a program: PyTorch with Lissom's kernels, TorchInductor, ONNX Runtime, several ranks; and the table of these."""
+"""Backends that run a program: PyTorch with Lissom's kernels, TorchInductor, ONNX Runtime, several ranks; and their table."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Backend(ABC):
         return simulated_layers(program)
 
     def missing(self) -> str | None:
-        """Why this machine cannot run this backend, in one sentence; None when it can."""
+        """The reason this machine cannot run this backend, in one sentence; None if it can."""
         return None
 
     @abstractmethod
@@ -137,7 +137,7 @@ class Backend(ABC):
         return
 
     def native_code(self, *, saved_options: bool) -> str | None:
-        """What native code an artifact of this backend loads, in words; None for data alone.
+        """The native code that an artifact of this backend loads, in words; None for data alone.
 
         saved_options: True when this backend's options come from the artifact and not from the caller.
 

@@ -17,7 +17,7 @@ from lissom.errors import LissomError, UnsupportedError
 from lissom.inspect.timing import ENOUGH, time_calls
 
 _SECONDS = 1.0
-"""How many seconds each backend is timed."""
+"""Seconds of timing for each backend."""
 _SLOW_BUILD = 1.0
 """Builds that take longer, in seconds, are noted in the history."""
 

@@ -30,7 +30,7 @@ _GAIN = 0.95
 
 @dataclass(frozen=True)
 class Cutting:
-    """How calls are split into microbatches. batch: the indices of the inputs with a batch dimension.
+    """The split of calls into microbatches. batch: the indices of the inputs with a batch dimension.
 
     elements: of the first of these inputs in one microbatch; tokens where it holds token ids.
     """

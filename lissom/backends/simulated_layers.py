@@ -59,7 +59,7 @@ def simulated_layers(program: Program) -> list[SimulatedLayer]:
 
 
 def count_kernels(program: Program) -> int:
-    """How many layers of a lowered program are integer kernels."""
+    """The number of layers of a lowered program that are integer kernels."""
     return len(program.nodes(*_KERNELS))
 
 
@@ -95,7 +95,7 @@ def account(layers: Sequence[SimulatedLayer], total: int, kernels: str = "") -> 
 
 
 def _reason(node: fx.Node, quantizers: Sequence[fx.Node]) -> str:
-    """Why there is no kernel, by operator, formats and device."""
+    """The reason a layer has no kernel, by operator, formats and device."""
     on_cuda = all(nodes.tensor_type(item).device.type == "cuda" for item in quantizers)
     if not on_cuda and any(item.kwargs["format"] == "fp8" for item in quantizers):
         return "products of fp8 need a CUDA device"

@@ -65,7 +65,7 @@ def comparison_table(title: str, records: Sequence[Record], threads: int) -> Ren
 
 
 def markdown_table(records: Sequence[Record], threads: int) -> str:
-    """The same as Markdown, with the best median of each shape in bold."""
+    """The records as a Markdown table, with the best median of each shape in bold."""
     shapes = shapes_of(records)
     head = ["engine", *(f"{shape}, ms" for shape in shapes), "cosine", "peak MB", "first s"]
     found = [measurements(records, name) for name in ENGINES]

@@ -1,4 +1,4 @@
-"""Memory that is free but not given back, pages of weights, and objects that live on and need not be looked at."""
+"""Memory of the process: malloc_trim, huge pages for weights, and gc.freeze."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def _capturing(
 
 
 def _given_program(program: Program, example_inputs: Inputs, settings: Settings) -> tuple[Callable[[], Capture], torch.device]:
-    """The same for a program: a copy, on the device where it is."""
+    """A function that returns a capture of a copy of the program, and the device of the program."""
     place = check_device(settings.device)
     device = next((tensor.device for tensor in program.weights().values()), torch.device("cpu"))
     if place is not None and place != device:

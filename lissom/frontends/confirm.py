@@ -176,7 +176,7 @@ def _refuse_difference(answers: Sequence[bool | None]) -> None:
 
 
 def _agrees(program: Program, model: nn.Module, example: Sample, sizes: Mapping[sympy.Symbol, int]) -> bool | None:
-    """Whether the outputs of program and model agree at these sizes; None if one refuses them, or the model answers NaN."""
+    """True if the outputs of program and model agree at these sizes; None if one refuses them, or the model returns NaN."""
     sample = resize(program.signature, example, sizes)
     try:
         program.signature.check_sizes(sample)
@@ -227,7 +227,7 @@ def _require_equal(program: Program, model: nn.Module, sample: Sample, wanted: S
 
 
 def _cause(model: nn.Module, program: Program, sample: Sample) -> str:
-    """Why a program and its model may differ on the same inputs, told by more calls of the model."""
+    """The reason a program and its model may differ on the same inputs, found by more calls of the model."""
     first, other, again = (_seeded(model, program, sample, seed) for seed in (0, 1, 0))
     allowed = max(tolerances(program), default=0.0)
     if any(error > allowed for error in output_errors([first], [again])):

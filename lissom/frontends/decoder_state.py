@@ -1,4 +1,4 @@
-"""What a decoder keeps between calls, as buffers: the KV cache of attention, the convolution and state of recurrent layers.
+"""Decoder state between calls, as buffers: the KV cache of attention, the convolution and state of recurrent layers.
 
 `cache.N.keys` and `cache.N.values` of layer N are [batch, key_heads, max_length, head_dim]; a call writes
 `index_copy(state, 2, slots, new)`. `cache.N.convolution` is the last inputs of a causal convolution, [batch, channels, kernel];
@@ -42,7 +42,7 @@ State = Mapping[str, torch.Tensor]
 
 
 def is_kv_cache(name: str) -> bool:
-    """Whether a state, named as in the program, has one slot for each token; False for convolutions and recurrences."""
+    """True if a state, named as in the program, has one slot for each token; False for convolutions and recurrences."""
     return not name.rpartition(".")[2].startswith(OF_RECURRENT)
 
 
@@ -80,7 +80,7 @@ def _new_cache(model: PreTrainedModel) -> Any:
 
 
 def layer_tensors(layer: Any) -> State:
-    """What a layer of a cache of transformers keeps. Raises: TypeError for anything but the state that is described here."""
+    """The state of a layer of a transformers cache. Raises: TypeError for anything but the state that is described here."""
     from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
 
     found: dict[str, Any] = {}

@@ -59,14 +59,14 @@ _DECODER = "decoder_"
 
 @dataclass
 class _Seen:
-    """What a model passed to its decoder. mask: the mask of the encoder's output, if its decoder takes one."""
+    """Values that a model passed to its decoder. mask: the mask of the encoder's output, if its decoder takes one."""
 
     mask: torch.Tensor | None = None
     states: list[State] = field(default_factory=list)
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether it is a model of transformers with an encoder and a decoder."""
+    """True if it is a model of transformers with an encoder and a decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
@@ -114,7 +114,7 @@ def _made(model: PreTrainedModel) -> dict[str, object]:
 
 
 def _reads_padding(model: PreTrainedModel, whole: Inputs, padded: torch.Tensor) -> bool:
-    """Whether the mask of the encoder's input changes what the decoder reads: models such as Whisper ignore it."""
+    """True if the mask of the encoder's input changes the inputs of the decoder: models such as Whisper ignore it."""
     if _PADDING not in inspect.signature(type(model).forward).parameters:
         return False
     with isolated(device_of(model)), torch.no_grad():

@@ -62,7 +62,7 @@ def _mixture(x: torch.Tensor, hits: torch.Tensor, weights: torch.Tensor, expert:
 
 
 def _hits(chosen: torch.Tensor, count: int) -> torch.Tensor:
-    """Which expert is each choice of a token, [experts, choices, tokens]. chosen: [tokens, choices]."""
+    """One-hot expert choices of the tokens, [experts, choices, tokens]. chosen: [tokens, choices]."""
     return functional.one_hot(chosen, count).permute(2, 1, 0)
 
 

@@ -1,4 +1,4 @@
-"""Which weights of a model a GGUF file stores in blocks, found as transformers finds them when it reads the file.
+"""The weights of a model that a GGUF file stores in blocks, found as transformers finds them when it reads the file.
 
 transformers dequantizes every weight, and for some models permutes rows or transposes. The same code is called here with the
 numbers of the rows in place of the weights, which gives their order.

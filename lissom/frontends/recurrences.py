@@ -97,7 +97,7 @@ def _error(wanted: object, found: object) -> float:
 
 
 def _exact(own: Function, *args: object, **kwargs: object) -> tuple[object, object]:
-    """What a function returns for operands in float64, and its first argument after the call.
+    """The result of a function for operands in float64, and its first argument after the call.
 
     Some functions take differences of sums over all tokens, which cancel: in float32 they are wrong by the size of the sum.
     """

@@ -237,7 +237,7 @@ def prompts(batches: Prompts, batch: int, max_length: int) -> list[Sample]:
 def labelled_prompts(
     batches: Prompts, batch: int, max_length: int, *, fill: bool = True
 ) -> list[tuple[Sample, torch.Tensor | None]]:
-    """The same, each with the labels of its tokens, [batch, tokens], -100 at padding; None where a row has none.
+    """Inputs as of `prompts`, each with the labels of its tokens, [batch, tokens], -100 at padding; None if a row has none.
 
     fill: whether the last group is filled up with the first rows; it is left out otherwise.
 

@@ -67,7 +67,7 @@ def compile_encoder_decoder(
 
 
 def _rest(settings: Settings, encoder: CompiledModel) -> float | None:
-    """What the encoder's passes left of max_drop."""
+    """The part of max_drop that the encoder's passes leave to the decoder."""
     steps = [step.metric for step in encoder.report.history.steps if step.metric is not None]
     if settings.max_drop is None or not steps:
         return settings.max_drop

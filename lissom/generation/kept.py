@@ -42,7 +42,7 @@ STEP = 256
 
 
 def count() -> int:
-    """How many decoders are kept. Raises: InputError if the environment variable is not a number."""
+    """The number of decoders to keep. Raises: InputError if the environment variable is not a number."""
     given = os.environ.get(SWITCH, str(_KEPT))
     if not given.isdecimal():
         raise InputError(f"{SWITCH} is {given!r:.80}; give the number of decoders to keep, 0 for none")
@@ -84,7 +84,7 @@ def _version(package: str) -> str:
 
 
 def use(place: Path) -> bool:
-    """Whether a decoder is kept there; it is then the one that was used last."""
+    """True if a decoder is cached there; marks it as most recently used."""
     if not is_saved(place):
         return False
     with suppress(OSError), locked(_lock(place.parent)):  # a cache that can only be read

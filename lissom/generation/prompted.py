@@ -47,7 +47,7 @@ def load_prompted(
 
 @dataclass(frozen=True)
 class Request:
-    """What a decoder is compiled with.
+    """The options for compiling and keeping a decoder.
 
     passes: None for `exact`, and for a GGUF file `use-stored-weights`. data: the file of the calibration data. keeps: takes a
     decoder that an earlier call kept, and keeps this one.

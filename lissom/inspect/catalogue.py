@@ -98,7 +98,7 @@ def passes_table(passes: Mapping[str, type[Pass]], recipes: Mapping[str, str]) -
 
 
 def pass_page(item: type[Pass]) -> RenderableType:
-    """What a pass does, whether it is lossy, its options with types and defaults, and an example."""
+    """The page of a pass: what it does, whether it is lossy, its options with types and defaults, and an example."""
     parts: list[RenderableType] = [Text(f"{item.name()}: {first_line(item)}"), Text(_KINDS[item.kind])]
     parts += [Text(f"requires that {requirement.fact}") for requirement in item.requires]
     if options_of(item):

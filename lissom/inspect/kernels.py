@@ -34,7 +34,7 @@ _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 @dataclass(frozen=True)
 class Kernel:
-    """What runs an operator.
+    """The kernel that runs an operator.
 
     library: `Lissom` or `PyTorch`. operator: its short name. details: instruction set and numbers: `avx512_bf16, float32`.
     """

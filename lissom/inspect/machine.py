@@ -155,7 +155,7 @@ def float_product(dtype: torch.dtype, device: torch.device) -> Callable[[int], C
 
 
 def onednn_product(side: int) -> Call:
-    """The same in int8: uint8 activations, an int8 weight packed in advance, float32 output, scales 1 and zero points 0.
+    """A call of the int8 product: uint8 activations, prepacked int8 weight, float32 output, scales 1 and zero points 0.
 
     Activations are uint8 because int8 ones were hundreds of times slower on AVX-512 without AMX (torch 2.13).
     """
@@ -168,7 +168,7 @@ def onednn_product(side: int) -> Call:
 
 
 def int_product(side: int, device: torch.device = _CPU) -> Call:
-    """The same in int8 with int32 output, by the operator that all devices may support."""
+    """A call of the int8 product with int32 output, by the operator that all devices may support."""
     x, weight = (_integers(side, torch.int8, device) for _ in range(2))
     return lambda: torch.ops.aten._int_mm(x, weight.T)
 

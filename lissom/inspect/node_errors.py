@@ -192,7 +192,7 @@ class _Masks:
             self._values[node] = value
 
     def visible(self, node: fx.Node, operands: Mapping[fx.Node, torch.Tensor]) -> torch.Tensor | None:
-        """Which keys an attention sees: booleans that broadcast to [batch, heads, queries, keys]; None if it sees all.
+        """The keys visible to an attention: booleans that broadcast to [batch, heads, queries, keys]; None if it sees all.
 
         operands: those of the original's attention.
         """

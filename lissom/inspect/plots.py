@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a report knows. times: of layers, None before they are measured. lengths: the time of a call by its length."""
+    """The data of plots. times: of layers, None before they are measured. lengths: the time of a call by its length."""
 
     title: str
     history: History
@@ -109,7 +109,7 @@ def _latency(facts: Facts) -> Figure:
 
 
 def _quality(facts: Facts) -> Figure:
-    """What the lossy passes lose, over the work that is left: the metric, else the smallest cosine, else the error.
+    """Quality loss of the lossy passes over the work that is left: the metric, else the smallest cosine, else the error.
 
     The work is that before the next lossy pass: what a pass zeroes, later ones remove.
     """
@@ -145,7 +145,7 @@ _MEASURES: Sequence[tuple[str, Measure, float | None]] = (
     ("smallest cosine to the original", lambda step: step.cosine, 1.0),
     ("relative error", lambda step: step.relative_error, 0.0),
 )
-"""What quality may be measured by, with its value for the captured program; None for the one that was measured."""
+"""Measures of quality, each with its value for the captured program; None if that value was measured."""
 
 KINDS: Mapping[str, Callable[[Facts], Figure]] = {
     "roofline": _roofline,

@@ -91,7 +91,7 @@ class Report:
     meter: ErrorMeter | None = None
 
     def full(self) -> Report:
-        """The same report with every step, and with the kernels of the hot layers."""
+        """This report with every step, and with the kernels of the hot layers."""
         return replace(self, every_step=True)
 
     def kernels(self, *args: object, **kwargs: object) -> LayerTimes:
@@ -138,7 +138,7 @@ class Report:
 
     @property
     def measured_errors(self) -> NodeErrors | None:
-        """What `errors` measured last; None before the first call."""
+        """The last result of `errors`; None before the first call."""
         return None if self.meter is None else self.meter.known
 
     def _timed(self) -> LayerTimer:

@@ -35,7 +35,7 @@ def short_spelling(spelling: str) -> str:
 
 
 def effect(step: Step) -> str:
-    """What a step did, or why it was reverted."""
+    """The effect of a step, or the reason it was reverted."""
     if step.index == 0:
         return ""
     return step.summary if step.reverted is None else f"reverted: {step.reverted.partition(': ')[0]}"
@@ -107,7 +107,7 @@ def hidden_steps(count: int) -> list[str]:
 
 
 def about_checks(history: History) -> str:
-    """How the steps were checked, and the time of all of them."""
+    """The checks of the steps, in words, and the time of all steps."""
     words = {
         "numeric": "every exact step ran beside the one before and gave equal outputs",
         "structural": "form and types were checked after every step, numbers were not",

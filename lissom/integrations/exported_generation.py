@@ -90,13 +90,13 @@ class ExportedGenerator(nn.Module, CompiledGeneration):
 
 
 def _reads_mask(runner: LissomRunner) -> bool:
-    """Whether a program reads a padding mask, and was not exported with None in place of it."""
+    """True if a program reads a padding mask, and was not exported with None in place of it."""
     arguments = {argument.name: argument.leaves for argument in runner.model.program.signature.keyword}
     return any(isinstance(leaf, TensorArgument) for leaf in arguments.get("attention_mask", ()))
 
 
 def _is_filled(cache: Cache | None) -> bool:
-    """Whether a layer of the cache has read tokens: those of a recurrence count none."""
+    """True if a layer of the cache has read tokens: those of a recurrence count none."""
     layers = () if cache is None else cache.layers
     return any(
         any(layer.has_previous_state.values())

@@ -136,7 +136,7 @@ class LissomRunner(ModelRunner):
         return cls(program if device is None else program.to(device), metadata)
 
     def __call__(self, share_inputs: bool = True, share_outputs: bool = False, **kwargs: object) -> Any:
-        """What the exported model returns; inputs that it changes in place, such as a cache of fixed size, are changed.
+        """The outputs of the exported model; inputs that it changes in place, such as a cache of fixed size, are changed.
 
         `ExportedModel` drops arguments that were not exported, with a warning, before it calls this.
 

@@ -211,7 +211,7 @@ def _alone(reads: KeyBlocks, keys: int, device: torch.device) -> tuple[torch.Ten
 
 
 def _is_alone(reads: KeyBlocks, j: torch.Tensor, tail: bool = True) -> torch.Tensor:
-    """Whether all queries read a position."""
+    """True where all queries read a position."""
     found = j < reads.prefix
     for stride in reads.strides:
         found = found | _in_stride(stride, j)

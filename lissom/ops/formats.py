@@ -121,7 +121,7 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | 
 def dequantize_stored(
     q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The same for a stored weight, whose zero point is an integer, or floating point: q · scale - zero_point."""
+    """Dequantizes a stored weight. A floating-point zero point is subtracted after scaling: q · scale - zero_point."""
     if zero_point is None or not zero_point.is_floating_point():
         return dequantize(q, scale, zero_point, dtype)
     return _by_block(dequantize(q, scale, None, torch.float32), zero_point.float(), torch.sub).to(dtype)

@@ -55,7 +55,7 @@ class StoredBlocks:
         return dequantize_stored(self.q[rows], self.scale[rows], zero_point, torch.float32)
 
     def transposed(self) -> StoredBlocks:
-        """The same weight as [columns, rows]."""
+        """The transposed weight, [columns, rows]."""
         zero_point = None if self.zero_point is None else self.zero_point.T.contiguous()
         return StoredBlocks(self.q.T.contiguous(), self.scale.T.contiguous(), zero_point, self.format)
 

@@ -39,7 +39,7 @@ class GroupedLinear:
         return self._run(layer, x, given, offs, features, options)
 
     def reference(self, x: torch.Tensor, *given: Operand, offs: torch.Tensor, features: int, **options: Any) -> torch.Tensor:
-        """The same by the reference implementation of `lissom::name`."""
+        """One call of the reference implementation of `lissom::name` per group that has rows."""
         return self._run(self.form.reference, x, given, offs, features, options)
 
     def fake(self, x: torch.Tensor, *given: Operand, offs: torch.Tensor, features: int, **options: Any) -> torch.Tensor:
@@ -90,7 +90,7 @@ def _is_shared(operand: str) -> bool:
 
 
 def _of_rows(item: torch.Tensor, rows: slice) -> torch.Tensor:
-    """What these rows read of one number for all rows, or of one for each."""
+    """The part of a shared operand for these rows: the number for all rows, or one number for each."""
     return item if rows == _ALL or item.numel() == 1 else item[rows]
 
 

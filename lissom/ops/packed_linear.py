@@ -97,7 +97,7 @@ packed_linear = torch.ops.lissom.packed_linear.default
 result; activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
 
 packed_linear_norm = torch.ops.lissom.packed_linear_norm.default
-"""The same followed by a layer norm over the features; norm_weight, norm_bias: [features]."""
+"""`packed_linear` followed by a layer norm over the features; norm_weight, norm_bias: [features]."""
 
 packed_embedding = define(
     "packed_embedding(Tensor weight, Tensor indices, *, int features, int bits) -> Tensor", packed_embedding_reference, _rows_of

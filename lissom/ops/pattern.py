@@ -51,7 +51,7 @@ class Condition:
             )
 
     def holds(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        """Whether it holds for queries i and keys j, which broadcast; not for one that reads the layout."""
+        """True where the condition holds for queries i and keys j, which broadcast; it must not read the layout."""
         value = self.query * (i // self.unit) + self.key * (j // self.unit)
         if self.modulus:
             # A difference of positions may be negative, and on some devices the remainder then is too.
@@ -153,7 +153,7 @@ class Pattern:
     def blocks(
         self, queries: int, keys: int, block: int, layout: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which blocks of `block` tokens may hold visible pairs, and which are fully visible.
+        """Blocks of `block` tokens that may hold visible pairs, and blocks that are fully visible.
 
         Both boolean, [heads or 1, query blocks, key blocks], and conservative: the first may contain a block without visible
         pairs, and the second may miss a fully visible one.
@@ -184,7 +184,7 @@ def _bounds(count: int, block: int, length: int) -> tuple[torch.Tensor, torch.Te
 def _reached(
     condition: Condition, i: tuple[torch.Tensor, torch.Tensor], j: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whether the condition may hold for some pair of positions of two blocks, and whether for all; [rows, columns]."""
+    """True where the condition may hold for some pair of positions of two blocks, and where for all; [rows, columns]."""
     low = high = torch.zeros(len(i[0]), len(j[0]), dtype=torch.int64)
     for factor, (first, last), axis in ((condition.query, i, 1), (condition.key, j, 0)):
         ends = [factor * (end // condition.unit).unsqueeze(axis) for end in (first, last)]
@@ -204,7 +204,7 @@ def _reached(
 def _layout_blocks(
     layout: torch.Tensor | None, i: tuple[torch.Tensor, torch.Tensor], j: tuple[torch.Tensor, torch.Tensor], block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for the layout: whether some or all of its blocks that overlap each pair of blocks are visible."""
+    """True where some, and where all, of the layout's blocks that overlap each pair of blocks are visible."""
     if layout is None:
         raise ValueError(_NO_LAYOUT)
     (top, bottom), (left, right) = (

@@ -151,7 +151,7 @@ features: of the result; granularity: of the dynamic scale of x, `token`, `tenso
 ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
 
 quantized_linear_norm = torch.ops.lissom.quantized_linear_norm.default
-"""The same followed by a layer norm over the features; norm_weight, norm_bias: [features]."""
+"""`quantized_linear` followed by a layer norm over the features; norm_weight, norm_bias: [features]."""
 
 quantized_linear_grouped = _GROUPED.define()
 """The layers of experts. x: [rows, inputs], sorted by group; weight, scale, sums, zero_point: as above, [groups, ...]; x_scale,

@@ -22,7 +22,7 @@ from lissom.ops.library import LIBRARY, define
 
 DTYPES = (torch.bfloat16, torch.float16)
 ROWS, COLUMNS = 32, 64
-"""What the sizes of a weight must be multiples of."""
+"""The numbers of which the sizes of a weight must be multiples."""
 
 
 def is_two_in_four(weight: torch.Tensor) -> bool:

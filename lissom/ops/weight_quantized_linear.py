@@ -135,7 +135,7 @@ the weight, a name in FORMS; activation: a name in ACTIVATIONS; combine: `add` o
 dtype."""
 
 weight_quantized_linear_norm = torch.ops.lissom.weight_quantized_linear_norm.default
-"""The same followed by a layer norm over the features; norm_weight, norm_bias: [features]."""
+"""`weight_quantized_linear` followed by a layer norm over the features; norm_weight, norm_bias: [features]."""
 
 weight_quantized_linear_grouped = _GROUPED.define()
 """The layers of experts. x: [rows, inputs], sorted by group; weight, scale, zero_point: as above, each [groups, ...]; offs:

@@ -288,7 +288,7 @@ class _Shared:
         self._versions = [tensor._version for tensor in self._tensors]
 
     def changed(self) -> bool:
-        """Whether one of them was written to since the compile."""
+        """True if one of the parameters was written to since the compile."""
         return [tensor._version for tensor in self._tensors] != self._versions
 
     def sentence(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What compiled decoders answer to `generate` of transformers."""
+"""`generate` of transformers for compiled decoders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class CompiledGeneration(GenerationMixin):
 
     @property
     def name_or_path(self) -> str:
-        """Where the model came from."""
+        """The name or path of the original model."""
         return str(cast(Any, self).config.name_or_path)
 
     def can_generate(self) -> bool:

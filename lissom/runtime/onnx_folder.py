@@ -59,7 +59,7 @@ _SECONDS = 0.3
 
 @dataclass(frozen=True)
 class Export:
-    """What is written, and what it is compared with.
+    """The program to write, and the model it is compared with.
 
     program: after the passes. samples: flat inputs, the first for tracing and timing. passes: those that changed its outputs.
     original: the model before all passes; the program itself stands in for None.

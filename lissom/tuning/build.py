@@ -37,7 +37,7 @@ def silent(_what: str, _finished: int, _total: int) -> None:
 
 @dataclass(frozen=True)
 class Variant:
-    """What holds for a whole program: the backend's name, whether layers in floating point are in bfloat16, and whether padding
+    """Program-wide options: the backend's name, whether layers in floating point are in bfloat16, and whether padding
     is left out."""
 
     backend: str
@@ -140,7 +140,7 @@ class Workshop:
 
 @dataclass(frozen=True)
 class Quality:
-    """What a program loses: the drop of the metric, or without one the relative output error.
+    """The quality loss of a program: the drop of the metric, or without one the relative output error.
 
     score: of the exact program; 0 without a metric. noise: between two measurements of the exact program.
     """

@@ -50,16 +50,16 @@ class Candidate:
 
     @property
     def exact(self) -> bool:
-        """Whether it is the program without lossy passes."""
+        """True if it is the program without lossy passes."""
         return self.pipeline == EXACT
 
     @property
     def distilled(self) -> bool:
-        """Whether it was trained."""
+        """True if it was trained."""
         return "distill" in self.pipeline
 
     def same(self, other: Candidate) -> bool:
-        """Whether both are the same program."""
+        """True if both are the same program."""
         return (self.pipeline, self.backend) == (other.pipeline, other.backend)
 
     def cost(self, memory: bool) -> float:
@@ -100,7 +100,7 @@ def read_candidate(record: Record) -> Candidate | None:
 
 @dataclass(frozen=True)
 class Aim:
-    """What the search is to find.
+    """The objective of the search, and its bound.
 
     memory: the cost is bytes, otherwise milliseconds. max_drop: the bound on the drop. target: the bound on the cost, with
     which the most accurate program is sought, whatever its drop; None for the cheapest program within `max_drop`.
@@ -111,7 +111,7 @@ class Aim:
     target: float | None = None
 
     def meets(self, candidate: Candidate) -> bool:
-        """Whether the candidate meets the bound."""
+        """True if the candidate meets the bound."""
         if candidate.failed:
             return False
         if self.target is not None:

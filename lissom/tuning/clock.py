@@ -44,7 +44,7 @@ class Clock:
         return self.begun + fraction * (self.seconds - self.begun) - self.passed
 
     def within(self, fraction: float) -> bool:
-        """Whether less than this fraction of the time has passed."""
+        """True if less than this fraction of the time has passed."""
         return self.until(fraction) > 0
 
     def show(self, stage: str) -> None:

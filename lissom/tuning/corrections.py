@@ -19,7 +19,7 @@ import numpy as np
 
 Points = Sequence[tuple[float, float]]
 Features = Sequence[Hashable]
-"""What a program has at each place where programs may differ."""
+"""The features of a program, one for each place where programs may differ."""
 _STEPS = tuple(2 ** (step / 2) for step in range(-6, 7))
 """The factors on kinds of losses that are tried, relative to the usual ones."""
 _CHARGE = 0.01
@@ -136,7 +136,7 @@ class Ratios:
         return np.array([[self._numbers[item] for item in features] for features, *_ in self.points])
 
     def _likeness(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
-        """How much each point is like a program, [points]."""
+        """The similarity of each point to a program, [points]."""
         weights = np.array(self.weights)
         return (self._known == numbers) @ weights / (weights.sum() or 1.0)
 

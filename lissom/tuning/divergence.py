@@ -41,7 +41,7 @@ class Divergence:
         return self._compared(answers(program, run_samples(program, self.batches)))
 
     def of(self, run: Run) -> float:
-        """The same of a compiled program."""
+        """The divergence of a compiled program."""
         with torch.no_grad():
             return self._compared(list(run(sample)) for sample in self.batches)
 

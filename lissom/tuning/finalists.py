@@ -16,7 +16,7 @@ from lissom.tuning.search import Choice, Search
 _COUNT = 3
 _LEAST_STEPS, _PROBE_STEPS = 8, 4
 _FACTOR, _UP, _DOWN = 3.0, 1.8, 1.6
-"""How much more loss a program may have before distillation, and how that changes when one met the bound, or did not."""
+"""The factor on the allowed loss before distillation, and its changes after a program met the bound, or did not."""
 
 
 def distil(search: Search, until: float) -> None:

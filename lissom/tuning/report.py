@@ -52,7 +52,7 @@ class TuneReport:
         return self.aim.frontier(self.candidates)
 
     def verdict(self, candidate: Candidate) -> str:
-        """Why a candidate was chosen or not, in words."""
+        """The reason a candidate was chosen or not, in words."""
         if candidate is self.chosen:
             return "chosen"
         if candidate.failed:
@@ -68,7 +68,7 @@ class TuneReport:
         return text + (", on the frontier" if candidate in self.frontier else "")
 
     def why_exact(self) -> str:
-        """Why the exact program was chosen: the nearest miss, or that nothing was found to be cheaper."""
+        """The reason the exact program was chosen: the nearest miss, or that nothing was found to be cheaper."""
         missed = self.aim.nearest_miss(self.candidates)
         kept = "the exact program is kept"
         if missed is not None:
@@ -91,7 +91,7 @@ class TuneReport:
         return self._amount(candidate.cost(self.aim.memory))
 
     def layers(self) -> RenderableType:
-        """What was chosen for each group: heads or neurons that stay, and the scheme or pattern."""
+        """The choice for each group: heads or neurons that stay, and the scheme or pattern."""
         table = plain_table("what was chosen for each layer\n")
         for heading in ("part", "kind", "stays", "", "form"):
             table.add_column(heading, justify="right" if heading == "stays" else "left", no_wrap=heading != "part")

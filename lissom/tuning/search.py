@@ -21,7 +21,7 @@ from lissom.tuning.trials import Trials
 _LOSSES = (1.0, 0.7, 1.4, 0.5, 2.0, 0.35, 2.8, 0.25, 4.0, 0.18, 5.6, 0.1)
 """The bounds on the loss that are solved for, as multiples of the one that the corrected tables give."""
 _COSTS = (1.0, 0.97, 1.03, 0.94, 1.06, 0.9, 1.1, 0.86, 1.15, 0.8, 1.2, 0.75)
-"""The same for a target of the cost, which is predicted more closely."""
+"""The bounds on the cost, for a target, as multiples of what the corrected tables give; costs are predicted more closely."""
 _SPREAD = (0.3, 0.6, 0.8)
 """The parts of the greatest saving that the first candidates have, while no drop is known."""
 _MOST_UNIFORM = 4
@@ -81,11 +81,11 @@ class Search:
             self.verify(*found)
 
     def has_time(self, until: float) -> bool:
-        """Whether there is time for one more candidate."""
+        """True if there is time for one more candidate."""
         return self.trials.clock.until(until) > self.trials.pace
 
     def _uniform(self) -> list[tuple[Variant, Choice]]:
-        """The same scheme of `quantize` everywhere, where that is cheaper than the variant: the one with the least loss, which
+        """One scheme of `quantize` everywhere, where that is cheaper than the variant: the one with the least loss, which
         shows how far the drop is from the table's losses, then the cheapest first."""
         found: list[tuple[float, float, Variant, Choice]] = []
         for variant, table in self.tables.items():
@@ -114,7 +114,7 @@ class Search:
         return (variant, alone) if much else None
 
     def _far_over(self, variant: Variant, choice: Choice) -> bool:
-        """Whether measured candidates say that a choice is far over the bound on the drop."""
+        """True if measured candidates show that a choice is far over the bound on the drop."""
         aim, predicted = self.trials.aim, self.candidate(variant, choice).predicted_drop
         return aim.target is None and bool(self.trials.fitting()) and (predicted or 0.0) > _FAR * aim.max_drop
 
@@ -205,7 +205,7 @@ class Search:
         self.ratios = Ratios(points, [max(spans) for spans in zip(*map(self._savings, self.tables), strict=True)])
 
     def _savings(self, variant: Variant) -> list[float]:
-        """What each group saves at most."""
+        """The largest saving of each group."""
         return [-min(item.cost for item in items) for items in self.tables[variant]]
 
     def _read(self, candidate: Candidate) -> Features:
@@ -215,7 +215,7 @@ class Search:
 
 
 def _features(variant: Variant, options: Sequence[Option]) -> Features:
-    """What decides on the cost of each group. Layers that are not quantized are in the precision of the variant."""
+    """The features that decide on the cost of each group. Layers that are not quantized are in the precision of the variant."""
     return [(variant.backend, option, variant.bf16 and option.scheme == PLAIN) for option in options]
 
 

@@ -36,7 +36,7 @@ _MULTIPLE = 16
 
 @dataclass(frozen=True)
 class Option:
-    """What a group may become.
+    """One option of a group: the units that stay, and their scheme.
 
     left: heads or neurons that stay, 0 if the whole part is removed. scheme: of its layers. pooled: key/value heads that stay
     when they are pooled, 0 for all; only where all heads stay, since removed heads take key/value heads along.

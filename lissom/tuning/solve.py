@@ -32,7 +32,7 @@ class Item:
     tables: float = 0.0
 
     def weighted(self, factors: Factors) -> Item:
-        """The same with factors on these parts of the loss."""
+        """The item with factors on these parts of the loss."""
         return replace(self, loss=factors(self.loss, self.amounts, self.tables))
 
 

@@ -112,7 +112,7 @@ def quantize_of(schemes: Mapping[str, str], tables: Sequence[tuple[Group, str]] 
 
 
 def _merged(schemes: Mapping[str, str]) -> dict[str, str]:
-    """The same schemes with one entry for all layers of a module that have one scheme; `*` has the most frequent one."""
+    """The schemes with one entry for all layers of a module that have one scheme; `*` has the most frequent one."""
     counts = {scheme: list(schemes.values()).count(scheme) for scheme in schemes.values()}
     usual = max(counts, key=lambda scheme: counts[scheme])
     found: dict[str, str] = {"*": usual}

@@ -1,4 +1,4 @@
-"""What a search has found, in a directory of JSON lines that several processes may append to.
+"""The results of a search, in a directory of JSON lines that several processes may append to.
 
 Each record is one line, written by one call and flushed to the disk, so that a killed process loses at most the record at work.
 It starts with a line break too: a line that was torn is then a line of its own, which is passed over. A record holds the key of
@@ -44,7 +44,7 @@ class Store:
 
     @property
     def foreign(self) -> bool:
-        """Whether it had records when it was opened, but none under the keys that were asked for since."""
+        """True if no record belongs to this search: there were some at the start, but none under the keys asked for since."""
         return bool(self._earlier) and self._earlier.isdisjoint(self._asked)
 
     def _read(self, path: Path) -> None:

@@ -45,7 +45,7 @@ from lissom.version import __version__
 _MOST_COMPARED = 8
 """Batches of the loss table: every second one calibrates its passes, and outputs are compared on the others."""
 _BATCHES = 8
-"""How many times the example's rows a call has with goal="throughput"."""
+"""The multiple of the example's rows that a call has with goal="throughput"."""
 _COSTS, _LOSSES, _VERIFIED, _ALL = 0.25, 0.5, 0.7, 0.97
 """The fractions of the time after which the cost table, the loss table, the candidates and the distillation end."""
 _VERIFIED_ALONE = 1.3
@@ -214,7 +214,7 @@ def _earlier_time(kept: Store, key: str, backend: str) -> float | None:
 
 
 def _place(workshop: Workshop) -> str:
-    """What times depend on: the program, the versions, the machine, and the inputs."""
+    """A hash of all that times depend on: the program, the versions, the machine, and the inputs."""
     machine = device_name(_device(workshop.sample)), torch.get_num_threads(), torch.__version__
     return fingerprint(workshop.fingerprint, __version__, *machine, workshop.sample)
 
@@ -289,7 +289,7 @@ def _variants(trials: Trials, request: Request) -> dict[Variant, Candidate]:
 
 
 def _has_padding(program: Program, sample: Sample) -> bool:
-    """Whether a padding mask of these inputs hides tokens."""
+    """True if a padding mask of these inputs hides tokens."""
     places = (program.placeholders.index(mask) for mask in program.fact(padding_masks))
     return any(bool((sample[at] == 0).any()) for at in places)
 
@@ -352,7 +352,7 @@ def _device(sample: Sample) -> torch.device:
 
 
 def _identity(metric: Metric, quality: Quality) -> str:
-    """What tells metrics apart in a store: the name, the code of a function, and the exact program's score unless it varies."""
+    """The key of a metric in a store: the name, the code of a function, and the exact program's score unless it varies."""
     # The caller's own function, of a decoder's metric and of a partial one.
     own: object = getattr(metric, "metric", metric)
     own = getattr(own, "func", own)

@@ -67,7 +67,7 @@ class Spec:
 
     @property
     def sees_nothing(self) -> bool:
-        """Whether a query without visible keys gives NaN, as a decomposed softmax does; PyTorch's operator gives 0."""
+        """True if a query without visible keys gives NaN, as a decomposed softmax does; PyTorch's operator gives 0."""
         return self.fill == "infinity" and (self.attention == "written-out" or self.softcap)
 
 

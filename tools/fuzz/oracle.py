@@ -10,7 +10,7 @@ EXACT_FACTOR, EXACT_FLOOR = 20.0, 5e-5
 """An exact pipeline may have 20 times the error of PyTorch's float32 against float64, because it sums in another order.
 An error of 5e-5 of the output's size is always allowed, because PyTorch's own error can be zero in outputs of a few numbers."""
 LIMITS = {"fp32": 2e-3, "bf16": 0.15, "quantized": 0.35}
-"""How far a compiled program may differ from the same program before lowering, relative to the size of the output.
+"""The allowed error of a compiled program against the program before lowering, relative to the size of the output.
 
 fp32: both compute the same in float32. 2e-3 leaves room for the sums of linear attention and for ill-conditioned factors.
 bf16: a kernel rounds to 8 bits at other places than the operators it replaces, some tens of times.
@@ -22,7 +22,7 @@ output. A wrong scale, mask or layout has an error of about 1.
 def differs_from_float64(
     found: Sequence[object], plain: Sequence[torch.Tensor], precise: Sequence[torch.Tensor], kept: torch.Tensor | None
 ) -> str | None:
-    """Why outputs differ from those of the model; None if they do not.
+    """The reason outputs differ from those of the model; None if they do not.
 
     plain, precise: the model's outputs in float32 and float64. kept: [batch, tokens], the tokens whose values count; None
         counts all.
@@ -54,7 +54,7 @@ def differs_from_program(
     kept: torch.Tensor | None = None,
     rounded: Callable[[], Iterable[Sequence[torch.Tensor]]] = tuple,
 ) -> str | None:
-    """Why a compiled program's outputs differ from those of the program before lowering; None if they do not.
+    """The reason a compiled program's outputs differ from those of the program before lowering; None if they do not.
 
     precision: a key of `LIMITS`. kept: as above; in bfloat16 the scores of a query that sees padding only are rounding noise.
     rounded: the outputs of the program before lowering under other rounding. It is called if the limit is exceeded: a model
@@ -89,7 +89,7 @@ def _form_differs(found: Sequence[object], wanted: Sequence[torch.Tensor]) -> st
 
 
 def _places_differ(found: torch.Tensor, wanted: torch.Tensor) -> str | None:
-    """Why the positions of NaN and infinity differ."""
+    """The reason the positions of NaN and infinity differ; None if they do not."""
     a, b = ~torch.isfinite(found), ~torch.isfinite(wanted)
     if torch.equal(a, b):
         return None

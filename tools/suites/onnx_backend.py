@@ -150,7 +150,7 @@ def _tensor(value: Any) -> torch.Tensor:
 
 
 def _difference(found: Sequence[object], wanted: Sequence[Any], rtol: float, atol: float) -> str:
-    """How the outputs differ from the expected ones; empty if they do not."""
+    """The difference of the outputs from the expected ones, in words; empty if there is none."""
     if len(found) != len(wanted):
         return f"{len(found)} outputs, and {len(wanted)} are expected"
     for index, (one, other) in enumerate(zip(found, wanted, strict=True)):

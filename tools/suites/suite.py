@@ -100,5 +100,5 @@ def _reason(suite: Suite, record: Record) -> str:
 
 
 def counts_by(records: Iterable[Record], key: Callable[[Record], str]) -> list[tuple[str, int]]:
-    """How many records each key has, the most frequent first."""
+    """The number of records of each key, the most frequent first."""
     return sorted(Counter(map(key, records)).items(), key=lambda item: (-item[1], item[0]))

@@ -226,7 +226,7 @@ def _sites(record: Record, kind: str) -> str:
 
 
 def remarks(record: Record) -> str:
-    """Why a model is not captured, not equal, not loaded, or has fewer sites than its configuration says."""
+    """The reasons a model is not captured, not equal, not loaded, or has fewer sites than its configuration says."""
     if record.get("failed"):
         return cell(f"{record['failed']}: {record['error']}")
     found = [] if record["agrees"] else [f"the program differs by {record['capture_error']:.2g} relative"]
@@ -343,7 +343,7 @@ def dynamo_outcome(found: Record) -> str:
 
 
 def _dynamo_remark(record: Record) -> str:
-    """Why a model does not apply, is not equal, or has graphs that run unchanged; empty if there is nothing to report."""
+    """The reasons a model does not apply, is not equal, or has graphs that run unchanged; empty if there are none."""
     if record.get("failed"):
         return f"{record['failed']}: {record['error']}"
     told = [dynamo_outcome(found) for found in record["modes"].values() if not found["equal"]]

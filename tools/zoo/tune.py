@@ -133,7 +133,7 @@ def _relative_error(wanted: Sequence[Sequence[object]], found: Sequence[Sequence
 
 
 def is_right(record: Record) -> bool:
-    """Whether there is an answer, within the bound and the time, that its text gives again."""
+    """True if the search has a result within the bound and the time, which its text gives again."""
     return not record.get("failed") and record["same"] and _is_within(record) and record["seconds"] <= MOST_SECONDS
 
 

@@ -25,9 +25,9 @@ SLOT_BYTES = 1 << 20
 _LINE = 64
 """Bytes of a cache line; the step counter of each rank is on a line of its own."""
 _LOOK_SECONDS = 0.05
-"""How often a waiting rank checks that the others are alive."""
+"""Seconds after which a waiting rank checks again that the others are alive."""
 _END_SECONDS = 1.0
-"""How long to wait for the end of a process group."""
+"""Seconds to wait for the end of a process group."""
 
 
 class Channel(Protocol):

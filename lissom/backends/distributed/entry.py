@@ -62,7 +62,7 @@ class Entry:
         raise RankError(f"rank {rank} of {self._name} refused its inputs, so no rank ran this call: {sentence}")
 
     def _facts(self, inputs: Sequence[torch.Tensor]) -> dict[str, str]:
-        """What is compared, by the words that name it."""
+        """Values all ranks must agree on, by their names in error messages."""
         known = tuple(tensor.shape for tensor in inputs) in self._seen
         read = [tensor for tensor in inputs if tensor.device.type == "cpu" or not known]
         return {

@@ -31,7 +31,7 @@ from lissom.ops.native import load_kernels
 Found = TypeVar("Found")
 
 _BEAT_SECONDS = 0.5
-"""How often a busy rank sends a heartbeat."""
+"""Seconds between two heartbeats of a busy rank."""
 _PATIENT = timedelta(days=7)
 """The longest wait; a wait ends earlier when a rank sends no heartbeat."""
 

@@ -134,7 +134,7 @@ def with_graphs(program: Program, function: Executable) -> Executable:
 
 
 def obstacle(program: Program) -> str | None:
-    """Why the program cannot be captured, in words; None when it can.
+    """The reason the program cannot be captured, in words; None if it can.
 
     It must have no state, which capture would advance, and no operator that synchronizes the device.
     """

@@ -1,4 +1,4 @@
-"""What the eager backend calls in place of some operators: faster ways to call them, and checks they lack."""
+"""Functions that replace some operators in the eager backend: faster ways to call them, and checks they lack."""
 
 from __future__ import annotations
 

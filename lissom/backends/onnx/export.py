@@ -48,7 +48,7 @@ _SPELLINGS: Mapping[object, object] = {
 _PATHS = "pkg.torch.onnx.name_scopes"
 _NO_MODULE = "_empty_nn_module_stack"
 _WINDOW = 16
-"""How many nodes ahead the counterpart of an exported node is searched."""
+"""The number of nodes ahead in which the counterpart of an exported node is searched."""
 
 
 def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir.Model:

@@ -75,7 +75,7 @@ class Layer:
 
     @property
     def obstacle(self) -> str | None:
-        """Why it has no integer kernel; None where it has one."""
+        """The reason the layer has no integer kernel; None if it has one."""
         stored, rounded = self.stored, self.rounded
         if stored is None:
             return "its weight is not stored in integers"
@@ -162,7 +162,7 @@ def simulated(layers: Sequence[Layer], accuracy_level: int, failure: str = "") -
 
 
 def _level_obstacle(layer: Layer, accuracy_level: int) -> str | None:
-    """Why a weight-only layer has no kernel faster than dequantizing the weight."""
+    """The reason a weight-only layer has no kernel faster than dequantizing the weight; None if it has one."""
     if layer.rounded is not None or layer.stored is None or layer.stored.form.bits == 4 or accuracy_level == 4:
         return None
     return "ONNX Runtime is fast with int8 weights only where it rounds activations, as OnnxRuntime(accuracy_level=4) lets it"

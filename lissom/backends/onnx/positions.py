@@ -78,7 +78,7 @@ def read_positions(write: Writer, reads: KeyBlocks, queries: ir.Value, keys: ir.
 
 
 def row_places(write: Writer, reads: KeyBlocks, rows: ir.Value, end: ir.Value) -> ir.Value:
-    """Where each block of queries is among the blocks of all, which have an end, and behind it those that read all keys."""
+    """The index of each query block's output; those of query blocks that read all keys start at `end`, after all others."""
     call, row = write.call, write.counted(0, rows)
     place = row
     if reads.dense_rows:
@@ -120,7 +120,7 @@ def _alone(write: Writer, reads: KeyBlocks, keys: ir.Value) -> tuple[ir.Value, i
 
 
 def _is_alone(write: Writer, reads: KeyBlocks, j: ir.Value, tail: int | None) -> ir.Value | None:
-    """Whether all queries read a position; None where there are no such positions."""
+    """True where all queries read a position; None if there are no such positions."""
     found = [write.call("Less", j, reads.prefix)] if reads.prefix else []
     found += [_in_stride(write, stride, j) for stride in reads.strides]
     found += [write.call("GreaterOrEqual", j, tail)] if tail is not None else []

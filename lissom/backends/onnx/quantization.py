@@ -86,7 +86,7 @@ def scalar_scales(write: Writer, scale: ir.Value, zero_point: ir.Value | None, f
 
 
 def is_by_group(node: ir.Node) -> bool:
-    """Whether a quantizer computes a scale for each group of neighbours."""
+    """True if a quantizer computes per-group scales."""
     return node.op_type == ROUND_DYNAMIC and node.attributes["granularity"].as_string() == "group"
 
 
@@ -147,7 +147,7 @@ class Stored:
 
     @property
     def shifts(self) -> bool:
-        """Whether zero points are in floating point, which ONNX's operators do not take."""
+        """True if zero points are in floating point, which ONNX's operators do not take."""
         return self.zero_point is not None and self.zero_point.dtype.kind == "f"
 
     def transposed(self) -> Stored:

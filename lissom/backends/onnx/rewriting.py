@@ -1,4 +1,4 @@
-"""What rewrites of an ONNX model share: record nodes, replace a node, read a constant, read a shape."""
+"""Shared by the rewrites of an ONNX model: record nodes, replace a node, read a constant, read a shape."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def expand_sparse(model: ir.Model, gathered: bool, chunk_bytes: int = CPU_BYTES)
 
 
 def ungathered(model: ir.Model) -> str | None:
-    """Why a block-sparse attention cannot be computed by key blocks; None where all can."""
+    """The reason a block-sparse attention cannot be computed by key blocks; None if all can."""
     found = (Sparse.of_pattern(model, node).reads() for node in nodes_of(model, DOMAIN, SPARSE_ATTENTION))
     return next((item for item in found if isinstance(item, str)), None)
 
@@ -103,10 +103,7 @@ class Sparse(Site):
         return self.write.shaped(moved, 0, 0, _heads(value) * _width(value))
 
     def biased(self, visible: ir.Value, i: ir.Value, j: ir.Value, rank: int) -> ir.Value:
-        """What is seen, or added to the scores, with the bias; of queries i and keys j, [heads or 1, .., queries, keys].
-
-        A dimension of sequences, 1 where all have the same, comes in front.
-        """
+        """Mask or additive bias for queries i and keys j, [batch or 1, heads or 1, .., queries, keys]."""
         write, call, bias = self.write, self.write.call, self.mask
         visible = call("Unsqueeze", visible, 0)
         if bias is not None:
@@ -203,7 +200,7 @@ class _Hidden:
     heads: int
 
     def of_rows(self, site: Sparse, row: ir.Value, apart: bool) -> tuple[ir.Value, ir.Value | None]:
-        """The same for some query blocks as sequences of their own: [rows, heads or 1, block, read or 1].
+        """The bias and the rows with visible keys of some query blocks, as sequences: [rows, heads or 1, block, read or 1].
 
         apart: each head is a sequence too.
         """

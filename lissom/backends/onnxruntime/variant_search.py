@@ -137,14 +137,14 @@ def _timed_samples(program: Program, example: Sample) -> list[Sample]:
 
 
 def _second_call(session: Session, sample: Sample) -> float:
-    """How many seconds the second of two calls takes."""
+    """The time of the second of two calls, in seconds."""
     with restored_state(session):
         session(sample)
         return _milliseconds(partial(session, sample)) / 1e3
 
 
 def _compare(other: Session, best: Session, samples: Sequence[Sample], seconds: float, least: int) -> tuple[bool, str]:
-    """Whether `other` is faster over all samples, and the times in words.
+    """True if `other` is faster over all samples, and the times in words.
 
     Compares lower quartiles, which other work on the machine disturbs least.
     """

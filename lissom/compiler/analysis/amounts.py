@@ -20,7 +20,7 @@ _WHOLE = re.compile(r"[0-9]+")
 _FRACTION = re.compile(r"[0-9]*\.[0-9]+(e-?[0-9]+)?|[0-9]+(\.|e-[0-9]+)")
 _MOST_LISTED = 12
 COUNTS = "a whole number of 1 or more, a fraction such as 0.5, or none"
-"""What most passes take, as text for error messages."""
+"""The amounts that most passes accept, as text for error messages."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def dtype_of(node: object) -> torch.dtype:
 
 
 def rests_on_copy(program: Program, cast: fx.Node, source: fx.Node) -> str | None:
-    """Why a cast cannot be replaced by its source, or a view of it, with the same values; None when it can."""
+    """The reason a cast cannot be replaced by its source, or a view of it, with the same values; None if it can."""
     memory = memory_of(source)
     if nodes.is_state_write(memory) or (memory.op == "get_attr" and str(memory.target) in program.state):
         return "it keeps the value of the state before a write"

@@ -93,7 +93,7 @@ def flops(program: Program) -> int:
 
 
 def node_flops(node: fx.Node) -> int:
-    """The same for one node; 0 for operators without a formula."""
+    """Operations of one node at the sizes it was captured with; 0 for operators without a formula."""
     return int(operations(node, example_shape))
 
 

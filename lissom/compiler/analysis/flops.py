@@ -75,19 +75,19 @@ def _attention(node: fx.Node, shape_of: ShapeOf) -> Size:
 
 
 def _merged_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
-    """The same, for packed queries, keys and values of one size."""
+    """Scores q·kᵀ, then scores·v, for packed queries, keys and values of one size."""
     *_, tokens, features = shape_of(node)
     return 2 * product(shape_of(node)[:-2]) * tokens * tokens * features
 
 
 def _unpadded_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
-    """The same, where each row that is returned sees the tokens of a padded text."""
+    """Scores q·kᵀ, then scores·v, where each returned row sees the tokens of a padded text."""
     _, heads, rows, value_dim = shape_of(node)
     return heads * rows * _operand(node, 3, shape_of)[-1] * (_operand(node, 0, shape_of)[-1] + value_dim)
 
 
 def _block_sparse_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
-    """The same for the visible blocks of the pattern. For a layout that is no weight, all its blocks count as visible."""
+    """Scores q·kᵀ, then scores·v, for the visible blocks of the pattern. All blocks of a layout that is no weight count."""
     q, k, v = (_operand(node, index, shape_of) for index in range(3))
     block, layout = cast(int, nodes.argument(node, "block")), nodes.argument(node, "layout")
     pattern = Pattern.decode(cast(Sequence[int], nodes.argument(node, "pattern")), block)

@@ -10,7 +10,7 @@ from lissom.compiler.ir import node as nodes
 
 
 def obstacle_by_name(*chosen: fx.Node, skip: str, only: str) -> str | None:
-    """Why a pass must leave these nodes alone, by the patterns of `is_protected`; None when it may change them.
+    """The reason a pass must not change these nodes, by the patterns of `is_protected`; None if it may change them.
 
     skip: modules to leave alone. only: the only modules to change; all when it is empty.
     """

@@ -150,7 +150,7 @@ def _attention(node: fx.Node, dim: int) -> Sources | None:
 
 
 def _linear_attention(node: fx.Node, dim: int) -> Sources | None:
-    """The same, but a causal row depends on its position among the rows."""
+    """A query depends on all keys and values, and a causal one also on its position among the rows."""
     q, k, _ = (shape_of(item) for item in node.args[:3])
     if (dim == 2 and nodes.argument(node, "causal")) or (dim == 1 and q[1] != k[1]):
         return None

@@ -35,7 +35,7 @@ _Tracked = tuple[fx.Node, torch.Tensor, torch.Tensor | None]
 Progress = Callable[[int, int], None]
 """Called with the number of finished samples and their total number."""
 NO_TOKENS = "the calibration data gives it no tokens"
-"""Why a layer is not calibrated, such as an expert that no token chose."""
+"""The reason a layer is not calibrated, such as an expert that no token chose."""
 
 
 @dataclass

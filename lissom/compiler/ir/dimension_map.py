@@ -95,7 +95,7 @@ def _all_but(name: str) -> _Rule:
 
 
 def _all_or_flat(name: str) -> _Rule:
-    """The same for an operator that flattens the tensor when no dimension is given."""
+    """The map of `_all_but`, for an operator that flattens the tensor when no dimension is given."""
     return lambda node: _all_but(name)(node) if named_dims(node, name, 1) else (None,) * _rank_of(node)
 
 

@@ -113,7 +113,7 @@ class Editor:
         return reason is None
 
     def accepted(self, found: Iterable[tuple[fx.Node, Found | str]]) -> dict[fx.Node, Found]:
-        """What was found for each node; a node with a reason in its place is reported as skipped."""
+        """The results of an analysis by node; a node with a reason in place of a result is reported as skipped."""
         kept: dict[fx.Node, Found] = {}
         for node, item in found:
             if isinstance(item, str):

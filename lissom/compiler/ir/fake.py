@@ -69,7 +69,7 @@ def fake_call(mode: FakeTensorMode, node: fx.Node) -> object:
 
 
 def known_call(mode: FakeTensorMode, node: fx.Node) -> object:
-    """The same, reused from an earlier call of the operator with arguments of the same types: most layers are alike.
+    """The value of `fake_call`, reused from an earlier call with the same operator and argument types: most layers are alike.
 
     Several nodes may share the value, so it does not tell which tensors share memory.
     """

@@ -29,7 +29,7 @@ _COST = "lissom_cost"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a node came from.
+    """The source of a node: its module, its line in the model's code, and the passes that changed it.
 
     module_path: the module whose forward made it, `encoder.layer.0.attention.self`; empty for the model itself.
     source: file name and line in the model's code, `modeling_bert.py:215`; empty when unknown.
@@ -64,7 +64,7 @@ class Deferred:
 
 
 def origin(node: fx.Node) -> Origin:
-    """Where the node came from; an empty origin when nothing is recorded."""
+    """The origin of the node; empty if nothing is recorded."""
     return node.meta.get(_ORIGIN, Origin())
 
 

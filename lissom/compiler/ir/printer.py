@@ -98,7 +98,7 @@ def excerpt(program: Program, node: fx.Node, radius: int = 2) -> str:
 
 
 def place(program: Program, node: fx.Node) -> str:
-    """Where a node is, in words: `'matmul_3' (aten.matmul, in encoder.layer.1.attention, modeling.py:88)`."""
+    """The location of a node, in words: `'matmul_3' (aten.matmul, in encoder.layer.1.attention, modeling.py:88)`."""
     found = nodes.origin(node)
     what = target_text(node.target) if node.op == "call_function" else node.op
     parts = [what, f"in {found.module_path}" if found.module_path else "", found.source]

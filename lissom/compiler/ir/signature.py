@@ -70,7 +70,7 @@ class Argument:
 
 @dataclass(frozen=True)
 class Signature:
-    """How a program is called.
+    """The call signature of a program.
 
     positional, keyword: the arguments as they were given at capture, in order.
     parameters: the names of the original `forward`, in order, so that either way of passing them works.
@@ -286,7 +286,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _equal(value: object, captured: object) -> bool:
-    """Whether a constant equals the captured one. Integers and floats differ: operators return other dtypes for them."""
+    """True if a constant equals the captured one. Integers and floats differ: operators return other dtypes for them."""
     if not isinstance(value, (bool, int, float, str)) or isinstance(value, float) != isinstance(captured, float):
         return False
     return value == captured or (value != value and captured != captured)

@@ -45,7 +45,7 @@ class Size:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What a step keeps of a node beside its text: the cost at the captured sizes, and the origin."""
+    """Facts of a node after a step, beside its text: the cost at the captured sizes, and the origin."""
 
     cost: Cost
     origin: Origin

@@ -29,7 +29,7 @@ from lissom.errors import BudgetError, LissomError, PassError, RequirementError,
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a lossy pass gained: the measured figures, as a sentence, and whether to keep the pass."""
+    """The verdict on a lossy pass: the measured figures, as a sentence, and whether to keep the pass."""
 
     figures: str
     keep: bool
@@ -391,5 +391,5 @@ class _Run:
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written in place; 0 for tensors created in inference mode."""
+    """The number of in-place writes to a tensor; 0 for tensors created in inference mode."""
     return 0 if tensor.is_inference() else tensor._version

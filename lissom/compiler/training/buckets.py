@@ -109,7 +109,7 @@ def _length_of(program: Program, batches: Sequence[Batch]) -> sympy.Symbol | Non
 
 
 def _has_fitting_labels(batch: Batch, first: Batch) -> bool:
-    """Whether the batch has labels as the first one does: none, one a row, or a class for each token."""
+    """True if the batch has labels of the same form as the first one: none, one per row, or a class per token."""
     if batch.labels is None or first.labels is None:
         return batch.labels is first.labels
     return batch.labels.dim() == first.labels.dim() and (batch.labels.dim() == 1 or not batch.labels.is_floating_point())
@@ -147,7 +147,7 @@ def _fitted(tensor: torch.Tensor, place: int | None, length: int, fill: float | 
 
 
 def _allowed(program: Program, batch: Batch) -> bool:
-    """Whether the sizes are in the program's ranges and keep its conditions, such as a length divisible by eight."""
+    """True if the sizes are in the program's ranges and keep its conditions, such as a length divisible by eight."""
     try:
         program.signature.check_sizes(batch.inputs)
     except InputError:

@@ -48,7 +48,7 @@ _SECONDS = 30.0
 
 @dataclass(frozen=True)
 class State:
-    """Where a run is, without its tensors.
+    """The progress of a run, without its tensors.
 
     step: the number of finished steps. seconds: used so far. precision: of products. order: the batches that are left of this
     pass over the data, the last one next. recent: the losses since the last measurement. updates: AdamW's steps by parameter,
@@ -248,7 +248,7 @@ class Checkpoint:
         return found
 
     def due(self, measured: bool) -> bool:
-        """Whether to write a state now. measured: whether the held-out loss was measured since the last one."""
+        """True if a state is to be written now. measured: whether the held-out loss was measured since the last one."""
         passed = time.perf_counter() - self._written
         return passed >= _COST * self._cost and (measured or passed >= _SECONDS)
 

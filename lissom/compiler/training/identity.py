@@ -1,4 +1,4 @@
-"""What makes a training run the same run again: hashes of its program, weights and data, and its options as text."""
+"""The identity of a training run: hashes of its program, weights and data, and its options as text."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class LmHead:
 
     @property
     def saves_memory(self) -> bool:
-        """Whether a loss is to be computed from the hidden state: for many entries, or where logits are those of few tokens."""
+        """True if losses are computed from the hidden state: for large vocabularies, or where only few tokens have logits."""
         return self.vocabulary >= LARGE or (bool(self.program.state) and input_of(self.linear) is not self.hidden)
 
     def weights(self, dtype: torch.dtype | None = None) -> Weights:
@@ -67,7 +67,7 @@ class LmHead:
         return self._weights(dtype)
 
     def fixed_weights(self, dtype: torch.dtype | None = None) -> Weights:
-        """The same without gradients, computed once for many calls with one dtype: for weights that do not change."""
+        """The weight and bias without gradients, computed once for many calls with one dtype, for weights that are fixed."""
         if dtype not in self.kept:
             self.kept.clear()
             with torch.no_grad():

@@ -35,7 +35,7 @@ from lissom.errors import ArtifactError
 
 _WARM_UP = 0.05
 _JUDGED = 10
-"""How often the held-out loss is measured in a run, at most every `_LEAST_STEPS` steps."""
+"""Measurements of the held-out loss in a run, at most one every `_LEAST_STEPS` steps."""
 _JUDGING = 0.05
 """The fraction of a run with a deadline in seconds that may go into measuring the held-out loss, but for the measurements after
 the first quarter and at the end."""
@@ -54,7 +54,7 @@ leave gaps: on MiniLM 200 MiB in a minute. Giving them back takes 4 to 15 ms."""
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast to train.
+    """Duration, learning rate and precision of a training run.
 
     seconds, steps: the deadline, one of the two. precision: of products and activations; `auto` measures.
     """
@@ -96,7 +96,7 @@ class Trained:
 
     @property
     def shortfall(self) -> str:
-        """Why no step gained anything, to go on with in a sentence, as far as the losses tell."""
+        """The reason no step gained anything, as the end of a sentence; empty if the losses do not tell."""
         if not any(point.held_out for point in self.curve):
             return ": the outputs are equal already"
         losses = [point.loss for point in self.curve if point.loss is not None]
@@ -108,7 +108,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Scale:
-    """How the scale of a quantizer learns.
+    """Learning rates and lower bound of a quantizer's scale.
 
     rates: the learning rate of each element against that of weights, in the scale's shape.
     least: the smallest size, which its dtype after the run still holds. Signs stay.

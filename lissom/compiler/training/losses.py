@@ -83,7 +83,7 @@ def outputs_of(program: Program) -> tuple[list[Output], list[str]]:
 
 
 def predicts_next_tokens(outputs: Sequence[Output]) -> bool:
-    """Whether one of the outputs holds the logits of next tokens."""
+    """True if one of the outputs holds next-token logits."""
     return any(output.shifted for output in outputs)
 
 
@@ -126,7 +126,7 @@ def _is_causal(program: Program) -> bool:
 
 
 def real_tokens(program: Program, sample: Sample, output: Output) -> torch.Tensor | None:
-    """Which tokens of an output [batch, tokens, features] are no padding, [batch, tokens]; None when all are real."""
+    """The real tokens of an output [batch, tokens, features], as booleans [batch, tokens]; None if all are real."""
     return token_mask(program, sample, output.compared) if nodes.tensor_type(output.node).rank == 3 else None
 
 
@@ -207,7 +207,7 @@ class _SumOfSquares(torch.autograd.Function):
 
 
 def _without(padding: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
-    """The same contiguous tensor, with zeros written to the padding: indices of its rows, [..., features]."""
+    """The contiguous tensor `rows`, [..., features], zeroed in place at the padding: indices of its rows."""
     if padding is not None:
         rows.view(-1, rows.shape[-1]).index_fill_(0, padding, 0.0)
     return rows
@@ -258,7 +258,7 @@ def labelled_output(program: Program, outputs: Sequence[Output], batches: Sequen
 
 
 def _predicts_next(output: Output, batches: Sequence[Batch]) -> bool:
-    """Whether the label of a token is the token after it.
+    """True if the label of a token is the token after it.
 
     The data tell where labels repeat an input of the model: `labels` equal to `input_ids`, as transformers has them for a
     decoder, are those of the next token. Behind it by one token, as for an encoder-decoder's `decoder_input_ids`, they are not.
@@ -273,7 +273,7 @@ def _predicts_next(output: Output, batches: Sequence[Batch]) -> bool:
 
 
 def _repeats(batch: Batch, index: int, by: int) -> bool:
-    """Whether the known labels are the tokens of this input, each that many tokens before it."""
+    """True if the known labels are the tokens of this input, shifted by that many tokens to the front."""
     labels, ids = batch.labels, batch.inputs[index]
     if labels is None or ids.is_floating_point() or ids.shape != labels.shape or labels.dim() != 2:
         return False

@@ -1,4 +1,4 @@
-"""What a student learns from its teacher: the outputs, and the hidden states at the residual adds both have.
+"""Distillation targets: the teacher's outputs, and its hidden states at the residual adds that the student has too.
 
 Nodes keep their names through passes, so the residual adds of a student are found in the teacher by name, whatever was removed
 between them. Two losses are made of them:
@@ -32,7 +32,7 @@ from lissom.errors import RequirementError
 
 @dataclass(frozen=True)
 class Targets:
-    """What the teacher gives for one batch.
+    """The distillation targets of one batch.
 
     outputs: by their index; the last hidden state for logits over a large vocabulary. hidden: hidden states by the name of the
     residual add. real: for each of both which tokens are no padding, by the same keys; None when all are real.
@@ -87,7 +87,7 @@ class Teacher:
         return cls(program, Trunk.of(program, heads, name), Trunk.of(student, own, name), outputs, heads, alike)
 
     def targets(self, sample: Sample) -> Targets:
-        """What a student learns from one batch."""
+        """The distillation targets of one batch, computed by the teacher."""
         hidden: dict[str, torch.Tensor] = {}
 
         def observe(node: fx.Node, value: object) -> None:

@@ -36,7 +36,7 @@ probability 1e-5 would be 2e-8. The gradient by a logit is at most the weight, i
 
 @dataclass(frozen=True)
 class Supervision:
-    """What the tokens of a batch learn from. All tensors are by token, [tokens].
+    """Supervision of the tokens of a batch. All tensors are by token, [tokens].
 
     teacher: an LM head with its hidden state [tokens, width]. shares: the weight of the token's divergence from the teacher.
     labels: -100 for tokens without one. alphas: the weight of the token's cross-entropy.
@@ -49,7 +49,7 @@ class Supervision:
     alphas: torch.Tensor
 
     def of(self, chosen: torch.Tensor) -> Supervision:
-        """That of some tokens; chosen: booleans, [tokens]."""
+        """Supervision of the selected tokens; chosen: booleans, [tokens]."""
         teacher = None if self.teacher is None else (self.teacher[0], self.teacher[1][chosen])
         return Supervision(self.temperature, teacher, self.shares[chosen], self.labels[chosen], self.alphas[chosen])
 
@@ -58,7 +58,7 @@ class Supervision:
         return replace(self, shares=self.shares * factor, alphas=self.alphas * factor)
 
     def factor_in(self, dtype: torch.dtype) -> float:
-        """What makes the largest weight of a token `_LARGEST`, in float16; 1 in other dtypes."""
+        """Float16 loss scale, with which the largest weight of a token is `_LARGEST`; 1 in other dtypes."""
         if dtype != torch.float16 or not self.shares.numel():
             return 1.0
         largest = float(torch.maximum(self.shares, self.alphas).max())

@@ -1,4 +1,4 @@
-"""What the passes that train weights share: options, the parameters that learn, and the run."""
+"""Base of the passes that train weights: options, the parameters that learn, and the run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MINUTES = 5.0
 
 @dataclass(frozen=True)
 class Objective:
-    """What a run minimizes.
+    """The training loss and the held-out loss of a run.
 
     loss: of a training batch; takes its index and the fraction of the run that is over.
     held_out: of a held-out batch; takes its index. close: frees what both use, after the run.
@@ -109,7 +109,7 @@ class Fitting(Training):
 
     @abstractmethod
     def objective(self, edit: Editor, batches: Sequence[Batch], judged: Sequence[Batch]) -> Objective:
-        """What the run minimizes. batches: to train on. judged: held out."""
+        """The losses of the run. batches: to train on. judged: held out."""
 
     def run(self, edit: Editor) -> None:
         if not edit.data:
@@ -222,7 +222,7 @@ class Fitting(Training):
         ]
 
     def _stays(self, program: Program) -> Callable[[str], bool]:
-        """Whether the options leave a weight, or the scale of a quantizer, as it is. It takes its name."""
+        """A predicate of names: True if the options leave a weight, or the scale of a quantizer, as it is."""
         tables = set[str]()
         for item in () if self.embeddings else program.fact(structure).embeddings:
             found = item.node.all_input_nodes[0]
@@ -379,7 +379,7 @@ def _only_these_learn(program: Program, learned: Mapping[str, nn.Parameter]) -> 
 
 
 def _zeros(learned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Where the matrices that learn hold zeros, which pruning made and training keeps."""
+    """The zeros of the matrices that learn, as booleans by name, which pruning made and training keeps."""
     zeros = {name: item.detach() == 0 for name, item in learned.items() if item.dim() > 1}
     return {name: places for name, places in zeros.items() if bool(places.any())}
 

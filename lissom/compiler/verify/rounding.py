@@ -60,7 +60,7 @@ changes all later ones. Two programs with independent rounding would differ by 1
 _AS_FAR = 4.0
 """The largest ratio of two programs' errors from the exact result: on few samples one of them may be lucky."""
 _LOCALLY_AS_FAR = 2.0
-"""The same for one node: the largest error of thousands of values, so luck counts for less."""
+"""The largest such ratio at one node: its error is the largest of thousands of values, so luck counts for less."""
 _DECIDED = (torch.float32, *ROUNDINGS)
 """The dtypes of nodes whose value in float64 decides where large terms cancel."""
 _WIDER = {
@@ -70,7 +70,7 @@ _WIDER = {
 }
 """The error of two correct programs' outputs when both run in a wider dtype."""
 _ERASED = 2e-3
-"""The same in float32 if -1e4 is added to scores: that rounds them to thousandths."""
+"""The error of two correct programs' outputs in float32 if -1e4 is added to scores: that rounds them to thousandths."""
 _PRODUCTS = {aten._int_mm.default, aten._scaled_mm.default}
 """Products whose first factor is quantized by operators before it, as `lower-quantized-products` writes them."""
 _ROUNDING = {*FAKE_QUANTIZES, *INT8_LINEARS, *_PRODUCTS}

@@ -1,4 +1,4 @@
-"""What a step changed, as a picture: the nodes that differ, before it and after it."""
+"""A picture of the changes of a step: the nodes that differ, before it and after it."""
 
 from __future__ import annotations
 

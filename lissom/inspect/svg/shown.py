@@ -1,4 +1,4 @@
-"""What a picture shows of a program: modules as boxes, identical layers once, inner modules open as long as there is room."""
+"""The parts of a program in a picture: modules as boxes, identical layers once, inner modules open as long as there is room."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def _keys(module: Module) -> Iterator[tuple[str, str]]:
 
 
 def _edges(lines: Sequence[Line], keys: Mapping[str, str], folds: _Folds) -> list[tuple[str, str]]:
-    """Which drawn item reads which, once each; values from outside have their own names."""
+    """Edges from drawn items to their readers, once each; values from outside have their own names."""
     found: dict[tuple[str, str], None] = {}
     without_room = {line.defines for line in lines} - keys.keys()
     for line in lines:

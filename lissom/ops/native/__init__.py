@@ -74,7 +74,7 @@ def kernel_dtypes() -> tuple[torch.dtype, ...]:
 
 
 def missing_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why there is no kernel for a dtype on a device, in words for the history; None when there is one."""
+    """The reason there is no kernel for a dtype on a device, in words for the history; None if there is one."""
     if device.type != "cpu":
         return f"it runs on {device.type}"
     missing = load_kernels()
@@ -84,19 +84,19 @@ def missing_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def missing_int8_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
-    """The same for int8 linear layers whose activations have that dtype."""
+    """The reason there is no kernel for int8 linear layers with activations of that dtype; None if there is one."""
     lacking = "this processor lacks AVX2, which the int8 kernel needs"
     return missing_kernel(dtype, device) or (None if torch.ops.lissom.has_int8() else lacking)
 
 
 def missing_weight_quantized_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
-    """The same for weight-only int8 and int4 linear layers whose activations have that dtype."""
+    """The reason there is no kernel for weight-only int8 and int4 linear layers with activations of that dtype, or None."""
     lacking = "this processor lacks AVX2, which the weight-only kernel needs"
     return missing_kernel(dtype, device) or (None if torch.ops.lissom.has_weight_quantized() else lacking)
 
 
 def reads_few_bits_faster() -> bool:
-    """Whether the kernels read weights of five and six bits faster than those of eight: with AVX-512, but not with AVX2."""
+    """True if the kernels read weights of five and six bits faster than those of eight: with AVX-512, but not with AVX2."""
     return not load_kernels() and torch.ops.lissom.instruction_set().startswith(("avx512", "amx"))
 
 

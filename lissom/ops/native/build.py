@@ -101,7 +101,7 @@ def build_all() -> dict[str, str]:
 
 
 def built_library(isa: InstructionSet) -> Path:
-    """Where the cache holds the library of an instruction set, once it is built."""
+    """The path of the library of an instruction set in the cache, once it is built."""
     return cache_folder() / _name(isa, os.environ.get("CXX", ""))
 
 
@@ -127,7 +127,7 @@ def _words(name: str) -> list[str]:
 
 
 def _unsupported(compiler: list[str], isa: InstructionSet) -> str:
-    """Why the compiler cannot build for an instruction set, or an empty text."""
+    """The reason the compiler cannot build for an instruction set; empty if it can."""
     command = [*compiler, *isa.flags, "-E", "-x", "c++", os.devnull, "-o", os.devnull]
     done = _run(command)
     return _first_error(done.stderr) if done.returncode else ""

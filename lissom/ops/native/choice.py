@@ -34,7 +34,7 @@ Times = tuple[float, float]
 
 
 def slower_than_pytorch(dtype: torch.dtype, rows: int, inputs: int, features: int) -> str | None:
-    """Why PyTorch's product is taken for a linear layer of this shape, in words for the history; None where ours is.
+    """The reason PyTorch's product is taken for a linear layer of this shape, in words for the history; None if ours is.
 
     Raises: InputError if the environment variable is neither `measured` nor `ours`.
     """

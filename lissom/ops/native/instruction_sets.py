@@ -96,7 +96,7 @@ def processor_features() -> frozenset[str]:
 
 
 def processors() -> list[dict[str, str]]:
-    """What Linux lists of every logical processor, by name; none on other systems."""
+    """The properties that Linux lists of every logical processor, by name; none on other systems."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

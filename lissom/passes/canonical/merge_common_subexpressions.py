@@ -37,7 +37,7 @@ class MergeCommonSubexpressions(Rewrite):
 
 
 def _key(program: Program, node: fx.Node) -> object:
-    """The same for equal values; None for a node that is not merged."""
+    """A key that equal values share; None for a node that is not merged."""
     if node.op == "get_attr":
         weight = program.constant(node)
         # A parameter may be trained.

@@ -103,7 +103,7 @@ def parse(equation: str) -> _Letters | None:
 
 
 def _varies(operand: fx.Node, term: str, group: str) -> bool:
-    """Whether a group of several letters has a dynamic size, so that flattening it takes the one -1 of a reshape."""
+    """True if a group of several letters has a dynamic size, so that flattening it takes the one -1 of a reshape."""
     shape = nodes.tensor_type(operand).shape
     return len(group) != 1 and any(not isinstance(shape[term.index(letter)], int) for letter in group)
 

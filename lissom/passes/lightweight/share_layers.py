@@ -169,7 +169,7 @@ def _stacks(layers: Sequence[Held]) -> list[list[Held]]:
 
 
 def _obstacle(group: Sequence[Held], stack: Sequence[Held]) -> str | None:
-    """Why the layers of a group share no weights."""
+    """The reason the layers of a group share no weights; None if they can."""
     if not group[0].reads:
         return "none of its weights are to be shared"
     if len(stack) == 1:

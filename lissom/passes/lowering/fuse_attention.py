@@ -56,6 +56,6 @@ def _int8_cache(node: object) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _obstacle(edit: Editor, node: fx.Node) -> str | None:
-    """Why an attention cannot be lowered; None when it can."""
+    """The reason an attention cannot be lowered; None if it can."""
     q = nodes.tensor_type(node.args[0])
     return operands.operands_obstacle(edit, node) or missing_kernel(q.dtype, q.device)

@@ -45,7 +45,7 @@ class FuseMergedAttention(Rewrite):
 
 
 def _obstacle(node: fx.Node) -> str | None:
-    """Why an attention cannot be fused; None when it can."""
+    """The reason an attention cannot be fused; None if it can."""
     if node.kwargs.get("sinks") is not None:
         return "it has sinks"
     if _merged(node) is None:
@@ -96,7 +96,7 @@ def _rows_of(lookup: fx.Node | None) -> tuple[object, ...]:
 
 
 def _packed(attention: fx.Node) -> fx.Node | None:
-    """The same for a projection that is reshaped to [batch, tokens, 3, heads, head_dim], permuted, and taken apart."""
+    """The merged projection, if it is reshaped to [batch, tokens, 3, heads, head_dim], permuted, and taken apart; else None."""
     parts = [_part(item) for item in attention.args[:3]]
     if parts[0] is None or parts != [(parts[0][0], index) for index in range(3)]:
         return None

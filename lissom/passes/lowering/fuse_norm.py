@@ -43,7 +43,7 @@ def _parameters(norm: fx.Node) -> list[object]:
 
 
 def _obstacle(norm: fx.Node) -> str | None:
-    """Why a norm cannot be lowered; None when it can."""
+    """The reason a norm cannot be lowered; None if it can."""
     x = nodes.tensor_type(norm.args[0])
     if nodes.argument(norm, "normalized_shape") != [x.shape[-1]]:
         return "it norms more than the last dimension"

@@ -27,7 +27,7 @@ class FuseRotary(Rewrite):
 
 
 def _obstacle(node: fx.Node) -> str | None:
-    """Why a rotation cannot be lowered; None when it can."""
+    """The reason a rotation cannot be lowered; None if it can."""
     x, *tables = (nodes.tensor_type(item) for item in node.args)
     if x.rank != 4:
         return "its operand is not [batch, heads, tokens, head_dim]"

@@ -91,7 +91,7 @@ class _Site(NamedTuple):
 
 
 def _site(attention: fx.Node, lookups: list[_Lookup]) -> _Site | str:
-    """What an attention that reads tokens without padding needs; the reason where it cannot."""
+    """The site of an attention that can read tokens without padding; the reason if it cannot."""
     if any(attention.kwargs.get(name) is not None for name in ("sinks", "k_scale", "v_scale")):
         return "it has sinks, or keys and values in int8"
     if len({(item.slots, item.sizes) for item in lookups}) > 1:

@@ -91,7 +91,7 @@ def capability(device: torch.device) -> Capability | None:
 
 
 def _obstacle(layer: QuantizedLayer, found: Capability | None, *, any_device: bool) -> str | None:
-    """Why PyTorch has no product for a layer; None when it has one. found: the device's compute capability."""
+    """The reason PyTorch has no product for a layer; None if it has one. found: the device's compute capability."""
     if found is None and not any_device:
         return f"it runs on {nodes.tensor_type(layer.x).device.type}"
     if layer.is_read_whole:
@@ -247,7 +247,7 @@ class _Lowering:
         return scale, inverse, shift, call(aten.to.dtype, shift, torch.int32)
 
     def _static_scale(self, layer: QuantizedLayer, x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node | None]:
-        """The same, static, as weights."""
+        """Static scale and zero point, stored as weights."""
         scale, *rest = layer.values.all_input_nodes[1:]
         step = self.edit.tensor(scale).float()
         inverse = self.edit.weight(f"{scale.target}_inverse", step.reciprocal())

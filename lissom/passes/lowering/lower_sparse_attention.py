@@ -42,7 +42,7 @@ aten = torch.ops.aten
 
 _PLAIN = aten.scaled_dot_product_attention.default
 _SECONDS = 2.0
-"""How many seconds the two kernels are timed in all, for equal attentions."""
+"""Seconds of timing of the two kernels in all, for equal attentions."""
 _REPEATS = 3
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 """The lengths that are timed, in tokens."""
@@ -98,7 +98,7 @@ class LowerSparseAttention(Rewrite):
                 _lower(edit, node, reading)
 
     def _loss(self, edit: Editor, node: fx.Node, reading: Reading, known: dict[object, tuple[int | None, str]]) -> str | None:
-        """Why a sparse kernel would gain nothing; None when it gains."""
+        """The reason a sparse kernel would gain nothing; None if it gains."""
         missing = _missing(node, block_sparse_attention)
         if missing is not None:
             return missing
@@ -118,19 +118,19 @@ class LowerSparseAttention(Rewrite):
 
 
 def hides(pattern: Pattern, tokens: int, layout: torch.Tensor | None) -> bool:
-    """Whether the pattern hides more blocks at that length than a causal mask."""
+    """True if the pattern hides more blocks at that length than a causal mask."""
     some, _ = pattern.blocks(tokens, tokens, _BLOCK, layout)
     plain = some.any(0).triu(1).any() or tokens <= _BLOCK
     return not bool(some.all()) if plain else bool((~some).tril().any())
 
 
 def _takes_causality(node: fx.Node, reading: Reading) -> bool:
-    """Whether PyTorch's operator can take the causal mask as a flag: where the mask is nothing but causal."""
+    """True if PyTorch's operator can take the causal mask as a flag: if the mask is nothing but causal."""
     return node.target is _PLAIN and not reading.rest
 
 
 def _missing(node: fx.Node, target: torch._ops.OpOverload) -> str | None:
-    """Why there is no kernel of an operator for this attention; None when there is one."""
+    """The reason there is no kernel of an operator for this attention; None if there is one."""
     q = nodes.tensor_type(node.args[0])
     if q.device.type == "cpu":
         reason = missing_kernel(q.dtype, q.device)

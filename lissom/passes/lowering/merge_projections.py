@@ -80,7 +80,7 @@ def _is_gate(linear: fx.Node) -> bool:
 
 
 def _storage(edit: Editor, x: object, weight: fx.Node) -> tuple[object, ...]:
-    """What weights must have in common to be merged: their format, the bits they need, and their granularity."""
+    """Properties that weights must have in common to be merged: their format, the bits they need, and their granularity."""
     if weight.op == "get_attr":
         return ()
     q, *grid = map(edit.tensor, weight.all_input_nodes)

@@ -59,7 +59,7 @@ def _reads_whole(user: fx.Node, weight: fx.Node) -> bool:
 
 
 def _obstacle(linear: fx.Node) -> str | None:
-    """Why a layer cannot be packed; None when it can."""
+    """The reason a layer cannot be packed; None if it can."""
     x, weight = nodes.tensor_type(linear.args[0]), linear.args[1]  # pyright: ignore[reportArgumentType]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return "its weight is computed"
@@ -76,7 +76,7 @@ def _obstacle(linear: fx.Node) -> str | None:
 
 
 def _slower(linear: fx.Node) -> str | None:
-    """Why PyTorch's product is the faster one, at the sizes of the example."""
+    """The reason PyTorch's product is the faster one, at the sizes of the example; None if ours is."""
     x, weight = (cast(torch.Tensor, nodes.value(cast(fx.Node, item))) for item in linear.args[:2])
     rows = math.prod(map(fake.hint, x.shape[:-1]))
     return slower_than_pytorch(x.dtype, rows, *map(fake.hint, reversed(weight.shape)))

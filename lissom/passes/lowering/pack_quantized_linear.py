@@ -75,7 +75,7 @@ class PackQuantizedLinear(Rewrite):
 
 
 def _obstacle(layer: QuantizedLayer) -> str | None:
-    """Why there is no kernel for a layer; None when there is one."""
+    """The reason there is no kernel for a layer; None if there is one."""
     if layer.is_read_whole:
         return "its weight is read elsewhere too"
     x = nodes.tensor_type(layer.x)
@@ -111,7 +111,7 @@ def _obstacle_to_int8(layer: QuantizedLayer) -> str | None:
 
 
 def _is_grouped(layer: QuantizedLayer) -> bool:
-    """Whether the int8 kernel reads the weight with group-wise scales, as it reads all of four bits."""
+    """True if the int8 kernel reads the weight with group-wise scales, as it reads all of four bits."""
     return layer.blocks[1] != 1 or FORMATS[layer.format].bits == 4
 
 

@@ -59,7 +59,7 @@ class PackSparse(Rewrite):
 
 
 def _obstacle(linear: fx.Node, *, any_device: bool) -> str | None:
-    """Why a layer with a 2:4 weight cannot be packed; None when it can."""
+    """The reason a layer with a 2:4 weight cannot be packed; None if it can."""
     x, weight = nodes.tensor_type(linear.args[0]), nodes.tensor_type(linear.args[1])
     if any(user.target is not aten.linear.default for user in linear.args[1].users):  # pyright: ignore
         return "its weight is read elsewhere too"

@@ -57,7 +57,7 @@ def _gate(linear: fx.Node) -> dict[str, fx.Node] | None:
 
 
 def _obstacle(linear: fx.Node) -> str | None:
-    """Why a projection cannot be split; None when it can."""
+    """The reason a projection cannot be split; None if it can."""
     x, weight, *bias = linear.args
     if not is_owned(weight) or not all(item is None or is_own_weight(item) for item in bias):
         return "its weight is computed, or read elsewhere too"

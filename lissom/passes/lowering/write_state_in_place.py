@@ -38,7 +38,7 @@ class WriteStateInPlace(Rewrite):
 
 
 def _obstacle(edit: Editor, state: fx.Node, new: fx.Node, write: fx.Node) -> str | None:
-    """Why the state cannot be written in place; None when it can."""
+    """The reason the state cannot be written in place; None if it can."""
     if write.users:
         return "what the write yields is read"
     reads = [node for node in edit.program.graph.nodes if node.op == "get_attr" and node.target == state.target]

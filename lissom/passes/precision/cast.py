@@ -146,7 +146,7 @@ class _Guard:
         self.ranges = measured_ranges(program, self.edit.data, values, torch.float16, progress)
 
     def misfit(self, node: fx.Node) -> Misfit | None:
-        """Why a call cannot run in float16; None when it can."""
+        """The reason a call cannot run in float16; None if it can."""
         mask, addend = (nodes.argument(node, of[node.target]) if node.target in of else None for of in (_MASKS, _ADDENDS))
         found = [
             self._misfit(item, mask=item is mask, added=item is addend)
@@ -266,7 +266,7 @@ class Caster:
         return torch.float32 if short else None
 
     def _obstacle(self, node: fx.Node) -> str | None:
-        """Why a call stays in float32; None when it can run in reduced precision."""
+        """The reason a call stays in float32; None if it can run in reduced precision."""
         if is_protected(node, self.skip):
             return "skip= names it"
         match self.guard.misfit(node) if self.guard is not None else None:

@@ -59,7 +59,7 @@ def _fold_weight(edit: Editor, node: fx.Node, weight: fx.Node, kept: dict[str, f
 
 
 def _obstacle(node: fx.Node, weight: fx.Node) -> str | None:
-    """Why a weight cannot be stored in the dtype of its cast; None when it can."""
+    """The reason a weight cannot be stored in the dtype of its cast; None if it can."""
     if dtype_of(node).itemsize > dtype_of(weight).itemsize:
         return "the weight would take more bytes"
     others = [user for user in weight.users if cast_from(user) is None or dtype_of(user) != dtype_of(node)]

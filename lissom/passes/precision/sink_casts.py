@@ -81,7 +81,7 @@ def _narrows(node: fx.Node) -> bool:
 
 
 def _again(edit: Editor, move: fx.Node, value: fx.Node) -> fx.Node:
-    """The same view or copy of another value."""
+    """The view or copy `move`, applied to another value."""
     target: torch._ops.OpOverload = move.target  # pyright: ignore[reportAssignmentType]
     return edit.call(target, value, *move.args[1:], **move.kwargs)
 

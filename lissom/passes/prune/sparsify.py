@@ -55,7 +55,7 @@ from lissom.compiler.pipeline.spelling import format_pass
 from lissom.errors import RequirementError, UnsupportedError
 
 Density = float | tuple[int, int]
-"""What is kept of a matrix: a fraction, or N of every M neighbours in a row."""
+"""The density of a matrix: the fraction to keep, or N of every M neighbours in a row."""
 Prune = Callable[[torch.Tensor, Moments, str], torch.Tensor]
 """Gives the pruned matrix from a matrix, [features out, features in], the moments of its inputs, and its name."""
 _KEEP = 0.5
@@ -149,7 +149,7 @@ class Sparsify(Approximation):
         )
 
     def _density(self, amount: str | None) -> Density | str:
-        """What to keep of a layer with this amount, or why it stays dense."""
+        """The density of a layer with this amount, or the reason it stays dense."""
         if amount is None and self.amounts and self.keep is None and self.pattern is None:
             return "amounts= does not name it"
         if amount is None:
@@ -245,14 +245,14 @@ def _parse(pattern: str | None) -> tuple[int, int] | None:
 
 
 def _obstacle(matrix: Matrix, tables: set[fx.Node]) -> str | None:
-    """Why a layer's weights cannot be zeroed; None when they can."""
+    """The reason a layer's weights cannot be zeroed; None if they can."""
     if matrix.node not in tables and not all(is_linear(reader) for reader in readers_of(matrix.node)):
         return "its weight is also read by operators other than linear layers"
     return None
 
 
 def _pattern_obstacle(matrix: Matrix, density: Density) -> str | None:
-    """Why a pattern N:M does not fit a layer."""
+    """The reason a pattern N:M does not fit a layer; None if it fits."""
     size = matrix.shape[1]
     if isinstance(density, tuple) and size % density[1]:
         return f"its {size} input features are no multiple of {density[1]}"

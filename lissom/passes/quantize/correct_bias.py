@@ -87,7 +87,7 @@ class CorrectBias(Approximation):
 
 
 def _original(edit: Editor, layer: fx.Node) -> fx.Node | None:
-    """The same layer in the program before the first lossy pass; None where there is none."""
+    """The layer's counterpart in the program before the first lossy pass; None if there is none."""
     if edit.reference is None:
         return None
     found = next((node for node in edit.reference.nodes() if node.name == layer.name), None)

@@ -203,7 +203,7 @@ class Quantize(Approximation):
 
     @property
     def _takes_tied(self) -> bool:
-        """Whether tables that are tied to an LM head are quantized: they are most of what a small decoder reads for a token."""
+        """True if tables that are tied to an LM head are quantized: they are most of what a small decoder reads for a token."""
         return _has_four_bits(self.scheme) if self.embeddings is None else self.embeddings
 
     def _layers(self, edit: Editor, others: Sequence[fx.Node]) -> dict[fx.Node, Matrix]:
@@ -312,7 +312,7 @@ def _has_four_bits(scheme: str) -> bool:
 
 
 def _by_group(scheme: str) -> bool:
-    """Whether activations have a scale for each group of neighbours."""
+    """True if activations have per-group scales."""
     return scheme in ("int8-group", "int4-dynamic")
 
 

@@ -55,7 +55,7 @@ class QuantizeCache(Approximation):
             edit.note("the program has no KV cache; compile_generation makes one that has")
 
     def _obstacle(self, write: fx.Node, state: fx.Node, new: fx.Node) -> str | None:
-        """Why a write to the cache is left alone; None when it can be quantized."""
+        """The reason a write to the cache is left unchanged; None if it can be quantized."""
         if write.users or set(state.users) != {new, write}:
             return f"'{state.target}' has other readers"
         if self.bits == 4 and int(nodes.tensor_type(state).shape[-1]) % 2:  # pyright: ignore[reportArgumentType]

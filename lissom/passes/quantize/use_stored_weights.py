@@ -28,7 +28,7 @@ from lissom.ops.quantization import dequantize
 
 aten = torch.ops.aten
 _ROWS = 4096
-"""How many rows are dequantized at once for the comparison."""
+"""The number of rows that are dequantized at once for the comparison."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class UseStoredWeights(Rewrite):
 
 
 def _obstacle(node: fx.Node, stored: StoredWeight) -> str | None:
-    """Why a weight stays in floating point; None when it need not."""
+    """The reason a weight stays in floating point; None if it need not."""
     reader = next((item for item in readers_of(node) if item.target not in (*LINEAR_PRODUCTS, aten.embedding.default)), None)
     if reader is not None:
         return f"'{reader.name}' reads it, which is neither a linear layer nor an embedding"
@@ -62,7 +62,7 @@ def _obstacle(node: fx.Node, stored: StoredWeight) -> str | None:
 
 
 def _difference(blocks: StoredBlocks, stored: StoredWeight, weight: torch.Tensor) -> str | None:
-    """Why the blocks do not give the values of the weight; None where they do."""
+    """The reason the blocks do not give the values of the weight; None if they do."""
     weight = weight.T if stored.transposed else weight
     if weight.dtype == torch.float32 and weight.shape == blocks.q.shape:
         pieces = (slice(start, start + _ROWS) for start in range(0, len(weight), _ROWS))

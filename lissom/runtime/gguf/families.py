@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """How llama.cpp computes a family of models.
+    """The computation of a family of models in llama.cpp.
 
     architecture: for layers of one width. by_layer: for layers of several widths; None where llama.cpp has none. other_heads:
     for heads that are together narrower than the residual stream, where `architecture` has no room for them. fields: the
@@ -69,7 +69,7 @@ class Sizes:
         return all(len(set(sizes)) == 1 for sizes in (self.heads, self.key_value_heads, self.neurons))
 
     def widest(self) -> Sizes:
-        """The same size for all layers, the largest."""
+        """The largest size of all layers, for every layer."""
         count = len(self.heads)
         return Sizes(*((max(sizes),) * count for sizes in (self.heads, self.key_value_heads, self.neurons)))
 
@@ -135,7 +135,7 @@ def rope_of(config: Any) -> Mapping[str, Any]:
 
 
 def rope_factors(config: Any, model: Any) -> torch.Tensor | None:
-    """What llama.cpp divides the frequencies of heads by, [head_dim / 2]; None where they are plain or scaled linearly."""
+    """Divisors of the heads' frequencies in llama.cpp, [head_dim / 2]; None if these are plain or scaled linearly."""
     rope = rope_of(config)
     if rope.get("rope_type", "default") != "llama3":
         return None

@@ -138,7 +138,7 @@ def _graph(family: Family, sizes: Sizes, config: Any) -> str:
 
 
 def _reads_each_layer(architecture: str, weights: Mapping[str, Weight], config: PretrainedConfig) -> bool:
-    """Whether the graph for several widths has room for these weights: `deci` has no biases, `openelm` ties its LM head."""
+    """True if the graph for several widths has room for these weights: `deci` has no biases, `openelm` ties its LM head."""
     if architecture == "openelm":
         return bool(config.tie_word_embeddings)
     return not any(name.endswith(".bias") for name in weights)

@@ -191,7 +191,7 @@ def _type(text: str, known: bool, added: Mapping[str, Any] | None, unknown: str 
 
 
 def _scores(merges: Sequence[tuple[str, ...]]) -> dict[str, float]:
-    """What SentencePiece merges by: the piece that is merged first has the highest score."""
+    """The merge scores of SentencePiece: the piece that is merged first has the highest score."""
     found: dict[str, float] = {}
     for rank, pair in enumerate(merges):
         found.setdefault("".join(pair), -float(rank + 1))

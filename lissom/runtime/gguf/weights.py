@@ -26,7 +26,7 @@ from lissom.ops.quantization import dequantize
 
 _KINDS = {"int8": "Q8_0", "int4": "Q4_0", "uint4": "Q4_1"}
 _ROWS = 4096
-"""How many rows are dequantized at once for a comparison."""
+"""The number of rows that are dequantized at once for a comparison."""
 _HALF = torch.finfo(torch.float16)
 
 
@@ -160,7 +160,7 @@ def blocks_of(stored: StoredBlocks) -> Blocks | None:
 
 
 def _holds(half: torch.Tensor, part: torch.Tensor) -> bool:
-    """Whether float16 holds these values with all its digits."""
+    """True if float16 holds these values with all its digits."""
     return bool((half.isfinite() & ((half.abs() >= _HALF.tiny) | (part == 0))).all())
 
 

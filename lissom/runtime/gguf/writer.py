@@ -39,7 +39,7 @@ _FUSED = tuple(f"self_attn.{name}_proj.weight" for name in ("q", "k", "v"))
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What was written. architecture: llama.cpp's graph. types: the number of tensors of each type. megabytes: of the file."""
+    """The written file. architecture: llama.cpp's graph. types: the number of tensors of each type. megabytes: of the file."""
 
     architecture: str
     types: Mapping[str, int]

@@ -26,7 +26,7 @@ def has_axis_rule(one: OneCall) -> bool:
 
 
 def check_axes(call: Call, generator: random.Random) -> str:
-    """How the axis rule of a call is wrong; empty when it is right, or claims nothing."""
+    """The fault of the axis rule of a call; empty if it is right, or claims nothing."""
     one = program_of(call)
     assert one is not None
     found = _axes(one)

@@ -15,7 +15,7 @@ from tools.suites.opinfo.calls import Call, OneCall, program_of, run
 
 
 def check_cost(call: Call) -> str:
-    """How the cost of a call is wrong; empty when it is right."""
+    """The fault of the cost of a call; empty if it is right."""
     one = program_of(call)
     assert one is not None
     values = run(one)
@@ -46,7 +46,7 @@ def flops_of(call: Call) -> int:
 
 
 def check_flops(call: Call) -> str:
-    """How the operations of a call are miscounted; empty when they are right."""
+    """The difference of the operations of a call from PyTorch's count, in words; empty if there is none."""
     one = program_of(call)
     assert one is not None
     wanted, found = flops_of(call), node_cost(one.call, fake.hint).flops

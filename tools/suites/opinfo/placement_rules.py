@@ -33,7 +33,7 @@ def has_placement_rule(one: OneCall) -> bool:
 
 
 def check_placements(call: Call, generator: random.Random) -> str:
-    """How the placement rule of a call is wrong; empty when it is right."""
+    """The fault of the placement rule of a call; empty if it is right."""
     one = program_of(call)
     assert one is not None
     wanted = run(one)

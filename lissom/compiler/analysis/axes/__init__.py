@@ -1,1 +1,1 @@
-"""Which dimensions of a program's tensors share their indices, and which indices contribute nothing."""
+"""Axes: the tensor dimensions of a program that share their indices, and the indices that contribute nothing."""

@@ -54,7 +54,7 @@ class Axes:
         ]
 
     def obstacle(self, axis: Axis, *, zero: bool = False) -> str:
-        """Why indices of the axis cannot be removed; empty when they can.
+        """The reason indices of the axis cannot be removed; empty if they can.
 
         zero: whether the removed values are exactly zero wherever a norm reads them.
         """

@@ -45,7 +45,7 @@ class Columns:
 
     @property
     def alone(self) -> bool:
-        """Whether the layer reads the units only."""
+        """True if the layer reads the units only."""
         return bool((self.unit >= 0).all())
 
     def indices(self, units: int | Iterable[int]) -> torch.Tensor:
@@ -69,7 +69,7 @@ class Columns:
         return weight.detach().index_fill(self.dim, self.indices(units).to(weight.device), 0.0)
 
     def dead(self, weight: torch.Tensor) -> torch.Tensor:
-        """Which units have only zeros in their columns, [count] of booleans."""
+        """True for units whose columns are all zero, [count]."""
         others = [dim for dim in range(weight.dim()) if dim != self.dim]
         zero = (weight.detach() == 0).cpu()
         return units_within(self.unit, zero.all(others) if others else zero, self.count)
@@ -119,7 +119,7 @@ def _columns(found: Axes, layer: fx.Node, axis: Axis, count: int, units: str) ->
 
 
 def units_within(unit: torch.Tensor, chosen: torch.Tensor, count: int) -> torch.Tensor:
-    """Which units have chosen indices only, [count] of booleans. unit: the unit of each index; chosen: booleans per index."""
+    """True for units with chosen indices only, [count]. unit: the unit of each index; chosen: booleans per index."""
     found = torch.ones(count, dtype=torch.bool)
     found[unit[~chosen & (unit >= 0)]] = False
     return found

@@ -1,4 +1,4 @@
-"""Which indices of axes contribute nothing: every sum over them has zeros there, in a weight or in an activation."""
+"""Indices of axes that contribute nothing: every sum over them has zeros there, in a weight or in an activation."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def reshape(node: fx.Node, known: Known) -> Value:
 
 
 def reshape_as(node: fx.Node, known: Known) -> Value:
-    """The same to the sizes of another tensor, whose axes are those of the result."""
+    """Reshape to the sizes of another tensor, whose axes are those of the result."""
     found = cast(Dims, reshape(node, known))
     for axis, other in zip(found, of(node.args[1], known), strict=True):
         unify(axis, other, f"the sizes of {target_text(node.target)}")

@@ -1,4 +1,4 @@
-"""Where values are exactly zero for all inputs, derived from zeros in the weights.
+"""Values that are exactly zero for all inputs, derived from zeros in the weights.
 
 For every dimension of every value: the indices at which the whole value is zero. A row of zeros in a weight without a bias
 makes a feature zero; a product is zero where either factor is; a sum is zero where both terms are; views move zeros.
@@ -33,7 +33,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Zero:
-    """Where one value is zero.
+    """The zeros of one value.
 
     at: for each dimension with zeros, the indices that are zero, [size] of booleans. whole: the value is zero everywhere.
     """
@@ -62,7 +62,7 @@ class _Known:
     zeros: dict[fx.Node, Zero]
 
     def of(self, item: object) -> Zero:
-        """Where an argument is zero; a missing bias is zero everywhere."""
+        """The zeros of an argument; a missing bias is zero everywhere."""
         if item is None:
             return EVERYWHERE
         if isinstance(item, fx.Node):
@@ -71,7 +71,7 @@ class _Known:
 
 
 def zeros(program: Program) -> Zeros:
-    """Where the values of a program are zero; use it as `program.fact(zeros)`. Values without zeros have no entry."""
+    """The zeros of a program's values; use it as `program.fact(zeros)`. Values without zeros have no entry."""
     known = _Known(program, program.fact(axes), {})
     for node in program.graph.nodes:
         found = NOWHERE
@@ -96,7 +96,7 @@ def zero_at(found: Zeros, node: fx.Node, dim: int) -> torch.Tensor:
 
 
 def _of_weight(weight: torch.Tensor) -> Zero:
-    """Where a weight is zero; only floating-point weights are read."""
+    """The zeros of a weight; only floating-point weights are read."""
     if not weight.is_floating_point() or weight.numel() == 0:
         return NOWHERE
     living = weight.detach() != 0
@@ -110,7 +110,7 @@ def _of_weight(weight: torch.Tensor) -> Zero:
 
 
 def _settled(found: Zero) -> Zero:
-    """The same without the dimensions that have no zero; everywhere when all of a dimension is zero."""
+    """The zeros without the dimensions that have none; everywhere if all of a dimension is zero."""
     at = {dim: mask for dim, mask in found.at.items() if bool(mask.any())}
     return EVERYWHERE if found.whole or any(bool(mask.all()) for mask in at.values()) else Zero(at)
 

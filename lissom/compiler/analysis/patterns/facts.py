@@ -123,7 +123,7 @@ NEVER: Seen = ()
 
 
 def between(count: Count, low: float, high: float) -> Seen | None:
-    """Where low <= count <= high; None when facts cannot express it."""
+    """The condition low <= count <= high; None if facts cannot express it."""
     intervals: list[Interval] = [(low, high)]
     for index, (step, number) in reversed(list(enumerate(count.steps))):
         if step == "mod":
@@ -136,7 +136,7 @@ def between(count: Count, low: float, high: float) -> Seen | None:
 
 
 def equal(left: Count, right: Count) -> Seen | None:
-    """Where two counts are equal."""
+    """The condition that two counts are equal; None if facts cannot express it."""
     if left.steps == right.steps and len(left.steps) == 1 and left.steps[0][0] == "mod":
         apart = difference(replace(left, steps=()), replace(right, steps=()))
         apart = apart and apart.then("mod", left.steps[0][1])
@@ -169,7 +169,7 @@ def _up(value: float, number: int) -> float:
 
 
 def _residues(count: Count, modulus: int, intervals: list[Interval]) -> Seen | None:
-    """Where (Σ terms + offset) mod `modulus` is in one of the intervals."""
+    """The condition that (Σ terms + offset) mod `modulus` is in one of the intervals; None if facts cannot express it."""
     if count.steps:
         return None
     found: Seen | None = NEVER
@@ -201,7 +201,7 @@ def _fact(terms: Terms, low: float, high: float, modulus: int = 0) -> Seen:
 
 
 def both(left: Seen | None, right: Seen | None) -> Seen | None:
-    """Where two conditions hold."""
+    """The conjunction of two conditions."""
     if left is None or right is None:
         return None
     found = [_joined((*first, *second)) for first in left for second in right]
@@ -209,7 +209,7 @@ def both(left: Seen | None, right: Seen | None) -> Seen | None:
 
 
 def either(left: Seen | None, right: Seen | None) -> Seen | None:
-    """Where one of two conditions holds."""
+    """The disjunction of two conditions."""
     if left is None or right is None:
         return None
     if () in left or () in right:
@@ -218,7 +218,7 @@ def either(left: Seen | None, right: Seen | None) -> Seen | None:
 
 
 def opposite(seen: Seen | None) -> Seen | None:
-    """Where a condition does not hold."""
+    """The negation of a condition."""
     if seen is None:
         return None
     found: Seen | None = ALWAYS

@@ -63,7 +63,7 @@ class Reading:
 
     @property
     def causal(self) -> bool:
-        """Whether the pattern is exactly the causal mask."""
+        """True if the pattern is exactly the causal mask."""
         return self.pattern is not None and self.pattern.alternatives == ((CAUSAL,),)
 
 
@@ -208,7 +208,7 @@ def _inserted(seen: Seen | None, inserted: tuple[int, ...]) -> Seen | None:
 
 
 def _sees_itself(pattern: Pattern) -> bool:
-    """Whether every query sees the key at its own position, for any layout."""
+    """True if every query sees the key at its own position, for any layout."""
 
     def holds(condition: Condition) -> bool:
         unbounded = condition == Condition(condition.query, condition.key) and not condition.asks_layout
@@ -218,7 +218,7 @@ def _sees_itself(pattern: Pattern) -> bool:
 
 
 def _why(program: Program, rest: tuple[Part, ...]) -> str:
-    """Why a mask has no pattern; empty when it does not depend on positions."""
+    """The reason a mask has no pattern; empty if it does not depend on positions."""
     both_positions = [part.node for part in rest if 1 not in _shape(part)[-2:]]
     if not both_positions:
         return ""

@@ -89,7 +89,7 @@ def _kind(program: Program, mask: fx.Node) -> MaskKind:
 
 
 def _triangle(blocked: torch.Tensor) -> tuple[bool, int | None]:
-    """Whether later keys are masked, and the number of visible earlier ones; blocked: [queries, keys]."""
+    """True if later keys are masked, and the number of visible earlier ones; blocked: [queries, keys]."""
     rows, columns = blocked.shape
     if min(rows, columns) < _SMALLEST:
         return False, None

@@ -84,7 +84,7 @@ def shared_operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def operands_obstacle(edit: Editor, node: fx.Node) -> str | None:
-    """Why none of our kernels accepts an attention's operands; None when they do."""
+    """The reason none of our kernels accepts an attention's operands; None if one does."""
     q, k, v = (nodes.tensor_type(item) for item in node.args[:3])  # pyright: ignore[reportArgumentType]
     if q.rank != 4 or k.rank != 4 or v.rank != 4:
         return "its operands are not [batch, heads, tokens, head_dim]"

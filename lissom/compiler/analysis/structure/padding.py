@@ -98,7 +98,7 @@ def _hides_no_more(mask: fx.Node, padding: fx.Node | None, causal: bool, values:
 
 
 def kept_rows(mask: torch.Tensor) -> torch.Tensor:
-    """Which positions are real tokens, [batch, tokens]; all in a fully masked row, since attention there sees all keys."""
+    """True for real tokens, [batch, tokens]; for all in a fully masked row, since attention there sees all keys."""
     real = mask != 0
     return real | ~real.any(1, keepdim=True)
 

@@ -1,4 +1,4 @@
-"""Which tokens of a sample are real and which are padding, according to the program's attention masks.
+"""The real tokens of a sample, without padding, according to the program's attention masks.
 
 An input's name is not enough: the ones of a `mask` may be kept or masked, or the mask may be added to the scores. When no
 input is a padding mask whose zeros mask keys, the attention's mask is computed from the sample.
@@ -33,7 +33,7 @@ _HIDDEN_ROUNDED = 0.99 * HIDDEN
 
 
 def token_mask(program: Program, sample: Sample, node: fx.Node, axis: int = 1) -> torch.Tensor | None:
-    """Which tokens of the node's tensor are real, as booleans in the shape of its batch and tokens; None when all are.
+    """The real tokens of the node's tensor, as booleans in the shape of its batch and tokens; None if all are real.
 
     In a row without real tokens, all count as real. Rows sorted by expert are in another order than the masks: all count.
     axis: the dimension of the tokens, the second to last.
@@ -70,7 +70,7 @@ class _Sources:
     _found: list[tuple[Size, Size, torch.Tensor]] = field(default_factory=list["tuple[Size, Size, torch.Tensor]"])
 
     def of(self, program: Program, sample: Sample) -> list[tuple[Size, Size, torch.Tensor]]:
-        """Which tokens of this sample are real, with the sizes of batch and tokens."""
+        """The real tokens of this sample, with the sizes of batch and tokens."""
         if self._sample is not sample:
             self._sample, self._found = sample, list(self._read(program, sample))
         return self._found

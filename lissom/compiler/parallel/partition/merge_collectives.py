@@ -80,7 +80,7 @@ def _merge(edit: Editor, first: fx.Node, second: fx.Node) -> fx.Node:
 
 
 def _count(edit: Editor, value: fx.Node) -> fx.Node | int:
-    """How many numbers a value has."""
+    """The number of elements of a value."""
     fixed = math.prod(size for size in nodes.tensor_type(value).shape if isinstance(size, int))
     found: fx.Node | int = fixed
     for dim, size in enumerate(nodes.tensor_type(value).shape):

@@ -1,4 +1,4 @@
-"""What the steps of a partition share: the placement and type of every value, and the weights that differ between ranks."""
+"""State shared by the steps of a partition: placement and type of every value, and the weights that differ between ranks."""
 
 from __future__ import annotations
 

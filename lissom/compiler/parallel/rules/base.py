@@ -71,7 +71,7 @@ _WEIGHT_VIEWS = (
     *(*ops.TRANSPOSES, aten.permute.default, *ops.RESHAPES, aten.unsqueeze.default, *ops.SQUEEZES),
     *(aten.clone.default, aten.contiguous.default, fake_quantize, dequantize),
 )
-"""What may stand between a weight and its reader so that zeros in the weight are zeros for the reader."""
+"""Calls between a weight and its reader through which zeros in the weight stay zeros for the reader."""
 
 
 def tensors(node: fx.Node) -> list[fx.Node]:

@@ -48,7 +48,7 @@ _EXACT = 2**24
 
 
 ROUNDS = {"all-reduce": 2, "reduce-scatter": 1, "all-gather": 1}
-"""How often each byte travels around a ring, apart from the rank's own shard, by the kind of collective."""
+"""The number of times each byte travels around a ring, apart from the rank's own shard, by the kind of collective."""
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def by_position(item: fx.Node, world_size: int) -> Placed:
 
 
 def position_obstacle(item: fx.Node, world_size: int) -> str:
-    """Why a value cannot be sharded by position; empty where it can."""
+    """The reason a value cannot be sharded by position; empty if it can."""
     shape = shape_of(item)
     if len(shape) < 3:
         return "it has no dimension of positions"

@@ -47,7 +47,7 @@ def turned_back(node: fx.Node, read: Reading) -> Outcome:
 
 
 def _narrowed(spans: Spans, size: object, blocks: object) -> Spans | None:
-    """How a dimension of blocks is sharded, from how their elements are; None when a block would be divided."""
+    """The sharding of a dimension of blocks, given that of their elements; None if a block would be divided."""
     if size == blocks:
         return spans
     each = cast(int, size) // cast(int, blocks)

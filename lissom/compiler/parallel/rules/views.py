@@ -123,7 +123,7 @@ def _total(sizes: Sequence[Size], dims: Sequence[int]) -> Size:
 def _reshaped(
     old: Sequence[Size], new: Sequence[Size], before: list[int], after: list[int], split: dict[int, Spans]
 ) -> list[tuple[int, Spans]] | None:
-    """How the dimensions `after` are sharded, from `split`, how those of `before` are; None where no placement says it."""
+    """Output sharding of the dimensions `after`, given the input sharding `split` of `before`; None if not representable."""
     if not split:
         return []
     solid = [dim for dim in after if new[dim] != 1]
@@ -148,7 +148,7 @@ def _reshaped(
 def _reshaped_parts(
     old: Sequence[Size], new: Sequence[Size], before: list[int], after: list[int], split: dict[int, Spans]
 ) -> list[tuple[int, Spans]] | None:
-    """The same for a first dimension of several parts: the others are merged into each part, or split from each."""
+    """Output sharding for a first dimension of several parts: the others are merged into each part, or split from each."""
     before, after = ([dim for dim in dims if sizes[dim] != 1] for dims, sizes in ((before, old), (after, new)))
     (dim, spans), *more = split.items()
     if more or before[0] != dim or not after:

@@ -145,7 +145,7 @@ class Separation:
         return others.isdisjoint(chosen) and len(set(chosen)) == len(chosen)
 
     def order_obstacle(self, heads: SeparateHeads) -> str:
-        """Why the heads of an attention cannot be reordered; empty when they can."""
+        """The reason the heads of an attention cannot be reordered; empty if they can."""
         for axis in heads.numbering:
             if axis.form != "atom":
                 return "they are numbered by several axes"
@@ -165,7 +165,7 @@ class Separation:
                 rows.write(self._edit, rows.read(self._edit.program)[order if axis in heads.shared else of_queries])
 
     def obstacle(self, axis: Axis) -> str:
-        """Why heads of this axis cannot be changed by editing only the weights that produce them; empty when they can."""
+        """The reason heads of this axis cannot be changed by editing only the weights that produce them; empty if they can."""
         if axis.form != "atom":
             return "they are numbered by several axes"
         if reason := self.axes.obstacle(axis):
@@ -230,7 +230,7 @@ def _repeated(edit: Editor, x: fx.Node, heads: int) -> fx.Node:
 
 
 def _obstacle(site: AttentionSite) -> str:
-    """Why the heads of an attention cannot have separate axes; empty when they can."""
+    """The reason the heads of an attention cannot have separate axes; empty if they can."""
     if any(nodes.tensor_type(item).rank != 4 for item in site.node.args[:3]):
         return "its operands are not [batch, heads, tokens, features]"
     keys, values = (as_int(nodes.tensor_type(unrepeated(item)).shape[1]) for item in site.node.args[1:3])

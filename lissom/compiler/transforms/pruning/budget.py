@@ -1,4 +1,4 @@
-"""Which units of each site are removed: rankings of the units, and the allocation of a ratio among the sites."""
+"""The units to remove from each site: rankings of the units, and the allocation of a ratio among the sites."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Amount:
-    """How much is kept.
+    """The ratio of units to keep, and its allocation among sites.
 
     keep: the fraction of units, above 0 and at most 1. scope: `global` allocates the removal among sites by cost, `layer` takes
     the same fraction of every site. round_to: the number of units left in a site is a multiple of this.

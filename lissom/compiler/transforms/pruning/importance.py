@@ -119,7 +119,7 @@ def gate_moments(
 
 
 def rearranged(gram: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
-    """The same number of removed units, swapped one by one for others while that lowers Σ_{i, j gone} F_ij.
+    """As many removed units as in `gone`, swapped one by one for others while that lowers Σ_{i, j gone} F_ij.
 
     gram: F, [units, units]. Kwon et al. 2022, A Fast Post-Training Pruning Framework for Transformers, §4.2: the diagonal of F
     ignores redundancy between units.

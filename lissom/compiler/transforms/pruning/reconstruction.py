@@ -267,7 +267,7 @@ def _ending(program: Program, reference: Program, columns: Columns, residual: fx
 
 
 def _reads(program: Program, weight: fx.Node) -> int:
-    """How often the program uses a weight."""
+    """The number of uses of a weight in the program."""
     return sum(len(node.users) for node in program.graph.nodes if node.op == "get_attr" and node.target == weight.target)
 
 

@@ -133,7 +133,7 @@ def places_of(axis: Axis, rows: Axis, units: Axis, order: torch.Tensor) -> torch
 
 
 def obstacle(edit: Editor, numbering: Sequence[Axis]) -> str:
-    """Why units numbered by these axes cannot be removed; empty when they can."""
+    """The reason units numbered by these axes cannot be removed; empty if they can."""
     found = edit.program.fact(axes)
     if not numbering:
         return "they are not numbered by an axis of their own"

@@ -79,7 +79,7 @@ def _remove(edit: Editor, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> Non
 
 
 def mask(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
-    """Which indices of an axis stay, [size] of booleans; keep: the same for its atoms."""
+    """True for the indices of an axis that stay, [size]; keep: these booleans for its atoms."""
     axis = axis.find()
     if axis.form == "atom":
         return keep[axis] if axis in keep else torch.ones(cast(int, axis.size), dtype=torch.bool)
@@ -199,7 +199,7 @@ def _follow_slice(node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor])
 
 
 def _copies(node: fx.Node, dim: int, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> object:
-    """How often a call repeats a dimension after the removal: the new size divided by the new size of its source."""
+    """The repeat count of a dimension after the removal: the new size divided by the new size of its source."""
     source, result = (cast("tuple[Axis, ...]", found.of[item]) for item in (cast(fx.Node, node.args[0]), node))
     count = node.args[1] if isinstance(node.args[1], int) else cast("list[object]", node.args[1])[dim]
     axis, added = result[dim], len(result) - len(source)

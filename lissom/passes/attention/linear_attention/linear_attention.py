@@ -99,7 +99,7 @@ class LinearAttention(Approximation):
             writer.write(site, maps[site.node])
 
     def _obstacle(self, edit: Editor, node: fx.Node) -> str | None:
-        """Why an attention stays softmax; None when it can be replaced."""
+        """The reason an attention stays softmax; None if it can be replaced."""
         reason = obstacle_by_name(node, skip=self.skip, only=self.only)
         return reason or operands_obstacle(edit, node) or _obstacle_in_scores(edit, node)
 
@@ -153,7 +153,7 @@ def _site(program: Program, node: fx.Node) -> _Site:
 
 
 def _obstacle_in_scores(edit: Editor, node: fx.Node) -> str | None:
-    """Why linear attention cannot express an attention's scores; None when it can."""
+    """The reason linear attention cannot express an attention's scores; None if it can."""
     if node.kwargs.get("softcap"):
         return "its scores are soft-capped"
     if node.kwargs.get("sinks") is not None:

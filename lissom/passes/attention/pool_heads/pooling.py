@@ -43,7 +43,7 @@ class Products:
         return len(self.left) // len(self.right)
 
     def ordered(self, order: torch.Tensor) -> Products:
-        """The same products with the shared heads, and their query heads, in another order."""
+        """The products with the shared heads, and their query heads, in another order."""
         return Products(self.left[with_readers(order, self.readers)], self.right[order], self.moment, self.fitted)
 
     @cached_property

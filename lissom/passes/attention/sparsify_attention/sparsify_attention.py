@@ -241,7 +241,7 @@ def _sites(attention: Sequence[AttentionSite]) -> list[AmountSite]:
 
 
 def _obstacle(edit: Editor, node: fx.Node, cross: bool) -> str | None:
-    """Why an attention stays dense; None when it can become sparse."""
+    """The reason an attention stays dense; None if it can become sparse."""
     q, k = (nodes.tensor_type(item) for item in node.args[:2])
     if q.rank != 4 or k.rank != 4 or not isinstance(q.shape[1], int):
         return "its operands are not [batch, heads, tokens, head_dim]"

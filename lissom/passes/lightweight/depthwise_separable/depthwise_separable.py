@@ -352,7 +352,7 @@ def _terms(cost: Cost) -> str:
 
 
 def _obstacle(program: Program, layer: Convolution) -> str | None:
-    """Why a layer's kernel cannot be factored for this layer only, or need not be."""
+    """The reason a layer's kernel cannot be factored for this layer only, or need not be; None if it can."""
     if layer.window.taps == 1:
         return "its kernel has one element per channel, so it is pointwise already"
     if layer.channels_in == layer.groups > 1:

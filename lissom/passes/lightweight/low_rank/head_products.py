@@ -135,7 +135,7 @@ def gram_of_heads(edit: Editor, products: Sequence[HeadProduct]) -> dict[fx.Node
 
 
 def gram_of_weights(program: Program, product: HeadProduct) -> dict[fx.Node, torch.Tensor]:
-    """The same for independent inputs of unit variance, without biases."""
+    """The Gram matrix of each head, as of `gram_of_heads`, for independent inputs of unit variance, without biases."""
     chosen = (product.first, product.second) if product.scores else (product.first,)
     rows = (layer.weight.read(program).float() for layer in chosen)
     return {node: part @ part.mT for node, part in zip(product.observed, rows, strict=True)}

@@ -152,7 +152,7 @@ class LowRank(Approximation):
 
     @property
     def _by_name_only(self) -> bool:
-        """Whether only layers that `amounts` names are factored."""
+        """True if only layers that `amounts` names are factored."""
         return self.rank is None and self.keep is None and self.budget is None
 
     def _amounts(self) -> Amounts:
@@ -278,7 +278,7 @@ class LowRank(Approximation):
         return obstacle_by_name(*layers, skip=self.skip, only=self.only)
 
     def _obstacle(self, program: Program, node: fx.Node, matrix: Matrix) -> str | None:
-        """Why a layer is left alone; None when it can be factored."""
+        """The reason a layer is left unchanged; None if it can be factored."""
         found = program.fact(structure)
         if reason := self._obstacle_by_name(node):
             return reason

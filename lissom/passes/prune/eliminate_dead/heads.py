@@ -68,7 +68,7 @@ def _dead_heads(edit: Editor, site: AttentionSite, columns: Columns) -> torch.Te
 
 
 def _obstacle(edit: Editor, site: AttentionSite, columns: Columns) -> str:
-    """Why the dead heads of a site cannot be removed; empty when they can."""
+    """The reason the dead heads of a site cannot be removed; empty if they can."""
     if reason := obstacle(edit, columns.axes):
         return reason
     missed = _dead_heads(edit, site, columns) & ~dead_units(edit.program, columns.axes).flatten()

@@ -58,7 +58,7 @@ def _dead_neurons(edit: Editor, columns: Columns) -> torch.Tensor:
 
 
 def _obstacle(edit: Editor, columns: Columns) -> str:
-    """Why the dead neurons of a site cannot be removed; empty when they can."""
+    """The reason the dead neurons of a site cannot be removed; empty if they can."""
     if reason := obstacle(edit, columns.axes):
         return reason
     gone = [bool(dead_units(edit.program, (atom,)).any()) for atom in columns.axes]

@@ -47,7 +47,7 @@ _OBSTACLES: Mapping[Use, str] = {
     "operands": "its operands or its mask mix tokens in a way that is not followed",
     "positions": "it reads positions that may be padding",
 }
-"""Why tokens cannot be packed, by the way padding is read."""
+"""The reason tokens cannot be packed, by the way padding is read."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ HEADS: Place = (0, 2)
 Check = Callable[[torch.Tensor, torch.Tensor], bool]
 """A check of a value, given the kept positions."""
 Use = Literal["output", "positions", "operands", "mask"]
-"""How padding is read: as an output; by a call that mixes positions; as an attention's operand; past an attention's mask."""
+"""Ways to read padding: as an output; by a call that mixes positions; as an attention's operand; past an attention's mask."""
 
 _PACKED_VIEWS = {*ops.SIZED_RESHAPES, aten.slice.Tensor, aten.select.int, *ops.SPLITS, aten.unbind.int}
 """Views that packed tokens support: they keep batch and tokens as they are."""

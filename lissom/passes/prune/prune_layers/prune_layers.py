@@ -197,7 +197,7 @@ def _units(program: Program, layer: Layer, part: str) -> dict[str, list[Branch] 
 
 
 def _obstacle(call: Sequence[Branch]) -> str | None:
-    """Why a layer cannot be removed; None when it can."""
+    """The reason a layer cannot be removed; None if it can."""
     if not follow(call):
         return "between its parts something else changes the residual stream"
     if nodes.node_type(call[0].before) != nodes.node_type(call[-1].after):
