@@ -62,6 +62,7 @@ def parse_program(text: str, sizes: Mapping[str, int] | None = None) -> Program:
     Raises: ArtifactError with line, column and what was expected; for an operator that is unknown, or that returns another type
     than the text says.
 
+    >>> import torch
     >>> from lissom.artifacts.program_text import parse_program
     >>> text = "program Twice(x: f32[batch, 4]) {\\n  %mul: f32[batch, 4] = aten.mul.Tensor(%x, 2)\\n  return [%mul]\\n}\\n"
     >>> program = parse_program(text)

@@ -22,12 +22,12 @@ def encoders_without_nesting(model: nn.Module) -> Generator[None]:
     """Exchange the forward of PyTorch's encoders in exports, until the block ends."""
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, nn.TransformerEncoder) and _has_pytorch_s_forward(module):
+            if isinstance(module, nn.TransformerEncoder) and _inherits_forward(module):
                 stack.enter_context(exchanged(module, "forward", _while_exporting(module)))
         yield
 
 
-def _has_pytorch_s_forward(module: nn.TransformerEncoder) -> bool:
+def _inherits_forward(module: nn.TransformerEncoder) -> bool:
     """True unless its class or its owner replaced the forward."""
     return "forward" not in vars(module) and type(module).forward is nn.TransformerEncoder.forward
 

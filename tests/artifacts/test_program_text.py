@@ -33,7 +33,7 @@ def after(name: str, passes: str, lower: bool = False) -> str:
     found = capture_of(name)
     chosen = parse_pipeline(passes, PASSES, RECIPES)
     lowering = Eager().lowering(torch.device("cpu")) if lower else ()
-    return Pipeline([*chosen, *lowering], checks="off", data=[found.example]).run(found.program)[0].text()
+    return Pipeline([*chosen, *lowering], checks="off", data=[found.example]).run(found.program.copy())[0].text()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
 
 import lissom
+from lissom.compiler.ir.fake import recurrent_layers_whole
 from lissom.compiler.ir.operators import RECURRENT_LAYERS
 from lissom.errors import UnsupportedError
 from lissom.frontends.export import capture
@@ -43,13 +47,24 @@ def test_any_number_of_steps(name, options):
         torch.testing.assert_close(program(normal(*shape)), model(normal(*shape)), **CLOSE)
 
 
-@pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning")
 def test_pytorch_types_them_as_before_afterwards():
     kernels = {target: dict(target.py_kernels) for target in RECURRENT_LAYERS}
     capture(tagger("lstm"), (normal(2, 5, 8),))
     assert {target: dict(target.py_kernels) for target in RECURRENT_LAYERS} == kernels
-    exported = torch.export.export(tagger("lstm"), (normal(2, 5, 8),)).run_decompositions()
+    exported = _decomposed(tagger("lstm"))
     assert not [node for node in exported.graph.nodes if node.target in RECURRENT_LAYERS]
+
+
+def test_other_threads_type_them_as_before():
+    with recurrent_layers_whole(), ThreadPoolExecutor(1) as pool:
+        exported = pool.submit(_decomposed, tagger("gru")).result()
+    assert not [node for node in exported.graph.nodes if node.target in RECURRENT_LAYERS or "empty" in node.name]
+
+
+def _decomposed(model: nn.Module) -> torch.export.ExportedProgram:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(model, (normal(2, 5, 8),)).run_decompositions()
 
 
 @pytest.mark.parametrize("name", KINDS)

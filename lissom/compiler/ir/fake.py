@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from typing import cast
 
 import sympy
@@ -131,11 +132,18 @@ def _fake_recurrent_layers(input: torch.Tensor, hx: object, *rest: object) -> tu
 
 @contextmanager
 def recurrent_layers_whole(targets: Iterable[torch._ops.OpOverload] = RECURRENT_LAYERS) -> Generator[None]:
-    """Let PyTorch type an LSTM, GRU or RNN as one call; it would type them step by step, and so fix the number of steps."""
-    kept = {target: dict(target.py_kernels) for target in targets}
+    """Let PyTorch type an LSTM, GRU or RNN as one call; it would type them step by step, and so fix the number of steps.
+
+    Only in this thread.
+    """
+    thread, kept = get_ident(), {target: dict(target.py_kernels) for target in targets}
+
+    def typed_here(own: Callable[..., object]) -> Callable[..., object]:
+        return lambda *args: (_fake_recurrent_layers if get_ident() == thread else own)(*args)
+
     try:
         for target, kernels in kept.items():
-            target.py_kernels.update(dict.fromkeys(kernels, _fake_recurrent_layers))
+            target.py_kernels.update({key: typed_here(own) for key, own in kernels.items()})
             target._dispatch_cache.clear()
         yield
     finally:
