@@ -19,6 +19,7 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.fake import hint
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
@@ -54,6 +55,11 @@ class RewriteEinsum(Rewrite):
             terms = ((left, letters.left), (right, letters.right))
             if others and any(_varies(operand, term, letters.contracted) for operand, term in terms):
                 edit.skip(node, f"'{node.args[0]}' folds two sizes that vary")
+                continue
+            if any(_is_one(operand, term, letters.batch) for operand, term in terms):
+                edit.skip(
+                    node, f"'{node.args[0]}' has a size that varies and is 1 in the example, where PyTorch types products as 1"
+                )
                 continue
             with edit.before(node):
                 rewritten = _product(edit, operands, letters)
@@ -106,6 +112,12 @@ def _varies(operand: fx.Node, term: str, group: str) -> bool:
     """True if a group of several letters has a dynamic size, so that flattening it takes the one -1 of a reshape."""
     shape = nodes.tensor_type(operand).shape
     return len(group) != 1 and any(not isinstance(shape[term.index(letter)], int) for letter in group)
+
+
+def _is_one(operand: fx.Node, term: str, group: str) -> bool:
+    """True if a letter of the group has a dynamic size that is 1 in the example."""
+    sizes = cast(torch.Tensor, nodes.value(operand)).shape
+    return any(not isinstance(sizes[term.index(letter)], int) and hint(sizes[term.index(letter)]) == 1 for letter in group)
 
 
 def _product(edit: Editor, operands: Sequence[fx.Node], letters: _Letters) -> fx.Node:

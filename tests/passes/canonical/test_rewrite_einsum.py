@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lissom.artifacts.program_text import parse_program
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.divergence import relative_error
 from lissom.passes.canonical.rewrite_einsum import RewriteEinsum, parse
 from tests.models import normal, seeded
@@ -113,6 +115,20 @@ def test_two_sizes_that_vary_in_one_operand_are_left_alone() -> None:
     captured = capture_model(Calls(function), x, y, dynamic={"y": {0: "i", 2: "b"}, "x": {0: "i"}})
     program, history = apply("rewrite-einsum", captured.program, captured.example)
     assert calls(program, aten.einsum.default) == 1 and "folds two sizes that vary" in history.steps[-1].skipped[0].reason
+
+
+def test_a_size_that_varies_and_is_one_in_the_example() -> None:
+    """Chunks of tokens, as in Mamba-2: PyTorch types the product of one chunk as a product of one in all calls."""
+    text = (
+        "program Chunked(x: f32[batch, chunks, 8, 4]) {\n"
+        "  %einsum: f32[batch, chunks, 8, 8] = aten.einsum('bcld,bcsd->bcls', [%x, %x])\n"
+        "  return [%einsum]\n}\n"
+    )
+    program, history = Pipeline([RewriteEinsum()], checks="structural").run(parse_program(text, {"chunks": 1}))
+    assert program.text() == text
+    assert "is 1 in the example" in history.steps[-1].skipped[0].reason
+    found, _ = Pipeline([RewriteEinsum()], checks="structural").run(parse_program(text, {"chunks": 2}))
+    assert calls(found, aten.matmul.default) == 1
 
 
 def test_composes() -> None:
