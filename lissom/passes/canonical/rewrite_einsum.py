@@ -116,8 +116,8 @@ def _varies(operand: fx.Node, term: str, group: str) -> bool:
 
 def _is_one(operand: fx.Node, term: str, group: str) -> bool:
     """True if a letter of the group has a dynamic size that is 1 in the example."""
-    sizes = cast(torch.Tensor, nodes.value(operand)).shape
-    return any(not isinstance(sizes[term.index(letter)], int) and hint(sizes[term.index(letter)]) == 1 for letter in group)
+    sizes = cast("Sequence[int | torch.SymInt]", cast(torch.Tensor, nodes.value(operand)).shape)
+    return any(isinstance(sizes[term.index(letter)], torch.SymInt) and hint(sizes[term.index(letter)]) == 1 for letter in group)
 
 
 def _product(edit: Editor, operands: Sequence[fx.Node], letters: _Letters) -> fx.Node:
