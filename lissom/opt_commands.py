@@ -29,7 +29,7 @@ def run_opt(
     passes: Annotated[str, typer.Option(help="Pipeline text, or a recipe's name; these passes alone are run.")] = "",
     size: Annotated[
         list[str] | None,
-        typer.Option(help="A size at the example, batch=2; may be given several times. Others are small prime numbers."),
+        typer.Option(help="A size at the example, batch=2; may be given several times. Others are small numbers."),
     ] = None,
     checks: Checks = "numeric",
     diff: Annotated[bool, typer.Option("--diff", help="Print what the passes changed, in place of the program.")] = False,

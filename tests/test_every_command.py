@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 
 from lissom.cli import app
 from tests.frontends.test_huggingface import directory  # noqa: F401
-from tests.runtime.gguf_models import byte_level
-from tests.runtime.gguf_models import decoder as qwen2
+from tests.runtime.gguf_models import save_checkpoint
 from tests.test_cli_generate import decoder  # noqa: F401
 
 # Words in braces are made by the fixture `places`; {new} is a folder for what the command writes.
@@ -103,10 +102,8 @@ def places(directory, decoder, tmp_path_factory) -> dict[str, object]:  # noqa: 
     ones = np.ones((2, 5), dtype=np.int64)
     np.savez(arrays, input_ids=ones, attention_mask=ones, token_type_ids=0 * ones)
     saved, saved_decoder = folder / "saved", folder / "saved_decoder"
-    # llama.cpp has no tokenizer like that of MiniLM; transformers adds a token to those of this family.
-    bpe, tokenizer = folder / "bpe", byte_level()
-    qwen2("qwen2", len(tokenizer) + 6, layers=1).save_pretrained(bpe)
-    tokenizer.save_pretrained(bpe)
+    bpe = folder / "bpe"
+    save_checkpoint(bpe)
     _run("compile", str(directory), "--save", str(saved))
     program = folder / "program.txt"
     program.write_text(_run("show", str(directory)))

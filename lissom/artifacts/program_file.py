@@ -132,6 +132,11 @@ def _check_form(program: Program) -> None:
         raise ValueError("the program's inputs are not those of its signature")
     if len(cast("tuple[object, ...]", program.output.args[0])) != program.signature.out_spec.num_leaves:
         raise ValueError("the program's outputs are not those of its signature")
+    check_writes(program)
+
+
+def check_writes(program: Program) -> None:
+    """Refuse a program that writes to what is not its state. Raises: ValueError."""
     for node in program.nodes(*nodes.STATE_WRITES):
         if not nodes.is_state_write(node) or str(cast(fx.Node, node.args[0]).target) not in program.state:
             raise ValueError(f"'{node.name}' writes to a buffer that is not state of the program")

@@ -12,6 +12,7 @@ import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import sympy
@@ -21,14 +22,14 @@ from torch.utils import _pytree as pytree
 
 from lissom.artifacts.calls import check_call
 from lissom.artifacts.operators import FUNCTIONS, find_operator
-from lissom.artifacts.program_file import MOST_NODES, check_weight_name
+from lissom.artifacts.program_file import MOST_NODES, check_weight_name, check_writes
 from lissom.artifacts.text_scanner import DTYPES, NAME, Scanner
 from lissom.artifacts.weights import check_memory
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.fake import FlatModule, SymbolFact
 from lissom.compiler.ir.node import Origin
-from lissom.compiler.ir.printer import target_text
+from lissom.compiler.ir.printer import END, target_text
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
 from lissom.compiler.ir.types import Size, TensorType, format_type
@@ -41,7 +42,7 @@ _WORDS: Mapping[str, object] = {
     "True": True,
     "False": False,
     "None": None,
-    "end": 2**63 - 1,
+    "end": END,
     "inf": float("inf"),
     "nan": float("nan"),
     **DTYPES,
@@ -109,12 +110,11 @@ class _Parser(Scanner):
         self.graph.create_node("output", "output", (tuple(outputs),), name="output")
         leaf = pytree.tree_structure(0)
         out_spec = leaf if len(outputs) == 1 else pytree.tree_structure(tuple(0 for _ in outputs))
-        signature = Signature(*self._arguments(signature), out_spec, signature.dimensions)
+        signature = replace(signature, out_spec=out_spec)
         state = tuple(self.state)
         program = Program(name, FlatModule(self.weights, self.graph), signature, state)
-        for node in program.nodes(*nodes.STATE_WRITES):
-            if not nodes.is_state_write(node) or str(cast(fx.Node, node.args[0]).target) not in state:
-                self.fail(f"'{node.name}' writes to a buffer that is not state of the program", start)
+        with self.told_at(start):
+            check_writes(program)
         return program
 
     # The signature
@@ -124,25 +124,17 @@ class _Parser(Scanner):
         positional: list[Argument] = []
         keyword: list[Argument] = []
         chosen = positional
-        while not self.accept(")"):
-            if positional or keyword or chosen is keyword:
-                self.expect(", ")
+        for _ in self.items(")"):
             if self.accept("*"):
                 chosen = keyword
-                continue
-            chosen.append(self._argument())
+            else:
+                chosen.append(self._argument())
+        names = tuple(item.name for item in (*positional, *keyword))
         dimensions = {symbol: Dimension(name, 1, None) for name, symbol in self.symbols.items()}
-        return Signature(tuple(positional), tuple(keyword), (), pytree.tree_structure(0), dimensions)
+        return Signature(tuple(positional), tuple(keyword), names, pytree.tree_structure(0), dimensions)
 
     def _argument(self) -> Argument:
-        leaves: list[Leaf] = []
-        if self.accept("{"):
-            while not self.accept("}"):
-                if leaves:
-                    self.expect(", ")
-                leaves.append(self._leaf())
-        else:
-            leaves.append(self._leaf())
+        leaves = [self._leaf() for _ in self.items("}")] if self.accept("{") else [self._leaf()]
         paths = [leaf.path for leaf in leaves]
         name = cast(re.Match[str], NAME.match(paths[0])).group() if paths else ""
         spec = pytree.tree_structure(0) if paths == [name] else pytree.tree_structure(tuple(0 for _ in paths))
@@ -170,10 +162,6 @@ class _Parser(Scanner):
         self.at = end
         return found
 
-    def _arguments(self, signature: Signature) -> tuple[tuple[Argument, ...], tuple[Argument, ...], tuple[str, ...]]:
-        names = tuple(item.name for item in (*signature.positional, *signature.keyword))
-        return signature.positional, signature.keyword, names
-
     def _facts(self, signature: Signature) -> dict[sympy.Symbol, SymbolFact]:
         unknown = self.sizes.keys() - self.symbols.keys()
         if unknown:
@@ -192,10 +180,8 @@ class _Parser(Scanner):
     def _weight(self) -> None:
         start = self.at
         name = self.take(_WEIGHT, "a weight's name")
-        try:
+        with self.told_at(start):
             check_weight_name(name)
-        except ValueError as error:
-            self.fail(str(error), start)
         self.expect(": ")
         found = self.value_type()
         if not isinstance(found, TensorType) or any(not isinstance(size, int) for size in found.shape):
@@ -204,10 +190,8 @@ class _Parser(Scanner):
             self.state.append(name)
         self.expect("\n")
         self.bytes += math.prod(cast("tuple[int, ...]", found.shape)) * found.dtype.itemsize
-        try:
+        with self.told_at(start):
             check_memory(self.bytes, "the program's weights")
-        except ValueError as error:
-            self.fail(str(error), start)
         if name not in self.weights:
             self.weights[name] = _random(name, found)
         node = self.graph.create_node("get_attr", name)
@@ -221,7 +205,7 @@ class _Parser(Scanner):
             self.fail(f"there is a value '%{name}' already", start)
         self.expect(": ")
         typed = self.at
-        self.value_type(named=True)
+        wanted = self.value_type(named=True)
         written = self.text[typed : self.at]
         self.expect(" = ")
         target, args, kwargs = self._target_and_arguments()
@@ -239,16 +223,9 @@ class _Parser(Scanner):
         except Exception as error:
             self.fail(f"{target_text(target)} refuses its arguments: {str(error).splitlines()[0]}", start)
         found = format_type(nodes.node_type(node), str)
-        if found != written and not self._same(node, typed):
+        if found != written and not fake.same_type(self.mode, nodes.node_type(node), wanted):
             self.fail(f"{target_text(target)} returns {found} here, and not {written}", typed)
         self.values[name] = node
-
-    def _same(self, node: fx.Node, typed: int) -> bool:
-        """True if the type in the text equals the inferred one for all sizes."""
-        after, self.at = self.at, typed
-        found = self.value_type(named=True)
-        self.at = after
-        return fake.same_type(self.mode, nodes.node_type(node), found)
 
     def expect_size(self, number: int) -> None:
         fake.number_sizes_from(self.mode, number)
@@ -257,26 +234,20 @@ class _Parser(Scanner):
         start = self.at
         name = self.take(_TARGET, "an operator")
         full = _TARGETS.get(name) or (name if name.count(".") == 2 else f"{name}.default")
-        try:
+        with self.told_at(start):
             target = find_operator(full)
-        except ValueError as error:
-            self.fail(str(error), start)
         self.expect("(")
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
-        while not self.accept(")"):
-            if args or kwargs:
-                self.expect(", ")
+        for _ in self.items(")"):
             keyword = re.compile(r"([A-Za-z_]\w*)=").match(self.text, self.at)
             if keyword:
                 self.at = keyword.end()
                 kwargs[keyword[1]] = self._value()
             else:
                 args.append(self._value())
-        try:
+        with self.told_at(start):
             check_call(target, args, kwargs)
-        except ValueError as error:
-            self.fail(str(error), start)
         return target, args, kwargs
 
     def _value(self) -> Any:
@@ -310,21 +281,16 @@ class _Parser(Scanner):
     def _quoted(self) -> object:
         if not self.peek("slice("):
             return self._literal()
+        start = self.at
         self.expect("slice(")
-        parts = [self._value()]
-        while self.accept(", "):
-            parts.append(self._value())
-        self.expect(")")
+        parts = [self._value() for _ in self.items(")")]
+        if not 1 <= len(parts) <= 3:
+            self.fail(f"a slice has one to three numbers, and not {len(parts)}", start)
         return slice(*parts)
 
     def _list(self) -> list[Any]:
         self.expect("[")
-        found: list[Any] = []
-        while not self.accept("]"):
-            if found:
-                self.expect(", ")
-            found.append(self._value())
-        return found
+        return [self._value() for _ in self.items("]")]
 
 
 def _contiguous(shape: Sequence[Size]) -> Sequence[Size]:

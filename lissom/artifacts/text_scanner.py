@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import NoReturn, cast
 
 import sympy
@@ -67,6 +68,23 @@ class Scanner:
         self.at = found.end()
         return found.group()
 
+    def items(self, end: str) -> Generator[None]:
+        """Once for each item up to `end`, behind the commas between them."""
+        first = True
+        while not self.accept(end):
+            if not first:
+                self.expect(", ")
+            first = False
+            yield
+
+    @contextmanager
+    def told_at(self, at: int) -> Generator[None]:
+        """Tell a ValueError with the place `at` in the text."""
+        try:
+            yield
+        except ValueError as error:
+            self.fail(str(error), at)
+
     def fail(self, problem: str, at: int | None = None) -> NoReturn:
         at = self.at if at is None else at
         line = self.text.count("\n", 0, at) + 1
@@ -95,12 +113,7 @@ class Scanner:
         if self.accept("none"):
             return None
         if self.accept("("):
-            parts: list[ValueType] = []
-            while not self.accept(")"):
-                if parts:
-                    self.expect(", ")
-                parts.append(self.value_type(declare=declare, named=named))
-            return tuple(parts)
+            return tuple(self.value_type(declare=declare, named=named) for _ in self.items(")"))
         start = self.at
         word = self.take(NAME, "a type, such as f32[batch, 4]")
         if word in _KINDS and self.accept(" "):
@@ -108,31 +121,22 @@ class Scanner:
         if word not in DTYPES:
             self.fail(f"there is no dtype '{word}'; there are {', '.join(sorted(DTYPES))}", start)
         self.expect("[")
-        shape: list[Size] = []
-        while not self.accept("]"):
-            if shape:
-                self.expect(", ")
-            shape.append(self._size(declare, named))
+        shape = tuple(self._size(declare, named) for _ in self.items("]"))
         device = self.take(_DEVICE, "a device, such as cuda:0") if self.accept("@") else "cpu"
-        return TensorType(DTYPES[word], tuple(shape), torch.device(device))
+        return TensorType(DTYPES[word], shape, torch.device(device))
 
     def _size(self, declare: bool, named: bool) -> Size:
         start, end = self.at, self.end_of_expression()
-        written = self.text[start:end]
-        try:
-            data, names = _expression_data(written)
+        with self.told_at(start):
+            data, names = _expression_data(self.text[start:end])
             for name in names - self.symbols.keys():
-                if not declare and not named:
-                    raise ValueError(f"no argument has the size '{name}'")
-                self._new_symbol(name, declare)
+                self._new_symbol(name, declare, named)
             found = decode_expression(data, self.symbols)
-        except ValueError as error:
-            self.fail(str(error), start)
         self.at = end
         return int(found) if isinstance(found, sympy.Integer) else cast(Size, found)
 
-    def _new_symbol(self, name: str, declare: bool) -> None:
-        numbered = re.fullmatch(r"u(\d+)", name)
+    def _new_symbol(self, name: str, declare: bool, named: bool) -> None:
+        numbered = re.fullmatch(r"u(\d+)", name) if named else None
         if declare:
             self.symbols[name] = sympy.Symbol(name, positive=True, integer=True)
         elif numbered:

@@ -101,6 +101,7 @@ PARTS = {
     "wrong shapes": ("weight: f32[4, 4]", "weight: f32[4, 5]", "line 3, column 4 .* aten.linear refuses its arguments"),
     "a value twice": ("%mul: f32", "%linear: f32", "there is a value '%linear' already"),
     "wrong argument": ("2.0)", "'two')", "the argument 'other' of aten.mul.Tensor is 'two'"),
+    "a slice of nothing": ("2.0)", "slice())", "line 4, column 50 .* a slice has one to three numbers, and not 0"),
     "no end": ("\n}\n", "", "line 5, column 16 .* expected '}'"),
     "more behind": ("\n}\n", "\n}\nx", "expected the end of the text after the program"),
     "code in a size": ("[batch, 4]) {", "[__import__('os'), 4]) {", "is not a size"),

@@ -18,8 +18,7 @@ import pytest
 import lissom
 from lissom.frontends.huggingface import load
 from tests.frontends.test_huggingface import directory  # noqa: F401
-from tests.runtime.gguf_models import byte_level
-from tests.runtime.gguf_models import decoder as qwen2
+from tests.runtime.gguf_models import save_checkpoint
 from tests.test_cli_generate import decoder  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,10 +42,7 @@ def folder(page, directory, decoder, tmp_path, monkeypatch) -> Path:  # noqa: F8
     Path("texts.txt").write_text("The recipe needs two eggs.\nA comet was seen last night.\n" * 40)
     ids = np.full((2, 8), 2023)
     np.savez("data.npz", input_ids=ids, attention_mask=np.ones_like(ids), token_type_ids=np.zeros_like(ids))
-    # transformers adds a token to the tokenizers of this family.
-    tokenizer = byte_level()
-    qwen2("qwen2", len(tokenizer) + 6, layers=5).save_pretrained("path/to/checkpoint")
-    tokenizer.save_pretrained("path/to/checkpoint")
+    save_checkpoint(Path("path/to/checkpoint"), layers=5)
     for line in (
         "openssl genpkey -algorithm ed25519 -out key.pem",
         "openssl pkey -in key.pem -pubout -out key.pub.pem",

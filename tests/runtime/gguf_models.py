@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -43,6 +44,15 @@ def byte_fallback() -> transformers.PreTrainedTokenizerFast:
     state["model"]["vocab"] = vocabulary | {text: len(vocabulary) + at for at, text in enumerate(special[3:])}
     found = tokenizers.Tokenizer.from_str(json.dumps(state))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=found, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def save_checkpoint(path: Path, layers: int = 1) -> transformers.PreTrainedTokenizerFast:
+    """Write a decoder with a tokenizer that llama.cpp has too, which is returned."""
+    tokenizer = byte_level()
+    # transformers adds a token to the tokenizers of this family.
+    decoder("qwen2", len(tokenizer) + 6, layers=layers).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return tokenizer
 
 
 def decoder(family: str, vocabulary: int, layers: int = 3, **fields: Any) -> transformers.PreTrainedModel:

@@ -20,7 +20,7 @@ from lissom.runtime.gguf.vocabulary import read_vocabulary
 from lissom.runtime.gguf.weights import Blocks, blocks_of, joined, padded, with_rows
 from lissom.runtime.gguf.writer import encoded
 from tests.models import normal
-from tests.runtime.gguf_models import byte_fallback, byte_level, decoder, optimized
+from tests.runtime.gguf_models import byte_fallback, byte_level, decoder, optimized, save_checkpoint
 
 gguf = pytest.importorskip("gguf")
 
@@ -144,10 +144,7 @@ def test_values_that_float16_cannot_hold_are_refused():
 
 @pytest.mark.slow
 def test_the_command_writes_a_file_with_the_tokenizer_of_the_folder(tmp_path):
-    tokenizer = byte_level()
-    # transformers adds a token to the tokenizers of this family.
-    decoder("qwen2", len(tokenizer) + 6, layers=1).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    tokenizer = save_checkpoint(tmp_path / "model")
     file = tmp_path / "model.gguf"
     told = CliRunner().invoke(app, ["export", str(tmp_path / "model"), str(file), "--passes", "quantize{scheme=int4-weight}"])
     assert told.exit_code == 0, told.output

@@ -14,7 +14,8 @@ from lissom.compiler.ir.types import format_type, short_dtype
 if TYPE_CHECKING:
     from lissom.compiler.ir.program import Program
 
-_END = 2**63 - 1
+END = 2**63 - 1
+"""The end of a slice that has none."""
 
 
 def program_text(program: Program) -> str:
@@ -83,7 +84,7 @@ def argument_text(item: object) -> str:
             return short_dtype(item)
         case torch.device() | torch.layout() | torch.memory_format():
             return str(item).removeprefix("torch.")
-        case int() if item == _END:
+        case int() if item == END:
             return "end"
         case _:
             return repr(item)
