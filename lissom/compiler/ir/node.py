@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
@@ -139,19 +139,46 @@ def is_call(node: object, *targets: object) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
-def argument(node: fx.Node, name: str) -> object:
-    """The argument the call gives for the operator's parameter `name`, or the schema's default.
+def operand(node: fx.Node, index: int = 0) -> fx.Node:
+    """The value that a call reads at a place of its positional arguments.
+
+    Raises: TypeError where the call has a number or nothing there.
+    """
+    found = node.args[index] if index < len(node.args) else None
+    if not isinstance(found, fx.Node):
+        raise TypeError(f"{node.format_node()} reads no value at {index}")
+    return found
+
+
+def fixed_size(node: object, dim: int) -> int:
+    """The size of a dimension of a node's tensor that is the same in every call.
+
+    Raises: TypeError where it varies, or where the node yields no tensor.
+    """
+    found = tensor_type(node).shape[dim]
+    if not isinstance(found, int):
+        raise TypeError(f"dimension {dim} of {node} varies from call to call: {found}")
+    return found
+
+
+@cache
+def _parameters(target: torch._ops.OpOverload) -> Mapping[str, tuple[int, object]]:
+    """The parameters of an operator by name: its place among positional arguments, -1 for none, and its default."""
+    found = target._schema.arguments
+    return {item.name: (-1 if item.kwarg_only else index, item.default_value) for index, item in enumerate(found)}
+
+
+def argument(node: fx.Node, *names: str) -> object:
+    """The argument the call gives for the operator's parameter of one of these names, or the schema's default.
 
     Raises: KeyError when the operator has no such parameter.
     """
-    schema = cast(torch._ops.OpOverload, node.target)._schema
-    for index, parameter in enumerate(schema.arguments):
-        if parameter.name != name:
-            continue
-        if not parameter.kwarg_only and index < len(node.args):
-            return node.args[index]
-        return node.kwargs.get(name, parameter.default_value)
-    raise KeyError(f"{node.target} has no parameter '{name}'")
+    parameters = _parameters(cast(torch._ops.OpOverload, node.target))
+    name = next((name for name in names if name in parameters), None)
+    if name is None:
+        raise KeyError(f"{node.target} has no parameter '{' or '.join(names)}'")
+    place, default = parameters[name]
+    return node.args[place] if 0 <= place < len(node.args) else node.kwargs.get(name, default)
 
 
 def set_argument(node: fx.Node, name: str, value: object) -> None:

@@ -1,0 +1,338 @@
+"""Calls whose operands have the names of the operator's schema: `Linear(node).weight` for `node.args[1]`.
+
+    if (layer := Linear.of(node)) is not None:
+        width = nodes.fixed_size(layer.weight, 0)
+
+A class stands for operators that do the same under the same names of parameters. An operand that a call leaves out has the
+schema's default. `tests/compiler/ir/test_calls.py` compares every class with the schemas of its operators.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, ClassVar, Generic, Self, TypeVar, overload
+
+import torch
+from torch import fx
+
+from lissom import ops
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir import operators as families
+from lissom.compiler.ir.types import Size
+
+aten = torch.ops.aten
+T = TypeVar("T")
+
+
+class Operand(Generic[T]):
+    """What a call gives for a parameter of its operator. names: the names that the operators of a class have for it."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    @overload
+    def __get__(self, call: None, owner: type[Call]) -> Self: ...
+    @overload
+    def __get__(self, call: Call, owner: type[Call]) -> T: ...
+    def __get__(self, call: Call | None, owner: type[Call]) -> Self | T:
+        if call is None:
+            return self
+        found: Any = nodes.argument(call.node, *self.names)
+        return found
+
+
+class Call:
+    """A call of one of `targets`, with its operands as attributes."""
+
+    targets: ClassVar[tuple[object, ...]] = ()
+
+    def __init__(self, node: fx.Node) -> None:
+        assert node.target in self.targets, f"{node.target} is no {type(self).__name__}"
+        self.node = node
+
+    @classmethod
+    def of(cls, node: object) -> Self | None:
+        """The call that a node makes; None where it calls another operator, or nothing."""
+        return cls(node) if nodes.is_call(node, *cls.targets) else None
+
+
+class Linear(Call):
+    """x Wᵀ + b."""
+
+    targets = (aten.linear.default,)
+    x = Operand[fx.Node]("input")
+    weight = Operand[fx.Node]("weight")
+    bias = Operand[fx.Node | None]("bias")
+
+
+class Matmul(Call):
+    """x y."""
+
+    targets = families.MATMULS
+    x = Operand[fx.Node]("self")
+    y = Operand[fx.Node]("other", "mat2")
+
+
+class AddedProduct(Call):
+    """b + x y."""
+
+    targets = families.MATMULS_WITH_BIAS
+    bias = Operand[fx.Node]("self")
+    x = Operand[fx.Node]("mat1", "batch1")
+    y = Operand[fx.Node]("mat2", "batch2")
+
+
+class GroupedProduct(Call):
+    """Rows times the matrix of their group."""
+
+    targets = families.GROUPED_PRODUCTS
+    x = Operand[fx.Node]("input")
+    weight = Operand[fx.Node]("weight")
+    ends = Operand[fx.Node]("offs")
+
+
+class Einsum(Call):
+    """A sum of products in Einstein's notation."""
+
+    targets = (aten.einsum.default,)
+    equation = Operand[str]("equation")
+    tensors = Operand[Sequence[fx.Node]]("tensors")
+
+
+class Convolution(Call):
+    """A convolution over one to three dimensions."""
+
+    targets = families.CONVOLUTIONS
+    x = Operand[fx.Node]("input")
+    weight = Operand[fx.Node]("weight")
+    bias = Operand[fx.Node | None]("bias")
+    groups = Operand[int]("groups")
+
+
+class Embedding(Call):
+    """Rows of a table."""
+
+    targets = (aten.embedding.default,)
+    table = Operand[fx.Node]("weight")
+    ids = Operand[fx.Node]("indices")
+
+
+class Attention(Call):
+    """softmax(q kᵀ · scale + mask) v, by PyTorch's operator or ours."""
+
+    targets = families.ATTENTIONS
+    q = Operand[fx.Node]("query", "q")
+    k = Operand[fx.Node]("key", "k")
+    v = Operand[fx.Node]("value", "v")
+    mask = Operand[fx.Node | None]("attn_mask", "bias")
+    scale = Operand[float | None]("scale")
+
+
+class LinearAttention(Call):
+    """Attention with a kernel feature map."""
+
+    targets = (ops.linear_attention,)
+    q = Operand[fx.Node]("q")
+    k = Operand[fx.Node]("k")
+    v = Operand[fx.Node]("v")
+    causal = Operand[bool]("causal")
+
+
+class Norm(Call):
+    """A layer norm or an RMS norm over the last dimensions."""
+
+    targets = families.LAYER_NORMS
+    x = Operand[fx.Node]("input")
+    shape = Operand[list[int]]("normalized_shape")
+    weight = Operand[fx.Node | None]("weight")
+
+
+class Rotary(Call):
+    """Rotary position embedding."""
+
+    targets = (ops.rotary,)
+    x = Operand[fx.Node]("x")
+    cos = Operand[fx.Node]("cos")
+    sin = Operand[fx.Node]("sin")
+    interleaved = Operand[bool]("interleaved")
+
+
+class Softmax(Call):
+    """exp(x) / Σ exp(x)."""
+
+    targets = families.SOFTMAX
+    x = Operand[fx.Node]("self")
+    dim = Operand[int]("dim")
+
+
+class Cast(Call):
+    """A value in another dtype."""
+
+    targets = families.CASTS
+    x = Operand[fx.Node]("self")
+    dtype = Operand[torch.dtype | None]("dtype")
+
+
+class Reshape(Call):
+    """A reshape that lists the sizes of its result."""
+
+    targets = families.SIZED_RESHAPES
+    x = Operand[fx.Node]("self")
+    sizes = Operand[Sequence[Size | fx.Node]]("shape", "size")
+
+
+class Expand(Call):
+    """Copies along dimensions of size 1."""
+
+    targets = families.EXPANDS
+    x = Operand[fx.Node]("self")
+    sizes = Operand[Sequence[Size | fx.Node]]("size")
+
+
+class Permute(Call):
+    """Dimensions in another order."""
+
+    targets = (aten.permute.default,)
+    x = Operand[fx.Node]("self")
+    dims = Operand[Sequence[int]]("dims")
+
+
+class Transpose(Call):
+    """Two dimensions swapped."""
+
+    targets = (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
+    x = Operand[fx.Node]("self")
+    dim0 = Operand[int]("dim0", "axis0")
+    dim1 = Operand[int]("dim1", "axis1")
+
+
+class Unsqueeze(Call):
+    """A new dimension of size 1."""
+
+    targets = (aten.unsqueeze.default,)
+    x = Operand[fx.Node]("self")
+    dim = Operand[int]("dim")
+
+
+class Cat(Call):
+    """Tensors joined along a dimension."""
+
+    targets = families.CONCATENATIONS
+    parts = Operand[Sequence[fx.Node]]("tensors")
+    dim = Operand[int]("dim")
+
+
+class Stack(Call):
+    """Tensors joined along a new dimension."""
+
+    targets = (aten.stack.default,)
+    parts = Operand[Sequence[fx.Node]]("tensors")
+    dim = Operand[int]("dim")
+
+
+class Slice(Call):
+    """A range of one dimension."""
+
+    targets = (aten.slice.Tensor,)
+    x = Operand[fx.Node]("self")
+    dim = Operand[int]("dim")
+    start = Operand[int | fx.Node | None]("start")
+    end = Operand[int | fx.Node | None]("end")
+    step = Operand[int | fx.Node]("step")
+
+
+class Select(Call):
+    """One index of a dimension."""
+
+    targets = (aten.select.int,)
+    x = Operand[fx.Node]("self")
+    dim = Operand[int]("dim")
+    index = Operand[int | fx.Node]("index")
+
+
+class Index(Call):
+    """`x[i, j]`; None stands for a dimension that is not indexed."""
+
+    targets = (aten.index.Tensor,)
+    x = Operand[fx.Node]("self")
+    indices = Operand[Sequence[fx.Node | None]]("indices")
+
+
+class IndexSelect(Call):
+    """Indices looked up along one dimension."""
+
+    targets = (aten.index_select.default,)
+    x = Operand[fx.Node]("self")
+    dim = Operand[int]("dim")
+    indices = Operand[fx.Node]("index")
+
+
+class RepeatInterleave(Call):
+    """Each index of a dimension several times in a row."""
+
+    targets = (aten.repeat_interleave.self_int,)
+    x = Operand[fx.Node]("self")
+    repeats = Operand[int | fx.Node]("repeats")
+    dim = Operand[int | None]("dim")
+
+
+class Repeat(Call):
+    """Copies of a tensor along its dimensions."""
+
+    targets = (aten.repeat.default,)
+    x = Operand[fx.Node]("self")
+    counts = Operand[Sequence[int | fx.Node]]("repeats")
+
+
+class Where(Call):
+    """A choice by condition."""
+
+    targets = families.WHERE
+    condition = Operand[fx.Node]("condition")
+    chosen = Operand[fx.Node | float]("self")
+    other = Operand[fx.Node | float]("other")
+
+
+class MaskedFill(Call):
+    """A value where a mask is true."""
+
+    targets = families.MASKED_FILLS
+    x = Operand[fx.Node]("self")
+    mask = Operand[fx.Node]("mask")
+    value = Operand[fx.Node | float]("value")
+
+
+class Binary(Call):
+    """Arithmetic on two operands."""
+
+    targets = (
+        *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.mul.Tensor, aten.mul.Scalar),
+        *(aten.div.Tensor, aten.div.Scalar),
+    )
+    left = Operand[fx.Node]("self")
+    right = Operand[fx.Node | float]("other")
+
+
+class Item:
+    """One of the results of a call that returns several."""
+
+    def __init__(self, node: fx.Node) -> None:
+        assert node.target is operator.getitem, f"{node.target} is no item of a tuple"
+        self.node = node
+
+    @classmethod
+    def of(cls, node: object) -> Self | None:
+        """The item that a node takes; None for any other node."""
+        return cls(node) if nodes.is_call(node, operator.getitem) else None
+
+    @property
+    def source(self) -> fx.Node:
+        """The call whose result it is taken from."""
+        return nodes.operand(self.node)
+
+    @property
+    def index(self) -> int:
+        """The place of the item."""
+        found: Any = self.node.args[1]
+        return found
