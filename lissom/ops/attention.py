@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from lissom.ops.dimensions import Dimensions
 from lissom.ops.library import define
 
 
@@ -43,6 +44,12 @@ attention = define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? bias=None, *, "
     "float scale, float softcap=0.0, Tensor? sinks=None) -> Tensor",
     attention_reference,
+    dimensions=Dimensions(
+        "... q d, ... t d, ... t v, ~... q t, ~... q 1 -> ... q v : ... q d t + ... q t v",
+        factors=("v",),
+        whole="t",
+        positions="q",
+    ),
 )
 """The operator. q: [batch, heads, queries, head_dim]; k, v: [batch, heads, keys, head_dim]; bias: added to the scores, or a
 boolean mask of visible keys, broadcast to [batch, heads, queries, keys]; softcap: 0 for none; sinks: one logit per head,

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from lissom.ops.checks import cast, check_floats, require
+from lissom.ops.dimensions import ROWS
 from lissom.ops.library import define
 
 PANEL = 32
@@ -51,8 +52,9 @@ class LinearForm:
         keywords = ", ".join(filter(None, ("int features", self.option)))
         epilogue = 'str activation="none", str combine="add"'
         norm = "Tensor? norm_weight=None, Tensor? norm_bias=None"
-        define(f"{self.name}({operands}, *, {keywords}, {epilogue}) -> Tensor", self.reference, self.fake)
-        define(f"{self.name}_norm({operands}, {norm}, *, {keywords}, float eps) -> Tensor", self.reference, self.fake)
+        define(f"{self.name}({operands}, *, {keywords}, {epilogue}) -> Tensor", self.reference, self.fake, dimensions=ROWS)
+        normed = f"{self.name}_norm({operands}, {norm}, *, {keywords}, float eps) -> Tensor"
+        define(normed, self.reference, self.fake, dimensions=ROWS)
 
     def reference(
         self,

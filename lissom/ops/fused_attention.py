@@ -18,6 +18,7 @@ import torch
 
 from lissom.ops.attention import attention_reference
 from lissom.ops.checks import check_broadcast, check_floats, require
+from lissom.ops.dimensions import Dimensions
 from lissom.ops.library import define
 
 
@@ -200,6 +201,7 @@ fused_attention = define(
     "Tensor? sinks=None, bool causal=False, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
     fused_attention_reference,
     _fake,
+    dimensions=Dimensions("... (g r) q d, ... g t d, ... g t v, _ -> ... (g r) q v : ... (g r) q d t + ... (g r) q t v"),
 )
 """The operator. q: [batch, heads, queries, head_dim]; k: [batch, key_heads, keys, head_dim]; v: [batch, key_heads, keys,
 value_dim], where key_heads divides heads; bias, softcap, sinks: as in `lissom::attention`; causal: query i sees keys 0 to i;
@@ -211,6 +213,7 @@ merged_attention = define(
     "bool causal=False) -> Tensor",
     merged_attention_reference,
     _merged_shape_of,
+    dimensions=Dimensions("b t packed, _ -> b t f : 2 b t t f"),
 )
 """The operator. qkv: [batch, tokens, (heads + 2 key_heads) · head_dim], the heads of q, then those of k, then those of v; the
 others as in `fused_attention`. Returns [batch, tokens, heads · head_dim]."""
@@ -220,6 +223,9 @@ unpadded_attention = define(
     "float softcap=0.0, int? low=None, int? high=None) -> Tensor",
     unpadded_attention_reference,
     _unpadded_shape_of,
+    dimensions=Dimensions(
+        "b heads all d, b groups all d, b groups all v, batch text, _ -> b heads rows v : heads rows text d + heads rows text v"
+    ),
 )
 """The operator. q: [1, heads, tokens of all texts, head_dim]; k, v: [1, key_heads, tokens of all texts, …]; slots: [batch,
 tokens of a padded text], the token at each position; rows: the positions of slots whose results are returned; bias: of the

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lissom.ops.checks import require
+from lissom.ops.dimensions import ROWS
 from lissom.ops.epilogue import LinearForm, Operand
 from lissom.ops.grouped_product import groups_of
 from lissom.ops.library import define
@@ -31,7 +32,7 @@ class GroupedLinear:
         """Define the operator; returns its overload."""
         operands = ", ".join(("Tensor x", *self.form.stored))
         keywords = ", ".join(filter(None, ("Tensor offs", "int features", self.form.option)))
-        return define(f"{self.form.name}_grouped({operands}, *, {keywords}) -> Tensor", self.run, self.fake)
+        return define(f"{self.form.name}_grouped({operands}, *, {keywords}) -> Tensor", self.run, self.fake, dimensions=ROWS)
 
     def run(self, x: torch.Tensor, *given: Operand, offs: torch.Tensor, features: int, **options: Any) -> torch.Tensor:
         """One call of `lissom::name` per group that has rows."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lissom.ops.dimensions import Dimensions
 from lissom.ops.library import define
 
 
@@ -65,6 +66,7 @@ grouped_product = define(
     "grouped_product(Tensor input, Tensor weight, Tensor offs) -> Tensor",
     grouped_product_reference,
     _fake,
+    dimensions=Dimensions("!rows k, !groups k n, !groups -> rows n : rows k n", factors=("input", "weight")),
     backward=_backward,
     setup_context=_remember,
 )

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from lissom.ops.dimensions import DECLARED, Dimensions
+
 LIBRARY = torch.library.Library("lissom", "FRAGMENT")
 """The namespace of the operators."""
 
@@ -16,13 +18,15 @@ def define(
     implementation: Callable[..., object],
     fake: Callable[..., object] | None = None,
     *,
+    dimensions: Dimensions | None = None,
     backward: Callable[..., object] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> torch._ops.OpOverload[..., Any]:
     """Define `lissom::name`; returns its overload.
 
     implementation: runs where there is no kernel. fake: the empty output for fake tensors; without it the operator is
-    decomposed into the implementation. backward, setup_context: as in `torch.library.register_autograd`.
+    decomposed into the implementation. dimensions: what it does to dimensions, from which analyses are derived. backward,
+    setup_context: as in `torch.library.register_autograd`.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -31,4 +35,7 @@ def define(
         torch.library.register_fake(f"lissom::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"lissom::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-    return getattr(torch.ops.lissom, name).default
+    made = getattr(torch.ops.lissom, name).default
+    if dimensions is not None:
+        DECLARED[made] = dimensions
+    return made

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from lissom.ops.dimensions import Dimensions
 from lissom.ops.library import define
 
 FLOOR = 1e-30
@@ -107,12 +108,24 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
     return torch.autograd.grad(output, inputs, gradient)
 
 
+_SUMS = "b g t f v + b g t f + b (g r) q f v + b (g r) q f"
+"""Key features times values, and query features times these sums. The denominator counts as one more feature of v."""
+_CHUNKS = "b (g r) q chunk f + b (g r) q chunk v + b (g r) q chunk"
+"""The triangle within each chunk of causal attention."""
+
 # If it were decomposed at export, the number of chunks would become a symbolic size, which excludes a single chunk.
 # If it were decomposed at export, the number of chunks would become a symbolic size, which excludes a single chunk.
 linear_attention = define(
     f"linear_attention(Tensor q, Tensor k, Tensor v, *, bool causal=False, int chunk={CHUNK}) -> Tensor",
     linear_attention_reference,
     _fake,
+    dimensions=Dimensions(
+        f"b (g r) q f, b g t f, b g t v -> b (g r) q v : {_SUMS} if not causal"
+        f"| b (g r) !q f, b g !t f, b g t v -> b (g r) q v : {_SUMS} + {_CHUNKS} if causal",
+        factors=("v",),
+        whole="t",
+        positions="q",
+    ),
     backward=_backward,
     setup_context=_remember,
 )

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lissom.ops.checks import require
+from lissom.ops.dimensions import Dimensions
 from lissom.ops.library import define
 
 EPS = 1e-6
@@ -212,11 +213,25 @@ def _backward_of(reference: Any) -> Any:
     return backward
 
 
+_RULE = (
+    "batch !tokens {0} !states, batch tokens {0} states, batch tokens {1} channels, batch tokens heads [states], "
+    "batch tokens heads [states], batch heads states channels"
+    " -> batch tokens heads channels, batch heads states channels : 4 batch tokens heads channels states"
+)
+"""Each token multiplies the state by its decay, its key, the correction and its query. Heads of keys may be fewer."""
+_SCAN = (
+    "batch !tokens {1} channels, batch tokens heads, heads [!states], batch tokens {0} states, batch tokens {0} states, heads, "
+    "batch heads channels states"
+    " -> batch tokens heads channels, batch heads channels states : 3 batch tokens heads channels states"
+)
+"""Each token multiplies the state by its decay, b by x, and the state by c. Heads of b and c may be fewer."""
+
 gated_delta_rule = define(
     "gated_delta_rule(Tensor query, Tensor key, Tensor value, Tensor decay, Tensor beta, Tensor? state=None, *, float scale, "
     "bool normalizes) -> (Tensor, Tensor)",
     gated_delta_rule_reference,
     _fake_delta_rule,
+    dimensions=Dimensions(f"{_RULE.format('heads', 'heads')} | {_RULE.format('!shared', '!heads')}"),
     backward=_backward_of(gated_delta_rule_reference),
     setup_context=_remember,
 )
@@ -231,6 +246,7 @@ selective_scan = define(
     "-> (Tensor, Tensor)",
     selective_scan_reference,
     _fake_scan,
+    dimensions=Dimensions(f"{_SCAN.format('heads', 'heads')} | {_SCAN.format('!shared', '!heads')}"),
     backward=_backward_of(selective_scan_reference),
     setup_context=_remember,
 )

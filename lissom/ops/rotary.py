@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from lissom.ops.dimensions import Dimensions
 from lissom.ops.library import define
 
 
@@ -25,6 +26,15 @@ def rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, i
     return x * cos + turned * sin
 
 
-rotary = define("rotary(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False) -> Tensor", rotary_reference)
+DIMENSIONS = Dimensions(
+    "... (p + p), ~... p, ~... p -> ... (p + p) if not interleaved"
+    "| ... (p + p), ~... (p + p), ~... (p + p) -> ... (p + p) if not interleaved"
+    "| ... (p 2), ~... p, ~... p -> ... (p 2) if interleaved"
+    "| ... (p 2), ~... (p 2), ~... (p 2) -> ... (p 2) if interleaved",
+    factors=("x",),
+)
+rotary = define(
+    "rotary(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False) -> Tensor", rotary_reference, dimensions=DIMENSIONS
+)
 """The operator. x: [..., tokens, head_dim]; cos, sin: broadcast to x, with head_dim features, or one per pair, head_dim/2;
 interleaved: whether pairs are neighbours. Returns a tensor like x. Differentiable; any device."""

@@ -18,6 +18,7 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
+from lissom.ops.dimensions import Dimensions
 from lissom.ops.library import LIBRARY, define
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -65,7 +66,10 @@ def _shape_of(x: torch.Tensor, values: torch.Tensor, *_: object) -> torch.Tensor
 
 
 sparse_linear = define(
-    "sparse_linear(Tensor x, Tensor values, Tensor places, Tensor? bias=None) -> Tensor", sparse_linear_reference, _shape_of
+    "sparse_linear(Tensor x, Tensor values, Tensor places, Tensor? bias=None) -> Tensor",
+    sparse_linear_reference,
+    _shape_of,
+    dimensions=Dimensions("... k, n half, _ -> ... n : ... n half"),
 )
 """The operator. x: [..., inputs], of a dtype in DTYPES; values, places: packed; bias: [features]. Returns [..., features]."""
 LIBRARY.impl("sparse_linear", _sparse_linear_cuda, "CUDA")

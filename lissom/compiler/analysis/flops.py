@@ -2,7 +2,7 @@
 
 A multiply-add is two operations. As in `torch.utils.flop_counter`, matrix products, convolutions and attention count;
 element-wise operators, norms, softmax and products with a vector do not. The grouped products of mixtures of experts, which
-`flop_counter` does not know, count too.
+`flop_counter` does not know, count too. What an operator multiplies follows from its declaration (`ir/dimensions.py`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import fx
 
 from lissom import ops
+from lissom.compiler.ir import dimensions, operators
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir import operators
 from lissom.compiler.ir.types import Size
 from lissom.ops.pattern import Pattern
 
@@ -32,12 +32,12 @@ Formula = Callable[[fx.Node, ShapeOf], Size]
 def operations(node: fx.Node, shape_of: ShapeOf) -> Size:
     """The operations of a call; 0 for operators without a formula. `shape_of` gives the sizes of a node's tensor."""
     formula = FORMULAS.get(node.target)
-    return 0 if formula is None else 2 * formula(node, shape_of)
+    return 2 * ((dimensions.multiplications(node, shape_of) or 0) if formula is None else formula(node, shape_of))
 
 
 def is_counted(node: fx.Node) -> bool:
     """True when the call's operations count."""
-    return node.target in FORMULAS
+    return node.target in FORMULAS or dimensions.counts(node.target)
 
 
 def product(sizes: Shape) -> Size:
@@ -45,50 +45,9 @@ def product(sizes: Shape) -> Size:
     return math.prod(sizes)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
-def _operand(node: fx.Node, index: int, shape_of: ShapeOf) -> Shape:
-    """The sizes of the operator's tensor parameter at `index`, given by position or by name."""
-    schema = cast(torch._ops.OpOverload, node.target)._schema
-    return shape_of(cast(fx.Node, nodes.argument(node, schema.arguments[index].name)))
-
-
-def _product(node: fx.Node, shape_of: ShapeOf) -> Size:
-    left, right = _operand(node, 0, shape_of), _operand(node, 1, shape_of)
-    return product(shape_of(node)) * left[-1] if len(right) > 1 else 0
-
-
-def _summed_over(index: int) -> Formula:
-    """The formula of a product whose sums run over the last dimension of the operand at `index`."""
-    return lambda node, shape_of: product(shape_of(node)) * _operand(node, index, shape_of)[-1]
-
-
-def _grouped_product(node: fx.Node, shape_of: ShapeOf) -> Size:
-    """Rows [tokens, in_features], each with the matrix of its group of [groups, in_features, out_features]."""
-    return product(_operand(node, 0, shape_of)) * _operand(node, 1, shape_of)[-1]
-
-
-def _attention(node: fx.Node, shape_of: ShapeOf) -> Size:
-    """Scores q·kᵀ, then scores·v. Key/value heads that several query heads share are multiplied once for each of these."""
-    q, k, v = (_operand(node, index, shape_of) for index in range(3))
-    batch = q[:-2] if node.kwargs.get("enable_gqa") else [b if a == 1 else a for a, b in zip(q[:-2], k[:-2], strict=True)]
-    scores = product([*batch, q[-2], q[-1]]) * k[-2]
-    return scores + product([*shape_of(node)[:-1], k[-2]]) * v[-1]
-
-
-def _merged_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
-    """Scores q·kᵀ, then scores·v, for packed queries, keys and values of one size."""
-    *_, tokens, features = shape_of(node)
-    return 2 * product(shape_of(node)[:-2]) * tokens * tokens * features
-
-
-def _unpadded_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
-    """Scores q·kᵀ, then scores·v, where each returned row sees the tokens of a padded text."""
-    _, heads, rows, value_dim = shape_of(node)
-    return heads * rows * _operand(node, 3, shape_of)[-1] * (_operand(node, 0, shape_of)[-1] + value_dim)
-
-
 def _block_sparse_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
     """Scores q·kᵀ, then scores·v, for the visible blocks of the pattern. All blocks of a layout that is no weight count."""
-    q, k, v = (_operand(node, index, shape_of) for index in range(3))
+    q, k, v = (shape_of(nodes.operand(node, index)) for index in range(3))
     block, layout = cast(int, nodes.argument(node, "block")), nodes.argument(node, "layout")
     pattern = Pattern.decode(cast(Sequence[int], nodes.argument(node, "pattern")), block)
     if isinstance(layout, fx.Node):
@@ -130,42 +89,18 @@ _pairs_without_layout = cache(partial(_pairs_function, layout=None))
 """One function per pattern, so that sympy can add the pairs of two layers."""
 
 
-def _linear_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
-    """Key features times values, and query features times these sums; causal attention adds a triangle in each chunk.
-
-    The denominator counts as one more feature of v.
-    """
-    q, k, v = (_operand(node, index, shape_of) for index in range(3))
-    total = product(k) * (v[-1] + 1) + product(q) * (v[-1] + 1)
-    if not nodes.argument(node, "causal"):
-        return total
-    return total + product(q[:-1]) * cast(int, nodes.argument(node, "chunk")) * (q[-1] + v[-1] + 1)
-
-
-def _delta_rule(node: fx.Node, shape_of: ShapeOf) -> Size:
-    """Each token multiplies the state by its decay, its key, the correction and its query."""
-    key, value = (_operand(node, index, shape_of) for index in (1, 2))
-    return 4 * product(value) * key[-1]
-
-
-def _selective_scan(node: fx.Node, shape_of: ShapeOf) -> Size:
-    """Each token multiplies the state by its decay, b by x, and the state by c."""
-    x, b = (_operand(node, index, shape_of) for index in (0, 3))
-    return 3 * product(x) * b[-1]
-
-
 def _recurrent_layers(node: fx.Node, shape_of: ShapeOf) -> Size:
     """Each token is multiplied by each matrix of each layer and direction: those of its input and of the state."""
     matrices = [shape_of(item) for item in cast(Sequence[fx.Node], node.args[2])]
-    return product(_operand(node, 0, shape_of)[:-1]) * sum(product(shape) for shape in matrices if len(shape) == 2)
+    return product(shape_of(nodes.operand(node))[:-1]) * sum(product(shape) for shape in matrices if len(shape) == 2)
 
 
 def _convolution(node: fx.Node, shape_of: ShapeOf) -> Size:
-    return product(shape_of(node)) * product(_operand(node, 1, shape_of)[1:])
+    return product(shape_of(node)) * product(shape_of(nodes.operand(node, 1))[1:])
 
 
 def _transposed_convolution(node: fx.Node, shape_of: ShapeOf) -> Size:
-    return product(_operand(node, 0, shape_of)) * product(_operand(node, 1, shape_of)[1:])
+    return product(shape_of(nodes.operand(node))) * product(shape_of(nodes.operand(node, 1))[1:])
 
 
 def _any_convolution(node: fx.Node, shape_of: ShapeOf) -> Size:
@@ -205,24 +140,11 @@ def _labels(term: str, rank: int) -> list[str]:
 
 
 FORMULAS: dict[object, Formula] = {
-    **dict.fromkeys((aten.linear.default, *operators.MATMULS, aten._int_mm.default, aten._scaled_mm.default), _product),
-    **dict.fromkeys((aten._grouped_mm.default, ops.grouped_product), _grouped_product),
-    **dict.fromkeys((aten._weight_int4pack_mm.default, aten._weight_int8pack_mm.default), _summed_over(0)),
-    **dict.fromkeys(operators.MATMULS_WITH_BIAS, _summed_over(1)),
     aten.einsum.default: _einsum,
     **dict.fromkeys(operators.CONVOLUTIONS, _convolution),
     **dict.fromkeys(operators.TRANSPOSED_CONVOLUTIONS, _transposed_convolution),
     aten.convolution.default: _any_convolution,
-    **dict.fromkeys((*operators.ATTENTIONS, ops.fused_attention), _attention),
     ops.block_sparse_attention: _block_sparse_attention,
-    ops.merged_attention: _merged_attention,
-    ops.unpadded_attention: _unpadded_attention,
-    ops.linear_attention: _linear_attention,
-    ops.gated_delta_rule: _delta_rule,
-    ops.selective_scan: _selective_scan,
     **dict.fromkeys(operators.RECURRENT_LAYERS, _recurrent_layers),
-    **dict.fromkeys((ops.packed_linear, ops.packed_linear_norm, *operators.QUANTIZED_LINEARS), _summed_over(0)),
-    # Its weight holds half of the values, [out_features, in_features / 2].
-    ops.sparse_linear: _summed_over(1),
 }
-"""The formula for the multiplications of a call, by operator."""
+"""The formula for the multiplications of a call, for operators whose dimensions do not tell."""

@@ -15,10 +15,10 @@ from torch import fx
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.dimension_map import dim_of, dimension_map, shape_of
+from lissom.compiler.ir.dimensions import Dim, declaration, named
 from lissom.compiler.ir.operators import rule_table
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType
-from lissom.ops import linear_attention, rotary
 from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
 
 aten = torch.ops.aten
@@ -35,8 +35,8 @@ def position_sources(node: fx.Node, dim: int) -> Sources | None:
     Operands not listed are the same for every position. None when a position depends on several positions, or on none.
     For a call that returns several tensors, `dim` is a dimension of each of them.
     """
-    rule = RULES.get(node.target, _pointwise if ops.is_pointwise(node) else _mapped)
-    found = rule(node, dim)
+    default = _pointwise if ops.is_pointwise(node) else _mapped if declaration(node) is None else _by_name
+    found = RULES.get(node.target, default)(node, dim)
     return found or None
 
 
@@ -108,13 +108,15 @@ def _mapped(node: fx.Node, dim: int) -> Sources | None:
     return None if source is None else {0: source}
 
 
-def _of_argument(slot: int) -> Rule:
-    """The rule of an operator that replaces the last dimension of the operand at `slot`."""
-    return lambda node, dim: {slot: dim} if dim < len(shape_of(node)) - 1 else None
-
-
-def _norm(node: fx.Node, dim: int) -> Sources | None:
-    return {0: dim} if dim < len(shape_of(node)) - len(cast("list[int]", node.args[1])) else None
+def _by_name(node: fx.Node, dim: int) -> Sources | None:
+    """The operands that have a dimension of the same name. Positions are none of a weight's, nor of what is read as a whole."""
+    found = named(node)
+    names = {dims[dim] if dim < len(dims) else "" for dims in found.results} if found is not None else set[Dim]()
+    name = names.pop() if len(names) == 1 else ""
+    if found is None or not name or name in found.whole | found.normed | found.fixed | found.bound:
+        return None
+    places = {item: at for item, at, other in found.places() if other == name}
+    return None if any(item.name in _WEIGHTS for item in places) else {item.slot: at for item, at in places.items()}
 
 
 def _joined(node: fx.Node, dim: int) -> Sources | None:
@@ -123,38 +125,6 @@ def _joined(node: fx.Node, dim: int) -> Sources | None:
     source = None if found is None else found[dim]
     rank = len(shape_of(node)) - (node.target is aten.stack.default)
     return None if source is None else {slot: source for slot, item in operands(node).items() if len(shape_of(item)) == rank}
-
-
-def _matmul(node: fx.Node, dim: int) -> Sources | None:
-    rank, slots = len(shape_of(node)), operands(node)
-    ranks = [len(shape_of(item)) for item in slots.values()]
-    if min(ranks) < 2:
-        return None
-    if dim >= rank - 2:
-        index = dim - rank + 2
-        return {index: ranks[index] - 2 + index}
-    return _aligned(node, dim, slots)
-
-
-def _attention(node: fx.Node, dim: int) -> Sources | None:
-    """A query depends on all keys and values; batches and heads are independent, unless query heads share key heads."""
-    rank, slots = len(shape_of(node)), operands(node)
-    q, _, v, *rest = slots
-    if dim == rank - 1:
-        return {v: len(shape_of(slots[v])) - 1}
-    if dim == rank - 2:
-        return _aligned(node, dim, {q: slots[q], **{slot: slots[slot] for slot in rest}})
-    if dim == rank - 3 and node.kwargs.get("enable_gqa"):
-        return None
-    return _aligned(node, dim, slots)
-
-
-def _linear_attention(node: fx.Node, dim: int) -> Sources | None:
-    """A query depends on all keys and values, and a causal one also on its position among the rows."""
-    q, k, _ = (shape_of(item) for item in node.args[:3])
-    if (dim == 2 and nodes.argument(node, "causal")) or (dim == 1 and q[1] != k[1]):
-        return None
-    return _attention(node, dim)
 
 
 def _fake_quantize(node: fx.Node, dim: int) -> Sources | None:
@@ -170,15 +140,10 @@ def _fake_quantize_dynamic(node: fx.Node, dim: int) -> Sources | None:
 RULES: dict[object, Rule] = rule_table(
     (_fake_quantize, [fake_quantize]),
     (_fake_quantize_dynamic, [fake_quantize_dynamic]),
-    (_of_argument(0), [aten.linear.default]),
-    (_of_argument(1), [aten.embedding.default]),
-    (_norm, ops.LAYER_NORMS),
     (_joined, [*ops.CONCATENATIONS, aten.stack.default]),
-    (_matmul, ops.MATMULS),
-    (_attention, ops.ATTENTIONS),
-    (_linear_attention, [linear_attention]),
-    (lambda node, dim: _pointwise(node, dim) if dim < len(shape_of(node)) - 1 else None, [rotary]),
     (lambda node, dim: {2: 0} if dim == dim_of(node, len(shape_of(node))) else {0: dim}, [aten.index_select.default]),
     (lambda node, dim: {0: 0} if dim == 0 else None, ops.CONVOLUTIONS),
 )
-"""The rules by operator; views and reductions use their dimension map instead."""
+"""The rules of operators whose dimensions are not declared; views and reductions use their dimension map instead."""
+_WEIGHTS = ("weight", "bias")
+"""The operands of layers that are no activations."""

@@ -49,14 +49,25 @@ MATRIX_TRANSPOSES = (aten.t.default, aten.mT.default, aten.numpy_T.default)
 """Transposes that name no dimensions."""
 TRANSPOSES = (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, *MATRIX_TRANSPOSES)
 """For a matrix, each of these is the transpose."""
+PERMUTATIONS = (aten.permute.default, *TRANSPOSES)
+"""Dimensions in another order."""
 SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+INSERTED_OR_GONE = (aten.unsqueeze.default, *SQUEEZES)
+"""Dimensions of size 1 that come or go."""
 SPLITS = (
     *(aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes),
     *(aten.chunk.default, aten.tensor_split.sections),
 )
 """Split a dimension into pieces."""
 CONCATENATIONS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
+JOINS = (*CONCATENATIONS, aten.stack.default)
 REPEATS = (aten.repeat.default, aten.repeat_interleave.self_int)
+PARTS = (aten.slice.Tensor, aten.select.int)
+"""Some of the indices of one dimension."""
+SAME_VALUES = (*RESHAPES, *PERMUTATIONS, *INSERTED_OR_GONE)
+"""Views that keep each value once."""
+SEVERAL = (*SPLITS, aten.unbind.int)
+"""Take a tensor apart."""
 
 SIZES_AT: dict[object, int] = {
     **dict.fromkeys((*SIZED_RESHAPES, *EXPANDS), 1),
@@ -133,6 +144,8 @@ PLAIN_RNNS = (aten.rnn_tanh.input, aten.rnn_relu.input)
 """All layers of an RNN without gates at once."""
 RECURRENT_LAYERS = {aten.lstm.input: 4, aten.gru.input: 3, **dict.fromkeys(PLAIN_RNNS, 1)}
 """All layers of an LSTM, GRU or RNN at once, and how many matrices of a step lie in one of its weights."""
+RECURRENCES = (ops.gated_delta_rule, ops.selective_scan)
+"""Layers that run through the tokens in order, with a state."""
 GROUPED_PRODUCTS = (grouped_product,)
 """Products of rows with the matrix of their group, out of a stack [groups, in_features, out_features]."""
 INT8_LINEARS = (ops.quantized_linear, ops.quantized_linear_grouped, ops.quantized_linear_norm)

@@ -66,6 +66,16 @@ def size_of(value: int | torch.SymInt) -> Size:
     return int(value)
 
 
+def quotient(size: Size, divisor: Size) -> Size | None:
+    """size / divisor when that is an integer for all values of the symbols, else None."""
+    if isinstance(size, int) and isinstance(divisor, int):
+        return size // divisor if divisor and size % divisor == 0 else None
+    ratio = sympy.cancel(sympy.sympify(size) / sympy.sympify(divisor))
+    if sympy.denom(ratio) != 1:
+        return None
+    return int(ratio) if ratio.is_Integer else ratio
+
+
 def type_of(value: object) -> ValueType:
     """The type of a node's (fake) value: a tensor, a number, nothing, or a tuple of types.
 

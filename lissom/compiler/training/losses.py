@@ -27,9 +27,8 @@ from lissom.compiler.analysis.structure.linear import bias_of, input_of, is_atte
 from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.operators import is_activation
+from lissom.compiler.ir.operators import RECURRENCES, is_activation
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.recurrence_letters import LETTERS as RECURRENCES
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.signature import evaluate
 from lissom.compiler.training.batches import Batch

@@ -12,6 +12,7 @@ from lissom.compiler.analysis.axes.axes import Axes
 from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.base import Value, fresh
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.dimensions import contradiction, named
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import LIKE, is_pointwise
 from lissom.compiler.transforms.removal.indices import mask, remove_indices
@@ -22,13 +23,15 @@ from tools.suites.opinfo.calls import Call, OneCall, program_of, run
 
 def has_axis_rule(one: OneCall) -> bool:
     """True when the operator has an axis rule."""
-    return one.call.target in rules.RULES or is_pointwise(one.call) or one.call.target in LIKE
+    return one.call.target in rules.RULES or is_pointwise(one.call) or one.call.target in LIKE or named(one.call) is not None
 
 
 def check_axes(call: Call, generator: random.Random) -> str:
     """The fault of the axis rule of a call; empty if it is right, or claims nothing."""
     one = program_of(call)
     assert one is not None
+    if wrong := contradiction(one.call):
+        return wrong
     found = _axes(one)
     atoms = dict.fromkeys(atom for node in one.weights for axis in _dims(found, node) for atom in axis.atoms())
     for number, atom in enumerate(atoms):

@@ -12,9 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-import sympy
-
-from lissom.compiler.ir.types import Size
+from lissom.compiler.ir.types import Size, quotient
 
 
 @dataclass(eq=False)
@@ -225,13 +223,3 @@ def _cut_sum(axis: Axis, size: int) -> tuple[Axis, Axis] | None:
 
 def _like(axis: Axis, size: Size) -> Axis:
     return Axis(size, whole=axis.whole, normed=axis.normed, pinned=axis.pinned)
-
-
-def quotient(size: Size, divisor: Size) -> Size | None:
-    """size / divisor when that is an integer for all values of the symbols, else None."""
-    if isinstance(size, int) and isinstance(divisor, int):
-        return size // divisor if divisor and size % divisor == 0 else None
-    ratio = sympy.cancel(sympy.sympify(size) / sympy.sympify(divisor))
-    if sympy.denom(ratio) != 1:
-        return None
-    return int(ratio) if ratio.is_Integer else ratio

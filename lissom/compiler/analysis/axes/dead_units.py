@@ -13,10 +13,11 @@ from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis, sizes_of
 from lissom.compiler.analysis.axes.columns import unit_of, units_within
 from lissom.compiler.analysis.axes.zeros import Zeros, zero_at, zeros
-from lissom.compiler.analysis.structure.linear import is_attention
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
+from lissom.compiler.ir.calls import Convolution
 from lissom.compiler.ir.dimension_map import channel_dim
+from lissom.compiler.ir.dimensions import named
 from lissom.compiler.ir.operators import reduced_dims
 from lissom.compiler.ir.program import Program
 
@@ -47,32 +48,15 @@ def _contractions(program: Program) -> list[list[Place]]:
 
 def summed(node: fx.Node) -> list[list[Place]]:
     """For each sum that a call computes, the dimensions of its operands it runs over."""
-    args = cast("tuple[fx.Node, ...]", node.args)
-    if node.target is aten.linear.default:
-        return [[(args[0], -1), (args[1], 1)]]
-    if node.target in (*ops.MATMULS, *ops.GROUPED_PRODUCTS):
-        return [[(args[0], -1), (args[1], -2 if nodes.tensor_type(args[1]).rank > 1 else -1)]]
-    if node.target in ops.MATMULS_WITH_BIAS:
-        return [[(args[1], -1), (args[2], -2)]]
-    if is_attention(node):
-        return [[(args[0], -1), (args[1], -1)]]
-    if node.target in ops.CONVOLUTIONS and nodes.argument(node, "groups") == 1:
-        return [[(args[0], channel_dim(node)), (args[1], 1)]]
+    if (convolution := Convolution.of(node)) is not None and convolution.groups == 1:
+        return [[(convolution.x, channel_dim(node)), (convolution.weight, 1)]]
     if node.target in ops.SUMS:
-        return [[(args[0], dim)] for dim in reduced_dims(node, nodes.tensor_type(args[0]).rank)]
-    return _summed_by_einsum(node) if node.target is aten.einsum.default else []
-
-
-def _summed_by_einsum(node: fx.Node) -> list[list[Place]]:
-    inputs, _, output = cast(str, node.args[0]).replace(" ", "").partition("->")
-    operands = list(zip(inputs.split(","), cast("list[fx.Node]", node.args[1]), strict=True))
-    letters = dict.fromkeys(letter for letter in inputs if letter.isalpha() and letter not in output)
-
-    def dim(term: str, letter: str) -> int:
-        index = term.index(letter)
-        return index - len(term) if "..." in term[:index] else index
-
-    return [[(item, dim(term, letter)) for term, item in operands if letter in term] for letter in letters]
+        item = nodes.operand(node)
+        return [[(item, dim)] for dim in reduced_dims(node, nodes.tensor_type(item).rank)]
+    found = named(node)
+    if found is None:
+        return []
+    return [[(item.node, dim) for item, dim, other in found.places() if other == name] for name in found.summed]
 
 
 def zero_units(found: Axes, zero: Zeros, place: Place, numbering: Sequence[Axis]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""One rule per operator: the axes of its result from those of its arguments. The table is at the end."""
+"""The axes of a call's result from those of its arguments: by declared dimensions, or by a rule from the table at the end."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from lissom.compiler.analysis.axes.base import Dims, Known, Rule, Value, broadca
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.dimension_map import channel_dim, dim_of, shape_of
+from lissom.compiler.ir.dimensions import Compound, Dim, Named, named
 from lissom.compiler.ir.operators import is_pointwise, reduced_dims, rule_table
 from lissom.compiler.ir.printer import target_text
-from lissom.compiler.ir.recurrence_letters import HEADS, LETTERS, SHARED, operands_of
 from lissom.compiler.ir.types import TensorType
-from lissom.ops import grouped_product, linear_attention, rotary
 
 aten = torch.ops.aten
 
 
 def apply(node: fx.Node, known: Known) -> Value:
-    """The axes of a call's result; without a rule, all axes of its arguments are pinned."""
+    """The axes of a call's result; without a rule or declared dimensions, all axes of its arguments are pinned."""
     rule = RULES.get(node.target)
     if rule is None:
-        rule = _pointwise if is_pointwise(node) or node.target in ops.LIKE else unknown
+        rule = _pointwise if is_pointwise(node) or node.target in ops.LIKE else by_name
     found = rule(node, known)
     _check(node, found)
     return found
@@ -59,39 +58,61 @@ def _pointwise(node: fx.Node, known: Known) -> Value:
     return (found,) * len(results) if isinstance(results, tuple) else found
 
 
-def _linear(node: fx.Node, known: Known) -> Value:
-    x, weight = of(node.args[0], known), of(node.args[1], known)
-    unify(x[-1], weight[1], "contracted by linear")
-    if (bias := nodes.argument(node, "bias")) is not None:
-        unify(of(bias, known)[0], weight[0], "a bias of linear")
-    return (*x[:-1], weight[0])
+def by_name(node: fx.Node, known: Known) -> Value:
+    """Dimensions of one name are one axis; a compound is divided where the sizes of its parts say so."""
+    found = named(node)
+    if found is None:
+        return unknown(node, known)
+    operator_name = target_text(node.target)
+    axes: dict[Dim, Axis] = {}
+
+    def meet(name: str, axis: Axis) -> None:
+        if name in axes:
+            unify(axes[name], axis, f"'{name}' of {operator_name}")
+        elif name:
+            axes[name] = axis
+
+    for item, dim, name in found.places():
+        if item.opaque:
+            pin(of(item.node, known)[dim], f"{operator_name} reads it in a layout of its own")
+        else:
+            meet(name, of(item.node, known)[dim])
+    for item in found.operands:
+        for dim, axis in zip(item.dims, of(item.node, known), strict=True):
+            if isinstance(dim, Compound):
+                axes.setdefault(dim, axis)
+                pieces = _pieces(axis, dim, found)
+                if pieces is None:
+                    pin(axis, f"{operator_name} reads '{' '.join(dim.parts)}' in it")
+                for name, piece in pieces or ():
+                    meet(name, piece) if name.isalpha() else pin(piece, f"{operator_name} reads all of it")
+    for name in found.whole:
+        mark(axes[name], whole=True)
+    for name in found.normed:
+        mark(axes[name], normed=True)
+    for name in found.fixed:
+        pin(axes[name], f"{operator_name} runs through '{name}' in order, or looks its indices up")
+    results = tuple(tuple(_named_axis(dim, axes, found) for dim in dims) for dims in found.results)
+    return results if isinstance(nodes.node_type(node), tuple) else results[0]
 
 
-def _matmul(node: fx.Node, known: Known) -> Value:
-    return contract(of(node.args[0], known), of(node.args[1], known))
+def _named_axis(dim: Dim, axes: dict[Dim, Axis], found: Named) -> Axis:
+    """The axis of a result's dimension; a new one where no operand has the name."""
+    if dim in axes or not dim:
+        return axes.get(dim, Axis(1))
+    return Axis(found.sizes[cast(str, dim)], pinned=f"a new one of {target_text(found.node.target)}")
 
 
-def contract(left: Dims, right: Dims) -> Dims:
-    """The axes of a matrix product."""
-    if len(right) == 1:
-        unify(left[-1], right[0], "contracted by matmul")
-        return left[:-1]
-    unify(left[-1], right[-2], "contracted by matmul")
-    if len(left) == 1:
-        return (*right[:-2], right[-1])
-    batch = broadcast([left[:-2], right[:-2]], max(len(left), len(right)) - 2, "matmul")
-    return (*batch, left[-2], right[-1])
-
-
-def _added_product(node: fx.Node, known: Known) -> Value:
-    found = contract(of(node.args[1], known), of(node.args[2], known))
-    return broadcast([of(node.args[0], known), found], len(found), target_text(node.target))
-
-
-def _embedding(node: fx.Node, known: Known) -> Value:
-    weight, ids = of(node.args[0], known), of(node.args[1], known)
-    pin(weight[0], "rows of an embedding are looked up by index")
-    return (*ids, weight[1])
+def _pieces(axis: Axis, dim: Compound, found: Named) -> list[tuple[str, Axis]] | None:
+    """The parts of an axis by name, or by size where the declaration gives one; None where it cannot be divided so."""
+    pieces: list[tuple[str, Axis]] = []
+    for name in dim.parts[:-1]:
+        pair = (divide if dim.product else cut)(axis, int(name) if name.isdigit() else found.sizes[name])
+        if pair is None:
+            return None
+        pieces.append((name, pair[0]))
+        axis = pair[1]
+    return [*pieces, (dim.parts[-1], axis)]
 
 
 def _reduce(node: fx.Node, known: Known) -> Value:
@@ -108,18 +129,6 @@ def _scan(node: fx.Node, known: Known) -> Value:
     dims = of(node.args[0], known)
     for axis in dims[dim_of(node, len(dims)) :][:1]:
         mark(axis, whole=True)
-    return dims
-
-
-def _normalise(node: fx.Node, known: Known) -> Value:
-    dims = of(node.args[0], known)
-    count = len(cast("list[int]", node.args[1]))
-    for item in node.args[2:4]:
-        if nodes.is_tensor(item):
-            for axis, other in zip(dims[-count:], of(item, known), strict=True):
-                unify(axis, other, "a weight of a norm")
-    for axis in dims[-count:]:
-        mark(axis, normed=True)
     return dims
 
 
@@ -143,85 +152,6 @@ def _group_norm(node: fx.Node, known: Known) -> Value:
     for axis in dims[2:]:
         mark(axis, whole=True)
     return dims
-
-
-def _attention(node: fx.Node, known: Known) -> Value:
-    q, k, v = (of(item, known) for item in node.args[:3])
-    keys = k[len(k) - 2]
-    unify(q[-1], k[-1], "contracted by attention")
-    unify(keys, v[len(v) - 2], "attended over")
-    mark(keys, whole=True)
-    lead = broadcast([k[:-2], v[:-2]], len(k) - 2, "attention")
-    if len(q) > 2 and len(lead) > 0 and q[-3].size != lead[-1].size:
-        groups = divide(q[-3], lead[-1].size)
-        if groups is None:
-            pin(q[-3], "shared between key/value groups")
-        else:
-            unify(groups[0], lead[-1], "key/value groups")
-        lead = (*broadcast([q[:-3], lead[:-1]], len(q) - 3, "attention"), q[-3])
-    else:
-        lead = broadcast([q[:-2], lead], len(q) - 2, "attention")
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    sinks = node.kwargs.get("sinks")
-    if sinks is not None:
-        broadcast([lead, of(sinks, known)[:-2]], len(lead), "attention sinks")
-    if mask is not None:
-        broadcast([(*lead, q[len(q) - 2], keys), of(mask, known)], len(q), "an attention mask")
-    return (*lead, q[len(q) - 2], v[-1])
-
-
-def _recurrence(node: fx.Node, known: Known) -> Value:
-    """Dimensions of one name are one axis. Tokens, and what a token sums over, stay as they are."""
-    axes: dict[str, Axis] = {}
-    shared: list[Axis] = []
-    for item, names in operands_of(node):
-        for axis, name in zip(of(item, known), names, strict=False):
-            if name == SHARED:
-                shared.append(axis)
-            elif name not in axes:
-                axes[name] = axis
-            else:
-                unify(axes[name], axis, "of a recurrence")
-    for axis in shared:
-        if axis.size != axes[HEADS].size:
-            pin(axis, "shared between the heads of a recurrence")
-            if axis.size != 1:
-                pin(axes[HEADS], "sharing what a recurrence reads")
-        else:
-            unify(axes[HEADS], axis, "of a recurrence")
-    for name in ("tokens", "states"):
-        pin(axes[name], "read by a recurrence")
-    return tuple(tuple(axes[name] for name in names) for names in LETTERS[node.target][1])
-
-
-def _rotary(node: fx.Node, known: Known) -> Value:
-    x, *tables = (of(item, known) for item in node.args[:3])
-    width = x[-1].size
-    pieces = None
-    if isinstance(width, int):
-        pieces = divide(x[-1], width // 2) if node.kwargs.get("interleaved") else cut(x[-1], width // 2)
-    if pieces is None:
-        pin(x[-1], "rotated in pairs")
-    elif node.kwargs.get("interleaved"):
-        pin(pieces[1], "rotated in pairs")
-    else:
-        unify(pieces[0], pieces[1], "rotated in pairs")
-    for table in tables:
-        broadcast([x[:-1], table[:-1]], len(x) - 1, "rotary embedding")
-        if table[-1].size == width:
-            unify(x[-1], table[-1], "rotated in pairs")
-        elif pieces is not None:
-            unify(pieces[0], table[-1], "rotated in pairs")
-    return x
-
-
-def _grouped_product(node: fx.Node, known: Known) -> Value:
-    """Rows times the matrix of their expert. Experts are looked up by index, so their axis and that of the rows are pinned."""
-    x, weight = of(node.args[0], known), of(node.args[1], known)
-    unify(x[1], weight[1], "contracted by a grouped product")
-    for axis in (x[0], weight[0], *of(node.args[2], known)):
-        pin(axis, f"{target_text(node.target)} looks experts up by index")
-    return (x[0], weight[2])
 
 
 def _rounded(node: fx.Node, known: Known) -> Value:
@@ -262,25 +192,9 @@ def _convolution(node: fx.Node, known: Known) -> Value:
     return (*x[: -count - 1], weight[0], *(Axis(size, pinned="convolved over") for size in spatial))
 
 
-def _einsum(node: fx.Node, known: Known) -> Value:
-    inputs, _, output = cast(str, node.args[0]).replace(" ", "").partition("->")
-    operands = [of(item, known) for item in cast("list[fx.Node]", node.args[1])]
-    if "." in inputs or not output or any(len(set(term)) != len(term) for term in inputs.split(",")):
-        return unknown(node, known)
-    letters: dict[str, Axis] = {}
-    for term, dims in zip(inputs.split(","), operands, strict=True):
-        for letter, axis in zip(term, dims, strict=True):
-            unify(letters.setdefault(letter, axis), axis, f"'{letter}' of einsum")
-    return tuple(letters[letter] for letter in output)
-
-
 RULES: dict[object, Rule] = rule_table(
     (views.getitem, [operator.getitem]),
     (lambda node, known: of(node.args[0], known), [*ops.IDENTITIES, *ops.CONVERSIONS, aten.bernoulli.default]),
-    (_linear, [aten.linear.default]),
-    (_matmul, ops.MATMULS),
-    (_added_product, ops.MATMULS_WITH_BIAS),
-    (_embedding, [aten.embedding.default]),
     (views.moved, [aten.permute.default, *ops.TRANSPOSES, aten.unsqueeze.default, *ops.SQUEEZES]),
     (_pointwise, [aten.expand_as.default]),
     (views.moved, [*ops.EXPANDS, *ops.SUMS]),
@@ -297,13 +211,8 @@ RULES: dict[object, Rule] = rule_table(
     (_reduce, [*ops.REDUCTIONS, *ops.REDUCTIONS_WITH_INDICES]),
     (_scan, [*ops.SOFTMAX, *ops.LOG_SOFTMAX, *ops.CUMULATIVE]),
     (views.reorder, [aten.flip.default, aten.roll.default, aten.tril.default, aten.triu.default, aten.rot90.default]),
-    (_normalise, ops.LAYER_NORMS),
     (_batch_norm, [aten.batch_norm.default]),
     (_group_norm, [aten.group_norm.default]),
-    (_attention, [*ops.ATTENTIONS, linear_attention]),
-    (_rotary, [rotary]),
-    (_recurrence, LETTERS),
-    (_grouped_product, [grouped_product]),
     (_rounded, ops.QUANTIZERS),
     (_convolution, ops.CONVOLUTIONS),
     (views.index_select, [aten.index_select.default]),
@@ -311,7 +220,6 @@ RULES: dict[object, Rule] = rule_table(
     (views.copy, [aten.copy_.default]),
     (views.gather, [aten.gather.default, aten.take_along_dim.default]),
     (views.index, [aten.index.Tensor]),
-    (_einsum, [aten.einsum.default]),
     (lambda node, known: fresh(nodes.node_type(node)), ops.NEW_TENSORS),
     (
         lambda node, known: fresh(nodes.node_type(node), "its values count positions"),

@@ -20,13 +20,12 @@ from torch import fx
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis, sizes_of
 from lissom.compiler.analysis.axes.columns import unit_of, units_within
-from lissom.compiler.analysis.structure.linear import bias_of, input_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.dimension_map import channel_dim, dim_of, dimension_map
+from lissom.compiler.ir.dimensions import Dim, Operand, declaration, named, parts_of
 from lissom.compiler.ir.operators import packet_of
 from lissom.compiler.ir.program import Program
-from lissom.ops import rotary
 
 aten = torch.ops.aten
 
@@ -119,7 +118,7 @@ def _rule(node: fx.Node) -> _Rule:
     called = packet_of(node)
     if called in _KEEPING:
         return _same
-    return _RULES.get(node.target) or _RULES.get(called, _moved)
+    return _RULES.get(node.target) or _RULES.get(called, _moved if declaration(node) is None else _by_name)
 
 
 def _same(node: fx.Node, known: _Known) -> Zero:
@@ -154,66 +153,34 @@ def _power(node: fx.Node, known: _Known) -> Zero:
     return known.of(node.args[0]) if isinstance(exponent, (int, float)) and exponent > 0 else NOWHERE
 
 
-def _product(node: fx.Node, known: _Known) -> Zero:
-    """A matrix product with a bias: output features are those of the weight, other dimensions are those of the input."""
-    left, right = input_of(node), node.args[2 if node.target in ops.MATMULS_WITH_BIAS else 1]
-    x, weight, bias = known.of(left), known.of(right), known.of(bias_of(node))
-    rank, size = nodes.tensor_type(node).rank, nodes.tensor_type(node).shape[-1]
-    left_rank, right_rank = nodes.tensor_type(left).rank, nodes.tensor_type(right).rank
-    at = {dim: mask for dim, mask in x.at.items() if bias.whole and dim < left_rank - 1}
-    if right_rank > 1 and isinstance(size, int) and left_rank > 1:
-        zero_bias = torch.ones(size, dtype=torch.bool) if bias.whole else bias.at.get(max(bias.at, default=0))
-        rows = weight.at.get(0 if node.target is aten.linear.default else right_rank - 1)
-        rows = torch.ones(size, dtype=torch.bool) if weight.whole else rows
-        if rows is not None and zero_bias is not None and len(zero_bias) == size:
-            at[rank - 1] = rows & zero_bias
-    if left_rank != rank:
-        at = {dim: mask for dim, mask in at.items() if dim == rank - 1}
-    return Zero(at, (x.whole or weight.whole) and bias.whole)
-
-
-def _embedding(node: fx.Node, known: _Known) -> Zero:
-    table = known.of(node.args[0])
-    last = nodes.tensor_type(node).rank - 1
-    return Zero({last: table.at[1]} if 1 in table.at else {}, table.whole)
-
-
-def _attention(node: fx.Node, known: _Known) -> Zero:
-    """Zeros of v stay zero; the zeros of a key/value group are those of all its query heads."""
-    v, rank = known.of(node.args[2]), nodes.tensor_type(node).rank
-    shape, wanted = nodes.tensor_type(node.args[2]).shape, nodes.tensor_type(node).shape
+def _by_name(node: fx.Node, known: _Known) -> Zero:
+    """Zero where one factor is and everything that is added: the result is linear in each factor."""
+    found = named(node)
+    if found is None or isinstance(nodes.node_type(node), tuple):
+        return NOWHERE
+    factors = [item for item in found.operands if item.is_factor]
+    added = [item for item in found.operands if item.is_added]
     at: dict[int, torch.Tensor] = {}
-    for dim, mask in v.at.items():
-        if dim == len(shape) - 2 or len(shape) != rank:
+    for dim, name in enumerate(found.results[0]):
+        size = nodes.tensor_type(node).shape[dim]
+        if not name or not isinstance(size, int) or not found.bound.isdisjoint(parts_of(name)):
             continue
-        size = wanted[dim]
-        if isinstance(size, int) and size % len(mask) == 0:
-            at[dim] = mask.repeat_interleave(size // len(mask))
-    return Zero(at, v.whole)
+        # What a norm with a mean makes of zeros at some of the indices that it reads is not zero.
+        linear = factors[1:] if found.declared.centred and name in found.normed else factors
+        masks = [_of_operand(known.of(item.node), item, name, size) for item in linear]
+        terms = [_of_operand(known.of(item.node), item, name, size) | known.of(item.node).whole for item in added]
+        if masks:
+            at[dim] = reduce(torch.logical_and, terms, reduce(torch.logical_or, masks))
+    return Zero(at, any(known.of(item.node).whole for item in factors) and all(known.of(item.node).whole for item in added))
 
 
-def _rotary(node: fx.Node, known: _Known) -> Zero:
-    x, rank = known.of(node.args[0]), nodes.tensor_type(node).rank
-    return Zero({dim: mask for dim, mask in x.at.items() if dim != rank - 1}, x.whole)
-
-
-def _layer_norm(node: fx.Node, known: _Known) -> Zero:
-    """A feature is zero where its weight and bias are; the output equals the bias where the input is zero."""
-    rank, count = nodes.tensor_type(node).rank, len(cast("list[int]", node.args[1]))
-    x, weight, bias = known.of(node.args[0]), nodes.argument(node, "weight"), known.of(nodes.argument(node, "bias"))
-    scale = known.of(weight) if weight is not None else NOWHERE
-    at = {dim: mask for dim, mask in x.at.items() if bias.whole and dim < rank - count}
-    at |= {rank - count + dim: mask & _at(bias, 0, dim, len(mask)) for dim, mask in scale.at.items()}
-    return Zero(at, bias.whole and (x.whole or scale.whole))
-
-
-def _rms_norm(node: fx.Node, known: _Known) -> Zero:
-    rank, count = nodes.tensor_type(node).rank, len(cast("list[int]", node.args[1]))
-    weight = nodes.argument(node, "weight")
-    x, scale = known.of(node.args[0]), known.of(weight) if weight is not None else NOWHERE
-    scaled = {rank - count + dim: mask for dim, mask in scale.at.items()}
-    at = {dim: mask | _at(x, 0, dim, len(mask)) for dim, mask in scaled.items()}
-    return Zero({**x.at, **at}, x.whole or scale.whole)
+def _of_operand(zero: Zero, item: Operand, name: Dim, size: int) -> torch.Tensor:
+    """The zeros of an operand along a dimension of the result, [size]; those of a product's first part count for all of it."""
+    for part in (name, *parts_of(name)[:1]):
+        mask = zero.at.get(item.dims.index(part)) if part in item.dims else None
+        if mask is not None and size % len(mask) == 0:
+            return mask.repeat_interleave(size // len(mask))
+    return torch.zeros(size, dtype=torch.bool)
 
 
 def _convolution(node: fx.Node, known: _Known) -> Zero:
@@ -305,19 +272,13 @@ _OF_ZEROS_ZERO = {
 }
 """Operators, in any overload, that return zeros when their whole argument is zero."""
 _RULES: dict[object, _Rule] = {
-    **dict.fromkeys(ops.ATTENTIONS, _attention),
     aten.mul: partial(_combined, items=slice(2), join=torch.logical_or),
     aten.div: partial(_combined, items=slice(1)),
     **dict.fromkeys((aten.add, aten.sub), partial(_combined, items=slice(2))),
     aten.where: partial(_combined, items=slice(1, 3)),
     aten.pow: _power,
-    **dict.fromkeys((aten.linear.default, *ops.MATMULS, *ops.GROUPED_PRODUCTS, *ops.MATMULS_WITH_BIAS), _product),
-    aten.embedding.default: _embedding,
-    aten.layer_norm.default: _layer_norm,
-    aten.rms_norm.default: _rms_norm,
     **dict.fromkeys(ops.CONVOLUTIONS, _convolution),
     **dict.fromkeys((aten.permute.default, *ops.TRANSPOSES), _permuted),
     **dict.fromkeys(ops.CONCATENATIONS, _joined),
-    rotary: _rotary,
 }
 """By overload, or by operator where the rule holds for every overload."""

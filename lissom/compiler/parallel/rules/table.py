@@ -1,15 +1,14 @@
 """One rule per operator: the placement of its result from the placements of its arguments, and the placements it needs.
 
 A rule needs an argument replicated where the operator reads all of a dimension at once, and sharded like the other arguments
-elsewhere. A matrix product over a sharded dimension gives a pending sum, `Partial`. An operator without a rule gets its
-arguments replicated. The table is at the end; `views.py` has the rules of views, `lookups.py` those of operators that look up
+elsewhere. Operators whose dimensions are declared share one rule, `by_name.py`. An operator without a rule gets its arguments
+replicated. The table is at the end; `views.py` has the rules of views, `lookups.py` those of operators that look up
 indices, `stored.py` those of quantized values and of state.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -18,9 +17,9 @@ from torch import fx
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.dimension_map import channel_dim, shape_of
+from lissom.compiler.ir.dimensions import declaration
 from lissom.compiler.ir.operators import is_pointwise, reduced_dims, rule_table
-from lissom.compiler.ir.placement import PARTIAL, REPLICATED, Spans, is_padded, sharded
-from lissom.compiler.ir.recurrence_letters import LETTERS
+from lissom.compiler.ir.placement import PARTIAL, REPLICATED, is_padded, sharded
 from lissom.compiler.ir.types import TensorType
 from lissom.compiler.parallel.rules import lookups as lookups
 from lissom.compiler.parallel.rules import stored as stored
@@ -29,25 +28,18 @@ from lissom.compiler.parallel.rules.base import (
     Outcome,
     Reading,
     Rule,
-    aligned,
     alike,
     is_only_reader,
-    is_weight,
     moved,
     replicated,
     settled,
     tensors,
 )
+from lissom.compiler.parallel.rules.by_name import by_name
 from lissom.compiler.parallel.rules.joint import BEST, LOOK_UP, jointly
-from lissom.compiler.parallel.rules.recurrences import recurrence
-from lissom.ops import grouped_product as GROUPED_PRODUCT  # noqa: N812
-from lissom.ops import rotary as ROTARY  # noqa: N812
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 
 aten = torch.ops.aten
-
-Letters = tuple[Sequence[object], Sequence[object], Sequence[object]]
-"""Names for the dimensions of both operands of a matrix product and of its result; equal names are equal dimensions."""
 
 
 def outcome(node: fx.Node, read: Reading) -> Outcome:
@@ -60,6 +52,8 @@ def rule_of(node: fx.Node) -> Rule | None:
     found = RULES.get(node.target)
     if found is None and is_pointwise(node):
         return pointwise
+    if found is None and declaration(node) is not None:
+        return by_name
     if found is None and not isinstance(nodes.node_type(node), (TensorType, tuple)):
         return read_number
     if found is None and not tensors(node):
@@ -128,77 +122,6 @@ def read_number(node: fx.Node, read: Reading) -> Outcome:
     return replicated(node, read)
 
 
-def linear(node: fx.Node, read: Reading) -> Outcome:
-    """x Wᵀ + b: with W sharded by rows the features are sharded; with x and W sharded by columns the result is a pending sum.
-
-    One rank adds b to a pending sum.
-    """
-    x, weight = cast("tuple[fx.Node, fx.Node]", node.args[:2])
-    bias = nodes.argument(node, "bias")
-    letters = ([*range(len(shape_of(x)) - 1), "k"], ["n", "k"], [*range(len(shape_of(x)) - 1), "n"])
-    return _product(node, read, (x, weight), letters, bias if isinstance(bias, fx.Node) else None)
-
-
-def matmul(node: fx.Node, read: Reading) -> Outcome:
-    """x y: batch dimensions and the free dimension of either operand may be sharded; the contracted one gives a pending sum."""
-    x, y = cast("tuple[fx.Node, fx.Node]", node.args[:2])
-    return _product(node, read, (x, y), _letters(x, y))
-
-
-def added_product(node: fx.Node, read: Reading) -> Outcome:
-    """b + x y: as `matmul`; one rank adds b to a pending sum."""
-    bias, x, y = cast("tuple[fx.Node, fx.Node, fx.Node]", node.args[:3])
-    return _product(node, read, (x, y), _letters(x, y), bias)
-
-
-def _letters(x: fx.Node, y: fx.Node) -> Letters:
-    """The names of the dimensions of `x @ y`."""
-    left, right = len(shape_of(x)), len(shape_of(y))
-    batch = list(range(max(left, right) - 2)) if max(left, right) > 2 else []
-    lead = batch[len(batch) - max(left - 2, 0) :] + (["m"] if left > 1 else []) + ["k"]
-    other = batch[len(batch) - max(right - 2, 0) :] + (["k", "n"] if right > 1 else ["k"])
-    return lead, other, [*batch, *(["m"] if left > 1 else []), *(["n"] if right > 1 else [])]
-
-
-def _product(
-    node: fx.Node, read: Reading, sides: tuple[fx.Node, fx.Node], letters: Letters, bias: fx.Node | None = None
-) -> Outcome:
-    split: dict[object, Spans] = {}
-    for item, names in zip(sides, letters, strict=False):
-        # A sum that is still to be taken has no dims: it is wanted whole.
-        for dim, spans in read.of(item).dims:
-            if split.setdefault(names[dim], spans) != spans:
-                return replicated(node, read)
-    summed = split.get("k", ())
-    if summed and len(split) > 1:
-        # A side sharded along a dimension of its own and the other along the contracted one: the free dimension gives way.
-        split = {"k": summed}
-    elif len(split) > 1 and "n" in split:
-        # Values sharded by position, a weight sharded by features: the values are gathered.
-        split = {"n": split["n"]}
-    if not read.fits(split):
-        return replicated(node, read)
-    padded = any(span.is_padded for span in summed) and not any(map(is_weight, sides))
-    if summed and (padded or not read.is_apart(summed)):
-        return replicated(node, read)
-    wants = {}
-    for item, names in zip(sides, letters, strict=False):
-        shape = shape_of(item)
-        wants[item] = sharded(*((dim, split.get(name, ())) for dim, name in enumerate(names) if shape[dim] != 1))
-    result = PARTIAL if summed else sharded(*((dim, split.get(name, ())) for dim, name in enumerate(letters[2])))
-    if bias is not None:
-        wants[bias] = PARTIAL if summed else aligned(bias, dict(result.dims), len(letters[2]))
-    return settled(node, read, result, wants)
-
-
-def grouped_product(node: fx.Node, read: Reading) -> Outcome:
-    """Rows times the matrix of their expert: features may be sharded on either side, as in `matmul`; experts may not."""
-    x, weight, ends = cast("tuple[fx.Node, fx.Node, fx.Node]", node.args[:3])
-    if read.of(weight).spans(0) or not read.of(ends).is_replicated:
-        return replicated(node, read)
-    return _product(node, read, (x, weight), (["m", "k"], ["e", "k", "n"], ["m", "n"]))
-
-
 def embedding(node: fx.Node, read: Reading) -> Outcome:
     """Rows of an embedding table.
 
@@ -213,43 +136,6 @@ def embedding(node: fx.Node, read: Reading) -> Outcome:
         return replicated(node, read)
     result = PARTIAL if rows else sharded((len(shape_of(node)) - 1, placed.spans(1)))
     return settled(node, read, result, {ids: REPLICATED})
-
-
-def attention(node: fx.Node, read: Reading) -> Outcome:
-    """softmax(q kᵀ) v: batch and heads may be sharded, key/value heads with the query heads that read them; tokens may not."""
-    q, k, v = cast("tuple[fx.Node, fx.Node, fx.Node]", node.args[:3])
-    rank, first = len(shape_of(node)), len(shape_of(node)) - 3
-    if any(read.of(item).partial for item in tensors(node)) or any(dim > first for dim, _ in read.of(q).dims):
-        return replicated(node, read)
-    dims = dict(read.of(q).dims)
-    for item in (k, v):
-        placed = read.of(item)
-        if any(dim > first for dim, _ in placed.dims):
-            return replicated(node, read)
-        for dim, spans in placed.dims:
-            if shape_of(item)[dim] == shape_of(q)[dim] and dims.setdefault(dim, spans) != spans:
-                return replicated(node, read)
-    if not read.fits(dims):
-        return replicated(node, read)
-    wants = {item: aligned(item, dims, rank) for item in tensors(node)}
-    for item in (k, v):
-        heads, groups = shape_of(q)[first] if first >= 0 else 1, shape_of(item)[first] if first >= 0 else 1
-        if heads == groups or groups == 1:
-            continue
-        have, queries = read.of(item).spans(first), dims.get(first, ())
-        if not _goes_with(queries, have, cast(int, heads) // cast(int, groups)):
-            return replicated(node, read)
-        wants[item] = sharded(*((dim, spans) for dim, spans in wants[item].dims if dim != first), (first, have))
-    return settled(node, read, sharded(*dims.items()), wants)
-
-
-def _goes_with(queries: Spans, groups: Spans, repeats: int) -> bool:
-    """True when the query heads of every rank read the key/value heads it holds, in order, `repeats` query heads for each."""
-    if not queries or not groups:
-        return not queries and not groups
-    (left, *more), (right, *others) = queries, groups
-    alike = left.parts // left.every == right.parts // right.every or left.parts == right.parts
-    return not more and not others and alike and left.local == right.local * repeats
 
 
 def over(*names: str) -> Rule:
@@ -273,8 +159,7 @@ def over(*names: str) -> Rule:
 @jointly
 def norm(node: fx.Node, read: Reading) -> Outcome:
     """layer_norm, rms_norm: not over a sharded dimension, unless the ranks all-reduce their sums."""
-    rank, count = len(shape_of(node.args[0])), len(cast("list[int]", node.args[1]))
-    return alike(node, read, whole=range(rank - count, rank))
+    return by_name(node, read)
 
 
 def convolution(node: fx.Node, read: Reading) -> Outcome:
@@ -290,11 +175,6 @@ def convolution(node: fx.Node, read: Reading) -> Outcome:
         if all(dim == at for dim, _ in read.of(x).dims):
             return settled(node, read, sharded((at, spans)), wants)
     return replicated(node, read)
-
-
-def rotary(node: fx.Node, read: Reading) -> Outcome:
-    """Rotates pairs of features of the last dimension; the other dimensions may be sharded."""
-    return alike(node, read, whole=[len(shape_of(node)) - 1])
 
 
 def summed(node: fx.Node, read: Reading) -> Outcome:
@@ -323,14 +203,7 @@ RULES: dict[object, Rule] = rule_table(
     (views.getitem, [operator.getitem]),
     (pointwise, [*ops.CONVERSIONS, *ops.FILLED_LIKE]),
     (views.same, ops.IDENTITIES),
-    (linear, [aten.linear.default]),
-    (matmul, ops.MATMULS),
-    (added_product, ops.MATMULS_WITH_BIAS),
     (embedding, [aten.embedding.default]),
-    (attention, ops.ATTENTIONS),
-    (rotary, [ROTARY]),
-    (grouped_product, [GROUPED_PRODUCT]),
-    (recurrence, LETTERS),
     (jointly(over("dim")), [*ops.SOFTMAX, *ops.LOG_SOFTMAX, aten.topk.default]),
     (over("dim"), [*ops.CUMULATIVE, aten.sort.default, aten.glu.default]),
     (convolution, ops.CONVOLUTIONS),

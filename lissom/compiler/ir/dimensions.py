@@ -1,0 +1,453 @@
+"""The dimensions of a call's operands and results by name, from the operator's declaration (`lissom.ops.dimensions`).
+
+PyTorch's operators are declared at the end of this file, Lissom's where they are defined.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir import operators as families
+from lissom.compiler.ir.types import Size, TensorType, quotient
+from lissom.ops.dimensions import DECLARED, ROWS, Dimensions
+
+aten = torch.ops.aten
+
+ShapeOf = Callable[[fx.Node], Sequence[Size]]
+_TOKEN = re.compile(r"\s*(\.\.\.|[!+()\[\]]|[a-z][a-z_]*\*?|\d+)")
+_TENSORS = ("Tensor", "Optional[Tensor]")
+
+
+@dataclass(frozen=True)
+class Compound:
+    """A dimension made of several: a product, whose last part runs fastest, or parts that follow each other."""
+
+    parts: tuple[str, ...]
+    product: bool = True
+
+
+Dim = str | Compound
+"""The name of a dimension, of sizes that stand in the declaration, or of a compound; empty where a size of 1 is broadcast."""
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """dims: with `...` and starred names. mark: `+`, `~` or none. optional: the last may be missing. opaque: `_`."""
+
+    dims: tuple[Dim, ...]
+    mark: str = ""
+    optional: bool = False
+    opaque: bool = False
+
+
+@dataclass(frozen=True)
+class _Form:
+    operands: tuple[_Operand, ...]
+    results: tuple[_Operand, ...]
+    work: tuple[tuple[Dim, ...], ...]
+    fixed: frozenset[str]
+    condition: tuple[str, bool] | None
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that a call reads. slot: its place among positional arguments, or its keyword. dims: the name of each dimension.
+
+    is_factor: the result is linear in it. is_added: it is added to the result. opaque: its layout is its own.
+    """
+
+    name: str
+    slot: int | str
+    node: fx.Node
+    dims: tuple[Dim, ...]
+    is_factor: bool
+    is_added: bool
+    opaque: bool = False
+
+
+@dataclass(frozen=True)
+class Named:
+    """A call with the names of its dimensions.
+
+    operands: what the call gives; what it leaves out is not among them. results: the names of each result's dimensions.
+    sizes: by name; a name behind `...` or a star is numbered. whole, normed, fixed, positions: as declared.
+    """
+
+    node: fx.Node
+    operands: tuple[Operand, ...]
+    results: tuple[tuple[Dim, ...], ...]
+    sizes: Mapping[str, Size]
+    declared: Dimensions
+    fixed: frozenset[str]
+    work: tuple[tuple[Dim, ...], ...] = field(default=(), repr=False)
+
+    @cached_property
+    def whole(self) -> frozenset[str]:
+        """Dimensions that are read as a whole."""
+        return self._numbered(self.declared.whole)
+
+    @cached_property
+    def normed(self) -> frozenset[str]:
+        """Dimensions that a norm reads."""
+        return self._numbered(self.declared.normed)
+
+    @cached_property
+    def positions(self) -> frozenset[str]:
+        """Dimensions whose indices are positions."""
+        return self._numbered(self.declared.positions)
+
+    @cached_property
+    def bound(self) -> frozenset[str]:
+        """The dimensions within compounds that have parts of a given size or come one after another."""
+        dims = [dim for dims in (*(item.dims for item in self.operands), *self.results) for dim in dims]
+        found = [dim for dim in dims if isinstance(dim, Compound)]
+        return frozenset(part for dim in found if not dim.product or any(map(str.isdigit, dim.parts)) for part in dim.parts)
+
+    @cached_property
+    def summed(self) -> tuple[str, ...]:
+        """The dimensions that products are summed over."""
+        kept = {part for dims in self.results for dim in dims for part in parts_of(dim)} | self.fixed | self.whole | self.normed
+        return tuple(dict.fromkeys(name for _, _, name in self.places() if name and name not in kept))
+
+    def places(self) -> Iterator[tuple[Operand, int, str]]:
+        """Each operand, with each of its dimensions that has a name of its own."""
+        for item in self.operands:
+            for dim, name in enumerate(item.dims):
+                if isinstance(name, str):
+                    yield item, dim, name
+
+    def _numbered(self, names: str) -> frozenset[str]:
+        wanted = names.split()
+        return frozenset(name for name in self.sizes if name.partition(".")[0] in wanted)
+
+
+def parts_of(dim: Dim) -> tuple[str, ...]:
+    """The names that a dimension is made of."""
+    return dim.parts if isinstance(dim, Compound) else (dim,)
+
+
+def declaration(node: fx.Node) -> Dimensions | None:
+    """The declaration of the operator that a node calls; None where it has none."""
+    if node.target is aten.einsum.default:
+        return _of_equation(cast(str, node.args[0]))
+    return DECLARED.get(node.target) or ATEN.get(node.target)
+
+
+def named(node: fx.Node, shape_of: ShapeOf | None = None) -> Named | None:
+    """The call with the names of its dimensions; None without a declaration, or where no form fits.
+
+    shape_of: the sizes of a node's tensor, the node's type by default.
+    """
+    declared = declaration(node)
+    if declared is None:
+        return None
+    given, shape = _given(node), shape_of or _shape
+    for form in _forms(declared.text):
+        if form.condition is not None and bool(nodes.argument(node, form.condition[0])) != form.condition[1]:
+            continue
+        if (found := _bound(node, declared, form, given, shape)) is not None:
+            return found
+    return None
+
+
+def multiplications(node: fx.Node, shape_of: ShapeOf | None = None) -> Size | None:
+    """The multiplications that a call is declared to take; None without such a declaration."""
+    declared = declaration(node)
+    if declared is None or node.target is aten.einsum.default or ":" not in declared.text:
+        return None
+    found, total = named(node, shape_of), cast(Size, 0)
+    for term in found.work if found is not None else ():
+        total = total + _product([_amount(cast(Named, found), dim) for dim in term])
+    return total
+
+
+def counts(target: object) -> bool:
+    """True for an operator whose multiplications are declared."""
+    declared = DECLARED.get(target) or ATEN.get(target)
+    return declared is not None and ":" in declared.text
+
+
+def _amount(found: Named, dim: Dim) -> Size:
+    """The size of a dimension in a term: of those behind `...`, or an argument of the call where no dimension has the name."""
+    if isinstance(dim, Compound):
+        sizes = [_amount(found, part) for part in dim.parts]
+        return _product(sizes) if dim.product else sum(cast("list[int]", sizes))
+    if dim.isdigit():
+        return int(dim)
+    if dim in found.sizes:
+        return found.sizes[dim]
+    several = [size for name, size in found.sizes.items() if name.partition(".")[0] == dim.rstrip("*").replace("...", "")]
+    if several or dim == "..." or dim.endswith("*"):
+        return _product(several)
+    return cast(int, nodes.argument(found.node, dim))
+
+
+def _product(sizes: Sequence[Size]) -> Size:
+    return math.prod(sizes)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def _shape(node: fx.Node) -> Sequence[Size]:
+    return nodes.tensor_type(node).shape
+
+
+# Reading a declaration
+
+
+@cache
+def _forms(text: str) -> tuple[_Form, ...]:
+    return tuple(_form(part) for part in text.split("|"))
+
+
+def _form(text: str) -> _Form:
+    body, _, condition = text.partition(" if ")
+    words = condition.split()
+    shapes, _, work = body.partition(":")
+    left, arrow, right = shapes.partition("->")
+    if not arrow or len(words) > 2:
+        raise ValueError(f"no form of dimensions: {text!r}")
+    fixed: set[str] = set()
+    operands = tuple(_operand(part, fixed) for part in left.split(","))
+    results = tuple(_operand(part, fixed) for part in right.split(","))
+    terms = tuple(_operand(part, fixed).dims for part in work.split(" + ")) if work else ()
+    return _Form(operands, results, terms, frozenset(fixed), (words[-1], len(words) == 1) if words else None)
+
+
+def _operand(text: str, fixed: set[str]) -> _Operand:
+    text = text.strip()
+    if text == "_":
+        return _Operand((), opaque=True)
+    mark = text[0] if text[:1] in ("+", "~") else ""
+    tokens = _tokens(text.removeprefix(mark))
+    dims: list[Dim] = []
+    optional = False
+    while tokens:
+        token = tokens.pop(0)
+        if token == "!":
+            fixed.add(tokens[0])
+        elif token == "[":
+            optional = True
+        elif token == "(":
+            end = tokens.index(")")
+            inside, tokens = tokens[:end], tokens[end + 1 :]
+            dims.append(Compound(tuple(item for item in inside if item != "+"), product="+" not in inside))
+        elif token != "]":
+            dims.append(token)
+    return _Operand(tuple(dims), mark, optional)
+
+
+def _tokens(text: str) -> list[str]:
+    found, at = [], 0
+    while text[at:].strip():
+        match = _TOKEN.match(text, at)
+        if match is None:
+            raise ValueError(f"{text!r} does not name dimensions from {text[at:]!r} on")
+        found.append(match[1])
+        at = match.end()
+    return found
+
+
+@cache
+def _of_equation(equation: str) -> Dimensions | None:
+    """The declaration of an einsum; None where a letter stands twice in a term, or the result is implied."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = [*left.split(","), right]
+    if not arrow or any(len(set(letters)) != len(letters) for letters in (term.replace(".", "") for term in terms)):
+        return None
+    if any("..." in term and not term.startswith("...") for term in terms):
+        return None
+    # Names of dimensions are lower-case: a capital letter is written twice.
+    spelled = [" ".join(["..."] * ("..." in term) + [_letter(item) for item in term.replace(".", "")]) for term in terms]
+    return Dimensions(f"{', '.join(spelled[:-1])} -> {spelled[-1]}", factors=("tensors",))
+
+
+def _letter(letter: str) -> str:
+    return letter if letter.islower() else f"{letter.lower()}_{letter.lower()}"
+
+
+# Fitting a form to a call
+
+
+@cache
+def _tensors(target: torch._ops.OpOverload) -> tuple[tuple[str, int], ...]:
+    """The tensors of an operator's schema: the name of each, and its place among positional arguments, -1 for none."""
+    found = enumerate(target._schema.arguments)
+    return tuple((item.name, -1 if item.kwarg_only else index) for index, item in found if str(item.type) in _TENSORS)
+
+
+def _given(node: fx.Node) -> list[tuple[str, int | str, fx.Node | None]]:
+    """The tensors of the schema with their places in the call and what it gives there."""
+    if node.target is aten.einsum.default:
+        return [("tensors", -1, item) for item in cast("Sequence[fx.Node]", node.args[1])]
+    found: list[tuple[str, int | str, fx.Node | None]] = []
+    for name, place in _tensors(cast(torch._ops.OpOverload, node.target)):
+        positional = 0 <= place < len(node.args)
+        item = node.args[place] if positional else node.kwargs.get(name)
+        found.append((name, place if positional else name, item if isinstance(item, fx.Node) else None))
+    return found
+
+
+def _bound(
+    node: fx.Node,
+    declared: Dimensions,
+    form: _Form,
+    given: Sequence[tuple[str, int | str, fx.Node | None]],
+    shape_of: ShapeOf,
+) -> Named | None:
+    stars = {name: len(cast("Sequence[object]", nodes.argument(node, by))) for name, by in declared.many.items()}
+    operands: list[Operand] = []
+    shapes: list[Sequence[Size]] = []
+    patterns = list(form.operands)
+    if patterns[-1].opaque:
+        patterns += patterns[-1:] * (len(given) - len(patterns))
+    if len(patterns) != len(given):
+        raise ValueError(f"{node.target} has {len(given)} tensors, not the {len(patterns)} declared: {declared.text}")
+    for (name, slot, item), pattern in zip(given, patterns, strict=True):
+        if item is None:
+            continue
+        shape = shape_of(item)
+        dims = ("",) * len(shape) if pattern.opaque else _expanded(pattern, len(shape), stars)
+        if dims is None:
+            return None
+        operands.append(Operand(name, slot, item, dims, name in declared.factors, pattern.mark == "+", pattern.opaque))
+        shapes.append(shape)
+    sizes = _sizes([item.dims for item in operands], shapes)
+    types = nodes.node_type(node)
+    outputs = [item.shape for item in types if isinstance(item, TensorType)] if isinstance(types, tuple) else [shape_of(node)]
+    results = [_expanded(pattern, len(shape), stars) for pattern, shape in zip(form.results, outputs, strict=False)]
+    if sizes is None or len(outputs) != len(form.results) or any(dims is None for dims in results):
+        return None
+    for dims, shape in zip(cast("list[tuple[Dim, ...]]", results), outputs, strict=True):
+        # What stands on the right only, such as the rows of a packed weight, has the size of the result.
+        sizes |= {dim: size for dim, size in zip(dims, shape, strict=True) if isinstance(dim, str) and dim not in sizes}
+    read = tuple(
+        Operand(item.name, item.slot, item.node, _settled(item.dims, shape, sizes), item.is_factor, item.is_added, item.opaque)
+        for item, shape in zip(operands, shapes, strict=True)
+    )
+    made = tuple(_settled(cast("tuple[Dim, ...]", dims), None, sizes) for dims in results)
+    return Named(node, read, made, sizes, declared, form.fixed, form.work)
+
+
+def _expanded(pattern: _Operand, rank: int, stars: Mapping[str, int]) -> tuple[Dim, ...] | None:
+    """The names of a tensor's dimensions, those behind `...` and stars numbered; None where the rank is another.
+
+    Dimensions behind `...` are numbered from the last, since they are broadcast.
+    """
+    dims: list[Dim] = []
+    for dim in pattern.dims:
+        starred = isinstance(dim, str) and dim.endswith("*")
+        name = dim.rstrip("*") if isinstance(dim, str) else ""
+        dims += [f"{name}.{index}" for index in range(stars[name])] if starred else [dim]
+    if pattern.optional and rank == len(dims) - 1 - ("..." in dims):
+        dims.pop()
+    if "..." in dims:
+        at, missing = dims.index("..."), rank - len(dims) + 1
+        dims[at : at + 1] = [f".{index}" for index in range(missing, 0, -1)]
+    if pattern.mark and rank < len(dims):
+        dims = dims[len(dims) - rank :]
+    return tuple(dims) if len(dims) == rank else None
+
+
+def _sizes(dims: Sequence[Sequence[Dim]], shapes: Sequence[Sequence[Size]]) -> dict[str, Size] | None:
+    """The size of each name; None where two sizes contradict each other. A size of 1 is broadcast."""
+    found: dict[str, Size] = {}
+    pairs = [pair for names, shape in zip(dims, shapes, strict=True) for pair in zip(names, shape, strict=True)]
+    for dim, size in pairs:
+        if not isinstance(dim, str) or not dim:
+            continue
+        if dim.isdigit():
+            if size != int(dim):
+                return None
+        elif found.get(dim, 1) == 1:
+            found[dim] = size
+        elif size != 1 and isinstance(size, int) and isinstance(found[dim], int) and size != found[dim]:
+            return None
+    compounds = [(dim, size) for dim, size in pairs if isinstance(dim, Compound)]
+    return found if all(_solved(dim, size, found) for dim, size in compounds) else None
+
+
+def _solved(dim: Compound, size: Size, found: dict[str, Size]) -> bool:
+    """Give the one unknown part of a compound its size; False where there is none that fits."""
+    known = [int(part) if part.isdigit() else found[part] for part in dim.parts if part.isdigit() or part in found]
+    unknown = [part for part in dim.parts if not part.isdigit() and part not in found]
+    if len(set(unknown)) > 1:
+        return False
+    if dim.product:
+        rest = quotient(size, _product(known))
+        if rest is None or (not unknown and rest != 1) or len(unknown) > 1:
+            return False
+    else:
+        if not isinstance(size, int) or not all(isinstance(item, int) for item in known):
+            return False
+        left = size - sum(cast("list[int]", known))
+        if left < 0 or left % (len(unknown) or 1) or (not unknown and left):
+            return False
+        rest = left // (len(unknown) or 1)
+    found |= dict.fromkeys(unknown, rest)
+    return True
+
+
+def _settled(dims: Sequence[Dim], shape: Sequence[Size] | None, sizes: Mapping[str, Size]) -> tuple[Dim, ...]:
+    """The names without those that are broadcast here, and compounds without parts of size 1."""
+    found: list[Dim] = []
+    for index, dim in enumerate(dims):
+        if isinstance(dim, Compound):
+            parts = tuple(part for part in dim.parts if part.isdigit() or sizes[part] != 1)
+            found.append(Compound(parts, dim.product) if len(parts) > 1 else parts[0] if parts else dim.parts[0])
+        elif dim.isdigit() or (shape is not None and shape[index] == 1 and sizes.get(dim, 1) != 1):
+            found.append("")
+        else:
+            found.append(dim)
+    return tuple(found)
+
+
+def contradiction(node: fx.Node) -> str:
+    """What a declaration says that a call does not do: the sizes of its results; empty where they agree."""
+    found = named(node)
+    types = nodes.node_type(node)
+    if found is None:
+        return ""
+    for dims, item in zip(found.results, types if isinstance(types, tuple) else (types,), strict=True):
+        sizes = tuple(_amount(found, dim) if dim else 1 for dim in dims)
+        if sizes != nodes.tensor_type(item).shape:
+            return f"{node.target} is declared to return {list(sizes)} and returns {list(nodes.tensor_type(item).shape)}"
+    return ""
+
+
+_MATRICES = Dimensions(
+    "k, k -> | k, ... k n -> ... n : ... n k | ... m k, k -> ... m | ... m k, ... k n -> ... m n : ... m n k",
+    factors=("self", "other", "mat2"),
+)
+_ATTENDS = ": ... q d t + ... q t v"
+_SHARED_HEADS = ": ... (g r) q d t + ... (g r) q t v"
+ATEN: Mapping[object, Dimensions] = {
+    aten.linear.default: Dimensions("... k, n k, +n -> ... n : ... n k", factors=("input", "weight")),
+    **dict.fromkeys(families.MATMULS, _MATRICES),
+    aten.addmm.default: Dimensions("+m n, m k, k n -> m n : m n k", factors=("mat1", "mat2")),
+    aten.baddbmm.default: Dimensions("+b m n, b m k, b k n -> b m n : b m n k", factors=("batch1", "batch2")),
+    aten._int_mm.default: Dimensions("m k, k n -> m n : m n k"),
+    aten._scaled_mm.default: Dimensions("m k, k n, _ -> m n : m n k"),
+    aten._grouped_mm.default: Dimensions("rows k, groups k n, _ -> rows n : rows k n"),
+    **dict.fromkeys((aten._weight_int4pack_mm.default, aten._weight_int8pack_mm.default), ROWS),
+    aten.embedding.default: Dimensions("!rows f, ... -> ... f", factors=("weight",)),
+    aten.scaled_dot_product_attention.default: Dimensions(
+        f"... q d, ... t d, ... t v, ~... q t -> ... q v {_ATTENDS}"
+        f"| ... (g r) q d, ... g t d, ... g t v, ~... (g r) q t -> ... (g r) q v {_SHARED_HEADS}",
+        factors=("value",),
+        whole="t",
+        positions="q",
+    ),
+    aten.layer_norm.default: Dimensions(
+        "... f*, f*, +f* -> ... f*", ("input", "weight"), normed="f", centred=True, many={"f": "normalized_shape"}
+    ),
+    aten.rms_norm.default: Dimensions("... f*, f* -> ... f*", ("input", "weight"), normed="f", many={"f": "normalized_shape"}),
+}
+"""The declarations of PyTorch's operators."""
