@@ -409,6 +409,25 @@ def _settled(dims: Sequence[Dim], shape: Sequence[Size] | None, sizes: Mapping[s
     return tuple(found)
 
 
+def check_declaration(target: torch._ops.OpOverload, declared: Dimensions) -> None:
+    """Compare a declaration with the operator's schema. Raises: ValueError, which names the operator and what does not fit."""
+    tensors, names = _tensors(target), {item.name for item in target._schema.arguments}
+    for form in _forms(declared.text):
+        several = form.operands[-1].opaque
+        if len(form.operands) > len(tensors) or (len(form.operands) < len(tensors) and not several):
+            raise ValueError(f"{target} has {len(tensors)} tensors, and {len(form.operands)} are declared: {declared.text!r}")
+        if len(form.results) != len(target._schema.returns):
+            raise ValueError(f"{target} returns {len(target._schema.returns)} values: {declared.text!r}")
+        asked = {*declared.many.values(), *([form.condition[0]] if form.condition else [])}
+        if unknown := asked - names:
+            raise ValueError(f"{target} has no argument {', '.join(sorted(unknown))}: {declared.text!r}")
+    used = set(" ".join((declared.whole, declared.normed, declared.positions, *declared.many)).split())
+    if unknown := used - set(re.findall(r"[a-z_]+", declared.text)):
+        raise ValueError(f"{target} has no dimension {', '.join(sorted(unknown))}: {declared.text!r}")
+    if not set(declared.factors) & {name for name, _ in tensors} and declared.factors:
+        raise ValueError(f"{target} has no tensor {', '.join(declared.factors)}")
+
+
 def contradiction(node: fx.Node) -> str:
     """What a declaration says that a call does not do: the sizes of its results; empty where they agree."""
     found = named(node)
