@@ -116,7 +116,8 @@ def _by_name(node: fx.Node, dim: int) -> Sources | None:
     if found is None or not name or name in found.whole | found.normed | found.fixed | found.bound:
         return None
     places = {item: at for item, at, other in found.places() if other == name}
-    return None if any(item.name in _WEIGHTS for item in places) else {item.slot: at for item, at in places.items()}
+    of_weights = any(item.name == "weight" or item.is_added for item in places)
+    return None if of_weights else {item.slot: at for item, at in places.items()}
 
 
 def _joined(node: fx.Node, dim: int) -> Sources | None:
@@ -145,5 +146,3 @@ RULES: dict[object, Rule] = rule_table(
     (lambda node, dim: {0: 0} if dim == 0 else None, ops.CONVOLUTIONS),
 )
 """The rules of operators whose dimensions are not declared; views and reductions use their dimension map instead."""
-_WEIGHTS = ("weight", "bias")
-"""The operands of layers that are no activations."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import cast
 
@@ -62,7 +62,8 @@ class _Form:
 class Operand:
     """A tensor that a call reads. slot: its place among positional arguments, or its keyword. dims: the name of each dimension.
 
-    is_factor: the result is linear in it. is_added: it is added to the result. opaque: its layout is its own.
+    is_factor: the result is linear in it. is_added: it is added to the result. is_broadcast: it is neither. opaque: its layout
+    is its own.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Operand:
     dims: tuple[Dim, ...]
     is_factor: bool
     is_added: bool
+    is_broadcast: bool = False
     opaque: bool = False
 
 
@@ -317,7 +319,8 @@ def _bound(
         dims = ("",) * len(shape) if pattern.opaque else _expanded(pattern, len(shape), stars)
         if dims is None:
             return None
-        operands.append(Operand(name, slot, item, dims, name in declared.factors, pattern.mark == "+", pattern.opaque))
+        marks = pattern.mark == "+", pattern.mark == "~", pattern.opaque
+        operands.append(Operand(name, slot, item, dims, name in declared.factors, *marks))
         shapes.append(shape)
     sizes = _sizes([item.dims for item in operands], shapes)
     types = nodes.node_type(node)
@@ -328,10 +331,7 @@ def _bound(
     for dims, shape in zip(cast("list[tuple[Dim, ...]]", results), outputs, strict=True):
         # What stands on the right only, such as the rows of a packed weight, has the size of the result.
         sizes |= {dim: size for dim, size in zip(dims, shape, strict=True) if isinstance(dim, str) and dim not in sizes}
-    read = tuple(
-        Operand(item.name, item.slot, item.node, _settled(item.dims, shape, sizes), item.is_factor, item.is_added, item.opaque)
-        for item, shape in zip(operands, shapes, strict=True)
-    )
+    read = tuple(replace(item, dims=_settled(item.dims, shape, sizes)) for item, shape in zip(operands, shapes, strict=True))
     made = tuple(_settled(cast("tuple[Dim, ...]", dims), None, sizes) for dims in results)
     return Named(node, read, made, sizes, declared, form.fixed, form.work)
 

@@ -78,8 +78,9 @@ def zeros(program: Program) -> Zeros:
             found = _of_weight(program.weight(str(node.target)))
         elif node.op == "call_function" and any(used in known.zeros for used in node.all_input_nodes):
             found = _rule(node)(node, known) if nodes.is_tensor(node) else _same(node, known) if _moves(node) else NOWHERE
-        if found.whole or found.at:
-            known.zeros[node] = _settled(found)
+        settled = _settled(found) if found.whole or found.at else NOWHERE
+        if settled.whole or settled.at:
+            known.zeros[node] = settled
     return known.zeros
 
 

@@ -23,7 +23,7 @@ def by_name(node: fx.Node, read: Reading) -> Outcome:
         return replicated(node, read)
     pending = _pending(found)
     split = _split(found, read, pending)
-    if split is None or (not pending and any(read.of(item.node).partial for item in found.operands)):
+    if split is None:
         return replicated(node, read)
     summed = {name: spans for name, spans in split.items() if name in pending}
     if summed and len(split) > 1:
@@ -57,7 +57,8 @@ def _split(found: Named, read: Reading, pending: frozenset[str]) -> dict[Dim, Sp
     kept = found.whole | found.normed | found.fixed | found.bound | found.positions | (frozenset(found.summed) - pending)
     split: dict[Dim, Spans] = {}
     for item in found.operands:
-        for dim, spans in read.of(item.node).dims:
+        # What is added or broadcast follows the others.
+        for dim, spans in () if item.is_added or item.is_broadcast else read.of(item.node).dims:
             name = item.dims[dim]
             if item.opaque or not name or not kept.isdisjoint(parts_of(name)) or split.setdefault(name, spans) != spans:
                 return None
