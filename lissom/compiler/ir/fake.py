@@ -219,7 +219,7 @@ def same_size(mode: FakeTensorMode | None, left: Size | float, right: Size | flo
 
 def _divided(left: sympy.Expr, right: sympy.Expr) -> sympy.Basic:
     """`left // right` as a polynomial of sizes when the division is exact; `FloorDiv` itself does not divide powers."""
-    numerator, denominator = sympy.fraction(sympy.cancel(left / right))  # pyright: ignore[reportUnknownMemberType]
+    numerator, denominator = sympy.fraction(sympy.cancel(left / right))
     return cast(sympy.Basic, numerator if denominator == 1 else FloorDiv(left, right))
 
 

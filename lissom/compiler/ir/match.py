@@ -134,7 +134,7 @@ def scalar_and_node(program: Program, node: object, targets: Collection[object])
     for item, other in (node.args, reversed(node.args)):
         found = number(program, item)
         if found is not None and nodes.is_tensor(other):
-            return found, other  # pyright: ignore[reportReturnType]
+            return found, other
     return None
 
 

@@ -23,7 +23,7 @@ def check_options(checks: Checks, metric: Metric | None = None, max_drop: float 
 
     Raises: UnsupportedError when one is invalid.
     """
-    if not isinstance(checks, str) or checks not in get_args(Checks):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(checks, str) or checks not in get_args(Checks):
         raise UnsupportedError(f"checks={checks!r:.80} is not known; choose {', '.join(get_args(Checks))}")
     if metric is not None and not callable(metric):
         raise UnsupportedError(f"metric= is {metric!r:.80}; give a callable that takes a model and returns a number")
@@ -35,7 +35,7 @@ def check_options(checks: Checks, metric: Metric | None = None, max_drop: float 
 
 def check_goal(goal: Goal | None) -> None:
     """Check what lossy passes must gain. Raises: UnsupportedError."""
-    if goal is not None and (not isinstance(goal, str) or goal not in get_args(Goal)):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if goal is not None and (not isinstance(goal, str) or goal not in get_args(Goal)):
         raise UnsupportedError(
             f"goal={goal!r:.80} is not known; choose {', '.join(get_args(Goal))}, or None to keep every pass"
         )

@@ -30,5 +30,5 @@ def _rows(edit: Editor, table: fx.Node, ids: object) -> fx.Node:
     shape = nodes.tensor_type(table).shape
     if shape[0] != 1:
         return edit.call(aten.embedding.default, table, ids)
-    rank = nodes.tensor_type(ids).rank  # pyright: ignore[reportArgumentType]
+    rank = nodes.tensor_type(ids).rank
     return edit.call(aten.reshape.default, table, [*([1] * rank), *shape[1:]])

@@ -104,7 +104,7 @@ class Fitting(Training):
             raise ValueError(f"batch is {self.batch}; give 1 or more")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; give a fraction between 0 and 1")
-        if self.checkpoint is not None and (not isinstance(self.checkpoint, str) or not self.checkpoint):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if self.checkpoint is not None and (not isinstance(self.checkpoint, str) or not self.checkpoint):
             raise ValueError(f"checkpoint is {self.checkpoint!r:.80}; give the path of a directory, as text")
 
     @abstractmethod

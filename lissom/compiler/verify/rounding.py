@@ -239,7 +239,7 @@ def _widened_program(program: Program, wide: torch.dtype) -> Program:
     for name, tensor in program.weights().items():
         found.set_weight(name, _widened(tensor.detach(), wide))
     for node in found.nodes():
-        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), partial(_widened, wide=wide))  # pyright: ignore
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), partial(_widened, wide=wide))
     return found
 
 

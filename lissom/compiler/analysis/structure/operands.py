@@ -24,7 +24,7 @@ def scale_of(node: fx.Node) -> float:
     """The factor on the scores."""
     scale = nodes.argument(node, "scale")
     if scale is None:
-        scale = 1.0 / math.sqrt(int(nodes.tensor_type(node.args[0]).shape[-1]))  # pyright: ignore[reportArgumentType]
+        scale = 1.0 / math.sqrt(int(nodes.tensor_type(node.args[0]).shape[-1]))
     return scale  # pyright: ignore[reportReturnType]
 
 
@@ -85,7 +85,7 @@ def shared_operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 def operands_obstacle(edit: Editor, node: fx.Node) -> str | None:
     """The reason none of our kernels accepts an attention's operands; None if one does."""
-    q, k, v = (nodes.tensor_type(item) for item in node.args[:3])  # pyright: ignore[reportArgumentType]
+    q, k, v = (nodes.tensor_type(item) for item in node.args[:3])
     if q.rank != 4 or k.rank != 4 or v.rank != 4:
         return "its operands are not [batch, heads, tokens, head_dim]"
     if len({q.dtype, k.dtype, v.dtype}) > 1:

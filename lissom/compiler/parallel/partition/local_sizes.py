@@ -81,7 +81,7 @@ def _slice(state: PartitionState, node: fx.Node, placed: Placement) -> None:
         return
     bounds = slice_bounds(node, typed.shape[dim]) or (0, typed.shape[dim])
     places = [_local_index(spans, cast(int, bound)) for bound in bounds]
-    node.args, node.kwargs = (item, dim, *places), {}  # pyright: ignore[reportAttributeAccessIssue]
+    node.args, node.kwargs = (item, dim, *places), {}
 
 
 def _repeats(state: PartitionState, node: fx.Node, placed: Placement) -> None:

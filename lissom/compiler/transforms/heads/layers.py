@@ -48,7 +48,7 @@ class HeadLayer:
 
     def moment(self, known: Mapping[fx.Node, Moments]) -> torch.Tensor:
         """The second moment of the layer's inputs, with a 1 for the bias; the identity when none is known."""
-        inputs = int(nodes.tensor_type(self.weight.weight).shape[1 - self.weight.dim])  # pyright: ignore[reportArgumentType]
+        inputs = int(nodes.tensor_type(self.weight.weight).shape[1 - self.weight.dim])
         if (found := known.get(input_of(self.layer))) is None or len(found.total) != inputs:
             return torch.eye(inputs + (self.bias is not None), dtype=torch.float64)
         count = max(found.count, 1)
