@@ -268,6 +268,15 @@ class IndexSelect(Call):
     indices = Operand[fx.Node]("index")
 
 
+class Gather(Call):
+    """Elements looked up along one dimension."""
+
+    targets = (aten.gather.default, aten.take_along_dim.default)
+    x = Operand[fx.Node]("self")
+    dim = Operand[int | None]("dim")
+    indices = Operand[fx.Node]("index", "indices")
+
+
 class RepeatInterleave(Call):
     """Each index of a dimension several times in a row."""
 
