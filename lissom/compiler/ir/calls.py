@@ -20,6 +20,7 @@ from lissom import ops
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as families
 from lissom.compiler.ir.types import Size
+from lissom.ops.quantization import dequantize, fake_quantize
 
 aten = torch.ops.aten
 T = TypeVar("T")
@@ -321,6 +322,70 @@ class Binary(Call):
     )
     left = Operand[fx.Node]("self")
     right = Operand[fx.Node | float]("other")
+
+
+class BlockSparseAttention(Call):
+    """Attention to the blocks of keys that a pattern keeps."""
+
+    targets = (ops.block_sparse_attention,)
+    layout = Operand[fx.Node | None]("layout")
+    pattern = Operand[Sequence[int]]("pattern")
+    block = Operand[int]("block")
+
+
+class Dequantize(Call):
+    """Stored integers or fp8 as floating-point values."""
+
+    targets = (dequantize,)
+    q = Operand[fx.Node]("q")
+    scale = Operand[fx.Node]("scale")
+    format = Operand[str]("format")
+
+
+class FakeQuantize(Call):
+    """Quantization with a static scale, then dequantization."""
+
+    targets = (fake_quantize,)
+    x = Operand[fx.Node]("x")
+    scale = Operand[fx.Node]("scale")
+
+
+class IndexCopy(Call):
+    """Rows of a tensor replaced by others."""
+
+    targets = (aten.index_copy.default, aten.index_copy_.default)
+    source = Operand[fx.Node]("source")
+
+
+class Logical(Call):
+    """And, or."""
+
+    targets = (*families.AND, *families.OR)
+    left = Operand[fx.Node]("self")
+    right = Operand[fx.Node]("other")
+
+
+class PackedEmbedding(Call):
+    """Rows of a packed table."""
+
+    targets = (ops.packed_embedding,)
+    ids = Operand[fx.Node]("indices")
+    features = Operand[int]("features")
+
+
+class TopK(Call):
+    """The largest or smallest elements of a dimension."""
+
+    targets = (aten.topk.default,)
+    x = Operand[fx.Node]("self")
+    k = Operand[int | fx.Node]("k")
+
+
+class WeightedLayer(Call):
+    """A linear layer, a convolution, or a kernel of a quantized linear layer."""
+
+    targets = (aten.linear.default, *families.GROUPED_PRODUCTS, *families.CONVOLUTIONS, *families.QUANTIZED_LINEARS)
+    weight = Operand[fx.Node]("weight")
 
 
 class Item:
