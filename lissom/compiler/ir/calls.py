@@ -147,6 +147,7 @@ class Norm(Call):
     x = Operand[fx.Node]("input")
     shape = Operand[list[int]]("normalized_shape")
     weight = Operand[fx.Node | None]("weight")
+    eps = Operand[float | None]("eps")
 
 
 class Rotary(Call):
@@ -373,12 +374,49 @@ class PackedEmbedding(Call):
     features = Operand[int]("features")
 
 
+class QuantizedLinear(Call):
+    """A kernel of a linear layer that reads a quantized weight."""
+
+    targets = families.QUANTIZED_LINEARS
+    weight = Operand[fx.Node]("weight")
+    scale = Operand[fx.Node]("scale")
+
+
+class Sized(Call):
+    """A call that lists the sizes of its result, or of a part of it."""
+
+    targets = tuple(families.SIZES_AT)
+    sizes = Operand[Sequence[Size | fx.Node]]("shape", "size", "sizes")
+
+
+class Split(Call):
+    """Pieces of a dimension."""
+
+    targets = families.SPLITS
+    dim = Operand[int]("dim")
+
+
 class TopK(Call):
     """The largest or smallest elements of a dimension."""
 
     targets = (aten.topk.default,)
     x = Operand[fx.Node]("self")
     k = Operand[int | fx.Node]("k")
+
+
+class Unflatten(Call):
+    """One dimension as several."""
+
+    targets = (aten.unflatten.int,)
+    dim = Operand[int]("dim")
+
+
+class UnpaddedAttention(Call):
+    """Attention on rows without padding."""
+
+    targets = (ops.unpadded_attention,)
+    low = Operand[int | None]("low")
+    high = Operand[int | None]("high")
 
 
 class WeightedLayer(Call):

@@ -217,6 +217,11 @@ def set_arguments(node: fx.Node, /, *args: object, **kwargs: object) -> None:
     node.args, node.kwargs = given
 
 
+def set_operand(node: fx.Node, index: int, value: object) -> None:
+    """Set what a call reads at a place of its positional arguments."""
+    set_arguments(node, *node.args[:index], value, *node.args[index + 1 :], **node.kwargs)
+
+
 def is_state_write(node: fx.Node) -> bool:
     """True for the mutations a program may hold: `copy_` into a weight listed as state, or into rows of it."""
     first = node.args[0] if node.args else None

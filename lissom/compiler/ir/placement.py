@@ -128,6 +128,12 @@ class Placed:
         return " ".join(f"Shard({dim})" for dim, _ in self.dims) or "Replicate"
 
 
+def single(found: Placed | tuple[Placed, ...]) -> Placed:
+    """The placement of a value that is one tensor."""
+    assert isinstance(found, Placed), "the value is several tensors"
+    return found
+
+
 REPLICATED = Placed()
 PARTIAL = Placed(partial=True)
 

@@ -16,6 +16,7 @@ from lissom.compiler.analysis.module_filter import is_path_protected
 from lissom.compiler.analysis.structure.linear import is_quantizer
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import FakeQuantize
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import FAKE_QUANTIZES
 from lissom.compiler.ir.printer import place
@@ -331,8 +332,8 @@ def _learning_scales(program: Program, stays: Callable[[str], bool]) -> dict[str
 
     stays: whether the scale of this name is left as it is.
     """
-    reads = [node.args[1] for node in program.nodes(fake_quantize)]
-    known = dict.fromkeys(str(read.target) for read in reads if isinstance(read, fx.Node) and read.op == "get_attr")
+    reads = [FakeQuantize(node).scale for node in program.nodes(fake_quantize)]
+    known = dict.fromkeys(str(read.target) for read in reads if read.op == "get_attr")
     names = [name for name in known if not stays(name)]
     found = {
         name: (nn.Parameter(program.weight(name).detach().to(torch.float32, copy=True)), program.weight(name).dtype)
