@@ -145,12 +145,12 @@ def _imported(name: str) -> Metric:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module), function)
+        found: Metric = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UnsupportedError(f"the metric '{name}' cannot be imported: {error}") from error
     if not callable(found):
         raise UnsupportedError(f"the metric '{name}' is a {type(found).__name__}; give a function of a model")
-    return found  # pyright: ignore[reportReturnType]
+    return found
 
 
 def _answer(outputs: object) -> torch.Tensor:

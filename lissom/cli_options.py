@@ -79,9 +79,7 @@ HeatName = Annotated[
 
 def goal_of(name: str) -> Goal | None:
     """The goal that an option names. Raises: UnsupportedError for another name."""
-    goal = None if name == "none" else name
-    check_goal(goal)  # pyright: ignore[reportArgumentType]
-    return goal  # pyright: ignore[reportReturnType]
+    return check_goal(None if name == "none" else name)
 
 
 @dataclass(frozen=True)

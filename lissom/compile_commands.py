@@ -268,7 +268,7 @@ def _compile(
     html: where the finished steps are written when an error ends the passes.
     """
     # Options are checked before a large model is read.
-    check_options(checks)  # pyright: ignore[reportArgumentType]
+    known_checks = check_options(checks)
     pipeline = resolve_passes(passes)
     if backend is not None:
         find_backends(backend)
@@ -283,7 +283,7 @@ def _compile(
             source.example_inputs,
             passes=pipeline,
             device=device,
-            checks=checks,  # pyright: ignore[reportArgumentType]
+            checks=known_checks,
             **quality.arguments(source, place),
         )
     except Interrupted as error:

@@ -69,7 +69,7 @@ def demonstrate(seconds: float = 2.0) -> Demonstration:
 
 def embed(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Sentence embeddings, [sentences, 384]: the mean over real tokens of the last hidden state, normalised to length 1."""
-    hidden = model(**inputs).last_hidden_state  # pyright: ignore[reportAttributeAccessIssue]
+    hidden = model(**inputs).last_hidden_state
     mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
     return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 

@@ -9,6 +9,7 @@ import typer
 
 from lissom import api
 from lissom.cli_options import Checks, Data, MaxDrop, MetricName, Model, Passes, Quality
+from lissom.compiler.pipeline.options import check_options
 from lissom.driver.options import resolve_passes
 from lissom.driver.torchrun import refuse_torchrun
 from lissom.files import check_writable
@@ -45,7 +46,7 @@ def run_export(
         source.model,
         source.example_inputs,
         passes=pipeline,
-        checks=checks,  # pyright: ignore[reportArgumentType]
+        checks=check_options(checks),
         **quality.arguments(source, check_device(None)),
     )
     written = found.export_gguf(file, dtype=chosen)

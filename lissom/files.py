@@ -118,7 +118,7 @@ def write_whole(path: Path, content: str) -> None:
 
 def check_path(path: str | os.PathLike[str]) -> Path:
     """The path, if the system can look it up, whether or not it exists. Raises: ArtifactError."""
-    if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(path, (str, os.PathLike)):
         raise ArtifactError(f"the directory is {path!r:.80}; give a path, as text or as pathlib.Path")
     try:
         Path(path).lstat()

@@ -36,7 +36,7 @@ def run_opt(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the program to this file.")] = None,
 ) -> None:
     """Run passes on the text of a program, and print the program after them. Weights get random values."""
-    check_options(checks)  # pyright: ignore[reportArgumentType]
+    known_checks = check_options(checks)
     chosen = resolve_passes(passes) if passes else []
     if output is not None:
         check_writable(output)
@@ -50,7 +50,7 @@ def run_opt(
     program = parse_program(text, _sizes(size or []))
     hints = {symbol: fact.hint or 1 for symbol, fact in symbol_facts(program.fake_mode, program.signature.dimensions).items()}
     inputs = make_inputs(program, hints)
-    found, history = Pipeline(chosen, [inputs], checks, data=[inputs]).run(program)  # pyright: ignore[reportArgumentType]
+    found, history = Pipeline(chosen, [inputs], known_checks, data=[inputs]).run(program)
     if diff:
         changed = history.diff(0, len(history.steps) - 1)
         Terminal().print(coloured_diff(changed) if changed else "the passes changed nothing", soft_wrap=True)

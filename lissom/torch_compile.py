@@ -148,10 +148,10 @@ def _settings(mode: str, options: Mapping[str, object]) -> Settings:
 
     Raises: UnsupportedError.
     """
-    if not isinstance(mode, str) or mode not in _MODES:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(mode, str) or mode not in _MODES:
         hint = nearest(str(mode), _MODES) or ";"
         raise UnsupportedError(f"backend 'lissom' has no mode {mode!r:.80}{hint} choose {', '.join(_MODES)}")
-    if not isinstance(options, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(options, Mapping):
         raise UnsupportedError(f"options= is {options!r:.80}; give a mapping from names of options to their values")
     known = [field.name for field in fields(Settings) if field.name not in _NO_OPTIONS]
     unknown = next((name for name in options if name not in known), None)

@@ -207,7 +207,7 @@ def find_saved_backend(manifest: Manifest, directory: Path, wanted: str | Backen
     Raises: ArtifactError, also if the backend would run native code that is not allowed; UnsupportedError.
     """
     name = manifest.backend
-    if not isinstance(wanted, (str, Backend, type(None))):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(wanted, (str, Backend, type(None))):
         raise UnsupportedError(f"backend= is {wanted!r:.80}; give '{name}', or an object with options of it")
     if name not in BACKENDS and not isinstance(wanted, Backend):
         hint = nearest(name, BACKENDS) or ";"

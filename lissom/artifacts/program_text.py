@@ -295,7 +295,7 @@ class _Parser(Scanner):
 
 def _contiguous(shape: Sequence[Size]) -> Sequence[Size]:
     """The strides of a contiguous tensor."""
-    return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
 
 
 def _random(name: str, found: TensorType) -> torch.Tensor:

@@ -54,7 +54,7 @@ def check_choices(settings: Settings) -> None:
     check_options(settings.checks, settings.metric, settings.max_drop)
     check_progress(settings.progress)
     check_goal(settings.goal)
-    if not isinstance(settings.simulate, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(settings.simulate, bool):
         raise UnsupportedError(f"simulate= is {settings.simulate!r}; give True or False")
     check_data(settings.data)
 
@@ -93,9 +93,9 @@ def resolve_passes(passes: str | Pass | Iterable[Pass]) -> list[Pass]:
         wanted = parse_pipeline(passes, table, RECIPES)
     elif isinstance(passes, Pass):
         wanted = [passes]
-    elif isinstance(passes, Iterable) and not isinstance(passes, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+    elif isinstance(passes, Iterable) and not isinstance(passes, Mapping):
         wanted = list(passes)
-        wrong: list[object] = [item for item in wanted if not isinstance(item, Pass)]  # pyright: ignore[reportUnnecessaryIsInstance]
+        wrong: list[object] = [item for item in wanted if not isinstance(item, Pass)]
         if wrong:
             raise UnsupportedError(
                 f"passes= holds {_shown(wrong[0])}, which is not a pass; give pass objects, e.g. RemoveNoOps()"
@@ -130,7 +130,7 @@ def split_inputs(inputs: Inputs, what: str = "example_inputs") -> tuple[tuple[ob
     if isinstance(inputs, torch.Tensor):
         return (inputs,), {}
     if isinstance(inputs, Mapping):
-        odd = next((key for key in inputs if not isinstance(key, str)), None)  # pyright: ignore[reportUnnecessaryIsInstance]
+        odd = next((key for key in inputs if not isinstance(key, str)), None)
         if odd is not None:
             raise InputError(f"{what} has the key {odd!r}; keys are the names of the model's arguments, as text")
         return (), dict(inputs)
@@ -141,7 +141,7 @@ def split_inputs(inputs: Inputs, what: str = "example_inputs") -> tuple[tuple[ob
 
 def check_data(data: Iterable[object]) -> None:
     """Refuse calibration data that is not a collection of batches. Raises: InputError."""
-    if isinstance(data, (str, bytes, Mapping, torch.Tensor)) or not isinstance(data, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if isinstance(data, (str, bytes, Mapping, torch.Tensor)) or not isinstance(data, Iterable):
         raise InputError(f"data= is a {type(data).__name__}; give a list of batches, each like example_inputs")
 
 

@@ -61,7 +61,7 @@ def with_world_size(backend: str | Backend, world_size: int | None) -> str | Bac
     """The backend with its world size set. Raises: UnsupportedError if it takes none, or has another."""
     if world_size is None:
         return backend
-    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 2:
         raise UnsupportedError(f"world_size= is {world_size!r:.80}; give the number of ranks that share the model, 2 or more")
     if isinstance(backend, str) and backend == Distributed.name:
         return Distributed(world_size)

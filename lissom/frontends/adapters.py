@@ -22,7 +22,7 @@ def with_merged_adapters(model: nn.Module) -> nn.Module:
     Raises: UnsupportedError for an adapter that is no change of weights, such as prompt tuning.
     """
     tuners, kind = sys.modules.get("peft.tuners.tuners_utils"), getattr(sys.modules.get("peft"), "PeftModel", ())
-    if tuners is None or not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if tuners is None or not isinstance(model, nn.Module):
         return model
     layers = [name for name, module in model.named_modules() if isinstance(module, tuners.BaseTunerLayer)]
     if not layers and not isinstance(model, kind):

@@ -244,7 +244,7 @@ def _longrope_switch(model: PreTrainedModel) -> int | None:
 def check_capacity(max_length: int, batch: int) -> None:
     """Refuse a wrong max_length or batch. Raises: InputError."""
     for word, number in (("max_length", max_length), ("batch", batch)):
-        if isinstance(number, bool) or not isinstance(number, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if isinstance(number, bool) or not isinstance(number, int):
             raise InputError(f"{word} is {number!r:.80}; give a whole number")
     if max_length < SHORTEST:
         raise InputError(f"max_length is {max_length}; give the tokens of prompt and answer together, {SHORTEST} or more")

@@ -167,7 +167,7 @@ def call(model: nn.Module, cache: Any, **inputs: Any) -> Any:
                 inputs["attention_mask"] = _of_new_tokens(inputs["attention_mask"], start, ids.shape[1])
             stack.enter_context(counted_from_start(model, start))
             stack.enter_context(scans_continued(model, cache))
-        return type(model).forward(model, **inputs, cache=cache, use_cache=True)  # pyright: ignore[reportCallIssue]
+        return type(model).forward(model, **inputs, cache=cache, use_cache=True)
 
 
 def _positions_or(own: Callable[..., torch.Tensor], tokens: int) -> Callable[..., torch.Tensor]:

@@ -139,7 +139,7 @@ def capture_encoder(model: PreTrainedModel, example: Inputs, device: torch.devic
             return _source(own, inputs, _Seen())
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in example])  # pyright: ignore
+        forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in example])
         encoder.forward = forward
         return capture(encoder, (), example, device=device)
 
@@ -286,7 +286,7 @@ def _forward(
                     input_ids
                 )
 
-        outputs: Any = BaseModelOutput(last_hidden_state=hidden)  # pyright: ignore[reportArgumentType]
+        outputs: Any = BaseModelOutput(last_hidden_state=hidden)
         outputs.attention_mask = source_mask  # where models such as Moonshine look for it
         outputs.router_logits = None  # where mixtures of experts look for them
         with _watching(model.get_decoder(), exchange):

@@ -35,7 +35,7 @@ def experts_for_all_tokens(model: nn.Module) -> Generator[None]:
             if name in _FORWARDS and type(module).__module__.startswith("transformers."):
                 stack.enter_context(exchanged(module, "forward", _while_exporting(module.forward, _FORWARDS[name], module)))
             if name in _ROUTERS and module.classifier.weight.dtype == module.dtype:  # pyright: ignore
-                stack.enter_context(exchanged(module.classifier, "to", _same(module.classifier)))  # pyright: ignore
+                stack.enter_context(exchanged(module.classifier, "to", _same(module.classifier)))
         yield
 
 

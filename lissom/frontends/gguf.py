@@ -25,7 +25,7 @@ def keep_blocks(model: nn.Module, file: Path) -> None:
 
     Raises: ArtifactError if the file ends before its last weight.
     """
-    import gguf  # pyright: ignore[reportMissingImports]
+    import gguf
 
     reader: Any = gguf.GGUFReader(str(file))
     if reader.byte_order == "S":

@@ -208,7 +208,7 @@ def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedT
     absent = [name for name in _GGUF_READERS if importlib.util.find_spec(name) is None]
     if absent:
         raise UnsupportedError(f"reading a GGUF file needs {' and '.join(absent)}: pip install 'lissom[gemma]'")
-    import gguf  # pyright: ignore[reportMissingImports]
+    import gguf
     import transformers
     from tqdm.auto import tqdm
 

@@ -96,7 +96,7 @@ def compile_generation(
         device=device,
         checks=checks,
         data=data,
-        metric=metric,  # pyright: ignore[reportArgumentType]
+        metric=metric,
         max_drop=max_drop,
         goal=goal,
         simulate=simulate,

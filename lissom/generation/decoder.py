@@ -99,7 +99,7 @@ class Decoder(FixedModule):
 
         Raises: InputError if it holds fewer; UnsupportedError for a model with recurrent layers, unless length is 0.
         """
-        if not isinstance(length, int) or not 0 <= length <= self.length:  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(length, int) or not 0 <= length <= self.length:
             raise InputError(
                 f"the decoder has read {self.length} tokens, and was to keep {length!r:.80}; keep 0 to {self.length}"
             )
@@ -118,7 +118,7 @@ class Decoder(FixedModule):
 
         Raises: InputError for a row index out of range.
         """
-        if not isinstance(rows, torch.Tensor) or rows.dtype not in (torch.int32, torch.int64) or rows.shape != (self.batch,):  # pyright: ignore
+        if not isinstance(rows, torch.Tensor) or rows.dtype not in (torch.int32, torch.int64) or rows.shape != (self.batch,):
             raise InputError(f"rows is {rows!r:.80}; give a tensor of {self.batch} row numbers, one for each row")
         if bool(((rows < 0) | (rows >= self.batch)).any()):
             raise InputError(f"rows is {rows.tolist()!s:.80}; this decoder has rows 0 to {self.batch - 1}")
@@ -156,8 +156,8 @@ class Decoder(FixedModule):
 
     def _check(self, input_ids: torch.Tensor) -> int:
         """The number of tokens of a call. Raises: InputError."""
-        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int32, torch.int64):  # pyright: ignore
-            kind = str(input_ids.dtype) if isinstance(input_ids, torch.Tensor) else f"a {type(input_ids).__name__}"  # pyright: ignore
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+            kind = str(input_ids.dtype) if isinstance(input_ids, torch.Tensor) else f"a {type(input_ids).__name__}"
             raise InputError(f"input_ids is {kind}; give a tensor of token ids, torch.int64 or torch.int32")
         if input_ids.device != self.device or input_ids.layout is not torch.strided or input_ids.is_nested:
             kind = f"on {input_ids.device}" if input_ids.device != self.device else "not dense"
@@ -178,7 +178,7 @@ class Decoder(FixedModule):
     def _hide(self, attention_mask: torch.Tensor, tokens: int) -> None:
         """Record the padding positions. attention_mask: of the new tokens, or of all tokens so far. Raises: InputError."""
         start, end = self.length, self.length + tokens
-        if not isinstance(attention_mask, torch.Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(attention_mask, torch.Tensor):
             raise InputError(
                 f"attention_mask is a {type(attention_mask).__name__}; give a tensor, or None where nothing is padding"
             )

@@ -52,7 +52,7 @@ class Encoder(nn.Module):
 
         # `generate` passes the arguments that are in the signature.
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in self.names])  # pyright: ignore
+        forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in self.names])
         self.forward = forward
 
     @property
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
         if ATTENTION_MASK in self.names and ATTENTION_MASK not in given:
             given[ATTENTION_MASK] = main.new_ones(main.shape[:2], dtype=torch.int64)
         found = cast("dict[str, torch.Tensor]", self.compiled(**given))
-        output = BaseModelOutput(last_hidden_state=found[HIDDEN])  # pyright: ignore[reportArgumentType]
+        output = BaseModelOutput(last_hidden_state=found[HIDDEN])
         for name, tensor in found.items():
             output[name] = tensor
         return output
@@ -221,7 +221,7 @@ class EncoderDecoderModel(GenerationModel):
 
     def _take(self, outputs: Mapping[str, torch.Tensor]) -> None:
         """Use an output of the encoder for cross-attention. Raises: InputError for one of another encoder, or other rows."""
-        if not isinstance(outputs, Mapping) or f"{CROSS}_keys_0" not in outputs:  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(outputs, Mapping) or f"{CROSS}_keys_0" not in outputs:
             raise InputError(
                 f"encoder_outputs= is a {type(outputs).__name__} without the keys and values of cross-attention; pass what "
                 f"encoder(...) of this model returns, or the inputs of the encoder"

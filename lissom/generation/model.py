@@ -89,7 +89,7 @@ class GenerationModel(Decoder, CompiledGeneration):
         logits = self._read(input_ids, attention_mask)
         if logits_to_keep:
             logits = logits[:, -logits_to_keep:]
-        return CausalLMOutputWithPast(logits=logits, cache=self.cache if use_cache else None)  # pyright: ignore
+        return CausalLMOutputWithPast(logits=logits, cache=self.cache if use_cache else None)
 
     def save(
         self,
@@ -112,7 +112,7 @@ class GenerationModel(Decoder, CompiledGeneration):
         """The encoder that is saved too; None for a model without."""
         return None
 
-    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def push_to_hub(
         self,
         repo_id: str,
         *,
@@ -212,7 +212,7 @@ class _Layer(CacheLayerMixin):
         self.is_initialized = True
 
     @property
-    def is_croppable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def is_croppable(self) -> bool:
         return self._decoder.is_croppable
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

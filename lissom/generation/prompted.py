@@ -74,7 +74,7 @@ def compile_prompted(
 
     read_data: the calibration batches for a loaded model. tell: takes a sentence about default passes, or kept decoders.
     """
-    check_options(request.checks)  # pyright: ignore[reportArgumentType]
+    checks = check_options(request.checks)
     pipeline = None if request.passes is None else resolve_passes(request.passes)
     place = _place(model, request)
     if place is not None:
@@ -97,7 +97,7 @@ def compile_prompted(
         passes=_default_passes(source, request, tell) if pipeline is None else pipeline,
         backend=request.backend,
         device=request.device,
-        checks=request.checks,  # pyright: ignore[reportArgumentType]
+        checks=checks,
         data=read_data(source),
         goal=request.goal,
     )

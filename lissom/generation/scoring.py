@@ -95,7 +95,7 @@ class _Scored:
 
     def _sample(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Sample:
         given = {INPUTS[0]: input_ids} | ({} if attention_mask is None else {INPUTS[1]: attention_mask})
-        if not isinstance(input_ids, torch.Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(input_ids, torch.Tensor):
             raise InputError(f"metric gave a {type(input_ids).__name__} as input_ids; give a tensor, [{self.batch}, tokens]")
         samples = prompts([given], self.batch, self.max_length) if input_ids.shape[:1] == (self.batch,) else []
         if len(samples) != 1 or (attention_mask is not None and not bool(attention_mask.any(1).all())):

@@ -52,7 +52,7 @@ class _Scored:
 
         Raises: InputError; UnsupportedError for all positions of a decoder that computes the last alone.
         """
-        is_tensor = isinstance(decoder_input_ids, torch.Tensor)  # pyright: ignore[reportUnnecessaryIsInstance]
+        is_tensor = isinstance(decoder_input_ids, torch.Tensor)
         if not is_tensor or decoder_input_ids.dim() != 2 or len(decoder_input_ids) != self.batch:
             raise InputError(f"metric gave other decoder_input_ids than a tensor [{self.batch}, tokens]; compile with batch=")
         given = unpadded(decoder_input_ids, self.max_length)

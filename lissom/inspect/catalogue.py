@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect as python_inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -121,9 +121,9 @@ def option_rows(item: type[Pass]) -> list[tuple[str, str, str, str]]:
     documented: dict[str, str] = {}
     for base in reversed(item.__mro__):
         documented |= _meanings(python_inspect.getdoc(base) or "")
-    fields: Iterable[dataclasses.Field[object]] = dataclasses.fields(item)  # pyright: ignore[reportArgumentType]
     defaults = {
-        field.name: "required" if field.default is dataclasses.MISSING else format_value(field.default) for field in fields
+        field.name: "required" if field.default is dataclasses.MISSING else format_value(field.default)
+        for field in dataclasses.fields(item)
     }
     return [(name, type_text(hint), defaults[name], documented.get(name, "")) for name, hint in options_of(item).items()]
 

@@ -13,9 +13,10 @@ from torch import fx
 
 from lissom import ops
 from lissom.compiler.analysis.flops import is_counted
-from lissom.compiler.analysis.structure.linear import weight_of
+from lissom.compiler.analysis.structure.linear import input_of, weight_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators
+from lissom.compiler.ir.calls import QuantizedLinear
 from lissom.compiler.ir.types import TensorType
 from lissom.ops.native import instructions_for, load_kernels, multiplies_bfloat16
 
@@ -56,7 +57,8 @@ def kernel_of(node: fx.Node, measured: bool = False) -> Kernel:
     if node.target not in _NATIVE or load_kernels():
         return Kernel("Lissom", name, f"by PyTorch's operators, {numbers}")
     if node.target in _INT8:
-        weight, scale = (nodes.tensor_type(item) for item in node.args[1:3])
+        layer = QuantizedLinear(node)
+        weight, scale = nodes.tensor_type(layer.weight), nodes.tensor_type(layer.scale)
         few = "int4 weights, " if weight.dtype == torch.uint8 else ""
         # Sums of groups are scaled one by one, which tiles of AMX cannot do.
         grouped = node.kwargs.get("granularity") == "group" or scale.rank == weight.rank - 1
@@ -127,15 +129,10 @@ def shape_of(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> str:
 
 def _input_of(node: fx.Node) -> fx.Node | None:
     """The input of a linear layer; None for any other node."""
-    if node.target in _LINEARS or (
-        node.target in (*operators.MATMULS, *operators.GROUPED_PRODUCTS) and weight_of(node) is not None
-    ):
-        found = node.args[0]
-    elif node.target in operators.MATMULS_WITH_BIAS:
-        found = node.args[1]
-    else:
+    product = node.target in (*operators.MATMULS, *operators.GROUPED_PRODUCTS) and weight_of(node) is not None
+    if not product and node.target not in (*_LINEARS, *operators.MATMULS_WITH_BIAS):
         return None
-    return found if isinstance(found, fx.Node) and nodes.tensor_type(found).rank else None
+    return input_of(node) if nodes.tensor_type(input_of(node)).rank else None
 
 
 def _parameter(node: fx.Node, index: int) -> str:

@@ -8,11 +8,10 @@ measured too.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import torch
 from rich.console import Group, RenderableType
@@ -25,6 +24,7 @@ from lissom.compiler.analysis.structure.operands import is_causal, mask_of
 from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.calibration.attention_weights import attention_weights, operands_of, row_of, rows_of
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import BlockSparseAttention, UnpaddedAttention
 from lissom.compiler.ir.interpreter import steps
 from lissom.compiler.ir.match import memory_of
 from lissom.compiler.ir.program import Program, kept_state
@@ -33,7 +33,7 @@ from lissom.compiler.verify.divergence import both_unfilled, lasting
 from lissom.inspect.kernels import short_name, without_numbers
 from lissom.inspect.roofline import sizes_text
 from lissom.inspect.tables import plain, plain_table
-from lissom.ops import block_sparse_attention, fused_attention, merged_attention, unpadded_attention
+from lissom.ops import fused_attention, merged_attention, unpadded_attention
 from lissom.ops.fused_attention import band_mask
 from lissom.ops.pattern import Pattern
 
@@ -100,7 +100,7 @@ def measure_node_errors(original: Program, program: Program, sample: Sample, rep
         if error is not None:
             errors[node.name] = error
         if node in attentions:
-            values = {item: cast(torch.Tensor, running.value(item)) for item in operands_of(attentions[node])}
+            values = {item: running.tensor(item) for item in operands_of(attentions[node])}
             mass = _kept_mass(original, attentions[node], sample, values, masks.visible(node, values))
             if mass is not None and (_SPARSIFIES in nodes.origin(node).passes or mass < 1 - _ROUNDING):
                 masses[node.name] = mass
@@ -154,6 +154,11 @@ class _Running:
         self._readers[node] -= 1
         return self._held[node] if self._readers[node] else self._held.pop(node)
 
+    def tensor(self, node: fx.Node) -> torch.Tensor:
+        found = self.value(node)
+        assert isinstance(found, torch.Tensor)
+        return found
+
 
 def rms_error(wanted: object, found: object) -> float | None:
     """√(Σ(y − x)² / Σx²) for the values x that are wanted and those y that were found; the largest of the items of tuples.
@@ -198,14 +203,12 @@ class _Masks:
         """
         q, k = [*operands.values()][:2]
         shape = q.shape[2], k.shape[2]
-        if node.target is block_sparse_attention:
-            layout = nodes.argument(node, "layout")
-            table = self._tensor(layout) if isinstance(layout, fx.Node) else None
-            numbers = cast("Sequence[int]", nodes.argument(node, "pattern"))
-            return Pattern.decode(numbers, cast(int, nodes.argument(node, "block"))).mask(*shape, table)[None]
+        if (sparse := BlockSparseAttention.of(node)) is not None:
+            table = None if sparse.layout is None else self._tensor(sparse.layout)
+            return Pattern.decode(sparse.pattern, sparse.block).mask(*shape, table)[None]
         low = high = None
-        if node.target is unpadded_attention:
-            low, high = (cast("int | None", nodes.argument(node, name)) for name in ("low", "high"))
+        if (unpadded := UnpaddedAttention.of(node)) is not None:
+            low, high = unpadded.low, unpadded.high
         elif is_causal(node) or (nodes.is_call(node, *_LOWERED) and nodes.argument(node, "causal")):
             high = 0
         seen = band_mask(*shape, low, high, q.device)
@@ -219,7 +222,9 @@ class _Masks:
         return value if seen is None else value & seen
 
     def _tensor(self, node: fx.Node) -> torch.Tensor:
-        return cast(torch.Tensor, self._program.weight(str(node.target)) if node.op == "get_attr" else self._values[node])
+        found = self._program.weight(str(node.target)) if node.op == "get_attr" else self._values[node]
+        assert isinstance(found, torch.Tensor)
+        return found
 
 
 def _mask(node: fx.Node) -> fx.Node | None:

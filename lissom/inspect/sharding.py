@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import sympy
 from rich.table import Table
@@ -19,7 +18,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES, REDUCE_SCATTER
 from lissom.compiler.ir.placement import Placed, local_size
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.types import Size
+from lissom.compiler.ir.types import Size, fixed, substitute
 from lissom.compiler.parallel.plan import Plan, Redistribution
 from lissom.compiler.parallel.rules.joint import ROUNDS, Exchange
 from lissom.inspect.folding import fold_rows
@@ -72,7 +71,7 @@ def program_traffic(program: Program, world_size: int, numbers: Mapping[sympy.Sy
     found: list[Traffic] = []
     for node in program.nodes(*COLLECTIVES):
         # The whole value is the input of a reduce-scatter, and the output of the others.
-        typed = nodes.tensor_type(cast(fx.Node, node.args[0]) if node.target is REDUCE_SCATTER else node)
+        typed = nodes.tensor_type(nodes.operand(node) if node.target is REDUCE_SCATTER else node)
         found.append(_exchanged(world_size, Exchange(_KINDS[node.target], typed.shape, typed.dtype), numbers))
     return found
 
@@ -84,14 +83,14 @@ def _exchanged(world_size: int, item: Exchange, numbers: Mapping[sympy.Symbol, i
 
 
 def _number(size: Size, numbers: Mapping[sympy.Symbol, int]) -> int:
-    return int(size.xreplace({a: sympy.Integer(b) for a, b in numbers.items()})) if isinstance(size, sympy.Basic) else size  # pyright: ignore
+    return size if isinstance(size, int) else int(substitute(size, {a: sympy.Integer(b) for a, b in numbers.items()}))
 
 
 def rank_bytes(weight: fx.Node, placed: Placed) -> int:
     """The bytes a rank holds of a weight."""
     typed = nodes.tensor_type(weight)
-    sizes = [local_size(placed.spans(dim), size) for dim, size in enumerate(typed.shape)]
-    return math.prod(cast("list[int]", sizes)) * typed.dtype.itemsize
+    sizes = [fixed(local_size(placed.spans(dim), size)) for dim, size in enumerate(typed.shape)]
+    return math.prod(sizes) * typed.dtype.itemsize
 
 
 def sharding_table(program: Program, plan: Plan, sizes: Mapping[str, int], link: Link) -> Table:

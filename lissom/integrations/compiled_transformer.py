@@ -63,7 +63,7 @@ class CompiledTransformer(Transformer):
         # A change of the maximum length must not reach the original's tokenizer.
         vars(made).update(kept, processor=copy.deepcopy(module.processor))
         made.can_flatten_inputs = False
-        made.model = model  # pyright: ignore[reportAttributeAccessIssue]
+        made.model = model
         made.fused, made.constants, made.dimension = fused, dict(constants), dimension
         return made.eval()
 

@@ -76,7 +76,7 @@ class LissomExporter(DynamoExporter):
     `save_pretrained` writes it without pickle, so that `ExportedModel.from_pretrained` needs no `trust_remote_code`.
     """
 
-    export_format = FORMAT  # pyright: ignore[reportAssignmentType]
+    export_format = FORMAT
     config_class = LissomConfig
     program_suffix = ".lissom"
     requires_trust_remote_code = False
@@ -129,9 +129,7 @@ class LissomRunner(ModelRunner):
         return self.model.device
 
     @classmethod
-    def from_program(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, program: CompiledModel, metadata: ExportMetadata, device: str | torch.device | None = None
-    ) -> Self:
+    def from_program(cls, program: CompiledModel, metadata: ExportMetadata, device: str | torch.device | None = None) -> Self:
         """A runner for a program. Raises: UnsupportedError for another device than the program's."""
         return cls(program if device is None else program.to(device), metadata)
 

@@ -84,7 +84,7 @@ def fuse(
 
     # torch.export reads the names of the inputs from the signature.
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    forward.__signature__ = inspect.Signature([inspect.Parameter(item, kind) for item in ("self", *arguments)])  # pyright: ignore
+    forward.__signature__ = inspect.Signature([inspect.Parameter(item, kind) for item in ("self", *arguments)])
     made: type[FusedModules] = type(name, (FusedModules,), {"forward": forward, "__doc__": FusedModules.__doc__})
     return made(modules, constants, outputs, config)
 

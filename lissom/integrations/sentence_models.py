@@ -97,7 +97,7 @@ def _split(model: BaseModel) -> tuple[list[nn.Module], list[nn.Module]]:
     first = modules[0][1]
     if isinstance(first, CompiledTransformer):
         raise CaptureError(f"this {name} is compiled already; compile the model it was made from")
-    if not isinstance(first, Transformer) or not isinstance(first.model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(first, Transformer) or not isinstance(first.model, nn.Module):
         kind = type(first).__name__ if not isinstance(first, Transformer) else f"Transformer on the backend '{model.backend}'"
         raise UnsupportedError(
             f"the first module of this {name} is a {kind}; Lissom compiles models that start with a Transformer in PyTorch"
@@ -126,13 +126,13 @@ def _features(model: BaseModel, inputs: Inputs | None) -> tuple[dict[str, torch.
 
 def _is_text(item: object) -> bool:
     """True for a text, and for a pair of texts."""
-    pair = isinstance(item, (list, tuple)) and len(item) == 2  # pyright: ignore[reportUnknownArgumentType]
+    pair = isinstance(item, (list, tuple)) and len(item) == 2
     return isinstance(item, str) or (pair and all(isinstance(part, str) for part in cast("Sequence[object]", item)))
 
 
 def _batches(model: BaseModel, data: Iterable[Any]) -> Iterable[Any]:
     """Texts as batches of features, padded each to its longest; other data unchanged."""
-    if isinstance(data, (str, bytes, Mapping, torch.Tensor)) or not isinstance(data, Iterable):  # pyright: ignore
+    if isinstance(data, (str, bytes, Mapping, torch.Tensor)) or not isinstance(data, Iterable):
         return data  # refused by compile
     items = list(data)
     if not items or not all(map(_is_text, items)):

@@ -255,7 +255,7 @@ size, or mark the dimension dynamic
         if tokenizer is not None and self.facts is not None:
             check_tokenizer(self.program, self.facts.main_input, tokenizer)
         signature, timer = self.program.signature, self.report.timer
-        if not isinstance(data, Sequence) or not all(isinstance(batch, Mapping) for batch in data):  # pyright: ignore
+        if not isinstance(data, Sequence) or not all(isinstance(batch, Mapping) for batch in data):
             raise InputError("data= is not a list of batches; give mappings from the names of arguments to tensors")
         samples = [signature.flatten((), batch) for batch in data]
         example = timer.example if isinstance(timer, ProgramTimer) else None

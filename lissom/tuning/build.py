@@ -184,7 +184,7 @@ def _run_by_itself(found: CompiledModel, sample: Sample) -> Sequence[object]:
 def _score(metric: Metric, model: CompiledModel, *, original: bool) -> float:
     try:
         with torch.no_grad():
-            found = metric(model)  # pyright: ignore[reportArgumentType]
+            found = metric(model)
     except KeyboardInterrupt:
         raise
     # The metric is the caller's code, and may raise anything; the error is kept as the cause.

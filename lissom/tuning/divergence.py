@@ -29,8 +29,7 @@ class Divergence:
     def __init__(self, exact: Program, batches: Sequence[Sample]) -> None:
         self.batches = batches
         self._wanted = answers(exact, run_samples(exact, batches))
-        leaves: Sequence[object] = exact.output.args[0]  # pyright: ignore[reportAssignmentType]
-        self._masks = [[self._mask(exact, sample, leaf) for leaf in leaves] for sample in batches]
+        self._masks = [[self._mask(exact, sample, leaf) for leaf in exact.leaves] for sample in batches]
 
     @staticmethod
     def _mask(exact: Program, sample: Sample, leaf: object) -> torch.Tensor | None:

@@ -184,4 +184,4 @@ def perplexity_of_prompts(judged: Sequence[Inputs]) -> Metric:
             count += int((wanted != IGNORED).sum())
         return total / max(count, 1)
 
-    return perplexity  # pyright: ignore[reportReturnType]
+    return perplexity

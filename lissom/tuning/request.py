@@ -74,7 +74,7 @@ def check_request(
         raise UnsupportedError(f"minutes= is {minutes!r:.80}; give a number above 0, at most {_MOST_MINUTES}")
     if target is not None:
         _read_target(target, memory=goal == "memory")
-    if not isinstance(distill, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(distill, bool):
         raise UnsupportedError(f"distill= is {distill!r:.80}; give True or False")
     return Request(
         batches,
@@ -91,7 +91,7 @@ def check_request(
 def _named(backends: Sequence[str | Backend]) -> dict[str, str | Backend]:
     if isinstance(backends, (str, Backend)):
         backends = (backends,)
-    if not isinstance(backends, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(backends, Sequence):
         raise UnsupportedError(f"backends= is {backends!r:.80}; give one or more, for example ('eager',)")
     found: dict[str, str | Backend] = {}
     for item in backends:

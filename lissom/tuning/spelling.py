@@ -97,7 +97,7 @@ def quantize_of(schemes: Mapping[str, str], tables: Sequence[tuple[Group, str]] 
     # int4 of linear layers would take tables that are tied to an LM head along.
     embeddings = False if any(group.tied for group, _ in tables) else None
     if len(used) == 1 and used != {PLAIN}:
-        found.append(Quantize(scheme=used.pop(), embeddings=embeddings))  # pyright: ignore[reportArgumentType]
+        found.append(replace(Quantize(embeddings=embeddings), scheme=used.pop()))
     elif len(used) > 1:
         named = ",".join(f"{path}={scheme}" for path, scheme in _merged(schemes).items())
         found.append(Quantize(schemes=named, embeddings=embeddings))
@@ -107,7 +107,7 @@ def quantize_of(schemes: Mapping[str, str], tables: Sequence[tuple[Group, str]] 
             parts = [(option, scheme)]
             if scheme.startswith(UNTIED):
                 parts = [(option, TABLE_SCHEMES[0]), ("lm_head", scheme.removeprefix(UNTIED))]
-            found += [Quantize(scheme=scheme, only=only, **{option: True}) for option, scheme in parts]  # pyright: ignore
+            found += [replace(Quantize(only=only), **{"scheme": scheme, option: True}) for option, scheme in parts]
     return found
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Cast
 from lissom.compiler.ir.match import is_handed_out, memory_of, views_of
-from lissom.compiler.ir.operators import CASTS, READ_LAYOUT
+from lissom.compiler.ir.operators import READ_LAYOUT
 from lissom.compiler.ir.program import Program
 
 aten = torch.ops.aten
@@ -35,12 +36,12 @@ def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
 
 def cast_from(node: object) -> fx.Node | None:
     """The tensor that a call casts to another dtype; None when it does more, such as move to a device, or is no cast."""
-    if not isinstance(node, fx.Node) or not nodes.is_call(node, *CASTS) or not nodes.is_tensor(node.args[0]):
+    cast = Cast.of(node)
+    if cast is None:
         return None
-    source: fx.Node = node.args[0]
-    plain = set(node.kwargs) <= {"dtype"} and not any(node.args[2:])
-    same_place = nodes.tensor_type(source).device == nodes.tensor_type(node).device
-    return source if plain and same_place and dtype_of(source) != dtype_of(node) else None
+    plain = set(cast.node.kwargs) <= {"dtype"} and not any(cast.node.args[2:])
+    source, found = nodes.tensor_type(cast.x), nodes.tensor_type(node)
+    return cast.x if plain and source.device == found.device and source.dtype != found.dtype else None
 
 
 def dtype_of(node: object) -> torch.dtype:

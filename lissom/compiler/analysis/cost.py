@@ -9,7 +9,6 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 from weakref import WeakKeyDictionary
 
 import sympy
@@ -22,10 +21,11 @@ from lissom.compiler.analysis.sites import Site
 from lissom.compiler.analysis.sites import sites as find_sites
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import IndexCopy
 from lissom.compiler.ir.match import is_view
 from lissom.compiler.ir.operators import DROPOUTS
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.types import Size, size_of
+from lissom.compiler.ir.types import Size, are_fixed, size_of, substitute
 from lissom.errors import UnsupportedError, nearest
 
 aten = torch.ops.aten
@@ -69,8 +69,8 @@ class Cost:
     def symbols(self) -> set[sympy.Symbol]:
         """The sizes it depends on: symbolic dimensions, and sizes that depend on the values of the inputs."""
         values = (self.flops, self.read_bytes, self.written_bytes)
-        free = [value.free_symbols for value in values if isinstance(value, sympy.Expr)]
-        return cast("set[sympy.Symbol]", set[sympy.Basic]().union(*free))
+        free = (symbol for value in values if isinstance(value, sympy.Expr) for symbol in value.free_symbols)
+        return {symbol for symbol in free if isinstance(symbol, sympy.Symbol)}
 
     def at(self, sizes: Mapping[sympy.Symbol, int]) -> Cost:
         """The cost with these symbols replaced by numbers."""
@@ -85,7 +85,7 @@ def flops(program: Program) -> int:
     """
     largest: dict[sympy.Basic, sympy.Integer] = {}
     for node in program.nodes(aten.nonzero.default):
-        elements = int(product(example_shape(cast(fx.Node, node.args[0]))))
+        elements = int(product(example_shape(nodes.operand(node))))
         largest |= {symbol: sympy.Integer(elements) for symbol in _shape(node)[:1] if isinstance(symbol, sympy.Symbol)}
     if not largest:
         return sum(map(node_flops, program.nodes()))
@@ -106,7 +106,7 @@ def node_cost(node: fx.Node, read_size: ReadSize = size_of) -> Cost:
     found = nodes.value(node) if node.op == "call_function" else None
     if not isinstance(found, (torch.Tensor, tuple, list)) or moves_nothing(node):
         return Cost()
-    written = _bytes(cast(fx.Node, node.args[3]) if node.target in nodes.IN_PLACE.values() else node, read_size)
+    written = _bytes(IndexCopy(node).source if node.target in nodes.IN_PLACE.values() else node, read_size)
     flops = operations(node, example_shape if read_size is fake.hint else _shape)
     return Cost(flops, _read_bytes(node, written, read_size), written, sum(_weights_of(node).values()))
 
@@ -119,7 +119,9 @@ def example_cost(node: fx.Node) -> Cost:
     values = [nodes.value(item) for item in (node, *node.all_input_nodes) if nodes.has_value(item)]
     kept = nodes.kept_cost(node)
     if kept is not None and len(kept[0]) == len(values) and all(map(operator.is_, kept[0], values)):
-        return cast(Cost, kept[1])
+        found = kept[1]
+        assert isinstance(found, Cost)
+        return found
     found = node_cost(node, fake.hint)
     nodes.keep_cost(node, values, found)
     return found
@@ -187,7 +189,7 @@ def moves_nothing(node: fx.Node) -> bool:
     """True when the result shares memory with the first argument: a view, or a reshape or cast without effect."""
     if not is_view(node):
         return False
-    source, mode = node.args[0], fake.mode_of(node)
+    source, mode = nodes.operand(node), fake.mode_of(node)
     if not nodes.is_tensor(source) or not nodes.is_tensor(node) or mode is None:
         return True
     if node.target in DROPOUTS or _memory(nodes.value(node)) == _memory(nodes.value(source)):
@@ -203,24 +205,25 @@ def moves_nothing(node: fx.Node) -> bool:
 
 def _layout(node: fx.Node) -> object:
     """Type and strides of a node's tensor."""
-    value = cast(torch.Tensor, nodes.value(node))
+    value = nodes.tensor_value(node)
     return value.dtype, tuple(map(str, value.shape)), tuple(map(str, value.stride()))
 
 
 def _memory(value: object) -> int:
     """An id of a fake tensor's storage, valid while the tensor lives."""
-    return cast(torch.Tensor, value).untyped_storage()._cdata
+    assert isinstance(value, torch.Tensor)
+    return value.untyped_storage()._cdata
 
 
 def _read_bytes(node: fx.Node, written: Size, read_size: ReadSize) -> Size:
     inputs = [item for item in node.all_input_nodes if nodes.is_tensor(item)]
     if node.target in _LOOKUPS:
-        return _sum([written, *(_bytes(item, read_size) for item in inputs if item is not node.args[0])])
+        return _sum([written, *(_bytes(item, read_size) for item in inputs if item is not nodes.operand(node))])
     name = getattr(node.target, "__name__", "")
     if name.partition(".")[0].endswith("_like") or name.startswith("new_"):
         # `zeros_like`, `new_full`: only the sizes of the argument are read.
         return 0
-    skipped = node.args[0] if nodes.is_state_write(node) else None
+    skipped = nodes.operand(node) if nodes.is_state_write(node) else None
     return _sum(_bytes(item, read_size) for item in inputs if item is not skipped)
 
 
@@ -241,12 +244,12 @@ def _shape(node: fx.Node) -> tuple[Size, ...]:
 
 def example_shape(node: fx.Node) -> tuple[int, ...]:
     """The sizes of a node's tensor in the example the program was captured with."""
-    return tuple(fake.hint(size) for size in cast(torch.Tensor, nodes.value(node)).shape)
+    return tuple(fake.hint(size) for size in nodes.tensor_value(node).shape)
 
 
 def _largest_shape(largest: Mapping[sympy.Basic, sympy.Integer], node: fx.Node) -> tuple[int, ...]:
     """The sizes at the example, with `largest` for the sizes that depend on values."""
-    shape = zip(cast(torch.Tensor, nodes.value(node)).shape, _shape(node), strict=True)
+    shape = zip(nodes.tensor_value(node).shape, _shape(node), strict=True)
     known = ((size, found.xreplace(largest)) if isinstance(found, sympy.Basic) else (size, found) for size, found in shape)
     return tuple(
         found if isinstance(found, int) else int(str(found)) if found.is_number else fake.hint(size) for size, found in known
@@ -259,7 +262,7 @@ def _weights_of(node: fx.Node) -> dict[str, int]:
     for item in node.all_input_nodes:
         views = [item]
         while is_view(views[-1]):
-            views.append(cast(fx.Node, views[-1].args[0]))
+            views.append(nodes.operand(views[-1]))
         root = views.pop()
         if root.op == "get_attr" and all(map(moves_nothing, views)):
             found[str(root.target)] = int(product(_shape(root)))
@@ -283,16 +286,14 @@ def _total(costs: Mapping[fx.Node, Cost], members: Sequence[fx.Node]) -> Cost:
 
 def _sum(sizes: Iterable[Size]) -> Size:
     terms = list(sizes)
-    if all(isinstance(term, int) for term in terms):
-        return sum(cast("list[int]", terms))
-    return sympy.Add(*terms)
+    return sum(terms) if are_fixed(terms) else sympy.Add(*terms)
 
 
 def _replace(value: Size, numbers: Mapping[sympy.Symbol, int]) -> Size:
     if isinstance(value, int) or not numbers:
         return value
-    found = value.xreplace({symbol: sympy.Integer(number) for symbol, number in numbers.items()})
-    return int(str(found)) if found.is_Integer else cast(sympy.Expr, found)
+    found = substitute(value, {symbol: sympy.Integer(number) for symbol, number in numbers.items()})
+    return int(str(found)) if found.is_Integer else found
 
 
 def size_numbers(program: Program, sizes: Mapping[str, int]) -> dict[sympy.Symbol, int]:
@@ -312,7 +313,6 @@ def size_numbers(program: Program, sizes: Mapping[str, int]) -> dict[sympy.Symbo
         if condition.xreplace({symbol: sympy.Integer(number) for symbol, number in numbers.items()}) == sympy.false:
             given = ", ".join(f"{name} = {number}" for name, number in sizes.items())
             raise UnsupportedError(
-                f"{given} breaks a condition of {program.name}, {signature.name_of(condition)}; "  # pyright: ignore[reportArgumentType]
-                "give sizes that meet it"
+                f"{given} breaks a condition of {program.name}, {signature.name_of(condition)}; give sizes that meet it"
             )
     return numbers

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
+from lissom.compiler.ir.calls import Embedding, PackedEmbedding
 from lissom.compiler.ir.collectives import alone
 from lissom.compiler.ir.placement import Placed
 from lissom.compiler.ir.program import Program
@@ -51,7 +51,7 @@ def outside_table(program: Program, inputs: Sequence[torch.Tensor]) -> str | Non
         program.run(inputs, observe)
     for node in program.nodes():
         asked, rows = _look_up(node, shapes) or (None, 0)
-        if asked in indices and (message := _outside(indices[asked], _name(node.args[0]), rows)):
+        if asked in indices and (message := _outside(indices[asked], _name(nodes.operand(node)), rows)):
             return message
     return None
 
@@ -66,7 +66,7 @@ def vocabulary_size(program: Program, name: str) -> int | None:
     ids = {node for leaf, node in leaves if leaf.path == name}
     found: list[int] = []
     for node in program.nodes():
-        if node.target in _MOVES and node.args[0] in ids:
+        if node.target in _MOVES and nodes.operand(node) in ids:
             ids.add(node)
         elif (looked_up := _look_up(node, shapes)) is not None and looked_up[0] in ids:
             found.append(looked_up[1])
@@ -75,8 +75,8 @@ def vocabulary_size(program: Program, name: str) -> int | None:
 
 def embedding_tables(program: Program) -> dict[str, torch.Tensor]:
     """The weights that embeddings look up rows of, by name; a table that is also an LM head is among them."""
-    reads = (node.args[0] for node in program.nodes(aten.embedding.default, packed_embedding))
-    names = dict.fromkeys(str(read.target) for read in reads if isinstance(read, fx.Node) and read.op == "get_attr")
+    reads = (nodes.operand(node) for node in program.nodes(aten.embedding.default, packed_embedding))
+    names = dict.fromkeys(str(read.target) for read in reads if read.op == "get_attr")
     return {name: program.weight(name) for name in names}
 
 
@@ -109,14 +109,14 @@ def sharded_tables(program: Program) -> tuple[ShardedTable, ...]:
     found = dict[tuple[int, int], ShardedTable]()
     places = {node: index for index, node in enumerate(program.placeholders)}
     for node in program.nodes(aten.embedding.default):
-        table, held = cast("tuple[fx.Node, fx.Node]", node.args[:2])
+        table, held = Embedding(node).table, Embedding(node).ids
         placed = nodes.placed(table)
         spans = placed.spans(0) if isinstance(placed, Placed) else ()
         if not spans or not isinstance(spans[0].size, int):
             continue
         # The ids before a rank clamps them to its own rows.
         while held.target in (aten.clamp.default, aten.sub.Tensor):
-            held = cast(fx.Node, held.args[0])
+            held = nodes.operand(held)
         if held in places:
             rows = spans[0].size
             found.setdefault((places[held], rows), ShardedTable(places[held], _name(table), rows))
@@ -128,19 +128,19 @@ def _look_up(node: fx.Node, shapes: Mapping[object, torch.Size]) -> tuple[object
 
     shapes: of the actual tensors, by weight name and by node: the types of a loaded program may differ.
     """
-    if node.target is packed_embedding:
-        return node.args[1], cast(int, node.kwargs["features"])
-    if node.target is aten.embedding.default:
-        dim, ids = 0, node.args[1]
-    elif node.target in (aten.index_select.default, aten.gather.default):
-        dim, ids = cast(int, node.args[1]), node.args[2]
+    if (packed := PackedEmbedding.of(node)) is not None:
+        return packed.ids, packed.features
+    if (lookup := Embedding.of(node)) is not None:
+        dim, ids = 0, lookup.ids
+    elif nodes.is_call(node, aten.index_select.default, aten.gather.default):
+        dim, ids = nodes.argument(node, "dim"), nodes.argument(node, "index")
+        assert isinstance(dim, int)
     else:
         return None
-    table = cast(fx.Node, node.args[0])
+    table = nodes.operand(node)
     shape = shapes.get(str(table.target) if table.op == "get_attr" else table, ())
     return (ids, shape[dim]) if -len(shape) <= dim < len(shape) else None
 
 
-def _name(table: object) -> str:
-    assert isinstance(table, fx.Node)
+def _name(table: fx.Node) -> str:
     return str(table.target) if table.op == "get_attr" else table.name

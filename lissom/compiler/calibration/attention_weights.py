@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import cast
 
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.structure.operands import is_causal, mask_of, scale_of
+from lissom.compiler.analysis.structure.operands import is_causal, mask_of, scale_of, softcap_of
+from lissom.compiler.ir.calls import Attention
 
 
 def operands_of(node: fx.Node) -> list[fx.Node]:
     """The queries and keys of an attention, then its mask and its sinks if it has them."""
     masks = (item for item in (mask_of(node), node.kwargs.get("sinks")) if isinstance(item, fx.Node))
-    return [*cast("tuple[fx.Node, fx.Node]", node.args[:2]), *masks]
+    return [Attention(node).q, Attention(node).k, *masks]
 
 
 def rows_of(values: Mapping[fx.Node, torch.Tensor]) -> Iterator[dict[fx.Node, torch.Tensor]]:
@@ -30,7 +30,7 @@ def row_of(value: torch.Tensor, row: int) -> torch.Tensor:
 
 def attention_weights(node: fx.Node, values: Mapping[fx.Node, torch.Tensor]) -> torch.Tensor:
     """The softmax weights of one row of the batch, [heads, queries, keys]; zeros for a query without visible keys."""
-    q, k = (values[cast(fx.Node, item)].float() for item in node.args[:2])
+    q, k = (values[item].float() for item in (Attention(node).q, Attention(node).k))
     if k.shape[1] != q.shape[1]:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     mask, sinks = (
@@ -39,8 +39,7 @@ def attention_weights(node: fx.Node, values: Mapping[fx.Node, torch.Tensor]) -> 
     if is_causal(node):
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     scores = q @ k.transpose(-1, -2) * scale_of(node)
-    softcap = cast(float, node.kwargs.get("softcap") or 0.0)
-    if softcap:
+    if softcap := softcap_of(node):
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask

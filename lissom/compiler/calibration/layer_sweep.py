@@ -12,7 +12,6 @@ from collections import ChainMap
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import cast
 
 import torch
 from torch import fx
@@ -22,10 +21,10 @@ from lissom.compiler.analysis.structure.linear import input_of, is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of
 from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.calibration.statistics import NO_TOKENS, Moments, check_finite, real_rows
+from lissom.compiler.ir.calls import GroupedProduct
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import call
 from lissom.compiler.ir.match import computed_from
-from lissom.compiler.ir.operators import GROUPED_PRODUCTS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 
@@ -155,7 +154,8 @@ def has_tokens(edit: Editor, layer: fx.Node, read: Read) -> bool:
 
 def _rows_of(layer: fx.Node) -> tuple[object, ...]:
     """The input of a layer and, for a stack of experts, the ends of their rows."""
-    return input_of(layer), *(layer.args[2:] if layer.target in GROUPED_PRODUCTS else ())
+    grouped = GroupedProduct.of(layer)
+    return input_of(layer), *([] if grouped is None else [grouped.ends])
 
 
 def _by_expert(read: Sequence[torch.Tensor], ends: Sequence[torch.Tensor]) -> tuple[Moments, ...]:
@@ -220,15 +220,20 @@ def _sweep(
         for sample, known in zip(data, values, strict=True):
             held = ChainMap(known, fixed)
             _run(program, [node for node in piece if node not in constant], held, late, last_uses)
-            value = cast(torch.Tensor, held[input_of(layer)])
-            read.append(real_rows(value, token_mask(masks, sample, input_of(layer))))
-            if layer.target in GROUPED_PRODUCTS:
-                ends.append(cast(torch.Tensor, held[cast(fx.Node, layer.args[2])]).cpu())
+            read.append(real_rows(_tensor(held, input_of(layer)), token_mask(masks, sample, input_of(layer))))
+            if (grouped := GroupedProduct.of(layer)) is not None:
+                ends.append(_tensor(held, grouped.ends).cpu())
             check_finite(program, input_of(layer), read[-1])
         for used in (used for node in piece for used in last_uses[node]):
             fixed.pop(used, None)
         start = end
         yield layer, read, ends
+
+
+def _tensor(values: Mapping[fx.Node, object], node: fx.Node) -> torch.Tensor:
+    found = values[node]
+    assert isinstance(found, torch.Tensor)
+    return found
 
 
 def _run(

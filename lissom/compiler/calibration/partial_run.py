@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any
 
 import torch
 from torch import fx
@@ -63,9 +63,8 @@ class Stream:
         with torch.no_grad():
             return call(node, lambda used: self._value(used, values))
 
-    def _value(self, node: fx.Node, values: Mapping[fx.Node, object]) -> torch.Tensor:
-        found = self.program.weight(str(node.target)) if node.op == "get_attr" else values[node]
-        return cast(torch.Tensor, found)
+    def _value(self, node: fx.Node, values: Mapping[fx.Node, object]) -> Any:
+        return self.program.weight(str(node.target)) if node.op == "get_attr" else values[node]
 
 
 def _as_half(value: object) -> object:

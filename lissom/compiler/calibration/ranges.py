@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import fx
@@ -54,7 +53,7 @@ def measured_ranges(
             found = _sums(value, dtype)
             sums[node] = _merge(sums[node], found) if node in sums else found
         elif isinstance(value, (tuple, list)):
-            for part in cast("Sequence[object]", value):
+            for part in value:
                 add(node, part)
 
     def look(node: fx.Node, value: object) -> None:

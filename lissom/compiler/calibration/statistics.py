@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import torch
 from torch import fx
@@ -151,9 +150,8 @@ def observe_gradients(
             values = [value for _, value, _ in found]
             # Outputs that depend on no chosen value have no gradient.
             reached = bool(values) and likelihood.requires_grad
-            gradients = cast(
-                "Sequence[torch.Tensor | None]",
-                torch.autograd.grad(likelihood, values, allow_unused=True) if reached else [None for _ in values],
+            gradients: Sequence[torch.Tensor | None] = (
+                torch.autograd.grad(likelihood, values, allow_unused=True) if reached else [None for _ in values]
             )
         for (node, value, mask), gradient in zip(found, gradients, strict=True):
             gradient = torch.zeros_like(value) if gradient is None else gradient
@@ -180,7 +178,8 @@ def _run(
 
     def look(node: fx.Node, value: object) -> None:
         if node in chosen:
-            see(node, cast(torch.Tensor, value), token_mask(program, sample, node))
+            assert isinstance(value, torch.Tensor)
+            see(node, value, token_mask(program, sample, node))
 
     return program.run(sample, look)
 
@@ -194,11 +193,10 @@ def _track(found: list[_Tracked], node: fx.Node, value: torch.Tensor, mask: torc
 
 def _likelihood(program: Program, sample: Sample, outputs: Sequence[object], generator: torch.Generator) -> torch.Tensor:
     """The log-likelihood of labels drawn from the program's own outputs, summed over real tokens, without constants."""
-    leaves = cast("Sequence[object]", program.output.args[0])
     found = program.fact(structure)
     heads, vocabularies = set(found.lm_heads), {item.rows for item in found.embeddings}
     total = torch.zeros(())
-    for node, value in zip(leaves, outputs, strict=True):
+    for node, value in zip(program.leaves, outputs, strict=True):
         if not (isinstance(node, fx.Node) and isinstance(value, torch.Tensor)) or not value.requires_grad or value.dim() == 0:
             continue
         rows = real_rows(value, token_mask(program, sample, node)).float()

@@ -20,6 +20,7 @@ from lissom import ops
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as families
 from lissom.compiler.ir.types import Size
+from lissom.ops.quantization import dequantize, fake_quantize
 
 aten = torch.ops.aten
 T = TypeVar("T")
@@ -146,6 +147,7 @@ class Norm(Call):
     x = Operand[fx.Node]("input")
     shape = Operand[list[int]]("normalized_shape")
     weight = Operand[fx.Node | None]("weight")
+    eps = Operand[float | None]("eps")
 
 
 class Rotary(Call):
@@ -268,6 +270,15 @@ class IndexSelect(Call):
     indices = Operand[fx.Node]("index")
 
 
+class Gather(Call):
+    """Elements looked up along one dimension."""
+
+    targets = (aten.gather.default, aten.take_along_dim.default)
+    x = Operand[fx.Node]("self")
+    dim = Operand[int | None]("dim")
+    indices = Operand[fx.Node]("index", "indices")
+
+
 class RepeatInterleave(Call):
     """Each index of a dimension several times in a row."""
 
@@ -312,6 +323,107 @@ class Binary(Call):
     )
     left = Operand[fx.Node]("self")
     right = Operand[fx.Node | float]("other")
+
+
+class BlockSparseAttention(Call):
+    """Attention to the blocks of keys that a pattern keeps."""
+
+    targets = (ops.block_sparse_attention,)
+    layout = Operand[fx.Node | None]("layout")
+    pattern = Operand[Sequence[int]]("pattern")
+    block = Operand[int]("block")
+
+
+class Dequantize(Call):
+    """Stored integers or fp8 as floating-point values."""
+
+    targets = (dequantize,)
+    q = Operand[fx.Node]("q")
+    scale = Operand[fx.Node]("scale")
+    format = Operand[str]("format")
+
+
+class FakeQuantize(Call):
+    """Quantization with a static scale, then dequantization."""
+
+    targets = (fake_quantize,)
+    x = Operand[fx.Node]("x")
+    scale = Operand[fx.Node]("scale")
+
+
+class IndexCopy(Call):
+    """Rows of a tensor replaced by others."""
+
+    targets = (aten.index_copy.default, aten.index_copy_.default)
+    source = Operand[fx.Node]("source")
+
+
+class Logical(Call):
+    """And, or."""
+
+    targets = (*families.AND, *families.OR)
+    left = Operand[fx.Node]("self")
+    right = Operand[fx.Node]("other")
+
+
+class PackedEmbedding(Call):
+    """Rows of a packed table."""
+
+    targets = (ops.packed_embedding,)
+    ids = Operand[fx.Node]("indices")
+    features = Operand[int]("features")
+
+
+class QuantizedLinear(Call):
+    """A kernel of a linear layer that reads a quantized weight."""
+
+    targets = families.QUANTIZED_LINEARS
+    weight = Operand[fx.Node]("weight")
+    scale = Operand[fx.Node]("scale")
+
+
+class Sized(Call):
+    """A call that lists the sizes of its result, or of a part of it."""
+
+    targets = tuple(families.SIZES_AT)
+    sizes = Operand[Sequence[Size | fx.Node]]("shape", "size", "sizes")
+
+
+class Split(Call):
+    """Pieces of a dimension."""
+
+    targets = families.SPLITS
+    dim = Operand[int]("dim")
+
+
+class TopK(Call):
+    """The largest or smallest elements of a dimension."""
+
+    targets = (aten.topk.default,)
+    x = Operand[fx.Node]("self")
+    k = Operand[int | fx.Node]("k")
+
+
+class Unflatten(Call):
+    """One dimension as several."""
+
+    targets = (aten.unflatten.int,)
+    dim = Operand[int]("dim")
+
+
+class UnpaddedAttention(Call):
+    """Attention on rows without padding."""
+
+    targets = (ops.unpadded_attention,)
+    low = Operand[int | None]("low")
+    high = Operand[int | None]("high")
+
+
+class WeightedLayer(Call):
+    """A linear layer, a convolution, or a kernel of a quantized linear layer."""
+
+    targets = (aten.linear.default, *families.GROUPED_PRODUCTS, *families.CONVOLUTIONS, *families.QUANTIZED_LINEARS)
+    weight = Operand[fx.Node]("weight")
 
 
 class Item:

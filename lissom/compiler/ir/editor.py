@@ -154,7 +154,9 @@ class Editor:
         while args and args[-1] is None:
             args = args[:-1]
         name = target._schema.name.partition("::")[2]
-        return self._made(self.program.graph.create_node("call_function", target, args, kwargs, name))  # pyright: ignore
+        node = self.program.graph.create_node("call_function", target, name=name)
+        nodes.set_arguments(node, *args, **kwargs)
+        return self._made(node)
 
     def size(self, node: fx.Node, dim: int) -> fx.Node | int:
         """The size of one dimension as an argument for a call: a number, or a node that reads it; use inside `before`."""
@@ -221,8 +223,7 @@ class Editor:
         Raises: PassError when the operator does not accept these arguments.
         """
         node.target = target
-        node.args = args  # pyright: ignore[reportAttributeAccessIssue]
-        node.kwargs = kwargs  # pyright: ignore[reportAttributeAccessIssue]
+        nodes.set_arguments(node, *args, **kwargs)
         self._stamp(node)
         self._type(node)
         self.rewritten += 1

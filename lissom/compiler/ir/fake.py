@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import get_ident
-from typing import cast
 
 import sympy
 import torch
@@ -17,14 +16,13 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.fx.node import map_arg
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.numbers import int_oo
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.interpreter import call
+from lissom.compiler.ir.interpreter import call, with_values
 from lissom.compiler.ir.operators import RECURRENT_LAYERS
-from lissom.compiler.ir.types import ScalarType, Size, TensorType, ValueType, size_of, type_of
+from lissom.compiler.ir.types import ScalarType, Size, TensorType, ValueType, size_of, substitute, type_of
 
 aten = torch.ops.aten
 
@@ -65,7 +63,7 @@ def fake_call(mode: FakeTensorMode, node: fx.Node) -> object:
         if nodes.is_call(node, aten.constant_pad_nd.default, aten.pad.default):
             return _fake_pad(node)
         if nodes.is_call(node, *RECURRENT_LAYERS):
-            return _fake_recurrent_layers(*map_arg(node.args, nodes.value))  # pyright: ignore
+            return _fake_recurrent_layers(*with_values(node.args, nodes.value))
         return call(node, nodes.value)
 
 
@@ -106,18 +104,18 @@ def _fake_pad(node: fx.Node) -> object:
     """The fake value of a padding; the operator itself would fix symbolic sizes at those of the example."""
     if node.target is aten.pad.default and nodes.argument(node, "mode") != "constant":
         return call(node, nodes.value)
-    x = cast(torch.Tensor, nodes.value(cast(fx.Node, node.args[0])))
-    listed = cast("list[object]", node.args[1])
-    pad = cast("list[int]", [nodes.value(size) if isinstance(size, fx.Node) else size for size in listed])
+    x, pad = with_values(node.args[:2], nodes.value)
     shape = list(x.shape)
     for dim, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
         shape[-dim] = shape[-dim] + before + after
     return x.new_empty(shape)
 
 
-def _fake_recurrent_layers(input: torch.Tensor, hx: object, *rest: object) -> tuple[torch.Tensor, ...]:
+def _fake_recurrent_layers(
+    input: torch.Tensor, hx: torch.Tensor | Sequence[torch.Tensor], *rest: object
+) -> tuple[torch.Tensor, ...]:
     """The fake values of an LSTM, GRU or RNN, its output and its states; the arguments are those of `aten.lstm.input`."""
-    states = [hx] if isinstance(hx, torch.Tensor) else cast("list[torch.Tensor]", hx)
+    states = [hx] if isinstance(hx, torch.Tensor) else hx
     *_, bidirectional, batch_first = rest
     features = states[0].shape[-1] * (2 if bidirectional else 1)
     first, second = input.shape[:2]
@@ -202,7 +200,7 @@ def _at_example(mode: FakeTensorMode, size: Size | float) -> Size | float:
     if not isinstance(size, sympy.Basic) or mode.shape_env is None:
         return size
     known = {symbol: value for symbol, value in _known_sizes(mode.shape_env).items() if symbol in size.free_symbols}
-    return cast(Size, size.xreplace(known))
+    return substitute(size, known)
 
 
 def same_size(mode: FakeTensorMode | None, left: Size | float, right: Size | float) -> bool:
@@ -217,10 +215,10 @@ def same_size(mode: FakeTensorMode | None, left: Size | float, right: Size | flo
     return difference.has(FloorDiv) and bool(sympy.simplify(difference.replace(FloorDiv, _divided)) == 0)
 
 
-def _divided(left: sympy.Expr, right: sympy.Expr) -> sympy.Basic:
+def _divided(left: sympy.Expr, right: sympy.Expr) -> object:
     """`left // right` as a polynomial of sizes when the division is exact; `FloorDiv` itself does not divide powers."""
-    numerator, denominator = sympy.fraction(sympy.cancel(left / right))  # pyright: ignore[reportUnknownMemberType]
-    return cast(sympy.Basic, numerator if denominator == 1 else FloorDiv(left, right))
+    numerator, denominator = sympy.fraction(sympy.cancel(left / right))
+    return numerator if denominator == 1 else FloorDiv(left, right)
 
 
 def description(value: object) -> object:
@@ -233,11 +231,11 @@ def description(value: object) -> object:
     return type_of(value)
 
 
-def hint(size: object) -> int:
+def hint(size: int | torch.SymInt) -> int:
     """The size at the example the program was captured with; 0 when it depends on the values of the inputs."""
     if isinstance(size, torch.SymInt):
         return int(size.node.hint) if size.node.has_hint() else 0
-    return int(size)  # pyright: ignore[reportArgumentType]
+    return int(size)
 
 
 @dataclass(frozen=True)
@@ -293,19 +291,26 @@ def number_sizes_from(mode: FakeTensorMode, first: int) -> None:
 
 def fake_tensor(mode: FakeTensorMode, found: TensorType, stride: Sequence[Size]) -> torch.Tensor:
     """A fake tensor of that type."""
-    sizes, strides = ([fake_number(mode, int, size) for size in given] for given in (found.shape, stride))
+    sizes, strides = ([_fake_size(mode, size) for size in given] for given in (found.shape, stride))
     with typing_scope(mode):
-        return torch.empty_strided(sizes, strides, dtype=found.dtype, device=found.device)  # pyright: ignore
+        return torch.empty_strided(sizes, strides, dtype=found.dtype, device=found.device)
 
 
-def fake_number(mode: FakeTensorMode, kind: type[float], value: Size | sympy.Basic) -> object:
+def _fake_size(mode: FakeTensorMode, size: Size) -> int | torch.SymInt:
+    if isinstance(size, int):
+        return size
+    assert mode.shape_env is not None
+    return mode.shape_env.create_symintnode(size, hint=None)
+
+
+def fake_number(mode: FakeTensorMode, kind: type[float], value: Size) -> object:
     """A number computed from sizes: symbolic for an expression, otherwise the number itself."""
     env = mode.shape_env
     if not isinstance(value, sympy.Basic) or env is None:
         return value
     if kind is int:
-        return env.create_symintnode(cast(sympy.Expr, value), hint=None)
-    return env.create_symboolnode(value) if kind is bool else env.create_symfloatnode(value, hint=None)  # pyright: ignore
+        return _fake_size(mode, value)
+    return env.create_symboolnode(value) if kind is bool else env.create_symfloatnode(value, hint=None)
 
 
 def _known_sizes(env: ShapeEnv) -> dict[sympy.Symbol, sympy.Integer]:

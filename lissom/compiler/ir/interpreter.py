@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.node import map_aggregate
+from torch.fx.node import Argument, map_aggregate
 
 from lissom.compiler.ir.collectives import stand_in
 
@@ -58,17 +58,17 @@ REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, Runtim
 """The exceptions that a model, or its program, may raise on inputs it does not accept."""
 
 
-def call(node: fx.Node, value_of: Callable[[fx.Node], object], adapted: Callable[[object], object] | None = None) -> object:
+def call(node: fx.Node, value_of: Callable[[fx.Node], object], adapted: Callable[[object], Any] | None = None) -> object:
     """The result of a call node, with the values of the nodes it reads. adapted: applied to all arguments."""
-    target = stand_in(node.target) or cast(Callable[..., object], node.target)
+    target: Any = stand_in(node.target) or node.target
     given = with_values((node.args, node.kwargs), value_of)
-    args, kwargs = given if adapted is None else map_aggregate(given, cast(Any, adapted))
+    args, kwargs = given if adapted is None else map_aggregate(given, adapted)
     return target(*args, **kwargs)
 
 
-def with_values(arguments: object, value_of: Callable[[fx.Node], object]) -> Any:
+def with_values(arguments: Argument, value_of: Callable[[fx.Node], Any]) -> Any:
     """The arguments with every node in them replaced by its value."""
-    return fx.map_arg(cast(Any, arguments), cast(Any, value_of))
+    return fx.map_arg(arguments, value_of)
 
 
 def last_uses_of(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -104,4 +104,6 @@ def evaluate_nodes(weights: nn.Module, node: fx.Node) -> torch.Tensor:
                 values[found] = attrgetter(str(found.target))(weights)
             else:
                 values[found] = call(found, values.__getitem__)
-    return cast(torch.Tensor, values[node]).detach().clone()
+    found = values[node]
+    assert isinstance(found, torch.Tensor)
+    return found.detach().clone()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import TypeGuard, cast
+from typing import TypeGuard
 
 import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.operators import CASTS, DROPOUTS
+from lissom.compiler.ir.calls import Gather, Item
+from lissom.compiler.ir.operators import CASTS, DROPOUTS, reduced_dims
 from lissom.compiler.ir.program import Program
 
 aten = torch.ops.aten
@@ -26,8 +27,8 @@ _MAY_GIVE_BACK = (
 
 def strip_casts(node: fx.Node) -> fx.Node:
     """The value before any casts between floating types."""
-    while nodes.is_call(node, *CASTS) and _is_floating(node) and _is_floating(node.args[0]):
-        node = node.args[0]  # pyright: ignore[reportAssignmentType]
+    while nodes.is_call(node, *CASTS) and _is_floating(node) and _is_floating(nodes.operand(node)):
+        node = nodes.operand(node)
     return node
 
 
@@ -72,7 +73,7 @@ def only_user(node: fx.Node) -> fx.Node | None:
 def memory_of(node: fx.Node) -> fx.Node:
     """The value in whose memory the node's result may be."""
     while is_view(node):
-        node = node.args[0]  # pyright: ignore[reportAssignmentType]
+        node = nodes.operand(node)
     return node
 
 
@@ -80,7 +81,7 @@ def views_of(node: fx.Node) -> list[fx.Node]:
     """The node, and every value that may be in its memory."""
     found = [node]
     for view in found:
-        found += [user for user in view.users if is_view(user) and user.args[0] is view]
+        found += [user for user in view.users if is_view(user) and nodes.operand(user) is view]
     return found
 
 
@@ -96,7 +97,7 @@ def is_handed_out(program: Program, node: fx.Node, besides: Collection[fx.Node] 
 
 def other_argument(node: fx.Node, known: fx.Node) -> object:
     """The other operand of a commutative operator, given one; None when `known` is no operand."""
-    left, right = node.args[0], node.args[1]
+    left, right = node.args[:2]
     if left is known:
         return right
     return left if right is known else None
@@ -107,14 +108,13 @@ def unshifted(node: object, dim: int) -> fx.Node | None:
     if not nodes.is_call(node, aten.sub.Tensor) or node.kwargs:
         return None
     value, shift = node.args
-    if nodes.is_call(shift, operator.getitem) and shift.args[1] == 0:
-        shift = shift.args[0]
-    if not nodes.is_call(shift, aten.amax.default, aten.max.dim) or shift.args[0] is not value:
+    if (first := Item.of(shift)) is not None and first.index == 0:
+        shift = first.source
+    if not nodes.is_call(shift, aten.amax.default, aten.max.dim) or not nodes.is_tensor(value) or shift.args[0] is not value:
         return None
-    dims, rank = nodes.argument(shift, "dim"), nodes.tensor_type(value).rank
-    found = [dims] if isinstance(dims, int) else list(dims)  # pyright: ignore
-    same = len(found) == 1 and found[0] % rank == dim % rank
-    return value if same and nodes.argument(shift, "keepdim") else None  # pyright: ignore[reportReturnType]
+    rank = nodes.tensor_type(value).rank
+    same = reduced_dims(shift, rank) == {dim % rank}
+    return value if same and nodes.argument(shift, "keepdim") else None
 
 
 def number(program: Program, item: object) -> float | None:
@@ -134,11 +134,10 @@ def scalar_and_node(program: Program, node: object, targets: Collection[object])
     for item, other in (node.args, reversed(node.args)):
         found = number(program, item)
         if found is not None and nodes.is_tensor(other):
-            return found, other  # pyright: ignore[reportReturnType]
+            return found, other
     return None
 
 
 def lookup_indices(node: fx.Node) -> fx.Node:
     """The indices that `gather` or `take_along_dim` looks up."""
-    name = "index" if node.target is aten.gather.default else "indices"
-    return cast(fx.Node, nodes.argument(node, name))
+    return Gather(node).indices

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import fx
@@ -104,6 +104,17 @@ def value(node: fx.Node) -> object:
     return found.value if isinstance(found, Deferred) else found
 
 
+def tensor_value(node: fx.Node) -> torch.Tensor:
+    """The fake tensor the node was typed with.
+
+    Raises: TypeError when the node yields something else.
+    """
+    found = value(node)
+    if not isinstance(found, torch.Tensor):
+        raise TypeError(f"{node} yields {found}, not a tensor")
+    return found
+
+
 def set_value(node: fx.Node, fake: object) -> None:
     """Type the node with a fake value, or one to be made later."""
     node.meta[_VALUE] = fake
@@ -161,6 +172,16 @@ def fixed_size(node: object, dim: int) -> int:
     return found
 
 
+def overload(node: fx.Node) -> torch._ops.OpOverload:
+    """The operator a node calls.
+
+    Raises: TypeError where it calls another function.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        raise TypeError(f"{node.format_node()} calls no operator")
+    return node.target
+
+
 @cache
 def _parameters(target: torch._ops.OpOverload) -> Mapping[str, tuple[int, object]]:
     """The parameters of an operator by name: its place among positional arguments, -1 for none, and its default."""
@@ -173,7 +194,7 @@ def argument(node: fx.Node, *names: str) -> object:
 
     Raises: KeyError when the operator has no such parameter.
     """
-    parameters = _parameters(cast(torch._ops.OpOverload, node.target))
+    parameters = _parameters(overload(node))
     name = next((name for name in names if name in parameters), None)
     if name is None:
         raise KeyError(f"{node.target} has no parameter '{' or '.join(names)}'")
@@ -183,12 +204,22 @@ def argument(node: fx.Node, *names: str) -> object:
 
 def set_argument(node: fx.Node, name: str, value: object) -> None:
     """Set the argument of a call for the operator's parameter `name`, wherever the call has it."""
-    names = [parameter.name for parameter in cast(torch._ops.OpOverload, node.target)._schema.arguments]
-    index = names.index(name)
+    index = [parameter.name for parameter in overload(node)._schema.arguments].index(name)
     if index < len(node.args):
-        node.args = (*node.args[:index], value, *node.args[index + 1 :])  # pyright: ignore[reportAttributeAccessIssue]
+        set_arguments(node, *node.args[:index], value, *node.args[index + 1 :], **node.kwargs)
     else:
-        node.kwargs = {**node.kwargs, name: value}  # pyright: ignore[reportAttributeAccessIssue]
+        set_arguments(node, *node.args, **{**node.kwargs, name: value})
+
+
+def set_arguments(node: fx.Node, /, *args: object, **kwargs: object) -> None:
+    """Set all arguments of a node."""
+    given: tuple[Any, Any] = (args, kwargs)
+    node.args, node.kwargs = given
+
+
+def set_operand(node: fx.Node, index: int, value: object) -> None:
+    """Set what a call reads at a place of its positional arguments."""
+    set_arguments(node, *node.args[:index], value, *node.args[index + 1 :], **node.kwargs)
 
 
 def is_state_write(node: fx.Node) -> bool:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import sympy
 import torch
 
-from lissom.compiler.ir.types import Size
+from lissom.compiler.ir.types import Size, fixed, substitute
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
@@ -72,7 +72,7 @@ class Span:
 
     def indices(self, rank: int, start: int = 0) -> torch.Tensor:
         """The indices of the dimension that a rank holds of this span, [local]; -1 for padding. Sizes must be integers."""
-        outer, size, inner, block = (cast(int, item) for item in (self.outer, self.size, self.inner, self.block))
+        outer, size, inner, block = (fixed(item) for item in (self.outer, self.size, self.inner, self.block))
         first = rank // self.every % self.parts * block
         rows = torch.arange(first, first + block)
         rows = torch.where(rows < size, rows, -1)
@@ -128,6 +128,12 @@ class Placed:
         return " ".join(f"Shard({dim})" for dim, _ in self.dims) or "Replicate"
 
 
+def single(found: Placed | tuple[Placed, ...]) -> Placed:
+    """The placement of a value that is one tensor."""
+    assert isinstance(found, Placed), "the value is several tensors"
+    return found
+
+
 REPLICATED = Placed()
 PARTIAL = Placed(partial=True)
 
@@ -140,7 +146,7 @@ def sharded(*dims: tuple[int, Spans]) -> Placed:
 
 def local_size(spans: Spans, size: Size) -> Size:
     """The size of a dimension on a rank."""
-    return sum((span.local for span in spans), start=cast(Size, 0)) if spans else size
+    return sum((span.local for span in spans), start=0) if spans else size
 
 
 def is_padded(placed: Placed) -> bool:
@@ -161,7 +167,7 @@ def indices_of(spans: Spans, rank: int) -> torch.Tensor:
     found, start = list[torch.Tensor](), 0
     for span in spans:
         found.append(span.indices(rank, start))
-        start += cast(int, span.whole)
+        start += fixed(span.whole)
     return torch.cat(found)
 
 
@@ -195,7 +201,7 @@ def whole_of(parts: Sequence[torch.Tensor], placed: Placed) -> torch.Tensor:
         return torch.stack([*parts]).sum(0)
     if not placed.dims:
         return parts[0]
-    sizes = [sum(cast(int, span.whole) for span in placed.spans(dim)) or size for dim, size in enumerate(parts[0].shape)]
+    sizes = [sum(fixed(span.whole) for span in placed.spans(dim)) or size for dim, size in enumerate(parts[0].shape)]
     found = parts[0].new_zeros(sizes)
     for rank, part in enumerate(parts):
         places = [torch.arange(size) for size in sizes]
@@ -212,7 +218,7 @@ def at_sizes(placed: Placed, value_of: dict[sympy.Symbol, int]) -> Placed:
     """The placement with the symbols replaced by the sizes of a call."""
 
     def settle(size: Size) -> Size:
-        return int(size.xreplace(value_of)) if isinstance(size, sympy.Basic) else size  # pyright: ignore
+        return int(substitute(size, value_of)) if isinstance(size, sympy.Basic) else size
 
     return Placed(
         tuple(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import fx, nn
@@ -49,7 +49,7 @@ class Program:
         self.state = state
         self.about: object = None
         self.edits = 0
-        self._facts: dict[Callable[[Program], object], tuple[int, object]] = {}
+        self._facts: dict[Callable[[Program], object], tuple[int, Any]] = {}
 
     @property
     def graph(self) -> fx.Graph:
@@ -64,6 +64,13 @@ class Program:
         return self.graph.output_node()
 
     @property
+    def leaves(self) -> Sequence[object]:
+        """The flat values the program returns: nodes, and numbers."""
+        found = self.output.args[0]
+        assert isinstance(found, (tuple, list))
+        return found
+
+    @property
     def placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 
@@ -76,7 +83,7 @@ class Program:
         """The analysis of this program, computed once for each state of the graph."""
         known = self._facts.get(analysis)
         if known is not None and known[0] == self.edits:
-            return cast(Fact, known[1])
+            return known[1]
         found = analysis(self)
         self._facts[analysis] = (self.edits, found)
         return found
@@ -120,7 +127,7 @@ class Program:
         for part in path.split(".") if path else ():
             if not hasattr(owner, part):
                 owner.add_module(part, nn.Module())
-            owner = cast(nn.Module, getattr(owner, part))
+            owner = getattr(owner, part)
         owner._parameters.pop(leaf, None)
         owner._buffers.pop(leaf, None)
         if isinstance(tensor, nn.Parameter):

@@ -92,7 +92,7 @@ class Signature:
         arguments = (*self.positional, *self.keyword)
         return tuple(leaf for item in arguments for leaf in item.leaves if isinstance(leaf, TensorArgument))
 
-    def name_of(self, expression: sympy.Expr) -> str:
+    def name_of(self, expression: sympy.Basic) -> str:
         """The expression with the dimensions' names in it, `batch*sequence`."""
         known = self._named.get(expression)
         if known is None:
@@ -101,7 +101,7 @@ class Signature:
         return known
 
     @cached_property
-    def _named(self) -> dict[sympy.Expr, str]:
+    def _named(self) -> dict[sympy.Basic, str]:
         """A cache for `name_of`: a program's text names each expression many times."""
         return {}
 
@@ -263,7 +263,7 @@ class Signature:
                 given = ", ".join(f"{self.dimensions[symbol].name} = {size}" for symbol, size in sizes.items())
                 raise InputError(
                     f"sizes {given} break a condition found while capturing the model, "
-                    f"{self.name_of(condition)}; pass sizes that meet it"  # pyright: ignore[reportArgumentType]
+                    f"{self.name_of(condition)}; pass sizes that meet it"
                 )
 
     def _refuse_size(self, leaf: TensorArgument, index: int, found: int, allowed: str) -> NoReturn:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import sympy
 import torch
@@ -74,6 +75,24 @@ def quotient(size: Size, divisor: Size) -> Size | None:
     if sympy.denom(ratio) != 1:
         return None
     return int(ratio) if ratio.is_Integer else ratio
+
+
+def fixed(size: object) -> int:
+    """A size that is the same in every call, as a number. Raises: TypeError where it varies."""
+    if not isinstance(size, int):
+        raise TypeError(f"the size {size} varies from call to call")
+    return size
+
+
+def are_fixed(sizes: Sequence[Size]) -> TypeGuard[Sequence[int]]:
+    """True when these sizes are the same in every call."""
+    return all(isinstance(size, int) for size in sizes)
+
+
+def substitute(size: sympy.Expr, values: Mapping[sympy.Symbol, object]) -> sympy.Expr:
+    """The expression with values in place of some of its symbols."""
+    found: Any = size.xreplace(values)
+    return found
 
 
 def type_of(value: object) -> ValueType:

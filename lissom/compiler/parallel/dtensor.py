@@ -8,13 +8,14 @@ https://docs.pytorch.org/docs/stable/distributed.tensor.html
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.placement import Placed, indices_of
 from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.types import fixed
 from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.errors import UnsupportedError
 
@@ -92,6 +93,6 @@ def dtensor_parts(
             f"the weight '{name}' is no DTensor: {reason}, which the placements of torch.distributed.tensor cannot say; "
             f"use the program's own weights"
         )
-    shape[dim] = cast(int, span.whole)
+    shape[dim] = fixed(span.whole)
     kept = (indices_of(spans, rank) >= 0).sum()
     return local.narrow(dim, 0, int(kept)), shape, Shard(dim)

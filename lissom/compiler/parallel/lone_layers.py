@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from typing import cast
 
 import torch
 from torch import fx
@@ -16,7 +15,7 @@ from torch import fx
 from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.match import computed_from
-from lissom.compiler.ir.placement import REPLICATED, Placed, Span, sharded
+from lissom.compiler.ir.placement import REPLICATED, Placed, Span, sharded, single
 from lissom.compiler.ir.program import Program
 from lissom.compiler.parallel.rules import table as rules
 from lissom.compiler.parallel.rules.base import Reading
@@ -94,4 +93,4 @@ def _result(layer: fx.Node, weight: fx.Node, placed: Placed, world_size: int) ->
     read = Reading(known, world_size=world_size)
     for item in [*reversed(between), layer]:
         known[item] = rules.outcome(item, read).result
-    return cast(Placed, known[layer])
+    return single(known[layer])

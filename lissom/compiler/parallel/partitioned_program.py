@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, cast
+from typing import Any, ClassVar
 
 import sympy
 import torch
@@ -111,7 +111,7 @@ def run_ranks(
 
     ranks: the weights of each rank, by name. observe: gets every call's results on all ranks, in order, and may return others.
     """
-    values: dict[fx.Node, list[object]] = {}
+    values: dict[fx.Node, list[Any]] = {}
     last_uses = last_uses_of(graph)
     feed = iter(inputs)
     for node in graph.nodes:
@@ -122,7 +122,7 @@ def run_ranks(
         elif node.op == "get_attr":
             values[node] = [weights[str(node.target)] for weights in ranks]
         elif node.target in COLLECTIVES:
-            values[node] = [*_together(node.target, cast("list[torch.Tensor]", values[node.args[0]]), node.args[1:])]
+            values[node] = [*_together(node.target, values[nodes.operand(node)], node.args[1:])]
         else:
             values[node] = [call(node, lambda used, rank=rank: values[used][rank]) for rank in range(len(ranks))]
         if node.op == "call_function" and observe is not None:
@@ -140,7 +140,7 @@ def _together(target: object, parts: Sequence[torch.Tensor], options: Sequence[o
     world_size = len(parts)
     if target is ALL_GATHER:
         return [torch.cat([*parts])] * world_size
-    reduced = _REDUCTIONS[cast(str, options[0])](torch.stack([*parts]))
+    reduced = _REDUCTIONS[str(options[0])](torch.stack([*parts]))
     return [reduced] * world_size if target is ALL_REDUCE else [*reduced.chunk(world_size)]
 
 

@@ -11,7 +11,6 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from torch import fx
 
@@ -84,7 +83,11 @@ class Plan:
 
 
 class _RefusedError(Exception):
-    """A site cannot be sharded; args: its index, the reason."""
+    """A site cannot be sharded. site: its index."""
+
+    def __init__(self, site: int, reason: str) -> None:
+        super().__init__(reason)
+        self.site, self.reason = site, reason
 
 
 def make_plan(
@@ -135,9 +138,8 @@ def _settle(
         try:
             placed, moves, gathered, joint = _Planner(program, found, sites, world_size, sequence).run()
         except _RefusedError as refusal:
-            number, reason = cast("tuple[int, str]", refusal.args)
-            site = sites.pop(number)
-            left.append(ShardSite(site.kind, site.node, site.path, {}, reason))
+            site = sites.pop(refusal.site)
+            left.append(ShardSite(site.kind, site.node, site.path, {}, refusal.reason))
             continue
         return Plan(world_size, placed, tuple(sites), tuple(left), moves, gathered, joint, sequence)
 
@@ -159,9 +161,10 @@ class _Planner:
             for node in program.graph.nodes
             if node.op == "get_attr"
         }
-        lone = [(number, site) for number, site in enumerate(sites) if site.weight is not None]
-        self.weights |= {cast(fx.Node, site.weight): own_placement(site, number, world_size) for number, site in lone}
-        self.gathered = {site.node for _, site in lone if site.kind == "gathered layer"}
+        for number, site in enumerate(sites):
+            if site.weight is not None:
+                self.weights[site.weight] = own_placement(site, number, world_size)
+        self.gathered = {site.node for site in sites if site.weight is not None and site.kind == "gathered layer"}
         self.fixed: set[fx.Node] = set()
 
     def run(self) -> tuple[Known, tuple[Redistribution, ...], tuple[fx.Node, ...], Joint]:

@@ -11,7 +11,6 @@ import math
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import fx
@@ -23,11 +22,12 @@ from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.structure.linear import SHAPES, input_of, is_linear, is_quantizer, residual_of, weight_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Attention, Embedding, GroupedProduct
 from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.operators import is_pointwise
 from lissom.compiler.ir.placement import Span, Spans
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.types import Size
+from lissom.compiler.ir.types import Size, fixed
 from lissom.compiler.parallel.rules.joint import CHOICES, joint_dim
 from lissom.ops import grouped_product
 
@@ -68,11 +68,12 @@ def shard_sites(program: Program, world_size: int, layers: Mapping[fx.Node, str]
         inside = [(input_of(item.down), feature_dim(item.down)), *((up, feature_dim(up)) for up in item.up)]
         sites.append(_whole("feed-forward", item.down, [found.axis(*place) for place in inside], world_size))
     for node in grouped:
-        if not set(grouped).isdisjoint(computed_from(node.args[:1], _moves_or_maps)):
-            sites.append(_whole("experts", node, [found.axis(cast(fx.Node, node.args[0]), -1)], world_size))
+        x = GroupedProduct(node).x
+        if not set(grouped).isdisjoint(computed_from([x], _moves_or_maps)):
+            sites.append(_whole("experts", node, [found.axis(x, -1)], world_size))
     for item in facts.embeddings:
         if item.rows >= item.width and (_is_vocabulary(item.node) or item.tied):
-            sites.append(_whole("embedding", item.node, [found.axis(cast(fx.Node, item.node.args[0]), 0)], world_size))
+            sites.append(_whole("embedding", item.node, [found.axis(Embedding(item.node).table, 0)], world_size))
     taken = {site.node for site in sites}
     scored = [node for node, _ in linear_layers(program) if is_linear(node) and _is_scored(node)]
     inside = {node for site in facts.attention for node in (*site.q, *site.k, *site.v, site.output)}
@@ -116,7 +117,7 @@ def _whole(kind: str, node: fx.Node, axes: Sequence[Axis], world_size: int) -> S
             atom = next((item for item in factors if item.form == "atom" and isinstance(item.size, int)), None)
             if atom is None:
                 return ShardSite(kind, node, path, {}, "its features are no axis of a fixed size")
-            if cast(int, atom.size) < world_size:
+            if fixed(atom.size) < world_size:
                 return ShardSite(kind, node, path, {}, f"an axis of {atom.size} is too short for {world_size} ranks")
             chosen[atom] = world_size, 1
     return ShardSite(kind, node, path, chosen)
@@ -137,7 +138,8 @@ def _head_shards(found: Axes, site: AttentionSite, world_size: int) -> dict[Axis
     if feature_dim(site.output) != -1:
         return "its heads are projected out by a convolution"
     chosen: dict[Axis, tuple[int, int]] = {}
-    for item in cast("tuple[fx.Node, ...]", site.node.args[:3]):
+    attention = Attention(site.node)
+    for item in (attention.q, attention.k, attention.v):
         factors = _heads(found.axis(item, nodes.tensor_type(item).rank - 3), site)
         if factors is None:
             return "its heads are no axis of their own"
@@ -162,10 +164,10 @@ def _heads(axis: Axis, site: AttentionSite) -> list[Axis] | None:
 def _shard_heads(factors: Sequence[Axis], world_size: int) -> dict[Axis, tuple[int, int]] | None:
     """Shards the key/value groups, and with fewer groups than ranks also the heads in each group; None where that fails."""
     first, *more = factors
-    size = cast(int, first.size)
+    size = fixed(first.size)
     if size >= world_size:
         return {first: (world_size, 1)}
-    if more and world_size % size == 0 and cast(int, more[0].size) % (world_size // size) == 0:
+    if more and world_size % size == 0 and fixed(more[0].size) % (world_size // size) == 0:
         return {first: (size, world_size // size), more[0]: (world_size // size, 1)}
     # Padded with zeros as long as more than half of the ranks have a head.
     enough = 2 * size > world_size or (math.prod(sizes_of(factors)) >= world_size and size > 1)
@@ -174,13 +176,13 @@ def _shard_heads(factors: Sequence[Axis], world_size: int) -> dict[Axis, tuple[i
 
 def _is_vocabulary(node: fx.Node) -> bool:
     """True for an embedding whose ids are a program input, possibly reshaped, cast or hashed by arithmetic with numbers."""
-    ids = node.args[1]
-    while isinstance(ids, fx.Node) and ids.op == "call_function":
+    ids = Embedding(node).ids
+    while ids.op == "call_function":
         alone = is_pointwise(ids) and len(ids.all_input_nodes) == 1
         if not alone and ids.target not in SHAPES:
             return False
         ids = ids.all_input_nodes[0]
-    return isinstance(ids, fx.Node) and ids.op == "placeholder"
+    return ids.op == "placeholder"
 
 
 def _is_scored(node: fx.Node) -> bool:
@@ -192,7 +194,7 @@ def _is_scored(node: fx.Node) -> bool:
     while pending:
         found = pending.pop()
         for user in found.users:
-            if user.target in CHOICES and user.args[0] is found:
+            if user.target in CHOICES and nodes.operand(user) is found:
                 dim = joint_dim(user)
                 if dim is not None and nodes.tensor_type(found).shape[dim] == features:
                     return True
@@ -211,10 +213,10 @@ def linear_layers(program: Program) -> list[tuple[fx.Node, fx.Node]]:
     """Every linear layer with its weight, including those of mixtures of experts, whose weights may be stacked."""
     found: list[tuple[fx.Node, fx.Node]] = []
     for node in program.nodes():
-        if is_linear(node):
-            found.append((node, cast(fx.Node, weight_of(node))))
-        elif node.target is grouped_product:
-            weight = cast(fx.Node, node.args[1])
+        if (weight := weight_of(node)) is not None:
+            found.append((node, weight))
+        elif (grouped := GroupedProduct.of(node)) is not None:
+            weight = grouped.weight
             while weight.op == "call_function" and weight.all_input_nodes:
                 weight = weight.all_input_nodes[0]
             found.append((node, weight))

@@ -252,7 +252,7 @@ def _fact_to_json(fact: NodeFacts | None) -> list[object] | None:
         return None
     cost, source = fact.cost, fact.origin
     figures = (cost.flops, cost.read_bytes, cost.written_bytes, cost.parameters)
-    return [[int(figure) for figure in figures], source.module_path, source.source, source.code, source.passes, source.replaces]  # pyright: ignore
+    return [[int(figure) for figure in figures], source.module_path, source.source, source.code, source.passes, source.replaces]
 
 
 def _fact_from_json(data: Sequence[Any] | None) -> NodeFacts | None:

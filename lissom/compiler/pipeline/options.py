@@ -5,25 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
-from lissom.compiler.ir.program import Program
 from lissom.errors import InputError, UnsupportedError
 
 Checks = Literal["numeric", "structural", "off"]
 Goal = Literal["latency", "memory"]
-Metric = Callable[[Program], float]
+Metric = Callable[[Any], float]
+"""A number for a program, or for a compiled model, by which both are judged: the higher, the better."""
 Progress = Callable[[str, int, int], None]
 
 
-def check_options(checks: Checks, metric: Metric | None = None, max_drop: float | None = None) -> None:
-    """Check the options of a pipeline.
+def check_options(checks: object, metric: object = None, max_drop: float | None = None) -> Checks:
+    """Check the options of a pipeline; returns `checks`.
 
     Raises: UnsupportedError when one is invalid.
     """
-    if not isinstance(checks, str) or checks not in get_args(Checks):  # pyright: ignore[reportUnnecessaryIsInstance]
+    chosen = next((known for known in get_args(Checks) if isinstance(checks, str) and known == checks), None)
+    if chosen is None:
         raise UnsupportedError(f"checks={checks!r:.80} is not known; choose {', '.join(get_args(Checks))}")
     if metric is not None and not callable(metric):
         raise UnsupportedError(f"metric= is {metric!r:.80}; give a callable that takes a model and returns a number")
@@ -31,17 +32,20 @@ def check_options(checks: Checks, metric: Metric | None = None, max_drop: float 
         raise UnsupportedError(f"max_drop= is {max_drop!r:.80}; give a number, 0 or more")
     if max_drop is not None and metric is None:
         raise UnsupportedError("max_drop needs a metric to measure the drop of: pass metric=")
+    return chosen
 
 
-def check_goal(goal: Goal | None) -> None:
-    """Check what lossy passes must gain. Raises: UnsupportedError."""
-    if goal is not None and (not isinstance(goal, str) or goal not in get_args(Goal)):  # pyright: ignore[reportUnnecessaryIsInstance]
+def check_goal(goal: object) -> Goal | None:
+    """Check what lossy passes must gain, and return it. Raises: UnsupportedError."""
+    chosen = next((known for known in get_args(Goal) if isinstance(goal, str) and known == goal), None)
+    if chosen is None and goal is not None:
         raise UnsupportedError(
             f"goal={goal!r:.80} is not known; choose {', '.join(get_args(Goal))}, or None to keep every pass"
         )
+    return chosen
 
 
-def check_progress(progress: Progress | None) -> None:
+def check_progress(progress: object) -> None:
     """Check a progress callback. Raises: UnsupportedError when it is not callable."""
     if progress is not None and not callable(progress):
         raise UnsupportedError(f"progress= is {progress!r:.80}; give a callable that takes a text and two numbers")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -62,6 +62,7 @@ class Pass(ABC):
     leaves_dead: whether it only zeroes units; `eliminate-dead` runs right after it and removes them.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     kind: ClassVar[str]
     leaves_dead: ClassVar[bool] = False
     redefines: ClassVar[bool] = False

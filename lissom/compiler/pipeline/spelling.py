@@ -26,7 +26,7 @@ def format_pipeline(passes: Sequence[Pass]) -> str:
 def format_pass(item: Pass) -> str:
     """One pass as text; options at their default are left out."""
     options = []
-    for field in dataclasses.fields(item):  # pyright: ignore[reportArgumentType]
+    for field in dataclasses.fields(item):
         value = getattr(item, field.name)
         if field.default is dataclasses.MISSING or value != field.default:
             options.append(f"{field.name}={format_value(value)}")
@@ -187,7 +187,7 @@ class _Quoted(str):
 def options_of(cls: type[Pass]) -> dict[str, object]:
     """The options of a pass: each field's name and type."""
     hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def type_text(hint: object) -> str:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -25,7 +24,7 @@ from lissom.compiler.ir.editor import CurvePoint
 from lissom.compiler.training.gradients import LossScale
 from lissom.compiler.training.ranks import Ranks
 from lissom.errors import ArtifactError
-from lissom.fields import count, parse_json, printable, shown, take, take_list
+from lissom.fields import count, optional, parse_json, printable, shown, take, take_list
 from lissom.files import check_path, open_plain, read_plain, reason, write_whole, writing_whole
 from lissom.tensor_files import DTYPES, write_tensors
 
@@ -71,7 +70,6 @@ class State:
     @classmethod
     def from_json(cls, data: object) -> State:
         """Raises: ValueError when the data is no state."""
-        stopped, slowed, scale = (cast("dict[str, object]", data).get(name) for name in ("stopped", "slowed", "scale"))
         curve = take_list(data, "curve", _point)
         seconds = take(data, "seconds", float)
         if not curve:
@@ -85,11 +83,11 @@ class State:
             list(take_list(data, "order", count)),
             list(take_list(data, "recent", _float)),
             list(curve),
-            {name: count(value) for name, value in cast("dict[str, object]", take(data, "updates", dict)).items()},
+            {name: count(value) for name, value in take(data, "updates", dict).items()},
             take(data, "finished", bool),
-            None if stopped is None else printable(stopped),
-            None if slowed is None else count(slowed),
-            None if scale is None else _scale(scale),
+            optional(data, "stopped", printable),
+            optional(data, "slowed", count),
+            optional(data, "scale", _scale),
         )
 
 
@@ -107,9 +105,8 @@ def _float(data: object) -> float:
 
 
 def _point(data: object) -> CurvePoint:
-    loss = cast("dict[str, object]", data).get("loss") if isinstance(data, dict) else None
-    loss = None if loss is None else _float(loss)
-    return CurvePoint(count(take(data, "step", int)), take(data, "seconds", float), loss, take(data, "held_out", float))
+    loss, step = optional(data, "loss", _float), count(take(data, "step", int))
+    return CurvePoint(step, take(data, "seconds", float), loss, take(data, "held_out", float))
 
 
 class Checkpoint:

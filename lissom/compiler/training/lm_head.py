@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from lissom.compiler.analysis.structure.linear import as_int, bias_of, input_of
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Embedding, Linear
 from lissom.compiler.ir.interpreter import Observer, call, run
 from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.operators import CASTS, IDENTITIES, is_pointwise
@@ -76,7 +77,7 @@ class LmHead:
 
     def _weights(self, dtype: torch.dtype | None) -> Weights:
         values = self._values(self.stored, {})
-        weight, bias = values[self.linear.args[1]], bias_of(self.linear)  # pyright: ignore[reportArgumentType]
+        weight, bias = values[Linear(self.linear).weight], bias_of(self.linear)
         shift = None if bias is None else values[bias]
         return (weight, shift) if dtype is None else (weight.to(dtype), None if shift is None else shift.to(dtype))
 
@@ -86,16 +87,16 @@ class LmHead:
         return self._values((*reads, *self.tail), {self.linear: product})[(self.linear, *self.tail)[-1]]
 
     def _values(self, order: tuple[fx.Node, ...], given: Mapping[fx.Node, torch.Tensor]) -> dict[fx.Node, torch.Tensor]:
-        values: dict[fx.Node, object] = dict(given)
+        values: dict[fx.Node, Any] = dict(given)
         for node in order:
             # A selection of tokens changes nothing where rows are tokens.
             if _selects_tokens(node):
-                values[node] = values[node.args[0]]  # pyright: ignore[reportArgumentType]
+                values[node] = values[nodes.operand(node)]
             else:
                 values[node] = (
                     self.program.weight(str(node.target)) if node.op == "get_attr" else call(node, values.__getitem__)
                 )
-        return values  # pyright: ignore[reportReturnType]
+        return values
 
 
 def lm_head_of(program: Program, leaf: object) -> LmHead | None:
@@ -112,13 +113,12 @@ def lm_head_of(program: Program, leaf: object) -> LmHead | None:
         node = computed[0]
     if not nodes.is_call(node, aten.linear.default) or nodes.tensor_type(node).rank != 3:
         return None
-    sources = set(computed_from([node.args[1], bias_of(node)]))
+    sources = set(computed_from([Linear(node).weight, bias_of(node)]))
     if any(item.op == "placeholder" for item in sources):
         return None
     hidden = input_of(node)
     while _selects_tokens(hidden):
-        hidden = hidden.args[0]
-        assert isinstance(hidden, fx.Node)
+        hidden = nodes.operand(hidden)
     return LmHead(program, node, hidden, tuple(item for item in program.graph.nodes if item in sources), tuple(tail))
 
 
@@ -147,10 +147,10 @@ class Trunk:
         """
         found = program.copy()
         by_name = {node.name: node for node in found}
-        leaves: list[object] = list(found.output.args[0])  # pyright: ignore[reportArgumentType]
+        leaves = list(found.leaves)
         for index, head in heads.items():
             leaves[index] = by_name[head.hidden.name]
-        found.output.args = (leaves,)  # pyright: ignore[reportAttributeAccessIssue]
+        nodes.set_arguments(found.output, leaves)
         for write in filter(nodes.is_state_write, reversed(found.nodes())):
             if write.users:
                 raise RequirementError(
@@ -177,7 +177,7 @@ class Trunk:
 
 def _quantize_rows_read(lookup: fx.Node) -> None:
     """Quantize what an embedding reads of a table with scales by row, and not all of the table at every step."""
-    table = lookup.args[0]
+    table = Embedding(lookup).table
     if not nodes.is_call(table, fake_quantize):
         return
     stored, scale, zero_point = (nodes.argument(table, name) for name in ("x", "scale", "zero_point"))
@@ -185,8 +185,7 @@ def _quantize_rows_read(lookup: fx.Node) -> None:
     if any(isinstance(item, fx.Node) and nodes.tensor_type(item).shape[:1] != (rows,) for item in (scale, zero_point)):
         return
     lookup.target = _quantized_rows
-    lookup.args = (stored, scale, zero_point, *lookup.args[1:])  # pyright: ignore[reportAttributeAccessIssue]
-    lookup.kwargs = {**lookup.kwargs, "format": table.kwargs["format"]}
+    nodes.set_arguments(lookup, stored, scale, zero_point, *lookup.args[1:], format=table.kwargs["format"], **lookup.kwargs)
 
 
 def _quantized_rows(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -67,8 +67,7 @@ def outputs_of(program: Program) -> tuple[list[Output], list[str]]:
     """The outputs that have a form, and a sentence on each of the others."""
     found: list[Output] = []
     skipped: list[str] = []
-    leaves: tuple[object, ...] = program.output.args[0]  # pyright: ignore[reportAssignmentType]
-    for index, leaf in enumerate(leaves):
+    for index, leaf in enumerate(program.leaves):
         form = _form(program, leaf)
         if form is None or not isinstance(leaf, fx.Node):
             shown = f"'{leaf.name}'" if isinstance(leaf, fx.Node) else repr(leaf)
@@ -183,7 +182,7 @@ def squared_error(found: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor 
         centered.sub_(total(centered.flatten(0, -2).sum(0)) / total(count))
         centered = _without(padding, centered).flatten()
         spread = total(centered.dot(centered)).clamp_min(_SMALL)
-    return cast(torch.Tensor, _SumOfSquares.apply(found, wanted, padding)) / spread
+    return _SumOfSquares.apply(found, wanted, padding) / spread
 
 
 class _SumOfSquares(torch.autograd.Function):
@@ -200,9 +199,9 @@ class _SumOfSquares(torch.autograd.Function):
         return difference.flatten().dot(difference.flatten())
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (difference,) = ctx.saved_tensors
-        return difference * (2 * gradient), None, None
+        return difference * (2 * gradients[0]), None, None
 
 
 def _without(padding: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:

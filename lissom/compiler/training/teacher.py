@@ -70,7 +70,7 @@ class Teacher:
     @classmethod
     def of(cls, program: Program, outputs: Sequence[Output], student: Program, name: str) -> Teacher:
         """name: of the pass, for the error. Raises: RequirementError when an output of the student has another shape."""
-        theirs: Sequence[object] = program.output.args[0]  # pyright: ignore[reportAssignmentType]
+        theirs = program.leaves
         for output in outputs:
             wanted, found = nodes.tensor_type(theirs[output.index]), nodes.tensor_type(output.node)
             if wanted.shape[-1] != found.shape[-1] or wanted.rank != found.rank:

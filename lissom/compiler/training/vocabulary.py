@@ -167,7 +167,7 @@ class _Loss(torch.autograd.Function):
         return summed
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (given,), found = gradients, ctx.gradients
         del ctx.gradients
         scaled = [item if item is None or bool(given == 1) else item * given for item in found]

@@ -18,7 +18,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import getitem
-from typing import cast
 
 import torch
 from torch import fx
@@ -28,14 +27,16 @@ from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.base import Value
 from lissom.compiler.analysis.axes.columns import unit_of
 from lissom.compiler.analysis.module_filter import obstacle_by_name
-from lissom.compiler.analysis.structure.linear import SHAPES, bias_of, input_of, is_attention, is_linear
+from lissom.compiler.analysis.structure.linear import SHAPES, bias_of, input_of, is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, matrices_of, matrix_of, readers_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Attention, Binary, Index
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_own_weight
 from lissom.compiler.ir.operators import LAYER_NORMS
 from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.types import fixed
 
 aten = torch.ops.aten
 
@@ -153,7 +154,7 @@ def _site(program: Program, producer: fx.Node) -> ScalingSite | str:
     shared = _shared(own, [_atoms(known.of[start]), *(set(axis.atoms()) for axis in axes_read)])
     if not shared:
         return "its output channels cannot be matched to the columns that read them"
-    count = math.prod(cast(int, atom.size) for atom in shared)
+    count = math.prod(fixed(atom.size) for atom in shared)
     readers: list[Reader] = []
     for layer, axis in zip(layers, axes_read, strict=True):
         matrix = matrix_of(layer, stacks=True)
@@ -238,24 +239,26 @@ def _readers(start: fx.Node) -> list[fx.Node] | str:
                 walked[user] = None
                 pending.append(user)
     for node in walked:
-        walked_inputs = [item for item in node.args[:2] if item in walked]
-        if nodes.is_call(node, aten.mul.Tensor) and node is not start and len(walked_inputs) > 1:
+        if (
+            nodes.is_call(node, aten.mul.Tensor)
+            and node is not start
+            and {Binary(node).left, Binary(node).right} <= walked.keys()
+        ):
             return "it is multiplied by itself"
     return list(layers)
 
 
 def _carries(user: fx.Node, node: fx.Node) -> bool:
     """True when scaling this input by s scales the node's result by s."""
-    if is_attention(user):
-        return user.args[2] is node and list(user.all_input_nodes).count(node) == 1 and node not in user.args[:2]
+    if (attention := Attention.of(user)) is not None:
+        return attention.v is node and user.all_input_nodes.count(node) == 1 and node not in (attention.q, attention.k)
     if user.target is aten.mul.Tensor:
         return True
     if user.target is aten.div.Tensor:
-        return user.args[0] is node and user.args[1] is not node
-    if user.target is aten.index.Tensor:
+        return Binary(user).left is node and Binary(user).right is not node
+    if (rows := Index.of(user)) is not None:
         # The rows of experts are gathered, with all their features.
-        indices = cast("list[fx.Node | None]", user.args[1])
-        return user.args[0] is node and node not in indices and len(indices) < nodes.tensor_type(node).rank
+        return rows.x is node and node not in rows.indices and len(rows.indices) < nodes.tensor_type(node).rank
     return user.target in _CARRYING
 
 

@@ -16,6 +16,7 @@ from lissom.compiler.analysis.module_filter import is_path_protected
 from lissom.compiler.analysis.structure.linear import is_quantizer
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import FakeQuantize
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import FAKE_QUANTIZES
 from lissom.compiler.ir.printer import place
@@ -104,7 +105,7 @@ class Fitting(Training):
             raise ValueError(f"batch is {self.batch}; give 1 or more")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; give a fraction between 0 and 1")
-        if self.checkpoint is not None and (not isinstance(self.checkpoint, str) or not self.checkpoint):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if self.checkpoint is not None and (not isinstance(self.checkpoint, str) or not self.checkpoint):
             raise ValueError(f"checkpoint is {self.checkpoint!r:.80}; give the path of a directory, as text")
 
     @abstractmethod
@@ -331,8 +332,8 @@ def _learning_scales(program: Program, stays: Callable[[str], bool]) -> dict[str
 
     stays: whether the scale of this name is left as it is.
     """
-    reads = [node.args[1] for node in program.nodes(fake_quantize)]
-    known = dict.fromkeys(str(read.target) for read in reads if isinstance(read, fx.Node) and read.op == "get_attr")
+    reads = [FakeQuantize(node).scale for node in program.nodes(fake_quantize)]
+    known = dict.fromkeys(str(read.target) for read in reads if read.op == "get_attr")
     names = [name for name in known if not stays(name)]
     found = {
         name: (nn.Parameter(program.weight(name).detach().to(torch.float32, copy=True)), program.weight(name).dtype)

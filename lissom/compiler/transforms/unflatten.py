@@ -8,11 +8,11 @@ In the flattened form batch and tokens are one dimension, so tokens have no axis
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.structure.linear import bias_of, input_of, second_factor
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.dimension_map import product_of, shape_of
 from lissom.compiler.ir.editor import Editor
@@ -32,11 +32,10 @@ def _unflatten(edit: Editor) -> bool:
     """Rewrite all such products; True when there were any."""
     found = [node for node in edit.nodes(*RESHAPES) if _is_product_of_rows(node)]
     for node in found:
-        product = cast(fx.Node, node.args[0])
-        *bias, flat, weight = product.args
+        product = nodes.operand(node)
         with edit.before(node, like=[product]):
-            turned = edit.call(aten.transpose.int, weight, 0, 1)
-            layer = edit.call(aten.linear.default, cast(fx.Node, flat).args[0], turned, *bias)
+            turned = edit.call(aten.transpose.int, second_factor(product), 0, 1)
+            layer = edit.call(aten.linear.default, nodes.operand(input_of(product)), turned, bias_of(product))
         edit.replace(node, layer)
     # The old reshapes and products still read their inputs.
     edit.program.drop_dead()
@@ -44,12 +43,12 @@ def _unflatten(edit: Editor) -> bool:
 
 
 def _is_product_of_rows(node: fx.Node) -> bool:
-    product = node.args[0]
+    product = nodes.operand(node)
     if not nodes.is_call(product, aten.addmm.default, aten.mm.default) or product.kwargs:
         return False
-    *bias, flat, weight = product.args
-    if not nodes.is_call(flat, *RESHAPES) or not isinstance(weight, fx.Node) or weight.op != "get_attr":
+    flat, weight, bias = input_of(product), second_factor(product), bias_of(product)
+    if not nodes.is_call(flat, *RESHAPES) or weight is None or weight.op != "get_attr":
         return False
-    x, rows, result = shape_of(flat.args[0]), shape_of(flat), shape_of(node)
+    x, rows, result = shape_of(nodes.operand(flat)), shape_of(flat), shape_of(node)
     whole = len(x) > 2 and rows[-1] == x[-1] and product_of(rows[:1]) == product_of(x[:-1])
-    return whole and result == (*x[:-1], shape_of(product)[-1]) and all(len(shape_of(item)) == 1 for item in bias)
+    return whole and result == (*x[:-1], shape_of(product)[-1]) and (bias is None or len(shape_of(bias)) == 1)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import fx
@@ -16,6 +17,8 @@ from lissom.compiler.ir.operators import UNFILLED
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample, smaller_samples
 from lissom.errors import VerifyError
+
+Item = TypeVar("Item")
 
 TOLERANCE = {
     # Two float64 kernels that sum a few thousand terms in another order differ by some 1e-14.
@@ -42,9 +45,8 @@ _EXACT = {torch.bool, torch.int64}
 def tolerances(program: Program) -> list[float]:
     """The relative error allowed between two correct programs for each output, then for each buffer of the state."""
     found = program.fact(node_tolerances)
-    leaves: Sequence[object] = program.output.args[0]  # pyright: ignore[reportAssignmentType]
-    writes = {str(node.args[0].target): node for node in program.nodes() if nodes.is_state_write(node)}  # pyright: ignore
-    ends = [*leaves, *map(writes.get, program.state)]
+    writes = {str(nodes.operand(node).target): node for node in program.nodes() if nodes.is_state_write(node)}
+    ends = [*program.leaves, *map(writes.get, program.state)]
     return [found[end] if isinstance(end, fx.Node) else TOLERANCE[torch.float32] for end in ends]
 
 
@@ -152,16 +154,15 @@ def runs(program: Program, sample: Sample) -> bool:
 
 def answers(program: Program, outputs: Sequence[list[object]]) -> list[list[object]]:
     """The outputs of `run_samples` without the state, which a lossy pass may store in another form."""
-    count = len(program.output.args[0])  # pyright: ignore[reportArgumentType]
-    return [found[:count] for found in outputs]
+    return [found[: len(program.leaves)] for found in outputs]
 
 
-def with_kept_form(before: Program, after: Program, outputs: Sequence[list[object]]) -> list[list[object]]:
+def with_kept_form(before: Program, after: Program, outputs: Sequence[list[Item]]) -> list[list[Item]]:
     """The outputs of `run_samples` with only the state that has the same form in both programs.
 
     A rewrite may store less state, such as one head of a KV cache for several; its effect is visible in the other outputs.
     """
-    count = len(before.output.args[0])  # pyright: ignore[reportArgumentType]
+    count = len(before.leaves)
     if set(before.state) != set(after.state):
         return [list(found) for found in outputs]
     pairs = [(before.weight(name), after.weight(name)) for name in before.state]

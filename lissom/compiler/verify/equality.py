@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn, cast
+from typing import NoReturn
 
 import torch
 
@@ -40,7 +40,7 @@ def require_equal(
     """
     (limits,) = with_kept_form(before, after, [[0.0 if bitwise else _ROUNDED_TWICE.get(x, x) for x in tolerances(before)]])
     errors = output_errors(*(with_kept_form(before, after, outputs) for outputs in (wanted, found)))
-    far = [(error, cast(float, limit)) for error, limit in zip(errors, limits, strict=True) if error > cast(float, limit)]
+    far = [(error, limit) for error, limit in zip(errors, limits, strict=True) if error > limit]
     if far and (bitwise or not _rounds_alike(before, after, samples, wanted, found)):
         _refuse(before, after, samples, *max(far, key=lambda pair: pair[0] / (pair[1] or 1.0)))
     for sample, old, new in zip(samples, wanted, found, strict=True):
@@ -97,7 +97,7 @@ def shared_memory(
     """
     if program.is_simulation:
         return set()
-    count = len(program.output.args[0])  # pyright: ignore[reportArgumentType]
+    count = len(program.leaves)
     others = [(f"input '{leaf.path}'", item) for leaf, item in zip(program.signature.tensors, sample, strict=True)]
     others += [(EARLIER, item) for item in earlier[:count] if isinstance(item, torch.Tensor)]
     weights = {weight.untyped_storage().data_ptr() for weight in program.weights().values()}

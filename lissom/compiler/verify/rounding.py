@@ -21,6 +21,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Binary, Cast
 from lissom.compiler.ir.interpreter import REFUSALS, call
 from lissom.compiler.ir.operators import FAKE_QUANTIZES, INT8_LINEARS
 from lissom.compiler.ir.program import Program, kept_state
@@ -115,7 +116,7 @@ def rounding_loss(program: Program, samples: Sequence[Sample], outputs: Sequence
     plain = program.copy()
     for node in plain.nodes():
         if _rounds(node, FAKE_QUANTIZES):
-            node.replace_all_uses_with(node.args[0])  # pyright: ignore[reportArgumentType]
+            node.replace_all_uses_with(nodes.operand(node))
             plain.graph.erase_node(node)
         elif node.target in _PRODUCTS:
             _multiply_floats(plain.graph, node)
@@ -124,16 +125,15 @@ def rounding_loss(program: Program, samples: Sequence[Sample], outputs: Sequence
 
 def _multiply_floats(graph: fx.Graph, product: fx.Node) -> None:
     """Replace a product of quantized values by one of the values before quantization, on the same scale."""
-    cast = product.args[0]
-    while isinstance(cast, fx.Node) and cast.target is not aten.to.dtype:
-        cast = cast.args[0]
     q, weight, *scales = product.args
-    assert isinstance(cast, fx.Node) and isinstance(cast.args[0], fx.Node)
-    if cast.args[1] is not torch.float32:
-        value = cast.args[0].args[0]  # before it is clamped
-        if nodes.is_call(value, aten.add.Tensor) and nodes.is_call(value.args[0], aten.round.default):
+    cast = nodes.operand(product)
+    while cast.target is not aten.to.dtype:
+        cast = nodes.operand(cast)
+    if Cast(cast).dtype is not torch.float32:
+        value = nodes.operand(Cast(cast).x)  # before it is clamped
+        if nodes.is_call(value, aten.add.Tensor) and nodes.is_call(rounded := Binary(value).left, aten.round.default):
             with graph.inserting_before(cast):
-                value = graph.call_function(aten.add.Tensor, (value.args[0].args[0], value.args[1]))
+                value = graph.call_function(aten.add.Tensor, (nodes.operand(rounded), Binary(value).right))
         cast.args = value, torch.float32
     with graph.inserting_before(product):
         weight = graph.call_function(aten.to.dtype, (weight, torch.float32))
@@ -150,14 +150,14 @@ def _multiply_floats(graph: fx.Graph, product: fx.Node) -> None:
 
 def _stores_whole(node: fx.Node) -> bool:
     """True for a cast of floating-point values to bytes, as for a quantized KV cache."""
-    if not nodes.is_call(node, aten.to.dtype) or not nodes.is_tensor(node.args[0]):
+    if not nodes.is_call(node, aten.to.dtype):
         return False
-    floating = nodes.tensor_type(node.args[0]).dtype.is_floating_point
+    floating = nodes.tensor_type(nodes.operand(node)).dtype.is_floating_point
     return floating and nodes.tensor_type(node).dtype in (torch.int8, torch.uint8)
 
 
 def _rounds(node: fx.Node, operators: Collection[object]) -> bool:
-    return node.target in operators and not (isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr")
+    return node.target in operators and nodes.operand(node).op != "get_attr"
 
 
 def right_in_wider(
@@ -239,7 +239,7 @@ def _widened_program(program: Program, wide: torch.dtype) -> Program:
     for name, tensor in program.weights().items():
         found.set_weight(name, _widened(tensor.detach(), wide))
     for node in found.nodes():
-        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), partial(_widened, wide=wide))  # pyright: ignore
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), partial(_widened, wide=wide))
     return found
 
 
@@ -284,8 +284,7 @@ def local_errors(
 
     with torch.no_grad(), kept_state(after):
         results = after.run(sample, force)
-    leaves: Sequence[object] = before.output.args[0]  # pyright: ignore[reportAssignmentType]
-    for leaf, left, right in zip(leaves, wanted, results, strict=True):
+    for leaf, left, right in zip(before.leaves, wanted, results, strict=True):
         name = leaf.name if isinstance(leaf, fx.Node) else before.output.name
         errors[name] = max(errors.get(name, 0.0), relative_error(left, right))
     return errors

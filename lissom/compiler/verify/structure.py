@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -66,8 +65,8 @@ def _is_unchanged(node: fx.Node, old: fx.Node | None) -> bool:
 def _check_dialect(program: Program, node: fx.Node) -> None:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        written = node.args[0] if nodes.is_state_write(node) else None
-        if target._schema.is_mutable and not (isinstance(written, fx.Node) and str(written.target) in program.state):
+        written = str(nodes.operand(node).target) if nodes.is_state_write(node) else None
+        if target._schema.is_mutable and written not in program.state:
             _fail(program, node, f"{target} writes to its argument; only buffers listed as state may be written")
         return
     module = getattr(target, "__module__", "")
@@ -126,8 +125,7 @@ def _check_signature(program: Program, before: Program | None) -> None:
 
 
 def _output_types(program: Program) -> list[nodes.ValueType]:
-    leaves: Sequence[object] = program.output.args[0]  # pyright: ignore[reportAssignmentType]
-    return [nodes.node_type(leaf) if isinstance(leaf, fx.Node) else None for leaf in leaves]
+    return [nodes.node_type(leaf) if isinstance(leaf, fx.Node) else None for leaf in program.leaves]
 
 
 def _fail(program: Program, node: fx.Node, reason: str, cause: Exception | None = None) -> NoReturn:

@@ -129,7 +129,7 @@ class _Tables:
         cost, origin, replaces = -1, -1, -1
         if facts is not None:
             found = facts.cost
-            figures = (int(found.flops), int(found.read_bytes), int(found.written_bytes), found.parameters)  # pyright: ignore
+            figures = (int(found.flops), int(found.read_bytes), int(found.written_bytes), found.parameters)
             cost = _number(self.costs, figures)
             origin = _number(self.origins, (facts.origin.source, facts.origin.code, facts.origin.passes))
             replaces = _number(self.names, f"%{facts.origin.replaces}") if facts.origin.replaces else -1

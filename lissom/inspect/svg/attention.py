@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import cast
 
 import torch
 from torch import fx
@@ -12,6 +11,7 @@ from torch import fx
 from lissom.compiler.analysis.patterns.reader import read_pattern
 from lissom.compiler.analysis.structure.linear import is_attention
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import BlockSparseAttention
 from lissom.compiler.ir.printer import place
 from lissom.compiler.ir.program import Program
 from lissom.errors import UnsupportedError, nearest
@@ -83,15 +83,14 @@ def _some(paths: Sequence[str]) -> str:
 
 def _pattern(program: Program, node: fx.Node) -> tuple[Pattern | None, torch.Tensor | None, str]:
     """The pattern of an attention and its layout, or why it has none."""
-    if node.target is not block_sparse_attention:
+    sparse = BlockSparseAttention.of(node)
+    if sparse is None:
         reading = read_pattern(program, node)
         return reading.pattern, reading.layout, reading.reason
-    layout = nodes.argument(node, "layout")
-    table = program.constant(layout) if isinstance(layout, fx.Node) else None
-    if isinstance(layout, fx.Node) and table is None:
+    table = None if sparse.layout is None else program.constant(sparse.layout)
+    if sparse.layout is not None and table is None:
         return None, None, "its layout of blocks is computed"
-    numbers = cast("Sequence[int]", nodes.argument(node, "pattern"))
-    return Pattern.decode(numbers, cast(int, nodes.argument(node, "block"))), table, ""
+    return Pattern.decode(sparse.pattern, sparse.block), table, ""
 
 
 def _by_head(shades: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

@@ -146,7 +146,7 @@ def rope_factors(config: Any, model: Any) -> torch.Tensor | None:
 
 def _describe_rope(writer: Any, rope: Mapping[str, Any]) -> None:
     # gguf is an optional dependency.
-    from gguf import RopeScalingType  # pyright: ignore[reportMissingImports]
+    from gguf import RopeScalingType
 
     writer.add_rope_freq_base(float(rope["rope_theta"]))
     if rope.get("rope_type") == "linear":

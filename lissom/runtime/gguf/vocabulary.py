@@ -94,7 +94,7 @@ def _gguf_file(source: Path) -> Path | None:
 
 
 def _from_file(file: Path, rows: int) -> Vocabulary:
-    from gguf import GGUFReader  # pyright: ignore[reportMissingImports]
+    from gguf import GGUFReader
 
     reader: Any = GGUFReader(str(file))
     fields: dict[str, tuple[Any, ...]] = {}
@@ -108,7 +108,7 @@ def _from_file(file: Path, rows: int) -> Vocabulary:
 
 
 def _from_tokenizer(tokenizer: Any, stored: Mapping[str, Any], rows: int) -> Vocabulary:
-    from gguf import GGUFValueType as Type  # pyright: ignore[reportMissingImports]
+    from gguf import GGUFValueType as Type
 
     model = stored["model"]
     split = _split(stored)

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Dequantize, Embedding
 from lissom.compiler.ir.program import Program
 from lissom.frontends.stored_weights import StoredWeight, stored_form
 from lissom.ops.formats import FORMATS, unpack_halves
@@ -101,7 +102,7 @@ def read_weights(program: Program, model: nn.Module, norm_offset: float) -> dict
     found: dict[str, Weight] = {name: weight.detach().cpu() for name, weight in program.weights().items()}
     for node in program.nodes(dequantize):
         q, scale, *zero_point = (_constant(program, item) for item in node.args)
-        stored_as, form = _attribute(node.args[0]), str(node.kwargs["format"])
+        stored_as, form = _attribute(Dequantize(node).q), Dequantize(node).format
         if stored_as is None or q is None or scale is None or None in zero_point:
             continue
         whole = q if FORMATS[form].bits == 8 else unpack_halves(q, FORMATS[form])
@@ -119,8 +120,8 @@ def read_weights(program: Program, model: nn.Module, norm_offset: float) -> dict
 
 def _attribute(node: object) -> fx.Node | None:
     """The node of a weight, also where only the rows that are looked up are dequantized."""
-    if isinstance(node, fx.Node) and node.target is torch.ops.aten.embedding.default:
-        node = node.args[0]
+    if (lookup := Embedding.of(node)) is not None:
+        node = lookup.table
     return node if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 

@@ -70,7 +70,7 @@ def write_gguf(
     """
     check_dtype(dtype)
     try:
-        import gguf  # pyright: ignore[reportMissingImports]
+        import gguf
     except ImportError as error:
         raise UnsupportedError("writing a GGUF file needs gguf: pip install 'lissom[gguf]'") from error
     check_writable(path)

@@ -21,9 +21,10 @@ from lissom.compiler.analysis.patterns.values import PositionValues
 from lissom.compiler.analysis.structure.masks import HIDDEN
 from lissom.compiler.analysis.structure.operands import is_causal, mask_of
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Binary, Logical, MaskedFill, Unsqueeze, Where
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import computed_from, number
-from lissom.compiler.ir.operators import AND, CASTS, FILLS, MASKED_FILLS, NOT, OR, WHERE, ZEROS
+from lissom.compiler.ir.operators import AND, CASTS, FILLS, NOT, OR, ZEROS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import Size
 from lissom.ops.pattern import Condition, Pattern
@@ -132,19 +133,19 @@ class _Reader:
         if seen is not None and self.restrict(opposite(seen) if negated else seen):
             return
         if nodes.is_call(node, *(OR if negated else AND)):
-            for item in node.args[:2]:
-                self._split_condition(item, negated, inserted)  # pyright: ignore
+            for item in (Logical(node).left, Logical(node).right):
+                self._split_condition(item, negated, inserted)
         elif nodes.is_call(node, *NOT):
-            self._split_condition(node.args[0], not negated, inserted)  # pyright: ignore[reportArgumentType]
+            self._split_condition(nodes.operand(node), not negated, inserted)
         elif (view := _plain_view(node)) is not None:
-            self._split_condition(node.args[0], negated, (*inserted, *view))  # pyright: ignore[reportArgumentType]
+            self._split_condition(nodes.operand(node), negated, (*inserted, *view))
         else:
             self.rest.append(Part(node, negated, inserted[::-1]))
 
     def _split_numbers(self, node: fx.Node, inserted: tuple[int, ...]) -> None:
-        if nodes.is_call(node, aten.add.Tensor) and not node.kwargs and all(map(nodes.is_tensor, node.args)):
-            for item in node.args:
-                self._split_numbers(item, inserted)  # pyright: ignore[reportArgumentType]
+        if nodes.is_call(node, aten.add.Tensor) and not node.kwargs and nodes.is_tensor(right := Binary(node).right):
+            self._split_numbers(Binary(node).left, inserted)
+            self._split_numbers(right, inserted)
             return
         chosen = self._hidden(node)
         if chosen is not None:
@@ -161,28 +162,29 @@ class _Reader:
             self.finite = True
             self.rest.append(Part(node, False, inserted[::-1]))
         elif (view := _plain_view(node)) is not None:
-            self._split_numbers(node.args[0], (*inserted, *view))  # pyright: ignore[reportArgumentType]
+            self._split_numbers(nodes.operand(node), (*inserted, *view))
         elif not self._is_zero(node):
             self.rest.append(Part(node, False, inserted[::-1]))
 
     def _hidden(self, node: fx.Node) -> tuple[fx.Node, bool, float, fx.Node | None] | None:
         """For an additive mask: its condition, whether the condition masks, the mask value, and the other values added."""
-        if nodes.is_call(node, *MASKED_FILLS):
-            kept, condition, fill = node.args
-            value = number(self._program, fill)
-            if value is not None and value <= HIDDEN and nodes.is_tensor(condition):
-                return condition, True, value, None if self._is_zero(kept) else kept  # pyright: ignore
-        if nodes.is_call(node, *WHERE) and nodes.is_tensor(node.args[0]):
-            condition, left, right = node.args
-            for fill, kept, negated in ((right, left, False), (left, right, True)):
+        if (filled := MaskedFill.of(node)) is not None:
+            value = number(self._program, filled.value)
+            if value is not None and value <= HIDDEN:
+                return filled.mask, True, value, None if self._is_zero(filled.x) else filled.x
+        if (where := Where.of(node)) is not None:
+            for fill, kept, negated in ((where.other, where.chosen, False), (where.chosen, where.other, True)):
                 value = number(self._program, fill)
-                if value is not None and value <= HIDDEN and (self._is_zero(kept) or nodes.is_tensor(kept)):
-                    return condition, negated, value, None if self._is_zero(kept) else kept  # pyright: ignore
+                if value is not None and value <= HIDDEN:
+                    if self._is_zero(kept):
+                        return where.condition, negated, value, None
+                    if nodes.is_tensor(kept):
+                        return where.condition, negated, value, kept
         return None
 
     def _is_zero(self, item: object) -> bool:
         while nodes.is_call(item, aten.expand.default, aten.unsqueeze.default, *CASTS):
-            item = item.args[0]
+            item = nodes.operand(item)
         if nodes.is_call(item, *ZEROS):
             return True
         if nodes.is_call(item, *FILLS):
@@ -196,7 +198,7 @@ def _plain_view(node: fx.Node) -> tuple[int, ...] | None:
         return ()
     if nodes.is_call(node, aten.unsqueeze.default):
         rank = nodes.tensor_type(node).rank
-        return (node.args[1] % rank - rank,)  # pyright: ignore
+        return (Unsqueeze(node).dim % rank - rank,)
     return None
 
 

@@ -6,8 +6,8 @@ constants see `constants.py`. Values that depend on data are neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import fx
@@ -17,13 +17,15 @@ from lissom.compiler.analysis.patterns.constants import value_of_constant
 from lissom.compiler.analysis.patterns.facts import ALWAYS, NEVER, Count, Seen, Table, between, both, difference, either
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
-from lissom.compiler.ir.dimension_map import places
+from lissom.compiler.ir.calls import Index, IndexSelect
+from lissom.compiler.ir.dimension_map import dim_of, places
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import ScalarType
 
 aten = torch.ops.aten
 Value = Count | Seen | None
 """An integer tensor as a function of positions, or a boolean tensor as a condition on them; None when unknown."""
+Kind = TypeVar("Kind", Count, Seen)
 
 _INTEGERS = (torch.int32, torch.int64)
 _END = float("inf")
@@ -107,7 +109,10 @@ class PositionValues:
             return self._triangle(node)
         if node.target in (aten.index_select.default, aten.index.Tensor):
             return self._looked_up(node)
-        return cast("Seen | None", self._moved_or_filled(node, self.seen))
+        if node.target in ops.WHERE:
+            chosen, left, right = (self.seen(item) for item in args)
+            return either(both(chosen, left), both(facts.opposite(chosen), right))
+        return self._moved_or_filled(node, self.seen)
 
     def _counted(self, node: fx.Node) -> Count | None:
         args, alone, called = node.args, not node.kwargs, ops.packet_of(node)
@@ -136,9 +141,9 @@ class PositionValues:
         if called is aten.diff:
             return self._steps(node, left)
         if called is aten.cumsum:
-            summed = self.seen(node.args[0]) == NEVER or (left is not None and left.constant == 0)
+            summed = self.seen(nodes.operand(node)) == NEVER or (left is not None and left.constant == 0)
             return Count() if summed else None
-        return cast("Count | None", self._moved_or_filled(node, self.count))
+        return self._moved_or_filled(node, self.count)
 
     def _arange(self, node: fx.Node) -> Count | None:
         start = Count() if node.target is aten.arange.default else self.count(nodes.argument(node, "start"))
@@ -152,7 +157,7 @@ class PositionValues:
     def _steps(self, node: fx.Node, x: Count | None) -> Count | None:
         """`diff(x)` of evenly increasing values with a fitting `prepend`; transformers detects packed sequences with it."""
         rank = nodes.tensor_type(node).rank
-        axis = cast(int, nodes.argument(node, "dim")) % rank - rank
+        axis = dim_of(node, rank) - rank
         front, behind = (nodes.argument(node, name) for name in ("prepend", "append"))
         before = self.count(front)
         if x is None or before is None or x.steps or nodes.argument(node, "n") != 1 or behind is not None:
@@ -183,7 +188,7 @@ class PositionValues:
         apart = Count(tuple(((dim, 1), -1 if dim == -2 else 1) for dim in wide))
         lower = node.target is aten.tril.default
         part = between(apart, -_END, diagonal) if lower else between(apart, diagonal, _END)
-        return both(self.seen(node.args[0]), part)
+        return both(self.seen(nodes.operand(node)), part)
 
     def _looked_up(self, node: fx.Node) -> Seen | None:
         """Blocks looked up in a constant table by the blocks of query and key."""
@@ -208,21 +213,19 @@ class PositionValues:
         heads = -rank if table.dim() == 3 else 0
         return ((Table(table if table.dim() == 3 else table[None], table.data_ptr(), (heads, row, column), block),),)
 
-    def _moved_or_filled(self, node: fx.Node, value_of: Callable[[object], Value]) -> Value:
+    def _moved_or_filled(self, node: fx.Node, value_of: Callable[[object], Kind | None]) -> Kind | None:
         """Views of known values, and constants."""
         if node.target in (*ops.ZEROS, *ops.ONES, *ops.FILLS):
             fill = nodes.argument(node, "fill_value") if node.target in ops.FILLS else int(node.target in ops.ONES)
             whole = nodes.tensor_type(node).dtype != torch.bool
             return value_of(fill if whole else bool(fill)) if isinstance(fill, (bool, int)) else None
-        if node.target in _TO and nodes.is_tensor(node.args[0]):
-            from_integers = nodes.tensor_type(node.args[0]).dtype in _INTEGERS
-            return value_of(node.args[0]) if from_integers == (nodes.tensor_type(node).dtype in _INTEGERS) else None
-        if node.target in ops.WHERE and nodes.tensor_type(node).dtype == torch.bool:
-            chosen, left, right = (self.seen(item) for item in node.args)
-            return either(both(chosen, left), both(facts.opposite(chosen), right))
-        if not node.args or not nodes.is_tensor(node.args[0]):
+        source = node.args[0] if node.args else None
+        if not nodes.is_tensor(source):
             return None
-        x = value_of(node.args[0])
+        x = value_of(source)
+        if node.target in _TO:
+            from_integers = nodes.tensor_type(source).dtype in _INTEGERS
+            return x if from_integers == (nodes.tensor_type(node).dtype in _INTEGERS) else None
         if x is None:
             return None
         if node.target is aten.slice.Tensor:
@@ -230,7 +233,9 @@ class PositionValues:
         axes = axes_of_view(node)
         if axes is None:
             return None
-        return x.moved(axes) if isinstance(x, Count) else facts.moved(x, axes)
+        if isinstance(x, Count):
+            return x.moved(axes)
+        return facts.moved(x, axes)
 
 
 def _by_number(step: str, left: Count | None, right: Count | None) -> Count | None:
@@ -251,26 +256,24 @@ def _block_of(count: Count | None, size: int) -> tuple[int, int] | None:
 def _table_and_indices(node: fx.Node) -> tuple[fx.Node, object, object] | None:
     """The weight, rows and columns of `index_select(index_select(weight, -2, rows), -1, columns)`, or of its indexing."""
     if node.target is aten.index.Tensor:
-        weight, indices = node.args[0], cast(Sequence[object], node.args[1])
-        if not (isinstance(weight, fx.Node) and weight.op == "get_attr") or len(indices) != nodes.tensor_type(weight).rank:
+        weight, indices = Index(node).x, Index(node).indices
+        if weight.op != "get_attr" or len(indices) != nodes.tensor_type(weight).rank:
             return None
         rows, columns = indices[-2:]
         known = rows is not None and columns is not None and not any(indices[:-2])
         return (weight, rows, columns) if known else None
-    inner = node.args[0]
-    if not nodes.is_call(inner, aten.index_select.default) or node.target is not aten.index_select.default:
+    outer = IndexSelect.of(node)
+    inner = None if outer is None else IndexSelect.of(outer.x)
+    if outer is None or inner is None:
         return None
-    weight, rank = inner.args[0], nodes.tensor_type(node).rank
-    dims = [cast(int, item.args[1]) % rank - rank for item in (inner, node)]
-    if not (isinstance(weight, fx.Node) and weight.op == "get_attr") or sorted(dims) != [-2, -1]:
-        return None
-    found = {dims[0]: inner.args[2], dims[1]: node.args[2]}
-    return weight, found[-2], found[-1]
-
-
-def _sliced(node: fx.Node, x: Count | Seen) -> Value:
     rank = nodes.tensor_type(node).rank
-    axis = cast(int, nodes.argument(node, "dim")) % rank - rank
+    found = {item.dim % rank - rank: item.indices for item in (inner, outer)}
+    return (inner.x, found[-2], found[-1]) if inner.x.op == "get_attr" and found.keys() == {-2, -1} else None
+
+
+def _sliced(node: fx.Node, x: Kind) -> Kind | None:
+    rank = nodes.tensor_type(node).rank
+    axis = dim_of(node, rank) - rank
     start = nodes.argument(node, "start") or 0
     if not isinstance(start, int) or start < 0 or nodes.argument(node, "step") != 1:
         return None
@@ -287,5 +290,5 @@ def axes_of_view(node: fx.Node) -> dict[int, int] | None:
     """
     if node.target not in _VIEWS:
         return None
-    found, old, new = places(node), nodes.tensor_type(node.args[0]).rank, nodes.tensor_type(node).rank
+    found, old, new = places(node), nodes.tensor_type(nodes.operand(node)).rank, nodes.tensor_type(node).rank
     return found and {source - old: dim - new for source, dim in found.items()}

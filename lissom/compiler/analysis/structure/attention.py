@@ -19,10 +19,13 @@ from lissom.compiler.analysis.structure.linear import (
     source,
 )
 from lissom.compiler.analysis.structure.masks import MaskKind, mask_kind
+from lissom.compiler.analysis.structure.operands import softcap_of
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Attention, Repeat, RepeatInterleave
 from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.operators import NORMS, is_pointwise
 from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.types import fixed
 
 aten = torch.ops.aten
 
@@ -63,18 +66,18 @@ class AttentionSite:
 
 def attention_site(program: Program, node: fx.Node, rotary: set[fx.Node]) -> AttentionSite:
     """The site of one attention operator; `rotary` holds the nodes of the rotary cos and sin tables."""
-    q, k, v = (producers(item) for item in node.args[:3])
-    types = [nodes.tensor_type(item) for item in node.args[:3]]
+    attention = Attention(node)
+    q, k, v = (producers(item) for item in (attention.q, attention.k, attention.v))
+    types = [nodes.tensor_type(item) for item in (attention.q, attention.k)]
     query_sources = {source(input_of(item)) for item in q}
     cross = bool(k) and query_sources.isdisjoint({source(input_of(item)) for item in k})
-    heads, groups = (as_int(found.shape[-3]) if found.rank > 2 else 1 for found in types[:2])
+    heads, groups = (as_int(found.shape[-3]) if found.rank > 2 else 1 for found in types)
     head_dim = as_int(types[0].shape[-1])
     if heads < 1 and len(q) == 1:
         # Batch and heads are one dimension: the heads follow from the q features of the projection.
         heads = groups = features(q[0], 0) // (3 if q == k == v else 1) // head_dim
-    scale = nodes.argument(node, "scale")
     mask = mask_kind(program, node)
-    between = {item for item in computed_from(node.args[:1], lambda item: item not in q) if item not in q}
+    between = {item for item in computed_from([attention.q], lambda item: item not in q) if item not in q}
     turned = between & rotary or any(not rotary.isdisjoint(item.all_input_nodes) for item in between)
     positions = "rotary" if turned else "relative" if mask.bias else "none here"
     output = _consumer(node)
@@ -87,26 +90,25 @@ def attention_site(program: Program, node: fx.Node, rotary: set[fx.Node]) -> Att
         packed=len({*q, *k, *v}) == 1 and bool(q),
         cross=cross,
         heads=heads,
-        key_value_heads=_shared_groups(node, groups),
+        key_value_heads=_shared_groups(attention.k, groups),
         head_dim=head_dim,
-        scale=float(scale) if isinstance(scale, (int, float)) else None,
+        scale=None if attention.scale is None else float(attention.scale),
         mask=mask,
         positions=positions,
-        softcap=abs(float(node.kwargs.get("softcap") or 0.0)) or None,  # pyright: ignore[reportArgumentType]
+        softcap=abs(float(softcap_of(node))) or None,
         sinks=node.kwargs.get("sinks") is not None,
         residual=residual_of(output or node),
     )
 
 
-def _shared_groups(attention: fx.Node, heads: int) -> int:
-    """The key/value heads before they were repeated for the query heads that share them."""
-    node = attention.args[1]
+def _shared_groups(node: fx.Node, heads: int) -> int:
+    """The heads of keys before they were repeated for the query heads that share them."""
     while nodes.is_call(node, *SHAPES, aten.repeat.default):
-        before = node.args[0]
-        if nodes.is_call(node, aten.repeat_interleave.self_int):
-            return heads // int(node.args[1])  # pyright: ignore[reportArgumentType]
-        if nodes.is_call(node, aten.repeat.default) and len(node.args[1]) > 2 and isinstance(node.args[1][-3], int):  # pyright: ignore
-            return heads // node.args[1][-3]  # pyright: ignore
+        before = nodes.operand(node)
+        if (interleaved := RepeatInterleave.of(node)) is not None:
+            return heads // fixed(interleaved.repeats)
+        if (repeated := Repeat.of(node)) is not None and len(repeated.counts) > 2 and isinstance(repeated.counts[-3], int):
+            return heads // repeated.counts[-3]
         if nodes.is_call(node, aten.expand.default) and nodes.is_tensor(before):
             old, new = nodes.tensor_type(before).shape, nodes.tensor_type(node).shape
             grown = [size for size, one in zip(new, old, strict=False) if one == 1 and size != 1]

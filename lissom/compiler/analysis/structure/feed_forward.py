@@ -21,8 +21,9 @@ from lissom.compiler.analysis.structure.linear import (
     source,
 )
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.operators import CONVOLUTIONS, NORMS, is_activation, is_pointwise
-from lissom.compiler.ir.types import ScalarType, TensorType
+from lissom.compiler.ir.calls import Convolution, TopK
+from lissom.compiler.ir.operators import NORMS, is_activation, is_pointwise
+from lissom.compiler.ir.types import ScalarType, TensorType, fixed
 
 aten = torch.ops.aten
 
@@ -70,11 +71,11 @@ class MixtureSite:
 
 def mixture_site(choice: fx.Node) -> MixtureSite | None:
     """The mixture whose experts this `topk` selects, if it selects from the features of a linear layer."""
-    routers = producers(choice.args[0])
-    scores = nodes.tensor_type(choice.args[0])
+    routers = producers(TopK(choice).x)
+    scores = nodes.tensor_type(TopK(choice).x)
     if len(routers) != 1 or nodes.tensor_type(routers[0]).shape[-1] != scores.shape[-1]:
         return None
-    return MixtureSite(routers[0], choice, features(routers[0], 0), int(choice.args[1]))  # pyright: ignore[reportArgumentType]
+    return MixtureSite(routers[0], choice, features(routers[0], 0), fixed(TopK(choice).k))
 
 
 def feed_forward_site(down: fx.Node, projections: set[fx.Node]) -> FeedForwardSite | None:
@@ -123,8 +124,8 @@ def _is_looked_up(node: fx.Node) -> bool:
 
 def _is_spatial(linear: fx.Node) -> bool:
     """True for a convolution with a kernel larger than 1: a stem or a patch embedding, never part of a feed-forward."""
-    kernel = nodes.tensor_type(linear.args[1]).shape[2:] if linear.target in CONVOLUTIONS else ()
-    return any(size != 1 for size in kernel)
+    layer = Convolution.of(linear)
+    return layer is not None and any(size != 1 for size in nodes.tensor_type(layer.weight).shape[2:])
 
 
 def _norm_inside(node: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
+from lissom.compiler.ir.calls import AddedProduct, Binary, Convolution, Matmul, WeightedLayer
 from lissom.compiler.ir.match import computed_from
 
 aten = torch.ops.aten
@@ -58,35 +59,33 @@ def weight_path(node: fx.Node) -> tuple[fx.Node, ...]:
 
     Empty when the node is no linear layer, as for a product of two computed values.
     """
-    if node.target in ops.MATMULS_WITH_BIAS:
-        found = node.args[2]
-    elif node.target in (aten.linear.default, *ops.MATMULS, *ops.GROUPED_PRODUCTS, *ops.CONVOLUTIONS, *ops.QUANTIZED_LINEARS):
-        found = node.args[1]
-    else:
+    if (found := second_factor(node)) is None:
         return ()
-    path: list[fx.Node] = []
-    while isinstance(found, fx.Node):
-        path.append(found)
-        if not nodes.is_call(found, *_WEIGHT_VIEWS, *ops.QUANTIZERS):
-            break
-        found = found.args[0]
-    return tuple(path) if path and path[-1].op == "get_attr" else ()
+    path = [found]
+    while nodes.is_call(path[-1], *_WEIGHT_VIEWS, *ops.QUANTIZERS):
+        path.append(nodes.operand(path[-1]))
+    return tuple(path) if path[-1].op == "get_attr" else ()
+
+
+def second_factor(node: fx.Node) -> fx.Node | None:
+    """The weight argument of a linear layer, or the second factor of a product; None for any other node."""
+    if (product := AddedProduct.of(node) or Matmul.of(node)) is not None:
+        return product.y
+    layer = WeightedLayer.of(node)
+    return None if layer is None else layer.weight
 
 
 def input_of(linear: fx.Node) -> fx.Node:
     """The input of a linear layer."""
-    index = 1 if linear.target in ops.MATMULS_WITH_BIAS else 0
-    found = linear.args[index]
-    assert isinstance(found, fx.Node)
-    return found
+    product = AddedProduct.of(linear)
+    return nodes.operand(linear) if product is None else product.x
 
 
 def bias_of(linear: fx.Node) -> fx.Node | None:
     """The bias of a linear layer, or what `addmm` adds; None when there is none."""
-    if linear.target in ops.MATMULS_WITH_BIAS:
-        found = linear.args[0]
-    else:
-        found = None if linear.target in (*ops.MATMULS, *ops.GROUPED_PRODUCTS) else nodes.argument(linear, "bias")
+    if (product := AddedProduct.of(linear)) is not None:
+        return product.bias
+    found = None if linear.target in (*ops.MATMULS, *ops.GROUPED_PRODUCTS) else nodes.argument(linear, "bias")
     return found if isinstance(found, fx.Node) else None
 
 
@@ -140,8 +139,9 @@ def residual_of(last: fx.Node) -> fx.Node | None:
         if len(users) != 1:
             return None
         user = users[0]
-        if nodes.is_call(user, aten.add.Tensor) and all(map(nodes.is_tensor, user.args[:2])):
-            return user if {nodes.tensor_type(item).rank for item in user.args[:2]} == {nodes.tensor_type(user).rank} else None
+        if nodes.is_call(user, aten.add.Tensor) and nodes.is_tensor(Binary(user).right):
+            ranks = {nodes.tensor_type(item).rank for item in (Binary(user).left, Binary(user).right, user)}
+            return user if len(ranks) == 1 else None
         if not (user.target in SHAPES or user.target in ops.NORMS or ops.is_pointwise(user) or is_quantizer(user)):
             return None
         node = user
@@ -151,7 +151,7 @@ def residual_of(last: fx.Node) -> fx.Node | None:
 def features(linear: fx.Node, side: int) -> int:
     """The out_features (side 0) or in_features (side 1) of a linear layer."""
     if linear.target in ops.CONVOLUTIONS:
-        return as_int(nodes.tensor_type(linear.args[1]).shape[side])
+        return as_int(nodes.tensor_type(Convolution(linear).weight).shape[side])
     return width(linear if side == 0 else input_of(linear))
 
 

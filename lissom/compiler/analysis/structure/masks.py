@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import sympy
 import torch
@@ -16,6 +16,7 @@ from torch import fx
 
 from lissom.compiler.analysis.structure.operands import is_causal
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.interpreter import REFUSALS, call
 from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.program import Program
@@ -58,8 +59,8 @@ class MaskKind:
 def mask_kind(program: Program, attention: fx.Node) -> MaskKind:
     """The kind of one attention's mask; a mask shared by several attentions is computed once."""
     found = program.fact(_cache)
-    mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
-    if not isinstance(mask, fx.Node):
+    mask = Attention(attention).mask
+    if mask is None:
         return MaskKind(causal=is_causal(attention))
     if mask not in found:
         found[mask] = _kind(program, mask)
@@ -139,12 +140,12 @@ def values_at(
     given: Mapping[fx.Node, torch.Tensor] | None = None,
 ) -> Values:
     """The values of nodes in order, at these sizes; inputs that are not given are ones."""
-    values: dict[fx.Node, object] = dict(given or {})
+    values: dict[fx.Node, Any] = dict(given or {})
     with torch.no_grad():
         for node in order:
             if node not in values:
                 values[node] = _value(program, node, sizes, values)
-    return cast(Values, values)
+    return values
 
 
 def _value(program: Program, node: fx.Node, sizes: Mapping[sympy.Symbol, int], values: Mapping[fx.Node, object]) -> object:
@@ -152,10 +153,10 @@ def _value(program: Program, node: fx.Node, sizes: Mapping[sympy.Symbol, int], v
         return _ones(node, sizes)
     if node.op == "get_attr":
         return program.weight(str(node.target))
-    if is_size(node) and node.args[0] not in values:
+    if is_size(node) and nodes.operand(node) not in values:
         found = nodes.node_type(node)
-        assert isinstance(found, ScalarType)
-        return evaluate(cast(int, found.value), sizes)
+        assert isinstance(found, ScalarType) and not isinstance(found.value, float)
+        return evaluate(found.value, sizes)
     return call(node, values.__getitem__)
 
 

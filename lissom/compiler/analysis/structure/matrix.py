@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import fx
 
 from lissom.compiler.analysis.amounts import AmountSite, Legal, site_names
-from lissom.compiler.analysis.structure.linear import as_int, is_linear, is_quantizer, weight_of
+from lissom.compiler.analysis.structure.linear import as_int, is_linear, is_quantizer, second_factor, weight_of
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import FakeQuantize, Transpose
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import GROUPED_PRODUCTS, LINEAR_PRODUCTS, TRANSPOSES
 from lissom.compiler.ir.program import Program
@@ -68,18 +69,20 @@ def stack_like(matrices: Sequence[torch.Tensor], stack: torch.Tensor) -> torch.T
     return matrices[0] if stack.dim() == 2 else torch.stack([*matrices])
 
 
-def stored_weight(linear: fx.Node) -> tuple[object, bool]:
+def stored_weight(linear: fx.Node) -> tuple[fx.Node, bool]:
     """The weight argument of a product before transposes, and whether it is [in_features, out_features] there."""
-    found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target is not aten.linear.default
+    found, transposed = second_factor(linear), linear.target is not aten.linear.default
+    assert found is not None, f"'{linear.name}' is no product"
     while nodes.is_call(found, *TRANSPOSES) and _swaps_last(found):
-        found, transposed = found.args[0], not transposed
+        found, transposed = nodes.operand(found), not transposed
     return found, transposed
 
 
 def _swaps_last(node: fx.Node) -> bool:
     """True for a transpose of the last two dimensions."""
     rank = nodes.tensor_type(node).rank
-    dims = cast("tuple[int, ...]", node.args[1:3]) or (0, 1)
+    swapped = Transpose.of(node)
+    dims = (0, 1) if swapped is None else (swapped.dim0, swapped.dim1)
     return node.target is aten.mT.default or {dim % rank for dim in dims} == {rank - 2, rank - 1}
 
 
@@ -100,7 +103,7 @@ def matrix_of(linear: fx.Node, *, stacks: bool = False) -> Matrix | str:
     if linear.target in GROUPED_PRODUCTS and not stacks:
         return _STACKED
     found, transposed = stored_weight(linear)
-    if isinstance(found, fx.Node) and is_quantizer(found):
+    if is_quantizer(found):
         return "its weight is quantized already"
     if found is not weight:
         return "its weight is split, cast or reshaped before it is used"
@@ -133,10 +136,10 @@ def rounded_matrix_of(linear: fx.Node, *, stacks: bool = False) -> RoundedMatrix
     if linear.target in GROUPED_PRODUCTS and not stacks:
         return _STACKED
     found, transposed = stored_weight(linear)
-    if not isinstance(found, fx.Node) or found.target is not fake_quantize:
+    if found.target is not fake_quantize:
         return "its weight is not quantized"
-    weight = found.args[0]
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or nodes.tensor_type(weight).rank != _rank(linear):
+    weight = FakeQuantize(found).x
+    if weight.op != "get_attr" or nodes.tensor_type(weight).rank != _rank(linear):
         return "its weight is computed before it is quantized"
     return RoundedMatrix(weight, transposed, found)
 

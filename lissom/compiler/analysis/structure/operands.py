@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TypeGuard, cast
+from typing import TypeGuard
 
 import torch
 from torch import fx
 
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Attention, Permute, RepeatInterleave, Transpose, Unsqueeze
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import only_user
 from lissom.compiler.ir.operators import RESHAPES
@@ -22,10 +23,15 @@ PLAIN = aten.scaled_dot_product_attention.default
 
 def scale_of(node: fx.Node) -> float:
     """The factor on the scores."""
-    scale = nodes.argument(node, "scale")
-    if scale is None:
-        scale = 1.0 / math.sqrt(int(nodes.tensor_type(node.args[0]).shape[-1]))  # pyright: ignore[reportArgumentType]
-    return scale  # pyright: ignore[reportReturnType]
+    attention = Attention(node)
+    return 1.0 / math.sqrt(nodes.fixed_size(attention.q, -1)) if attention.scale is None else attention.scale
+
+
+def softcap_of(attention: fx.Node) -> float:
+    """The soft cap of the scores; 0 when there is none."""
+    found = attention.kwargs.get("softcap") or 0.0
+    assert isinstance(found, (int, float))
+    return found
 
 
 def is_causal(attention: fx.Node) -> bool:
@@ -35,15 +41,15 @@ def is_causal(attention: fx.Node) -> bool:
 
 def mask_of(attention: fx.Node) -> fx.Node | None:
     """The mask or bias of an attention; None when there is none."""
-    found = nodes.argument(attention, "attn_mask" if attention.target is PLAIN else "bias")
+    found = nodes.argument(attention, "attn_mask", "bias")
     return found if isinstance(found, fx.Node) else None
 
 
 def sinks_of(node: fx.Node) -> fx.Node | None:
     """The attention sink logits before they are expanded over batch and queries; None when there are none."""
     sinks = node.kwargs.get("sinks")
-    while nodes.is_call(sinks, aten.expand.default) and nodes.tensor_type(sinks.args[0]).rank == 4:
-        sinks = sinks.args[0]
+    while nodes.is_call(sinks, aten.expand.default) and nodes.tensor_type(nodes.operand(sinks)).rank == 4:
+        sinks = nodes.operand(sinks)
     return sinks if isinstance(sinks, fx.Node) else None
 
 
@@ -53,22 +59,19 @@ def unrepeated(node: object) -> fx.Node:
     node: [batch, heads, tokens, features], computed by unsqueeze, expand and reshape, or by repeat_interleave.
     """
     assert isinstance(node, fx.Node)
-    if nodes.is_call(node, aten.repeat_interleave.self_int):
-        repeats_heads = nodes.argument(node, "dim") in (1, -3) and nodes.tensor_type(node).rank == 4
-        return cast(fx.Node, node.args[0]) if repeats_heads else node
-    if not nodes.is_call(node, *RESHAPES) or not nodes.is_call(node.args[0], aten.expand.default):
+    if (repeat := RepeatInterleave.of(node)) is not None:
+        return repeat.x if repeat.dim in (1, -3) and nodes.tensor_type(node).rank == 4 else node
+    spread = nodes.operand(node) if nodes.is_call(node, *RESHAPES) else None
+    if not nodes.is_call(spread, aten.expand.default) or nodes.tensor_type(spread).rank != 5:
         return node
-    spread = node.args[0]
-    inner = spread.args[0]
-    if not nodes.is_call(inner, aten.unsqueeze.default) or inner.args[1] != 2 or nodes.tensor_type(spread).rank != 5:
+    inner = Unsqueeze.of(nodes.operand(spread))
+    if inner is None or inner.dim != 2:
         return node
-    x = inner.args[0]
-    assert isinstance(x, fx.Node)
-    wanted, found = nodes.tensor_type(node), nodes.tensor_type(x)
+    wanted, found = nodes.tensor_type(node), nodes.tensor_type(inner.x)
     copies = nodes.tensor_type(spread).shape[2]
     heads = found.shape[1]
     repeats = isinstance(copies, int) and isinstance(heads, int) and wanted.shape[1] == heads * copies
-    return x if repeats and wanted.rank == 4 and wanted.shape[2:] == found.shape[2:] else node
+    return inner.x if repeats and wanted.rank == 4 and wanted.shape[2:] == found.shape[2:] else node
 
 
 def shared_operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -76,16 +79,15 @@ def shared_operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
     In kernels several query heads read one key head, so the copies are not needed.
     """
-    k, v = node.args[1:3]
+    k, v = Attention(node).k, Attention(node).v
     shared = unrepeated(k), unrepeated(v)
-    if shared[0] is k or shared[1] is v:
-        return cast(fx.Node, k), cast(fx.Node, v)
-    return shared
+    return (k, v) if shared[0] is k or shared[1] is v else shared
 
 
 def operands_obstacle(edit: Editor, node: fx.Node) -> str | None:
     """The reason none of our kernels accepts an attention's operands; None if one does."""
-    q, k, v = (nodes.tensor_type(item) for item in node.args[:3])  # pyright: ignore[reportArgumentType]
+    attention = Attention(node)
+    q, k, v = (nodes.tensor_type(item) for item in (attention.q, attention.k, attention.v))
     if q.rank != 4 or k.rank != 4 or v.rank != 4:
         return "its operands are not [batch, heads, tokens, head_dim]"
     if len({q.dtype, k.dtype, v.dtype}) > 1:
@@ -117,8 +119,8 @@ def joined_heads(attention: fx.Node) -> fx.Node | None:
 
 def swaps_heads(node: object) -> TypeGuard[fx.Node]:
     """True for a call that swaps the dimensions of tokens and heads."""
-    if nodes.is_call(node, aten.permute.default):
-        return list(node.args[1]) == [0, 2, 1, 3]  # pyright: ignore[reportArgumentType]
+    if (permuted := Permute.of(node)) is not None:
+        return list(permuted.dims) == [0, 2, 1, 3]
     if not nodes.is_call(node, aten.transpose.int) or nodes.tensor_type(node).rank != 4:
         return False
-    return {int(item) % 4 for item in node.args[1:3]} == {1, 2}  # pyright: ignore[reportArgumentType]
+    return {Transpose(node).dim0 % 4, Transpose(node).dim1 % 4} == {1, 2}

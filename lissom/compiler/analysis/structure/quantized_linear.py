@@ -7,9 +7,9 @@ and the same as `addmm`, `mm` or `matmul`, with the weight in either orientation
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeGuard, cast
+from typing import TypeGuard
 
 import torch
 from torch import fx
@@ -17,9 +17,11 @@ from torch import fx
 from lissom.compiler.analysis.structure.linear import bias_of, input_of
 from lissom.compiler.analysis.structure.matrix import stored_weight
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Dequantize
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_own_weight
 from lissom.compiler.ir.operators import FAKE_QUANTIZES, GROUPED_PRODUCTS, LINEAR_PRODUCTS, TRANSPOSES
+from lissom.compiler.ir.types import Size, fixed
 from lissom.ops.formats import FORMATS, unpack_halves
 from lissom.ops.quantization import dequantize, fake_quantize
 
@@ -48,7 +50,7 @@ class QuantizedLayer:
     @property
     def stored(self) -> fx.Node:
         """The stored weight."""
-        return cast(fx.Node, self.weight.args[0])
+        return Dequantize(self.weight).q
 
     @property
     def rounds(self) -> bool:
@@ -68,24 +70,26 @@ class QuantizedLayer:
     @property
     def x(self) -> fx.Node:
         """The layer's input before it is quantized."""
-        return cast(fx.Node, self.values.args[0]) if self.rounds else self.values
+        return nodes.operand(self.values) if self.rounds else self.values
 
     @property
     def format(self) -> str:
         """The format of the stored weight."""
-        return str(self.weight.kwargs["format"])
+        return Dequantize(self.weight).format
 
     @property
     def blocks(self) -> tuple[int, int]:
         """The number of blocks with a scale each, along out_features and in_features."""
-        shape = cast("Sequence[int]", nodes.tensor_type(self.weight.args[1]).shape)[-2:] or (1, 1)
-        return cast("tuple[int, int]", tuple(shape[::-1] if self.transposed else shape))
+        return self._oriented(1, 1, *nodes.tensor_type(Dequantize(self.weight).scale).shape)
 
     @property
     def sizes(self) -> tuple[int, int]:
         """out_features and in_features."""
-        shape = cast("Sequence[int]", nodes.tensor_type(self.weight).shape)[-2:]
-        return cast("tuple[int, int]", tuple(shape[::-1] if self.transposed else shape))
+        return self._oriented(*nodes.tensor_type(self.weight).shape)
+
+    def _oriented(self, *shape: Size) -> tuple[int, int]:
+        rows, columns = map(fixed, shape[-2:])
+        return (columns, rows) if self.transposed else (rows, columns)
 
     @property
     def is_read_whole(self) -> bool:
@@ -121,7 +125,7 @@ def quantized_layer(node: fx.Node) -> QuantizedLayer | None:
         return None
     weight, transposed = stored_weight(node)
     x, bias = input_of(node), bias_of(node)
-    if not isinstance(weight, fx.Node) or weight.target is not dequantize:
+    if weight.target is not dequantize:
         return None
     if nodes.tensor_type(weight).rank != (3 if node.target in GROUPED_PRODUCTS else 2):
         return None
@@ -145,7 +149,7 @@ def is_owned(item: object) -> TypeGuard[fx.Node]:
 
 def layer_path(weight: fx.Node) -> str:
     """The module that a weight, or a dequantized one, is stored in."""
-    stored = weight if weight.op == "get_attr" else cast(fx.Node, weight.args[0])
+    stored = weight if weight.op == "get_attr" else nodes.operand(weight)
     return str(stored.target).rpartition(".")[0]
 
 

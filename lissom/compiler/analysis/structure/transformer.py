@@ -17,6 +17,7 @@ from lissom.compiler.analysis.structure.attention import AttentionSite, attentio
 from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite, MixtureSite, feed_forward_site, mixture_site
 from lissom.compiler.analysis.structure.layers import in_order, layers_of
 from lissom.compiler.analysis.structure.linear import SHAPES, as_int, is_attention, is_linear, weight_of
+from lissom.compiler.ir import calls
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.operators import CONVOLUTIONS, NORMS, is_activation
 from lissom.compiler.ir.program import Program
@@ -90,7 +91,7 @@ def structure(program: Program) -> Structure:
 
 
 def _embedding(node: fx.Node, linears: Iterable[fx.Node]) -> Embedding:
-    table = node.args[0]
+    table = calls.Embedding(node).table
     rows, width = nodes.tensor_type(table).shape
     return Embedding(node, as_int(rows), as_int(width), tied=any(weight_of(linear) is table for linear in linears))
 
@@ -129,9 +130,9 @@ def _reached_from(program: Program, targets: set[object]) -> set[fx.Node]:
 
 def _layers(attention: Sequence[AttentionSite], feed_forward: Sequence[FeedForwardSite]) -> tuple[Layer, ...]:
     """The layers, in the order of their paths; the sites of each in the order of the graph."""
-    held = layers_of(attention, feed_forward)
-    order = [(path, set(map(id, held[path]))) for path in sorted(held, key=in_order)]
-    return tuple(
-        Layer(path, *(tuple(site for site in sites if id(site) in inside) for sites in (attention, feed_forward)))  # pyright: ignore
-        for path, inside in order
-    )
+    held, found = layers_of(attention, feed_forward), list[Layer]()
+    for path in sorted(held, key=in_order):
+        inside = set(map(id, held[path]))
+        attentions = tuple(site for site in attention if id(site) in inside)
+        found.append(Layer(path, attentions, tuple(site for site in feed_forward if id(site) in inside)))
+    return tuple(found)

@@ -8,17 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import TopK
 from lissom.compiler.ir.collectives import ALL_GATHER, GROUP, WAIT
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import LAYER_NORMS, LOG_SOFTMAX, SOFTMAX
 from lissom.compiler.ir.placement import Span, Spans, indices_of
-from lissom.compiler.ir.types import TensorType
+from lissom.compiler.ir.types import TensorType, fixed
 from lissom.compiler.parallel.rules.joint import BEST, LOOK_UP, candidates, computed_dtype, packed_dtype
 from lissom.ops.formats import FORMATS, LEAST
 
@@ -39,7 +39,7 @@ class Joint:
 
     def compute(self, node: fx.Node, item: TensorType, result: torch.dtype, dim: int, span: Span) -> list[fx.Node]:
         """The outputs of a call that reads `dim` of its argument. item: the unsharded type. span: the shards."""
-        call, x = self.edit.call, cast(fx.Node, node.args[0])
+        call, x = self.edit.call, nodes.operand(node)
         if nodes.is_call(node, *LOG_SOFTMAX, *SOFTMAX):
             return [self._normalized(node, x, result, dim, span)]
         if nodes.is_call(node, *LOOK_UP):
@@ -71,7 +71,7 @@ class Joint:
     def _normed(self, node: fx.Node, x: fx.Node, result: torch.dtype, dim: int, span: Span) -> fx.Node:
         """RMS norm or layer norm, from sums over all shards; a shard that several ranks hold counts once."""
         call, inner = self.edit.call, computed_dtype(node)
-        share = span.parts / self.world_size / cast(int, span.whole)
+        share = span.parts / self.world_size / fixed(span.whole)
 
         def mean(values: fx.Node) -> fx.Node:
             values = call(aten.sum.dim_IntList, self._masked(values, dim, span, 0), [dim], True)
@@ -118,25 +118,24 @@ class Joint:
             best, places = call(aten.amax.default, best, [dim], True), call(aten.gather.default, places, dim, first)
         else:
             order = call(aten.sort.stable, best, stable=True, dim=dim, descending=True)
-            k = cast(int, nodes.argument(node, "k"))
-            chosen = call(aten.slice.Tensor, self.edit.item(order, 1), dim, 0, k)
+            chosen = call(aten.slice.Tensor, self.edit.item(order, 1), dim, 0, TopK(node).k)
             best, places = call(aten.gather.default, best, dim, chosen), call(aten.gather.default, places, dim, chosen)
             if span.is_padded:
                 # Among values of -inf a padded shard may give an index out of range.
-                places = call(aten.clamp_max.default, places, cast(int, span.whole) - 1)
+                places = call(aten.clamp_max.default, places, fixed(span.whole) - 1)
         return best, call(aten.to.dtype, places, torch.int64)
 
     def _looked_up(self, node: fx.Node, x: fx.Node, dim: int, span: Span) -> fx.Node:
         """A rank's share of a gather, zeros for the shards of other ranks: a partial sum."""
         call = self.edit.call
         own = call(aten.sub.Tensor, node.all_input_nodes[1], self._first(span))
-        held = call(aten.clamp.default, own, 0, cast(int, span.local) - 1)
+        held = call(aten.clamp.default, own, 0, fixed(span.local) - 1)
         found = call(aten.gather.default, x, dim, held)
         return call(aten.masked_fill.Scalar, found, call(aten.ne.Tensor, own, held), 0)
 
     def _first(self, span: Span) -> fx.Node:
         """The first index of each rank's shard."""
-        local = cast(int, span.local)
+        local = fixed(span.local)
         starts = [torch.full((), rank * local, dtype=torch.int64) for rank in range(self.world_size)]
         return self.own(f"rank.first_row_{span.whole}by{span.parts}x{local}", starts)
 
@@ -156,12 +155,12 @@ class Joint:
 
     def quantize(self, node: fx.Node, spans: Spans) -> fx.Node:
         """Dynamic quantization with the range of all shards, per-token or per-tensor. Every range contains 0, as padding is."""
-        x = cast(fx.Node, node.args[0])
+        x = nodes.operand(node)
         rank = nodes.tensor_type(x).rank
         x = self._masked(x, rank - 1, spans, 0)
         per_token = nodes.argument(node, "granularity") == "token"
         dims = [-1] if per_token else [*range(rank)]
-        form = FORMATS[cast(str, node.kwargs["format"])]
+        form = FORMATS[str(node.kwargs["format"])]
         call: Callable[..., fx.Node] = self.edit.call
         least = call(aten.neg.default, call(aten.amin.default, x, dims, True))
         ends = call(aten.cat.default, [least, call(aten.amax.default, x, dims, True)], -1)

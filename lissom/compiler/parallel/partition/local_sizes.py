@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import cast
 
 import torch
 from torch import fx
 
 from lissom.compiler.analysis.axes.views import every_nth, slice_bounds
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import RepeatInterleave, Sized, Slice, Unflatten
 from lissom.compiler.ir.dimension_map import channel_dim, dim_of, name_squeezed_dims
 from lissom.compiler.ir.operators import CONVOLUTIONS, SIZES_AT, SPLITS, SQUEEZES
-from lissom.compiler.ir.placement import Placed, Spans, local_size
-from lissom.compiler.ir.types import TensorType
+from lissom.compiler.ir.placement import Placed, Spans, local_size, single
+from lissom.compiler.ir.types import Size, fixed
 from lissom.compiler.parallel.partition.state import PartitionState, Placement
 
 aten = torch.ops.aten
@@ -28,83 +28,81 @@ def make_local(state: PartitionState, node: fx.Node, placed: Placement) -> None:
 
 
 def _sizes(state: PartitionState, node: fx.Node, placed: Placement) -> None:
-    assert isinstance(placed, Placed)
-    index = SIZES_AT[node.target]
-    sizes = [*cast("list[object]", node.args[index])]
-    if node.target is aten.view.default and cast(fx.Node, node.args[0]).op == "get_attr":
+    sizes, first = [*Sized(node).sizes], 0
+    if node.target is aten.view.default and nodes.operand(node).op == "get_attr":
         # A rank's shard of a weight lies in the memory of the whole, where not every view of it exists.
         node.target = aten.reshape.default
-    first = 0
-    if node.target is aten.unflatten.int:
-        first = cast(int, node.args[1]) % (state.shape(node).rank - len(sizes) + 1)
+    if (unflattened := Unflatten.of(node)) is not None:
+        first = unflattened.dim % (state.shape(node).rank - len(sizes) + 1)
     for at, size in enumerate(sizes):
-        spans = placed.spans(at + first)
+        spans = single(placed).spans(at + first)
         if not spans or size == -1:
             continue
         if isinstance(size, fx.Node):
             # A varying size with a sharded factor, such as batch · heads.
             with state.edit.before(node):
-                times = state.edit.compute_size(operator.mul, size, cast(int, spans[0].block))
-                sizes[at] = state.edit.compute_size(operator.floordiv, times, cast(int, spans[0].size))
+                times = state.edit.compute_size(operator.mul, size, fixed(spans[0].block))
+                sizes[at] = state.edit.compute_size(operator.floordiv, times, fixed(spans[0].size))
         else:
-            sizes[at] = local_size(spans, cast(int, size))
-    node.args = (*node.args[:index], sizes, *node.args[index + 1 :])  # pyright: ignore[reportAttributeAccessIssue]
+            sizes[at] = local_size(spans, size)
+    nodes.set_operand(node, SIZES_AT[node.target], sizes)
 
 
 def _split(state: PartitionState, node: fx.Node, placed: Placement) -> None:
-    types = cast("tuple[TensorType, ...]", state.types[node])
+    found = state.types[node]
+    assert isinstance(found, tuple)
+    types = [nodes.tensor_type(item) for item in found]
     dim = dim_of(node, types[0].rank)
     parts = placed if isinstance(placed, tuple) else (placed,)
     if any(part.spans(dim) for part in parts):
         sizes = [local_size(part.spans(dim), found.shape[dim]) for part, found in zip(parts, types, strict=True)]
-        node.target, node.args, node.kwargs = aten.split_with_sizes.default, (node.args[0], sizes, dim), {}  # pyright: ignore
+        node.target = aten.split_with_sizes.default
+        nodes.set_arguments(node, nodes.operand(node), sizes, dim)
 
 
 def _groups(state: PartitionState, node: fx.Node, placed: Placement) -> None:
     """Only depthwise convolutions are sharded."""
-    assert isinstance(placed, Placed)
     at = channel_dim(node)
-    if spans := placed.spans(at):
+    if spans := single(placed).spans(at):
         nodes.set_argument(node, "groups", local_size(spans, state.shape(node).shape[at]))
 
 
 def _slice(state: PartitionState, node: fx.Node, placed: Placement) -> None:
-    item = cast(fx.Node, node.args[0])
-    have, typed = state.known[item], state.shape(item)
+    part = Slice(node)
+    have, typed = state.known[part.x], state.shape(part.x)
     dim = dim_of(node, typed.rank)
     spans = have.spans(dim) if isinstance(have, Placed) else ()
     if not spans:
         return
     if every_nth(node, typed.shape[dim]):
-        start, step = nodes.argument(node, "start"), nodes.argument(node, "step")
-        node.args, node.kwargs = (item, dim, start, None, step), {}  # pyright: ignore[reportAttributeAccessIssue]
+        nodes.set_arguments(node, part.x, dim, part.start, None, part.step)
         return
     bounds = slice_bounds(node, typed.shape[dim]) or (0, typed.shape[dim])
-    places = [_local_index(spans, cast(int, bound)) for bound in bounds]
-    node.args, node.kwargs = (item, dim, *places), {}  # pyright: ignore[reportAttributeAccessIssue]
+    nodes.set_arguments(node, part.x, dim, *(_local_index(spans, bound) for bound in bounds))
 
 
 def _repeats(state: PartitionState, node: fx.Node, placed: Placement) -> None:
-    assert isinstance(placed, Placed)
-    item, times, *rest = node.args
-    dim = cast(int, rest[0]) if rest else cast(int, nodes.argument(node, "dim"))
-    spans = placed.spans(dim % state.shape(node).rank)
-    if spans and state.shape(cast(fx.Node, item)).shape[dim] == 1:
-        node.args = (item, local_size(spans, cast(int, times)), *rest)  # pyright: ignore[reportAttributeAccessIssue]
+    repeated = RepeatInterleave(node)
+    assert repeated.dim is not None, "a flattened dimension is not sharded"
+    typed = state.shape(node)
+    spans = single(placed).spans(repeated.dim % typed.rank)
+    if spans and state.shape(repeated.x).shape[repeated.dim] == 1:
+        nodes.set_argument(node, "repeats", local_size(spans, typed.shape[repeated.dim]))
 
 
-def _local_index(spans: Spans, index: int) -> int:
+def _local_index(spans: Spans, index: Size) -> Size:
     """The index on a rank of an index into a dimension, at which a span ends."""
-    passed, local = 0, 0
+    passed: Size = 0
+    local: Size = 0
     for span in spans:
         if passed >= index:
             return local
-        passed, local = passed + cast(int, span.whole), local + cast(int, span.local)
+        passed, local = passed + span.whole, local + span.local
     return local
 
 
 def _squeeze(state: PartitionState, node: fx.Node, placed: Placement) -> None:
-    name_squeezed_dims(node, state.shape(cast(fx.Node, node.args[0])).shape)
+    name_squeezed_dims(node, state.shape(nodes.operand(node)).shape)
 
 
 _RULES: Mapping[object, Callable[[PartitionState, fx.Node, Placement], None]] = {

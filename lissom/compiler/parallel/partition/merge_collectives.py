@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import operator
 from functools import partial
-from typing import cast
 
 import torch
 from torch import fx
@@ -23,6 +22,7 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.fake import hint
 from lissom.compiler.ir.match import computed_from, only_user
 from lissom.compiler.ir.placement import REPLICATED
+from lissom.compiler.ir.types import fixed
 
 aten = torch.ops.aten
 
@@ -48,14 +48,14 @@ def _fit(first: fx.Node, second: fx.Node) -> bool:
     """True for two of the same kind, reduction and dtype, both of small values."""
     if first.target is not second.target or first.target not in (ALL_REDUCE, ALL_GATHER) or first.args[1:] != second.args[1:]:
         return False
-    a, b = (cast(torch.Tensor, nodes.value(cast(fx.Node, node.args[0]))) for node in (first, second))
+    a, b = (nodes.tensor_value(nodes.operand(node)) for node in (first, second))
     waited = all(nodes.is_call(only_user(node), WAIT) for node in (first, second))
     return waited and a.dtype == b.dtype and all(math.prod(map(hint, x.shape)) <= LARGEST for x in (a, b))
 
 
 def _merge(edit: Editor, first: fx.Node, second: fx.Node) -> fx.Node:
     """Replace two collectives with one at the position of the first; the second's value is computed before it."""
-    values = [cast(fx.Node, node.args[0]) for node in (first, second)]
+    values = [nodes.operand(node) for node in (first, second)]
     waits = [next(iter(node.users)) for node in (first, second)]
     edit.move_before(values[1], first)
     call = edit.call
@@ -63,11 +63,11 @@ def _merge(edit: Editor, first: fx.Node, second: fx.Node) -> fx.Node:
         counts = [_count(edit, value) for value in values]
         shapes = [[edit.size(value, dim) for dim in range(nodes.tensor_type(value).rank)] for value in values]
         together = call(aten.cat.default, [call(aten.reshape.default, value, [1, -1]) for value in values], 1)
-        one = call(first.target, together, *first.args[1:])  # pyright: ignore[reportArgumentType]
+        one = call(nodes.overload(first), together, *first.args[1:])
         pieces = call(aten.split_with_sizes.default, call(WAIT, one), counts, 1)
         for at, (wait, shape) in enumerate(zip(waits, shapes, strict=True)):
             if first.target is ALL_GATHER:
-                ranks, lead = cast(int, first.args[1]), shape[0]
+                ranks, lead = fixed(nodes.argument(first, "group_size")), shape[0]
                 shape[0] = lead * ranks if isinstance(lead, int) else edit.compute_size(operator.mul, lead, ranks)
             found = call(aten.reshape.default, edit.item(pieces, at), shape)
             nodes.set_placed(found, nodes.placed(wait) or REPLICATED)
@@ -81,9 +81,8 @@ def _merge(edit: Editor, first: fx.Node, second: fx.Node) -> fx.Node:
 
 def _count(edit: Editor, value: fx.Node) -> fx.Node | int:
     """The number of elements of a value."""
-    fixed = math.prod(size for size in nodes.tensor_type(value).shape if isinstance(size, int))
-    found: fx.Node | int = fixed
-    for dim, size in enumerate(nodes.tensor_type(value).shape):
-        if not isinstance(size, int):
-            found = edit.compute_size(operator.mul, cast(fx.Node, edit.size(value, dim)), found)
+    found: fx.Node | int = math.prod(size for size in nodes.tensor_type(value).shape if isinstance(size, int))
+    for dim in range(nodes.tensor_type(value).rank):
+        if isinstance(size := edit.size(value, dim), fx.Node):
+            found = edit.compute_size(operator.mul, size, found)
     return found

@@ -7,16 +7,16 @@ value that it takes, whether it keeps a value that is to be summed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import fx, nn
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Embedding, Item
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.placement import REPLICATED, Placed, Span, local_part
+from lissom.compiler.ir.placement import REPLICATED, Placed, Span, local_part, single
 from lissom.compiler.ir.printer import place
-from lissom.compiler.ir.types import TensorType
+from lissom.compiler.ir.types import fixed
 from lissom.compiler.parallel.partition.local_sizes import make_local
 from lissom.compiler.parallel.partition.merge_collectives import merge_collectives
 from lissom.compiler.parallel.partition.redistribute import all_gather, redistribute
@@ -40,7 +40,7 @@ def partition_program(edit: Editor, world_size: int) -> None:
     wants = {node: _wants(state, node) for node in program.nodes()}
     joint = {node: span for node in wants if (span := joint_span(node, state.read)) is not None}
     parts = {node: own_part(node, state.read) for node in state.read.gathered}
-    gathered = {node: cast(Placed, found.result) for node, found in parts.items() if found is not None}
+    gathered = {node: single(found.result) for node, found in parts.items() if found is not None}
     state.wanted_whole = {item for wanted in wants.values() for item, want in wanted.items() if want.is_replicated}
     state.wanted_whole.update(program.output.all_input_nodes)
     _shard_weights(state)
@@ -98,8 +98,8 @@ def _shard_weights(state: PartitionState) -> None:
 
 def _scale(quantizer: fx.Node) -> fx.Node | None:
     """The scale of a quantizer where it is a weight."""
-    scale = quantizer.args[1]
-    return scale if isinstance(scale, fx.Node) and scale.op == "get_attr" else None
+    scale = nodes.operand(quantizer, 1)
+    return scale if scale.op == "get_attr" else None
 
 
 def _partition_call(state: PartitionState, node: fx.Node, wants: Mapping[fx.Node, Placed], joint: Span | None) -> None:
@@ -124,12 +124,12 @@ def _look_up(state: PartitionState, node: fx.Node) -> bool:
     """Replace an embedding whose table is sharded by rows: zeros for the rows of other ranks. False for any other call."""
     if not nodes.is_call(node, aten.embedding.default):
         return False
-    table, ids = cast("tuple[fx.Node, fx.Node]", node.args[:2])
-    spans = cast(Placed, state.known[table]).spans(0)
+    table, ids = Embedding(node).table, Embedding(node).ids
+    spans = single(state.known[table]).spans(0)
     if not spans:
         return False
     span = spans[0]
-    block, call = cast(int, span.block), state.edit.call
+    block, call = fixed(span.block), state.edit.call
     starts = [torch.full((), rank // span.every % span.parts * block, dtype=torch.int64) for rank in range(state.world_size)]
     with state.edit.before(node):
         own = call(aten.sub.Tensor, ids, state.own_weight(f"rank.first_row_{span.size}by{span.parts}", starts))
@@ -157,23 +157,24 @@ def _quantize_jointly(state: PartitionState, node: fx.Node) -> bool:
 
 def _compute_jointly(state: PartitionState, node: fx.Node, span: Span) -> None:
     """Replace a call that reads a sharded dimension by one that computes on the shards and exchanges a few numbers per row."""
-    item, dim = state.shape(cast(fx.Node, node.args[0])), cast(int, joint_dim(node))
+    item, dim = state.shape(nodes.operand(node)), joint_dim(node)
+    assert dim is not None
     typed = state.types[node]
-    result = cast(TensorType, typed[0] if isinstance(typed, tuple) else typed).dtype
+    result = nodes.tensor_type(typed[0] if isinstance(typed, tuple) else typed).dtype
     with state.edit.before(node):
         found = state.joint.compute(node, item, result, dim, span)
     if not isinstance(typed, tuple):
         state.replace(node, found[0])
         return
     for user in list(node.users):
-        state.replace(user, found[cast(int, user.args[1])])
+        state.replace(user, found[Item(user).index])
     state.edit.erase(node)
 
 
 def _gather_at_once(state: PartitionState, node: fx.Node, part: Placed) -> None:
     """Gather the output of a column-wise layer that belongs to no pair."""
     with state.edit.before(node):
-        own = state.edit.call(cast(torch._ops.OpOverload, node.target), *node.args, **node.kwargs)
+        own = state.edit.call(nodes.overload(node), *node.args, **node.kwargs)
         nodes.set_placed(own, part)
         found = all_gather(state, own, part, state.shape(node).shape)
     state.replace(node, found)

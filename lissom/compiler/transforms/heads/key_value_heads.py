@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from lissom.compiler.analysis.axes.axes import axes
 from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.analysis.axes.base import of
 from lissom.compiler.analysis.axes.columns import unit_of
 from lissom.compiler.analysis.axes.dead_units import summed
 from lissom.compiler.analysis.structure.attention import AttentionSite
@@ -28,8 +29,10 @@ from lissom.compiler.analysis.structure.linear import as_int
 from lissom.compiler.analysis.structure.operands import unrepeated
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.types import fixed
 
 aten = torch.ops.aten
 
@@ -98,15 +101,18 @@ class Separation:
 
     def __init__(self, edit: Editor) -> None:
         self._edit = edit
-        self._arguments: dict[fx.Node, tuple[object, ...]] = {}
+        self._arguments: dict[fx.Node, tuple[Argument, ...]] = {}
+        self._queries: dict[fx.Node, fx.Node] = {}
         self._made: list[fx.Node] = []
         found: list[tuple[AttentionSite, fx.Node, fx.Node]] = []
         for site in edit.program.fact(structure).attention:
             reason = _obstacle(site)
             if reason:
                 edit.skip(site.node, reason)
-            elif as_int(nodes.tensor_type(unrepeated(site.node.args[1])).shape[1]) > 1:
-                found.append((site, unrepeated(site.node.args[1]), unrepeated(site.node.args[2])))
+                continue
+            keys, values = unrepeated(Attention(site.node).k), unrepeated(Attention(site.node).v)
+            if as_int(nodes.tensor_type(keys).shape[1]) > 1:
+                found.append((site, keys, values))
         for site, keys, values in found:
             self._separate(site, keys, values)
         self.axes = edit.program.fact(axes)
@@ -115,17 +121,17 @@ class Separation:
 
     def _separate(self, site: AttentionSite, keys: fx.Node, values: fx.Node) -> None:
         node = site.node
-        self._arguments[node] = node.args
+        self._arguments[node], self._queries[node] = node.args, Attention(node).q
         with self._edit.before(node):
             apart: list[fx.Node] = []
-            for item in (cast(fx.Node, node.args[0]), keys, values):
+            for item in (self._queries[node], keys, values):
                 joined = self._edit.call(aten.sum.dim_IntList, item, [1], True)
                 apart.append(self._edit.call(aten.expand.default, joined, [-1, site.heads, -1, -1]))
                 self._made += (apart[-1], joined)
         node.args = (*apart, *node.args[3:])
 
     def _separate_heads(self, site: AttentionSite, keys: fx.Node, values: fx.Node) -> SeparateHeads | None:
-        numbered = (cast(fx.Node, self._arguments[site.node][0]), keys, values, site.node)
+        numbered = (self._queries[site.node], keys, values, site.node)
         queries, key, value, output = (self.axes.axis(node, 1) for node in numbered)
         reason = next((reason for axis in (key, value) if (reason := self.obstacle(axis))), "")
         if not reason and queries in (key, value):
@@ -133,11 +139,11 @@ class Separation:
         if reason:
             self._edit.skip(site.node, f"its key and value heads stay: {reason}")
             return None
-        return SeparateHeads(site, keys, values, cast(int, key.size), queries, key, value, output)
+        return SeparateHeads(site, keys, values, fixed(key.size), queries, key, value, output)
 
     def queries(self, heads: SeparateHeads) -> fx.Node:
         """The queries of an attention in the original program."""
-        return cast(fx.Node, self._arguments[heads.site.node][0])
+        return self._queries[heads.site.node]
 
     def is_alone(self, heads: SeparateHeads, *chosen: Axis) -> bool:
         """True when no other attention has heads of these axes."""
@@ -184,11 +190,11 @@ class Separation:
     def rows(self, axis: Axis) -> list[Rows]:
         """The indices of weights, and of the program's state, that produce or read heads of this axis."""
         axis, rows = axis.find(), list[Rows]()
-        for node, dims in self.axes.of.items():
-            for dim, other in enumerate(cast("tuple[Axis, ...]", dims) if node.op == "get_attr" else ()):
+        for node in self.axes.of:
+            for dim, other in enumerate(of(node, self.axes.of) if node.op == "get_attr" else ()):
                 if axis in other.atoms():
                     unit = unit_of(other, [axis])
-                    heads = [(unit == head).nonzero().flatten() for head in range(cast(int, axis.size))]
+                    heads = [(unit == head).nonzero().flatten() for head in range(fixed(axis.size))]
                     rows.append(Rows(node, dim, torch.stack(heads)))
         return rows
 
@@ -204,7 +210,7 @@ class Separation:
     def end(self) -> None:
         """Restore the original form of the program."""
         for node, args in self._arguments.items():
-            node.args = args  # pyright: ignore[reportAttributeAccessIssue]
+            node.args = args
         for node in self._made:
             self._edit.program.graph.erase_node(node)
         self._edit.retype()
@@ -231,9 +237,10 @@ def _repeated(edit: Editor, x: fx.Node, heads: int) -> fx.Node:
 
 def _obstacle(site: AttentionSite) -> str:
     """The reason the heads of an attention cannot have separate axes; empty if they can."""
-    if any(nodes.tensor_type(item).rank != 4 for item in site.node.args[:3]):
+    attention = Attention(site.node)
+    if any(nodes.tensor_type(item).rank != 4 for item in (attention.q, attention.k, attention.v)):
         return "its operands are not [batch, heads, tokens, features]"
-    keys, values = (as_int(nodes.tensor_type(unrepeated(item)).shape[1]) for item in site.node.args[1:3])
+    keys, values = (as_int(nodes.tensor_type(unrepeated(item)).shape[1]) for item in (attention.k, attention.v))
     if keys < 1 or site.heads < 1 or as_int(nodes.tensor_type(site.node).shape[1]) != site.heads:
         return "its number of heads varies"
     if keys != values or site.heads % keys:

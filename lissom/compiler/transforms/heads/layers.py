@@ -16,6 +16,7 @@ from torch import fx
 from lissom.compiler.analysis.structure.linear import SHAPES, input_of
 from lissom.compiler.calibration.statistics import Moments
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import IndexCopy
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.transforms.heads.key_value_heads import Rows
@@ -48,7 +49,7 @@ class HeadLayer:
 
     def moment(self, known: Mapping[fx.Node, Moments]) -> torch.Tensor:
         """The second moment of the layer's inputs, with a 1 for the bias; the identity when none is known."""
-        inputs = int(nodes.tensor_type(self.weight.weight).shape[1 - self.weight.dim])  # pyright: ignore[reportArgumentType]
+        inputs = nodes.fixed_size(self.weight.weight, 1 - self.weight.dim)
         if (found := known.get(input_of(self.layer))) is None or len(found.total) != inputs:
             return torch.eye(inputs + (self.bias is not None), dtype=torch.float64)
         count = max(found.count, 1)
@@ -67,7 +68,7 @@ def is_moved(value: object, start: fx.Node, *, kept: bool = False) -> bool:
         if nodes.is_call(value, *SHAPES) or (kept and nodes.is_call(value, operator.getitem)):
             value = value.all_input_nodes[0]
         elif kept and nodes.is_call(value, aten.index_copy.default):
-            value = value.args[3]
+            value = IndexCopy(value).source
         else:
             return False
     return True

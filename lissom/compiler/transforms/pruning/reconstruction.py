@@ -34,6 +34,7 @@ from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.partial_run import Stream
 from lissom.compiler.calibration.statistics import Moments, Progress, real_rows
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Linear
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample, spread
@@ -250,7 +251,8 @@ def _ending(program: Program, reference: Program, columns: Columns, residual: fx
     """The layer as an `Ending`, or why it cannot be refitted."""
     layer = columns.layer
     known = {node.name: node for node in reference.graph.nodes}
-    if not nodes.is_call(layer, aten.linear.default) or layer.args[1] is not columns.weight:
+    plain = Linear.of(layer)
+    if plain is None or plain.weight is not columns.weight:
         return "it is no plain linear layer"
     if _reads(program, columns.weight) > 1:
         return "other layers share its weight"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import sympy
 import torch
@@ -13,6 +12,7 @@ from torch import fx
 
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.analysis.axes.base import of
 from lissom.compiler.analysis.axes.columns import Columns, unit_of
 from lissom.compiler.analysis.axes.dead_units import dead_units
 from lissom.compiler.analysis.structure.linear import bias_of
@@ -21,7 +21,7 @@ from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.dimension_map import dimension_map
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.printer import target_text
-from lissom.compiler.ir.types import Size
+from lissom.compiler.ir.types import Size, fixed
 from lissom.compiler.transforms.removal.indices import remove_indices
 from lissom.errors import LissomError, UnsupportedError
 
@@ -98,11 +98,11 @@ def reorder(edit: Editor, found: Axes, numbering: Sequence[Axis], order: torch.T
     """
     rows, units = (atom.find() for atom in numbering)
     moved: list[tuple[fx.Node, torch.Tensor]] = []
-    for node, value in found.of.items():
+    for node in found.of:
         if node.op != "get_attr":
             continue
         weight = edit.tensor(node)
-        for dim, axis in enumerate(cast("tuple[Axis, ...]", value)):
+        for dim, axis in enumerate(of(node, found.of)):
             atoms = set(axis.atoms())
             if units not in atoms:
                 continue
@@ -258,7 +258,7 @@ def _expand(edit: Editor, constant: fx.Node, bias: fx.Node | None) -> str:
         return "its sizes are not those of the inputs"
     with edit.before(constant):
         if bias is None:
-            zero = torch.zeros(cast(int, typed.shape[-1]), dtype=typed.dtype, device=typed.device)
+            zero = torch.zeros(fixed(typed.shape[-1]), dtype=typed.dtype, device=typed.device)
             bias = edit.weight(f"{constant.name}.zero", zero)
         sizes = [_computed(edit, found, inputs) for found in factors]
         edit.replace(constant, edit.call(aten.expand.default, bias, sizes))

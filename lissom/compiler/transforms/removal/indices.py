@@ -7,20 +7,21 @@ import operator
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from functools import reduce
-from typing import cast
 
 import torch
 from torch import fx
 
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis, quotient
+from lissom.compiler.analysis.axes.base import Value, of
 from lissom.compiler.analysis.axes.views import slice_bounds
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Attention, Convolution, Repeat, RepeatInterleave, Sized, Slice, Split, Unflatten
 from lissom.compiler.ir.dimension_map import channel_dim, name_squeezed_dims, shape_of
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import CONVOLUTIONS, LAYER_NORMS, SIZES_AT, SPLITS, SQUEEZES
 from lissom.compiler.ir.printer import target_text
-from lissom.compiler.ir.types import Size, format_size
+from lissom.compiler.ir.types import Size, fixed, format_size
 from lissom.compiler.transforms.removal.norms import follow_norm, normed_axes
 from lissom.errors import LissomError, UnsupportedError
 
@@ -72,7 +73,7 @@ def _remove(edit: Editor, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> Non
         if node.op == "call_function" and any(map(is_touched, (node, *node.all_input_nodes))):
             _follow(edit, node, found, keep)
     for node in [node for node in found.of if node.op == "get_attr" and is_touched(node)]:
-        cut = _cut(edit.tensor(node), cast("tuple[Axis, ...]", found.of[node]), keep)
+        cut = _cut(edit.tensor(node), of(node, found.of), keep)
         edit.set_weight(node, cut, retype=False)
         edit.rewritten += 1
     edit.retype()
@@ -82,7 +83,7 @@ def mask(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
     """True for the indices of an axis that stay, [size]; keep: these booleans for its atoms."""
     axis = axis.find()
     if axis.form == "atom":
-        return keep[axis] if axis in keep else torch.ones(cast(int, axis.size), dtype=torch.bool)
+        return keep[axis] if axis in keep else torch.ones(fixed(axis.size), dtype=torch.bool)
     parts = [mask(part, keep) for part in axis.parts]
     if axis.form == "sum":
         return torch.cat(parts)
@@ -94,7 +95,7 @@ def _kept(edit: Editor, found: Axes, axis: Axis, indices: set[int], zero: bool) 
     if obstacle:
         size = format_size(axis.size, edit.program.signature.name_of)
         raise UnsupportedError(f"indices of this axis of size {size} cannot be removed: {obstacle}")
-    kept = torch.ones(cast(int, axis.size), dtype=torch.bool)
+    kept = torch.ones(fixed(axis.size), dtype=torch.bool)
     outside = [index for index in indices if not 0 <= index < len(kept)]
     if outside:
         raise UnsupportedError(f"index {outside[0]} is outside this axis, which has 0 to {len(kept) - 1}")
@@ -104,9 +105,8 @@ def _kept(edit: Editor, found: Axes, axis: Axis, indices: set[int], zero: bool) 
     return kept
 
 
-def _axes_of(value: object) -> list[Axis]:
-    items = cast("tuple[object, ...]", value)
-    return [axis for item in items for axis in ([item] if isinstance(item, Axis) else cast("tuple[Axis, ...]", item))]
+def _axes_of(value: Value) -> list[Axis]:
+    return [axis for item in value for axis in ([item] if isinstance(item, Axis) else item)]
 
 
 def _size(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> Size:
@@ -116,8 +116,8 @@ def _size(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> Size:
         return axis.size
     if axis.form == "atom":
         return int(keep[axis].sum())
-    sizes = [cast(int, _size(part, keep)) for part in axis.parts]
-    return sum(sizes) if axis.form == "sum" else math.prod(sizes)
+    sizes = [_size(part, keep) for part in axis.parts]
+    return sum(sizes, start=0) if axis.form == "sum" else math.prod(sizes, start=1)
 
 
 def _cut(weight: torch.Tensor, dims: tuple[Axis, ...], keep: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
@@ -134,38 +134,39 @@ def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.
     if target in LAYER_NORMS and any(not keep.keys().isdisjoint(axis.atoms()) for axis in normed_axes(node, found)):
         follow_norm(edit, node, found, lambda axis: mask(axis, keep))
     elif target in SIZES_AT:
-        _set_argument(node, SIZES_AT[target], _new_sizes(edit, node, SIZES_AT[target], found, keep))
+        nodes.set_operand(node, SIZES_AT[target], _new_sizes(edit, node, found, keep))
     elif target in SPLITS:
-        dim, pieces = cast(int, nodes.argument(node, "dim")), cast("tuple[tuple[Axis, ...], ...]", found.of[node])
+        dim = Split(node).dim
+        pieces = [piece for piece in found.of[node] if not isinstance(piece, Axis)]
         if all(keep.keys().isdisjoint(piece[dim].atoms()) for piece in pieces):
             return
-        sizes = [cast(int, _size(piece[dim], keep)) for piece in pieces]
-        node.target, node.args, node.kwargs = aten.split_with_sizes.default, (node.args[0], sizes, dim), {}
+        sizes = [_size(piece[dim], keep) for piece in pieces]
+        node.target = aten.split_with_sizes.default
+        nodes.set_arguments(node, nodes.operand(node), sizes, dim)
     elif target in SQUEEZES:
-        name_squeezed_dims(node, shape_of(node.args[0]))
+        name_squeezed_dims(node, shape_of(nodes.operand(node)))
     elif target is aten.slice.Tensor:
         _follow_slice(node, found, keep)
     elif target is aten.scaled_dot_product_attention.default and nodes.argument(node, "scale") is None:
         # Without a scale it is 1/√head_dim, of the original head_dim.
-        head_dim = cast(int, cast(Axis, found.of[cast(fx.Node, node.args[0])][-1]).find().size)
+        head_dim = fixed(found.axis(Attention(node).q, -1).size)
         nodes.set_argument(node, "scale", head_dim**-0.5)
     elif target in CONVOLUTIONS and nodes.argument(node, "groups") != 1:
-        channels = cast(Axis, found.of[cast(fx.Node, node.args[0])][channel_dim(node)])
+        channels = found.axis(Convolution(node).x, channel_dim(node))
         if nodes.argument(node, "groups") == channels.size:
             nodes.set_argument(node, "groups", _size(channels, keep))
-    elif target is aten.repeat_interleave.self_int:
-        _set_argument(node, 1, _copies(node, cast(int, node.args[2] if len(node.args) > 2 else 0), found, keep))
-    elif target is aten.repeat.default:
-        counts = [_copies(node, dim, found, keep) for dim in range(len(cast("list[object]", node.args[1])))]
-        _set_argument(node, 1, counts)
+    elif (repeated := RepeatInterleave.of(node)) is not None:
+        nodes.set_argument(node, "repeats", _copies(node, repeated.repeats, repeated.dim or 0, found, keep))
+    elif (copied := Repeat.of(node)) is not None:
+        counts = [_copies(node, count, dim, found, keep) for dim, count in enumerate(copied.counts)]
+        nodes.set_argument(node, "repeats", counts)
 
 
-def _new_sizes(edit: Editor, node: fx.Node, index: int, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> list[object]:
+def _new_sizes(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> list[object]:
     """The list of sizes of a call with corrected literals; -1 and sizes read at run time stay."""
-    old = cast("list[object]", node.args[index])
-    dims = cast("tuple[Axis, ...]", found.of[node])
-    if node.target is aten.unflatten.int:
-        first = cast(int, node.args[1]) % (len(dims) - len(old) + 1)
+    old, dims = Sized(node).sizes, of(node, found.of)
+    if (unflattened := Unflatten.of(node)) is not None:
+        first = unflattened.dim % (len(dims) - len(old) + 1)
         dims = dims[first : first + len(old)]
     return [_new_size(edit, node, size, axis, keep) for size, axis in zip(old, dims, strict=True)]
 
@@ -179,29 +180,27 @@ def _new_size(edit: Editor, node: fx.Node, size: object, axis: Axis, keep: Mappi
     factors = axis.factors()
     if not isinstance(size, fx.Node) or any(factor.find().form != "atom" for factor in factors):
         raise UnsupportedError(f"{target_text(node.target)} ('{node.name}') has a computed size in it that no rule corrects")
-    kept = math.prod(cast(int, _size(factor, keep)) for factor in factors if factor in keep)
-    whole = math.prod(cast(int, factor.size) for factor in factors if factor in keep)
+    kept = math.prod(fixed(_size(factor, keep)) for factor in factors if factor in keep)
+    whole = math.prod(fixed(factor.size) for factor in factors if factor in keep)
     with edit.before(node):
         return edit.compute_size(operator.floordiv, edit.compute_size(operator.mul, size, kept), whole)
 
 
 def _follow_slice(node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
     """The new bounds of a slice are the numbers of remaining indices before the old ones."""
-    dim = cast(int, nodes.argument(node, "dim"))
-    axis = cast(Axis, found.of[cast(fx.Node, node.args[0])][dim]).find()
+    part = Slice(node)
+    axis = found.axis(part.x, part.dim)
     if keep.keys().isdisjoint(axis.atoms()):
         return
     bounds = slice_bounds(node, axis.size)
     assert bounds is not None, "an axis cut at varying positions is pinned"
     kept = mask(axis, keep)
-    node.args = (node.args[0], dim, int(kept[: bounds[0]].sum()), int(kept[: bounds[1]].sum()))
-    node.kwargs = {}
+    nodes.set_arguments(node, part.x, part.dim, int(kept[: bounds[0]].sum()), int(kept[: bounds[1]].sum()))
 
 
-def _copies(node: fx.Node, dim: int, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> object:
+def _copies(node: fx.Node, count: int | fx.Node, dim: int, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> object:
     """The repeat count of a dimension after the removal: the new size divided by the new size of its source."""
-    source, result = (cast("tuple[Axis, ...]", found.of[item]) for item in (cast(fx.Node, node.args[0]), node))
-    count = node.args[1] if isinstance(node.args[1], int) else cast("list[object]", node.args[1])[dim]
+    source, result = (of(item, found.of) for item in (nodes.operand(node), node))
     axis, added = result[dim], len(result) - len(source)
     if keep.keys().isdisjoint(axis.atoms()) or not isinstance(count, int):
         return count
@@ -209,7 +208,3 @@ def _copies(node: fx.Node, dim: int, found: Axes, keep: Mapping[Axis, torch.Tens
     if copies is None:
         raise UnsupportedError(f"{target_text(node.target)} ('{node.name}') repeats a dimension whose copies cannot be counted")
     return copies
-
-
-def _set_argument(node: fx.Node, index: int, value: object) -> None:
-    node.args = (*node.args[:index], value, *node.args[index + 1 :])  # pyright: ignore[reportAttributeAccessIssue]

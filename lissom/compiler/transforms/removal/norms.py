@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import fx
 
 from lissom.compiler.analysis.axes.axes import Axes
 from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.analysis.axes.base import of
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Norm
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_own_weight
 from lissom.compiler.ir.printer import target_text
@@ -32,8 +33,7 @@ Mask = Callable[[Axis], torch.Tensor]
 
 def normed_axes(node: fx.Node, found: Axes) -> tuple[Axis, ...]:
     """The axes that a norm reduces."""
-    count = len(cast("list[int]", node.args[1]))
-    return cast("tuple[Axis, ...]", found.of[node])[-count:]
+    return of(node, found.of)[-len(Norm(node).shape) :]
 
 
 def follow_norm(edit: Editor, node: fx.Node, found: Axes, mask: Mask) -> None:
@@ -53,12 +53,12 @@ def follow_norm(edit: Editor, node: fx.Node, found: Axes, mask: Mask) -> None:
 
 def _rescale(edit: Editor, node: fx.Node, kept: torch.Tensor) -> None:
     size, ratio = int(kept.sum()), len(kept) / int(kept.sum())
-    weight, eps = nodes.argument(node, "weight"), nodes.argument(node, "eps")
+    weight, eps = Norm(node).weight, Norm(node).eps
     if eps is None:
         eps = torch.finfo(nodes.tensor_type(node).dtype).eps
     root = math.sqrt(ratio)
     with edit.before(node):
-        if not isinstance(weight, fx.Node):
+        if weight is None:
             typed = nodes.tensor_type(node)
             ones = torch.full((size,), root, dtype=typed.dtype, device=typed.device)
             weight = edit.weight(f"{node.name}.weight", ones)
@@ -69,13 +69,13 @@ def _rescale(edit: Editor, node: fx.Node, kept: torch.Tensor) -> None:
         else:
             # Typed with the sizes before the removal, like all nodes at that time.
             weight = edit.call(aten.mul.Tensor, weight, root)
-    node.args, node.kwargs = (node.args[0], [size], weight, cast(float, eps) * ratio), {}
+    nodes.set_arguments(node, Norm(node).x, [size], weight, eps * ratio)
 
 
 def _pad(edit: Editor, node: fx.Node, kept: torch.Tensor) -> None:
     """Pad zeros before a layer norm, and slice them off after it; its node becomes the slice."""
     whole, size = len(kept), int(kept.sum())
-    x, eps = cast(fx.Node, node.args[0]), nodes.argument(node, "eps")
+    norm = Norm(node)
     weight, bias = nodes.argument(node, "weight"), nodes.argument(node, "bias")
     if not all(item is None or (isinstance(item, fx.Node) and item.op == "get_attr") for item in (weight, bias)):
         raise UnsupportedError(f"{target_text(node.target)} ('{node.name}') has a computed weight")
@@ -87,15 +87,16 @@ def _pad(edit: Editor, node: fx.Node, kept: torch.Tensor) -> None:
             for item in (weight, bias)
         ]
         # Nodes still have the sizes before the removal, so the padded size would be wrong until all are retyped.
-        padded = _untyped(edit, aten.constant_pad_nd.default, node, x, [0, whole - size])
-        normed = _untyped(edit, aten.layer_norm.default, node, padded, [whole], *operands, eps)
+        padded = _untyped(edit, aten.constant_pad_nd.default, node, norm.x, [0, whole - size])
+        normed = _untyped(edit, aten.layer_norm.default, node, padded, [whole], *operands, norm.eps)
     node.target = aten.slice.Tensor
     node.args, node.kwargs = (normed, nodes.tensor_type(node).rank - 1, 0, size), {}
 
 
 def _untyped(edit: Editor, target: torch._ops.OpOverload, like: fx.Node, *args: object) -> fx.Node:
     """A call that cannot be typed before all sizes are corrected; until then it gets the type of `like`."""
-    node = edit.program.graph.create_node("call_function", target, args, {}, target._schema.name.partition("::")[2])  # pyright: ignore
+    node = edit.program.graph.create_node("call_function", target, name=target._schema.name.partition("::")[2])
+    nodes.set_arguments(node, *args)
     nodes.set_origin(node, nodes.origin(like).changed_by(edit.pass_name))
     nodes.set_value(node, nodes.value(like))
     return node
