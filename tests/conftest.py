@@ -7,6 +7,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("LISSOM_KEPT_DECODERS", "0")
 os.environ.setdefault("LISSOM_KERNELS", "ours")  # which is faster depends on the load
+# With sizes that vary, PyTorch computes each output twice to fill this cache, and two layers hit it too rarely: 30 to 40 % of
+# an export of a small model. From some ten layers on it pays, so only tests do without it.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 # One core a test process: OpenMP's threads wait for each other by spinning, and where two processes have a thread for every
 # core, they slow each other down many times over. Set before torch is imported, and for the processes that tests start.
 if "PYTEST_XDIST_WORKER" in os.environ:
