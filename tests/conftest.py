@@ -16,12 +16,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import gc
+from collections.abc import Generator
 
 import pytest
 import torch
 from hypothesis import settings
 
 from lissom.frontends.huggingface import Checkpoint, load
+from tests import captures
 from tests.models import Case, feed_forward, tiny_bert, tiny_llama
 
 # Exports make millions of objects that live for a moment, beside a large heap that stays: a tenth of the time would go here.
@@ -59,3 +61,10 @@ def case(request: pytest.FixtureRequest) -> Case:
 def minilm() -> Checkpoint:
     """all-MiniLM-L6-v2 with its tokenizer: a real model with real weights, loaded once."""
     return load("minilm")
+
+
+@pytest.fixture
+def shared_captures() -> Generator[None]:
+    """Equal models are captured once a session in tests with this fixture, whatever compiles them in this process."""
+    with captures.shared():
+        yield

@@ -20,6 +20,7 @@ from lissom.version import __version__
 from tests.frontends.test_huggingface import directory  # noqa: F401
 from tests.inspect.test_machine import example
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 runner = CliRunner()
 
 
