@@ -1,9 +1,14 @@
-"""Captures that tests share: a test of a pass spends most of its time in `torch.export` of a model that others capture too."""
+"""Captures that tests share: a test of a pass spends most of its time in `torch.export` of a model that others capture too.
+
+So are the canonical passes that each compile starts with, and their checks.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from types import FunctionType
 from typing import Any
 from unittest import mock
@@ -15,9 +20,11 @@ from torch.utils import _pytree as pytree
 import lissom
 from lissom.api import Optimized
 from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.frontends.export import Capture, capture
 from lissom.frontends.untouched import alias
 from lissom.runtime.compiled_model import CompiledModel
+from tests import canonical_steps
 
 Key = tuple[object, ...]
 
@@ -28,16 +35,29 @@ _OF_EVERY_MODULE = vars(nn.Module()).keys()
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
+_CAPTURING = ("lissom.driver.compile", "lissom.frontends.decoder", "lissom.frontends.encoder_decoder")
+
+
+@contextmanager
+def shared() -> Generator[None]:
+    """Within it all compiles share captures and canonical passes, those of decoders and of commands too."""
+    with ExitStack() as stack:
+        for module in _CAPTURING:
+            stack.enter_context(mock.patch(f"{module}.capture", capture_once))
+        stack.enter_context(mock.patch.object(Pipeline, "_steps", canonical_steps.steps))
+        yield
+
+
 def optimize(model: nn.Module, inputs: Any, **options: Any) -> Optimized:
     """`lissom.optimize`, with the capture of `capture_once`."""
-    with mock.patch("lissom.driver.compile.capture", capture_once):
+    with shared():
         return lissom.optimize(model, inputs, **options)
 
 
 def compile(model: nn.Module, inputs: Any, **options: Any) -> CompiledModel:
     """`lissom.compile`, with the capture of `capture_once`; lossy passes are kept untimed unless the options say otherwise."""
     options = {"goal": None} | options
-    with mock.patch("lissom.driver.compile.capture", capture_once):
+    with shared():
         return lissom.compile(model, inputs, **options)
 
 
@@ -57,7 +77,10 @@ def capture_once(model: nn.Module, args: Any, kwargs: Any, **options: Any) -> Ca
     _CAPTURES[key] = first, found = held
     if len(_CAPTURES) > _KEPT:
         del _CAPTURES[next(iter(_CAPTURES))]
-    return dataclasses.replace(found, program=_with_weights_of(model, first, found.program), example=list(found.example))
+    program = _with_weights_of(model, first, found.program)
+    origin = canonical_steps.Origin(key, model, lambda other: _key(other, given) == key, _with_weights_of)
+    setattr(program, canonical_steps.ORIGINS, origin)
+    return dataclasses.replace(found, program=program, example=list(found.example))
 
 
 def _with_weights_of(model: nn.Module, first: nn.Module, program: Program) -> Program:
@@ -86,9 +109,21 @@ def _key(model: nn.Module, given: object) -> Key | None:
     modules = [(name, type(module), module.training) for name, module in model.named_modules()]
     if hasattr(model, "config"):
         made = repr((model.config, getattr(model.config, "_attn_implementation", "")))
-        return *modules, made, _fingerprint(model, given)
+        forward = _own_forward(model)
+        return None if forward is None else (*modules, made, *forward, _fingerprint(model, given))
     attributes = [_attributes(module) for module in model.modules()]
     return None if None in attributes else (*modules, *attributes, _fingerprint(model, given))
+
+
+def _own_forward(model: nn.Module) -> Key | None:
+    """What tells a `forward` that was set on a module from others, as that of a decoder with its cache; None if not known."""
+    forward = vars(model).get("forward")
+    if forward is None:
+        return ()
+    if not isinstance(forward, FunctionType):
+        return None
+    held = [cell.cell_contents for cell in forward.__closure__ or ()]
+    return forward.__code__, *(repr(item) for item in held if not isinstance(item, nn.Module))
 
 
 def _attributes(module: nn.Module) -> Key | None:

@@ -7,18 +7,23 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("LISSOM_KEPT_DECODERS", "0")
 os.environ.setdefault("LISSOM_KERNELS", "ours")  # which is faster depends on the load
+# With sizes that vary, PyTorch computes each output twice to fill this cache, and two layers hit it too rarely: 30 to 40 % of
+# an export of a small model. From some ten layers on it pays, so only tests do without it.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 # One core a test process: OpenMP's threads wait for each other by spinning, and where two processes have a thread for every
 # core, they slow each other down many times over. Set before torch is imported, and for the processes that tests start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import gc
+from collections.abc import Generator
 
 import pytest
 import torch
 from hypothesis import settings
 
 from lissom.frontends.huggingface import Checkpoint, load
+from tests import captures
 from tests.models import Case, feed_forward, tiny_bert, tiny_llama
 
 # Exports make millions of objects that live for a moment, beside a large heap that stays: a tenth of the time would go here.
@@ -56,3 +61,10 @@ def case(request: pytest.FixtureRequest) -> Case:
 def minilm() -> Checkpoint:
     """all-MiniLM-L6-v2 with its tokenizer: a real model with real weights, loaded once."""
     return load("minilm")
+
+
+@pytest.fixture
+def shared_captures() -> Generator[None]:
+    """Equal models are captured once a session in tests with this fixture, whatever compiles them in this process."""
+    with captures.shared():
+        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 import transformers
@@ -67,8 +68,9 @@ def single_token() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": torch.tensor([[5]])}]
 
 
+@cache
 def program_of(name: str) -> Program:
-    """The canonical program of a family."""
+    """The canonical program of a family, optimized once a session: it is not to be changed."""
     return captures.optimize(mixture(name), samples(1)[0], checks="structural").program
 
 

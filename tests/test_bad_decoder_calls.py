@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,6 +20,7 @@ from lissom.generation.stream import stream_tokens
 from tests.decoders import decoder
 from tests.refusals import Refusal, check, table
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 IDS = torch.tensor([[5, 6, 7]])
 
 

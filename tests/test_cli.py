@@ -20,6 +20,7 @@ from lissom.version import __version__
 from tests.frontends.test_huggingface import directory  # noqa: F401
 from tests.inspect.test_machine import example
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 runner = CliRunner()
 
 
@@ -49,8 +50,7 @@ def test_passes_are_listed():
 
 
 def test_the_version_is_printed():
-    found = runner.invoke(app, ["--version"])
-    assert (found.exit_code, found.stdout) == (0, f"lissom {__version__}\n")
+    assert invoke("--version") == f"lissom {__version__}\n"
 
 
 def test_one_pass_is_shown_with_its_options_and_an_example():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lissom.ops.native import missing_weight_quantized_kernel
 from tests.artifacts.hostile import seal
 from tests.models import seeded
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 runner = CliRunner()
 
 
@@ -34,6 +36,14 @@ def decoder(tmp_path_factory) -> str:
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
         shutil.copy(find_directory("minilm") / name, path)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def saved(decoder, tmp_path_factory) -> Path:
+    """The decoder, compiled for two tokens after `one`: copy it before changing it."""
+    path = tmp_path_factory.mktemp("saved") / "model"
+    assert runner.invoke(app, ["generate", decoder, "one", "--max-new-tokens", "2", "--save", str(path)]).exit_code == 0
+    return path
 
 
 def test_generate_streams_text_and_says_how_fast(decoder, tmp_path):
@@ -184,9 +194,9 @@ def test_generate_takes_an_encoder_decoder(tmp_path):
 
 
 @pytest.mark.parametrize("found", ["two", [2, "two"], 2.5, True])
-def test_generate_refuses_an_end_token_that_is_no_number(decoder, tmp_path, found):
+def test_generate_refuses_an_end_token_that_is_no_number(saved, tmp_path, found):
     path = tmp_path / "saved"
-    assert runner.invoke(app, ["generate", decoder, "one", "--max-new-tokens", "2", "--save", str(path)]).exit_code == 0
+    shutil.copytree(saved, path)
     fields = json.loads((path / "generation_config.json").read_text())
     (path / "generation_config.json").write_text(json.dumps(fields | {"eos_token_id": found}))
     seal(path)

@@ -21,6 +21,8 @@ from tests.decoders import decoder
 from tests.encoder_decoders import MAX_LENGTH, compiled, model, source
 from tests.neighbours import all_but_slow
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 # Logits are up to ten, and sums of float32 in another order.
 CLOSE = {"rtol": 1e-4, "atol": 5e-4}

@@ -32,9 +32,8 @@ from tests.decoders import DECODERS, MAX_LENGTH, OTHERS, RECURRENT, WHOLE, decod
 from tests.models import seeded
 from tests.neighbours import all_but_slow
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 GREEDY = {"max_new_tokens": 50, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-
 # Nothing is timed: whichever forms are chosen, the tokens are the same.
 BACKENDS = {"eager": "eager", "onnxruntime": lissom.OnnxRuntime(timing_seconds=0)}
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -9,6 +9,8 @@ import lissom
 from lissom.errors import InputError
 from tests.decoders import decoder, prompt
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 def test_perplexity_of_all_positions_is_a_bound() -> None:
     """The metric sees the logits of every token of padded texts, before and after lossy passes."""

@@ -10,6 +10,8 @@ from lissom.errors import InputError, UnsupportedError
 from tests.decoders import decoder, prompt
 from tests.test_generation import compiled
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 def test_the_state_of_a_recurrence_is_forgotten_and_reordered_but_not_cropped() -> None:
     model, fast = compiled("qwen3_next", batch=2)

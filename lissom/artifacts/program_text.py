@@ -173,7 +173,8 @@ class _Parser(Scanner):
         name = re.sub(r"\W+", "_", leaf.path).strip("_")
         node = self.graph.create_node("placeholder", name, name=name)
         nodes.set_value(node, fake.fake_tensor(self.mode, leaf.type, _contiguous(leaf.type.shape)))
-        self.values[name] = node
+        # An input of a builtin's name, such as `input`, has another one in the graph: `input_1`.
+        self.values[node.name] = node
 
     # The lines of weights and calls
 

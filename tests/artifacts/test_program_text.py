@@ -65,6 +65,12 @@ def test_so_are_the_models_of_the_zoo(entry: Entry):
     assert parse_program(text).text() == text
 
 
+def test_an_input_may_have_the_name_of_a_builtin():
+    text = capture(torch.nn.Sequential(torch.nn.Linear(4, 4)), (torch.randn(2, 4),), {}).program.text()
+    assert "(input: f32" in text and "%input_1" in text
+    assert parse_program(text).text() == text
+
+
 def test_it_runs():
     program = parse_program(TWICE)
     x = torch.randn(3, 4)

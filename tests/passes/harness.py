@@ -1,17 +1,25 @@
-"""What tests of passes share: capture a module, run passes under the pipeline's own checks, compare text with a golden file."""
+"""What tests of passes share: capture a module, run passes under the pipeline's own checks, compare text with a golden file.
+
+A test of a small graph needs no model: `text_cases` gives the cases of a file in tests/golden/cases, each a program before and
+after its passes, as `mlir-opt` tests do.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from lissom.artifacts.program_text import parse_program
 from lissom.backends import FASTEST, find_backends
 from lissom.backends.base import Backend
 from lissom.backends.onnxruntime.backend import OnnxRuntime
+from lissom.bench.saved import make_inputs
+from lissom.compiler.ir.fake import symbol_facts
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, check_samples
 from lissom.compiler.pipeline.history import History, Step
@@ -110,3 +118,54 @@ def check_golden(name: str, text: str) -> None:
     if update_goldens:
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8"), f"{path.name} differs; if that is right, run with --update-goldens"
+
+
+@dataclass
+class TextCase:
+    """A block of a file in tests/golden/cases: a title, a pipeline, a program, and what the pipeline gives.
+
+    // title
+    // run: pipeline
+    program ...
+    // gives: summary of the last pass          or `// gives the same: summary`
+    program ...
+    // skipped NODE: reason                     for each place that the last pass skipped
+    """
+
+    file: Path
+    title: str
+    pipeline: str
+    before: str
+    given: str
+
+    def check(self) -> None:
+        """Parse the program, run the passes with random weights and inputs at two sizes, and compare the text."""
+        program = parse_program(self.before)
+        assert program.text() == self.before, "write the program as the printer does"
+        facts = symbol_facts(program.fake_mode, program.signature.dimensions)
+        example = make_inputs(program, {symbol: fact.hint or 1 for symbol, fact in facts.items()})
+        after, history = apply(self.pipeline, program, example)
+        found, step = after.text(), history.steps[-1]
+        given = f"// gives the same: {step.summary}\n" if found == self.before else f"// gives: {step.summary}\n{found}"
+        given += "".join(f"// skipped {skip.node}: {skip.reason}\n" for skip in step.skipped)
+        if update_goldens:
+            self._write(given)
+        else:
+            told = f"'{self.title}' in {self.file.name} differs; if that is right, run with --update-goldens"
+            assert given == self.given, told
+
+    def _write(self, given: str) -> None:
+        block = f"// {self.title}\n// run: {self.pipeline}\n{self.before}"
+        text = self.file.read_text(encoding="utf-8")
+        self.file.write_text(text.replace(block + self.given, block + given), encoding="utf-8")
+
+
+def text_cases(name: str) -> pytest.MarkDecorator:
+    """The cases of tests/golden/cases/NAME.txt as the parameter `text_case` of a test."""
+    path = GOLDEN / "cases" / f"{name}.txt"
+    blocks = [block.split("\n", 2) for block in path.read_text(encoding="utf-8").removeprefix("// ").split("\n\n// ")]
+    cases = []
+    for title, run, rest in blocks:
+        before, mark, given = rest.partition("// gives")
+        cases.append(TextCase(path, title, run.removeprefix("// run: "), before, (mark + given).rstrip("\n") + "\n"))
+    return pytest.mark.parametrize("text_case", cases, ids=[case.title for case in cases])

@@ -7,8 +7,8 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.passes.canonical.eliminate_dead_code import EliminateDeadCode
-from tests.models import captured, normal, seeded
-from tests.passes.harness import apply, aten, calls, capture_model, check_golden, rewrite
+from tests.models import normal, seeded
+from tests.passes.harness import TextCase, apply, aten, calls, capture_model, check_golden, rewrite, text_cases
 from tests.passes.models import compiled
 
 
@@ -54,32 +54,11 @@ def test_numbers() -> None:
         torch.testing.assert_close(program(x).double(), wanted, rtol=0, atol=1e-6)
 
 
-def test_counts_each_dead_node() -> None:
-    _, history = rewrite(EliminateDeadCode(), seeded(Unread), normal(2, 5, 4))
-    # linear, relu, sum, and the reads of the weight and the bias.
-    assert history.steps[1].rewritten == 5
-
-
 def test_a_weight_nothing_reads_leaves_the_program_and_stays_in_the_model() -> None:
     module = seeded(Unread)
     program, _ = rewrite(EliminateDeadCode(), module, normal(2, 5, 4))
     assert set(program.weights()) == {"read.weight", "read.bias"}
     assert module.unread.weight.shape == (4, 4)
-
-
-def test_an_input_nothing_reads_stays_in_the_signature() -> None:
-    class First(nn.Module):
-        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return x * 2
-
-    program, _ = rewrite(EliminateDeadCode(), First(), normal(2, 3), normal(2, 3))
-    assert len(program.placeholders) == 2
-
-
-def test_state_is_still_written() -> None:
-    found = captured("counter")
-    program, _ = apply(EliminateDeadCode(), found, [normal(3, 4)])
-    assert calls(program, aten.copy_.default) == 1
 
 
 def test_a_check_that_returns_nothing_stays() -> None:
@@ -95,6 +74,11 @@ def test_a_dead_random_number_goes() -> None:
     program, history = apply(EliminateDeadCode(), found.program, found.example)
     assert calls(program, aten.rand_like.default) == 0
     assert history.steps[1].rewritten == 1
+
+
+@text_cases("eliminate_dead_code")
+def test_text_cases(text_case: TextCase) -> None:
+    text_case.check()
 
 
 def test_composes() -> None:

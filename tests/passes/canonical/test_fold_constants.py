@@ -11,27 +11,11 @@ from torch import nn
 from lissom.backends.base import Backend
 from lissom.passes.canonical.fold_constants import FoldConstants
 from tests import captures
-from tests.models import captured, normal, seeded
-from tests.passes.harness import Calls, apply, aten, calls, check_golden, every_backend, rewrite
+from tests.models import normal, seeded
+from tests.passes.harness import Calls, TextCase, aten, check_golden, every_backend, rewrite, text_cases
 from tests.passes.models import tiny_deberta
 
 Function = Callable[..., object]
-
-VIEWS: dict[str, Function] = {
-    "transpose": lambda model, x: x @ model.w.transpose(0, 1),
-    "t": lambda model, x: x @ model.w.t(),
-    "mT": lambda model, x: x @ model.w.mT,
-    "permute": lambda model, x: x @ model.w.permute(1, 0),
-    "slice": lambda model, x: x @ model.w[:, :5],
-    "select": lambda model, x: x * model.w[0],
-    "unsqueeze": lambda model, x: x * model.w[0].unsqueeze(0),
-    "squeeze": lambda model, x: x * model.w[:1].squeeze(),
-    "reshape": lambda model, x: x @ model.w.reshape(4, 16)[:, :8].t(),
-    "flatten": lambda model, x: x @ model.w.unflatten(1, (4, 2)).flatten(1),
-    "expand": lambda model, x: x + model.w[0].expand(2, 5, 8),
-    "detach": lambda model, x: x @ model.w.detach(),
-    "chunk": lambda model, x: x @ model.w.chunk(2)[0].t(),
-}
 
 
 class GemmaNorm(nn.Module):
@@ -89,38 +73,11 @@ def test_a_table_of_position_biases_becomes_one_constant() -> None:
     assert torch.equal(next(iter(program.weights().values())), wanted)
 
 
-@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_a_view_of_one_weight_stays_shared(view: Function) -> None:
-    program, _ = rewrite(FoldConstants(), Calls(view, w=weight(8, 8)), normal(2, 5, 8))
-    assert set(program.weights()) == {"w"}
-
-
-def test_a_view_of_what_is_computed_is_folded() -> None:
-    program, _ = rewrite(FoldConstants(), Calls(lambda model, x: x @ (model.w * 2).t(), w=weight(8, 8)), normal(2, 5, 8))
-    assert [node.target for node in program.nodes()] == [aten.matmul.default]
-
-
 def test_a_cast_of_a_weight_is_folded() -> None:
     half = nn.Parameter(normal(8).half())
     program, _ = rewrite(FoldConstants(), Calls(lambda model, x: x * model.w.float(), w=half), normal(2, 5, 8))
     # Not `folded.to`: that name belongs to every module.
     assert torch.equal(program.weight("folded.to_1"), half.float())
-
-
-def test_what_depends_on_an_input_stays() -> None:
-    program, history = rewrite(FoldConstants(), Calls(lambda model, x: x * 2 + model.w, w=weight(8)), normal(2, 5, 8))
-    assert program.text() == history.texts[0]
-
-
-def test_what_depends_on_a_size_of_an_input_stays() -> None:
-    program, history = rewrite(FoldConstants(), Calls(lambda x: x + torch.arange(x.shape[1])[:, None]), normal(2, 5, 8))
-    assert program.text() == history.texts[0]
-
-
-def test_what_depends_on_state_stays() -> None:
-    found = captured("counter")
-    program, _ = apply(FoldConstants(), found, [normal(3, 4)])
-    assert program.text() == found.text()
 
 
 def test_random_numbers_stay() -> None:
@@ -134,19 +91,6 @@ def test_what_the_caller_is_given_stays() -> None:
     program, _ = rewrite(FoldConstants(), module, normal(2, 5, 8))
     program(normal(2, 5, 8))[1].zero_()
     assert torch.equal(program(normal(2, 5, 8))[1], torch.full((3,), 2.0))
-
-
-def test_a_large_constant_is_skipped_with_the_reason() -> None:
-    # 4 · 20,000 bytes from no weight at all; 65,536 are allowed.
-    program, history = rewrite(FoldConstants(), Calls(lambda x: x.sum() + torch.arange(20_000)), normal(2, 5, 8))
-    assert calls(program, aten.arange.default) == 1
-    (skip,) = history.steps[1].skipped
-    assert skip.reason == "the constant would be larger than the weights it is computed from"
-
-
-def test_a_constant_as_large_as_its_weights_is_folded() -> None:
-    program, _ = rewrite(FoldConstants(), Calls(lambda model, x: x.sum() + 2 * model.w, w=weight(20_000)), normal(2, 5, 8))
-    assert set(program.weights()) == {"folded.mul"}
 
 
 def test_trainable_stays_trainable() -> None:
@@ -177,6 +121,11 @@ def test_the_users_module_is_untouched() -> None:
     assert not hasattr(module, "folded")
 
 
+@text_cases("fold_constants")
+def test_text_cases(text_case: TextCase) -> None:
+    text_case.check()
+
+
 @every_backend
 def test_composes(backend: Backend) -> None:
     module = seeded(GemmaNorm)
@@ -184,37 +133,6 @@ def test_composes(backend: Backend) -> None:
     x = normal(3, 7, 8, seed=1)
     # One product the other way round: a rounding of 6e-8 on values below 10.
     torch.testing.assert_close(fast(x), module(x), rtol=1e-6, atol=1e-6)
-
-
-class SharedMatrix(nn.Module):
-    """A table and the input multiplied by one matrix, as DeBERTa projects relative positions by the matrix of queries."""
-
-    def __init__(self, own: bool) -> None:
-        super().__init__()
-        self.table = nn.Parameter(normal(6, 8))
-        self.project = nn.Linear(8, 8)
-        self.positions = nn.Linear(8, 8) if own else self.project
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.project(x) @ self.positions(self.table * 2).t()
-
-
-def test_a_product_with_a_matrix_of_another_layer_is_left_to_the_lowering() -> None:
-    program, _ = rewrite(FoldConstants(), seeded(lambda: SharedMatrix(own=False)), normal(2, 5, 8))
-    assert calls(program, aten.linear.default) == 2
-    lowered, _ = apply(FoldConstants(shared=True), program, [normal(2, 5, 8)])
-    assert calls(lowered, aten.linear.default) == 1
-
-
-def test_a_product_with_a_matrix_of_its_own_is_folded() -> None:
-    program, _ = rewrite(FoldConstants(), seeded(lambda: SharedMatrix(own=True)), normal(2, 5, 8))
-    assert calls(program, aten.linear.default) == 1
-
-
-def test_lowering_folds_products_alone() -> None:
-    module = Calls(lambda model, x: x * (model.w + 1), w=weight(8))
-    program, history = rewrite(FoldConstants(shared=True), module, normal(2, 5, 8))
-    assert program.text() == history.texts[0]
 
 
 @every_backend

@@ -7,32 +7,22 @@ import torch
 from torch import nn
 
 from lissom.backends.base import Backend
-from lissom.compiler.ir.editor import Editor
 from lissom.passes.canonical.merge_common_subexpressions import MergeCommonSubexpressions
 from tests import captures
 from tests.models import captured, normal, seeded
-from tests.passes.harness import Calls, apply, aten, calls, capture_model, check_golden, every_backend, rewrite
+from tests.passes.harness import (
+    Calls,
+    TextCase,
+    apply,
+    aten,
+    calls,
+    check_golden,
+    every_backend,
+    rewrite,
+    text_cases,
+)
 
 Function = Callable[..., object]
-
-EQUAL: dict[str, Function] = {
-    "arguments": lambda x: (x * 2).sin() + (x * 2).cos(),
-    "lists": lambda x: x.permute(0, 2, 1).sin() + x.permute([0, 2, 1]).cos(),
-    "keywords": lambda x: torch.add(x, x, alpha=2).sin() + torch.add(x, x, alpha=2).cos(),
-    "dtypes": lambda x: x.to(torch.float64).sin() + x.to(torch.float64).cos(),
-    "parts": lambda x: x.chunk(2, -1)[0].sin() + x.chunk(2, -1)[0].cos(),
-    "constants": lambda x: (x.sin() + torch.arange(8)) * (x.cos() + torch.arange(8)),
-}
-
-APART: dict[str, Function] = {
-    "numbers": lambda x: (x * 2).sin() + (x * 3).cos(),
-    "keywords": lambda x: torch.add(x, x, alpha=2).sin() + torch.add(x, x, alpha=3).cos(),
-    "dtypes": lambda x: x.to(torch.float64).sin() + x.to(torch.float16).cos(),
-    "parts": lambda x: torch.sub(*x.chunk(2, -1)),
-    "operators": lambda x: x.sin() + x.cos(),
-    "orders": lambda x: (x - x.sin()) * (x.sin() - x.cos()),
-    "signs of zero": lambda x: (x.abs() / torch.full((8,), 0.0)) + (x.square() / torch.full((8,), -0.0)),
-}
 
 
 class Repeats(nn.Module):
@@ -67,48 +57,6 @@ def test_numbers(batch: int, length: int) -> None:
     assert torch.equal(program(x, mask), module(x, mask))
 
 
-@pytest.mark.parametrize("function", EQUAL.values(), ids=EQUAL)
-def test_merges_calls_with_equal(function: Function) -> None:
-    program, history = rewrite(MergeCommonSubexpressions(), Calls(function), normal(2, 5, 8))
-    assert history.steps[1].rewritten > 0
-    keys = [(node.target, str(node.args), str(node.kwargs)) for node in program.nodes()]
-    assert len(keys) == len(set(keys))
-
-
-@pytest.mark.parametrize("function", APART.values(), ids=APART)
-def test_keeps_apart_calls_with_other(function: Function) -> None:
-    found = capture_model(Calls(function), normal(2, 5, 8))
-    before = {(node.target, str(node.args), str(node.kwargs)) for node in found.program.nodes()}
-    program, _ = apply(MergeCommonSubexpressions(), found.program, found.example)
-    after = [(node.target, str(node.args), str(node.kwargs)) for node in program.nodes()]
-    assert len(after) == len(before)
-
-
-def test_one_one_point_zero_and_true_stay_apart() -> None:
-    function = Calls(lambda x: (torch.full_like(x, 1), torch.full_like(x, 1.0), torch.full_like(x, True)))
-    program, _ = rewrite(MergeCommonSubexpressions(), function, normal(2, 5, 8))
-    assert calls(program, aten.full_like.default) == 3
-
-
-def test_equal_sizes_of_different_tensors_are_read_once() -> None:
-    module = Calls(lambda x, y: x.reshape(x.shape[0], -1) + y.reshape(x.shape[0], -1))
-    found = capture_model(module, normal(2, 5, 8), normal(2, 5, 8))
-    of_x = found.program.nodes(aten.sym_size.int)[0]
-    of_y = found.program.nodes(aten.reshape.default)[1]
-    edit = Editor(found.program, "test")
-    with edit.before(of_y):
-        read = edit.call(aten.sym_size.int, found.program.placeholders[1], 0)
-    edit.change_call(of_y, aten.reshape.default, of_y.args[0], [read, -1])
-    program, _ = apply(MergeCommonSubexpressions(), found.program, found.example)
-    assert [node.name for node in program.nodes(aten.sym_size.int)] == [of_x.name]
-
-
-def test_sizes_that_vary_apart_are_read_apart() -> None:
-    module = Calls(lambda x, y: x.new_ones(x.shape[1], y.shape[1]) + x.sum())
-    program, _ = rewrite(MergeCommonSubexpressions(), module, normal(2, 5), normal(3, 7))
-    assert calls(program, aten.sym_size.int) == 2
-
-
 def test_equal_constants_of_rank_0_are_one() -> None:
     def twice(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return (x == model.a) & (x == model.b) & (x == model.c) & (x == model.d)
@@ -132,6 +80,11 @@ def test_state_is_written_as_often_as_before() -> None:
     x = normal(3, 4)
     # The second call has counted three rows more; adding 3 twice rounds once more than adding 6, to 6e-8 of at most 10.
     torch.testing.assert_close(program(x) + 3, program(x), rtol=0, atol=2e-6)
+
+
+@text_cases("merge_common_subexpressions")
+def test_text_cases(text_case: TextCase) -> None:
+    text_case.check()
 
 
 @every_backend

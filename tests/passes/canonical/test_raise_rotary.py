@@ -13,10 +13,9 @@ from lissom.compiler.analysis.axes.axes import axes
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.program import Program
 from lissom.ops import fused_rotary
-from lissom.passes.canonical.raise_rotary import RaiseRotary
 from tests import captures
 from tests.models import normal, seeded, tiny_llama
-from tests.passes.harness import Calls, calls, check_golden, every_backend, rewrite
+from tests.passes.harness import Calls, TextCase, calls, check_golden, every_backend, rewrite, text_cases
 
 Function = Callable[..., torch.Tensor]
 
@@ -111,38 +110,6 @@ def test_numbers(name: str) -> None:
     torch.testing.assert_close(program(x).double(), wanted, rtol=0, atol=2e-6)
 
 
-REFUSALS: dict[str, Function] = {
-    "no minus": lambda x, cos, sin: x * cos + torch.cat((x[..., 4:], x[..., :4]), -1) * sin,
-    "unequal parts": lambda x, cos, sin: x * cos + torch.cat((-x[..., 3:], x[..., :3]), -1) * sin,
-    "halves exchanged as neighbours": lambda x, cos, sin: (
-        x * cos + torch.stack((-x[..., 4:], x[..., :4]), -1).flatten(-2) * sin
-    ),
-    "another value turned": lambda x, cos, sin: x * cos + rotate_half(x + 1) * sin,
-    "turned the other way": lambda x, cos, sin: x * cos + torch.cat((x[..., 4:], -x[..., :4]), -1) * sin,
-    "subtracted": lambda x, cos, sin: x * cos - rotate_half(x) * sin,
-}
-
-
-@pytest.mark.parametrize("function", REFUSALS.values(), ids=REFUSALS)
-def test_leaves_other_graphs_alone(function: Function) -> None:
-    cos, sin = tables(True, False)
-    program, history = rewrite(
-        RaiseRotary(), Calls(lambda model, x: function(x, model.cos, model.sin), cos=cos, sin=sin), normal(2, 3, TOKENS, WIDTH)
-    )
-    assert program.text() == history.texts[0]
-
-
-def test_unlike_halves_are_left_alone() -> None:
-    def wrong(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        a, b = x.chunk(2, -1)
-        return torch.cat((a * cos - b * sin, b * sin + a * cos), -1)
-
-    cos, sin = tables(False, False)
-    module = Calls(lambda model, x: wrong(x, model.cos, model.sin), cos=cos, sin=sin)
-    program, history = rewrite(RaiseRotary(), module, normal(2, 3, TOKENS, WIDTH))
-    assert program.text() == history.texts[0]
-
-
 class Turned(nn.Module):
     """Queries and keys as Llama turns them."""
 
@@ -171,6 +138,11 @@ def test_llama_stays_understood() -> None:
     found = program.fact(axes)
     up = next(node for node in program.nodes(torch.ops.aten.linear.default) if "up_proj" in str(node.args[1]))
     assert found.obstacle(found.axis(up, -1)) == ""
+
+
+@text_cases("raise_rotary")
+def test_text_cases(text_case: TextCase) -> None:
+    text_case.check()
 
 
 @every_backend

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from lissom.backends.base import Backend
-from lissom.passes.canonical.raise_softmax import RaiseSoftmax
 from tests import captures
 from tests.models import normal
-from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
+from tests.passes.harness import Calls, TextCase, aten, calls, check_golden, every_backend, rewrite, text_cases
 
 Function = Callable[..., torch.Tensor]
 
@@ -55,27 +54,9 @@ def test_rewrites() -> None:
     check_golden("raise_softmax", history.diff(2, 3))
 
 
-OTHERS: dict[str, Function] = {
-    "sum over another dimension": lambda x: x.exp() / x.exp().sum(1, keepdim=True).sum(-1, keepdim=True),
-    "sum of something else": lambda x: x.exp() / (x + 1).exp().sum(-1, keepdim=True),
-    "sum over two dimensions": lambda x: x.exp() / x.exp().sum((1, 2), keepdim=True),
-    "sum with an epsilon": lambda x: x.exp() / (x.exp().sum(-1, keepdim=True) + 1e-3),
-}
-
-
-@pytest.mark.parametrize("function", OTHERS.values(), ids=OTHERS)
-def test_leaves_other_graphs_alone(function: Function) -> None:
-    program, history = rewrite(RaiseSoftmax(), Calls(function), normal(2, 5, 8))
-    assert program.text() == history.texts[0]
-
-
-def test_a_shift_by_another_maximum_stays() -> None:
-    def shifted(x: torch.Tensor) -> torch.Tensor:
-        powers = torch.exp(x - x.amax(1, keepdim=True))
-        return powers / powers.sum(-1, keepdim=True)
-
-    program, _ = rewrite(PASSES, Calls(shifted), normal(2, 5, 8))
-    assert calls(program, aten.softmax.int) == calls(program, aten.amax.default) == 1
+@text_cases("raise_softmax")
+def test_text_cases(text_case: TextCase) -> None:
+    text_case.check()
 
 
 @every_backend

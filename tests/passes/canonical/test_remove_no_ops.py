@@ -14,61 +14,20 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
 from tests import captures
 from tests.models import normal, seeded
-from tests.passes.harness import Calls, apply, aten, calls, capture_model, check_golden, every_backend, rewrite
+from tests.passes.harness import (
+    Calls,
+    TextCase,
+    aten,
+    calls,
+    capture_model,
+    check_golden,
+    every_backend,
+    rewrite,
+    text_cases,
+)
 
 Function = Callable[..., object]
 
-NO_OPS: dict[str, Function] = {
-    "dropout outside training": lambda x: F.dropout(x, 0.5, training=False),
-    "dropout of nothing": lambda x: F.dropout(x, 0.0, training=True),
-    "feature dropout": lambda x: F.dropout1d(x, 0.5, training=False),
-    "alpha dropout": lambda x: F.alpha_dropout(x, 0.5, training=False),
-    "alias": lambda x: aten.alias(x),
-    "detach": lambda x: x.detach(),
-    "clone": lambda x: x.clone(),
-    "contiguous": lambda x: x.contiguous(),
-    "cast to its dtype": lambda x: x.to(torch.float32),
-    "cast to its dtype, copied": lambda x: x.to(torch.float32, copy=True),
-    "cast to its device": lambda x: x.to("cpu"),
-    "cast to its own type": lambda x: x.type_as(x),
-    "cast to the type of another": lambda x: x.to(torch.zeros(1)),
-    "expand to its sizes": lambda x: x.expand(-1, -1, 8),
-    "expand as itself": lambda x: x.expand_as(x),
-    "reshape to its sizes": lambda x: x.reshape(x.shape),
-    "view of its sizes": lambda x: x.view(x.shape[0], x.shape[1], 8),
-    "flatten of one dimension": lambda x: x.flatten(2),
-    "repeat once": lambda x: x.repeat(1, 1, 1),
-    "squeeze of a wide dimension": lambda x: x.squeeze(2),
-    "slice of everything": lambda x: x[:, 0:],
-    "slice to its size": lambda x: x[..., :8],
-    "add zero": lambda x: x + 0,
-    "add a zero of another kind": lambda x: x + 0.0,
-    "subtract zero": lambda x: x - 0,
-    "multiply by one": lambda x: 1 * x,
-    "divide by one": lambda x: x / 1.0,
-    "power of one": lambda x: x.pow(1),
-}
-
-NEAR_MISSES: dict[str, Function] = {
-    "cast to another dtype": lambda x: x.to(torch.float64),
-    "slice that cuts": lambda x: x[..., :7],
-    "slice with a step": lambda x: x[..., ::2],
-    "expand that broadcasts": lambda x: x[..., :1].expand(-1, -1, 8),
-    "repeat twice": lambda x: x.repeat(1, 1, 2),
-    "reshape to other sizes": lambda x: x.reshape(x.shape[0], -1),
-    "squeeze of a single dimension": lambda x: x[..., :1].squeeze(2),
-    "add one": lambda x: x + 1,
-    "subtract from zero": lambda x: 0 - x,
-    "divide by one, rounded": lambda x: x.div(1, rounding_mode="floor"),
-    "power of two": lambda x: x.pow(2),
-}
-
-INTEGER_NEAR_MISSES: dict[str, Function] = {
-    "add a floating zero": lambda x: x + 0.0,
-    "multiply by a floating one": lambda x: x * 1.0,
-    "divide by one": lambda x: x / 1,
-    "add zero to flags": lambda x: (x > 0) + 0,
-}
 
 COPIES_FOR_THE_CALLER: dict[str, Function] = {
     "clone": lambda x: x.clone(),
@@ -79,12 +38,6 @@ COPIES_FOR_THE_CALLER: dict[str, Function] = {
     "sum with zero": lambda x: x + 0,
     "product with one": lambda x: x * 1,
     "single repeat": lambda x: x.repeat(1, 1, 1),
-}
-
-LAYOUT_READERS: dict[str, Function] = {
-    "as_strided": lambda x: x.transpose(1, 2).contiguous().as_strided((8, 5), (5, 1)) * 2,
-    "view_as_complex": lambda x: torch.view_as_complex(x.reshape(2, 5, 2, 4).transpose(2, 3).contiguous()).abs(),
-    "view of another dtype": lambda x: x.transpose(1, 2).contiguous().view(torch.int32) + 1,
 }
 
 
@@ -126,26 +79,6 @@ def test_leaves_other_graphs_alone() -> None:
     assert history.steps[1].summary == "nothing to do"
 
 
-@pytest.mark.parametrize("no_op", NO_OPS.values(), ids=NO_OPS)
-def test_removes(no_op: Function) -> None:
-    program, _ = rewrite(RemoveNoOps(), Calls(lambda x: no_op(x * 2).sin()), normal(2, 5, 8))
-    assert [node.target for node in program.nodes()] == [aten.mul.Tensor, aten.sin.default]
-
-
-@pytest.mark.parametrize("near_miss", NEAR_MISSES.values(), ids=NEAR_MISSES)
-def test_keeps(near_miss: Function) -> None:
-    found = capture_model(Calls(lambda x: near_miss(x * 2).sin()), normal(2, 5, 8))
-    before = [node.target for node in found.program.nodes() if node.target is not aten._assert_tensor_metadata.default]
-    program, _ = apply(RemoveNoOps(), found.program, found.example)
-    assert [node.target for node in program.nodes()] == before
-
-
-@pytest.mark.parametrize("near_miss", INTEGER_NEAR_MISSES.values(), ids=INTEGER_NEAR_MISSES)
-def test_keeps_what_changes_the_dtype_of_integers(near_miss: Function) -> None:
-    program, history = rewrite(RemoveNoOps(), Calls(near_miss), torch.arange(10).reshape(2, 5))
-    assert program.text() == history.texts[0]
-
-
 def test_keeps_dropout_in_training() -> None:
     found = capture_model(seeded(Copying), normal(2, 5, 8))
     dropout = found.program.nodes(aten.dropout.default)[0]
@@ -173,23 +106,6 @@ def test_a_copy_of_state_keeps_what_it_was_before_the_write() -> None:
     program, _ = rewrite(RemoveNoOps(), Cache(), normal(2, 5, 8))
     assert calls(program, aten.clone.default) == 1
     assert torch.equal(program(normal(2, 5, 8)), torch.zeros(1, 8))
-
-
-@pytest.mark.parametrize("reader", LAYOUT_READERS.values(), ids=LAYOUT_READERS)
-def test_keeps_a_copy_whose_layout_is_read(reader: Function) -> None:
-    program, _ = rewrite(RemoveNoOps(), Calls(reader), normal(2, 5, 8))
-    assert calls(program, aten.contiguous.default) == 1
-
-
-def test_a_view_of_a_removed_copy_becomes_a_reshape() -> None:
-    module = Calls(lambda x: x.transpose(1, 2).contiguous().view(16, 5).sin())
-    program, _ = rewrite(RemoveNoOps(), module, normal(2, 5, 8), dynamic=False)
-    assert [node.target for node in program.nodes()] == [aten.transpose.int, aten.reshape.default, aten.sin.default]
-
-
-def test_a_cast_to_the_type_of_another_names_the_dtype() -> None:
-    program, _ = rewrite(RemoveNoOps(), Calls(lambda x, y: x.type_as(y) * 2), normal(2, 5, 8), normal(2, 5, 8).bfloat16())
-    assert [node.target for node in program.nodes()] == [aten.to.dtype, aten.mul.Tensor]
 
 
 def test_an_assignment_becomes_what_is_assigned_in_the_sizes_and_dtype_of_its_place() -> None:
@@ -220,6 +136,11 @@ def test_numbers(shape: tuple[int, ...]) -> None:
     heads = F.linear(x, module.linear.weight, module.linear.bias).unflatten(2, (2, 4)).permute(0, 2, 1, 3)
     # One linear layer is all that computes; the same kernel on the same values gives the same bits.
     assert torch.equal(program(x), heads.flatten(2))
+
+
+@text_cases("remove_no_ops")
+def test_text_cases(text_case: TextCase) -> None:
+    text_case.check()
 
 
 @every_backend

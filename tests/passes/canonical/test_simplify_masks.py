@@ -16,7 +16,7 @@ from lissom.passes.canonical.simplify_masks import SimplifyMasks
 from tests import captures
 from tests.decoders import decoder
 from tests.models import normal, tiny_bert
-from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
+from tests.passes.harness import Calls, TextCase, aten, calls, check_golden, every_backend, rewrite, text_cases
 
 Function = Callable[..., torch.Tensor]
 
@@ -42,16 +42,6 @@ INDEXED: dict[str, Function] = {
     "all of a matrix": scaled(lambda seen, rows, columns: seen[rows[:, None], columns]),
     "sizes of one between": scaled(lambda seen, rows, columns: seen[rows[:, None, None], columns[None, None]]),
 }
-OTHERS: dict[str, Function] = {
-    "a shifted index": scaled(lambda seen, rows, columns: seen[rows[:, None], (columns + 1) % 5]),
-    "a part": scaled(lambda seen, rows, _: seen[rows[:, None], torch.arange(3)]),
-    "one row": scaled(lambda seen, _, columns: seen[torch.arange(1)[:, None], columns]),
-    "turned": scaled(lambda seen, rows, columns: seen[rows[None, :], columns[:, None]]),
-    "every other": scaled(lambda seen, rows, _: seen[rows[:, None], torch.arange(0, 5, 2)]),
-    "a diagonal": scaled(lambda seen, rows, _: seen[rows, rows]),
-    "one dimension": scaled(lambda seen, rows, _: seen[rows]),
-    "a condition that does not hold": scaled(lambda seen, _, columns: (columns >= 1) & seen),
-}
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,12 +54,6 @@ def test_indexing_by_every_position_is_a_view(name: str) -> None:
     program, _ = rewrite(PASSES, module, *inputs(), dynamic=False)
     assert calls(program, aten.index.Tensor, aten.arange.default, aten.__and__.Tensor, aten.ge.Scalar) == 0
     assert torch.equal(program(*inputs()), module(*inputs()))  # pyright: ignore[reportArgumentType]
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_leaves_other_indexing_and_conditions_alone(name: str) -> None:
-    _, history = rewrite(PASSES, Calls(OTHERS[name]), *inputs(), dynamic=False)
-    assert history.steps[-1].rewritten == 0
 
 
 def indexed_by(rows: torch.Tensor, columns: torch.Tensor) -> Calls:
@@ -150,3 +134,8 @@ def test_a_bert_reads_its_mask_as_it_is(backend: Backend) -> None:
     assert (
         calls(captures.optimize(case.model, case.inputs).program, aten.index.Tensor, aten.ge.Scalar, aten.new_ones.default) == 0
     )
+
+
+@text_cases("simplify_masks")
+def test_text_cases(text_case: TextCase) -> None:
+    text_case.check()

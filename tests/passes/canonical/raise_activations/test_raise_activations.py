@@ -14,7 +14,7 @@ from lissom.compiler.ir.program import Program
 from lissom.passes.canonical.raise_activations.raise_activations import RaiseActivations
 from tests import captures
 from tests.models import normal, seeded
-from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
+from tests.passes.harness import Calls, TextCase, aten, calls, check_golden, every_backend, rewrite, text_cases
 
 Function = Callable[..., torch.Tensor]
 
@@ -37,17 +37,6 @@ SILU: dict[str, Function] = {
 MISH: dict[str, Function] = {
     "transformers": MishActivation()._mish_python,
     "log1p": lambda x: x * torch.tanh(torch.log1p(torch.exp(x))),
-}
-
-NOT_KNOWN: dict[str, Function] = {
-    "quick_gelu": ACT2FN["quick_gelu"],
-    "laplace": ACT2FN["laplace"],
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "x tanh": lambda x: x * torch.tanh(x),
-    "gelu without the half": lambda x: x * (1 + torch.erf(x / math.sqrt(2))),
-    "silu of whole numbers": lambda x: x * torch.sigmoid(x.to(torch.int64).to(x.dtype)),
-    "silu of two tensors": lambda x: x * torch.sigmoid(x.flip(-1)),
 }
 
 
@@ -144,47 +133,15 @@ def test_the_approximate_gelu_is_told_from_the_exact(function: Function) -> None
     assert approximation(program) == "tanh"
 
 
-@pytest.mark.parametrize("function", NOT_KNOWN.values(), ids=NOT_KNOWN)
-def test_leaves_alone(function: Function) -> None:
-    program, history = rewrite(RaiseActivations(), Calls(function), normal(2, 5, 8))
-    assert program.text() == history.texts[0]
-
-
 def test_a_pooler_keeps_its_tanh() -> None:
     module = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
     program, _ = rewrite(RaiseActivations(), module, normal(2, 5, 8))
     assert calls(program, aten.tanh.default) == 1
 
 
-@pytest.mark.parametrize("bound", [3.0, 10.0, 1000.0])
-def test_a_clamp_behind_a_gelu_stays(bound: float) -> None:
-    program, _ = rewrite(RaiseActivations(), Calls(lambda x: ACT2FN["gelu_python"](x).clamp(-bound, bound)), normal(2, 5, 8))
-    assert [node.target for node in program.nodes()] == [aten.gelu.default, aten.clamp.default]
-
-
-def test_the_factor_of_a_gate_stays() -> None:
-    program, _ = rewrite(RaiseActivations(), Calls(lambda x, y: x * torch.sigmoid(x) * y), normal(2, 5, 8), normal(2, 5, 8))
-    assert [node.target for node in program.nodes()] == [aten.silu.default, aten.mul.Tensor]
-
-
-def test_a_scaled_argument_stays_outside() -> None:
-    program, _ = rewrite(RaiseActivations(), Calls(lambda x: ACT2FN["gelu_new"](x * 2)), normal(2, 5, 8))
-    assert [node.target for node in program.nodes()] == [aten.mul.Tensor, aten.gelu.default]
-
-
-def test_what_else_reads_a_part_keeps_it() -> None:
-    def gated(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate = torch.sigmoid(x)
-        return x * gate, gate
-
-    program, _ = rewrite(RaiseActivations(), Calls(gated), normal(2, 5, 8))
-    assert calls(program, aten.silu.default) == calls(program, aten.sigmoid.default) == 1
-
-
-def test_casts_around_the_parts_go_with_them() -> None:
-    module = Calls(lambda x: ACT2FN["gelu_python"](x.float()).to(x.dtype))
-    program, _ = rewrite("remove-no-ops,raise-activations", module, normal(2, 5, 8).bfloat16())
-    assert [node.target for node in program.nodes()] == [aten.gelu.default]
+@text_cases("raise_activations")
+def test_text_cases(text_case: TextCase) -> None:
+    text_case.check()
 
 
 @every_backend

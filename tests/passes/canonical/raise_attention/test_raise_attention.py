@@ -272,12 +272,6 @@ def test_softmax_in_float32_inside_a_bfloat16_model(mask_dtype: torch.dtype) -> 
     torch.testing.assert_close(program(q, k, v).double(), attention(q, k, v, 0.5, mask), rtol=0, atol=1e-2)
 
 
-def test_the_scale_is_a_number_of_the_attention() -> None:
-    program, _ = rewrite(PASSES, Calls(lambda q, k, v: plain(q * 0.5, k, v)), *tensors())
-    (found,) = program.nodes(aten.scaled_dot_product_attention.default)
-    assert found.kwargs == {"scale": 0.5}
-
-
 def test_latent_queries_serve_every_row() -> None:
     q, k, v = tensors()
     module = Calls(lambda model, k, v: plain(model.q, k, v), q=nn.Parameter(q[:1]))
