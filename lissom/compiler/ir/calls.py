@@ -75,12 +75,14 @@ class Matmul(Call):
 
 
 class AddedProduct(Call):
-    """b + x y."""
+    """beta · b + alpha · x y."""
 
     targets = families.MATMULS_WITH_BIAS
     bias = Operand[fx.Node]("self")
     x = Operand[fx.Node]("mat1", "batch1")
     y = Operand[fx.Node]("mat2", "batch2")
+    alpha = Operand[float]("alpha")
+    beta = Operand[float]("beta")
 
 
 class GroupedProduct(Call):
@@ -215,6 +217,14 @@ class Unsqueeze(Call):
     dim = Operand[int]("dim")
 
 
+class Split(Call):
+    """The pieces of a dimension, or its indices one by one."""
+
+    targets = (*families.SPLITS, aten.unbind.int)
+    x = Operand[fx.Node]("self")
+    dim = Operand[int]("dim")
+
+
 class Cat(Call):
     """Tensors joined along a dimension."""
 
@@ -312,6 +322,14 @@ class Binary(Call):
     )
     left = Operand[fx.Node]("self")
     right = Operand[fx.Node | float]("other")
+
+
+class Copy(Call):
+    """Values assigned to a tensor, in its sizes and dtype."""
+
+    targets = (aten.copy.default, aten.copy_.default)
+    x = Operand[fx.Node]("self")
+    source = Operand[fx.Node]("src")
 
 
 class Item:
