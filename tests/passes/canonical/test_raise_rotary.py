@@ -143,6 +143,17 @@ def test_unlike_halves_are_left_alone() -> None:
     assert program.text() == history.texts[0]
 
 
+def test_halves_times_a_number_are_left_alone() -> None:
+    def plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat((a * 2.0 - b * sin, b * 2.0 + a * sin), -1)
+
+    cos, sin = tables(False, False)
+    module = Calls(lambda model, x: plain(x, model.cos, model.sin), cos=cos, sin=sin)
+    program, history = rewrite(RaiseRotary(), module, normal(2, 3, TOKENS, WIDTH))
+    assert program.text() == history.texts[0]
+
+
 class Turned(nn.Module):
     """Queries and keys as Llama turns them."""
 
