@@ -76,12 +76,14 @@ class Matmul(Call):
 
 
 class AddedProduct(Call):
-    """b + x y."""
+    """beta · b + alpha · x y."""
 
     targets = families.MATMULS_WITH_BIAS
     bias = Operand[fx.Node]("self")
     x = Operand[fx.Node]("mat1", "batch1")
     y = Operand[fx.Node]("mat2", "batch2")
+    alpha = Operand[float]("alpha")
+    beta = Operand[float]("beta")
 
 
 class GroupedProduct(Call):
@@ -213,6 +215,14 @@ class Unsqueeze(Call):
     """A new dimension of size 1."""
 
     targets = (aten.unsqueeze.default,)
+    x = Operand[fx.Node]("self")
+    dim = Operand[int]("dim")
+
+
+class Split(Call):
+    """The pieces of a dimension, or its indices one by one."""
+
+    targets = (*families.SPLITS, aten.unbind.int)
     x = Operand[fx.Node]("self")
     dim = Operand[int]("dim")
 
@@ -389,13 +399,6 @@ class Sized(Call):
     sizes = Operand[Sequence[Size | fx.Node]]("shape", "size", "sizes")
 
 
-class Split(Call):
-    """Pieces of a dimension."""
-
-    targets = families.SPLITS
-    dim = Operand[int]("dim")
-
-
 class TopK(Call):
     """The largest or smallest elements of a dimension."""
 
@@ -424,6 +427,14 @@ class WeightedLayer(Call):
 
     targets = (aten.linear.default, *families.GROUPED_PRODUCTS, *families.CONVOLUTIONS, *families.QUANTIZED_LINEARS)
     weight = Operand[fx.Node]("weight")
+
+
+class Copy(Call):
+    """Values assigned to a tensor, in its sizes and dtype."""
+
+    targets = (aten.copy.default, aten.copy_.default)
+    x = Operand[fx.Node]("self")
+    source = Operand[fx.Node]("src")
 
 
 class Item:

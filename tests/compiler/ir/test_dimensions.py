@@ -98,7 +98,8 @@ def test_a_dimension_may_be_missing_at_the_end() -> None:
         "%call: (f32[2, 3, 4, 6], f32[2, 4, 5, 6]) = "
         "lissom.gated_delta_rule(%q, %k, %v, %decay, %beta, scale=0.5, normalizes=True)"
     )
-    text = f"program Call({inputs}) {{\n  {line}\n  %values: f32[2, 3, 4, 6] = operator.getitem(%call, 0)\n  return [%values]\n}}\n"
+    values = "%values: f32[2, 3, 4, 6] = operator.getitem(%call, 0)"
+    text = f"program Call({inputs}) {{\n  {line}\n  {values}\n  return [%values]\n}}\n"
     node = parse_program(text).nodes()[0]
     found = named(node)
     assert found is not None

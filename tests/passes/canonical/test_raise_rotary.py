@@ -110,6 +110,17 @@ def test_numbers(name: str) -> None:
     torch.testing.assert_close(program(x).double(), wanted, rtol=0, atol=2e-6)
 
 
+def test_halves_times_a_number_are_left_alone() -> None:
+    def plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat((a * 2.0 - b * sin, b * 2.0 + a * sin), -1)
+
+    cos, sin = tables(False, False)
+    module = Calls(lambda model, x: plain(x, model.cos, model.sin), cos=cos, sin=sin)
+    program, history = rewrite("raise-rotary", module, normal(2, 3, TOKENS, WIDTH))
+    assert program.text() == history.texts[0]
+
+
 class Turned(nn.Module):
     """Queries and keys as Llama turns them."""
 
