@@ -8,7 +8,7 @@ from torch import fx
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Cast
 from lissom.compiler.ir.match import is_handed_out, memory_of, views_of
-from lissom.compiler.ir.operators import READ_LAYOUT
+from lissom.compiler.ir.operators import MEMORY_VIEWS, READ_LAYOUT
 from lissom.compiler.ir.program import Program
 
 aten = torch.ops.aten
@@ -26,7 +26,7 @@ _HOLDS = {
     torch.int32: {torch.float64, torch.int64},
 }
 """For each dtype, the dtypes that can represent all its values."""
-_READ_LAYOUT = {*READ_LAYOUT, aten.view.default, aten._unsafe_view.default}
+_READ_LAYOUT = (*READ_LAYOUT, *MEMORY_VIEWS)
 
 
 def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:

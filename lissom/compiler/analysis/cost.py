@@ -23,7 +23,7 @@ from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import IndexCopy
 from lissom.compiler.ir.match import is_view
-from lissom.compiler.ir.operators import DROPOUTS
+from lissom.compiler.ir.operators import DROPOUTS, LOOKUPS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import Size, are_fixed, size_of, substitute
 from lissom.errors import UnsupportedError, nearest
@@ -31,9 +31,6 @@ from lissom.errors import UnsupportedError, nearest
 aten = torch.ops.aten
 
 ReadSize = Callable[["int | torch.SymInt"], Size]
-
-_LOOKUPS = {aten.embedding.default, aten.gather.default, aten.index_select.default, aten.index.Tensor, aten.take.default}
-"""Operators that read only the elements of their first argument that they return."""
 
 
 _ANSWERS: WeakKeyDictionary[FakeTensorMode, dict[object, bool]] = WeakKeyDictionary()
@@ -217,7 +214,7 @@ def _memory(value: object) -> int:
 
 def _read_bytes(node: fx.Node, written: Size, read_size: ReadSize) -> Size:
     inputs = [item for item in node.all_input_nodes if nodes.is_tensor(item)]
-    if node.target in _LOOKUPS:
+    if node.target in LOOKUPS:
         return _sum([written, *(_bytes(item, read_size) for item in inputs if item is not nodes.operand(node))])
     name = getattr(node.target, "__name__", "")
     if name.partition(".")[0].endswith("_like") or name.startswith("new_"):

@@ -141,7 +141,7 @@ def _fake_quantize_dynamic(node: fx.Node, dim: int) -> Sources | None:
 RULES: dict[object, Rule] = rule_table(
     (_fake_quantize, [fake_quantize]),
     (_fake_quantize_dynamic, [fake_quantize_dynamic]),
-    (_joined, [*ops.CONCATENATIONS, aten.stack.default]),
+    (_joined, ops.JOINS),
     (lambda node, dim: {2: 0} if dim == dim_of(node, len(shape_of(node))) else {0: dim}, [aten.index_select.default]),
     (lambda node, dim: {0: 0} if dim == 0 else None, ops.CONVOLUTIONS),
 )

@@ -12,17 +12,10 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Gather, Item
-from lissom.compiler.ir.operators import CASTS, DROPOUTS, reduced_dims
+from lissom.compiler.ir.operators import CASTS, MAY_GIVE_BACK, reduced_dims
 from lissom.compiler.ir.program import Program
 
 aten = torch.ops.aten
-
-# These may return their argument, though their schemas promise a new tensor.
-_MAY_GIVE_BACK = (
-    *(*DROPOUTS, aten.type_as.default, aten.sum_to_size.default, aten.conj_physical.default),
-    *(aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default),
-    *(aten.atleast_1d.default, aten.atleast_2d.default, aten.atleast_3d.default),
-)
 
 
 def strip_casts(node: fx.Node) -> fx.Node:
@@ -53,7 +46,7 @@ def computed_from(starts: Iterable[object], through: Callable[[fx.Node], bool] =
 
 def is_view(node: fx.Node) -> bool:
     """True when the result may be in the memory of the first argument."""
-    if nodes.is_call(node, operator.getitem, *_MAY_GIVE_BACK):
+    if nodes.is_call(node, operator.getitem, *MAY_GIVE_BACK):
         return True
     schema = getattr(node.target, "_schema", None)
     aliases = [found.alias_info for found in schema.returns] if schema is not None else []

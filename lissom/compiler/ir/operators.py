@@ -23,7 +23,9 @@ Rule = TypeVar("Rule")
 
 CASTS = (aten.to.dtype, aten._to_copy.default)
 """Change the dtype."""
-CONVERSIONS = (*CASTS, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default)
+CASTS_LIKE = (aten.to.other, aten.type_as.default)
+"""Take the dtype of a second tensor."""
+CONVERSIONS = (*CASTS, aten.to.device, aten.to.dtype_layout, *CASTS_LIKE)
 """Change the dtype, the device or the layout."""
 COPIES = (aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default)
 ALIASES = (aten.alias.default, aten.detach.default)
@@ -34,7 +36,9 @@ IDENTITIES = (*COPIES, *ALIASES, *DROPOUTS)
 
 # Views: operators that move values, and compute nothing
 
-SIZED_RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+MEMORY_VIEWS = (aten.view.default, aten._unsafe_view.default)
+"""Reshapes that never copy."""
+SIZED_RESHAPES = (aten.reshape.default, *MEMORY_VIEWS)
 """Reshapes whose second argument lists the sizes of the whole result."""
 RESHAPES = (*SIZED_RESHAPES, aten.flatten.using_ints, aten.unflatten.int)
 RESHAPES_AS = (aten.reshape_as.default, aten.view_as.default)
@@ -66,8 +70,34 @@ PARTS = (aten.slice.Tensor, aten.select.int)
 """Some of the indices of one dimension."""
 SAME_VALUES = (*RESHAPES, *PERMUTATIONS, *INSERTED_OR_GONE)
 """Views that keep each value once."""
+REORDERED = (aten.flip.default, aten.roll.default)
+"""The indices of dimensions in another order."""
 SEVERAL = (*SPLITS, aten.unbind.int)
 """Take a tensor apart."""
+
+MOVES = {
+    *(*RESHAPES, *EXPANDS, aten.expand_as.default, *REPEATS, *INSERTED_OR_GONE, *PARTS, aten.index_select.default, *SEVERAL),
+}
+"""Only move values, to places that the axes tell; permutations, whose places their dimensions tell, are not among them."""
+SHAPES = {
+    *(*SAME_VALUES, *EXPANDS, aten.repeat_interleave.self_int, *PARTS, *SEVERAL),
+    *(*CASTS, *IDENTITIES),
+}
+"""Allowed between the parts of a layer besides element-wise operators: views, casts, copies, dropout."""
+GATHERS = (aten.gather.default, aten.take_along_dim.default)
+LOOKUPS = (aten.gather.default, aten.embedding.default, aten.index_select.default, aten.index.Tensor, aten.take.default)
+"""Read only those elements of a tensor that indices name."""
+MAY_GIVE_BACK = (
+    *(*DROPOUTS, aten.type_as.default, aten.sum_to_size.default, aten.conj_physical.default),
+    *(aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default),
+    *(aten.atleast_1d.default, aten.atleast_2d.default, aten.atleast_3d.default),
+)
+"""May return their argument, though their schemas promise a new tensor."""
+ASSERTIONS = (
+    *(aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_scalar.default),
+    *(aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default),
+)
+"""Compute nothing, and raise where something does not hold."""
 
 SIZES_AT: dict[object, int] = {
     **dict.fromkeys((*SIZED_RESHAPES, *EXPANDS), 1),
@@ -97,6 +127,10 @@ RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 
 # Element-wise operators
 
+ADD = (aten.add.Tensor, aten.add.Scalar)
+SUBTRACT = (aten.sub.Tensor, aten.sub.Scalar)
+MULTIPLY = (aten.mul.Tensor, aten.mul.Scalar)
+DIVIDE = (aten.div.Tensor, aten.div.Scalar)
 AND = (aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
 OR = (aten.__or__.Tensor, aten.logical_or.default, aten.bitwise_or.Tensor)
 NOT = (aten.logical_not.default, aten.bitwise_not.default)
@@ -114,6 +148,17 @@ _NO_ACTIVATIONS = {
     *(aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge, aten.isin, aten.isclose),
 }
 """Arithmetic, choices and comparisons, in any overload."""
+KEEPS_ZERO = {
+    *(aten.relu, aten.relu6, aten.leaky_relu, aten.elu, aten.selu, aten.gelu, aten.silu, aten.mish, aten.hardswish, aten.tanh),
+    *(aten.neg, aten.abs, aten.sign, aten.sqrt, aten.square, aten.sin, aten.asinh, aten.atan, aten.expm1, aten.log1p, aten.erf),
+    *(item.overloadpacket for item in (*IDENTITIES, *CONVERSIONS)),
+}
+"""Element-wise functions, in any overload, with f(0) = 0."""
+ZERO_OF_ZEROS = {
+    *(aten.index, aten.gather, aten.take_along_dim, aten.flip, aten.roll),
+    *(aten.sum, aten.mean, aten.amax, aten.cumsum, aten.avg_pool1d, aten.avg_pool2d),
+}
+"""Operators, in any overload, that return zeros when their whole argument is zero."""
 
 # Reductions, and operators over one dimension
 
@@ -128,6 +173,8 @@ REDUCTIONS = (
 """Reductions other than sums."""
 REDUCTIONS_WITH_INDICES = (aten.max.dim, aten.min.dim)
 """Reductions that return values and indices."""
+BEST = (aten.argmax.default, aten.max.dim)
+"""Reductions to the index of the largest value."""
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
 CUMULATIVE = (aten.cumsum.default, aten.cumprod.default)
@@ -136,7 +183,8 @@ SORTS = (aten.topk.default, aten.sort.default)
 
 # Layers
 
-MATMULS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
+BATCHED_MATMULS = (aten.matmul.default, aten.bmm.default)
+MATMULS = (*BATCHED_MATMULS, aten.mm.default)
 MATMULS_WITH_BIAS = (aten.addmm.default, aten.baddbmm.default)
 LINEAR_PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
 """Operators that a linear layer may be, apart from convolutions."""
@@ -148,6 +196,10 @@ RECURRENCES = (ops.gated_delta_rule, ops.selective_scan)
 """Layers that run through the tokens in order, with a state."""
 GROUPED_PRODUCTS = (grouped_product,)
 """Products of rows with the matrix of their group, out of a stack [groups, in_features, out_features]."""
+INTEGER_PRODUCTS = (aten._int_mm.default, aten._scaled_mm.default)
+"""PyTorch's products of quantized matrices."""
+PACKED_PRODUCTS = (aten._weight_int4pack_mm.default, aten._weight_int8pack_mm.default)
+"""PyTorch's products with a quantized weight."""
 INT8_LINEARS = (ops.quantized_linear, ops.quantized_linear_grouped, ops.quantized_linear_norm)
 """Kernels of linear layers that quantize their input."""
 WEIGHT_ONLY_LINEARS = (ops.weight_quantized_linear, ops.weight_quantized_linear_grouped, ops.weight_quantized_linear_norm)

@@ -19,12 +19,12 @@ from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis, sizes_of
 from lissom.compiler.analysis.axes.columns import feature_dim
 from lissom.compiler.analysis.structure.attention import AttentionSite
-from lissom.compiler.analysis.structure.linear import SHAPES, input_of, is_linear, is_quantizer, residual_of, weight_of
+from lissom.compiler.analysis.structure.linear import input_of, is_linear, is_quantizer, residual_of, weight_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Attention, Embedding, GroupedProduct
 from lissom.compiler.ir.match import computed_from
-from lissom.compiler.ir.operators import is_pointwise
+from lissom.compiler.ir.operators import SHAPES, is_pointwise
 from lissom.compiler.ir.placement import Span, Spans
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import Size, fixed

@@ -27,14 +27,14 @@ from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.base import Value
 from lissom.compiler.analysis.axes.columns import unit_of
 from lissom.compiler.analysis.module_filter import obstacle_by_name
-from lissom.compiler.analysis.structure.linear import SHAPES, bias_of, input_of, is_linear
+from lissom.compiler.analysis.structure.linear import bias_of, input_of, is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, matrices_of, matrix_of, readers_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Attention, Binary, Index
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_own_weight
-from lissom.compiler.ir.operators import LAYER_NORMS
+from lissom.compiler.ir.operators import LAYER_NORMS, SHAPES
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import fixed
 

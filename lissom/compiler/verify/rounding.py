@@ -23,7 +23,7 @@ from torch.fx.node import map_aggregate
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Binary, Cast
 from lissom.compiler.ir.interpreter import REFUSALS, call
-from lissom.compiler.ir.operators import FAKE_QUANTIZES, INT8_LINEARS
+from lissom.compiler.ir.operators import FAKE_QUANTIZES, INT8_LINEARS, INTEGER_PRODUCTS
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import (
@@ -72,9 +72,7 @@ _WIDER = {
 """The error of two correct programs' outputs when both run in a wider dtype."""
 _ERASED = 2e-3
 """The error of two correct programs' outputs in float32 if -1e4 is added to scores: that rounds them to thousandths."""
-_PRODUCTS = {aten._int_mm.default, aten._scaled_mm.default}
-"""Products whose first factor is quantized by operators before it, as `lower-quantized-products` writes them."""
-_ROUNDING = {*FAKE_QUANTIZES, *INT8_LINEARS, *_PRODUCTS}
+_ROUNDING = {*FAKE_QUANTIZES, *INT8_LINEARS, *INTEGER_PRODUCTS}
 
 
 def rounds_values(program: Program) -> bool:
@@ -118,7 +116,7 @@ def rounding_loss(program: Program, samples: Sequence[Sample], outputs: Sequence
         if _rounds(node, FAKE_QUANTIZES):
             node.replace_all_uses_with(nodes.operand(node))
             plain.graph.erase_node(node)
-        elif node.target in _PRODUCTS:
+        elif node.target in INTEGER_PRODUCTS:
             _multiply_floats(plain.graph, node)
     return compare(run_samples(plain, samples), outputs).relative_error
 

@@ -46,13 +46,6 @@ EVERYWHERE = Zero(whole=True)
 Zeros = Mapping[fx.Node, Zero]
 _Rule = Callable[[fx.Node, "_Known"], Zero]
 
-_KEEPING = {
-    *(aten.relu, aten.relu6, aten.leaky_relu, aten.elu, aten.selu, aten.gelu, aten.silu, aten.mish, aten.hardswish, aten.tanh),
-    *(aten.neg, aten.abs, aten.sign, aten.sqrt, aten.square, aten.sin, aten.asinh, aten.atan, aten.expm1, aten.log1p, aten.erf),
-    *(item.overloadpacket for item in (*ops.IDENTITIES, *ops.CONVERSIONS)),
-}
-"""Element-wise functions, in any overload, with f(0) = 0."""
-
 
 @dataclass
 class _Known:
@@ -117,7 +110,7 @@ def _settled(found: Zero) -> Zero:
 
 def _rule(node: fx.Node) -> _Rule:
     called = packet_of(node)
-    if called in _KEEPING:
+    if called in ops.KEEPS_ZERO:
         return _same
     return _RULES.get(node.target) or _RULES.get(called, _moved if declaration(node) is None else _by_name)
 
@@ -219,7 +212,7 @@ def _joined(node: fx.Node, known: _Known) -> Zero:
 def _moved(node: fx.Node, known: _Known) -> Zero:
     """For an operator that only moves values, the zeros of an axis move with the axis."""
     if not _moves(node):
-        return Zero(whole=packet_of(node) in _OF_ZEROS_ZERO and known.of(node.args[0]).whole)
+        return Zero(whole=packet_of(node) in ops.ZERO_OF_ZEROS and known.of(node.args[0]).whole)
     source = cast(fx.Node, node.args[0])
     if node.target is operator.getitem:
         source = cast(fx.Node, source.args[0])
@@ -259,19 +252,9 @@ def _moves(node: fx.Node) -> bool:
     """True for operators that only move values, and for items of their results."""
     if node.target is operator.getitem:
         return _moves(cast(fx.Node, node.args[0]))
-    return node.target in _MOVES
+    return node.target in ops.MOVES
 
 
-_MOVES = {
-    *(*ops.RESHAPES, *ops.EXPANDS, aten.expand_as.default, *ops.REPEATS, aten.unsqueeze.default, *ops.SQUEEZES),
-    *(aten.slice.Tensor, aten.select.int, aten.index_select.default, *ops.SPLITS, aten.unbind.int),
-}
-"""Operators that only move values, and whose axes give the new places."""
-_OF_ZEROS_ZERO = {
-    *(aten.index, aten.gather, aten.take_along_dim, aten.flip, aten.roll),
-    *(aten.sum, aten.mean, aten.amax, aten.cumsum, aten.avg_pool1d, aten.avg_pool2d),
-}
-"""Operators, in any overload, that return zeros when their whole argument is zero."""
 _RULES: dict[object, _Rule] = {
     aten.mul: partial(_combined, items=slice(2), join=torch.logical_or),
     aten.div: partial(_combined, items=slice(1)),

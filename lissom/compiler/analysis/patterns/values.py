@@ -30,7 +30,7 @@ Kind = TypeVar("Kind", Count, Seen)
 _INTEGERS = (torch.int32, torch.int64)
 _END = float("inf")
 _TO = (*ops.CONVERSIONS, *ops.IDENTITIES)
-_VIEWS = {*ops.EXPANDS, *ops.TRANSPOSES, aten.permute.default, aten.unsqueeze.default, *ops.SQUEEZES, *ops.RESHAPES, *_TO}
+_VIEWS = {*ops.EXPANDS, *ops.SAME_VALUES, *_TO}
 _BOUNDS: Mapping[object, tuple[float, float]] = {
     aten.le: (-_END, 0),
     aten.lt: (-_END, -1),

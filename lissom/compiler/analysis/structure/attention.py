@@ -8,7 +8,6 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.structure.linear import (
-    SHAPES,
     as_int,
     features,
     input_of,
@@ -23,7 +22,7 @@ from lissom.compiler.analysis.structure.operands import softcap_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Attention, Repeat, RepeatInterleave
 from lissom.compiler.ir.match import computed_from
-from lissom.compiler.ir.operators import NORMS, is_pointwise
+from lissom.compiler.ir.operators import NORMS, SHAPES, is_pointwise
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import fixed
 

@@ -15,9 +15,9 @@ from torch import fx
 
 from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite
-from lissom.compiler.analysis.structure.linear import SHAPES, input_of, is_linear, is_quantizer, last_factor, residual_of
+from lissom.compiler.analysis.structure.linear import input_of, is_linear, is_quantizer, last_factor, residual_of
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.operators import NORMS, is_pointwise
+from lissom.compiler.ir.operators import NORMS, SHAPES, is_pointwise
 
 aten = torch.ops.aten
 

@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.structure.linear import (
-    SHAPES,
     features,
     first_factor,
     input_of,
@@ -22,7 +21,7 @@ from lissom.compiler.analysis.structure.linear import (
 )
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Convolution, TopK
-from lissom.compiler.ir.operators import NORMS, is_activation, is_pointwise
+from lissom.compiler.ir.operators import NORMS, SHAPES, is_activation, is_pointwise
 from lissom.compiler.ir.types import ScalarType, TensorType, fixed
 
 aten = torch.ops.aten

@@ -14,17 +14,8 @@ from lissom.compiler.ir.match import computed_from
 
 aten = torch.ops.aten
 
-_WEIGHT_VIEWS = (
-    *(*ops.TRANSPOSES, aten.permute.default, *ops.RESHAPES, *ops.CASTS),
-    *(operator.getitem, *ops.SPLITS, aten.slice.Tensor, aten.select.int),
-)
+_WEIGHT_VIEWS = (*ops.PERMUTATIONS, *ops.RESHAPES, *ops.CASTS, operator.getitem, *ops.SPLITS, *ops.PARTS)
 """Operators allowed between a weight and the linear layer that reads it."""
-SHAPES = {
-    *(*ops.RESHAPES, *ops.TRANSPOSES, aten.permute.default, aten.unsqueeze.default, *ops.SQUEEZES, *ops.EXPANDS),
-    *(aten.repeat_interleave.self_int, aten.slice.Tensor, aten.select.int, *ops.SPLITS, aten.unbind.int),
-    *(*ops.CASTS, *ops.IDENTITIES),
-}
-"""Operators allowed between the parts of a layer besides element-wise ones: views, casts, copies, dropout."""
 
 _FAR = 12
 """The most operators between a layer and its residual add."""
@@ -97,7 +88,7 @@ def producers(start: object) -> tuple[fx.Node, ...]:
 
 def source(node: fx.Node) -> fx.Node:
     """A value before views, casts and norms, so that two layers with the same input can be recognized."""
-    while nodes.is_call(node, *SHAPES, *ops.NORMS) and node.all_input_nodes:
+    while nodes.is_call(node, *ops.SHAPES, *ops.NORMS) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 
@@ -142,7 +133,7 @@ def residual_of(last: fx.Node) -> fx.Node | None:
         if nodes.is_call(user, aten.add.Tensor) and nodes.is_tensor(Binary(user).right):
             ranks = {nodes.tensor_type(item).rank for item in (Binary(user).left, Binary(user).right, user)}
             return user if len(ranks) == 1 else None
-        if not (user.target in SHAPES or user.target in ops.NORMS or ops.is_pointwise(user) or is_quantizer(user)):
+        if not (user.target in ops.SHAPES or user.target in ops.NORMS or ops.is_pointwise(user) or is_quantizer(user)):
             return None
         node = user
     return None

@@ -16,10 +16,10 @@ from torch import fx
 from lissom.compiler.analysis.structure.attention import AttentionSite, attention_site
 from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite, MixtureSite, feed_forward_site, mixture_site
 from lissom.compiler.analysis.structure.layers import in_order, layers_of
-from lissom.compiler.analysis.structure.linear import SHAPES, as_int, is_attention, is_linear, weight_of
+from lissom.compiler.analysis.structure.linear import as_int, is_attention, is_linear, weight_of
 from lissom.compiler.ir import calls
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.operators import CONVOLUTIONS, NORMS, is_activation
+from lissom.compiler.ir.operators import CONVOLUTIONS, NORMS, SHAPES, is_activation
 from lissom.compiler.ir.program import Program
 
 aten = torch.ops.aten

@@ -16,10 +16,10 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import TopK
 from lissom.compiler.ir.collectives import ALL_GATHER, GROUP, WAIT
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.operators import LAYER_NORMS, LOG_SOFTMAX, SOFTMAX
+from lissom.compiler.ir.operators import BEST, GATHERS, LAYER_NORMS, LOG_SOFTMAX, SOFTMAX
 from lissom.compiler.ir.placement import Span, Spans, indices_of
 from lissom.compiler.ir.types import TensorType, fixed
-from lissom.compiler.parallel.rules.joint import BEST, LOOK_UP, candidates, computed_dtype, packed_dtype
+from lissom.compiler.parallel.rules.joint import candidates, computed_dtype, packed_dtype
 from lissom.ops.formats import FORMATS, LEAST
 
 aten = torch.ops.aten
@@ -42,7 +42,7 @@ class Joint:
         call, x = self.edit.call, nodes.operand(node)
         if nodes.is_call(node, *LOG_SOFTMAX, *SOFTMAX):
             return [self._normalized(node, x, result, dim, span)]
-        if nodes.is_call(node, *LOOK_UP):
+        if nodes.is_call(node, *GATHERS):
             return [self._looked_up(node, x, dim, span)]
         if nodes.is_call(node, *LAYER_NORMS):
             return [self._normed(node, x, result, dim, span)]

@@ -67,10 +67,7 @@ class Reading:
 
 
 Rule = Callable[[fx.Node, Reading], Outcome]
-_WEIGHT_VIEWS = (
-    *(*ops.TRANSPOSES, aten.permute.default, *ops.RESHAPES, aten.unsqueeze.default, *ops.SQUEEZES),
-    *(aten.clone.default, aten.contiguous.default, fake_quantize, dequantize),
-)
+_WEIGHT_VIEWS = (*ops.SAME_VALUES, *ops.COPIES, fake_quantize, dequantize)
 """Calls between a weight and its reader through which zeros in the weight stay zeros for the reader."""
 
 

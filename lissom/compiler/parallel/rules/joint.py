@@ -27,7 +27,7 @@ from torch import fx
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.dimension_map import shape_of
 from lissom.compiler.ir.match import lookup_indices
-from lissom.compiler.ir.operators import LAYER_NORMS, LOG_SOFTMAX, SOFTMAX, reduced_dims
+from lissom.compiler.ir.operators import BEST, GATHERS, LAYER_NORMS, LOG_SOFTMAX, SOFTMAX, reduced_dims
 from lissom.compiler.ir.placement import PARTIAL, REPLICATED, Placed, Span, can_gather
 from lissom.compiler.ir.types import Size, TensorType
 from lissom.compiler.parallel.rules.base import Outcome, Reading, Rule, alike, settled
@@ -35,11 +35,9 @@ from lissom.ops.quantization import fake_quantize_dynamic
 
 aten = torch.ops.aten
 
-BEST = (aten.argmax.default, aten.max.dim)
-LOOK_UP = (aten.gather.default, aten.take_along_dim.default)
 CHOICES = (*LOG_SOFTMAX, *SOFTMAX, *BEST, aten.logsumexp.default, aten.topk.default)
 """Operators that read logits to select a token or to compute its probability."""
-JOINT = (*CHOICES, *LOOK_UP, *LAYER_NORMS, aten.amax.default)
+JOINT = (*CHOICES, *GATHERS, *LAYER_NORMS, aten.amax.default)
 """Operators that work on shards; dynamic quantization does too, see `exchanges`."""
 LEAST_ROW = 4
 """The least length of a rank's shard of a row: shorter rows are gathered, in one collective where a softmax takes two."""
@@ -70,7 +68,7 @@ def jointly(rule: Rule) -> Rule:
             return alike(node, read)
         if nodes.is_call(node, *LOG_SOFTMAX, *SOFTMAX):
             return Outcome(read.of(node.args[0]))
-        if nodes.is_call(node, *LOOK_UP):
+        if nodes.is_call(node, *GATHERS):
             return settled(node, read, PARTIAL, {lookup_indices(node): REPLICATED})
         typed = nodes.node_type(node)
         return Outcome(tuple(REPLICATED for _ in typed) if isinstance(typed, tuple) else REPLICATED)
@@ -96,7 +94,7 @@ def joint_span(node: fx.Node, read: Reading) -> Span | None:
     (span,) = placed.spans(dim)
     if not isinstance(span.whole, int) or cast(int, span.local) < LEAST_ROW or not _is_number(item):
         return None
-    if nodes.is_call(node, *LOOK_UP) and not _is_alike(item, lookup_indices(node), dim):
+    if nodes.is_call(node, *GATHERS) and not _is_alike(item, lookup_indices(node), dim):
         return None
     if nodes.is_call(node, aten.topk.default):
         k = nodes.argument(node, "k")
@@ -157,7 +155,7 @@ def exchanges(node: fx.Node, read: Reading) -> tuple[Exchange, ...]:
         rows = typed.shape[:-1] if granularity == "token" else (1,) * (typed.rank - 1)
         return (Exchange("all-reduce", (*rows, 2), typed.dtype),)
     span = joint_span(node, read)
-    if span is None or nodes.is_call(node, *LOOK_UP):
+    if span is None or nodes.is_call(node, *GATHERS):
         return ()
     item, dim = nodes.tensor_type(node.args[0]), cast(int, joint_dim(node))
     rest = (*item.shape[:dim], *item.shape[dim + 1 :])

@@ -36,7 +36,7 @@ from lissom.compiler.parallel.rules.base import (
     tensors,
 )
 from lissom.compiler.parallel.rules.by_name import by_name
-from lissom.compiler.parallel.rules.joint import BEST, LOOK_UP, jointly
+from lissom.compiler.parallel.rules.joint import jointly
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 
 aten = torch.ops.aten
@@ -211,7 +211,7 @@ RULES: dict[object, Rule] = rule_table(
     (summed, ops.SUMS),
     (reduced, [*ops.REDUCTIONS, *ops.REDUCTIONS_WITH_INDICES]),
     # Some of the reductions ranks can work out together.
-    (jointly(reduced), [aten.amax.default, aten.logsumexp.default, *BEST]),
+    (jointly(reduced), [aten.amax.default, aten.logsumexp.default, *ops.BEST]),
     (stored.written, [aten.copy_.default]),
     (stored.rows_exchanged, [aten.index_copy.default, aten.index_copy_.default]),
     (moved, [aten.permute.default, *ops.TRANSPOSES, aten.unsqueeze.default, *ops.SQUEEZES]),
@@ -226,7 +226,7 @@ RULES: dict[object, Rule] = rule_table(
     (views.slice_of, [aten.slice.Tensor]),
     (views.pad, [aten.constant_pad_nd.default, aten.pad.default]),
     (lookups.index_select, [aten.index_select.default]),
-    (jointly(lookups.gather), LOOK_UP),
+    (jointly(lookups.gather), ops.GATHERS),
     (lookups.index, [aten.index.Tensor]),
     (stored.quantized_row, [fake_quantize_dynamic]),
     (stored.turned_back, [fake_quantize, dequantize]),
