@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+import torch
 from torch import nn
 
 from lissom.compiler.ir.program import Program
@@ -20,12 +21,22 @@ Key = tuple[object, ...]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a program comes from: its model, and what the capture was given; `is_same` tells whether a model is still equal."""
+    """Where a program comes from: its model, and what the capture was given; `is_same` tells whether a model is still equal.
+
+    edits, state: of the program when it was captured; with others it is another program.
+    """
 
     key: Key
     model: nn.Module
+    edits: int
+    state: Sequence[torch.Tensor]
     is_same: Callable[[nn.Module], bool]
     with_weights_of: Callable[[nn.Module, nn.Module, Program], Program]
+
+    def is_of(self, program: Program) -> bool:
+        """Whether the program is still what was captured."""
+        states = zip(self.state, program.state_tensors(), strict=True)
+        return program.edits == self.edits and all(torch.equal(*pair) for pair in states) and self.is_same(self.model)
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ def steps(pipeline: Pipeline, run: Any, passes: Sequence[Pass], finished: int, c
     """`Pipeline._steps`, with the canonical passes run and checked once in a session for equal models, inputs and checks."""
     origin: Origin | None = getattr(run.program, ORIGINS, None)
     leading = [*takewhile(lambda item: type(item).__module__.startswith("lissom.passes.canonical."), passes)]
-    if origin is None or not leading or pipeline.metric is not None:
+    if origin is None or not leading or pipeline.metric is not None or not origin.is_of(run.program):
         _steps(pipeline, run, passes, finished, count)
         return
     sizes = tuple(tuple(tensor.shape) for sample in run.samples for tensor in sample)
@@ -78,6 +89,8 @@ def _run(pipeline: Pipeline, run: Any, passes: Sequence[Pass], finished: int, co
 def _take(run: Any, held: _Ran, origin: Origin) -> None:
     program = origin.with_weights_of(origin.model, held.model, held.program)
     program.about = run.program.about
+    for name in program.state:
+        program.set_weight(name, run.program.weight(name))
     run.program, run.outputs, run.stretch = program, held.outputs, (*run.stretch, *held.stretch)
     for step, text, facts in zip(held.steps, held.texts, held.facts, strict=True):
         run.history.record(step, text, facts)

@@ -78,7 +78,8 @@ def capture_once(model: nn.Module, args: Any, kwargs: Any, **options: Any) -> Ca
     if len(_CAPTURES) > _KEPT:
         del _CAPTURES[next(iter(_CAPTURES))]
     program = _with_weights_of(model, first, found.program)
-    origin = canonical_steps.Origin(key, model, lambda other: _key(other, given) == key, _with_weights_of)
+    edits, state = program.edits, program.state_values()
+    origin = canonical_steps.Origin(key, model, edits, state, lambda other: _key(other, given) == key, _with_weights_of)
     setattr(program, canonical_steps.ORIGINS, origin)
     return dataclasses.replace(found, program=program, example=list(found.example))
 

@@ -18,6 +18,7 @@ from tests.decoders import decoder
 from tests.models import normal, tiny_bert
 from tests.passes.harness import Calls, TextCase, aten, calls, check_golden, every_backend, rewrite, text_cases
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 Function = Callable[..., torch.Tensor]
 
 PASSES = "remove-no-ops,simplify-masks"

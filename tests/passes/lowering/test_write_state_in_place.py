@@ -14,6 +14,8 @@ from tests.decoders import decoder
 from tests.models import normal
 from tests.passes.harness import aten, calls, check_golden, rewrite
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 class Rows(nn.Module):
     """Keeps rows, and gives the sum of all it has; `what` it does beside decides whether that can be done in place."""

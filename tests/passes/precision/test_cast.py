@@ -29,6 +29,7 @@ from tests.decoders import decoder as tiny_decoder
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 MODELS = {build.__name__: build for build in (tiny_bert, tiny_gpt2, tiny_llama, tiny_t5)}
 
 

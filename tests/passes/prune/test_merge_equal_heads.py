@@ -16,6 +16,7 @@ from tests.models import normal, seeded
 from tests.passes.harness import apply, aten, calls, check_golden, every_backend, rewrite
 from tests.passes.prune.models import eliminate, program_of, reasons, sites_of
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 PASS = "merge-equal-heads"
 
 

@@ -17,6 +17,8 @@ from tests.models import normal
 from tests.neighbours import all_but_slow
 from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 def quantized(name: str = "llama", bits: int = 8, **options: object):
     captured = capture_decoder(decoder(name), max_length=16, **options)

@@ -14,6 +14,7 @@ from tests import captures
 from tests.models import VOCABULARY, Tied, normal, seeded, tied_llama
 from tests.passes.harness import check_golden, rewrite
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 TOKENS = torch.tensor([[1, 2, 3, 5, 8, 13]])
 
 

@@ -22,6 +22,7 @@ from tests.neighbours import all_but_slow
 from tests.passes.harness import Calls, check_golden, every_backend, rewrite
 from tests.passes.prune.models import reasons, sites_of
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 PLAIN = "align=false,regroup=false"
 
 

@@ -17,6 +17,7 @@ from tests.neighbours import all_but_slow
 from tests.passes.harness import aten, calls, every_backend, rewrite
 from tests.passes.prune.models import eliminate, program_of, reasons, sites_of, zero_bias, zero_heads
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 PASS = "eliminate-dead{units=[heads]}"
 
 
