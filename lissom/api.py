@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
 
 import torch
 from torch import nn
@@ -134,7 +134,7 @@ def compile(
     if is_sentence_model(model):
         from lissom.integrations.sentence_models import compile_sentence_model
 
-        return compile_sentence_model(cast(Any, model), example_inputs, settings)
+        return compile_sentence_model(model, example_inputs, settings)
     if example_inputs is None:
         raise InputError("example_inputs= is missing; give a tuple of arguments, a mapping of keywords, or the only tensor")
     return compile_model(model, example_inputs, settings)

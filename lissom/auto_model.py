@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -123,7 +123,7 @@ class SavedModel:
             raise UnsupportedError(
                 f"'{name}' was compiled for {model.dtype}, and dtype= is {dtype}; compile the model in that dtype"
             )
-        return cast("FixedModule", model)
+        return model
 
 
 def _one_device(device_map: object) -> str | torch.device | None:
@@ -131,7 +131,7 @@ def _one_device(device_map: object) -> str | torch.device | None:
     import torch
 
     if isinstance(device_map, Mapping):
-        places = list(cast("Mapping[str, object]", device_map).values())
+        places = list(device_map.values())
         # Not a set: what is no device may have no hash.
         device_map = places[0] if places and all(place == places[0] for place in places) else device_map
     if device_map is None or device_map == "auto":

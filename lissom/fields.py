@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from lissom.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Kind = TypeVar("Kind")
 Item = TypeVar("Item")
@@ -34,25 +37,35 @@ def take(data: object, key: str, kind: type[Kind]) -> Kind:
     """A field of a JSON object, checked to be of a type. Raises: ValueError if it is missing, or of another type."""
     if not isinstance(data, dict) or key not in data:
         raise ValueError(f"there is no field '{key}' in {shown(data)}")
-    value = cast("dict[str, object]", data)[key]
+    value = data[key]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
         raise ValueError(f"the field '{key}' is {shown(value)}, which is not of type {kind.__name__}")
     return value
 
 
-def check_fields(data: object, kind: type[object], *more: str) -> None:
-    """Refuse a JSON object with other fields than those of a dataclass. more: names allowed too. Raises: ValueError."""
+def fields_of(data: object) -> Mapping[str, object]:
+    """The fields of a JSON object. Raises: ValueError for anything else."""
     if not isinstance(data, dict):
         raise ValueError(f"{shown(data)} is not an object with fields")
-    known = {*(field.name for field in fields(cast(Any, kind))), *more}
-    unknown = next((name for name in cast("dict[str, object]", data) if name not in known), None)
+    return data
+
+
+def check_fields(data: object, kind: type[DataclassInstance], *more: str) -> None:
+    """Refuse a JSON object with other fields than those of a dataclass. more: names allowed too. Raises: ValueError."""
+    known = {*(field.name for field in fields(kind)), *more}
+    unknown = next((name for name in fields_of(data) if name not in known), None)
     if unknown is not None:
         raise ValueError(f"there is an unknown field {shown(unknown)}")
 
 
 def take_list(data: object, key: str, read: Callable[[object], Item]) -> tuple[Item, ...]:
     """The items of a list field, each converted by `read`. Raises: ValueError as `take`."""
-    return tuple(read(item) for item in cast("list[object]", take(data, key, list)))
+    return tuple(read(item) for item in take(data, key, list))
+
+
+def take_optional(data: object, key: str, kind: type[Kind]) -> Kind | None:
+    """A field checked as by `take`; None if it is missing or null. Raises: ValueError."""
+    return None if fields_of(data).get(key) is None else take(data, key, kind)
 
 
 def take_text(data: object, key: str) -> str:
@@ -96,7 +109,7 @@ def real(data: object) -> float:
 
 def optional(data: object, key: str, read: Callable[[object], Item]) -> Item | None:
     """A field converted by `read`; None if it is missing or null. Raises: what `read` raises."""
-    value = cast("dict[str, object]", data).get(key) if isinstance(data, dict) else None
+    value = data.get(key) if isinstance(data, dict) else None
     return None if value is None else read(value)
 
 

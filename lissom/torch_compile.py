@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import cast
+from typing import Any
 
 import torch
 from torch import fx
@@ -35,7 +35,7 @@ from lissom.errors import (
     nearest,
 )
 from lissom.frontends.device import device_of
-from lissom.frontends.dynamo import Graph, capture_graph, guard_sizes, read_graph, refuse
+from lissom.frontends.dynamo import Graph, capture_graph, guard_sizes, read_graph, refuse, tensor_of
 from lissom.frontends.dynamo_reuse import computes_the_same, forget_sizes, restart_with_dynamic_sizes, restart_with_static_sizes
 from lissom.frontends.untouched import ordinary
 from lissom.inspect.report import Report
@@ -46,7 +46,7 @@ Function = Callable[..., Sequence[object]]
 _ASKED_FOR = (PipelineTextError, RequirementError, BudgetError, InputError)
 """Errors passed on to the caller; after any other error the uncompiled graph runs and gives correct outputs."""
 _LOG = logging.getLogger(__name__)
-_MODES: Mapping[str, Mapping[str, str]] = {"default": {}, "reduce-overhead": {}, "max-autotune": {"backend": FASTEST}}
+_MODES: Mapping[str, Mapping[str, Any]] = {"default": {}, "reduce-overhead": {}, "max-autotune": {"backend": FASTEST}}
 """The options of each mode of torch.compile. On CUDA the backend eager records CUDA graphs by itself."""
 _MOST_CHANGES = 8
 """After this many recompilations, they must have served this many calls each, on average."""
@@ -143,7 +143,7 @@ def _reset() -> None:
 compile_graph.reset = _reset  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _settings(mode: str, options: Mapping[str, object]) -> Settings:
+def _settings(mode: str, options: Mapping[str, Any]) -> Settings:
     """The settings for a mode and options of `torch.compile`.
 
     Raises: UnsupportedError.
@@ -160,7 +160,7 @@ def _settings(mode: str, options: Mapping[str, object]) -> Settings:
         raise UnsupportedError(f"backend 'lissom' has no option {unknown!r:.80}{hint} it has {', '.join(known)}")
     if isinstance(options.get("data"), Iterator):
         raise UnsupportedError("data is an iterator, which can be read once, and every graph reads it; give a list of batches")
-    return Settings(**{**_MODES[mode], **options})  # pyright: ignore[reportArgumentType]
+    return Settings(**{**_MODES[mode], **options})
 
 
 def _are_alike(one: Settings, other: Settings) -> bool:
@@ -276,11 +276,12 @@ def _batches(graph: Graph, data: Iterable[object]) -> list[dict[str, object]]:
 
     Raises: UnsupportedError for a batch that does not name its tensors: Dynamo orders a graph's inputs by their use.
     """
-    batches = list(data)
-    if any(not isinstance(batch, Mapping) for batch in batches):
+    whole = list(data)
+    batches = [batch for batch in whole if isinstance(batch, Mapping)]
+    if len(batches) < len(whole):
         names = ", ".join(graph.inputs.values())
         raise InputError(f"a batch of data is not a mapping; name the tensors as the graph does, which takes {names}")
-    return [{name: batch[name] for name in graph.inputs.values() if name in batch} for batch in batches]  # pyright: ignore
+    return [{name: batch[name] for name in graph.inputs.values() if name in batch} for batch in batches]
 
 
 class _Weights:
@@ -298,11 +299,11 @@ class _Weights:
         self._groups = [[view for view in probed if (view.dtype, view.device) == kind] for kind in kinds]
         self._values = [torch.cat(group) for group in self._groups]
 
-    def hold(self, args: Sequence[object] | Mapping[int, object]) -> bool:
+    def hold(self, args: Sequence[Any] | Mapping[int, Any]) -> bool:
         """True if the arguments hold the same tensors, in the same memory, and no write to one is found."""
         for index, owner, place, writes in self._owners:
             tensor = args[index]
-            if owner() is not tensor or tensor.data_ptr() != place or _writes(tensor) != writes:  # pyright: ignore
+            if owner() is not tensor or tensor.data_ptr() != place or _writes(tensor) != writes:
                 return False
         return all(torch.equal(torch.cat(group), values) for group, values in zip(self._groups, self._values, strict=True))
 
@@ -335,7 +336,7 @@ class _Variant:
         self.compiled = compiled
         self._graph = graph
         self._run = compiled.run
-        self._weights = _Weights({index: cast(torch.Tensor, args[index]) for index in graph.weights})
+        self._weights = _Weights({index: tensor_of(args[index]) for index in graph.weights})
         example = graph.sample(args)
         with torch.no_grad():
             wanted = graph.module(*args)

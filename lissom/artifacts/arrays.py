@@ -7,9 +7,8 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import cast
 
 import numpy as np
 import torch
@@ -86,9 +85,9 @@ def named_tensors(outputs: object, name: str = "") -> dict[str, torch.Tensor]:
     if isinstance(outputs, torch.Tensor):
         return {name or "output": outputs}
     if isinstance(outputs, Mapping):
-        items = [(str(key), item) for key, item in cast("Mapping[object, object]", outputs).items()]
+        items = [(str(key), item) for key, item in outputs.items()]
     elif isinstance(outputs, (tuple, list)):
-        items = [(str(index), item) for index, item in enumerate(cast("Sequence[object]", outputs))]
+        items = [(str(index), item) for index, item in enumerate(outputs)]
     else:
         return {}
     found: dict[str, torch.Tensor] = {}

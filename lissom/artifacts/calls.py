@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
@@ -86,7 +86,7 @@ def _fits(item: object, kind: str, of_numbers: bool, one_for_all: bool = False) 
     if kind.startswith("List["):
         inner = kind[len("List[") : -1]
         if isinstance(item, (list, tuple)):
-            return all(_fits(part, inner, of_numbers) for part in cast("Sequence[object]", item))
+            return all(_fits(part, inner, of_numbers) for part in item)
         is_list = isinstance(item, fx.Node) and isinstance(nodes.node_type(item), tuple)
         return is_list or (one_for_all and _fits(item, inner, of_numbers))
     found = nodes.node_type(item) if isinstance(item, fx.Node) else item

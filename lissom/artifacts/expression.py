@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import sympy
 from sympy.core import relational
@@ -69,7 +69,7 @@ def decode_expression(data: object, symbols: Mapping[str, sympy.Symbol]) -> symp
     Raises: ValueError for anything `encode_expression` does not write, and for an expression beyond the limits.
     """
     if isinstance(data, list):
-        parts, bits = _measure(cast("list[object]", data))
+        parts, bits = _measure(data)
         if parts > MOST_PARTS:
             raise ValueError(f"the size {shown(data)} has {parts} parts; the limit is {MOST_PARTS}")
         if bits > MOST_BITS:
@@ -90,7 +90,7 @@ def _build(data: object, symbols: Mapping[str, sympy.Symbol]) -> sympy.Basic:
         case ["Float", str() as digits]:
             return sympy.Float(finite(digits))
         case [str() as name, *arguments] if name in FUNCTIONS:
-            return FUNCTIONS[name](*(_build(item, symbols) for item in cast("list[object]", arguments)))
+            return FUNCTIONS[name](*(_build(item, symbols) for item in arguments))
         case _:
             raise ValueError(f"{shown(data)} is not a size")
 
@@ -106,7 +106,7 @@ def _measure(data: object) -> tuple[int, int]:
             parts, bits = _measure(base)
             return parts + 2, bits * max(1, math.ceil(abs(_exponent(exponent))))
         case [str() as name, *arguments]:
-            parts, bits = zip((1, 0), *map(_measure, cast("list[object]", arguments)), strict=True)
+            parts, bits = zip((1, 0), *map(_measure, arguments), strict=True)
             # A sum of n terms has at most log2(n) bits more than the largest.
             return sum(parts), sum(bits) if name in _PRODUCTS else max(bits) + len(bits).bit_length()
         case _:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from typing import cast
 
 from lissom.errors import ArtifactError
 from lissom.fields import MOST_BYTES, count, number, parse_json, printable, shown, take, text
@@ -111,9 +110,9 @@ def parse_manifest(whole: bytes, path: Path) -> Manifest:
     """
     # A configuration may hold infinities, and a very large length that means no limit.
     data = parse_json(whole, path, any_number=True)
-    if not isinstance(data, dict) or cast("dict[str, object]", data).get("kind") != KIND:
+    if not isinstance(data, dict) or data.get("kind") != KIND:
         raise ArtifactError(f"'{path}' is not a Lissom manifest; name a directory that CompiledModel.save wrote")
-    version = cast("dict[str, object]", data).get("version")
+    version = data.get("version")
     if version != FORMAT_VERSION:
         raise ArtifactError(
             f"'{path}' is of format version {shown(version)}, and this Lissom reads version {FORMAT_VERSION}; "

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields as dataclass_fields
 from dataclasses import make_dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 from torch.utils import _pytree as pytree
 
@@ -90,18 +90,18 @@ def _encode(tree: object, leaf: object, where: str) -> object:
     if tree is leaf:
         return _LEAF
     kind = type(tree)
-    if kind in (list, tuple):
-        return {kind.__name__: [_encode(item, leaf, where) for item in cast("Sequence[object]", tree)]}
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        names = cast("tuple[str, ...]", tree._fields)  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(tree, (list, tuple)) and kind in (list, tuple):
+        return {kind.__name__: [_encode(item, leaf, where) for item in tree]}
+    if isinstance(tree, tuple) and (names := getattr(tree, "_fields", None)) is not None:
         return {"namedtuple": kind.__name__, "items": _encode_items(zip(names, tree, strict=True), leaf, where)}
-    if kind in (dict, OrderedDict):
-        return {kind.__name__: _encode_items(cast("Mapping[object, object]", tree).items(), leaf, where)}
+    if isinstance(tree, dict) and kind in (dict, OrderedDict):
+        return {kind.__name__: _encode_items(tree.items(), leaf, where)}
+    output: Any = tree
     if isinstance(tree, Output) or _is_model_output(kind):
-        items = _encode_items(cast("Mapping[object, object]", tree).items(), leaf, where)
+        items = _encode_items(output.items(), leaf, where)
         if isinstance(tree, Output):
             return {"output": tree._name, "module": _MODEL_OUTPUTS, "fields": list(tree._fields), "items": items}
-        fields = [field.name for field in dataclass_fields(cast(Any, tree))]
+        fields = [field.name for field in dataclass_fields(output)]
         return {"output": kind.__name__, "module": kind.__module__, "fields": fields, "items": items}
     raise ArtifactError(
         f"{where} holds a value of type '{kind.__name__}', which an artifact cannot hold; "
@@ -147,9 +147,9 @@ def _decode(data: object) -> object:
 
 
 def _decode_item(data: object) -> tuple[Any, object]:
-    if not isinstance(data, list) or len(cast("list[object]", data)) != 2:
+    if not isinstance(data, list) or len(data) != 2:
         raise ValueError(f"{shown(data)} is not a key with an item")
-    key, item = cast("list[object]", data)
+    key, item = data
     return decode_argument(key), _decode(item)
 
 

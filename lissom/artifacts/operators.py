@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 # Registers our operators.
-import lissom.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from lissom import ops as ops
 from lissom.artifacts.allowed import ALLOWED
 from lissom.artifacts.expression import FUNCTIONS as SIZE_FUNCTIONS
 from lissom.compiler.ir.collectives import COLLECTIVES, WAIT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any
 
 import sympy
 import torch
@@ -25,7 +25,7 @@ from lissom.compiler.ir.placement import Placed, Span, Spans
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
 from lissom.compiler.ir.types import TensorType, ValueType
-from lissom.fields import count, number, printable, shown, take, take_list, take_text, text
+from lissom.fields import count, fields_of, number, printable, shown, take, take_list, take_optional, take_text, text
 
 ReadWeights = Callable[[Mapping[str, object], Place], Mapping[str, torch.Tensor]]
 MOST_NODES = 1_000_000
@@ -55,7 +55,8 @@ def decode_program(data: object, read_weights: ReadWeights, place: Place) -> Pro
     Raises: ValueError, TypeError or RuntimeError for anything `encode_program` does not write.
     """
     facts = _decode_symbols(take(data, "symbols", dict))
-    reader = Reader({symbol.name: symbol for symbol in facts}, {}, place)
+    made: dict[str, fx.Node] = {}
+    reader = Reader({symbol.name: symbol for symbol in facts}, made, place)
     signature = _decode_signature(take(data, "signature", dict), reader)
     mode = cache(partial(fake.symbolic_mode, facts, signature.conditions))
     state = take_list(data, "state", text)
@@ -66,13 +67,13 @@ def decode_program(data: object, read_weights: ReadWeights, place: Place) -> Pro
     items = take(data, "nodes", list)
     if len(items) > MOST_NODES:
         raise ValueError(f"the program has {len(items)} nodes; the limit is {MOST_NODES}")
-    graph, made = fx.Graph(), cast("dict[str, fx.Node]", reader.nodes)
+    graph = fx.Graph()
     for item in items:
         node = _decode_node(graph, item, reader)
         if node.name != take(item, "name", str) or node.name in made:
             raise ValueError(f"{shown(item)} has no name a node can have")
         if node.op != "output":
-            nodes.set_value(node, decode_value(cast("dict[str, object]", item).get("type"), reader, mode))
+            nodes.set_value(node, decode_value(fields_of(item).get("type"), reader, mode))
         if node.op == "get_attr":
             _check_weight(str(node.target), weights, nodes.node_type(node))
         if _yields_tensor(node) and not nodes.is_tensor(node):
@@ -130,7 +131,7 @@ def _check_form(program: Program) -> None:
         raise ValueError("the program does not end in its outputs")
     if [nodes.node_type(node) for node in program.placeholders] != [leaf.type for leaf in program.signature.tensors]:
         raise ValueError("the program's inputs are not those of its signature")
-    if len(cast("tuple[object, ...]", program.output.args[0])) != program.signature.out_spec.num_leaves:
+    if len(program.leaves) != program.signature.out_spec.num_leaves:
         raise ValueError("the program's outputs are not those of its signature")
     check_writes(program)
 
@@ -138,7 +139,7 @@ def _check_form(program: Program) -> None:
 def check_writes(program: Program) -> None:
     """Refuse a program that writes to what is not its state. Raises: ValueError."""
     for node in program.nodes(*nodes.STATE_WRITES):
-        if not nodes.is_state_write(node) or str(cast(fx.Node, node.args[0]).target) not in program.state:
+        if not nodes.is_state_write(node) or str(nodes.operand(node).target) not in program.state:
             raise ValueError(f"'{node.name}' writes to a buffer that is not state of the program")
 
 
@@ -148,7 +149,7 @@ def _encode_symbols(program: Program) -> dict[str, object]:
     signature = program.signature
     found |= {symbol for leaf in signature.tensors for size in leaf.type.shape for symbol in sympy.sympify(size).free_symbols}
     found |= {symbol for condition in signature.conditions for symbol in condition.free_symbols} | {*signature.dimensions}
-    symbols = sorted(cast("set[sympy.Symbol]", found), key=lambda symbol: symbol.name)
+    symbols = sorted((symbol for symbol in found if isinstance(symbol, sympy.Symbol)), key=lambda symbol: symbol.name)
     return {
         symbol.name: {
             "integer": bool(symbol.is_integer),
@@ -177,10 +178,7 @@ def _decode_symbols(data: Mapping[str, object]) -> dict[sympy.Symbol, SymbolFact
             raise ValueError(f"{shown(name)} is not a name for a symbol")
         # Only true assumptions are passed: for sympy `positive=False` is different from no assumption.
         assumptions = {key: True for key in ("integer", "positive") if take(item, key, bool)}
-        example, minimum, maximum = (
-            None if cast("dict[str, object]", item).get(key) is None else take(item, key, int)
-            for key in ("example", "minimum", "maximum")
-        )
+        example, minimum, maximum = (take_optional(item, key, int) for key in ("example", "minimum", "maximum"))
         known = [number for number in (minimum, example, maximum) if number is not None]
         if known != sorted(known):
             raise ValueError(f"the symbol {name} is {example}, and is to be from {minimum} to {maximum}")
@@ -205,7 +203,7 @@ def _encode_signature(signature: Signature) -> dict[str, object]:
 def _decode_signature(data: object, reader: Reader) -> Signature:
     dimensions: dict[sympy.Symbol, Dimension] = {}
     for item in take(data, "dimensions", list):
-        maximum = None if cast("dict[str, object]", item).get("maximum") is None else take(item, "maximum", int)
+        maximum = take_optional(item, "maximum", int)
         symbol, minimum = reader.symbol(take(item, "symbol", str)), count(take(item, "minimum", int))
         if maximum is not None and maximum < minimum:
             raise ValueError(f"the dimension {symbol} is to be from {minimum} to {maximum}")
@@ -214,7 +212,7 @@ def _decode_signature(data: object, reader: Reader) -> Signature:
         positional=take_list(data, "positional", lambda item: _decode_argument(item, reader)),
         keyword=take_list(data, "keyword", lambda item: _decode_argument(item, reader)),
         parameters=take_list(data, "parameters", printable),
-        out_spec=decode_nesting(cast("dict[str, object]", data).get("returns")),
+        out_spec=decode_nesting(fields_of(data).get("returns")),
         dimensions=dimensions,
         conditions=take_list(data, "conditions", lambda item: decode_expression(item, reader.symbols)),
     )
@@ -245,7 +243,7 @@ def _encode_argument(item: Argument) -> dict[str, object]:
 
 
 def _decode_argument(data: object, reader: Reader) -> Argument:
-    spec = decode_nesting(cast("dict[str, object]", data).get("nesting"))
+    spec = decode_nesting(fields_of(data).get("nesting"))
     leaves = take_list(data, "leaves", lambda item: _decode_leaf(item, reader))
     if spec.num_leaves != len(leaves):
         raise ValueError(
@@ -255,7 +253,7 @@ def _decode_argument(data: object, reader: Reader) -> Argument:
 
 
 def _decode_leaf(data: object, reader: Reader) -> Leaf:
-    path, fields = printable(take(data, "path", str)), cast("dict[str, object]", data)
+    path, fields = printable(take(data, "path", str)), fields_of(data)
     if "type" in fields:
         return TensorArgument(path, reader.tensor_type(fields["type"]))
     return ConstantArgument(path, decode_argument(fields.get("value")))
@@ -263,7 +261,7 @@ def _decode_leaf(data: object, reader: Reader) -> Leaf:
 
 def _encode_node(node: fx.Node) -> dict[str, object]:
     if node.op == "output":
-        return {"op": node.op, "name": node.name, "args": encode_argument(list(cast("tuple[object, ...]", node.args[0])))}
+        return {"op": node.op, "name": node.name, "args": encode_argument(list(nodes.leaves(node)))}
     data: dict[str, object] = {"op": node.op, "name": node.name}
     if node.op == "get_attr":
         data["target"] = str(node.target)
@@ -292,7 +290,7 @@ def _decode_node(graph: fx.Graph, data: object, reader: Reader) -> fx.Node:
         node = graph.create_node(op, target, args, kwargs, name=name)
     else:
         raise ValueError(f"{shown(op)} is not a kind of node")
-    fields = cast("dict[str, object]", data)
+    fields = fields_of(data)
     if "origin" in fields:
         nodes.set_origin(node, _decode_origin(fields["origin"]))
     if "placed" in fields:
@@ -302,7 +300,7 @@ def _decode_node(graph: fx.Graph, data: object, reader: Reader) -> fx.Node:
 
 def _decode_origin(data: object) -> Origin:
     texts = {key: take_text(data, key) for key in ("module_path", "source", "code", "replaces")}
-    passes = take_list(data, "passes", text) if "passes" in cast("dict[str, object]", data) else ()
+    passes = take_list(data, "passes", text) if "passes" in fields_of(data) else ()
     return Origin(**texts, passes=passes)
 
 
@@ -317,7 +315,7 @@ def _encode_placed(placed: Placed | tuple[Placed, ...]) -> object:
 def _decode_placed(data: object, reader: Reader) -> Placed | tuple[Placed, ...]:
     """The placement from JSON. Raises: ValueError for anything `_encode_placed` does not write."""
     if isinstance(data, list):
-        return tuple(_decode_one_placed(item, reader) for item in cast("list[object]", data))
+        return tuple(_decode_one_placed(item, reader) for item in data)
     return _decode_one_placed(data, reader)
 
 
@@ -334,5 +332,5 @@ def _encode_span(span: Span) -> dict[str, object]:
 
 
 def _decode_span(data: object, reader: Reader) -> Span:
-    outer, size, inner = (reader.size(cast("dict[str, object]", data)[key]) for key in ("outer", "size", "inner"))
+    outer, size, inner = (reader.size(fields_of(data)[key]) for key in ("outer", "size", "inner"))
     return Span(outer, size, inner, take(data, "parts", int), take(data, "every", int))

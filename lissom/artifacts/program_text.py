@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import sympy
 import torch
@@ -32,7 +32,7 @@ from lissom.compiler.ir.node import Origin
 from lissom.compiler.ir.printer import END, target_text
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
-from lissom.compiler.ir.types import Size, TensorType, format_type
+from lissom.compiler.ir.types import Size, TensorType, are_fixed, fixed, format_type
 
 _PATH = re.compile(r"[A-Za-z_][\w.]*(?:\[[^\]\n]*\][\w.]*)*")
 _TARGET = re.compile(r"[A-Za-z_][\w.]*")
@@ -136,7 +136,8 @@ class _Parser(Scanner):
     def _argument(self) -> Argument:
         leaves = [self._leaf() for _ in self.items("}")] if self.accept("{") else [self._leaf()]
         paths = [leaf.path for leaf in leaves]
-        name = cast(re.Match[str], NAME.match(paths[0])).group() if paths else ""
+        found = NAME.match(paths[0]) if paths else None
+        name = "" if found is None else found.group()
         spec = pytree.tree_structure(0) if paths == [name] else pytree.tree_structure(tuple(0 for _ in paths))
         return Argument(name, spec, tuple(leaves))
 
@@ -185,12 +186,12 @@ class _Parser(Scanner):
             check_weight_name(name)
         self.expect(": ")
         found = self.value_type()
-        if not isinstance(found, TensorType) or any(not isinstance(size, int) for size in found.shape):
+        if not isinstance(found, TensorType) or not are_fixed(found.shape):
             self.fail("a weight has the type of a tensor with fixed sizes", start)
         if self.accept(" state"):
             self.state.append(name)
         self.expect("\n")
-        self.bytes += math.prod(cast("tuple[int, ...]", found.shape)) * found.dtype.itemsize
+        self.bytes += math.prod(found.shape) * found.dtype.itemsize
         with self.told_at(start):
             check_memory(self.bytes, "the program's weights")
         if name not in self.weights:
@@ -301,8 +302,8 @@ def _contiguous(shape: Sequence[Size]) -> Sequence[Size]:
 
 def _random(name: str, found: TensorType) -> torch.Tensor:
     """A weight with values that depend on its name alone: normal with a variance of 1 / its last size; integers are 0."""
+    shape = tuple(map(fixed, found.shape))
     if not found.dtype.is_floating_point:
-        return torch.full(cast("tuple[int, ...]", found.shape), found.dtype == torch.bool, dtype=found.dtype)
+        return torch.full(shape, found.dtype == torch.bool, dtype=found.dtype)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    shape = cast("tuple[int, ...]", found.shape)
     return (torch.randn(shape, generator=generator) / max(1, *shape[-1:], 1) ** 0.5).to(found.dtype)

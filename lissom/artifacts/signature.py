@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TypeVar
 
@@ -82,7 +83,7 @@ def check_signature(message: bytes, directory: Path, trusted_keys: Sequence[Path
 
 def _check_installed() -> None:
     try:
-        import cryptography  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        import_module("cryptography")
     except ImportError as error:
         raise UnsupportedError("signatures need the package cryptography: pip install 'lissom[sign]'") from error
 

@@ -104,9 +104,9 @@ def encode_argument(item: object) -> Any:
         case complex():
             return {"complex": [encode_argument(item.real), encode_argument(item.imag)]}
         case list():
-            return [encode_argument(part) for part in cast("list[object]", item)]
+            return [encode_argument(part) for part in item]
         case tuple():
-            return {"tuple": [encode_argument(part) for part in cast("tuple[object, ...]", item)]}
+            return {"tuple": [encode_argument(part) for part in item]}
         case slice():
             return {"slice": [encode_argument(part) for part in (item.start, item.stop, item.step)]}
         case torch.device():
@@ -125,11 +125,11 @@ def decode_argument(data: object, reader: Reader = _NOTHING) -> Any:
         case None | bool() | int() | float() | str():
             return data
         case list():
-            return [decode_argument(part, reader) for part in cast("list[object]", data)]
+            return [decode_argument(part, reader) for part in data]
         case {"node": str() as name} if name in reader.nodes:
             return reader.nodes[name]
         case {"tuple": list() as parts}:
-            return tuple(decode_argument(part, reader) for part in cast("list[object]", parts))
+            return tuple(decode_argument(part, reader) for part in parts)
         case {"slice": [start, stop, step]}:
             return slice(*(decode_argument(part, reader) for part in (start, stop, step)))
         case {"float": str() as digits} if digits in _NOT_FINITE:
@@ -184,7 +184,7 @@ def encode_value(value: object) -> object:
         case bool() | int() | float():
             return {"number": encode_argument(value)}
         case list() | tuple():
-            return [encode_value(item) for item in cast("list[object]", value)]
+            return [encode_value(item) for item in value]
         case _:
             raise ArtifactError(f"the program yields a {type(value).__name__}, which an artifact cannot hold")
 
@@ -212,7 +212,7 @@ def decode_value(data: object, reader: Reader, mode: Callable[[], FakeTensorMode
             number = decode_argument(given)
             return Deferred(type_of(number), lambda: number)
         case list():
-            items = [decode_value(item, reader, mode) for item in cast("list[object]", data)]
+            items = [decode_value(item, reader, mode) for item in data]
             return Deferred(tuple(item.type for item in items), lambda: [item.value for item in items])
         case _:
             raise ValueError(f"{shown(data)} is not a value")

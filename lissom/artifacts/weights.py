@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy
 import torch
@@ -26,7 +26,7 @@ from torch import nn
 
 from lissom.compiler.ir.program import Program
 from lissom.errors import ArtifactError
-from lissom.fields import count, number, parse_json, take, take_list
+from lissom.fields import count, fields_of, number, parse_json, take, take_list
 from lissom.tensor_files import ALIGNMENT, DTYPES, write_tensors
 
 Place = Callable[[torch.device], torch.device]
@@ -186,7 +186,7 @@ def load_alone(path: Path, place: Place, *, mapped: bool = True) -> dict[str, to
         entries = parse_json((file.metadata() or {}).get(_ENTRIES, "").encode(), path)
         if not isinstance(entries, dict):
             raise ValueError(f"'{path}' does not say how its weights are read")
-        return read_weights(cast("dict[str, object]", entries), file.get_tensor, place)
+        return read_weights(entries, file.get_tensor, place)
 
 
 @contextmanager
@@ -245,7 +245,9 @@ def read_weights(
 ) -> dict[str, torch.Tensor]:
     """The weights by name; tensor_of: returns a stored tensor by name. Other arguments and errors as for `load_weights`."""
     wanted = {take(item, "tensor", str): item for item in entries.values()}
-    whole = {name: math.prod(take_list(item, "nonzero", count)) for name, item in wanted.items() if "nonzero" in _fields(item)}
+    whole = {
+        name: math.prod(take_list(item, "nonzero", count)) for name, item in wanted.items() if "nonzero" in fields_of(item)
+    }
     # The decompressed values, and one byte per element for the unpacked bitmask.
     check_memory(
         sum(size * (1 + tensor_of(_part_names(name)[1]).itemsize) for name, size in whole.items()), "compressed weights"
@@ -256,13 +258,9 @@ def read_weights(
     return {name: _as_used(tensors[take(entry, "tensor", str)], entry) for name, entry in entries.items()}
 
 
-def _fields(entry: object) -> dict[str, object]:
-    return cast("dict[str, object]", entry)
-
-
 def _read(tensor_of: Callable[[str], torch.Tensor], name: str, entry: object) -> torch.Tensor:
     """A tensor of the file, decompressed if needed."""
-    if "nonzero" not in _fields(entry):
+    if "nonzero" not in fields_of(entry):
         return _aligned(tensor_of(name))
     bits, values = map(tensor_of, _part_names(name))
     return _decompress(bits, values, list(take_list(entry, "nonzero", count)))
@@ -273,7 +271,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _as_used(stored: torch.Tensor, entry: object) -> torch.Tensor:
-    fields = _fields(entry)
+    fields = fields_of(entry)
     if "order" in fields:
         order = take_list(entry, "order", number)
         if sorted(order) != list(range(stored.dim())):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -242,4 +242,4 @@ def _owned(program: Program) -> Program:
 
 
 def _trains(weight: torch.Tensor) -> bool:
-    return isinstance(cast(object, weight), nn.Parameter)
+    return isinstance(weight, nn.Parameter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -28,7 +28,7 @@ def with_merged_adapters(model: nn.Module) -> nn.Module:
     if not layers and not isinstance(model, kind):
         return model
     name = type(model).__name__
-    adapter: Any = cast(Any, model).active_peft_config if isinstance(model, kind) else None
+    adapter: Any = getattr(model, "active_peft_config", None) if isinstance(model, kind) else None
     if getattr(adapter, "is_prompt_learning", False):
         raise UnsupportedError(
             f"{name} has an adapter of the kind {adapter.peft_type.value}, which is no change of weights; compile the model "

@@ -19,8 +19,8 @@ class AttentionState(CacheLayerMixin):
 
     def __init__(self, layer: nn.Module, start: torch.Tensor) -> None:
         CacheLayerMixin.__init__(self)
-        self.keys = cast(torch.Tensor, layer.keys)
-        self.values = cast(torch.Tensor, layer.values)
+        self.keys = layer.get_buffer("keys")
+        self.values = layer.get_buffer("values")
         self.indexer_keys = getattr(layer, INDEXER_KEYS, None)
         self.start = start
         self.is_initialized = True

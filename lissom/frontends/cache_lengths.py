@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import cast
 
 import sympy
 import torch
@@ -93,14 +92,14 @@ def tie_lengths(inputs: Sequence[object], lengths: CacheLengths | None) -> None:
     """Make all caches equally long, and sums the cached and the new tokens. inputs: fake, by position."""
     if lengths is None:
         return
+    tensors = {place: value for place, value in enumerate(inputs) if isinstance(value, torch.Tensor)}
     cached, tokens = (
-        [cast(torch.Tensor, inputs[place]).shape[dim] for place, dim in sorted(places)]
-        for places in (lengths.of_cache, lengths.of_tokens)
+        [tensors[place].shape[dim] for place, dim in sorted(places)] for places in (lengths.of_cache, lengths.of_tokens)
     )
     for length in cached[1:]:
         tie(length, cached[0])
     for place, dim in sorted(lengths.of_both):
-        tie(cast(torch.Tensor, inputs[place]).shape[dim], cached[0] + (tokens[0] if tokens else lengths.tokens))
+        tie(tensors[place].shape[dim], cached[0] + (tokens[0] if tokens else lengths.tokens))
 
 
 def tie(length: object, other: object) -> None:

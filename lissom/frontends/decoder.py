@@ -17,7 +17,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -74,7 +74,7 @@ def capture_decoder(
             f"{type(model).__name__} is an encoder-decoder model; this takes a causal language model, such as LlamaForCausalLM"
         )
     with isolated(device_of(known)):
-        own = cast("PreTrainedModel", with_own_modules(known))
+        own = with_own_modules(known)
         try:
             return _capture(own, layer_states(own), max_length, batch, all_logits, device)
         except (CaptureError, UnsupportedError) as error:
@@ -131,9 +131,9 @@ def example_tokens(model: PreTrainedModel, max_length: int, batch: int) -> Sampl
     """Inputs that expose a wrong program: some slots filled, the first of them padding, and several new tokens."""
     tokens = max(3, min(8, (max_length - 2) // 3))
     start, padding = 2, 1
-    vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
+    table: Any = model.get_input_embeddings()
     device = device_of(model)
-    ids = torch.randint(0, int(vocabulary), (batch, tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, int(table.weight.shape[0]), (batch, tokens), generator=torch.Generator().manual_seed(0))
     mask = torch.ones(batch, max_length, dtype=torch.int64)
     mask[:, :padding] = 0
     positions = (torch.arange(tokens) + start - padding).expand(batch, tokens).contiguous()
@@ -173,11 +173,13 @@ def _confirm(program: Program, model: PreTrainedModel, example: Sample) -> None:
             found = program.run([tensor.to(device) for tensor in part])
         given = {"input_ids": ids, "attention_mask": mask[:, :tokens], "position_ids": positions[:, :tokens]}
         wanted = run_whole(model, {name: tensor.to(device_of(model)) for name, tensor in given.items()})
-    refuse_different(model, program, wanted[:, -1].to(device), cast(torch.Tensor, found[0])[:, -1])
+    refuse_different(model, program, wanted[:, -1].to(device), found[0])
 
 
-def refuse_different(model: nn.Module, program: Program, wanted: torch.Tensor, found: torch.Tensor) -> None:
-    """Refuse logits of a program that differ from the model's. Raises: CaptureError."""
+def refuse_different(model: nn.Module, program: Program, wanted: torch.Tensor, logits: object) -> None:
+    """Refuse logits of a program, [batch, tokens, vocabulary], whose last differ from the model's. Raises: CaptureError."""
+    assert isinstance(logits, torch.Tensor)
+    found = logits[:, -1]
     error = relative_error(wanted, found)
     if error > tolerance_of(program):
         if getattr(model.config, "is_decoder", True) is False and not getattr(model.config, "is_encoder_decoder", False):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -158,7 +158,7 @@ def _of_new_tokens(mask: torch.Tensor, start: torch.Tensor, tokens: int) -> torc
 
 def call(model: nn.Module, cache: Any, **inputs: Any) -> Any:
     """The outputs of the model's own forward. inputs: the token ids, [batch, tokens], among others."""
-    ids = cast(torch.Tensor, inputs.get("decoder_input_ids", inputs.get("input_ids")))
+    ids: torch.Tensor = inputs["decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"]
     start = getattr(cache, _START, None)
     with exchanged(torch, "arange", _positions_or(torch.arange, ids.shape[1])), ExitStack() as stack:
         if start is not None:

@@ -41,7 +41,7 @@ def move(program: Program, device: torch.device) -> Program:
             nodes.set_value(node, fake.fake_call(moved.fake_mode, node))
         elif node.op != "output":
             with fake.typing_scope(moved.fake_mode):
-                nodes.set_value(node, nodes.value(node).to(device))  # pyright: ignore[reportAttributeAccessIssue]
+                nodes.set_value(node, nodes.tensor_value(node).to(device))
     signature = program.signature
     moved.signature = replace(
         signature,

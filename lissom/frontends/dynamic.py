@@ -6,7 +6,6 @@ import re
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import sympy
 import torch
@@ -33,12 +32,12 @@ def check_dynamic(dynamic: object) -> None:
         return
     if not isinstance(dynamic, Mapping):
         raise CaptureError(f"dynamic= is {dynamic!r:.80}; give True, False, or a mapping such as {_EXAMPLE}")
-    for name, dims in cast("Mapping[object, object]", dynamic).items():
+    for name, dims in dynamic.items():
         if not isinstance(name, str):
             raise CaptureError(f"dynamic has the key {name!r:.80}; keys are the names of arguments, such as {_EXAMPLE}")
         if not isinstance(dims, Mapping):
             raise CaptureError(f"dynamic gives {dims!r:.80} for '{name}'; give the dimensions by number, such as {_EXAMPLE}")
-        for index, given in cast("Mapping[object, object]", dims).items():
+        for index, given in dims.items():
             if isinstance(index, bool) or not isinstance(index, int):
                 raise CaptureError(
                     f"dynamic names the dimension {index!r:.80} of '{name}'; dimensions are counted from 0, such as {_EXAMPLE}"
@@ -118,16 +117,17 @@ def traced_inputs(
     Every tensor is a new object: export would take one that is given twice for one input, and an export that fails leaves its
     marks of dynamic dimensions on tensors.
     """
-    places = [(place, dim) for place, leaf in enumerate(leaves) for dim in dims.get(id(leaf), ())]
-    sizes = {(place, dim): cast(torch.Tensor, leaves[place]).shape[dim] for place, dim in places}
+    tensors = {place: leaf for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+    sizes = {(place, dim): leaf.shape[dim] for place, leaf in tensors.items() for dim in dims.get(id(leaf), ())}
     larger = {dim for (_, dim), size in sizes.items() if size != 1}
     wanted = {place: 2 if place[1] not in larger else size for place, size in sizes.items()}
     if lengths is not None:
-        wanted |= {place: size for place, size in lengths.traced(frozenset(places)).items() if place in sizes}
+        wanted |= {place: size for place, size in lengths.traced(frozenset(sizes)).items() if place in sizes}
     traced = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     for (place, dim), size in wanted.items():
         if size != sizes[place, dim]:
-            tensor = cast(torch.Tensor, traced[place])
+            tensor = traced[place]
+            assert isinstance(tensor, torch.Tensor)
             traced[place] = tensor.index_select(dim, torch.arange(size, device=tensor.device) % sizes[place, dim])
     return traced
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import operator
 import re
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
-from typing import cast
+from typing import Any
 
 import sympy
 import torch
@@ -68,12 +68,18 @@ class Graph:
 
     def sample(self, args: Sequence[object]) -> Sample:
         """The input tensors among the arguments of a call."""
-        return [cast(torch.Tensor, args[index]) for index in self.inputs]
+        return [tensor_of(args[index]) for index in self.inputs]
 
     def tensors(self, args: Sequence[object]) -> list[torch.Tensor]:
         """Every tensor the graph reads: inputs, weights, and its own constants."""
         held = (*self.module.parameters(), *self.module.buffers())
-        return [*self.sample(args), *(cast(torch.Tensor, args[index]) for index in self.weights), *held]
+        return [*self.sample(args), *(tensor_of(args[index]) for index in self.weights), *held]
+
+
+def tensor_of(value: object) -> torch.Tensor:
+    """An argument that is a tensor."""
+    assert isinstance(value, torch.Tensor)
+    return value
 
 
 def read_graph(module: fx.GraphModule) -> Graph:
@@ -139,8 +145,8 @@ def _input_name(node: fx.Node) -> str:
     return name if name.isidentifier() else f"input_{name}"
 
 
-def _unique(name: str, taken: object) -> str:
-    names = set(cast("Mapping[str, object]", taken))
+def _unique(name: str, taken: Collection[str]) -> str:
+    names = set(taken)
     return next(other for index in range(len(names) + 1) if (other := name if not index else f"{name}_{index}") not in names)
 
 
@@ -208,12 +214,12 @@ def bind(graph: Graph, args: Sequence[object]) -> fx.GraphModule:
     def size_at(name: str, dim: int) -> fx.Node:
         return bound.call_function(torch.ops.aten.sym_size.int, (by_name[name], dim))
 
-    constants: dict[fx.Node, object] = {}
+    constants: dict[fx.Node, Any] = {}
     for index, node in enumerate(placeholders):
         value = args[index]
         if index in graph.weights:
             name = graph.weights[index]
-            owned[name] = alias(cast(torch.Tensor, value))
+            owned[name] = alias(tensor_of(value))
             copied[node] = bound.get_attr(name)
         elif index in graph.numbers:
             constants[node] = value.item() if isinstance(value, torch.Tensor) else value
@@ -227,10 +233,10 @@ def bind(graph: Graph, args: Sequence[object]) -> fx.GraphModule:
     for node in graph.module.graph.nodes:
         if node.op == "placeholder":
             continue
-        if node.target == "item" and node.args[0] in constants:
-            constants[node] = constants[node.args[0]]
+        if node.target == "item" and nodes.operand(node) in constants:
+            constants[node] = constants[nodes.operand(node)]
             continue
-        other = bound.node_copy(node, lambda used: cast(fx.Node, constants[used] if used in constants else copied[used]))
+        other = bound.node_copy(node, lambda used: constants[used] if used in constants else copied[used])
         if node.target is torch.sym_sum:
             other.target = _sum_of_sizes
         other.meta["nn_module_stack"] = _stack(node)

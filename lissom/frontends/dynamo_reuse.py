@@ -10,7 +10,7 @@ import operator
 import weakref
 from collections.abc import Mapping, Sequence
 from types import CodeType
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import sympy
 import torch
@@ -53,7 +53,7 @@ def restart_with_dynamic_sizes(graph: Graph) -> None:
         name = source_name(node)
         if index not in graph.inputs or name.startswith("L['self']"):
             continue
-        shape = cast(torch.Tensor, node.meta["example_value"]).shape
+        shape = node.meta["example_value"].shape
         free = [dim for dim in ((0, 1) if len(shape) in (2, 3) else (0,)) if dim < len(shape) and shape[dim] != 1]
         entry = update_automatic_dynamic(translator, name, FrameStateSizeEntry(size=_sizes([], len(shape))))
         if all(entry.is_size_dynamic(dim) for dim in free) or not all(type(size) is int for size in shape):
@@ -170,9 +170,9 @@ class _Reader:
         if isinstance(value, slice):
             return ("slice", *map(self._plain, (value.start, value.stop, value.step)))
         if isinstance(value, Mapping):
-            return tuple((key, self._plain(item)) for key, item in cast("Mapping[object, object]", value).items())
+            return tuple((key, self._plain(item)) for key, item in value.items())
         if isinstance(value, (tuple, list)):
-            return tuple(map(self._plain, cast("Sequence[object]", value)))
+            return tuple(map(self._plain, value))
         return value
 
     def _number(self, expression: object) -> tuple[str, sympy.Basic]:

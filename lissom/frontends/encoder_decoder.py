@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -79,11 +79,12 @@ def encoder_example(model: PreTrainedModel, given: Mapping[str, object] | None) 
     """
     made = dict(given) if given is not None else _made(model)
     made = {name: value for name, value in made.items() if not name.startswith(_DECODER) and name != "use_cache"}
-    wrong = next((name for name, value in made.items() if not isinstance(value, torch.Tensor)), None)
+    tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+    wrong = next((name for name in made if name not in tensors), None)
     if wrong is not None or not made:
         kind = "empty" if wrong is None else f"a {type(made[wrong]).__name__} at '{wrong}'"
         raise InputError(f"encoder_inputs= is {kind}; give the tensors that the encoder reads, by name")
-    kept = {name: widened(cast(torch.Tensor, value)).to(device_of(model)) for name, value in made.items()}
+    kept = {name: widened(value).to(device_of(model)) for name, value in tensors.items()}
     main = model.main_input_name if model.main_input_name in kept else next(iter(kept))
     kept = {main: kept[main], **kept}
     if given is not None and _PADDING in kept:
@@ -118,7 +119,7 @@ def _reads_padding(model: PreTrainedModel, whole: Inputs, padded: torch.Tensor) 
     if _PADDING not in inspect.signature(type(model).forward).parameters:
         return False
     with isolated(device_of(model)), torch.no_grad():
-        own = cast("PreTrainedModel", with_own_modules(model))
+        own = with_own_modules(model)
         one, other = (_run_source(own, whole | {_PADDING: mask}, _Seen()) for mask in (whole[_PADDING], padded))
     return any(not torch.equal(one[name], other[name]) for name in one)
 
@@ -132,7 +133,7 @@ def capture_encoder(model: PreTrainedModel, example: Inputs, device: torch.devic
         captured.
     """
     with isolated(device_of(model)):
-        own = cast("PreTrainedModel", with_own_modules(model))
+        own = with_own_modules(model)
         encoder = copy.copy(own)
 
         def forward(**inputs: torch.Tensor) -> Inputs:
@@ -155,7 +156,7 @@ def capture_source_decoder(
 ) -> Capture:
     """The decoder, with its KV cache as state; arguments and errors as for `capture_decoder`. example: of the encoder."""
     with isolated(device_of(model)):
-        own = cast("PreTrainedModel", with_own_modules(model))
+        own = with_own_modules(model)
         seen, rows = _Seen(), torch.arange(batch) % len(next(iter(example.values())))
         tiled = {name: tensor[rows.to(tensor.device)] for name, tensor in example.items()}
         source = _run_source(own, tiled, seen)
@@ -208,7 +209,7 @@ def _source(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], seen: _S
     mask = hidden.new_ones(hidden.shape[:2], dtype=torch.int64) if seen.mask is None else seen.mask.to(torch.int64)
     found = {HIDDEN: hidden, MASK: mask}
     for index, layer in enumerate(cross.layers):
-        kept = layer_tensors(cast(Any, layer))
+        kept = layer_tensors(layer)
         if not kept or any(tensor.dim() != 4 for tensor in (*kept.values(), *seen.states[index].values())):
             raise unsupported_state(model)
         found |= {f"{CROSS}_{name}_{index}": tensor for name, tensor in kept.items()}
@@ -312,4 +313,4 @@ def _confirm(program: Program, model: PreTrainedModel, inputs: Inputs, example: 
             part = [ids[:, begin:end], filled, counted[:, begin:end], torch.full_like(start, begin), *others]
             found = program.run(part)
         wanted = model(**inputs, decoder_input_ids=ids.to(device_of(model)), use_cache=False).logits
-    refuse_different(model, program, wanted[:, -1].to(ids.device), cast(torch.Tensor, found[0])[:, -1])
+    refuse_different(model, program, wanted[:, -1].to(ids.device), found[0])

@@ -34,8 +34,9 @@ def experts_for_all_tokens(model: nn.Module) -> Generator[None]:
             name = type(module).__name__
             if name in _FORWARDS and type(module).__module__.startswith("transformers."):
                 stack.enter_context(exchanged(module, "forward", _while_exporting(module.forward, _FORWARDS[name], module)))
-            if name in _ROUTERS and module.classifier.weight.dtype == module.dtype:  # pyright: ignore
-                stack.enter_context(exchanged(module.classifier, "to", _same(module.classifier)))
+            router: Any = module
+            if name in _ROUTERS and router.classifier.weight.dtype == router.dtype:
+                stack.enter_context(exchanged(router.classifier, "to", _same(router.classifier)))
         yield
 
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast
 
 import sympy
 import torch
@@ -18,6 +17,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Item
 from lissom.compiler.ir.fake import FlatModule, fake_mode
 from lissom.compiler.ir.node import Origin
 from lissom.compiler.ir.program import Program
@@ -32,7 +32,7 @@ _WEIGHTS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
 _NO_MODULE = "_empty_nn_module_stack"
 _TORCH = str(Path(torch.__file__).parent)
-_OF_OTHERS: Mapping[str, object] = {
+_OF_OTHERS: Mapping[str, torch._ops.OpOverload] = {
     "transformers.grouped_mm_fallback.default": grouped_product,
     "aten._grouped_mm.default": grouped_product,
 }
@@ -114,26 +114,30 @@ def _weights(exported: ExportedProgram) -> dict[str, str]:
 
 def _tensor(exported: ExportedProgram, target: str) -> torch.Tensor:
     tensor = exported.state_dict.get(target)
-    return cast(torch.Tensor, exported.constants[target]) if tensor is None else tensor
+    if tensor is None:
+        tensor = exported.constants[target]
+        assert isinstance(tensor, torch.Tensor)
+    return tensor
 
 
 def _copy_calls(graph: fx.Graph, module: fx.GraphModule, copied: dict[fx.Node, fx.Node], translate) -> None:  # noqa: ANN001
     """Copy the calls of a module; blocks without effect at inference are inlined."""
-    results: dict[fx.Node, Sequence[fx.Node]] = {}
+    results: dict[fx.Node, Sequence[object]] = {}
     for node in module.graph.nodes:
         if node.op != "call_function":
             continue
         block = _block(node)
-        if node.target is operator.getitem and node.args[0] in results:
-            copied[node] = translate(results[node.args[0]][node.args[1]])
+        if (item := Item.of(node)) is not None and item.source in results:
+            copied[node] = translate(results[item.source][item.index])
         elif block is None:
             copied[node] = _copy_call(graph, node, translate)
         else:
-            inner = cast(fx.GraphModule, getattr(module, str(cast(fx.Node, node.args[block]).target)))
+            inner = getattr(module, str(nodes.operand(node, block).target))
+            assert isinstance(inner, fx.GraphModule)
             inputs = inner.graph.find_nodes(op="placeholder")
             copied |= {leaf: translate(given) for leaf, given in zip(inputs, node.args[block + 1 :], strict=True)}
             _copy_calls(graph, inner, copied, translate)
-            results[node] = cast("Sequence[fx.Node]", inner.graph.output_node().args[0])
+            results[node] = nodes.leaves(inner.graph.output_node())
 
 
 def _block(node: fx.Node) -> int | None:
@@ -153,7 +157,7 @@ def _copy_call(graph: fx.Graph, node: fx.Node, translate) -> fx.Node:  # noqa: A
     copied = graph.node_copy(node, translate)
     # PyTorch's grouped product with a bias or another output type is none of ours.
     if len(node.args) == 3 and not node.kwargs:
-        copied.target = _OF_OTHERS.get(str(node.target), node.target)  # pyright: ignore[reportAttributeAccessIssue]
+        copied.target = _OF_OTHERS.get(str(node.target), node.target)
     copied.meta = {}
     # A view needs the strides seen at capture; with gradients, or on another device, operators return other strides.
     if copied.target is torch.ops.aten.view.default:
@@ -194,8 +198,8 @@ def _write_outputs(exported: ExportedProgram, graph: fx.Graph, translate, state:
     results = []
     placeholders = {node.name: node for node in _placeholders(exported)}
     buffers = {str(spec.target): placeholders[spec.arg.name] for spec in exported.graph_signature.input_specs if spec.target}
-    leaves = exported.graph.output_node().args[0]
-    for spec, leaf in zip(exported.graph_signature.output_specs, leaves, strict=True):  # pyright: ignore
+    leaves = nodes.leaves(exported.graph.output_node())
+    for spec, leaf in zip(exported.graph_signature.output_specs, leaves, strict=True):
         if spec.kind == OutputKind.BUFFER_MUTATION:
             if spec.target not in state:
                 continue
@@ -263,7 +267,8 @@ def _signature(
     tensors = [leaf for item in (*positional, *keyword) for leaf in item.leaves if isinstance(leaf, TensorArgument)]
     dimensions = _dimensions(exported, tensors)
     conditions = _conditions(exported, set(dimensions))
-    out_spec = cast(pytree.TreeSpec, exported.call_spec.out_spec)
+    out_spec = exported.call_spec.out_spec
+    assert out_spec is not None
     return Signature(positional, keyword, parameters, out_spec, dimensions, conditions)
 
 
@@ -281,7 +286,7 @@ def _argument(name: str, item: object, feed) -> Argument:  # noqa: ANN001
         value = next(feed)
         where = name + pytree.keystr(path)
         if isinstance(value, torch.Tensor):
-            leaves.append(TensorArgument(where, type_of(value)))  # pyright: ignore[reportArgumentType]
+            leaves.append(TensorArgument(where, nodes.tensor_type(type_of(value))))
         else:
             leaves.append(ConstantArgument(where, leaf))
     return Argument(name, spec, tuple(leaves))

@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -222,7 +222,7 @@ def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedT
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
         keep_blocks(model, directory / file)
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
-    return cast("PreTrainedModel", model.eval()), tokenizer
+    return model.eval(), tokenizer
 
 
 _ALONE = threading.RLock()

@@ -10,7 +10,7 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -83,7 +83,9 @@ def _candidates(
             yield from _audio(directory)
         what, make = _MAKERS[main]
         for inputs in make(config, directory):
-            sizes = " x ".join(map(str, cast(torch.Tensor, inputs[main]).shape))
+            value = inputs[main]
+            assert isinstance(value, torch.Tensor)
+            sizes = " x ".join(map(str, value.shape))
             note = f"example inputs: random {what}, {sizes}, from the configuration"
             yield inputs, note
             if "input_ids" in takes:
@@ -100,8 +102,8 @@ def _completed(model: PreTrainedModel, takes: set[str], inputs: Inputs) -> Input
     """The inputs with those of an encoder-decoder model's decoder, and `use_cache=False` if its configuration sets True."""
     if model.config.is_encoder_decoder and "decoder_input_ids" in takes:
         start = getattr(model.config, "decoder_start_token_id", None)
-        ids = inputs["input_ids"] if isinstance(inputs.get("input_ids"), torch.Tensor) else _random_tokens(model.config)
-        shifted = cast(torch.Tensor, ids).roll(1, 1)
+        ids = inputs.get("input_ids")
+        shifted = (ids if isinstance(ids, torch.Tensor) else _random_tokens(model.config)).roll(1, 1)
         shifted[:, 0] = start if isinstance(start, int) else 0
         inputs = inputs | {"decoder_input_ids": shifted}
     for config in (model.config, model.config.get_text_config()):
@@ -163,10 +165,9 @@ def two_sizes(found: object) -> tuple[int, int] | None:
     if isinstance(found, (list, tuple)) and len(found) == 2:
         return int(found[0]), int(found[1])
     if isinstance(found, Mapping):
-        sizes = cast(Mapping[str, int], found)
-        if "height" in sizes and "width" in sizes:
-            return int(sizes["height"]), int(sizes["width"])
-        return two_sizes(sizes.get("shortest_edge"))
+        if "height" in found and "width" in found:
+            return int(found["height"]), int(found["width"])
+        return two_sizes(found.get("shortest_edge"))
     return None
 
 

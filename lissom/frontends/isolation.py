@@ -15,11 +15,13 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import FunctionType, MethodType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import fx, nn
 
+Model = TypeVar("Model", bound=nn.Module)
 _MISSING = object()
 _LOGGERS = ("torch.export._trace", "torch.fx.experimental.symbolic_shapes")
 
@@ -43,7 +45,7 @@ def isolated(device: torch.device) -> Generator[None]:
             np.random.set_state(array)
 
 
-def with_own_modules(model: nn.Module) -> nn.Module:
+def with_own_modules(model: Model) -> Model:
     """A copy of the model's modules in evaluation mode, with the same parameters and buffers.
 
     Returns the model itself if it cannot be copied: an object in it refuses, or an instance has its own `forward`, which may
@@ -117,9 +119,9 @@ def without_export_messages() -> Generator[None]:
     def other_threads(record: logging.LogRecord) -> bool:
         return record.thread != thread
 
-    def print_elsewhere(*values: object, **options: object) -> None:
+    def print_elsewhere(*values: object, **options: Any) -> None:
         if threading.get_ident() != thread:
-            print(*values, **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            print(*values, **options)
 
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,7 +73,8 @@ def _checked(own: Function, replacement: Function) -> Function:
         if torch.compiler.is_exporting():
             return replacement(*args, **kwargs)
         # The first argument of a decode step is the state, which it overwrites.
-        before, state = (cast(torch.Tensor, args[0]).clone() for _ in range(2))
+        assert isinstance(args[0], torch.Tensor)
+        before, state = args[0].clone(), args[0].clone()
         wanted = own(state, *args[1:], **kwargs)
         found = replacement(*args, **kwargs)
         results = (found, args[0])

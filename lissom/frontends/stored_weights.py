@@ -7,7 +7,7 @@ A weight that was read from blocks carries its `StoredWeight`; so does the weigh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 
@@ -50,4 +50,4 @@ def keep_stored(tensor: Kept, stored: StoredWeight | None) -> Kept:
 
 def stored_form(tensor: torch.Tensor) -> StoredWeight | None:
     """The form in which a file stores these values; None where that is not known."""
-    return cast("StoredWeight | None", getattr(tensor, _ATTRIBUTE, None))
+    return getattr(tensor, _ATTRIBUTE, None)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
-from typing import cast
 
 import torch
 from torch import nn
@@ -102,18 +101,21 @@ def _registered(model: nn.Module) -> dict[tuple[str, str, bool], None]:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """The content of a module. path: of the module. attributes: its `__dict__`. held: copies of the containers among them."""
+    """The content of a module.
+
+    path: of the module. attributes: its `__dict__`. held: the containers among them, each with a copy.
+    """
 
     path: str
     module: nn.Module
     attributes: dict[str, object]
-    held: dict[str, _Container]
+    held: list[tuple[_Container, _Container]]
 
     @classmethod
     def of(cls, path: str, module: nn.Module) -> _Snapshot:
         attributes = dict(module.__dict__)
-        containers = {name: value for name, value in attributes.items() if type(value) in _CONTAINERS}
-        held = {name: cast(_Container, value).copy() for name, value in containers.items()}
+        values = [value for value in attributes.values() if isinstance(value, (dict, list, set)) and type(value) in _CONTAINERS]
+        held = [(value, value.copy()) for value in values]
         return cls(path, module, attributes, held)
 
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
@@ -130,8 +132,8 @@ class _Snapshot:
         for name, value in self.attributes.items():
             if now.get(name, now) is not value:
                 now[name] = value
-        for name, before in self.held.items():
-            _refill(cast(_Container, self.attributes[name]), before)
+        for container, before in self.held:
+            _refill(container, before)
 
 
 def _refill(container: _Container, before: _Container) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -73,7 +73,8 @@ def check_causal(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
     options = {"max_new_tokens": _STEPS, "min_new_tokens": _STEPS, "do_sample": False, "num_beams": 1}
     with untouched(model), evaluating(model), torch.no_grad():
         whole, shorter = (run_whole(model, _padded(ids[:, :end], mask[:, :end])) for end in (ids.shape[1], -1))
-        steps: Any = cast(Any, model).generate(
+        generating: Any = model
+        steps = generating.generate(
             input_ids=ids, attention_mask=mask, **options, output_logits=True, return_dict_in_generate=True
         )
         longer = run_whole(model, _padded(steps.sequences[:, :-1], torch.cat([mask, mask[:, -1:]], 1)))

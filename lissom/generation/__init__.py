@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -130,7 +130,8 @@ def compile_generation(
     compiled = compile_captured(take, place or device_of(model), settings)
     from lissom.generation.model import GenerationModel
 
-    return GenerationModel(compiled, model.config, model.generation_config)  # pyright: ignore
+    original: Any = model
+    return GenerationModel(compiled, original.config, original.generation_config)
 
 
 def load_generation(

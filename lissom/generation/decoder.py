@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import torch
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.compiler.ir.types import TensorType
+from lissom.compiler.ir.types import TensorType, fixed
 from lissom.compiler.training.vocabulary import IGNORED
 from lissom.driver.options import LABELS
 from lissom.errors import InputError, UnsupportedError
@@ -47,7 +46,7 @@ class Decoder(FixedModule):
         self.is_croppable = all(map(is_kv_cache, compiled.program.state))
         self.length = 0
         _, mask, *_ = (leaf.type for leaf in compiled.program.signature.tensors)
-        self.batch, self.max_length = cast("tuple[int, int]", mask.shape)
+        self.batch, self.max_length = map(fixed, mask.shape)
         self.all_logits = _logits(compiled.program).shape[1] != 1
         self._mask = torch.ones(self.batch, self.max_length, dtype=torch.int64, device=self.device)
         self._start = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -134,7 +133,7 @@ class Decoder(FixedModule):
         Raises: InputError.
         """
         if torch.compiler.is_dynamo_compiling():
-            return cast(torch.Tensor, untraced(self._read, (input_ids, attention_mask), {}))
+            return untraced(self._read, (input_ids, attention_mask), {})
         with self.compiled.refusals():
             refuse_tracer(self.program.name)
             tokens = self._check(input_ids)
@@ -210,7 +209,8 @@ class Decoder(FixedModule):
             self._unfinished = False
             raise
         self.length, self._unfinished = end, False
-        return cast(torch.Tensor, logits)
+        assert isinstance(logits, torch.Tensor)
+        return logits
 
     def __repr__(self) -> str:
         filled = f"{self.length} of {self.max_length} tokens"
@@ -218,7 +218,7 @@ class Decoder(FixedModule):
 
 
 def _logits(program: Program) -> TensorType:
-    (leaf,) = cast("Sequence[object]", program.output.args[0])
+    (leaf,) = program.leaves
     return nodes.tensor_type(leaf)
 
 

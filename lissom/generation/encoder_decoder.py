@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import transformers
@@ -81,7 +81,7 @@ class Encoder(nn.Module):
             raise InputError(f"{self.main_input_name} is a {type(main).__name__}; give a tensor, which the encoder reads")
         if ATTENTION_MASK in self.names and ATTENTION_MASK not in given:
             given[ATTENTION_MASK] = main.new_ones(main.shape[:2], dtype=torch.int64)
-        found = cast("dict[str, torch.Tensor]", self.compiled(**given))
+        found: dict[str, torch.Tensor] = self.compiled(**given)
         output = BaseModelOutput(last_hidden_state=found[HIDDEN])
         for name, tensor in found.items():
             output[name] = tensor
@@ -112,8 +112,8 @@ class EncoderDecoderModel(GenerationModel):
     ) -> None:
         super().__init__(compiled, config, generation_config)
         self.encoder = Encoder(encoder)
-        self.main_input_name = self.encoder.main_input_name  # pyright: ignore[reportAttributeAccessIssue]
-        self.input_modalities = _MODALITIES.get(self.main_input_name, "audio")  # pyright: ignore
+        self.main_input_name = self.encoder.main_input_name
+        self.input_modalities = _MODALITIES.get(self.main_input_name, "audio")
         self._read_from: object = None
         if _WHISPER in (found.__name__ for found in type(self).__mro__):
             # Its `generate` reads the strides of the encoder's convolutions, which are these in every configuration.
@@ -202,10 +202,10 @@ class EncoderDecoderModel(GenerationModel):
         return Seq2SeqLMOutput(logits=found.logits, cache=self.cache if use_cache else None)  # pyright: ignore
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, cache: Cache | None = None, **kwargs: object
+        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, cache: Cache | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The new tokens of the decoder; the output of the encoder goes along."""
-        found = super().prepare_inputs_for_generation(input_ids, next_sequence_length, cache, **cast("dict[str, Any]", kwargs))
+        found = super().prepare_inputs_for_generation(input_ids, next_sequence_length, cache, **kwargs)
         return {"decoder_input_ids": found.pop("input_ids"), **found}
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -231,7 +231,7 @@ class EncoderDecoderModel(GenerationModel):
             raise InputError(
                 f"encoder_outputs= has {rows} rows, and this decoder generates {self.batch}; compile it with batch={rows}"
             )
-        self._source = cast("list[torch.Tensor]", tree_leaves(decoder_inputs(outputs)))
+        self._source = tree_leaves(decoder_inputs(outputs))
         own = torch.arange(self.batch, device=self.device)
         first = own - own % self._copies
         # The mask and the keys of the first layer tell whether rows are copies of one text, as beams are.
@@ -248,7 +248,8 @@ class EncoderDecoderModel(GenerationModel):
         own = [kind for kind in own if kind is not GenerationMixin]
         kind = type(self)
         fields = {"__module__": kind.__module__, "__doc__": kind.__doc__}
-        self.__class__ = cast(Any, type(self.program.name, (kind, *own), fields))
+        named: Any = type(self.program.name, (kind, *own), fields)
+        self.__class__ = named
 
 
 def refuse_own_generate(model: PreTrainedModel) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,8 +24,6 @@ from lissom.generation.decoder import row_groups, unpadded
 from lissom.generation.encoder_decoder import ATTENTION_MASK, Encoder, EncoderDecoderModel, refuse_own_generate
 from lissom.generation.source_scoring import SourceScorer
 from lissom.runtime.compiled_model import CompiledModel
-
-Batch = torch.Tensor | Mapping[str, object]
 
 
 def compile_encoder_decoder(
@@ -46,7 +44,7 @@ def compile_encoder_decoder(
     refuse_own_generate(known)
     _check_settings(known, settings)
     place = check_device(settings.device)
-    device, batches = place or device_of(known), list(cast("Iterable[Batch]", settings.data))
+    device, batches = place or device_of(known), list(settings.data)
     example = encoder_example(known, encoder_inputs)
     sizes = {"max_length": max_length, "batch": batch}
     inputs = [_encoder_inputs(item, example) for item in batches]
@@ -63,7 +61,8 @@ def compile_encoder_decoder(
     if settings.metric is not None:
         own = replace(own, metric=SourceScorer(settings.metric, batch, max_length, encoder=encoder))
     decoder = compile_captured(lambda: captured, device, own, title="compile the decoder")
-    return EncoderDecoderModel(decoder, encoder, known.config, cast(Any, known.generation_config))
+    original: Any = known
+    return EncoderDecoderModel(decoder, encoder, original.config, original.generation_config)
 
 
 def _rest(settings: Settings, encoder: CompiledModel) -> float | None:
@@ -87,7 +86,7 @@ def _check_settings(model: PreTrainedModel, settings: Settings) -> None:
         )
 
 
-def _encoder_inputs(batch: Batch, example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _encoder_inputs(batch: Inputs, example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A calibration batch as inputs of the encoder's program, the main one first. Raises: InputError if that is missing."""
     main = next(iter(example))
     given = dict(batch) if isinstance(batch, Mapping) else {main: batch}
@@ -101,7 +100,7 @@ def _encoder_inputs(batch: Batch, example: Mapping[str, torch.Tensor]) -> dict[s
     return kept
 
 
-def _decoder_tokens(model: PreTrainedModel, batch: Batch, main: torch.Tensor) -> torch.Tensor:
+def _decoder_tokens(model: PreTrainedModel, batch: Inputs, main: torch.Tensor) -> torch.Tensor:
     """The decoder's tokens of a batch, [rows, tokens]: given, or its labels behind the start token.
 
     main: the main input of the encoder, [rows, ...].
@@ -123,8 +122,9 @@ def _decoder_tokens(model: PreTrainedModel, batch: Batch, main: torch.Tensor) ->
 
 def _table(value: object, rows: int) -> torch.Tensor | None:
     """The value, if it is a tensor [rows, tokens] of integers."""
-    fits = isinstance(value, torch.Tensor) and value.dim() == 2 and len(value) == rows and not value.is_floating_point()
-    return cast(torch.Tensor, value) if fits else None
+    if not isinstance(value, torch.Tensor) or value.dim() != 2 or len(value) != rows:
+        return None
+    return None if value.is_floating_point() else value
 
 
 def _decoder_prompts(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Cache, GenerationConfig
@@ -48,7 +48,7 @@ class GenerationModel(Decoder, CompiledGeneration):
     torch.Size([1, 9])
     """
 
-    input_modalities: ClassVar[str] = "text"
+    input_modalities: str = "text"
 
     def __init__(self, compiled: CompiledModel, config: PreTrainedConfig, generation_config: GenerationConfig) -> None:
         super().__init__(compiled)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -77,7 +77,7 @@ def _read(path: Path, files: Mapping[str, Content], make: Callable[[dict[str, An
     try:
         if not isinstance(fields, dict):
             raise ValueError(f"{shown(fields)} is not a table")
-        return make(cast("dict[str, Any]", fields))
+        return make(fields)
     # The errors transformers raises for values of a wrong type.
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ArtifactError(

@@ -112,7 +112,7 @@ class _Scored:
         """
         program, head, watched = self.program, None, list[torch.Tensor]()
         if isinstance(program, Program):
-            head = found = lm_head_of(program, program.output.args[0][0])  # pyright: ignore
+            head = found = lm_head_of(program, program.leaves[0])
 
             def observe(node: fx.Node, value: object) -> None:
                 if found is not None and node is found.hidden and isinstance(value, torch.Tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 
@@ -56,14 +56,14 @@ class _Scored:
         if not is_tensor or decoder_input_ids.dim() != 2 or len(decoder_input_ids) != self.batch:
             raise InputError(f"metric gave other decoder_input_ids than a tensor [{self.batch}, tokens]; compile with batch=")
         given = unpadded(decoder_input_ids, self.max_length)
-        source = cast("dict[str, torch.Tensor]", _run(self.encoder, inputs))
-        logits = cast(torch.Tensor, _run(self.decoder, given | decoder_inputs(source)))
+        source = _run(self.encoder, inputs)
+        logits: torch.Tensor = _run(self.decoder, given | decoder_inputs(source))
         if all_positions and logits.shape[1] != decoder_input_ids.shape[1]:
             raise UnsupportedError(LAST_ALONE)
         return logits if all_positions else logits[:, -1]
 
 
-def _run(part: Part, inputs: Mapping[str, object]) -> object:
+def _run(part: Part, inputs: Mapping[str, object]) -> Any:
     signature = (part if isinstance(part, Program) else part.program).signature
     with own_state(part):
         return signature.unflatten(part.run(signature.flatten((), inputs)))

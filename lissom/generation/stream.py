@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -62,13 +62,8 @@ def end_tokens(eos_token_id: object) -> tuple[int, ...]:
 
     Raises: InputError if it is anything else.
     """
-    found = (
-        tuple(cast("Sequence[object]", eos_token_id))
-        if isinstance(eos_token_id, (list, tuple))
-        else ()
-        if eos_token_id is None
-        else (eos_token_id,)
-    )
+    several = isinstance(eos_token_id, (list, tuple))
+    found = () if eos_token_id is None else tuple(eos_token_id) if several else (eos_token_id,)
     tokens = tuple(token for token in found if isinstance(token, int) and not isinstance(token, bool))
     if len(tokens) < len(found):
         raise InputError(

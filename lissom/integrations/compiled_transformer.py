@@ -10,9 +10,8 @@ import copy
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
-import torch
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Transformer
 from torch import nn
@@ -81,7 +80,7 @@ class CompiledTransformer(Transformer):
             raise ArtifactError(
                 f"'{model_name_or_path}' cannot be read: in {self.config_file_name}, {error}; save the model again"
             ) from error
-        check_tokenizer(cast("CompiledModel", self.model).program, "input_ids", self.tokenizer)
+        check_tokenizer(self._compiled.program, "input_ids", self.tokenizer)
 
     def _load_model(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -113,13 +112,18 @@ class CompiledTransformer(Transformer):
             raise ArtifactError(f"'{model_name_or_path}' has no folder '{FOLDER}' with a compiled model; save the model again")
         return load_linked(Path(found), partial(load, **{name: model_kwargs[name] for name in _OURS & model_kwargs.keys()}))
 
+    @property
+    def _compiled(self) -> CompiledModel:
+        found: Any = self.model
+        return found
+
     def forward(self, features: Features, **kwargs: object) -> dict[str, Any]:
         """The features, and what the compiled modules add to them.
 
         Raises: InputError for other features than the model was compiled with.
         """
         tensors, constants = split_features(features)
-        program = cast("CompiledModel", self.model).program
+        program = self._compiled.program
         wanted = [item.name for item in program.signature.keyword]
         changed = next((name for name, value in self.constants.items() if constants.get(name, value) != value), None)
         if changed is not None:
@@ -132,7 +136,7 @@ class CompiledTransformer(Transformer):
                 f"the model was compiled for the features {', '.join(wanted)}, and the input has "
                 f"{', '.join(tensors) or 'none'}; use the original model for it"
             )
-        return {**features, **cast("dict[str, torch.Tensor]", self.model(**tensors))}
+        return {**features, **self.model(**tensors)}
 
     def get_embedding_dimension(self) -> int | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.dimension
@@ -146,7 +150,7 @@ class CompiledTransformer(Transformer):
 
         Raises: ArtifactError, UnsupportedError: as `CompiledModel.save`.
         """
-        model = cast("CompiledModel", self.model)
+        model = self._compiled
         model.save(Path(output_path) / FOLDER)
         model.config.save_pretrained(output_path)
         self.processor.save_pretrained(output_path)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn import functional
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from transformers.exporters.auto import register_backend
 from transformers.exporters.configs import DynamoConfig
@@ -83,7 +84,7 @@ class LissomExporter(DynamoExporter):
     tested_versions: dict[str, str] = {}  # noqa: RUF012
 
     def export_program(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, model: nn.Module, sample_inputs: MutableMapping[str, Any], config: LissomConfig
+        self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: LissomConfig
     ) -> tuple[CompiledModel, ExportMetadata]:
         """The model compiled, and what transformers records of it.
 
@@ -96,7 +97,7 @@ class LissomExporter(DynamoExporter):
         flags = {key: value for key, value in sample_inputs.items() if key in _OUTPUT_FLAGS}
         try:
             inputs = {key: _whole_windows(value) for key, value in sample_inputs.items()}
-            exported, metadata = super().export_program(cast(Any, model), inputs, config)
+            exported, metadata = super().export_program(model, inputs, config)
         # transformers passes on whatever the model's code and torch.export raise.
         except Exception as error:
             raise CaptureError(f"{name} cannot be captured by transformers' exporter: {describe_failure(error)}") from error
@@ -158,10 +159,10 @@ class LissomRunner(ModelRunner):
                 f"{len(names)}; pass caches of the form that the model was exported with"
             )
         flat = dict(zip(names, leaves, strict=True))
-        found = cast("dict[str, Any]", self.model(**flat))
+        found: dict[str, Any] = self.model(**flat)
         with torch.no_grad():
             for name, value in found[MUTATED].items():
-                cast(torch.Tensor, flat[name]).copy_(value)
+                flat[name].copy_(value)
         return pytree.tree_unflatten(found[OUTPUTS], self.out_spec)
 
 
@@ -173,13 +174,14 @@ class _Capturing:
     """
 
     exported: ExportedProgram
-    model: nn.Module
+    model: PreTrainedModel
     flags: Mapping[str, Any]
     seconds: float
 
     def __call__(self) -> Capture:
         started = time.perf_counter()
-        args, kwargs = cast("tuple[tuple[Any, ...], dict[str, Any]]", self.exported.example_inputs)
+        assert self.exported.example_inputs is not None
+        args, kwargs = self.exported.example_inputs
         leaves, nesting = pytree.tree_flatten((args, kwargs))
         # Afterwards, writes into inputs are outputs.
         exported = self.exported.run_decompositions({})
@@ -188,10 +190,10 @@ class _Capturing:
         _tie_lengths(exported)
         flat = dict(zip(names, leaves, strict=True))
         program = flatten_exported(exported, type(self.model).__name__, (), flat, (), has_caches=True)
-        count = len(cast("Sequence[object]", program.output.args[0])) - len(mutated)
+        count = len(program.leaves) - len(mutated)
         _, spec = pytree.tree_flatten({MUTATED: dict.fromkeys(mutated, 0), OUTPUTS: [0] * count})
         program.signature = replace(program.signature, out_spec=spec)
-        config = patch_model_config(cast(Any, self.model), dict(self.flags))
+        config = patch_model_config(self.model, dict(self.flags))
         # With these patches the exporter captured it: a cache keeps what is behind a sliding window, too.
         with evaluating(self.model), torch.no_grad(), config, apply_patches(DynamoExporter.export_format):
             confirmed = confirm(_only_tensors(program), _ByLeaves(self.model, nesting, names, mutated), (), flat)
@@ -221,8 +223,7 @@ class _ByLeaves(nn.Module):
 def _only_tensors(program: Program) -> Program:
     """The program without the sizes that a cache in its output holds."""
     found = program.copy()
-    leaves = cast("Sequence[object]", found.output.args[0])
-    found.output.args = (tuple(leaf for leaf in leaves if nodes.is_tensor(leaf)),)
+    found.output.args = (tuple(leaf for leaf in found.leaves if nodes.is_tensor(leaf)),)
     return found
 
 

@@ -120,14 +120,15 @@ def _features(model: BaseModel, inputs: Inputs | None) -> tuple[dict[str, torch.
         return split_features(inputs)
     if not isinstance(inputs, (list, tuple)) or not inputs or not all(map(_is_text, inputs)):
         raise InputError("example_inputs= is neither a list of texts nor features; give texts, or model.preprocess(texts)")
-    tensors, constants = split_features(model.preprocess(cast(Any, list(inputs))))
+    tensors, constants = split_features(model.preprocess(list(inputs)))
     return tensors, constants
 
 
 def _is_text(item: object) -> bool:
     """True for a text, and for a pair of texts."""
-    pair = isinstance(item, (list, tuple)) and len(item) == 2
-    return isinstance(item, str) or (pair and all(isinstance(part, str) for part in cast("Sequence[object]", item)))
+    if isinstance(item, (list, tuple)):
+        return len(item) == 2 and all(isinstance(part, str) for part in item)
+    return isinstance(item, str)
 
 
 def _batches(model: BaseModel, data: Iterable[Any]) -> Iterable[Any]:
@@ -208,6 +209,7 @@ def _with_modules(model: _Model, module: nn.Module, rest: Sequence[nn.Module]) -
     made._modules = {names[0]: module, **kept}
     made.prompts = dict(model.prompts)
     made.model_card_data = copy.copy(model.model_card_data)
-    cast(Any, made.model_card_data).register_model(made)
+    card: Any = made.model_card_data
+    card.register_model(made)
     made.clear_placement_cache()
     return made

@@ -111,7 +111,7 @@ def _shorten(model: PreTrainedModel, config: PretrainedConfig, path: str, count:
                 setattr(trial, other, [items[index] for index in kept])
         setattr(trial, field, len(kept))
         built = _built(model, trial)
-        if built is not None and len(built.get_submodule(path)) == len(kept):  # pyright: ignore[reportArgumentType]
+        if built is not None and len(built.get_submodule(path)._modules) == len(kept):
             config.__dict__.update(trial.__dict__)
             return
     raise UnsupportedError(

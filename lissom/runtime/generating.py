@@ -12,7 +12,7 @@ from transformers import GenerationConfig, GenerationMixin
 class CompiledGeneration(GenerationMixin):
     """`generate` over a decoder that is compiled already, so that transformers compiles and prepares nothing."""
 
-    main_input_name: ClassVar[str] = "input_ids"
+    main_input_name: str = "input_ids"
     _is_stateful: ClassVar[bool] = False
 
     @property

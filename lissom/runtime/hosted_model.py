@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, wraps
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -111,12 +111,18 @@ class FixedModule(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device it runs on and takes its inputs on."""
-        return cast("torch.Tensor", self._buffers["_place"]).device
+        return self._empty().device
 
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point dtype of its inputs, or of its outputs if all inputs are integers."""
-        return cast("torch.Tensor", self._buffers["_place"]).dtype
+        return self._empty().dtype
+
+    def _empty(self) -> torch.Tensor:
+        """The buffer with its device and dtype."""
+        place = self._buffers["_place"]
+        assert place is not None
+        return place
 
     def train(self, mode: bool = True) -> Self:
         """Returns the module itself for mode=False.
@@ -178,7 +184,7 @@ class FixedModule(nn.Module):
 
         Raises: UnsupportedError for another device or dtype.
         """
-        place = cast("torch.Tensor", self._buffers["_place"])
+        place = self._empty()
         moved = fn(place)
         if moved.device != place.device:
             raise UnsupportedError(

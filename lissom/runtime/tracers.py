@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch._compile import _disable_dynamo
@@ -10,6 +11,8 @@ from torch._compile import _disable_dynamo
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.errors import InputError
+
+Result = TypeVar("Result")
 
 # Bound once: every call of a compiled model checks them.
 _is_tracing = torch._C._is_tracing
@@ -63,6 +66,6 @@ def with_memory(program: Program, tensors: Sample) -> Sample:
 
 
 @_disable_dynamo
-def untraced(function: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+def untraced(function: Callable[..., Result], args: Sequence[object], kwargs: Mapping[str, object]) -> Result:
     """Call a function from code that Dynamo traces: its graph breaks there, and the function runs as it is."""
     return function(*args, **kwargs)

@@ -182,6 +182,13 @@ def operand(node: fx.Node, index: int = 0) -> fx.Node:
     return found
 
 
+def leaves(output: fx.Node) -> Sequence[object]:
+    """The flat values that a graph's output node returns: nodes, and numbers."""
+    found = output.args[0]
+    assert isinstance(found, (tuple, list))
+    return found
+
+
 def fixed_size(node: object, dim: int) -> int:
     """The size of a dimension of a node's tensor that is the same in every call.
 

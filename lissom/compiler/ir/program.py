@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lissom.compiler.ir import fake, printer
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import Observer, run
 from lissom.compiler.ir.signature import Signature
 from lissom.compiler.ir.trainable import TrainableModule
@@ -66,9 +67,7 @@ class Program:
     @property
     def leaves(self) -> Sequence[object]:
         """The flat values the program returns: nodes, and numbers."""
-        found = self.output.args[0]
-        assert isinstance(found, (tuple, list))
-        return found
+        return nodes.leaves(self.output)
 
     @property
     def placeholders(self) -> list[fx.Node]:

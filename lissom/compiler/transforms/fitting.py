@@ -333,8 +333,7 @@ def _learning_scales(program: Program, stays: Callable[[str], bool]) -> dict[str
     stays: whether the scale of this name is left as it is.
     """
     reads = [FakeQuantize(node).scale for node in program.nodes(fake_quantize)]
-    known = dict.fromkeys(str(read.target) for read in reads if read.op == "get_attr")
-    names = [name for name in known if not stays(name)]
+    names = [name for name in dict.fromkeys(str(read.target) for read in reads if read.op == "get_attr") if not stays(name)]
     found = {
         name: (nn.Parameter(program.weight(name).detach().to(torch.float32, copy=True)), program.weight(name).dtype)
         for name in names

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import cast
 
 import onnx_ir as ir
 import torch
@@ -79,9 +78,9 @@ def take_weights(model: ir.Model) -> dict[str, tuple[str, torch.Tensor]]:
     taken: dict[str, tuple[str, torch.Tensor]] = {}
     names: set[str] = set()
     for index, value in enumerate(list(model.graph.initializers.values())):
-        data = cast(ir.TensorProtocol, value.const_value)
-        wanted = _unique(_weight_name(value), names)
-        del model.graph.initializers[cast(str, value.name)]
+        data, wanted = value.const_value, _unique(_weight_name(value), names)
+        assert data is not None
+        del model.graph.initializers[str(value.name)]
         value.name = f"lissom_weight_{index}"
         if data.dtype.is_floating_point() and data.size > 1:
             tensor = _to_torch(data)
@@ -106,7 +105,7 @@ def rows_of(model: ir.Model) -> dict[str, int]:
             table = node.inputs[0]
             if node.op_type == "Gather" and table is not None and table.const_value is not None and table is not value:
                 axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-                rows[cast(str, value.name)] = table.const_value.shape.numpy()[axis]
+                rows[str(value.name)] = table.const_value.shape.numpy()[axis]
     return rows
 
 
@@ -116,7 +115,7 @@ def origins_of(model: ir.Model, path: Path) -> dict[str, tuple[str, str]]:
     The module is the one the exporter recorded, else the path in the node's name, else the whole name. The trace is the line of
     the exported model's code, else the node's position in the file.
     """
-    return {cast(str, node.name): (module_path(node), _trace(node, path)) for node in model.graph.all_nodes()}
+    return {str(node.name): (module_path(node), _trace(node, path)) for node in model.graph.all_nodes()}
 
 
 def is_in_module(node: ir.Node) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx, nn
@@ -175,7 +175,7 @@ def _read_weight(graph: fx.Graph, root: nn.Module, node: fx.Node, name: str, ten
     for part in folder.split(".") if folder else ():
         if not hasattr(owner, part):
             owner.add_module(part, nn.Module())
-        owner = cast(nn.Module, getattr(owner, part))
+        owner = getattr(owner, part)
     if not hasattr(owner, leaf):
         learned = tensor.is_floating_point() and tensor.numel() > 1
         owner.register_parameter(leaf, nn.Parameter(tensor)) if learned else owner.register_buffer(leaf, tensor)

@@ -7,8 +7,6 @@ recomposed.
 
 from __future__ import annotations
 
-from typing import cast
-
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -103,7 +101,7 @@ def _unshare(graph: ir.Graph) -> None:
     """Give every module its own weight vectors: exporters store equal ones, such as all zero biases, only once."""
     for value in list(graph.initializers.values()):
         uses = list(value.uses())
-        if not _is_weight(value, 1) or len(uses) < 2:
+        if _weight_data(value, 1) is None or len(uses) < 2:
             continue
         owned: dict[str, ir.Value] = {}
         for use in uses:
@@ -119,7 +117,7 @@ def _unshare(graph: ir.Graph) -> None:
                 graph.initializers.add(owned[name])
             use.node.replace_input_with(use.idx, owned[name])
         if not value.uses() and not value.is_graph_output():
-            del graph.initializers[cast(str, value.name)]
+            del graph.initializers[str(value.name)]
 
 
 def _to_linear(graph: ir.Graph, node: ir.Node, transposed: dict[ir.Value, ir.Value]) -> None:
@@ -129,7 +127,7 @@ def _to_linear(graph: ir.Graph, node: ir.Node, transposed: dict[ir.Value, ir.Val
     if x is None or weight is None or x.is_initializer():
         return
     old, bias = [node], next(iter(rest), None)
-    features = cast(ir.Shape, weight.shape)[0]
+    features = None if weight.shape is None else weight.shape[0]
     if node.op_type == "Gemm" and bias is not None and not _is_bias(bias, features):
         return
     after = _only_user(node.outputs[0])
@@ -154,10 +152,10 @@ def _weight(graph: ir.Graph, node: ir.Node, matrix: ir.Value | None, transposed:
     producer = matrix.producer()
     if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
         return producer.inputs[0] if _permutation(producer) in ([1, 0], None) and _is_matrix(producer.inputs[0]) else None
-    if not _is_matrix(matrix):
+    if (data := _weight_data(matrix, 2)) is None:
         return None
     if matrix not in transposed:
-        rows, columns = cast(ir.TensorProtocol, matrix.const_value).shape.numpy()
+        rows, columns = data.shape.numpy()
         name, turned = f"{matrix.name}_transposed", ir.Shape([columns, rows])
         new = ir.Value(name=name, shape=turned, type=matrix.type, const_value=matrix.const_value)
         new.meta[TRANSPOSED] = True
@@ -168,16 +166,20 @@ def _weight(graph: ir.Graph, node: ir.Node, matrix: ir.Value | None, transposed:
 
 
 def _is_matrix(value: ir.Value) -> bool:
-    return _is_weight(value, 2)
+    return _weight_data(value, 2) is not None
 
 
 def _is_bias(value: ir.Value, features: object) -> bool:
-    return _is_weight(value, 1) and cast(ir.TensorProtocol, value.const_value).shape[0] == features
+    data = _weight_data(value, 1)
+    return data is not None and data.shape[0] == features
 
 
-def _is_weight(value: ir.Value, rank: int) -> bool:
+def _weight_data(value: ir.Value, rank: int) -> ir.TensorProtocol | None:
+    """The elements of a floating-point weight of that rank; None for any other value."""
     data = value.const_value
-    return value.is_initializer() and data is not None and len(data.shape) == rank and data.dtype.is_floating_point()
+    if not value.is_initializer() or data is None or len(data.shape) != rank:
+        return None
+    return data if data.dtype.is_floating_point() else None
 
 
 def _name_of_weight(bias: ir.Value | None, node: ir.Node) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -97,9 +97,10 @@ def _with_literal(func: Callable[..., object], args: Sequence[object]) -> Sequen
     Only if that changes neither the dtype nor the shape of the result: the other operand is data of the same dtype and of at
     least the same rank.
     """
-    if not all(isinstance(item, torch.Tensor) for item in args):
+    tensors = [item for item in args if isinstance(item, torch.Tensor)]
+    if len(tensors) < len(args):
         return args
-    *condition, left, right = cast(Sequence[torch.Tensor], args)
+    *condition, left, right = tensors
     if condition:
         literal = _literal(left, beside=right)
         return args if literal is None else (*condition, literal, right)

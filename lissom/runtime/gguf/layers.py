@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -55,7 +55,7 @@ def complete(
         if table is not None:
             found.setdefault(_TABLE, table)
         shapes.pop(_HEAD, None)
-    for index in range(cast(Any, config).num_hidden_layers):
+    for index in range(_count_of(config)):
         layer, head_dim = LAYER.format(index), head_dim_of(config)
         branches = {(_QUERY, _KEY, _VALUE, _OUTPUT): head_dim, (_GATE, _UP, _DOWN): _FEWEST}
         for parts, size in branches.items():
@@ -69,6 +69,10 @@ def complete(
     if missing is not None:
         raise UnsupportedError(f"the program of {type(model).__name__} has no weight for '{missing}', {list(shapes[missing])}")
     return {name: found[name] for name in shapes}
+
+
+def _count_of(config: Any) -> int:
+    return config.num_hidden_layers
 
 
 def _zeros(layer: str, parts: tuple[str, ...], size: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -85,7 +89,7 @@ def _zeros(layer: str, parts: tuple[str, ...], size: int, shapes: Mapping[str, t
 def sizes_of(weights: Mapping[str, Weight], config: PretrainedConfig) -> Sizes:
     """The heads and neurons of every layer. Raises: UnsupportedError for parts of heads, or heads in uneven groups."""
     head_dim, found = head_dim_of(config), list[tuple[int, int, int]]()
-    for index in range(cast(Any, config).num_hidden_layers):
+    for index in range(_count_of(config)):
         layer = LAYER.format(index)
         features = [weights[f"{layer}{part}.weight"].shape[0] for part in (_QUERY, _KEY, _VALUE)]
         heads, groups = features[0] // head_dim, features[1] // head_dim

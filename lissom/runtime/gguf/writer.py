@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -52,9 +52,10 @@ class GgufFile:
 
 def check_dtype(dtype: str | None) -> Dtype | None:
     """The dtype of that name. Raises: UnsupportedError for another name."""
-    if dtype is not None and dtype not in get_args(Dtype):
+    known = next((known for known in get_args(Dtype) if known == dtype), None)
+    if dtype is not None and known is None:
         raise UnsupportedError(f"dtype= is {dtype!r:.80}; choose {', '.join(get_args(Dtype))}, or quantize with a pass")
-    return cast("Dtype | None", dtype)
+    return known
 
 
 def write_gguf(
@@ -76,8 +77,8 @@ def write_gguf(
     check_writable(path)
     family, config = family_of(model.config), model.config
     rope_of(config)
-    rows = int(cast(Any, model.get_input_embeddings()).weight.shape[0])
-    vocabulary = read_vocabulary(tokenizer, str(config._name_or_path or "") or None, rows)
+    table: Any = model.get_input_embeddings()
+    vocabulary = read_vocabulary(tokenizer, str(config._name_or_path or "") or None, int(table.weight.shape[0]))
     program = _folded(program, example)
     found = read_weights(program, model, family.norm_offset)
     names, config = kept_layers(found, model)

@@ -17,7 +17,7 @@ from lissom.compiler.analysis.patterns.constants import value_of_constant
 from lissom.compiler.analysis.patterns.facts import ALWAYS, NEVER, Count, Seen, Table, between, both, difference, either
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
-from lissom.compiler.ir.calls import Index, IndexSelect
+from lissom.compiler.ir.calls import Index, IndexSelect, Slice, Where
 from lissom.compiler.ir.dimension_map import dim_of, places
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import ScalarType
@@ -109,9 +109,9 @@ class PositionValues:
             return self._triangle(node)
         if node.target in (aten.index_select.default, aten.index.Tensor):
             return self._looked_up(node)
-        if node.target in ops.WHERE:
-            chosen, left, right = (self.seen(item) for item in args)
-            return either(both(chosen, left), both(facts.opposite(chosen), right))
+        if (where := Where.of(node)) is not None:
+            chosen = self.seen(where.condition)
+            return either(both(chosen, self.seen(where.chosen)), both(facts.opposite(chosen), self.seen(where.other)))
         return self._moved_or_filled(node, self.seen)
 
     def _counted(self, node: fx.Node) -> Count | None:
@@ -272,10 +272,9 @@ def _table_and_indices(node: fx.Node) -> tuple[fx.Node, object, object] | None:
 
 
 def _sliced(node: fx.Node, x: Kind) -> Kind | None:
-    rank = nodes.tensor_type(node).rank
-    axis = dim_of(node, rank) - rank
-    start = nodes.argument(node, "start") or 0
-    if not isinstance(start, int) or start < 0 or nodes.argument(node, "step") != 1:
+    part, rank = Slice(node), nodes.tensor_type(node).rank
+    axis, start = part.dim % rank - rank, part.start or 0
+    if not isinstance(start, int) or start < 0 or part.step != 1:
         return None
     single = nodes.tensor_type(node).shape[axis] == 1
     if isinstance(x, Count):

@@ -20,7 +20,7 @@ from lissom.compiler.analysis.structure.linear import (
     source,
 )
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Convolution, TopK
+from lissom.compiler.ir.calls import Convolution, Index, TopK
 from lissom.compiler.ir.operators import NORMS, SHAPES, is_activation, is_pointwise
 from lissom.compiler.ir.types import ScalarType, TensorType, fixed
 
@@ -118,7 +118,7 @@ def _is_number(node: fx.Node) -> bool:
 
 def _is_looked_up(node: fx.Node) -> bool:
     """True for rows of a weight that are looked up: the biases of the experts of each row."""
-    return node.target is aten.index.Tensor and node.all_input_nodes[0].op == "get_attr"
+    return node.target is aten.index.Tensor and Index(node).x.op == "get_attr"
 
 
 def _is_spatial(linear: fx.Node) -> bool:

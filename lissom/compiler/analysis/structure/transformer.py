@@ -76,7 +76,7 @@ def structure(program: Program) -> Structure:
         site for node in program.nodes() if is_linear(node) and (site := feed_forward_site(node, projections)) is not None
     )
     embeddings = program.nodes(aten.embedding.default)
-    tables = {node.all_input_nodes[0] for node in embeddings}
+    tables = {calls.Embedding(node).table for node in embeddings}
     linears = [node for node in program.nodes() if is_linear(node)]
     return Structure(
         attention=attention,

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import TopK
+from lissom.compiler.ir.calls import Gather, TopK
 from lissom.compiler.ir.collectives import ALL_GATHER, GROUP, WAIT
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import BEST, GATHERS, LAYER_NORMS, LOG_SOFTMAX, SOFTMAX
@@ -128,7 +128,7 @@ class Joint:
     def _looked_up(self, node: fx.Node, x: fx.Node, dim: int, span: Span) -> fx.Node:
         """A rank's share of a gather, zeros for the shards of other ranks: a partial sum."""
         call = self.edit.call
-        own = call(aten.sub.Tensor, node.all_input_nodes[1], self._first(span))
+        own = call(aten.sub.Tensor, Gather(node).indices, self._first(span))
         held = call(aten.clamp.default, own, 0, fixed(span.local) - 1)
         found = call(aten.gather.default, x, dim, held)
         return call(aten.masked_fill.Scalar, found, call(aten.ne.Tensor, own, held), 0)
