@@ -76,12 +76,14 @@ class Matmul(Call):
 
 
 class AddedProduct(Call):
-    """b + x y."""
+    """beta · b + alpha · x y."""
 
     targets = families.MATMULS_WITH_BIAS
     bias = Operand[fx.Node]("self")
     x = Operand[fx.Node]("mat1", "batch1")
     y = Operand[fx.Node]("mat2", "batch2")
+    alpha = Operand[float]("alpha")
+    beta = Operand[float]("beta")
 
 
 class GroupedProduct(Call):
@@ -108,6 +110,9 @@ class Convolution(Call):
     x = Operand[fx.Node]("input")
     weight = Operand[fx.Node]("weight")
     bias = Operand[fx.Node | None]("bias")
+    stride = Operand[int | Sequence[int | fx.Node]]("stride")
+    padding = Operand[str | int | Sequence[int | fx.Node]]("padding")
+    dilation = Operand[int | Sequence[int | fx.Node]]("dilation")
     groups = Operand[int]("groups")
 
 
@@ -325,7 +330,17 @@ class Binary(Call):
     right = Operand[fx.Node | float]("other")
 
 
-class BlockSparseAttention(Call):
+class AttentionKernel(Call):
+    """Attention by one of our kernels that read q, k and v apart."""
+
+    targets = (ops.fused_attention, ops.block_sparse_attention)
+    q = Operand[fx.Node]("q")
+    k = Operand[fx.Node]("k")
+    v = Operand[fx.Node]("v")
+    bias = Operand[fx.Node | None]("bias")
+
+
+class BlockSparseAttention(AttentionKernel):
     """Attention to the blocks of keys that a pattern keeps."""
 
     targets = (ops.block_sparse_attention,)
@@ -334,12 +349,21 @@ class BlockSparseAttention(Call):
     block = Operand[int]("block")
 
 
+class Copy(Call):
+    """Values assigned to a tensor, in its sizes and dtype."""
+
+    targets = (aten.copy.default, aten.copy_.default)
+    x = Operand[fx.Node]("self")
+    source = Operand[fx.Node]("src")
+
+
 class Dequantize(Call):
     """Stored integers or fp8 as floating-point values."""
 
     targets = (dequantize,)
     q = Operand[fx.Node]("q")
     scale = Operand[fx.Node]("scale")
+    zero_point = Operand[fx.Node | None]("zero_point")
     format = Operand[str]("format")
 
 
@@ -349,12 +373,17 @@ class FakeQuantize(Call):
     targets = (fake_quantize,)
     x = Operand[fx.Node]("x")
     scale = Operand[fx.Node]("scale")
+    zero_point = Operand[fx.Node | None]("zero_point")
+    format = Operand[str]("format")
 
 
 class IndexCopy(Call):
     """Rows of a tensor replaced by others."""
 
     targets = (aten.index_copy.default, aten.index_copy_.default)
+    x = Operand[fx.Node]("self")
+    dim = Operand[int]("dim")
+    indices = Operand[fx.Node]("index")
     source = Operand[fx.Node]("source")
 
 
@@ -393,6 +422,15 @@ class Split(Call):
     """Pieces of a dimension."""
 
     targets = families.SPLITS
+    x = Operand[fx.Node]("self")
+    dim = Operand[int]("dim")
+
+
+class SymSize(Call):
+    """The size of one dimension."""
+
+    targets = (aten.sym_size.int,)
+    x = Operand[fx.Node]("self")
     dim = Operand[int]("dim")
 
 
@@ -402,6 +440,14 @@ class TopK(Call):
     targets = (aten.topk.default,)
     x = Operand[fx.Node]("self")
     k = Operand[int | fx.Node]("k")
+
+
+class Unbind(Call):
+    """Each index of a dimension on its own."""
+
+    targets = (aten.unbind.int,)
+    x = Operand[fx.Node]("self")
+    dim = Operand[int]("dim")
 
 
 class Unflatten(Call):
