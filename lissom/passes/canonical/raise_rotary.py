@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Binary, Cat, Item, Slice, Split, Stack, Unbind
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.operators import RESHAPES, SPLITS
+from lissom.compiler.ir.operators import RESHAPES
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops import rotary
 
@@ -61,18 +61,18 @@ class RaiseRotary(Rewrite):
 
     def _raise_complex(self, edit: Editor, node: fx.Node) -> None:
         """view_as_real(view_as_complex(x in pairs) · angles), flattened to the shape of x."""
-        product = node.args[0]
+        product = nodes.operand(node)
         if not nodes.is_call(product, aten.mul.Tensor) or len(node.users) != 1:
             return
         (result,) = node.users
         for number, angles in _orders(product):
-            if not nodes.is_call(number, aten.view_as_complex.default) or not nodes.is_tensor(angles):
+            if not nodes.is_call(number, aten.view_as_complex.default):
                 continue
-            pairs = number.args[0]
+            pairs = nodes.operand(number)
             if not nodes.is_call(pairs, *RESHAPES) or not nodes.is_call(result, *RESHAPES):
                 continue
-            x = pairs.args[0]
-            if not nodes.is_tensor(x) or nodes.node_type(x) != nodes.node_type(result) or not _are_pairs(pairs, x):
+            x = nodes.operand(pairs)
+            if nodes.node_type(x) != nodes.node_type(result) or not _are_pairs(pairs, x):
                 continue
             with edit.before(result, like=[product, result]):
                 cos, sin = _real_and_imaginary(edit, angles)
@@ -84,17 +84,17 @@ class RaiseRotary(Rewrite):
 def _real_and_imaginary(edit: Editor, number: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The real and imaginary parts of a complex value; cos and sin of a known angle (few backends have complex)."""
     if nodes.is_call(number, aten.polar.default):
-        length, angle = number.args
+        length, angle = nodes.operand(number), nodes.operand(number, 1)
         parts = edit.call(aten.cos.default, angle), edit.call(aten.sin.default, angle)
         if nodes.is_call(length, aten.ones_like.default):
             return parts
         return edit.call(aten.mul.Tensor, length, parts[0]), edit.call(aten.mul.Tensor, length, parts[1])
     if nodes.is_call(number, aten.complex.default):
-        return cast("tuple[fx.Node, fx.Node]", number.args)
-    if nodes.is_call(number, *_MOVES) and nodes.is_tensor(number.args[0]):
-        move = cast(torch._ops.OpOverload, number.target)
+        return nodes.operand(number), nodes.operand(number, 1)
+    if nodes.is_call(number, *_MOVES):
         first, second = (
-            edit.call(move, part, *number.args[1:], **number.kwargs) for part in _real_and_imaginary(edit, number.args[0])
+            edit.call(nodes.overload(number), part, *number.args[1:], **number.kwargs)
+            for part in _real_and_imaginary(edit, nodes.operand(number))
         )
         return first, second
     both = edit.call(aten.view_as_real.default, number)
@@ -112,25 +112,26 @@ def _broadcasts(found: _Rotary) -> bool:
 
 def _sum_of_products(node: fx.Node) -> _Rotary | None:
     """x · cos + rotated(x) · sin."""
-    if node.kwargs or not all(nodes.is_call(item, aten.mul.Tensor) for item in node.args):
+    if node.kwargs:
         return None
     for straight, crossed in (node.args, reversed(node.args)):
         for turned, sin in _orders(crossed):
             found = _turned(turned)
-            if found is None or not nodes.is_tensor(sin):
+            if found is None:
                 continue
             x, interleaved = found
-            cos = next((other for item, other in _orders(straight) if item is x and nodes.is_tensor(other)), None)
+            cos = next((other for item, other in _orders(straight) if item is x), None)
             if cos is not None and nodes.tensor_type(cos).shape[-1:] == nodes.tensor_type(x).shape[-1:]:
                 return _Rotary(x, cos, sin, interleaved)
     return None
 
 
 def _orders(product: object) -> list[tuple[fx.Node, fx.Node]]:
-    """The two operands of a product, in both orders."""
-    assert isinstance(product, fx.Node)
-    left, right = product.args[:2]
-    return [(left, right), (right, left)]  # pyright: ignore[reportReturnType]
+    """The two factors of a product of tensors, in both orders; nothing for any other value."""
+    if not nodes.is_call(product, aten.mul.Tensor):
+        return []
+    left, right = Binary(product).left, Binary(product).right
+    return [(left, right), (right, left)] if nodes.is_tensor(left) and nodes.is_tensor(right) else []
 
 
 def _turned(node: object) -> tuple[fx.Node, bool] | None:
@@ -138,7 +139,7 @@ def _turned(node: object) -> tuple[fx.Node, bool] | None:
     parts = _joined(node)
     if parts is None or not nodes.is_call(parts[0], aten.neg.default):
         return None
-    found = _pair(parts[1], parts[0].args[0])
+    found = _pair(parts[1], nodes.operand(parts[0]))
     return found if found is not None and found[1] == _is_interleaving(node) else None
 
 
@@ -150,10 +151,10 @@ def _two_results(node: fx.Node) -> _Rotary | None:
     minus, plus = parts
     if not nodes.is_call(minus, aten.sub.Tensor) or not nodes.is_call(plus, aten.add.Tensor) or minus.kwargs or plus.kwargs:
         return None
-    if not all(nodes.is_call(item, aten.mul.Tensor) for item in (*minus.args, *plus.args)):
+    if not all(nodes.is_call(item, aten.mul.Tensor) for item in plus.args):
         return None
-    for a, cos in _orders(minus.args[0]):
-        for b, sin in _orders(minus.args[1]):
+    for a, cos in _orders(Binary(minus).left):
+        for b, sin in _orders(Binary(minus).right):
             found = _pair(a, b)
             if found is None:
                 continue
@@ -170,17 +171,14 @@ def _two_results(node: fx.Node) -> _Rotary | None:
 
 def _joined(node: object) -> tuple[fx.Node, fx.Node] | None:
     """The two parts concatenated or interleaved along the last dimension."""
-    joint = node
+    joint = Cat(node) if nodes.is_call(node, aten.cat.default) else None
     if nodes.is_call(node, *RESHAPES):
-        joint = node.args[0]
-        if not nodes.is_call(joint, aten.stack.default) or not _are_pairs(joint, node):
+        joint = Stack.of(nodes.operand(node))
+        if joint is not None and not _are_pairs(joint.node, node):
             return None
-    elif not nodes.is_call(joint, aten.cat.default):
+    if joint is None or len(joint.parts) != 2 or joint.dim not in (-1, nodes.tensor_type(joint.node).rank - 1):
         return None
-    parts, dim, rank = joint.args[0], nodes.argument(joint, "dim"), nodes.tensor_type(joint).rank
-    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or dim not in (-1, rank - 1):
-        return None
-    return (parts[0], parts[1]) if all(map(nodes.is_tensor, parts)) else None  # pyright: ignore[reportReturnType]
+    return joint.parts[0], joint.parts[1]
 
 
 def _is_interleaving(node: object) -> bool:
@@ -206,17 +204,19 @@ def _part(node: object) -> tuple[fx.Node, str] | None:
     """The value that a node is one half of, and which half."""
     if nodes.is_call(node, operator.getitem):
         return _piece(node)
-    if not nodes.is_call(node, aten.slice.Tensor) or not nodes.is_tensor(node.args[0]):
+    part = Slice.of(node)
+    if part is None:
         return None
-    x = node.args[0]
+    x, start, end = part.x, part.start or 0, part.end
     width = nodes.tensor_type(x).shape[-1]
-    dim, start, end, step = (nodes.argument(node, name) for name in ("dim", "start", "end", "step"))
-    if dim not in (-1, nodes.tensor_type(x).rank - 1) or not isinstance(width, int) or width % 2:
+    if part.dim not in (-1, nodes.tensor_type(x).rank - 1) or not isinstance(width, int) or width % 2:
         return None
-    start, whole = start or 0, end is None or (isinstance(end, int) and end >= width)
-    if step == 2 and whole and start in (0, 1):
+    whole = end is None or (isinstance(end, int) and end >= width)
+    if not isinstance(start, int):
+        return None
+    if part.step == 2 and whole and start in (0, 1):
         return x, (_EVEN, _ODD)[start]
-    if step != 1 or not isinstance(start, int):
+    if part.step != 1:
         return None
     if start == 0 and end in (width // 2, -(width - width // 2)):
         return x, _FIRST
@@ -225,19 +225,14 @@ def _part(node: object) -> tuple[fx.Node, str] | None:
 
 def _piece(node: fx.Node) -> tuple[fx.Node, str] | None:
     """A piece of x.chunk(2, -1), of x.split(half, -1), or of x in pairs, unbound along the pairs."""
-    pieces, index = node.args
-    if index not in (0, 1) or not isinstance(pieces, fx.Node) or not nodes.is_tensor(pieces.args[0]):
+    index, source = Item(node).index, Item(node).source
+    pieces = Split.of(source) or Unbind.of(source)
+    if index not in (0, 1) or pieces is None or pieces.dim not in (-1, nodes.tensor_type(pieces.x).rank - 1):
         return None
-    x = pieces.args[0]
-    found = nodes.tensor_type(x)
-    dim = pieces.args[-1] if len(pieces.args) > 1 else 0
-    if dim not in (-1, found.rank - 1):
-        return None
-    if nodes.is_call(pieces, aten.unbind.int):
-        if not nodes.is_call(x, *RESHAPES) or not _are_pairs(x, x.args[0]):
+    x = pieces.x
+    if isinstance(pieces, Unbind):
+        if not nodes.is_call(x, *RESHAPES) or not _are_pairs(x, nodes.operand(x)):
             return None
-        return x.args[0], _EVEN if index == 0 else _ODD  # pyright: ignore[reportReturnType]
-    if nodes.is_call(pieces, *SPLITS):
-        half = nodes.tensor_type(node).shape[-1]
-        return (x, _FIRST if index == 0 else _SECOND) if found.shape[-1] == half * 2 else None  # pyright: ignore[reportReturnType]
-    return None
+        return nodes.operand(x), _EVEN if index == 0 else _ODD
+    half = nodes.tensor_type(node).shape[-1]
+    return (x, _FIRST if index == 0 else _SECOND) if nodes.tensor_type(x).shape[-1] == half * 2 else None
