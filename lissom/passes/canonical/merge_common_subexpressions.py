@@ -41,8 +41,9 @@ def _key(program: Program, node: fx.Node) -> object:
     if node.op == "get_attr":
         weight = program.constant(node)
         # A parameter may be trained.
-        merges = weight is not None and weight.dim() == 0 and not isinstance(weight, nn.Parameter)
-        return (weight.dtype, weight.device, repr(weight.item())) if merges else None  # pyright: ignore
+        if weight is None or weight.dim() > 0 or isinstance(weight, nn.Parameter):
+            return None
+        return (weight.dtype, weight.device, repr(weight.item()))
     if not nodes.is_pure(node):
         return None
     found = nodes.node_type(node)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Binary
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import only_user, other_argument, scalar_and_node, strip_casts
 from lissom.compiler.ir.operators import CASTS
@@ -32,7 +33,7 @@ class RaiseRmsNorm(Rewrite):
     def run(self, edit: Editor) -> None:
         for mean in edit.nodes(aten.mean.dim):
             x = _squared(mean)
-            over_last = x is not None and mean.args[1] in ([-1], [nodes.tensor_type(x).rank - 1])
+            over_last = x is not None and nodes.argument(mean, "dim") in ([-1], [nodes.tensor_type(x).rank - 1])
             if x is None or not over_last or not nodes.argument(mean, "keepdim"):
                 continue
             found = _normalised(edit, mean, x)
@@ -48,13 +49,13 @@ class RaiseRmsNorm(Rewrite):
 
 def _squared(mean: fx.Node) -> fx.Node | None:
     """The x of mean(x²)."""
-    square = mean.args[0]
+    square = nodes.operand(mean)
     squares = (
-        (nodes.is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2)
+        _is_power(square, 2)
         or nodes.is_call(square, aten.square.default)
-        or (nodes.is_call(square, *_MULTIPLY) and square.args[0] is square.args[1])
+        or (nodes.is_call(square, *_MULTIPLY) and Binary(square).left is Binary(square).right)
     )
-    return square.all_input_nodes[0] if squares and isinstance(square, fx.Node) else None
+    return nodes.operand(square) if squares else None
 
 
 def _normalised(edit: Editor, mean: fx.Node, x: fx.Node) -> tuple[fx.Node, float] | None:
@@ -75,7 +76,7 @@ def _divided(root: fx.Node, x: fx.Node) -> fx.Node | None:
     inverse = nodes.is_call(root, aten.rsqrt.default) or _is_power(root, -0.5)
     if nodes.is_call(root, aten.sqrt.default) or _is_power(root, 0.5):
         for user in root.users:
-            if nodes.is_call(user, aten.div.Tensor) and _is_same(user.args[0], x) and user.args[1] is root:
+            if nodes.is_call(user, aten.div.Tensor) and _is_same(Binary(user).left, x) and Binary(user).right is root:
                 return user
             if nodes.is_call(user, aten.reciprocal.default):
                 return _times(user, x)
@@ -84,7 +85,7 @@ def _divided(root: fx.Node, x: fx.Node) -> fx.Node | None:
 
 
 def _is_power(node: fx.Node, exponent: float) -> bool:
-    return bool(nodes.is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == exponent)
+    return nodes.is_call(node, aten.pow.Tensor_Scalar) and nodes.argument(node, "exponent") == exponent
 
 
 def _times(factor: fx.Node, x: fx.Node) -> fx.Node | None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Binary
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import unshifted
 from lissom.compiler.pipeline.pass_kinds import Rewrite
@@ -25,22 +27,27 @@ class RaiseSoftmax(Rewrite):
 
     def run(self, edit: Editor) -> None:
         for node in edit.nodes(aten.div.Tensor):
-            powers, total = node.args
-            dim = _summed(powers, total)
-            if dim is None or node.kwargs:
+            powers, total = Binary(node).left, Binary(node).right
+            if node.kwargs or not isinstance(total, fx.Node) or (dim := _summed(powers, total)) is None:
                 continue
-            argument = powers.args[0]  # pyright: ignore
+            argument = nodes.operand(powers)
             argument = unshifted(argument, dim) or argument
-            with edit.before(node, like=[powers, total, node]):  # pyright: ignore[reportArgumentType]
+            with edit.before(node, like=[powers, total, node]):
                 raised = edit.call(aten.softmax.int, argument, dim)
             edit.replace(node, raised)
 
 
-def _summed(powers: object, total: object) -> int | None:
+def _summed(powers: fx.Node, total: fx.Node) -> int | None:
     """The dimension over which `total` sums the exponentials, kept with size 1; None when it is no such sum."""
     if not nodes.is_call(powers, aten.exp.default) or not nodes.is_call(total, aten.sum.dim_IntList):
         return None
     dims, keep, dtype = (nodes.argument(total, name) for name in ("dim", "keepdim", "dtype"))
-    if total.args[0] is not powers or not keep or dtype is not None or not isinstance(dims, (list, tuple)) or len(dims) != 1:
+    if (
+        nodes.operand(total) is not powers
+        or not keep
+        or dtype is not None
+        or not isinstance(dims, (list, tuple))
+        or len(dims) != 1
+    ):
         return None
-    return int(dims[0]) % nodes.tensor_type(powers).rank  # pyright: ignore[reportArgumentType]
+    return int(dims[0]) % nodes.tensor_type(powers).rank

@@ -16,6 +16,7 @@ from torch import fx
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
+from lissom.compiler.ir.calls import Copy
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_handed_out, is_read_by, is_view, memory_of, views_of
 from lissom.compiler.pipeline.pass_kinds import Rewrite
@@ -61,13 +62,13 @@ class RemoveNoOps(Rewrite):
 
 def _assign(edit: Editor, node: fx.Node) -> None:
     """Make a `copy` a cast of its second argument, in the sizes of the first."""
-    place, value, *_ = node.args
+    place, value = Copy(node).x, Copy(node).source
     found, given = nodes.tensor_type(place), nodes.tensor_type(value)
     if found.device != given.device:
         return
     if given.shape != found.shape:
         with edit.before(node):
-            value = edit.call(aten.expand.default, value, [edit.size(place, dim) for dim in range(found.rank)])  # pyright: ignore
+            value = edit.call(aten.expand.default, value, [edit.size(place, dim) for dim in range(found.rank)])
     edit.change_call(node, aten.to.dtype, value, found.dtype)
 
 
@@ -80,16 +81,13 @@ def _gives_back(node: fx.Node) -> bool:
     if node.target in _ONE_IS_NEUTRAL and not _is_number(node, 1):
         return False
     known = _IDENTITY_IF_SAME_TYPE | _ZERO_IS_NEUTRAL | _ONE_IS_NEUTRAL
-    if node.target not in known or not nodes.is_tensor(node.args[0]):
-        return False
-    source: fx.Node = node.args[0]  # pyright: ignore[reportAssignmentType]
-    mode = fake.mode_of(source)
-    return fake.same_type(mode, nodes.node_type(node), nodes.node_type(source))
+    source = node.args[0] if node.target in known else None
+    return nodes.is_tensor(source) and fake.same_type(fake.mode_of(source), nodes.node_type(node), nodes.node_type(source))
 
 
 def _is_number(node: fx.Node, neutral: int) -> bool:
     """True when the second argument is this number; type promotion shows in the result's type."""
-    other = node.args[1] if len(node.args) > 1 else None
+    other = nodes.argument(node, "other", "exponent")
     return isinstance(other, (int, float)) and other == neutral and "rounding_mode" not in node.kwargs
 
 

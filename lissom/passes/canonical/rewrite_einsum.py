@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.cost import example_shape
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Einsum
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.fake import hint
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
@@ -45,20 +45,20 @@ class RewriteEinsum(Rewrite):
     def run(self, edit: Editor) -> None:
         pairs = [part for node in edit.nodes(aten.einsum.default) for part in _in_pairs(edit, node)]
         for node in pairs:
-            operands = cast("list[fx.Node]", node.args[1])
-            letters = parse(str(node.args[0])) if len(operands) == 2 else None
+            equation, operands = Einsum(node).equation, Einsum(node).tensors
+            letters = parse(equation) if len(operands) == 2 else None
             if letters is None:
-                edit.skip(node, f"'{node.args[0]}' is no product of two operands")
+                edit.skip(node, f"'{equation}' is no product of two operands")
                 continue
             left, right = operands
             others = _varies(left, letters.left, letters.rows) or _varies(right, letters.right, letters.columns)
             terms = ((left, letters.left), (right, letters.right))
             if others and any(_varies(operand, term, letters.contracted) for operand, term in terms):
-                edit.skip(node, f"'{node.args[0]}' folds two sizes that vary")
+                edit.skip(node, f"'{equation}' folds two sizes that vary")
                 continue
             if any(_is_one(operand, term, letters.batch) for operand, term in terms):
                 edit.skip(
-                    node, f"'{node.args[0]}' has a size that varies and is 1 in the example, where PyTorch types products as 1"
+                    node, f"'{equation}' has a size that varies and is 1 in the example, where PyTorch types products as 1"
                 )
                 continue
             with edit.before(node):
@@ -71,8 +71,8 @@ def _in_pairs(edit: Editor, node: fx.Node) -> list[fx.Node]:
 
     Each keeps the letters that the remaining operands and the result need.
     """
-    operands = cast("list[fx.Node]", node.args[1])
-    inputs, arrow, result = str(node.args[0]).replace(" ", "").partition("->")
+    operands = Einsum(node).tensors
+    inputs, arrow, result = Einsum(node).equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if len(operands) < 3 or not arrow or not "".join((*terms, result)).isalpha():
         return [node]
@@ -116,8 +116,8 @@ def _varies(operand: fx.Node, term: str, group: str) -> bool:
 
 def _is_one(operand: fx.Node, term: str, group: str) -> bool:
     """True if a letter of the group has a dynamic size that is 1 in the example."""
-    sizes = cast("Sequence[int | torch.SymInt]", cast(torch.Tensor, nodes.value(operand)).shape)
-    return any(isinstance(sizes[term.index(letter)], torch.SymInt) and hint(sizes[term.index(letter)]) == 1 for letter in group)
+    shape, sizes = nodes.tensor_type(operand).shape, example_shape(operand)
+    return any(not isinstance(shape[dim], int) and sizes[dim] == 1 for dim in map(term.index, group))
 
 
 def _product(edit: Editor, operands: Sequence[fx.Node], letters: _Letters) -> fx.Node:

@@ -20,6 +20,7 @@ from torch import fx
 
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Index
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import AND, EXPANDS, FILLS, ONES, RANGES, RESHAPES
 from lissom.compiler.ir.types import Size
@@ -46,9 +47,9 @@ class SimplifyMasks(Rewrite):
 
 def _replace_indexing(edit: Editor, node: fx.Node) -> None:
     """Replace x indexed by all its positions in order by x with dimensions of size 1 inserted."""
-    x, indices = node.args
-    found, rank = nodes.tensor_type(x), nodes.tensor_type(node).rank
-    counts = [_counted(edit, item, rank) for item in indices]  # pyright: ignore
+    x, rank = Index(node).x, nodes.tensor_type(node).rank
+    found = nodes.tensor_type(x)
+    counts = [_counted(edit, item, rank) for item in Index(node).indices]
     if None in counts or len(counts) != found.rank:
         return
     lengths = [item[0] for item in counts if item is not None]
@@ -60,7 +61,7 @@ def _replace_indexing(edit: Editor, node: fx.Node) -> None:
     if axes != sorted(set(axes)) or max(axes) >= rank or not same:
         return
     with edit.before(node):
-        view: fx.Node = x  # pyright: ignore[reportAssignmentType]
+        view = x
         for axis in range(rank):
             if axis not in axes:
                 view = edit.call(aten.unsqueeze.default, view, axis)
@@ -69,17 +70,16 @@ def _replace_indexing(edit: Editor, node: fx.Node) -> None:
         edit.replace(node, view)
 
 
-def _counted(edit: Editor, index: object, rank: int) -> tuple[Size, int | None] | None:
+def _counted(edit: Editor, index: fx.Node | None, rank: int) -> tuple[Size, int | None] | None:
     """The n and the axis of an index that is 0, 1 … n - 1 along one axis and of size 1 along the others, of `rank` axes.
 
     The axis is None for n = 1, when all axes are alike.
     """
-    if not nodes.is_tensor(index):
+    if index is None:
         return None
-    shape = nodes.tensor_type(index).shape
-    source: object = index
+    shape, source = nodes.tensor_type(index).shape, index
     while nodes.is_call(source, aten.unsqueeze.default, *RESHAPES):
-        source = source.args[0]
+        source = nodes.operand(source)
     length = _counted_length(edit, source)
     wide = [axis for axis, size in enumerate(shape) if size != 1]
     if length is None or len(wide) > 1 or any(shape[axis] != length for axis in wide):
@@ -87,12 +87,12 @@ def _counted(edit: Editor, index: object, rank: int) -> tuple[Size, int | None] 
     return (length, wide[0] + rank - len(shape)) if wide else (length, None)
 
 
-def _counted_length(edit: Editor, source: object) -> Size | None:
+def _counted_length(edit: Editor, source: fx.Node) -> Size | None:
     """The n of `arange(n)`, or of a weight with the same values."""
     if nodes.is_call(source, *RANGES):
         found = nodes.tensor_type(source)
         return found.shape[0] if found.rank == 1 and _from_zero(source) else None
-    weight = edit.program.constant(source) if isinstance(source, fx.Node) else None
+    weight = edit.program.constant(source)
     if weight is None or weight.dtype not in (torch.int32, torch.int64) or not 0 < weight.numel() <= _MOST:
         return None
     counts = torch.arange(weight.numel(), dtype=weight.dtype, device=weight.device)
@@ -101,24 +101,23 @@ def _counted_length(edit: Editor, source: object) -> Size | None:
 
 def _from_zero(count: fx.Node) -> bool:
     """True for `arange` that starts with 0 and counts by 1."""
-    first, step = (0, 1) if count.target is aten.arange.default else (count.args[0], 1)
-    if count.target is aten.arange.start_step:
-        step = nodes.argument(count, "step")
+    first = 0 if count.target is aten.arange.default else nodes.argument(count, "start")
+    step = nodes.argument(count, "step") if count.target is aten.arange.start_step else 1
     return (first, step) == (0, 1) and not nodes.tensor_type(count).dtype.is_floating_point
 
 
 def _drop_true(edit: Editor, node: fx.Node) -> None:
     """Replace a & true by a, expanded to the size of both."""
-    left, right = node.args
-    if not all(nodes.is_tensor(item) and nodes.tensor_type(item).dtype == torch.bool for item in (left, right)):
+    left, right = nodes.operand(node), nodes.operand(node, 1)
+    if any(nodes.tensor_type(item).dtype != torch.bool for item in (left, right)):
         return
     kept, other = (right, left) if _always_true(left) else (left, right)
     if not _always_true(other) or edit.program.output in node.users:
         return
-    view: fx.Node = kept  # pyright: ignore[reportAssignmentType]
-    if not fake.same_type(edit.program.fake_mode, nodes.node_type(node), nodes.node_type(view)):
+    view = kept
+    if not fake.same_type(edit.program.fake_mode, nodes.node_type(node), nodes.node_type(kept)):
         with edit.before(node):
-            view = edit.call(aten.expand.default, view, _sizes(edit, view, other))  # pyright: ignore[reportArgumentType]
+            view = edit.call(aten.expand.default, kept, _sizes(edit, kept, other))
     edit.replace(node, view)
 
 
@@ -132,19 +131,23 @@ def _sizes(edit: Editor, kept: fx.Node, other: fx.Node) -> list[fx.Node | int]:
     return sizes
 
 
-def _always_true(item: object) -> bool:
+def _always_true(item: fx.Node) -> bool:
     """True for a condition that holds everywhere, whatever the inputs."""
-    while nodes.is_call(item, *_VIEWS):
-        item = item.args[0]
+    item = _viewed(item)
     if nodes.is_call(item, *AND):
-        return all(map(_always_true, item.args))
+        return all(map(_always_true, item.all_input_nodes))
     if nodes.is_call(item, *ONES):
         return True
     if nodes.is_call(item, *FILLS):
         return nodes.argument(item, "fill_value") in (True, 1)
     if not nodes.is_call(item, aten.ge.Scalar):
         return False
-    count, least = item.args
-    while nodes.is_call(count, *_VIEWS):
-        count = count.args[0]
+    count, least = _viewed(nodes.operand(item)), nodes.argument(item, "other")
     return nodes.is_call(count, *RANGES) and _from_zero(count) and isinstance(least, (int, float)) and least <= 0
+
+
+def _viewed(item: fx.Node) -> fx.Node:
+    """The value before reshapes and expands."""
+    while nodes.is_call(item, *_VIEWS):
+        item = nodes.operand(item)
+    return item

@@ -16,9 +16,10 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import MaskedFill, Matmul, Slice, Softmax, Transpose, Where
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import number, strip_casts
-from lissom.compiler.ir.operators import CASTS, MASKED_FILLS, SOFTMAX
+from lissom.compiler.ir.operators import CASTS, SOFTMAX
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops import attention
 from lissom.passes.canonical.raise_attention.scores import PRODUCTS, Bias, NoMatchError, Scores, folds_heads, scores_of
@@ -51,7 +52,7 @@ class _Product:
     zeroed: where weights are set to 0 before it. sliced: whether the last column of the weights is dropped.
     """
 
-    node: fx.Node
+    product: Matmul
     zeroed: fx.Node | None
     sliced: bool
 
@@ -62,66 +63,64 @@ def _product_with_values(edit: Editor, softmax: fx.Node) -> _Product | None:
     Raises: NoMatchError when the weights have other readers.
     """
     weights = _without_nan(edit, softmax)
-    zeroed, sliced = None, False
+    zeroed: fx.Node | None = None
+    sliced = False
     while len(weights.users) == 1:
         user = next(iter(weights.users))
-        fills = nodes.is_call(user, *MASKED_FILLS) and user.args[0] is weights
-        if zeroed is None and fills and number(edit.program, user.args[2]) == 0:
-            zeroed = user.args[1]
+        fill = MaskedFill.of(user)
+        if zeroed is None and fill is not None and fill.x is weights and number(edit.program, fill.value) == 0:
+            zeroed = fill.mask
         elif _drops_last(user, weights) and not sliced:
             sliced = True
         elif not (nodes.is_call(user, *CASTS) or folds_heads(user)):
             break
         weights = user
-    product = next((user for user in weights.users if nodes.is_call(user, *PRODUCTS) and user.args[0] is weights), None)
+    products = (Matmul(user) for user in weights.users if nodes.is_call(user, *PRODUCTS))
+    product = next((item for item in products if item.x is weights), None)
     if product is None:
         return None
-    if softmax.args[1] not in (-1, nodes.tensor_type(softmax).rank - 1):
+    if Softmax(softmax).dim not in (-1, nodes.tensor_type(softmax).rank - 1):
         raise NoMatchError("the softmax is not over the last dimension")
     if len(weights.users) > 1:
         raise NoMatchError("the attention weights have readers other than the product with v")
-    return _Product(product, zeroed, sliced)  # pyright: ignore[reportArgumentType]
+    return _Product(product, zeroed, sliced)
 
 
 def _drops_last(node: fx.Node, weights: fx.Node) -> bool:
     """True for `weights[..., :-1]`."""
-    if not nodes.is_call(node, aten.slice.Tensor) or node.args[0] is not weights:
+    part = Slice.of(node)
+    if part is None or part.x is not weights or part.dim not in (-1, nodes.tensor_type(weights).rank - 1):
         return False
-    dim, start, end, step = (nodes.argument(node, name) for name in ("dim", "start", "end", "step"))
-    return dim in (-1, nodes.tensor_type(weights).rank - 1) and not start and end == -1 and step == 1
+    return not part.start and part.end == -1 and part.step == 1
 
 
 def _without_nan(edit: Editor, softmax: fx.Node) -> fx.Node:
     """The weights with NaN set to 0, as attention has for a fully masked row; without that, the softmax itself."""
     for user in softmax.users:
-        if not nodes.is_call(user, aten.where.self, aten.where.ScalarSelf) or user.args[2] is not softmax:
+        choice = Where.of(user)
+        if choice is None or choice.other is not softmax:
             continue
-        is_nan = user.args[0]
-        if not nodes.is_call(is_nan, aten.isnan.default) or is_nan.args[0] is not softmax or len(is_nan.users) > 1:
+        is_nan = choice.condition
+        if not nodes.is_call(is_nan, aten.isnan.default) or nodes.operand(is_nan) is not softmax or len(is_nan.users) > 1:
             continue
-        if number(edit.program, user.args[1]) == 0 and set(softmax.users) == {user, is_nan}:
+        if number(edit.program, choice.chosen) == 0 and set(softmax.users) == {user, is_nan}:
             return user
     return softmax
 
 
 def _raise(edit: Editor, softmax: fx.Node, found: _Product, scores: Scores) -> None:
-    product, v = found.node, found.node.args[1]
+    product, v = found.product.node, found.product.y
     if found.sliced != (scores.sinks is not None):
         raise NoMatchError("the last column is dropped from the weights, or sinks are kept in them")
     if found.zeroed is not None:
         scores = _hidden_for_good(scores, found.zeroed)
-    if not nodes.is_tensor(v):
-        raise NoMatchError("v is not a tensor")
-    factors: list[fx.Node] = [scores.q, scores.keys, v]  # pyright: ignore[reportAssignmentType]
-    ranks = {nodes.tensor_type(item).rank for item in factors}
+    ranks = {nodes.tensor_type(item).rank for item in (scores.q, scores.keys, v)}
     heads = nodes.tensor_type(softmax).shape[1] if nodes.tensor_type(softmax).rank == 4 else scores.heads
     if not ranks <= {3, 4} or (len(ranks) > 1 and heads is None):
         raise NoMatchError(f"q, k and v have ranks {sorted(ranks)}; attention takes 4, or 3")
     dtype = nodes.tensor_type(product).dtype
     with edit.before(product, like=[softmax, product]):
-        q, k, values = (
-            _unfold(edit, _cast(edit, item, dtype), heads) for item in (scores.q, _keys(edit, scores.keys), factors[2])
-        )
+        q, k, values = (_unfold(edit, _cast(edit, item, dtype), heads) for item in (scores.q, _keys(edit, scores.keys), v))
         for factor in scores.factors:
             q = edit.call(aten.mul.Tensor, q, _cast(edit, factor, dtype))
         bias = _sum(edit, scores.biases, dtype, heads)
@@ -158,9 +157,9 @@ def _keys(edit: Editor, transposed: fx.Node) -> fx.Node:
     """The keys before their last two dimensions were transposed."""
     rank = nodes.tensor_type(transposed).rank
     if nodes.is_call(transposed, aten.transpose.int):
-        dims = {dim % rank for dim in transposed.args[1:]}  # pyright: ignore[reportOperatorIssue]
-        if dims == {rank - 1, rank - 2}:
-            return transposed.args[0]  # pyright: ignore[reportReturnType]
+        swap = Transpose(transposed)
+        if {swap.dim0 % rank, swap.dim1 % rank} == {rank - 1, rank - 2}:
+            return swap.x
     return edit.call(aten.transpose.int, transposed, -2, -1)
 
 
@@ -170,8 +169,8 @@ def _unfold(edit: Editor, node: fx.Node, heads: object) -> fx.Node:
         return node
     if heads is None:
         return edit.call(aten.unsqueeze.default, node, 0)
-    if folds_heads(node) and nodes.tensor_type(node.args[0]).shape[1] == heads:
-        return node.args[0]  # pyright: ignore[reportReturnType]
+    if folds_heads(node) and nodes.tensor_type(nodes.operand(node)).shape[1] == heads:
+        return nodes.operand(node)
     if not isinstance(heads, int):
         raise NoMatchError("the number of heads varies")
     return edit.call(aten.reshape.default, node, [-1, heads, edit.size(node, 1), edit.size(node, 2)])

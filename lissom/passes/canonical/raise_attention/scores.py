@@ -14,9 +14,10 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import AddedProduct, Binary, Cat, MaskedFill, Matmul, Softmax, Where
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import number, scalar_and_node, strip_casts, unshifted
-from lissom.compiler.ir.operators import MASKED_FILLS, RESHAPES
+from lissom.compiler.ir.operators import RESHAPES
 
 aten = torch.ops.aten
 
@@ -89,25 +90,19 @@ def scores_of(edit: Editor, softmax: fx.Node) -> Scores:
 
     Raises: NoMatchError naming the operator that is not recognized.
     """
-    argument = _unshifted(softmax.args[0])
+    argument = _unshifted(Softmax(softmax).x)
     if not nodes.is_call(argument, aten.cat.default):
         return take_apart(edit, argument)
-    parts, dim = argument.args[0], argument.args[1] if len(argument.args) > 1 else 0
-    last = nodes.tensor_type(argument).rank - 1
-    joins_two = isinstance(parts, (list, tuple)) and len(parts) == 2 and dim in (-1, last) and last == 3
-    scores, sinks = parts if joins_two else (None, None)  # pyright: ignore
-    if not nodes.is_tensor(sinks) or nodes.tensor_type(sinks).shape[-1] != 1:
+    joint = Cat(argument)
+    joins_two = len(joint.parts) == 2 and nodes.tensor_type(argument).rank == 4 and joint.dim in (-1, 3)
+    if not joins_two or nodes.tensor_type(joint.parts[1]).shape[-1] != 1:
         raise NoMatchError("the scores are joined with something that is not one column of sinks")
+    scores, sinks = joint.parts
     return replace(take_apart(edit, scores), sinks=strip_casts(sinks))
 
 
-def _unshifted(node: object) -> fx.Node:
-    """The value before casts, and before the maximum of each row was subtracted from it.
-
-    Raises: NoMatchError when it is a constant.
-    """
-    if not isinstance(node, fx.Node):
-        raise NoMatchError("the scores are a constant")
+def _unshifted(node: fx.Node) -> fx.Node:
+    """The value before casts, and before the maximum of each row was subtracted from it."""
     node = strip_casts(node)
     before = unshifted(node, -1)
     return node if before is None else _unshifted(before)
@@ -118,9 +113,9 @@ def folds_heads(node: fx.Node, kept: int = 2) -> bool:
 
     With 3 of them, for a reshape between [batch, windows, heads, a, b] and [batch·windows, heads, a, b].
     """
-    if not nodes.is_call(node, *RESHAPES) or not nodes.is_tensor(node.args[0]):
+    if not nodes.is_call(node, *RESHAPES):
         return False
-    old, new = nodes.tensor_type(node.args[0]), nodes.tensor_type(node)
+    old, new = nodes.tensor_type(nodes.operand(node)), nodes.tensor_type(node)
     return {old.rank, new.rank} == {kept + 1, kept + 2} and old.shape[-kept:] == new.shape[-kept:]
 
 
@@ -136,30 +131,30 @@ def take_apart(edit: Editor, node: object) -> Scores:
         return replace(take_apart(edit, before), shifted=True)
     node = before
     if nodes.is_call(node, *PRODUCTS):
-        return _product_of(edit, node.args[0], node.args[1])
+        return _product_of(edit, Matmul(node).x, Matmul(node).y)
     if folds_heads(node, 3):
-        return take_apart(edit, node.args[0])
+        return take_apart(edit, nodes.operand(node))
     if folds_heads(node):
-        split = max(map(nodes.tensor_type, (node, node.args[0])), key=lambda found: found.rank)
-        return replace(take_apart(edit, node.args[0]), heads=split.shape[1])
+        split = max(map(nodes.tensor_type, (node, nodes.operand(node))), key=lambda found: found.rank)
+        return replace(take_apart(edit, nodes.operand(node)), heads=split.shape[1])
     if nodes.is_call(node, aten.baddbmm.default):
-        bias, q, keys = node.args
-        alpha, beta = (float(nodes.argument(node, name)) for name in ("alpha", "beta"))  # pyright: ignore
-        scores = _product_of(edit, q, keys).scaled(alpha)
-        return scores if beta == 0 else scores.biased(Bias(bias, node, beta))  # pyright: ignore[reportArgumentType]
+        product = AddedProduct(node)
+        scores = _product_of(edit, product.x, product.y).scaled(float(product.alpha))
+        return scores if product.beta == 0 else scores.biased(Bias(product.bias, node, float(product.beta)))
     if nodes.is_call(node, aten.add.Tensor, aten.sub.Tensor):
         return _take_sum_apart(edit, node)
-    if nodes.is_call(node, *MASKED_FILLS):
-        return take_apart(edit, node.args[0]).biased(_fill(edit, node, node.args[1], node.args[2]))
-    if nodes.is_call(node, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
-        condition, left, right = node.args
-        if number(edit.program, right) is not None:
-            return take_apart(edit, left).biased(replace(_fill(edit, node, condition, right), inverted=True))
-        return take_apart(edit, right).biased(_fill(edit, node, condition, left))
+    if (fill := MaskedFill.of(node)) is not None:
+        return take_apart(edit, fill.x).biased(_fill(edit, node, fill.mask, fill.value))
+    if (choice := Where.of(node)) is not None:
+        if number(edit.program, choice.other) is not None:
+            return take_apart(edit, choice.chosen).biased(
+                replace(_fill(edit, node, choice.condition, choice.other), inverted=True)
+            )
+        return take_apart(edit, choice.other).biased(_fill(edit, node, choice.condition, choice.chosen))
     if nodes.is_call(node, *_LARGER) and _is_floor(edit, node):
-        return take_apart(edit, node.args[0]).biased(Bias(node, node, floor=True))
+        return take_apart(edit, nodes.operand(node)).biased(Bias(node, node, floor=True))
     if nodes.is_call(node, aten.tanh.default):
-        return take_apart(edit, node.args[0]).capped()
+        return take_apart(edit, nodes.operand(node)).capped()
     scaled = _scaled_by(edit, node)
     if scaled is not None:
         return take_apart(edit, scaled[1]).scaled(scaled[0])
@@ -171,14 +166,13 @@ def take_apart(edit: Editor, node: object) -> Scores:
 def _take_sum_apart(edit: Editor, node: fx.Node) -> Scores:
     if node.kwargs:
         raise NoMatchError("the scores are added with a factor")
-    left, right = node.args
+    left, right = Binary(node).left, Binary(node).right
     subtracted = nodes.is_call(node, aten.sub.Tensor)
     for term, bias in ((left, right),) if subtracted else ((left, right), (right, left)):
         if not nodes.is_tensor(bias):
             continue
         try:
-            found = Bias(bias, node, -1.0 if subtracted else 1.0)  # pyright: ignore[reportArgumentType]
-            return take_apart(edit, term).biased(found)
+            return take_apart(edit, term).biased(Bias(bias, node, -1.0 if subtracted else 1.0))
         except NoMatchError:
             continue
     raise NoMatchError("neither term of the scores is a scaled product")
@@ -198,32 +192,30 @@ def _take_temperature_apart(edit: Editor, node: fx.Node) -> Scores:
 def _is_floor(edit: Editor, node: fx.Node) -> bool:
     """True for a maximum with the lowest finite number of the dtype (XGLM, OPT)."""
     lowest = torch.finfo(nodes.tensor_type(node).dtype).min
-    return len(node.args) == 2 and number(edit.program, node.args[1]) == lowest
+    return len(node.args) == 2 and number(edit.program, nodes.argument(node, "other", "min")) == lowest
 
 
-def _fill(edit: Editor, node: fx.Node, mask: object, value: object) -> Bias:
+def _fill(edit: Editor, node: fx.Node, mask: fx.Node, value: object) -> Bias:
     fill = number(edit.program, value)
     if fill is None:
         raise NoMatchError("the fill of the masked scores is computed")
-    return Bias(mask, node, fill=fill)  # pyright: ignore[reportArgumentType]
+    return Bias(mask, node, fill=fill)
 
 
-def _product_of(edit: Editor, q: object, keys: object) -> Scores:
+def _product_of(edit: Editor, q: fx.Node, keys: fx.Node) -> Scores:
     """The product of q and transposed keys, with constant factors of either moved into the scale."""
     scale = 1.0
     factors: list[fx.Node] = []
     for factor in (q, keys):
         while (found := _scaled_by(edit, factor)) is not None:
             scale, factor = scale * found[0], found[1]
-        if not nodes.is_tensor(factor):
-            raise NoMatchError("a factor of the scores is not a tensor")
-        factors.append(factor)  # pyright: ignore[reportArgumentType]
+        factors.append(factor)
     return Scores(factors[0], factors[1], scale)
 
 
-def _scaled_by(edit: Editor, node: object) -> tuple[float, fx.Node] | None:
+def _scaled_by(edit: Editor, node: fx.Node) -> tuple[float, fx.Node] | None:
     """The constant factor of a value, and the unscaled value."""
-    if nodes.is_call(node, *_DIVIDE) and not node.kwargs:  # pyright: ignore[reportAttributeAccessIssue]
-        divisor = number(edit.program, node.args[1])  # pyright: ignore[reportAttributeAccessIssue]
-        return (1 / divisor, node.args[0]) if divisor else None  # pyright: ignore
+    if nodes.is_call(node, *_DIVIDE) and not node.kwargs:
+        divisor = number(edit.program, Binary(node).right)
+        return (1 / divisor, Binary(node).left) if divisor else None
     return scalar_and_node(edit.program, node, _MULTIPLY)
