@@ -116,11 +116,9 @@ class TokenFlow:
 
     def _start(self, node: fx.Node) -> None:
         """Start at an embedding of, or a layer over, [batch, tokens, ...]."""
-        look_up, layer = Embedding.of(node), Linear.of(node)
-        source = look_up.ids if look_up is not None else layer.x if layer is not None else None
-        if source is None:
+        if not nodes.is_call(node, *Embedding.targets, *Linear.targets):
             return
-        sizes = nodes.tensor_type(self.mask).shape
+        sizes, source = nodes.tensor_type(self.mask).shape, nodes.argument(node, "indices", "input")
         if shape_of(node)[:2] == sizes and shape_of(source)[:2] == sizes and len(shape_of(node)) > 2:
             self.places[node] = FIRST
 
@@ -144,21 +142,18 @@ class TokenFlow:
         if len(loose) > 1:
             return False
         ((slot, place),) = loose.items()
-        fill, choice = MaskedFill.of(node), Where.of(node)
-        value, mask = None, None
-        if fill is not None and slot == 0:
-            value, mask = fill.x, fill.mask
-        elif choice is not None and slot == 1:
-            value, mask = choice.chosen, choice.condition
+        fills, rank, mask = nodes.is_call(node, *MaskedFill.targets) and slot == 0, len(shape_of(node)), None
+        if fills:
+            mask = MaskedFill(node).mask
+        elif nodes.is_call(node, *Where.targets) and slot == 1:
+            mask = Where(node).condition
         elif nodes.is_call(node, aten.mul.Tensor):
-            left, right = Binary(node).left, Binary(node).right
-            value, mask = (left, right) if slot == 0 else (right, left)
-        rank = len(shape_of(node))
-        if not nodes.is_tensor(mask) or rank != len(shape_of(value)):
+            mask = Binary(node).right if slot == 0 else Binary(node).left
+        if not nodes.is_tensor(mask) or rank != len(shape_of(operands(node)[slot])):
             return False
 
-        def is_zero(values: torch.Tensor, kept: torch.Tensor) -> bool:
-            return zero_where_hidden(values if fill is None else ~values, kept, place, rank)
+        def is_zero(value: torch.Tensor, kept: torch.Tensor) -> bool:
+            return zero_where_hidden(~value if fills else value, kept, place, rank)
 
         # Positions that later calls select are kept too, which only makes this easier to satisfy.
         return self._holds(mask, is_zero)
