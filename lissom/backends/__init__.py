@@ -26,7 +26,7 @@ def find_backend(wanted: str | Backend) -> Backend:
     if isinstance(wanted, Backend):
         check_name(wanted)
         backend = wanted
-    elif not isinstance(wanted, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+    elif not isinstance(wanted, str):
         raise UnsupportedError(
             f"backend= is {wanted!r:.80}; give a name, {', '.join(names)}, or an object with options, such as "
             f"lissom.OnnxRuntime(threads=2)"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -23,7 +23,9 @@ Found = TypeVar("Found")
 
 def leaves_of(program: Program) -> list[object]:
     """The flat outputs of the program: nodes and constants."""
-    return list(cast(Sequence[object], program.output.args[0]))
+    (leaves,) = program.output.args
+    assert isinstance(leaves, (list, tuple))
+    return list(leaves)
 
 
 def device_of(program: Program) -> torch.device:
@@ -57,8 +59,7 @@ def check_steps(backend: str, program: Program, unrolled: Collection[object]) ->
     unrolled: the operators of these layers.
     """
     for node in program.nodes(*unrolled):
-        x = cast(fx.Node, node.args[0])
-        steps = nodes.tensor_type(x).shape[1 if node.args[-1] else 0]
+        steps = nodes.tensor_type(nodes.operand(node)).shape[1 if nodes.argument(node, "batch_first") else 0]
         if not isinstance(steps, int):
             raise UnsupportedError(
                 f"backend '{backend}' computes {place(program, node)} step by step, and the number of steps, "

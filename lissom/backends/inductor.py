@@ -177,8 +177,9 @@ def _compile(program: Program, example: Sample, folder: Path) -> Path:
         # Not in TorchInductor's cache, which would keep a copy of the weights forever.
         "aot_inductor.output_path": str(folder / "files"),
     }
-    files = torch._inductor.aot_compile(exported.module(), traced, options=options)  # pyright: ignore[reportArgumentType]
+    files = torch._inductor.aot_compile(exported.module(), traced, options=options)
     path = folder / "model.pt2"
-    package_aoti(str(path), files)  # pyright: ignore[reportArgumentType]
+    assert isinstance(files, list)
+    package_aoti(str(path), files)
     shutil.rmtree(folder / "files")
     return path

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import sympy
 import torch
@@ -79,7 +78,8 @@ def fastest_cutting(call: Call, program: Program, example: Sample, seconds: floa
     batch = batch_inputs(program)
     if not batch:
         return None
-    symbol = cast(sympy.Symbol, program.signature.tensors[batch[0]].type.shape[0])
+    symbol = program.signature.tensors[batch[0]].type.shape[0]
+    assert isinstance(symbol, sympy.Symbol)
     dimension = program.signature.dimensions[symbol]
     one = sample_at(program, example, {symbol: max(dimension.minimum, 1)})
     if one is None:

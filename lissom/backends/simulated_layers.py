@@ -118,15 +118,14 @@ def _quantizers(node: fx.Node) -> list[fx.Node]:
 
 def _whole(item: fx.Node) -> fx.Node:
     """The value that a rank takes its part of; any other value as it is."""
-    while nodes.is_call(item, aten.index_select.default) and isinstance(first := item.args[0], fx.Node):
-        item = first
+    while nodes.is_call(item, aten.index_select.default):
+        item = nodes.operand(item)
     return item
 
 
 def _is_looked_up(quantizer: fx.Node) -> bool:
     """True for dequantized rows of an embedding table, whose readers are no quantized layers."""
-    first = quantizer.args[0]
-    return nodes.is_call(quantizer, dequantize) and isinstance(first, fx.Node) and first.op != "get_attr"
+    return nodes.is_call(quantizer, dequantize) and nodes.operand(quantizer).op != "get_attr"
 
 
 def _weight_quantizer(weight: fx.Node, layer: fx.Node) -> fx.Node | None:
@@ -137,7 +136,7 @@ def _weight_quantizer(weight: fx.Node, layer: fx.Node) -> fx.Node | None:
         if not isinstance(item, fx.Node) or item in seen:
             continue
         seen.add(item)
-        if is_quantizer(item) and item.args[0] is weight:
+        if is_quantizer(item) and nodes.operand(item) is weight:
             return item
         if item is not input_of(layer):
             pending += item.args
@@ -147,11 +146,10 @@ def _weight_quantizer(weight: fx.Node, layer: fx.Node) -> fx.Node | None:
 def _describe(quantizer: fx.Node) -> str:
     """`int8 weights (per-channel)`, `uint8 activations (per-token)`."""
     form = FORMATS[str(quantizer.kwargs["format"])]
-    first = quantizer.args[0]
-    if not (isinstance(first, fx.Node) and first.op == "get_attr"):
+    if nodes.operand(quantizer).op != "get_attr":
         scale = quantizer.kwargs.get("granularity")
         return f"{form.name} activations ({f'per-{scale}' if scale else 'static'})"
-    shape = nodes.tensor_type(quantizer.args[1]).shape
+    shape = nodes.tensor_type(nodes.argument(quantizer, "scale")).shape
     whole = nodes.tensor_type(quantizer).shape
     if all(size == 1 for size in shape):
         return f"{form.name} weights (per-tensor)"

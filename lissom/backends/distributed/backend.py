@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from lissom.backends.eager.backend import Eager, build_function
 from lissom.backends.simulated_layers import SimulatedLayer, account, count_kernels, explain, refuse
 from lissom.compiler.analysis.embedding_bounds import ShardedTable, outside_table, sharded_tables
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.collectives import COLLECTIVES, WAIT
+from lissom.compiler.ir.collectives import ALL_GATHER, COLLECTIVES, WAIT
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.parallel.partitioned_program import PartitionedProgram
@@ -175,7 +175,8 @@ class _Collectives:
             return _itself
         if node.target not in COLLECTIVES:
             return None
-        world_size, operation, in_place = self.ranks.world_size, str(node.args[1]), owns_argument(node)
+        world_size, in_place = self.ranks.world_size, owns_argument(node)
+        operation = "" if node.target is ALL_GATHER else str(nodes.argument(node, "reduce_op"))
         all_reduce, all_gather, reduce_scatter = map(
             self._refusing, (self.channel.reduce, self.channel.gather, self.channel.scatter)
         )
@@ -216,7 +217,7 @@ def _itself(x: torch.Tensor) -> torch.Tensor:
 
 def owns_argument(node: fx.Node) -> bool:
     """True when a collective can overwrite its argument: it has no other readers, and is no view."""
-    made = cast(fx.Node, node.args[0])
+    made = nodes.operand(node)
     if made.op != "call_function" or len(made.users) > 1 or not isinstance(made.target, torch._ops.OpOverload):
         return False
     return all(item.alias_info is None for item in made.target._schema.returns) and made.target is not WAIT

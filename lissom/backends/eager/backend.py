@@ -21,6 +21,7 @@ from lissom.backends.eager.chains import Chain, runs_of
 from lissom.backends.eager.cuda_graphs import with_fast_layout, with_graphs
 from lissom.backends.eager.methods import METHODS
 from lissom.backends.eager.node_times import time_nodes
+from lissom.compiler.ir.node import overload
 from lissom.compiler.ir.operators import QUANTIZED_LINEARS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
@@ -133,8 +134,7 @@ def _packed(program: Program) -> list[torch.Tensor]:
     """The weights that were packed for kernels, and their grids: they are the program's own."""
     found: dict[str, torch.Tensor] = {}
     for call in program.nodes(packed_linear, packed_linear_norm, *QUANTIZED_LINEARS):
-        parameters = cast(torch._ops.OpOverload, call.target)._schema.arguments
-        for parameter, item in zip(parameters, call.args, strict=False):
+        for parameter, item in zip(overload(call)._schema.arguments, call.args, strict=False):
             if parameter.name in _PACKED and isinstance(item, fx.Node) and item.op == "get_attr":
                 found[str(item.target)] = program.weight(str(item.target))
     return list(found.values())

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from lissom.compiler.ir.node import has_value, is_tensor, node_type
+from lissom.compiler.ir.calls import Item
+from lissom.compiler.ir.node import has_value, is_tensor, node_type, overload
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import ScalarType, TensorType, ValueType
 from lissom.ops.native import load_kernels
@@ -165,13 +166,12 @@ class _Encoder:
     def append(self, node: fx.Node, freed: Iterable[fx.Node]) -> None:
         arguments = _arguments(node)
         assert arguments is not None, "a call that no chain can make"
-        name = node.target.name()  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess, reportUnknownVariableType, reportUnknownMemberType]
-        pieces = _pieces(node)
-        self.code += [self.operators.setdefault(str(name), len(self.operators)), self.count, pieces or 1, len(arguments)]
+        name, pieces = overload(node).name(), _pieces(node)
+        self.code += [self.operators.setdefault(name, len(self.operators)), self.count, pieces or 1, len(arguments)]
         for item in arguments:
             self._argument(item)
         if pieces:
-            self.registers |= {piece: self.count + int(piece.args[1]) for piece in node.users}  # pyright: ignore[reportArgumentType]
+            self.registers |= {piece: self.count + Item(piece).index for piece in node.users}
         else:
             self.registers[node] = self.count
         self.count += pieces or 1
@@ -273,8 +273,7 @@ def _writes(node: fx.Node) -> bool:
 
 def _arguments(node: fx.Node) -> list[Any] | None:
     """The arguments in the order of the operator's schema, with defaults; None where one is neither a tensor nor a literal."""
-    schema: Any = node.target._schema  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
-    rest = schema.arguments[len(node.args) :]
+    rest = overload(node)._schema.arguments[len(node.args) :]
     found = [*node.args, *(node.kwargs.get(parameter.name, parameter.default_value) for parameter in rest)]
     named = node.kwargs.keys() <= {parameter.name for parameter in rest}
     return found if named and all(map(_is_argument, found)) else None

@@ -179,7 +179,8 @@ def with_fast_layout(program: Program) -> Program:
     """
     if _device_of(program) is None:
         return program
-    convolved = {item.args[1].name for item in program.nodes(*_CONVOLUTIONS) if isinstance(item.args[1], fx.Node)}
+    weights = [nodes.argument(node, "weight") for node in program.nodes(*_CONVOLUTIONS)]
+    convolved = {weight.name for weight in weights if isinstance(weight, fx.Node)}
     placed = program.copy()
     for node in program.graph.nodes:
         if node.op != "get_attr":

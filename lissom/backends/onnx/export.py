@@ -12,6 +12,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
+import sympy
 import torch
 from onnxscript.optimizer import optimize
 from torch import fx
@@ -38,7 +39,7 @@ aten = torch.ops.aten
 _WHOLE = [target for target in RECURRENT_LAYERS if target not in PLAIN_RNNS]
 """The recurrent layers that have translations; others are computed step by step."""
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other)
-_SPELLINGS: Mapping[object, object] = {
+_SPELLINGS: Mapping[object, torch._ops.OpOverload] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
     aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
@@ -75,7 +76,7 @@ def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir
             input_names=inputs,
             output_names=outputs,
             opset_version=OPSET,
-            custom_translation_table={**TRANSLATIONS, **RECURRENCES},  # pyright: ignore[reportArgumentType]
+            custom_translation_table={**TRANSLATIONS, **RECURRENCES},
             dynamo=True,
             verbose=False,
             optimize=False,
@@ -161,7 +162,7 @@ def _copy_returned_inputs(program: Program) -> None:
 def _respell(program: Program) -> None:
     """Replace operators by equivalents that the exporter translates."""
     for node in program.nodes():
-        node.target = _SPELLINGS.get(node.target, node.target)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        node.target = _SPELLINGS.get(node.target, node.target)
         if node.target in _CASTS:
             node.target, node.args = aten._to_copy.default, node.args[:1]
             node.kwargs = {"dtype": nodes.tensor_type(node).dtype}
@@ -206,8 +207,9 @@ def _name_sizes(program: Program, model: ir.Model) -> None:
     # State follows the inputs, and has fixed sizes.
     for leaf, value in zip(program.signature.tensors, model.graph.inputs, strict=False):
         for size, found in zip(leaf.type.shape, value.shape or (), strict=True):
-            if isinstance(found, ir.SymbolicDim) and found.value and size in program.signature.dimensions:
-                names[found.value] = program.signature.dimensions[size].name  # pyright: ignore[reportArgumentType]
+            dimension = program.signature.dimensions.get(size) if isinstance(size, sympy.Symbol) else None
+            if isinstance(found, ir.SymbolicDim) and found.value and dimension is not None:
+                names[found.value] = dimension.name
     values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
     for value in values:
         if value.shape is not None and not value.shape.is_static():

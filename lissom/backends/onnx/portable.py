@@ -35,8 +35,8 @@ class PlainSession:
         options.intra_op_num_threads = torch.get_num_threads()
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self._inputs, self._outputs = input_names(program), output_names(program)
-        places = {result: index for index, result in enumerate(results_of(program))}
-        self._leaves = [(places.get(leaf), leaf) for leaf in leaves_of(program)]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        places: dict[object, int] = {result: index for index, result in enumerate(results_of(program))}
+        self._leaves = [(places.get(leaf), leaf) for leaf in leaves_of(program)]
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[object]:
         given = {name: tensor.detach().numpy() for name, tensor in zip(self._inputs, inputs, strict=True)}

@@ -135,7 +135,7 @@ def _scan(body: Body, start: ir.Value, operands: Sequence[ir.Value], dtype: ir.D
     return outputs, last
 
 
-RECURRENCES: Mapping[object, Callable[..., object]] = {
+RECURRENCES: Mapping[Callable[..., object], Callable[..., object]] = {
     ops.gated_delta_rule: _gated_delta_rule,
     ops.selective_scan: _selective_scan,
 }

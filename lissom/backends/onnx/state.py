@@ -6,15 +6,16 @@ Where the only reader of a state is an operator that computes the new one in pla
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import onnx_ir as ir
 import torch
 from torch import fx
 
+from lissom.backends.exported import leaves_of
 from lissom.backends.onnx.rewriting import Writer, nodes_of, shape_of
 from lissom.backends.onnx.translation import DOMAIN, INDEX_COPY
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Copy
 from lissom.compiler.ir.program import Program
 
 aten = torch.ops.aten
@@ -43,7 +44,7 @@ def return_state(program: Program) -> None:
             reads[node] = str(node.target)
             nodes.set_value(held[reads[node]], nodes.value(node))
             continue
-        written = reads[node.args[0]] if nodes.is_state_write(node) else None
+        written = reads[nodes.operand(node)] if nodes.is_state_write(node) else None
         for used in node.all_input_nodes:
             if used in reads:
                 node.replace_input_with(used, held[reads[used]])
@@ -54,7 +55,8 @@ def return_state(program: Program) -> None:
     for node in reads:
         graph.erase_node(node)
     leaves: list[fx.Node] = []
-    for leaf in (*cast(tuple[fx.Node, ...], program.output.args[0]), *held.values()):
+    for leaf in (*leaves_of(program), *held.values()):
+        assert isinstance(leaf, fx.Node)
         # An ONNX model returns each value once, and no input unchanged.
         again = leaf in leaves or leaf in given
         with graph.inserting_before(program.output):
@@ -64,12 +66,12 @@ def return_state(program: Program) -> None:
 
 def _stored(graph: fx.Graph, write: fx.Node) -> fx.Node:
     """The state after a write, in the state's dtype and shape."""
-    memory, value = write.args[0], write.args[1]
-    assert isinstance(memory, fx.Node) and isinstance(value, fx.Node)
+    memory, value = Copy(write).x, Copy(write).source
     kept, given = nodes.tensor_type(memory), nodes.tensor_type(value)
     with graph.inserting_before(write):
         if given.shape != kept.shape:
-            value = graph.call_function(aten.expand.default, (value, cast(list[int], list(kept.shape))))
+            sizes = [nodes.fixed_size(memory, dim) for dim in range(kept.rank)]
+            value = graph.call_function(aten.expand.default, (value, sizes))
         if given.dtype != kept.dtype:
             value = graph.call_function(aten._to_copy.default, (value,), {"dtype": kept.dtype})
     nodes.set_value(value, nodes.value(memory))

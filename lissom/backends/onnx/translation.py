@@ -186,7 +186,7 @@ def _chosen(condition: ir.Value, first: ir.Value, second: ir.Value) -> ir.Value:
     return op.Or(op.And(condition, first), op.And(op.Not(condition), second))
 
 
-TRANSLATIONS: Mapping[object, Callable[..., object]] = {
+TRANSLATIONS: Mapping[Callable[..., object], Callable[..., object]] = {
     aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
     ops.attention: _attention,
     ops.block_sparse_attention: _block_sparse_attention,

@@ -21,6 +21,7 @@ from lissom.backends.onnx.export import input_names, output_names, results_of, s
 from lissom.backends.onnx.state import shared_states
 from lissom.backends.onnxruntime.stored import check_interface
 from lissom.backends.simulated_layers import SimulatedLayer
+from lissom.compiler.ir.calls import Embedding
 from lissom.compiler.ir.program import Program
 from lissom.errors import InputError, UnsupportedError, nearest
 
@@ -77,7 +78,7 @@ class Session:
         # The device of tensors: a CPU without an index, any other device with one.
         self._place = self._device if self._device.type == "cpu" else torch.device(self._device.type, self._device.index or 0)
         # ONNX wraps negative indices of an embedding around, and PyTorch refuses them.
-        rows = [node.args[1] for node in program.nodes(torch.ops.aten.embedding.default)]
+        rows = [Embedding(node).ids for node in program.nodes(*Embedding.targets)]
         self._rows = [index for index, node in enumerate(program.placeholders) if node in rows]
         # The flat outputs: the index of a result, or a constant.
         places = {result: index for index, result in enumerate(results_of(program))}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
 """Others compile for devices of their own, or send data elsewhere, and their options are not reviewed."""
@@ -33,9 +32,9 @@ def unlisted_option(providers: Sequence[str], options: Mapping[str, Mapping[str,
 
 
 def _check_kinds(providers: object, options: object, threads: object) -> None:
-    if not isinstance(providers, tuple) or not all(isinstance(name, str) for name in cast("tuple[object, ...]", providers)):
+    if not isinstance(providers, tuple) or not all(isinstance(name, str) for name in providers):
         raise ValueError("providers are no list of names")
-    tables = list(cast("dict[str, object]", options).values()) if isinstance(options, dict) else [None]
+    tables = list(options.values()) if isinstance(options, dict) else [None]
     if not all(isinstance(given, dict) for given in tables):
         raise ValueError("provider_options are no table of tables")
     if threads is not None and (type(threads) is not int or not 1 <= threads <= MOST_THREADS):

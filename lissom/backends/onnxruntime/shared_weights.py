@@ -82,8 +82,10 @@ def _external(
                 if entry.key == "location" and entry.value == WEIGHTS:
                     entry.value = own
             file, offset, length = external_place(tensor, path, path.absolute().parent)
-            data = numpy.memmap(file, dtype=numpy.uint8, mode="r", offset=offset, shape=(length,)) if length else b""
-            yield tensor, memoryview(data)  # pyright: ignore[reportArgumentType]
+            if length:
+                yield tensor, numpy.memmap(file, dtype=numpy.uint8, mode="r", offset=offset, shape=(length,)).data
+            else:
+                yield tensor, memoryview(b"")
 
 
 def _refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
@@ -102,13 +104,13 @@ def _places(path: Path) -> dict[Content, int]:
     for name, entry in header.items():
         if name != "__metadata__":
             begin, end = (8 + size + offset for offset in entry["data_offsets"])
-            found.setdefault(_content(memoryview(data[begin:end])), begin)  # pyright: ignore[reportArgumentType]
+            found.setdefault(_content(data[begin:end].data), begin)
     return found
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu().reshape(-1)
-    return memoryview(plain.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+    return plain.view(torch.uint8).numpy().data
 
 
 def _content(data: memoryview) -> Content:

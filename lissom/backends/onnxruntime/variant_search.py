@@ -22,6 +22,7 @@ from lissom.backends.onnx.variants import ATTENTION, CHOICES, PAIRS
 from lissom.backends.onnxruntime.opening import Opener, Start, root_reason
 from lissom.backends.onnxruntime.session import Session
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import BlockSparseAttention
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample, resize
 from lissom.compiler.ir.signature import evaluate
@@ -170,12 +171,12 @@ class Timed:
 
 def affordable_lengths(program: Program, example: Sample) -> list[tuple[int, Sample]]:
     """Lengths with inputs at which dense scores fit in memory, the example first; empty when the example's do not."""
-    calls, own = program.nodes(block_sparse_attention), program.signature.sizes_of(example)
-    length = nodes.tensor_type(calls[0].args[0]).shape[2]
+    calls = [BlockSparseAttention(node) for node in program.nodes(block_sparse_attention)]
+    length, own = nodes.tensor_type(calls[0].q).shape[2], program.signature.sizes_of(example)
     found: list[tuple[int, Sample]] = []
     for share in _SHARES if isinstance(length, sympy.Symbol) and length in own else _SHARES[:1]:
         sizes = {symbol: round(size * share) if symbol == length else size for symbol, size in own.items()}
-        taken = max(_score_bytes(call.args, sizes) for call in calls)
+        taken = max(_score_bytes(call, sizes) for call in calls)
         if taken > _AFFORDABLE and share == 1.0:
             return []
         sample = example if share == 1.0 else sample_at(program, example, sizes)
@@ -211,8 +212,8 @@ def tell_lengths(found: Sequence[Timed]) -> str:
     return told + ends.get(faster, "")
 
 
-def _score_bytes(operands: Sequence[object], sizes: dict[sympy.Symbol, int]) -> int:
-    q, k = (nodes.tensor_type(item) for item in operands[:2])  # pyright: ignore[reportArgumentType]
+def _score_bytes(call: BlockSparseAttention, sizes: dict[sympy.Symbol, int]) -> int:
+    q, k = nodes.tensor_type(call.q), nodes.tensor_type(call.k)
     batch, heads, queries, keys = (int(evaluate(size, sizes)) for size in (*q.shape[:3], k.shape[2]))
     return batch * heads * queries * keys * q.dtype.itemsize
 

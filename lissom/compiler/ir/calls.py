@@ -110,6 +110,9 @@ class Convolution(Call):
     x = Operand[fx.Node]("input")
     weight = Operand[fx.Node]("weight")
     bias = Operand[fx.Node | None]("bias")
+    stride = Operand[int | Sequence[int | fx.Node]]("stride")
+    padding = Operand[str | int | Sequence[int | fx.Node]]("padding")
+    dilation = Operand[int | Sequence[int | fx.Node]]("dilation")
     groups = Operand[int]("groups")
 
 
@@ -215,14 +218,6 @@ class Unsqueeze(Call):
     """A new dimension of size 1."""
 
     targets = (aten.unsqueeze.default,)
-    x = Operand[fx.Node]("self")
-    dim = Operand[int]("dim")
-
-
-class Split(Call):
-    """The pieces of a dimension, or its indices one by one."""
-
-    targets = (*families.SPLITS, aten.unbind.int)
     x = Operand[fx.Node]("self")
     dim = Operand[int]("dim")
 
@@ -335,7 +330,17 @@ class Binary(Call):
     right = Operand[fx.Node | float]("other")
 
 
-class BlockSparseAttention(Call):
+class AttentionKernel(Call):
+    """Attention by one of our kernels that read q, k and v apart."""
+
+    targets = (ops.fused_attention, ops.block_sparse_attention)
+    q = Operand[fx.Node]("q")
+    k = Operand[fx.Node]("k")
+    v = Operand[fx.Node]("v")
+    bias = Operand[fx.Node | None]("bias")
+
+
+class BlockSparseAttention(AttentionKernel):
     """Attention to the blocks of keys that a pattern keeps."""
 
     targets = (ops.block_sparse_attention,)
@@ -344,12 +349,21 @@ class BlockSparseAttention(Call):
     block = Operand[int]("block")
 
 
+class Copy(Call):
+    """Values assigned to a tensor, in its sizes and dtype."""
+
+    targets = (aten.copy.default, aten.copy_.default)
+    x = Operand[fx.Node]("self")
+    source = Operand[fx.Node]("src")
+
+
 class Dequantize(Call):
     """Stored integers or fp8 as floating-point values."""
 
     targets = (dequantize,)
     q = Operand[fx.Node]("q")
     scale = Operand[fx.Node]("scale")
+    zero_point = Operand[fx.Node | None]("zero_point")
     format = Operand[str]("format")
 
 
@@ -359,12 +373,17 @@ class FakeQuantize(Call):
     targets = (fake_quantize,)
     x = Operand[fx.Node]("x")
     scale = Operand[fx.Node]("scale")
+    zero_point = Operand[fx.Node | None]("zero_point")
+    format = Operand[str]("format")
 
 
 class IndexCopy(Call):
     """Rows of a tensor replaced by others."""
 
     targets = (aten.index_copy.default, aten.index_copy_.default)
+    x = Operand[fx.Node]("self")
+    dim = Operand[int]("dim")
+    indices = Operand[fx.Node]("index")
     source = Operand[fx.Node]("source")
 
 
@@ -399,12 +418,36 @@ class Sized(Call):
     sizes = Operand[Sequence[Size | fx.Node]]("shape", "size", "sizes")
 
 
+class Split(Call):
+    """Pieces of a dimension."""
+
+    targets = families.SPLITS
+    x = Operand[fx.Node]("self")
+    dim = Operand[int]("dim")
+
+
+class SymSize(Call):
+    """The size of one dimension."""
+
+    targets = (aten.sym_size.int,)
+    x = Operand[fx.Node]("self")
+    dim = Operand[int]("dim")
+
+
 class TopK(Call):
     """The largest or smallest elements of a dimension."""
 
     targets = (aten.topk.default,)
     x = Operand[fx.Node]("self")
     k = Operand[int | fx.Node]("k")
+
+
+class Unbind(Call):
+    """Each index of a dimension on its own."""
+
+    targets = (aten.unbind.int,)
+    x = Operand[fx.Node]("self")
+    dim = Operand[int]("dim")
 
 
 class Unflatten(Call):
@@ -427,14 +470,6 @@ class WeightedLayer(Call):
 
     targets = (aten.linear.default, *families.GROUPED_PRODUCTS, *families.CONVOLUTIONS, *families.QUANTIZED_LINEARS)
     weight = Operand[fx.Node]("weight")
-
-
-class Copy(Call):
-    """Values assigned to a tensor, in its sizes and dtype."""
-
-    targets = (aten.copy.default, aten.copy_.default)
-    x = Operand[fx.Node]("self")
-    source = Operand[fx.Node]("src")
 
 
 class Item:

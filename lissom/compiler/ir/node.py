@@ -137,17 +137,6 @@ def tensor_type(node: object) -> TensorType:
     return found
 
 
-def fake_tensor(node: fx.Node) -> torch.Tensor:
-    """The fake tensor the node was typed with.
-
-    Raises: TypeError when the node yields something else.
-    """
-    found = value(node)
-    if not isinstance(found, torch.Tensor):
-        raise TypeError(f"{node} yields {found}, not a tensor")
-    return found
-
-
 def is_tensor(node: object) -> TypeGuard[fx.Node]:
     """True when `node` is a node of a program that yields one tensor."""
     if not isinstance(node, fx.Node) or not has_value(node):
@@ -159,16 +148,6 @@ def is_tensor(node: object) -> TypeGuard[fx.Node]:
 def is_call(node: object, *targets: object) -> TypeGuard[fx.Node]:
     """True when `node` calls one of the targets."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
-
-
-def operator_of(node: fx.Node) -> torch._ops.OpOverload:
-    """The operator that a node calls.
-
-    Raises: TypeError where it calls a function of another kind, or nothing.
-    """
-    if not isinstance(node.target, torch._ops.OpOverload):
-        raise TypeError(f"{node.format_node()} calls no operator of PyTorch")
-    return node.target
 
 
 def operand(node: fx.Node, index: int = 0) -> fx.Node:

@@ -93,5 +93,5 @@ def _only_views(node: fx.Node) -> bool:
 
 
 def _bytes(node: fx.Node) -> int:
-    value = nodes.fake_tensor(node)
+    value = nodes.tensor_value(node)
     return value.numel() * value.element_size()

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Binary, Cat, Item, Slice, Split, Stack
+from lissom.compiler.ir.calls import Binary, Cat, Item, Slice, Split, Stack, Unbind
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import RESHAPES
 from lissom.compiler.pipeline.pass_kinds import Rewrite
@@ -93,7 +93,7 @@ def _real_and_imaginary(edit: Editor, number: fx.Node) -> tuple[fx.Node, fx.Node
         return nodes.operand(number), nodes.operand(number, 1)
     if nodes.is_call(number, *_MOVES):
         first, second = (
-            edit.call(nodes.operator_of(number), part, *number.args[1:], **number.kwargs)
+            edit.call(nodes.overload(number), part, *number.args[1:], **number.kwargs)
             for part in _real_and_imaginary(edit, nodes.operand(number))
         )
         return first, second
@@ -225,11 +225,12 @@ def _part(node: object) -> tuple[fx.Node, str] | None:
 
 def _piece(node: fx.Node) -> tuple[fx.Node, str] | None:
     """A piece of x.chunk(2, -1), of x.split(half, -1), or of x in pairs, unbound along the pairs."""
-    index, pieces = Item(node).index, Split.of(Item(node).source)
+    index, source = Item(node).index, Item(node).source
+    pieces = Split.of(source) or Unbind.of(source)
     if index not in (0, 1) or pieces is None or pieces.dim not in (-1, nodes.tensor_type(pieces.x).rank - 1):
         return None
     x = pieces.x
-    if nodes.is_call(pieces.node, aten.unbind.int):
+    if isinstance(pieces, Unbind):
         if not nodes.is_call(x, *RESHAPES) or not _are_pairs(x, nodes.operand(x)):
             return None
         return nodes.operand(x), _EVEN if index == 0 else _ODD

@@ -42,12 +42,7 @@ def _summed(powers: fx.Node, total: fx.Node) -> int | None:
     if not nodes.is_call(powers, aten.exp.default) or not nodes.is_call(total, aten.sum.dim_IntList):
         return None
     dims, keep, dtype = (nodes.argument(total, name) for name in ("dim", "keepdim", "dtype"))
-    if (
-        nodes.operand(total) is not powers
-        or not keep
-        or dtype is not None
-        or not isinstance(dims, (list, tuple))
-        or len(dims) != 1
-    ):
+    of_powers = nodes.operand(total) is powers and keep and dtype is None
+    if not of_powers or not isinstance(dims, (list, tuple)) or len(dims) != 1:
         return None
     return int(dims[0]) % nodes.tensor_type(powers).rank

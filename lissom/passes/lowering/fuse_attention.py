@@ -17,12 +17,12 @@ from torch import fx
 
 from lissom.compiler.analysis.structure import operands
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Attention, Dequantize
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import ATTENTIONS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.fused_attention import fused_attention
 from lissom.ops.native import missing_kernel
-from lissom.ops.quantization import dequantize
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class FuseAttention(Rewrite):
 
     def run(self, edit: Editor) -> None:
         for node in edit.treatable(partial(_obstacle, edit), *ATTENTIONS):
-            q, (k, v) = node.args[0], operands.shared_operands(node)
+            q, (k, v) = Attention(node).q, operands.shared_operands(node)
             options: dict[str, object] = {"scale": None}
             if node.target is not operands.PLAIN:
                 options |= node.kwargs
@@ -46,16 +46,16 @@ class FuseAttention(Rewrite):
             edit.replace_by(node, fused_attention, q, k, v, operands.mask_of(node), **options)
 
 
-def _int8_cache(node: object) -> tuple[fx.Node, fx.Node] | None:
+def _int8_cache(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The int8 tensor and scales of keys or values dequantized with a scale per token and head; None for any other node."""
-    if not nodes.is_call(node, dequantize) or node.kwargs["format"] != "int8" or len(node.args) != 2:
+    stored = Dequantize.of(node)
+    if stored is None or stored.format != "int8" or stored.zero_point is not None:
         return None
-    kept, scale = node.args
-    alone = nodes.tensor_type(scale).shape == (*nodes.tensor_type(kept).shape[:-1], 1)
-    return (kept, scale) if alone else None  # pyright: ignore[reportReturnType]
+    alone = nodes.tensor_type(stored.scale).shape == (*nodes.tensor_type(stored.q).shape[:-1], 1)
+    return (stored.q, stored.scale) if alone else None
 
 
 def _obstacle(edit: Editor, node: fx.Node) -> str | None:
     """The reason an attention cannot be lowered; None if it can."""
-    q = nodes.tensor_type(node.args[0])
+    q = nodes.tensor_type(Attention(node).q)
     return operands.operands_obstacle(edit, node) or missing_kernel(q.dtype, q.device)

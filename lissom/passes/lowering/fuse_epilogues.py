@@ -13,7 +13,7 @@ value with other readers, such as the residual stream of a pre-norm model, is no
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
@@ -21,8 +21,9 @@ from torch import fx
 from lissom.compiler.analysis.structure.linear import activation_of
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Norm
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import only_user
+from lissom.compiler.ir.match import only_user, other_argument
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.packed_linear import packed_linear, packed_linear_norm
 from lissom.ops.quantized_linear import quantized_linear, quantized_linear_norm
@@ -60,7 +61,7 @@ def _fuse(edit: Editor, linear: fx.Node) -> fx.Node | None:
     if activation and options.get("activation", "none") == "none" and other is None:
         return _replace(edit, linear, reader, operands, {**options, "activation": activation})
     if reader.target in _COMBINE and other is None and not reader.kwargs:
-        value = reader.args[1] if reader.args[0] is linear else reader.args[0]
+        value = other_argument(reader, linear)
         types = nodes.node_type(linear), nodes.node_type(value) if nodes.is_tensor(value) else None
         if value is not linear and fake.same_type(edit.program.fake_mode, *types):
             return _replace(edit, linear, reader, {**operands, "other": value}, {**options, "combine": _COMBINE[reader.target]})
@@ -73,13 +74,13 @@ def _fuse(edit: Editor, linear: fx.Node) -> fx.Node | None:
 
 def _operands(linear: fx.Node) -> dict[str, object]:
     """The call's positional arguments, by parameter name."""
-    schema = cast(torch._ops.OpOverload, linear.target)._schema
-    return {item.name: nodes.argument(linear, item.name) for item in schema.arguments if not item.kwarg_only}
+    parameters = nodes.overload(linear)._schema.arguments
+    return {item.name: nodes.argument(linear, item.name) for item in parameters if not item.kwarg_only}
 
 
 def _replace(edit: Editor, linear: fx.Node, reader: fx.Node, operands: dict[str, object], options: dict[str, Any]) -> fx.Node:
     """Replace the reader with the layer's kernel, or its variant with a norm."""
-    target = _NORMED[linear.target] if "eps" in options else cast(torch._ops.OpOverload, linear.target)
+    target = _NORMED[linear.target] if "eps" in options else nodes.overload(linear)
     with edit.before(reader, like=[linear]):
         call = edit.call(target, *operands.values(), **options)
     edit.replace(reader, call)
@@ -88,6 +89,6 @@ def _replace(edit: Editor, linear: fx.Node, reader: fx.Node, operands: dict[str,
 
 def _over_features(norm: fx.Node, features: object) -> bool:
     """True for a norm over the last dimension, with the layer's own dtype throughout."""
-    if list(nodes.argument(norm, "normalized_shape")) != [features]:  # pyright: ignore[reportArgumentType]
+    if list(Norm(norm).shape) != [features]:
         return False
     return len({nodes.tensor_type(item).dtype for item in (norm, *norm.all_input_nodes[1:])}) == 1

@@ -12,7 +12,7 @@ them: a tenth of the time of a small model on a short text.
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,9 @@ from torch import fx
 
 from lissom.compiler.analysis.structure.operands import joined_heads, swaps_heads
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import AttentionKernel, IndexSelect, Item, Permute, Reshape, Select, Split, Unbind
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.operators import RESHAPES, SPLITS
+from lissom.compiler.ir.operators import RESHAPES
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.fused_attention import fused_attention, merged_attention
 
@@ -36,11 +37,12 @@ class FuseMergedAttention(Rewrite):
         for node in edit.treatable(_obstacle, fused_attention):
             merged, joined = _merged(node), joined_heads(node)
             assert merged is not None and joined is not None
-            heads, key_heads = (nodes.tensor_type(item).shape[1] for item in node.args[:2])
+            attention = AttentionKernel(node)
+            heads, key_heads = (nodes.tensor_type(item).shape[1] for item in (attention.q, attention.k))
             rest = {name: value for name, value in node.kwargs.items() if name != "sinks"}
             with edit.before(node):
                 whole = merged.projection if merged.lookup is None else _looked_up(edit, merged.projection, merged.lookup)
-                call = edit.call(merged_attention, whole, *node.args[3:], heads=heads, key_heads=key_heads, **rest)
+                call = edit.call(merged_attention, whole, attention.bias, heads=heads, key_heads=key_heads, **rest)
             edit.replace(joined, call)
 
 
@@ -63,85 +65,83 @@ class _Merged:
     """
 
     projection: fx.Node
-    lookup: fx.Node | None = None
+    lookup: Reshape | None = None
 
 
-def _looked_up(edit: Editor, projection: fx.Node, lookup: fx.Node) -> fx.Node:
+def _looked_up(edit: Editor, projection: fx.Node, lookup: Reshape) -> fx.Node:
     """The rows of the whole projection that a lookup takes of a piece, [batch, tokens, features]."""
-    selected, sizes = lookup.args
-    rows = edit.call(aten.index_select.default, projection, *selected.args[1:])  # pyright: ignore
-    return edit.call(aten.reshape.default, rows, [*sizes[:2], nodes.tensor_type(projection).shape[2]])  # pyright: ignore
+    selected = IndexSelect(lookup.x)
+    rows = edit.call(aten.index_select.default, projection, selected.dim, selected.indices)
+    return edit.call(aten.reshape.default, rows, [*lookup.sizes[:2], nodes.tensor_type(projection).shape[2]])
 
 
-def _merged(attention: fx.Node) -> _Merged | None:
+def _merged(node: fx.Node) -> _Merged | None:
     """The merged projection of an attention; None if there is none."""
-    pieces = [_piece(item) for item in attention.args[:3]]
+    attention = AttentionKernel(node)
+    heads = attention.q, attention.k, attention.v
+    pieces = [_piece(item) for item in heads]
     if pieces[0] is None:
-        packed = _packed(attention)
+        packed = _packed(heads)
         return None if packed is None else _Merged(packed)
     split, _, lookup = pieces[0]
     taken = [(piece[0], piece[1], _rows_of(piece[2])) for piece in pieces if piece is not None]
-    if taken != [(split, index, _rows_of(lookup)) for index in range(3)] or len(nodes.node_type(split)) != 3:  # pyright: ignore
+    results = nodes.node_type(split)
+    whole = isinstance(results, tuple) and len(results) == 3
+    if taken != [(split, index, _rows_of(lookup)) for index in range(3)] or not whole:
         return None
-    depths = {nodes.tensor_type(item).shape[3] for item in attention.args[:3]}
-    return _Merged(split.args[0], lookup) if len(depths) == 1 else None  # pyright: ignore[reportArgumentType]
+    depths = {nodes.tensor_type(item).shape[3] for item in heads}
+    return _Merged(Split(split).x, lookup) if len(depths) == 1 else None
 
 
-def _rows_of(lookup: fx.Node | None) -> tuple[object, ...]:
+def _rows_of(lookup: Reshape | None) -> tuple[object, ...]:
     """The dimension and the rows of a lookup, and the sizes it is reshaped to but the last; nothing without a lookup."""
     if lookup is None:
         return ()
-    selected, sizes = lookup.args
-    return (*selected.args[1:], *sizes[:2])  # pyright: ignore
+    selected = IndexSelect(lookup.x)
+    return (selected.dim, selected.indices, *lookup.sizes[:2])
 
 
-def _packed(attention: fx.Node) -> fx.Node | None:
+def _packed(heads: Sequence[fx.Node]) -> fx.Node | None:
     """The merged projection, if it is reshaped to [batch, tokens, 3, heads, head_dim], permuted, and taken apart; else None."""
-    parts = [_part(item) for item in attention.args[:3]]
+    parts = [_part(item) for item in heads]
     if parts[0] is None or parts != [(parts[0][0], index) for index in range(3)]:
         return None
-    permuted = parts[0][0]
-    if not nodes.is_call(permuted, aten.permute.default) or [*permuted.args[1]] != [2, 0, 3, 1, 4]:  # pyright: ignore
+    permuted = Permute.of(parts[0][0])
+    if permuted is None or [*permuted.dims] != [2, 0, 3, 1, 4] or not nodes.is_call(permuted.x, *RESHAPES):
         return None
-    reshaped = permuted.args[0]
-    if not nodes.is_call(reshaped, *RESHAPES):
-        return None
-    whole, found = (nodes.tensor_type(item).shape for item in (reshaped.args[0], reshaped))
-    return reshaped.args[0] if len(whole) == 3 and whole[:2] == found[:2] and found[2] == 3 else None  # pyright: ignore
+    source = nodes.operand(permuted.x)
+    whole, found = (nodes.tensor_type(item).shape for item in (source, permuted.x))
+    return source if len(whole) == 3 and whole[:2] == found[:2] and found[2] == 3 else None
 
 
-def _part(item: object) -> tuple[fx.Node, int] | None:
+def _part(node: fx.Node) -> tuple[fx.Node, int] | None:
     """The tensor, and the index in its first dimension, that a value is taken from."""
-    if nodes.is_call(item, operator.getitem) and nodes.is_call(item.args[0], aten.unbind.int):
-        taken, index = item.args[0], item.args[1]
-    elif nodes.is_call(item, aten.select.int):
-        taken, index = item, item.args[2]
+    if (selected := Select.of(node)) is not None:
+        taken, index = selected, selected.index
+    elif (item := Item.of(node)) is not None and (unbound := Unbind.of(item.source)) is not None:
+        taken, index = unbound, item.index
     else:
         return None
-    first = nodes.argument(taken, "dim") == 0 and isinstance(index, int)
-    return (taken.args[0], index) if first else None  # pyright: ignore[reportReturnType]
+    return (taken.x, index) if taken.dim == 0 and isinstance(index, int) else None
 
 
-def _piece(heads: object) -> tuple[fx.Node, int, fx.Node | None] | None:
+def _piece(heads: fx.Node) -> tuple[fx.Node, int, Reshape | None] | None:
     """The split, and the index of its output, that [batch, heads, tokens, head_dim] is a view of, or the rows of a lookup."""
-    if not swaps_heads(heads) or not nodes.is_call(heads.args[0], *RESHAPES):
+    if not swaps_heads(heads) or not nodes.is_call(nodes.operand(heads), *RESHAPES):
         return None
-    cut = heads.args[0]
-    found = nodes.tensor_type(cut)
-    piece = cut.args[0]
-    lookup = None
-    if isinstance(piece, fx.Node) and _looks_up(piece):
-        lookup, piece = piece, piece.args[0].args[0]  # pyright: ignore
-    if not nodes.is_call(piece, operator.getitem) or not nodes.is_call(piece.args[0], *SPLITS):
+    apart = nodes.operand(heads)
+    joined = nodes.operand(apart)
+    lookup = _lookup(joined)
+    piece = Item.of(joined if lookup is None else IndexSelect(lookup.x).x)
+    split = None if piece is None else Split.of(piece.source)
+    if piece is None or split is None:
         return None
-    split = piece.args[0]
-    whole, part = nodes.tensor_type(split.args[0]), nodes.tensor_type(lookup or piece)
-    last = nodes.argument(split, "dim") in (-1, 2)
-    ok = whole.rank == 3 and last and found.rank == 4 and part.rank == 3 and part.shape[:2] == found.shape[:2]
-    return (split, int(piece.args[1]), lookup) if ok else None  # pyright: ignore[reportArgumentType]
+    whole, part, found = map(nodes.tensor_type, (split.x, joined, apart))
+    same = part.rank == 3 and found.rank == 4 and part.shape[:2] == found.shape[:2]
+    return (split.node, piece.index, lookup) if whole.rank == 3 and split.dim in (-1, 2) and same else None
 
 
-def _looks_up(node: fx.Node) -> bool:
-    """True for rows that are selected in the dimension of tokens, and reshaped to [batch, tokens, features]."""
-    selected = node.args[0] if nodes.is_call(node, aten.reshape.default) else None
-    return nodes.is_call(selected, aten.index_select.default) and nodes.argument(selected, "dim") == 1
+def _lookup(node: fx.Node) -> Reshape | None:
+    """The reshape of rows, selected in the dimension of tokens, to [batch, tokens, features]; None for any other node."""
+    selected = IndexSelect.of(nodes.operand(node)) if nodes.is_call(node, aten.reshape.default) else None
+    return Reshape(node) if selected is not None and selected.dim == 1 else None

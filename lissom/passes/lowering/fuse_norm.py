@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Norm
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.fused_rows import fused_layer_norm, fused_rms_norm
@@ -21,7 +22,7 @@ from lissom.ops.native import missing_kernel
 
 aten = torch.ops.aten
 
-_FUSED = {aten.layer_norm.default: fused_layer_norm, aten.rms_norm.default: fused_rms_norm}
+_FUSED: dict[object, torch._ops.OpOverload] = {aten.layer_norm.default: fused_layer_norm, aten.rms_norm.default: fused_rms_norm}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class FuseNorm(Rewrite):
             eps = nodes.argument(node, "eps")
             if eps is None:
                 eps = torch.finfo(nodes.tensor_type(node).dtype).eps
-            edit.replace_by(node, _FUSED[node.target], node.args[0], *_parameters(node), eps=eps)  # pyright: ignore[reportArgumentType]
+            edit.replace_by(node, _FUSED[node.target], Norm(node).x, *_parameters(node), eps=eps)
 
 
 def _parameters(norm: fx.Node) -> list[object]:
@@ -44,8 +45,8 @@ def _parameters(norm: fx.Node) -> list[object]:
 
 def _obstacle(norm: fx.Node) -> str | None:
     """The reason a norm cannot be lowered; None if it can."""
-    x = nodes.tensor_type(norm.args[0])
-    if nodes.argument(norm, "normalized_shape") != [x.shape[-1]]:
+    x = nodes.tensor_type(Norm(norm).x)
+    if Norm(norm).shape != [x.shape[-1]]:
         return "it norms more than the last dimension"
     if any(nodes.tensor_type(item).dtype != x.dtype for item in _parameters(norm) if item is not None):
         return "its weight or its bias has another dtype"

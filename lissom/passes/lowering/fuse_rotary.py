@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Rotary
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.fused_rows import fused_rotary
@@ -28,7 +29,8 @@ class FuseRotary(Rewrite):
 
 def _obstacle(node: fx.Node) -> str | None:
     """The reason a rotation cannot be lowered; None if it can."""
-    x, *tables = (nodes.tensor_type(item) for item in node.args)
+    call = Rotary(node)
+    x, *tables = (nodes.tensor_type(item) for item in (call.x, call.cos, call.sin))
     if x.rank != 4:
         return "its operand is not [batch, heads, tokens, head_dim]"
     if any(table.dtype != x.dtype for table in tables):

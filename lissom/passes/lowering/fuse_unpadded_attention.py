@@ -10,6 +10,7 @@ the attention does neither: it reads the rows of each text where they are, and c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,12 +19,12 @@ from torch import fx
 
 from lissom.compiler.analysis.structure.operands import joined_heads, swaps_heads
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import AttentionKernel, BlockSparseAttention, IndexSelect, Reshape, Transpose
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import only_user
-from lissom.compiler.ir.operators import RESHAPES, SIZED_RESHAPES
+from lissom.compiler.ir.operators import RESHAPES
 from lissom.compiler.ir.types import TensorType
 from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.ops.block_sparse_attention import block_sparse_attention
 from lissom.ops.fused_attention import fused_attention, unpadded_attention
 from lissom.ops.pattern import Pattern
 
@@ -35,8 +36,8 @@ class FuseUnpaddedAttention(Rewrite):
     """Fuses the lookups of padded tokens around attention into its kernel."""
 
     def run(self, edit: Editor) -> None:
-        attentions = list(edit.nodes(fused_attention, block_sparse_attention))
-        padded = [(node, [item for item in map(_lookup, node.args[:3]) if item]) for node in attentions]
+        attentions = [AttentionKernel(node) for node in edit.nodes(*AttentionKernel.targets)]
+        padded = [(item.node, [found for found in map(_lookup, (item.q, item.k, item.v)) if found]) for item in attentions]
         found = edit.accepted((node, _site(node, lookups)) for node, lookups in padded if len(lookups) == 3)
         slots: dict[object, fx.Node] = {}
         for node, site in found.items():
@@ -54,28 +55,29 @@ class _Lookup(NamedTuple):
     sizes: tuple[object, ...]
 
 
-def _lookup(heads: object) -> _Lookup | None:
+def _lookup(heads: fx.Node) -> _Lookup | None:
     """The lookup of heads; None where there is none."""
-    apart = whole = heads.args[0] if nodes.is_call(heads, aten.transpose.int, aten.permute.default) else None
-    if nodes.is_call(heads, aten.transpose.int) and [*heads.args[1:3]] == [0, 1] and nodes.is_call(apart, *SIZED_RESHAPES):
-        return _selected(apart.args[0], 2, apart.args[1][1:3])  # pyright: ignore
+    if not nodes.is_call(heads, aten.transpose.int, aten.permute.default):
+        return None
+    apart, swap = nodes.operand(heads), Transpose.of(heads)
+    sized = Reshape.of(apart)
+    if swap is not None and (swap.dim0, swap.dim1) == (0, 1) and sized is not None:
+        return _selected(sized.x, 2, sized.sizes[1:3])
     if not swaps_heads(heads):
         return None
-    if nodes.is_call(apart, *RESHAPES) and nodes.is_call(apart.args[0], *SIZED_RESHAPES):
-        whole = apart.args[0]
-    if not nodes.is_call(whole, *SIZED_RESHAPES) or nodes.tensor_type(whole).shape[:2] != nodes.tensor_type(apart).shape[:2]:
+    if nodes.is_call(apart, *RESHAPES):
+        sized = Reshape.of(nodes.operand(apart)) or sized
+    if sized is None or nodes.tensor_type(sized.node).shape[:2] != nodes.tensor_type(apart).shape[:2]:
         return None
-    return _selected(whole.args[0], 1, whole.args[1][:2])  # pyright: ignore
+    return _selected(sized.x, 1, sized.sizes[:2])
 
 
-def _selected(node: object, dim: int, sizes: object) -> _Lookup | None:
+def _selected(node: fx.Node, dim: int, sizes: Sequence[object]) -> _Lookup | None:
     """The lookup of a selection of rows that is reshaped to these sizes of batch and tokens."""
-    if not nodes.is_call(node, aten.index_select.default) or nodes.argument(node, "dim") != dim:
+    rows = IndexSelect.of(node)
+    if rows is None or rows.dim != dim or nodes.tensor_type(rows.x).shape[0] != 1 or nodes.tensor_type(rows.indices).rank != 1:
         return None
-    packed, slots = node.args[0], node.args[2]
-    if nodes.tensor_type(packed).shape[0] != 1 or nodes.tensor_type(slots).rank != 1:
-        return None
-    return _Lookup(packed, slots, tuple(sizes))  # pyright: ignore
+    return _Lookup(rows.x, rows.indices, tuple(sizes))
 
 
 class _Site(NamedTuple):
@@ -106,7 +108,8 @@ def _band(attention: fx.Node) -> dict[str, int] | None:
     """The band of an attention; None where it has none."""
     if attention.target is fused_attention:
         return {"high": 0} if attention.kwargs.get("causal") else {}
-    pattern = Pattern.decode(nodes.argument(attention, "pattern"), int(nodes.argument(attention, "block")))  # pyright: ignore
+    sparse = BlockSparseAttention(attention)
+    pattern = Pattern.decode(sparse.pattern, sparse.block)
     return None if pattern.band is None else dict(zip(("low", "high"), pattern.band, strict=True))
 
 
@@ -115,25 +118,27 @@ def _taken(attention: fx.Node) -> fx.Node | None:
     joined = joined_heads(attention)
     flat = None if joined is None else only_user(joined)
     taken = only_user(flat) if nodes.is_call(flat, *RESHAPES) else None
-    if not nodes.is_call(taken, aten.index_select.default) or nodes.argument(taken, "dim") != 1 or taken.args[0] is not flat:
+    rows = IndexSelect.of(taken)
+    if rows is None or rows.dim != 1 or rows.x is not flat:
         return None
     shapes = [nodes.tensor_type(item).shape for item in (flat, joined)]
     return taken if len(shapes[0]) == 3 and shapes[0][0] == 1 and shapes[0][2] == shapes[1][2] else None
 
 
-def _read_unpadded(edit: Editor, attention: fx.Node, site: _Site, slots: dict[object, fx.Node]) -> None:
+def _read_unpadded(edit: Editor, node: fx.Node, site: _Site, slots: dict[object, fx.Node]) -> None:
     """Replace an attention. slots: [batch, tokens], of attentions before it, by lookup."""
-    (lookups, taken, band), bias = site, nodes.argument(attention, "bias")
+    (lookups, taken, band), attention = site, AttentionKernel(node)
     padding = (lookups[0].slots, lookups[0].sizes)
-    options = {name: attention.kwargs[name] for name in ("scale", "softcap") if name in attention.kwargs}
+    options = {name: node.kwargs[name] for name in ("scale", "softcap") if name in node.kwargs}
     if padding not in slots:
-        with edit.before(attention):  # and so before those of attentions that follow
+        with edit.before(node):  # and so before those of attentions that follow
             slots[padding] = edit.call(aten.reshape.default, lookups[0].slots, [*lookups[0].sizes])
-    with edit.before(taken, like=[attention]):
-        types = map(nodes.tensor_type, attention.args[:3])
+    with edit.before(taken, like=[node]):
+        types = map(nodes.tensor_type, (attention.q, attention.k, attention.v))
         heads = [_heads(edit, item.packed, given) for item, given in zip(lookups, types, strict=True)]
-        found = edit.call(unpadded_attention, *heads, slots[padding], taken.args[2], bias, **options, **band)
-        edit.succeed(attention, found)
+        rows = IndexSelect(taken).indices
+        found = edit.call(unpadded_attention, *heads, slots[padding], rows, attention.bias, **options, **band)
+        edit.succeed(node, found)
         joined = edit.call(aten.transpose.int, found, 1, 2)
         features = nodes.tensor_type(taken).shape[2]
         call = edit.call(aten.reshape.default, joined, [1, -1, features])

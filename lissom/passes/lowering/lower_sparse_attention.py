@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import cast
 
+import sympy
 import torch
 from torch import fx
 
@@ -29,9 +29,9 @@ from lissom.compiler.analysis.patterns.reader import Reading, read_pattern, writ
 from lissom.compiler.analysis.structure.linear import as_int
 from lissom.compiler.analysis.structure.operands import mask_of, operands_obstacle, scale_of, shared_operands, sinks_of
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import ATTENTIONS
-from lissom.compiler.ir.types import Size
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.block_sparse_attention import block_sparse_attention
 from lissom.ops.fused_attention import fused_attention
@@ -131,7 +131,7 @@ def _takes_causality(node: fx.Node, reading: Reading) -> bool:
 
 def _missing(node: fx.Node, target: torch._ops.OpOverload) -> str | None:
     """The reason there is no kernel of an operator for this attention; None if there is one."""
-    q = nodes.tensor_type(node.args[0])
+    q = nodes.tensor_type(Attention(node).q)
     if q.device.type == "cpu":
         reason = missing_kernel(q.dtype, q.device)
         if reason is not None:
@@ -144,17 +144,18 @@ def _missing(node: fx.Node, target: torch._ops.OpOverload) -> str | None:
 
 def _longest(edit: Editor, node: fx.Node) -> int | None:
     """The most tokens the attention may be given; None where nothing bounds them."""
-    size: Size = nodes.tensor_type(node.args[1]).shape[2]
+    k = Attention(node).k
+    size = nodes.tensor_type(k).shape[2]
     if isinstance(size, int):
         return size
-    dimension = edit.program.signature.dimensions.get(size)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    dimension = edit.program.signature.dimensions.get(size) if isinstance(size, sympy.Symbol) else None
     if dimension is None or dimension.maximum is None:
         return None
-    return max(dimension.maximum, example_shape(cast(fx.Node, node.args[1]))[2])
+    return max(dimension.maximum, example_shape(k)[2])
 
 
 def _shape(node: fx.Node) -> _Shape:
-    q, k, v = (nodes.tensor_type(item) for item in (node.args[0], *shared_operands(node)))
+    q, k, v = (nodes.tensor_type(item) for item in (Attention(node).q, *shared_operands(node)))
     heads, groups, head_dim, value_dim = map(as_int, (q.shape[1], k.shape[1], q.shape[3], v.shape[3]))
     return _Shape(heads, groups, head_dim, value_dim, q.dtype, q.device, bool(node.kwargs.get("softcap")))
 
@@ -210,13 +211,13 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 def _lower(edit: Editor, node: fx.Node, reading: Reading) -> None:
     """Replace the attention with the sparse operator, or for a causal mask with the fused one."""
     assert reading.pattern is not None
-    q, (k, v) = node.args[0], shared_operands(node)
+    q, (k, v) = Attention(node).q, shared_operands(node)
     sinks, softcap = sinks_of(node), node.kwargs.get("softcap")
     options = {key: value for key, value in (("softcap", softcap), ("sinks", sinks)) if value}
     with edit.before(node):
         rest = write_rest(edit, reading.rest)
         if reading.causal and _takes_causality(node, reading):
-            grouped = {"enable_gqa": True} if nodes.argument(node, "enable_gqa") or k is not node.args[1] else {}
+            grouped = {"enable_gqa": True} if nodes.argument(node, "enable_gqa") or k is not Attention(node).k else {}
             call = edit.call(_PLAIN, q, k, v, None, 0.0, True, scale=scale_of(node), **grouped)
         elif reading.causal:
             call = edit.call(fused_attention, q, k, v, rest, scale=scale_of(node), causal=True, **options)

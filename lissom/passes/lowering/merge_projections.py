@@ -21,6 +21,7 @@ from torch.nn import functional
 from lissom.compiler.analysis.cost import example_shape
 from lissom.compiler.analysis.structure.quantized_linear import is_owned, layer_path, store_like
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Linear
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_read_by
 from lissom.compiler.ir.operators import FAKE_QUANTIZES
@@ -47,7 +48,7 @@ class MergeProjections(Rewrite):
     def run(self, edit: Editor) -> None:
         times: dict[object, tuple[float, float]] = {}
         for group in _groups(edit):
-            if not self.gates and any(_is_gate(node) for node in group):
+            if not self.gates and any(map(_is_gate, group)):
                 continue
             if not self.always:
                 key = _sizes(group)
@@ -55,49 +56,48 @@ class MergeProjections(Rewrite):
                     times[key] = _measure(*key)
                 apart, merged = times[key]
                 if merged > GAIN * apart:
-                    edit.skip(group[0], f"merged it takes {1e3 * merged:.3g} ms, apart {1e3 * apart:.3g} ms")
+                    edit.skip(group[0].node, f"merged it takes {1e3 * merged:.3g} ms, apart {1e3 * apart:.3g} ms")
                     continue
             _merge(edit, group)
 
 
-def _groups(edit: Editor) -> list[list[fx.Node]]:
+def _groups(edit: Editor) -> list[list[Linear]]:
     """Groups of two or more linear layers with the same input, whose weights have no other readers."""
-    readers: dict[tuple[object, ...], list[fx.Node]] = {}
-    for node in edit.nodes(aten.linear.default):
-        x, weight = node.args[:2]
-        bias = node.args[2] if len(node.args) > 2 else None
+    readers: dict[tuple[object, ...], list[Linear]] = {}
+    for layer in map(Linear, edit.nodes(*Linear.targets)):
         # A slice of a merged output has other strides than a separate output.
-        if is_read_by(node, (aten.as_strided.default,)):
+        if is_read_by(layer.node, (aten.as_strided.default,)):
             continue
-        if is_owned(weight) and (bias is None or is_owned(bias)) and nodes.tensor_type(weight).rank == 2:
-            readers.setdefault((x, bias is None, *_storage(edit, x, weight)), []).append(node)
+        owned = is_owned(layer.weight) and (layer.bias is None or is_owned(layer.bias))
+        if owned and nodes.tensor_type(layer.weight).rank == 2:
+            readers.setdefault((layer.x, layer.bias is None, *_storage(edit, layer)), []).append(layer)
     return [found for found in readers.values() if len(found) > 1]
 
 
-def _is_gate(linear: fx.Node) -> bool:
+def _is_gate(layer: Linear) -> bool:
     """True when the only reader of the layer's output is an activation."""
-    return all(user.target in (aten.silu.default, aten.gelu.default, aten.relu.default) for user in linear.users)
+    return all(user.target in (aten.silu.default, aten.gelu.default, aten.relu.default) for user in layer.node.users)
 
 
-def _storage(edit: Editor, x: object, weight: fx.Node) -> tuple[object, ...]:
+def _storage(edit: Editor, layer: Linear) -> tuple[object, ...]:
     """Properties that weights must have in common to be merged: their format, the bits they need, and their granularity."""
-    if weight.op == "get_attr":
+    if layer.weight.op == "get_attr":
         return ()
-    q, *grid = map(edit.tensor, weight.all_input_nodes)
-    format = str(weight.kwargs["format"])
-    if reads_few_bits_faster() and not nodes.is_call(x, *FAKE_QUANTIZES):
+    q, *grid = map(edit.tensor, layer.weight.all_input_nodes)
+    format = str(layer.weight.kwargs["format"])
+    if reads_few_bits_faster() and not nodes.is_call(layer.x, *FAKE_QUANTIZES):
         format = narrowest(q, format)
     return format, *((item.dtype, item.shape[1:]) for item in grid)
 
 
-def _sizes(group: Sequence[fx.Node]) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]:
+def _sizes(group: Sequence[Linear]) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]:
     """Sizes of the input at the example, output features of each layer, dtype and device: what the time depends on."""
-    x = nodes.tensor_type(group[0].args[0])
-    return example_shape(group[0].all_input_nodes[0]), tuple(map(_features, group)), x.dtype, x.device
+    x = nodes.tensor_type(group[0].x)
+    return example_shape(group[0].x), tuple(map(_features, group)), x.dtype, x.device
 
 
-def _features(linear: fx.Node) -> int:
-    return int(nodes.tensor_type(linear.args[1]).shape[0])  # pyright: ignore[reportArgumentType]
+def _features(layer: Linear) -> int:
+    return nodes.fixed_size(layer.weight, 0)
 
 
 def _measure(
@@ -136,16 +136,14 @@ def _parts(edit: Editor, weight: fx.Node) -> list[torch.Tensor]:
     return [q, *(item.expand(q.shape[0], 1) if item.numel() == 1 else item for item in grid)]
 
 
-def _merge(edit: Editor, group: Sequence[fx.Node]) -> None:
-    x, *operands = group[0].args
-    path = f"{layer_path(operands[0]).rpartition('.')[0]}.merged".lstrip(".")  # pyright: ignore
-    with edit.before(group[0], like=list(group)):
-        reads = [
-            _join(edit, [node.args[index] for node in group], f"{path}.{leaf}")  # pyright: ignore
-            for index, leaf in enumerate(("weight", "bias")[: len(operands)], 1)
-        ]
-        product = edit.call(aten.linear.default, x, *reads)
-        parts = edit.call(aten.split_with_sizes.default, product, [_features(node) for node in group], -1)
+def _merge(edit: Editor, group: Sequence[Linear]) -> None:
+    first, biases = group[0], [layer.bias for layer in group if layer.bias is not None]
+    path = f"{layer_path(first.weight).rpartition('.')[0]}.merged".lstrip(".")
+    with edit.before(first.node, like=[layer.node for layer in group]):
+        weight = _join(edit, [layer.weight for layer in group], f"{path}.weight")
+        bias = _join(edit, biases, f"{path}.bias") if biases else None
+        product = edit.call(aten.linear.default, first.x, weight, bias)
+        parts = edit.call(aten.split_with_sizes.default, product, [_features(layer) for layer in group], -1)
         pieces = [edit.item(parts, index) for index in range(len(group))]
-    for node, piece in zip(group, pieces, strict=True):
-        edit.replace(node, piece)
+    for layer, piece in zip(group, pieces, strict=True):
+        edit.replace(layer.node, piece)

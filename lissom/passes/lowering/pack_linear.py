@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import fx
 
-from lissom.compiler.ir import fake
+from lissom.compiler.analysis.cost import example_shape
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Embedding, Linear
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.native import missing_kernel, refused_tiles
@@ -31,44 +31,43 @@ class PackLinear(Rewrite):
     def run(self, edit: Editor) -> None:
         packed: dict[str, fx.Node] = {}
         for node in edit.treatable(_obstacle, aten.linear.default):
-            x, weight, *bias = node.args
-            assert isinstance(weight, fx.Node)
-            name = str(weight.target)
+            layer = Linear(node)
+            name = str(layer.weight.target)
             if name not in packed:
-                tensor = pack(edit.tensor(weight))
+                tensor = pack(edit.tensor(layer.weight))
                 # An embedding table is looked up long before the LM head multiplies with it.
-                with edit.before(weight.next, like=[node]):
+                with edit.before(layer.weight.next, like=[node]):
                     packed[name] = edit.weight(f"{name}_packed", tensor)
-            operands = [x, packed[name], *(item for item in bias if item is not None)]
-            edit.replace_by(node, packed_linear, *operands, features=nodes.tensor_type(weight).shape[0])
+            features = nodes.tensor_type(layer.weight).shape[0]
+            edit.replace_by(node, packed_linear, layer.x, packed[name], layer.bias, features=features)
         if packed and (note := refused_tiles()) is not None:
             edit.note(note)
         for node in edit.nodes(aten.embedding.default):
-            table = node.args[0]
-            if not isinstance(table, fx.Node) or str(table.target) not in packed:
+            table, ids = Embedding(node).table, Embedding(node).ids
+            if str(table.target) not in packed:
                 continue
             form = nodes.tensor_type(table)
-            operands = packed[str(table.target)], node.args[1]
+            operands = packed[str(table.target)], ids
             edit.replace_by(node, packed_embedding, *operands, features=form.shape[0], bits=8 * form.dtype.itemsize)
 
 
 def _reads_whole(user: fx.Node, weight: fx.Node) -> bool:
     """True for a reader that is neither a linear layer with this weight nor an embedding of its rows."""
-    place = {aten.linear.default: 1, aten.embedding.default: 0}.get(user.target)  # pyright: ignore
-    return place is None or user.args[place] is not weight or list(user.args).count(weight) > 1
+    reads_rows = nodes.is_call(user, *Linear.targets, *Embedding.targets) and nodes.argument(user, "weight") is weight
+    return not reads_rows or list(user.args).count(weight) > 1
 
 
 def _obstacle(linear: fx.Node) -> str | None:
     """The reason a layer cannot be packed; None if it can."""
-    x, weight = nodes.tensor_type(linear.args[0]), linear.args[1]  # pyright: ignore[reportArgumentType]
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+    x, weight = nodes.tensor_type(Linear(linear).x), Linear(linear).weight
+    if weight.op != "get_attr":
         return "its weight is computed"
     if any(_reads_whole(user, weight) for user in weight.users):
         return "its weight is read elsewhere too"
     form = nodes.tensor_type(weight)
     if form.rank != 2 or form.dtype != x.dtype:
         return "its weight is no matrix of the input's dtype"
-    if x.dtype == torch.bfloat16 and int(form.shape[1]) % 2:  # pyright: ignore[reportArgumentType]
+    if x.dtype == torch.bfloat16 and nodes.fixed_size(weight, 1) % 2:
         return "its number of inputs is odd, and bfloat16 takes two at once"
     if x.dtype == torch.float16 and x.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         return "this processor has no float16 arithmetic, and multiplies slower in it than in float32: take cast{dtype=bf16}"
@@ -77,6 +76,6 @@ def _obstacle(linear: fx.Node) -> str | None:
 
 def _slower(linear: fx.Node) -> str | None:
     """The reason PyTorch's product is the faster one, at the sizes of the example; None if ours is."""
-    x, weight = (cast(torch.Tensor, nodes.value(cast(fx.Node, item))) for item in linear.args[:2])
-    rows = math.prod(map(fake.hint, x.shape[:-1]))
-    return slower_than_pytorch(x.dtype, rows, *map(fake.hint, reversed(weight.shape)))
+    layer = Linear(linear)
+    features, inputs = example_shape(layer.weight)
+    return slower_than_pytorch(nodes.tensor_type(layer.x).dtype, math.prod(example_shape(layer.x)[:-1]), inputs, features)

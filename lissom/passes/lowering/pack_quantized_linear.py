@@ -21,6 +21,7 @@ from torch import fx
 
 from lissom.compiler.analysis.structure.quantized_linear import QuantizedLayer, quantized_layer
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Dequantize, Embedding, FakeQuantize, GroupedProduct
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import GROUPED_PRODUCTS, LINEAR_PRODUCTS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
@@ -68,9 +69,10 @@ class PackQuantizedLinear(Rewrite):
             edit.replace(node, call)
         for (stored, _), kept in packed.items():
             for user in list(stored.users):
-                if user.target is aten.embedding.default and user.args[0] is stored:
+                look_up = Embedding.of(user)
+                if look_up is not None and look_up.table is stored:
                     with edit.before(user):
-                        rows = _look_up_packed(edit, kept, user.args[1])
+                        rows = _look_up_packed(edit, kept, look_up.ids)
                     edit.replace(user, rows)
 
 
@@ -92,10 +94,10 @@ def _obstacle_to_int8(layer: QuantizedLayer) -> str | None:
         return f"its weight is in {layer.format}, and the kernel multiplies with int8, int4 or uint4"
     if _is_grouped(layer) and inputs // layer.blocks[1] % STEP:
         return f"{inputs // layer.blocks[1]} of its inputs share a scale, and the kernel takes a multiple of {STEP}"
-    if len(layer.weight.all_input_nodes) > 2:
+    if (zero_point := Dequantize(layer.weight).zero_point) is not None:
         if layer.granularity != "group":
             return f"its weight has zero points, and the kernel takes them only where {GROUP} activations share a scale"
-        if nodes.tensor_type(layer.weight.args[2]).dtype != torch.uint8:
+        if nodes.tensor_type(zero_point).dtype != torch.uint8:
             return "its weight has zero points in floating point, and the kernel takes integers"
     if _is_grouped(layer) and (reason := _obstacle_to_group_scales(layer)):
         return reason
@@ -118,7 +120,7 @@ def _is_grouped(layer: QuantizedLayer) -> bool:
 def _obstacle_to_group_scales(layer: QuantizedLayer) -> str | None:
     if layer.blocks[0] not in (1, layer.sizes[0]):
         return "its weight has a scale for several features"
-    if nodes.tensor_type(layer.weight.args[1]).dtype not in SCALES:
+    if nodes.tensor_type(Dequantize(layer.weight).scale).dtype not in SCALES:
         return "its weight's scale is neither float16 nor float32"
     return None
 
@@ -140,13 +142,14 @@ def _call(edit: Editor, layer: QuantizedLayer, packed: _Packed) -> fx.Node:
     if not layer.rounds:
         options["format"] = packed.format
     elif layer.scale_is_known:
-        operands += [*(*layer.values.args[1:], None)[:2], None]
+        values = FakeQuantize(layer.values)
+        operands += [values.scale, values.zero_point, None]
     else:
         operands += [None, None, packed.zero_point]
         options["granularity"] = layer.granularity
     if layer.is_stacked:
         kernel = quantized_linear_grouped if layer.rounds else weight_quantized_linear_grouped
-        return edit.call(kernel, *operands, offs=layer.node.args[2], **options)
+        return edit.call(kernel, *operands, offs=GroupedProduct(layer.node).ends, **options)
     return edit.call(quantized_linear if layer.rounds else weight_quantized_linear, *operands, layer.bias, **options)
 
 
@@ -206,7 +209,7 @@ def _packed_parts(
     return parts
 
 
-def _look_up_packed(edit: Editor, packed: _Packed, ids: object) -> fx.Node:
+def _look_up_packed(edit: Editor, packed: _Packed, ids: fx.Node) -> fx.Node:
     """An embedding of rows of a packed weight; use inside `edit.before`."""
     bits = FORMS[packed.format].bits
     rows = edit.call(packed_embedding, packed.operands[0], ids, features=packed.features, bits=bits)

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from lissom.compiler.analysis.cost import example_shape
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Linear
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.measured import GAIN, median_seconds
@@ -38,30 +39,29 @@ class PackSparse(Rewrite):
     def run(self, edit: Editor) -> None:
         packed: dict[str, tuple[fx.Node, fx.Node]] = {}
         # All layers are looked at before the first is packed.
-        weights = {node: node.args[1] for node in edit.nodes(aten.linear.default)}
-        for node, weight in weights.items():
-            if not isinstance(weight, fx.Node) or weight.op != "get_attr" or not is_two_in_four(edit.tensor(weight)):
+        for layer in [Linear(node) for node in edit.nodes(*Linear.targets)]:
+            node, weight = layer.node, layer.weight
+            if weight.op != "get_attr" or not is_two_in_four(edit.tensor(weight)):
                 continue
             edit.current = node
-            reason = _obstacle(node, any_device=self.always)
+            reason = _obstacle(layer, any_device=self.always)
             if reason is None and not self.always:
-                reason = _slower(node, edit.tensor(weight))
+                reason = _slower(layer, edit.tensor(weight))
             if not edit.may_change(node, reason):
                 continue
-            x, _, *bias = node.args
             name = str(weight.target)
             with edit.before(node):
                 if name not in packed:
                     values, places = pack(edit.tensor(weight))
                     packed[name] = edit.weight(f"{name}_values", values), edit.weight(f"{name}_places", places)
-                call = edit.call(sparse_linear, x, *packed[name], *(item for item in bias if item is not None))
+                call = edit.call(sparse_linear, layer.x, *packed[name], layer.bias)
             edit.replace(node, call)
 
 
-def _obstacle(linear: fx.Node, *, any_device: bool) -> str | None:
+def _obstacle(layer: Linear, *, any_device: bool) -> str | None:
     """The reason a layer with a 2:4 weight cannot be packed; None if it can."""
-    x, weight = nodes.tensor_type(linear.args[0]), nodes.tensor_type(linear.args[1])
-    if any(user.target is not aten.linear.default for user in linear.args[1].users):  # pyright: ignore
+    x, weight = nodes.tensor_type(layer.x), nodes.tensor_type(layer.weight)
+    if any(user.target is not aten.linear.default for user in layer.weight.users):
         return "its weight is read elsewhere too"
     if x.device.type != "cuda" and not any_device:
         return "its weight is 2:4, which makes it no faster on a CPU"
@@ -69,14 +69,14 @@ def _obstacle(linear: fx.Node, *, any_device: bool) -> str | None:
         return "its weight is 2:4, for which this device has no tensor cores"
     if weight.dtype not in DTYPES or x.dtype != weight.dtype:
         return "its weight is 2:4, which is fast in bfloat16 and float16 only: put cast before"
-    if int(weight.shape[0]) % ROWS or int(weight.shape[1]) % COLUMNS:  # pyright: ignore[reportArgumentType]
+    if nodes.fixed_size(weight, 0) % ROWS or nodes.fixed_size(weight, 1) % COLUMNS:
         return f"its weight is 2:4, but its sizes are no multiples of {ROWS} and {COLUMNS}"
     return None
 
 
-def _slower(linear: fx.Node, weight: torch.Tensor) -> str | None:
+def _slower(layer: Linear, weight: torch.Tensor) -> str | None:
     """The measured times, where packing does not make a layer faster."""
-    x = torch.randn(example_shape(linear.all_input_nodes[0]), device=weight.device).to(weight.dtype)
+    x = torch.randn(example_shape(layer.x), device=weight.device).to(weight.dtype)
     packed = median_seconds(partial(sparse_linear, x, *pack(weight)))
     dense = median_seconds(partial(functional.linear, x, weight))
     return None if packed <= GAIN * dense else f"packed 2:4 it takes {1e3 * packed:.3g} ms, dense {1e3 * dense:.3g} ms"

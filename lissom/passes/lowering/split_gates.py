@@ -9,7 +9,6 @@ b read strided slices and write to memory: 5 % of the time of ModernBERT-base in
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from torch import fx, nn
 from lissom.compiler.analysis.structure.linear import activation_of
 from lissom.compiler.analysis.structure.quantized_linear import is_owned, layer_path, store_like
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Item, Linear
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_own_weight, only_user
 from lissom.compiler.ir.operators import SPLITS
@@ -44,8 +44,8 @@ def _gate(linear: fx.Node) -> dict[str, fx.Node] | None:
     split = only_user(linear)
     if not nodes.is_call(split, *SPLITS) or nodes.argument(split, "dim") not in (-1, nodes.tensor_type(linear).rank - 1):
         return None
-    pieces = {node.args[1]: node for node in split.users if node.target is operator.getitem}
-    if len(split.users) != 2 or pieces.keys() != {0, 1} or len(nodes.node_type(split)) != 2:  # pyright: ignore
+    pieces, results = {item.index: item.node for user in split.users if (item := Item.of(user))}, nodes.node_type(split)
+    if len(split.users) != 2 or pieces.keys() != {0, 1} or not isinstance(results, tuple) or len(results) != 2:
         return None
     for gate, up in ((pieces[0], pieces[1]), (pieces[1], pieces[0])):
         activation = only_user(gate)
@@ -58,24 +58,23 @@ def _gate(linear: fx.Node) -> dict[str, fx.Node] | None:
 
 def _obstacle(linear: fx.Node) -> str | None:
     """The reason a projection cannot be split; None if it can."""
-    x, weight, *bias = linear.args
-    if not is_owned(weight) or not all(item is None or is_own_weight(item) for item in bias):
+    layer = Linear(linear)
+    if not is_owned(layer.weight) or not (layer.bias is None or is_own_weight(layer.bias)):
         return "its weight is computed, or read elsewhere too"
-    return missing_kernel(nodes.tensor_type(x).dtype, nodes.tensor_type(x).device)
+    x = nodes.tensor_type(layer.x)
+    return missing_kernel(x.dtype, x.device)
 
 
 def _split(edit: Editor, linear: fx.Node, gate: dict[str, fx.Node]) -> None:
-    x, *stored = linear.args
-    path, start = layer_path(stored[0]), 0  # pyright: ignore
+    layer = Linear(linear)
+    path, start = layer_path(layer.weight), 0
     for name, piece in gate.items():
-        rows = slice(start, start + nodes.tensor_type(piece).shape[-1])  # pyright: ignore
+        rows = slice(start, start + nodes.fixed_size(piece, -1))
         start = rows.stop
         with edit.before(linear, like=[linear]):
-            reads = [
-                None if item is None else _rows(edit, item, rows, f"{path}.{name}.{leaf}")  # pyright: ignore
-                for item, leaf in zip(stored, ("weight", "bias"), strict=False)
-            ]
-            edit.replace(piece, edit.call(aten.linear.default, x, *reads))
+            weight = _rows(edit, layer.weight, rows, f"{path}.{name}.weight")
+            bias = None if layer.bias is None else _rows(edit, layer.bias, rows, f"{path}.{name}.bias")
+            edit.replace(piece, edit.call(aten.linear.default, layer.x, weight, bias))
 
 
 def _rows(edit: Editor, weight: fx.Node, rows: slice, name: str) -> fx.Node:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Copy
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_handed_out
 from lissom.compiler.ir.node import IN_PLACE
@@ -28,10 +29,9 @@ class WriteStateInPlace(Rewrite):
 
     def run(self, edit: Editor) -> None:
         for write in edit.nodes(aten.copy_.default):
-            state, new = write.args[:2]
-            if not nodes.is_state_write(write) or not nodes.is_call(new, *IN_PLACE) or new.args[0] is not state:
+            state, new = Copy(write).x, Copy(write).source
+            if not nodes.is_state_write(write) or not nodes.is_call(new, *IN_PLACE) or nodes.operand(new) is not state:
                 continue
-            assert isinstance(state, fx.Node)
             if edit.may_change(write, _obstacle(edit, state, new, write)):
                 edit.change_call(new, IN_PLACE[new.target], *new.args, **new.kwargs)
                 edit.program.graph.erase_node(write)

@@ -146,7 +146,7 @@ def _notes(found: Plan) -> list[str]:
             f"{atom.size} as {-(-int(atom.size) // parts) * parts}"
             for atom, (parts, _) in site.sharded_axes.items()
             if int(atom.size) % parts
-        ]  # pyright: ignore
+        ]
         if padded:
             sentences.append(f"the {site.kind} at {site.path} is padded with zeros: {', '.join(padded)}")
     return sentences

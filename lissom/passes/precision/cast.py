@@ -28,7 +28,7 @@ import math
 import operator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import fx
@@ -38,6 +38,7 @@ from lissom.compiler.analysis.module_filter import is_protected
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.ranges import Range, measured_ranges, range_of
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Copy
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_view
 from lissom.compiler.ir.operators import (
@@ -238,18 +239,19 @@ class Caster:
     def _cast_state(self) -> None:
         """Store the KV cache in reduced precision: state that calls write rows to and nothing else reads."""
         for write in self.edit.program.nodes(aten.index_copy.default):
-            state = write.args[0]
-            if not nodes.is_tensor(state) or state.op != "get_attr" or nodes.tensor_type(state).dtype != torch.float32:
+            state = nodes.operand(write)
+            if state.op != "get_attr" or nodes.tensor_type(state).dtype != torch.float32:
                 continue
             others = [user for user in state.users if user is not write]
-            kept = all(nodes.is_state_write(user) and user.args[:2] == (state, write) for user in others)
+            copies = [Copy(user) for user in others if nodes.is_call(user, aten.copy_.default)]
+            kept = len(copies) == len(others) and all(item.x is state and item.source is write for item in copies)
             if str(state.target) in self.edit.program.state and others and kept and self._obstacle(write) is None:
                 self.edit.set_weight(state, self.edit.program.weight(str(state.target)).to(self.low), retype=False)
                 self.changed.add(state)
 
     def _dtype_for(self, node: fx.Node) -> torch.dtype | None:
         """The floating dtype to cast a node's operands to; None to leave them as they are."""
-        if nodes.is_state_write(node) and nodes.tensor_type(node.args[0]).dtype == nodes.tensor_type(node.args[1]).dtype:
+        if nodes.is_state_write(node) and dtype_of(Copy(node).x) == dtype_of(Copy(node).source):
             return None
         follows = node.target in _FOLLOWS or is_view(node)
         short = any(_is_floating(item) and nodes.tensor_type(item).dtype == self.low for item in _operands(node))
@@ -292,7 +294,7 @@ class Caster:
                 elif nodes.is_call(item, *_VIEWS) and self._views_weight(item):
                     # The weight is cast at compile time, and not its view whenever the program runs.
                     low = self._cast(item.all_input_nodes[0], dtype, reader)
-                    self.casts[key] = edit.call(cast(torch._ops.OpOverload, item.target), low, *item.args[1:], **item.kwargs)
+                    self.casts[key] = edit.call(nodes.overload(item), low, *item.args[1:], **item.kwargs)
                 elif item.target is dequantize:
                     self.casts[key] = edit.call(dequantize, *item.args, **{**item.kwargs, "dtype": dtype})
                 else:

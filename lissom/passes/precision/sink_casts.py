@@ -24,6 +24,7 @@ from torch import fx
 
 from lissom.compiler.analysis.casts import cast_from, dtype_of, holds, rests_on_copy
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Cat, Item, Stack
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import CASTS, CONCATENATIONS, EXPANDS, REPEATS, RESHAPES, SPLITS, SQUEEZES, TRANSPOSES
 from lissom.compiler.pipeline.pass_kinds import Rewrite
@@ -50,11 +51,8 @@ class SinkCasts(Rewrite):
                 _widen_behind_join(edit, node)
             elif node.target in _SPLIT:
                 _widen_behind_split(edit, node)
-            elif _is_widened(node.args[0]) and edit.may_change(node, rests_on_copy(edit.program, node, node)):
-                with edit.before(node):
-                    moved = _again(edit, node, _uncast(node.args[0]))
-                    replaced = edit.call(aten.to.dtype, moved, dtype_of(node))
-                edit.replace(node, replaced)
+            else:
+                _widen_behind(edit, node)
         # From the last to the first, as casts move that way.
         for node in reversed(list(edit.nodes(*CASTS, *_SPLIT))):
             if node._erased:
@@ -82,8 +80,7 @@ def _narrows(node: fx.Node) -> bool:
 
 def _again(edit: Editor, move: fx.Node, value: fx.Node) -> fx.Node:
     """The view or copy `move`, applied to another value."""
-    target: torch._ops.OpOverload = move.target  # pyright: ignore[reportAssignmentType]
-    return edit.call(target, value, *move.args[1:], **move.kwargs)
+    return edit.call(nodes.overload(move), value, *move.args[1:], **move.kwargs)
 
 
 def _cast(edit: Editor, value: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -94,21 +91,26 @@ def _cast(edit: Editor, value: fx.Node, dtype: torch.dtype) -> fx.Node:
     return edit.call(aten.to.dtype, value, dtype)
 
 
-def _uncast(widened: object) -> fx.Node:
-    return widened.args[0]  # pyright: ignore
+def _widen_behind(edit: Editor, move: fx.Node) -> None:
+    widened = nodes.operand(move)
+    if not _is_widened(widened) or not edit.may_change(move, rests_on_copy(edit.program, move, move)):
+        return
+    with edit.before(move):
+        replaced = edit.call(aten.to.dtype, _again(edit, move, nodes.operand(widened)), dtype_of(move))
+    edit.replace(move, replaced)
 
 
 def _widen_behind_split(edit: Editor, split: fx.Node) -> None:
-    widened = split.args[0]
+    widened = nodes.operand(split)
     pieces = list(split.users)
     if not _is_widened(widened) or not _only_pieces(pieces):
         return
     dtype = dtype_of(widened)
     with edit.before(split):
-        parts = _again(edit, split, _uncast(widened))
+        parts = _again(edit, split, nodes.operand(widened))
     for piece in pieces:
         with edit.before(piece):
-            replaced = edit.call(aten.to.dtype, edit.item(parts, int(piece.args[1])), dtype)  # pyright: ignore
+            replaced = edit.call(aten.to.dtype, edit.item(parts, Item(piece).index), dtype)
         edit.replace(piece, replaced)
 
 
@@ -123,25 +125,23 @@ def _widen_behind_join(edit: Editor, join: fx.Node) -> None:
     if len(set(map(dtype_of, parts))) > 1:
         return
     with edit.before(join):
-        joined = _joined(edit, join, _uncast)
+        joined = _joined(edit, join, nodes.operand)
         replaced = edit.call(aten.to.dtype, joined, dtype_of(join))
     edit.replace(join, replaced)
 
 
 def _joined(edit: Editor, join: fx.Node, value_of: Callable[[fx.Node], fx.Node]) -> fx.Node:
-    parts: list[fx.Node] = join.args[0]  # pyright: ignore[reportAssignmentType]
-    target: torch._ops.OpOverload = join.target  # pyright: ignore[reportAssignmentType]
-    return edit.call(target, [value_of(part) for part in parts], *join.args[1:], **join.kwargs)
+    parts = (Cat.of(join) or Stack(join)).parts
+    return edit.call(nodes.overload(join), [value_of(part) for part in parts], *join.args[1:], **join.kwargs)
 
 
 def _narrow_before(edit: Editor, cast: fx.Node) -> None:
     """Move a narrowing cast before all the views and copies whose only reader is the next of them."""
-    dtype, value = dtype_of(cast), cast.args[0]
+    dtype, value = dtype_of(cast), nodes.operand(cast)
     moves: list[fx.Node] = []
     while nodes.is_call(value, *_SAME_SIZE, *_GROW) and len(value.users) == 1:
         moves.append(value)
-        value = value.args[0]
-    assert isinstance(value, fx.Node)
+        value = nodes.operand(value)
     joins = nodes.is_call(value, *_JOIN) and len(value.users) == 1 and _has_widened(value, dtype)
     if not (moves or joins) or not edit.may_change(cast, rests_on_copy(edit.program, cast, value)):
         return
@@ -166,11 +166,9 @@ def _narrow_before_split(edit: Editor, split: fx.Node) -> None:
     casts = [user for piece in pieces for user in piece.users]
     if len(casts) != len(pieces) or not all(map(_narrows, casts)) or len(set(map(dtype_of, casts))) > 1:
         return
-    value: fx.Node = split.args[0]  # pyright: ignore[reportAssignmentType]
     with edit.before(split):
-        parts = _again(edit, split, _cast(edit, value, dtype_of(casts[0])))
+        parts = _again(edit, split, _cast(edit, nodes.operand(split), dtype_of(casts[0])))
     for cast in casts:
-        piece: fx.Node = cast.args[0]  # pyright: ignore[reportAssignmentType]
         with edit.before(cast):
-            replaced = edit.item(parts, int(piece.args[1]))  # pyright: ignore[reportArgumentType]
+            replaced = edit.item(parts, Item(nodes.operand(cast)).index)
         edit.replace(cast, replaced)

@@ -14,17 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.cost import example_shape
 from lissom.compiler.analysis.flops import is_counted
 from lissom.compiler.analysis.structure.linear import is_attention, is_linear
 from lissom.compiler.analysis.structure.operands import is_causal
 from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, row_position, with_operands
-from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Attention, Item, Select, Slice
 from lissom.compiler.ir.dimension_map import dim_of, shape_of
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import computed_from
@@ -105,8 +105,8 @@ def _narrows(node: fx.Node, wanted: _Demand) -> bool:
     if sources is None or (is_attention(node) and set(sources).isdisjoint({0})):
         return False
     if is_causal(node):
-        q, k = node.args[:2]
-        if shape_of(q)[-2] != shape_of(k)[-2] or wanted.dim != len(shape_of(node)) - 2 or nodes.argument(node, "dropout_p"):
+        q, k = shape_of(Attention(node).q), shape_of(Attention(node).k)
+        if q[-2] != k[-2] or wanted.dim != len(shape_of(node)) - 2 or nodes.argument(node, "dropout_p"):
             return False
     if not isinstance(wanted.start, fx.Node):
         return True
@@ -118,20 +118,20 @@ def _narrows(node: fx.Node, wanted: _Demand) -> bool:
 def _choice(edit: Editor, node: fx.Node) -> _Demand | None:
     """The positions that a call selects of its operand; None when it selects nothing, or more than half."""
     found: _Demand | None = None
-    if nodes.is_call(node, aten.select.int) and isinstance(node.args[2], int):
-        found = _Demand(cast(int, node.args[1]) % len(shape_of(node.args[0])), node.args[2])
-    elif nodes.is_call(node, aten.slice.Tensor):
+    selected, part = Select.of(node), Slice.of(node)
+    if selected is not None and isinstance(selected.index, int):
+        found = _Demand(selected.dim % len(shape_of(selected.x)), selected.index)
+    elif part is not None:
         dim = dim_of(node, len(shape_of(node)))
-        start, count = nodes.argument(node, "start") or 0, shape_of(node)[dim]
-        if isinstance(start, int) and isinstance(count, int) and nodes.argument(node, "step") == 1:
+        start, count = part.start or 0, shape_of(node)[dim]
+        if isinstance(start, int) and isinstance(count, int) and part.step == 1:
             found = _Demand(dim, start, count)
     elif nodes.is_call(node, aten.index.Tensor) and (position := row_position(edit.program, node)) is not None:
         found = _Demand(1, position)
     # Positions that are computed from a layer's output are known too late.
     if found is None or any(is_linear(item) or is_attention(item) for item in computed_from([found.start])):
         return None
-    sizes = cast(torch.Tensor, nodes.value(cast(fx.Node, node.args[0]))).shape
-    return found if 2 * found.count <= fake.hint(sizes[found.dim]) else None
+    return found if 2 * found.count <= example_shape(nodes.operand(node))[found.dim] else None
 
 
 def _useful(edit: Editor, demands: Mapping[fx.Node, _Demand]) -> set[fx.Node]:
@@ -164,8 +164,8 @@ class _Narrower:
             if node in self.demands:
                 with edit.before(node):
                     self.narrowed[node] = self._narrow(node, self.demands[node])
-            elif node in roots and node.args[0] in self.narrowed:
-                found = self.narrowed[node.args[0]]
+            elif node in roots and nodes.operand(node) in self.narrowed:
+                found = self.narrowed[nodes.operand(node)]
                 if node.target is not aten.slice.Tensor:
                     with edit.before(node):
                         found = edit.call(aten.select.int, found, roots[node].dim, 0)
@@ -183,15 +183,18 @@ class _Narrower:
                 )
         args, kwargs = with_operands(node, changed)
         if node.target in SIZED_RESHAPES or node.target in EXPANDS:
-            sizes = cast("list[object]", args[1])
+            sizes = args[1]
+            assert isinstance(sizes, list)
             sizes[wanted.dim] = wanted.count
         if is_causal(node):
             mask = self._causal_rows(node, wanted)
             kept = {name: nodes.argument(node, name) for name in ("scale", "enable_gqa")}
             args, kwargs = [*args[:3], mask], {key: kept[key] for key in kept if kept[key]}
-        if not isinstance(node.target, torch._ops.OpOverload):
-            return self.edit.item(cast(fx.Node, args[0]), cast(int, args[1]))
-        return self.edit.call(node.target, *args, **kwargs)
+        if (item := Item.of(node)) is not None:
+            source = args[0]
+            assert isinstance(source, fx.Node)
+            return self.edit.item(source, item.index)
+        return self.edit.call(nodes.overload(node), *args, **kwargs)
 
     def _take(self, item: fx.Node, wanted: _Demand, rank: int) -> fx.Node:
         """The selected positions of a value that is computed at all positions; for a call whose result has this rank."""
@@ -224,7 +227,7 @@ class _Narrower:
         """The visible keys of the selected queries of a causal attention, [.., queries, keys]; None for all."""
         if (wanted.start, wanted.count) == (-1, 1):
             return None
-        call, k = self.edit.call, cast(fx.Node, node.args[1])
+        call, k = self.edit.call, Attention(node).k
         counted = call(aten.arange.default, self.edit.size(k, len(shape_of(k)) - 2), device=nodes.tensor_type(k).device)
         if isinstance(wanted.start, fx.Node):
             position = call(aten.index.Tensor, counted, [wanted.start])

@@ -150,7 +150,7 @@ def _sites(streams: Mapping[Axis, fx.Node]) -> list[AmountSite]:
     """The residual streams as amounts name them."""
     totals = list(streams.values())
     names = site_names([nodes.origin(total).module_path for total in totals], [total.name for total in totals])
-    sizes = [int(axis.size) for axis in streams]  # pyright: ignore[reportArgumentType]
+    sizes = [int(axis.size) for axis in streams]
     takes = [{"prune-hidden": range(1, size + 1)} for size in sizes]
     return [AmountSite("channels", (name,), size, legal) for name, size, legal in zip(names, sizes, takes, strict=True)]
 
@@ -177,7 +177,7 @@ def _readers(program: Program, found: Axes, axis: Axis) -> list[fx.Node]:
 
 
 def _magnitudes(program: Program, axis: Axis) -> torch.Tensor:
-    found, scores = program.fact(axes), torch.zeros(int(axis.size))  # pyright: ignore[reportArgumentType]
+    found, scores = program.fact(axes), torch.zeros(int(axis.size))
     for node, dim in _weights_on(program, found, [axis]):
         if found.axis(node, dim) is axis:
             weight = program.weight(str(node.target)).detach().float().cpu()
@@ -186,12 +186,12 @@ def _magnitudes(program: Program, axis: Axis) -> torch.Tensor:
 
 
 def _energies(edit: Editor, axis: Axis) -> torch.Tensor:
-    found, scores = edit.program.fact(axes), torch.zeros(int(axis.size))  # pyright: ignore[reportArgumentType]
+    found, scores = edit.program.fact(axes), torch.zeros(int(axis.size))
     readers = _readers(edit.program, found, axis)
     squares: dict[fx.Node, torch.Tensor] = {}
 
     def visit(node: fx.Node, rows: torch.Tensor) -> None:
-        squares[node] = squares.get(node, 0) + rows.float().square().sum(0).cpu()  # pyright: ignore[reportArgumentType]
+        squares[node] = squares.get(node, 0) + rows.float().square().sum(0).cpu()
 
     observe(edit.program, edit.data, {input_of(node) for node in readers}, visit)
     for node in readers:

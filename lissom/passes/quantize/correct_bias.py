@@ -27,6 +27,7 @@ from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.layer_sweep import sweep
 from lissom.compiler.calibration.statistics import NO_TOKENS
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Linear
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import evaluate_nodes
 from lissom.compiler.pipeline.pass_kinds import Approximation
@@ -117,8 +118,8 @@ def _own_bias(edit: Editor, layer: fx.Node) -> None:
         return
     form = nodes.tensor_type(layer)
     path = nodes.origin(layer).module_path or layer.name
-    zeros = torch.zeros(int(form.shape[-1]), dtype=form.dtype, device=form.device)  # pyright: ignore[reportArgumentType]
+    zeros = torch.zeros(nodes.fixed_size(layer, -1), dtype=form.dtype, device=form.device)
     with edit.before(layer):
         bias = edit.weight(f"{path}.bias", zeros)
-    edit.change_call(layer, aten.linear.default, *layer.args[:2], bias)
+    edit.change_call(layer, aten.linear.default, Linear(layer).x, Linear(layer).weight, bias)
     edit.rewritten -= 1

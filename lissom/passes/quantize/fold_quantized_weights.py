@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import FakeQuantize
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.dequantized_rows import dequantize_rows_only
@@ -25,13 +26,13 @@ class FoldQuantizedWeights(Rewrite):
 
     def run(self, edit: Editor) -> None:
         for node in edit.nodes(fake_quantize):
-            weight = node.args[0]
-            if isinstance(weight, fx.Node) and weight.op == "get_attr":
+            weight = FakeQuantize(node).x
+            if weight.op == "get_attr":
                 _fold(edit, node, weight)
 
 
 def _fold(edit: Editor, node: fx.Node, weight: fx.Node) -> None:
-    form = FORMATS[str(node.kwargs["format"])]
+    form = FORMATS[FakeQuantize(node).format]
     value = edit.tensor(weight)
     if form.bits == 4 and value.shape[-1] % 2:
         edit.skip(node, f"its last dimension, {value.shape[-1]}, is odd, and int4 packs two per byte")

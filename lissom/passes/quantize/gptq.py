@@ -42,7 +42,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import fx
@@ -204,7 +204,9 @@ def _norm_weights(program: Program, layer: fx.Node, read: Sequence[torch.Tensor]
     values = {used: evaluate_nodes(program.graph_module, used) for used in others}
     found: list[torch.Tensor] = []
     for rows in read:
-        given = cast(torch.Tensor, call(layer, {**values, input_of(layer): rows}.__getitem__)).float()
+        given = call(layer, {**values, input_of(layer): rows}.__getitem__)
+        assert isinstance(given, torch.Tensor)
+        given = given.float()
         if norm.target is aten.layer_norm.default:
             given = given - given.mean(-1, keepdim=True)
         found.append(1 / given.square().mean(-1).clamp_min(_LEAST))

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Copy, IndexCopy
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.ops.formats import FORMATS, LEAST, Format, pack_halves
@@ -42,54 +43,49 @@ class QuantizeCache(Approximation):
         form = FORMATS[f"int{self.bits}"]
         before = after = 0
         for write in edit.nodes(aten.copy_.default):
-            if not _keeps_rows(write):
-                continue
-            state, new = write.args[:2]
-            assert isinstance(state, fx.Node) and isinstance(new, fx.Node)
-            if edit.may_change(write, self._obstacle(write, state, new)):
-                before += edit.tensor(state).nbytes
-                after += sum(held.nbytes for held in _quantize_state(edit, state, new, write, form))
+            new = _with_rows(write)
+            if new is not None and edit.may_change(write, self._obstacle(write, new)):
+                before += edit.tensor(new.x).nbytes
+                after += sum(held.nbytes for held in _quantize_state(edit, new, write, form))
         if before:
             edit.note(f"the cache takes {after / 1e6:.3g} MB, and took {before / 1e6:.3g} MB")
         else:
             edit.note("the program has no KV cache; compile_generation makes one that has")
 
-    def _obstacle(self, write: fx.Node, state: fx.Node, new: fx.Node) -> str | None:
+    def _obstacle(self, write: fx.Node, new: IndexCopy) -> str | None:
         """The reason a write to the cache is left unchanged; None if it can be quantized."""
-        if write.users or set(state.users) != {new, write}:
-            return f"'{state.target}' has other readers"
-        if self.bits == 4 and int(nodes.tensor_type(state).shape[-1]) % 2:  # pyright: ignore[reportArgumentType]
-            return f"'{state.target}' has an odd number of features, and int4 packs two per byte"
+        if write.users or set(new.x.users) != {new.node, write}:
+            return f"'{new.x.target}' has other readers"
+        if self.bits == 4 and nodes.fixed_size(new.x, -1) % 2:
+            return f"'{new.x.target}' has an odd number of features, and int4 packs two per byte"
         return None
 
 
-def _keeps_rows(write: fx.Node) -> bool:
-    """True for `copy_(state, index_copy(state, 2, places, rows))` with floating-point rows."""
-    if not nodes.is_state_write(write):
-        return False
-    state, new = write.args[:2]
-    floating = nodes.tensor_type(state).dtype.is_floating_point and nodes.tensor_type(state).rank == 4
-    return floating and nodes.is_call(new, aten.index_copy.default) and new.args[:2] == (state, 2)
+def _with_rows(write: fx.Node) -> IndexCopy | None:
+    """The new state of `copy_(state, index_copy(state, 2, places, rows))` with floating-point rows; None for other writes."""
+    state, new = nodes.tensor_type(Copy(write).x), IndexCopy.of(Copy(write).source)
+    if not nodes.is_state_write(write) or new is None or new.x is not Copy(write).x or new.dim != 2:
+        return None
+    return new if state.dtype.is_floating_point and state.rank == 4 else None
 
 
-def _quantize_state(edit: Editor, state: fx.Node, new: fx.Node, write: fx.Node, form: Format) -> Sequence[torch.Tensor]:
+def _quantize_state(edit: Editor, new: IndexCopy, write: fx.Node, form: Format) -> Sequence[torch.Tensor]:
     """Replace the state by integers and scales; returns both."""
-    name, (_, dim, places, rows) = str(state.target), new.args
-    assert isinstance(rows, fx.Node)
+    name = str(new.x.target)
     held = quantize_rows(edit.program.weight(name), form)
-    dtype = nodes.tensor_type(new).dtype
-    with edit.before(new):
-        reads = edit.exchange_state(state, {f"{name}_{form.name}": held[0], f"{name}_scale": held[1]})
+    dtype = nodes.tensor_type(new.node).dtype
+    with edit.before(new.node):
+        reads = edit.exchange_state(new.x, {f"{name}_{form.name}": held[0], f"{name}_scale": held[1]})
         written = [
-            edit.call(aten.index_copy.default, read, dim, places, part)
-            for read, part in zip(reads, _quantized(edit, rows, form), strict=True)
+            edit.call(aten.index_copy.default, read, new.dim, new.indices, part)
+            for read, part in zip(reads, _quantized(edit, new.source, form), strict=True)
         ]
         value = edit.call(dequantize, *written, format=form.name, dtype=dtype)
     with edit.before(write):
         for read, part in zip(reads, written, strict=True):
             edit.call(aten.copy_.default, read, part)
     edit.program.graph.erase_node(write)
-    edit.replace(new, value)
+    edit.replace(new.node, value)
     return held
 
 

@@ -15,6 +15,7 @@ from torch import fx, nn
 from lissom.compiler.analysis.structure.linear import weight_path
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Embedding
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
@@ -25,7 +26,7 @@ class UntieLmHead(Rewrite):
 
     def run(self, edit: Editor) -> None:
         found = edit.program.fact(structure)
-        tables = {_first(item.node.args[0]) for item in found.embeddings}
+        tables = {_stored(Embedding(item.node).table) for item in found.embeddings}
         for head in found.lm_heads:
             *between, table = weight_path(head) or (head,)
             if table in tables and edit.may_change(head, _obstacle(between)):
@@ -35,9 +36,9 @@ class UntieLmHead(Rewrite):
                 edit.rewritten += 1
 
 
-def _first(table: object) -> object:
+def _stored(table: fx.Node) -> fx.Node:
     """The table, before it is quantized."""
-    return table.args[0] if isinstance(table, fx.Node) and table.args else table
+    return next(iter(table.all_input_nodes), table)
 
 
 def _obstacle(between: list[fx.Node]) -> str | None:

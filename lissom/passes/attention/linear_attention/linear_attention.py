@@ -36,6 +36,7 @@ from lissom.compiler.analysis.structure.operands import operands_obstacle, scale
 from lissom.compiler.analysis.structure.padding import KeyMask, key_mask
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import ATTENTIONS
 from lissom.compiler.ir.program import Program, kept_state
@@ -138,8 +139,7 @@ class _Site:
     @property
     def sizes(self) -> tuple[int, int, int]:
         """The numbers of query heads and key heads, and head_dim."""
-        q, k = nodes.tensor_type(self.q).shape, nodes.tensor_type(self.k).shape
-        return int(q[1]), int(k[1]), int(q[3])  # pyright: ignore[reportArgumentType]
+        return nodes.fixed_size(self.q, 1), nodes.fixed_size(self.k, 1), nodes.fixed_size(self.q, 3)
 
     @property
     def device(self) -> torch.device:
@@ -147,9 +147,9 @@ class _Site:
 
 
 def _site(program: Program, node: fx.Node) -> _Site:
-    q, (k, v), mask = node.args[0], shared_operands(node), key_mask(program, node)
-    assert isinstance(q, fx.Node) and mask is not None
-    return _Site(node, q, k, v, scale_of(node), mask)
+    (k, v), mask = shared_operands(node), key_mask(program, node)
+    assert mask is not None
+    return _Site(node, Attention(node).q, k, v, scale_of(node), mask)
 
 
 def _obstacle_in_scores(edit: Editor, node: fx.Node) -> str | None:
@@ -163,7 +163,7 @@ def _obstacle_in_scores(edit: Editor, node: fx.Node) -> str | None:
     mask = key_mask(edit.program, node)
     if mask is None:
         return "its mask hides more than padding and later tokens"
-    q, k = (nodes.tensor_type(item) for item in node.args[:2])
+    q, k = (nodes.tensor_type(item) for item in (Attention(node).q, Attention(node).k))
     mode = edit.program.fake_mode
     if mask.causal and not fake.same_size(mode, q.shape[2], k.shape[2]):
         return "it is causal, and its queries are not as many as its keys"

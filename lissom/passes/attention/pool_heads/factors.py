@@ -76,10 +76,11 @@ def key_factors(program: Program, separation: Separation, heads: SeparateHeads) 
     queries, keys = separation.queries(heads), heads.keys
     made = _layer(program, separation, heads.key, found.axis(keys, 3), site.k, rows)
     read = _layer(program, separation, heads.queries, found.axis(queries, 3), site.q, tuple(separation.rows(heads.queries)))
-    fits = made is not None and read is not None and separation.is_alone(heads, heads.key, heads.queries)
+    if made is None or read is None or not separation.is_alone(heads, heads.key, heads.queries):
+        return Factors(rows, made, None, keys=True)
     # A bias of the keys adds the same number to all scores of a query, which a soft-cap or a sink does not pass over.
-    fits = fits and (made is None or made.bias is None or (site.softcap is None and not site.sinks))
-    fits = fits and is_moved(keys, made.layer, kept=True) and is_moved(queries, read.layer, kept=True)  # pyright: ignore[reportOptionalMemberAccess]
+    fits = made.bias is None or (site.softcap is None and not site.sinks)
+    fits = fits and is_moved(keys, made.layer, kept=True) and is_moved(queries, read.layer, kept=True)
     return Factors(rows, made, read if fits else None, keys=True)
 
 

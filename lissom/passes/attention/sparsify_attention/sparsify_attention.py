@@ -35,10 +35,11 @@ from lissom.compiler.analysis.amounts import UNCHANGED, Amounts, AmountSite, amo
 from lissom.compiler.analysis.module_filter import obstacle_by_name
 from lissom.compiler.analysis.patterns.reader import CAUSAL
 from lissom.compiler.analysis.structure.attention import AttentionSite
-from lissom.compiler.analysis.structure.operands import PLAIN, is_causal, mask_of
+from lissom.compiler.analysis.structure.operands import is_causal, mask_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import ATTENTIONS
 from lissom.compiler.ir.program import Program
@@ -202,7 +203,7 @@ class SparsifyAttention(Approximation):
     def _draw(self, edit: Editor, site: AttentionSite, order: int, block: int) -> torch.Tensor:
         """Random blocks of keys for each head and block of queries; only earlier ones for causal attention."""
         generator = torch.Generator().manual_seed(self._value("seed") + (order << 16))
-        heads = int(nodes.tensor_type(site.node.args[0]).shape[1])  # pyright: ignore[reportArgumentType]
+        heads = nodes.fixed_size(Attention(site.node).q, 1)
         blocks = _drawn_blocks(edit, site.node, heads, block)
         return random_layout(heads, blocks, self._value("random_blocks"), causal=site.mask.causal, generator=generator)
 
@@ -242,7 +243,7 @@ def _sites(attention: Sequence[AttentionSite]) -> list[AmountSite]:
 
 def _obstacle(edit: Editor, node: fx.Node, cross: bool) -> str | None:
     """The reason an attention stays dense; None if it can become sparse."""
-    q, k = (nodes.tensor_type(item) for item in node.args[:2])
+    q, k = (nodes.tensor_type(item) for item in (Attention(node).q, Attention(node).k))
     if q.rank != 4 or k.rank != 4 or not isinstance(q.shape[1], int):
         return "its operands are not [batch, heads, tokens, head_dim]"
     if cross or not fake.same_size(edit.program.fake_mode, q.shape[2], k.shape[2]):
@@ -273,16 +274,15 @@ def _drawn_blocks(edit: Editor, node: fx.Node, heads: int, block: int) -> int:
 
 
 def _tokens(node: fx.Node) -> object:
-    return nodes.tensor_type(node.args[0]).shape[2]
+    return nodes.tensor_type(Attention(node).q).shape[2]
 
 
 def _masked(edit: Editor, node: fx.Node, pattern: Pattern, layout: torch.Tensor | None) -> fx.Node:
     """The attention's mask combined with the pattern."""
-    q, k = node.args[:2]
     if is_causal(node):
         pattern = Pattern(tuple((*found, CAUSAL) for found in pattern.alternatives), pattern.block)
     name = f"{nodes.origin(node).module_path}.layout".removeprefix(".")
-    seen = write_pattern(edit, pattern, layout, q, k, name)  # pyright: ignore[reportArgumentType]
+    seen = write_pattern(edit, pattern, layout, Attention(node).q, Attention(node).k, name)
     mask = mask_of(node)
     if mask is None:
         return seen
@@ -294,10 +294,8 @@ def _masked(edit: Editor, node: fx.Node, pattern: Pattern, layout: torch.Tensor 
 def _exchange(edit: Editor, node: fx.Node, mask: fx.Node) -> None:
     """Replace the attention's mask."""
     kwargs = {key: value for key, value in node.kwargs.items() if key not in ("attn_mask", "bias", "is_causal")}
-    args = [*node.args[:3], mask]
-    if node.target is PLAIN and len(node.args) > 4:
-        args.append(node.args[4])
-    edit.replace_by(node, node.target, *args, **kwargs)  # pyright: ignore
+    attention, dropout = Attention(node), node.args[4:5]
+    edit.replace_by(node, nodes.overload(node), attention.q, attention.k, attention.v, mask, *dropout, **kwargs)
 
 
 def _account(mass: BlockMass, kept: torch.Tensor) -> str:

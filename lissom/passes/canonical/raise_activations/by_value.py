@@ -7,7 +7,6 @@ with a reference recognizes every way to write it, with constants rounded in any
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import fx
@@ -82,5 +81,6 @@ def _evaluate(
         inputs = {used: _evaluate(used, argument, points, known) for used in node.all_input_nodes}
         if all(found is not None for found in inputs.values()):
             found = inputs[node.all_input_nodes[0]] if node.target in CASTS else call(node, inputs.__getitem__)
-            known[node] = cast(torch.Tensor, found)
+            assert isinstance(found, torch.Tensor)
+            known[node] = found
     return known[node]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import cast
 
 import torch
 from torch import fx
 
 from lissom.compiler.analysis.cost import example_shape
+from lissom.compiler.ir import calls
 from lissom.compiler.ir import node as nodes
 
 
@@ -59,48 +59,49 @@ class Convolution:
 
     @property
     def input(self) -> fx.Node:
-        return cast(fx.Node, self.node.args[0])
+        return nodes.operand(self.node)
 
 
 def convolution_of(node: fx.Node) -> Convolution | str:
     """The convolution that a node computes, or why it cannot be read."""
-    kernel, bias, groups = (nodes.argument(node, name) for name in ("weight", "bias", "groups"))
-    if not isinstance(kernel, fx.Node) or kernel.op != "get_attr":
+    found, groups = calls.Convolution(node), nodes.argument(node, "groups")
+    kernel = found.weight
+    if kernel.op != "get_attr":
         return "its kernel is computed by the program, cast or quantized; put this pass before the one that did this"
-    shape = nodes.tensor_type(kernel).shape
-    sizes = tuple(size for size in shape[2:] if isinstance(size, int))
-    numbers = [_numbers(nodes.argument(node, name), len(sizes)) for name in ("stride", "dilation")]
-    padding = _padding(nodes.argument(node, "padding"), sizes, numbers[1])
-    if numbers[0] is None or numbers[1] is None or padding is None or not isinstance(groups, int):
+    sizes = tuple(size for size in nodes.tensor_type(kernel).shape[2:] if isinstance(size, int))
+    stride, dilation = _numbers(found.stride, len(sizes)), _numbers(found.dilation, len(sizes))
+    padding = _padding(found.padding, sizes, dilation)
+    if stride is None or dilation is None or padding is None or not isinstance(groups, int):
         return "its stride, padding, dilation or groups are computed while the program runs"
-    read, given = example_shape(cast(fx.Node, node.args[0])), example_shape(node)
+    read, given = example_shape(found.x), example_shape(node)
     rank = len(sizes)
     return Convolution(
         node,
         kernel,
-        bias if isinstance(bias, fx.Node) else None,
-        Window(sizes, numbers[0], padding, numbers[1]),
+        found.bias,
+        Window(sizes, stride, padding, dilation),
         groups,
-        channels_in=int(cast(int, shape[1])) * groups,
-        channels_out=int(cast(int, shape[0])),
+        channels_in=nodes.fixed_size(kernel, 1) * groups,
+        channels_out=nodes.fixed_size(kernel, 0),
         places_in=prod(read) // read[-rank - 1],
         places_out=prod(given) // given[-rank - 1],
     )
 
 
-def _numbers(item: object, rank: int) -> tuple[int, ...] | None:
+def _numbers(item: int | Sequence[object], rank: int) -> tuple[int, ...] | None:
     """One number per dimension, from a number, a list of one, or a list of that length."""
-    found = [item] if isinstance(item, int) else list(cast("Sequence[object]", item))
-    if not all(isinstance(number, int) for number in found):
-        return None
-    return cast("tuple[int, ...]", tuple(found) * (rank if len(found) == 1 else 1))
+    given = [item] if isinstance(item, int) else item
+    found = tuple(number for number in given if isinstance(number, int))
+    return found * (rank if len(found) == 1 else 1) if len(found) == len(given) else None
 
 
-def _padding(item: object, sizes: Sequence[int], dilation: Sequence[int] | None) -> tuple[tuple[int, int], ...] | None:
+def _padding(
+    item: str | int | Sequence[object], sizes: Sequence[int], dilation: Sequence[int] | None
+) -> tuple[tuple[int, int], ...] | None:
     if item == "valid":
         return ((0, 0),) * len(sizes)
     if item == "same":
         totals = [(size - 1) * step for size, step in zip(sizes, dilation or (), strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
-    numbers = _numbers(item, len(sizes))
+    numbers = None if isinstance(item, str) else _numbers(item, len(sizes))
     return None if numbers is None else tuple((number, number) for number in numbers)

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import fx, nn
@@ -208,9 +208,9 @@ class DepthwiseSeparable(Approximation):
             return int((energy(slices.S) < self.keep - _ROUNDING).sum()) + 1
         if self.budget is not None:
             return int(self.budget * min(whole.numbers / one.numbers, whole.products / one.products))
-        rank = cast(int, self.rank)
+        assert self.rank is not None
         if limit is None or not limit.below(whole):
-            return rank
+            return self.rank
         return min(limit.numbers // one.numbers, limit.products // one.products)
 
 
@@ -292,7 +292,7 @@ class Calibration:
     def fit(self, results: Sequence[Separation]) -> list[Separation]:
         """These results with the last kernel refitted to the layer's original outputs."""
         fits = [Fit(result.layout, result.first, result.last) for result in results]
-        read = cast(fx.Node, self.original.args[0])
+        read = nodes.operand(self.original)
         bias = None if self.layer.bias is None else evaluate_nodes(self.now.program.graph_module, self.layer.bias)
         seen = 0
         for index in self.samples:
@@ -372,7 +372,7 @@ def _put(edit: Editor, layer: Convolution, found: Separation, *, trainable: bool
     names = ("depthwise", "pointwise") if depthwise_first else ("pointwise", "depthwise")
     dtype = nodes.tensor_type(layer.kernel).dtype
     rank, padding = len(layer.window.size), nodes.argument(node, "padding")
-    over = cast(torch._ops.OpOverload, node.target), [*layer.window.stride], padding, [*layer.window.dilation]
+    over = nodes.overload(node), [*layer.window.stride], padding, [*layer.window.dilation]
     places = _POINTWISE[rank], [1] * rank, [0] * rank, [1] * rank
     (target, *window), (last_target, *last_window) = (over, places) if depthwise_first else (places, over)
     edit.current = node

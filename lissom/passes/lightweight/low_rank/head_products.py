@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import torch
 from torch import fx
@@ -33,6 +32,7 @@ from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers
 from lissom.compiler.analysis.structure.operands import PLAIN
 from lissom.compiler.calibration.hessian import damped
 from lissom.compiler.calibration.statistics import observe
+from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_own_weight
 from lissom.compiler.ir.program import Program
@@ -87,12 +87,13 @@ def _product(
         return f"its {what} are not from two separate layers"
     if site.heads != site.key_value_heads:
         return "query heads share key/value heads"
-    between = [(site.node.args[0], first[0]), (site.node.args[1], second[0])]
-    between = between if scores else [(site.node.args[2], first[0]), (input_of(second[0]), site.node)]
+    attention = Attention(site.node)
+    between = [(attention.q, first[0]), (attention.k, second[0])]
+    between = between if scores else [(attention.v, first[0]), (input_of(second[0]), site.node)]
     if not all(is_moved(*pair) for pair in between):
         return f"other operators are between the layers of its {what} and their product"
     found = program.fact(axes)
-    value = cast(fx.Node, site.node.args[0]) if scores else site.node
+    value = attention.q if scores else site.node
     heads, axis = (found.axis(value, dim) for dim in (-3, -1))
     obstacle = found.obstacle(axis) if axis.form == "atom" else "it is made of several axes"
     if obstacle:

@@ -44,6 +44,7 @@ from lissom.compiler.calibration.hessian import damped, shifted
 from lissom.compiler.calibration.layer_sweep import Counterpart, Read, sweep_moments
 from lissom.compiler.calibration.statistics import observe_gradients
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import AddedProduct, Embedding
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import spread
@@ -282,7 +283,7 @@ class LowRank(Approximation):
         found = program.fact(structure)
         if reason := self._obstacle_by_name(node):
             return reason
-        if any(item.node.args[0] is matrix.node for item in found.embeddings):
+        if any(Embedding(item.node).table is matrix.node for item in found.embeddings):
             return "its weight is an embedding table too"
         if node in found.lm_heads and not self.lm_head:
             return "it is an LM head or classifier; lm_head=true includes it"
@@ -290,7 +291,7 @@ class LowRank(Approximation):
             return "it is the router of a mixture of experts"
         if "low-rank" in nodes.origin(node).passes:
             return "it is a factor already"
-        if node.target is aten.addmm.default and (node.kwargs or nodes.tensor_type(node.args[0]).rank != 1):
+        if node.target is aten.addmm.default and (node.kwargs or nodes.tensor_type(AddedProduct(node).bias).rank != 1):
             return "it adds more than a bias"
         return None
 

@@ -7,12 +7,12 @@ of indices, and the input keeps all heads: a bias that other attentions read too
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
 
 import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import IndexSelect
 from lissom.compiler.ir.editor import Editor
 
 aten = torch.ops.aten
@@ -25,7 +25,7 @@ def select_heads(edit: Editor, attention: fx.Node, arguments: Iterable[int]) -> 
     """Insert an `index_select` of all heads before these arguments, where they have heads; returns the inserted calls."""
     made: list[fx.Node] = []
     for index in arguments:
-        name = cast(torch._ops.OpOverload, attention.target)._schema.arguments[index].name
+        name = nodes.overload(attention)._schema.arguments[index].name
         item = nodes.argument(attention, name)
         if not nodes.is_tensor(item) or nodes.is_call(item, aten.index_select.default):
             continue
@@ -44,8 +44,8 @@ def select_heads(edit: Editor, attention: fx.Node, arguments: Iterable[int]) -> 
 def drop_selections(edit: Editor, made: Iterable[fx.Node]) -> None:
     """Remove the selections that still select all heads in order."""
     for chosen in made:
-        item, dim, numbers = chosen.args
-        size = nodes.tensor_type(item).shape[dim]  # pyright: ignore
-        if torch.equal(edit.tensor(numbers).cpu(), torch.arange(int(size))):  # pyright: ignore[reportArgumentType]
-            edit.replace(chosen, item)  # pyright: ignore[reportArgumentType]
+        selection = IndexSelect(chosen)
+        size = nodes.fixed_size(selection.x, selection.dim)
+        if torch.equal(edit.tensor(selection.indices).cpu(), torch.arange(size)):
+            edit.replace(chosen, selection.x)
             edit.rewritten -= 1

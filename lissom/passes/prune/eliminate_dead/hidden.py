@@ -14,7 +14,6 @@ dimension. Inputs are taken to be finite.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 import torch
 from torch import fx
@@ -25,6 +24,7 @@ from lissom.compiler.analysis.axes.dead_units import dead_units, zero_units
 from lissom.compiler.analysis.axes.zeros import zero_at, zeros
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Matmul, Norm
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import LAYER_NORMS
 from lissom.compiler.transforms.removal.indices import remove_indices
@@ -69,7 +69,7 @@ def _dead_channels(edit: Editor, axis: Axis) -> torch.Tensor:
     dead = dead_units(program, (axis,))
     for node in program.nodes(*LAYER_NORMS):
         if any(axis in set(other.atoms()) for other in normed_axes(node, found)):
-            dead &= zero_units(found, zero, (cast(fx.Node, node.args[0]), -1), (axis,))
+            dead &= zero_units(found, zero, (Norm(node).x, -1), (axis,))
     if bool(dead.all()):
         dead[0] = False
     return dead
@@ -94,7 +94,7 @@ def _hold_outputs(edit: Editor) -> Iterator[fx.Node]:
 def _release_outputs(edit: Editor, held: list[fx.Node]) -> None:
     """Replace these products by padding that puts zeros at the removed channels."""
     for whole in held:
-        value, chosen = cast("tuple[fx.Node, fx.Node]", whole.args)
+        value, chosen = Matmul(whole).x, Matmul(whole).y
         rows = edit.tensor(chosen).cpu()
         if rows.shape[0] < rows.shape[1]:
             # The channel of each output column; the padded zero where it was removed.

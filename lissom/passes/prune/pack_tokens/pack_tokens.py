@@ -23,7 +23,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from typing import cast
 
 import torch
 from torch import fx
@@ -31,12 +30,13 @@ from torch import fx
 from lissom.compiler.analysis.structure.padding import padding_masks
 from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, with_operands
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Item, SymSize
 from lissom.compiler.ir.dimension_map import shape_of
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import SIZED_RESHAPES
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.unflatten import unflatten_where
-from lissom.passes.prune.pack_tokens.token_flow import HEADS, PaddingReadError, TokenFlow, Use, has_layers, is_item
+from lissom.passes.prune.pack_tokens.token_flow import HEADS, PaddingReadError, TokenFlow, Use, has_layers
 
 aten = torch.ops.aten
 
@@ -139,15 +139,17 @@ class _Packer:
             args, kwargs = with_operands(node, self._operands(node))
             if node.target in SIZED_RESHAPES:
                 args[1] = [1, self.count, *shape_of(node)[2:]]
-            target = cast(torch._ops.OpOverload, node.target)
-            new = edit.item(cast(fx.Node, args[0]), cast(int, args[1])) if is_item(node) else edit.call(target, *args, **kwargs)
+            if (item := Item.of(node)) is not None:
+                new = edit.item(self.new[item.source], item.index)
+            else:
+                new = edit.call(nodes.overload(node), *args, **kwargs)
         self.new[node] = new
         for user in list(node.users):
             if user in self.flow.chosen:
                 self._choose(user, new)
             elif nodes.is_call(user, aten.sym_size.int):
                 with edit.before(user):
-                    edit.replace(user, self._size(node, new, cast(int, user.args[1])))
+                    edit.replace(user, self._size(node, new, SymSize(user).dim))
         if any(user not in self.flow.packed for user in node.users):
             with edit.before(node.next, like=[node]):
                 padded = self._padded(new, self.flow.places[node] == HEADS)
@@ -211,7 +213,7 @@ class _Packer:
         edit = self.edit
         with edit.before(user):
             slots = edit.call(aten.reshape.default, self.slots, [self.batch, self.tokens])
-            slots = edit.call(cast(torch._ops.OpOverload, user.target), slots, *user.args[1:])
+            slots = edit.call(nodes.overload(user), slots, *user.args[1:])
             found = self._unpacked(packed, slots, [self.batch])
         edit.replace(user, found)
 

@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import fx
@@ -23,6 +23,7 @@ from lissom.compiler.analysis.structure.padding import Values, hides, holds, kep
 from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, row_position
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
+from lissom.compiler.ir.calls import Attention, Binary, Embedding, Linear, MaskedFill, Select, Where
 from lissom.compiler.ir.dimension_map import shape_of
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType
@@ -115,15 +116,15 @@ class TokenFlow:
 
     def _start(self, node: fx.Node) -> None:
         """Start at an embedding of, or a layer over, [batch, tokens, ...]."""
-        if not nodes.is_call(node, aten.embedding.default, aten.linear.default):
+        if not nodes.is_call(node, *Embedding.targets, *Linear.targets):
             return
-        sizes = nodes.tensor_type(self.mask).shape
-        source = node.args[1 if node.target is aten.embedding.default else 0]
+        sizes, source = nodes.tensor_type(self.mask).shape, nodes.argument(node, "indices", "input")
         if shape_of(node)[:2] == sizes and shape_of(source)[:2] == sizes and len(shape_of(node)) > 2:
             self.places[node] = FIRST
 
     def _attention(self, node: fx.Node, loose: dict[Slot, Place]) -> None:
-        q, k, v = (cast(fx.Node, item) for item in node.args[:3])
+        attention = Attention(node)
+        q, k, v = attention.q, attention.k, attention.v
         rank = len(shape_of(node))
         batches, tokens = ({place[dim] for place in loose.values()} for dim in (0, 1))
         if not loose.keys() <= {0, 1, 2} or tokens != {rank - 2} or len(batches) > 1 or not batches <= {*range(rank - 2)}:
@@ -140,14 +141,16 @@ class TokenFlow:
         """True for a `where` or product with a value that may be zero at padding, which is checked at the end."""
         if len(loose) > 1:
             return False
-        ((slot, place),) = cast("dict[int, Place]", loose).items()
-        fills = nodes.is_call(node, *ops.MASKED_FILLS) and slot == 0
-        chooses = nodes.is_call(node, aten.where.self, aten.where.ScalarOther) and slot == 1
-        multiplies = nodes.is_call(node, aten.mul.Tensor) and nodes.is_tensor(node.args[1 - slot])
-        rank = len(shape_of(node))
-        if not (fills or chooses or multiplies) or rank != len(shape_of(node.args[slot])):
+        ((slot, place),) = loose.items()
+        fills, rank, mask = nodes.is_call(node, *MaskedFill.targets) and slot == 0, len(shape_of(node)), None
+        if fills:
+            mask = MaskedFill(node).mask
+        elif nodes.is_call(node, *Where.targets) and slot == 1:
+            mask = Where(node).condition
+        elif nodes.is_call(node, aten.mul.Tensor):
+            mask = Binary(node).right if slot == 0 else Binary(node).left
+        if not nodes.is_tensor(mask) or rank != len(shape_of(operands(node)[slot])):
             return False
-        mask = cast(fx.Node, node.args[1 - slot])
 
         def is_zero(value: torch.Tensor, kept: torch.Tensor) -> bool:
             return zero_where_hidden(~value if fills else value, kept, place, rank)
@@ -160,11 +163,11 @@ class TokenFlow:
         if list(loose) != [0]:
             return False
         batch_dim, token_dim = loose[0]
-        rank = len(shape_of(node.args[0]))
-        if nodes.is_call(node, aten.select.int) and cast(int, node.args[1]) % rank == token_dim:
-            if not isinstance(node.args[2], int):
+        rank, selected = len(shape_of(nodes.operand(node))), Select.of(node)
+        if selected is not None and selected.dim % rank == token_dim:
+            if not isinstance(selected.index, int):
                 return False
-            self.positions[node.args[2]] = None
+            self.positions[selected.index] = None
         elif nodes.is_call(node, aten.index.Tensor) and (batch_dim, token_dim) == FIRST:
             position = row_position(self.program, node)
             # It must not depend on loose values, so that it can be evaluated on test inputs.
@@ -201,7 +204,7 @@ class TokenFlow:
         if HEADS in places and node.target in _VIEWS:
             return False
         if node.target in ops.SIZED_RESHAPES:
-            return shape_of(node)[:2] == shape_of(node.args[0])[:2] and all(
+            return shape_of(node)[:2] == shape_of(nodes.operand(node))[:2] and all(
                 isinstance(size, int) for size in shape_of(node)[2:]
             )
         return node.target not in _VIEWS or node.target in _PACKED_VIEWS
