@@ -17,13 +17,12 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Binary
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import only_user, other_argument, scalar_and_node, strip_casts
-from lissom.compiler.ir.operators import CASTS
+from lissom.compiler.ir.operators import ADD, CASTS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
 
 _MULTIPLY = {aten.mul.Tensor}
-_ADD = {aten.add.Tensor, aten.add.Scalar}
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def _squared(mean: fx.Node) -> fx.Node | None:
 def _normalised(edit: Editor, mean: fx.Node, x: fx.Node) -> tuple[fx.Node, float] | None:
     """The node that is x / √(mean + ε), and ε."""
     for added in mean.users:
-        split = scalar_and_node(edit.program, added, _ADD)
+        split = scalar_and_node(edit.program, added, ADD)
         if split is None:
             continue
         for root in added.users:

@@ -23,19 +23,13 @@ from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
 
-_ASSERTIONS = {
-    *(aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_scalar.default),
-    *(aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default),
-}
-_CASTS_LIKE = {aten.type_as.default, aten.to.other}
-_VIEWS = {aten.view.default, aten._unsafe_view.default}
 _COPIES = {*ops.COPIES, aten._to_copy.default}
 _IDENTITY_IF_SAME_TYPE = {
     *(*ops.COPIES, *ops.ALIASES, *ops.CONVERSIONS, *ops.EXPANDS, aten.expand_as.default, *ops.RESHAPES, *ops.RESHAPES_AS),
     *(aten.repeat.default, *ops.SQUEEZES, aten.slice.Tensor),
 }
-_ZERO_IS_NEUTRAL = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}
-_ONE_IS_NEUTRAL = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.pow.Tensor_Scalar}
+_ZERO_IS_NEUTRAL = {*ops.ADD, *ops.SUBTRACT}
+_ONE_IS_NEUTRAL = {*ops.MULTIPLY, *ops.DIVIDE, aten.pow.Tensor_Scalar}
 
 
 @dataclass(frozen=True)
@@ -44,15 +38,15 @@ class RemoveNoOps(Rewrite):
 
     def run(self, edit: Editor) -> None:
         for node in edit.nodes():
-            if node.target in _ASSERTIONS:
+            if node.target in ops.ASSERTIONS:
                 edit.erase(node)
                 continue
-            if node.target in _VIEWS:
+            if node.target in ops.MEMORY_VIEWS:
                 edit.change_call(node, aten.reshape.default, *node.args)
             if node.target is aten.copy.default:
                 _assign(edit, node)
             source = node.args[0] if node.args else None
-            if node.target in _CASTS_LIKE and not node.kwargs and len(node.args) == 2:
+            if node.target in ops.CASTS_LIKE and not node.kwargs and len(node.args) == 2:
                 found = nodes.tensor_type(node)
                 if found.device == nodes.tensor_type(source).device:
                     edit.change_call(node, aten.to.dtype, source, found.dtype)

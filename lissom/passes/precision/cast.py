@@ -48,9 +48,10 @@ from lissom.compiler.ir.operators import (
     LAYER_NORMS,
     MATMULS,
     MATMULS_WITH_BIAS,
+    PARTS,
+    PERMUTATIONS,
     REPEATS,
     RESHAPES,
-    TRANSPOSES,
 )
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.errors import RequirementError, UnsupportedError
@@ -67,7 +68,7 @@ _LOW = {
     *(aten.linear.default, *MATMULS, *MATMULS_WITH_BIAS, *GROUPED_PRODUCTS, *CONVOLUTIONS, *ATTENTIONS),
     *(aten.embedding.default, *LAYER_NORMS, aten.group_norm.default),
 }
-_VIEWS = (*TRANSPOSES, aten.permute.default, *RESHAPES, aten.slice.Tensor, aten.select.int)
+_VIEWS = (*PERMUTATIONS, *RESHAPES, *PARTS)
 """Views of a weight that are taken of the cast weight."""
 _FOLLOWS = {
     *(*RESHAPES, *REPEATS, operator.getitem, aten.cat.default, aten.stack.default, aten.clone.default, aten.contiguous.default),

@@ -26,19 +26,23 @@ from lissom.compiler.analysis.casts import cast_from, dtype_of, holds, rests_on_
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Cat, Item, Stack
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.operators import CASTS, CONCATENATIONS, EXPANDS, REPEATS, RESHAPES, SPLITS, SQUEEZES, TRANSPOSES
+from lissom.compiler.ir.operators import (
+    CASTS,
+    COPIES,
+    EXPANDS,
+    JOINS,
+    PARTS,
+    REORDERED,
+    REPEATS,
+    SAME_VALUES,
+    SEVERAL,
+)
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
 
-_SAME_SIZE = {
-    *(*RESHAPES, *TRANSPOSES, aten.permute.default, aten.unsqueeze.default, *SQUEEZES),
-    *(aten.contiguous.default, aten.clone.default, aten.roll.default, aten.flip.default),
-}
-_SHRINK = {aten.slice.Tensor, aten.select.int}
+_SAME_SIZE = {*SAME_VALUES, *COPIES, *REORDERED}
 _GROW = {*EXPANDS, *REPEATS}
-_SPLIT = {*SPLITS, aten.unbind.int}
-_JOIN = {*CONCATENATIONS, aten.stack.default}
 
 
 @dataclass(frozen=True)
@@ -46,19 +50,19 @@ class SinkCasts(Rewrite):
     """Moves casts past views and copies, so that fewer bytes are moved."""
 
     def run(self, edit: Editor) -> None:
-        for node in edit.nodes(*_SAME_SIZE, *_SHRINK, *_SPLIT, *_JOIN):
-            if node.target in _JOIN:
+        for node in edit.nodes(*_SAME_SIZE, *PARTS, *SEVERAL, *JOINS):
+            if node.target in JOINS:
                 _widen_behind_join(edit, node)
-            elif node.target in _SPLIT:
+            elif node.target in SEVERAL:
                 _widen_behind_split(edit, node)
             else:
                 _widen_behind(edit, node)
         # From the last to the first, as casts move that way.
-        for node in reversed(list(edit.nodes(*CASTS, *_SPLIT))):
+        for node in reversed(list(edit.nodes(*CASTS, *SEVERAL))):
             if node._erased:
                 continue
             edit.current = node
-            if node.target in _SPLIT:
+            if node.target in SEVERAL:
                 _narrow_before_split(edit, node)
             elif _narrows(node):
                 _narrow_before(edit, node)
@@ -142,7 +146,7 @@ def _narrow_before(edit: Editor, cast: fx.Node) -> None:
     while nodes.is_call(value, *_SAME_SIZE, *_GROW) and len(value.users) == 1:
         moves.append(value)
         value = nodes.operand(value)
-    joins = nodes.is_call(value, *_JOIN) and len(value.users) == 1 and _has_widened(value, dtype)
+    joins = nodes.is_call(value, *JOINS) and len(value.users) == 1 and _has_widened(value, dtype)
     if not (moves or joins) or not edit.may_change(cast, rests_on_copy(edit.program, cast, value)):
         return
     with edit.before(cast, like=[*reversed(moves), cast]):

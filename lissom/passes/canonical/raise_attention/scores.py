@@ -17,13 +17,11 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import AddedProduct, Binary, Cat, MaskedFill, Matmul, Softmax, Where
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import number, scalar_and_node, strip_casts, unshifted
-from lissom.compiler.ir.operators import RESHAPES
+from lissom.compiler.ir.operators import BATCHED_MATMULS, DIVIDE, MULTIPLY, RESHAPES
 
 aten = torch.ops.aten
 
-PRODUCTS = (aten.matmul.default, aten.bmm.default)
-_MULTIPLY = (aten.mul.Tensor, aten.mul.Scalar)
-_DIVIDE = (aten.div.Tensor, aten.div.Scalar)
+PRODUCTS = BATCHED_MATMULS
 _LARGER = (aten.max.other, aten.maximum.default, aten.clamp.default, aten.clamp_min.default)
 
 
@@ -215,7 +213,7 @@ def _product_of(edit: Editor, q: fx.Node, keys: fx.Node) -> Scores:
 
 def _scaled_by(edit: Editor, node: fx.Node) -> tuple[float, fx.Node] | None:
     """The constant factor of a value, and the unscaled value."""
-    if nodes.is_call(node, *_DIVIDE) and not node.kwargs:
+    if nodes.is_call(node, *DIVIDE) and not node.kwargs:
         divisor = number(edit.program, Binary(node).right)
         return (1 / divisor, Binary(node).left) if divisor else None
-    return scalar_and_node(edit.program, node, _MULTIPLY)
+    return scalar_and_node(edit.program, node, MULTIPLY)

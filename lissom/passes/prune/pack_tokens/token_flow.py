@@ -40,12 +40,9 @@ Check = Callable[[torch.Tensor, torch.Tensor], bool]
 Use = Literal["output", "positions", "operands", "mask"]
 """Ways to read padding: as an output; by a call that mixes positions; as an attention's operand; past an attention's mask."""
 
-_PACKED_VIEWS = {*ops.SIZED_RESHAPES, aten.slice.Tensor, aten.select.int, *ops.SPLITS, aten.unbind.int}
+_PACKED_VIEWS = {*ops.SIZED_RESHAPES, *ops.PARTS, *ops.SEVERAL}
 """Views that packed tokens support: they keep batch and tokens as they are."""
-_VIEWS = {
-    *(*_PACKED_VIEWS, *ops.RESHAPES, *ops.EXPANDS, *ops.TRANSPOSES, aten.permute.default, aten.unsqueeze.default),
-    *(*ops.SQUEEZES, aten.contiguous.default),
-}
+_VIEWS = {*_PACKED_VIEWS, *ops.SAME_VALUES, *ops.EXPANDS, aten.contiguous.default}
 
 
 class PaddingReadError(Exception):
