@@ -20,7 +20,7 @@ from readme import put_table
 from lissom.compiler.analysis.patterns.reader import read_pattern
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.program import Program
-from lissom.frontends.huggingface import Checkpoint, load
+from lissom.frontends.models.huggingface import Checkpoint, load
 
 TOKENS, BLOCK, BATCH = 256, 32, 8
 PASSES = (

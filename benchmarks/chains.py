@@ -22,8 +22,8 @@ import lissom
 from lissom.backends.eager.backend import build_function
 from lissom.backends.eager.methods import METHODS
 from lissom.compiler.ir.program import Program
-from lissom.frontends.huggingface import load
-from lissom.inspect.timing import time_calls
+from lissom.frontends.models.huggingface import load
+from lissom.measure.timing import time_calls
 
 BF16 = "cast,sink-casts,fold-casts"
 ENCODERS = {"float32": "exact", "bfloat16": BF16, "int8": "int8"}

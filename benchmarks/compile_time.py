@@ -117,7 +117,7 @@ def machine() -> str:
     import torch
     import transformers
 
-    from lissom.inspect.machine import device_name
+    from lissom.measure.machine import device_name
 
     libraries = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     return f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads; {libraries}."

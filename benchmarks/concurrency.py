@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 import lissom
-from lissom.bench.workload import Inputs, Shape, answer, encode, load_model
-from lissom.calibration_files import read_texts
+from lissom.cli.bench.workload import Inputs, Shape, answer, encode, load_model
+from lissom.cli.calibration_files import read_texts
 from lissom.runtime.compiled_model import CompiledModel
 
 GLOSSES = Path(__file__).parent / "data" / "glosses.txt"

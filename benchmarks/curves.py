@@ -35,8 +35,8 @@ from quality import (
 
 import lissom
 from lissom.artifacts.weights import stored_bytes
-from lissom.files import write_whole
-from lissom.frontends.huggingface import Checkpoint, load
+from lissom.frontends.models.huggingface import Checkpoint, load
+from lissom.io.files import write_whole
 from lissom.runtime.compiled_model import CompiledModel
 
 HERE = Path(__file__).parent

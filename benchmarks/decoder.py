@@ -31,9 +31,9 @@ from quantization import INT4, MIXED, OF_HEAD, own_head
 from readme import put_table
 from spread import Quartiles, quartiles, spread
 
-from lissom.bench.worker import peak_bytes
-from lissom.frontends.huggingface import Checkpoint, find_directory, load
-from lissom.inspect.machine import measure_machine
+from lissom.cli.bench.worker import peak_bytes
+from lissom.frontends.models.huggingface import Checkpoint, find_directory, load
+from lissom.measure.machine import measure_machine
 from lissom.ops import packed_embedding
 
 PROMPT, ANSWER, LENGTH = 128, 64, 1024

@@ -22,12 +22,12 @@ from quality import Embedder, Retrieval, Texts, conditions, difference, read_pai
 from readme import put_table
 
 import lissom
-from lissom.bench.worker import peak_bytes
+from lissom.cli.bench.worker import peak_bytes
 from lissom.compiler.ir.editor import CurvePoint
 from lissom.compiler.ir.program import Program
 from lissom.compiler.memory import give_back_memory
-from lissom.frontends.huggingface import Checkpoint, load
-from lissom.inspect.timing import time_calls
+from lissom.frontends.models.huggingface import Checkpoint, load
+from lissom.measure.timing import time_calls
 
 RECOVER = "RECOVER"
 """Stands in a pipeline for the pass that trains."""

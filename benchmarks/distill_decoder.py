@@ -21,7 +21,7 @@ from readme import put_table
 import lissom
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pipeline import Pipeline
-from lissom.frontends.huggingface import Checkpoint, load
+from lissom.frontends.models.huggingface import Checkpoint, load
 from lissom.passes.canonical.fold_constants import FoldConstants
 
 INT4 = "quantize{scheme=int4-weight,symmetric=false,embeddings=true},gptq"

@@ -5,7 +5,7 @@
 
 All but MiniLM have random weights; BERT and ModernBERT read the same texts, with MiniLM's tokenizer.
 
-Each engine runs in a process of its own, with the settings its documentation advises for latency (`lissom/bench/engines.py`).
+Each engine runs in its own process, with the settings its documentation advises for latency (`lissom/cli/bench/engines.py`).
 Prints a Markdown table at the end; `--update` puts it into benchmarks/README.md, at the place of this kind of processor,
 and draws the figure beside it.
 """
@@ -21,13 +21,13 @@ import torch
 from figures import save, subplots
 from readme import processor_kind, put_table
 
-from lissom.bench.comparison import compare, measurements
-from lissom.bench.engines import ENGINES, find_engines
-from lissom.bench.report import markdown_table, shapes_of
-from lissom.bench.worker import Record
-from lissom.bench.workload import parse_shapes
-from lissom.calibration_files import read_texts
-from lissom.frontends.huggingface import find_directory
+from lissom.cli.bench.comparison import compare, measurements
+from lissom.cli.bench.engines import ENGINES, find_engines
+from lissom.cli.bench.report import markdown_table, shapes_of
+from lissom.cli.bench.worker import Record
+from lissom.cli.bench.workload import parse_shapes
+from lissom.cli.calibration_files import read_texts
+from lissom.frontends.models.huggingface import find_directory
 from lissom.inspect.progress import progress_bar
 
 HERE = Path(__file__).parent

@@ -35,7 +35,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 import lissom
-from lissom.frontends.huggingface import find_directory
+from lissom.frontends.models.huggingface import find_directory
 
 Encoder = SentenceTransformer
 

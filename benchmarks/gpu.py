@@ -22,7 +22,7 @@ from readme import put_table
 from torch import nn
 
 import lissom
-from lissom.inspect.timing import time_calls
+from lissom.measure.timing import time_calls
 
 BATCHES = (1, 8, 64)
 SEQUENCE = 128

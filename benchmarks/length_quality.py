@@ -32,8 +32,8 @@ from torch import nn
 from torch.nn import functional
 
 import lissom
-from lissom.files import write_whole
-from lissom.frontends.huggingface import Checkpoint, load
+from lissom.frontends.models.huggingface import Checkpoint, load
+from lissom.io.files import write_whole
 
 RECORDS = Path(__file__).parent / "length_quality.json"
 FIGURE = Path(__file__).parent / "length_quality.svg"

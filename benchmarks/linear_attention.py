@@ -36,9 +36,9 @@ from torch import nn
 from torch.nn import functional
 
 import lissom
-from lissom.bench.worker import peak_bytes
-from lissom.frontends.huggingface import load
-from lissom.inspect.timing import time_calls
+from lissom.cli.bench.worker import peak_bytes
+from lissom.frontends.models.huggingface import load
+from lissom.measure.timing import time_calls
 
 FIGURE = Path(__file__).parent / "linear_attention.svg"
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)

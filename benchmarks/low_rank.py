@@ -38,7 +38,7 @@ from readme import put_table
 
 import lissom
 from lissom.compiler.ir.program import Program
-from lissom.frontends.huggingface import Checkpoint, load
+from lissom.frontends.models.huggingface import Checkpoint, load
 
 FIGURE = Path(__file__).parent / "low_rank.svg"
 BUDGETS = (0.9, 0.75, 0.5)

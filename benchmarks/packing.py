@@ -19,10 +19,10 @@ import torch
 from readme import put_table
 
 import lissom
-from lissom.calibration_files import read_texts
-from lissom.frontends.huggingface import load
-from lissom.inspect.machine import device_name
-from lissom.inspect.timing import Timing, time_calls
+from lissom.cli.calibration_files import read_texts
+from lissom.frontends.models.huggingface import load
+from lissom.measure.machine import device_name
+from lissom.measure.timing import Timing, time_calls
 
 GLOSSES = Path(__file__).parent / "data" / "glosses.txt"
 BACKENDS = "eager,onnxruntime"

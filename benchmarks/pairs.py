@@ -18,7 +18,7 @@ from readme import put_table
 from tune import Judge
 
 from lissom.errors import LissomError
-from lissom.frontends.huggingface import load
+from lissom.frontends.models.huggingface import load
 
 TECHNIQUES = {
     "heads": "prune-heads{keep=0.75}",

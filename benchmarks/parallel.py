@@ -38,8 +38,8 @@ from quality import conditions
 from readme import put_table
 
 import lissom
-from lissom.bench.worker import peak_bytes
-from lissom.frontends.huggingface import load
+from lissom.cli.bench.worker import peak_bytes
+from lissom.frontends.models.huggingface import load
 from lissom.inspect.sharding import program_traffic
 
 PROMPT, ANSWER, LENGTH = 128, 50, 256

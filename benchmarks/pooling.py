@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from quality import conditions, minilm_table, read_pairs
 from readme import put_table
 
-from lissom.frontends.huggingface import load
+from lissom.frontends.models.huggingface import load
 
 WAYS = (",align=false,regroup=false", ",regroup=false", "")
 

@@ -18,8 +18,8 @@ from quality import calibration_batches, conditions, minilm_table, read_pairs
 from readme import put_table
 
 import lissom
-from lissom.frontends.huggingface import Checkpoint, load
-from lissom.inspect.timing import time_calls
+from lissom.frontends.models.huggingface import Checkpoint, load
+from lissom.measure.timing import time_calls
 
 CRITERIA = ("magnitude", "wanda", "gradient", "taylor", "reconstruction", "second-order")
 ROWS, TOKENS = 32, 128

@@ -26,9 +26,9 @@ import transformers
 
 import lissom
 from lissom.compiler.ir.program import Program
-from lissom.frontends.huggingface import Checkpoint, load
-from lissom.inspect.machine import core_count, device_name
-from lissom.inspect.timing import time_calls
+from lissom.frontends.models.huggingface import Checkpoint, load
+from lissom.measure.machine import core_count, device_name
+from lissom.measure.timing import time_calls
 
 DATA = Path(__file__).parent / "data"
 PAIRS, TEXTS = DATA / "wordnet_pairs.tsv", DATA / "wordnet_texts.txt.gz"

@@ -27,7 +27,7 @@ import lissom
 from lissom.compiler.calibration.observers import weight_scale
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
-from lissom.frontends.huggingface import Checkpoint, find_directory, load
+from lissom.frontends.models.huggingface import Checkpoint, find_directory, load
 from lissom.ops import formats
 from lissom.passes import PASSES, RECIPES
 from lissom.passes.canonical.fold_constants import FoldConstants

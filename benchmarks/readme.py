@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lissom.inspect.machine import device_name, instruction_sets
+from lissom.measure.machine import device_name, instruction_sets
 
 README = Path(__file__).parent / "README.md"
 

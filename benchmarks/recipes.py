@@ -22,7 +22,7 @@ from quality import conditions, retrieve
 
 import lissom
 from lissom.compiler.ir.program import Program
-from lissom.files import write_whole
+from lissom.io.files import write_whole
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "recipes.json"

@@ -39,8 +39,8 @@ import lissom
 from lissom.artifacts.weights import stored_bytes
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import UnsupportedError
-from lissom.files import write_whole
-from lissom.frontends.huggingface import Checkpoint, load
+from lissom.frontends.models.huggingface import Checkpoint, load
+from lissom.io.files import write_whole
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
 HERE = Path(__file__).parent

@@ -37,7 +37,7 @@ from encoding import BACKENDS, mixed_texts
 from readme import processor_kind, put_table
 from sentence_transformers import SentenceTransformer
 
-from lissom.frontends.huggingface import find_directory
+from lissom.frontends.models.huggingface import find_directory
 
 ENGINES = ("torch", "onnxruntime", "lissom", "onnxruntime-int8", "lissom-int8")
 CLIENTS = (1, 8, 32)

@@ -26,7 +26,7 @@ from quality import conditions
 from readme import put_table
 from torch.nn.functional import scaled_dot_product_attention
 
-from lissom.inspect.timing import Timing, time_calls
+from lissom.measure.timing import Timing, time_calls
 from lissom.ops import block_sparse_attention, flex_block_sparse_attention, fused_attention
 from lissom.ops.native import load_kernels
 from lissom.ops.pattern import LAYOUT, Condition, Pattern

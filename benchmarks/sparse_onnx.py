@@ -32,8 +32,8 @@ from torch import nn
 from lissom.backends.onnx.export import export_onnx, save_onnx
 from lissom.backends.onnx.variants import ATTENTION, PAIRS, write_variant
 from lissom.backends.onnxruntime.session import SessionOptions, open_session
-from lissom.frontends.export import capture
-from lissom.inspect.timing import Timing, time_calls
+from lissom.frontends.capture.export import capture
+from lissom.measure.timing import Timing, time_calls
 from lissom.ops import block_sparse_attention
 from lissom.ops.pattern import LAYOUT, Condition, Pattern
 

@@ -22,7 +22,7 @@ from readme import put_table
 import lissom
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pipeline import Pipeline
-from lissom.frontends.huggingface import Checkpoint, load
+from lissom.frontends.models.huggingface import Checkpoint, load
 from lissom.passes.prune.sparsify import Sparsify
 
 CRITERIA = ("magnitude", "wanda", "sparsegpt")

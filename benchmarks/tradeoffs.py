@@ -44,10 +44,10 @@ from tradeoff_rows import MODELS, RANKS, TECHNIQUES, Row
 import lissom
 from lissom.artifacts.weights import stored_bytes
 from lissom.errors import LissomError
-from lissom.files import write_whole
-from lissom.frontends.huggingface import load
-from lissom.frontends.vision import load_timm
-from lissom.inspect.timing import time_calls
+from lissom.frontends.models.huggingface import load
+from lissom.frontends.models.vision import load_timm
+from lissom.io.files import write_whole
+from lissom.measure.timing import time_calls
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "tradeoffs.json"

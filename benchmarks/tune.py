@@ -24,8 +24,8 @@ from tune_peers import PEERS, prepare
 
 import lissom
 from lissom.errors import LissomError
-from lissom.frontends.huggingface import Checkpoint, load
-from lissom.inspect.timing import time_calls
+from lissom.frontends.models.huggingface import Checkpoint, load
+from lissom.measure.timing import time_calls
 from lissom.tuning.build import Variant
 from lissom.tuning.report import shortened
 from lissom.tuning.sites import PLAIN, SCHEMES, Option, groups_of, linear_paths

@@ -19,9 +19,9 @@ from tradeoff_rows import TECHNIQUES
 from tradeoffs import LENGTH, WINDOW, decode, decoder_losses
 
 import lissom
-from lissom.frontends.huggingface import load
+from lissom.frontends.models.huggingface import load
 from lissom.generation.model import GenerationModel
-from lissom.inspect.timing import time_calls
+from lissom.measure.timing import time_calls
 from lissom.tuning.report import shortened
 
 UNIFORM = ("bfloat16", "int8 weights, tables too", "bfloat16 and int8", "the file's own 4 to 8 bits", "int4 weights, GPTQ")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from lissom.bench.engines import Call, Task, openvino, openvino_feed, torchao_int8
-from lissom.bench.workload import Inputs, load_model
+from lissom.cli.bench.engines import Call, Task, openvino, openvino_feed, torchao_int8
+from lissom.cli.bench.workload import Inputs, load_model
 
 Metric = Callable[[Callable[..., object]], float]
 

@@ -22,8 +22,8 @@ from readme import put_table
 import lissom
 from lissom.backends.eager.backend import Eager
 from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.frontends.huggingface import load
-from lissom.inspect.timing import time_calls
+from lissom.frontends.models.huggingface import load
+from lissom.measure.timing import time_calls
 from lissom.passes.lowering.fuse_attention import FuseAttention
 from lissom.passes.lowering.fuse_merged_attention import FuseMergedAttention
 from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 import lissom
-from lissom.frontends.huggingface import load
+from lissom.frontends.models.huggingface import load
 
 checkpoint = load("minilm")
 lines = Path(__file__).read_text(encoding="utf-8").splitlines()  # any text of your own; thousands of sentences in earnest

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import lissom
-from lissom.frontends.huggingface import load
+from lissom.frontends.models.huggingface import load
 
 on_ranks = "WORLD_SIZE" in os.environ
 if on_ranks:

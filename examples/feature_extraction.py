@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, pipeline
 
 import lissom
-from lissom.frontends.huggingface import find_directory
+from lissom.frontends.models.huggingface import find_directory
 
 checkpoint = find_directory("minilm")  # or your own directory or name
 tokenizer = AutoTokenizer.from_pretrained(checkpoint)

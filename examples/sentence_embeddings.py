@@ -6,7 +6,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 import lissom
-from lissom.frontends.huggingface import find_directory
+from lissom.frontends.models.huggingface import find_directory
 
 SENTENCES = ["How do I reset my password?", "I cannot get into my account.", "Whisk the eggs, then season them."]
 

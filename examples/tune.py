@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import lissom
-from lissom.frontends.huggingface import load
+from lissom.frontends.models.huggingface import load
 
 Model = Callable[..., Any]
 checkpoint = load("minilm")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from lissom.registration import register_with_libraries
+from lissom.integrations.registration import register_with_libraries
 from lissom.shadowing import refuse_shadows
 from lissom.version import __version__
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lissom.backends.onnxruntime.backend import OnnxRuntime
     from lissom.errors import LissomError
     from lissom.frontends.onnx.model import from_onnx
-    from lissom.generation import compile_generation, load_generation
+    from lissom.generation.compile import compile_generation, load_generation
     from lissom.inspect.svg.step import draw
     from lissom.passes.sites import sites
     from lissom.runtime.compiled_model import CompiledModel, load
@@ -55,19 +55,32 @@ _HOMES = {
     "Optimized": "lissom.api",
     "Tuned": "lissom.tuning.tuned",
     "compile": "lissom.api",
-    "compile_generation": "lissom.generation",
+    "compile_generation": "lissom.generation.compile",
     "draw": "lissom.inspect.svg.step",
     "dynamo_reports": "lissom.torch_compile",
     "from_onnx": "lissom.frontends.onnx.model",
     "load": "lissom.runtime.compiled_model",
-    "load_generation": "lissom.generation",
+    "load_generation": "lissom.generation.compile",
     "optimize": "lissom.api",
     "sites": "lissom.passes.sites",
     "tune": "lissom.tuning.tuned",
     "tune_generation": "lissom.tuning.generation",
 }
 """The module that defines each public name, imported on first access because torch and sympy take seconds."""
-_ROOMS = ("artifacts", "backends", "compiler", "errors", "frontends", "generation", "inspect", "ops", "passes", "runtime")
+_ROOMS = (
+    "artifacts",
+    "backends",
+    "compiler",
+    "errors",
+    "export",
+    "frontends",
+    "generation",
+    "inspect",
+    "measure",
+    "ops",
+    "passes",
+    "runtime",
+)
 """Packages that `import lissom` makes reachable by their names."""
 
 

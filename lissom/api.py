@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
 import torch
 from torch import nn
 
+from lissom.artifacts.model_files import Saveable, check_tokenizer
 from lissom.backends.base import Backend
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
@@ -18,16 +19,15 @@ from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.driver.compile import compile_model, optimize_model, with_errors
 from lissom.driver.options import Inputs, Settings
 from lissom.errors import InputError, UnsupportedError
-from lissom.files import check_path
-from lissom.frontends.adapters import with_merged_adapters
-from lissom.frontends.dynamic import Dynamic
+from lissom.export.checkpoint import save_checkpoint
+from lissom.export.gguf.writer import Dtype, GgufFile, write_gguf
+from lissom.frontends.capture.dynamic import Dynamic
+from lissom.frontends.models.adapters import with_merged_adapters
 from lissom.inspect.report import Report
-from lissom.integrations import is_sentence_model
-from lissom.runtime.checkpoint import save_checkpoint
+from lissom.integrations.sentence_transformers import is_sentence_model
+from lissom.io.files import check_path
 from lissom.runtime.compiled_model import CompiledModel
-from lissom.runtime.gguf.writer import Dtype, GgufFile, write_gguf
 from lissom.runtime.hosted_model import Facts
-from lissom.runtime.model_files import Saveable, check_tokenizer
 
 if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel
@@ -132,7 +132,7 @@ def compile(
         progress=progress,
     )
     if is_sentence_model(model):
-        from lissom.integrations.sentence_models import compile_sentence_model
+        from lissom.integrations.sentence_transformers.sentence_models import compile_sentence_model
 
         return compile_sentence_model(model, example_inputs, settings)
     if example_inputs is None:

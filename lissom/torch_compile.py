@@ -34,10 +34,10 @@ from lissom.errors import (
     UnsupportedError,
     nearest,
 )
-from lissom.frontends.device import device_of
-from lissom.frontends.dynamo import Graph, capture_graph, guard_sizes, read_graph, refuse, tensor_of
-from lissom.frontends.dynamo_reuse import computes_the_same, forget_sizes, restart_with_dynamic_sizes, restart_with_static_sizes
-from lissom.frontends.untouched import ordinary
+from lissom.frontends.capture.device import device_of
+from lissom.frontends.capture.untouched import ordinary
+from lissom.frontends.dynamo.graphs import Graph, capture_graph, guard_sizes, read_graph, refuse, tensor_of
+from lissom.frontends.dynamo.reuse import computes_the_same, forget_sizes, restart_with_dynamic_sizes, restart_with_static_sizes
 from lissom.inspect.report import Report
 from lissom.runtime.compiled_model import CompiledModel
 

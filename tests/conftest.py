@@ -22,9 +22,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from lissom.frontends.huggingface import Checkpoint, load
-from tests import captures
-from tests.models import Case, feed_forward, tiny_bert, tiny_llama
+from lissom.frontends.models.huggingface import Checkpoint, load
+from tests.support import captures
+from tests.support.models import Case, feed_forward, tiny_bert, tiny_llama
 
 # Exports make millions of objects that live for a moment, beside a large heap that stays: a tenth of the time would go here.
 gc.set_threshold(20_000)

@@ -69,13 +69,13 @@ def test_functions_are_short_enough_to_read():
 
 
 def test_modules_say_what_they_are():
-    modules = parsed("lissom", "docs", "benchmarks", "examples", "tools")
+    modules = parsed("lissom", "benchmarks", "examples", "tools")
     assert [path for path, module in modules if not ast.get_docstring(module)] == []
 
 
 def test_what_is_imported_from_the_package_is_there():
     missing = list[str]()
-    for path, parts in parsed("benchmarks", "docs", "examples", "tools"):
+    for path, parts in parsed("benchmarks", "examples", "tools"):
         for node in ast.walk(parts):
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "lissom":
                 module = importlib.import_module(node.module)
@@ -86,7 +86,7 @@ def test_what_is_imported_from_the_package_is_there():
 
 def test_what_a_node_carries_is_read_in_one_place():
     """A loaded program makes the values in `node.meta` on first access. Graphs of other libraries hold plain ones."""
-    others = {"lissom/integrations/exporters.py", "lissom/backends/onnx/export.py"}
+    others = {"lissom/integrations/transformers/exporters.py", "lissom/backends/onnx/export.py"}
     readers = {path for path, tree in parsed("lissom") for node in ast.walk(tree) if getattr(node, "attr", "") == "meta"}
     assert {path for path in readers - others if not path.startswith("lissom/frontends/")} == {"lissom/compiler/ir/node.py"}
 

@@ -32,7 +32,7 @@ from google.protobuf.message import Message
 from onnx import TensorProto, helper, numpy_helper
 
 from lissom.errors import LissomError
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from lissom.frontends.onnx.model import OnnxModel, read
 from tools.children import Tell, run_apart
 

@@ -20,7 +20,7 @@ import torch
 
 from lissom.artifacts.operators import is_allowed
 from lissom.errors import LissomError
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from tools.zoo import selection
 from tools.zoo.catalogue import entries
 from tools.zoo.entry import Entry

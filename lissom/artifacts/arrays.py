@@ -16,9 +16,9 @@ import torch
 from lissom.artifacts.weights import check_memory
 from lissom.compiler.ir.signature import Signature, TensorArgument
 from lissom.errors import ArtifactError, InputError
-from lissom.fields import shown
-from lissom.files import writing_whole
-from lissom.frontends.failures import first_line
+from lissom.frontends.capture.failures import first_line
+from lissom.io.fields import shown
+from lissom.io.files import writing_whole
 
 _UNREADABLE = (
     *(OSError, ValueError, EOFError, MemoryError, OverflowError, RuntimeError, KeyError, SyntaxError, tokenize.TokenError),

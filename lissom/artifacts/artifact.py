@@ -24,8 +24,8 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType
 from lissom.compiler.pipeline.history import History
 from lissom.errors import ArtifactError, UnsupportedError, nearest
-from lissom.fields import parse_json
-from lissom.inspect.machine import device_name
+from lissom.io.fields import parse_json
+from lissom.measure.machine import device_name
 from lissom.ops import KERNELS, block_sparse_attention
 from lissom.ops.native import SWITCH, load_kernels, missing_kernel
 from lissom.version import __version__

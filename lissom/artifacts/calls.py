@@ -14,7 +14,7 @@ from lissom.artifacts.allowed import FIXED
 from lissom.artifacts.expression import FUNCTIONS as SIZE_FUNCTIONS
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.types import ScalarType, TensorType
-from lissom.fields import shown
+from lissom.io.fields import shown
 
 MOST_EXPONENT = 64
 """The largest exponent of a power or shift of sizes: Python computes these exactly, with any number of digits."""

@@ -19,8 +19,8 @@ from pathlib import Path
 from lissom.artifacts.manifest import NAME, Content, Manifest, listed_files, parse_manifest
 from lissom.artifacts.signature import SIGNATURE, check_signature, sign
 from lissom.errors import ArtifactError
-from lissom.fields import MOST_BYTES, shown
-from lissom.files import check_parent, open_plain, read_plain, reason, writing_whole
+from lissom.io.fields import MOST_BYTES, shown
+from lissom.io.files import check_parent, open_plain, read_plain, reason, writing_whole
 
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
 _EXCHANGE, _HERE = 2, -100

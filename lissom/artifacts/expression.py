@@ -16,7 +16,7 @@ from sympy.core import relational
 from torch.utils._sympy import functions
 
 from lissom.errors import ArtifactError
-from lissom.fields import finite, number, shown
+from lissom.io.fields import finite, number, shown
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     function.__name__: function

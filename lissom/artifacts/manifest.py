@@ -14,8 +14,8 @@ from io import BufferedRandom, BufferedReader
 from pathlib import Path
 
 from lissom.errors import ArtifactError
-from lissom.fields import MOST_BYTES, count, number, parse_json, printable, shown, take, text
-from lissom.files import read_plain
+from lissom.io.fields import MOST_BYTES, count, number, parse_json, printable, shown, take, text
+from lissom.io.files import read_plain
 
 MODEL_TYPE = "lissom"
 """The model type in the configuration of a saved model."""

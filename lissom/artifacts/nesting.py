@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lissom.artifacts.values import decode_argument, encode_argument
 from lissom.errors import ArtifactError
-from lissom.fields import shown, take, take_list, text
+from lissom.io.fields import shown, take, take_list, text
 
 _LEAF = "*"
 _MODEL_OUTPUTS = "transformers.modeling_outputs"

@@ -16,7 +16,7 @@ from lissom.artifacts.expression import FUNCTIONS as SIZE_FUNCTIONS
 from lissom.compiler.ir.collectives import COLLECTIVES, WAIT
 from lissom.compiler.ir.printer import target_text
 from lissom.errors import ArtifactError
-from lissom.fields import shown
+from lissom.io.fields import shown
 
 _OF_NUMBERS = (
     *("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "pos", "abs", "lshift", "rshift"),

@@ -24,9 +24,9 @@ from lissom.artifacts.directory import check_names, check_size, is_file_name, ve
 from lissom.artifacts.manifest import NAME, Content, parse_manifest
 from lissom.artifacts.signature import SIGNATURE, SIGNATURE_BYTES
 from lissom.errors import ArtifactError, LissomError
-from lissom.fields import MOST_BYTES
-from lissom.files import open_plain, read_plain, reason, writing_whole
-from lissom.frontends.failures import first_line
+from lissom.frontends.capture.failures import first_line
+from lissom.io.fields import MOST_BYTES
+from lissom.io.files import open_plain, read_plain, reason, writing_whole
 
 _Model = TypeVar("_Model")
 _PART = 1 << 20

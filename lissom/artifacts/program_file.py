@@ -25,7 +25,7 @@ from lissom.compiler.ir.placement import Placed, Span, Spans
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
 from lissom.compiler.ir.types import TensorType, ValueType
-from lissom.fields import count, fields_of, number, printable, shown, take, take_list, take_optional, take_text, text
+from lissom.io.fields import count, fields_of, number, printable, shown, take, take_list, take_optional, take_text, text
 
 ReadWeights = Callable[[Mapping[str, object], Place], Mapping[str, torch.Tensor]]
 MOST_NODES = 1_000_000

@@ -33,7 +33,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.pipeline.history import History
 from lissom.errors import ArtifactError, UnsupportedError
-from lissom.fields import shown
+from lissom.io.fields import shown
 from lissom.ops.native import load_kernels
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from lissom.errors import ArtifactError, InputError, UnsupportedError
-from lissom.files import read_plain, reason
-from lissom.frontends.failures import first_line
+from lissom.frontends.capture.failures import first_line
+from lissom.io.files import read_plain, reason
 
 SIGNATURE = "manifest.sig"
 SIGNATURE_BYTES = 64

@@ -22,7 +22,7 @@ from lissom.compiler.ir import fake
 from lissom.compiler.ir.node import Deferred
 from lissom.compiler.ir.types import ScalarType, Size, TensorType, size_of, type_of
 from lissom.errors import ArtifactError
-from lissom.fields import count, shown, take, take_list
+from lissom.io.fields import count, shown, take, take_list
 
 MOST_DIMENSIONS = 64
 _NAMED: Mapping[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}

@@ -26,8 +26,8 @@ from torch import nn
 
 from lissom.compiler.ir.program import Program
 from lissom.errors import ArtifactError
-from lissom.fields import count, fields_of, number, parse_json, take, take_list
-from lissom.tensor_files import ALIGNMENT, DTYPES, write_tensors
+from lissom.io.fields import count, fields_of, number, parse_json, take, take_list
+from lissom.io.tensor_files import ALIGNMENT, DTYPES, write_tensors
 
 Place = Callable[[torch.device], torch.device]
 """Maps the device a tensor was saved on to the device to load it on."""

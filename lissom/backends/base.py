@@ -21,7 +21,7 @@ from lissom.compiler.verify.equality import EARLIER, shared_memory
 from lissom.compiler.verify.rounding import SHARE, exact_outputs, rounding_loss, rounds_values
 from lissom.errors import InputError, UnsupportedError, VerifyError
 from lissom.inspect.hot_layers import LayerTimes
-from lissom.inspect.machine import Machine
+from lissom.measure.machine import Machine
 
 WEIGHTS_FILE = "weights.safetensors"
 """The file of an artifact with the program's weights."""

@@ -16,7 +16,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, resize
 from lissom.compiler.ir.signature import TensorArgument
 from lissom.errors import ArtifactError, UnsupportedError
-from lissom.fields import parse_json
+from lissom.io.fields import parse_json
 
 Found = TypeVar("Found")
 

@@ -14,7 +14,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.history import History
 from lissom.errors import LissomError, UnsupportedError
-from lissom.inspect.timing import ENOUGH, time_calls
+from lissom.measure.timing import ENOUGH, time_calls
 
 _SECONDS = 1.0
 """Seconds of timing for each backend."""

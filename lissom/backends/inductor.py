@@ -34,7 +34,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.errors import ArtifactError, UnsupportedError
-from lissom.inspect.machine import instruction_sets
+from lissom.measure.machine import instruction_sets
 from lissom.passes.canonical.fold_constants import FoldConstants
 from lissom.passes.lowering.lower_quantized_products import LowerQuantizedProducts
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights

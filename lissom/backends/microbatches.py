@@ -17,7 +17,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.types import Size
 from lissom.compiler.verify.divergence import compare, tolerance_of
-from lissom.inspect.timing import ENOUGH, time_calls
+from lissom.measure.timing import ENOUGH, time_calls
 
 Call = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 

@@ -131,7 +131,7 @@ def free_dropped_programs(size: int) -> None:
 
 
 _aside: list[bool] = []
-"""Not empty while the heap is set aside. Passes run under the lock of `frontends/isolation.py`, one thread at a time."""
+"""Not empty while the heap is set aside. Passes run under the lock of `frontends/capture/isolation.py`, one thread at once."""
 
 
 @contextmanager

@@ -28,10 +28,10 @@ from lissom.driver.options import Inputs, Settings, check_choices, check_setting
 from lissom.driver.payoff import Payoff
 from lissom.driver.ranks import Unlowered, compile_for_ranks
 from lissom.errors import LissomError, UnsupportedError
-from lissom.frontends.adapters import with_merged_adapters
-from lissom.frontends.device import check_device, device_of
-from lissom.frontends.export import Capture, capture
-from lissom.frontends.isolation import isolated
+from lissom.frontends.capture.device import check_device, device_of
+from lissom.frontends.capture.export import Capture, capture
+from lissom.frontends.capture.isolation import isolated
+from lissom.frontends.models.adapters import with_merged_adapters
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.report import Report
 from lissom.passes.parallel.partition import Partition

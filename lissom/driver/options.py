@@ -19,7 +19,7 @@ from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.driver.ranks import on_all_ranks, passes_for, with_world_size
 from lissom.errors import InputError, UnsupportedError
-from lissom.frontends.dynamic import Dynamic
+from lissom.frontends.capture.dynamic import Dynamic
 from lissom.passes import RECIPES, known_passes
 from lissom.passes.parallel.partition import Partition
 from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead

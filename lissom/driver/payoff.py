@@ -15,7 +15,7 @@ from lissom.compiler.pipeline.options import Goal
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Pipeline, Verdict
 from lissom.errors import LissomError
-from lissom.inspect.timing import ENOUGH, Timing, time_calls
+from lissom.measure.timing import ENOUGH, Timing, time_calls
 
 FASTER = 0.97
 """A program counts as faster below this fraction of the time, and as slower above its inverse: two timings of one program

@@ -13,8 +13,8 @@ from lissom.compiler.ir.types import TensorType, fixed
 from lissom.compiler.training.vocabulary import IGNORED
 from lissom.driver.options import LABELS
 from lissom.errors import InputError, UnsupportedError
-from lissom.frontends.decoder import INPUTS
-from lissom.frontends.decoder_state import is_kv_cache
+from lissom.frontends.generation.decoder import INPUTS
+from lissom.frontends.generation.decoder_state import is_kv_cache
 from lissom.inspect.report import Report
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.hosted_model import FixedModule

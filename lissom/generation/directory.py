@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lissom.artifacts.directory import is_artifact
+from lissom.artifacts.model_files import CONFIG, Saveable, check_tokenizer, saved_config, write_processors
 from lissom.artifacts.packed import pack
-from lissom.frontends.decoder import INPUTS
-from lissom.runtime.model_files import CONFIG, Saveable, check_tokenizer, saved_config, write_processors
+from lissom.frontends.generation.decoder import INPUTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

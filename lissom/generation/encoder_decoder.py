@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lissom.errors import InputError, UnsupportedError
-from lissom.frontends.encoder_decoder import CROSS, HIDDEN, MASK, decoder_inputs, widened
+from lissom.frontends.generation.encoder_decoder import CROSS, HIDDEN, MASK, decoder_inputs, widened
 from lissom.generation.model import GenerationModel
 from lissom.inspect.report import Report
 from lissom.runtime.compiled_model import CompiledModel

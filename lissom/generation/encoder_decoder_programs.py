@@ -17,9 +17,15 @@ from lissom.compiler.training.vocabulary import IGNORED
 from lissom.driver.compile import compile_captured
 from lissom.driver.options import Inputs, Settings, check_settings, resolve_passes
 from lissom.errors import InputError, UnsupportedError
-from lissom.frontends.decoder import check_generating
-from lissom.frontends.device import check_device, device_of
-from lissom.frontends.encoder_decoder import capture_encoder, capture_source_decoder, decoder_inputs, encoder_example, widened
+from lissom.frontends.capture.device import check_device, device_of
+from lissom.frontends.generation.decoder import check_generating
+from lissom.frontends.generation.encoder_decoder import (
+    capture_encoder,
+    capture_source_decoder,
+    decoder_inputs,
+    encoder_example,
+    widened,
+)
 from lissom.generation.decoder import row_groups, unpadded
 from lissom.generation.encoder_decoder import ATTENTION_MASK, Encoder, EncoderDecoderModel, refuse_own_generate
 from lissom.generation.source_scoring import SourceScorer

@@ -22,9 +22,9 @@ import torch
 
 from lissom.errors import InputError
 from lissom.generation.directory import is_saved
+from lissom.measure.choice import SWITCH as KERNELS
 from lissom.ops.native import describe_kernels
 from lissom.ops.native.build import cache_folder, locked
-from lissom.ops.native.choice import SWITCH as KERNELS
 from lissom.ops.native.instruction_sets import processor_features
 
 SWITCH = "LISSOM_KEPT_DECODERS"

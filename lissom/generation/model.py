@@ -12,15 +12,15 @@ from transformers import Cache, GenerationConfig
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from lissom.artifacts.model_files import Saveable, upload
 from lissom.backends.base import Backend
 from lissom.errors import InputError, UnsupportedError
-from lissom.files import check_path
-from lissom.generation import load_generation
+from lissom.generation.compile import load_generation
 from lissom.generation.decoder import Decoder
 from lissom.generation.directory import save
+from lissom.io.files import check_path
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.generating import CompiledGeneration
-from lissom.runtime.model_files import Saveable, upload
 from lissom.runtime.pickled import files_of, loaded_from
 
 if TYPE_CHECKING:

@@ -16,12 +16,13 @@ from lissom.backends.eager.backend import Eager
 from lissom.compiler.pipeline.options import Goal, check_options
 from lissom.driver.options import resolve_passes
 from lissom.errors import ArtifactError, UnsupportedError
-from lissom.frontends.decoder import SHORTEST, longest_text
-from lissom.frontends.encoder_decoder import is_encoder_decoder
-from lissom.frontends.gguf import describe_blocks
-from lissom.frontends.huggingface import PACKAGED, find_directory, tokenizer_of
-from lissom.frontends.sources import Source, load
-from lissom.generation import compile_generation, kept, load_generation
+from lissom.frontends.checkpoints.gguf import describe_blocks
+from lissom.frontends.generation.decoder import SHORTEST, longest_text
+from lissom.frontends.generation.encoder_decoder import is_encoder_decoder
+from lissom.frontends.models.huggingface import PACKAGED, find_directory, tokenizer_of
+from lissom.frontends.models.sources import Source, load
+from lissom.generation import kept
+from lissom.generation.compile import compile_generation, load_generation
 from lissom.generation.stream import read_prompt
 from lissom.ops.native import missing_weight_quantized_kernel
 from lissom.passes.quantize.use_stored_weights import UseStoredWeights

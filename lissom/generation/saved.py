@@ -15,17 +15,17 @@ from lissom.artifacts import rank_files
 from lissom.artifacts.artifact import Trust
 from lissom.artifacts.directory import verified_bytes
 from lissom.artifacts.manifest import Content
+from lissom.artifacts.model_files import CONFIG, original_fields
 from lissom.artifacts.packed import load_packed
 from lissom.backends.base import Backend
 from lissom.errors import ArtifactError
-from lissom.fields import parse_json, shown
-from lissom.frontends.device import check_device
-from lissom.frontends.failures import first_line
+from lissom.frontends.capture.device import check_device
+from lissom.frontends.capture.failures import first_line
 from lissom.generation.directory import ENCODER, GENERATION, is_former, is_saved
 from lissom.generation.encoder_decoder import EncoderDecoderModel
 from lissom.generation.model import GenerationModel
+from lissom.io.fields import parse_json, shown
 from lissom.runtime.compiled_model import compiled_from
-from lissom.runtime.model_files import CONFIG, original_fields
 
 Made = TypeVar("Made")
 

@@ -12,7 +12,7 @@ from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.training.lm_head import LmHead, lm_head_of
 from lissom.errors import InputError, UnsupportedError
-from lissom.frontends.decoder import INPUTS
+from lissom.frontends.generation.decoder import INPUTS
 from lissom.generation.decoder import prompts
 from lissom.runtime.compiled_model import CompiledModel, own_state
 

@@ -10,7 +10,7 @@ import torch
 
 from lissom.compiler.ir.program import Program
 from lissom.errors import InputError, UnsupportedError
-from lissom.frontends.encoder_decoder import decoder_inputs
+from lissom.frontends.generation.encoder_decoder import decoder_inputs
 from lissom.generation.decoder import unpadded
 from lissom.generation.scoring import LAST_ALONE
 from lissom.runtime.compiled_model import CompiledModel, own_state

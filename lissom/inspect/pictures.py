@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lissom.errors import UnsupportedError
-from lissom.files import writing_whole
+from lissom.io.files import writing_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from lissom.compiler.pipeline.history import History, Step
 from lissom.errors import UnsupportedError, nearest
 from lissom.inspect.hot_layers import LayerTimes
-from lissom.inspect.machine import Ceilings
 from lissom.inspect.pictures import FAINT, MAIN, MARKED, QUIET, new_figure, save_figure
-from lissom.inspect.timing import Timing
+from lissom.measure.machine import Ceilings
+from lissom.measure.timing import Timing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

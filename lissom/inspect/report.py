@@ -16,7 +16,6 @@ from torch import nn
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import History, node_facts
 from lissom.errors import UnsupportedError
-from lissom.files import check_path, write_whole
 from lissom.inspect.hot_layers import LayerTimes
 from lissom.inspect.html.data import page_data
 from lissom.inspect.html.page import page
@@ -35,7 +34,8 @@ from lissom.inspect.step_texts import (
 from lissom.inspect.svg.heat import Heat, heat_of
 from lissom.inspect.svg.step import step_svg
 from lissom.inspect.tables import plain, plain_table
-from lissom.inspect.timing import Timing
+from lissom.io.files import check_path, write_whole
+from lissom.measure.timing import Timing
 
 
 class LayerTimer(Protocol):

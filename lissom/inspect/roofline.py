@@ -20,8 +20,8 @@ from lissom.compiler.ir.operators import INT8_LINEARS
 from lissom.compiler.ir.program import Program
 from lissom.errors import UnsupportedError
 from lissom.inspect.folding import fold_rows
-from lissom.inspect.machine import Ceiling, Ceilings, Machine
 from lissom.inspect.tables import plain_table
+from lissom.measure.machine import Ceiling, Ceilings, Machine
 
 _CPU = torch.device("cpu")
 

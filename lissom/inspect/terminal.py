@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from lissom.fields import visible
+from lissom.io.fields import visible
 
 
 class Terminal(Console):

@@ -15,6 +15,7 @@ from torch import nn
 
 from lissom.artifacts import rank_files
 from lissom.artifacts.artifact import Compiled, Loaded, Trust, WriteMore
+from lissom.artifacts.model_files import Saveable, check_tokenizer, saved_config, upload, write_processors
 from lissom.artifacts.signature import TrustedKeys, key_files
 from lissom.backends import is_ours
 from lissom.backends.base import Backend, Executable, restored_state, state_of
@@ -25,14 +26,13 @@ from lissom.compiler.analysis.embedding_bounds import outside_table
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.errors import InputError, UnsupportedError
-from lissom.files import check_path
-from lissom.frontends.device import check_device
-from lissom.frontends.untouched import ordinary
+from lissom.export.onnx_folder import Dtype, Export, Layout, write_folder
+from lissom.frontends.capture.device import check_device
+from lissom.frontends.capture.untouched import ordinary
 from lissom.inspect.report import Report
+from lissom.io.files import check_path
 from lissom.runtime.hosted_model import Facts, HostedModel
 from lissom.runtime.layer_timer import ProgramTimer
-from lissom.runtime.model_files import Saveable, check_tokenizer, saved_config, upload, write_processors
-from lissom.runtime.onnx_folder import Dtype, Export, Layout, write_folder
 from lissom.runtime.pickled import files_of, loaded_from
 from lissom.runtime.tracers import has_memory, refuse_tracer, tracer, untraced, with_memory
 

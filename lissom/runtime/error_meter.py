@@ -15,9 +15,9 @@ from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.errors import InputError, UnsupportedError
-from lissom.frontends.adapters import with_merged_adapters
-from lissom.frontends.dynamic import Dynamic
-from lissom.frontends.export import capture
+from lissom.frontends.capture.dynamic import Dynamic
+from lissom.frontends.capture.export import capture
+from lissom.frontends.models.adapters import with_merged_adapters
 from lissom.inspect.node_errors import NodeErrors, measure_node_errors
 from lissom.inspect.report import Report
 from lissom.passes import RECIPES, known_passes

@@ -17,8 +17,8 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType
 from lissom.errors import ArtifactError, CaptureError, InputError, UnsupportedError
-from lissom.fields import take, take_list, text
-from lissom.frontends.failures import first_line
+from lissom.frontends.capture.failures import first_line
+from lissom.io.fields import take, take_list, text
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -12,9 +12,9 @@ from lissom.compiler.ir.samples import Sample, of_length
 from lissom.compiler.pipeline.history import History
 from lissom.errors import UnsupportedError
 from lissom.inspect.hot_layers import LayerTimes
-from lissom.inspect.machine import load_machine
-from lissom.inspect.timing import Timing, time_calls
-from lissom.ops.native.choice import is_measured
+from lissom.measure.choice import is_measured
+from lissom.measure.machine import load_machine
+from lissom.measure.timing import Timing, time_calls
 
 _SECONDS = 0.5
 

@@ -20,7 +20,7 @@ from lissom.compiler.pipeline.options import Checks, Metric, read_score
 from lissom.driver.compile import compile_model
 from lissom.driver.options import Inputs, Settings
 from lissom.errors import InputError
-from lissom.inspect.timing import ENOUGH, time_calls
+from lissom.measure.timing import ENOUGH, time_calls
 from lissom.runtime.compiled_model import CompiledModel, own_state
 from lissom.tuning.divergence import Divergence
 from lissom.tuning.sites import Group, Option

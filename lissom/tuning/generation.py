@@ -16,9 +16,9 @@ from lissom.compiler.training.vocabulary import IGNORED
 from lissom.driver.compile import optimize_model
 from lissom.driver.options import Inputs, Settings, check_data
 from lissom.errors import InputError, UnsupportedError
-from lissom.frontends.adapters import with_merged_adapters
-from lissom.frontends.decoder import INPUTS, capture_decoder, check_capacity
-from lissom.generation import compile_generation, named_prompts
+from lissom.frontends.generation.decoder import INPUTS, capture_decoder, check_capacity
+from lissom.frontends.models.adapters import with_merged_adapters
+from lissom.generation.compile import compile_generation, named_prompts
 from lissom.generation.scoring import NextToken, Scorer
 from lissom.runtime.compiled_model import CompiledModel, own_state
 from lissom.runtime.hosted_model import check_uncompiled

@@ -12,9 +12,9 @@ from rich.text import Text
 
 from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
 from lissom.errors import UnsupportedError
-from lissom.files import check_path
 from lissom.inspect.pictures import FAINT, MAIN, MARKED, QUIET, new_figure, save_figure
 from lissom.inspect.tables import plain, plain_table
+from lissom.io.files import check_path
 from lissom.passes import RECIPES, known_passes
 from lissom.tuning.candidates import ALIKE, Aim, Candidate
 from lissom.tuning.sites import Group, Option

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lissom.errors import ArtifactError
-from lissom.files import check_path, read_plain, reason
+from lissom.io.files import check_path, read_plain, reason
 
 FILE = "records.jsonl"
 VERSION = 1

@@ -22,7 +22,7 @@ from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.options import Metric
 from lissom.driver.compile import optimize_model
 from lissom.driver.options import Inputs, Settings, read_data, split_inputs
-from lissom.inspect.machine import device_name
+from lissom.measure.machine import device_name
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.tuning.build import Quality, Variant, Workshop, silent
 from lissom.tuning.candidates import Aim, Candidate

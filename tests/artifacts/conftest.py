@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 import pytest
 
-from tests import captures
+from tests.support import captures
 
 
 @pytest.fixture(scope="package", autouse=True)

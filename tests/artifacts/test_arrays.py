@@ -10,7 +10,7 @@ import torch
 
 from lissom.artifacts.arrays import named_tensors, read_arrays, read_inputs, write_tensors
 from lissom.errors import ArtifactError, InputError
-from tests.models import captured, normal
+from tests.support.models import captured, normal
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_tensors_are_written_whole(tmp_path):
 
 
 def test_a_link_where_the_temporary_file_would_be_is_not_followed(tmp_path, monkeypatch):
-    monkeypatch.setattr("lissom.files.secrets.token_hex", lambda _: "guessed")
+    monkeypatch.setattr("lissom.io.files.secrets.token_hex", lambda _: "guessed")
     (tmp_path / "kept").write_text("kept")
     (tmp_path / ".lissom-guessed").symlink_to(tmp_path / "kept")
     with pytest.raises(ArtifactError, match="cannot be written: File exists"):

@@ -25,7 +25,8 @@ from lissom.ops import block_sparse_attention
 from lissom.ops.native import load_kernels
 from lissom.ops.pattern import LAYOUT, Condition, Pattern
 from lissom.passes import RECIPES, known_passes
-from tests.artifacts.saving import (
+from tests.support.models import CASES, capture_of, counter, feed_forward, normal, tied, tiny_bert, tiny_llama
+from tests.support.saving import (
     CHECK,
     compiled,
     compiled_module,
@@ -34,12 +35,11 @@ from tests.artifacts.saving import (
     tensors_of,
     write_expectation,
 )
-from tests.models import CASES, capture_of, counter, feed_forward, normal, tied, tiny_bert, tiny_llama
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Every model of tests.models as an artifact, with what it answers."""
+    """Every model of tests.support.models as an artifact, with what it answers."""
     root = tmp_path_factory.mktemp("saved")
     for name in CASES:
         folder = root / name
@@ -178,7 +178,7 @@ def test_a_loaded_model_may_be_saved_over_what_it_was_loaded_from(tmp_path):
 
 
 def test_every_model_answers_alike_in_a_fresh_process(saved, minilm, tmp_path):
-    """Those of tests.models, and a real one that was lowered."""
+    """Those of tests.support.models, and a real one that was lowered."""
     model = lissom.compile(minilm.model, minilm.example_inputs, checks="off")
     folder = tmp_path / "minilm"
     folder.mkdir()

@@ -19,8 +19,8 @@ from lissom.artifacts import artifact, directory
 from lissom.artifacts.directory import read_directory, write_directory
 from lissom.artifacts.manifest import NAME, Content, Manifest, read_manifest, write_manifest
 from lissom.errors import ArtifactError
-from tests.artifacts.saving import compiled
-from tests.models import feed_forward
+from tests.support.models import feed_forward
+from tests.support.saving import compiled
 
 FILES = (NAME, "program.json", "steps.json", "weights.safetensors")
 

@@ -11,8 +11,8 @@ import torch
 import lissom
 from lissom.backends.eager.backend import Eager
 from lissom.errors import ArtifactError, UnsupportedError
-from tests.backends.external import Plain
-from tests.models import feed_forward
+from tests.support.external import Plain
+from tests.support.models import feed_forward
 
 
 @pytest.fixture(scope="module")

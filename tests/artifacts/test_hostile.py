@@ -13,9 +13,9 @@ from torch import nn
 import lissom
 from lissom.artifacts import program_file, weights
 from lissom.errors import ArtifactError
-from tests.artifacts.hostile import change, node, seal
-from tests.artifacts.saving import compiled, compiled_module
-from tests.models import normal
+from tests.support.hostile import change, node, seal
+from tests.support.models import normal
+from tests.support.saving import compiled, compiled_module
 
 LINEAR, NORM, SOFTMAX = "aten.linear.default", "aten.layer_norm.default", "aten.scaled_dot_product_attention.default"
 
@@ -274,7 +274,7 @@ def test_json_is_bounded(saved, old, new, said):
 
 
 def test_the_length_of_json_is_bounded(saved, monkeypatch):
-    monkeypatch.setattr("lissom.fields.MOST_BYTES", 1000)
+    monkeypatch.setattr("lissom.io.fields.MOST_BYTES", 1000)
     assert "it is longer than 1000 bytes" in refusal(saved)
 
 

@@ -12,14 +12,14 @@ import pytest
 import lissom
 from lissom.artifacts import directory
 from lissom.errors import ArtifactError
-from tests.artifacts.killing import contents
-from tests.artifacts.saving import compiled
+from tests.support.killing import contents
+from tests.support.saving import compiled
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", "decoder"])
 def test_a_save_that_is_stopped_leaves_the_old_or_the_new(kind):
-    command = [sys.executable, "-m", "tests.artifacts.killing", kind, "--signal", "SIGKILL", "--signal", "SIGINT"]
+    command = [sys.executable, "-m", "tests.support.killing", kind, "--signal", "SIGKILL", "--signal", "SIGINT"]
     command += ["--count", "100"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr

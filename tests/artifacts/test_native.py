@@ -15,12 +15,12 @@ from lissom.artifacts.artifact import PROGRAM
 from lissom.artifacts.manifest import NAME, Content, read_manifest
 from lissom.backends.inductor import MADE_WITH, PACKAGE, Inductor
 from lissom.backends.onnxruntime.backend import OnnxRuntime
-from lissom.cli import app
+from lissom.cli.main import app
 from lissom.errors import ArtifactError
 from lissom.runtime.compiled_model import CompiledModel
-from tests.artifacts.saving import compiled
 from tests.artifacts.test_directory import rewrite
-from tests.models import feed_forward, normal
+from tests.support.models import feed_forward, normal
+from tests.support.saving import compiled
 
 PACKAGED = (
     "'DIR' would load the library in model.pt2, which TorchInductor compiled, and that is code which can do whatever you can; "

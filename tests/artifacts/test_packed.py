@@ -18,7 +18,7 @@ from lissom.artifacts import packed
 from lissom.artifacts.manifest import Content
 from lissom.artifacts.packed import copy_linked, load_linked, load_packed, pack
 from lissom.errors import ArtifactError, InputError
-from tests.artifacts.saving import compiled
+from tests.support.saving import compiled
 
 WEIGHTS = "weights.safetensors"
 

@@ -11,9 +11,9 @@ from lissom.compiler.ir.samples import check_samples
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.errors import ArtifactError, LissomError
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from lissom.passes import PASSES, RECIPES
-from tests.models import CASES, capture_of, captured
+from tests.support.models import CASES, capture_of, captured
 from tools.zoo.catalogue import entries
 from tools.zoo.entry import Entry
 

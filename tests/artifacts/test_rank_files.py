@@ -11,7 +11,7 @@ import pytest
 import lissom
 from lissom.artifacts.manifest import NAME, read_manifest, write_manifest
 from lissom.errors import ArtifactError
-from tests.backends.ranks import printed, run_ranks, small_ids, small_llama
+from tests.support.ranks import printed, run_ranks, small_ids, small_llama
 
 
 @pytest.fixture(scope="module")

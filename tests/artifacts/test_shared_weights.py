@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lissom
-from tests.models import normal, seeded
+from tests.support.models import normal, seeded
 
 
 class Layers(nn.Module):

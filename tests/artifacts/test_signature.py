@@ -16,11 +16,11 @@ import lissom
 from lissom.artifacts.directory import read_directory, sign_directory
 from lissom.artifacts.manifest import NAME, Content, read_manifest
 from lissom.artifacts.signature import SIGNATURE
-from lissom.cli import app
+from lissom.cli.main import app
 from lissom.errors import ArtifactError, InputError, UnsupportedError
-from tests.artifacts.saving import compiled
 from tests.artifacts.test_directory import rewrite
-from tests.frontends.test_kv_cache import llama
+from tests.frontends.capture.test_kv_cache import llama
+from tests.support.saving import compiled
 
 pytest.importorskip("cryptography", reason="needs cryptography")
 

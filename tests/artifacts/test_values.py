@@ -13,7 +13,7 @@ from lissom.artifacts.expression import decode_expression, encode_expression
 from lissom.artifacts.operators import find_operator, operator_name
 from lissom.artifacts.values import decode_argument, encode_argument
 from lissom.errors import ArtifactError
-from lissom.fields import take, take_list, text
+from lissom.io.fields import take, take_list, text
 from lissom.ops import packed_linear
 
 aten = torch.ops.aten

@@ -6,13 +6,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lissom
-from lissom import tensor_files
 from lissom.artifacts.artifact import WEIGHTS
 from lissom.artifacts.weights import load_weights, save_weights
 from lissom.errors import ArtifactError, UnsupportedError
-from lissom.tensor_files import ALIGNMENT, write_tensors
-from tests.artifacts.saving import compiled, compiled_module, reloaded
-from tests.models import FeedForward, captured, normal, seeded
+from lissom.io import tensor_files
+from lissom.io.tensor_files import ALIGNMENT, write_tensors
+from tests.support.models import FeedForward, captured, normal, seeded
+from tests.support.saving import compiled, compiled_module, reloaded
 
 
 class Weighted(nn.Module):

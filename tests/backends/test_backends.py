@@ -14,8 +14,8 @@ from lissom.backends.inductor import Inductor
 from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.compiler.verify.rounding import exact_outputs
 from lissom.errors import UnsupportedError
-from lissom.frontends.export import capture
-from tests.models import normal
+from lissom.frontends.capture.export import capture
+from tests.support.models import normal
 
 
 def test_a_backend_is_found_by_its_name():

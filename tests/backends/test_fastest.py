@@ -15,8 +15,8 @@ from lissom.backends.base import Backend
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import UnsupportedError
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
-from tests.compiler.passes import DoubleGelu
-from tests.models import feed_forward, normal
+from tests.support.models import feed_forward, normal
+from tests.support.passes import DoubleGelu
 
 
 class Quick(Backend):

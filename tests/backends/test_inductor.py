@@ -14,9 +14,9 @@ from lissom.backends.inductor import Inductor, Package
 from lissom.compiler.ir.samples import resize
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.errors import InputError, UnsupportedError, VerifyError
-from lissom.frontends.export import capture
-from tests.backends.minilm import assert_as_exact_as_pytorch
-from tests.models import CASES, capture_of, captured, feed_forward, normal, tiny_gpt2, tokens
+from lissom.frontends.capture.export import capture
+from tests.support.minilm import assert_as_exact_as_pytorch
+from tests.support.models import CASES, capture_of, captured, feed_forward, normal, tiny_gpt2, tokens
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from torch import nn
 
 from lissom.backends import microbatches
 from lissom.backends.microbatches import Cutting, batch_inputs, fastest_cutting
-from lissom.frontends.export import capture
-from lissom.inspect.timing import Timing
-from tests.models import capture_of, normal, seeded
+from lissom.frontends.capture.export import capture
+from lissom.measure.timing import Timing
+from tests.support.models import capture_of, normal, seeded
 
 
 class Centered(nn.Module):

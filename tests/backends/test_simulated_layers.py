@@ -11,8 +11,8 @@ from lissom.compiler.ir.editor import Skip
 from lissom.compiler.pipeline.history import Size, Step
 from lissom.compiler.verify.divergence import compare, run_samples
 from lissom.errors import UnsupportedError
-from tests import captures
-from tests.models import feed_forward, normal, seeded, tiny_bert, tiny_gpt2
+from tests.support import captures
+from tests.support.models import feed_forward, normal, seeded, tiny_bert, tiny_gpt2
 
 FP8 = "quantize{scheme=fp8}"
 

@@ -13,11 +13,11 @@ from lissom.backends.eager.backend import Eager
 from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.compiler.verify.divergence import relative_error
 from lissom.errors import VerifyError
-from lissom.frontends.export import capture
-from tests import captures
-from tests.backends.caches import DYNAMIC, PLACES, Decoder, call_of, decoder, decoder_session, generation
-from tests.models import capture_of, counter, normal, seeded
-from tests.neighbours import all_but_slow
+from lissom.frontends.capture.export import capture
+from tests.support import captures
+from tests.support.caches import DYNAMIC, PLACES, Decoder, call_of, decoder, decoder_session, generation
+from tests.support.models import capture_of, counter, normal, seeded
+from tests.support.neighbours import all_but_slow
 
 BACKENDS = {"eager": Eager(), "onnxruntime": OnnxRuntime(timing_seconds=0)}
 # Two layers of float32 (unit roundoff 6e-8), sums of at most 64 terms in another order.

@@ -12,7 +12,7 @@ from torch import nn
 import lissom
 from lissom.compiler import memory
 from lissom.compiler.memory import give_back_memory, use_huge_pages
-from tests.models import normal
+from tests.support.models import normal
 
 MIB = 1 << 20
 RELEASE = tuple(int(part) for part in platform.release().split(".")[:2] if part.isdigit())

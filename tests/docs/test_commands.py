@@ -11,15 +11,15 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import blocks
 import numpy as np
 import pytest
 
 import lissom
-from lissom.frontends.huggingface import load
-from tests.frontends.test_huggingface import directory  # noqa: F401
-from tests.runtime.gguf_models import save_checkpoint
-from tests.test_cli_generate import decoder  # noqa: F401
+from lissom.frontends.models.huggingface import load
+from tests.cli.test_generate import decoder  # noqa: F401
+from tests.frontends.models.test_huggingface import directory  # noqa: F401
+from tests.support.gguf_models import save_checkpoint
+from tools.docs import blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORTER = [(r"--minutes \d+", "--minutes 0.2"), (r"^lissom bench", "lissom bench --seconds 0.1")]

@@ -7,12 +7,10 @@ import re
 import sys
 from pathlib import Path
 
-import blocks
-import generate
-import page
 import pytest
 
 from lissom.passes import known_passes
+from tools.docs import blocks, generate, page
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
@@ -44,7 +42,7 @@ def test_check_names_a_stale_document_and_exits_with_one(tmp_path, monkeypatch, 
     stale.write_text("```python\nprint(1 + 1)\n```\n\n<!-- output -->\n```text\n3\n```\n")
     assert generate.main(["--check", str(stale)]) == 1
     printed = capsys.readouterr().out
-    assert "page.md is out of date; run `python docs/generate.py page.md`" in printed
+    assert "page.md is out of date; run `python -m tools.docs.generate page.md`" in printed
     assert "-3\n+2" in printed
     stale.write_text(generate.fresh(stale))
     assert generate.main(["--check", str(stale)]) == 0

@@ -8,12 +8,12 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
-from examples import EXAMPLES
 
 import lissom
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.spelling import format_pass, options_of, parse_pipeline
 from lissom.passes import PASSES, RECIPES
+from tools.docs.examples import EXAMPLES
 
 TEXTS = {
     "prune-heads": ["{keep=0.5,protect=q}", "{keep=0.5,round_to=2}", '{amounts="*=4"}'],

@@ -23,7 +23,7 @@ SLOW = {
     "lissom.tuning.tuned.tune",
     "lissom.tuning.generation.tune_generation",
     "lissom.backends.onnxruntime.backend.OnnxRuntime",
-    "lissom.generation.load_generation",
+    "lissom.generation.compile.load_generation",
     "lissom.generation.decoder.Decoder",
     "lissom.generation.model.GenerationModel",
     "lissom.generation.encoder_decoder.EncoderDecoderModel",

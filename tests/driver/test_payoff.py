@@ -16,10 +16,10 @@ from lissom.compiler.pipeline.history import Step
 from lissom.compiler.pipeline.options import Goal
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.compiler.pipeline.spelling import parse_pipeline
-from lissom.inspect.timing import Timing
+from lissom.measure.timing import Timing
 from lissom.passes import PASSES
 from lissom.runtime.compiled_model import CompiledModel
-from tests.decoders import decoder
+from tests.support.decoders import decoder
 
 aten = torch.ops.aten
 

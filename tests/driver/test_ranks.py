@@ -8,8 +8,8 @@ import pytest
 
 import lissom
 from lissom.errors import UnsupportedError
-from tests.backends.ranks import printed, run_ranks
-from tests.models import FeedForward, normal, seeded
+from tests.support.models import FeedForward, normal, seeded
+from tests.support.ranks import printed, run_ranks
 
 
 def test_settings_that_do_not_fit():

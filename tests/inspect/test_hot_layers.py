@@ -6,9 +6,9 @@ from lissom.compiler.analysis.cost import costs_on
 from lissom.inspect.hot_layers import LayerTime, LayerTimes, layer_times, roof_share
 from lissom.inspect.kernels import Kernel
 from lissom.inspect.roofline import node_seconds
-from tests import captures
-from tests.inspect.test_machine import example
-from tests.models import tiny_bert
+from tests.measure.test_machine import example
+from tests.support import captures
+from tests.support.models import tiny_bert
 
 MACHINE = example()
 PACKED, NORM = Kernel("Lissom", "packed_linear", "avx2, float32"), Kernel("PyTorch", "layer_norm", "float32")

@@ -8,9 +8,9 @@ from lissom import ops
 from lissom.compiler.ir.program import Program
 from lissom.inspect.kernels import Kernel, kernel_of, module_pattern, operator_name, shape_of
 from lissom.ops.native import instructions_for, load_kernels
-from tests import captures
-from tests.models import FeedForward, captured, normal, seeded, tiny_bert
 from tests.passes.prune.pack_tokens.test_pack_tokens import Encoder, inputs
+from tests.support import captures
+from tests.support.models import FeedForward, captured, normal, seeded, tiny_bert
 
 aten = torch.ops.aten
 

@@ -13,8 +13,8 @@ from lissom import ops
 from lissom.errors import InputError, UnsupportedError
 from lissom.inspect.node_errors import rms_error
 from lissom.ops.native import load_kernels
-from tests.models import seeded
 from tests.passes.prune.pack_tokens.test_pack_tokens import Encoder, inputs
+from tests.support.models import seeded
 
 
 class Attention(nn.Module):

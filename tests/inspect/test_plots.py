@@ -11,9 +11,9 @@ from lissom.errors import UnsupportedError
 from lissom.inspect.pictures import new_figure
 from lissom.inspect.plots import KINDS, Facts, _ceilings
 from lissom.inspect.report import Report
-from tests import captures
-from tests.inspect.test_machine import example
-from tests.models import FeedForward, normal, seeded
+from tests.measure.test_machine import example
+from tests.support import captures
+from tests.support.models import FeedForward, normal, seeded
 
 pytest.importorskip("matplotlib")
 

@@ -8,8 +8,8 @@ from lissom.compiler.pipeline.history import History, Size, Step
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.inspect.report import Report
 from lissom.inspect.tables import show
-from tests.compiler.passes import DropDropout, ScaleWeights
-from tests.models import capture_of, normal
+from tests.support.models import capture_of, normal
+from tests.support.passes import DropDropout, ScaleWeights
 
 BEFORE, AFTER = Size(10, 1_000_000, 4_000_000, 2_000_000_000), Size(8, 1_000_000, 4_000_000, 1_500_000_000)
 

@@ -7,15 +7,15 @@ import torch
 
 from lissom.compiler.analysis.cost import Cost, cost, total_cost
 from lissom.errors import UnsupportedError
-from lissom.frontends.export import capture
-from lissom.inspect.machine import Ceiling
+from lissom.frontends.capture.export import capture
 from lissom.inspect.roofline import cost_table, machine_table, node_seconds, roofline_seconds
 from lissom.inspect.tables import plain
+from lissom.measure.machine import Ceiling
 from lissom.ops import quantized_linear, quantized_linear_norm
 from lissom.ops.native import load_kernels
-from tests import captures
-from tests.inspect.test_machine import ceilings, example
-from tests.models import FeedForward, captured, normal
+from tests.measure.test_machine import ceilings, example
+from tests.support import captures
+from tests.support.models import FeedForward, captured, normal
 
 MACHINE = example()
 """100 GFLOP/s in float32, 200 in bfloat16, no int8, 10 GB/s."""

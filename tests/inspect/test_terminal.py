@@ -10,13 +10,13 @@ from rich.panel import Panel
 from rich.text import Text
 from typer.testing import CliRunner
 
-from lissom import cli
-from lissom.cli import app
-from lissom.fields import visible
+from lissom.cli import main as cli
+from lissom.cli.main import app
 from lissom.inspect.tables import plain
 from lissom.inspect.terminal import Terminal
-from tests.artifacts.hostile import change
-from tests.artifacts.saving import compiled
+from lissom.io.fields import visible
+from tests.support.hostile import change
+from tests.support.saving import compiled
 
 TITLE = "\x1b]0;title\x07"
 

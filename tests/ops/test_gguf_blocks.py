@@ -7,10 +7,10 @@ import torch
 
 from lissom.ops.gguf_blocks import BLOCK_TYPES, unpack_blocks
 from lissom.ops.quantization import dequantize
-from tests.models import normal
+from tests.support.models import normal
 
 gguf = pytest.importorskip("gguf")
-random_blocks = pytest.importorskip("tests.gguf_files").random_blocks
+random_blocks = pytest.importorskip("tests.support.gguf_files").random_blocks
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)

@@ -13,7 +13,7 @@ from lissom.ops import (
 )
 from lissom.ops.quantized_linear import fill_panels, pack_bytes, pack_groups, quantized_linear_grouped_reference
 from lissom.ops.weight_quantized_linear import pack_blocks, pack_stored, weight_quantized_linear_grouped_reference
-from tests.models import normal
+from tests.support.models import normal
 
 FEATURES, INPUTS, ROWS = 45, 64, 11
 ENDS = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lissom.ops import grouped_product
-from tests.models import normal
+from tests.support.models import normal
 
 
 def oracle(input, weight, offs):

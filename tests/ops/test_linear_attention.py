@@ -12,8 +12,8 @@ from lissom.compiler.analysis.flops import operations
 from lissom.compiler.verify.divergence import relative_error
 from lissom.ops import linear_attention
 from lissom.ops.linear_attention import FLOOR
-from tests.models import normal
-from tests.passes.harness import apply, capture_model, every_backend
+from tests.support.harness import apply, capture_model, every_backend
+from tests.support.models import normal
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ import torch
 from lissom.ops import native
 from lissom.ops.native import load_kernels, one_call
 from lissom.ops.packed_linear import pack, packed_linear
-from tests import captures
+from tests.support import captures
 
 MISSING = load_kernels()
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)

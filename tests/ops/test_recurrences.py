@@ -18,9 +18,9 @@ from lissom.compiler.verify.divergence import relative_error
 from lissom.ops import gated_delta_rule, selective_scan
 from lissom.ops.native import load_kernels
 from lissom.ops.recurrences import gated_delta_rule_reference, selective_scan_reference
-from tests.models import normal
-from tests.neighbours import all_but_slow
-from tests.passes.harness import capture_model, every_backend
+from tests.support.harness import capture_model, every_backend
+from tests.support.models import normal
+from tests.support.neighbours import all_but_slow
 
 # Sums of some hundred products in float32, in another order.
 SUMS = 2e-5

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lissom.ops.sparse_linear import is_two_in_four, pack, sparse_linear, unpack
-from tests.models import normal
+from tests.support.models import normal
 
 
 def two_in_four(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:

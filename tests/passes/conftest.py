@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.passes import harness
+from tests.support import harness
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -22,8 +22,8 @@ from lissom.errors import UnsupportedError
 from lissom.inspect.sites import amounts_table
 from lissom.inspect.tables import plain
 from lissom.passes import PASSES, RECIPES
-from tests.models import Case, normal, seeded
-from tests.passes.prune.models import program_of
+from tests.support.dead_structure import program_of
+from tests.support.models import Case, normal, seeded
 from tools.fuzz.models import Spec, build, draw_inputs, draw_spec
 from tools.zoo import catalogue
 from tools.zoo.removal import canonical

@@ -10,9 +10,9 @@ from lissom.compiler.ir.samples import resize
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.passes import PASSES, RECIPES
-from tests.neighbours import all_but_slow
-from tests.passes.harness import aten, calls
-from tests.passes.models import EAGER, case_of, compiled, optimized
+from tests.support.harness import aten, calls
+from tests.support.neighbours import all_but_slow
+from tests.support.written_attention import EAGER, case_of, compiled, optimized
 
 
 @pytest.mark.parametrize("name", all_but_slow(EAGER, "bert", "llama", "gemma3", "deberta"))

@@ -12,10 +12,10 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import Step
 from lissom.errors import LissomError
-from tests import captures
-from tests.mixtures import EXPERTS, HIDDEN, INNER, MIXTURES, mixture, program_of, samples, stacked_products, stacks
-from tests.models import seeded
-from tests.passes.harness import step_of
+from tests.support import captures
+from tests.support.harness import step_of
+from tests.support.mixtures import EXPERTS, HIDDEN, INNER, MIXTURES, mixture, program_of, samples, stacked_products, stacks
+from tests.support.models import seeded
 
 aten = torch.ops.aten
 

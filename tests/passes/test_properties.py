@@ -8,7 +8,7 @@ import random
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from tools.fuzz.case import Case, drawn, run
 from tools.fuzz.models import build, draw_inputs
 

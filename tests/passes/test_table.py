@@ -10,7 +10,7 @@ from lissom.compiler.pipeline.pass_kinds import Pass, Rewrite
 from lissom.compiler.pipeline.spelling import format_pipeline, parse_pipeline
 from lissom.errors import UnsupportedError
 from lissom.passes import PASSES, RECIPES, known_passes
-from tests.passes.harness import GOLDEN
+from tests.support.harness import GOLDEN
 
 CANONICAL = [name for name, found in PASSES.items() if ".canonical." in found.__module__]
 

@@ -14,9 +14,9 @@ from torch import nn
 
 import lissom
 from lissom.errors import ArtifactError, CaptureError, InputError, UnsupportedError
-from lissom.frontends.huggingface import find_directory
+from lissom.frontends.models.huggingface import find_directory
 from lissom.runtime.hosted_model import Facts
-from tests.models import feed_forward, normal, seeded, tiny_bert
+from tests.support.models import feed_forward, normal, seeded, tiny_bert
 
 TEXTS = ["Whisk the eggs, then season them.", "The orbit of the comet takes it past Jupiter."]
 

@@ -11,13 +11,13 @@ from torch import nn
 import lissom
 from lissom.backends.inductor import Inductor
 from lissom.errors import InputError, UnsupportedError
-from lissom.inspect import machine
-from lissom.ops.native import choice, load_kernels
+from lissom.measure import choice, machine
+from lissom.ops.native import load_kernels
 from lissom.runtime import layer_timer
 from lissom.torch_compile import dynamo_reports
-from tests import captures
-from tests.inspect.test_machine import example
-from tests.models import FeedForward, captured, counter, normal, tiny_bert
+from tests.measure.test_machine import example
+from tests.support import captures
+from tests.support.models import FeedForward, captured, counter, normal, tiny_bert
 
 
 @pytest.fixture(autouse=True)

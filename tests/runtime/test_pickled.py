@@ -16,8 +16,8 @@ from lissom.backends.inductor import Inductor
 from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.errors import ArtifactError
 from lissom.runtime.pickled import loaded_from
-from tests.artifacts.saving import compiled
-from tests.models import feed_forward
+from tests.support.models import feed_forward
+from tests.support.saving import compiled
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 import lissom
 from lissom.errors import InputError
-from tests.models import feed_forward, normal
+from tests.support.models import feed_forward, normal
 
 CHANGED = (
     r"the weights of FeedForward were changed after it was compiled, first '\S+', and it holds packed copies of others; "

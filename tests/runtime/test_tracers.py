@@ -13,7 +13,7 @@ from torch import nn
 
 import lissom
 from lissom.runtime.tracers import has_memory, tracer
-from tests.models import normal
+from tests.support.models import normal
 
 # In a process of its own: a kernel that reads a tensor without memory ends it.
 CALLS = """

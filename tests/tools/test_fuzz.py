@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.neighbours import all_but_slow
+from tests.support.neighbours import all_but_slow
 from tools.fuzz import campaign, case, models, oracle
 from tools.fuzz.case import Case, draw_case
 from tools.fuzz.models import Spec, build, draw_inputs

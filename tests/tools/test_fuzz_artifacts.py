@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lissom.errors import ArtifactError
-from tests.neighbours import all_but_slow
+from tests.support.neighbours import all_but_slow
 from tools.fuzz_artifacts.campaign import Case, Worker, cases, make_samples, run, smallest
 from tools.fuzz_artifacts.mutations import CANARY, JSON, MANIFEST, Mutation, apply, seal
 from tools.fuzz_artifacts.samples import SAMPLES, Answer, Sample

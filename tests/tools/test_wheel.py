@@ -28,8 +28,8 @@ DEMO = """
 import json, time
 started = time.perf_counter()
 import torch, lissom
-from lissom.demo import SENTENCES
-from lissom.frontends.huggingface import load
+from lissom.cli.demo import SENTENCES
+from lissom.frontends.models.huggingface import load
 from lissom.ops.native import describe_kernels
 minilm = load("minilm")
 compiled = lissom.compile(minilm.model, minilm.example_inputs, progress=lambda *_: None)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.neighbours import all_but_slow
+from tests.support.neighbours import all_but_slow
 from tools.zoo import generation
 from tools.zoo.coverage import put_section
 

@@ -6,8 +6,8 @@ import pytest
 
 from lissom.inspect.lines import Line
 from lissom.inspect.svg.program import program_svg
-from tests import captures
-from tests.models import tiny_bert
+from tests.support import captures
+from tests.support.models import tiny_bert
 from tools.zoo.pages import _anonymous, hidden_by_folds, hidden_in_picture
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 
-from tests.models import Case, normal, seeded, tiny_bert, tiny_llama, tokens
+from tests.support.models import Case, normal, seeded, tiny_bert, tiny_llama, tokens
 
 Batches = list[object]
 

@@ -10,8 +10,8 @@ import torch
 import lissom
 from lissom.errors import InputError, UnsupportedError
 from lissom.tuning.generation import divided, perplexity_of_prompts
-from tests.decoders import decoder, prompt
-from tests.models import tiny_llama, tokens
+from tests.support.decoders import decoder, prompt
+from tests.support.models import tiny_llama, tokens
 
 
 def texts(count=4):
@@ -34,7 +34,7 @@ def test_the_text_gives_the_decoder_again_within_the_bound():
     tuned = lissom.tune_generation(model, max_length=16, data=data, goal="memory", max_drop=0.05, minutes=0.5, distill=False)
     assert tuned.report.chosen.bytes < tuned.report.candidates[0].bytes
     options = {"max_length": 16, "all_logits": True, "goal": None}
-    judged = [text["input_ids"] for text in lissom.generation.named_prompts(data, 1, 16)[::2]]
+    judged = [text["input_ids"] for text in lissom.generation.compile.named_prompts(data, 1, 16)[::2]]
     before = perplexity(lissom.compile_generation(model, **options), judged)
     again = lissom.compile_generation(model, passes=tuned.pipeline, data=tuned.calibration, **options)
     change = torch.tensor(perplexity(again, judged) / before).log()
@@ -51,7 +51,7 @@ def test_perplexity_takes_texts_with_labels():
     decoder = lissom.compile_generation(tiny_llama().model, max_length=16, all_logits=True, goal=None)
     plain = [{"input_ids": ids} for ids in texts(2)]
     scores = [
-        perplexity_of_prompts(lissom.generation.named_prompts(given, 1, 16))(decoder.compiled)
+        perplexity_of_prompts(lissom.generation.compile.named_prompts(given, 1, 16))(decoder.compiled)
         for given in (plain, [{**text, "labels": text["input_ids"]} for text in plain])
     ]
     assert scores[0] == scores[1] < 0
@@ -59,7 +59,7 @@ def test_perplexity_takes_texts_with_labels():
 
 @pytest.mark.parametrize(("most", "calibrating"), [(math.inf, [1, 3, 5]), (20, [1, 3]), (1, [1])])
 def test_every_second_text_calibrates_until_there_are_enough_tokens(most, calibrating):
-    given = lissom.generation.named_prompts([tokens(1, 10, seed) for seed in range(7)], 1, 16)
+    given = lissom.generation.compile.named_prompts([tokens(1, 10, seed) for seed in range(7)], 1, 16)
     places = {id(text): place for place, text in enumerate(given)}
     found = [[places[id(text)] for text in part] for part in divided(given, most)]
     assert found == [[place for place in range(7) if place not in calibrating], calibrating]
@@ -94,9 +94,9 @@ def test_every_text_is_read_by_itself():
     given = prompt(2)["input_ids"]
     fast = lissom.compile_generation(decoder("mamba2"), max_length=16, all_logits=True, goal=None)
     scores = []
-    metric = perplexity_of_prompts(lissom.generation.named_prompts([given], 1, 16))
+    metric = perplexity_of_prompts(lissom.generation.compile.named_prompts([given], 1, 16))
     for _ in range(2):
         scores.append(metric(fast.compiled))
     assert scores[0] == scores[1]
-    rows = [perplexity_of_prompts(lissom.generation.named_prompts([row[None]], 1, 16))(fast.compiled) for row in given]
+    rows = [perplexity_of_prompts(lissom.generation.compile.named_prompts([row[None]], 1, 16))(fast.compiled) for row in given]
     assert scores[0] == pytest.approx(sum(rows) / 2, rel=1e-6)

@@ -18,13 +18,13 @@ import pytest
 import lissom
 from lissom.tuning.store import FILE, Store
 from lissom.tuning.stored import stored_reports
-from tests.models import tiny_bert
+from tests.support.models import tiny_bert
 from tests.tuning.searches import batches
 
 CODE = """
 import sys
 import torch, lissom
-from tests.models import tiny_bert
+from tests.support.models import tiny_bert
 from tests.tuning.searches import batches
 case = tiny_bert()
 options = {"max_drop": 0.2, "goal": "memory", "minutes": 0.4, "distill": False}

@@ -11,7 +11,7 @@ from lissom.tuning.losses import LossMeter
 from lissom.tuning.sites import Option, groups_of, linear_paths
 from lissom.tuning.store import Store
 from lissom.tuning.tuned import _too_little
-from tests.models import feed_forward, normal
+from tests.support.models import feed_forward, normal
 
 
 def test_losses_are_smaller_on_the_batches_of_calibration():

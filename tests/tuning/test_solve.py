@@ -14,7 +14,7 @@ from lissom.errors import UnsupportedError
 from lissom.tuning.corrections import Factors, PowerLaw, Ratios, fit_parts
 from lissom.tuning.sites import Option
 from lissom.tuning.solve import Item, solve
-from tests.models import feed_forward
+from tests.support.models import feed_forward
 
 
 def table(seed: int, groups: int = 4):

@@ -8,7 +8,7 @@ import torch
 import lissom
 from lissom.tuning.sites import LOW_RANK, PATTERN, TABLE, Group, Option, groups_of, linear_paths
 from lissom.tuning.spelling import pipeline_of, read_options
-from tests.models import captured, tied_llama, tiny_bert, tiny_llama
+from tests.support.models import captured, tied_llama, tiny_bert, tiny_llama
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from lissom.inspect.tables import plain
 from lissom.passes import RECIPES
 from lissom.tuning.store import Store
 from lissom.tuning.tuned import _identity
-from tests.models import feed_forward, normal, seeded, tiny_bert, tokens
+from tests.support.models import feed_forward, normal, seeded, tiny_bert, tokens
 from tests.tuning.searches import FAMILIES, batches
 
 

@@ -27,7 +27,7 @@ from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.driver.compile import compile_captured
 from lissom.driver.options import Settings, resolve_passes
 from lissom.errors import InputError, LissomError, PassError, VerifyError
-from lissom.frontends.export import Capture, capture
+from lissom.frontends.capture.export import Capture, capture
 from lissom.passes import PASSES
 from tools.fuzz import models, oracle
 from tools.fuzz.models import Spec

@@ -15,8 +15,8 @@ from lissom.artifacts.artifact import read_program
 from lissom.artifacts.directory import read_directory, verified_path
 from lissom.artifacts.rank_files import weights_file
 from lissom.artifacts.weights import Place, load_alone
-from tests.decoders import MAX_LENGTH, decoder, prompt
-from tests.models import Case, counter, feed_forward, tiny_bert
+from tests.support.decoders import MAX_LENGTH, decoder, prompt
+from tests.support.models import Case, counter, feed_forward, tiny_bert
 
 Answer = list[object]
 """The leaves of a model's outputs."""

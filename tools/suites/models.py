@@ -15,7 +15,7 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.errors import CaptureError, InputError, UnsupportedError
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from lissom.passes import PASSES, RECIPES
 from tools.suites.suite import Record
 from tools.zoo.check import sentence

@@ -17,7 +17,7 @@ import torch
 from onnx import numpy_helper
 
 from lissom.errors import ArtifactError, CaptureError, LissomError, UnsupportedError
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from lissom.frontends.onnx.graph import torch_dtype
 from lissom.frontends.onnx.model import read
 from tools.suites.known import ONNX

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.models import normal
+from tests.support.models import normal
 from tools.suites.models import RESULTS, check_model
 from tools.suites.suite import Item, Record, Report, Suite, result_of
 from tools.zoo.coverage import cell, table

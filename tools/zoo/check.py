@@ -31,10 +31,10 @@ from lissom.compiler.ir.signature import Signature
 from lissom.compiler.pipeline.history import History
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.errors import InputError
-from lissom.frontends.export import Capture, capture
+from lissom.frontends.capture.export import Capture, capture
 from lissom.runtime.compiled_model import CompiledModel
-from tests.compiler.flop_counter import miscounted
-from tests.models import Case
+from tests.support.flop_counter import miscounted
+from tests.support.models import Case
 from tools.zoo.entry import Entry
 from tools.zoo.fresh import answers, outline
 

@@ -22,9 +22,9 @@ import lissom
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import tolerance_of
 from lissom.errors import CaptureError
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from lissom.torch_compile import compile_graph
-from tests.models import Case
+from tests.support.models import Case
 from tools.zoo import catalogue, coverage, selection
 from tools.zoo.check import answer, compared, other_samples, sentence
 from tools.zoo.entry import Entry

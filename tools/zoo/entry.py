@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.models import Case
+from tests.support.models import Case
 
 FAMILIES = (
     "causal",

@@ -25,8 +25,8 @@ from transformers.exporters import DynamoConfig, DynamoExporter, ExportedModel
 
 from lissom.compiler.verify.divergence import relative_error
 from lissom.errors import CaptureError, LissomError
-from lissom.integrations.exported_generation import ExportedGenerator
-from lissom.integrations.exporters import LissomConfig, LissomExporter
+from lissom.integrations.transformers.exported_generation import ExportedGenerator
+from lissom.integrations.transformers.exporters import LissomConfig, LissomExporter
 from tools.zoo import huggingface, selection
 from tools.zoo.check import sentence
 from tools.zoo.entry import FAMILIES, Entry

@@ -22,8 +22,8 @@ from transformers import VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
 import lissom
 from lissom.errors import LissomError
-from lissom.frontends.encoder_decoder import encoder_example
-from tests.models import Case
+from lissom.frontends.generation.encoder_decoder import encoder_example
+from tests.support.models import Case
 from tools.zoo import huggingface, selection
 from tools.zoo.check import sentence
 from tools.zoo.entry import FAMILIES, Entry

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tests.models import Case, normal
+from tests.support.models import Case, normal
 from tools.zoo.entry import Entry, Expected
 from tools.zoo.weights import woken
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.models import Case
+from tests.support.models import Case
 from tools.zoo import overrides
 from tools.zoo.entry import Entry, Expected, words
 from tools.zoo.expected import expected

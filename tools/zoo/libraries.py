@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.models import Case, normal
+from tests.support.models import Case, normal
 from tools.zoo.entry import Entry, Expected
 from tools.zoo.weights import woken
 

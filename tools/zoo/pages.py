@@ -28,8 +28,8 @@ from lissom.inspect.identical_layers import identical_layers
 from lissom.inspect.lines import Line
 from lissom.inspect.svg.program import Compared, statuses
 from lissom.inspect.svg.shown import shown
-from tests.inspect.html.reading import data_of, texts_of
-from tests.inspect.svg.reading import nodes as drawn_nodes
+from tests.support.page_reading import data_of, texts_of
+from tests.support.svg_reading import nodes as drawn_nodes
 from tools.zoo.entry import Entry
 
 _NAMES = re.compile(r"[%@][\w.]+")

@@ -29,9 +29,9 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.compiler.verify.divergence import compare, run_original, run_samples, tolerance_of
 from lissom.compiler.verify.structure import verify_structure
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from lissom.passes import PASSES, RECIPES
-from tests.models import Case
+from tests.support.models import Case
 from tools.zoo.entry import Entry
 
 REWRITES = "eliminate-dead"

@@ -22,7 +22,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import lissom
-from tests.models import Case
+from tests.support.models import Case
 from tools.zoo import selection
 from tools.zoo.check import answer, sentence
 from tools.zoo.coverage import put_section

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from tests.models import Case, normal
+from tests.support.models import Case, normal
 from tools.zoo import users_attention as attention
 from tools.zoo import users_networks as networks
 from tools.zoo.entry import Entry, Expected

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from tests.models import seeded
+from tests.support.models import seeded
 
 
 def woken(build: Callable[[], nn.Module]) -> nn.Module:

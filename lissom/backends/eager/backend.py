@@ -28,7 +28,7 @@ from lissom.compiler.ir.samples import Sample
 from lissom.compiler.memory import use_huge_pages
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.inspect.hot_layers import LayerTimes, layer_times
-from lissom.inspect.machine import Machine
+from lissom.measure.machine import Machine
 from lissom.ops import KERNELS
 from lissom.ops.native import load_kernels, one_call
 from lissom.ops.packed_linear import packed_linear, packed_linear_norm

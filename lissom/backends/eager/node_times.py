@@ -13,7 +13,7 @@ from torch import fx
 from lissom.backends.eager.methods import METHODS
 from lissom.compiler.ir.interpreter import last_uses_of
 from lissom.compiler.ir.program import Program
-from lissom.inspect.timing import synchronize
+from lissom.measure.timing import synchronize
 from lissom.ops import KERNELS
 from lissom.ops.native import load_kernels, one_call
 

@@ -29,7 +29,7 @@ from lissom.compiler.ir.fake import recurrent_layers_whole
 from lissom.compiler.ir.operators import PLAIN_RNNS, RECURRENT_LAYERS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.frontends.isolation import only_errors
+from lissom.frontends.capture.isolation import only_errors
 
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 """The files of a saved model; weights are external, so that they can be memory-mapped and exceed 2 GB."""

@@ -25,7 +25,7 @@ from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.errors import ArtifactError, LissomError, UnsupportedError
 from lissom.inspect.hot_layers import LayerTimes
-from lissom.inspect.machine import Machine
+from lissom.measure.machine import Machine
 from lissom.passes.canonical.fold_constants import FoldConstants
 from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights

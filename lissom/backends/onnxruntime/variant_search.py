@@ -27,7 +27,7 @@ from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample, resize
 from lissom.compiler.ir.signature import evaluate
 from lissom.errors import InputError
-from lissom.inspect.timing import ENOUGH, time_calls
+from lissom.measure.timing import ENOUGH, time_calls
 from lissom.ops import block_sparse_attention
 
 _GAIN = 0.98

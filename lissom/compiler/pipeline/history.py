@@ -14,7 +14,7 @@ from lissom.compiler.ir.node import Origin, origin
 from lissom.compiler.ir.printer import unified_diff
 from lissom.compiler.ir.program import Program
 from lissom.errors import LissomError, UnsupportedError
-from lissom.fields import check_fields, count, optional, real, shown, take, take_list, take_text, text
+from lissom.io.fields import check_fields, count, optional, real, shown, take, take_list, take_text, text
 
 FORMAT_VERSION = 1
 _NOTHING = Cost()

@@ -24,9 +24,9 @@ from lissom.compiler.ir.editor import CurvePoint
 from lissom.compiler.training.gradients import LossScale
 from lissom.compiler.training.ranks import Ranks
 from lissom.errors import ArtifactError
-from lissom.fields import count, optional, parse_json, printable, shown, take, take_list
-from lissom.files import check_path, open_plain, read_plain, reason, write_whole, writing_whole
-from lissom.tensor_files import DTYPES, write_tensors
+from lissom.io.fields import count, optional, parse_json, printable, shown, take, take_list
+from lissom.io.files import check_path, open_plain, read_plain, reason, write_whole, writing_whole
+from lissom.io.tensor_files import DTYPES, write_tensors
 
 FORMAT_VERSION = 1
 STATE = "state.json"

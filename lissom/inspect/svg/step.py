@@ -7,10 +7,10 @@ from os import PathLike
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import History, node_facts
 from lissom.errors import UnsupportedError
-from lissom.files import check_path, write_whole
 from lissom.inspect.lines import Line
 from lissom.inspect.svg.heat import Heat
 from lissom.inspect.svg.program import Compared, program_svg
+from lissom.io.files import check_path, write_whole
 
 
 def step_svg(name: str, history: History, step: int | None, only: str, compare: int | None, heat: Heat | None = None) -> str:

@@ -28,8 +28,8 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from lissom.io.processes import python_command, python_environment, signal_name
 from lissom.ops.native.instruction_sets import INSTRUCTION_SETS, InstructionSet, processor_features, usable_sets
-from lissom.processes import python_command, python_environment, signal_name
 
 FLAGS = "LISSOM_CXXFLAGS"
 """Set this environment variable to compiler flags that follow Lissom's own, such as `-O1 -g`."""

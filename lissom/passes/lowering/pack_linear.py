@@ -17,8 +17,8 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Embedding, Linear
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.measure.choice import slower_than_pytorch
 from lissom.ops.native import missing_kernel, refused_tiles
-from lissom.ops.native.choice import slower_than_pytorch
 from lissom.ops.packed_linear import pack, packed_embedding, packed_linear
 
 aten = torch.ops.aten

@@ -21,7 +21,7 @@ from lissom.compiler.ir.operators import LINEAR_PRODUCTS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.dequantized_rows import dequantize_rows_only
 from lissom.errors import RequirementError
-from lissom.frontends.stored_weights import StoredWeight, stored_form
+from lissom.frontends.checkpoints.stored_weights import StoredWeight, stored_form
 from lissom.ops.formats import FORMATS
 from lissom.ops.gguf_blocks import StoredBlocks
 from lissom.ops.quantization import dequantize

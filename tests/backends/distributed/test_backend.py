@@ -16,8 +16,8 @@ from lissom.backends.distributed.backend import owns_argument
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES
 from lissom.compiler.ir.printer import program_text
 from lissom.errors import ArtifactError, UnsupportedError
-from tests.backends.ranks import printed, run_ranks, small_ids, small_llama
-from tests.models import FeedForward, normal, seeded
+from tests.support.models import FeedForward, normal, seeded
+from tests.support.ranks import printed, run_ranks, small_ids, small_llama
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +302,7 @@ def test_a_rank_does_not_communicate_while_it_lowers(held, saved, tmp_path: Path
     script = """
     join()
     from lissom.backends.distributed.backend import Distributed, lower_rank
-    from tests.passes.parallel.models import partition, program_of
+    from tests.support.sharding import partition, program_of
     program, samples = program_of("llama")
     if rank == 0:
         # The other does nothing: were anything sent, this would wait for ever.
@@ -318,7 +318,7 @@ def test_a_rank_does_not_communicate_while_it_lowers(held, saved, tmp_path: Path
 @pytest.mark.parametrize("name", ["bert", "gpt2", "mixtral", "t5", "vit"])
 def test_models_of_many_families(name: str, passes: str, tmp_path: Path):
     script = f"""
-    from tests.passes.parallel.models import MODELS
+    from tests.support.sharding import MODELS
     case = MODELS[{name!r}]()
     join()
     options = {{"passes": {passes!r}, "goal": None}}

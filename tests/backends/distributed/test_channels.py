@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.backends.ranks import printed, run_ranks
-from tests.neighbours import all_but_slow
+from tests.support.neighbours import all_but_slow
+from tests.support.ranks import printed, run_ranks
 
 EXCHANGES = """
 join()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lissom
-from tests.backends.ranks import printed, run_ranks, small_ids, small_llama
+from tests.support.ranks import printed, run_ranks, small_ids, small_llama
 
 REFUSES = """
 join()
@@ -200,7 +200,7 @@ def test_a_rank_that_stops_in_a_call_ends_the_others_at_once(how: str, shared: b
 
 
 POSITIONS = """
-from tests.passes.parallel.models import MODELS
+from tests.support.sharding import MODELS
 case = MODELS["gpt2"]()
 join()
 backend = lissom.Distributed(world_size=2, timeout_seconds=20, shared_memory=SHARED)

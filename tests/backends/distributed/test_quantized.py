@@ -13,7 +13,7 @@ from lissom.compiler.pipeline.history import History
 from lissom.errors import UnsupportedError
 from lissom.ops import weight_quantized_linear
 from lissom.ops.native import missing_int8_kernel
-from tests.models import seeded
+from tests.support.models import seeded
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(missing_int8_kernel(torch.float32, CPU) is not None, reason="no int8 kernel here")

@@ -15,8 +15,8 @@ from lissom.backends.eager.methods import METHODS
 from lissom.compiler.ir.operators import RECURRENT_LAYERS
 from lissom.compiler.verify.divergence import run_samples
 from lissom.errors import VerifyError
-from lissom.frontends.export import capture
-from tests.models import CASES, capture_of, captured, counter, feed_forward, normal, seeded, tiny_bert
+from lissom.frontends.capture.export import capture
+from tests.support.models import CASES, capture_of, captured, counter, feed_forward, normal, seeded, tiny_bert
 
 aten = torch.ops.aten
 

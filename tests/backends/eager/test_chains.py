@@ -12,9 +12,9 @@ import lissom
 from lissom.backends.eager.backend import build_function, emit
 from lissom.backends.eager.chains import Chain, Run, runs_of
 from lissom.backends.eager.methods import METHODS
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from lissom.ops.native import load_kernels
-from tests.models import normal, tiny_bert, tiny_gpt2, tiny_llama
+from tests.support.models import normal, tiny_bert, tiny_gpt2, tiny_llama
 
 aten = torch.ops.aten
 

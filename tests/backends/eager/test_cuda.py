@@ -10,10 +10,10 @@ from lissom.backends.eager import cuda_graphs
 from lissom.backends.eager.backend import Eager
 from lissom.backends.eager.cuda_graphs import CudaGraphs, obstacle, with_fast_layout, with_graphs
 from lissom.compiler.ir.samples import resize
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from lissom.ops import block_sparse_attention
 from lissom.ops.pattern import LAYOUT, Pattern
-from tests.models import CASES, captured, normal, seeded, tiny_llama
+from tests.support.models import CASES, captured, normal, seeded, tiny_llama
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "counter"])

@@ -13,8 +13,8 @@ from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of
 from lissom.compiler.verify.rounding import SHARE, rounding_loss
 from lissom.ops.quantization import dequantize
 from lissom.passes.lowering.lower_quantized_products import capability, tiles
-from tests.models import Case, seeded, tokens
-from tests.passes.harness import aten, calls
+from tests.support.harness import aten, calls
+from tests.support.models import Case, seeded, tokens
 
 pytestmark = pytest.mark.gpu
 

@@ -3,8 +3,8 @@
 import torch
 
 from lissom.backends.eager.node_times import time_nodes
-from tests import captures
-from tests.models import captured, counter, normal
+from tests.support import captures
+from tests.support.models import captured, counter, normal
 
 
 def test_every_node_is_timed_in_the_order_of_the_program():

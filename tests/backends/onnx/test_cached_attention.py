@@ -21,10 +21,10 @@ from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.backends.onnxruntime.opening import Opener
 from lissom.backends.onnxruntime.session import Session
 from lissom.compiler.ir.program import Program
-from lissom.frontends.export import Capture, capture
-from tests.backends.caches import HEAD_DIM, PLACES, TOKENS, WIDTH, Decoder, call_of, captured_decoder, decoder, generation
+from lissom.frontends.capture.export import Capture, capture
 from tests.backends.test_state import TOLERANCE, errors
-from tests.models import VOCABULARY, normal, seeded
+from tests.support.caches import HEAD_DIM, PLACES, TOKENS, WIDTH, Decoder, call_of, captured_decoder, decoder, generation
+from tests.support.models import VOCABULARY, normal, seeded
 
 EXPORTS: dict[Program, ir.Model] = {}
 

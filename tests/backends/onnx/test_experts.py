@@ -11,8 +11,8 @@ from lissom.backends.onnx.rewriting import nodes_of
 from lissom.backends.onnx.translation import DEQUANTIZE, DOMAIN
 from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.errors import UnsupportedError
-from tests import captures
-from tests.mixtures import mixture, samples
+from tests.support import captures
+from tests.support.mixtures import mixture, samples
 
 
 @pytest.mark.parametrize(

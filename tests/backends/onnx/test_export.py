@@ -15,10 +15,10 @@ from torch.nn import functional
 
 from lissom.backends.onnx.export import export_onnx, input_names, output_names, save_onnx
 from lissom.backends.onnx.variants import ATTENTION, CHOICES, write_variant
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from lissom.ops import attention, rotary
-from tests.models import CASES, capture_of, normal, seeded
-from tests.neighbours import all_but_slow
+from tests.support.models import CASES, capture_of, normal, seeded
+from tests.support.neighbours import all_but_slow
 
 EXPORTS = {}
 

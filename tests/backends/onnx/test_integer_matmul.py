@@ -16,8 +16,8 @@ import lissom
 from lissom.backends.onnx.export import export_onnx, input_names, save_onnx
 from lissom.backends.onnx.integer_matmul import quantized_layers, simulated
 from lissom.backends.onnx.variants import INTEGERS, write_check, write_variant
-from tests import captures
-from tests.models import normal, seeded
+from tests.support import captures
+from tests.support.models import normal, seeded
 
 WIDE = 384
 SHAPES = [(1, 1), (2, 5), (3, 7)]

@@ -18,8 +18,8 @@ from lissom.compiler.ir.samples import resize
 from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of
 from lissom.compiler.verify.rounding import SHARE, rounding_loss
 from lissom.errors import UnsupportedError
-from tests import captures
-from tests.models import normal, seeded, tiny_bert
+from tests.support import captures
+from tests.support.models import normal, seeded, tiny_bert
 from tools.zoo.catalogue import entries
 
 PRUNED = "prune-heads{keep=0.5},prune-neurons{keep=0.5}"

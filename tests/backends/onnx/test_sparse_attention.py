@@ -16,12 +16,12 @@ from lissom.backends.onnx.export import export_onnx, input_names, save_onnx
 from lissom.backends.onnx.variants import ATTENTION, PAIRS, write_variant
 from lissom.backends.onnxruntime.variant_search import Timed, affordable_lengths, tell_lengths
 from lissom.compiler.verify.divergence import relative_error
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from lissom.ops import block_sparse_attention
 from lissom.ops.blocked_attention import block_sparse_attention_reference
 from lissom.ops.pattern import LAYOUT, Condition, Pattern
-from tests.models import normal, seeded
-from tests.neighbours import all_but_slow
+from tests.support.models import normal, seeded
+from tests.support.neighbours import all_but_slow
 
 CAUSAL = Condition(-1, 1, high=0)
 FIRST = Condition(0, 1, high=4)

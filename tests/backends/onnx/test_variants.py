@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from lissom.backends.onnx.export import export_onnx, input_names, save_onnx
 from lissom.backends.onnx.variants import ATTENTION, CHOICES, PROJECTIONS, RMS_NORMS, ROTARY, write_variant
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from lissom.ops import rotary
-from tests.models import normal, seeded
+from tests.support.models import normal, seeded
 
 
 class Block(nn.Module):

@@ -16,9 +16,9 @@ from lissom.backends.onnxruntime.session import CPU, CUDA, fallen_back
 from lissom.compiler.ir.samples import resize
 from lissom.compiler.verify.divergence import relative_error, run_samples, tolerance_of
 from lissom.errors import ArtifactError, InputError, UnsupportedError
-from lissom.frontends.export import capture
-from tests.backends.minilm import assert_as_exact_as_pytorch
-from tests.models import CASES, capture_of, captured, feed_forward, normal, tiny_bert, tiny_gpt2, tiny_llama, tokens
+from lissom.frontends.capture.export import capture
+from tests.support.minilm import assert_as_exact_as_pytorch
+from tests.support.models import CASES, capture_of, captured, feed_forward, normal, tiny_bert, tiny_gpt2, tiny_llama, tokens
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.compiler.ir.program import kept_state
 from lissom.errors import ArtifactError, InputError
-from tests.backends.caches import decoder, decoder_session
-from tests.models import capture_of, normal, tokens
+from tests.support.caches import decoder, decoder_session
+from tests.support.models import capture_of, normal, tokens
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'lissom[onnx]'")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'lissom[onnx]'")

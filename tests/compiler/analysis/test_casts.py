@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lissom.compiler.analysis.casts import cast_from, dtype_of, holds, rests_on_copy
-from tests.models import captured, normal
-from tests.passes.harness import Calls, aten, capture_model
+from tests.support.harness import Calls, aten, capture_model
+from tests.support.models import captured, normal
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -19,8 +19,8 @@ from lissom.compiler.analysis.cost import (
 )
 from lissom.compiler.ir import node as nodes
 from lissom.errors import UnsupportedError
-from lissom.frontends.export import capture
-from tests.models import CASES, Case, captured, normal, seeded, tokens
+from lissom.frontends.capture.export import capture
+from tests.support.models import CASES, Case, captured, normal, seeded, tokens
 
 
 def counted(case: Case) -> int:

@@ -8,8 +8,8 @@ from torch import nn
 
 from lissom.compiler.analysis.embedding_bounds import outside_table
 from lissom.compiler.ir import node as nodes
-from lissom.frontends.export import capture
-from tests.models import seeded
+from lissom.frontends.capture.export import capture
+from tests.support.models import seeded
 
 
 class Lookup(nn.Module):

@@ -7,12 +7,12 @@ from torch import nn
 
 from lissom.compiler.analysis.cost import cost, flops, node_flops
 from lissom.compiler.analysis.flops import is_counted
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from lissom.ops import block_sparse_attention
 from lissom.ops.pattern import LAYOUT, Condition, Pattern
-from tests.compiler.flop_counter import miscounted
-from tests.models import CASES, Case, capture_of, normal, seeded
-from tests.passes.models import tiny_whisper
+from tests.support.flop_counter import miscounted
+from tests.support.models import CASES, Case, capture_of, normal, seeded
+from tests.support.written_attention import tiny_whisper
 
 aten = torch.ops.aten
 

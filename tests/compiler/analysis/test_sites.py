@@ -6,8 +6,8 @@ from torch import nn
 
 from lissom.compiler.analysis.sites import sites
 from lissom.compiler.ir.printer import target_text
-from lissom.frontends.export import capture
-from tests.models import CASES, captured, normal, seeded
+from lissom.frontends.capture.export import capture
+from tests.support.models import CASES, captured, normal, seeded
 
 
 def kinds(program):

@@ -13,8 +13,8 @@ from lissom.compiler.analysis.token_positions import operands, position_sources,
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import call
 from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
-from tests.models import normal
-from tests.passes.harness import Calls, aten, capture_model
+from tests.support.harness import Calls, aten, capture_model
+from tests.support.models import normal
 
 SQUARE = normal(3, 4, 4)
 

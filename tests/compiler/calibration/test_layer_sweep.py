@@ -14,9 +14,9 @@ from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of
 from lissom.compiler.calibration.layer_sweep import Counterpart, sweep, sweep_moments
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from tests import captures
-from tests.mixtures import MIXTURES, program_of, samples, stacked_products
-from tests.models import captured, normal, seeded, tiny_gpt2, tokens
+from tests.support import captures
+from tests.support.mixtures import MIXTURES, program_of, samples, stacked_products
+from tests.support.models import captured, normal, seeded, tiny_gpt2, tokens
 
 
 def gpt2() -> tuple[Program, list[Sample]]:
@@ -69,7 +69,7 @@ class Turned(nn.Module):
 
 def test_views_of_a_weight_are_made_after_it_was_set():
     module = seeded(Turned)
-    program = lissom.frontends.export.capture(module, (normal(5, 4),), {}).program
+    program = lissom.frontends.capture.export.capture(module, (normal(5, 4),), {}).program
     layers = [node for node in program.nodes() if is_linear(node)]
     assert len(layers) == 2
     x = normal(7, 4, seed=1)

@@ -10,8 +10,8 @@ from lissom.compiler.calibration import observers
 from lissom.compiler.calibration.observers import Observer, choose_range, observed_ranges, weight_scale
 from lissom.ops import formats
 from lissom.ops.formats import FORMATS
-from tests import captures
-from tests.models import normal
+from tests.support import captures
+from tests.support.models import normal
 
 FORM = FORMATS["uint8"]
 

@@ -8,8 +8,8 @@ from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.partial_run import Stream
 from lissom.compiler.ir.editor import Editor
-from tests import captures
-from tests.models import tiny_bert
+from tests.support import captures
+from tests.support.models import tiny_bert
 
 
 def test_a_stream_arrives_at_what_a_run_gives() -> None:

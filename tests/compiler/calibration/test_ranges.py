@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lissom.compiler.calibration.ranges import Range, measured_ranges, range_of
-from tests.models import captured, counter, normal
-from tests.passes.harness import Calls, capture_model
+from tests.support.harness import Calls, capture_model
+from tests.support.models import captured, counter, normal
 
 HALF = torch.float16
 

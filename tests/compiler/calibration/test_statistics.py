@@ -13,8 +13,8 @@ from lissom.compiler.calibration.statistics import Moments, moments, observe_gra
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.errors import RequirementError
-from tests import captures
-from tests.models import normal, tiny_bert
+from tests.support import captures
+from tests.support.models import normal, tiny_bert
 
 
 def bert() -> tuple[Program, list[Sample], torch.nn.Module]:

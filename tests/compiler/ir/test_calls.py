@@ -11,7 +11,7 @@ from torch import nn
 
 from lissom.compiler.ir import calls
 from lissom.compiler.ir.calls import Call, Item, Linear, Operand
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 
 CLASSES = [item for _, item in inspect.getmembers(calls, inspect.isclass) if issubclass(item, Call) and item is not Call]
 

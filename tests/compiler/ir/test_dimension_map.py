@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from lissom.compiler.ir.dimension_map import dimension_map, places, product_of
-from tests.models import normal
-from tests.passes.harness import Calls, aten, capture_model
+from tests.support.harness import Calls, aten, capture_model
+from tests.support.models import normal
 
 MAPS: dict[str, tuple[Callable[[torch.Tensor], object], object, tuple[int | None, ...]]] = {
     "permute": (lambda x: x.permute(2, 0, -2), aten.permute.default, (2, 0, 1)),

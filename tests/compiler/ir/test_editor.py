@@ -9,8 +9,8 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.verify.structure import verify_structure
 from lissom.errors import PassError
-from lissom.frontends.export import capture
-from tests.models import captured, feed_forward, normal
+from lissom.frontends.capture.export import capture
+from tests.support.models import captured, feed_forward, normal
 
 aten = torch.ops.aten
 

@@ -9,8 +9,8 @@ from torch.utils._sympy.functions import FloorDiv
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.types import ScalarType, TensorType
-from lissom.frontends.export import capture
-from tests.models import captured, normal
+from lissom.frontends.capture.export import capture
+from tests.support.models import captured, normal
 
 CPU = torch.device("cpu")
 

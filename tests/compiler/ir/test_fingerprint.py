@@ -7,7 +7,7 @@ from torch import nn
 
 import lissom
 from lissom.compiler.ir.fingerprint import program_fingerprint, structure_fingerprint
-from tests.models import normal, seeded
+from tests.support.models import normal, seeded
 
 
 class Branches(nn.Module):

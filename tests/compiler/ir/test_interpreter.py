@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lissom.compiler.ir.interpreter import call, evaluate_nodes, last_uses_of, run
-from lissom.frontends.export import capture
-from tests.models import CASES, captured, normal
+from lissom.frontends.capture.export import capture
+from tests.support.models import CASES, captured, normal
 
 aten = torch.ops.aten
 

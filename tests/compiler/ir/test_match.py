@@ -6,8 +6,8 @@ from torch import fx, nn
 
 from lissom.compiler.ir import match
 from lissom.compiler.ir.program import Program
-from lissom.frontends.export import capture
-from tests.models import captured, normal
+from lissom.frontends.capture.export import capture
+from tests.support.models import captured, normal
 
 aten = torch.ops.aten
 

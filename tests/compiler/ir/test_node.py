@@ -6,7 +6,7 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.node import Origin
-from tests.models import captured
+from tests.support.models import captured
 
 aten = torch.ops.aten
 

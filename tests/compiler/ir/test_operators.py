@@ -16,8 +16,8 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import is_activation, is_pointwise, packet_of, reduced_dims
 from lissom.compiler.ir.program import Program
 from lissom.compiler.transforms.removal.indices import remove_indices
-from tests.models import normal
-from tests.passes.harness import Calls, aten, capture_model
+from tests.support.harness import Calls, aten, capture_model
+from tests.support.models import normal
 
 DEAD = 2
 """The unit that contributes nothing."""

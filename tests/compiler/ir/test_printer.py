@@ -5,8 +5,8 @@ from torch import nn
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import printer
-from lissom.frontends.export import capture
-from tests.models import captured, feed_forward, normal, tiny_llama
+from lissom.frontends.capture.export import capture
+from tests.support.models import captured, feed_forward, normal, tiny_llama
 
 FEED_FORWARD = """\
 program FeedForward(x: f32[batch, sequence, 8]) {

@@ -6,8 +6,8 @@ from torch import nn
 
 from lissom.compiler.ir.program import Program
 from lissom.errors import InputError
-from lissom.frontends.export import capture
-from tests.models import captured, feed_forward, normal
+from lissom.frontends.capture.export import capture
+from tests.support.models import captured, feed_forward, normal
 
 aten = torch.ops.aten
 

@@ -3,8 +3,8 @@
 import torch
 
 from lissom.compiler.ir.samples import check_samples, resize, spread, varied_samples
-from lissom.frontends.export import capture
-from tests.models import capture_of, captured, normal, tokens
+from lissom.frontends.capture.export import capture
+from tests.support.models import capture_of, captured, normal, tokens
 
 
 def sizes_at(signature, example, **wanted):

@@ -11,8 +11,8 @@ from torch.utils._sympy import functions
 
 from lissom.compiler.ir.signature import Dimension, evaluate
 from lissom.errors import InputError
-from lissom.frontends.export import capture
-from tests.models import captured, normal, tokens
+from lissom.frontends.capture.export import capture
+from tests.support.models import captured, normal, tokens
 
 BERT = "(*, input_ids: i64[batch, sequence], attention_mask: i64[batch, sequence])"
 

@@ -6,7 +6,7 @@ import torch
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.types import ScalarType, TensorType, format_type, short_dtype, size_of, type_of
-from tests.models import captured
+from tests.support.models import captured
 
 
 def named(expression):

@@ -10,12 +10,12 @@ import torch
 from lissom.compiler.ir.placement import Placed, Span, local_part
 from lissom.compiler.parallel.dtensor import dtensor_parts
 from lissom.errors import UnsupportedError
-from tests.backends.ranks import printed, run_ranks
+from tests.support.ranks import printed, run_ranks
 
 WHOLE = """
 from torch.distributed.device_mesh import init_device_mesh
 from lissom.compiler.parallel.dtensor import as_dtensors
-from tests.passes.parallel.models import partition, program_of
+from tests.support.sharding import partition, program_of
 join()
 mesh = init_device_mesh("cpu", (2,))
 for name in ("llama", "bert"):

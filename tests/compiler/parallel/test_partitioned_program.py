@@ -7,7 +7,7 @@ import torch
 
 from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.errors import PassError, UnsupportedError
-from tests.passes.parallel.models import partition, program_of, run_passes
+from tests.support.sharding import partition, program_of, run_passes
 
 
 def test_ranks_that_do_not_exist() -> None:

@@ -8,8 +8,8 @@ from lissom.compiler.ir.editor import Skip
 from lissom.compiler.pipeline.history import FORMAT_VERSION, History, Size, Step, changed_calls
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import UnsupportedError
-from tests.compiler.passes import DropDropout, Marks, ScaleWeights
-from tests.models import capture_of, captured
+from tests.support.models import capture_of, captured
+from tests.support.passes import DropDropout, Marks, ScaleWeights
 
 SIZE = Size(nodes=6, parameters=228, parameter_bytes=912, flops=3840)
 

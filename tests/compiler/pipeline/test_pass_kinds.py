@@ -10,7 +10,7 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Annotation, Approximation, Pass, Rewrite, Training
 from lissom.ops.quantization import fake_quantize
-from tests.models import captured
+from tests.support.models import captured
 
 aten = torch.ops.aten
 

@@ -17,8 +17,9 @@ from lissom.compiler.pipeline.history import History, Interrupted, Size, Step
 from lissom.compiler.pipeline.pass_kinds import Pass, Rewrite
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import BudgetError, LissomError, PassError, RequirementError, UnsupportedError, VerifyError
-from lissom.frontends.export import capture
-from tests.compiler.passes import (
+from lissom.frontends.capture.export import capture
+from tests.support.models import capture_of, captured, feed_forward, normal
+from tests.support.passes import (
     Calibrates,
     DoubleGelu,
     DoubleState,
@@ -35,7 +36,6 @@ from tests.compiler.passes import (
     Untypes,
     WritesInPlace,
 )
-from tests.models import capture_of, captured, feed_forward, normal
 
 aten = torch.ops.aten
 

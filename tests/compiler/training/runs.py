@@ -13,7 +13,7 @@ import lissom
 from lissom.api import Optimized
 from lissom.compiler.training.lm_head import LARGE
 from lissom.passes.recover.finetune import Finetune
-from tests.models import FeedForward, normal, seeded, tiny_bert, tokens
+from tests.support.models import FeedForward, normal, seeded, tiny_bert, tokens
 
 
 def data(rows: int = 8, count: int = 12) -> list[torch.Tensor]:

@@ -7,8 +7,8 @@ import torch
 
 from lissom.compiler.training.batches import MOST_HELD_OUT, MOST_NEXT_TOKENS, Batch, amount, hold_out, resized
 from lissom.errors import RequirementError
-from tests import captures
-from tests.models import FeedForward, normal, seeded, tiny_bert, tokens
+from tests.support import captures
+from tests.support.models import FeedForward, normal, seeded, tiny_bert, tokens
 
 
 def program(dynamic: bool = True):

@@ -9,8 +9,8 @@ import lissom
 from lissom.compiler.training import buckets
 from lissom.compiler.training.batches import Batch
 from lissom.compiler.training.buckets import by_length
-from tests import captures
-from tests.models import FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tokens
+from tests.support import captures
+from tests.support.models import FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tokens
 
 LENGTHS = (3, 9, 4, 8, 2, 10, 5, 7)
 

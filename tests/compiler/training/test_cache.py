@@ -11,8 +11,8 @@ import torch
 from lissom.compiler.training import cache
 from lissom.compiler.training.cache import TargetCache
 from lissom.compiler.training.teacher import Targets
-from tests import captures
-from tests.models import FeedForward, normal, seeded
+from tests.support import captures
+from tests.support.models import FeedForward, normal, seeded
 
 
 def targets(seed: int) -> Targets:

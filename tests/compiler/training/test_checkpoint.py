@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from lissom.errors import ArtifactError, PipelineTextError
 from lissom.passes.recover.distill import Distill
-from tests.backends.ranks import printed, run_ranks
 from tests.compiler.training.runs import digest, names, notes, train
+from tests.support.ranks import printed, run_ranks
 
 KILLED = """
 import threading

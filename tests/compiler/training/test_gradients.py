@@ -10,8 +10,8 @@ from lissom.compiler.training.gradients import Gradients, Loss, LossScale
 from lissom.compiler.training.lm_head import Trunk
 from lissom.compiler.training.loop import Plan, Run, Trained
 from lissom.compiler.training.ranks import Ranks
-from tests.models import normal, seeded
-from tests.neighbours import all_but_slow
+from tests.support.models import normal, seeded
+from tests.support.neighbours import all_but_slow
 from tools.zoo import catalogue
 from tools.zoo.removal import canonical
 

@@ -21,8 +21,8 @@ from lissom.compiler.training.losses import (
     squared_error,
 )
 from lissom.errors import RequirementError
-from tests import captures
-from tests.models import normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
+from tests.support import captures
+from tests.support.models import normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
 
 
 def test_the_divergence_is_that_of_two_distributions() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from lissom.compiler.training.mixed_precision import SHORT, rms_norm, short_attention
-from tests.models import normal
+from tests.support.models import normal
 
 
 def gradients(attend, tokens: int, mask: torch.Tensor | None, autocast: bool) -> list[torch.Tensor]:

@@ -11,15 +11,15 @@ import torch
 
 from lissom.api import Optimized
 from lissom.errors import RequirementError
-from tests.backends.ranks import printed, run_ranks
 from tests.compiler.training.runs import notes, train, train_bert, train_form, train_words
+from tests.support.ranks import printed, run_ranks
 
 pytestmark = pytest.mark.multiprocess
 
 BEGIN = """
 import json
 from tests.compiler.training.runs import digest, notes, train, train_bert, train_form, train_words
-from tests.models import FeedForward, normal, seeded
+from tests.support.models import FeedForward, normal, seeded
 join()
 
 def tell(found):

@@ -14,8 +14,8 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.training.lm_head import LmHead, Trunk, lm_head_of
 from lissom.compiler.training.losses import IGNORED, Output, cross_entropy, distance, divergence, next_labels
 from lissom.compiler.training.vocabulary import supervision, vocabulary_loss
-from tests import captures
-from tests.models import normal, seeded
+from tests.support import captures
+from tests.support.models import normal, seeded
 
 WORDS, WIDTH = 97, 16
 FORMS = {"float": "exact", "int4": "quantize{scheme=int4-weight,group=8,lm_head=true}"}

@@ -11,8 +11,8 @@ from torch import nn
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.transforms.channel_scaling import ScalingSite, scaling_sites
-from tests import captures
-from tests.models import FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.support import captures
+from tests.support.models import FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 BUILDS = (tiny_bert, tiny_gpt2, tiny_llama, tiny_t5)
 

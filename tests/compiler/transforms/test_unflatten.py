@@ -6,8 +6,8 @@ import torch
 
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.transforms.unflatten import unflatten_where
-from tests.models import captured, normal
-from tests.passes.harness import Calls, aten, calls, capture_model
+from tests.support.harness import Calls, aten, calls, capture_model
+from tests.support.models import captured, normal
 
 WEIGHT, BIAS = normal(8, 6), normal(6)
 

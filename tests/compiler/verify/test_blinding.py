@@ -15,9 +15,9 @@ from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pass_kinds import Approximation, Rewrite
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import VerifyError
-from lissom.frontends.export import Capture, capture
+from lissom.frontends.capture.export import Capture, capture
 from lissom.passes import PASSES
-from tests.models import normal, seeded, tiny_bert, tokens
+from tests.support.models import normal, seeded, tiny_bert, tokens
 
 aten = torch.ops.aten
 NEGATIVE = torch.finfo(torch.float32).min

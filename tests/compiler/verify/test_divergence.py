@@ -16,8 +16,8 @@ from lissom.compiler.verify.divergence import (
     tolerance_of,
     tolerances,
 )
-from lissom.frontends.export import capture
-from tests.models import captured, feed_forward, normal
+from lissom.frontends.capture.export import capture
+from tests.support.models import captured, feed_forward, normal
 
 aten = torch.ops.aten
 NAN, INF = float("nan"), float("inf")

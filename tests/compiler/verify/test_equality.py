@@ -9,7 +9,7 @@ import torch
 
 from lissom.compiler.verify.equality import _overlap, require_equal
 from lissom.errors import VerifyError
-from tests.models import capture_of
+from tests.support.models import capture_of
 
 MEMORY = (ctypes.c_float * 24)()
 

@@ -24,9 +24,9 @@ from lissom.compiler.verify.rounding import (
 from lissom.errors import VerifyError
 from lissom.ops.native import kernel_dtypes, multiplies_bfloat16
 from lissom.passes import PASSES
-from tests import captures
-from tests.models import normal, tiny_bert
-from tests.passes.harness import Calls, apply
+from tests.support import captures
+from tests.support.harness import Calls, apply
+from tests.support.models import normal, tiny_bert
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.verify.structure import verify_structure
 from lissom.errors import VerifyError
-from tests.models import CASES, captured
+from tests.support.models import CASES, captured
 
 aten = torch.ops.aten
 

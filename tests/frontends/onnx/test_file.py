@@ -12,10 +12,10 @@ import torch
 
 import lissom
 from lissom.errors import ArtifactError, CaptureError, LissomError, UnsupportedError
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from lissom.frontends.onnx.model import read
-from tests.frontends.onnx_files import graph
-from tests.models import normal
+from tests.support.models import normal
+from tests.support.onnx_files import graph
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'lissom[from-onnx]'")
 pytest.importorskip("onnx2fx", reason="onnx2fx is not installed: pip install 'lissom[from-onnx]'")

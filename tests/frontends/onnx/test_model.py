@@ -10,15 +10,15 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lissom
-from lissom.cli import app
+from lissom.cli.main import app
 from lissom.compiler.ir import node as nodes
 from lissom.errors import ArtifactError, CaptureError, UnsupportedError
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from lissom.frontends.onnx.model import OnnxModel, read
 from lissom.passes import RECIPES
-from tests.frontends.onnx_files import export, graph, run, tiny_vit
-from tests.models import Case, normal, tiny_llama, tokens
-from tests.neighbours import all_but_slow
+from tests.support.models import Case, normal, tiny_llama, tokens
+from tests.support.neighbours import all_but_slow
+from tests.support.onnx_files import export, graph, run, tiny_vit
 
 for _package in ("onnx", "onnx_ir", "onnx2fx", "onnxruntime", "onnxscript"):
     pytest.importorskip(_package, reason=f"{_package} is not installed: pip install 'lissom[from-onnx,dev]'")

@@ -14,9 +14,9 @@ import torch
 import transformers
 
 import lissom
-from tests.inspect.html.reading import written
 from tests.inspect.html.test_page import Hostile
-from tests.models import tiny_llama
+from tests.support.models import tiny_llama
+from tests.support.page_reading import written
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [

@@ -16,8 +16,8 @@ from lissom.compiler.analysis.cost import cost, example_sizes
 from lissom.compiler.pipeline.history import History
 from lissom.errors import ArtifactError, RequirementError
 from lissom.inspect.report import Report, write_stopped
-from tests.inspect.html.reading import costs_of, data_of, texts_of, written
-from tests.models import tiny_llama
+from tests.support.models import tiny_llama
+from tests.support.page_reading import costs_of, data_of, texts_of, written
 
 PRUNED = "prune-heads{keep=0.75},quantize{scheme=int8-dynamic}"
 

@@ -6,8 +6,8 @@ import torch
 import lissom
 from lissom.errors import UnsupportedError
 from lissom.inspect.svg.attention import attention_svg
-from tests.inspect.svg.reading import boxes, texts
-from tests.models import seeded
+from tests.support.models import seeded
+from tests.support.svg_reading import boxes, texts
 
 
 def program(passes: str, tokens: int = 256):

@@ -7,7 +7,7 @@ from torch import nn
 import lissom
 from lissom.errors import UnsupportedError
 from lissom.inspect.svg.change import change_svg
-from tests.inspect.svg.reading import boxes, parsed, texts
+from tests.support.svg_reading import boxes, parsed, texts
 
 
 class Normed(nn.Module):

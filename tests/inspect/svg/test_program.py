@@ -14,8 +14,8 @@ from lissom.inspect.svg.canvas import Canvas
 from lissom.inspect.svg.program import Picture, program_svg
 from lissom.inspect.svg.shown import shown
 from tests.inspect.html.test_page import Hostile
-from tests.inspect.svg.reading import boxes, curves, nodes, parsed, texts
-from tests.models import tiny_llama
+from tests.support.models import tiny_llama
+from tests.support.svg_reading import boxes, curves, nodes, parsed, texts
 
 
 @pytest.fixture(scope="module")

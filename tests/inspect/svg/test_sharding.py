@@ -3,8 +3,8 @@
 import lissom
 from lissom.compiler.parallel.plan import make_plan
 from lissom.inspect.svg.sharding import sharding_svg
-from tests.inspect.svg.reading import boxes, texts
-from tests.models import tiny_llama
+from tests.support.models import tiny_llama
+from tests.support.svg_reading import boxes, texts
 
 
 def test_weights_and_collectives_are_drawn_in_order():

@@ -7,9 +7,9 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.passes.canonical.eliminate_dead_code import EliminateDeadCode
-from tests.models import normal, seeded
-from tests.passes.harness import TextCase, apply, aten, calls, capture_model, check_golden, rewrite, text_cases
-from tests.passes.models import compiled
+from tests.support.harness import TextCase, apply, aten, calls, capture_model, check_golden, rewrite, text_cases
+from tests.support.models import normal, seeded
+from tests.support.written_attention import compiled
 
 
 class Unread(nn.Module):

@@ -10,10 +10,10 @@ from torch import nn
 
 from lissom.backends.base import Backend
 from lissom.passes.canonical.fold_constants import FoldConstants
-from tests import captures
-from tests.models import normal, seeded
-from tests.passes.harness import Calls, TextCase, aten, check_golden, every_backend, rewrite, text_cases
-from tests.passes.models import tiny_deberta
+from tests.support import captures
+from tests.support.harness import Calls, TextCase, aten, check_golden, every_backend, rewrite, text_cases
+from tests.support.models import normal, seeded
+from tests.support.written_attention import tiny_deberta
 
 Function = Callable[..., object]
 

@@ -8,9 +8,8 @@ from torch import nn
 
 from lissom.backends.base import Backend
 from lissom.passes.canonical.merge_common_subexpressions import MergeCommonSubexpressions
-from tests import captures
-from tests.models import captured, normal, seeded
-from tests.passes.harness import (
+from tests.support import captures
+from tests.support.harness import (
     Calls,
     TextCase,
     apply,
@@ -21,6 +20,7 @@ from tests.passes.harness import (
     rewrite,
     text_cases,
 )
+from tests.support.models import captured, normal, seeded
 
 Function = Callable[..., object]
 

@@ -10,9 +10,9 @@ from lissom.backends.base import Backend
 from lissom.compiler.ir.program import Program
 from lissom.ops import fused_rms_norm
 from lissom.passes.canonical.raise_rms_norm import RaiseRmsNorm
-from tests import captures
-from tests.models import normal
-from tests.passes.harness import Calls, TextCase, aten, calls, check_golden, every_backend, rewrite, text_cases
+from tests.support import captures
+from tests.support.harness import Calls, TextCase, aten, calls, check_golden, every_backend, rewrite, text_cases
+from tests.support.models import normal
 
 Function = Callable[..., torch.Tensor]
 

@@ -13,9 +13,9 @@ from lissom.compiler.analysis.axes.axes import axes
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.program import Program
 from lissom.ops import fused_rotary
-from tests import captures
-from tests.models import normal, seeded, tiny_llama
-from tests.passes.harness import Calls, TextCase, calls, check_golden, every_backend, rewrite, text_cases
+from tests.support import captures
+from tests.support.harness import Calls, TextCase, calls, check_golden, every_backend, rewrite, text_cases
+from tests.support.models import normal, seeded, tiny_llama
 
 Function = Callable[..., torch.Tensor]
 

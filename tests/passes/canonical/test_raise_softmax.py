@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lissom.backends.base import Backend
-from tests import captures
-from tests.models import normal
-from tests.passes.harness import Calls, TextCase, aten, calls, check_golden, every_backend, rewrite, text_cases
+from tests.support import captures
+from tests.support.harness import Calls, TextCase, aten, calls, check_golden, every_backend, rewrite, text_cases
+from tests.support.models import normal
 
 Function = Callable[..., torch.Tensor]
 

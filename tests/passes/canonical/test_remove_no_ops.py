@@ -12,9 +12,8 @@ from lissom.backends.base import Backend
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
-from tests import captures
-from tests.models import normal, seeded
-from tests.passes.harness import (
+from tests.support import captures
+from tests.support.harness import (
     Calls,
     TextCase,
     aten,
@@ -25,6 +24,7 @@ from tests.passes.harness import (
     rewrite,
     text_cases,
 )
+from tests.support.models import normal, seeded
 
 Function = Callable[..., object]
 

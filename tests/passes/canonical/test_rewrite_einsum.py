@@ -11,8 +11,8 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.divergence import relative_error
 from lissom.passes.canonical.rewrite_einsum import RewriteEinsum, parse
-from tests.models import normal, seeded
-from tests.passes.harness import Calls, apply, aten, calls, capture_model, check_golden, rewrite
+from tests.support.harness import Calls, apply, aten, calls, capture_model, check_golden, rewrite
+from tests.support.models import normal, seeded
 
 EQUATIONS = {
     "scores": ("bihd,bjhd->bhij", (2, 3, 4, 5), (2, 6, 4, 5)),

@@ -10,13 +10,13 @@ import torch
 from lissom.backends.base import Backend
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
-from lissom.frontends.decoder import capture_decoder
+from lissom.frontends.generation.decoder import capture_decoder
 from lissom.passes import RECIPES, known_passes
 from lissom.passes.canonical.simplify_masks import SimplifyMasks
-from tests import captures
-from tests.decoders import decoder
-from tests.models import normal, tiny_bert
-from tests.passes.harness import Calls, TextCase, aten, calls, check_golden, every_backend, rewrite, text_cases
+from tests.support import captures
+from tests.support.decoders import decoder
+from tests.support.harness import Calls, TextCase, aten, calls, check_golden, every_backend, rewrite, text_cases
+from tests.support.models import normal, tiny_bert
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 Function = Callable[..., torch.Tensor]

@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.models import VOCABULARY, Case, normal, seeded, tokens
+from tests.support.models import VOCABULARY, Case, normal, seeded, tokens
 
 _AUDIO: dict[str, object] = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "conv_dim": (8, 8),

@@ -19,10 +19,10 @@ from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes import PASSES
 from lissom.passes.lightweight.share_layers import ShareLayers
-from tests import captures
-from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
-from tests.neighbours import all_but_slow
-from tests.passes.harness import check_golden, every_backend, every_backend_but_eager_slow, rewrite
+from tests.support import captures
+from tests.support.harness import check_golden, every_backend, every_backend_but_eager_slow, rewrite
+from tests.support.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.support.neighbours import all_but_slow
 
 STACKS = {
     "bert": (tiny_bert, "encoder.layer"), "gpt2": (tiny_gpt2, "h"), "llama": (tiny_llama, "model.layers"),

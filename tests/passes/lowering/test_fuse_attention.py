@@ -8,9 +8,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lissom.ops import attention, fused_attention, merged_attention
 from lissom.passes.lowering.fuse_attention import FuseAttention
-from tests import captures
-from tests.models import normal, tiny_bert, tiny_llama
-from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
+from tests.support import captures
+from tests.support.harness import Calls, aten, calls, check_golden, rewrite
+from tests.support.models import normal, tiny_bert, tiny_llama
 
 FUSED = {
     "plain": lambda q, k: scaled_dot_product_attention(q, k, k),

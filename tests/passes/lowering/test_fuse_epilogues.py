@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from lissom.compiler.ir.program import Program
 from lissom.ops import packed_linear, packed_linear_norm
-from tests import captures
-from tests.models import normal, seeded, tiny_llama
-from tests.passes.harness import aten, calls, check_golden, rewrite
+from tests.support import captures
+from tests.support.harness import aten, calls, check_golden, rewrite
+from tests.support.models import normal, seeded, tiny_llama
 
 PASSES = "pack-linear,fuse-epilogues"
 

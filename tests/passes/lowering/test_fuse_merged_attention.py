@@ -7,9 +7,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from lissom.ops import fused_attention, merged_attention
-from tests import captures
-from tests.models import normal, tiny_bert, tiny_gpt2, tiny_llama
-from tests.passes.harness import Calls, calls, check_golden, rewrite
+from tests.support import captures
+from tests.support.harness import Calls, calls, check_golden, rewrite
+from tests.support.models import normal, tiny_bert, tiny_gpt2, tiny_llama
 
 PASSES = "fuse-attention,fuse-merged-attention"
 

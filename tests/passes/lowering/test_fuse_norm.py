@@ -8,8 +8,8 @@ from torch.nn.functional import layer_norm, rms_norm
 
 from lissom.ops import fused_layer_norm, fused_rms_norm
 from lissom.passes.lowering.fuse_norm import FuseNorm
-from tests.models import normal
-from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
+from tests.support.harness import Calls, aten, calls, check_golden, rewrite
+from tests.support.models import normal
 
 FUSED = {
     "weighted": Calls(lambda m, x: rms_norm(x, (8,), m.weight, 1e-6), weight=normal(8)),

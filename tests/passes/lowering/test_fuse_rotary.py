@@ -7,9 +7,9 @@ import torch
 
 from lissom.ops import fused_attention, fused_rotary, rotary
 from lissom.passes.lowering.fuse_rotary import FuseRotary
-from tests import captures
-from tests.models import normal, tiny_llama
-from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
+from tests.support import captures
+from tests.support.harness import Calls, aten, calls, check_golden, rewrite
+from tests.support.models import normal, tiny_llama
 
 
 def turned(interleaved: bool = False):

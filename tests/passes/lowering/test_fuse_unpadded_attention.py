@@ -10,10 +10,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lissom.ops import block_sparse_attention, fused_attention, unpadded_attention
 from lissom.ops.native import load_kernels
-from tests import captures
-from tests.models import normal, seeded
-from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
 from tests.passes.prune.pack_tokens.test_pack_tokens import Encoder, Rotated, inputs
+from tests.support import captures
+from tests.support.harness import Calls, aten, calls, check_golden, rewrite
+from tests.support.models import normal, seeded
 
 pytestmark = pytest.mark.skipif(bool(load_kernels()), reason=f"there are no kernels: {load_kernels()}")
 

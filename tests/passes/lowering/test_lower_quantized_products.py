@@ -25,9 +25,9 @@ from lissom.ops.formats import FORMATS
 from lissom.ops.quantization import dynamic_scale, fake_quantize, fake_quantize_dynamic
 from lissom.passes.lowering import lower_quantized_products
 from lissom.passes.lowering.lower_quantized_products import per_feature, tile_grid
-from tests import captures
-from tests.models import normal, seeded, tiny_gpt2
-from tests.passes.harness import aten, calls, capture_model, check_golden, rewrite
+from tests.support import captures
+from tests.support.harness import aten, calls, capture_model, check_golden, rewrite
+from tests.support.models import normal, seeded, tiny_gpt2
 
 LOWERING = ",fold-quantized-weights,lower-quantized-products"
 BYTES, FP8, FOUR, EIGHT = (

@@ -17,11 +17,11 @@ from lissom.compiler.ir.program import Program
 from lissom.ops import attention, block_sparse_attention, fused_attention
 from lissom.ops.pattern import Condition, Pattern
 from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention, crossing, hides
-from tests import captures
 from tests.compiler.analysis.patterns.test_reader import SIZES, SLIDING
-from tests.models import Case, normal, seeded, tiny_bert, tokens
-from tests.neighbours import all_but_slow
-from tests.passes.harness import Calls, aten, calls, check_golden, every_backend_but_eager_slow, rewrite
+from tests.support import captures
+from tests.support.harness import Calls, aten, calls, check_golden, every_backend_but_eager_slow, rewrite
+from tests.support.models import Case, normal, seeded, tiny_bert, tokens
+from tests.support.neighbours import all_but_slow
 
 ALWAYS = LowerSparseAttention(always=True)
 SPARSE = {

@@ -12,9 +12,9 @@ from lissom.backends.base import Backend
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.program import Program
 from lissom.passes.lowering.merge_projections import MergeProjections
-from tests import captures
-from tests.models import normal, seeded, tiny_llama
-from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite
+from tests.support import captures
+from tests.support.harness import aten, calls, check_golden, every_backend, rewrite
+from tests.support.models import normal, seeded, tiny_llama
 
 
 class Projections(nn.Module):

@@ -10,9 +10,9 @@ from lissom.errors import InputError
 from lissom.ops import packed_embedding, packed_linear
 from lissom.ops.packed_linear import unpack
 from lissom.passes.lowering.pack_linear import PackLinear
-from tests import captures
-from tests.models import normal, seeded
-from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
+from tests.support import captures
+from tests.support.harness import Calls, aten, calls, check_golden, rewrite
+from tests.support.models import normal, seeded
 
 
 class Two(nn.Module):

@@ -26,10 +26,10 @@ from lissom.ops import (
 from lissom.ops.native import kernel_dtypes, missing_int8_kernel, reads_few_bits_faster
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 from lissom.ops.quantized_linear import unpack_bytes
-from tests import captures
-from tests.mixtures import mixture, samples
-from tests.models import Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama
-from tests.passes.harness import apply, aten, calls, check_golden, rewrite
+from tests.support import captures
+from tests.support.harness import apply, aten, calls, check_golden, rewrite
+from tests.support.mixtures import mixture, samples
+from tests.support.models import Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama
 
 LOWERING = ",fold-quantized-weights,pack-quantized-linear"
 needs_kernel = pytest.mark.skipif(

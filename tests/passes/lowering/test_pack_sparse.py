@@ -9,10 +9,10 @@ from torch import nn
 from lissom.backends.eager.backend import Eager
 from lissom.ops.sparse_linear import sparse_linear
 from lissom.passes.lowering.pack_sparse import PackSparse
-from tests import captures
-from tests.models import normal, seeded
 from tests.ops.test_sparse_linear import two_in_four
-from tests.passes.harness import aten, calls, check_golden, rewrite
+from tests.support import captures
+from tests.support.harness import aten, calls, check_golden, rewrite
+from tests.support.models import normal, seeded
 
 
 class Two(nn.Module):

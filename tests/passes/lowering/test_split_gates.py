@@ -14,9 +14,9 @@ from lissom.backends.base import Backend
 from lissom.ops import packed_linear, quantized_linear, weight_quantized_linear
 from lissom.ops.native import load_kernels, missing_int8_kernel
 from lissom.passes.lowering.split_gates import SplitGates
-from tests import captures
-from tests.models import normal, seeded
-from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite
+from tests.support import captures
+from tests.support.harness import aten, calls, check_golden, every_backend, rewrite
+from tests.support.models import normal, seeded
 
 needs_kernels = pytest.mark.skipif(bool(load_kernels()), reason=f"there are no kernels: {load_kernels()}")
 

@@ -9,10 +9,10 @@ from torch import nn
 import lissom
 from lissom.compiler.analysis.cost import cost
 from lissom.passes.lowering.write_state_in_place import WriteStateInPlace
-from tests import captures
-from tests.decoders import decoder
-from tests.models import normal
-from tests.passes.harness import aten, calls, check_golden, rewrite
+from tests.support import captures
+from tests.support.decoders import decoder
+from tests.support.harness import aten, calls, check_golden, rewrite
+from tests.support.models import normal
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -8,9 +8,9 @@ import torch
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
-from tests.models import FeedForward, normal, seeded
-from tests.passes.harness import rewrite
-from tests.passes.parallel.models import partition, program_of, reasons, run_passes
+from tests.support.harness import rewrite
+from tests.support.models import FeedForward, normal, seeded
+from tests.support.sharding import partition, program_of, reasons, run_passes
 
 PRUNED = "prune-heads{keep=0.75,criterion=magnitude},prune-neurons{keep=0.7,criterion=magnitude},eliminate-dead"
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.backends.ranks import printed, run_ranks
+from tests.support.ranks import printed, run_ranks
 
 PACKED = """
 from tests.passes.prune.pack_tokens.test_pack_tokens import Encoder, inputs
-from tests.models import seeded
+from tests.support.models import seeded
 join()
 model = seeded(lambda: Encoder("plain"))
 options = {"passes": "zero-padding,pack-tokens", "goal": None, "checks": "off"}

@@ -17,11 +17,12 @@ from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.verify.divergence import relative_error, run_samples, tolerance_of
 from lissom.errors import PassError, RequirementError, UnsupportedError
 from lissom.passes.parallel.partition import Partition
-from tests import captures
-from tests.models import FeedForward, normal, seeded
-from tests.neighbours import all_but_slow
-from tests.passes.harness import check_golden, rewrite
-from tests.passes.parallel.models import (
+from tests.support import captures
+from tests.support.dead_structure import zero_heads
+from tests.support.harness import check_golden, rewrite
+from tests.support.models import FeedForward, normal, seeded
+from tests.support.neighbours import all_but_slow
+from tests.support.sharding import (
     NAMES_AND_SIZES,
     collectives,
     decoder_program_of,
@@ -31,7 +32,6 @@ from tests.passes.parallel.models import (
     reasons,
     run_passes,
 )
-from tests.passes.prune.models import zero_heads
 
 
 def test_rewrites() -> None:

@@ -14,9 +14,9 @@ from lissom.compiler.parallel.plan import make_plan
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.inspect.sharding import Link, sharding_table, traffic
 from lissom.inspect.tables import plain
-from tests.models import FeedForward, normal, seeded
-from tests.passes.harness import rewrite
-from tests.passes.parallel.models import (
+from tests.support.harness import rewrite
+from tests.support.models import FeedForward, normal, seeded
+from tests.support.sharding import (
     NAMES_AND_SIZES,
     decoder_program_of,
     partition,

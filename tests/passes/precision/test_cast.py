@@ -23,11 +23,11 @@ from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.errors import LissomError, RequirementError
 from lissom.ops.attention import attention
 from lissom.passes.precision.cast import Cast, Caster
-from tests import captures
-from tests.decoders import MAX_LENGTH, VOCABULARY
-from tests.decoders import decoder as tiny_decoder
-from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
-from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite
+from tests.support import captures
+from tests.support.decoders import MAX_LENGTH, VOCABULARY
+from tests.support.decoders import decoder as tiny_decoder
+from tests.support.harness import aten, calls, check_golden, every_backend, rewrite
+from tests.support.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 MODELS = {build.__name__: build for build in (tiny_bert, tiny_gpt2, tiny_llama, tiny_t5)}

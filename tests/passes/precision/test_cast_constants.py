@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lissom
-from tests.models import normal, seeded
+from tests.support.models import normal, seeded
 
 LOWEST = torch.finfo(torch.float32).min
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from lissom.backends.base import Backend
 from lissom.compiler.ir import node as nodes
-from tests import captures
-from tests.models import CASES, normal, seeded
-from tests.neighbours import all_but_slow
-from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
+from tests.support import captures
+from tests.support.harness import Calls, aten, calls, check_golden, every_backend, rewrite
+from tests.support.models import CASES, normal, seeded
+from tests.support.neighbours import all_but_slow
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 

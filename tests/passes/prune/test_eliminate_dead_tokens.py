@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from lissom.backends.base import Backend
 from lissom.passes.prune.eliminate_dead_tokens import EliminateDeadTokens
-from tests import captures
-from tests.models import VOCABULARY, FeedForward, normal, seeded, tokens
-from tests.neighbours import all_but_slow
-from tests.passes.harness import check_golden, every_backend, rewrite
+from tests.support import captures
+from tests.support.harness import check_golden, every_backend, rewrite
+from tests.support.models import VOCABULARY, FeedForward, normal, seeded, tokens
+from tests.support.neighbours import all_but_slow
 
 _SMALL: dict[str, object] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 _DECODER: dict[str, object] = {"vocab_size": VOCABULARY, "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}

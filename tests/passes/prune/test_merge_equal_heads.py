@@ -8,13 +8,13 @@ from torch import nn
 
 from lissom.backends.base import Backend
 from lissom.compiler.ir.editor import Editor
-from lissom.frontends.decoder import capture_decoder
+from lissom.frontends.generation.decoder import capture_decoder
 from lissom.passes.prune.merge_equal_heads import MergeEqualHeads, largest_group
-from tests import captures
-from tests.decoders import decoder
-from tests.models import normal, seeded
-from tests.passes.harness import apply, aten, calls, check_golden, every_backend, rewrite
-from tests.passes.prune.models import eliminate, program_of, reasons, sites_of
+from tests.support import captures
+from tests.support.dead_structure import eliminate, program_of, reasons, sites_of
+from tests.support.decoders import decoder
+from tests.support.harness import apply, aten, calls, check_golden, every_backend, rewrite
+from tests.support.models import normal, seeded
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 PASS = "merge-equal-heads"

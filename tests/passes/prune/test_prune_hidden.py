@@ -19,9 +19,9 @@ from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes import PASSES
 from lissom.passes.prune.prune_hidden import PruneHidden, fit
-from tests import captures
-from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
-from tests.passes.harness import check_golden, rewrite
+from tests.support import captures
+from tests.support.harness import check_golden, rewrite
+from tests.support.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
 
 Build = Callable[[], Case]
 MODELS = {build.__name__: build for build in (tiny_bert, tiny_gpt2, tiny_llama, tiny_t5)}

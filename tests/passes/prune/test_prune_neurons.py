@@ -12,10 +12,10 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.transforms.pruning.units import neuron_sites
 from lissom.errors import LissomError, RequirementError, UnsupportedError
 from lissom.passes.prune.prune_neurons import PruneNeurons
-from tests import captures
-from tests.mixtures import EXPERTS, HIDDEN, INNER, mixture, samples, stacks
-from tests.models import Case, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
-from tests.passes.harness import check_golden, step_of
+from tests.support import captures
+from tests.support.harness import check_golden, step_of
+from tests.support.mixtures import EXPERTS, HIDDEN, INNER, mixture, samples, stacks
+from tests.support.models import Case, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 CRITERIA = ("magnitude", "wanda", "gradient", "taylor", "reconstruction", "second-order")
 MODELS = {build.__name__: build for build in (tiny_bert, tiny_gpt2, tiny_llama, tiny_t5)}

@@ -18,7 +18,7 @@ from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of
 from lissom.compiler.verify.structure import verify_structure
 from lissom.passes import PASSES
-from tests.neighbours import all_but_slow
+from tests.support.neighbours import all_but_slow
 from tools.zoo.catalogue import entries
 from tools.zoo.known import CANNOT_BE_CAPTURED
 from tools.zoo.removal import REWRITES, canonical, expected_left, mask_randomly, read_columns

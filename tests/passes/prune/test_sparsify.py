@@ -18,10 +18,10 @@ from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
 from lissom.errors import LissomError, RequirementError, UnsupportedError
 from lissom.passes import PASSES
 from lissom.passes.prune.sparsify import NOTE, Sparsify, most, sparsegpt, wanda
-from tests import captures
-from tests.mixtures import EXPERTS, MIXTURES, mixture, program_of, samples, single_token, stacks
-from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
-from tests.passes.harness import check_golden, rewrite
+from tests.support import captures
+from tests.support.harness import check_golden, rewrite
+from tests.support.mixtures import EXPERTS, MIXTURES, mixture, program_of, samples, single_token, stacks
+from tests.support.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
 
 MODELS = {build.__name__: build for build in (tiny_bert, tiny_gpt2, tiny_llama, tiny_t5)}
 CRITERIA = ("magnitude", "wanda", "sparsegpt")

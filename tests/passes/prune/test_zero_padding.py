@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 from lissom.passes.prune.zero_padding import ZeroPadding
-from tests.models import FeedForward, normal, seeded
-from tests.passes.harness import check_golden, rewrite
+from tests.support.harness import check_golden, rewrite
+from tests.support.models import FeedForward, normal, seeded
 
 
 class Attention(nn.Module):

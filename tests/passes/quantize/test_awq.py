@@ -8,10 +8,10 @@ from torch import nn
 
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes.quantize.awq import Awq
-from tests import captures
-from tests.models import FeedForward, normal, seeded
-from tests.passes.harness import check_golden, rewrite
-from tests.passes.quantize.calibrated import MODELS, passed
+from tests.support import captures
+from tests.support.calibrated import MODELS, passed
+from tests.support.harness import check_golden, rewrite
+from tests.support.models import FeedForward, normal, seeded
 
 
 class PreNorm(nn.Module):

@@ -9,10 +9,10 @@ from torch import nn
 from lissom.compiler.ir.program import Program
 from lissom.errors import RequirementError
 from lissom.passes.quantize.correct_bias import CorrectBias
-from tests import captures
-from tests.models import FeedForward, normal, seeded
-from tests.passes.harness import check_golden, rewrite
-from tests.passes.quantize.calibrated import MODELS, batches, exact, passed
+from tests.support import captures
+from tests.support.calibrated import MODELS, batches, exact, passed
+from tests.support.harness import check_golden, rewrite
+from tests.support.models import FeedForward, normal, seeded
 
 aten = torch.ops.aten
 SCHEME = "quantize{scheme=int4-weight,group=4}"

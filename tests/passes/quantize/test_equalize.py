@@ -8,10 +8,10 @@ from torch import nn
 
 from lissom.errors import RequirementError
 from lissom.passes.quantize.equalize import balance
-from tests import captures
-from tests.models import normal, seeded
-from tests.passes.harness import check_golden, rewrite
-from tests.passes.quantize.calibrated import MODELS, exact, passed
+from tests.support import captures
+from tests.support.calibrated import MODELS, exact, passed
+from tests.support.harness import check_golden, rewrite
+from tests.support.models import normal, seeded
 
 
 def uneven(sizes: tuple[int, ...] = (8, 12, 6)) -> nn.Module:

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from lissom.ops.quantization import dequantize, fake_quantize
-from tests import captures
-from tests.models import tiny_bert, tiny_gpt2
-from tests.passes.harness import check_golden, rewrite
+from tests.support import captures
+from tests.support.harness import check_golden, rewrite
+from tests.support.models import tiny_bert, tiny_gpt2
 
 aten = torch.ops.aten
 PASSES = {

@@ -16,10 +16,10 @@ from lissom.ops import formats
 from lissom.ops.formats import FORMATS
 from lissom.ops.quantization import fake_quantize
 from lissom.passes.quantize.gptq import Gptq, fitted_scale, gptq, gptq_with_scales
-from tests import captures
-from tests.models import FeedForward, normal, seeded
-from tests.passes.harness import apply, capture_model, check_golden, rewrite
-from tests.passes.quantize.calibrated import MODELS, exact, moments_of, passed
+from tests.support import captures
+from tests.support.calibrated import MODELS, exact, moments_of, passed
+from tests.support.harness import apply, capture_model, check_golden, rewrite
+from tests.support.models import FeedForward, normal, seeded
 
 SCHEMES = (
     "scheme=int4-weight,group=8,symmetric=true",

@@ -13,8 +13,8 @@ from lissom.compiler.ir.program import Program
 from lissom.ops import formats
 from lissom.ops.formats import FORMATS
 from lissom.passes.quantize.gptq import fitted_scale, gptq
-from tests import captures
-from tests.mixtures import EXPERTS, MIXTURES, mixture, samples, single_token, stacked_products
+from tests.support import captures
+from tests.support.mixtures import EXPERTS, MIXTURES, mixture, samples, single_token, stacked_products
 
 
 def rows_by_expert(program: Program, data: list[dict[str, torch.Tensor]], layer: torch.fx.Node) -> list[list[torch.Tensor]]:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lissom.ops.quantization import fake_quantize
-from tests import captures
-from tests.models import normal, seeded
+from tests.support import captures
+from tests.support.models import normal, seeded
 
 gguf = pytest.importorskip("gguf")
 

@@ -15,10 +15,10 @@ from lissom.ops.formats import FORMATS
 from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
 from lissom.passes import PASSES
 from lissom.passes.quantize.quantize import Quantize
-from tests import captures
-from tests.mixtures import EXPERTS, HIDDEN, INNER, MIXTURES, mixture, program_of, samples, stacked_products, stacks
-from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama
-from tests.passes.harness import check_golden, rewrite
+from tests.support import captures
+from tests.support.harness import check_golden, rewrite
+from tests.support.mixtures import EXPERTS, HIDDEN, INNER, MIXTURES, mixture, program_of, samples, stacked_products, stacks
+from tests.support.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama
 
 aten = torch.ops.aten
 SCHEMES = ("int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp8")

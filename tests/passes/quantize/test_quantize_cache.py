@@ -7,15 +7,15 @@ import torch
 
 import lissom
 from lissom.compiler.pipeline.pipeline import Pipeline
-from lissom.frontends.decoder import capture_decoder
+from lissom.frontends.generation.decoder import capture_decoder
 from lissom.ops import fused_attention
 from lissom.ops.native import load_kernels
 from lissom.ops.quantization import dequantize
 from lissom.passes.quantize.quantize_cache import QuantizeCache
-from tests.decoders import decoder, prompt
-from tests.models import normal
-from tests.neighbours import all_but_slow
-from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
+from tests.support.decoders import decoder, prompt
+from tests.support.harness import Calls, aten, calls, check_golden, rewrite
+from tests.support.models import normal
+from tests.support.neighbours import all_but_slow
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -8,10 +8,10 @@ import torch
 from lissom.compiler.ir.program import Program
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes.quantize.smooth_quant import SmoothQuant, smoothing
-from tests import captures
-from tests.models import FeedForward, normal, seeded
-from tests.passes.harness import check_golden, rewrite
-from tests.passes.quantize.calibrated import MODELS, exact, passed
+from tests.support import captures
+from tests.support.calibrated import MODELS, exact, passed
+from tests.support.harness import check_golden, rewrite
+from tests.support.models import FeedForward, normal, seeded
 
 
 def outlying() -> tuple[FeedForward, torch.Tensor]:

@@ -10,9 +10,9 @@ from torch import nn
 
 import lissom
 from lissom.compiler.analysis.structure.transformer import structure
-from tests import captures
-from tests.models import VOCABULARY, Tied, normal, seeded, tied_llama
-from tests.passes.harness import check_golden, rewrite
+from tests.support import captures
+from tests.support.harness import check_golden, rewrite
+from tests.support.models import VOCABULARY, Tied, normal, seeded, tied_llama
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 TOKENS = torch.tensor([[1, 2, 3, 5, 8, 13]])

@@ -11,18 +11,18 @@ from torch import nn
 import lissom
 from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.errors import RequirementError
-from lissom.frontends.gguf import keep_blocks
-from lissom.frontends.stored_weights import StoredWeight, keep_stored
+from lissom.frontends.checkpoints.gguf import keep_blocks
+from lissom.frontends.checkpoints.stored_weights import StoredWeight, keep_stored
 from lissom.ops.gguf_blocks import BLOCK_TYPES
 from lissom.ops.native import missing_weight_quantized_kernel, reads_few_bits_faster
 from lissom.ops.quantization import dequantize
 from lissom.ops.weight_quantized_linear import weight_quantized_linear
-from tests import captures
-from tests.models import normal
-from tests.neighbours import all_but_slow
-from tests.passes.harness import check_golden, every_backend, rewrite, step_of
+from tests.support import captures
+from tests.support.harness import check_golden, every_backend, rewrite, step_of
+from tests.support.models import normal
+from tests.support.neighbours import all_but_slow
 
-gguf_files = pytest.importorskip("tests.gguf_files")
+gguf_files = pytest.importorskip("tests.support.gguf_files")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 aten = torch.ops.aten

@@ -18,12 +18,12 @@ from lissom.compiler.training.losses import outputs_of
 from lissom.compiler.training.teacher import Teacher
 from lissom.driver.options import resolve_passes
 from lissom.errors import InputError, RequirementError
-from lissom.frontends.decoder import capture_decoder
+from lissom.frontends.generation.decoder import capture_decoder
 from lissom.generation.decoder import labelled_prompts, prompts
 from lissom.passes.recover.finetune import Finetune
-from tests.decoders import DECODERS, RECURRENT, VOCABULARY
-from tests.models import seeded
-from tests.neighbours import all_but_slow
+from tests.support.decoders import DECODERS, RECURRENT, VOCABULARY
+from tests.support.models import seeded
+from tests.support.neighbours import all_but_slow
 
 QUANTIZED = "quantize{scheme=int4-weight,group=8}"
 

@@ -21,10 +21,10 @@ from lissom.errors import PassError, PipelineTextError, RequirementError, Verify
 from lissom.ops.native import load_kernels
 from lissom.passes.prune.sparsify import Sparsify
 from lissom.passes.recover.distill import Distill
-from tests import captures
-from tests.models import FeedForward, normal, seeded, tied, tiny_bert, tiny_gpt2, tiny_llama, tokens
-from tests.passes.harness import check_golden
-from tests.passes.quantize.calibrated import batches
+from tests.support import captures
+from tests.support.calibrated import batches
+from tests.support.harness import check_golden
+from tests.support.models import FeedForward, normal, seeded, tied, tiny_bert, tiny_gpt2, tiny_llama, tokens
 
 DATA = [normal(8, 5, 8, seed=seed) for seed in range(12)]
 
@@ -129,7 +129,7 @@ def test_a_step_without_kernels_is_noted() -> None:
     """In a process of its own, where the kernels are switched off: it trains by PyTorch's operators, and says so."""
     script = (
         "import torch, lissom\n"
-        "from tests.models import FeedForward, normal, seeded\n"
+        "from tests.support.models import FeedForward, normal, seeded\n"
         "passes = 'quantize{scheme=int8-dynamic},distill{steps=3}'\n"
         "data = [normal(8, 5, 8, seed=seed) for seed in range(3)]\n"
         "found = lissom.optimize(seeded(FeedForward), data[0], passes=passes, data=data)\n"

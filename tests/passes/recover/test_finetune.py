@@ -9,9 +9,9 @@ from torch import nn
 
 from lissom.errors import InputError, RequirementError
 from lissom.passes.recover.finetune import Finetune
-from tests import captures
-from tests.models import VOCABULARY, normal, seeded, tokens
-from tests.passes.harness import check_golden
+from tests.support import captures
+from tests.support.harness import check_golden
+from tests.support.models import VOCABULARY, normal, seeded, tokens
 
 
 class Classifier(nn.Module):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tests import captures
-from tests.models import FeedForward, normal, seeded
 from tests.passes.recover.test_distill import DATA
+from tests.support import captures
+from tests.support.models import FeedForward, normal, seeded
 
 
 class Reward(nn.Module):

@@ -16,7 +16,7 @@ from lissom.compiler.analysis.axes import rules as axis_rules
 from lissom.compiler.ir.placement import sharded
 from lissom.compiler.parallel.rules import table
 from lissom.compiler.parallel.rules.base import Outcome
-from tests.models import normal
+from tests.support.models import normal
 from tools.suites import __main__, export_examples, onnx_backend, timm_models
 from tools.suites.models import check_model
 from tools.suites.opinfo import calls

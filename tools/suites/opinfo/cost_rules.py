@@ -10,7 +10,7 @@ from lissom.compiler.analysis.cost import _LOOKUPS, moves_nothing, node_cost
 from lissom.compiler.analysis.flops import is_counted
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
-from tests.compiler.flop_counter import counted
+from tests.support.flop_counter import counted
 from tools.suites.opinfo.calls import Call, OneCall, program_of, run
 
 

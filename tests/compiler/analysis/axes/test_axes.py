@@ -23,10 +23,10 @@ from lissom.compiler.transforms.removal.indices import mask, remove_indices
 from lissom.compiler.verify.divergence import TOLERANCE, compare, run_samples
 from lissom.compiler.verify.structure import verify_structure
 from lissom.errors import UnsupportedError
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from lissom.passes import PASSES, RECIPES
-from tests.models import Case, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
-from tests.neighbours import all_but_slow
+from tests.support.models import Case, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
+from tests.support.neighbours import all_but_slow
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 37}
 

@@ -7,9 +7,9 @@ from torch import nn
 from lissom.compiler.analysis.axes.axis import Axis, concatenation, product
 from lissom.compiler.analysis.axes.columns import Columns, find_head_columns, find_neuron_columns, unit_of
 from lissom.compiler.analysis.structure.transformer import structure
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from tests.compiler.analysis.axes.test_axes import canonical
-from tests.models import Case, normal, seeded
+from tests.support.models import Case, normal, seeded
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lissom.compiler.analysis.axes.zeros import is_zero, zero_at, zeros
-from lissom.frontends.export import capture
-from tests.models import normal, seeded
+from lissom.frontends.capture.export import capture
+from tests.support.models import normal, seeded
 
 FUNCTIONS = {
     "linear": lambda self, x: self.layer(x),

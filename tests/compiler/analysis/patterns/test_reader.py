@@ -17,10 +17,10 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import evaluate_nodes
 from lissom.compiler.ir.program import Program
 from lissom.ops.pattern import Condition
-from tests import captures
-from tests.models import VOCABULARY, Case, normal, seeded, tokens
-from tests.neighbours import all_but_slow
-from tests.passes.harness import Calls, rewrite
+from tests.support import captures
+from tests.support.harness import Calls, rewrite
+from tests.support.models import VOCABULARY, Case, normal, seeded, tokens
+from tests.support.neighbours import all_but_slow
 
 LENGTH = 37
 BAND = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().triu(-5)

@@ -7,9 +7,9 @@ from torch import nn
 
 from lissom.compiler.analysis.structure.branches import branch_of, follow
 from lissom.compiler.analysis.structure.transformer import structure
-from tests import captures
-from tests.models import normal, seeded
-from tests.passes.models import optimized
+from tests.support import captures
+from tests.support.models import normal, seeded
+from tests.support.written_attention import optimized
 
 
 class Parallel(nn.Module):

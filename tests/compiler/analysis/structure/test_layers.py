@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from lissom.compiler.analysis.structure.layers import in_order
 from lissom.compiler.analysis.structure.transformer import structure
-from tests import captures
-from tests.models import normal, seeded
+from tests.support import captures
+from tests.support.models import normal, seeded
 
 WIDTH, HEADS = 8, 2
 

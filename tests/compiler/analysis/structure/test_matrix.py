@@ -10,9 +10,9 @@ import lissom
 from lissom.compiler.analysis.structure.linear import is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
 from lissom.compiler.ir.editor import Editor
-from tests import captures
-from tests.mixtures import EXPERTS, HIDDEN, INNER, MIXTURES, program_of, stacked_products
-from tests.models import captured, normal, seeded
+from tests.support import captures
+from tests.support.mixtures import EXPERTS, HIDDEN, INNER, MIXTURES, program_of, stacked_products
+from tests.support.models import captured, normal, seeded
 
 
 class Products(nn.Module):
@@ -36,7 +36,7 @@ class Products(nn.Module):
 
 def test_matrices_are_features_out_by_features_in():
     module, x = seeded(Products), normal(2, 4)
-    program = lissom.frontends.export.capture(module, (x,), {}, dynamic=False).program
+    program = lissom.frontends.capture.export.capture(module, (x,), {}, dynamic=False).program
     found = [matrix_of(node) for node in program.nodes() if is_linear(node)]
     assert [item.transposed if isinstance(item, Matrix) else item for item in found] == [
         False,

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from lissom.compiler.analysis.structure.linear import is_attention
 from lissom.compiler.analysis.structure.padding import hides, kept_rows, key_mask, padding_masks, zero_where_hidden
-from tests.models import normal
-from tests.passes.harness import Calls, capture_model
+from tests.support.harness import Calls, capture_model
+from tests.support.models import normal
 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
 

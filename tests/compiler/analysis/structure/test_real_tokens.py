@@ -15,12 +15,12 @@ from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.statistics import moments
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.driver.options import resolve_passes
-from lissom.frontends.decoder import capture_decoder
+from lissom.frontends.generation.decoder import capture_decoder
 from lissom.generation.decoder import prompts
 from lissom.ops import grouped_product
-from tests import captures
-from tests.decoders import DECODERS
-from tests.models import normal, seeded
+from tests.support import captures
+from tests.support.decoders import DECODERS
+from tests.support.models import normal, seeded
 
 REAL = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]]).bool()
 WITH_EMPTY = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()

@@ -8,10 +8,10 @@ from torch import nn
 from lissom.compiler.analysis.structure.transformer import Structure, structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
-from lissom.frontends.export import capture
-from tests import captures
+from lissom.frontends.capture.export import capture
 from tests.compiler.analysis.axes.test_axes import canonical
-from tests.models import normal, seeded, tied, tokens
+from tests.support import captures
+from tests.support.models import normal, seeded, tied, tokens
 
 
 def found_in(name: str) -> Structure:

@@ -16,8 +16,8 @@ from lissom.compiler.ir.placement import PARTIAL, REPLICATED, Placed, Span, loca
 from lissom.compiler.parallel.rules.base import Outcome, Reading
 from lissom.compiler.parallel.rules.table import RULES, outcome, rule_of
 from lissom.compiler.verify.divergence import relative_error
-from tests.models import normal
-from tests.passes.harness import Calls, capture_model
+from tests.support.harness import Calls, capture_model
+from tests.support.models import normal
 
 WORLD_SIZES = 2
 R, P = REPLICATED, PARTIAL

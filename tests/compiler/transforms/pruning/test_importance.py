@@ -11,8 +11,8 @@ from lissom.compiler.ir.samples import Sample
 from lissom.compiler.transforms.pruning import importance
 from lissom.compiler.transforms.pruning.importance import GateMoments, damped_inverse, gate_moments, rearranged, removal_path
 from lissom.compiler.transforms.pruning.units import UnitSite, head_sites, neuron_sites
-from tests import captures
-from tests.models import FeedForward, normal, seeded, tiny_bert
+from tests.support import captures
+from tests.support.models import FeedForward, normal, seeded, tiny_bert
 
 
 def feed_forward() -> tuple[Program, list[Sample], list[UnitSite]]:

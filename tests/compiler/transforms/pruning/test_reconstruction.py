@@ -10,8 +10,8 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, resize
 from lissom.compiler.transforms.pruning.reconstruction import RIDGES, NormalEquations, refit, scale_units, solve
 from lissom.compiler.transforms.pruning.units import neuron_sites
-from tests import captures
-from tests.models import FeedForward, normal, seeded, tiny_bert
+from tests.support import captures
+from tests.support.models import FeedForward, normal, seeded, tiny_bert
 
 
 def filled(x: torch.Tensor, y: torch.Tensor, shift: float = 0.0) -> list[NormalEquations]:

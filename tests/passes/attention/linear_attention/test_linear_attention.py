@@ -17,12 +17,12 @@ from lissom.compiler.verify.divergence import relative_error
 from lissom.errors import RequirementError
 from lissom.ops.linear_attention import linear_attention
 from lissom.passes.attention.linear_attention.linear_attention import LinearAttention, chunk_for
-from tests import captures
-from tests.models import CASES, Counter, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tokens
-from tests.neighbours import all_but_slow
-from tests.passes.harness import calls, check_golden, every_backend_but_eager_slow, rewrite, simulates
-from tests.passes.models import optimized
-from tests.passes.quantize.calibrated import passed
+from tests.support import captures
+from tests.support.calibrated import passed
+from tests.support.harness import calls, check_golden, every_backend_but_eager_slow, rewrite, simulates
+from tests.support.models import CASES, Counter, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tokens
+from tests.support.neighbours import all_but_slow
+from tests.support.written_attention import optimized
 
 aten = torch.ops.aten
 FEATURES = ("elu", "relu", "hedgehog")

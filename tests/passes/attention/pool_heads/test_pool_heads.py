@@ -13,14 +13,14 @@ import lissom
 from lissom.backends.base import Backend
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import RequirementError, UnsupportedError
-from lissom.frontends.decoder import capture_decoder
+from lissom.frontends.generation.decoder import capture_decoder
 from lissom.passes.attention.pool_heads.pool_heads import PoolHeads
-from tests import captures
-from tests.decoders import decoder, prompt
-from tests.models import VOCABULARY, Case, normal, seeded, tiny_gpt2, tiny_llama, tiny_t5, tokens
-from tests.neighbours import all_but_slow
-from tests.passes.harness import Calls, check_golden, every_backend, rewrite
-from tests.passes.prune.models import reasons, sites_of
+from tests.support import captures
+from tests.support.dead_structure import reasons, sites_of
+from tests.support.decoders import decoder, prompt
+from tests.support.harness import Calls, check_golden, every_backend, rewrite
+from tests.support.models import VOCABULARY, Case, normal, seeded, tiny_gpt2, tiny_llama, tiny_t5, tokens
+from tests.support.neighbours import all_but_slow
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 PLAIN = "align=false,regroup=false"

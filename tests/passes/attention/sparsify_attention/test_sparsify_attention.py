@@ -22,10 +22,10 @@ from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes import PASSES
 from lissom.passes.attention.sparsify_attention.attention_mass import BlockMass, fewest_blocks
 from lissom.passes.attention.sparsify_attention.sparsify_attention import SparsifyAttention, random_layout, with_room
-from tests import captures
-from tests.models import Case, normal, tiny_bert, tiny_gpt2, tiny_llama, tokens
-from tests.neighbours import all_but_slow
-from tests.passes.harness import Calls, check_golden, every_backend, rewrite
+from tests.support import captures
+from tests.support.harness import Calls, check_golden, every_backend, rewrite
+from tests.support.models import Case, normal, tiny_bert, tiny_gpt2, tiny_llama, tokens
+from tests.support.neighbours import all_but_slow
 
 MODELS = {build.__name__: build for build in (tiny_bert, tiny_gpt2, tiny_llama)}
 LENGTH = 21

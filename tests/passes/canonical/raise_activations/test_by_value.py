@@ -10,9 +10,9 @@ from torch.nn import functional
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
-from lissom.frontends.export import capture
+from lissom.frontends.capture.export import capture
 from lissom.passes.canonical.raise_activations.by_value import find_function, grid
-from tests.models import normal
+from tests.support.models import normal
 
 aten = torch.ops.aten
 

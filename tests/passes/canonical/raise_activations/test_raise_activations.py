@@ -12,9 +12,9 @@ from transformers.models.bloom.modeling_bloom import bloom_gelu_forward
 from lissom.backends.base import Backend
 from lissom.compiler.ir.program import Program
 from lissom.passes.canonical.raise_activations.raise_activations import RaiseActivations
-from tests import captures
-from tests.models import normal, seeded
-from tests.passes.harness import Calls, TextCase, aten, calls, check_golden, every_backend, rewrite, text_cases
+from tests.support import captures
+from tests.support.harness import Calls, TextCase, aten, calls, check_golden, every_backend, rewrite, text_cases
+from tests.support.models import normal, seeded
 
 Function = Callable[..., torch.Tensor]
 

@@ -15,9 +15,9 @@ from lissom.compiler.ir.program import Program
 from lissom.errors import VerifyError
 from lissom.ops import fused_attention, merged_attention
 from lissom.passes.canonical.raise_attention.raise_attention import RaiseAttention
-from tests import captures
-from tests.models import normal, seeded
-from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
+from tests.support import captures
+from tests.support.harness import Calls, aten, calls, check_golden, every_backend, rewrite
+from tests.support.models import normal, seeded
 
 Function = Callable[..., object]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models import normal, seeded
 from tests.passes.canonical.raise_attention.test_raise_attention import attention, raised
-from tests.passes.harness import Calls, aten, calls, rewrite
+from tests.support.harness import Calls, aten, calls, rewrite
+from tests.support.models import normal, seeded
 
 PASSES = "remove-no-ops,raise-attention"
 HEADS, SIZE = 2, 4

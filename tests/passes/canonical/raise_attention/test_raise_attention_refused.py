@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tests.passes.canonical.raise_attention.test_raise_attention import PASSES, tensors
-from tests.passes.harness import Calls, TextCase, rewrite, text_cases
+from tests.support.harness import Calls, TextCase, rewrite, text_cases
 
 
 def test_a_learned_temperature_is_refused() -> None:

@@ -15,10 +15,6 @@ from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
 from lissom.errors import UnsupportedError
 from lissom.passes import PASSES
 from lissom.passes.lightweight.depthwise_separable.depthwise_separable import DepthwiseSeparable
-from tests import captures
-from tests.models import Case, normal, seeded, tiny_bert
-from tests.neighbours import all_but_slow
-from tests.passes.harness import Calls, calls, check_golden, every_backend_but_eager_slow, rewrite, simulates
 from tests.passes.lightweight.depthwise_separable.test_factors import best, layout_of
 from tests.passes.lightweight.models import (
     smooth,
@@ -30,7 +26,11 @@ from tests.passes.lightweight.models import (
     tiny_wav2vec2,
     tiny_whisper,
 )
-from tests.passes.quantize.calibrated import exact, passed
+from tests.support import captures
+from tests.support.calibrated import exact, passed
+from tests.support.harness import Calls, calls, check_golden, every_backend_but_eager_slow, rewrite, simulates
+from tests.support.models import Case, normal, seeded, tiny_bert
+from tests.support.neighbours import all_but_slow
 
 aten = torch.ops.aten
 

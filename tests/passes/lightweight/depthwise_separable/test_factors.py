@@ -20,7 +20,7 @@ from lissom.passes.lightweight.depthwise_separable.factors import (
     of_slices,
     roots,
 )
-from tests.models import normal
+from tests.support.models import normal
 
 SHAPES = [((3,), 1), ((4,), 2), ((3, 3), 1), ((2, 5), 3), ((1, 3, 2), 1)]
 

@@ -12,10 +12,9 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.errors import UnsupportedError
 from lissom.passes.lightweight.low_rank.low_rank import LowRank
-from tests import captures
-from tests.models import FeedForward, normal, seeded, tokens
-from tests.neighbours import all_but_slow
-from tests.passes.harness import (
+from tests.support import captures
+from tests.support.calibrated import MODELS, exact, passed
+from tests.support.harness import (
     apply,
     aten,
     calls,
@@ -25,7 +24,8 @@ from tests.passes.harness import (
     rewrite,
     simulates,
 )
-from tests.passes.quantize.calibrated import MODELS, exact, passed
+from tests.support.models import FeedForward, normal, seeded, tokens
+from tests.support.neighbours import all_but_slow
 
 PLAIN = "whiten=true,asymmetric=false,fisher=false,damping=1e-9"
 FACTORED = {"tiny_bert": 12, "tiny_gpt2": 8, "tiny_llama": 14, "tiny_t5": 14}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lissom.passes.lightweight.low_rank.svd import Curve, allot, rank_of, relative_error, spectrum
-from tests.models import normal
+from tests.support.models import normal
 
 
 def layer(outputs: int, inputs: int, tokens: int = 50) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,13 +11,13 @@ from lissom.driver.options import resolve_passes
 from lissom.errors import PipelineTextError, UnsupportedError
 from lissom.passes import PASSES, RECIPES
 from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
-from tests import captures
-from tests.models import normal, seeded
-from tests.passes.harness import check_golden, rewrite
 from tests.passes.prune.eliminate_dead.test_heads import Attention
 from tests.passes.prune.eliminate_dead.test_hidden import Stream
 from tests.passes.prune.eliminate_dead.test_layers import Branches
 from tests.passes.prune.eliminate_dead.test_neurons import half_dead
+from tests.support import captures
+from tests.support.harness import check_golden, rewrite
+from tests.support.models import normal, seeded
 
 
 def test_rewrites() -> None:

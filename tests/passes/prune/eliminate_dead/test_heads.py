@@ -8,14 +8,14 @@ from torch import nn
 
 from lissom.backends.base import Backend
 from lissom.compiler.analysis.axes.columns import find_head_columns
-from lissom.frontends.decoder import capture_decoder
+from lissom.frontends.generation.decoder import capture_decoder
 from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
-from tests import captures
-from tests.decoders import decoder
-from tests.models import normal, seeded
-from tests.neighbours import all_but_slow
-from tests.passes.harness import aten, calls, every_backend, rewrite
-from tests.passes.prune.models import eliminate, program_of, reasons, sites_of, zero_bias, zero_heads
+from tests.support import captures
+from tests.support.dead_structure import eliminate, program_of, reasons, sites_of, zero_bias, zero_heads
+from tests.support.decoders import decoder
+from tests.support.harness import aten, calls, every_backend, rewrite
+from tests.support.models import normal, seeded
+from tests.support.neighbours import all_but_slow
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 PASS = "eliminate-dead{units=[heads]}"

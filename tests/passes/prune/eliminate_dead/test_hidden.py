@@ -15,10 +15,10 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.transforms.removal.indices import mask
 from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
-from tests import captures
-from tests.models import normal, seeded
-from tests.passes.harness import aten, calls, every_backend, rewrite
-from tests.passes.prune.models import eliminate, program_of, reasons, sites_of
+from tests.support import captures
+from tests.support.dead_structure import eliminate, program_of, reasons, sites_of
+from tests.support.harness import aten, calls, every_backend, rewrite
+from tests.support.models import normal, seeded
 
 PASS = "eliminate-dead{units=[hidden]}"
 

@@ -8,10 +8,10 @@ from torch import nn
 
 from lissom.backends.base import Backend
 from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
-from tests import captures
-from tests.models import FeedForward, normal, seeded
-from tests.passes.harness import aten, calls, every_backend, rewrite
-from tests.passes.prune.models import eliminate, program_of, reasons, sites_of, zero_bias, zero_heads, zero_neurons
+from tests.support import captures
+from tests.support.dead_structure import eliminate, program_of, reasons, sites_of, zero_bias, zero_heads, zero_neurons
+from tests.support.harness import aten, calls, every_backend, rewrite
+from tests.support.models import FeedForward, normal, seeded
 
 PASS = "eliminate-dead{units=[layers]}"
 

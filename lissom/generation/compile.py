@@ -1,0 +1,200 @@
+"""Generation: causal language models compiled with their KV cache, for transformers' `generate` and for your own loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lissom.artifacts.artifact import Trust
+from lissom.artifacts.signature import TrustedKeys, key_files
+from lissom.backends.base import Backend
+from lissom.backends.distributed.backend import Distributed
+from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.options import Checks, Goal, Progress
+from lissom.compiler.pipeline.pass_kinds import Pass, Training
+from lissom.driver.compile import compile_captured
+from lissom.driver.options import LABELS, Inputs, Settings, check_choices, check_settings, resolve_passes
+from lissom.errors import InputError, UnsupportedError
+from lissom.frontends.capture.device import check_device, device_of
+from lissom.frontends.capture.export import Capture
+from lissom.frontends.generation.decoder import INPUTS, capture_decoder, check_capacity
+from lissom.frontends.generation.encoder_decoder import is_encoder_decoder
+from lissom.frontends.models.adapters import with_merged_adapters
+from lissom.generation.decoder import Decoder, labelled_prompts
+from lissom.generation.scoring import NextToken, Scorer
+from lissom.io.files import check_path
+from lissom.runtime.hosted_model import check_uncompiled
+
+if TYPE_CHECKING:
+    from lissom.generation.model import GenerationModel
+
+__all__ = ["Decoder", "compile_generation", "load_generation"]
+
+
+def compile_generation(
+    model: nn.Module,
+    *,
+    max_length: int,
+    batch: int = 1,
+    all_logits: bool = False,
+    encoder_inputs: Mapping[str, object] | None = None,
+    passes: str | Pass | Sequence[Pass] = "exact",
+    backend: str | Backend = "eager",
+    world_size: int | None = None,
+    device: str | torch.device | None = None,
+    checks: Checks = "numeric",
+    data: Iterable[torch.Tensor | Mapping[str, object]] = (),
+    metric: Callable[[NextToken], float] | None = None,
+    max_drop: float | None = None,
+    goal: Goal | None = "latency",
+    simulate: bool = False,
+    progress: Progress | None = None,
+) -> GenerationModel:
+    """Optimize a language model of transformers for generation: one program with the KV cache as its state.
+
+    An encoder-decoder becomes two: the encoder, which also computes the keys and values of cross-attention, and the decoder.
+
+    The model itself is not modified. The result shares its weights until a pass changes one.
+
+    max_length: the capacity of the KV cache in tokens, prompt and answer together. batch: the number of sequences, beams
+        included. all_logits: return the logits of every token of a call, which assisted decoding needs.
+    encoder_inputs: example inputs of the encoder of an encoder-decoder, by name; made from the configuration by default.
+    passes: as for `compile`; the recipe `generation` always comes first: the canonical form, and a last layer that computes
+        only the last token of a prompt, which comes after passes that train.
+    data: token ids [rows, tokens], or the output of a tokenizer, for passes that calibrate or train; `finetune` takes the
+        `labels` of such a mapping, [rows, tokens], the token ids themselves for a language model. For an encoder-decoder:
+        mappings with the encoder's inputs, and labels or decoder_input_ids.
+    metric: scores a callable that takes input_ids and attention_mask of `batch` rows and returns the next token's logits,
+        [batch, vocabulary], or with all_positions=True those of every token, [batch, tokens, vocabulary]. That of an
+        encoder-decoder takes decoder_input_ids and the encoder's inputs; all_positions needs all_logits.
+    backend, world_size, device, checks, max_drop, goal, simulate, progress: as for `compile`.
+
+    Raises: UnsupportedError if the model is not a language model of transformers; CaptureError if it is already
+        compiled, or a line of it cannot be captured; InputError if max_length or batch do not fit it; and the errors of
+        `compile`.
+
+    >>> import torch, lissom
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> decoder = lissom.compile_generation(LlamaForCausalLM(config), max_length=32)
+    >>> decoder.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, eos_token_id=None).shape
+    torch.Size([1, 7])
+    >>> decoder.reset()
+    >>> decoder.step(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 50])
+    """
+    asked = Settings(
+        passes=passes,
+        backend=backend,
+        world_size=world_size,
+        device=device,
+        checks=checks,
+        data=data,
+        metric=metric,
+        max_drop=max_drop,
+        goal=goal,
+        simulate=simulate,
+        progress=progress,
+    )
+    if isinstance(model, Program):
+        raise InputError(
+            "the model is a program, which was captured without a KV cache; pass the model and give passes= and data= here, or "
+            "copy the program's weights into the model: model.load_state_dict(program.weights(), strict=False)"
+        )
+    check_uncompiled(model)
+    check_choices(asked)
+    check_capacity(max_length, batch)
+    place = check_device(device)
+    model = with_merged_adapters(model)
+    if is_encoder_decoder(model):
+        from lissom.generation.encoder_decoder_programs import compile_encoder_decoder
+
+        sizes = {"max_length": max_length, "batch": batch}
+        return compile_encoder_decoder(
+            model, asked, _with_recipe, **sizes, all_logits=all_logits, encoder_inputs=encoder_inputs
+        )
+    if encoder_inputs is not None:
+        raise InputError(f"{type(model).__name__} has no encoder, and encoder_inputs= was given; leave it out")
+    take = partial(capture_decoder, model, max_length=max_length, batch=batch, all_logits=all_logits, device=place)
+    score = None if metric is None else Scorer(metric, batch, max_length)
+    texts = named_prompts(data, batch, max_length)
+    settings = replace(asked, passes=_with_recipe(passes, scored=bool(texts)), data=texts, metric=score)
+    if score is not None:
+        take, settings = _scored(take, score, settings, passes)
+    compiled = compile_captured(take, place or device_of(model), settings)
+    from lissom.generation.model import GenerationModel
+
+    original: Any = model
+    return GenerationModel(compiled, original.config, original.generation_config)
+
+
+def load_generation(
+    directory: str | Path,
+    device: str | torch.device | None = None,
+    *,
+    backend: str | Backend | None = None,
+    allow_native: bool = False,
+    trusted_keys: TrustedKeys | None = None,
+    map_weights: bool = True,
+) -> GenerationModel:
+    """The decoder that `save` wrote, its weights mapped from the file. Nothing is unpickled. Arguments as for `load`.
+
+    Raises: ArtifactError if the directory holds no decoder, was changed or damaged, or does not run here; UnsupportedError
+        for a missing device or package.
+
+    >>> import tempfile, torch, lissom
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> folder = tempfile.mkdtemp() + "/decoder"
+    >>> lissom.compile_generation(LlamaForCausalLM(config), max_length=32).save(folder)
+    >>> lissom.load_generation(folder).step(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 50])
+    """
+    try:
+        from lissom.generation.saved import load
+    except ImportError as error:
+        raise UnsupportedError("generation needs transformers: pip install 'lissom[demo]'") from error
+    return load(check_path(directory), device, backend, Trust(allow_native, key_files(trusted_keys), map_weights))
+
+
+def _scored(
+    take: Callable[[], Capture], score: Scorer, settings: Settings, passes: str | Pass | Sequence[Pass]
+) -> tuple[Callable[[], Capture], Settings]:
+    """The capture and the settings for a metric: all passes leave all positions in the program where it reads them.
+
+    The metric is called on the captured program to know. Of several ranks one captures, so they leave them in any case.
+    """
+    _, backends = check_settings(settings)
+    if isinstance(backends[0], Distributed):
+        return take, replace(settings, passes=_with_recipe(passes, scored=True))
+    captured = take()
+    score.try_on(captured.program)
+    return lambda: captured, replace(settings, passes=_with_recipe(passes, scored=score.reads_all or bool(settings.data)))
+
+
+def _with_recipe(passes: str | Pass | Sequence[Pass], *, scored: bool = False) -> list[Pass]:
+    """The recipe `generation`, then the requested passes without the canonical form.
+
+    The part of it that drops all tokens but the last comes after the last pass that trains, which learns from all tokens; after
+    all passes where they calibrate on texts, or for a metric that scores all tokens.
+    """
+    wanted, exact, recipe = resolve_passes(passes), resolve_passes("exact"), resolve_passes("generation")
+    asked = wanted[len(recipe) if wanted[: len(recipe)] == recipe else len(exact) :]
+    trained = max((index + 1 for index, item in enumerate(asked) if scored or isinstance(item, Training)), default=0)
+    return [*exact, *asked[:trained], *recipe[len(exact) :], *asked[trained:]]
+
+
+def named_prompts(
+    data: Iterable[torch.Tensor | Mapping[str, object]], batch: int, max_length: int, *, fill: bool = True
+) -> list[Inputs]:
+    """Calibration texts as inputs of the program, with their labels. fill: as for `labelled_prompts`."""
+    return [
+        dict(zip(INPUTS, sample, strict=True)) | ({} if labels is None else {LABELS: labels})
+        for sample, labels in labelled_prompts(list(data), batch, max_length, fill=fill)
+    ]

@@ -1,0 +1,134 @@
+"""GGUF files of optimized decoders in llama.cpp itself: the same tokens as the program, and the same tokens of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lissom
+from lissom.compiler.ir.program import Program
+from tests.support.gguf_models import byte_fallback, byte_level, decoder, optimized
+
+pytest.importorskip("gguf")
+llama = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'lissom[zoo]'")
+pytestmark = pytest.mark.slow
+STEPS = 12
+PRUNED = "prune-layers{keep=0.67},prune-heads{keep=0.5},prune-neurons{keep=0.5}"
+UNIFORM = "prune-layers{keep=0.67},prune-heads{keep=0.5,scope=layer},prune-neurons{keep=0.5,scope=layer}"
+WIDTHS = 'prune-neurons{amounts="model.layers.0=32,model.layers.1=64"}'
+
+
+def serve(path: Path) -> Any:
+    """llama.cpp with the file, in float32 where the file is."""
+    options = llama.CommonParams()
+    options.model.path = str(path)
+    options.n_ctx, options.n_parallel, options.warmup = 128, 1, False
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
+    options.cache_type_k = options.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    options.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return llama.Server(options)
+
+
+def continued(server: Any, prompt: object, steps: int = STEPS) -> tuple[list[int], list[float]]:
+    """The likeliest tokens after a prompt, and their log probabilities."""
+    request = {"prompt": prompt, "n_predict": steps, "temperature": 0, "ignore_eos": True, "n_probs": 1}
+    found = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
+    return [item["id"] for item in found], [item["logprob"] for item in found]
+
+
+def greedy(program: Program, prompt: Sequence[int], never: int) -> tuple[list[int], list[float]]:
+    """The same of the program, without a KV cache. never: the token that ends texts."""
+    ids, found = list(prompt), []
+    for _ in range(STEPS):
+        (logits,) = program.run([torch.tensor([ids])])
+        assert isinstance(logits, torch.Tensor)
+        last = logits[0, -1].float().log_softmax(-1)
+        last[never] = -torch.inf
+        ids.append(int(last.argmax()))
+        found.append(float(last.max()))
+    return ids[len(prompt) :], found
+
+
+@pytest.mark.parametrize(
+    ("family", "passes", "graph", "fields"),
+    [
+        ("llama", PRUNED, "deci", {}),
+        ("llama", UNIFORM, "llama", {}),
+        ("llama", WIDTHS, "deci", {"tie_word_embeddings": True}),
+        ("llama", 'prune-heads{amounts="model.layers.0=1"}', "deci", {}),
+        ("llama", "prune-layers{keep=0.67,part=attention}", "deci", {}),
+        ("llama", "exact", "llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+        ("mistral", WIDTHS, "deci", {}),
+        ("qwen2", WIDTHS, "qwen2", {}),
+        ("qwen2", "prune-heads{keep=0.5,scope=layer}", "llama", {}),
+        ("qwen3", UNIFORM, "qwen3", {}),
+        ("qwen3", WIDTHS, "openelm", {"tie_word_embeddings": True}),
+        ("qwen3", WIDTHS, "qwen3", {"tie_word_embeddings": False}),
+        ("gemma3_text", "prune-heads{keep=0.5,scope=layer}," + WIDTHS, "gemma3", {"layers": 4}),
+        ("gemma3_text", 'prune-layers{amounts="model.layers.2=0,model.layers.3=0"}', "gemma3", {"layers": 4}),
+    ],
+)
+def test_llama_cpp_continues_a_text_as_the_program_does(family, passes, graph, fields, tmp_path):
+    tokenizer = byte_level()
+    found = optimized(decoder(family, len(tokenizer), **fields), passes)
+    written = found.export_gguf(tmp_path / "model.gguf", tokenizer=tokenizer)
+    assert written.architecture == graph and set(written.types) == {"F32"}
+    # Longer than the sliding window.
+    prompt = [*range(40, 52), *[60] * 20]
+    ids, losses = greedy(found.program, prompt, tokenizer.eos_token_id)
+    again, told = continued(serve(tmp_path / "model.gguf"), prompt)
+    assert again == ids
+    # Both compute in float32 and add in other orders.
+    assert told == pytest.approx(losses, abs=1e-3)
+
+
+def test_llama3_frequencies_are_written(tmp_path):
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
+    tokenizer = byte_level()
+    model = decoder("llama", len(tokenizer), rope_parameters={**rope, "original_max_position_embeddings": 64})
+    found = optimized(model)
+    found.export_gguf(tmp_path / "model.gguf", tokenizer=tokenizer)
+    prompt = list(range(40, 60))
+    ids, losses = greedy(found.program, prompt, tokenizer.eos_token_id)
+    assert continued(serve(tmp_path / "model.gguf"), prompt) == (ids, pytest.approx(losses, abs=1e-3))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kind"), [("int8-weight", "Q8_0"), ("int4-weight", "Q4_1"), ("int4-weight,symmetric=true", "Q4_0")]
+)
+def test_quantized_weights_are_read(scheme, kind, tmp_path):
+    tokenizer = byte_level()
+    found = optimized(decoder("llama", len(tokenizer)), f"quantize{{scheme={scheme}}}")
+    written = found.export_gguf(tmp_path / "model.gguf", tokenizer=tokenizer)
+    # Seven matrices in each of three layers.
+    assert written.types[kind] == 21
+    prompt = list(range(40, 60))
+    _, losses = greedy(found.program, prompt, tokenizer.eos_token_id)
+    _, told = continued(serve(tmp_path / "model.gguf"), prompt, 1)
+    # llama.cpp quantizes activations to int8 for these types.
+    assert told[0] == pytest.approx(losses[0], abs=0.1)
+
+
+@pytest.mark.parametrize("build", [byte_level, byte_fallback])
+def test_llama_cpp_splits_texts_as_the_tokenizer_does(build, tmp_path):
+    tokenizer = build()
+    found = optimized(decoder("llama", len(tokenizer), layers=1))
+    found.export_gguf(tmp_path / "model.gguf", tokenizer=tokenizer)
+    server = serve(tmp_path / "model.gguf")
+    for text in ("the quick brown dog", "fox, fox jumps", "jumping foxes  bark"):
+        after, losses = continued(server, tokenizer(text).input_ids, 4)
+        assert continued(server, text, 4) == (after, pytest.approx(losses, abs=1e-4))
+
+
+def test_gemma_is_written_with_the_blocks_and_the_vocabulary_of_its_file(tmp_path):
+    gemma = lissom.frontends.models.huggingface.load("gemma3-270m")
+    found = lissom.optimize(gemma.model, gemma.example_inputs, passes="exact", checks="off")
+    written = found.export_gguf(tmp_path / "model.gguf")
+    (file,) = lissom.frontends.models.huggingface.find_directory("gemma3-270m").glob("*.gguf")
+    assert written.megabytes == pytest.approx(file.stat().st_size / 1e6, rel=0.01)
+    prompt = "The capital of France is"
+    assert continued(serve(tmp_path / "model.gguf"), prompt) == continued(serve(file), prompt)

@@ -1,0 +1,40 @@
+"""Tests of lissom.measure.timing."""
+
+import time
+
+from lissom.measure.timing import Timing, time_calls
+
+
+def test_a_timing_reads_as_the_median_and_the_middle_half():
+    assert str(Timing(1.23456, 1.1, 2.0, 9)) == "1.23 (1.1 to 2)"
+    assert str(Timing(1085.3, 999.6, 12345.6, 9)) == "1085 (1000 to 12346)"
+
+
+def test_calls_are_warmed_up_twice_and_then_run_in_turn():
+    order = []
+    found = time_calls({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0.0)
+    assert "".join(order) == "aabb" + "ab" * 5
+    assert found["a"].runs == found["b"].runs == 5
+
+
+def test_a_call_is_run_no_more_often_than_asked():
+    found = time_calls({"a": lambda: None, "b": lambda: None}, seconds=60.0, most=20)
+    assert found["a"].runs == found["b"].runs == 20
+
+
+def test_time_is_measured_in_milliseconds():
+    found = time_calls({"sleep": lambda: time.sleep(0.01)}, seconds=0.0)["sleep"]
+    # A sleep never ends early; on a busy machine it may end late.
+    assert 10.0 <= found.low_ms <= found.median_ms <= found.high_ms
+
+
+def test_the_slower_call_takes_longer():
+    found = time_calls({"short": lambda: None, "long": lambda: time.sleep(0.005)}, seconds=0.0)
+    assert found["short"].median_ms < found["long"].median_ms
+
+
+def test_calls_run_for_the_seconds_asked():
+    started = time.perf_counter()
+    found = time_calls({"sleep": lambda: time.sleep(0.001)}, seconds=0.1)["sleep"]
+    assert time.perf_counter() - started >= 0.1
+    assert found.runs > 5

@@ -1,0 +1,1 @@
+"""What tests share: models, inputs, captures, harnesses. No test is here."""

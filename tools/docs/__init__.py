@@ -1,0 +1,1 @@
+"""The generators of the documentation: pages of passes, outputs, tables, the site."""
