@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from lissom.compiler.memory import use_huge_pages
+from lissom.compiler.pipeline.options import Progress
 from lissom.errors import ArtifactError
-from lissom.inspect.progress import Report
 from lissom.io.fields import check_fields, count, optional, parse_json, real, take, take_list, text
 from lissom.measure.timing import Timing, time_calls
 from lissom.ops.native.instruction_sets import processor_features, processors
@@ -86,7 +86,7 @@ class Machine:
         return self.devices[device.index or 0] if device.type == "cuda" else self.cpu
 
 
-def measure_machine(seconds: float = 1.0, progress: Report | None = None) -> Machine:
+def measure_machine(seconds: float = 1.0, progress: Progress | None = None) -> Machine:
     """Measure this machine with PyTorch's own kernels and its current number of threads.
 
     seconds: how long to run each product at each size. progress: called with the current device, the number of devices done,
