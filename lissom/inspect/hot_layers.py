@@ -15,9 +15,10 @@ from torch import fx
 from lissom.compiler.analysis.cost import costs_on
 from lissom.compiler.ir.program import Program
 from lissom.inspect.kernels import Kernel, kernel_of, module_pattern, shape_of
-from lissom.inspect.roofline import digits, node_seconds, sizes_text
+from lissom.inspect.roofline import digits, sizes_text
 from lissom.inspect.tables import plain, plain_table
 from lissom.measure.machine import Ceilings, Machine
+from lissom.measure.roofline import node_seconds
 
 _SHARE = 0.8
 _MOST = 8

@@ -5,7 +5,7 @@ import pytest
 from lissom.compiler.analysis.cost import costs_on
 from lissom.inspect.hot_layers import LayerTime, LayerTimes, layer_times, roof_share
 from lissom.inspect.kernels import Kernel
-from lissom.inspect.roofline import node_seconds
+from lissom.measure.roofline import node_seconds
 from tests.measure.test_machine import example
 from tests.support import captures
 from tests.support.models import tiny_bert

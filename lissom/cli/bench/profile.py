@@ -15,9 +15,10 @@ from lissom.cli.bench.workload import Inputs, Shape, load_model, make_inputs
 from lissom.compiler.analysis.cost import Cost, costs_on
 from lissom.compiler.analysis.sites import sites
 from lissom.inspect.kernels import operator_name
-from lissom.inspect.roofline import digits, node_seconds, sizes_text
+from lissom.inspect.roofline import digits, sizes_text
 from lissom.inspect.tables import plain_table
 from lissom.measure.machine import Machine
+from lissom.measure.roofline import node_seconds
 from lissom.measure.timing import time_calls
 from lissom.ops.native import describe_kernels
 from lissom.runtime.compiled_model import CompiledModel
