@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
 import torch
 from torch import nn
 
+from lissom.artifacts.facts import Facts
 from lissom.artifacts.model_files import Saveable, check_tokenizer
 from lissom.backends.base import Backend
 from lissom.compiler.ir.program import Program
@@ -27,7 +28,6 @@ from lissom.inspect.report import Report
 from lissom.integrations.sentence_transformers import is_sentence_model
 from lissom.io.files import check_path
 from lissom.runtime.compiled_model import CompiledModel
-from lissom.runtime.hosted_model import Facts
 
 if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel

@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 from torch import nn
 
+from lissom.artifacts.facts import Facts
 from lissom.backends.base import Backend
 from lissom.backends.distributed.backend import Distributed
 from lissom.backends.eager.backend import Eager
@@ -38,7 +39,7 @@ from lissom.passes.parallel.partition import Partition
 from lissom.passes.parallel.shard import Shard
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.error_meter import with_meter
-from lissom.runtime.hosted_model import Facts, check_uncompiled
+from lissom.runtime.hosted_model import check_uncompiled
 from lissom.runtime.layer_timer import ProgramTimer
 
 

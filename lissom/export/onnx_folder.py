@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lissom.artifacts.directory import check_new, write_directory
+from lissom.artifacts.facts import Facts
 from lissom.artifacts.model_files import CONFIG, TOKENIZER, Saveable, write_processors
 from lissom.backends.base import confirm
 from lissom.compiler.analysis.structure.linear import is_quantizer
@@ -34,7 +35,6 @@ from lissom.measure.timing import Timing, time_calls
 from lissom.passes.precision.cast import Cast
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 from lissom.passes.quantize.quantize import Quantize
-from lissom.runtime.hosted_model import Facts
 from lissom.version import __version__
 
 Layout = Literal["huggingface"]

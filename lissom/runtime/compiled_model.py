@@ -15,6 +15,7 @@ from torch import nn
 
 from lissom.artifacts import rank_files
 from lissom.artifacts.artifact import Compiled, Loaded, Trust, WriteMore
+from lissom.artifacts.facts import Facts
 from lissom.artifacts.model_files import Saveable, check_tokenizer, saved_config, upload, write_processors
 from lissom.artifacts.signature import TrustedKeys, key_files
 from lissom.backends import is_ours
@@ -31,7 +32,7 @@ from lissom.frontends.capture.device import check_device
 from lissom.frontends.capture.untouched import ordinary
 from lissom.inspect.report import Report
 from lissom.io.files import check_path
-from lissom.runtime.hosted_model import Facts, HostedModel
+from lissom.runtime.hosted_model import HostedModel
 from lissom.runtime.layer_timer import ProgramTimer
 from lissom.runtime.pickled import files_of, loaded_from
 from lissom.runtime.tracers import has_memory, refuse_tracer, tracer, untraced, with_memory

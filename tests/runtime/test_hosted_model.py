@@ -13,9 +13,8 @@ import transformers
 from torch import nn
 
 import lissom
-from lissom.errors import ArtifactError, CaptureError, InputError, UnsupportedError
+from lissom.errors import CaptureError, InputError, UnsupportedError
 from lissom.frontends.models.huggingface import find_directory
-from lissom.runtime.hosted_model import Facts
 from tests.support.models import feed_forward, normal, seeded, tiny_bert
 
 TEXTS = ["Whisk the eggs, then season them.", "The orbit of the comet takes it past Jupiter."]
@@ -96,23 +95,6 @@ def test_what_the_model_says_of_itself_is_saved(classifier, tokenizer, tmp_path)
     # As transformers does, it names the directory it was loaded from.
     assert again.config.to_dict() == fast.config.to_dict() | {"_name_or_path": str(tmp_path / "model")}
     assert pipeline("text-classification", again, tokenizer)(TEXTS) == pipeline("text-classification", fast, tokenizer)(TEXTS)
-
-
-def test_a_configuration_no_library_knows_is_read_as_a_plain_one():
-    facts = Facts.from_json({"config": {"model_type": "of my own", "width": 3}, "main_input": "x", "modalities": ["text"]})
-    assert type(facts.make_config()) is transformers.PretrainedConfig
-    assert facts.make_config().width == 3
-
-
-def test_facts_that_are_none_are_refused():
-    with pytest.raises(ArtifactError, match=r"there is no field 'main_input' in .*; save the model again"):
-        Facts.from_json({"config": {}})
-
-
-def test_a_configuration_transformers_refuses_is_named():
-    facts = Facts.from_json({"config": {"model_type": "bert", "hidden_size": "wide"}, "main_input": "x", "modalities": []})
-    with pytest.raises(ArtifactError, match="transformers refuses the configuration of this model of type 'bert'"):
-        _ = facts.make_config()
 
 
 def test_other_models_have_no_configuration():
