@@ -14,7 +14,7 @@ from lissom.compiler.training.vocabulary import IGNORED
 from lissom.driver.options import LABELS
 from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.generation.decoder import INPUTS
-from lissom.frontends.generation.decoder_state import is_kv_cache
+from lissom.frontends.generation.state_names import is_kv_cache
 from lissom.inspect.report import Report
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.hosted_model import FixedModule

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, EncoderDecoderCache, LinearAttentionCacheLayerMixin
 
-from lissom.frontends.generation.decoder_state import INDEXER_KEYS, KEYS_AND_VALUES, OF_RECURRENT, is_kv_cache, numbered
+from lissom.frontends.generation.state_names import INDEXER_KEYS, KEYS_AND_VALUES, OF_RECURRENT, is_kv_cache, numbered
 
 
 class AttentionState(CacheLayerMixin):

@@ -24,14 +24,11 @@ from lissom.frontends.capture.isolation import exchanged
 from lissom.frontends.capture.recurrences import modules_with, scans_continued
 from lissom.frontends.capture.untouched import untouched
 from lissom.frontends.generation.fixed_caches import counted_from_start
+from lissom.frontends.generation.state_names import INDEXER_KEYS, KEYS_AND_VALUES, OF_RECURRENT, is_kv_cache, numbered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KEYS_AND_VALUES = ("keys", "values")
-INDEXER_KEYS = "indexer_keys"
-"""The keys by which a layer chooses the tokens that it attends to, [batch, 1, slots, head_dim]."""
-OF_RECURRENT = ("convolution", "recurrence")
 _START = "lissom_start"
 """The attribute of a cache over buffers that holds the number of filled slots."""
 _MASK = "create_recurrent_attention_mask"
@@ -39,11 +36,6 @@ _MASK = "create_recurrent_attention_mask"
 
 State = Mapping[str, torch.Tensor]
 """A layer's tensors by name; none for a layer that keeps nothing."""
-
-
-def is_kv_cache(name: str) -> bool:
-    """True if a state, named as in the program, has one slot for each token; False for convolutions and recurrences."""
-    return not name.rpartition(".")[2].startswith(OF_RECURRENT)
 
 
 def layer_states(model: PreTrainedModel) -> list[State]:
@@ -99,11 +91,6 @@ def layer_tensors(layer: Any) -> State:
     if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in found.values()):
         raise TypeError("a layer that keeps no keys and values, or whole numbers")
     return found
-
-
-def numbered(kind: str, index: int) -> str:
-    """The name of a layer's state of a kind."""
-    return f"{kind}_{index}" if index else kind
 
 
 def buffers(states: Sequence[State], max_length: int, batch: int, device: torch.device) -> nn.Module:
