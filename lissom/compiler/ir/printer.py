@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.signature import Signature
 from lissom.compiler.ir.types import format_type, short_dtype
-
-if TYPE_CHECKING:
-    from lissom.compiler.ir.program import Program
 
 END = 2**63 - 1
 """The end of a slice that has none."""
 
 
-def program_text(program: Program) -> str:
+class PrintableProgram(Protocol):
+    """The parts of a `Program` that its text shows."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def signature(self) -> Signature: ...
+    @property
+    def state(self) -> tuple[str, ...]: ...
+    @property
+    def graph(self) -> fx.Graph: ...
+
+
+def program_text(program: PrintableProgram) -> str:
     """The whole program: its signature, its weights, its nodes."""
     lines = [f"program {program.name}{program.signature.describe()} {{"]
     lines += [f"  weight {line}" for line in _weight_lines(program)]
@@ -27,7 +38,7 @@ def program_text(program: Program) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _weight_lines(program: Program) -> list[str]:
+def _weight_lines(program: PrintableProgram) -> list[str]:
     reads = [node for node in program.graph.nodes if node.op == "get_attr"]
     state = set(program.state)
     return [
@@ -36,7 +47,7 @@ def _weight_lines(program: Program) -> list[str]:
     ]
 
 
-def node_text(program: Program, node: fx.Node) -> str:
+def node_text(program: PrintableProgram, node: fx.Node) -> str:
     """One node: `%gelu: f32[batch, sequence, 1536] = aten.gelu(%linear_4)  # encoder.layer.0.intermediate`."""
     if node.op == "output":
         return f"return {argument_text(node.args[0])}"
@@ -52,7 +63,7 @@ def node_text(program: Program, node: fx.Node) -> str:
     return f"%{node.name}: {type_} = {target_text(node.target)}({', '.join(arguments)}){place}"
 
 
-def _type_text(program: Program, node: fx.Node) -> str:
+def _type_text(program: PrintableProgram, node: fx.Node) -> str:
     return format_type(nodes.node_type(node), program.signature.name_of) if nodes.has_value(node) else "untyped"
 
 
@@ -90,7 +101,7 @@ def argument_text(item: object) -> str:
             return repr(item)
 
 
-def excerpt(program: Program, node: fx.Node, radius: int = 2) -> str:
+def excerpt(program: PrintableProgram, node: fx.Node, radius: int = 2) -> str:
     """The lines around a node, the node's own marked with `>`."""
     lines = [found for found in program.graph.nodes if found.op != "get_attr"]
     centre = lines.index(node) if node in lines else 0
@@ -98,7 +109,7 @@ def excerpt(program: Program, node: fx.Node, radius: int = 2) -> str:
     return "\n".join(f"  {'>' if found is node else ' '} {node_text(program, found)}" for found in around)
 
 
-def place(program: Program, node: fx.Node) -> str:
+def place(program: PrintableProgram, node: fx.Node) -> str:
     """The location of a node, in words: `'matmul_3' (aten.matmul, in encoder.layer.1.attention, modeling.py:88)`."""
     found = nodes.origin(node)
     what = target_text(node.target) if node.op == "call_function" else node.op
