@@ -109,6 +109,10 @@ def test_the_self_test_names_the_kernel_that_differs(monkeypatch):
         self_test.main(str(build.kept_library()))
 
 
+def test_the_exit_status_of_a_fault_is_the_one_that_is_expected():
+    assert self_test.FAILED == build.FAILED
+
+
 def test_the_self_test_calls_every_kernel():
     quantizers = (fake_quantize, fake_quantize_dynamic, fake_quantize_backward)
     kernels = (*KERNELS, gated_delta_rule, selective_scan, token_divergence, *quantizers)
