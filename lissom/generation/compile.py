@@ -1,4 +1,4 @@
-"""Generation: causal language models compiled with their KV cache, for transformers' `generate` and for your own loops."""
+"""Compile a language model with its KV cache, and load a compiled one."""
 
 from __future__ import annotations
 
@@ -26,15 +26,13 @@ from lissom.frontends.capture.export import Capture
 from lissom.frontends.generation.decoder import INPUTS, capture_decoder, check_capacity
 from lissom.frontends.generation.encoder_decoder import is_encoder_decoder
 from lissom.frontends.models.adapters import with_merged_adapters
-from lissom.generation.decoder import Decoder, labelled_prompts
+from lissom.generation.decoder import labelled_prompts
 from lissom.generation.scoring import NextToken, Scorer
 from lissom.io.files import check_path
 from lissom.runtime.hosted_model import check_uncompiled
 
 if TYPE_CHECKING:
     from lissom.generation.model import GenerationModel
-
-__all__ = ["Decoder", "compile_generation", "load_generation"]
 
 
 def compile_generation(
@@ -157,10 +155,13 @@ def load_generation(
     torch.Size([1, 50])
     """
     try:
-        from lissom.generation.saved import load
+        from lissom.generation.encoder_decoder import EncoderDecoderModel
+        from lissom.generation.model import GenerationModel
+        from lissom.generation.saved import read
     except ImportError as error:
         raise UnsupportedError("generation needs transformers: pip install 'lissom[demo]'") from error
-    return load(check_path(directory), device, backend, Trust(allow_native, key_files(trusted_keys), map_weights))
+    parts = read(check_path(directory), device, backend, Trust(allow_native, key_files(trusted_keys), map_weights))
+    return GenerationModel.of(parts) if parts.encoder is None else EncoderDecoderModel.of(parts)
 
 
 def _scored(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,8 @@ from lissom.artifacts.packed import pack
 from lissom.frontends.generation.decoder import INPUTS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-    from lissom.generation.model import GenerationModel
     from lissom.runtime.compiled_model import CompiledModel
 
 GENERATION = "generation_config.json"
@@ -27,30 +27,34 @@ ENCODER = "encoder.lissom"
 """The file of an encoder-decoder that holds the artifact of its encoder."""
 
 
-def save(
-    decoder: GenerationModel,
-    directory: Path,
-    tokenizer: PreTrainedTokenizerBase | None,
-    processor: Saveable | None = None,
-    encoder: CompiledModel | None = None,
-) -> None:
-    """Write the decoder, completely or not at all, with the encoder it reads from. All ranks of a group must call it.
+@dataclass(frozen=True)
+class Parts:
+    """What the directory of a decoder holds, without tokenizer and processor. encoder: None for a model without one."""
+
+    compiled: CompiledModel
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+    encoder: CompiledModel | None = None
+
+
+def save(parts: Parts, directory: Path, tokenizer: PreTrainedTokenizerBase | None, processor: Saveable | None = None) -> None:
+    """Write a decoder, completely or not at all, with the encoder it reads from. All ranks of a group must call it.
 
     Raises: ArtifactError, InputError, UnsupportedError, RankError.
     """
     if tokenizer is not None:
-        check_tokenizer(decoder.program, INPUTS[0], tokenizer)
+        check_tokenizer(parts.compiled.program, INPUTS[0], tokenizer)
 
     def write_more(folder: Path) -> None:
-        saved_config(json.loads(decoder.config.to_json_string(use_diff=False)), folder)
-        decoder.generation_config.to_json_file(folder / GENERATION)
-        if encoder is not None:
-            pack(encoder.save, folder / ENCODER)
+        saved_config(json.loads(parts.config.to_json_string(use_diff=False)), folder)
+        parts.generation_config.to_json_file(folder / GENERATION)
+        if parts.encoder is not None:
+            pack(parts.encoder.save, folder / ENCODER)
         write_processors(
-            folder, str(decoder.config._name_or_path) or None, None if tokenizer is None else _Flat(tokenizer), processor
+            folder, str(parts.config._name_or_path) or None, None if tokenizer is None else _Flat(tokenizer), processor
         )
 
-    decoder.compiled.save_with(directory, write_more)
+    parts.compiled.save_with(directory, write_more)
 
 
 class _Flat:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import transformers
@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 
 from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.generation.encoder_decoder import CROSS, HIDDEN, MASK, decoder_inputs, widened
+from lissom.generation.directory import Parts
 from lissom.generation.model import GenerationModel
 from lissom.inspect.report import Report
 from lissom.runtime.compiled_model import CompiledModel
@@ -124,8 +125,18 @@ class EncoderDecoderModel(GenerationModel):
         return self.encoder
 
     @property
-    def _encoder_program(self) -> CompiledModel:
-        return self.encoder.compiled
+    def _parts(self) -> Parts:
+        return Parts(self.compiled, self.config, self.generation_config, self.encoder.compiled)
+
+    @classmethod
+    def of(cls, parts: Parts) -> Self:
+        """The model of these parts, an encoder among them."""
+        assert parts.encoder is not None
+        return cls(parts.compiled, parts.encoder, parts.config, parts.generation_config)
+
+    @property
+    def _kind(self) -> type[GenerationModel]:
+        return EncoderDecoderModel
 
     def encode(self, **inputs: object) -> None:
         """Run the encoder on a text or a sound, and empty the KV cache; `step` then takes the decoder's tokens.

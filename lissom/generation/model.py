@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from transformers import Cache, GenerationConfig
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from lissom.artifacts.artifact import Trust
 from lissom.artifacts.model_files import Saveable, upload
 from lissom.backends.base import Backend
 from lissom.errors import InputError, UnsupportedError
-from lissom.generation.compile import load_generation
 from lissom.generation.decoder import Decoder
-from lissom.generation.directory import save
+from lissom.generation.directory import Parts, save
+from lissom.generation.saved import read
 from lissom.io.files import check_path
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.generating import CompiledGeneration
@@ -105,12 +106,22 @@ class GenerationModel(Decoder, CompiledGeneration):
 
         Raises: ArtifactError if the directory cannot be written; UnsupportedError if the backend cannot be saved.
         """
-        save(self, check_path(directory), tokenizer, processor, self._encoder_program)
+        save(self._parts, check_path(directory), tokenizer, processor)
 
     @property
-    def _encoder_program(self) -> CompiledModel | None:
-        """The encoder that is saved too; None for a model without."""
-        return None
+    def _parts(self) -> Parts:
+        """What is saved of it."""
+        return Parts(self.compiled, self.config, self.generation_config)
+
+    @classmethod
+    def of(cls, parts: Parts) -> Self:
+        """The model of these parts."""
+        return cls(parts.compiled, parts.config, parts.generation_config)
+
+    @property
+    def _kind(self) -> type[GenerationModel]:
+        """The class that a pickle names; the model's own class is made for it alone."""
+        return GenerationModel
 
     def push_to_hub(
         self,
@@ -135,7 +146,8 @@ class GenerationModel(Decoder, CompiledGeneration):
         Raises: UnsupportedError for a decoder that runs with other ranks, or whose backend cannot be saved.
         """
         self.compiled.check_alone()
-        return _from_files, (files_of(self.save), str(self.config._name_or_path), self.compiled.external_backend)
+        source = str(self.config._name_or_path)
+        return _from_files, (self._kind, files_of(self.save), source, self.compiled.external_backend)
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -185,8 +197,10 @@ class GenerationModel(Decoder, CompiledGeneration):
             given._is_user_defined = True
 
 
-def _from_files(files: Mapping[str, bytes], source: str, backend: Backend | None = None) -> GenerationModel:
-    found = loaded_from(files, partial(load_generation, backend=backend))
+def _from_files(
+    kind: type[GenerationModel], files: Mapping[str, bytes], source: str, backend: Backend | None = None
+) -> GenerationModel:
+    found = loaded_from(files, lambda folder: kind.of(read(folder, None, backend, Trust())))
     found.config._name_or_path = source
     return found
 

@@ -21,17 +21,15 @@ from lissom.backends.base import Backend
 from lissom.errors import ArtifactError
 from lissom.frontends.capture.device import check_device
 from lissom.frontends.capture.failures import first_line
-from lissom.generation.directory import ENCODER, GENERATION, is_former, is_saved
-from lissom.generation.encoder_decoder import EncoderDecoderModel
-from lissom.generation.model import GenerationModel
+from lissom.generation.directory import ENCODER, GENERATION, Parts, is_former, is_saved
 from lissom.io.fields import parse_json, shown
 from lissom.runtime.compiled_model import compiled_from
 
 Made = TypeVar("Made")
 
 
-def load(directory: Path, device: str | torch.device | None, backend: str | Backend | None, trust: Trust) -> GenerationModel:
-    """The decoder in the directory. Raises: ArtifactError, UnsupportedError."""
+def read(directory: Path, device: str | torch.device | None, backend: str | Backend | None, trust: Trust) -> Parts:
+    """The parts of the decoder in the directory. Raises: ArtifactError, UnsupportedError."""
     if is_former(directory):
         raise ArtifactError(
             f"'{directory}' was saved by an earlier Lissom, without hashes of its configuration; "
@@ -48,7 +46,7 @@ def load(directory: Path, device: str | torch.device | None, backend: str | Back
     config._name_or_path = str(directory)
     generation = _read(directory / GENERATION, loaded.files, GenerationConfig.from_dict)
     if ENCODER not in loaded.files:
-        return GenerationModel(compiled_from(loaded), config, generation)
+        return Parts(compiled_from(loaded), config, generation)
     # The hash of the outer artifact, and so its signature, covers the encoder.
     inner = Trust(trust.allow_native, map_weights=trust.map_weights)
     encoder = load_packed(
@@ -56,7 +54,7 @@ def load(directory: Path, device: str | torch.device | None, backend: str | Back
         lambda folder: compiled_from(rank_files.load(folder, check_device(device), backend, inner)),
         loaded.files[ENCODER],
     )
-    return EncoderDecoderModel(compiled_from(loaded), encoder, config, generation)
+    return Parts(compiled_from(loaded), config, generation, encoder)
 
 
 def configuration_of(fields: dict[str, Any]) -> Any:
