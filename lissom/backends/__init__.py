@@ -1,4 +1,5 @@
-"""Backends that run a program: PyTorch with Lissom's kernels, TorchInductor, ONNX Runtime, several ranks; and their table."""
+"""Backends that run a program, and their table: PyTorch with Lissom's kernels, TorchInductor, ONNX Runtime, several ranks. Each
+makes an executable of a program."""
 
 from __future__ import annotations
 

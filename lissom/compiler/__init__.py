@@ -1,1 +1,2 @@
-"""The program and everything that works on it: types, edits, checks, passes, pipelines, analyses."""
+"""The program and everything that works on it: types, edits, checks, pipelines, analyses. Nothing here knows a backend or a
+single pass."""

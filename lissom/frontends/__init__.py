@@ -1,1 +1,1 @@
-"""Frontends: capture PyTorch, Hugging Face and ONNX models as programs."""
+"""Frontends: capture PyTorch, Hugging Face and ONNX models as programs. No pass runs here."""

@@ -1,1 +1,2 @@
-"""Inspection without changes: tables, diffs, timings and progress."""
+"""Inspection of programs and reports: tables, diffs, pictures and progress. Modules here change nothing; timing is in
+`measure`."""

@@ -1,4 +1,4 @@
-"""The passes, each in a file or folder of its own; their table, and the named pipelines."""
+"""The passes, each in a file or folder of its own; their table, and the named pipelines. No pass imports another."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Compiled models, and how they take the place of the original model."""
+"""Compiled models: their calls, their reports, and how they take the place of the original model."""

@@ -1,1 +1,1 @@
-"""One process per rank: collectives between them, and how they enter and leave a call together."""
+"""Execution on several ranks, one process each: collectives, and how ranks enter and leave a call together."""

@@ -1,1 +1,1 @@
-"""ONNX Runtime: sessions, what they may read from a file, and which form of a model is used."""
+"""ONNX Runtime: its sessions, the options they may read from a file, and the choice among the variants of a model."""

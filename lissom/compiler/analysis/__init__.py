@@ -1,1 +1,1 @@
-"""Analyses of a program, which do not change it."""
+"""Analyses of a program, which read it and change nothing."""

@@ -1,1 +1,1 @@
-"""Statistics of activations on the caller's calibration data."""
+"""Statistics of activations on the caller's calibration data, for the passes that calibrate."""

@@ -1,1 +1,1 @@
-"""Program edits shared by several passes."""
+"""Program edits shared by several passes. An edit that one pass needs stays with that pass."""

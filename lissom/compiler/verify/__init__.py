@@ -1,1 +1,1 @@
-"""Checks that two programs are equal, and measures their divergence."""
+"""Checks that two programs are equal, and measures of their divergence."""

@@ -1,1 +1,1 @@
-"""Passes for tensor parallelism."""
+"""Passes for tensor parallelism: the plan of placements, and the partition of a program by it."""

@@ -1,1 +1,1 @@
-"""Passes for mixed precision."""
+"""Passes for mixed precision: casts, and where they stand."""
