@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from dataclasses import dataclass, field
+from functools import cache, cached_property, lru_cache
 from typing import cast
 
 import torch
@@ -17,45 +17,14 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as families
+from lissom.compiler.ir.dimension_text import Compound, Dim, Form, Pattern, forms_of, of_equation
 from lissom.compiler.ir.types import Size, TensorType, quotient
 from lissom.ops.dimensions import DECLARED, ROWS, Dimensions
 
 aten = torch.ops.aten
 
 ShapeOf = Callable[[fx.Node], Sequence[Size]]
-_TOKEN = re.compile(r"\s*(\.\.\.|[!+()\[\]]|[a-z][a-z_]*\*?|\d+)")
 _TENSORS = ("Tensor", "Optional[Tensor]")
-
-
-@dataclass(frozen=True)
-class Compound:
-    """A dimension made of several: a product, whose last part runs fastest, or parts that follow each other."""
-
-    parts: tuple[str, ...]
-    product: bool = True
-
-
-Dim = str | Compound
-"""The name of a dimension, of sizes that stand in the declaration, or of a compound; empty where a size of 1 is broadcast."""
-
-
-@dataclass(frozen=True)
-class _Operand:
-    """dims: with `...` and starred names. mark: `+`, `~` or none. optional: the last may be missing. opaque: `_`."""
-
-    dims: tuple[Dim, ...]
-    mark: str = ""
-    optional: bool = False
-    opaque: bool = False
-
-
-@dataclass(frozen=True)
-class _Form:
-    operands: tuple[_Operand, ...]
-    results: tuple[_Operand, ...]
-    work: tuple[tuple[Dim, ...], ...]
-    fixed: frozenset[str]
-    condition: tuple[str, bool] | None
 
 
 @dataclass(frozen=True)
@@ -80,8 +49,8 @@ class Operand:
 class Named:
     """A call with the names of its dimensions.
 
-    operands: what the call gives; what it leaves out is not among them. results: the names of each result's dimensions.
-    sizes: by name; a name behind `...` or a star is numbered. whole, normed, fixed, positions: as declared.
+    operands: what the call gives. results: the names of each result's dimensions. fixed: those that are looked up or in order.
+    sizes: by name; names behind `...` and of a star are numbered.
     """
 
     node: fx.Node
@@ -140,7 +109,7 @@ def parts_of(dim: Dim) -> tuple[str, ...]:
 def declaration(node: fx.Node) -> Dimensions | None:
     """The declaration of the operator that a node calls; None where it has none."""
     if node.target is aten.einsum.default:
-        return _of_equation(cast(str, node.args[0]))
+        return of_equation(cast(str, node.args[0]))
     return DECLARED.get(node.target) or ATEN.get(node.target)
 
 
@@ -152,11 +121,15 @@ def named(node: fx.Node, shape_of: ShapeOf | None = None) -> Named | None:
     declared = declaration(node)
     if declared is None:
         return None
-    given, shape = _given(node), shape_of or _shape
-    for form in _forms(declared.text):
+    given, types = _given(node), nodes.node_type(node)
+    shape: ShapeOf = shape_of or (lambda item: nodes.tensor_type(item).shape)
+    shapes = [None if item is None else tuple(shape(item)) for _, _, item in given]
+    several = isinstance(types, tuple)
+    outputs = tuple(item.shape for item in types if isinstance(item, TensorType)) if several else (tuple(shape(node)),)
+    for form in forms_of(declared.text):
         if form.condition is not None and bool(nodes.argument(node, form.condition[0])) != form.condition[1]:
             continue
-        if (found := _bound(node, declared, form, given, shape)) is not None:
+        if (found := _bound(node, declared, form, given, shapes, outputs)) is not None:
             return found
     return None
 
@@ -197,84 +170,6 @@ def _product(sizes: Sequence[Size]) -> Size:
     return math.prod(sizes)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
-def _shape(node: fx.Node) -> Sequence[Size]:
-    return nodes.tensor_type(node).shape
-
-
-# Reading a declaration
-
-
-@cache
-def _forms(text: str) -> tuple[_Form, ...]:
-    return tuple(_form(part) for part in text.split("|"))
-
-
-def _form(text: str) -> _Form:
-    body, _, condition = text.partition(" if ")
-    words = condition.split()
-    shapes, _, work = body.partition(":")
-    left, arrow, right = shapes.partition("->")
-    if not arrow or len(words) > 2:
-        raise ValueError(f"no form of dimensions: {text!r}")
-    fixed: set[str] = set()
-    operands = tuple(_operand(part, fixed) for part in left.split(","))
-    results = tuple(_operand(part, fixed) for part in right.split(","))
-    terms = tuple(_operand(part, fixed).dims for part in work.split(" + ")) if work else ()
-    return _Form(operands, results, terms, frozenset(fixed), (words[-1], len(words) == 1) if words else None)
-
-
-def _operand(text: str, fixed: set[str]) -> _Operand:
-    text = text.strip()
-    if text == "_":
-        return _Operand((), opaque=True)
-    mark = text[0] if text[:1] in ("+", "~") else ""
-    tokens = _tokens(text.removeprefix(mark))
-    dims: list[Dim] = []
-    optional = False
-    while tokens:
-        token = tokens.pop(0)
-        if token == "!":
-            fixed.add(tokens[0])
-        elif token == "[":
-            optional = True
-        elif token == "(":
-            end = tokens.index(")")
-            inside, tokens = tokens[:end], tokens[end + 1 :]
-            dims.append(Compound(tuple(item for item in inside if item != "+"), product="+" not in inside))
-        elif token != "]":
-            dims.append(token)
-    return _Operand(tuple(dims), mark, optional)
-
-
-def _tokens(text: str) -> list[str]:
-    found, at = [], 0
-    while text[at:].strip():
-        match = _TOKEN.match(text, at)
-        if match is None:
-            raise ValueError(f"{text!r} does not name dimensions from {text[at:]!r} on")
-        found.append(match[1])
-        at = match.end()
-    return found
-
-
-@cache
-def _of_equation(equation: str) -> Dimensions | None:
-    """The declaration of an einsum; None where a letter stands twice in a term, or the result is implied."""
-    left, arrow, right = equation.replace(" ", "").partition("->")
-    terms = [*left.split(","), right]
-    if not arrow or any(len(set(letters)) != len(letters) for letters in (term.replace(".", "") for term in terms)):
-        return None
-    if any("..." in term and not term.startswith("...") for term in terms):
-        return None
-    # Names of dimensions are lower-case: a capital letter is written twice.
-    spelled = [" ".join(["..."] * ("..." in term) + [_letter(item) for item in term.replace(".", "")]) for term in terms]
-    return Dimensions(f"{', '.join(spelled[:-1])} -> {spelled[-1]}", factors=("tensors",))
-
-
-def _letter(letter: str) -> str:
-    return letter if letter.islower() else f"{letter.lower()}_{letter.lower()}"
-
-
 # Fitting a form to a call
 
 
@@ -300,43 +195,74 @@ def _given(node: fx.Node) -> list[tuple[str, int | str, fx.Node | None]]:
 def _bound(
     node: fx.Node,
     declared: Dimensions,
-    form: _Form,
+    form: Form,
     given: Sequence[tuple[str, int | str, fx.Node | None]],
-    shape_of: ShapeOf,
+    shapes: Sequence[tuple[Size, ...] | None],
+    outputs: tuple[tuple[Size, ...], ...],
 ) -> Named | None:
-    stars = {name: len(cast("Sequence[object]", nodes.argument(node, by))) for name, by in declared.many.items()}
-    operands: list[Operand] = []
-    shapes: list[Sequence[Size]] = []
     patterns = list(form.operands)
     if patterns[-1].opaque:
         patterns += patterns[-1:] * (len(given) - len(patterns))
     if len(patterns) != len(given):
         raise ValueError(f"{node.target} has {len(given)} tensors, not the {len(patterns)} declared: {declared.text}")
-    for (name, slot, item), pattern in zip(given, patterns, strict=True):
-        if item is None:
-            continue
-        shape = shape_of(item)
-        dims = ("",) * len(shape) if pattern.opaque else _expanded(pattern, len(shape), stars)
-        if dims is None:
-            return None
-        marks = pattern.mark == "+", pattern.mark == "~", pattern.opaque
-        operands.append(Operand(name, slot, item, dims, name in declared.factors, *marks))
-        shapes.append(shape)
-    sizes = _sizes([item.dims for item in operands], shapes)
-    types = nodes.node_type(node)
-    outputs = [item.shape for item in types if isinstance(item, TensorType)] if isinstance(types, tuple) else [shape_of(node)]
-    results = [_expanded(pattern, len(shape), stars) for pattern, shape in zip(form.results, outputs, strict=False)]
-    if sizes is None or len(outputs) != len(form.results) or any(dims is None for dims in results):
+    there = [
+        (name, slot, item, shape, pattern)
+        for (name, slot, item), shape, pattern in zip(given, shapes, patterns, strict=True)
+        if item is not None and shape is not None
+    ]
+    many = declared.many.items()
+    fitted = _fitted(
+        tuple(pattern for *_, pattern in there),
+        tuple(shape for _, _, _, shape, _ in there),
+        form.results,
+        outputs,
+        tuple((name, len(cast("Sequence[object]", nodes.argument(node, by)))) for name, by in many) if many else (),
+    )
+    if fitted is None:
         return None
-    for dims, shape in zip(cast("list[tuple[Dim, ...]]", results), outputs, strict=True):
+    read, made, sizes = fitted
+    operands = [
+        Operand(
+            *(name, slot, item, dims, name in declared.factors),
+            *(pattern.mark == "+", pattern.mark == "~", pattern.opaque),
+        )
+        for (name, slot, item, _, pattern), dims in zip(there, read, strict=True)
+    ]
+    return Named(node, tuple(operands), made, sizes, declared, form.fixed, form.work)
+
+
+@lru_cache(maxsize=4096)
+def _fitted(
+    patterns: Sequence[Pattern],
+    shapes: Sequence[Sequence[Size]],
+    results: Sequence[Pattern],
+    outputs: Sequence[Sequence[Size]],
+    many: Sequence[tuple[str, int]],
+) -> tuple[list[tuple[Dim, ...]], tuple[tuple[Dim, ...], ...], Mapping[str, Size]] | None:
+    """The names of each operand's dimensions and of each result's, and their sizes; None where the form does not fit.
+
+    Layers of a model are alike, so most calls ask for what another has asked before.
+    """
+    stars = dict(many)
+    read = [
+        ("",) * len(shape) if pattern.opaque else _expanded(pattern, len(shape), stars)
+        for pattern, shape in zip(patterns, shapes, strict=True)
+    ]
+    made = [_expanded(pattern, len(shape), stars) for pattern, shape in zip(results, outputs, strict=False)]
+    if len(outputs) != len(results) or any(dims is None for dims in (*read, *made)):
+        return None
+    named_read, named_made = cast("list[tuple[Dim, ...]]", read), cast("list[tuple[Dim, ...]]", made)
+    sizes = _sizes(named_read, shapes)
+    if sizes is None:
+        return None
+    for dims, shape in zip(named_made, outputs, strict=True):
         # What stands on the right only, such as the rows of a packed weight, has the size of the result.
         sizes |= {dim: size for dim, size in zip(dims, shape, strict=True) if isinstance(dim, str) and dim not in sizes}
-    read = tuple(replace(item, dims=_settled(item.dims, shape, sizes)) for item, shape in zip(operands, shapes, strict=True))
-    made = tuple(_settled(cast("tuple[Dim, ...]", dims), None, sizes) for dims in results)
-    return Named(node, read, made, sizes, declared, form.fixed, form.work)
+    settled = [_settled(dims, shape, sizes) for dims, shape in zip(named_read, shapes, strict=True)]
+    return settled, tuple(_settled(dims, None, sizes) for dims in named_made), sizes
 
 
-def _expanded(pattern: _Operand, rank: int, stars: Mapping[str, int]) -> tuple[Dim, ...] | None:
+def _expanded(pattern: Pattern, rank: int, stars: Mapping[str, int]) -> tuple[Dim, ...] | None:
     """The names of a tensor's dimensions, those behind `...` and stars numbered; None where the rank is another.
 
     Dimensions behind `...` are numbered from the last, since they are broadcast.
@@ -412,7 +338,7 @@ def _settled(dims: Sequence[Dim], shape: Sequence[Size] | None, sizes: Mapping[s
 def check_declaration(target: torch._ops.OpOverload, declared: Dimensions) -> None:
     """Compare a declaration with the operator's schema. Raises: ValueError, which names the operator and what does not fit."""
     tensors, names = _tensors(target), {item.name for item in target._schema.arguments}
-    for form in _forms(declared.text):
+    for form in forms_of(declared.text):
         several = form.operands[-1].opaque
         if len(form.operands) > len(tensors) or (len(form.operands) < len(tensors) and not several):
             raise ValueError(f"{target} has {len(tensors)} tensors, and {len(form.operands)} are declared: {declared.text!r}")
