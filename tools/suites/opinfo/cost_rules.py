@@ -6,10 +6,11 @@ from collections.abc import Iterable
 
 import torch
 
-from lissom.compiler.analysis.cost import _LOOKUPS, moves_nothing, node_cost
+from lissom.compiler.analysis.cost import moves_nothing, node_cost
 from lissom.compiler.analysis.flops import is_counted
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.operators import LOOKUPS
 from tests.support.flop_counter import counted
 from tools.suites.opinfo.calls import Call, OneCall, program_of, run
 
@@ -61,7 +62,7 @@ def has_formula(one: OneCall) -> bool:
 def _reads_some(one: OneCall) -> bool:
     """True for operators that read only some elements of an argument, or only its sizes."""
     name = getattr(one.call.target, "__name__", "")
-    return one.call.target in _LOOKUPS or name.partition(".")[0].endswith("_like") or name.startswith("new_")
+    return one.call.target in LOOKUPS or name.partition(".")[0].endswith("_like") or name.startswith("new_")
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
