@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from lissom.compiler.ir.calls import Item
 from lissom.compiler.ir.node import has_value, is_tensor, node_type, overload
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import ScalarType, TensorType, ValueType
+from lissom.compiler.ir.view_calls import Item
 from lissom.ops.native import load_kernels
 
 aten = torch.ops.aten

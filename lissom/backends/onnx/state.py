@@ -15,8 +15,8 @@ from lissom.backends.exported import leaves_of
 from lissom.backends.onnx.rewriting import Writer, nodes_of, shape_of
 from lissom.backends.onnx.translation import DOMAIN, INDEX_COPY
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Copy
 from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.view_calls import Copy
 
 aten = torch.ops.aten
 

@@ -6,10 +6,10 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Cast
 from lissom.compiler.ir.match import is_handed_out, memory_of, views_of
 from lissom.compiler.ir.operators import MEMORY_VIEWS, READ_LAYOUT
 from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.view_calls import Cast
 
 aten = torch.ops.aten
 

@@ -21,11 +21,11 @@ from lissom.compiler.analysis.sites import Site
 from lissom.compiler.analysis.sites import sites as find_sites
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import IndexCopy
 from lissom.compiler.ir.match import is_view
 from lissom.compiler.ir.operators import DROPOUTS, LOOKUPS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import Size, are_fixed, size_of, substitute
+from lissom.compiler.ir.view_calls import IndexCopy
 from lissom.errors import UnsupportedError, nearest
 
 aten = torch.ops.aten

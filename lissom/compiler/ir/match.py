@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Gather, Item
 from lissom.compiler.ir.operators import CASTS, MAY_GIVE_BACK, reduced_dims
 from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.view_calls import Gather, Item
 
 aten = torch.ops.aten
 

@@ -31,12 +31,13 @@ from lissom.compiler.analysis.structure.linear import bias_of, input_of, is_line
 from lissom.compiler.analysis.structure.matrix import Matrix, matrices_of, matrix_of, readers_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Attention, Binary, Index
+from lissom.compiler.ir.calls import Attention, Binary
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_own_weight
 from lissom.compiler.ir.operators import LAYER_NORMS, SHAPES
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import fixed
+from lissom.compiler.ir.view_calls import Index
 
 aten = torch.ops.aten
 

@@ -21,11 +21,12 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Binary, Cast
+from lissom.compiler.ir.calls import Binary
 from lissom.compiler.ir.interpreter import REFUSALS, call
 from lissom.compiler.ir.operators import FAKE_QUANTIZES, INT8_LINEARS, INTEGER_PRODUCTS
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.ir.view_calls import Cast
 from lissom.compiler.verify.divergence import (
     TOLERANCE,
     both_unfilled,

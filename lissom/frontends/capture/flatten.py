@@ -17,12 +17,12 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Item
 from lissom.compiler.ir.fake import FlatModule, fake_mode
 from lissom.compiler.ir.node import Origin
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
 from lissom.compiler.ir.types import type_of
+from lissom.compiler.ir.view_calls import Item
 from lissom.errors import CaptureError
 from lissom.frontends.capture.cache_lengths import CacheLengths, Place, tie_lengths
 from lissom.frontends.capture.untouched import alias

@@ -16,9 +16,10 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Binary, Cat, Item, Slice, Split, Stack, Unbind
+from lissom.compiler.ir.calls import Binary
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import RESHAPES
+from lissom.compiler.ir.view_calls import Cat, Item, Slice, Split, Stack, Unbind
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops import rotary
 

@@ -16,9 +16,9 @@ from torch import fx
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
-from lissom.compiler.ir.calls import Copy
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_handed_out, is_read_by, is_view, memory_of, views_of
+from lissom.compiler.ir.view_calls import Copy
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten

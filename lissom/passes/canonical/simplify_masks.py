@@ -20,10 +20,10 @@ from torch import fx
 
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Index
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import AND, EXPANDS, FILLS, ONES, RANGES, RESHAPES
 from lissom.compiler.ir.types import Size
+from lissom.compiler.ir.view_calls import Index
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten

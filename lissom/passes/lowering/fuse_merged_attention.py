@@ -20,9 +20,10 @@ from torch import fx
 
 from lissom.compiler.analysis.structure.operands import joined_heads, swaps_heads
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import AttentionKernel, IndexSelect, Item, Permute, Reshape, Select, Split, Unbind
+from lissom.compiler.ir.calls import AttentionKernel
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import RESHAPES
+from lissom.compiler.ir.view_calls import IndexSelect, Item, Permute, Reshape, Select, Split, Unbind
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.fused_attention import fused_attention, merged_attention
 

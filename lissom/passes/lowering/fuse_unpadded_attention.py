@@ -19,11 +19,12 @@ from torch import fx
 
 from lissom.compiler.analysis.structure.operands import joined_heads, swaps_heads
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import AttentionKernel, BlockSparseAttention, IndexSelect, Reshape, Transpose
+from lissom.compiler.ir.calls import AttentionKernel, BlockSparseAttention
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import only_user
 from lissom.compiler.ir.operators import RESHAPES
 from lissom.compiler.ir.types import TensorType
+from lissom.compiler.ir.view_calls import IndexSelect, Reshape, Transpose
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.fused_attention import fused_attention, unpadded_attention
 from lissom.ops.pattern import Pattern

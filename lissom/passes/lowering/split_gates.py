@@ -17,10 +17,11 @@ from torch import fx, nn
 from lissom.compiler.analysis.structure.linear import activation_of
 from lissom.compiler.analysis.structure.quantized_linear import is_owned, layer_path, store_like
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Item, Linear
+from lissom.compiler.ir.calls import Linear
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_own_weight, only_user
 from lissom.compiler.ir.operators import SPLITS
+from lissom.compiler.ir.view_calls import Item
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.native import missing_kernel
 from lissom.ops.quantization import dequantize

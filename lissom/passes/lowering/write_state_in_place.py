@@ -14,10 +14,10 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Copy
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_handed_out
 from lissom.compiler.ir.node import IN_PLACE
+from lissom.compiler.ir.view_calls import Copy
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten

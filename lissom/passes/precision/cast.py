@@ -38,7 +38,6 @@ from lissom.compiler.analysis.module_filter import is_protected
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.ranges import Range, measured_ranges, range_of
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Copy
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_view
 from lissom.compiler.ir.operators import (
@@ -53,6 +52,7 @@ from lissom.compiler.ir.operators import (
     REPEATS,
     RESHAPES,
 )
+from lissom.compiler.ir.view_calls import Copy
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.ops.attention import attention

@@ -24,7 +24,6 @@ from torch import fx
 
 from lissom.compiler.analysis.casts import cast_from, dtype_of, holds, rests_on_copy
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Cat, Item, Stack
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import (
     CASTS,
@@ -37,6 +36,7 @@ from lissom.compiler.ir.operators import (
     SAME_VALUES,
     SEVERAL,
 )
+from lissom.compiler.ir.view_calls import Cat, Item, Stack
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten

@@ -24,11 +24,12 @@ from lissom.compiler.analysis.structure.linear import is_attention, is_linear
 from lissom.compiler.analysis.structure.operands import is_causal
 from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, row_position, with_operands
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Attention, Item, Select, Slice
+from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.dimension_map import dim_of, shape_of
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.operators import EXPANDS, SIZED_RESHAPES
+from lissom.compiler.ir.view_calls import Item, Select, Slice
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.unflatten import unflatten_where
 

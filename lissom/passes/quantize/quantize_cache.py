@@ -20,8 +20,8 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Copy, IndexCopy
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.view_calls import Copy, IndexCopy
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.ops.formats import FORMATS, LEAST, Format, pack_halves
 from lissom.ops.quantization import dequantize

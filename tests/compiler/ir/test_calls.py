@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from lissom.compiler.ir import calls
-from lissom.compiler.ir.calls import Call, Item, Linear, Operand
+from lissom.compiler.ir import calls, view_calls
+from lissom.compiler.ir.calls import Call, Linear, Operand
+from lissom.compiler.ir.view_calls import Item
 from lissom.frontends.capture.export import capture
 
-CLASSES = [item for _, item in inspect.getmembers(calls, inspect.isclass) if issubclass(item, Call) and item is not Call]
+MEMBERS = {item for module in (calls, view_calls) for _, item in inspect.getmembers(module, inspect.isclass)}
+CLASSES = sorted((item for item in MEMBERS if issubclass(item, Call) and item is not Call), key=lambda item: item.__name__)
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)

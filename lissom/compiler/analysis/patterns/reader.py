@@ -21,12 +21,13 @@ from lissom.compiler.analysis.patterns.values import PositionValues
 from lissom.compiler.analysis.structure.masks import HIDDEN
 from lissom.compiler.analysis.structure.operands import is_causal, mask_of
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Binary, Logical, MaskedFill, Unsqueeze, Where
+from lissom.compiler.ir.calls import Binary, Logical, MaskedFill, Where
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import computed_from, number
 from lissom.compiler.ir.operators import AND, CASTS, FILLS, NOT, OR, ZEROS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import Size
+from lissom.compiler.ir.view_calls import Unsqueeze
 from lissom.ops.pattern import Condition, Pattern
 
 aten = torch.ops.aten

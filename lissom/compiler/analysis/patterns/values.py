@@ -17,10 +17,11 @@ from lissom.compiler.analysis.patterns.constants import value_of_constant
 from lissom.compiler.analysis.patterns.facts import ALWAYS, NEVER, Count, Seen, Table, between, both, difference, either
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
-from lissom.compiler.ir.calls import Index, IndexSelect, Slice, Where
+from lissom.compiler.ir.calls import Where
 from lissom.compiler.ir.dimension_map import dim_of, places
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import ScalarType
+from lissom.compiler.ir.view_calls import Index, IndexSelect, Slice
 
 aten = torch.ops.aten
 Value = Count | Seen | None

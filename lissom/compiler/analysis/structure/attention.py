@@ -20,11 +20,12 @@ from lissom.compiler.analysis.structure.linear import (
 from lissom.compiler.analysis.structure.masks import MaskKind, mask_kind
 from lissom.compiler.analysis.structure.operands import softcap_of
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Attention, Repeat, RepeatInterleave
+from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.operators import NORMS, SHAPES, is_pointwise
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import fixed
+from lissom.compiler.ir.view_calls import Repeat, RepeatInterleave
 
 aten = torch.ops.aten
 

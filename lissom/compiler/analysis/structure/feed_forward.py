@@ -20,9 +20,10 @@ from lissom.compiler.analysis.structure.linear import (
     source,
 )
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Convolution, Index, TopK
+from lissom.compiler.ir.calls import Convolution, TopK
 from lissom.compiler.ir.operators import NORMS, SHAPES, is_activation, is_pointwise
 from lissom.compiler.ir.types import ScalarType, TensorType, fixed
+from lissom.compiler.ir.view_calls import Index
 
 aten = torch.ops.aten
 

@@ -15,10 +15,11 @@ from torch import fx
 from lissom.compiler.analysis.amounts import AmountSite, Legal, site_names
 from lissom.compiler.analysis.structure.linear import as_int, is_linear, is_quantizer, second_factor, weight_of
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import FakeQuantize, Transpose
+from lissom.compiler.ir.calls import FakeQuantize
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import GROUPED_PRODUCTS, LINEAR_PRODUCTS, TRANSPOSES
 from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.view_calls import Transpose
 from lissom.ops.quantization import fake_quantize
 
 aten = torch.ops.aten

@@ -10,10 +10,11 @@ from torch import fx
 
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Attention, Permute, RepeatInterleave, Transpose, Unsqueeze
+from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import only_user
 from lissom.compiler.ir.operators import RESHAPES
+from lissom.compiler.ir.view_calls import Permute, RepeatInterleave, Transpose, Unsqueeze
 
 aten = torch.ops.aten
 

@@ -13,12 +13,13 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Gather, TopK
+from lissom.compiler.ir.calls import TopK
 from lissom.compiler.ir.collectives import ALL_GATHER, GROUP, WAIT
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import BEST, GATHERS, LAYER_NORMS, LOG_SOFTMAX, SOFTMAX
 from lissom.compiler.ir.placement import Span, Spans, indices_of
 from lissom.compiler.ir.types import TensorType, fixed
+from lissom.compiler.ir.view_calls import Gather
 from lissom.compiler.parallel.rules.joint import candidates, computed_dtype, packed_dtype
 from lissom.ops.formats import FORMATS, LEAST
 

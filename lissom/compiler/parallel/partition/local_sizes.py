@@ -10,11 +10,11 @@ from torch import fx
 
 from lissom.compiler.analysis.axes.views import every_nth, slice_bounds
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import RepeatInterleave, Sized, Slice, Unflatten
 from lissom.compiler.ir.dimension_map import channel_dim, dim_of, name_squeezed_dims
 from lissom.compiler.ir.operators import CONVOLUTIONS, SIZES_AT, SPLITS, SQUEEZES
 from lissom.compiler.ir.placement import Placed, Spans, local_size, single
 from lissom.compiler.ir.types import Size, fixed
+from lissom.compiler.ir.view_calls import RepeatInterleave, Sized, Slice, Unflatten
 from lissom.compiler.parallel.partition.state import PartitionState, Placement
 
 aten = torch.ops.aten

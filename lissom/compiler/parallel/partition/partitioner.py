@@ -12,11 +12,12 @@ import torch
 from torch import fx, nn
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Embedding, Item
+from lissom.compiler.ir.calls import Embedding
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.placement import REPLICATED, Placed, Span, local_part, single
 from lissom.compiler.ir.printer import place
 from lissom.compiler.ir.types import fixed
+from lissom.compiler.ir.view_calls import Item
 from lissom.compiler.parallel.partition.local_sizes import make_local
 from lissom.compiler.parallel.partition.merge_collectives import merge_collectives
 from lissom.compiler.parallel.partition.redistribute import all_gather, redistribute

@@ -16,10 +16,10 @@ from torch import fx
 from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.calibration.statistics import Moments
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import IndexCopy
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import SHAPES
 from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.view_calls import IndexCopy
 from lissom.compiler.transforms.heads.key_value_heads import Rows
 
 aten = torch.ops.aten

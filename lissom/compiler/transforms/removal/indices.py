@@ -16,12 +16,13 @@ from lissom.compiler.analysis.axes.axis import Axis, quotient
 from lissom.compiler.analysis.axes.base import Value, of
 from lissom.compiler.analysis.axes.views import slice_bounds
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Attention, Convolution, Repeat, RepeatInterleave, Sized, Slice, Split, Unflatten
+from lissom.compiler.ir.calls import Attention, Convolution
 from lissom.compiler.ir.dimension_map import channel_dim, name_squeezed_dims, shape_of
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import CONVOLUTIONS, LAYER_NORMS, SIZES_AT, SPLITS, SQUEEZES
 from lissom.compiler.ir.printer import target_text
 from lissom.compiler.ir.types import Size, fixed, format_size
+from lissom.compiler.ir.view_calls import Repeat, RepeatInterleave, Sized, Slice, Split, Unflatten
 from lissom.compiler.transforms.removal.norms import follow_norm, normed_axes
 from lissom.errors import LissomError, UnsupportedError
 

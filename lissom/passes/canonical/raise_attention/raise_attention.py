@@ -16,10 +16,11 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import MaskedFill, Matmul, Slice, Softmax, Transpose, Where
+from lissom.compiler.ir.calls import MaskedFill, Matmul, Softmax, Where
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import number, strip_casts
 from lissom.compiler.ir.operators import CASTS, SOFTMAX
+from lissom.compiler.ir.view_calls import Slice, Transpose
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops import attention
 from lissom.passes.canonical.raise_attention.scores import PRODUCTS, Bias, NoMatchError, Scores, folds_heads, scores_of

@@ -14,10 +14,11 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import AddedProduct, Binary, Cat, MaskedFill, Matmul, Softmax, Where
+from lissom.compiler.ir.calls import AddedProduct, Binary, MaskedFill, Matmul, Softmax, Where
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import number, scalar_and_node, strip_casts, unshifted
 from lissom.compiler.ir.operators import BATCHED_MATMULS, DIVIDE, MULTIPLY, RESHAPES
+from lissom.compiler.ir.view_calls import Cat
 
 aten = torch.ops.aten
 

@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import IndexSelect
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.view_calls import IndexSelect
 
 aten = torch.ops.aten
 

@@ -30,10 +30,10 @@ from torch import fx
 from lissom.compiler.analysis.structure.padding import padding_masks
 from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, with_operands
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Item, SymSize
 from lissom.compiler.ir.dimension_map import shape_of
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import SIZED_RESHAPES
+from lissom.compiler.ir.view_calls import Item, SymSize
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.unflatten import unflatten_where
 from lissom.passes.prune.pack_tokens.token_flow import HEADS, PaddingReadError, TokenFlow, Use, has_layers

@@ -23,10 +23,11 @@ from lissom.compiler.analysis.structure.padding import Values, hides, holds, kep
 from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, row_position
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
-from lissom.compiler.ir.calls import Attention, Binary, Embedding, Linear, MaskedFill, Select, Where
+from lissom.compiler.ir.calls import Attention, Binary, Embedding, Linear, MaskedFill, Where
 from lissom.compiler.ir.dimension_map import shape_of
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType
+from lissom.compiler.ir.view_calls import Select
 
 aten = torch.ops.aten
 
