@@ -15,7 +15,7 @@ from torch import fx
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.dimension_map import dim_of, dimension_map, shape_of
-from lissom.compiler.ir.dimensions import Dim, declaration, named
+from lissom.compiler.ir.dimensions import Dim, Slot, declaration, named
 from lissom.compiler.ir.operators import rule_table
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType
@@ -23,8 +23,6 @@ from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
 
 aten = torch.ops.aten
 
-Slot = int | str | tuple[int, int]
-"""The place of an operand in a call: a position, a keyword, or a position and an index in the list there."""
 Sources = dict[Slot, int]
 Rule = Callable[[fx.Node, int], "Sources | None"]
 

@@ -23,20 +23,23 @@ from lissom.ops.dimensions import DECLARED, ROWS, Dimensions
 
 aten = torch.ops.aten
 
+Slot = int | str | tuple[int, int]
+"""The place of an operand in a call: a position, a keyword, or a position and an index in the list there."""
+_Given = tuple[str, Slot, fx.Node | None]
 ShapeOf = Callable[[fx.Node], Sequence[Size]]
 _TENSORS = ("Tensor", "Optional[Tensor]")
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor that a call reads. slot: its place among positional arguments, or its keyword. dims: the name of each dimension.
+    """A tensor that a call reads. slot: its place in the call. dims: the names of its dimensions.
 
     is_factor: the result is linear in it. is_added: it is added to the result. is_broadcast: it is neither. opaque: its layout
     is its own.
     """
 
     name: str
-    slot: int | str
+    slot: Slot
     node: fx.Node
     dims: tuple[Dim, ...]
     is_factor: bool
@@ -170,9 +173,6 @@ def _product(sizes: Sequence[Size]) -> Size:
     return math.prod(sizes)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
-# Fitting a form to a call
-
-
 @cache
 def _tensors(target: torch._ops.OpOverload) -> tuple[tuple[str, int], ...]:
     """The tensors of an operator's schema: the name of each, and its place among positional arguments, -1 for none."""
@@ -180,11 +180,11 @@ def _tensors(target: torch._ops.OpOverload) -> tuple[tuple[str, int], ...]:
     return tuple((item.name, -1 if item.kwarg_only else index) for index, item in found if str(item.type) in _TENSORS)
 
 
-def _given(node: fx.Node) -> list[tuple[str, int | str, fx.Node | None]]:
+def _given(node: fx.Node) -> list[_Given]:
     """The tensors of the schema with their places in the call and what it gives there."""
     if node.target is aten.einsum.default:
-        return [("tensors", -1, item) for item in cast("Sequence[fx.Node]", node.args[1])]
-    found: list[tuple[str, int | str, fx.Node | None]] = []
+        return [("tensors", (1, index), item) for index, item in enumerate(cast("Sequence[fx.Node]", node.args[1]))]
+    found: list[_Given] = []
     for name, place in _tensors(cast(torch._ops.OpOverload, node.target)):
         positional = 0 <= place < len(node.args)
         item = node.args[place] if positional else node.kwargs.get(name)
@@ -196,7 +196,7 @@ def _bound(
     node: fx.Node,
     declared: Dimensions,
     form: Form,
-    given: Sequence[tuple[str, int | str, fx.Node | None]],
+    given: Sequence[_Given],
     shapes: Sequence[tuple[Size, ...] | None],
     outputs: tuple[tuple[Size, ...], ...],
 ) -> Named | None:

@@ -22,10 +22,11 @@ from lissom.compiler.analysis.cost import example_shape
 from lissom.compiler.analysis.flops import is_counted
 from lissom.compiler.analysis.structure.linear import is_attention, is_linear
 from lissom.compiler.analysis.structure.operands import is_causal
-from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, row_position, with_operands
+from lissom.compiler.analysis.token_positions import operands, position_sources, row_position, with_operands
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.dimension_map import dim_of, shape_of
+from lissom.compiler.ir.dimensions import Slot
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.operators import EXPANDS, SIZED_RESHAPES

@@ -40,9 +40,12 @@ def by_name(node: fx.Node, read: Reading) -> Outcome:
         of_weight = any(is_weight(item.node) for item in found.operands if item.is_factor)
         if (any(span.is_padded for span in spans) and not of_weight) or not read.is_apart(spans):
             return replicated(node, read)
-    wants = {item.node: _placed(item.dims, split) for item in found.operands}
-    if summed:
-        wants |= {item.node: PARTIAL for item in found.operands if item.is_added}
+    wants: dict[fx.Node, Placed] = {}
+    for item in found.operands:
+        wanted = PARTIAL if summed and item.is_added else _placed(item.dims, split)
+        if wants.setdefault(item.node, wanted) != wanted:
+            # x · x: one value cannot lie in two ways.
+            return replicated(node, read)
     results = [PARTIAL if summed else _placed(dims, split) for dims in found.results]
     return settled(node, read, tuple(results) if len(results) > 1 else results[0], wants)
 

@@ -28,9 +28,10 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.structure.padding import padding_masks
-from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, with_operands
+from lissom.compiler.analysis.token_positions import operands, position_sources, with_operands
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.dimension_map import shape_of
+from lissom.compiler.ir.dimensions import Slot
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import SIZED_RESHAPES
 from lissom.compiler.ir.view_calls import Item, SymSize

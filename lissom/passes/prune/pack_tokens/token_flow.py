@@ -20,11 +20,12 @@ from torch import fx
 from lissom.compiler.analysis.structure.linear import is_attention, is_linear
 from lissom.compiler.analysis.structure.operands import mask_of
 from lissom.compiler.analysis.structure.padding import Values, hides, holds, kept_rows, zero_where_hidden
-from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, row_position
+from lissom.compiler.analysis.token_positions import operands, position_sources, row_position
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.calls import Attention, Binary, Embedding, Linear, MaskedFill, Where
 from lissom.compiler.ir.dimension_map import shape_of
+from lissom.compiler.ir.dimensions import Slot
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType
 from lissom.compiler.ir.view_calls import Select

@@ -109,6 +109,7 @@ ROWS = [
     Row("matmul by columns", torch.matmul, (X, W.T.contiguous()), (R, cut(1, 8)), cut(2, 8)),
     Row("matmul, batches", torch.matmul, (HEADS, HEADS.mT.contiguous()), (cut(1, 4), cut(1, 4)), cut(1, 4)),
     Row("matmul, rows and batches", torch.matmul, (normal(4, 6), normal(2, 6, 4)), (cut(0, 4), cut(0, 2)), R, {0: R, 1: R}),
+    Row("matmul by itself", lambda x: x @ x, (normal(4, 4),), (cut(0, 4),), R, {0: R}),
     Row("bmm", torch.bmm, (X, X.mT.contiguous()), (cut(0, 2), R), cut(0, 2), {1: cut(0, 2)}),
     Row(
         "grouped product by columns", torch.ops.lissom.grouped_product, (X[0], normal(2, 6, 8), torch.tensor([1, 4])),
