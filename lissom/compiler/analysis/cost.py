@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lissom.compiler.analysis.flops import operations, product
+from lissom.compiler.analysis.flops import operations
 from lissom.compiler.analysis.sites import Site
 from lissom.compiler.analysis.sites import sites as find_sites
 from lissom.compiler.ir import fake
@@ -24,7 +24,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.match import is_view
 from lissom.compiler.ir.operators import DROPOUTS, LOOKUPS
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.types import Size, are_fixed, size_of, substitute
+from lissom.compiler.ir.types import Size, are_fixed, product, size_of, substitute
 from lissom.compiler.ir.view_calls import IndexCopy
 from lissom.errors import UnsupportedError, nearest
 

@@ -7,7 +7,6 @@ element-wise operators, norms, softmax and products with a vector do not. The gr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import cast
@@ -19,7 +18,7 @@ from torch import fx
 from lissom import ops
 from lissom.compiler.ir import dimensions, operators
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.types import Size
+from lissom.compiler.ir.types import Size, product
 from lissom.ops.pattern import Pattern
 
 aten = torch.ops.aten
@@ -38,11 +37,6 @@ def operations(node: fx.Node, shape_of: ShapeOf) -> Size:
 def is_counted(node: fx.Node) -> bool:
     """True when the call's operations count."""
     return node.target in FORMULAS or dimensions.counts(node.target)
-
-
-def product(sizes: Shape) -> Size:
-    """The product of sizes, which may be numbers or expressions."""
-    return math.prod(sizes)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def _block_sparse_attention(node: fx.Node, shape_of: ShapeOf) -> Size:

@@ -133,16 +133,6 @@ class Attention(Call):
     scale = Operand[float | None]("scale")
 
 
-class LinearAttention(Call):
-    """Attention with a kernel feature map."""
-
-    targets = (ops.linear_attention,)
-    q = Operand[fx.Node]("q")
-    k = Operand[fx.Node]("k")
-    v = Operand[fx.Node]("v")
-    causal = Operand[bool]("causal")
-
-
 class Norm(Call):
     """A layer norm or an RMS norm over the last dimensions."""
 

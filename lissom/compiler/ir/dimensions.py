@@ -5,7 +5,6 @@ PyTorch's operators are declared at the end of this file, Lissom's where they ar
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from torch import fx
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as families
 from lissom.compiler.ir.dimension_text import Compound, Dim, Form, Pattern, forms_of, of_equation
-from lissom.compiler.ir.types import Size, TensorType, quotient
+from lissom.compiler.ir.types import Size, TensorType, product, quotient
 from lissom.ops.dimensions import DECLARED, ROWS, Dimensions
 
 aten = torch.ops.aten
@@ -113,7 +112,11 @@ def declaration(node: fx.Node) -> Dimensions | None:
     """The declaration of the operator that a node calls; None where it has none."""
     if node.target is aten.einsum.default:
         return of_equation(cast(str, node.args[0]))
-    return DECLARED.get(node.target) or ATEN.get(node.target)
+    return _stored(node.target)
+
+
+def _stored(target: object) -> Dimensions | None:
+    return DECLARED.get(target) or ATEN.get(target)
 
 
 def named(node: fx.Node, shape_of: ShapeOf | None = None) -> Named | None:
@@ -144,13 +147,13 @@ def multiplications(node: fx.Node, shape_of: ShapeOf | None = None) -> Size | No
         return None
     found, total = named(node, shape_of), cast(Size, 0)
     for term in found.work if found is not None else ():
-        total = total + _product([_amount(cast(Named, found), dim) for dim in term])
+        total = total + product([_amount(cast(Named, found), dim) for dim in term])
     return total
 
 
 def counts(target: object) -> bool:
     """True for an operator whose multiplications are declared."""
-    declared = DECLARED.get(target) or ATEN.get(target)
+    declared = _stored(target)
     return declared is not None and ":" in declared.text
 
 
@@ -158,19 +161,15 @@ def _amount(found: Named, dim: Dim) -> Size:
     """The size of a dimension in a term: of those behind `...`, or an argument of the call where no dimension has the name."""
     if isinstance(dim, Compound):
         sizes = [_amount(found, part) for part in dim.parts]
-        return _product(sizes) if dim.product else sum(cast("list[int]", sizes))
+        return product(sizes) if dim.product else sum(cast("list[int]", sizes))
     if dim.isdigit():
         return int(dim)
     if dim in found.sizes:
         return found.sizes[dim]
     several = [size for name, size in found.sizes.items() if name.partition(".")[0] == dim.rstrip("*").replace("...", "")]
     if several or dim == "..." or dim.endswith("*"):
-        return _product(several)
+        return product(several)
     return cast(int, nodes.argument(found.node, dim))
-
-
-def _product(sizes: Sequence[Size]) -> Size:
-    return math.prod(sizes)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 @cache
@@ -307,7 +306,7 @@ def _solved(dim: Compound, size: Size, found: dict[str, Size]) -> bool:
     if len(set(unknown)) > 1:
         return False
     if dim.product:
-        rest = quotient(size, _product(known))
+        rest = quotient(size, product(known))
         if rest is None or (not unknown and rest != 1) or len(unknown) > 1:
             return False
     else:

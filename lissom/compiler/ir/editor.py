@@ -158,6 +158,10 @@ class Editor:
         nodes.set_arguments(node, *args, **kwargs)
         return self._made(node)
 
+    def again(self, node: fx.Node, first: object) -> fx.Node:
+        """The call of a node with another first argument; use inside `before`."""
+        return self.call(nodes.overload(node), first, *node.args[1:], **node.kwargs)
+
     def size(self, node: fx.Node, dim: int) -> fx.Node | int:
         """The size of one dimension as an argument for a call: a number, or a node that reads it; use inside `before`."""
         size = nodes.tensor_type(node).shape[dim]

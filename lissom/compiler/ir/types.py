@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -65,6 +66,11 @@ def size_of(value: int | torch.SymInt) -> Size:
         expression = value.node.expr
         return int(expression) if expression.is_number else expression
     return int(value)
+
+
+def product(sizes: Iterable[Size]) -> Size:
+    """The product of sizes, which may be numbers or expressions."""
+    return math.prod(sizes)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def quotient(size: Size, divisor: Size) -> Size | None:

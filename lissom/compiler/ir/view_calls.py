@@ -33,14 +33,6 @@ class Reshape(Call):
     sizes = Operand[Sequence[Size | fx.Node]]("shape", "size")
 
 
-class Expand(Call):
-    """Copies along dimensions of size 1."""
-
-    targets = families.EXPANDS
-    x = Operand[fx.Node]("self")
-    sizes = Operand[Sequence[Size | fx.Node]]("size")
-
-
 class Permute(Call):
     """Dimensions in another order."""
 

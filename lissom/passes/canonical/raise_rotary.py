@@ -93,11 +93,8 @@ def _real_and_imaginary(edit: Editor, number: fx.Node) -> tuple[fx.Node, fx.Node
     if nodes.is_call(number, aten.complex.default):
         return nodes.operand(number), nodes.operand(number, 1)
     if nodes.is_call(number, *_MOVES):
-        first, second = (
-            edit.call(nodes.overload(number), part, *number.args[1:], **number.kwargs)
-            for part in _real_and_imaginary(edit, nodes.operand(number))
-        )
-        return first, second
+        first, second = _real_and_imaginary(edit, nodes.operand(number))
+        return edit.again(number, first), edit.again(number, second)
     both = edit.call(aten.view_as_real.default, number)
     return edit.call(aten.select.int, both, -1, 0), edit.call(aten.select.int, both, -1, 1)
 

@@ -295,7 +295,7 @@ class Caster:
                 elif nodes.is_call(item, *_VIEWS) and self._views_weight(item):
                     # The weight is cast at compile time, and not its view whenever the program runs.
                     low = self._cast(item.all_input_nodes[0], dtype, reader)
-                    self.casts[key] = edit.call(nodes.overload(item), low, *item.args[1:], **item.kwargs)
+                    self.casts[key] = edit.again(item, low)
                 elif item.target is dequantize:
                     self.casts[key] = edit.call(dequantize, *item.args, **{**item.kwargs, "dtype": dtype})
                 else:

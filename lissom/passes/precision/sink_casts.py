@@ -82,11 +82,6 @@ def _narrows(node: fx.Node) -> bool:
     return source is not None and dtype_of(node).itemsize < dtype_of(source).itemsize
 
 
-def _again(edit: Editor, move: fx.Node, value: fx.Node) -> fx.Node:
-    """The view or copy `move`, applied to another value."""
-    return edit.call(nodes.overload(move), value, *move.args[1:], **move.kwargs)
-
-
 def _cast(edit: Editor, value: fx.Node, dtype: torch.dtype) -> fx.Node:
     """The value in that dtype: the input of a lossless cast from that dtype where it is one, else a new cast."""
     source = cast_from(value)
@@ -100,7 +95,7 @@ def _widen_behind(edit: Editor, move: fx.Node) -> None:
     if not _is_widened(widened) or not edit.may_change(move, rests_on_copy(edit.program, move, move)):
         return
     with edit.before(move):
-        replaced = edit.call(aten.to.dtype, _again(edit, move, nodes.operand(widened)), dtype_of(move))
+        replaced = edit.call(aten.to.dtype, edit.again(move, nodes.operand(widened)), dtype_of(move))
     edit.replace(move, replaced)
 
 
@@ -111,7 +106,7 @@ def _widen_behind_split(edit: Editor, split: fx.Node) -> None:
         return
     dtype = dtype_of(widened)
     with edit.before(split):
-        parts = _again(edit, split, nodes.operand(widened))
+        parts = edit.again(split, nodes.operand(widened))
     for piece in pieces:
         with edit.before(piece):
             replaced = edit.call(aten.to.dtype, edit.item(parts, Item(piece).index), dtype)
@@ -136,7 +131,7 @@ def _widen_behind_join(edit: Editor, join: fx.Node) -> None:
 
 def _joined(edit: Editor, join: fx.Node, value_of: Callable[[fx.Node], fx.Node]) -> fx.Node:
     parts = (Cat.of(join) or Stack(join)).parts
-    return edit.call(nodes.overload(join), [value_of(part) for part in parts], *join.args[1:], **join.kwargs)
+    return edit.again(join, [value_of(part) for part in parts])
 
 
 def _narrow_before(edit: Editor, cast: fx.Node) -> None:
@@ -152,7 +147,7 @@ def _narrow_before(edit: Editor, cast: fx.Node) -> None:
     with edit.before(cast, like=[*reversed(moves), cast]):
         narrow = _joined(edit, value, partial(_cast, edit, dtype=dtype)) if joins else _cast(edit, value, dtype)
         for move in reversed(moves):
-            narrow = _again(edit, move, narrow)
+            narrow = edit.again(move, narrow)
     edit.replace(cast, narrow)
 
 
@@ -171,7 +166,7 @@ def _narrow_before_split(edit: Editor, split: fx.Node) -> None:
     if len(casts) != len(pieces) or not all(map(_narrows, casts)) or len(set(map(dtype_of, casts))) > 1:
         return
     with edit.before(split):
-        parts = _again(edit, split, _cast(edit, nodes.operand(split), dtype_of(casts[0])))
+        parts = edit.again(split, _cast(edit, nodes.operand(split), dtype_of(casts[0])))
     for cast in casts:
         with edit.before(cast):
             replaced = edit.item(parts, Item(nodes.operand(cast)).index)

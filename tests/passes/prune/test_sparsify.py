@@ -2,60 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-
 import pytest
 import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.calibration.statistics import Moments
 from lissom.compiler.ir.program import Program
-from lissom.compiler.pipeline.history import History
-from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
 from lissom.errors import LissomError, RequirementError, UnsupportedError
 from lissom.passes import PASSES
 from lissom.passes.prune.sparsify import NOTE, Sparsify, most, sparsegpt, wanda
 from tests.support import captures
+from tests.support.calibrated import MODELS, exact, moments_of, passed
 from tests.support.harness import check_golden, rewrite
 from tests.support.mixtures import EXPERTS, MIXTURES, mixture, program_of, samples, single_token, stacks
-from tests.support.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
+from tests.support.models import FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama
 
-MODELS = {build.__name__: build for build in (tiny_bert, tiny_gpt2, tiny_llama, tiny_t5)}
 CRITERIA = ("magnitude", "wanda", "sparsegpt")
 MATRICES = {"tiny_bert": 12, "tiny_gpt2": 8, "tiny_llama": 14, "tiny_t5": 14}
 
 
-def batches() -> list[dict[str, torch.Tensor]]:
-    """Batches of token ids, padded at the end."""
-    mask = torch.ones(2, 5, dtype=torch.long)
-    mask[1, 3:] = 0
-    return [{"input_ids": tokens(seed=seed), "attention_mask": mask} for seed in range(3)]
-
-
-def moments_of(rows: torch.Tensor) -> Moments:
-    found = Moments.empty(rows.shape[1])
-    found.add(rows)
-    return found
-
-
 def zeros(program: Program, name: str) -> float:
     return float((program.weight(name) == 0).float().mean())
-
-
-@cache
-def exact(build: Callable[[], Case]) -> Program:
-    case = build()
-    return captures.optimize(case.model, case.inputs).program
-
-
-def pruned(build: Callable[[], Case], passes: str) -> tuple[Program, History]:
-    """The model after a pipeline text, which is given three batches as data."""
-    program = exact(build)
-    data = [program.signature.flatten((), batch) for batch in batches()]
-    return Pipeline(parse_pipeline(passes, PASSES), samples=data[:1], data=data).run(program)
 
 
 def obs(weight: torch.Tensor, rows: torch.Tensor, gone: torch.Tensor, damping: float) -> torch.Tensor:
@@ -87,7 +55,7 @@ def test_rewrites() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_layer_keeps_its_share_and_its_shape(name: str, criterion: str) -> None:
     dense = exact(MODELS[name])
-    program, _ = pruned(MODELS[name], f"sparsify{{keep=0.5,criterion={criterion}}}")
+    program, _ = passed(MODELS[name], f"sparsify{{keep=0.5,criterion={criterion}}}")
     changed = [key for key, weight in program.weights().items() if not torch.equal(weight, dense.weight(key))]
     assert len(changed) == MATRICES[name]
     for key in changed:
@@ -104,7 +72,7 @@ def test_a_pattern_holds_along_the_features_in(criterion: str) -> None:
         (tiny_gpt2, "h.0.mlp.c_proj.weight", 0),
         (tiny_llama, "model.layers.0.mlp.down_proj.weight", 1),
     ):
-        program, _ = pruned(build, f"sparsify{{pattern=2:4,criterion={criterion}}}")
+        program, _ = passed(build, f"sparsify{{pattern=2:4,criterion={criterion}}}")
         groups = (program.weight(name) != 0).unflatten(dim, (-1, 4)).sum(dim + 1)
         assert (groups == 2).all()
 
@@ -112,7 +80,7 @@ def test_a_pattern_holds_along_the_features_in(criterion: str) -> None:
 def test_magnitude_keeps_the_largest() -> None:
     dense = exact(tiny_llama).weights()
     for scope in ("layer", "global"):
-        program, _ = pruned(tiny_llama, f"sparsify{{keep=0.25,scope={scope}}}")
+        program, _ = passed(tiny_llama, f"sparsify{{keep=0.25,scope={scope}}}")
         names = [name for name in program.weights() if "proj" in name]
         for group in [[name] for name in names] if scope == "layer" else [names]:
             flat = torch.cat([dense[name].detach().flatten() for name in group])
@@ -225,14 +193,14 @@ def test_a_shared_matrix_is_calibrated_on_all_that_its_layers_read() -> None:
 
 
 def test_embeddings_and_lm_head_are_left_alone_unless_asked_for() -> None:
-    assert zeros(pruned(tiny_llama, "sparsify")[0], "lm_head.weight") == 0
-    program, _ = pruned(tiny_llama, "sparsify{lm_head=true}")
+    assert zeros(passed(tiny_llama, "sparsify")[0], "lm_head.weight") == 0
+    program, _ = passed(tiny_llama, "sparsify{lm_head=true}")
     assert zeros(program, "lm_head.weight") == pytest.approx(0.5, abs=0.01)
     assert zeros(program, "model.embed_tokens.weight") == 0
 
 
 def test_protected_layers_are_left_alone() -> None:
-    program, history = pruned(tiny_llama, 'sparsify{protect="model.layers.0,*.down_proj"}')
+    program, history = passed(tiny_llama, 'sparsify{protect="model.layers.0,*.down_proj"}')
     assert {name for name in program.weights() if "proj" in name and zeros(program, name) == 0} == {
         *(name for name in program.weights() if "proj" in name and ".layers.0." in name),
         "model.layers.1.mlp.down_proj.weight",

@@ -12,7 +12,7 @@ from torch import fx
 
 from lissom.compiler.ir.dimensions import Compound, Dim, Named, named, parts_of
 from lissom.compiler.ir.placement import PARTIAL, Placed, Spans, sharded
-from lissom.compiler.ir.types import Size
+from lissom.compiler.ir.types import product
 from lissom.compiler.parallel.rules.base import Outcome, Reading, is_weight, replicated, settled
 
 
@@ -74,17 +74,15 @@ def _split(found: Named, read: Reading, pending: frozenset[str]) -> dict[Dim, Sp
     return split
 
 
-def _goes_with(split: Mapping[Dim, Spans], product: Compound, first: str, found: Named) -> bool:
+def _goes_with(split: Mapping[Dim, Spans], dim: Compound, first: str, found: Named) -> bool:
     """True when each rank holds the indices of a product that belong to those of its first part that it holds.
 
     For attention: the query heads of every rank read the key heads it holds, in order, so many query heads for each.
     """
-    products, firsts = split.get(product, ()), split.get(first, ())
+    products, firsts = split.get(dim, ()), split.get(first, ())
     if not products or not firsts:
         return not products and not firsts
-    copies: Size = 1
-    for part in product.parts[1:]:
-        copies = copies * found.sizes[part]
+    copies = product(found.sizes[part] for part in dim.parts[1:])
     (left, *more), (right, *others) = products, firsts
     alike = left.parts // left.every == right.parts // right.every or left.parts == right.parts
     return not more and not others and alike and left.local == right.local * copies

@@ -214,7 +214,7 @@ class _Packer:
         edit = self.edit
         with edit.before(user):
             slots = edit.call(aten.reshape.default, self.slots, [self.batch, self.tokens])
-            slots = edit.call(nodes.overload(user), slots, *user.args[1:])
+            slots = edit.again(user, slots)
             found = self._unpacked(packed, slots, [self.batch])
         edit.replace(user, found)
 
