@@ -15,6 +15,7 @@ from torch import nn
 
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import History, node_facts
+from lissom.compiler.pipeline.options import NUMERIC
 from lissom.errors import UnsupportedError
 from lissom.inspect.hot_layers import LayerTimes
 from lissom.inspect.html.data import page_data
@@ -260,7 +261,7 @@ def _missing(report: Report, times: LayerTimes | None) -> list[str]:
         found.append("Times of layers: this backend runs operators of its own, so the times cannot be put on nodes.")
     if report.measured_errors is None:
         found.append("Errors of nodes: none were measured. Call report.errors() where the model is compiled, or use --errors.")
-    if report.history.checks != "numeric":
+    if report.history.checks not in NUMERIC:
         found.append(f"Errors of steps: checks were {report.history.checks}, so outputs were not compared.")
     return found
 
@@ -325,7 +326,7 @@ def _summary(report: Report) -> str:
     if lossy and lossy[-1].relative_error is not None:
         error = f"largest error {lossy[-1].relative_error:.1e}"
         parts.append(error if last.cosine is None else f"smallest cosine {last.cosine:.4f}")
-    elif not lossy and report.history.checks == "numeric":
+    elif not lossy and report.history.checks in NUMERIC:
         parts.append("equal outputs")
     if first.metric is not None and last.metric is not None:
         parts.append(f"metric {first.metric:.4g} → {last.metric:.4g}")

@@ -109,7 +109,8 @@ def hidden_steps(count: int) -> list[str]:
 def about_checks(history: History) -> str:
     """The checks of the steps, in words, and the time of all steps."""
     words = {
-        "numeric": "every exact step ran beside the one before and gave equal outputs",
+        "numeric": "before and after exact steps in a row, outputs are equal",
+        "each": "every exact step ran beside the one before and gave equal outputs",
         "structural": "form and types were checked after every step, numbers were not",
         "off": "nothing was checked",
     }

@@ -16,7 +16,7 @@ from lissom.compiler.ir.fingerprint import program_fingerprint
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.memory import free_dropped_programs
-from lissom.compiler.pipeline.options import Checks, Metric, read_score
+from lissom.compiler.pipeline.options import NUMERIC, Checks, Metric, read_score
 from lissom.driver.compile import compile_model
 from lissom.driver.options import Inputs, Settings
 from lissom.errors import InputError
@@ -100,7 +100,7 @@ class Workshop:
             backend=self.backends[backend],
             checks=checks,
             # Where values do not matter, one batch is enough for patterns that are measured.
-            data=self.data if checks == "numeric" else self.data[:1],
+            data=self.data if checks in NUMERIC else self.data[:1],
             goal=None,
             progress=silent,
         )

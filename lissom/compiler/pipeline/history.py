@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from lissom.compiler.analysis.cost import Cost, example_cost, flops
 from lissom.compiler.ir.editor import CurvePoint, Skip
 from lissom.compiler.ir.node import Origin, origin
 from lissom.compiler.ir.printer import unified_diff
 from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.options import Checks
 from lissom.errors import LissomError, UnsupportedError
 from lissom.io.fields import check_fields, count, optional, real, shown, take, take_list, take_text, text
 
@@ -78,7 +79,8 @@ class Step:
     seconds, check_seconds: of the pass itself, and of the checks after it.
     added, removed: the numbers of operator calls added and removed.
     rewritten: the number of places the pass changed; skipped: those it could not change, with reasons.
-    relative_error: of a rewrite against the program before it, of any other pass against the original; None unchecked.
+    relative_error: of the last of several rewrites in a row against the program before the first of them, of any other pass
+        against the original; None unchecked.
     cosine: the smallest cosine of an output to the original's. metric: the caller's score, when given.
     notes: sentences for the reader. reverted: why the pass was undone after it ran, or None.
     curve: the losses of a training pass; empty for any other.
@@ -174,6 +176,10 @@ class History:
         self.steps[:1], self.texts[:1] = [step], [program.text()]
         self._keep_facts(0, node_facts(program))
 
+    def cut(self, steps: int) -> None:
+        """Keep only that many steps."""
+        del self.steps[steps:], self.texts[steps:]
+
     def facts_of(self, index: int) -> Mapping[str, NodeFacts]:
         """The facts of the program after a step, by the names of nodes and weights in its text; empty if they are not known."""
         if index not in self.changes:
@@ -239,7 +245,7 @@ class History:
         steps = take_list(data, "steps", _step_from_json)
         texts = list(map(text, programs["texts"] if isinstance(programs, Mapping) else programs))
         checks = take(data, "checks", str)
-        if len(steps) != len(texts) or checks not in ("numeric", "structural", "off"):
+        if len(steps) != len(texts) or checks not in get_args(Checks):
             raise ValueError("the history and the programs' texts do not belong together")
         found = cls(take(data, "pipeline", str), checks, list(steps), texts)
         for index, changes in programs["changes"].items() if isinstance(programs, Mapping) else ():

@@ -11,7 +11,9 @@ import torch
 
 from lissom.errors import InputError, UnsupportedError
 
-Checks = Literal["numeric", "structural", "off"]
+Checks = Literal["numeric", "each", "structural", "off"]
+NUMERIC = ("numeric", "each")
+"""The checks that compare outputs."""
 Goal = Literal["latency", "memory"]
 Metric = Callable[[Any], float]
 """A number for a program, or for a compiled model, by which both are judged: the higher, the better."""

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
@@ -56,6 +56,7 @@ from lissom.frontends.capture.kv_cache import (
 from lissom.frontends.capture.nested_tensors import encoders_without_nesting
 from lissom.frontends.capture.recurrences import recurrences_as_operators
 from lissom.frontends.capture.untouched import assignments_as_writes, nothing_registered, untouched
+from lissom.frontends.capture.writes import return_writes, writes
 
 FreeDimensions = Callable[[torch.Tensor], dict[int, object]]
 _BATCH_AND_SEQUENCE, _BATCH, _SEQUENCE, _NOTHING = (0, 1), (0,), (1,), ()
@@ -273,7 +274,7 @@ def _export(
         with nothing_registered(model), assignments_as_writes(model), recurrent_layers_whole():
             dynamic = bound if free else None
             exported = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=dynamic, strict=False)
-    if _writes(exported):
+    if writes(exported) and not return_writes(exported):
         with warnings.catch_warnings(), recurrent_layers_whole():
             # PyTorch itself copies module metadata that has a deprecated class.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
@@ -282,11 +283,6 @@ def _export(
     lines = lines_that_fix(exported)
     name = type(model).__name__
     return flatten_exported(exported, name, args, kwargs, parameters, lengths=lengths, names=names or {}), lines
-
-
-def _writes(exported: ExportedProgram) -> bool:
-    targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
-    return any(isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable for target in targets)
 
 
 def _parameters(model: nn.Module) -> list[str]:

@@ -372,9 +372,9 @@ class StopsShort(SwapOutputs):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"checks": "exact"}, "checks='exact' is not known; choose numeric, structural, off"),
+        ({"checks": "exact"}, "checks='exact' is not known; choose numeric, each, structural, off"),
         ({"checks": "off", "max_drop": 0.1}, "max_drop needs a metric to measure the drop of: pass metric="),
-        ({}, "numeric checks need samples to run on; pass samples, or checks='structural'"),
+        ({}, "checks='numeric' needs samples to run on; pass samples, or checks='structural'"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, reason):
