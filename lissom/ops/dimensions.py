@@ -29,11 +29,14 @@ from dataclasses import dataclass, field
 class Dimensions:
     """A declaration. Names of dimensions are separated by spaces.
 
-    text: as above. factors: the operands in each of which the result is linear, so that it is zero wherever one of them is.
-    whole: dimensions that are read as a whole, whose length changes the numbers. normed: dimensions that a norm reads.
-    centred: whether that norm subtracts a mean, so that zeros do not stay.
-    positions: dimensions whose indices are positions, which ranks do not share.
-    many: for a name with `*`, the argument that lists its sizes.
+    Attributes:
+        text: as above.
+        factors: the operands in each of which the result is linear, so that it is zero wherever one of them is.
+        whole: dimensions that are read as a whole, whose length changes the numbers.
+        normed: dimensions that a norm reads.
+        centred: whether that norm subtracts a mean, so that zeros do not stay.
+        positions: dimensions whose indices are positions, which ranks do not share.
+        many: for a name with `*`, the argument that lists its sizes.
     """
 
     text: str

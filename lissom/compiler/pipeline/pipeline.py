@@ -45,14 +45,17 @@ CALIBRATED_TOKENS = 2**16
 class Pipeline:
     """Passes to run in the given order, and how to check each.
 
-    checks: `numeric` runs programs and compares outputs, `structural` checks form and types only, `off` nothing.
-    samples: flat verification inputs for the numeric checks.
-    data: flat calibration inputs for passes that need some. labels: of each of them, or None.
-    metric: scores a program, higher is better; max_drop: the largest drop below the original's score that is allowed.
-    progress: called before each pass with its text, its number and the count.
-    judge: called for each approximation that cheapens the program, with the program before it, and the program after it and
-        all passes up to the next such approximation; its figures become a note, or the reason why the approximation is
-        reverted. None where nothing can be measured.
+    Attributes:
+        checks: `numeric` runs programs and compares outputs, `structural` checks form and types only, `off` nothing.
+        samples: flat verification inputs for the numeric checks.
+        data: flat calibration inputs for passes that need some.
+        labels: of each of them, or None.
+        metric: scores a program, higher is better.
+        max_drop: the largest drop below the original's score that is allowed.
+        progress: called before each pass with its text, its number and the count.
+        judge: called for each approximation that cheapens the program, with the program before it, and the program after it and
+            all passes up to the next such approximation; its figures become a note, or the reason why the approximation is
+            reverted. None where nothing can be measured.
     """
 
     passes: Sequence[Pass]
@@ -80,7 +83,9 @@ class Pipeline:
 
         A given history holds the record of the capture; the passes are recorded after it.
 
-        Raises: RequirementError, PassError, VerifyError, BudgetError, Interrupted; each holds the history so far.
+        Raises:
+            LissomError: RequirementError, PassError, VerifyError or BudgetError of a pass, with the history so far.
+            Interrupted: on Ctrl-C, likewise.
         """
         run = self._run(program, history, len(self.passes))
         with alone(), stopped_with(run.history):
@@ -91,8 +96,7 @@ class Pipeline:
         self, program: Program, endings: Mapping[str, Sequence[Pass]], history: History | None = None
     ) -> dict[str, tuple[Program, History] | LissomError]:
         """Run the passes once, then each ending separately; for each the result of `run`, or the error that stopped it.
-
-        Raises: as `run`, when the passes before the endings fail.
+        Errors of the passes before the endings are raised, as by `run`.
         """
         count = len(self.passes) + sum(map(len, endings.values()))
         run = self._run(program, history, count)
@@ -176,7 +180,10 @@ def _follows(reverted: Pass) -> str:
 class _Trial:
     """An approximation that is not judged yet.
 
-    start: the run before it. steps: the length of the history then. following: the passes after it that are judged with it.
+    Attributes:
+        start: the run before it.
+        steps: the length of the history then.
+        following: the passes after it that are judged with it.
     """
 
     item: Pass
@@ -189,8 +196,12 @@ class _Trial:
 class _Run:
     """The state of one run of a pipeline.
 
-    program: the current program; outputs: its outputs on the samples. original: the outputs it is measured against.
-    reference: the program before the first lossy pass. stretch: the exact passes since the program `start`.
+    Attributes:
+        program: the current program.
+        outputs: its outputs on the samples.
+        original: the outputs it is measured against.
+        reference: the program before the first lossy pass.
+        stretch: the exact passes since the program `start`.
     """
 
     pipeline: Pipeline
@@ -214,7 +225,7 @@ class _Run:
         self.history.restart(replace(start, metric=self.score, notes=(*start.notes, *notes)), self.program)
 
     def branch(self, pipeline: str) -> _Run:
-        """A copy of the run with its own history; pipeline: the text of the whole pipeline of the branch."""
+        """A copy of the run with its own history, which holds the text of the branch's whole pipeline."""
         other = copy(self)
         kept = self.history
         other.history = replace(kept, pipeline=pipeline, steps=[*kept.steps], texts=[*kept.texts], changes={**kept.changes})
@@ -338,10 +349,7 @@ class _Run:
         return error, divergence.cosine, outputs
 
     def check_stretch(self) -> None:
-        """Compare the program with the one before the latest exact passes, on further verification inputs.
-
-        Raises: VerifyError naming the pass that is wrong on one of them.
-        """
+        """Compare the program with that before the latest exact passes on further inputs. Raises VerifyError."""
         stretch, start, began = self.stretch, self.start, time.perf_counter()
         self.stretch, self.start = (), self.program
         if not stretch:
@@ -358,10 +366,7 @@ class _Run:
         self.history.steps[0] = replace(self.history.steps[0], notes=(*first.notes, *fresh))
 
     def _find_wrong(self, stretch: Sequence[Pass], start: Program, samples: list[Sample], wanted: list[list[object]]) -> None:
-        """Run exact passes again, each checked on all inputs; rounding errors may add up although no pass is wrong.
-
-        Raises: VerifyError.
-        """
+        """Raise VerifyError for an exact pass that is wrong on all inputs; rounding errors may add up although none is."""
         again = copy(self)
         again.history = History(self.history.pipeline, self.history.checks, self.history.steps[:1], [start.text()])
         again.program, again.samples, again.outputs, again.original = start, samples, wanted, answers(start, wanted)

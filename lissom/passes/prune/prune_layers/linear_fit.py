@@ -35,7 +35,11 @@ Halves = tuple[torch.Tensor, torch.Tensor]
 
 
 def most_linear(edit: Editor, units: Mapping[str, Sequence[Branch]], count: int) -> list[str]:
-    """The names of `count` layers to remove. units: the branches of each layer, in the order of the graph."""
+    """The names of `count` layers to remove.
+
+    Args:
+        units: the branches of each layer, in the order of the graph.
+    """
     names, parts = list(units), list(units.values())
     together = [follow([before[-1], after[0]]) for before, after in pairwise(parts)]
     stream = _hidden_states(edit, parts)
