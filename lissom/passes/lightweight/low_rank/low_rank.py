@@ -161,9 +161,7 @@ class LowRank(Approximation):
         return Amounts.parse(self.amounts, "low-rank{amounts=}", is_count)
 
     def _named(self, edit: Editor, layers: Mapping[fx.Node, Matrix]) -> dict[str, int | None]:
-        """The rank of each weight that `amounts` names, None for a whole one; others that stay whole are reported.
-        Raises UnsupportedError for a pattern that matches no linear layer, or a rank above the full one.
-        """
+        """The rank of each weight that `amounts` names, None for a whole one; others are reported. Raises UnsupportedError."""
         sites, ranks = _sites(layers), dict[str, int | None]()
         sizes = {matrix.name: matrix.shape for matrix in layers.values()}
         for (name, site), amount in zip(sites.items(), self._amounts().at([*sites.values()], "linear layers"), strict=True):
