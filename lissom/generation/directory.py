@@ -29,7 +29,7 @@ ENCODER = "encoder.lissom"
 
 @dataclass(frozen=True)
 class Parts:
-    """What the directory of a decoder holds, without tokenizer and processor.
+    """The contents of a decoder's directory, without tokenizer and processor.
 
     Attributes:
         encoder: None for a model without one.

@@ -122,7 +122,7 @@ class GenerationModel(Decoder, CompiledGeneration):
 
     @property
     def _parts(self) -> Parts:
-        """What is saved of it."""
+        """The parts that are saved."""
         return Parts(self.compiled, self.config, self.generation_config)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What an operator does to dimensions, declared once in a line: dimensions of one name are one dimension.
+"""The effect of an operator on dimensions, declared once in a line: dimensions of one name are one dimension.
 
     linear       ... k, n k, +n -> ... n : ... n k
     attention    ... q d, ... t d, ... t v, ~... q t -> ... q v : ... q d t + ... q t v

@@ -356,7 +356,7 @@ def check_declaration(target: torch._ops.OpOverload, declared: Dimensions) -> No
 
 
 def contradiction(node: fx.Node) -> str:
-    """What a declaration says that a call does not do: the sizes of its results; empty where they agree."""
+    """The declared and the returned sizes of a call, where they differ; empty where they agree."""
     found = named(node)
     types = nodes.node_type(node)
     if found is None:

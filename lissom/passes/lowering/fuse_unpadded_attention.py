@@ -85,7 +85,7 @@ def _selected(node: fx.Node, dim: int, sizes: Sequence[object]) -> _Lookup | Non
 
 
 class _Site(NamedTuple):
-    """What is put in the place of an attention on padded heads.
+    """The unpadded form of an attention on padded heads.
 
     Attributes:
         lookups: of queries, keys and values.

@@ -54,7 +54,7 @@ _GAIN = 0.95
 
 @dataclass(frozen=True)
 class _Shape:
-    """What the time of an attention depends on, except its length."""
+    """The properties that the time of an attention depends on, except its length."""
 
     heads: int
     key_heads: int

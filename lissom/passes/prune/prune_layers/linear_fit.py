@@ -1,4 +1,4 @@
-"""Which layers a linear map could replace best: those whose part the layers after them learn most easily.
+"""The layers that a linear map replaces best: those whose part the layers after them learn most easily.
 
 Layers that follow each other are removed as one run. With x and y the residual stream of a token before and after a run, its
 error is the part of y's variance that the best linear map of x leaves unexplained:
