@@ -61,7 +61,7 @@ def run_opt(
 
 
 def _sizes(given: list[str]) -> dict[str, int]:
-    """Sizes by name. Raises: typer.BadParameter."""
+    """Sizes by name. Raises typer.BadParameter."""
     found: dict[str, int] = {}
     for item in given:
         name, equals, number = item.partition("=")

@@ -14,7 +14,8 @@ _OPTION = re.compile(r'(?:[^,\["]|\[[^\]]*\]|"[^"]*")+')
 def is_shown(step: Step, before: Step | None, pipeline: str) -> bool:
     """True for the capture, lossy passes, passes that changed the program, and those of `pipeline` that could not.
 
-    pipeline: the text of the passes that were asked for; a backend's own come after them.
+    Args:
+        pipeline: the text of the passes that were asked for; a backend's own come after them.
     """
     changed = step.rewritten or step.added or step.removed
     refused = step.skipped and f",{step.spelling}," in f",{pipeline},"

@@ -105,7 +105,8 @@ RECIPES: Mapping[str, str] = {
 def known_passes() -> dict[str, type[Pass]]:
     """Lissom's passes and those that other packages add through the entry-point group `lissom.passes`.
 
-    Raises: UnsupportedError when an entry point does not name a pass.
+    Raises:
+        UnsupportedError: when an entry point does not name a pass.
     """
     table = dict(PASSES)
     for entry in entry_points(group="lissom.passes"):

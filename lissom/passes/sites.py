@@ -15,16 +15,19 @@ def sites(program: Program) -> tuple[AmountSite, ...]:
 
     Passes whose requirements the program does not meet are left out. Sites are in the order of the graph within each kind.
 
-    program: a program in canonical form, as `lissom.optimize(model, inputs).program`.
+    Args:
+        program: a program in canonical form, as `lissom.optimize(model, inputs).program`.
 
-    Raises: UnsupportedError when an entry point of `lissom.passes` does not name a pass.
+    Raises:
+        UnsupportedError: when an entry point of `lissom.passes` does not name a pass.
 
-    >>> import torch, lissom
-    >>> model = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
-    >>> for site in lissom.sites(lissom.optimize(model, torch.randn(2, 5, 32)).program)[:2]:
-    ...     print(site.kind, site.path, site.size, dict(site.takes))
-    heads self_attn 4 {'prune-heads': range(1, 5)}
-    neurons linear2 64 {'prune-neurons': range(1, 65)}
+    Examples:
+        >>> import torch, lissom
+        >>> model = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        >>> for site in lissom.sites(lissom.optimize(model, torch.randn(2, 5, 32)).program)[:2]:
+        ...     print(site.kind, site.path, site.size, dict(site.takes))
+        heads self_attn 4 {'prune-heads': range(1, 5)}
+        neurons linear2 64 {'prune-neurons': range(1, 65)}
     """
     found: dict[tuple[str, str], AmountSite] = {}
     for item in known_passes().values():

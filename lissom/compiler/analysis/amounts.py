@@ -27,18 +27,20 @@ COUNTS = "a whole number of 1 or more, a fraction such as 0.5, or none"
 class AmountSite:
     """A part of a program to which passes give an amount of its own.
 
-    kind: what is counted or chosen there: `heads`, `key/value heads`, `neurons`, `channels`, `layer`, `linear`, `attention` or
-        `convolution`.
-    paths: the module paths that name it; several where modules share its weights.
-    size: the present amount: heads, neurons or channels; the full rank of a linear layer; the heads of an attention; 1 for a
-        layer; the most terms of a convolution.
-    takes: the allowed amounts for each pass, by the pass's text; any whole number may be written as a fraction too.
-    shares: the paths of other sites of this kind on the same axis, which must get the same amount.
+    Attributes:
+        kind: what is counted or chosen there: `heads`, `key/value heads`, `neurons`, `channels`, `layer`, `linear`, `attention`
+            or `convolution`.
+        paths: the module paths that name it; several where modules share its weights.
+        size: the present amount: heads, neurons or channels; the full rank of a linear layer; the heads of an attention; 1 for
+            a layer; the most terms of a convolution.
+        takes: the allowed amounts for each pass, by the pass's text; any whole number may be written as a fraction too.
+        shares: the paths of other sites of this kind on the same axis, which must get the same amount.
 
-    >>> import torch, lissom
-    >>> program = lissom.optimize(torch.nn.Linear(16, 16), torch.randn(2, 16)).program
-    >>> [(site.kind, site.size) for site in lissom.sites(program)]
-    [('linear', 16)]
+    Examples:
+        >>> import torch, lissom
+        >>> program = lissom.optimize(torch.nn.Linear(16, 16), torch.randn(2, 16)).program
+        >>> [(site.kind, site.size) for site in lissom.sites(program)]
+        [('linear', 16)]
     """
 
     kind: str
@@ -57,7 +59,8 @@ class AmountSite:
 class Amounts:
     """An option `amounts=` of a pass: patterns of module paths, each with an amount.
 
-    option: the pass and the option for error messages, `prune-heads{amounts=}`.
+    Attributes:
+        option: the pass and the option for error messages, `prune-heads{amounts=}`.
     """
 
     option: str
@@ -65,9 +68,14 @@ class Amounts:
 
     @classmethod
     def parse(cls, text: str, option: str, fits: Callable[[str], bool], takes: str = COUNTS) -> Amounts:
-        """The patterns and amounts of a text. fits: whether a word is an amount; takes: what is, for error messages.
+        """The patterns and amounts of a text.
 
-        Raises: UnsupportedError for a part that is not PATTERN=AMOUNT, an amount of another kind, or a pattern given twice.
+        Args:
+            fits: whether a word is an amount.
+            takes: what is, for error messages.
+
+        Raises:
+            UnsupportedError: for a part that is not PATTERN=AMOUNT, an amount of another kind, or a pattern given twice.
         """
         entries: dict[str, str] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
@@ -87,9 +95,13 @@ class Amounts:
         return bool(self.entries)
 
     def at(self, sites: Sequence[AmountSite], what: str) -> list[str | None]:
-        """The amount of each site as text; None where no pattern matches. what: the sites in words, `attentions`.
+        """The amount of each site as text; None where no pattern matches.
 
-        Raises: UnsupportedError for a pattern that matches no site, and for two amounts at sites that must have the same.
+        Args:
+            what: the sites in words, `attentions`.
+
+        Raises:
+            UnsupportedError: for a pattern that matches no site, and for two amounts at sites that must have the same.
         """
         paths = list(dict.fromkeys(path for site in sites for path in site.paths))
         held = {pattern: [path for path in paths if is_path_protected(path, pattern)] for pattern, _ in self.entries}
@@ -121,7 +133,8 @@ class Amounts:
 
         A fraction is of the site's size, and gives the nearest allowed multiple of `round_to`, of equals the smaller one.
 
-        Raises: UnsupportedError as `at`, and for a number that a site does not take.
+        Raises:
+            UnsupportedError: as `at`, and for a number that a site does not take.
         """
         return [
             None if amount is None else self.count(site, amount, round_to=round_to)

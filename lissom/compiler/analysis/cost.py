@@ -41,9 +41,11 @@ _ANSWERS: WeakKeyDictionary[FakeTensorMode, dict[object, bool]] = WeakKeyDiction
 class Cost:
     """The cost of one or more nodes. Each value is a number, or an expression of the program's dimensions.
 
-    flops: operations of products, convolutions and attentions; see `lissom.compiler.analysis.flops`.
-    read_bytes, written_bytes: of all inputs, weights among them, and of all outputs.
-    parameters: elements of the weights and buffers read, a weight read twice counted once.
+    Attributes:
+        flops: operations of products, convolutions and attentions; see `lissom.compiler.analysis.flops`.
+        read_bytes: of all inputs, weights among them.
+        written_bytes: of all outputs.
+        parameters: elements of the weights and buffers read, a weight read twice counted once.
     """
 
     flops: Size = 0
@@ -98,7 +100,9 @@ def node_cost(node: fx.Node, read_size: ReadSize = size_of) -> Cost:
     """The cost of one node, as numbers when its sizes are numbers. Views, sizes, inputs and weights themselves cost nothing.
 
     Of an embedding table only the looked-up rows are read; an expanded dimension is read once.
-    read_size: gives a size as a number or an expression; `fake.hint` gives that of the example.
+
+    Args:
+        read_size: gives a size as a number or an expression; `fake.hint` gives that of the example.
     """
     found = nodes.value(node) if node.op == "call_function" else None
     if not isinstance(found, (torch.Tensor, tuple, list)) or moves_nothing(node):
@@ -127,16 +131,19 @@ def example_cost(node: fx.Node) -> Cost:
 def cost(program: Program, sizes: Mapping[str, int] | None = None) -> Mapping[fx.Node, Cost]:
     """The cost of every call of a program.
 
-    sizes: numbers for dimensions by name, `{"batch": 8, "sequence": 128}`; those left out stay symbolic.
+    Args:
+        sizes: numbers for dimensions by name, `{"batch": 8, "sequence": 128}`; those left out stay symbolic.
 
-    Raises: UnsupportedError for a name the program does not have, or a size it does not take.
+    Raises:
+        UnsupportedError: for a name the program does not have, or a size it does not take.
 
-    >>> import torch, lissom
-    >>> from lissom.compiler.analysis.cost import cost
-    >>> program = lissom.compile(torch.nn.Linear(4, 8), torch.randn(2, 4)).program
-    >>> (node,) = program.nodes()
-    >>> program.signature.name_of(cost(program)[node].flops), cost(program, {"batch": 3})[node].flops
-    ('64*batch', 192)
+    Examples:
+        >>> import torch, lissom
+        >>> from lissom.compiler.analysis.cost import cost
+        >>> program = lissom.compile(torch.nn.Linear(4, 8), torch.randn(2, 4)).program
+        >>> (node,) = program.nodes()
+        >>> program.signature.name_of(cost(program)[node].flops), cost(program, {"batch": 3})[node].flops
+        ('64*batch', 192)
     """
     numbers = size_numbers(program, sizes or {})
     return {node: found.at(numbers) for node, found in program.fact(_symbolic_costs).items()}
@@ -147,7 +154,8 @@ def costs_on(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[dict[st
 
     Sizes that depend on values count as 0.
 
-    Raises: UnsupportedError for inputs of sizes the program does not take.
+    Raises:
+        UnsupportedError: for inputs of sizes the program does not take.
     """
     dimensions = program.signature.dimensions
     found = program.signature.sizes_of(tensors)

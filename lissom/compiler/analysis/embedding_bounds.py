@@ -59,7 +59,8 @@ def outside_table(program: Program, inputs: Sequence[torch.Tensor]) -> str | Non
 def vocabulary_size(program: Program, name: str) -> int | None:
     """The number of token ids that an input may hold: the fewest rows of a table it is looked up in; None if there is none.
 
-    name: of the input, `input_ids`.
+    Args:
+        name: of the input, `input_ids`.
     """
     shapes: dict[object, torch.Size] = {weight: tensor.shape for weight, tensor in program.weights().items()}
     leaves = zip(program.signature.tensors, program.placeholders, strict=True)
@@ -93,7 +94,12 @@ def _outside(ids: torch.Tensor, table: str, rows: int) -> str | None:
 
 @dataclass(frozen=True)
 class ShardedTable:
-    """An embedding table sharded by rows. argument: the position of the input with its indices. rows: of the whole table."""
+    """An embedding table sharded by rows.
+
+    Attributes:
+        argument: the position of the input with its indices.
+        rows: of the whole table.
+    """
 
     argument: int
     name: str
@@ -126,7 +132,8 @@ def sharded_tables(program: Program) -> tuple[ShardedTable, ...]:
 def _look_up(node: fx.Node, shapes: Mapping[object, torch.Size]) -> tuple[object, int] | None:
     """The indices a call looks up and the number of rows of its table; None for no lookup, or an unknown table.
 
-    shapes: of the actual tensors, by weight name and by node: the types of a loaded program may differ.
+    Args:
+        shapes: of the actual tensors, by weight name and by node: the types of a loaded program may differ.
     """
     if (packed := PackedEmbedding.of(node)) is not None:
         return packed.ids, packed.features

@@ -18,10 +18,11 @@ from lissom.compiler.ir.program import Program
 class Site:
     """A part of a program.
 
-    kind: `attention`, `cross-attention`, `feed-forward`, `convolution`, `embedding`, `norm`, `LM head`; then `product` for
-        matrix products in none of these, and `other`.
-    layer: the module path of its layer; empty for all kinds but attentions and feed-forwards.
-    nodes: its calls, in the order of the graph.
+    Attributes:
+        kind: `attention`, `cross-attention`, `feed-forward`, `convolution`, `embedding`, `norm`, `LM head`; then `product` for
+            matrix products in none of these, and `other`.
+        layer: the module path of its layer; empty for all kinds but attentions and feed-forwards.
+        nodes: its calls, in the order of the graph.
     """
 
     kind: str

@@ -21,8 +21,11 @@ from lissom.compiler.ir.samples import Sample
 class Range:
     """The range of the finite values of a tensor, or of a node on all samples.
 
-    low, high: min(0, least) and max(0, greatest). norm: the greatest ‖x‖₂ along the last dimension.
-    small: the fraction of the non-zero values below the smallest normal number of a format.
+    Attributes:
+        low: min(0, least).
+        high: max(0, greatest).
+        norm: the greatest ‖x‖₂ along the last dimension.
+        small: the fraction of the non-zero values below the smallest normal number of a format.
     """
 
     low: float
@@ -36,7 +39,11 @@ class Range:
 
 
 def range_of(tensor: torch.Tensor, dtype: torch.dtype) -> Range:
-    """The range of one tensor. dtype: the format for `small`."""
+    """The range of one tensor.
+
+    Args:
+        dtype: the format for `small`.
+    """
     return _range(_sums(tensor.detach(), dtype))
 
 

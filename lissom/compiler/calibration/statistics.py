@@ -41,7 +41,10 @@ NO_TOKENS = "the calibration data gives it no tokens"
 class Moments:
     """Sums over the real tokens of one node's values, x: [features].
 
-    count: tokens. total: Σ x, [features]. gram: Σ x·xᵀ, [features, features]. Token weights apply to all three.
+    Attributes:
+        count: tokens.
+        total: Σ x, [features].
+        gram: Σ x·xᵀ, [features, features]. Token weights apply to all three.
     """
 
     count: float
@@ -74,7 +77,12 @@ class Moments:
         return self.gram / max(self.count, 1) - torch.outer(mean, mean)
 
     def add(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add tokens. rows: [tokens, features]; weights: [tokens], 1 each by default."""
+        """Add tokens.
+
+        Args:
+            rows: [tokens, features].
+            weights: [tokens], 1 each by default.
+        """
         rows = rows.float()
         weighted = rows if weights is None else rows * weights[:, None]
         self.count += len(rows) if weights is None else float(weights.sum())
@@ -83,14 +91,23 @@ class Moments:
 
 
 def real_rows(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The features of the real tokens, [tokens, features]. value: [..., features]; mask: [...]."""
+    """The features of the real tokens, [tokens, features].
+
+    Args:
+        value: [..., features].
+        mask: [...].
+    """
     return value.reshape(-1, value.shape[-1]) if mask is None else value[mask]
 
 
 def check_finite(program: Program, node: fx.Node, rows: torch.Tensor) -> None:
-    """Check for overflow. rows: [tokens, features], activations or gradients of the node for one sample's real tokens.
+    """Check for overflow.
 
-    Raises: RequirementError when a value is infinite or NaN.
+    Args:
+        rows: [tokens, features], activations or gradients of the node for one sample's real tokens.
+
+    Raises:
+        RequirementError: when a value is infinite or NaN.
     """
     if not rows.isfinite().all():
         raise RequirementError(
@@ -115,7 +132,8 @@ def moments(
 ) -> dict[fx.Node, Moments]:
     """The moments of each chosen node's values; choose `input_of(linear)` for the input of a linear layer.
 
-    Raises: RequirementError when a value is infinite or NaN.
+    Raises:
+        RequirementError: when a value is infinite or NaN.
     """
     sums = {node: Moments.empty(width(node), nodes.tensor_type(node).device) for node in chosen}
 
@@ -139,7 +157,8 @@ def observe_gradients(
     Value and gradient have the node's shape, and are zero at padding; for the mask see `token_mask`. L is the
     log-likelihood of outputs drawn from the program itself, see above.
 
-    Raises: RequirementError when a value or a gradient is infinite or NaN.
+    Raises:
+        RequirementError: when a value or a gradient is infinite or NaN.
     """
     generator = torch.Generator().manual_seed(0)
     for finished, sample in enumerate(data):

@@ -25,7 +25,11 @@ T = TypeVar("T")
 
 
 class Operand(Generic[T]):
-    """What a call gives for a parameter of its operator. names: the names that the operators of a class have for it."""
+    """The argument of a call for a parameter of its operator.
+
+    Attributes:
+        names: the names that the operators of a class have for it.
+    """
 
     def __init__(self, *names: str) -> None:
         self.names = names

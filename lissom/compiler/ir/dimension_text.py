@@ -25,9 +25,13 @@ Dim = str | Compound
 
 @dataclass(frozen=True)
 class Pattern:
-    """A tensor of a form. dims: with `...` and starred names. mark: `+`, `~` or none. optional: the last may be missing.
+    """A tensor of a form.
 
-    opaque: `_`, a layout of its own.
+    Attributes:
+        dims: with `...` and starred names.
+        mark: `+`, `~` or none.
+        optional: the last may be missing.
+        opaque: `_`, a layout of its own.
     """
 
     dims: tuple[Dim, ...]
@@ -38,7 +42,13 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Form:
-    """One form of a declaration. work: a sum of products of sizes. fixed: names with `!`. condition: a flag and its value."""
+    """One form of a declaration.
+
+    Attributes:
+        work: a sum of products of sizes.
+        fixed: names with `!`.
+        condition: a flag and its value.
+    """
 
     operands: tuple[Pattern, ...]
     results: tuple[Pattern, ...]
@@ -49,7 +59,7 @@ class Form:
 
 @cache
 def forms_of(text: str) -> tuple[Form, ...]:
-    """The forms of a declaration, in order. Raises: ValueError where the text is none."""
+    """The forms of a declaration, in order. Raises ValueError where the text is none."""
     return tuple(_form(part) for part in text.split("|"))
 
 

@@ -31,10 +31,13 @@ _TENSORS = ("Tensor", "Optional[Tensor]")
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor that a call reads. slot: its place in the call. dims: the names of its dimensions.
+    """A tensor that a call reads, its place in the call, and the names of its dimensions.
 
-    is_factor: the result is linear in it. is_added: it is added to the result. is_broadcast: it is neither. opaque: its layout
-    is its own.
+    Attributes:
+        is_factor: the result is linear in it.
+        is_added: it is added to the result.
+        is_broadcast: it is neither.
+        opaque: its layout is its own.
     """
 
     name: str
@@ -49,10 +52,12 @@ class Operand:
 
 @dataclass(frozen=True)
 class Named:
-    """A call with the names of its dimensions.
+    """A call with its operands and the names of its dimensions.
 
-    operands: what the call gives. results: the names of each result's dimensions. fixed: those that are looked up or in order.
-    sizes: by name; names behind `...` and of a star are numbered.
+    Attributes:
+        results: the names of each result's dimensions.
+        fixed: those that are looked up or in order.
+        sizes: by name; names behind `...` and of a star are numbered.
     """
 
     node: fx.Node
@@ -120,10 +125,7 @@ def _stored(target: object) -> Dimensions | None:
 
 
 def named(node: fx.Node, shape_of: ShapeOf | None = None) -> Named | None:
-    """The call with the names of its dimensions; None without a declaration, or where no form fits.
-
-    shape_of: the sizes of a node's tensor, the node's type by default.
-    """
+    """The call with its dimensions' names, sizes by `shape_of` or the nodes' types; None where no declared form fits."""
     declared = declaration(node)
     if declared is None:
         return None
@@ -335,7 +337,7 @@ def _settled(dims: Sequence[Dim], shape: Sequence[Size] | None, sizes: Mapping[s
 
 
 def check_declaration(target: torch._ops.OpOverload, declared: Dimensions) -> None:
-    """Compare a declaration with the operator's schema. Raises: ValueError, which names the operator and what does not fit."""
+    """Compare a declaration with the operator's schema. Raises ValueError, which names the operator and what does not fit."""
     tensors, names = _tensors(target), {item.name for item in target._schema.arguments}
     for form in forms_of(declared.text):
         several = form.operands[-1].opaque
@@ -354,7 +356,7 @@ def check_declaration(target: torch._ops.OpOverload, declared: Dimensions) -> No
 
 
 def contradiction(node: fx.Node) -> str:
-    """What a declaration says that a call does not do: the sizes of its results; empty where they agree."""
+    """The declared and the returned sizes of a call, where they differ; empty where they agree."""
     found = named(node)
     types = nodes.node_type(node)
     if found is None:

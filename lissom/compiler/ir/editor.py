@@ -27,7 +27,9 @@ Found = TypeVar("Found")
 class CurvePoint:
     """A point of a training curve.
 
-    loss: the mean over the steps since the point before it; None at the start. held_out: the loss of the data held out.
+    Attributes:
+        loss: the mean over the steps since the point before it; None at the start.
+        held_out: the loss of the data held out.
     """
 
     step: int
@@ -48,15 +50,19 @@ class Skip:
 class Editor:
     """Edits one program on behalf of one pass.
 
-    program: the program being changed; a pass may put another in its place.
-    labels: of each calibration input, or None. most_tokens: of the calibration inputs that the pass gets.
-    reference: the program before the first pass that changed numbers; None where that is this one.
-    rewritten: how many places the pass changed.
-    skipped: the places it could not treat, with the reason.
-    notes: sentences on the pass as a whole, for the reader of the history.
-    curve: the losses of a training pass over its steps.
-    per_site: the pass as text with the amount that it chose for each site; empty for passes without amounts.
-    current: the node the pass is looking at, for error messages.
+    Args:
+        most_tokens: of the calibration inputs that the pass gets.
+
+    Attributes:
+        program: the program being changed; a pass may put another in its place.
+        labels: of each calibration input, or None.
+        reference: the program before the first pass that changed numbers; None where that is this one.
+        rewritten: how many places the pass changed.
+        skipped: the places it could not treat, with the reason.
+        notes: sentences on the pass as a whole, for the reader of the history.
+        curve: the losses of a training pass over its steps.
+        per_site: the pass as text with the amount that it chose for each site; empty for passes without amounts.
+        current: the node the pass is looking at, for error messages.
     """
 
     def __init__(
@@ -149,7 +155,8 @@ class Editor:
     def call(self, target: torch._ops.OpOverload, *args: object, **kwargs: object) -> fx.Node:
         """A new, typed call node; use inside `before`. Operands of None at the end are left out.
 
-        Raises: PassError when the operator does not accept these arguments.
+        Raises:
+            PassError: when the operator does not accept these arguments.
         """
         while args and args[-1] is None:
             args = args[:-1]
@@ -224,7 +231,8 @@ class Editor:
     def change_call(self, node: fx.Node, target: torch._ops.OpOverload, *args: object, **kwargs: object) -> None:
         """Let a node call another operator, or the same with other arguments; retypes it. Counts as one place rewritten.
 
-        Raises: PassError when the operator does not accept these arguments.
+        Raises:
+            PassError: when the operator does not accept these arguments.
         """
         node.target = target
         nodes.set_arguments(node, *args, **kwargs)
@@ -235,7 +243,8 @@ class Editor:
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let everything that reads `old` read `new`; `old` is erased. Counts as one place rewritten.
 
-        Raises: PassError when the two have different types.
+        Raises:
+            PassError: when the two have different types.
         """
         program = self.program
         wanted, found = nodes.node_type(old), nodes.node_type(new)

@@ -59,7 +59,11 @@ REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, Runtim
 
 
 def call(node: fx.Node, value_of: Callable[[fx.Node], object], adapted: Callable[[object], Any] | None = None) -> object:
-    """The result of a call node, with the values of the nodes it reads. adapted: applied to all arguments."""
+    """The result of a call node, with the values of the nodes it reads.
+
+    Args:
+        adapted: applied to all arguments.
+    """
     target: Any = stand_in(node.target) or node.target
     given = with_values((node.args, node.kwargs), value_of)
     args, kwargs = given if adapted is None else map_aggregate(given, adapted)

@@ -32,7 +32,8 @@ def _is_floating(item: object) -> bool:
 def computed_from(starts: Iterable[object], through: Callable[[fx.Node], bool] = lambda node: True) -> Iterator[fx.Node]:
     """These nodes and all that they are computed from, each once, nearest first; what is no node is passed over.
 
-    through: whether to go on to the inputs of a node.
+    Args:
+        through: whether to go on to the inputs of a node.
     """
     pending, seen = deque(starts), set[fx.Node]()
     while pending:
@@ -84,7 +85,11 @@ def is_read_by(node: fx.Node, operators: Collection[object]) -> bool:
 
 
 def is_handed_out(program: Program, node: fx.Node, besides: Collection[fx.Node] = ()) -> bool:
-    """True when the program returns the node's memory, whole or as a view. besides: views that do not count."""
+    """True when the program returns the node's memory, whole or as a view.
+
+    Args:
+        besides: views that do not count.
+    """
     return any(program.output in view.users for view in views_of(node) if view not in besides)
 
 

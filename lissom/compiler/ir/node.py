@@ -31,11 +31,12 @@ _COST = "lissom_cost"
 class Origin:
     """The source of a node: its module, its line in the model's code, and the passes that changed it.
 
-    module_path: the module whose forward made it, `encoder.layer.0.attention.self`; empty for the model itself.
-    source: file name and line in the model's code, `modeling_bert.py:215`; empty when unknown.
-    code: the text of that line.
-    passes: the passes that made or changed the node, oldest first.
-    replaces: the node's name before a pass put this one in its place; used to line up two programs.
+    Attributes:
+        module_path: the module whose forward made it, `encoder.layer.0.attention.self`; empty for the model itself.
+        source: file name and line in the model's code, `modeling_bert.py:215`; empty when unknown.
+        code: the text of that line.
+        passes: the passes that made or changed the node, oldest first.
+        replaces: the node's name before a pass put this one in its place; used to line up two programs.
     """
 
     module_path: str = ""
@@ -107,7 +108,8 @@ def value(node: fx.Node) -> object:
 def tensor_value(node: fx.Node) -> torch.Tensor:
     """The fake tensor the node was typed with.
 
-    Raises: TypeError when the node yields something else.
+    Raises:
+        TypeError: when the node yields something else.
     """
     found = value(node)
     if not isinstance(found, torch.Tensor):
@@ -129,7 +131,8 @@ def node_type(node: fx.Node) -> ValueType:
 def tensor_type(node: object) -> TensorType:
     """The node's type, which must be a tensor.
 
-    Raises: TypeError when the node yields something else.
+    Raises:
+        TypeError: when the node yields something else.
     """
     found = node_type(node) if isinstance(node, fx.Node) else node
     if not isinstance(found, TensorType):
@@ -153,7 +156,8 @@ def is_call(node: object, *targets: object) -> TypeGuard[fx.Node]:
 def operand(node: fx.Node, index: int = 0) -> fx.Node:
     """The value that a call reads at a place of its positional arguments.
 
-    Raises: TypeError where the call has a number or nothing there.
+    Raises:
+        TypeError: where the call has a number or nothing there.
     """
     found = node.args[index] if index < len(node.args) else None
     if not isinstance(found, fx.Node):
@@ -171,7 +175,8 @@ def leaves(output: fx.Node) -> Sequence[object]:
 def fixed_size(node: object, dim: int) -> int:
     """The size of a dimension of a node's tensor that is the same in every call.
 
-    Raises: TypeError where it varies, or where the node yields no tensor.
+    Raises:
+        TypeError: where it varies, or where the node yields no tensor.
     """
     found = tensor_type(node).shape[dim]
     if not isinstance(found, int):
@@ -182,7 +187,8 @@ def fixed_size(node: object, dim: int) -> int:
 def overload(node: fx.Node) -> torch._ops.OpOverload:
     """The operator a node calls.
 
-    Raises: TypeError where it calls another function.
+    Raises:
+        TypeError: where it calls another function.
     """
     if not isinstance(node.target, torch._ops.OpOverload):
         raise TypeError(f"{node.format_node()} calls no operator")
@@ -199,7 +205,8 @@ def _parameters(target: torch._ops.OpOverload) -> Mapping[str, tuple[int, object
 def argument(node: fx.Node, *names: str) -> object:
     """The argument the call gives for the operator's parameter of one of these names, or the schema's default.
 
-    Raises: KeyError when the operator has no such parameter.
+    Raises:
+        KeyError: when the operator has no such parameter.
     """
     parameters = _parameters(overload(node))
     name = next((name for name in names if name in parameters), None)

@@ -32,9 +32,10 @@ POSITIONS = -2
 class Span:
     """A section of a dimension, viewed as [outer, size, inner] and sharded along `size` into `parts` blocks.
 
-    parts: 1 when every rank holds all of it; else the number of ranks, or fewer when several ranks hold the same block.
-    every: how many neighbouring ranks hold the same block; more than 1 for key/value groups that several ranks read.
-    site: the index of the plan's site that is sharded, for messages; not compared.
+    Attributes:
+        parts: 1 when every rank holds all of it; else the number of ranks, or fewer when several ranks hold the same block.
+        every: how many neighbouring ranks hold the same block; more than 1 for key/value groups that several ranks read.
+        site: the index of the plan's site that is sharded, for messages; not compared.
     """
 
     outer: Size
@@ -89,8 +90,10 @@ Spans = tuple[Span, ...]
 class Placed:
     """The placement of a value across the ranks.
 
-    dims: the sharded dimensions, in order, each with its spans; more than one when key/value groups and the heads in a group
-        are separate dimensions. partial: whether the value is the sum of the ranks' tensors.
+    Attributes:
+        dims: the sharded dimensions, in order, each with its spans; more than one when key/value groups and the heads in a
+            group are separate dimensions.
+        partial: whether the value is the sum of the ranks' tensors.
     """
 
     dims: tuple[tuple[int, Spans], ...] = ()

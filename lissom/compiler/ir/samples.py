@@ -86,7 +86,8 @@ def check_samples(signature: Signature, example: Sequence[torch.Tensor]) -> list
 def more_samples(signature: Signature, example: Sequence[torch.Tensor], flops: int) -> list[Sample]:
     """Further verification inputs for a sequence of exact passes, from before the first to after the last.
 
-    flops: of a run on the example.
+    Args:
+        flops: of a run on the example.
     """
     plain = _variant(signature, example, seed=1)
     starts = _masked(plain, _start, low=-float("inf"))
@@ -144,7 +145,8 @@ def _thinned(signature: Signature, sample: Sample, sizes: Sizes) -> Sample:
 def larger(signature: Signature, example: Sequence[torch.Tensor], flops: int) -> Iterator[Sample]:
     """The example with all dynamic dimensions 16, 8, 4 and 2 times as large, for timing, where that does not take too long.
 
-    flops: of a run on the example.
+    Args:
+        flops: of a run on the example.
     """
     usual = signature.sizes_of(example)
     for factor in (16, 8, 4, 2):
@@ -246,8 +248,9 @@ def _ids_redrawn(tensor: torch.Tensor) -> torch.Tensor:
 def _masked(sample: Sample, pattern: Pattern, kind: int = 1, low: float | None = None) -> Sample:
     """The sample with the pattern's places masked in its masks.
 
-    kind: 1 for masks whose usual value is one, true, or an additive zero; 0 for masks whose usual value is zero or false.
-    low: the masking value for an additive mask of zeros only.
+    Args:
+        kind: 1 for masks whose usual value is one, true, or an additive zero; 0 for masks whose usual value is zero or false.
+        low: the masking value for an additive mask of zeros only.
     """
 
     def hide(tensor: torch.Tensor) -> torch.Tensor:

@@ -72,11 +72,13 @@ class Argument:
 class Signature:
     """The call signature of a program.
 
-    positional, keyword: the arguments as they were given at capture, in order.
-    parameters: the names of the original `forward`, in order, so that either way of passing them works.
-    out_spec: the nesting of what is returned.
-    dimensions: the dynamic sizes. Sizes derived from others appear only in the arguments' types.
-    conditions: relations between sizes found during capture, such as a sequence divisible by a block.
+    Attributes:
+        positional: the positional arguments as they were given at capture, in order.
+        keyword: the keyword arguments, likewise.
+        parameters: the names of the original `forward`, in order, so that either way of passing them works.
+        out_spec: the nesting of what is returned.
+        dimensions: the dynamic sizes. Sizes derived from others appear only in the arguments' types.
+        conditions: relations between sizes found during capture, such as a sequence divisible by a block.
     """
 
     positional: tuple[Argument, ...]
@@ -126,7 +128,8 @@ class Signature:
     def flatten(self, args: Sequence[object], kwargs: Mapping[str, object]) -> list[torch.Tensor]:
         """The call's tensors in the order of the program's placeholders, checked against the signature.
 
-        Raises: InputError, one sentence naming the argument, what was found and what is allowed.
+        Raises:
+            InputError: one sentence naming the argument, what was found and what is allowed.
         """
         tensors = [tensor for item, given in self._bind(args, kwargs) for tensor in self._leaves_of(item, given)]
         self.check_sizes(tensors)
@@ -223,7 +226,7 @@ class Signature:
         raise InputError(f"argument '{leaf.path}' is {found}; the program takes {format_type(wanted, self.name_of)}: {advice}")
 
     def _plain(self, leaf: TensorArgument, value: torch.Tensor) -> torch.Tensor:
-        """A tensor of a subclass as a torch.Tensor of the same memory. Raises: InputError where the subclass runs operators."""
+        """A tensor of a subclass as a torch.Tensor of the same memory. Raises InputError where the subclass runs operators."""
         kind = type(value)
         if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # pyright: ignore[reportAttributeAccessIssue]
             raise InputError(
@@ -236,7 +239,8 @@ class Signature:
     def check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:
         """Check sizes against the signature.
 
-        Raises: InputError naming the argument and dimension, the size found and the sizes allowed.
+        Raises:
+            InputError: naming the argument and dimension, the size found and the sizes allowed.
         """
         sizes: dict[sympy.Symbol, int] = {}
         derived: list[tuple[TensorArgument, int, sympy.Expr, int]] = []
@@ -305,7 +309,7 @@ def _may_hold(condition: sympy.Basic, sizes: Mapping[sympy.Symbol, int]) -> bool
 
 
 def evaluate(size: Size, sizes: Mapping[sympy.Symbol, int]) -> int:
-    """The size as a number once every symbol has one. Raises: InputError when it is no whole number at these sizes."""
+    """The size as a number once every symbol has one. Raises InputError when it is no whole number at these sizes."""
     if isinstance(size, int):
         return size
     try:

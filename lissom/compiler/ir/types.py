@@ -84,7 +84,7 @@ def quotient(size: Size, divisor: Size) -> Size | None:
 
 
 def fixed(size: object) -> int:
-    """A size that is the same in every call, as a number. Raises: TypeError where it varies."""
+    """A size that is the same in every call, as a number. Raises TypeError where it varies."""
     if not isinstance(size, int):
         raise TypeError(f"the size {size} varies from call to call")
     return size
@@ -104,7 +104,8 @@ def substitute(size: sympy.Expr, values: Mapping[sympy.Symbol, object]) -> sympy
 def type_of(value: object) -> ValueType:
     """The type of a node's (fake) value: a tensor, a number, nothing, or a tuple of types.
 
-    Raises: TypeError when the value is none of these.
+    Raises:
+        TypeError: when the value is none of these.
     """
     if value is None:
         return None

@@ -32,7 +32,8 @@ def as_dtensors(program: Program, mesh: DeviceMesh) -> dict[str, DTensor]:
 
     `full_tensor()` of each is the model's weight. Constants that `partition` added are left out.
 
-    Raises: UnsupportedError for a mesh of another size, and for a weight whose placement `DTensor` cannot express.
+    Raises:
+        UnsupportedError: for a mesh of another size, and for a weight whose placement `DTensor` cannot express.
     """
     from torch.distributed.tensor import DTensor
 
@@ -72,7 +73,7 @@ def _world_size(program: Program) -> int:
 def dtensor_parts(
     name: str, weight: torch.Tensor, placed: Placed, world_size: int, rank: int
 ) -> tuple[torch.Tensor, list[int], Placement]:
-    """This rank's shard without padding, the shape of the whole weight, and the placement. Raises: UnsupportedError."""
+    """This rank's shard without padding, the shape of the whole weight, and the placement. Raises UnsupportedError."""
     from torch.distributed.tensor import Shard
 
     shape, local = [*weight.shape], weight.detach()

@@ -34,7 +34,10 @@ def lone_layers(
     """The layers to shard by themselves so that this fraction of the weights of linear layers is sharded.
 
     Of layers of one size, all or none are sharded.
-    placed: the placements without them. whole: layers the user wants replicated.
+
+    Args:
+        placed: the placements without them.
+        whole: layers the user wants replicated.
     """
     layers = linear_weights(program)
     sizes = {weight: program.weight(str(weight.target)).numel() for weight in layers}
@@ -59,7 +62,11 @@ def lone_layers(
 
 
 def own_placement(site: ShardSite, number: int, world_size: int) -> Placed:
-    """The placement of the weight of a layer that is sharded by itself. number: index of the site in the plan."""
+    """The placement of the weight of a layer that is sharded by itself.
+
+    Args:
+        number: index of the site in the plan.
+    """
     size = nodes.tensor_type(site.weight).shape[site.dim]
     return sharded((site.dim, (Span(1, size, 1, world_size, site=number),)))
 

@@ -38,9 +38,13 @@ SHARDED = 0.95
 class Redistribution:
     """A value that a reader wants in another placement.
 
-    value: the value to redistribute. reader: its first reader that wants it. have, want: the placements. steps: `all-reduce`,
-    `reduce-scatter`, `all-gather`, `slice`, `mask` (rank 0 keeps the value, the others have zeros) and `spread` (a rank's
-    positions, zeros at those of other ranks), in order.
+    Attributes:
+        value: the value to redistribute.
+        reader: its first reader that wants it.
+        have: the placement it has.
+        want: the placement it gets.
+        steps: `all-reduce`, `reduce-scatter`, `all-gather`, `slice`, `mask` (rank 0 keeps the value, the others have zeros) and
+            `spread` (a rank's positions, zeros at those of other ranks), in order.
     """
 
     value: fx.Node
@@ -60,10 +64,14 @@ class Redistribution:
 class Plan:
     """The placements and collectives of a program on `world_size` ranks.
 
-    placed: the placement of every node. sites: the sharded sites. left: the sites that stay replicated, with the reason in
-    `obstacle`. moves: the redistributions, each value and placement once. gathered: operators without a rule that read sharded
-    values. joint: the collectives inside operators that work on shards. sequence: whether values between the layers are sharded
-    by position where possible.
+    Attributes:
+        placed: the placement of every node.
+        sites: the sharded sites.
+        left: the sites that stay replicated, with the reason in `obstacle`.
+        moves: the redistributions, each value and placement once.
+        gathered: operators without a rule that read sharded values.
+        joint: the collectives inside operators that work on shards.
+        sequence: whether values between the layers are sharded by position where possible.
     """
 
     world_size: int
@@ -83,7 +91,11 @@ class Plan:
 
 
 class _RefusedError(Exception):
-    """A site cannot be sharded. site: its index."""
+    """A site cannot be sharded.
+
+    Attributes:
+        site: its index.
+    """
 
     def __init__(self, site: int, reason: str) -> None:
         super().__init__(reason)
@@ -101,10 +113,12 @@ def make_plan(
 ) -> Plan:
     """The plan for a program.
 
-    whole: nodes of sites and layers that the user wants replicated, with the entry of `plan` that names them.
-    layers: linear layers the user names, each `column-wise` or `row-wise`.
-    fraction: least part of the weights of linear layers to shard: where pairs of layers hold less, other layers are sharded by
-        themselves. sequence: whether values between the layers are sharded by position.
+    Args:
+        whole: nodes of sites and layers that the user wants replicated, with the entry of `plan` that names them.
+        layers: linear layers the user names, each `column-wise` or `row-wise`.
+        fraction: least part of the weights of linear layers to shard: where pairs of layers hold less, other layers are sharded
+            by themselves.
+        sequence: whether values between the layers are sharded by position.
     """
     found, whole, layers = program.fact(axes), whole or {}, layers or {}
     sites = [
@@ -170,7 +184,8 @@ class _Planner:
     def run(self) -> tuple[Known, tuple[Redistribution, ...], tuple[fx.Node, ...], Joint]:
         """The placements, redistributions, gathered operators and joint collectives, once weights suit their readers.
 
-        Raises: _RefusedError.
+        Raises:
+            _RefusedError: for a site whose shards reach a call that cannot take them.
         """
         while True:
             known, wants, gathered = self._propagate()
@@ -182,7 +197,8 @@ class _Planner:
     def planned(self, node: fx.Node, dim: int) -> Spans:
         """The spans of a dimension of a value, from its axis.
 
-        Raises: _RefusedError where the axis mixes sharded and other elements.
+        Raises:
+            _RefusedError: where the axis mixes sharded and other elements.
         """
         spans = spans_of(self.found.axis(node, dim), self.sharded_axes)
         if spans is None:
@@ -254,7 +270,8 @@ class _Planner:
     def _refuse(self, node: fx.Node, known: Known, reason: str) -> None:
         """Give up the site whose shards reach a call that cannot take them.
 
-        Raises: _RefusedError.
+        Raises:
+            _RefusedError: with the site and the reason.
         """
         for used in node.all_input_nodes:
             have = known.get(used)
@@ -267,7 +284,8 @@ class _Planner:
 def redistribution_steps(have: Placed, want: Placed, world_size: int, *, has_whole: bool = False) -> tuple[str, ...] | None:
     """The steps from one placement to another; None where there are none.
 
-    has_whole: whether another reader needs the all-reduced sum, so that each rank can slice its positions from it.
+    Args:
+        has_whole: whether another reader needs the all-reduced sum, so that each rank can slice its positions from it.
     """
     steps: list[str] = []
     if have.partial and want.is_by_position:

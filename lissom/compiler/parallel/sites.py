@@ -40,12 +40,16 @@ ShardedAxes = Mapping[Axis, tuple[int, int, int]]
 class ShardSite:
     """A part of a program that can be sharded.
 
-    kind: `attention`, `feed-forward`, `experts`, `embedding`, `LM head`, `mixer`; `layer` for one the user names, `gathered
-        layer` and `summed layer` for one that is sharded by itself.
-    node: the operator it is reported at. path: its module. sharded_axes: the atomic axes, each with its number of shards and
-        the number of neighbouring ranks that hold the same shard.
-    obstacle: why it is not sharded; empty where it is.
-    weight, dim: the weight of a layer that is sharded by itself, and its sharded dimension; `sharded_axes` is empty then.
+    Attributes:
+        kind: `attention`, `feed-forward`, `experts`, `embedding`, `LM head`, `mixer`; `layer` for one the user names, `gathered
+            layer` and `summed layer` for one that is sharded by itself.
+        node: the operator it is reported at.
+        path: its module.
+        sharded_axes: the atomic axes, each with its number of shards and the number of neighbouring ranks that hold the same
+            shard.
+        obstacle: why it is not sharded; empty where it is.
+        weight: the weight of a layer that is sharded by itself; `sharded_axes` is empty then.
+        dim: its sharded dimension.
     """
 
     kind: str
@@ -58,7 +62,11 @@ class ShardSite:
 
 
 def shard_sites(program: Program, world_size: int, layers: Mapping[fx.Node, str]) -> list[ShardSite]:
-    """The sites of a program on `world_size` ranks. layers: linear layers the user names, each `column-wise` or `row-wise`."""
+    """The sites of a program on `world_size` ranks.
+
+    Args:
+        layers: linear layers the user names, each `column-wise` or `row-wise`.
+    """
     found, facts = program.fact(axes), program.fact(structure)
     sites = [_attention(found, site, world_size) for site in facts.attention]
     grouped = [node for node in program.nodes() if node.target is grouped_product]
@@ -91,7 +99,9 @@ def mixer_sites(program: Program, world_size: int, layers: Collection[fx.Node]) 
 
     Mamba's inner channels are an example: projected in, convolved, run through the recurrence, and projected out. Channels of
     the residual stream do not count.
-    layers: linear layers that no other site shards.
+
+    Args:
+        layers: linear layers that no other site shards.
     """
     found = program.fact(axes)
     sums = [total for node, _ in linear_layers(program) if (total := residual_of(node)) is not None]
@@ -236,7 +246,10 @@ def spans_of(axis: Axis, sharded_axes: ShardedAxes) -> Spans | None:
     """The spans of a dimension of that axis when these atoms are sharded.
 
     Empty when none of its atoms is sharded, None when spans cannot express the shards.
-    sharded_axes: for each atom its number of shards, the number of neighbouring ranks with the same one, and its site's index.
+
+    Args:
+        sharded_axes: for each atom its number of shards, the number of neighbouring ranks with the same one, and its site's
+            index.
     """
     axis = axis.find()
     if not any(atom.find() in sharded_axes for atom in axis.atoms()):

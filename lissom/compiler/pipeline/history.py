@@ -25,12 +25,16 @@ _NOTHING = Cost()
 class Size:
     """The size of a program.
 
-    nodes: operator calls. parameters: elements of all weights and buffers. parameter_bytes: their bytes.
-    flops: at the captured sizes.
+    Attributes:
+        nodes: operator calls.
+        parameters: elements of all weights and buffers.
+        parameter_bytes: their bytes.
+        flops: at the captured sizes.
 
-    >>> import torch, lissom
-    >>> lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4)).report.history.steps[0].size
-    Size(nodes=1, parameters=10, parameter_bytes=40, flops=48)
+    Examples:
+        >>> import torch, lissom
+        >>> lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4)).report.history.steps[0].size
+        Size(nodes=1, parameters=10, parameter_bytes=40, flops=48)
     """
 
     nodes: int
@@ -55,7 +59,8 @@ class NodeFacts:
 def node_facts(program: Program, before: Mapping[str, NodeFacts] | None = None) -> dict[str, NodeFacts]:
     """The facts of every operator call of a program under its name in the text, `%gelu`, and of every weight, `@up.weight`.
 
-    before: facts of the program before, which unchanged nodes share.
+    Args:
+        before: facts of the program before, which unchanged nodes share.
     """
     found: dict[str, NodeFacts] = {}
     for node in program.graph.nodes:
@@ -75,24 +80,33 @@ def node_facts(program: Program, before: Mapping[str, NodeFacts] | None = None) 
 class Step:
     """One pass that ran.
 
-    index: 0 is the capture. spelling: the pass as pipeline text. kind: rewrite, approximation, …
-    seconds, check_seconds: of the pass itself, and of the checks after it.
-    added, removed: the numbers of operator calls added and removed.
-    rewritten: the number of places the pass changed; skipped: those it could not change, with reasons.
-    relative_error: of the last of several rewrites in a row against the program before the first of them, of any other pass
-        against the original; None unchecked.
-    cosine: the smallest cosine of an output to the original's. metric: the caller's score, when given.
-    notes: sentences for the reader. reverted: why the pass was undone after it ran, or None.
-    curve: the losses of a training pass; empty for any other.
-    per_site: the pass as pipeline text with the amount that it chose for each site, which gives the same program; empty for
-        passes without amounts.
-    about: what the pass is for, the first line of its docstring.
+    Attributes:
+        index: 0 is the capture.
+        spelling: the pass as pipeline text.
+        kind: rewrite, approximation, …
+        seconds: of the pass itself.
+        check_seconds: of the checks after it.
+        added: the number of operator calls added.
+        removed: the number removed.
+        rewritten: the number of places the pass changed.
+        skipped: those it could not change, with reasons.
+        relative_error: of the last of several rewrites in a row against the program before the first of them, of any other
+            pass against the original; None unchecked.
+        cosine: the smallest cosine of an output to the original's.
+        metric: the caller's score, when given.
+        notes: sentences for the reader.
+        reverted: why the pass was undone after it ran, or None.
+        curve: the losses of a training pass; empty for any other.
+        per_site: the pass as pipeline text with the amount that it chose for each site, which gives the same program; empty for
+            passes without amounts.
+        about: what the pass is for, the first line of its docstring.
 
-    >>> import torch, lissom
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Dropout())
-    >>> step = lissom.optimize(model, torch.randn(3, 4)).report.history.steps[2]
-    >>> step.summary, step.exact, step.relative_error
-    ('rewrote 1', True, 0.0)
+    Examples:
+        >>> import torch, lissom
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Dropout())
+        >>> step = lissom.optimize(model, torch.randn(3, 4)).report.history.steps[2]
+        >>> step.summary, step.exact, step.relative_error
+        ('rewrote 1', True, 0.0)
     """
 
     index: int
@@ -138,17 +152,21 @@ class Step:
 class History:
     """The steps of a pipeline, the capture first; grows while the pipeline runs.
 
-    pipeline: the whole pipeline as text. checks: how each step was checked.
-    texts: the program after each step. changes: the facts of its nodes that differ from those of the step before, by name, None
-        for a node that is gone; by the index of the step, without steps of which nothing is known.
+    Attributes:
+        pipeline: the whole pipeline as text.
+        checks: how each step was checked.
+        texts: the program after each step.
+        changes: the facts of its nodes that differ from those of the step before, by name, None for a node that is gone; by the
+            index of the step, without steps of which nothing is known.
 
-    >>> import torch, lissom
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Dropout())
-    >>> history = lissom.optimize(model, torch.randn(3, 4)).report.history
-    >>> [step.spelling for step in history.steps[:3]]
-    ['capture', 'eliminate-dead-code', 'remove-no-ops']
-    >>> print(history.diff(1, 2).splitlines()[0])
-    --- 1 eliminate-dead-code
+    Examples:
+        >>> import torch, lissom
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Dropout())
+        >>> history = lissom.optimize(model, torch.randn(3, 4)).report.history
+        >>> [step.spelling for step in history.steps[:3]]
+        ['capture', 'eliminate-dead-code', 'remove-no-ops']
+        >>> print(history.diff(1, 2).splitlines()[0])
+        --- 1 eliminate-dead-code
     """
 
     pipeline: str
@@ -209,7 +227,7 @@ class History:
         self.steps[-1] = replace(self.steps[-1], notes=(*self.steps[-1].notes, sentence))
 
     def check_step(self, index: int) -> None:
-        """Raises: UnsupportedError when there is no such step."""
+        """Raise UnsupportedError when there is no such step."""
         if not 0 <= index < len(self.steps):
             last = len(self.steps) - 1
             raise UnsupportedError(f"there is no step {index}; this history has steps 0 (capture) to {last}")
@@ -217,7 +235,8 @@ class History:
     def diff(self, before: int, after: int) -> str:
         """The lines of the program that changed between two steps (0 is the capture), in unified form.
 
-        Raises: UnsupportedError when there is no such step.
+        Raises:
+            UnsupportedError: when there is no such step.
         """
         for index in (before, after):
             self.check_step(index)
@@ -238,7 +257,10 @@ class History:
     def from_json(cls, data: Mapping[str, Any], programs: Mapping[str, Any] | Sequence[str]) -> History:
         """The history that `to_json` wrote, with what `programs_to_json` wrote, or only the programs' texts.
 
-        Raises: ValueError, TypeError or KeyError when the data is no history.
+        Raises:
+            ValueError: when the data is no history.
+            TypeError: likewise.
+            KeyError: likewise.
         """
         if data["version"] != FORMAT_VERSION:
             raise ValueError(f"the history is of version {shown(data['version'])}; this Lissom reads version {FORMAT_VERSION}")

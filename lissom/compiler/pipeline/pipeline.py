@@ -33,10 +33,11 @@ Judge = Callable[[Program, Program], Verdict | None]
 class Pipeline(RunOptions):
     """Passes to run in the given order, and how to check each.
 
-    progress: called before each pass with its text, its number and the count.
-    judge: called for each approximation that cheapens the program, with the program before it, and the program after it and
-        all passes up to the next such approximation; its figures become a note, or the reason why the approximation is
-        reverted. None where nothing can be measured.
+    Attributes:
+        progress: called before each pass with its text, its number and the count.
+        judge: called for each approximation that cheapens the program, with the program before it, and the program after it and
+            all passes up to the next such approximation; its figures become a note, or the reason why the approximation is
+            reverted. None where nothing can be measured.
     """
 
     progress: Progress | None = None
@@ -47,7 +48,9 @@ class Pipeline(RunOptions):
 
         A given history holds the record of the capture; the passes are recorded after it.
 
-        Raises: RequirementError, PassError, VerifyError, BudgetError, Interrupted; each holds the history so far.
+        Raises:
+            LissomError: RequirementError, PassError, VerifyError or BudgetError of a pass, with the history so far.
+            Interrupted: on Ctrl-C, likewise.
         """
         run = self._run(program, history, len(self.passes))
         _check_stretch(run)
@@ -57,8 +60,7 @@ class Pipeline(RunOptions):
         self, program: Program, endings: Mapping[str, Sequence[Pass]], history: History | None = None
     ) -> dict[str, tuple[Program, History] | LissomError]:
         """Run the passes once, then each ending separately; for each the result of `run`, or the error that stopped it.
-
-        Raises: as `run`, when the passes before the endings fail.
+        Errors of the passes before the endings are raised, as by `run`.
         """
         count = len(self.passes) + sum(map(len, endings.values()))
         run = self._run(program, history, count)
@@ -149,7 +151,10 @@ def _follows(reverted: Pass) -> str:
 class _Trial:
     """An approximation that is not judged yet.
 
-    start: the run before it. steps: the length of the history then. following: the passes after it that are judged with it.
+    Attributes:
+        start: the run before it.
+        steps: the length of the history then.
+        following: the passes after it that are judged with it.
     """
 
     item: Pass

@@ -31,11 +31,14 @@ CALIBRATED_TOKENS = 2**16
 class RunOptions:
     """Passes to run in the given order, and how to check each.
 
-    checks: `numeric` runs programs and compares outputs, once for all exact passes in a row, and one by one where they differ;
-        `each` compares after every pass. `structural` checks form and types only, `off` nothing.
-    samples: flat verification inputs for the numeric checks.
-    data: flat calibration inputs for passes that need some. labels: of each of them, or None.
-    metric: scores a program, higher is better; max_drop: the largest drop below the original's score that is allowed.
+    Attributes:
+        checks: `numeric` runs programs and compares outputs, once for all exact passes in a row, and one by one where they
+            differ; `each` compares after every pass. `structural` checks form and types only, `off` nothing.
+        samples: flat verification inputs for the numeric checks.
+        data: flat calibration inputs for passes that need some.
+        labels: of each of them, or None.
+        metric: scores a program, higher is better.
+        max_drop: the largest drop below the original's score that is allowed.
     """
 
     passes: Sequence[Pass]
@@ -61,9 +64,12 @@ class RunOptions:
 class Run:
     """The state of one run of a pipeline.
 
-    program: the current program. original: the outputs it is measured against.
-    reference: the program before the first lossy pass. stretch: the exact passes since the program `start`, with the indices
-    of their steps. outputs: of the last program that was run on the samples, `start` unless every pass is checked.
+    Attributes:
+        program: the current program.
+        original: the outputs it is measured against.
+        reference: the program before the first lossy pass.
+        stretch: the exact passes since the program `start`, with the indices of their steps.
+        outputs: of the last program that was run on the samples, `start` unless every pass is checked.
     """
 
     options: RunOptions
@@ -224,7 +230,8 @@ class Run:
     def check_stretch(self) -> None:
         """Compare the program with the one before the latest exact passes, on all verification inputs.
 
-        Raises: VerifyError naming the pass that is wrong on one of them.
+        Raises:
+            VerifyError: naming the pass that is wrong on one of them.
         """
         stretch, start, began, steps = self.stretch, self.start, time.perf_counter(), self.history.steps
         self.stretch, self.start = (), self.program
@@ -257,7 +264,8 @@ class Run:
     ) -> None:
         """Run exact passes again, each checked on all inputs; rounding errors may add up although no pass is wrong.
 
-        Raises: VerifyError.
+        Raises:
+            VerifyError: naming the pass.
         """
         again = copy(self)
         again.options = replace(self.options, checks="each")

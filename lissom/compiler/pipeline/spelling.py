@@ -56,7 +56,8 @@ def format_value(value: object) -> str:
 def parse_pipeline(text: str, table: Mapping[str, type[Pass]], recipes: Mapping[str, str] | None = None) -> list[Pass]:
     """The passes of a pipeline text, looked up by name in a table; a recipe's name stands for the recipe's passes.
 
-    Raises: PipelineTextError with the place in the text, what was found and what is allowed.
+    Raises:
+        PipelineTextError: with the place in the text, what was found and what is allowed.
     """
     return _Parser(text, table, recipes or {}).pipeline()
 

@@ -31,7 +31,8 @@ class Batch:
 def resized(program: Program, batches: Sequence[Batch], rows: int) -> list[Batch]:
     """The data in batches of `rows`. Rows of batches with equal shapes are joined, in order, so that no padding is added.
 
-    Raises: RequirementError when the program takes no other batch size than that of the data.
+    Raises:
+        RequirementError: when the program takes no other batch size than that of the data.
     """
     batched = _batched_inputs(program.signature)
     if batched is None:
@@ -46,10 +47,13 @@ def hold_out(
 ) -> tuple[list[Batch], list[Batch]]:
     """The batches to train on, and those held out: `fraction` of them, drawn with the seed, from one to `MOST_HELD_OUT`.
 
-    next_tokens: whether the program predicts them; then at most `MOST_NEXT_TOKENS` are held out. A single batch is split by
-    rows. name: of the pass, for the error.
+    Args:
+        next_tokens: whether the program predicts them; then at most `MOST_NEXT_TOKENS` are held out. A single batch is split by
+            rows.
+        name: of the pass, for the error.
 
-    Raises: RequirementError for less than two rows.
+    Raises:
+        RequirementError: for less than two rows.
     """
     found = list(batches)
     if len(found) == 1 and (batched := _batched_inputs(program.signature)) is not None:
@@ -88,7 +92,8 @@ def rows_of_rank(program: Program, batches: Sequence[Batch], rank: int, world_si
 
     Of a batch with fewer rows than ranks, some ranks have the first row, as a fraction of 0.
 
-    Raises: RequirementError when the program takes no other batch size than that of the data.
+    Raises:
+        RequirementError: when the program takes no other batch size than that of the data.
     """
     batched = _batched_inputs(program.signature)
     if batched is None:

@@ -35,7 +35,9 @@ class Buckets:
 class _Row:
     """A row of the data, with the batch dimension kept.
 
-    inputs: those with a batch dimension, whole. length: of its tokens up to the last that is no padding.
+    Attributes:
+        inputs: those with a batch dimension, whole.
+        length: of its tokens up to the last that is no padding.
     """
 
     inputs: Sample
@@ -49,10 +51,13 @@ def by_length(program: Program, batches: Sequence[Batch], rows: int | None) -> B
     """The rows of all batches sorted by length, in batches of `rows`, each as long as its longest row or a little longer.
 
     Padding at the end of rows is cut, and added where a row is shorter than its batch, with the values that padding has in the
-    data. rows: of a batch; None takes those of the first batch.
+    data.
 
     Returns None where this cannot be done or gains nothing: inputs without a batch, a length that is fixed or of two
     dimensions, no padding at the end of rows, padding of many values.
+
+    Args:
+        rows: of a batch; None takes those of the first batch.
     """
     tokens = _length_of(program, batches)
     if tokens is None:

@@ -31,7 +31,8 @@ class TargetCache:
 
     Half precision adds a relative error of 5e-4 to what the student is compared with, far below its own.
 
-    room: the most bytes of the file; by default a quarter of the free disk space.
+    Args:
+        room: the most bytes of the file; by default a quarter of the free disk space.
     """
 
     def __init__(self, room: int | None = None) -> None:

@@ -49,10 +49,16 @@ _SECONDS = 30.0
 class State:
     """The progress of a run, without its tensors.
 
-    step: the number of finished steps. seconds: used so far. precision: of products. order: the batches that are left of this
-    pass over the data, the last one next. recent: the losses since the last measurement. updates: AdamW's steps by parameter,
-    without those that never had a gradient. stopped: why a finished run ended early. slowed: the step at which it went back to
-    the start, or None. scale: of losses in float16.
+    Attributes:
+        step: the number of finished steps.
+        seconds: used so far.
+        precision: of products.
+        order: the batches that are left of this pass over the data, the last one next.
+        recent: the losses since the last measurement.
+        updates: AdamW's steps by parameter, without those that never had a gradient.
+        stopped: why a finished run ended early.
+        slowed: the step at which it went back to the start, or None.
+        scale: of losses in float16.
     """
 
     step: int
@@ -69,7 +75,7 @@ class State:
 
     @classmethod
     def from_json(cls, data: object) -> State:
-        """Raises: ValueError when the data is no state."""
+        """Raise ValueError when the data is no state."""
         curve = take_list(data, "curve", _point)
         seconds = take(data, "seconds", float)
         if not curve:
@@ -112,11 +118,15 @@ def _point(data: object) -> CurvePoint:
 class Checkpoint:
     """The directory of one run, in use by one process, or by the ranks of one run.
 
-    run: what makes the run, as texts by name; a directory of another run is refused. sharded: every rank has tensors of its
-    own, and all ranks see one directory; otherwise rank 0 alone reads and writes.
-    problem: why a state could not be written, as a sentence; the run goes on without it.
+    Args:
+        run: what makes the run, as texts by name; a directory of another run is refused.
+        sharded: every rank has tensors of its own, and all ranks see one directory; otherwise rank 0 alone reads and writes.
 
-    Raises: ArtifactError when the directory cannot be made, or another process uses it.
+    Attributes:
+        problem: why a state could not be written, as a sentence; the run goes on without it.
+
+    Raises:
+        ArtifactError: when the directory cannot be made, or another process uses it.
     """
 
     def __init__(self, directory: str, run: Mapping[str, str], ranks: Ranks, *, sharded: bool = False) -> None:
@@ -133,7 +143,7 @@ class Checkpoint:
             raise
 
     def _on_all(self, work: Callable[[], None] | None) -> None:
-        """Do something on this rank. Raises: ArtifactError on all ranks when it fails on one."""
+        """Do something on this rank. Raises ArtifactError on all ranks when it fails on one."""
         found = None
         try:
             if work is not None:
@@ -159,7 +169,7 @@ class Checkpoint:
                     self._check_ours(path)
 
     def _check_ours(self, path: Path) -> None:
-        """Refuse a file of another program under a name that a run may write. Raises: ArtifactError."""
+        """Refuse a file of another program under a name that a run may write. Raises ArtifactError."""
         if os.path.lexists(path) and not _is_ours(path):
             raise ArtifactError(
                 f"'{self.directory}' holds '{path.name}', which no run of Lissom wrote, and this run may replace it; "
@@ -175,9 +185,11 @@ class Checkpoint:
     def read(self, wanted: Callable[[State], Mapping[str, torch.Tensor]]) -> tuple[State, dict[str, torch.Tensor]] | None:
         """The state and its tensors, the same on all ranks where they are not sharded; None in a new directory.
 
-        wanted: for a state its tensors by name, with the right shapes and dtypes.
+        Args:
+            wanted: for a state its tensors by name, with the right shapes and dtypes.
 
-        Raises: ArtifactError when the directory holds the state of another run, or one that cannot be read.
+        Raises:
+            ArtifactError: when the directory holds the state of another run, or one that cannot be read.
         """
         found: list[bytes] = [b""]
 
@@ -245,7 +257,11 @@ class Checkpoint:
         return found
 
     def due(self, measured: bool) -> bool:
-        """True if a state is to be written now. measured: whether the held-out loss was measured since the last one."""
+        """True if a state is to be written now.
+
+        Args:
+            measured: whether the held-out loss was measured since the last one.
+        """
         passed = time.perf_counter() - self._written
         return passed >= _COST * self._cost and (measured or passed >= _SECONDS)
 

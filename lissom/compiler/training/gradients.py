@@ -37,7 +37,10 @@ _GROWS = 2000
 class LossScale:
     """The scale of losses in float16.
 
-    factor: a power of two. lasted: the steps without overflow since it changed. skipped: all steps that overflowed.
+    Attributes:
+        factor: a power of two.
+        lasted: the steps without overflow since it changed.
+        skipped: all steps that overflowed.
     """
 
     factor: float = 2.0**16
@@ -62,8 +65,11 @@ class LossScale:
 class Gradients:
     """Computes the gradients of parameters.
 
-    learned: the parameters by name, or this rank's shards of them. zeros: for some of them where they stay zero. loss: of this
-    rank's rows; the losses of the ranks add up. shards: of sharded weights.
+    Attributes:
+        learned: the parameters by name, or this rank's shards of them.
+        zeros: for some of them where they stay zero.
+        loss: of this rank's rows; the losses of the ranks add up.
+        shards: of sharded weights.
     """
 
     learned: Mapping[str, nn.Parameter]

@@ -34,10 +34,12 @@ LARGE = 8192
 class LmHead:
     """A linear layer that makes token logits, and what leads from it to the output.
 
-    linear: `aten.linear` with a weight that is computed from weights alone, quantized or not. hidden: its input,
-        [batch, tokens, width], for all tokens also where the program computes logits of the last one only.
-    stored: the nodes its weight and bias are computed from, in order. tail: element-wise calls after it, in order.
-    kept: the weight and bias of `fixed_weights`, in the last dtype that was asked for.
+    Attributes:
+        linear: `aten.linear` with a weight that is computed from weights alone, quantized or not.
+        hidden: its input, [batch, tokens, width], for all tokens also where the program computes logits of the last one only.
+        stored: the nodes its weight and bias are computed from, in order.
+        tail: element-wise calls after it, in order.
+        kept: the weight and bias of `fixed_weights`, in the last dtype that was asked for.
     """
 
     program: Program
@@ -59,7 +61,8 @@ class LmHead:
     def weights(self, dtype: torch.dtype | None = None) -> Weights:
         """The weight, [vocabulary, width], and the bias, [vocabulary]; gradients flow to what they are computed from.
 
-        dtype: that they are converted to; None leaves them as they are.
+        Args:
+            dtype: that they are converted to; None leaves them as they are.
         """
         with torch.enable_grad():  # a sharded weight is gathered as it is read, and needs gradients only here
             learns = any(self.program.weight(str(node.target)).requires_grad for node in self.stored if node.op == "get_attr")
@@ -141,9 +144,14 @@ class Trunk:
 
     @classmethod
     def of(cls, program: Program, heads: Mapping[int, LmHead], name: str) -> Trunk:
-        """heads: by the index of their output. name: of the pass, for the error.
+        """The trunk of a program.
 
-        Raises: RequirementError when a state is written in a form that takes no gradient.
+        Args:
+            heads: by the index of their output.
+            name: of the pass, for the error.
+
+        Raises:
+            RequirementError: when a state is written in a form that takes no gradient.
         """
         found = program.copy()
         by_name = {node.name: node for node in found}
@@ -197,6 +205,11 @@ def _quantized_rows(
     format: str,
     **named: Any,
 ) -> torch.Tensor:
-    """`aten.embedding` of a table that is quantized by rows; options, named: its further arguments."""
+    """`aten.embedding` of a table that is quantized by rows.
+
+    Args:
+        options: its further positional arguments.
+        named: its keyword arguments.
+    """
     x, of_scale = aten.embedding(table, ids, *options, **named), functional.embedding(ids, scale)
     return fake_quantize(x, of_scale, None if zero_point is None else functional.embedding(ids, zero_point), format=format)

@@ -56,7 +56,10 @@ leave gaps: on MiniLM 200 MiB in a minute. Giving them back takes 4 to 15 ms."""
 class Plan:
     """Duration, learning rate and precision of a training run.
 
-    seconds, steps: the deadline, one of the two. precision: of products and activations; `auto` measures.
+    Attributes:
+        seconds: the deadline in seconds; None with `steps`.
+        steps: the deadline in steps; None with `seconds`.
+        precision: of products and activations; `auto` measures.
     """
 
     seconds: float | None
@@ -78,8 +81,12 @@ class Plan:
 class Trained:
     """The result of a run.
 
-    stopped: why it ended early, or None. precision: that was used. resumed: the step from which it went on, or None.
-    slowed: the step at which it went back to the start, or None. scale: of losses in float16.
+    Attributes:
+        stopped: why it ended early, or None.
+        precision: that was used.
+        resumed: the step from which it went on, or None.
+        slowed: the step at which it went back to the start, or None.
+        scale: of losses in float16.
     """
 
     curve: list[CurvePoint] = field(default_factory=list[CurvePoint])
@@ -110,8 +117,9 @@ class Trained:
 class Scale:
     """Learning rates and lower bound of a quantizer's scale.
 
-    rates: the learning rate of each element against that of weights, in the scale's shape.
-    least: the smallest size, which its dtype after the run still holds. Signs stay.
+    Attributes:
+        rates: the learning rate of each element against that of weights, in the scale's shape.
+        least: the smallest size, which its dtype after the run still holds. Signs stay.
     """
 
     rates: torch.Tensor
@@ -122,10 +130,17 @@ class Scale:
 class Run:
     """A run that trains weights in place.
 
-    learned: the parameters by name, or this rank's shards of them. zeros: for some of them where they stay zero. loss: of this
-    rank's rows; the losses of the ranks add up. count: of batches. judge: the held-out loss of all ranks. report: called with a
-    sentence and the fraction of the run that is over. scales: those of `learned` that are scales of quantizers, by name. ranks:
-    that train together. shards: of sharded weights. checkpoint: where the state is written, and is read.
+    Attributes:
+        learned: the parameters by name, or this rank's shards of them.
+        zeros: for some of them where they stay zero.
+        loss: of this rank's rows; the losses of the ranks add up.
+        count: of batches.
+        judge: the held-out loss of all ranks.
+        report: called with a sentence and the fraction of the run that is over.
+        scales: those of `learned` that are scales of quantizers, by name.
+        ranks: that train together.
+        shards: of sharded weights.
+        checkpoint: where the state is written, and is read.
     """
 
     learned: Mapping[str, nn.Parameter]
@@ -161,7 +176,9 @@ class Run:
         An interrupt ends the run after the current step, on all ranks, and keeps the best weights. With a checkpoint, a run
         that was ended before goes on where it was, and a finished one gives its result.
 
-        Raises: ArtifactError for a checkpoint of another run; RankError when a rank ended.
+        Raises:
+            ArtifactError: for a checkpoint of another run.
+            RankError: when a rank ended.
         """
         try:
             with self._interrupt:
@@ -329,7 +346,8 @@ class Run:
     def _tensors_of(self, state: State) -> dict[str, torch.Tensor]:
         """The tensors of a state by name; those of this run, where the state is its own.
 
-        Raises: ArtifactError when the state does not fit this run.
+        Raises:
+            ArtifactError: when the state does not fit this run.
         """
         if not {*state.updates} <= {*self.learned}:
             raise _unfit("it has other weights")

@@ -47,8 +47,11 @@ _SMALL = 1e-12
 class Output:
     """An output of a program that a student can learn.
 
-    index: among the flat outputs. form: its form. shifted: whether the label of a token is the token after it.
-    head: of token logits whose loss is computed from the hidden state, see `vocabulary`; None for any other output.
+    Attributes:
+        index: among the flat outputs.
+        form: its form.
+        shifted: whether the label of a token is the token after it.
+        head: of token logits whose loss is computed from the hidden state, see `vocabulary`; None for any other output.
     """
 
     index: int
@@ -133,7 +136,10 @@ def distance(
 ) -> torch.Tensor:
     """The loss of a student's output against the teacher's, [] in float32.
 
-    found, wanted: [rows, features] or [rows, tokens, features]; scores may be [rows]. real: of the tokens, [rows, tokens].
+    Args:
+        found: [rows, features] or [rows, tokens, features]; scores may be [rows].
+        wanted: likewise.
+        real: of the tokens, [rows, tokens].
     """
     if form == "hidden":
         return squared_error(found.float(), wanted.float(), real)
@@ -173,7 +179,10 @@ def score_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 def squared_error(found: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
     """‖found - wanted‖² / ‖wanted - mean of wanted‖² over the real rows.
 
-    found, wanted: [..., features]. real: [...]; None when all rows are real.
+    Args:
+        found: [..., features].
+        wanted: [..., features].
+        real: [...]; None when all rows are real.
     """
     padding = None if real is None else (~real).flatten().nonzero().squeeze(1)
     with torch.no_grad():
@@ -214,8 +223,9 @@ def _without(padding: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
 def cross_entropy(output: Output, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The cross-entropy of logits with labels, [] in float32; squared error where there is one number per row.
 
-    logits: [rows, classes] with labels [rows], or [rows, tokens, classes] with labels [rows, tokens]. Tokens with the label
-    -100 do not count. Where a token sees only those before it, it predicts the label of the next token.
+    Args:
+        logits: [rows, classes] with labels [rows], or [rows, tokens, classes] with labels [rows, tokens]. Tokens with the label
+            -100 do not count. Where a token sees only those before it, it predicts the label of the next token.
     """
     logits = logits.float()
     if labels.is_floating_point():
@@ -233,7 +243,8 @@ def next_labels(output: Output, labels: torch.Tensor) -> torch.Tensor:
 def labelled_output(program: Program, outputs: Sequence[Output], batches: Sequence[Batch]) -> Output | None:
     """The output that the labels belong to, with whether they are those of the next token; None without labels.
 
-    Raises: RequirementError when only some batches have labels, or no output fits them.
+    Raises:
+        RequirementError: when only some batches have labels, or no output fits them.
     """
     known = [batch for batch in batches if batch.labels is not None]
     if not known:

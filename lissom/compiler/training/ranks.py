@@ -29,8 +29,11 @@ _BUCKET_BYTES = 25 << 20
 class Ranks:
     """The ranks of one run; a single one without a process group, for which every sum is the value itself.
 
-    rank, world_size: this rank and the number of ranks. fraction: of the rows of the current batch that this rank has; 0 where
-    the batch has fewer rows than there are ranks, and this rank runs on a row that does not count.
+    Attributes:
+        rank: this rank.
+        world_size: the number of ranks.
+        fraction: of the rows of the current batch that this rank has; 0 where the batch has fewer rows than there are ranks,
+            and this rank runs on a row that does not count.
     """
 
     def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
@@ -40,7 +43,7 @@ class Ranks:
 
     @contextmanager
     def answering(self) -> Generator[None]:
-        """Convert torch's errors about ranks that do not respond. Raises: RankError."""
+        """Convert torch's errors about ranks that do not respond. Raises RankError."""
         try:
             yield
         except RuntimeError as error:
@@ -61,7 +64,11 @@ class Ranks:
         return self.sum(torch.tensor(values, dtype=torch.float64, device=self._device)).tolist()
 
     def add_gradients(self, items: Sequence[nn.Parameter], present: Sequence[bool]) -> None:
-        """Give every rank the sum of all ranks' gradients. present: which parameters have a gradient on any rank."""
+        """Give every rank the sum of all ranks' gradients.
+
+        Args:
+            present: which parameters have a gradient on any rank.
+        """
         if self.world_size == 1:
             return
         bucket, size = list[torch.Tensor](), 0
@@ -104,9 +111,13 @@ class Ranks:
         return self.broadcast_bytes((problem or "").encode(), next(rank for rank, has in enumerate(failed) if has)).decode()
 
     def agree(self, facts: Mapping[str, str]) -> None:
-        """Refuse ranks that train something else. facts: texts by name.
+        """Refuse ranks that train something else.
 
-        Raises: RankError, on all ranks, when a fact of one differs from that of rank 0.
+        Args:
+            facts: texts by name.
+
+        Raises:
+            RankError: on all ranks, when a fact of one differs from that of rank 0.
         """
         mine = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little") for text in facts.values()]
         first = self.broadcast(torch.tensor(mine)).tolist()

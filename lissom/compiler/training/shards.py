@@ -40,7 +40,11 @@ class _Gather(torch.autograd.Function):
 
 
 class _Whole(nn.Module):
-    """The parametrization of a sharded weight. shape: of the whole weight."""
+    """The parametrization of a sharded weight.
+
+    Args:
+        shape: of the whole weight.
+    """
 
     def __init__(self, shards: Shards, shape: torch.Size) -> None:
         super().__init__()
@@ -53,7 +57,8 @@ class _Whole(nn.Module):
 class Shards:
     """The learned weights of a program, sharded over the ranks until the block of `sharded` ends.
 
-    parameters: this rank's shards by name, [elements / world_size], padded with zeros.
+    Attributes:
+        parameters: this rank's shards by name, [elements / world_size], padded with zeros.
     """
 
     def __init__(self, program: Program, learned: Mapping[str, nn.Parameter], ranks: Ranks) -> None:

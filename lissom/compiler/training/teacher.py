@@ -34,8 +34,10 @@ from lissom.errors import RequirementError
 class Targets:
     """The distillation targets of one batch.
 
-    outputs: by their index; the last hidden state for logits over a large vocabulary. hidden: hidden states by the name of the
-    residual add. real: for each of both which tokens are no padding, by the same keys; None when all are real.
+    Attributes:
+        outputs: by their index; the last hidden state for logits over a large vocabulary.
+        hidden: hidden states by the name of the residual add.
+        real: for each of both which tokens are no padding, by the same keys; None when all are real.
     """
 
     outputs: Mapping[int, torch.Tensor]
@@ -45,7 +47,12 @@ class Targets:
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of a batch. output: that they belong to. alpha: the weight of their cross-entropy against all other losses."""
+    """The labels of a batch.
+
+    Attributes:
+        output: that they belong to.
+        alpha: the weight of their cross-entropy against all other losses.
+    """
 
     output: Output
     values: torch.Tensor
@@ -56,8 +63,12 @@ class Labels:
 class Teacher:
     """The program before the first lossy pass, its student, and the places where they are compared.
 
-    runs, student: the parts of teacher and student that a step runs, see `Trunk`. outputs: of the student, that are compared.
-    heads: of the teacher, by the index of those outputs that have one. residuals: the residual adds that both have, by name.
+    Attributes:
+        runs: the part of the teacher that a step runs, see `Trunk`.
+        student: that of the student.
+        outputs: of the student, that are compared.
+        heads: of the teacher, by the index of those outputs that have one.
+        residuals: the residual adds that both have, by name.
     """
 
     program: Program
@@ -69,7 +80,14 @@ class Teacher:
 
     @classmethod
     def of(cls, program: Program, outputs: Sequence[Output], student: Program, name: str) -> Teacher:
-        """name: of the pass, for the error. Raises: RequirementError when an output of the student has another shape."""
+        """The teacher of a student.
+
+        Args:
+            name: of the pass, for the error.
+
+        Raises:
+            RequirementError: when an output of the student has another shape.
+        """
         theirs = program.leaves
         for output in outputs:
             wanted, found = nodes.tensor_type(theirs[output.index]), nodes.tensor_type(output.node)

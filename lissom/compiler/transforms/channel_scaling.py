@@ -47,7 +47,11 @@ _CARRYING = {*SHAPES, getitem, aten.relu.default, aten.leaky_relu.default, aten.
 
 @dataclass(frozen=True)
 class Reader:
-    """A linear layer that reads the channels. channel: [in_features], the channel each column reads; -1 for none."""
+    """A linear layer that reads the channels.
+
+    Attributes:
+        channel: [in_features], the channel each column reads; -1 for none.
+    """
 
     layer: fx.Node
     matrix: Matrix
@@ -58,7 +62,8 @@ class Reader:
 class Parameter:
     """A weight or bias of the producer of the channels.
 
-    channel: [size of `dim`], the channel each index produces; -1 for none.
+    Attributes:
+        channel: [size of `dim`], the channel each index produces; -1 for none.
     """
 
     node: fx.Node
@@ -68,7 +73,12 @@ class Parameter:
 
 @dataclass(frozen=True)
 class ScalingSite:
-    """Channels that can be scaled. producer: a norm or a linear layer. matrix: of the linear layer, None for a norm."""
+    """Channels that can be scaled.
+
+    Attributes:
+        producer: a norm or a linear layer.
+        matrix: of the linear layer, None for a norm.
+    """
 
     producer: fx.Node
     count: int
@@ -77,11 +87,19 @@ class ScalingSite:
     matrix: Matrix | None
 
     def by_channel(self, reader: Reader, values: torch.Tensor) -> torch.Tensor:
-        """The largest of the values of each channel's columns, [channels]. values: [in_features], not negative."""
+        """The largest of the values of each channel's columns, [channels].
+
+        Args:
+            values: [in_features], not negative.
+        """
         return _largest(values, reader.channel, self.count)
 
     def columns(self, reader: Reader, factors: torch.Tensor) -> torch.Tensor:
-        """The factor of each column of a reader, [in_features]. factors: [channels]."""
+        """The factor of each column of a reader, [in_features].
+
+        Args:
+            factors: [channels].
+        """
         return _spread(factors, reader.channel)
 
     def read_sizes(self, program: Program) -> torch.Tensor:
@@ -96,9 +114,12 @@ class ScalingSite:
         return _largest(rows, self.parameters[0].channel, self.count)
 
     def scale(self, edit: Editor, factors: torch.Tensor) -> None:
-        """Divide the channels by these factors, and multiply the columns that read them. factors: [channels], positive.
+        """Divide the channels by these factors, and multiply the columns that read them.
 
         For weights in reduced precision the factors are rounded to powers of two, which change no weight's mantissa.
+
+        Args:
+            factors: [channels], positive.
         """
         made = [edit.tensor(item.node) for item in self.parameters]
         read = [item.matrix.read(edit.program) for item in self.readers]
@@ -288,7 +309,11 @@ def _spread(factors: torch.Tensor, channel: torch.Tensor) -> torch.Tensor:
 
 
 def _largest(values: torch.Tensor, channel: torch.Tensor, count: int) -> torch.Tensor:
-    """The largest of the values of each channel, [channels]; values: not negative."""
+    """The largest of the values of each channel, [channels].
+
+    Args:
+        values: not negative.
+    """
     index = channel.to(values.device)
     found = torch.zeros(count, device=values.device)
     return found.scatter_reduce_(0, index[index >= 0], values[index >= 0].float(), "amax")

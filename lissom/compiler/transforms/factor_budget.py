@@ -6,9 +6,13 @@ from lissom.errors import UnsupportedError
 
 
 def check_amount(name: str, *, rank: int | None, keep: float | None, budget: float | None, amounts: str = "") -> None:
-    """Check the size options of a pass of this name. amounts: those of single layers, which may stand alone.
+    """Check the size options of a pass of this name.
 
-    Raises: UnsupportedError unless exactly one is given, rank of 1 or more, keep in (0, 1], budget in (0, 1).
+    Args:
+        amounts: those of single layers, which may stand alone.
+
+    Raises:
+        UnsupportedError: unless exactly one is given, rank of 1 or more, keep in (0, 1], budget in (0, 1).
     """
     given = [option for option, value in (("rank", rank), ("keep", keep), ("budget", budget)) if value is not None]
     if len(given) != 1 and not (amounts and not given):

@@ -45,8 +45,10 @@ MINUTES = 5.0
 class Objective:
     """The training loss and the held-out loss of a run.
 
-    loss: of a training batch; takes its index and the fraction of the run that is over.
-    held_out: of a held-out batch; takes its index. close: frees what both use, after the run.
+    Attributes:
+        loss: of a training batch; takes its index and the fraction of the run that is over.
+        held_out: of a held-out batch; takes its index.
+        close: frees what both use, after the run.
     """
 
     loss: Callable[[int, float], torch.Tensor]
@@ -58,24 +60,25 @@ class Objective:
 class Fitting(Training):
     """A pass that trains weights with gradients.
 
-    minutes: the length of the run, 5 by default.
-    steps: the length in steps instead; only then do two runs give the same weights.
-    learning_rate: the highest; it falls to zero at the end. none takes 3e-4, or 2e-5 for the logits of next tokens; where
-        weights are quantized in the graph 1e-4 and 1e-5.
-    batch: rows of a step; none takes the batches of the data as they are.
-    precision: of products and activations, `fp32`, `bf16`, or `fp16` with a scale of losses that adapts, with weights in
-        float32; `auto` takes bf16 where a step on a CPU is faster in it and the gradients agree, but fp32 with `steps`: what
-        is faster may differ from run to run.
-    held_out: the fraction of the data that decides which weights stay, and is not trained on; 32 batches at
-        most, and of next tokens as many batches as have 4,096.
-    embeddings: trains embedding tables too, and LM heads tied to them.
-    scales: trains the scales of quantizers in the graph too.
-    seed: of the held-out part and of the order of the batches.
-    skip: module paths whose weights stay as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    only: module paths whose weights learn, in the same form; others stay.
-    checkpoint: a directory for the state of the run: after a kill the same call goes on where it was, and a finished run gives
-        its result again. By default there is none.
-    shard: under torchrun, shards the weights that learn, their gradients and the optimizer's state over the ranks.
+    Attributes:
+        minutes: the length of the run, 5 by default.
+        steps: the length in steps instead; only then do two runs give the same weights.
+        learning_rate: the highest; it falls to zero at the end. none takes 3e-4, or 2e-5 for the logits of next tokens; where
+            weights are quantized in the graph 1e-4 and 1e-5.
+        batch: rows of a step; none takes the batches of the data as they are.
+        precision: of products and activations, `fp32`, `bf16`, or `fp16` with a scale of losses that adapts, with weights in
+            float32; `auto` takes bf16 where a step on a CPU is faster in it and the gradients agree, but fp32 with `steps`:
+            what is faster may differ from run to run.
+        held_out: the fraction of the data that decides which weights stay, and is not trained on; 32 batches at most, and of
+            next tokens as many batches as have 4,096.
+        embeddings: trains embedding tables too, and LM heads tied to them.
+        scales: trains the scales of quantizers in the graph too.
+        seed: of the held-out part and of the order of the batches.
+        skip: module paths whose weights stay as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        only: module paths whose weights learn, in the same form; others stay.
+        checkpoint: a directory for the state of the run: after a kill the same call goes on where it was, and a finished run
+            gives its result again. By default there is none.
+        shard: under torchrun, shards the weights that learn, their gradients and the optimizer's state over the ranks.
     """
 
     minutes: float | None = None
@@ -110,7 +113,7 @@ class Fitting(Training):
 
     @abstractmethod
     def objective(self, edit: Editor, batches: Sequence[Batch], judged: Sequence[Batch]) -> Objective:
-        """The losses of the run. batches: to train on. judged: held out."""
+        """The losses of a run that trains on `batches` and holds out `judged`."""
 
     def run(self, edit: Editor) -> None:
         if not edit.data:
@@ -321,17 +324,14 @@ class _Parts:
 
 
 def load_kernels_for(edit: Editor, what: str) -> None:
-    """Load the kernels on a CPU; note why there are none. what: runs by them, `the quantizers in the graph`."""
+    """Load the kernels on a CPU; note why there are none for what they run, such as `the quantizers in the graph`."""
     on_cpu = all(nodes.tensor_type(node).device.type == "cpu" for node in edit.program.output.all_input_nodes)
     if on_cpu and (missing := load_kernels()):
         edit.note(f"{what} run without Lissom's kernels, which makes a step slower: {missing}")
 
 
 def _learning_scales(program: Program, stays: Callable[[str], bool]) -> dict[str, tuple[nn.Parameter, torch.dtype]]:
-    """The scales of quantizers in the graph, as parameters in float32 that take their place; and their dtypes.
-
-    stays: whether the scale of this name is left as it is.
-    """
+    """The scales of quantizers in the graph, without those that stay, as float32 parameters in place; and their dtypes."""
     reads = [FakeQuantize(node).scale for node in program.nodes(fake_quantize)]
     names = [name for name in dict.fromkeys(str(read.target) for read in reads if read.op == "get_attr") if not stays(name)]
     found = {

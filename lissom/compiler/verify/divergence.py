@@ -73,8 +73,9 @@ def node_tolerances(program: Program) -> dict[fx.Node, float]:
 class Divergence:
     """The divergence of outputs from those of another program, over all samples.
 
-    relative_error: the function `relative_error` for the worst output.
-    cosine: the smallest cosine similarity between the two values of one floating-point output, without mask values.
+    Attributes:
+        relative_error: the function `relative_error` for the worst output.
+        cosine: the smallest cosine similarity between the two values of one floating-point output, without mask values.
     """
 
     relative_error: float
@@ -86,7 +87,8 @@ def run_original(program: Program, samples: Sequence[Sample]) -> tuple[list[Samp
 
     All but the first are drawn from the first, and a drawn input may violate a model's assertion: an end token in every row.
 
-    Raises: VerifyError when the program does not run on the first sample.
+    Raises:
+        VerifyError: when the program does not run on the first sample.
     """
     kept, outputs, notes = list[Sample](), list[list[object]](), list[str]()
     for index, sample in enumerate(samples):
@@ -247,7 +249,9 @@ def first_difference(
     """The first node of `after` whose value differs from that of the corresponding node in `before`.
 
     Nodes correspond by name, or by the name a pass recorded when it replaced one by the other.
-    tolerance: the allowed relative error; by default that of `node_tolerances`.
+
+    Args:
+        tolerance: the allowed relative error; by default that of `node_tolerances`.
     """
     values: dict[str, object] = {}
     with torch.no_grad(), kept_state(before):

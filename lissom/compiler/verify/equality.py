@@ -34,9 +34,11 @@ def require_equal(
 ) -> float:
     """The largest relative error of the outputs `found` after an exact pass, against the outputs `wanted` before it.
 
-    bitwise: require equal bits.
+    Args:
+        bitwise: require equal bits.
 
-    Raises: VerifyError naming the first node whose error is above its tolerance, or the outputs that newly share memory.
+    Raises:
+        VerifyError: naming the first node whose error is above its tolerance, or the outputs that newly share memory.
     """
     (limits,) = with_kept_form(before, after, [[0.0 if bitwise else _ROUNDED_TWICE.get(x, x) for x in tolerances(before)]])
     errors = output_errors(*(with_kept_form(before, after, outputs) for outputs in (wanted, found)))

@@ -198,7 +198,11 @@ def _error_in_wider(program: Program, exact: ExactOutputs) -> float | None:
 
 @dataclass(frozen=True)
 class ExactOutputs:
-    """The outputs of a program in a wider dtype: float64, or float32 instead of 16 bits. samples: its inputs in that dtype."""
+    """The outputs of a program in a wider dtype: float64, or float32 instead of 16 bits.
+
+    Attributes:
+        samples: its inputs in that dtype.
+    """
 
     dtype: torch.dtype
     samples: Sequence[Sample]
@@ -216,10 +220,11 @@ class ExactOutputs:
 def exact_outputs(program: Program, samples: Sequence[Sample], wide: torch.dtype | None = None) -> ExactOutputs | None:
     """The outputs of a program in a wider dtype; None for a program with state or ranks, or that does not run in it.
 
-    wide: by default float32 for a program with 16-bit values, since more kernels support it, and float64 for others.
-
     For a query that sees only padding, -1e4 is added to every score. In bfloat16 this erases the scores, in float32 all but
     their thousandths, and softmax amplifies the difference.
+
+    Args:
+        wide: by default float32 for a program with 16-bit values, since more kernels support it, and float64 for others.
     """
     if program.is_simulation or program.state:
         return None
@@ -259,7 +264,8 @@ def local_errors(
     """By the names of nodes of `before`, the relative error of the corresponding nodes of `after`, given the values of
     `before`. Includes the errors of the outputs.
 
-    allowed: by name; a larger error counts as this one if the value of `after` is as near to that in float64.
+    Args:
+        allowed: by name; a larger error counts as this one if the value of `after` is as near to that in float64.
     """
     known: dict[str, object] = {}
     with torch.no_grad(), kept_state(before):
@@ -302,8 +308,10 @@ def _is_as_exact(
     In bfloat16 the simulation rounds quantized activations and weights once more before they are multiplied, and a kernel does
     not.
 
-    known: the values of `before`. corresponding: the nodes that have these values in `after` too; those between them and the
-    node are computed in float64. given: the inputs.
+    Args:
+        known: the values of `before`.
+        corresponding: the nodes that have these values in `after` too; those between them and the node are computed in float64.
+        given: the inputs.
     """
 
     def exact(used: fx.Node) -> object:

@@ -23,7 +23,8 @@ def verify_structure(program: Program, before: Program | None = None) -> None:
 
     Types are recomputed with fake tensors, except for nodes that are the same in `before` and have arguments of equal types.
 
-    Raises: VerifyError naming the first node at fault, with the lines around it.
+    Raises:
+        VerifyError: naming the first node at fault, with the lines around it.
     """
     known = {node.name: node for node in before.graph.nodes} if before else {}
     defined: set[fx.Node] = set()
@@ -135,7 +136,8 @@ def _fail(program: Program, node: fx.Node, reason: str, cause: Exception | None 
 def require_kept_form(before: Program, after: Program) -> None:
     """Check that training changed the values of weights and nothing else: the graph, and the zeros of matrices, are the same.
 
-    Raises: VerifyError naming the first difference.
+    Raises:
+        VerifyError: naming the first difference.
     """
     if before.text() != after.text():
         changed = printer.unified_diff(before.text(), after.text(), "before", "after").splitlines()

@@ -31,7 +31,9 @@ _SMALL_BYTES = 1 << 16
 class FoldConstants(Rewrite):
     """Replaces operators whose arguments are all constant by their result.
 
-    shared: fold what products of constants lead to, even if other layers read their matrices, and nothing else; for lowering.
+    Attributes:
+        shared: fold what products of constants lead to, even if other layers read their matrices, and nothing else; for
+            lowering.
     """
 
     shared: bool = False

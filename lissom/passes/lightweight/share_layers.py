@@ -41,11 +41,12 @@ Values = Mapping[str, torch.Tensor]
 class ShareLayers(Approximation):
     """Shares one set of weights among neighbouring layers of the same shape.
 
-    groups: number of groups of neighbours that each stack of layers is split into, 1 or more.
-    every: number of neighbours that share weights, in place of `groups`; 2 or more.
-    take: which weights are shared: the mean of the layers, or those of the first, middle or last; see above for `auto`.
-    skip: module paths whose weights stay apart, with `*` and `?`, separated by commas: `"encoder.layer.0,*.norm"`.
-    only: module paths whose weights are shared, in the same form; others stay apart.
+    Attributes:
+        groups: number of groups of neighbours that each stack of layers is split into, 1 or more.
+        every: number of neighbours that share weights, in place of `groups`; 2 or more.
+        take: which weights are shared: the mean of the layers, or those of the first, middle or last; see above for `auto`.
+        skip: module paths whose weights stay apart, with `*` and `?`, separated by commas: `"encoder.layer.0,*.norm"`.
+        only: module paths whose weights are shared, in the same form; others stay apart.
     """
 
     groups: int | None = None
@@ -133,7 +134,11 @@ class ShareLayers(Approximation):
 
 @dataclass(frozen=True)
 class Held:
-    """A layer and the reads of its weights, by their names inside the layer. place: one of its nodes, for reports."""
+    """A layer and the reads of its weights, by their names inside the layer.
+
+    Attributes:
+        place: one of its nodes, for reports.
+    """
 
     path: str
     place: fx.Node

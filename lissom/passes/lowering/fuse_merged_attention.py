@@ -60,9 +60,10 @@ def _obstacle(node: fx.Node) -> str | None:
 
 @dataclass(frozen=True)
 class _Merged:
-    """Where the heads come from: the projection [batch, tokens, features] that splits into exactly q, k and v, in this order.
+    """The source of the heads: the projection [batch, tokens, features] that splits into exactly q, k and v, in this order.
 
-    lookup: the reshape of a lookup of rows that stands between each piece and its heads, that of q.
+    Attributes:
+        lookup: the reshape of a lookup of rows that stands between each piece and its heads, that of q.
     """
 
     projection: fx.Node

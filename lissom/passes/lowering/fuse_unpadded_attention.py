@@ -48,7 +48,10 @@ class FuseUnpaddedAttention(Rewrite):
 class _Lookup(NamedTuple):
     """A value without padding that heads [batch, heads, tokens, features] are looked up in.
 
-    packed: [1, heads, tokens, features], or with the tokens in front. slots: the row for each position. sizes: batch, tokens.
+    Attributes:
+        packed: [1, heads, tokens, features], or with the tokens in front.
+        slots: the row for each position.
+        sizes: batch, tokens.
     """
 
     packed: fx.Node
@@ -82,10 +85,12 @@ def _selected(node: fx.Node, dim: int, sizes: Sequence[object]) -> _Lookup | Non
 
 
 class _Site(NamedTuple):
-    """What is put in the place of an attention on padded heads.
+    """The unpadded form of an attention on padded heads.
 
-    lookups: of queries, keys and values. taken: the rows that are taken of its result, [1, rows, features]. band: the distances
-    from a query to the keys that it sees, as options of the kernel.
+    Attributes:
+        lookups: of queries, keys and values.
+        taken: the rows that are taken of its result, [1, rows, features].
+        band: the distances from a query to the keys that it sees, as options of the kernel.
     """
 
     lookups: list[_Lookup]
@@ -127,7 +132,11 @@ def _taken(attention: fx.Node) -> fx.Node | None:
 
 
 def _read_unpadded(edit: Editor, node: fx.Node, site: _Site, slots: dict[object, fx.Node]) -> None:
-    """Replace an attention. slots: [batch, tokens], of attentions before it, by lookup."""
+    """Replace an attention.
+
+    Args:
+        slots: [batch, tokens], of attentions before it, by lookup.
+    """
     (lookups, taken, band), attention = site, AttentionKernel(node)
     padding = (lookups[0].slots, lookups[0].sizes)
     options = {name: node.kwargs[name] for name in ("scale", "softcap") if name in node.kwargs}
@@ -147,7 +156,11 @@ def _read_unpadded(edit: Editor, node: fx.Node, site: _Site, slots: dict[object,
 
 
 def _heads(edit: Editor, packed: fx.Node, padded: TensorType) -> fx.Node:
-    """The packed value as [1, heads, tokens, features]. padded: the type of its heads in padded form."""
+    """The packed value as [1, heads, tokens, features].
+
+    Args:
+        padded: the type of its heads in padded form.
+    """
     _, heads, _, features = padded.shape
     shape = nodes.tensor_type(packed).shape
     if len(shape) == 4 and shape[1] == heads and shape[3] == features:

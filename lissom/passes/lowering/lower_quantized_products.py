@@ -66,7 +66,8 @@ _GROUPS = (256, 128, 64, 32)
 class LowerQuantizedProducts(Rewrite):
     """Lowers quantized linear layers to PyTorch's low-precision matrix products on CUDA devices.
 
-    always: lowers without measuring, on any device, as for compute capability 9.0.
+    Attributes:
+        always: lowers without measuring, on any device, as for compute capability 9.0.
     """
 
     always: bool = False
@@ -91,7 +92,11 @@ def capability(device: torch.device) -> Capability | None:
 
 
 def _obstacle(layer: QuantizedLayer, found: Capability | None, *, any_device: bool) -> str | None:
-    """The reason PyTorch has no product for a layer; None if it has one. found: the device's compute capability."""
+    """The reason PyTorch has no product for a layer; None if it has one.
+
+    Args:
+        found: the device's compute capability.
+    """
     if found is None and not any_device:
         return f"it runs on {nodes.tensor_type(layer.x).device.type}"
     if layer.is_read_whole:
@@ -173,8 +178,11 @@ def _slower(edit: Editor, layer: QuantizedLayer) -> str | None:
 class _QuantizedInput:
     """Quantized activations in the program.
 
-    q: [rows, inputs], for int8 with added rows of zeros. scale: [rows, 1] or []. offset: zero point - 128, of that shape in
-    int32; None for fp8. rows: how many there are.
+    Attributes:
+        q: [rows, inputs], for int8 with added rows of zeros.
+        scale: [rows, 1] or [].
+        offset: zero point - 128, of that shape in int32; None for fp8.
+        rows: how many there are.
     """
 
     q: fx.Node
@@ -348,8 +356,9 @@ def per_feature(scale: torch.Tensor, features: int) -> torch.Tensor:
 def tiles(q: torch.Tensor) -> torch.Tensor:
     """A four-bit weight in the layout of `_weight_int4pack_mm`.
 
-    q: [features, inputs], not packed, in the range of its format. The operator packs elements from 0 to 15, two per byte, the
-    first in the high half, with up to 8 tiles of 16 inputs next to each other.
+    Args:
+        q: [features, inputs], not packed, in the range of its format. The operator packs elements from 0 to 15, two per byte,
+            the first in the high half, with up to 8 tiles of 16 inputs next to each other.
     """
     low, high = (q + 8 if q.dtype == torch.int8 else q).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
     together = next(count for count in (8, 4, 2) if q.shape[1] % (16 * count) == 0)
@@ -359,8 +368,10 @@ def tiles(q: torch.Tensor) -> torch.Tensor:
 def tile_grid(scale: torch.Tensor, zero_point: torch.Tensor | None, features: int, repeats: int) -> torch.Tensor:
     """Scales and offsets, [groups, features, 2] in bfloat16: `_weight_int4pack_mm` multiplies by (q - 8) · scale + offset.
 
-    scale, zero_point: [features or 1, blocks] or []; a zero point in floating point is subtracted after scaling. repeats:
-    groups per block.
+    Args:
+        scale: [features or 1, blocks] or []; a zero point in floating point is subtracted after scaling.
+        zero_point: likewise.
+        repeats: groups per block.
     """
     step = scale.float().reshape(-1, scale.shape[-1] if scale.dim() else 1).expand(features, -1)
     if zero_point is None:

@@ -54,7 +54,7 @@ _GAIN = 0.95
 
 @dataclass(frozen=True)
 class _Shape:
-    """What the time of an attention depends on, except its length."""
+    """The properties that the time of an attention depends on, except its length."""
 
     heads: int
     key_heads: int
@@ -69,8 +69,9 @@ class _Shape:
 class LowerSparseAttention(Rewrite):
     """Lowers attention with a sparse pattern to a kernel that skips hidden keys, where that is measured faster.
 
-    always: lowers without measuring, also where there is no kernel and the reference runs.
-    causal: also lowers causal attention with another mask, to the dense CPU kernel.
+    Attributes:
+        always: lowers without measuring, also where there is no kernel and the reference runs.
+        causal: also lowers causal attention with another mask, to the dense CPU kernel.
     """
 
     always: bool = False
@@ -163,7 +164,9 @@ def _shape(node: fx.Node) -> _Shape:
 def crossing(time_at: Callable[[int], tuple[float, float]], lengths: Sequence[int]) -> tuple[int | None, str]:
     """The first of these lengths at which the sparse kernel is faster, None for none, and a sentence that says so.
 
-    time_at: the seconds of the dense and of the sparse kernel at a length. lengths: in tokens, increasing.
+    Args:
+        time_at: the seconds of the dense and of the sparse kernel at a length.
+        lengths: in tokens, increasing.
     """
     began = time.perf_counter()
     before = ""

@@ -38,8 +38,9 @@ aten = torch.ops.aten
 class MergeProjections(Rewrite):
     """Merges linear layers with the same input into one with a split, where that is measured faster.
 
-    always: merges without measuring.
-    gates: merges the gate and up projections of a gated feed-forward too; apart, each can fuse its own epilogue.
+    Attributes:
+        always: merges without measuring.
+        gates: merges the gate and up projections of a gated feed-forward too; apart, each can fuse its own epilogue.
     """
 
     always: bool = False

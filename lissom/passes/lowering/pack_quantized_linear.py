@@ -157,7 +157,8 @@ def _call(edit: Editor, layer: QuantizedLayer, packed: _Packed) -> fx.Node:
 class _Packed:
     """A packed weight in the program: the kernel's operands that hold it, its sizes, and its format.
 
-    zero_point: an operand that comes after others.
+    Attributes:
+        zero_point: an operand that comes after others.
     """
 
     operands: Sequence[fx.Node | None]

@@ -56,14 +56,15 @@ _LAYER_WORDS = ("column-wise", "row-wise")
 class Shard(Annotation):
     """Gives every value of the program a placement across ranks.
 
-    world_size: number of ranks, 2 or more.
-    plan: exceptions, each `PATTERN:replicate`, `PATTERN:column-wise` or `PATTERN:row-wise`. A pattern matches module paths and
-        covers the modules inside: `*.mlp:replicate`. `replicate` keeps sites and layers whole on every rank; the others shard
-        linear layers that belong to no site.
-    fraction: least part of the weights of linear layers to shard, 0 to 1. Where pairs of layers hold less, other layers are
-        sharded by themselves, each with a collective of its own; 0 shards pairs only.
-    sequence: shards values between the layers, such as the residual stream and norms, by position. Each all-reduce becomes a
-        reduce-scatter and an all-gather, which send as many bytes together, and these values take less memory per rank.
+    Attributes:
+        world_size: number of ranks, 2 or more.
+        plan: exceptions, each `PATTERN:replicate`, `PATTERN:column-wise` or `PATTERN:row-wise`. A pattern matches module paths
+            and covers the modules inside: `*.mlp:replicate`. `replicate` keeps sites and layers whole on every rank; the others
+            shard linear layers that belong to no site.
+        fraction: least part of the weights of linear layers to shard, 0 to 1. Where pairs of layers hold less, other layers are
+            sharded by themselves, each with a collective of its own; 0 shards pairs only.
+        sequence: shards values between the layers, such as the residual stream and norms, by position. Each all-reduce becomes
+            a reduce-scatter and an all-gather, which send as many bytes together, and these values take less memory per rank.
     """
 
     world_size: int
@@ -101,7 +102,8 @@ class Shard(Annotation):
     def _overrides(self, edit: Editor) -> tuple[dict[fx.Node, str], dict[fx.Node, str]]:
         """The sites to replicate, each with its entry of `plan`, and the layers to shard, each `column-wise` or `row-wise`.
 
-        Raises: UnsupportedError when an entry matches nothing.
+        Raises:
+            UnsupportedError: when an entry matches nothing.
         """
         whole: dict[fx.Node, str] = {}
         layers: dict[fx.Node, str] = {}

@@ -94,10 +94,11 @@ _ADDENDS: dict[object, str] = {
 class Cast(Approximation):
     """Computes in bfloat16 or float16, and in float32 where that would lose too much.
 
-    dtype: `bf16`, or `fp16`, which needs calibration data to find what overflows.
-    margin: how many times larger than on calibration data a value may become without overflow in float16; 1 or more.
-    underflow: fraction of a tensor's non-zero elements that may be below float16's smallest normal number, 0 to 1.
-    skip: module paths that stay in float32, with `*` and `?`, separated by commas: `"encoder.layer.0,*.lm_head"`.
+    Attributes:
+        dtype: `bf16`, or `fp16`, which needs calibration data to find what overflows.
+        margin: how many times larger than on calibration data a value may become without overflow in float16; 1 or more.
+        underflow: fraction of a tensor's non-zero elements that may be below float16's smallest normal number, 0 to 1.
+        skip: module paths that stay in float32, with `*` and `?`, separated by commas: `"encoder.layer.0,*.lm_head"`.
     """
 
     dtype: str = "bf16"

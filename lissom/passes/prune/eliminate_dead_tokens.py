@@ -55,7 +55,8 @@ class EliminateDeadTokens(Rewrite):
 class _Demand:
     """The positions of one dimension that are read.
 
-    start: the first of `count` neighbours, from the end where negative; or a value [batch], one position per row.
+    Attributes:
+        start: the first of `count` neighbours, from the end where negative; or a value [batch], one position per row.
     """
 
     dim: int

@@ -65,7 +65,8 @@ def _gone(edit: Editor, separation: Separation, together: Sequence[SeparateHeads
 def _merge(edit: Editor, separation: Separation, sets: Sequence[tuple[Sequence[SeparateHeads], list[int]]]) -> None:
     """Remove these heads, and let the query heads share the remaining ones.
 
-    Raises: UnsupportedError with the obstacle; the program is unchanged then.
+    Raises:
+        UnsupportedError: with the obstacle; the program is unchanged then.
     """
     removed = {axis: gone for together, gone in sets for item in together for axis in item.shared}
     if removed:
@@ -77,7 +78,8 @@ def _merge(edit: Editor, separation: Separation, sets: Sequence[tuple[Sequence[S
 def largest_group(held: Sequence[torch.Tensor], heads: int) -> int:
     """The largest group size for which all heads of every group of neighbours are equal, bit for bit; 1 where none are.
 
-    held: for each dimension of a weight with the heads, the elements of every head, [heads, …].
+    Args:
+        held: for each dimension of a weight with the heads, the elements of every head, [heads, …].
     """
     for size in range(heads, 1, -1):
         if heads % size == 0:

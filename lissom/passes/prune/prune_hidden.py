@@ -54,13 +54,14 @@ _KEEP = 0.75
 class PruneHidden(Approximation):
     """Zeroes the least important channels of the residual stream in all layers.
 
-    keep: fraction of channels to keep, above 0 and below 1; of the residual streams that `amounts` does not name. 0.75 where
-        neither is given.
-    amounts: channels of single residual streams, a number or a fraction; a stream is named by the module of its first residual
-        add, with `*` and `?`: `"encoder=384,decoder=none"`. Without `keep`, other streams stay as they are.
-    round_to: the number of channels kept is a multiple of this.
-    criterion: how channels are ranked; `energy` needs calibration data.
-    reconstruct: refits the layers that read the residual stream to their earlier outputs; needs calibration data.
+    Attributes:
+        keep: fraction of channels to keep, above 0 and below 1; of the residual streams that `amounts` does not name. 0.75
+            where neither is given.
+        amounts: channels of single residual streams, a number or a fraction; a stream is named by the module of its first
+            residual add, with `*` and `?`: `"encoder=384,decoder=none"`. Without `keep`, other streams stay as they are.
+        round_to: the number of channels kept is a multiple of this.
+        criterion: how channels are ranked; `energy` needs calibration data.
+        reconstruct: refits the layers that read the residual stream to their earlier outputs; needs calibration data.
     """
 
     keep: float | None = None
@@ -111,7 +112,11 @@ class PruneHidden(Approximation):
             _reconstruct(edit, dense, _on_axes(edit.program, kept))
 
     def _kept(self, edit: Editor, total: fx.Node, scores: torch.Tensor, amount: int | None) -> torch.Tensor:
-        """The channels to keep, booleans [channels]. amount: their number, where `amounts` names the stream."""
+        """The channels to keep, booleans [channels].
+
+        Args:
+            amount: their number, where `amounts` names the stream.
+        """
         channels, step, keep = len(scores), self.round_to, _KEEP if self.keep is None else self.keep
         count = max(step, round(keep * channels / step) * step) if amount is None else amount
         if count >= channels:
@@ -129,7 +134,8 @@ class PruneHidden(Approximation):
 def _streams(program: Program) -> dict[Axis, fx.Node]:
     """The channel axes of the residual streams, each with a residual add that has it.
 
-    Raises: UnsupportedError when there are none, or one is a product of axes.
+    Raises:
+        UnsupportedError: when there are none, or one is a product of axes.
     """
     found = program.fact(axes)
     streams: dict[Axis, fx.Node] = {}
@@ -270,7 +276,13 @@ def _bias(node: fx.Node) -> fx.Node | None:
 def fit(
     weight: torch.Tensor, wanted: Sequence[torch.Tensor], read: Sequence[torch.Tensor], kept: torch.Tensor, *, centred: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """W̃ and b̃ − b, see the module docstring. wanted, read: x and x̃ of each sample, [tokens, features]; kept: [features]."""
+    """W̃ and b̃ − b, see the module docstring.
+
+    Args:
+        wanted: x of each sample, [tokens, features].
+        read: x̃ of each sample, [tokens, features].
+        kept: [features].
+    """
     features = weight.shape[1]
     cross, gram = torch.zeros(2, features, features, dtype=torch.float64, device=weight.device)
     sums, count = torch.zeros(2, features, dtype=torch.float64, device=weight.device), 0

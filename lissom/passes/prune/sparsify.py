@@ -69,17 +69,18 @@ NOTE = (
 class Sparsify(Approximation):
     """Zeroes the least important weights of linear layers, unstructured or N:M.
 
-    keep: fraction of each layer's weights to keep, above 0 and up to 1; of all layers together with scope=global. 0.5 where
-        neither it nor pattern nor amounts is given.
-    pattern: N:M, such as 2:4, in place of `keep`: at most N of every M neighbours in a row are kept.
-    amounts: fractions or patterns N:M of single layers by module path, with `*` and `?`; `none` leaves a layer dense:
-        `"encoder.layer.0=0.3,*.query=2:4"`. Without keep and pattern, other layers stay dense.
-    criterion: how weights are ranked; all but `magnitude` need calibration data.
-    scope: ranks weights within each layer, or, by magnitude only, within the whole program.
-    protect: module paths of layers to leave dense, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    lm_head: prunes LM heads and classifiers too, and with them the embedding tables tied to them.
-    damping: added to the diagonal of XᵀX for `sparsegpt`, as a fraction of its mean.
-    block_size: number of columns that `sparsegpt` ranks together.
+    Attributes:
+        keep: fraction of each layer's weights to keep, above 0 and up to 1; of all layers together with scope=global. 0.5 where
+            neither it nor pattern nor amounts is given.
+        pattern: N:M, such as 2:4, in place of `keep`: at most N of every M neighbours in a row are kept.
+        amounts: fractions or patterns N:M of single layers by module path, with `*` and `?`; `none` leaves a layer dense:
+            `"encoder.layer.0=0.3,*.query=2:4"`. Without keep and pattern, other layers stay dense.
+        criterion: how weights are ranked; all but `magnitude` need calibration data.
+        scope: ranks weights within each layer, or, by magnitude only, within the whole program.
+        protect: module paths of layers to leave dense, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        lm_head: prunes LM heads and classifiers too, and with them the embedding tables tied to them.
+        damping: added to the diagonal of XᵀX for `sparsegpt`, as a fraction of its mean.
+        block_size: number of columns that `sparsegpt` ranks together.
     """
 
     keep: float | None = None
@@ -167,9 +168,13 @@ class Sparsify(Approximation):
         return {*(site.router for site in found.mixtures), *heads, *found.convolutions}
 
     def _layers(self, edit: Editor, given: Mapping[str, str | None]) -> dict[fx.Node, Matrix]:
-        """The layers to prune; the others are reported as skipped. given: the amount of each weight.
+        """The layers to prune; the others are reported as skipped.
 
-        Raises: UnsupportedError when a pattern does not fit a layer that `amounts` names.
+        Args:
+            given: the amount of each weight.
+
+        Raises:
+            UnsupportedError: when a pattern does not fit a layer that `amounts` names.
         """
         found = edit.program.fact(structure).embeddings if self.lm_head else ()
         tables = {item.node.all_input_nodes[0] for item in found}
@@ -195,7 +200,11 @@ class Sparsify(Approximation):
     def _rank_by_magnitude(
         self, edit: Editor, layers: Mapping[fx.Node, Matrix], densities: Mapping[str, Density], ranked: set[str]
     ) -> None:
-        """Zero the smallest weights. ranked: the names of weights without an amount, which scope=global ranks together."""
+        """Zero the smallest weights.
+
+        Args:
+            ranked: the names of weights without an amount, which scope=global ranks together.
+        """
         matrices = {matrix.name: matrix for matrix in layers.values()}
         together = {name: matrix.read(edit.program) for name, matrix in matrices.items() if name in ranked}
         chosen: dict[str, torch.Tensor] = {}
@@ -234,7 +243,8 @@ class Sparsify(Approximation):
 def _parse(pattern: str | None) -> tuple[int, int] | None:
     """N and M of `N:M`.
 
-    Raises: UnsupportedError for any other text.
+    Raises:
+        UnsupportedError: for any other text.
     """
     if pattern is None:
         return None
@@ -289,7 +299,11 @@ def most(scores: torch.Tensor, keep: float) -> torch.Tensor:
 
 
 def largest(scores: torch.Tensor, pattern: tuple[int, int]) -> torch.Tensor:
-    """True for the N largest of every M neighbours along a row. scores: [rows, columns]."""
+    """True for the N largest of every M neighbours along a row.
+
+    Args:
+        scores: [rows, columns].
+    """
     n, m = pattern
     groups = scores.unflatten(-1, (-1, m))
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(n, -1).indices, True).flatten(-2)

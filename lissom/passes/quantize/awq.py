@@ -47,15 +47,16 @@ Round = Callable[[torch.Tensor], torch.Tensor]
 class Awq(Rewrite):
     """Scales channels so that weight quantization costs the least error.
 
-    scheme: the scheme that `quantize` will use, `int4-weight` or `int8-weight`.
-    granularity: per-tensor, per-channel or per-group scales; `auto` is the scheme's default.
-    group: number of neighbouring weights per scale with granularity=group.
-    symmetric: quantizes weights without a zero point; as in `quantize` by default.
-    weight_observer: chooses the clipping range of weights, `min-max` or `mse`; `auto` is `mse` for int4.
-    norms: scales the output channels of norms.
-    linears: scales the output channels of linear layers.
-    skip: module paths of norms and layers whose channels are not scaled, with `*` and `?`: `"encoder.layer.0,*.11"`.
-    only: module paths of norms and layers whose channels are scaled, in the same form.
+    Attributes:
+        scheme: the scheme that `quantize` will use, `int4-weight` or `int8-weight`.
+        granularity: per-tensor, per-channel or per-group scales; `auto` is the scheme's default.
+        group: number of neighbouring weights per scale with granularity=group.
+        symmetric: quantizes weights without a zero point; as in `quantize` by default.
+        weight_observer: chooses the clipping range of weights, `min-max` or `mse`; `auto` is `mse` for int4.
+        norms: scales the output channels of norms.
+        linears: scales the output channels of linear layers.
+        skip: module paths of norms and layers whose channels are not scaled, with `*` and `?`: `"encoder.layer.0,*.11"`.
+        only: module paths of norms and layers whose channels are scaled, in the same form.
     """
 
     scheme: Literal["int4-weight", "int8-weight"] = "int4-weight"
@@ -126,7 +127,11 @@ def _observed(edit: Editor, sites: list[ScalingSite]) -> dict[fx.Node, tuple[tor
 
 
 def best_factors(sizes: torch.Tensor, error: Callable[[torch.Tensor], float]) -> torch.Tensor | None:
-    """The factors sizes^β, normalized, with the least error; None where β = 0 is best. sizes: mean|X_j|, [channels]."""
+    """The factors sizes^β, normalized, with the least error; None where β = 0 is best.
+
+    Args:
+        sizes: mean|X_j|, [channels].
+    """
     least, best = error(torch.ones_like(sizes)), None
     for step in range(1, STEPS):
         factors = sizes.clamp_min(_LEAST).pow(step / STEPS)
@@ -138,6 +143,11 @@ def best_factors(sizes: torch.Tensor, error: Callable[[torch.Tensor], float]) ->
 
 
 def rounding_error(weight: torch.Tensor, factors: torch.Tensor, gram: torch.Tensor, rounded: Round) -> float:
-    """Σ ‖(Q(W diag(s)) diag(s)⁻¹ - W) x‖² over the tokens. weight: [..., features out, features in]; gram: Σ x·xᵀ."""
+    """Σ ‖(Q(W diag(s)) diag(s)⁻¹ - W) x‖² over the tokens.
+
+    Args:
+        weight: [..., features out, features in].
+        gram: Σ x·xᵀ.
+    """
     error = rounded(weight * factors) / factors - weight
     return float(((error @ gram) * error).sum())

@@ -40,9 +40,10 @@ aten = torch.ops.aten
 class CorrectBias(Approximation):
     """Corrects biases of quantized layers so that their outputs keep their mean.
 
-    lm_head: corrects LM heads and classifiers too.
-    skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    only: module paths to change, in the same form; others stay as they are.
+    Attributes:
+        lm_head: corrects LM heads and classifiers too.
+        skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        only: module paths to change, in the same form; others stay as they are.
     """
 
     lm_head: bool = False

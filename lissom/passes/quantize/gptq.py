@@ -77,18 +77,20 @@ _LEAST = 1e-12
 class Gptq(Approximation):
     """Chooses quantized weights that minimize each layer's output error on calibration data.
 
-    act_order: quantizes columns by decreasing activation size, rather than from first to last.
-    rescale: recomputes the scale of a group when it is reached, with this observer.
-    asymmetric: fits layers to the outputs of the original model, rather than to those behind quantized layers.
-    pull: regularization towards the original weights with asymmetric=true, as a fraction of the mean of the diagonal of XᵀX.
-    refit: refits scales once the integers are chosen.
-    tables: quantizes LM heads tied to an embedding table, and the table with them; by default those of four bits, since in int8
-        rounding to the nearest loses next to nothing, and a table has many rows.
-    damping: added to the diagonal of XᵀX, as a fraction of its mean.
-    table_damping: the same for embedding tables.
-    block_size: number of columns after which errors are passed on to all later ones; affects only the time.
-    skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    only: module paths to change, in the same form; others stay as they are.
+    Attributes:
+        act_order: quantizes columns by decreasing activation size, rather than from first to last.
+        rescale: recomputes the scale of a group when it is reached, with this observer.
+        asymmetric: fits layers to the outputs of the original model, rather than to those behind quantized layers.
+        pull: regularization towards the original weights with asymmetric=true, as a fraction of the mean of the diagonal of
+            XᵀX.
+        refit: refits scales once the integers are chosen.
+        tables: quantizes LM heads tied to an embedding table, and the table with them; by default those of four bits, since in
+            int8 rounding to the nearest loses next to nothing, and a table has many rows.
+        damping: added to the diagonal of XᵀX, as a fraction of its mean.
+        table_damping: the same for embedding tables.
+        block_size: number of columns after which errors are passed on to all later ones; affects only the time.
+        skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        only: module paths to change, in the same form; others stay as they are.
     """
 
     act_order: bool = True
@@ -230,7 +232,11 @@ def gptq(
 ) -> torch.Tensor:
     """The matrix after quantize and dequantize by GPTQ, see the module docstring.
 
-    weight: [features out, features in]; gram: XᵀX; scale, zero_point: [blocks of rows, blocks of columns].
+    Args:
+        weight: [features out, features in].
+        gram: XᵀX.
+        scale: [blocks of rows, blocks of columns].
+        zero_point: [blocks of rows, blocks of columns].
     """
     order = gram.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(gram), device=gram.device)
     factor = inverse_factor(gram[order][:, order], damping)
@@ -271,8 +277,11 @@ def gptq_with_scales(
 def fitted_scale(weight: torch.Tensor, levels: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The scales that minimize the layer's error with fixed integers: min over s of tr((s·q - W) H (s·q - W)ᵀ).
 
-    weight: [features out, features in]; levels: q minus its zero point, in that shape; hessian: H, positive definite;
-    scale: [blocks of rows, blocks of columns], kept for a block of rows where the sign of a scale would change.
+    Args:
+        weight: [features out, features in].
+        levels: q minus its zero point, in that shape.
+        hessian: H, positive definite.
+        scale: [blocks of rows, blocks of columns], kept for a block of rows where the sign of a scale would change.
     """
     blocks, groups = scale.shape
     rows, size = len(weight) // blocks, weight.shape[1] // groups
@@ -309,7 +318,9 @@ def _quantize_block(
 ) -> None:
     """Quantize and dequantize the columns of a block in place, with the scales of their groups, and correct all later ones.
 
-    columns: the matrix, [features in, features out]; factor: U.
+    Args:
+        columns: the matrix, [features in, features out].
+        factor: U.
     """
     errors = torch.empty_like(columns[block.start : block.stop])
     for index, column in enumerate(block):

@@ -60,24 +60,25 @@ _HALF = torch.finfo(torch.float16)
 class Quantize(Approximation):
     """Quantizes linear layers to int8, int4 or fp8.
 
-    scheme: what is quantized, and when its scale is computed; see the table. `int8-static` needs calibration data.
-    schemes: schemes of single layers by module path, with `*` and `?`; `none` leaves a layer as it is:
-        `"*=none,encoder.layer.0=int8-dynamic,*.output.dense=int4-weight"`. Layers that it does not name get `scheme`.
-    granularity: per-tensor, per-channel or per-group weight scales; `auto` is the scheme's default.
-    group: number of neighbouring weights per scale with granularity=group.
-    symmetric: quantizes weights without a zero point; asymmetric weights are stored as uint8 or uint4. By default those of four
-        bits have zero points: a byte for each group, which takes up to a quarter of the error.
-    activations: per-token or per-tensor activation scales of int8-dynamic and fp8.
-    observer: chooses the clipping range of activations from calibration data: `min-max`, `percentile`, `mse` or `entropy`.
-    fraction: the part of all values that `percentile` keeps inside the clipping range.
-    weight_observer: chooses the clipping range of weights, `min-max` or `mse`; `auto` is `mse` for int4.
-    embeddings: quantizes embedding tables too, and with them the LM heads tied to them. By default int4 schemes store tables
-        that are tied to an LM head in int8; other tables, and those of other schemes, stay as they are.
-    lm_head: quantizes LM heads and classifiers that are not tied to an embedding table.
-    attention: quantizes queries, keys and values at the input of attention.
-    residual: quantizes the outputs of residual adds.
-    skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    only: module paths to change, in the same form; others stay as they are.
+    Attributes:
+        scheme: what is quantized, and when its scale is computed; see the table. `int8-static` needs calibration data.
+        schemes: schemes of single layers by module path, with `*` and `?`; `none` leaves a layer as it is:
+            `"*=none,encoder.layer.0=int8-dynamic,*.output.dense=int4-weight"`. Layers that it does not name get `scheme`.
+        granularity: per-tensor, per-channel or per-group weight scales; `auto` is the scheme's default.
+        group: number of neighbouring weights per scale with granularity=group.
+        symmetric: quantizes weights without a zero point; asymmetric weights are stored as uint8 or uint4. By default those of
+            four bits have zero points: a byte for each group, which takes up to a quarter of the error.
+        activations: per-token or per-tensor activation scales of int8-dynamic and fp8.
+        observer: chooses the clipping range of activations from calibration data: `min-max`, `percentile`, `mse` or `entropy`.
+        fraction: the part of all values that `percentile` keeps inside the clipping range.
+        weight_observer: chooses the clipping range of weights, `min-max` or `mse`; `auto` is `mse` for int4.
+        embeddings: quantizes embedding tables too, and with them the LM heads tied to them. By default int4 schemes store
+            tables that are tied to an LM head in int8; other tables, and those of other schemes, stay as they are.
+        lm_head: quantizes LM heads and classifiers that are not tied to an embedding table.
+        attention: quantizes queries, keys and values at the input of attention.
+        residual: quantizes the outputs of residual adds.
+        skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        only: module paths to change, in the same form; others stay as they are.
     """
 
     scheme: Scheme = "int8-dynamic"
@@ -266,7 +267,9 @@ class Quantize(Approximation):
     ) -> None:
         """Insert Q/DQ between a value and its readers.
 
-        grid: scale and zero point; computed at run time where it is None. weight: the value's name when it is a weight.
+        Args:
+            grid: scale and zero point; computed at run time where it is None.
+            weight: the value's name when it is a weight.
         """
         name = weight or value.name
         with edit.before(readers[0], like=[value if weight or value.op == "call_function" else readers[0]]):

@@ -36,11 +36,12 @@ from lissom.errors import RequirementError, UnsupportedError
 class SmoothQuant(Rewrite):
     """Scales activations and weights so that both quantize about equally well.
 
-    alpha: migration strength, 0 to 1: how much of the activations' range moves into the weights.
-    norms: scales the output channels of norms.
-    linears: scales the output channels of linear layers.
-    skip: module paths of norms and layers whose channels are not scaled, with `*` and `?`: `"encoder.layer.0,*.11"`.
-    only: module paths of norms and layers whose channels are scaled, in the same form.
+    Attributes:
+        alpha: migration strength, 0 to 1: how much of the activations' range moves into the weights.
+        norms: scales the output channels of norms.
+        linears: scales the output channels of linear layers.
+        skip: module paths of norms and layers whose channels are not scaled, with `*` and `?`: `"encoder.layer.0,*.11"`.
+        only: module paths of norms and layers whose channels are scaled, in the same form.
     """
 
     alpha: float = 0.5
@@ -81,6 +82,11 @@ def largest_values(edit: Editor, chosen: set[fx.Node]) -> dict[fx.Node, torch.Te
 
 
 def smoothing(read: torch.Tensor, weights: torch.Tensor, alpha: float) -> torch.Tensor:
-    """The factor of each channel, [channels]; 1 where either is zero. read: max|X_j|; weights: max|W_j|."""
+    """The factor of each channel, [channels]; 1 where either is zero.
+
+    Args:
+        read: max|X_j|.
+        weights: max|W_j|.
+    """
     factors = read.pow(alpha) / weights.pow(1 - alpha)
     return torch.where((read > 0) & (weights > 0), factors, torch.ones_like(factors))

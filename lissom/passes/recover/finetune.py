@@ -30,8 +30,9 @@ TaskLoss = Callable[[object, torch.Tensor | None], torch.Tensor]
 class Finetune(Fitting):
     """Trains weights on labels.
 
-    loss: in Python, a function of the model's output and the labels; by default the cross-entropy, or the squared error where
-        there is one number per row.
+    Attributes:
+        loss: in Python, a function of the model's output and the labels; by default the cross-entropy, or the squared error
+            where there is one number per row.
     """
 
     learning_rate: float | None = 5e-5

@@ -32,7 +32,8 @@ class Occurrence:
 class Axes:
     """The axes of a program.
 
-    of: for each node that yields a tensor, one axis per dimension; for each that yields several tensors, a tuple of these.
+    Attributes:
+        of: for each node that yields a tensor, one axis per dimension; for each that yields several tensors, a tuple of these.
     """
 
     of: Mapping[fx.Node, Value]
@@ -56,7 +57,8 @@ class Axes:
     def obstacle(self, axis: Axis, *, zero: bool = False) -> str:
         """The reason indices of the axis cannot be removed; empty if they can.
 
-        zero: whether the removed values are exactly zero wherever a norm reads them.
+        Args:
+            zero: whether the removed values are exactly zero wherever a norm reads them.
         """
         for atom in axis.atoms():
             if atom.pinned:

@@ -19,9 +19,10 @@ from lissom.compiler.ir.types import Size, quotient
 class Axis:
     """One axis. `parts` are the factors of a product or the segments of a sum.
 
-    whole: an operator reads all of it at once (softmax, a mean), so its length changes the numbers.
-    normed: a norm reads all of it, and can be given the old number of indices; removed values must then be zero.
-    pinned: why it must not change; empty when it may.
+    Attributes:
+        whole: an operator reads all of it at once (softmax, a mean), so its length changes the numbers.
+        normed: a norm reads all of it, and can be given the old number of indices; removed values must then be zero.
+        pinned: why it must not change; empty when it may.
     """
 
     size: Size

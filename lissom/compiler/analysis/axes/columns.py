@@ -31,9 +31,13 @@ from lissom.compiler.ir.program import Program
 class Columns:
     """The columns of one weight that read the units of a site: its heads or its neurons.
 
-    layer: the linear layer. weight: the node that reads its weight. dim: the dimension of the weight that is summed over.
-    unit: [size of that dimension], the unit each index reads; -1 where it reads none.
-    count: the number of units. axes: the axes whose indices number the units, the last one fastest.
+    Attributes:
+        layer: the linear layer.
+        weight: the node that reads its weight.
+        dim: the dimension of the weight that is summed over.
+        unit: [size of that dimension], the unit each index reads; -1 where it reads none.
+        count: the number of units.
+        axes: the axes whose indices number the units, the last one fastest.
     """
 
     layer: fx.Node
@@ -59,7 +63,11 @@ class Columns:
         return weight.movedim(self.dim, -1).flatten(0, -2).to(torch.float32, copy=True)
 
     def write(self, edit: Editor, matrix: torch.Tensor) -> None:
-        """Give the weight new values, in this program only; matrix: [out_features, in_features]."""
+        """Give the weight new values, in this program only.
+
+        Args:
+            matrix: [out_features, in_features].
+        """
         weight = edit.program.weight(str(self.weight.target)).detach()
         shape = weight.movedim(self.dim, -1).shape
         edit.set_weight(self.weight, matrix.to(weight.dtype).reshape(shape).movedim(-1, self.dim).contiguous())
@@ -119,7 +127,12 @@ def _columns(found: Axes, layer: fx.Node, axis: Axis, count: int, units: str) ->
 
 
 def units_within(unit: torch.Tensor, chosen: torch.Tensor, count: int) -> torch.Tensor:
-    """True for units with chosen indices only, [count]. unit: the unit of each index; chosen: booleans per index."""
+    """True for units with chosen indices only, [count].
+
+    Args:
+        unit: the unit of each index.
+        chosen: booleans per index.
+    """
     found = torch.ones(count, dtype=torch.bool)
     found[unit[~chosen & (unit >= 0)]] = False
     return found

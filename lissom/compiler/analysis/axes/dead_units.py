@@ -30,7 +30,8 @@ Place = tuple[fx.Node, int]
 def dead_units(program: Program, numbering: Sequence[Axis]) -> torch.Tensor:
     """The units that contribute nothing, [sizes of the axes that number them] of booleans.
 
-    numbering: atomic axes; a unit is one index of each, such as a group and a head in it.
+    Args:
+        numbering: atomic axes; a unit is one index of each, such as a group and a head in it.
     """
     found, zero = program.fact(axes), program.fact(zeros)
     dead = torch.ones(sizes_of(numbering), dtype=torch.bool)

@@ -34,7 +34,9 @@ aten = torch.ops.aten
 class Zero:
     """The zeros of one value.
 
-    at: for each dimension with zeros, the indices that are zero, [size] of booleans. whole: the value is zero everywhere.
+    Attributes:
+        at: for each dimension with zeros, the indices that are zero, [size] of booleans.
+        whole: the value is zero everywhere.
     """
 
     at: Mapping[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])

@@ -26,7 +26,11 @@ _INFINITY = math.inf
 
 @dataclass(frozen=True)
 class Count:
-    """An integer computed from positions. steps: operations applied to Σ terms + offset, in order, each with its operand."""
+    """An integer computed from positions.
+
+    Attributes:
+        steps: operations applied to Σ terms + offset, in order, each with its operand.
+    """
 
     terms: Terms = ()
     offset: int = 0
@@ -105,8 +109,11 @@ class Fact:
 class Table:
     """The condition that a block layout contains (or, inverted, lacks) the block of a query and a key.
 
-    layout: [heads or 1, query blocks, key blocks]. identity: the memory address of its weight. axes: the dimensions of heads (0
-    for none), queries and keys. block: in tokens.
+    Attributes:
+        layout: [heads or 1, query blocks, key blocks].
+        identity: the memory address of its weight.
+        axes: the dimensions of heads (0 for none), queries and keys.
+        block: in tokens.
     """
 
     layout: torch.Tensor = field(compare=False)
@@ -284,7 +291,11 @@ def moved(seen: Seen | None, axes: Mapping[int, int]) -> Seen | None:
 
 
 def shifted(seen: Seen | None, axis: int, start: int, single: bool) -> Seen | None:
-    """The condition on a slice that starts at `start` of a dimension; single: whether its length is one."""
+    """The condition on a slice that starts at `start` of a dimension.
+
+    Args:
+        single: whether its length is one.
+    """
     if seen is None or (start == 0 and not single):
         return seen
     result: Seen | None = NEVER

@@ -40,7 +40,9 @@ CAUSAL = Condition(1, -1, 0)
 class Part:
     """A part of a mask that is no pattern: a condition that must hold, or an additive mask.
 
-    negated: whether the condition must not hold. views: the dimensions of size 1 to insert, in order.
+    Attributes:
+        negated: whether the condition must not hold.
+        views: the dimensions of size 1 to insert, in order.
     """
 
     node: fx.Node
@@ -52,10 +54,11 @@ class Part:
 class Reading:
     """The pattern and the other parts of a mask.
 
-    pattern: the position pattern; None when there is none that a kernel can use.
-    reason: why there is no pattern; empty when the mask does not depend on positions.
-    layout: boolean, [heads or 1, query blocks, key blocks], when the pattern needs one.
-    rest: the other parts of the mask.
+    Attributes:
+        pattern: the position pattern; None when there is none that a kernel can use.
+        reason: why there is no pattern; empty when the mask does not depend on positions.
+        layout: boolean, [heads or 1, query blocks, key blocks], when the pattern needs one.
+        rest: the other parts of the mask.
     """
 
     pattern: Pattern | None
@@ -105,7 +108,12 @@ def _read(program: Program, mask: fx.Node | None, causal: bool) -> Reading:
 
 
 class _Reader:
-    """Splits one mask. seen: the position condition so far. finite: whether finite mask values stand for -∞."""
+    """Splits one mask.
+
+    Attributes:
+        seen: the position condition so far.
+        finite: whether finite mask values stand for -∞.
+    """
 
     def __init__(self, program: Program) -> None:
         self._program = program
@@ -123,7 +131,11 @@ class _Reader:
         return False
 
     def split(self, node: fx.Node, negated: bool = False, inserted: tuple[int, ...] = ()) -> None:
-        """Split a mask into parts. inserted: dimensions of size 1 inserted between it and the attention, outermost first."""
+        """Split a mask into parts.
+
+        Args:
+            inserted: dimensions of size 1 inserted between it and the attention, outermost first.
+        """
         if nodes.tensor_type(node).dtype == torch.bool:
             self._split_condition(node, negated, inserted)
         else:

@@ -34,12 +34,23 @@ aten = torch.ops.aten
 class AttentionSite:
     """One attention.
 
-    node: the attention operator. q, k, v, output: its input and output projections; empty when there are none.
-    packed: whether q, k and v come from one layer. cross: whether k and v come from other tokens than q.
-    heads, key_value_heads, head_dim: sizes. scale: the factor on the scores, None for 1/√head_dim.
-    mask: the kind of mask. positions: `rotary`, `relative` (a learned or computed bias per distance), or `none here`.
-    softcap: the soft-cap of the scores, None without one. sinks: whether each row has an extra logit besides its keys.
-    residual: the residual add after it; None when there is none.
+    Attributes:
+        node: the attention operator.
+        q: its query projection; empty when there is none.
+        k: its key projection.
+        v: its value projection.
+        output: its output projection.
+        packed: whether q, k and v come from one layer.
+        cross: whether k and v come from other tokens than q.
+        heads: the number of query heads.
+        key_value_heads: the number of key/value heads.
+        head_dim: the size of a head.
+        scale: the factor on the scores, None for 1/√head_dim.
+        mask: the kind of mask.
+        positions: `rotary`, `relative` (a learned or computed bias per distance), or `none here`.
+        softcap: the soft-cap of the scores, None without one.
+        sinks: whether each row has an extra logit besides its keys.
+        residual: the residual add after it; None when there is none.
     """
 
     node: fx.Node

@@ -30,10 +30,13 @@ _FAR = 12
 class Branch:
     """One residual branch.
 
-    last: the linear layer that ends it. before, after: the residual stream before and after it.
-    total: the first sum after it, of `addend`, the branch's output, and `rest`. For parallel branches it is the sum of two of
-        them; otherwise it is the residual add, and `rest` is `before`.
-    post_norm: whether `after` is a norm of the residual add.
+    Attributes:
+        last: the linear layer that ends it.
+        before: the residual stream before it.
+        after: the residual stream after it.
+        total: the first sum after it, of `addend`, the branch's output, and `rest`. For parallel branches it is the sum of two
+            of them; otherwise it is the residual add, and `rest` is `before`.
+        post_norm: whether `after` is a norm of the residual add.
     """
 
     last: fx.Node

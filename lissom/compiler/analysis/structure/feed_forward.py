@@ -35,8 +35,11 @@ _BETWEEN = {operator.getitem, aten.mean.dim, aten.std.correction, aten.std.dim}
 class FeedForwardSite:
     """One feed-forward: down(activation(up(x))), or down(activation(gate(x)) · up(x)) when gated.
 
-    up: the first layers, one or two; gated: whether one multiplies the other. width: features between up and down.
-    residual: the residual add after it; None when there is none.
+    Attributes:
+        up: the first layers, one or two.
+        gated: whether one multiplies the other.
+        width: features between up and down.
+        residual: the residual add after it; None when there is none.
     """
 
     up: tuple[fx.Node, ...]
@@ -55,8 +58,11 @@ class FeedForwardSite:
 class MixtureSite:
     """A mixture of experts: a router chooses the experts of each token.
 
-    router: the layer that computes the experts' scores. choice: the `topk` that selects experts by score.
-    experts: the number of experts; top_k: the number of experts per token.
+    Attributes:
+        router: the layer that computes the experts' scores.
+        choice: the `topk` that selects experts by score.
+        experts: the number of experts.
+        top_k: the number of experts per token.
     """
 
     router: fx.Node

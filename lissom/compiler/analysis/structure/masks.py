@@ -39,8 +39,13 @@ Values = Mapping[fx.Node, torch.Tensor]
 
 @dataclass(frozen=True)
 class MaskKind:
-    """causal: later tokens are masked. window: the number of visible tokens back, None without a limit.
-    padding: it depends on the caller's inputs. bias: it has finite values other than zero, or depends on q.
+    """A mask's pattern.
+
+    Attributes:
+        causal: later tokens are masked.
+        window: the number of visible tokens back, None without a limit.
+        padding: it depends on the caller's inputs.
+        bias: it has finite values other than zero, or depends on q.
     """
 
     causal: bool = False
@@ -90,7 +95,11 @@ def _kind(program: Program, mask: fx.Node) -> MaskKind:
 
 
 def _triangle(blocked: torch.Tensor) -> tuple[bool, int | None]:
-    """True if later keys are masked, and the number of visible earlier ones; blocked: [queries, keys]."""
+    """True if later keys are masked, and the number of visible earlier ones.
+
+    Args:
+        blocked: [queries, keys].
+    """
     rows, columns = blocked.shape
     if min(rows, columns) < _SMALLEST:
         return False, None
@@ -107,7 +116,8 @@ def dependencies(
 ) -> list[fx.Node] | None:
     """The nodes that these depend on, in order; None when one is refused, or they are too many.
 
-    through: as in `computed_from`.
+    Args:
+        through: as in `computed_from`.
     """
     found = set[fx.Node]()
     for node in computed_from(wanted, through):

@@ -32,7 +32,9 @@ _STACKED = "its weight is a stack of the matrices of several experts"
 class Matrix:
     """The weight matrix of a linear layer, or the stack of those of several experts.
 
-    node: the weight. transposed: whether it is stored as [..., in_features, out_features], as in GPT-2.
+    Attributes:
+        node: the weight.
+        transposed: whether it is stored as [..., in_features, out_features], as in GPT-2.
     """
 
     node: fx.Node
@@ -54,7 +56,11 @@ class Matrix:
         return weight.mT if self.transposed else weight
 
     def write(self, edit: Editor, matrix: torch.Tensor) -> None:
-        """Give the weight new values, in this program only; one place rewritten. matrix: [..., out_features, in_features]."""
+        """Give the weight new values, in this program only; one place rewritten.
+
+        Args:
+            matrix: [..., out_features, in_features].
+        """
         matrix = matrix.to(edit.program.weight(self.name).dtype)
         edit.set_weight(self.node, (matrix.mT if self.transposed else matrix).contiguous())
         edit.rewritten += 1
@@ -95,7 +101,8 @@ def _rank(linear: fx.Node) -> int:
 def matrix_of(linear: fx.Node, *, stacks: bool = False) -> Matrix | str:
     """The weight matrix of a layer, or why it cannot be changed for this layer alone.
 
-    stacks: whether the caller takes the stacked matrices of experts.
+    Args:
+        stacks: whether the caller takes the stacked matrices of experts.
     """
     weight = weight_of(linear)
     assert weight is not None, f"'{linear.name}' is no linear layer"
@@ -131,7 +138,11 @@ class RoundedMatrix(Matrix):
 
 
 def rounded_matrix_of(linear: fx.Node, *, stacks: bool = False) -> RoundedMatrix | str:
-    """The weight matrix that `lissom::fake_quantize` quantizes for a layer, or why there is none; stacks: as in `matrix_of`."""
+    """The weight matrix that `lissom::fake_quantize` quantizes for a layer, or why there is none.
+
+    Args:
+        stacks: as in `matrix_of`.
+    """
     if linear.target not in _PRODUCTS:
         return "it is a convolution or a batched matrix product"
     if linear.target in GROUPED_PRODUCTS and not stacks:
@@ -153,7 +164,9 @@ def treated_layers(
 ) -> dict[fx.Node, Found]:
     """The linear layers to change, with their matrices; the others are reported as skipped, but for those in `passed_over`.
 
-    find: the matrix of a layer, or why it has none. obstacle: why a layer is left alone.
+    Args:
+        find: the matrix of a layer, or why it has none.
+        obstacle: why a layer is left alone.
     """
 
     layers = {node: find(node) for node in edit.nodes() if is_linear(node) and node not in passed_over}
@@ -183,7 +196,8 @@ def readers_of(weight: fx.Node) -> list[fx.Node]:
 def weight_sites(layers: Mapping[fx.Node, Matrix], pass_text: str, takes: Callable[[int, int], Legal]) -> dict[str, AmountSite]:
     """The weights as amounts of a pass name them, by their names: by the module paths of the layers that read them.
 
-    takes: what the pass takes at a weight with that many out_features and in_features.
+    Args:
+        takes: what the pass takes at a weight with that many out_features and in_features.
     """
     paths: dict[str, dict[str, None]] = {}
     for node, matrix in layers.items():

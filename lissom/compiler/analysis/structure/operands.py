@@ -57,7 +57,8 @@ def sinks_of(node: fx.Node) -> fx.Node | None:
 def unrepeated(node: object) -> fx.Node:
     """Keys or values before their heads are repeated for the query heads that share them; the node itself if they are not.
 
-    node: [batch, heads, tokens, features], computed by unsqueeze, expand and reshape, or by repeat_interleave.
+    Args:
+        node: [batch, heads, tokens, features], computed by unsqueeze, expand and reshape, or by repeat_interleave.
     """
     assert isinstance(node, fx.Node)
     if (repeat := RepeatInterleave.of(node)) is not None:

@@ -128,7 +128,10 @@ def _mask_hides(mask: fx.Node, candidate: fx.Node, values: Values) -> bool:
 def hides(mask: torch.Tensor, kept: torch.Tensor, *, own: bool) -> bool:
     """True when the mask masks every key that is not kept, for every query or for every query that is kept.
 
-    mask: broadcast to [batch, heads, queries, keys]; kept: [batch, tokens]; own: whether the queries are the same tokens.
+    Args:
+        mask: broadcast to [batch, heads, queries, keys].
+        kept: [batch, tokens].
+        own: whether the queries are the same tokens.
     """
     if not 2 <= mask.dim() <= 4 or mask.shape[-1] != kept.shape[1] or (mask.dim() == 4 and mask.shape[0] not in (1, len(kept))):
         return False
@@ -141,7 +144,8 @@ def hides(mask: torch.Tensor, kept: torch.Tensor, *, own: bool) -> bool:
 def zero_where_hidden(value: torch.Tensor, kept: torch.Tensor, place: tuple[int, int], rank: int) -> bool:
     """True when the value, broadcast to a tensor of this rank, is zero or False at every position that is not kept.
 
-    place: the dimensions of batch and tokens.
+    Args:
+        place: the dimensions of batch and tokens.
     """
     value = value[(None,) * (rank - value.dim())]
     rows = value.movedim(place, (0, 1)).flatten(2).ne(0).any(-1) if rank > 2 else value.ne(0)

@@ -32,8 +32,12 @@ aten = torch.ops.aten
 class QuantizedLayer:
     """A linear layer with a quantized weight, or the layers of several experts with a stack of them.
 
-    node: the product. values: its input. weight: the dequantized weight. bias: None when there is none.
-    transposed: whether the weight is [..., in_features, out_features].
+    Attributes:
+        node: the product.
+        values: its input.
+        weight: the dequantized weight.
+        bias: None when there is none.
+        transposed: whether the weight is [..., in_features, out_features].
     """
 
     node: fx.Node

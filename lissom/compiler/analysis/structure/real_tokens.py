@@ -36,7 +36,9 @@ def token_mask(program: Program, sample: Sample, node: fx.Node, axis: int = 1) -
     """The real tokens of the node's tensor, as booleans in the shape of its batch and tokens; None if all are real.
 
     In a row without real tokens, all count as real. Rows sorted by expert are in another order than the masks: all count.
-    axis: the dimension of the tokens, the second to last.
+
+    Args:
+        axis: the dimension of the tokens, the second to last.
     """
     if any(item.target in GROUPED_PRODUCTS for item in (node, *node.users)):
         return None
@@ -58,9 +60,10 @@ def real_positions(program: Program, sample: Sample) -> Sequence[tuple[Size, Siz
 class _Sources:
     """The inputs and masks that show which tokens are real.
 
-    inputs: indices of inputs whose zeros mask keys. masks: attention masks computed from other inputs, each with the nodes it
-        depends on, in order.
-    named: indices of inputs with `mask` in their name that no recognized attention mask depends on.
+    Attributes:
+        inputs: indices of inputs whose zeros mask keys.
+        masks: attention masks computed from other inputs, each with the nodes it depends on, in order.
+        named: indices of inputs with `mask` in their name that no recognized attention mask depends on.
     """
 
     inputs: list[int]
@@ -121,7 +124,11 @@ def _sources(program: Program) -> _Sources:
 
 
 def _seen(program: Program, mask: fx.Node, order: Sequence[fx.Node], sample: Sample) -> torch.Tensor:
-    """The keys visible to some query, [batch, keys]. mask: of an attention, [batch or 1, heads or 1, queries, keys]."""
+    """The keys visible to some query, [batch, keys].
+
+    Args:
+        mask: of an attention, [batch or 1, heads or 1, queries, keys].
+    """
     given = dict(zip(program.placeholders, sample, strict=True))
     value = values_at(program, order, program.signature.sizes_of(sample), given)[mask]
     seen = value if value.dtype == torch.bool else value > _HIDDEN_ROUNDED

@@ -27,7 +27,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Embedding:
-    """An embedding table. tied: whether an LM head uses the same weight."""
+    """An embedding table.
+
+    Attributes:
+        tied: whether an LM head uses the same weight.
+    """
 
     node: fx.Node
     rows: int
@@ -48,7 +52,9 @@ class Layer:
 class Structure:
     """The structure of a program, each field in the order of the graph.
 
-    lm_heads: the linear layers that make an output of the program, classifiers included, and those tied to an embedding table.
+    Attributes:
+        lm_heads: the linear layers that make an output of the program, classifiers included, and those tied to an embedding
+            table.
     """
 
     attention: tuple[AttentionSite, ...]

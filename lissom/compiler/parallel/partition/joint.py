@@ -30,7 +30,9 @@ aten = torch.ops.aten
 class Joint:
     """Writes the calls and collectives that replace one operator.
 
-    own: makes a weight that differs between ranks, from its name and values. reduced: an all-reduce of a value.
+    Attributes:
+        own: makes a weight that differs between ranks, from its name and values.
+        reduced: an all-reduce of a value.
     """
 
     edit: Editor
@@ -39,7 +41,12 @@ class Joint:
     reduced: Callable[[fx.Node, str], fx.Node]
 
     def compute(self, node: fx.Node, item: TensorType, result: torch.dtype, dim: int, span: Span) -> list[fx.Node]:
-        """The outputs of a call that reads `dim` of its argument. item: the unsharded type. span: the shards."""
+        """The outputs of a call that reads `dim` of its argument.
+
+        Args:
+            item: the unsharded type.
+            span: the shards.
+        """
         call, x = self.edit.call, nodes.operand(node)
         if nodes.is_call(node, *LOG_SOFTMAX, *SOFTMAX):
             return [self._normalized(node, x, result, dim, span)]

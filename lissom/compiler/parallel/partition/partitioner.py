@@ -34,7 +34,8 @@ aten = torch.ops.aten
 def partition_program(edit: Editor, world_size: int) -> None:
     """Partition a program whose every value has a placement; a `PartitionedProgram` takes its place.
 
-    Raises: PassError when a value has no placement, or was changed since it got one.
+    Raises:
+        PassError: when a value has no placement, or was changed since it got one.
     """
     state = PartitionState.of(edit, world_size)
     program = edit.program
@@ -63,7 +64,7 @@ def partition_program(edit: Editor, world_size: int) -> None:
 
 
 def _wants(state: PartitionState, node: fx.Node) -> Mapping[fx.Node, Placed]:
-    """The placements that a call wants of its arguments. Raises: PassError when the plan no longer holds."""
+    """The placements that a call wants of its arguments. Raises PassError when the plan no longer holds."""
     found = outcome(node, state.read)
     if found.result != state.known[node]:
         raise PassError(

@@ -67,7 +67,11 @@ def _stepped(state: PartitionState, step: str, found: fx.Node, move: _Move) -> f
 
 
 def all_gather(state: PartitionState, value: fx.Node, have: Placed, shape: Sequence[Size]) -> fx.Node:
-    """The blocks of all ranks concatenated, without padding. shape: of the whole value."""
+    """The blocks of all ranks concatenated, without padding.
+
+    Args:
+        shape: of the whole value.
+    """
     ((dim, (span,)),) = have.dims
     call = state.edit.call
     # The operator gathers along the first dimension.

@@ -37,7 +37,8 @@ class _Length:
 class Positions:
     """Shards values by position and gathers them again; use inside `edit.before`.
 
-    own: makes a weight that differs between ranks, from its name and values.
+    Attributes:
+        own: makes a weight that differs between ranks, from its name and values.
     """
 
     edit: Editor

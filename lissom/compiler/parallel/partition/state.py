@@ -27,13 +27,14 @@ Placement = Placed | tuple[Placed, ...]
 class PartitionState:
     """A program on its way from one with placements to one of several ranks.
 
-    known: the placement of every value, and types: its type before the partition.
-    read: what the rules of placements ask of the plan.
-    moved: values redistributed so far, by the value and the placement wanted.
-    stands_for: by a call that was replaced, what replaced it.
-    own: by name the weights that differ between ranks, one for each rank.
-    reads: by the name asked for in `own_weight` the name of the weight it made.
-    wanted_whole: values that a call or the caller reads whole.
+    Attributes:
+        known: the placement of every value, and types: its type before the partition.
+        read: what the rules of placements ask of the plan.
+        moved: values redistributed so far, by the value and the placement wanted.
+        stands_for: by a call that was replaced, what replaced it.
+        own: by name the weights that differ between ranks, one for each rank.
+        reads: by the name asked for in `own_weight` the name of the weight it made.
+        wanted_whole: values that a call or the caller reads whole.
     """
 
     edit: Editor
@@ -49,7 +50,7 @@ class PartitionState:
 
     @classmethod
     def of(cls, edit: Editor, world_size: int) -> PartitionState:
-        """The state before the first step. Raises: PassError when a value has no placement."""
+        """The state before the first step. Raises PassError when a value has no placement."""
         program = edit.program
         found = {node: nodes.placed(node) for node in program.graph.nodes if node.op != "output"}
         known = {node: placed for node, placed in found.items() if placed is not None}

@@ -25,7 +25,9 @@ aten = torch.ops.aten
 class Outcome:
     """The placement of a call's result, or of each of its results, and the placements it needs of its arguments.
 
-    wants: only the arguments whose placement is another. reason: why it needs them, where the operator alone does not say so.
+    Attributes:
+        wants: only the arguments whose placement is another.
+        reason: why it needs them, where the operator alone does not say so.
     """
 
     result: Placed | tuple[Placed, ...]
@@ -37,11 +39,13 @@ class Outcome:
 class Reading:
     """The facts a rule may use: the placements of a call's arguments, and the dimensions that the plan shards.
 
-    known: the placement of every value before the call. planned: the spans that the plan gives a dimension of a value, from its
-    axes; empty for one it does not shard. world_size: number of ranks.
-    constant: the value of a weight that no call writes; None for any other node.
-    by_position: whether values between the layers are sharded by position.
-    gathered: linear layers that are sharded by columns and whose results are gathered at once.
+    Attributes:
+        known: the placement of every value before the call.
+        planned: the spans that the plan gives a dimension of a value, from its axes; empty for one it does not shard.
+        world_size: number of ranks.
+        constant: the value of a weight that no call writes; None for any other node.
+        by_position: whether values between the layers are sharded by position.
+        gathered: linear layers that are sharded by columns and whose results are gathered at once.
     """
 
     known: Mapping[fx.Node, Placed | tuple[Placed, ...]]
@@ -92,7 +96,8 @@ def replicated(node: fx.Node, read: Reading) -> Outcome:
 def alike(node: fx.Node, read: Reading, whole: Collection[int] = ()) -> Outcome:
     """The result is sharded where an argument is, and all arguments that have the dimension are sharded alike.
 
-    whole: dimensions of the result that the operator reads as a whole.
+    Args:
+        whole: dimensions of the result that the operator reads as a whole.
     """
     items = tensors(node)
     typed = nodes.node_type(node)
@@ -121,8 +126,9 @@ def aligned(item: fx.Node, dims: Mapping[int, Spans], rank: int) -> Placed:
 def moved(node: fx.Node, read: Reading, places: Mapping[int, int] | None = None) -> Outcome:
     """The outcome of a call that moves dimensions: shards and pending sums move with them.
 
-    places: where each dimension of the first argument goes, by the call's dimension map by default; a dimension that is not
-        among them must not be sharded.
+    Args:
+        places: where each dimension of the first argument goes, by the call's dimension map by default; a dimension that is not
+            among them must not be sharded.
     """
     item = cast(fx.Node, node.args[0])
     placed, places = read.of(item), dimension_map.places(node) if places is None else places

@@ -51,7 +51,12 @@ ROUNDS = {"all-reduce": 2, "reduce-scatter": 1, "all-gather": 1}
 
 @dataclass(frozen=True)
 class Exchange:
-    """One collective. kind: `all-reduce`, `reduce-scatter` or `all-gather`; shape: of the reduced or the gathered tensor."""
+    """One collective.
+
+    Attributes:
+        kind: `all-reduce`, `reduce-scatter` or `all-gather`.
+        shape: of the reduced or the gathered tensor.
+    """
 
     kind: str
     shape: tuple[Size, ...]

@@ -41,9 +41,14 @@ aten = torch.ops.aten
 class SeparateHeads:
     """An attention with separate head axes.
 
-    keys, values: before heads are repeated for the query heads that share them, [batch, key/value heads, tokens, features].
-    count: the number of key/value heads.
-    queries, key, value, output: the head axes of the queries, keys, values and the result.
+    Attributes:
+        keys: before heads are repeated for the query heads that share them, [batch, key/value heads, tokens, features].
+        values: likewise.
+        count: the number of key/value heads.
+        queries: the head axis of the queries.
+        key: that of the keys.
+        value: that of the values.
+        output: that of the result.
     """
 
     site: AttentionSite
@@ -70,7 +75,8 @@ class SeparateHeads:
 class Rows:
     """The indices along one dimension of a weight that belong to each head.
 
-    indices: [heads, indices per head].
+    Attributes:
+        indices: [heads, indices per head].
     """
 
     weight: fx.Node
@@ -87,7 +93,11 @@ class Rows:
         return weight[self.indices.to(weight.device)]
 
     def write(self, edit: Editor, heads: torch.Tensor) -> None:
-        """Set the weight's values for every head, in this program only; heads: as returned by `read`."""
+        """Set the weight's values for every head, in this program only.
+
+        Args:
+            heads: as returned by `read`.
+        """
         weight = edit.program.weight(self.name).detach().movedim(self.dim, 0).clone()
         weight[self.indices.to(weight.device)] = heads.to(weight)
         edit.set_weight(self.weight, weight.movedim(0, self.dim).contiguous())
@@ -96,7 +106,9 @@ class Rows:
 class Separation:
     """Attentions with separate head axes, until `end`.
 
-    heads: the attentions. axes: the axes of the program in this form.
+    Attributes:
+        heads: the attentions.
+        axes: the axes of the program in this form.
     """
 
     def __init__(self, edit: Editor) -> None:
@@ -162,7 +174,8 @@ class Separation:
     def reorder(self, heads: SeparateHeads, order: torch.Tensor) -> None:
         """Reorder the key and value heads of an attention, together with the query heads that read them.
 
-        order: [key/value heads], the head for each place. The outputs do not change.
+        Args:
+            order: [key/value heads], the head for each place. The outputs do not change.
         """
         readers = heads.site.heads // heads.count
         of_queries = (order[:, None] * readers + torch.arange(readers)).flatten()

@@ -29,7 +29,10 @@ aten = torch.ops.aten
 class HeadLayer:
     """The rows of a linear layer that produce heads, or the columns that read them.
 
-    weight: [heads, features] of indices. bias: the same, if there is one. layer: the linear layer.
+    Attributes:
+        weight: [heads, features] of indices.
+        bias: the same, if there is one.
+        layer: the linear layer.
     """
 
     layer: fx.Node
@@ -63,7 +66,8 @@ class HeadLayer:
 def is_moved(value: object, start: fx.Node, *, kept: bool = False) -> bool:
     """True for a value that is `start`, or comes from it through views, casts and slices only.
 
-    kept: also for an item of several results, or a value that was written to state.
+    Args:
+        kept: also for an item of several results, or a value that was written to state.
     """
     while value is not start:
         if nodes.is_call(value, *SHAPES) or (kept and nodes.is_call(value, operator.getitem)):

@@ -15,8 +15,9 @@ from lissom.errors import UnsupportedError
 class Ranking:
     """The units of one site in the order of removal.
 
-    order: their indices, the first to be removed first, [units].
-    cost: the cost of each, once those before it are removed, [units]; comparable between sites.
+    Attributes:
+        order: their indices, the first to be removed first, [units].
+        cost: the cost of each, once those before it are removed, [units]; comparable between sites.
     """
 
     order: torch.Tensor
@@ -34,8 +35,10 @@ class Ranking:
 class Amount:
     """The ratio of units to keep, and its allocation among sites.
 
-    keep: the fraction of units, above 0 and at most 1. scope: `global` allocates the removal among sites by cost, `layer` takes
-    the same fraction of every site. round_to: the number of units left in a site is a multiple of this.
+    Attributes:
+        keep: the fraction of units, above 0 and at most 1.
+        scope: `global` allocates the removal among sites by cost, `layer` takes the same fraction of every site.
+        round_to: the number of units left in a site is a multiple of this.
     """
 
     keep: float
@@ -57,8 +60,11 @@ class Amount:
 class Choice:
     """One site from which units may be removed.
 
-    path: its name in error messages. units: the number of units. protected: whether all units stay.
-    left: the number of units to leave, where the site has an amount of its own.
+    Attributes:
+        path: its name in error messages.
+        units: the number of units.
+        protected: whether all units stay.
+        left: the number of units to leave, where the site has an amount of its own.
     """
 
     path: str
@@ -68,9 +74,13 @@ class Choice:
 
 
 def check_amount(amount: Amount, choices: Sequence[Choice], what: str) -> None:
-    """Check that an amount can be met at the sites without one of their own. what: the units' name, `heads`.
+    """Check that an amount can be met at the sites without one of their own.
 
-    Raises: UnsupportedError naming the site, the reason, and what is possible.
+    Args:
+        what: the units' name, `heads`.
+
+    Raises:
+        UnsupportedError: naming the site, the reason, and what is possible.
     """
     choices = [item for item in choices if item.left is None]
     free = [item for item in choices if not item.protected]
@@ -102,7 +112,8 @@ def check_amount(amount: Amount, choices: Sequence[Choice], what: str) -> None:
 def allocate(amount: Amount | None, choices: Sequence[Choice], rankings: Sequence[Ranking]) -> list[torch.Tensor]:
     """The indices of the units removed from each site, in the order of removal.
 
-    amount: of the sites without one of their own; None leaves these as they are.
+    Args:
+        amount: of the sites without one of their own; None leaves these as they are.
     """
     open_choices = [item for item in choices if item.left is None]
     open_rankings = [ranking for item, ranking in zip(choices, rankings, strict=True) if item.left is None]

@@ -45,7 +45,11 @@ _SELECTION_TOKENS = 8192
 
 
 def magnitude(program: Program, sites: Sequence[UnitSite], norm: str) -> list[Ranking]:
-    """Rankings by the size of the weights. norm: `l1` or `l2`."""
+    """Rankings by the size of the weights.
+
+    Args:
+        norm: `l1` or `l2`.
+    """
 
     def scores(site: UnitSite) -> torch.Tensor:
         weight = site.matrix(program)
@@ -90,7 +94,10 @@ def taylor(
 class GateMoments:
     """Sums over samples of the gradient g of gates on the units of one site, [units].
 
-    count: samples. absolute: Σ |g|. gram: Σ g·gᵀ, [units, units].
+    Attributes:
+        count: samples.
+        absolute: Σ |g|.
+        gram: Σ g·gᵀ, [units, units].
     """
 
     count: int
@@ -121,8 +128,9 @@ def gate_moments(
 def rearranged(gram: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
     """As many removed units as in `gone`, swapped one by one for others while that lowers Σ_{i, j gone} F_ij.
 
-    gram: F, [units, units]. Kwon et al. 2022, A Fast Post-Training Pruning Framework for Transformers, §4.2: the diagonal of F
-    ignores redundancy between units.
+    Args:
+        gram: F, [units, units]. Kwon et al. 2022, A Fast Post-Training Pruning Framework for Transformers, §4.2: the diagonal
+            of F ignores redundancy between units.
     """
     out = torch.zeros(len(gram), dtype=torch.bool)
     out[gone] = True
@@ -162,8 +170,11 @@ def second_order(
 def removal_path(weight: torch.Tensor, covariance: torch.Tensor, metric: torch.Tensor, units: torch.Tensor) -> Ranking:
     """The ranking of the second-order criterion: repeatedly remove the unit of least cost and update the others.
 
-    weight: [out_features, in_features], those of several experts below each other; covariance: of the inputs, [in_features,
-    in_features]; metric: G, [out_features, out_features]; units: [units, features], the columns of each unit.
+    Args:
+        weight: [out_features, in_features], those of several experts below each other.
+        covariance: of the inputs, [in_features, in_features].
+        metric: G, [out_features, out_features].
+        units: [units, features], the columns of each unit.
     """
     step = -(-len(units) // _STEPS)
     # tr(G·V·A·Vᵀ) = tr((RV)·A·(RV)ᵀ) for G = RᵀR, so G is applied once; to each expert where a weight holds several.
@@ -189,7 +200,11 @@ def removal_path(weight: torch.Tensor, covariance: torch.Tensor, metric: torch.T
 
 
 def _unit_costs(weight: torch.Tensor, inverse: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """tr(W_u · (P_uu)⁻¹ · W_uᵀ) of every unit, [units]; weight: R·W with G = RᵀR."""
+    """tr(W_u · (P_uu)⁻¹ · W_uᵀ) of every unit, [units].
+
+    Args:
+        weight: R·W with G = RᵀR.
+    """
     if units.shape[1] == 1:
         columns = units[:, 0]
         return weight.square().sum(0)[columns] / inverse.diagonal()[columns]

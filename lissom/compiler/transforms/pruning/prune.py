@@ -30,16 +30,16 @@ Criterion = Literal["auto", "magnitude", "gradient", "taylor", "wanda", "reconst
 class UnitPruning(Approximation):
     """The common part of `prune-heads` and `prune-neurons`: their options, and how units are chosen and zeroed.
 
-    units: the name of what is pruned, `heads` or `neurons`.
-
-    keep: fraction of the units that stays, above 0 and at most 1; of the sites that `amounts` does not name.
-    amounts: units that stay at single sites, a number or a fraction by module path, with `*` and `?`:
-        `"encoder.layer.0=8,encoder.layer.3=0.5"`. Without `keep`, other sites stay as they are.
-    criterion: how units are ranked; all but `magnitude` need calibration data. `auto` is `second-order` with data.
-    scope: `global` ranks the units of all layers together, `layer` removes the same fraction of each layer.
-    round_to: the number of units left in a layer is a multiple of this.
-    protect: module paths that keep all units, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    norm: the norm of weights that `magnitude` takes.
+    Attributes:
+        units: the name of what is pruned, `heads` or `neurons`.
+        keep: fraction of the units that stays, above 0 and at most 1; of the sites that `amounts` does not name.
+        amounts: units that stay at single sites, a number or a fraction by module path, with `*` and `?`:
+            `"encoder.layer.0=8,encoder.layer.3=0.5"`. Without `keep`, other sites stay as they are.
+        criterion: how units are ranked; all but `magnitude` need calibration data. `auto` is `second-order` with data.
+        scope: `global` ranks the units of all layers together, `layer` removes the same fraction of each layer.
+        round_to: the number of units left in a layer is a multiple of this.
+        protect: module paths that keep all units, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        norm: the norm of weights that `magnitude` takes.
     """
 
     units: ClassVar[str]
@@ -71,8 +71,9 @@ class UnitPruning(Approximation):
     def prune(self, edit: Editor, sites: Sequence[UnitSite]) -> None:
         """Zero the columns of the removed units, and refit the rest if the criterion does.
 
-        Raises: RequirementError when the criterion needs calibration data and there is none; UnsupportedError when the amount
-            cannot be met.
+        Raises:
+            RequirementError: when the criterion needs calibration data and there is none.
+            UnsupportedError: when the amount cannot be met.
         """
         criterion = self._criterion(edit)
         if not sites and not edit.skipped:
@@ -110,7 +111,8 @@ class UnitPruning(Approximation):
     def _choices(self, sites: Sequence[UnitSite]) -> list[Choice]:
         """The sites with what is left of each, where `amounts` names it or it is protected.
 
-        Raises: UnsupportedError when an amount cannot be met.
+        Raises:
+            UnsupportedError: when an amount cannot be met.
         """
         given = self._amounts().counts(self._amount_sites(sites), f"sites with {self.units}", round_to=self.round_to)
         protected = [is_path_protected(site.path, self.protect) for site in sites]

@@ -56,9 +56,11 @@ _LARGEST_FACTOR = 10.0
 class Ending:
     """The last layer of a residual branch, and the corresponding node in the program before pruning.
 
-    bias: the node that reads its bias; None when it has no bias of its own. start: a value before the layer after which few
-    features need to be kept. other: the residual stream added to its result; None when another operator comes between, such as
-    a norm. reference: the residual add in the other program; the layer when `other` is None.
+    Attributes:
+        bias: the node that reads its bias; None when it has no bias of its own.
+        start: a value before the layer after which few features need to be kept.
+        other: the residual stream added to its result; None when another operator comes between, such as a norm.
+        reference: the residual add in the other program; the layer when `other` is None.
     """
 
     columns: Columns
@@ -76,8 +78,11 @@ class Ending:
 class NormalEquations:
     """Weighted sums over tokens of a layer's inputs, x: [in_features], and its target outputs, y: [out_features].
 
-    read: Σ (x - shift) and Σ (x - shift)·(x - shift)ᵀ. wanted: Σ y. product: Σ (x - shift)·yᵀ.
-    shift: about the mean of x, which avoids cancellation in its variance; zero when there is no bias.
+    Attributes:
+        read: Σ (x - shift) and Σ (x - shift)·(x - shift)ᵀ.
+        wanted: Σ y.
+        product: Σ (x - shift)·yᵀ.
+        shift: about the mean of x, which avoids cancellation in its variance; zero when there is no bias.
     """
 
     read: Moments
@@ -92,7 +97,13 @@ class NormalEquations:
         return NormalEquations(Moments.empty(size, device), torch.zeros(out_features, device=device), product, shift)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> None:
-        """Add tokens. x: [tokens, in_features]; y: [tokens, out_features]; weights: [tokens]."""
+        """Add tokens.
+
+        Args:
+            x: [tokens, in_features].
+            y: [tokens, out_features].
+            weights: [tokens].
+        """
         x, weighted = x.float() - self.shift, y.float() * weights[:, None]
         self.read.add(x, weights)
         self.wanted += weighted.sum(0)
@@ -173,7 +184,8 @@ def refit(
 ) -> None:
     """Refit the last layer of every residual branch to the reference program; see above.
 
-    feed_forward: False refits attentions only.
+    Args:
+        feed_forward: False refits attentions only.
     """
     endings = _endings(edit, reference, feed_forward=feed_forward)
     widest = max((width(input_of(item.layer)) for item in endings), default=1)
@@ -220,7 +232,11 @@ def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Se
 
 
 def _weights(rows: torch.Tensor, *, stream: bool) -> torch.Tensor:
-    """The weight of each token, [tokens]: 1 / variance of the residual stream. rows: the stream, [tokens, features]."""
+    """The weight of each token, [tokens]: 1 / variance of the residual stream.
+
+    Args:
+        rows: the stream, [tokens, features].
+    """
     if not stream or rows.shape[-1] < 2:
         return torch.ones(len(rows), device=rows.device)
     return 1 / rows.float().var(-1).clamp_min(_LEAST_VARIANCE)
@@ -278,7 +294,11 @@ def _same_type(left: fx.Node | None, right: fx.Node) -> bool:
 
 
 def scale_units(program: Program, site: UnitSite, moments: Moments, gone: torch.Tensor) -> torch.Tensor:
-    """The weight of a site without the removed units, and with the others scaled; moments: of its layers' inputs."""
+    """The weight of a site without the removed units, and with the others scaled.
+
+    Args:
+        moments: of its layers' inputs.
+    """
     weight, gram = site.matrix(program).cpu(), moments.gram.cpu()
     stay = torch.ones(site.count, dtype=torch.bool)
     stay[gone] = False

@@ -23,10 +23,11 @@ from lissom.compiler.ir.program import Program
 class UnitSite:
     """Units that can be removed one by one, with the columns of the weight that reads them.
 
-    paths: of the modules whose units these are; several where layers share a weight.
-    columns: of the layer that reads the units.
-    units: [units, features], the indices of each unit along the columns' dimension.
-    layers: the linear layers that use that weight; more than one when layers share it.
+    Attributes:
+        paths: of the modules whose units these are; several where layers share a weight.
+        columns: of the layer that reads the units.
+        units: [units, features], the indices of each unit along the columns' dimension.
+        layers: the linear layers that use that weight; more than one when layers share it.
     """
 
     paths: tuple[str, ...]
@@ -96,9 +97,11 @@ def _merged(found: Iterable[tuple[str, Columns, torch.Tensor]]) -> list[UnitSite
 
 
 def amount_sites(sites: Sequence[UnitSite], kind: str, takes: str, shared: bool) -> list[AmountSite]:
-    """The sites as a pass takes amounts for them, from one unit to all. takes: the pass's text.
+    """The sites as a pass takes amounts for them, from one unit to all.
 
-    shared: whether sites on one axis must get the same amount, as a unit is removed from all of them or from none.
+    Args:
+        takes: the pass's text.
+        shared: whether sites on one axis must get the same amount, as a unit is removed from all of them or from none.
     """
     found: list[AmountSite] = []
     for site in sites:

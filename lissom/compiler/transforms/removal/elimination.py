@@ -32,8 +32,12 @@ aten = torch.ops.aten
 class Plan:
     """The removal of a site's dead units.
 
-    node: the node of the site. removed: indices of axes. order: for each index of the first axis, the order of its units to
-    apply first, so that removed units have the same index everywhere; None when they already have. left: dead units that stay.
+    Attributes:
+        node: the node of the site.
+        removed: indices of axes.
+        order: for each index of the first axis, the order of its units to apply first, so that removed units have the same
+            index everywhere; None when they already have.
+        left: dead units that stay.
     """
 
     node: fx.Node
@@ -46,7 +50,8 @@ class Plan:
 def plan_of(node: fx.Node, numbering: tuple[Axis, ...], dead: torch.Tensor) -> Plan:
     """The largest removal of dead units of one site: whole indices of any axis, and as many units from each remaining index.
 
-    dead: [sizes of the axes]. At least one unit is left; when all are dead, the branch is a constant.
+    Args:
+        dead: [sizes of the axes]. At least one unit is left; when all are dead, the branch is a constant.
     """
     dead = dead.clone()
     if bool(dead.all()):
@@ -76,7 +81,9 @@ def plan_of(node: fx.Node, numbering: tuple[Axis, ...], dead: torch.Tensor) -> P
 def _evened(dead: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     """An order of the units of each row with equally many dead units last in every row, and their places.
 
-    dead, gone: [rows, units]; rows and columns that are removed whole are ignored.
+    Args:
+        dead: [rows, units]; rows and columns that are removed whole are ignored.
+        gone: likewise.
     """
     rows = ~gone.all(1)
     columns = ~gone.all(0) if bool(rows.any()) else torch.zeros(dead.shape[1], dtype=torch.bool)
@@ -92,9 +99,12 @@ def _evened(dead: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, tuple
 def reorder(edit: Editor, found: Axes, numbering: Sequence[Axis], order: torch.Tensor) -> None:
     """Reorder the units of every row in all weights that have them; the outputs do not change.
 
-    numbering: the axes of rows and of units in a row; order: [rows, units], the unit for each place.
+    Args:
+        numbering: the axes of rows and of units in a row.
+        order: [rows, units], the unit for each place.
 
-    Raises: UnsupportedError when a weight has the axis of units without that of rows.
+    Raises:
+        UnsupportedError: when a weight has the axis of units without that of rows.
     """
     rows, units = (atom.find() for atom in numbering)
     moved: list[tuple[fx.Node, torch.Tensor]] = []
@@ -143,7 +153,9 @@ def obstacle(edit: Editor, numbering: Sequence[Axis]) -> str:
 def eliminate(edit: Editor, sites: Sequence[tuple[fx.Node, tuple[Axis, ...]]], units: str) -> None:
     """Remove the dead units of several sites; dead units that must stay are reported.
 
-    sites: for each, its node and the axes that number its units. units: their name, `heads`.
+    Args:
+        sites: for each, its node and the axes that number its units.
+        units: their name, `heads`.
     """
     plans = [plan_of(node, numbering, dead_units(edit.program, numbering)) for node, numbering in sites]
     for plan in plans:

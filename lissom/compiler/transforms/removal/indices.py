@@ -35,11 +35,15 @@ def remove_indices(
     """Remove indices of atomic axes from the program: from every weight that has the axis, and from every literal size.
 
     The outputs are unchanged when the removed indices contribute nothing: zero rows where the axis is contracted.
-    found: the axes that these belong to, if weights were changed since; by default the axes of the program.
-    zero: whether removed values are exactly zero wherever a norm reads them; norms are then corrected for the old size.
 
-    Raises: UnsupportedError naming the obstacle: a pinned axis, one read as a whole, or the removal of all its indices. The
-        program is then unchanged.
+    The program is unchanged after an error.
+
+    Args:
+        found: the axes that these belong to, if weights were changed since; by default the axes of the program.
+        zero: whether removed values are exactly zero wherever a norm reads them; norms are then corrected for the old size.
+
+    Raises:
+        UnsupportedError: naming the obstacle: a pinned axis, one read as a whole, or the removal of all its indices.
     """
     found = found or edit.program.fact(axes)
     keep = {axis.find(): _kept(edit, found, axis.find(), set(indices), zero) for axis, indices in removed.items()}
@@ -81,7 +85,11 @@ def _remove(edit: Editor, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> Non
 
 
 def mask(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
-    """True for the indices of an axis that stay, [size]; keep: these booleans for its atoms."""
+    """True for the indices of an axis that stay, [size].
+
+    Args:
+        keep: these booleans for its atoms.
+    """
     axis = axis.find()
     if axis.form == "atom":
         return keep[axis] if axis in keep else torch.ones(fixed(axis.size), dtype=torch.bool)

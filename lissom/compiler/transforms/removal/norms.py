@@ -37,9 +37,13 @@ def normed_axes(node: fx.Node, found: Axes) -> tuple[Axis, ...]:
 
 
 def follow_norm(edit: Editor, node: fx.Node, found: Axes, mask: Mask) -> None:
-    """Change a norm so that its output at the remaining indices does not change. mask: which indices of an axis stay.
+    """Change a norm so that its output at the remaining indices does not change.
 
-    Raises: UnsupportedError for a norm over several dimensions.
+    Args:
+        mask: which indices of an axis stay.
+
+    Raises:
+        UnsupportedError: for a norm over several dimensions.
     """
     dims = normed_axes(node, found)
     if len(dims) != 1:

@@ -37,8 +37,12 @@ _LEAST = 1e-9
 class Observed:
     """Queries and keys of one sample, and their softmax weights.
 
-    q: [batch, heads, rows, head_dim]; k: [batch, key_heads, keys, head_dim]. seen: the visible keys of each row, broadcast to
-    [batch, heads, rows, keys]. real: rows that are not padding, [batch, rows]. weights: [batch, heads, rows, keys].
+    Attributes:
+        q: [batch, heads, rows, head_dim].
+        k: [batch, key_heads, keys, head_dim].
+        seen: the visible keys of each row, broadcast to [batch, heads, rows, keys].
+        real: rows that are not padding, [batch, rows].
+        weights: [batch, heads, rows, keys].
     """
 
     q: torch.Tensor
@@ -52,8 +56,10 @@ class Observed:
 class Maps:
     """The learned parameters of a feature map.
 
-    matrices: W of queries and of keys, [heads, head_dim, head_dim] and [key_heads, …]. biases: b, [heads, 1, head_dim] and
-    [key_heads, …]. factors: s, [heads, 1, 1] and [key_heads, 1, 1]. Empty where a map has none.
+    Attributes:
+        matrices: W of queries and of keys, [heads, head_dim, head_dim] and [key_heads, …].
+        biases: b, [heads, 1, head_dim] and [key_heads, …].
+        factors: s, [heads, 1, 1] and [key_heads, 1, 1]. Empty where a map has none.
     """
 
     matrices: tuple[torch.Tensor, ...] = ()
@@ -80,7 +86,11 @@ def observe_weights(q: torch.Tensor, k: torch.Tensor, scale: float, *, seen: tor
 
 
 def initial_maps(features: FeatureMap, shape: tuple[int, int, int], scale: float, device: torch.device) -> Maps:
-    """Maps before fitting: W = √scale · I, so that φ grows with the scores. shape: heads, key_heads, head_dim."""
+    """Maps before fitting: W = √scale · I, so that φ grows with the scores.
+
+    Args:
+        shape: heads, key_heads, head_dim.
+    """
     heads, key_heads, head_dim = shape
     if features != "hedgehog":
         return Maps()

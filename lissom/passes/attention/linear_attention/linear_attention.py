@@ -71,9 +71,10 @@ def _first_state(program: Program) -> fx.Node | None:
 class LinearAttention(Approximation):
     """Replaces softmax attention by linear attention.
 
-    features: the feature map φ; see the table.
-    skip: module paths whose attention stays softmax, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    only: module paths of the attention to change, in the same form; others stay.
+    Attributes:
+        features: the feature map φ; see the table.
+        skip: module paths whose attention stays softmax, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        only: module paths of the attention to change, in the same form; others stay.
     """
 
     features: FeatureMap = "hedgehog"

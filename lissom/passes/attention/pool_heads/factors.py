@@ -28,8 +28,11 @@ from lissom.passes.attention.pool_heads.pooling import Pooled, Products
 class Factors:
     """The keys, or the values, of an attention.
 
-    rows: all slices of weights that compute them. made: the layer that computes them, where it has all of these.
-    read: the layer that reads them, where it can be refitted. keys: whether they are keys.
+    Attributes:
+        rows: all slices of weights that compute them.
+        made: the layer that computes them, where it has all of these.
+        read: the layer that reads them, where it can be refitted.
+        keys: whether they are keys.
     """
 
     rows: tuple[Rows, ...]

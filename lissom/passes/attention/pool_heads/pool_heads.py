@@ -43,13 +43,14 @@ from lissom.passes.attention.pool_heads.pooling import arranged
 class PoolHeads(Approximation):
     """Makes the key/value heads of each group equal, as grouped-query attention needs.
 
-    groups: number of distinct key/value heads to keep per attention; must divide their number.
-    keep: fraction of key/value heads to keep in place of `groups`, rounded down to a divisor.
-    amounts: key/value heads of single attentions, a divisor of their number or a fraction, by module path, with `*` and `?`:
-        `"model.layers.0=2,*.5=none"`. Without `groups` and `keep`, other attentions stay as they are.
-    align: refits the layers that read the heads, where possible; otherwise heads are averaged as they are.
-    regroup: groups the heads that lose least when merged; otherwise neighbours.
-    protect: module paths whose heads are all kept, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+    Attributes:
+        groups: number of distinct key/value heads to keep per attention; must divide their number.
+        keep: fraction of key/value heads to keep in place of `groups`, rounded down to a divisor.
+        amounts: key/value heads of single attentions, a divisor of their number or a fraction, by module path, with `*` and
+            `?`: `"model.layers.0=2,*.5=none"`. Without `groups` and `keep`, other attentions stay as they are.
+        align: refits the layers that read the heads, where possible; otherwise heads are averaged as they are.
+        regroup: groups the heads that lose least when merged; otherwise neighbours.
+        protect: module paths whose heads are all kept, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
     """
 
     groups: int | None = None
@@ -96,7 +97,8 @@ class PoolHeads(Approximation):
     def _chosen(self, edit: Editor, separation: Separation) -> list[tuple[SeparateHeads, int]]:
         """The attentions to pool, with the number of key/value heads each keeps.
 
-        Raises: UnsupportedError when the requested number divides the heads of none, or an amount those of its attention.
+        Raises:
+            UnsupportedError: when the requested number divides the heads of none, or an amount those of its attention.
         """
         found = [item for item in separation.heads if not is_path_protected(item.site.path, self.protect)]
         given = self._amounts().counts(_sites(found), "attentions with several key/value heads")

@@ -27,9 +27,11 @@ _RANK = 1e-10
 class Products:
     """The products of an attention's query heads with the key or value heads they read.
 
-    left: [heads, features, features], L_e M L_eᵀ. right: [shared heads, features, inputs], R_i.
-    moment: [inputs, inputs], C; the identity where it is None.
-    fitted: whether the readers of the heads can be refitted; otherwise R̄ is a mean. All in float64.
+    Attributes:
+        left: [heads, features, features], L_e M L_eᵀ.
+        right: [shared heads, features, inputs], R_i.
+        moment: [inputs, inputs], C; the identity where it is None.
+        fitted: whether the readers of the heads can be refitted; otherwise R̄ is a mean. All in float64.
     """
 
     left: torch.Tensor
@@ -120,7 +122,10 @@ class Products:
 class Pooled:
     """The pooled head of a group.
 
-    right: [features, inputs], R̄. mix: [query heads, features, features], with L_e' = mixᵀ·L_e. error: the sum above.
+    Attributes:
+        right: [features, inputs], R̄.
+        mix: [query heads, features, features], with L_e' = mixᵀ·L_e.
+        error: the sum above.
     """
 
     right: torch.Tensor

@@ -23,8 +23,9 @@ from lissom.compiler.ir.samples import Sample
 class BlockMass:
     """Sums over all texts.
 
-    total: mass from the real queries of a block to a block of keys, [heads, query blocks, key blocks]. count: number of real
-    queries of a block in texts with real keys in the key block, [query blocks, key blocks].
+    Attributes:
+        total: mass from the real queries of a block to a block of keys, [heads, query blocks, key blocks].
+        count: number of real queries of a block in texts with real keys in the key block, [query blocks, key blocks].
     """
 
     total: torch.Tensor
@@ -36,7 +37,12 @@ class BlockMass:
         return self.total / self.count.clamp_min(1)
 
     def add(self, mass: torch.Tensor, real: torch.Tensor, block: int) -> None:
-        """Add one text. mass: its softmax weights, [heads, queries, keys]; real: which tokens are not padding, [tokens]."""
+        """Add one text.
+
+        Args:
+            mass: its softmax weights, [heads, queries, keys].
+            real: which tokens are not padding, [tokens].
+        """
         tokens = int(real.nonzero().max()) + 1 if bool(real.any()) else 0
         size = -(-tokens // block)
         padded = torch.zeros(mass.shape[0], size * block, size * block)
@@ -80,9 +86,12 @@ def block_masses(
 def fewest_blocks(mean: torch.Tensor, share: float) -> torch.Tensor:
     """The fewest blocks of keys with which each block of queries keeps a fraction of its mass, at every text length.
 
-    mean: [heads, query blocks, key blocks], see `BlockMass.mean`. For every number of key blocks from the query's own block on,
-    the kept ones among these blocks hold at least the fraction `share` of their mass. The query's own block is always kept.
     Returns booleans of that shape.
+
+    Args:
+        mean: [heads, query blocks, key blocks], see `BlockMass.mean`. For every number of key blocks from the query's own block
+            on, the kept ones among these blocks hold at least the fraction `share` of their mass. The query's own block is
+            always kept.
     """
     size = mean.shape[-1]
     kept = torch.eye(size, dtype=torch.bool).expand_as(mean).clone()

@@ -19,7 +19,10 @@ aten = torch.ops.aten
 def write_pattern(edit: Editor, pattern: Pattern, layout: torch.Tensor | None, q: fx.Node, k: fx.Node, name: str) -> fx.Node:
     """The visible keys, boolean, [1, heads or 1, queries, keys], from aranges, comparisons and look-ups; use in `before`.
 
-    layout: boolean, [heads or 1, query blocks, key blocks]; it becomes a weight of that name. q, k: [.., tokens, head_dim].
+    Args:
+        layout: boolean, [heads or 1, query blocks, key blocks]; it becomes a weight of that name.
+        q: [.., tokens, head_dim].
+        k: [.., tokens, head_dim].
     """
     return _Writer(edit, pattern, layout, q, k, name).write()
 

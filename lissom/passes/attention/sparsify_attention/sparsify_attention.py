@@ -73,20 +73,21 @@ _LARGEST_LAYOUT = 2**24
 class SparsifyAttention(Approximation):
     """Restricts attention to a sparse pattern of visible keys.
 
-    pattern: the visible keys of a query; see above.
-    patterns: patterns of single attentions by module path, with `*` and `?`, each with its window, for `block` its block, for
-        `measured` its mass if another than below; `none` leaves an attention dense: `"*=none,*.0=window:64,*.1=block:32"`.
-        Attentions that it does not name get `pattern`.
-    window: visible tokens to each side; default 128, `global-window-random` 192, `strided` 64.
-    block: tokens per block; default 64, `measured` 32.
-    global_tokens: number of first tokens that see all and are seen by all; default 0, `global-window-random` 64.
-    random_blocks: random key blocks per query block; default 3.
-    stride: every stride-th block is visible; default 8.
-    dilation: distance of visible blocks in a dilated window; default 2.
-    seed: of the random blocks; default 0.
-    mass: fraction of the attention weights that `measured` keeps, above 0 and below 1; default 0.95.
-    skip: module paths whose attention stays dense, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    only: module paths whose attention becomes sparse, in the same form; others stay dense.
+    Attributes:
+        pattern: the visible keys of a query; see above.
+        patterns: patterns of single attentions by module path, with `*` and `?`, each with its window, for `block` its block,
+            for `measured` its mass if another than below; `none` leaves an attention dense:
+            `"*=none,*.0=window:64,*.1=block:32"`. Attentions that it does not name get `pattern`.
+        window: visible tokens to each side; default 128, `global-window-random` 192, `strided` 64.
+        block: tokens per block; default 64, `measured` 32.
+        global_tokens: number of first tokens that see all and are seen by all; default 0, `global-window-random` 64.
+        random_blocks: random key blocks per query block; default 3.
+        stride: every stride-th block is visible; default 8.
+        dilation: distance of visible blocks in a dilated window; default 2.
+        seed: of the random blocks; default 0.
+        mass: fraction of the attention weights that `measured` keeps, above 0 and below 1; default 0.95.
+        skip: module paths whose attention stays dense, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        only: module paths whose attention becomes sparse, in the same form; others stay dense.
     """
 
     pattern: Literal["window", "block", "global-window-random", "strided", "dilated", "measured"] = "window"
@@ -158,7 +159,11 @@ class SparsifyAttention(Approximation):
         return replace(self, pattern=pattern, patterns="", **options)
 
     def _restrict(self, edit: Editor, chosen: Mapping[fx.Node, tuple[AttentionSite, int]]) -> None:
-        """Restrict attentions to the pattern of this pass. chosen: each with its site and its number in the program."""
+        """Restrict attentions to the pattern of this pass.
+
+        Args:
+            chosen: each with its site and its number in the program.
+        """
         if self.pattern == "measured":
             if not edit.data:
                 raise RequirementError(
@@ -254,7 +259,8 @@ def _obstacle(edit: Editor, node: fx.Node, cross: bool) -> str | None:
 def _drawn_blocks(edit: Editor, node: fx.Node, heads: int, block: int) -> int:
     """The number of query and of key blocks for which random blocks are drawn.
 
-    Raises: UnsupportedError when the length is constant and its table of blocks is too large.
+    Raises:
+        UnsupportedError: when the length is constant and its table of blocks is too large.
     """
     size = _tokens(node)
     longest = [item.maximum for symbol, item in edit.program.signature.dimensions.items() if symbol == size]

@@ -41,7 +41,8 @@ def grid() -> torch.Tensor:
 def find_function(core: fx.Node, reference: Function) -> tuple[fx.Node, fx.Node] | None:
     """The root and the argument of the expression around `core` that computes `reference`, or None.
 
-    core: the characteristic node of the expression, such as its tanh. The largest matching expression wins.
+    Args:
+        core: the characteristic node of the expression, such as its tanh. The largest matching expression wins.
     """
     points = grid()
     wanted = reference(points)
@@ -58,7 +59,11 @@ def find_function(core: fx.Node, reference: Function) -> tuple[fx.Node, fx.Node]
 
 
 def _reached(core: fx.Node, steps: int, following: Callable[[fx.Node], list[fx.Node]]) -> list[fx.Node]:
-    """The values within some steps from the core, nearest first. following: the nodes one step from a node."""
+    """The values within some steps from the core, nearest first.
+
+    Args:
+        following: the nodes one step from a node.
+    """
     found: list[fx.Node] = []
     frontier = [core]
     for _ in range(steps):

@@ -50,7 +50,9 @@ class RaiseAttention(Rewrite):
 class _Product:
     """The product of the attention weights with v.
 
-    zeroed: where weights are set to 0 before it. sliced: whether the last column of the weights is dropped.
+    Attributes:
+        zeroed: where weights are set to 0 before it.
+        sliced: whether the last column of the weights is dropped.
     """
 
     product: Matmul
@@ -61,7 +63,8 @@ class _Product:
 def _product_with_values(edit: Editor, softmax: fx.Node) -> _Product | None:
     """The product of the attention weights with v; None when the softmax belongs to something else.
 
-    Raises: NoMatchError when the weights have other readers.
+    Raises:
+        NoMatchError: when the weights have other readers.
     """
     weights = _without_nan(edit, softmax)
     zeroed: fx.Node | None = None
@@ -145,7 +148,8 @@ def _raise(edit: Editor, softmax: fx.Node, found: _Product, scores: Scores) -> N
 def _hidden_for_good(scores: Scores, zeroed: fx.Node) -> Scores:
     """The scores with minus infinity where the weights are set to 0, so that the output of a fully masked row is 0 too.
 
-    Raises: NoMatchError when the scores are not masked there.
+    Raises:
+        NoMatchError: when the scores are not masked there.
     """
     hides = [bias.value is zeroed and bias.fill is not None and not bias.inverted for bias in scores.biases]
     if not any(hides):

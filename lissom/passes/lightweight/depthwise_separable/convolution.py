@@ -18,7 +18,8 @@ from lissom.compiler.ir import node as nodes
 class Window:
     """The window of a kernel: size, stride, dilation and padding for each spatial dimension.
 
-    padding: pairs, before and after; for `same` the odd zero comes after, as in PyTorch.
+    Attributes:
+        padding: pairs, before and after; for `same` the odd zero comes after, as in PyTorch.
     """
 
     size: tuple[int, ...]
@@ -44,7 +45,9 @@ class Window:
 class Convolution:
     """A convolution whose kernel is a weight, [channels out, channels in / groups, *sizes].
 
-    places_in, places_out: input and output positions of the batch, at the captured sizes.
+    Attributes:
+        places_in: input positions of the batch, at the captured sizes.
+        places_out: output positions, likewise.
     """
 
     node: fx.Node

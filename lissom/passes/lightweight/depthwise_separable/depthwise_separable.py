@@ -75,14 +75,15 @@ _ROUNDING = 1e-9
 class DepthwiseSeparable(Approximation):
     """Replaces convolutions by depthwise and pointwise ones where these take fewer bytes and FLOPs.
 
-    rank: number of terms per slice of a kernel, 1 or more.
-    keep: fraction of a kernel's energy to keep, above 0 and up to 1; of the output energy with calibration data.
-    budget: fraction of its bytes and FLOPs that a layer may take, above 0 and below 1.
-    amounts: terms of single convolutions, or fractions of their bytes and FLOPs, by module path, with `*` and `?`:
-        `"features.0=2,features.3=0.5"`. Without rank, keep and budget, other convolutions stay as they are.
-    order: which convolution comes first; see above for `auto`.
-    skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    only: module paths to change, in the same form; others stay as they are.
+    Attributes:
+        rank: number of terms per slice of a kernel, 1 or more.
+        keep: fraction of a kernel's energy to keep, above 0 and up to 1; of the output energy with calibration data.
+        budget: fraction of its bytes and FLOPs that a layer may take, above 0 and below 1.
+        amounts: terms of single convolutions, or fractions of their bytes and FLOPs, by module path, with `*` and `?`:
+            `"features.0=2,features.3=0.5"`. Without rank, keep and budget, other convolutions stay as they are.
+        order: which convolution comes first; see above for `auto`.
+        skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        only: module paths to change, in the same form; others stay as they are.
     """
 
     rank: int | None = None
@@ -203,7 +204,11 @@ class DepthwiseSeparable(Approximation):
         return plans or reasons[0]
 
     def _terms(self, slices: Slices, one: Cost, whole: Cost, limit: Cost | None) -> int:
-        """The number of terms of a layer in one order. limit: the cost of the other order, where it is known."""
+        """The number of terms of a layer in one order.
+
+        Args:
+            limit: the cost of the other order, where it is known.
+        """
         if self.keep is not None:
             return int((energy(slices.S) < self.keep - _ROUNDING).sum()) + 1
         if self.budget is not None:

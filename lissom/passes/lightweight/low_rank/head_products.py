@@ -49,8 +49,14 @@ aten = torch.ops.aten
 class HeadProduct:
     """One product of every head of an attention.
 
-    node: the attention. first, second: the layers of q and k, or of v and the output projection; scores: true for q and k.
-    axis: the axis of head_dim, which is reduced. heads, head_dim: sizes.
+    Attributes:
+        node: the attention.
+        first: the layer of q, or of v.
+        second: the layer of k, or the output projection.
+        scores: true for q and k.
+        axis: the axis of head_dim, which is reduced.
+        heads: the number of heads.
+        head_dim: the size of a head.
     """
 
     node: fx.Node
@@ -143,7 +149,11 @@ def gram_of_weights(program: Program, product: HeadProduct) -> dict[fx.Node, tor
 
 
 def score_factors(query: torch.Tensor, key: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A and B of full rank, rows in descending order, and the energy each adds to Σ (qᵀk)²; query: G_q, key: G_k."""
+    """A and B of full rank, rows in descending order, and the energy each adds to Σ (qᵀk)².
+
+    Args:
+        query: G_q, key: G_k.
+    """
     left, right = (torch.linalg.cholesky(damped(gram, damping)) for gram in (query, key))
     directions, values, others = torch.linalg.svd(left.T @ right)
     root = values.sqrt()[:, None]
@@ -153,7 +163,11 @@ def score_factors(query: torch.Tensor, key: torch.Tensor, damping: float) -> tup
 
 
 def value_factors(columns: torch.Tensor, gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """V and Uᵀ of full rank, rows in descending order, and the energy each adds to Σ ‖W_oh z‖²; columns: W_oh, gram: Σ z zᵀ."""
+    """V and Uᵀ of full rank, rows in descending order, and the energy each adds to Σ ‖W_oh z‖².
+
+    Args:
+        columns: W_oh, gram: Σ z zᵀ.
+    """
     found = spectrum(columns, damped(gram, damping))
     u, v = found.truncated(len(found.energy))
     return v, u.T, found.energy

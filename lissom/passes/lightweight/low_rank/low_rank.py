@@ -76,20 +76,21 @@ _LEAST = 1e-30
 class LowRank(Approximation):
     """Replaces a linear layer by two thin ones, by truncated SVD.
 
-    rank: features between the two layers. Give one of rank, keep and budget, or amounts.
-    keep: least fraction of each layer's output energy that its factors keep, above 0 and up to 1.
-    budget: fraction of the bytes of all factored weights to keep, above 0 and below 1.
-    amounts: ranks of single layers, or fractions of their bytes, by module path, with `*` and `?`:
-        `"encoder.layer.0=64,*.query=0.5"`. Without rank, keep and budget, other layers stay whole.
-    whiten: minimizes the output error on calibration data, where there is some, rather than the weight error.
-    asymmetric: fits layers to the outputs of the original model, rather than to those behind factored layers.
-    fisher: weights errors by their effect on the likelihood of the outputs; needs calibration data.
-    attention: reduces head_dim where that is possible, rather than factoring the projections.
-    damping: regularization towards the original weights, as a fraction of the mean of the diagonal of XᵀX.
-    round_to: ranks chosen by keep and budget are a multiple of this.
-    lm_head: factors LM heads and classifiers too; those tied to an embedding table never are.
-    skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    only: module paths to change, in the same form; others stay as they are.
+    Attributes:
+        rank: features between the two layers. Give one of rank, keep and budget, or amounts.
+        keep: least fraction of each layer's output energy that its factors keep, above 0 and up to 1.
+        budget: fraction of the bytes of all factored weights to keep, above 0 and below 1.
+        amounts: ranks of single layers, or fractions of their bytes, by module path, with `*` and `?`:
+            `"encoder.layer.0=64,*.query=0.5"`. Without rank, keep and budget, other layers stay whole.
+        whiten: minimizes the output error on calibration data, where there is some, rather than the weight error.
+        asymmetric: fits layers to the outputs of the original model, rather than to those behind factored layers.
+        fisher: weights errors by their effect on the likelihood of the outputs; needs calibration data.
+        attention: reduces head_dim where that is possible, rather than factoring the projections.
+        damping: regularization towards the original weights, as a fraction of the mean of the diagonal of XᵀX.
+        round_to: ranks chosen by keep and budget are a multiple of this.
+        lm_head: factors LM heads and classifiers too; those tied to an embedding table never are.
+        skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        only: module paths to change, in the same form; others stay as they are.
     """
 
     rank: int | None = None
@@ -160,10 +161,7 @@ class LowRank(Approximation):
         return Amounts.parse(self.amounts, "low-rank{amounts=}", is_count)
 
     def _named(self, edit: Editor, layers: Mapping[fx.Node, Matrix]) -> dict[str, int | None]:
-        """The rank of each weight that `amounts` names; None where it stays whole. Others are reported if they stay whole.
-
-        Raises: UnsupportedError for a pattern that matches no linear layer, or a rank above the full one.
-        """
+        """The rank of each weight that `amounts` names, None for a whole one; others are reported. Raises UnsupportedError."""
         sites, ranks = _sites(layers), dict[str, int | None]()
         sizes = {matrix.name: matrix.shape for matrix in layers.values()}
         for (name, site), amount in zip(sites.items(), self._amounts().at([*sites.values()], "linear layers"), strict=True):
@@ -303,9 +301,10 @@ def _sites(layers: Mapping[fx.Node, Matrix]) -> dict[str, AmountSite]:
 
 @dataclass(frozen=True)
 class _Factors:
-    """u: [features out, rank] and v: [rank, features in], in the dtype of the weight.
+    """The factors u: [features out, rank] and v: [rank, features in] of a weight, in its dtype.
 
-    errors: relative errors of the layer's output on the data with u v and with plain SVD of that rank; then of its weights.
+    Attributes:
+        errors: relative errors of the layer's output on the data with u v and with plain SVD of that rank; then of its weights.
     """
 
     u: torch.Tensor

@@ -23,9 +23,11 @@ import torch
 class Spectrum:
     """The principal directions of a layer's output, the largest first; all float64.
 
-    matrix: diag(s)^½ W, [features out, features in]. basis: orthonormal columns, [features out, directions]. energy: Σ over
-    tokens of the square along each, [directions]. counts: s, [features out]. The number of directions is the smaller of
-    features out and features in.
+    Attributes:
+        matrix: diag(s)^½ W, [features out, features in].
+        basis: orthonormal columns, [features out, directions].
+        energy: Σ over tokens of the square along each, [directions].
+        counts: s, [features out]. The number of directions is the smaller of features out and features in.
     """
 
     matrix: torch.Tensor
@@ -45,7 +47,9 @@ class Spectrum:
 def spectrum(weight: torch.Tensor, hessian: torch.Tensor | None = None, counts: torch.Tensor | None = None) -> Spectrum:
     """The spectrum of a matrix, [features out, features in].
 
-    hessian: H, [features in, features in], I by default. counts: s, [features out], positive, 1 by default.
+    Args:
+        hessian: H, [features in, features in], I by default.
+        counts: s, [features out], positive, 1 by default.
     """
     counts = torch.ones(len(weight), device=weight.device) if counts is None else counts
     matrix = core = weight.double() * counts.double().sqrt()[:, None]
@@ -59,7 +63,11 @@ def spectrum(weight: torch.Tensor, hessian: torch.Tensor | None = None, counts: 
 
 
 def rank_of(energy: torch.Tensor, keep: float) -> int:
-    """The least rank that keeps this fraction of the energy; energy: [directions], the largest first."""
+    """The least rank that keeps this fraction of the energy.
+
+    Args:
+        energy: [directions], the largest first.
+    """
     kept = energy.cumsum(0)
     return min(int((kept < keep * kept[-1]).sum()) + 1, len(kept))
 
@@ -77,8 +85,10 @@ def relative_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Ten
 class Curve:
     """The energy and the bytes of each step of ranks of one matrix.
 
-    gains: energy added by each step, in descending order. step_bytes: bytes per step. whole_bytes: bytes of the unfactored
-    matrix, which has all the energy.
+    Attributes:
+        gains: energy added by each step, in descending order.
+        step_bytes: bytes per step.
+        whole_bytes: bytes of the unfactored matrix, which has all the energy.
     """
 
     gains: torch.Tensor

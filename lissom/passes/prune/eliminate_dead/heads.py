@@ -47,7 +47,11 @@ def eliminate_heads(edit: Editor) -> None:
 
 
 def _dead_sites(edit: Editor, *, report: bool = False) -> list[tuple[AttentionSite, Columns]]:
-    """The attentions with dead heads; report: whether to report attentions without a head axis."""
+    """The attentions with dead heads.
+
+    Args:
+        report: whether to report attentions without a head axis.
+    """
     found: list[tuple[AttentionSite, Columns]] = []
     for site in edit.program.fact(structure).attention:
         columns = find_head_columns(edit.program, site)

@@ -38,7 +38,11 @@ def eliminate_neurons(edit: Editor) -> None:
 
 
 def _dead_sites(edit: Editor, *, report: bool = False) -> list[Columns]:
-    """The down projections of feed-forwards with dead neurons; report: whether to report those without a neuron axis."""
+    """The down projections of feed-forwards with dead neurons.
+
+    Args:
+        report: whether to report those without a neuron axis.
+    """
     found: list[Columns] = []
     for site in edit.program.fact(structure).feed_forward:
         columns = find_neuron_columns(edit.program, site)

@@ -175,7 +175,8 @@ class _Packer:
     def _gathered(self, item: fx.Node, batch_dim: int | None, token_dim: int | None, heads: bool) -> fx.Node:
         """The kept rows of a padded value; a value without batch or tokens is indexed by the dimension it has.
 
-        heads: the tokens are behind heads.
+        Args:
+            heads: the tokens are behind heads.
         """
         key = (item, batch_dim, token_dim, heads)
         if key not in self.gathered:
@@ -196,7 +197,11 @@ class _Packer:
         return call(aten.transpose.int, call(aten.index_select.default, item, batch_dim, wanted), 0, 2 if heads else 1)
 
     def _padded(self, packed: fx.Node, heads: bool) -> fx.Node:
-        """A packed value in padded form. heads: its tokens are behind heads, [1, heads, tokens, features]."""
+        """A packed value in padded form.
+
+        Args:
+            heads: its tokens are behind heads, [1, heads, tokens, features].
+        """
         if not heads:
             return self._unpacked(packed, self.slots, [self.batch, self.tokens])
         spread = self.edit.call(aten.index_select.default, packed, 2, self.slots)

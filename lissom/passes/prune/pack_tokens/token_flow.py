@@ -48,7 +48,12 @@ _VIEWS = {*_PACKED_VIEWS, *ops.SAME_VALUES, *ops.EXPANDS, aten.contiguous.defaul
 
 
 class PaddingReadError(Exception):
-    """The program reads padding. node: the reader; use: how it reads padding."""
+    """The program reads padding.
+
+    Attributes:
+        node: the reader.
+        use: how it reads padding.
+    """
 
     def __init__(self, node: fx.Node, use: Use) -> None:
         super().__init__(use)
@@ -60,9 +65,11 @@ class PaddingReadError(Exception):
 class TokenFlow:
     """The flow of the tokens of one padding mask through a program.
 
-    places: the loose values, with their batch and token dimensions.
-    packed: those of them to compute at kept positions only, in order.
-    chosen: calls that read single positions of a loose value; positions: constant ones, and tensors with one per row.
+    Attributes:
+        places: the loose values, with their batch and token dimensions.
+        packed: those of them to compute at kept positions only, in order.
+        chosen: calls that read single positions of a loose value.
+        positions: constant ones, and tensors with one per row.
     """
 
     program: Program
@@ -76,7 +83,8 @@ class TokenFlow:
     def run(self) -> TokenFlow:
         """Follow the tokens.
 
-        Raises: PaddingReadError.
+        Raises:
+            PaddingReadError: if a call reads padding.
         """
         for node in self.program.nodes():
             loose = {slot: self.places[item] for slot, item in operands(node).items() if item in self.places}

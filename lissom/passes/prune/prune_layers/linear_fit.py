@@ -1,4 +1,4 @@
-"""Which layers a linear map could replace best: those whose part the layers after them learn most easily.
+"""The layers that a linear map replaces best: those whose part the layers after them learn most easily.
 
 Layers that follow each other are removed as one run. With x and y the residual stream of a token before and after a run, its
 error is the part of y's variance that the best linear map of x leaves unexplained:
@@ -35,7 +35,11 @@ Halves = tuple[torch.Tensor, torch.Tensor]
 
 
 def most_linear(edit: Editor, units: Mapping[str, Sequence[Branch]], count: int) -> list[str]:
-    """The names of `count` layers to remove. units: the branches of each layer, in the order of the graph."""
+    """The names of `count` layers to remove.
+
+    Args:
+        units: the branches of each layer, in the order of the graph.
+    """
     names, parts = list(units), list(units.values())
     together = [follow([before[-1], after[0]]) for before, after in pairwise(parts)]
     stream = _hidden_states(edit, parts)

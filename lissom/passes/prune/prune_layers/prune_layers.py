@@ -48,14 +48,15 @@ _WHAT = {"layer": "layers", "attention": "attentions", "feed-forward": "feed-for
 class PruneLayers(Approximation):
     """Removes the layers that change the residual stream least.
 
-    keep: fraction of layers to keep, above 0 and below 1, rounded to whole layers; of those that `amounts` does not name. 0.75
-        where neither is given.
-    amounts: which layers go, by module path, with `*` and `?`: 0 removes a layer, 1 keeps it, `"encoder.layer.3=0,*.5=0"`. It
-        needs no data. Without `keep`, other layers stay.
-    part: what is removed: whole layers, or only their `attention` or `feed-forward`.
-    criterion: how layers are chosen; `influence` and `linear-fit` need calibration data. `linear-fit` is for layers whose part
-        the others learn in a training pass that follows.
-    protect: module paths of layers to keep, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+    Attributes:
+        keep: fraction of layers to keep, above 0 and below 1, rounded to whole layers; of those that `amounts` does not name.
+            0.75 where neither is given.
+        amounts: which layers go, by module path, with `*` and `?`: 0 removes a layer, 1 keeps it, `"encoder.layer.3=0,*.5=0"`.
+            It needs no data. Without `keep`, other layers stay.
+        part: what is removed: whole layers, or only their `attention` or `feed-forward`.
+        criterion: how layers are chosen; `influence` and `linear-fit` need calibration data. `linear-fit` is for layers whose
+            part the others learn in a training pass that follows.
+        protect: module paths of layers to keep, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
     """
 
     keep: float | None = None
@@ -117,7 +118,8 @@ class PruneLayers(Approximation):
     ) -> tuple[list[str], dict[str, list[Branch] | str]]:
         """The layers that `amounts` removes, and those that it does not name.
 
-        Raises: UnsupportedError when one of them cannot be removed.
+        Raises:
+            UnsupportedError: when one of them cannot be removed.
         """
         sites = [AmountSite("layer", (name,), 1, {"prune-layers": (0, 1)}) for name in found]
         given = dict(zip(found, self._amounts().counts(sites, _WHAT[self.part]), strict=True))
@@ -132,7 +134,8 @@ class PruneLayers(Approximation):
     def _count(self, layers: int, staying: dict[str, str]) -> int:
         """The number of layers to remove.
 
-        Raises: UnsupportedError when that many cannot be removed.
+        Raises:
+            UnsupportedError: when that many cannot be removed.
         """
         what, keep = _WHAT[self.part], _KEEP if self.keep is None else self.keep
         count = layers - max(1, round(keep * layers))
