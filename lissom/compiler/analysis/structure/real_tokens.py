@@ -38,7 +38,7 @@ def token_mask(program: Program, sample: Sample, node: fx.Node, axis: int = 1) -
     In a row without real tokens, all count as real. Rows sorted by expert are in another order than the masks: all count.
     axis: the dimension of the tokens, the second to last.
     """
-    if any(item.target in GROUPED_PRODUCTS for item in (node, *node.users)):
+    if any(call.target in GROUPED_PRODUCTS for call in (node, *node.users)):
         return None
     shape = nodes.tensor_type(node).shape
     for batch, tokens, real in program.fact(_sources).of(program, sample):
@@ -105,7 +105,7 @@ def _of_first_slots(leaves: Sequence[TensorArgument], sample: Sample, at: int) -
 def _sources(program: Program) -> _Sources:
     placeholders = program.placeholders
     known = program.fact(padding_masks)
-    masks = dict.fromkeys(found for node in program.nodes() if is_attention(node) and (found := mask_of(node)) is not None)
+    masks = dict.fromkeys(mask for node in program.nodes() if is_attention(node) and (mask := mask_of(node)) is not None)
     computed = {mask: order for mask in masks if (order := order_of([mask])) is not None}
     told = {
         mask: order
