@@ -67,13 +67,13 @@ class _Sources:
     masks: dict[fx.Node, list[fx.Node]]
     named: list[int]
     _sample: Sample | None = None
-    _found: list[tuple[Size, Size, torch.Tensor]] = field(default_factory=list["tuple[Size, Size, torch.Tensor]"])
+    _real: list[tuple[Size, Size, torch.Tensor]] = field(default_factory=list["tuple[Size, Size, torch.Tensor]"])
 
     def of(self, program: Program, sample: Sample) -> list[tuple[Size, Size, torch.Tensor]]:
         """The real tokens of this sample, with the sizes of batch and tokens."""
         if self._sample is not sample:
-            self._sample, self._found = sample, list(self._read(program, sample))
-        return self._found
+            self._sample, self._real = sample, list(self._read(program, sample))
+        return self._real
 
     def _read(self, program: Program, sample: Sample) -> Iterator[tuple[Size, Size, torch.Tensor]]:
         leaves = program.signature.tensors
