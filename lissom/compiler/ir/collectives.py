@@ -38,7 +38,9 @@ def _stand_in(target: object, x: torch.Tensor, *options: Any) -> torch.Tensor:
     return x if target is WAIT else x.clone()
 
 
-STAND_INS: Mapping[object, Callable[..., object]] = {item: partial(_stand_in, item) for item in (*COLLECTIVES, WAIT)}
+STAND_INS: Mapping[object, Callable[..., object]] = {
+    collective: partial(_stand_in, collective) for collective in (*COLLECTIVES, WAIT)
+}
 """The functions called in place of collectives when there is no process group."""
 
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
