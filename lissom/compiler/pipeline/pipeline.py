@@ -70,10 +70,10 @@ class Pipeline:
         if self.checks == "numeric" and not self.samples:
             raise UnsupportedError("numeric checks need samples to run on; pass samples, or checks='structural'")
 
-    def most_tokens(self, item: Pass) -> int | None:
+    def most_tokens(self, pass_: Pass) -> int | None:
         """The tokens of the data that a pass gets at most: data for training is more than the other passes need."""
         trains = any(isinstance(other, Training) for other in self.passes)
-        return CALIBRATED_TOKENS if trains and not isinstance(item, Training) else None
+        return CALIBRATED_TOKENS if trains and not isinstance(pass_, Training) else None
 
     def run(self, program: Program, history: History | None = None) -> tuple[Program, History]:
         """The program after all passes, and the history; the given program is not changed.
@@ -96,18 +96,18 @@ class Pipeline:
         """
         count = len(self.passes) + sum(map(len, endings.values()))
         run = self._run(program, history, count)
-        finished, found = len(self.passes), dict[str, tuple[Program, History] | LissomError]()
+        finished, results = len(self.passes), dict[str, tuple[Program, History] | LissomError]()
         for name, ending in endings.items():
             branch = run.branch(format_pipeline([*self.passes, *ending]))
             try:
                 self._steps(branch, ending, finished, count)
                 with alone(), stopped_with(branch.history):
                     branch.check_stretch()
-                found[name] = branch.program, branch.history
+                results[name] = branch.program, branch.history
             except LissomError as error:
-                found[name] = error
+                results[name] = error
             finished += len(ending)
-        return found
+        return results
 
     def _run(self, program: Program, history: History | None, count: int) -> _Run:
         """The state of the run after all passes."""
@@ -120,21 +120,21 @@ class Pipeline:
     def _steps(self, run: _Run, passes: Sequence[Pass], finished: int, count: int) -> None:
         with alone(), heap_set_aside(), stopped_with(run.history):
             trial: _Trial | None = None
-            for index, item in enumerate(passes, finished):
-                show = partial(self._show, format_pass(item), index, count)
-                if self.judge is not None and isinstance(item, Approximation) and item.cheapens:
+            for index, pass_ in enumerate(passes, finished):
+                show = partial(self._show, format_pass(pass_), index, count)
+                if self.judge is not None and isinstance(pass_, Approximation) and pass_.cheapens:
                     self._judge(run, trial)
-                    trial = _Trial(item, copy(run), len(run.history.steps))
-                elif isinstance(item, Training):
+                    trial = _Trial(pass_, copy(run), len(run.history.steps))
+                elif isinstance(pass_, Training):
                     # Judged before it is trained: minutes of training make nothing faster.
                     reverted, trial = self._judge(run, trial), None
                     if reverted is not None and run.reference is None:
-                        run.record_reverted(item, 0.0, _follows(reverted))
+                        run.record_reverted(pass_, 0.0, _follows(reverted))
                         continue
                 elif trial is not None:
-                    trial.following.append((item, show))
+                    trial.following.append((pass_, show))
                 show()
-                run.step(item, show)
+                run.step(pass_, show)
             self._judge(run, trial)
 
     def _judge(self, run: _Run, trial: _Trial | None) -> Pass | None:
@@ -153,14 +153,14 @@ class Pipeline:
             return None
         seconds = sum(step.seconds + step.check_seconds for step in steps[trial.steps :])
         run.go_back(trial.start, trial.steps)
-        run.record_reverted(trial.item, seconds, verdict.figures)
-        for item, show in trial.following:
-            if isinstance(item, (Rewrite, Annotation)):
+        run.record_reverted(trial.pass_, seconds, verdict.figures)
+        for pass_, show in trial.following:
+            if isinstance(pass_, (Rewrite, Annotation)):
                 show()
-                run.step(item, show)
+                run.step(pass_, show)
             else:
-                run.record_reverted(item, 0.0, _follows(trial.item))
-        return trial.item
+                run.record_reverted(pass_, 0.0, _follows(trial.pass_))
+        return trial.pass_
 
     def _show(self, spelling: str, index: int, count: int, what: str = "", finished: int = 0, total: int = 0) -> None:
         """Report the running pass, and its current step if it reports one."""
@@ -179,7 +179,7 @@ class _Trial:
     start: the run before it. steps: the length of the history then. following: the passes after it that are judged with it.
     """
 
-    item: Pass
+    pass_: Pass
     start: _Run
     steps: int
     following: list[tuple[Pass, Callable[..., None]]] = field(default_factory=list["tuple[Pass, Callable[..., None]]"])
@@ -215,10 +215,10 @@ class _Run:
 
     def branch(self, pipeline: str) -> _Run:
         """A copy of the run with its own history; pipeline: the text of the whole pipeline of the branch."""
-        other = copy(self)
+        branch = copy(self)
         kept = self.history
-        other.history = replace(kept, pipeline=pipeline, steps=[*kept.steps], texts=[*kept.texts], changes={**kept.changes})
-        return other
+        branch.history = replace(kept, pipeline=pipeline, steps=[*kept.steps], texts=[*kept.texts], changes={**kept.changes})
+        return branch
 
     def go_back(self, start: _Run, steps: int) -> None:
         """Restore the state `start`, whose history had that many steps."""
@@ -226,41 +226,41 @@ class _Run:
         self.program, self.original, self.outputs = start.program, start.original, start.outputs
         self.reference, self.stretch, self.start = start.reference, start.stretch, start.start
 
-    def record_reverted(self, item: Pass, seconds: float, reason: str) -> None:
+    def record_reverted(self, pass_: Pass, seconds: float, reason: str) -> None:
         """Record a pass that ran and was reverted."""
         last, index = self.history.steps[-1], len(self.history.steps)
-        spelling, size = format_pass(item), last.size
-        score, about = last.metric, item.about()
-        step = Step(index, spelling, item.kind, seconds, 0.0, size=size, metric=score, reverted=reason, about=about)
+        spelling, size = format_pass(pass_), last.size
+        score, about = last.metric, pass_.about()
+        step = Step(index, spelling, pass_.kind, seconds, 0.0, size=size, metric=score, reverted=reason, about=about)
         self.history.record_program(step, self.program, self.program.text())
 
-    def step(self, item: Pass, show: Callable[[str, int, int], None] | None = None) -> None:
+    def step(self, pass_: Pass, show: Callable[[str, int, int], None] | None = None) -> None:
         """Run one pass on a copy of the program; only a copy that passes its checks replaces the program."""
-        for requirement in item.requires:
+        for requirement in pass_.requires:
             if (node := requirement.breach(self.program)) is not None:
-                raise RequirementError(requirement.sentence(self.program, item.name(), node))
-        if not isinstance(item, (Rewrite, Annotation)):
+                raise RequirementError(requirement.sentence(self.program, pass_.name(), node))
+        if not isinstance(pass_, (Rewrite, Annotation)):
             self.check_stretch()
         started = time.perf_counter()
-        fixed = item.fixed(self.program) if isinstance(item, Training) else ()
-        copied = self.program.own_copy(fixed) if isinstance(item, Training) else self.program.copy()
-        data, labels, most = self.pipeline.data, self.pipeline.labels, self.pipeline.most_tokens(item)
-        edit = Editor(copied, item.name(), data, labels=labels, most_tokens=most, reference=self.reference, progress=show)
-        self._run_pass(item, edit, fixed)
+        fixed = pass_.fixed(self.program) if isinstance(pass_, Training) else ()
+        copied = self.program.own_copy(fixed) if isinstance(pass_, Training) else self.program.copy()
+        data, labels, most = self.pipeline.data, self.pipeline.labels, self.pipeline.most_tokens(pass_)
+        edit = Editor(copied, pass_.name(), data, labels=labels, most_tokens=most, reference=self.reference, progress=show)
+        self._run_pass(pass_, edit, fixed)
         after = edit.program
         after.drop_dead()
         ran, text_after = time.perf_counter(), after.text()
         try:
-            error, cosine, outputs = self._check(item, after, edit, text_after)
+            error, cosine, outputs = self._check(pass_, after, edit, text_after)
         except (VerifyError, *REFUSALS) as problem:
             what = "" if isinstance(problem, VerifyError) else f"the program does not run after it: {type(problem).__name__}: "
-            raise VerifyError(f"{format_pass(item)} was rolled back: {what}{problem}") from problem
-        metric = self._charge(item, after)
+            raise VerifyError(f"{format_pass(pass_)} was rolled back: {what}{problem}") from problem
+        metric = self._charge(pass_, after)
         added, removed = changed_calls([n.name for n in self.program.nodes()], [n.name for n in after.nodes()])
         step = Step(
             index=len(self.history.steps),
-            spelling=format_pass(item),
-            kind=item.kind,
+            spelling=format_pass(pass_),
+            kind=pass_.kind,
             seconds=ran - started,
             check_seconds=time.perf_counter() - ran,
             size=Size.of(after),
@@ -274,24 +274,24 @@ class _Run:
             notes=tuple(edit.notes),
             curve=tuple(edit.curve),
             per_site=edit.per_site,
-            about=item.about(),
+            about=pass_.about(),
         )
-        if not isinstance(item, (Rewrite, Annotation)):
+        if not isinstance(pass_, (Rewrite, Annotation)):
             self.start, self.reference = after, self.reference or self.program
         elif outputs is not self.outputs and self.pipeline.checks == "numeric":
-            self.stretch = (*self.stretch, item)
+            self.stretch = (*self.stretch, pass_)
         self.program, self.outputs = after, outputs
-        if item.redefines:
+        if pass_.redefines:
             self.original = answers(after, outputs)
         self.history.record_program(step, after, text_after)
 
-    def _run_pass(self, item: Pass, edit: Editor, fixed: Collection[str]) -> None:
+    def _run_pass(self, pass_: Pass, edit: Editor, fixed: Collection[str]) -> None:
         # A run of the program writes its state, and restores it. A training pass has copies of all but the fixed weights.
         kept = [name for name in edit.program.weights() if name not in edit.program.state]
-        kept = [name for name in kept if name in fixed] if isinstance(item, Training) else kept
+        kept = [name for name in kept if name in fixed] if isinstance(pass_, Training) else kept
         shared = {name: (tensor := edit.program.weight(name), _version(tensor)) for name in kept}
         try:
-            item.run(edit)
+            pass_.run(edit)
         except LissomError:
             raise
         # Third-party passes and operators may raise anything; the error is kept as the cause.
@@ -299,21 +299,21 @@ class _Run:
             where = f" at {printer.place(edit.program, edit.current)}" if edit.current else ""
             lines = f"\n{printer.excerpt(edit.program, edit.current)}" if edit.current else ""
             raise PassError(
-                f"{format_pass(item)} failed{where}: {type(error).__name__}: {error}; "
+                f"{format_pass(pass_)} failed{where}: {type(error).__name__}: {error}; "
                 f"the program from before the pass is intact{lines}"
             ) from error
-        if isinstance(item, Training):
+        if isinstance(pass_, Training):
             for weight in edit.program.weights().values():
                 weight.requires_grad_(False).grad = None
         written = next((name for name, (tensor, version) in shared.items() if _version(tensor) != version), None)
         if written is not None:
             raise PassError(
-                f"{format_pass(item)} wrote to the weight '{written}' in place, which the program shares with the model it "
+                f"{format_pass(pass_)} wrote to the weight '{written}' in place, which the program shares with the model it "
                 f"came from; the model's own weight is changed now: load it again, and use edit.set_weight in the pass"
             )
 
     def _check(
-        self, item: Pass, after: Program, edit: Editor, text_after: str
+        self, pass_: Pass, after: Program, edit: Editor, text_after: str
     ) -> tuple[float | None, float | None, list[list[object]]]:
         """The error and cosine of the program after the pass, and its outputs; both None when nothing was run.
 
@@ -321,18 +321,18 @@ class _Run:
         """
         if self.pipeline.checks == "off":
             return None, None, []
-        touched = after.edits > 0 or isinstance(item, Training) or text_after != self.history.texts[-1]
+        touched = after.edits > 0 or isinstance(pass_, Training) or text_after != self.history.texts[-1]
         if touched:
             verify_structure(after, self.program)
-        if isinstance(item, Training):
+        if isinstance(pass_, Training):
             require_kept_form(self.program, after)
         if self.pipeline.checks == "structural":
             return None, None, []
         outputs = run_samples(after, self.samples) if touched else self.outputs
         divergence = compare(self.original, answers(after, outputs))
-        if not isinstance(item, (Rewrite, Annotation)):
+        if not isinstance(pass_, (Rewrite, Annotation)):
             return divergence.relative_error, divergence.cosine, outputs
-        bitwise = isinstance(item, Annotation)
+        bitwise = isinstance(pass_, Annotation)
         error = require_equal(self.program, after, self.samples, self.outputs, outputs, bitwise) if touched else 0.0
         edit.notes += changed_strides(answers(self.program, self.outputs[:1])[0], answers(after, outputs[:1])[0])
         return error, divergence.cosine, outputs
@@ -365,12 +365,12 @@ class _Run:
         again = copy(self)
         again.history = History(self.history.pipeline, self.history.checks, self.history.steps[:1], [start.text()])
         again.program, again.samples, again.outputs, again.original = start, samples, wanted, answers(start, wanted)
-        for item in stretch:
-            again.step(item)
+        for pass_ in stretch:
+            again.step(pass_)
 
-    def _charge(self, item: Pass, after: Program) -> float | None:
+    def _charge(self, pass_: Pass, after: Program) -> float | None:
         """The metric of the program, measured after every pass that may change it; checked against the budget."""
-        if isinstance(item, (Rewrite, Annotation)):
+        if isinstance(pass_, (Rewrite, Annotation)):
             return self.history.steps[-1].metric
         score, allowed = self._measure(after), self.pipeline.max_drop
         if score is None or self.score is None or allowed is None:
@@ -378,7 +378,7 @@ class _Run:
         drop = self.score - score
         if not drop <= allowed:
             raise BudgetError(
-                f"{format_pass(item)} was rolled back: it takes the metric from {self.score:.4g} to {score:.4g}, "
+                f"{format_pass(pass_)} was rolled back: it takes the metric from {self.score:.4g} to {score:.4g}, "
                 f"a drop of {drop:.4g}, allowed {allowed:.4g}; make the pass milder or raise max_drop"
             )
         return score
