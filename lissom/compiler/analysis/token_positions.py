@@ -108,12 +108,12 @@ def _mapped(node: fx.Node, dim: int) -> Sources | None:
 
 def _by_name(node: fx.Node, dim: int) -> Sources | None:
     """The operands that have a dimension of the same name. Positions are none of a weight's, nor of what is read as a whole."""
-    named_dims = named(node)
-    names = {dims[dim] if dim < len(dims) else "" for dims in named_dims.results} if named_dims is not None else set[Dim]()
+    call = named(node)
+    names = {dims[dim] if dim < len(dims) else "" for dims in call.results} if call is not None else set[Dim]()
     name = names.pop() if len(names) == 1 else ""
-    if named_dims is None or not name or name in named_dims.whole | named_dims.normed | named_dims.fixed | named_dims.bound:
+    if call is None or not name or name in call.whole | call.normed | call.fixed | call.bound:
         return None
-    places = {operand: at for operand, at, dim_name in named_dims.places() if dim_name == name}
+    places = {operand: at for operand, at, dim_name in call.places() if dim_name == name}
     of_weights = any(operand.name == "weight" or operand.is_added for operand in places)
     return None if of_weights else {operand.slot: at for operand, at in places.items()}
 
@@ -123,9 +123,7 @@ def _joined(node: fx.Node, dim: int) -> Sources | None:
     sources = dimension_map(node)
     source = None if sources is None else sources[dim]
     rank = len(shape_of(node)) - (node.target is aten.stack.default)
-    return (
-        None if source is None else {slot: source for slot, operand in operands(node).items() if len(shape_of(operand)) == rank}
-    )
+    return None if source is None else {slot: source for slot, used in operands(node).items() if len(shape_of(used)) == rank}
 
 
 def _fake_quantize(node: fx.Node, dim: int) -> Sources | None:

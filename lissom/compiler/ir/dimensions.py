@@ -131,16 +131,12 @@ def named(node: fx.Node, shape_of: ShapeOf | None = None) -> Named | None:
     shape: ShapeOf = shape_of or (lambda tensor: nodes.tensor_type(tensor).shape)
     shapes = [None if tensor is None else tuple(shape(tensor)) for _, _, tensor in given]
     several = isinstance(types, tuple)
-    outputs = (
-        tuple(result_type.shape for result_type in types if isinstance(result_type, TensorType))
-        if several
-        else (tuple(shape(node)),)
-    )
+    outputs = tuple(result.shape for result in types if isinstance(result, TensorType)) if several else (tuple(shape(node)),)
     for form in forms_of(declared.text):
         if form.condition is not None and bool(nodes.argument(node, form.condition[0])) != form.condition[1]:
             continue
-        if (named_dims := _bound(node, declared, form, given, shapes, outputs)) is not None:
-            return named_dims
+        if (call := _bound(node, declared, form, given, shapes, outputs)) is not None:
+            return call
     return None
 
 
@@ -149,9 +145,9 @@ def multiplications(node: fx.Node, shape_of: ShapeOf | None = None) -> Size | No
     declared = declaration(node)
     if declared is None or node.target is aten.einsum.default or ":" not in declared.text:
         return None
-    named_dims, total = named(node, shape_of), cast(Size, 0)
-    for term in named_dims.work if named_dims is not None else ():
-        total = total + product([_amount(cast(Named, named_dims), dim) for dim in term])
+    call, total = named(node, shape_of), cast(Size, 0)
+    for term in call.work if call is not None else ():
+        total = total + product([_amount(cast(Named, call), dim) for dim in term])
     return total
 
 
@@ -161,19 +157,19 @@ def counts(target: object) -> bool:
     return declared is not None and ":" in declared.text
 
 
-def _amount(named_dims: Named, dim: Dim) -> Size:
+def _amount(call: Named, dim: Dim) -> Size:
     """The size of a dimension in a term: of those behind `...`, or an argument of the call where no dimension has the name."""
     if isinstance(dim, Compound):
-        sizes = [_amount(named_dims, part) for part in dim.parts]
+        sizes = [_amount(call, part) for part in dim.parts]
         return product(sizes) if dim.product else sum(cast("list[int]", sizes))
     if dim.isdigit():
         return int(dim)
-    if dim in named_dims.sizes:
-        return named_dims.sizes[dim]
-    several = [size for name, size in named_dims.sizes.items() if name.partition(".")[0] == dim.rstrip("*").replace("...", "")]
+    if dim in call.sizes:
+        return call.sizes[dim]
+    several = [size for name, size in call.sizes.items() if name.partition(".")[0] == dim.rstrip("*").replace("...", "")]
     if several or dim == "..." or dim.endswith("*"):
         return product(several)
-    return cast(int, nodes.argument(named_dims.node, dim))
+    return cast(int, nodes.argument(call.node, dim))
 
 
 @cache
@@ -361,14 +357,14 @@ def check_declaration(target: torch._ops.OpOverload, declared: Dimensions) -> No
 
 def contradiction(node: fx.Node) -> str:
     """What a declaration says that a call does not do: the sizes of its results; empty where they agree."""
-    named_dims = named(node)
+    call = named(node)
     types = nodes.node_type(node)
-    if named_dims is None:
+    if call is None:
         return ""
-    for dims, result_type in zip(named_dims.results, types if isinstance(types, tuple) else (types,), strict=True):
-        sizes = tuple(_amount(named_dims, dim) if dim else 1 for dim in dims)
-        if sizes != nodes.tensor_type(result_type).shape:
-            return f"{node.target} is declared to return {list(sizes)} and returns {list(nodes.tensor_type(result_type).shape)}"
+    for dims, result in zip(call.results, types if isinstance(types, tuple) else (types,), strict=True):
+        sizes = tuple(_amount(call, dim) if dim else 1 for dim in dims)
+        if sizes != nodes.tensor_type(result).shape:
+            return f"{node.target} is declared to return {list(sizes)} and returns {list(nodes.tensor_type(result).shape)}"
     return ""
 
 

@@ -62,14 +62,11 @@ def shard_sites(program: Program, world_size: int, layers: Mapping[fx.Node, str]
     program_axes, facts = program.fact(axes), program.fact(structure)
     sites = [_attention(program_axes, site, world_size) for site in facts.attention]
     grouped = [node for node in program.nodes() if node.target is grouped_product]
-    for feed_forward in facts.feed_forward:
-        if feed_forward.down in grouped:
+    for site in facts.feed_forward:
+        if site.down in grouped:
             continue
-        inside = [
-            (input_of(feed_forward.down), feature_dim(feed_forward.down)),
-            *((up, feature_dim(up)) for up in feed_forward.up),
-        ]
-        sites.append(_whole("feed-forward", feed_forward.down, [program_axes.axis(*place) for place in inside], world_size))
+        inside = [(input_of(site.down), feature_dim(site.down)), *((up, feature_dim(up)) for up in site.up)]
+        sites.append(_whole("feed-forward", site.down, [program_axes.axis(*place) for place in inside], world_size))
     for node in grouped:
         x = GroupedProduct(node).x
         if not set(grouped).isdisjoint(computed_from([x], _moves_or_maps)):

@@ -134,15 +134,13 @@ class Checkpoint:
 
     def _on_all(self, work: Callable[[], None] | None) -> None:
         """Do something on this rank. Raises: ArtifactError on all ranks when it fails on one."""
-        own_problem = None
+        own = None
         try:
             if work is not None:
                 work()
         except (ArtifactError, OSError, ValueError) as error:
-            own_problem = (
-                str(error) if isinstance(error, ArtifactError) else f"'{self.directory}' cannot be used: {reason(error)}"
-            )
-        if (problem := self._ranks.settle(own_problem)) is not None:
+            own = str(error) if isinstance(error, ArtifactError) else f"'{self.directory}' cannot be used: {reason(error)}"
+        if (problem := self._ranks.settle(own)) is not None:
             raise ArtifactError(problem)
 
     def _open(self) -> None:

@@ -107,11 +107,7 @@ def lm_head_of(program: Program, leaf: object) -> LmHead | None:
         computed = [used for used in node.all_input_nodes if used.op != "get_attr"]
         fixed = [program.weight(str(used.target)) for used in node.all_input_nodes if used.op == "get_attr"]
         simple = _selects_tokens(node) or is_pointwise(node) or node.target in (*CASTS, *IDENTITIES)
-        if (
-            len(computed) != 1
-            or not simple
-            or any(isinstance(constant, nn.Parameter) or constant.dim() > 1 for constant in fixed)
-        ):
+        if len(computed) != 1 or not simple or any(isinstance(weight, nn.Parameter) or weight.dim() > 1 for weight in fixed):
             return None
         tail.insert(0, node)
         node = computed[0]
@@ -186,9 +182,7 @@ def _quantize_rows_read(lookup: fx.Node) -> None:
         return
     stored, scale, zero_point = (nodes.argument(table, name) for name in ("x", "scale", "zero_point"))
     rows = nodes.tensor_type(stored).shape[0]
-    if any(
-        isinstance(argument, fx.Node) and nodes.tensor_type(argument).shape[:1] != (rows,) for argument in (scale, zero_point)
-    ):
+    if any(isinstance(grid, fx.Node) and nodes.tensor_type(grid).shape[:1] != (rows,) for grid in (scale, zero_point)):
         return
     lookup.target = _quantized_rows
     nodes.set_arguments(lookup, stored, scale, zero_point, *lookup.args[1:], format=table.kwargs["format"], **lookup.kwargs)

@@ -244,14 +244,7 @@ class Run:
         seconds = time.perf_counter() - self._started if first else 0.0
         judges = first and (self.plan.seconds is None or self._judging + self._last_judging <= _JUDGING * seconds)
         loss, self._seconds, writes, judged, interrupted, *present = self.ranks.sums(
-            [
-                float(value),
-                seconds,
-                writes,
-                judges,
-                self._interrupt.seen,
-                *(parameter.grad is not None for parameter in self._items),
-            ]
+            [float(value), seconds, writes, judges, self._interrupt.seen, *(weight.grad is not None for weight in self._items)]
         )
         self._judges = judged > 0
         if self.shards is None:

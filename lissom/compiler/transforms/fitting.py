@@ -245,9 +245,7 @@ class Fitting(Training):
     def _learned(self, program: Program) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name."""
         weights = {name: program.weight(name) for name in self._names(program)}
-        learned = {
-            name: weight for name, weight in weights.items() if isinstance(weight, nn.Parameter) and weight.requires_grad
-        }
+        learned = {name: value for name, value in weights.items() if isinstance(value, nn.Parameter) and value.requires_grad}
         if not learned:
             raise RequirementError(
                 f"{self.name()} has no weights to train: stored integers do not learn, and skip=, only= and embeddings= may "

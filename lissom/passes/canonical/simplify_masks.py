@@ -126,9 +126,7 @@ def _sizes(edit: Editor, kept: fx.Node, other: fx.Node) -> list[fx.Node | int]:
     rank = max(nodes.tensor_type(operand).rank for operand in (kept, other))
     sizes: list[fx.Node | int] = []
     for dim in range(-rank, 0):
-        own, wanted = (
-            tensor_type.shape[dim] if tensor_type.rank >= -dim else 1 for tensor_type in map(nodes.tensor_type, (kept, other))
-        )
+        own, wanted = (typed.shape[dim] if typed.rank >= -dim else 1 for typed in map(nodes.tensor_type, (kept, other)))
         sizes.append(edit.size(other, dim) if own == 1 and wanted != 1 else -1 if nodes.tensor_type(kept).rank >= -dim else 1)
     return sizes
 

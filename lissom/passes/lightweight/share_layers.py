@@ -114,8 +114,7 @@ class ShareLayers(Approximation):
     def _choose(self, edit: Editor, group: Sequence[Held], wanted: Sequence[object]) -> tuple[str, Values, float]:
         """The weights that a group shares, their description, and the relative error of the outputs with them."""
         held = [
-            {key: edit.program.weight(str(weight_reads[0].target)).detach() for key, weight_reads in layer.reads.items()}
-            for layer in group
+            {key: edit.program.weight(str(reads[0].target)).detach() for key, reads in layer.reads.items()} for layer in group
         ]
         choices: dict[str, Callable[[], Values]] = {"their mean": lambda: mean(held)}
         choices |= {
@@ -148,7 +147,7 @@ class Held:
     @property
     def form(self) -> set[tuple[str, object]]:
         """Names and types of the weights."""
-        return {(key, nodes.tensor_type(weight_reads[0])) for key, weight_reads in self.reads.items()}
+        return {(key, nodes.tensor_type(reads[0])) for key, reads in self.reads.items()}
 
 
 def _stacks(layers: Sequence[Held]) -> list[list[Held]]:
@@ -209,9 +208,9 @@ def _error(edit: Editor, group: Sequence[Held], values: Values, wanted: Sequence
     """The relative error of the outputs when all layers of a group have these weights."""
     trial = edit.program.copy()
     for layer in group:
-        for key, weight_reads in layer.reads.items():
+        for key, reads in layer.reads.items():
             if values[key].is_floating_point():
-                trial.set_weight(str(weight_reads[0].target), values[key])
+                trial.set_weight(str(reads[0].target), values[key])
     return _divergence(wanted, _outputs(trial, edit.data))
 
 

@@ -38,10 +38,7 @@ class FuseUnpaddedAttention(Rewrite):
 
     def run(self, edit: Editor) -> None:
         attentions = [AttentionKernel(node) for node in edit.nodes(*AttentionKernel.targets)]
-        padded = [
-            (attention.node, [lookup for lookup in map(_lookup, (attention.q, attention.k, attention.v)) if lookup])
-            for attention in attentions
-        ]
+        padded = [(call.node, [lookup for lookup in map(_lookup, (call.q, call.k, call.v)) if lookup]) for call in attentions]
         sites = edit.accepted((node, _site(node, lookups)) for node, lookups in padded if len(lookups) == 3)
         slots: dict[object, fx.Node] = {}
         for node, site in sites.items():

@@ -204,10 +204,8 @@ class _Guard:
             )
         if self.vanishing:
             parts.append(f"{len(self.vanishing)} would lose much to underflow")
-        reasons = " and ".join(parts)
-        self.edit.note(
-            f"kept {len(kept)} of {len(values)} values in float32: of values and weights {reasons}; the rest follows"
-        )
+        cause = " and ".join(parts)
+        self.edit.note(f"kept {len(kept)} of {len(values)} values in float32: of values and weights {cause}; the rest follows")
 
 
 @dataclass
@@ -230,13 +228,9 @@ class Caster:
             wanted = self._dtype_for(node)
             mask = nodes.argument(node, _MASKS[node.target]) if node.target in _MASKS and wanted is self.low else None
             swaps: dict[fx.Node, fx.Node] = {}
-            for operand in _operands(node):
-                if (
-                    wanted is not None
-                    and _is_floating(operand)
-                    and nodes.tensor_type(operand).dtype in (torch.float32, self.low)
-                ):
-                    swaps[operand] = self._cast(operand, wanted, node, clamp=operand is mask)
+            for used in _operands(node):
+                if wanted is not None and _is_floating(used) and nodes.tensor_type(used).dtype in (torch.float32, self.low):
+                    swaps[used] = self._cast(used, wanted, node, clamp=used is mask)
             self._apply(node, {old: new for old, new in swaps.items() if old is not new}, wanted)
         for result, before in zip(results, output_types, strict=True):
             if nodes.is_tensor(result) and nodes.tensor_type(result).dtype == self.low and before != nodes.node_type(result):

@@ -46,13 +46,13 @@ class MergeEqualHeads(Rewrite):
             edit.note(f"the cache takes {_state_bytes(edit.program) / 1e6:.3g} MB, and took {state / 1e6:.3g} MB")
 
 
-def joined(heads: Sequence[SeparateHeads]) -> list[list[SeparateHeads]]:
+def joined(attentions: Sequence[SeparateHeads]) -> list[list[SeparateHeads]]:
     """The attentions grouped into sets; no two sets have key or value heads in common."""
     groups: list[list[SeparateHeads]] = []
-    for candidate in heads:
-        touching = [group for group in groups if any(set(candidate.shared) & set(member.shared) for member in group)]
+    for heads in attentions:
+        touching = [group for group in groups if any(set(heads.shared) & set(member.shared) for member in group)]
         groups = [group for group in groups if group not in touching] + [
-            [*(each for group in touching for each in group), candidate]
+            [*(each for group in touching for each in group), heads]
         ]
     return groups
 

@@ -37,10 +37,8 @@ class ZeroPadding(Approximation):
         masks = edit.program.fact(padding_masks)
         padding: dict[fx.Node, fx.Node] = {}
         for output in edit.program.output.all_input_nodes:
-            output_type = nodes.node_type(output)
-            shape = (
-                output_type.shape[:2] if isinstance(output_type, TensorType) and output_type.dtype.is_floating_point else None
-            )
+            typed = nodes.node_type(output)
+            shape = typed.shape[:2] if isinstance(typed, TensorType) and typed.dtype.is_floating_point else None
             fitting = [mask for mask in masks if nodes.tensor_type(mask).shape == shape]
             if len(fitting) > 1:
                 edit.skip(output, "two inputs could be its padding mask")

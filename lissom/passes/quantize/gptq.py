@@ -147,16 +147,14 @@ class Gptq(Approximation):
     def _quantize(self, edit: Editor, matrix: RoundedMatrix, read: Read) -> None:
         weight, (scale, zero_point) = matrix.read(edit.program), matrix.read_scale(edit.program)
         points = [None] * len(read.each) if zero_point is None else matrices_of(zero_point)
-        rounded_parts: list[_Rounded] = []
+        solved: list[_Rounded] = []
         for part, size, point, moments in zip(matrices_of(weight), matrices_of(scale), points, read.each, strict=True):
             # An expert without tokens keeps its weights, which are rounded to nearest.
-            rounded_parts.append(
+            solved.append(
                 self._rounded(matrix, part, size, point, moments, read.shift) if moments.count else (part, size, point)
             )
-        rounded, scale = (
-            stack_like(parts, weight) for parts in ([part[0] for part in rounded_parts], [part[1] for part in rounded_parts])
-        )
-        zero_points = [part[2] for part in rounded_parts if part[2] is not None]
+        rounded, scale = (stack_like(parts, weight) for parts in ([part[0] for part in solved], [part[1] for part in solved]))
+        zero_points = [part[2] for part in solved if part[2] is not None]
         zero_point = stack_like(zero_points, weight) if zero_points else None
         for part, value in zip(matrix.quantizer.all_input_nodes[1:], (scale, zero_point), strict=False):
             if value is not None:

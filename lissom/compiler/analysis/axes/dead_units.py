@@ -53,13 +53,10 @@ def summed(node: fx.Node) -> list[list[Place]]:
     if node.target in ops.SUMS:
         operand = nodes.operand(node)
         return [[(operand, dim)] for dim in reduced_dims(node, nodes.tensor_type(operand).rank)]
-    named_dims = named(node)
-    if named_dims is None:
+    call = named(node)
+    if call is None:
         return []
-    return [
-        [(operand.node, dim) for operand, dim, dim_name in named_dims.places() if dim_name == name]
-        for name in named_dims.summed
-    ]
+    return [[(operand.node, dim) for operand, dim, dim_name in call.places() if dim_name == name] for name in call.summed]
 
 
 def zero_units(program_axes: Axes, zero: Zeros, place: Place, numbering: Sequence[Axis]) -> torch.Tensor:

@@ -60,8 +60,8 @@ def _pointwise(node: fx.Node, known: Known) -> Value:
 
 def by_name(node: fx.Node, known: Known) -> Value:
     """Dimensions of one name are one axis; a compound is divided where the sizes of its parts say so."""
-    named_dims = named(node)
-    if named_dims is None:
+    call = named(node)
+    if call is None:
         return unknown(node, known)
     operator_name = target_text(node.target)
     axes: dict[Dim, Axis] = {}
@@ -72,42 +72,42 @@ def by_name(node: fx.Node, known: Known) -> Value:
         elif name:
             axes[name] = axis
 
-    for operand, dim, name in named_dims.places():
+    for operand, dim, name in call.places():
         if operand.opaque:
             pin(of(operand.node, known)[dim], f"{operator_name} reads it in a layout of its own")
         else:
             meet(name, of(operand.node, known)[dim])
-    for operand in named_dims.operands:
+    for operand in call.operands:
         for dim, axis in zip(operand.dims, of(operand.node, known), strict=True):
             if isinstance(dim, Compound):
                 axes.setdefault(dim, axis)
-                pieces = _pieces(axis, dim, named_dims)
+                pieces = _pieces(axis, dim, call)
                 if pieces is None:
                     pin(axis, f"{operator_name} reads '{' '.join(dim.parts)}' in it")
                 for name, piece in pieces or ():
                     meet(name, piece) if name.isalpha() else pin(piece, f"{operator_name} reads all of it")
-    for name in named_dims.whole:
+    for name in call.whole:
         mark(axes[name], whole=True)
-    for name in named_dims.normed:
+    for name in call.normed:
         mark(axes[name], normed=True)
-    for name in named_dims.fixed:
+    for name in call.fixed:
         pin(axes[name], f"{operator_name} runs through '{name}' in order, or looks its indices up")
-    results = tuple(tuple(_named_axis(dim, axes, named_dims) for dim in dims) for dims in named_dims.results)
+    results = tuple(tuple(_named_axis(dim, axes, call) for dim in dims) for dims in call.results)
     return results if isinstance(nodes.node_type(node), tuple) else results[0]
 
 
-def _named_axis(dim: Dim, axes: dict[Dim, Axis], named_dims: Named) -> Axis:
+def _named_axis(dim: Dim, axes: dict[Dim, Axis], call: Named) -> Axis:
     """The axis of a result's dimension; a new one where no operand has the name."""
     if dim in axes or not dim:
         return axes.get(dim, Axis(1))
-    return Axis(named_dims.sizes[cast(str, dim)], pinned=f"a new one of {target_text(named_dims.node.target)}")
+    return Axis(call.sizes[cast(str, dim)], pinned=f"a new one of {target_text(call.node.target)}")
 
 
-def _pieces(axis: Axis, dim: Compound, named_dims: Named) -> list[tuple[str, Axis]] | None:
+def _pieces(axis: Axis, dim: Compound, call: Named) -> list[tuple[str, Axis]] | None:
     """The parts of an axis by name, or by size where the declaration gives one; None where it cannot be divided so."""
     pieces: list[tuple[str, Axis]] = []
     for name in dim.parts[:-1]:
-        pair = (divide if dim.product else cut)(axis, int(name) if name.isdigit() else named_dims.sizes[name])
+        pair = (divide if dim.product else cut)(axis, int(name) if name.isdigit() else call.sizes[name])
         if pair is None:
             return None
         pieces.append((name, pair[0]))

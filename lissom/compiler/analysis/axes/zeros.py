@@ -150,18 +150,18 @@ def _power(node: fx.Node, known: _Known) -> Zero:
 
 def _by_name(node: fx.Node, known: _Known) -> Zero:
     """Zero where one factor is and everything that is added: the result is linear in each factor."""
-    named_dims = named(node)
-    if named_dims is None or isinstance(nodes.node_type(node), tuple):
+    call = named(node)
+    if call is None or isinstance(nodes.node_type(node), tuple):
         return NOWHERE
-    factors = [operand for operand in named_dims.operands if operand.is_factor]
-    added = [operand for operand in named_dims.operands if operand.is_added]
+    factors = [operand for operand in call.operands if operand.is_factor]
+    added = [operand for operand in call.operands if operand.is_added]
     at: dict[int, torch.Tensor] = {}
-    for dim, name in enumerate(named_dims.results[0]):
+    for dim, name in enumerate(call.results[0]):
         size = nodes.tensor_type(node).shape[dim]
-        if not name or not isinstance(size, int) or not named_dims.bound.isdisjoint(parts_of(name)):
+        if not name or not isinstance(size, int) or not call.bound.isdisjoint(parts_of(name)):
             continue
         # What a norm with a mean makes of zeros at some of the indices that it reads is not zero.
-        linear = factors[1:] if named_dims.declared.centred and name in named_dims.normed else factors
+        linear = factors[1:] if call.declared.centred and name in call.normed else factors
         masks = [_of_operand(known.of(operand.node), operand, name, size) for operand in linear]
         terms = [_of_operand(known.of(operand.node), operand, name, size) | known.of(operand.node).whole for operand in added]
         if masks:

@@ -99,9 +99,7 @@ class QuantizedLayer:
     @property
     def has_one_scale(self) -> bool:
         """False when its input is quantized with several known scales."""
-        return not self.scale_is_known or not any(
-            nodes.tensor_type(operand).rank for operand in self.values.all_input_nodes[1:]
-        )
+        return not self.scale_is_known or not any(nodes.tensor_type(grid).rank for grid in self.values.all_input_nodes[1:])
 
     @property
     def has_row_scales(self) -> bool:

@@ -114,14 +114,10 @@ def _partition_call(state: PartitionState, node: fx.Node, wants: Mapping[fx.Node
         _compute_jointly(state, node, joint)
         return
     placed = state.known[node]
-    if is_sharded(placed) or any(is_sharded(state.known.get(argument, REPLICATED)) for argument in node.all_input_nodes):
+    if is_sharded(placed) or any(is_sharded(state.known.get(used, REPLICATED)) for used in node.all_input_nodes):
         make_local(state, node, placed)
     # A call with the same arguments keeps its type: data-dependent sizes would get new symbols, whose ranges are unknown.
-    if (
-        wants
-        or is_sharded(placed)
-        or any(nodes.node_type(argument) != state.types.get(argument) for argument in node.all_input_nodes)
-    ):
+    if wants or is_sharded(placed) or any(nodes.node_type(used) != state.types.get(used) for used in node.all_input_nodes):
         state.edit.retype_call(node)
 
 

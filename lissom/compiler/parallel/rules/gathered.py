@@ -36,9 +36,7 @@ def own_part(node: fx.Node, read: Reading) -> Outcome | None:
     """The placement of such a layer's output before the all-gather, and of its arguments; None for any other call."""
     if node not in read.gathered:
         return None
-    whole = {
-        argument: REPLICATED for argument in tensors(node) if not is_weight(argument) and not read.of(argument).is_replicated
-    }
+    whole = {used: REPLICATED for used in tensors(node) if not is_weight(used) and not read.of(used).is_replicated}
     propagated = rules.outcome(node, replace(read, known=ChainMap(whole, cast("dict[fx.Node, Placed]", read.known))))
     part = propagated.result
     if not isinstance(part, Placed) or not part.spans(len(shape_of(node)) - 1) or not can_gather(part, read.world_size):

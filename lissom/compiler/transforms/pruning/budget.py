@@ -120,10 +120,7 @@ def _allocate(amount: Amount, choices: Sequence[Choice], rankings: Sequence[Rank
     steps = [_steps(amount, choice) for choice in choices]
     if amount.scope == "layer":
         most = [choice.units - amount.left_of(choice.units) for choice in choices]
-        return [
-            max((step for step in site_steps if step <= limit), default=0)
-            for site_steps, limit in zip(steps, most, strict=True)
-        ]
+        return [max((step for step in counts if step <= limit), default=0) for counts, limit in zip(steps, most, strict=True)]
     return _allocate_globally(amount, choices, rankings, steps)
 
 

@@ -77,18 +77,14 @@ def _pad(edit: Editor, node: fx.Node, kept: torch.Tensor) -> None:
     whole, size = len(kept), int(kept.sum())
     norm = Norm(node)
     weight, bias = nodes.argument(node, "weight"), nodes.argument(node, "bias")
-    if not all(
-        parameter is None or (isinstance(parameter, fx.Node) and parameter.op == "get_attr") for parameter in (weight, bias)
-    ):
+    if not all(read is None or (isinstance(read, fx.Node) and read.op == "get_attr") for read in (weight, bias)):
         raise UnsupportedError(f"{target_text(node.target)} ('{node.name}') has a computed weight")
     order = torch.cat([kept.nonzero().flatten(), (~kept).nonzero().flatten()])
     with edit.before(node):
         # The remaining indices come first.
         operands = [
-            edit.weight(str(parameter.target), edit.like(parameter, edit.tensor(parameter)[order]))
-            if isinstance(parameter, fx.Node)
-            else None
-            for parameter in (weight, bias)
+            edit.weight(str(read.target), edit.like(read, edit.tensor(read)[order])) if isinstance(read, fx.Node) else None
+            for read in (weight, bias)
         ]
         # Nodes still have the sizes before the removal, so the padded size would be wrong until all are retyped.
         padded = _untyped(edit, aten.constant_pad_nd.default, node, norm.x, [0, whole - size])

@@ -94,11 +94,7 @@ def value_factors(program: Program, separation: Separation, heads: SeparateHeads
     read = None
     if site.output is not None and made is not None and separation.is_alone(heads, heads.value):
         matrix = matrix_of(site.output)
-        columns = [
-            candidate
-            for candidate in separation.rows(heads.output)
-            if not isinstance(matrix, str) and candidate.weight is matrix.node
-        ]
+        columns = [part for part in separation.rows(heads.output) if not isinstance(matrix, str) and part.weight is matrix.node]
         read = _layer(program, separation, heads.output, program_axes.axis(site.node, 3), (site.output,), columns)
         if not (is_moved(heads.values, made.layer, kept=True) and is_moved(input_of(site.output), site.node, kept=True)):
             read = None

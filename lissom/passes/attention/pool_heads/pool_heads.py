@@ -144,19 +144,14 @@ class PoolHeads(Approximation):
         edit.rewritten += 1
 
 
-def _names(heads: Sequence[SeparateHeads]) -> list[str]:
-    return site_names(
-        [attention_heads.site.path for attention_heads in heads], [attention_heads.keys.name for attention_heads in heads]
-    )
+def _names(attentions: Sequence[SeparateHeads]) -> list[str]:
+    return site_names([heads.site.path for heads in attentions], [heads.keys.name for heads in attentions])
 
 
-def _sites(heads: Sequence[SeparateHeads]) -> list[AmountSite]:
+def _sites(attentions: Sequence[SeparateHeads]) -> list[AmountSite]:
     """The attentions as amounts name them: each takes the divisors of its number of key/value heads."""
-    divisors = [
-        tuple(number for number in range(1, attention_heads.count + 1) if attention_heads.count % number == 0)
-        for attention_heads in heads
-    ]
+    divisors = [tuple(number for number in range(1, heads.count + 1) if heads.count % number == 0) for heads in attentions]
     return [
-        AmountSite("key/value heads", (name,), attention_heads.count, {"pool-heads": legal})
-        for name, attention_heads, legal in zip(_names(heads), heads, divisors, strict=True)
+        AmountSite("key/value heads", (name,), heads.count, {"pool-heads": legal})
+        for name, heads, legal in zip(_names(attentions), attentions, divisors, strict=True)
     ]

@@ -137,11 +137,7 @@ class SparsifyAttention(Approximation):
         for amount in dict.fromkeys(chosen.values()):
             self._with(amount)._restrict(
                 edit,
-                {
-                    node: (sites[node], order)
-                    for order, (node, node_amount) in enumerate(chosen.items())
-                    if node_amount == amount
-                },
+                {node: (sites[node], order) for order, (node, own) in enumerate(chosen.items()) if own == amount},
             )
         if chosen:
             text = amounts_text(names, [chosen[node] or self.pattern if node in chosen else None for node in sites])

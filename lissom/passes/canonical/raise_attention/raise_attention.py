@@ -115,15 +115,13 @@ def _raise(edit: Editor, softmax: fx.Node, values_product: _Product, scores: Sco
         raise NoMatchError("the last column is dropped from the weights, or sinks are kept in them")
     if values_product.zeroed is not None:
         scores = _hidden_for_good(scores, values_product.zeroed)
-    ranks = {nodes.tensor_type(operand).rank for operand in (scores.q, scores.keys, v)}
+    ranks = {nodes.tensor_type(x).rank for x in (scores.q, scores.keys, v)}
     heads = nodes.tensor_type(softmax).shape[1] if nodes.tensor_type(softmax).rank == 4 else scores.heads
     if not ranks <= {3, 4} or (len(ranks) > 1 and heads is None):
         raise NoMatchError(f"q, k and v have ranks {sorted(ranks)}; attention takes 4, or 3")
     dtype = nodes.tensor_type(product).dtype
     with edit.before(product, like=[softmax, product]):
-        q, k, values = (
-            _unfold(edit, _cast(edit, operand, dtype), heads) for operand in (scores.q, _keys(edit, scores.keys), v)
-        )
+        q, k, values = (_unfold(edit, _cast(edit, x, dtype), heads) for x in (scores.q, _keys(edit, scores.keys), v))
         for factor in scores.factors:
             q = edit.call(aten.mul.Tensor, q, _cast(edit, factor, dtype))
         bias = _sum(edit, scores.biases, dtype, heads)

@@ -249,14 +249,10 @@ class LowRank(Approximation):
         products: list[HeadProduct] = []
         for site in edit.program.fact(structure).attention:
             edit.current = site.node
-            for candidate in head_products(edit.program, site):
-                reason = (
-                    candidate
-                    if isinstance(candidate, str)
-                    else self._obstacle_by_name(candidate.first.layer, candidate.second.layer)
-                )
-                if edit.may_change(site.node, reason) and isinstance(candidate, HeadProduct):
-                    products.append(candidate)
+            for pair in head_products(edit.program, site):
+                reason = pair if isinstance(pair, str) else self._obstacle_by_name(pair.first.layer, pair.second.layer)
+                if edit.may_change(site.node, reason) and isinstance(pair, HeadProduct):
+                    products.append(pair)
         seen = gram_of_heads(edit, products) if self._whitens(edit) and products else {}
         chosen: list[tuple[HeadProduct, Factors, int]] = []
         for product in products:
