@@ -31,8 +31,8 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.pipeline.history import History
-from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.options import Checks
+from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import InputError, LissomError, RankError, UnsupportedError
 from lissom.version import __version__

@@ -79,7 +79,7 @@ class Amounts:
         """
         entries: dict[str, str] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
-            pattern, equals, amount = (item.strip() for item in part.rpartition("="))
+            pattern, equals, amount = (word.strip() for word in part.rpartition("="))
             if not (pattern and equals and amount):
                 raise UnsupportedError(f"{option} holds '{part}'; write MODULE=AMOUNT, separated by commas")
             if pattern in entries:
@@ -145,10 +145,10 @@ class Amounts:
         """The whole number that an amount is at a site; see `counts`."""
         if amount == UNCHANGED:
             return site.size
-        legal = [item for found in site.takes.values() for item in found if isinstance(item, int)]
+        legal = [number for amounts in site.takes.values() for number in amounts if isinstance(number, int)]
         if (fraction := fraction_of(amount)) is not None:
-            multiples = [item for item in legal if item % round_to == 0] or legal
-            return min(multiples, key=lambda item: (abs(item - fraction * site.size), item))
+            multiples = [number for number in legal if number % round_to == 0] or legal
+            return min(multiples, key=lambda number: (abs(number - fraction * site.size), number))
         if int(amount) not in legal:
             raise UnsupportedError(
                 f"{self.option}: '{site.path}' has {_size(site)}, and cannot have {amount}; give {legal_text(legal)}, "
@@ -164,8 +164,8 @@ def is_count(amount: str) -> bool:
 
 def fraction_of(amount: str) -> float | None:
     """The fraction above 0 and up to 1 that a text with a decimal point gives: `0.5`, `1.0`; None for any other text."""
-    found = float(amount) if _FRACTION.fullmatch(amount) else 0.0
-    return found if 0 < found <= 1 else None
+    fraction = float(amount) if _FRACTION.fullmatch(amount) else 0.0
+    return fraction if 0 < fraction <= 1 else None
 
 
 def amounts_text(sites: Sequence[AmountSite], amounts: Sequence[object]) -> str:
@@ -178,16 +178,16 @@ def amounts_text(sites: Sequence[AmountSite], amounts: Sequence[object]) -> str:
 
 def site_names(paths: Sequence[str], weights: Sequence[str]) -> list[str]:
     """A name for each site: its module path, or the name of its weight where the path is empty or has several weights."""
-    found: dict[str, set[str]] = {}
+    weights_at: dict[str, set[str]] = {}
     for path, weight in zip(paths, weights, strict=True):
-        found.setdefault(path, set()).add(weight)
+        weights_at.setdefault(path, set()).add(weight)
     named = zip(paths, weights, strict=True)
-    return [path if path and len(found[path]) == 1 else weight.removesuffix(".weight") for path, weight in named]
+    return [path if path and len(weights_at[path]) == 1 else weight.removesuffix(".weight") for path, weight in named]
 
 
 def legal_text(legal: Legal) -> str:
     """The allowed amounts in words: `1 to 12`, `1, 2, 3, 6`, `none, int8-dynamic`."""
-    numbers = [item for item in legal if isinstance(item, int)]
+    numbers = [amount for amount in legal if isinstance(amount, int)]
     if len(numbers) == len(legal) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
         return f"{numbers[0]:,} to {numbers[-1]:,}"
     return ", ".join(map(str, legal))

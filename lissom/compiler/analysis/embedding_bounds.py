@@ -65,13 +65,13 @@ def vocabulary_size(program: Program, name: str) -> int | None:
     shapes: dict[object, torch.Size] = {weight: tensor.shape for weight, tensor in program.weights().items()}
     leaves = zip(program.signature.tensors, program.placeholders, strict=True)
     ids = {node for leaf, node in leaves if leaf.path == name}
-    found: list[int] = []
+    rows: list[int] = []
     for node in program.nodes():
         if node.target in _MOVES and nodes.operand(node) in ids:
             ids.add(node)
         elif (looked_up := _look_up(node, shapes)) is not None and looked_up[0] in ids:
-            found.append(looked_up[1])
-    return min(found, default=None)
+            rows.append(looked_up[1])
+    return min(rows, default=None)
 
 
 def embedding_tables(program: Program) -> dict[str, torch.Tensor]:
@@ -112,7 +112,7 @@ class ShardedTable:
 
 def sharded_tables(program: Program) -> tuple[ShardedTable, ...]:
     """The tables of one rank's program that are sharded by rows; they return zeros for rows that no rank holds."""
-    found = dict[tuple[int, int], ShardedTable]()
+    tables = dict[tuple[int, int], ShardedTable]()
     places = {node: index for index, node in enumerate(program.placeholders)}
     for node in program.nodes(aten.embedding.default):
         table, held = Embedding(node).table, Embedding(node).ids
@@ -125,8 +125,8 @@ def sharded_tables(program: Program) -> tuple[ShardedTable, ...]:
             held = nodes.operand(held)
         if held in places:
             rows = spans[0].size
-            found.setdefault((places[held], rows), ShardedTable(places[held], _name(table), rows))
-    return tuple(found.values())
+            tables.setdefault((places[held], rows), ShardedTable(places[held], _name(table), rows))
+    return tuple(tables.values())
 
 
 def _look_up(node: fx.Node, shapes: Mapping[object, torch.Size]) -> tuple[object, int] | None:

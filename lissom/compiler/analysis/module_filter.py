@@ -37,4 +37,4 @@ def is_path_protected(path: str, patterns: str) -> bool:
     """True when the module path, or that of a containing module, matches one of the patterns."""
     parts = path.split(".")
     around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return any(fnmatchcase(item, pattern) for pattern in patterns.replace(",", " ").split() for item in around)
+    return any(fnmatchcase(prefix, pattern) for pattern in patterns.replace(",", " ").split() for prefix in around)

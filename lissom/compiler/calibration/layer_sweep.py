@@ -85,12 +85,12 @@ class Counterpart:
         Experts have none: they may read other tokens there. So do layers whose number of rows depends on values.
         """
         known = {node.name: node for node in reference.nodes() if is_linear(node) and 0 not in example_shape(input_of(node))}
-        found: dict[fx.Node, fx.Node] = {}
+        counterparts: dict[fx.Node, fx.Node] = {}
         for layer, matrix in layers.items():
             held = matrix_of(known[layer.name]) if layer.name in known else ""
             if isinstance(held, Matrix) and torch.equal(held.read(reference), matrix.read(program)):
-                found[layer] = known[layer.name]
-        return cls(reference, found)
+                counterparts[layer] = known[layer.name]
+        return cls(reference, counterparts)
 
 
 def sweep_moments(
@@ -128,11 +128,11 @@ def sweep_moments(
         wanted, counts = next(others), token_weights(layer, read)
         if counts is not None or known is None or known[0] != _rows_of(layer):
             shift = None if wanted is None else shift_of(read, wanted, counts)
-            found = Read(moments_of(read, counts), shift, _by_expert(read, ends))
-            known = (_rows_of(layer), found) if counts is None else None
+            read_moments = Read(moments_of(read, counts), shift, _by_expert(read, ends))
+            known = (_rows_of(layer), read_moments) if counts is None else None
         else:
-            found = known[1]
-        yield layer, found
+            read_moments = known[1]
+        yield layer, read_moments
 
 
 def _counterparts(
@@ -247,9 +247,9 @@ def _sweep(
 
 
 def _tensor(values: Mapping[fx.Node, object], node: fx.Node) -> torch.Tensor:
-    found = values[node]
-    assert isinstance(found, torch.Tensor)
-    return found
+    tensor = values[node]
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
 
 
 def _run(
@@ -280,11 +280,11 @@ def _run(
 def _last_uses(order: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """For each node, the values that no later node reads."""
     seen: set[fx.Node] = set()
-    found: dict[fx.Node, list[fx.Node]] = {}
+    uses: dict[fx.Node, list[fx.Node]] = {}
     for node in reversed(order):
-        found[node] = [used for used in node.all_input_nodes if used not in seen]
-        seen.update(found[node])
-    return found
+        uses[node] = [used for used in node.all_input_nodes if used not in seen]
+        seen.update(uses[node])
+    return uses
 
 
 def _computed_from_weights(program: Program) -> set[fx.Node]:

@@ -120,9 +120,9 @@ def weight_scale(
     # Piece by piece, so that the intermediate tensors stay in the CPU cache.
     blocks = max(1, shape[0] * _AT_ONCE // weight.numel())
     pieces = weight.split(blocks * (weight.shape[0] // shape[0]))
-    found = [_weight_scale(piece, (len(piece) * shape[0] // len(weight), *shape[1:]), form, observer) for piece in pieces]
-    zero_points = [zero_point for _, zero_point in found if zero_point is not None]
-    return torch.cat([scale for scale, _ in found]), torch.cat(zero_points) if zero_points else None
+    grids = [_weight_scale(piece, (len(piece) * shape[0] // len(weight), *shape[1:]), form, observer) for piece in pieces]
+    zero_points = [zero_point for _, zero_point in grids if zero_point is not None]
+    return torch.cat([scale for scale, _ in grids]), torch.cat(zero_points) if zero_points else None
 
 
 def _weight_scale(

@@ -57,8 +57,8 @@ def measured_ranges(
         if isinstance(value, torch.Tensor):
             if not value.is_floating_point():
                 return
-            found = _sums(value, dtype)
-            sums[node] = _merge(sums[node], found) if node in sums else found
+            node_sums = _sums(value, dtype)
+            sums[node] = _merge(sums[node], node_sums) if node in sums else node_sums
         elif isinstance(value, (tuple, list)):
             for part in value:
                 add(node, part)
@@ -74,7 +74,7 @@ def measured_ranges(
             program.run(sample, look)
             if progress is not None:
                 progress(finished + 1, len(data))
-    return {node: _range(found) for node, found in sums.items()}
+    return {node: _range(node_sums) for node, node_sums in sums.items()}
 
 
 def _sums(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -87,7 +87,7 @@ def _sums(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     norm = torch.linalg.vector_norm(finite, dim=-1, dtype=torch.float64).max() if value.dim() else sizes
     used = (sizes > 0).sum()
     small = used - (sizes >= torch.finfo(dtype).tiny).sum()
-    return torch.stack([item.double() for item in (low.clamp_max(0), high.clamp_min(0), norm, used, small)])
+    return torch.stack([number.double() for number in (low.clamp_max(0), high.clamp_min(0), norm, used, small)])
 
 
 def _merge(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

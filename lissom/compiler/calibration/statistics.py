@@ -162,23 +162,23 @@ def observe_gradients(
     """
     generator = torch.Generator().manual_seed(0)
     for finished, sample in enumerate(data):
-        found: list[_Tracked] = []
+        tracked: list[_Tracked] = []
         with torch.enable_grad(), kept_state(program):
-            outputs = _run(program, sample, chosen, partial(_track, found))
+            outputs = _run(program, sample, chosen, partial(_track, tracked))
             likelihood = _likelihood(program, sample, outputs, generator)
-            values = [value for _, value, _ in found]
+            values = [value for _, value, _ in tracked]
             # Outputs that depend on no chosen value have no gradient.
             reached = bool(values) and likelihood.requires_grad
             gradients: Sequence[torch.Tensor | None] = (
                 torch.autograd.grad(likelihood, values, allow_unused=True) if reached else [None for _ in values]
             )
-        for (node, value, mask), gradient in zip(found, gradients, strict=True):
+        for (node, value, mask), gradient in zip(tracked, gradients, strict=True):
             gradient = torch.zeros_like(value) if gradient is None else gradient
             real = 1.0 if mask is None else mask[..., None]
             for given in (value, gradient):
                 check_finite(program, node, real_rows(given.detach(), mask))
             visit(node, value.detach() * real, gradient * real, mask)
-        del found, outputs, likelihood, values, gradients
+        del tracked, outputs, likelihood, values, gradients
         give_back_memory()
         if progress is not None:
             progress(finished + 1, len(data))
@@ -203,17 +203,17 @@ def _run(
     return program.run(sample, look)
 
 
-def _track(found: list[_Tracked], node: fx.Node, value: torch.Tensor, mask: torch.Tensor | None) -> None:
+def _track(tracked: list[_Tracked], node: fx.Node, value: torch.Tensor, mask: torch.Tensor | None) -> None:
     """Keep a value for its gradient; when no weight before it is trainable, the autograd graph starts here."""
     if not value.requires_grad:
         value.requires_grad_()
-    found.append((node, value, mask))
+    tracked.append((node, value, mask))
 
 
 def _likelihood(program: Program, sample: Sample, outputs: Sequence[object], generator: torch.Generator) -> torch.Tensor:
     """The log-likelihood of labels drawn from the program's own outputs, summed over real tokens, without constants."""
-    found = program.fact(structure)
-    heads, vocabularies = set(found.lm_heads), {item.rows for item in found.embeddings}
+    transformer = program.fact(structure)
+    heads, vocabularies = set(transformer.lm_heads), {embedding.rows for embedding in transformer.embeddings}
     total = torch.zeros(())
     for node, value in zip(program.leaves, outputs, strict=True):
         if not (isinstance(node, fx.Node) and isinstance(value, torch.Tensor)) or not value.requires_grad or value.dim() == 0:

@@ -41,8 +41,8 @@ class Operand(Generic[T]):
     def __get__(self, call: Call | None, owner: type[Call]) -> Self | T:
         if call is None:
             return self
-        found: Any = nodes.argument(call.node, *self.names)
-        return found
+        argument: Any = nodes.argument(call.node, *self.names)
+        return argument
 
 
 class Call:

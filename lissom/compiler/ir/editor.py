@@ -20,7 +20,7 @@ from lissom.compiler.ir.samples import Sample, spread
 from lissom.compiler.ir.types import format_type
 from lissom.errors import PassError
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class Editor:
     @cached_property
     def data(self) -> Sequence[Sample]:
         """Calibration inputs, flat; empty when the caller gave none."""
-        found = self._data if self._most_tokens is None else spread(self._data, self._most_tokens)
-        if len(found) < len(self._data):
-            self.note(f"calibrated on {len(found):,} of {len(self._data):,} batches of data=, evenly spaced")
-        return found
+        data = self._data if self._most_tokens is None else spread(self._data, self._most_tokens)
+        if len(data) < len(self._data):
+            self.note(f"calibrated on {len(data):,} of {len(self._data):,} batches of data=, evenly spaced")
+        return data
 
     def nodes(self, *targets: object) -> Iterator[fx.Node]:
         """The program's call nodes (of these targets) in order; nodes erased meanwhile are passed over."""
@@ -118,14 +118,14 @@ class Editor:
             self.skip(node, reason)
         return reason is None
 
-    def accepted(self, found: Iterable[tuple[fx.Node, Found | str]]) -> dict[fx.Node, Found]:
+    def accepted(self, results: Iterable[tuple[fx.Node, Result | str]]) -> dict[fx.Node, Result]:
         """The results of an analysis by node; a node with a reason in place of a result is reported as skipped."""
-        kept: dict[fx.Node, Found] = {}
-        for node, item in found:
-            if isinstance(item, str):
-                self.skip(node, item)
+        kept: dict[fx.Node, Result] = {}
+        for node, result in results:
+            if isinstance(result, str):
+                self.skip(node, result)
             else:
-                kept[node] = item
+                kept[node] = result
         return kept
 
     def tensor(self, read: fx.Node) -> torch.Tensor:
@@ -211,7 +211,7 @@ class Editor:
         reads = [self.weight(name, tensor) for name, tensor in new.items()]
         names = [str(read.target) for read in reads]
         state = self.program.state
-        self.program.state = tuple(item for name in state for item in (names if name == old.target else [name]))
+        self.program.state = tuple(state_name for name in state for state_name in (names if name == old.target else [name]))
         return reads
 
     def set_weight(self, node: fx.Node, tensor: torch.Tensor, *, retype: bool = True) -> None:
@@ -247,12 +247,12 @@ class Editor:
             PassError: when the two have different types.
         """
         program = self.program
-        wanted, found = nodes.node_type(old), nodes.node_type(new)
-        if not fake.same_type(program.fake_mode, wanted, found):
+        wanted, actual = nodes.node_type(old), nodes.node_type(new)
+        if not fake.same_type(program.fake_mode, wanted, actual):
             name_of = program.signature.name_of
             raise PassError(
                 f"{self.pass_name}: {printer.place(program, old)} yields {format_type(wanted, name_of)}, but its "
-                f"replacement {printer.place(program, new)} yields {format_type(found, name_of)}; "
+                f"replacement {printer.place(program, new)} yields {format_type(actual, name_of)}; "
                 f"a replacement must have the same type\n{printer.excerpt(program, old)}"
             )
         old.replace_all_uses_with(new)
@@ -276,10 +276,10 @@ class Editor:
     def move_before(self, node: fx.Node, place: fx.Node) -> None:
         """Move a node and the nodes it depends on in front of `place`; none of them may depend on `place`."""
         needed, late = set(computed_from([node])), False
-        for found in list(self.program.graph.nodes):
-            late = late or found is place
-            if late and found in needed:
-                place.prepend(found)
+        for current in list(self.program.graph.nodes):
+            late = late or current is place
+            if late and current in needed:
+                place.prepend(current)
                 self.program.edits += 1
 
     def erase(self, node: fx.Node) -> None:
@@ -296,10 +296,10 @@ class Editor:
     def retype_from(self, node: fx.Node) -> None:
         """Retype all calls that depend on a node, after its own type changed."""
         changed = {node}
-        for found in self.program.graph.nodes:
-            if found.op == "call_function" and not changed.isdisjoint(found.all_input_nodes):
-                self._type(found)
-                changed.add(found)
+        for call in self.program.graph.nodes:
+            if call.op == "call_function" and not changed.isdisjoint(call.all_input_nodes):
+                self._type(call)
+                changed.add(call)
 
     def retype_call(self, node: fx.Node) -> None:
         """Retype a call after its inputs changed, and record the pass on it when its type changed."""

@@ -85,9 +85,9 @@ class Program:
         known = self._facts.get(analysis)
         if known is not None and known[0] == self.edits:
             return known[1]
-        found = analysis(self)
-        self._facts[analysis] = (self.edits, found)
-        return found
+        fact = analysis(self)
+        self._facts[analysis] = (self.edits, fact)
+        return fact
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The tensors the graph reads, by name, in the order of their first use."""
@@ -155,9 +155,9 @@ class Program:
         copied: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
             copied[node] = graph.node_copy(node, copied.__getitem__)
-        found = Program(self.name, fake.FlatModule(self.graph_module, graph), self.signature, self.state)
-        found.about = self.about
-        return found
+        program = Program(self.name, fake.FlatModule(self.graph_module, graph), self.signature, self.state)
+        program.about = self.about
+        return program
 
     def trainable(self) -> TrainableModule:
         """The program as a module with copies of the weights, for a training loop of one's own; see `with_weights`.
@@ -215,12 +215,12 @@ class Program:
             learns: whether parameters require gradients; otherwise they do where those of this program do.
             fixed: not copied.
         """
-        found, copies = self.copy(), dict[object, torch.Tensor]()
+        program, copies = self.copy(), dict[object, torch.Tensor]()
         for name, old in self.weights().items():
             new = given[name]
             if name in fixed:
                 detached = new.detach()
-                found.set_weight(
+                program.set_weight(
                     name, nn.Parameter(detached, requires_grad=False) if isinstance(old, nn.Parameter) else detached
                 )
                 continue
@@ -229,8 +229,8 @@ class Program:
             if place not in copies:
                 copied = new.detach().to(old.device, copy=True)
                 copies[place] = nn.Parameter(copied, requires_grad=learns or old.requires_grad) if learned else copied
-            found.set_weight(name, copies[place])
-        return found
+            program.set_weight(name, copies[place])
+        return program
 
     def state_tensors(self) -> list[torch.Tensor]:
         """The buffers a call may write."""

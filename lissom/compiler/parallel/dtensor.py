@@ -45,10 +45,10 @@ def as_dtensors(program: Program, mesh: DeviceMesh) -> dict[str, DTensor]:
         )
     rank = mesh.get_local_rank()
     own = ranks[rank] if ranks else program.weights()
-    found: dict[str, DTensor] = {}
+    dtensors: dict[str, DTensor] = {}
     for node in program.graph.nodes:
         name = str(node.target)
-        if node.op != "get_attr" or name in found or name.startswith(_OWN):
+        if node.op != "get_attr" or name in dtensors or name.startswith(_OWN):
             continue
         placed = nodes.placed(node)
         if not isinstance(placed, Placed):
@@ -58,15 +58,15 @@ def as_dtensors(program: Program, mesh: DeviceMesh) -> dict[str, DTensor]:
             )
         local, shape, placement = dtensor_parts(name, own[name], placed, world_size, rank)
         stride = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-        found[name] = DTensor.from_local(
+        dtensors[name] = DTensor.from_local(
             local.contiguous(), mesh, [placement], run_check=False, shape=torch.Size(shape), stride=tuple(stride)
         )
-    return found
+    return dtensors
 
 
 def _world_size(program: Program) -> int:
     placed = [nodes.placed(node) for node in program.graph.nodes]
-    spans = [span for item in placed if isinstance(item, Placed) for _, spans in item.dims for span in spans]
+    spans = [span for placement in placed if isinstance(placement, Placed) for _, spans in placement.dims for span in spans]
     return max((span.parts * span.every for span in spans), default=1)
 
 

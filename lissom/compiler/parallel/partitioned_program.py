@@ -50,10 +50,10 @@ class PartitionedProgram(Program):
         count = len(self.ranks)
         if not 0 <= rank < count:
             raise PassError(f"{self.name} has no rank {rank}: it has {count} ranks, 0 to {count - 1}")
-        found = super().copy()
-        for name in found.weights():
-            found.set_weight(name, self.ranks[rank][name])
-        return found
+        program = super().copy()
+        for name in program.weights():
+            program.set_weight(name, self.ranks[rank][name])
+        return program
 
     def copy(self) -> PartitionedProgram:
         return PartitionedProgram(super().copy(), self.ranks)
@@ -101,10 +101,10 @@ class PartitionedProgram(Program):
 
     def _sizes(self, inputs: Sequence[torch.Tensor]) -> dict[sympy.Symbol, int]:
         """The dynamic sizes in a call with these inputs."""
-        found: dict[object, int] = {}
+        sizes: dict[object, int] = {}
         for node, tensor in zip(self.placeholders, inputs, strict=True):
-            found.update(zip(nodes.tensor_type(node).shape, tensor.shape, strict=True))
-        return {size: number for size, number in found.items() if isinstance(size, sympy.Symbol)}
+            sizes.update(zip(nodes.tensor_type(node).shape, tensor.shape, strict=True))
+        return {size: number for size, number in sizes.items() if isinstance(size, sympy.Symbol)}
 
 
 def run_ranks(
@@ -154,5 +154,5 @@ def _together(target: object, parts: Sequence[torch.Tensor], options: Sequence[o
 
 
 def _placed(node: fx.Node) -> Placed:
-    found = nodes.placed(node)
-    return found if isinstance(found, Placed) else REPLICATED
+    placed = nodes.placed(node)
+    return placed if isinstance(placed, Placed) else REPLICATED

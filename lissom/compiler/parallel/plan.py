@@ -86,8 +86,12 @@ class Plan:
     @property
     def cost(self) -> tuple[int, int]:
         """The number of collectives before any are merged, and of elements they send; dynamic sizes count as 1."""
-        found = [item for items in (*(move.exchanges for move in self.moves), *self.joint.values()) for item in items]
-        return len(found), sum(ROUNDS[item.kind] * math.prod(n for n in item.shape if isinstance(n, int)) for item in found)
+        exchanges = [
+            exchange for items in (*(move.exchanges for move in self.moves), *self.joint.values()) for exchange in items
+        ]
+        return len(exchanges), sum(
+            ROUNDS[exchange.kind] * math.prod(n for n in exchange.shape if isinstance(n, int)) for exchange in exchanges
+        )
 
 
 class _RefusedError(Exception):
@@ -120,37 +124,37 @@ def make_plan(
             by themselves.
         sequence: whether values between the layers are sharded by position.
     """
-    found, whole, layers = program.fact(axes), whole or {}, layers or {}
+    program_axes, whole, layers = program.fact(axes), whole or {}, layers or {}
     sites = [
         ShardSite(site.kind, site.node, site.path, {}, f"the plan says so: {whole[site.node]}") if site.node in whole else site
         for site in shard_sites(program, world_size, layers)
     ]
     left = [site for site in sites if site.obstacle]
     sites = [site for site in sites if not site.obstacle]
-    pairs = _settle(program, found, sites, left, world_size, sequence)
+    pairs = _settle(program, program_axes, sites, left, world_size, sequence)
     lone = lone_layers(program, world_size, pairs.placed, fraction, whole)
     if not lone:
         return pairs
-    alone = _settle(program, found, [*pairs.sites, *lone], pairs.left, world_size, sequence)
+    alone = _settle(program, program_axes, [*pairs.sites, *lone], pairs.left, world_size, sequence)
     unsharded = [readers for weight, readers in linear_weights(program).items() if pairs.placed[weight] == REPLICATED]
     mixers = mixer_sites(program, world_size, [node for readers in unsharded for node in readers if node not in whole])
     if not mixers:
         return alone
-    mixed = _settle(program, found, [*pairs.sites, *mixers], pairs.left, world_size, sequence)
+    mixed = _settle(program, program_axes, [*pairs.sites, *mixers], pairs.left, world_size, sequence)
     if lone := lone_layers(program, world_size, mixed.placed, fraction, whole):
-        mixed = _settle(program, found, [*mixed.sites, *lone], mixed.left, world_size, sequence)
+        mixed = _settle(program, program_axes, [*mixed.sites, *lone], mixed.left, world_size, sequence)
     # Token mixers are sharded by channel where that takes fewer collectives than sharding each of their layers by itself.
     return mixed if mixed.cost <= alone.cost else alone
 
 
 def _settle(
-    program: Program, found: Axes, sites: Sequence[ShardSite], left: Sequence[ShardSite], world_size: int, sequence: bool
+    program: Program, program_axes: Axes, sites: Sequence[ShardSite], left: Sequence[ShardSite], world_size: int, sequence: bool
 ) -> Plan:
     """The plan that shards as many of these sites as possible; the others are added to `left`, with the reason."""
     sites, left = list(sites), list(left)
     while True:
         try:
-            placed, moves, gathered, joint = _Planner(program, found, sites, world_size, sequence).run()
+            placed, moves, gathered, joint = _Planner(program, program_axes, sites, world_size, sequence).run()
         except _RefusedError as refusal:
             site = sites.pop(refusal.site)
             left.append(ShardSite(site.kind, site.node, site.path, {}, refusal.reason))
@@ -161,9 +165,9 @@ def _settle(
 class _Planner:
     """One attempt at a plan for some sites."""
 
-    def __init__(self, program: Program, found: Axes, sites: list[ShardSite], world_size: int, sequence: bool) -> None:
+    def __init__(self, program: Program, program_axes: Axes, sites: list[ShardSite], world_size: int, sequence: bool) -> None:
         self.program = program
-        self.found = found
+        self.axes = program_axes
         self.world_size = world_size
         self.sequence = sequence
         self.sharded_axes: dict[Axis, tuple[int, int, int]] = {}
@@ -200,9 +204,9 @@ class _Planner:
         Raises:
             _RefusedError: where the axis mixes sharded and other elements.
         """
-        spans = spans_of(self.found.axis(node, dim), self.sharded_axes)
+        spans = spans_of(self.axes.axis(node, dim), self.sharded_axes)
         if spans is None:
-            atoms = [atom.find() for atom in self.found.axis(node, dim).atoms()]
+            atoms = [atom.find() for atom in self.axes.axis(node, dim).atoms()]
             number = next(self.sharded_axes[atom][2] for atom in atoms if atom in self.sharded_axes)
             raise _RefusedError(number, f"'{node.name}' mixes sharded and other elements along dimension {dim}")
         return spans
@@ -224,17 +228,17 @@ class _Planner:
                 for used in node.all_input_nodes:
                     wants[used].append((node, REPLICATED))
                 continue
-            found = outcome(node, read)
-            if found.reason:
-                self._refuse(node, known, found.reason)
-            shards = [item for item in map(read.of, found.wants) if not item.partial and not item.is_by_position]
+            propagated = outcome(node, read)
+            if propagated.reason:
+                self._refuse(node, known, propagated.reason)
+            shards = [placed for placed in map(read.of, propagated.wants) if not placed.partial and not placed.is_by_position]
             if shards and rule_of(node) is None:
                 gathered.append(node)
-            known[node] = found.result
+            known[node] = propagated.result
             for used in node.all_input_nodes:
                 have = known[used]
                 if isinstance(have, Placed):
-                    wants[used].append((node, found.wants.get(used, have)))
+                    wants[used].append((node, propagated.wants.get(used, have)))
         return known, wants, tuple(gathered)
 
     def _adapt(self, known: Known, wants: Mapping[fx.Node, list[tuple[fx.Node, Placed]]]) -> bool:
@@ -275,8 +279,8 @@ class _Planner:
         """
         for used in node.all_input_nodes:
             have = known.get(used)
-            for item in (have,) if isinstance(have, Placed) else have or ():
-                for _, spans in () if item.is_by_position else item.dims:
+            for placed in (have,) if isinstance(have, Placed) else have or ():
+                for _, spans in () if placed.is_by_position else placed.dims:
                     raise _RefusedError(spans[0].site if spans[0].site >= 0 else spans[-1].site, reason)
         raise AssertionError(f"no argument of '{node.name}' is sharded: {reason}")
 

@@ -62,7 +62,7 @@ def node_facts(program: Program, before: Mapping[str, NodeFacts] | None = None) 
     Args:
         before: facts of the program before, which unchanged nodes share.
     """
-    found: dict[str, NodeFacts] = {}
+    facts: dict[str, NodeFacts] = {}
     for node in program.graph.nodes:
         if node.op not in ("call_function", "get_attr"):
             continue
@@ -72,8 +72,8 @@ def node_facts(program: Program, before: Mapping[str, NodeFacts] | None = None) 
         known = None if before is None else before.get(name)
         if known is None or known.cost is not cost or known.origin is not source:
             known = NodeFacts(cost, source)
-        found[name] = known
-    return found
+        facts[name] = known
+    return facts
 
 
 @dataclass(frozen=True)
@@ -204,10 +204,10 @@ class History:
             return {}
         if self._latest[0] == index:
             return self._latest[1]
-        found: dict[str, NodeFacts | None] = {}
+        facts: dict[str, NodeFacts | None] = {}
         for step in range(index + 1):
-            found |= self.changes.get(step, {})
-        return {name: fact for name, fact in found.items() if fact is not None}
+            facts |= self.changes.get(step, {})
+        return {name: fact for name, fact in facts.items() if fact is not None}
 
     def _keep_facts(self, index: int, facts: Mapping[str, NodeFacts] | None) -> None:
         # Steps that were undone may have left some.
@@ -245,7 +245,7 @@ class History:
 
     def programs_to_json(self) -> dict[str, object]:
         """The texts of the programs and the facts of their nodes, ready for `json.dumps`."""
-        changes = {index: {name: _fact_to_json(fact) for name, fact in found.items()} for index, found in self.changes.items()}
+        changes = {index: {name: _fact_to_json(fact) for name, fact in facts.items()} for index, facts in self.changes.items()}
         return {"texts": self.texts, "changes": changes}
 
     def to_json(self) -> dict[str, object]:
@@ -269,10 +269,10 @@ class History:
         checks = take(data, "checks", str)
         if len(steps) != len(texts) or checks not in get_args(Checks):
             raise ValueError("the history and the programs' texts do not belong together")
-        found = cls(take(data, "pipeline", str), checks, list(steps), texts)
+        history = cls(take(data, "pipeline", str), checks, list(steps), texts)
         for index, changes in programs["changes"].items() if isinstance(programs, Mapping) else ():
-            found.changes[int(index)] = {str(name): _fact_from_json(item) for name, item in changes.items()}
-        return found
+            history.changes[int(index)] = {str(name): _fact_from_json(fact) for name, fact in changes.items()}
+        return history
 
 
 def _fact_to_json(fact: NodeFacts | None) -> list[object] | None:
@@ -288,8 +288,8 @@ def _fact_from_json(data: Sequence[Any] | None) -> NodeFacts | None:
         return None
     figures, path, source, code, passes, replaces = data
     flops, read, written, parameters = map(int, figures)
-    texts = [str(item) for item in (path, source, code)]
-    origin = Origin(*texts, passes=tuple(str(item) for item in passes), replaces=str(replaces))
+    texts = [str(value) for value in (path, source, code)]
+    origin = Origin(*texts, passes=tuple(str(name) for name in passes), replaces=str(replaces))
     return NodeFacts(Cost(flops, read, written, parameters), origin)
 
 

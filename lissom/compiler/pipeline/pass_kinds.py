@@ -43,9 +43,9 @@ class Requirement:
 def _first_quantized_weight(program: Program) -> fx.Node | None:
     """The first quantizer of a linear layer's weight, or the weight itself when it is stored in integers."""
     for node in program.nodes():
-        for item in weight_path(node):
-            if is_quantizer(item) or (item.op == "get_attr" and not nodes.tensor_type(item).dtype.is_floating_point):
-                return item
+        for value in weight_path(node):
+            if is_quantizer(value) or (value.op == "get_attr" and not nodes.tensor_type(value).dtype.is_floating_point):
+                return value
     return None
 
 

@@ -64,7 +64,7 @@ class Pipeline(RunOptions):
         """
         count = len(self.passes) + sum(map(len, endings.values()))
         run = self._run(program, history, count)
-        finished, found = len(self.passes), dict[str, tuple[Program, History] | LissomError]()
+        finished, results = len(self.passes), dict[str, tuple[Program, History] | LissomError]()
         if len(endings) > 1:
             _check_stretch(run)
         for name, ending in endings.items():
@@ -72,11 +72,11 @@ class Pipeline(RunOptions):
             try:
                 self._steps(branch, ending, finished, count)
                 _check_stretch(branch)
-                found[name] = branch.program, branch.history
+                results[name] = branch.program, branch.history
             except LissomError as error:
-                found[name] = error
+                results[name] = error
             finished += len(ending)
-        return found
+        return results
 
     def _run(self, program: Program, history: History | None, count: int) -> Run:
         """The state of the run after all passes."""
@@ -89,22 +89,22 @@ class Pipeline(RunOptions):
     def _steps(self, run: Run, passes: Sequence[Pass], finished: int, count: int) -> None:
         with alone(), heap_set_aside(), stopped_with(run.history):
             trial: _Trial | None = None
-            for index, item in enumerate(passes, finished):
-                show = partial(self._show, format_pass(item), index, count)
-                if self.judge is not None and isinstance(item, Approximation) and item.cheapens:
+            for index, pass_ in enumerate(passes, finished):
+                show = partial(self._show, format_pass(pass_), index, count)
+                if self.judge is not None and isinstance(pass_, Approximation) and pass_.cheapens:
                     self._judge(run, trial)
                     run.check_stretch()
-                    trial = _Trial(item, copy(run), len(run.history.steps))
-                elif isinstance(item, Training):
+                    trial = _Trial(pass_, copy(run), len(run.history.steps))
+                elif isinstance(pass_, Training):
                     # Judged before it is trained: minutes of training make nothing faster.
                     reverted, trial = self._judge(run, trial), None
                     if reverted is not None and run.reference is None:
-                        run.record_reverted(item, 0.0, _follows(reverted))
+                        run.record_reverted(pass_, 0.0, _follows(reverted))
                         continue
                 elif trial is not None:
-                    trial.following.append((item, show))
+                    trial.following.append((pass_, show))
                 show()
-                run.step(item, show)
+                run.step(pass_, show)
             self._judge(run, trial)
 
     def _judge(self, run: Run, trial: _Trial | None) -> Pass | None:
@@ -123,14 +123,14 @@ class Pipeline(RunOptions):
             return None
         seconds = sum(step.seconds + step.check_seconds for step in steps[trial.steps :])
         run.go_back(trial.start, trial.steps)
-        run.record_reverted(trial.item, seconds, verdict.figures)
-        for item, show in trial.following:
-            if isinstance(item, (Rewrite, Annotation)):
+        run.record_reverted(trial.pass_, seconds, verdict.figures)
+        for pass_, show in trial.following:
+            if isinstance(pass_, (Rewrite, Annotation)):
                 show()
-                run.step(item, show)
+                run.step(pass_, show)
             else:
-                run.record_reverted(item, 0.0, _follows(trial.item))
-        return trial.item
+                run.record_reverted(pass_, 0.0, _follows(trial.pass_))
+        return trial.pass_
 
     def _show(self, spelling: str, index: int, count: int, what: str = "", finished: int = 0, total: int = 0) -> None:
         """Report the running pass, and its current step if it reports one."""
@@ -157,7 +157,7 @@ class _Trial:
         following: the passes after it that are judged with it.
     """
 
-    item: Pass
+    pass_: Pass
     start: Run
     steps: int
     following: list[tuple[Pass, Callable[..., None]]] = field(default_factory=list["tuple[Pass, Callable[..., None]]"])

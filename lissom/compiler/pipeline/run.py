@@ -54,10 +54,10 @@ class RunOptions:
         if self.checks in NUMERIC and not self.samples:
             raise UnsupportedError(f"checks={self.checks!r} needs samples to run on; pass samples, or checks='structural'")
 
-    def most_tokens(self, item: Pass) -> int | None:
+    def most_tokens(self, pass_: Pass) -> int | None:
         """The tokens of the data that a pass gets at most: data for training is more than the other passes need."""
         trains = any(isinstance(other, Training) for other in self.passes)
-        return CALIBRATED_TOKENS if trains and not isinstance(item, Training) else None
+        return CALIBRATED_TOKENS if trains and not isinstance(pass_, Training) else None
 
 
 @dataclass
@@ -105,28 +105,28 @@ class Run:
         self.program, self.original, self.outputs = start.program, start.original, start.outputs
         self.reference, self.stretch, self.start = start.reference, start.stretch, start.start
 
-    def record_reverted(self, item: Pass, seconds: float, reason: str) -> None:
+    def record_reverted(self, pass_: Pass, seconds: float, reason: str) -> None:
         """Record a pass that ran and was reverted."""
         last, index = self.history.steps[-1], len(self.history.steps)
-        spelling, size = format_pass(item), last.size
-        score, about = last.metric, item.about()
-        step = Step(index, spelling, item.kind, seconds, 0.0, size=size, metric=score, reverted=reason, about=about)
+        spelling, size = format_pass(pass_), last.size
+        score, about = last.metric, pass_.about()
+        step = Step(index, spelling, pass_.kind, seconds, 0.0, size=size, metric=score, reverted=reason, about=about)
         self.history.record_program(step, self.program, self.program.text())
 
-    def step(self, item: Pass, show: Callable[[str, int, int], None] | None = None) -> None:
+    def step(self, pass_: Pass, show: Callable[[str, int, int], None] | None = None) -> None:
         """Run one pass on a copy of the program; only a copy that passes its checks replaces the program."""
-        for requirement in item.requires:
+        for requirement in pass_.requires:
             if (node := requirement.breach(self.program)) is not None:
-                raise RequirementError(requirement.sentence(self.program, item.name(), node))
-        if not isinstance(item, Rewrite):
+                raise RequirementError(requirement.sentence(self.program, pass_.name(), node))
+        if not isinstance(pass_, Rewrite):
             self.check_stretch()
         started = time.perf_counter()
-        fixed = item.fixed(self.program) if isinstance(item, Training) else ()
-        copied = self.program.own_copy(fixed) if isinstance(item, Training) else self.program.copy()
-        data, labels, most = self.options.data, self.options.labels, self.options.most_tokens(item)
-        edit = Editor(copied, item.name(), data, labels=labels, most_tokens=most, reference=self.reference, progress=show)
+        fixed = pass_.fixed(self.program) if isinstance(pass_, Training) else ()
+        copied = self.program.own_copy(fixed) if isinstance(pass_, Training) else self.program.copy()
+        data, labels, most = self.options.data, self.options.labels, self.options.most_tokens(pass_)
+        edit = Editor(copied, pass_.name(), data, labels=labels, most_tokens=most, reference=self.reference, progress=show)
         try:
-            self._run_pass(item, edit, fixed)
+            self._run_pass(pass_, edit, fixed)
         except LissomError:
             if self.options.checks != "each":
                 self.check_stretch()  # a pass before it may be at fault
@@ -135,17 +135,17 @@ class Run:
         after.drop_dead()
         ran, text_after = time.perf_counter(), after.text()
         # A program without edits or training has the outputs of the program before it, and is not run again.
-        touched = after.edits > 0 or isinstance(item, Training) or text_after != self.history.texts[-1]
+        touched = after.edits > 0 or isinstance(pass_, Training) or text_after != self.history.texts[-1]
         try:
-            error, cosine, outputs = self._check(item, after, edit, touched)
+            error, cosine, outputs = self._check(pass_, after, edit, touched)
         except (VerifyError, *REFUSALS) as problem:
-            raise _rolled_back(item, problem) from problem
-        metric = self._charge(item, after)
+            raise _rolled_back(pass_, problem) from problem
+        metric = self._charge(pass_, after)
         added, removed = changed_calls([n.name for n in self.program.nodes()], [n.name for n in after.nodes()])
         step = Step(
             index=len(self.history.steps),
-            spelling=format_pass(item),
-            kind=item.kind,
+            spelling=format_pass(pass_),
+            kind=pass_.kind,
             seconds=ran - started,
             check_seconds=time.perf_counter() - ran,
             size=Size.of(after),
@@ -159,26 +159,26 @@ class Run:
             notes=tuple(edit.notes),
             curve=tuple(edit.curve),
             per_site=edit.per_site,
-            about=item.about(),
+            about=pass_.about(),
         )
-        if not isinstance(item, (Rewrite, Annotation)):
+        if not isinstance(pass_, (Rewrite, Annotation)):
             self.reference = self.reference or self.program
-        if not isinstance(item, Rewrite):
+        if not isinstance(pass_, Rewrite):
             self.start = after
         elif touched and self.options.checks in NUMERIC:
-            self.stretch = (*self.stretch, (step.index, item))
+            self.stretch = (*self.stretch, (step.index, pass_))
         self.program, self.outputs = after, outputs
-        if item.redefines:
+        if pass_.redefines:
             self.original = answers(after, outputs)
         self.history.record_program(step, after, text_after)
 
-    def _run_pass(self, item: Pass, edit: Editor, fixed: Collection[str]) -> None:
+    def _run_pass(self, pass_: Pass, edit: Editor, fixed: Collection[str]) -> None:
         # A run of the program writes its state, and restores it. A training pass has copies of all but the fixed weights.
         kept = [name for name in edit.program.weights() if name not in edit.program.state]
-        kept = [name for name in kept if name in fixed] if isinstance(item, Training) else kept
+        kept = [name for name in kept if name in fixed] if isinstance(pass_, Training) else kept
         shared = {name: (tensor := edit.program.weight(name), _version(tensor)) for name in kept}
         try:
-            item.run(edit)
+            pass_.run(edit)
         except LissomError:
             raise
         # Third-party passes and operators may raise anything; the error is kept as the cause.
@@ -186,37 +186,37 @@ class Run:
             where = f" at {printer.place(edit.program, edit.current)}" if edit.current else ""
             lines = f"\n{printer.excerpt(edit.program, edit.current)}" if edit.current else ""
             raise PassError(
-                f"{format_pass(item)} failed{where}: {type(error).__name__}: {error}; "
+                f"{format_pass(pass_)} failed{where}: {type(error).__name__}: {error}; "
                 f"the program from before the pass is intact{lines}"
             ) from error
-        if isinstance(item, Training):
+        if isinstance(pass_, Training):
             for weight in edit.program.weights().values():
                 weight.requires_grad_(False).grad = None
         written = next((name for name, (tensor, version) in shared.items() if _version(tensor) != version), None)
         if written is not None:
             raise PassError(
-                f"{format_pass(item)} wrote to the weight '{written}' in place, which the program shares with the model it "
+                f"{format_pass(pass_)} wrote to the weight '{written}' in place, which the program shares with the model it "
                 f"came from; the model's own weight is changed now: load it again, and use edit.set_weight in the pass"
             )
 
     def _check(
-        self, item: Pass, after: Program, edit: Editor, touched: bool
+        self, pass_: Pass, after: Program, edit: Editor, touched: bool
     ) -> tuple[float | None, float | None, list[list[object]]]:
         """The error and cosine of the program after the pass, None where it was not run; the outputs of the last that was."""
         checks = self.options.checks
         if touched and checks != "off":
             verify_structure(after, self.program)
-            if isinstance(item, Training):
+            if isinstance(pass_, Training):
                 require_kept_form(self.program, after)
         if checks not in NUMERIC:
             return None, None, []
-        if checks != "each" and isinstance(item, Rewrite):
+        if checks != "each" and isinstance(pass_, Rewrite):
             return None if touched else 0.0, self.history.steps[-1].cosine, self.outputs
         outputs = run_samples(after, self.samples) if touched else self.outputs
         divergence = compare(self.original, answers(after, outputs))
-        if not isinstance(item, (Rewrite, Annotation)):
+        if not isinstance(pass_, (Rewrite, Annotation)):
             return divergence.relative_error, divergence.cosine, outputs
-        bitwise = isinstance(item, Annotation)
+        bitwise = isinstance(pass_, Annotation)
         error = require_equal(self.program, after, self.samples, self.outputs, outputs, bitwise) if touched else 0.0
         edit.notes += self._changed_strides(self.program, self.outputs, after, outputs)
         return error, divergence.cosine, outputs
@@ -271,16 +271,16 @@ class Run:
         again.options = replace(self.options, checks="each")
         again.history = History(self.history.pipeline, self.history.checks, self.history.steps[:1], [start.text()])
         again.program, again.samples, again.outputs, again.original = start, samples, wanted, answers(start, wanted)
-        for index, item in stretch:
+        for index, pass_ in stretch:
             try:
-                again.step(item)
+                again.step(pass_)
             except LissomError:
                 self.history.cut(index)
                 raise
 
-    def _charge(self, item: Pass, after: Program) -> float | None:
+    def _charge(self, pass_: Pass, after: Program) -> float | None:
         """The metric of the program, measured after every pass that may change it; checked against the budget."""
-        if isinstance(item, (Rewrite, Annotation)):
+        if isinstance(pass_, (Rewrite, Annotation)):
             return self.history.steps[-1].metric
         score, allowed = self._measure(after), self.options.max_drop
         if score is None or self.score is None or allowed is None:
@@ -288,7 +288,7 @@ class Run:
         drop = self.score - score
         if not drop <= allowed:
             raise BudgetError(
-                f"{format_pass(item)} was rolled back: it takes the metric from {self.score:.4g} to {score:.4g}, "
+                f"{format_pass(pass_)} was rolled back: it takes the metric from {self.score:.4g} to {score:.4g}, "
                 f"a drop of {drop:.4g}, allowed {allowed:.4g}; make the pass milder or raise max_drop"
             )
         return score
@@ -300,9 +300,9 @@ class Run:
             return read_score(self.options.metric(program), original=self.score is None)
 
 
-def _rolled_back(item: Pass, problem: Exception) -> VerifyError:
+def _rolled_back(pass_: Pass, problem: Exception) -> VerifyError:
     what = "" if isinstance(problem, VerifyError) else f"the program does not run after it: {type(problem).__name__}: "
-    return VerifyError(f"{format_pass(item)} was rolled back: {what}{problem}")
+    return VerifyError(f"{format_pass(pass_)} was rolled back: {what}{problem}")
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -144,13 +144,13 @@ class Checkpoint:
 
     def _on_all(self, work: Callable[[], None] | None) -> None:
         """Do something on this rank. Raises ArtifactError on all ranks when it fails on one."""
-        found = None
+        own = None
         try:
             if work is not None:
                 work()
         except (ArtifactError, OSError, ValueError) as error:
-            found = str(error) if isinstance(error, ArtifactError) else f"'{self.directory}' cannot be used: {reason(error)}"
-        if (problem := self._ranks.settle(found)) is not None:
+            own = str(error) if isinstance(error, ArtifactError) else f"'{self.directory}' cannot be used: {reason(error)}"
+        if (problem := self._ranks.settle(own)) is not None:
             raise ArtifactError(problem)
 
     def _open(self) -> None:
@@ -191,16 +191,16 @@ class Checkpoint:
         Raises:
             ArtifactError: when the directory holds the state of another run, or one that cannot be read.
         """
-        found: list[bytes] = [b""]
+        state_bytes: list[bytes] = [b""]
 
         def read_state() -> None:
             path = self.directory / STATE
             if path.exists() or path.is_symlink():
                 self._check(raw := read_plain(path, _MOST_BYTES))
-                found[0] = raw
+                state_bytes[0] = raw
 
         self._on_all(read_state if self._ranks.rank == 0 else None)
-        raw = self._ranks.broadcast_bytes(found[0])
+        raw = self._ranks.broadcast_bytes(state_bytes[0])
         if not raw:
             return None
         state = self._check(raw)
@@ -209,10 +209,10 @@ class Checkpoint:
         def read_tensors() -> None:
             tensors.update(self._read_tensors(_stem(state) + self._ending, templates))
 
-        templates = {name: item.detach().cpu() for name, item in wanted(state).items()}
+        templates = {name: tensor.detach().cpu() for name, tensor in wanted(state).items()}
         self._on_all(read_tensors if self._sharded or self._ranks.rank == 0 else None)
         if not self._sharded:
-            tensors = {name: self._ranks.broadcast(tensors.get(name, item.clone())) for name, item in templates.items()}
+            tensors = {name: self._ranks.broadcast(tensors.get(name, template.clone())) for name, template in templates.items()}
         self._step = state.step
         return state, tensors
 
@@ -246,15 +246,15 @@ class Checkpoint:
                     part = file.get_slice(key)
                     if tuple(part.get_shape()) != like.shape or part.get_dtype() != DTYPES[like.dtype]:
                         raise ValueError(f"'{shown(key)}' is {part.get_dtype()} {part.get_shape()}, not {list(like.shape)}")
-                found = {key: file.get_tensor(key).clone() for key in templates}
-            for key, tensor in found.items():
+                tensors = {key: file.get_tensor(key).clone() for key in templates}
+            for key, tensor in tensors.items():
                 if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                     raise ValueError(f"{shown(key)} holds infinities or NaN")
         except (SafetensorError, OSError, ValueError) as error:
             raise ArtifactError(
                 f"'{path}' does not fit its run: {error}; choose another directory, or delete this one"
             ) from error
-        return found
+        return tensors
 
     def due(self, measured: bool) -> bool:
         """True if a state is to be written now.
@@ -293,7 +293,7 @@ class Checkpoint:
         """Make the tensors that were written the state, and delete those of the states before."""
         data = {"format": FORMAT_VERSION, "run": self._run, "state": asdict(state)}
         write_whole(self.directory / STATE, json.dumps(data))
-        self._delete(lambda path: (found := _TENSORS.fullmatch(path.name)) is not None and found[1] != _stem(state))
+        self._delete(lambda path: (match := _TENSORS.fullmatch(path.name)) is not None and match[1] != _stem(state))
 
     def _delete(self, chosen: Callable[[Path], bool]) -> None:
         """Delete those of the chosen files that a checkpoint wrote."""

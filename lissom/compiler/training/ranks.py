@@ -72,21 +72,21 @@ class Ranks:
         if self.world_size == 1:
             return
         bucket, size = list[torch.Tensor](), 0
-        for item in [item for item, has in zip(items, present, strict=True) if has]:
-            if item.grad is None:
-                item.grad = torch.zeros_like(item)
-            if bucket and (size + item.grad.nbytes > _BUCKET_BYTES or item.grad.dtype != bucket[0].dtype):
+        for parameter in [parameter for parameter, has in zip(items, present, strict=True) if has]:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if bucket and (size + parameter.grad.nbytes > _BUCKET_BYTES or parameter.grad.dtype != bucket[0].dtype):
                 self._sum_bucket(bucket)
                 bucket, size = [], 0
-            bucket.append(item.grad)
-            size += item.grad.nbytes
+            bucket.append(parameter.grad)
+            size += parameter.grad.nbytes
         if bucket:
             self._sum_bucket(bucket)
 
     def _sum_bucket(self, tensors: Sequence[torch.Tensor]) -> None:
-        whole = self.sum(torch.cat([item.reshape(-1) for item in tensors]))
-        for item, part in zip(tensors, whole.split([item.numel() for item in tensors]), strict=True):
-            item.copy_(part.view_as(item))
+        whole = self.sum(torch.cat([gradient.reshape(-1) for gradient in tensors]))
+        for gradient, part in zip(tensors, whole.split([gradient.numel() for gradient in tensors]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
         """The tensor of rank `source`, in place; its device may be another than that of the group."""
@@ -100,8 +100,8 @@ class Ranks:
     def broadcast_bytes(self, data: bytes, source: int = 0) -> bytes:
         """The bytes of rank `source`."""
         length = int(self.broadcast(torch.tensor([len(data)]), source))
-        found = torch.frombuffer(bytearray(data.ljust(length, b"\0")[:length] or b"\0"), dtype=torch.uint8)
-        return self.broadcast(found, source).numpy().tobytes()[:length]
+        buffer = torch.frombuffer(bytearray(data.ljust(length, b"\0")[:length] or b"\0"), dtype=torch.uint8)
+        return self.broadcast(buffer, source).numpy().tobytes()[:length]
 
     def settle(self, problem: str | None) -> str | None:
         """The problem of the first rank that has one, on all ranks; None when none has."""
@@ -139,10 +139,10 @@ class Ranks:
         lengths = [int(count) for count in self.sums(counts)]
         padded = rows.new_zeros(max(lengths), *rows.shape[1:])
         padded[: lengths[self.rank]] = rows[: lengths[self.rank]]
-        found = [torch.empty_like(padded) for _ in lengths]
+        parts = [torch.empty_like(padded) for _ in lengths]
         with self.answering():
-            dist.all_gather(found, padded, group=self._group)
-        return torch.cat([part[:length] for part, length in zip(found, lengths, strict=True)])
+            dist.all_gather(parts, padded, group=self._group)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def gather_shards(self, shard: torch.Tensor) -> torch.Tensor:
         """The equal shards of all ranks one after the other: [elements] becomes [world_size · elements]."""
@@ -188,11 +188,11 @@ def data_parallel(device: torch.device) -> Generator[Ranks]:
     if not any(known is world for known, _ in _KNOWN):
         with Ranks().answering():
             _KNOWN[:] = [(world, dist.new_group(backend="nccl" if device.type == "cuda" else "gloo"))]
-    token = _CURRENT.set(found := Ranks(_KNOWN[0][1], device))
+    token = _CURRENT.set(ranks := Ranks(_KNOWN[0][1], device))
     try:
-        yield found
+        yield ranks
     except BaseException:
-        del found
+        del ranks
         _KNOWN.pop()[1].abort()
         raise
     finally:

@@ -90,10 +90,10 @@ class Teacher:
         """
         theirs = program.leaves
         for output in outputs:
-            wanted, found = nodes.tensor_type(theirs[output.index]), nodes.tensor_type(output.node)
-            if wanted.shape[-1] != found.shape[-1] or wanted.rank != found.rank:
+            wanted, given = nodes.tensor_type(theirs[output.index]), nodes.tensor_type(output.node)
+            if wanted.shape[-1] != given.shape[-1] or wanted.rank != given.rank:
                 raise RequirementError(
-                    f"{name}: output {output.index} has {found.shape[-1]} features, and had {wanted.shape[-1]} before the "
+                    f"{name}: output {output.index} has {given.shape[-1]} features, and had {wanted.shape[-1]} before the "
                     f"first lossy pass, so there is nothing to compare it with; use finetune with labels"
                 )
         heads = {output.index: head for output in outputs if (head := _counterpart(program, theirs[output.index], output))}
@@ -113,8 +113,8 @@ class Teacher:
                 hidden[node.name] = value
 
         with torch.no_grad():
-            found = self.runs.run(sample, observe)
-        outputs = {output.index: value for output in self.outputs if isinstance(value := found[output.index], torch.Tensor)}
+            values = self.runs.run(sample, observe)
+        outputs = {output.index: value for output in self.outputs if isinstance(value := values[output.index], torch.Tensor)}
         real: dict[int | str, torch.Tensor | None] = {
             output.index: real_tokens(self.program, sample, output) for output in self.outputs
         }
@@ -146,13 +146,13 @@ class Teacher:
             errors.append(distance("hidden", value, wanted, targets.real[node.name]))
             return wanted.to(value.dtype) if replaces else None
 
-        found = self.student.run(sample, observe if hidden and targets.hidden else None)
+        values = self.student.run(sample, observe if hidden and targets.hidden else None)
         share = 1.0 if labels is None else 1 - labels.alpha
         total = torch.zeros(())
         for output in self.outputs:
             if replaces and output.head is not None and any(error.requires_grad for error in errors):
                 continue
-            value = found[output.index]
+            value = values[output.index]
             assert isinstance(value, torch.Tensor)
             own = labels if labels is not None and labels.output.index == output.index else None
             total = total + self._loss(output, value, targets, temperature, share, own)
@@ -185,5 +185,5 @@ def _counterpart(program: Program, leaf: object, output: Output) -> LmHead | Non
     """The teacher's LM head for an output of the student that has one, where both give logits for the same tokens."""
     if output.head is None or (head := lm_head_of(program, leaf)) is None:
         return None
-    tokens, wanted = (nodes.tensor_type(item.hidden).shape[:2] for item in (output.head, head))
+    tokens, wanted = (nodes.tensor_type(lm_head.hidden).shape[:2] for lm_head in (output.head, head))
     return head if tokens == wanted else None

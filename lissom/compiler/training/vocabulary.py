@@ -124,8 +124,8 @@ def vocabulary_loss(head: LmHead, hidden: torch.Tensor, learned: Supervision, *,
     with torch.autocast(device, enabled=False):
         factor = learned.factor_in(student.weight.dtype)
         learned = learned.times(factor)
-        found: Any = _Loss.apply(student.rows, student.weight, student.bias, head, teacher, learned, count, differentiated)
-    return found / factor
+        loss: Any = _Loss.apply(student.rows, student.weight, student.bias, head, teacher, learned, count, differentiated)
+    return loss / factor
 
 
 @dataclass(frozen=True)
@@ -180,9 +180,9 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (given,), found = gradients, ctx.gradients
+        (given,), computed = gradients, ctx.gradients
         del ctx.gradients
-        scaled = [item if item is None or bool(given == 1) else item * given for item in found]
+        scaled = [gradient if gradient is None or bool(given == 1) else gradient * given for gradient in computed]
         return (*scaled, *[None] * 5)
 
 

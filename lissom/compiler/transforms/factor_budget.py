@@ -16,9 +16,9 @@ def check_amount(name: str, *, rank: int | None, keep: float | None, budget: flo
     """
     given = [option for option, value in (("rank", rank), ("keep", keep), ("budget", budget)) if value is not None]
     if len(given) != 1 and not (amounts and not given):
-        found = " and ".join(f"{option}=" for option in given) if given else "none"
+        options = " and ".join(f"{option}=" for option in given) if given else "none"
         raise UnsupportedError(
-            f"{name} takes one of rank=, keep= and budget=, and was given {found}: write for example "
+            f"{name} takes one of rank=, keep= and budget=, and was given {options}: write for example "
             f"{name}{{budget=0.5}} for half of the bytes"
         )
     if rank is not None and rank < 1:

@@ -168,12 +168,12 @@ class Fitting(Training):
     def _batches(self, edit: Editor) -> list[Batch]:
         """The data in batches, by length where padding is cut so."""
         given = [Batch(sample, label) for sample, label in zip(edit.data, edit.labels or [None] * len(edit.data), strict=True)]
-        found = by_length(edit.program, given, self.batch)
-        if found is None:
+        buckets = by_length(edit.program, given, self.batch)
+        if buckets is None:
             return given if self.batch is None else resized(edit.program, given, self.batch)
-        before, after = found.padding_before, found.padding_after
+        before, after = buckets.padding_before, buckets.padding_after
         edit.note(f"rows of similar length share a batch: {before:.0%} of the tokens were padding, now {after:.0%}")
-        return found.batches
+        return buckets.batches
 
     def _checkpoint(self, edit: Editor, batches: Sequence[Batch], ranks: Ranks) -> Checkpoint | None:
         """The directory of the state, if there is one; ranks with another program, data or options are refused."""
@@ -214,7 +214,7 @@ class Fitting(Training):
         """All weights that do not learn. Those that share memory with one that does are copied with it."""
         own = self._names(program)
         copied = {program.weight(name).data_ptr() for name in own}
-        return {name for name, item in program.weights().items() if item.data_ptr() not in copied} - set(program.state)
+        return {name for name, weight in program.weights().items() if weight.data_ptr() not in copied} - set(program.state)
 
     def _names(self, program: Program) -> list[str]:
         """The names of the parameters that learn."""
@@ -228,12 +228,12 @@ class Fitting(Training):
     def _stays(self, program: Program) -> Callable[[str], bool]:
         """A predicate of names: True if the options leave a weight, or the scale of a quantizer, as it is."""
         tables = set[str]()
-        for item in () if self.embeddings else program.fact(structure).embeddings:
-            found = item.node.all_input_nodes[0]
-            while is_quantizer(found):
-                tables |= {str(part.target) for part in found.all_input_nodes[1:]}
-                found = found.all_input_nodes[0]
-            tables.add(str(found.target))
+        for embedding in () if self.embeddings else program.fact(structure).embeddings:
+            table = embedding.node.all_input_nodes[0]
+            while is_quantizer(table):
+                tables |= {str(part.target) for part in table.all_input_nodes[1:]}
+                table = table.all_input_nodes[0]
+            tables.add(str(table.target))
 
         def stays(name: str) -> bool:
             path = name.rpartition(".")[0]
@@ -248,13 +248,13 @@ class Fitting(Training):
     def _learned(self, program: Program) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name."""
         weights = {name: program.weight(name) for name in self._names(program)}
-        found = {name: item for name, item in weights.items() if isinstance(item, nn.Parameter) and item.requires_grad}
-        if not found:
+        learned = {name: value for name, value in weights.items() if isinstance(value, nn.Parameter) and value.requires_grad}
+        if not learned:
             raise RequirementError(
                 f"{self.name()} has no weights to train: stored integers do not learn, and skip=, only= and embeddings= may "
                 f"leave none; put it before the pass that stores integers, or change these options"
             )
-        return found
+        return learned
 
     def _record(
         self, edit: Editor, done: Trained, learned: int, rate: float, batches: Sequence[Batch], judged: Sequence[Batch]
@@ -334,13 +334,13 @@ def _learning_scales(program: Program, stays: Callable[[str], bool]) -> dict[str
     """The scales of quantizers in the graph, without those that stay, as float32 parameters in place; and their dtypes."""
     reads = [FakeQuantize(node).scale for node in program.nodes(fake_quantize)]
     names = [name for name in dict.fromkeys(str(read.target) for read in reads if read.op == "get_attr") if not stays(name)]
-    found = {
+    scales = {
         name: (nn.Parameter(program.weight(name).detach().to(torch.float32, copy=True)), program.weight(name).dtype)
         for name in names
     }
-    for name, (scale, _) in found.items():
+    for name, (scale, _) in scales.items():
         program.set_weight(name, scale)
-    return found
+    return scales
 
 
 def _default_rate(program: Program, predicts: bool) -> float:
@@ -357,9 +357,9 @@ def _rates(program: Program, scales: Collection[str]) -> dict[str, torch.Tensor]
     With one rate for a tensor of scales, the small ones among them can reach 0 in some hundred steps.
     """
     weights = program.weights()
-    others = [item for name, item in weights.items() if name not in scales and isinstance(item, nn.Parameter)]
-    matrices = [item.detach() for item in others if item.is_floating_point() and item.dim() > 1 and item.numel()]
-    sizes = [float(torch.linalg.vector_norm(item, dtype=torch.float32)) / item.numel() ** 0.5 for item in matrices]
+    others = [weight for name, weight in weights.items() if name not in scales and isinstance(weight, nn.Parameter)]
+    matrices = [weight.detach() for weight in others if weight.is_floating_point() and weight.dim() > 1 and weight.numel()]
+    sizes = [float(torch.linalg.vector_norm(matrix, dtype=torch.float32)) / matrix.numel() ** 0.5 for matrix in matrices]
     typical = max(statistics.median(sizes), LEAST) if sizes else 1.0
     return {name: weights[name].detach().abs() / typical for name in scales}
 
@@ -367,34 +367,34 @@ def _rates(program: Program, scales: Collection[str]) -> dict[str, torch.Tensor]
 @contextmanager
 def _only_these_learn(program: Program, learned: Mapping[str, nn.Parameter]) -> Generator[None]:
     """Switch off the gradients of all other parameters inside."""
-    parameters = {name: item for name, item in program.weights().items() if item.requires_grad}
-    others = [item for name, item in parameters.items() if name not in learned]
-    for item in others:
-        item.requires_grad_(False)
+    parameters = {name: parameter for name, parameter in program.weights().items() if parameter.requires_grad}
+    others = [parameter for name, parameter in parameters.items() if name not in learned]
+    for parameter in others:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for item in others:
-            item.requires_grad_(True)
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 def _zeros(learned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """The zeros of the matrices that learn, as booleans by name, which pruning made and training keeps."""
-    zeros = {name: item.detach() == 0 for name, item in learned.items() if item.dim() > 1}
+    zeros = {name: parameter.detach() == 0 for name, parameter in learned.items() if parameter.dim() > 1}
     return {name: places for name, places in zeros.items() if bool(places.any())}
 
 
 def _not_finite(program: Program, batches: Sequence[Batch]) -> str:
     """The first node that holds NaN on one of the batches, as the end of a sentence; empty when there is none."""
-    found: list[str] = []
+    places: list[str] = []
 
     def observe(node: fx.Node, value: object) -> None:
-        if not found and isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any()):
-            found.append(place(program, node))
+        if not places and isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+            places.append(place(program, node))
 
     with torch.no_grad(), kept_state(program):
         for batch in batches:
             program.run(batch.inputs, observe)
-            if found:
-                return f"; the first value that is not finite is that of {found[0]}"
+            if places:
+                return f"; the first value that is not finite is that of {places[0]}"
     return ""

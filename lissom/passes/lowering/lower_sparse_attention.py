@@ -80,8 +80,8 @@ class LowerSparseAttention(Rewrite):
     def run(self, edit: Editor) -> None:
         known: dict[object, tuple[int | None, str]] = {}
         # All masks are read before the first is removed.
-        found = {node: read_pattern(edit.program, node) for node in edit.nodes(*ATTENTIONS)}
-        for node, reading in found.items():
+        readings = {node: read_pattern(edit.program, node) for node in edit.nodes(*ATTENTIONS)}
+        for node, reading in readings.items():
             edit.current = node
             if reading.pattern is None:
                 if reading.reason:
@@ -156,7 +156,7 @@ def _longest(edit: Editor, node: fx.Node) -> int | None:
 
 
 def _shape(node: fx.Node) -> _Shape:
-    q, k, v = (nodes.tensor_type(item) for item in (Attention(node).q, *shared_operands(node)))
+    q, k, v = (nodes.tensor_type(operand) for operand in (Attention(node).q, *shared_operands(node)))
     heads, groups, head_dim, value_dim = map(as_int, (q.shape[1], k.shape[1], q.shape[3], v.shape[3]))
     return _Shape(heads, groups, head_dim, value_dim, q.dtype, q.device, bool(node.kwargs.get("softcap")))
 

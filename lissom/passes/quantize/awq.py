@@ -116,14 +116,14 @@ class Awq(Rewrite):
 def _observed(edit: Editor, sites: list[ScalingSite]) -> dict[fx.Node, tuple[torch.Tensor, Moments]]:
     """mean|x_j| of each feature of the values that the sites' layers read, and their second moments."""
     layers = [reader.layer for site in sites for reader in site.readers]
-    found: dict[fx.Node, tuple[torch.Tensor, Moments]] = {}
+    observed: dict[fx.Node, tuple[torch.Tensor, Moments]] = {}
     for finished, (layer, read) in enumerate(sweep(edit.program, edit.data, layers)):
         edit.report("observe", finished, len(layers))
-        if input_of(layer) not in found:
+        if input_of(layer) not in observed:
             moments = moments_of(read)
             sizes = torch.stack([rows.float().abs().sum(0) for rows in read]).sum(0) / max(moments.count, 1)
-            found[input_of(layer)] = sizes, moments
-    return found
+            observed[input_of(layer)] = sizes, moments
+    return observed
 
 
 def best_factors(sizes: torch.Tensor, error: Callable[[torch.Tensor], float]) -> torch.Tensor | None:
@@ -136,9 +136,9 @@ def best_factors(sizes: torch.Tensor, error: Callable[[torch.Tensor], float]) ->
     for step in range(1, STEPS):
         factors = sizes.clamp_min(_LEAST).pow(step / STEPS)
         factors = factors / (factors.max() * factors.min()).sqrt()
-        found = error(factors)
-        if found < least:
-            least, best = found, factors
+        loss = error(factors)
+        if loss < least:
+            least, best = loss, factors
     return best
 
 

@@ -141,22 +141,22 @@ class Gptq(Approximation):
             by_name = obstacle_by_name(node, skip=self.skip, only=self.only)
             if by_name or not _is_table(matrix):
                 return by_name
-            taken = _format_of(matrix).bits == 4 if self.tables is None else self.tables
-            return None if taken else "its weight is an embedding table too; tables=true treats both"
+            included = _format_of(matrix).bits == 4 if self.tables is None else self.tables
+            return None if included else "its weight is an embedding table too; tables=true treats both"
 
         return treated_layers(edit, partial(rounded_matrix_of, stacks=True), obstacle)
 
     def _quantize(self, edit: Editor, matrix: RoundedMatrix, read: Read) -> None:
         weight, (scale, zero_point) = matrix.read(edit.program), matrix.read_scale(edit.program)
         points = [None] * len(read.each) if zero_point is None else matrices_of(zero_point)
-        found: list[_Rounded] = []
+        solved: list[_Rounded] = []
         for part, size, point, moments in zip(matrices_of(weight), matrices_of(scale), points, read.each, strict=True):
             # An expert without tokens keeps its weights, which are rounded to nearest.
-            found.append(
+            solved.append(
                 self._rounded(matrix, part, size, point, moments, read.shift) if moments.count else (part, size, point)
             )
-        rounded, scale = (stack_like(parts, weight) for parts in ([item[0] for item in found], [item[1] for item in found]))
-        zero_points = [item[2] for item in found if item[2] is not None]
+        rounded, scale = (stack_like(parts, weight) for parts in ([part[0] for part in solved], [part[1] for part in solved]))
+        zero_points = [part[2] for part in solved if part[2] is not None]
         zero_point = stack_like(zero_points, weight) if zero_points else None
         for part, value in zip(matrix.quantizer.all_input_nodes[1:], (scale, zero_point), strict=False):
             if value is not None:
@@ -204,15 +204,15 @@ def _norm_weights(program: Program, layer: fx.Node, read: Sequence[torch.Tensor]
     if len(layer.users) != 1 or norm is None or norm.target not in LAYER_NORMS or not all(map(_is_constant, others)):
         return None
     values = {used: evaluate_nodes(program.graph_module, used) for used in others}
-    found: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
     for rows in read:
         given = call(layer, {**values, input_of(layer): rows}.__getitem__)
         assert isinstance(given, torch.Tensor)
         given = given.float()
         if norm.target is aten.layer_norm.default:
             given = given - given.mean(-1, keepdim=True)
-        found.append(1 / given.square().mean(-1).clamp_min(_LEAST))
-    return found
+        weights.append(1 / given.square().mean(-1).clamp_min(_LEAST))
+    return weights
 
 
 def _is_constant(node: fx.Node) -> bool:
@@ -245,9 +245,9 @@ def gptq(
     groups = (order * scale.shape[1] // len(gram)).tolist()
     for start in range(0, len(columns), block_size):
         _quantize_block(columns, factor, range(start, min(start + block_size, len(columns))), scale, zero_point, groups, form)
-    result = torch.empty_like(columns)
-    result[order] = columns
-    return result.T
+    quantized = torch.empty_like(columns)
+    quantized[order] = columns
+    return quantized.T
 
 
 def gptq_with_scales(
@@ -300,10 +300,10 @@ def fitted_scale(weight: torch.Tensor, levels: torch.Tensor, hessian: torch.Tens
         empty = system.diagonal(dim1=1, dim2=2) == 0
         system.diagonal(dim1=1, dim2=2)[empty] = 1
         before = scale[start : start + step]
-        found = torch.linalg.solve(system, target).to(scale.dtype)
-        found = torch.where(empty, before, found)
-        good = (found.sign() == before.sign()).all(1, keepdim=True) & found.isfinite().all(1, keepdim=True)
-        fitted[start : start + step] = torch.where(good, found, before)
+        solution = torch.linalg.solve(system, target).to(scale.dtype)
+        solution = torch.where(empty, before, solution)
+        good = (solution.sign() == before.sign()).all(1, keepdim=True) & solution.isfinite().all(1, keepdim=True)
+        fitted[start : start + step] = torch.where(good, solution, before)
     return fitted
 
 

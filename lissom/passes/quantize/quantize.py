@@ -119,16 +119,16 @@ class Quantize(Approximation):
 
     @classmethod
     def sites(cls, program: Program) -> Sequence[AmountSite]:
-        layers, tables = _matrices(program), {_table(item.node) for item in program.fact(structure).embeddings}
-        found = weight_sites(layers, cls.name(), _taken)
+        layers, tables = _matrices(program), {_table(site.node) for site in program.fact(structure).embeddings}
+        sites = weight_sites(layers, cls.name(), _taken)
         multiplied = {matrix.name for node, matrix in layers.items() if is_linear(node)}
         for node, matrix in layers.items():
-            site = found[matrix.name]
+            site = sites[matrix.name]
             text = f"{cls.name()}{{embeddings=true}}" if matrix.node in tables else f"{cls.name()}{{lm_head=true}}"
             if matrix.node in tables or node in program.fact(structure).lm_heads:
                 kind = site.kind if matrix.name in multiplied else "embedding"
-                found[matrix.name] = replace(site, kind=kind, takes={text: _taken(*matrix.shape)})
-        return [*found.values()]
+                sites[matrix.name] = replace(site, kind=kind, takes={text: _taken(*matrix.shape)})
+        return [*sites.values()]
 
     @property
     def weight_format(self) -> Format:
@@ -145,10 +145,10 @@ class Quantize(Approximation):
         return FORMATS["fp8" if self.scheme == "fp8" else "int8" if _by_group(self.scheme) else "uint8"]
 
     def run(self, edit: Editor) -> None:
-        matrices = {node: item for node, item in _matrices(edit.program).items() if self.embeddings or is_linear(node)}
+        matrices = {node: matrix for node, matrix in _matrices(edit.program).items() if self.embeddings or is_linear(node)}
         sites = weight_sites(matrices, self.name(), _taken)
         parts = self._parts(edit, matrices, sites) if self._schemes() else [(self, [])]
-        done = {name: item.scheme for item, others in parts for name in item._quantize(edit, others)}
+        done = {name: pass_.scheme for pass_, others in parts for name in pass_._quantize(edit, others)}
         if done and not (self.attention or self.residual or self.embeddings):
             text = amounts_text([*sites.values()], [done.get(name) for name in sites])
             per_site = replace(self, scheme=Quantize.scheme, schemes=f"*={UNCHANGED},{text}", skip="", only="")
@@ -183,20 +183,20 @@ class Quantize(Approximation):
         values = dict.fromkeys(input_of(layer) for layer in layers)
         if self.attention:
             calls = map(Attention, edit.nodes(*Attention.targets))
-            values |= dict.fromkeys(item for call in calls for item in (call.q, call.k, call.v))
+            values |= dict.fromkeys(operand for call in calls for operand in (call.q, call.k, call.v))
         if self.residual:
             values |= dict.fromkeys(edit.program.fact(structure).residuals)
         if self.activation_format is not None:
             self._quantize_activations(edit, list(values), set(layers))
-        tables = {_table(item.node) for item in edit.program.fact(structure).embeddings}
+        tables = {_table(site.node) for site in edit.program.fact(structure).embeddings}
         for matrix in {matrix.name: matrix for matrix in layers.values()}.values():
             # Gemma's table in int8, a scale for 32 neighbours, is the same to the bit; in int4 it costs 1.6 % of perplexity.
             form = self._table_format if matrix.node in tables else self.weight_format
             self._quantize_weight(edit, matrix.node, form, transposed=matrix.transposed)
         if self.embeddings:
-            for item in edit.program.fact(structure).embeddings:
-                if item.node not in others:
-                    self._quantize_table(edit, item.node)
+            for site in edit.program.fact(structure).embeddings:
+                if site.node not in others:
+                    self._quantize_table(edit, site.node)
         return [matrix.name for matrix in layers.values()]
 
     @property
@@ -219,11 +219,11 @@ class Quantize(Approximation):
         )
 
     def _obstacle(self, edit: Editor, node: fx.Node, matrix: Matrix) -> str | None:
-        look_ups = [item.node for item in edit.program.fact(structure).embeddings if _table(item.node) is matrix.node]
+        look_ups = [site.node for site in edit.program.fact(structure).embeddings if _table(site.node) is matrix.node]
         tied = bool(look_ups)
         if tied and not self._takes_tied:
             return "its weight is an embedding table too; embeddings=true treats both"
-        named = next((found for item in look_ups if (found := obstacle_by_name(item, skip=self.skip, only=""))), None)
+        named = next((reason for look_up in look_ups if (reason := obstacle_by_name(look_up, skip=self.skip, only=""))), None)
         if named is not None:
             return f"its weight is an embedding table too, and {named}"
         if not tied and node in edit.program.fact(structure).lm_heads and not self.lm_head:
@@ -333,11 +333,15 @@ def _matrices(program: Program) -> dict[fx.Node, Matrix]:
         for node in program.nodes()
         if is_linear(node) and isinstance(matrix := matrix_of(node, stacks=True), Matrix)
     }
-    look_ups = {item.node: table for item in program.fact(structure).embeddings if (table := _table(item.node)) is not None}
+    look_ups = {site.node: table for site in program.fact(structure).embeddings if (table := _table(site.node)) is not None}
     return layers | {node: Matrix(table, transposed=False) for node, table in look_ups.items()}
 
 
 def _taken(outputs: int, inputs: int) -> tuple[str, ...]:
     """The schemes that fit a weight of that many out_features and in_features, at default options."""
-    by_32 = (item for item in get_args(Scheme) if inputs % _DEFAULT_GROUP == 0 or not (_has_four_bits(item) or _by_group(item)))
+    by_32 = (
+        scheme
+        for scheme in get_args(Scheme)
+        if inputs % _DEFAULT_GROUP == 0 or not (_has_four_bits(scheme) or _by_group(scheme))
+    )
     return (UNCHANGED, *by_32)

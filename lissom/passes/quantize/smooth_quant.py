@@ -70,15 +70,15 @@ class SmoothQuant(Rewrite):
 
 def largest_values(edit: Editor, chosen: set[fx.Node]) -> dict[fx.Node, torch.Tensor]:
     """max|x_j| of each feature of these nodes' values on the calibration data."""
-    found: dict[fx.Node, torch.Tensor] = {}
+    largest: dict[fx.Node, torch.Tensor] = {}
 
     def widen(node: fx.Node, rows: torch.Tensor) -> None:
         if len(rows):
             sizes = rows.float().abs().amax(0)
-            found[node] = torch.maximum(found[node], sizes) if node in found else sizes
+            largest[node] = torch.maximum(largest[node], sizes) if node in largest else sizes
 
     observe(edit.program, edit.data, chosen, widen, partial(edit.report, "observe"))
-    return found
+    return largest
 
 
 def smoothing(read: torch.Tensor, weights: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -125,7 +125,7 @@ def _pin_both(left: Axis, right: Axis, reason: str) -> None:
 
 
 def _absorb(atom: Axis, other: Axis) -> None:
-    if any(found is atom for found in other.atoms()):
+    if any(part is atom for part in other.atoms()):
         _pin_both(atom, other, "an axis would contain itself")
         return
     atom.same_as = other

@@ -118,8 +118,8 @@ def feed_forward_site(down: fx.Node, projections: set[fx.Node]) -> FeedForwardSi
 
 def _is_number(node: fx.Node) -> bool:
     """True for a size, and for a tensor of rank 0, which scales or shifts the other inputs."""
-    found = nodes.node_type(node)
-    parts = found if isinstance(found, tuple) else (found,)
+    value_type = nodes.node_type(node)
+    parts = value_type if isinstance(value_type, tuple) else (value_type,)
     return all(isinstance(part, ScalarType) or (isinstance(part, TensorType) and part.rank == 0) for part in parts)
 
 

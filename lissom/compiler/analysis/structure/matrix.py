@@ -78,11 +78,11 @@ def stack_like(matrices: Sequence[torch.Tensor], stack: torch.Tensor) -> torch.T
 
 def stored_weight(linear: fx.Node) -> tuple[fx.Node, bool]:
     """The weight argument of a product before transposes, and whether it is [in_features, out_features] there."""
-    found, transposed = second_factor(linear), linear.target is not aten.linear.default
-    assert found is not None, f"'{linear.name}' is no product"
-    while nodes.is_call(found, *TRANSPOSES) and _swaps_last(found):
-        found, transposed = nodes.operand(found), not transposed
-    return found, transposed
+    weight, transposed = second_factor(linear), linear.target is not aten.linear.default
+    assert weight is not None, f"'{linear.name}' is no product"
+    while nodes.is_call(weight, *TRANSPOSES) and _swaps_last(weight):
+        weight, transposed = nodes.operand(weight), not transposed
+    return weight, transposed
 
 
 def _swaps_last(node: fx.Node) -> bool:
@@ -110,10 +110,10 @@ def matrix_of(linear: fx.Node, *, stacks: bool = False) -> Matrix | str:
         return "it is a convolution or a batched matrix product"
     if linear.target in GROUPED_PRODUCTS and not stacks:
         return _STACKED
-    found, transposed = stored_weight(linear)
-    if is_quantizer(found):
+    stored, transposed = stored_weight(linear)
+    if is_quantizer(stored):
         return "its weight is quantized already"
-    if found is not weight:
+    if stored is not weight:
         return "its weight is split, cast or reshaped before it is used"
     form = nodes.tensor_type(weight)
     if form.rank != _rank(linear) or not form.dtype.is_floating_point:
@@ -132,7 +132,7 @@ class RoundedMatrix(Matrix):
 
     def read_scale(self, program: Program) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scale and zero point, each [..., blocks of out_features, blocks of in_features]."""
-        values = [program.weight(str(item.target)).detach() for item in self.quantizer.all_input_nodes[1:]]
+        values = [program.weight(str(operand.target)).detach() for operand in self.quantizer.all_input_nodes[1:]]
         turned = [value.reshape(1, 1) if value.dim() == 0 else value.mT if self.transposed else value for value in values]
         return turned[0], turned[1] if len(turned) > 1 else None
 
@@ -147,13 +147,13 @@ def rounded_matrix_of(linear: fx.Node, *, stacks: bool = False) -> RoundedMatrix
         return "it is a convolution or a batched matrix product"
     if linear.target in GROUPED_PRODUCTS and not stacks:
         return _STACKED
-    found, transposed = stored_weight(linear)
-    if found.target is not fake_quantize:
+    stored, transposed = stored_weight(linear)
+    if stored.target is not fake_quantize:
         return "its weight is not quantized"
-    weight = FakeQuantize(found).x
+    weight = FakeQuantize(stored).x
     if weight.op != "get_attr" or nodes.tensor_type(weight).rank != _rank(linear):
         return "its weight is computed before it is quantized"
-    return RoundedMatrix(weight, transposed, found)
+    return RoundedMatrix(weight, transposed, stored)
 
 
 def treated_layers(
@@ -187,10 +187,10 @@ def treated_layers(
 
 def readers_of(weight: fx.Node) -> list[fx.Node]:
     """The nodes that compute with a weight, directly or through transposes."""
-    found: list[fx.Node] = []
+    readers: list[fx.Node] = []
     for user in weight.users:
-        found += readers_of(user) if nodes.is_call(user, *TRANSPOSES) else [user]
-    return found
+        readers += readers_of(user) if nodes.is_call(user, *TRANSPOSES) else [user]
+    return readers
 
 
 def weight_sites(layers: Mapping[fx.Node, Matrix], pass_text: str, takes: Callable[[int, int], Legal]) -> dict[str, AmountSite]:
@@ -203,8 +203,8 @@ def weight_sites(layers: Mapping[fx.Node, Matrix], pass_text: str, takes: Callab
     for node, matrix in layers.items():
         paths.setdefault(matrix.name, {})[nodes.origin(node).module_path] = None
     shapes = {matrix.name: matrix.shape for matrix in layers.values()}
-    found: dict[str, AmountSite] = {}
-    for name, path in zip(paths, site_names([next(iter(item)) for item in paths.values()], [*paths]), strict=True):
+    sites: dict[str, AmountSite] = {}
+    for name, path in zip(paths, site_names([next(iter(modules)) for modules in paths.values()], [*paths]), strict=True):
         others = [*paths[name]][1:]
-        found[name] = AmountSite("linear", (path, *others), min(shapes[name]), {pass_text: takes(*shapes[name])})
-    return found
+        sites[name] = AmountSite("linear", (path, *others), min(shapes[name]), {pass_text: takes(*shapes[name])})
+    return sites

@@ -31,8 +31,8 @@ Check = Callable[[Values], bool]
 def padding_masks(program: Program) -> tuple[fx.Node, ...]:
     """The inputs [batch, tokens] whose zeros mask keys in an attention; use it as `program.fact(padding_masks)`."""
     types = {node: nodes.tensor_type(node) for node in program.placeholders}
-    candidates = [node for node, found in types.items() if found.rank == 2 and not found.dtype.is_complex]
-    masks = dict.fromkeys(found for node in program.nodes() if is_attention(node) and (found := mask_of(node)) is not None)
+    candidates = [node for node, tensor_type in types.items() if tensor_type.rank == 2 and not tensor_type.dtype.is_complex]
+    masks = dict.fromkeys(mask for node in program.nodes() if is_attention(node) and (mask := mask_of(node)) is not None)
     return tuple(
         candidate
         for candidate in candidates
@@ -193,8 +193,8 @@ def _probes(program: Program, mask: fx.Node | None, order: Sequence[fx.Node]) ->
     batch, tokens = (evaluate(size, sizes) for size in nodes.tensor_type(mask).shape)
     rows = _patterns(tokens)[torch.arange(-(-_BATCH // batch) * batch) % _BATCH]
     for group in rows.split(batch):
-        found = nodes.tensor_type(mask)
-        yield values_at(program, order, sizes, {mask: group.to(found.device, found.dtype)})
+        mask_type = nodes.tensor_type(mask)
+        yield values_at(program, order, sizes, {mask: group.to(mask_type.device, mask_type.dtype)})
 
 
 def _probe_sizes(program: Program, mask: fx.Node | None) -> dict[sympy.Symbol, int]:

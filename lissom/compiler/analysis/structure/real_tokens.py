@@ -40,7 +40,7 @@ def token_mask(program: Program, sample: Sample, node: fx.Node, axis: int = 1) -
     Args:
         axis: the dimension of the tokens, the second to last.
     """
-    if any(item.target in GROUPED_PRODUCTS for item in (node, *node.users)):
+    if any(call.target in GROUPED_PRODUCTS for call in (node, *node.users)):
         return None
     shape = nodes.tensor_type(node).shape
     for batch, tokens, real in program.fact(_sources).of(program, sample):
@@ -70,13 +70,13 @@ class _Sources:
     masks: dict[fx.Node, list[fx.Node]]
     named: list[int]
     _sample: Sample | None = None
-    _found: list[tuple[Size, Size, torch.Tensor]] = field(default_factory=list["tuple[Size, Size, torch.Tensor]"])
+    _real: list[tuple[Size, Size, torch.Tensor]] = field(default_factory=list["tuple[Size, Size, torch.Tensor]"])
 
     def of(self, program: Program, sample: Sample) -> list[tuple[Size, Size, torch.Tensor]]:
         """The real tokens of this sample, with the sizes of batch and tokens."""
         if self._sample is not sample:
-            self._sample, self._found = sample, list(self._read(program, sample))
-        return self._found
+            self._sample, self._real = sample, list(self._read(program, sample))
+        return self._real
 
     def _read(self, program: Program, sample: Sample) -> Iterator[tuple[Size, Size, torch.Tensor]]:
         leaves = program.signature.tensors
@@ -108,7 +108,7 @@ def _of_first_slots(leaves: Sequence[TensorArgument], sample: Sample, at: int) -
 def _sources(program: Program) -> _Sources:
     placeholders = program.placeholders
     known = program.fact(padding_masks)
-    masks = dict.fromkeys(found for node in program.nodes() if is_attention(node) and (found := mask_of(node)) is not None)
+    masks = dict.fromkeys(mask for node in program.nodes() if is_attention(node) and (mask := mask_of(node)) is not None)
     computed = {mask: order for mask in masks if (order := order_of([mask])) is not None}
     told = {
         mask: order

@@ -42,8 +42,8 @@ class HeadLayer:
     def read(self, program: Program) -> torch.Tensor:
         """The rows, followed by their bias, in float64: [heads, features, inputs], or inputs + 1 with a bias."""
         rows = self.weight.read(program)
-        found = rows if self.bias is None else torch.cat([rows, self.bias.read(program)[..., None]], -1)
-        return found.double().cpu()
+        extended = rows if self.bias is None else torch.cat([rows, self.bias.read(program)[..., None]], -1)
+        return extended.double().cpu()
 
     def write(self, edit: Editor, rows: torch.Tensor) -> None:
         """Set the rows and the bias, in the form that `read` returns."""
@@ -54,10 +54,10 @@ class HeadLayer:
     def moment(self, known: Mapping[fx.Node, Moments]) -> torch.Tensor:
         """The second moment of the layer's inputs, with a 1 for the bias; the identity when none is known."""
         inputs = nodes.fixed_size(self.weight.weight, 1 - self.weight.dim)
-        if (found := known.get(input_of(self.layer))) is None or len(found.total) != inputs:
+        if (moments := known.get(input_of(self.layer))) is None or len(moments.total) != inputs:
             return torch.eye(inputs + (self.bias is not None), dtype=torch.float64)
-        count = max(found.count, 1)
-        gram, mean = found.gram.double().cpu() / count, found.total.double().cpu()[:, None] / count
+        count = max(moments.count, 1)
+        gram, mean = moments.gram.double().cpu() / count, moments.total.double().cpu()[:, None] / count
         if self.bias is None:
             return gram
         return torch.cat([torch.cat([gram, mean], 1), torch.cat([mean.T, torch.ones(1, 1, dtype=torch.float64)], 1)])

@@ -87,8 +87,12 @@ class UnitPruning(Approximation):
             return
         if self.keep is None:
             # Ranking takes most of the time, and a site that keeps all its units needs none.
-            fewer = [(site, item) for site, item in zip(sites, choices, strict=True) if (item.left or item.units) < item.units]
-            sites, choices = [site for site, _ in fewer], [item for _, item in fewer]
+            fewer = [
+                (site, choice)
+                for site, choice in zip(sites, choices, strict=True)
+                if (choice.left or choice.units) < choice.units
+            ]
+            sites, choices = [site for site, _ in fewer], [choice for _, choice in fewer]
             if not sites:
                 return
         reference = edit.reference or edit.program.copy()
@@ -159,13 +163,13 @@ class UnitPruning(Approximation):
     def _search_masks(self, edit: Editor, sites: Sequence[UnitSite], choices: Sequence[Choice]) -> None:
         """Kwon et al. 2022: a mask by the Fisher diagonal, rearranged by its blocks, then scales by least squares."""
         gates = importance.gate_moments(edit.program, sites, edit.data, partial(edit.report, "rank"))
-        ranked = [Ranking.of(item.gram.diagonal()) for item in gates]
+        ranked = [Ranking.of(gate.gram.diagonal()) for gate in gates]
         inputs = {node for site in sites for node in importance.inputs_of(site)}
         read = moments(edit.program, edit.data, inputs, partial(edit.report, "fit"))
         removed = allocate(self._amount(), choices, ranked)
         self._tell(edit, sites, removed)
-        for site, item, gone in zip(sites, gates, removed, strict=True):
-            gone = importance.rearranged(item.gram, gone)
+        for site, gate, gone in zip(sites, gates, removed, strict=True):
+            gone = importance.rearranged(gate.gram, gone)
             total = Moments.sum([read[node] for node in importance.inputs_of(site)])
             self._set(edit, site, scale_units(edit.program, site, total, gone), gone)
 

@@ -139,7 +139,7 @@ def solve(halves: list[NormalEquations], weight: torch.Tensor, *, with_bias: boo
         ridge = RIDGES[index] * scale
         fitted = [_ridge(*part, weight, ridge) for part in parts]
         return sum(
-            float("inf") if found is None else _error(*other, found) for found, other in zip(fitted, parts[::-1], strict=True)
+            float("inf") if fit is None else _error(*held_out, fit) for fit, held_out in zip(fitted, parts[::-1], strict=True)
         )
 
     best = _valley(error, len(RIDGES))
@@ -149,7 +149,7 @@ def solve(halves: list[NormalEquations], weight: torch.Tensor, *, with_bias: boo
     start = weight.double()
     equations = whole.centred(with_bias=with_bias)
     fits = (_ridge(*equations, start, ridge * scale) for ridge in RIDGES[best:])
-    fitted = next((found for found in fits if found is not None), start)
+    fitted = next((fit for fit in fits if fit is not None), start)
     count = whole.read.count or 1.0
     bias = (whole.wanted.double() - fitted @ whole.read.total.double()) / count - fitted @ whole.shift.double()
     return fitted.float(), bias.float()
@@ -188,7 +188,7 @@ def refit(
         feed_forward: False refits attentions only.
     """
     endings = _endings(edit, reference, feed_forward=feed_forward)
-    widest = max((width(input_of(item.layer)) for item in endings), default=1)
+    widest = max((width(input_of(ending.layer)) for ending in endings), default=1)
     data = spread(data, _TOKENS_A_FEATURE * widest)
     with kept_state(edit.program):
         pruned, whole = Stream(edit.program, data), Stream(reference, data)
@@ -245,14 +245,16 @@ def _weights(rows: torch.Tensor, *, stream: bool) -> torch.Tensor:
 def _endings(edit: Editor, reference: Program, *, feed_forward: bool) -> list[Ending]:
     """The layers to refit, in the order of the program; the others are reported."""
     program = edit.program
-    found = program.fact(structure)
+    transformer = program.fact(structure)
     sites = [
         (find_head_columns(program, site), site.residual, input_of(site.q[0] if site.q else site.output))
-        for site in found.attention
+        for site in transformer.attention
         if site.output
     ]
     if feed_forward:
-        sites += [(find_neuron_columns(program, site), site.residual, input_of(site.up[0])) for site in found.feed_forward]
+        sites += [
+            (find_neuron_columns(program, site), site.residual, input_of(site.up[0])) for site in transformer.feed_forward
+        ]
     endings: list[Ending] = []
     for columns, residual, start in sites:
         ending = "" if isinstance(columns, str) else _ending(program, reference, columns, residual, start)
@@ -260,7 +262,7 @@ def _endings(edit: Editor, reference: Program, *, feed_forward: bool) -> list[En
             endings.append(ending)
         elif not isinstance(columns, str):
             edit.skip(columns.layer, f"its weights are not refitted: {ending}")
-    return sorted(endings, key=lambda item: item.layer)
+    return sorted(endings, key=lambda ending: ending.layer)
 
 
 def _ending(program: Program, reference: Program, columns: Columns, residual: fx.Node | None, start: fx.Node) -> Ending | str:
@@ -280,7 +282,7 @@ def _ending(program: Program, reference: Program, columns: Columns, residual: fx
     joined = residual is not None and layer in residual.all_input_nodes and nodes.argument(residual, "alpha") == 1
     if residual is None or not joined or not _same_type(known.get(residual.name), residual):
         return Ending(columns, bias, start, None, known[layer.name])
-    other = next((item for item in residual.all_input_nodes if item is not layer), None)
+    other = next((operand for operand in residual.all_input_nodes if operand is not layer), None)
     return Ending(columns, bias, start, other, known[residual.name])
 
 

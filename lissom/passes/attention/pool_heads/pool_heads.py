@@ -100,21 +100,21 @@ class PoolHeads(Approximation):
         Raises:
             UnsupportedError: when the requested number divides the heads of none, or an amount those of its attention.
         """
-        found = [item for item in separation.heads if not is_path_protected(item.site.path, self.protect)]
-        given = self._amounts().counts(_sites(found), "attentions with several key/value heads")
-        rest = [item.count for item, amount in zip(found, given, strict=True) if amount is None]
-        left = [self._left(item.count) if amount is None else amount for item, amount in zip(found, given, strict=True)]
+        unprotected = [heads for heads in separation.heads if not is_path_protected(heads.site.path, self.protect)]
+        given = self._amounts().counts(_sites(unprotected), "attentions with several key/value heads")
+        rest = [heads.count for heads, amount in zip(unprotected, given, strict=True) if amount is None]
+        left = [self._left(heads.count) if amount is None else amount for heads, amount in zip(unprotected, given, strict=True)]
         if rest and not any(self._left(count) for count in rest):
             counts = ", ".join(map(str, sorted(set(rest))))
             raise UnsupportedError(f"groups={self.groups} does not divide the key and value heads of any attention: {counts}")
-        for item, groups in zip(found, left, strict=True):
+        for heads, groups in zip(unprotected, left, strict=True):
             if not groups:
-                edit.skip(item.site.node, f"{self.groups} does not divide its {item.count} key and value heads")
-        if found:
-            counts = [groups or item.count for item, groups in zip(found, left, strict=True)]
-            text = amounts_text(_sites(found), counts)
+                edit.skip(heads.site.node, f"{self.groups} does not divide its {heads.count} key and value heads")
+        if unprotected:
+            counts = [groups or heads.count for heads, groups in zip(unprotected, left, strict=True)]
+            text = amounts_text(_sites(unprotected), counts)
             edit.per_site = format_pass(replace(self, groups=None, keep=None, protect="", amounts=text))
-        return [(item, groups) for item, groups in zip(found, left, strict=True) if 0 < groups < item.count]
+        return [(heads, groups) for heads, groups in zip(unprotected, left, strict=True) if 0 < groups < heads.count]
 
     def _left(self, count: int) -> int:
         """The number of heads to keep of `count`; 0 where the requested number does not divide it."""
@@ -129,31 +129,31 @@ class PoolHeads(Approximation):
     ) -> None:
         size = heads.count // groups
         factors = [find(edit.program, separation, heads) for find in (key_factors, value_factors)]
-        products = [item.products(edit.program, known, align=self.align) for item in factors]
+        products = [factor.products(edit.program, known, align=self.align) for factor in factors]
         reason = separation.order_obstacle(heads) if self.regroup else ""
         if self.regroup and not reason:
             order = arranged(products, size)
             separation.reorder(heads, order)
-            products = [item.ordered(order) for item in products]
+            products = [factor.ordered(order) for factor in products]
         elif reason:
             edit.note(f"{heads.site.path}: neighbouring heads are pooled: {reason}")
         errors: list[str] = []
-        for item, product, name in zip(factors, products, ("keys", "values"), strict=True):
+        for factor, product, name in zip(factors, products, ("keys", "values"), strict=True):
             pooled = [product.pooled(range(start, start + size)) for start in range(0, heads.count, size)]
-            item.write(edit, pooled, size, align=self.align)
-            errors.append(f"{name} {(sum(one.error for one in pooled) / product.energy) ** 0.5:.2f}")
+            factor.write(edit, pooled, size, align=self.align)
+            errors.append(f"{name} {(sum(head.error for head in pooled) / product.energy) ** 0.5:.2f}")
         edit.note(f"{heads.site.path}: {heads.count} heads are {groups}; relative error of {', '.join(errors)}")
         edit.rewritten += 1
 
 
-def _names(heads: Sequence[SeparateHeads]) -> list[str]:
-    return site_names([item.site.path for item in heads], [item.keys.name for item in heads])
+def _names(attentions: Sequence[SeparateHeads]) -> list[str]:
+    return site_names([heads.site.path for heads in attentions], [heads.keys.name for heads in attentions])
 
 
-def _sites(heads: Sequence[SeparateHeads]) -> list[AmountSite]:
+def _sites(attentions: Sequence[SeparateHeads]) -> list[AmountSite]:
     """The attentions as amounts name them: each takes the divisors of its number of key/value heads."""
-    divisors = [tuple(number for number in range(1, item.count + 1) if item.count % number == 0) for item in heads]
+    divisors = [tuple(number for number in range(1, heads.count + 1) if heads.count % number == 0) for heads in attentions]
     return [
-        AmountSite("key/value heads", (name,), item.count, {"pool-heads": legal})
-        for name, item, legal in zip(_names(heads), heads, divisors, strict=True)
+        AmountSite("key/value heads", (name,), heads.count, {"pool-heads": legal})
+        for name, heads, legal in zip(_names(attentions), attentions, divisors, strict=True)
     ]

@@ -76,7 +76,7 @@ class Products:
 
     def _fit(self, chosen: torch.Tensor) -> Pooled:
         features = self.right.shape[1]
-        root, inverse = (item[with_readers(chosen, self.readers)] for item in self._roots)
+        root, inverse = (matrix[with_readers(chosen, self.readers)] for matrix in self._roots)
         values, vectors = torch.linalg.eigh(self._balanced(chosen, root))
         values = values.clamp_min(0)
         kept = values[-features:]
@@ -149,8 +149,8 @@ def arranged(products: Sequence[Products], size: int) -> torch.Tensor:
     for product in products:
         costs += product.pair_errors() / product.energy
     starts = [list(torch.arange(count).split(size)), _greedy(costs, size)]
-    found = [_exchanged(costs, [group.tolist() for group in groups]) for groups in starts]
-    best = min(found, key=lambda groups: _total(costs, groups))
+    groupings = [_exchanged(costs, [group.tolist() for group in groups]) for groups in starts]
+    best = min(groupings, key=lambda groups: _total(costs, groups))
     return torch.tensor([head for group in sorted(map(sorted, best)) for head in group])
 
 

@@ -68,8 +68,8 @@ def block_masses(
     program: Program, data: Sequence[Sample], attentions: Collection[fx.Node], block: int, progress: Callable[[int, int], None]
 ) -> dict[fx.Node, BlockMass]:
     """The masses of these attentions in blocks of `block` tokens; one text and one layer are in memory at a time."""
-    found = {node: BlockMass(torch.zeros(0, 0, 0), torch.zeros(0, 0)) for node in attentions}
-    order = [node for node in program.graph.nodes if node in found]
+    masses = {node: BlockMass(torch.zeros(0, 0, 0), torch.zeros(0, 0)) for node in attentions}
+    order = [node for node in program.graph.nodes if node in masses]
     for finished, sample in enumerate(data):
         stream = Stream(program, [sample])
         for node in order:
@@ -78,9 +78,9 @@ def block_masses(
             real = token_mask(program, sample, wanted[0], axis=2)
             for row, given in enumerate(rows_of(values)):
                 tokens = torch.ones(values[wanted[0]].shape[2], dtype=torch.bool) if real is None else real[row].cpu()
-                found[node].add(attention_weights(node, given).cpu(), tokens, block)
+                masses[node].add(attention_weights(node, given).cpu(), tokens, block)
         progress(finished + 1, len(data))
-    return found
+    return masses
 
 
 def fewest_blocks(mean: torch.Tensor, share: float) -> torch.Tensor:

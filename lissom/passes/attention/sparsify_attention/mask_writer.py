@@ -39,7 +39,7 @@ class _Writer:
         self._known: dict[object, fx.Node] = {}
 
     def write(self) -> fx.Node:
-        alternatives = [self._all(list(map(self._condition, found))) for found in self._pattern.alternatives]
+        alternatives = [self._all(list(map(self._condition, alternative))) for alternative in self._pattern.alternatives]
         seen = reduce(lambda left, right: self._edit.call(aten.__or__.Tensor, left, right), alternatives)
         while nodes.tensor_type(seen).rank < 4:
             seen = self._edit.call(aten.unsqueeze.default, seen, 0)

@@ -52,8 +52,8 @@ def find_function(core: fx.Node, reference: Function) -> tuple[fx.Node, fx.Node]
         for argument in above:
             if nodes.node_type(root) != nodes.node_type(argument):
                 continue
-            found = _evaluate(root, argument, points, {})
-            if found is not None and torch.allclose(found, wanted, rtol=0.0, atol=_TOLERANCE):
+            values = _evaluate(root, argument, points, {})
+            if values is not None and torch.allclose(values, wanted, rtol=0.0, atol=_TOLERANCE):
                 return root, argument
     return None
 
@@ -64,13 +64,13 @@ def _reached(core: fx.Node, steps: int, following: Callable[[fx.Node], list[fx.N
     Args:
         following: the nodes one step from a node.
     """
-    found: list[fx.Node] = []
+    values: list[fx.Node] = []
     frontier = [core]
     for _ in range(steps):
         reached = dict.fromkeys(node for start in frontier for node in following(start))
-        frontier = [node for node in reached if nodes.is_tensor(node) and node not in found]
-        found += frontier
-    return found
+        frontier = [node for node in reached if nodes.is_tensor(node) and node not in values]
+        values += frontier
+    return values
 
 
 def _evaluate(
@@ -84,8 +84,8 @@ def _evaluate(
     if node not in known:
         known[node] = None
         inputs = {used: _evaluate(used, argument, points, known) for used in node.all_input_nodes}
-        if all(found is not None for found in inputs.values()):
-            found = inputs[node.all_input_nodes[0]] if node.target in CASTS else call(node, inputs.__getitem__)
-            assert isinstance(found, torch.Tensor)
-            known[node] = found
+        if all(value is not None for value in inputs.values()):
+            value = inputs[node.all_input_nodes[0]] if node.target in CASTS else call(node, inputs.__getitem__)
+            assert isinstance(value, torch.Tensor)
+            known[node] = value
     return known[node]

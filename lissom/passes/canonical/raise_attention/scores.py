@@ -144,7 +144,7 @@ def take_apart(edit: Editor, node: object) -> Scores:
     if folds_heads(node, 3):
         return take_apart(edit, nodes.operand(node))
     if folds_heads(node):
-        split = max(map(nodes.tensor_type, (node, nodes.operand(node))), key=lambda found: found.rank)
+        split = max(map(nodes.tensor_type, (node, nodes.operand(node))), key=lambda tensor_type: tensor_type.rank)
         return replace(take_apart(edit, nodes.operand(node)), heads=split.shape[1])
     if nodes.is_call(node, aten.baddbmm.default):
         product = AddedProduct(node)
@@ -191,10 +191,10 @@ def _take_temperature_apart(edit: Editor, node: fx.Node) -> Scores:
     """Scores times a tensor with one number per head."""
     for scores, factor in (node.args, reversed(node.args)):
         if nodes.is_tensor(factor) and nodes.tensor_type(factor).shape[-2:] == (1, 1) and nodes.tensor_type(node).rank == 4:
-            found = take_apart(edit, scores)
-            if found.biases or found.softcap:
+            inner = take_apart(edit, scores)
+            if inner.biases or inner.softcap:
                 break
-            return replace(found, factors=(*found.factors, factor))
+            return replace(inner, factors=(*inner.factors, factor))
     raise NoMatchError(f"the scores come through {node.target}")
 
 
@@ -216,8 +216,8 @@ def _product_of(edit: Editor, q: fx.Node, keys: fx.Node) -> Scores:
     scale = 1.0
     factors: list[fx.Node] = []
     for factor in (q, keys):
-        while (found := _scaled_by(edit, factor)) is not None:
-            scale, factor = scale * found[0], found[1]
+        while (scaled := _scaled_by(edit, factor)) is not None:
+            scale, factor = scale * scaled[0], scaled[1]
         factors.append(factor)
     return Scores(factors[0], factors[1], scale)
 

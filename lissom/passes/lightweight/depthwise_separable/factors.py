@@ -113,14 +113,14 @@ def decompose(slices: torch.Tensor, root: torch.Tensor | None = None) -> tuple[t
 
 
 def factors(
-    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor], terms: int, inverse: torch.Tensor | None = None
+    decomposition: tuple[torch.Tensor, torch.Tensor, torch.Tensor], terms: int, inverse: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The factors `first` and `last` with this number of terms, of equal norm.
 
     Args:
         inverse: of the root given to `decompose`.
     """
-    u, s, vt = found
+    u, s, vt = decomposition
     first, last = vt[:, :terms], u[:, :, :terms] * s[:, None, :terms]
     if inverse is not None:
         first = first @ inverse
@@ -213,7 +213,7 @@ class Fit:
             wanted: [1, channels out, *sizes], without bias.
         """
         # Sums of half precision lose what is small, and overflow.
-        value, wanted = (item.to(torch.promote_types(item.dtype, torch.float32)) for item in (value, wanted))
+        value, wanted = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (value, wanted))
         z = self._met(value)
         y = wanted.flatten(2)[0].unflatten(0, (z.shape[0], -1)).mT
         e = y - z @ self.start.to(z.dtype)
@@ -265,8 +265,8 @@ class Fit:
     @staticmethod
     def _sums(sums: Sequence[torch.Tensor | float]) -> list[torch.Tensor]:
         """The sums of the two halves; empty where one half has no data."""
-        found = [item.double() for item in sums if isinstance(item, torch.Tensor)]
-        return found if len(found) == 2 else []
+        halves = [half.double() for half in sums if isinstance(half, torch.Tensor)]
+        return halves if len(halves) == 2 else []
 
 
 def _ridge(gram: torch.Tensor, product: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -72,11 +72,11 @@ def rank_of(energy: torch.Tensor, keep: float) -> int:
     return min(int((kept < keep * kept[-1]).sum()) + 1, len(kept))
 
 
-def relative_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor | None = None) -> float:
+def relative_error(weight: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor | None = None) -> float:
     """‖XWᵀ - XW'ᵀ‖ / ‖XWᵀ‖ for H = XᵀX, or ‖W - W'‖ / ‖W‖ without H; 0 where the denominator is 0."""
     squares = [
-        float((item * (item if hessian is None else item @ hessian.double())).sum().clamp_min(0))
-        for item in (weight.double() - found.double(), weight.double())
+        float((matrix * (matrix if hessian is None else matrix @ hessian.double())).sum().clamp_min(0))
+        for matrix in (weight.double() - approximation.double(), weight.double())
     ]
     return (squares[0] / squares[1]) ** 0.5 if squares[1] else 0.0
 
@@ -130,7 +130,7 @@ def _offers(index: int, curve: Curve) -> list[tuple[float, int, int]]:
     """(gain per byte, index of the matrix, step) of every option after the first step."""
     count = min(len(curve.gains), (curve.whole_bytes - 1) // curve.step_bytes)
     total = curve.gains.double().cumsum(0)
-    taken = torch.arange(1, count + 1, device=total.device)
-    slopes = (total[-1] - total[:count]) / (curve.whole_bytes - taken * curve.step_bytes)
+    steps = torch.arange(1, count + 1, device=total.device)
+    slopes = (total[-1] - total[:count]) / (curve.whole_bytes - steps * curve.step_bytes)
     prices = (curve.gains[1:count].double() / curve.step_bytes).tolist()
     return [(float(slopes.min()), index, _WHOLE), *((price, index, step + 1) for step, price in enumerate(prices))]

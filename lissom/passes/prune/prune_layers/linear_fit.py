@@ -55,10 +55,10 @@ def most_linear(edit: Editor, units: Mapping[str, Sequence[Branch]], count: int)
     # The least error of each number of removed layers among the first ones, with those layers.
     least: list[dict[int, tuple[float, list[str]]]] = [{0: (0.0, [])}, *({} for _ in names)]
 
-    def offer(place: int, found: tuple[float, list[str]]) -> None:
-        known = least[place].get(len(found[1]))
-        if known is None or found[0] < known[0]:
-            least[place][len(found[1])] = found
+    def offer(place: int, candidate: tuple[float, list[str]]) -> None:
+        known = least[place].get(len(candidate[1]))
+        if known is None or candidate[0] < known[0]:
+            least[place][len(candidate[1])] = candidate
 
     for start in range(len(names)):
         for removed, (summed, gone) in least[start].items():
