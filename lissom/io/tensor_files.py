@@ -33,7 +33,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor], notes: Ma
     The safetensors library does not align tensors, and on unaligned memory kernels are slower and round differently. The
     format allows no gaps, so tensors whose size is not a multiple of 64 bytes come last.
     """
-    order = sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT != 0, -item[1].itemsize, item[0]))
+    order = sorted(tensors.items(), key=lambda entry: (entry[1].nbytes % ALIGNMENT != 0, -entry[1].itemsize, entry[0]))
     header: dict[str, object] = {"__metadata__": {"format": "pt", **notes}}
     end = 0
     for name, tensor in order:
