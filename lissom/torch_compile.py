@@ -254,9 +254,7 @@ class _Compiled:
         for other in list(_live):
             if not _are_alike(other._settings, self._settings) or not computes_the_same(other._graph, self._graph):
                 continue
-            variant = next(
-                (candidate for candidate in list(other._variants.values()) if candidate.serves(self._graph, args)), None
-            )
+            variant = next((known for known in list(other._variants.values()) if known.serves(self._graph, args)), None)
             if variant is not None:
                 _LOG.info("%s runs the program of %s", self._graph.name, other._graph.name)
                 return variant.compiled
