@@ -35,8 +35,8 @@ PASSES = (
 def drawn(checkpoint: Checkpoint, split: str, count: int) -> list[str]:
     """This many texts of TOKENS tokens."""
     pairs = read_pairs(split)
-    found = long_texts(checkpoint, [text for pair in zip(pairs.glosses, pairs.examples, strict=True) for text in pair], TOKENS)
-    return found[:count]
+    texts = long_texts(checkpoint, [text for pair in zip(pairs.glosses, pairs.examples, strict=True) for text in pair], TOKENS)
+    return texts[:count]
 
 
 def kept(program: Program) -> list[float]:

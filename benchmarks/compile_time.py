@@ -75,10 +75,10 @@ def measure(layers: int) -> Cost:
 def _memory(field: str) -> int:
     """Bytes this process uses now (`VmRSS`), or has used at most (`VmHWM`)."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    found = re.search(rf"{field}:\s+(\d+) kB", status)
-    if found is None:
+    match = re.search(rf"{field}:\s+(\d+) kB", status)
+    if match is None:
         raise OSError(f"/proc/self/status has no {field}; memory is measured on Linux")
-    return int(found[1]) * 1024
+    return int(match[1]) * 1024
 
 
 def measure_apart(layers: int) -> Cost:

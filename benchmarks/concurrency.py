@@ -28,15 +28,15 @@ _ROWS = 2
 
 def resident_bytes() -> int:
     """The resident memory of this process."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    if found is None:
+    match = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    if match is None:
         raise OSError("/proc/self/status has no VmRSS; memory is measured on Linux")
-    return int(found[1]) << 10
+    return int(match[1]) << 10
 
 
 def wrong_answers(compiled: CompiledModel, inputs: list[Inputs], calls: int) -> int:
     """The number of calls whose outputs differ from those of a single thread; one thread per input, `calls` calls each."""
-    wanted = [torch.from_numpy(answer(compiled(**item)).copy()) for item in inputs]
+    wanted = [torch.from_numpy(answer(compiled(**example)).copy()) for example in inputs]
     together = threading.Barrier(len(inputs))
     wrong = [0] * len(inputs)
 

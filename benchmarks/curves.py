@@ -74,7 +74,7 @@ class Point:
 
 def read_points() -> list[Point]:
     """The points measured so far."""
-    return [Point(**item) for item in json.loads(RECORDS.read_text(encoding="utf-8"))] if RECORDS.exists() else []
+    return [Point(**fields) for fields in json.loads(RECORDS.read_text(encoding="utf-8"))] if RECORDS.exists() else []
 
 
 def pipeline(passes: str, keep: float) -> str:
@@ -104,7 +104,7 @@ def measure(model: str) -> None:
     print(f"{model}: unpruned {score(None)}", file=sys.stderr)
     for passes, keep in missing(model, read_points()):
         started = time.perf_counter()
-        found = lissom.compile(
+        pruned = lissom.compile(
             checkpoint.model,
             checkpoint.example_inputs,
             passes=pipeline(passes, keep),
@@ -113,21 +113,21 @@ def measure(model: str) -> None:
             goal=None,
         )
         seconds = time.perf_counter() - started
-        latency = latency_share(found, whole, timed, 5.0)
-        point = Point(model, passes, keep, score(found), latency, stored_bytes(found.program) / size, seconds, conditions())
+        latency = latency_share(pruned, whole, timed, 5.0)
+        point = Point(model, passes, keep, score(pruned), latency, stored_bytes(pruned.program) / size, seconds, conditions())
         print(point, file=sys.stderr)
-        write_whole(RECORDS, json.dumps([asdict(item) for item in (*read_points(), point)], indent=1) + "\n")
+        write_whole(RECORDS, json.dumps([asdict(measured) for measured in (*read_points(), point)], indent=1) + "\n")
 
 
 def scorer(model: str, checkpoint: Checkpoint) -> Callable[[CompiledModel | None], dict[str, float]]:
     """Returns the function that scores a compiled model, or the original for None."""
     if model != "minilm":
-        return lambda found: {"perplexity": perplexity(found or checkpoint.model, checkpoint)}
+        return lambda compiled: {"perplexity": perplexity(compiled or checkpoint.model, checkpoint)}
     texts = read_pairs("evaluation", PAIRS)
     original = retrieve(checkpoint.model, checkpoint, texts)
 
-    def score(found: CompiledModel | None) -> dict[str, float]:
-        reached = retrieve(found, checkpoint, texts) if found else original
+    def score(compiled: CompiledModel | None) -> dict[str, float]:
+        reached = retrieve(compiled, checkpoint, texts) if compiled else original
         change, low, high = difference(original, reached, 10)
         near = float(cosine(original, reached).mean())
         return {"recall@10": reached.recall(10), "change": change, "low": low, "high": high, "cosine": near}
@@ -180,12 +180,12 @@ def page(points: Sequence[Point]) -> str:
             f"| passes | keep | {head} | latency | bytes | s |",
             "|---|---:|---:|" + "---:|" * (4 if model == "minilm" else 3),
         ]
-        for point in sorted(chosen, key=lambda item: (PASSES[model].index(item.passes), -item.keep)):
-            found = point.quality
+        for point in sorted(chosen, key=lambda measured: (PASSES[model].index(measured.passes), -measured.keep)):
+            quality = point.quality
             if model == "minilm":
-                cells = f"{found['change']:+.1%} ({found['low']:+.1%} to {found['high']:+.1%}) | {found['cosine']:.4f}"
+                cells = f"{quality['change']:+.1%} ({quality['low']:+.1%} to {quality['high']:+.1%}) | {quality['cosine']:.4f}"
             else:
-                cells = f"{found['perplexity']:.1f}"
+                cells = f"{quality['perplexity']:.1f}"
             gains = f"{point.latency:.2f} | {point.size:.2f} | {point.seconds:.0f}"
             lines.append(f"| `{point.passes}` | {point.keep:g} | {cells} | {gains} |")
         lines.append(f"\n{chosen[-1].machine}.\n")

@@ -93,15 +93,15 @@ class Static:
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         start, self.start = self.start, self.start + ids.shape[1]
         positions = torch.arange(start, self.start)[None]
-        found = self.forward(
+        outputs = self.forward(
             input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
         )
-        return found.logits[0, -1]  # pyright: ignore[reportAttributeAccessIssue]
+        return outputs.logits[0, -1]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
     """The bytes read per token: all weights, tied ones once, without an embedding table that is not the LM head."""
-    return sum(item.numel() * item.element_size() for item in model.parameters())
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def in_bfloat16(checkpoint: Checkpoint) -> Checkpoint:
@@ -129,14 +129,14 @@ def torchao(bits: int, checkpoint: Checkpoint) -> Engine:
     model = in_bfloat16(checkpoint).model
     # The LM head is tied to the embedding table, which stays as it is; torchao quantizes linear layers.
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # pyright: ignore
-    linears = [item for item in model.modules() if isinstance(item, torch.nn.Linear)]
-    elements = sum(item.weight.numel() for item in linears)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    elements = sum(linear.weight.numel() for linear in linears)
     if bits == 8:
         quantize_(model, Int8WeightOnlyConfig())
     else:
         quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=32))
     engine = Static(checkpoint, torch.compile(model))
-    scales = sum(item.weight.shape[0] for item in linears) if bits == 8 else elements // 32 * 2
+    scales = sum(linear.weight.shape[0] for linear in linears) if bits == 8 else elements // 32 * 2
     engine.bytes_read = elements * bits // 8 + 2 * scales
     return engine
 
@@ -148,11 +148,11 @@ def plain(config: transformers.PretrainedConfig) -> dict[str, object]:
 
 def add_older_names(configuration: Path) -> None:
     """Add the rotary fields that the model builder reads, under their names in transformers 4."""
-    found = json.loads(configuration.read_text())
-    angles = found["rope_parameters"]
+    fields = json.loads(configuration.read_text())
+    angles = fields["rope_parameters"]
     transformers.Gemma3TextConfig.rope_local_base_freq = angles["sliding_attention"]["rope_theta"]  # pyright: ignore
     angles |= {"rope_type": "default", "rope_theta": angles["full_attention"]["rope_theta"]}
-    configuration.write_text(json.dumps(found | {"rope_theta": angles["rope_theta"]}))
+    configuration.write_text(json.dumps(fields | {"rope_theta": angles["rope_theta"]}))
 
 
 class Genai:
@@ -225,10 +225,10 @@ CAST = "cast{dtype=bf16}"
 ENGINES: dict[str, tuple[str, Callable[[Checkpoint], Engine]]] = {
     "eager-bf16": ("PyTorch eager bf16, static cache", eager),
     "torch-compile-bf16": ("torch.compile bf16, static cache", torch_compile),
-    "torchao-int8": ("torchao int8 weights + torch.compile", lambda item: torchao(8, item)),
-    "torchao-int4": ("torchao int4 weights + torch.compile", lambda item: torchao(4, item)),
-    "onnxruntime-fp32": ("ONNX Runtime (genai) fp32", lambda item: Genai("fp32", item)),
-    "onnxruntime-int4": ("ONNX Runtime (genai) int4", lambda item: Genai("int4", item)),
+    "torchao-int8": ("torchao int8 weights + torch.compile", lambda checkpoint: torchao(8, checkpoint)),
+    "torchao-int4": ("torchao int4 weights + torch.compile", lambda checkpoint: torchao(4, checkpoint)),
+    "onnxruntime-fp32": ("ONNX Runtime (genai) fp32", lambda checkpoint: Genai("fp32", checkpoint)),
+    "onnxruntime-int4": ("ONNX Runtime (genai) int4", lambda checkpoint: Genai("int4", checkpoint)),
     "lissom-fp32": ("Lissom fp32", lissom_engine("exact")),
     "lissom-bf16": ("Lissom bf16", lissom_engine(CAST)),
     "lissom-int8-int4": ("Lissom int8 table and head, int4 layers", lissom_engine(MIXED)),
@@ -256,8 +256,8 @@ TITLES = {name: title for name, (title, _) in ENGINES.items()} | {LLAMA: "llama.
 
 def texts(checkpoint: Checkpoint, tokens: int) -> torch.Tensor:
     """The prompt and the text after it, [1, PROMPT + tokens]."""
-    found = torch.cat([item.flatten() for item in windows(checkpoint, "evaluation", max(PROMPT + tokens, 1024))])
-    return found[None, : PROMPT + tokens]
+    ids = torch.cat([window.flatten() for window in windows(checkpoint, "evaluation", max(PROMPT + tokens, 1024))])
+    return ids[None, : PROMPT + tokens]
 
 
 def measure(name: str, threads: int, ids: torch.Tensor) -> Result:
@@ -270,12 +270,12 @@ def measure(name: str, threads: int, ids: torch.Tensor) -> Result:
     with torch.inference_mode():
         engine = ENGINES[name][1](checkpoint)
         answer(engine, prompt)  # compiles and warms up
-        found = [answer(engine, prompt) for _ in range(ROUNDS)]
+        rounds = [answer(engine, prompt) for _ in range(ROUNDS)]
         peak = peak_bytes()
         loss = perplexity(engine, ids) if tokens else None
     return Result(
-        quartiles([PROMPT / item[0] for item in found]),
-        quartiles([ANSWER / item[1] for item in found]),
+        quartiles([PROMPT / seconds[0] for seconds in rounds]),
+        quartiles([ANSWER / seconds[1] for seconds in rounds]),
         peak,
         loss,
         engine.bytes_read,
@@ -318,8 +318,8 @@ def measure_llama(threads: int, ids: list[int]) -> Result:
     timings = [server.handle_completions(request)["timings"] for _ in range(ROUNDS + 1)][1:]
     peak = peak_bytes()
     return Result(
-        quartiles([item["prompt_per_second"] for item in timings]),
-        quartiles([item["predicted_per_second"] for item in timings]),
+        quartiles([timing["prompt_per_second"] for timing in timings]),
+        quartiles([timing["predicted_per_second"] for timing in timings]),
         peak,
         llama_perplexity(server, ids) if len(ids) > PROMPT else None,
         file.stat().st_size,
@@ -331,8 +331,8 @@ def llama_perplexity(server: Any, ids: list[int]) -> float:
     losses = []
     for index in range(PROMPT, len(ids)):
         request = {"prompt": ids[:index], "n_predict": 1, "n_probs": 1, "temperature": 0, "cache_prompt": True}
-        found = server.handle_completions({**request, "logit_bias": [[ids[index], 1e4]]})
-        (chosen,) = found["choices"][0]["logprobs"]["content"]
+        completion = server.handle_completions({**request, "logit_bias": [[ids[index], 1e4]]})
+        (chosen,) = completion["choices"][0]["logprobs"]["content"]
         if chosen["id"] != ids[index]:
             raise RuntimeError(f"llama.cpp chose the token {chosen['id']} though {ids[index]} had a bias of 1e4")
         losses.append(-chosen["logprob"])
@@ -348,15 +348,15 @@ def measure_apart(name: str, threads: int, ids: torch.Tensor) -> Result | str:
         return str(error)
 
 
-def row(name: str, found: Result | str, bandwidth: float) -> str:
+def row(name: str, result: Result | str, bandwidth: float) -> str:
     """A row of the table. bandwidth: bytes per second."""
-    if isinstance(found, str):
-        return f"| {TITLES[name]} | failed: {found.replace('|', '/')[:160]} | | | | | |"
-    loss = "" if found.perplexity is None else f"{found.perplexity:.2f}"
-    share = found.bytes_read * found.decode[0] / bandwidth
+    if isinstance(result, str):
+        return f"| {TITLES[name]} | failed: {result.replace('|', '/')[:160]} | | | | | |"
+    loss = "" if result.perplexity is None else f"{result.perplexity:.2f}"
+    share = result.bytes_read * result.decode[0] / bandwidth
     return (
-        f"| {TITLES[name]} | {spread(found.prefill, 0)} | {spread(found.decode)} | "
-        f"{found.bytes_read / 1e6:.0f} | {share:.0%} | {found.peak / 1e6:.0f} | {loss} |"
+        f"| {TITLES[name]} | {spread(result.prefill, 0)} | {spread(result.decode)} | "
+        f"{result.bytes_read / 1e6:.0f} | {share:.0%} | {result.peak / 1e6:.0f} | {loss} |"
     )
 
 
@@ -364,16 +364,16 @@ def table(engines: Sequence[str], threads: int, tokens: int) -> str:
     """The results as Markdown, with the machine."""
     torch.set_num_threads(threads)
     ids = texts(load("gemma3-270m"), tokens)
-    found: dict[str, Result | str] = {}
+    results: dict[str, Result | str] = {}
     bandwidths: list[float] = []
     for name in engines:
         # Other work on the machine can only lower a reading, so the maximum is its bandwidth.
         bandwidths.append(1e9 * measure_machine(0.3).cpu.memory_gb_per_second.median)
-        found[name] = measure_apart(name, threads, ids)
-        print(row(name, found[name], max(bandwidths)), file=sys.stderr)
+        results[name] = measure_apart(name, threads, ids)
+        print(row(name, results[name], max(bandwidths)), file=sys.stderr)
     heads = "engine | prompt, tokens/s | decode, tokens/s | MB a token reads | of the bandwidth | peak MB | perplexity"
     lines = [f"| {heads} |", "|---|---:|---:|---:|---:|---:|---:|"]
-    lines += [row(name, result, max(bandwidths)) for name, result in found.items()]
+    lines += [row(name, result, max(bandwidths)) for name, result in results.items()]
     speed = f"Memory reads {max(bandwidths) / 1e9:.1f} GB/s, the most of {len(bandwidths)} readings."
     notes = f"Medians of {ROUNDS} rounds (middle half). {speed} GPTQ saw {CALIBRATION:,} tokens. {conditions()}"
     return "\n".join([*lines, "", notes, ""])

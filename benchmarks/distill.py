@@ -53,7 +53,9 @@ def eager_speed(program: Program, batches: Batches) -> float:
     module = program.trainable()
     for name, parameter in module.named_parameters():
         parameter.requires_grad_("embeddings" not in name)
-    optimizer = torch.optim.AdamW([item for item in module.parameters() if item.requires_grad], lr=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in module.parameters() if parameter.requires_grad], lr=1e-6, fused=True
+    )
     chosen, started, tokens = batches[: STEPS + 2], 0.0, 0
     for index, batch in enumerate(chosen):
         if index == 2:
@@ -126,7 +128,7 @@ def recovered(setting: Setting, passes: str, recovery: str) -> Recovered:
         held.append(held_bytes())
         return retrievals[-1].recall(10)
 
-    found = lissom.optimize(
+    optimized = lissom.optimize(
         setting.model,
         setting.checkpoint.example_inputs,
         passes=passes.replace(RECOVER, recovery),
@@ -134,7 +136,7 @@ def recovered(setting: Setting, passes: str, recovery: str) -> Recovered:
         checks="structural",
         metric=recall_10,
     )
-    (step,) = (step for step in found.report.history.steps if step.curve)
+    (step,) = (step for step in optimized.report.history.steps if step.curve)
     added = peaks[-1] - held[-2]
     times = added / programs[-2].parameter_bytes
     more = f"training took {added >> 20} MiB more than before, {times:.1f} times the student's weights"
@@ -142,11 +144,11 @@ def recovered(setting: Setting, passes: str, recovery: str) -> Recovered:
     tokens = sum(int(batch["attention_mask"].sum()) for batch in setting.batches) / len(setting.batches)
     last, quantized = step.curve[-1], None
     if "quantize" not in passes:
-        int8 = compiled(setting, found.program, "quantize")
+        int8 = compiled(setting, optimized.program, "quantize")
         quantized = (speedup(setting, int8), recall(setting, retrieve(int8, setting.checkpoint, setting.texts)))
     return Recovered(
         passes.replace(RECOVER, "distill"),
-        speedup(setting, compiled(setting, found.program)),
+        speedup(setting, compiled(setting, optimized.program)),
         (recall(setting, retrievals[-2]), recall(setting, retrievals[-1])),
         quantized,
         step.curve,
@@ -154,22 +156,22 @@ def recovered(setting: Setting, passes: str, recovery: str) -> Recovered:
     )
 
 
-def recall(setting: Setting, found: Retrieval) -> Recall:
+def recall(setting: Setting, retrieval: Retrieval) -> Recall:
     """recall@10 beside the original's."""
-    return (found.recall(10), *difference(setting.original, found, 10))
+    return (retrieval.recall(10), *difference(setting.original, retrieval, 10))
 
 
-def draw(found: Sequence[Recovered]) -> None:
+def draw(runs: Sequence[Recovered]) -> None:
     """The loss over the minutes, and recall over speed with and without recovery."""
     figure, (losses, qualities) = subplots(1, 2, figsize=(10, 3.8))
-    for item in found:
-        minutes = [point.seconds / 60 for point in item.curve]
-        (line,) = losses.plot(minutes, [point.held_out for point in item.curve], label=item.passes)
-        for fill, (_, change, low, high) in zip(("white", line.get_color()), item.recalls, strict=True):
+    for run in runs:
+        minutes = [point.seconds / 60 for point in run.curve]
+        (line,) = losses.plot(minutes, [point.held_out for point in run.curve], label=run.passes)
+        for fill, (_, change, low, high) in zip(("white", line.get_color()), run.recalls, strict=True):
             spread = [[100 * (change - low)], [100 * (high - change)]]
-            qualities.errorbar(item.speedup, 100 * change, spread, marker="o", color=line.get_color(), mfc=fill, capsize=3)
-        ends = [100 * change for _, change, _, _ in item.recalls]
-        qualities.plot([item.speedup] * 2, ends, color=line.get_color(), linestyle=":")
+            qualities.errorbar(run.speedup, 100 * change, spread, marker="o", color=line.get_color(), mfc=fill, capsize=3)
+        ends = [100 * change for _, change, _, _ in run.recalls]
+        qualities.plot([run.speedup] * 2, ends, color=line.get_color(), linestyle=":")
     losses.set(xlabel="minutes", ylabel="loss on held-out texts", yscale="log")
     losses.legend(fontsize=7)
     qualities.set(xlabel="times faster than the exact program", ylabel="change of recall@10, %", title="hollow: not recovered")
@@ -178,11 +180,11 @@ def draw(found: Sequence[Recovered]) -> None:
     save(figure, FIGURE)
 
 
-def speedup(setting: Setting, found: lissom.CompiledModel) -> float:
+def speedup(setting: Setting, fast: lissom.CompiledModel) -> float:
     """How much faster it is than the exact program."""
     inputs = setting.checkpoint.encode(["a sentence " * TOKENS] * ROWS, TOKENS)
-    timings = time_calls({"exact": lambda: setting.exact(**inputs), "found": lambda: found(**inputs)}, 10.0)
-    return timings["exact"].median_ms / timings["found"].median_ms
+    timings = time_calls({"exact": lambda: setting.exact(**inputs), "fast": lambda: fast(**inputs)}, 10.0)
+    return timings["exact"].median_ms / timings["fast"].median_ms
 
 
 def prepared(pairs: int | None = None) -> Setting:
@@ -213,17 +215,17 @@ def main() -> None:
         f"| none | 1 | {original.recall(10):.3f} | | | | | | |",
     ]
     recovery = f"distill{{minutes={options.minutes:g}{options.options and ','}{options.options}}}"
-    found = list[Recovered]()
+    runs = list[Recovered]()
     for passes in options.passes:
-        found.append(recovered(setting, passes, recovery))
-        print(found[-1].line, flush=True)
-    lines += [item.line for item in found]
+        runs.append(recovered(setting, passes, recovery))
+        print(runs[-1].line, flush=True)
+    lines += [run.line for run in runs]
     about = f"`{recovery}`, batches of {BATCH}, {len(original.ranks):,} synsets."
     text = "\n".join(lines) + f"\n\n{about} {conditions()}.\n"
     print(text)
     if options.update:
         put_table("distillation", text, by_processor=True)
-        draw(found)
+        draw(runs)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def table(checkpoint: Checkpoint, pipelines: Sequence[str], recovery: str, rows:
             print(f"perplexity {float(measured[-1].mean().exp()):.2f}", flush=True)
             return -float(measured[-1].mean())
 
-        found = lissom.optimize(
+        recovered = lissom.optimize(
             checkpoint.model,
             checkpoint.example_inputs,
             passes=passes.replace(RECOVER, recovery),
@@ -67,13 +67,13 @@ def table(checkpoint: Checkpoint, pipelines: Sequence[str], recovery: str, rows:
             checks="structural",
             metric=likelihood,
         )
-        (step,) = (step for step in found.report.history.steps if step.curve)
+        (step,) = (step for step in recovered.report.history.steps if step.curve)
         print(*step.notes, sep="\n")
-        seconds = sum(item.seconds for item in found.report.history.steps)
+        seconds = sum(pass_step.seconds for pass_step in recovered.report.history.steps)
         base, *_, before, after = measured
         if len(lines) == 2:
             lines.append(f"| none | {float(base.mean().exp()):.2f} | | | |")
-        changes = [", ".join(perplexity_change(base, item)) for item in (before, after)]
+        changes = [", ".join(perplexity_change(base, reached)) for reached in (before, after)]
         lines.append(
             f"| `{passes.replace(RECOVER, 'distill')}` | {' | '.join(changes)} | {step.curve[-1].step} | {seconds:.0f} |"
         )

@@ -59,7 +59,7 @@ def measure(model: str, engines: str, shapes: str, seconds: float, threads: int)
     records: list[Record] = []
     try:
         with progress_bar("encoder") as progress, tempfile.TemporaryDirectory() as folder:
-            found = compare(
+            compared = compare(
                 model_name(model, Path(folder)),
                 find_engines(engines),
                 shapes=parse_shapes(shapes),
@@ -68,7 +68,7 @@ def measure(model: str, engines: str, shapes: str, seconds: float, threads: int)
                 seconds=seconds,
                 progress=progress,
             )
-            for record in found:
+            for record in compared:
                 records.append(record)
     except KeyboardInterrupt:
         print("interrupted; finished so far:")
@@ -78,16 +78,16 @@ def measure(model: str, engines: str, shapes: str, seconds: float, threads: int)
 def draw(records: list[Record], file: Path) -> None:
     """Median milliseconds of every engine, one panel per shape, with the quartiles as whiskers."""
     shapes = shapes_of(records)
-    ran = {engine.title: found for engine in ENGINES.values() if (found := measurements(records, engine.name))}
+    ran = {engine.title: measured for engine in ENGINES.values() if (measured := measurements(records, engine.name))}
     figure, panels = subplots(1, len(shapes), sharey=True, squeeze=False, figsize=(2.4 + 2.2 * len(shapes), 1 + 0.3 * len(ran)))
     colours = ["tab:blue" if title.startswith("Lissom") else "tab:gray" for title in ran]
     for panel, shape in zip(panels[0], shapes, strict=True):
-        timings = [found[shape].timing if shape in found else None for found in ran.values()]
-        medians = [item.median_ms if item else 0.0 for item in timings]
-        below = [item.median_ms - item.low_ms if item else 0.0 for item in timings]
-        above = [item.high_ms - item.median_ms if item else 0.0 for item in timings]
+        timings = [measured[shape].timing if shape in measured else None for measured in ran.values()]
+        medians = [timing.median_ms if timing else 0.0 for timing in timings]
+        below = [timing.median_ms - timing.low_ms if timing else 0.0 for timing in timings]
+        above = [timing.high_ms - timing.median_ms if timing else 0.0 for timing in timings]
         bars = panel.barh(list(ran), medians, xerr=[below, above], color=colours, error_kw={"elinewidth": 1})
-        panel.bar_label(bars, [str(item).partition(" ")[0] if item else "—" for item in timings], padding=3, fontsize=8)
+        panel.bar_label(bars, [str(timing).partition(" ")[0] if timing else "—" for timing in timings], padding=3, fontsize=8)
         panel.set(title=shape, xlabel="ms")
         panel.margins(x=0.3)
         panel.spines[["top", "right"]].set_visible(False)

@@ -147,8 +147,8 @@ def measure(name: str, count: int, rounds: int, threads: int) -> Row:
     wanted = encoder.encode(texts[:64])
     with tempfile.TemporaryDirectory() as folder:
         encoder = BACKENDS[name][1](encoder, Path(folder))
-        found = encoder.encode(texts[:64])
-        cosine = (wanted * found).sum(1) / np.linalg.norm(wanted, axis=1) / np.linalg.norm(found, axis=1)
+        embeddings = encoder.encode(texts[:64])
+        cosine = (wanted * embeddings).sum(1) / np.linalg.norm(wanted, axis=1) / np.linalg.norm(embeddings, axis=1)
         seconds: list[float] = []
         for _ in range(rounds):
             started = time.perf_counter()
@@ -190,8 +190,8 @@ def main() -> None:
         print(json.dumps(vars(measure(options.worker, options.texts, options.rounds, options.threads))))
         return
     arguments = [f"--texts={options.texts}", f"--rounds={options.rounds}", f"--threads={options.threads}"]
-    found = [run_apart(__file__, [f"--worker={name}", *arguments]) for name in options.backends.split(",")]
-    printed = table([Row(**cast(dict, row)) for row in found], options.texts)
+    results = [run_apart(__file__, [f"--worker={name}", *arguments]) for name in options.backends.split(",")]
+    printed = table([Row(**cast(dict, row)) for row in results], options.texts)
     print(printed)
     if options.update:
         put_table("encoding", printed, by_processor=True)

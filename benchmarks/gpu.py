@@ -162,10 +162,10 @@ def measure_batch(call: Call, batch: int, wanted: torch.Tensor, before: int) -> 
     with torch.inference_mode():
         # The first calls compile, tune and record CUDA graphs.
         for _ in range(3):
-            found = call(inputs).cpu()
+            output = call(inputs).cpu()
         torch.cuda.empty_cache()
         timing = time_calls({"": lambda: call(inputs)}, SECONDS)[""]
-    a, b = wanted.double().flatten(), found.double().flatten()
+    a, b = wanted.double().flatten(), output.double().flatten()
     cosine = float(a @ b / (a.norm() * b.norm()))
     return Result(batch, timing.median_ms, timing.low_ms, timing.high_ms, cosine, held() - before)
 
@@ -173,21 +173,21 @@ def measure_batch(call: Call, batch: int, wanted: torch.Tensor, before: int) -> 
 def measure_apart(model: str, dtype: str, engine: str) -> list[Result] | str:
     """Run `measure` in a process of its own; the last line of its error output if it fails."""
     try:
-        return [Result(**item) for item in run_apart(__file__, ["--one", model, dtype, engine])]  # pyright: ignore
+        return [Result(**fields) for fields in run_apart(__file__, ["--one", model, dtype, engine])]  # pyright: ignore
     except RuntimeError as error:
         return str(error)
 
 
 def rows(model: str, dtype: str, engine: str) -> list[str]:
     """The engine's rows of the table."""
-    found = measure_apart(model, dtype, engine)
+    results = measure_apart(model, dtype, engine)
     start = f"| {model} | {dtype} | {TITLES[engine]} |"
-    if isinstance(found, str):
-        return [f"{start} | failed: {found.replace('|', '/')} | | |"]
+    if isinstance(results, str):
+        return [f"{start} | failed: {results.replace('|', '/')} | | |"]
     return [
-        f"{start} {item.batch} | {item.median:.2f} ({item.low:.2f} to {item.high:.2f}) | {item.cosine:.6f} | "
-        f"{item.memory / 1e9:.2f} |"
-        for item in found
+        f"{start} {result.batch} | {result.median:.2f} ({result.low:.2f} to {result.high:.2f}) | {result.cosine:.6f} | "
+        f"{result.memory / 1e9:.2f} |"
+        for result in results
     ]
 
 
@@ -216,7 +216,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("this benchmark measures on a CUDA device, and PyTorch finds none here; run it on a machine with one")
     if options.one:
-        print(json.dumps([asdict(item) for item in measure(*options.one)]))
+        print(json.dumps([asdict(result) for result in measure(*options.one)]))
         return
     printed = table(options.models, options.dtypes, options.engines)
     print(printed)

@@ -88,8 +88,8 @@ def last_losses(states: torch.Tensor, head: torch.Tensor, ids: torch.Tensor) -> 
     """The negative log-likelihood of the last tokens in float64; states: [tokens, features], ids: [1, tokens]."""
     count = min(LAST, ids.shape[1] // 2)
     with torch.inference_mode():
-        found = functional.cross_entropy(functional.linear(states[-count - 1 : -1], head), ids[0, -count:], reduction="none")
-    return found.double()
+        losses = functional.cross_entropy(functional.linear(states[-count - 1 : -1], head), ids[0, -count:], reduction="none")
+    return losses.double()
 
 
 def measure(checkpoint: Checkpoint, wanted: Mapping[int, Sequence[str]], tokens: int) -> Iterator[Row]:
@@ -111,7 +111,7 @@ def measure(checkpoint: Checkpoint, wanted: Mapping[int, Sequence[str]], tokens:
         for name in names:
             states, seconds = timed(calls[name], texts)
             distances = torch.cat([(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(states, dense, strict=True)])
-            losses = torch.cat([last_losses(item, head, ids) for item, ids in zip(states, texts, strict=True)])
+            losses = torch.cat([last_losses(hidden, head, ids) for hidden, ids in zip(states, texts, strict=True)])
             moved = losses - base
             yield Row(
                 length,
@@ -175,7 +175,7 @@ def read_rows() -> list[Row]:
     """The rows measured so far."""
     if not RECORDS.exists():
         return []
-    return [Row(**item) for item in json.loads(RECORDS.read_text(encoding="utf-8"))]
+    return [Row(**fields) for fields in json.loads(RECORDS.read_text(encoding="utf-8"))]
 
 
 def main() -> None:

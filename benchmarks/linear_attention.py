@@ -83,7 +83,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (item.unflatten(-1, (HEADS, -1)).transpose(1, 2) for item in self.project(x).split(WIDTH, -1))
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.project(x).split(WIDTH, -1))
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
@@ -133,8 +133,8 @@ def _median_ms(call: Callable[[], object], seconds: float) -> float:
     call()
     started = time.perf_counter()
     call()
-    taken = time.perf_counter() - started
-    return 1e3 * taken if taken > seconds else time_calls({"call": call}, seconds)["call"].median_ms
+    elapsed = time.perf_counter() - started
+    return 1e3 * elapsed if elapsed > seconds else time_calls({"call": call}, seconds)["call"].median_ms
 
 
 def run_worker(model: str, engine: str, options: argparse.Namespace) -> Iterator[Point]:
@@ -155,10 +155,10 @@ def speed_table(points: Sequence[Point], model: str, lengths: Sequence[int]) -> 
     heads = ["engine", *(f"{tokens:,}" for tokens in lengths), "MB at the longest"]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
     for engine in ENGINES:
-        found = {point.tokens: point for point in points if (point.model, point.engine) == (model, engine)}
-        if found:
-            cells = [f"{found[tokens].microseconds:.3g}" if tokens in found else "" for tokens in lengths]
-            longest = found[max(found)]
+        by_length = {point.tokens: point for point in points if (point.model, point.engine) == (model, engine)}
+        if by_length:
+            cells = [f"{by_length[tokens].microseconds:.3g}" if tokens in by_length else "" for tokens in lengths]
+            longest = by_length[max(by_length)]
             lines.append(f"| {engine} | {' | '.join(cells)} | {longest.peak_bytes / 1e6:.0f} |")
     return "\n".join(lines) + "\n"
 
@@ -170,10 +170,10 @@ def draw(points: Sequence[Point], file: Path) -> None:
     colours = {"softmax": "black", "elu": "tab:blue", "relu": "tab:green", "hedgehog": "tab:red"}
     for panel, model in zip(panels[0], models, strict=True):
         for engine in ENGINES:
-            found = [point for point in points if (point.model, point.engine) == (model, engine)]
+            curve = [point for point in points if (point.model, point.engine) == (model, engine)]
             colour = "tab:gray" if engine.startswith("PyTorch") else colours[engine.rpartition(" ")[2]]
             style = "--" if engine.startswith("ONNX") else "-"
-            xs, ys = [point.tokens for point in found], [point.microseconds for point in found]
+            xs, ys = [point.tokens for point in curve], [point.microseconds for point in curve]
             panel.plot(xs, ys, style, color=colour, marker=".", label=engine)
         panel.set(title=MODELS[model], xlabel="tokens", xscale="log", yscale="log")
         panel.set_xscale("log", base=2)
@@ -211,11 +211,11 @@ def quality_table(pairs: int | None, calibration: int, chosen: Sequence[str]) ->
             seconds = time.perf_counter() - started
             told = re.findall(r" (\d+)% and ([\d.e-]+)", " ".join(result.report.history.steps[-1].notes))
             masses, divergences = ([float(pair[side]) for pair in told] for side in (0, 1))
-            found = retrieve(result.program, checkpoint, texts)
-            change, low, high = difference(original, found, 10)
+            retrieval = retrieve(result.program, checkpoint, texts)
+            change, low, high = difference(original, retrieval, 10)
             near = float((whole * embed(result.program, checkpoint, long)).sum(-1).mean())
             cells = [features, title, f"{sum(masses) / len(masses):.0f}%", f"{sum(divergences) / len(divergences):.2g}"]
-            cells += [f"{change:+.1%} ({low:+.1%} to {high:+.1%})", f"{float(cosine(original, found).mean()):.4f}"]
+            cells += [f"{change:+.1%} ({low:+.1%} to {high:+.1%})", f"{float(cosine(original, retrieval).mean()):.4f}"]
             lines.append(f"| {' | '.join([*cells, f'{near:.4f}', f'{seconds:.0f}'])} |")
             print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines) + "\n"

@@ -65,8 +65,8 @@ def encoder_score(checkpoint: Checkpoint, pairs: int | None) -> Score:
     texts = read_pairs("evaluation", pairs)
     original = retrieve(checkpoint.model, checkpoint, texts)
 
-    def score(found: Callable[..., object]) -> list[str]:
-        reached = retrieve(found, checkpoint, texts)
+    def score(call: Callable[..., object]) -> list[str]:
+        reached = retrieve(call, checkpoint, texts)
         change, low, high = difference(original, reached, 10)
         near = float(cosine(original, reached).mean())
         return [f"{reached.recall(10):.3f}", f"{change:+.1%} ({low:+.1%} to {high:+.1%})", f"{near:.4f}"]
@@ -78,7 +78,7 @@ def decoder_score(checkpoint: Checkpoint, tokens: int) -> Score:
     """Perplexity, and its change."""
     pieces = windows(checkpoint, "evaluation", tokens)
     base = losses(checkpoint.model, checkpoint, pieces)
-    return lambda found: perplexity_change(base, losses(found, checkpoint, pieces))
+    return lambda call: perplexity_change(base, losses(call, checkpoint, pieces))
 
 
 def quality_table(
@@ -108,8 +108,8 @@ def factored(program: Program) -> int:
 def latencies(checkpoint: Checkpoint, ranks: Sequence[int], seconds: float) -> dict[str, list[float]]:
     """The time of a call at each rank relative to the dense program, by shape; factors are from the weights alone."""
     whole = lissom.compile(checkpoint.model, checkpoint.example_inputs, checks="structural")
-    found: dict[str, list[float]] = {f"{rows}x{tokens}": [] for rows, tokens in SHAPES}
-    found["weights, bytes"] = []
+    ratios: dict[str, list[float]] = {f"{rows}x{tokens}": [] for rows, tokens in SHAPES}
+    ratios["weights, bytes"] = []
     for rank in ranks:
         fast = lissom.compile(
             checkpoint.model,
@@ -120,25 +120,25 @@ def latencies(checkpoint: Checkpoint, ranks: Sequence[int], seconds: float) -> d
         )
         for rows, tokens in SHAPES:
             given = timed_inputs("minilm", checkpoint, rows, tokens)
-            found[f"{rows}x{tokens}"].append(latency_share(fast, whole, given, seconds))
-        found["weights, bytes"].append(fast.program.parameter_bytes / whole.program.parameter_bytes)
-        print(rank, {name: values[-1] for name, values in found.items()}, file=sys.stderr, flush=True)
-    return found
+            ratios[f"{rows}x{tokens}"].append(latency_share(fast, whole, given, seconds))
+        ratios["weights, bytes"].append(fast.program.parameter_bytes / whole.program.parameter_bytes)
+        print(rank, {name: values[-1] for name, values in ratios.items()}, file=sys.stderr, flush=True)
+    return ratios
 
 
-def latency_table(ranks: Sequence[int], found: dict[str, list[float]]) -> str:
+def latency_table(ranks: Sequence[int], ratios: dict[str, list[float]]) -> str:
     """Relative times by rank, as Markdown."""
-    lines = [f"| rank | {' | '.join(found)} |", "|---:" * (len(found) + 1) + "|"]
+    lines = [f"| rank | {' | '.join(ratios)} |", "|---:" * (len(ratios) + 1) + "|"]
     lines += [
-        f"| {rank} | {' | '.join(f'{values[index]:.2f}' for values in found.values())} |" for index, rank in enumerate(ranks)
+        f"| {rank} | {' | '.join(f'{values[index]:.2f}' for values in ratios.values())} |" for index, rank in enumerate(ranks)
     ]
     return "\n".join(lines) + "\n"
 
 
-def draw(ranks: Sequence[int], found: dict[str, list[float]]) -> None:
+def draw(ranks: Sequence[int], ratios: dict[str, list[float]]) -> None:
     """Latency and bytes against rank."""
     figure, axis = subplots(figsize=(5, 3.4))
-    for name, values in found.items():
+    for name, values in ratios.items():
         axis.plot(ranks, values, marker="o", linestyle="--" if "bytes" in name else "-", label=name)
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_xlabel("rank")
@@ -173,10 +173,10 @@ def main() -> None:
     tables = {f"low-rank {options.model}": quality_table(options.model, checkpoint, options.budgets, data, score)}
     tables[f"low-rank {options.model}"] += f"\n{sizes}; {conditions()}.\n"
     if encoder and options.ranks:
-        found = latencies(checkpoint, options.ranks, options.seconds)
-        tables["low-rank latency"] = f"{latency_table(options.ranks, found)}\n{conditions()}.\n"
+        ratios = latencies(checkpoint, options.ranks, options.seconds)
+        tables["low-rank latency"] = f"{latency_table(options.ranks, ratios)}\n{conditions()}.\n"
         if options.update:
-            draw(options.ranks, found)
+            draw(options.ranks, ratios)
             tables["low-rank latency"] += "\n![latency and bytes against rank](low_rank.svg)\n"
     for name, table in tables.items():
         print(table)

@@ -53,7 +53,7 @@ def measure(backend: str, rows: int, batches: int, seconds: float, extra: str) -
         lissom.compile(checkpoint.model, example, passes=",".join(filter(None, (passes, extra))) or "exact", backend=backend)
         for passes in ("", PACKED)
     )
-    found: list[Row] = []
+    measured: list[Row] = []
     for first in range(0, rows * batches, rows):
         inputs = checkpoint.encode(texts[first : first + rows])
         real = inputs["attention_mask"].bool()
@@ -61,8 +61,8 @@ def measure(backend: str, rows: int, batches: int, seconds: float, extra: str) -
         error = float((wanted - given).abs().max() / wanted.abs().max())
         timings = time_calls({"padded": partial(plain, **inputs), "packed": partial(packed, **inputs)}, seconds)
         shape = (len(real), real.shape[1])
-        found.append(Row(backend, shape, float(real.float().mean()), timings["padded"], timings["packed"], error))
-    return found
+        measured.append(Row(backend, shape, float(real.float().mean()), timings["padded"], timings["packed"], error))
+    return measured
 
 
 def table(rows: list[Row]) -> str:

@@ -62,8 +62,8 @@ def table(judge: Judge) -> str:
     """The techniques alone, then pairs: measured and as expected of the two alone."""
     alone = {name: measured(judge, [name]) for name in TECHNIQUES}
     lines = ["| technique | passes | × faster | loss |", "|---|---|---:|---:|"]
-    for name, found in alone.items():
-        cells = f"{found.speedup:.2f} | {found.loss:.4f}" if isinstance(found, Figure) else f"{found} | "
+    for name, figure in alone.items():
+        cells = f"{figure.speedup:.2f} | {figure.loss:.4f}" if isinstance(figure, Figure) else f"{figure} | "
         lines.append(f"| {name} | `{TECHNIQUES[name]}` | {cells} |")
         print(lines[-1], flush=True)
     lines += ["", "| pair | × faster | of the product | loss | of the sum | adds up |", "|---|---:|---:|---:|---:|---|"]

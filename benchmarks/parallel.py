@@ -139,9 +139,9 @@ def lissom_rank(directory: str, rounds: int) -> dict[str, object]:
     program = decoder.compiled.program
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     numbers = dict.fromkeys(program.signature.dimensions, PROMPT)
-    theory = world_size * sum(item.sent_bytes for item in program_traffic(program, world_size, numbers))
-    found = measure(lambda ids: decoder.step(ids)[0], decoder.reset, rounds)
-    return found | {"weights": program.parameter_bytes, "peak": peak_bytes() - before, "theory": theory}
+    theory = world_size * sum(collective.sent_bytes for collective in program_traffic(program, world_size, numbers))
+    figures = measure(lambda ids: decoder.step(ids)[0], decoder.reset, rounds)
+    return figures | {"weights": program.parameter_bytes, "peak": peak_bytes() - before, "theory": theory}
 
 
 def pytorch_rank(name: str, rounds: int) -> dict[str, object]:
@@ -171,10 +171,10 @@ def pytorch_rank(name: str, rounds: int) -> dict[str, object]:
         places, start = torch.arange(start, start + ids.shape[1])[None], start + ids.shape[1]
         return model(input_ids=ids, position_ids=places, past_key_values=cache, logits_to_keep=1).logits[0, -1]
 
-    found = measure(read, reset, rounds)
-    held = [item.to_local() if isinstance(item, DTensor) else item for item in model.parameters()]
-    weights = sum(item.numel() * item.element_size() for item in held)
-    return found | {"weights": weights, "peak": peak_bytes() - before, "theory": 0.0}
+    figures = measure(read, reset, rounds)
+    held = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in model.parameters()]
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in held)
+    return figures | {"weights": weights, "peak": peak_bytes() - before, "theory": 0.0}
 
 
 def work(engine: str, source: str, rounds: int) -> None:
@@ -182,14 +182,14 @@ def work(engine: str, source: str, rounds: int) -> None:
     torch.set_num_threads(1)
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    found = pytorch_rank(source, rounds) if engine == "PyTorch" else lissom_rank(source, rounds)
-    every: list[dict[str, object]] = [found]
+    figures = pytorch_rank(source, rounds) if engine == "PyTorch" else lissom_rank(source, rounds)
+    every: list[dict[str, object]] = [figures]
     if dist.is_initialized():
         every = [{}] * dist.get_world_size()
-        dist.all_gather_object(every, found)
+        dist.all_gather_object(every, figures)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        most = {name: max(item[name] for item in every) for name in ("weights", "peak")}  # pyright: ignore
-        print(json.dumps(found | most), flush=True)
+        most = {name: max(of_rank[name] for of_rank in every) for name in ("weights", "peak")}  # pyright: ignore
+        print(json.dumps(figures | most), flush=True)
     if dist.is_initialized():
         # Gloo aborts a process that is still running when its peers have exited.
         dist.barrier()
@@ -214,7 +214,7 @@ def run(engine: str, source: str, world_size: int, rounds: int) -> Result:
 
 def rows(name: str, world_size: Sequence[int], rounds: int) -> list[str]:
     """The rows of one model, as Markdown."""
-    found: dict[tuple[str, int], Result] = {}
+    results: dict[tuple[str, int], Result] = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in world_size:
             backends: dict[str, Any] = {"Lissom": "eager"}
@@ -226,19 +226,19 @@ def rows(name: str, world_size: Sequence[int], rounds: int) -> list[str]:
             for engine, backend in backends.items():
                 directory = f"{folder}/{engine}-{count}"
                 lissom.compile_generation(build(name), max_length=LENGTH, backend=backend, checks="structural").save(directory)
-                found[engine, count] = run(engine, directory, count, rounds)
+                results[engine, count] = run(engine, directory, count, rounds)
             if name == "llama":
-                found["PyTorch", count] = run("PyTorch", name, count, rounds)
+                results["PyTorch", count] = run("PyTorch", name, count, rounds)
     lines: list[str] = []
-    for (engine, count), result in sorted(found.items()):
-        whole = found[engine.partition(",")[0], world_size[0]]
+    for (engine, count), result in sorted(results.items()):
+        whole = results[engine.partition(",")[0], world_size[0]]
         cells = [name, engine, str(count), *map(_spread, (result.prompt, result.token))]
         cells += [f"{result.weights / 1e6:.1f}", f"{result.weights / whole.weights:.1%}", f"{result.peak / 1e6:.0f}"]
         cells += [
             f"{result.sent / 1e6:.2f}" if count > 1 and engine != "Lissom" else "",
             f"{result.theory / 1e6:.2f}" if result.theory else "",
         ]
-        cells.append("yes" if result.tokens == found["Lissom", world_size[0]].tokens else "no")
+        cells.append("yes" if result.tokens == results["Lissom", world_size[0]].tokens else "no")
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], json.dumps(asdict(result)), file=sys.stderr, flush=True)
     return lines

@@ -27,11 +27,11 @@ ROWS, TOKENS = 32, 128
 
 def pipelines(keep: float, criteria: Iterable[str]) -> list[str]:
     """Heads alone, neurons alone, and both, by each criterion."""
-    found: list[str] = []
+    chosen: list[str] = []
     for criterion in criteria:
         passes = [f"prune-{units}{{keep={keep:g},criterion={criterion}}}" for units in ("heads", "neurons")]
-        found += [*passes, ",".join(passes)]
-    return found
+        chosen += [*passes, ",".join(passes)]
+    return chosen
 
 
 def speed_table(checkpoint: Checkpoint, keep: float, texts: int, seconds: float) -> str:

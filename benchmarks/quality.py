@@ -69,8 +69,8 @@ def read_pairs(split: str, limit: int | None = None) -> Texts:
 
 def calibration_batches(checkpoint: Checkpoint, texts: int = 3400, batch: int = BATCH) -> list[dict[str, torch.Tensor]]:
     """Batches of calibration texts, glosses and examples alike, of similar length to keep padding low."""
-    found = read_pairs("calibration", (texts + 1) // 2)
-    pool = (found.glosses + found.examples)[:texts]
+    pairs = read_pairs("calibration", (texts + 1) // 2)
+    pool = (pairs.glosses + pairs.examples)[:texts]
     assert checkpoint.tokenizer is not None
     lengths = [len(ids) for ids in checkpoint.tokenizer(pool)["input_ids"]]
     order = sorted(range(len(pool)), key=lengths.__getitem__)
@@ -106,16 +106,16 @@ def long_texts(checkpoint: Checkpoint, texts: Sequence[str], tokens: int) -> lis
 def embed(call: Callable[..., object], checkpoint: Checkpoint, texts: Sequence[str]) -> torch.Tensor:
     """Mean-pooled embeddings of unit length, [texts, features]. call: returns hidden states first, or the embeddings."""
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    found = torch.empty(0)
+    embeddings = torch.empty(0)
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
         inputs = checkpoint.encode([texts[index] for index in chosen])
         with torch.inference_mode():
             answer = call(**inputs)
         pooled = answer if isinstance(answer, torch.Tensor) else mean_pooled(answer[0], inputs["attention_mask"])  # pyright: ignore[reportIndexIssue]
-        found = found if len(found) else torch.empty(len(texts), pooled.shape[-1])
-        found[chosen] = pooled.float()
-    return found
+        embeddings = embeddings if len(embeddings) else torch.empty(len(texts), pooled.shape[-1])
+        embeddings[chosen] = pooled.float()
+    return embeddings
 
 
 def mean_pooled(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -144,9 +144,9 @@ def retrieve(call: Callable[..., object], checkpoint: Checkpoint, texts: Texts) 
     return Retrieval((scores > scores.diagonal()[:, None]).sum(1), glosses)
 
 
-def difference(original: Retrieval, found: Retrieval, k: int) -> tuple[float, float, float]:
+def difference(original: Retrieval, retrieval: Retrieval, k: int) -> tuple[float, float, float]:
     """The relative change of recall@k, and its 95 % interval from paired bootstrap samples."""
-    before, after = (original.ranks < k).double(), (found.ranks < k).double()
+    before, after = (original.ranks < k).double(), (retrieval.ranks < k).double()
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(before), (DRAWS, len(before)), generator=generator)
     changes = after[draws].mean(1) / before[draws].mean(1) - 1
@@ -154,29 +154,29 @@ def difference(original: Retrieval, found: Retrieval, k: int) -> tuple[float, fl
     return float(after.mean() / before.mean() - 1), low, high
 
 
-def cosine(original: Retrieval, found: Retrieval) -> torch.Tensor:
+def cosine(original: Retrieval, retrieval: Retrieval) -> torch.Tensor:
     """The cosine of each gloss's embedding to the original's."""
-    return (original.embeddings * found.embeddings).sum(-1)
+    return (original.embeddings * retrieval.embeddings).sum(-1)
 
 
 def windows(checkpoint: Checkpoint, split: str, tokens: int, size: int = WINDOW) -> list[torch.Tensor]:
     """Windows of token ids, [1, size]: the BOS token, then text; tokens: the total length of the text."""
     tokenizer = checkpoint.tokenizer
     assert tokenizer is not None
-    found = read_pairs(split)
-    lines = found.glosses if split == "evaluation" else [*found.glosses, *found.examples]
+    pairs = read_pairs(split)
+    lines = pairs.glosses if split == "evaluation" else [*pairs.glosses, *pairs.examples]
     ids = tokenizer("\n".join(lines), return_tensors="pt", add_special_tokens=False)["input_ids"][:, :tokens]
     return [torch.cat([torch.tensor([[tokenizer.bos_token_id]]), piece], 1) for piece in ids.split(size - 1, 1)]
 
 
 def losses(call: Callable[..., object], checkpoint: Checkpoint, texts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The negative log-likelihood of every token but the first of each window, in float64."""
-    found = []
+    parts = []
     for ids in texts:
         with torch.inference_mode():
             logits = call(**decoder_inputs(checkpoint, ids))[0]  # pyright: ignore[reportIndexIssue]
-        found.append(torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none"))
-    return torch.cat(found).double()
+        parts.append(torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none"))
+    return torch.cat(parts).double()
 
 
 def perplexity(call: Callable[..., object], checkpoint: Checkpoint, tokens: int = 4096) -> float:
@@ -184,11 +184,11 @@ def perplexity(call: Callable[..., object], checkpoint: Checkpoint, tokens: int 
     return float(losses(call, checkpoint, windows(checkpoint, "evaluation", tokens)).mean().exp())
 
 
-def perplexity_change(base: torch.Tensor, found: torch.Tensor) -> list[str]:
+def perplexity_change(base: torch.Tensor, reached: torch.Tensor) -> list[str]:
     """Perplexity, and its change with the standard error, as table cells; from `losses` of the same texts."""
-    change = found - base
+    change = reached - base
     error = float(change.std() / len(change) ** 0.5)
-    return [f"{float(found.mean().exp()):.2f}", f"{float(change.mean().exp()) - 1:+.2%} (± {error:.2%})"]
+    return [f"{float(reached.mean().exp()):.2f}", f"{float(change.mean().exp()) - 1:+.2%} (± {error:.2%})"]
 
 
 def timed_inputs(model: str, checkpoint: Checkpoint, rows: int, tokens: int) -> dict[str, object]:
@@ -199,11 +199,11 @@ def timed_inputs(model: str, checkpoint: Checkpoint, rows: int, tokens: int) -> 
 
 
 def latency_share(
-    found: Callable[..., object], whole: Callable[..., object], given: Mapping[str, object], seconds: float
+    fast: Callable[..., object], whole: Callable[..., object], given: Mapping[str, object], seconds: float
 ) -> float:
-    """The median time of a call of `found` relative to `whole`, the two called in turn."""
-    timings = time_calls({"found": lambda: found(**given), "whole": lambda: whole(**given)}, seconds)
-    return timings["found"].median_ms / timings["whole"].median_ms
+    """The median time of a call of `fast` relative to `whole`, the two called in turn."""
+    timings = time_calls({"fast": lambda: fast(**given), "whole": lambda: whole(**given)}, seconds)
+    return timings["fast"].median_ms / timings["whole"].median_ms
 
 
 def decoder_inputs(checkpoint: Checkpoint, ids: torch.Tensor) -> dict[str, object]:
@@ -220,8 +220,8 @@ def decoder_batches(checkpoint: Checkpoint, tokens: int = 8192) -> list[dict[str
 def optimized(checkpoint: Checkpoint, passes: str, data: Sequence[dict[str, object]]) -> tuple[Program, float]:
     """The program after these passes, and the seconds they took."""
     started = time.perf_counter()
-    found = lissom.optimize(checkpoint.model, checkpoint.example_inputs, passes=passes, data=data, checks="structural")
-    return found.program, time.perf_counter() - started
+    compressed = lissom.optimize(checkpoint.model, checkpoint.example_inputs, passes=passes, data=data, checks="structural")
+    return compressed.program, time.perf_counter() - started
 
 
 def minilm_table(checkpoint: Checkpoint, pipelines: Sequence[str], texts: Texts, calibration: int) -> str:
@@ -235,12 +235,12 @@ def minilm_table(checkpoint: Checkpoint, pipelines: Sequence[str], texts: Texts,
     ]
     for passes in pipelines:
         program, seconds = optimized(checkpoint, passes, calibration_batches(checkpoint, calibration))
-        found = retrieve(program, checkpoint, texts)
-        near = cosine(original, found)
+        retrieval = retrieve(program, checkpoint, texts)
+        near = cosine(original, retrieval)
         cells = [f"`{passes}`"]
         for k in (1, 10):
-            change, low, high = difference(original, found, k)
-            cells += [f"{found.recall(k):.3f}", f"{change:+.1%} ({low:+.1%} to {high:+.1%})"]
+            change, low, high = difference(original, retrieval, k)
+            cells += [f"{retrieval.recall(k):.3f}", f"{change:+.1%} ({low:+.1%} to {high:+.1%})"]
         cells += [f"{float(near.mean()):.4f}", f"{float(near.quantile(0.05)):.4f}", f"{seconds:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
         print(lines[-1], file=sys.stderr)

@@ -125,8 +125,8 @@ def gemma_tables(name: str, pipelines: Sequence[str], calibration: int, evaluati
         stored, _ = Pipeline([FoldQuantizedWeights()], checks="structural").run(program)
         # Weights are quantized once, not at every call; the numbers are the same.
         quick, _ = Pipeline([FoldConstants()], checks="structural").run(program)
-        found = losses(quick, checkpoint, texts)
-        cells = [f"`{passes}`", *perplexity_change(base, found)]
+        reached = losses(quick, checkpoint, texts)
+        cells = [f"`{passes}`", *perplexity_change(base, reached)]
         cells += [f"{stored.parameter_bytes / 1e6:.1f}", f"{stored.parameter_bytes / size:.3f}", f"{seconds:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], file=sys.stderr, flush=True)

@@ -75,8 +75,8 @@ def read_measured() -> list[Measured]:
     """The pipelines measured so far."""
     if not RECORDS.exists():
         return []
-    found = json.loads(RECORDS.read_text(encoding="utf-8"))
-    return [Measured(**{**item, "stages": [Stage(**stage) for stage in item["stages"]]}) for item in found]
+    records = json.loads(RECORDS.read_text(encoding="utf-8"))
+    return [Measured(**{**record, "stages": [Stage(**stage) for stage in record["stages"]]}) for record in records]
 
 
 def measure() -> None:
@@ -84,10 +84,10 @@ def measure() -> None:
     setting = prepared()
     for page, pipelines in PIPELINES.items():
         for passes in pipelines:
-            if all(passes != item.passes for item in read_measured()):
-                item = Measured(page, passes, list(stages(setting, passes)), conditions())
-                print(rows(item), flush=True)
-                write_whole(RECORDS, json.dumps([asdict(one) for one in (*read_measured(), item)], indent=1) + "\n")
+            if all(passes != known.passes for known in read_measured()):
+                measured = Measured(page, passes, list(stages(setting, passes)), conditions())
+                print(rows(measured), flush=True)
+                write_whole(RECORDS, json.dumps([asdict(one) for one in (*read_measured(), measured)], indent=1) + "\n")
 
 
 def stages(setting: Setting, passes: str) -> Iterator[Stage]:
@@ -99,7 +99,7 @@ def stages(setting: Setting, passes: str) -> Iterator[Stage]:
         programs.append(program)
         return 0.0
 
-    found = lissom.optimize(
+    optimized = lissom.optimize(
         setting.model,
         setting.checkpoint.example_inputs,
         passes=passes,
@@ -107,7 +107,7 @@ def stages(setting: Setting, passes: str) -> Iterator[Stage]:
         checks="structural",
         metric=kept,
     )
-    steps = [step for step in found.report.history.steps if not step.exact]
+    steps = [step for step in optimized.report.history.steps if not step.exact]
     minutes = 0.0
     for step, (before, after) in zip(steps, pairwise(programs), strict=True):
         if not step.curve:
@@ -119,11 +119,11 @@ def stages(setting: Setting, passes: str) -> Iterator[Stage]:
         yield Stage(minutes, speedup(setting, compiled(setting, after)), *recalls, curve)
 
 
-def rows(item: Measured) -> str:
+def rows(measured: Measured) -> str:
     """The rows of the table, one a stage."""
     lines = list[str]()
-    for number, stage in enumerate(item.stages, 1):
-        name = f"`{item.passes}`" if item.passes != GRADUAL else f"gradual, after {number} of {STAGES} steps"
+    for number, stage in enumerate(measured.stages, 1):
+        name = f"`{measured.passes}`" if measured.passes != GRADUAL else f"gradual, after {number} of {STAGES} steps"
         lines.append(f"| {name} | {stage.minutes:.1f} | {stage.speedup:.2f} | {shown(stage.before)} | {shown(stage.after)} |")
     return "\n".join(lines)
 
@@ -131,12 +131,12 @@ def rows(item: Measured) -> str:
 def draw(chosen: Sequence[Measured], path: Path) -> None:
     """The held-out loss and recall over the minutes, and recall over speed without and with recovery."""
     figure, (losses, minutes, speeds) = subplots(1, 3, figsize=(13, 3.9))
-    for number, item in enumerate(chosen):
+    for number, measured in enumerate(chosen):
         color = f"C{number}"
-        label = "gradual" if item.passes == GRADUAL else item.passes.replace(",distill", ",\ndistill")
-        points = [point for stage in item.stages for point in stage.curve]
+        label = "gradual" if measured.passes == GRADUAL else measured.passes.replace(",distill", ",\ndistill")
+        points = [point for stage in measured.stages for point in stage.curve]
         losses.plot([at for at, _ in points], [loss for _, loss in points], color=color, label=label)
-        for stage in item.stages:
+        for stage in measured.stages:
             for axes, at in ((minutes, stage.minutes), (speeds, stage.speedup)):
                 _, change, low, high = (100 * value for value in stage.after)
                 axes.errorbar(at, change, [[change - low], [high - change]], color=color, marker="o", capsize=3)
@@ -175,7 +175,7 @@ def main() -> None:
     if not parser.parse_args().draw:
         measure()
     for page in PIPELINES:
-        if chosen := [item for item in read_measured() if item.page == page]:
+        if chosen := [measured for measured in read_measured() if measured.page == page]:
             put_page(page, chosen)
 
 

@@ -125,7 +125,7 @@ def main() -> None:
             print(lines[-1], file=sys.stderr)
     import torch
 
-    packages = ", ".join(f"{item} {version(item)}" for item in ("torch", "transformers", "lissom"))
+    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "lissom"))
     lines += [
         "",
         f"Medians of {options.rounds} rounds (middle half). {processor_kind()}, {torch.get_num_threads()} threads; "

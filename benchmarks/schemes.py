@@ -172,7 +172,7 @@ HEADS = {"minilm": ("recall@1, change (95 %)", "cosine"), "gemma3-270m": ("perpl
 
 def read_rows() -> list[Row]:
     """The rows measured so far."""
-    return [Row(**item) for item in json.loads(RECORDS.read_text(encoding="utf-8"))] if RECORDS.exists() else []
+    return [Row(**fields) for fields in json.loads(RECORDS.read_text(encoding="utf-8"))] if RECORDS.exists() else []
 
 
 def measure(model: str) -> None:
@@ -185,7 +185,7 @@ def measure(model: str) -> None:
         name: lissom.compile(checkpoint.model, checkpoint.example_inputs, backend=name, checks="structural")
         for name in BACKENDS[model]
     }
-    for passes in (item for scheme in SCHEMES.values() for item in scheme.pipelines(model)):
+    for passes in (pipeline for scheme in SCHEMES.values() for pipeline in scheme.pipelines(model)):
         if any((row.model, row.passes) == (model, passes) for row in read_rows()):
             continue
         started = time.perf_counter()
@@ -198,7 +198,7 @@ def measure(model: str) -> None:
         judged: Callable[..., object] = rounded
         for name, unrounded in whole.items():
             try:
-                found = lissom.compile(
+                fast = lissom.compile(
                     checkpoint.model,
                     checkpoint.example_inputs,
                     passes=passes,
@@ -210,9 +210,9 @@ def measure(model: str) -> None:
             except UnsupportedError as refusal:
                 latency |= {f"{name} {rows}x{tokens}": str(refusal) for rows, tokens in inputs}
                 continue
-            judged = found if name == "eager" else judged
+            judged = fast if name == "eager" else judged
             for (rows, tokens), given in inputs.items():
-                latency[f"{name} {rows}x{tokens}"] = f"{latency_share(found, unrounded, given, SECONDS):.2f}"
+                latency[f"{name} {rows}x{tokens}"] = f"{latency_share(fast, unrounded, given, SECONDS):.2f}"
         row = Row(
             model,
             passes,
@@ -223,7 +223,7 @@ def measure(model: str) -> None:
             conditions(),
         )
         print(row, file=sys.stderr)
-        write_whole(RECORDS, json.dumps([asdict(item) for item in (*read_rows(), row)], indent=1) + "\n")
+        write_whole(RECORDS, json.dumps([asdict(measured) for measured in (*read_rows(), row)], indent=1) + "\n")
 
 
 def scorer(model: str, checkpoint: Checkpoint) -> Callable[[Callable[..., object]], list[str]]:
@@ -232,15 +232,15 @@ def scorer(model: str, checkpoint: Checkpoint) -> Callable[[Callable[..., object
         texts = read_pairs("evaluation")
         original = retrieve(checkpoint.model, checkpoint, texts)
 
-        def retrieval(found: Callable[..., object]) -> list[str]:
-            reached = retrieve(found, checkpoint, texts)
+        def retrieval(call: Callable[..., object]) -> list[str]:
+            reached = retrieve(call, checkpoint, texts)
             change, low, high = difference(original, reached, 1)
             return [f"{change:+.1%} ({low:+.1%} to {high:+.1%})", f"{float(cosine(original, reached).mean()):.4f}"]
 
         return retrieval
     pieces = windows(checkpoint, "evaluation", EVALUATED)
     base = losses(checkpoint.model, checkpoint, pieces)
-    return lambda found: perplexity_change(base, losses(found, checkpoint, pieces))
+    return lambda call: perplexity_change(base, losses(call, checkpoint, pieces))
 
 
 def page(name: str, rows: Sequence[Row]) -> str:
@@ -253,15 +253,15 @@ def page(name: str, rows: Sequence[Row]) -> str:
     ]
     refusals: dict[str, None] = {}
     for model, title in TITLES.items():
-        chosen = [row for item in scheme.pipelines(model) for row in rows if (row.model, row.passes) == (model, item)]
+        chosen = [row for passes in scheme.pipelines(model) for row in rows if (row.model, row.passes) == (model, passes)]
         if not chosen:
             continue
         shapes = [f"{backend} {rows}x{tokens}" for backend in BACKENDS[model] for rows, tokens in SHAPES[model]]
         heads = ("passes", *HEADS[model], "bytes", *shapes, "s")
         lines += [f"## {title}\n", f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
         for row in chosen:
-            refusals |= dict.fromkeys(item for item in row.latency.values() if not item[:1].isdigit())
-            figures = [item if item[:1].isdigit() else "refused" for item in (row.latency[shape] for shape in shapes)]
+            refusals |= dict.fromkeys(cell for cell in row.latency.values() if not cell[:1].isdigit())
+            figures = [cell if cell[:1].isdigit() else "refused" for cell in (row.latency[shape] for shape in shapes)]
             cells = (f"`{row.passes}`", *row.quality, f"{row.size:.2f}", *figures, f"{row.seconds:.0f}")
             lines.append(f"| {' | '.join(cells)} |")
         lines.append(f"\n{chosen[-1].machine}.\n")

@@ -165,9 +165,9 @@ async def highest_rate(to: Connections, most: float, seconds: float, bound: floa
     low, high, best = 0.0, most, Load(wall_seconds=math.inf)
     for _ in range(_STEPS):
         rate = (low + high) / 2
-        found = await open_loop(to, rate, seconds)
-        if found.milliseconds(99) <= bound and not found.refused + found.lost:
-            low, best = rate, found
+        load = await open_loop(to, rate, seconds)
+        if load.milliseconds(99) <= bound and not load.refused + load.lost:
+            low, best = rate, load
         else:
             high = rate
     return best
@@ -176,17 +176,17 @@ async def highest_rate(to: Connections, most: float, seconds: float, bound: floa
 async def least_cosine(to: Connections, wanted: np.ndarray) -> float:
     """The smallest cosine between the server's embeddings, all asked for at once, and the wanted ones."""
     answers = await asyncio.gather(*(to.post(index) for index in range(len(wanted))))
-    found = [json.loads(body)["data"][0]["embedding"] for _, body in answers]
-    rows = np.stack([np.frombuffer(base64.b64decode(text), np.float32) for text in found])
+    embeddings = [json.loads(body)["data"][0]["embedding"] for _, body in answers]
+    rows = np.stack([np.frombuffer(base64.b64decode(text), np.float32) for text in embeddings])
     await to.close()
     return float(((rows * wanted).sum(1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(wanted, axis=1)).min())
 
 
 def resident_mb(process: int, name: str) -> float:
     """A field of /proc/PID/status in MB: VmRSS, or VmHWM for the peak."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text(encoding="utf-8"))
-    assert found is not None
-    return int(found[1]) * 1024 / 1e6
+    match = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text(encoding="utf-8"))
+    assert match is not None
+    return int(match[1]) * 1024 / 1e6
 
 
 async def measure(engine: str, port: int, process: int, wanted: np.ndarray, options: argparse.Namespace) -> Row:
@@ -251,11 +251,11 @@ def tables(rows: Sequence[Row], options: argparse.Namespace) -> str:
         cells = [
             f"{load.rate:.0f}/s, {load.milliseconds(50):.0f}, {load.milliseconds(99):.0f} ms" for load in row.clients.values()
         ]
-        found, basis = row.bounded, rows[0].bounded.rate
-        there = f"{found.milliseconds(50):.0f}, {found.milliseconds(99):.0f} ms" if found.seconds else ""
-        times = f"{found.rate / basis:.2f}" if basis else ""
+        best, basis = row.bounded, rows[0].bounded.rate
+        there = f"{best.milliseconds(50):.0f}, {best.milliseconds(99):.0f} ms" if best.seconds else ""
+        times = f"{best.rate / basis:.2f}" if basis else ""
         name = BACKENDS[row.engine][0]
-        lines.append(f"| {name} | {' | '.join(cells)} | {found.rate:.0f} | {there} | {times} | {row.cosine:.5f} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {best.rate:.0f} | {there} | {times} | {row.cosine:.5f} |")
     lines += [
         "",
         "Three times the rate that the clients reach:",

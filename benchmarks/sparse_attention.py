@@ -56,7 +56,7 @@ class Case:
     def projections(self) -> Sequence[torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
         merged = torch.randn(1, self.tokens, 3 * HEADS * self.head_dim, generator=generator)
-        return [item.unflatten(-1, (HEADS, self.head_dim)).transpose(1, 2) for item in merged.chunk(3, -1)]
+        return [part.unflatten(-1, (HEADS, self.head_dim)).transpose(1, 2) for part in merged.chunk(3, -1)]
 
     @cached_property
     def pattern(self) -> Pattern:
@@ -133,11 +133,11 @@ def measure(case: Case, engines: Sequence[str], seconds: float) -> dict[str, Tim
     return time_calls(calls, seconds, least=ROUNDS)
 
 
-def _compare(case: Case, found: Mapping[str, torch.Tensor]) -> None:
-    if MASKED not in found:
+def _compare(case: Case, outputs: Mapping[str, torch.Tensor]) -> None:
+    if MASKED not in outputs:
         return
-    wanted = found[MASKED]
-    for name, result in found.items():
+    wanted = outputs[MASKED]
+    for name, result in outputs.items():
         error = float((result - wanted).norm() / wanted.norm())
         if name not in DENSE and error > ALLOWED:
             raise SystemExit(f"{name} differs from {MASKED} by {error:.1e} at {case}; allowed are {ALLOWED:g}")
@@ -145,23 +145,23 @@ def _compare(case: Case, found: Mapping[str, torch.Tensor]) -> None:
 
 def peaks(engine: str, kind: str, head_dim: int, lengths: Sequence[int]) -> dict[int, float]:
     """The peak memory of an engine at each length in MB, with its mask and without q, k and v, in a process of its own."""
-    found = run_apart(__file__, ["--peaks", engine, kind, str(head_dim), "--lengths", *map(str, lengths)])
-    return {int(length): peak for length, peak in cast("dict[str, float]", found).items()}
+    measured = run_apart(__file__, ["--peaks", engine, kind, str(head_dim), "--lengths", *map(str, lengths)])
+    return {int(length): peak for length, peak in cast("dict[str, float]", measured).items()}
 
 
 def _print_peaks(engine: str, kind: str, head_dim: int, lengths: Sequence[int]) -> None:
     """Print the peaks; a first call loads the engine, which is not counted."""
     ENGINES[engine](Case(kind, 64, head_dim))()
-    found: dict[int, float] = {}
+    peak_mb: dict[int, float] = {}
     for tokens in sorted(lengths):
         case = Case(kind, tokens, head_dim)
-        held = [item.sum() for item in case.projections]  # touches them, so that they are resident before
+        held = [projection.sum() for projection in case.projections]  # touches them, so that they are resident before
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
         before = _memory("VmRSS")
         result = ENGINES[engine](case)()
-        found[tokens] = max(0.0, _memory("VmHWM") - before)
+        peak_mb[tokens] = max(0.0, _memory("VmHWM") - before)
         del held, result, case
-    print(json.dumps(found))
+    print(json.dumps(peak_mb))
 
 
 def _memory(field: str) -> float:
@@ -221,8 +221,10 @@ def draw(times: Times, memory: Peaks, engines: Sequence[str], lengths: Sequence[
     for line, head_dim in zip(axes, dims, strict=True):
         for axis, (unit, kind, values) in zip(line, rows, strict=True):
             for name in engines:
-                found = [values[name, Case(kind, tokens, head_dim)] for tokens in lengths]
-                heights = [item.median_ms if isinstance(item, Timing) else max(item, 1) for item in found]
+                measurements = [values[name, Case(kind, tokens, head_dim)] for tokens in lengths]
+                heights = [
+                    measured.median_ms if isinstance(measured, Timing) else max(measured, 1) for measured in measurements
+                ]
                 axis.plot(lengths, heights, marker="o", markersize=3, label=name, linewidth=2.5 if name == OURS else 1.2)
             axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{kind}, heads of {head_dim}: {unit}")
             axis.set_xticks(list(lengths), [f"{tokens:,}" for tokens in lengths], rotation=45, fontsize=7)
@@ -253,14 +255,14 @@ def main() -> None:
     times: Times = {}
     memory: Peaks = {}
     for case in [Case(kind, tokens, dim) for dim in dims for kind in KINDS for tokens in lengths]:
-        found = measure(case, engines, options.seconds)
-        times |= {(name, case): item for name, item in found.items()}
-        print(case, {name: str(item) for name, item in found.items()}, file=sys.stderr, flush=True)
+        timings = measure(case, engines, options.seconds)
+        times |= {(name, case): timing for name, timing in timings.items()}
+        print(case, {name: str(timing) for name, timing in timings.items()}, file=sys.stderr, flush=True)
     if not options.no_memory:
         for name, kind, dim in [(name, kind, dim) for dim in dims for kind in KINDS for name in engines]:
-            found = peaks(name, kind, dim, lengths)
-            memory |= {(name, Case(kind, tokens, dim)): peak for tokens, peak in found.items()}
-            print(name, kind, dim, found, file=sys.stderr, flush=True)
+            peak_mb = peaks(name, kind, dim, lengths)
+            memory |= {(name, Case(kind, tokens, dim)): peak for tokens, peak in peak_mb.items()}
+            print(name, kind, dim, peak_mb, file=sys.stderr, flush=True)
     printed = report(times, memory, engines, lengths, dims)
     print(printed)
     if options.update:

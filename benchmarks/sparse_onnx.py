@@ -77,13 +77,13 @@ class Attention(nn.Module):
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         setting = self.setting
-        q, k, v = (item.unflatten(-1, (setting.heads, -1)).transpose(1, 2) for item in (q, k, v))
+        q, k, v = (operand.unflatten(-1, (setting.heads, -1)).transpose(1, 2) for operand in (q, k, v))
         if self.dense:
-            found = nn.functional.scaled_dot_product_attention(q, k, v)
+            output = nn.functional.scaled_dot_product_attention(q, k, v)
         else:
             options = {"pattern": setting.pattern.encode(), "block": setting.pattern.block, "scale": setting.width**-0.5}
-            found = block_sparse_attention(q, k, v, None, self.layout, **options)
-        return found.transpose(1, 2).flatten(2)
+            output = block_sparse_attention(q, k, v, None, self.layout, **options)
+        return output.transpose(1, 2).flatten(2)
 
 
 def patterns(tokens: int) -> Mapping[str, tuple[Pattern, torch.Tensor | None]]:
@@ -136,8 +136,8 @@ def sessions(setting: Setting, folder: Path) -> Iterator[tuple[str, Run]]:
 
 
 def _first(session: onnxruntime.InferenceSession, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    found: Any = session.run(None, dict(inputs))
-    return found[0]
+    outputs: Any = session.run(None, dict(inputs))
+    return outputs[0]
 
 
 def _constant(tape: ir.tape.Tape, array: np.ndarray) -> ir.Value:
@@ -160,9 +160,9 @@ def _grouped(setting: Setting) -> ir.Model:
     last, total = (np.array(number, np.int32) for number in ([setting.tokens - 1], setting.tokens))
     options = {"num_heads": setting.heads, "kv_num_heads": setting.heads, "local_window_size": setting.causal_window}
     given = [*inputs, None, None, _constant(tape, last), _constant(tape, total)]
-    found, *_ = tape.op_multi_out("GroupQueryAttention", given, options, domain="com.microsoft", num_outputs=3)
-    found.name, found.type = "output", ir.TensorType(ir.DataType.FLOAT)
-    return _model(inputs, [found], tape)
+    output, *_ = tape.op_multi_out("GroupQueryAttention", given, options, domain="com.microsoft", num_outputs=3)
+    output.name, output.type = "output", ir.TensorType(ir.DataType.FLOAT)
+    return _model(inputs, [output], tape)
 
 
 def _sparse(setting: Setting, given: Mapping[str, np.ndarray], path: Path, options: SessionOptions) -> Run:
@@ -209,9 +209,9 @@ def measure(setting: Setting, runs: int) -> dict[str, Timing]:
         calls = dict(sessions(setting, Path(folder)))
         results = {name: call() for name, call in calls.items() if name not in ("dense", "SparseAttention")}
         wanted = next(iter(results.values()))
-        for name, found in results.items():
+        for name, output in results.items():
             # float32: sums of thousands of terms in another order.
-            if not np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max():
+            if not np.abs(output - wanted).max() < 1e-4 * np.abs(wanted).max():
                 raise ValueError(f"'{name}' gives something else than '{next(iter(results))}'")
         return time_calls(calls, 0.0, least=runs)
 
@@ -220,9 +220,9 @@ def table(rows: Sequence[tuple[str, Setting, Mapping[str, Timing]]]) -> str:
     """The times as Markdown, with their ratios to dense attention."""
     lines = ["| pattern | tokens | heads | form | ms | dense takes |", "|---|---:|---:|---|---:|---:|"]
     for name, setting, times in rows:
-        for form, taken in times.items():
+        for form, timing in times.items():
             sizes = f"{setting.tokens:,} | {setting.heads} of {setting.width}"
-            lines.append(f"| {name} | {sizes} | {form} | {taken} | {times['dense'].median_ms / taken.median_ms:.2f} × |")
+            lines.append(f"| {name} | {sizes} | {form} | {timing} | {times['dense'].median_ms / timing.median_ms:.2f} × |")
     return "\n".join(lines)
 
 

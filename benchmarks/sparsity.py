@@ -49,11 +49,11 @@ def measure(checkpoint: Checkpoint, chosen: Sequence[Sparsify], calibration: int
     lines = ["| what is kept | criterion | zeros in these layers | perplexity | s |", "|---|---|---:|---:|---:|"]
     lines.append(f"| all | | | {perplexity(dense, checkpoint, texts):.2f} | |")
     print(lines[-1], file=sys.stderr, flush=True)
-    for item in chosen:
+    for sparsify in chosen:
         started = time.perf_counter()
-        program, _ = Pipeline([item], checks="structural", data=data).run(dense)
+        program, _ = Pipeline([sparsify], checks="structural", data=data).run(dense)
         seconds = time.perf_counter() - started
-        cells = [item.pattern or f"{item.keep:.0%}", item.criterion, f"{zeros(program, dense):.1%}"]
+        cells = [sparsify.pattern or f"{sparsify.keep:.0%}", sparsify.criterion, f"{zeros(program, dense):.1%}"]
         lines.append(f"| {' | '.join(cells)} | {perplexity(program, checkpoint, texts):.2f} | {seconds:.0f} |")
         print(lines[-1], file=sys.stderr, flush=True)
     tokens = sum(ids.shape[1] - 1 for ids in texts)

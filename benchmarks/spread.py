@@ -15,7 +15,7 @@ def quartiles(values: Sequence[float]) -> Quartiles:
     return middle, low, high
 
 
-def spread(found: Quartiles, digits: int = 1) -> str:
+def spread(quartiles: Quartiles, digits: int = 1) -> str:
     """`52.6 (51.9 to 53.0)`. digits: after the point."""
-    middle, low, high = (f"{value:.{digits}f}" for value in found)
+    middle, low, high = (f"{value:.{digits}f}" for value in quartiles)
     return f"{middle} ({low} to {high})"

@@ -88,22 +88,22 @@ def about(model: str, rows: Sequence[Row]) -> Iterator[str]:
 
 def table(model: str, rows: Sequence[Row]) -> Iterator[str]:
     """The techniques of one model."""
-    found = {(row.model, row.technique): row for row in rows}
+    by_technique = {(row.model, row.technique): row for row in rows}
     yield "| technique | passes | memory saved | speed-up | quality kept | compile, s | needs | complexity |"
     yield "|---|---|---:|---:|---|---:|---|---|"
     section = ""
-    for item in TECHNIQUES:
-        if item.section != section:
-            section = item.section
+    for technique in TECHNIQUES:
+        if technique.section != section:
+            section = technique.section
             yield f"| **{section}** | | | | | | | |"
-        passes = item.passes(model)
+        passes = technique.passes(model)
         if not passes:
-            yield f"| {item.name} | does not apply: {item.without} | | | | | | |"
+            yield f"| {technique.name} | does not apply: {technique.without} | | | | | | |"
             continue
         shown = "shard{world_size=2},partition" if passes == RANKS else passes
-        complexity = f"{counted(item.options(model), 'option')}, {counted(item.lines, 'line')}"
-        figures = " | ".join(cells(found.get((model, item.name))))
-        yield f"| {item.name} | `{shown}` | {figures} | {item.needs(model)} | {complexity} |"
+        complexity = f"{counted(technique.options(model), 'option')}, {counted(technique.lines, 'line')}"
+        figures = " | ".join(cells(by_technique.get((model, technique.name))))
+        yield f"| {technique.name} | `{shown}` | {figures} | {technique.needs(model)} | {complexity} |"
 
 
 def cells(row: Row) -> list[str]:
@@ -128,17 +128,17 @@ def beside_survey(rows: Sequence[Row]) -> Iterator[str]:
     yield "of the quality, the one that saves most, the fastest and the simplest count; if none does, the best.\n"
     yield f"| technique | model | {' | '.join(COLUMNS)} |"
     yield "|---|---|---|---|---|"
-    found = {(name, model): ratings(name, model, rows) for name in SURVEY for model in MODELS}
+    rated = {(name, model): ratings(name, model, rows) for name in SURVEY for model in MODELS}
     for name, levels in SURVEY.items():
         yield f"| **{name}** | the survey | {' | '.join(levels)} |"
         for model, title in MODELS.items():
-            measured = " | ".join(f"{item.level}: {item.figure}" for item in found[name, model])
+            measured = " | ".join(f"{rating.level}: {rating.figure}" for rating in rated[name, model])
             yield f"| | {title} | {measured or 'not measured | | '} |"
     yield ""
     for name, levels in SURVEY.items():
         for at, (column, level) in enumerate(zip(COLUMNS, levels, strict=True)):
-            differing = {model: found[name, model][at] for model in MODELS if found[name, model]}
-            parts = [f"{item.level} on {MODELS[model]}" for model, item in differing.items() if item.level != level]
+            differing = {model: rated[name, model][at] for model in MODELS if rated[name, model]}
+            parts = [f"{rating.level} on {MODELS[model]}" for model, rating in differing.items() if rating.level != level]
             if parts:
                 yield f"- {name}, {column}: the survey says {level}, measured is {', '.join(parts)}. {REASONS[name, column]}."
 
@@ -146,24 +146,28 @@ def beside_survey(rows: Sequence[Row]) -> Iterator[str]:
 def ratings(name: str, model: str, rows: Sequence[Row]) -> list[Rating]:
     """The rating of a technique in each of COLUMNS; empty where nothing was measured."""
     measured = {row.technique: row for row in rows if row.model == model and not row.failed}
-    members = [(item, measured[item.name]) for item in TECHNIQUES if item.survey == name and item.name in measured]
+    members = [
+        (technique, measured[technique.name])
+        for technique in TECHNIQUES
+        if technique.survey == name and technique.name in measured
+    ]
     if not members:
         return []
     good = [pair for pair in members if pair[1].kept >= ENOUGH] or [max(members, key=lambda pair: pair[1].kept)]
-    item, row = max(good, key=lambda pair: pair[1].saved)
-    memory = Rating(level_of(row.saved, MEMORY), f"{row.saved:.0%} by {item.name}, {row.kept:.0%} kept")
-    item, row = max(good, key=lambda pair: pair[1].faster)
-    speed = Rating(level_of(row.faster, SPEED), f"{row.faster:.2f} × by {item.name}, {row.kept:.0%} kept")
-    item, _ = min(good, key=lambda pair: effort(pair[0], model))
-    level = level_of(effort(item, model), COMPLEXITY)
-    level = max(level, "Medium", key=LEVELS.index) if item.training else level
-    written = f"{counted(item.options(model), 'option')}, {counted(item.lines, 'line')} for {item.name}"
+    technique, row = max(good, key=lambda pair: pair[1].saved)
+    memory = Rating(level_of(row.saved, MEMORY), f"{row.saved:.0%} by {technique.name}, {row.kept:.0%} kept")
+    technique, row = max(good, key=lambda pair: pair[1].faster)
+    speed = Rating(level_of(row.faster, SPEED), f"{row.faster:.2f} × by {technique.name}, {row.kept:.0%} kept")
+    technique, _ = min(good, key=lambda pair: effort(pair[0], model))
+    level = level_of(effort(technique, model), COMPLEXITY)
+    level = max(level, "Medium", key=LEVELS.index) if technique.training else level
+    written = f"{counted(technique.options(model), 'option')}, {counted(technique.lines, 'line')} for {technique.name}"
     return [memory, speed, Rating(level, written)]
 
 
-def effort(item: Technique, model: str) -> int:
+def effort(technique: Technique, model: str) -> int:
     """Options and lines together."""
-    return item.options(model) + item.lines
+    return technique.options(model) + technique.lines
 
 
 def level_of(value: float, bounds: tuple[float, float]) -> str:

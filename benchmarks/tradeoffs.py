@@ -105,15 +105,15 @@ def encoder(sizes: Sizes) -> Subject:
     original = retrieve(checkpoint.model, checkpoint, texts)
     inputs = timed_inputs("minilm", checkpoint, *ENCODER_SHAPE)
 
-    def score(found: Any) -> tuple[float, str]:
-        reached = retrieve(found, checkpoint, texts)
+    def score(compiled: Any) -> tuple[float, str]:
+        reached = retrieve(compiled, checkpoint, texts)
         change, low, high = difference(original, reached, 10)
         near = float(cosine(original, reached).mean())
         return 1 + change, f"recall@10 {change:+.1%} ({low:+.1%} to {high:+.1%}), cosine {near:.4f}"
 
     return Subject(
         partial(lissom.compile, checkpoint.model, checkpoint.example_inputs, data=data),
-        lambda found: lambda: found(**inputs),
+        lambda compiled: lambda: compiled(**inputs),
         lambda: lambda: checkpoint.model(**inputs),
         score,
     )
@@ -129,8 +129,8 @@ def decoder(sizes: Sizes) -> Subject:
 
     exact: list[torch.Tensor] = []
 
-    def score(found: Any) -> tuple[float, str]:
-        reached = decoder_losses(found, pieces)
+    def score(decoder: Any) -> tuple[float, str]:
+        reached = decoder_losses(decoder, pieces)
         exact.append(reached)
         after, change = perplexity_change(exact[0], reached)
         return math.exp(-float((reached - exact[0]).mean())), f"perplexity {after}, {change}"
@@ -143,26 +143,26 @@ def decoder(sizes: Sizes) -> Subject:
     )
 
 
-def decoder_losses(found: Any, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+def decoder_losses(decoder: Any, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     """The losses of all tokens but the first of each piece of text, [1, tokens]."""
     parts = []
     for ids in pieces:
-        found.reset()
+        decoder.reset()
         with torch.inference_mode():
-            logits = found.step(ids)[0, :-1].float()
+            logits = decoder.step(ids)[0, :-1].float()
         parts.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
     return torch.cat(parts).double()
 
 
-def decode(found: Any) -> Callable[[], object]:
+def decode(decoder: Any) -> Callable[[], object]:
     """A step of a decoder after a prompt; the cache is cropped afterwards, so that every step reads as many tokens."""
     prompt = torch.arange(100, 100 + PROMPT)[None]
-    found.reset()
-    found.step(prompt)
+    decoder.reset()
+    decoder.step(prompt)
 
     def call() -> object:
-        logits = found.step(prompt[:, :1])
-        found.crop(PROMPT)
+        logits = decoder.step(prompt[:, :1])
+        decoder.crop(PROMPT)
         return logits
 
     return call
@@ -190,18 +190,18 @@ def vision(sizes: Sizes) -> Subject:
 
     def outputs(call: Callable[..., Any]) -> torch.Tensor:
         with torch.inference_mode():
-            return torch.cat([call(item) for item in held_out]).float()
+            return torch.cat([call(batch) for batch in held_out]).float()
 
     wanted = outputs(model)
     centre = wanted.mean(0)
 
-    def score(found: Any) -> tuple[float, str]:
-        near = torch.nn.functional.cosine_similarity(outputs(found) - centre, wanted - centre).mean()
+    def score(compiled: Any) -> tuple[float, str]:
+        near = torch.nn.functional.cosine_similarity(outputs(compiled) - centre, wanted - centre).mean()
         return float(near), f"cosine {float(near):.4f}"
 
     return Subject(
         partial(lissom.compile, model, example, data=list(data)),
-        lambda found: lambda: found(inputs),
+        lambda compiled: lambda: compiled(inputs),
         lambda: lambda: model(inputs),
         score,
     )
@@ -219,19 +219,19 @@ SUBJECTS = {"minilm": encoder, "gemma3-270m": decoder, "vit": vision}
 
 def read_rows() -> list[Row]:
     """The rows measured so far."""
-    return [Row(**item) for item in json.loads(RECORDS.read_text(encoding="utf-8"))] if RECORDS.exists() else []
+    return [Row(**fields) for fields in json.loads(RECORDS.read_text(encoding="utf-8"))] if RECORDS.exists() else []
 
 
 def keep(row: Row) -> None:
     """Add a row to the records, in place of one of the same technique and model."""
-    others = [item for item in read_rows() if (item.model, item.technique) != (row.model, row.technique)]
-    write_whole(RECORDS, json.dumps([asdict(item) for item in (*others, row)], indent=1) + "\n")
+    others = [known for known in read_rows() if (known.model, known.technique) != (row.model, row.technique)]
+    write_whole(RECORDS, json.dumps([asdict(measured) for measured in (*others, row)], indent=1) + "\n")
 
 
 def missing(model: str, only: str, rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
     """The techniques of a model with their passes that were not measured with these passes on this machine."""
     known = {(row.technique, row.passes) for row in rows if row.model == model and row.machine == conditions()}
-    for name, passes in ((EXACT, EXACT), *((item.name, item.passes(model)) for item in TECHNIQUES)):
+    for name, passes in ((EXACT, EXACT), *((technique.name, technique.passes(model)) for technique in TECHNIQUES)):
         if passes and (name, passes) not in known and (only in name or only in passes):
             yield name, passes
 
@@ -260,25 +260,25 @@ def one(subject: Subject, model: str, name: str, passes: str, whole: Any, sizes:
         return on_ranks(subject, model, name)
     started = time.perf_counter()
     ran = _shortened(passes, sizes.minutes)
-    found = whole if name == EXACT else subject.compile(passes=ran, checks="structural", goal=None)
+    fast = whole if name == EXACT else subject.compile(passes=ran, checks="structural", goal=None)
     seconds = time.perf_counter() - started
     slower = subject.eager() if name == EXACT else subject.call(whole)
     with torch.inference_mode():
-        timings = time_calls({"found": subject.call(found), "slower": slower}, sizes.seconds)
-    fraction, quality = subject.score(found)
+        timings = time_calls({"fast": subject.call(fast), "slower": slower}, sizes.seconds)
+    fraction, quality = subject.score(fast)
     return Row(
         model,
         name,
         passes,
         conditions(),
-        1 - stored_bytes(found.program) / stored_bytes(whole.program),
-        timings["slower"].median_ms / timings["found"].median_ms,
+        1 - stored_bytes(fast.program) / stored_bytes(whole.program),
+        timings["slower"].median_ms / timings["fast"].median_ms,
         fraction,
         quality,
         seconds,
         "",
-        timings["found"].median_ms,
-        _embedding_share(found.program),
+        timings["fast"].median_ms,
+        _embedding_share(fast.program),
     )
 
 
@@ -302,7 +302,7 @@ def _embedding_share(program: Any) -> float:
 
 def on_ranks(subject: Subject, model: str, name: str) -> Row:
     """The program on two ranks of one thread each, against one process of one thread."""
-    found: dict[int, dict[str, Any]] = {}
+    of_count: dict[int, dict[str, Any]] = {}
     seconds = 0.0
     with tempfile.TemporaryDirectory() as folder:
         for count in (1, 2):
@@ -313,8 +313,8 @@ def on_ranks(subject: Subject, model: str, name: str) -> Row:
             request = [__file__, "--worker", model, f"{folder}/{count}"]
             if count > 1:
                 request = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *request]
-            found[count] = run_apart(request[0], request[1:], environment={"OMP_NUM_THREADS": "1"})  # pyright: ignore
-    one_process, two = found[1], found[2]
+            of_count[count] = run_apart(request[0], request[1:], environment={"OMP_NUM_THREADS": "1"})  # pyright: ignore
+    one_process, two = of_count[1], of_count[2]
     near = torch.nn.functional.cosine_similarity(torch.tensor(one_process["output"]), torch.tensor(two["output"]), 0)
     return Row(
         model,
@@ -338,20 +338,20 @@ def work(model: str, directory: str) -> None:
     if ranked:
         torch.distributed.init_process_group("gloo")
     if model == "gemma3-270m":
-        found: Any = lissom.load_generation(directory)
-        output = found.step(torch.arange(100, 110)[None])[0, -1, :1000]
-        call = decode(found)
+        loaded: Any = lissom.load_generation(directory)
+        output = loaded.step(torch.arange(100, 110)[None])[0, -1, :1000]
+        call = decode(loaded)
     else:
-        found = lissom.load(directory)
-        call = partial(found, _pictures(PICTURES))
+        loaded = lissom.load(directory)
+        call = partial(loaded, _pictures(PICTURES))
         if model == "minilm":
-            call = partial(found, **timed_inputs("minilm", load("minilm"), *ENCODER_SHAPE))
+            call = partial(loaded, **timed_inputs("minilm", load("minilm"), *ENCODER_SHAPE))
         answer = call()
         output = (answer if isinstance(answer, torch.Tensor) else answer[0])[0].flatten()[:1000]  # pyright: ignore
     with torch.inference_mode():
         timing = time_calls({"one": call}, 0.0, RUNS, RUNS)["one"]
     if not ranked or torch.distributed.get_rank() == 0:
-        program = found.program
+        program = loaded.program
         print(json.dumps({"milliseconds": timing.median_ms, "weights": program.parameter_bytes, "output": output.tolist()}))
     if ranked:
         torch.distributed.barrier()

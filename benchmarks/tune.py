@@ -33,7 +33,7 @@ from lissom.tuning.sites import PLAIN, SCHEMES, Option, groups_of, linear_paths
 ROWS, TOKENS, HELD, BATCH = 8, 64, 256, 32
 KEEPS = (0.75, 0.5, 0.25)
 
-Found = tuple[str, float, float]
+Judged = tuple[str, float, float]
 """A pipeline, its speedup, and the drop of the metric."""
 Batches = list[dict[str, torch.Tensor]]
 
@@ -65,15 +65,15 @@ class Judge:
 
     def speedup(self, call: Callable[[], object]) -> float:
         """The speedup over the exact program, of the lower quartiles. call: computes the outputs of the example."""
-        calls = {"exact": lambda: self.exact(**self.example), "found": call}
+        calls = {"exact": lambda: self.exact(**self.example), "fast": call}
         timings = time_calls(calls, 1.0, most=300)
-        return timings["exact"].low_ms / timings["found"].low_ms
+        return timings["exact"].low_ms / timings["fast"].low_ms
 
-    def judge(self, pipeline: str, *, reported: bool = False) -> Found:
+    def judge(self, pipeline: str, *, reported: bool = False) -> Judged:
         """Raises: LissomError if the pipeline cannot be built."""
-        found = lissom.compile(self.checkpoint.model, self.example, passes=pipeline, data=self.data, goal=None)
-        drop = 1.0 - self.metric(found, self.reported_on if reported else None)
-        return pipeline, self.speedup(lambda: found(**self.example)), drop
+        fast = lissom.compile(self.checkpoint.model, self.example, passes=pipeline, data=self.data, goal=None)
+        drop = 1.0 - self.metric(fast, self.reported_on if reported else None)
+        return pipeline, self.speedup(lambda: fast(**self.example)), drop
 
 
 def embeddings(model: Callable[..., object], batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -91,32 +91,34 @@ def single_techniques() -> Iterator[str]:
             yield f"{passes},quantize"
 
 
-def best(found: list[Found], max_drop: float) -> str:
+def best(tried: list[Judged], max_drop: float) -> str:
     """The fastest within the bound; the exact program if there is none."""
-    return max((item for item in found if item[2] <= max_drop), key=lambda item: item[1], default=("exact", 1.0, 0.0))[0]
+    return max(
+        (judged for judged in tried if judged[2] <= max_drop), key=lambda judged: judged[1], default=("exact", 1.0, 0.0)
+    )[0]
 
 
-def searched(judge: Judge, minutes: float, optuna: bool) -> list[Found]:
+def searched(judge: Judge, minutes: float, optuna: bool) -> list[Judged]:
     """A random search or Optuna's TPE over the options of tune, for that many minutes."""
     program = lissom.optimize(judge.checkpoint.model, judge.example).program
     groups, linears = groups_of(program), linear_paths(program)
     variants = [Variant("eager", bf16, packed) for bf16 in (False, True) for packed in (False, True)]
     offered: list[Sequence[Variant | Option]] = [variants, *(group.options((PLAIN, *SCHEMES)) for group in groups)]
-    found: list[Found] = []
+    judged: list[Judged] = []
 
-    def attempt(chosen: list[int]) -> Found | None:
+    def attempt(chosen: list[int]) -> Judged | None:
         variant, *options = [items[at] for items, at in zip(offered, chosen, strict=True)]
         try:
-            found.append(judge.judge(variant.passes(groups, options, linears)))
+            judged.append(judge.judge(variant.passes(groups, options, linears)))
         except LissomError:
             return None
-        return found[-1]
+        return judged[-1]
 
     if not optuna:
         numbers, started = random.Random(0), time.monotonic()
         while time.monotonic() - started < 60 * minutes:
             attempt([numbers.randrange(len(items)) for items in offered])
-        return found
+        return judged
     import optuna as library
 
     def objective(trial):
@@ -127,7 +129,7 @@ def searched(judge: Judge, minutes: float, optuna: bool) -> list[Found]:
 
     study = library.create_study(directions=["maximize", "minimize"], sampler=library.samplers.TPESampler(seed=0))
     study.optimize(objective, timeout=60 * minutes)
-    return found
+    return judged
 
 
 def table(judge: Judge, chosen: dict[str, str], peers: Iterable[str], max_drop: float, pairs: int | None) -> str:
@@ -139,8 +141,8 @@ def table(judge: Judge, chosen: dict[str, str], peers: Iterable[str], max_drop: 
     def add(name: str, speedup: float, drop: float, call: Callable[..., object] | None, passes: str) -> None:
         change = ""
         if call is not None:
-            found, low, high = difference(original, retrieve(call, judge.checkpoint, texts), 10)
-            change = f"{found:+.1%} ({low:+.1%} to {high:+.1%})"
+            relative, low, high = difference(original, retrieve(call, judge.checkpoint, texts), 10)
+            change = f"{relative:+.1%} ({low:+.1%} to {high:+.1%})"
         lines.append(f"| {name} | {speedup:.2f} | {drop:.4f} | {change} | {passes} |")
         print(lines[-1], flush=True)
 
@@ -171,9 +173,9 @@ def main() -> None:
     wanted, judge = options.only.split(","), Judge(load("minilm"), options.calibration)
     chosen: dict[str, str] = {}
     if "single" in wanted:
-        found = [judge.judge(pipeline) for pipeline in single_techniques()]
-        chosen |= {pipeline: pipeline for pipeline, _, _ in found}
-        chosen["best single technique"] = best(found, options.max_drop)
+        judged = [judge.judge(pipeline) for pipeline in single_techniques()]
+        chosen |= {pipeline: pipeline for pipeline, _, _ in judged}
+        chosen["best single technique"] = best(judged, options.max_drop)
     if "tune" in wanted:
         limits = {"max_drop": options.max_drop, "minutes": options.minutes, "store": options.store}
         tuned = lissom.tune(judge.checkpoint.model, judge.example, data=judge.data, metric=judge.metric, **limits)

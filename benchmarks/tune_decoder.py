@@ -50,7 +50,7 @@ def main() -> None:
     # A step of training takes seconds; the time is better spent on more candidates.
     tuned = lissom.tune_generation(checkpoint.model, max_length=LENGTH, data=data, distill=False, **limits)
     print(tuned.report, flush=True)
-    schemes = {item.name: item.gemma for item in TECHNIQUES if item.name in UNIFORM}
+    schemes = {technique.name: technique.gemma for technique in TECHNIQUES if technique.name in UNIFORM}
     chosen = {**schemes, **INT8, "lissom.tune_generation": tuned.pipeline}
     calibration = tuned.calibration
     del tuned
@@ -71,11 +71,11 @@ def main() -> None:
     base = decoder_losses(exact, texts)
     lines = ["| program | × faster | perplexity | change | passes |", "|---|---:|---:|---:|---|"]
     for name, passes in {"exact": "exact", **chosen}.items():
-        found = build(passes)
+        fast = build(passes)
         with torch.inference_mode():
-            timings = time_calls({"exact": decode(exact), "found": decode(found)}, SECONDS)
-        speedup = timings["exact"].median_ms / timings["found"].median_ms
-        after, change = perplexity_change(base, decoder_losses(found, texts))
+            timings = time_calls({"exact": decode(exact), "fast": decode(fast)}, SECONDS)
+        speedup = timings["exact"].median_ms / timings["fast"].median_ms
+        after, change = perplexity_change(base, decoder_losses(fast, texts))
         lines.append(f"| {name} | {speedup:.2f} | {after} | {change} | `{shortened(passes)}` |")
         print(lines[-1], flush=True)
     about = f"max_drop {options.max_drop:g}, {options.minutes:g} minutes, {len(base):,} tokens evaluated. {conditions()}."

@@ -41,7 +41,7 @@ class Without(Eager):
         self.left_out = left_out
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
-        return [item for item in super().lowering(device) if not isinstance(item, self.left_out)]
+        return [pass_ for pass_ in super().lowering(device) if not isinstance(pass_, self.left_out)]
 
 
 PROGRAMS: Mapping[str, Eager] = {
@@ -57,7 +57,7 @@ def measure(length: int, seconds: float, dtypes: Sequence[str]) -> list[str]:
     checkpoint = load("gemma3-270m")
     model = checkpoint.model.model
     assert isinstance(model, torch.nn.Module)
-    ids = torch.cat([item.flatten() for item in windows(checkpoint, "evaluation", length)])[None, :length]
+    ids = torch.cat([window.flatten() for window in windows(checkpoint, "evaluation", length)])[None, :length]
 
     def inputs(tokens: int) -> dict[str, object]:
         return {"input_ids": ids[:, :tokens], "attention_mask": torch.ones(1, tokens, dtype=torch.int64), "use_cache": False}
@@ -79,8 +79,8 @@ def measure(length: int, seconds: float, dtypes: Sequence[str]) -> list[str]:
     return rows
 
 
-def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.float() - wanted).abs().max() / wanted.abs().max())
+def _distance(actual: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((actual.float() - wanted).abs().max() / wanted.abs().max())
 
 
 def main() -> None:

@@ -86,14 +86,14 @@ _ROOMS = (
 
 def __getattr__(name: str) -> object:
     if name in _HOMES:
-        found = getattr(import_module(_HOMES[name]), name)
+        attribute = getattr(import_module(_HOMES[name]), name)
     elif name in _ROOMS:
         # The room alone: `from lissom import ops` in one of them comes here too, before the others are imported.
-        found = import_module(f"{__name__}.{name}")
+        attribute = import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    globals()[name] = found
-    return found
+    globals()[name] = attribute
+    return attribute
 
 
 def __dir__() -> list[str]:

@@ -16,8 +16,8 @@ def shadowed_package(folder: Path) -> str | None:
     if not _searched_first(folder):
         return None
     for name in _NEEDED:
-        found = importlib.util.find_spec(name)
-        place = None if found is None or found.origin is None else Path(found.origin)
+        spec = importlib.util.find_spec(name)
+        place = None if spec is None or spec.origin is None else Path(spec.origin)
         if place is not None and folder in (place.parent, place.parent.parent) and not _is_installed(name, place):
             shown = place if place.parent == folder else place.parent
             return f"'{shown.name}' in this directory hides the package {name}; rename it, or run from another directory"
@@ -32,8 +32,8 @@ def shadowed_install(folder: Path, package: Path) -> str | None:
     """
     if package.parent != folder or not _searched_first(folder) or str(folder) in os.environ.get("PYTHONPATH", "").split(":"):
         return None
-    for found in distributions(name="lissom"):
-        installed = Path(str(found.locate_file("lissom")))
+    for distribution in distributions(name="lissom"):
+        installed = Path(str(distribution.locate_file("lissom")))
         if installed.is_dir() and installed != package:
             return f"lissom/ of this directory runs, not the installed {installed}; run from another directory for that one"
     return None
@@ -46,7 +46,7 @@ def _searched_first(folder: Path) -> bool:
 
 def _is_installed(name: str, place: Path) -> bool:
     """True where a package of that name is installed at that place: the folder is one of site-packages."""
-    return any(Path(str(found.locate_file(name))) in (place.parent, place) for found in distributions(name=name))
+    return any(Path(str(distribution.locate_file(name))) in (place.parent, place) for distribution in distributions(name=name))
 
 
 def refuse_shadows() -> None:

@@ -256,17 +256,17 @@ class _Compiled:
         for other in list(_live):
             if not _are_alike(other._settings, self._settings) or not computes_the_same(other._graph, self._graph):
                 continue
-            found = next((item for item in list(other._variants.values()) if item.serves(self._graph, args)), None)
-            if found is not None:
+            variant = next((known for known in list(other._variants.values()) if known.serves(self._graph, args)), None)
+            if variant is not None:
                 _LOG.info("%s runs the program of %s", self._graph.name, other._graph.name)
-                return found.compiled
+                return variant.compiled
         return None
 
     def _run_as_it_is(self, reason: str) -> None:
         reason = reason.partition("\n")[0]
-        found = GraphReport(self._graph.name, None, reason)
-        if found not in REPORTS:
-            REPORTS.append(found)
+        report = GraphReport(self._graph.name, None, reason)
+        if report not in REPORTS:
+            REPORTS.append(report)
         sentence = f"torch.compile with backend 'lissom' runs {self._graph.name} as it is: {reason}"
         if sentence not in _said:
             _said.add(sentence)
@@ -370,10 +370,10 @@ class _Variant:
 
     def __call__(self, sample: Sample) -> list[object]:
         """The graph's outputs; an output is copied if it aliases a tensor that it does not alias in the original graph."""
-        found = self._with_owners(sample, self._run(sample))
+        owned = self._with_owners(sample, self._run(sample))
         return [
             value.clone() if owner is not None and owner != usual and isinstance(value, torch.Tensor) else value
-            for (value, owner), usual in zip(found, self._owners, strict=True)
+            for (value, owner), usual in zip(owned, self._owners, strict=True)
         ]
 
     def _with_owners(self, sample: Sample, values: Sequence[object]) -> list[tuple[object, object]]:
@@ -382,17 +382,17 @@ class _Variant:
         The owner is the index of an input, the name of an earlier output, `constant`, or None if the value owns its memory.
         """
         owners: dict[int, object] = {_memory(tensor): index for index, tensor in enumerate(sample)}
-        found: list[tuple[object, object]] = []
+        owned: list[tuple[object, object]] = []
         for index, value in enumerate(values):
             if not isinstance(value, torch.Tensor):
-                found.append((value, None))
+                owned.append((value, None))
                 continue
             memory = _memory(value)
             owner = "constant" if memory in self._constants else owners.get(memory)
-            found.append((value if torch.is_inference_mode_enabled() else ordinary(value), owner))
+            owned.append((value if torch.is_inference_mode_enabled() else ordinary(value), owner))
             if memory:
                 owners.setdefault(memory, f"output {index}")
-        return found
+        return owned
 
 
 def _memory(tensor: torch.Tensor) -> int:

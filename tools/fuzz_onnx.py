@@ -167,7 +167,7 @@ def mutated(model: onnx.ModelProto, draw: random.Random) -> bytes:
     changed.CopyFrom(model)
     for _ in range(draw.randint(1, 3)):
         fields = list(_fields(changed))
-        likely = [found for found in fields if isinstance(found[0], _LIKELY)]
+        likely = [field for field in fields if isinstance(field[0], _LIKELY)]
         message, field = draw.choice(likely if likely and draw.random() < 0.6 else fields)
         # Fields with few valid numbers take no others.
         with suppress(ValueError):
@@ -186,8 +186,8 @@ def _fields(message: Message) -> Iterator[tuple[Message, str]]:
     for field, value in message.ListFields():
         yield message, field.name
         if field.message_type is not None:
-            for item in [value] if isinstance(value, Message) else value:
-                yield from _fields(item)
+            for nested in [value] if isinstance(value, Message) else value:
+                yield from _fields(nested)
 
 
 def _change(message: Message, field: str, draw: random.Random) -> None:
@@ -213,7 +213,7 @@ def _change_list(values: object, draw: random.Random) -> None:
     elif not isinstance(items[index], Message):
         items[index] = _other(items[index], draw)
     # Messages are owned by their list, so they are copied before it is cleared.
-    copies = [type(item).FromString(item.SerializeToString()) if isinstance(item, Message) else item for item in items]
+    copies = [type(value).FromString(value.SerializeToString()) if isinstance(value, Message) else value for value in items]
     del values[:]
     values.extend(copies)
 
@@ -247,18 +247,18 @@ def outcome(data: bytes, folder: Path, compare: bool) -> str:
     return _difference(path, model, inputs, program.run(program.signature.flatten((), inputs))) if compare else "program"
 
 
-def _difference(path: Path, model: OnnxModel, inputs: dict[str, torch.Tensor], found: list[object]) -> str:
+def _difference(path: Path, model: OnnxModel, inputs: dict[str, torch.Tensor], outputs: list[object]) -> str:
     """The difference of a program's outputs from those of ONNX Runtime, in words, if it can run the file."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        given = {item.name: tensor.numpy() for item, tensor in zip(model.inputs, inputs.values(), strict=True)}
+        given = {declared.name: tensor.numpy() for declared, tensor in zip(model.inputs, inputs.values(), strict=True)}
         wanted = session.run(None, given)
     # ONNX Runtime's errors have no common class.
     except Exception as error:
         return f"program, and ONNX Runtime refuses it: {str(error).splitlines()[0]}"
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(outputs, wanted, strict=True):
         if isinstance(one, torch.Tensor) and (
             one.shape != other.shape or not np.allclose(one.detach().numpy(), other, rtol=1e-3, atol=1e-4, equal_nan=True)
         ):
@@ -288,7 +288,7 @@ def file_of(case: int, seed: int) -> bytes:
 
 def run(count: int, seed: int, first: int = 0, compare: bool = False) -> list[Outcome]:
     """The outcomes of cases `first` to `first + count`; a process that crashes or hangs is the outcome of its case."""
-    found, end = [], first + count
+    outcomes, end = [], first + count
     blocks = (range(start, min(start + CHUNK, end)) for start in range(first, end, CHUNK))
     for result in run_apart(blocks, partial(_prepare, seed, compare), 1, lambda _, seconds: seconds >= SECONDS):
         if result.late:
@@ -297,8 +297,8 @@ def run(count: int, seed: int, first: int = 0, compare: bool = False) -> list[Ou
             text = f"the process ends: {signal.Signals(-result.code).name if result.code < 0 else f'exit code {result.code}'}"
         else:
             (text,) = result.told
-        found.append(Outcome(result.item, text))
-    return found
+        outcomes.append(Outcome(result.item, text))
+    return outcomes
 
 
 def main() -> int:
@@ -309,12 +309,14 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--compare", action="store_true", help="compare programs with ONNX Runtime")
     given = parser.parse_args()
-    found = run(given.count, given.seed, given.first, given.compare)
-    faults = [item for item in found if item.is_fault]
-    for item in faults if given.count > 1 else found:
-        print(f"case {item.case}: {item.text}")
-    kinds = Counter(item.text.partition(":")[0] for item in found if not item.is_fault)
-    print(f"{len(found)} cases, {len(faults)} faults; " + ", ".join(f"{kind}: {count}" for kind, count in kinds.most_common()))
+    outcomes = run(given.count, given.seed, given.first, given.compare)
+    faults = [outcome for outcome in outcomes if outcome.is_fault]
+    for outcome in faults if given.count > 1 else outcomes:
+        print(f"case {outcome.case}: {outcome.text}")
+    kinds = Counter(outcome.text.partition(":")[0] for outcome in outcomes if not outcome.is_fault)
+    print(
+        f"{len(outcomes)} cases, {len(faults)} faults; " + ", ".join(f"{kind}: {count}" for kind, count in kinds.most_common())
+    )
     return 1 if faults else 0
 
 

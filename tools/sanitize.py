@@ -20,9 +20,9 @@ SANITIZERS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-
 
 def environment(isa: str | None, sanitized: bool) -> dict[str, str]:
     """The environment variables that make Lissom build and load these kernels."""
-    found = {**os.environ, "PYTHONPATH": str(ROOT)} | ({"LISSOM_NATIVE_ISA": isa} if isa else {})
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)} | ({"LISSOM_NATIVE_ISA": isa} if isa else {})
     if not sanitized:
-        return found
+        return variables
     compiler = os.environ.get("CXX", "g++").split()
     paths = [
         subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
@@ -30,7 +30,7 @@ def environment(isa: str | None, sanitized: bool) -> dict[str, str]:
     ]
     # PyTorch keeps what it allocates until the process ends, and refuses sizes that do not fit in memory itself.
     return {
-        **found,
+        **variables,
         "LISSOM_CXXFLAGS": SANITIZERS,
         "LD_PRELOAD": " ".join(paths),
         "CXX": " ".join(["env", "-u", "LD_PRELOAD", *compiler]),  # a sanitized compiler takes ten times as long

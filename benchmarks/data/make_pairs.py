@@ -67,10 +67,10 @@ def draw(database: Path) -> dict[str, list[Pair]]:
     seen: set[str] = set()
     chosen: dict[str, list[Pair]] = {"evaluation": [], "calibration": []}
     for part, wanted in PARTS.items():
-        found = list(pairs(database, part))
-        generator.shuffle(found)
+        drawn = list(pairs(database, part))
+        generator.shuffle(drawn)
         fresh: list[Pair] = []
-        for pair in found:
+        for pair in drawn:
             if seen.isdisjoint((pair.gloss, pair.example)):
                 seen.update((pair.gloss, pair.example))
                 fresh.append(pair)
@@ -86,8 +86,8 @@ def training(database: Path, chosen: dict[str, list[Pair]]) -> list[list[str]]:
     No text is in a pair or occurs twice.
     """
     evaluated = {pair.synset for pair in chosen["evaluation"]}
-    paired = {text for found in chosen.values() for pair in found for text in (pair.gloss, pair.example)}
-    found = {
+    paired = {text for members in chosen.values() for pair in members for text in (pair.gloss, pair.example)}
+    part_of = {
         text: 1 if place else 2 * (len(texts) == 1)
         for part in ("noun", "verb", "adj", "adv")
         for synset, texts in synsets(database, part)
@@ -95,8 +95,8 @@ def training(database: Path, chosen: dict[str, list[Pair]]) -> list[list[str]]:
         for place, text in enumerate(texts)
         if len(text.split()) in WORDS and text not in paired
     }
-    texts = random.Random(0).sample(list(found), len(found))
-    return [[text for text in texts if found[text] == part] for part in range(3)]
+    texts = random.Random(0).sample(list(part_of), len(part_of))
+    return [[text for text in texts if part_of[text] == part] for part in range(3)]
 
 
 def main() -> None:
@@ -105,16 +105,16 @@ def main() -> None:
     parser.add_argument("database", type=Path, help="the directory that holds data.noun, data.verb and data.adj")
     chosen = draw(parser.parse_args().database)
     with PAIRS.open("w", encoding="utf-8", newline="\n") as file:
-        for split, found in chosen.items():
+        for split, members in chosen.items():
             generator = random.Random(1)
-            generator.shuffle(found)
-            file.writelines(f"{split}\t{pair.synset}\t{pair.gloss}\t{pair.example}\n" for pair in found)
+            generator.shuffle(members)
+            file.writelines(f"{split}\t{pair.synset}\t{pair.gloss}\t{pair.example}\n" for pair in members)
     parts = training(parser.parse_args().database, chosen)
     # Without a name and a time, so that the same texts give the same file.
     with TEXTS.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed:
         packed.write("\n".join("".join(f"{text}\n" for text in part) for part in parts).encode())
     print(f"{TEXTS.name}: {' + '.join(str(len(part)) for part in parts)} texts")
-    print(f"{PAIRS.name}: " + ", ".join(f"{len(found)} synsets of {split}" for split, found in chosen.items()))
+    print(f"{PAIRS.name}: " + ", ".join(f"{len(members)} synsets of {split}" for split, members in chosen.items()))
 
 
 if __name__ == "__main__":

@@ -87,15 +87,15 @@ def named_tensors(outputs: object, name: str = "") -> dict[str, torch.Tensor]:
     if isinstance(outputs, torch.Tensor):
         return {name or "output": outputs}
     if isinstance(outputs, Mapping):
-        items = [(str(key), item) for key, item in outputs.items()]
+        fields = [(str(key), value) for key, value in outputs.items()]
     elif isinstance(outputs, (tuple, list)):
-        items = [(str(index), item) for index, item in enumerate(outputs)]
+        fields = [(str(index), value) for index, value in enumerate(outputs)]
     else:
         return {}
-    found: dict[str, torch.Tensor] = {}
-    for key, item in items:
-        found |= named_tensors(item, f"{name}.{key}" if name else key)
-    return found
+    tensors: dict[str, torch.Tensor] = {}
+    for key, value in fields:
+        tensors |= named_tensors(value, f"{name}.{key}" if name else key)
+    return tensors
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

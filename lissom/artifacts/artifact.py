@@ -206,7 +206,9 @@ def load_whole(
         with verified_path(directory / WEIGHTS, manifest.content_of(WEIGHTS, directory)) as path:
             return load_weights(entries, path, place, mapped=trust.map_weights)
 
-    program = read_program(directory, manifest, read_weights, lambda found: wanted if found.type == saved.type else found)
+    program = read_program(
+        directory, manifest, read_weights, lambda stored_on: wanted if stored_on.type == saved.type else stored_on
+    )
     notes = _check_kernels(program, directory)
     executable = backend.load_executable(program, directory)
     history = read_history(manifest, directory)
@@ -240,8 +242,8 @@ def find_saved_backend(manifest: Manifest, directory: Path, wanted: str | Backen
         )
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in manifest.options.items()}
     try:
-        found = wanted if isinstance(wanted, Backend) else BACKENDS[name](**options)
-        native = found.native_code(saved_options=not isinstance(wanted, Backend))
+        backend = wanted if isinstance(wanted, Backend) else BACKENDS[name](**options)
+        native = backend.native_code(saved_options=not isinstance(wanted, Backend))
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"'{directory}' has options of backend '{name}' that this Lissom lacks: {error}") from error
     if native is not None and not trust.allow_native:
@@ -249,7 +251,7 @@ def find_saved_backend(manifest: Manifest, directory: Path, wanted: str | Backen
             f"'{directory}' would load {native}, and that is code which can do whatever you can; if you trust who made it, "
             f"allow it: allow_native=True, or --allow-native on the command line"
         )
-    return found
+    return backend
 
 
 def find_devices(manifest: Manifest, directory: Path, device: torch.device | None) -> tuple[torch.device, torch.device]:
@@ -308,15 +310,15 @@ def _check_kernels(program: Program, directory: Path) -> tuple[str, ...]:
     types = {nodes.tensor_type(node) for node in called}
     if not types:
         return ()
-    elsewhere = next((found.device for found in types if found.device.type != "cpu"), None)
+    elsewhere = next((tensor_type.device for tensor_type in types if tensor_type.device.type != "cpu"), None)
     if elsewhere is not None:
         raise ArtifactError(f"'{directory}' was lowered to kernels of a CPU; compile the model again for {elsewhere}")
     reason = load_kernels()
     if reason:
         return (f"{program.name} was compiled for C++ kernels and runs slowly without them: {reason}",)
-    for found in sorted(types, key=str):
+    for tensor_type in sorted(types, key=str):
         # Integers only appear in embedding tables, whose rows are copied whatever their dtype.
-        lacking = missing_kernel(found.dtype, found.device) if found.dtype.is_floating_point else None
+        lacking = missing_kernel(tensor_type.dtype, tensor_type.device) if tensor_type.dtype.is_floating_point else None
         if lacking is not None:
             raise ArtifactError(
                 f"'{directory}' was compiled for another processor: {lacking}; "
@@ -327,8 +329,8 @@ def _check_kernels(program: Program, directory: Path) -> tuple[str, ...]:
 
 def _has_kernel(node: fx.Node) -> bool:
     """False if the operator's reference implementation computes it, here and on the machine that lowered it."""
-    found = nodes.tensor_type(node)
-    return found.device.type == "cpu" and missing_kernel(found.dtype, found.device) is None
+    tensor_type = nodes.tensor_type(node)
+    return tensor_type.device.type == "cpu" and missing_kernel(tensor_type.dtype, tensor_type.device) is None
 
 
 def _environment(program: Program) -> dict[str, str]:

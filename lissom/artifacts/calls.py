@@ -67,19 +67,19 @@ def _check_operator(target: torch._ops.OpOverload, args: Sequence[object], kwarg
             if not parameter.has_default_value():
                 raise ValueError(f"{target} lacks its argument '{parameter.name}'")
             continue
-        item, one_for_all = given[parameter.name], getattr(parameter, "N", None) is not None
+        argument, one_for_all = given[parameter.name], getattr(parameter, "N", None) is not None
         # Arithmetic takes a number in place of a tensor.
         of_numbers = torch.Tag.pointwise in target.tags or parameter.name == "other"
-        if not _fits(item, str(parameter.real_type), of_numbers, one_for_all):
+        if not _fits(argument, str(parameter.real_type), of_numbers, one_for_all):
             raise ValueError(
-                f"the argument '{parameter.name}' of {target} is {shown(item)}, and is to be {parameter.real_type}"
+                f"the argument '{parameter.name}' of {target} is {shown(argument)}, and is to be {parameter.real_type}"
             )
     for name, value in FIXED.get(str(target), {}).items():
         if name in given and given[name] != value:
             raise ValueError(f"{target} draws random numbers: its argument '{name}' is {shown(given[name])}, and not {value}")
 
 
-def _fits(item: object, kind: str, of_numbers: bool, one_for_all: bool = False) -> bool:
+def _fits(argument: object, kind: str, of_numbers: bool, one_for_all: bool = False) -> bool:
     """True if an argument matches a type, as schemas write it.
 
     Args:
@@ -87,20 +87,20 @@ def _fits(item: object, kind: str, of_numbers: bool, one_for_all: bool = False) 
         one_for_all: one number may replace a list.
     """
     if kind.startswith("Optional["):
-        return item is None or _fits(item, kind[len("Optional[") : -1], of_numbers, one_for_all)
+        return argument is None or _fits(argument, kind[len("Optional[") : -1], of_numbers, one_for_all)
     if kind.startswith("List["):
         inner = kind[len("List[") : -1]
-        if isinstance(item, (list, tuple)):
-            return all(_fits(part, inner, of_numbers) for part in item)
-        is_list = isinstance(item, fx.Node) and isinstance(nodes.node_type(item), tuple)
-        return is_list or (one_for_all and _fits(item, inner, of_numbers))
-    found = nodes.node_type(item) if isinstance(item, fx.Node) else item
+        if isinstance(argument, (list, tuple)):
+            return all(_fits(part, inner, of_numbers) for part in argument)
+        is_list = isinstance(argument, fx.Node) and isinstance(nodes.node_type(argument), tuple)
+        return is_list or (one_for_all and _fits(argument, inner, of_numbers))
+    operand = nodes.node_type(argument) if isinstance(argument, fx.Node) else argument
     if kind == "Tensor":
-        return isinstance(found, TensorType) or (of_numbers and isinstance(found, (ScalarType, int, float, complex)))
-    if isinstance(item, fx.Node):
+        return isinstance(operand, TensorType) or (of_numbers and isinstance(operand, (ScalarType, int, float, complex)))
+    if isinstance(argument, fx.Node):
         # A tensor of one element may replace a number.
-        return kind in _NUMBERS and isinstance(found, (ScalarType, TensorType))
-    return isinstance(item, _KINDS.get(kind, ()))
+        return kind in _NUMBERS and isinstance(operand, (ScalarType, TensorType))
+    return isinstance(argument, _KINDS.get(kind, ()))
 
 
 def _check_function(target: Callable[..., Any], args: Sequence[object], kwargs: Mapping[str, object]) -> None:
@@ -108,10 +108,10 @@ def _check_function(target: Callable[..., Any], args: Sequence[object], kwargs: 
     name = getattr(target, "__name__", target)
     if kwargs:
         raise ValueError(f"{name} takes its arguments by position, and is given {shown([*kwargs])}")
-    for item in args:
-        is_index = target is operator.getitem and isinstance(item, (slice, tuple, type(None), type(...)))
-        if not is_index and not isinstance(item, (fx.Node, int, float)):
-            raise ValueError(f"{name} takes numbers, and is given {shown(item)}")
+    for argument in args:
+        is_index = target is operator.getitem and isinstance(argument, (slice, tuple, type(None), type(...)))
+        if not is_index and not isinstance(argument, (fx.Node, int, float)):
+            raise ValueError(f"{name} takes numbers, and is given {shown(argument)}")
     if target not in SIZE_FUNCTIONS.values():
         try:
             inspect.signature(target).bind(*args)

@@ -88,7 +88,7 @@ def check_target(target: Path) -> None:
             raise ArtifactError(f"'{target}' is not a name for an artifact; name a new directory")
         check_parent(target)
         mode = target.lstat().st_mode
-        found = {path.name for path in target.iterdir()} if stat.S_ISDIR(mode) else set[str]()
+        file_names = {path.name for path in target.iterdir()} if stat.S_ISDIR(mode) else set[str]()
     except FileNotFoundError:
         return
     # A name with a zero byte raises ValueError.
@@ -96,10 +96,10 @@ def check_target(target: Path) -> None:
         raise ArtifactError(f"'{target}' cannot be written: {reason(error)}; choose another directory") from error
     if stat.S_ISLNK(mode):
         raise ArtifactError(f"'{target}' is a symbolic link, and would be replaced; name the directory itself")
-    if not stat.S_ISDIR(mode) or (found and NAME not in found):
+    if not stat.S_ISDIR(mode) or (file_names and NAME not in file_names):
         raise ArtifactError(f"'{target}' exists and is not an artifact, so it is not replaced; choose another directory")
-    if found:
-        _check_only_ours(target, found)
+    if file_names:
+        _check_only_ours(target, file_names)
 
 
 def check_new(target: Path) -> None:
@@ -109,10 +109,10 @@ def check_new(target: Path) -> None:
         raise ArtifactError(f"'{target}' holds a compiled model, which would be replaced; choose another directory")
 
 
-def _check_only_ours(target: Path, found: Collection[str]) -> None:
+def _check_only_ours(target: Path, file_names: Collection[str]) -> None:
     """Refuse to replace a directory whose manifest is not Lissom's, or that holds other files than the artifact's."""
     try:
-        others = sorted({*found} - {NAME, SIGNATURE} - listed_files(target / NAME))
+        others = sorted({*file_names} - {NAME, SIGNATURE} - listed_files(target / NAME))
     except ArtifactError as error:
         raise ArtifactError(
             f"'{target}' exists and is not an artifact, so it is not replaced; choose another directory"
@@ -287,14 +287,14 @@ def check_names(directory: Path, files: Mapping[str, Content], unread: Collectio
                 f"do not use this artifact"
             )
     try:
-        found = {path.name for path in directory.iterdir()} - {NAME, SIGNATURE}
+        file_names = {path.name for path in directory.iterdir()} - {NAME, SIGNATURE}
     except OSError as error:
         raise ArtifactError(f"'{directory}' cannot be read: {reason(error)}; name another directory") from error
-    if exact and (additional := found - set(files)):
+    if exact and (additional := file_names - set(files)):
         raise ArtifactError(
             f"'{directory}' holds {shown(min(additional))}, which its manifest does not name; take it out, or save again"
         )
-    for name in sorted(set(files) - found - set(unread)):
+    for name in sorted(set(files) - file_names - set(unread)):
         raise ArtifactError(f"'{directory}' lacks '{name}', which its manifest names; copy it whole, or save again")
 
 
@@ -353,12 +353,12 @@ def verified_bytes(path: Path, wanted: Content) -> bytes:
         check_size(path, os.fstat(file.fileno()).st_size, wanted)
         try:
             # One byte more, to detect a file that grew without reading an endless one.
-            found = file.read(wanted.size + 1)
+            content = file.read(wanted.size + 1)
         except OSError as error:
             raise ArtifactError(f"'{path}' cannot be read: {reason(error)}") from error
-    if Content.of_bytes(found) != wanted:
+    if Content.of_bytes(content) != wanted:
         raise _changed(path)
-    return found
+    return content
 
 
 def check_size(path: Path, size: int, wanted: Content) -> None:

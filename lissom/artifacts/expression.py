@@ -91,7 +91,7 @@ def _build(data: object, symbols: Mapping[str, sympy.Symbol]) -> sympy.Basic:
         case ["Float", str() as digits]:
             return sympy.Float(finite(digits))
         case [str() as name, *arguments] if name in FUNCTIONS:
-            return FUNCTIONS[name](*(_build(item, symbols) for item in arguments))
+            return FUNCTIONS[name](*(_build(argument, symbols) for argument in arguments))
         case _:
             raise ValueError(f"{shown(data)} is not a size")
 

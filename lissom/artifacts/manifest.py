@@ -133,13 +133,13 @@ def parse_manifest(whole: bytes, path: Path) -> Manifest:
         return Manifest(
             **{key: take(data, key, str) for key in ("signature", "pipeline")},
             **{key: printable(take(data, key, str)) for key in ("name", "backend", "device")},
-            options={key: _option(item) for key, item in take(data, "options", dict).items()},
+            options={key: _option(value) for key, value in take(data, "options", dict).items()},
             history=take(data, "history", dict),
             facts=take(data, "facts", dict) if "facts" in data else {},
-            environment={key: text(item) for key, item in take(data, "environment", dict).items()},
+            environment={key: text(value) for key, value in take(data, "environment", dict).items()},
             files={
-                name: Content(count(take(item, "size", int)), take(item, "sha256", str))
-                for name, item in take(data, "files", dict).items()
+                name: Content(count(take(entry, "size", int)), take(entry, "sha256", str))
+                for name, entry in take(data, "files", dict).items()
             },
         )
     except ValueError as error:

@@ -64,9 +64,9 @@ def write_processors(folder: Path, source: str | None, tokenizer: Saveable | Non
     if source is not None:
         names = (*(_OF_TOKENIZERS if tokenizer is None else ()), *(_OF_PROCESSORS if processor is None else ()))
         for name in names:
-            found = _find(source, name)
-            if found is not None:
-                shutil.copyfile(found, folder / name)
+            path = _find(source, name)
+            if path is not None:
+                shutil.copyfile(path, folder / name)
     for given in (processor, tokenizer):
         if given is not None:
             given.save_pretrained(str(folder))
@@ -85,10 +85,10 @@ def _find(source: str, name: str) -> Path | None:
     try:
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(source, name)
+        cached = try_to_load_from_cache(source, name)
     except (ImportError, ValueError):  # a source that is no name of a repository
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def check_tokenizer(program: Program, main_input: str, tokenizer: object) -> None:

@@ -95,7 +95,7 @@ def _encode(tree: object, leaf: object, where: str) -> object:
         return _LEAF
     kind = type(tree)
     if isinstance(tree, (list, tuple)) and kind in (list, tuple):
-        return {kind.__name__: [_encode(item, leaf, where) for item in tree]}
+        return {kind.__name__: [_encode(child, leaf, where) for child in tree]}
     if isinstance(tree, tuple) and (names := getattr(tree, "_fields", None)) is not None:
         return {"namedtuple": kind.__name__, "items": _encode_items(zip(names, tree, strict=True), leaf, where)}
     if isinstance(tree, dict) and kind in (dict, OrderedDict):
@@ -114,7 +114,7 @@ def _encode(tree: object, leaf: object, where: str) -> object:
 
 
 def _encode_items(items: Any, leaf: object, where: str) -> list[object]:
-    return [[encode_argument(key), _encode(item, leaf, where)] for key, item in items]
+    return [[encode_argument(key), _encode(child, leaf, where)] for key, child in items]
 
 
 def _is_model_output(kind: type) -> bool:
@@ -140,9 +140,9 @@ def _decode(data: object) -> object:
             return OrderedDict(_distinct(take_list(data, "OrderedDict", _decode_item)))
         case {"namedtuple": str() as name}:
             items = take_list(data, "items", _decode_item)
-            return _named_tuple(name, tuple(text(key) for key, _ in items))(*(item for _, item in items))
+            return _named_tuple(name, tuple(text(key) for key, _ in items))(*(value for _, value in items))
         case {"output": str() as name}:
-            items = _distinct([(text(key), item) for key, item in take_list(data, "items", _decode_item)])
+            items = _distinct([(text(key), value) for key, value in take_list(data, "items", _decode_item)])
             fields = take_list(data, "fields", text)
             kind = _output_class(name, take(data, "module", str), fields)
             return Output(name, fields, items) if kind is None else kind(**items)
@@ -153,19 +153,19 @@ def _decode(data: object) -> object:
 def _decode_item(data: object) -> tuple[Any, object]:
     if not isinstance(data, list) or len(data) != 2:
         raise ValueError(f"{shown(data)} is not a key with an item")
-    key, item = data
-    return decode_argument(key), _decode(item)
+    key, value = data
+    return decode_argument(key), _decode(value)
 
 
 def _distinct(items: Sequence[tuple[Any, object]]) -> dict[Any, object]:
     """The items by key. Raises ValueError for a key that is given twice, or is of a type that is no key."""
     try:
-        found = dict(items)
+        by_key = dict(items)
     except TypeError as error:
         raise ValueError(f"{shown([key for key, _ in items])} are not keys") from error
-    if len(found) < len(items):
+    if len(by_key) < len(items):
         raise ValueError(f"{shown([key for key, _ in items])} are not keys that differ")
-    return found
+    return by_key
 
 
 @cache
@@ -187,9 +187,9 @@ def _output_class(name: str, module: str, fields: tuple[str, ...]) -> type | Non
         return None
     source = outputs if module == _MODEL_OUTPUTS else sys.modules.get(module)
     # Not `getattr`: lazy packages such as transformers would import the attribute.
-    found = vars(source).get(name) if source is not None else None
-    if isinstance(found, type) and issubclass(found, ModelOutput):
-        return found
+    output_class = vars(source).get(name) if source is not None else None
+    if isinstance(output_class, type) and issubclass(output_class, ModelOutput):
+        return output_class
     if not fields or not all(field.isidentifier() and not field.startswith("_") for field in (name, *fields)):
         raise ValueError(f"{shown(name)} with the fields {shown(fields)} is not an output of a model")
     return make_dataclass(name, [(field, object, None) for field in fields], bases=(ModelOutput,))

@@ -70,12 +70,12 @@ def find_operator(name: str) -> Callable[..., Any]:
     Raises:
         ValueError: if it is on none of the lists, or this version of PyTorch has no such operator.
     """
-    found = _find(name)
-    if found is None:
+    target = _find(name)
+    if target is None:
         raise ValueError(
             f"there is no operator {shown(name)}, or none that an artifact may call; this is PyTorch {torch.__version__}"
         )
-    return found
+    return target
 
 
 def _find(name: str) -> Callable[..., Any] | None:

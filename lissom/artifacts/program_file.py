@@ -74,16 +74,16 @@ def decode_program(data: object, read_weights: ReadWeights, place: Place) -> Pro
     for name in weights:
         check_weight_name(name)
     weights |= _own_state(state, weights)
-    items = take(data, "nodes", list)
-    if len(items) > MOST_NODES:
-        raise ValueError(f"the program has {len(items)} nodes; the limit is {MOST_NODES}")
+    entries = take(data, "nodes", list)
+    if len(entries) > MOST_NODES:
+        raise ValueError(f"the program has {len(entries)} nodes; the limit is {MOST_NODES}")
     graph = fx.Graph()
-    for item in items:
-        node = _decode_node(graph, item, reader)
-        if node.name != take(item, "name", str) or node.name in made:
-            raise ValueError(f"{shown(item)} has no name a node can have")
+    for entry in entries:
+        node = _decode_node(graph, entry, reader)
+        if node.name != take(entry, "name", str) or node.name in made:
+            raise ValueError(f"{shown(entry)} has no name a node can have")
         if node.op != "output":
-            nodes.set_value(node, decode_value(fields_of(item).get("type"), reader, mode))
+            nodes.set_value(node, decode_value(fields_of(entry).get("type"), reader, mode))
         if node.op == "get_attr":
             _check_weight(str(node.target), weights, nodes.node_type(node))
         if _yields_tensor(node) and not nodes.is_tensor(node):
@@ -103,14 +103,14 @@ def decode_program(data: object, read_weights: ReadWeights, place: Place) -> Pro
 def _yields_tensor(node: fx.Node) -> bool:
     """True for a call of an operator that yields one tensor."""
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and [str(item.type) for item in schema.returns] == ["Tensor"]
+    return schema is not None and [str(returned.type) for returned in schema.returns] == ["Tensor"]
 
 
 def check_weight_name(name: str) -> None:
     """Refuse a name that is already an attribute of a module, or that would end a string in source generated from a graph."""
     first, *others = printable(name).split(".")
-    taken = hasattr(_MODULE, first) or any(hasattr(_INNER, part) for part in others)
-    if taken or any(part.startswith("__") or not part for part in (first, *others)) or {*name} & {'"', "'", "\\"}:
+    is_attribute = hasattr(_MODULE, first) or any(hasattr(_INNER, part) for part in others)
+    if is_attribute or any(part.startswith("__") or not part for part in (first, *others)) or {*name} & {'"', "'", "\\"}:
         raise ValueError(f"{shown(name)} is not a name for a weight")
 
 
@@ -156,11 +156,15 @@ def check_writes(program: Program) -> None:
 
 def _encode_symbols(program: Program) -> dict[str, object]:
     values = [nodes.value(node) for node in program.graph.nodes if nodes.has_value(node)]
-    found = {symbol for value in values for size in _sizes(value) for symbol in size.free_symbols}
+    free_symbols = {symbol for value in values for size in _sizes(value) for symbol in size.free_symbols}
     signature = program.signature
-    found |= {symbol for leaf in signature.tensors for size in leaf.type.shape for symbol in sympy.sympify(size).free_symbols}
-    found |= {symbol for condition in signature.conditions for symbol in condition.free_symbols} | {*signature.dimensions}
-    symbols = sorted((symbol for symbol in found if isinstance(symbol, sympy.Symbol)), key=lambda symbol: symbol.name)
+    free_symbols |= {
+        symbol for leaf in signature.tensors for size in leaf.type.shape for symbol in sympy.sympify(size).free_symbols
+    }
+    free_symbols |= {symbol for condition in signature.conditions for symbol in condition.free_symbols} | {
+        *signature.dimensions
+    }
+    symbols = sorted((symbol for symbol in free_symbols if isinstance(symbol, sympy.Symbol)), key=lambda symbol: symbol.name)
     return {
         symbol.name: {
             "integer": bool(symbol.is_integer),
@@ -179,33 +183,33 @@ def _sizes(value: object) -> list[sympy.Basic]:
         return [size.node.expr for size in (*value.shape, *value.stride()) if isinstance(size, torch.SymInt)]
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return [value.node.expr]
-    return [size for item in value for size in _sizes(item)] if isinstance(value, (tuple, list)) else []
+    return [size for element in value for size in _sizes(element)] if isinstance(value, (tuple, list)) else []
 
 
 def _decode_symbols(data: Mapping[str, object]) -> dict[sympy.Symbol, SymbolFact]:
-    found: dict[sympy.Symbol, SymbolFact] = {}
-    for name, item in data.items():
+    facts: dict[sympy.Symbol, SymbolFact] = {}
+    for name, entry in data.items():
         if _SYMBOL.fullmatch(name) is None:
             raise ValueError(f"{shown(name)} is not a name for a symbol")
         # Only true assumptions are passed: for sympy `positive=False` is different from no assumption.
-        assumptions = {key: True for key in ("integer", "positive") if take(item, key, bool)}
-        example, minimum, maximum = (take_optional(item, key, int) for key in ("example", "minimum", "maximum"))
+        assumptions = {key: True for key in ("integer", "positive") if take(entry, key, bool)}
+        example, minimum, maximum = (take_optional(entry, key, int) for key in ("example", "minimum", "maximum"))
         known = [number for number in (minimum, example, maximum) if number is not None]
         if known != sorted(known):
             raise ValueError(f"the symbol {name} is {example}, and is to be from {minimum} to {maximum}")
-        found[sympy.Symbol(name, **assumptions)] = SymbolFact(example, minimum, maximum)
-    return found
+        facts[sympy.Symbol(name, **assumptions)] = SymbolFact(example, minimum, maximum)
+    return facts
 
 
 def _encode_signature(signature: Signature) -> dict[str, object]:
     return {
-        "positional": [_encode_argument(item) for item in signature.positional],
-        "keyword": [_encode_argument(item) for item in signature.keyword],
+        "positional": [_encode_argument(argument) for argument in signature.positional],
+        "keyword": [_encode_argument(argument) for argument in signature.keyword],
         "parameters": list(signature.parameters),
         "returns": encode_nesting(signature.out_spec, "what the model returns"),
         "dimensions": [
-            {"symbol": symbol.name, "name": found.name, "minimum": found.minimum, "maximum": found.maximum}
-            for symbol, found in signature.dimensions.items()
+            {"symbol": symbol.name, "name": dimension.name, "minimum": dimension.minimum, "maximum": dimension.maximum}
+            for symbol, dimension in signature.dimensions.items()
         ],
         "conditions": [encode_expression(condition) for condition in signature.conditions],
     }
@@ -213,19 +217,19 @@ def _encode_signature(signature: Signature) -> dict[str, object]:
 
 def _decode_signature(data: object, reader: Reader) -> Signature:
     dimensions: dict[sympy.Symbol, Dimension] = {}
-    for item in take(data, "dimensions", list):
-        maximum = take_optional(item, "maximum", int)
-        symbol, minimum = reader.symbol(take(item, "symbol", str)), count(take(item, "minimum", int))
+    for entry in take(data, "dimensions", list):
+        maximum = take_optional(entry, "maximum", int)
+        symbol, minimum = reader.symbol(take(entry, "symbol", str)), count(take(entry, "minimum", int))
         if maximum is not None and maximum < minimum:
             raise ValueError(f"the dimension {symbol} is to be from {minimum} to {maximum}")
-        dimensions[symbol] = Dimension(printable(take(item, "name", str)), minimum, maximum)
+        dimensions[symbol] = Dimension(printable(take(entry, "name", str)), minimum, maximum)
     signature = Signature(
-        positional=take_list(data, "positional", lambda item: _decode_argument(item, reader)),
-        keyword=take_list(data, "keyword", lambda item: _decode_argument(item, reader)),
+        positional=take_list(data, "positional", lambda argument: _decode_argument(argument, reader)),
+        keyword=take_list(data, "keyword", lambda argument: _decode_argument(argument, reader)),
         parameters=take_list(data, "parameters", printable),
         out_spec=decode_nesting(fields_of(data).get("returns")),
         dimensions=dimensions,
-        conditions=take_list(data, "conditions", lambda item: decode_expression(item, reader.symbols)),
+        conditions=take_list(data, "conditions", lambda condition: decode_expression(condition, reader.symbols)),
     )
     _check_dimensions(signature)
     return signature
@@ -238,24 +242,24 @@ def _check_dimensions(signature: Signature) -> None:
     for leaf, size in sizes:
         if not size.free_symbols <= told or (isinstance(size, sympy.Symbol) and size not in signature.dimensions):
             raise ValueError(f"argument {shown(leaf.path)} has a size {shown(size)} that no dimension defines")
-    names = [item.name for item in (*signature.positional, *signature.keyword)]
+    names = [argument.name for argument in (*signature.positional, *signature.keyword)]
     if len({*names}) < len(names):
         raise ValueError(f"two arguments of {shown(names)} have one name")
 
 
-def _encode_argument(item: Argument) -> dict[str, object]:
+def _encode_argument(argument: Argument) -> dict[str, object]:
     leaves = [
         {"path": leaf.path, "type": encode_type(leaf.type)}
         if isinstance(leaf, TensorArgument)
         else {"path": leaf.path, "value": encode_argument(leaf.value)}
-        for leaf in item.leaves
+        for leaf in argument.leaves
     ]
-    return {"name": item.name, "nesting": encode_nesting(item.spec, f"argument '{item.name}'"), "leaves": leaves}
+    return {"name": argument.name, "nesting": encode_nesting(argument.spec, f"argument '{argument.name}'"), "leaves": leaves}
 
 
 def _decode_argument(data: object, reader: Reader) -> Argument:
     spec = decode_nesting(fields_of(data).get("nesting"))
-    leaves = take_list(data, "leaves", lambda item: _decode_leaf(item, reader))
+    leaves = take_list(data, "leaves", lambda leaf: _decode_leaf(leaf, reader))
     if spec.num_leaves != len(leaves):
         raise ValueError(
             f"argument {shown(take(data, 'name', str))} has {len(leaves)} leaves, and places for {spec.num_leaves}"
@@ -277,9 +281,9 @@ def _encode_node(node: fx.Node) -> dict[str, object]:
     if node.op == "get_attr":
         data["target"] = str(node.target)
     elif node.op == "call_function":
-        kwargs = {key: encode_argument(item) for key, item in node.kwargs.items()}
+        kwargs = {key: encode_argument(argument) for key, argument in node.kwargs.items()}
         data |= {"target": operator_name(node.target), "args": encode_argument(list(node.args)), "kwargs": kwargs}
-    origin, placed = {key: item for key, item in vars(nodes.origin(node)).items() if item}, nodes.placed(node)
+    origin, placed = {key: value for key, value in vars(nodes.origin(node)).items() if value}, nodes.placed(node)
     further = {"origin": origin} if origin else {}
     further |= {} if placed is None else {"placed": _encode_placed(placed)}
     return data | {"type": encode_value(nodes.value(node)), **further}
@@ -295,7 +299,9 @@ def _decode_node(graph: fx.Graph, data: object, reader: Reader) -> fx.Node:
         node = graph.create_node(op, take(data, "target", str), name=name)
     elif op == "call_function":
         args = tuple(decode_argument(take(data, "args", list), reader))
-        kwargs: dict[str, Any] = {key: decode_argument(item, reader) for key, item in take(data, "kwargs", dict).items()}
+        kwargs: dict[str, Any] = {
+            key: decode_argument(argument, reader) for key, argument in take(data, "kwargs", dict).items()
+        }
         target = find_operator(take(data, "target", str))
         check_call(target, args, kwargs)
         node = graph.create_node(op, target, args, kwargs, name=name)
@@ -318,7 +324,7 @@ def _decode_origin(data: object) -> Origin:
 def _encode_placed(placed: Placed | tuple[Placed, ...]) -> object:
     """The placement of a value, or of several, as JSON; dynamic sizes are expressions."""
     if isinstance(placed, tuple):
-        return [_encode_placed(item) for item in placed]
+        return [_encode_placed(element) for element in placed]
     dims = [{"dim": dim, "spans": [_encode_span(span) for span in spans]} for dim, spans in placed.dims]
     return {"dims": dims, "partial": placed.partial}
 
@@ -326,13 +332,13 @@ def _encode_placed(placed: Placed | tuple[Placed, ...]) -> object:
 def _decode_placed(data: object, reader: Reader) -> Placed | tuple[Placed, ...]:
     """The placement from JSON. Raises ValueError for anything `_encode_placed` does not write."""
     if isinstance(data, list):
-        return tuple(_decode_one_placed(item, reader) for item in data)
+        return tuple(_decode_one_placed(entry, reader) for entry in data)
     return _decode_one_placed(data, reader)
 
 
 def _decode_one_placed(data: object, reader: Reader) -> Placed:
-    def dim(item: object) -> tuple[int, Spans]:
-        return number(take(item, "dim", int)), take_list(item, "spans", lambda span: _decode_span(span, reader))
+    def dim(entry: object) -> tuple[int, Spans]:
+        return number(take(entry, "dim", int)), take_list(entry, "spans", lambda span: _decode_span(span, reader))
 
     return Placed(take_list(data, "dims", dim), take(data, "partial", bool))
 

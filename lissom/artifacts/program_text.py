@@ -132,15 +132,15 @@ class _Parser(Scanner):
                 chosen = keyword
             else:
                 chosen.append(self._argument())
-        names = tuple(item.name for item in (*positional, *keyword))
+        names = tuple(argument.name for argument in (*positional, *keyword))
         dimensions = {symbol: Dimension(name, 1, None) for name, symbol in self.symbols.items()}
         return Signature(tuple(positional), tuple(keyword), names, pytree.tree_structure(0), dimensions)
 
     def _argument(self) -> Argument:
         leaves = [self._leaf() for _ in self.items("}")] if self.accept("{") else [self._leaf()]
         paths = [leaf.path for leaf in leaves]
-        found = NAME.match(paths[0]) if paths else None
-        name = "" if found is None else found.group()
+        match = NAME.match(paths[0]) if paths else None
+        name = "" if match is None else match.group()
         spec = pytree.tree_structure(0) if paths == [name] else pytree.tree_structure(tuple(0 for _ in paths))
         return Argument(name, spec, tuple(leaves))
 
@@ -150,21 +150,21 @@ class _Parser(Scanner):
             return ConstantArgument(path, self._literal())
         self.expect(": ")
         start = self.at
-        found = self.value_type(declare=True)
-        if not isinstance(found, TensorType):
+        leaf_type = self.value_type(declare=True)
+        if not isinstance(leaf_type, TensorType):
             self.fail("an argument has the type of a tensor, such as f32[batch, 4]", start)
-        return TensorArgument(path, found)
+        return TensorArgument(path, leaf_type)
 
     def _literal(self) -> object:
         """A Python literal, up to the comma or bracket behind it."""
         start = self.at
         end = self.end_of_expression()
         try:
-            found = ast.literal_eval(self.text[start:end])
+            literal = ast.literal_eval(self.text[start:end])
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             self.fail(f"'{self.text[start:end]}' is no number, text, list, tuple or dict", start)
         self.at = end
-        return found
+        return literal
 
     def _facts(self, signature: Signature) -> dict[sympy.Symbol, SymbolFact]:
         unknown = self.sizes.keys() - self.symbols.keys()
@@ -188,17 +188,17 @@ class _Parser(Scanner):
         with self.told_at(start):
             check_weight_name(name)
         self.expect(": ")
-        found = self.value_type()
-        if not isinstance(found, TensorType) or not are_fixed(found.shape):
+        weight_type = self.value_type()
+        if not isinstance(weight_type, TensorType) or not are_fixed(weight_type.shape):
             self.fail("a weight has the type of a tensor with fixed sizes", start)
         if self.accept(" state"):
             self.state.append(name)
         self.expect("\n")
-        self.bytes += math.prod(found.shape) * found.dtype.itemsize
+        self.bytes += math.prod(weight_type.shape) * weight_type.dtype.itemsize
         with self.told_at(start):
             check_memory(self.bytes, "the program's weights")
         if name not in self.weights:
-            self.weights[name] = _random(name, found)
+            self.weights[name] = _random(name, weight_type)
         node = self.graph.create_node("get_attr", name)
         nodes.set_value(node, fake.fake_weight(self.mode, self.weights[name]))
         self.reads.setdefault(name, node)
@@ -227,9 +227,9 @@ class _Parser(Scanner):
             nodes.set_value(node, fake.fake_call(self.mode, node))
         except Exception as error:
             self.fail(f"{target_text(target)} refuses its arguments: {str(error).splitlines()[0]}", start)
-        found = format_type(nodes.node_type(node), str)
-        if found != written and not fake.same_type(self.mode, nodes.node_type(node), wanted):
-            self.fail(f"{target_text(target)} returns {found} here, and not {written}", typed)
+        returned = format_type(nodes.node_type(node), str)
+        if returned != written and not fake.same_type(self.mode, nodes.node_type(node), wanted):
+            self.fail(f"{target_text(target)} returns {returned} here, and not {written}", typed)
         self.values[name] = node
 
     def expect_size(self, number: int) -> None:
@@ -303,10 +303,10 @@ def _contiguous(shape: Sequence[Size]) -> Sequence[Size]:
     return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
 
 
-def _random(name: str, found: TensorType) -> torch.Tensor:
+def _random(name: str, weight_type: TensorType) -> torch.Tensor:
     """A weight with values that depend on its name alone: normal with a variance of 1 / its last size; integers are 0."""
-    shape = tuple(map(fixed, found.shape))
-    if not found.dtype.is_floating_point:
-        return torch.full(shape, found.dtype == torch.bool, dtype=found.dtype)
+    shape = tuple(map(fixed, weight_type.shape))
+    if not weight_type.dtype.is_floating_point:
+        return torch.full(shape, weight_type.dtype == torch.bool, dtype=weight_type.dtype)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    return (torch.randn(shape, generator=generator) / max(1, *shape[-1:], 1) ** 0.5).to(found.dtype)
+    return (torch.randn(shape, generator=generator) / max(1, *shape[-1:], 1) ** 0.5).to(weight_type.dtype)

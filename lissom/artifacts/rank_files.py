@@ -115,7 +115,7 @@ def load(
         RankError: if a rank ended or does not answer.
     """
     manifest = read_directory(
-        directory, lambda found: found.files if found.backend == Distributed.name else artifact.CHECKED_HERE, trust.keys
+        directory, lambda parsed: parsed.files if parsed.backend == Distributed.name else artifact.CHECKED_HERE, trust.keys
     )
     if manifest.backend != Distributed.name:
         return artifact.load_whole(directory, manifest, device, backend, trust)
@@ -124,14 +124,14 @@ def load(
     assert isinstance(chosen, Distributed)
     ranks = current_ranks(chosen.timeout_seconds, chosen.shared_memory)
     with ranks.working(manifest.name):
-        found = ranks.settle(
+        part = ranks.settle(
             partial(_load_part, directory, chosen, device, trust),
             manifest.name,
             tell=lambda part: facts_of(part.stored, part.lowered),
         )
-        executable = RankProgram(found.lowered, found.stored, ranks, found.history)
-    history = append_steps(found.history, found.lowering)
-    return artifact.Loaded(found.lowered, executable, history, chosen, manifest.facts, _notes(found.lowered), manifest.files)
+        executable = RankProgram(part.lowered, part.stored, ranks, part.history)
+    history = append_steps(part.history, part.lowering)
+    return artifact.Loaded(part.lowered, executable, history, chosen, manifest.facts, _notes(part.lowered), manifest.files)
 
 
 def _notes(program: Program) -> tuple[str, ...]:
@@ -158,7 +158,7 @@ class _Part:
 
 def _load_part(directory: Path, backend: Distributed, device: torch.device | None, trust: artifact.Trust) -> _Part:
     rank = torch.distributed.get_rank()
-    manifest = read_directory(directory, lambda found: found.files, trust.keys)
+    manifest = read_directory(directory, lambda parsed: parsed.files, trust.keys)
     if weights_file(rank) not in manifest.files:
         raise ArtifactError(f"the manifest of '{directory}' names no '{weights_file(rank)}'; copy it whole, or save again")
     if device is None and manifest.device.startswith("cuda") and torch.cuda.is_available():
@@ -171,7 +171,7 @@ def _load_part(directory: Path, backend: Distributed, device: torch.device | Non
             return load_alone(path, place, mapped=trust.map_weights)
 
     stored = artifact.read_program(
-        directory, manifest, read_weights, lambda found: wanted if found.type == saved.type else found
+        directory, manifest, read_weights, lambda stored_on: wanted if stored_on.type == saved.type else stored_on
     )
     # Its numbers were checked when it was compiled.
     lowered, lowering = lower_rank(stored, backend, wanted, (), "structural", simulate=True)
@@ -188,7 +188,7 @@ def check_ranks(directory: Path, rest: str, trust: artifact.Trust = artifact.NO_
         UnsupportedError: if it is refused.
         ArtifactError: if the directory is not an artifact.
     """
-    manifest = read_directory(directory, lambda found: found.files, trust.keys)
+    manifest = read_directory(directory, lambda parsed: parsed.files, trust.keys)
     if manifest.backend == Distributed.name:
         _check_group(manifest, directory, rest)
 
@@ -221,10 +221,10 @@ def check_world(world_size: int, what: str, rest: str) -> None:
 
 
 def _world_size(manifest: Manifest) -> int:
-    found = manifest.options.get("world_size")
-    if type(found) is not int or not 2 <= found <= MOST_RANKS:
+    world_size = manifest.options.get("world_size")
+    if type(world_size) is not int or not 2 <= world_size <= MOST_RANKS:
         raise ArtifactError(
-            f"the manifest of {manifest.name} is for {shown(found)} ranks, and a program is shared by 2 to {MOST_RANKS}; "
+            f"the manifest of {manifest.name} is for {shown(world_size)} ranks, and a program is shared by 2 to {MOST_RANKS}; "
             f"save the model again"
         )
-    return found
+    return world_size

@@ -16,7 +16,7 @@ from lissom.compiler.ir.types import ScalarType, Size, TensorType, ValueType, sh
 from lissom.errors import ArtifactError
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-DTYPES = {short_dtype(item): item for item in vars(torch).values() if isinstance(item, torch.dtype)}
+DTYPES = {short_dtype(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 _DEVICE = re.compile(r"[a-z]+(?::\d+)?")
 _KINDS: Mapping[str, type] = {"int": int, "float": float, "bool": bool}
 MOST_CHARACTERS = 2000
@@ -53,20 +53,20 @@ class Scanner:
         return self.text.startswith(part, self.at)
 
     def accept(self, part: str) -> bool:
-        found = self.peek(part)
-        self.at += found * len(part)
-        return found
+        is_next = self.peek(part)
+        self.at += is_next * len(part)
+        return is_next
 
     def expect(self, part: str) -> None:
         if not self.accept(part):
             self.fail(f"expected {part.strip() or part!r}")
 
     def take(self, pattern: re.Pattern[str], what: str) -> str:
-        found = pattern.match(self.text, self.at)
-        if found is None:
+        match = pattern.match(self.text, self.at)
+        if match is None:
             self.fail(f"expected {what}")
-        self.at = found.end()
-        return found.group()
+        self.at = match.end()
+        return match.group()
 
     def items(self, end: str) -> Generator[None]:
         """Once for each item up to `end`, behind the commas between them."""
@@ -136,9 +136,9 @@ class Scanner:
             data, names = _expression_data(self.text[start:end])
             for name in names - self.symbols.keys():
                 self._new_symbol(name, declare, named)
-            found = decode_expression(data, self.symbols)
+            size = decode_expression(data, self.symbols)
         self.at = end
-        return int(found) if isinstance(found, sympy.Integer) else cast(Size, found)
+        return int(size) if isinstance(size, sympy.Integer) else cast(Size, size)
 
     def _new_symbol(self, name: str, declare: bool, named: bool) -> None:
         numbered = re.fullmatch(r"u(\d+)", name) if named else None

@@ -53,25 +53,25 @@ class Reader:
 
     def size(self, data: object) -> Size:
         """A size: a number, or an expression. Raises ValueError."""
-        found = decode_expression(data, self.symbols)
-        if not isinstance(found, sympy.Expr) or (found.is_number and not isinstance(found, sympy.Integer)):
+        expression = decode_expression(data, self.symbols)
+        if not isinstance(expression, sympy.Expr) or (expression.is_number and not isinstance(expression, sympy.Integer)):
             raise ValueError(f"{shown(data)} is not a size")
-        return int(found) if isinstance(found, sympy.Integer) else found
+        return int(expression) if isinstance(expression, sympy.Integer) else expression
 
     def sizes(self, data: object, key: str, itemsize: int) -> tuple[Size, ...]:
         """The sizes or strides of a tensor in a field, whose product in bytes fits into 64 bits. Raises ValueError."""
-        found = take_list(data, key, self.size)
-        numbers = [size for size in found if isinstance(size, int)]
-        if len(found) > MOST_DIMENSIONS:
-            raise ValueError(f"{shown(data)} has {len(found)} dimensions; the limit is {MOST_DIMENSIONS}")
+        sizes = take_list(data, key, self.size)
+        numbers = [size for size in sizes if isinstance(size, int)]
+        if len(sizes) > MOST_DIMENSIONS:
+            raise ValueError(f"{shown(data)} has {len(sizes)} dimensions; the limit is {MOST_DIMENSIONS}")
         if min(numbers, default=0) < 0 or itemsize * math.prod(max(1, size) for size in numbers) >= 1 << 63:
             raise ValueError(f"the {key} of {shown(data)} is negative, or takes more than 2^63 bytes")
-        return found
+        return sizes
 
     def stride(self, data: object) -> Size:
         """A stride, which is not negative. Raises ValueError."""
-        found = self.size(data)
-        return found if isinstance(found, sympy.Expr) else count(found)
+        stride = self.size(data)
+        return stride if isinstance(stride, sympy.Expr) else count(stride)
 
     def device(self, name: str) -> torch.device:
         """The device to load on for a saved device name. Raises ValueError."""
@@ -89,37 +89,39 @@ class Reader:
 _NOTHING = Reader({}, {}, lambda device: device)
 
 
-def encode_type(found: TensorType) -> dict[str, object]:
+def encode_type(tensor_type: TensorType) -> dict[str, object]:
     """The type of a tensor as JSON."""
-    shape = [encode_expression(size) for size in found.shape]
-    return {"dtype": _name(found.dtype), "shape": shape, "device": str(found.device)}
+    shape = [encode_expression(size) for size in tensor_type.shape]
+    return {"dtype": _name(tensor_type.dtype), "shape": shape, "device": str(tensor_type.device)}
 
 
-def encode_argument(item: object) -> Any:
+def encode_argument(argument: object) -> Any:
     """One argument of a call as JSON. Raises ArtifactError for an object an artifact cannot hold."""
-    match item:
+    match argument:
         case fx.Node():
-            return {"node": item.name}
+            return {"node": argument.name}
         case None | bool() | int() | str():
-            return item
+            return argument
         case float():
-            return item if math.isfinite(item) else {"float": str(item)}
+            return argument if math.isfinite(argument) else {"float": str(argument)}
         case complex():
-            return {"complex": [encode_argument(item.real), encode_argument(item.imag)]}
+            return {"complex": [encode_argument(argument.real), encode_argument(argument.imag)]}
         case list():
-            return [encode_argument(part) for part in item]
+            return [encode_argument(part) for part in argument]
         case tuple():
-            return {"tuple": [encode_argument(part) for part in item]}
+            return {"tuple": [encode_argument(part) for part in argument]}
         case slice():
-            return {"slice": [encode_argument(part) for part in (item.start, item.stop, item.step)]}
+            return {"slice": [encode_argument(part) for part in (argument.start, argument.stop, argument.step)]}
         case torch.device():
-            return {"device": str(item)}
+            return {"device": str(argument)}
         case torch.dtype() | torch.layout() | torch.memory_format():
-            return {next(name for name, kind in _NAMED.items() if isinstance(item, kind)): _name(item)}
+            return {next(name for name, kind in _NAMED.items() if isinstance(argument, kind)): _name(argument)}
         case EllipsisType():
             return {"ellipsis": True}
         case _:
-            raise ArtifactError(f"the program holds {shown(item)}, a {type(item).__name__}, which an artifact cannot hold")
+            raise ArtifactError(
+                f"the program holds {shown(argument)}, a {type(argument).__name__}, which an artifact cannot hold"
+            )
 
 
 def decode_argument(data: object, reader: Reader = _NOTHING) -> Any:
@@ -156,14 +158,14 @@ def decode_argument(data: object, reader: Reader = _NOTHING) -> Any:
 def decode_named(kind: str, name: str) -> Any:
     """The dtype, layout or memory format of that name. Raises ValueError if PyTorch has none."""
     # Not `getattr`, which would import modules of PyTorch by name.
-    found = vars(torch).get(name)
-    if not isinstance(found, _NAMED[kind]) or name.startswith(_NO_NUMBERS):
+    attribute = vars(torch).get(name)
+    if not isinstance(attribute, _NAMED[kind]) or name.startswith(_NO_NUMBERS):
         raise ValueError(f"{shown(name)} is not a {kind} of PyTorch")
-    return found
+    return attribute
 
 
-def _name(item: object) -> str:
-    return str(item).removeprefix("torch.")
+def _name(value: object) -> str:
+    return str(value).removeprefix("torch.")
 
 
 def encode_value(value: object) -> object:
@@ -188,7 +190,7 @@ def encode_value(value: object) -> object:
         case bool() | int() | float():
             return {"number": encode_argument(value)}
         case list() | tuple():
-            return [encode_value(item) for item in value]
+            return [encode_value(element) for element in value]
         case _:
             raise ArtifactError(f"the program yields a {type(value).__name__}, which an artifact cannot hold")
 
@@ -203,10 +205,10 @@ def decode_value(data: object, reader: Reader, mode: Callable[[], FakeTensorMode
         case None:
             return Deferred(None, lambda: None)
         case {"tensor": described}:
-            found, stride = reader.tensor_type(described), take_list(described, "stride", reader.stride)
-            if len(stride) != found.rank:
+            tensor_type, stride = reader.tensor_type(described), take_list(described, "stride", reader.stride)
+            if len(stride) != tensor_type.rank:
                 raise ValueError(f"{shown(described)} has not one stride a dimension")
-            return Deferred(found, lambda: fake.fake_tensor(mode(), found, stride))
+            return Deferred(tensor_type, lambda: fake.fake_tensor(mode(), tensor_type, stride))
         case {"int": expression}:
             return _number(int, expression, reader, mode)
         case {"float": expression}:
@@ -217,8 +219,8 @@ def decode_value(data: object, reader: Reader, mode: Callable[[], FakeTensorMode
             number = decode_argument(given)
             return Deferred(type_of(number), lambda: number)
         case list():
-            items = [decode_value(item, reader, mode) for item in data]
-            return Deferred(tuple(item.type for item in items), lambda: [item.value for item in items])
+            elements = [decode_value(element, reader, mode) for element in data]
+            return Deferred(tuple(element.type for element in elements), lambda: [element.value for element in elements])
         case _:
             raise ValueError(f"{shown(data)} is not a value")
 

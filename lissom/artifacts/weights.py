@@ -145,9 +145,9 @@ def _decompress(bits: torch.Tensor, values: torch.Tensor, shape: list[int]) -> t
     nonzero = torch.from_numpy(numpy.unpackbits(bits.numpy(), count=size, bitorder="little")).view(torch.bool)
     if values.dim() != 1 or int(nonzero.sum()) != values.numel():
         raise ValueError(f"{values.numel()} values do not fit {int(nonzero.sum())} places")
-    found = torch.zeros(size, dtype=values.dtype)
-    found[nonzero] = values
-    return found.reshape(shape)
+    dense = torch.zeros(size, dtype=values.dtype)
+    dense[nonzero] = values
+    return dense.reshape(shape)
 
 
 def check_memory(needed: int, what: str) -> None:
@@ -234,15 +234,15 @@ class _Unmapped:
     def get_tensor(self, name: str) -> torch.Tensor:
         entry = take(self._header, name, dict)
         shape = take_list(entry, "shape", count)
-        found = torch.empty(shape, dtype=_DTYPES[take(entry, "dtype", str)])
+        tensor = torch.empty(shape, dtype=_DTYPES[take(entry, "dtype", str)])
         begin, _ = take_list(entry, "data_offsets", count)
-        if found.numel():
-            self._fill(begin + self._start, found.reshape(-1).view(torch.uint8).numpy().data)
-        return found
+        if tensor.numel():
+            self._fill(begin + self._start, tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return tensor
 
     def _read(self, start: int, size: int) -> bytes:
-        self._fill(start, memoryview(found := bytearray(size)))
-        return bytes(found)
+        self._fill(start, memoryview(buffer := bytearray(size)))
+        return bytes(buffer)
 
     def _fill(self, start: int, into: memoryview) -> None:
         self._file.seek(start)
@@ -258,16 +258,17 @@ def read_weights(
     Args:
         tensor_of: returns a stored tensor by name. Other arguments and errors as for `load_weights`.
     """
-    wanted = {take(item, "tensor", str): item for item in entries.values()}
+    wanted = {take(entry, "tensor", str): entry for entry in entries.values()}
     whole = {
-        name: math.prod(take_list(item, "nonzero", count)) for name, item in wanted.items() if "nonzero" in fields_of(item)
+        name: math.prod(take_list(entry, "nonzero", count)) for name, entry in wanted.items() if "nonzero" in fields_of(entry)
     }
     # The decompressed values, and one byte per element for the unpacked bitmask.
     check_memory(
         sum(size * (1 + tensor_of(_part_names(name)[1]).itemsize) for name, size in whole.items()), "compressed weights"
     )
     tensors = {
-        name: _read(tensor_of, name, item).to(place(torch.device(take(item, "device", str)))) for name, item in wanted.items()
+        name: _read(tensor_of, name, entry).to(place(torch.device(take(entry, "device", str))))
+        for name, entry in wanted.items()
     }
     return {name: _as_used(tensors[take(entry, "tensor", str)], entry) for name, entry in entries.items()}
 

@@ -193,13 +193,13 @@ def confirm(name: str, executable: Executable, program: Program, example: Sample
                 f"{subject} does not run {inputs}: {type(error).__name__}: {error}; choose another backend"
             ) from error
         exact = None
-        for found in (first, again):
-            errors = output_errors([outputs], [found])
+        for actual in (first, again):
+            errors = output_errors([outputs], [actual])
             worst = max(worst, *errors, 0.0)
             limits = [max(limit, allowed) for limit in tolerances(program)]
             over = [(error, limit) for error, limit in zip(errors, limits, strict=True) if error > limit]
             exact = exact or (exact_outputs(program, [sample]) if over else None)
-            if over and (exact is None or not exact.as_close([outputs], [found])):
+            if over and (exact is None or not exact.as_close([outputs], [actual])):
                 error, limit = over[0]
                 raise VerifyError(
                     f"{subject} differs from the program by {error:.2g} relative {inputs}, allowed {limit:.2g}; "

@@ -56,15 +56,15 @@ def build_fastest(
     """
     built: dict[str, Built] = {}
     failed: dict[str, Exception] = {}
-    left = sum(not isinstance(found, LissomError) for found in lowered.values())
+    left = sum(not isinstance(outcome, LissomError) for outcome in lowered.values())
     for backend in backends:
-        name, found = backend.name, lowered[backend.name]
+        name, outcome = backend.name, lowered[backend.name]
         try:
-            if isinstance(found, LissomError):
-                raise found
+            if isinstance(outcome, LissomError):
+                raise outcome
             progress(f"build {name}", left)
             left -= 1
-            built[name] = _build(backend, *found, example, simulate)
+            built[name] = _build(backend, *outcome, example, simulate)
         # The errors of other compilers and runtimes have no common class; each is noted in the history.
         except Exception as error:
             if len(lowered) == 1:
@@ -76,9 +76,9 @@ def build_fastest(
     best = next(iter(built.values()))
     if len(lowered) > 1:
         progress("time " + " and ".join(built), 0)
-        with restored_state(*(item.executable for item in built.values())):
+        with restored_state(*(candidate.executable for candidate in built.values())):
             timings = time_calls(
-                {name: partial(item.executable, example) for name, item in built.items()}, _SECONDS, most=ENOUGH
+                {name: partial(candidate.executable, example) for name, candidate in built.items()}, _SECONDS, most=ENOUGH
             )
         best = built[min(timings, key=lambda name: timings[name].median_ms)]
         shapes = ", ".join(str(list(tensor.shape)) for tensor in example)
@@ -98,8 +98,8 @@ def _build(backend: Backend, program: Program, history: History, example: Sample
     executable = backend.build(program, example)
     seconds = time.perf_counter() - started
     if not simulate:
-        found: Sequence[SimulatedLayer] = getattr(executable, "simulated", ())
-        refuse(backend.name, found, getattr(executable, "quantized", len(found)))
+        simulated: Sequence[SimulatedLayer] = getattr(executable, "simulated", ())
+        refuse(backend.name, simulated, getattr(executable, "quantized", len(simulated)))
     if seconds > _SLOW_BUILD:
         history.note(f"{backend.name} built the program in {seconds:.1f} s")
     if total:

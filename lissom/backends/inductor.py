@@ -106,7 +106,7 @@ class Inductor(Backend):
         version, needed = read_json(
             folder / MADE_WITH,
             "what the model was compiled with",
-            lambda found: (str(found["torch"]), [str(name) for name in found["instruction_sets"]]),
+            lambda data: (str(data["torch"]), [str(name) for name in data["instruction_sets"]]),
         )
         if version != torch.__version__:
             raise ArtifactError(

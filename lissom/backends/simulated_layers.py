@@ -108,12 +108,12 @@ def account(layers: Sequence[SimulatedLayer], total: int, kernels: str = "") -> 
 
 def _reason(node: fx.Node, quantizers: Sequence[fx.Node]) -> str:
     """The reason a layer has no kernel, by operator, formats and device."""
-    on_cuda = all(nodes.tensor_type(item).device.type == "cuda" for item in quantizers)
-    if not on_cuda and any(item.kwargs["format"] == "fp8" for item in quantizers):
+    on_cuda = all(nodes.tensor_type(quantizer).device.type == "cuda" for quantizer in quantizers)
+    if not on_cuda and any(quantizer.kwargs["format"] == "fp8" for quantizer in quantizers):
         return "products of fp8 need a CUDA device"
     if on_cuda and node.target in GROUPED_PRODUCTS:
         return "experts have kernels for quantized weights on a CPU only"
-    if any(nodes.is_call(user, aten.index_select.default) for item in quantizers for user in item.users):
+    if any(nodes.is_call(user, aten.index_select.default) for quantizer in quantizers for user in quantizer.users):
         return "a rank takes its part of the input after it is quantized, since groups of equal scale do not fit the ranks"
     return SimulatedLayer.reason
 
@@ -127,15 +127,15 @@ def _quantizers(node: fx.Node) -> list[fx.Node]:
         candidates = node.all_input_nodes[::-1]
     else:
         return []
-    wholes = [_whole(item) for item in candidates if isinstance(item, fx.Node)]
-    return [item for item in wholes if is_quantizer(item) and not _is_looked_up(item)]
+    wholes = [_whole(operand) for operand in candidates if isinstance(operand, fx.Node)]
+    return [whole for whole in wholes if is_quantizer(whole) and not _is_looked_up(whole)]
 
 
-def _whole(item: fx.Node) -> fx.Node:
+def _whole(value: fx.Node) -> fx.Node:
     """The value that a rank takes its part of; any other value as it is."""
-    while nodes.is_call(item, aten.index_select.default):
-        item = nodes.operand(item)
-    return item
+    while nodes.is_call(value, aten.index_select.default):
+        value = nodes.operand(value)
+    return value
 
 
 def _is_looked_up(quantizer: fx.Node) -> bool:
@@ -147,14 +147,14 @@ def _weight_quantizer(weight: fx.Node, layer: fx.Node) -> fx.Node | None:
     """The quantizer of a layer's weight, through views."""
     pending, seen = [*layer.args], set[fx.Node]()
     while pending:
-        item = pending.pop()
-        if not isinstance(item, fx.Node) or item in seen:
+        value = pending.pop()
+        if not isinstance(value, fx.Node) or value in seen:
             continue
-        seen.add(item)
-        if is_quantizer(item) and nodes.operand(item) is weight:
-            return item
-        if item is not input_of(layer):
-            pending += item.args
+        seen.add(value)
+        if is_quantizer(value) and nodes.operand(value) is weight:
+            return value
+        if value is not input_of(layer):
+            pending += value.args
     return None
 
 

@@ -67,7 +67,7 @@ def _read_arrays(path: Path) -> Batch:
 
 def _json_texts(path: Path) -> list[str]:
     """The texts of a JSON Lines file: each line a string, or an object with the field `text`."""
-    found: list[str] = []
+    texts: list[str] = []
     for number, line in enumerate(read_texts(path), 1):
         try:
             value = json.loads(line)
@@ -76,8 +76,8 @@ def _json_texts(path: Path) -> list[str]:
         text = value.get("text") if isinstance(value, dict) else value
         if not isinstance(text, str):
             raise ArtifactError(f'\'{path}\', line {number} holds no text; write "a text" or {{"text": "a text"}}')
-        found.append(text)
-    return found
+        texts.append(text)
+    return texts
 
 
 def _encoded(texts: Sequence[str], path: Path, source: Source) -> list[Batch]:
@@ -129,8 +129,8 @@ def make_metric(name: str, source: Source, data: Sequence[Batch], device: torch.
         with torch.no_grad():
             # The original model runs when the first score is needed, which is after its capture.
             wanted.extend(_answer(source.model(**batch)) for batch in batches[len(wanted) :])
-            found = [_answer(model(**_moved(batch, device))) for batch in batches]
-        scores = [measure(one, other, batch) for one, other, batch in zip(wanted, found, batches, strict=True)]
+            outputs = [_answer(model(**_moved(batch, device))) for batch in batches]
+        scores = [measure(one, other, batch) for one, other, batch in zip(wanted, outputs, batches, strict=True)]
         return sum(scores) / len(scores)
 
     # Metrics are told apart by it.
@@ -151,12 +151,12 @@ def _imported(name: str) -> Metric:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found: Metric = getattr(importlib.import_module(module), function)
+        metric: Metric = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UnsupportedError(f"the metric '{name}' cannot be imported: {error}") from error
-    if not callable(found):
-        raise UnsupportedError(f"the metric '{name}' is a {type(found).__name__}; give a function of a model")
-    return found
+    if not callable(metric):
+        raise UnsupportedError(f"the metric '{name}' is a {type(metric).__name__}; give a function of a model")
+    return metric
 
 
 def _answer(outputs: object) -> torch.Tensor:
@@ -176,12 +176,12 @@ def _real(tensor: torch.Tensor, batch: Mapping[str, object]) -> torch.Tensor:
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
 
 
-def _cosine(wanted: torch.Tensor, found: torch.Tensor, batch: Mapping[str, object]) -> float:
-    return float(torch.cosine_similarity(_real(wanted, batch).double(), _real(found, batch).double(), dim=-1).mean())
+def _cosine(wanted: torch.Tensor, actual: torch.Tensor, batch: Mapping[str, object]) -> float:
+    return float(torch.cosine_similarity(_real(wanted, batch).double(), _real(actual, batch).double(), dim=-1).mean())
 
 
-def _agreement(wanted: torch.Tensor, found: torch.Tensor, batch: Mapping[str, object]) -> float:
-    return float((_real(wanted, batch).argmax(-1) == _real(found, batch).argmax(-1)).float().mean())
+def _agreement(wanted: torch.Tensor, actual: torch.Tensor, batch: Mapping[str, object]) -> float:
+    return float((_real(wanted, batch).argmax(-1) == _real(actual, batch).argmax(-1)).float().mean())
 
 
 METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor, Mapping[str, object]], float]] = {

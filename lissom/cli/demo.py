@@ -65,10 +65,10 @@ def demonstrate(seconds: float = 2.0) -> Demonstration:
     inputs = checkpoint.encode(SENTENCES)
     with torch.inference_mode():
         wanted = embed(checkpoint.model, inputs)
-    found = embed(compiled, inputs)
+    embeddings = embed(compiled, inputs)
     with progress_bar("demo") as progress:
         timings, absent = _time_engines(checkpoint, compiled, seconds, progress)
-    return Demonstration(compiled, relative_error(wanted, found), found @ found.T, timings, absent)
+    return Demonstration(compiled, relative_error(wanted, embeddings), embeddings @ embeddings.T, timings, absent)
 
 
 def embed(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -105,7 +105,7 @@ def _inference(engine, inputs: Mapping[str, torch.Tensor]):  # noqa: ANN001, ANN
     return call
 
 
-def latency_table(found: Demonstration) -> Table:
+def latency_table(demonstration: Demonstration) -> Table:
     """Median milliseconds per call, with the interquartile range in parentheses."""
     table = Table(
         title=f"latency, ms: median (middle half), {torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -113,22 +113,22 @@ def latency_table(found: Demonstration) -> Table:
         box=SIMPLE_HEAD,
     )
     table.add_column("engine")
-    for batch, tokens in found.timings:
+    for batch, tokens in demonstration.timings:
         table.add_column(f"{batch} x {tokens}", justify="right")
     for name in ("PyTorch eager", "torch.compile", "Lissom"):
-        if name in found.absent:
-            table.add_row(name, f"did not run: {found.absent[name]}")
+        if name in demonstration.absent:
+            table.add_row(name, f"did not run: {demonstration.absent[name]}")
             continue
-        table.add_row(name, *(str(row[name]) for row in found.timings.values()))
+        table.add_row(name, *(str(row[name]) for row in demonstration.timings.values()))
     return table
 
 
-def similarity_table(found: Demonstration) -> Table:
+def similarity_table(demonstration: Demonstration) -> Table:
     """For each sentence, the other one its embedding is nearest to."""
     table = Table(title="nearest sentence, by cosine of the compiled model's embeddings", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("sentence", "nearest", "cosine"):
         table.add_column(heading)
-    others = found.similarity - 2 * torch.eye(len(SENTENCES))
+    others = demonstration.similarity - 2 * torch.eye(len(SENTENCES))
     for sentence, row in zip(SENTENCES, others, strict=True):
         best = int(row.argmax())
         table.add_row(sentence, SENTENCES[best], f"{float(row[best]):.2f}")

@@ -48,36 +48,39 @@ class Requirement:
     def fault(self) -> str | None:
         """`scipy`, or `scipy 1.9, which must be 1.11 or newer`; None when it is installed in such a version."""
         try:
-            found = importlib.metadata.version(self.name)
+            version = importlib.metadata.version(self.name)
         except importlib.metadata.PackageNotFoundError:
             return self.name
-        if _release(found) >= _release(self.least):
+        if _release(version) >= _release(self.least):
             return None
-        return f"{self.name} {found}, which must be {self.least} or newer"
+        return f"{self.name} {version}, which must be {self.least} or newer"
 
 
 def parse_requirement(text: str) -> Requirement:
     """A requirement as the metadata of a package spells it: `scipy>=1.11; extra == "tune"`."""
-    found = _REQUIREMENT.match(text)
-    assert found, text
-    least = re.search(r">=\s*([\w.]+)", found["versions"])
-    includes = tuple((found["extras"] or "").split(",")) if found["name"] == "lissom" else ()
-    return Requirement(found["name"], least[1] if least else "0", found["extra"] or "", includes)
+    match = _REQUIREMENT.match(text)
+    assert match, text
+    least = re.search(r">=\s*([\w.]+)", match["versions"])
+    includes = tuple((match["extras"] or "").split(",")) if match["name"] == "lissom" else ()
+    return Requirement(match["name"], least[1] if least else "0", match["extra"] or "", includes)
 
 
 def faults_by_extra(requirements: Sequence[Requirement]) -> dict[str, list[str]]:
     """The packages of every extra that are missing or too old; those of Lissom itself under an empty name."""
-    names = dict.fromkeys(("", *(item.extra for item in requirements)))
-    return {name: sorted({item.fault for item in _of_extra(name, requirements) if item.fault}) for name in names}
+    names = dict.fromkeys(("", *(requirement.extra for requirement in requirements)))
+    return {
+        name: sorted({requirement.fault for requirement in _of_extra(name, requirements) if requirement.fault})
+        for name in names
+    }
 
 
 def _of_extra(name: str, requirements: Sequence[Requirement]) -> Iterator[Requirement]:
-    for item in requirements:
-        if item.extra != name:
+    for requirement in requirements:
+        if requirement.extra != name:
             continue
-        if item.name != "lissom":
-            yield item
-        for included in item.includes:
+        if requirement.name != "lissom":
+            yield requirement
+        for included in requirement.includes:
             yield from _of_extra(included, requirements)
 
 
@@ -91,7 +94,7 @@ def run_doctor() -> None:
     broken = [f"Lissom needs {fault}: pip install -U lissom" for fault in faults.pop("", [])]
     try:
         kernels, missing = describe_kernels(), load_kernels()
-        sets = ", ".join(item.name for item in usable_sets())
+        sets = ", ".join(isa.name for isa in usable_sets())
     except LissomError as error:  # the environment asks for an instruction set that is not there
         kernels = sets = str(error)
         broken, missing = [*broken, str(error)], ""
@@ -101,11 +104,11 @@ def run_doctor() -> None:
     rows = [*_versions(), ("processor", _processor()), ("instruction sets", sets), ("kernels", kernels)]
     rows += [("C++ compiler", _compiler(needed=bool(missing))), *_backends()]
     skipped = {*_TOOLS, "onnx" if torch.cuda.is_available() else _CUDA, "all"}
-    rows += [(f"extra {name}", _extra(name, found)) for name, found in sorted(faults.items()) if name not in skipped]
+    rows += [(f"extra {name}", _extra(name, faulty)) for name, faulty in sorted(faults.items()) if name not in skipped]
     if not requirements:
         rows.append(("extras", "not known, as Lissom runs from files and is not installed"))
-    for what, found in rows:
-        table.add_row(what, Text(found))
+    for what, finding in rows:
+        table.add_row(what, Text(finding))
     show(table, *broken, *([] if broken else ["everything that Lissom needs is there"]))
     if broken:
         raise typer.Exit(1)

@@ -42,14 +42,14 @@ def run_export(
     pipeline, quality = resolve_passes(passes), Quality(data, metric, max_drop)
     quality.check()
     source = load(model)
-    found = api.optimize(
+    optimized = api.optimize(
         source.model,
         source.example_inputs,
         passes=pipeline,
         checks=check_options(checks),
         **quality.arguments(source, check_device(None)),
     )
-    written = found.export_gguf(file, dtype=chosen)
+    written = optimized.export_gguf(file, dtype=chosen)
     for note in source.notes:
         Terminal(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
     console.print(f"{file}: {written}", highlight=False, soft_wrap=True, markup=False)

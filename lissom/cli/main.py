@@ -73,10 +73,10 @@ def run_demo(
     seconds: Seconds = 2.0,
 ) -> None:
     """Compile all-MiniLM-L6-v2, check it on real sentences, and time it beside PyTorch."""
-    found = demo.demonstrate(seconds)
-    show(found.report, demo.similarity_table(found))
-    print(f"embeddings differ from the original model's by {found.worst_error:.1e} relative")
-    show(demo.latency_table(found))
+    demonstration = demo.demonstrate(seconds)
+    show(demonstration.report, demo.similarity_table(demonstration))
+    print(f"embeddings differ from the original model's by {demonstration.worst_error:.1e} relative")
+    show(demo.latency_table(demonstration))
 
 
 app.command("compile")(run_compile)

@@ -50,22 +50,22 @@ def run_opt(
     program = parse_program(text, _sizes(size or []))
     hints = {symbol: fact.hint or 1 for symbol, fact in symbol_facts(program.fake_mode, program.signature.dimensions).items()}
     inputs = make_inputs(program, hints)
-    found, history = Pipeline(chosen, [inputs], known_checks, data=[inputs]).run(program)
+    optimized, history = Pipeline(chosen, [inputs], known_checks, data=[inputs]).run(program)
     if diff:
         changed = history.diff(0, len(history.steps) - 1)
         Terminal().print(coloured_diff(changed) if changed else "the passes changed nothing", soft_wrap=True)
     elif output is None:
-        sys.stdout.write(visible(found.text()))
+        sys.stdout.write(visible(optimized.text()))
     if output is not None:
-        write_whole(output, found.text())
+        write_whole(output, optimized.text())
 
 
 def _sizes(given: list[str]) -> dict[str, int]:
     """Sizes by name. Raises typer.BadParameter."""
-    found: dict[str, int] = {}
-    for item in given:
-        name, equals, number = item.partition("=")
+    sizes: dict[str, int] = {}
+    for text in given:
+        name, equals, number = text.partition("=")
         if not equals or not number.isdecimal() or int(number) < 1:
-            raise typer.BadParameter(f"--size takes a name and a number, such as batch=2, and not '{item}'")
-        found[name] = int(number)
-    return found
+            raise typer.BadParameter(f"--size takes a name and a number, such as batch=2, and not '{text}'")
+        sizes[name] = int(number)
+    return sizes

@@ -45,13 +45,13 @@ def run_saved(
     with one_of_ranks(directory, device) as rank:
         compiled = load_saved(directory, rank.device, allow_native, trusted_key)
         args, kwargs = read_inputs(compiled.program.signature, inputs)
-        found = named_tensors(compiled(*args, **kwargs))
+        outputs = named_tensors(compiled(*args, **kwargs))
     if not rank.speaks:
         return
-    for name, tensor in found.items():
+    for name, tensor in outputs.items():
         console.print(f"{name}: {format_type(type_of(tensor), str)}", highlight=False, soft_wrap=True, markup=False)
     if output is not None:
-        write_tensors(found, output)
+        write_tensors(outputs, output)
 
 
 def sign_saved(

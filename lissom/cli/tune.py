@@ -105,12 +105,12 @@ def _fraction(text: str) -> float:
     """The number of `0.01` or `1%`."""
     percent = text.endswith("%")
     try:
-        found = float(text.removesuffix("%")) / (100 if percent else 1)
+        fraction = float(text.removesuffix("%")) / (100 if percent else 1)
     except ValueError:
-        found = math.nan
-    if not 0 <= found < math.inf:
+        fraction = math.nan
+    if not 0 <= fraction < math.inf:
         raise UnsupportedError(f"--max-drop is '{text}'; give a number, 0 or more, or a percentage such as 1%")
-    return found
+    return fraction
 
 
 def _target(text: str | None) -> float | str | None:

@@ -146,12 +146,12 @@ def _compile_for_process(
     facts: Facts | None,
 ) -> CompiledModel:
     """Run the passes once, then lower and build the program for each backend, and keep the fastest."""
-    missing = {item.name: UnsupportedError(why) for item in backends if (why := item.missing()) is not None}
-    lowerings = {item.name: item.lowering(device) for item in backends if item.name not in missing}
+    missing = {backend.name: UnsupportedError(why) for backend in backends if (why := backend.missing()) is not None}
+    lowerings = {backend.name: backend.lowering(device) for backend in backends if backend.name not in missing}
     # The capture, the passes, and for each backend its own passes and the build.
     count = 1 + len(passes) + sum(len(lowering) + 1 for lowering in lowerings.values())
     job = _job(take, passes, settings, progress, count)
-    judge = _judge(job, settings, [item for item in backends if item.name in lowerings], lowerings)
+    judge = _judge(job, settings, [backend for backend in backends if backend.name in lowerings], lowerings)
     lowered = replace(job.pipeline, judge=judge).run_each(job.captured.program, lowerings, job.history)
     built = build_fastest(
         backends,
@@ -186,14 +186,14 @@ def _partition_model(
     take: Callable[[], Capture], settings: Settings, passes: Sequence[Pass], device: torch.device, progress: Progress
 ) -> Unlowered:
     """Capture the model and run the passes; lossy passes are timed before the program is sharded."""
-    at = next(index for index, item in enumerate(passes) if isinstance(item, (Shard, Partition)))
+    at = next(index for index, pass_ in enumerate(passes) if isinstance(pass_, (Shard, Partition)))
     job = _job(take, passes[:at], settings, progress, 1 + len(passes))
     eager = Eager()
     pipeline = replace(job.pipeline, judge=_judge(job, settings, [eager], {eager.name: eager.lowering(device)}))
-    (found,) = pipeline.run_each(job.captured.program, {eager.name: passes[at:]}, job.history).values()
-    if isinstance(found, LissomError):
-        raise found
-    return *found, job.pipeline.samples
+    (outcome,) = pipeline.run_each(job.captured.program, {eager.name: passes[at:]}, job.history).values()
+    if isinstance(outcome, LissomError):
+        raise outcome
+    return *outcome, job.pipeline.samples
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,8 @@ def check_settings(settings: Settings) -> tuple[list[Pass], Sequence[Backend]]:
         passes, ranked = on_all_ranks(chosen, lambda: passes_for(chosen, resolve_passes(settings.passes)))
         return passes, [ranked]
     passes = resolve_passes(settings.passes)
-    alone = next((item.name for item in backends if not item.runs_ranks), None)
-    if alone is not None and any(isinstance(item, Partition) for item in passes):
+    alone = next((backend.name for backend in backends if not backend.runs_ranks), None)
+    if alone is not None and any(isinstance(pass_, Partition) for pass_ in passes):
         raise UnsupportedError(
             f"backend '{alone}' runs a program in one process, and `partition` makes one for several ranks; choose backend "
             f"'distributed', or take the program from lissom.optimize, and in each process run `program.of_rank(rank)`"
@@ -103,7 +103,7 @@ def resolve_passes(passes: str | Pass | Iterable[Pass]) -> list[Pass]:
         wanted = [passes]
     elif isinstance(passes, Iterable) and not isinstance(passes, Mapping):
         wanted = list(passes)
-        wrong: list[object] = [item for item in wanted if not isinstance(item, Pass)]
+        wrong: list[object] = [given for given in wanted if not isinstance(given, Pass)]
         if wrong:
             raise UnsupportedError(
                 f"passes= holds {_shown(wrong[0])}, which is not a pass; give pass objects, e.g. RemoveNoOps()"
@@ -116,14 +116,14 @@ def resolve_passes(passes: str | Pass | Iterable[Pass]) -> list[Pass]:
 
 def _with_cleanup(wanted: list[Pass], exact: list[Pass]) -> list[Pass]:
     """The passes, with `eliminate-dead` after those that leave dead units; passes that already follow are not added again."""
-    found = list(wanted)
-    leaving = [at for at, item in enumerate(wanted) if item.leaves_dead]
+    completed = list(wanted)
+    leaving = [at for at, pass_ in enumerate(wanted) if pass_.leaves_dead]
     for at in reversed(leaving):
         cleanup = [EliminateDead(), *(exact if at == leaving[-1] else [])]
-        rest = found[at + 1 :]
+        rest = completed[at + 1 :]
         given = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(rest, cleanup, strict=False)))
-        found[at + 1 :] = [*rest[:given], *cleanup[given:], *rest[given:]]
-    return found
+        completed[at + 1 :] = [*rest[:given], *cleanup[given:], *rest[given:]]
+    return completed
 
 
 def _shown(value: object) -> str:
@@ -169,7 +169,7 @@ def read_data(data: Iterable[Inputs], signature: Signature) -> tuple[list[Sample
     """
     samples: list[Sample] = []
     labels: list[torch.Tensor | None] = []
-    captured = {item.name for item in (*signature.positional, *signature.keyword)}
+    captured = {argument.name for argument in (*signature.positional, *signature.keyword)}
     for index, batch in enumerate(data):
         args, kwargs = split_inputs(batch, f"batch {index} of data=")
         label = None if LABELS in captured else kwargs.pop(LABELS, None)

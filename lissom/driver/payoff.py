@@ -45,7 +45,7 @@ class Payoff:
         None if a backend cannot run one of the programs, or has no kernels for the quantized layers of `after`: building
         the result raises the backend's own error.
         """
-        found: list[Verdict] = []
+        verdicts: list[Verdict] = []
         for backend in self.backends:
             try:
                 verdict = self._compare(backend, before, after)
@@ -53,9 +53,9 @@ class Payoff:
                 return None
             if verdict is None:
                 return None
-            found.append(verdict)
-        kept = [verdict for verdict in found if verdict.keep]
-        return Verdict("; ".join(verdict.figures for verdict in kept or found), bool(kept))
+            verdicts.append(verdict)
+        kept = [verdict for verdict in verdicts if verdict.keep]
+        return Verdict("; ".join(verdict.figures for verdict in kept or verdicts), bool(kept))
 
     def _compare(self, backend: Backend, before: Program, after: Program) -> Verdict | None:
         lowering = Pipeline(self.lowerings[backend.name], checks="off")
@@ -84,6 +84,6 @@ class Payoff:
         return Verdict(f"neither faster nor smaller on {backend.name}: {figures}; goal=None keeps it", False)
 
 
-def _times(found: Timing, without: Timing, sample: Sample) -> str:
+def _times(timing: Timing, without: Timing, sample: Sample) -> str:
     shapes = ", ".join(dict.fromkeys(str(list(tensor.shape)) for tensor in sample))
-    return f"{found} ms against {without} on {shapes}"
+    return f"{timing} ms against {without} on {shapes}"

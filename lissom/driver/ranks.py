@@ -86,7 +86,7 @@ def passes_for(backend: Distributed, passes: Sequence[Pass]) -> tuple[list[Pass]
     Raises:
         UnsupportedError: if the world size is not given, or given twice with different values.
     """
-    planned = next((item.world_size for item in passes if isinstance(item, Shard)), None)
+    planned = next((pass_.world_size for pass_ in passes if isinstance(pass_, Shard)), None)
     if None not in (planned, backend.world_size) and planned != backend.world_size:
         raise UnsupportedError(
             f"world_size is {backend.world_size}, and the passes have shard{{world_size={planned}}}; give the number once"
@@ -101,7 +101,7 @@ def passes_for(backend: Distributed, passes: Sequence[Pass]) -> tuple[list[Pass]
             "this process group has one rank, and a program is sharded across 2 or more; choose backend 'eager'"
         )
     ending: list[Pass] = [] if planned else [Shard(world_size)]
-    if any(isinstance(item, Partition) for item in passes):
+    if any(isinstance(pass_, Partition) for pass_ in passes):
         return [*passes], replace(backend, world_size=world_size)
     return [*passes, *ending, Partition()], replace(backend, world_size=world_size)
 
@@ -146,7 +146,7 @@ def compile_for_ranks(
         lowered, lowering = ranks.settle(
             lambda: lower_rank(stored, backend, device, samples, checks, simulate=simulate),
             stored.name,
-            tell=lambda found: facts_of(stored, found[0]),
+            tell=lambda outcome: facts_of(stored, outcome[0]),
         )
         executable = RankProgram(lowered, stored, ranks, history)
     return RankModel(lowered, executable, append_steps(history, lowering))
@@ -225,13 +225,13 @@ def _receive_tensors(ranks: Ranks, who: str) -> list[dict[str, torch.Tensor]]:
     ranks.receive(length, 0, who)
     head = torch.zeros(int(length), dtype=torch.uint8)
     ranks.receive(head, 0, who)
-    found: list[dict[str, torch.Tensor]] = []
+    groups: list[dict[str, torch.Tensor]] = []
     for group in json.loads(head.numpy().tobytes()):
         tensors = {name: torch.empty(shape, dtype=decode_named("dtype", kind)) for name, (kind, *shape) in group.items()}
         for tensor in tensors.values():
             ranks.receive(tensor, 0, who)
-        found.append(tensors)
-    return found
+        groups.append(tensors)
+    return groups
 
 
 def _decode(data: dict[str, Any], weights: dict[str, torch.Tensor], device: torch.device) -> Program:
@@ -240,7 +240,7 @@ def _decode(data: dict[str, Any], weights: dict[str, torch.Tensor], device: torc
     return decode_program(
         data,
         lambda _, place: read_weights(entries, weights.__getitem__, place),
-        lambda found: device if found.type == device.type else found,
+        lambda stored_on: device if stored_on.type == device.type else stored_on,
     )
 
 

@@ -90,13 +90,13 @@ def kept_layers(used: Collection[str], model: PreTrainedModel) -> tuple[dict[str
         if not isinstance(layers, nn.ModuleList):
             continue
         inner = [[name for name in names if name.startswith(f"{path}.{index}.")] for index in range(len(layers))]
-        kept = [index for index, found in enumerate(inner) if not found or used & set(found)]
+        kept = [index for index, layer_names in enumerate(inner) if not layer_names or used & set(layer_names)]
         if len(kept) == len(layers) or not kept:
             continue
         _shorten(model, config, path, len(layers), kept)
         places = {index: place for place, index in enumerate(kept)}
-        for index, found in enumerate(inner):
-            for name in found:
+        for index, layer_names in enumerate(inner):
+            for name in layer_names:
                 if index in places:
                     names[name] = f"{path}.{places[index]}.{name.removeprefix(f'{path}.{index}.')}"
                 else:
@@ -193,10 +193,14 @@ def _improved(
                 continue
             trial = copy.deepcopy(config)
             setattr(trial, field, value * then // now)
-            found = _shapes(model, trial)
+            trial_shapes = _shapes(model, trial)
             # A field that takes weights away, such as the number of layers, explains no size.
-            if found is not None and found.keys() == shapes.keys() and len(_wrong(found, target)) < len(wrong):
-                return trial, found
+            if (
+                trial_shapes is not None
+                and trial_shapes.keys() == shapes.keys()
+                and len(_wrong(trial_shapes, target)) < len(wrong)
+            ):
+                return trial, trial_shapes
     return None
 
 
@@ -227,18 +231,18 @@ def _state(
     """
     original, state = model.state_dict(), dict[str, torch.Tensor]()
     for name, shape in fitted.shapes.items():
-        found = weights.get(name)
-        found = original[old[name]].detach() if found is None and old.get(name) in original else found
-        if found is None or any(size > room for size, room in zip(found.shape, shape, strict=True)):
+        weight = weights.get(name)
+        weight = original[old[name]].detach() if weight is None and old.get(name) in original else weight
+        if weight is None or any(size > room for size, room in zip(weight.shape, shape, strict=True)):
             raise UnsupportedError(
                 f"the program of {type(model).__name__} has no weight for '{name}', {list(shape)}, which its checkpoint has; "
                 f"{_ADVICE}"
             )
-        if found.shape != shape:
-            padded = found.new_zeros(shape)
-            padded[tuple(slice(size) for size in found.shape)] = found
-            found = padded
-        state[name] = found.clone()
+        if weight.shape != shape:
+            padded = weight.new_zeros(shape)
+            padded[tuple(slice(size) for size in weight.shape)] = weight
+            weight = padded
+        state[name] = weight.clone()
     return state
 
 
@@ -264,7 +268,7 @@ def error_of(model: nn.Module, program: Program, example: Sample) -> float:
     with torch.no_grad(), without_kv_cache(model):
         wanted = [leaf for leaf in program.run(example) if isinstance(leaf, torch.Tensor)]
         given = pytree.tree_leaves(model(*args, **kwargs), is_leaf=is_kv_cache_object)
-    found = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
-    if not wanted or [leaf.shape for leaf in found] != [leaf.shape for leaf in wanted]:
+    outputs = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
+    if not wanted or [leaf.shape for leaf in outputs] != [leaf.shape for leaf in wanted]:
         return float("inf")
-    return max(relative_error(two.cpu(), one) for one, two in zip(found, wanted, strict=True))
+    return max(relative_error(two.cpu(), one) for one, two in zip(outputs, wanted, strict=True))

@@ -148,13 +148,13 @@ def _write(facts: Facts, chosen: Mapping[Dtype, Sequence[Pass]], export: Export,
 
 def _metadata(folder: Path) -> dict[str, str]:
     """The entries of an ONNX file's metadata: labels that have names of their own, and the tokenizer, both as JSON."""
-    found = dict[str, str]()
+    entries = dict[str, str]()
     labels = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("id2label") or {}
     if any(label != f"LABEL_{index}" for index, label in labels.items()):
-        found["id2label"] = json.dumps(labels)
+        entries["id2label"] = json.dumps(labels)
     if (folder / TOKENIZER).is_file():
-        found[TOKENIZER] = (folder / TOKENIZER).read_text(encoding="utf-8")
-    return found
+        entries[TOKENIZER] = (folder / TOKENIZER).read_text(encoding="utf-8")
+    return entries
 
 
 def _wanted(export: Export) -> list[list[object]]:
@@ -169,14 +169,14 @@ def _wanted(export: Export) -> list[list[object]]:
             return [export.program.run(sample) for sample in export.samples]
     calls = map(export.program.signature.arguments, export.samples)
     with evaluating(export.original), without_kv_cache(export.original), torch.no_grad():
-        found = [answer_to(export.original, args, kwargs) for args, kwargs in calls]
+        expected = [answer_to(export.original, args, kwargs) for args, kwargs in calls]
     count = export.program.signature.out_spec.num_leaves
-    odd = next((len(outputs) for outputs in found if len(outputs) != count), None)
+    odd = next((len(outputs) for outputs in expected if len(outputs) != count), None)
     if odd is not None:
         raise InputError(
             f"original= returns {odd} outputs, and {export.program.name} returns {count}; give the model it was compiled from"
         )
-    return found
+    return expected
 
 
 def _write_file(
@@ -210,9 +210,9 @@ def _card(facts: Facts, files: Sequence[Written], export: Export) -> str:
 
     subject = "the original model" if export.original is not None else "the compiled program in PyTorch"
     rows = "\n".join(
-        f"| `onnx/{item.name}` | {item.megabytes:.1f} | {item.opset} | {item.divergence.cosine:.5f} | "
-        f"{item.divergence.relative_error:.1e} | {item.timing} |"
-        for item in files
+        f"| `onnx/{file.name}` | {file.megabytes:.1f} | {file.opset} | {file.divergence.cosine:.5f} | "
+        f"{file.divergence.relative_error:.1e} | {file.timing} |"
+        for file in files
     )
     shapes = ", ".join(f"`{leaf.path}` {list(tensor.shape)}" for leaf, tensor in _inputs(export))
     base = facts.source or ""
@@ -221,7 +221,7 @@ def _card(facts: Facts, files: Sequence[Written], export: Export) -> str:
     return (
         f"---\nlibrary_name: transformers.js\n{named}tags: [onnx, lissom]\n---\n\n"
         f"# {export.program.name}, exported by Lissom {__version__}\n\n"
-        f"Passes that change the outputs: {', '.join(f'`{item}`' for item in export.passes) or 'none'}.\n\n"
+        f"Passes that change the outputs: {', '.join(f'`{name}`' for name in export.passes) or 'none'}.\n\n"
         f"| file | MB | opset | smallest cosine | relative error | ms |\n|---|---|---|---|---|---|\n{rows}\n\n"
         f"Cosine and error compare the outputs with those of {subject}, on {len(export.samples)} "
         f"{'batch' if len(export.samples) == 1 else 'batches'}. Times are the median (middle half) of a call with {shapes} "

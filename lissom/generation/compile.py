@@ -199,7 +199,7 @@ def _with_recipe(passes: str | Pass | Sequence[Pass], *, scored: bool = False) -
     """
     wanted, exact, recipe = resolve_passes(passes), resolve_passes("exact"), resolve_passes("generation")
     asked = wanted[len(recipe) if wanted[: len(recipe)] == recipe else len(exact) :]
-    trained = max((index + 1 for index, item in enumerate(asked) if scored or isinstance(item, Training)), default=0)
+    trained = max((index + 1 for index, pass_ in enumerate(asked) if scored or isinstance(pass_, Training)), default=0)
     return [*exact, *asked[:trained], *recipe[len(exact) :], *asked[trained:]]
 
 

@@ -295,26 +295,26 @@ def labelled_prompts(
 def row_groups(count: int, batch: int, *, fill: bool = True) -> list[list[int]]:
     """The numbers of `count` rows, `batch` at a time; the last group is filled up with the first rows, or left out."""
     starts = range(0, count if fill else count - batch + 1, batch)
-    return [[(first + item) % count for item in range(batch)] for first in starts]
+    return [[(first + offset) % count for offset in range(batch)] for first in starts]
 
 
 def _like(given: torch.Tensor | Mapping[str, object], name: str, ids: torch.Tensor) -> torch.Tensor | None:
     """The tensor of that name in a batch; None without it. Raises InputError if it has another shape than the ids."""
-    found = given.get(name) if isinstance(given, Mapping) else None
-    if not isinstance(found, torch.Tensor):
+    tensor = given.get(name) if isinstance(given, Mapping) else None
+    if not isinstance(tensor, torch.Tensor):
         return None
-    if found.shape != ids.shape:
-        what = f"{name if name == LABELS else f'an {name}'} of {list(found.shape)}"
+    if tensor.shape != ids.shape:
+        what = f"{name if name == LABELS else f'an {name}'} of {list(tensor.shape)}"
         raise InputError(f"data= has {what} for input_ids of {list(ids.shape)}; give both alike")
-    return found
+    return tensor
 
 
 def _left_padded_labels(rows: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor | None:
-    found = [labels for _, labels in rows if labels is not None]
-    if len(found) < len(rows):
+    known = [labels for _, labels in rows if labels is not None]
+    if len(known) < len(rows):
         return None
-    tokens = max(labels.numel() for labels in found)
-    return torch.stack([torch.nn.functional.pad(labels, (tokens - labels.numel(), 0), value=IGNORED) for labels in found])
+    tokens = max(labels.numel() for labels in known)
+    return torch.stack([torch.nn.functional.pad(labels, (tokens - labels.numel(), 0), value=IGNORED) for labels in known])
 
 
 def unpadded(ids: torch.Tensor, max_length: int) -> dict[str, torch.Tensor]:

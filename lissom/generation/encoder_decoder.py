@@ -47,7 +47,7 @@ class Encoder(nn.Module):
     def __init__(self, compiled: CompiledModel) -> None:
         super().__init__()
         self.compiled = compiled
-        self.names = [item.name for item in compiled.program.signature.keyword]
+        self.names = [argument.name for argument in compiled.program.signature.keyword]
         self.main_input_name = self.names[0]
 
         def forward(**inputs: object) -> BaseModelOutput:
@@ -86,9 +86,9 @@ class Encoder(nn.Module):
             raise InputError(f"{self.main_input_name} is a {type(main).__name__}; give a tensor, which the encoder reads")
         if ATTENTION_MASK in self.names and ATTENTION_MASK not in given:
             given[ATTENTION_MASK] = main.new_ones(main.shape[:2], dtype=torch.int64)
-        found: dict[str, torch.Tensor] = self.compiled(**given)
-        output = BaseModelOutput(last_hidden_state=found[HIDDEN])
-        for name, tensor in found.items():
+        outputs: dict[str, torch.Tensor] = self.compiled(**given)
+        output = BaseModelOutput(last_hidden_state=outputs[HIDDEN])
+        for name, tensor in outputs.items():
             output[name] = tensor
         return output
 
@@ -123,7 +123,7 @@ class EncoderDecoderModel(GenerationModel):
         self.main_input_name = self.encoder.main_input_name
         self.input_modalities = _MODALITIES.get(self.main_input_name, "audio")
         self._read_from: object = None
-        if _WHISPER in (found.__name__ for found in type(self).__mro__):
+        if _WHISPER in (parent.__name__ for parent in type(self).__mro__):
             # Its `generate` reads the strides of the encoder's convolutions, which are these in every configuration.
             strides = SimpleNamespace(conv1=SimpleNamespace(stride=(1,)), conv2=SimpleNamespace(stride=(2,)))
             self.model = SimpleNamespace(encoder=strides, config=config)
@@ -159,17 +159,17 @@ class EncoderDecoderModel(GenerationModel):
 
     def _encode(self, inputs: Mapping[str, object]) -> None:
         """`encode` without emptying the cache."""
-        found = self.encoder.read(inputs)
-        rows = found[HIDDEN].shape[0]
+        source = self.encoder.read(inputs)
+        rows = source[HIDDEN].shape[0]
         copies, rest = divmod(self.batch, rows)
         if rest or not copies:
             raise InputError(
                 f"the encoder read {rows} rows, and this decoder generates {self.batch}; compile with batch={rows}"
             )
-        for name, tensor in found.items():
-            found[name] = tensor.repeat_interleave(copies, 0) if copies > 1 else tensor
+        for name, tensor in source.items():
+            source[name] = tensor.repeat_interleave(copies, 0) if copies > 1 else tensor
         self._copies = copies
-        self._take(found)
+        self._take(source)
 
     def prefill(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Encode a text, [batch, tokens]; returns the logits after the start token, as `step`.
@@ -223,17 +223,17 @@ class EncoderDecoderModel(GenerationModel):
             self._encode({**inputs, **({ATTENTION_MASK: attention_mask} if ATTENTION_MASK in self.encoder.names else {})})
         elif encoder_outputs is not self._read_from:
             self._take(encoder_outputs)
-        found = super().forward(
+        outputs = super().forward(
             decoder_input_ids, decoder_attention_mask, cache, use_cache, logits_to_keep, return_dict, **others
         )
-        return Seq2SeqLMOutput(logits=found.logits, cache=self.cache if use_cache else None)  # pyright: ignore
+        return Seq2SeqLMOutput(logits=outputs.logits, cache=self.cache if use_cache else None)  # pyright: ignore
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_ids: torch.Tensor, next_sequence_length: int | None = None, cache: Cache | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The new tokens of the decoder; the output of the encoder goes along."""
-        found = super().prepare_inputs_for_generation(input_ids, next_sequence_length, cache, **kwargs)
-        return {"decoder_input_ids": found.pop("input_ids"), **found}
+        prepared = super().prepare_inputs_for_generation(input_ids, next_sequence_length, cache, **kwargs)
+        return {"decoder_input_ids": prepared.pop("input_ids"), **prepared}
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         return sum(part.num_parameters(only_trainable, exclude_embeddings) for part in (super(), self.encoder.compiled))

@@ -54,8 +54,11 @@ def compile_encoder_decoder(
     device, batches = place or device_of(known), list(settings.data)
     example = encoder_example(known, encoder_inputs)
     sizes = {"max_length": max_length, "batch": batch}
-    inputs = [_encoder_inputs(item, example) for item in batches]
-    tokens = [_decoder_tokens(known, item, next(iter(given.values()))) for item, given in zip(batches, inputs, strict=True)]
+    inputs = [_encoder_inputs(batch_inputs, example) for batch_inputs in batches]
+    tokens = [
+        _decoder_tokens(known, batch_inputs, next(iter(given.values())))
+        for batch_inputs, given in zip(batches, inputs, strict=True)
+    ]
     captured = capture_source_decoder(known, example, **sizes, all_logits=all_logits, device=place)
     own = replace(settings, data=inputs)
     if settings.metric is not None:
@@ -86,7 +89,7 @@ def _check_settings(model: PreTrainedModel, settings: Settings) -> None:
     name = type(model).__name__
     if isinstance(backends[0], Distributed):
         raise UnsupportedError(f"{name} is an encoder-decoder model, which runs in one process; choose backend='eager'")
-    trained = next((item for item in resolve_passes(settings.passes) if isinstance(item, Training)), None)
+    trained = next((pass_ for pass_ in resolve_passes(settings.passes) if isinstance(pass_, Training)), None)
     if trained is not None:
         raise UnsupportedError(
             f"{name} becomes two programs, and {trained.name()} trains one; train the model, then compile it for generation"
@@ -116,8 +119,8 @@ def _decoder_tokens(model: PreTrainedModel, batch: Inputs, main: torch.Tensor) -
     Raises:
         InputError: if it has neither.
     """
-    found = batch if isinstance(batch, Mapping) else {}
-    ids, labels = (_table(found.get(name), len(main)) for name in ("decoder_input_ids", "labels"))
+    named = batch if isinstance(batch, Mapping) else {}
+    ids, labels = (_table(named.get(name), len(main)) for name in ("decoder_input_ids", "labels"))
     if ids is not None:
         return ids
     start = getattr(model.generation_config, "decoder_start_token_id", None)
@@ -144,11 +147,11 @@ def _decoder_prompts(
     Args:
         batches: the inputs of the encoder, and the tokens of the decoder, [rows, tokens].
     """
-    found: list[Inputs] = []
+    prompts: list[Inputs] = []
     for inputs, tokens in batches:
         source, ids = encoder.read(inputs), tokens[:, :max_length]
         for group in row_groups(len(ids), batch):
             rows = torch.tensor(group, device=ids.device)
             rest = decoder_inputs({name: tensor[rows] for name, tensor in source.items()})
-            found.append(unpadded(ids[rows], max_length) | rest)
-    return found
+            prompts.append(unpadded(ids[rows], max_length) | rest)
+    return prompts

@@ -73,8 +73,8 @@ def place_of(checkpoint: Path, data: Path | None, options: Mapping[str, object])
 
 
 def _stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-    found = ((path.resolve(), path.stat()) for path in sorted(paths) if path.is_file())
-    return [(str(path), status.st_size, status.st_mtime_ns) for path, status in found]
+    statuses = ((path.resolve(), path.stat()) for path in sorted(paths) if path.is_file())
+    return [(str(path), status.st_size, status.st_mtime_ns) for path, status in statuses]
 
 
 def _version(package: str) -> str:
@@ -100,8 +100,8 @@ def forget_oldest(folder: Path) -> None:
         OSError: if the cache cannot be written.
     """
     with locked(_lock(folder)):
-        found = sorted((path for path in folder.iterdir() if path.name[0] != "." and is_saved(path)), key=_last_use)
-        for path in found[: max(0, len(found) - count())]:
+        saved = sorted((path for path in folder.iterdir() if path.name[0] != "." and is_saved(path)), key=_last_use)
+        for path in saved[: max(0, len(saved) - count())]:
             # Renamed first, so that no process loads a part of it.
             path.rename(path.with_name(f".{path.name}{_LEAVING}-{secrets.token_hex(8)}"))
         # Also what a process left that was ended meanwhile.

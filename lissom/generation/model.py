@@ -215,9 +215,9 @@ class GenerationModel(Decoder, CompiledGeneration):
 def _from_files(
     kind: type[GenerationModel], files: Mapping[str, bytes], source: str, backend: Backend | None = None
 ) -> GenerationModel:
-    found = loaded_from(files, lambda folder: kind.of(read(folder, None, backend, Trust())))
-    found.config._name_or_path = source
-    return found
+    model = loaded_from(files, lambda folder: kind.of(read(folder, None, backend, Trust())))
+    model.config._name_or_path = source
+    return model
 
 
 class DecoderCache(Cache):

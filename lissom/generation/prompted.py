@@ -83,10 +83,10 @@ def compile_prompted(
     pipeline = None if request.passes is None else resolve_passes(request.passes)
     place = _place(model, request)
     if place is not None:
-        found = _kept(place, prompt, max_new_tokens, request.device)
-        if found is not None:
+        prompted = _kept(place, prompt, max_new_tokens, request.device)
+        if prompted is not None:
             tell(f"this decoder was compiled before and kept in {place}; --fresh compiles it anew")
-            return found
+            return prompted
     source = load(model)
     tokenizer = source.checkpoint.tokenizer if source.checkpoint else None
     if tokenizer is None:

@@ -95,11 +95,11 @@ class _Scored:
             return logits[:, -1]
         self.reads_all = True
         with own_state(self.program):
-            found = self._all_logits(sample)
-        logits = found.new_zeros(*input_ids.shape, found.shape[-1])
+            all_logits = self._all_logits(sample)
+        logits = all_logits.new_zeros(*input_ids.shape, all_logits.shape[-1])
         for row, seen in enumerate(kept):
             # Rows without their padding, which `prompts` puts on the left.
-            logits[row, seen] = found[row, found.shape[1] - int(seen.sum()) :]
+            logits[row, seen] = all_logits[row, all_logits.shape[1] - int(seen.sum()) :]
         return logits
 
     def _sample(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Sample:
@@ -122,10 +122,10 @@ class _Scored:
         """
         program, head, watched = self.program, None, list[torch.Tensor]()
         if isinstance(program, Program):
-            head = found = lm_head_of(program, program.leaves[0])
+            head = lm_head = lm_head_of(program, program.leaves[0])
 
             def observe(node: fx.Node, value: object) -> None:
-                if found is not None and node is found.hidden and isinstance(value, torch.Tensor):
+                if lm_head is not None and node is lm_head.hidden and isinstance(value, torch.Tensor):
                     watched.append(value)
 
             (logits,) = program.run(sample, observe)

@@ -73,9 +73,9 @@ def end_tokens(eos_token_id: object) -> tuple[int, ...]:
         InputError: if it is anything else.
     """
     several = isinstance(eos_token_id, (list, tuple))
-    found = () if eos_token_id is None else tuple(eos_token_id) if several else (eos_token_id,)
-    tokens = tuple(token for token in found if isinstance(token, int) and not isinstance(token, bool))
-    if len(tokens) < len(found):
+    ids = () if eos_token_id is None else tuple(eos_token_id) if several else (eos_token_id,)
+    tokens = tuple(token for token in ids if isinstance(token, int) and not isinstance(token, bool))
+    if len(tokens) < len(ids):
         raise InputError(
             f"eos_token_id of the generation configuration is {eos_token_id!r:.80}; write a token id or a list of them"
         )
@@ -143,12 +143,12 @@ def _choose(logits: torch.Tensor, temperature: float, draw: torch.Generator) -> 
 
 def stream_text(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """The text of the tokens, piece by piece; a character of several bytes is yielded when it is complete."""
-    found: list[int] = []
+    seen: list[int] = []
     shown = ""
     for token in tokens:
-        found.append(token)
-        text = str(tokenizer.decode(found, skip_special_tokens=True))
+        seen.append(token)
+        text = str(tokenizer.decode(seen, skip_special_tokens=True))
         if not text.endswith(_UNFINISHED):
             yield text[len(shown) :]
             shown = text
-    yield str(tokenizer.decode(found, skip_special_tokens=True))[len(shown) :]
+    yield str(tokenizer.decode(seen, skip_special_tokens=True))[len(shown) :]

@@ -70,18 +70,20 @@ _LONGEST_NAME = 29
 def grouped(passes: Mapping[str, type[Pass]]) -> dict[str, dict[str, type[Pass]]]:
     """The passes by group; within a group lossy ones come first, otherwise the order is kept."""
     titles = {room: title for title, rooms in GROUPS.items() for room in rooms}
-    found: dict[str, dict[str, type[Pass]]] = {title: {} for title in (*GROUPS, OTHER)}
-    for name, item in sorted(passes.items(), key=lambda pair: pair[1].kind in _EXACT):
-        package, _, rest = item.__module__.partition("lissom.passes.")
+    groups: dict[str, dict[str, type[Pass]]] = {title: {} for title in (*GROUPS, OTHER)}
+    for name, pass_class in sorted(passes.items(), key=lambda pair: pair[1].kind in _EXACT):
+        package, _, rest = pass_class.__module__.partition("lissom.passes.")
         room = rest.partition(".")[0] if not package else ""
-        found[titles.get(room, OTHER)][name] = item
-    return {title: members for title, members in found.items() if members}
+        groups[titles.get(room, OTHER)][name] = pass_class
+    return {title: members for title, members in groups.items() if members}
 
 
 def passes_table(passes: Mapping[str, type[Pass]], recipes: Mapping[str, str]) -> RenderableType:
     """Every pass with what it does, in groups, and the recipes; `*` marks lossy passes."""
     groups = {
-        title: {name + ("" if item.kind in _EXACT else " *"): first_line(item) for name, item in members.items()}
+        title: {
+            name + ("" if pass_class.kind in _EXACT else " *"): first_line(pass_class) for name, pass_class in members.items()
+        }
         for title, members in grouped(passes).items()
     }
     # With a space after each comma, lines break between passes.
@@ -97,35 +99,35 @@ def passes_table(passes: Mapping[str, type[Pass]], recipes: Mapping[str, str]) -
     return Group(*parts, Text("* lossy. `lissom passes NAME` shows the options of a pass and an example."))
 
 
-def pass_page(item: type[Pass]) -> RenderableType:
+def pass_page(pass_class: type[Pass]) -> RenderableType:
     """The page of a pass: what it does, whether it is lossy, its options with types and defaults, and an example."""
-    parts: list[RenderableType] = [Text(f"{item.name()}: {first_line(item)}"), Text(_KINDS[item.kind])]
-    parts += [Text(f"requires that {requirement.fact}") for requirement in item.requires]
-    if options_of(item):
+    parts: list[RenderableType] = [Text(f"{pass_class.name()}: {first_line(pass_class)}"), Text(_KINDS[pass_class.kind])]
+    parts += [Text(f"requires that {requirement.fact}") for requirement in pass_class.requires]
+    if options_of(pass_class):
         table = plain_table()
         table.add_column("option", no_wrap=True)
         table.add_column("takes", overflow="fold", max_width=20)
         table.add_column("default", overflow="fold")
         table.add_column("meaning", overflow="fold")
-        for name, takes, default, meaning in option_rows(item):
+        for name, takes, default, meaning in option_rows(pass_class):
             table.add_row(name, Text(takes), Text(default), Text(meaning))
         parts += [Text(), table]
     # Only `show` prints programs for several ranks without running them.
-    command = "show" if ".parallel." in item.__module__ else "compile"
-    data = " --data texts.txt" if item.name() in _CALIBRATED else ""
-    return Group(*parts, Text(f"\nExample: lissom {command} minilm --passes '{example_of(item.name())}'{data}"))
+    command = "show" if ".parallel." in pass_class.__module__ else "compile"
+    data = " --data texts.txt" if pass_class.name() in _CALIBRATED else ""
+    return Group(*parts, Text(f"\nExample: lissom {command} minilm --passes '{example_of(pass_class.name())}'{data}"))
 
 
-def option_rows(item: type[Pass]) -> list[tuple[str, str, str, str]]:
+def option_rows(pass_class: type[Pass]) -> list[tuple[str, str, str, str]]:
     """Each option with its type, its default as pipeline text (`required` without one), and its meaning."""
     documented: dict[str, str] = {}
-    for base in reversed(item.__mro__):
+    for base in reversed(pass_class.__mro__):
         documented |= _meanings(python_inspect.getdoc(base) or "")
     defaults = {
         field.name: "required" if field.default is dataclasses.MISSING else format_value(field.default)
-        for field in dataclasses.fields(item)
+        for field in dataclasses.fields(pass_class)
     }
-    return [(name, type_text(hint), defaults[name], documented.get(name, "")) for name, hint in options_of(item).items()]
+    return [(name, type_text(hint), defaults[name], documented.get(name, "")) for name, hint in options_of(pass_class).items()]
 
 
 def example_of(name: str) -> str:
@@ -133,12 +135,12 @@ def example_of(name: str) -> str:
     return _EXAMPLES.get(name, name)
 
 
-def first_line(item: object) -> str:
+def first_line(described: object) -> str:
     """The first line of an object's docstring."""
-    return (python_inspect.getdoc(item) or "").partition("\n")[0]
+    return (python_inspect.getdoc(described) or "").partition("\n")[0]
 
 
 def _meanings(docstring: str) -> dict[str, str]:
     """The description of each field, from the section `Attributes:` of a docstring."""
-    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", docstring.partition("\nAttributes:\n")[2], re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in found}
+    fields = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", docstring.partition("\nAttributes:\n")[2], re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in fields}

@@ -24,8 +24,8 @@ def fold_rows(rows: Sequence[Row], label: int = 0) -> list[Row]:
 
 
 def _folded(group: Sequence[Row], label: int) -> Row:
-    found = [_NUMBER.search(row[label]) for row in group]
-    numbers = sorted({int(item.group()) for item in found if item is not None})
+    matches = [_NUMBER.search(row[label]) for row in group]
+    numbers = sorted({int(match.group()) for match in matches if match is not None})
     text = _NUMBER.sub(ranges(numbers), group[0][label], count=1)
     return (*group[0][:label], f"{text} ×{len(group)}", *group[0][label + 1 :])
 

@@ -88,12 +88,12 @@ class LayerTimes:
     @property
     def hot(self) -> tuple[LayerTime, ...]:
         """The fewest layers that take 80 % of the time; eight at most."""
-        found: list[LayerTime] = []
+        hottest: list[LayerTime] = []
         for layer in self.layers[:_MOST]:
-            if self.share(found) >= _SHARE:
+            if self.share(hottest) >= _SHARE:
                 break
-            found.append(layer)
-        return tuple(found)
+            hottest.append(layer)
+        return tuple(hottest)
 
     def share(self, layers: Collection[LayerTime]) -> float:
         """The fraction of the time that these layers take."""
@@ -123,8 +123,8 @@ class LayerTimes:
 def roof_share(layers: Sequence[LayerTime]) -> float | None:
     """The fraction of the roofline that layers reach together; None without the machine's ceilings, or without any work."""
     roofs = [layer.roof_ms for layer in layers if layer.roof_ms is not None]
-    taken = sum(layer.milliseconds for layer in layers)
-    return sum(roofs) / taken if any(roofs) and taken else None
+    total_ms = sum(layer.milliseconds for layer in layers)
+    return sum(roofs) / total_ms if any(roofs) and total_ms else None
 
 
 def layer_times(
@@ -148,31 +148,31 @@ def layer_times(
     for node in program.nodes():
         key = module_pattern(node), shape_of(node, sizes), kernel_of(node, node.name in measured)
         groups.setdefault(key, []).append(node)
-    found: list[LayerTime] = []
+    layers: list[LayerTime] = []
     for key, members in groups.items():
         roof = None if machine is None else 1e3 * sum(node_seconds(node, costs[node], machine) for node in members)
         work, moved = (
             int(sum(sizes)) for sizes in zip(*((costs[node].flops, costs[node].bytes) for node in members), strict=True)
         )
-        found.append(LayerTime(*key, len(members), sum(milliseconds[node] for node in members), roof, work, moved))
-    found.sort(key=lambda layer: -layer.milliseconds)
+        layers.append(LayerTime(*key, len(members), sum(milliseconds[node] for node in members), roof, work, moved))
+    layers.sort(key=lambda layer: -layer.milliseconds)
     ceilings = None if machine is None else machine.on(tensors[0].device if tensors else torch.device("cpu"))
     by_name = {node.name: milliseconds[node] for node in program.nodes()}
-    return LayerTimes(f"{program.name} on {backend}, {sizes_text(named)}", tuple(found), nodes=by_name, ceilings=ceilings)
+    return LayerTimes(f"{program.name} on {backend}, {sizes_text(named)}", tuple(layers), nodes=by_name, ceilings=ceilings)
 
 
-def _table(found: LayerTimes) -> Table:
-    known = any(layer.roof_ms is not None for layer in found.layers)
-    hot = found.hot
-    title = f"hot layers of {found.title}: {100 * found.share(hot):.0f} % of {digits(found.whole_ms)} ms\n"
-    table = plain_table(title, _caption(known, found.without_roof))
+def _table(measured: LayerTimes) -> Table:
+    known = any(layer.roof_ms is not None for layer in measured.layers)
+    hot = measured.hot
+    title = f"hot layers of {measured.title}: {100 * measured.share(hot):.0f} % of {digits(measured.whole_ms)} ms\n"
+    table = plain_table(title, _caption(known, measured.without_roof))
     table.add_column("layer, shape\nkernel", overflow="fold")
     for heading in ("ms", "% of\ntime", *(("% of\nroof",) if known else ())):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in hot:
         times = f" ×{layer.count}" if layer.count > 1 else ""
         label = f"{layer.pattern or 'the model itself'}{times}, {layer.shape}\n{layer.kernel}"
-        row = [digits(layer.milliseconds), f"{100 * found.share([layer]):.1f}"]
+        row = [digits(layer.milliseconds), f"{100 * measured.share([layer]):.1f}"]
         reached = roof_share([layer])
         row += [("" if reached is None else _percent(reached))] if known else []
         table.add_row(Text(label), *row)

@@ -36,7 +36,7 @@ def identical_layers(lines: Sequence[Line]) -> dict[str, tuple[Group, ...]]:
     """The groups of identical layers below each module that has numbered ones, by its path; none where no two are identical."""
     types = {f"%{name}": type_ for name, type_ in input_types(lines).items()}
     types |= {line.defines: line.type for line in lines if line.defines}
-    found: dict[str, tuple[Group, ...]] = {}
+    by_container: dict[str, tuple[Group, ...]] = {}
     for container, layers in _numbered(lines).items():
         forms = _forms(container, layers, types) if len(layers) > 1 else {}
         groups: dict[Form, list[str]] = {}
@@ -45,19 +45,19 @@ def identical_layers(lines: Sequence[Line]) -> dict[str, tuple[Group, ...]]:
         if len(groups) < len(forms):
             largest = max(groups, key=lambda form: len(groups[form]))
             differences = {form: () if form == largest else _differences(forms[groups[largest][0]], form) for form in groups}
-            found[container] = tuple(Group(tuple(members), differences[form]) for form, members in groups.items())
-    return found
+            by_container[container] = tuple(Group(tuple(members), differences[form]) for form, members in groups.items())
+    return by_container
 
 
 def _numbered(lines: Sequence[Line]) -> dict[str, dict[str, list[Line]]]:
     """The nodes of every numbered module, by the path of its parent and by its number."""
-    found: dict[str, dict[str, list[Line]]] = {}
+    numbered: dict[str, dict[str, list[Line]]] = {}
     for line in lines:
         parts = line.path.split(".")
         for index, part in enumerate(parts):
             if part.isdecimal():
-                found.setdefault(".".join(parts[:index]), {}).setdefault(part, []).append(line)
-    return found
+                numbered.setdefault(".".join(parts[:index]), {}).setdefault(part, []).append(line)
+    return numbered
 
 
 class Outside(NamedTuple):
@@ -89,7 +89,7 @@ def _forms(container: str, layers: Mapping[str, Sequence[Line]], types: Mapping[
     for index, lines in enumerate(layers.values()):
         names = {name for line in lines for name in line.reads}
         readers.update(name for name in names if owners.get(name, (-1, 0))[0] != index)
-    found: dict[str, Form] = {}
+    forms: dict[str, Form] = {}
     for index, (number, lines) in enumerate(layers.items()):
         start = len(f"{container}.{number}" if container else number)
         reads: dict[str, object] = {}
@@ -101,10 +101,10 @@ def _forms(container: str, layers: Mapping[str, Sequence[Line]], types: Mapping[
                 reads.setdefault(name, Outside(len(reads), name[0] == "@", types[name], index - owner, place))
             else:
                 reads[name] = (name, types.get(name, ""))
-        found[number] = tuple((line.pattern, line.path[start:], tuple(reads[name] for name in line.reads)) for line in lines)
+        forms[number] = tuple((line.pattern, line.path[start:], tuple(reads[name] for name in line.reads)) for line in lines)
     return {
-        number: next((item for item in found.values() if item != form and _stands_for(form, item)), form)
-        for number, form in found.items()
+        number: next((candidate for candidate in forms.values() if candidate != form and _stands_for(form, candidate)), form)
+        for number, form in forms.items()
     }
 
 
@@ -125,13 +125,13 @@ def _same_input(first: object, other: object) -> bool:
 def _differences(usual: Form, form: Form) -> tuple[str, ...]:
     """The patterns that one form has more often than the other, else what they read; the first few."""
     views: tuple[Callable[[tuple[str, str, tuple[object, ...]]], str], ...] = (
-        lambda item: item[0],
-        lambda item: f"{item[0]} in {item[1].lstrip('.')}",
-        lambda item: f"{item[0]}: {item[2]}",
+        lambda line: line[0],
+        lambda line: f"{line[0]} in {line[1].lstrip('.')}",
+        lambda line: f"{line[0]}: {line[2]}",
     )
     for part in views:
         before, after = Counter(map(part, usual)), Counter(map(part, form))
-        pairs = zip_longest((f"- {item}" for item in before - after), (f"+ {item}" for item in after - before))
+        pairs = zip_longest((f"- {pattern}" for pattern in before - after), (f"+ {pattern}" for pattern in after - before))
         lines = [line for pair in pairs for line in pair if line is not None]
         if lines:
             more = len(lines) - _MOST_DIFFERENCES

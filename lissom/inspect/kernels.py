@@ -80,12 +80,12 @@ def kernel_of(node: fx.Node, measured: bool = False) -> Kernel:
 
 
 def _dtype(node: fx.Node) -> str:
-    found = _first(nodes.node_type(node))
-    return str(found.dtype).removeprefix("torch.") if isinstance(found, TensorType) else "no tensor"
+    value_type = _first(nodes.node_type(node))
+    return str(value_type.dtype).removeprefix("torch.") if isinstance(value_type, TensorType) else "no tensor"
 
 
-def _first(found: object) -> object:
-    return next(iter(found), None) if isinstance(found, tuple) else found
+def _first(value_type: object) -> object:
+    return next(iter(value_type), None) if isinstance(value_type, tuple) else value_type
 
 
 def short_name(node: fx.Node) -> str:
@@ -149,11 +149,11 @@ def _parameter(node: fx.Node, index: int) -> str:
 
 
 def _sizes(node: object, sizes: Mapping[sympy.Symbol, int]) -> list[str]:
-    found = _first(nodes.node_type(node)) if isinstance(node, fx.Node) else None
-    if not isinstance(found, TensorType):
+    value_type = _first(nodes.node_type(node)) if isinstance(node, fx.Node) else None
+    if not isinstance(value_type, TensorType):
         return []
     numbers = {symbol: sympy.Integer(size) for symbol, size in sizes.items()}
-    shape = (size.xreplace(numbers) if isinstance(size, sympy.Expr) else size for size in found.shape)
+    shape = (size.xreplace(numbers) if isinstance(size, sympy.Expr) else size for size in value_type.shape)
     return ["?" if isinstance(size, sympy.Expr) and not size.is_number else str(size) for size in shape]
 
 

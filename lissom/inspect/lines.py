@@ -67,6 +67,6 @@ class Line:
 
 def input_types(lines: Sequence[Line]) -> dict[str, str]:
     """The types of a program's inputs, by the names of their nodes without `%`."""
-    found = _INPUT.findall(lines[0].pieces[0])
+    inputs = _INPUT.findall(lines[0].pieces[0])
     # fx adds `_1` to the name of a builtin, such as `input`.
-    return {f"{name}{end}": kind for end in ("_1", "") for name, kind in found}
+    return {f"{name}{end}": kind for end in ("_1", "") for name, kind in inputs}

@@ -88,10 +88,10 @@ def measure_node_errors(original: Program, program: Program, sample: Sample, rep
         replaced: for names of nodes the name of the node that each one replaced, in any pass.
     """
     pairs = _pairs(original, program, replaced)
-    found = ((node, memory_of(before) if node.target is merged_attention else before) for node, before in pairs.items())
-    attentions = {node: before for node, before in found if is_attention(before)}
+    counterparts = ((node, memory_of(before) if node.target is merged_attention else before) for node, before in pairs.items())
+    attentions = {node: before for node, before in counterparts if is_attention(before)}
     readers = Counter(pairs.values())
-    readers.update(item for node in attentions.values() for item in operands_of(node))
+    readers.update(operand for node in attentions.values() for operand in operands_of(node))
     running = _Running(original, sample, readers)
     errors, masses = dict[str, float](), dict[str, float]()
     masks = _Masks(program, sample, [node for node in attentions if _mask(node) is not None])
@@ -105,15 +105,15 @@ def measure_node_errors(original: Program, program: Program, sample: Sample, rep
         if error is not None:
             errors[node.name] = error
         if node in attentions:
-            values = {item: running.tensor(item) for item in operands_of(attentions[node])}
+            values = {operand: running.tensor(operand) for operand in operands_of(attentions[node])}
             mass = _kept_mass(original, attentions[node], sample, values, masks.visible(node, values))
             if mass is not None and (_SPARSIFIES in nodes.origin(node).passes or mass < 1 - _ROUNDING):
                 masses[node.name] = mass
 
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        for item in (original, program):
-            stack.enter_context(kept_state(item))
+        for kept in (original, program):
+            stack.enter_context(kept_state(kept))
         program.run(sample, observe)
     dimensions, sizes = program.signature.dimensions, program.signature.sizes_of(sample)
     named = {dimensions[symbol].name: size for symbol, size in sizes.items() if symbol in dimensions}
@@ -125,15 +125,15 @@ def measure_node_errors(original: Program, program: Program, sample: Sample, rep
 def _pairs(original: Program, program: Program, replaced: Mapping[str, str]) -> dict[fx.Node, fx.Node]:
     """For each node of the program its counterpart in the original: of the same name, or the one that it replaced."""
     originals = {node.name: node for node in original.nodes()}
-    found: dict[fx.Node, fx.Node] = {}
+    counterparts: dict[fx.Node, fx.Node] = {}
     for node in program.nodes():
         name, seen = node.name, set[str]()
         while name and name not in originals and name not in seen:
             seen.add(name)
             name = (nodes.origin(node).replaces if name == node.name else "") or replaced.get(name, "")
         if name in originals:
-            found[node] = originals[name]
-    return found
+            counterparts[node] = originals[name]
+    return counterparts
 
 
 class _Running:
@@ -154,32 +154,34 @@ class _Running:
         if node.op != "call_function":
             return self._given[node] if node in self._given else self._program.weight(str(node.target))
         while node not in self._held:
-            found, value = next(self._steps)
-            if self._readers[found]:
-                self._held[found] = lasting(found, value)
+            computed, value = next(self._steps)
+            if self._readers[computed]:
+                self._held[computed] = lasting(computed, value)
         self._readers[node] -= 1
         return self._held[node] if self._readers[node] else self._held.pop(node)
 
     def tensor(self, node: fx.Node) -> torch.Tensor:
-        found = self.value(node)
-        assert isinstance(found, torch.Tensor)
-        return found
+        value = self.value(node)
+        assert isinstance(value, torch.Tensor)
+        return value
 
 
-def rms_error(wanted: object, found: object) -> float | None:
+def rms_error(wanted: object, actual: object) -> float | None:
     """√(Σ(y − x)² / Σx²) for the values x that are wanted and those y that were found; the largest of the items of tuples.
 
     None if they differ in shape, or are no floating-point tensors. Mask values of x do not count; NaN, infinities and mask
     values of y count as 0. If all values of x are 0, the error is 1, or 0 if those of y are too.
     """
-    if isinstance(wanted, (tuple, list)) and isinstance(found, (tuple, list)) and len(wanted) == len(found):
-        return max((error for pair in zip(wanted, found, strict=True) if (error := rms_error(*pair)) is not None), default=None)
-    if not isinstance(wanted, torch.Tensor) or not isinstance(found, torch.Tensor) or wanted.shape != found.shape:
+    if isinstance(wanted, (tuple, list)) and isinstance(actual, (tuple, list)) and len(wanted) == len(actual):
+        return max(
+            (error for pair in zip(wanted, actual, strict=True) if (error := rms_error(*pair)) is not None), default=None
+        )
+    if not isinstance(wanted, torch.Tensor) or not isinstance(actual, torch.Tensor) or wanted.shape != actual.shape:
         return None
-    if not wanted.is_floating_point() or not found.is_floating_point() or not wanted.numel():
+    if not wanted.is_floating_point() or not actual.is_floating_point() or not wanted.numel():
         return None
     precise = torch.float64 if wanted.dtype == torch.float64 else torch.float32
-    x, y = wanted.detach().to(precise), found.detach().to(precise)
+    x, y = wanted.detach().to(precise), actual.detach().to(precise)
     if torch.equal(x, y):
         return 0.0
     counted = x.abs() < _MASK_VALUE
@@ -229,17 +231,17 @@ class _Masks:
         return value if seen is None else value & seen
 
     def _tensor(self, node: fx.Node) -> torch.Tensor:
-        found = self._program.weight(str(node.target)) if node.op == "get_attr" else self._values[node]
-        assert isinstance(found, torch.Tensor)
-        return found
+        tensor = self._program.weight(str(node.target)) if node.op == "get_attr" else self._values[node]
+        assert isinstance(tensor, torch.Tensor)
+        return tensor
 
 
 def _mask(node: fx.Node) -> fx.Node | None:
     """The mask of an attention of any operator; None when there is none."""
     if is_attention(node):
         return mask_of(node)
-    found = nodes.argument(node, "bias") if nodes.is_call(node, *_LOWERED) else None
-    return found if isinstance(found, fx.Node) else None
+    mask = nodes.argument(node, "bias") if nodes.is_call(node, *_LOWERED) else None
+    return mask if isinstance(mask, fx.Node) else None
 
 
 def _kept_mass(
@@ -268,24 +270,24 @@ def _kept_mass(
     return kept / total if total else None
 
 
-def _tables(found: NodeErrors) -> RenderableType:
+def _tables(measured: NodeErrors) -> RenderableType:
     """The largest errors, equal nodes of identical layers together, and the kept mass of each sparse attention."""
-    table = plain_table(f"{found.title}: error of nodes to the original's")
+    table = plain_table(f"{measured.title}: error of nodes to the original's")
     table.add_column("module", overflow="fold")
     table.add_column("operator", no_wrap=True)
     for heading in ("nodes", "largest error"):
         table.add_column(heading, justify="right", no_wrap=True)
     groups: dict[tuple[str, str], list[float]] = {}
-    for name, error in found.nodes.items():
-        path, operator = found.places[name]
+    for name, error in measured.nodes.items():
+        path, operator = measured.places[name]
         groups.setdefault((without_numbers(path), operator), []).append(error)
-    for (path, operator), errors in sorted(groups.items(), key=lambda item: -max(item[1]))[:_MOST]:
+    for (path, operator), errors in sorted(groups.items(), key=lambda group: -max(group[1]))[:_MOST]:
         table.add_row(Text(path), operator, str(len(errors)), f"{max(errors):.1e}")
-    if not found.kept_mass:
+    if not measured.kept_mass:
         return table
     masses = plain_table("\nsoftmax mass of the original at the keys that sparse attentions see")
     masses.add_column("attention", overflow="fold")
     masses.add_column("mass", justify="right", no_wrap=True)
-    for name, mass in found.kept_mass.items():
-        masses.add_row(Text(found.places[name][0] or name), f"{100 * mass:.1f} %")
+    for name, mass in measured.kept_mass.items():
+        masses.add_row(Text(measured.places[name][0] or name), f"{100 * mass:.1f} %")
     return Group(table, masses)

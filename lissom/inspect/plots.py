@@ -84,10 +84,10 @@ def _roofline(facts: Facts) -> Figure:
     return figure
 
 
-def _ceilings(axes: Axes, found: Ceilings, at: Sequence[float]) -> None:
+def _ceilings(axes: Axes, ceilings: Ceilings, at: Sequence[float]) -> None:
     """The line of the memory bandwidth, and those of the products in each dtype."""
-    bandwidth = found.memory_gb_per_second.median
-    peaks = {"fp32": found.fp32_gflops, "bf16": found.bf16_gflops, "int8": found.int8_gops}
+    bandwidth = ceilings.memory_gb_per_second.median
+    peaks = {"fp32": ceilings.fp32_gflops, "bf16": ceilings.bf16_gflops, "int8": ceilings.int8_gops}
     known = [*at, *(peak.median / bandwidth for peak in peaks.values() if peak is not None)]
     low, high = min(known) / 4, max(known) * 4
     for dtype, peak in peaks.items():
@@ -104,8 +104,10 @@ def _latency(facts: Facts) -> Figure:
         raise UnsupportedError("no lengths were timed, so there is no latency to draw; call report.latency() first")
     figure, (axes,) = new_figure()
     lengths, timings = [*facts.lengths], [*facts.lengths.values()]
-    axes.fill_between(lengths, [item.low_ms for item in timings], [item.high_ms for item in timings], color=MAIN, alpha=0.2)
-    axes.plot(lengths, [item.median_ms for item in timings], "o-", color=MAIN, label="median, and middle half of the runs")
+    axes.fill_between(
+        lengths, [timing.low_ms for timing in timings], [timing.high_ms for timing in timings], color=MAIN, alpha=0.2
+    )
+    axes.plot(lengths, [timing.median_ms for timing in timings], "o-", color=MAIN, label="median, and middle half of the runs")
     axes.set(title=facts.title, xlabel="length", ylabel="ms a call", ylim=(0, None))
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
@@ -120,7 +122,7 @@ def _quality(facts: Facts) -> Figure:
     """
     steps = facts.history.steps
     lossy = [step for step in steps if not step.exact and step.reverted is None]
-    measure = next((item for item in _MEASURES if any(item[1](step) is not None for step in lossy)), None)
+    measure = next((candidate for candidate in _MEASURES if any(candidate[1](step) is not None for step in lossy)), None)
     if measure is None:
         raise UnsupportedError(
             "no lossy pass was measured, so there is no quality to draw; "

@@ -282,23 +282,23 @@ def write_stopped(path: Path | None, title: str, history: History | None, reason
 
 def _missing(report: Report, times: LayerTimes | None) -> list[str]:
     """Sentences on what the page of a report cannot show."""
-    found = [f"The compile stopped after the last step shown: {report.stopped}"] if report.stopped else []
+    sentences = [f"The compile stopped after the last step shown: {report.stopped}"] if report.stopped else []
     if any(index not in report.history.changes for index in range(len(report.history.steps))):
-        found.append(
+        sentences.append(
             "Costs, source lines and passes of nodes are known for the last step alone: "
             "an artifact of an earlier version keeps no more."
         )
     if times is None and report.timer is not None:
-        found.append("Times of layers: none were measured. Call report.kernels() before report.to_html().")
+        sentences.append("Times of layers: none were measured. Call report.kernels() before report.to_html().")
     elif times is None:
-        found.append("Times of layers: the program is not lowered for a backend. Compile it with --backend to time it.")
+        sentences.append("Times of layers: the program is not lowered for a backend. Compile it with --backend to time it.")
     elif not times.nodes:
-        found.append("Times of layers: this backend runs operators of its own, so the times cannot be put on nodes.")
+        sentences.append("Times of layers: this backend runs operators of its own, so the times cannot be put on nodes.")
     if report.measured_errors is None:
-        found.append("Errors of nodes: none were measured. Call report.errors() where the model is compiled, or use --errors.")
+        sentences.append("Errors of nodes: none were measured. Call report.errors() where the model is compiled, or use --errors.")
     if report.history.checks not in NUMERIC:
-        found.append(f"Errors of steps: checks were {report.history.checks}, so outputs were not compared.")
-    return found
+        sentences.append(f"Errors of steps: checks were {report.history.checks}, so outputs were not compared.")
+    return sentences
 
 
 def _history_table(report: Report) -> RenderableType:

@@ -67,19 +67,21 @@ def _rows(program: Program, sizes: Mapping[str, int], machine: Machine | None) -
     """A row for every site and one for the whole program, and whether any sizes depend on values."""
     total = total_cost(program, sizes)
     zeros = dict.fromkeys(total.symbols, 0)
-    found = {node: item.at(zeros) for node, item in cost(program, sizes).items()}
-    parts = [(f"{site.layer} {site.kind}".strip(), item, site.nodes) for site, item in site_costs(program, sizes).items()]
+    costs = {node: node_cost.at(zeros) for node, node_cost in cost(program, sizes).items()}
+    parts = [
+        (f"{site.layer} {site.kind}".strip(), site_cost, site.nodes) for site, site_cost in site_costs(program, sizes).items()
+    ]
     rows: list[_Row] = []
-    for label, item, members in [*parts, ("whole program", total, tuple(found))]:
-        seconds = None if machine is None else sum(node_seconds(node, found[node], machine) for node in members)
-        rows.append(_Row(label, item.at(zeros), None if seconds is None else seconds * 1e3))
+    for label, part_cost, members in [*parts, ("whole program", total, tuple(costs))]:
+        seconds = None if machine is None else sum(node_seconds(node, costs[node], machine) for node in members)
+        rows.append(_Row(label, part_cost.at(zeros), None if seconds is None else seconds * 1e3))
     return rows, bool(zeros)
 
 
-def _numbers(item: Cost) -> list[str]:
-    values = (item.flops, item.read_bytes, item.written_bytes, item.parameters)
+def _numbers(part_cost: Cost) -> list[str]:
+    values = (part_cost.flops, part_cost.read_bytes, part_cost.written_bytes, part_cost.parameters)
     scaled = [float(value) / scale for value, scale in zip(values, (1e9, 1e6, 1e6, 1e6), strict=True)]
-    return [*map(digits, scaled), digits(float(item.intensity))]
+    return [*map(digits, scaled), digits(float(part_cost.intensity))]
 
 
 def digits(value: float) -> str:

@@ -70,12 +70,16 @@ def traffic(plan: Plan, move: Redistribution, numbers: Mapping[sympy.Symbol, int
     Args:
         numbers: the sizes of a call.
     """
-    return [_exchanged(plan.world_size, item, numbers) for item in move.exchanges]
+    return [_exchanged(plan.world_size, exchange, numbers) for exchange in move.exchanges]
 
 
 def joint_traffic(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> list[tuple[fx.Node, Traffic]]:
     """The small collectives inside sharded operators, such as the range of activations that are quantized in shards."""
-    return [(node, _exchanged(plan.world_size, item, numbers)) for node, items in plan.joint.items() for item in items]
+    return [
+        (node, _exchanged(plan.world_size, exchange, numbers))
+        for node, exchanges in plan.joint.items()
+        for exchange in exchanges
+    ]
 
 
 def program_traffic(program: Program, world_size: int, numbers: Mapping[sympy.Symbol, int]) -> list[Traffic]:
@@ -84,18 +88,18 @@ def program_traffic(program: Program, world_size: int, numbers: Mapping[sympy.Sy
     Args:
         numbers: the sizes of a call.
     """
-    found: list[Traffic] = []
+    collectives: list[Traffic] = []
     for node in program.nodes(*COLLECTIVES):
         # The whole value is the input of a reduce-scatter, and the output of the others.
         typed = nodes.tensor_type(nodes.operand(node) if node.target is REDUCE_SCATTER else node)
-        found.append(_exchanged(world_size, Exchange(_KINDS[node.target], typed.shape, typed.dtype), numbers))
-    return found
+        collectives.append(_exchanged(world_size, Exchange(_KINDS[node.target], typed.shape, typed.dtype), numbers))
+    return collectives
 
 
-def _exchanged(world_size: int, item: Exchange, numbers: Mapping[sympy.Symbol, int]) -> Traffic:
-    payload = math.prod(_number(size, numbers) for size in item.shape) * item.dtype.itemsize
-    rounds = ROUNDS[item.kind]
-    return Traffic(item.kind, payload, rounds * payload * (world_size - 1) / world_size, rounds * (world_size - 1))
+def _exchanged(world_size: int, exchange: Exchange, numbers: Mapping[sympy.Symbol, int]) -> Traffic:
+    payload = math.prod(_number(size, numbers) for size in exchange.shape) * exchange.dtype.itemsize
+    rounds = ROUNDS[exchange.kind]
+    return Traffic(exchange.kind, payload, rounds * payload * (world_size - 1) / world_size, rounds * (world_size - 1))
 
 
 def _number(size: Size, numbers: Mapping[sympy.Symbol, int]) -> int:
@@ -125,9 +129,9 @@ def sharding_table(program: Program, plan: Plan, sizes: Mapping[str, int], link:
     for node, placed in plan.placed.items():
         if node.op == "get_attr" and isinstance(placed, Placed) and nodes.is_tensor(node):
             rows[layer_of(str(node.target), layers)].weights.append((node, placed))
-    pairs = [(move.value, item) for move in plan.moves for item in traffic(plan, move, numbers)]
-    for node, item in [*pairs, *joint_traffic(plan, numbers)]:
-        rows[layer_of(nodes.origin(node).module_path, layers)].traffic.append(item)
+    pairs = [(move.value, collective) for move in plan.moves for collective in traffic(plan, move, numbers)]
+    for node, collective in [*pairs, *joint_traffic(plan, numbers)]:
+        rows[layer_of(nodes.origin(node).module_path, layers)].traffic.append(collective)
     table = plain_table(
         f"{program.name} on {plan.world_size} ranks, {sizes_text(chosen)}",
         _caption(link, _tokens(plan, numbers), rows, _by_position(plan, numbers)),
@@ -175,13 +179,13 @@ def _placements(weights: Sequence[tuple[fx.Node, Placed]], layer: str) -> str:
             groups.setdefault(str(placed), {}).setdefault(module, []).append(parameter)
     lines: list[str] = []
     for how, modules in sorted(groups.items()):
-        names = (module if len(found) > 1 else f"{module}.{found[0]}" for module, found in modules.items())
+        names = (module if len(parameters) > 1 else f"{module}.{parameters[0]}" for module, parameters in modules.items())
         lines += [f"\n  {how}", *(f"\n    {name.removeprefix('.')}" for name in names)]
     return "".join(lines)
 
 
-def _kinds(items: Sequence[Traffic]) -> str:
-    counts = Counter(item.kind for item in items)
+def _kinds(collectives: Sequence[Traffic]) -> str:
+    counts = Counter(collective.kind for collective in collectives)
     ordered = [(kind, counts[kind]) for kind in ROUNDS if counts[kind]]
     return ", ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in ordered)
 
@@ -189,8 +193,8 @@ def _kinds(items: Sequence[Traffic]) -> str:
 def _numbers(row: _Row, link: Link) -> list[str]:
     held = sum(rank_bytes(node, placed) for node, placed in row.weights)
     whole = sum(rank_bytes(node, Placed()) for node, _ in row.weights)
-    payload = sum(item.payload_bytes for item in row.traffic)
-    seconds = sum(link.seconds(item.sent_bytes, item.messages) for item in row.traffic)
+    payload = sum(collective.payload_bytes for collective in row.traffic)
+    seconds = sum(link.seconds(collective.sent_bytes, collective.messages) for collective in row.traffic)
     return [digits(held / 1e6), f"{100 * held / whole:.1f}" if whole else "", digits(payload / 1e3), digits(1e3 * seconds)]
 
 
@@ -214,8 +218,8 @@ def _by_position(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> tuple[float
 
 def _caption(link: Link, tokens: int, rows: Mapping[str, _Row], by_position: tuple[float, float]) -> str:
     """The legend of the table, and the communication per token of the call."""
-    payload = sum(item.payload_bytes for row in rows.values() for item in row.traffic)
-    sent = sum(item.sent_bytes for row in rows.values() for item in row.traffic)
+    payload = sum(collective.payload_bytes for row in rows.values() for collective in row.traffic)
+    sent = sum(collective.sent_bytes for row in rows.values() for collective in row.traffic)
     whole, held = (size / tokens / 1e3 for size in by_position)
     stream = (
         f"Between the layers: {whole:.3g} KB of values sharded by position, {held:.3g} KB of them on a rank.\n" if whole else ""

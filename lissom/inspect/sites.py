@@ -30,7 +30,7 @@ _BLOCK = 64
 
 def structure_tables(program: Program) -> RenderableType:
     """Layers with their attention and feed-forward sites; then a sentence on norms, embeddings, heads and convolutions."""
-    found = program.fact(structure)
+    model_structure = program.fact(structure)
     table = plain_table(f"{program.name}: structure")
     for heading in ("layer", "attention", "mask and positions", "feed-forward"):
         table.add_column(heading, overflow="fold")
@@ -41,11 +41,11 @@ def structure_tables(program: Program) -> RenderableType:
             "\n".join(_mask(program, site) for site in layer.attention),
             "\n".join(map(_feed_forward, layer.feed_forward)),
         )
-        for layer in found.layers
+        for layer in model_structure.layers
     ]
     for row in fold_rows(rows):
         table.add_row(*map(Text, row))
-    return Group(table, Text(f"\n{_rest(found)}"))
+    return Group(table, Text(f"\n{_rest(model_structure)}"))
 
 
 def _attention(site: AttentionSite) -> str:
@@ -74,50 +74,52 @@ def _feed_forward(site: FeedForwardSite) -> str:
     return f"{'gated ' if site.gated else ''}{names}, width {site.width}"
 
 
-def _rest(found: Structure) -> str:
-    tables = ", ".join(f"{item.rows} x {item.width}{' (tied)' if item.tied else ''}" for item in found.embeddings)
+def _rest(model_structure: Structure) -> str:
+    tables = ", ".join(f"{table.rows} x {table.width}{' (tied)' if table.tied else ''}" for table in model_structure.embeddings)
     parts = [
-        f"{len(found.attention)} attention and {len(found.feed_forward)} feed-forward sites",
-        f"{len(found.norms)} norms",
+        f"{len(model_structure.attention)} attention and {len(model_structure.feed_forward)} feed-forward sites",
+        f"{len(model_structure.norms)} norms",
         f"embeddings {tables}" if tables else "no embeddings",
-        f"{len(found.lm_heads)} LM head{'s' if len(found.lm_heads) != 1 else ''}",
-        f"{len(found.convolutions)} convolutions" if found.convolutions else "",
-        f"{len(found.mixtures)} mixtures of experts ({_experts(found)})" if found.mixtures else "",
+        f"{len(model_structure.lm_heads)} LM head{'s' if len(model_structure.lm_heads) != 1 else ''}",
+        f"{len(model_structure.convolutions)} convolutions" if model_structure.convolutions else "",
+        f"{len(model_structure.mixtures)} mixtures of experts ({_experts(model_structure)})"
+        if model_structure.mixtures
+        else "",
     ]
     return "; ".join(part for part in parts if part)
 
 
-def _experts(found: Structure) -> str:
-    return ", ".join(dict.fromkeys(f"{site.top_k} of {site.experts} per token" for site in found.mixtures))
+def _experts(model_structure: Structure) -> str:
+    return ", ".join(dict.fromkeys(f"{site.top_k} of {site.experts} per token" for site in model_structure.mixtures))
 
 
 def axes_table(program: Program) -> Table:
     """Every axis that linear layers contract: its size, kind, number of occurrences, and whether it may be resized."""
-    found = program.fact(axes)
+    program_axes = program.fact(axes)
     table = plain_table(f"{program.name}: axes contracted by linear layers")
     for heading in ("size", "contracted by", "places", "weights", "may shrink"):
         table.add_column(heading, overflow="fold", justify="right" if heading in ("size", "places", "weights") else "left")
     # Reasons may be long sentences and may wrap; paths may not.
     table.columns[1].no_wrap = True
     rows: list[Row] = []
-    for axis, readers in _contracted(program, found).items():
-        places = found.occurrences(axis)
+    for axis, readers in _contracted(program, program_axes).items():
+        places = program_axes.occurrences(axis)
         weights = {place.node for place in places if place.node.op == "get_attr"}
-        shrinks = f"no: {reason}" if (reason := found.obstacle(axis)) else "yes"
+        shrinks = f"no: {reason}" if (reason := program_axes.obstacle(axis)) else "yes"
         rows.append((str(axis.size), _paths(readers), str(len(places)), str(len(weights)), shrinks))
     for row in fold_rows(rows, label=1):
         table.add_row(*map(Text, row))
     return table
 
 
-def _contracted(program: Program, found: Axes) -> dict[Axis, list[fx.Node]]:
+def _contracted(program: Program, program_axes: Axes) -> dict[Axis, list[fx.Node]]:
     """The axes that linear layers sum over, each with its layers."""
     readers: dict[Axis, list[fx.Node]] = {}
     for node in program.nodes():
         weight = weight_of(node) if is_linear(node) else None
         if weight is None or not nodes.is_tensor(node):
             continue
-        for atom in dict.fromkeys(found.axis(input_of(node), feature_dim(node)).atoms()):
+        for atom in dict.fromkeys(program_axes.axis(input_of(node), feature_dim(node)).atoms()):
             readers.setdefault(atom, []).append(node)
     return readers
 

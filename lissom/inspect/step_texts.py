@@ -90,12 +90,12 @@ def changed_sizes(before: Step | None, step: Step, units: Units) -> list[str]:
 
 def notes_of(steps: list[Step]) -> list[str]:
     """The notes, each with its pass, and the reasons for reverted passes; notes of the last step may be the backend's."""
-    found: list[str] = []
+    notes: list[str] = []
     for step in steps:
         named = f"{step.spelling.partition('{')[0]}: " if 0 < step.index < len(steps) - 1 else ""
-        found += [f"{named}{note}" for note in step.notes]
-        found += [] if step.reverted is None else [f"{step.spelling} was reverted: {step.reverted}"]
-    return found
+        notes += [f"{named}{note}" for note in step.notes]
+        notes += [] if step.reverted is None else [f"{step.spelling} was reverted: {step.reverted}"]
+    return notes
 
 
 def hidden_steps(count: int) -> list[str]:

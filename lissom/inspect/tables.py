@@ -12,11 +12,11 @@ from lissom.inspect.terminal import Terminal
 _WIDTH = 80
 
 
-def plain(item: RenderableType, width: int = _WIDTH) -> str:
+def plain(table: RenderableType, width: int = _WIDTH) -> str:
     """A table as text, without colours and trailing spaces."""
     console = Terminal(width=width, color_system=None, force_terminal=False)
     with console.capture() as captured:
-        console.print(item)
+        console.print(table)
     return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 

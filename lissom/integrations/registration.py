@@ -21,7 +21,7 @@ class _Watcher(MetaPathFinder):
         if name not in self._actions:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next((found for finder in others if (found := finder.find_spec(name, path, target)) is not None), None)
+        spec = next((candidate for finder in others if (candidate := finder.find_spec(name, path, target)) is not None), None)
         if spec is not None and spec.loader is not None:
             self._run_after_import(spec.loader, name)
         return spec

@@ -67,7 +67,7 @@ def check_fields(data: object, kind: type[DataclassInstance], *more: str) -> Non
 
 def take_list(data: object, key: str, read: Callable[[object], Item]) -> tuple[Item, ...]:
     """The items of a list field, each converted by `read`. Raises ValueError as `take`."""
-    return tuple(read(item) for item in take(data, key, list))
+    return tuple(read(entry) for entry in take(data, key, list))
 
 
 def take_optional(data: object, key: str, kind: type[Kind]) -> Kind | None:
@@ -89,15 +89,15 @@ def text(data: object) -> str:
 
 def printable(data: object) -> str:
     """The item as text without control characters. Raises ValueError if it is anything else."""
-    found = text(data)
-    if not found.isprintable() or len(found) > _LONGEST_NAME:
-        raise ValueError(f"{shown(found)} is not a name: it holds what cannot be printed, or is longer than {_LONGEST_NAME}")
-    return found
+    name = text(data)
+    if not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise ValueError(f"{shown(name)} is not a name: it holds what cannot be printed, or is longer than {_LONGEST_NAME}")
+    return name
 
 
 def visible(words: str) -> str:
     """The text with escapes in place of control characters, marks of writing direction, and lone surrogates."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), words)
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), words)
 
 
 def number(data: object) -> int:
@@ -129,10 +129,10 @@ def count(data: object) -> int:
 
 def finite(digits: str) -> float:
     """The finite number that a text holds. Raises ValueError if it holds none."""
-    found = float(digits) if len(digits) <= _LONGEST else math.nan
-    if not math.isfinite(found):
+    value = float(digits) if len(digits) <= _LONGEST else math.nan
+    if not math.isfinite(value):
         raise ValueError(f"{shown(digits)} is not a finite number")
-    return found
+    return value
 
 
 def shown(data: object) -> str:
@@ -175,26 +175,26 @@ def _levels(whole: str) -> int:
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         names = [key for key, _ in pairs]
         twice = next(key for key in names if names.count(key) > 1)
         raise ValueError(f"the field {shown(twice)} is there twice")
-    return found
+    return fields
 
 
 def _integer(digits: str) -> int:
     # The digits are counted first: converting very many takes long.
-    if len(digits) > _DIGITS or abs(found := int(digits)) >= 1 << 63:
+    if len(digits) > _DIGITS or abs(value := int(digits)) >= 1 << 63:
         raise ValueError(f"the number {shown(digits)} does not fit into 64 bits")
-    return found
+    return value
 
 
 def _float(digits: str) -> float:
-    found = float(digits)
-    if math.isinf(found):
+    value = float(digits)
+    if math.isinf(value):
         raise ValueError(f"the number {shown(digits)} does not fit into 64 bits")
-    return found
+    return value
 
 
 def _no_constant(name: str) -> NoReturn:

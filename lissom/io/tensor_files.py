@@ -36,7 +36,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor], notes: Ma
     Args:
         notes: the metadata of the file.
     """
-    order = sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT != 0, -item[1].itemsize, item[0]))
+    order = sorted(tensors.items(), key=lambda entry: (entry[1].nbytes % ALIGNMENT != 0, -entry[1].itemsize, entry[0]))
     header: dict[str, object] = {"__metadata__": {"format": "pt", **notes}}
     end = 0
     for name, tensor in order:

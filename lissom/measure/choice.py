@@ -71,24 +71,24 @@ def _measure(dtype: torch.dtype, rows: int, inputs: int, features: int) -> Times
     x = torch.ones(min(rows, _MOST_ROWS), inputs, dtype=dtype, device="cpu")
     weight = torch.ones(features, inputs, dtype=dtype, device="cpu")
     packed = pack(weight)
-    found: list[Times] = []
+    rounds: list[Times] = []
     with torch.inference_mode():
         for _ in range(_ROUNDS):
             ours = _milliseconds(lambda: packed_linear(x, packed, features=features))
-            found.append((ours, _milliseconds(lambda: functional.linear(x, weight))))
-    return min(found, key=lambda times: times[0] / times[1])
+            rounds.append((ours, _milliseconds(lambda: functional.linear(x, weight))))
+    return min(rounds, key=lambda times: times[0] / times[1])
 
 
 def _milliseconds(call: Callable[[], object]) -> float:
     """The median of some calls; the first one is not counted."""
     call()
-    taken: list[float] = []
+    milliseconds: list[float] = []
     started = time.perf_counter()
-    while len(taken) < _RUNS or time.perf_counter() - started < _SECONDS:
+    while len(milliseconds) < _RUNS or time.perf_counter() - started < _SECONDS:
         began = time.perf_counter()
         call()
-        taken.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(taken)
+        milliseconds.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(milliseconds)
 
 
 def _file(threads: int) -> Path | None:
@@ -104,8 +104,8 @@ def _file(threads: int) -> Path | None:
 def _read(file: Path) -> dict[str, Times]:
     """The times in a file; none where it is missing or is no such file."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return {str(key): (float(ours), float(theirs)) for key, (ours, theirs) in found.items()}
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        return {str(key): (float(ours), float(theirs)) for key, (ours, theirs) in entries.items()}
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
 

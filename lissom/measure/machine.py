@@ -140,16 +140,16 @@ def _product_ceiling(product: Callable[[int], Call], name: str, seconds: float) 
 
     Sizes whose calls are expected to take longer than `seconds` are skipped.
     """
-    found: list[Ceiling] = []
+    ceilings: list[Ceiling] = []
     for side in _SIDES:
         try:
             timing = time_calls({name: product(side)}, seconds)[name]
         except (RuntimeError, AttributeError, NotImplementedError):
             break
-        found.append(_rate(2 * side**3, timing, f"{name} {side}³"))
+        ceilings.append(_rate(2 * side**3, timing, f"{name} {side}³"))
         if 8 * timing.median_ms > 1e3 * seconds:
             break
-    return max(found, key=lambda ceiling: ceiling.median, default=None)
+    return max(ceilings, key=lambda ceiling: ceiling.median, default=None)
 
 
 def float_product(dtype: torch.dtype, device: torch.device) -> Callable[[int], Call]:
@@ -227,13 +227,13 @@ def instruction_sets() -> tuple[str, ...]:
 
 def cache_bytes() -> dict[str, int]:
     """The cache sizes of the first core: L1d, L2, L3, as far as the system reports them."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         with suppress(OSError, ValueError):
             level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
             if kind != "Instruction":
-                found[f"L{level}d" if kind == "Data" else f"L{level}"] = int(size.removesuffix("K")) << 10
-    return found
+                sizes[f"L{level}d" if kind == "Data" else f"L{level}"] = int(size.removesuffix("K")) << 10
+    return sizes
 
 
 def shared_cache_bytes() -> int:
@@ -265,11 +265,11 @@ def load_machine() -> Machine | None:
     try:
         path = cache_path()
         data = parse_json(path.read_bytes(), path)
-        found = _from_json(data) if take(data, "version", int) == FORMAT_VERSION else None
+        saved = _from_json(data) if take(data, "version", int) == FORMAT_VERSION else None
     except (OSError, ValueError, ArtifactError):
         return None
     present = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return found if found is not None and [item.name for item in found.devices] == present else None
+    return saved if saved is not None and [device.name for device in saved.devices] == present else None
 
 
 def save_machine(machine: Machine) -> Path:

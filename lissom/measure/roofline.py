@@ -42,14 +42,14 @@ def _peak(ceilings: Ceilings, dtype: torch.dtype) -> Ceiling:
     return ceilings.fp32_gflops
 
 
-def node_seconds(node: fx.Node, found: Cost, machine: Machine) -> float:
+def node_seconds(node: fx.Node, cost: Cost, machine: Machine) -> float:
     """The roofline of a node with this cost, on its own device, in the dtype of its first input tensor.
 
     int8 layers that quantize their input themselves have the roofline of int8.
     """
-    typed = next((item for item in node.all_input_nodes if nodes.is_tensor(item)), node)
+    typed = next((operand for operand in node.all_input_nodes if nodes.is_tensor(operand)), node)
     if not nodes.is_tensor(typed):
         return 0.0
     type_ = nodes.tensor_type(typed)
     dtype = torch.int8 if node.target in INT8_LINEARS else type_.dtype
-    return roofline_seconds(found, machine, dtype, device=type_.device)
+    return roofline_seconds(cost, machine, dtype, device=type_.device)

@@ -42,14 +42,14 @@ def time_calls(
     for call in calls.values():
         for _ in range(1 if least < 5 else 2):
             call()
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
     for run in itertools.count():
         if run >= least and (run >= most or time.perf_counter() - started >= seconds * len(calls)):
             break
         for name, call in calls.items():
-            taken[name].append(_time_once(call))
-    return {name: _summary(runs) for name, runs in taken.items()}
+            times[name].append(_time_once(call))
+    return {name: _summary(runs) for name, runs in times.items()}
 
 
 def _time_once(call: Callable[[], object]) -> float:

@@ -21,7 +21,7 @@ from lissom.ops.native import kernel_dtypes
 def _with_gradients(*operands: torch.Tensor | None, **options: Any) -> torch.Tensor:
     """The operator; blocked attention where a gradient is required or no kernel computes in the dtype."""
     given = (*operands, options.get("sinks"))
-    gradients = torch.is_grad_enabled() and any(item is not None and item.requires_grad for item in given)
+    gradients = torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in given)
     q = operands[0]
     # A subclass may be a fake tensor.
     if gradients or (type(q) is torch.Tensor and q.device.type == "cpu" and q.dtype not in kernel_dtypes()):

@@ -36,10 +36,10 @@ def check_pattern(q: torch.Tensor, layout: torch.Tensor | None, pattern: Sequenc
     """The pattern of an operator's argument; raises unless it and its layout fit the queries."""
     require(1 <= block <= UNBOUNDED, "a pattern's block is {} tokens, and must be from 1 to {}", block, UNBOUNDED)
     try:
-        found = Pattern.decode(pattern, block)
+        decoded = Pattern.decode(pattern, block)
     except ValueError as error:
         raise RuntimeError(str(error)) from error
-    require(layout is not None or not found.asks_layout, "this pattern needs a layout, and none was given")
+    require(layout is not None or not decoded.asks_layout, "this pattern needs a layout, and none was given")
     if layout is not None:
         message = "a layout is boolean, [heads or 1, query blocks, key blocks], not {} with the sizes {}"
         fits = layout.dim() == 3 and layout.dtype == torch.bool
@@ -47,7 +47,7 @@ def check_pattern(q: torch.Tensor, layout: torch.Tensor | None, pattern: Sequenc
         require(layout.numel() > 0, message, layout.dtype, layout.shape)
         if statically_known_false(layout.shape[0] == 1):
             require(layout.shape[0] == q.shape[1], message, layout.dtype, layout.shape)
-    return found
+    return decoded
 
 
 def block_sparse_attention_reference(
@@ -84,10 +84,10 @@ def blocked_attention(
     """The operator by key blocks where that is less work than the reference; else the reference."""
     check_attention(q, k, v, bias, sinks)
     said = check_pattern(q, layout, pattern, block)
-    found = _blocks_of(said, layout, q.shape[2], k.shape[2])
+    blocks = _blocks_of(said, layout, q.shape[2], k.shape[2])
     by_head = sinks is None or (sinks.dim() == 4 and sinks.shape[2] == 1)
     # A block longer than all keys saves nothing, and memory is allocated for all of it.
-    fits = found if isinstance(found, KeyBlocks) and found.block <= k.shape[2] else None
+    fits = blocks if isinstance(blocks, KeyBlocks) and blocks.block <= k.shape[2] else None
     if by_head and fits is not None and fits.pairs(q.shape[2], k.shape[2]) < _WORTH * q.shape[2] * k.shape[2]:
         return attend_by_blocks(q, k, v, bias, layout, said, fits, scale=scale, softcap=softcap, sinks=sinks)
     return block_sparse_attention_reference(
@@ -117,7 +117,7 @@ def attend_by_blocks(
     seen = pattern.seen(i, j[:, :, None], layout) & mine[:, :, None]
     # Heads with key blocks of their own are not merged.
     groups = k.shape[1] if reads.heads == 1 else heads
-    k_read, v_read = (_gathered(item, j, reads, groups) for item in (k, v))
+    k_read, v_read = (_gathered(operand, j, reads, groups) for operand in (k, v))
     blocks = functional.pad(q, (0, 0, 0, rows * size - queries)).view(batch, groups, heads // groups, rows, size, depth)
     blocks = blocks.transpose(2, 3).flatten(3, 4)
     mask = with_bias(seen[None, :, :, None], _bias_read(bias, j, rows, size, groups))
@@ -126,8 +126,8 @@ def attend_by_blocks(
     if sinks is not None:
         last = sinks.expand(-1, heads, -1, -1).reshape(-1, groups, 1, heads // groups, 1, 1)
         last = last.expand(-1, -1, -1, -1, size, -1).flatten(3, 4)
-    found = attention_reference(blocks, k_read, v_read, mask, scale=scale, softcap=softcap, sinks=last)
-    found = found.unflatten(3, (-1, size)).transpose(2, 3).reshape(batch, heads, rows * size, v.shape[-1])
+    output = attention_reference(blocks, k_read, v_read, mask, scale=scale, softcap=softcap, sinks=last)
+    output = output.unflatten(3, (-1, size)).transpose(2, 3).reshape(batch, heads, rows * size, v.shape[-1])
     dense = [row for row in reads.dense_rows if row < rows]
     dense += range(reads.dense_end, rows) if reads.dense_end is not None else ()
     if dense:
@@ -138,8 +138,8 @@ def attend_by_blocks(
         whole = fused_attention_reference(
             q[:, :, places], k, v, with_bias(everything, some), scale=scale, softcap=softcap, sinks=sinks
         )
-        found = found.index_copy(2, places, whole)
-    return found[:, :, :queries].transpose(1, 2).contiguous().transpose(1, 2)
+        output = output.index_copy(2, places, whole)
+    return output[:, :, :queries].transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @lru_cache(_MOST)
@@ -164,8 +164,8 @@ def _blocks_of(pattern: Pattern, layout: torch.Tensor | None, queries: int, keys
             known[pattern, *lengths] = key_blocks(pattern, layout, *lengths)
         return known[pattern, *lengths]
 
-    found = find()
-    return find(queries, keys) if isinstance(found, str) else found
+    blocks = find()
+    return find(queries, keys) if isinstance(blocks, str) else blocks
 
 
 def _read(reads: KeyBlocks, rows: int, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,29 +193,29 @@ def _read(reads: KeyBlocks, rows: int, keys: int, device: torch.device) -> tuple
 
 def _alone(reads: KeyBlocks, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The positions that all queries read, and which of them exist and are no duplicates."""
-    found = [torch.arange(min(reads.prefix, keys), device=device)]
-    once = [torch.ones_like(found[0], dtype=torch.bool)]
+    positions = [torch.arange(min(reads.prefix, keys), device=device)]
+    once = [torch.ones_like(positions[0], dtype=torch.bool)]
     for number, (first, last, period) in enumerate(reads.strides):
         places = torch.arange(0, keys, period, device=device)[:, None] + torch.arange(first, last + 1, device=device)
         places = places.flatten()
         fresh = (places < keys) & (places >= reads.prefix)
         for other in reads.strides[:number]:
             fresh = fresh & ~_in_stride(other, places)
-        found.append(places.clamp(max=keys - 1))
+        positions.append(places.clamp(max=keys - 1))
         once.append(fresh)
     if reads.tail is not None:
         places = torch.arange(min(reads.tail, keys), keys, device=device)
-        found.append(places)
+        positions.append(places)
         once.append(~_is_alone(reads, places, tail=False))
-    return torch.cat(found), torch.cat(once)
+    return torch.cat(positions), torch.cat(once)
 
 
 def _is_alone(reads: KeyBlocks, j: torch.Tensor, tail: bool = True) -> torch.Tensor:
     """True where all queries read a position."""
-    found = j < reads.prefix
+    alone = j < reads.prefix
     for stride in reads.strides:
-        found = found | _in_stride(stride, j)
-    return found | (j >= reads.tail) if tail and reads.tail is not None else found
+        alone = alone | _in_stride(stride, j)
+    return alone | (j >= reads.tail) if tail and reads.tail is not None else alone
 
 
 def _in_stride(stride: tuple[int, int, int], j: torch.Tensor) -> torch.Tensor:
@@ -223,22 +223,22 @@ def _in_stride(stride: tuple[int, int, int], j: torch.Tensor) -> torch.Tensor:
     return (j % period >= first) & (j % period <= last)
 
 
-def _gathered(item: torch.Tensor, j: torch.Tensor, reads: KeyBlocks, groups: int) -> torch.Tensor:
+def _gathered(x: torch.Tensor, j: torch.Tensor, reads: KeyBlocks, groups: int) -> torch.Tensor:
     """Gathered keys or values, [batch, groups, rows, read, depth]."""
-    own, keys = item.shape[1:3]
+    own, keys = x.shape[1:3]
     spread, size = reads.slots * reads.block, reads.block
-    padded = functional.pad(item, (0, 0, 0, -keys % size)).unflatten(2, (-1, size))
+    padded = functional.pad(x, (0, 0, 0, -keys % size)).unflatten(2, (-1, size))
     # Blocks that do not exist are clamped to the last one, and masked.
     column = j[..., :spread:size] // size
     if reads.heads == 1:
-        found = padded[:, :, column[0]]
+        gathered = padded[:, :, column[0]]
     else:
         head = torch.arange(groups, device=j.device) // (groups // own)
-        found = padded[:, head[:, None, None], column]
-        item = item[:, head]
-    found = found.flatten(3, 4)
-    alone = item[:, :, j[0, 0, spread:]]
-    return torch.cat([found, alone[:, :, None].expand(-1, -1, found.shape[2], -1, -1)], 3) if alone.shape[2] else found
+        gathered = padded[:, head[:, None, None], column]
+        x = x[:, head]
+    gathered = gathered.flatten(3, 4)
+    alone = x[:, :, j[0, 0, spread:]]
+    return torch.cat([gathered, alone[:, :, None].expand(-1, -1, gathered.shape[2], -1, -1)], 3) if alone.shape[2] else gathered
 
 
 def _bias_read(bias: torch.Tensor | None, j: torch.Tensor, rows: int, size: int, groups: int) -> torch.Tensor | None:

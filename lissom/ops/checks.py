@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_false
 def require(holds: bool | torch.SymBool, message: str, *values: object) -> None:
     """Raise RuntimeError with the message, filled with the values, where the condition is known not to hold."""
     if holds is False or (holds is not True and statically_known_false(holds)):
-        raise RuntimeError(message.format(*(list(item) if isinstance(item, torch.Size) else item for item in values)))
+        raise RuntimeError(message.format(*(list(value) if isinstance(value, torch.Size) else value for value in values)))
 
 
 def check_sizes(tensor: torch.Tensor, sizes: Sequence[int], name: str) -> None:

@@ -22,7 +22,7 @@ def token_divergence_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference implementation."""
     weights = shares.float()[:, None]
-    log_q, log_p = (item.float().div(temperature).log_softmax(-1) for item in (student, teacher))
+    log_q, log_p = (logits.float().div(temperature).log_softmax(-1) for logits in (student, teacher))
     p, difference = log_p.exp(), log_p.sub_(log_q)
     terms = difference.neg().expm1_().add_(difference).mul_(p)
     q = log_q.exp_()

@@ -93,8 +93,8 @@ class LinearForm:
         require(features >= 0, "the number of features is {}, and must not be negative", features)
         require(activation in ACTIVATIONS, "the activation is '{}', and must be one of {}", activation, ", ".join(ACTIVATIONS))
         require(combine in ("add", "mul"), "combine is 'add' or 'mul', not '{}'", combine)
-        for item in (bias, gain, shift):
-            check_floats(item, (features,), "a bias or a norm's weight")
+        for operand in (bias, gain, shift):
+            check_floats(operand, (features,), "a bias or a norm's weight")
         check_floats(other, (*x.shape[:-1], features), "the other operand")
         self.check(x, *weight, features=features, **options)
         return [*weight, bias, other, gain, shift]

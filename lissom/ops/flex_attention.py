@@ -55,7 +55,7 @@ def flex_block_sparse_attention(
             q, k, v, bias, layout, pattern=pattern, block=block, scale=scale, softcap=softcap, sinks=sinks
         )
     width = v.shape[-1]
-    q, k, v = (_at_least(item, _SMALLEST) for item in (q, k, v))
+    q, k, v = (_at_least(operand, _SMALLEST) for operand in (q, k, v))
     mask = block_mask(Pattern.decode(pattern, block), q.shape[2], k.shape[2], q.device, layout)
     call = _compiled() if compiled else cast(Flex, flex_attention)
     options: dict[str, object] = {
@@ -65,14 +65,14 @@ def flex_block_sparse_attention(
         "enable_gqa": q.shape[1] != k.shape[1],
     }
     if sinks is None:
-        found = cast(torch.Tensor, call(q, k, v, **options))
+        output = cast(torch.Tensor, call(q, k, v, **options))
     else:
         # A sink is one more logit: softmax with it is softmax without it, times e^lse / (e^lse + e^sink).
         aux = AuxRequest(lse=True)
-        found, statistics = cast("tuple[torch.Tensor, AuxOutput]", call(q, k, v, return_aux=aux, **options))
+        output, statistics = cast("tuple[torch.Tensor, AuxOutput]", call(q, k, v, return_aux=aux, **options))
         share = torch.sigmoid(cast(torch.Tensor, statistics.lse).unsqueeze(-1) - sinks.float())
-        found = (found * share).to(v.dtype)
-    return found[..., :width].transpose(1, 2).contiguous().transpose(1, 2)
+        output = (output * share).to(v.dtype)
+    return output[..., :width].transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _at_least(tensor: torch.Tensor, size: int) -> torch.Tensor:
@@ -117,13 +117,13 @@ def seen_by(pattern: Pattern, layout: torch.Tensor | None) -> Seen:
         return condition.holds(i, j)
 
     def seen(b: Index, h: Index, i: Index, j: Index) -> torch.Tensor:
-        found = i < 0
+        visible = i < 0
         for conditions in pattern.alternatives:
             both = i >= 0
             for condition in conditions:
                 both = both & holds(condition, h, i, j)
-            found = found | both
-        return found
+            visible = visible | both
+        return visible
 
     return seen
 
@@ -169,7 +169,7 @@ def _block_mask(pattern: Pattern, queries: int, keys: int, device: torch.device,
 def _listed(blocks: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The number of blocks per row, and their indices first: [1, heads, rows] and [1, heads, rows, columns]."""
     order = torch.argsort(blocks.to(torch.int8), dim=-1, descending=True, stable=True)
-    count, places = (item.to(torch.int32)[None].contiguous().to(device) for item in (blocks.sum(-1), order))
+    count, places = (tensor.to(torch.int32)[None].contiguous().to(device) for tensor in (blocks.sum(-1), order))
     return count, places
 
 

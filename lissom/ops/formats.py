@@ -46,8 +46,8 @@ class Format:
 
 FP8_LARGEST = 448.0
 FORMATS: Mapping[str, Format] = {
-    item.name: item
-    for item in (
+    form.name: form
+    for form in (
         Format("int8", -128, 127, 8, torch.int8, True),
         Format("uint8", 0, 255, 8, torch.uint8, False),
         Format("int4", -8, 7, 4, torch.uint8, True),

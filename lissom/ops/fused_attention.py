@@ -35,7 +35,7 @@ def check_attention(
     Args:
         scales: of int8 keys and of int8 values.
     """
-    dims = [item.dim() for item in (q, k, v)]
+    dims = [operand.dim() for operand in (q, k, v)]
     require(dims == [4, 4, 4], "q, k and v have {} dimensions, and must be [batch, heads, tokens, head_dim]", dims)
     fit = "q {}, k {} and v {} must have the same batch, q and k the same head_dim, k and v the same heads and keys, and key "
     fit += "and value heads must divide the query heads"
@@ -48,10 +48,10 @@ def check_attention(
     require(q.shape[1] % k.shape[1] == 0, fit, *sizes)
     require((scales[0] is None) == (scales[1] is None), "k_scale and v_scale must be given together")
     kept = q.dtype if scales[0] is None else torch.int8
-    for item, name in ((k, "k"), (v, "v")):
-        require(item.dtype == kept, "{} is of {}, and must be of {}", name, item.dtype, kept)
-    for item in scales:
-        check_floats(item, (*k.shape[:3], 1), "a scale of keys or values")
+    for operand, name in ((k, "k"), (v, "v")):
+        require(operand.dtype == kept, "{} is of {}, and must be of {}", name, operand.dtype, kept)
+    for scale in scales:
+        check_floats(scale, (*k.shape[:3], 1), "a scale of keys or values")
     scores = (*q.shape[:3], k.shape[2])
     if bias is not None:
         require(not bias.is_complex(), "a bias is of {}, and must be boolean or real", bias.dtype)
@@ -81,8 +81,8 @@ def check_unpadded(
     require(q.shape[0] == 1, fit, *sizes)
     require(q.shape[2] == k.shape[2], fit, *sizes)
     require((slots.dim(), rows.dim()) == (2, 1), fit, *sizes)
-    for item in (slots, rows):
-        require(item.dtype in (torch.int64, torch.int32), "indices are of {}, and must be int64 or int32", item.dtype)
+    for indices in (slots, rows):
+        require(indices.dtype in (torch.int64, torch.int32), "indices are of {}, and must be int64 or int32", indices.dtype)
     if bias is not None:
         require(not bias.is_complex(), "a bias is of {}, and must be boolean or real", bias.dtype)
         check_broadcast(bias, (slots.shape[0], q.shape[1], slots.shape[1], slots.shape[1]), "a bias")
@@ -104,13 +104,13 @@ def fused_attention_reference(
     """The reference implementation."""
     check_attention(q, k, v, bias, sinks, (k_scale, v_scale))
     if k_scale is not None and v_scale is not None:
-        k, v = ((item.float() * by).to(q.dtype) for item, by in ((k, k_scale), (v, v_scale)))
+        k, v = ((operand.float() * by).to(q.dtype) for operand, by in ((k, k_scale), (v, v_scale)))
     group = q.shape[1] // k.shape[1]
-    k, v = (item.repeat_interleave(group, 1) if group > 1 else item for item in (k, v))
+    k, v = (operand.repeat_interleave(group, 1) if group > 1 else operand for operand in (k, v))
     seen = band_mask(q.shape[2], k.shape[2], None, 0 if causal else None, q.device)
     mask = bias if seen is None else with_bias(seen, bias)
-    found = attention_reference(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
-    return found.transpose(1, 2).contiguous().transpose(1, 2)
+    output = attention_reference(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
+    return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def band_mask(queries: int, keys: int, low: int | None, high: int | None, device: torch.device) -> torch.Tensor | None:
@@ -144,8 +144,8 @@ def merged_attention_reference(
     check_merged(qkv, heads, key_heads)
     whole = qkv.unflatten(-1, (heads + 2 * key_heads, -1)).transpose(1, 2)
     q, k, v = whole.split([heads, key_heads, key_heads], 1)
-    found = fused_attention_reference(q, k, v, bias, scale=scale, softcap=softcap, causal=causal)
-    return found.transpose(1, 2).flatten(2)
+    output = fused_attention_reference(q, k, v, bias, scale=scale, softcap=softcap, causal=causal)
+    return output.transpose(1, 2).flatten(2)
 
 
 def unpadded_attention_reference(
@@ -163,11 +163,11 @@ def unpadded_attention_reference(
 ) -> torch.Tensor:
     """The reference implementation."""
     check_unpadded(q, k, v, slots, rows, bias)
-    padded = [item[0].index_select(1, slots.flatten()).unflatten(1, slots.shape).transpose(0, 1) for item in (q, k, v)]
+    padded = [operand[0].index_select(1, slots.flatten()).unflatten(1, slots.shape).transpose(0, 1) for operand in (q, k, v)]
     seen = band_mask(slots.shape[1], slots.shape[1], low, high, q.device)
     mask = bias if seen is None else with_bias(seen, bias)
-    found = fused_attention_reference(padded[0], padded[1], padded[2], mask, scale=scale, softcap=softcap)
-    return found.transpose(1, 2).flatten(0, 1).index_select(0, rows)[None].transpose(1, 2)
+    output = fused_attention_reference(padded[0], padded[1], padded[2], mask, scale=scale, softcap=softcap)
+    return output.transpose(1, 2).flatten(0, 1).index_select(0, rows)[None].transpose(1, 2)
 
 
 def output_of(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -48,16 +48,16 @@ def _check_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None
     require(x.dim() == 4, "x has {} dimensions, and must be [batch, heads, tokens, head_dim]", x.dim())
     features = x.shape[-1]
     require(features % 2 == 0, "x has {} features, and must have an even number", features)
-    for item, name in ((cos, "cos"), (sin, "sin")):
-        require(item.dtype == x.dtype, "{} is of {}, and must be of {}", name, item.dtype, x.dtype)
+    for table, name in ((cos, "cos"), (sin, "sin")):
+        require(table.dtype == x.dtype, "{} is of {}, and must be of {}", name, table.dtype, x.dtype)
         require(
-            item.dim() >= 1 and item.shape[-1] in (features, features // 2) and item.shape[-1] == cos.shape[-1],
+            table.dim() >= 1 and table.shape[-1] in (features, features // 2) and table.shape[-1] == cos.shape[-1],
             "cos and sin have the sizes {} and {}, and must have one number for each of {} features, or one a pair",
             cos.shape,
             sin.shape,
             features,
         )
-        check_broadcast(item, (*x.shape[:-1], item.shape[-1]), name)
+        check_broadcast(table, (*x.shape[:-1], table.shape[-1]), name)
 
 
 def _norm_shape(

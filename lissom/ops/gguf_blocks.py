@@ -176,8 +176,8 @@ def _q6_k(blocks: torch.Tensor) -> Parts:
 
 
 BLOCK_TYPES: Mapping[str, BlockType] = {
-    item.name: item
-    for item in (
+    kind.name: kind
+    for kind in (
         BlockType("Q4_0", 32, 18, 32, "int4", _q4_0),
         BlockType("Q4_1", 32, 20, 32, "uint4", _q4_1),
         BlockType("Q5_0", 32, 22, 32, "int8", _q5_0),

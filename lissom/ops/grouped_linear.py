@@ -73,16 +73,19 @@ class GroupedLinear:
         require(offs.dim() == 1, "offs has the sizes {}, and must be [groups]", offs.shape)
         whole = not (offs.dtype.is_floating_point or offs.dtype.is_complex or offs.dtype == torch.bool)
         require(whole, "offs is of {}, and must be of an integer dtype", offs.dtype)
-        for name, item in zip(self.form.stored, given, strict=False):
-            fits = item is None or _is_shared(name) or (item.dim() > 0 and item.shape[0] == offs.shape[0])
-            require(fits, "an operand has the sizes {}, and must be [groups, ...] with {} groups", _sizes(item), len(offs))
+        for name, operand in zip(self.form.stored, given, strict=False):
+            fits = operand is None or _is_shared(name) or (operand.dim() > 0 and operand.shape[0] == offs.shape[0])
+            require(fits, "an operand has the sizes {}, and must be [groups, ...] with {} groups", _sizes(operand), len(offs))
         if len(offs):
             self.form.check(x, *self._of_group(given, 0), features=features, **options)
 
     def _of_group(self, given: Sequence[Operand], group: int, rows: slice = _ALL) -> list[Operand]:
         """The operands of one group, for these rows of x. PyTorch leaves out those at the end that are None."""
         stored = zip(self.form.stored, [*given, *[None] * (len(self.form.stored) - len(given))], strict=True)
-        return [None if item is None else _of_rows(item, rows) if _is_shared(name) else item[group] for name, item in stored]
+        return [
+            None if operand is None else _of_rows(operand, rows) if _is_shared(name) else operand[group]
+            for name, operand in stored
+        ]
 
 
 def _is_shared(operand: str) -> bool:
@@ -90,10 +93,10 @@ def _is_shared(operand: str) -> bool:
     return " x_" in operand
 
 
-def _of_rows(item: torch.Tensor, rows: slice) -> torch.Tensor:
+def _of_rows(operand: torch.Tensor, rows: slice) -> torch.Tensor:
     """The part of a shared operand for these rows: the number for all rows, or one number for each."""
-    return item if rows == _ALL or item.numel() == 1 else item[rows]
+    return operand if rows == _ALL or operand.numel() == 1 else operand[rows]
 
 
-def _sizes(item: Operand) -> Sequence[int]:
-    return () if item is None else item.shape
+def _sizes(operand: Operand) -> Sequence[int]:
+    return () if operand is None else operand.shape

@@ -64,13 +64,13 @@ class KeyBlocks:
 
     def runs(self) -> list[tuple[int, int]]:
         """The offsets as ranges, each its first and last."""
-        found: list[tuple[int, int]] = []
+        ranges: list[tuple[int, int]] = []
         for offset in self.offsets:
-            if found and found[-1][1] == offset - 1:
-                found[-1] = (found[-1][0], offset)
+            if ranges and ranges[-1][1] == offset - 1:
+                ranges[-1] = (ranges[-1][0], offset)
             else:
-                found.append((offset, offset))
-        return found
+                ranges.append((offset, offset))
+        return ranges
 
     def pairs(self, queries: int, keys: int) -> int:
         """The number of scores per head at a length."""
@@ -95,9 +95,9 @@ def key_blocks(
     asks = [any(condition.asks_layout for condition in conditions) for conditions in pattern.alternatives]
     if any(asks) and pattern.block < _SMALLEST:
         return f"its layout has blocks of {pattern.block} tokens, and products of fewer than {_SMALLEST} gain nothing"
-    found = _by_rules(pattern, layout, asks)
-    if isinstance(found, KeyBlocks) or queries is None or keys is None:
-        return found
+    blocks = _by_rules(pattern, layout, asks)
+    if isinstance(blocks, KeyBlocks) or queries is None or keys is None:
+        return blocks
     block = pattern.block if any(asks) else BLOCK
     table = pattern.blocks(queries, keys, block, layout)[0]
     return _with_table(KeyBlocks(block), table, table.new_zeros(table.shape[0], 1, table.shape[2]))
@@ -129,25 +129,25 @@ def _by_rules(pattern: Pattern, layout: torch.Tensor | None, asks: Sequence[bool
     block = pattern.block if any(asks) else _WIDE_BLOCK if widest >= _WIDE else BLOCK
     ends = [(-((block - 1 - low) // block), (high + block - 1) // block) for low, high in bands]
     offsets = tuple(sorted({offset for first, last in ends for offset in range(first, last + 1)}))
-    found = KeyBlocks(block, offsets, prefix, tuple(sorted(set(strides))), dense_rows=tuple(range(-(-dense // block))))
-    return found if not any(asks) else _with_layout(found, pattern, layout, asks)
+    blocks = KeyBlocks(block, offsets, prefix, tuple(sorted(set(strides))), dense_rows=tuple(range(-(-dense // block))))
+    return blocks if not any(asks) else _with_layout(blocks, pattern, layout, asks)
 
 
-def _with_layout(found: KeyBlocks, pattern: Pattern, layout: torch.Tensor | None, asks: Sequence[bool]) -> KeyBlocks:
+def _with_layout(blocks: KeyBlocks, pattern: Pattern, layout: torch.Tensor | None, asks: Sequence[bool]) -> KeyBlocks:
     if layout is None:
         raise ValueError("this pattern needs a layout, and none was given")
     layout = layout.cpu()
     _, rows, columns = layout.shape
     asking = tuple(conditions for conditions, asked in zip(pattern.alternatives, asks, strict=True) if asked)
-    table = Pattern(asking, pattern.block).blocks(rows * found.block, columns * found.block, found.block, layout)[0]
+    table = Pattern(asking, pattern.block).blocks(rows * blocks.block, columns * blocks.block, blocks.block, layout)[0]
     apart = torch.arange(columns) - torch.arange(rows)[:, None]
-    in_band = torch.isin(apart, torch.tensor(found.offsets, dtype=torch.int64))
+    in_band = torch.isin(apart, torch.tensor(blocks.offsets, dtype=torch.int64))
     # The offsets of the band depend on the row.
-    found = _with_table(found, table & ~in_band, layout[:, -1:])
-    return replace(found, tail=columns * found.block) if bool(layout[:, :, -1].any()) else found
+    blocks = _with_table(blocks, table & ~in_band, layout[:, -1:])
+    return replace(blocks, tail=columns * blocks.block) if bool(layout[:, :, -1].any()) else blocks
 
 
-def _with_table(found: KeyBlocks, table: torch.Tensor, behind: torch.Tensor) -> KeyBlocks:
+def _with_table(blocks: KeyBlocks, table: torch.Tensor, behind: torch.Tensor) -> KeyBlocks:
     """With the blocks of a boolean table, without rows that would make it wide.
 
     Args:
@@ -157,14 +157,14 @@ def _with_table(found: KeyBlocks, table: torch.Tensor, behind: torch.Tensor) -> 
     rows, columns = table.shape[1] - 1, table.shape[2]
     counts = table.sum(-1).amax(0)
     widths = [int(count) for count in counts.unique()]
-    width = min(widths, key=lambda item: rows * item + int((counts > item).sum()) * columns)
+    width = min(widths, key=lambda count: rows * count + int((counts > count).sum()) * columns)
     dense = counts > width
     table = table & ~dense[:, None]
     indices = torch.where(table, torch.arange(columns), columns).sort(-1).values[..., :width]
     return replace(
-        found,
+        blocks,
         table=indices.masked_fill(indices == columns, -1),
-        dense_rows=tuple(sorted({*found.dense_rows, *(int(row) for row in dense[:-1].nonzero())})),
+        dense_rows=tuple(sorted({*blocks.dense_rows, *(int(row) for row in dense[:-1].nonzero())})),
         dense_end=rows if bool(dense[-1]) else None,
     )
 
@@ -186,7 +186,7 @@ def _band(conditions: Sequence[Condition]) -> tuple[int, int]:
 
 def _front(conditions: Sequence[Condition], of_keys: bool) -> int | None:
     """The number of first keys, or queries, that fulfil conditions on them alone; None where it is unbounded."""
-    found: int | None = None
+    front: int | None = None
     for condition in conditions:
         factor, other = (condition.key, condition.query) if of_keys else (condition.query, condition.key)
         if factor == 0 or other != 0 or condition.modulus:
@@ -194,16 +194,16 @@ def _front(conditions: Sequence[Condition], of_keys: bool) -> int | None:
         last = condition.high if factor == 1 else -condition.low
         if last < UNBOUNDED:
             end = max(last + 1, 0) * condition.unit
-            found = end if found is None else min(found, end)
-    return found
+            front = end if front is None else min(front, end)
+    return front
 
 
 def _stride(conditions: Sequence[Condition]) -> tuple[int, int, int] | None:
     """The keys of a periodic condition: (first, last, period); None where there is no such condition."""
-    found = [item for item in conditions if item.query == 0 and item.key == 1 and item.modulus]
-    if not found:
+    periodic = [condition for condition in conditions if condition.query == 0 and condition.key == 1 and condition.modulus]
+    if not periodic:
         return None
-    condition = min(found, key=lambda item: (item.high - item.low) / item.modulus)
+    condition = min(periodic, key=lambda candidate: (candidate.high - candidate.low) / candidate.modulus)
     low, high = max(condition.low, 0), min(condition.high, condition.modulus - 1)
     # At half of the keys or more, reading all of them costs about the same.
     if 2 * (high - low + 1) > condition.modulus:

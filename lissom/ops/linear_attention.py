@@ -44,7 +44,7 @@ def linear_attention_reference(
 def _widened(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v in the dtype of the sums; v has a further column of ones, which yields the denominator."""
     dtype = torch.promote_types(v.dtype, torch.float32)
-    q, k, v = (item.to(dtype) for item in (q, k, v))
+    q, k, v = (operand.to(dtype) for operand in (q, k, v))
     return q, k, torch.cat([v, v.new_ones(1).expand(*v.shape[:-1], 1)], -1)
 
 
@@ -57,8 +57,8 @@ def _causal_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: int) 
     batch, heads, tokens, _ = q.shape
     groups, copies = k.shape[1], heads // k.shape[1]
     chunks = (tokens + chunk - 1) // chunk
-    q, k, v = (functional.pad(item, (0, 0, 0, chunks * chunk - tokens)) for item in (q, k, v))
-    k, v = (item.reshape(batch, groups, chunks, chunk, item.shape[-1]) for item in (k, v))
+    q, k, v = (functional.pad(operand, (0, 0, 0, chunks * chunk - tokens)) for operand in (q, k, v))
+    k, v = (operand.reshape(batch, groups, chunks, chunk, operand.shape[-1]) for operand in (k, v))
     # Query heads that share a key head are stacked along tokens, so that k and v are not copied.
     q = q.reshape(batch, groups, copies, chunks, chunk, q.shape[-1]).transpose(2, 3)
     q = q.reshape(batch, groups, chunks, copies * chunk, q.shape[-1])
@@ -72,7 +72,7 @@ def _causal_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: int) 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, chunk: int) -> None:
     """Raise RuntimeError unless the shapes of the operands fit."""
-    shapes = " and ".join(str(list(item.shape)) for item in (q, k, v))
+    shapes = " and ".join(str(list(operand.shape)) for operand in (q, k, v))
     if (
         not q.dim() == k.dim() == v.dim() == 4
         or k.shape[1] == 0
@@ -102,7 +102,7 @@ def _remember(ctx: Any, inputs: tuple[torch.Tensor, ...], keyword_only_inputs: d
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Recomputes the forward pass and differentiates it: the sums of chunks are not saved."""
-    inputs = [item.detach().requires_grad_() for item in ctx.saved_tensors]
+    inputs = [saved.detach().requires_grad_() for saved in ctx.saved_tensors]
     with torch.enable_grad():
         output = linear_attention_reference(*inputs, **ctx.options)
     return torch.autograd.grad(output, inputs, gradient)

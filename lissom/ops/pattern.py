@@ -142,18 +142,20 @@ class Pattern:
         Raises:
             ValueError: when the pattern reads a layout and there is none.
         """
-        found = torch.zeros((), dtype=torch.bool, device=j.device)
+        visible = torch.zeros((), dtype=torch.bool, device=j.device)
         for conditions in self.alternatives:
             both = torch.ones((), dtype=torch.bool, device=j.device)
             for condition in conditions:
                 both = both & (self._laid_out(i, j, layout) if condition.asks_layout else condition.holds(i, j))
-            found = found | both
-        return found.expand(torch.broadcast_shapes(found.shape, i.shape, j.shape))
+            visible = visible | both
+        return visible.expand(torch.broadcast_shapes(visible.shape, i.shape, j.shape))
 
     def _laid_out(self, i: torch.Tensor, j: torch.Tensor, layout: torch.Tensor | None) -> torch.Tensor:
         if layout is None:
             raise ValueError(_NO_LAYOUT)
-        row, column = ((item // self.block).clamp(max=size - 1) for item, size in zip((i, j), layout.shape[1:], strict=True))
+        row, column = (
+            (positions // self.block).clamp(max=size - 1) for positions, size in zip((i, j), layout.shape[1:], strict=True)
+        )
         row = row[:, :1] if row.dim() == 3 else row
         head = torch.arange(layout.shape[0], device=j.device).view(-1, *[1] * (j.dim() - 1))
         return layout.to(j.device)[head, row, column]
@@ -216,7 +218,7 @@ def _layout_blocks(
     if layout is None:
         raise ValueError(_NO_LAYOUT)
     (top, bottom), (left, right) = (
-        [(item // block).clamp(max=size - 1) for item in ends] for ends, size in zip((i, j), layout.shape[1:], strict=True)
+        [(end // block).clamp(max=size - 1) for end in ends] for ends, size in zip((i, j), layout.shape[1:], strict=True)
     )
     # Only the part that overlaps the blocks, because a layout covers the longest sequence.
     rows, columns = (int(last[-1]) + 1 if len(last) else 0 for last in (bottom, right))

@@ -114,10 +114,10 @@ def _check(x: torch.Tensor, *operands: Any, features: int, granularity: str = "t
         each = inputs // scale.shape[1] if grouped else inputs
         message = "a scale of the weight is of {} inputs, and must be of a multiple of {} where x has groups of {}"
         require(each % GROUP == 0, message, each, GROUP, GROUP)
-    known = [item for item in (x_scale, x_zero_point) if item is not None]
-    if not all(_is_by_row(item, x) for item in known):
+    known = [operand for operand in (x_scale, x_zero_point) if operand is not None]
+    if not all(_is_by_row(operand, x) for operand in known):
         message = "x has one scale and one zero point where they are known, or both in float32 for each row"
-        require(all(item.numel() == 1 for item in known), message)
+        require(all(operand.numel() == 1 for operand in known), message)
     require(x_zero_point is None or x_scale is not None, "x has a zero point only with a scale")
     if zero_point is not None:
         message = "a weight has zero points only with four bits, where x has the granularity 'group'"

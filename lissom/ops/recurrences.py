@@ -42,7 +42,7 @@ def gated_delta_rule_reference(
     """The reference implementation."""
     sizes = _check_delta_rule(query, key, value, decay, beta, state)
     dtype, copies = _wide(value), value.shape[2] // key.shape[2]
-    query, key = (_prepared(item, dtype, copies, normalizes) for item in (query, key))
+    query, key = (_prepared(operand, dtype, copies, normalizes) for operand in (query, key))
     query = query * scale
     forget = (decay.unsqueeze(-1) if decay.dim() == 3 else decay).to(dtype).exp()
     wide, rate = value.to(dtype), beta.to(dtype)
@@ -69,7 +69,7 @@ def selective_scan_reference(
     """The reference implementation."""
     sizes = _check_scan(x, step, a, b, c, d, state)
     dtype, copies = _wide(x), x.shape[2] // b.shape[2]
-    b, c = (item.to(dtype).repeat_interleave(copies, 2) for item in (b, c))
+    b, c = (operand.to(dtype).repeat_interleave(copies, 2) for operand in (b, c))
     wide, step, rates = x.to(dtype), step.to(dtype), a.to(dtype)
     kept = _started(state, sizes, dtype, x)
     outputs: list[torch.Tensor] = []
@@ -77,8 +77,8 @@ def selective_scan_reference(
         now = step[:, token].unsqueeze(-1)
         forget = (now * (rates.unsqueeze(-1) if rates.dim() == 1 else rates)).exp().unsqueeze(2)
         kept = kept * forget + (now * wide[:, token]).unsqueeze(-1) * b[:, token].unsqueeze(2)
-        found = torch.einsum("bhpn,bhn->bhp", kept, c[:, token])
-        outputs.append(found if d is None else found + wide[:, token] * d.to(dtype).unsqueeze(-1))
+        output = torch.einsum("bhpn,bhn->bhp", kept, c[:, token])
+        outputs.append(output if d is None else output + wide[:, token] * d.to(dtype).unsqueeze(-1))
     return _stacked(outputs, x), kept
 
 
@@ -86,12 +86,12 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _prepared(item: torch.Tensor, dtype: torch.dtype, copies: int, normalizes: bool) -> torch.Tensor:
+def _prepared(x: torch.Tensor, dtype: torch.dtype, copies: int, normalizes: bool) -> torch.Tensor:
     """Queries or keys in the dtype of the sums, one head for each head of the values."""
-    item = item.to(dtype)
+    x = x.to(dtype)
     if normalizes:
-        item = item * torch.rsqrt((item * item).sum(-1, keepdim=True) + EPS)
-    return item.repeat_interleave(copies, 2)
+        x = x * torch.rsqrt((x * x).sum(-1, keepdim=True) + EPS)
+    return x.repeat_interleave(copies, 2)
 
 
 def _started(state: torch.Tensor | None, sizes: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
@@ -203,12 +203,12 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: object, keyword_only_in
 def _backward_of(reference: Any) -> Any:
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Recomputes the forward pass and differentiates it: the states of all tokens are not saved."""
-        inputs = [None if item is None else item.detach().requires_grad_() for item in ctx.saved_tensors]
+        inputs = [None if saved is None else saved.detach().requires_grad_() for saved in ctx.saved_tensors]
         with torch.enable_grad():
             outputs = reference(*inputs, **ctx.options)
-        given = [item for item in inputs if item is not None]
-        found = iter(torch.autograd.grad(outputs, given, gradients, allow_unused=True))
-        return tuple(None if item is None else next(found) for item in inputs)
+        given = [operand for operand in inputs if operand is not None]
+        computed = iter(torch.autograd.grad(outputs, given, gradients, allow_unused=True))
+        return tuple(None if operand is None else next(computed) for operand in inputs)
 
     return backward
 

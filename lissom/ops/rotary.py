@@ -22,7 +22,7 @@ def rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, i
     else:
         turned = torch.cat((-x[..., half:], x[..., :half]), -1)
     if cos.shape[-1] != x.shape[-1]:
-        cos, sin = (item.repeat_interleave(2, -1) if interleaved else torch.cat((item, item), -1) for item in (cos, sin))
+        cos, sin = (table.repeat_interleave(2, -1) if interleaved else torch.cat((table, table), -1) for table in (cos, sin))
     return x * cos + turned * sin
 
 

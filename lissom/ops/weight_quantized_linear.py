@@ -39,7 +39,7 @@ def narrowest(q: torch.Tensor, format: str) -> str:
     """The format with the fewest bits that holds a weight stored in eight."""
     if format not in ("int8", "uint8") or not q.numel():
         return format
-    low, high = (int(item) for item in q.aminmax())
+    low, high = (int(extreme) for extreme in q.aminmax())
     names = ("int5", "int6") if FORMS[format].low else ("uint5",)
     return next((name for name in names if FORMS[name].low <= low and high <= FORMS[name].high), format)
 
@@ -115,7 +115,7 @@ def _check(x: torch.Tensor, *operands: Any, features: int, format: str) -> None:
 def _product(x: torch.Tensor, *operands: Any, features: int, format: str) -> torch.Tensor:
     weight, scale, zero_point, bias = operands
     q = unpack_stored(weight, format, features)
-    blocks = [None if item is None else unpack_blocks(item, features).contiguous() for item in (scale, zero_point)]
+    blocks = [None if operand is None else unpack_blocks(operand, features).contiguous() for operand in (scale, zero_point)]
     # The unpacked elements are dequantized like an eight-bit format.
     matrix = dequantize_reference(q, *blocks, format="int8", dtype=x.dtype)  # pyright: ignore[reportArgumentType]
     return functional.linear(x, matrix, cast(bias, x.dtype))

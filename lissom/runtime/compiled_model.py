@@ -109,15 +109,15 @@ class CompiledModel(HostedModel):
             with self.refusals():
                 tensors = with_memory(self.program, tensors)
         try:
-            found = self._executable(tensors)
+            outputs = self._executable(tensors)
         except (IndexError, RuntimeError) as error:
             sentence = outside_table(self.program, tensors)
             if sentence is None:
                 raise
             raise InputError(sentence) from error
         if torch.is_inference_mode_enabled():
-            return found
-        return [ordinary(value) if isinstance(value, torch.Tensor) else value for value in found]
+            return outputs
+        return [ordinary(value) if isinstance(value, torch.Tensor) else value for value in outputs]
 
     def refusals(self) -> AbstractContextManager[None]:
         """A context for checking a call's arguments: if the block raises, the other ranks do not wait for this rank's call."""
@@ -217,9 +217,9 @@ class CompiledModel(HostedModel):
     def __deepcopy__(self, memo: object) -> CompiledModel:
         """A copy through its artifact; unlike a pickle's, its compiled code is known. Raises as `__reduce_ex__`."""
         self.check_alone()
-        found = loaded_from(files_of(self.save), partial(load, backend=self.external_backend, allow_native=True))
-        found.facts = self.facts
-        return found
+        copied = loaded_from(files_of(self.save), partial(load, backend=self.external_backend, allow_native=True))
+        copied.facts = self.facts
+        return copied
 
     @property
     def external_backend(self) -> Backend | None:
@@ -311,9 +311,9 @@ class _Shared:
     """
 
     def __init__(self, program: Program) -> None:
-        found = {name: item for name, item in program.weights().items() if isinstance(item, nn.Parameter)}
-        self._names = [name for name, item in found.items() if not item.is_inference()]
-        self._tensors = [found[name] for name in self._names]
+        parameters = {name: weight for name, weight in program.weights().items() if isinstance(weight, nn.Parameter)}
+        self._names = [name for name, parameter in parameters.items() if not parameter.is_inference()]
+        self._tensors = [parameters[name] for name in self._names]
         self._versions = [tensor._version for tensor in self._tensors]
 
     def changed(self) -> bool:
@@ -335,9 +335,9 @@ class _Shared:
 
 
 def _from_files(files: Mapping[str, bytes], source: str | None, backend: Backend | None = None) -> CompiledModel:
-    found = loaded_from(files, partial(load, backend=backend))
-    found.facts = None if found.facts is None else replace(found.facts, source=source)
-    return found
+    model = loaded_from(files, partial(load, backend=backend))
+    model.facts = None if model.facts is None else replace(model.facts, source=source)
+    return model
 
 
 def load(

@@ -78,9 +78,9 @@ class OriginalMeter:
         self.known = measure_node_errors(original, self.program, sample, replaced)
         return self.known
 
-    def _moved(self, item: object) -> object:
+    def _moved(self, value: object) -> object:
         """An input on the device of the program."""
-        return item.to(self.device) if isinstance(item, torch.Tensor) else item
+        return value.to(self.device) if isinstance(value, torch.Tensor) else value
 
     def _canonical(self, model: nn.Module | Program) -> Program:
         """The model's program after the recipe `exact`, which is the first of every pipeline."""
@@ -90,10 +90,10 @@ class OriginalMeter:
         else:
             merged = with_merged_adapters(model)
             program = capture(merged, self.args, self.kwargs, dynamic=self.dynamic, device=self.device).program
-        found, history = Pipeline(passes, checks="off").run(program)
+        canonical, history = Pipeline(passes, checks="off").run(program)
         if history.texts[-1] != self.history.texts[min(len(passes), len(self.history.texts) - 1)]:
             raise InputError(f"the model given is not the one that {self.program.name} was made of: their programs differ")
-        return found
+        return canonical
 
 
 def with_meter(

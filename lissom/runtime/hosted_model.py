@@ -168,8 +168,8 @@ class HostedModel(FixedModule):
         def forward(self: HostedModel, *args: object, **kwargs: object) -> object:
             return called(self, *args, **kwargs)
 
-        taken = self.program.signature
-        names = dict.fromkeys(["self", *(item.name for item in (*taken.positional, *taken.keyword))])
+        signature = self.program.signature
+        names = dict.fromkeys(["self", *(argument.name for argument in (*signature.positional, *signature.keyword))])
         parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names if name.isidentifier()]
         forward.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
         kind.forward = forward
@@ -196,7 +196,7 @@ class HostedModel(FixedModule):
         """
         if self.facts is None:
             return arguments
-        captured = {item.name for item in (*self.program.signature.positional, *self.program.signature.keyword)}
+        captured = {argument.name for argument in (*self.program.signature.positional, *self.program.signature.keyword)}
         kept = dict(arguments)
         for name in {"return_dict", *_SWITCHES} & arguments.keys() - captured:
             value = kept.pop(name)
@@ -222,9 +222,9 @@ def _device_of(program: Program) -> torch.device:
 
 
 def _dtype_of(program: Program) -> torch.dtype:
-    taken = [leaf.type for leaf in program.signature.tensors]
+    argument_types = [leaf.type for leaf in program.signature.tensors]
     returned = [nodes.node_type(node) for node in program.output.all_input_nodes]
-    dtypes = (found.dtype for found in (*taken, *returned) if isinstance(found, TensorType))
+    dtypes = (value_type.dtype for value_type in (*argument_types, *returned) if isinstance(value_type, TensorType))
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
@@ -232,8 +232,8 @@ def _names_returned(program: Program) -> tuple[str, ...]:
     """The names of the program's outputs if it returns a mapping, else none."""
     signature = program.signature
     # Tensors, because output classes take None for a missing field, and a tuple for several fields.
-    found = signature.unflatten([torch.empty(())] * signature.out_spec.num_leaves)
-    return tuple(map(str, found)) if isinstance(found, Mapping) else ()
+    outputs = signature.unflatten([torch.empty(())] * signature.out_spec.num_leaves)
+    return tuple(map(str, outputs)) if isinstance(outputs, Mapping) else ()
 
 
 def _returns(names: tuple[str, ...], wanted: tuple[str, ...]) -> bool:

@@ -48,10 +48,10 @@ def refuse_tracer(name: str) -> None:
     Raises:
         InputError: if there is one.
     """
-    found = tracer()
-    if found is not None:
+    active = tracer()
+    if active is not None:
         raise InputError(
-            f"{name} is compiled and cannot run under {found}, because its kernels cannot be traced; "
+            f"{name} is compiled and cannot run under {active}, because its kernels cannot be traced; "
             f"use the model it was compiled from there"
         )
 
@@ -63,14 +63,14 @@ def with_memory(program: Program, tensors: Sample) -> Sample:
         InputError: under a tracer, and for any other tensor without memory.
     """
     refuse_tracer(program.name)
-    found = [torch.zeros_like(tensor) if tensor._is_zerotensor() else tensor for tensor in tensors]
-    for leaf, tensor in zip(program.signature.tensors, found, strict=True):
+    materialized = [torch.zeros_like(tensor) if tensor._is_zerotensor() else tensor for tensor in tensors]
+    for leaf, tensor in zip(program.signature.tensors, materialized, strict=True):
         if not has_memory(tensor):
             raise InputError(
                 f"argument '{leaf.path}' is a tensor without memory, as under torch.vmap and torch.func.grad, or after its "
                 f"storage was freed; pass a tensor with memory, or use the model that {program.name} was compiled from"
             )
-    return found
+    return materialized
 
 
 @_disable_dynamo

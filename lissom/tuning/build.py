@@ -111,9 +111,9 @@ class Workshop:
         )
         free_dropped_programs(self.program.parameter_bytes)
         started = time.monotonic()
-        found = compile_model(self.program, self.example, settings)
+        compiled = compile_model(self.program, self.example, settings)
         self.seconds = time.monotonic() - started
-        return found
+        return compiled
 
     def base(self, variant: Variant) -> CompiledModel:
         """The program of a variant without further passes. Raises LissomError."""
@@ -121,26 +121,26 @@ class Workshop:
             self.exact[variant] = self.build(variant.pipeline, variant.backend)
         return self.exact[variant]
 
-    def time(self, found: CompiledModel, base: CompiledModel, *, careful: bool = False) -> Timed:
+    def time(self, compiled: CompiledModel, base: CompiledModel, *, careful: bool = False) -> Timed:
         """The time of a program over that of `base`."""
-        calls = {"base": partial(base.run, self.sample), "found": partial(found.run, self.sample)}
-        with restored_state(base._executable, found._executable):
+        calls = {"base": partial(base.run, self.sample), "compiled": partial(compiled.run, self.sample)}
+        with restored_state(base._executable, compiled._executable):
             seconds = max(_CAREFUL if careful else _QUICK, _OF_BUILD * self.seconds)
             timings = time_calls(calls, seconds, most=ENOUGH)
-        base_ms, ms = timings["base"], timings["found"]
+        base_ms, ms = timings["base"], timings["compiled"]
         # Other processes only ever add time, so the lower quartiles are compared.
         ratio = ms.low_ms / base_ms.low_ms
         return Timed(ratio, ratio * ms.low_ms / ms.median_ms, ratio * ms.high_ms / ms.median_ms)
 
-    def milliseconds(self, found: CompiledModel) -> float:
+    def milliseconds(self, compiled: CompiledModel) -> float:
         """The time of one call: the lower quartile of many."""
-        with restored_state(found._executable):
-            return time_calls({"found": partial(found.run, self.sample)}, _CAREFUL, most=ENOUGH)["found"].low_ms
+        with restored_state(compiled._executable):
+            return time_calls({"compiled": partial(compiled.run, self.sample)}, _CAREFUL, most=ENOUGH)["compiled"].low_ms
 
     @staticmethod
-    def size(found: CompiledModel) -> int:
+    def size(compiled: CompiledModel) -> int:
         """The bytes of its weights in an artifact."""
-        return stored_bytes(found.program)
+        return stored_bytes(compiled.program)
 
 
 @dataclass(frozen=True)
@@ -175,27 +175,27 @@ class Quality:
             )
         return cls(divergence, metric, first, noise)
 
-    def drop(self, found: CompiledModel) -> tuple[float, float]:
+    def drop(self, compiled: CompiledModel) -> tuple[float, float]:
         """The drop, and the divergence of the outputs. Raises InputError if the metric fails."""
-        squared = self.divergence.of(partial(_run_by_itself, found))
+        squared = self.divergence.of(partial(_run_by_itself, compiled))
         if self.metric is None or math.isinf(squared):
             return squared**0.5, squared
-        return self.score - _score(self.metric, found, original=False), squared
+        return self.score - _score(self.metric, compiled, original=False), squared
 
 
-def _run_by_itself(found: CompiledModel, sample: Sample) -> Sequence[object]:
+def _run_by_itself(compiled: CompiledModel, sample: Sample) -> Sequence[object]:
     """The outputs; a KV cache is then as it was."""
-    with own_state(found):
-        return found.run(sample)
+    with own_state(compiled):
+        return compiled.run(sample)
 
 
 def _score(metric: Metric, model: CompiledModel, *, original: bool) -> float:
     try:
         with torch.no_grad():
-            found = metric(model)
+            score = metric(model)
     except KeyboardInterrupt:
         raise
     # The metric is the caller's code, and may raise anything; the error is kept as the cause.
     except Exception as error:
         raise InputError(f"metric raised {type(error).__name__}: {error}; it takes a model and returns one number") from error
-    return read_score(found, original=original)
+    return read_score(score, original=original)

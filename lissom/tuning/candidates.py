@@ -145,26 +145,29 @@ class Aim:
 
         Of programs that are as fast as the fastest, within what a measurement varies, it is the one with the smallest drop.
         """
-        fitting = [item for item in candidates if self.meets(item)]
+        fitting = [candidate for candidate in candidates if self.meets(candidate)]
         if not fitting:
             return candidates[0]
         best = min(fitting, key=self.rank)
         if self.memory or self.target is not None:
             return best
-        alike = (item for item in fitting if item.milliseconds <= ALIKE * best.milliseconds)
-        return min(alike, key=lambda item: (item.drop, item.milliseconds))
+        alike = (candidate for candidate in fitting if candidate.milliseconds <= ALIKE * best.milliseconds)
+        return min(alike, key=lambda candidate: (candidate.drop, candidate.milliseconds))
 
     def nearest_miss(self, candidates: Sequence[Candidate]) -> Candidate | None:
         """The measured candidate that misses the bound by least; None if there is none besides the exact program."""
-        missing = [item for item in candidates if not item.failed and not item.exact and not self.meets(item)]
+        missing = [
+            candidate for candidate in candidates if not candidate.failed and not candidate.exact and not self.meets(candidate)
+        ]
         return min(missing, key=self.miss, default=None)
 
     def frontier(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates that no other one matches in both cost and drop, the cheapest first."""
-        found: list[Candidate] = []
-        for item in sorted(
-            (item for item in candidates if not item.failed), key=lambda item: (item.cost(self.memory), item.drop)
+        frontier: list[Candidate] = []
+        for candidate in sorted(
+            (candidate for candidate in candidates if not candidate.failed),
+            key=lambda candidate: (candidate.cost(self.memory), candidate.drop),
         ):
-            if not found or item.drop < found[-1].drop:
-                found.append(item)
-        return found
+            if not frontier or candidate.drop < frontier[-1].drop:
+                frontier.append(candidate)
+        return frontier

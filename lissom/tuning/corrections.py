@@ -96,13 +96,13 @@ def fit_parts(
         usual: the factors with fewer than four points; others are charged for their distance from them.
         near: as in `PowerLaw.fit`.
     """
-    found: list[tuple[float, Factors, PowerLaw]] = []
+    fits: list[tuple[float, Factors, PowerLaw]] = []
     for steps in product(_STEPS, _STEPS) if len(points) >= _LEAST_POINTS else ((1.0, 1.0),):
         factors = Factors(*(step * before for step, before in zip(steps, usual, strict=True)))
         sums = [(factors(*parts), y) for *parts, y in points]
         law = start.fit(sums, near)
-        found.append((law.error(sums, near) + _CHARGE * sum(math.log(step) ** 2 for step in steps), factors, law))
-    _, factors, law = min(found, key=lambda item: item[0])
+        fits.append((law.error(sums, near) + _CHARGE * sum(math.log(step) ** 2 for step in steps), factors, law))
+    _, factors, law = min(fits, key=lambda fit: fit[0])
     return factors, law
 
 
@@ -125,18 +125,18 @@ class Ratios:
         """The ratio that is expected of a program."""
         if not self.points:
             return 1.0
-        return float(np.exp(self._likeness([self._numbers.get(item, -1) for item in features]) @ self._fitted))
+        return float(np.exp(self._likeness([self._numbers.get(feature, -1) for feature in features]) @ self._fitted))
 
     @cached_property
     def _numbers(self) -> dict[Hashable, int]:
         """A number for each feature."""
-        every = dict.fromkeys(item for features, *_ in self.points for item in features)
-        return {item: number for number, item in enumerate(every)}
+        every = dict.fromkeys(feature for features, *_ in self.points for feature in features)
+        return {feature: number for number, feature in enumerate(every)}
 
     @cached_property
     def _known(self) -> np.ndarray:
         """The features of the points, [points, features]."""
-        return np.array([[self._numbers[item] for item in features] for features, *_ in self.points])
+        return np.array([[self._numbers[feature] for feature in features] for features, *_ in self.points])
 
     def _likeness(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         """The similarity of each point to a program, [points]."""

@@ -30,9 +30,9 @@ class CostTable:
         """The cost of an option; infinite where nothing is known of it."""
         if option == group.whole:
             return 0.0
-        found = self.known.get((group.likeness, option))
-        if found is not None:
-            return found
+        cost = self.known.get((group.likeness, option))
+        if cost is not None:
+            return cost
         least, full = smallest(group), Option(group.size, option.scheme)
         if option.pooled:
             end, along = Option(group.size, option.scheme, group.pools[-1]), group.key_value_heads - option.pooled
@@ -41,7 +41,7 @@ class CostTable:
             return math.inf
         else:
             end, along = Option(least, option.scheme), (group.size - option.left) / (group.size - least)
-        ends = [0.0 if item == group.whole else self.known.get((group.likeness, item), math.inf) for item in (full, end)]
+        ends = [0.0 if bound == group.whole else self.known.get((group.likeness, bound), math.inf) for bound in (full, end)]
         return ends[0] + along * (ends[1] - ends[0]) if math.isfinite(sum(ends)) else math.inf
 
 
@@ -108,14 +108,14 @@ class CostMeter:
         """The cost of the whole program relative to the exact one, minus 1; None if it cannot be built."""
         exact = self.workshop.base(self.variant)
         try:
-            found = self.workshop.build(passes, self.variant.backend, checks="off")
+            compiled = self.workshop.build(passes, self.variant.backend, checks="off")
         except LissomError as error:
             table.failed.append(f"{passes}: {error}")
             return None
         if self.memory:
-            share = self.workshop.size(found) / max(self.workshop.size(exact), 1) - 1
+            share = self.workshop.size(compiled) / max(self.workshop.size(exact), 1) - 1
         else:
-            share = self.workshop.time(found, exact).ratio - 1
+            share = self.workshop.time(compiled, exact).ratio - 1
         self.store.add("cost", self.key, f"{self.variant.backend} {passes}", share=share)
         return share
 

@@ -44,10 +44,10 @@ class Divergence:
         with torch.no_grad():
             return self._compared(list(run(sample)) for sample in self.batches)
 
-    def _compared(self, found: Iterable[Sequence[object]]) -> float:
+    def _compared(self, outputs: Iterable[Sequence[object]]) -> float:
         count = len(self._wanted[0])
         errors, sizes = [0.0] * count, [0.0] * count
-        for left, right, masks in zip(self._wanted, found, self._masks, strict=True):
+        for left, right, masks in zip(self._wanted, outputs, self._masks, strict=True):
             for index, (wanted, value, mask) in enumerate(zip(left, right, masks, strict=True)):
                 if not isinstance(wanted, torch.Tensor) or not isinstance(value, torch.Tensor):
                     continue
@@ -62,13 +62,13 @@ class Divergence:
         return max(shares, default=0.0) if all(map(math.isfinite, shares)) else math.inf
 
 
-def _squares(wanted: torch.Tensor, found: torch.Tensor) -> tuple[float, float]:
-    """Σ (found − wanted)² and Σ wanted² over the places where `wanted` is finite. Both: [numbers]."""
-    a, b = wanted.float(), found.float()
+def _squares(wanted: torch.Tensor, actual: torch.Tensor) -> tuple[float, float]:
+    """Σ (actual − wanted)² and Σ wanted² over the places where `wanted` is finite. Both: [numbers]."""
+    a, b = wanted.float(), actual.float()
     difference = b - a
     error, size = float(difference @ difference), float(a @ a)
     if math.isfinite(error + size):
         return error, size
     finite = wanted.isfinite()
-    a, b = wanted[finite].double(), found[finite].double()
+    a, b = wanted[finite].double(), actual[finite].double()
     return float((b - a).square_().sum()), float(a.square_().sum())

@@ -22,18 +22,18 @@ _FACTOR, _UP, _DOWN = 3.0, 1.8, 1.6
 def distil(search: Search, until: float) -> None:
     """Verify finalists with distillation, each in an equal part of the time until a fraction of the whole."""
     trials, factor, tried = search.trials, _FACTOR, list[str]()
-    for turn in range(sum(item.distilled for item in trials.candidates), _COUNT):
-        found = _finalist(search, factor)
-        if found is None or (pipeline := search.candidate(*found).pipeline) in tried:
+    for turn in range(sum(candidate.distilled for candidate in trials.candidates), _COUNT):
+        finalist = _finalist(search, factor)
+        if finalist is None or (pipeline := search.candidate(*finalist).pipeline) in tried:
             return
         tried.append(pipeline)
         seconds = trials.clock.until(until) / (_COUNT - turn) - trials.pace
-        pace = _seconds_a_step(search, *found) if seconds > 0 else math.inf
+        pace = _seconds_a_step(search, *finalist) if seconds > 0 else math.inf
         steps = int(seconds / pace)
         if steps < _LEAST_STEPS:
             return
         usual = trials.pace
-        distilled = search.verify(*found, steps)
+        distilled = search.verify(*finalist, steps)
         # Training is planned for by itself.
         trials.pace = usual
         factor = factor * _UP if trials.aim.meets(distilled) else factor / _DOWN
@@ -48,8 +48,8 @@ def _finalist(search: Search, factor: float) -> tuple[Variant, Choice] | None:
     loss = factor * search.law.inverse(aim.max_drop) if aim.target is None else math.inf
     # A target that the last one missed is aimed at more closely.
     cost = math.inf if aim.target is None else search.ratios.inverse(aim.target) * (0.97 if factor < _FACTOR else 1.0)
-    found = search.best_of(dict.fromkeys(search.tables, (loss, cost)))
-    return found if found is not None and search.candidate(*found, _PROBE_STEPS).distilled else None
+    finalist = search.best_of(dict.fromkeys(search.tables, (loss, cost)))
+    return finalist if finalist is not None and search.candidate(*finalist, _PROBE_STEPS).distilled else None
 
 
 def _seconds_a_step(search: Search, variant: Variant, choice: Choice) -> float:

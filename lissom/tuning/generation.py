@@ -108,21 +108,21 @@ def tune_generation(
     )
     example = _a_token(judged[0], max_length) if goal == "decode" else judged[0]
     with searching(request) as clock:
-        taken = capture_decoder(model, max_length=max_length, batch=batch, all_logits=True, device=None)
-        program, *_ = optimize_model(taken.program, example, Settings(passes=EXACT, progress=silent))
-        found = search(program, example, request, store, clock)
+        captured = capture_decoder(model, max_length=max_length, batch=batch, all_logits=True, device=None)
+        program, *_ = optimize_model(captured.program, example, Settings(passes=EXACT, progress=silent))
+        tuned = search(program, example, request, store, clock)
     calibration = tuple(token_ids(calibrating))
     decoder = compile_generation(
         model,
         max_length=max_length,
         batch=batch,
-        passes=found.pipeline,
-        backend=request.backends[found.backend],
+        passes=tuned.pipeline,
+        backend=request.backends[tuned.backend],
         data=calibration,
         goal=None,
         progress=silent,
     )
-    return Tuned(decoder, found.pipeline, found.backend, found.frontier, found.report, calibration)
+    return Tuned(decoder, tuned.pipeline, tuned.backend, tuned.frontier, tuned.report, calibration)
 
 
 def divided(texts: Sequence[Inputs], most: float) -> tuple[list[Inputs], list[Inputs]]:

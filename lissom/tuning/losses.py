@@ -87,7 +87,7 @@ class LossTable:
         known = table[index]
         if left in known:
             return known[left]
-        if left == 0 or len([item for item in known if item]) == 1:
+        if left == 0 or len([amount for amount in known if amount]) == 1:
             others = (at for at in self._like(index) if at != index and len(table[at]) > 1)
             return max((self._interpolated(table[at], size, left) for at in others), default=math.inf)
         return self._interpolated(known, size, left)
@@ -144,15 +144,15 @@ class LossMeter:
         ordered = sorted(
             first.values(), key=lambda task: (task[1].scheme == PLAIN, -saving(*task) * members[self.groups[task[0]].likeness])
         )
-        taken = dict[bool, float]()  # whether it is a scheme: the seconds of the slowest
+        slowest = dict[bool, float]()  # whether it is a scheme: the seconds of the slowest
         for done, task in enumerate(ordered):
             started, scheme = time.monotonic(), task[1].scheme != PLAIN
             self._measure(table, [task], done, until)
-            taken[scheme] = max(taken.get(scheme, _LEAST), time.monotonic() - started)
+            slowest[scheme] = max(slowest.get(scheme, _LEAST), time.monotonic() - started)
         known = set(ordered)
 
         def worth(task: tuple[int, Option]) -> float:
-            return saving(*task) / max(table.loss(*task), _LEAST) / taken[task[1].scheme != PLAIN]
+            return saving(*task) / max(table.loss(*task), _LEAST) / slowest[task[1].scheme != PLAIN]
 
         rest = sorted((task for task in tasks if task not in known), key=worth, reverse=True)
         self._measure(table, rest, len(ordered), until)
@@ -179,17 +179,17 @@ class LossMeter:
             data: the batches that programs calibrate on, and that `divergence` compares.
         """
         meter = replace(self, data=data, divergence=divergence, key=f"{self.key} in sample")
-        found: dict[str, tuple[float, float]] = {}
+        losses: dict[str, tuple[float, float]] = {}
         for index, group in enumerate(self.groups):
             known = ((left, loss) for left, loss in table.lefts[index].items() if left and 0 < loss < math.inf)
             left, loss = next(known, (0, 0.0))
-            if not left or group.kind in found:
+            if not left or group.kind in losses:
                 continue
             options = [Option(left) if at == index else other.whole for at, other in enumerate(self.groups)]
             again = meter._known(table, options, f"losses on the batches of calibration: {group.name}", 1.0)
             if again is not None:
-                found[group.kind] = again, loss
-        return found
+                losses[group.kind] = again, loss
+        return losses
 
     def _known(self, table: LossTable, options: Sequence[Option], what: str, until: float) -> float | None:
         """The loss of these options, from the store or measured; None if that fraction of the time has passed.
@@ -224,7 +224,7 @@ class LossMeter:
                 if scheme != PLAIN and scheme in group.schemes:
                     yield index, Option(group.size, scheme)
         fewer = [[left for left in group.lefts() if 0 < left < group.size] for group in self.groups]
-        orders = [dict.fromkeys([0, *item[1:2], *item[:1], *item[-1:], *item]) for item in fewer]
+        orders = [dict.fromkeys([0, *counts[1:2], *counts[:1], *counts[-1:], *counts]) for counts in fewer]
         rounds = [
             [*(Option(left) for left in order if left or group.layer), *(Option(group.size, pooled=at) for at in group.pools)]
             for order, group in zip(orders, self.groups, strict=True)

@@ -80,7 +80,7 @@ class TuneReport:
             return f"no cheaper candidate meets the bound, and {kept}; the nearest {self.verdict(missed)}: {missed.pipeline}"
         if not self.groups:
             return f"{kept}: the model has no layer that the search can change"
-        if all(item.exact or item.failed for item in self.candidates):
+        if all(candidate.exact or candidate.failed for candidate in self.candidates):
             return f"{kept}: no other was built within the time, or the tables show nothing that is cheaper"
         clearly = f" by more than {ALIKE - 1:.0%}" if self._ranked == "time" else ""
         return f"{kept}: no candidate has a smaller {self._ranked}{clearly}"
@@ -155,13 +155,15 @@ def _table(report: TuneReport) -> RenderableType:
     table.add_column("passes", overflow="fold")
     order = sorted(range(len(report.candidates)), key=lambda at: report.candidates[at].cost(memory))
     for at in order:
-        item = report.candidates[at]
-        cost, other = (item.bytes / 1e6, item.milliseconds) if memory else (item.milliseconds, item.bytes / 1e6)
-        predicted = None if item.predicted_cost is None else item.predicted_cost / (1e6 if memory else 1)
-        figures = [f"{value:.3g}" for value in (cost, item.drop, other)] if not item.failed else [""] * 3
+        candidate = report.candidates[at]
+        cost, other = (
+            (candidate.bytes / 1e6, candidate.milliseconds) if memory else (candidate.milliseconds, candidate.bytes / 1e6)
+        )
+        predicted = None if candidate.predicted_cost is None else candidate.predicted_cost / (1e6 if memory else 1)
+        figures = [f"{value:.3g}" for value in (cost, candidate.drop, other)] if not candidate.failed else [""] * 3
         table.add_row(
-            str(at), _known(predicted), figures[0], _known(item.predicted_drop), figures[1], figures[2],
-            Text(report.verdict(item)), Text(shortened(item.pipeline)),
+            str(at), _known(predicted), figures[0], _known(candidate.predicted_drop), figures[1], figures[2],
+            Text(report.verdict(candidate)), Text(shortened(candidate.pipeline)),
         )  # fmt: skip
     drop = "drop of the metric" if report.scored else "relative output error"
     below = ["", f"drop: {drop}; predicted: by the tables, before the program was built", *map(_sentence, report.notes)]
@@ -182,7 +184,7 @@ def _known(value: float | None) -> str:
 def shortened(pipeline: str) -> str:
     """The passes of a pipeline, with short options only."""
     cast = RECIPES["mixed-precision"]
-    texts = (format_pass(item) for item in parse_pipeline(pipeline.replace(cast, _CAST), known_passes(), RECIPES))
+    texts = (format_pass(pass_) for pass_ in parse_pipeline(pipeline.replace(cast, _CAST), known_passes(), RECIPES))
     short = [text if len(text) <= _LONGEST else f"{text.partition('{')[0]}{{…}}" for text in texts]
     return ", ".join("bf16" if text == _CAST else text for text in short) if pipeline != EXACT else EXACT
 
@@ -191,21 +193,21 @@ def _plot(report: TuneReport, path: Path) -> None:
     memory = report.aim.memory
     scale = 1e6 if memory else 1.0
     figure, (axes,) = new_figure()
-    measured = [item for item in report.candidates if not item.failed]
+    measured = [candidate for candidate in report.candidates if not candidate.failed]
     frontier = report.frontier
     for group, colour, label in (
-        ([item for item in measured if item not in frontier], FAINT, "matched by others"),
+        ([candidate for candidate in measured if candidate not in frontier], FAINT, "matched by others"),
         (frontier, MAIN, "frontier"),
     ):
         if not group:
             continue
-        x = [item.cost(memory) / scale for item in group]
+        x = [candidate.cost(memory) / scale for candidate in group]
         errors = None if memory else [
-            [max(item.milliseconds - item.low, 0.0) for item in group],
-            [max(item.high - item.milliseconds, 0.0) for item in group],
+            [max(candidate.milliseconds - candidate.low, 0.0) for candidate in group],
+            [max(candidate.high - candidate.milliseconds, 0.0) for candidate in group],
         ]  # fmt: skip
         style = "o-" if group is frontier else "o"
-        axes.errorbar(x, [item.drop for item in group], xerr=errors, fmt=style, color=colour, label=label, capsize=2)
+        axes.errorbar(x, [candidate.drop for candidate in group], xerr=errors, fmt=style, color=colour, label=label, capsize=2)
     chosen = report.chosen
     axes.plot([chosen.cost(memory) / scale], [chosen.drop], "*", color=MARKED, markersize=14, label="chosen", zorder=5)
     if report.aim.target is None:

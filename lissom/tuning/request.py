@@ -103,17 +103,17 @@ def _named(backends: Sequence[str | Backend]) -> dict[str, str | Backend]:
         backends = (backends,)
     if not isinstance(backends, Sequence):
         raise UnsupportedError(f"backends= is {backends!r:.80}; give one or more, for example ('eager',)")
-    found: dict[str, str | Backend] = {}
-    for item in backends:
-        backend = find_backend(item)
+    named: dict[str, str | Backend] = {}
+    for given in backends:
+        backend = find_backend(given)
         if backend.runs_ranks:
             raise UnsupportedError(f"backends= holds '{backend.name}', and tune searches programs that run in one process")
-        if backend.name in found:
+        if backend.name in named:
             raise UnsupportedError(f"backends= holds '{backend.name}' twice; give each backend once")
-        found[backend.name] = backend
-    if not found:
+        named[backend.name] = backend
+    if not named:
         raise UnsupportedError("backends= is empty; give one or more, for example ('eager',)")
-    return found
+    return named
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -126,10 +126,10 @@ def _read_target(target: object, *, memory: bool) -> tuple[float, str]:
     example = "a size such as '20 MB'" if memory else "a time such as '5 ms'"
     wrong = UnsupportedError(f"target= is {target!r:.80}; give a factor above 1, such as 2.0, or {example}")
     if isinstance(target, str):
-        found = _ABSOLUTE.fullmatch(target)
-        if found is None or found[2] not in (*units, "x", "×"):
+        match = _ABSOLUTE.fullmatch(target)
+        if match is None or match[2] not in (*units, "x", "×"):
             raise wrong
-        amount, unit = float(found[1]), found[2]
+        amount, unit = float(match[1]), match[2]
     elif _is_number(target):
         amount, unit = float(target), "x"
     else:

@@ -76,13 +76,13 @@ class Search:
         """Verify candidates until a fraction of the time has passed, or no new ones are found."""
         self.correct()
         # One by one, since each that is verified corrects what is predicted of the next.
-        worth = (found for found in self._uniform() if self.has_time(until) and not self._far_over(*found))
-        for found in islice(worth, _MOST_UNIFORM):
-            self.verify(*found)
+        worth = (solution for solution in self._uniform() if self.has_time(until) and not self._far_over(*solution))
+        for solution in islice(worth, _MOST_UNIFORM):
+            self.verify(*solution)
         if self.has_time(until) and (alone := self._tables_alone()) is not None:
             self.verify(*alone)
-        while self.has_time(until) and (found := next(self._fresh(), None)) is not None:
-            self.verify(*found)
+        while self.has_time(until) and (solution := next(self._fresh(), None)) is not None:
+            self.verify(*solution)
 
     def has_time(self, until: float) -> bool:
         """True if there is time for one more candidate."""
@@ -91,16 +91,16 @@ class Search:
     def _uniform(self) -> list[tuple[Variant, Choice]]:
         """One scheme of `quantize` everywhere, where that is cheaper than the variant: the one with the least loss, which
         shows how far the drop is from the table's losses, then the cheapest first."""
-        found: list[tuple[float, float, Variant, Choice]] = []
+        uniform: list[tuple[float, float, Variant, Choice]] = []
         for variant, table in self.tables.items():
             for scheme in dict.fromkeys(item.option.scheme for items in table for item in items):
                 choice = [_with_scheme(group, items, scheme) for group, items in zip(self.groups, table, strict=True)]
                 saving = sum(item.cost for item in choice)
                 if scheme not in (PLAIN, LOW_RANK) and not scheme.startswith(UNTIED) and saving < 0:
                     loss = sum(item.loss for item in choice) + self.base_loss(variant)
-                    found.append((saving + self.base_cost(variant), loss, variant, choice))
-        least = min((item[1] for item in found), default=0.0)
-        return [item[2:] for item in sorted(found, key=lambda item: (item[1] > least, item[0]))]
+                    uniform.append((saving + self.base_cost(variant), loss, variant, choice))
+        least = min((entry[1] for entry in uniform), default=0.0)
+        return [entry[2:] for entry in sorted(uniform, key=lambda entry: (entry[1] > least, entry[0]))]
 
     def _tables_alone(self) -> tuple[Variant, Choice] | None:
         """The embedding tables and LM heads of the first solution by themselves, if they save much of its time or bytes.
@@ -126,20 +126,20 @@ class Search:
         """Solutions that were not built yet, those nearest to the bound first; for each bound that of the best variant."""
         bounds = [self._bounds(variant) for variant in self.tables]
         for turn in zip(*bounds, strict=True):
-            found = self.best_of(dict(zip(self.tables, turn, strict=True)))
-            if found is not None and self.trials.known(self.candidate(*found)) is None:
-                yield found
+            solution = self.best_of(dict(zip(self.tables, turn, strict=True)))
+            if solution is not None and self.trials.known(self.candidate(*solution)) is None:
+                yield solution
 
     def best_of(self, bounds: Mapping[Variant, tuple[float, float]]) -> tuple[Variant, Choice] | None:
         """The solution of the variant that is best under its bounds on loss and cost."""
-        found: list[tuple[float, Variant, Choice]] = []
+        solutions: list[tuple[float, Variant, Choice]] = []
         for variant, (loss, cost) in bounds.items():
             choice = self.solve(variant, loss, cost)
             if choice is not None:
                 candidate = self.candidate(variant, choice)
                 rank = candidate.table_cost if math.isinf(cost) else candidate.predicted_drop
-                found.append((rank or 0.0, variant, choice))
-        return min(found, key=lambda item: item[0])[1:] if found else None
+                solutions.append((rank or 0.0, variant, choice))
+        return min(solutions, key=lambda entry: entry[0])[1:] if solutions else None
 
     def solve(self, variant: Variant, loss: float, cost: float) -> Choice | None:
         """The best choice whose whole program has at most this weighted loss or this cost; the other bound is infinite."""
@@ -148,10 +148,10 @@ class Search:
             return None
         table = self.tables[variant]
         weighted = [[item.weighted(self.factors) for item in items] for items in table]
-        found = solve(weighted, [group.kind for group in self.groups], loss=loss, cost=cost)
-        if found is None:
+        solution = solve(weighted, [group.kind for group in self.groups], loss=loss, cost=cost)
+        if solution is None:
             return None
-        return [next(same for same in items if same.option == item.option) for items, item in zip(table, found, strict=True)]
+        return [next(same for same in items if same.option == item.option) for items, item in zip(table, solution, strict=True)]
 
     def _bounds(self, variant: Variant) -> list[tuple[float, float]]:
         """The bounds on loss and cost to solve for."""
@@ -198,18 +198,25 @@ class Search:
 
     def verify(self, variant: Variant, choice: Choice, steps: int = 0) -> Candidate:
         """Build, time and evaluate a choice, and correct the tables."""
-        found = self.trials.measure(self.candidate(variant, choice, steps))
+        measured = self.trials.measure(self.candidate(variant, choice, steps))
         self.correct()
-        return found
+        return measured
 
     def correct(self) -> None:
         """Fit the corrections of both tables to the candidates that were measured."""
         aim, fitting = self.trials.aim, self.trials.fitting()
         floor = aim.max_drop / 100 or 1e-6
         start = PowerLaw(1.0, 0.5 if self.trials.quality.metric is None else 1.0)
-        points = [(item.table_loss or 0.0, item.table_amounts, item.table_tables, max(item.drop, floor)) for item in fitting]
+        points = [
+            (candidate.table_loss or 0.0, candidate.table_amounts, candidate.table_tables, max(candidate.drop, floor))
+            for candidate in fitting
+        ]
         self.factors, self.law = fit_parts(start, points, aim.max_drop, self.usual)
-        points = [(self._read(item), item.table_cost, item.cost(aim.memory)) for item in fitting if item.table_cost]
+        points = [
+            (self._read(candidate), candidate.table_cost, candidate.cost(aim.memory))
+            for candidate in fitting
+            if candidate.table_cost
+        ]
         self.ratios = Ratios(points, [max(spans) for spans in zip(*map(self._savings, self.tables), strict=True)])
 
     def _savings(self, variant: Variant) -> list[float]:

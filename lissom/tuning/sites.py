@@ -94,25 +94,25 @@ class Group:
 
     def lefts(self) -> list[int]:
         """The numbers of units that may stay, all of them first; 0 at the end if the part can be removed."""
-        found = [self.size]
+        lefts = [self.size]
         multiple = _MULTIPLE if self.size >= 4 * _MULTIPLE else 1
         for fraction in FRACTIONS if self.units else ():
-            found.append(max(1, round(fraction * self.size / multiple) * multiple))
-        return list(dict.fromkeys([*found, *([0] if self.layer else [])]))
+            lefts.append(max(1, round(fraction * self.size / multiple) * multiple))
+        return list(dict.fromkeys([*lefts, *([0] if self.layer else [])]))
 
     def options(self, schemes: Iterable[str]) -> list[Option]:
         """Every option with these schemes."""
-        taken = [scheme for scheme in schemes if scheme in self.schemes]
-        found = [Option(left, scheme) for left in self.lefts() for scheme in (taken if left else [PLAIN])]
-        return [*found, *(Option(self.size, scheme, pooled) for pooled in self.pools for scheme in taken)]
+        fitting = [scheme for scheme in schemes if scheme in self.schemes]
+        options = [Option(left, scheme) for left in self.lefts() for scheme in (fitting if left else [PLAIN])]
+        return [*options, *(Option(self.size, scheme, pooled) for pooled in self.pools for scheme in fitting)]
 
 
 def groups_of(program: Program) -> list[Group]:
     """The groups of a program in canonical form: attentions, feed-forwards, other linear layers, tables, and patterns."""
     known = _Sites.of(program)
-    found = program.fact(structure)
+    model_structure = program.fact(structure)
     groups: dict[object, Group] = {}
-    for layer in found.layers:
+    for layer in model_structure.layers:
         for site in layer.attention:
             ends = [site.output] if site.output is not None else []
             group = known.group(groups, site.path, site.node, "attention", [*site.q, *site.k, *site.v, *ends])
@@ -193,8 +193,8 @@ class _Sites:
         for layer in dict.fromkeys(layers):
             weight = weight_of(layer)
             linear = self.weights.get(str(weight.target).removesuffix(".weight")) if weight is not None else None
-            if linear is not None and (taken := self.linears.pop(linear, None)) is not None:
-                self._add(group, taken)
+            if linear is not None and (linear_site := self.linears.pop(linear, None)) is not None:
+                self._add(group, linear_site)
         return group
 
     def _add(self, group: Group, site: AmountSite) -> None:
@@ -226,25 +226,25 @@ class _Sites:
 
     def rest(self) -> list[Group]:
         """A group for each linear layer that no other group has."""
-        found: list[Group] = []
+        groups: list[Group] = []
         for site in self.linears.values():
             group = Group(site.path, "linear")
             self._add(group, site)
             if len(group.schemes) > 1:
-                found.append(group)
-        return found
+                groups.append(group)
+        return groups
 
 
 def _legal_counts(site: AmountSite) -> list[int]:
     """The numbers that passes take at a site."""
-    return [item for found in site.takes.values() for item in found if isinstance(item, int)]
+    return [value for values in site.takes.values() for value in values if isinstance(value, int)]
 
 
 def _table_of(site: AmountSite) -> Group | None:
     """The group of an embedding table or LM head; None for other sites, and for those that no scheme fits."""
     for option in ("embeddings", "lm_head"):
-        taken = site.takes.get(f"quantize{{{option}=true}}", ())
-        schemes = [scheme for scheme in (TABLE_SCHEMES if site.kind == "embedding" else SCHEMES) if scheme in taken]
+        values = site.takes.get(f"quantize{{{option}=true}}", ())
+        schemes = [scheme for scheme in (TABLE_SCHEMES if site.kind == "embedding" else SCHEMES) if scheme in values]
         if schemes:
             tied = option == "embeddings" and site.kind == "linear"
             schemes += [f"{UNTIED}{scheme}" for scheme in schemes if tied and scheme.startswith("int4")]
@@ -253,5 +253,7 @@ def _table_of(site: AmountSite) -> Group | None:
 
 
 def _pattern_of(site: AmountSite) -> Group:
-    taken = site.takes["sparsify-attention"]
-    return Group(site.path, PATTERN, linears=[site.path], schemes=(PLAIN, *(item for item in PATTERNS if item in taken)))
+    values = site.takes["sparsify-attention"]
+    return Group(
+        site.path, PATTERN, linears=[site.path], schemes=(PLAIN, *(pattern for pattern in PATTERNS if pattern in values))
+    )

@@ -68,16 +68,16 @@ def solve(table: Table, parts: Sequence[str], *, loss: float = math.inf, cost: f
         rows.append(np.array([float(at in members and item.option.left == 0) for at, item in items]))
         low.append(-np.inf)
         high.append(len(members) - 1.0)
-    found = optimize.milp(
+    solution = optimize.milp(
         least / (float(np.abs(least).max()) or 1.0),
         constraints=optimize.LinearConstraint(sparse.csr_array(np.stack(rows)), np.array(low), np.array(high)),
         integrality=np.ones(len(items)),
         bounds=optimize.Bounds(0, 1),
         options={"time_limit": _SECONDS},
     )
-    if found.x is None:
+    if solution.x is None:
         return None
-    chosen = {at: item for (at, item), taken in zip(items, found.x, strict=True) if taken > 0.5}
+    chosen = {at: item for (at, item), share in zip(items, solution.x, strict=True) if share > 0.5}
     return [chosen[at] for at in range(len(table))]
 
 

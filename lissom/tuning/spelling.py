@@ -96,37 +96,37 @@ def _gptq_of(schemes: Mapping[str, str], tables: Sequence[tuple[Group, str]]) ->
 
 def quantize_of(schemes: Mapping[str, str], tables: Sequence[tuple[Group, str]] = ()) -> list[Quantize]:
     """`quantize` with these schemes of linear layers by path and of tables by group; nothing if all are `none`."""
-    used, found = set(schemes.values()), list[Quantize]()
+    used, passes = set(schemes.values()), list[Quantize]()
     # int4 of linear layers would take tables that are tied to an LM head along.
     embeddings = False if any(group.tied for group, _ in tables) else None
     if len(used) == 1 and used != {PLAIN}:
-        found.append(replace(Quantize(embeddings=embeddings), scheme=used.pop()))
+        passes.append(replace(Quantize(embeddings=embeddings), scheme=used.pop()))
     elif len(used) > 1:
         named = ",".join(f"{path}={scheme}" for path, scheme in _merged(schemes).items())
-        found.append(Quantize(schemes=named, embeddings=embeddings))
+        passes.append(Quantize(schemes=named, embeddings=embeddings))
     for option in dict.fromkeys(group.option for group, _ in tables):
         for scheme in dict.fromkeys(scheme for group, scheme in tables if group.option == option and scheme != PLAIN):
             only = ",".join(path for group, own in tables if (group.option, own) == (option, scheme) for path in group.linears)
             parts = [(option, scheme)]
             if scheme.startswith(UNTIED):
                 parts = [(option, TABLE_SCHEMES[0]), ("lm_head", scheme.removeprefix(UNTIED))]
-            found += [replace(Quantize(only=only), **{"scheme": scheme, option: True}) for option, scheme in parts]
-    return found
+            passes += [replace(Quantize(only=only), **{"scheme": scheme, option: True}) for option, scheme in parts]
+    return passes
 
 
 def _merged(schemes: Mapping[str, str]) -> dict[str, str]:
     """The schemes with one entry for all layers of a module that have one scheme; `*` has the most frequent one."""
     counts = {scheme: list(schemes.values()).count(scheme) for scheme in schemes.values()}
     usual = max(counts, key=lambda scheme: counts[scheme])
-    found: dict[str, str] = {"*": usual}
+    merged: dict[str, str] = {"*": usual}
     for path, scheme in schemes.items():
-        if scheme == usual or any(_holds(module, path) for module in found if module != "*"):
+        if scheme == usual or any(_holds(module, path) for module in merged if module != "*"):
             continue
         parts = path.split(".")
         modules = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-        alike = (item for item in modules if {schemes[other] for other in schemes if _holds(item, other)} == {scheme})
-        found[next(alike, path)] = scheme
-    return found
+        alike = (module for module in modules if {schemes[other] for other in schemes if _holds(module, other)} == {scheme})
+        merged[next(alike, path)] = scheme
+    return merged
 
 
 def _holds(module: str, path: str) -> bool:
@@ -142,32 +142,32 @@ def read_options(groups: Sequence[Group], pipeline: str) -> list[Option]:
     schemes: dict[str, str] = {}
     paths = [path for group in groups if group.kind not in (TABLE, PATTERN) for path in group.linears]
     untied = ""
-    for item in parse_pipeline(pipeline, known_passes(), RECIPES):
-        match item:
+    for pass_ in parse_pipeline(pipeline, known_passes(), RECIPES):
+        match pass_:
             case PruneLayers():
-                gone |= {(item.part, path) for path, left in item._amounts().entries if left == "0"}
+                gone |= {(pass_.part, path) for path, left in pass_._amounts().entries if left == "0"}
             case PruneHeads() | PruneNeurons():
-                lefts |= {path: int(left) for path, left in item._amounts().entries}
+                lefts |= {path: int(left) for path, left in pass_._amounts().entries}
             case PoolHeads():
-                pooled |= {path: int(left) for path, left in item._amounts().entries}
+                pooled |= {path: int(left) for path, left in pass_._amounts().entries}
             case LowRank():
-                factored |= {path for path, _ in item._amounts().entries}
+                factored |= {path for path, _ in pass_._amounts().entries}
             case SparsifyAttention():
-                schemes |= {f"{PATTERN} {path}": pattern for path, pattern in item._patterns().entries}
+                schemes |= {f"{PATTERN} {path}": pattern for path, pattern in pass_._patterns().entries}
             case UntieLmHead():
                 untied = UNTIED
             case Quantize(only=only) if only:
-                own = untied if item.lm_head else ""
-                schemes |= dict.fromkeys((f"{TABLE} {path}" for path in only.split(",")), f"{own}{item.scheme}")
+                own = untied if pass_.lm_head else ""
+                schemes |= dict.fromkeys((f"{TABLE} {path}" for path in only.split(",")), f"{own}{pass_.scheme}")
             case Quantize():
                 sites = [AmountSite("linear", (path,), 1, {}) for path in paths]
-                found = item._schemes().at(sites, "linear layers") if item.schemes else [None] * len(paths)
-                schemes |= {path: scheme or item.scheme for path, scheme in zip(paths, found, strict=True)}
+                of_paths = pass_._schemes().at(sites, "linear layers") if pass_.schemes else [None] * len(paths)
+                schemes |= {path: scheme or pass_.scheme for path, scheme in zip(paths, of_paths, strict=True)}
             case _:
                 pass
-    found = [_option(group, gone, lefts, factored, schemes) for group in groups]
+    options = [_option(group, gone, lefts, factored, schemes) for group in groups]
     counts = [next((pooled[unit] for unit in group.units if unit in pooled), 0) for group in groups]
-    return [replace(option, pooled=count) for option, count in zip(found, counts, strict=True)]
+    return [replace(option, pooled=count) for option, count in zip(options, counts, strict=True)]
 
 
 def _option(

@@ -68,7 +68,7 @@ class Store:
     def all(self, kind: str, key: str | None = None) -> list[Record]:
         """The latest record of every name, in the order of the first."""
         self._asked |= {key} if key is not None else set()
-        return [found for (at, on, _), found in self._known.items() if at == kind and key in (None, on)]
+        return [record for (at, on, _), record in self._known.items() if at == kind and key in (None, on)]
 
     def add(self, kind: str, key: str, name: str, **fields: object) -> Record:
         """Append a record. Raises ArtifactError if it cannot be written."""
@@ -109,24 +109,24 @@ def _parsed(line: bytes) -> Record | None:
     if len(line) > _LONGEST:
         return None
     with suppress(ValueError, RecursionError):
-        found = json.loads(line)
-        if isinstance(found, dict) and found.get("version") == VERSION:
-            texts = (found.get(name) for name in ("kind", "key", "name"))
-            return found if all(isinstance(text, str) for text in texts) else None
+        record = json.loads(line)
+        if isinstance(record, dict) and record.get("version") == VERSION:
+            texts = (record.get(name) for name in ("kind", "key", "name"))
+            return record if all(isinstance(text, str) for text in texts) else None
     return None
 
 
 def number(record: Record, name: str, least: float = -math.inf) -> float | None:
     """A finite number of a record, at least `least`; None if it has none."""
-    found = record.get(name)
-    if isinstance(found, bool) or not isinstance(found, (int, float)):
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     with suppress(OverflowError):  # a whole number of hundreds of digits
-        return float(found) if math.isfinite(found) and found >= least else None
+        return float(value) if math.isfinite(value) and value >= least else None
     return None
 
 
 def text(record: Record, name: str) -> str:
     """A text of a record; empty if it has none."""
-    found = record.get(name)
-    return found if isinstance(found, str) else ""
+    value = record.get(name)
+    return value if isinstance(value, str) else ""

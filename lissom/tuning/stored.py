@@ -20,7 +20,7 @@ def stored_reports(directory: str | Path) -> list[TuneReport]:
     if not (Path(directory) / FILE).is_file():
         raise ArtifactError(f"'{directory}' holds no {FILE}; give the directory of --store")
     store = Store(directory)
-    return [found for record in store.all("run") if (found := _report(store, record)) is not None]
+    return [report for record in store.all("run") if (report := _report(store, record)) is not None]
 
 
 def _report(store: Store, run: Record) -> TuneReport | None:
@@ -30,6 +30,8 @@ def _report(store: Store, run: Record) -> TuneReport | None:
         return None
     aim = Aim(run.get("memory") is True, max_drop, number(run, "target", 0.0))
     exact = Candidate(EXACT, text(run, "backend"), milliseconds, milliseconds, milliseconds, int(size))
-    found = [item for record in store.all("candidate", text(run, "key")) if (item := read_candidate(record)) is not None]
-    candidates = (exact, *found)
+    measured = [
+        candidate for record in store.all("candidate", text(run, "key")) if (candidate := read_candidate(record)) is not None
+    ]
+    candidates = (exact, *measured)
     return TuneReport(text(run, "model"), aim, candidates, aim.choose(candidates), bool(text(run, "metric")))

@@ -49,17 +49,17 @@ class Trials:
         A failure is not taken: it may have been the machine's. Their times are relative to the exact program's of their call.
         """
         for record in self.store.all("candidate", self.key):
-            found = read_candidate(record)
-            if found is None or found.failed or self.known(found) is not None:
+            candidate = read_candidate(record)
+            if candidate is None or candidate.failed or self.known(candidate) is not None:
                 continue
-            if found.backend in self.workshop.backends and (self.distill or not found.distilled):
+            if candidate.backend in self.workshop.backends and (self.distill or not candidate.distilled):
                 scale = self.exact.milliseconds / (number(record, "exact", 0.0) or self.exact.milliseconds)
-                times = {name: scale * getattr(found, name) for name in ("milliseconds", "low", "high")}
-                self.candidates.append(replace(found, **times))
+                times = {name: scale * getattr(candidate, name) for name in ("milliseconds", "low", "high")}
+                self.candidates.append(replace(candidate, **times))
 
     def known(self, candidate: Candidate) -> Candidate | None:
         """The candidate with the same passes and backend."""
-        return next((item for item in self.candidates if item.same(candidate)), None)
+        return next((known for known in self.candidates if known.same(candidate)), None)
 
     def measure(self, candidate: Candidate) -> Candidate:
         """The candidate with its figures, built and measured unless it is known; a failure is recorded with its reason.
@@ -74,20 +74,20 @@ class Trials:
         self.clock.show(f"candidate {len(self.candidates)}")
         try:
             compiled = self.workshop.build(candidate.pipeline, candidate.backend)
-            found = self._with_figures(candidate, compiled)
+            measured = self._with_figures(candidate, compiled)
         except InputError:
             raise
         except LissomError as error:
-            found = _failed(candidate, error)
+            measured = _failed(candidate, error)
         self._built += 1
         self.pace += (time.monotonic() - started - self.pace) / self._built
-        self.candidates.append(found)
-        figures = asdict(found) | {"exact": self.exact.milliseconds}
-        self.store.add("candidate", self.key, f"{found.backend} {found.pipeline}", **figures)
-        if compiled is not None and self.aim.choose(self.candidates) is found:
-            self.best = found, compiled
-            self.clock.best = self._words(found)
-        return found
+        self.candidates.append(measured)
+        figures = asdict(measured) | {"exact": self.exact.milliseconds}
+        self.store.add("candidate", self.key, f"{measured.backend} {measured.pipeline}", **figures)
+        if compiled is not None and self.aim.choose(self.candidates) is measured:
+            self.best = measured, compiled
+            self.clock.best = self._words(measured)
+        return measured
 
     def fail(self, candidate: Candidate, error: LissomError) -> None:
         """Record a candidate that cannot be built."""
@@ -113,29 +113,33 @@ class Trials:
 
     def chosen(self) -> tuple[Candidate, CompiledModel]:
         """The best candidate, compiled; one that the store knew is built and evaluated again."""
-        while (found := self.aim.choose(self.candidates)) is not self.exact:
-            if self.best is not None and self.best[0] is found:
+        while (best := self.aim.choose(self.candidates)) is not self.exact:
+            if self.best is not None and self.best[0] is best:
                 return self.best
             self.clock.show("the best candidate")
-            again = replace(found, failed="the store had other figures for it")
+            again = replace(best, failed="the store had other figures for it")
             try:
-                compiled = self.workshop.build(found.pipeline, found.backend)
+                compiled = self.workshop.build(best.pipeline, best.backend)
                 drop, squared = self.quality.drop(compiled)
-                if self.aim.meets(replace(found, drop=drop, error=squared**0.5, bytes=self.workshop.size(compiled))):
-                    return found, compiled
+                if self.aim.meets(replace(best, drop=drop, error=squared**0.5, bytes=self.workshop.size(compiled))):
+                    return best, compiled
             except LissomError as error:
-                again = _failed(found, error)
-            self.candidates[self.candidates.index(found)] = again
-        return found, self.workshop.base(Variant(found.backend))
+                again = _failed(best, error)
+            self.candidates[self.candidates.index(best)] = again
+        return best, self.workshop.base(Variant(best.backend))
 
     def fitting(self) -> Sequence[Candidate]:
         """The candidates that show how far the tables are off."""
-        return [item for item in self.candidates if not item.failed and item.table_loss is not None and not item.distilled]
+        return [
+            candidate
+            for candidate in self.candidates
+            if not candidate.failed and candidate.table_loss is not None and not candidate.distilled
+        ]
 
-    def _words(self, found: Candidate) -> str:
+    def _words(self, candidate: Candidate) -> str:
         memory = self.aim.memory
-        ratio = self.exact.cost(memory) / max(found.cost(memory), 1e-9)
-        return f"{ratio:.2f} x {'smaller' if memory else 'faster'}, drop {found.drop:.2g}"
+        ratio = self.exact.cost(memory) / max(candidate.cost(memory), 1e-9)
+        return f"{ratio:.2f} x {'smaller' if memory else 'faster'}, drop {candidate.drop:.2g}"
 
 
 def _failed(candidate: Candidate, error: LissomError) -> Candidate:

@@ -222,7 +222,7 @@ def _trials(program: Program, example: Inputs, request: Request, kept: Store, cl
 def _earlier_time(kept: Store, key: str, backend: str) -> float | None:
     """The time of the exact program in an earlier call, to which the times of its candidates are relative."""
     runs = (run for run in kept.all("run", key) if text(run, "backend") == backend)
-    return next((found for run in runs if (found := number(run, "milliseconds", 0.0))), None)
+    return next((milliseconds for run in runs if (milliseconds := number(run, "milliseconds", 0.0))), None)
 
 
 def _place(workshop: Workshop) -> str:
@@ -272,8 +272,8 @@ def _search(trials: Trials, groups: Sequence[Group], request: Request, notes: li
 
 def _saving(costs: Mapping[Variant, CostTable], groups: Sequence[Group], index: int, option: Option) -> float:
     """The most that an option of a group saves in any variant; 0 where no cost is known."""
-    found = (table.cost(groups[index], option) for table in costs.values())
-    return max((-cost for cost in found if math.isfinite(cost)), default=0.0)
+    of_variants = (table.cost(groups[index], option) for table in costs.values())
+    return max((-cost for cost in of_variants if math.isfinite(cost)), default=0.0)
 
 
 def _variants(trials: Trials, request: Request) -> dict[Variant, Candidate]:
@@ -282,22 +282,22 @@ def _variants(trials: Trials, request: Request) -> dict[Variant, Candidate]:
     Padding is left out where that is faster on the example inputs.
     """
     padded = not request.memory and _has_padding(trials.workshop.program, trials.workshop.sample)
-    found = {Variant(trials.exact.backend): trials.exact}
+    measured = {Variant(trials.exact.backend): trials.exact}
     for backend in request.backends:
         plain: Candidate | None = None
         for variant in (Variant(backend), Variant(backend, bf16=True)):
-            base = found.get(variant) or _base(trials, variant)
+            base = measured.get(variant) or _base(trials, variant)
             if base is None or (plain is not None and base.cost(request.memory) >= _PAYS * plain.cost(request.memory)):
                 continue
             plain = plain or base
             packed = replace(variant, packed=True)
             without = _base(trials, packed) if padded else None
             if without is not None and without.milliseconds < _PAYS * base.milliseconds:
-                found.pop(variant, None)
+                measured.pop(variant, None)
                 variant, base = packed, without
-            found[variant] = base
-    ordered = sorted(found, key=lambda variant: found[variant].cost(request.memory))
-    return {variant: found[variant] for variant in ordered}
+            measured[variant] = base
+    ordered = sorted(measured, key=lambda variant: measured[variant].cost(request.memory))
+    return {variant: measured[variant] for variant in ordered}
 
 
 def _has_padding(program: Program, sample: Sample) -> bool:
@@ -323,7 +323,7 @@ def _result(trials: Trials, groups: Sequence[Group], request: Request, notes: li
 
 def _too_little(in_sample: Mapping[str, tuple[float, float]]) -> Iterator[str]:
     """A sentence where the data are so few that passes fit them much better than other data."""
-    kind, (own, other) = min(in_sample.items(), key=lambda item: item[1][0] / item[1][1], default=("", (1.0, 1.0)))
+    kind, (own, other) = min(in_sample.items(), key=lambda entry: entry[1][0] / entry[1][1], default=("", (1.0, 1.0)))
     if own < _FITTED**2 * other:
         yield (
             f"data= is small: {kind} with fewer units has the error {own**0.5:.2g} on the batches that its pass calibrates "
@@ -353,7 +353,7 @@ def _many_rows(program: Program, flat: Sample) -> Sample:
     signature = program.signature
     batch = next((leaf.type.shape[0] for leaf in signature.tensors if leaf.type.rank), None)
     sizes = signature.sizes_of(flat)
-    symbol = next((found for found in sizes if found == batch), None)
+    symbol = next((size for size in sizes if size == batch), None)
     if symbol is None:
         return flat
     return sample_at(program, flat, {symbol: signature.dimensions[symbol].at_most(_BATCHES * sizes[symbol])}) or flat
@@ -376,7 +376,13 @@ def _identity(metric: Metric, quality: Quality) -> str:
 
 def _code_parts(code: CodeType) -> list[object]:
     """The instructions, names and plain constants of a function and of those inside of it."""
-    found: list[object] = [code.co_code.hex(), *code.co_names]
-    for item in code.co_consts:
-        found += _code_parts(item) if isinstance(item, CodeType) else [item] if isinstance(item, (str, int, float)) else []
-    return found
+    parts: list[object] = [code.co_code.hex(), *code.co_names]
+    for constant in code.co_consts:
+        parts += (
+            _code_parts(constant)
+            if isinstance(constant, CodeType)
+            else [constant]
+            if isinstance(constant, (str, int, float))
+            else []
+        )
+    return parts

@@ -78,9 +78,9 @@ def fresh(path: Path, seconds: float | None = None) -> str:
     if path.parent.name == "passes" and path != INDEX:
         return fill(_page(path.stem, seconds), path.stem)
     sections = {"passes": _passes_tables, "recipes": _recipes, "docs/demo.txt": _quoted_demo, "rooms": _rooms}
-    text = _SECTION.sub(lambda found: f"{found[1]}{sections[found[2]]()}{found[3]}", path.read_text(encoding="utf-8"))
+    text = _SECTION.sub(lambda match: f"{match[1]}{sections[match[2]]()}{match[3]}", path.read_text(encoding="utf-8"))
     if seconds is not None:
-        text = _MEASURED.sub(lambda found: f"{found[1]}{_hot_layers()}{found[2]}", text)
+        text = _MEASURED.sub(lambda match: f"{match[1]}{_hot_layers()}{match[2]}", text)
     return fill(text, path.stem)
 
 
@@ -114,8 +114,8 @@ def problem(path: Path) -> Problem | None:
 
 def stray_pages() -> list[Path]:
     """Pages and pictures of passes that do not exist."""
-    found = [*sorted(INDEX.parent.glob("*.md")), *sorted((INDEX.parent / "pictures").glob("*.svg"))]
-    return [path for path in found if path.stem not in PASSES and path != INDEX]
+    paths = [*sorted(INDEX.parent.glob("*.md")), *sorted((INDEX.parent / "pictures").glob("*.svg"))]
+    return [path for path in paths if path.stem not in PASSES and path != INDEX]
 
 
 def versions() -> str:
@@ -159,16 +159,16 @@ def _demo(seconds: float | None) -> str:
     checkpoint = load("minilm")
     compiled = compile(checkpoint.model, checkpoint.example_inputs)
     embeddings = demo.embed(compiled, checkpoint.encode(demo.SENTENCES))
-    found = demo.Demonstration(compiled, 0.0, embeddings @ embeddings.T, {}, {})
-    return plain(Group(found.report, demo.similarity_table(found)), WIDTH)
+    demonstration = demo.Demonstration(compiled, 0.0, embeddings @ embeddings.T, {}, {})
+    return plain(Group(demonstration.report, demo.similarity_table(demonstration)), WIDTH)
 
 
 def _hot_layers() -> str:
     """The hot layers of MiniLM, with the machine they were timed on."""
     checkpoint = load("minilm")
     compiled = compile(checkpoint.model, checkpoint.example_inputs)
-    found = compiled.report.kernels(**checkpoint.encode([*demo.SENTENCES] * 8))
-    return f"{machine()}\n\n```text\n{plain(found).strip()}\n```\n"
+    layer_times = compiled.report.kernels(**checkpoint.encode([*demo.SENTENCES] * 8))
+    return f"{machine()}\n\n```text\n{plain(layer_times).strip()}\n```\n"
 
 
 def _quoted_demo() -> str:
@@ -180,8 +180,8 @@ def _passes_tables() -> str:
     parts: list[str] = []
     for title, members in grouped(PASSES).items():
         rows = [
-            f"| [{name}]({name}.md) | {'exact' if item.kind in ('rewrite', 'annotation') else 'lossy'} | {first_line(item)} |"
-            for name, item in members.items()
+            f"| [{name}]({name}.md) | {'exact' if cls.kind in ('rewrite', 'annotation') else 'lossy'} | {first_line(cls)} |"
+            for name, cls in members.items()
         ]
         parts.append("\n".join([f"## {title}", "", "| pass | | what it does |", "|---|---|---|", *rows, ""]))
     return "\n".join(parts)
@@ -205,8 +205,8 @@ def _recipes() -> str:
 def _measured(recipe: str) -> str:
     """The row of a recipe in the trade-offs of MiniLM; empty where it has none."""
     rows = json.loads((ROOT / "benchmarks" / "tradeoffs.json").read_text(encoding="utf-8"))
-    found = next((row for row in rows if row["model"] == "minilm" and row["technique"] == f"recipe {recipe}"), None)
-    return "" if found is None else f"{found['faster']:.2f} ×, {found['saved']:.0%}, {found['kept']:.1%}"
+    row = next((row for row in rows if row["model"] == "minilm" and row["technique"] == f"recipe {recipe}"), None)
+    return "" if row is None else f"{row['faster']:.2f} ×, {row['saved']:.0%}, {row['kept']:.1%}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -248,18 +248,18 @@ def _kept_measured(path: Path) -> str:
     made = fresh(path)
     if path == DEMO:
         return made + kept[kept.find(_FIRST_MEASURED_LINE) :] if _FIRST_MEASURED_LINE in kept else made
-    parts = iter([found.group() for found in _MEASURED.finditer(kept)])
-    return _MEASURED.sub(lambda found: next(parts, found.group()), made)
+    parts = iter([match.group() for match in _MEASURED.finditer(kept)])
+    return _MEASURED.sub(lambda match: next(parts, match.group()), made)
 
 
 def _check(chosen: Sequence[Path]) -> int:
-    found = [Problem(f"{path.relative_to(ROOT)} belongs to no pass; delete it", excused=False) for path in stray_pages()]
-    found += [item for path in chosen if (item := problem(path)) is not None]
-    for item in found:
-        print(item.text, end="\n\n")
-    if any(item.excused for item in found):
+    faults = [Problem(f"{path.relative_to(ROOT)} belongs to no pass; delete it", excused=False) for path in stray_pages()]
+    faults += [fault for path in chosen if (fault := problem(path)) is not None]
+    for fault in faults:
+        print(fault.text, end="\n\n")
+    if any(fault.excused for fault in faults):
         print(f"made with {VERSIONS.read_text(encoding='utf-8').strip()}, here {versions()}: outputs may differ")
-    wrong = [item for item in found if not item.excused]
+    wrong = [fault for fault in faults if not fault.excused]
     print(f"{len(chosen)} documents checked, {len(wrong)} out of date")
     return 1 if wrong else 0
 

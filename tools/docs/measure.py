@@ -69,7 +69,7 @@ def measure(example: Example, name: str, seconds: float) -> Gain:
     eager = find_backend("eager")
     # A partitioned program runs all its ranks node by node, so the program it is compared with runs node by node too.
     lock_step = isinstance(after, PartitionedProgram)
-    runs = [item.run if lock_step else eager.build(item, shown.example) for item in (before, after)]
+    runs = [program.run if lock_step else eager.build(program, shown.example) for program in (before, after)]
     timed = time_calls({str(index): lambda run=run: run(shown.example) for index, run in enumerate(runs)}, seconds)
     error = history.steps[-1].relative_error or 0.0
     return Gain((timed["0"], timed["1"]), error, tolerance_of(before))
@@ -82,7 +82,7 @@ def _capture(example: Example, name: str) -> _Shown:
     captured = capture(example.model().eval(), args, kwargs)
     signature = captured.program.signature
     passes = list(resolve_passes(example.passes))
-    at = next(index for index, item in enumerate(passes) if item.name() == name)
+    at = next(index for index, pass_ in enumerate(passes) if pass_.name() == name)
     given = eval(example.data or "[]", {"torch": torch})
     data, labels = read_data(given, signature)
     samples = list(check_samples(signature, captured.example))
@@ -91,5 +91,5 @@ def _capture(example: Example, name: str) -> _Shown:
 
 def machine() -> str:
     """The processor and the versions, `AMD EPYC, 2 threads; Python 3.12.3, torch 2.13.0+cpu`."""
-    found = device_name(torch.device("cpu"))
-    return f"{found}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}"
+    processor = device_name(torch.device("cpu"))
+    return f"{processor}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}"

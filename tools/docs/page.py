@@ -43,28 +43,28 @@ MEASURED = {
 NOTICE = "<!-- Made by tools/docs/generate.py from the pass's docstring and tools/docs/examples.py; change those instead. -->"
 
 
-def page(item: type[Pass], example: Example, history: History, timings: str) -> str:
+def page(pass_class: type[Pass], example: Example, history: History, timings: str) -> str:
     """The page as Markdown, with an empty output block. history: of the example, the pass last. timings: the measured part."""
     sizes = history.steps[-2].size, history.steps[-1].size
-    module = sys.modules[item.__module__]
+    module = sys.modules[pass_class.__module__]
     return (
         "\n\n".join(
             [
                 NOTICE,
-                f"# {item.name()}",
+                f"# {pass_class.name()}",
                 inspect.getdoc(module) or "",
-                _about(item),
+                _about(pass_class),
                 "## Options",
-                _options(item),
+                _options(pass_class),
                 "## At work",
-                f"```python\n{_code(item, example)}\n```",
+                f"```python\n{_code(pass_class, example)}\n```",
                 "<!-- output -->\n```text\n```",
-                _picture(item.name()),
+                _picture(pass_class.name()),
                 "## Gain and loss",
                 f"<!-- sizes -->\n{_sizes(*sizes)}\n<!-- end -->",
                 f"<!-- measured -->\n{timings}<!-- end -->",
                 "## Limits",
-                _limits(_sources(item)),
+                _limits(_sources(pass_class)),
             ]
         )
         + "\n"
@@ -88,11 +88,11 @@ def _picture(name: str) -> str:
     return f"![The nodes that {name} changes](pictures/{name}.svg)"
 
 
-def _sources(item: type[Pass]) -> str:
+def _sources(pass_class: type[Pass]) -> str:
     """The source of a pass, with the helpers in its own folder."""
-    path = Path(inspect.getfile(item))
+    path = Path(inspect.getfile(pass_class))
     paths = [path, *sorted(other for other in path.parent.glob("*.py") if other != path)]
-    return "\n".join(found.read_text(encoding="utf-8") for found in (paths if path.parent.name == path.stem else [path]))
+    return "\n".join(file.read_text(encoding="utf-8") for file in (paths if path.parent.name == path.stem else [path]))
 
 
 def timings(gain: Gain, machine: str) -> str:
@@ -105,37 +105,37 @@ def timings(gain: Gain, machine: str) -> str:
     )
 
 
-def _about(item: type[Pass]) -> str:
-    kind = next(first_line(base) for base in item.__mro__ if base.__module__ == Pass.__module__)
-    recipes = [f"`{name}`" for name, text in RECIPES.items() if re.search(rf"\b{item.name()}\b", text)]
-    sentences = [f"Kind: {item.kind}. {kind}", f"Recipes: {', '.join(recipes) or 'none'}."]
-    sentences += [f"Requires that {requirement.fact}." for requirement in item.requires]
-    sentences += [MEASURED[item.name()]] if item.name() in MEASURED else []
+def _about(pass_class: type[Pass]) -> str:
+    kind = next(first_line(base) for base in pass_class.__mro__ if base.__module__ == Pass.__module__)
+    recipes = [f"`{name}`" for name, text in RECIPES.items() if re.search(rf"\b{pass_class.name()}\b", text)]
+    sentences = [f"Kind: {pass_class.kind}. {kind}", f"Recipes: {', '.join(recipes) or 'none'}."]
+    sentences += [f"Requires that {requirement.fact}." for requirement in pass_class.requires]
+    sentences += [MEASURED[pass_class.name()]] if pass_class.name() in MEASURED else []
     return "\n".join(sentences)
 
 
-def _options(item: type[Pass]) -> str:
-    if not options_of(item):
+def _options(pass_class: type[Pass]) -> str:
+    if not options_of(pass_class):
         return "None."
     rows = [
         f"| `{name}` | {takes} | {'required' if default == 'required' else f'`{default}`'} | {meaning} |"
-        for name, takes, default, meaning in option_rows(item)
+        for name, takes, default, meaning in option_rows(pass_class)
     ]
     return "\n".join(["| option | takes | default | meaning |", "|---|---|---|---|", *rows])
 
 
-def _code(item: type[Pass], example: Example) -> str:
+def _code(pass_class: type[Pass], example: Example) -> str:
     source = inspect.getsource(example.model).strip()
     imports = ["import torch", "from torch import nn"]
     imports += ["from torch.nn import functional"] if "functional." in source else []
     passes = "" if example.passes == "exact" else f', passes="{example.passes}"'
     passes += f", data={example.data}" if example.data else ""
     # Backends' passes run only with a backend; the others do not depend on the machine.
-    function = "compile" if ".lowering." in item.__module__ else "optimize"
-    lossy = any(isinstance(found, Approximation) for found in parse_pipeline(example.passes, PASSES, RECIPES))
+    function = "compile" if ".lowering." in pass_class.__module__ else "optimize"
+    lossy = any(isinstance(pass_, Approximation) for pass_ in parse_pipeline(example.passes, PASSES, RECIPES))
     # A pass of the recipe `exact` may begin with the same words.
-    exact = f"{item.name()}-" in RECIPES["exact"]
-    found = f'step.spelling == "{item.name()}"' if exact else f'step.spelling.startswith("{item.name()}")'
+    exact = f"{pass_class.name()}-" in RECIPES["exact"]
+    condition = f'step.spelling == "{pass_class.name()}"' if exact else f'step.spelling.startswith("{pass_class.name()}")'
     passes += ", goal=None" if function == "compile" and lossy else ""
     return "\n".join(
         [
@@ -144,7 +144,7 @@ def _code(item: type[Pass], example: Example) -> str:
             source,
             "\n\ntorch.manual_seed(0)",
             f"history = lissom.{function}({example.model.__name__}(), {example.inputs}{passes}).report.history",
-            f"step = next(step for step in history.steps if {found})",
+            f"step = next(step for step in history.steps if {condition})",
             "print(step.summary)",
             "print(history.diff(step.index - 1, step.index))",
         ]
@@ -176,12 +176,12 @@ def skip_reasons(source: str) -> list[str]:
     They are what it passes to `skip`, raises for itself, keeps in `_OBSTACLES`, assigns to `reason`, or returns in place of
     what it looks for (`-> Matrix | str`, `_obstacle…`), and what `obstacle_by_name` says.
     """
-    found: dict[str, int] = {}
+    line_of: dict[str, int] = {}
     for node in ast.walk(ast.parse(source)):
         for given in _given(node):
             for reason in _texts(given):
-                found.setdefault(reason, node.lineno if isinstance(node, ast.stmt | ast.expr) else 0)
-    return sorted(found, key=lambda reason: found[reason])
+                line_of.setdefault(reason, node.lineno if isinstance(node, ast.stmt | ast.expr) else 0)
+    return sorted(line_of, key=lambda reason: line_of[reason])
 
 
 def _given(node: ast.AST) -> list[ast.expr]:
@@ -199,7 +199,11 @@ def _given(node: ast.AST) -> list[ast.expr]:
         case ast.AnnAssign(target=ast.Name(id="_OBSTACLES"), value=ast.Dict(values=values)):
             return values
         case ast.FunctionDef(name=name, returns=returns) if "obstacle" in name or (returns and "| str" in ast.unparse(returns)):
-            return [item.value for item in ast.walk(call) if isinstance(item, ast.Return) and item.value is not None]
+            return [
+                statement.value
+                for statement in ast.walk(call)
+                if isinstance(statement, ast.Return) and statement.value is not None
+            ]
     return []
 
 

@@ -56,7 +56,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             known.add(site_uri(path))
             files.append(_file(path, config))
         if path.suffix == ".md":
-            waiting += [found for found in _targets(path) if site_uri(found) not in known]
+            waiting += [target for target in _targets(path) if site_uri(target) not in known]
     files.append(File.generated(config, REPORT_PAGE, content=_REPORT_TEXT))
     files.append(File.generated(config, REPORT, content=minilm_report()))
     return files
@@ -111,9 +111,9 @@ The report of `lissom.compile` on all-MiniLM-L6-v2 with `passes="{REPORT_PASSES}
 def _filled(entry: object) -> object:
     """The navigation with the pages of FOLDERS in place of their names."""
     if isinstance(entry, list):
-        return [_filled(item) for item in entry]
+        return [_filled(child) for child in entry]
     if isinstance(entry, dict):
-        return {title: _folder(item) if item in FOLDERS else _filled(item) for title, item in entry.items()}
+        return {title: _folder(child) if child in FOLDERS else _filled(child) for title, child in entry.items()}
     return entry
 
 
@@ -147,15 +147,15 @@ def _targets(path: Path) -> Iterator[Path]:
 
 def _target(path: Path, link: str) -> Path | None:
     """The file of the repository that a link of a document means; None for an address, and for a file that is missing."""
-    found = Path(os.path.normpath(path.parent / unquote(link)))
-    return found if "://" not in link and found.is_relative_to(ROOT) and found.exists() else None
+    target = Path(os.path.normpath(path.parent / unquote(link)))
+    return target if "://" not in link and target.is_relative_to(ROOT) and target.exists() else None
 
 
 def _file(path: Path, config: MkDocsConfig) -> File:
     """A file of the repository as one of the site."""
     uri = site_uri(path)
     if path.is_dir():
-        pages = [f"- [{_title(item)}]({item.name})" for item in sorted(path.glob("*.md"))]
+        pages = [f"- [{_title(page)}]({page.name})" for page in sorted(path.glob("*.md"))]
         return File.generated(config, uri, content="\n".join([f"# {path.name.capitalize()}", "", *pages, ""]))
     if not uri.endswith(f"{path.suffix}.md"):
         return File.generated(config, uri, abs_src_path=str(path))

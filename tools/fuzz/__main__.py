@@ -54,32 +54,32 @@ def _run(options: argparse.Namespace, address: str) -> int:
     started = time.monotonic()
     counts: Counter[str] = Counter()
     failures: list[tuple[int, Case, str]] = []
-    for number, found, outcome in _until_interrupted(campaign.run_all(_blocks(options, started), options.jobs, address)):
+    for number, drawn, outcome in _until_interrupted(campaign.run_all(_blocks(options, started), options.jobs, address)):
         counts[outcome.kind] += 1
         if options.log:
             with options.log.open("a", encoding="utf-8") as log:
-                record = {"number": number, "kind": outcome.kind, "detail": outcome.detail, "passes": found.passes}
-                log.write(json.dumps(record | {"checks": found.checks, "backend": found.backend, "zoo": found.zoo}) + "\n")
+                record = {"number": number, "kind": outcome.kind, "detail": outcome.detail, "passes": drawn.passes}
+                log.write(json.dumps(record | {"checks": drawn.checks, "backend": drawn.backend, "zoo": drawn.zoo}) + "\n")
         if outcome.kind not in ("equal", "refused"):
             print(
-                f"{number} {outcome.kind}: {','.join(found.passes)} ({found.checks}, {found.backend})\n    {outcome.detail}",
+                f"{number} {outcome.kind}: {','.join(drawn.passes)} ({drawn.checks}, {drawn.backend})\n    {outcome.detail}",
                 flush=True,
             )
         if outcome.failed:
-            failures.append((number, found, outcome.kind))
-    for number, found, kind in failures:
+            failures.append((number, drawn, outcome.kind))
+    for number, drawn, kind in failures:
         if not options.no_shrink:
-            found = campaign.shrink(found, kind, lambda item: campaign.run_apart(item, address).kind)
-        print(f"{number} {kind}: python -m tools.fuzz --replay '{found.to_json()}'")
+            drawn = campaign.shrink(drawn, kind, lambda candidate: campaign.run_apart(candidate, address).kind)
+        print(f"{number} {kind}: python -m tools.fuzz --replay '{drawn.to_json()}'")
     total = counts.total()
     shown = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     print(f"{total} cases from {options.seed} in {time.monotonic() - started:.0f} s: {shown or 'none'}")
     return int(bool(failures))
 
 
-def _until_interrupted(found: Iterator[tuple[int, Case, Outcome]]) -> Iterator[tuple[int, Case, Outcome]]:
+def _until_interrupted(outcomes: Iterator[tuple[int, Case, Outcome]]) -> Iterator[tuple[int, Case, Outcome]]:
     with suppress(KeyboardInterrupt):
-        yield from found
+        yield from outcomes
 
 
 def _blocks(options: argparse.Namespace, started: float) -> Iterator[list[tuple[int, Case]]]:

@@ -54,15 +54,15 @@ def run_apart(case: Case, address: str = "") -> Outcome:
 def shrink(case: Case, kind: str, still: Callable[[Case], str] = lambda case: run_apart(case).kind, rounds: int = 60) -> Case:
     """A simpler case with the same kind of failure. kind: the kind of outcome; rounds: the most candidates to try."""
     tried = 0
-    found = True
-    while found:
-        found = False
+    shrunk = True
+    while shrunk:
+        shrunk = False
         for candidate in _simpler(case):
             tried += 1
             if tried > rounds:
                 return case
             if still(candidate) == kind:
-                case, found = candidate, True
+                case, shrunk = candidate, True
                 break
     return case
 
@@ -82,4 +82,4 @@ def _simpler(case: Case) -> Iterator[Case]:
 def _prepare(address: str) -> Callable[[tuple[int, Case], Tell], None]:
     """The function that runs a case without printing to the terminal."""
     confine()
-    return lambda item, tell: tell(cases.run(item[1], address))
+    return lambda numbered, tell: tell(cases.run(numbered[1], address))

@@ -79,7 +79,7 @@ class Case:
     def from_json(cls, text: str) -> Case:
         """The case from the text of `to_json`."""
         data = json.loads(text)
-        calls = tuple(Call(**item) for item in data.pop("calls"))
+        calls = tuple(Call(**fields) for fields in data.pop("calls"))
         spec, example = Spec(**data.pop("spec")), Call(**data.pop("example"))
         return cls(spec, tuple(data.pop("passes")), example=example, calls=calls, **data)
 
@@ -155,7 +155,7 @@ def _model(spec: Spec, zoo: str) -> tuple[nn.Module, Mapping[str, object]]:
     from tools.zoo import catalogue
 
     case = next(entry for entry in catalogue.entries() if entry.name == zoo).build()
-    return case.model, case.kwargs or {str(at): item for at, item in enumerate(case.args)}
+    return case.model, case.kwargs or {str(at): value for at, value in enumerate(case.args)}
 
 
 def _capture(case: Case) -> Capture:
@@ -210,18 +210,18 @@ def _judge(case: Case, model: nn.Module, given: Mapping[str, object], address: s
     for at, call in enumerate((case.example, *case.calls)):
         called = inputs if at == 0 else _inputs(case, call, given)
         try:
-            found = _called(case, fast, called)
+            outputs = _called(case, fast, called)
         except InputError as error:
             if at == 0:
                 return Outcome("wrong", f"the example is refused: {_first_line(error)}")
             continue
         again = _called(case, fast, called)
-        if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, again, strict=True)):
+        if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(outputs, again, strict=True)):
             return Outcome("wrong", f"call {at} gives another answer the second time")
-        sentence = wanted(called, found)
+        sentence = wanted(called, outputs)
         if sentence is not None:
             return Outcome("wrong", f"call {at}: {sentence}")
-        answers.append((fast.program.signature.flatten(*_split(_given(case, called))), found))
+        answers.append((fast.program.signature.flatten(*_split(_given(case, called))), outputs))
     return _reloaded(fast, answers, address) if case.saved and address else Outcome("equal")
 
 
@@ -230,16 +230,16 @@ def _oracle(
 ) -> Callable[[Mapping[str, object], list[torch.Tensor]], str | None]:
     """The reference for the outputs: the model if every pass is exact, else the program up to the last lossy pass."""
     passes = parse_pipeline(",".join(case.passes), PASSES) if case.passes else []
-    lossy = [at for at, item in enumerate(passes) if isinstance(item, (Approximation, Training))]
-    packs = any(item.name() in ("pack-tokens", "zero-padding") for item in passes)
+    lossy = [at for at, pass_ in enumerate(passes) if isinstance(pass_, (Approximation, Training))]
+    packs = any(pass_.name() in ("pack-tokens", "zero-padding") for pass_ in passes)
     if not lossy:
         precise = copy.deepcopy(model).double()
 
-        def by_model(inputs: Mapping[str, object], found: list[torch.Tensor]) -> str | None:
+        def by_model(inputs: Mapping[str, object], outputs: list[torch.Tensor]) -> str | None:
             with torch.no_grad():
                 plain = _called(case, model, inputs)
-                exact = _called(case, precise, {name: _doubled(item) for name, item in inputs.items()})
-            return oracle.differs_from_float64(found, plain, exact, _kept(case, inputs) if packs else None)
+                exact = _called(case, precise, {name: _doubled(value) for name, value in inputs.items()})
+            return oracle.differs_from_float64(outputs, plain, exact, _kept(case, inputs) if packs else None)
 
         return by_model
     prefix = ",".join(case.passes[: lossy[-1] + 1])
@@ -247,16 +247,16 @@ def _oracle(
     samples = [captured.signature.flatten(*_split(batch)) for batch in data]
     # Checks are off so that the oracle does not depend on the verifier.
     program, _ = Pipeline(resolve_passes(prefix), checks="off", data=samples).run(captured)
-    names = {item.name() for item in passes}
+    names = {pass_.name() for pass_ in passes}
     # Under a pattern, a padding query sees padding only, and adding a mask to its scores twice rounds in many ways.
     padded = "sparsify-attention" in names
     precision = "quantized" if names.intersection(_ROUNDING) else "bf16" if "cast" in names else "fp32"
 
-    def by_program(inputs: Mapping[str, object], found: list[torch.Tensor]) -> str | None:
+    def by_program(inputs: Mapping[str, object], outputs: list[torch.Tensor]) -> str | None:
         sample = program.signature.flatten(*_split(_given(case, inputs)))
         kept = _kept(case, inputs) if padded or precision != "fp32" else None
         return oracle.differs_from_program(
-            found, _tensors_of(program, sample), precision, kept, lambda: _with_perturbed_weights(program, sample)
+            outputs, _tensors_of(program, sample), precision, kept, lambda: _with_perturbed_weights(program, sample)
         )
 
     return by_program
@@ -278,7 +278,7 @@ def _with_perturbed_weights(program: Program, sample: Sequence[torch.Tensor]) ->
 
 def _tensors_of(program: Program, sample: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     with torch.no_grad():
-        return [item for item in program.run(sample) if isinstance(item, torch.Tensor)]
+        return [value for value in program.run(sample) if isinstance(value, torch.Tensor)]
 
 
 def _kept(case: Case, inputs: Mapping[str, object]) -> torch.Tensor | None:
@@ -298,8 +298,8 @@ def _reloaded(
         except RuntimeError as error:
             return Outcome("file", f"the artifact does not load or run: {error}")
     for at, ((_, wanted), (_, leaves)) in enumerate(zip(answers, loaded, strict=True)):
-        found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, wanted, strict=True)):
+        outputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(outputs, wanted, strict=True)):
             return Outcome("file", f"the loaded model gives another answer to call {at}")
     return Outcome("equal")
 
@@ -309,11 +309,11 @@ def _inputs(case: Case, call: Call, given: Mapping[str, object]) -> dict[str, ob
     if not given:
         return dict(models.draw_inputs(case.spec, call.batch, call.length, call.padding, call.seed))
     generator = torch.Generator().manual_seed(call.seed)
-    found = dict(given)
-    for name, item in given.items():
-        if isinstance(item, torch.Tensor) and call.seed and item.dim() >= 2 and item.dtype in (torch.long, torch.float32):
-            found[name] = item[:, torch.randperm(item.shape[1], generator=generator)] if item.dim() == 2 else item.flip(0)
-    return found
+    inputs = dict(given)
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor) and call.seed and value.dim() >= 2 and value.dtype in (torch.long, torch.float32):
+            inputs[name] = value[:, torch.randperm(value.shape[1], generator=generator)] if value.dim() == 2 else value.flip(0)
+    return inputs
 
 
 def _given(case: Case, inputs: Mapping[str, object]) -> tuple[object, ...] | dict[str, object]:
@@ -332,18 +332,18 @@ def _called(case: Case, model: Callable[..., object], inputs: Mapping[str, objec
         return [leaf.clone() for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
 
 
-def _doubled(item: object) -> object:
-    return item.double() if isinstance(item, torch.Tensor) and item.dtype == torch.float32 else item
+def _doubled(value: object) -> object:
+    return value.double() if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
 
 
 def _snapshot(model: nn.Module) -> list[tuple[str, object, object]]:
     """Every tensor of the model by identity and value, and every module's mode and attributes."""
-    found: list[tuple[str, object, object]] = []
-    for name, item in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        found.append((name, id(item), (item.detach().clone(), item.requires_grad, item.grad is None)))
+    snapshot: list[tuple[str, object, object]] = []
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        snapshot.append((name, id(tensor), (tensor.detach().clone(), tensor.requires_grad, tensor.grad is None)))
     for name, module in model.named_modules():
-        found.append((name, module.training, sorted(vars(module))))
-    return found
+        snapshot.append((name, module.training, sorted(vars(module))))
+    return snapshot
 
 
 def _changed(before: list[tuple[str, object, object]], model: nn.Module) -> str:

@@ -127,14 +127,14 @@ def draw_inputs(spec: Spec, batch: int, length: int, padding: str, seed: int) ->
     padding: where tokens are masked out: `none`, `right`, `left`, `holes`, or `single`, which leaves one token in each row.
     """
     generator = torch.Generator().manual_seed(seed)
-    found = {"tokens": torch.randint(0, VOCABULARY, (batch, length), generator=generator)}
+    inputs = {"tokens": torch.randint(0, VOCABULARY, (batch, length), generator=generator)}
     if spec.mask != "none":
         if spec.sees_nothing and padding != "none":
             padding = "none" if spec.window else "right"
-        found["mask"] = _encode_mask(spec, _draw_kept(batch, length, padding, generator))
+        inputs["mask"] = _encode_mask(spec, _draw_kept(batch, length, padding, generator))
     if spec.token_types:
-        found["types"] = torch.randint(0, TYPES, (batch, length), generator=generator)
-    return found
+        inputs["types"] = torch.randint(0, TYPES, (batch, length), generator=generator)
+    return inputs
 
 
 def _draw_kept(batch: int, length: int, padding: str, generator: torch.Generator) -> torch.Tensor:
@@ -234,7 +234,7 @@ class Attention(nn.Module):
             q, (k, v) = self.q(x), self.kv(x).chunk(2, -1)
         else:
             q, k, v = self.q(x), self.k(x), self.v(x)
-        q, k, v = (item.view(batch, length, -1, size).transpose(1, 2) for item in (q, k, v))
+        q, k, v = (projection.view(batch, length, -1, size).transpose(1, 2) for projection in (q, k, v))
         return q, k, v
 
     def bias_of(self, length: int, x: torch.Tensor) -> torch.Tensor | None:
@@ -274,7 +274,7 @@ def _join(bias: torch.Tensor | None, hidden: torch.Tensor | None) -> torch.Tenso
 def _rotate(x: torch.Tensor) -> torch.Tensor:
     half = x.shape[-1] // 2
     angles = torch.arange(x.shape[-2])[:, None] * 100.0 ** -(torch.arange(half) / half)[None, :]
-    cos, sin = (torch.cat([item, item], -1).to(x.dtype) for item in (angles.cos(), angles.sin()))
+    cos, sin = (torch.cat([table, table], -1).to(x.dtype) for table in (angles.cos(), angles.sin()))
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
 
@@ -389,10 +389,10 @@ class Transformer(nn.Module):
 
 def simpler(spec: Spec) -> list[Spec]:
     """Transformers that are simpler than this one in one choice."""
-    found = []
+    candidates = []
     for field in dataclasses.fields(Spec):
         value = spec.heads if field.name == "key_value_heads" else field.default
         candidate = dataclasses.replace(spec, **{field.name: value})
         if candidate != spec and candidate.heads % candidate.key_value_heads == 0:
-            found.append(candidate)
-    return found
+            candidates.append(candidate)
+    return candidates

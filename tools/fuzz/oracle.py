@@ -20,17 +20,17 @@ output. A wrong scale, mask or layout has an error of about 1.
 
 
 def differs_from_float64(
-    found: Sequence[object], plain: Sequence[torch.Tensor], precise: Sequence[torch.Tensor], kept: torch.Tensor | None
+    actual: Sequence[object], plain: Sequence[torch.Tensor], precise: Sequence[torch.Tensor], kept: torch.Tensor | None
 ) -> str | None:
     """The reason outputs differ from those of the model; None if they do not.
 
     plain, precise: the model's outputs in float32 and float64. kept: [batch, tokens], the tokens whose values count; None
         counts all.
     """
-    sentence = _form_differs(found, plain)
+    sentence = _form_differs(actual, plain)
     if sentence is not None:
         return sentence
-    for at, (a, b, exact) in enumerate(zip(found, plain, precise, strict=True)):
+    for at, (a, b, exact) in enumerate(zip(actual, plain, precise, strict=True)):
         assert isinstance(a, torch.Tensor)
         sentence = _places_differ(a, b)
         if sentence is not None:
@@ -48,7 +48,7 @@ AS_FAR = 2.0
 
 
 def differs_from_program(
-    found: Sequence[object],
+    actual: Sequence[object],
     wanted: Sequence[torch.Tensor],
     precision: str,
     kept: torch.Tensor | None = None,
@@ -60,10 +60,10 @@ def differs_from_program(
     rounded: the outputs of the program before lowering under other rounding. It is called if the limit is exceeded: a model
         may be ill-conditioned, and the last bit can decide which expert a router chooses.
     """
-    sentence = _form_differs(found, wanted)
+    sentence = _form_differs(actual, wanted)
     if sentence is not None:
         return sentence
-    for at, (a, b) in enumerate(zip(found, wanted, strict=True)):
+    for at, (a, b) in enumerate(zip(actual, wanted, strict=True)):
         assert isinstance(a, torch.Tensor)
         # A query without visible keys under a mask of -inf gives NaN after a softmax and zero after an attention operator.
         sentence = _places_differ(a, b.where(~torch.isnan(b), a))
@@ -78,19 +78,19 @@ def differs_from_program(
     return None
 
 
-def _form_differs(found: Sequence[object], wanted: Sequence[torch.Tensor]) -> str | None:
-    if len(found) != len(wanted):
-        return f"{len(found)} outputs in place of {len(wanted)}"
-    for at, (a, b) in enumerate(zip(found, wanted, strict=True)):
+def _form_differs(actual: Sequence[object], wanted: Sequence[torch.Tensor]) -> str | None:
+    if len(actual) != len(wanted):
+        return f"{len(actual)} outputs in place of {len(wanted)}"
+    for at, (a, b) in enumerate(zip(actual, wanted, strict=True)):
         if not isinstance(a, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype:
             shown = f"{a.dtype} {list(a.shape)}" if isinstance(a, torch.Tensor) else repr(a)
             return f"output {at} is {shown} in place of {b.dtype} {list(b.shape)}"
     return None
 
 
-def _places_differ(found: torch.Tensor, wanted: torch.Tensor) -> str | None:
+def _places_differ(actual: torch.Tensor, wanted: torch.Tensor) -> str | None:
     """The reason the positions of NaN and infinity differ; None if they do not."""
-    a, b = ~torch.isfinite(found), ~torch.isfinite(wanted)
+    a, b = ~torch.isfinite(actual), ~torch.isfinite(wanted)
     if torch.equal(a, b):
         return None
     return f"{int((a & ~b).sum())} numbers are not finite where they should be, {int((b & ~a).sum())} the other way round"
@@ -106,18 +106,18 @@ def _counted(values: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
     return counted & kept.all(1)[:, None] if values.dim() == 2 else counted
 
 
-def _error(found: torch.Tensor, wanted: torch.Tensor, counted: torch.Tensor) -> float:
+def _error(actual: torch.Tensor, wanted: torch.Tensor, counted: torch.Tensor) -> float:
     """The largest difference, relative to the root mean square of the reference."""
     if not counted.any():
         return 0.0
-    a, b = found.double()[counted], wanted.double()[counted]
+    a, b = actual.double()[counted], wanted.double()[counted]
     return float((a - b).abs().max() / b.square().mean().sqrt().clamp_min(1e-6))
 
 
-def _mean_error(found: torch.Tensor, wanted: torch.Tensor, counted: torch.Tensor) -> float:
+def _mean_error(actual: torch.Tensor, wanted: torch.Tensor, counted: torch.Tensor) -> float:
     """The root mean square of the differences, relative to that of the reference."""
     counted = counted & torch.isfinite(wanted)
     if not counted.any():
         return 0.0
-    a, b = found.double()[counted], wanted.double()[counted]
+    a, b = actual.double()[counted], wanted.double()[counted]
     return float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp_min(1e-6))

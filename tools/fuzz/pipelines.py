@@ -102,15 +102,15 @@ def draw_pipeline(generator: random.Random) -> tuple[str, ...]:
     share = generator.choice((0.0, 0.5, 0.7))
     count = generator.choice((1, 2, 2, 3, 3, 4))
     drawn = [generator.choice(LOSSY if generator.random() < share else EXACT)(generator) for _ in range(count)]
-    if any(item.startswith("prune") for item in drawn) and generator.random() < 0.6:
-        drawn += [item for item in _ELIMINATIONS[:4] if generator.random() < 0.7]
+    if any(spelled.startswith("prune") for spelled in drawn) and generator.random() < 0.6:
+        drawn += [spelled for spelled in _ELIMINATIONS[:4] if generator.random() < 0.7]
     return tuple(drawn)
 
 
 def draw_recovery(generator: random.Random) -> tuple[str, ...]:
     """Two lossy passes and `distill`, each as text."""
     return (
-        *(draw(generator) for draw in generator.sample([item for item in LOSSY if item is not DISTILL], 2)),
+        *(draw(generator) for draw in generator.sample([lossy for lossy in LOSSY if lossy is not DISTILL], 2)),
         DISTILL(generator),
     )
 
@@ -118,5 +118,7 @@ def draw_recovery(generator: random.Random) -> tuple[str, ...]:
 def simpler(passes: tuple[str, ...]) -> list[tuple[str, ...]]:
     """Pipelines with one pass fewer, or with the options of one pass at their defaults."""
     shorter = [passes[:at] + passes[at + 1 :] for at in range(len(passes))]
-    plain = [(*passes[:at], item.partition("{")[0], *passes[at + 1 :]) for at, item in enumerate(passes) if "{" in item]
+    plain = [
+        (*passes[:at], spelled.partition("{")[0], *passes[at + 1 :]) for at, spelled in enumerate(passes) if "{" in spelled
+    ]
     return [*shorter, *plain]

@@ -82,7 +82,7 @@ def cases(folder: Path, names: Sequence[str], seed: int) -> Iterator[Case]:
 def smallest(case: Case, judge: Callable[[Case], str]) -> Case:
     """The case without the mutations that its fault does not need."""
     for mutation in case.mutations:
-        fewer = Case(case.sample, tuple(item for item in case.mutations if item is not mutation))
+        fewer = Case(case.sample, tuple(kept for kept in case.mutations if kept is not mutation))
         if fewer.mutations and judge(fewer).startswith("FAULT"):
             case = fewer
     return case
@@ -108,9 +108,9 @@ def run(
             word = worker.judge(case)
             words[f"{case.sample}: {word.partition(' ')[0] if word.startswith('FAULT') else word}"] += 1
             if word.startswith("FAULT"):
-                found = smallest(case, worker.judge)
-                faults[found] = worker.judge(found)
-                tell(f"{faults[found]}\n  python -m tools.fuzz_artifacts --replay '{found}'")
+                reduced = smallest(case, worker.judge)
+                faults[reduced] = worker.judge(reduced)
+                tell(f"{faults[reduced]}\n  python -m tools.fuzz_artifacts --replay '{reduced}'")
     finally:
         worker.close()
     return words, faults

@@ -103,14 +103,14 @@ def _choose_one(rng: Random, files: Sequence[str]) -> Mutation:
 
 def apply(folder: Path, mutations: Sequence[Mutation]) -> None:
     """Mutate the files of an artifact, and recompute its hashes."""
-    for item in mutations:
-        path, rng = folder / item.file, Random(item.seed)
-        if item.kind == "bytes":
-            path.write_bytes(_change_bytes(rng, path.read_bytes(), item.file))
-        elif item.kind.startswith("header-"):
-            path.write_bytes(_change_header(rng, path.read_bytes(), JSON[item.kind.removeprefix("header-")]))
+    for mutation in mutations:
+        path, rng = folder / mutation.file, Random(mutation.seed)
+        if mutation.kind == "bytes":
+            path.write_bytes(_change_bytes(rng, path.read_bytes(), mutation.file))
+        elif mutation.kind.startswith("header-"):
+            path.write_bytes(_change_header(rng, path.read_bytes(), JSON[mutation.kind.removeprefix("header-")]))
         else:
-            _change_json(rng, path, JSON[item.kind])
+            _change_json(rng, path, JSON[mutation.kind])
     seal(folder)
 
 
@@ -178,14 +178,14 @@ Place = tuple[Any, Any]
 
 
 def _places(data: Any) -> list[Place]:
-    found: list[Place] = []
+    places: list[Place] = []
     left = [data]
     while left:
-        item = left.pop()
-        keys = list(item) if isinstance(item, dict) else range(len(item))
-        found += [(item, key) for key in keys]
-        left += [item[key] for key in keys if isinstance(item[key], (dict, list))]
-    return found
+        container = left.pop()
+        keys = list(container) if isinstance(container, dict) else range(len(container))
+        places += [(container, key) for key in keys]
+        left += [container[key] for key in keys if isinstance(container[key], (dict, list))]
+    return places
 
 
 def _pick(rng: Random, data: Any, wanted: Callable[[Any], bool] = lambda _: True) -> Place | None:
@@ -210,7 +210,7 @@ def _delete(rng: Random, data: Any) -> None:
 
 
 def _duplicate(rng: Random, data: Any) -> None:
-    place = _pick(rng, data, lambda item: isinstance(item, list) and bool(item))
+    place = _pick(rng, data, lambda value: isinstance(value, list) and bool(value))
     if place is not None:
         items = place[0][place[1]]
         items.insert(rng.randrange(len(items) + 1), json.loads(json.dumps(rng.choice(items))))
@@ -222,20 +222,20 @@ def _swap_type(rng: Random, data: Any) -> None:
 
 
 def _number(rng: Random, data: Any) -> None:
-    place = _pick(rng, data, lambda item: isinstance(item, (int, float)))
+    place = _pick(rng, data, lambda value: isinstance(value, (int, float)))
     if place is not None:
         place[0][place[1]] = rng.choice((*_NUMBERS, place[0][place[1]] + rng.choice((-1, 1))))
 
 
 def _text(rng: Random, data: Any) -> None:
-    place = _pick(rng, data, lambda item: isinstance(item, str))
+    place = _pick(rng, data, lambda value: isinstance(value, str))
     if place is not None:
         place[0][place[1]] = rng.choice(_TEXTS)
 
 
 def _rename(rng: Random, data: Any) -> None:
     """Rename a key, to a new name or to one of another object."""
-    place = _pick(rng, data, lambda item: isinstance(item, dict) and bool(item))
+    place = _pick(rng, data, lambda value: isinstance(value, dict) and bool(value))
     if place is not None:
         fields = place[0][place[1]]
         fields[rng.choice(_TEXTS)] = fields.pop(rng.choice(list(fields)))
@@ -250,7 +250,7 @@ def _graft(rng: Random, data: Any) -> None:
 
 def _exchange(rng: Random, data: Any) -> None:
     """Swap two items of a list."""
-    place = _pick(rng, data, lambda item: isinstance(item, list) and len(item) > 1)
+    place = _pick(rng, data, lambda value: isinstance(value, list) and len(value) > 1)
     if place is not None:
         items = place[0][place[1]]
         one, other = rng.sample(range(len(items)), 2)
@@ -259,8 +259,8 @@ def _exchange(rng: Random, data: Any) -> None:
 
 def _calls(data: Any) -> list[Any]:
     nodes = data.get("nodes") if isinstance(data, dict) else None
-    found = nodes if isinstance(nodes, list) else []
-    return [item for item in found if isinstance(item, dict) and isinstance(item.get("args"), list) and "target" in item]
+    entries = nodes if isinstance(nodes, list) else []
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("args"), list) and "target" in entry]
 
 
 def _operator(rng: Random, data: Any) -> None:
@@ -272,11 +272,11 @@ def _argument(rng: Random, data: Any) -> None:
     if calls := _calls(data):
         args = rng.choice(calls)["args"]
         names = [
-            {"node": item["name"]} for item in data["nodes"] if isinstance(item, dict) and isinstance(item.get("name"), str)
+            {"node": node["name"]} for node in data["nodes"] if isinstance(node, dict) and isinstance(node.get("name"), str)
         ]
-        item = rng.choice((_value(rng), rng.choice(names or [None]), rng.choice(names or [None])))
+        argument = rng.choice((_value(rng), rng.choice(names or [None]), rng.choice(names or [None])))
         place = rng.randrange(len(args) + 1)
-        args[place : place + rng.choice((0, 1, 1, 1))] = [item]
+        args[place : place + rng.choice((0, 1, 1, 1))] = [argument]
 
 
 def _keyword(rng: Random, data: Any) -> None:

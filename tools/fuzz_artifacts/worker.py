@@ -90,7 +90,7 @@ def _settings() -> dict[str, Any]:
     }
 
 
-def _same(wanted: Answer, found: Answer) -> bool:
+def _same(wanted: Answer, actual: Answer) -> bool:
     def equal(left: object, right: object) -> bool:
         if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
             return (
@@ -98,7 +98,7 @@ def _same(wanted: Answer, found: Answer) -> bool:
             )
         return type(left) is type(right) and left == right
 
-    return len(wanted) == len(found) and all(map(equal, wanted, found))
+    return len(wanted) == len(actual) and all(map(equal, wanted, actual))
 
 
 def _fault(error: BaseException) -> str:
@@ -127,7 +127,7 @@ def _load(sample: Sample, folder: Path) -> tuple[str, Callable[[], Answer] | Non
 def _call(run: Callable[[], Answer], wanted: Answer) -> str:
     """The outcome of the call, as one word."""
     try:
-        found = run()
+        actual = run()
     except LissomError as error:
         return "refused when called" if "\n" not in str(error) else f"FAULT a refusal of several lines: {error}"
     except Exception as error:
@@ -136,7 +136,7 @@ def _call(run: Callable[[], Answer], wanted: Answer) -> str:
         if _PROGRAM in frames or "/transformers/" in frames[-1]:
             return "raises when called"
         return f"FAULT a call raises {_fault(error)}"
-    return "equal" if _same(wanted, found) else "other"
+    return "equal" if _same(wanted, actual) else "other"
 
 
 def judge(sample: Sample, folder: Path, wanted: Answer, watch: Watch) -> str:

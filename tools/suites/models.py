@@ -47,17 +47,17 @@ def check_model(model: nn.Module, inputs: Inputs, more: Sequence[Inputs] = ()) -
         try:
             samples = check_samples(captured.program.signature, captured.example)
             program, history = Pipeline(parse_pipeline(RECIPES["exact"], PASSES), samples).run(captured.program)
-            record |= {"dynamic": sorted(found.name for found in program.signature.dimensions.values())}
+            record |= {"dynamic": sorted(dimension.name for dimension in program.signature.dimensions.values())}
             record |= {"nodes": len(program.nodes()), "passes": sum(step.rewritten > 0 for step in history.steps)}
             worst = 0.0
             for index, (args, kwargs) in enumerate([inputs, *more]):
                 try:
-                    found = program(*args, **kwargs)
+                    actual = program(*args, **kwargs)
                 except InputError:
                     if index == 0:
                         raise
                     continue
-                worst = max(worst, _error(copy.deepcopy(model)(*args, **kwargs), found))
+                worst = max(worst, _error(copy.deepcopy(model)(*args, **kwargs), actual))
         except Exception as error:
             return record | {"result": "failure", "reason": f"the recipe `exact`: {sentence(error)}"}
         record["error_found"] = worst
@@ -66,9 +66,9 @@ def check_model(model: nn.Module, inputs: Inputs, more: Sequence[Inputs] = ()) -
     return record
 
 
-def _error(wanted: object, found: object) -> float:
+def _error(wanted: object, actual: object) -> float:
     """The largest relative error of two results; infinite where their structures differ."""
-    (left, spec), (right, other) = pytree.tree_flatten(wanted), pytree.tree_flatten(found)
+    (left, spec), (right, other) = pytree.tree_flatten(wanted), pytree.tree_flatten(actual)
     if spec != other:
         return float("inf")
     return max(map(relative_error, left, right), default=0.0)

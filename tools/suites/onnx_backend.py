@@ -37,8 +37,8 @@ def items(everything: bool) -> list[Item]:
     with warnings.catch_warnings():
         # The expected outputs of a few tests are computed with overflows.
         warnings.simplefilter("ignore")
-        found = {test.name: test for kind in KINDS for test in loader.load_model_tests(kind=kind)}
-    return [Item(name, test.kind, partial(given, test)) for name, test in found.items()]
+        tests = {test.name: test for kind in KINDS for test in loader.load_model_tests(kind=kind)}
+    return [Item(name, test.kind, partial(given, test)) for name, test in tests.items()]
 
 
 def check(item: Item, report: Report) -> None:
@@ -80,8 +80,8 @@ def _files(test: Any, folder: Path) -> tuple[Path, list[tuple[list[Any], list[An
         return path, test.data_sets
     path = Path(test.model_dir) / "model.onnx"
     graph = onnx.load(path).graph
-    names = {item.name for item in graph.initializer}
-    inputs = [item for item in graph.input if item.name not in names]
+    names = {initializer.name for initializer in graph.initializer}
+    inputs = [argument for argument in graph.input if argument.name not in names]
     sets = [
         tuple(
             [_loaded(data / f"{kind}_{index}.pb", value) for index, value in enumerate(values)]
@@ -118,14 +118,14 @@ def _run(path: Path, sets: Sequence[tuple[list[Any], list[Any]]], rtol: float, a
         try:
             given = tuple(_tensor(value) for value in inputs)
             program = capture(model.module, given, dynamic=False).program
-            found = program(*given)
+            actual = program(*given)
         except (CaptureError, UnsupportedError) as error:
             return {"result": "refused", "reason": _reason(error, path)}
         except LissomError as error:
             return {"result": "failure", "reason": sentence(error)}
         except Exception as error:
             return {"result": "failure", "reason": f"run: {sentence(error)}"}
-        if reason := _difference(found if isinstance(found, (tuple, list)) else [found], outputs, rtol, atol):
+        if reason := _difference(actual if isinstance(actual, (tuple, list)) else [actual], outputs, rtol, atol):
             return {"result": "wrong", "reason": reason}
     return {"result": "passed"}
 
@@ -149,21 +149,21 @@ def _tensor(value: Any) -> torch.Tensor:
     return torch.frombuffer(data, dtype=dtype).reshape(array.shape) if data else torch.empty(array.shape, dtype=dtype)
 
 
-def _difference(found: Sequence[object], wanted: Sequence[Any], rtol: float, atol: float) -> str:
+def _difference(actual: Sequence[object], wanted: Sequence[Any], rtol: float, atol: float) -> str:
     """The difference of the outputs from the expected ones, in words; empty if there is none."""
-    if len(found) != len(wanted):
-        return f"{len(found)} outputs, and {len(wanted)} are expected"
-    for index, (one, other) in enumerate(zip(found, wanted, strict=True)):
+    if len(actual) != len(wanted):
+        return f"{len(actual)} outputs, and {len(wanted)} are expected"
+    for index, (one, other) in enumerate(zip(actual, wanted, strict=True)):
         if not isinstance(one, torch.Tensor):
             return f"output {index} is a {type(one).__name__}"
         expected = _tensor(other)
         if one.shape != expected.shape or one.dtype != expected.dtype:
-            have, want = (f"{list(item.shape)} of {item.dtype}" for item in (one, expected))
+            have, want = (f"{list(tensor.shape)} of {tensor.dtype}" for tensor in (one, expected))
             return f"output {index} is {have}, and {want} is expected"
         # Two roundings of a reduced precision may be more than the test allows.
         rounding = 2 * torch.finfo(expected.dtype).eps if expected.is_floating_point() else 0.0
         # All values that tests hold are exact in float64.
-        a, b = (item.to(torch.complex128 if item.is_complex() else torch.float64) for item in (one, expected))
+        a, b = (tensor.to(torch.complex128 if tensor.is_complex() else torch.float64) for tensor in (one, expected))
         if not torch.allclose(a, b, rtol=max(rtol, rounding), atol=max(atol, rounding), equal_nan=True):
             return f"output {index} differs by {float((a - b).abs().nan_to_num(posinf=np.inf).max()):.3g}"
     return ""

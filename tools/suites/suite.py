@@ -65,14 +65,14 @@ def describe(record: Record) -> str:
 
 def surprises(suite: Suite, records: Sequence[Record]) -> list[str]:
     """Items with a fault that is not known, and known ones without a fault."""
-    found: list[str] = []
+    sentences: list[str] = []
     for record in records:
         is_fault = result_of(record) in suite.faults
         if is_fault and record["name"] not in suite.known:
-            found.append(describe(record))
+            sentences.append(describe(record))
         elif not is_fault and record["name"] in suite.known:
-            found.append(f"{record['name']} has no fault now; take it out of known.py")
-    return found
+            sentences.append(f"{record['name']} has no fault now; take it out of known.py")
+    return sentences
 
 
 def headline(suite: Suite, records: Sequence[Record]) -> str:
@@ -101,4 +101,4 @@ def _reason(suite: Suite, record: Record) -> str:
 
 def counts_by(records: Iterable[Record], key: Callable[[Record], str]) -> list[tuple[str, int]]:
     """The number of records of each key, the most frequent first."""
-    return sorted(Counter(map(key, records)).items(), key=lambda item: (-item[1], item[0]))
+    return sorted(Counter(map(key, records)).items(), key=lambda pair: (-pair[1], pair[0]))

@@ -62,12 +62,12 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
         image = normal(2, 3, size, size)
         try:
             with torch.no_grad():
-                found = model(image)
+                output = model(image)
         # Models refuse small images by any error.
         except Exception as error:
             errors.append(f"{size}: {type(error).__name__}: {str(error)[:100]}")
             continue
-        if torch.is_tensor(found) and found.numel() and bool(found.isfinite().all()):
+        if torch.is_tensor(output) and output.numel() and bool(output.isfinite().all()):
             return model, image
         errors.append(f"{size}: no finite output")
     raise RuntimeError(f"{name} runs at none of the sizes: {errors[-1] if errors else 'it takes no such size'}")
@@ -108,7 +108,9 @@ def check(item: Item, report: Report) -> None:
     except Exception as error:
         report({"phase": None, "result": "not run", "reason": f"{type(error).__name__}: {str(error)[:300]}"})
         return
-    report({"phase": "capture", "size": image.shape[-1], "parameters": sum(item.numel() for item in model.parameters())})
+    report(
+        {"phase": "capture", "size": image.shape[-1], "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    )
     report({"phase": None} | check_model(model, ((image,), {})))
 
 

@@ -99,14 +99,14 @@ def _phases(
         captured = capture(case.model, case.args, case.kwargs)
         record["captured"], record["nodes"] = True, len(captured.program.nodes())
         signature = captured.program.signature
-        record["dynamic"] = sorted(found.name for found in signature.dimensions.values())
+        record["dynamic"] = sorted(dimension.name for dimension in signature.dimensions.values())
         record["notes"] = list(captured.notes[1:])
     with phase("agree"):
         samples = [captured.example, *other_samples(case, signature, captured.example)]
         record["shapes"] = len(samples)
         wanted = [answer(case, *signature.arguments(sample)) for sample in samples]
-        found = (captured.program.run(sample) for sample in samples)
-        record["capture_error"] = max(_error(leaves, other) for (_, leaves), other in zip(wanted, found, strict=True))
+        outputs = (captured.program.run(sample) for sample in samples)
+        record["capture_error"] = max(_error(leaves, other) for (_, leaves), other in zip(wanted, outputs, strict=True))
         record["allowed"] = tolerance_of(captured.program)
         record["agrees"] = record["capture_error"] <= record["allowed"]
     for name in backends:
@@ -132,10 +132,10 @@ def _through(
     samples: Sequence[Sample],
     wanted: Sequence[tuple[str, list[object]]],
     loader: str | None,
-    found: dict[str, Any],
+    results: dict[str, Any],
     phase: Callable[[str], Any],
 ) -> None:
-    """Compile for one backend and compare; save, load in a fresh process, and compare again. Results go into `found`."""
+    """Compile for one backend and compare; save, load in a fresh process, and compare again. Results go into `results`."""
     signature, allowed = captured.program.signature, tolerance_of(captured.program)
     # The passes are checked once; the executables of other backends are compared as a whole.
     checks = "numeric" if name == EAGER else "off"
@@ -143,14 +143,14 @@ def _through(
         compiled = lissom.compile(case.model, case.inputs, backend=BACKENDS[name], checks=checks, progress=lambda *_: None)
     with phase("equal"):
         here = [_structure_and_leaves(compiled(*args, **kwargs)) for args, kwargs in map(signature.arguments, samples)]
-        found["error_found"], found["structure"] = compared(wanted, here)
-        found["equal"] = found["error_found"] <= allowed and found["structure"]
+        results["error_found"], results["structure"] = compared(wanted, here)
+        results["equal"] = results["error_found"] <= allowed and results["structure"]
     if loader is None:
         return
     with phase("reload"):
         there = _reloaded(compiled, samples, loader)
-        found["reload_error"], same = compared(wanted, there)
-        found["reloaded"] = found["reload_error"] <= allowed and same
+        results["reload_error"], same = compared(wanted, there)
+        results["reloaded"] = results["reload_error"] <= allowed and same
 
 
 def _reloaded(compiled: CompiledModel, samples: Sequence[Sample], loader: str) -> list[tuple[str, list[object]]]:
@@ -160,10 +160,10 @@ def _reloaded(compiled: CompiledModel, samples: Sequence[Sample], loader: str) -
         return answers(loader, artifact, samples)
 
 
-def compared(wanted: Sequence[tuple[str, list[object]]], found: Sequence[tuple[str, list[object]]]) -> tuple[float, bool]:
+def compared(wanted: Sequence[tuple[str, list[object]]], actual: Sequence[tuple[str, list[object]]]) -> tuple[float, bool]:
     """The largest relative error, and whether the structures are the same."""
-    error = max(_error(leaves, others) for (_, leaves), (_, others) in zip(wanted, found, strict=True))
-    return error, [structure for structure, _ in wanted] == [structure for structure, _ in found]
+    error = max(_error(leaves, others) for (_, leaves), (_, others) in zip(wanted, actual, strict=True))
+    return error, [structure for structure, _ in wanted] == [structure for structure, _ in actual]
 
 
 @contextmanager
@@ -189,13 +189,13 @@ def _facts(program: Program, history: History) -> dict[str, Any]:
 
 def _sites(program: Program) -> dict[str, Any]:
     """The attention and feed-forward sites that the analysis `structure` finds."""
-    found = program.fact(structure)
+    sites = program.fact(structure)
     return {
-        "attention": len(found.attention),
-        "heads": sorted({site.heads for site in found.attention}),
-        "kv_heads": sorted({site.key_value_heads for site in found.attention}),
-        "head_dim": sorted({site.head_dim for site in found.attention}),
-        "feed_forward": len(found.feed_forward),
+        "attention": len(sites.attention),
+        "heads": sorted({site.heads for site in sites.attention}),
+        "kv_heads": sorted({site.key_value_heads for site in sites.attention}),
+        "head_dim": sorted({site.head_dim for site in sites.attention}),
+        "feed_forward": len(sites.feed_forward),
     }
 
 
@@ -244,10 +244,10 @@ def _structure_and_leaves(output: object) -> tuple[str, list[object]]:
     return outline(output), leaves
 
 
-def _error(wanted: list[object], found: list[object]) -> float:
-    if len(wanted) != len(found):
+def _error(wanted: list[object], actual: list[object]) -> float:
+    if len(wanted) != len(actual):
         return float("inf")
-    return max(map(relative_error, wanted, found), default=0.0)
+    return max(map(relative_error, wanted, actual), default=0.0)
 
 
 def sentence(error: Exception, *, last: bool = False) -> str:
@@ -274,16 +274,16 @@ def describe(record: dict[str, Any]) -> str:
     elif not record["agrees"]:
         outcome = f"the program differs by {record['capture_error']:.2g}"
     else:
-        told = ", ".join(f"{name} {_outcome(found)}" for name, found in record["backends"].items())
+        told = ", ".join(f"{name} {_outcome(result)}" for name, result in record["backends"].items())
         outcome = f"{told}, {record['softmax']} softmax left of {record['attention'] + record['softmax']}"
     return f"{record['name']} ({record['total_seconds']:.1f} s): {outcome}"
 
 
-def _outcome(found: dict[str, Any]) -> str:
-    if found.get("failed"):
-        return f"{found['failed']}: {found['error']}"
-    if not found["equal"]:
-        return f"differs by {found['error_found']:.2g}" if found["structure"] else "has another structure"
-    if not found.get("reloaded", True):
-        return f"differs by {found['reload_error']:.2g} when loaded again"
+def _outcome(result: dict[str, Any]) -> str:
+    if result.get("failed"):
+        return f"{result['failed']}: {result['error']}"
+    if not result["equal"]:
+        return f"differs by {result['error_found']:.2g}" if result["structure"] else "has another structure"
+    if not result.get("reloaded", True):
+        return f"differs by {result['reload_error']:.2g} when loaded again"
     return "equal"

@@ -66,10 +66,10 @@ def headline(records: Sequence[Record]) -> str:
     run = [record for record in records if record.get("failed") not in ("expect", "build", "eager")]
     equal = sum(map(is_equal, run))
     told = [record for record in run if record.get("sites") and any(_expected(record, kind) is not None for kind in _KINDS)]
-    found = sum(all(_is_right(record, kind) for kind in _KINDS) for record in told)
+    right = sum(all(_is_right(record, kind) for kind in _KINDS) for record in told)
     return (
         f"Of {len(records)} models {len(run)} run in eager; of these {_of(equal, run)} are captured and equal. Of the "
-        f"{len(told)} whose configuration gives the number of sites, {_of(found, told)} have exactly these."
+        f"{len(told)} whose configuration gives the number of sites, {_of(right, told)} have exactly these."
         f"{_runtime_sentence(run)}{_loaded_sentence(records)} The remarks explain the others.\n"
     )
 
@@ -84,15 +84,15 @@ def _runtime_sentence(run: Sequence[Record]) -> str:
 def _loaded_sentence(records: Sequence[Record]) -> str:
     """The sentence that counts the compiled models equal after saving and loading; empty if there are none."""
     saved = [
-        found for record in records for found in record.get("backends", {}).values() if found.get("equal") and _asked(found)
+        result for record in records for result in record.get("backends", {}).values() if result.get("equal") and _asked(result)
     ]
-    same = sum(bool(found.get("reloaded")) for found in saved)
+    same = sum(bool(result.get("reloaded")) for result in saved)
     return f" Of {len(saved)} compiled models {same} give the same outputs when loaded in another process." if saved else ""
 
 
-def _asked(found: Record) -> bool:
+def _asked(result: Record) -> bool:
     """True if the compiled model should have been saved and loaded."""
-    return "reloaded" in found or found.get("failed") == "reload"
+    return "reloaded" in result or result.get("failed") == "reload"
 
 
 def _ran(records: Sequence[Record], backend: str) -> bool:
@@ -118,7 +118,7 @@ def surprises(records: Sequence[Record]) -> list[str]:
                 f"{name} runs on ONNX Runtime now; take it out of known.py" if known else f"{name} is not on ONNX Runtime"
             )
         lost = [
-            backend for backend, found in record["backends"].items() if found.get("equal") and not is_loaded(record, backend)
+            backend for backend, result in record["backends"].items() if result.get("equal") and not is_loaded(record, backend)
         ]
         lost = [backend for backend in lost if _asked(record["backends"][backend])]
         if name not in CANNOT_BE_SAVED:
@@ -143,7 +143,7 @@ def _summary(records: Sequence[Record], families: Sequence[str]) -> str:
 
 def _family_row(name: str, records: Sequence[Record], runtime: bool) -> list[str]:
     captured = [record for record in records if record.get("captured")]
-    told = [found for record in captured for found in record["backends"].values() if found.get("equal") and _asked(found)]
+    told = [result for record in captured for result in record["backends"].values() if result.get("equal") and _asked(result)]
     return [
         name,
         str(len(records)),
@@ -152,7 +152,7 @@ def _family_row(name: str, records: Sequence[Record], runtime: bool) -> list[str
         str(sum(_varies(record, "sequence") for record in captured)),
         str(sum(map(is_equal, records))),
         *([str(sum(is_equal(record, RUNTIME) for record in records))] if runtime else []),
-        f"{sum(bool(found.get('reloaded')) for found in told)} of {len(told)}",
+        f"{sum(bool(result.get('reloaded')) for result in told)} of {len(told)}",
         _fraction(records, "attention"),
         _fraction(records, "feed_forward"),
         _counted(records),
@@ -229,15 +229,15 @@ def remarks(record: Record) -> str:
     """The reasons a model is not captured, not equal, not loaded, or has fewer sites than its configuration says."""
     if record.get("failed"):
         return cell(f"{record['failed']}: {record['error']}")
-    found = [] if record["agrees"] else [f"the program differs by {record['capture_error']:.2g} relative"]
-    found += [_backend_remark(record["name"], backend, told) for backend, told in record["backends"].items()]
-    found += [f"attention left ({count}): {reason}" for reason, count in record.get("skipped", {}).items()]
-    found += [f"attention left: {ATTENTION_LEFT[record['name']]}"] if record["name"] in ATTENTION_LEFT else []
-    found += [_different_size(record, kind) for kind in ("heads", "kv_heads", "head_dim")]
-    found += [f"operations: {found}" for found in record.get("miscounted", ())[:1]]
+    sentences = [] if record["agrees"] else [f"the program differs by {record['capture_error']:.2g} relative"]
+    sentences += [_backend_remark(record["name"], backend, told) for backend, told in record["backends"].items()]
+    sentences += [f"attention left ({count}): {reason}" for reason, count in record.get("skipped", {}).items()]
+    sentences += [f"attention left: {ATTENTION_LEFT[record['name']]}"] if record["name"] in ATTENTION_LEFT else []
+    sentences += [_different_size(record, kind) for kind in ("heads", "kv_heads", "head_dim")]
+    sentences += [f"operations: {miscount}" for miscount in record.get("miscounted", ())[:1]]
     if not record.get("dynamic"):
-        found += record.get("notes", ())[:1]
-    return cell("; ".join(filter(None, found)))
+        sentences += record.get("notes", ())[:1]
+    return cell("; ".join(filter(None, sentences)))
 
 
 def _backend_remark(name: str, backend: str, told: Record) -> str:
@@ -287,12 +287,12 @@ def put_section(path: Path, section: str) -> None:
     """Replace the section of the page that has the same heading, `## …`; append it if there is none."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     made, heading = section.rstrip("\n") + "\n", section.partition("\n")[0]
-    found = re.search(rf"^{re.escape(heading)}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    if found is None:
+    match = re.search(rf"^{re.escape(heading)}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    if match is None:
         text = f"{text.rstrip()}\n\n{made}".lstrip("\n")
     else:
-        rest = text[found.end() :]
-        text = f"{text[: found.start()]}{made}" + (f"\n{rest}" if rest else "")
+        rest = text[match.end() :]
+        text = f"{text[: match.start()]}{made}" + (f"\n{rest}" if rest else "")
     path.write_text(text, encoding="utf-8")
 
 
@@ -319,35 +319,35 @@ def dynamo_headline(records: Sequence[Record]) -> str:
 def _dynamo_row(name: str, records: Sequence[Record]) -> list[str]:
     run = [record for record in records if _applies(record)]
     counts = [sum(record["modes"].get(mode, {}).get("equal", False) for record in run) for mode in ("automatic", "dynamic")]
-    whole = sum(all(found["graphs"] == found["lowered"] for found in record["modes"].values()) for record in run)
+    whole = sum(all(result["graphs"] == result["lowered"] for result in record["modes"].values()) for record in run)
     return [name, str(len(records)), str(len(run)), *map(str, counts), str(whole)]
 
 
 def _applies(record: Record) -> bool:
     """False for a model that Dynamo's backend `eager` cannot run either, and for one that was not built."""
     return record.get("failed") not in ("build", "sizes") and all(
-        found["equal"] or found["without"] is None for found in record["modes"].values()
+        result["equal"] or result["without"] is None for result in record["modes"].values()
     )
 
 
 def is_wrong(record: Record) -> bool:
     """True if the compiled model fails or gives other outputs, and Dynamo's own backend does not."""
-    return _applies(record) and (bool(record.get("failed")) or not all(found["equal"] for found in record["modes"].values()))
+    return _applies(record) and (bool(record.get("failed")) or not all(result["equal"] for result in record["modes"].values()))
 
 
-def dynamo_outcome(found: Record) -> str:
+def dynamo_outcome(result: Record) -> str:
     """The result of one mode, in a few words."""
-    if not found["equal"]:
-        return f"{found['problem']}" if found["without"] is None else f"fails in Dynamo: {found['without']}"
-    return f"equal, {found['lowered']} of {found['graphs']} graphs programs"
+    if not result["equal"]:
+        return f"{result['problem']}" if result["without"] is None else f"fails in Dynamo: {result['without']}"
+    return f"equal, {result['lowered']} of {result['graphs']} graphs programs"
 
 
 def _dynamo_remark(record: Record) -> str:
     """The reasons a model does not apply, is not equal, or has graphs that run unchanged; empty if there are none."""
     if record.get("failed"):
         return f"{record['failed']}: {record['error']}"
-    told = [dynamo_outcome(found) for found in record["modes"].values() if not found["equal"]]
-    told += [f"unchanged: {reason}" for found in record["modes"].values() for reason in found["reasons"]]
+    told = [dynamo_outcome(result) for result in record["modes"].values() if not result["equal"]]
+    told += [f"unchanged: {reason}" for result in record["modes"].values() for reason in result["reasons"]]
     return "; ".join(dict.fromkeys(told))
 
 

@@ -78,18 +78,18 @@ def _under(case: Case, calls: Sequence[Call], wanted: Sequence[Any], allowed: fl
     started = time.process_time()
     problem, error = _problem(case, calls, wanted, allowed, dynamic, compile_graph)
     reports = lissom.dynamo_reports()
-    found: Record = {
+    record: Record = {
         "equal": problem is None,
         "error_found": error,
         "graphs": len(reports),
-        "lowered": sum(item.report is not None for item in reports),
-        "reasons": list(dict.fromkeys(item.reason for item in reports if item.reason)),
+        "lowered": sum(report.report is not None for report in reports),
+        "reasons": list(dict.fromkeys(report.reason for report in reports if report.reason)),
         "seconds": round(time.process_time() - started, 2),
     }
     if problem is not None:
-        found["problem"] = problem
-        found["without"] = _problem(case, calls, wanted, allowed, dynamic, "eager")[0]
-    return found
+        record["problem"] = problem
+        record["without"] = _problem(case, calls, wanted, allowed, dynamic, "eager")[0]
+    return record
 
 
 def _problem(
@@ -112,7 +112,7 @@ def describe(record: Record) -> str:
     if record.get("failed"):
         outcome = f"{record['failed']}: {record['error']}"
     else:
-        outcome = ", ".join(f"{mode}: {coverage.dynamo_outcome(found)}" for mode, found in record["modes"].items())
+        outcome = ", ".join(f"{mode}: {coverage.dynamo_outcome(result)}" for mode, result in record["modes"].items())
     return f"{record['name']} ({record['total_seconds']:.1f} s): {outcome}"
 
 

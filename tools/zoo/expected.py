@@ -64,7 +64,7 @@ def _counts(family: str, config: PreTrainedConfig) -> tuple[int | None, int | No
         return (sum(depths), sum(depths)) if has_heads else (0, None)
     types = _first(text, ("layer_types", "layers_block_type", "attention_layers"))
     if isinstance(types, Sequence) and not isinstance(types, str):
-        return sum(item not in _WITHOUT_ATTENTION for item in types), _feed_forwards(types)
+        return sum(kind not in _WITHOUT_ATTENTION for kind in types), _feed_forwards(types)
     layers = _first(text, ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"))
     if not isinstance(layers, int):
         return None, None
@@ -82,9 +82,9 @@ def _stack(config: PreTrainedConfig, part: str) -> int | None:
     if isinstance(inside, PreTrainedConfig):
         return getattr(_text(inside), "num_hidden_layers", None)
     names = (f"{part}_layers", f"num_{part}_layers", f"{part}_num_hidden_layers")
-    found = _first(config, names)
-    if isinstance(found, int):
-        return found
+    layers = _first(config, names)
+    if isinstance(layers, int):
+        return layers
     inside = getattr(config, f"{part}_config", None)
     if isinstance(inside, PreTrainedConfig):
         return getattr(inside, "num_hidden_layers", None)
@@ -97,9 +97,9 @@ def _sizes(config: PreTrainedConfig) -> tuple[int | None, int | None, int | None
     """Heads, key/value heads and head_dim, if they are the same in every layer."""
     if _first(config, ("depths", "encoder_attention_heads")) is not None or config.is_encoder_decoder:
         heads = {_first(config, (f"{part}_attention_heads", f"num_{part}_attention_heads")) for part in ("encoder", "decoder")}
-        found = heads.pop() if len(heads) == 1 else None
-        found = _heads(config) if found is None and config.is_encoder_decoder else found
-        return found, found, None
+        number = heads.pop() if len(heads) == 1 else None
+        number = _heads(config) if number is None and config.is_encoder_decoder else number
+        return number, number, None
     text = _text(config)
     heads = _heads(text)
     if not isinstance(heads, int):
@@ -143,10 +143,10 @@ def _first(config: PreTrainedConfig, names: Sequence[str]) -> Any:
     """The value of the first of these fields that has one."""
     for name in names:
         try:
-            found = getattr(config, name, None)
+            value = getattr(config, name, None)
         except RuntimeError:
             # Fields that differ from layer to layer have no single value.
             continue
-        if found is not None:
-            return found
+        if value is not None:
+            return value
     return None

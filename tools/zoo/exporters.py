@@ -88,19 +88,19 @@ def _export(entry: Entry, model: Any, inputs: dict[str, Any]) -> _Outcome:
     return EQUAL, None
 
 
-def _error(wanted: object, found: object) -> float:
+def _error(wanted: object, actual: object) -> float:
     """The largest relative difference of two outputs; infinity if they have other tensors."""
-    one, other = ([leaf for leaf in pytree.tree_leaves(each) if isinstance(leaf, torch.Tensor)] for each in (wanted, found))
+    one, other = ([leaf for leaf in pytree.tree_leaves(each) if isinstance(leaf, torch.Tensor)] for each in (wanted, actual))
     if [leaf.shape for leaf in one] != [leaf.shape for leaf in other]:
         return float("inf")
     return max((relative_error(*pair) for pair in zip(one, other, strict=True)), default=0.0)
 
 
 def _generate(entry: Entry, model: Any, inputs: dict[str, Any]) -> _Outcome:
-    found = generating(entry) if entry.family == "causal" else None
-    if found is None:
+    prepared = generating(entry) if entry.family == "causal" else None
+    if prepared is None:
         return None, None
-    model, given = found
+    model, given = prepared
     # The zoo leaves the cache out, to capture what it captures.
     model.config.get_text_config().use_cache = model.generation_config.use_cache = True
     try:
@@ -120,7 +120,7 @@ def describe(record: Record) -> str:
 def headline(records: Sequence[Record]) -> str:
     """The sentence that counts the models with equal outputs and tokens."""
     counts = {column: Counter(record[column] for record in records if record.get(column)) for column in _COLUMNS}
-    one, two = ((found[EQUAL], found.total() - found[ELSEWHERE]) for found in counts.values())
+    one, two = ((count[EQUAL], count.total() - count[ELSEWHERE]) for count in counts.values())
     return f"{one[0]} of {one[1]} models give equal outputs, and {two[0]} of {two[1]} equal tokens."
 
 
@@ -136,8 +136,8 @@ def section(records: Sequence[Record]) -> str:
     for family in FAMILIES:
         cells: list[int] = []
         for column in _COLUMNS:
-            found = Counter(record[column] for record in records if record["family"] == family and record.get(column))
-            cells += [found.total() - found[ELSEWHERE], found[EQUAL], found[REFUSED], found[DIFFERS] + found[FAILS]]
+            counts = Counter(record[column] for record in records if record["family"] == family and record.get(column))
+            cells += [counts.total() - counts[ELSEWHERE], counts[EQUAL], counts[REFUSED], counts[DIFFERS] + counts[FAILS]]
         if any(cells):
             lines.append(f"| {family} | {' | '.join(map(str, cells))} |")
     others = [

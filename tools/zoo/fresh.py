@@ -77,13 +77,13 @@ def outline(output: object) -> str:
 
 def _answer(artifact: Path) -> None:
     model = lissom.load(artifact)
-    found: list[tuple[str, list[object]]] = []
+    answers: list[tuple[str, list[object]]] = []
     for sample in torch.load(artifact.parent / _INPUTS):
         args, kwargs = model.program.signature.arguments(sample)
         result = model(*args, **kwargs)
         leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(result)]
-        found.append((outline(result), leaves))
-    torch.save(found, artifact.parent / _ANSWERS)
+        answers.append((outline(result), leaves))
+    torch.save(answers, artifact.parent / _ANSWERS)
 
 
 def _serve(address: str) -> None:

@@ -82,29 +82,29 @@ def _check(entry: Entry, record: Record, report: Callable[[Record], None]) -> No
         record["phase"] = name
         report(record)
 
-    found = generating(entry)
-    if found is None:
+    prepared = generating(entry)
+    if prepared is None:
         record |= {"outcome": NONE}
         return
-    model, inputs = found
+    model, inputs = prepared
     phase("transformers")
     wanted = model.generate(**inputs, **GREEDY, use_cache=True)
     phase("compile")
     fast: Any = lissom.compile_generation(model, max_length=MAX_LENGTH, batch=BATCH, goal=None, checks="off")
     phase("generate")
-    found = fast.generate(**inputs, **GREEDY)
+    tokens = fast.generate(**inputs, **GREEDY)
     record["different_tokens"] = len(wanted.unique())
     phase("transformers")
-    record["outcome"], record["reason"] = compared(model, inputs, wanted, found)
+    record["outcome"], record["reason"] = compared(model, inputs, wanted, tokens)
 
 
-def compared(model: Any, inputs: Mapping[str, Any], wanted: torch.Tensor, found: torch.Tensor) -> tuple[str, str | None]:
+def compared(model: Any, inputs: Mapping[str, Any], wanted: torch.Tensor, tokens: torch.Tensor) -> tuple[str, str | None]:
     """The outcome for the tokens that transformers gives with a cache and those that were found, and its reason."""
-    if wanted.shape == found.shape and torch.equal(wanted, found):
+    if wanted.shape == tokens.shape and torch.equal(wanted, tokens):
         return EQUAL, None
     if not torch.equal(model.generate(**inputs, **GREEDY, use_cache=False), wanted):
         return ELSEWHERE, "it gives other tokens with a cache than without one"
-    return DIFFERS, f"{found.tolist()} instead of {wanted.tolist()}"
+    return DIFFERS, f"{tokens.tolist()} instead of {wanted.tolist()}"
 
 
 def generating(entry: Entry) -> tuple[Any, dict[str, Any]] | None:
@@ -172,10 +172,10 @@ def section(records: Sequence[Record]) -> str:
         "|---|---|---|---|---|",
     ]
     for family in FAMILIES:
-        found = Counter(record["outcome"] for record in told if record["family"] == family)
-        if found:
-            wrong = found[DIFFERS] + found[FAILS]
-            lines.append(f"| {family} | {found.total() - found[ELSEWHERE]} | {found[EQUAL]} | {found[REFUSED]} | {wrong} |")
+        counts = Counter(record["outcome"] for record in told if record["family"] == family)
+        if counts:
+            wrong = counts[DIFFERS] + counts[FAILS]
+            lines.append(f"| {family} | {counts.total() - counts[ELSEWHERE]} | {counts[EQUAL]} | {counts[REFUSED]} | {wrong} |")
     others = sorted((record for record in told if record["outcome"] != EQUAL), key=lambda record: record["name"])
     lines += ["", *(f"- {record['name']}: {record['outcome']}, {record['reason']}" for record in others)]
     slow = sorted(f"- {record['name']}: {line}" for record in told for line in record.get("cacheless", ()))

@@ -33,7 +33,7 @@ class PackedEinsum(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, width = x.shape
         q, k, v = self.c_attn(x).split(width, dim=2)
-        q, k, v = (item.view(batch, length, HEADS, HEAD_DIM) for item in (q, k, v))
+        q, k, v = (part.view(batch, length, HEADS, HEAD_DIM) for part in (q, k, v))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (1.0 / math.sqrt(HEAD_DIM))
         scores = scores.masked_fill(~self.bias[:, :, :length, :length], float("-inf"))
         y = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
@@ -76,10 +76,10 @@ class Unpacked(nn.Module):
         batch, length, width = x.shape
         packed = self.qkv(x)
         if self.how == "chunk":
-            q, k, v = (item.view(batch, length, HEADS, HEAD_DIM).transpose(1, 2) for item in packed.chunk(3, -1))
+            q, k, v = (part.view(batch, length, HEADS, HEAD_DIM).transpose(1, 2) for part in packed.chunk(3, -1))
         elif self.how == "split":
             split = packed.view(batch, length, HEADS, 3 * HEAD_DIM).split([HEAD_DIM] * 3, -1)
-            q, k, v = (item.transpose(1, 2) for item in split)
+            q, k, v = (part.transpose(1, 2) for part in split)
         else:
             q, k, v = packed.reshape(batch, length, 3, HEADS, HEAD_DIM).permute(2, 0, 3, 1, 4).unbind(0)
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -98,7 +98,7 @@ class MultiQuery(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, width = x.shape
         q = self.q(x).view(batch, length, HEADS, HEAD_DIM).transpose(1, 2)
-        k, v = (item.unsqueeze(1) for item in self.kv(x).chunk(2, -1))
+        k, v = (part.unsqueeze(1) for part in self.kv(x).chunk(2, -1))
         scores = q @ k.transpose(-2, -1) / math.sqrt(HEAD_DIM)
         weights = scores.masked_fill(~_causal(length).to(x.device), -1e30).softmax(-1)
         return self.out((weights @ v).transpose(1, 2).reshape(batch, length, width))
@@ -135,7 +135,7 @@ class Softcap(nn.Module):
         batch, length, width = x.shape
         q = self.q(x).view(batch, length, HEADS, HEAD_DIM).transpose(1, 2)
         k, v = (layer(x).view(batch, length, HEADS // 2, HEAD_DIM).transpose(1, 2) for layer in (self.k, self.v))
-        k, v = (item.repeat_interleave(2, dim=1) for item in (k, v))
+        k, v = (part.repeat_interleave(2, dim=1) for part in (k, v))
         scores = torch.tanh(q @ k.transpose(2, 3) * HEAD_DIM**-0.5 / 20.0) * 20.0
         weights = (scores + torch.full((length, length), -1e9, device=x.device).triu(1)).softmax(-1, dtype=torch.float32)
         return self.out((weights.type_as(v) @ v).transpose(1, 2).reshape(batch, length, width))

@@ -57,11 +57,11 @@ def entries(attention: str | None = None, mappings: Mapping[str, tuple[str, ...]
         and the tables for each.
     """
     for family, tables in mappings.items():
-        found: dict[str, str] = {}
+        class_names: dict[str, str] = {}
         for table in tables:
             for model_type, class_name in getattr(modeling_auto, table).items():
-                found.setdefault(model_type, class_name if isinstance(class_name, str) else class_name[0])
-        for model_type, class_name in found.items():
+                class_names.setdefault(model_type, class_name if isinstance(class_name, str) else class_name[0])
+        for model_type, class_name in class_names.items():
             name = f"{family}/{model_type}"
             if overrides.left_out(name) or (family == "encoder" and model_type not in ENCODERS):
                 continue
@@ -102,11 +102,11 @@ def config_of(family: str, model_type: str) -> PreTrainedConfig:
 
 
 def _model_class(class_name: str, config: PreTrainedConfig) -> type[nn.Module]:
-    found = getattr(transformers, class_name, None)
-    if found is None:
+    model_class = getattr(transformers, class_name, None)
+    if model_class is None:
         module = type(config).__module__.replace("configuration_", "modeling_")
-        found = getattr(importlib.import_module(module), class_name)
-    return found
+        model_class = getattr(importlib.import_module(module), class_name)
+    return model_class
 
 
 def _own_config(model_class: type[nn.Module], config: PreTrainedConfig) -> PreTrainedConfig:

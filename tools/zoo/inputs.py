@@ -126,8 +126,8 @@ def _series(config: PreTrainedConfig, takes: set[str]) -> Inputs:
 
 
 def _perceiver(config: PreTrainedConfig, takes: set[str]) -> Inputs:
-    found = text(config, {"attention_mask"})
-    return {"inputs": found["input_ids"], "attention_mask": found["attention_mask"]}
+    inputs = text(config, {"attention_mask"})
+    return {"inputs": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
 
 
 _FRAMES = words(

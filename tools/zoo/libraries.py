@@ -123,13 +123,13 @@ def _vision_transformer() -> Case:
 
 
 def _swin(version: str) -> Case:
-    found = importlib.import_module("torchvision.models.swin_transformer")
+    swin = importlib.import_module("torchvision.models.swin_transformer")
     options: dict[str, Any] = {"num_classes": 10}
     if version:
-        options |= {"block": found.SwinTransformerBlockV2, "downsample_layer": found.PatchMergingV2}
+        options |= {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
 
     def build() -> nn.Module:
-        return found.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], **options)
+        return swin.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], **options)
 
     return Case(woken(build), (normal(2, 3, 64, 64),))
 

@@ -57,49 +57,49 @@ def _check(entry: Entry, record: dict[str, Any], report: Callable[[dict[str, Any
     phase("capture")
     case = entry.build()
     case.model(*case.args, **case.kwargs)  # some models complete themselves in their first call, and capture refuses that
-    found = lissom.optimize(case.model, case.inputs, checks="structural").report
+    model_report = lissom.optimize(case.model, case.inputs, checks="structural").report
     name = entry.name.replace("/", "-")
     started = time.process_time()
     phase("html")
-    found.to_html(folder / f"{name}.html")
+    model_report.to_html(folder / f"{name}.html")
     phase("svg")
-    picture = found.to_svg(folder / f"{name}.svg", compare=0)
+    picture = model_report.to_svg(folder / f"{name}.svg", compare=0)
     record["seconds"] = round(time.process_time() - started, 2)
     phase("read")
-    if texts_of(data_of((folder / f"{name}.html").read_text(encoding="utf-8"))) != found.history.texts:
+    if texts_of(data_of((folder / f"{name}.html").read_text(encoding="utf-8"))) != model_report.history.texts:
         record["hidden"].append("the page holds other programs")
     record["bytes"] = [(folder / f"{name}.{form}").stat().st_size for form in ("html", "svg")]
-    for text in (found.history.texts[0], found.history.texts[-1]):
+    for text in (model_report.history.texts[0], model_report.history.texts[-1]):
         record["hidden"] += hidden_by_folds([Line.of(line) for line in text.split("\n")])
-    before, after = ([Line.of(line) for line in found.history.texts[index].split("\n")] for index in (0, -1))
-    last = len(found.history.steps) - 1
-    status = statuses(after, found.history.facts_of(last), Compared(before, "added", found.history.facts_of(0)))
-    record["hidden"] += hidden_in_picture(found.history.texts[-1], picture, status)
+    before, after = ([Line.of(line) for line in model_report.history.texts[index].split("\n")] for index in (0, -1))
+    last = len(model_report.history.steps) - 1
+    status = statuses(after, model_report.history.facts_of(last), Compared(before, "added", model_report.history.facts_of(0)))
+    record["hidden"] += hidden_in_picture(model_report.history.texts[-1], picture, status)
 
 
 def hidden_by_folds(lines: Sequence[Line]) -> list[str]:
     """Sentences on layers that are folded together and differ; the lines are compared as text, with names replaced."""
-    found: list[str] = []
+    sentences: list[str] = []
     types = {line.defines: line.type for line in lines if line.defines}
     for container, groups in identical_layers(lines).items():
         prefix = f"{container}." if container else ""
         for group in groups:
             layers = [[line for line in lines if f"{line.path}.".startswith(f"{prefix}{number}.")] for number in group.members]
             texts = [_anonymous(layer, f"{prefix}{number}", types) for layer, number in zip(layers, group.members, strict=True)]
-            found += [
+            sentences += [
                 f"{prefix}{number} is folded with {prefix}{group.members[0]}, and differs"
                 for number, text in zip(group.members, texts, strict=True)
                 if text != texts[0]
             ]
-    return found
+    return sentences
 
 
 def _anonymous(lines: Sequence[Line], path: str, types: Mapping[str, str]) -> list[str]:
     """The text of a layer: its own nodes by their place in it, what it reads from outside by its type."""
     places = {line.defines: f"#{place}" for place, line in enumerate(lines)}
 
-    def name(found: re.Match[str]) -> str:
-        return places.get(found[0]) or types.get(found[0], "an input")
+    def name(match: re.Match[str]) -> str:
+        return places.get(match[0]) or types.get(match[0], "an input")
 
     texts = ("".join(f"{piece}{name}" for piece, name in zip(line.pieces, (*line.names, ""), strict=True)) for line in lines)
     heads = (text[: -len(line.path)] if line.path else text for text, line in zip(texts, lines, strict=True))
@@ -113,16 +113,16 @@ def hidden_in_picture(text: str, picture: str, status: Mapping[str, str] | None 
     """
     lines = {line.defines: line for line in map(Line.of, text.split("\n")) if line.is_node}
     part = shown([Line.of(line) for line in text.split("\n")], status=status)
-    found = [
+    sentences = [
         f"{name} stands behind {shown_by}, which differs"
         for name, shown_by in part.keys.items()
         if shown_by in lines and lines[shown_by].pattern != lines[name].pattern
     ]
     drawn = Counter(drawn_nodes(picture))
-    found += [f"{name} is drawn {count} times" for name, count in drawn.items() if count > 1]
-    found += [f"{name} is not drawn" for name in part.keys.values() if name in lines and name not in drawn]
+    sentences += [f"{name} is drawn {count} times" for name, count in drawn.items() if count > 1]
+    sentences += [f"{name} is not drawn" for name in part.keys.values() if name in lines and name not in drawn]
     counted = len(part.keys) + part.sizes + part.left_out
-    return found if counted == len(lines) else [*found, f"{len(lines) - counted} nodes are not counted"]
+    return sentences if counted == len(lines) else [*sentences, f"{len(lines) - counted} nodes are not counted"]
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write = partial(check, folder=options.folder)
     records = selection.run_chosen(options, selection.choose(parser, options, entries()), write, describe)
     print(summary(records))
-    wrong = [item for item in records if item.get("hidden") or item.get("failed") in ("html", "svg", "read")]
+    wrong = [record for record in records if record.get("hidden") or record.get("failed") in ("html", "svg", "read")]
     return 1 if wrong else 0
 
 

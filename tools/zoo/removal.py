@@ -49,7 +49,7 @@ def canonical(case: Case) -> tuple[Program, list[Sample]]:
 
 def read_columns(program: Program) -> tuple[dict[str, tuple[Columns, AttentionSite | None]], dict[str, str]]:
     """The sites whose units are recognised, by the name of their operator; and for the others, the reason why not."""
-    found: dict[str, tuple[Columns, AttentionSite | None]] = {}
+    recognised: dict[str, tuple[Columns, AttentionSite | None]] = {}
     refused: dict[str, str] = {}
     facts = program.fact(structure)
     sites = [(site.node, find_head_columns(program, site), site) for site in facts.attention]
@@ -58,16 +58,16 @@ def read_columns(program: Program) -> tuple[dict[str, tuple[Columns, AttentionSi
         if isinstance(columns, str):
             refused[node.name] = f"{place(program, node)}: {columns}"
         else:
-            found[node.name] = columns, site
-    return found, refused
+            recognised[node.name] = columns, site
+    return recognised, refused
 
 
 def mask_randomly(program: Program, generator: random.Random) -> dict[str, list[int]]:
     """Zero the weight columns of random heads and neurons in this program; returns the dead units of each site."""
     edit = Editor(program, "mask")
-    found, _ = read_columns(program)
+    recognised, _ = read_columns(program)
     units: dict[str, set[int]] = {}
-    for columns, site in found.values():
+    for columns, site in recognised.values():
         weight = str(columns.weight.target)
         if weight not in units:
             units[weight] = _some_units(columns.count, site, generator)
@@ -75,7 +75,7 @@ def mask_randomly(program: Program, generator: random.Random) -> dict[str, list[
             bias = columns.layer.args[2:3] if columns.layer.target is torch.ops.aten.linear.default else ()
             if len(units[weight]) == columns.count and bias and generator.random() < 0.5:
                 edit.set_weight(bias[0], torch.zeros_like(program.weight(str(bias[0].target))))
-    return {name: sorted(units[str(columns.weight.target)]) for name, (columns, _) in found.items()}
+    return {name: sorted(units[str(columns.weight.target)]) for name, (columns, _) in recognised.items()}
 
 
 def _some_units(count: int, site: AttentionSite | None, generator: random.Random) -> set[int]:
@@ -126,7 +126,7 @@ def _remove(entry: Entry, record: dict[str, Any], report: Callable[[dict[str, An
     phase("capture")
     masked, samples = canonical(entry.build())
     phase("mask")
-    found, refused = read_columns(masked)
+    recognised, refused = read_columns(masked)
     dead = mask_randomly(masked, random.Random(f"{entry.name} {seed}"))
     phase("remove")
     after, history = Pipeline(parse_pipeline(REWRITES, PASSES), checks="off").run(masked)
@@ -139,10 +139,10 @@ def _remove(entry: Entry, record: dict[str, Any], report: Callable[[dict[str, An
     record |= {
         "error_found": error,
         "equal": error <= tolerance_of(masked),
-        "sites": len(found) + len(refused),
+        "sites": len(recognised) + len(refused),
         "refused": refused,
         "parameters": [masked.parameter_count, after.parameter_count],
-        **_left(after, found, dead),
+        **_left(after, recognised, dead),
         "skipped": [f"{skip.place}: {skip.reason}" for skip in _skips(history)],
     }
 
@@ -151,13 +151,15 @@ def _skips(history: History) -> list[Any]:
     return [skip for step in history.steps for skip in step.skipped]
 
 
-def _left(after: Program, found: dict[str, tuple[Columns, AttentionSite | None]], dead: dict[str, list[int]]) -> dict[str, Any]:
+def _left(
+    after: Program, recognised: dict[str, tuple[Columns, AttentionSite | None]], dead: dict[str, list[int]]
+) -> dict[str, Any]:
     """Of the sites with dead units: the number treated fully, and what remains of the others beyond what must stay."""
     present, _ = read_columns(after)
     touched = [name for name, units in dead.items() if units]
     left: dict[str, int] = {}
     for name in touched:
-        columns, site = found[name]
+        columns, site = recognised[name]
         expected = columns.count - len(dead[name]) + expected_left(columns, site, dead[name])
         if name in present and present[name][0].count > expected:
             left[name] = present[name][0].count - expected

@@ -71,17 +71,17 @@ def check(entry: Entry, report: Callable[[Record], None]) -> None:
 def _partition(program: Program, samples: list[Sample], world_size: int) -> Record:
     # A plan changes no call, so it is not run; the pipeline compares the partitioned program with the outputs before.
     planned, plans = Pipeline((Shard(world_size),), checks="off").run(program)
-    found: Record = {"share": sharded_fraction(planned)}
+    record: Record = {"share": sharded_fraction(planned)}
     after, history = Pipeline((Partition(),), samples=samples).run(planned)
-    found["error_found"] = history.steps[-1].relative_error
-    found["skipped"] = [f"{skip.place}: {skip.reason}" for step in (*plans.steps, *history.steps) for skip in step.skipped]
+    record["error_found"] = history.steps[-1].relative_error
+    record["skipped"] = [f"{skip.place}: {skip.reason}" for step in (*plans.steps, *history.steps) for skip in step.skipped]
     if isinstance(after, PartitionedProgram):
         first, *others = after.run_ranks(samples[0])
         worst = max((relative_error(a, b) for rank in others for a, b in zip(first, rank, strict=True)), default=0.0)
-        found["ranks_differ"] = worst
-        found["share_of_bytes"] = after.parameter_bytes / program.parameter_bytes
-        found["processes"] = _as_processes(after, samples)
-    return found
+        record["ranks_differ"] = worst
+        record["share_of_bytes"] = after.parameter_bytes / program.parameter_bytes
+        record["processes"] = _as_processes(after, samples)
+    return record
 
 
 def _as_processes(program: PartitionedProgram, samples: list[Sample]) -> Record:
@@ -101,7 +101,7 @@ def _as_processes(program: PartitionedProgram, samples: list[Sample]) -> Record:
         for child in children:
             os.waitpid(child, 0)
         said = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*"))]
-    problems = [item for item in said if isinstance(item, str)]
+    problems = [told for told in said if isinstance(told, str)]
     if problems or len(said) < len(children):
         return {"problem": problems[0] if problems else "a rank died"}
     return {"error_found": max(said), "allowed": tolerance_of(program)}
@@ -114,9 +114,9 @@ def _be_rank(program: PartitionedProgram, rank: int, samples: list[Sample], want
         world_size, store = len(program.ranks), f"file://{folder}/store"
         dist.init_process_group("gloo", store, timedelta(seconds=60), world_size, rank)
         own = program.of_rank(rank)
-        found = [own.run(sample) for sample in samples]
+        outputs = [own.run(sample) for sample in samples]
         errors = [
-            relative_error(a, b) for one, other in zip(wanted, found, strict=True) for a, b in zip(one, other, strict=True)
+            relative_error(a, b) for one, other in zip(wanted, outputs, strict=True) for a, b in zip(one, other, strict=True)
         ]
         said: float | str = max(errors, default=0.0)
         dist.barrier()
@@ -129,12 +129,12 @@ def _be_rank(program: PartitionedProgram, rank: int, samples: list[Sample], want
 def is_equal(record: Record) -> bool:
     """True if the model was partitioned for every world size, and all ranks are equal, as processes too."""
     return not record.get("failed") and all(
-        found.get("ranks_differ", 0.0) == 0.0 and not _process_problem(found) for found in record["world_size"].values()
+        result.get("ranks_differ", 0.0) == 0.0 and not _process_problem(result) for result in record["world_size"].values()
     )
 
 
-def _process_problem(found: Record) -> str | None:
-    processes = found.get("processes", {"error_found": 0.0, "allowed": 0.0})
+def _process_problem(result: Record) -> str | None:
+    processes = result.get("processes", {"error_found": 0.0, "allowed": 0.0})
     if "problem" in processes:
         return processes["problem"]
     error = processes["error_found"]
@@ -143,7 +143,7 @@ def _process_problem(found: Record) -> str | None:
 
 def share(record: Record) -> float:
     """The smallest sharded fraction of linear weights."""
-    return min((found["share"] for found in record["world_size"].values()), default=0.0)
+    return min((result["share"] for result in record["world_size"].values()), default=0.0)
 
 
 def headline(records: Sequence[Record]) -> str:
@@ -182,7 +182,7 @@ def _reason(record: Record) -> str:
     problem = next(filter(None, map(_process_problem, record["world_size"].values())), None)
     if problem is not None:
         return problem
-    skipped = [skip.partition(": ")[2] for found in record["world_size"].values() for skip in found["skipped"]]
+    skipped = [skip.partition(": ")[2] for result in record["world_size"].values() for skip in result["skipped"]]
     reasons = "; ".join(f"{reason} ({count})" for reason, count in Counter(skipped).most_common(3))
     return f"{share(record):.0%} sharded{'; ' if reasons else ''}{reasons}"
 

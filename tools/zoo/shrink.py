@@ -135,16 +135,16 @@ def shrink(default: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedC
 
 def _values(default: PreTrainedConfig) -> dict[str, Any]:
     """The fields of a configuration, by the names of its constructor's parameters."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(default):
         try:
-            found[field.name] = getattr(default, field.name)
+            values[field.name] = getattr(default, field.name)
         except AttributeError:
             continue
         except RuntimeError:
             # A field that differs from layer to layer has no single value; the class's default replaces it.
-            found[field.name] = field.default
-    return found
+            values[field.name] = field.default
+    return values
 
 
 def _latent_attention(default: PreTrainedConfig) -> dict[str, int]:

@@ -49,19 +49,19 @@ Record = dict[str, Any]
 
 def batches(case: Case) -> list[Mapping[str, object]]:
     """Batches like the inputs of a case with other values and without padding, so that every output counts."""
-    named = dict(case.kwargs or {str(at): item for at, item in enumerate(case.args)})
-    return [{name: _other(item, seed) for name, item in named.items()} for seed in range(_BATCHES)]
+    named = dict(case.kwargs or {str(at): value for at, value in enumerate(case.args)})
+    return [{name: _other(value, seed) for name, value in named.items()} for seed in range(_BATCHES)]
 
 
-def _other(item: object, seed: int) -> object:
-    if not isinstance(item, torch.Tensor):
-        return item
+def _other(value: object, seed: int) -> object:
+    if not isinstance(value, torch.Tensor):
+        return value
     generator = torch.Generator().manual_seed(seed)
-    if item.is_floating_point():
-        return torch.randn(item.shape, generator=generator)
-    if int(item.max()) <= 1:
-        return torch.ones_like(item)
-    return torch.randint(int(item.min()), int(item.max()) + 1, item.shape, generator=generator)
+    if value.is_floating_point():
+        return torch.randn(value.shape, generator=generator)
+    if int(value.max()) <= 1:
+        return torch.ones_like(value)
+    return torch.randint(int(value.min()), int(value.max()) + 1, value.shape, generator=generator)
 
 
 def check(entry: Entry, report: Callable[[Record], None], *, minutes: float, goal: str) -> None:
@@ -80,8 +80,8 @@ def check(entry: Entry, report: Callable[[Record], None], *, minutes: float, goa
 
 
 def _check(case: Case, record: Record, report: Callable[[Record], None]) -> None:
-    data = [item if case.kwargs else tuple(item.values()) for item in batches(case)]
-    calls = [item if isinstance(item, tuple) else () for item in data], [item if case.kwargs else {} for item in data]
+    data = [batch if case.kwargs else tuple(batch.values()) for batch in batches(case)]
+    calls = [batch if isinstance(batch, tuple) else () for batch in data], [batch if case.kwargs else {} for batch in data]
     with torch.no_grad():
         wanted = [answer(case, *call)[1] for call in zip(*calls, strict=True)]
     record["phase"] = "search"
@@ -96,20 +96,20 @@ def _check(case: Case, record: Record, report: Callable[[Record], None]) -> None
         "phase": "again",
         "pipeline": tuned.pipeline,
         "candidates": len(tuned.report.candidates),
-        "failures": [item.failed for item in tuned.report.candidates if item.failed],
+        "failures": [candidate.failed for candidate in tuned.report.candidates if candidate.failed],
         "notes": list(tuned.report.notes),
         "drop": chosen.drop,
         "gain": exact.cost(memory) / max(chosen.cost(memory), 1e-9),
     }
     report(record)
-    found = [pytree.tree_leaves(tuned.best(*args, **kwargs)) for args, kwargs in zip(*calls, strict=True)]
-    record["measured"] = _relative_error(wanted, found)
+    outputs = [pytree.tree_leaves(tuned.best(*args, **kwargs)) for args, kwargs in zip(*calls, strict=True)]
+    record["measured"] = _relative_error(wanted, outputs)
     again = lissom.compile(
         case.model, case.inputs, passes=tuned.pipeline, data=data, goal=None, backend=tuned.backend, progress=lambda *_: None
     )
     others = [pytree.tree_leaves(again(*args, **kwargs)) for args, kwargs in zip(*calls, strict=True)]
     record["same"] = all(
-        _equal(one, other) for left, right in zip(found, others, strict=True) for one, other in zip(left, right, strict=True)
+        _equal(one, other) for left, right in zip(outputs, others, strict=True) for one, other in zip(left, right, strict=True)
     )
 
 
@@ -119,10 +119,10 @@ def _equal(one: object, other: object) -> bool:
     return one == other
 
 
-def _relative_error(wanted: Sequence[Sequence[object]], found: Sequence[Sequence[object]]) -> float:
+def _relative_error(wanted: Sequence[Sequence[object]], actual: Sequence[Sequence[object]]) -> float:
     """√(Σ‖y − y₀‖² / Σ‖y₀‖²) of the worst output over all batches."""
     worst = 0.0
-    for output in zip(zip(*wanted, strict=True), zip(*found, strict=True), strict=True):
+    for output in zip(zip(*wanted, strict=True), zip(*actual, strict=True), strict=True):
         pairs = [pair for pair in zip(*output, strict=True) if isinstance(pair[0], torch.Tensor)]
         pairs = [(one.double().flatten(), other.double().flatten()) for one, other in pairs if one.is_floating_point()]
         if pairs:
@@ -166,7 +166,7 @@ def section(records: Sequence[Record]) -> str:
         if done:
             gains = sorted(record["gain"] for record in done)
             lines.append(
-                f"| {kind} | {len(mine)} | {len(done)} | {sum(map(_is_within, done))} | {sum(item['same'] for item in done)} | "
+                f"| {kind} | {len(mine)} | {len(done)} | {sum(map(_is_within, done))} | {sum(row['same'] for row in done)} | "
                 f"{gains[len(gains) // 2]:.2f} x | {max(record['seconds'] for record in done):.0f} |"
             )
     return "\n".join(lines) + "\n"

@@ -85,10 +85,10 @@ class ComplexRotary(nn.Module):
         batch, length, _ = x.shape
         freqs_cis = self._table(length, x.device) if self.computed else self.freqs_cis[:length]
         q, k, v = (layer(x).view(batch, length, -1, HEAD_DIM) for layer in (self.wq, self.wk, self.wv))
-        q, k = (self._rotated(item, freqs_cis.view(1, length, 1, HEAD_DIM // 2)) for item in (q, k))
+        q, k = (self._rotated(part, freqs_cis.view(1, length, 1, HEAD_DIM // 2)) for part in (q, k))
         k, v = (
-            item[:, :, :, None, :].expand(batch, length, HEADS // 2, 2, HEAD_DIM).reshape(batch, length, HEADS, HEAD_DIM)
-            for item in (k, v)
+            part[:, :, :, None, :].expand(batch, length, HEADS // 2, 2, HEAD_DIM).reshape(batch, length, HEADS, HEAD_DIM)
+            for part in (k, v)
         )
         return self.wo(attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), additive(mask)))
 
@@ -112,7 +112,7 @@ class Alibi(nn.Module):
         positions = torch.arange(length, device=x.device)
         distance = positions[None, :] - positions[:, None]
         bias = self.slopes.view(HEADS, 1, 1) * (distance if self.causal else -distance.abs())
-        q, k, v = (heads_of(item) for item in self.Wqkv(x).chunk(3, dim=2))
+        q, k, v = (heads_of(part) for part in self.Wqkv(x).chunk(3, dim=2))
         bias = bias.masked_fill(~mask[:, None, None, :], float("-inf"))
         if self.causal:
             bias = bias.masked_fill(distance > 0, float("-inf"))

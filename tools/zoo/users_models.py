@@ -170,7 +170,7 @@ class AddedMask(nn.Module):
         self.qkv, self.out, self.mlp = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), FeedForward()
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        q, k, v = (attention.heads_of(item) for item in self.qkv(x).chunk(3, -1))
+        q, k, v = (attention.heads_of(part) for part in self.qkv(x).chunk(3, -1))
         y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.mlp(x)

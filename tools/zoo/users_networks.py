@@ -46,8 +46,8 @@ class NanoGPT(nn.Module):
     def _attention(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         batch, length, width = x.size()
         q, k, v = (
-            item.view(batch, length, HEADS, width // HEADS).transpose(1, 2)
-            for item in self.c_attn[layer](x).split(width, dim=2)
+            part.view(batch, length, HEADS, width // HEADS).transpose(1, 2)
+            for part in self.c_attn[layer](x).split(width, dim=2)
         )
         if self.flash:
             y = functional.scaled_dot_product_attention(q, k, v, dropout_p=0.1 if self.training else 0, is_causal=True)
@@ -169,7 +169,7 @@ class Perceiver(nn.Module):
         x = self.latents.unsqueeze(0).expand(batch, -1, -1)
         context = self.norm_context(data)
         q, (k, v) = self.to_q(self.norm(x)), self.to_kv(context).chunk(2, dim=-1)
-        q, k, v = (heads_of(item).reshape(batch * HEADS, -1, HEAD_DIM) for item in (q, k, v))
+        q, k, v = (heads_of(part).reshape(batch * HEADS, -1, HEAD_DIM) for part in (q, k, v))
         sim = torch.einsum("b i d, b j d -> b i j", q, k) * HEAD_DIM**-0.5
         folded = mask.repeat_interleave(HEADS, 0)[:, None, :]
         sim = sim.masked_fill(~folded, -torch.finfo(sim.dtype).max)
@@ -225,7 +225,7 @@ class Cached(nn.Module):
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         x, present = self.tokens(ids), []
         for layer, (keys, values) in zip(self.layers, past, strict=True):
-            q, k, v = (heads_of(item) for item in layer["qkv"](x).chunk(3, -1))
+            q, k, v = (heads_of(part) for part in layer["qkv"](x).chunk(3, -1))
             k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
             present.append((k, v))
             future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - q.shape[2])

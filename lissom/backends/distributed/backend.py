@@ -204,14 +204,14 @@ class _Collectives:
             return x
 
         def gather(x: torch.Tensor, *_: object) -> torch.Tensor:
-            found = x.new_empty((world_size * x.shape[0], *x.shape[1:]))
-            all_gather(found, x.contiguous())
-            return found
+            gathered = x.new_empty((world_size * x.shape[0], *x.shape[1:]))
+            all_gather(gathered, x.contiguous())
+            return gathered
 
         def scatter(x: torch.Tensor, *_: object) -> torch.Tensor:
-            found = x.new_empty((x.shape[0] // world_size, *x.shape[1:]))
-            reduce_scatter(found, x.contiguous(), operation)
-            return found
+            scattered = x.new_empty((x.shape[0] // world_size, *x.shape[1:]))
+            reduce_scatter(scattered, x.contiguous(), operation)
+            return scattered
 
         calls: Mapping[object, Callable[..., object]] = dict(zip(COLLECTIVES, (reduce, gather, scatter), strict=True))
         return calls[node.target]
@@ -237,7 +237,7 @@ def owns_argument(node: fx.Node) -> bool:
     made = nodes.operand(node)
     if made.op != "call_function" or len(made.users) > 1 or not isinstance(made.target, torch._ops.OpOverload):
         return False
-    return all(item.alias_info is None for item in made.target._schema.returns) and made.target is not WAIT
+    return all(returned.alias_info is None for returned in made.target._schema.returns) and made.target is not WAIT
 
 
 def lower_rank(

@@ -41,12 +41,12 @@ class Channel(Protocol):
         """
         ...
 
-    def gather(self, found: torch.Tensor, x: torch.Tensor) -> None:
-        """All-gather: write the parts of all ranks, concatenated along the first dimension, into `found`."""
+    def gather(self, output: torch.Tensor, x: torch.Tensor) -> None:
+        """All-gather: write the parts of all ranks, concatenated along the first dimension, into `output`."""
         ...
 
-    def scatter(self, found: torch.Tensor, x: torch.Tensor, operation: str) -> None:
-        """Reduce-scatter: write this rank's part, along the first dimension, of the sum or maximum of `x` into `found`."""
+    def scatter(self, output: torch.Tensor, x: torch.Tensor, operation: str) -> None:
+        """Reduce-scatter: write this rank's part, along the first dimension, of the sum or maximum of `x` into `output`."""
         ...
 
     def end(self) -> None:
@@ -68,11 +68,11 @@ class GroupChannel:
     def reduce(self, x: torch.Tensor, operation: str) -> None:
         self._group.allreduce([x], self._reduce[operation]).wait()
 
-    def gather(self, found: torch.Tensor, x: torch.Tensor) -> None:
-        self._group._allgather_base(found, x).wait()
+    def gather(self, output: torch.Tensor, x: torch.Tensor) -> None:
+        self._group._allgather_base(output, x).wait()
 
-    def scatter(self, found: torch.Tensor, x: torch.Tensor, operation: str) -> None:
-        self._group._reduce_scatter_base(found, x, self._scatter[operation]).wait()
+    def scatter(self, output: torch.Tensor, x: torch.Tensor, operation: str) -> None:
+        self._group._reduce_scatter_base(output, x, self._scatter[operation]).wait()
 
     def end(self) -> None:
         held, self._group = [self._group], None
@@ -138,16 +138,16 @@ class SharedMemory:
         for part in flat.split(SLOT_BYTES // x.element_size()):
             combine(self._exchange(part), operation, part)
 
-    def gather(self, found: torch.Tensor, x: torch.Tensor) -> None:
+    def gather(self, output: torch.Tensor, x: torch.Tensor) -> None:
         step = SLOT_BYTES // x.element_size()
-        rows = found.view(self.world_size, x.numel())
+        rows = output.view(self.world_size, x.numel())
         for part, into in zip(x.view(-1).split(step), rows.split(step, 1), strict=True):
             into.copy_(self._exchange(part))
 
-    def scatter(self, found: torch.Tensor, x: torch.Tensor, operation: str) -> None:
+    def scatter(self, output: torch.Tensor, x: torch.Tensor, operation: str) -> None:
         step = SLOT_BYTES // x.element_size() // self.world_size
-        rows = x.view(self.world_size, found.numel())
-        for part, into in zip(rows.split(step, 1), found.view(-1).split(step), strict=True):
+        rows = x.view(self.world_size, output.numel())
+        for part, into in zip(rows.split(step, 1), output.view(-1).split(step), strict=True):
             combine(self._exchange(part).view(self.world_size, *part.shape)[:, self.rank], operation, into)
 
     def end(self) -> None:

@@ -50,10 +50,10 @@ class Entry:
         """
         facts = self._facts(inputs)
         mine = [self._ranks.next_call(), self._program, zlib.crc32(repr(facts).encode()), refusal is not None]
-        found = torch.empty(self._ranks.world_size * _NUMBERS, dtype=torch.int64)
+        gathered = torch.empty(self._ranks.world_size * _NUMBERS, dtype=torch.int64)
         with self._ranks.answering(self._name):
-            self._channel.gather(found, torch.tensor(mine))
-        records = found.view(-1, _NUMBERS).tolist()
+            self._channel.gather(gathered, torch.tensor(mine))
+        records = gathered.view(-1, _NUMBERS).tolist()
         if refusal is None and records.count(mine) == len(records):
             self._seen.add(tuple(tensor.shape for tensor in inputs))
             return
@@ -67,7 +67,7 @@ class Entry:
         sentences = self._ranks.exchange((own or "").encode(), self._name)
         if own is not None:
             raise InputError(own)
-        rank, sentence = next((rank, item.decode()) for rank, item in enumerate(sentences) if item)
+        rank, sentence = next((rank, encoded.decode()) for rank, encoded in enumerate(sentences) if encoded)
         raise RankError(f"rank {rank} of {self._name} refused its inputs, so no rank ran this call: {sentence}")
 
     def _facts(self, inputs: Sequence[torch.Tensor]) -> dict[str, str]:

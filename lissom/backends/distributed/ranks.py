@@ -80,19 +80,19 @@ class Ranks:
         who = "this process group"
         mine = {"machine": "" if load_kernels() else machine(), "process": os.getpid()}
         told = self._exchange_json(mine, who)
-        if not mine["machine"] or any(item["machine"] != mine["machine"] for item in told):
+        if not mine["machine"] or any(peer["machine"] != mine["machine"] for peer in told):
             return None
         with ExitStack() as stack:
-            path, found = b"", None
+            path, shared = b"", None
             if self.rank == 0:
                 with suppress(OSError):
                     path = os.fsencode(stack.enter_context(create(self.world_size)))
             first, *_ = self.exchange(path, who)
             with suppress(OSError):
-                memory, numbers = attach(Path(os.fsdecode(first))), [item["process"] for item in told]
-                found = SharedMemory(memory, self.rank, self.world_size, numbers, self.timeout_seconds)
-            everyone = all(self.exchange(b"" if found is None else b"has it", who))
-        return found if everyone else None
+                memory, numbers = attach(Path(os.fsdecode(first))), [peer["process"] for peer in told]
+                shared = SharedMemory(memory, self.rank, self.world_size, numbers, self.timeout_seconds)
+            everyone = all(self.exchange(b"" if shared is None else b"has it", who))
+        return shared if everyone else None
 
     @contextmanager
     def answering(self, who: str) -> Generator[None]:
@@ -195,7 +195,7 @@ class Ranks:
         """
         with self.answering(who):
             length = torch.tensor([len(data)])
-            lengths = [int(item) for item in self._gather(length, who, patient)]
+            lengths = [int(number) for number in self._gather(length, who, patient)]
             longest = torch.zeros(max(1, *lengths), dtype=torch.uint8)
             if data:
                 longest[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -203,15 +203,15 @@ class Ranks:
         return [bytes(part[:size].numpy()) for part, size in zip(parts, lengths, strict=True)]
 
     def _gather(self, tensor: torch.Tensor, who: str, patient: bool) -> list[torch.Tensor]:
-        found = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
         options = c10d.AllgatherOptions()
         if patient:
             options.timeout = _PATIENT
-        work = self._control.allgather([found], [tensor], options)
+        work = self._control.allgather([gathered], [tensor], options)
         if patient:
             self._watch(work, who)
         work.wait()
-        return found
+        return gathered
 
     def _watch(self, work: Any, who: str) -> None:
         """Wait for the work as long as all ranks send heartbeats. Raises RankError."""
@@ -263,10 +263,10 @@ class Ranks:
         Raises:
             RankError: when facts differ, or a rank ended.
         """
-        found, failed = _attempt(make)
-        outcomes = self._exchange_json(failed or {"told": tell(cast(Found, found))}, who, patient=True)
+        made, failed = _attempt(make)
+        outcomes = self._exchange_json(failed or {"told": tell(cast(Found, made))}, who, patient=True)
         _compare(_raise_first(outcomes), who)
-        return cast(Found, found)
+        return cast(Found, made)
 
     def from_first(self, make: Callable[[], bytes], who: str) -> bytes:
         """Broadcast the result of `make` on rank 0. Raises rank 0's error, with the same message on all ranks; RankError."""
@@ -328,10 +328,10 @@ def _attempt(make: Callable[[], Found]) -> tuple[Found | None, dict[str, str] | 
         return None, {"error": name, "sentence": str(error)}
 
 
-def _compare(found: Sequence[Mapping[str, str]], who: str) -> None:
+def _compare(facts: Sequence[Mapping[str, str]], who: str) -> None:
     """Raise RankError where a fact of a rank differs from that of rank 0."""
-    for name, mine in found[0].items():
-        for rank, other in enumerate(found):
+    for name, mine in facts[0].items():
+        for rank, other in enumerate(facts):
             if other.get(name) != mine:
                 raise RankError(
                     f"the ranks of {who} differ in {name}: {mine} on rank 0, {other.get(name)} on rank {rank}; "
@@ -341,10 +341,10 @@ def _compare(found: Sequence[Mapping[str, str]], who: str) -> None:
 
 def _raise_first(outcomes: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """The facts of all ranks. Raises the error of the first rank that failed."""
-    for item in outcomes:
-        if "error" in item:
-            raise getattr(errors, item["error"], LissomError)(item["sentence"])
-    return [item["told"] for item in outcomes]
+    for outcome in outcomes:
+        if "error" in outcome:
+            raise getattr(errors, outcome["error"], LissomError)(outcome["sentence"])
+    return [outcome["told"] for outcome in outcomes]
 
 
 _KNOWN: list[tuple[object, Ranks]] = []

@@ -131,18 +131,18 @@ def build_function(
 def _read_whole(program: Program) -> list[torch.Tensor]:
     """The weights that a call reads; of tables of embeddings it looks up a few rows."""
     reads = (node for node in program.graph.nodes if node.op == "get_attr")
-    found = {str(node.target) for node in reads if any(user.target is not _EMBEDDING for user in node.users)}
-    return [program.weight(name) for name in found]
+    names = {str(node.target) for node in reads if any(user.target is not _EMBEDDING for user in node.users)}
+    return [program.weight(name) for name in names]
 
 
 def _packed(program: Program) -> list[torch.Tensor]:
     """The weights that were packed for kernels, and their grids: they are the program's own."""
-    found: dict[str, torch.Tensor] = {}
+    packed: dict[str, torch.Tensor] = {}
     for call in program.nodes(packed_linear, packed_linear_norm, *QUANTIZED_LINEARS):
-        for parameter, item in zip(overload(call)._schema.arguments, call.args, strict=False):
-            if parameter.name in _PACKED and isinstance(item, fx.Node) and item.op == "get_attr":
-                found[str(item.target)] = program.weight(str(item.target))
-    return list(found.values())
+        for parameter, argument in zip(overload(call)._schema.arguments, call.args, strict=False):
+            if parameter.name in _PACKED and isinstance(argument, fx.Node) and argument.op == "get_attr":
+                packed[str(argument.target)] = program.weight(str(argument.target))
+    return list(packed.values())
 
 
 _EMBEDDING = torch.ops.aten.embedding.default
@@ -216,8 +216,8 @@ def emit(
 def _call(node: fx.Node, scope: dict[fx.Node, str], names: dict[str, object], calls: Calls) -> str:
     function = f"f{len(names)}"
     names[function] = calls(node) or METHODS.get(node.target, node.target)
-    arguments = [_argument(item, scope, names) for item in node.args]
-    arguments += [_named(node, key, _argument(item, scope, names), names) for key, item in node.kwargs.items()]
+    arguments = [_argument(argument, scope, names) for argument in node.args]
+    arguments += [_named(node, key, _argument(argument, scope, names), names) for key, argument in node.kwargs.items()]
     return f"{function}({', '.join(arguments)})"
 
 
@@ -225,23 +225,23 @@ def _named(node: fx.Node, key: str, value: str, names: dict[str, object]) -> str
     """A keyword argument: a keyword of the operator's schema, or without a schema one from the globals."""
     schema = getattr(node.target, "_schema", None)
     known = {parameter.name for parameter in schema.arguments} if schema is not None else set[str]()
-    found = next((name for name in known if name == key and name.isidentifier() and not iskeyword(name)), None)
-    if found is not None:
-        return f"{found}={value}"
+    keyword = next((name for name in known if name == key and name.isidentifier() and not iskeyword(name)), None)
+    if keyword is not None:
+        return f"{keyword}={value}"
     name = f"c{len(names)}"
     names[name] = key
     return f"**{{{name}: {value}}}"
 
 
-def _argument(item: object, scope: dict[fx.Node, str], names: dict[str, object]) -> str:
-    if isinstance(item, fx.Node):
-        return scope[item]
-    if isinstance(item, list):
-        return "[" + ", ".join(_argument(part, scope, names) for part in item) + "]"
-    if isinstance(item, tuple):
-        return "(" + "".join(_argument(part, scope, names) + ", " for part in item) + ")"
-    if item is None or isinstance(item, (bool, int)) or (isinstance(item, float) and math.isfinite(item)):
-        return repr(item)
+def _argument(argument: object, scope: dict[fx.Node, str], names: dict[str, object]) -> str:
+    if isinstance(argument, fx.Node):
+        return scope[argument]
+    if isinstance(argument, list):
+        return "[" + ", ".join(_argument(part, scope, names) for part in argument) + "]"
+    if isinstance(argument, tuple):
+        return "(" + "".join(_argument(part, scope, names) + ", " for part in argument) + ")"
+    if argument is None or isinstance(argument, (bool, int)) or (isinstance(argument, float) and math.isfinite(argument)):
+        return repr(argument)
     name = f"c{len(names)}"
-    names[name] = item
+    names[name] = argument
     return name

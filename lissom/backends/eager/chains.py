@@ -48,8 +48,8 @@ class Run:
     def read(self) -> list[fx.Node]:
         """The values that are read and made before, without weights."""
         inside = set(self.nodes)
-        found = dict.fromkeys(chain.from_iterable(node.all_input_nodes for node in self.nodes))
-        return [node for node in found if node not in inside and node.op != "get_attr"]
+        reads = dict.fromkeys(chain.from_iterable(node.all_input_nodes for node in self.nodes))
+        return [node for node in reads if node not in inside and node.op != "get_attr"]
 
     @property
     def tensors(self) -> list[fx.Node]:
@@ -73,45 +73,45 @@ def runs_of(program: Program, is_replaced: Callable[[fx.Node], bool]) -> list[Ru
     """
     operators = _operators() if _on_cpu(program) else frozenset[str]()
     state = _reached(program, program.state)
-    found, opened, writing = list[Run](), list[fx.Node](), list[fx.Node]()
-    inside, taken = set[fx.Node](), set[fx.Node]()
+    runs, opened, writing = list[Run](), list[fx.Node](), list[fx.Node]()
+    inside, done = set[fx.Node](), set[fx.Node]()
 
     def close() -> None:
         if sum(node.target is not getitem for node in opened) >= FEWEST:
-            found.append(Run(tuple(opened), native=True))
+            runs.append(Run(tuple(opened), native=True))
         else:
-            found.extend(Run((node,), native=False) for node in opened)
+            runs.extend(Run((node,), native=False) for node in opened)
         for held in (opened, inside, writing):
             held.clear()
 
     for node in program.nodes():
-        if node in taken:
+        if node in done:
             continue
         replaced = is_replaced(node)
         if not replaced and _is_native(node, operators):
             calls = [node, *node.users] if _pieces(node) else [node]
             opened.extend(calls)
             inside.update(calls)
-            taken.update(calls)
+            done.update(calls)
             writing.extend(filter(_writes, calls))
             continue
         written = _writes(node) or (node in state and bool(writing))
         if opened and (replaced or written or not inside.isdisjoint(node.all_input_nodes)):
             close()
-        found.append(Run((node,), native=False))
+        runs.append(Run((node,), native=False))
     close()
-    return _with_lifetimes(found, program.graph)
+    return _with_lifetimes(runs, program.graph)
 
 
 def _with_lifetimes(runs: Sequence[Run], graph: fx.Graph) -> list[Run]:
     """The runs with their outputs, and with the values that are freed after each."""
-    later, found = set(graph.output_node().all_input_nodes), list[Run]()
+    later, complete = set(graph.output_node().all_input_nodes), list[Run]()
     for run in reversed(runs):
         outputs = [node for node in run.nodes if not run.native or node in later]
         freed = [node for node in dict.fromkeys([*outputs, *run.read]) if node not in later]
         later.update(run.read)
-        found.append(Run(run.nodes, run.native, outputs, freed))
-    return found[::-1]
+        complete.append(Run(run.nodes, run.native, outputs, freed))
+    return complete[::-1]
 
 
 class Chain:
@@ -141,11 +141,11 @@ def _last_reads(run: Run) -> dict[fx.Node, list[fx.Node]]:
             last[node] = node.all_input_nodes[0]
         else:
             last |= dict.fromkeys((node, *node.all_input_nodes), node)
-    found: dict[fx.Node, list[fx.Node]] = {}
+    last_reads: dict[fx.Node, list[fx.Node]] = {}
     for value, node in last.items():
         if value not in run.outputs:
-            found.setdefault(node, []).append(value)
-    return found
+            last_reads.setdefault(node, []).append(value)
+    return last_reads
 
 
 @dataclass
@@ -172,8 +172,8 @@ class _Encoder:
         assert arguments is not None, "a call that no chain can make"
         name, pieces = overload(node).name(), _pieces(node)
         self.code += [self.operators.setdefault(name, len(self.operators)), self.count, pieces or 1, len(arguments)]
-        for item in arguments:
-            self._argument(item)
+        for argument in arguments:
+            self._argument(argument)
         if pieces:
             self.registers |= {piece: self.count + Item(piece).index for piece in node.users}
         else:
@@ -182,30 +182,30 @@ class _Encoder:
         places = [self.registers[value] for value in freed if value in self.registers]
         self.code += [len(places), *places]
 
-    def _argument(self, item: Any) -> None:
-        if item is None:
+    def _argument(self, argument: Any) -> None:
+        if argument is None:
             self.code.append(0)
-        elif isinstance(item, fx.Node) and item.op == "get_attr":
-            name = str(item.target)
+        elif isinstance(argument, fx.Node) and argument.op == "get_attr":
+            name = str(argument.target)
             if name not in self.places:
                 self.places[name] = len(self.constants)
                 self.constants.append(self.weight(name))
             self.code += [2, self.places[name]]
-        elif isinstance(item, fx.Node):
-            self.code += [1, self.registers[item]] if _is_tensor(item) else [3, self.numbers[item]]
-        elif isinstance(item, bool):
-            self.code += [5, int(item)]
-        elif isinstance(item, int):
-            self.code += [4, item]
-        elif isinstance(item, float):
+        elif isinstance(argument, fx.Node):
+            self.code += [1, self.registers[argument]] if _is_tensor(argument) else [3, self.numbers[argument]]
+        elif isinstance(argument, bool):
+            self.code += [5, int(argument)]
+        elif isinstance(argument, int):
+            self.code += [4, argument]
+        elif isinstance(argument, float):
             self.code += [6, len(self.floats)]
-            self.floats.append(item)
-        elif isinstance(item, str):
+            self.floats.append(argument)
+        elif isinstance(argument, str):
             self.code += [7, len(self.texts)]
-            self.texts.append(item)
+            self.texts.append(argument)
         else:
-            self.code += [8, len(item)]
-            for part in item:
+            self.code += [8, len(argument)]
+            for part in argument:
                 self._argument(part)
 
 
@@ -222,12 +222,12 @@ def _on_cpu(program: Program) -> bool:
 
 def _reached(program: Program, state: Iterable[str]) -> set[fx.Node]:
     """The nodes that the program's state reaches."""
-    names, found = set(state), set[fx.Node]()
+    names, reached = set(state), set[fx.Node]()
     if names:
         for node in program.graph.nodes:
-            if (node.op == "get_attr" and str(node.target) in names) or not found.isdisjoint(node.all_input_nodes):
-                found.add(node)
-    return found
+            if (node.op == "get_attr" and str(node.target) in names) or not reached.isdisjoint(node.all_input_nodes):
+                reached.add(node)
+    return reached
 
 
 def _is_native(node: fx.Node, operators: frozenset[str]) -> bool:
@@ -240,12 +240,12 @@ def _is_native(node: fx.Node, operators: frozenset[str]) -> bool:
 
 def _adds_floats(node: fx.Node) -> bool:
     """True for a sum of two tensors of one dtype, float32 or bfloat16, one of which has the sizes of the sum."""
-    types = [_type(item) for item in (node, *node.args) if isinstance(item, fx.Node)]
-    tensors = [found for found in types if isinstance(found, TensorType)]
+    types = [_type(operand) for operand in (node, *node.args) if isinstance(operand, fx.Node)]
+    tensors = [value_type for value_type in types if isinstance(value_type, TensorType)]
     if node.kwargs or len(tensors) != 3:
         return False
-    floats = {found.dtype for found in tensors} in ({torch.float32}, {torch.bfloat16})
-    return floats and tensors[0].shape in [found.shape for found in tensors[1:]]
+    floats = {tensor.dtype for tensor in tensors} in ({torch.float32}, {torch.bfloat16})
+    return floats and tensors[0].shape in [tensor.shape for tensor in tensors[1:]]
 
 
 def _is_piece(node: fx.Node) -> bool:
@@ -262,8 +262,8 @@ def _type(node: fx.Node) -> ValueType:
 
 def _pieces(node: fx.Node) -> int:
     """The number of results of a call that returns several; 0 for others."""
-    found = _type(node)
-    return len(found) if isinstance(found, tuple) else 0
+    value_type = _type(node)
+    return len(value_type) if isinstance(value_type, tuple) else 0
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -278,17 +278,17 @@ def _writes(node: fx.Node) -> bool:
 def _arguments(node: fx.Node) -> list[Any] | None:
     """The arguments in the order of the operator's schema, with defaults; None where one is neither a tensor nor a literal."""
     rest = overload(node)._schema.arguments[len(node.args) :]
-    found = [*node.args, *(node.kwargs.get(parameter.name, parameter.default_value) for parameter in rest)]
+    arguments = [*node.args, *(node.kwargs.get(parameter.name, parameter.default_value) for parameter in rest)]
     named = node.kwargs.keys() <= {parameter.name for parameter in rest}
-    return found if named and all(map(_is_argument, found)) else None
+    return arguments if named and all(map(_is_argument, arguments)) else None
 
 
-def _is_argument(item: object) -> bool:
-    if isinstance(item, fx.Node):
-        found = _type(item)
-        if isinstance(found, TensorType):
-            return not found.dtype.is_complex  # which may be conjugated by a flag
-        return _is_tensor(item) or (isinstance(found, ScalarType) and found.kind is int)
-    if isinstance(item, (list, tuple)):
-        return all(isinstance(part, int) or (isinstance(part, fx.Node) and not _is_tensor(part)) for part in item)
-    return item is None or isinstance(item, (bool, int, float, str))
+def _is_argument(argument: object) -> bool:
+    if isinstance(argument, fx.Node):
+        value_type = _type(argument)
+        if isinstance(value_type, TensorType):
+            return not value_type.dtype.is_complex  # which may be conjugated by a flag
+        return _is_tensor(argument) or (isinstance(value_type, ScalarType) and value_type.kind is int)
+    if isinstance(argument, (list, tuple)):
+        return all(isinstance(part, int) or (isinstance(part, fx.Node) and not _is_tensor(part)) for part in argument)
+    return argument is None or isinstance(argument, (bool, int, float, str))

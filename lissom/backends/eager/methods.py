@@ -53,17 +53,17 @@ def _recurrent_layers(target: torch._ops.OpOverload, gates: int) -> Callable[...
     ) -> tuple[torch.Tensor, ...]:
         states = [hx] if isinstance(hx, torch.Tensor) else hx
         ways = 2 if bidirectional else 1
-        found = [tuple(tensor.shape) for tensor in (input, *states, *params)]
-        if any(len(shape) != 3 for shape in found[: 1 + len(states)]) or not 0 < num_layers * ways <= len(params):
-            raise ValueError(f"{target} of {num_layers} layers has an input, states and weights of {found}")
+        shapes = [tuple(tensor.shape) for tensor in (input, *states, *params)]
+        if any(len(shape) != 3 for shape in shapes[: 1 + len(states)]) or not 0 < num_layers * ways <= len(params):
+            raise ValueError(f"{target} of {num_layers} layers has an input, states and weights of {shapes}")
         hidden, cell = states[0].shape[-1], states[-1].shape[-1]
         expected = [(num_layers * ways, input.shape[1 - batch_first], state.shape[-1]) for state in states]
         for layer in range(num_layers):
             features = input.shape[-1] if layer == 0 else hidden * ways
-            one = [(gates * cell, features), (gates * cell, hidden)]
-            expected += (one + [(gates * cell,)] * 2 * has_biases + [(hidden, cell)] * (hidden != cell)) * ways
-        if found[1:] != expected:
-            raise ValueError(f"{target} has states and weights of {found[1:]}, and not {expected}")
+            weights = [(gates * cell, features), (gates * cell, hidden)]
+            expected += (weights + [(gates * cell,)] * 2 * has_biases + [(hidden, cell)] * (hidden != cell)) * ways
+        if shapes[1:] != expected:
+            raise ValueError(f"{target} has states and weights of {shapes[1:]}, and not {expected}")
         return target(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
 
     return run

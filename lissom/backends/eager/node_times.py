@@ -25,24 +25,27 @@ def time_nodes(program: Program, inputs: Sequence[torch.Tensor], seconds: float)
 
     The program's state is copied, and the copy goes from one run to the next.
     """
-    taken: dict[fx.Node, list[float]] = {node: [] for node in program.nodes()}
+    milliseconds: dict[fx.Node, list[float]] = {node: [] for node in program.nodes()}
     weights = {name: tensor.detach() for name, tensor in program.weights().items()}
     weights |= {name: weights[name].clone() for name in program.state}
     run = one_call(_run) if program.nodes(*KERNELS) and not load_kernels() else _run
     with torch.inference_mode():
         for _ in range(2):
-            run(program, inputs, weights, {node: [] for node in taken})
+            run(program, inputs, weights, {node: [] for node in milliseconds})
         started = time.perf_counter()
-        while time.perf_counter() - started < seconds or len(next(iter(taken.values()), [0.0] * _FEWEST_RUNS)) < _FEWEST_RUNS:
-            run(program, inputs, weights, taken)
-    return {node: statistics.median(runs) for node, runs in taken.items()}
+        while (
+            time.perf_counter() - started < seconds
+            or len(next(iter(milliseconds.values()), [0.0] * _FEWEST_RUNS)) < _FEWEST_RUNS
+        ):
+            run(program, inputs, weights, milliseconds)
+    return {node: statistics.median(runs) for node, runs in milliseconds.items()}
 
 
 def _run(
     program: Program,
     inputs: Sequence[torch.Tensor],
     weights: Mapping[str, torch.Tensor],
-    taken: Mapping[fx.Node, list[float]],
+    milliseconds: Mapping[fx.Node, list[float]],
 ) -> None:
     values: dict[fx.Node, Any] = dict(zip(program.placeholders, inputs, strict=True))
     frees = last_uses_of(program.graph)
@@ -56,7 +59,7 @@ def _run(
             started = time.perf_counter()
             values[node] = target(*args, **kwargs)
             synchronize()
-            taken[node].append((time.perf_counter() - started) * 1e3)
+            milliseconds[node].append((time.perf_counter() - started) * 1e3)
             del args, kwargs
         for used in frees.get(node, ()):
             del values[used]

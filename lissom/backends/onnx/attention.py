@@ -27,9 +27,9 @@ def expand_attention(model: ir.Model, fused: bool) -> int:
     count = 0
     for node in nodes_of(model, DOMAIN, ATTENTION):
         site = Site.of(model, node)
-        found = _single(site) if fused else None
-        count += found is not None
-        site.write.replace(node, found or _explicit(site))
+        single = _single(site) if fused else None
+        count += single is not None
+        site.write.replace(node, single or _explicit(site))
     if any(node.domain == CONTRIB for node in model.graph.all_nodes()):
         model.opset_imports[CONTRIB] = 1
     return count
@@ -103,7 +103,7 @@ class Site:
 def _explicit(site: Site) -> ir.Value:
     """softmax(q kᵀ · scale + mask) v, one operator each."""
     call = site.write.call
-    k, v = (_repeated(site, item) for item in (site.k, site.v))
+    k, v = (_repeated(site, operand) for operand in (site.k, site.v))
     rank = len(shape_of(site.k))
     swapped = [*range(rank - 2), rank - 1, rank - 2]
     scores = call("MatMul", call("Mul", site.q, site.number(site.scale)), call("Transpose", k, perm=swapped))
@@ -124,19 +124,19 @@ def _explicit(site: Site) -> ir.Value:
     return result if visible is None else call("Mul", result, visible)
 
 
-def _repeated(site: Site, item: ir.Value) -> ir.Value:
+def _repeated(site: Site, value: ir.Value) -> ir.Value:
     """Keys or values with heads repeated for grouped-query attention."""
-    heads, own = (shape_of(found)[1] if len(shape_of(found)) == 4 else 1 for found in (site.q, item))
+    heads, own = (shape_of(operand)[1] if len(shape_of(operand)) == 4 else 1 for operand in (site.q, value))
     if heads == own or not (isinstance(heads, int) and isinstance(own, int)) or own == 1:
-        return item
-    spread = site.write.expanded(site.write.call("Unsqueeze", item, 2), 1, 1, heads // own, 1, 1)
-    return site.write.shaped(spread, 0, heads, -1, fixed_size(item, -1))
+        return value
+    spread = site.write.expanded(site.write.call("Unsqueeze", value, 2), 1, 1, heads // own, 1, 1)
+    return site.write.shaped(spread, 0, heads, -1, fixed_size(value, -1))
 
 
 def _causal(site: Site) -> ir.Value:
     """The causal mask, [queries, keys]."""
     call = site.write.call
-    queries, keys = (site.write.counted(0, call("Shape", item, start=-2, end=-1)) for item in (site.q, site.k))
+    queries, keys = (site.write.counted(0, call("Shape", operand, start=-2, end=-1)) for operand in (site.q, site.k))
     seen = call("LessOrEqual", call("Unsqueeze", keys, 0), call("Unsqueeze", queries, 1))
     seen.dtype = ir.DataType.BOOL
     return seen
@@ -146,14 +146,14 @@ def _single(site: Site) -> ir.Value | None:
     """The attention as one operator; None where there is none for it."""
     if site.sinks is not None or site.softcap or site.q.dtype == ir.DataType.DOUBLE:
         return None
-    if any(len(shape_of(item)) != 4 or not isinstance(shape_of(item)[1], int) for item in (site.q, site.k, site.v)):
+    if any(len(shape_of(operand)) != 4 or not isinstance(shape_of(operand)[1], int) for operand in (site.q, site.k, site.v)):
         return None
     if site.causal and shape_of(site.q)[2] != shape_of(site.k)[2]:
         return None
     bias = _whole_bias(site) if site.mask is not None else None
     if site.mask is not None and bias is None:
         return None
-    operands = [projection(item) for item in (site.q, site.k, site.v)]
+    operands = [projection(operand) for operand in (site.q, site.k, site.v)]
     alike = fixed_size(site.q, 1) == fixed_size(site.k, 1) == fixed_size(site.v, 1)
     if None in operands or not (alike or bias is not None or site.causal):
         return _by_heads(site, bias)
@@ -162,7 +162,7 @@ def _single(site: Site) -> ir.Value | None:
 
 def _by_heads(site: Site, bias: ir.Value | None) -> ir.Value | None:
     """`Attention` of [batch, heads, tokens, head_dim], with grouped key and value heads."""
-    k, v = (_shared(item) for item in (site.k, site.v))
+    k, v = (_shared(operand) for operand in (site.k, site.v))
     call, heads, groups = site.write.call, fixed_size(site.q, 1), fixed_size(k, 1)
     if shape_of(v)[1] != groups or heads % groups:
         return None
@@ -231,10 +231,10 @@ def skip_joins(old: ir.Value, joined: ir.Value) -> None:
         if _transposed(transpose.outputs[0]) is not old:
             continue
         for reshape, _ in list(transpose.outputs[0].uses()):
-            found = reshape.outputs[0]
-            same = reshape.op_type == "Reshape" and list(shape_of(found)) == list(shape_of(joined))
-            if same and not found.is_graph_output():
-                ir.convenience.replace_all_uses_with(found, joined)
+            merged = reshape.outputs[0]
+            same = reshape.op_type == "Reshape" and list(shape_of(merged)) == list(shape_of(joined))
+            if same and not merged.is_graph_output():
+                ir.convenience.replace_all_uses_with(merged, joined)
 
 
 def _transposed(value: ir.Value) -> ir.Value | None:
@@ -257,5 +257,5 @@ def _whole_bias(site: Site) -> ir.Value | None:
     assert bias is not None
     if list(shape_of(site.mask)) == [*shape[:2], queries, keys]:
         return bias
-    sizes = [site.write.call("Shape", item, start=2, end=3) for item in (site.q, site.k)]
+    sizes = [site.write.call("Shape", operand, start=2, end=3) for operand in (site.q, site.k)]
     return site.write.expanded(bias, 1, 1, *sizes)

@@ -32,9 +32,9 @@ def fuse_cached_attention(model: ir.Model) -> int:
     """Replace each attention over a KV cache, and the copies into it, with one operator; returns how many."""
     count = 0
     for node in nodes_of(model, DOMAIN, ATTENTION):
-        found = _Cached.of(Site.of(model, node))
-        if found is not None:
-            _fuse(model, node, found)
+        cached = _Cached.of(Site.of(model, node))
+        if cached is not None:
+            _fuse(model, node, cached)
             count += 1
     if count:
         model.opset_imports[CONTRIB] = 1
@@ -78,9 +78,9 @@ class _Cached:
         if start is None or _start_of(values[0].inputs[1]) is not start:
             return None
         conditions = _conditions(site.mask)
-        causal = [item for item in conditions if _limit(item, site, start, places, _UP_TO) == 0]
-        others = [item for item in conditions if item not in causal]
-        windows = [-offset for item in others if (offset := _limit(item, site, start, places, _BEYOND)) is not None]
+        causal = [condition for condition in conditions if _limit(condition, site, start, places, _UP_TO) == 0]
+        others = [condition for condition in conditions if condition not in causal]
+        windows = [-offset for condition in others if (offset := _limit(condition, site, start, places, _BEYOND)) is not None]
         if not causal:
             return None
         plain = len(windows) == len(others) and all(window > 0 for window in windows)
@@ -88,28 +88,28 @@ class _Cached:
         return cls(site, keys[0], values[0], repeated, min(windows, default=-1) if plain else -1, not plain)
 
 
-def _fuse(model: ir.Model, node: ir.Node, found: _Cached) -> None:
-    site = found.site
+def _fuse(model: ir.Model, node: ir.Node, cached: _Cached) -> None:
+    site = cached.site
     batch, heads, _, width = _numbers(site.q)
-    groups, places = _numbers(found.keys.outputs[0])[1:3]
+    groups, places = _numbers(cached.keys.outputs[0])[1:3]
     call = site.write.call
-    last = _last_place(site, found.keys.inputs[1], places)
+    last = _last_place(site, cached.keys.inputs[1], places)
     total = call("Squeeze", call("Add", last, 1))
-    k, v = found.keys.inputs[2], found.values.inputs[2]
-    past = [found.keys.inputs[0], found.values.inputs[0]]
+    k, v = cached.keys.inputs[2], cached.values.inputs[2]
+    past = [cached.keys.inputs[0], cached.values.inputs[0]]
     assert k is not None and v is not None
-    inputs: list[ir.Value | None] = [_side_by_side(site, item) for item in (site.q, k, v)]
-    inputs += [*past, *(call("Cast", item, to=int(ir.DataType.INT32)) for item in (last, total))]
-    if found.masked:
+    inputs: list[ir.Value | None] = [_side_by_side(site, operand) for operand in (site.q, k, v)]
+    inputs += [*past, *(call("Cast", scalar, to=int(ir.DataType.INT32)) for scalar in (last, total))]
+    if cached.masked:
         inputs += [None, None, None, _bias(site, total, batch, heads)]
     options = {"num_heads": batch * heads, "kv_num_heads": batch * groups, "scale": site.scale}
-    if found.window > 0:
-        options["local_window_size"] = found.window
+    if cached.window > 0:
+        options["local_window_size"] = cached.window
     result, *present = site.write.op_multi_out("GroupQueryAttention", inputs, options, domain=CONTRIB, num_outputs=3)
-    site.write.replace(node, _apart(site, result, batch, heads, width, found.masked))
-    for unused in found.repeated:
+    site.write.replace(node, _apart(site, result, batch, heads, width, cached.masked))
+    for unused in cached.repeated:
         model.graph.remove(unused, safe=True)
-    for copy, state, new in zip((found.keys, found.values), past, present, strict=True):
+    for copy, state, new in zip((cached.keys, cached.values), past, present, strict=True):
         assert state is not None
         take_over(copy.outputs[0], new)
         # The same elements, with the sequences as further heads.
@@ -121,8 +121,8 @@ def _last_place(site: Site, index: ir.Value | None, places: int) -> ir.Value:
     """The last slot that is written, [1]; reading it from a table of all slots fails for one out of range."""
     assert index is not None
     write, call = site.write, site.write.call
-    found = checked_places(write, call("Reshape", index, -1), places)
-    table = call("Gather", write.integers(*range(places)), found, axis=0)
+    checked = checked_places(write, call("Reshape", index, -1), places)
+    table = call("Gather", write.integers(*range(places)), checked, axis=0)
     return call("Slice", table, -1, int(np.iinfo(np.int64).max))
 
 
@@ -223,7 +223,7 @@ def _conditions(mask: ir.Value) -> list[ir.Value]:
     if constant is not None and bool(constant.all()):
         return []
     if node is not None and node.op_type == "And" and None not in node.inputs:
-        return [found for item in node.inputs if item is not None for found in _conditions(item)]
+        return [condition for operand in node.inputs if operand is not None for condition in _conditions(operand)]
     source = node.inputs[0] if node is not None and node.op_type in ("Expand", "Unsqueeze", "Identity") else None
     if source is not None and (not shape_of(source) or list(shape_of(source)[-2:]) == list(shape_of(mask)[-2:])):
         return _conditions(source)
@@ -245,8 +245,8 @@ def _comparison(condition: ir.Value, places: int) -> tuple[str, ir.Value] | None
 
 def _are_places(value: ir.Value, places: int) -> bool:
     """True for 0, 1, … along the last dimension."""
-    found = constant_of(value)
-    return found is not None and found.shape[-1:] == (places,) and np.array_equal(found.ravel(), np.arange(places))
+    constant = constant_of(value)
+    return constant is not None and constant.shape[-1:] == (places,) and np.array_equal(constant.ravel(), np.arange(places))
 
 
 def _limit(condition: ir.Value, site: Site, start: ir.Value, places: int, operators: tuple[str, str]) -> int | None:
@@ -255,11 +255,11 @@ def _limit(condition: ir.Value, site: Site, start: ir.Value, places: int, operat
     Args:
         operators: that comparison, and the equivalent one with d + 1: `_UP_TO` for place ≤ own + d, `_BEYOND` for >.
     """
-    found = _comparison(condition, places)
-    shift = _shift(found[1], site, start) if found is not None else None
-    if found is None or shift is None or found[0] not in operators:
+    comparison = _comparison(condition, places)
+    shift = _shift(comparison[1], site, start) if comparison is not None else None
+    if comparison is None or shift is None or comparison[0] not in operators:
         return None
-    return shift - operators.index(found[0])
+    return shift - operators.index(comparison[0])
 
 
 def _shift(value: ir.Value, site: Site, start: ir.Value) -> int | None:

@@ -39,20 +39,20 @@ def split_experts(model: ir.Model) -> None:
 
 def _is_stack(stored: ir.Node) -> bool:
     """True for a constant stack of matrices."""
-    values = [constant_of(item) for item in operands(stored) if item is not None]
+    values = [constant_of(operand) for operand in operands(stored) if operand is not None]
     return all(value is not None for value in values) and values[0] is not None and values[0].ndim == 3
 
 
 def _expert(write: Writer, stored: ir.Node, index: int) -> ir.Value:
     """The dequantized matrix of one expert."""
     parts: list[ir.Value | None] = []
-    for item in operands(stored):
-        value = constant_of(item)
+    for operand in operands(stored):
+        value = constant_of(operand)
         # A scale of the whole stack has no dimensions.
-        if item is not None and value is not None and value.ndim == 3:
-            parts.append(write.weight(item, str(index), value[index], item.dtype))
+        if operand is not None and value is not None and value.ndim == 3:
+            parts.append(write.weight(operand, str(index), value[index], operand.dtype))
         else:
-            parts.append(item)
+            parts.append(operand)
     expert = write.op(DEQUANTIZE, parts, {"format": format_of(stored).name}, domain=DOMAIN)
     whole = stored.outputs[0]
     expert.type, expert.shape = whole.type, ir.Shape(sizes_of(whole)[1:])

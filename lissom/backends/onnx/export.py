@@ -182,24 +182,24 @@ def _keep_origins(program: Program, exported: ExportedProgram) -> None:
         if node.op != "call_function":
             continue
         # A node that export added, such as the read of a size, has no counterpart, and takes the module of the node before it.
-        found = next(
+        counterpart = next(
             (index for index in range(start, min(start + _WINDOW, len(ours))) if ours[index].target == node.target), None
         )
-        if found is not None:
-            path, start = nodes.origin(ours[found]).module_path, found + 1
+        if counterpart is not None:
+            path, start = nodes.origin(ours[counterpart]).module_path, counterpart + 1
         stack = {"": ("", program.name)} | ({path: (path, "module")} if path else {})
         node.meta["nn_module_stack"] = stack
 
 
 def _name_transposed(model: ir.Model) -> None:
     """Name transposed weights, which constant folding makes, after the weight."""
-    taken: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for node in model.graph:
         weight = node.inputs[0] if node.op_type == "Transpose" else None
         if weight is not None and weight.is_initializer():
             name = f"{weight.name}_transposed"
-            taken[name] += 1
-            node.outputs[0].name = name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
+            counts[name] += 1
+            node.outputs[0].name = name if counts[name] == 1 else f"{name}_{counts[name] - 1}"
 
 
 def _name_sizes(program: Program, model: ir.Model) -> None:
@@ -207,10 +207,10 @@ def _name_sizes(program: Program, model: ir.Model) -> None:
     names: dict[str, str] = {}
     # State follows the inputs, and has fixed sizes.
     for leaf, value in zip(program.signature.tensors, model.graph.inputs, strict=False):
-        for size, found in zip(leaf.type.shape, value.shape or (), strict=True):
+        for size, exported_size in zip(leaf.type.shape, value.shape or (), strict=True):
             dimension = program.signature.dimensions.get(size) if isinstance(size, sympy.Symbol) else None
-            if isinstance(found, ir.SymbolicDim) and found.value and dimension is not None:
-                names[found.value] = dimension.name
+            if isinstance(exported_size, ir.SymbolicDim) and exported_size.value and dimension is not None:
+                names[exported_size.value] = dimension.name
     values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
     for value in values:
         if value.shape is not None and not value.shape.is_static():
@@ -231,12 +231,12 @@ def module_of(node: ir.Node) -> str:
 
 
 def _name_nodes(model: ir.Model) -> None:
-    taken: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for node in model.graph.all_nodes():
         path = module_of(node)
         name = f"{path}/{node.op_type}".lstrip("/")
-        taken[name] += 1
-        node.name = name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
+        counts[name] += 1
+        node.name = name if counts[name] == 1 else f"{name}_{counts[name] - 1}"
         node.metadata_props.clear()
         node.metadata_props["module"] = path
         if node.graph is not model.graph:
@@ -263,11 +263,11 @@ def _plain(path: str) -> str:
     return re.sub(r"\W+", "_", path).strip("_")
 
 
-def _unique(wanted: Sequence[str], taken: Sequence[str]) -> list[str]:
-    found: list[str] = []
+def _unique(wanted: Sequence[str], used: Sequence[str]) -> list[str]:
+    names: list[str] = []
     for name in wanted:
         number, unique = 1, name
-        while unique in found or unique in taken:
+        while unique in names or unique in used:
             unique, number = f"{name}_{number}", number + 1
-        found.append(unique)
-    return found
+        names.append(unique)
+    return names

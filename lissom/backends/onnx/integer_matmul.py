@@ -119,8 +119,8 @@ class Layer:
 
 def quantized_layers(model: ir.Model) -> list[Layer]:
     """Every matrix product with a quantized weight or a quantized input."""
-    found = [_as_layer(node) for node in model.graph if node.op_type in ("MatMul", "Gemm") and node.domain == ""]
-    return [layer for layer in found if layer is not None]
+    layers = [_as_layer(node) for node in model.graph if node.op_type in ("MatMul", "Gemm") and node.domain == ""]
+    return [layer for layer in layers if layer is not None]
 
 
 def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = False, standard: bool = False) -> int:
@@ -155,15 +155,15 @@ def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = 
 
 def simulated(layers: Sequence[Layer], accuracy_level: int, failure: str = "") -> list[SimulatedLayer]:
     """The layers without an integer kernel, with the reason; `failure` is that of all others."""
-    found: list[SimulatedLayer] = []
+    simulated_layers: list[SimulatedLayer] = []
     for layer in layers:
         reason = layer.obstacle or _level_obstacle(layer, accuracy_level) or failure
         if reason:
             weights = layer.stored and f"{layer.stored.form.name} weights"
             values = layer.rounded and f"{format_of(layer.rounded).name} activations"
             what = " on ".join(filter(None, (weights, values)))
-            found.append(SimulatedLayer(layer.product.name or "", layer.module, what, reason))
-    return found
+            simulated_layers.append(SimulatedLayer(layer.product.name or "", layer.module, what, reason))
+    return simulated_layers
 
 
 def _level_obstacle(layer: Layer, accuracy_level: int) -> str | None:
@@ -351,13 +351,13 @@ def _few_bits(write: Writer, layer: Layer, accuracy_level: int) -> ir.Value:
 
 def _bias(layer: Layer) -> ir.Value | None:
     """A constant added to a layer's output, one element per output feature."""
-    found = layer.product.inputs[2] if len(layer.product.inputs) > 2 else None
-    add = _sum_behind(layer) if found is None else None
+    bias = layer.product.inputs[2] if len(layer.product.inputs) > 2 else None
+    add = _sum_behind(layer) if bias is None else None
     if add is not None:
-        found = next(item for item in add.inputs if item is not layer.product.outputs[0])
-    value = constant_of(found)
+        bias = next(operand for operand in add.inputs if operand is not layer.product.outputs[0])
+    value = constant_of(bias)
     count = layer.stored.q.shape[1] if layer.stored is not None else 0
-    return found if value is not None and value.shape == (count,) else None
+    return bias if value is not None and value.shape == (count,) else None
 
 
 def _sum_behind(layer: Layer) -> ir.Node | None:
@@ -391,10 +391,10 @@ def _from(write: Writer, layer: Layer) -> Sequence[ir.Node]:
     return write.nodes
 
 
-def _distance(write: Writer, wanted: ir.Value, found: ir.Value, name: str) -> ir.Value:
-    """max |found - wanted| / max |wanted|, with a denominator of at least 1e-6."""
+def _distance(write: Writer, wanted: ir.Value, actual: ir.Value, name: str) -> ir.Value:
+    """max |actual - wanted| / max |wanted|, with a denominator of at least 1e-6."""
     call = write.call
-    error, largest = (call("ReduceMax", call("Abs", item), keepdims=0) for item in (call("Sub", found, wanted), wanted))
+    error, largest = (call("ReduceMax", call("Abs", value), keepdims=0) for value in (call("Sub", actual, wanted), wanted))
     result = call("Div", error, call("Max", largest, write.number(1e-6)))
     result.name, result.shape, result.type = name, ir.Shape(()), ir.TensorType(ir.DataType.FLOAT)
     return result

@@ -40,9 +40,9 @@ class PlainSession:
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[object]:
         given = {name: tensor.detach().numpy() for name, tensor in zip(self._inputs, inputs, strict=True)}
-        kept = {item.name for item in self.session.get_inputs()}
-        found = self.session.run(self._outputs, {name: array for name, array in given.items() if name in kept})
-        return [leaf if place is None else torch.from_numpy(found[place]) for place, leaf in self._leaves]
+        kept = {argument.name for argument in self.session.get_inputs()}
+        outputs = self.session.run(self._outputs, {name: array for name, array in given.items() if name in kept})
+        return [leaf if place is None else torch.from_numpy(outputs[place]) for place, leaf in self._leaves]
 
 
 def portable_model(program: Program, example: Sample, *, contrib: bool = False) -> ir.Model:

@@ -48,7 +48,7 @@ def read_positions(write: Writer, reads: KeyBlocks, queries: ir.Value, keys: ir.
         keys: their number, [1].
     """
     call, size, heads = write.call, reads.block, reads.heads
-    rows, blocks = (call("Div", call("Add", item, size - 1), size) for item in (queries, keys))
+    rows, blocks = (call("Div", call("Add", length, size - 1), size) for length in (queries, keys))
     row = call("Unsqueeze", write.counted(0, rows), 1)
     column = call("Add", row, write.constant(np.array([reads.offsets], np.int64)))
     column = write.expanded(column, heads, 1, 1)
@@ -72,10 +72,10 @@ def read_positions(write: Writer, reads: KeyBlocks, queries: ir.Value, keys: ir.
     end = call("Sub", keys, 1)
     j, there = write.shaped(call("Min", j, end), heads, -1, width), write.shaped(there, heads, -1, width)
     column = call("Min", column, call("Sub", blocks, 1))
-    found = _alone(write, reads, keys)
-    if found is None:
+    alone = _alone(write, reads, keys)
+    if alone is None:
         return Read(rows, blocks, blocks, column, None, j, there, write.integers(width))
-    places, once = found
+    places, once = alone
     count = call("Shape", places, start=0, end=1)
     spare = call("Mod", call("Neg", count), size)
     places = call("Pad", places, call("Concat", 0, spare, axis=0))
@@ -115,16 +115,16 @@ def _alone(write: Writer, reads: KeyBlocks, keys: ir.Value) -> tuple[ir.Value, i
         fresh.append(call("Less", front, keys))
     for number, (first, last, period) in enumerate(reads.strides):
         starts = call("Unsqueeze", write.counted(0, keys, period), 1)
-        found = write.shaped(call("Add", starts, write.constant(np.arange(first, last + 1, dtype=np.int64))), -1)
-        new = [call("Less", found, keys), call("GreaterOrEqual", found, reads.prefix)]
-        new += [call("Not", _in_stride(write, other, found)) for other in reads.strides[:number]]
-        places.append(call("Min", found, end))
+        positions = write.shaped(call("Add", starts, write.constant(np.arange(first, last + 1, dtype=np.int64))), -1)
+        new = [call("Less", positions, keys), call("GreaterOrEqual", positions, reads.prefix)]
+        new += [call("Not", _in_stride(write, other, positions)) for other in reads.strides[:number]]
+        places.append(call("Min", positions, end))
         fresh.append(write.every(*new))
     if reads.tail is not None:
-        found = write.counted(write.call("Min", keys, reads.tail), keys)
-        others = _is_alone(write, reads, found, None)
-        places.append(found)
-        fresh.append(call("GreaterOrEqual", found, 0) if others is None else call("Not", others))
+        positions = write.counted(write.call("Min", keys, reads.tail), keys)
+        others = _is_alone(write, reads, positions, None)
+        places.append(positions)
+        fresh.append(call("GreaterOrEqual", positions, 0) if others is None else call("Not", others))
     if not places:
         return None
     return (places[0], fresh[0]) if len(places) == 1 else (call("Concat", *places, axis=0), call("Concat", *fresh, axis=0))
@@ -132,10 +132,10 @@ def _alone(write: Writer, reads: KeyBlocks, keys: ir.Value) -> tuple[ir.Value, i
 
 def _is_alone(write: Writer, reads: KeyBlocks, j: ir.Value, tail: int | None) -> ir.Value | None:
     """True where all queries read a position; None if there are no such positions."""
-    found = [write.call("Less", j, reads.prefix)] if reads.prefix else []
-    found += [_in_stride(write, stride, j) for stride in reads.strides]
-    found += [write.call("GreaterOrEqual", j, tail)] if tail is not None else []
-    return write.some(*found) if found else None
+    conditions = [write.call("Less", j, reads.prefix)] if reads.prefix else []
+    conditions += [_in_stride(write, stride, j) for stride in reads.strides]
+    conditions += [write.call("GreaterOrEqual", j, tail)] if tail is not None else []
+    return write.some(*conditions) if conditions else None
 
 
 def _in_stride(write: Writer, stride: tuple[int, int, int], j: ir.Value) -> ir.Value:
@@ -155,18 +155,20 @@ def seen(
     """
     alternatives: list[ir.Value] = []
     for conditions in pattern.alternatives:
-        found = [
+        comparisons = [
             _laid_out(write, pattern, row, j, layout, rank) if condition.asks_layout else _holds(write, condition, i, j)
             for condition in conditions
         ]
         always = [write.call("GreaterOrEqual", j, 0)]
-        alternatives.append(write.every(*(item for part in found for item in part), *([] if any(found) else always)))
-    found = write.some(*alternatives) if alternatives else write.call("Less", j, 0)
+        alternatives.append(
+            write.every(*(comparison for part in comparisons for comparison in part), *([] if any(comparisons) else always))
+        )
+    mask = write.some(*alternatives) if alternatives else write.call("Less", j, 0)
     conditions = [condition for alternative in pattern.alternatives for condition in alternative]
     # A condition on keys alone, or on queries alone, broadcasts.
-    for named, item in ((any(one.query for one in conditions), i), (any(one.key for one in conditions), j)):
-        found = found if named else write.every(found, write.call("GreaterOrEqual", item, 0))
-    return found
+    for named, positions in ((any(one.query for one in conditions), i), (any(one.key for one in conditions), j)):
+        mask = mask if named else write.every(mask, write.call("GreaterOrEqual", positions, 0))
+    return mask
 
 
 def _holds(write: Writer, condition: Condition, i: ir.Value, j: ir.Value) -> list[ir.Value]:
@@ -188,12 +190,12 @@ def _holds(write: Writer, condition: Condition, i: ir.Value, j: ir.Value) -> lis
         (factor, value), (_, other) = parts
         least, most = (low, high) if factor == 1 else (-high, -low)
         bounds = call("Add", other, least), call("Add", other, most)
-    found: list[ir.Value] = []
+    comparisons: list[ir.Value] = []
     if least > -UNBOUNDED:
-        found.append(call("GreaterOrEqual", value, bounds[0]))
+        comparisons.append(call("GreaterOrEqual", value, bounds[0]))
     if most < UNBOUNDED:
-        found.append(call("LessOrEqual", value, bounds[1]))
-    return found
+        comparisons.append(call("LessOrEqual", value, bounds[1]))
+    return comparisons
 
 
 def _laid_out(
@@ -204,8 +206,10 @@ def _laid_out(
         raise ValueError("this pattern needs a layout, and none was given")
     call = write.call
     heads, rows, columns = (write.length(layout, axis) for axis in range(3))
-    ends = [call("Sub", item, 1) for item in (rows, columns)]
-    row, column = (call("Min", call("Div", item, pattern.block), end) for item, end in zip((row, j), ends, strict=True))
+    ends = [call("Sub", count, 1) for count in (rows, columns)]
+    row, column = (
+        call("Min", call("Div", positions, pattern.block), end) for positions, end in zip((row, j), ends, strict=True)
+    )
     place = call("Add", call("Mul", row, columns), column)
     if shape_of(layout)[0] != 1:
         head = write.shaped(write.counted(0, heads), -1, *[1] * (rank - 1))

@@ -30,12 +30,12 @@ def merge_projections(model: ir.Model) -> int:
     """Merge products of one input with several weights into one product and a split; returns the number of groups."""
     groups: dict[ir.Value, list[_Projection]] = defaultdict(list)
     for node in model.graph:
-        found = _as_projection(node)
-        if found is not None and node.inputs[0] is not None:
-            groups[node.inputs[0]].append(found)
+        projection = _as_projection(node)
+        if projection is not None and node.inputs[0] is not None:
+            groups[node.inputs[0]].append(projection)
     merged = 0
     for x, group in groups.items():
-        alike = [item for item in group if (item.bias is None) == (group[0].bias is None)]
+        alike = [projection for projection in group if (projection.bias is None) == (group[0].bias is None)]
         if len(alike) > 1:
             _merge(model, x, alike)
             merged += 1
@@ -51,7 +51,10 @@ def _as_projection(node: ir.Node) -> _Projection | None:
     reader = uses[0].node if len(uses) == 1 and not result.is_graph_output() else None
     if reader is None or reader.op_type != "Add":
         return None if result.is_graph_output() else _Projection(node, None, weight, None)
-    bias = next((found for item in reader.inputs if item is not result and (found := constant_of(item)) is not None), None)
+    bias = next(
+        (constant for operand in reader.inputs if operand is not result and (constant := constant_of(operand)) is not None),
+        None,
+    )
     if bias is None or bias.shape != weight.shape[1:]:
         return _Projection(node, None, weight, None)
     return None if reader.outputs[0].is_graph_output() else _Projection(node, reader, weight, bias)
@@ -66,15 +69,15 @@ def _merge(model: ir.Model, x: ir.Value, group: Sequence[_Projection]) -> None:
         """A new weight, named after the first of its parts."""
         return write.weight(named, f"merged_{len(model.graph.initializers)}", np.concatenate(arrays, axis))
 
-    sizes = [item.weight.shape[1] for item in group]
-    result = write.call("MatMul", x, merged([item.weight for item in group], 1))
-    biases = [item.bias for item in group if item.bias is not None]
+    sizes = [projection.weight.shape[1] for projection in group]
+    result = write.call("MatMul", x, merged([projection.weight for projection in group], 1))
+    biases = [projection.bias for projection in group if projection.bias is not None]
     if biases:
         result = write.call("Add", result, merged(biases, 0))
     parts = write.op_multi_out("Split", [result, write.integers(*sizes)], {"axis": -1}, num_outputs=len(group))
     for node in write.nodes:
         node.metadata_props.update(first.metadata_props)
     model.graph.insert_before(first, write.nodes)
-    for item, part in zip(group, parts, strict=True):
-        part.shape, part.type = item.result.shape, item.result.type
-        ir.convenience.replace_all_uses_with(item.result, part)
+    for projection, part in zip(group, parts, strict=True):
+        part.shape, part.type = projection.result.shape, projection.result.type
+        ir.convenience.replace_all_uses_with(projection.result, part)

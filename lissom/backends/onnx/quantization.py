@@ -81,8 +81,8 @@ def scalar_scales(write: Writer, scale: ir.Value, zero_point: ir.Value | None, f
     number, point = constant_of(scale), constant_of(zero_point)
     assert number is not None
     dtype = np.uint8 if form.low == 0 else np.int8
-    found = np.array(0, dtype) if point is None else point.reshape(()).astype(dtype)
-    return write.constant(number.reshape(()).astype(np.float32)), write.constant(found)
+    scalar = np.array(0, dtype) if point is None else point.reshape(()).astype(dtype)
+    return write.constant(number.reshape(()).astype(np.float32)), write.constant(scalar)
 
 
 def is_by_group(node: ir.Node) -> bool:
@@ -141,8 +141,8 @@ class Stored:
     @classmethod
     def of(cls, node: ir.Node) -> Stored | None:
         """The constant matrix that a `Dequantize` node reads; None for any other."""
-        found = [constant_of(item) for item in operands(node)]
-        q, scale, zero_point = found
+        constants = [constant_of(operand) for operand in operands(node)]
+        q, scale, zero_point = constants
         if q is None or scale is None or q.ndim != 2 or (zero_point is None) != (operands(node)[2] is None):
             return None
         form = format_of(node)
@@ -175,8 +175,8 @@ def packed(elements: np.ndarray, bits: int) -> np.ndarray:
 def _stored(write: Writer, node: ir.Node) -> ir.Value:
     """(q - zero_point) · scale: `DequantizeLinear` for constants with blocks that it supports, else plain operators."""
     stored, x = Stored.of(node), operands(node)[0]
-    found = _dequantize_linear(write, stored, x) if stored is not None and not stored.shifts else None
-    return found or _looked_up(write, node)
+    dequantized = _dequantize_linear(write, stored, x) if stored is not None and not stored.shifts else None
+    return dequantized or _looked_up(write, node)
 
 
 def _dequantize_linear(write: Writer, stored: Stored, like: ir.Value) -> ir.Value | None:
@@ -237,10 +237,10 @@ def _halves(write: Writer, q: ir.Value, form: Format) -> ir.Value:
     byte = call("Cast", q, to=_FLOAT)
     high = call("Floor", call("Div", byte, sixteen))
     low = call("Sub", byte, call("Mul", high, sixteen))
-    both = call("Concat", *(call("Unsqueeze", item, -1) for item in (low, high)), axis=-1)
-    found = write.shaped(both, *[0] * (len(sizes_of(q)) - 1), 2 * fixed_size(q, -1))
+    both = call("Concat", *(call("Unsqueeze", half, -1) for half in (low, high)), axis=-1)
+    unpacked = write.shaped(both, *[0] * (len(sizes_of(q)) - 1), 2 * fixed_size(q, -1))
     if form.low < 0:
-        negative = call("Cast", call("Greater", found, write.number(7.0)), to=_FLOAT)
-        found = call("Sub", found, call("Mul", negative, sixteen))
-    found.dtype = ir.DataType.FLOAT
-    return found
+        negative = call("Cast", call("Greater", unpacked, write.number(7.0)), to=_FLOAT)
+        unpacked = call("Sub", unpacked, call("Mul", negative, sixteen))
+    unpacked.dtype = ir.DataType.FLOAT
+    return unpacked

@@ -32,10 +32,10 @@ def _gated_delta_rule(
     given, wide = value, _wide(value)
     heads, key_heads = fixed_size(value, 2), fixed_size(key, 2)
     key_dim, value_dim = fixed_size(key, 3), fixed_size(value, 3)
-    query, key = (_cast(item, wide) for item in (query, key))
+    query, key = (_cast(operand, wide) for operand in (query, key))
     if normalizes:
         query, key = _normalized(query), _normalized(key)
-    query, key = (_repeated(item, key_heads, heads, key_dim) for item in (query, key))
+    query, key = (_repeated(operand, key_heads, heads, key_dim) for operand in (query, key))
     query = op.Mul(query, op.CastLike(op.Constant(value_float=scale), query))
     columns = op.Constant(value_ints=[0, 0, heads, -1, 1])
     rows = op.Constant(value_ints=[0, 0, heads, 1, -1])
@@ -69,7 +69,7 @@ def _selective_scan(
     column = op.Constant(value_ints=[0, 0, heads, -1, 1])
     x, step, a = op.Reshape(_cast(x, wide), column), op.Reshape(_cast(step, wide), column), _cast(a, wide)
     forget = op.Exp(op.Mul(step, op.Reshape(a, op.Constant(value_ints=[heads, 1, -1]))))
-    b, c = (_repeated(_cast(item, wide), groups, heads, states) for item in (b, c))
+    b, c = (_repeated(_cast(operand, wide), groups, heads, states) for operand in (b, c))
     writes = op.Reshape(b, op.Constant(value_ints=[0, 0, heads, 1, states]))
     reads = op.Reshape(c, op.Constant(value_ints=[0, 0, heads, states, 1]))
 
@@ -121,10 +121,10 @@ def _scan(body: Body, start: ir.Value, operands: Sequence[ir.Value], dtype: ir.D
     names = ["state", *(f"operand_{index}" for index in range(len(operands)))]
     inputs = [ir.Value(name=name, type=ir.TensorType(dtype)) for name in names]
     tape = ir.tape.Tape()
-    kept, found = body(tape, inputs[0], inputs[1:])
-    for value, name in ((kept, "next_state"), (found, "output")):
+    kept, output = body(tape, inputs[0], inputs[1:])
+    for value, name in ((kept, "next_state"), (output, "output")):
         value.name, value.type = name, ir.TensorType(dtype)
-    graph = ir.Graph(inputs, [kept, found], nodes=tape.nodes, opset_imports={"": OPSET}, name="token")
+    graph = ir.Graph(inputs, [kept, output], nodes=tape.nodes, opset_imports={"": OPSET}, name="token")
     attributes = [
         ir.AttrGraph("body", graph),
         ir.AttrInt64("num_scan_inputs", len(operands)),

@@ -22,7 +22,7 @@ class Writer(ir.tape.Tape):
 
     def call(self, op_type: str, *inputs: Number | None, domain: str = "", **attributes: Attribute) -> ir.Value:
         """The output of a new node."""
-        values = [self.integers(item) if isinstance(item, int) else item for item in inputs]
+        values = [self.integers(value) if isinstance(value, int) else value for value in inputs]
         return self.op(op_type, values, attributes, domain=domain)
 
     def constant(self, array: np.ndarray) -> ir.Value:
@@ -68,8 +68,8 @@ class Writer(ir.tape.Tape):
     def counted(self, start: Number, end: Number, step: int = 1) -> ir.Value:
         """start, start + step, … below end; each is [1]."""
         ends = [
-            self.constant(np.array(item, np.int64)) if isinstance(item, int) else self.call("Squeeze", item)
-            for item in (start, end)
+            self.constant(np.array(bound, np.int64)) if isinstance(bound, int) else self.call("Squeeze", bound)
+            for bound in (start, end)
         ]
         return self.call("Range", *ends, self.constant(np.array(step, np.int64)))
 
@@ -124,8 +124,8 @@ def nodes_of(model: ir.Model, domain: str, *op_types: str) -> list[ir.Node]:
 
 def constant_of(value: ir.Value | None) -> np.ndarray | None:
     """The value of an initializer or a constant; None for a computed value."""
-    found = ir.convenience.get_const_tensor(value) if value is not None else None
-    return None if found is None else found.numpy()
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return None if tensor is None else tensor.numpy()
 
 
 def sizes_of(value: ir.Value) -> Sequence[int | ir.SymbolicDim]:

@@ -13,9 +13,9 @@ def expand_rotary(model: ir.Model, fused: bool) -> int:
     count = 0
     for node in nodes_of(model, DOMAIN, ROTARY):
         write = Writer(model)
-        found = _rotary_embedding(write, node) if fused else None
-        count += found is not None
-        write.replace(node, found or _rotated(write, node))
+        single = _rotary_embedding(write, node) if fused else None
+        count += single is not None
+        write.replace(node, single or _rotated(write, node))
     return count
 
 
@@ -47,7 +47,7 @@ def _joined(write: Writer, a: ir.Value, b: ir.Value, like: ir.Value, interleaved
     """The features with their pairs joined again."""
     if not interleaved:
         return write.call("Concat", a, b, axis=-1)
-    apart = [write.call("Unsqueeze", item, -1) for item in (a, b)]
+    apart = [write.call("Unsqueeze", half, -1) for half in (a, b)]
     return write.call("Reshape", write.call("Concat", *apart, axis=-1), write.call("Shape", like))
 
 
@@ -82,5 +82,5 @@ def _is_doubled(table: ir.Value) -> bool:
         scaled = node.op_type == "Mul" and any(other is not None and not sizes_of(other) for other in node.inputs)
         if node.op_type not in ("Cos", "Sin", "Cast", "Unsqueeze") and not scaled:
             return False
-        value = next((item for item in node.inputs if item is not None and sizes_of(item)), None)
+        value = next((operand for operand in node.inputs if operand is not None and sizes_of(operand)), None)
     return False

@@ -52,8 +52,8 @@ def expand_sparse(model: ir.Model, gathered: bool, chunk_bytes: int = CPU_BYTES)
 
 def ungathered(model: ir.Model) -> str | None:
     """The reason a block-sparse attention cannot be computed by key blocks; None if all can."""
-    found = (Sparse.of_pattern(model, node).reads() for node in nodes_of(model, DOMAIN, SPARSE_ATTENTION))
-    return next((item for item in found if isinstance(item, str)), None)
+    reads = (Sparse.of_pattern(model, node).reads() for node in nodes_of(model, DOMAIN, SPARSE_ATTENTION))
+    return next((reason for reason in reads if isinstance(reason, str)), None)
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ class Sparse(Site):
 
     def reads(self) -> KeyBlocks | str:
         """The key blocks of the pattern, or why it has none."""
-        found = constant_of(self.layout)
-        if found is None and self.layout is not None:
+        layout = constant_of(self.layout)
+        if layout is None and self.layout is not None:
             return "its layout is computed"
         lengths = [shape_of(value)[2] for value in (self.q, self.k)]
         known = [size for size in lengths if isinstance(size, int)]
-        table = None if found is None else torch.tensor(found)
-        found = key_blocks(self.pattern, table, *(known if len(known) == 2 else ()))
-        return "it reads no blocks" if isinstance(found, KeyBlocks) and not found.slots else found
+        table = None if layout is None else torch.tensor(layout)
+        blocks = key_blocks(self.pattern, table, *(known if len(known) == 2 else ()))
+        return "it reads no blocks" if isinstance(blocks, KeyBlocks) and not blocks.slots else blocks
 
     def attention(
         self, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value, sinks: ir.Value | None, zeros: bool = True
@@ -101,9 +101,9 @@ class Sparse(Site):
 
     def joined(self, value: ir.Value) -> ir.Value:
         """[batch, heads, tokens, width] as [batch, tokens, heads · width]."""
-        found = projection(value)
-        if found is not None:
-            return found
+        projected = projection(value)
+        if projected is not None:
+            return projected
         moved = self.write.call("Transpose", value, perm=_HEADS_FIRST)
         return self.write.shaped(moved, 0, 0, _heads(value) * _width(value))
 
@@ -114,20 +114,20 @@ class Sparse(Site):
         if bias is not None:
             sizes = [1] * (4 - len(shape_of(bias))) + list(shape_of(bias))
             place = write.constant(np.zeros([1] * rank, np.int64))
-            for axis, item in ((1, None), (2, i), (3, j)):
+            for axis, positions in ((1, None), (2, i), (3, j)):
                 if sizes[axis] == 1:
                     continue
                 length = write.length(bias, axis - 4)
-                if item is None:
-                    item = write.shaped(write.counted(0, length), -1, *[1] * (rank - 1))
-                place = call("Add", call("Mul", place, length), call("Min", item, call("Sub", length, 1)))
+                if positions is None:
+                    positions = write.shaped(write.counted(0, length), -1, *[1] * (rank - 1))
+                place = call("Add", call("Mul", place, length), call("Min", positions, call("Sub", length, 1)))
             flat = write.shaped(bias, *((1, -1) if sizes[0] == 1 else (write.length(bias, 0), -1)))
-            found = call("Gather", flat, place, axis=1)
+            gathered = call("Gather", flat, place, axis=1)
             if bias.dtype == ir.DataType.BOOL:
-                visible = write.every(visible, found)
+                visible = write.every(visible, gathered)
             else:
                 hidden = call("CastLike", write.constant(np.array(-np.inf, np.float32)), bias)
-                visible = call("Where", visible, found, hidden)
+                visible = call("Where", visible, gathered, hidden)
         dtype = ir.DataType.BOOL if bias is None else bias.dtype
         assert dtype is not None
         visible.dtype = dtype
@@ -184,12 +184,12 @@ def _by_blocks(site: Sparse, reads: KeyBlocks) -> ir.Value:
     bias, some = hidden.bias(), hidden.visible()
     assert bias is not None
     gather = _heads_together if reads.heads == 1 else _heads_apart
-    found = gather(site, reads, read, _Hidden(bias, some, _heads_of_mask(site)), padding)
+    output = gather(site, reads, read, _Hidden(bias, some, _heads_of_mask(site)), padding)
     # [batch, rows or more, block · heads · width] from here on.
     heads, width = _heads(site.q), _width(site.v)
     if reads.dense_rows or reads.dense_end is not None:
-        found = _with_dense_rows(site, reads, read, found, padding)
-    joined = call("Slice", write.shaped(found, 0, -1, heads * width), 0, queries, 1)
+        output = _with_dense_rows(site, reads, read, output, padding)
+    joined = call("Slice", write.shaped(output, 0, -1, heads * width), 0, queries, 1)
     batch, _, tokens, _ = shape_of(site.q)
     _typed(joined, site.q.dtype, [batch, tokens, heads * width])
     skip_joins(site.result, joined)
@@ -210,21 +210,21 @@ class _Hidden:
         Args:
             apart: each head is a sequence too.
         """
-        parts = [self._of_rows(site, item, row, apart) for item in (self.bias, self.some) if item is not None]
+        parts = [self._of_rows(site, value, row, apart) for value in (self.bias, self.some) if value is not None]
         return parts[0], parts[1] if len(parts) > 1 else None
 
-    def _of_rows(self, site: Sparse, item: ir.Value, row: ir.Value, apart: bool) -> ir.Value:
+    def _of_rows(self, site: Sparse, value: ir.Value, row: ir.Value, apart: bool) -> ir.Value:
         write, call = site.write, site.write.call
-        found = call("Gather", item, row, axis=2)
+        gathered = call("Gather", value, row, axis=2)
         if shape_of(site.q)[0] != 1:
-            found = write.expanded(found, write.length(site.q, 0), 1, 1, 1, 1)
+            gathered = write.expanded(gathered, write.length(site.q, 0), 1, 1, 1, 1)
         if self.heads > 1 and not apart:
-            found = call("Transpose", found, perm=(0, 2, 1, 3, 4))
-        sizes = call("Shape", found, start=3)
-        found = call("Reshape", found, call("Concat", -1, 1 if apart else self.heads, sizes, axis=0))
+            gathered = call("Transpose", gathered, perm=(0, 2, 1, 3, 4))
+        sizes = call("Shape", gathered, start=3)
+        gathered = call("Reshape", gathered, call("Concat", -1, 1 if apart else self.heads, sizes, axis=0))
         assert site.q.dtype is not None
-        found.dtype = site.q.dtype
-        return found
+        gathered.dtype = site.q.dtype
+        return gathered
 
 
 def _in_chunks(site: Sparse, read: Read, heads: int, size: int, part: Callable[[Sparse, ir.Value], ir.Value]) -> ir.Value:
@@ -251,8 +251,8 @@ def _in_chunks(site: Sparse, read: Read, heads: int, size: int, part: Callable[[
     inside = Writer(write.model)
     row = inside.call("Min", inside.call("Add", inside.call("Mul", number, count), inside.counted(0, count)), last)
     goes_on = _typed(inside.call("Identity", going), ir.DataType.BOOL, [])
-    found = _typed(part(dataclasses.replace(site, write=inside), row), dtype, [None, None, features])
-    body = ir.Graph([number, going], [goes_on, found], nodes=inside.nodes, name="chunk_of_rows")
+    output = _typed(part(dataclasses.replace(site, write=inside), row), dtype, [None, None, features])
+    body = ir.Graph([number, going], [goes_on, output], nodes=inside.nodes, name="chunk_of_rows")
     stacked = write.op("Loop", [call("Squeeze", chunks), write.constant(np.array(True))], {"body": body})
     # [chunks, batch, count, features]
     return write.shaped(call("Transpose", stacked, perm=(1, 0, 2, 3)), 0, -1, features)
@@ -265,28 +265,28 @@ def _heads_together(site: Sparse, reads: KeyBlocks, read: Read, hidden: _Hidden,
     q = write.shaped(write.padded(site.joined(site.q), padding), 0, -1, size * heads * _width(site.q))
     behind = call("Sub", call("Mul", read.blocks, size), write.length(site.k, 2))
     blocks: list[ir.Value] = []
-    for item in (site.k, site.v):
-        x = site.joined(item)
+    for operand in (site.k, site.v):
+        x = site.joined(operand)
         padded = write.padded(x, behind)
         if read.alone is not None:
             padded = call("Concat", padded, call("Gather", x, read.alone, axis=1), axis=1)
-        blocks.append(write.shaped(padded, 0, -1, size * groups * _width(item)))
+        blocks.append(write.shaped(padded, 0, -1, size * groups * _width(operand)))
 
     def part(site: Sparse, row: ir.Value) -> ir.Value:
         write, call = site.write, site.write.call
         rows = write.shaped(call("Gather", q, row, axis=1), -1, size, heads * _width(site.q))
         operands = [_by_heads(site, rows, size, heads, _width(site.q))]
         column = write.shaped(call("Gather", read.column, row, axis=1), -1)
-        for item, those in zip((site.k, site.v), blocks, strict=True):
-            gathered = write.shaped(call("Gather", those, column, axis=1), -1, read.read, groups * _width(item))
-            operands.append(_by_heads(site, gathered, _read(reads), groups, _width(item)))
+        for operand, those in zip((site.k, site.v), blocks, strict=True):
+            gathered = write.shaped(call("Gather", those, column, axis=1), -1, read.read, groups * _width(operand))
+            operands.append(_by_heads(site, gathered, _read(reads), groups, _width(operand)))
         bias, some = hidden.of_rows(site, row, apart=False)
         _typed(bias, bias.dtype, [_ROWS, hidden.heads, size, _read(reads)])
-        found = site.attention(*operands, mask=bias, sinks=site.sinks, zeros=False)
-        _typed(found, site.q.dtype, [_ROWS, heads, size, width])
+        output = site.attention(*operands, mask=bias, sinks=site.sinks, zeros=False)
+        _typed(output, site.q.dtype, [_ROWS, heads, size, width])
         if some is not None and hidden.heads > 1:
-            found = _typed(call("Mul", found, some), site.q.dtype, [_ROWS, heads, size, width])
-        together = call("Transpose", found, perm=_HEADS_FIRST)
+            output = _typed(call("Mul", output, some), site.q.dtype, [_ROWS, heads, size, width])
+        together = call("Transpose", output, perm=_HEADS_FIRST)
         flat = _typed(write.shaped(together, 0, 0, heads * width), site.q.dtype, [_ROWS, size, heads * width])
         if some is not None and hidden.heads == 1:
             flat = call("Mul", flat, call("Squeeze", some, 1))
@@ -304,11 +304,11 @@ def _heads_apart(site: Sparse, reads: KeyBlocks, read: Read, hidden: _Hidden, pa
     shared = write.constant(torch.arange(heads).div(heads // groups, rounding_mode="floor").numpy())
     place = call("Add", read.column, call("Mul", write.shaped(shared, -1, 1, 1), read.all_blocks))
     blocks: list[ir.Value] = []
-    for item in (site.k, site.v):
-        padded = write.padded(item, behind, axis=2)
+    for operand in (site.k, site.v):
+        padded = write.padded(operand, behind, axis=2)
         if read.alone is not None:
-            padded = call("Concat", padded, call("Gather", item, read.alone, axis=2), axis=2)
-        blocks.append(write.shaped(padded, 0, call("Mul", read.all_blocks, groups), size * _width(item)))
+            padded = call("Concat", padded, call("Gather", operand, read.alone, axis=2), axis=2)
+        blocks.append(write.shaped(padded, 0, call("Mul", read.all_blocks, groups), size * _width(operand)))
 
     def part(site: Sparse, row: ir.Value) -> ir.Value:
         write, call = site.write, site.write.call
@@ -316,27 +316,27 @@ def _heads_apart(site: Sparse, reads: KeyBlocks, read: Read, hidden: _Hidden, pa
         rows = write.shaped(call("Gather", q, row, axis=2), -1, 1, size, _width(site.q))
         operands = [_typed(rows, site.q.dtype, [_ROWS, 1, size, _width(site.q)])]
         column = write.shaped(call("Gather", place, row, axis=1), -1)
-        for item, those in zip((site.k, site.v), blocks, strict=True):
-            gathered = write.shaped(call("Gather", those, column, axis=1), -1, 1, read.read, _width(item))
-            operands.append(_typed(gathered, item.dtype, [_ROWS, 1, _read(reads), _width(item)]))
+        for operand, those in zip((site.k, site.v), blocks, strict=True):
+            gathered = write.shaped(call("Gather", those, column, axis=1), -1, 1, read.read, _width(operand))
+            operands.append(_typed(gathered, operand.dtype, [_ROWS, 1, _read(reads), _width(operand)]))
         bias, some = hidden.of_rows(site, row, apart=True)
         _typed(bias, bias.dtype, [_ROWS, 1, size, _read(reads)])
         sinks = site.sinks
         if sinks is not None:
             spread = write.expanded(call("Unsqueeze", sinks, 2), write.length(site.q, 0), heads, count, 1, 1)
             sinks = _typed(write.shaped(spread, -1, 1, 1, 1), sinks.dtype, [_ROWS, 1, 1, 1])
-        found = site.attention(*operands, mask=bias, sinks=sinks, zeros=False)
-        _typed(found, site.q.dtype, [_ROWS, 1, size, width])
+        output = site.attention(*operands, mask=bias, sinks=sinks, zeros=False)
+        _typed(output, site.q.dtype, [_ROWS, 1, size, width])
         if some is not None:
-            found = call("Mul", found, some)
-        apart = call("Reshape", found, call("Concat", write.length(site.q, 0), heads, -1, width, axis=0))
+            output = call("Mul", output, some)
+        apart = call("Reshape", output, call("Concat", write.length(site.q, 0), heads, -1, width, axis=0))
         together = call("Transpose", apart, perm=_HEADS_FIRST)
         return write.shaped(together, 0, count, size * heads * width)
 
     return _in_chunks(site, read, heads, size, part)
 
 
-def _with_dense_rows(site: Sparse, reads: KeyBlocks, read: Read, found: ir.Value, padding: ir.Value) -> ir.Value:
+def _with_dense_rows(site: Sparse, reads: KeyBlocks, read: Read, output: ir.Value, padding: ir.Value) -> ir.Value:
     """The output, with the query blocks that read all keys scattered into it."""
     write, call, size = site.write, site.write.call, reads.block
     heads, keys = _heads(site.q), write.length(site.k, 2)
@@ -362,8 +362,8 @@ def _with_dense_rows(site: Sparse, reads: KeyBlocks, read: Read, found: ir.Value
     joined = write.shaped(call("Transpose", whole, perm=_HEADS_FIRST), 0, 0, width)
     _typed(joined, site.q.dtype, [shape_of(site.q)[0], "dense_queries", width])
     flat = write.shaped(joined, 0, -1, size * width)
-    places = row_places(write, reads, read.rows, call("Shape", found, start=1, end=2))
-    return call("Gather", call("Concat", found, flat, axis=1), places, axis=1)
+    places = row_places(write, reads, read.rows, call("Shape", output, start=1, end=2))
+    return call("Gather", call("Concat", output, flat, axis=1), places, axis=1)
 
 
 def _by_heads(
@@ -372,8 +372,8 @@ def _by_heads(
     """[batch, tokens, heads · width] as [batch, heads, tokens, width]."""
     _typed(x, site.q.dtype, [batch, tokens, heads * width])
     apart = site.write.shaped(x, 0, 0, heads, width)
-    found = site.write.call("Transpose", apart, perm=_HEADS_FIRST)
-    return _typed(found, site.q.dtype, [batch, heads, tokens, width])
+    moved = site.write.call("Transpose", apart, perm=_HEADS_FIRST)
+    return _typed(moved, site.q.dtype, [batch, heads, tokens, width])
 
 
 def _read(reads: KeyBlocks) -> int | str:

@@ -129,7 +129,7 @@ def _grouped_product(input: ir.Value, weight: ir.Value, offs: ir.Value) -> ir.Va
     )
     rows = recorded(ir.Node("", "Split", [input, sizes], [ir.AttrInt64("axis", 0)], num_outputs=groups + 1))
     weights = [op.Gather(weight, op.Constant(value_int=group), axis=0) for group in range(groups)]
-    parts = [op.MatMul(part, item) for part, item in zip(rows, weights, strict=False)]
+    parts = [op.MatMul(part, matrix) for part, matrix in zip(rows, weights, strict=False)]
     rest = op.Mul(op.MatMul(rows[-1], weights[0]), op.CastLike(op.Constant(value_float=0.0), input))
     return op.Concat(*parts, rest, axis=0)
 
@@ -141,7 +141,7 @@ def _linear_attention(q: ir.Value, k: ir.Value, v: ir.Value, causal: bool = Fals
     """
     heads, key_heads, features, head_dim = fixed_size(q, 1), fixed_size(k, 1), fixed_size(q, 3), fixed_size(v, 3)
     given, wide = v, ir.DataType.DOUBLE if v.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
-    q, k, v = (op.Cast(item, to=wide) for item in (q, k, v))
+    q, k, v = (op.Cast(operand, to=wide) for operand in (q, k, v))
     ends = op.Constant(value_ints=[0, 0, 0, 0, 0, 0, 0, 1])
     v = op.Pad(v, ends, op.CastLike(op.Constant(value_float=1.0), v))
     tokens = op.Shape(q, start=2, end=3)
@@ -152,7 +152,7 @@ def _linear_attention(q: ir.Value, k: ir.Value, v: ir.Value, causal: bool = Fals
         missing = op.Mod(op.Neg(tokens), op.Constant(value_ints=[chunk]))
         zeros = op.Constant(value_ints=[0, 0, 0, 0, 0, 0])
         pads = op.Concat(zeros, missing, op.Constant(value_ints=[0]), axis=0)
-        q, k, v = (op.Pad(item, pads) for item in (q, k, v))
+        q, k, v = (op.Pad(operand, pads) for operand in (q, k, v))
         # A further dimension for the query heads that share a key head.
         q = op.Reshape(q, op.Constant(value_ints=[0, key_heads, heads // key_heads, -1, chunk, features]))
         k = op.Reshape(k, op.Constant(value_ints=[0, key_heads, 1, -1, chunk, features]))

@@ -188,7 +188,7 @@ class OnnxRuntime(Backend):
         elements = read_json(
             folder / CUTTING,
             "in which pieces batches are computed",
-            lambda found: None if found["elements"] is None else int(found["elements"]),
+            lambda data: None if data["elements"] is None else int(data["elements"]),
         )
         batch = batch_inputs(program)
         session.cutting = Cutting(batch, elements) if elements and batch else None
@@ -201,8 +201,8 @@ def _check(program: Program) -> None:
     check_steps(OnnxRuntime.name, program, PLAIN_RNNS)
     for node in program:
         if nodes.is_tensor(node) and node.op != "output":
-            found = nodes.tensor_type(node)
-            if found.dtype == torch.bfloat16 and found.device.type == "cpu":
+            value_type = nodes.tensor_type(node)
+            if value_type.dtype == torch.bfloat16 and value_type.device.type == "cpu":
                 raise UnsupportedError(
                     f"ONNX Runtime lacks kernels of bfloat16 on a CPU, and {program.name} has it in '{node.name}'; "
                     f"convert the model to float32, leave a cast to bfloat16 out, or choose backend 'eager'"

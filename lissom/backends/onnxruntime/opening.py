@@ -105,8 +105,8 @@ def start(opener: Opener, example: Sample) -> Start:
 def integer_products(opener: Opener, session: Session) -> str:
     """The integer products in the graph that ONNX Runtime optimizes a session's model to: `36 MatMulNBits`."""
     with TemporaryDirectory(prefix="lissom-") as folder:
-        found = optimized_operators(session.path, opener.options, Path(folder))
-    return ", ".join(f"{count} {name}" for name, count in found.most_common() if name in PRODUCTS)
+        operators = optimized_operators(session.path, opener.options, Path(folder))
+    return ", ".join(f"{count} {name}" for name, count in operators.most_common() if name in PRODUCTS)
 
 
 def root_reason(error: BaseException) -> str:
@@ -173,7 +173,7 @@ def _check_integers(opener: Opener, example: Sample, exported: ir.Model) -> str:
         path = save_onnx(write_check(exported, opener.accuracy_level), Path(folder))
         session = open_session(path, opener.options)
         past, present = state_names(program)
-        names = [item.name for item in session.get_outputs()][len(output_names(program)) + len(present) :]
+        names = [output.name for output in session.get_outputs()][len(output_names(program)) + len(present) :]
         state = [program.weight(name).detach() for name in program.state]
         given = zip([*input_names(program), *past], [*example, *state], strict=True)
         errors: Any = session.run(names, {name: tensor.cpu().numpy() for name, tensor in given})

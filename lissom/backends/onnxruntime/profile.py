@@ -60,33 +60,33 @@ def profiled_layers(
             profiled(sample)
             runs += 1
         events = json.loads(Path(opened.end_profiling()).read_text(encoding="utf-8"))
-    operators = [_event(item) for item in events if item["cat"] == "Node" and item["name"].endswith(_SUFFIX)]
-    found = _added_up(operators, runs)
-    return LayerTimes(f"{program.name} on onnxruntime, {sizes_text(costs_on(program, sample)[0])}", found, _NOTE)
+    operators = [_event(event) for event in events if event["cat"] == "Node" and event["name"].endswith(_SUFFIX)]
+    layers = _added_up(operators, runs)
+    return LayerTimes(f"{program.name} on onnxruntime, {sizes_text(costs_on(program, sample)[0])}", layers, _NOTE)
 
 
 def _added_up(operators: Sequence[_Event], runs: int) -> tuple[LayerTime, ...]:
     by_operator: dict[tuple[str, tuple[str, str, Kernel]], list[float]] = {}
-    for item in operators:
-        by_operator.setdefault((item.index, item.layer), []).append(item.milliseconds)
+    for operator in operators:
+        by_operator.setdefault((operator.index, operator.layer), []).append(operator.milliseconds)
     layers: dict[tuple[str, str, Kernel], list[float]] = {}
-    for (_, layer), taken in by_operator.items():
-        calls = len(taken) / runs  # microbatches run an operator several times a call
-        layers.setdefault(layer, []).append(calls * statistics.median(taken[round(_WARM_UPS * calls) :]))
-    found = (LayerTime(*layer, len(times), sum(times), None) for layer, times in layers.items())
-    return tuple(sorted(found, key=lambda item: -item.milliseconds))
+    for (_, layer), milliseconds in by_operator.items():
+        calls = len(milliseconds) / runs  # microbatches run an operator several times a call
+        layers.setdefault(layer, []).append(calls * statistics.median(milliseconds[round(_WARM_UPS * calls) :]))
+    layer_times = (LayerTime(*layer, len(times), sum(times), None) for layer, times in layers.items())
+    return tuple(sorted(layer_times, key=lambda layer: -layer.milliseconds))
 
 
-def _event(item: Mapping[str, Any]) -> _Event:
-    arguments = item["args"]
-    module, slash, _ = str(item["name"]).removesuffix(_SUFFIX).removeprefix("fused ").rpartition("/")
+def _event(event: Mapping[str, Any]) -> _Event:
+    arguments = event["args"]
+    module, slash, _ = str(event["name"]).removesuffix(_SUFFIX).removeprefix("fused ").rpartition("/")
     inputs, outputs = ([_typed(given) for given in arguments[f"{side}_type_shape"]] for side in ("input", "output"))
     dtype, sizes = outputs[0] if outputs else ("", [])
     name = arguments["op_name"]
     product = name in _PRODUCTS and len(inputs) > 0 and len(inputs[0][1]) > 1
     shape = _product(inputs[0][1], sizes) if product else " × ".join(map(str, sizes))
     kernel = Kernel("ONNX Runtime", name, _DTYPES.get(dtype, dtype))
-    return _Event(arguments["node_index"], (without_numbers(module) if slash else _FUSED, shape, kernel), item["dur"] / 1e3)
+    return _Event(arguments["node_index"], (without_numbers(module) if slash else _FUSED, shape, kernel), event["dur"] / 1e3)
 
 
 def _typed(given: Mapping[str, list[int]]) -> tuple[str, list[int]]:

@@ -91,8 +91,8 @@ class Session:
             weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
-        found = self.run(inputs) if self.cutting is None else self.cutting(self.run, inputs)
-        return [constant if place is None else found[place] for place, constant in self._leaves]
+        results = self.run(inputs) if self.cutting is None else self.cutting(self.run, inputs)
+        return [constant if place is None else results[place] for place, constant in self._leaves]
 
     def state(self) -> dict[str, torch.Tensor]:
         """The state by name: memory that ONNX Runtime reads, valid until the next call. Writing to a tensor changes the state.
@@ -109,8 +109,8 @@ class Session:
         """
         for name, tensor, dtype in zip(self._inputs, inputs, self._dtypes, strict=True):
             if tensor.dtype is not dtype or tensor.device != self._place:
-                found = f"{tensor.dtype} on {tensor.device}"
-                raise InputError(f"input '{name}' is {found}, and the model takes {dtype} on {self._place}; convert it first")
+                given = f"{tensor.dtype} on {tensor.device}"
+                raise InputError(f"input '{name}' is {given}, and the model takes {dtype} on {self._place}; convert it first")
         kind, index = self._device.type, self._device.index or 0
         binding = self._session.io_binding()
         # Kept alive until the call returns: the binding holds only their addresses.
@@ -140,7 +140,7 @@ class Session:
 def _memories(program: Program, path: Path, session: onnxruntime.InferenceSession) -> dict[str, Memory]:
     """Memory for each state, initialized with the program's."""
     past, present = state_names(program)
-    shapes = {item.name: item.shape for item in session.get_inputs()}
+    shapes = {argument.name: argument.shape for argument in session.get_inputs()}
     shared = shared_states(ir.load(path), past, present)
     return {
         name: Memory(program.weight(name), before, after, shapes[before], in_place)

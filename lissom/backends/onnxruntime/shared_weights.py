@@ -30,14 +30,14 @@ def transposed_weights(program: Program, folder: Path) -> frozenset[str]:
     """The weights, by name, that the ONNX model in a folder holds transposed."""
     contents = {_content(data) for _, data in _external(folder / MODEL)}
     sizes = {size for size, _ in contents}
-    found: set[str] = set()
+    transposed: set[str] = set()
     for name, weight in program.weights().items():
         if weight.dim() != 2 or weight.layout is not torch.strided or weight.nbytes not in sizes or name in program.state:
             continue
         plain, turned = (_content(_bytes(tensor)) for tensor in (weight, weight.t()))
         if turned in contents and plain not in contents:
-            found.add(name)
-    return frozenset(found)
+            transposed.add(name)
+    return frozenset(transposed)
 
 
 def share_weights(folder: Path) -> None:
@@ -107,12 +107,12 @@ def _places(path: Path) -> dict[Content, int]:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
     data = numpy.memmap(path, dtype=numpy.uint8, mode="r")
-    found: dict[Content, int] = {}
+    places: dict[Content, int] = {}
     for name, entry in header.items():
         if name != "__metadata__":
             begin, end = (8 + size + offset for offset in entry["data_offsets"])
-            found.setdefault(_content(data[begin:end].data), begin)
-    return found
+            places.setdefault(_content(data[begin:end].data), begin)
+    return places
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -57,10 +57,10 @@ def check_interface(program: Program, path: Path, session: onnxruntime.Inference
     results = [nodes.tensor_type(result) for result in results_of(program)]
     wanted = [(leaf.type.dtype, leaf.type.shape) for leaf in program.signature.tensors]
     kept = [(state.dtype, None) for state in states]
-    given = [(item.dtype, item.shape) for item in results]
+    given = [(output.dtype, output.shape) for output in results]
     _check_values(path, "input", session.get_inputs(), [*input_names(program), *past], [*wanted, *kept])
     _check_values(path, "output", session.get_outputs(), [*output_names(program), *present], [*given, *kept])
-    shapes = {item.name: item.shape for item in (*session.get_inputs(), *session.get_outputs())}
+    shapes = {argument.name: argument.shape for argument in (*session.get_inputs(), *session.get_outputs())}
     for before, after, state in zip(past, present, states, strict=True):
         fixed = all(isinstance(size, int) and size >= 0 for size in shapes[before])
         if not fixed or shapes[before] != shapes[after] or math.prod(shapes[before]) != state.numel():
@@ -73,29 +73,29 @@ def check_interface(program: Program, path: Path, session: onnxruntime.Inference
 def _check_values(
     path: Path,
     kind: str,
-    found: Sequence[onnxruntime.NodeArg],
+    values: Sequence[onnxruntime.NodeArg],
     names: Sequence[str],
     wanted: Sequence[tuple[torch.dtype, Sequence[object] | None]],
 ) -> None:
     """Compare inputs or outputs with the names, dtypes and shapes of the program's; a shape of None is not compared."""
-    if [item.name for item in found] != list(names):
+    if [value.name for value in values] != list(names):
         raise ArtifactError(
-            f"'{path}' has the {kind}s {', '.join(item.name for item in found)}, and the program {', '.join(names)}; "
+            f"'{path}' has the {kind}s {', '.join(value.name for value in values)}, and the program {', '.join(names)}; "
             f"compile the model again"
         )
-    for item, (dtype, shape) in zip(found, wanted, strict=True):
+    for value, (dtype, shape) in zip(values, wanted, strict=True):
         name = str(dtype).removeprefix("torch.")
         # ONNX Runtime may not know the rank of an output.
-        same = shape is None or (kind == "output" and not item.shape) or _may_be_same(item.shape, shape)
-        if item.type != f"tensor({_TYPES.get(name, name)})" or not same:
+        same = shape is None or (kind == "output" and not value.shape) or _may_be_same(value.shape, shape)
+        if value.type != f"tensor({_TYPES.get(name, name)})" or not same:
             raise ArtifactError(
-                f"'{path}' has the {kind} '{item.name}' as {item.type} {item.shape}, and the program as {name}"
+                f"'{path}' has the {kind} '{value.name}' as {value.type} {value.shape}, and the program as {name}"
                 f"{'' if shape is None else ' ' + str(list(shape))}; compile the model again"
             )
 
 
-def _may_be_same(found: Sequence[object], wanted: Sequence[object]) -> bool:
+def _may_be_same(actual: Sequence[object], wanted: Sequence[object]) -> bool:
     """True for shapes of one rank whose fixed sizes are equal."""
-    pairs = zip(found, wanted, strict=False)
+    pairs = zip(actual, wanted, strict=False)
     fixed = [one == other for one, other in pairs if isinstance(one, int) and isinstance(other, int)]
-    return len(found) == len(wanted) and all(fixed)
+    return len(actual) == len(wanted) and all(fixed)

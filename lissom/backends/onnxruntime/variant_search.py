@@ -109,9 +109,9 @@ def _try_pairs(search: Search) -> None:
     except Exception as error:
         search.notes.append(f"{subject} is by key blocks; with a mask of all pairs it fails here: {root_reason(error)}")
         return
-    found = time_lengths(search.best, other, lengths, search.seconds)
-    faster = found[0].pairs_ms < _GAIN * found[0].blocks_ms
-    search.notes.append(f"{subject} is {'with a mask of all pairs' if faster else 'by key blocks'}: {tell_lengths(found)}")
+    timed = time_lengths(search.best, other, lengths, search.seconds)
+    faster = timed[0].pairs_ms < _GAIN * timed[0].blocks_ms
+    search.notes.append(f"{subject} is {'with a mask of all pairs' if faster else 'by key blocks'}: {tell_lengths(timed)}")
     if faster:
         search.best = other
 
@@ -174,42 +174,43 @@ def affordable_lengths(program: Program, example: Sample) -> list[tuple[int, Sam
     """Lengths with inputs at which dense scores fit in memory, the example first; empty when the example's do not."""
     calls = [BlockSparseAttention(node) for node in program.nodes(block_sparse_attention)]
     length, own = nodes.tensor_type(calls[0].q).shape[2], program.signature.sizes_of(example)
-    found: list[tuple[int, Sample]] = []
+    lengths: list[tuple[int, Sample]] = []
     for share in _SHARES if isinstance(length, sympy.Symbol) and length in own else _SHARES[:1]:
         sizes = {symbol: round(size * share) if symbol == length else size for symbol, size in own.items()}
-        taken = max(_score_bytes(call, sizes) for call in calls)
-        if taken > _AFFORDABLE and share == 1.0:
+        score_bytes = max(_score_bytes(call, sizes) for call in calls)
+        if score_bytes > _AFFORDABLE and share == 1.0:
             return []
         sample = example if share == 1.0 else sample_at(program, example, sizes)
-        if sample is not None and taken <= _AFFORDABLE:
-            found.append((int(evaluate(length, sizes)), sample))
-    return found
+        if sample is not None and score_bytes <= _AFFORDABLE:
+            lengths.append((int(evaluate(length, sizes)), sample))
+    return lengths
 
 
 def time_lengths(blocks: Executable, pairs: Executable, lengths: Sequence[tuple[int, Sample]], seconds: float) -> list[Timed]:
     """Both executables timed in turn at each length: the best of the runs within `seconds` each, at least one."""
-    found: list[Timed] = []
+    timed: list[Timed] = []
     for length, sample in lengths:
         with restored_state(blocks, pairs):
             best = [float("inf")] * 2
             started = time.perf_counter()
             while best[0] == float("inf") or time.perf_counter() - started < 2 * seconds:
                 best = [min(old, _milliseconds(partial(one, sample))) for old, one in zip(best, (blocks, pairs), strict=True)]
-        found.append(Timed(length, *best))
-    return found
+        timed.append(Timed(length, *best))
+    return timed
 
 
-def tell_lengths(found: Sequence[Timed]) -> str:
+def tell_lengths(timed: Sequence[Timed]) -> str:
     """The times in words, and the lengths between which they cross."""
     told = ", ".join(
-        f"{item.blocks_ms:.3g} ms and {item.pairs_ms:.3g} ms with a mask of all pairs at length {item.length}" for item in found
+        f"{timing.blocks_ms:.3g} ms and {timing.pairs_ms:.3g} ms with a mask of all pairs at length {timing.length}"
+        for timing in timed
     )
-    ordered = sorted(found, key=lambda item: item.length)
+    ordered = sorted(timed, key=lambda timing: timing.length)
     for shorter, longer in pairwise(ordered):
         if shorter.pairs_ms <= shorter.blocks_ms and longer.blocks_ms < longer.pairs_ms:
             return f"{told}; key blocks are faster from between {shorter.length} and {longer.length} on"
-    faster = sum(item.blocks_ms < item.pairs_ms for item in found)
-    ends = {0: "; key blocks are slower at each", len(found): "; key blocks are faster at each"}
+    faster = sum(timing.blocks_ms < timing.pairs_ms for timing in timed)
+    ends = {0: "; key blocks are slower at each", len(timed): "; key blocks are faster at each"}
     return told + ends.get(faster, "")
 
 

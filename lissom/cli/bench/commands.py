@@ -79,8 +79,8 @@ def run_bench(
     interrupted = False
     try:
         with progress_bar("bench") as progress:
-            found = compare(model, chosen, shapes=parsed, texts=lines, threads=threads, seconds=seconds, progress=progress)
-            for record in found:
+            compared = compare(model, chosen, shapes=parsed, texts=lines, threads=threads, seconds=seconds, progress=progress)
+            for record in compared:
                 records.append(record)
     except KeyboardInterrupt:
         interrupted = True
@@ -102,17 +102,17 @@ def run_machine(
         for name, failed in build_all().items():
             print(visible(f"{name}: {failed or 'built'}"))
         return
-    found = None if again else load_machine()
-    if found is not None:
-        show(machine_table(found))
+    machine = None if again else load_machine()
+    if machine is not None:
+        show(machine_table(machine))
         print(f"read from {cache_path()}\nkernels: {visible(describe_kernels())}")
         return
-    found, path = _measure_machine()
-    show(machine_table(found))
+    machine, path = _measure_machine()
+    show(machine_table(machine))
     print(f"kept in {path}\nkernels: {visible(describe_kernels())}")
 
 
 def _measure_machine() -> tuple[Machine, Path]:
     with progress_bar("machine") as progress:
-        found = measure_machine(progress=progress)
-    return found, save_machine(found)
+        machine = measure_machine(progress=progress)
+    return machine, save_machine(machine)

@@ -158,4 +158,4 @@ def _epitaph(status: int, errors: IO[str]) -> str:
 
 def measurements(records: Sequence[Record], engine: str) -> dict[str, Measurement]:
     """The measurements of one engine, by shape."""
-    return {item.shape: item for item in records if isinstance(item, Measurement) and item.engine == engine}
+    return {record.shape: record for record in records if isinstance(record, Measurement) and record.engine == engine}

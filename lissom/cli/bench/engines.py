@@ -129,8 +129,8 @@ def onnxruntime(task: Task, *, int8: bool) -> Build:
     options.intra_op_num_threads = task.threads
     options.inter_op_num_threads = 1
     session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    taken = {item.name for item in session.get_inputs()}
-    return lambda inputs: partial(session.run, None, {name: x.numpy() for name, x in inputs.items() if name in taken})
+    names = {item.name for item in session.get_inputs()}
+    return lambda inputs: partial(session.run, None, {name: x.numpy() for name, x in inputs.items() if name in names})
 
 
 class _Answer(nn.Module):
@@ -144,7 +144,7 @@ class _Answer(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         outputs = self.module(**dict(zip(self.names, tensors, strict=True)), **self.constants)
-        return next(item for item in pytree.tree_leaves(outputs) if isinstance(item, torch.Tensor) and item.is_floating_point())
+        return next(leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
 
 
 def _export(task: Task) -> Path:
@@ -184,8 +184,8 @@ def openvino(task: Task, *, precision: str, quantize: Callable[[Any, Sequence[In
 
 def openvino_feed(model: Any, inputs: Inputs) -> dict[str, Array]:
     """The inputs that a model of OpenVINO takes."""
-    taken = {port.get_any_name() for port in model.inputs}
-    return {name: x.numpy() for name, x in inputs.items() if name in taken}
+    names = {port.get_any_name() for port in model.inputs}
+    return {name: x.numpy() for name, x in inputs.items() if name in names}
 
 
 def nncf_int8(model: Any, calibration: Sequence[Inputs]) -> Any:

@@ -127,27 +127,27 @@ def _part(
     )
 
 
-def profile_table(found: Profile) -> Table:
+def profile_table(profile: Profile) -> Table:
     """A section per kind of site: its operators with time, fraction, work and roofline; then dispatch, and the whole call."""
     caption = (
         "ms: medians, node by node; roof: the least time by the ceilings `lissom machine` shows, if all comes from memory. "
         f"Kernels of operators that begin with `lissom.`: {describe_kernels()}."
     )
-    table = plain_table(found.title, caption)
+    table = plain_table(profile.title, caption)
     table.add_column("site: operator", overflow="fold")
     for heading in ("calls", "ms", "%", "GFLOP", "MB", "roof\nms", "ms /\nroof"):
         table.add_column(heading, justify="right", no_wrap=True)
-    kinds = dict.fromkeys(part.kind for part in found.parts)
+    kinds = dict.fromkeys(part.kind for part in profile.parts)
     for kind in kinds:
-        members = [part for part in found.parts if part.kind == kind]
+        members = [part for part in profile.parts if part.kind == kind]
         members.sort(key=lambda part: -part.milliseconds)
-        table.add_row(Text(kind, style="bold"), *_numbers(members, found.whole_ms))
+        table.add_row(Text(kind, style="bold"), *_numbers(members, profile.whole_ms))
         for part in members:
-            table.add_row(Text(f"  {part.operator}"), *_numbers([part], found.whole_ms))
+            table.add_row(Text(f"  {part.operator}"), *_numbers([part], profile.whole_ms))
         table.add_section()
-    between = found.between_ms
-    table.add_row("between operators (dispatch)", "", digits_signed(between), f"{100 * between / found.whole_ms:.1f}")
-    whole = _numbers(found.parts, found.whole_ms, found.whole_ms)
+    between = profile.between_ms
+    table.add_row("between operators (dispatch)", "", digits_signed(between), f"{100 * between / profile.whole_ms:.1f}")
+    whole = _numbers(profile.parts, profile.whole_ms, profile.whole_ms)
     table.add_row(Text("a whole call", style="bold"), *whole)
     return table
 
@@ -159,14 +159,14 @@ def digits_signed(value: float) -> str:
 
 def _numbers(parts: Iterable[Part], whole_ms: float, milliseconds: float | None = None) -> list[str]:
     members = list(parts)
-    taken = sum(part.milliseconds for part in members) if milliseconds is None else milliseconds
+    total_ms = sum(part.milliseconds for part in members) if milliseconds is None else milliseconds
     roof = sum(part.roof_ms for part in members)
     return [
         str(sum(part.calls for part in members)),
-        digits(taken),
-        f"{100 * taken / whole_ms:.1f}",
+        digits(total_ms),
+        f"{100 * total_ms / whole_ms:.1f}",
         digits(sum(part.flops for part in members) / 1e9),
         digits(sum(part.moved_bytes for part in members) / 1e6),
         digits(roof),
-        digits(taken / roof) if roof else "",
+        digits(total_ms / roof) if roof else "",
     ]

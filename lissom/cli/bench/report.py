@@ -68,8 +68,10 @@ def markdown_table(records: Sequence[Record], threads: int) -> str:
     """The records as a Markdown table, with the best median of each shape in bold."""
     shapes = shapes_of(records)
     head = ["engine", *(f"{shape}, ms" for shape in shapes), "cosine", "peak MB", "first s"]
-    found = [measurements(records, name) for name in ENGINES]
-    best = {shape: min((item[shape].median_ms for item in found if shape in item), default=0.0) for shape in shapes}
+    by_engine = [measurements(records, name) for name in ENGINES]
+    best = {
+        shape: min((measured[shape].median_ms for measured in by_engine if shape in measured), default=0.0) for shape in shapes
+    }
     lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
     for title, cells in _rows(records, best):
         lines.append(f"| {title} | {' | '.join(cells)} |")
@@ -82,22 +84,22 @@ def _rows(records: Sequence[Record], best: dict[str, float] | None = None) -> li
     shapes = shapes_of(records)
     rows: list[tuple[str, list[str]]] = []
     for name, engine in ENGINES.items():
-        found = measurements(records, name)
-        if not found:
+        measured = measurements(records, name)
+        if not measured:
             continue
-        timings = [_cell(found.get(shape), best) for shape in shapes]
-        first = next(iter(found.values()))
-        worst = min(item.cosine for item in found.values())
-        peak = max(item.peak_mb for item in found.values())
+        timings = [_cell(measured.get(shape), best) for shape in shapes]
+        first = next(iter(measured.values()))
+        worst = min(measurement.cosine for measurement in measured.values())
+        peak = max(measurement.peak_mb for measurement in measured.values())
         rows.append((engine.title, [*timings, cosine_text(worst), f"{peak:.0f}", f"{first.first_answer_seconds:.1f}"]))
     return rows
 
 
-def _cell(found: Measurement | None, best: dict[str, float] | None) -> str:
-    if found is None:
+def _cell(measurement: Measurement | None, best: dict[str, float] | None) -> str:
+    if measurement is None:
         return "—"
-    median, _, spread = str(found.timing).partition(" ")
-    bold = best is not None and found.median_ms == best[found.shape]
+    median, _, spread = str(measurement.timing).partition(" ")
+    bold = best is not None and measurement.median_ms == best[measurement.shape]
     return f"{f'**{median}**' if bold else median} {spread}"
 
 

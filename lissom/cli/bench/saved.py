@@ -75,7 +75,7 @@ def _sizes(program: Program, shape: Shape) -> dict[sympy.Symbol, int]:
         raise UnsupportedError(f"an artifact has no tokenizer to fill the shape {shape} with text; write rows x tokens, 8x128")
     wanted = {"batch": shape.batch, "sequence": shape.tokens}
     dimensions = program.signature.dimensions
-    return {symbol: wanted.get(found.name, max(2, found.minimum)) for symbol, found in dimensions.items()}
+    return {symbol: wanted.get(dimension.name, max(2, dimension.minimum)) for symbol, dimension in dimensions.items()}
 
 
 def make_inputs(program: Program, sizes: Mapping[sympy.Symbol, int]) -> Sample:
@@ -83,15 +83,15 @@ def make_inputs(program: Program, sizes: Mapping[sympy.Symbol, int]) -> Sample:
     return [_make(leaf.type, sizes) for leaf in program.signature.tensors]
 
 
-def _make(found: TensorType, sizes: Mapping[sympy.Symbol, int]) -> torch.Tensor:
-    shape = [evaluate(size, sizes) for size in found.shape]
-    if not found.dtype.is_floating_point:
-        return torch.ones(shape, dtype=found.dtype, device=found.device)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(found.device, found.dtype)
+def _make(tensor_type: TensorType, sizes: Mapping[sympy.Symbol, int]) -> torch.Tensor:
+    shape = [evaluate(size, sizes) for size in tensor_type.shape]
+    if not tensor_type.dtype.is_floating_point:
+        return torch.ones(shape, dtype=tensor_type.dtype, device=tensor_type.device)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(tensor_type.device, tensor_type.dtype)
 
 
-def _error(program: Program, found: object, inputs: Sample) -> float:
+def _error(program: Program, outputs: object, inputs: Sample) -> float:
     """The relative error of the outputs, against the program run operator by operator."""
     with torch.inference_mode():
         wanted = program.run(inputs)
-    return compare([wanted], [pytree.tree_leaves(found)]).relative_error
+    return compare([wanted], [pytree.tree_leaves(outputs)]).relative_error

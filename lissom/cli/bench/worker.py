@@ -123,7 +123,7 @@ def _at_shape(request: Request, build: Build, prepare_seconds: float, shape: str
     build_seconds, call = _timed(lambda: build(inputs))
     first_seconds, outputs = _timed(call)
     mask = inputs.get("attention_mask")
-    found = cosine(answer(outputs), read_wanted(file), None if mask is None else mask.numpy())
+    similarity = cosine(answer(outputs), read_wanted(file), None if mask is None else mask.numpy())
     del outputs
     timing = time_calls({request.engine: call}, request.seconds)[request.engine]
     return Measurement(
@@ -133,7 +133,7 @@ def _at_shape(request: Request, build: Build, prepare_seconds: float, shape: str
         low_ms=timing.low_ms,
         high_ms=timing.high_ms,
         runs=timing.runs,
-        cosine=found,
+        cosine=similarity,
         compile_seconds=prepare_seconds + build_seconds,
         first_call_ms=first_seconds * 1e3,
         peak_mb=peak_bytes() / 1e6,
@@ -158,8 +158,8 @@ def peak_bytes() -> int:
     On Linux it is read from /proc, because `ru_maxrss` includes the parent process before exec.
     """
     status = Path("/proc/self/status")
-    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))):
-        return int(found[1]) << 10
+    if status.is_file() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))):
+        return int(match[1]) << 10
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -87,10 +87,10 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
     """
     shapes: list[Shape] = []
     for part in text.split(","):
-        found = re.fullmatch(rf"\s*([1-9]\d*)(?:x([1-9]\d*|{_RAGGED}))?\s*", part)
-        if found is None:
+        match = re.fullmatch(rf"\s*([1-9]\d*)(?:x([1-9]\d*|{_RAGGED}))?\s*", part)
+        if match is None:
             raise UnsupportedError(f"'{part}' is not a shape; write rows x tokens, for example 1x32,8x128,32x{_RAGGED}")
-        shape = Shape(int(found[1]), None if found[2] == _RAGGED else int(found[2] or 0))
+        shape = Shape(int(match[1]), None if match[2] == _RAGGED else int(match[2] or 0))
         if shape.batch * (shape.tokens or 1) > _MOST_TOKENS:
             raise UnsupportedError(
                 f"'{part.strip():.80}' is {shape.batch * (shape.tokens or 1):,} tokens; give {_MOST_TOKENS:,} or fewer"
@@ -117,10 +117,10 @@ def prepare(model: Model, shapes: Sequence[Shape] | None, texts: Sequence[str] |
         UnsupportedError: as `make_inputs`, or for a shape the model does not run at.
     """
     inputs = make_inputs(model, shapes, texts)
-    files = {name: _write(folder / f"{name}.npz", item, _wanted(model, name, item)) for name, item in inputs.items()}
+    files = {name: _write(folder / f"{name}.npz", given, _wanted(model, name, given)) for name, given in inputs.items()}
     single = Shape(1, None)
     calibration = [encode(model, single, [text]) for text in (texts or ())[:_CALIBRATION]] if model.tokenized else []
-    kept = (_write(folder / f"calibration-{index}.npz", item) for index, item in enumerate(calibration))
+    kept = (_write(folder / f"calibration-{index}.npz", given) for index, given in enumerate(calibration))
     return Workload(model.name, files, tuple(kept))
 
 
@@ -188,17 +188,17 @@ def answer(outputs: object) -> Array:
     raise UnsupportedError("the model returns no floating-point tensor to compare")
 
 
-def cosine(found: Array, wanted: Array, mask: Array | None) -> float:
+def cosine(actual: Array, wanted: Array, mask: Array | None) -> float:
     """The cosine between two outputs, each as one vector; without padding if the mask, [batch, tokens], fits them.
 
     Raises:
         UnsupportedError: if they differ in shape.
     """
-    if found.shape != wanted.shape:
-        raise UnsupportedError(f"the answer has shape {list(found.shape)}; PyTorch's has {list(wanted.shape)}")
+    if actual.shape != wanted.shape:
+        raise UnsupportedError(f"the answer has shape {list(actual.shape)}; PyTorch's has {list(wanted.shape)}")
     if mask is not None and wanted.shape[:2] == mask.shape:
-        found, wanted = found[mask != 0], wanted[mask != 0]
-    one, other = (item.astype(np.float64).ravel() for item in (found, wanted))
+        actual, wanted = actual[mask != 0], wanted[mask != 0]
+    one, other = (output.astype(np.float64).ravel() for output in (actual, wanted))
     return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))
 
 

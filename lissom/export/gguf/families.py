@@ -134,15 +134,15 @@ def rope_of(config: Any) -> Mapping[str, Any]:
     Raises:
         UnsupportedError: for a kind that is not written here.
     """
-    found = config.rope_parameters
-    found = found.get("full_attention", found)
-    kind, turned = found.get("rope_type", "default"), found.get("partial_rotary_factor") or 1.0
+    parameters = config.rope_parameters
+    parameters = parameters.get("full_attention", parameters)
+    kind, turned = parameters.get("rope_type", "default"), parameters.get("partial_rotary_factor") or 1.0
     if kind not in ("default", "linear", "llama3") or turned != 1.0:
         raise UnsupportedError(
             f"GGUF files are written for rotary embeddings of type default, linear and llama3 over whole heads, and this model "
             f"has type '{kind}' over {turned:.0%} of a head"
         )
-    return found
+    return parameters
 
 
 def rope_factors(config: Any, model: Any) -> torch.Tensor | None:

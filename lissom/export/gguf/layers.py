@@ -56,27 +56,27 @@ def complete(
         UnsupportedError: naming a weight that the program lacks.
     """
     with torch.device("meta"):
-        shapes = {name: tuple(item.shape) for name, item in type(model)(copy.deepcopy(config)).named_parameters()}
-    found, original = dict(weights), dict(model.named_parameters(remove_duplicate=False))
+        shapes = {name: tuple(parameter.shape) for name, parameter in type(model)(copy.deepcopy(config)).named_parameters()}
+    completed, original = dict(weights), dict(model.named_parameters(remove_duplicate=False))
     if config.tie_word_embeddings:
-        table = found.pop(_HEAD, None)
+        table = completed.pop(_HEAD, None)
         if table is not None:
-            found.setdefault(_TABLE, table)
+            completed.setdefault(_TABLE, table)
         shapes.pop(_HEAD, None)
     for index in range(_count_of(config)):
         layer, head_dim = LAYER.format(index), head_dim_of(config)
         branches = {(_QUERY, _KEY, _VALUE, _OUTPUT): head_dim, (_GATE, _UP, _DOWN): _FEWEST}
         for parts, size in branches.items():
-            if any(f"{layer}{part}.weight" not in found for part in parts):
-                found |= _zeros(layer, parts, size, shapes)
-    for name in shapes.keys() - found.keys():
+            if any(f"{layer}{part}.weight" not in completed for part in parts):
+                completed |= _zeros(layer, parts, size, shapes)
+    for name in shapes.keys() - completed.keys():
         # Norms of branches that were removed.
         if name.startswith(LAYER.partition("{")[0]) and name.endswith("norm.weight"):
-            found[name] = original[old[name]].detach()
-    missing = min(shapes.keys() - found.keys(), default=None)
+            completed[name] = original[old[name]].detach()
+    missing = min(shapes.keys() - completed.keys(), default=None)
     if missing is not None:
         raise UnsupportedError(f"the program of {type(model).__name__} has no weight for '{missing}', {list(shapes[missing])}")
-    return {name: found[name] for name in shapes}
+    return {name: completed[name] for name in shapes}
 
 
 def _count_of(config: Any) -> int:
@@ -85,18 +85,18 @@ def _count_of(config: Any) -> int:
 
 def _zeros(layer: str, parts: tuple[str, ...], size: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Weights of a branch that adds nothing; the last of its linear layers reads `size` features."""
-    found: dict[str, torch.Tensor] = {}
+    zeros: dict[str, torch.Tensor] = {}
     for part in parts:
         hidden = shapes[f"{layer}{parts[0]}.weight"][1]
-        found[f"{layer}{part}.weight"] = torch.zeros((hidden, size) if part == parts[-1] else (size, hidden))
+        zeros[f"{layer}{part}.weight"] = torch.zeros((hidden, size) if part == parts[-1] else (size, hidden))
         if f"{layer}{part}.bias" in shapes:
-            found[f"{layer}{part}.bias"] = torch.zeros(hidden if part == parts[-1] else size)
-    return found
+            zeros[f"{layer}{part}.bias"] = torch.zeros(hidden if part == parts[-1] else size)
+    return zeros
 
 
 def sizes_of(weights: Mapping[str, Weight], config: PretrainedConfig) -> Sizes:
     """The heads and neurons of every layer. Raises UnsupportedError for parts of heads, or heads in uneven groups."""
-    head_dim, found = head_dim_of(config), list[tuple[int, int, int]]()
+    head_dim, by_layer = head_dim_of(config), list[tuple[int, int, int]]()
     for index in range(_count_of(config)):
         layer = LAYER.format(index)
         features = [weights[f"{layer}{part}.weight"].shape[0] for part in (_QUERY, _KEY, _VALUE)]
@@ -106,8 +106,8 @@ def sizes_of(weights: Mapping[str, Weight], config: PretrainedConfig) -> Sizes:
                 f"llama.cpp reads whole heads of {head_dim} features, as many for each key/value head, and layer {index} has "
                 f"{features[0]}, {features[1]} and {features[2]} features in queries, keys and values; prune heads evenly"
             )
-        found.append((heads, groups, weights[f"{layer}{_UP}.weight"].shape[0]))
-    heads, groups, neurons = zip(*found, strict=True)
+        by_layer.append((heads, groups, weights[f"{layer}{_UP}.weight"].shape[0]))
+    heads, groups, neurons = zip(*by_layer, strict=True)
     return Sizes(heads, groups, neurons)
 
 
@@ -121,7 +121,7 @@ def fit(weights: Mapping[str, Weight], sizes: Sizes, family: Family, config: Pre
         return Layers(weights, sizes, _graph(family, sizes, config))
     if family.by_layer is not None and _reads_each_layer(family.by_layer, weights, config):
         return Layers(weights, sizes, family.by_layer)
-    wide, found = sizes.widest(), dict(weights)
+    wide, fitted = sizes.widest(), dict(weights)
     shared = {heads // groups for heads, groups in zip(sizes.heads, sizes.key_value_heads, strict=True) if heads > 1}
     if len(shared) > 1 or (shared and shared != {wide.heads[0] // wide.key_value_heads[0]}):
         raise UnsupportedError(
@@ -135,13 +135,13 @@ def fit(weights: Mapping[str, Weight], sizes: Sizes, family: Family, config: Pre
         rows |= dict.fromkeys((_KEY, _VALUE), wide.key_value_heads[0] * head_dim)
         for part, size in rows.items():
             weight, bias = f"{layer}{part}.weight", f"{layer}{part}.bias"
-            found[weight] = padded(found[weight], (size, found[weight].shape[1]))
-            if bias in found:
-                found[bias] = padded(found[bias], (size,))
+            fitted[weight] = padded(fitted[weight], (size, fitted[weight].shape[1]))
+            if bias in fitted:
+                fitted[bias] = padded(fitted[bias], (size,))
         for part, size in ((_OUTPUT, wide.heads[0] * head_dim), (_DOWN, wide.neurons[0])):
             weight = f"{layer}{part}.weight"
-            found[weight] = padded(found[weight], (found[weight].shape[0], size))
-    return Layers(found, wide, _graph(family, wide, config))
+            fitted[weight] = padded(fitted[weight], (fitted[weight].shape[0], size))
+    return Layers(fitted, wide, _graph(family, wide, config))
 
 
 def _graph(family: Family, sizes: Sizes, config: Any) -> str:

@@ -98,8 +98,8 @@ def _gguf_file(source: Path) -> Path | None:
     """The GGUF file of a folder that has no other model."""
     if not source.is_dir() or (source / "config.json").exists():
         return None
-    found = sorted(source.glob("*.gguf"))
-    return found[0] if len(found) == 1 else None
+    files = sorted(source.glob("*.gguf"))
+    return files[0] if len(files) == 1 else None
 
 
 def _from_file(file: Path, rows: int) -> Vocabulary:
@@ -107,9 +107,9 @@ def _from_file(file: Path, rows: int) -> Vocabulary:
 
     reader: Any = GGUFReader(str(file))
     fields: dict[str, tuple[Any, ...]] = {}
-    for key, item in reader.fields.items():
+    for key, entry in reader.fields.items():
         if key.startswith("tokenizer."):
-            fields[key] = (item.contents(), item.types[0], *item.types[1:][-1:])
+            fields[key] = (entry.contents(), entry.types[0], *entry.types[1:][-1:])
     count = len(fields["tokenizer.ggml.tokens"][0]) if "tokenizer.ggml.tokens" in fields else 0
     if count != rows:
         raise UnsupportedError(f"{file} has {count} tokens, and the model's embedding table {rows} rows; pass tokenizer=")
@@ -154,11 +154,11 @@ def _from_tokenizer(tokenizer: Any, stored: Mapping[str, Any], rows: int) -> Voc
         index = getattr(tokenizer, f"{ours}_token_id", None)
         if index is not None:
             fields[f"{key}_token_id"] = (int(index), Type.UINT32)
-    found = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+    named = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, str):
-        found["tokenizer.chat_template"] = (template, Type.STRING)
-    return Vocabulary(found)
+        named["tokenizer.chat_template"] = (template, Type.STRING)
+    return Vocabulary(named)
 
 
 def _split(stored: Mapping[str, Any]) -> tuple[str, ...]:
@@ -171,8 +171,8 @@ def _split(stored: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _tokens(stored: Mapping[str, Any], rows: int, *, by_bytes: bool) -> _Tokens:
     """Every row's token. Raises UnsupportedError for more tokens than rows."""
-    model, added = stored["model"], {item["id"]: item for item in stored.get("added_tokens", [])}
-    names = {index: text for text, index in model["vocab"].items()} | {index: item["content"] for index, item in added.items()}
+    model, added = stored["model"], {token["id"]: token for token in stored.get("added_tokens", [])}
+    names = {index: text for text, index in model["vocab"].items()} | {index: token["content"] for index, token in added.items()}
     if names and max(names) >= rows:
         raise UnsupportedError(f"the tokenizer has a token {max(names)}, and the model's embedding table has {rows} rows")
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
@@ -201,7 +201,7 @@ def _type(text: str, known: bool, added: Mapping[str, Any] | None, unknown: str 
 
 def _scores(merges: Sequence[tuple[str, ...]]) -> dict[str, float]:
     """The merge scores of SentencePiece: the piece that is merged first has the highest score."""
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     for rank, pair in enumerate(merges):
-        found.setdefault("".join(pair), -float(rank + 1))
-    return found
+        scores.setdefault("".join(pair), -float(rank + 1))
+    return scores

@@ -83,15 +83,15 @@ def padded(weight: Weight, shape: Sequence[int]) -> Weight:
 def joined(weights: Sequence[Weight]) -> Weight:
     """The rows of several weights in one; in floating point where their types differ."""
     blocks = [weight for weight in weights if isinstance(weight, Blocks)]
-    if len(blocks) == len(weights) and len({item.kind.name for item in blocks}) == 1:
-        return Blocks(blocks[0].kind, torch.cat([item.data for item in blocks]))
+    if len(blocks) == len(weights) and len({block.kind.name for block in blocks}) == 1:
+        return Blocks(blocks[0].kind, torch.cat([block.data for block in blocks]))
     return torch.cat([value_of(weight) for weight in weights])
 
 
 def _enlarged(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    found = tensor.new_zeros(tuple(shape))
-    found[tuple(slice(size) for size in tensor.shape)] = tensor
-    return found
+    enlarged = tensor.new_zeros(tuple(shape))
+    enlarged[tuple(slice(size) for size in tensor.shape)] = tensor
+    return enlarged
 
 
 def read_weights(program: Program, model: nn.Module, norm_offset: float) -> dict[str, Weight]:
@@ -102,23 +102,23 @@ def read_weights(program: Program, model: nn.Module, norm_offset: float) -> dict
         norm_offset: what the model adds to the weights of norms, which `fold-constants` adds at compile time.
     """
     originals = dict(model.named_parameters(remove_duplicate=False))
-    found: dict[str, Weight] = {name: weight.detach().cpu() for name, weight in program.weights().items()}
+    weights: dict[str, Weight] = {name: weight.detach().cpu() for name, weight in program.weights().items()}
     for node in program.nodes(dequantize):
-        q, scale, *zero_point = (_constant(program, item) for item in node.args)
+        q, scale, *zero_point = (_constant(program, argument) for argument in node.args)
         stored_as, form = _attribute(Dequantize(node).q), Dequantize(node).format
         if stored_as is None or q is None or scale is None or None in zero_point:
             continue
         whole = q if FORMATS[form].bits == 8 else unpack_halves(q, FORMATS[form])
         stored = StoredBlocks(whole, scale, zero_point[0] if zero_point else None, form)
-        found[str(stored_as.target).removesuffix(f"_{form}")] = blocks_of(stored) or _floating(stored)
+        weights[str(stored_as.target).removesuffix(f"_{form}")] = blocks_of(stored) or _floating(stored)
     for node in program.nodes(torch.ops.aten.rms_norm.default):
         scale = _attribute(nodes.argument(node, "weight"))
         if scale is not None and str(scale.target) not in originals:
-            found[f"{nodes.origin(node).module_path}.weight"] = program.weight(str(scale.target)).detach().cpu() - norm_offset
-    for name, weight in found.items():
+            weights[f"{nodes.origin(node).module_path}.weight"] = program.weight(str(scale.target)).detach().cpu() - norm_offset
+    for name, weight in weights.items():
         stored = stored_form(originals[name]) if name in originals else None
-        found[name] = weight if stored is None else _as_in_file(stored, weight) or weight
-    return found
+        weights[name] = weight if stored is None else _as_in_file(stored, weight) or weight
+    return weights
 
 
 def _attribute(node: object) -> fx.Node | None:
@@ -129,8 +129,8 @@ def _attribute(node: object) -> fx.Node | None:
 
 
 def _constant(program: Program, node: object) -> torch.Tensor | None:
-    found = _attribute(node)
-    return None if found is None else program.weight(str(found.target)).detach().cpu()
+    attribute = _attribute(node)
+    return None if attribute is None else program.weight(str(attribute.target)).detach().cpu()
 
 
 def _floating(stored: StoredBlocks) -> torch.Tensor:
@@ -182,10 +182,10 @@ def _as_in_file(stored: StoredWeight, weight: Weight) -> Blocks | None:
     if stored.transposed or tuple(weight.shape) != (stored.rows, stored.columns):
         return None
     data = stored.blocks.view(stored.rows, -1)
-    found = Blocks(stored.kind, data if stored.order is None else data[stored.order])
+    original = Blocks(stored.kind, data if stored.order is None else data[stored.order])
     for start in range(0, stored.rows, _ROWS):
         rows = slice(start, start + _ROWS)
         now = weight.value(rows) if isinstance(weight, Blocks) else weight[rows]
-        if not torch.equal(found.value(rows), now.float().cpu()):
+        if not torch.equal(original.value(rows), now.float().cpu()):
             return None
-    return found
+    return original

@@ -90,10 +90,10 @@ def write_gguf(
     table: Any = model.get_input_embeddings()
     vocabulary = read_vocabulary(tokenizer, str(config._name_or_path or "") or None, int(table.weight.shape[0]))
     program = _folded(program, example)
-    found = read_weights(program, model, family.norm_offset)
-    names, config = kept_layers(found, model)
+    program_weights = read_weights(program, model, family.norm_offset)
+    names, config = kept_layers(program_weights, model)
     old = {new: name for name, new in names.items()}
-    weights = complete({names[name]: item for name, item in found.items() if name in names}, model, config, old)
+    weights = complete({names[name]: weight for name, weight in program_weights.items() if name in names}, model, config, old)
     sizes = sizes_of(weights, config)
     confirm(program, model, config, weights, sizes, example, old)
     layers = fit(weights, sizes, family, config)
@@ -125,20 +125,20 @@ def _tensors(
     """The tensors of the file by their names, made when they are written."""
     count = len(layers.sizes.heads)
     named = gguf.get_tensor_name_map(gguf.MODEL_ARCH[layers.architecture.upper()], count)
-    found: dict[str, Callable[[], Weight]] = {}
+    tensors: dict[str, Callable[[], Weight]] = {}
     if factors is not None:
-        found["rope_freqs.weight"] = lambda: factors
+        tensors["rope_freqs.weight"] = lambda: factors
     fused = layers.architecture == "openelm"
     for name, weight in layers.weights.items():
         if fused and name.endswith(_FUSED):
             continue
-        found[named.get_name(name, try_suffixes=(".weight", ".bias"))] = _maker(
+        tensors[named.get_name(name, try_suffixes=(".weight", ".bias"))] = _maker(
             name, weight, norm_offset, head_dim, interleaved=layers.architecture in INTERLEAVED
         )
     for index in range(count if fused else 0):
         parts = [layers.weights[LAYER.format(index) + name] for name in _FUSED]
-        found[f"blk.{index}.attn_qkv.weight"] = lambda parts=parts: joined(parts)
-    return found
+        tensors[f"blk.{index}.attn_qkv.weight"] = lambda parts=parts: joined(parts)
+    return tensors
 
 
 def _maker(name: str, weight: Weight, norm_offset: float, head_dim: int, *, interleaved: bool) -> Callable[[], Weight]:

@@ -61,11 +61,13 @@ def cache_lengths(
     caches: list[tuple[int, torch.Tensor]] = []
     others: list[tuple[int, torch.Tensor]] = []
     position = 0
-    for item in (*args, *kwargs.values()):
-        leaves = pytree.tree_leaves(item)
+    for argument in (*args, *kwargs.values()):
+        leaves = pytree.tree_leaves(argument)
         tensors = [(position + index, leaf) for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         position += len(leaves)
-        (caches if not isinstance(item, torch.Tensor) and _is_cache([leaf for _, leaf in tensors]) else others).extend(tensors)
+        (caches if not isinstance(argument, torch.Tensor) and _is_cache([leaf for _, leaf in tensors]) else others).extend(
+            tensors
+        )
     lengths = [leaf.shape[1] for _, leaf in others if leaf.dim() in (2, 3)]
     if not caches or not lengths or 0 in caches[0][1].shape:
         return None

@@ -40,14 +40,16 @@ def answer_to(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, obj
     with untouched(model), nothing_registered(model):
         try:
             # transformers' exporters make caches known to pytree; they stay leaves here.
-            found = pytree.tree_leaves(nn.Module.__call__(model, *own_args, **own_kwargs), is_leaf=is_kv_cache_object)
-            found = _own(found)
+            outputs = pytree.tree_leaves(nn.Module.__call__(model, *own_args, **own_kwargs), is_leaf=is_kv_cache_object)
+            outputs = _own(outputs)
         # The caller's model may raise anything.
         except Exception as error:
             raise CaptureError(
                 f"{type(model).__name__} itself fails on the example inputs, before it is captured: {describe_failure(error)}"
             ) from error
-    odd = next((leaf for leaf in found if not isinstance(leaf, (torch.Tensor, bool, int, float, str, tuple, type(None)))), None)
+    odd = next(
+        (leaf for leaf in outputs if not isinstance(leaf, (torch.Tensor, bool, int, float, str, tuple, type(None)))), None
+    )
     if is_kv_cache_object(odd):
         raise ReturnedCacheError(f"{type(model).__name__} returns a {type(odd).__name__}, and a program keeps no KV cache")
     if odd is not None:
@@ -55,7 +57,7 @@ def answer_to(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, obj
             f"{type(model).__name__} returns a {type(odd).__name__}, and PyTorch does not know what is in it; return a tensor, "
             f"a tuple or a mapping, or for a dataclass call torch.export.register_dataclass({type(odd).__name__}) first"
         )
-    return found
+    return outputs
 
 
 def confirm(
@@ -113,19 +115,19 @@ def confirm_calls(program: Program, model: nn.Module, args: Sequence[object], kw
     with untouched(model):
         for sample in (example, *varied_samples(example), example):
             with suppress(*REFUSALS):
-                found = _call(model, program, sample)
-                if not _has_nan(found):
-                    calls.append((sample, found))
+                outputs = _call(model, program, sample)
+                if not _has_nan(outputs):
+                    calls.append((sample, outputs))
     with torch.no_grad(), kept_state(program):
         for sample, wanted in calls:
             try:
-                found = _own(program.run(sample))
+                outputs = _own(program.run(sample))
             except REFUSALS as error:
                 raise CaptureError(
                     f"the captured program fails on inputs that {type(model).__name__} takes, with other values or masks than "
                     f"those of the example: {describe_failure(error)}"
                 ) from error
-            excess = _excess(program, wanted, found)
+            excess = _excess(program, wanted, outputs)
             if excess is not None:
                 # Does the model itself answer otherwise after other calls than alone?
                 in_turn = sample is example or (
@@ -147,9 +149,9 @@ _BY_VALUES = (
 )
 
 
-def _excess(program: Program, wanted: Sequence[object], found: Sequence[object]) -> tuple[float, float] | None:
+def _excess(program: Program, wanted: Sequence[object], outputs: Sequence[object]) -> tuple[float, float] | None:
     """The error of the first output above its tolerance, and the tolerance; None if all are within."""
-    pairs = zip(output_errors([wanted], [found]), tolerances(program), strict=False)  # no state among the outputs
+    pairs = zip(output_errors([wanted], [outputs]), tolerances(program), strict=False)  # no state among the outputs
     return next(((error, allowed) for error, allowed in pairs if error > allowed), None)
 
 
@@ -223,8 +225,8 @@ def _own(leaves: Sequence[object]) -> list[object]:
 
 def _require_equal(program: Program, model: nn.Module, sample: Sample, wanted: Sequence[object]) -> None:
     """Raise CaptureError if the program's outputs differ from `wanted`."""
-    found = run_samples(program, [sample])[0]
-    for error, allowed in zip(output_errors([wanted], [found]), tolerances(program), strict=True):
+    outputs = run_samples(program, [sample])[0]
+    for error, allowed in zip(output_errors([wanted], [outputs]), tolerances(program), strict=True):
         if error > allowed:
             raise CaptureError(
                 f"the captured program differs from {type(model).__name__} by {error:.2g} relative, allowed "

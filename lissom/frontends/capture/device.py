@@ -36,8 +36,8 @@ def move(program: Program, device: torch.device) -> Program:
         moved.set_weight(name, keep_stored(placed, stored_form(weight)))
     for node in moved.graph.nodes:
         if node.op == "call_function":
-            node.args = tuple(_placed(item, device) for item in node.args)
-            node.kwargs = {key: _placed(item, device) for key, item in node.kwargs.items()}
+            node.args = tuple(_placed(argument, device) for argument in node.args)
+            node.kwargs = {key: _placed(argument, device) for key, argument in node.kwargs.items()}
             nodes.set_value(node, fake.fake_call(moved.fake_mode, node))
         elif node.op != "output":
             with fake.typing_scope(moved.fake_mode):
@@ -45,8 +45,8 @@ def move(program: Program, device: torch.device) -> Program:
     signature = program.signature
     moved.signature = replace(
         signature,
-        positional=tuple(_argument(item, device) for item in signature.positional),
-        keyword=tuple(_argument(item, device) for item in signature.keyword),
+        positional=tuple(_argument(argument, device) for argument in signature.positional),
+        keyword=tuple(_argument(argument, device) for argument in signature.keyword),
     )
     return moved
 
@@ -56,12 +56,12 @@ def _placed(argument: CallArgument, device: torch.device) -> CallArgument:
     return device if isinstance(argument, torch.device) else argument
 
 
-def _argument(item: Argument, device: torch.device) -> Argument:
+def _argument(argument: Argument, device: torch.device) -> Argument:
     leaves = tuple(
         replace(leaf, type=replace(leaf.type, device=device)) if isinstance(leaf, TensorArgument) else leaf
-        for leaf in item.leaves
+        for leaf in argument.leaves
     )
-    return replace(item, leaves=leaves)
+    return replace(argument, leaves=leaves)
 
 
 def check_device(device: str | torch.device | None) -> torch.device | None:
@@ -69,14 +69,14 @@ def check_device(device: str | torch.device | None) -> torch.device | None:
     if device is None:
         return None
     try:
-        found = torch.device(device)
+        parsed = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise UnsupportedError(f"device {device!r:.80} is not known to PyTorch; write 'cpu' or 'cuda:0'") from error
-    if found.type == "cpu":
+    if parsed.type == "cpu":
         # `cpu:1` is the same device, and its tensors report `cpu`.
         return torch.device("cpu")
-    count = torch.cuda.device_count() if found.type == "cuda" else 0
-    if (found.index or 0) >= count:
+    count = torch.cuda.device_count() if parsed.type == "cuda" else 0
+    if (parsed.index or 0) >= count:
         have = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
         raise UnsupportedError(f"device '{device}' is not on this machine; it has {have}")
-    return torch.device("cuda", found.index or 0)
+    return torch.device("cuda", parsed.index or 0)

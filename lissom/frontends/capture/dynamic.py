@@ -58,9 +58,9 @@ class Named:
     def names(self) -> dict[tuple[int, int], str]:
         """The name of each, by position and dimension."""
         return {
-            (position, index): item if isinstance(item, str) else item.__name__
+            (position, index): dim if isinstance(dim, str) else dim.__name__
             for position, dims in self.given.items()
-            for index, item in dims.items()
+            for index, dim in dims.items()
         }
 
 
@@ -75,8 +75,10 @@ def wanted_dimensions(dynamic: Dynamic, arguments: Mapping[str, object], bound: 
         CaptureError: for an unknown argument or dimension, and for an example size outside its range.
     """
     parts = _parts(arguments, bound)
-    found: dict[int, dict[int, str | Dim]] = {}
-    for name, dims in sorted(dynamic.items(), key=lambda item: len(parts.get(item[0], ())), reverse=True):  # whole before part
+    wanted: dict[int, dict[int, str | Dim]] = {}
+    for name, dims in sorted(
+        dynamic.items(), key=lambda entry: len(parts.get(entry[0], ())), reverse=True
+    ):  # whole before part
         if name not in parts:
             known = [part for part in parts if name.startswith(part) and part != name]
             has = [part for part in parts if known and part.startswith(known[-1])] or list(arguments)
@@ -93,23 +95,23 @@ def wanted_dimensions(dynamic: Dynamic, arguments: Mapping[str, object], bound: 
                     f"it; pass an example inside"
                 )
             for position, _ in tensors:
-                found.setdefault(position, {})[index] = given
-    return Named(found)
+                wanted.setdefault(position, {})[index] = given
+    return Named(wanted)
 
 
 def _parts(arguments: Mapping[str, object], bound: Mapping[str, object]) -> dict[str, list[tuple[int, torch.Tensor]]]:
     """The tensors of each argument and of each part of one, `past`, `past[0]` and `past[0][0]`, with their positions."""
-    found: dict[str, list[tuple[int, torch.Tensor]]] = {name: [] for name in (*arguments, *bound)}
+    tensors_of: dict[str, list[tuple[int, torch.Tensor]]] = {name: [] for name in (*arguments, *bound)}
     position = 0
-    owners = {id(leaf): name for name, item in bound.items() if name not in arguments for leaf in pytree.tree_leaves(item)}
-    for name, item in arguments.items():
-        for path, leaf in pytree.tree_flatten_with_path(item)[0]:
+    owners = {id(leaf): name for name, value in bound.items() if name not in arguments for leaf in pytree.tree_leaves(value)}
+    for name, value in arguments.items():
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
             if isinstance(leaf, torch.Tensor):
                 names = [name + pytree.keystr(path[:end]) for end in range(len(path) + 1)]
                 for part in (*names, *([owners[id(leaf)]] if id(leaf) in owners else ())):
-                    found.setdefault(part, []).append((position, leaf))
+                    tensors_of.setdefault(part, []).append((position, leaf))
             position += 1
-    return found
+    return tensors_of
 
 
 def traced_inputs(
@@ -150,9 +152,9 @@ def renamed(program: Program, named: Named, lines: Mapping[tuple[str, int], str]
             size of one with a range follows from others.
     """
     signature = program.signature
-    dimensions, taken = dict(signature.dimensions), dict[sympy.Symbol, str]()
+    dimensions, names_of = dict(signature.dimensions), dict[sympy.Symbol, str]()
     sums: list[tuple[str, sympy.Expr]] = []
-    leaves = [leaf for item in (*signature.positional, *signature.keyword) for leaf in item.leaves]
+    leaves = [leaf for argument in (*signature.positional, *signature.keyword) for leaf in argument.leaves]
     tensors = [(position, leaf) for position, leaf in enumerate(leaves) if isinstance(leaf, TensorArgument)]
     for position, leaf in tensors:
         for index, wanted in named.given.get(position, {}).items():
@@ -169,17 +171,17 @@ def renamed(program: Program, named: Named, lines: Mapping[tuple[str, int], str]
                 if not isinstance(wanted, str):
                     sums.append((f"dimension {index} ({name}) of '{leaf.path}'", size))
                 continue
-            if taken.setdefault(size, name) != name:
+            if names_of.setdefault(size, name) != name:
                 raise CaptureError(
-                    f"dynamic gives the names '{taken[size]}' and '{name}' to dimensions that the model takes as equal; "
+                    f"dynamic gives the names '{names_of[size]}' and '{name}' to dimensions that the model takes as equal; "
                     f"give them one name"
                 )
-            found = replace(dimensions[size], name=name)
+            dimension = replace(dimensions[size], name=name)
             if not isinstance(wanted, str):
-                bounds = [bound for bound in (wanted.max, found.maximum) if isinstance(bound, int)]
-                found = replace(found, minimum=max(wanted.min, found.minimum), maximum=min(bounds, default=None))
-            dimensions[size] = found
-    names = [found.name for found in dimensions.values()]
+                bounds = [bound for bound in (wanted.max, dimension.maximum) if isinstance(bound, int)]
+                dimension = replace(dimension, minimum=max(wanted.min, dimension.minimum), maximum=min(bounds, default=None))
+            dimensions[size] = dimension
+    names = [dimension.name for dimension in dimensions.values()]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise CaptureError(
@@ -197,18 +199,18 @@ def describe_dimensions(signature: Signature) -> str:
     """A note on the dynamic dimensions, `dynamic: batch (1 or more)`."""
     if not signature.dimensions:
         return "every size is fixed at the example's"
-    return "dynamic: " + ", ".join(f"{found.name} ({found.range})" for found in signature.dimensions.values())
+    return "dynamic: " + ", ".join(f"{dimension.name} ({dimension.range})" for dimension in signature.dimensions.values())
 
 
 def mask_dimensions(tensors: Sequence[torch.Tensor]) -> dict[int, tuple[int, ...]]:
     """The trailing dimensions of masks such as [batch, 1, tokens, tokens] that equal another input's tokens, by input `id`."""
     lengths = {tensor.shape[1] for tensor in tensors if tensor.dim() in (2, 3)} - {1}
-    found: dict[int, tuple[int, ...]] = {}
+    trailing: dict[int, tuple[int, ...]] = {}
     for tensor in tensors:
         first, last = (tensor.dim() - 2, tensor.dim() - 1)
         if tensor.dim() >= 3 and tensor.shape[last] in lengths and tensor.shape[first] in {1, tensor.shape[last]}:
-            found[id(tensor)] = tuple(dim for dim in (first, last) if tensor.shape[dim] > 1)
-    return found
+            trailing[id(tensor)] = tuple(dim for dim in (first, last) if tensor.shape[dim] > 1)
+    return trailing
 
 
 def lines_that_fix(exported: ExportedProgram) -> dict[tuple[str, int], str]:
@@ -217,7 +219,7 @@ def lines_that_fix(exported: ExportedProgram) -> dict[tuple[str, int], str]:
     torch.export fixes such a size at the example's without an error. Its record is internal, and empty where it changed.
     """
     env = fake_mode(exported.graph).shape_env
-    found: dict[tuple[str, int], str] = {}
+    fixing: dict[tuple[str, int], str] = {}
     for symbol, value in getattr(env, "replacements", {}).items():
         sources = getattr(env, "var_to_sources", {}).get(symbol, ())
         where = getattr(getattr(env, "replacements_slocs", {}).get(symbol), "framework_loc", None)
@@ -227,8 +229,8 @@ def lines_that_fix(exported: ExportedProgram) -> dict[tuple[str, int], str]:
         # A line of torch's own is where a weight or an operator needs the size.
         if matched is not None and not where.filename.startswith(TORCH_FOLDER):
             line = line_text(where.filename, where.lineno, where.line)
-            found[matched["name"] + matched["rest"], int(matched["dim"])] = line
-    return found
+            fixing[matched["name"] + matched["rest"], int(matched["dim"])] = line
+    return fixing
 
 
 def fixed_sizes(signature: Signature, lines: Mapping[tuple[str, int], str]) -> list[str]:

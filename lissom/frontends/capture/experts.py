@@ -60,12 +60,12 @@ def _mixture(x: torch.Tensor, hits: torch.Tensor, weights: torch.Tensor, expert:
         weights: [tokens, choices].
     """
     gates = (hits[:count] * weights.T).sum(1).to(x.dtype)
-    found = torch.zeros_like(x)
+    mixed = torch.zeros_like(x)
     for index in range(count):
         gate = gates[index, :, None]
         # Not a product with 0, since an expert may overflow on tokens that were not routed to it.
-        found = found + torch.where(gate == 0, 0, expert(index, x) * gate)
-    return found
+        mixed = mixed + torch.where(gate == 0, 0, expert(index, x) * gate)
+    return mixed
 
 
 def _hits(chosen: torch.Tensor, count: int) -> torch.Tensor:
@@ -82,8 +82,8 @@ def _switch(module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.T
 
 
 def _nllb(module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    found = _mixture(x, _hits(chosen, module.num_experts), weights, _numbered(module), module.num_experts)
-    return found * (1 - module.moe_token_dropout) if module.moe_token_dropout > 0 else found
+    mixed = _mixture(x, _hits(chosen, module.num_experts), weights, _numbered(module), module.num_experts)
+    return mixed * (1 - module.moe_token_dropout) if module.moe_token_dropout > 0 else mixed
 
 
 def _numbered(module: Any) -> Expert:
@@ -94,8 +94,8 @@ def _dbrx(module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Ten
     rows, count, sizes = x.shape[0], module.num_experts, (-1, module.ffn_hidden_size, module.hidden_size)
     w1, v1, w2 = (weight.view(sizes) for weight in (module.mlp.w1, module.mlp.v1, module.mlp.w2))
     tokens = x.reshape(-1, module.hidden_size)
-    found = _mixture(tokens, _hits(chosen, count + 1), weights, lambda e, h: module.mlp(h, w1[e], v1[e], w2[e]), count)
-    return found.view(rows, -1, module.hidden_size)
+    mixed = _mixture(tokens, _hits(chosen, count + 1), weights, lambda e, h: module.mlp(h, w1[e], v1[e], w2[e]), count)
+    return mixed.view(rows, -1, module.hidden_size)
 
 
 def _longcat(module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

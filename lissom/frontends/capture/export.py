@@ -201,7 +201,7 @@ def capture_sizes(
             return program  # each dimension varies alone
 
         def others(tensor: torch.Tensor) -> dict[int, object]:
-            return {dim: found for dim, found in dims_of(tensor).items() if (id(tensor), dim) not in fixed}
+            return {dim: dimension for dim, dimension in dims_of(tensor).items() if (id(tensor), dim) not in fixed}
 
         return confirm(_export(model, args, {}, others)[0], model, args, {})
 
@@ -234,12 +234,12 @@ def _explained(model: nn.Module) -> Generator[None]:
 
 def _cache_dimensions(lengths: CacheLengths | None, dims: Sequence[int], leaves: Sequence[object]) -> dict[int, set[int]]:
     """The dimensions that vary with the cached tokens in a plan with `cache`, by input `id`."""
-    found: dict[int, set[int]] = {}
+    varying: dict[int, set[int]] = {}
     if lengths is None or 2 not in dims:
-        return found
+        return varying
     for place, dim in lengths.of_cache | lengths.of_both | (lengths.of_tokens if 1 in dims else frozenset()):
-        found.setdefault(id(leaves[place]), set()).add(dim)
-    return found
+        varying.setdefault(id(leaves[place]), set()).add(dim)
+    return varying
 
 
 def _free(
@@ -269,7 +269,7 @@ def _export(
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     dims = {id(leaf): dims_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
-    free = {dim for found in dims.values() for dim in found}
+    free = {dim for tensor_dims in dims.values() for dim in tensor_dims}
     lengths = cache_lengths(args, kwargs, names or {})
     traced = traced_inputs(leaves, dims, lengths)
     hints = [dims.get(id(leaf)) for leaf in leaves]
@@ -295,7 +295,7 @@ def _export(
 
 def _parameters(model: nn.Module) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [name for name, found in inspect.signature(model.forward).parameters.items() if found.kind in kinds]
+    return [name for name, parameter in inspect.signature(model.forward).parameters.items() if parameter.kind in kinds]
 
 
 def _bound(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
@@ -312,8 +312,8 @@ def _in_order(model: fx.GraphModule, args: Sequence[object], kwargs: Mapping[str
     """The keyword arguments in the order of the graph's inputs, without gaps: `torch.export` passes them by position."""
     given = _bound(model, args, kwargs)
     parameters = list(inspect.signature(model.forward).parameters.values())
-    last = max((index for index, found in enumerate(parameters) if found.name in given), default=-1)
-    return {found.name: given.get(found.name, found.default) for found in parameters[len(args) : last + 1]}
+    last = max((index for index, parameter in enumerate(parameters) if parameter.name in given), default=-1)
+    return {parameter.name: given.get(parameter.name, parameter.default) for parameter in parameters[len(args) : last + 1]}
 
 
 def check_model(model: object) -> None:

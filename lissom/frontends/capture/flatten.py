@@ -108,13 +108,13 @@ def _weights(exported: ExportedProgram) -> dict[str, str]:
     Raises:
         CaptureError: for inputs that are neither tensors nor constants.
     """
-    found = {}
+    names = {}
     for spec in exported.graph_signature.input_specs:
         if spec.kind in _WEIGHTS:
-            found[spec.arg.name] = str(spec.target)
+            names[spec.arg.name] = str(spec.target)
         elif spec.kind != InputKind.USER_INPUT:
             raise CaptureError(f"the model uses a {spec.kind.name.lower()} ('{spec.target}'), which a program cannot hold")
-    return found
+    return names
 
 
 def _tensor(exported: ExportedProgram, target: str) -> torch.Tensor:
@@ -132,8 +132,8 @@ def _copy_calls(graph: fx.Graph, module: fx.GraphModule, copied: dict[fx.Node, f
         if node.op != "call_function":
             continue
         block = _block(node)
-        if (item := Item.of(node)) is not None and item.source in results:
-            copied[node] = translate(results[item.source][item.index])
+        if (element := Item.of(node)) is not None and element.source in results:
+            copied[node] = translate(results[element.source][element.index])
         elif block is None:
             copied[node] = _copy_call(graph, node, translate)
         else:
@@ -269,9 +269,9 @@ def _signature(
     values = {node.name: node.meta["val"] for node in _placeholders(exported)}
     feed = iter(values[spec.arg.name] for spec in specs)
     named = list(named_arguments(args, kwargs, parameters).items())
-    positional = tuple(_argument(name, item, feed) for name, item in named[: len(args)])
-    keyword = tuple(_argument(name, item, feed) for name, item in kwargs.items())
-    tensors = [leaf for item in (*positional, *keyword) for leaf in item.leaves if isinstance(leaf, TensorArgument)]
+    positional = tuple(_argument(name, value, feed) for name, value in named[: len(args)])
+    keyword = tuple(_argument(name, value, feed) for name, value in kwargs.items())
+    tensors = [leaf for argument in (*positional, *keyword) for leaf in argument.leaves if isinstance(leaf, TensorArgument)]
     dimensions = _dimensions(exported, tensors)
     conditions = _conditions(exported, set(dimensions))
     out_spec = exported.call_spec.out_spec
@@ -286,10 +286,10 @@ def named_arguments(args: Sequence[object], kwargs: Mapping[str, object], parame
     return dict(zip(names, args, strict=True)) | dict(kwargs)
 
 
-def _argument(name: str, item: object, feed) -> Argument:  # noqa: ANN001
-    found, spec = pytree.tree_flatten_with_path(item)
+def _argument(name: str, argument: object, feed) -> Argument:  # noqa: ANN001
+    located, spec = pytree.tree_flatten_with_path(argument)
     leaves: list[Leaf] = []
-    for path, leaf in found:
+    for path, leaf in located:
         value = next(feed)
         where = name + pytree.keystr(path)
         if isinstance(value, torch.Tensor):
@@ -302,28 +302,28 @@ def _argument(name: str, item: object, feed) -> Argument:  # noqa: ANN001
 def _dimensions(exported: ExportedProgram, tensors: Sequence[TensorArgument]) -> dict[sympy.Symbol, Dimension]:
     """A name and a range for each symbol in the inputs' sizes: dimension 0 is batch, dimension 1 sequence."""
     env = fake_mode(exported.graph).shape_env
-    found: dict[sympy.Symbol, Dimension] = {}
-    taken: set[str] = set()
+    dimensions: dict[sympy.Symbol, Dimension] = {}
+    names: set[str] = set()
     for leaf in tensors:
         for index, size in enumerate(leaf.type.shape):
-            if not isinstance(size, sympy.Symbol) or size in found:
+            if not isinstance(size, sympy.Symbol) or size in dimensions:
                 continue
             plain = re.sub(r"\W+", "_", leaf.path).strip("_")
             usual = ("batch", "sequence")[index] if index < 2 else f"{plain}_{index}"
-            name = usual if usual not in taken else f"{plain}_{usual if index < 2 else index}"
-            taken.add(name)
+            name = usual if usual not in names else f"{plain}_{usual if index < 2 else index}"
+            names.add(name)
             bounds = env.var_to_range.get(size) if env else None
             lower = int(bounds.lower) if bounds is not None else 0
             upper = bounds.upper if bounds is not None else None
             maximum = int(upper) if isinstance(upper, sympy.Integer) else None
             # Tracing assumes sizes of 2 or more; size 1 is tried later, by `confirm`.
-            found[size] = Dimension(name, lower if lower > 2 else 1, maximum)
-    return found
+            dimensions[size] = Dimension(name, lower if lower > 2 else 1, maximum)
+    return dimensions
 
 
 def _conditions(exported: ExportedProgram, symbols: set[sympy.Symbol]) -> tuple[sympy.Basic, ...]:
     """The divisibility conditions of the model's sizes. Guards against sizes 0 and 1 come from tracing, and are left out."""
     env = fake_mode(exported.graph).shape_env
     guards = [env.simplify(guard.expr) for guard in env.guards] if env else []
-    found = [guard for guard in guards if isinstance(guard, sympy.Eq) and "Mod" in str(guard)]
-    return tuple(dict.fromkeys(guard for guard in found if guard.free_symbols and guard.free_symbols <= symbols))
+    divisibility = [guard for guard in guards if isinstance(guard, sympy.Eq) and "Mod" in str(guard)]
+    return tuple(dict.fromkeys(guard for guard in divisibility if guard.free_symbols and guard.free_symbols <= symbols))

@@ -83,20 +83,20 @@ def _reads_original(value: object, copies: Mapping[int, object], seen: set[int])
     seen.add(id(value))
     if isinstance(value, FunctionType):
         held = [*_cells(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values()]
-        return any(copies.get(id(item), item) is not item or _reads_original(item, copies, seen) for item in held)
+        return any(copies.get(id(part), part) is not part or _reads_original(part, copies, seen) for part in held)
     if isinstance(value, (MethodType, partial)):
         return _reads_original(value.__func__ if isinstance(value, MethodType) else value.func, copies, seen)
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
-    return any(_reads_original(item, copies, seen) for item in items)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+    return any(_reads_original(part, copies, seen) for part in parts)
 
 
 def _cells(function: FunctionType) -> list[object]:
     """The objects in a function's closure; a cell is empty before its variable is assigned."""
-    found = list[object]()
+    contents = list[object]()
     for cell in function.__closure__ or ():
         with suppress(ValueError):
-            found.append(cell.cell_contents)
-    return found
+            contents.append(cell.cell_contents)
+    return contents
 
 
 @contextmanager

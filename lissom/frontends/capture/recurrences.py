@@ -49,7 +49,7 @@ def recurrences_as_operators(model: nn.Module, device: torch.device | None = Non
     """
     devices = {device or tensor.device for tensor in (*model.parameters(), *model.buffers())}
     with ExitStack() as stack:
-        for name, (replaced, parameters) in _FUNCTIONS.items() if all(item.type == "cpu" for item in devices) else ():
+        for name, (replaced, parameters) in _FUNCTIONS.items() if all(used.type == "cpu" for used in devices) else ():
             for module in modules_with(model, name):
                 own = vars(module)[name]
                 known = set(parameters) <= set(inspect.signature(inspect.unwrap(own)).parameters)
@@ -60,8 +60,8 @@ def recurrences_as_operators(model: nn.Module, device: torch.device | None = Non
 
 def modules_with(model: nn.Module, name: str) -> list[ModuleType]:
     """The Python modules that define the model's layers and have a function of that name."""
-    found = (sys.modules.get(owner) for owner in sorted({type(layer).__module__ for layer in model.modules()}))
-    return [module for module in found if module is not None and callable(vars(module).get(name))]
+    python_modules = (sys.modules.get(owner) for owner in sorted({type(layer).__module__ for layer in model.modules()}))
+    return [module for module in python_modules if module is not None and callable(vars(module).get(name))]
 
 
 def _checked(own: Function, replacement: Function) -> Function:
@@ -78,8 +78,8 @@ def _checked(own: Function, replacement: Function) -> Function:
         assert isinstance(args[0], torch.Tensor)
         before, state = args[0].clone(), args[0].clone()
         wanted = own(state, *args[1:], **kwargs)
-        found = replacement(*args, **kwargs)
-        results = (found, args[0])
+        output = replacement(*args, **kwargs)
+        results = (output, args[0])
         error, allowed = _error((wanted, state), results), _allowed(args, kwargs)
         if error > allowed and _error(_exact(own, before, *args[1:], **kwargs), tree_map(_double, results)) > allowed:
             name = getattr(own, "__name__", "a recurrence")
@@ -87,15 +87,15 @@ def _checked(own: Function, replacement: Function) -> Function:
                 f"{name} and the operator for it differ by {error:.2g} relative, allowed {allowed:.2g}; the model's code "
                 f"may be changed, or its numbers may overflow"
             )
-        return found
+        return output
 
     setattr(call, _MARK, True)
     return call
 
 
-def _error(wanted: object, found: object) -> float:
+def _error(wanted: object, actual: object) -> float:
     """The largest relative error between the tensors of two trees; infinite if they are not alike."""
-    one, two = tree_leaves(wanted), tree_leaves(found)
+    one, two = tree_leaves(wanted), tree_leaves(actual)
     return max(map(relative_error, one, two)) if len(one) == len(two) else math.inf
 
 
@@ -109,8 +109,8 @@ def _exact(own: Function, *args: object, **kwargs: object) -> tuple[object, obje
         return own(*given, **options), given[0]
 
 
-def _double(item: object) -> object:
-    return item.double() if isinstance(item, torch.Tensor) and item.is_floating_point() else item
+def _double(value: object) -> object:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 class _InFloat64(TorchFunctionMode):
@@ -123,15 +123,16 @@ class _InFloat64(TorchFunctionMode):
         return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **options)
 
     @staticmethod
-    def _wide(item: object) -> object:
-        return torch.float64 if item is torch.float32 else item
+    def _wide(value: object) -> object:
+        return torch.float64 if value is torch.float32 else value
 
 
 def _allowed(args: Sequence[object], kwargs: Mapping[str, object]) -> float:
     """The tolerance of the lowest precision among the operands, in which the functions compute some of their products."""
-    operands = [item for item in tree_leaves((args, dict(kwargs))) if isinstance(item, torch.Tensor)]
+    operands = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
     return max(
-        (TOLERANCE.get(item.dtype, 0.0) for item in operands if item.dtype != torch.float64), default=TOLERANCE[torch.float32]
+        (TOLERANCE.get(operand.dtype, 0.0) for operand in operands if operand.dtype != torch.float64),
+        default=TOLERANCE[torch.float32],
     )
 
 
@@ -139,8 +140,8 @@ def _delta_rule(own: Function, *args: Any, **options: Any) -> tuple[torch.Tensor
     """The gated delta rule, by chunks or by tokens, with a decay per head or per feature."""
     bound = inspect.signature(inspect.unwrap(own)).bind(*args, **options)
     bound.apply_defaults()
-    found = bound.arguments
-    query, key, value, decay, beta, state, wants_state, normalizes = (found[name] for name in _RULE)
+    arguments = bound.arguments
+    query, key, value, decay, beta, state, wants_state, normalizes = (arguments[name] for name in _RULE)
     y, last = gated_delta_rule(query, key, value, decay, beta, state, scale=key.shape[-1] ** -0.5, normalizes=normalizes)
     return y.to(query.dtype), last.float() if wants_state else None
 
@@ -163,7 +164,7 @@ def _chunk_scan(
 ) -> object:
     """The selective scan of Mamba-2. Like the function itself, it returns float32 and does nothing with a gate z."""
     step = torch.clamp(_step(dt, dt_bias, dt_softplus), min=dt_limit[0], max=dt_limit[1])
-    x, step, a, b, c = (item.float() for item in (hidden_states, step, A, B, C))
+    x, step, a, b, c = (operand.float() for operand in (hidden_states, step, A, B, C))
     y, last = selective_scan(x, step, a, b, c, D, initial_states)
     y = y if D is None else y.to(torch.promote_types(y.dtype, D.dtype))
     return (y, last) if return_final_states else y
@@ -221,7 +222,7 @@ def _token_scan(
     """The selective scan of Mamba-1, which has one channel a head, and tokens in the last dimension."""
     step = _step(dt, None if delta_bias is None else delta_bias[..., None], delta_softplus)
     x = hidden_states if D is None else hidden_states.to(torch.promote_types(hidden_states.dtype, D.dtype))
-    b, c = (item.transpose(1, 2).unsqueeze(2) for item in (B, C))
+    b, c = (operand.transpose(1, 2).unsqueeze(2) for operand in (B, C))
     y, last = selective_scan(
         x.transpose(1, 2).unsqueeze(-1), step.transpose(1, 2), A, b, c, D, None if state is None else state.unsqueeze(2)
     )
@@ -249,7 +250,7 @@ def _state_update(
     if A.dim() != 3 or A.stride()[1:] != (0, 0) or B.dim() != 3:
         return own(state, hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, z, **others)
     step = _step(dt[..., 0], None if dt_bias is None else dt_bias[:, 0], dt_softplus)
-    x, step, b, c = (item.float().unsqueeze(1) for item in (hidden_states, step, B, C))
+    x, step, b, c = (operand.float().unsqueeze(1) for operand in (hidden_states, step, B, C))
     y, last = selective_scan(x, step, A[:, 0, 0].float(), b, c, None if D is None else D[:, 0], state)
     state.copy_(last)
     y = y.squeeze(1)

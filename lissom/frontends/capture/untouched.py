@@ -34,12 +34,12 @@ def untouched(model: nn.Module) -> Generator[None]:
     """
     snapshots = [_Snapshot.of(path, module) for path, module in model.named_modules()]
     buffers = [(buffer, _version(buffer), buffer.detach().clone()) for buffer in model.buffers()]
-    versions = [(path, tensor, _version(tensor)) for item in snapshots for path, tensor in item.tensors()]
+    versions = [(path, tensor, _version(tensor)) for snapshot in snapshots for path, tensor in snapshot.tensors()]
     try:
         yield
     finally:
-        for item in snapshots:
-            item.restore()
+        for snapshot in snapshots:
+            snapshot.restore()
         for buffer, version, values in buffers:
             if _version(buffer) != version:
                 with torch.no_grad():
@@ -63,7 +63,7 @@ def nothing_registered(model: nn.Module) -> Generator[None]:
     try:
         yield
     finally:
-        made = next((item for item in _registered(model) if item not in before), None)
+        made = next((entry for entry in _registered(model) if entry not in before), None)
         if made is not None:
             kind, path, _ = made
             raise CaptureError(
@@ -92,13 +92,13 @@ def assignments_as_writes(model: nn.Module) -> Generator[None]:
 
 def _registered(model: nn.Module) -> dict[tuple[str, str, bool], None]:
     """The buffers, parameters and submodules: kind, path, and whether it is in the state dict."""
-    found: dict[tuple[str, str, bool], None] = {}
+    registered: dict[tuple[str, str, bool], None] = {}
     for path, module in model.named_modules():
         kinds = {"submodule": module._modules, "parameter": module._parameters, "buffer": module._buffers}
         for kind, held in kinds.items():
             for name in held:
-                found[kind, f"{path}.{name}".removeprefix("."), name not in module._non_persistent_buffers_set] = None
-    return found
+                registered[kind, f"{path}.{name}".removeprefix("."), name not in module._non_persistent_buffers_set] = None
+    return registered
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ class _Snapshot:
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
         """The tensors a forward must not write, by path: parameters and plain attributes, but not buffers."""
         parameters = {name: value for name, value in self.module._parameters.items() if value is not None}
-        found = {**parameters, **{name: value for name, value in self.attributes.items() if isinstance(value, torch.Tensor)}}
-        return [(f"{self.path}.{name}".removeprefix("."), tensor) for name, tensor in found.items()]
+        tensors = {**parameters, **{name: value for name, value in self.attributes.items() if isinstance(value, torch.Tensor)}}
+        return [(f"{self.path}.{name}".removeprefix("."), tensor) for name, tensor in tensors.items()]
 
     def restore(self) -> None:
         """Restore the module; unchanged attributes are not written, because another thread may be running the model."""

@@ -34,18 +34,18 @@ def keep_blocks(model: nn.Module, file: Path) -> None:
     bytes_ = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
     weights = dict(model.named_parameters(remove_duplicate=False))
     names, processor = _names(model, reader)
-    for item in reader.tensors:
-        kind = BLOCK_TYPES.get(item.tensor_type.name)
-        if kind is None or len(item.shape) != 2 or item.name not in names:
+    for tensor in reader.tensors:
+        kind = BLOCK_TYPES.get(tensor.tensor_type.name)
+        if kind is None or len(tensor.shape) != 2 or tensor.name not in names:
             continue
-        columns, rows = (int(size) for size in item.shape)
-        start, end = int(item.data_offset), int(item.data_offset + item.n_bytes)
+        columns, rows = (int(size) for size in tensor.shape)
+        start, end = int(tensor.data_offset), int(tensor.data_offset + tensor.n_bytes)
         if end > len(bytes_):
-            raise ArtifactError(f"{file} has {len(bytes_)} bytes, and '{item.name}' ends at byte {end}; copy the file again")
-        found = block_order(processor, item.name, rows, columns, names)
-        weight = weights.get(names[item.name])
-        if found is not None and weight is not None:
-            keep_stored(weight, StoredWeight(bytes_[start:end], kind, rows, columns, *found))
+            raise ArtifactError(f"{file} has {len(bytes_)} bytes, and '{tensor.name}' ends at byte {end}; copy the file again")
+        order = block_order(processor, tensor.name, rows, columns, names)
+        weight = weights.get(names[tensor.name])
+        if order is not None and weight is not None:
+            keep_stored(weight, StoredWeight(bytes_[start:end], kind, rows, columns, *order))
 
 
 def describe_blocks(model: nn.Module) -> tuple[str, ...]:
@@ -74,10 +74,10 @@ def block_order(
     numbers = np.arange(rows)
     spread = np.broadcast_to(numbers[:, None], (rows, columns))
     changed = processor.process(weights=spread, name=name, tensor_key_mapping=names, parsed_parameters={"tensors": {}})
-    found = changed.weights
-    if changed.name != name or found.shape not in ((rows, columns), (columns, rows)):
+    processed = changed.weights
+    if changed.name != name or processed.shape not in ((rows, columns), (columns, rows)):
         return None
-    for order, transposed in ((found[:, 0], False), (found[0], True)):
+    for order, transposed in ((processed[:, 0], False), (processed[0], True)):
         if len(order) == rows and np.array_equal(np.sort(order), numbers):
             return None if np.array_equal(order, numbers) else torch.from_numpy(order.copy()), transposed
     return None

@@ -38,11 +38,11 @@ class StoredWeight:
 
     def unpack(self) -> StoredBlocks:
         """The integers and scales, their rows in the order of the weight's, but not transposed."""
-        found = unpack_blocks(self.blocks, self.kind, self.rows, self.columns)
+        unpacked = unpack_blocks(self.blocks, self.kind, self.rows, self.columns)
         if self.order is None:
-            return found
-        zero_point = None if found.zero_point is None else found.zero_point[self.order]
-        return StoredBlocks(found.q[self.order], found.scale[self.order], zero_point, found.format)
+            return unpacked
+        zero_point = None if unpacked.zero_point is None else unpacked.zero_point[self.order]
+        return StoredBlocks(unpacked.q[self.order], unpacked.scale[self.order], zero_point, unpacked.format)
 
 
 def keep_stored(tensor: Kept, stored: StoredWeight | None) -> Kept:

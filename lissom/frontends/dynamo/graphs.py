@@ -147,8 +147,8 @@ def _input_name(node: fx.Node) -> str:
     return name if name.isidentifier() else f"input_{name}"
 
 
-def _unique(name: str, taken: Collection[str]) -> str:
-    names = set(taken)
+def _unique(name: str, used: Collection[str]) -> str:
+    names = set(used)
     return next(other for index in range(len(names) + 1) if (other := name if not index else f"{name}_{index}") not in names)
 
 
@@ -320,7 +320,7 @@ def _is_random(node: fx.Node) -> bool:
 def guard_sizes(graph: Graph, signature: Signature) -> None:
     """Add Dynamo guards for every size the program fixes, and for its bounds and conditions."""
     shapes = [(value.shape, leaf.type.shape) for value, leaf in zip(_fakes(graph), signature.tensors, strict=True)]
-    pairs = [pair for given, found in shapes for pair in zip(given, found, strict=True)]
+    pairs = [pair for given, captured in shapes for pair in zip(given, captured, strict=True)]
     varying = [(given, size) for given, size in pairs if isinstance(given, torch.SymInt)]
     known: dict[sympy.Symbol, torch.SymInt] = {}
     for given, size in varying:

@@ -130,19 +130,19 @@ def _matched_sizes(known: Graph, other: Graph) -> dict[sympy.Basic, sympy.Basic]
     ours, theirs = _tensors(known), _tensors(other)
     if list(map(source_name, ours)) != list(map(source_name, theirs)):
         return None
-    found: dict[sympy.Basic, sympy.Basic] = {}
+    sizes: dict[sympy.Basic, sympy.Basic] = {}
     for one, two in zip(ours, theirs, strict=True):
         a, b = one.meta["example_value"], two.meta["example_value"]
         if (a.dtype, a.device, a.dim(), type(a)) != (b.dtype, b.device, b.dim(), type(b)):
             return None
         for size, given in zip(map(size_of, a.shape), map(size_of, b.shape), strict=True):
             if isinstance(size, sympy.Symbol):
-                if found.setdefault(size, sympy.sympify(given)) != sympy.sympify(given):
+                if sizes.setdefault(size, sympy.sympify(given)) != sympy.sympify(given):
                     return None
             elif size != given:
                 return None
-    symbols = [size for size in found.values() if not size.is_number]
-    return found if len(set(symbols)) == len(symbols) else None
+    symbols = [size for size in sizes.values() if not size.is_number]
+    return sizes if len(set(symbols)) == len(symbols) else None
 
 
 class _Reader:
@@ -172,7 +172,7 @@ class _Reader:
         if isinstance(value, slice):
             return ("slice", *map(self._plain, (value.start, value.stop, value.step)))
         if isinstance(value, Mapping):
-            return tuple((key, self._plain(item)) for key, item in value.items())
+            return tuple((key, self._plain(part)) for key, part in value.items())
         if isinstance(value, (tuple, list)):
             return tuple(map(self._plain, value))
         return value

@@ -175,21 +175,21 @@ def _confirm(program: Program, model: PreTrainedModel, example: Sample) -> None:
     positions = torch.arange(mask.shape[1]).expand_as(mask) - int((mask == 0)[0].sum())
     positions = positions.clamp_min(0)
     ends = sorted({1, tokens - 1, tokens})
-    found: list[object] = []
+    outputs: list[object] = []
     with torch.no_grad(), kept_state(program), untouched(model), evaluating(model):
         for begin, end in zip([0, *ends], ends, strict=False):
             part = [ids[:, begin:end], mask, positions[:, begin:end], torch.full_like(start, begin)]
-            found = program.run([tensor.to(device) for tensor in part])
+            outputs = program.run([tensor.to(device) for tensor in part])
         given = {"input_ids": ids, "attention_mask": mask[:, :tokens], "position_ids": positions[:, :tokens]}
         wanted = run_whole(model, {name: tensor.to(device_of(model)) for name, tensor in given.items()})
-    refuse_different(model, program, wanted[:, -1].to(device), found[0])
+    refuse_different(model, program, wanted[:, -1].to(device), outputs[0])
 
 
 def refuse_different(model: nn.Module, program: Program, wanted: torch.Tensor, logits: object) -> None:
     """Refuse logits of a program, [batch, tokens, vocabulary], whose last differ from the model's. Raises CaptureError."""
     assert isinstance(logits, torch.Tensor)
-    found = logits[:, -1]
-    error = relative_error(wanted, found)
+    last = logits[:, -1]
+    error = relative_error(wanted, last)
     if error > tolerance_of(program):
         if getattr(model.config, "is_decoder", True) is False and not getattr(model.config, "is_encoder_decoder", False):
             raise CaptureError(
@@ -246,9 +246,11 @@ def check_generating(model: nn.Module, max_length: int, batch: int) -> PreTraine
 
 def _longrope_switch(model: PreTrainedModel) -> int | None:
     """The number of tokens beyond which longrope uses its long frequencies; None for other models."""
-    found = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [found, *(item for item in found.values() if isinstance(item, dict))]
-    lengths = [item["original_max_position_embeddings"] for item in kinds if item.get("rope_type") == "longrope"]
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope, *(parameters for parameters in rope.values() if isinstance(parameters, dict))]
+    lengths = [
+        parameters["original_max_position_embeddings"] for parameters in kinds if parameters.get("rope_type") == "longrope"
+    ]
     return min(lengths, default=None)
 
 
@@ -268,7 +270,7 @@ def longest_text(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     text = None if config is None else config.get_text_config(decoder=True)
     known = (getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions"))
-    return next((found for found in known if isinstance(found, int) and found > 0), None)
+    return next((limit for limit in known if isinstance(limit, int) and limit > 0), None)
 
 
 def with_state(model: PreTrainedModel, states: Sequence[State], max_length: int, batch: int) -> PreTrainedModel:

@@ -48,13 +48,13 @@ def layer_states(model: PreTrainedModel) -> list[State]:
     try:
         with untouched(model), evaluating(model), torch.no_grad():
             call(model, cache, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)))
-        found = [layer_tensors(layer) for layer in cache.layers]
+        states = [layer_tensors(layer) for layer in cache.layers]
     # The model's own code may raise anything for a cache class it does not know.
     except Exception as error:
         raise unsupported_state(model, error) from error
-    if not any(found) or any(name in KEYS_AND_VALUES and x.dim() != 4 for state in found for name, x in state.items()):
+    if not any(states) or any(name in KEYS_AND_VALUES and x.dim() != 4 for state in states for name, x in state.items()):
         raise unsupported_state(model)
-    return found
+    return states
 
 
 def _new_cache(model: PreTrainedModel) -> Any:
@@ -76,22 +76,22 @@ def layer_tensors(layer: Any) -> State:
     """The state of a layer of a transformers cache. Raises TypeError for anything but the state that is described here."""
     from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
 
-    found: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     if isinstance(layer, DummyLayer):
-        return found
+        return tensors
     if hasattr(layer, "keys"):
-        found |= {name: getattr(layer, name) for name in KEYS_AND_VALUES}
+        tensors |= {name: getattr(layer, name) for name in KEYS_AND_VALUES}
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         for kind, states in zip(OF_RECURRENT, (layer.conv_states, layer.recurrent_states), strict=True):
-            found |= {numbered(kind, index): state for index, state in states.items() if state is not None}
+            tensors |= {numbered(kind, index): state for index, state in states.items() if state is not None}
     indexer_keys: torch.Tensor | None = getattr(layer, INDEXER_KEYS, None)
     if indexer_keys is not None:
         if getattr(layer, "indexer_position_ids", None) is not None:
             raise TypeError("a layer that keeps the positions of an indexer's keys")
-        found[INDEXER_KEYS] = indexer_keys.unsqueeze(1)
-    if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in found.values()):
+        tensors[INDEXER_KEYS] = indexer_keys.unsqueeze(1)
+    if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in tensors.values()):
         raise TypeError("a layer that keeps no keys and values, or whole numbers")
-    return found
+    return tensors
 
 
 def buffers(states: Sequence[State], max_length: int, batch: int, device: torch.device) -> nn.Module:

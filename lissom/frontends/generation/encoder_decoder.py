@@ -220,15 +220,15 @@ def _source(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], seen: _S
         )
     seen.states.extend(map(layer_tensors, own.layers))
     mask = hidden.new_ones(hidden.shape[:2], dtype=torch.int64) if seen.mask is None else seen.mask.to(torch.int64)
-    found = {HIDDEN: hidden, MASK: mask}
+    source = {HIDDEN: hidden, MASK: mask}
     for index, layer in enumerate(cross.layers):
         kept = layer_tensors(layer)
         if not kept or any(tensor.dim() != 4 for tensor in (*kept.values(), *seen.states[index].values())):
             raise unsupported_state(model)
-        found |= {f"{CROSS}_{name}_{index}": tensor for name, tensor in kept.items()}
-    if len(found) == 2 or mask.shape != hidden.shape[:2]:
+        source |= {f"{CROSS}_{name}_{index}": tensor for name, tensor in kept.items()}
+    if len(source) == 2 or mask.shape != hidden.shape[:2]:
         raise unsupported_state(model)
-    return found
+    return source
 
 
 def _run_source(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], seen: _Seen) -> Inputs:
@@ -321,10 +321,10 @@ def _confirm(program: Program, model: PreTrainedModel, inputs: Inputs, example: 
     filled = torch.ones_like(mask)
     counted = torch.arange(tokens, device=ids.device).expand_as(ids).contiguous()
     ends = sorted({1, tokens - 1, tokens})
-    found: list[object] = []
+    outputs: list[object] = []
     with torch.no_grad(), kept_state(program), untouched(model), evaluating(model):
         for begin, end in zip([0, *ends], ends, strict=False):
             part = [ids[:, begin:end], filled, counted[:, begin:end], torch.full_like(start, begin), *others]
-            found = program.run(part)
+            outputs = program.run(part)
         wanted = model(**inputs, decoder_input_ids=ids.to(device_of(model)), use_cache=False).logits
-    refuse_different(model, program, wanted[:, -1].to(ids.device), found[0])
+    refuse_different(model, program, wanted[:, -1].to(ids.device), outputs[0])

@@ -87,7 +87,7 @@ def check_causal(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
         )
         longer = run_whole(model, _padded(steps.sequences[:, :-1], torch.cat([mask, mask[:, -1:]], 1)))
     pairs = zip((whole[:, -2], *steps.logits), (shorter[:, -1], longer[:, -2], longer[:, -1]), strict=True)
-    if any(not relative_error(wanted, found) <= TOLERANCE.get(wanted.dtype, 0.0) for wanted, found in pairs):
+    if any(not relative_error(wanted, actual) <= TOLERANCE.get(wanted.dtype, 0.0) for wanted, actual in pairs):
         raise UnsupportedError(
             f"the logits of {type(model).__name__} depend on later tokens, or its generate computes others than its forward"
         )

@@ -127,16 +127,16 @@ def load(name: str) -> Checkpoint:
 def tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a directory. Raises ArtifactError if there is none; UnsupportedError without transformers."""
     try:
-        found = _load_tokenizer(directory)
+        tokenizer = _load_tokenizer(directory)
     except UnsupportedError:
         raise
     # The tokenizers library raises plain exceptions for a broken file.
     except Exception as error:
         reason = first_line(error)
         raise ArtifactError(f"the tokenizer in '{directory}' cannot be loaded by transformers: {reason}") from error
-    if found is None:
+    if tokenizer is None:
         raise ArtifactError(f"'{directory}' holds no tokenizer; save the decoder with one: decoder.save(directory, tokenizer)")
-    return found
+    return tokenizer
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
@@ -183,11 +183,11 @@ def _gguf_file(directory: Path) -> str | None:
     if (directory / "config.json").is_file():
         return None
     files = sorted(path.name for path in directory.iterdir())
-    found = [name for name in files if name.endswith(".gguf")]
-    if len(found) == 1:
-        return found[0]
+    gguf_files = [name for name in files if name.endswith(".gguf")]
+    if len(gguf_files) == 1:
+        return gguf_files[0]
     onnx = next((name for name in files if name.endswith(".onnx")), None)
-    state = "is empty" if not files else f"holds {len(found)} GGUF files" if found else "has no config.json"
+    state = "is empty" if not files else f"holds {len(gguf_files)} GGUF files" if gguf_files else "has no config.json"
     advice = f", or the ONNX file {directory / onnx}" if onnx else ""
     raise ArtifactError(f"{directory} {state}; give a directory written by save_pretrained{advice}")
 
@@ -207,8 +207,8 @@ def _load_saved(directory: Path) -> tuple[PreTrainedModel, set[str]]:
         raise ArtifactError(f"{directory} has a config but no weights; put model.safetensors next to config.json")
     architectures = fields.get("architectures") or ["AutoModel"]
     model_class = getattr(transformers, architectures[0], transformers.AutoModel)
-    model, found = model_class.from_pretrained(directory, **_LOCAL, output_loading_info=True)
-    return model.eval(), set(found["missing_keys"])
+    model, loading_info = model_class.from_pretrained(directory, **_LOCAL, output_loading_info=True)
+    return model.eval(), set(loading_info["missing_keys"])
 
 
 def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -42,18 +42,18 @@ def make_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     takes = set(inspect.signature(model.forward).parameters)
     first: Exception | None = None
     for inputs, note in _candidates(model, takes, tokenizer, directory):
-        found = _completed(model, takes, {name: value for name, value in inputs.items() if name in takes})
+        completed = _completed(model, takes, {name: value for name, value in inputs.items() if name in takes})
         asked = {"use_cache": True} if "use_cache" in takes else {}
         try:
             with torch.no_grad():
-                outputs = model(**found, **asked)
+                outputs = model(**completed, **asked)
         # The model's own code may raise anything for wrong inputs; the first error is reported if no candidate works.
         except Exception as error:
             first = first or error
             continue
         # Encoders have the parameter too, because they can be configured as decoders, but return no cache.
         keeps = isinstance(outputs, Mapping) and not _CACHES.isdisjoint(outputs)
-        return found | ({"use_cache": False} if asked and keeps else {}), note
+        return completed | ({"use_cache": False} if asked and keeps else {}), note
     reason = f"runs on none of those tried: {first}" if first else f"takes '{model.main_input_name}', of which none are known"
     raise UnsupportedError(
         f"no example inputs can be made for {type(model).__name__}: it {reason}; call lissom.compile with inputs of your own"
@@ -142,8 +142,8 @@ def _random_tokens(config: PreTrainedConfig) -> torch.Tensor:
 def _pictures(config: PreTrainedConfig, directory: Path) -> Iterator[Inputs]:
     """Pictures with the size and channels of the configuration or the image processor; videos if it has `num_frames`."""
     parts = [config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config", "encoder"))]
-    channels = next((found for part in parts if isinstance(found := getattr(part, "num_channels", None), int)), 3)
-    size = next((found for part in parts if (found := two_sizes(getattr(part, "image_size", None)))), None)
+    channels = next((count for part in parts if isinstance(count := getattr(part, "num_channels", None), int)), 3)
+    size = next((sizes for part in parts if (sizes := two_sizes(getattr(part, "image_size", None)))), None)
     size = size or _processor_size(directory) or (224, 224)
     frames = getattr(config, "num_frames", None)
     if isinstance(frames, int):
@@ -159,16 +159,16 @@ def _processor_size(directory: Path) -> tuple[int, int] | None:
     return two_sizes(fields.get("crop_size")) or two_sizes(fields.get("size"))
 
 
-def two_sizes(found: object) -> tuple[int, int] | None:
+def two_sizes(size: object) -> tuple[int, int] | None:
     """Height and width from a number, a pair or a mapping; None for anything else."""
-    if isinstance(found, int) and found > 0:
-        return found, found
-    if isinstance(found, (list, tuple)) and len(found) == 2:
-        return int(found[0]), int(found[1])
-    if isinstance(found, Mapping):
-        if "height" in found and "width" in found:
-            return int(found["height"]), int(found["width"])
-        return two_sizes(found.get("shortest_edge"))
+    if isinstance(size, int) and size > 0:
+        return size, size
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    if isinstance(size, Mapping):
+        if "height" in size and "width" in size:
+            return int(size["height"]), int(size["width"])
+        return two_sizes(size.get("shortest_edge"))
     return None
 
 
@@ -190,8 +190,8 @@ def _spectrograms(config: PreTrainedConfig, directory: Path) -> Iterator[Inputs]
     """Spectrograms [rows, mel bins, frames] and [rows, frames, mel bins]."""
     names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "feature_size")
     parts = [config, *(getattr(config, name, None) for name in ("encoder_config", "audio_config", "encoder"))]
-    found = [getattr(part, name, None) for part in parts for name in names]
-    bins = next((size for size in found if isinstance(size, int)), 80)
+    sizes = [getattr(part, name, None) for part in parts for name in names]
+    bins = next((size for size in sizes if isinstance(size, int)), 80)
     positions = getattr(config, "max_source_positions", None)
     # Whisper's encoder has a position for every two frames, and requires exactly that many frames.
     yield {"input_features": _normal(_ROWS, bins, 2 * positions if isinstance(positions, int) else _FRAMES)}

@@ -50,7 +50,7 @@ def load(name: str) -> Source:
     if name.endswith(".onnx") or Path(name).is_file():
         if not name.endswith(".onnx"):
             raise ArtifactError(f"{name} is a file, but its name does not end in .onnx; give an ONNX file or a directory")
-        found = onnx.read(name)
-        return Source(found.module, found.example_inputs(), (f"example inputs: {found.describe_inputs()}",))
+        onnx_model = onnx.read(name)
+        return Source(onnx_model.module, onnx_model.example_inputs(), (f"example inputs: {onnx_model.describe_inputs()}",))
     checkpoint = huggingface.load(name)
     return Source(checkpoint.model, checkpoint.example_inputs, checkpoint.notes, checkpoint)

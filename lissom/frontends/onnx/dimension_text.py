@@ -44,8 +44,8 @@ def names_in(text: str) -> list[str]:
     """The names in a formula, in order. Raises NoFormulaError."""
     nodes = list(ast.walk(_parsed(text)))
     called = [node.func for node in nodes if isinstance(node, ast.Call)]
-    found = [node for node in nodes if isinstance(node, ast.Name) and node not in called]
-    return list(dict.fromkeys(node.id for node in sorted(found, key=lambda node: node.col_offset)))
+    names = [node for node in nodes if isinstance(node, ast.Name) and node not in called]
+    return list(dict.fromkeys(node.id for node in sorted(names, key=lambda node: node.col_offset)))
 
 
 def size_of(text: str, sizes: Mapping[str, int]) -> int:
@@ -72,19 +72,19 @@ def _parsed(text: str) -> ast.expr:
 def _value(node: ast.expr, sizes: Mapping[str, int]) -> Fraction:
     match node:
         case ast.Constant(value=int(number)) if not isinstance(number, bool):
-            found = Fraction(number)
+            value = Fraction(number)
         case ast.Name(id=name) if name in sizes:
-            found = Fraction(sizes[name])
+            value = Fraction(sizes[name])
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            found = -_value(operand, sizes)
+            value = -_value(operand, sizes)
         case ast.BinOp(op=ast.Pow(), left=left, right=ast.Constant(value=int(exponent))) if 0 <= exponent <= _LARGEST_EXPONENT:
-            found = _value(left, sizes) ** exponent
+            value = _value(left, sizes) ** exponent
         case ast.BinOp(op=kind, left=left, right=right) if type(kind) in _OPERATORS:
-            found = Fraction(_OPERATORS[type(kind)](_value(left, sizes), _value(right, sizes)))
+            value = Fraction(_OPERATORS[type(kind)](_value(left, sizes), _value(right, sizes)))
         case ast.Call(func=ast.Name(id=name), args=[_, *_] as args, keywords=[]) if name in _FUNCTIONS:
-            found = Fraction(_FUNCTIONS[name](*(_value(arg, sizes) for arg in args)))
+            value = Fraction(_FUNCTIONS[name](*(_value(arg, sizes) for arg in args)))
         case _:
             raise NoFormulaError(f"'{ast.unparse(node)}' is not part of a formula")
-    if max(abs(found), found.denominator) > LARGEST:
+    if max(abs(value), value.denominator) > LARGEST:
         raise NoFormulaError(f"a number in a formula is at most {LARGEST}")
-    return found
+    return value

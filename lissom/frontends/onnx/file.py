@@ -63,7 +63,10 @@ def read_file(path: Path) -> ir.Model:
     proto = read_proto(path)
     folder = path.absolute().parent
     _bring_in(proto, path, folder)
-    twice = next((name for name, count in Counter(item.name for item in proto.graph.initializer).items() if count > 1), None)
+    twice = next(
+        (name for name, count in Counter(initializer.name for initializer in proto.graph.initializer).items() if count > 1),
+        None,
+    )
     if twice is not None:
         raise ArtifactError(f"{path} is not a valid ONNX file: it holds two initializers '{twice}'; export the model again")
     model = ir.from_proto(proto)
@@ -114,8 +117,8 @@ def parts_of(message: Message, kind: type[Part]) -> Iterator[Part]:
         yield message
     for field, value in message.ListFields():
         if field.message_type is not None:
-            for item in [value] if isinstance(value, Message) else value:
-                yield from parts_of(item, kind)
+            for nested in [value] if isinstance(value, Message) else value:
+                yield from parts_of(nested, kind)
 
 
 def is_external(tensor: onnx.TensorProto) -> bool:
@@ -182,8 +185,8 @@ def _check(light: onnx.ModelProto, path: Path) -> None:
     except onnx.checker.ValidationError as error:
         raise ArtifactError(f"{path} is not a valid ONNX file: {one_line(error)}; export the model again") from error
     except onnx.shape_inference.InferenceError as error:
-        found = _INFERENCE.search(str(error))
-        said = f"{found['kind']} '{found['name'] or ''}': {found['reason']}" if found else one_line(error)
+        match = _INFERENCE.search(str(error))
+        said = f"{match['kind']} '{match['name'] or ''}': {match['reason']}" if match else one_line(error)
         raise ArtifactError(f"{path} is not a valid ONNX file: {said}; export the model again") from error
 
 
@@ -211,14 +214,14 @@ def infer_shapes(model: ir.Model) -> None:
 def _check_values(light: onnx.ModelProto) -> None:
     """Refuse attribute values that the standard does not have. Raises ValidationError naming the node."""
     for node in parts_of(light, onnx.NodeProto):
-        for item in node.attribute if node.domain in ("", "ai.onnx") else ():
-            if item.ref_attr_name or item.name not in _ALLOWED:
+        for option in node.attribute if node.domain in ("", "ai.onnx") else ():
+            if option.ref_attr_name or option.name not in _ALLOWED:
                 continue
-            value = onnx.helper.get_attribute_value(item)
-            if value not in _ALLOWED[item.name]:
-                allowed = ", ".join(str(known) for known in _ALLOWED[item.name])
+            value = onnx.helper.get_attribute_value(option)
+            if value not in _ALLOWED[option.name]:
+                allowed = ", ".join(str(known) for known in _ALLOWED[option.name])
                 raise onnx.checker.ValidationError(
-                    f"{node.op_type} {node.name!r} has the attribute {item.name} of {value}, and the standard has {allowed}"
+                    f"{node.op_type} {node.name!r} has the attribute {option.name} of {value}, and the standard has {allowed}"
                 )
 
 
@@ -228,19 +231,19 @@ def _check_calls(light: onnx.ModelProto) -> None:
     Raises:
         ValidationError: if there is one.
     """
-    functions = {(item.domain, item.name): item for item in light.functions}
+    functions = {(function.domain, function.name): function for function in light.functions}
     sizes: dict[tuple[str, str], int] = {}
 
     def count(nodes: Iterable[onnx.NodeProto]) -> int:
         """The number of nodes after inlining every function."""
-        found = 0
+        total = 0
         for node in nodes:
             called = (node.domain, node.op_type)
             if called in functions and called not in sizes:
                 sizes[called] = count(functions[called].node)
-            found += sizes.get(called, 1)
-            found += sum(count(item.g.node) for item in node.attribute if item.HasField("g"))
-        return found
+            total += sizes.get(called, 1)
+            total += sum(count(attribute.g.node) for attribute in node.attribute if attribute.HasField("g"))
+        return total
 
     total = count(light.graph.node)
     if total > MOST_NODES:

@@ -56,9 +56,9 @@ def check_operators(model: ir.Model, path: Path) -> None:
             full = node.op_type if standard else f"{node.domain}.{node.op_type}"
             missing.setdefault(f"{full} (opset {opset})", f"node {node.name!r}")
     if missing:
-        found = ", ".join(f"{operator} in {node}" for operator, node in missing.items())
+        uses = ", ".join(f"{operator} in {node}" for operator, node in missing.items())
         raise UnsupportedError(
-            f"{path} cannot be converted: there is no correct conversion of {found}; export the model again with standard ONNX "
+            f"{path} cannot be converted: there is no correct conversion of {uses}; export the model again with standard ONNX "
             f"operators, opset 17 to 23"
         )
 
@@ -77,7 +77,7 @@ def take_weights(model: ir.Model) -> dict[str, tuple[str, torch.Tensor]]:
 
     Scalars and integers stay, because conversion needs their values.
     """
-    taken: dict[str, tuple[str, torch.Tensor]] = {}
+    weights: dict[str, tuple[str, torch.Tensor]] = {}
     names: set[str] = set()
     for index, value in enumerate(list(model.graph.initializers.values())):
         data, wanted = value.const_value, _unique(_weight_name(value), names)
@@ -86,15 +86,15 @@ def take_weights(model: ir.Model) -> dict[str, tuple[str, torch.Tensor]]:
         value.name = f"lissom_weight_{index}"
         if data.dtype.is_floating_point() and data.size > 1:
             tensor = _to_torch(data)
-            taken[value.name] = (wanted, tensor.t().contiguous() if TRANSPOSED in value.meta else tensor)
+            weights[value.name] = (wanted, tensor.t().contiguous() if TRANSPOSED in value.meta else tensor)
             value.const_value = None
             model.graph.inputs.append(value)
         else:
-            taken[value.name] = (wanted, _to_torch(data))
+            weights[value.name] = (wanted, _to_torch(data))
             # The data is read now: conversion does not know the directory of external data.
             value.const_value = ir.Tensor(data.numpy(), name=value.name)
             model.graph.initializers.add(value)
-    return taken
+    return weights
 
 
 def rows_of(model: ir.Model) -> dict[str, int]:
@@ -149,15 +149,15 @@ def _weight_name(value: ir.Value) -> str:
     return ".".join(re.sub(r"\W", "_", part) for part in parts)
 
 
-def _unique(name: str, taken: set[str]) -> str:
+def _unique(name: str, used: set[str]) -> str:
     """The name, with a number appended if needed, so that it neither equals, contains nor extends the path of a taken name."""
-    found, count = name, 0
-    while any(found == other or found.startswith(f"{other}.") or other.startswith(f"{found}.") for other in taken):
+    unique, count = name, 0
+    while any(unique == other or unique.startswith(f"{other}.") or other.startswith(f"{unique}.") for other in used):
         count += 1
-        extends = any(name.startswith(f"{other}.") for other in taken)
-        found = f"{name.replace('.', '_') if extends else name}_{count}"
-    taken.add(found)
-    return found
+        extends = any(name.startswith(f"{other}.") for other in used)
+        unique = f"{name.replace('.', '_') if extends else name}_{count}"
+    used.add(unique)
+    return unique
 
 
 def torch_dtype(dtype: ir.DataType) -> torch.dtype | None:
@@ -178,5 +178,5 @@ def _to_torch(data: ir.TensorProtocol) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
     # Bytes in a file may have any value, and PyTorch booleans must be 0 or 1.
     is_bool = dtype is torch.bool
-    found = torch.frombuffer(bytearray(data.tobytes()), dtype=torch.uint8 if is_bool else dtype).reshape(shape)
-    return found.ne(0) if is_bool else found
+    tensor = torch.frombuffer(bytearray(data.tobytes()), dtype=torch.uint8 if is_bool else dtype).reshape(shape)
+    return tensor.ne(0) if is_bool else tensor

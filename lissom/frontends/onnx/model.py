@@ -59,11 +59,11 @@ class OnnxModel:
     def example_inputs(self) -> dict[str, torch.Tensor]:
         """Inputs with the sizes in the file; dynamic sizes are small: two rows, eight or more of the rest."""
         sizes: dict[str, int] = {}
-        return {name: _example(item, sizes) for name, item in zip(self.names, self.inputs, strict=True)}
+        return {name: _example(declared, sizes) for name, declared in zip(self.names, self.inputs, strict=True)}
 
     def describe_inputs(self) -> str:
         """The inputs as the file declares them, `input_ids[batch, sequence]`."""
-        return ", ".join(f"{item.name}[{', '.join(map(str, item.sizes))}]" for item in self.inputs)
+        return ", ".join(f"{declared.name}[{', '.join(map(str, declared.sizes))}]" for declared in self.inputs)
 
 
 def from_onnx(path: str | Path) -> nn.Module:
@@ -123,12 +123,12 @@ def _read(path: Path) -> OnnxModel:
     origins = onnx_graph.origins_of(model, path)
     weights = onnx_graph.take_weights(model)
     converted = onnx2fx.convert(ir.to_proto(model))
-    found = OnnxModel(_module(converted, re.sub(r"\W", "_", path.stem), weights, origins), inputs)
-    found.module.meta["dynamic"] = {
-        name: {index: size for index, size in enumerate(item.sizes) if isinstance(size, str)}
-        for name, item in zip(found.names, inputs, strict=True)
+    onnx_model = OnnxModel(_module(converted, re.sub(r"\W", "_", path.stem), weights, origins), inputs)
+    onnx_model.module.meta["dynamic"] = {
+        name: {index: size for index, size in enumerate(declared.sizes) if isinstance(size, str)}
+        for name, declared in zip(onnx_model.names, inputs, strict=True)
     }
-    return found
+    return onnx_model
 
 
 def _input(value: ir.Value, rows: Mapping[str, int], path: Path) -> Input:
@@ -194,24 +194,24 @@ def _read_weight(graph: fx.Graph, root: nn.Module, node: fx.Node, name: str, ten
     graph.erase_node(node)
 
 
-def _example(item: Input, sizes: dict[str, int]) -> torch.Tensor:
+def _example(declared: Input, sizes: dict[str, int]) -> torch.Tensor:
     """An example of one input; `sizes` holds the sizes chosen so far, by name."""
-    shape = [_size(size, sizes) for size in item.sizes]
+    shape = [_size(size, sizes) for size in declared.sizes]
     if math.prod(shape) > _MOST_ELEMENTS:
         raise CaptureError(
-            f"input {item.name!r} is {shape}, and example inputs are made of at most {_MOST_ELEMENTS} elements; "
+            f"input {declared.name!r} is {shape}, and example inputs are made of at most {_MOST_ELEMENTS} elements; "
             f"give example inputs of your own"
         )
     generator = torch.Generator().manual_seed(0)
-    if item.dtype.is_floating_point:
-        return torch.randn(shape, generator=generator).to(item.dtype)
-    if item.dtype is torch.bool or "mask" in item.name:
-        return torch.ones(shape, dtype=item.dtype)
-    if "position" in item.name and shape:
-        return torch.arange(shape[-1], dtype=item.dtype).expand(shape).contiguous()
-    if "type" in item.name or "segment" in item.name:
-        return torch.zeros(shape, dtype=item.dtype)
-    return torch.randint(0, item.rows or 2, shape, generator=generator).to(item.dtype)
+    if declared.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(declared.dtype)
+    if declared.dtype is torch.bool or "mask" in declared.name:
+        return torch.ones(shape, dtype=declared.dtype)
+    if "position" in declared.name and shape:
+        return torch.arange(shape[-1], dtype=declared.dtype).expand(shape).contiguous()
+    if "type" in declared.name or "segment" in declared.name:
+        return torch.zeros(shape, dtype=declared.dtype)
+    return torch.randint(0, declared.rows or 2, shape, generator=generator).to(declared.dtype)
 
 
 def _size(size: int | str, sizes: dict[str, int]) -> int:

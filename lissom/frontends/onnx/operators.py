@@ -38,8 +38,8 @@ def shape(x: torch.Tensor, *, start: int = 0, end: int | None = None) -> torch.T
     """The sizes of the dimensions from `start` to `end`, exclusive."""
     sizes = list(x.shape)[start:end]
     # Not torch.tensor, which writes in place when it is traced.
-    found = [torch.scalar_tensor(size, dtype=torch.int64) for size in sizes]
-    return remember(torch.stack(found) if found else torch.empty(0, dtype=torch.int64), sizes)
+    elements = [torch.scalar_tensor(size, dtype=torch.int64) for size in sizes]
+    return remember(torch.stack(elements) if elements else torch.empty(0, dtype=torch.int64), sizes)
 
 
 def size_of(x: torch.Tensor) -> torch.Tensor:
@@ -155,8 +155,8 @@ def cumulative_sum(x: torch.Tensor, axis: torch.Tensor, *, exclusive: int = 0, r
 
 def power(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
     """x raised to the exponent, in the dtype of `x`."""
-    found = torch.pow(x, exponent)
-    return found if found.dtype is x.dtype else found.to(x.dtype)
+    raised = torch.pow(x, exponent)
+    return raised if raised.dtype is x.dtype else raised.to(x.dtype)
 
 
 def swish(x: torch.Tensor, *, alpha: float = 1.0) -> torch.Tensor:
@@ -260,7 +260,7 @@ def _capped(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, softcap: float
 ) -> torch.Tensor:
     repeats = q.shape[1] // k.shape[1]
-    k, v = (item.repeat_interleave(repeats, 1) if repeats > 1 else item for item in (k, v))
+    k, v = (operand.repeat_interleave(repeats, 1) if repeats > 1 else operand for operand in (k, v))
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = (scores / softcap).tanh() * softcap
     if mask is not None:
@@ -333,7 +333,7 @@ def _handler(one: Function, more: Function) -> Callable[[GraphBuilder, onnx.Node
         from onnx.helper import get_attribute_value
 
         inputs: Sequence[fx.Node | None] = [builder.get_value(name) if name else None for name in node.input]
-        attributes = {item.name: get_attribute_value(item) for item in node.attribute}
+        attributes = {attribute.name: get_attribute_value(attribute) for attribute in node.attribute}
         plain = {name: value.decode() if isinstance(value, bytes) else value for name, value in attributes.items()}
         return builder.call_function(one if len(node.output) == 1 else more, inputs, plain)
 

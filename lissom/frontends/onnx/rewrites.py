@@ -132,7 +132,7 @@ def _to_linear(graph: ir.Graph, node: ir.Node, transposed: dict[ir.Value, ir.Val
         return
     after = _only_user(node.outputs[0])
     if node.op_type == "MatMul" and after is not None and after.op_type == "Add" and after.graph is graph:
-        bias = next((item for item in after.inputs if item is not None and _is_bias(item, features)), None)
+        bias = next((operand for operand in after.inputs if operand is not None and _is_bias(operand, features)), None)
         old += [after] if bias is not None else []
     new = ir.Node(operators.DOMAIN, "Linear", [x, weight] if bias is None else [x, weight, bias])
     # A name from an exporter, such as `onnx::MatMul_12` or `val_8`, and not from the model.
@@ -143,7 +143,7 @@ def _to_linear(graph: ir.Graph, node: ir.Node, transposed: dict[ir.Value, ir.Val
 
 def _weight(graph: ir.Graph, node: ir.Node, matrix: ir.Value | None, transposed: dict[ir.Value, ir.Value]) -> ir.Value | None:
     """The weight of a matrix product, [out, in]; None if the factor is not a weight."""
-    options = {name: item.value for name, item in node.attributes.items()}
+    options = {name: attribute.value for name, attribute in node.attributes.items()}
     plain = options.get("alpha", 1.0) == 1.0 and options.get("beta", 1.0) == 1.0 and not options.get("transA", 0)
     if matrix is None or not plain:
         return None

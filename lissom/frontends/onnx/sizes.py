@@ -30,9 +30,9 @@ _NUMBERS = "lissom_numbers"
 
 def remember(tensor: torch.Tensor, numbers: Iterable[object]) -> torch.Tensor:
     """The tensor, with its elements remembered: plain or symbolic numbers, in order."""
-    found = np.empty(tensor.numel(), dtype=object)
-    found[:] = list(numbers)
-    setattr(tensor, _NUMBERS, found.reshape(tuple(tensor.shape)))
+    elements = np.empty(tensor.numel(), dtype=object)
+    elements[:] = list(numbers)
+    setattr(tensor, _NUMBERS, elements.reshape(tuple(tensor.shape)))
     return tensor
 
 
@@ -80,12 +80,12 @@ def _pass_on(rule: Callable[..., object], args: Sequence[object], kwargs: Mappin
     plain = [numbers_of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     if any(new is None and old is not None for new, old in zip(plain, leaves, strict=True)):
         return
-    tensors = [item for item in pytree.tree_leaves(result) if isinstance(item, torch.Tensor)]
+    tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
     if any(any(type(size) is not int for size in tensor.shape) or tensor.numel() > MOST for tensor in tensors):
         return
     plain_args, plain_kwargs = pytree.tree_unflatten(plain, spec)
-    found = rule(*plain_args, **plain_kwargs)
-    for tensor, value in zip(tensors, found if isinstance(found, list) else [found], strict=True):
+    elements = rule(*plain_args, **plain_kwargs)
+    for tensor, value in zip(tensors, elements if isinstance(elements, list) else [elements], strict=True):
         flat = value.reshape(-1).tolist() if isinstance(value, np.ndarray) else [value]
         if len(flat) == tensor.numel():
             remember(tensor, flat)
@@ -97,7 +97,7 @@ def _with_literal(func: Callable[..., object], args: Sequence[object]) -> Sequen
     Only if that changes neither the dtype nor the shape of the result: the other operand is data of the same dtype and of at
     least the same rank.
     """
-    tensors = [item for item in args if isinstance(item, torch.Tensor)]
+    tensors = [operand for operand in args if isinstance(operand, torch.Tensor)]
     if len(tensors) < len(args):
         return args
     *condition, left, right = tensors
@@ -114,9 +114,9 @@ def _literal(tensor: torch.Tensor, beside: torch.Tensor) -> int | float | None:
     known = numbers_of(tensor)
     if known is None or known.size != 1 or numbers_of(beside) is not None:
         return None
-    found = known.item()
+    number = known.item()
     fits = tensor.dtype == beside.dtype and tensor.dim() <= beside.dim()
-    return found if fits and type(found) in (int, float) else None
+    return number if fits and type(number) in (int, float) else None
 
 
 def _each(function: Callable[..., object], inputs: int) -> Callable[..., object]:
@@ -147,9 +147,9 @@ def _to_integer(value: Any) -> object:
 def _tensor(data: object, **options: object) -> np.ndarray:
     """The elements of nested lists of numbers."""
     leaves = pytree.tree_leaves(list(data) if isinstance(data, torch.Size) else data)
-    found = np.empty(len(leaves), dtype=object)
-    found[:] = leaves
-    return found
+    elements = np.empty(len(leaves), dtype=object)
+    elements[:] = leaves
+    return elements
 
 
 def _item(array: np.ndarray, index: Any) -> object:
@@ -209,7 +209,7 @@ _RULES: Mapping[Callable[..., object], Callable[..., object]] = {
     torch.where: _each(lambda condition, left, right: left if condition else right, 3),
     torch.div: _quotient,
     torch.tensor: _tensor,
-    torch.full: lambda size, fill_value, **options: np.full([int(item) for item in size], fill_value, dtype=object),
+    torch.full: lambda size, fill_value, **options: np.full([int(number) for number in size], fill_value, dtype=object),
     torch.cat: lambda arrays, dim=0: np.concatenate(arrays, dim),
     torch.stack: lambda arrays, dim=0: np.stack(arrays, dim),
     torch.prod: lambda array, dim=None, **options: np.multiply.reduce(array, axis=dim),

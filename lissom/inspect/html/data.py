@@ -35,7 +35,7 @@ def page_data(
     steps: list[dict[str, object]] = []
     before: list[int] = []
     for index, (step, text) in enumerate(zip(history.steps, history.texts, strict=True)):
-        lines = [Line.of(item) for item in text.split("\n")]
+        lines = [Line.of(line) for line in text.split("\n")]
         facts = history.facts_of(index)
         records = [tables.record(line, facts.get(line.defines)) for line in lines]
         fold = tables.fold(text, lines)
@@ -62,8 +62,8 @@ def _errors(errors: NodeErrors) -> dict[str, object]:
     """The errors of nodes, and the softmax mass that attentions lost, to three digits."""
     lost = {name: 1 - mass for name, mass in errors.kept_mass.items()}
     return {
-        key: {f"%{name}": _finite(float(f"{value:.3g}")) for name, value in found.items()}
-        for key, found in (("nodes", errors.nodes), ("lost", lost))
+        key: {f"%{name}": _finite(float(f"{value:.3g}")) for name, value in values.items()}
+        for key, values in (("nodes", errors.nodes), ("lost", lost))
     }
 
 
@@ -105,15 +105,15 @@ def _finite(figure: float | None) -> float | None:
 def _stretches(before: Sequence[int], records: Sequence[int]) -> list[int]:
     """A list of records as stretches of the list before it and of new records."""
     places = {record: place for place, record in enumerate(before)}
-    found: list[list[int]] = []
+    stretches: list[list[int]] = []
     for record in records:
         source, start = (0, places[record]) if record in places else (1, record)
-        last = found[-1] if found else [2, 0, 0]
+        last = stretches[-1] if stretches else [2, 0, 0]
         if last[0] == source and last[1] + last[2] == start:
             last[2] += 1
         else:
-            found.append([source, start, 1])
-    return [number for stretch in found for number in stretch]
+            stretches.append([source, start, 1])
+    return [number for stretch in stretches for number in stretch]
 
 
 @dataclass
@@ -132,8 +132,8 @@ class _Tables:
         """The number of a line with its facts."""
         cost, origin, replaces = -1, -1, -1
         if facts is not None:
-            found = facts.cost
-            figures = (int(found.flops), int(found.read_bytes), int(found.written_bytes), found.parameters)
+            node_cost = facts.cost
+            figures = (int(node_cost.flops), int(node_cost.read_bytes), int(node_cost.written_bytes), node_cost.parameters)
             cost = _number(self.costs, figures)
             origin = _number(self.origins, (facts.origin.source, facts.origin.code, facts.origin.passes))
             replaces = _number(self.names, f"%{facts.origin.replaces}") if facts.origin.replaces else -1
@@ -143,19 +143,23 @@ class _Tables:
     def fold(self, text: str, lines: Sequence[Line]) -> int:
         """The number of the identical layers of a program; equal ones have one number."""
         if text not in self.folded:
-            found = {
+            layer_groups = {
                 path: [[list(group.members), list(group.differences)] for group in groups]
                 for path, groups in identical_layers(lines).items()
             }
-            if found not in self.folds:
-                self.folds.append(found)
-            self.folded[text] = self.folds.index(found)
+            if layer_groups not in self.folds:
+                self.folds.append(layer_groups)
+            self.folded[text] = self.folds.index(layer_groups)
         return self.folded[text]
 
     def to_json(self) -> dict[str, object]:
         lists = {"pieces": self.pieces, "costs": self.costs, "origins": self.origins, "records": self.records}
-        return {"names": list(self.names), "folds": self.folds, **{name: list(map(list, item)) for name, item in lists.items()}}
+        return {
+            "names": list(self.names),
+            "folds": self.folds,
+            **{name: list(map(list, values)) for name, values in lists.items()},
+        }
 
 
-def _number(table: dict[Item, int], item: Item) -> int:
-    return table.setdefault(item, len(table))
+def _number(table: dict[Item, int], entry: Item) -> int:
+    return table.setdefault(entry, len(table))

@@ -22,7 +22,7 @@ def page(title: str, data: Mapping[str, object], text: str) -> str:
     # A script element ends at the first `</`, whatever it holds, and `<!--` may open a comment in it.
     block = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c").replace(">", "\\u003e")
     parts = {"title": html.escape(title), "data": block, "text": html.escape(text)}
-    return _SLOT.sub(lambda found: parts[found[1]] if found[1] in parts else _read(found[1]), _read("page.html"))
+    return _SLOT.sub(lambda match: parts[match[1]] if match[1] in parts else _read(match[1]), _read("page.html"))
 
 
 def _read(name: str) -> str:

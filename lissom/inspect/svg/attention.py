@@ -51,9 +51,9 @@ def attention_svg(program: Program, only: str = "", tokens: int = TOKENS) -> str
     """
     if tokens < 1:
         raise UnsupportedError(f"a pattern of {tokens} tokens cannot be drawn; give 1 token or more")
-    found = [node for node in program.nodes() if is_attention(node) or nodes.is_call(node, block_sparse_attention)]
-    paths = {nodes.origin(node).module_path: None for node in found}
-    chosen = [node for node in found if _is_in(nodes.origin(node).module_path, only)]
+    attentions = [node for node in program.nodes() if is_attention(node) or nodes.is_call(node, block_sparse_attention)]
+    paths = {nodes.origin(node).module_path: None for node in attentions}
+    chosen = [node for node in attentions if _is_in(nodes.origin(node).module_path, only)]
     if not chosen:
         raise UnsupportedError(f"{program.name} has no attention in '{only}'{nearest(only, paths) or ';'} {_some([*paths])}")
     squares: dict[tuple[object, ...], tuple[torch.Tensor, int, list[str]]] = {}

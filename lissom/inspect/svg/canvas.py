@@ -143,8 +143,8 @@ class Canvas:
 
 def _kinds(element: str) -> list[str]:
     """The classes of an element."""
-    found = _CLASS.search(element)
-    return found[1].split() if found else []
+    match = _CLASS.search(element)
+    return match[1].split() if match else []
 
 
 def _escaped(words: str) -> str:

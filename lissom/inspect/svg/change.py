@@ -36,12 +36,12 @@ def change_svg(history: History, step: int, name: str) -> str | None:
         return None
     # A page shows the picture as an image, which has no texts for the pointer.
     canvas, pictures = Canvas(about=False), list[Picture]()
-    lines = [[Line.of(item) for item in history.texts[index].split("\n")] for index in both]
+    lines = [[Line.of(line) for line in history.texts[index].split("\n")] for index in both]
     facts = [history.facts_of(index) for index in both]
     for side, verb in ((0, "removed"), (1, "added")):
-        found = statuses(lines[side], facts[side], Compared(lines[1 - side], verb, facts[1 - side]))
-        part = _shown([line for line in lines[side] if not line.is_node or line.defines in found or is_size(line)])
-        pictures.append(Picture(lines[side], part, found, canvas=canvas))
+        status = statuses(lines[side], facts[side], Compared(lines[1 - side], verb, facts[1 - side]))
+        part = _shown([line for line in lines[side] if not line.is_node or line.defines in status or is_size(line)])
+        pictures.append(Picture(lines[side], part, status, canvas=canvas))
     pages = [picture.page() for picture in pictures]
     titles = "before", f"after {name}"
     widths = [max(page.width, LABEL_WIDTH * len(title), _LEAST) for page, title in zip(pages, titles, strict=True)]
@@ -59,6 +59,6 @@ def _shown(changed: Sequence[Line]) -> Shown:
     """These nodes without frames of modules; the names of modules are with the only node of each."""
     plain = [replace(line, pieces=(*line.pieces[:-2], ""), names=line.names[:-1]) if line.path else line for line in changed]
     counts = Counter(line.path for line in changed)
-    found = shown(plain, most=_MOST)
-    found.names = {line.defines: line.path.rpartition(".")[2] for line in changed if line.path and counts[line.path] == 1}
-    return found
+    part = shown(plain, most=_MOST)
+    part.names = {line.defines: line.path.rpartition(".")[2] for line in changed if line.path and counts[line.path] == 1}
+    return part

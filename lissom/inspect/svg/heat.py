@@ -37,12 +37,12 @@ class Heat:
         Args:
             keys: for every node the node that stands for it, or its closed module.
         """
-        found: dict[str, float] = {}
+        joined: dict[str, float] = {}
         for name, key in keys.items():
             value = self.values.get(name, 0.0)
             adds = not self.largest and not key.startswith("%")
-            found[key] = found.get(key, 0.0) + value if adds else max(found.get(key, 0.0), value)
-        return found
+            joined[key] = joined.get(key, 0.0) + value if adds else max(joined.get(key, 0.0), value)
+        return joined
 
 
 def heat_of(kind: str, history: History, step: int, times: LayerTimes | None, errors: NodeErrors | None) -> Heat:

@@ -43,8 +43,8 @@ class Box:
     def leaves(self) -> Iterator[str]:
         """The keys of all boxes without items in it, or its own."""
         if self.items:
-            for item in self.items:
-                yield from item.leaves()
+            for inner in self.items:
+                yield from inner.leaves()
         else:
             yield self.key
 
@@ -76,7 +76,7 @@ class _Vertex:
 
     order: int
     width: float = 0.0
-    item: Box | None = None
+    box: Box | None = None
     rank: int = 0
     center: float = 0.0
     above: list[_Vertex] = field(default_factory=list["_Vertex"])
@@ -84,12 +84,12 @@ class _Vertex:
 
     def exit(self, source: str) -> float:
         """X where an edge from this source leaves."""
-        offset = 0.0 if self.item is None else self.item.exits.get(source, self.width / 2) - self.width / 2
+        offset = 0.0 if self.box is None else self.box.exits.get(source, self.width / 2) - self.width / 2
         return self.center + offset
 
     def entry(self, source: str) -> float:
         """X where an edge from this source arrives."""
-        offset = 0.0 if self.item is None else self.item.entries.get(source, self.width / 2) - self.width / 2
+        offset = 0.0 if self.box is None else self.box.entries.get(source, self.width / 2) - self.width / 2
         return self.center + offset
 
 
@@ -98,9 +98,9 @@ def place(box: Box, edges: Sequence[tuple[str, str]]) -> None:
     if not box.items:
         return
     inside = set(box.leaves())
-    for item in box.items:
-        own = set(item.leaves())
-        place(item, [edge for edge in edges if edge[0] in own or edge[1] in own])
+    for inner in box.items:
+        own = set(inner.leaves())
+        place(inner, [edge for edge in edges if edge[0] in own or edge[1] in own])
     _Rows(box, [edge for edge in edges if edge[0] in inside or edge[1] in inside], inside).place()
 
 
@@ -109,8 +109,8 @@ class _Rows:
 
     def __init__(self, box: Box, edges: Iterable[tuple[str, str]], inside: set[str]) -> None:
         self.box = box
-        self.items = [_Vertex(order, item.width, item) for order, item in enumerate(box.items)]
-        owner = {key: vertex for vertex, item in zip(self.items, box.items, strict=True) for key in item.leaves()}
+        self.items = [_Vertex(order, inner.width, inner) for order, inner in enumerate(box.items)]
+        owner = {key: vertex for vertex, inner in zip(self.items, box.items, strict=True) for key in inner.leaves()}
         self.ins: dict[str, _Vertex] = {}
         self.outs: dict[str, _Vertex] = {}
         self.links: dict[tuple[str, _Vertex, _Vertex], None] = {}
@@ -144,7 +144,7 @@ class _Rows:
             end.rank = max(end.rank, start.rank + 1)
         reading = {end for _, _, end in forward}
         for vertex in self.items:
-            readers = [end.rank for _, start, end in forward if start is vertex and end.item is not None]
+            readers = [end.rank for _, start, end in forward if start is vertex and end.box is not None]
             if readers and vertex not in reading:
                 vertex.rank = min(readers) - 1
         last = max((vertex.rank for vertex in self.items), default=0) + 1
@@ -189,16 +189,16 @@ class _Rows:
         shift = (box.width - (right - left)) / 2 - left
         y, tops, ends = box.header, dict[int, float](), dict[int, float]()
         for row in rows:
-            rank, height = row[0].rank, max((vertex.item.height for vertex in row if vertex.item), default=0.0)
-            ports = all(vertex.item is None and vertex.order in (-1, len(self.items)) for vertex in row)
+            rank, height = row[0].rank, max((vertex.box.height for vertex in row if vertex.box), default=0.0)
+            ports = all(vertex.box is None and vertex.order in (-1, len(self.items)) for vertex in row)
             tops[rank] = y
             y += height
             ends[rank] = y
             y += _BETWEEN if not ports or rank == 0 else 0.0
             for vertex in row:
                 vertex.center += shift
-                if vertex.item is not None:
-                    vertex.item.x, vertex.item.y = vertex.center - vertex.width / 2, tops[rank]
+                if vertex.box is not None:
+                    vertex.box.x, vertex.box.y = vertex.center - vertex.width / 2, tops[rank]
         box.height = y if self.outs else y - _BETWEEN + _PADDING
         box.entries = {source: vertex.center for source, vertex in self.ins.items()}
         box.exits = {source: vertex.center for source, vertex in self.outs.items()}
@@ -209,8 +209,8 @@ class _Rows:
     def _pieces(self, tops: dict[int, float], ends: dict[int, float]) -> Iterator[Piece]:
         back, drawn = set(self.back), set[tuple[str, int]]()
         for source, start, end in self.links:
-            bottom = tops[start.rank] + (start.item.height if start.item else 0.0)
-            is_leaf = end.item is not None and not end.item.items
+            bottom = tops[start.rank] + (start.box.height if start.box else 0.0)
+            is_leaf = end.box is not None and not end.box.items
             if (source, start, end) in back:
                 yield Piece((start.exit(source), bottom), bottom, (end.entry(source), tops[end.rank]), is_leaf, True)
                 continue

@@ -58,7 +58,7 @@ def program_svg(
     Raises:
         UnsupportedError: if there is no such module.
     """
-    lines = [Line.of(item) for item in text.split("\n")]
+    lines = [Line.of(line) for line in text.split("\n")]
     status = {} if compared is None else statuses(lines, facts or {}, compared)
     part = shown(lines, only, status, most)
     if not part.keys and only:
@@ -81,16 +81,16 @@ def statuses(lines: Sequence[Line], facts: Mapping[str, NodeFacts], other: Compa
     renamed = {**_replaced(facts, theirs), **{name: mine for mine, name in _replaced(other.facts, _names(lines)).items()}}
     weights = {line.defines for line in lines if line.defines.startswith("@") and line.defines in theirs}
     touched = {name for name in weights if facts.get(name) != other.facts.get(name)}
-    found: dict[str, str] = {}
+    status: dict[str, str] = {}
     for line in lines:
         if not line.is_node:
             continue
         was = theirs.get(line.defines) or theirs.get(renamed.get(line.defines, ""))
         if was is None:
-            found[line.defines] = other.verb
+            status[line.defines] = other.verb
         elif not _equal(line, was, renamed) or not touched.isdisjoint(line.reads):
-            found[line.defines] = "changed"
-    return found
+            status[line.defines] = "changed"
+    return status
 
 
 def _names(lines: Sequence[Line]) -> set[str]:
@@ -99,12 +99,12 @@ def _names(lines: Sequence[Line]) -> set[str]:
 
 def _replaced(facts: Mapping[str, NodeFacts], others: Collection[str]) -> dict[str, str]:
     """The nodes whose names the other program lacks, by name, with the node there that each one replaced."""
-    found: dict[str, str] = {}
+    replaced: dict[str, str] = {}
     for name, fact in facts.items():
         before = f"%{fact.origin.replaces}"
         if fact.origin.replaces and name not in others and before in others and before not in facts:
-            found.setdefault(name, before)
-    return found
+            replaced.setdefault(name, before)
+    return replaced
 
 
 def _equal(line: Line, was: Line, renamed: Mapping[str, str]) -> bool:
@@ -171,14 +171,14 @@ class Picture:
         words += [] if self.heat is None else [f"color: {self.heat.label}, at most {self.hottest:.3g}"]
         return ", ".join([_nodes(len(part.keys) + part.left_out + part.sizes), *words, "identical layers drawn once"])
 
-    def _box(self, item: Module | str) -> Box:
-        if isinstance(item, str):
-            return self._leaf(item)
-        self.modules[item.path] = item
-        label = max(LABEL_WIDTH * len(_label(item)) + 24, 60)
-        if not item.is_open:
-            return Box(item.path, label, _NODE_HEIGHT)
-        return Box(item.path, items=[self._box(inner) for inner in item.items], header=_HEADER, least=label)
+    def _box(self, part: Module | str) -> Box:
+        if isinstance(part, str):
+            return self._leaf(part)
+        self.modules[part.path] = part
+        label = max(LABEL_WIDTH * len(_label(part)) + 24, 60)
+        if not part.is_open:
+            return Box(part.path, label, _NODE_HEIGHT)
+        return Box(part.path, items=[self._box(inner) for inner in part.items], header=_HEADER, least=label)
 
     def _leaf(self, name: str) -> Box:
         return Box(name, CODE_WIDTH * max(map(len, self._words(name))) + 18, _NODE_HEIGHT)
@@ -187,7 +187,7 @@ class Picture:
         """The two lines of a node or value."""
         line = self.lines.get(name)
         if name == _OUTPUT:
-            return "output", ", ".join(sorted({self.lines[item].type for item in self.results if item in self.lines})[:2])
+            return "output", ", ".join(sorted({self.lines[result].type for result in self.results if result in self.lines})[:2])
         if line is None or name not in self.part.keys:
             return name.removeprefix("%"), self.inputs.get(name.removeprefix("%"), "") if line is None else line.type
         module = self.part.names.get(name)
@@ -195,8 +195,8 @@ class Picture:
 
     def draw(self, box: Box, x: float, y: float) -> None:
         """Draw what is in a box that is at this place."""
-        for item in box.items:
-            self._draw_item(item, x + item.x, y + item.y)
+        for inner in box.items:
+            self._draw_item(inner, x + inner.x, y + inner.y)
         for piece in box.pieces:
             self.canvas.curve(_steps(piece, x, y), "edge again" if piece.again else "edge", arrow=piece.arrow)
 

@@ -54,20 +54,20 @@ def sharding_svg(program: Program, plan: Plan, sizes: Mapping[str, int] | None =
     replicated = dict.fromkeys(layers, 0)
     order = {node: index for index, node in enumerate(program.graph.nodes)}
     weights = [(node, placed) for node, placed in plan.placed.items() if node.op == "get_attr" and nodes.is_tensor(node)]
-    found: list[tuple[int, str, Row]] = []
+    placed_rows: list[tuple[int, str, Row]] = []
     for node, placed in weights:
         layer = layer_of(str(node.target), layers)
         if isinstance(placed, Placed) and placed.is_sharded:
             first = min((order[reader] for reader in node.users), default=order[node])
-            found.append((first, layer, _weight_row(program, node, placed, layer)))
+            placed_rows.append((first, layer, _weight_row(program, node, placed, layer)))
         else:
             replicated[layer] += 1
     numbers = size_numbers(program, chosen)
-    moved = [(move.value, item) for move in plan.moves for item in traffic(plan, move, numbers)]
-    for node, item in [*moved, *joint_traffic(plan, numbers)]:
+    moved = [(move.value, collective) for move in plan.moves for collective in traffic(plan, move, numbers)]
+    for node, collective in [*moved, *joint_traffic(plan, numbers)]:
         layer = layer_of(nodes.origin(node).module_path, layers)
-        found.append((order[node], layer, _collective_row(node, item, layer)))
-    for _, layer, row in sorted(found, key=lambda item: item[0]):
+        placed_rows.append((order[node], layer, _collective_row(node, collective, layer)))
+    for _, layer, row in sorted(placed_rows, key=lambda entry: entry[0]):
         rows[layer].append(row)
     parts = [(layer, tuple(rows[layer]), replicated[layer]) for layer in layers if rows[layer] or replicated[layer]]
     title = f"{program.name} on {plan.world_size} ranks, {sizes_text(chosen)}"
@@ -79,9 +79,9 @@ def _weight_row(program: Program, node: fx.Node, placed: Placed, layer: str) -> 
     return Row(name, f"{format_type(nodes.node_type(node), program.signature.name_of)} {placed}", placed.dims[0][0])
 
 
-def _collective_row(node: fx.Node, item: Traffic, layer: str) -> Row:
+def _collective_row(node: fx.Node, collective: Traffic, layer: str) -> Row:
     where = nodes.origin(node).module_path.removeprefix(layer).removeprefix(".") or node.name
-    return Row(f"{item.kind} of the output of {where}", f"{digits(item.payload_bytes / 1e3)} KB a call")
+    return Row(f"{collective.kind} of the output of {where}", f"{digits(collective.payload_bytes / 1e3)} KB a call")
 
 
 Part = tuple[str, tuple[Row, ...], int]

@@ -32,7 +32,7 @@ class Module:
 
     @property
     def inner(self) -> list[Module]:
-        return [item for item in self.items if isinstance(item, Module)]
+        return [part for part in self.items if isinstance(part, Module)]
 
 
 @dataclass
@@ -108,34 +108,34 @@ class _Folds:
 
     def fold(self, container: Module, numbers: Sequence[str], status: Mapping[str, str]) -> None:
         """Keep one of these layers, if they have equal statuses, and one more for each other sequence of statuses."""
-        found = {module.path.rpartition(".")[2]: module for module in container.inner}
+        modules = {module.path.rpartition(".")[2]: module for module in container.inner}
         groups: dict[tuple[str, ...], list[str]] = {}
         for number in numbers:
-            if number in found:
-                groups.setdefault(tuple(status.get(name, "") for name in found[number].nodes), []).append(number)
+            if number in modules:
+                groups.setdefault(tuple(status.get(name, "") for name in modules[number].nodes), []).append(number)
         for members in groups.values():
-            shown_one = found[members[0]]
+            shown_one = modules[members[0]]
             if len(members) < 2:
                 continue
             shown_one.members = tuple(members)
             shown_one.label = ranges([int(member) for member in members])
             for member in members:
-                for name, twin in zip(found[member].nodes, shown_one.nodes, strict=True):
+                for name, twin in zip(modules[member].nodes, shown_one.nodes, strict=True):
                     self.layers.setdefault(name, {})[container.path] = (members[0], member)
                     if member != members[0]:
                         self.twins.setdefault(name, twin)
                 if member != members[0]:
-                    container.items.remove(found[member])
+                    container.items.remove(modules[member])
 
     def resolved(self, keys: Mapping[str, str]) -> dict[str, str]:
         """The keys of the nodes that have one, and of their twins."""
-        found = dict(keys)
+        resolved = dict(keys)
         for name, twin in self.twins.items():
             while twin not in keys and twin in self.twins:
                 twin = self.twins[twin]
             if twin in keys:
-                found[name] = keys[twin]
-        return found
+                resolved[name] = keys[twin]
+        return resolved
 
     def are_apart(self, first: str, other: str) -> bool:
         """True for nodes of two layers that are folded into one."""
@@ -145,23 +145,23 @@ class _Folds:
 
 def _join(module: Module, names: dict[str, str]) -> None:
     """Join modules that hold nothing but another module with it, `encoder.layer`, and those of one node with the node."""
-    for index, item in enumerate(module.items):
-        while isinstance(item, Module) and len(item.items) == 1 and not item.members:
-            (inner,) = item.items
+    for index, part in enumerate(module.items):
+        while isinstance(part, Module) and len(part.items) == 1 and not part.members:
+            (inner,) = part.items
             if isinstance(inner, Module):
-                inner.label = f"{item.label}.{inner.label}"
+                inner.label = f"{part.label}.{inner.label}"
             else:
-                names[inner] = item.label
-            item = inner
-        module.items[index] = item
-        if isinstance(item, Module):
-            _join(item, names)
+                names[inner] = part.label
+            part = inner
+        module.items[index] = part
+        if isinstance(part, Module):
+            _join(part, names)
 
 
 def _open(root: Module, most: int) -> int:
     """Open modules from the outside in as long as there is room; returns how many nodes of the root find none."""
     root.is_open = True
-    left_out = sum(module_nodes(item) for item in root.items[most:])
+    left_out = sum(module_nodes(part) for part in root.items[most:])
     del root.items[most:]
     count, level = len(root.items), root.inner
     while level:
@@ -175,24 +175,24 @@ def _open(root: Module, most: int) -> int:
     return left_out
 
 
-def module_nodes(item: Module | str) -> int:
+def module_nodes(part: Module | str) -> int:
     """The number of nodes of an item, those of one layer where layers are folded."""
-    return len(item.nodes) if isinstance(item, Module) else 1
+    return len(part.nodes) if isinstance(part, Module) else 1
 
 
 def _keys(module: Module) -> Iterator[tuple[str, str]]:
-    for item in module.items:
-        if isinstance(item, str):
-            yield item, item
-        elif item.is_open:
-            yield from _keys(item)
+    for part in module.items:
+        if isinstance(part, str):
+            yield part, part
+        elif part.is_open:
+            yield from _keys(part)
         else:
-            yield from ((name, item.path) for name in item.nodes)
+            yield from ((name, part.path) for name in part.nodes)
 
 
 def _edges(lines: Sequence[Line], keys: Mapping[str, str], folds: _Folds) -> list[tuple[str, str]]:
     """Edges from drawn items to their readers, once each; values from outside have their own names."""
-    found: dict[tuple[str, str], None] = {}
+    edges: dict[tuple[str, str], None] = {}
     without_room = {line.defines for line in lines} - keys.keys()
     for line in lines:
         target = keys.get(line.defines)
@@ -201,8 +201,8 @@ def _edges(lines: Sequence[Line], keys: Mapping[str, str], folds: _Folds) -> lis
         for name in line.reads:
             source = keys.get(name, name)
             if name[0] == "%" and source != target and name not in without_room and not folds.are_apart(name, line.defines):
-                found[source, target] = None
-    return list(found)
+                edges[source, target] = None
+    return list(edges)
 
 
 def is_size(line: Line) -> bool:
@@ -215,5 +215,5 @@ _OPERATOR = re.compile(r" = (?:aten\.|lissom\.|operator\.)?([\w.]+)\(")
 
 def operator_of(line: Line) -> str:
     """The operator of a node, without its namespace: `linear`."""
-    found = _OPERATOR.search(line.pieces[1])
-    return found[1] if found else line.pattern
+    match = _OPERATOR.search(line.pieces[1])
+    return match[1] if match else line.pattern

@@ -18,14 +18,14 @@ def step_svg(name: str, history: History, step: int | None, only: str, compare: 
     if heat is not None and compare is not None:
         raise UnsupportedError("a picture shows a heat or a comparison with another step; give heat= or compare=")
     index = len(history.steps) - 1 if step is None else step
-    for item in (index, *([] if compare is None else [compare])):
-        history.check_step(item)
+    for checked in (index, *([] if compare is None else [compare])):
+        history.check_step(checked)
     title = f"{name} as captured" if index == 0 else f"{name} after {index} {_pass(history, index)}"
     other = None
     if compare is not None:
         verb = "added" if compare < index else "removed"
         title += f", compared with {compare} {_pass(history, compare)}"
-        lines = [Line.of(item) for item in history.texts[compare].split("\n")]
+        lines = [Line.of(line) for line in history.texts[compare].split("\n")]
         other = Compared(lines, verb, history.facts_of(compare))
     return program_svg(history.texts[index], title, only=only, compared=other, facts=history.facts_of(index), heat=heat)
 
@@ -50,7 +50,7 @@ def draw(program: Program, path: str | PathLike[str] | None = None, *, only: str
     """
     other = None
     if compare is not None:
-        other = Compared([Line.of(item) for item in compare.text().split("\n")], "added", node_facts(compare))
+        other = Compared([Line.of(line) for line in compare.text().split("\n")], "added", node_facts(compare))
     picture = program_svg(program.text(), program.name, only=only, compared=other, facts=node_facts(program))
     if path is not None:
         write_whole(check_path(path), picture)

@@ -109,7 +109,7 @@ class CompiledTransformer(Transformer):
             what = f"model_kwargs '{unknown[0]}'" if unknown else f"backend '{backend}'"
             raise InputError(f"'{model_name_or_path}' is compiled, and takes no {what}; leave it out")
         subfolder = str(model_kwargs.get("subfolder") or "")
-        found = self.load_dir_path(
+        folder = self.load_dir_path(
             model_name_or_path,
             subfolder=f"{subfolder}/{FOLDER}" if subfolder else FOLDER,
             token=model_kwargs.get("token"),
@@ -117,14 +117,14 @@ class CompiledTransformer(Transformer):
             revision=model_kwargs.get("revision"),
             local_files_only=bool(model_kwargs.get("local_files_only")),
         )
-        if found is None or not Path(found).is_dir():
+        if folder is None or not Path(folder).is_dir():
             raise ArtifactError(f"'{model_name_or_path}' has no folder '{FOLDER}' with a compiled model; save the model again")
-        return load_linked(Path(found), partial(load, **{name: model_kwargs[name] for name in _OURS & model_kwargs.keys()}))
+        return load_linked(Path(folder), partial(load, **{name: model_kwargs[name] for name in _OURS & model_kwargs.keys()}))
 
     @property
     def _compiled(self) -> CompiledModel:
-        found: Any = self.model
-        return found
+        model: Any = self.model
+        return model
 
     def forward(self, features: Features, **kwargs: object) -> dict[str, Any]:
         """The features, and what the compiled modules add to them.
@@ -134,7 +134,7 @@ class CompiledTransformer(Transformer):
         """
         tensors, constants = split_features(features)
         program = self._compiled.program
-        wanted = [item.name for item in program.signature.keyword]
+        wanted = [argument.name for argument in program.signature.keyword]
         changed = next((name for name, value in self.constants.items() if constants.get(name, value) != value), None)
         if changed is not None:
             raise InputError(

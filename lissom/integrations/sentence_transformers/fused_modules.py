@@ -47,13 +47,13 @@ class FusedModules(nn.Module):
     def run(self, features: Features) -> dict[str, torch.Tensor]:
         """The outputs for tensor features, by name."""
         first, *others = self.chain
-        found: dict[str, Any] = first({**features, **self.constants})
+        values: dict[str, Any] = first({**features, **self.constants})
         if TOKENS in self.outputs and MASK in features:
-            tokens = found[TOKENS]
-            found[TOKENS] = tokens * features[MASK].unsqueeze(-1).to(tokens.dtype)
+            tokens = values[TOKENS]
+            values[TOKENS] = tokens * features[MASK].unsqueeze(-1).to(tokens.dtype)
         for module in others:
-            found = module(found)
-        return {name: found[name] for name in self.outputs}
+            values = module(values)
+        return {name: values[name] for name in self.outputs}
 
 
 class WholeSplade(nn.Module):
@@ -90,7 +90,7 @@ def fuse(
 
     # torch.export reads the names of the inputs from the signature.
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    forward.__signature__ = inspect.Signature([inspect.Parameter(item, kind) for item in ("self", *arguments)])
+    forward.__signature__ = inspect.Signature([inspect.Parameter(parameter, kind) for parameter in ("self", *arguments)])
     made: type[FusedModules] = type(name, (FusedModules,), {"forward": forward, "__doc__": FusedModules.__doc__})
     return made(modules, constants, outputs, config)
 

@@ -83,11 +83,11 @@ def compile_sentence_model(model: _Model, example_inputs: Inputs | None, setting
 
 def _with_packing(passes: str | Pass | Sequence[Pass]) -> list[Pass]:
     """The passes with `pack-tokens` at the end, or before the first `linear-attention`, whose results it does not follow."""
-    found = resolve_passes(passes)
-    if not any(isinstance(item, PackTokens) for item in found):
-        at = next((at for at, item in enumerate(found) if isinstance(item, LinearAttention)), len(found))
-        found.insert(at, PackTokens())
-    return found
+    resolved = resolve_passes(passes)
+    if not any(isinstance(pass_, PackTokens) for pass_ in resolved):
+        at = next((at for at, pass_ in enumerate(resolved) if isinstance(pass_, LinearAttention)), len(resolved))
+        resolved.insert(at, PackTokens())
+    return resolved
 
 
 def _split(model: BaseModel) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -113,8 +113,8 @@ def _split(model: BaseModel) -> tuple[list[nn.Module], list[nn.Module]]:
             f"the first module of this {name} is a {kind}; Lissom compiles models that start with a Transformer in PyTorch"
         )
     asked = model.module_kwargs or {}
-    last = next((at for at, (key, item) in enumerate(modules) if at and (asked.get(key) or _stays(item))), len(modules))
-    return [item for _, item in modules[:last]], [item for _, item in modules[last:]]
+    last = next((at for at, (key, module) in enumerate(modules) if at and (asked.get(key) or _stays(module))), len(modules))
+    return [module for _, module in modules[:last]], [module for _, module in modules[last:]]
 
 
 def _stays(module: nn.Module) -> bool:
@@ -134,21 +134,21 @@ def _features(model: BaseModel, inputs: Inputs | None) -> tuple[dict[str, torch.
     return tensors, constants
 
 
-def _is_text(item: object) -> bool:
+def _is_text(value: object) -> bool:
     """True for a text, and for a pair of texts."""
-    if isinstance(item, (list, tuple)):
-        return len(item) == 2 and all(isinstance(part, str) for part in item)
-    return isinstance(item, str)
+    if isinstance(value, (list, tuple)):
+        return len(value) == 2 and all(isinstance(part, str) for part in value)
+    return isinstance(value, str)
 
 
 def _batches(model: BaseModel, data: Iterable[Any]) -> Iterable[Any]:
     """Texts as batches of features, padded each to its longest; other data unchanged."""
     if isinstance(data, (str, bytes, Mapping, torch.Tensor)) or not isinstance(data, Iterable):
         return data  # refused by compile
-    items = list(data)
-    if not items or not all(map(_is_text, items)):
-        return [split_features(item)[0] if isinstance(item, Mapping) else item for item in items] or data
-    return [split_features(model.preprocess(items[at : at + _BATCH]))[0] for at in range(0, len(items), _BATCH)]
+    samples = list(data)
+    if not samples or not all(map(_is_text, samples)):
+        return [split_features(sample)[0] if isinstance(sample, Mapping) else sample for sample in samples] or data
+    return [split_features(model.preprocess(samples[at : at + _BATCH]))[0] for at in range(0, len(samples), _BATCH)]
 
 
 def _outputs(
@@ -159,17 +159,17 @@ def _outputs(
     Raises:
         CaptureError: if the modules fail on the example.
     """
-    found: dict[str, Any] = {**example, **constants}
+    features: dict[str, Any] = {**example, **constants}
     with evaluating(model), torch.no_grad():
         try:
             for module in fused:
-                found = module(found)
+                features = module(features)
         # The modules may raise anything.
         except Exception as error:
             raise CaptureError(
                 f"{type(model).__name__} itself fails on the example inputs, before it is captured: {describe_failure(error)}"
             ) from error
-    added = [name for name, value in found.items() if isinstance(value, torch.Tensor) and name not in example]
+    added = [name for name, value in features.items() if isinstance(value, torch.Tensor) and name not in example]
     # Logits of every token, as wide as the vocabulary, are not worth returning.
     single = {CrossEncoder: SCORES, SparseEncoder: EMBEDDING}
     return next(([name] for kind, name in single.items() if isinstance(model, kind) and name in added), added)

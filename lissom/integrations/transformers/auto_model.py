@@ -54,8 +54,8 @@ class LissomConfig(PretrainedConfig):
         options of `lissom.load` always go to the model, so that no `config.json` can take them away.
         """
         ours = {name: options.pop(name) for name in _LOADING if name in options}
-        found: Any = super().from_dict(config_dict, **options)
-        return (found[0], found[1] | ours) if options.get("return_unused_kwargs") else found
+        config: Any = super().from_dict(config_dict, **options)
+        return (config[0], config[1] | ours) if options.get("return_unused_kwargs") else config
 
 
 class SavedModel:
@@ -222,14 +222,14 @@ def _refuse_unsigned(auto_config: Any) -> None:
 
     @wraps(whole)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **options: Any) -> Any:
-        found = whole(cls, pretrained_model_name_or_path, **options)
-        config = found[0] if isinstance(found, tuple) else found
+        loaded = whole(cls, pretrained_model_name_or_path, **options)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
         if options.get("trusted_keys") is not None and not isinstance(config, LissomConfig):
             raise InputError(
                 f"'{pretrained_model_name_or_path}' holds no model that Lissom saved, and only these are signed; "
                 f"leave trusted_keys= out"
             )
-        return found
+        return loaded
 
     vars(from_pretrained)["refuses_unsigned"] = True
     auto_config.from_pretrained = classmethod(from_pretrained)
@@ -245,8 +245,8 @@ def register_models() -> None:
         if not name.startswith("AutoModel") or mapping is None:
             continue
         known: set[str] = set()
-        for found in mapping._model_mapping.values():
-            known |= {found} if isinstance(found, str) else set(found)
+        for names in mapping._model_mapping.values():
+            known |= {names} if isinstance(names, str) else set(names)
         fields = {"auto_class": name, "architectures": frozenset(known), "__module__": __name__}
         loader = type("SavedModel", (SavedModel,), fields)
         auto_class.register(LissomConfig, loader, exist_ok=True)

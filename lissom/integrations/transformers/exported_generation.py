@@ -70,7 +70,7 @@ class ExportedGenerator(nn.Module, CompiledGeneration):
         """
         stage = DECODE if _is_filled(cache) else PREFILL
         runner, masked = self.runners[stage], stage in self._masked
-        taken = runner.metadata.kwargs
+        parameters = runner.metadata.kwargs
         # The state of a recurrence holds no padding: its next tokens have no mask.
         if attention_mask is not None and not masked and stage == PREFILL and not attention_mask.all():
             raise InputError("the prompts have padding, and the model was exported without; export it with a padded example")
@@ -86,7 +86,7 @@ class ExportedGenerator(nn.Module, CompiledGeneration):
             "position_ids": position_ids,
             "cache": cache,
         }
-        outputs = runner(**{name: value for name, value in given.items() if name in taken})
+        outputs = runner(**{name: value for name, value in given.items() if name in parameters})
         for layer in getattr(outputs.get("cache"), "layers", ()):
             # The programs keep and return all tokens of such a layer, which counts them by itself where it runs.
             if type(layer) is DynamicSlidingWindowLayer:

@@ -156,18 +156,18 @@ class LissomRunner(ModelRunner):
         if missing is not None:
             raise InputError(f"argument '{missing}' is missing; the model was exported with {', '.join(self._order)}")
         leaves = pytree.tree_leaves({name: given[name] for name in self._order})
-        names = [item.name for item in self.model.program.signature.keyword]
+        names = [argument.name for argument in self.model.program.signature.keyword]
         if len(leaves) != len(names):
             raise InputError(
                 f"the arguments {', '.join(self._order)} hold {len(leaves)} tensors and numbers, and were exported with "
                 f"{len(names)}; pass caches of the form that the model was exported with"
             )
         flat = dict(zip(names, leaves, strict=True))
-        found: dict[str, Any] = self.model(**flat)
+        outputs: dict[str, Any] = self.model(**flat)
         with torch.no_grad():
-            for name, value in found[MUTATED].items():
+            for name, value in outputs[MUTATED].items():
                 flat[name].copy_(value)
-        return pytree.tree_unflatten(found[OUTPUTS], self.out_spec)
+        return pytree.tree_unflatten(outputs[OUTPUTS], self.out_spec)
 
 
 @dataclass(frozen=True)
@@ -226,15 +226,15 @@ class _ByLeaves(nn.Module):
     def forward(self, **leaves: object) -> dict[str, object]:
         own = {name: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for name, leaf in leaves.items()}
         args, kwargs = pytree.tree_unflatten([own[name] for name in self.names], self.nesting)
-        found = [leaf for leaf in pytree.tree_leaves(self.model(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
-        return {MUTATED: {name: own[name] for name in self.mutated}, OUTPUTS: found}
+        outputs = [leaf for leaf in pytree.tree_leaves(self.model(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+        return {MUTATED: {name: own[name] for name in self.mutated}, OUTPUTS: outputs}
 
 
 def _only_tensors(program: Program) -> Program:
     """The program without the sizes that a cache in its output holds."""
-    found = program.copy()
-    found.output.args = (tuple(leaf for leaf in found.leaves if nodes.is_tensor(leaf)),)
-    return found
+    trimmed = program.copy()
+    trimmed.output.args = (tuple(leaf for leaf in trimmed.leaves if nodes.is_tensor(leaf)),)
+    return trimmed
 
 
 def _whole_windows(value: Any) -> Any:
@@ -244,13 +244,13 @@ def _whole_windows(value: Any) -> Any:
     """
     if not isinstance(value, DynamicCache):
         return value
-    found = copy.copy(value)
-    found.layers = [copy.copy(layer) for layer in value.layers]
-    for layer in found.layers:
+    widened = copy.copy(value)
+    widened.layers = [copy.copy(layer) for layer in value.layers]
+    for layer in widened.layers:
         if isinstance(layer, DynamicSlidingWindowLayer) and layer.keys is not None and layer.values is not None:
             missing = layer.cumulative_length - layer.keys.shape[2]
             layer.keys, layer.values = (functional.pad(each, (0, 0, missing, 0)) for each in (layer.keys, layer.values))
-    return found
+    return widened
 
 
 def _tie_lengths(exported: ExportedProgram) -> None:

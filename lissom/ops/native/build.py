@@ -59,19 +59,19 @@ def kept_library() -> Path:
     for isa in usable_sets():
         shipped = shipped_library(isa)
         library = shipped or built_library(isa)
-        found = self_test_of(library)
-        if found is None and shipped:
-            found = _test_once(shipped)
-        elif found is None:
+        failure = self_test_of(library)
+        if failure is None and shipped:
+            failure = _test_once(shipped)
+        elif failure is None:
             compiler = find_compiler()
             reason = _unsupported(compiler, isa)
             if reason:
                 continue
             build_once(compiler, library, isa)
-            found = self_test_of(library)
-        if found:
+            failure = self_test_of(library)
+        if failure:
             again = "to test them again" if shipped else "to build them again"
-            raise RuntimeError(f"the C++ kernels failed their self-test: {found}; delete {_record(library)} {again}")
+            raise RuntimeError(f"the C++ kernels failed their self-test: {failure}; delete {_record(library)} {again}")
         return library
     raise RuntimeError(reason)
 
@@ -96,12 +96,12 @@ def build_all() -> dict[str, str]:
         RuntimeError: where nothing can be built.
         OSError: likewise.
     """
-    compiler, found = find_compiler(), dict[str, str]()
+    compiler, reasons = find_compiler(), dict[str, str]()
     for isa in INSTRUCTION_SETS:
-        found[isa.name] = _unsupported(compiler, isa)
-        if not found[isa.name]:
+        reasons[isa.name] = _unsupported(compiler, isa)
+        if not reasons[isa.name]:
             build_once(compiler, built_library(isa), isa)
-    return found
+    return reasons
 
 
 def built_library(isa: InstructionSet) -> Path:
@@ -116,10 +116,10 @@ def find_compiler() -> list[str]:
         raise RuntimeError(f"CXX names the compiler '{given[0]}', and there is no such program")
     if given:
         return given
-    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if found is None:
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
         raise RuntimeError("there is no C++ compiler; install g++ (Debian: apt-get install g++) for Lissom's kernels")
-    return [found]
+    return [compiler]
 
 
 def _words(name: str) -> list[str]:
@@ -149,18 +149,18 @@ def cache_folder() -> Path:
     try:
         return _private((given if given.is_absolute() else Path.home() / ".cache") / "lissom")
     except (OSError, RuntimeError) as error:
-        found = _private(Path(tempfile.gettempdir()) / f"lissom-{os.getuid()}")
-        warnings.warn(f"Lissom keeps its C++ kernels in {found} because its cache cannot be used: {error}", stacklevel=2)
-        return found
+        folder = _private(Path(tempfile.gettempdir()) / f"lissom-{os.getuid()}")
+        warnings.warn(f"Lissom keeps its C++ kernels in {folder} because its cache cannot be used: {error}", stacklevel=2)
+        return folder
 
 
 def _private(folder: Path) -> Path:
     """The folder, created if it does not exist. Raises OSError when others can write to it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
-    if not found.st_uid == folder.lstat().st_uid == os.getuid():
+    status = folder.stat()
+    if not status.st_uid == folder.lstat().st_uid == os.getuid():
         raise PermissionError(f"{folder} belongs to another user")
-    if found.st_mode & 0o022:
+    if status.st_mode & 0o022:
         raise PermissionError(f"{folder} can be written to by other users (chmod go-w it, or set XDG_CACHE_HOME)")
     return folder
 
@@ -198,11 +198,11 @@ def build_once(compiler: list[str], library: Path, isa: InstructionSet) -> None:
 def _test_once(library: Path) -> str:
     """The result of the self-test of a library of the package, run here or by another process meanwhile."""
     with locked(_record(library).with_suffix(".lock")):
-        found = self_test_of(library)
-        if found is None:
-            found = run_self_test(library)
-            _write_record(library, _record(library), {**(_self_tests(library) or {}), processor_kind(): found})
-        return found
+        failure = self_test_of(library)
+        if failure is None:
+            failure = run_self_test(library)
+            _write_record(library, _record(library), {**(_self_tests(library) or {}), processor_kind(): failure})
+        return failure
 
 
 @contextmanager

@@ -78,12 +78,12 @@ def usable_sets() -> list[InstructionSet]:
     Raises:
         UnsupportedError: when that names none, or one that this processor lacks.
     """
-    usable = [item for item in INSTRUCTION_SETS if not item.missing]
+    usable = [isa for isa in INSTRUCTION_SETS if not isa.missing]
     given = os.environ.get(SWITCH, "")
     if not given:
         return usable
-    named = next((item for item in INSTRUCTION_SETS if item.name == given), None)
-    names = ", ".join(item.name for item in usable)
+    named = next((isa for isa in INSTRUCTION_SETS if isa.name == given), None)
+    names = ", ".join(isa.name for isa in usable)
     if named is None:
         raise UnsupportedError(f"{SWITCH}={given} names no instruction set; this processor has {names}")
     if named.missing:

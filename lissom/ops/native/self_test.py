@@ -70,9 +70,9 @@ def main(library: str) -> None:
             torch.ops.lissom.dots_bfloat16(dots)
             torch.ops.lissom.use_amx(amx)
             for name, reference, operands, options in cases(dtype):
-                found = getattr(torch.ops.lissom, name)(*operands, **options)
+                outputs = getattr(torch.ops.lissom, name)(*operands, **options)
                 wanted = reference(*operands, **options)
-                for one, other in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+                for one, other in zip(tree_leaves(outputs), tree_leaves(wanted), strict=True):
                     difference = float((one.float() - other.float()).abs().max())
                     if one.shape != other.shape or not difference <= ALLOWED[dtype]:
                         raise SystemExit(f"{name} of {dtype} has an error of {difference:.2g}")
@@ -80,9 +80,9 @@ def main(library: str) -> None:
 
 def instructions() -> list[tuple[torch.dtype, bool, bool]]:
     """The dtypes, and how each is multiplied: by vectors, an instruction for bfloat16, or tiles (AMX, or their emulation)."""
-    found = [(torch.float32, False, False), (torch.bfloat16, False, False)]
-    found += [(torch.bfloat16, True, False)] if torch.ops.lissom.dots_bfloat16(True) else []
-    return found + ([(dtype, False, True) for dtype in ALLOWED] if torch.ops.lissom.use_amx(True) else [])
+    combinations = [(torch.float32, False, False), (torch.bfloat16, False, False)]
+    combinations += [(torch.bfloat16, True, False)] if torch.ops.lissom.dots_bfloat16(True) else []
+    return combinations + ([(dtype, False, True) for dtype in ALLOWED] if torch.ops.lissom.use_amx(True) else [])
 
 
 def cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -212,7 +212,7 @@ def _grouped_cases(x: torch.Tensor, features: int, options: Mapping[str, object]
 
 def _stacked(operands: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None]:
     """The operands of three groups that have equal weights."""
-    return [None if item is None else item.expand(3, *item.shape).contiguous() for item in operands]
+    return [None if operand is None else operand.expand(3, *operand.shape).contiguous() for operand in operands]
 
 
 def _row_scales(rows: int) -> tuple[torch.Tensor, torch.Tensor]:

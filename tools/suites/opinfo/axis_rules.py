@@ -32,10 +32,10 @@ def check_axes(call: Call, generator: random.Random) -> str:
     assert one is not None
     if wrong := contradiction(one.call):
         return wrong
-    found = _axes(one)
-    atoms = dict.fromkeys(atom for node in one.weights for axis in _dims(found, node) for atom in axis.atoms())
+    axes = _axes(one)
+    atoms = dict.fromkeys(atom for node in one.weights for axis in _dims(axes, node) for atom in axis.atoms())
     for number, atom in enumerate(atoms):
-        if not found.obstacle(atom, zero=True) and cast(int, atom.size) > 1:
+        if not axes.obstacle(atom, zero=True) and cast(int, atom.size) > 1:
             removed = generator.sample(range(cast(int, atom.size)), generator.randrange(1, cast(int, atom.size)))
             if problem := _check_removal(call, number, sorted(removed)):
                 return problem
@@ -52,28 +52,28 @@ def _axes(one: OneCall) -> Axes:
     return Axes(of)
 
 
-def _dims(found: Axes, node: torch.fx.Node) -> list[Axis]:
-    return [cast(Axis, axis).find() for axis in found.of[node]]
+def _dims(axes: Axes, node: torch.fx.Node) -> list[Axis]:
+    return [cast(Axis, axis).find() for axis in axes.of[node]]
 
 
 def _check_removal(call: Call, number: int, removed: list[int]) -> str:
     """Remove indices of the axis of this number from a new program of the call, and compare."""
     one = program_of(call)
     assert one is not None
-    found = _axes(one)
-    atom = list(dict.fromkeys(atom for node in one.weights for axis in _dims(found, node) for atom in axis.atoms()))[number]
+    axes = _axes(one)
+    atom = list(dict.fromkeys(atom for node in one.weights for axis in _dims(axes, node) for atom in axis.atoms()))[number]
     kept = torch.ones(cast(int, atom.size), dtype=torch.bool)
     kept[removed] = False
     keep = {atom: kept}
-    in_results = all(any(atom in axis.atoms() for axis in _dims(found, result)) for result in one.results)
+    in_results = all(any(atom in axis.atoms() for axis in _dims(axes, result)) for result in one.results)
     if atom.normed or not in_results:
         # What is summed over, or normed, may lose indices at which it is zero.
         for node in one.weights:
-            one.program.set_weight(str(node.target), _zeroed(one.program.weight(str(node.target)), _dims(found, node), keep))
-    wanted = [_left(value, _dims(found, result), keep) for value, result in zip(run(one), one.results, strict=True)]
+            one.program.set_weight(str(node.target), _zeroed(one.program.weight(str(node.target)), _dims(axes, node), keep))
+    wanted = [_left(value, _dims(axes, result), keep) for value, result in zip(run(one), one.results, strict=True)]
     claim = f"{call} without {removed} of an axis of size {atom.size}"
     try:
-        remove_indices(Editor(one.program, "remove"), {atom: removed}, found, zero=True)
+        remove_indices(Editor(one.program, "remove"), {atom: removed}, axes, zero=True)
         left = run(one)
     except UnsupportedError:
         return ""

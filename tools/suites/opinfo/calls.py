@@ -41,17 +41,17 @@ class Call:
         return list({id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}.values())
 
     def __str__(self) -> str:
-        shown = [str(pytree.tree_map(_described, item)) for item in self.args]
-        shown += [f"{name}={pytree.tree_map(_described, item)}" for name, item in self.kwargs.items()]
+        shown = [str(pytree.tree_map(_described, value)) for value in self.args]
+        shown += [f"{name}={pytree.tree_map(_described, value)}" for name, value in self.kwargs.items()]
         return f"{self.target}({', '.join(shown)})"
 
 
-def _described(item: object) -> object:
+def _described(value: object) -> object:
     """A tensor's dtype, sizes and strides in place of its values."""
-    if not isinstance(item, torch.Tensor):
-        return item
-    dense = "" if item.is_contiguous() else f" strides {list(item.stride())}"
-    return f"{str(item.dtype).removeprefix('torch.')}{list(item.shape)}{dense}"
+    if not isinstance(value, torch.Tensor):
+        return value
+    dense = "" if value.is_contiguous() else f" strides {list(value.stride())}"
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{dense}"
 
 
 def calls_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Call]:
@@ -71,16 +71,16 @@ def calls_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
 
     tensors = [leaves[place].detach() for place in places]
     traced = make_fx(called, pre_dispatch=True)(*tensors)
-    found: list[Call] = []
+    calls: list[Call] = []
 
     class Recorder(fx.Interpreter):
         def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if _is_wanted(target):
-                found.append(Call(target, args, kwargs))
+                calls.append(Call(target, args, kwargs))
             return super().call_function(target, args, kwargs)
 
     Recorder(traced).run(*tensors)
-    yield from (call for call in found if call.tensors and all(map(_is_plain, call.tensors)))
+    yield from (call for call in calls if call.tensors and all(map(_is_plain, call.tensors)))
 
 
 def _is_wanted(target: object) -> bool:
@@ -121,23 +121,23 @@ def program_of(call: Call) -> OneCall | None:
         root.register_buffer(f"argument_{number}", tensor)
         read = reads[id(tensor)] = graph.get_attr(f"argument_{number}")
         nodes.set_value(read, fake.fake_weight(mode, tensor))
-    as_node = lambda item: reads[id(item)] if isinstance(item, torch.Tensor) else item  # noqa: E731
+    as_node = lambda value: reads[id(value)] if isinstance(value, torch.Tensor) else value  # noqa: E731
     args, kwargs = pytree.tree_map(as_node, (call.args, dict(call.kwargs)))
     node = graph.create_node("call_function", call.target, args, kwargs)
     try:
-        found = fake.fake_call(mode, node)
+        fake_value = fake.fake_call(mode, node)
     # Operators whose sizes depend on values refuse fake tensors, each in its own way.
     except Exception:
         return None
-    nodes.set_value(node, found)
-    items = list(cast("Sequence[object]", found)) if isinstance(found, (tuple, list)) else [found]
-    if not items or not all(isinstance(item, torch.Tensor) and item.layout is torch.strided for item in items):
+    nodes.set_value(node, fake_value)
+    parts = list(cast("Sequence[object]", fake_value)) if isinstance(fake_value, (tuple, list)) else [fake_value]
+    if not parts or not all(isinstance(part, torch.Tensor) and part.layout is torch.strided for part in parts):
         return None
     results = (node,)
-    if isinstance(found, (tuple, list)):
-        results = tuple(graph.call_function(operator.getitem, (node, index)) for index in range(len(items)))
-        for result, item in zip(results, items, strict=True):
-            nodes.set_value(result, item)
+    if isinstance(fake_value, (tuple, list)):
+        results = tuple(graph.call_function(operator.getitem, (node, index)) for index in range(len(parts)))
+        for result, part in zip(results, parts, strict=True):
+            nodes.set_value(result, part)
     graph.output(results)
     signature = Signature((), (), (), pytree.tree_structure([0] * len(results)), {})
     return OneCall(Program("OneCall", fake.FlatModule(root, graph), signature), node, results)

@@ -24,18 +24,18 @@ def check_cost(call: Call) -> str:
         typed = nodes.tensor_type(result)
         if (typed.shape, typed.dtype) != (tuple(value.shape), value.dtype):
             return f"{call}: result {index} is typed {typed.dtype}{list(typed.shape)}, and is {value.dtype}{list(value.shape)}"
-    found = node_cost(one.call, fake.hint)
+    cost = node_cost(one.call, fake.hint)
     shares = values[0].numel() > 0 and any(_same_memory(values[0], tensor) for tensor in call.tensors)
     if moves_nothing(one.call):
         if values[0].numel() and not _same_memory(values[0], call.tensors[0]):
             return f"{call} is counted as a view, and copies"
         return ""
-    if shares and len(values) == 1 and found.bytes:
-        return f"{call} is counted as {found.bytes} bytes moved, and is a view"
-    if found.written_bytes != (written := _bytes(values)):
-        return f"{call} is counted as {found.written_bytes} bytes written, of {written}"
-    if not _reads_some(one) and found.read_bytes != (read := _bytes(call.tensors)):
-        return f"{call} is counted as {found.read_bytes} bytes read, of {read}"
+    if shares and len(values) == 1 and cost.bytes:
+        return f"{call} is counted as {cost.bytes} bytes moved, and is a view"
+    if cost.written_bytes != (written := _bytes(values)):
+        return f"{call} is counted as {cost.written_bytes} bytes written, of {written}"
+    if not _reads_some(one) and cost.read_bytes != (read := _bytes(call.tensors)):
+        return f"{call} is counted as {cost.read_bytes} bytes read, of {read}"
     return ""
 
 
@@ -50,8 +50,8 @@ def check_flops(call: Call) -> str:
     """The difference of the operations of a call from PyTorch's count, in words; empty if there is none."""
     one = program_of(call)
     assert one is not None
-    wanted, found = flops_of(call), node_cost(one.call, fake.hint).flops
-    return f"{call} is counted as {found} operations, and PyTorch counts {wanted}" if found != wanted else ""
+    wanted, counted = flops_of(call), node_cost(one.call, fake.hint).flops
+    return f"{call} is counted as {counted} operations, and PyTorch counts {wanted}" if counted != wanted else ""
 
 
 def has_formula(one: OneCall) -> bool:

@@ -50,31 +50,31 @@ def _choices(one: OneCall, world_size: int, generator: random.Random) -> list[Ch
     weights = one.weights
     whole = [REPLICATED] * len(weights)
     options = [_options(node, world_size) for node in weights]
-    found = [(*whole[:at], placed, *whole[at + 1 :]) for at, items in enumerate(options) for placed in items]
+    choices = [(*whole[:at], placed, *whole[at + 1 :]) for at, items in enumerate(options) for placed in items]
     for (a, left), (b, right) in combinations(enumerate(options), 2):
         for one_placed, other in ((x, y) for x in left for y in right if _alike(x, y)):
             pair = list(whole)
             pair[a], pair[b] = one_placed, other
-            found.append(tuple(pair))
-    found += [tuple(choice) for choice in _from_the_last(weights, world_size)]
+            choices.append(tuple(pair))
+    choices += [tuple(choice) for choice in _from_the_last(weights, world_size)]
     if len(weights) > 1:
-        found += [tuple(generator.choice([REPLICATED, *items]) for items in options) for _ in range(_MOST // 3)]
-    found = list(dict.fromkeys(found))
-    return found if len(found) <= _MOST else generator.sample(found, _MOST)
+        choices += [tuple(generator.choice([REPLICATED, *items]) for items in options) for _ in range(_MOST // 3)]
+    choices = list(dict.fromkeys(choices))
+    return choices if len(choices) <= _MOST else generator.sample(choices, _MOST)
 
 
 def _options(node: fx.Node, world_size: int) -> list[Placed]:
     """The placements of one argument: sharded along a dimension, or along the inner part of one, or a pending sum."""
-    found = [PARTIAL] if nodes.tensor_type(node).dtype.is_floating_point else []
+    placements = [PARTIAL] if nodes.tensor_type(node).dtype.is_floating_point else []
     for dim, size in enumerate(shape_of(node)):
         if not isinstance(size, int) or size < 2:
             continue
-        found.append(sharded((dim, (Span(1, size, 1, world_size),))))
+        placements.append(sharded((dim, (Span(1, size, 1, world_size),))))
         if size % 2 == 0 and size // 2 >= world_size:
-            found.append(sharded((dim, (Span(2, size // 2, 1, world_size),))))
-            found.append(sharded((dim, (Span(1, size // 2, 1, world_size), Span(1, size // 2, 1, world_size)))))
-            found.append(sharded((dim, (Span(1, size // 2, 2, world_size),))))
-    return found
+            placements.append(sharded((dim, (Span(2, size // 2, 1, world_size),))))
+            placements.append(sharded((dim, (Span(1, size // 2, 1, world_size), Span(1, size // 2, 1, world_size)))))
+            placements.append(sharded((dim, (Span(1, size // 2, 2, world_size),))))
+    return placements
 
 
 def _alike(left: Placed, right: Placed) -> bool:
@@ -103,13 +103,13 @@ def _check(call: Call, choice: Choice, world_size: int, wanted: list[torch.Tenso
     wants: list[Placed] = []
     try:
         for node in dict.fromkeys((one.call, *one.results)):
-            found = outcome(node, read)
-            wants += found.wants.values()
-            steps = (redistribution_steps(read.of(item), want, world_size) for item, want in found.wants.items())
-            if found.reason or any(step is None for step in steps):
+            decision = outcome(node, read)
+            wants += decision.wants.values()
+            steps = (redistribution_steps(read.of(operand), want, world_size) for operand, want in decision.wants.items())
+            if decision.reason or any(step is None for step in steps):
                 # A plan does not shard these arguments then.
                 return ""
-            known[node] = found.result
+            known[node] = decision.result
         if all(known[node] == REPLICATED for node in one.results) and all(want == REPLICATED for want in wants):
             # The rule shards nothing.
             return ""
@@ -127,18 +127,18 @@ def _check(call: Call, choice: Choice, world_size: int, wanted: list[torch.Tenso
         assert isinstance(placed, Placed)
         # Blocks of several spans cannot be gathered; each rank then returns its own part.
         wholes = parts if _can_return(placed, world_size) else (whole_of(parts, placed),)
-        worst = max((relative_error(value, found), number) for number, found in enumerate(wholes))
+        worst = max((relative_error(value, actual), number) for number, actual in enumerate(wholes))
         if worst[0] > TOLERANCE[torch.float32] and not _is_rounding(call, value, wholes[worst[1]]):
             return f"{claim}: result {index} differs by {worst[0]:.2g}"
     return ""
 
 
-def _is_rounding(call: Call, value: torch.Tensor, found: torch.Tensor) -> bool:
+def _is_rounding(call: Call, value: torch.Tensor, actual: torch.Tensor) -> bool:
     """True where terms of a sum cancel, so that the result is small beside the rounding of the terms."""
-    if value.shape != found.shape or value.dtype != torch.float32:
+    if value.shape != actual.shape or value.dtype != torch.float32:
         return False
     terms = sum(float(tensor.abs().sum()) for tensor in call.tensors if tensor.is_floating_point())
-    return bool((value - found).abs().max() <= 4 * torch.finfo(torch.float32).eps * terms)
+    return bool((value - actual).abs().max() <= 4 * torch.finfo(torch.float32).eps * terms)
 
 
 def _can_return(placed: Placed, world_size: int) -> bool:

@@ -30,8 +30,8 @@ _SAMPLES = 400
 def items(everything: bool) -> list[Item]:
     """The operators that have float32 samples on the CPU."""
     op_db = importlib.import_module("torch.testing._internal.common_methods_invocations").op_db
-    found = [op for op in op_db if torch.float32 in op.dtypes]
-    return [Item(f"{op.name}.{op.variant_test_name}".rstrip("."), op.name, partial(given, op)) for op in found]
+    ops = [op for op in op_db if torch.float32 in op.dtypes]
+    return [Item(f"{op.name}.{op.variant_test_name}".rstrip("."), op.name, partial(given, op)) for op in ops]
 
 
 def check(item: Item, report: Report) -> None:
