@@ -295,7 +295,9 @@ def _missing(report: Report, times: LayerTimes | None) -> list[str]:
     elif not times.nodes:
         sentences.append("Times of layers: this backend runs operators of its own, so the times cannot be put on nodes.")
     if report.measured_errors is None:
-        sentences.append("Errors of nodes: none were measured. Call report.errors() where the model is compiled, or use --errors.")
+        sentences.append(
+            "Errors of nodes: none were measured. Call report.errors() where the model is compiled, or use --errors."
+        )
     if report.history.checks not in NUMERIC:
         sentences.append(f"Errors of steps: checks were {report.history.checks}, so outputs were not compared.")
     return sentences

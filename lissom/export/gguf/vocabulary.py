@@ -172,7 +172,8 @@ def _split(stored: Mapping[str, Any]) -> tuple[str, ...]:
 def _tokens(stored: Mapping[str, Any], rows: int, *, by_bytes: bool) -> _Tokens:
     """Every row's token. Raises UnsupportedError for more tokens than rows."""
     model, added = stored["model"], {token["id"]: token for token in stored.get("added_tokens", [])}
-    names = {index: text for text, index in model["vocab"].items()} | {index: token["content"] for index, token in added.items()}
+    names = {index: text for text, index in model["vocab"].items()}
+    names |= {index: token["content"] for index, token in added.items()}
     if names and max(names) >= rows:
         raise UnsupportedError(f"the tokenizer has a token {max(names)}, and the model's embedding table has {rows} rows")
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]

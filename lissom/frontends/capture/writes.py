@@ -53,7 +53,9 @@ def return_writes(exported: ExportedProgram) -> bool:
         OutputSpec(OutputKind.BUFFER_MUTATION, TensorArgument(written[buffer].name), kinds[buffer.name].target)
         for buffer in ends
     ]
-    output.args = ((*(written[buffer] for buffer in ends), *nodes.leaves(output)),)
+    returned = output.args[0]
+    assert isinstance(returned, (tuple, list))
+    output.args = ((*(written[buffer] for buffer in ends), *returned),)
     exported.graph_signature.output_specs[:0] = specs
     return True
 
