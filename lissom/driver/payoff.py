@@ -13,7 +13,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.options import Goal
 from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.compiler.pipeline.pipeline import Pipeline, Verdict
+from lissom.compiler.pipeline.pipeline import Verdict
 from lissom.errors import LissomError
 from lissom.measure.timing import ENOUGH, Timing, time_calls
 
@@ -39,8 +39,8 @@ class Payoff:
     samples: Sequence[Sample]
     goal: Goal
 
-    def __call__(self, before: Program, after: Program) -> Verdict | None:
-        """The figures of all backends; the pass is kept if it gains on one of them.
+    def __call__(self, before: Mapping[str, Program], after: Mapping[str, Program]) -> Verdict | None:
+        """The figures of all backends for the lowered programs; the pass is kept if it gains on one of them.
 
         None if a backend cannot run one of the programs, or has no kernels for the quantized layers of `after`: building
         the result raises the backend's own error.
@@ -48,7 +48,7 @@ class Payoff:
         verdicts: list[Verdict] = []
         for backend in self.backends:
             try:
-                verdict = self._compare(backend, before, after)
+                verdict = self._compare(backend, before[backend.name], after[backend.name])
             except LissomError:
                 return None
             if verdict is None:
@@ -58,11 +58,9 @@ class Payoff:
         return Verdict("; ".join(verdict.figures for verdict in kept or verdicts), bool(kept))
 
     def _compare(self, backend: Backend, before: Program, after: Program) -> Verdict | None:
-        lowering = Pipeline(self.lowerings[backend.name], checks="off")
-        programs = [lowering.run(program)[0] for program in (before, after)]
-        if backend.simulated(programs[1]):
+        if backend.simulated(after):
             return None
-        built = [backend.build(program, self.samples[0]) for program in programs]
+        built = [backend.build(program, self.samples[0]) for program in (before, after)]
         if getattr(built[1], "simulated", ()):
             return None
         ratios: list[float] = []
@@ -73,7 +71,7 @@ class Payoff:
                 timings = time_calls(dict(zip(("without", "with"), calls, strict=True)), _SECONDS, most=ENOUGH)
                 ratios.append(timings["with"].median_ms / timings["without"].median_ms)
                 times.append(_times(timings["with"], timings["without"], sample))
-        without, size = (stored_bytes(program) for program in programs)
+        without, size = stored_bytes(before), stored_bytes(after)
         ratio = geometric_mean(ratios)
         figures = f"{ratio:.2f} x the time ({', '.join(times)}), {size / 1e6:.3g} MB against {without / 1e6:.3g}"
         faster, slower, smaller = ratio < FASTER, ratio * FASTER > 1, size < without

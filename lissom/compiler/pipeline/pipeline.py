@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Protocol
 
 from lissom.compiler.ir.collectives import alone
 from lissom.compiler.ir.program import Program
@@ -26,7 +27,19 @@ class Verdict:
     keep: bool
 
 
-Judge = Callable[[Program, Program], Verdict | None]
+class Judge(Protocol):
+    """Compares programs as backends run them.
+
+    Attributes:
+        lowerings: the lowering passes of each backend.
+    """
+
+    @property
+    def lowerings(self) -> Mapping[str, Sequence[Pass]]: ...
+
+    def __call__(self, before: Mapping[str, Program], after: Mapping[str, Program]) -> Verdict | None:
+        """The verdict on what came between two programs, each lowered for every backend; None where nothing can be measured."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class Pipeline(RunOptions):
         progress: called before each pass with its text, its number and the count.
         judge: called for each approximation that cheapens the program, with the program before it, and the program after it and
             all passes up to the next such approximation; its figures become a note, or the reason why the approximation is
-            reverted. None where nothing can be measured.
+            reverted.
     """
 
     progress: Progress | None = None
@@ -70,7 +83,10 @@ class Pipeline(RunOptions):
         for name, ending in endings.items():
             branch = run.branch(format_pipeline([*self.passes, *ending]))
             try:
-                self._steps(branch, ending, finished, count)
+                if name in run.lowered and self.judge is not None and self.judge.lowerings[name] is ending:
+                    branch.go_on(run.lowered[name])
+                else:
+                    self._steps(branch, ending, finished, count)
                 _check_stretch(branch)
                 results[name] = branch.program, branch.history
             except LissomError as error:
@@ -114,7 +130,8 @@ class Pipeline(RunOptions):
         """
         if trial is None or self.judge is None:
             return None
-        verdict = self.judge(trial.start.program, run.program)
+        before, after = (_lowered(state, self.judge.lowerings) for state in (trial.start, run))
+        verdict = None if before is None or after is None else self.judge(before, after)
         if verdict is None:
             return None
         steps = run.history.steps
@@ -136,6 +153,23 @@ class Pipeline(RunOptions):
         """Report the running pass, and its current step if it reports one."""
         if self.progress is not None:
             self.progress(f"{spelling}: {what}, {finished} of {total}" if what else spelling, index, count)
+
+
+def _lowered(run: Run, lowerings: Mapping[str, Sequence[Pass]]) -> dict[str, Program] | None:
+    """The program as each backend runs it, which the run keeps for its result; None where a backend cannot lower it.
+
+    The errors of lowering are raised when the result is lowered.
+    """
+    for name, lowering in lowerings.items():
+        if name not in run.lowered:
+            branch = run.branch(run.history.pipeline)
+            try:
+                for pass_ in lowering:
+                    branch.step(pass_)
+            except LissomError:
+                return None
+            run.lowered[name] = branch
+    return {name: run.lowered[name].program for name in lowerings}
 
 
 def _check_stretch(run: Run) -> None:

@@ -70,6 +70,8 @@ class Run:
         reference: the program before the first lossy pass.
         stretch: the exact passes since the program `start`, with the indices of their steps.
         outputs: of the last program that was run on the samples, `start` unless every pass is checked.
+        branched: the number of steps at which it left another run.
+        lowered: branches of this program that were lowered for a backend, by its name.
     """
 
     options: RunOptions
@@ -82,6 +84,8 @@ class Run:
     reference: Program | None = field(init=False, default=None)
     stretch: tuple[tuple[int, Pass], ...] = field(init=False, default=())
     start: Program = field(init=False)
+    branched: int = field(init=False, default=0)
+    lowered: dict[str, Run] = field(init=False, default_factory=dict[str, "Run"])
 
     def __post_init__(self) -> None:
         samples = self.options.samples if self.options.checks in NUMERIC else ()
@@ -94,16 +98,25 @@ class Run:
 
     def branch(self, pipeline: str) -> Run:
         """A copy of the run with its own history; pipeline: the text of the whole pipeline of the branch."""
-        other = copy(self)
-        kept = self.history
+        other, kept = copy(self), self.history
+        other.branched, other.lowered = len(kept.steps), {}
         other.history = replace(kept, pipeline=pipeline, steps=[*kept.steps], texts=[*kept.texts], changes={**kept.changes})
         return other
+
+    def go_on(self, branch: Run) -> None:
+        """Take over the steps of a branch of this program, although steps without effect may have been recorded since."""
+        later, shift = range(branch.branched, len(branch.history.steps)), len(self.history.steps) - branch.branched
+        for index in later:
+            step = replace(branch.history.steps[index], index=index + shift)
+            self.history.record(step, branch.history.texts[index], branch.history.facts_of(index))
+        self.stretch += tuple((index + shift, pass_) for index, pass_ in branch.stretch if index >= branch.branched)
+        self.program, self.outputs = branch.program, branch.outputs
 
     def go_back(self, start: Run, steps: int) -> None:
         """Restore the state `start`, whose history had that many steps."""
         self.history.cut(steps)
         self.program, self.original, self.outputs = start.program, start.original, start.outputs
-        self.reference, self.stretch, self.start = start.reference, start.stretch, start.start
+        self.reference, self.stretch, self.start, self.lowered = start.reference, start.stretch, start.start, start.lowered
 
     def record_reverted(self, pass_: Pass, seconds: float, reason: str) -> None:
         """Record a pass that ran and was reverted."""
@@ -168,6 +181,7 @@ class Run:
         elif touched and self.options.checks in NUMERIC:
             self.stretch = (*self.stretch, (step.index, pass_))
         self.program, self.outputs = after, outputs
+        self.lowered = {} if touched else self.lowered
         if pass_.redefines:
             self.original = answers(after, outputs)
         self.history.record_program(step, after, text_after)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -221,16 +222,25 @@ def _size(values: torch.Tensor) -> tuple[float, float]:
     """The size of a tensor of finite values, and the largest magnitude that is no mask value."""
     magnitudes = values.abs().flatten()
     if magnitudes.numel() > _SAMPLED:
-        places = torch.randint(magnitudes.numel(), (_SAMPLED,), generator=torch.Generator().manual_seed(0))
-        magnitudes = magnitudes[places.to(magnitudes.device)]
-    magnitudes = magnitudes[magnitudes > 0].sort().values
+        magnitudes = magnitudes[_sampled_places(magnitudes.numel()).to(magnitudes.device)]
+    magnitudes = magnitudes[magnitudes > 0]
     if magnitudes.numel() == 0:
         return _NOISE, math.inf
+    largest = float(magnitudes.max())
+    if largest < _EXTREME:  # no mask values, and no need to sort
+        size = float(magnitudes.kthvalue(math.ceil(_COUNTED * magnitudes.numel())).values)
+        return max(size, _NOISE), max(largest * _GAP, _EXTREME)
+    magnitudes = magnitudes.sort().values
     jumps = ((magnitudes[1:] > _GAP * magnitudes[:-1]) & (magnitudes[1:] >= _EXTREME)).nonzero()
     if len(jumps):
         magnitudes = magnitudes[: int(jumps[0]) + 1]
     size = float(magnitudes[math.ceil(_COUNTED * magnitudes.numel()) - 1])
     return max(size, _NOISE), max(float(magnitudes[-1]) * _GAP, _EXTREME)
+
+
+@lru_cache(maxsize=32)
+def _sampled_places(count: int) -> torch.Tensor:
+    return torch.randint(count, (_SAMPLED,), generator=torch.Generator().manual_seed(0))
 
 
 def _cosine(wanted: torch.Tensor, actual: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ import torch
 from lissom.compiler.ir import printer
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.compiler.verify.divergence import TOLERANCE, first_difference, output_errors, tolerances, with_kept_form
+from lissom.compiler.verify.divergence import TOLERANCE, first_difference, relative_error, tolerances, with_kept_form
 from lissom.compiler.verify.rounding import ROUNDINGS, differs_locally, right_in_wider
 from lissom.errors import VerifyError
 
@@ -41,10 +41,14 @@ def require_equal(
         VerifyError: naming the first node whose error is above its tolerance, or the outputs that newly share memory.
     """
     (limits,) = with_kept_form(before, after, [[0.0 if bitwise else _ROUNDED_TWICE.get(x, x) for x in tolerances(before)]])
-    errors = output_errors(*(with_kept_form(before, after, outputs) for outputs in (wanted, actual)))
-    far = [(error, limit) for error, limit in zip(errors, limits, strict=True) if error > limit]
-    if far and (bitwise or not _rounds_alike(before, after, samples, wanted, actual)):
-        _refuse(before, after, samples, *max(far, key=lambda pair: pair[0] / (pair[1] or 1.0)))
+    pairs = zip(*(with_kept_form(before, after, outputs) for outputs in (wanted, actual)), strict=True)
+    errors = [list(map(relative_error, old, new)) for old, new in pairs]
+    excess = [[(error, limit) for error, limit in zip(row, limits, strict=True) if error > limit] for row in errors]
+    if far := [index for index, row in enumerate(excess) if row]:
+        given, old, new = ([values[index] for index in far] for values in (samples, wanted, actual))
+        if bitwise or not _rounds_alike(before, after, given, old, new):
+            worst = max((pair for index in far for pair in excess[index]), key=lambda pair: pair[0] / (pair[1] or 1.0))
+            _refuse(before, after, given, *worst)
     for sample, old, new in zip(samples, wanted, actual, strict=True):
         shared = shared_memory(after, sample, new) - shared_memory(before, sample, old)
         if shared:
@@ -53,7 +57,7 @@ def require_equal(
                 f"output {index} shares memory with {alias}, which it did not before; whoever writes to the one changes the "
                 f"other: clone it"
             )
-    return max(errors, default=0.0)
+    return max((error for row in errors for error in row), default=0.0)
 
 
 def _rounds_alike(
