@@ -82,40 +82,50 @@ def compile(
     The model itself is not modified. The result shares its weights until a pass changes one, and refuses calls after these were
     trained or loaded anew.
 
-    model: a module, or a program from `lissom.optimize`, whose sizes vary as they did there. A `SentenceTransformer`, a
-        `CrossEncoder` or a `SparseEncoder` gives a model of its own class, all of whose modules run as one program.
-    example_inputs: a tuple holds positional arguments, a mapping keyword arguments, a tensor is the only argument. Models of
-        Sentence Transformers take texts, here and as data, and have a default.
-    passes: pipeline text, pass objects, or a recipe's name, run in the order written. The recipe `exact` brings every model
-        into canonical form and always comes first.
-    backend: the backend that runs the result: a name, or an object with options, `lissom.OnnxRuntime(threads=2)`;
-        `lissom.backends.BACKENDS` lists them. `fastest` builds every backend, times each on the example inputs, and keeps
-        the fastest.
-    world_size: with the backend `distributed`, the number of ranks that share the model. `shard{world_size=N},partition` is
-        appended to the passes unless they hold `partition`. In a process group of that size every rank calls `compile`;
-        rank 0 runs the passes and sends each rank its shard.
-    device: where the result runs; the model's own device by default.
-    dynamic: True finds out by trying whether batch and sequence may vary, False fixes all sizes, a mapping names the
-        dimensions that vary: `{"input_ids": {0: "batch"}}`.
-    checks: after every pass, `numeric` compares outputs, `structural` checks the graph and its types, `off` checks nothing.
-    data: calibration inputs, each like example_inputs, for passes that calibrate.
-    metric: scores a callable that takes the model's arguments; higher is better. max_drop: the largest drop of the metric
-        that lossy passes may cause.
-    goal: what a lossy pass must gain. The program is lowered and timed with it and without it, on the example and at larger
-        sizes, and the report has the figures. `latency` reverts a pass that makes the program slower, or neither faster nor
-        smaller; `memory` keeps one that makes it smaller; None keeps every pass, untimed.
-    simulate: compute quantized layers without a kernel on this backend in floating point, on quantized values. The outputs
-        are the same, without a speedup. If False, such layers are refused.
-    progress: called with the current step, the number of steps finished, and the total; by default a bar on a terminal.
+    Args:
+        model: a module, or a program from `lissom.optimize`, whose sizes vary as they did there. A `SentenceTransformer`, a
+            `CrossEncoder` or a `SparseEncoder` gives a model of its own class, all of whose modules run as one program.
+        example_inputs: a tuple holds positional arguments, a mapping keyword arguments, a tensor is the only argument. Models
+            of Sentence Transformers take texts, here and as data, and have a default.
+        passes: pipeline text, pass objects, or a recipe's name, run in the order written. The recipe `exact` brings every model
+            into canonical form and always comes first.
+        backend: the backend that runs the result: a name, or an object with options, `lissom.OnnxRuntime(threads=2)`;
+            `lissom.backends.BACKENDS` lists them. `fastest` builds every backend, times each on the example inputs, and keeps
+            the fastest.
+        world_size: with the backend `distributed`, the number of ranks that share the model. `shard{world_size=N},partition` is
+            appended to the passes unless they hold `partition`. In a process group of that size every rank calls `compile`;
+            rank 0 runs the passes and sends each rank its shard.
+        device: where the result runs; the model's own device by default.
+        dynamic: True finds out by trying whether batch and sequence may vary, False fixes all sizes, a mapping names the
+            dimensions that vary: `{"input_ids": {0: "batch"}}`.
+        checks: after every pass, `numeric` compares outputs, `structural` checks the graph and its types, `off` checks nothing.
+        data: calibration inputs, each like example_inputs, for passes that calibrate.
+        metric: scores a callable that takes the model's arguments; higher is better.
+        max_drop: the largest drop of the metric that lossy passes may cause.
+        goal: what a lossy pass must gain. The program is lowered and timed with it and without it, on the example and at larger
+            sizes, and the report has the figures. `latency` reverts a pass that makes the program slower, or neither faster nor
+            smaller; `memory` keeps one that makes it smaller; None keeps every pass, untimed.
+        simulate: compute quantized layers without a kernel on this backend in floating point, on quantized values. The outputs
+            are the same, without a speedup. If False, such layers are refused.
+        progress: called with the current step, the number of steps finished, and the total; by default a bar on a terminal.
 
-    Raises: LissomError, one of its subclasses: CaptureError, InputError, PipelineTextError, UnsupportedError,
-        RequirementError, PassError, VerifyError, BudgetError, RankError.
+    Raises:
+        CaptureError: if the model cannot be captured.
+        InputError: if the inputs, the data or the metric are wrong.
+        PipelineTextError: if the text of the passes has no meaning.
+        UnsupportedError: if an option, the backend or a pass does not support this model or machine.
+        RequirementError: if the program lacks what a pass needs.
+        PassError: if a pass fails.
+        VerifyError: if a pass or a backend gives other outputs.
+        BudgetError: if the metric drops by more than max_drop.
+        RankError: if a rank ended, or differs from rank 0.
 
-    >>> import torch, lissom
-    >>> model = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
-    >>> fast = lissom.compile(model, torch.randn(2, 5, 32))
-    >>> fast(torch.randn(3, 7, 32)).shape
-    torch.Size([3, 7, 32])
+    Examples:
+        >>> import torch, lissom
+        >>> model = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        >>> fast = lissom.compile(model, torch.randn(2, 5, 32))
+        >>> fast(torch.randn(3, 7, 32)).shape
+        torch.Size([3, 7, 32])
     """
     settings = Settings(
         passes=passes,
@@ -144,12 +154,15 @@ def compile(
 class Optimized:
     """The result of `optimize`.
 
-    program: the optimized program, before a backend lowers it. report: what every pass did; prints as a table.
+    Attributes:
+        program: the optimized program, before a backend lowers it.
+        report: what every pass did; prints as a table.
 
-    >>> import torch, lissom
-    >>> optimized = lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4), passes="cast{dtype=bf16}")
-    >>> optimized.program.parameter_bytes
-    20
+    Examples:
+        >>> import torch, lissom
+        >>> optimized = lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4), passes="cast{dtype=bf16}")
+        >>> optimized.program.parameter_bytes
+        20
     """
 
     program: Program
@@ -165,10 +178,14 @@ class Optimized:
         The checkpoint is loaded by transformers and compared with the program before it is written. Layers of different widths
         are padded with zeros to the widest. The directory is written completely or not at all, and must be new or empty.
 
-        tokenizer, processor: as for `CompiledModel.save`.
+        Args:
+            tokenizer: as for `CompiledModel.save`.
+            processor: as for `CompiledModel.save`.
 
-        Raises: UnsupportedError if the model is not one of transformers, its configuration cannot say what was removed, or the
-            program computes what no weights say, such as quantized layers; ArtifactError if it cannot be written.
+        Raises:
+            UnsupportedError: if the model is not one of transformers, its configuration cannot say what was removed, or the
+                program computes what no weights say, such as quantized layers.
+            ArtifactError: if it cannot be written.
         """
         model = self._transformers_model("checkpoint", tokenizer)
         save_checkpoint(self.program, model, self._example, check_path(directory), tokenizer, processor)
@@ -180,13 +197,17 @@ class Optimized:
         of the GGUF file they were read from, with its blocks. Removed layers are left out. Where llama.cpp reads one width for
         all layers, those of different widths are padded with zeros to the widest. The file is written completely or not at all.
 
-        tokenizer: a fast one of transformers; by default that of the folder that the model came from. dtype: of matrices in
-            floating point, `f32`, `f16` or `bf16`; by default the program's own.
+        Args:
+            tokenizer: a fast one of transformers; by default that of the folder that the model came from.
+            dtype: of matrices in floating point, `f32`, `f16` or `bf16`; by default the program's own.
 
-        Returns: the graph of llama.cpp, the types of the tensors, and the size of the file.
+        Returns:
+            The graph of llama.cpp, the types of the tensors, and the size of the file.
 
-        Raises: UnsupportedError if the model is not one of transformers, llama.cpp has no graph for the program or no tokenizer
-            like this one, or gguf is not installed; ArtifactError if the file cannot be written.
+        Raises:
+            UnsupportedError: if the model is not one of transformers, llama.cpp has no graph for the program or no tokenizer
+                like this one, or gguf is not installed.
+            ArtifactError: if the file cannot be written.
         """
         return write_gguf(
             self.program, self._transformers_model("GGUF file", tokenizer), self._example, check_path(path), tokenizer, dtype
@@ -195,7 +216,9 @@ class Optimized:
     def _transformers_model(self, what: str, tokenizer: Saveable | None) -> Any:
         """The model that the program was captured from, with merged adapters; its tokenizer is checked.
 
-        Raises: UnsupportedError for another one; InputError for a tokenizer with a larger vocabulary.
+        Raises:
+            UnsupportedError: for another one.
+            InputError: for a tokenizer with a larger vocabulary.
         """
         model = with_merged_adapters(self._model) if isinstance(self._model, nn.Module) else None
         # Other modules keep a configuration of transformers too.
@@ -224,18 +247,20 @@ def optimize(
 ) -> Optimized:
     """Run only the passes, without lowering the program for a backend.
 
-    Raises: LissomError, as `compile`, whose options these are.
+    Raises:
+        LissomError: as `compile`, whose options these are.
 
-    >>> import torch, lissom
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout())
-    >>> print(lissom.optimize(model, torch.randn(2, 4)).program)
-    program Sequential(input: f32[batch, 4]) {
-      weight @0.bias: f32[4]
-      weight @0.weight: f32[4, 4]
-      %linear: f32[batch, 4] = aten.linear(%input_1, @0.weight, @0.bias)  # 0
-      return [%linear]
-    }
-    <BLANKLINE>
+    Examples:
+        >>> import torch, lissom
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout())
+        >>> print(lissom.optimize(model, torch.randn(2, 4)).program)
+        program Sequential(input: f32[batch, 4]) {
+          weight @0.bias: f32[4]
+          weight @0.weight: f32[4, 4]
+          %linear: f32[batch, 4] = aten.linear(%input_1, @0.weight, @0.bias)  # 0
+          return [%linear]
+        }
+        <BLANKLINE>
     """
     settings = Settings(
         passes=passes,

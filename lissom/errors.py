@@ -13,12 +13,13 @@ from typing import Any
 class LissomError(Exception):
     """The base class of all errors; `history` is the `History` of the pipeline that failed, or None.
 
-    >>> import torch, lissom
-    >>> try:
-    ...     lissom.compile(torch.nn.Linear(4, 2), torch.randn(3, 4), passes="prune-head")
-    ... except lissom.LissomError as error:
-    ...     print(str(error).splitlines()[0])
-    pipeline text, character 1: there is no pass 'prune-head'; did you mean 'prune-heads'? `lissom passes` lists them all
+    Examples:
+        >>> import torch, lissom
+        >>> try:
+        ...     lissom.compile(torch.nn.Linear(4, 2), torch.randn(3, 4), passes="prune-head")
+        ... except lissom.LissomError as error:
+        ...     print(str(error).splitlines()[0])
+        pipeline text, character 1: there is no pass 'prune-head'; did you mean 'prune-heads'? `lissom passes` lists them all
     """
 
     history: Any = None

@@ -25,7 +25,11 @@ def shadowed_package(folder: Path) -> str | None:
 
 
 def shadowed_install(folder: Path, package: Path) -> str | None:
-    """A sentence when Lissom runs from `folder` while another copy is installed, or None. package: the one that runs."""
+    """A sentence when Lissom runs from `folder` while another copy is installed, or None.
+
+    Args:
+        package: the one that runs.
+    """
     if package.parent != folder or not _searched_first(folder) or str(folder) in os.environ.get("PYTHONPATH", "").split(":"):
         return None
     for distribution in distributions(name="lissom"):
@@ -48,7 +52,9 @@ def _is_installed(name: str, place: Path) -> bool:
 def refuse_shadows() -> None:
     """Stop before an import of such a file fails somewhere else: `python -m lissom` with a sentence, else with an error.
 
-    Raises: ImportError, SystemExit.
+    Raises:
+        ImportError: if there is such a file.
+        SystemExit: likewise, under `python -m lissom`.
     """
     sentence = shadowed_package(Path.cwd())
     if sentence is None:

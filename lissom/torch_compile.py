@@ -63,13 +63,15 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class GraphReport:
     """The result of compiling one Dynamo graph.
 
-    name: `Graph_` and the number Dynamo gives it in its logs.
-    report: what every pass did; None when the graph runs uncompiled, and `reason` says why.
+    Attributes:
+        name: `Graph_` and the number Dynamo gives it in its logs.
+        report: what every pass did; None when the graph runs uncompiled, and `reason` says why.
 
-    >>> from lissom.torch_compile import GraphReport
-    >>> print(GraphReport("Graph_0", None, "its inputs are sparse"))
-    Graph_0 runs as it is: its inputs are sparse
-    <BLANKLINE>
+    Examples:
+        >>> from lissom.torch_compile import GraphReport
+        >>> print(GraphReport("Graph_0", None, "its inputs are sparse"))
+        Graph_0 runs as it is: its inputs are sparse
+        <BLANKLINE>
     """
 
     name: str
@@ -89,14 +91,15 @@ _live: weakref.WeakSet[_Compiled] = weakref.WeakSet()
 def dynamo_reports() -> tuple[GraphReport, ...]:
     """The reports of the last 100 graphs of `torch.compile(..., backend="lissom")`; `torch.compiler.reset` clears them.
 
-    >>> import torch, lissom
-    >>> torch.compiler.reset()
-    >>> fast = torch.compile(torch.nn.Linear(4, 2), backend="lissom")
-    >>> with torch.no_grad():
-    ...     fast(torch.ones(3, 4)).shape
-    torch.Size([3, 2])
-    >>> len(lissom.dynamo_reports())
-    1
+    Examples:
+        >>> import torch, lissom
+        >>> torch.compiler.reset()
+        >>> fast = torch.compile(torch.nn.Linear(4, 2), backend="lissom")
+        >>> with torch.no_grad():
+        ...     fast(torch.ones(3, 4)).shape
+        torch.Size([3, 2])
+        >>> len(lissom.dynamo_reports())
+        1
     """
     return tuple(REPORTS)
 
@@ -110,11 +113,14 @@ def compile_graph(
 ) -> Function:
     """Compile a Dynamo graph: the backend `lissom` of `torch.compile`.
 
-    mode: `default` and `reduce-overhead` use the backend eager, `max-autotune` the fastest. options: the keywords of
-    `lissom.compile` except world_size, device, dynamic and progress; batches of `data` are mappings from the names of the
-    graph's inputs to tensors, and `metric` scores a callable that takes these and returns the graph's outputs in a tuple.
+    Args:
+        mode: `default` and `reduce-overhead` use the backend eager, `max-autotune` the fastest.
+        options: the keywords of `lissom.compile` except world_size, device, dynamic and progress; batches of `data` are
+            mappings from the names of the graph's inputs to tensors, and `metric` scores a callable that takes these and
+            returns the graph's outputs in a tuple.
 
-    Raises: the errors of `lissom.compile` for wrong options and for passes that cannot be applied.
+    Raises:
+        LissomError: as `lissom.compile`, for wrong options and for passes that cannot be applied.
     """
     settings = _settings(mode, options or {})
     check_settings(settings)
@@ -144,10 +150,7 @@ compile_graph.reset = _reset  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _settings(mode: str, options: Mapping[str, Any]) -> Settings:
-    """The settings for a mode and options of `torch.compile`.
-
-    Raises: UnsupportedError.
-    """
+    """The settings for a mode and options of `torch.compile`. Raises UnsupportedError for unknown ones."""
     if not isinstance(mode, str) or mode not in _MODES:
         hint = nearest(str(mode), _MODES) or ";"
         raise UnsupportedError(f"backend 'lissom' has no mode {mode!r:.80}{hint} choose {', '.join(_MODES)}")
@@ -247,8 +250,7 @@ class _Compiled:
 
     def _compiled_before(self, args: Sequence[object]) -> CompiledModel | None:
         """The model of an equal graph with the same weights, which Dynamo made for other sizes or in another gradient mode.
-
-        Raises: CaptureError for a graph that is not compiled in this mode.
+        Raises CaptureError for a graph that is not compiled in this mode.
         """
         refuse(self._graph, args)
         for other in list(_live):
@@ -272,10 +274,8 @@ class _Compiled:
 
 
 def _batches(graph: Graph, data: Iterable[object]) -> list[dict[str, object]]:
-    """Calibration batches with the tensors this graph takes.
-
-    Raises: UnsupportedError for a batch that does not name its tensors: Dynamo orders a graph's inputs by their use.
-    """
+    """Calibration batches with the tensors this graph takes. Raises InputError for a batch that does not name its own."""
+    # Dynamo orders a graph's inputs by their use, so a tuple does not say which is which.
     whole = list(data)
     batches = [batch for batch in whole if isinstance(batch, Mapping)]
     if len(batches) < len(whole):

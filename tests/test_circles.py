@@ -103,7 +103,7 @@ def test_a_circle_of_modules_is_found(text):
     assert set(circle(imports(texts))) == {"p.a.one", "p.b.two"}
 
 
-def test_a_circle_of_rooms_is_found_where_no_modules_form_one():
+def test_circle_of_rooms_is_found_without_module_circle():
     texts = {"p.a.one": "from p.b import two", "p.b.two": "", "p.b.three": "from p.a import four", "p.a.four": ""}
     graph = imports(texts)
     assert circle(graph) == []

@@ -46,6 +46,6 @@ def test_the_family_of_errors_is_at_the_top():
     assert lissom.LissomError is errors.LissomError
 
 
-def test_a_name_that_does_not_exist_is_an_attribute_error():
+def test_name_that_does_not_exist_is_attribute_error():
     with pytest.raises(AttributeError, match="module 'lissom' has no attribute 'compyle'"):
         _ = lissom.compyle

@@ -23,7 +23,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_file_that_hides_a_package_is_named_in_one_sentence(tmp_path: Path) -> None:
+def test_file_that_hides_package_is_named_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("print('not torch')\n")
     found = run(tmp_path, "-m", "lissom", "--version")
     assert found.returncode == 1 and found.stdout == ""
@@ -58,7 +58,7 @@ def test_a_folder_that_is_searched_later_hides_nothing(tmp_path: Path) -> None:
     assert shadowed_package(tmp_path) is None
 
 
-def test_a_copy_that_runs_instead_of_the_installed_one_is_named(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_that_runs_instead_of_installed_one_is_named(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = first / "site"
     (installed / "lissom").mkdir(parents=True)
     (installed / "lissom-1.0.dist-info").mkdir()

@@ -34,7 +34,9 @@ def read_inputs(signature: Signature, path: Path) -> tuple[tuple[object, ...], d
 
     Floating-point arrays are cast to the dtype of the argument, because numpy has no bfloat16.
 
-    Raises: ArtifactError if the file cannot be read; InputError if it lacks an argument, or holds an unknown one.
+    Raises:
+        ArtifactError: if the file cannot be read.
+        InputError: if it lacks an argument, or holds an unknown one.
     """
     arrays = read_arrays(path)
     wanted = {leaf.path: leaf for leaf in signature.tensors}
@@ -48,7 +50,7 @@ def read_inputs(signature: Signature, path: Path) -> tuple[tuple[object, ...], d
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file by name, in this machine's byte order. Raises: ArtifactError if they cannot be read."""
+    """The arrays of a file by name, in this machine's byte order. Raises ArtifactError if they cannot be read."""
     try:
         with path.open("rb") as file:
             arrays = np.load(file, allow_pickle=False)
@@ -65,7 +67,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _native(array: object) -> np.ndarray:
-    """The array in this machine's byte order. Raises: ValueError for the bytes numpy returns of any other file."""
+    """The array in this machine's byte order. Raises ValueError for the bytes numpy returns of any other file."""
     if not isinstance(array, np.ndarray):
         raise ValueError("one of its files is not an array")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
@@ -99,7 +101,8 @@ def named_tensors(outputs: object, name: str = "") -> dict[str, torch.Tensor]:
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write tensors to a file, completely or not at all; bfloat16 and float8, which numpy lacks, as float32.
 
-    Raises: ArtifactError if it cannot be written, or for a name that a file cannot have.
+    Raises:
+        ArtifactError: if it cannot be written, or for a name that a file cannot have.
     """
     odd = next((name for name in tensors if not _is_member(name)), None)
     if odd is not None:

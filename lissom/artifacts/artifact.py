@@ -47,7 +47,9 @@ def write_nothing(folder: Path) -> None:
 class Loaded:
     """The content of an artifact.
 
-    notes: sentences on differences from the machine that made the artifact. files: size and hash of each, by name.
+    Attributes:
+        notes: sentences on differences from the machine that made the artifact.
+        files: size and hash of each, by name.
     """
 
     program: Program
@@ -63,9 +65,10 @@ class Loaded:
 class Trust:
     """The load policy of an artifact: native code, signatures and memory mapping.
 
-    allow_native: load native code, such as a compiled library, that it holds or names.
-    keys: files of public keys, one of which must have signed it; None requires no signature.
-    map_weights: map the weights from their file instead of reading them into memory.
+    Attributes:
+        allow_native: load native code, such as a compiled library, that it holds or names.
+        keys: files of public keys, one of which must have signed it; None requires no signature.
+        map_weights: map the weights from their file instead of reading them into memory.
     """
 
     allow_native: bool = False
@@ -80,7 +83,9 @@ NO_TRUST = Trust()
 class Compiled:
     """A compiled model, from which an artifact is written.
 
-    facts: the model's metadata as JSON, returned when loaded. write_more: writes additional files into the directory.
+    Attributes:
+        facts: the model's metadata as JSON, returned when loaded.
+        write_more: writes additional files into the directory.
     """
 
     program: Program
@@ -94,7 +99,8 @@ class Compiled:
 def save_artifact(directory: Path, compiled: Compiled) -> None:
     """Write an artifact, completely or not at all; an existing one is replaced.
 
-    Raises: ArtifactError if it cannot be written, or the program holds something an artifact cannot.
+    Raises:
+        ArtifactError: if it cannot be written, or the program holds something an artifact cannot.
     """
     check_target(directory.absolute())
 
@@ -109,9 +115,14 @@ def save_artifact(directory: Path, compiled: Compiled) -> None:
 
 
 def write_program(compiled: Compiled, entries: Mapping[str, object], folder: Path) -> None:
-    """Write an artifact into a folder that has the weights and the backend's files already. entries: from `save_weights`.
+    """Write an artifact into a folder that has the weights and the backend's files already.
 
-    Raises: ArtifactError, OSError.
+    Args:
+        entries: from `save_weights`.
+
+    Raises:
+        ArtifactError: if the program holds something an artifact cannot, or is read back otherwise.
+        OSError: if a file cannot be written.
     """
     program, history, backend = compiled.program, compiled.history, compiled.backend
     _write_json(folder / PROGRAM, encode_program(program, entries))
@@ -134,7 +145,7 @@ def write_program(compiled: Compiled, entries: Mapping[str, object], folder: Pat
 
 
 def _options(backend: Backend) -> Mapping[str, object]:
-    """The options of a backend by name. Raises: ArtifactError for one that JSON cannot hold."""
+    """The options of a backend by name. Raises ArtifactError for one that JSON cannot hold."""
     for field in fields(backend):
         value = getattr(backend, field.name)
         try:
@@ -152,7 +163,7 @@ def _write_json(path: Path, data: object) -> None:
 
 
 def _confirm(program: Program, folder: Path) -> None:
-    """Read the program back as loading will, with the weights in memory. Raises: ArtifactError if the program differs."""
+    """Read the program back as loading will, with the weights in memory. Raises ArtifactError if the program differs."""
     content = (folder / PROGRAM).read_bytes()
     again = _decode(content, folder / PROGRAM, lambda entries, place: program.weights(), lambda device: device)
     try:
@@ -173,10 +184,13 @@ def load_whole(
 ) -> Loaded:
     """The artifact in a directory whose files were checked, except those named in `CHECKED_HERE`.
 
-    device: where it runs; by default the device it was saved for. backend: None or a name for the saved backend, or an object
-    of the same name whose options replace the saved ones.
+    Args:
+        device: where it runs; by default the device it was saved for.
+        backend: None or a name for the saved backend, or an object of the same name whose options replace the saved ones.
 
-    Raises: ArtifactError if it is damaged or cannot run here; UnsupportedError if a package of its backend is missing.
+    Raises:
+        ArtifactError: if it is damaged or cannot run here.
+        UnsupportedError: if a package of its backend is missing.
     """
     backend = find_saved_backend(manifest, directory, backend, trust)
     saved, wanted = find_devices(manifest, directory, device)
@@ -206,7 +220,9 @@ def find_saved_backend(manifest: Manifest, directory: Path, wanted: str | Backen
 
     A backend of another package has to be given: nothing is imported because an artifact names it.
 
-    Raises: ArtifactError, also if the backend would run native code that is not allowed; UnsupportedError.
+    Raises:
+        ArtifactError: if this installation lacks the backend or its options, or it would run native code that is not allowed.
+        UnsupportedError: if `wanted` is another backend, or none.
     """
     name = manifest.backend
     if not isinstance(wanted, (str, Backend, type(None))):
@@ -239,7 +255,7 @@ def find_saved_backend(manifest: Manifest, directory: Path, wanted: str | Backen
 
 
 def find_devices(manifest: Manifest, directory: Path, device: torch.device | None) -> tuple[torch.device, torch.device]:
-    """The device the artifact was saved for, and the device it will run on. Raises: ArtifactError."""
+    """The device the artifact was saved for, and the device it will run on. Raises ArtifactError."""
     try:
         saved = torch.device(manifest.device)
     except RuntimeError as error:
@@ -258,13 +274,13 @@ def find_devices(manifest: Manifest, directory: Path, device: torch.device | Non
 
 
 def read_program(directory: Path, manifest: Manifest, read_weights: ReadWeights, place: Place) -> Program:
-    """The program in a directory; arguments as for `decode_program`. Raises: ArtifactError if it holds none."""
+    """The program in a directory; arguments as for `decode_program`. Raises ArtifactError if it holds none."""
     path = directory / PROGRAM
     return _decode(verified_bytes(path, manifest.content_of(PROGRAM, directory)), path, read_weights, place)
 
 
 def _decode(content: bytes, path: Path, read_weights: ReadWeights, place: Place) -> Program:
-    """The program from the bytes of a file. Raises: ArtifactError if they hold none."""
+    """The program from the bytes of a file. Raises ArtifactError if they hold none."""
     try:
         return decode_program(parse_json(content, path), read_weights, place)
     except ArtifactError:
@@ -275,7 +291,7 @@ def _decode(content: bytes, path: Path, read_weights: ReadWeights, place: Place)
 
 
 def read_history(manifest: Manifest, directory: Path) -> History:
-    """The history of the program. Raises: ArtifactError if the files hold none."""
+    """The history of the program. Raises ArtifactError if the files hold none."""
     path = directory / STEPS
     content = verified_bytes(path, manifest.content_of(STEPS, directory))
     try:
@@ -287,7 +303,8 @@ def read_history(manifest: Manifest, directory: Path) -> History:
 def _check_kernels(program: Program, directory: Path) -> tuple[str, ...]:
     """Load the kernels the program uses; returns a note if they are missing, which makes it slow.
 
-    Raises: ArtifactError if it was lowered for a CPU and runs elsewhere, or this processor's kernels lack its dtype.
+    Raises:
+        ArtifactError: if it was lowered for a CPU and runs elsewhere, or this processor's kernels lack its dtype.
     """
     called = [node for node in program.nodes(*KERNELS) if node.target is not block_sparse_attention or _has_kernel(node)]
     types = {nodes.tensor_type(node) for node in called}

@@ -40,7 +40,10 @@ _NUMBERS = ("int", "SymInt", "float", "number", "bool")
 def check_call(target: Callable[..., Any], args: Sequence[object], kwargs: Mapping[str, object]) -> None:
     """Refuse a call whose arguments do not fit its target in number, name or type.
 
-    For a node as argument, its type in the file is checked. Raises: ValueError.
+    For a node as argument, its type in the file is checked.
+
+    Raises:
+        ValueError: if they do not fit.
     """
     if isinstance(target, torch._ops.OpOverload):
         _check_operator(target, args, kwargs)
@@ -79,7 +82,9 @@ def _check_operator(target: torch._ops.OpOverload, args: Sequence[object], kwarg
 def _fits(argument: object, kind: str, of_numbers: bool, one_for_all: bool = False) -> bool:
     """True if an argument matches a type, as schemas write it.
 
-    of_numbers: a number may replace a tensor. one_for_all: one number may replace a list.
+    Args:
+        of_numbers: a number may replace a tensor.
+        one_for_all: one number may replace a list.
     """
     if kind.startswith("Optional["):
         return argument is None or _fits(argument, kind[len("Optional[") : -1], of_numbers, one_for_all)

@@ -49,7 +49,8 @@ def write_directory(target: Path, write: Callable[[Path], None]) -> None:
     the old artifact in the same folder under a hidden name that ends in `.old`. The next process that writes `target` deletes
     what killed processes left.
 
-    Raises: ArtifactError if `target` is something else than an artifact, or cannot be written.
+    Raises:
+        ArtifactError: if `target` is something else than an artifact, or cannot be written.
     """
     target = target.absolute()
     check_target(target)
@@ -80,7 +81,7 @@ def write_directory(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def check_target(target: Path) -> None:
-    """Refuse a path where an artifact cannot be written. Raises: ArtifactError."""
+    """Refuse a path where an artifact cannot be written. Raises ArtifactError."""
     target = target.absolute()
     try:
         if not target.name:
@@ -102,7 +103,7 @@ def check_target(target: Path) -> None:
 
 
 def check_new(target: Path) -> None:
-    """Refuse a path where a new directory cannot be written that is no artifact. Raises: ArtifactError."""
+    """Refuse a path where a new directory cannot be written that is no artifact. Raises ArtifactError."""
     check_target(target)
     if is_artifact(target):
         raise ArtifactError(f"'{target}' holds a compiled model, which would be replaced; choose another directory")
@@ -138,7 +139,7 @@ def _lock(folder: Path) -> int:
 
 
 def _delete_left_over(target: Path) -> None:
-    """Delete the temporary directories of the target that killed processes left. Raises: OSError."""
+    """Delete the temporary directories of the target that killed processes left. Raises OSError."""
     kinds = (".new", ".old") if target.exists() else (".new",)
     for path in [path for path in target.parent.iterdir() if path.name.startswith(_prefix(target))]:
         if not path.name.endswith(kinds) or path.is_symlink() or not path.is_dir():
@@ -154,7 +155,7 @@ def _delete_left_over(target: Path) -> None:
 
 
 def _set_aside(target: Path) -> Path | None:
-    """The old artifact that a process killed between two renames left, or None. Raises: OSError."""
+    """The old artifact that a process killed between two renames left, or None. Raises OSError."""
     beside = target.parent.iterdir() if target.parent.is_dir() else ()
     return next((path for path in beside if path.name.startswith(_prefix(target)) and path.name.endswith(".old")), None)
 
@@ -177,7 +178,7 @@ def _exchange(target: Path, fresh: Path, old: Path) -> None:
 
 
 def _exchange_at_once(one: Path, other: Path) -> bool:
-    """Exchange two names atomically; False if the system or the file system does not support it. Raises: OSError."""
+    """Exchange two names atomically; False if the system or the file system does not support it. Raises OSError."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
@@ -205,11 +206,13 @@ def read_directory(
 ) -> Manifest:
     """The manifest of an artifact, after checking that every file is present and unchanged.
 
-    passed_over: files not opened here, because they are not needed, or are checked when read, as by `verified_bytes`.
-    trusted_keys: files of public keys, one of which must have signed the manifest; None requires no signature.
+    Args:
+        passed_over: files not opened here, because they are not needed, or are checked when read, as by `verified_bytes`.
+        trusted_keys: files of public keys, one of which must have signed the manifest; None requires no signature.
 
-    Raises: ArtifactError if the directory is not an artifact, differs from its manifest, or is not signed by a trusted key;
-        UnsupportedError if the package to check signatures is missing.
+    Raises:
+        ArtifactError: if the directory is not an artifact, differs from its manifest, or is not signed by a trusted key.
+        UnsupportedError: if the package to check signatures is missing.
     """
     whole = _read_manifest(directory)
     if trusted_keys is not None:
@@ -222,10 +225,12 @@ def read_directory(
 def sign_directory(directory: Path, private_key: str | Path) -> None:
     """Check an artifact, and write the signature of its manifest, which holds the hashes of all other files.
 
-    private_key: a PEM file of an Ed25519 key.
+    Args:
+        private_key: a PEM file of an Ed25519 key.
 
-    Raises: ArtifactError if the artifact is damaged, the key cannot be read, or the signature cannot be written;
-        UnsupportedError if the package to sign with is missing.
+    Raises:
+        ArtifactError: if the artifact is damaged, the key cannot be read, or the signature cannot be written.
+        UnsupportedError: if the package to sign with is missing.
     """
     whole = _read_manifest(directory)
     _check_files(directory, parse_manifest(whole, directory / NAME).files, ())
@@ -234,7 +239,7 @@ def sign_directory(directory: Path, private_key: str | Path) -> None:
 
 
 def _read_manifest(directory: Path) -> bytes:
-    """The bytes of the manifest, read once, so that the checked bytes are the ones used. Raises: ArtifactError."""
+    """The bytes of the manifest, read once, so that the checked bytes are the ones used. Raises ArtifactError."""
     try:
         if not directory.is_dir():
             aside = _set_aside(directory.absolute())
@@ -254,7 +259,11 @@ def _read_manifest(directory: Path) -> bytes:
 
 
 def _check_files(directory: Path, files: Mapping[str, Content], unread: Collection[str]) -> None:
-    """Refuse a directory that does not hold exactly these files. unread: those that are not opened."""
+    """Refuse a directory that does not hold exactly these files.
+
+    Args:
+        unread: those that are not opened.
+    """
     check_names(directory, files, unread)
     for name, content in files.items():
         if name not in unread:
@@ -262,11 +271,14 @@ def _check_files(directory: Path, files: Mapping[str, Content], unread: Collecti
 
 
 def check_names(directory: Path, files: Mapping[str, Content], unread: Collection[str] = (), *, exact: bool = True) -> None:
-    """Refuse a directory that lacks one of the files, or names one outside it. unread: files that may be missing.
+    """Refuse a directory that lacks one of the files, or names one outside it.
 
-    exact: refuse additional files too.
+    Args:
+        unread: files that may be missing.
+        exact: refuse additional files too.
 
-    Raises: ArtifactError.
+    Raises:
+        ArtifactError: if it does, or cannot be read.
     """
     for name in files:
         if not is_file_name(name) or name in (NAME, SIGNATURE):
@@ -289,7 +301,8 @@ def check_names(directory: Path, files: Mapping[str, Content], unread: Collectio
 def open_verified(path: Path, wanted: Content) -> BufferedReader:
     """A file of an artifact, open at its start, whose hash was checked through this same handle.
 
-    Raises: ArtifactError if it differs from the manifest.
+    Raises:
+        ArtifactError: if it differs from the manifest.
     """
     file = open_plain(path)
     try:
@@ -301,9 +314,13 @@ def open_verified(path: Path, wanted: Content) -> BufferedReader:
 
 
 def verify(file: BufferedReader | BufferedRandom, path: Path, wanted: Content) -> None:
-    """Check the hash of an open file, and go to its start. path: for errors.
+    """Check the hash of an open file, and go to its start.
 
-    Raises: ArtifactError if it differs from the manifest.
+    Args:
+        path: for errors.
+
+    Raises:
+        ArtifactError: if it differs from the manifest.
     """
     try:
         check_size(path, os.fstat(file.fileno()).st_size, wanted)
@@ -320,7 +337,8 @@ def verified_path(path: Path, wanted: Content) -> Generator[Path]:
 
     It is for libraries that take only a path. If the system has no names for open files, it is the given path.
 
-    Raises: ArtifactError as `open_verified`.
+    Raises:
+        ArtifactError: as `open_verified`.
     """
     with open_verified(path, wanted) as file:
         held = Path(f"/proc/self/fd/{file.fileno()}")
@@ -328,7 +346,7 @@ def verified_path(path: Path, wanted: Content) -> Generator[Path]:
 
 
 def verified_bytes(path: Path, wanted: Content) -> bytes:
-    """The content of a JSON file of an artifact, after checking its hash. Raises: ArtifactError as `open_verified`."""
+    """The content of a JSON file of an artifact, after checking its hash. Raises ArtifactError as `open_verified`."""
     if wanted.size > MOST_BYTES:
         raise ArtifactError(f"'{path}' has {wanted.size} bytes, and {MOST_BYTES} are the most; save the model again")
     with open_plain(path) as file:
@@ -344,7 +362,7 @@ def verified_bytes(path: Path, wanted: Content) -> bytes:
 
 
 def check_size(path: Path, size: int, wanted: Content) -> None:
-    """Refuse a file of another size than in the manifest. Raises: ArtifactError."""
+    """Refuse a file of another size than in the manifest. Raises ArtifactError."""
     if size != wanted.size:
         raise ArtifactError(f"'{path}' has {size} bytes, and had {wanted.size} when written; copy it whole, or save again")
 

@@ -41,7 +41,7 @@ _POWERS = frozenset({"Pow", "PowByNatural", "FloatPow"})
 
 
 def encode_expression(expression: object) -> object:
-    """The expression as JSON. Raises: ArtifactError for a function an artifact cannot hold."""
+    """The expression as JSON. Raises ArtifactError for a function an artifact cannot hold."""
     match expression:
         case bool() | int():
             return expression
@@ -66,7 +66,8 @@ def encode_expression(expression: object) -> object:
 def decode_expression(data: object, symbols: Mapping[str, sympy.Symbol]) -> sympy.Basic:
     """The expression JSON holds.
 
-    Raises: ValueError for anything `encode_expression` does not write, and for an expression beyond the limits.
+    Raises:
+        ValueError: for anything `encode_expression` does not write, and for an expression beyond the limits.
     """
     if isinstance(data, list):
         parts, bits = _measure(data)

@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 class Facts:
     """The metadata of a transformers model.
 
-    configuration: as JSON. main_input: the name of the argument for tokens, pixels or audio. modalities: of its inputs.
-    config_class: of the configuration; None looks it up by model type. source: the directory or the name on the Hub that the
-    model came from, with its tokenizer and processors; None if it was made in memory.
+    Attributes:
+        configuration: as JSON.
+        main_input: the name of the argument for tokens, pixels or audio.
+        modalities: of its inputs.
+        config_class: of the configuration; None looks it up by model type.
+        source: the directory or the name on the Hub that the model came from, with its tokenizer and processors; None if it was
+            made in memory.
     """
 
     configuration: Mapping[str, object]
@@ -49,7 +53,7 @@ class Facts:
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> Facts | None:
-        """The metadata that `to_json` wrote, None for an empty mapping. Raises: ArtifactError if it has another form."""
+        """The metadata that `to_json` wrote, None for an empty mapping. Raises ArtifactError if it has another form."""
         if not data:
             return None
         try:
@@ -62,7 +66,9 @@ class Facts:
     def make_config(self) -> PretrainedConfig:
         """A new configuration object of transformers.
 
-        Raises: ImportError without transformers, ArtifactError if transformers refuses it.
+        Raises:
+            ImportError: without transformers.
+            ArtifactError: if transformers refuses it.
         """
         from transformers import CONFIG_MAPPING, PretrainedConfig
 

@@ -33,13 +33,13 @@ class Content:
 
     @classmethod
     def of(cls, path: Path) -> Content:
-        """Size and hash of a file. Raises: OSError."""
+        """Size and hash of a file. Raises OSError."""
         with path.open("rb") as file:
             return cls.of_file(file)
 
     @classmethod
     def of_file(cls, file: BufferedReader | BufferedRandom) -> Content:
-        """Size and hash of an open file, from its position to the end. Raises: OSError."""
+        """Size and hash of an open file, from its position to the end. Raises OSError."""
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return cls(file.tell(), digest)
 
@@ -52,9 +52,16 @@ class Content:
 class Manifest:
     """The metadata of an artifact.
 
-    name: of the program. options: of the backend. device: it was compiled for, `cpu` or `cuda:0`. signature, pipeline: as
-    text. history: as JSON. facts: the model's metadata, as JSON. environment: versions and processor. files: all other files
-    in the directory.
+    Attributes:
+        name: of the program.
+        options: of the backend.
+        device: it was compiled for, `cpu` or `cuda:0`.
+        signature: as text.
+        pipeline: as text.
+        history: as JSON.
+        facts: the model's metadata, as JSON.
+        environment: versions and processor.
+        files: all other files in the directory.
     """
 
     name: str
@@ -69,14 +76,14 @@ class Manifest:
     files: Mapping[str, Content]
 
     def content_of(self, name: str, directory: Path) -> Content:
-        """Size and hash of a file that every artifact has. Raises: ArtifactError if the manifest does not list it."""
+        """Size and hash of a file that every artifact has. Raises ArtifactError if the manifest does not list it."""
         if name not in self.files:
             raise ArtifactError(f"'{directory / NAME}' names no '{name}', which every artifact has; save the model again")
         return self.files[name]
 
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
-    """Write the manifest. Raises: OSError."""
+    """Write the manifest. Raises OSError."""
     files = {name: {"size": content.size, "sha256": content.sha256} for name, content in manifest.files.items()}
     fields = {"kind": KIND, "version": FORMAT_VERSION, **vars(manifest), "files": files}
     body = json.dumps(fields, indent=1).removesuffix("\n}").encode()
@@ -88,12 +95,12 @@ def _seal(body: bytes) -> bytes:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest in a file. Raises: ArtifactError as `parse_manifest`, or if the file cannot be read."""
+    """The manifest in a file. Raises ArtifactError as `parse_manifest`, or if the file cannot be read."""
     return parse_manifest(read_plain(path, MOST_BYTES), path)
 
 
 def listed_files(path: Path) -> frozenset[str]:
-    """The files listed in a manifest of any format version. Raises: ArtifactError if the file is not a manifest."""
+    """The files listed in a manifest of any format version. Raises ArtifactError if the file is not a manifest."""
     data = parse_json(read_plain(path, MOST_BYTES), path, any_number=True)
     try:
         if take(data, "kind", str) == KIND:
@@ -106,7 +113,8 @@ def listed_files(path: Path) -> frozenset[str]:
 def parse_manifest(whole: bytes, path: Path) -> Manifest:
     """The manifest from the bytes of a file.
 
-    Raises: ArtifactError if it is not a manifest, has an unknown version, or was changed since it was written.
+    Raises:
+        ArtifactError: if it is not a manifest, has an unknown version, or was changed since it was written.
     """
     # A configuration may hold infinities, and a very large length that means no limit.
     data = parse_json(whole, path, any_number=True)

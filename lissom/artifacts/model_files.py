@@ -51,9 +51,12 @@ def original_fields(fields: Mapping[str, object]) -> dict[str, object]:
 def write_processors(folder: Path, source: str | None, tokenizer: Saveable | None, processor: Saveable | None) -> None:
     """Write tokenizer and processor; those not given are copied from where the model came from, if they are there.
 
-    source: a directory, or a model of the Hub that is in its local cache.
+    Args:
+        source: a directory, or a model of the Hub that is in its local cache.
 
-    Raises: InputError for an object that is neither; ArtifactError if it cannot be written.
+    Raises:
+        InputError: for an object that is neither.
+        ArtifactError: if it cannot be written.
     """
     for name, given in (("tokenizer", tokenizer), ("processor", processor)):
         if given is not None and not callable(getattr(given, "save_pretrained", None)):
@@ -89,9 +92,12 @@ def _find(source: str, name: str) -> Path | None:
 
 
 def check_tokenizer(program: Program, main_input: str, tokenizer: object) -> None:
-    """Refuse a tokenizer with a larger vocabulary than the model's embedding table. Raises: InputError.
+    """Refuse a tokenizer with a larger vocabulary than the model's embedding table.
 
     Added tokens are not counted: some models, such as Gemma 3, come with more of them than rows. A call with one is refused.
+
+    Raises:
+        InputError: if it is larger.
     """
     rows, tokens = vocabulary_size(program, main_input), getattr(tokenizer, "vocab_size", None)
     if rows is not None and isinstance(tokens, int) and tokens > rows:
@@ -103,9 +109,12 @@ def check_tokenizer(program: Program, main_input: str, tokenizer: object) -> Non
 def upload(save: Callable[[Path], None], name: str, repo_id: str, private: bool | None, token: str | None, message: str) -> str:
     """Save into a temporary directory and upload it to a repository of the Hub; returns its address.
 
-    name: of the model, for errors.
+    Args:
+        name: of the model, for errors.
 
-    Raises: ArtifactError if the Hub cannot be reached, or refuses it; UnsupportedError without huggingface_hub.
+    Raises:
+        ArtifactError: if the Hub cannot be reached, or refuses it.
+        UnsupportedError: without huggingface_hub.
     """
     try:
         from huggingface_hub import HfApi

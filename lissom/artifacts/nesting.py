@@ -73,9 +73,13 @@ pytree.register_pytree_node(Output, _flatten_output, _unflatten_output, serializ
 
 
 def encode_nesting(spec: pytree.TreeSpec, where: str) -> object:
-    """The nesting of a structure as JSON; where: its description for an error.
+    """The nesting of a structure as JSON.
 
-    Raises: ArtifactError for a container an artifact cannot hold.
+    Args:
+        where: its description for an error.
+
+    Raises:
+        ArtifactError: for a container an artifact cannot hold.
     """
     leaf = object()
     try:
@@ -118,7 +122,7 @@ def _is_model_output(kind: type) -> bool:
 
 
 def decode_nesting(data: object) -> pytree.TreeSpec:
-    """The nesting from JSON. Raises: ValueError for anything `encode_nesting` does not write."""
+    """The nesting from JSON. Raises ValueError for anything `encode_nesting` does not write."""
     return pytree.tree_flatten(_decode(data))[1]
 
 
@@ -154,7 +158,7 @@ def _decode_item(data: object) -> tuple[Any, object]:
 
 
 def _distinct(items: Sequence[tuple[Any, object]]) -> dict[Any, object]:
-    """The items by key. Raises: ValueError for a key that is given twice, or is of a type that is no key."""
+    """The items by key. Raises ValueError for a key that is given twice, or is of a type that is no key."""
     try:
         by_key = dict(items)
     except TypeError as error:

@@ -39,9 +39,10 @@ def allow(target: torch._ops.OpOverload) -> None:
 
     The operator must only compute its results, and must check the sizes of its arguments: a file may call it with any.
 
-    >>> import torch
-    >>> from lissom.artifacts.operators import allow
-    >>> allow(torch.ops.aten.logit.default)
+    Examples:
+        >>> import torch
+        >>> from lissom.artifacts.operators import allow
+        >>> allow(torch.ops.aten.logit.default)
     """
     _ADDED[str(target)] = target
 
@@ -49,7 +50,8 @@ def allow(target: torch._ops.OpOverload) -> None:
 def operator_name(target: object) -> str:
     """The name of a node's target: `aten.linear.default`, `operator.mul`.
 
-    Raises: ArtifactError if it is on none of the lists.
+    Raises:
+        ArtifactError: if it is on none of the lists.
     """
     function_name = next((name for name, function in FUNCTIONS.items() if function is target), "")
     name = str(target) if isinstance(target, torch._ops.OpOverload) else function_name
@@ -65,7 +67,8 @@ def operator_name(target: object) -> str:
 def find_operator(name: str) -> Callable[..., Any]:
     """The operator or function of that name.
 
-    Raises: ValueError if it is on none of the lists, or this version of PyTorch has no such operator.
+    Raises:
+        ValueError: if it is on none of the lists, or this version of PyTorch has no such operator.
     """
     target = _find(name)
     if target is None:

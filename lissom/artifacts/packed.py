@@ -39,7 +39,10 @@ _MOST_LISTED = 4 << 20
 def pack(save: Callable[[Path], None], target: Path) -> None:
     """Write the directory that `save` writes as one file, completely or not at all. The same files give the same bytes.
 
-    Raises: what `save` raises; ArtifactError.
+    Errors of `save` pass through.
+
+    Raises:
+        ArtifactError: if the file cannot be written.
     """
     with (
         writing_whole(target) as file,
@@ -54,9 +57,15 @@ def pack(save: Callable[[Path], None], target: Path) -> None:
 
 
 def load_packed(path: Path, load: Callable[[Path], _Model], wanted: Content | None = None) -> _Model:
-    """The result of `load` on the directory packed in a file. wanted: size and hash of the file, if they are known.
+    """The result of `load` on the directory packed in a file.
 
-    Raises: what `load` raises; ArtifactError for another file, or without room for a copy.
+    Errors of `load` pass through.
+
+    Args:
+        wanted: size and hash of the file, if they are known.
+
+    Raises:
+        ArtifactError: for another file, or without room for a copy.
     """
     return from_copy(partial(_unpack, path, wanted), load, path)
 
@@ -71,7 +80,7 @@ class _Archive(BufferedReader):
 
 
 def _unpack(path: Path, wanted: Content | None, folder: Path) -> None:
-    """Copy the files packed in a file into a folder. Raises: ArtifactError."""
+    """Copy the files packed in a file into a folder. Raises ArtifactError."""
     try:
         opened = open_plain(path, links=True) if wanted is None else _private(path, wanted)
         with _Archive(opened.detach()) as file, zipfile.ZipFile(file) as archive:
@@ -108,7 +117,9 @@ def _no_program(path: Path, error: Exception) -> ArtifactError:
 def _private(path: Path, wanted: Content) -> BufferedRandom:
     """A checked copy of a file, without a name, so that no other process changes it after the check.
 
-    Raises: ArtifactError if the file has other content, or cannot be copied; OSError.
+    Raises:
+        ArtifactError: if the file has other content, or cannot be copied.
+        OSError: if it cannot be read, or there is no temporary file.
     """
     copied = tempfile.TemporaryFile()  # noqa: SIM115
     try:
@@ -127,7 +138,10 @@ def _private(path: Path, wanted: Content) -> BufferedRandom:
 def load_linked(directory: Path, load: Callable[[Path], _Model]) -> _Model:
     """The result of `load` on a directory whose files may be links, as in the cache of the Hugging Face Hub.
 
-    Raises: what `load` raises; ArtifactError as `copy_linked`.
+    Errors of `load` pass through.
+
+    Raises:
+        ArtifactError: as `copy_linked`, or if the directory cannot be read.
     """
     try:
         linked = any(path.is_symlink() for path in directory.iterdir())
@@ -142,9 +156,12 @@ def copy_linked(directory: Path, target: Path, *, exact: bool = True, place: Pat
     Only files of the manifest are read, and each is a regular file of the size in the manifest, so that no link fills the disk.
     Hashes are checked when the copy is loaded.
 
-    exact: refuse additional files in the directory. place: the directory that errors name; by default the one with `target`.
+    Args:
+        exact: refuse additional files in the directory.
+        place: the directory that errors name; by default the one with `target`.
 
-    Raises: ArtifactError if the directory differs from its manifest, or the copy does not fit on the disk.
+    Raises:
+        ArtifactError: if the directory differs from its manifest, or the copy does not fit on the disk.
     """
     place = target.parent if place is None else place
     manifest = read_plain(directory / NAME, MOST_BYTES, links=True)
@@ -174,7 +191,11 @@ def _check_room(place: Path, size: int, source: Path) -> None:
 
 
 def _linked(source: BufferedReader, path: Path, target: Path) -> bool:
-    """True if `target` is now another name of the open file. path: of the file, or of a link to it."""
+    """True if `target` is now another name of the open file.
+
+    Args:
+        path: of the file, or of a link to it.
+    """
     with suppress(OSError):  # another file system, or one without hard links
         os.link(path.resolve(), target)
         if os.path.samestat(target.lstat(), os.fstat(source.fileno())):
@@ -184,7 +205,7 @@ def _linked(source: BufferedReader, path: Path, target: Path) -> bool:
 
 
 def _copy(source: BufferedReader, target: IO[bytes], size: int) -> None:
-    """Copy at most so many bytes: the file may grow meanwhile. Raises: OSError."""
+    """Copy at most so many bytes: the file may grow meanwhile. Raises OSError."""
     while size and (part := source.read(min(size, _PART))):
         size -= target.write(part)
 
@@ -192,9 +213,13 @@ def _copy(source: BufferedReader, target: IO[bytes], size: int) -> None:
 def from_copy(fill: Callable[[Path], None], load: Callable[[Path], _Model], source: Path | None = None) -> _Model:
     """The result of `load` on a temporary directory, which `fill` writes and which is deleted with the result.
 
-    source: what was copied; errors of `load` name it in place of the directory.
+    Errors of `fill` and `load` pass through.
 
-    Raises: what `fill` and `load` raise; ArtifactError without a directory for temporary files, or room in it.
+    Args:
+        source: what was copied; errors of `load` name it in place of the directory.
+
+    Raises:
+        ArtifactError: without a directory for temporary files, or room in it.
     """
     with ExitStack() as stack:
         try:

@@ -35,9 +35,13 @@ _MODULE, _INNER = FlatModule({}, fx.Graph()), nn.Module()
 
 
 def encode_program(program: Program, weights: Mapping[str, object]) -> dict[str, object]:
-    """The program as JSON; weights: the entries from `save_weights`.
+    """The program as JSON.
 
-    Raises: ArtifactError for a program that an artifact cannot hold.
+    Args:
+        weights: the entries from `save_weights`.
+
+    Raises:
+        ArtifactError: for a program that an artifact cannot hold.
     """
     return {
         "name": program.name,
@@ -50,9 +54,15 @@ def encode_program(program: Program, weights: Mapping[str, object]) -> dict[str,
 
 
 def decode_program(data: object, read_weights: ReadWeights, place: Place) -> Program:
-    """The program from JSON; read_weights: reads the weights by their entries.
+    """The program from JSON.
 
-    Raises: ValueError, TypeError or RuntimeError for anything `encode_program` does not write.
+    Args:
+        read_weights: reads the weights by their entries.
+
+    Raises:
+        ValueError: for anything `encode_program` does not write.
+        TypeError: likewise.
+        RuntimeError: likewise.
     """
     facts = _decode_symbols(take(data, "symbols", dict))
     made: dict[str, fx.Node] = {}
@@ -107,7 +117,8 @@ def check_weight_name(name: str) -> None:
 def _own_state(state: Sequence[str], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Copies of the state, which the program writes and must not share with the file.
 
-    Raises: ValueError if they do not fit in memory.
+    Raises:
+        ValueError: if they do not fit in memory.
     """
     absent = next((name for name in state if name not in weights), None)
     if absent is not None:
@@ -137,7 +148,7 @@ def _check_form(program: Program) -> None:
 
 
 def check_writes(program: Program) -> None:
-    """Refuse a program that writes to what is not its state. Raises: ValueError."""
+    """Refuse a program that writes to what is not its state. Raises ValueError."""
     for node in program.nodes(*nodes.STATE_WRITES):
         if not nodes.is_state_write(node) or str(nodes.operand(node).target) not in program.state:
             raise ValueError(f"'{node.name}' writes to a buffer that is not state of the program")
@@ -319,7 +330,7 @@ def _encode_placed(placed: Placed | tuple[Placed, ...]) -> object:
 
 
 def _decode_placed(data: object, reader: Reader) -> Placed | tuple[Placed, ...]:
-    """The placement from JSON. Raises: ValueError for anything `_encode_placed` does not write."""
+    """The placement from JSON. Raises ValueError for anything `_encode_placed` does not write."""
     if isinstance(data, list):
         return tuple(_decode_one_placed(entry, reader) for entry in data)
     return _decode_one_placed(data, reader)

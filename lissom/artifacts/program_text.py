@@ -58,17 +58,20 @@ _HINTS = (4, 16, 8, 24, 32, 12)
 def parse_program(text: str, sizes: Mapping[str, int] | None = None) -> Program:
     """The program that a text describes, which prints as this text.
 
-    sizes: numbers at the example for sizes by name, `{"batch": 2, "sequence": 64}`.
+    Args:
+        sizes: numbers at the example for sizes by name, `{"batch": 2, "sequence": 64}`.
 
-    Raises: ArtifactError with line, column and what was expected; for an operator that is unknown, or that returns another type
-    than the text says.
+    Raises:
+        ArtifactError: with line, column and what was expected; for an operator that is unknown, or that returns another type
+            than the text says.
 
-    >>> import torch
-    >>> from lissom.artifacts.program_text import parse_program
-    >>> text = "program Twice(x: f32[batch, 4]) {\\n  %mul: f32[batch, 4] = aten.mul.Tensor(%x, 2)\\n  return [%mul]\\n}\\n"
-    >>> program = parse_program(text)
-    >>> program.text() == text, program(torch.ones(1, 4))
-    (True, tensor([[2., 2., 2., 2.]]))
+    Examples:
+        >>> import torch
+        >>> from lissom.artifacts.program_text import parse_program
+        >>> text = "program Twice(x: f32[batch, 4]) {\\n  %mul: f32[batch, 4] = aten.mul.Tensor(%x, 2)\\n  return [%mul]\\n}\\n"
+        >>> program = parse_program(text)
+        >>> program.text() == text, program(torch.ones(1, 4))
+        (True, tensor([[2., 2., 2., 2.]]))
     """
     return _Parser(text, sizes or {}).program()
 

@@ -45,7 +45,10 @@ def weights_file(rank: int) -> str:
 def save(directory: Path, compiled: artifact.Compiled) -> None:
     """Write an artifact for one process or for several ranks; errors as for `save_artifact`.
 
-    All ranks of a group must call it. Raises: RankError if a rank ended or does not answer.
+    All ranks of a group must call it.
+
+    Raises:
+        RankError: if a rank ended or does not answer.
     """
     executable = compiled.executable
     if not isinstance(executable, (Held, RankProgram)):
@@ -107,7 +110,9 @@ def load(
 ) -> artifact.Loaded:
     """The artifact in a directory, or this rank's shard of one for several ranks; arguments and errors as for `load_whole`.
 
-    Raises: UnsupportedError if the process group has another size; RankError if a rank ended or does not answer.
+    Raises:
+        UnsupportedError: if the process group has another size.
+        RankError: if a rank ended or does not answer.
     """
     manifest = read_directory(
         directory, lambda parsed: parsed.files if parsed.backend == Distributed.name else artifact.CHECKED_HERE, trust.keys
@@ -138,7 +143,12 @@ def _notes(program: Program) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Part:
-    """A rank's program as stored and lowered. history: of the stored program. lowering: the steps that lowered it."""
+    """A rank's program as stored and lowered.
+
+    Attributes:
+        history: of the stored program.
+        lowering: the steps that lowered it.
+    """
 
     stored: Program
     lowered: Program
@@ -169,9 +179,14 @@ def _load_part(directory: Path, backend: Distributed, device: torch.device | Non
 
 
 def check_ranks(directory: Path, rest: str, trust: artifact.Trust = artifact.NO_TRUST) -> None:
-    """Refuse an artifact for several ranks outside a process group of that size. rest: the command line after `lissom`.
+    """Refuse an artifact for several ranks outside a process group of that size.
 
-    Raises: UnsupportedError; ArtifactError if the directory is not an artifact.
+    Args:
+        rest: the command line after `lissom`.
+
+    Raises:
+        UnsupportedError: if it is refused.
+        ArtifactError: if the directory is not an artifact.
     """
     manifest = read_directory(directory, lambda parsed: parsed.files, trust.keys)
     if manifest.backend == Distributed.name:
@@ -190,7 +205,14 @@ def _check_group(manifest: Manifest, directory: Path, rest: str) -> None:
 
 
 def check_world(world_size: int, what: str, rest: str) -> None:
-    """Refuse a process group of another size. rest: the command line after `lissom`. Raises: UnsupportedError."""
+    """Refuse a process group of another size.
+
+    Args:
+        rest: the command line after `lissom`.
+
+    Raises:
+        UnsupportedError: if it has another size.
+    """
     world = torch.distributed.get_world_size()
     if world != world_size:
         raise UnsupportedError(

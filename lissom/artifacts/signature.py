@@ -26,7 +26,8 @@ TrustedKeys = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 def key_files(trusted_keys: TrustedKeys | None) -> tuple[Path, ...] | None:
     """The paths in `trusted_keys=`; None if no signature is required.
 
-    Raises: InputError for anything but a path or several.
+    Raises:
+        InputError: for anything but a path or several.
     """
     if trusted_keys is None:
         return None
@@ -37,7 +38,7 @@ def key_files(trusted_keys: TrustedKeys | None) -> tuple[Path, ...] | None:
 
 
 def sign(message: bytes, private_key: Path) -> bytes:
-    """The signature of a message by a key. Raises: ArtifactError if the key cannot be read; UnsupportedError."""
+    """The signature of a message by a key. Raises ArtifactError if the key cannot be read; UnsupportedError."""
     _check_installed()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -49,9 +50,13 @@ def sign(message: bytes, private_key: Path) -> bytes:
 def check_signature(message: bytes, directory: Path, trusted_keys: Sequence[Path]) -> None:
     """Refuse an artifact whose manifest is not signed by one of the keys.
 
-    message: the bytes of the manifest. trusted_keys: files of public keys; without any, every artifact is refused.
+    Args:
+        message: the bytes of the manifest.
+        trusted_keys: files of public keys; without any, every artifact is refused.
 
-    Raises: ArtifactError; UnsupportedError without the package `cryptography`.
+    Raises:
+        ArtifactError: if it is not signed by one, or a key or the signature cannot be read.
+        UnsupportedError: without the package `cryptography`.
     """
     _check_installed()
     from cryptography.exceptions import InvalidSignature
@@ -89,7 +94,7 @@ def _check_installed() -> None:
 
 
 def _read(path: Path, kind: type[Key], word: str, parse: Callable[[bytes], object]) -> Key:
-    """The key in a PEM file. Raises: ArtifactError if it holds no key of this kind."""
+    """The key in a PEM file. Raises ArtifactError if it holds no key of this kind."""
     from cryptography.exceptions import UnsupportedAlgorithm
 
     try:

@@ -109,7 +109,12 @@ class Scanner:
         return len(self.text)
 
     def value_type(self, *, declare: bool = False, named: bool = False) -> ValueType:
-        """A type. declare: names in its sizes are new sizes. named: names that are none stand for sizes found while running."""
+        """A type.
+
+        Args:
+            declare: names in its sizes are new sizes.
+            named: names that are none stand for sizes found while running.
+        """
         if self.accept("none"):
             return None
         if self.accept("("):
@@ -152,7 +157,8 @@ class Scanner:
 def _expression_data(text: str) -> tuple[object, set[str]]:
     """The expression as data, and the names in it.
 
-    Raises: ValueError for anything but numbers, names, arithmetic, comparisons and the functions of sizes.
+    Raises:
+        ValueError: for anything but numbers, names, arithmetic, comparisons and the functions of sizes.
     """
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"a size has {len(text)} characters; the limit is {MOST_CHARACTERS}")

@@ -35,7 +35,10 @@ _NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 class Reader:
     """Resolves the names in a file.
 
-    symbols: those of the program. nodes: those made so far. place: maps a saved device to the device to load on.
+    Attributes:
+        symbols: those of the program.
+        nodes: those made so far.
+        place: maps a saved device to the device to load on.
     """
 
     symbols: Mapping[str, sympy.Symbol]
@@ -43,20 +46,20 @@ class Reader:
     place: Callable[[torch.device], torch.device]
 
     def symbol(self, name: str) -> sympy.Symbol:
-        """The symbol of that name. Raises: ValueError."""
+        """The symbol of that name. Raises ValueError."""
         if name not in self.symbols:
             raise ValueError(f"there is no symbol {shown(name)}")
         return self.symbols[name]
 
     def size(self, data: object) -> Size:
-        """A size: a number, or an expression. Raises: ValueError."""
+        """A size: a number, or an expression. Raises ValueError."""
         expression = decode_expression(data, self.symbols)
         if not isinstance(expression, sympy.Expr) or (expression.is_number and not isinstance(expression, sympy.Integer)):
             raise ValueError(f"{shown(data)} is not a size")
         return int(expression) if isinstance(expression, sympy.Integer) else expression
 
     def sizes(self, data: object, key: str, itemsize: int) -> tuple[Size, ...]:
-        """The sizes or strides of a tensor in a field, whose product in bytes fits into 64 bits. Raises: ValueError."""
+        """The sizes or strides of a tensor in a field, whose product in bytes fits into 64 bits. Raises ValueError."""
         sizes = take_list(data, key, self.size)
         numbers = [size for size in sizes if isinstance(size, int)]
         if len(sizes) > MOST_DIMENSIONS:
@@ -66,19 +69,19 @@ class Reader:
         return sizes
 
     def stride(self, data: object) -> Size:
-        """A stride, which is not negative. Raises: ValueError."""
+        """A stride, which is not negative. Raises ValueError."""
         stride = self.size(data)
         return stride if isinstance(stride, sympy.Expr) else count(stride)
 
     def device(self, name: str) -> torch.device:
-        """The device to load on for a saved device name. Raises: ValueError."""
+        """The device to load on for a saved device name. Raises ValueError."""
         try:
             return self.place(torch.device(name))
         except RuntimeError as error:
             raise ValueError(f"{shown(name)} is not a device") from error
 
     def tensor_type(self, data: object) -> TensorType:
-        """The type of a tensor. Raises: ValueError."""
+        """The type of a tensor. Raises ValueError."""
         dtype = decode_named("dtype", take(data, "dtype", str))
         return TensorType(dtype, self.sizes(data, "shape", dtype.itemsize), self.device(take(data, "device", str)))
 
@@ -93,7 +96,7 @@ def encode_type(tensor_type: TensorType) -> dict[str, object]:
 
 
 def encode_argument(argument: object) -> Any:
-    """One argument of a call as JSON. Raises: ArtifactError for an object an artifact cannot hold."""
+    """One argument of a call as JSON. Raises ArtifactError for an object an artifact cannot hold."""
     match argument:
         case fx.Node():
             return {"node": argument.name}
@@ -122,7 +125,7 @@ def encode_argument(argument: object) -> Any:
 
 
 def decode_argument(data: object, reader: Reader = _NOTHING) -> Any:
-    """The argument from JSON. Raises: ValueError for anything `encode_argument` does not write."""
+    """The argument from JSON. Raises ValueError for anything `encode_argument` does not write."""
     match data:
         case None | bool() | int() | float() | str():
             return data
@@ -153,7 +156,7 @@ def decode_argument(data: object, reader: Reader = _NOTHING) -> Any:
 
 
 def decode_named(kind: str, name: str) -> Any:
-    """The dtype, layout or memory format of that name. Raises: ValueError if PyTorch has none."""
+    """The dtype, layout or memory format of that name. Raises ValueError if PyTorch has none."""
     # Not `getattr`, which would import modules of PyTorch by name.
     attribute = vars(torch).get(name)
     if not isinstance(attribute, _NAMED[kind]) or name.startswith(_NO_NUMBERS):
@@ -168,7 +171,8 @@ def _name(value: object) -> str:
 def encode_value(value: object) -> object:
     """A node's value as JSON; for a tensor its dtype, sizes, strides and device.
 
-    Raises: ArtifactError for a value an artifact cannot hold.
+    Raises:
+        ArtifactError: for a value an artifact cannot hold.
     """
     match value:
         case None:
@@ -194,7 +198,8 @@ def encode_value(value: object) -> object:
 def decode_value(data: object, reader: Reader, mode: Callable[[], FakeTensorMode]) -> Deferred:
     """The value from JSON, created in the mode at first access.
 
-    Raises: ValueError for anything `encode_value` does not write.
+    Raises:
+        ValueError: for anything `encode_value` does not write.
     """
     match data:
         case None:

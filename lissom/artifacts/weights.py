@@ -49,9 +49,13 @@ _KINDS = (torch.Tensor, nn.Parameter, nn.Buffer)
 def save_weights(program: Program, path: Path, *, alone: bool = False, transposed: Collection[str] = ()) -> dict[str, object]:
     """Write the program's weights; returns for each weight the entry to read it back.
 
-    alone: write the entries into the file too, for `load_alone`. transposed: matrices, by name, to write transposed.
+    Args:
+        alone: write the entries into the file too, for `load_alone`.
+        transposed: matrices, by name, to write transposed.
 
-    Raises: ArtifactError for a weight safetensors cannot hold; OSError if it cannot be written.
+    Raises:
+        ArtifactError: for a weight safetensors cannot hold.
+        OSError: if it cannot be written.
     """
     entries, tensors = stored_weights(program, transposed)
     with path.open("wb") as file:
@@ -60,12 +64,16 @@ def save_weights(program: Program, path: Path, *, alone: bool = False, transpose
 
 
 def stored_weights(program: Program, transposed: Collection[str] = ()) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
-    """The entry of each weight of the program, and the tensors to store, by name. transposed: as for `save_weights`.
+    """The entry of each weight of the program, and the tensors to store, by name.
 
     Weights that share memory are one tensor in the file, under the first one's name. A transposed or expanded weight is
     written in memory order, without repetition; `order` and `shape` in its entry restore it.
 
-    Raises: ArtifactError for a weight safetensors cannot hold.
+    Args:
+        transposed: as for `save_weights`.
+
+    Raises:
+        ArtifactError: for a weight safetensors cannot hold.
     """
     tensors: dict[str, torch.Tensor] = {}
     names: dict[object, str] = {}
@@ -130,7 +138,7 @@ def _part_names(name: str) -> tuple[str, str]:
 
 
 def _decompress(bits: torch.Tensor, values: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    """The tensor from its bitmask and nonzero values. Raises: ValueError if they do not fit the shape."""
+    """The tensor from its bitmask and nonzero values. Raises ValueError if they do not fit the shape."""
     size = math.prod(shape)
     if bits.dtype != torch.uint8 or bits.dim() != 1 or len(bits) != -(-size // 8):
         raise ValueError(f"{bits.numel()} bytes of bits do not fit a weight of {shape}")
@@ -143,7 +151,7 @@ def _decompress(bits: torch.Tensor, values: torch.Tensor, shape: list[int]) -> t
 
 
 def check_memory(needed: int, what: str) -> None:
-    """Refuse an allocation larger than this machine's memory. Raises: ValueError."""
+    """Refuse an allocation larger than this machine's memory. Raises ValueError."""
     limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else _MOST_MEMORY
     if needed > limit:
         raise ValueError(f"{what} would take {needed} bytes of memory; the limit is {limit}, which this machine has")
@@ -171,10 +179,12 @@ def _as_stored(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, object]]:
 def load_weights(entries: Mapping[str, object], path: Path, place: Place, *, mapped: bool = True) -> dict[str, torch.Tensor]:
     """The weights by name, mapped from the file; for another device than the CPU they are copied.
 
-    place: maps the saved device to the device to load on. mapped: False reads them into memory, which later changes of the file
-    do not affect.
+    Args:
+        place: maps the saved device to the device to load on.
+        mapped: False reads them into memory, which later changes of the file do not affect.
 
-    Raises: ValueError if the file does not fit the entries.
+    Raises:
+        ValueError: if the file does not fit the entries.
     """
     with _open(path, mapped) as file:
         return read_weights(entries, file.get_tensor, place)
@@ -191,7 +201,7 @@ def load_alone(path: Path, place: Place, *, mapped: bool = True) -> dict[str, to
 
 @contextmanager
 def _open(path: Path, mapped: bool) -> Generator[Any]:
-    """An open safetensors file. Raises: ValueError if it is not one."""
+    """An open safetensors file. Raises ValueError if it is not one."""
     # Imported when first needed.
     from safetensors import SafetensorError, safe_open
 
@@ -243,7 +253,11 @@ class _Unmapped:
 def read_weights(
     entries: Mapping[str, object], tensor_of: Callable[[str], torch.Tensor], place: Place
 ) -> dict[str, torch.Tensor]:
-    """The weights by name; tensor_of: returns a stored tensor by name. Other arguments and errors as for `load_weights`."""
+    """The weights by name.
+
+    Args:
+        tensor_of: returns a stored tensor by name. Other arguments and errors as for `load_weights`.
+    """
     wanted = {take(entry, "tensor", str): entry for entry in entries.values()}
     whole = {
         name: math.prod(take_list(entry, "nonzero", count)) for name, entry in wanted.items() if "nonzero" in fields_of(entry)

@@ -21,7 +21,8 @@ FASTEST = "fastest"
 def find_backend(wanted: str | Backend) -> Backend:
     """The backend of that name, with default options; or the object given.
 
-    Raises: UnsupportedError when there is none, it has no name of its own, or this machine lacks its requirements.
+    Raises:
+        UnsupportedError: when there is none, it has no name of its own, or this machine lacks its requirements.
     """
     names = (*BACKENDS, FASTEST)
     if isinstance(wanted, Backend):
@@ -49,7 +50,7 @@ def is_ours(backend: Backend) -> bool:
 
 
 def check_name(backend: Backend) -> None:
-    """Refuse a backend without a name, or with the name of another in the table. Raises: UnsupportedError."""
+    """Refuse a backend without a name, or with the name of another in the table. Raises UnsupportedError."""
     kind, name = type(backend).__name__, getattr(backend, "name", None)
     if not isinstance(name, str) or not name:
         raise UnsupportedError(f'the backend {kind} has no name; give its class one, `name: ClassVar[str] = "mine"`')
@@ -60,7 +61,8 @@ def check_name(backend: Backend) -> None:
 def find_backends(wanted: str | Backend) -> Sequence[Backend]:
     """The backend of that name, or the object given; for `fastest` all that run in one process, available here or not.
 
-    Raises: UnsupportedError when there is none, or this machine lacks its requirements.
+    Raises:
+        UnsupportedError: when there is none, or this machine lacks its requirements.
     """
     if not isinstance(wanted, str) or wanted != FASTEST:
         return [find_backend(wanted)]

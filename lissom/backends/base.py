@@ -65,9 +65,10 @@ def restored_state(*executables: Executable) -> Generator[None]:
 class Backend(ABC):
     """Runs programs; its fields are its options.
 
-    movable: True when an artifact saved for one kind of device can be loaded for another.
-    runs_ranks: True when it runs a program partitioned for several ranks.
-    maps_files: True when it maps files of an artifact itself.
+    Attributes:
+        movable: True when an artifact saved for one kind of device can be loaded for another.
+        runs_ranks: True when it runs a program partitioned for several ranks.
+        maps_files: True when it maps files of an artifact itself.
     """
 
     name: ClassVar[str]
@@ -92,9 +93,12 @@ class Backend(ABC):
 
     @abstractmethod
     def build(self, program: Program, example: Sample) -> Executable:
-        """Build the executable of a program. example: flat inputs.
+        """Build the executable of a program.
 
         The executable shares the program's weights and copies only those it writes.
+
+        Args:
+            example: flat inputs.
         """
 
     def time_layers(
@@ -109,10 +113,13 @@ class Backend(ABC):
     ) -> LayerTimes:
         """The time of every layer of a lowered program on flat inputs, and the kernels that run them.
 
-        seconds: of all runs together. machine: its ceilings, where they are known. measured: the names of the nodes for which
-        PyTorch's kernel was measured faster than ours. State is left as it is.
+        Args:
+            seconds: of all runs together.
+            machine: its ceilings, where they are known.
+            measured: the names of the nodes for which PyTorch's kernel was measured faster than ours. State is left as it is.
 
-        Raises: UnsupportedError when this backend does not run the layers one by one.
+        Raises:
+            UnsupportedError: when this backend does not run the layers one by one.
         """
         raise UnsupportedError(
             f"backend '{self.name}' does not run the layers of {program.name} one by one on a CPU, and names no kernels; "
@@ -124,7 +131,9 @@ class Backend(ABC):
 
         They are plain files without subfolders, and contain no pickles.
 
-        Raises: UnsupportedError when this backend's executables cannot be saved; OSError.
+        Raises:
+            UnsupportedError: when this backend's executables cannot be saved.
+            OSError: when a file cannot be written.
         """
         raise UnsupportedError(f"what backend '{self.name}' builds cannot be saved; choose backend 'eager'")
 
@@ -139,16 +148,20 @@ class Backend(ABC):
     def native_code(self, *, saved_options: bool) -> str | None:
         """The native code that an artifact of this backend loads, in words; None for data alone.
 
-        saved_options: True when this backend's options come from the artifact and not from the caller.
+        Args:
+            saved_options: True when this backend's options come from the artifact and not from the caller.
 
-        Raises: ValueError for saved options of a wrong type.
+        Raises:
+            ValueError: for saved options of a wrong type.
         """
         return None
 
     def load_executable(self, program: Program, folder: Path) -> Executable:
         """Load the executable from the files that `save_files` wrote, without changing them.
 
-        Raises: ArtifactError when they do not run here; UnsupportedError when this machine lacks their requirements.
+        Raises:
+            ArtifactError: when they do not run here.
+            UnsupportedError: when this machine lacks their requirements.
         """
         raise UnsupportedError(f"what backend '{self.name}' builds cannot be loaded; compile the model again")
 
@@ -158,9 +171,12 @@ def confirm(name: str, executable: Executable, program: Program, example: Sample
 
     State is compared too, and restored.
 
-    allowed: the relative error it may have, where that is more than two correct programs differ by. Returns its relative error.
+    Args:
+        allowed: the relative error it may have, where that is more than two correct programs differ by. Returns its relative
+            error.
 
-    Raises: VerifyError when it does not run, gives other outputs, or returns memory that it uses again.
+    Raises:
+        VerifyError: when it does not run, gives other outputs, or returns memory that it uses again.
     """
     given = [*check_samples(program.signature, example), *smallest_samples(program, example)]
     samples, wanted, _ = run_original(program, given)

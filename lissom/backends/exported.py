@@ -35,7 +35,7 @@ def device_of(program: Program) -> torch.device:
 
 
 def check_plain(backend: str, program: Program) -> None:
-    """Refuse a program that keeps state or returns sizes. Raises: UnsupportedError."""
+    """Refuse a program that keeps state or returns sizes. Raises UnsupportedError."""
     if program.state:
         raise UnsupportedError(
             f"backend '{backend}' keeps no state, and {program.name} writes to '{program.state[0]}'; choose backend 'eager'"
@@ -44,7 +44,7 @@ def check_plain(backend: str, program: Program) -> None:
 
 
 def check_tensors(backend: str, program: Program) -> None:
-    """Refuse a program that returns sizes. Raises: UnsupportedError."""
+    """Refuse a program that returns sizes. Raises UnsupportedError."""
     for leaf in leaves_of(program):
         if isinstance(leaf, fx.Node) and not nodes.is_tensor(leaf):
             raise UnsupportedError(
@@ -54,9 +54,13 @@ def check_tensors(backend: str, program: Program) -> None:
 
 
 def check_steps(backend: str, program: Program, unrolled: Collection[object]) -> None:
-    """Refuse recurrent layers that the backend unrolls where the number of steps varies. Raises: UnsupportedError.
+    """Refuse recurrent layers that the backend unrolls where the number of steps varies.
 
-    unrolled: the operators of these layers.
+    Args:
+        unrolled: the operators of these layers.
+
+    Raises:
+        UnsupportedError: when there is one.
     """
     for node in program.nodes(*unrolled):
         steps = nodes.tensor_type(nodes.operand(node)).shape[1 if nodes.argument(node, "batch_first") else 0]
@@ -86,9 +90,13 @@ def kind_and_reason(error: BaseException) -> str:
 
 
 def read_json(path: Path, what: str, read: Callable[[Any], Parsed]) -> Parsed:
-    """The result of `read` on a JSON file of a backend. what: the content of the file, for the error.
+    """The result of `read` on a JSON file of a backend.
 
-    Raises: ArtifactError when the file or one of its fields cannot be read.
+    Args:
+        what: the content of the file, for the error.
+
+    Raises:
+        ArtifactError: when the file or one of its fields cannot be read.
     """
     try:
         return read(parse_json(path.read_bytes(), path))

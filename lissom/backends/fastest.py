@@ -42,11 +42,17 @@ def build_fastest(
 ) -> Built:
     """Build the program with every backend, and keep the fastest on the example; a single backend is not timed.
 
-    lowered: by backend name its lowered program, or the error of lowering. progress: called with the current step and the
-    number of builds left. simulate: allow quantized layers without a kernel to run in floating point; else they are refused.
     The history records the times, and why a backend could not run.
 
-    Raises: the error of a single backend; UnsupportedError when several fail and none is left.
+    The error of a single backend passes through.
+
+    Args:
+        lowered: by backend name its lowered program, or the error of lowering.
+        progress: called with the current step and the number of builds left.
+        simulate: allow quantized layers without a kernel to run in floating point; else they are refused.
+
+    Raises:
+        UnsupportedError: when several fail and none is left.
     """
     built: dict[str, Built] = {}
     failed: dict[str, Exception] = {}

@@ -69,8 +69,9 @@ class Inductor(Backend):
     def build(self, program: Program, example: Sample) -> Executable:
         """Compile the program into a `Package`.
 
-        Raises: UnsupportedError when the program keeps state, returns sizes, or cannot be compiled by TorchInductor;
-            VerifyError when the package gives other outputs than the program.
+        Raises:
+            UnsupportedError: when the program keeps state, returns sizes, or cannot be compiled by TorchInductor.
+            VerifyError: when the package gives other outputs than the program.
         """
         check_plain(self.name, program)
         check_steps(self.name, program, RECURRENT_LAYERS)
@@ -130,7 +131,8 @@ class Inductor(Backend):
 class Package:
     """A program compiled by TorchInductor.
 
-    path: the `.pt2` package, which holds code and weights; its folder is deleted with this object, unless `keep`.
+    Attributes:
+        path: the `.pt2` package, which holds code and weights; its folder is deleted with this object, unless `keep`.
     """
 
     def __init__(self, program: Program, path: Path, keep: bool = False) -> None:

@@ -29,9 +29,11 @@ _GAIN = 0.95
 
 @dataclass(frozen=True)
 class Cutting:
-    """The split of calls into microbatches. batch: the indices of the inputs with a batch dimension.
+    """The split of calls into microbatches.
 
-    elements: of the first of these inputs in one microbatch; tokens where it holds token ids.
+    Attributes:
+        batch: the indices of the inputs with a batch dimension.
+        elements: of the first of these inputs in one microbatch; tokens where it holds token ids.
     """
 
     batch: tuple[int, ...]
@@ -73,7 +75,8 @@ def batch_inputs(program: Program) -> tuple[int, ...]:
 def fastest_cutting(call: Call, program: Program, example: Sample, seconds: float) -> tuple[Cutting, str] | None:
     """The microbatch size that makes large batches faster, and the times in words; None where none does.
 
-    seconds: how long to time each size, in at least five calls.
+    Args:
+        seconds: how long to time each size, in at least five calls.
     """
     batch = batch_inputs(program)
     if not batch:

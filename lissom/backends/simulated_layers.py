@@ -37,7 +37,11 @@ _OTHER_LAYERS = {
 class SimulatedLayer:
     """A quantized layer that is simulated in floating point.
 
-    node: its name in the program. module: its path. format: of weights and activations, in words. reason: why it has no kernel.
+    Attributes:
+        node: its name in the program.
+        module: its path.
+        format: of weights and activations, in words.
+        reason: why it has no kernel.
     """
 
     node: str
@@ -70,7 +74,14 @@ def explain(layers: Iterable[SimulatedLayer], steps: Sequence[Step]) -> list[Sim
 
 
 def refuse(backend: str, layers: Sequence[SimulatedLayer], total: int) -> None:
-    """Refuse layers without a kernel. total: how many layers are quantized. Raises: UnsupportedError, when there is one."""
+    """Refuse layers without a kernel.
+
+    Args:
+        total: how many layers are quantized.
+
+    Raises:
+        UnsupportedError: when there is one.
+    """
     if not layers:
         return
     first = layers[0]
@@ -83,7 +94,11 @@ def refuse(backend: str, layers: Sequence[SimulatedLayer], total: int) -> None:
 
 
 def account(layers: Sequence[SimulatedLayer], total: int, kernels: str = "") -> str:
-    """The sentence for the history: how many quantized layers run in integers. kernels: by which operators."""
+    """The sentence for the history: how many quantized layers run in integers.
+
+    Args:
+        kernels: by which operators.
+    """
     said = f"{total - len(layers)} of {total} quantized layers run in integers{kernels and f': {kernels}'}"
     if not layers:
         return said

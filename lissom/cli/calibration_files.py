@@ -26,7 +26,8 @@ _MOST_TOKENS = 512
 def read_texts(path: Path) -> list[str]:
     """The lines of a file that are not blank.
 
-    Raises: ArtifactError if it cannot be read, or has none.
+    Raises:
+        ArtifactError: if it cannot be read, or has none.
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -40,7 +41,9 @@ def read_texts(path: Path) -> list[str]:
 def read_data(path: Path, source: Source, device: torch.device | None = None) -> list[Batch]:
     """The calibration batches in a file or folder, as keyword arguments of the model, on a device.
 
-    Raises: ArtifactError if the data cannot be read; UnsupportedError for texts if the model has no tokenizer.
+    Raises:
+        ArtifactError: if the data cannot be read.
+        UnsupportedError: for texts if the model has no tokenizer.
     """
     if path.is_dir():
         files = sorted(path.glob("*.npz"))
@@ -105,9 +108,12 @@ def _moved(batch: Batch, device: torch.device | None) -> Batch:
 def make_metric(name: str, source: Source, data: Sequence[Batch], device: torch.device | None = None) -> Metric:
     """The metric of that name, or the function `module:function`.
 
-    data: the batches it is measured on; if empty, the example inputs. device: of the models that are scored.
+    Args:
+        data: the batches it is measured on; if empty, the example inputs.
+        device: of the models that are scored.
 
-    Raises: UnsupportedError if there is none.
+    Raises:
+        UnsupportedError: if there is none.
     """
     if ":" in name:
         return _imported(name)

@@ -206,7 +206,9 @@ def run_show(
 def _check_views(views: Sequence[bool], sizes: Mapping[str, int], heat: str | None, *, errors: bool, attention: bool) -> None:
     """Refuse two views at once, and options of another view.
 
-    views: structure, cost, sharding, diff, attention, and errors. errors: whether they are to be in a picture.
+    Args:
+        views: structure, cost, sharding, diff, attention, and errors.
+        errors: whether they are to be in a picture.
     """
     if sum(views) > 1:
         raise typer.BadParameter(
@@ -234,7 +236,11 @@ def _check_sharding(ranks: int | None, sequence_parallel: bool, only: str) -> No
 
 
 def _check_pages(heat: str | None, html: Path | None, svg: Path | None, *, alone: bool) -> None:
-    """Refuse a heat without a page or picture to color, and files that cannot be written. alone: no other view is asked for."""
+    """Refuse a heat without a page or picture to color, and files that cannot be written.
+
+    Args:
+        alone: no other view is asked for.
+    """
     if heat is not None and ((html is None and svg is None) or not alone):
         raise typer.BadParameter("--heat goes with --html or --svg, and not with --diff, --attention or --sharding")
     if heat is not None and heat not in HEATS:
@@ -265,7 +271,8 @@ def _compile(
 ) -> tuple[api.CompiledModel | api.Optimized, nn.Module]:
     """The model compiled for a backend, without a backend only optimized by the passes; and the model itself.
 
-    html: where the finished steps are written when an error ends the passes.
+    Args:
+        html: where the finished steps are written when an error ends the passes.
     """
     # Options are checked before a large model is read.
     known_checks = check_options(checks)

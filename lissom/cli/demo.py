@@ -34,8 +34,11 @@ SHAPES = ((1, 32), (1, 128), (8, 128))
 class Demonstration:
     """The results of the demo.
 
-    worst_error: relative, of the embeddings of SENTENCES. similarity: of each pair of sentences, from the compiled model.
-    timings: per shape and engine. absent: engines that could not run, each with the reason.
+    Attributes:
+        worst_error: relative, of the embeddings of SENTENCES.
+        similarity: of each pair of sentences, from the compiled model.
+        timings: per shape and engine.
+        absent: engines that could not run, each with the reason.
     """
 
     compiled: CompiledModel
@@ -54,7 +57,8 @@ class Demonstration:
 def demonstrate(seconds: float = 2.0) -> Demonstration:
     """Compile MiniLM, compare its embeddings with the original's, and time both and torch.compile.
 
-    seconds: timing per engine and shape.
+    Args:
+        seconds: timing per engine and shape.
     """
     checkpoint = load("minilm")
     compiled = compile(checkpoint.model, checkpoint.example_inputs)

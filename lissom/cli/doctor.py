@@ -33,8 +33,10 @@ _CUDA = "onnx-gpu"
 class Requirement:
     """A package that Lissom, or one of its extras, needs.
 
-    least: the lowest version. extra: the extra that needs it; empty where Lissom itself does. includes: the extras of Lissom
-    that this one includes, where the package is Lissom.
+    Attributes:
+        least: the lowest version.
+        extra: the extra that needs it; empty where Lissom itself does.
+        includes: the extras of Lissom that this one includes, where the package is Lissom.
     """
 
     name: str

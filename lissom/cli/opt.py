@@ -61,7 +61,7 @@ def run_opt(
 
 
 def _sizes(given: list[str]) -> dict[str, int]:
-    """Sizes by name. Raises: typer.BadParameter."""
+    """Sizes by name. Raises typer.BadParameter."""
     sizes: dict[str, int] = {}
     for text in given:
         name, equals, number = text.partition("=")

@@ -78,7 +78,7 @@ HeatName = Annotated[
 
 
 def goal_of(name: str) -> Goal | None:
-    """The goal that an option names. Raises: UnsupportedError for another name."""
+    """The goal that an option names. Raises UnsupportedError for another name."""
     return check_goal(None if name == "none" else name)
 
 
@@ -91,7 +91,7 @@ class Quality:
     max_drop: float | None = None
 
     def check(self) -> None:
-        """Check the options before a model is read. Raises: ArtifactError, UnsupportedError."""
+        """Check the options before a model is read. Raises ArtifactError, UnsupportedError."""
         if self.data is not None and not self.data.exists():
             raise ArtifactError(f"'{self.data}' does not exist; --data takes {FORMATS}")
         if self.max_drop is not None and self.metric is None:

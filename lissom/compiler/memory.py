@@ -34,8 +34,9 @@ def use_huge_pages(tensors: Iterable[torch.Tensor], own: Iterable[torch.Tensor] 
     page tables of its own: one core reads pages of 2 MiB up to twice as fast as those of 4 KiB. A huge page is made where at
     least half of it is memory of these tensors.
 
-    own: those whose memory is nobody else's. Small ones are moved together: among others' memory in a heap they would lose
-    their huge pages whenever the C library gives back what is free between them.
+    Args:
+        own: those whose memory is nobody else's. Small ones are moved together: among others' memory in a heap they would lose
+            their huge pages whenever the C library gives back what is free between them.
     """
     size = _huge_page_bytes()
     if not size:

@@ -44,7 +44,7 @@ from lissom.runtime.layer_timer import ProgramTimer
 
 
 def compile_model(model: nn.Module | Program, example_inputs: Inputs, settings: Settings) -> CompiledModel:
-    """The model compiled as the settings say. Raises: what `lissom.compile` raises."""
+    """The model compiled as the settings say. Raises what `lissom.compile` raises."""
     given, model = model, with_merged_adapters(model) if isinstance(model, nn.Module) else model
     take, device = _capturing(model, example_inputs, settings)
     compiled = compile_captured(take, device, settings, _facts_of(model))
@@ -60,7 +60,7 @@ def with_errors(report: Report, program: Program, model: nn.Module | Program, in
 
 
 def optimize_model(model: nn.Module | Program, example_inputs: Inputs, settings: Settings) -> tuple[Program, History, Sample]:
-    """The model's program after the passes, not lowered, and the flat example. Raises: what `lissom.compile` raises."""
+    """The model's program after the passes, not lowered, and the flat example. Raises what `lissom.compile` raises."""
     check_choices(settings)
     model = with_merged_adapters(model) if isinstance(model, nn.Module) else model
     passes = resolve_passes(settings.passes)
@@ -86,7 +86,7 @@ def _facts_of(model: nn.Module | Program) -> Facts | None:
 def _capturing(
     model: nn.Module | Program, example_inputs: Inputs, settings: Settings
 ) -> tuple[Callable[[], Capture], torch.device]:
-    """A function that captures the model, and the device of its program. Raises: CaptureError for a compiled model."""
+    """A function that captures the model, and the device of its program. Raises CaptureError for a compiled model."""
     if isinstance(model, Program):
         return _given_program(model, example_inputs, settings)
     check_uncompiled(model)
@@ -117,10 +117,13 @@ def compile_captured(
 ) -> CompiledModel:
     """Compile the capture of a frontend for `device`.
 
-    take: captures the model; it is called after the settings are checked. facts: the model's configuration and metadata.
-    title: of the progress bar.
+    Args:
+        take: captures the model; it is called after the settings are checked.
+        facts: the model's configuration and metadata.
+        title: of the progress bar.
 
-    Raises: what `lissom.compile` raises.
+    Raises:
+        LissomError: as `lissom.compile`.
     """
     passes, backends = check_settings(settings)
     with _shown(settings, title) as progress, isolated(device):
@@ -203,7 +206,11 @@ class _Job:
 
 
 def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: Settings, show: Progress, count: int) -> _Job:
-    """Capture the model. count: the steps of the whole work, for the progress bar."""
+    """Capture the model.
+
+    Args:
+        count: the steps of the whole work, for the progress bar.
+    """
     show("capture", 0, count)
     captured = take()
     program = captured.program

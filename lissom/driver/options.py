@@ -49,7 +49,9 @@ class Settings:
 def check_choices(settings: Settings) -> None:
     """Refuse options that are wrong with any passes and any backend.
 
-    Raises: UnsupportedError, InputError.
+    Raises:
+        UnsupportedError: for an option of a wrong type or value.
+        InputError: for data that is not a list of batches.
     """
     check_options(settings.checks, settings.metric, settings.max_drop)
     check_progress(settings.progress)
@@ -62,7 +64,11 @@ def check_choices(settings: Settings) -> None:
 def check_settings(settings: Settings) -> tuple[list[Pass], Sequence[Backend]]:
     """The passes and the backends of the settings. The ranks of a process group check theirs together.
 
-    Raises: PipelineTextError, UnsupportedError, InputError; RankError when a rank ended or does not answer.
+    Raises:
+        PipelineTextError: as `resolve_passes`.
+        UnsupportedError: for an option, a backend, or passes that do not fit it.
+        InputError: as `check_choices`.
+        RankError: when a rank ended or does not answer.
     """
     check_choices(settings)
     backends = find_backends(with_world_size(settings.backend, settings.world_size))
@@ -85,7 +91,9 @@ def resolve_passes(passes: str | Pass | Iterable[Pass]) -> list[Pass]:
 
     `eliminate-dead` is added after each pass that leaves dead units, and `exact` after the last of these.
 
-    Raises: PipelineTextError, UnsupportedError.
+    Raises:
+        PipelineTextError: for a text without a meaning.
+        UnsupportedError: for anything but text and passes.
     """
     table = known_passes()
     exact = parse_pipeline(RECIPES["exact"], table)
@@ -123,9 +131,13 @@ def _shown(value: object) -> str:
 
 
 def split_inputs(inputs: Inputs, what: str = "example_inputs") -> tuple[tuple[object, ...], dict[str, object]]:
-    """The inputs as positional and keyword arguments. what: the name of the option, for the error.
+    """The inputs as positional and keyword arguments.
 
-    Raises: InputError for anything but a tensor, a tuple or a mapping.
+    Args:
+        what: the name of the option, for the error.
+
+    Raises:
+        InputError: for anything but a tensor, a tuple or a mapping.
     """
     if isinstance(inputs, torch.Tensor):
         return (inputs,), {}
@@ -140,7 +152,7 @@ def split_inputs(inputs: Inputs, what: str = "example_inputs") -> tuple[tuple[ob
 
 
 def check_data(data: Iterable[object]) -> None:
-    """Refuse calibration data that is not a collection of batches. Raises: InputError."""
+    """Refuse calibration data that is not a collection of batches. Raises InputError."""
     if isinstance(data, (str, bytes, Mapping, torch.Tensor)) or not isinstance(data, Iterable):
         raise InputError(f"data= is a {type(data).__name__}; give a list of batches, each like example_inputs")
 
@@ -152,7 +164,8 @@ LABELS = "labels"
 def read_data(data: Iterable[Inputs], signature: Signature) -> tuple[list[Sample], list[torch.Tensor | None]]:
     """The calibration batches as flat inputs, and the labels of each.
 
-    Raises: InputError for a batch that does not fit the model's arguments, with its index.
+    Raises:
+        InputError: for a batch that does not fit the model's arguments, with its index.
     """
     samples: list[Sample] = []
     labels: list[torch.Tensor | None] = []

@@ -27,8 +27,11 @@ _SECONDS = 0.5
 class Payoff:
     """Compares programs as the backends run them.
 
-    backends: those that may run the result. lowerings: their lowering passes, by name. samples: the inputs for timing.
-    goal: what a pass must not make worse.
+    Attributes:
+        backends: those that may run the result.
+        lowerings: their lowering passes, by name.
+        samples: the inputs for timing.
+        goal: what a pass must not make worse.
     """
 
     backends: Sequence[Backend]

@@ -25,8 +25,8 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.pipeline.history import History
+from lissom.compiler.pipeline.options import Checks
 from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.compiler.pipeline.pipeline import Checks
 from lissom.compiler.training.ranks import one_process
 from lissom.errors import UnsupportedError
 from lissom.passes.parallel.partition import Partition
@@ -50,7 +50,12 @@ class PartitionedModel:
 
 @dataclass(frozen=True)
 class RankModel:
-    """The model of one process. program: for inspection; history: of every step that made it."""
+    """The model of one process.
+
+    Attributes:
+        program: for inspection.
+        history: of every step that made it.
+    """
 
     program: Program
     executable: Executable
@@ -58,7 +63,7 @@ class RankModel:
 
 
 def with_world_size(backend: str | Backend, world_size: int | None) -> str | Backend:
-    """The backend with its world size set. Raises: UnsupportedError if it takes none, or has another."""
+    """The backend with its world size set. Raises UnsupportedError if it takes none, or has another."""
     if world_size is None:
         return backend
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 2:
@@ -78,7 +83,8 @@ def with_world_size(backend: str | Backend, world_size: int | None) -> str | Bac
 def passes_for(backend: Distributed, passes: Sequence[Pass]) -> tuple[list[Pass], Distributed]:
     """The passes with `shard` and `partition` appended unless they are there, and the backend with its world size.
 
-    Raises: UnsupportedError if the world size is not given, or given twice with different values.
+    Raises:
+        UnsupportedError: if the world size is not given, or given twice with different values.
     """
     planned = next((pass_.world_size for pass_ in passes if isinstance(pass_, Shard)), None)
     if None not in (planned, backend.world_size) and planned != backend.world_size:
@@ -103,7 +109,10 @@ def passes_for(backend: Distributed, passes: Sequence[Pass]) -> tuple[list[Pass]
 def on_all_ranks(backend: Distributed, make: Callable[[], Made]) -> Made:
     """The result of `make`; in a process group it returns after `make` succeeded on every rank.
 
-    Raises: on all ranks what `make` raises on one; RankError if a rank ended or does not answer.
+    What it raises on one rank is raised on all.
+
+    Raises:
+        RankError: if a rank ended or does not answer.
     """
     if not in_group():
         return make()
@@ -115,9 +124,15 @@ def on_all_ranks(backend: Distributed, make: Callable[[], Made]) -> Made:
 def compile_for_ranks(
     make: Callable[[], Unlowered], backend: Distributed, device: torch.device, *, checks: Checks, simulate: bool
 ) -> RankModel:
-    """This rank's shard of the model that `make` gives on rank 0; outside a process group all shards. device: of this rank.
+    """This rank's shard of the model that `make` gives on rank 0; outside a process group all shards.
 
-    Raises: on every rank what `make` or a rank's lowering raises on one; RankError when one ended or does not answer.
+    What `make` or a rank's lowering raises on one rank is raised on every rank.
+
+    Args:
+        device: of this rank.
+
+    Raises:
+        RankError: when one ended or does not answer.
     """
     if not in_group():
         model = _checked(*make(), backend)

@@ -29,14 +29,19 @@ def under_torchrun() -> bool:
 
 
 def refuse_torchrun(what: str) -> None:
-    """Refuse a command that runs in one process. Raises: UnsupportedError under torchrun."""
+    """Refuse a command that runs in one process. Raises UnsupportedError under torchrun."""
     if under_torchrun():
         raise UnsupportedError(f"`lissom {what}` runs in one process; run it without torchrun")
 
 
 @dataclass(frozen=True)
 class RankProcess:
-    """This process as one rank. speaks: it prints and writes files. device: of its shard; None for the saved device."""
+    """This process as one rank.
+
+    Attributes:
+        speaks: it prints and writes files.
+        device: of its shard; None for the saved device.
+    """
 
     speaks: bool = True
     device: str | None = None
@@ -58,9 +63,12 @@ _STORES: list[Any] = []
 def one_of_ranks(artifact: Path | None, device: str | None) -> Generator[RankProcess]:
     """Join the process group that torchrun started, over gloo or NCCL on CUDA, until the block ends; without torchrun, none.
 
-    artifact: a directory with a program to run; None if the program is compiled here. device: the user's choice.
+    Args:
+        artifact: a directory with a program to run; None if the program is compiled here.
+        device: the user's choice.
 
-    Raises: UnsupportedError if torchrun started a program for one process.
+    Raises:
+        UnsupportedError: if torchrun started a program for one process.
     """
     if not under_torchrun():
         yield RankProcess(device=device)

@@ -48,10 +48,13 @@ def save_checkpoint(
     The directory is written completely or not at all. An existing one is not replaced: its weights in other files than the
     checkpoint's would stay, and transformers may read those.
 
-    program: captured from the model and not lowered. example: flat inputs for the comparison.
+    Args:
+        program: captured from the model and not lowered.
+        example: flat inputs for the comparison.
 
-    Raises: UnsupportedError if the configuration cannot say what was removed, or the checkpoint computes something else;
-        ArtifactError if the directory exists, or cannot be written.
+    Raises:
+        UnsupportedError: if the configuration cannot say what was removed, or the checkpoint computes something else.
+        ArtifactError: if the directory exists, or cannot be written.
     """
     check_new(directory)
     names, config = kept_layers(program.weights(), model)
@@ -75,9 +78,11 @@ def save_checkpoint(
 def kept_layers(used: Collection[str], model: PreTrainedModel) -> tuple[dict[str, str], PretrainedConfig]:
     """The name in the checkpoint for every weight of the model that stays, and the configuration with fewer layers.
 
-    used: the names of the weights that the program uses. A layer is gone if it uses none of the layer's.
+    Args:
+        used: the names of the weights that the program uses. A layer is gone if it uses none of the layer's.
 
-    Raises: UnsupportedError if the configuration has no field for the number of layers.
+    Raises:
+        UnsupportedError: if the configuration has no field for the number of layers.
     """
     config, used = copy.deepcopy(model.config), set(used)
     names = {name: name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
@@ -100,7 +105,7 @@ def kept_layers(used: Collection[str], model: PreTrainedModel) -> tuple[dict[str
 
 
 def _shorten(model: PreTrainedModel, config: PretrainedConfig, path: str, count: int, kept: list[int]) -> None:
-    """Set the field of the configuration that makes this list of layers shorter. Raises: UnsupportedError."""
+    """Set the field of the configuration that makes this list of layers shorter. Raises UnsupportedError."""
     for field, value in list(config.to_dict().items()):
         if value != count or isinstance(value, bool):
             continue
@@ -131,7 +136,8 @@ class _Fitted:
 def _fit(model: PreTrainedModel, config: PretrainedConfig, wanted: Shapes) -> _Fitted:
     """The configuration whose model has weights of these shapes; those of different layers are padded to one width.
 
-    Raises: UnsupportedError naming the first weight that no field explains, and what would be needed.
+    Raises:
+        UnsupportedError: naming the first weight that no field explains, and what would be needed.
     """
     shapes = _shapes(model, config)
     if shapes is None:
@@ -155,7 +161,8 @@ def _fit(model: PreTrainedModel, config: PretrainedConfig, wanted: Shapes) -> _F
 def _widest(wanted: Shapes, known: Shapes) -> Shapes:
     """The shapes with every size the largest of the same weight in all layers, where these were equal before.
 
-    known: the shapes that the configuration gives.
+    Args:
+        known: the shapes that the configuration gives.
     """
     kinds = {name: (_LAYER.sub(".*.", name), known.get(name)) for name in wanted}
     groups: dict[object, list[tuple[int, ...]]] = defaultdict(list)
@@ -219,7 +226,8 @@ def _state(
 ) -> dict[str, torch.Tensor]:
     """The checkpoint's weights: those of the program, padded; those it does not use from the model.
 
-    old: the model's name of each weight.
+    Args:
+        old: the model's name of each weight.
     """
     original, state = model.state_dict(), dict[str, torch.Tensor]()
     for name, shape in fitted.shapes.items():
@@ -239,7 +247,7 @@ def _state(
 
 
 def _confirm(program: Program, model: PreTrainedModel, example: Sample, folder: Path) -> None:
-    """Load the checkpoint in plain transformers and compare it with the program. Raises: UnsupportedError."""
+    """Load the checkpoint in plain transformers and compare it with the program. Raises UnsupportedError."""
     loaded = type(model).from_pretrained(folder, local_files_only=True, trust_remote_code=False).eval()
     error = error_of(loaded, program, example)
     if not error <= tolerance_of(program):
@@ -253,7 +261,8 @@ def _confirm(program: Program, model: PreTrainedModel, example: Sample, folder: 
 def error_of(model: nn.Module, program: Program, example: Sample) -> float:
     """The largest relative error of a model's outputs, without a KV cache, to the program's on the same inputs.
 
-    model: on the CPU. Infinite if the outputs differ in number or shape, or are no tensors.
+    Args:
+        model: on the CPU. Infinite if the outputs differ in number or shape, or are no tensors.
     """
     args, kwargs = program.signature.arguments([tensor.cpu() for tensor in example])
     with torch.no_grad(), without_kv_cache(model):

@@ -61,8 +61,11 @@ _SECONDS = 0.3
 class Export:
     """The program to write, and the model it is compared with.
 
-    program: after the passes. samples: flat inputs, the first for tracing and timing. passes: those that changed its outputs.
-    original: the model before all passes; the program itself stands in for None.
+    Attributes:
+        program: after the passes.
+        samples: flat inputs, the first for tracing and timing.
+        passes: those that changed its outputs.
+        original: the model before all passes; the program itself stands in for None.
     """
 
     program: Program
@@ -90,8 +93,10 @@ class Written:
 def write_folder(directory: Path, layout: Layout, dtypes: Sequence[Dtype] | None, export: Export) -> None:
     """Write the folder, completely or not at all.
 
-    Raises: UnsupportedError for a layout or dtype that does not fit the model; VerifyError for a file that ONNX Runtime answers
-        otherwise than the program; ArtifactError when the directory holds something else, or cannot be written.
+    Raises:
+        UnsupportedError: for a layout or dtype that does not fit the model.
+        VerifyError: for a file that ONNX Runtime answers otherwise than the program.
+        ArtifactError: when the directory holds something else, or cannot be written.
     """
     if layout not in get_args(Layout):
         raise UnsupportedError(f"layout= is {layout!r}; choose {', '.join(get_args(Layout))}")
@@ -155,7 +160,9 @@ def _metadata(folder: Path) -> dict[str, str]:
 def _wanted(export: Export) -> list[list[object]]:
     """The outputs of the original model, or of the program, on the samples.
 
-    Raises: InputError for an original with other outputs; CaptureError if it fails.
+    Raises:
+        InputError: for an original with other outputs.
+        CaptureError: if it fails.
     """
     if export.original is None:
         with torch.no_grad():

@@ -60,32 +60,40 @@ def compile_generation(
 
     The model itself is not modified. The result shares its weights until a pass changes one.
 
-    max_length: the capacity of the KV cache in tokens, prompt and answer together. batch: the number of sequences, beams
-        included. all_logits: return the logits of every token of a call, which assisted decoding needs.
-    encoder_inputs: example inputs of the encoder of an encoder-decoder, by name; made from the configuration by default.
-    passes: as for `compile`; the recipe `generation` always comes first: the canonical form, and a last layer that computes
-        only the last token of a prompt, which comes after passes that train.
-    data: token ids [rows, tokens], or the output of a tokenizer, for passes that calibrate or train; `finetune` takes the
-        `labels` of such a mapping, [rows, tokens], the token ids themselves for a language model. For an encoder-decoder:
-        mappings with the encoder's inputs, and labels or decoder_input_ids.
-    metric: scores a callable that takes input_ids and attention_mask of `batch` rows and returns the next token's logits,
-        [batch, vocabulary], or with all_positions=True those of every token, [batch, tokens, vocabulary]. That of an
-        encoder-decoder takes decoder_input_ids and the encoder's inputs; all_positions needs all_logits.
-    backend, world_size, device, checks, max_drop, goal, simulate, progress: as for `compile`.
+    The options not listed are those of `compile`.
 
-    Raises: UnsupportedError if the model is not a language model of transformers; CaptureError if it is already
-        compiled, or a line of it cannot be captured; InputError if max_length or batch do not fit it; and the errors of
-        `compile`.
+    Args:
+        max_length: the capacity of the KV cache in tokens, prompt and answer together.
+        batch: the number of sequences, beams included.
+        all_logits: return the logits of every token of a call, which assisted decoding needs.
+        encoder_inputs: example inputs of the encoder of an encoder-decoder, by name; made from the configuration by default.
+        passes: as for `compile`; the recipe `generation` always comes first: the canonical form, and a last layer that computes
+            only the last token of a prompt, which comes after passes that train.
+        data: token ids [rows, tokens], or the output of a tokenizer, for passes that calibrate or train; `finetune` takes the
+            `labels` of such a mapping, [rows, tokens], the token ids themselves for a language model. For an encoder-decoder:
+            mappings with the encoder's inputs, and labels or decoder_input_ids.
+        metric: scores a callable that takes input_ids and attention_mask of `batch` rows and returns the next token's logits,
+            [batch, vocabulary], or with all_positions=True those of every token, [batch, tokens, vocabulary]. That of an
+            encoder-decoder takes decoder_input_ids and the encoder's inputs; all_positions needs all_logits.
 
-    >>> import torch, lissom
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    >>> decoder = lissom.compile_generation(LlamaForCausalLM(config), max_length=32)
-    >>> decoder.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, eos_token_id=None).shape
-    torch.Size([1, 7])
-    >>> decoder.reset()
-    >>> decoder.step(torch.tensor([[1, 2, 3]])).shape
-    torch.Size([1, 50])
+    Raises:
+        UnsupportedError: if the model is not a language model of transformers.
+        CaptureError: if it is already compiled, or a line of it cannot be captured.
+        InputError: if max_length or batch do not fit it.
+        LissomError: as `compile`.
+
+    Examples:
+        >>> import torch, lissom
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> decoder = lissom.compile_generation(LlamaForCausalLM(config), max_length=32)
+        >>> decoder.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, eos_token_id=None).shape
+        torch.Size([1, 7])
+        >>> decoder.reset()
+        >>> decoder.step(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 50])
     """
     asked = Settings(
         passes=passes,
@@ -143,16 +151,20 @@ def load_generation(
 ) -> GenerationModel:
     """The decoder that `save` wrote, its weights mapped from the file. Nothing is unpickled. Arguments as for `load`.
 
-    Raises: ArtifactError if the directory holds no decoder, was changed or damaged, or does not run here; UnsupportedError
-        for a missing device or package.
+    Raises:
+        ArtifactError: if the directory holds no decoder, was changed or damaged, or does not run here.
+        UnsupportedError: for a missing device or package.
 
-    >>> import tempfile, torch, lissom
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    >>> folder = tempfile.mkdtemp() + "/decoder"
-    >>> lissom.compile_generation(LlamaForCausalLM(config), max_length=32).save(folder)
-    >>> lissom.load_generation(folder).step(torch.tensor([[1, 2, 3]])).shape
-    torch.Size([1, 50])
+    Examples:
+        >>> import tempfile, torch, lissom
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> folder = tempfile.mkdtemp() + "/decoder"
+        >>> lissom.compile_generation(LlamaForCausalLM(config), max_length=32).save(folder)
+        >>> lissom.load_generation(folder).step(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 50])
     """
     try:
         from lissom.generation.encoder_decoder import EncoderDecoderModel
@@ -194,7 +206,11 @@ def _with_recipe(passes: str | Pass | Sequence[Pass], *, scored: bool = False) -
 def named_prompts(
     data: Iterable[torch.Tensor | Mapping[str, object]], batch: int, max_length: int, *, fill: bool = True
 ) -> list[Inputs]:
-    """Calibration texts as inputs of the program, with their labels. fill: as for `labelled_prompts`."""
+    """Calibration texts as inputs of the program, with their labels.
+
+    Args:
+        fill: as for `labelled_prompts`.
+    """
     return [
         dict(zip(INPUTS, sample, strict=True)) | ({} if labels is None else {LABELS: labels})
         for sample, labels in labelled_prompts(list(data), batch, max_length, fill=fill)

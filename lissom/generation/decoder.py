@@ -24,20 +24,29 @@ from lissom.runtime.tracers import refuse_tracer, untraced
 class Decoder(FixedModule):
     """A causal language model with its KV cache; every call appends its tokens to the cache.
 
-    program: the optimized program. report: what every step did; prints as a table. backend: the name of the backend.
-    batch: the number of sequences. max_length: the capacity of the cache in tokens. length: the tokens it holds now.
-    all_logits: a call returns the logits of all its tokens, not only of the last. is_croppable: whether `crop` can take tokens
-    away: not from the state of a recurrence, which has no slot for each of them.
-
     A decoder holds one conversation: calls from several threads would share its cache.
 
-    >>> import torch, lissom
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    >>> decoder = lissom.compile_generation(LlamaForCausalLM(config), max_length=32)
-    >>> logits = decoder.step(torch.tensor([[1, 2, 3]]))
-    >>> decoder.step(logits.argmax(-1, keepdim=True)).shape, decoder.length
-    (torch.Size([1, 50]), 4)
+    Attributes:
+        program: the optimized program.
+        report: what every step did; prints as a table.
+        backend: the name of the backend.
+        batch: the number of sequences.
+        max_length: the capacity of the cache in tokens.
+        length: the tokens it holds now.
+        all_logits: a call returns the logits of all its tokens, not only of the last.
+        is_croppable: whether `crop` can take tokens away: not from the state of a recurrence, which has no slot for each of
+            them.
+
+    Examples:
+        >>> import torch, lissom
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> decoder = lissom.compile_generation(LlamaForCausalLM(config), max_length=32)
+        >>> logits = decoder.step(torch.tensor([[1, 2, 3]]))
+        >>> decoder.step(logits.argmax(-1, keepdim=True)).shape, decoder.length
+        (torch.Size([1, 50]), 4)
     """
 
     def __init__(self, compiled: CompiledModel) -> None:
@@ -65,17 +74,24 @@ class Decoder(FixedModule):
     def step(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Append tokens to the KV cache; returns the logits of the next token, [batch, vocabulary].
 
-        input_ids: [batch, tokens], the whole prompt or a single token. attention_mask: [batch, tokens], 0 for padding, on the
-        left of a prompt. With all_logits it returns the logits of every token, [batch, tokens, vocabulary].
+        With all_logits it returns those of every token, [batch, tokens, vocabulary]. After an error the cache is unchanged.
 
-        Raises: InputError if the batch size differs, the cache is full, or a token id is out of range. The cache is then
-            unchanged.
+        Args:
+            input_ids: [batch, tokens], the whole prompt or a single token.
+            attention_mask: [batch, tokens], 0 for padding, on the left of a prompt.
+
+        Raises:
+            InputError: if the batch size differs, the cache is full, or a token id is out of range.
         """
         logits = self._read(input_ids, attention_mask)
         return logits if self.all_logits else logits[:, -1]
 
     def prefill(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Empty the KV cache, then append a prompt, [batch, tokens]; returns as `step`. Raises: InputError."""
+        """Empty the KV cache, then append a prompt, [batch, tokens]; returns as `step`.
+
+        Raises:
+            InputError: as `step`.
+        """
         self.reset()
         return self.step(input_ids)
 
@@ -96,7 +112,9 @@ class Decoder(FixedModule):
     def crop(self, length: int) -> None:
         """Keep only the first `length` tokens of the KV cache.
 
-        Raises: InputError if it holds fewer; UnsupportedError for a model with recurrent layers, unless length is 0.
+        Raises:
+            InputError: if it holds fewer.
+            UnsupportedError: for a model with recurrent layers, unless length is 0.
         """
         if not isinstance(length, int) or not 0 <= length <= self.length:
             raise InputError(
@@ -113,9 +131,13 @@ class Decoder(FixedModule):
         self._mask[:, length:] = 1
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Replace the KV cache of row i by that of row `rows[i]`, for beam search. rows: [batch].
+        """Replace the KV cache of row i by that of row `rows[i]`, for beam search.
 
-        Raises: InputError for a row index out of range.
+        Args:
+            rows: [batch].
+
+        Raises:
+            InputError: for a row index out of range.
         """
         if not isinstance(rows, torch.Tensor) or rows.dtype not in (torch.int32, torch.int64) or rows.shape != (self.batch,):
             raise InputError(f"rows is {rows!r:.80}; give a tensor of {self.batch} row numbers, one for each row")
@@ -130,7 +152,9 @@ class Decoder(FixedModule):
     def _read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """The logits of a call, [batch, tokens or 1, vocabulary]. A call that fails leaves the padding mask unchanged.
 
-        Raises: InputError.
+        Raises:
+            InputError: as `step`.
+            UnsupportedError: if a call was interrupted while it wrote the state of recurrent layers.
         """
         if torch.compiler.is_dynamo_compiling():
             return untraced(self._read, (input_ids, attention_mask), {})
@@ -154,7 +178,7 @@ class Decoder(FixedModule):
             raise
 
     def _check(self, input_ids: torch.Tensor) -> int:
-        """The number of tokens of a call. Raises: InputError."""
+        """The number of tokens of a call. Raises InputError."""
         if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
             kind = str(input_ids.dtype) if isinstance(input_ids, torch.Tensor) else f"a {type(input_ids).__name__}"
             raise InputError(f"input_ids is {kind}; give a tensor of token ids, torch.int64 or torch.int32")
@@ -175,7 +199,14 @@ class Decoder(FixedModule):
         return shape[1]
 
     def _hide(self, attention_mask: torch.Tensor, tokens: int) -> None:
-        """Record the padding positions. attention_mask: of the new tokens, or of all tokens so far. Raises: InputError."""
+        """Record the padding positions.
+
+        Args:
+            attention_mask: of the new tokens, or of all tokens so far.
+
+        Raises:
+            InputError: if the mask has another form.
+        """
         start, end = self.length, self.length + tokens
         if not isinstance(attention_mask, torch.Tensor):
             raise InputError(
@@ -229,7 +260,8 @@ Prompts = Sequence[torch.Tensor | Mapping[str, object]]
 def prompts(batches: Prompts, batch: int, max_length: int) -> list[Sample]:
     """Texts as inputs of a decoder with an empty KV cache: rows without their padding, `batch` at a time.
 
-    Raises: InputError if a batch holds no token ids.
+    Raises:
+        InputError: if a batch holds no token ids.
     """
     return [sample for sample, _ in labelled_prompts(batches, batch, max_length)]
 
@@ -239,9 +271,11 @@ def labelled_prompts(
 ) -> list[tuple[Sample, torch.Tensor | None]]:
     """Inputs as of `prompts`, each with the labels of its tokens, [batch, tokens], -100 at padding; None if a row has none.
 
-    fill: whether the last group is filled up with the first rows; it is left out otherwise.
+    Args:
+        fill: whether the last group is filled up with the first rows; it is left out otherwise.
 
-    Raises: InputError as `prompts`.
+    Raises:
+        InputError: as `prompts`.
     """
     rows: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for given in batches:
@@ -265,7 +299,7 @@ def row_groups(count: int, batch: int, *, fill: bool = True) -> list[list[int]]:
 
 
 def _like(given: torch.Tensor | Mapping[str, object], name: str, ids: torch.Tensor) -> torch.Tensor | None:
-    """The tensor of that name in a batch; None without it. Raises: InputError if it has another shape than the ids."""
+    """The tensor of that name in a batch; None without it. Raises InputError if it has another shape than the ids."""
     tensor = given.get(name) if isinstance(given, Mapping) else None
     if not isinstance(tensor, torch.Tensor):
         return None

@@ -29,7 +29,11 @@ ENCODER = "encoder.lissom"
 
 @dataclass(frozen=True)
 class Parts:
-    """What the directory of a decoder holds, without tokenizer and processor. encoder: None for a model without one."""
+    """The contents of a decoder's directory, without tokenizer and processor.
+
+    Attributes:
+        encoder: None for a model without one.
+    """
 
     compiled: CompiledModel
     config: PreTrainedConfig
@@ -40,7 +44,11 @@ class Parts:
 def save(parts: Parts, directory: Path, tokenizer: PreTrainedTokenizerBase | None, processor: Saveable | None = None) -> None:
     """Write a decoder, completely or not at all, with the encoder it reads from. All ranks of a group must call it.
 
-    Raises: ArtifactError, InputError, UnsupportedError, RankError.
+    Raises:
+        ArtifactError: as `GenerationModel.save`.
+        UnsupportedError: likewise.
+        InputError: as `check_tokenizer`.
+        RankError: if a rank ended or does not answer.
     """
     if tokenizer is not None:
         check_tokenizer(parts.compiled.program, INPUTS[0], tokenizer)

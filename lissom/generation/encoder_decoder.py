@@ -38,8 +38,10 @@ _WHISPER = "WhisperGenerationMixin"
 class Encoder(nn.Module):
     """The encoder of a compiled encoder-decoder.
 
-    compiled: its program. main_input_name: the argument for tokens or audio. Its output holds, besides `last_hidden_state`, the
-    keys and values of the decoder's cross-attention.
+    Attributes:
+        compiled: its program.
+        main_input_name: the argument for tokens or audio. Its output holds, besides `last_hidden_state`, the keys and values of
+            the decoder's cross-attention.
     """
 
     def __init__(self, compiled: CompiledModel) -> None:
@@ -63,7 +65,9 @@ class Encoder(nn.Module):
     def read(self, inputs: Mapping[str, object]) -> BaseModelOutput:
         """The encoder's output for its inputs; without an attention mask nothing is padding.
 
-        Raises: InputError for other inputs than those of the program; UnsupportedError for outputs that it does not have.
+        Raises:
+            InputError: for other inputs than those of the program.
+            UnsupportedError: for outputs that it does not have.
         """
         given = {name: value for name, value in inputs.items() if value is not None and value is not False}
         given = {
@@ -92,18 +96,21 @@ class Encoder(nn.Module):
 class EncoderDecoderModel(GenerationModel):
     """A compiled encoder-decoder with the `generate` method of the original model.
 
-    encoder: the compiled encoder. The other attributes are those of `GenerationModel`: its KV cache holds the decoder's tokens.
+    Attributes:
+        encoder: the compiled encoder. The other attributes are those of `GenerationModel`: its KV cache holds the decoder's
+            tokens.
 
-    >>> import torch, lissom
-    >>> from transformers import T5Config, T5ForConditionalGeneration
-    >>> sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    >>> config = T5Config(vocab_size=50, decoder_start_token_id=0, **sizes)
-    >>> model = lissom.compile_generation(T5ForConditionalGeneration(config), max_length=16)
-    >>> model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, eos_token_id=None).shape
-    torch.Size([1, 5])
-    >>> model.encode(input_ids=torch.tensor([[5, 6, 7]]))
-    >>> model.step(torch.tensor([[0]])).shape
-    torch.Size([1, 50])
+    Examples:
+        >>> import torch, lissom
+        >>> from transformers import T5Config, T5ForConditionalGeneration
+        >>> sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+        >>> config = T5Config(vocab_size=50, decoder_start_token_id=0, **sizes)
+        >>> model = lissom.compile_generation(T5ForConditionalGeneration(config), max_length=16)
+        >>> model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, eos_token_id=None).shape
+        torch.Size([1, 5])
+        >>> model.encode(input_ids=torch.tensor([[5, 6, 7]]))
+        >>> model.step(torch.tensor([[0]])).shape
+        torch.Size([1, 50])
     """
 
     base_model_prefix: ClassVar[str] = ""
@@ -141,9 +148,11 @@ class EncoderDecoderModel(GenerationModel):
     def encode(self, **inputs: object) -> None:
         """Run the encoder on a text or a sound, and empty the KV cache; `step` then takes the decoder's tokens.
 
-        inputs: those of the model's encoder, by name; of `batch` rows, or of a divisor of it, whose rows are then repeated.
+        Args:
+            inputs: those of the model's encoder, by name; of `batch` rows, or of a divisor of it, whose rows are then repeated.
 
-        Raises: InputError if they do not fit.
+        Raises:
+            InputError: if they do not fit.
         """
         self._encode(inputs)
         self.reset()
@@ -163,7 +172,11 @@ class EncoderDecoderModel(GenerationModel):
         self._take(source)
 
     def prefill(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Encode a text, [batch, tokens]; returns the logits after the start token, as `step`. Raises: InputError."""
+        """Encode a text, [batch, tokens]; returns the logits after the start token, as `step`.
+
+        Raises:
+            InputError: as `step`.
+        """
         self.encode(**{self.encoder.main_input_name: input_ids})
         start = self.generation_config.decoder_start_token_id
         start = self.generation_config.bos_token_id if start is None else start
@@ -197,10 +210,13 @@ class EncoderDecoderModel(GenerationModel):
     ) -> Seq2SeqLMOutput:
         """The forward of transformers: logits [batch, 1, vocabulary] of the last token, with all_logits of all tokens.
 
-        encoder_outputs: what `encoder` returned; without it the encoder runs on its inputs, given by name. Others as for
-        `GenerationModel.forward`.
+        Args:
+            encoder_outputs: what `encoder` returned; without it the encoder runs on its inputs, given by name. Others as for
+                `GenerationModel.forward`.
 
-        Raises: InputError as `step`; UnsupportedError for inputs and outputs that a compiled decoder does not have.
+        Raises:
+            InputError: as `step`.
+            UnsupportedError: for inputs and outputs that a compiled decoder does not have.
         """
         inputs = {name: others.pop(name) for name in self.encoder.names if name in others}
         if encoder_outputs is None:
@@ -231,7 +247,7 @@ class EncoderDecoderModel(GenerationModel):
         return super()._check(input_ids)
 
     def _take(self, outputs: Mapping[str, torch.Tensor]) -> None:
-        """Use an output of the encoder for cross-attention. Raises: InputError for one of another encoder, or other rows."""
+        """Use an output of the encoder for cross-attention. Raises InputError for one of another encoder, or other rows."""
         if not isinstance(outputs, Mapping) or f"{CROSS}_keys_0" not in outputs:
             raise InputError(
                 f"encoder_outputs= is a {type(outputs).__name__} without the keys and values of cross-attention; pass what "
@@ -264,7 +280,7 @@ class EncoderDecoderModel(GenerationModel):
 
 
 def refuse_own_generate(model: PreTrainedModel) -> None:
-    """Refuse a model whose class has a `generate` of its own, which may do more than tokens. Raises: UnsupportedError."""
+    """Refuse a model whose class has a `generate` of its own, which may do more than tokens. Raises UnsupportedError."""
     if "generate" in vars(type(model)):
         raise UnsupportedError(
             f"{type(model).__name__} has a generate of its own, which a compiled model lacks; compile its parts with "

@@ -44,7 +44,8 @@ def compile_encoder_decoder(
 ) -> EncoderDecoderModel:
     """The encoder compiled, then the decoder; arguments and errors as for `compile_generation`.
 
-    with_recipe: puts the recipe `generation` before the passes of the decoder.
+    Args:
+        with_recipe: puts the recipe `generation` before the passes of the decoder.
     """
     known = check_generating(model, max_length, batch)
     refuse_own_generate(known)
@@ -83,7 +84,7 @@ def _rest(settings: Settings, encoder: CompiledModel) -> float | None:
 
 
 def _check_settings(model: PreTrainedModel, settings: Settings) -> None:
-    """Refuse what takes one program. Raises: UnsupportedError."""
+    """Refuse what takes one program. Raises UnsupportedError."""
     _, backends = check_settings(settings)
     name = type(model).__name__
     if isinstance(backends[0], Distributed):
@@ -96,7 +97,7 @@ def _check_settings(model: PreTrainedModel, settings: Settings) -> None:
 
 
 def _encoder_inputs(batch: Inputs, example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A calibration batch as inputs of the encoder's program, the main one first. Raises: InputError if that is missing."""
+    """A calibration batch as inputs of the encoder's program, the main one first. Raises InputError if that is missing."""
     main = next(iter(example))
     given = dict(batch) if isinstance(batch, Mapping) else {main: batch}
     tensor = given.get(main)
@@ -112,9 +113,11 @@ def _encoder_inputs(batch: Inputs, example: Mapping[str, torch.Tensor]) -> dict[
 def _decoder_tokens(model: PreTrainedModel, batch: Inputs, main: torch.Tensor) -> torch.Tensor:
     """The decoder's tokens of a batch, [rows, tokens]: given, or its labels behind the start token.
 
-    main: the main input of the encoder, [rows, ...].
+    Args:
+        main: the main input of the encoder, [rows, ...].
 
-    Raises: InputError if it has neither.
+    Raises:
+        InputError: if it has neither.
     """
     named = batch if isinstance(batch, Mapping) else {}
     ids, labels = (_table(named.get(name), len(main)) for name in ("decoder_input_ids", "labels"))
@@ -141,7 +144,8 @@ def _decoder_prompts(
 ) -> list[Inputs]:
     """Calibration batches as inputs of the decoder's program, `batch` rows at a time, behind an empty KV cache.
 
-    batches: the inputs of the encoder, and the tokens of the decoder, [rows, tokens].
+    Args:
+        batches: the inputs of the encoder, and the tokens of the decoder, [rows, tokens].
     """
     prompts: list[Inputs] = []
     for inputs, tokens in batches:

@@ -42,7 +42,7 @@ STEP = 256
 
 
 def count() -> int:
-    """The number of decoders to keep. Raises: InputError if the environment variable is not a number."""
+    """The number of decoders to keep. Raises InputError if the environment variable is not a number."""
     given = os.environ.get(SWITCH, str(_KEPT))
     if not given.isdecimal():
         raise InputError(f"{SWITCH} is {given!r:.80}; give the number of decoders to keep, 0 for none")
@@ -52,7 +52,8 @@ def count() -> int:
 def place_of(checkpoint: Path, data: Path | None, options: Mapping[str, object]) -> Path:
     """The folder of the decoder of a checkpoint's directory with these options; it may not exist yet.
 
-    Raises: OSError if the user's cache cannot be used.
+    Raises:
+        OSError: if the user's cache cannot be used.
     """
     package = Path(__file__).parents[1]
     parts = {
@@ -95,7 +96,8 @@ def use(place: Path) -> bool:
 def forget_oldest(folder: Path) -> None:
     """Remove all kept decoders but the last ones used. Processes that do so at once take turns.
 
-    Raises: OSError if the cache cannot be written.
+    Raises:
+        OSError: if the cache cannot be written.
     """
     with locked(_lock(folder)):
         saved = sorted((path for path in folder.iterdir() if path.name[0] != "." and is_saved(path)), key=_last_use)

@@ -34,19 +34,24 @@ _OF_GENERATE = ("is_first_iteration", "labels", "tokenizer", "assistant_tokenize
 class GenerationModel(Decoder, CompiledGeneration):
     """A compiled decoder with the `generate` method of the original model.
 
-    config, generation_config: those of the model. cache: the KV cache as `generate` sees it; `generate(cache=decoder.cache)`
-    continues the cached text.
-
     `generate` starts with an empty cache unless it is given this one. Its class has the name of the model's class, and a
     transformers pipeline takes it in place of the model.
 
-    >>> import torch, lissom
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    >>> decoder = lissom.compile_generation(LlamaForCausalLM(config), max_length=32)
-    >>> answer = decoder.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
-    >>> decoder.generate(answer, cache=decoder.cache, max_new_tokens=2, do_sample=False, eos_token_id=None).shape
-    torch.Size([1, 9])
+    Attributes:
+        config: that of the model.
+        generation_config: that of the model.
+        cache: the KV cache as `generate` sees it; `generate(cache=decoder.cache)` continues the cached text.
+
+    Examples:
+        >>> import torch, lissom
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> decoder = lissom.compile_generation(LlamaForCausalLM(config), max_length=32)
+        >>> answer = decoder.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
+        >>> decoder.generate(answer, cache=decoder.cache, max_new_tokens=2, do_sample=False, eos_token_id=None).shape
+        torch.Size([1, 9])
     """
 
     input_modalities: str = "text"
@@ -71,10 +76,13 @@ class GenerationModel(Decoder, CompiledGeneration):
     ) -> CausalLMOutputWithPast:
         """The forward of transformers: logits [batch, 1, vocabulary] of the last token, with all_logits of all tokens.
 
-        attention_mask: [batch, cached and new tokens], 0 for padding. cache: this decoder's own, to append to it; without it,
-        the KV cache is emptied first.
+        Args:
+            attention_mask: [batch, cached and new tokens], 0 for padding.
+            cache: this decoder's own, to append to it; without it, the KV cache is emptied first.
 
-        Raises: InputError as `step`; UnsupportedError for inputs and outputs that a compiled decoder does not have.
+        Raises:
+            InputError: as `step`.
+            UnsupportedError: for inputs and outputs that a compiled decoder does not have.
         """
         wanted = [name for name, value in others.items() if value is not None and value is not False]
         if wanted:
@@ -102,15 +110,19 @@ class GenerationModel(Decoder, CompiledGeneration):
 
         It is written completely or not at all; an existing decoder is replaced.
 
-        tokenizer, processor: saved in the same directory; a processor may also be a feature extractor.
+        Args:
+            tokenizer: saved in the same directory.
+            processor: likewise; it may also be a feature extractor.
 
-        Raises: ArtifactError if the directory cannot be written; UnsupportedError if the backend cannot be saved.
+        Raises:
+            ArtifactError: if the directory cannot be written.
+            UnsupportedError: if the backend cannot be saved.
         """
         save(self._parts, check_path(directory), tokenizer, processor)
 
     @property
     def _parts(self) -> Parts:
-        """What is saved of it."""
+        """The parts that are saved."""
         return Parts(self.compiled, self.config, self.generation_config)
 
     @classmethod
@@ -134,7 +146,9 @@ class GenerationModel(Decoder, CompiledGeneration):
     ) -> str:
         """Upload the directory that `save` writes to a repository of the Hugging Face Hub; returns its address.
 
-        Raises: ArtifactError if the Hub cannot be reached, or refuses the upload; the errors of `save`.
+        Raises:
+            ArtifactError: if the Hub cannot be reached, or refuses the upload.
+            LissomError: as `save`.
         """
         return upload(partial(self.save, tokenizer=tokenizer), self.program.name, repo_id, private, token, commit_message)
 
@@ -143,7 +157,8 @@ class GenerationModel(Decoder, CompiledGeneration):
 
         The cache is empty then.
 
-        Raises: UnsupportedError for a decoder that runs with other ranks, or whose backend cannot be saved.
+        Raises:
+            UnsupportedError: for a decoder that runs with other ranks, or whose backend cannot be saved.
         """
         self.compiled.check_alone()
         source = str(self.config._name_or_path)
@@ -174,7 +189,7 @@ class GenerationModel(Decoder, CompiledGeneration):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Give `generate` this decoder's cache, emptied unless the caller passed it. Raises: InputError."""
+        """Give `generate` this decoder's cache, emptied unless the caller passed it. Raises InputError."""
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         if batch_size * copies != self.batch:
             beams = f" with {copies} beams or samples each" if copies > 1 else ""

@@ -50,8 +50,10 @@ def load_prompted(
 class Request:
     """The options for compiling and keeping a decoder.
 
-    passes: None for `exact`, and for a GGUF file `use-stored-weights`. data: the file of the calibration data. keeps: takes a
-    decoder that an earlier call kept, and keeps this one.
+    Attributes:
+        passes: None for `exact`, and for a GGUF file `use-stored-weights`.
+        data: the file of the calibration data.
+        keeps: takes a decoder that an earlier call kept, and keeps this one.
     """
 
     passes: str | None
@@ -73,7 +75,9 @@ def compile_prompted(
 ) -> Prompted:
     """A model compiled with a KV cache for prompt and answer, its tokenizer, and the prompt's tokens.
 
-    read_data: the calibration batches for a loaded model. tell: takes a sentence about default passes, or kept decoders.
+    Args:
+        read_data: the calibration batches for a loaded model.
+        tell: takes a sentence about default passes, or kept decoders.
     """
     checks = check_options(request.checks)
     pipeline = None if request.passes is None else resolve_passes(request.passes)

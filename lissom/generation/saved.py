@@ -29,7 +29,7 @@ Made = TypeVar("Made")
 
 
 def read(directory: Path, device: str | torch.device | None, backend: str | Backend | None, trust: Trust) -> Parts:
-    """The parts of the decoder in the directory. Raises: ArtifactError, UnsupportedError."""
+    """The parts of the decoder in the directory. Raises ArtifactError, UnsupportedError."""
     if is_former(directory):
         raise ArtifactError(
             f"'{directory}' was saved by an earlier Lissom, without hashes of its configuration; "
@@ -67,7 +67,7 @@ def configuration_of(fields: dict[str, Any]) -> Any:
 
 
 def _read(path: Path, files: Mapping[str, Content], make: Callable[[dict[str, Any]], Made]) -> Made:
-    """The object transformers makes of a JSON file, whose hash is checked first. Raises: ArtifactError."""
+    """The object transformers makes of a JSON file, whose hash is checked first. Raises ArtifactError."""
     if path.name not in files:
         raise ArtifactError(f"'{path.parent}' holds no saved decoder: it has no {path.name}; save the decoder again")
     # A configuration may hold infinities, and a very large length that means no limit.

@@ -26,7 +26,8 @@ NextToken = Callable[..., torch.Tensor]
 class Scorer:
     """The caller's metric as a metric of a program with a KV cache.
 
-    reads_all: whether it asked for the logits of all positions.
+    Attributes:
+        reads_all: whether it asked for the logits of all positions.
     """
 
     def __init__(self, metric: Callable[[NextToken], float], batch: int, max_length: int) -> None:
@@ -58,7 +59,11 @@ class Scorer:
 
 @dataclass
 class _Scored:
-    """A decoder's program as a function of whole texts. reads_all: whether logits of all positions were asked for."""
+    """A decoder's program as a function of whole texts.
+
+    Attributes:
+        reads_all: whether logits of all positions were asked for.
+    """
 
     program: Program | CompiledModel
     batch: int
@@ -70,9 +75,13 @@ class _Scored:
     ) -> torch.Tensor:
         """The logits of the next token, [batch, vocabulary]; with all_positions those of every token of the texts.
 
-        input_ids, attention_mask: [batch, tokens]. all_positions: returns [batch, tokens, vocabulary], zeros at padding.
+        Args:
+            input_ids: [batch, tokens].
+            attention_mask: [batch, tokens].
+            all_positions: returns [batch, tokens, vocabulary], zeros at padding.
 
-        Raises: InputError.
+        Raises:
+            InputError: if the ids have another form, or a text is too long.
         """
         sample = self._sample(input_ids, attention_mask)
         kept = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -108,7 +117,8 @@ class _Scored:
     def _all_logits(self, sample: Sample) -> torch.Tensor:
         """The logits of all tokens of a sample, [batch, tokens, vocabulary].
 
-        Raises: UnsupportedError if the program computes those of the last token alone.
+        Raises:
+            UnsupportedError: if the program computes those of the last token alone.
         """
         program, head, watched = self.program, None, list[torch.Tensor]()
         if isinstance(program, Program):

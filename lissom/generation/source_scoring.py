@@ -22,7 +22,9 @@ Part = Program | CompiledModel
 class SourceScorer:
     """The caller's metric as a metric of one of the two programs, with the other one as it is.
 
-    encoder, decoder: the program that stays; None for the one that is scored.
+    Attributes:
+        encoder: the encoder's program; None if it is scored.
+        decoder: the decoder's program; None if it is scored.
     """
 
     metric: Callable[..., float]
@@ -48,9 +50,13 @@ class _Scored:
     def __call__(self, decoder_input_ids: torch.Tensor, *, all_positions: bool = False, **inputs: torch.Tensor) -> torch.Tensor:
         """The logits of the next token, [batch, vocabulary]; with all_positions those of every token of the decoder.
 
-        inputs: of the encoder, by name. decoder_input_ids: [batch, tokens].
+        Args:
+            inputs: of the encoder, by name.
+            decoder_input_ids: [batch, tokens].
 
-        Raises: InputError; UnsupportedError for all positions of a decoder that computes the last alone.
+        Raises:
+            InputError: if the ids are no tensor of `batch` rows.
+            UnsupportedError: for all positions of a decoder that computes the last alone.
         """
         is_tensor = isinstance(decoder_input_ids, torch.Tensor)
         if not is_tensor or decoder_input_ids.dim() != 2 or len(decoder_input_ids) != self.batch:

@@ -23,7 +23,12 @@ _COLDEST = 1e-30
 
 @dataclass
 class Speed:
-    """Time of a generated text. prompt, answer: tokens; the first token of the answer comes from the prefill."""
+    """Time of a generated text.
+
+    Attributes:
+        prompt: tokens of the prompt.
+        answer: tokens of the answer; the first comes from the prefill.
+    """
 
     prompt: int = 0
     prompt_seconds: float = 0.0
@@ -44,9 +49,13 @@ def _rate(tokens: int, seconds: float) -> str:
 
 
 def read_prompt(text: str, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> torch.Tensor:
-    """The tokens of a prompt, [1, tokens]. longest: the most tokens allowed; None for no limit.
+    """The tokens of a prompt, [1, tokens].
 
-    Raises: InputError if there are none, or more than `longest`.
+    Args:
+        longest: the most tokens allowed; None for no limit.
+
+    Raises:
+        InputError: if there are none, or more than `longest`.
     """
     ids = torch.tensor([tokenizer(text).input_ids], dtype=torch.int64)
     count = ids.shape[1]
@@ -60,7 +69,8 @@ def read_prompt(text: str, tokenizer: PreTrainedTokenizerBase, longest: int | No
 def end_tokens(eos_token_id: object) -> tuple[int, ...]:
     """The token ids in `eos_token_id` of a generation configuration, which is None, one id, or several.
 
-    Raises: InputError if it is anything else.
+    Raises:
+        InputError: if it is anything else.
     """
     several = isinstance(eos_token_id, (list, tuple))
     ids = () if eos_token_id is None else tuple(eos_token_id) if several else (eos_token_id,)
@@ -84,10 +94,13 @@ def stream_tokens(
 ) -> Iterator[int]:
     """The tokens that follow a prompt, [1, tokens], one by one; the KV cache is emptied first.
 
-    temperature: 0 takes the likeliest token; above 0 tokens are sampled from softmax(logits / temperature). stop: tokens that
-    end the text; they are not yielded. speed: updated with every token.
+    Args:
+        temperature: 0 takes the likeliest token; above 0 tokens are sampled from softmax(logits / temperature).
+        stop: tokens that end the text; they are not yielded.
+        speed: updated with every token.
 
-    Raises: InputError if the decoder's batch is not 1, or a number is out of range.
+    Raises:
+        InputError: if the decoder's batch is not 1, or a number is out of range.
     """
     if decoder.batch != 1:
         raise InputError(
@@ -117,7 +130,11 @@ def stream_tokens(
 
 
 def _choose(logits: torch.Tensor, temperature: float, draw: torch.Generator) -> torch.Tensor:
-    """The next token of each row, [batch, 1]; logits: [batch, vocabulary], or [batch, tokens, vocabulary]."""
+    """The next token of each row, [batch, 1].
+
+    Args:
+        logits: [batch, vocabulary], or [batch, tokens, vocabulary].
+    """
     last = logits[:, -1] if logits.dim() == 3 else logits
     if temperature == 0:
         return last.argmax(-1, keepdim=True)

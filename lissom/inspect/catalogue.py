@@ -141,6 +141,6 @@ def first_line(described: object) -> str:
 
 
 def _meanings(docstring: str) -> dict[str, str]:
-    """The description of each field in a docstring: `keep: the fraction …`, with indented continuation lines."""
-    fields = re.findall(r"^(\w+): (.*(?:\n[ ]+\S.*)*)", docstring, re.MULTILINE)
+    """The description of each field, from the section `Attributes:` of a docstring."""
+    fields = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", docstring.partition("\nAttributes:\n")[2], re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in fields}

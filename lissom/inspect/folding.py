@@ -14,7 +14,8 @@ Row = tuple[str, ...]
 def fold_rows(rows: Sequence[Row], label: int = 0) -> list[Row]:
     """The rows, with those that differ only in the first number of their label merged: `encoder.layer.0-5 ×6`.
 
-    label: the column that names the layer.
+    Args:
+        label: the column that names the layer.
     """
     groups: dict[Row, list[Row]] = {}
     for row in rows:

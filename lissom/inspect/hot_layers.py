@@ -29,16 +29,22 @@ _UNMEASURED = "Run `lissom machine` once to see shares of the roofline."
 class LayerTime:
     """Layers that are equal but for their numbers: one module pattern, one shape, one kernel.
 
-    pattern: the module path, with `*` for numbers; empty for the model itself. count: the number of layers.
-    shape: `rows × inputs → features` of linear layers, the sizes of the output of others. kernel: what runs them.
-    milliseconds: the sum of their medians. roof_ms: the sum of their rooflines; None without the machine's ceilings.
-    flops, moved_bytes: of all of them; 0 where they are not known.
+    Attributes:
+        pattern: the module path, with `*` for numbers; empty for the model itself.
+        count: the number of layers.
+        shape: `rows × inputs → features` of linear layers, the sizes of the output of others.
+        kernel: what runs them.
+        milliseconds: the sum of their medians.
+        roof_ms: the sum of their rooflines; None without the machine's ceilings.
+        flops: of all of them; 0 where they are not known.
+        moved_bytes: likewise.
 
-    >>> import torch, lissom
-    >>> fast = lissom.compile(torch.nn.Sequential(torch.nn.Linear(256, 256)), torch.randn(64, 256))
-    >>> (layer,) = fast.report.kernels().layers
-    >>> layer.count, layer.shape
-    (1, '64 × 256 → 256')
+    Examples:
+        >>> import torch, lissom
+        >>> fast = lissom.compile(torch.nn.Sequential(torch.nn.Linear(256, 256)), torch.randn(64, 256))
+        >>> (layer,) = fast.report.kernels().layers
+        >>> layer.count, layer.shape
+        (1, '64 × 256 → 256')
     """
 
     pattern: str
@@ -55,14 +61,17 @@ class LayerTime:
 class LayerTimes:
     """The time of every layer of a program, the slowest first; prints as a table of the hot ones.
 
-    title: the program, its backend, and the sizes of the inputs. without_roof: why no layer has a roofline, if none has.
-    nodes: the milliseconds of every node by its name; empty where the backend times operators of its own.
-    ceilings: of the device that ran it; None if they are not known.
+    Attributes:
+        title: the program, its backend, and the sizes of the inputs.
+        without_roof: why no layer has a roofline, if none has.
+        nodes: the milliseconds of every node by its name; empty where the backend times operators of its own.
+        ceilings: of the device that ran it; None if they are not known.
 
-    >>> import torch, lissom
-    >>> times = lissom.compile(torch.nn.Linear(256, 512), torch.randn(64, 256)).report.kernels()
-    >>> times.whole_ms > 0, times.share(times.layers)
-    (True, 1.0)
+    Examples:
+        >>> import torch, lissom
+        >>> times = lissom.compile(torch.nn.Linear(256, 512), torch.randn(64, 256)).report.kernels()
+        >>> times.whole_ms > 0, times.share(times.layers)
+        (True, 1.0)
     """
 
     title: str
@@ -129,8 +138,9 @@ def layer_times(
 ) -> LayerTimes:
     """Equal layers of a program added up, the slowest first.
 
-    tensors: the flat inputs of the run that gave the milliseconds. measured: the names of the nodes for which PyTorch's
-    kernel was measured faster than ours.
+    Args:
+        tensors: the flat inputs of the run that gave the milliseconds.
+        measured: the names of the nodes for which PyTorch's kernel was measured faster than ours.
     """
     named, costs = costs_on(program, tensors)
     sizes = program.signature.sizes_of(tensors)

@@ -22,8 +22,10 @@ _MOST_DIFFERENCES = 4
 class Group:
     """Identical layers.
 
-    members: their numbers, in order. differences: what the largest group has (`- …`) and this one has (`+ …`), by patterns of
-    nodes; empty for the largest group.
+    Attributes:
+        members: their numbers, in order.
+        differences: what the largest group has (`- …`) and this one has (`+ …`), by patterns of nodes; empty for the largest
+            group.
     """
 
     members: tuple[str, ...]
@@ -61,8 +63,10 @@ def _numbered(lines: Sequence[Line]) -> dict[str, dict[str, list[Line]]]:
 class Outside(NamedTuple):
     """A value or weight from outside a layer that no other layer reads.
 
-    order: among the layer's own such inputs. layers_back, place: the layer that has it, and the place of the node there; 1 and
-    None for one outside all layers.
+    Attributes:
+        order: among the layer's own such inputs.
+        layers_back: how many layers before this one the layer is that has it; 1 for one outside all layers.
+        place: the place of the node there; None for one outside all layers.
     """
 
     order: int

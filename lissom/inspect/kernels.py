@@ -37,7 +37,10 @@ _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 class Kernel:
     """The kernel that runs an operator.
 
-    library: `Lissom` or `PyTorch`. operator: its short name. details: instruction set and numbers: `avx512_bf16, float32`.
+    Attributes:
+        library: `Lissom` or `PyTorch`.
+        operator: its short name.
+        details: instruction set and numbers: `avx512_bf16, float32`.
     """
 
     library: str
@@ -49,7 +52,11 @@ class Kernel:
 
 
 def kernel_of(node: fx.Node, measured: bool = False) -> Kernel:
-    """The kernel of an operator call on a CPU. measured: whether PyTorch's kernel was timed against ours, and was faster."""
+    """The kernel of an operator call on a CPU.
+
+    Args:
+        measured: whether PyTorch's kernel was timed against ours, and was faster.
+    """
     name, numbers = short_name(node).removeprefix("lissom."), _dtype(node)
     own = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "lissom"
     if not own:
@@ -106,7 +113,8 @@ def operator_name(node: fx.Node) -> str:
 def shape_of(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> str:
     """`64 × 384 → 1536` (rows, inputs, features) for a linear layer, heads and tokens for attention, else the output's sizes.
 
-    sizes: the sizes of dimensions; sizes that depend on values are `?`.
+    Args:
+        sizes: the sizes of dimensions; sizes that depend on values are `?`.
     """
     output = _sizes(node, sizes)
     x = _input_of(node)

@@ -17,8 +17,9 @@ _INPUT = re.compile(r"(\w+): (\w+\[[^\]]*\])")
 class Line:
     """A line of a program's text.
 
-    pieces: the text around the names, one more than there are names. names: `%node`, `@weight`, and last the module path,
-    if there is one.
+    Attributes:
+        pieces: the text around the names, one more than there are names.
+        names: `%node`, `@weight`, and last the module path, if there is one.
     """
 
     pieces: tuple[str, ...]

@@ -49,17 +49,21 @@ _LOWERED = (fused_attention, merged_attention, unpadded_attention)
 class NodeErrors:
     """The errors of a program's nodes on the example inputs; prints as a table of the largest.
 
-    title: the program and the sizes of the inputs. nodes: by name the relative error √(Σ(y − x)² / Σx²) of the values y of a
-    node to the values x of the original's; nodes without a counterpart of the same shape are left out. kept_mass: by name of a
-    sparse attention the fraction of the original's softmax mass at the keys it sees, over heads and tokens that are no padding.
-    places: by name the module path and the operator.
+    Attributes:
+        title: the program and the sizes of the inputs.
+        nodes: by name the relative error √(Σ(y − x)² / Σx²) of the values y of a node to the values x of the original's; nodes
+            without a counterpart of the same shape are left out.
+        kept_mass: by name of a sparse attention the fraction of the original's softmax mass at the keys it sees, over heads and
+            tokens that are no padding.
+        places: by name the module path and the operator.
 
-    >>> import torch, lissom
-    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8)).eval()
-    >>> optimized = lissom.optimize(model, torch.randn(4, 64), passes="cast{dtype=bf16}", checks="structural")
-    >>> errors = optimized.report.errors().nodes
-    >>> 0 < errors["linear"] < 0.01 and 0 < errors["linear_1"] < 0.01
-    True
+    Examples:
+        >>> import torch, lissom
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8)).eval()
+        >>> optimized = lissom.optimize(model, torch.randn(4, 64), passes="cast{dtype=bf16}", checks="structural")
+        >>> errors = optimized.report.errors().nodes
+        >>> 0 < errors["linear"] < 0.01 and 0 < errors["linear_1"] < 0.01
+        True
     """
 
     title: str
@@ -80,7 +84,8 @@ class NodeErrors:
 def measure_node_errors(original: Program, program: Program, sample: Sample, replaced: Mapping[str, str]) -> NodeErrors:
     """The errors of `program`, which passes made of `original`, for the same flat inputs.
 
-    replaced: for names of nodes the name of the node that each one replaced, in any pass.
+    Args:
+        replaced: for names of nodes the name of the node that each one replaced, in any pass.
     """
     pairs = _pairs(original, program, replaced)
     counterparts = ((node, memory_of(before) if node.target is merged_attention else before) for node, before in pairs.items())
@@ -134,7 +139,8 @@ def _pairs(original: Program, program: Program, replaced: Mapping[str, str]) -> 
 class _Running:
     """The values of a program's nodes, computed when they are asked for.
 
-    readers: how often the value of each node is asked for; after that it is freed.
+    Args:
+        readers: how often the value of each node is asked for; after that it is freed.
     """
 
     def __init__(self, program: Program, sample: Sample, readers: Counter[fx.Node]) -> None:
@@ -201,7 +207,8 @@ class _Masks:
     def visible(self, node: fx.Node, operands: Mapping[fx.Node, torch.Tensor]) -> torch.Tensor | None:
         """The keys visible to an attention: booleans that broadcast to [batch, heads, queries, keys]; None if it sees all.
 
-        operands: those of the original's attention.
+        Args:
+            operands: those of the original's attention.
         """
         q, k = [*operands.values()][:2]
         shape = q.shape[2], k.shape[2]

@@ -17,7 +17,7 @@ MAIN, MARKED, QUIET, FAINT = "#1f77b4", "#d62728", "#888888", "#bbbbbb"
 
 
 def new_figure(rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure with panels below each other. Raises: UnsupportedError without matplotlib."""
+    """A figure with panels below each other. Raises UnsupportedError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -34,19 +34,21 @@ def new_figure(rows: int = 1) -> tuple[Figure, list[Axes]]:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure in the format that the file's name ends in.
 
-    Raises: UnsupportedError for a format that matplotlib does not write; ArtifactError if the file cannot be written.
+    Raises:
+        UnsupportedError: for a format that matplotlib does not write.
+        ArtifactError: if the file cannot be written.
     """
     with writing_whole(path) as file:
         figure.savefig(file, format=_format_of(figure, path))
 
 
 def check_picture(path: Path) -> None:
-    """Refuse what `new_figure` and `save_figure` would, before the work whose result is drawn. Raises: UnsupportedError."""
+    """Refuse what `new_figure` and `save_figure` would, before the work whose result is drawn. Raises UnsupportedError."""
     _format_of(new_figure()[0], path)
 
 
 def _format_of(figure: Figure, path: Path) -> str:
-    """The format that a file's name ends in. Raises: UnsupportedError."""
+    """The format that a file's name ends in. Raises UnsupportedError."""
     form = path.suffix.removeprefix(".")
     known = figure.canvas.get_supported_filetypes()
     if form not in known:

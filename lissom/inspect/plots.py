@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Facts:
-    """The data of plots. times: of layers, None before they are measured. lengths: the time of a call by its length."""
+    """The data of plots.
+
+    Attributes:
+        times: of layers, None before they are measured.
+        lengths: the time of a call by its length.
+    """
 
     title: str
     history: History
@@ -30,7 +35,7 @@ class Facts:
 
 
 def plot(kind: str, facts: Facts, path: Path) -> None:
-    """Draw one kind of plot. Raises: UnsupportedError, see `Report.plot`."""
+    """Draw one kind of plot. Raises UnsupportedError, see `Report.plot`."""
     if kind not in KINDS:
         hint = nearest(kind, KINDS) or ";"
         raise UnsupportedError(f"a report has no plot '{kind}'{hint} it has {', '.join(KINDS)}")

@@ -15,6 +15,7 @@ from torch import nn
 
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import History, node_facts
+from lissom.compiler.pipeline.options import NUMERIC
 from lissom.errors import UnsupportedError
 from lissom.inspect.hot_layers import LayerTimes
 from lissom.inspect.html.data import page_data
@@ -39,7 +40,12 @@ from lissom.measure.timing import Timing
 
 
 class LayerTimer(Protocol):
-    """Times the layers of a program. known: the last times; None before the first. lengths: the times of calls by length."""
+    """Times the layers of a program.
+
+    Attributes:
+        known: the last times; None before the first.
+        lengths: the times of calls by length.
+    """
 
     program: Program
     known: LayerTimes | None
@@ -55,7 +61,11 @@ class LayerTimer(Protocol):
 
 
 class ErrorMeter(Protocol):
-    """Measures the errors of a program's nodes. known: the last errors; None before the first."""
+    """Measures the errors of a program's nodes.
+
+    Attributes:
+        known: the last errors; None before the first.
+    """
 
     known: NodeErrors | None
 
@@ -71,15 +81,17 @@ class Report:
     The table lists the steps that changed something, and every lossy pass; `full()` lists every step, and the hot layers with
     their kernels, which are timed when it is printed first.
 
-    times_faster: the speedup over the original model at each shape that was timed; empty if nothing was timed.
-    timer: times the layers of the compiled program; None for a program that is not lowered.
-    meter: measures the errors of the program's nodes; None for a loaded model, and for one that ranks share.
-    stopped: the error that ended the compile early; empty for one that finished.
+    Attributes:
+        times_faster: the speedup over the original model at each shape that was timed; empty if nothing was timed.
+        timer: times the layers of the compiled program; None for a program that is not lowered.
+        meter: measures the errors of the program's nodes; None for a loaded model, and for one that ranks share.
+        stopped: the error that ended the compile early; empty for one that finished.
 
-    >>> import torch, lissom
-    >>> report = lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4), passes="cast{dtype=bf16}").report
-    >>> "40 → 20 B" in str(report)
-    True
+    Examples:
+        >>> import torch, lissom
+        >>> report = lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4), passes="cast{dtype=bf16}").report
+        >>> "40 → 20 B" in str(report)
+        True
     """
 
     title: str
@@ -97,24 +109,31 @@ class Report:
     def kernels(self, *args: object, **kwargs: object) -> LayerTimes:
         """The hot layers of the program with their kernels, timed now, in about a second.
 
-        args, kwargs: the arguments of a call of the model; without any, the example of the compile.
+        Args:
+            args: the positional arguments of a call of the model; without any arguments, the example of the compile.
+            kwargs: the keyword arguments.
 
-        Raises: InputError if they do not fit; UnsupportedError if the program is not lowered or its backend runs no single
-            layers, and for a loaded model without arguments.
+        Raises:
+            InputError: if they do not fit.
+            UnsupportedError: if the program is not lowered or its backend runs no single layers, and for a loaded model without
+                arguments.
 
-        >>> import torch, lissom
-        >>> fast = lissom.compile(torch.nn.Linear(256, 512), torch.randn(64, 256))
-        >>> [layer.shape for layer in fast.report.kernels().hot]
-        ['64 × 256 → 512']
+        Examples:
+            >>> import torch, lissom
+            >>> fast = lissom.compile(torch.nn.Linear(256, 512), torch.randn(64, 256))
+            >>> [layer.shape for layer in fast.report.kernels().hot]
+            ['64 × 256 → 512']
         """
         return self._timed().measure(args, kwargs)
 
     def latency(self, lengths: Sequence[int] = (16, 32, 64, 128, 256, 512)) -> Mapping[int, Timing]:
         """The time of a call at several lengths, timed now; half a second each at most, or five calls.
 
-        lengths: of the dynamic dimensions besides the batch, or of the only one; others than the model takes are left out.
+        Args:
+            lengths: of the dynamic dimensions besides the batch, or of the only one; others than the model takes are left out.
 
-        Raises: UnsupportedError if the program is not lowered, was loaded, has fixed sizes, or takes none of the lengths.
+        Raises:
+            UnsupportedError: if the program is not lowered, was loaded, has fixed sizes, or takes none of the lengths.
         """
         return self._timed().time_lengths(lengths)
 
@@ -124,10 +143,12 @@ class Report:
         Measured now, against the original model: it is captured anew, and both programs run once, side by side. Pages and
         pictures of the report show it from then on.
 
-        model: what was compiled, with its weights unchanged; it may be left out as long as the caller holds it.
+        Args:
+            model: what was compiled, with its weights unchanged; it may be left out as long as the caller holds it.
 
-        Raises: InputError for another model, or if the model is gone and not given; UnsupportedError for a loaded model, and
-            for one that ranks share.
+        Raises:
+            InputError: for another model, or if the model is gone and not given.
+            UnsupportedError: for a loaded model, and for one that ranks share.
         """
         if self.meter is None:
             raise UnsupportedError(
@@ -149,12 +170,15 @@ class Report:
     def plot(self, kind: str, path: str | PathLike[str]) -> None:
         """Draw a plot with matplotlib, in the format that the file's name says.
 
-        kind: `roofline`: the rate of every hot layer below the ceilings of the machine, after `kernels()`. `latency`: the time
-            of a call over its length, after `latency()`. `quality`: metric, cosine or error after each lossy pass over the
-            operations of a call. `training`: the losses of the training passes over their minutes.
+        Args:
+            kind: `roofline`: the rate of every hot layer below the ceilings of the machine, after `kernels()`. `latency`: the
+                time of a call over its length, after `latency()`. `quality`: metric, cosine or error after each lossy pass over
+                the operations of a call. `training`: the losses of the training passes over their minutes.
 
-        Raises: UnsupportedError for another kind, for one that the report has no data for, without matplotlib, or for a format
-            that matplotlib does not write; ArtifactError if the file cannot be written.
+        Raises:
+            UnsupportedError: for another kind, for one that the report has no data for, without matplotlib, or for a format
+                that matplotlib does not write.
+            ArtifactError: if the file cannot be written.
         """
         times = None if self.timer is None else self.timer.known
         lengths: Mapping[int, Timing] = {} if self.timer is None else self.timer.lengths
@@ -165,13 +189,17 @@ class Report:
 
         The page has the times of layers and the errors of nodes if they were measured before (`kernels()`, `errors()`).
 
-        heat: what colors the nodes first, as for `to_svg`.
+        Args:
+            heat: what colors the nodes first, as for `to_svg`.
 
-        Raises: UnsupportedError for a heat that is not known; ArtifactError if the file cannot be written.
+        Raises:
+            UnsupportedError: for a heat that is not known.
+            ArtifactError: if the file cannot be written.
 
-        >>> import tempfile, torch, lissom
-        >>> path = tempfile.mkdtemp() + "/report.html"
-        >>> lissom.compile(torch.nn.Linear(4, 2), torch.ones(3, 4)).report.to_html(path)
+        Examples:
+            >>> import tempfile, torch, lissom
+            >>> path = tempfile.mkdtemp() + "/report.html"
+            >>> lissom.compile(torch.nn.Linear(4, 2), torch.ones(3, 4)).report.to_html(path)
         """
         times = None if self.timer is None else self.timer.known
         history = self.history
@@ -198,17 +226,24 @@ class Report:
         Modules are frames, nodes are boxes, identical layers are drawn once, with their number; modules for which there is no
         room are closed.
 
-        path: where to write it, if given. step: the last one by default. only: the path of a module, `encoder.layer.0`.
-        compare: another step. If it is earlier, nodes that it lacks are marked as added; if it is later, as removed. Nodes that
-            differ are marked as changed.
-        heat: colors nodes by `flops`, `bytes`, `parameters`, `time` (after `kernels()`), `error` or `mass` (after `errors()`).
+        Args:
+            path: where to write it, if given.
+            step: the last one by default.
+            only: the path of a module, `encoder.layer.0`.
+            compare: another step. If it is earlier, nodes that it lacks are marked as added; if it is later, as removed. Nodes
+                that differ are marked as changed.
+            heat: colors nodes by `flops`, `bytes`, `parameters`, `time` (after `kernels()`), `error` or `mass` (after
+                `errors()`).
 
-        Raises: UnsupportedError if there is no such step, module or heat; ArtifactError if the file cannot be written.
+        Raises:
+            UnsupportedError: if there is no such step, module or heat.
+            ArtifactError: if the file cannot be written.
 
-        >>> import torch, lissom
-        >>> picture = lissom.optimize(torch.nn.Linear(4, 2), torch.ones(3, 4)).report.to_svg()
-        >>> "linear" in picture
-        True
+        Examples:
+            >>> import torch, lissom
+            >>> picture = lissom.optimize(torch.nn.Linear(4, 2), torch.ones(3, 4)).report.to_svg()
+            >>> "linear" in picture
+            True
         """
         last = len(self.history.steps) - 1
         colors = None if heat is None else self._heat(heat, last if step is None else step)
@@ -238,7 +273,8 @@ class Report:
 def write_stopped(path: Path | None, title: str, history: History | None, reason: str) -> None:
     """Write the page of a compile that an error ended, as far as it went; nothing without a path or without a finished step.
 
-    Raises: ArtifactError if the file cannot be written.
+    Raises:
+        ArtifactError: if the file cannot be written.
     """
     if path is not None and history is not None and history.steps:
         Report(title, history, stopped=reason).to_html(path)
@@ -262,7 +298,7 @@ def _missing(report: Report, times: LayerTimes | None) -> list[str]:
         sentences.append(
             "Errors of nodes: none were measured. Call report.errors() where the model is compiled, or use --errors."
         )
-    if report.history.checks != "numeric":
+    if report.history.checks not in NUMERIC:
         sentences.append(f"Errors of steps: checks were {report.history.checks}, so outputs were not compared.")
     return sentences
 
@@ -327,7 +363,7 @@ def _summary(report: Report) -> str:
     if lossy and lossy[-1].relative_error is not None:
         error = f"largest error {lossy[-1].relative_error:.1e}"
         parts.append(error if last.cosine is None else f"smallest cosine {last.cosine:.4f}")
-    elif not lossy and report.history.checks == "numeric":
+    elif not lossy and report.history.checks in NUMERIC:
         parts.append("equal outputs")
     if first.metric is not None and last.metric is not None:
         parts.append(f"metric {first.metric:.4g} → {last.metric:.4g}")

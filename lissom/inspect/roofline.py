@@ -19,9 +19,11 @@ from lissom.measure.roofline import node_seconds
 def cost_table(program: Program, sizes: Mapping[str, int], machine: Machine | None) -> Table:
     """One row per site: operations, megabytes, parameters, intensity, and the roofline if the machine's ceilings are known.
 
-    sizes: sizes of dimensions by name; the others are the example's.
+    Args:
+        sizes: sizes of dimensions by name; the others are the example's.
 
-    Raises: UnsupportedError for a dimension the program does not have, or a size it does not take.
+    Raises:
+        UnsupportedError: for a dimension the program does not have, or a size it does not take.
     """
     chosen = example_sizes(program) | dict(sizes)
     rows, unknown = _rows(program, chosen, machine)
@@ -42,7 +44,11 @@ def cost_table(program: Program, sizes: Mapping[str, int], machine: Machine | No
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of the cost table; milliseconds: the sum over its nodes."""
+    """A row of the cost table.
+
+    Attributes:
+        milliseconds: the sum over its nodes.
+    """
 
     label: str
     cost: Cost

@@ -30,7 +30,12 @@ _KINDS: Mapping[object, str] = {ALL_REDUCE: "all-reduce", REDUCE_SCATTER: "reduc
 
 @dataclass(frozen=True)
 class Link:
-    """The links between ranks. latency_seconds: of one message. bytes_per_second: of one rank's link, in one direction."""
+    """The links between ranks.
+
+    Attributes:
+        latency_seconds: of one message.
+        bytes_per_second: of one rank's link, in one direction.
+    """
 
     latency_seconds: float
     bytes_per_second: float
@@ -44,10 +49,13 @@ class Link:
 class Traffic:
     """The cost of one collective.
 
-    payload_bytes: of the whole value. sent_bytes: sent by each rank. messages: the number of consecutive messages.
-
     On a ring of N ranks an all-gather sends (N - 1) / N of the value in N - 1 messages, and an all-reduce twice that: Thakur,
     Rabenseifner and Gropp 2005, "Optimization of Collective Communication Operations in MPICH", §4.
+
+    Attributes:
+        payload_bytes: of the whole value.
+        sent_bytes: sent by each rank.
+        messages: the number of consecutive messages.
     """
 
     kind: str
@@ -57,7 +65,11 @@ class Traffic:
 
 
 def traffic(plan: Plan, move: Redistribution, numbers: Mapping[sympy.Symbol, int]) -> list[Traffic]:
-    """The collectives of a redistribution. numbers: the sizes of a call."""
+    """The collectives of a redistribution.
+
+    Args:
+        numbers: the sizes of a call.
+    """
     return [_exchanged(plan.world_size, exchange, numbers) for exchange in move.exchanges]
 
 
@@ -71,7 +83,11 @@ def joint_traffic(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> list[tuple
 
 
 def program_traffic(program: Program, world_size: int, numbers: Mapping[sympy.Symbol, int]) -> list[Traffic]:
-    """The collectives of a partitioned program, or of one rank's program. numbers: the sizes of a call."""
+    """The collectives of a partitioned program, or of one rank's program.
+
+    Args:
+        numbers: the sizes of a call.
+    """
     collectives: list[Traffic] = []
     for node in program.nodes(*COLLECTIVES):
         # The whole value is the input of a reduce-scatter, and the output of the others.
@@ -100,9 +116,11 @@ def rank_bytes(weight: fx.Node, placed: Placed) -> int:
 def sharding_table(program: Program, plan: Plan, sizes: Mapping[str, int], link: Link) -> Table:
     """One row per layer: the placement of its weights, their bytes on a rank, its collectives, and their minimum time.
 
-    sizes: sizes of dimensions by name; the others are the example's.
+    Args:
+        sizes: sizes of dimensions by name; the others are the example's.
 
-    Raises: UnsupportedError for a dimension the program does not have, or a size it does not take.
+    Raises:
+        UnsupportedError: for a dimension the program does not have, or a size it does not take.
     """
     chosen = example_sizes(program) | dict(sizes)
     numbers = size_numbers(program, chosen)

@@ -14,7 +14,8 @@ _OPTION = re.compile(r'(?:[^,\["]|\[[^\]]*\]|"[^"]*")+')
 def is_shown(step: Step, before: Step | None, pipeline: str) -> bool:
     """True for the capture, lossy passes, passes that changed the program, and those of `pipeline` that could not.
 
-    pipeline: the text of the passes that were asked for; a backend's own come after them.
+    Args:
+        pipeline: the text of the passes that were asked for; a backend's own come after them.
     """
     changed = step.rewritten or step.added or step.removed
     refused = step.skipped and f",{step.spelling}," in f",{pipeline},"
@@ -109,7 +110,8 @@ def hidden_steps(count: int) -> list[str]:
 def about_checks(history: History) -> str:
     """The checks of the steps, in words, and the time of all steps."""
     words = {
-        "numeric": "every exact step ran beside the one before and gave equal outputs",
+        "numeric": "before and after exact steps in a row, outputs are equal",
+        "each": "every exact step ran beside the one before and gave equal outputs",
         "structural": "form and types were checked after every step, numbers were not",
         "off": "nothing was checked",
     }

@@ -34,7 +34,7 @@ _BRACKETS = re.compile(r"[][{}]")
 
 
 def take(data: object, key: str, kind: type[Kind]) -> Kind:
-    """A field of a JSON object, checked to be of a type. Raises: ValueError if it is missing, or of another type."""
+    """A field of a JSON object, checked to be of a type. Raises ValueError if it is missing, or of another type."""
     if not isinstance(data, dict) or key not in data:
         raise ValueError(f"there is no field '{key}' in {shown(data)}")
     value = data[key]
@@ -44,14 +44,21 @@ def take(data: object, key: str, kind: type[Kind]) -> Kind:
 
 
 def fields_of(data: object) -> Mapping[str, object]:
-    """The fields of a JSON object. Raises: ValueError for anything else."""
+    """The fields of a JSON object. Raises ValueError for anything else."""
     if not isinstance(data, dict):
         raise ValueError(f"{shown(data)} is not an object with fields")
     return data
 
 
 def check_fields(data: object, kind: type[DataclassInstance], *more: str) -> None:
-    """Refuse a JSON object with other fields than those of a dataclass. more: names allowed too. Raises: ValueError."""
+    """Refuse a JSON object with other fields than those of a dataclass.
+
+    Args:
+        more: names allowed too.
+
+    Raises:
+        ValueError: if there is another one.
+    """
     known = {*(field.name for field in fields(kind)), *more}
     unknown = next((name for name in fields_of(data) if name not in known), None)
     if unknown is not None:
@@ -59,29 +66,29 @@ def check_fields(data: object, kind: type[DataclassInstance], *more: str) -> Non
 
 
 def take_list(data: object, key: str, read: Callable[[object], Item]) -> tuple[Item, ...]:
-    """The items of a list field, each converted by `read`. Raises: ValueError as `take`."""
+    """The items of a list field, each converted by `read`. Raises ValueError as `take`."""
     return tuple(read(entry) for entry in take(data, key, list))
 
 
 def take_optional(data: object, key: str, kind: type[Kind]) -> Kind | None:
-    """A field checked as by `take`; None if it is missing or null. Raises: ValueError."""
+    """A field checked as by `take`; None if it is missing or null. Raises ValueError."""
     return None if fields_of(data).get(key) is None else take(data, key, kind)
 
 
 def take_text(data: object, key: str) -> str:
-    """A text field; a missing one is empty. Raises: ValueError if it is not text."""
+    """A text field; a missing one is empty. Raises ValueError if it is not text."""
     return take(data, key, str) if isinstance(data, dict) and key in data else ""
 
 
 def text(data: object) -> str:
-    """The item as text. Raises: ValueError if it is not text."""
+    """The item as text. Raises ValueError if it is not text."""
     if not isinstance(data, str):
         raise ValueError(f"{shown(data)} is not text")
     return data
 
 
 def printable(data: object) -> str:
-    """The item as text without control characters. Raises: ValueError if it is anything else."""
+    """The item as text without control characters. Raises ValueError if it is anything else."""
     name = text(data)
     if not name.isprintable() or len(name) > _LONGEST_NAME:
         raise ValueError(f"{shown(name)} is not a name: it holds what cannot be printed, or is longer than {_LONGEST_NAME}")
@@ -94,34 +101,34 @@ def visible(words: str) -> str:
 
 
 def number(data: object) -> int:
-    """The item as a 64-bit integer. Raises: ValueError if it is anything else."""
+    """The item as a 64-bit integer. Raises ValueError if it is anything else."""
     if not isinstance(data, int) or isinstance(data, bool) or abs(data) >= 1 << 63:
         raise ValueError(f"{shown(data)} is not a whole number of 64 bits")
     return data
 
 
 def real(data: object) -> float:
-    """The item as a floating-point number. Raises: ValueError if it is not a number."""
+    """The item as a floating-point number. Raises ValueError if it is not a number."""
     if not isinstance(data, (int, float)) or isinstance(data, bool):
         raise ValueError(f"{shown(data)} is not a number")
     return float(data)
 
 
 def optional(data: object, key: str, read: Callable[[object], Item]) -> Item | None:
-    """A field converted by `read`; None if it is missing or null. Raises: what `read` raises."""
+    """A field converted by `read`; None if it is missing or null. Raises what `read` raises."""
     value = data.get(key) if isinstance(data, dict) else None
     return None if value is None else read(value)
 
 
 def count(data: object) -> int:
-    """The item as a non-negative 64-bit integer. Raises: ValueError if it is anything else."""
+    """The item as a non-negative 64-bit integer. Raises ValueError if it is anything else."""
     if number(data) < 0:
         raise ValueError(f"{shown(data)} is negative")
     return number(data)
 
 
 def finite(digits: str) -> float:
-    """The finite number that a text holds. Raises: ValueError if it holds none."""
+    """The finite number that a text holds. Raises ValueError if it holds none."""
     value = float(digits) if len(digits) <= _LONGEST else math.nan
     if not math.isfinite(value):
         raise ValueError(f"{shown(digits)} is not a finite number")
@@ -135,9 +142,13 @@ def shown(data: object) -> str:
 
 
 def parse_json(raw: bytes, path: Path, *, any_number: bool = False) -> Any:
-    """The JSON value in the bytes of a file. any_number: allow numbers that are not finite or do not fit into 64 bits.
+    """The JSON value in the bytes of a file.
 
-    Raises: ArtifactError if the bytes are not JSON, or exceed a limit.
+    Args:
+        any_number: allow numbers that are not finite or do not fit into 64 bits.
+
+    Raises:
+        ArtifactError: if the bytes are not JSON, or exceed a limit.
     """
     try:
         if len(raw) > MOST_BYTES:

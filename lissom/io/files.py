@@ -17,9 +17,11 @@ from lissom.errors import ArtifactError
 def open_plain(path: Path, *, links: bool = False) -> BufferedReader:
     """Open a file for reading. Only a regular file is opened: a link may lead anywhere, and a pipe may block forever.
 
-    links: follow links, as in the cache of the Hugging Face Hub; they too lead to a regular file.
+    Args:
+        links: follow links, as in the cache of the Hugging Face Hub; they too lead to a regular file.
 
-    Raises: ArtifactError.
+    Raises:
+        ArtifactError: if it is another kind of file, or cannot be opened.
     """
     try:
         handle = os.open(path, os.O_RDONLY | (0 if links else os.O_NOFOLLOW) | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -39,9 +41,13 @@ def open_plain(path: Path, *, links: bool = False) -> BufferedReader:
 
 
 def read_plain(path: Path, most: int, *, links: bool = False) -> bytes:
-    """The content of a regular file, at most `most` + 1 bytes. links: as for `open_plain`.
+    """The content of a regular file, at most `most` + 1 bytes.
 
-    Raises: ArtifactError as `open_plain`, or if it cannot be read.
+    Args:
+        links: as for `open_plain`.
+
+    Raises:
+        ArtifactError: as `open_plain`, or if it cannot be read.
     """
     with open_plain(path, links=links) as file:
         try:
@@ -51,7 +57,7 @@ def read_plain(path: Path, most: int, *, links: bool = False) -> bytes:
 
 
 def check_parent(path: Path) -> None:
-    """Refuse a path whose directory is missing or not writable. Raises: ArtifactError, OSError, ValueError."""
+    """Refuse a path whose directory is missing or not writable. Raises ArtifactError, OSError, ValueError."""
     if not path.parent.is_dir():
         raise ArtifactError(f"'{path}' cannot be written: there is no directory '{path.parent}'; make it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -59,7 +65,7 @@ def check_parent(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a path that cannot be written, or is not a regular file, before any work is done. Raises: ArtifactError."""
+    """Refuse a path that cannot be written, or is not a regular file, before any work is done. Raises ArtifactError."""
     try:
         check_parent(path)
         mode = path.lstat().st_mode
@@ -87,7 +93,8 @@ def writing_whole(path: Path) -> Generator[BufferedWriter]:
 
     It is written in the same folder under an unpredictable name that must not exist before.
 
-    Raises: ArtifactError as `check_writable`, or if it cannot be written.
+    Raises:
+        ArtifactError: as `check_writable`, or if it cannot be written.
     """
     path = path.absolute()
     check_writable(path)
@@ -117,7 +124,7 @@ def write_whole(path: Path, content: str) -> None:
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
-    """The path, if the system can look it up, whether or not it exists. Raises: ArtifactError."""
+    """The path, if the system can look it up, whether or not it exists. Raises ArtifactError."""
     if not isinstance(path, (str, os.PathLike)):
         raise ArtifactError(f"the directory is {path!r:.80}; give a path, as text or as pathlib.Path")
     try:

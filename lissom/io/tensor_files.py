@@ -28,10 +28,13 @@ DTYPES: Mapping[torch.dtype, str] = {
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, str]) -> None:
-    """Write tensors aligned to 64 bytes, as PyTorch allocates them. notes: the metadata of the file.
+    """Write tensors aligned to 64 bytes, as PyTorch allocates them.
 
     The safetensors library does not align tensors, and on unaligned memory kernels are slower and round differently. The
     format allows no gaps, so tensors whose size is not a multiple of 64 bytes come last.
+
+    Args:
+        notes: the metadata of the file.
     """
     order = sorted(tensors.items(), key=lambda entry: (entry[1].nbytes % ALIGNMENT != 0, -entry[1].itemsize, entry[0]))
     header: dict[str, object] = {"__metadata__": {"format": "pt", **notes}}

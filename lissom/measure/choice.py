@@ -36,7 +36,8 @@ Times = tuple[float, float]
 def slower_than_pytorch(dtype: torch.dtype, rows: int, inputs: int, features: int) -> str | None:
     """The reason PyTorch's product is taken for a linear layer of this shape, in words for the history; None if ours is.
 
-    Raises: InputError if the environment variable is neither `measured` nor `ours`.
+    Raises:
+        InputError: if the environment variable is neither `measured` nor `ours`.
     """
     given = os.environ.get(SWITCH, "measured")
     if given not in ("measured", "ours"):

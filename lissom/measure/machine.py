@@ -65,9 +65,16 @@ class Ceilings:
 class Machine:
     """A machine and its ceilings.
 
-    cores: physical cores this process may use. threads: PyTorch's threads. isa: the entries of `ISA` the processor has.
-    l1d_bytes, l2_bytes: caches of one core; l3_bytes: the shared cache; None if the system does not report them.
-    torch: its version. measured: the date, in ISO format. devices: CUDA devices in their order.
+    Attributes:
+        cores: physical cores this process may use.
+        threads: PyTorch's threads.
+        isa: the entries of `ISA` the processor has.
+        l1d_bytes: first-level data cache of one core.
+        l2_bytes: second-level cache of one core.
+        l3_bytes: the shared cache; None if the system does not report them.
+        torch: its version.
+        measured: the date, in ISO format.
+        devices: CUDA devices in their order.
     """
 
     cores: int
@@ -89,8 +96,9 @@ class Machine:
 def measure_machine(seconds: float = 1.0, progress: Progress | None = None) -> Machine:
     """Measure this machine with PyTorch's own kernels and its current number of threads.
 
-    seconds: how long to run each product at each size. progress: called with the current device, the number of devices done,
-        and the total.
+    Args:
+        seconds: how long to run each product at each size.
+        progress: called with the current device, the number of devices done, and the total.
     """
     caches = cache_bytes()
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -240,7 +248,8 @@ def shared_cache_bytes() -> int:
 def cache_path() -> Path:
     """The file of this machine's ceilings: one for each processor, number of threads and version of PyTorch.
 
-    Raises: ArtifactError if the user has no home directory.
+    Raises:
+        ArtifactError: if the user has no home directory.
     """
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
@@ -266,7 +275,8 @@ def load_machine() -> Machine | None:
 def save_machine(machine: Machine) -> Path:
     """Save the ceilings for `load_machine`; the file is written completely or not at all.
 
-    Raises: ArtifactError if the directory cannot be written.
+    Raises:
+        ArtifactError: if the directory cannot be written.
     """
     path = cache_path()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")

@@ -23,7 +23,8 @@ def roofline_seconds(cost: Cost, machine: Machine, dtype: torch.dtype, *, device
 
     float16 uses the ceiling of bfloat16; other dtypes without a ceiling use that of float32.
 
-    Raises: UnsupportedError if the cost is symbolic.
+    Raises:
+        UnsupportedError: if the cost is symbolic.
     """
     if isinstance(cost.flops, sympy.Expr) or isinstance(cost.bytes, sympy.Expr):
         raise UnsupportedError(

@@ -34,8 +34,10 @@ def time_calls(
 ) -> dict[str, Timing]:
     """Time several calls in turn, A B A B …, so that changes of the machine's speed affect all of them.
 
-    seconds: measuring time for each, after two warm-up calls. least: the minimum number of runs, two or more; if it is below
-        five, there is one warm-up call. most: the maximum number of runs.
+    Args:
+        seconds: measuring time for each, after two warm-up calls.
+        least: the minimum number of runs, two or more; if it is below five, there is one warm-up call.
+        most: the maximum number of runs.
     """
     for call in calls.values():
         for _ in range(1 if least < 5 else 2):

@@ -1,4 +1,4 @@
-"""What an operator does to dimensions, declared once in a line: dimensions of one name are one dimension.
+"""The effect of an operator on dimensions, declared once in a line: dimensions of one name are one dimension.
 
     linear       ... k, n k, +n -> ... n : ... n k
     attention    ... q d, ... t d, ... t v, ~... q t -> ... q v : ... q d t + ... q t v
@@ -29,11 +29,14 @@ from dataclasses import dataclass, field
 class Dimensions:
     """A declaration. Names of dimensions are separated by spaces.
 
-    text: as above. factors: the operands in each of which the result is linear, so that it is zero wherever one of them is.
-    whole: dimensions that are read as a whole, whose length changes the numbers. normed: dimensions that a norm reads.
-    centred: whether that norm subtracts a mean, so that zeros do not stay.
-    positions: dimensions whose indices are positions, which ranks do not share.
-    many: for a name with `*`, the argument that lists its sizes.
+    Attributes:
+        text: as above.
+        factors: the operands in each of which the result is linear, so that it is zero wherever one of them is.
+        whole: dimensions that are read as a whole, whose length changes the numbers.
+        normed: dimensions that a norm reads.
+        centred: whether that norm subtracts a mean, so that zeros do not stay.
+        positions: dimensions whose indices are positions, which ranks do not share.
+        many: for a name with `*`, the argument that lists its sizes.
     """
 
     text: str

@@ -35,9 +35,11 @@ Operand = torch.Tensor | None
 class LinearForm:
     """A form in which the operators `lissom::name` and `lissom::name_norm` store the weight of a linear layer.
 
-    stored: the operands that hold it, as in a schema. option: a further keyword argument, or empty.
-    check: raises unless these operands fit x, called as `check(x, *stored, features=…, option=…)`.
-    product: x Wᵀ + b, called as `product(x, *stored, bias, features=…, option=…)`.
+    Attributes:
+        stored: the operands that hold it, as in a schema.
+        option: a further keyword argument, or empty.
+        check: raises unless these operands fit x, called as `check(x, *stored, features=…, option=…)`.
+        product: x Wᵀ + b, called as `product(x, *stored, bias, features=…, option=…)`.
     """
 
     name: str

@@ -45,7 +45,11 @@ def flex_block_sparse_attention(
     sinks: torch.Tensor | None = None,
     compiled: bool = True,
 ) -> torch.Tensor:
-    """The operator on CUDA. compiled: False materializes all scores, for tests; on a CPU sinks need that."""
+    """The operator on CUDA.
+
+    Args:
+        compiled: False materializes all scores, for tests; on a CPU sinks need that.
+    """
     if q.dtype not in _DTYPES:
         return block_sparse_attention_reference(
             q, k, v, bias, layout, pattern=pattern, block=block, scale=scale, softcap=softcap, sinks=sinks
@@ -131,7 +135,8 @@ def block_mask(
 
     Building it reads the layout on the host. A layout without a version counter is read by every call.
 
-    Raises: ValueError when the pattern reads a layout and there is none.
+    Raises:
+        ValueError: when the pattern reads a layout and there is none.
     """
     if layout is not None and layout.is_inference():
         return _block_mask(pattern, queries, keys, device, layout)

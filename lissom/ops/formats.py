@@ -24,7 +24,12 @@ import torch
 class Format:
     """A low-precision format.
 
-    low, high: the range of q. bits: per element. storage: the dtype it is stored in. symmetric: zero_point is always 0.
+    Attributes:
+        low: the least q.
+        high: the greatest q.
+        bits: per element.
+        storage: the dtype it is stored in.
+        symmetric: zero_point is always 0.
     """
 
     name: str
@@ -59,7 +64,11 @@ SCALES = (torch.float16, torch.float32)
 
 
 def weight_format(name: str, symmetric: bool | None) -> Format:
-    """The format of weights in `int8`, `int4` or `fp8`. symmetric: without zero points; None: as is usual for the bits."""
+    """The format of weights in `int8`, `int4` or `fp8`.
+
+    Args:
+        symmetric: without zero points; None: as is usual for the bits.
+    """
     form = FORMATS[name]
     return form if symmetric or (symmetric is None and form.bits != 4) else FORMATS[f"u{name}"]
 
@@ -78,14 +87,22 @@ def scale_for(low: torch.Tensor, high: torch.Tensor, form: Format) -> tuple[torc
 
 
 def block_range(x: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The minimum and maximum of each block. shape: of the scale, and of both results."""
+    """The minimum and maximum of each block.
+
+    Args:
+        shape: of the scale, and of both results.
+    """
     parts = _split(x, shape)
     dims = tuple(range(1, parts.dim(), 2))
     return parts.amin(dims).reshape(shape), parts.amax(dims).reshape(shape)
 
 
 def block_sum(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The sum over each block. shape: of the scale, and of the result."""
+    """The sum over each block.
+
+    Args:
+        shape: of the scale, and of the result.
+    """
     parts = _split(x, shape)
     return parts.sum(tuple(range(1, parts.dim(), 2))).reshape(shape)
 
@@ -111,7 +128,11 @@ def nearest(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | Non
 
 
 def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """(q - zero_point) · scale in that dtype. q: not packed."""
+    """(q - zero_point) · scale in that dtype.
+
+    Args:
+        q: not packed.
+    """
     value = q.float()
     if zero_point is not None:
         value = _by_block(value, zero_point.float(), torch.sub)

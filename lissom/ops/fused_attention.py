@@ -30,7 +30,11 @@ def check_attention(
     sinks: torch.Tensor | None = None,
     scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> None:
-    """Raise unless the operands of an attention fit. scales: of int8 keys and of int8 values."""
+    """Raise unless the operands of an attention fit.
+
+    Args:
+        scales: of int8 keys and of int8 values.
+    """
     dims = [operand.dim() for operand in (q, k, v)]
     require(dims == [4, 4, 4], "q, k and v have {} dimensions, and must be [batch, heads, tokens, head_dim]", dims)
     fit = "q {}, k {} and v {} must have the same batch, q and k the same head_dim, k and v the same heads and keys, and key "

@@ -24,8 +24,12 @@ Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 class BlockType:
     """A type of block.
 
-    size: weights of a block. bytes: of a block. group: neighbouring weights with the same scale. format: a name in FORMATS that
-    holds q. unpack: q [blocks, size], scale and minimum [blocks, size / group], of blocks [blocks, bytes].
+    Attributes:
+        size: weights of a block.
+        bytes: of a block.
+        group: neighbouring weights with the same scale.
+        format: a name in FORMATS that holds q.
+        unpack: q [blocks, size], scale and minimum [blocks, size / group], of blocks [blocks, bytes].
     """
 
     name: str
@@ -40,8 +44,10 @@ class BlockType:
 class StoredBlocks:
     """A weight of stored blocks, in the form of `lissom::dequantize`.
 
-    q: [rows, columns], not packed; int8, or uint8 where there are zero points. scale: [rows, groups]. zero_point: the minimums,
-    [rows, groups] in floating point; None for types without.
+    Attributes:
+        q: [rows, columns], not packed; int8, or uint8 where there are zero points.
+        scale: [rows, groups].
+        zero_point: the minimums, [rows, groups] in floating point; None for types without.
     """
 
     q: torch.Tensor
@@ -67,9 +73,12 @@ class StoredBlocks:
 def unpack_blocks(stored: torch.Tensor, kind: BlockType, rows: int, columns: int, chunk: int = 1 << 20) -> StoredBlocks:
     """The integers, scales and zero points of a weight [rows, columns].
 
-    stored: its bytes, uint8. chunk: how many weights are unpacked at once, which bounds the memory that is needed meanwhile.
+    Args:
+        stored: its bytes, uint8.
+        chunk: how many weights are unpacked at once, which bounds the memory that is needed meanwhile.
 
-    Raises: ValueError unless the bytes are those of so many rows and columns.
+    Raises:
+        ValueError: unless the bytes are those of so many rows and columns.
     """
     if columns % kind.size or stored.numel() != rows * columns // kind.size * kind.bytes:
         raise ValueError(f"{stored.numel()} bytes are no {rows} rows of {columns} weights in {kind.name}")
@@ -88,7 +97,8 @@ def _half(blocks: torch.Tensor, at: int) -> torch.Tensor:
 def _bits(stored: torch.Tensor, run: int, shifts: Sequence[int], mask: int) -> torch.Tensor:
     """Small integers of bytes: of each run of bytes those at the first shift, then those at the next.
 
-    stored: [blocks, bytes]. Returns [blocks, bytes · shifts].
+    Args:
+        stored: [blocks, bytes]. Returns [blocks, bytes · shifts].
     """
     places = torch.tensor(shifts, dtype=torch.uint8).view(-1, 1)
     return ((stored.reshape(len(stored), -1, 1, run) >> places) & mask).flatten(1)

@@ -26,7 +26,7 @@ def grouped_product_reference(input: torch.Tensor, weight: torch.Tensor, offs: t
 
 
 def groups_of(offs: torch.Tensor, count: int, operator: str = "grouped_product") -> Iterator[tuple[int, slice]]:
-    """The groups that have rows, with their slice of rows. Raises: RuntimeError when `offs` decreases or exceeds `count`."""
+    """The groups that have rows, with their slice of rows. Raises RuntimeError when `offs` decreases or exceeds `count`."""
     start = 0
     for group, end in enumerate(offs.tolist()):
         if not start <= end <= count:

@@ -31,13 +31,16 @@ _SMALLEST = 16
 class KeyBlocks:
     """The keys that query blocks read.
 
-    block: tokens per block. offsets: query block r reads key blocks r + offset, where they exist.
-    prefix: all query blocks read keys 0 to prefix - 1. strides: (first, last, period): and keys with
-        first <= j mod period <= last.
-    table: int64, [heads or 1, rows + 1, count]: further key blocks of each query block, -1 for none; the last row is that
-        of all query blocks past the others.
-    tail: all query blocks read keys from here on; None for none.
-    dense_rows: query blocks that read all keys instead. dense_end: query blocks from here on do so too; None for none.
+    Attributes:
+        block: tokens per block.
+        offsets: query block r reads key blocks r + offset, where they exist.
+        prefix: all query blocks read keys 0 to prefix - 1.
+        strides: (first, last, period): and keys with first <= j mod period <= last.
+        table: int64, [heads or 1, rows + 1, count]: further key blocks of each query block, -1 for none; the last row is that
+            of all query blocks past the others.
+        tail: all query blocks read keys from here on; None for none.
+        dense_rows: query blocks that read all keys instead.
+        dense_end: query blocks from here on do so too; None for none.
     """
 
     block: int
@@ -86,7 +89,8 @@ def key_blocks(
 ) -> KeyBlocks | str:
     """The key blocks of a pattern at every length; without such a rule, at the lengths given; or a sentence why there are none.
 
-    layout: [heads or 1, query blocks, key blocks], with known values.
+    Args:
+        layout: [heads or 1, query blocks, key blocks], with known values.
     """
     asks = [any(condition.asks_layout for condition in conditions) for conditions in pattern.alternatives]
     if any(asks) and pattern.block < _SMALLEST:
@@ -144,7 +148,11 @@ def _with_layout(blocks: KeyBlocks, pattern: Pattern, layout: torch.Tensor | Non
 
 
 def _with_table(blocks: KeyBlocks, table: torch.Tensor, behind: torch.Tensor) -> KeyBlocks:
-    """With the blocks of a boolean table, without rows that would make it wide. behind: the row of all further query blocks."""
+    """With the blocks of a boolean table, without rows that would make it wide.
+
+    Args:
+        behind: the row of all further query blocks.
+    """
     table = torch.cat([table, behind], 1)
     rows, columns = table.shape[1] - 1, table.shape[2]
     counts = table.sum(-1).amax(0)

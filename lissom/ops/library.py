@@ -24,9 +24,12 @@ def define(
 ) -> torch._ops.OpOverload[..., Any]:
     """Define `lissom::name`; returns its overload.
 
-    implementation: runs where there is no kernel. fake: the empty output for fake tensors; without it the operator is
-    decomposed into the implementation. dimensions: what it does to dimensions, from which analyses are derived. backward,
-    setup_context: as in `torch.library.register_autograd`.
+    Args:
+        implementation: runs where there is no kernel.
+        fake: the empty output for fake tensors; without it the operator is decomposed into the implementation.
+        dimensions: what it does to dimensions, from which analyses are derived.
+        backward: as in `torch.library.register_autograd`.
+        setup_context: as in `torch.library.register_autograd`.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

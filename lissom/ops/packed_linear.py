@@ -38,7 +38,8 @@ def unpack(packed: torch.Tensor, features: int) -> torch.Tensor:
 def packed_sizes(x: torch.Tensor, features: int) -> tuple[int, ...]:
     """The shape of a packed weight for this many output features.
 
-    Raises: RuntimeError for an odd number of inputs in bfloat16.
+    Raises:
+        RuntimeError: for an odd number of inputs in bfloat16.
     """
     panels, inputs = -(-features // PANEL), x.shape[-1]
     if x.dtype != torch.bfloat16:

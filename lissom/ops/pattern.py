@@ -27,7 +27,10 @@ MOST_MODULUS = 2**30
 class Condition:
     """low <= query · ⌊i / unit⌋ + key · ⌊j / unit⌋ <= high, the sum modulo `modulus` (from 0 to modulus - 1) unless that is 0.
 
-    query, key: -1, 0 or 1; both 0 reads the layout instead. unit: tokens, at least 1.
+    Attributes:
+        query: -1, 0 or 1; both 0 reads the layout instead.
+        key: -1, 0 or 1.
+        unit: tokens, at least 1.
     """
 
     query: int
@@ -67,10 +70,12 @@ _NO_LAYOUT = "this pattern needs a layout, and none was given"
 
 @dataclass(frozen=True)
 class Pattern:
-    """alternatives: each a conjunction of conditions; without any, no key is visible.
+    """The visible keys of each query.
 
-    block: tokens per block of the layout, [heads or 1, query blocks, key blocks], boolean. Tokens past its last block belong to
-    the last one.
+    Attributes:
+        alternatives: each a conjunction of conditions; without any, no key is visible.
+        block: tokens per block of the layout, [heads or 1, query blocks, key blocks], boolean. Tokens past its last block
+            belong to the last one.
     """
 
     alternatives: tuple[tuple[Condition, ...], ...]
@@ -89,7 +94,8 @@ class Pattern:
     def decode(values: Sequence[int], block: int) -> Pattern:
         """The pattern of an operator's argument.
 
-        Raises: ValueError when it is not a pattern, or one that kernels cannot compute in int32.
+        Raises:
+            ValueError: when it is not a pattern, or one that kernels cannot compute in int32.
         """
         if len(values) % (_FIELDS + 1):
             raise ValueError(f"a pattern has {len(values)} numbers, and must have seven a condition")
@@ -129,10 +135,12 @@ class Pattern:
     def seen(self, i: torch.Tensor, j: torch.Tensor, layout: torch.Tensor | None = None) -> torch.Tensor:
         """The mask of pairs of positions, [heads or 1, .., queries, keys].
 
-        i: [.., queries, 1]; j: [heads or 1, .., 1, keys]. Where i is [rows, queries, 1], the queries of a row are in
-        one block.
+        Args:
+            i: [.., queries, 1].
+            j: [heads or 1, .., 1, keys]. Where i is [rows, queries, 1], the queries of a row are in one block.
 
-        Raises: ValueError when the pattern reads a layout and there is none.
+        Raises:
+            ValueError: when the pattern reads a layout and there is none.
         """
         visible = torch.zeros((), dtype=torch.bool, device=j.device)
         for conditions in self.alternatives:

@@ -61,7 +61,8 @@ def pack_groups(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The operands for a weight [features, inputs] of 8 or 4 bits with scales [features or 1, groups], and its sums.
 
-    zero_point: in the shape of the scale.
+    Args:
+        zero_point: in the shape of the scale.
     """
     sums = dequantize(q, scale, zero_point, torch.float32).sum(1)
     packed = pack_bytes(q) if bits == 8 else pack_halves_of_bytes(q)
@@ -69,7 +70,11 @@ def pack_groups(
 
 
 def unpack_bytes(packed: torch.Tensor, features: int, inputs: int, *, signed: bool = True) -> torch.Tensor:
-    """The weight [features, inputs] of a packed one, of eight bits or four. signed: whether those of four bits have a sign."""
+    """The weight [features, inputs] of a packed one, of eight bits or four.
+
+    Args:
+        signed: whether those of four bits have a sign.
+    """
     if packed.dtype == torch.uint8:
         packed = torch.cat((packed & 15, packed >> 4), 2)
         packed = (packed.to(torch.int8) ^ 8) - 8 if signed else packed

@@ -111,7 +111,7 @@ def _check_delta_rule(
     beta: torch.Tensor,
     state: torch.Tensor | None,
 ) -> tuple[int, ...]:
-    """The sizes of the state. Raises: RuntimeError unless the shapes of the operands fit."""
+    """The sizes of the state. Raises RuntimeError unless the shapes of the operands fit."""
     name = "lissom::gated_delta_rule"
     fits = query.dim() == key.dim() == value.dim() == 4
     require(
@@ -143,7 +143,7 @@ def _check_scan(
     d: torch.Tensor | None,
     state: torch.Tensor | None,
 ) -> tuple[int, ...]:
-    """The sizes of the state. Raises: RuntimeError unless the shapes of the operands fit."""
+    """The sizes of the state. Raises RuntimeError unless the shapes of the operands fit."""
     name = "lissom::selective_scan"
     fits = x.dim() == b.dim() == 4 and step.shape == x.shape[:3]
     require(fits, name + " takes x [batch, tokens, heads, channels] and a step per head, not {} and {}", x.shape, step.shape)

@@ -80,7 +80,7 @@ _ALL: tuple[type[Pass], ...] = (
     *(PackQuantizedLinear, LowerQuantizedProducts, PackLinear, FuseEpilogues, FuseNorm, FuseUnpaddedAttention),
     *(FuseMergedAttention, PackSparse, WriteStateInPlace, Shard, Partition),
 )
-PASSES: Mapping[str, type[Pass]] = {item.name(): item for item in _ALL}
+PASSES: Mapping[str, type[Pass]] = {pass_class.name(): pass_class for pass_class in _ALL}
 """Lissom's passes by name."""
 
 _EXACT = (
@@ -105,12 +105,13 @@ RECIPES: Mapping[str, str] = {
 def known_passes() -> dict[str, type[Pass]]:
     """Lissom's passes and those that other packages add through the entry-point group `lissom.passes`.
 
-    Raises: UnsupportedError when an entry point does not name a pass.
+    Raises:
+        UnsupportedError: when an entry point does not name a pass.
     """
     table = dict(PASSES)
     for entry in entry_points(group="lissom.passes"):
-        found = entry.load()
-        if not (isinstance(found, type) and issubclass(found, Pass)):
-            raise UnsupportedError(f"entry point '{entry.name}' of lissom.passes is {found!r}, which is no pass class")
-        table.setdefault(found.name(), found)
+        loaded = entry.load()
+        if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
+            raise UnsupportedError(f"entry point '{entry.name}' of lissom.passes is {loaded!r}, which is no pass class")
+        table.setdefault(loaded.name(), loaded)
     return table

@@ -46,20 +46,25 @@ def own_state(model: Program | CompiledModel) -> AbstractContextManager[None]:
 class CompiledModel(HostedModel):
     """An optimized model with the arguments and the output structure of the original.
 
-    program: the optimized program. report: what every step did; prints as a table. backend: the name of the backend.
     It is a module, and can replace a transformers model in pipelines and in Sentence Transformers.
 
     Several threads may call it, unless the program has state. Its outputs carry no gradients; other modules may be trained
     on them.
 
-    >>> import torch, lissom
-    >>> fast = lissom.compile(torch.nn.Linear(4, 2), torch.randn(3, 4))
-    >>> fast(torch.randn(5, 4)).shape
-    torch.Size([5, 2])
-    >>> fast(torch.randn(5, 3))
-    Traceback (most recent call last):
-    lissom.errors.InputError: argument 'input' has size 3 in dimension 1; allowed: 4; compile again with an example of that \
-size, or mark the dimension dynamic
+    Attributes:
+        program: the optimized program.
+        report: what every step did; prints as a table.
+        backend: the name of the backend.
+
+    Examples:
+        >>> import torch, lissom
+        >>> fast = lissom.compile(torch.nn.Linear(4, 2), torch.randn(3, 4))
+        >>> fast(torch.randn(5, 4)).shape
+        torch.Size([5, 2])
+        >>> fast(torch.randn(5, 3))
+        Traceback (most recent call last):
+        lissom.errors.InputError: argument 'input' has size 3 in dimension 1; allowed: 4; compile again with an example of \
+        that size, or mark the dimension dynamic
     """
 
     def __init__(
@@ -77,9 +82,10 @@ size, or mark the dimension dynamic
 
         Under torch.compile the graph breaks here, and the call runs as it is.
 
-        Raises: InputError if the arguments do not fit the signature, or an index is out of range (a token id beyond the
-            vocabulary, a position beyond the last), with the value found and the range allowed; or under another tracer, such
-            as torch.export, FakeTensorMode or torch.jit.trace.
+        Raises:
+            InputError: if the arguments do not fit the signature, or an index is out of range (a token id beyond the
+                vocabulary, a position beyond the last), with the value found and the range allowed; or under another tracer,
+                such as torch.export, FakeTensorMode or torch.jit.trace.
         """
         if torch.compiler.is_dynamo_compiling():
             return untraced(self.forward, args, kwargs)
@@ -92,8 +98,9 @@ size, or mark the dimension dynamic
     def run(self, tensors: Sample) -> Sequence[object]:
         """The flat outputs for flat inputs, in the order of the program's placeholders; sizes and types are not checked.
 
-        Raises: InputError for an index out of range, such as a token id beyond the vocabulary, for a tensor without memory, and
-            for weights that were trained or loaded anew since they were compiled.
+        Raises:
+            InputError: for an index out of range, such as a token id beyond the vocabulary, for a tensor without memory, and
+                for weights that were trained or loaded anew since they were compiled.
         """
         if self._shared.changed():
             with self.refusals():
@@ -138,11 +145,15 @@ size, or mark the dimension dynamic
         A transformers model is saved with its configuration, so that `pipeline(task, model=directory)` and
         `AutoModel....from_pretrained(directory)` load it where Lissom is imported.
 
-        tokenizer, processor: saved in the same directory; by default those of the folder or Hub repository that the model was
-            loaded from. A processor may also be an image processor or a feature extractor.
+        Args:
+            tokenizer: saved in the same directory; by default that of the folder or Hub repository that the model was loaded
+                from.
+            processor: likewise; it may also be an image processor or a feature extractor.
 
-        Raises: ArtifactError if the directory holds something else, or cannot be written; InputError for a tokenizer with a
-            larger vocabulary than the model; UnsupportedError if the backend cannot save its executable.
+        Raises:
+            ArtifactError: if the directory holds something else, or cannot be written.
+            InputError: for a tokenizer with a larger vocabulary than the model.
+            UnsupportedError: if the backend cannot save its executable.
         """
         if tokenizer is not None:
             main_input = "input_ids" if self.facts is None else self.facts.main_input
@@ -157,7 +168,11 @@ size, or mark the dimension dynamic
         self.save_with(directory, write_more)
 
     def save_pretrained(self, directory: str | Path, **_: object) -> NoReturn:
-        """Raises: UnsupportedError, with the call that writes an ordinary checkpoint, and the one that saves this model."""
+        """Refuse to write an ordinary checkpoint, which a compiled model has none of.
+
+        Raises:
+            UnsupportedError: always, with the call that writes an ordinary checkpoint, and the one that saves this model.
+        """
         raise UnsupportedError(
             f"{self.program.name} is compiled: its weights are laid out for backend '{self.backend}'. save({str(directory)!r}) "
             f"writes it for lissom.load and Auto classes; lissom.optimize(model, example_inputs, "
@@ -176,9 +191,16 @@ size, or mark the dimension dynamic
     ) -> str:
         """Upload the directory that `save` writes to a repository of the Hugging Face Hub; returns its address.
 
-        tokenizer, processor: as for `save`. private, token, commit_message: as in transformers.
+        Args:
+            tokenizer: as for `save`.
+            processor: as for `save`.
+            private: as in transformers.
+            token: as in transformers.
+            commit_message: as in transformers.
 
-        Raises: ArtifactError if the Hub cannot be reached, or refuses the upload; the errors of `save`.
+        Raises:
+            ArtifactError: if the Hub cannot be reached, or refuses the upload.
+            LissomError: as `save`.
         """
         save = partial(self.save, tokenizer=tokenizer, processor=processor)
         return upload(save, self.program.name, repo_id, private, token, commit_message)
@@ -186,13 +208,14 @@ size, or mark the dimension dynamic
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         """Pickle: the files of its artifact, the function that loads them, and a backend of another package.
 
-        Raises: UnsupportedError for a model that runs with other ranks, or whose backend cannot be saved.
+        Raises:
+            UnsupportedError: for a model that runs with other ranks, or whose backend cannot be saved.
         """
         self.check_alone()
         return _from_files, (files_of(self.save), None if self.facts is None else self.facts.source, self.external_backend)
 
     def __deepcopy__(self, memo: object) -> CompiledModel:
-        """A copy through its artifact; unlike a pickle's, its compiled code is known. Raises: as `__reduce_ex__`."""
+        """A copy through its artifact; unlike a pickle's, its compiled code is known. Raises as `__reduce_ex__`."""
         self.check_alone()
         copied = loaded_from(files_of(self.save), partial(load, backend=self.external_backend, allow_native=True))
         copied.facts = self.facts
@@ -204,14 +227,15 @@ size, or mark the dimension dynamic
         return None if is_ours(self._backend) else self._backend
 
     def check_alone(self) -> None:
-        """Refuse to pickle a model that runs with other ranks. Raises: UnsupportedError."""
+        """Refuse to pickle a model that runs with other ranks. Raises UnsupportedError."""
         if self.ranks is not None:
             raise UnsupportedError(f"{self.program.name} runs with other ranks and cannot be pickled; save() it on all of them")
 
     def save_with(self, directory: str | Path, write_more: WriteMore) -> None:
         """Like `save`, with additional files that the artifact's hashes cover.
 
-        write_more: called with the folder to write them into.
+        Args:
+            write_more: called with the folder to write them into.
         """
         if self._shared.changed():
             raise InputError(self._shared.sentence(self.program.name))
@@ -233,21 +257,25 @@ size, or mark the dimension dynamic
     ) -> None:
         """Write ONNX files that run without Lissom, in the layout that transformers.js and other tools load.
 
-        layout: `huggingface`: `onnx/model.onnx` and others, `config.json`, and a card, `README.md`, with measured quality and
-            speed.
-        dtypes: the files, by the names of transformers.js: `fp32`, `fp16` (needs data), `q8` (int8-dynamic), `q4` (int4
-            weights); all that apply by default. A model that was compiled quantized is one file.
-        tokenizer, processor: written too; by default those of the directory that the model came from.
-        original: the model that the card compares with; the compiled program by default.
-        data: batches of keyword arguments to calibrate and compare on; the example inputs by default.
-        contrib: use operators of ONNX Runtime's own domain, `com.microsoft`, where they are faster. Other files hold standard
-            operators alone, of the oldest opset that they allow.
-
         Each file is opened by ONNX Runtime with its default options, and compared with the program.
 
-        Raises: UnsupportedError for a model of another backend than `onnxruntime`, or one that does not fit the layout;
-            InputError for data or an original that do not fit; VerifyError for a file with other answers; ArtifactError if the
-            directory holds something, or cannot be written.
+        Args:
+            layout: `huggingface`: `onnx/model.onnx` and others, `config.json`, and a card, `README.md`, with measured quality
+                and speed.
+            dtypes: the files, by the names of transformers.js: `fp32`, `fp16` (needs data), `q8` (int8-dynamic), `q4` (int4
+                weights); all that apply by default. A model that was compiled quantized is one file.
+            tokenizer: written too; by default that of the directory that the model came from.
+            processor: likewise.
+            original: the model that the card compares with; the compiled program by default.
+            data: batches of keyword arguments to calibrate and compare on; the example inputs by default.
+            contrib: use operators of ONNX Runtime's own domain, `com.microsoft`, where they are faster. Other files hold
+                standard operators alone, of the oldest opset that they allow.
+
+        Raises:
+            UnsupportedError: for a model of another backend than `onnxruntime`, or one that does not fit the layout.
+            InputError: for data or an original that do not fit.
+            VerifyError: for a file with other answers.
+            ArtifactError: if the directory holds something, or cannot be written.
         """
         if self.backend != OnnxRuntime.name:
             raise UnsupportedError(
@@ -293,7 +321,11 @@ class _Shared:
         return [tensor._version for tensor in self._tensors] != self._versions
 
     def sentence(self, name: str) -> str:
-        """The error for changed weights. name: of the program."""
+        """The error for changed weights.
+
+        Args:
+            name: of the program.
+        """
         pairs = zip(self._names, self._tensors, self._versions, strict=True)
         first = next(path for path, tensor, version in pairs if tensor._version != version)
         return (
@@ -319,25 +351,30 @@ def load(
 ) -> CompiledModel:
     """The model that `CompiledModel.save` wrote, its weights mapped from the file. Nothing is unpickled.
 
-    device: where it runs; by default the device it was compiled for. A warning names what differs from the machine that
-        compiled it, such as missing kernels.
-    backend: the backend it was saved for, by name, or as an object whose options replace the saved ones:
-        `lissom.OnnxRuntime(threads=1)`. A backend of another package has to be an object.
-    allow_native: load native code that the artifact holds or names: code compiled by `inductor`, libraries named in options.
-    trusted_keys: PEM files of Ed25519 public keys, one or several, one of which must have signed it (`lissom sign`).
-    map_weights: False reads the weights into memory: a mapped file that is cut short later ends the process.
-
     A model for several ranks is loaded by every rank of a group of that size; each rank reads only its own shard.
 
-    Raises: ArtifactError if the directory is not an artifact, was changed or damaged, is not signed by a trusted key, holds
-        native code that is not allowed, or does not run here; UnsupportedError for a missing device or package, or a process
-        group of another size; RankError if a rank is gone.
+    Args:
+        device: where it runs; by default the device it was compiled for. A warning names what differs from the machine that
+            compiled it, such as missing kernels.
+        backend: the backend it was saved for, by name, or as an object whose options replace the saved ones:
+            `lissom.OnnxRuntime(threads=1)`. A backend of another package has to be an object.
+        allow_native: load native code that the artifact holds or names: code compiled by `inductor`, libraries named in
+            options.
+        trusted_keys: PEM files of Ed25519 public keys, one or several, one of which must have signed it (`lissom sign`).
+        map_weights: False reads the weights into memory: a mapped file that is cut short later ends the process.
 
-    >>> import tempfile, torch, lissom
-    >>> folder = tempfile.mkdtemp() + "/model"
-    >>> lissom.compile(torch.nn.Linear(4, 2), torch.ones(3, 4)).save(folder)
-    >>> lissom.load(folder)
-    CompiledModel(Linear(input: f32[batch, 4]), backend='eager')
+    Raises:
+        ArtifactError: if the directory is not an artifact, was changed or damaged, is not signed by a trusted key, holds native
+            code that is not allowed, or does not run here.
+        UnsupportedError: for a missing device or package, or a process group of another size.
+        RankError: if a rank is gone.
+
+    Examples:
+        >>> import tempfile, torch, lissom
+        >>> folder = tempfile.mkdtemp() + "/model"
+        >>> lissom.compile(torch.nn.Linear(4, 2), torch.ones(3, 4)).save(folder)
+        >>> lissom.load(folder)
+        CompiledModel(Linear(input: f32[batch, 4]), backend='eager')
     """
     trust = Trust(allow_native, key_files(trusted_keys), map_weights)
     loaded = rank_files.load(check_path(directory), check_device(device), backend, trust)
@@ -347,7 +384,11 @@ def load(
 
 
 def compiled_from(loaded: Loaded, source: str | None = None) -> CompiledModel:
-    """The model that an artifact holds. source: its directory."""
+    """The model that an artifact holds.
+
+    Args:
+        source: its directory.
+    """
     timer = ProgramTimer(loaded.program, loaded.executable, loaded.backend, loaded.history)
     report = Report(f"{loaded.program.name} on {loaded.backend.name}", loaded.history, timer=timer)
     facts = Facts.from_json(loaded.facts)

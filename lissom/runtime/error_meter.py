@@ -27,8 +27,13 @@ from lissom.passes import RECIPES, known_passes
 class OriginalMeter:
     """Compares a program with the model it was made of, captured anew, and keeps what it measured last.
 
-    model: what was compiled; it is not kept alive, as a large model's weights would be. args, kwargs: the example inputs.
-    dynamic, device: how it was captured. known: the last errors; None before the first.
+    Attributes:
+        model: what was compiled; it is not kept alive, as a large model's weights would be.
+        args: the positional example inputs.
+        kwargs: the keyword example inputs.
+        dynamic: how it was captured.
+        device: where it was captured.
+        known: the last errors; None before the first.
     """
 
     program: Program
@@ -43,9 +48,12 @@ class OriginalMeter:
     def measure(self, model: object = None) -> NodeErrors:
         """The errors beside the nodes of the model, in canonical form.
 
-        model: what was compiled; None if the caller still holds it.
+        Args:
+            model: what was compiled; None if the caller still holds it.
 
-        Raises: InputError if the model is gone, or is another one; UnsupportedError for a program that simulates ranks.
+        Raises:
+            InputError: if the model is gone, or is another one.
+            UnsupportedError: for a program that simulates ranks.
         """
         given = self.model() if model is None else model
         if given is None:
@@ -97,7 +105,11 @@ def with_meter(
     dynamic: Dynamic | bool,
     device: torch.device | None,
 ) -> Report:
-    """The report with what measures the errors of its program's nodes. inputs: positional and keyword arguments."""
+    """The report with what measures the errors of its program's nodes.
+
+    Args:
+        inputs: positional and keyword arguments.
+    """
     args, kwargs = inputs
     meter = OriginalMeter(program, report.history, weakref.ref(model), args, kwargs, dynamic, device)
     return replace(report, meter=meter)

@@ -60,7 +60,8 @@ class FixedModule(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Returns the module itself for mode=False.
 
-        Raises: UnsupportedError for mode=True.
+        Raises:
+            UnsupportedError: for mode=True.
         """
         if mode:
             raise UnsupportedError(
@@ -72,7 +73,9 @@ class FixedModule(nn.Module):
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """The number of elements of its weights, as packed for the backend.
 
-        only_trainable: 0, because a compiled model has none. exclude_embeddings: without the tables of embeddings.
+        Args:
+            only_trainable: 0, because a compiled model has none.
+            exclude_embeddings: without the tables of embeddings.
         """
         if only_trainable:
             return 0
@@ -80,7 +83,11 @@ class FixedModule(nn.Module):
         return self.program.parameter_count - sum(tensor.numel() for tensor in tables.values())
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """The bytes of its weights. return_buffers: with those of its state, such as a KV cache."""
+        """The bytes of its weights.
+
+        Args:
+            return_buffers: with those of its state, such as a KV cache.
+        """
         state = 0 if return_buffers else sum(self.program.weight(name).nbytes for name in self.program.state)
         return self.program.parameter_bytes - state
 
@@ -92,7 +99,8 @@ class FixedModule(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, object], prefix: str, *_: object, **__: object) -> None:
         """Called by `load_state_dict`, of this module or its parents.
 
-        Raises: UnsupportedError for other weights than its own.
+        Raises:
+            UnsupportedError: for other weights than its own.
         """
         own = {prefix + name: weight for name, weight in self.program.weights().items()}
         given = {name: value for name, value in state_dict.items() if name.startswith(prefix) or name in own}
@@ -115,7 +123,8 @@ class FixedModule(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Called by `to`, `cuda`, `half` and the like, of this module or its parents; changes nothing.
 
-        Raises: UnsupportedError for another device or dtype.
+        Raises:
+            UnsupportedError: for another device or dtype.
         """
         place = self._empty()
         moved = fn(place)
@@ -135,7 +144,8 @@ class FixedModule(nn.Module):
 class HostedModel(FixedModule):
     """A program as a module with the metadata of the original model.
 
-    facts: of a transformers model; its `config`, `main_input_name`, `input_modalities` and class name are kept.
+    Attributes:
+        facts: of a transformers model; its `config`, `main_input_name`, `input_modalities` and class name are kept.
     """
 
     def __init__(self, program: Program, facts: Facts | None) -> None:
@@ -166,7 +176,7 @@ class HostedModel(FixedModule):
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """A copy of the model's configuration. Raises: AttributeError if it had none, or transformers is not installed."""
+        """A copy of the model's configuration. Raises AttributeError if it had none, or transformers is not installed."""
         try:
             if self.facts is not None:
                 return self.facts.make_config()
@@ -181,7 +191,8 @@ class HostedModel(FixedModule):
     def asked(self, arguments: Mapping[str, object]) -> Mapping[str, object]:
         """The arguments without those that request outputs which the program returns anyway.
 
-        Raises: InputError if they request anything else.
+        Raises:
+            InputError: if they request anything else.
         """
         if self.facts is None:
             return arguments
@@ -201,7 +212,7 @@ class HostedModel(FixedModule):
 
 
 def check_uncompiled(model: nn.Module) -> None:
-    """Refuse a compiled model. Raises: CaptureError."""
+    """Refuse a compiled model. Raises CaptureError."""
     if isinstance(model, FixedModule):
         raise CaptureError(f"{model.program.name} is compiled already; compile the model it was made from")
 

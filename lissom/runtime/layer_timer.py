@@ -23,8 +23,10 @@ _SECONDS = 0.5
 class ProgramTimer:
     """Times the layers of a lowered program, and keeps what it measured last.
 
-    example: flat inputs; None for a loaded program, which has none. known: the last times; None before the first.
-    lengths: the last times of calls, by their length.
+    Attributes:
+        example: flat inputs; None for a loaded program, which has none.
+        known: the last times; None before the first.
+        lengths: the last times of calls, by their length.
     """
 
     program: Program
@@ -38,8 +40,9 @@ class ProgramTimer:
     def measure(self, args: Sequence[object], kwargs: Mapping[str, object]) -> LayerTimes:
         """The times on these arguments of the model, or on the example without any.
 
-        Raises: InputError if the arguments do not fit; UnsupportedError if there are no inputs, or if the backend does not run
-            the layers one by one.
+        Raises:
+            InputError: if the arguments do not fit.
+            UnsupportedError: if there are no inputs, or if the backend does not run the layers one by one.
         """
         given = bool(args or kwargs) or not self.program.placeholders
         sample = self.program.signature.flatten(args, kwargs) if given else self.example
@@ -58,7 +61,8 @@ class ProgramTimer:
     def time_lengths(self, lengths: Sequence[int]) -> Mapping[int, Timing]:
         """The times of calls at these lengths; those that the program does not take are left out.
 
-        Raises: UnsupportedError if the program was loaded, has fixed sizes, or takes none of them.
+        Raises:
+            UnsupportedError: if the program was loaded, has fixed sizes, or takes none of them.
         """
         if self.example is None:
             raise UnsupportedError(f"{self.program.name} was loaded, and an artifact keeps no inputs to time; compile it anew")

@@ -14,7 +14,11 @@ Model = TypeVar("Model")
 
 
 def files_of(save: Callable[[Path], None]) -> dict[str, bytes]:
-    """The files of an artifact by name. save: writes it into a directory."""
+    """The files of an artifact by name.
+
+    Args:
+        save: writes it into a directory.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         save(folder)

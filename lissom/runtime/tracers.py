@@ -40,7 +40,14 @@ def has_memory(tensor: torch.Tensor) -> bool:
 
 
 def refuse_tracer(name: str) -> None:
-    """Refuse a call under a tracer. name: of the program. Raises: InputError."""
+    """Refuse a call under a tracer.
+
+    Args:
+        name: of the program.
+
+    Raises:
+        InputError: if there is one.
+    """
     active = tracer()
     if active is not None:
         raise InputError(
@@ -52,7 +59,8 @@ def refuse_tracer(name: str) -> None:
 def with_memory(program: Program, tensors: Sample) -> Sample:
     """The flat inputs, with memory for zeros that PyTorch does not store.
 
-    Raises: InputError under a tracer, and for any other tensor without memory.
+    Raises:
+        InputError: under a tracer, and for any other tensor without memory.
     """
     refuse_tracer(program.name)
     materialized = [torch.zeros_like(tensor) if tensor._is_zerotensor() else tensor for tensor in tensors]

@@ -16,7 +16,7 @@ from lissom.compiler.ir.fingerprint import program_fingerprint
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.memory import free_dropped_programs
-from lissom.compiler.pipeline.options import Checks, Metric, read_score
+from lissom.compiler.pipeline.options import NUMERIC, Checks, Metric, read_score
 from lissom.driver.compile import compile_model
 from lissom.driver.options import Inputs, Settings
 from lissom.errors import InputError
@@ -76,8 +76,13 @@ class Timed:
 class Workshop:
     """Builds candidates of one program.
 
-    program: the exact one. example: of the model's inputs. sample: the flat inputs for timing. data: all batches, for passes
-    that calibrate. exact: the program without lossy passes, compiled for each variant. seconds: the time of the last build.
+    Attributes:
+        program: the exact one.
+        example: of the model's inputs.
+        sample: the flat inputs for timing.
+        data: all batches, for passes that calibrate.
+        exact: the program without lossy passes, compiled for each variant.
+        seconds: the time of the last build.
     """
 
     program: Program
@@ -94,13 +99,13 @@ class Workshop:
         return program_fingerprint(self.program)
 
     def build(self, pipeline: str, backend: str, checks: Checks = "numeric") -> CompiledModel:
-        """The program after the passes, compiled for a backend. Raises: LissomError."""
+        """The program after the passes, compiled for a backend. Raises LissomError."""
         settings = Settings(
             passes=pipeline,
             backend=self.backends[backend],
             checks=checks,
             # Where values do not matter, one batch is enough for patterns that are measured.
-            data=self.data if checks == "numeric" else self.data[:1],
+            data=self.data if checks in NUMERIC else self.data[:1],
             goal=None,
             progress=silent,
         )
@@ -111,7 +116,7 @@ class Workshop:
         return compiled
 
     def base(self, variant: Variant) -> CompiledModel:
-        """The program of a variant without further passes. Raises: LissomError."""
+        """The program of a variant without further passes. Raises LissomError."""
         if variant not in self.exact:
             self.exact[variant] = self.build(variant.pipeline, variant.backend)
         return self.exact[variant]
@@ -142,7 +147,9 @@ class Workshop:
 class Quality:
     """The quality loss of a program: the drop of the metric, or without one the relative output error.
 
-    score: of the exact program; 0 without a metric. noise: between two measurements of the exact program.
+    Attributes:
+        score: of the exact program; 0 without a metric.
+        noise: between two measurements of the exact program.
     """
 
     divergence: Divergence
@@ -154,7 +161,8 @@ class Quality:
     def of(cls, exact: CompiledModel, divergence: Divergence, metric: Metric | None, bound: float) -> Quality:
         """Measures the exact program twice.
 
-        Raises: InputError if the metric fails, returns NaN, or differs by more than the bound.
+        Raises:
+            InputError: if the metric fails, returns NaN, or differs by more than the bound.
         """
         if metric is None:
             return cls(divergence, None)
@@ -168,7 +176,7 @@ class Quality:
         return cls(divergence, metric, first, noise)
 
     def drop(self, compiled: CompiledModel) -> tuple[float, float]:
-        """The drop, and the divergence of the outputs. Raises: InputError if the metric fails."""
+        """The drop, and the divergence of the outputs. Raises InputError if the metric fails."""
         squared = self.divergence.of(partial(_run_by_itself, compiled))
         if self.metric is None or math.isinf(squared):
             return squared**0.5, squared

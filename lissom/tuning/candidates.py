@@ -19,17 +19,26 @@ ALIKE = 1.02
 class Candidate:
     """A program that was built, timed and evaluated, or failed.
 
-    pipeline: its passes as text. backend: its name. milliseconds: of a call, with low and high quartile. bytes: of its weights.
-    drop: of the metric, or the relative output error without a metric. error: the relative output error.
-    predicted_cost, predicted_drop: of the tables, in milliseconds or bytes, before it was built; None where they gave none.
-    table_cost, table_loss: the sums of the tables themselves, to which whole programs are fitted. table_amounts: the part of
-    table_loss that fewer heads or neurons have. table_tables: that of formats of embedding tables and LM heads.
-    failed: why it could not be built or measured; empty otherwise.
+    Attributes:
+        pipeline: its passes as text.
+        backend: its name.
+        milliseconds: of a call, with low and high quartile.
+        bytes: of its weights.
+        drop: of the metric, or the relative output error without a metric.
+        error: the relative output error.
+        predicted_cost: by the tables, in milliseconds or bytes, before it was built; None where they gave none.
+        predicted_drop: the drop by the tables; None where they gave none.
+        table_cost: the sum of the tables of costs itself, to which whole programs are fitted.
+        table_loss: that of the tables of losses.
+        table_amounts: the part of table_loss that fewer heads or neurons have.
+        table_tables: that of formats of embedding tables and LM heads.
+        failed: why it could not be built or measured; empty otherwise.
 
-    >>> from lissom.tuning.candidates import Candidate
-    >>> small = Candidate("prune-heads{keep=0.5},distill{steps=100}", "eager", milliseconds=4.5, bytes=2_000_000, drop=0.01)
-    >>> small.exact, small.distilled, small.cost(memory=True)
-    (False, True, 2000000.0)
+    Examples:
+        >>> from lissom.tuning.candidates import Candidate
+        >>> small = Candidate("prune-heads{keep=0.5},distill{steps=100}", "eager", milliseconds=4.5, bytes=2_000_000, drop=0.01)
+        >>> small.exact, small.distilled, small.cost(memory=True)
+        (False, True, 2000000.0)
     """
 
     pipeline: str
@@ -102,8 +111,11 @@ def read_candidate(record: Record) -> Candidate | None:
 class Aim:
     """The objective of the search, and its bound.
 
-    memory: the cost is bytes, otherwise milliseconds. max_drop: the bound on the drop. target: the bound on the cost, with
-    which the most accurate program is sought, whatever its drop; None for the cheapest program within `max_drop`.
+    Attributes:
+        memory: the cost is bytes, otherwise milliseconds.
+        max_drop: the bound on the drop.
+        target: the bound on the cost, with which the most accurate program is sought, whatever its drop; None for the cheapest
+            program within `max_drop`.
     """
 
     memory: bool

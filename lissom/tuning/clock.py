@@ -16,7 +16,9 @@ from lissom.inspect.terminal import Terminal
 class Clock:
     """The seconds of a search, and what it does.
 
-    best: the best program so far, in words. begun: the seconds before the tables, which do not count for fractions.
+    Attributes:
+        best: the best program so far, in words.
+        begun: the seconds before the tables, which do not count for fractions.
     """
 
     seconds: float

@@ -91,8 +91,10 @@ def fit_parts(
 ) -> tuple[Factors, PowerLaw]:
     """The factors and the law of y = law(factors(loss, amounts, tables)) with the least error in logarithms.
 
-    points: (loss, amounts, tables, y). usual: the factors with fewer than four points; others are charged for their distance
-    from them. near: as in `PowerLaw.fit`.
+    Args:
+        points: (loss, amounts, tables, y).
+        usual: the factors with fewer than four points; others are charged for their distance from them.
+        near: as in `PowerLaw.fit`.
     """
     fits: list[tuple[float, Factors, PowerLaw]] = []
     for steps in product(_STEPS, _STEPS) if len(points) >= _LEAST_POINTS else ((1.0, 1.0),):
@@ -111,8 +113,9 @@ class Ratios:
     The logarithm of the ratio is a Gaussian process whose mean is zero and whose covariance is the likeness of two programs.
     Rasmussen and Williams 2006, Gaussian Processes for Machine Learning, (2.25).
 
-    points: the features of a program, its summed and its measured cost. weights: of the features; two programs are alike by the
-    weights of the features that they share, over all weights.
+    Attributes:
+        points: the features of a program, its summed and its measured cost.
+        weights: of the features; two programs are alike by the weights of the features that they share, over all weights.
     """
 
     points: Sequence[tuple[Features, float, float]] = ()

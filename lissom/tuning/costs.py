@@ -52,7 +52,12 @@ def smallest(group: Group) -> int:
 
 @dataclass(frozen=True)
 class CostMeter:
-    """Measures the costs of one variant. memory: bytes in place of time. key: of the store."""
+    """Measures the costs of one variant.
+
+    Attributes:
+        memory: bytes in place of time.
+        key: of the store.
+    """
 
     workshop: Workshop
     groups: Sequence[Group]

@@ -54,25 +54,31 @@ def tune_generation(
 ) -> Tuned[GenerationModel]:
     """Search the best decoder under a bound, and compile it with its KV cache.
 
-    max_length, batch: as for `compile_generation`.
-    data: token ids [rows, tokens], or outputs of a tokenizer: every second group of `batch` rows calibrates passes and trains
-        finalists, with distill=False those with the first 4,096 tokens; the others are judged. The bound holds for texts that
-        were judged: on others the drop is larger by about its noise, so a tight bound needs more texts.
-    metric: `perplexity` bounds its relative increase on the judged texts: with max_drop=0.02 it may grow by 2 %. A function is
-        scored as in `compile_generation`; None bounds the relative error of the logits of all tokens.
-    goal: what is to become small: `decode`, the time of a token after half of max_length; `prefill`, the time of reading the
-        first text of data; `memory`, the bytes of the weights.
-    target, minutes, backends, distill, store: as for `lissom.tune`.
+    The options not listed are those of `compile_generation` and of `lissom.tune`.
 
-    Raises: as `compile_generation` and `tune`; InputError for fewer than two batches of data.
+    Args:
+        data: token ids [rows, tokens], or outputs of a tokenizer: every second group of `batch` rows calibrates passes and
+            trains finalists, with distill=False those with the first 4,096 tokens; the others are judged. The bound holds for
+            texts that were judged: on others the drop is larger by about its noise, so a tight bound needs more texts.
+        metric: `perplexity` bounds its relative increase on the judged texts: with max_drop=0.02 it may grow by 2 %. A function
+            is scored as in `compile_generation`; None bounds the relative error of the logits of all tokens.
+        goal: what is to become small: `decode`, the time of a token after half of max_length; `prefill`, the time of reading
+            the first text of data; `memory`, the bytes of the weights.
 
-    >>> import torch, lissom
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> config = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-    >>> texts = [torch.randint(0, 50, (1, 12)) for _ in range(4)]
-    >>> tuned = lissom.tune_generation(LlamaForCausalLM(config), max_length=16, data=texts, minutes=0.1, distill=False)
-    >>> tuned.best.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, eos_token_id=None).shape
-    torch.Size([1, 7])
+    Raises:
+        LissomError: as `compile_generation` and `tune`.
+        InputError: for fewer than two batches of data.
+
+    Examples:
+        >>> import torch, lissom
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> texts = [torch.randint(0, 50, (1, 12)) for _ in range(4)]
+        >>> tuned = lissom.tune_generation(LlamaForCausalLM(config), max_length=16, data=texts, minutes=0.1, distill=False)
+        >>> tuned.best.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, eos_token_id=None).shape
+        torch.Size([1, 7])
     """
     if goal not in DECODER_GOALS:
         raise UnsupportedError(f"goal={goal!r:.80} is not known; choose {', '.join(DECODER_GOALS)}")
@@ -162,7 +168,8 @@ def _a_token(text: Inputs, max_length: int) -> Inputs:
 def perplexity_of_prompts(judged: Sequence[Inputs]) -> Metric:
     """The mean log-likelihood of the tokens of texts but the first of each: a drop of 0.02 is a perplexity 2 % higher.
 
-    Raises: InputError if no text has a second token.
+    Raises:
+        InputError: if no text has a second token.
     """
     if all(int(mask.sum(1).max()) - (mask.shape[1] - ids.shape[1]) < _LEAST_TOKENS for ids, mask in map(_ids_and_mask, judged)):
         raise InputError("data= has texts of one token, of which none can be predicted; give longer texts")

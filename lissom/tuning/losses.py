@@ -36,8 +36,9 @@ _LEAST = 1e-12
 class LossTable:
     """Losses of options, by the index of the group.
 
-    lefts: of amounts, pools: of numbers of key/value heads, schemes: of schemes; infinite where the pass failed. wanted: how
-    many were to be measured.
+    Attributes:
+        lefts: of amounts, pools: of numbers of key/value heads, schemes: of schemes; infinite where the pass failed.
+        wanted: how many were to be measured.
     """
 
     groups: Sequence[Group]
@@ -108,7 +109,12 @@ class LossTable:
 
 @dataclass(frozen=True)
 class LossMeter:
-    """Measures the losses. data: for calibration. key: of the store, for the program and the data."""
+    """Measures the losses.
+
+    Attributes:
+        data: for calibration.
+        key: of the store, for the program and the data.
+    """
 
     program: Program
     groups: Sequence[Group]
@@ -122,9 +128,10 @@ class LossMeter:
     def measure(self, schemes: Sequence[str], saving: Callable[[int, Option], float], until: float) -> LossTable:
         """The table for these schemes, the most useful options first; stops at a fraction of the time.
 
-        saving: what an option of a group saves, as a fraction of the whole cost. Each kind of option is measured for one group
-        of each form first: schemes, which need no calibration, then amounts, each time those that save most. The others follow,
-        those first that save most for their loss and for the time that such an option took to measure.
+        Args:
+            saving: what an option of a group saves, as a fraction of the whole cost. Each kind of option is measured for one
+                group of each form first: schemes, which need no calibration, then amounts, each time those that save most. The
+                others follow, those first that save most for their loss and for the time that such an option took to measure.
         """
         table = LossTable(self.groups)
         tasks = list(self._tasks(schemes))
@@ -168,7 +175,8 @@ class LossMeter:
     def in_sample(self, table: LossTable, divergence: Divergence, data: Sequence[Sample]) -> dict[str, tuple[float, float]]:
         """For each kind of group one amount's loss on the batches that its pass calibrates on, and its loss in the table.
 
-        data: the batches that programs calibrate on, and that `divergence` compares.
+        Args:
+            data: the batches that programs calibrate on, and that `divergence` compares.
         """
         meter = replace(self, data=data, divergence=divergence, key=f"{self.key} in sample")
         losses: dict[str, tuple[float, float]] = {}
@@ -186,7 +194,8 @@ class LossMeter:
     def _known(self, table: LossTable, options: Sequence[Option], what: str, until: float) -> float | None:
         """The loss of these options, from the store or measured; None if that fraction of the time has passed.
 
-        what: is shown while it is measured.
+        Args:
+            what: is shown while it is measured.
         """
         passes = pipeline_of(self.groups, options, self.linears)
         record = self.store.get("loss", self.key, passes)

@@ -28,14 +28,19 @@ _CAST = "cast"
 class TuneReport:
     """The candidates of a search; prints as a table.
 
-    name: of the program. candidates: the exact program first. scored: whether drops are those of a metric. notes: sentences.
-    groups: of the program; empty for a report that was read from a store.
+    Attributes:
+        name: of the program.
+        candidates: the exact program first.
+        scored: whether drops are those of a metric.
+        notes: sentences.
+        groups: of the program; empty for a report that was read from a store.
 
-    >>> import torch, lissom
-    >>> model, batches = torch.nn.Linear(16, 16).eval(), [torch.randn(2, 16) for _ in range(2)]
-    >>> report = lissom.tune(model, batches[0], data=batches, goal="memory", minutes=0.05, distill=False).report
-    >>> report.verdict(report.chosen)
-    'chosen'
+    Examples:
+        >>> import torch, lissom
+        >>> model, batches = torch.nn.Linear(16, 16).eval(), [torch.randn(2, 16) for _ in range(2)]
+        >>> report = lissom.tune(model, batches[0], data=batches, goal="memory", minutes=0.05, distill=False).report
+        >>> report.verdict(report.chosen)
+        'chosen'
     """
 
     name: str
@@ -103,10 +108,12 @@ class TuneReport:
     def plot(self, kind: str, path: str | PathLike[str]) -> None:
         """Draw a plot with matplotlib, in the format that the file's name says.
 
-        kind: `pareto`: cost and drop of all candidates, the frontier as a line, candidates that others match in both in grey,
-            quartiles of times as bars, the choice marked.
+        Args:
+            kind: `pareto`: cost and drop of all candidates, the frontier as a line, candidates that others match in both in
+                grey, quartiles of times as bars, the choice marked.
 
-        Raises: UnsupportedError for another kind, without matplotlib, or for a format that it does not write.
+        Raises:
+            UnsupportedError: for another kind, without matplotlib, or for a format that it does not write.
         """
         if kind != "pareto":
             raise UnsupportedError(f"the report of a search has no plot '{kind}'; it has pareto; tuned.best.report has others")

@@ -22,7 +22,11 @@ _MOST_MINUTES = 60 * 24 * 30
 
 @dataclass(frozen=True)
 class Request:
-    """The checked options of `lissom.tune`. target: as given; see `target_cost`."""
+    """The checked options of `lissom.tune`.
+
+    Attributes:
+        target: as given; see `target_cost`.
+    """
 
     data: Sequence[Inputs]
     metric: Metric | None
@@ -38,7 +42,11 @@ class Request:
         return self.goal == "memory"
 
     def target_cost(self, exact: float) -> float | None:
-        """The target in milliseconds or bytes. exact: the exact program's."""
+        """The target in milliseconds or bytes.
+
+        Args:
+            exact: the exact program's.
+        """
         if self.target is None:
             return None
         amount, unit = _read_target(self.target, memory=self.memory)
@@ -58,7 +66,9 @@ def check_request(
 ) -> Request:
     """The options, checked before any work is done.
 
-    Raises: UnsupportedError, InputError.
+    Raises:
+        UnsupportedError: for an option of a wrong value.
+        InputError: for data without batches.
     """
     check_data(data)
     batches = list(data)
@@ -111,7 +121,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _read_target(target: object, *, memory: bool) -> tuple[float, str]:
-    """The amount and the unit of a target, `x` for a factor. Raises: UnsupportedError."""
+    """The amount and the unit of a target, `x` for a factor. Raises UnsupportedError."""
     units = ("MB", "GB") if memory else ("ms", "s")
     example = "a size such as '20 MB'" if memory else "a time such as '5 ms'"
     wrong = UnsupportedError(f"target= is {target!r:.80}; give a factor above 1, such as 2.0, or {example}")

@@ -36,9 +36,13 @@ Choice = Sequence[Item]
 class Search:
     """The state of a search.
 
-    bases: the variants with the measured program that has no further passes. tables: the options of each group, for each of
-    them. usual: the factors on kinds of losses before programs were measured; factors: the present ones. law: from these sums
-    to the drop. ratios: of costs to summed ones.
+    Attributes:
+        bases: the variants with the measured program that has no further passes.
+        tables: the options of each group, for each of them.
+        usual: the factors on kinds of losses before programs were measured.
+        factors: the present ones.
+        law: from these sums to the drop.
+        ratios: of costs to summed ones.
     """
 
     trials: Trials
@@ -171,7 +175,11 @@ class Search:
         return self.bases[variant].error ** 2
 
     def candidate(self, variant: Variant, choice: Choice, steps: int = 0) -> Candidate:
-        """The candidate of a choice, with what the tables predict. steps: of distillation."""
+        """The candidate of a choice, with what the tables predict.
+
+        Args:
+            steps: of distillation.
+        """
         loss = sum(item.loss for item in choice) + self.base_loss(variant)
         amounts, tables = sum(item.amounts for item in choice), sum(item.tables for item in choice)
         cost = max(sum(item.cost for item in choice) + self.base_cost(variant), 0.0)

@@ -38,8 +38,11 @@ _MULTIPLE = 16
 class Option:
     """One option of a group: the units that stay, and their scheme.
 
-    left: heads or neurons that stay, 0 if the whole part is removed. scheme: of its layers. pooled: key/value heads that stay
-    when they are pooled, 0 for all; only where all heads stay, since removed heads take key/value heads along.
+    Attributes:
+        left: heads or neurons that stay, 0 if the whole part is removed.
+        scheme: of its layers.
+        pooled: key/value heads that stay when they are pooled, 0 for all; only where all heads stay, since removed heads take
+            key/value heads along.
     """
 
     left: int
@@ -51,14 +54,19 @@ class Option:
 class Group:
     """Sites that must have the same amount: one variable of the search.
 
-    name: the module path of the first site. kind: `attention`, `feed-forward`, `linear`, `table` or `pattern`.
-    size: heads or neurons; 1 where none can be removed.
-    units: the paths that the amounts of `prune-heads` or `prune-neurons` name. layer: the path by which `prune-layers`
-        removes the part; empty if it cannot.
-    linears: the paths of its linear layers, tables or attentions, as passes name them. shapes: out_features and in_features of
-        each. schemes: the schemes that all its layers or tables take, or the patterns of an attention.
-    option: of `quantize`, by which it takes a table: `embeddings` or `lm_head`. tied: whether a table is both.
-    pools: numbers of key/value heads that `pool-heads` may leave, the largest first. key_value_heads: their present number.
+    Attributes:
+        name: the module path of the first site.
+        kind: `attention`, `feed-forward`, `linear`, `table` or `pattern`.
+        size: heads or neurons; 1 where none can be removed.
+        units: the paths that the amounts of `prune-heads` or `prune-neurons` name.
+        layer: the path by which `prune-layers` removes the part; empty if it cannot.
+        linears: the paths of its linear layers, tables or attentions, as passes name them.
+        shapes: out_features and in_features of each.
+        schemes: the schemes that all its layers or tables take, or the patterns of an attention.
+        option: of `quantize`, by which it takes a table: `embeddings` or `lm_head`.
+        tied: whether a table is both.
+        pools: numbers of key/value heads that `pool-heads` may leave, the largest first.
+        key_value_heads: their present number.
     """
 
     name: str

@@ -21,8 +21,11 @@ _SLACK = 1e-9
 class Item:
     """An option of a group with its loss and its cost, relative to the exact program.
 
-    amounts: the part of the loss that fewer heads or neurons have. tables: that of formats of embedding tables and LM heads.
     The rest is that of other formats and of removed parts.
+
+    Attributes:
+        amounts: the part of the loss that fewer heads or neurons have.
+        tables: that of formats of embedding tables and LM heads.
     """
 
     option: Option
@@ -43,9 +46,13 @@ Table = Sequence[Sequence[Item]]
 def solve(table: Table, parts: Sequence[str], *, loss: float = math.inf, cost: float = math.inf) -> list[Item] | None:
     """The choice with the least cost and at most this loss, or with the least loss and at most this cost.
 
-    parts: the kind of each group; one group of each kind keeps some units. Give one of the two bounds.
+    Returns None where no choice meets the bound.
 
-    Returns None where no choice meets the bound. Raises: UnsupportedError without scipy.
+    Args:
+        parts: the kind of each group; one group of each kind keeps some units. Give one of the two bounds.
+
+    Raises:
+        UnsupportedError: without scipy.
     """
     optimize, sparse = require_scipy()
     if not table:
@@ -75,7 +82,7 @@ def solve(table: Table, parts: Sequence[str], *, loss: float = math.inf, cost: f
 
 
 def require_scipy() -> tuple[ModuleType, ModuleType]:
-    """The modules of scipy that solve. Raises: UnsupportedError without scipy."""
+    """The modules of scipy that solve. Raises UnsupportedError without scipy."""
     try:
         from scipy import optimize, sparse
     except ImportError as error:

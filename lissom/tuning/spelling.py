@@ -41,9 +41,12 @@ def pipeline_of(
 ) -> str:
     """The passes that give each group its option, as text; `exact` if all stay as they are.
 
-    linears: the paths of all linear layers. steps: of distillation, where it is possible; 0 for none. bf16: whether layers in
-    floating point are in bfloat16. packed: whether padding is left out. fitted: whether passes choose and fit weights on
-    calibration data; not where time alone is measured.
+    Args:
+        linears: the paths of all linear layers.
+        steps: of distillation, where it is possible; 0 for none.
+        bf16: whether layers in floating point are in bfloat16.
+        packed: whether padding is left out.
+        fitted: whether passes choose and fit weights on calibration data; not where time alone is measured.
     """
     chosen = list(zip(groups, options, strict=True))
     passes: list[Pass] = []

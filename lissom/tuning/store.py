@@ -30,7 +30,8 @@ Record = Mapping[str, object]
 class Store:
     """The records of a directory; without one, of this search alone.
 
-    Raises: ArtifactError if the directory cannot be made or read.
+    Raises:
+        ArtifactError: if the directory cannot be made or read.
     """
 
     def __init__(self, directory: str | Path | None) -> None:
@@ -70,7 +71,7 @@ class Store:
         return [record for (at, on, _), record in self._known.items() if at == kind and key in (None, on)]
 
     def add(self, kind: str, key: str, name: str, **fields: object) -> Record:
-        """Append a record. Raises: ArtifactError if it cannot be written."""
+        """Append a record. Raises ArtifactError if it cannot be written."""
         record: Record = {"version": VERSION, "kind": kind, "key": key, "name": name, **fields}
         self._known[kind, key, name] = record
         if self.path is not None:
@@ -82,7 +83,7 @@ class Store:
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Append a line by one call, and flush it to the disk. Raises: OSError, also for anything but a regular file."""
+    """Append a line by one call, and flush it to the disk. Raises OSError, also for anything but a regular file."""
     # Without O_NONBLOCK, opening a pipe that nobody reads blocks forever.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     handle = os.open(path, flags, 0o666)

@@ -14,7 +14,8 @@ from lissom.tuning.store import FILE, Record, Store, number, text
 def stored_reports(directory: str | Path) -> list[TuneReport]:
     """The report of every search in a store, each with the bound of its latest call.
 
-    Raises: ArtifactError if the directory holds no store.
+    Raises:
+        ArtifactError: if the directory holds no store.
     """
     if not (Path(directory) / FILE).is_file():
         raise ArtifactError(f"'{directory}' holds no {FILE}; give the directory of --store")

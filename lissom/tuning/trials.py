@@ -17,10 +17,14 @@ from lissom.tuning.store import Store, number
 
 @dataclass
 class Trials:
-    """The measured candidates. key: of the store, for the program, the machine, the inputs, the data and the metric.
+    """The measured candidates.
 
-    candidates: the exact program first, with its figures. distill: whether programs may be trained. best: the best candidate
-    with its compiled program, where that is in memory. pace: the mean seconds of a candidate so far.
+    Attributes:
+        key: of the store, for the program, the machine, the inputs, the data and the metric.
+        candidates: the exact program first, with its figures.
+        distill: whether programs may be trained.
+        best: the best candidate with its compiled program, where that is in memory.
+        pace: the mean seconds of a candidate so far.
     """
 
     workshop: Workshop
@@ -60,7 +64,8 @@ class Trials:
     def measure(self, candidate: Candidate) -> Candidate:
         """The candidate with its figures, built and measured unless it is known; a failure is recorded with its reason.
 
-        Raises: InputError if the metric fails, as it would with the next candidate.
+        Raises:
+            InputError: if the metric fails, as it would with the next candidate.
         """
         known = self.known(candidate)
         if known is not None:

@@ -64,19 +64,22 @@ Best = TypeVar("Best", covariant=True)
 class Tuned(Generic[Best]):
     """The result of a search.
 
-    best: the chosen program, compiled: a `CompiledModel`, or a `GenerationModel` from `tune_generation`.
-    pipeline: its passes as text: `lissom.compile`, or `lissom.compile_generation` with the same max_length and batch, with this
-        text, the same example inputs, `data=` the batches of `calibration`, `goal=None` and this backend gives the same
-        program again. backend: its name.
-    frontier: the candidates that no other matches in both cost and drop, the cheapest first.
-    report: prints as a table of all candidates; `plot` draws them.
-    calibration: the batches that passes calibrated on.
+    Attributes:
+        best: the chosen program, compiled: a `CompiledModel`, or a `GenerationModel` from `tune_generation`.
+        pipeline: its passes as text: `lissom.compile`, or `lissom.compile_generation` with the same max_length and batch, with
+            this text, the same example inputs, `data=` the batches of `calibration`, `goal=None` and this backend gives the
+            same program again.
+        backend: its name.
+        frontier: the candidates that no other matches in both cost and drop, the cheapest first.
+        report: prints as a table of all candidates; `plot` draws them.
+        calibration: the batches that passes calibrated on.
 
-    >>> import torch, lissom
-    >>> model, batches = torch.nn.Linear(16, 16).eval(), [torch.randn(2, 16) for _ in range(2)]
-    >>> tuned = lissom.tune(model, batches[0], data=batches, goal="memory", minutes=0.05, distill=False)
-    >>> isinstance(tuned.pipeline, str), tuned.backend
-    (True, 'eager')
+    Examples:
+        >>> import torch, lissom
+        >>> model, batches = torch.nn.Linear(16, 16).eval(), [torch.randn(2, 16) for _ in range(2)]
+        >>> tuned = lissom.tune(model, batches[0], data=batches, goal="memory", minutes=0.05, distill=False)
+        >>> isinstance(tuned.pipeline, str), tuned.backend
+        (True, 'eager')
     """
 
     best: Best
@@ -110,30 +113,35 @@ def tune(
     factored; embedding tables and LM heads may be quantized, and attentions see fewer keys. bfloat16 is tried where the
     processor has it, and padding is left out where that is faster. See docs/tuning.md for the method.
 
-    example_inputs: as in `compile`; times are measured on them.
-    data: batches like example_inputs. Passes calibrate on them, and outputs are compared on them.
-    metric: scores a callable that takes the model's arguments; higher is better. max_drop: the largest drop of the metric.
-        Without a metric it bounds the relative output error, √(Σ‖y − y₀‖² / Σ‖y₀‖²) over real tokens.
-    goal: what is to become small: `latency`, the time of a call on the example; `throughput`, the time of a call with eight
-        times its rows; `memory`, the bytes of the weights.
-    target: a speedup or size reduction such as 2.0, a time such as "5 ms", or a size such as "20 MB": the most accurate program
-        that reaches it is sought, and max_drop bounds nothing.
-    minutes: the time of the search; it ends within about the time of one candidate after that.
-    backends: those that may run the result. distill: train the finalists on the data for a part of the time.
-    store: a directory for what is found, written as it is found: a search that was stopped goes on from there, and another
-        bound takes the same tables.
-
     Ctrl-C ends the search with the best program so far. The exact program is the first candidate, so there is always a result.
 
-    Raises: LissomError, as `compile`; InputError if the metric fails, returns NaN, or two measurements of the exact program
-        differ by more than max_drop.
+    Args:
+        example_inputs: as in `compile`; times are measured on them.
+        data: batches like example_inputs. Passes calibrate on them, and outputs are compared on them.
+        metric: scores a callable that takes the model's arguments; higher is better.
+        max_drop: the largest drop of the metric. Without a metric it bounds the relative output error, √(Σ‖y − y₀‖² / Σ‖y₀‖²)
+            over real tokens.
+        goal: what is to become small: `latency`, the time of a call on the example; `throughput`, the time of a call with eight
+            times its rows; `memory`, the bytes of the weights.
+        target: a speedup or size reduction such as 2.0, a time such as "5 ms", or a size such as "20 MB": the most accurate
+            program that reaches it is sought, and max_drop bounds nothing.
+        minutes: the time of the search; it ends within about the time of one candidate after that.
+        backends: those that may run the result.
+        distill: train the finalists on the data for a part of the time.
+        store: a directory for what is found, written as it is found: a search that was stopped goes on from there, and another
+            bound takes the same tables.
 
-    >>> import torch, lissom
-    >>> model = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
-    >>> batches = [torch.randn(2, 5, 32) for _ in range(2)]
-    >>> tuned = lissom.tune(model, batches[0], data=batches, max_drop=0.1, minutes=0.1, distill=False)
-    >>> tuned.best(batches[0]).shape
-    torch.Size([2, 5, 32])
+    Raises:
+        LissomError: as `compile`.
+        InputError: if the metric fails, returns NaN, or two measurements of the exact program differ by more than max_drop.
+
+    Examples:
+        >>> import torch, lissom
+        >>> model = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+        >>> batches = [torch.randn(2, 5, 32) for _ in range(2)]
+        >>> tuned = lissom.tune(model, batches[0], data=batches, max_drop=0.1, minutes=0.1, distill=False)
+        >>> tuned.best(batches[0]).shape
+        torch.Size([2, 5, 32])
     """
     request = check_request(
         data=data,
@@ -152,7 +160,7 @@ def tune(
 
 @contextmanager
 def searching(request: Request) -> Generator[Clock]:
-    """The clock of a search, shown while it runs. Raises: UnsupportedError without scipy."""
+    """The clock of a search, shown while it runs. Raises UnsupportedError without scipy."""
     require_scipy()
     clock = Clock(60 * request.minutes)
     with clock.shown():
@@ -161,7 +169,11 @@ def searching(request: Request) -> Generator[Clock]:
 
 
 def search(program: Program, example: Inputs, request: Request, store: str | Path | None, clock: Clock) -> Tuned[CompiledModel]:
-    """The result for a program in canonical form. example: inputs of the program, on which times are measured."""
+    """The result for a program in canonical form.
+
+    Args:
+        example: inputs of the program, on which times are measured.
+    """
     notes, groups = list[str](), groups_of(program)
     trials = _trials(program, example, request, Store(store), clock)
     try:

@@ -74,7 +74,7 @@ def test_minilm_loses_nodes_and_no_weights(fast_minilm):
 
 
 @pytest.mark.parametrize("build", [feed_forward, tiny_bert, tiny_llama, nested])
-def test_a_compiled_model_takes_and_returns_what_the_original_does(build):
+def test_compiled_model_takes_and_returns_what_original_does(build):
     case = build()
     fast = lissom.compile(case.model, case.inputs)
     with torch.inference_mode():
@@ -110,7 +110,7 @@ def test_a_wrong_call_is_refused():
     assert refusal(InputError, lambda: fast(normal(2, 5, 9))).startswith("argument 'x' has size 9 in dimension 2; allowed: 8")
 
 
-def test_a_call_that_leads_out_of_a_table_names_the_table():
+def test_call_that_leads_out_of_table_names_table():
     case = tiny_gpt2()
     fast = lissom.compile(case.model, case.inputs)
     positions = case.model.config.n_positions
@@ -134,7 +134,7 @@ def test_state_advances_in_the_compiled_model_alone():
     assert case.model.seen.item() == 0.0
 
 
-def test_the_first_call_after_compiling_sees_the_state_of_the_model():
+def test_first_call_after_compiling_sees_state_of_model():
     case = counter()
     fast = lissom.compile(case.model, case.inputs)
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_the_first_call_after_compiling_sees_the_state_of_the_model():
         torch.testing.assert_close(fast(*case.args), case.model(*case.args), rtol=0, atol=1e-6)
 
 
-def test_a_model_in_training_mode_stays_so_and_is_compiled_for_inference():
+def test_model_in_training_mode_is_compiled_for_inference():
     model = feed_forward().model.train()
     fast = lissom.compile(model, normal(2, 5, 8))
     assert all(module.training for module in model.modules())
@@ -198,7 +198,7 @@ def test_a_device_that_is_not_there_is_refused(device):
     assert found.startswith(f"device '{device}' is not ")
 
 
-def test_a_missing_gpu_is_refused_with_the_devices_there_are():
+def test_missing_gpu_is_refused_with_devices_there_are():
     have = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
     assert refusal(UnsupportedError, lambda: check_device("cuda:99")) == (
         f"device 'cuda:99' is not on this machine; it has {have}"
@@ -285,7 +285,7 @@ def test_weights_no_pass_changed_are_the_model_s_own():
     assert fast.program.weight("up.bias").data_ptr() == model.up.bias.data_ptr()
 
 
-def test_a_lowered_program_holds_packed_weights_in_place_of_the_plain_ones():
+def test_lowered_program_holds_packed_weights_instead_of_plain_ones():
     program = lissom.compile(feed_forward().model, normal(2, 5, 8)).program
     if load_kernels():
         pytest.skip(load_kernels())
@@ -329,7 +329,7 @@ def test_a_budget_without_a_metric_is_refused():
     assert found == "max_drop needs a metric to measure the drop of: pass metric="
 
 
-def test_progress_starts_with_the_capture_and_counts_to_the_build():
+def test_progress_starts_with_capture_and_counts_to_build():
     told = []
     lissom.compile(feed_forward().model, normal(2, 5, 8), progress=lambda *now: told.append(now))
     count = told[0][2]
@@ -354,7 +354,7 @@ def test_sizes_may_be_named_or_fixed():
     assert repr(fixed).startswith("CompiledModel(FeedForward(x: f32[2, 5, 8])")
 
 
-def test_a_compiled_model_does_not_follow_later_changes_of_structure():
+def test_compiled_model_does_not_follow_later_changes_of_structure():
     model = feed_forward().model
     fast = lissom.compile(model, normal(2, 5, 8))
     before = fast(normal(2, 5, 8)).clone()

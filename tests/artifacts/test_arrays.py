@@ -30,7 +30,7 @@ def test_inputs_are_read_by_name(signature, tmp_path):
 
 
 @pytest.mark.parametrize("order", "<>")
-def test_the_order_of_bytes_in_a_file_does_not_matter(signature, tmp_path, order):
+def test_order_of_bytes_in_file_does_not_matter(signature, tmp_path, order):
     arrays = {"input_ids": ids().astype(f"{order}i8"), "attention_mask": np.ones((2, 3), f"{order}i8")}
     np.savez(tmp_path / "data.npz", **arrays)
     _, kwargs = read_inputs(signature, tmp_path / "data.npz")
@@ -93,7 +93,7 @@ def test_tensors_are_written_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
 
 
-def test_a_link_where_the_temporary_file_would_be_is_not_followed(tmp_path, monkeypatch):
+def test_link_where_temporary_file_would_be_is_not_followed(tmp_path, monkeypatch):
     monkeypatch.setattr("lissom.io.files.secrets.token_hex", lambda _: "guessed")
     (tmp_path / "kept").write_text("kept")
     (tmp_path / ".lissom-guessed").symlink_to(tmp_path / "kept")
@@ -152,7 +152,7 @@ def test_damaged_compression_is_a_sentence(tmp_path, compression, place):
 
 
 @pytest.mark.parametrize(("offset", "value", "said"), [(6, 1, "is encrypted"), (8, 99, "method is not supported")])
-def test_an_archive_that_zipfile_does_not_read_is_a_sentence(tmp_path, offset, value, said):
+def test_archive_that_zipfile_does_not_read_is_sentence(tmp_path, offset, value, said):
     path = tmp_path / "data.npz"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x.npy", header(1) + b"0000")
@@ -161,7 +161,7 @@ def test_an_archive_that_zipfile_does_not_read_is_a_sentence(tmp_path, offset, v
         read_arrays(path)
 
 
-def test_arrays_larger_than_memory_are_refused_before_they_are_read(tmp_path):
+def test_arrays_larger_than_memory_are_refused_unread(tmp_path):
     """The directory of the archive claims 4 GiB - 2 for each of 4,096 files."""
     path = tmp_path / "data.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -94,7 +94,7 @@ def test_a_model_comes_back(name, tmp_path, no_pickle):
 
 
 @pytest.mark.parametrize("name", ["counter", "nested", "blocked", "convolution", "bert_eager"])
-def test_what_comes_back_is_well_formed_and_can_be_optimized(name, tmp_path):
+def test_loaded_program_is_well_formed_and_can_be_optimized(name, tmp_path):
     program = reloaded(compiled(name), tmp_path / "artifact").program
     verify_structure(program)
     exact = parse_pipeline(RECIPES["exact"], known_passes())
@@ -162,7 +162,7 @@ def test_packed_tables_of_integers_come_back(passes, tmp_path):
     assert all(map(torch.equal, wanted, found))
 
 
-def test_saved_twice_it_is_the_same_files_but_for_times(tmp_path):
+def test_saved_twice_it_is_same_files_but_for_times(tmp_path):
     model = compiled("bert")
     model.save(tmp_path / "one")
     lissom.load(tmp_path / "one").save(tmp_path / "two")
@@ -170,7 +170,7 @@ def test_saved_twice_it_is_the_same_files_but_for_times(tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_a_loaded_model_may_be_saved_over_what_it_was_loaded_from(tmp_path):
+def test_loaded_model_may_overwrite_its_own_artifact(tmp_path):
     again = reloaded(compiled("llama"), tmp_path / "artifact")
     again.save(tmp_path / "artifact")
     assert lissom.load(tmp_path / "artifact").program.text() == again.program.text()
@@ -217,7 +217,7 @@ def test_weights_are_mapped_and_not_copied(tmp_path):
         assert tensor.nbytes % 64 or any(low <= tensor.data_ptr() < high for low, high in spans)
 
 
-def test_a_call_that_does_not_fit_is_refused_as_before(tmp_path):
+def test_call_that_does_not_fit_is_refused_as_before(tmp_path):
     again = reloaded(compiled("bert"), tmp_path / "artifact")
     with pytest.raises(InputError, match="argument 'input_ids' is missing"):
         again()
@@ -266,7 +266,7 @@ def test_sizes_that_depend_on_values_come_back(tmp_path):
     assert str(typed_anew.shape[0]) not in {str(size) for size in nodes.tensor_type(index).shape}
 
 
-def test_an_operator_an_artifact_cannot_call_is_refused_when_saving(tmp_path):
+def test_operator_artifact_cannot_call_is_refused_when_saving(tmp_path):
     library = torch.library.Library("lissom_tests", "FRAGMENT")
     library.define("twice(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
     library.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
@@ -294,7 +294,7 @@ def test_what_a_backend_cannot_save_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(bool(load_kernels()), reason="needs the C++ kernels")
-def test_without_kernels_a_lowered_model_runs_and_says_that_it_is_slow(lowered, tmp_path):
+def test_lowered_model_runs_slowly_without_kernels_and_says_so(lowered, tmp_path):
     case = tiny_bert()
     lowered.save(tmp_path / "artifact")
     wanted = lowered(**case.kwargs).last_hidden_state

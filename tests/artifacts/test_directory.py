@@ -108,7 +108,7 @@ def test_every_file_of_an_onnx_artifact_is_needed(runtimes, damage):
 
 
 @pytest.mark.parametrize("place", [0, 1, 8, 0.2, 0.5, 0.8, -1])
-def test_a_changed_byte_in_any_file_of_an_onnx_artifact_is_noticed(runtimes, place):
+def test_changed_byte_in_any_onnx_artifact_file_is_noticed(runtimes, place):
     def damage(path: Path) -> None:
         whole = bytearray(path.read_bytes())
         whole[int(place * len(whole)) if isinstance(place, float) else place] ^= 1
@@ -205,14 +205,14 @@ def test_a_name_that_leads_out_is_refused(saved, name):
     )
 
 
-def test_a_folder_in_the_place_of_a_file_is_refused(saved):
+def test_folder_in_place_of_file_is_refused(saved):
     (saved / "steps.json").unlink()
     (saved / "steps.json").mkdir()
     expected = "'DIR/steps.json' is not a regular file; an artifact holds regular files only: copy the file itself"
     assert refusal(saved) == expected
 
 
-def test_an_artifact_for_cuda_is_refused_where_there_is_none(saved, monkeypatch):
+def test_artifact_for_cuda_is_refused_where_there_is_none(saved, monkeypatch):
     rewrite(saved, device="cuda:0")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert refusal(saved) == (
@@ -347,7 +347,7 @@ def test_an_interrupt_between_the_renames_leaves_the_old_one(saved, at, monkeypa
     assert [path.name for path in saved.parent.iterdir()] == ["artifact"]
 
 
-def test_a_process_killed_while_it_saves_leaves_an_artifact_that_loads(saved):
+def test_process_killed_while_it_saves_leaves_artifact_that_loads(saved):
     script = f"""
 import lissom
 model = lissom.load({str(saved)!r})

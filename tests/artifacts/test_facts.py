@@ -7,7 +7,7 @@ from lissom.artifacts.facts import Facts
 from lissom.errors import ArtifactError
 
 
-def test_a_configuration_no_library_knows_is_read_as_a_plain_one():
+def test_configuration_no_library_knows_is_read_as_plain_one():
     facts = Facts.from_json({"config": {"model_type": "of my own", "width": 3}, "main_input": "x", "modalities": ["text"]})
     assert type(facts.make_config()) is transformers.PretrainedConfig
     assert facts.make_config().width == 3

@@ -57,7 +57,7 @@ def test_a_keyword_is_no_code(saved, tmp_path, target):
     assert not ran.exists()
 
 
-def test_a_call_without_the_type_of_its_tensor_is_refused(saved):
+def test_call_without_type_of_its_tensor_is_refused(saved):
     change(saved, lambda program: node(program, LINEAR).pop("type"))
     assert "has not the type of a tensor, which its operator yields" in refusal(saved)
 
@@ -75,7 +75,7 @@ def test_the_name_of_the_program_is_no_code(saved, name, capsys):
 @pytest.mark.parametrize(
     "name", ['a") or print("', "a\\", "__class__.forward", "forward", "a.training", "a..b", "graph.x", "a\n"]
 )
-def test_the_name_of_a_weight_is_no_code_and_no_attribute(saved, name):
+def test_name_of_weight_is_no_code_and_no_attribute(saved, name):
     def edit(program):
         old = next(item for item in program["nodes"] if item["op"] == "get_attr")["target"]
         program["weights"][name] = program["weights"].pop(old)
@@ -88,7 +88,7 @@ def test_the_name_of_a_weight_is_no_code_and_no_attribute(saved, name):
     assert torch.fx.GraphModule.forward is not None and not isinstance(nn.Module.forward, torch.Tensor)
 
 
-def test_source_that_torch_fx_makes_of_a_name_reads_the_weight(saved):
+def test_source_that_torch_fx_makes_of_name_reads_weight(saved):
     """Any other printable name is in quotes there, and is no code."""
     old = next(item for item in json.loads((saved / "program.json").read_text())["nodes"] if item["op"] == "get_attr")["target"]
     name = "{print(1)} f(x); #[0]"
@@ -342,7 +342,7 @@ def test_the_number_of_ranks_is_bounded(saved, world_size, said):
 
 
 @pytest.mark.parametrize("name", ["program.json", "weights.safetensors", "steps.json"])
-def test_a_file_exchanged_while_an_artifact_is_loaded_is_refused(saved, name, monkeypatch):
+def test_file_exchanged_while_artifact_is_loaded_is_refused(saved, name, monkeypatch):
     """What is used is what is checked, and not what had the name before."""
     real = lissom.artifacts.artifact.find_saved_backend
 

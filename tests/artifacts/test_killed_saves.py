@@ -18,7 +18,7 @@ from tests.support.saving import compiled
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", "decoder"])
-def test_a_save_that_is_stopped_leaves_the_old_or_the_new(kind):
+def test_save_that_is_stopped_leaves_old_or_new(kind):
     command = [sys.executable, "-m", "tests.support.killing", kind, "--signal", "SIGKILL", "--signal", "SIGINT"]
     command += ["--count", "100"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -92,7 +92,7 @@ def test_what_another_process_writes_just_now_stays(tmp_path):
     assert not fresh.exists()
 
 
-def test_without_an_artifact_in_its_place_the_one_set_aside_stays(tmp_path):
+def test_without_artifact_in_its_place_one_set_aside_stays(tmp_path):
     """Where names cannot be exchanged, a process may be killed between two renames."""
     target = tmp_path / "artifact"
     compiled("tied").save(target)

@@ -63,7 +63,7 @@ def set_options(path: Path, **changes: object) -> None:
     rewrite(path, options=dict(read_manifest(path / NAME).options) | changes)
 
 
-def test_a_compiled_library_is_loaded_only_when_it_is_allowed(forged, monkeypatch):
+def test_compiled_library_is_loaded_only_when_it_is_allowed(forged, monkeypatch):
     opened = []
     monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda *args, **kwargs: opened.append(args))
     assert refusal(forged) == PACKAGED

@@ -44,7 +44,7 @@ def test_a_nesting_comes_back(tree):
     assert decode_nesting(encode_nesting(spec, "it")) == spec
 
 
-def test_a_named_tuple_comes_back_as_one_of_that_name():
+def test_named_tuple_comes_back_as_one_of_that_name():
     found = again(Pair(1, [2, 3]), [1, 2, 3])
     assert found == (1, [2, 3])
     assert (type(found).__name__, found.left, found.right) == ("Pair", 1, [2, 3])
@@ -68,11 +68,11 @@ class Answer(ModelOutput):
     extra: object = None
 
 
-def test_an_output_defined_by_a_model_is_found_where_its_module_is_loaded():
+def test_output_class_of_model_is_found_in_loaded_module():
     assert type(again(Answer(score=1), [1])) is Answer
 
 
-def test_an_output_whose_module_is_not_loaded_is_made_anew():
+def test_output_whose_module_is_not_loaded_is_made_anew():
     data = {"output": "Answer", "module": "a.model.nobody.has", "fields": ["score", "extra"], "items": [["score", "*"]]}
     found = pytree.tree_unflatten([1], decode_nesting(data))
     assert isinstance(found, ModelOutput)

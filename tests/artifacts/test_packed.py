@@ -83,7 +83,7 @@ def test_only_files_of_the_manifest_are_copied(linked, change, said):
         load_linked(linked, lissom.load)
 
 
-def test_a_copy_that_does_not_fit_on_the_disk_is_refused(linked, tmp_path, monkeypatch):
+def test_copy_that_does_not_fit_on_disk_is_refused(linked, tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError("no hard links here")
 
@@ -160,7 +160,7 @@ def test_a_file_without_an_end_is_refused(tmp_path):
         load_packed(tmp_path / "model.lissom", lissom.load)
 
 
-def test_a_packed_model_that_does_not_fit_on_the_disk_is_refused(tmp_path, monkeypatch):
+def test_packed_model_too_large_for_disk_is_refused(tmp_path, monkeypatch):
     pack(compiled("feed_forward").save, tmp_path / "model.lissom")
     assert load_packed(tmp_path / "model.lissom", lissom.load).program.name == "FeedForward"
     usage = shutil.disk_usage(tmp_path)._replace(free=100)

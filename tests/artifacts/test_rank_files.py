@@ -23,7 +23,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("world_size", [10**9, 1, 0, -3, True, 2.5, "2", None])
-def test_a_manifest_for_an_impossible_number_of_ranks_is_refused(world_size: object, saved: Path, tmp_path: Path) -> None:
+def test_manifest_for_impossible_number_of_ranks_is_refused(world_size: object, saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "model")
     manifest = read_manifest(saved / NAME)
     write_manifest(replace(manifest, options={**manifest.options, "world_size": world_size}), tmp_path / "model" / NAME)
@@ -32,7 +32,7 @@ def test_a_manifest_for_an_impossible_number_of_ranks_is_refused(world_size: obj
 
 
 @pytest.mark.multiprocess
-def test_a_manifest_that_names_no_weights_of_a_rank_is_refused(saved: Path, tmp_path: Path) -> None:
+def test_manifest_that_names_no_weights_of_rank_is_refused(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "model")
     manifest = read_manifest(saved / NAME)
     files = {name: content for name, content in manifest.files.items() if name != "rank-1.safetensors"}

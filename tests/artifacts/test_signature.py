@@ -63,7 +63,7 @@ def refusal(path: Path, *keys: Path) -> str:
     return str(caught.value).replace(str(path), "DIR")
 
 
-def test_a_signed_artifact_loads_with_the_key_of_who_signed_it(signed, keys):
+def test_signed_artifact_loads_with_key_of_who_signed_it(signed, keys):
     _, public, other = keys
     for trusted in ([public], [other, public], [str(public)]):
         assert lissom.load(signed, trusted_keys=trusted).backend == "eager"

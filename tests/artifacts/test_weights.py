@@ -61,7 +61,7 @@ def _saved(model, tmp_path):
     return tmp_path / "saved" / WEIGHTS
 
 
-def test_a_transposed_weight_is_the_same_memory_as_its_original(tmp_path):
+def test_transposed_weight_is_same_memory_as_its_original(tmp_path):
     weight = normal(4, 5)
     wanted, found, stored = check(tmp_path, a=weight, b=weight.T)
     assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == {"a": (4, 5)}
@@ -161,7 +161,7 @@ def bits_of(tensor: torch.Tensor) -> bytes:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8], ids=str)
-def test_a_weight_with_many_zeros_takes_less_and_comes_back_bit_for_bit(tmp_path, dtype):
+def test_weight_with_many_zeros_is_stored_smaller_and_exact(tmp_path, dtype):
     weight = pruned(96, 71, keep=0.25).mul(30).to(dtype)
     wanted, found, stored = check(tmp_path, a=nn.Parameter(weight, requires_grad=False))
     assert sorted(stored) == ["a:nonzero", "a:values"]
@@ -235,7 +235,7 @@ def test_a_compressed_weight_that_does_not_fit_is_refused(tmp_path, entry, messa
     assert str(refusal.value) == message
 
 
-def test_weights_read_into_memory_do_not_depend_on_the_file(tmp_path):
+def test_weights_read_into_memory_do_not_depend_on_file(tmp_path):
     model = compiled("bert")
     model.save(tmp_path / "artifact")
     again = lissom.load(tmp_path / "artifact", map_weights=False)

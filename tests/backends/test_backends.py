@@ -52,7 +52,7 @@ class Cancelling(nn.Module):
         return (x + 3e4) - 3e4, (x + 2e4) - 2e4
 
 
-def test_a_wider_dtype_is_run_once_a_sample_however_many_outputs_differ(monkeypatch):
+def test_wider_dtype_runs_once_per_sample(monkeypatch):
     found = capture(Cancelling(), (normal(2, 3),))
     runs = []
     monkeypatch.setattr(

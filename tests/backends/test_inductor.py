@@ -42,7 +42,7 @@ def test_inputs_may_lie_in_any_order(built):
     torch.testing.assert_close(package([x])[0], found.program.run([x])[0], rtol=1e-5, atol=1e-6)
 
 
-def test_the_package_is_a_file_and_nothing_else_is_kept(built):
+def test_package_is_file_and_nothing_else_is_kept(built):
     _, package = built
     assert package.path.suffix == ".pt2"
     assert [path.name for path in package.path.parent.iterdir()] == [package.path.name]
@@ -123,7 +123,7 @@ def test_inductor_compiles_every_model(name):
 
 
 @pytest.mark.slow
-def test_a_call_that_leads_out_of_a_table_names_the_table():
+def test_call_that_leads_out_of_table_names_table():
     case = tiny_gpt2()
     fast = lissom.compile(case.model, case.inputs, backend="inductor")
     ids = torch.full((2, 5), 1000)

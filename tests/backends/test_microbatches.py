@@ -97,7 +97,7 @@ def test_what_is_hardly_faster_in_pieces_stays_whole(monkeypatch, milliseconds):
     assert fastest_cutting(plainly(found.program), found.program, found.example, 0.1) is None
 
 
-def test_rows_that_turn_out_to_depend_on_each_other_stay_together(monkeypatch):
+def test_rows_found_to_depend_on_each_other_stay_together(monkeypatch):
     clock(monkeypatch, lambda rows: rows * (1 if rows <= 16 else 2))
     found = capture(seeded(Ranked), (normal(3, 5),), dynamic={"x": {0: "batch"}})
     assert batch_inputs(found.program) == (0,)

@@ -80,7 +80,7 @@ def test_a_table_of_embeddings_needs_no_kernel():
     assert simulated_layers(program) == []
 
 
-def test_the_refusal_names_layer_format_reason_and_what_to_do():
+def test_refusal_names_layer_format_reason_and_what_to_do():
     layers = [SimulatedLayer("linear", "encoder.up", "fp8 weights", "products of fp8 need a CUDA device")]
     with pytest.raises(UnsupportedError) as caught:
         refuse("eager", layers, 3)

@@ -52,14 +52,14 @@ def errors(wanted, found, calls) -> float:
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("consecutive", [True, False])
-def test_a_prompt_and_tokens_behind_it_are_as_on_eager(batch, consecutive):
+def test_prompt_and_tokens_behind_it_are_as_on_eager(batch, consecutive):
     found, fast = decoder(batch, consecutive=consecutive), decoder_session(batch, consecutive)
     with restored_state(fast):
         eager = BACKENDS["eager"].build(found.program, found.example)
         assert errors(eager, fast, generation(batch, consecutive=consecutive)) < TOLERANCE
 
 
-def test_it_starts_where_the_program_is_and_leaves_that_alone(built):
+def test_it_starts_where_program_is_and_leaves_that_alone(built):
     found, executable = built
     assert list(state_of(executable)) == list(found.program.state)
     for name, tensor in state_of(executable).items():
@@ -102,7 +102,7 @@ def test_checking_what_was_built_leaves_its_state(fresh):
     assert all(torch.equal(tensor, kept[name]) for name, tensor in state_of(executable).items())
 
 
-def test_a_call_past_the_last_place_is_refused_and_one_before_the_first(built):
+def test_calls_outside_the_cache_are_refused(built):
     for start in (PLACES - 1, -1):
         sample = call_of(0, 2)
         sample[3] = torch.tensor([start])
@@ -116,7 +116,7 @@ def test_what_has_no_state_says_so():
         assert state_of(backend.build(found.program, found.example)) == {}
 
 
-def test_a_cache_is_one_memory_before_and_after_a_call():
+def test_cache_is_one_memory_before_and_after_call():
     fast = decoder_session()
     places = {name: tensor.data_ptr() for name, tensor in fast.state().items()}
     for memory in fast._memories.values():
@@ -129,7 +129,7 @@ def test_a_cache_is_one_memory_before_and_after_a_call():
     assert names[:5] == ["input_ids", "attention_mask", "position_ids", "start", "past_layers_0_keys"]
 
 
-def test_what_is_not_known_to_write_in_place_has_two_memories():
+def test_unknown_in_place_writes_get_two_buffers():
     found = capture_of("counter")
     fast = BACKENDS["onnxruntime"].build(found.program, found.example)
     first = fast.state()["seen"]
@@ -152,7 +152,7 @@ class Returning(nn.Module):
         return old, self.last.clone()
 
 
-def test_state_may_be_returned_and_read_before_it_is_written():
+def test_state_may_be_returned_before_it_is_written():
     inputs = (normal(1, 3), torch.tensor([1]))
     eager, fast = (lissom.compile(seeded(Returning), inputs, backend=backend) for backend in BACKENDS.values())
     for seed in range(3):

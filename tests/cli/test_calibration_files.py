@@ -136,7 +136,7 @@ def test_a_metric_may_be_a_function_of_a_module(tmp_path: Path, source: Source, 
 
 
 @pytest.mark.slow
-def test_the_command_line_calibrates_measures_and_stops_at_the_budget(texts: Path, directory) -> None:  # noqa: F811
+def test_command_line_calibrates_measures_and_stops_at_budget(texts: Path, directory) -> None:  # noqa: F811
     runner = CliRunner()
     command = ["compile", str(directory), "--data", str(texts), "--metric", "cosine", "--passes"]
     shown = runner.invoke(app, [*command, "quantize{scheme=int8-static}", "--max-drop", "0.5"])

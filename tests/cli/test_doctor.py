@@ -20,7 +20,7 @@ def test_what_is_there_is_listed_plainly():
     assert "\x1b" not in found.stdout and all(line == line.rstrip() for line in found.stdout.splitlines())
 
 
-def test_an_instruction_set_that_is_not_there_is_an_error(monkeypatch):
+def test_instruction_set_that_is_not_there_is_error(monkeypatch):
     from lissom.ops import native
 
     monkeypatch.setenv(instruction_sets.SWITCH, "sparc")
@@ -44,7 +44,7 @@ def test_requirements_are_read(text, found):
     assert parse_requirement(text) == found
 
 
-def test_missing_and_old_packages_are_named_with_the_extras_that_include_them():
+def test_missing_and_old_packages_are_named_with_their_extras():
     texts = (
         'no-such-package>=1; extra == "sign"',
         'numpy>=99; extra == "demo"',

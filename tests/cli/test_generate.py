@@ -102,7 +102,7 @@ def test_generate_compiles_anew_what_is_damaged_or_changed(decoder, tmp_path, mo
     assert "is kept for the next time" in runner.invoke(app, arguments).stderr
 
 
-def test_generate_reads_the_weights_of_a_gguf_file_as_they_are(decoder, tmp_path, monkeypatch):
+def test_generate_reads_weights_of_gguf_file_as_they_are(decoder, tmp_path, monkeypatch):
     gguf_files, ways = pytest.importorskip("tests.support.gguf_files"), []
     if missing_weight_quantized_kernel(torch.float32, torch.device("cpu")) is not None:
         pytest.skip("no kernel for stored integers here")
@@ -139,7 +139,7 @@ def test_generate_trains_on_texts(decoder, tmp_path):
     assert "answer: 5 tokens" in runner.invoke(app, ["generate", decoder, "one two", *options]).stderr
 
 
-def test_generate_says_where_a_text_ends_that_was_to_be_longer(decoder, tmp_path):
+def test_generate_reports_text_that_ends_early(decoder, tmp_path):
     saved = str(tmp_path / "saved")
     runner.invoke(app, ["generate", decoder, "one two", "--max-new-tokens", "5", "--checks", "off", "--save", saved])
     # [CLS] one two [SEP], and an answer of five, of which the last is not read.

@@ -53,7 +53,7 @@ def test_the_version_is_printed():
     assert invoke("--version") == f"lissom {__version__}\n"
 
 
-def test_one_pass_is_shown_with_its_options_and_an_example():
+def test_one_pass_is_shown_with_its_options_and_example():
     shown = invoke("passes", "gptq")
     assert shown.startswith("gptq: ")
     assert "block_size" in shown and "128" in shown
@@ -116,7 +116,7 @@ def test_compile_takes_passes_checks_and_device(model):
     assert "form and types were checked after every step, numbers were not" in " ".join(shown.split())
 
 
-def test_a_scheme_without_a_kernel_is_compiled_where_it_is_asked_to_be_simulated(model):
+def test_scheme_without_kernel_compiles_with_simulate(model):
     arguments = ("compile", model, "--passes", "quantize{scheme=fp8}", "--checks", "structural")
     refused = runner.invoke(app, arguments)
     assert isinstance(refused.exception, UnsupportedError)
@@ -198,7 +198,7 @@ def test_bench_profiles_by_site_and_operator(model, tmp_path, monkeypatch):
         (["--seconds", "-1"], "be greater than or equal to 0"),
     ],
 )
-def test_options_of_bench_that_do_not_fit_are_exit_status_2(arguments, message):
+def test_bench_options_that_do_not_fit_exit_with_2(arguments, message):
     result = runner.invoke(app, ["bench", "minlm", *arguments])
     assert result.exit_code == 2
     assert message in result.output
@@ -260,7 +260,7 @@ def test_a_mistyped_pass_is_pointed_at(model):
     assert "Traceback" not in result.stderr
 
 
-def test_an_unknown_option_of_the_command_line_is_exit_status_2():
+def test_unknown_option_of_command_line_is_exit_status_2():
     result = runner.invoke(app, ["compile", "--zebra"])
     assert result.exit_code == 2
 
@@ -296,7 +296,7 @@ def test_show_writes_a_page(model, tmp_path):
     assert "remove-no-ops" in (tmp_path / "a.html").read_text()
 
 
-def test_show_prints_what_every_site_costs_with_the_roof_once_measured(model, tmp_path, monkeypatch):
+def test_show_prints_site_costs_with_the_measured_roof(model, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shown = invoke("show", model, "--cost", "--batch", "3", "--sequence", "6")
     assert shown.startswith("BertModel, batch 3, sequence 6")

@@ -36,7 +36,7 @@ def test_compile_saves(directory, tmp_path):  # noqa: F811
     assert lissom.load(tmp_path / "artifact").program.name == "BertModel"
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_read(tmp_path):
+def test_unwritable_place_is_refused_before_the_model_is_read(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
     error = failure("compile", "no-such-model", "--save", tmp_path / "mine")
@@ -78,7 +78,7 @@ def test_bench_times_what_is_saved(saved):
 @pytest.mark.parametrize(
     "arguments", [("show", "--passes", "remove-no-ops"), ("bench", "--engines", "eager"), ("bench", "--profile")]
 )
-def test_options_that_need_the_model_do_not_go_with_an_artifact(saved, arguments):
+def test_options_that_need_model_do_not_go_with_artifact(saved, arguments):
     result = runner.invoke(app, [arguments[0], str(saved), *arguments[1:]], env={"COLUMNS": "300"})
     assert result.exit_code == 2
     assert "saved" in result.output

@@ -67,6 +67,6 @@ def test_bad_values_are_refused(arrays, tmp_path):
         run("--show", tmp_path)
 
 
-def test_a_picture_that_cannot_be_drawn_is_refused_before_the_search(arrays, tmp_path):
+def test_picture_that_cannot_be_drawn_is_refused_before_search(arrays, tmp_path):
     with pytest.raises(UnsupportedError, match="'frontier' ends in no format of a picture; give one of"):
         run("minilm", "--data", arrays, "--plot", tmp_path / "frontier")

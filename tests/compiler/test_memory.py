@@ -45,7 +45,7 @@ def huge_bytes(tensor: torch.Tensor) -> int:
     return found
 
 
-def test_a_large_tensor_lies_in_huge_pages_and_keeps_its_values():
+def test_large_tensor_in_huge_pages_keeps_its_values():
     x = torch.arange(16 * MIB // 4, dtype=torch.int32)
     place = x.data_ptr()
     use_huge_pages([x, x[5:], x])
@@ -66,7 +66,7 @@ def test_no_memory_is_taken_for_a_little():
     assert huge_bytes(whole) >= 60 * MIB
 
 
-def test_a_system_that_must_not_use_them_is_not_asked(monkeypatch):
+def test_system_that_must_not_use_them_is_not_asked(monkeypatch):
     monkeypatch.setattr(memory, "_huge_page_bytes", lambda: 0)
     x = torch.zeros(16 * MIB, dtype=torch.uint8)
     before = huge_bytes(x)
@@ -75,7 +75,7 @@ def test_a_system_that_must_not_use_them_is_not_asked(monkeypatch):
 
 
 @pytest.mark.parametrize(("size", "count"), [(2048, 2), (256, 40)], ids=["large", "small"])
-def test_the_weights_of_a_compiled_model_lie_in_huge_pages(size: int, count: int):
+def test_weights_of_compiled_model_lie_in_huge_pages(size: int, count: int):
     model = nn.Sequential(*(nn.Linear(size, size) for _ in range(count))).eval()
     compiled = lissom.compile(model, normal(3, size), checks="off")
     give_back_memory()

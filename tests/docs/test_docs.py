@@ -31,7 +31,7 @@ def test_code_runs_and_outputs_are_current(path):
     assert problem is None, problem.text
 
 
-def test_every_pass_has_a_page_and_every_page_a_pass():
+def test_every_pass_has_page_and_every_page_pass():
     assert generate.stray_pages() == []
 
 
@@ -54,7 +54,7 @@ def test_check_names_a_page_whose_picture_is_stale(tmp_path, monkeypatch):
     assert problem is not None and "raise-rms-norm.md is out of date" in problem.text and "<svg" in problem.text
 
 
-def test_outputs_made_with_other_versions_may_differ_and_nothing_else(tmp_path, monkeypatch, capsys):
+def test_outputs_of_other_versions_may_differ_and_nothing_else(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generate, "ROOT", tmp_path)
     monkeypatch.setattr(generate, "made_with_these_versions", lambda: False)
     monkeypatch.setattr(generate, "_passes_tables", lambda: "a table\n")
@@ -66,7 +66,7 @@ def test_outputs_made_with_other_versions_may_differ_and_nothing_else(tmp_path, 
     assert generate.main(["--check", str(document)]) == 1
 
 
-def test_blocks_share_a_namespace_and_outputs_do_not_move_lines():
+def test_blocks_share_namespace_and_outputs_do_not_move_lines():
     code = "```python\nx = 1\n```\n\n```python\nprint(x, (lambda: 0).__code__.co_firstlineno)\n```\n"
     text = f"{code}\n<!-- output -->\n```text\n```\n"
     once = blocks.fill(text, "shared")

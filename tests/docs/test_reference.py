@@ -86,7 +86,7 @@ def test_every_public_name_is_in_the_reference():
 
 
 @pytest.mark.parametrize("name", ["Optimized", "Tuned", "sites", "dynamo_reports", "compile_generation"])
-def test_classes_that_public_names_lead_to_are_in_the_reference(name):
+def test_classes_that_public_names_lead_to_are_in_reference(name):
     """Those in the annotations of a result's fields, or of what a function returns."""
     found = getattr(lissom, name)
     found = found if inspect.isclass(found) else inspect.unwrap(found)

@@ -48,7 +48,7 @@ def test_names_are_unique(benchmarks):
     assert len(names) == len(set(names))
 
 
-def test_the_survey_is_rated_by_the_best_row_that_keeps_the_quality(benchmarks):
+def test_survey_is_rated_by_best_row_that_keeps_quality(benchmarks):
     module, page = benchmarks
     rows = [
         row(module, saved=0.1, faster=1.3, kept=0.99),

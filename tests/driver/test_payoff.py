@@ -131,7 +131,7 @@ def test_what_serves_other_passes_is_kept(model: nn.Module) -> None:
     assert not torch.allclose(found(INPUTS), model(INPUTS))
 
 
-def test_exact_passes_behind_it_run_again_and_lossy_ones_go_with_it(model: nn.Module) -> None:
+def test_later_exact_passes_rerun_and_lossy_ones_revert_too(model: nn.Module) -> None:
     passes = [Halve(), Prepare(), *parse_pipeline("remove-no-ops", PASSES)]
     found = lissom.compile(model, INPUTS, passes=passes)
     torch.testing.assert_close(found(INPUTS), model(INPUTS))
@@ -141,7 +141,7 @@ def test_exact_passes_behind_it_run_again_and_lossy_ones_go_with_it(model: nn.Mo
     assert [step.index for step in found.report.history.steps] == list(range(len(steps)))
 
 
-def test_a_pass_is_judged_before_it_is_trained_for_minutes(model: nn.Module) -> None:
+def test_pass_is_judged_before_it_is_trained_for_minutes(model: nn.Module) -> None:
     data = [torch.randn(8, 64) for _ in range(4)]
     passes = [Halve(), *parse_pipeline("distill{steps=3}", PASSES)]
     found = lissom.compile(model, INPUTS, passes=passes, data=data)
@@ -161,7 +161,7 @@ def test_each_is_judged_by_itself(model: nn.Module) -> None:
     assert all(weight.dtype == torch.bfloat16 for weight in found.program.weights().values())
 
 
-def test_a_decoder_is_timed_on_a_step_and_on_a_prefill_and_keeps_its_cache_empty() -> None:
+def test_decoder_is_timed_on_step_and_prefill_cache_empty() -> None:
     found = lissom.compile_generation(decoder("llama"), max_length=32, passes="cast{dtype=bf16}", goal="memory")
     (note,) = [note for note in step_of(found.compiled, "cast").notes if "x the time" in note]
     assert "on [1, 1], [1, 32], [1]" in note and "on [1, 32], [1]" in note

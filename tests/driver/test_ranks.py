@@ -36,7 +36,7 @@ def test_settings_that_do_not_fit():
 
 
 @pytest.mark.multiprocess
-def test_what_one_rank_refuses_before_it_starts_is_refused_by_all_at_once(tmp_path: Path):
+def test_early_refusal_on_one_rank_is_refused_by_all(tmp_path: Path):
     script = """
     join()
     backend = lissom.Distributed(timeout_seconds=20)

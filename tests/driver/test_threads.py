@@ -189,7 +189,7 @@ class Locked(nn.Module):
         return self.linear(x)
 
 
-def test_a_model_that_cannot_be_copied_is_compiled_and_left_in_its_mode() -> None:
+def test_uncopyable_model_is_compiled_and_keeps_its_mode() -> None:
     model = Locked().train()
     assert with_own_modules(model) is model
     torch.testing.assert_close(lissom.compile(model, X)(X), model(X))

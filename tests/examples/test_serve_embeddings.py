@@ -220,7 +220,7 @@ def test_open_requests_are_bounded(example, model):
     assert set(statuses) == {200, 503}
 
 
-def test_what_was_accepted_is_answered_after_the_server_is_told_to_stop(example, model):
+def test_accepted_requests_are_answered_after_server_stop(example, model):
     with running(example, slow(example, model, 0.05), example.Limits(batch_tokens=16)) as server:
         port = server.config.port
         with ThreadPoolExecutor(8) as clients:

@@ -115,7 +115,7 @@ class Narrow(transformers.BertForSequenceClassification):
         self.width = width
 
 
-def test_a_model_that_cannot_be_made_from_its_configuration_is_refused(tmp_path):
+def test_model_not_constructible_from_configuration_is_refused(tmp_path):
     narrow = seeded(lambda: Narrow(bert().config, 3))
     cases = ((Wrapped().eval(), "was not captured from a transformers"), (narrow, "cannot be made from its configuration"))
     for model, sentence in cases:

@@ -73,7 +73,7 @@ def test_a_folder_holds_files_configuration_and_card(bert):
     assert "| `onnx/model.onnx` |" in card and "| 1.00000 |" in card and "Operators are standard ONNX" in card
 
 
-def test_a_file_holds_the_names_of_labels_and_the_tokenizer(minilm: Checkpoint, tmp_path):
+def test_file_holds_names_of_labels_and_tokenizer(minilm: Checkpoint, tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     config = BertConfig(vocab_size=len(minilm.tokenizer), id2label={0: "cooking", 1: "astronomy"}, **sizes)
     model = BertForSequenceClassification(config).eval()
@@ -105,7 +105,7 @@ def test_a_file_gives_the_models_answers_at_other_sizes(bert):
             assert relative_error(left, right) < CLOSE
 
 
-def test_a_quantized_file_gives_the_answers_of_the_compiled_quantized_model(bert):
+def test_quantized_file_gives_answers_of_compiled_quantized_model(bert):
     compiled = compiled_bert("quantize{scheme=int8-dynamic,activations=tensor}")
     inputs = dict(tiny_bert().inputs)
     wanted = pytree.tree_leaves(compiled(**inputs))
@@ -194,7 +194,7 @@ def test_transformers_js_gives_the_same_hidden_states(minilm: Checkpoint, export
 @pytest.mark.multiprocess
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium (Debian: apt-get install chromium)")
 @DTYPES
-def test_a_page_in_a_browser_gives_the_same_hidden_states(minilm: Checkpoint, exported_minilm, tmp_path, dtype, cosine):
+def test_page_in_browser_gives_same_hidden_states(minilm: Checkpoint, exported_minilm, tmp_path, dtype, cosine):
     check_answer(minilm, answer_of_page(packages_of_npm(), exported_minilm, dtype, tmp_path), dtype, cosine)
 
 

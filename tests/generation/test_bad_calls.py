@@ -162,7 +162,7 @@ def test_compile_generation(refusal: Refusal) -> None:
     check(refusal)
 
 
-def test_a_mask_does_not_outlive_a_step_that_is_refused() -> None:
+def test_mask_does_not_outlive_step_that_is_refused() -> None:
     wanted = step()
     compiled().reset()
     wrong = torch.tensor([[5, 99, 7]])

@@ -103,7 +103,7 @@ def test_every_damaged_file_is_refused(saved, damage):
     assert lissom.load_generation(saved).length == 0
 
 
-def test_what_was_saved_without_hashes_is_refused_with_what_to_do(saved, tmp_path):
+def test_decoder_saved_without_hashes_is_refused_with_remedy(saved, tmp_path):
     former = tmp_path / "former"
     (former / "program").mkdir(parents=True)
     compiled("tied").save(former / "program")
@@ -153,7 +153,7 @@ def test_a_save_that_fails_leaves_what_was_there(fast, tokenizer, saved, place, 
     assert was is None or contents(saved) == was
 
 
-def test_a_tokenizer_that_cannot_be_saved_leaves_what_was_there(fast, saved, monkeypatch):
+def test_tokenizer_that_cannot_be_saved_leaves_what_was_there(fast, saved, monkeypatch):
     class Broken(PreTrainedTokenizerFast):
         def save_pretrained(self, *_: object, **__: object) -> None:
             raise OSError(28, "No space left on device")

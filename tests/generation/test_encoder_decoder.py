@@ -72,7 +72,7 @@ def test_a_loop_of_ones_own() -> None:
     assert torch.allclose(found.logits[0, -1], wanted[0, 3], **CLOSE)
 
 
-def test_a_call_with_the_cache_goes_on_where_it_was() -> None:
+def test_call_with_cache_goes_on_where_it_was() -> None:
     """The encoder's inputs may be given again: the text of the decoder stays."""
     bart, fast = model(BART), compiled(BART)
     inputs, tokens = source(BART, 2, 9), torch.tensor([[0, 8, 5], [0, 6, 7]])

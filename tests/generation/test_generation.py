@@ -185,7 +185,7 @@ def test_steps_with_padding_and_in_another_order(backend: str) -> None:
 
 
 @every_backend
-def test_ids_of_32_bits_are_read_as_those_of_64(backend: str) -> None:
+def test_int32_ids_are_read_like_int64_ids(backend: str) -> None:
     _, fast = compiled(batch=2, backend=backend)
     ids = prompt(2)["input_ids"]
     fast.reset()
@@ -203,7 +203,7 @@ def test_a_double_precision_model_gives_its_own_tokens() -> None:
 
 
 @every_backend
-def test_a_decoder_that_is_full_says_so_and_goes_on_when_cropped(backend: str) -> None:
+def test_full_decoder_says_so_and_continues_when_cropped(backend: str) -> None:
     model, fast = compiled(batch=2, backend=backend)
     ids = prompt(2, length=MAX_LENGTH)["input_ids"]
     fast.reset()
@@ -326,7 +326,7 @@ def test_lossy_passes_calibrate_on_texts_and_are_scored() -> None:
 
 
 @pytest.mark.parametrize("name", all_but_slow(["llama", "gemma3", "gpt2", "qwen2", "mistral"], "llama"))
-def test_attention_over_a_cache_as_one_operator_gives_the_same_tokens(name: str) -> None:
+def test_attention_over_cache_as_one_operator_gives_same_tokens(name: str) -> None:
     """The form of ONNX Runtime that is chosen where it is faster, which for models as small it may not be."""
     pytest.importorskip("onnxruntime")
     from lissom.backends.onnx.export import export_onnx
@@ -376,7 +376,7 @@ def test_a_pipeline_of_transformers_generates_as_with_the_original() -> None:
         found(texts, max_new_tokens=40)
 
 
-def test_it_is_a_module_of_the_models_name_that_stays_as_it_is() -> None:
+def test_module_keeps_class_name_of_model() -> None:
     _, fast = compiled()
     assert type(fast).__name__ == "LlamaForCausalLM" and isinstance(fast, torch.nn.Module)
     assert fast.eval().to("cpu").float() is fast

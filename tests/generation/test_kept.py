@@ -52,7 +52,7 @@ def names(folder: Path) -> set[str]:
 
 
 @pytest.mark.slow
-def test_processes_that_remove_at_once_leave_the_last_ones_used(folder):
+def test_processes_that_remove_at_once_leave_last_ones_used(folder):
     processes = [ready_to_remove(folder) for _ in range(3)]
     for process in processes:
         assert process.stdin is not None
@@ -76,14 +76,14 @@ def test_a_decoder_used_meanwhile_is_not_removed(folder):
     assert names(folder) == {"0", "5"}
 
 
-def test_a_decoder_that_is_used_is_the_last_one_removed(folder):
+def test_decoder_that_is_used_is_last_one_removed(folder):
     assert kept.use(folder / "1")
     assert not kept.use(folder / "none")
     kept.forget_oldest(folder)
     assert names(folder) == {"1", "5"}
 
 
-def test_what_is_being_saved_is_not_counted_and_what_was_left_behind_goes(folder):
+def test_unfinished_saves_are_not_counted_and_leftovers_go(folder):
     (folder / "5").rename(folder / ".5.new")
     os.utime(folder / ".5.new")
     (folder / "4").rename(folder / ".4-removed-0")

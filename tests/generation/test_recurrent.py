@@ -13,7 +13,7 @@ from tests.support.decoders import decoder, prompt
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
-def test_the_state_of_a_recurrence_is_forgotten_and_reordered_but_not_cropped() -> None:
+def test_recurrent_state_is_reset_and_reordered_but_not_cropped() -> None:
     model, fast = compiled("qwen3_next", batch=2)
     ids = prompt(2)["input_ids"]
     fast.reset()

@@ -20,20 +20,20 @@ def test_every_pass_and_recipe_is_listed():
     assert all(len(line) <= 80 for line in text.splitlines())
 
 
-def test_every_pass_is_in_a_group_and_others_are_set_apart():
+def test_every_pass_is_in_a_group_others_apart():
     found = grouped(PASSES | {"many-options": ManyOptions})
     assert found.pop(OTHER) == {"many-options": ManyOptions}
     assert list(found) == [title for title in GROUPS if title in found]
     assert sorted(name for members in found.values() for name in members) == sorted(PASSES)
 
 
-def test_lossy_passes_come_first_in_their_group_and_are_marked():
+def test_lossy_passes_come_first_and_are_marked():
     assert next(iter(grouped(PASSES)["Quantization"])) == "quantize"
     text = plain(passes_table(PASSES, RECIPES))
     assert "prune-heads *" in text and "merge-equal-heads *" not in text
 
 
-def test_a_page_has_the_summary_the_options_and_an_example():
+def test_page_has_summary_options_and_example():
     shown = " ".join(plain(pass_page(PruneHeads)).split())
     assert shown.startswith(f"prune-heads: {first_line(PruneHeads)} lossy: outputs change")
     assert "requires that weights of linear layers are floating point" in shown
@@ -41,12 +41,12 @@ def test_a_page_has_the_summary_the_options_and_an_example():
     assert shown.endswith("Example: lissom compile minilm --passes 'prune-heads{keep=0.75}'")
 
 
-def test_a_page_of_a_pass_without_options_has_no_table():
+def test_page_of_pass_without_options_has_no_table():
     shown = plain(pass_page(PASSES["remove-no-ops"]))
     assert "exact: outputs stay equal" in shown and "default" not in shown
 
 
-def test_defaults_are_written_as_in_pipelines_and_meanings_go_over_several_lines():
+def test_defaults_are_pipeline_text_and_meanings_span_lines():
     rows = {name: (takes, default, meaning) for name, takes, default, meaning in option_rows(Shard)}
     assert rows["plan"][:2] == ("a list [a,b] of which each is a word", "[]")
     assert rows["sequence"][1] == "false"

@@ -5,17 +5,17 @@ from __future__ import annotations
 from lissom.inspect.folding import fold_rows
 
 
-def test_rows_that_differ_in_the_number_of_the_layer_are_one():
+def test_rows_that_differ_in_number_of_layer_are_one():
     rows = [("layers.0", "4 heads"), ("layers.1", "4 heads"), ("layers.2", "4 heads")]
     assert fold_rows(rows) == [("layers.0-2 ×3", "4 heads")]
 
 
-def test_rows_of_two_kinds_stay_two_in_the_order_they_first_appear():
+def test_rows_of_two_kinds_keep_their_first_order():
     rows = [(f"layers.{index}", "all" if index % 6 == 5 else "window") for index in range(12)]
     assert fold_rows(rows) == [("layers.0-4,6-10 ×10", "window"), ("layers.5,11 ×2", "all")]
 
 
-def test_rows_with_other_figures_and_other_names_stay_as_they_are():
+def test_rows_with_other_figures_or_names_stay():
     rows = [("1", "layers.0.up"), ("2", "layers.1.up"), ("1", "layers.2.down"), ("3", "norm")]
     assert fold_rows(rows, label=1) == rows
 

@@ -31,7 +31,7 @@ def test_there_are_eight_at_most_and_none_without_time():
     assert (empty.hot, empty.summary) == ((), "hot layers: none take 0 % of the time")
 
 
-def test_the_share_of_the_roofline_is_that_of_the_layers_together():
+def test_share_of_roofline_is_that_of_layers_together():
     assert roof_share([layer(4.0, 1.0), layer(1.0, 1.0)]) == pytest.approx(0.4)
     assert roof_share([layer(4.0, None)]) is None
     assert roof_share([layer(4.0, 0.0)]) is None

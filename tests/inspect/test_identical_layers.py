@@ -62,7 +62,7 @@ def test_layers_that_read_different_values_are_not_folded():
     assert groups(Stack([(1e-5, 16)] * 5, other=(1, 3))) == [("0", "2", "4"), ("1", "3")]
 
 
-def test_layers_that_read_the_layer_before_in_different_ways_are_not_folded():
+def test_layers_reading_the_previous_differently_are_not_folded():
     """Each layer reads the sum of the one before, and the fourth its product: values of one type."""
     text = ["program Model(x: f32[2]) {"]
     for layer in range(5):
@@ -117,7 +117,7 @@ def test_lines_give_their_text_back(minilm):
         assert "".join(piece + name for piece, name in zip(line.pieces, names, strict=True)) == item
 
 
-def test_layers_that_read_an_input_with_the_name_of_a_builtin():
+def test_layers_that_read_input_with_name_of_builtin():
     model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)))
     text = lissom.optimize(model, torch.randn(2, 8), checks="structural").program.text()
     assert "input:" in text.split("\n")[0] and "%input_1" in text

@@ -35,7 +35,7 @@ def test_operators_are_named_shortly_and_products_with_their_module():
     assert "linear in encoder.layer.*.attention.output.dense" in names
 
 
-def test_a_kernel_of_ours_has_its_instruction_set_and_numbers():
+def test_kernel_of_ours_has_its_instruction_set_and_numbers():
     (node,) = linear_program().nodes()
     found = kernel_of(node)
     assert found == Kernel("Lissom", "packed_linear", f"{instructions_for(torch.float32)}, float32")
@@ -100,7 +100,7 @@ def test_shapes_of_attentions_have_heads_and_tokens():
         assert [shape_of(node, sizes) for node in program.nodes()].count(expected) == case.model.config.num_hidden_layers
 
 
-def test_attention_without_padding_has_the_sizes_of_the_padded_texts():
+def test_attention_without_padding_has_sizes_of_padded_texts():
     program = compiled(seeded(Encoder), inputs(), passes="pack-tokens")
     (first, second) = program.nodes(ops.unpadded_attention)
     sizes = program.signature.sizes_of(list(inputs(3, 7)))

@@ -168,7 +168,7 @@ def test_other_shapes_and_integers_have_no_error():
 
 
 @pytest.mark.slow
-def test_the_model_may_be_given_and_must_be_the_same(case):
+def test_model_may_be_given_and_must_be_same(case):
     model, inputs = Attention().eval(), case[1]
     report = lissom.optimize(model, inputs, checks="structural", dynamic=False).report
     assert report.errors(model).nodes == report.measured_errors.nodes
@@ -183,7 +183,7 @@ def test_the_model_may_be_given_and_must_be_the_same(case):
         fixed.errors()
 
 
-def test_a_program_is_compared_with_the_program_it_was_made_of(case):
+def test_program_is_compared_with_program_it_was_made_of(case):
     first = optimized(case, "cast{dtype=bf16}").program
     report = lissom.optimize(first, case[1], checks="structural").report
     assert set(report.errors().nodes.values()) == {0.0}

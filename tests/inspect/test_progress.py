@@ -8,7 +8,7 @@ import pytest
 from lissom.inspect.progress import progress_bar
 
 
-def test_a_pipe_gets_one_line_per_stage_on_standard_error(capsys, monkeypatch):
+def test_pipe_gets_one_line_per_stage_on_standard_error(capsys, monkeypatch):
     clock = itertools.count(step=10.0)
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     with progress_bar("compile") as report:
@@ -19,7 +19,7 @@ def test_a_pipe_gets_one_line_per_stage_on_standard_error(capsys, monkeypatch):
     assert capsys.readouterr() == ("", "compile: capture\ncompile: quantize{scheme=[red]}\ncompile: build eager\n")
 
 
-def test_a_pipe_gets_no_line_for_stages_that_end_at_once(capsys, monkeypatch):
+def test_pipe_gets_no_line_for_instant_stages(capsys, monkeypatch):
     moments = iter([0.0, 0.0, 0.5, 1.0, 3.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(moments))
     with progress_bar("compile") as report:

@@ -73,7 +73,7 @@ def test_a_full_report_lists_every_step_with_its_seconds():
     assert "more step" not in str(Report("Model on eager", fixed()).full())
 
 
-def test_the_first_line_says_what_was_gained_and_lost_as_far_as_it_is_known():
+def test_first_line_gives_known_gains_and_losses():
     small = Size(9, 250_000, 1_000_000, 1_500_000_000)
     history = lossy(Step(3, "quantize", "approximation", 0.0, 0.0, small, 1, 1, 1, (), 0.0123, 0.9995, None))
     title = str(Report("Model", history, times_faster=(2.04, 2.81))).partition("\n\n")[0]
@@ -83,7 +83,7 @@ def test_the_first_line_says_what_was_gained_and_lost_as_far_as_it_is_known():
     assert "equal outputs" not in str(Report("Model", fixed("structural"))).partition("#")[0]
 
 
-def test_a_reverted_pass_is_listed_with_its_reason_and_the_figures_below():
+def test_reverted_pass_is_listed_with_reason_and_figures():
     reason = "neither faster nor smaller on eager: 2 ms and 4 MB with it, 1 ms and 4 MB without"
     history = lossy(Step(3, "low-rank{rank=8}", "approximation", 0.0, 0.0, AFTER, reverted=reason))
     shown = " ".join(str(Report("Model", history)).split())
@@ -98,7 +98,7 @@ def test_a_lossy_pass_that_found_nothing_is_listed():
     assert "cast nothing to do" in " ".join(str(Report("Model", history)).split())
 
 
-def test_a_pass_that_was_asked_for_and_could_do_nothing_is_listed_with_its_reason():
+def test_requested_pass_without_effect_is_listed_with_reason():
     history = fixed()
     history.pipeline = "some-pass,pack-tokens"
     for index, spelling in enumerate(("pack-tokens", "fuse-attention"), 3):
@@ -124,7 +124,7 @@ def test_a_note_names_its_pass():
     assert "\ncast: kept 2 values in float32\n" in str(Report("Model", history))
 
 
-def test_options_that_are_too_long_for_a_row_are_left_out():
+def test_options_too_long_for_a_row_are_omitted():
     spelling = "quantize{scheme=int8,skip=[one,two],observer=percentile,share=0.999}"
     shown = str(Report("Model", lossy(Step(3, spelling, "approximation", 0.0, 0.0, AFTER))))
     assert " quantize{scheme=int8,…} " in shown
@@ -142,7 +142,7 @@ def test_a_report_fits_80_columns_and_is_not_padded():
         assert all(line == line.rstrip() for line in written)
 
 
-def test_a_pipe_gets_plain_text_and_a_terminal_gets_a_table(capsys, monkeypatch):
+def test_pipe_gets_plain_text_and_terminal_gets_table(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     report = Report("Model on eager", fixed())
     show(report, report)
@@ -153,7 +153,7 @@ def test_a_pipe_gets_plain_text_and_a_terminal_gets_a_table(capsys, monkeypatch)
     assert "\x1b[" in capsys.readouterr().out
 
 
-def test_a_metric_has_a_column_only_where_there_is_one():
+def test_metric_has_column_only_where_there_is_one():
     assert repr(Report("Model", fixed())) == f"<Report of Model: {len(fixed().steps)} steps; print it to read them>"
     assert "metric" not in str(Report("Model", fixed()))
     assert lines(str(Report("Model", fixed(metric=0.5))))[1][-1] == "metric"
@@ -171,7 +171,7 @@ def test_a_report_says_what_was_checked(checks, words):
     assert words in " ".join(str(Report("Model", fixed(checks))).split())
 
 
-def test_a_report_of_a_pipeline_shows_what_its_passes_did(history):
+def test_report_of_pipeline_shows_what_its_passes_did(history):
     text = str(Report("FeedForward on eager", history))
     assert "drop-dropout" in text and "rewrote 1 of" in text and "skipped 1:" in text
     assert "scale-weights{factor=0.5}" in text

@@ -31,7 +31,7 @@ def test_a_row_has_the_numbers_of_a_site():
     assert (parameters, intensity) == ("<.001", f"{2 * 2 * rows * 96 / (read + written):.3g}")
 
 
-def test_the_roof_of_a_site_is_that_of_its_nodes_one_after_the_other():
+def test_roof_of_site_is_the_sum_of_its_nodes():
     program, sizes = captured("bert"), {"batch": 64, "sequence": 32}
     table = cost_table(program, sizes, MACHINE)
     whole = sum(node_seconds(node, item, MACHINE) for node, item in cost(program, sizes).items())
@@ -61,7 +61,7 @@ def test_a_dimension_the_program_does_not_have_is_refused():
         cost_table(captured("feed_forward"), {"tokens": 3}, None)
 
 
-def test_sizes_that_depend_on_values_are_said_to_be_left_out():
+def test_value_dependent_sizes_are_reported_as_left_out():
     class Chosen(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x[x[:, 0].nonzero().squeeze(1)] * 2
@@ -72,7 +72,7 @@ def test_sizes_that_depend_on_values_are_said_to_be_left_out():
     assert "Sizes that depend on the values of the inputs count as 0." in shown
 
 
-def test_the_machines_table_has_every_ceiling_with_unit_and_spread():
+def test_machines_table_has_every_ceiling_with_unit_and_spread():
     shown = [" ".join(line.split()) for line in plain(machine_table(example(devices=(ceilings("a card"),)))).splitlines()]
     assert shown[0] == "a processor: 4 cores, 2 threads, torch 2.11.0"
     assert shown.count("matrix products, fp32 100 90 to 110 GFLOP/s linear 2048³") == 2

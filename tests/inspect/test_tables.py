@@ -5,7 +5,7 @@ from rich.text import Text
 from lissom.inspect.tables import coloured_diff, plain
 
 
-def test_plain_text_has_no_trailing_spaces_and_keeps_its_width():
+def test_plain_text_keeps_width_without_trailing_spaces():
     assert plain(Text("word " * 30), width=20) == "word word word word\n" * 7 + "word word\n"
 
 

@@ -19,7 +19,7 @@ def module(monkeypatch):
     return "colorsys"
 
 
-def test_an_action_runs_once_after_the_import_and_not_after_a_lookup(module):
+def test_action_runs_once_after_import_and_not_after_lookup(module):
     ran: list[bool] = []
     after_import({module: lambda: ran.append(hasattr(sys.modules[module], "rgb_to_hsv"))})
     for _ in range(2):

@@ -150,7 +150,7 @@ def test_a_folder_that_takes_no_files_is_told(tmp_path):
     assert names_in(folder) == ["old"] and (folder / "old").read_text() == "old"
 
 
-def test_a_file_that_finds_no_room_leaves_the_old_one(tmp_path):
+def test_file_that_finds_no_room_leaves_old_one(tmp_path):
     path = tmp_path / "out"
     path.write_text("old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -191,7 +191,7 @@ def test_temporary_names_cannot_be_guessed(tmp_path):
 
 
 @pytest.mark.parametrize("manifest", ['{"name": "an extension", "version": 3}', "[]", "no JSON", '{"kind": "lissom artifact"}'])
-def test_a_folder_with_a_manifest_of_something_else_is_not_replaced(tmp_path, manifest):
+def test_folder_with_manifest_of_something_else_is_not_replaced(tmp_path, manifest):
     target = tmp_path / "project"
     target.mkdir()
     (target / "manifest.json").write_text(manifest)

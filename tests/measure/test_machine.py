@@ -179,7 +179,7 @@ def test_keeping_again_replaces_what_was_kept(cache):
         *("a number for a device", "a number in devices", "text for a number", "text for a rate", "nested deeply"),
     ],
 )
-def test_a_file_that_does_not_fit_is_as_good_as_none(cache, change):
+def test_file_that_does_not_fit_counts_as_missing(cache, change):
     path = save_machine(example())
     path.write_text(change(json.loads(path.read_text())))
     assert load_machine() is None
@@ -267,7 +267,7 @@ def test_a_card_has_ceilings_above_the_processors(measured):
     assert card.fp32_gflops.median > measured.cpu.fp32_gflops.median
 
 
-def test_without_a_home_directory_nothing_is_found_and_saving_says_so(monkeypatch):
+def test_saving_without_home_directory_fails_with_sentence(monkeypatch):
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 

@@ -35,7 +35,7 @@ def test_the_larger_of_two_times(found, dtype, seconds):
     assert roofline_seconds(found, MACHINE, dtype) == pytest.approx(seconds)
 
 
-def test_int8_has_a_ceiling_of_its_own_where_it_was_measured():
+def test_measured_int8_has_its_own_ceiling():
     fast = example(cpu=ceilings().__class__(**vars(ceilings()) | {"int8_gops": Ceiling(400.0, 390.0, 410.0, "")}))
     assert roofline_seconds(Cost(flops=200 * 10**9), fast, torch.uint8) == pytest.approx(0.5)
 
@@ -54,14 +54,14 @@ def test_a_symbolic_cost_has_no_time():
         roofline_seconds(total_cost(captured("feed_forward")), MACHINE, torch.float32)
 
 
-def test_a_node_is_timed_in_the_type_it_computes_in():
+def test_node_is_timed_in_type_it_computes_in():
     program = captured("feed_forward")
     (up, _) = program.nodes(torch.ops.aten.linear.default)
     found = cost(program, {"batch": 1000, "sequence": 1000})[up]
     assert node_seconds(up, found, MACHINE) == pytest.approx(max(found.flops / 100e9, found.bytes / 10e9))
 
 
-def test_an_int8_layer_that_quantizes_its_input_has_the_roof_of_int8():
+def test_int8_layer_with_quantized_input_has_int8_roof():
     fast = example(cpu=dataclasses.replace(ceilings(), int8_gops=Ceiling(400.0, 390.0, 410.0, "")))
     compiled = captures.compile(FeedForward(64, 128), normal(2, 5, 64), checks="off", passes="quantize")
     layers = compiled.program.nodes(quantized_linear, quantized_linear_norm)

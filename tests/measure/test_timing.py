@@ -5,12 +5,12 @@ import time
 from lissom.measure.timing import Timing, time_calls
 
 
-def test_a_timing_reads_as_the_median_and_the_middle_half():
+def test_timing_reads_as_median_and_middle_half():
     assert str(Timing(1.23456, 1.1, 2.0, 9)) == "1.23 (1.1 to 2)"
     assert str(Timing(1085.3, 999.6, 12345.6, 9)) == "1085 (1000 to 12346)"
 
 
-def test_calls_are_warmed_up_twice_and_then_run_in_turn():
+def test_calls_warm_up_twice_and_run_in_turn():
     order = []
     found = time_calls({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0.0)
     assert "".join(order) == "aabb" + "ab" * 5

@@ -121,7 +121,7 @@ def test_other_dtypes_are_computed_without_a_kernel(dtype):
             assert relative_error(wanted, block_sparse_attention(q, k, v, None, None, **options).double()) < 2e-3
 
 
-def test_a_block_longer_than_the_keys_takes_no_memory_of_its_own():
+def test_block_longer_than_keys_takes_no_extra_memory():
     """Found by tests.ops.generated_calls: memory was made for the whole block, 17 GB of it."""
     q, k, v = (torch.randn(1, 2, tokens, 8) for tokens in (3, 5, 5))
     pattern = Pattern(((LAYOUT,),), 2**31 - 1)
@@ -130,7 +130,7 @@ def test_a_block_longer_than_the_keys_takes_no_memory_of_its_own():
     assert torch.equal(found, torch.zeros_like(found))
 
 
-def test_a_hidden_key_has_no_part_however_large_its_value():
+def test_hidden_key_has_no_part_however_large_its_value():
     q, k, v = projected(1, (1, 1), (70, 70), (16, 16), torch.float32)
     v = v.clone()
     v[:, :, 40] = 1e30
@@ -148,7 +148,7 @@ def test_heads_of_a_merged_projection(dtype):
     check(PATTERNS["window"], q.mT.contiguous().mT, k.mT.contiguous().mT, v.mT.contiguous().mT)
 
 
-def test_a_mask_whose_columns_do_not_lie_beside_each_other():
+def test_mask_whose_columns_do_not_lie_beside_each_other():
     q, k, v = projected(2, (2, 2), (90, 90), (16, 16), torch.float32)
     every = numbers(2, 1, 1, 180) > 0
     check(PATTERNS["window"], q, k, v, bias=every[..., ::2])
@@ -208,7 +208,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(bool(MISSING) or sys.platform != "linux", reason=MISSING or "the peak is read as Linux counts it")
 @pytest.mark.parametrize("kind", ["layout", "window"])
-def test_memory_grows_with_the_tokens_and_not_with_their_pairs(kind):
+def test_memory_grows_with_tokens_and_not_with_their_pairs(kind):
     """16,384 tokens: one byte a pair would be 268 MB. Held are the result, and of each of two threads one head's keys and
     values packed; twice their 25 MB leaves room for what the allocator keeps."""
     tokens = 16384

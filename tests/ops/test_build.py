@@ -42,7 +42,7 @@ def in_process(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-def test_who_comes_while_the_kernels_are_built_waits_and_builds_nothing(tmp_path):
+def test_second_process_waits_for_build_and_builds_nothing(tmp_path):
     (tmp_path / "library").write_text("library\n")
     compiler, library = compiler_that_copies(tmp_path, tmp_path / "library"), tmp_path / "kernels-0.so"
     with ThreadPoolExecutor(3) as pool:
@@ -87,7 +87,7 @@ def test_a_library_cut_short_is_built_again(tmp_path):
     assert (tmp_path / "log").read_text() == "built\nbuilt\n"
 
 
-def test_a_library_that_fails_its_self_test_is_not_used(tmp_path):
+def test_library_that_fails_its_self_test_is_not_used(tmp_path):
     (tmp_path / "library").write_text("no library")
     compiler = compiler_that_copies(tmp_path, tmp_path / "library")
     code = (
@@ -109,7 +109,7 @@ def test_the_self_test_names_the_kernel_that_differs(monkeypatch):
         self_test.main(str(build.kept_library()))
 
 
-def test_the_exit_status_of_a_fault_is_the_one_that_is_expected():
+def test_exit_status_of_fault_is_one_that_is_expected():
     assert self_test.FAILED == build.FAILED
 
 
@@ -144,7 +144,7 @@ def test_a_cache_others_may_write_to_is_not_used(tmp_path, monkeypatch):
         build.cache_folder()
 
 
-def test_without_a_home_folder_the_cache_is_a_temporary_one(tmp_path, monkeypatch):
+def test_without_home_folder_cache_is_temporary_one(tmp_path, monkeypatch):
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -176,7 +176,7 @@ def test_flags_name_another_library(monkeypatch):
     assert build._name(GENERIC, "clang++") != build._name(GENERIC, "")
 
 
-def test_a_library_of_the_package_is_tested_once_and_needs_no_compiler(tmp_path, monkeypatch):
+def test_packaged_library_is_tested_once_without_compiler(tmp_path, monkeypatch):
     kept, isa = build.kept_library(), usable_sets()[0]
     package, cache = tmp_path / "libraries", tmp_path / "cache"
     package.mkdir()
@@ -205,7 +205,7 @@ def test_a_library_in_the_cache_needs_no_compiler(tmp_path):
     assert in_process(code, XDG_CACHE_HOME=str(tmp_path), PATH="/nowhere") == "''"
 
 
-def test_a_library_from_another_machine_is_tested_here_and_not_built(tmp_path, monkeypatch):
+def test_foreign_library_is_tested_here_and_not_built(tmp_path, monkeypatch):
     kept = build.kept_library()
     library = tmp_path / kept.name
     library.write_bytes(kept.read_bytes())
@@ -241,7 +241,7 @@ def test_the_best_instruction_set_of_a_processor_is_used(monkeypatch):
 
 
 @pytest.mark.skipif(len(INSTRUCTION_SETS) == 1, reason="x86 only")
-def test_a_set_that_the_compiler_does_not_know_is_passed_over(tmp_path):
+def test_set_that_compiler_does_not_know_is_passed_over(tmp_path):
     script = tmp_path / "old"
     script.write_text('#!/bin/sh\ncase "$*" in *-mavx2*) echo "error: unrecognized option" >&2; exit 1;; esac\nexec g++ "$@"\n')
     script.chmod(0o755)
@@ -249,7 +249,7 @@ def test_a_set_that_the_compiler_does_not_know_is_passed_over(tmp_path):
     assert build._unsupported([str(script)], GENERIC) == ""
 
 
-def test_a_self_test_that_cannot_run_says_nothing_about_the_library(tmp_path, monkeypatch):
+def test_self_test_that_cannot_run_says_nothing_about_library(tmp_path, monkeypatch):
     kept = build.kept_library()
     library = tmp_path / kept.name
     library.write_bytes(kept.read_bytes())

@@ -175,7 +175,7 @@ def test_nothing_is_quantized_to_nothing(granularity, sizes):
     assert OPS.fake_quantize_dynamic(torch.zeros(sizes), format="uint8", granularity=granularity).shape == sizes
 
 
-def test_a_causal_bias_of_floats_reads_no_memory_in_front_of_it():
+def test_causal_float_bias_reads_no_memory_before_it():
     q, k, v = (torch.randn(1, 2, 33, 8) for _ in range(3))
     bias = torch.randn(33, 33)
     found = OPS.fused_attention(q, k, v, bias, scale=0.4, causal=True)

@@ -44,7 +44,7 @@ def test_masks_caps_and_sinks(mask, softcap, with_sinks):
     check(uncompiled, PATTERNS["window"], q, k, v, bias=bias, softcap=softcap, sinks=sinks)
 
 
-def test_only_blocks_reached_are_listed_and_those_seen_whole_apart():
+def test_reached_blocks_are_listed_whole_ones_apart():
     pattern = Pattern(((Condition(-1, 1, -2 * BLOCK, 0),),))
     mask = block_mask(pattern, 5 * BLOCK, 5 * BLOCK, torch.device("cpu"))
     assert mask.kv_num_blocks.tolist() == [[[1, 1, 2, 2, 2]]]
@@ -52,7 +52,7 @@ def test_only_blocks_reached_are_listed_and_those_seen_whole_apart():
     assert mask.kv_indices[0, 0, 4, :2].tolist() == [2, 4]
 
 
-def test_a_block_that_ends_behind_the_last_key_is_tested():
+def test_block_that_ends_behind_last_key_is_tested():
     mask = block_mask(Pattern(((Condition(0, 1),),)), 100, 2 * BLOCK - 1, torch.device("cpu"))
     assert mask.kv_num_blocks.tolist() == [[[1]]]
     assert mask.kv_indices[0, 0, 0, 0] == 1

@@ -58,7 +58,7 @@ def test_fp8_is_rounded_as_pytorch_casts() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=4, max_size=4), st.sampled_from(["int8", "uint8", "int4", "uint4"]))
-def test_what_is_rounded_stays_and_errs_by_half_a_step(values: list[float], name: str) -> None:
+def test_what_is_rounded_stays_and_errs_by_half_step(values: list[float], name: str) -> None:
     x = torch.tensor([values])
     form = FORMATS[name]
     scale, zero_point = formats.scale_for(*formats.block_range(x, (1, 1)), form)
@@ -70,7 +70,7 @@ def test_what_is_rounded_stays_and_errs_by_half_a_step(values: list[float], name
 
 
 @pytest.mark.parametrize("name", ["int4", "uint4"])
-def test_four_bits_are_packed_two_to_a_byte_and_come_back(name: str) -> None:
+def test_four_bit_values_survive_packing_in_pairs(name: str) -> None:
     form = FORMATS[name]
     q = torch.arange(int(form.low), int(form.high) + 1).to(torch.int8 if form.low < 0 else torch.uint8).view(2, 8)
     packed = formats.pack_halves(q)

@@ -129,7 +129,7 @@ def test_a_low_bias_counts_where_causality_leaves_nothing_else(form, queries):
     torch.testing.assert_close(found[:, :, 0], v[:, :, 0], rtol=0, atol=1e-6)
 
 
-def test_a_hidden_key_has_no_part_however_large_its_value():
+def test_hidden_key_has_no_part_however_large_its_value():
     q, k, v = numbers(3, 1, 1, 4, 8).unbind(0)
     v = v.clone()
     v[:, :, 3] = 1e30
@@ -230,7 +230,7 @@ def test_keys_and_values_kept_in_bytes(form, queries):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_that_causality_leaves_nothing_of_their_windows_are_zeros(dtype, threads):
+def test_rows_with_no_causal_window_are_zeros(dtype, threads):
     """Windows that begin behind the last key causality shows: memory beyond what was made for no keys was read and written."""
     q, k, v = (numbers(3, 4, tokens, 8, dtype=dtype) for tokens in (54, 279, 279))
     keys, first = torch.arange(279), 270 - torch.arange(54)[:, None]

@@ -128,7 +128,7 @@ def test_operations_are_counted(causal: bool) -> None:
     assert operations(node, lambda item: shapes[item]) == wanted
 
 
-def test_shapes_that_do_not_fit_are_refused_when_a_program_is_typed() -> None:
+def test_shapes_that_do_not_fit_are_refused_at_typing() -> None:
     q = torch.empty(1, 2, 5, 4, device="meta")
     with pytest.raises(RuntimeError, match=r"is causal with as many keys as queries, not .1, 2, 5, 4. and .1, 2, 3, 4. and"):
         linear_attention(q, q[:, :, :3], q[:, :, :3], causal=True)

@@ -49,7 +49,7 @@ def test_a_query_of_nan_gives_a_row_of_nan(dtype, form, queries, keys, given):
 @pytest.mark.parametrize("form", ["dense", "block sparse"])
 @pytest.mark.parametrize("queries", [2, 40])
 @pytest.mark.parametrize("place", [0, 17, 99])
-def test_one_key_of_nan_spoils_every_row_that_sees_it(dtype, form, queries, place):
+def test_nan_key_spoils_every_row_that_sees_it(dtype, form, queries, place):
     q, k, v = (torch.randn(1, 1, tokens, 16).to(dtype) for tokens in (queries, 100, 100))
     k[0, 0, place] = NAN
     seen = torch.ones(queries, 100, dtype=torch.bool)
@@ -88,7 +88,7 @@ def test_infinite_scores_are_as_in_pytorchs_operator(dtype, form, queries, score
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", ["dense", "block sparse"])
 @pytest.mark.parametrize("mask", ["boolean", "floats"])
-def test_a_row_that_sees_no_key_yields_zeros_as_in_pytorchs_operator(dtype, form, mask):
+def test_row_without_visible_key_yields_zeros_as_pytorch(dtype, form, mask):
     q, k, v = (torch.randn(1, 1, 20, 16).to(dtype) for _ in range(3))
     if mask == "boolean":  # NaN plus minus infinity is NaN
         q[0, 0, 3] = NAN

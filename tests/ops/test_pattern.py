@@ -49,7 +49,7 @@ def test_a_causal_window_is_a_band() -> None:
     assert torch.equal(seen, ones.tril() & ones.triu(-2))
 
 
-def test_a_strided_pattern_has_the_last_tokens_and_every_fourth() -> None:
+def test_strided_pattern_has_last_tokens_and_every_fourth() -> None:
     window, stride = (Condition(1, -1, low=0, high=3),), (Condition(1, -1, low=0), Condition(1, -1, low=0, high=0, modulus=4))
     seen = Pattern((window, stride)).mask(20, 20)[0]
     for i in range(20):

@@ -97,7 +97,7 @@ def test_the_kernels_give_what_the_references_give(
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("granularity", ["token", "tensor"])
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, -torch.inf, 3e38])
-def test_the_kernels_scale_what_is_not_finite_as_the_reference_does(name: str, granularity: str, value: float) -> None:
+def test_kernels_scale_what_is_not_finite_as_reference_does(name: str, granularity: str, value: float) -> None:
     x = torch.randn(3, 2, 37, generator=torch.Generator().manual_seed(0))
     x[1, 0, 36] = value
     options = {"format": name, "granularity": granularity}
@@ -163,7 +163,7 @@ def test_the_gradient_passes_straight_through_where_values_fit() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_zero_point_in_floating_point_is_subtracted_after_scaling(dtype: torch.dtype) -> None:
+def test_zero_point_in_floating_point_is_subtracted_after_scaling(dtype: torch.dtype) -> None:
     q = torch.tensor([[0, 3, 15, 7]], dtype=torch.uint8)
     scale, zero_point = torch.tensor([[0.5, 0.0]], dtype=dtype), torch.tensor([[0.3, -2.0]], dtype=dtype)
     wanted = torch.tensor([[0.0, 1.5, 0.0, 0.0]]) - torch.tensor([[0.3, 0.3, -2.0, -2.0]], dtype=dtype).float()

@@ -128,7 +128,7 @@ def test_scales_of_groups(rows: int, features: int, inputs: int, groups: int, bi
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_scales_of_groups_with_a_known_scale_and_an_epilogue(form: str) -> None:
+def test_scales_of_groups_with_known_scale_and_epilogue(form: str) -> None:
     x, bias, other = numbers(5, 64), numbers(33), numbers(5, 33, seed=1)
     q, scale, *operands = grouped(4, 33, 64, 2, torch.float16)
     known = torch.tensor(0.02), torch.tensor(117, dtype=torch.uint8)
@@ -294,7 +294,7 @@ def test_a_known_scale_cuts_off_what_it_cannot_hold(dtype: torch.dtype, zero_poi
 
 
 @pytest.mark.parametrize("granularity", ["token", "tensor", "group"])
-def test_values_are_rounded_as_the_formula_says_to_the_last_bit(granularity: str) -> None:
+def test_values_are_rounded_as_formula_says_to_last_bit(granularity: str) -> None:
     """One product a feature and scales of one: the result is what x was rounded to."""
     for seed in range(20):
         x = numbers(37, 32, seed=seed) * 10.0 ** (seed - 10)

@@ -103,7 +103,7 @@ def test_kernels(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_text_in_parts_gives_what_it_gives_at_once(name: str) -> None:
+def test_text_in_parts_gives_what_it_gives_at_once(name: str) -> None:
     operator, _, operands, options = CALLS[name](9)
     whole, last = operator(*operands, **options)
     state, parts = None, []

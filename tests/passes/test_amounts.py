@@ -64,7 +64,7 @@ def same_numbers(one: Program, other: Program) -> bool:
 
 
 @pytest.mark.parametrize(("model", "passes"), [(model, text) for model, texts in CHOSEN.items() for text in texts])
-def test_what_a_pass_chose_can_be_written_down_and_run_again(model: str, passes: str) -> None:
+def test_chosen_amounts_can_be_written_down_and_rerun(model: str, passes: str) -> None:
     program, history = run(passes, model)
     written = history.steps[-1].per_site
     (item,) = parse_pipeline(written, PASSES)
@@ -249,7 +249,7 @@ def test_every_kind_of_site_is_listed_once(model: str) -> None:
     assert "prune-heads: 1, 2" in table and "×2" in table
 
 
-def test_sites_of_a_quantized_program_are_those_that_passes_still_take() -> None:
+def test_quantized_program_sites_are_those_passes_still_take() -> None:
     after, _ = run("quantize", "bert")
     assert {name for site in lissom.sites(after) for name in site.takes} == {
         *("low-rank{lm_head=true}", "quantize{lm_head=true}", "quantize{embeddings=true}", "sparsify-attention"),

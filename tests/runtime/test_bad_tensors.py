@@ -195,7 +195,7 @@ def test_calls_that_are_right_still_are() -> None:
         assert torch.equal(cast(torch.Tensor, call(**cast(Any, {"ids": IDS + 1, "x": X + 1, **arguments}))), wanted)
 
 
-def test_a_head_is_trained_on_what_a_compiled_model_gives() -> None:
+def test_head_is_trained_on_what_compiled_model_gives() -> None:
     head = nn.Linear(8, 2)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
     before = head.weight.detach().clone()

@@ -77,7 +77,7 @@ def test_a_pipeline_shows_the_model_it_has(classifier, tokenizer):
     assert repr(pipeline("text-classification", fast, tokenizer)) == repr(pipeline("text-classification", model, tokenizer))
 
 
-def test_it_is_called_what_the_original_is_and_has_its_configuration(bert):
+def test_it_has_original_name_and_configuration(bert):
     case, fast = bert
     assert isinstance(fast, lissom.CompiledModel)
     assert type(fast).__name__ == "BertModel"
@@ -105,7 +105,7 @@ def test_other_models_have_no_configuration():
     assert (fast.device, fast.dtype) == (torch.device("cpu"), torch.float32)
 
 
-def test_arguments_that_ask_for_what_is_returned_anyway_are_taken(bert):
+def test_arguments_asking_for_default_outputs_are_taken(bert):
     case, fast = bert
     plain = fast(**case.inputs)
     asked = fast(**case.inputs, return_dict=True, output_attentions=False, output_hidden_states=None, use_cache=False)

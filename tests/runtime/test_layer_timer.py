@@ -47,7 +47,7 @@ def test_other_inputs_than_the_example_can_be_timed():
         report.kernels(normal(3, 7, 9))
 
 
-def test_a_full_report_has_the_table_and_then_a_short_one_the_line():
+def test_full_report_has_table_and_then_short_one_line():
     report = captures.compile(FeedForward(), normal(2, 5, 8), checks="off").report
     assert "hot layers" not in str(report)
     full = str(report.full())
@@ -72,7 +72,7 @@ def test_a_layer_that_pytorch_runs_faster_is_named_so(monkeypatch, tmp_path):
     assert kernels["64 × 512 → 4"].startswith("Lissom packed_linear, ")
 
 
-def test_without_ceilings_a_report_asks_for_them_and_measures_none(monkeypatch, tmp_path):
+def test_without_ceilings_report_asks_for_them_and_measures_none(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(layer_timer, "load_machine", machine.load_machine)
     found = captures.compile(FeedForward(), normal(2, 5, 8), checks="off").report.kernels()
@@ -80,7 +80,7 @@ def test_without_ceilings_a_report_asks_for_them_and_measures_none(monkeypatch, 
     assert not [*tmp_path.rglob("machine-*")]
 
 
-def test_a_loaded_model_is_timed_on_the_inputs_it_is_given(tmp_path):
+def test_loaded_model_is_timed_on_inputs_it_is_given(tmp_path):
     captures.compile(FeedForward(), normal(2, 5, 8), checks="off").save(tmp_path / "model")
     report = lissom.load(tmp_path / "model").report
     sentence = "FeedForward was loaded, and an artifact keeps no inputs to time its layers on; give the arguments of a call"

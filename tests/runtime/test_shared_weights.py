@@ -24,7 +24,7 @@ def train(model: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("change", [train, lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()))])
-def test_a_compiled_model_is_no_mixture_of_old_and_new_weights(change, tmp_path) -> None:
+def test_compiled_model_never_mixes_old_and_new_weights(change, tmp_path) -> None:
     model = feed_forward().model
     fast = lissom.compile(model, normal(2, 5, 8))
     fast(normal(2, 5, 8))

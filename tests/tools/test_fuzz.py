@@ -46,7 +46,7 @@ def test_a_model_has_the_same_weights_each_time():
 
 @pytest.mark.parametrize("padding", ["none", "right", "left", "holes", "single"])
 @pytest.mark.parametrize("mask", ["keep", "hide", "integers", "additive"])
-def test_every_row_has_a_token_and_every_mask_says_the_same(mask, padding):
+def test_every_row_has_token_and_every_mask_says_same(mask, padding):
     spec = Spec(mask=mask, fill="smallest")
     inputs = draw_inputs(spec, 4, 6, padding, 3)
     kept = models.kept_tokens(spec, inputs["mask"])

@@ -77,7 +77,7 @@ def test_what_is_sealed_loads(folder, tmp_path):
     assert SAMPLES["plain"].load(place)()
 
 
-def test_a_case_without_the_changes_its_fault_does_not_need():
+def test_case_without_changes_its_fault_does_not_need():
     needed = Mutation("b", "number", 2)
     case = Case("plain", (Mutation("a", "text", 1), needed, Mutation("c", "text", 3)))
     assert smallest(case, lambda fewer: "FAULT" if needed in fewer.mutations else "equal") == Case("plain", (needed,))

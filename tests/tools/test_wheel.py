@@ -59,7 +59,7 @@ def fresh_environment(folder: Path, wheel: Path) -> Path:
 
 
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)
-def test_a_wheel_runs_without_a_compiler_as_a_build_from_source_does(tmp_path):
+def test_wheel_runs_without_compiler_as_build_from_source_does(tmp_path):
     isa = usable_sets()[0]
     wheel = build_wheel(tmp_path, [isa])
     assert wheel.stat().st_size < LARGEST
@@ -117,7 +117,7 @@ def test_the_tag_names_the_first_system_with_both_libraries(tmp_path, symbols, m
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(CROSS) is None, reason=f"needs {CROSS} (Debian: apt-get install g++-aarch64-linux-gnu)")
-def test_a_wheel_for_another_machine_is_built_by_a_cross_compiler(tmp_path, monkeypatch):
+def test_wheel_for_another_machine_is_built_by_cross_compiler(tmp_path, monkeypatch):
     # In place of PyTorch for AArch64: the linker asks for the library's name alone.
     subprocess.run([CROSS, "-shared", "-x", "c++", os.devnull, "-o", tmp_path / "libtorch_cpu.so"], check=True)
     monkeypatch.setenv("CXX", f"{CROSS} -L{tmp_path}")

@@ -154,7 +154,7 @@ def test_page_tells_of_every_model() -> None:
     assert "| qwen4_exp | no |  |  |  |  |  | 3 | capture: CaptureError: a \\| b |" in text
 
 
-def test_page_has_a_column_of_onnx_runtime_when_it_was_tried() -> None:
+def test_page_has_onnx_runtime_column_when_tried() -> None:
     failed = {"failed": "compile", "error": "UnsupportedError: no kernel"}
     other = LLAMA | {"name": "causal/gpt2", "backends": {"eager": GOOD, "onnxruntime": failed}, "sites": None}
     lost = GOOD | {"reloaded": False, "reload_error": 0.5}

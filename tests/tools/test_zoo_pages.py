@@ -25,7 +25,7 @@ def test_a_program_whose_layers_are_equal_hides_nothing(text):
     assert hidden_by_folds(lines(text)) == [] and hidden_in_picture(text, program_svg(text, "Bert")) == []
 
 
-def test_layers_that_differ_in_a_constant_or_an_input_are_told_apart(text):
+def test_layers_with_different_constant_or_input_are_distinct(text):
     types = {line.defines: line.type for line in lines(text) if line.defines}
 
     def layer(text: str, number: int) -> list[str]:

@@ -108,7 +108,7 @@ def test_sizes_that_vary_are_one_graph(build: object) -> None:
     assert "dynamic: batch (1 or more), sequence (1 " in str(report)
 
 
-def test_a_size_only_the_program_fixes_gets_a_graph_of_its_own() -> None:
+def test_size_only_the_program_fixes_gets_its_own_graph() -> None:
     case = CASES["blocked"]()
     model = compiled(case.model, dynamic=True)
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_weights_that_change_are_seen() -> None:
     assert all(lowered())
 
 
-def test_weights_that_change_at_every_call_are_given_up_on() -> None:
+def test_weights_changing_every_call_are_given_up_on() -> None:
     case = feed_forward()
     model, (x,) = compiled(case.model), case.args
     with torch.no_grad(), warnings.catch_warnings(record=True) as found:

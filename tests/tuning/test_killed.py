@@ -43,7 +43,7 @@ def records(directory, kind: str) -> set[str]:
 
 
 @pytest.mark.multiprocess
-def test_a_killed_search_keeps_what_it_found_and_goes_on(tmp_path):
+def test_killed_search_keeps_what_it_found_and_goes_on(tmp_path):
     process = started(tmp_path)
     deadline = time.monotonic() + 300
     while len(records(tmp_path, "loss")) < 3 and time.monotonic() < deadline and process.poll() is None:
@@ -96,7 +96,7 @@ def lines(store) -> list[dict[str, object]]:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_nothing_but_the_measurement_at_work_is_lost_by_twenty_kills(tmp_path):
+def test_twenty_kills_lose_only_measurements_at_work(tmp_path):
     store, random = tmp_path / "store", Random(0)
     command = [
         sys.executable, "-m", "lissom", "tune", *saved_model(tmp_path), "--goal", "memory", "--max-drop", "20%",

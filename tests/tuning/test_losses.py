@@ -33,7 +33,7 @@ def test_losses_are_smaller_on_the_batches_of_calibration():
 
 
 @pytest.mark.parametrize(("own", "count"), [(0.01, 1), (0.08, 0)])
-def test_data_that_passes_fit_much_better_than_other_data_are_named(own, count):
+def test_data_that_passes_overfit_are_named(own, count):
     found = list(_too_little({"attention": (0.09, 0.1), "feed-forward": (own, 0.1)}))
     assert len(found) == count
     assert all(sentence.startswith("data= is small: feed-forward with fewer units has the error 0.1 on") for sentence in found)

@@ -24,7 +24,7 @@ def report(aim: Aim) -> TuneReport:
     return TuneReport("Model", aim, candidates, aim.choose(candidates), True, ("a note",), (group,))
 
 
-def test_the_fastest_within_the_bound_is_chosen_and_the_others_have_a_reason():
+def test_fastest_within_bound_is_chosen_and_others_have_reason():
     found = report(Aim(False, 0.01))
     assert found.chosen is FASTER
     assert [found.verdict(item) for item in found.candidates] == [
@@ -37,7 +37,7 @@ def test_the_fastest_within_the_bound_is_chosen_and_the_others_have_a_reason():
     assert [item.pipeline for item in found.frontier] == [WORSE.pipeline, "quantize", "exact"]
 
 
-def test_of_equally_fast_programs_the_one_with_the_smallest_drop_is_chosen():
+def test_equally_fast_programs_are_chosen_by_smallest_drop():
     alike = Candidate("int8", "eager", 5.08, 5.0, 5.2, 30, drop=0.001)
     candidates = (EXACT, FASTER, alike)
     found = TuneReport("Model", Aim(False, 0.01), candidates, Aim(False, 0.01).choose(candidates), True)

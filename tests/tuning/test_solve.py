@@ -85,13 +85,13 @@ def test_costs_are_corrected_by_programs_that_are_alike():
     assert Ratios()(("a", "b")) == 1.0
 
 
-def test_of_two_measured_programs_the_one_that_is_more_alike_counts():
+def test_more_similar_of_two_measured_programs_counts():
     points = [(("a", "a", "a", "a"), 10.0, 8.0), (("b", "b", "b", "a"), 10.0, 12.0)]
     ratios = Ratios(points, [1.0] * 4)
     assert ratios(("a", "a", "a", "c")) < 0.9 < 1.1 < ratios(("b", "b", "b", "c"))
 
 
-def test_a_cost_to_reach_is_that_of_the_nearest_measured_program():
+def test_cost_to_reach_is_that_of_nearest_measured_program():
     ratios = Ratios([(("a",), 10.0, 8.0), (("b",), 10.0, 12.0)], [1.0])
     assert ratios.inverse(11.0) == pytest.approx(11.0 * 10 / 12)
     assert Ratios().inverse(7.0) == 7.0
@@ -105,7 +105,7 @@ def test_a_missing_scipy_is_named_before_any_work(monkeypatch):
 
 
 @pytest.mark.parametrize("part", [0, 1])
-def test_the_factor_on_one_part_is_found_where_points_show_it(part):
+def test_factor_on_one_part_is_found_from_points(part):
     generator = random.Random(3)
     drawn = [[10 ** generator.uniform(-4, -1) for _ in range(3)] for _ in range(12)]
     true = Factors(*(0.25 if at == part else 1.0 for at in range(2)))
@@ -118,19 +118,19 @@ def test_the_factor_on_one_part_is_found_where_points_show_it(part):
     assert fit_parts(PowerLaw(1.0, 0.5), points[:3], 0.1, Factors(0.4))[0] == Factors(0.4)
 
 
-def test_the_factors_are_1_without_points_and_where_the_parts_are_missing():
+def test_factors_are_1_without_points_or_parts():
     assert fit_parts(PowerLaw(), [], 0.1)[0] == Factors()
     points = [(x, 0.0, 0.0, 2 * x) for x in (0.1, 0.2, 0.3, 0.5)]
     assert fit_parts(PowerLaw(), points, 0.1)[0] == Factors()
 
 
-def test_a_weighted_item_has_factors_on_parts_of_its_loss():
+def test_weighted_item_has_factors_on_parts_of_its_loss():
     item = Item(Option(4), 0.5, -1.0, 0.2, 0.1)
     assert item.weighted(Factors(0.5, 3.0)).loss == pytest.approx(0.6)
     assert item.weighted(Factors()) == item
 
 
-def test_an_lm_head_in_four_bits_that_loses_more_than_its_divergence_says_is_given_up():
+def test_four_bit_lm_head_with_excess_loss_is_dropped():
     """The measured losses of Gemma 3 270M: uniform schemes, and a mixture with an LM head in int4 that lost a tenth more."""
     points = [
         (0.00154, 0.0, 0.00057, 0.0047),

@@ -34,7 +34,7 @@ def quantized(groups):
     return [group.whole if group.kind in (TABLE, PATTERN) else Option(group.size, "int8-dynamic") for group in groups]
 
 
-def test_every_path_of_a_group_is_one_that_quantize_takes(program):
+def test_every_path_of_group_is_one_that_quantize_takes(program):
     known = set(linear_paths(program))
     layers = [group for group in groups_of(program) if group.kind not in (TABLE, PATTERN)]
     assert {path for group in layers for path in group.linears} <= known
@@ -59,7 +59,7 @@ def test_tables_and_patterns_are_read_back_from_their_text(program):
     lissom.optimize(program, tiny_bert().inputs, passes=text, checks="structural")
 
 
-def test_int4_of_linear_layers_leaves_a_tied_table_to_its_own_group():
+def test_int4_of_linear_layers_leaves_tied_table_alone():
     groups = [
         Group("up", "linear", linears=["up"], schemes=("none", "int4-weight")),
         Group("head", TABLE, linears=["head"], schemes=("none", "int8-weight"), option="embeddings", tied=True),
@@ -69,7 +69,7 @@ def test_int4_of_linear_layers_leaves_a_tied_table_to_its_own_group():
     assert read_options(groups, text) == [Option(1, "int4-weight"), Option(1)]
 
 
-def test_four_bits_are_fitted_to_the_data_unless_time_alone_is_measured():
+def test_four_bits_are_fitted_unless_time_alone_counts():
     groups = [
         Group("up", "linear", linears=["up"], schemes=("none", "int8-dynamic")),
         Group("head", TABLE, linears=["table", "head"], schemes=("none", "int4-dynamic"), option="embeddings", tied=True),
@@ -84,7 +84,7 @@ def test_four_bits_are_fitted_to_the_data_unless_time_alone_is_measured():
     assert pipeline_of(groups, options, ["up"], fitted=False) == quantized
 
 
-def test_an_lm_head_of_its_own_leaves_its_table_in_int8():
+def test_separate_lm_head_leaves_its_table_in_int8():
     group = Group(
         "head", TABLE, linears=["table", "head"], schemes=("none", "untied-int4-dynamic"), option="embeddings", tied=True
     )
@@ -119,7 +119,7 @@ def test_one_scheme_everywhere_needs_no_paths(program):
     assert text == "quantize,distill{steps=3,precision=fp32}"
 
 
-def test_bfloat16_comes_before_quantizers_and_nothing_is_distilled_after_it(program):
+def test_bfloat16_precedes_quantizers_and_nothing_is_distilled_after(program):
     groups, linears = groups_of(program), linear_paths(program)
     options = quantized(groups)
     assert pipeline_of(groups, options, linears, steps=3, bf16=True) == "cast,sink-casts,fold-casts,quantize"
@@ -132,7 +132,7 @@ def test_factors_are_read_back():
     assert read_options([group], text) == [Option(8, LOW_RANK)]
 
 
-def test_key_value_heads_are_pooled_only_where_all_heads_stay():
+def test_key_value_heads_are_pooled_only_with_all_heads():
     case = tiny_llama()
     program = lissom.optimize(case.model, case.inputs, checks="off").program
     groups, linears = groups_of(program), linear_paths(program)
@@ -152,7 +152,7 @@ def test_a_model_without_sites_has_linear_layers_alone():
     assert {group.kind for group in groups_of(captured("tied"))} <= {"linear", TABLE}
 
 
-def test_a_table_tied_to_the_lm_head_is_left_alone_by_int4_of_other_layers():
+def test_int4_of_other_layers_leaves_tied_table_alone():
     inputs = {"input_ids": torch.randint(0, 64, (1, 8))}
     program = lissom.optimize(tied_llama(), inputs).program
     groups, linears = groups_of(program), linear_paths(program)

@@ -26,7 +26,7 @@ def test_a_record_is_read_back(tmp_path):
     assert Store(tmp_path).get("loss", "other", "name") is None
 
 
-def test_a_torn_last_line_is_passed_over_and_the_next_record_is_whole(tmp_path):
+def test_torn_last_line_is_skipped_and_next_record_whole(tmp_path):
     store = Store(tmp_path)
     store.add("loss", "key", "first", loss=1.0)
     store.add("loss", "key", "second", loss=2.0)
@@ -91,7 +91,7 @@ def test_a_candidate_with_a_wrong_field_is_not_taken(wrong):
     assert read_candidate({"pipeline": "quantize", "backend": "eager", **FIGURES, **wrong}) is None
 
 
-def test_a_link_and_a_directory_in_place_of_the_file_are_refused(tmp_path):
+def test_link_and_directory_in_place_of_file_are_refused(tmp_path):
     target = tmp_path / "elsewhere"
     target.write_text("")
     (tmp_path / "store").mkdir()

@@ -42,7 +42,7 @@ def test_the_text_gives_the_same_program_again(family):
 
 
 @pytest.mark.slow
-def test_the_drop_without_a_metric_is_the_relative_output_error(tmp_path):
+def test_drop_without_metric_is_relative_output_error(tmp_path):
     case = tiny_bert()
     data = batches(case)
     tuned = lissom.tune(
@@ -70,7 +70,7 @@ def test_the_drop_without_a_metric_is_the_relative_output_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_target_takes_the_most_accurate_program_that_reaches_it():
+def test_target_takes_most_accurate_program_that_reaches_it():
     case = tiny_bert()
     tuned = lissom.tune(
         case.model, case.inputs, data=batches(case), goal="memory", target=1.5, minutes=0.5, distill=False, max_drop=0
@@ -83,7 +83,7 @@ def test_a_target_takes_the_most_accurate_program_that_reaches_it():
 
 
 @pytest.mark.slow
-def test_a_bound_that_nothing_meets_leaves_the_exact_program_and_names_the_nearest():
+def test_unreachable_bound_leaves_exact_program_and_names_nearest():
     case = tiny_bert()
     tuned = lissom.tune(case.model, case.inputs, data=batches(case), max_drop=0, goal="memory", minutes=0.2, distill=False)
     assert tuned.pipeline == "exact"
@@ -91,7 +91,7 @@ def test_a_bound_that_nothing_meets_leaves_the_exact_program_and_names_the_neare
     assert any("the exact program is kept; the nearest loses" in note for note in tuned.report.notes)
 
 
-def test_the_exact_program_is_there_when_the_time_is_over_at_once():
+def test_exact_program_exists_when_time_ends_at_once():
     case = feed_forward()
     tuned = lissom.tune(case.model, case.inputs, data=[case.inputs], minutes=1e-6)
     assert tuned.pipeline == "exact"
@@ -102,7 +102,7 @@ def test_the_exact_program_is_there_when_the_time_is_over_at_once():
     assert any(note.startswith("data= holds one batch") for note in tuned.report.notes)
 
 
-def test_a_target_that_nothing_reaches_leaves_the_exact_program_and_names_the_nearest():
+def test_unreachable_target_leaves_exact_program_and_names_nearest():
     case = feed_forward()
     tuned = lissom.tune(case.model, case.inputs, data=[case.inputs] * 2, goal="memory", target="0.00001 MB", minutes=0.02)
     assert tuned.pipeline == "exact"
@@ -110,7 +110,7 @@ def test_a_target_that_nothing_reaches_leaves_the_exact_program_and_names_the_ne
     assert any(note.startswith(sentence) for note in tuned.report.notes), tuned.report.notes
 
 
-def test_a_second_call_takes_the_time_of_the_exact_program_from_the_store(tmp_path):
+def test_second_call_takes_time_of_exact_program_from_store(tmp_path):
     case, options = feed_forward(), {"minutes": 1e-6, "store": tmp_path}
     scores = cycle([0.5, 0.501])
     tuned = [
@@ -245,7 +245,7 @@ def test_metrics_are_told_apart_by_their_code():
 
 
 @pytest.mark.slow
-def test_a_uniform_scheme_far_over_the_bound_is_not_built(tmp_path):
+def test_uniform_scheme_far_over_bound_is_not_built(tmp_path):
     config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     model = seeded(lambda: LlamaForCausalLM(config))
     data = [{"input_ids": tokens(2, 8, seed=seed)} for seed in range(4)]

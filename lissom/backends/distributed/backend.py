@@ -31,8 +31,9 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.pipeline.history import History
+from lissom.compiler.pipeline.options import Checks
 from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.compiler.pipeline.pipeline import Checks, Pipeline
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import InputError, LissomError, RankError, UnsupportedError
 from lissom.version import __version__
 
@@ -45,14 +46,18 @@ LONGEST_SECONDS = 7 * 24 * 3600.0
 class Distributed(Backend):
     """Runs a program on several ranks, one process each: shared memory or gloo on CPUs, NCCL on CUDA devices.
 
-    world_size: how many ranks; None for as many as the process group has. timeout_seconds: how long a rank may not respond.
-    shared_memory: whether ranks on one machine exchange values through shared memory instead of gloo.
+    Attributes:
+        world_size: how many ranks; None for as many as the process group has.
+        timeout_seconds: how long a rank may not respond.
+        shared_memory: whether ranks on one machine exchange values through shared memory instead of gloo.
 
-    Raises: UnsupportedError when a number is out of range.
+    Raises:
+        UnsupportedError: when a number is out of range.
 
-    >>> import lissom
-    >>> lissom.Distributed(world_size=2, shared_memory=False)
-    Distributed(world_size=2, timeout_seconds=30.0, shared_memory=False)
+    Examples:
+        >>> import lissom
+        >>> lissom.Distributed(world_size=2, shared_memory=False)
+        Distributed(world_size=2, timeout_seconds=30.0, shared_memory=False)
     """
 
     world_size: int | None = None
@@ -97,7 +102,11 @@ def torchrun(world_size: int, rest: str) -> str:
 
 
 class Held:
-    """A program for several ranks in a process that is no rank: it can be inspected and saved. history: of the passes."""
+    """A program for several ranks in a process that is no rank: it can be inspected and saved.
+
+    Attributes:
+        history: of the passes.
+    """
 
     def __init__(self, program: Program, world_size: int, history: History | None = None) -> None:
         self.stored = program
@@ -112,7 +121,12 @@ class Held:
 
 
 class RankProgram:
-    """The executable of one rank. stored: its program before lowering, as an artifact holds it. history: of its passes."""
+    """The executable of one rank.
+
+    Attributes:
+        stored: its program before lowering, as an artifact holds it.
+        history: of its passes.
+    """
 
     def __init__(self, program: Program, stored: Program, ranks: Ranks, history: History | None = None) -> None:
         self.stored = stored
@@ -146,7 +160,10 @@ class RankProgram:
     def refusals(self) -> Generator[None]:
         """Tell the other ranks when the block raises, so that none waits for this one.
 
-        Raises: the block's error; RankError when a rank ended or does not respond.
+        Errors of the block pass through.
+
+        Raises:
+            RankError: when a rank ended or does not respond.
         """
         try:
             yield
@@ -228,7 +245,10 @@ def lower_rank(
 ) -> tuple[Program, History]:
     """One rank's lowered program and its history; passes are checked with stand-ins for collectives.
 
-    Raises: errors of the pipeline; UnsupportedError for quantized layers without a kernel, unless they are simulated.
+    Errors of the pipeline pass through.
+
+    Raises:
+        UnsupportedError: for quantized layers without a kernel, unless they are simulated.
     """
     lowering = Pipeline(backend.lowering(device), samples=samples, checks=checks)
     lowered, history = lowering.run(program, History("", checks))

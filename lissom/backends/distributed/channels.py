@@ -34,7 +34,11 @@ class Channel(Protocol):
     """Collectives on contiguous tensors, called by all ranks in the same order. They raise RuntimeError when a rank is gone."""
 
     def reduce(self, x: torch.Tensor, operation: str) -> None:
-        """All-reduce in place. operation: `sum` or `max`."""
+        """All-reduce in place.
+
+        Args:
+            operation: `sum` or `max`.
+        """
         ...
 
     def gather(self, output: torch.Tensor, x: torch.Tensor) -> None:
@@ -76,10 +80,13 @@ class GroupChannel:
 
 
 def end_group(held: list[Any]) -> None:
-    """Destroy a process group on this rank. held: the only reference to it, which is taken out.
+    """Destroy a process group on this rank.
 
     Gloo closes its connections, which the other ranks notice, with the last reference. That waits for collectives with a rank
     that hangs, so a thread does it.
+
+    Args:
+        held: the only reference to it, which is taken out.
     """
     thread = Thread(target=_destroy, args=(held,), daemon=True)
     thread.start()
@@ -99,8 +106,13 @@ class SharedMemory:
     Every rank has two slots, which it fills alternately: a rank at the barrier of a step has read what the others wrote two
     steps before.
 
-    rank, world_size: this rank and the number of ranks. processes: process ids by rank.
-    timeout_seconds: how long a rank may not respond.
+    Args:
+        processes: process ids by rank.
+
+    Attributes:
+        rank: this rank.
+        world_size: the number of ranks.
+        timeout_seconds: how long a rank may not respond.
     """
 
     def __init__(self, memory: mmap.mmap, rank: int, world_size: int, processes: Sequence[int], timeout_seconds: float) -> None:
@@ -142,7 +154,7 @@ class SharedMemory:
         self._ended.fill_(1)
 
     def _exchange(self, part: torch.Tensor) -> torch.Tensor:
-        """The values of all ranks, [ranks, values], valid until the step after the next. Raises: RuntimeError."""
+        """The values of all ranks, [ranks, values], valid until the step after the next. Raises RuntimeError."""
         self._step += 1
         slots = self._slots[self._step % 2].view(part.dtype)[:, : part.numel()]
         slots[self.rank].view(part.shape).copy_(part)
@@ -182,7 +194,8 @@ def create(world_size: int) -> Generator[Path]:
 
     It has no name in a file system, so the system frees it when the last process that maps it ends.
 
-    Raises: OSError when there is no space.
+    Raises:
+        OSError: when there is no space.
     """
     descriptor = os.memfd_create("lissom")
     try:
@@ -193,7 +206,7 @@ def create(world_size: int) -> Generator[Path]:
 
 
 def attach(path: Path) -> mmap.mmap:
-    """Open the memory at a path that `create` returned. Raises: OSError."""
+    """Open the memory at a path that `create` returned. Raises OSError."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         return mmap.mmap(descriptor, 0)

@@ -21,7 +21,11 @@ _NUMBERS = 4
 
 
 class Entry:
-    """The entry of one program's calls. name: of the program. All ranks construct it at the same point."""
+    """The entry of one program's calls.
+
+    Args:
+        name: of the program. All ranks construct it at the same point.
+    """
 
     def __init__(self, ranks: Ranks, name: str) -> None:
         self._ranks = ranks
@@ -31,13 +35,18 @@ class Entry:
         self._seen: set[tuple[torch.Size, ...]] = set()
 
     def agree(self, inputs: Sequence[torch.Tensor], refusal: str | None = None) -> None:
-        """Compare the call with that of the other ranks. refusal: why this rank refuses its inputs.
+        """Compare the call with that of the other ranks.
 
         Inputs on the CPU are compared in every call, others at the first call of each combination of shapes, since reading
         them waits for their device.
 
-        Raises: InputError with the refusal; RankError when another rank refuses, or the ranks call different programs or
-            have different inputs, or one ended or does not answer.
+        Args:
+            refusal: why this rank refuses its inputs.
+
+        Raises:
+            InputError: with the refusal.
+            RankError: when another rank refuses, or the ranks call different programs or have different inputs, or one ended or
+                does not answer.
         """
         facts = self._facts(inputs)
         mine = [self._ranks.next_call(), self._program, zlib.crc32(repr(facts).encode()), refusal is not None]

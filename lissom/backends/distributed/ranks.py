@@ -39,10 +39,14 @@ _PATIENT = timedelta(days=7)
 class Ranks:
     """The ranks that run programs together: all of the default process group.
 
-    rank, world_size: this rank and the number of ranks. timeout_seconds: how long a rank may not respond.
-    shares_memory: whether values go through shared memory where all ranks are on one machine.
+    Attributes:
+        rank: this rank.
+        world_size: the number of ranks.
+        timeout_seconds: how long a rank may not respond.
+        shares_memory: whether values go through shared memory where all ranks are on one machine.
 
-    Raises: RankError when the other ranks do not construct theirs within that time.
+    Raises:
+        RankError: when the other ranks do not construct theirs within that time.
     """
 
     def __init__(self, timeout_seconds: float, shares_memory: bool = True) -> None:
@@ -72,7 +76,7 @@ class Ranks:
         return self._channels[device.type]
 
     def _share_memory(self) -> SharedMemory | None:
-        """Shared memory of all ranks; None where they are on several machines, or it cannot be created. Raises: RankError."""
+        """Shared memory of all ranks; None where they are on several machines, or it cannot be created. Raises RankError."""
         who = "this process group"
         mine = {"machine": "" if load_kernels() else machine(), "process": os.getpid()}
         told = self._exchange_json(mine, who)
@@ -92,7 +96,7 @@ class Ranks:
 
     @contextmanager
     def answering(self, who: str) -> Generator[None]:
-        """Convert torch's errors about ranks that do not respond. Raises: RankError."""
+        """Convert torch's errors about ranks that do not respond. Raises RankError."""
         if self._failure:
             raise RankError(self._failure)
         try:
@@ -101,7 +105,7 @@ class Ranks:
             self.fail(f"a rank of {who}", error)
 
     def fail(self, what: str, cause: Exception | None = None) -> NoReturn:
-        """Abort all ranks; from now on every call here raises. Raises: RankError."""
+        """Abort all ranks; from now on every call here raises. Raises RankError."""
         self.end(
             f"{what} ended or did not answer within {self.timeout_seconds:g} s; see what the other ranks say, "
             f"and start all of them again",
@@ -109,7 +113,7 @@ class Ranks:
         )
 
     def end(self, sentence: str, cause: Exception | None = None) -> NoReturn:
-        """As `fail`, with a message of the caller's. Raises: RankError."""
+        """As `fail`, with a message of the caller's. Raises RankError."""
         self._end(sentence)
         raise RankError(self._failure) from cause
 
@@ -127,11 +131,15 @@ class Ranks:
 
     @contextmanager
     def alone(self, who: str) -> Generator[None]:
-        """Collective work, by one thread of this rank at a time. who: the name of what they run.
+        """Collective work, by one thread of this rank at a time.
 
         An error that is not Lissom's own, such as an interrupt, aborts the other ranks, which would wait otherwise.
 
-        Raises: UnsupportedError when another thread is in such a block.
+        Args:
+            who: the name of what they run.
+
+        Raises:
+            UnsupportedError: when another thread is in such a block.
         """
         if not self._running.acquire(blocking=False):
             raise UnsupportedError(
@@ -176,11 +184,14 @@ class Ranks:
                 thread.join(2 * _BEAT_SECONDS)
 
     def exchange(self, data: bytes, who: str, *, patient: bool = False) -> list[bytes]:
-        """All-gather bytes, in rank order; all ranks call it at the same point. who: the name of what they run.
+        """All-gather bytes, in rank order; all ranks call it at the same point.
 
-        patient: wait as long as the others send heartbeats, in a block of `working`.
+        Args:
+            who: the name of what they run.
+            patient: wait as long as the others send heartbeats, in a block of `working`.
 
-        Raises: RankError when a rank ended or does not respond.
+        Raises:
+            RankError: when a rank ended or does not respond.
         """
         with self.answering(who):
             length = torch.tensor([len(data)])
@@ -203,7 +214,7 @@ class Ranks:
         return gathered
 
     def _watch(self, work: Any, who: str) -> None:
-        """Wait for the work as long as all ranks send heartbeats. Raises: RankError."""
+        """Wait for the work as long as all ranks send heartbeats. Raises RankError."""
         since = looked = time.monotonic()
         while not work.is_completed():
             time.sleep(0.001)
@@ -216,21 +227,25 @@ class Ranks:
                     self.fail(f"rank {rank} of {who}")
 
     def send(self, tensor: torch.Tensor, rank: int, who: str) -> None:
-        """Send a contiguous CPU tensor to a rank, which calls `receive`. Raises: RankError."""
+        """Send a contiguous CPU tensor to a rank, which calls `receive`. Raises RankError."""
         if tensor.numel():
             with self.answering(who):
                 self._control.send([tensor.reshape(-1).view(torch.uint8)], rank, 0).wait()
 
     def receive(self, tensor: torch.Tensor, rank: int, who: str) -> None:
-        """Receive a tensor from a rank, in place. Raises: RankError."""
+        """Receive a tensor from a rank, in place. Raises RankError."""
         if tensor.numel():
             with self.answering(who):
                 self._control.recv([tensor.view(-1).view(torch.uint8)], rank, 0).wait()
 
     def agree(self, facts: Mapping[str, str], who: str, *, patient: bool = False) -> None:
-        """Compare facts between ranks. facts: values by name.
+        """Compare facts between ranks.
 
-        Raises: RankError when they differ, with the same message on all ranks.
+        Args:
+            facts: values by name.
+
+        Raises:
+            RankError: when they differ, with the same message on all ranks.
         """
         _compare(self._exchange_json(facts, who, patient), who)
 
@@ -242,9 +257,13 @@ class Ranks:
     ) -> Result:
         """The result of `make` on this rank, once it succeeded on all; ranks wait for each other as long as they are alive.
 
-        tell: facts of the result that must agree, as in `agree`.
+        Where it failed on a rank, that error is raised on all, with the same message.
 
-        Raises: the error of a rank where it failed, with the same message on all ranks; RankError.
+        Args:
+            tell: facts of the result that must agree, as in `agree`.
+
+        Raises:
+            RankError: when facts differ, or a rank ended.
         """
         made, failed = _attempt(make)
         outcomes = self._exchange_json(failed or {"told": tell(cast(Result, made))}, who, patient=True)
@@ -252,7 +271,7 @@ class Ranks:
         return cast(Result, made)
 
     def from_first(self, make: Callable[[], bytes], who: str) -> bytes:
-        """Broadcast the result of `make` on rank 0. Raises: rank 0's error, with the same message on all ranks; RankError."""
+        """Broadcast the result of `make` on rank 0. Raises rank 0's error, with the same message on all ranks; RankError."""
         data, failed = _attempt(make) if self.rank == 0 else (b"", None)
         first, *_ = self.exchange((b"\0" + json.dumps(failed).encode()) if failed else (data or b""), who, patient=True)
         if first.startswith(b"\0"):
@@ -262,10 +281,14 @@ class Ranks:
     def share_directory(self, write: Callable[[Callable[[Path], None]], None], own: Callable[[Path], None], who: str) -> None:
         """Write a directory together: rank 0 creates it, and every rank writes its part.
 
-        write: runs on rank 0, and calls its argument with the directory once that exists. own: writes a rank's part; it fails
-        on all ranks or on none.
+        An error is raised on all ranks, with the same message.
 
-        Raises: the error, with the same message on all ranks; RankError.
+        Args:
+            write: runs on rank 0, and calls its argument with the directory once that exists.
+            own: writes a rank's part; it fails on all ranks or on none.
+
+        Raises:
+            RankError: when a rank ended or does not respond.
         """
 
         def enter(folder: Path) -> None:
@@ -308,7 +331,7 @@ def _attempt(make: Callable[[], Result]) -> tuple[Result | None, dict[str, str] 
 
 
 def _compare(facts: Sequence[Mapping[str, str]], who: str) -> None:
-    """Raises: RankError where a fact of a rank differs from that of rank 0."""
+    """Raise RankError where a fact of a rank differs from that of rank 0."""
     for name, mine in facts[0].items():
         for rank, other in enumerate(facts):
             if other.get(name) != mine:
@@ -319,7 +342,7 @@ def _compare(facts: Sequence[Mapping[str, str]], who: str) -> None:
 
 
 def _raise_first(outcomes: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The facts of all ranks. Raises: the error of the first rank that failed."""
+    """The facts of all ranks. Raises the error of the first rank that failed."""
     for outcome in outcomes:
         if "error" in outcome:
             raise getattr(errors, outcome["error"], LissomError)(outcome["sentence"])

@@ -104,7 +104,12 @@ def build_function(
     wrap: Callable[[Program, Executable], Executable] = lambda _, run: run,
     calls: Calls = lambda _: None,
 ) -> Executable:
-    """An executable that runs the program's operators in order. wrap: applied to the function. calls: as in `emit`."""
+    """An executable that runs the program's operators in order.
+
+    Args:
+        wrap: applied to the function.
+        calls: as in `emit`.
+    """
     program = with_fast_layout(program)
     state = {name: program.weight(name).detach().clone() for name in program.state}
     use_huge_pages(_read_whole(program), own=[*_packed(program), *state.values()])
@@ -171,7 +176,9 @@ def emit(
     The source contains no text of the program, which may be untrusted: variables are numbered, strings and names are globals,
     and keywords are those of the operator's schema.
 
-    state: replaces the program's state, by name. calls: replaces targets of nodes.
+    Args:
+        state: replaces the program's state, by name.
+        calls: replaces targets of nodes.
     """
     names: dict[str, object] = {}
     scope: dict[fx.Node, str] = {}

@@ -33,9 +33,10 @@ FEWEST = 4
 class Run:
     """Calls in order, with no other call between them.
 
-    native: by a chain, and not from Python.
-    outputs: the values that are read later. freed: the values that nothing reads later; for a chain, of those it is given
-    and those it returns.
+    Attributes:
+        native: by a chain, and not from Python.
+        outputs: the values that are read later.
+        freed: the values that nothing reads later; for a chain, of those it is given and those it returns.
     """
 
     nodes: Sequence[fx.Node]
@@ -62,10 +63,13 @@ class Run:
 
 
 def runs_of(program: Program, is_replaced: Callable[[fx.Node], bool]) -> list[Run]:
-    """All calls of the program, in an order in which they can be run. is_replaced: nodes that Python calls.
+    """All calls of the program, in an order in which they can be run.
 
     Another call that no chain can make goes before the chain that is open, unless it reads its results, or memory that it
     writes. A replaced one does not: ranks that wait for each other in it make the same calls before.
+
+    Args:
+        is_replaced: nodes that Python calls.
     """
     operators = _operators() if _on_cpu(program) else frozenset[str]()
     state = _reached(program, program.state)

@@ -39,7 +39,9 @@ class CudaGraphs:
     """Runs a function of flat inputs on one device through CUDA graphs.
 
     A shape runs without a graph the first time, and is captured the second time, so that unique shapes cost nothing.
-    notes: why there are no graphs, where there are none.
+
+    Attributes:
+        notes: why there are no graphs, where there are none.
     """
 
     def __init__(self, function: Executable, device: torch.device, obstacle: str | None = None) -> None:

@@ -17,7 +17,8 @@ aten = torch.ops.aten
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
     """PyTorch's attention with a check of lengths: on a CPU it reads past the end of the shorter of k and v (torch 2.13).
 
-    Raises: ValueError, which needs no second run for an explanation.
+    Raises:
+        ValueError: which needs no second run for an explanation.
     """
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(f"attention has {key.shape[-2]} keys and {value.shape[-2]} values")
@@ -35,7 +36,8 @@ def _batch_norm(input: torch.Tensor, *rest: Any, **options: Any) -> tuple[torch.
 def _recurrent_layers(target: torch._ops.OpOverload, gates: int) -> Callable[..., tuple[torch.Tensor, ...]]:
     """PyTorch's LSTM, GRU or RNN with a check of sizes: oneDNN reads past the end of too short weights (torch 2.13).
 
-    gates: how many matrices of a step lie in one weight.
+    Args:
+        gates: how many matrices of a step lie in one weight.
     """
 
     def run(

@@ -43,9 +43,14 @@ def fuse_cached_attention(model: ir.Model) -> int:
 
 @dataclass(frozen=True)
 class _Cached:
-    """An attention over a KV cache. keys, values: the copies into it. repeated: the nodes that repeat its heads.
+    """An attention over a KV cache.
 
-    window: the sliding window in slots, -1 for none. masked: whether there is a further mask.
+    Attributes:
+        keys: the copy of the keys into it.
+        values: that of the values.
+        repeated: the nodes that repeat its heads.
+        window: the sliding window in slots, -1 for none.
+        masked: whether there is a further mask.
     """
 
     site: Site
@@ -247,7 +252,8 @@ def _are_places(value: ir.Value, places: int) -> bool:
 def _limit(condition: ir.Value, site: Site, start: ir.Value, places: int, operators: tuple[str, str]) -> int | None:
     """d, where the condition compares a slot with the query's own slot + d; None for another condition.
 
-    operators: that comparison, and the equivalent one with d + 1: `_UP_TO` for place ≤ own + d, `_BEYOND` for >.
+    Args:
+        operators: that comparison, and the equivalent one with d + 1: `_UP_TO` for place ≤ own + d, `_BEYOND` for >.
     """
     comparison = _comparison(condition, places)
     shift = _shift(comparison[1], site, start) if comparison is not None else None

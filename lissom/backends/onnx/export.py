@@ -58,7 +58,8 @@ def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir
     State is a further input, and the state after the call a further output. Some operators are nodes of the domain `lissom`;
     `variants.write_variant` replaces them with operators of ONNX Runtime.
 
-    decompose: decompose operators first. The exporter then has translations for nearly all, and takes twice as long.
+    Args:
+        decompose: decompose operators first. The exporter then has translations for nearly all, and takes twice as long.
     """
     with recurrent_layers_whole(_WHOLE):
         exported = _export(program, example)

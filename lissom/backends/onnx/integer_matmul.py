@@ -37,6 +37,7 @@ from lissom.backends.onnx.quantization import (
     is_by_group,
     is_quantization,
     operands,
+    packed,
     scalar_scales,
 )
 from lissom.backends.onnx.rewriting import Writer, constant_of, fixed_size, take_over
@@ -59,8 +60,12 @@ _FACTOR = 8
 class Layer:
     """A layer with a quantized weight or quantized activations.
 
-    product: its node. x: its input; rounded: the quantizer of x, or None. stored: its quantized weight as
-    [features in, features out], None for a floating-point weight; weight: the value that holds it.
+    Attributes:
+        product: its node.
+        x: its input.
+        rounded: the quantizer of x, or None.
+        stored: its quantized weight as [features in, features out], None for a floating-point weight.
+        weight: the value that holds it.
     """
 
     product: ir.Node
@@ -121,9 +126,9 @@ def quantized_layers(model: ir.Model) -> list[Layer]:
 def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = False, standard: bool = False) -> int:
     """Replace quantized layers with integer kernels where there are any; returns how many.
 
-    standard: with operators of standard ONNX alone.
-    beside: keep each layer, and add the relative error of its integer kernel as a further output of the model:
-    max |actual - wanted| / max |wanted|, on the same input.
+    Args:
+        standard: with operators of standard ONNX alone.
+        beside: keep each layer, and add an output with its integer kernel's error on the same input, as `_distance` gives it.
     """
     groups: dict[ir.Value, list[Layer]] = defaultdict(list)
     for layer in quantized_layers(model):
@@ -149,7 +154,7 @@ def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = 
 
 
 def simulated(layers: Sequence[Layer], accuracy_level: int, failure: str = "") -> list[SimulatedLayer]:
-    """The layers without an integer kernel, with the reason. failure: a reason for all others."""
+    """The layers without an integer kernel, with the reason; `failure` is that of all others."""
     simulated_layers: list[SimulatedLayer] = []
     for layer in layers:
         reason = layer.obstacle or _level_obstacle(layer, accuracy_level) or failure
@@ -192,9 +197,12 @@ def _as_layer(product: ir.Node) -> Layer | None:
 
 @dataclass(frozen=True)
 class _Integers:
-    """Quantized activations. q: with zero points appended, `rows` times. by_row: the per-row scale, or None.
+    """Quantized activations.
 
-    rows: None where zero points are subtracted after the product.
+    Attributes:
+        q: with zero points appended, `rows` times.
+        by_row: the per-row scale, or None.
+        rows: None where zero points are subtracted after the product.
     """
 
     q: ir.Value
@@ -287,7 +295,7 @@ def _flat(array: np.ndarray) -> np.ndarray:
 
 
 def _multiplied(write: Writer, x: Sequence[ir.Value | None], weight: Sequence[ir.Value | None]) -> ir.Value:
-    """`MatMulIntegerToFloat` in standard operators. x, weight: the integers, scales and zero points of each."""
+    """`MatMulIntegerToFloat` in standard operators; x and weight are integers, scales and zero points."""
     sums = write.call("MatMulInteger", x[0], weight[0], x[2], weight[2])
     return write.call("Mul", write.call("Cast", sums, to=int(ir.DataType.FLOAT)), write.call("Mul", x[1], weight[1]))
 
@@ -331,22 +339,14 @@ def _few_bits(write: Writer, layer: Layer, accuracy_level: int) -> ir.Value:
     scale = np.broadcast_to(stored.scale.T.repeat(each, 1), (count, blocks)).astype(np.float32)
     inputs = [
         layer.x,
-        write.weight(layer.weight, "blocks", _packed(whole, bits).reshape(count, blocks, -1)),
+        write.weight(layer.weight, "blocks", packed(whole, bits).reshape(count, blocks, -1)),
         write.weight(layer.weight, "block_scales", scale.reshape(-1)),
     ]
     if stored.zero_point is not None:
         points = np.broadcast_to(stored.zero_point.T.astype(np.uint8).repeat(each, 1), (count, blocks))
-        inputs.append(write.weight(layer.weight, "block_zero_points", _packed(points, bits)))
+        inputs.append(write.weight(layer.weight, "block_zero_points", packed(points, bits)))
     options = {"K": features, "N": count, "bits": bits, "block_size": block, "accuracy_level": accuracy_level}
     return write.op("MatMulNBits", inputs, options, domain=CONTRIB)
-
-
-def _packed(elements: np.ndarray, bits: int) -> np.ndarray:
-    """Four-bit elements packed two per byte, the first in the low half."""
-    if bits == 8:
-        return elements
-    even = elements if elements.shape[-1] % 2 == 0 else np.pad(elements, ((0, 0), (0, 1)))
-    return even[..., 0::2] | (even[..., 1::2] << 4)
 
 
 def _bias(layer: Layer) -> ir.Value | None:
@@ -368,7 +368,7 @@ def _sum_behind(layer: Layer) -> ir.Node | None:
 
 
 def _finish(write: Writer, layer: Layer, result: ir.Value, biased: bool, beside: bool) -> None:
-    """Replace a layer's output, or add its relative error as an output. biased: the result includes the bias, if any."""
+    """Replace a layer's output, or add its relative error as an output. A `biased` result includes the bias, if any."""
     graph, last = write.model.graph, layer.product
     bias = _bias(layer) if biased else None
     own = layer.product.inputs[2] if len(layer.product.inputs) > 2 else None

@@ -48,7 +48,8 @@ class PlainSession:
 def portable_model(program: Program, example: Sample, *, contrib: bool = False) -> ir.Model:
     """The program in plain operators, quantized layers in integers.
 
-    contrib: with operators of ONNX Runtime's domain `com.microsoft`, which are faster for some quantized layers.
+    Args:
+        contrib: with operators of ONNX Runtime's domain `com.microsoft`, which are faster for some quantized layers.
     """
     try:
         exported = export_onnx(program, example, decompose=False)
@@ -61,7 +62,10 @@ def portable_model(program: Program, example: Sample, *, contrib: bool = False) 
 def save_portable(model: ir.Model, path: Path) -> int:
     """Write a model to one file, and weights too large for it to a second one, NAME.onnx_data; returns the opset.
 
-    The opset is the oldest one in which the model is valid as it is. Raises: UnsupportedError if there is none.
+    The opset is the oldest one in which the model is valid as it is.
+
+    Raises:
+        UnsupportedError: if there is none.
     """
     large = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value) > _LARGEST
     reason = ""

@@ -17,11 +17,17 @@ from lissom.ops.pattern import UNBOUNDED, Condition, Pattern
 
 @dataclass(frozen=True)
 class Read:
-    """The keys that query blocks read. rows, blocks: the number of query and of key blocks, [1].
+    """The keys that query blocks read.
 
-    alone: positions that all query blocks read, as further key blocks, [count]; None for none. all_blocks: the number of key
-    blocks with these, [1]. column: key blocks, [heads or 1, rows, slots]. j: their positions, [heads or 1, rows, read];
-    counts: which of them are valid and no duplicates. read: their number, [1].
+    Attributes:
+        rows: the number of query blocks, [1].
+        blocks: the number of key blocks, [1].
+        alone: positions that all query blocks read, as further key blocks, [count]; None for none.
+        all_blocks: the number of key blocks with these, [1].
+        column: key blocks, [heads or 1, rows, slots].
+        j: their positions, [heads or 1, rows, read].
+        counts: which of them are valid and no duplicates.
+        read: their number, [1].
     """
 
     rows: ir.Value
@@ -35,7 +41,12 @@ class Read:
 
 
 def read_positions(write: Writer, reads: KeyBlocks, queries: ir.Value, keys: ir.Value) -> Read:
-    """The positions that each query block reads. queries, keys: their number, [1]."""
+    """The positions that each query block reads.
+
+    Args:
+        queries: their number, [1].
+        keys: their number, [1].
+    """
     call, size, heads = write.call, reads.block, reads.heads
     rows, blocks = (call("Div", call("Add", length, size - 1), size) for length in (queries, keys))
     row = call("Unsqueeze", write.counted(0, rows), 1)
@@ -136,9 +147,11 @@ def _in_stride(write: Writer, stride: tuple[int, int, int], j: ir.Value) -> ir.V
 def seen(
     write: Writer, pattern: Pattern, i: ir.Value, j: ir.Value, row: ir.Value, layout: ir.Value | None, rank: int
 ) -> ir.Value:
-    """The pattern's mask for queries i and keys j, which broadcast. row: positions with the blocks of i.
+    """The pattern's mask for queries i and keys j, which broadcast.
 
-    rank: the number of dimensions of j, the first of which is that of the layout's heads, or 1.
+    Args:
+        row: positions with the blocks of i.
+        rank: the number of dimensions of j, the first of which is that of the layout's heads, or 1.
     """
     alternatives: list[ir.Value] = []
     for conditions in pattern.alternatives:

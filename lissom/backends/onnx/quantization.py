@@ -123,9 +123,14 @@ def _by_hand(write: Writer, x: ir.Value, scale: ir.Value, zero_point: ir.Value |
 
 @dataclass(frozen=True)
 class Stored:
-    """A quantized matrix. q: not packed, [rows, columns]; scale, zero_point: per block, as in `lissom.ops.formats`.
+    """A quantized matrix.
 
     A zero point in floating point is subtracted after scaling.
+
+    Attributes:
+        q: not packed, [rows, columns].
+        scale: per block, as in `lissom.ops.formats`.
+        zero_point: per block, as in `lissom.ops.formats`.
     """
 
     q: np.ndarray
@@ -157,6 +162,14 @@ class Stored:
 
 def _unpacked(q: np.ndarray, form: Format) -> np.ndarray:
     return unpack_halves(torch.tensor(q), form).numpy() if form.bits == 4 else q
+
+
+def packed(elements: np.ndarray, bits: int) -> np.ndarray:
+    """Four-bit elements packed two per byte, the first in the low half."""
+    if bits == 8:
+        return elements
+    even = elements if elements.shape[-1] % 2 == 0 else np.pad(elements, ((0, 0), (0, 1)))
+    return even[..., 0::2] | (even[..., 1::2] << 4)
 
 
 def _stored(write: Writer, node: ir.Node) -> ir.Value:

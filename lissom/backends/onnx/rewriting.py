@@ -35,7 +35,11 @@ class Writer(ir.tape.Tape):
         return self.constant(np.array(value, np.float32))
 
     def weight(self, like: ir.Value, suffix: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
-        """A new weight, named after the one it is derived from; made once per name. dtype: for dtypes that numpy lacks."""
+        """A new weight, named after the one it is derived from; made once per name.
+
+        Args:
+            dtype: for dtypes that numpy lacks.
+        """
         name = f"{like.name}_{suffix}"
         known = self.model.graph.initializers.get(name)
         if known is not None:
@@ -130,14 +134,14 @@ def sizes_of(value: ir.Value) -> Sequence[int | ir.SymbolicDim]:
 
 
 def shape_of(value: ir.Value | None) -> Sequence[int | ir.SymbolicDim]:
-    """The shape of a value. Raises: ValueError where it is unknown."""
+    """The shape of a value. Raises ValueError where it is unknown."""
     if value is None or value.shape is None:
         raise ValueError(f"'{value.name if value is not None else None}' has no shape")
     return tuple(value.shape)
 
 
 def fixed_size(value: ir.Value, axis: int) -> int:
-    """A size. Raises: ValueError where it varies."""
+    """A size. Raises ValueError where it varies."""
     size = shape_of(value)[axis]
     if not isinstance(size, int):
         raise ValueError(f"dimension {axis} of '{value.name}' is {size}; it has to be fixed")

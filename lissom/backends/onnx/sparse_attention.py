@@ -37,7 +37,8 @@ _ROWS, _READ = "query_blocks", "keys_read"
 def expand_sparse(model: ir.Model, gathered: bool, chunk_bytes: int = CPU_BYTES) -> int:
     """Expand each block-sparse attention by key blocks where possible, else with a dense mask; returns how many by key blocks.
 
-    chunk_bytes: of keys and values gathered at a time, at least those of one query block.
+    Args:
+        chunk_bytes: of keys and values gathered at a time, at least those of one query block.
     """
     count = 0
     for node in nodes_of(model, DOMAIN, SPARSE_ATTENTION):
@@ -90,7 +91,11 @@ class Sparse(Site):
     def attention(
         self, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value, sinks: ir.Value | None, zeros: bool = True
     ) -> ir.Value:
-        """An attention node, which `expand_attention` replaces. zeros: fully masked rows yield zeros."""
+        """An attention node, which `expand_attention` replaces.
+
+        Args:
+            zeros: fully masked rows yield zeros.
+        """
         options = {"scale": self.scale, "softcap": self.softcap, "causal": 0, "zeros": int(zeros and sinks is None)}
         return self.write.op(ATTENTION, [q, k, v, mask, sinks], options, domain=DOMAIN)
 
@@ -202,7 +207,8 @@ class _Hidden:
     def of_rows(self, site: Sparse, row: ir.Value, apart: bool) -> tuple[ir.Value, ir.Value | None]:
         """The bias and the rows with visible keys of some query blocks, as sequences: [rows, heads or 1, block, read or 1].
 
-        apart: each head is a sequence too.
+        Args:
+            apart: each head is a sequence too.
         """
         parts = [self._of_rows(site, value, row, apart) for value in (self.bias, self.some) if value is not None]
         return parts[0], parts[1] if len(parts) > 1 else None
@@ -227,7 +233,10 @@ def _in_chunks(site: Sparse, read: Read, heads: int, size: int, part: Callable[[
     The memory for gathered keys is then bounded at any length. Chunks that fit a processor's cache are also faster; a GPU gets
     large chunks, since each is a synchronization. All chunks have the same size: the last row is repeated where needed.
 
-    heads: whose keys are gathered. size: of a block. part: from row numbers, [some], to [batch, some, features].
+    Args:
+        heads: whose keys are gathered.
+        size: of a block.
+        part: from row numbers, [some], to [batch, some, features].
     """
     write, call, dtype, rows = site.write, site.write.call, site.q.dtype, read.rows
     assert dtype is not None

@@ -114,7 +114,11 @@ def _dequantize(
 
 
 def _grouped_product(input: ir.Value, weight: ir.Value, offs: ir.Value) -> ir.Value:
-    """Rows [offs[i - 1], offs[i]) times weight[i], and zeros for rows after; input: [rows, k], weight: [groups, k, n]."""
+    """Rows [offs[i - 1], offs[i]) times weight[i], and zeros for rows after.
+
+    Args:
+        input: [rows, k], weight: [groups, k, n].
+    """
     groups = fixed_size(weight, 0)
     first = op.Constant(value_ints=[0])
     ends = op.Concat(first, op.Cast(offs, to=ir.DataType.INT64), op.Shape(input, start=0, end=1), axis=0)
@@ -218,7 +222,7 @@ _WRITTEN_BY: Mapping[object, str] = {
 
 
 def check_translatable(program: Program) -> None:
-    """Refuse operators that a lowering pass of another backend wrote. Raises: UnsupportedError with the pass."""
+    """Refuse operators that a lowering pass of another backend wrote. Raises UnsupportedError with the pass."""
     for node in program.nodes(*_WRITTEN_BY):
         raise UnsupportedError(
             f"ONNX Runtime has no kernel for {node.target} in '{node.name}' of {program.name}, which the pass "

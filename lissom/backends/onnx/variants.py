@@ -49,8 +49,9 @@ def write_variant(
 ) -> tuple[ir.Model, dict[str, int]]:
     """The exported model with the chosen rewrites, of CHOICES, INTEGERS and PAIRS, and how often each applied.
 
-    chunk_bytes: of keys and values that block-sparse attention gathers at a time. standard: integer kernels in standard
-    operators.
+    Args:
+        chunk_bytes: of keys and values that block-sparse attention gathers at a time.
+        standard: integer kernels in standard operators.
     """
     model = exported.clone()
     gathered = expand_sparse(model, PAIRS not in chosen, chunk_bytes)

@@ -41,19 +41,22 @@ CUTTING = "batches.json"
 class OnnxRuntime(Backend):
     """Runs the program with ONNX Runtime; needs the packages of the extra `onnx` or `onnx-gpu`.
 
-    providers: execution providers; the first that supports a node runs it. By default CUDA for a program on CUDA, then the CPU.
-    provider_options: options by provider, passed to ONNX Runtime.
-    threads: per operator; by default as many as PyTorch uses.
-    arena: keep memory between calls.
-    optimization: the graph optimization level of ONNX Runtime.
-    timing_seconds: how long each variant of the model is timed, at each of two sizes.
-    accuracy_level: of weight-only quantized layers: 0 keeps activations in floating point; 4 quantizes them to int8 in groups,
-        which is faster, and the report gives the error.
+    Attributes:
+        providers: execution providers; the first that supports a node runs it. By default CUDA for a program on CUDA, then the
+            CPU.
+        provider_options: options by provider, passed to ONNX Runtime.
+        threads: per operator; by default as many as PyTorch uses.
+        arena: keep memory between calls.
+        optimization: the graph optimization level of ONNX Runtime.
+        timing_seconds: how long each variant of the model is timed, at each of two sizes.
+        accuracy_level: of weight-only quantized layers: 0 keeps activations in floating point; 4 quantizes them to int8 in
+            groups, which is faster, and the report gives the error.
 
-    >>> import torch, lissom
-    >>> fast = lissom.compile(torch.nn.Linear(4, 2), torch.randn(3, 4), backend=lissom.OnnxRuntime(threads=1))
-    >>> fast(torch.randn(5, 4)).shape
-    torch.Size([5, 2])
+    Examples:
+        >>> import torch, lissom
+        >>> fast = lissom.compile(torch.nn.Linear(4, 2), torch.randn(3, 4), backend=lissom.OnnxRuntime(threads=1))
+        >>> fast(torch.randn(5, 4)).shape
+        torch.Size([5, 2])
     """
 
     name: ClassVar[str] = "onnxruntime"
@@ -87,8 +90,9 @@ class OnnxRuntime(Backend):
     def build(self, program: Program, example: Sample) -> Executable:
         """A `Session` of the fastest variant of the model; its notes say what was tried.
 
-        Raises: UnsupportedError when the program returns sizes, or holds what ONNX or its runtime cannot do;
-            VerifyError when the session gives something else than the program.
+        Raises:
+            UnsupportedError: when the program returns sizes, or holds what ONNX or its runtime cannot do.
+            VerifyError: when the session gives something else than the program.
         """
         _check(program)
         # Imported here, because they are an optional dependency and take a second or two to import.
@@ -192,7 +196,7 @@ class OnnxRuntime(Backend):
 
 
 def _check(program: Program) -> None:
-    """Refuse programs that cannot be exported, or that ONNX Runtime lacks kernels for. Raises: UnsupportedError."""
+    """Refuse programs that cannot be exported, or that ONNX Runtime lacks kernels for. Raises UnsupportedError."""
     check_tensors(OnnxRuntime.name, program)
     check_steps(OnnxRuntime.name, program, PLAIN_RNNS)
     for node in program:

@@ -34,7 +34,9 @@ in one."""
 class Opener:
     """Writes variants of the ONNX model of one program, and opens them.
 
-    backend: the name that errors give. accuracy_level: as in `OnnxRuntime`.
+    Attributes:
+        backend: the name that errors give.
+        accuracy_level: as in `OnnxRuntime`.
     """
 
     backend: str
@@ -59,7 +61,8 @@ class Opener:
     def confirmed(self, model: ir.Model, example: Sample, allowed: float = 0.0) -> tuple[Session, float]:
         """A session of the model, and its relative error to the program.
 
-        Raises: VerifyError when that is more than `allowed` and more than two correct programs may differ.
+        Raises:
+            VerifyError: when that is more than `allowed` and more than two correct programs may differ.
         """
         session = self.open(model)
         return session, confirm(self.backend, session, self.program, example, allowed)
@@ -69,8 +72,11 @@ class Opener:
 class Start:
     """An exported model and its first variant.
 
-    chosen: the rewrites of the first variant, INTEGERS or none. allowed: the relative error it may show.
-    layers: the quantized layers. left: those of them without a kernel.
+    Attributes:
+        chosen: the rewrites of the first variant, INTEGERS or none.
+        allowed: the relative error it may show.
+        layers: the quantized layers.
+        left: those of them without a kernel.
     """
 
     exported: ir.Model
@@ -85,7 +91,9 @@ class Start:
 def start(opener: Opener, example: Sample) -> Start:
     """The exported model, and its first variant opened and confirmed.
 
-    Raises: UnsupportedError when the program cannot be exported or opened; VerifyError when the session gives something else.
+    Raises:
+        UnsupportedError: when the program cannot be exported or opened.
+        VerifyError: when the session gives something else.
     """
     try:
         return _start(opener, example, decompose=False)
@@ -142,7 +150,7 @@ def _refused(opener: Opener) -> Generator[None]:
 def _start_with_integers(
     opener: Opener, example: Sample, exported: ir.Model, layers: Sequence[Layer], left: Sequence[SimulatedLayer]
 ) -> Start:
-    """The first variant with its quantized layers computed from integers. Raises: VerifyError; any error of ONNX Runtime."""
+    """The first variant with its quantized layers computed from integers. Raises VerifyError; any error of ONNX Runtime."""
     notes = [_check_integers(opener, example, exported)]
     level = opener.accuracy_level
     allowed = _QUANTIZED if level and any(layer.rounded is None for layer in layers) else 0.0
@@ -157,7 +165,8 @@ def _check_integers(opener: Opener, example: Sample, exported: ir.Model) -> str:
 
     Two correct programs diverge after a quantized layer, so the outputs of the program tell little about single layers.
 
-    Raises: VerifyError when one differs.
+    Raises:
+        VerifyError: when one differs.
     """
     program = opener.program
     with TemporaryDirectory(prefix="lissom-") as folder:

@@ -32,7 +32,11 @@ _DTYPES = {"float": "float32", "double": "float64"}
 
 @dataclass(frozen=True)
 class _Event:
-    """One run of an operator. index: of the operator in the graph."""
+    """One run of an operator.
+
+    Attributes:
+        index: of the operator in the graph.
+    """
 
     index: str
     layer: tuple[str, str, Kernel]

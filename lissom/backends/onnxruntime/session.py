@@ -55,10 +55,12 @@ class Memory:
 class Session:
     """An ONNX model that ONNX Runtime opened. Calls from several threads are independent, unless there is state.
 
-    path: the model's file; weights are in the same folder, which is deleted with this object, unless `keep`.
-    notes: sentences for the history.
-    cutting: how large batches are split into microbatches; None to run them whole.
-    quantized: how many layers are quantized; simulated: those of them that run in floating point.
+    Attributes:
+        path: the model's file; weights are in the same folder, which is deleted with this object, unless `keep`.
+        notes: sentences for the history.
+        cutting: how large batches are split into microbatches; None to run them whole.
+        quantized: how many layers are quantized.
+        simulated: those of them that run in floating point.
     """
 
     def __init__(
@@ -102,7 +104,8 @@ class Session:
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The model's outputs for flat inputs, without microbatches.
 
-        Raises: InputError for an input of another dtype, or on another device, whose memory would be misread.
+        Raises:
+            InputError: for an input of another dtype, or on another device, whose memory would be misread.
         """
         for name, tensor, dtype in zip(self._inputs, inputs, self._dtypes, strict=True):
             if tensor.dtype is not dtype or tensor.device != self._place:
@@ -149,8 +152,11 @@ def _memories(program: Program, path: Path, session: onnxruntime.InferenceSessio
 class SessionOptions:
     """Options of a session.
 
-    providers: with their options; the first that supports a node runs it. threads: per operator.
-    arena, optimization: as in `OnnxRuntime`.
+    Attributes:
+        providers: with their options; the first that supports a node runs it.
+        threads: per operator.
+        arena: as in `OnnxRuntime`.
+        optimization: as in `OnnxRuntime`.
     """
 
     providers: Sequence[tuple[str, Mapping[str, str]]]
@@ -162,9 +168,11 @@ class SessionOptions:
 def open_session(
     path: Path, chosen: SessionOptions, optimized: Path | None = None, profile: Path | None = None
 ) -> onnxruntime.InferenceSession:
-    """Open a model. optimized: the file to write the optimized graph to, with its weights next to it.
+    """Open a model.
 
-    profile: the beginning of the file that `end_profiling` writes the times of all operators to.
+    Args:
+        optimized: the file to write the optimized graph to, with its weights next to it.
+        profile: the beginning of the file that `end_profiling` writes the times of all operators to.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = chosen.threads
@@ -191,7 +199,11 @@ def open_session(
 
 
 def session_of(program: Program, path: Path, options: SessionOptions, keep: bool = False) -> Session:
-    """A `Session` of a program's model. keep: leave the model's folder when the session is deleted."""
+    """A `Session` of a program's model.
+
+    Args:
+        keep: leave the model's folder when the session is deleted.
+    """
     session = open_session(path, options)
     first = options.providers[0][0]
     warning = fallen_back(placed_nodes(session), first) if first != CPU else None
@@ -199,7 +211,11 @@ def session_of(program: Program, path: Path, options: SessionOptions, keep: bool
 
 
 def optimized_operators(path: Path, chosen: SessionOptions, folder: Path) -> Counter[str]:
-    """The operators of the graph that ONNX Runtime optimizes a model to, with counts. folder: for a temporary file."""
+    """The operators of the graph that ONNX Runtime optimizes a model to, with counts.
+
+    Args:
+        folder: for a temporary file.
+    """
     file = folder / "optimized.onnx"
     open_session(path, chosen, file)
     return Counter(node.op_type for node in ir.load(file).graph.all_nodes())
@@ -210,7 +226,8 @@ def choose_providers(
 ) -> list[tuple[str, Mapping[str, str]]]:
     """The execution providers and their options: those wanted, by default CUDA for a program on CUDA, then the CPU.
 
-    Raises: UnsupportedError when one is not installed.
+    Raises:
+        UnsupportedError: when one is not installed.
     """
     installed = onnxruntime.get_available_providers()
     device = device_of(program)

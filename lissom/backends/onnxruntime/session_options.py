@@ -18,7 +18,8 @@ MOST_THREADS = 1024
 def unlisted_option(providers: Sequence[str], options: Mapping[str, Mapping[str, str]], threads: int | None) -> str | None:
     """The first provider or provider option that an artifact may not set, in words; None when there is none.
 
-    Raises: ValueError for a wrong type or a value out of range: all three come from a file.
+    Raises:
+        ValueError: for a wrong type or a value out of range: all three come from a file.
     """
     _check_kinds(providers, options, threads)
     for name in (*providers, *options):

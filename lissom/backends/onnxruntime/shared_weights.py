@@ -54,7 +54,10 @@ def share_weights(folder: Path) -> None:
 def write_model(path: Path, folder: Path, places: Mapping[Content, int] | None = None, own: str = WEIGHTS) -> None:
     """Write a model to a folder, its tensors to the model's own file there, except those in the program's file.
 
-    path: of the model. places: offsets in the program's file by content. own: the present name of the model's own file.
+    Args:
+        path: of the model.
+        places: offsets in the program's file by content.
+        own: the present name of the model's own file.
     """
     proto = read_proto(path)
     end = 0
@@ -75,7 +78,11 @@ def write_model(path: Path, folder: Path, places: Mapping[Content, int] | None =
 def _external(
     path: Path, proto: onnx.ModelProto | None = None, own: str = WEIGHTS
 ) -> Iterator[tuple[onnx.TensorProto, memoryview]]:
-    """The external tensors of a model with their bytes. own: the present name of its own file."""
+    """The external tensors of a model with their bytes.
+
+    Args:
+        own: the present name of its own file.
+    """
     for tensor in parts_of(proto or read_proto(path), onnx.TensorProto):
         if is_external(tensor):
             for entry in tensor.external_data:

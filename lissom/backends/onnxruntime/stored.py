@@ -28,7 +28,8 @@ def check_stored(path: Path) -> None:
 
     ONNX Runtime interprets some data locations as memory addresses.
 
-    Raises: ArtifactError.
+    Raises:
+        ArtifactError: if it has any of these, or cannot be read.
     """
     proto = read_proto(path)
     for tensor in parts_of(proto, onnx.TensorProto):
@@ -48,7 +49,8 @@ def check_stored(path: Path) -> None:
 def check_interface(program: Program, path: Path, session: onnxruntime.InferenceSession) -> None:
     """Refuse a model whose inputs, outputs and states differ from the program's, which memory is bound by.
 
-    Raises: ArtifactError naming the first that differs.
+    Raises:
+        ArtifactError: naming the first that differs.
     """
     past, present = state_names(program)
     states = [program.weight(name) for name in program.state]

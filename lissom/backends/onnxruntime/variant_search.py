@@ -45,7 +45,8 @@ _AFFORDABLE = 2**30
 class Search:
     """The fastest variant so far: its session, its rewrites, and sentences on what was tried.
 
-    seconds: how long each variant is timed, on each sample.
+    Attributes:
+        seconds: how long each variant is timed, on each sample.
     """
 
     opener: Opener

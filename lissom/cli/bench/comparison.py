@@ -38,10 +38,16 @@ def compare(
 ) -> Iterator[Record]:
     """Measure every engine at every shape, and yield each record as soon as it is measured.
 
-    model, shapes, texts: as in `lissom.cli.bench.workload`. threads: for each engine. seconds: timing per shape.
-    progress: called with the current engine, the number of records so far, and the total.
+    Args:
+        model: as in `lissom.cli.bench.workload`.
+        shapes: as in `lissom.cli.bench.workload`.
+        texts: as in `lissom.cli.bench.workload`.
+        threads: for each engine.
+        seconds: timing per shape.
+        progress: called with the current engine, the number of records so far, and the total.
 
-    Raises: a LissomError if the model cannot be loaded, or does not run at a shape.
+    Raises:
+        LissomError: if the model cannot be loaded, or does not run at a shape.
     """
     with tempfile.TemporaryDirectory(prefix="lissom-bench-") as folder:
         progress(f"reading {model}", 0, 1)

@@ -28,7 +28,9 @@ from lissom.frontends.models.huggingface import find_directory
 class Task:
     """The input of an engine.
 
-    calibration: inputs of real texts, one row each; may be empty. folder: for the engine's files, deleted afterwards.
+    Attributes:
+        calibration: inputs of real texts, one row each; may be empty.
+        folder: for the engine's files, deleted afterwards.
     """
 
     model: Model
@@ -48,7 +50,10 @@ Prepare = Callable[[Task], Build]
 class Engine:
     """One way to run a model.
 
-    name: on the command line. title: in tables. packages: required ones, by the names they are imported and installed under.
+    Attributes:
+        name: on the command line.
+        title: in tables.
+        packages: required ones, by the names they are imported and installed under.
     """
 
     name: str
@@ -108,7 +113,11 @@ def _inference(call: Call) -> Call:
 
 
 def onnxruntime(task: Task, *, int8: bool) -> Build:
-    """ONNX Runtime on an export of opset 17; int8: per-channel weights, dynamically quantized activations."""
+    """ONNX Runtime on an export of opset 17.
+
+    Args:
+        int8: per-channel weights, dynamically quantized activations.
+    """
     file = _export(task)
     runtime = import_module("onnxruntime")
     if int8:
@@ -149,9 +158,11 @@ def _export(task: Task) -> Path:
 
 
 def openvino(task: Task, *, precision: str, quantize: Callable[[Any, Sequence[Inputs]], Any] | None = None) -> Build:
-    """OpenVINO for latency, one compile per shape; precision: of the operators that are not int8.
+    """OpenVINO for latency, one compile per shape.
 
-    quantize: gives a quantized model from OpenVINO's and the task's calibration inputs.
+    Args:
+        precision: of the operators that are not int8.
+        quantize: gives a quantized model from OpenVINO's and the task's calibration inputs.
     """
     # If this package is importable, OpenVINO reports its import over the network.
     sys.modules.setdefault("openvino_telemetry", cast(ModuleType, None))
@@ -178,7 +189,7 @@ def openvino_feed(model: Any, inputs: Inputs) -> dict[str, Array]:
 
 
 def nncf_int8(model: Any, calibration: Sequence[Inputs]) -> Any:
-    """int8 by NNCF, with its schemes for transformers. Raises: UnsupportedError without calibration inputs."""
+    """int8 by NNCF, with its schemes for transformers. Raises UnsupportedError without calibration inputs."""
     if not calibration:
         raise UnsupportedError("it calibrates on texts; give some with --texts")
     nncf = import_module("nncf")
@@ -282,7 +293,8 @@ ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in _TABLE}
 def find_engines(names: str) -> tuple[Engine, ...]:
     """The engines of a list such as `eager,lissom`, in the order of the table.
 
-    Raises: UnsupportedError for an unknown name.
+    Raises:
+        UnsupportedError: for an unknown name.
     """
     wanted = [name.strip() for name in names.split(",")]
     for name in wanted:

@@ -28,7 +28,9 @@ from lissom.runtime.compiled_model import CompiledModel
 class Part:
     """All calls of one operator at sites of one kind, summed over layers; matrix products are separated by module.
 
-    milliseconds: the sum of their medians. roof_ms: the sum of their rooflines.
+    Attributes:
+        milliseconds: the sum of their medians.
+        roof_ms: the sum of their rooflines.
     """
 
     kind: str
@@ -42,7 +44,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Profile:
-    """The profile at one size. whole_ms: the median of a call of the compiled model; parts: in the order of the graph."""
+    """The profile at one size.
+
+    Attributes:
+        whole_ms: the median of a call of the compiled model.
+        parts: in the order of the graph.
+    """
 
     title: str
     whole_ms: float
@@ -63,9 +70,15 @@ def profile_model(
     machine: Machine,
     seconds: float,
 ) -> Iterator[Profile]:
-    """Compile a model for the backend eager, and measure it at every shape. name, shapes, texts: as in `cli.bench.workload`.
+    """Compile a model for the backend eager, and measure it at every shape.
 
-    Raises: a LissomError if the model cannot be loaded or compiled.
+    Args:
+        name: as in `cli.bench.workload`.
+        shapes: as in `cli.bench.workload`.
+        texts: as in `cli.bench.workload`.
+
+    Raises:
+        LissomError: if the model cannot be loaded or compiled.
     """
     model = load_model(name)
     inputs = make_inputs(model, shapes, texts)
@@ -79,7 +92,8 @@ def profile(
 ) -> Profile:
     """Measure a compiled model on these inputs: `seconds` as a whole, and `seconds` node by node.
 
-    Raises: InputError if the inputs do not fit the program.
+    Raises:
+        InputError: if the inputs do not fit the program.
     """
     program = compiled.program
     tensors = program.signature.flatten((), {**inputs, **constants})

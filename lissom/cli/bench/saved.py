@@ -42,7 +42,10 @@ def saved_table(
 ) -> RenderableType:
     """Load an artifact and time it at each shape; without dynamic batch and sequence, at its smallest sizes.
 
-    Raises: ArtifactError; InputError for a shape it does not take; UnsupportedError for a ragged one.
+    Raises:
+        ArtifactError: as `lissom.load`.
+        InputError: for a shape it does not take.
+        UnsupportedError: for a ragged one.
     """
     started = time.perf_counter()
     compiled = load(directory, allow_native=allow_native, trusted_keys=trusted_keys)

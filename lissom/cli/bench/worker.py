@@ -32,8 +32,11 @@ Result = TypeVar("Result")
 class Request:
     """The request to a worker.
 
-    shapes: the file of inputs of each, by name. calibration: files of inputs of one row. seconds: timing per shape.
-    folder: an empty directory for the engine's files.
+    Attributes:
+        shapes: the file of inputs of each, by name.
+        calibration: files of inputs of one row.
+        seconds: timing per shape.
+        folder: an empty directory for the engine's files.
     """
 
     engine: str
@@ -49,9 +52,14 @@ class Request:
 class Measurement:
     """The measurement of one engine at one shape.
 
-    median_ms, low_ms, high_ms: median and quartiles of a call. cosine: between its output and PyTorch's in float32.
-    compile_seconds: for all shapes, plus for this one. first_call_ms: the first call after compiling. peak_mb: the peak memory
-    of the process so far, including model, libraries and compiling.
+    Attributes:
+        median_ms: the median of a call.
+        low_ms: the lower quartile.
+        high_ms: the upper quartile.
+        cosine: between its output and PyTorch's in float32.
+        compile_seconds: for all shapes, plus for this one.
+        first_call_ms: the first call after compiling.
+        peak_mb: the peak memory of the process so far, including model, libraries and compiling.
     """
 
     engine: str

@@ -45,9 +45,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Model:
-    """A model in float32. constants: its arguments that are not tensors.
+    """A model in float32.
 
-    example: the inputs it was loaded with; generated ones have two rows.
+    Attributes:
+        constants: its arguments that are not tensors.
+        example: the inputs it was loaded with; generated ones have two rows.
     """
 
     name: str
@@ -66,7 +68,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Workload:
-    """The input files of workers, by shape name; calibration: files of single texts, for engines that calibrate."""
+    """The input files of workers, by shape name.
+
+    Attributes:
+        calibration: files of single texts, for engines that calibrate.
+    """
 
     model: str
     shapes: Mapping[str, Path]
@@ -76,7 +82,8 @@ class Workload:
 def parse_shapes(text: str) -> tuple[Shape, ...]:
     """The shapes of a list such as `1x32,8x128`; `32xragged` stands for texts padded to the longest, `8` for 8 pictures.
 
-    Raises: UnsupportedError naming a part that is not a shape.
+    Raises:
+        UnsupportedError: naming a part that is not a shape.
     """
     shapes: list[Shape] = []
     for part in text.split(","):
@@ -93,7 +100,7 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 
 
 def load_model(name: str) -> Model:
-    """The model of that name, its weights in float32. Raises: as `lissom.frontends.models.sources.load`."""
+    """The model of that name, its weights in float32. Raises as `lissom.frontends.models.sources.load`."""
     source = load(name)
     example = source.example_inputs
     if isinstance(example, torch.Tensor):
@@ -106,7 +113,8 @@ def load_model(name: str) -> Model:
 def prepare(model: Model, shapes: Sequence[Shape] | None, texts: Sequence[str] | None, folder: Path) -> Workload:
     """Write the inputs of every shape with PyTorch's outputs into the folder, and calibration inputs if texts are given.
 
-    Raises: UnsupportedError as `make_inputs`, or for a shape the model does not run at.
+    Raises:
+        UnsupportedError: as `make_inputs`, or for a shape the model does not run at.
     """
     inputs = make_inputs(model, shapes, texts)
     files = {name: _write(folder / f"{name}.npz", given, _wanted(model, name, given)) for name, given in inputs.items()}
@@ -119,10 +127,12 @@ def prepare(model: Model, shapes: Sequence[Shape] | None, texts: Sequence[str] |
 def make_inputs(model: Model, shapes: Sequence[Shape] | None, texts: Sequence[str] | None) -> dict[str, Inputs]:
     """Inputs by the name of their shape.
 
-    shapes: None for the usual ones; without a tokenizer numbers of rows, or None for the example's. texts: two sentences by
-        default.
+    Args:
+        shapes: None for the usual ones; without a tokenizer numbers of rows, or None for the example's.
+        texts: two sentences by default.
 
-    Raises: UnsupportedError for shapes with tokens if there is no tokenizer, and without tokens if there is one.
+    Raises:
+        UnsupportedError: for shapes with tokens if there is no tokenizer, and without tokens if there is one.
     """
     if model.tokenized:
         chosen = shapes or parse_shapes(DEFAULT_SHAPES)
@@ -181,7 +191,8 @@ def answer(outputs: object) -> Array:
 def cosine(actual: Array, wanted: Array, mask: Array | None) -> float:
     """The cosine between two outputs, each as one vector; without padding if the mask, [batch, tokens], fits them.
 
-    Raises: UnsupportedError if they differ in shape.
+    Raises:
+        UnsupportedError: if they differ in shape.
     """
     if actual.shape != wanted.shape:
         raise UnsupportedError(f"the answer has shape {list(actual.shape)}; PyTorch's has {list(wanted.shape)}")

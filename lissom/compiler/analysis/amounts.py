@@ -27,18 +27,20 @@ COUNTS = "a whole number of 1 or more, a fraction such as 0.5, or none"
 class AmountSite:
     """A part of a program to which passes give an amount of its own.
 
-    kind: what is counted or chosen there: `heads`, `key/value heads`, `neurons`, `channels`, `layer`, `linear`, `attention` or
-        `convolution`.
-    paths: the module paths that name it; several where modules share its weights.
-    size: the present amount: heads, neurons or channels; the full rank of a linear layer; the heads of an attention; 1 for a
-        layer; the most terms of a convolution.
-    takes: the allowed amounts for each pass, by the pass's text; any whole number may be written as a fraction too.
-    shares: the paths of other sites of this kind on the same axis, which must get the same amount.
+    Attributes:
+        kind: what is counted or chosen there: `heads`, `key/value heads`, `neurons`, `channels`, `layer`, `linear`, `attention`
+            or `convolution`.
+        paths: the module paths that name it; several where modules share its weights.
+        size: the present amount: heads, neurons or channels; the full rank of a linear layer; the heads of an attention; 1 for
+            a layer; the most terms of a convolution.
+        takes: the allowed amounts for each pass, by the pass's text; any whole number may be written as a fraction too.
+        shares: the paths of other sites of this kind on the same axis, which must get the same amount.
 
-    >>> import torch, lissom
-    >>> program = lissom.optimize(torch.nn.Linear(16, 16), torch.randn(2, 16)).program
-    >>> [(site.kind, site.size) for site in lissom.sites(program)]
-    [('linear', 16)]
+    Examples:
+        >>> import torch, lissom
+        >>> program = lissom.optimize(torch.nn.Linear(16, 16), torch.randn(2, 16)).program
+        >>> [(site.kind, site.size) for site in lissom.sites(program)]
+        [('linear', 16)]
     """
 
     kind: str
@@ -57,7 +59,8 @@ class AmountSite:
 class Amounts:
     """An option `amounts=` of a pass: patterns of module paths, each with an amount.
 
-    option: the pass and the option for error messages, `prune-heads{amounts=}`.
+    Attributes:
+        option: the pass and the option for error messages, `prune-heads{amounts=}`.
     """
 
     option: str
@@ -65,13 +68,18 @@ class Amounts:
 
     @classmethod
     def parse(cls, text: str, option: str, fits: Callable[[str], bool], takes: str = COUNTS) -> Amounts:
-        """The patterns and amounts of a text. fits: whether a word is an amount; takes: what is, for error messages.
+        """The patterns and amounts of a text.
 
-        Raises: UnsupportedError for a part that is not PATTERN=AMOUNT, an amount of another kind, or a pattern given twice.
+        Args:
+            fits: whether a word is an amount.
+            takes: what is, for error messages.
+
+        Raises:
+            UnsupportedError: for a part that is not PATTERN=AMOUNT, an amount of another kind, or a pattern given twice.
         """
         entries: dict[str, str] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
-            pattern, equals, amount = (item.strip() for item in part.rpartition("="))
+            pattern, equals, amount = (word.strip() for word in part.rpartition("="))
             if not (pattern and equals and amount):
                 raise UnsupportedError(f"{option} holds '{part}'; write MODULE=AMOUNT, separated by commas")
             if pattern in entries:
@@ -87,9 +95,13 @@ class Amounts:
         return bool(self.entries)
 
     def at(self, sites: Sequence[AmountSite], what: str) -> list[str | None]:
-        """The amount of each site as text; None where no pattern matches. what: the sites in words, `attentions`.
+        """The amount of each site as text; None where no pattern matches.
 
-        Raises: UnsupportedError for a pattern that matches no site, and for two amounts at sites that must have the same.
+        Args:
+            what: the sites in words, `attentions`.
+
+        Raises:
+            UnsupportedError: for a pattern that matches no site, and for two amounts at sites that must have the same.
         """
         paths = list(dict.fromkeys(path for site in sites for path in site.paths))
         held = {pattern: [path for path in paths if is_path_protected(path, pattern)] for pattern, _ in self.entries}
@@ -121,7 +133,8 @@ class Amounts:
 
         A fraction is of the site's size, and gives the nearest allowed multiple of `round_to`, of equals the smaller one.
 
-        Raises: UnsupportedError as `at`, and for a number that a site does not take.
+        Raises:
+            UnsupportedError: as `at`, and for a number that a site does not take.
         """
         return [
             None if amount is None else self.count(site, amount, round_to=round_to)
@@ -132,10 +145,10 @@ class Amounts:
         """The whole number that an amount is at a site; see `counts`."""
         if amount == UNCHANGED:
             return site.size
-        legal = [item for found in site.takes.values() for item in found if isinstance(item, int)]
+        legal = [number for amounts in site.takes.values() for number in amounts if isinstance(number, int)]
         if (fraction := fraction_of(amount)) is not None:
-            multiples = [item for item in legal if item % round_to == 0] or legal
-            return min(multiples, key=lambda item: (abs(item - fraction * site.size), item))
+            multiples = [number for number in legal if number % round_to == 0] or legal
+            return min(multiples, key=lambda number: (abs(number - fraction * site.size), number))
         if int(amount) not in legal:
             raise UnsupportedError(
                 f"{self.option}: '{site.path}' has {_size(site)}, and cannot have {amount}; give {legal_text(legal)}, "
@@ -151,8 +164,8 @@ def is_count(amount: str) -> bool:
 
 def fraction_of(amount: str) -> float | None:
     """The fraction above 0 and up to 1 that a text with a decimal point gives: `0.5`, `1.0`; None for any other text."""
-    found = float(amount) if _FRACTION.fullmatch(amount) else 0.0
-    return found if 0 < found <= 1 else None
+    fraction = float(amount) if _FRACTION.fullmatch(amount) else 0.0
+    return fraction if 0 < fraction <= 1 else None
 
 
 def amounts_text(sites: Sequence[AmountSite], amounts: Sequence[object]) -> str:
@@ -165,16 +178,16 @@ def amounts_text(sites: Sequence[AmountSite], amounts: Sequence[object]) -> str:
 
 def site_names(paths: Sequence[str], weights: Sequence[str]) -> list[str]:
     """A name for each site: its module path, or the name of its weight where the path is empty or has several weights."""
-    found: dict[str, set[str]] = {}
+    weights_at: dict[str, set[str]] = {}
     for path, weight in zip(paths, weights, strict=True):
-        found.setdefault(path, set()).add(weight)
+        weights_at.setdefault(path, set()).add(weight)
     named = zip(paths, weights, strict=True)
-    return [path if path and len(found[path]) == 1 else weight.removesuffix(".weight") for path, weight in named]
+    return [path if path and len(weights_at[path]) == 1 else weight.removesuffix(".weight") for path, weight in named]
 
 
 def legal_text(legal: Legal) -> str:
     """The allowed amounts in words: `1 to 12`, `1, 2, 3, 6`, `none, int8-dynamic`."""
-    numbers = [item for item in legal if isinstance(item, int)]
+    numbers = [amount for amount in legal if isinstance(amount, int)]
     if len(numbers) == len(legal) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
         return f"{numbers[0]:,} to {numbers[-1]:,}"
     return ", ".join(map(str, legal))

@@ -40,8 +40,8 @@ def cast_from(node: object) -> fx.Node | None:
     if cast is None:
         return None
     plain = set(cast.node.kwargs) <= {"dtype"} and not any(cast.node.args[2:])
-    source, found = nodes.tensor_type(cast.x), nodes.tensor_type(node)
-    return cast.x if plain and source.device == found.device and source.dtype != found.dtype else None
+    source, target = nodes.tensor_type(cast.x), nodes.tensor_type(node)
+    return cast.x if plain and source.device == target.device and source.dtype != target.dtype else None
 
 
 def dtype_of(node: object) -> torch.dtype:

@@ -41,9 +41,11 @@ _ANSWERS: WeakKeyDictionary[FakeTensorMode, dict[object, bool]] = WeakKeyDiction
 class Cost:
     """The cost of one or more nodes. Each value is a number, or an expression of the program's dimensions.
 
-    flops: operations of products, convolutions and attentions; see `lissom.compiler.analysis.flops`.
-    read_bytes, written_bytes: of all inputs, weights among them, and of all outputs.
-    parameters: elements of the weights and buffers read, a weight read twice counted once.
+    Attributes:
+        flops: operations of products, convolutions and attentions; see `lissom.compiler.analysis.flops`.
+        read_bytes: of all inputs, weights among them.
+        written_bytes: of all outputs.
+        parameters: elements of the weights and buffers read, a weight read twice counted once.
     """
 
     flops: Size = 0
@@ -71,8 +73,8 @@ class Cost:
 
     def at(self, sizes: Mapping[sympy.Symbol, int]) -> Cost:
         """The cost with these symbols replaced by numbers."""
-        found = (_replace(value, sizes) for value in (self.flops, self.read_bytes, self.written_bytes))
-        return Cost(*found, parameters=self.parameters)
+        replaced = (_replace(value, sizes) for value in (self.flops, self.read_bytes, self.written_bytes))
+        return Cost(*replaced, parameters=self.parameters)
 
 
 def flops(program: Program) -> int:
@@ -98,10 +100,12 @@ def node_cost(node: fx.Node, read_size: ReadSize = size_of) -> Cost:
     """The cost of one node, as numbers when its sizes are numbers. Views, sizes, inputs and weights themselves cost nothing.
 
     Of an embedding table only the looked-up rows are read; an expanded dimension is read once.
-    read_size: gives a size as a number or an expression; `fake.hint` gives that of the example.
+
+    Args:
+        read_size: gives a size as a number or an expression; `fake.hint` gives that of the example.
     """
-    found = nodes.value(node) if node.op == "call_function" else None
-    if not isinstance(found, (torch.Tensor, tuple, list)) or moves_nothing(node):
+    value = nodes.value(node) if node.op == "call_function" else None
+    if not isinstance(value, (torch.Tensor, tuple, list)) or moves_nothing(node):
         return Cost()
     written = _bytes(IndexCopy(node).source if node.target in nodes.IN_PLACE.values() else node, read_size)
     flops = operations(node, example_shape if read_size is fake.hint else _shape)
@@ -113,33 +117,36 @@ def example_cost(node: fx.Node) -> Cost:
 
     It is kept on the node, and computed anew once the node or one of its inputs has another type.
     """
-    values = [nodes.value(item) for item in (node, *node.all_input_nodes) if nodes.has_value(item)]
+    values = [nodes.value(used) for used in (node, *node.all_input_nodes) if nodes.has_value(used)]
     kept = nodes.kept_cost(node)
     if kept is not None and len(kept[0]) == len(values) and all(map(operator.is_, kept[0], values)):
-        found = kept[1]
-        assert isinstance(found, Cost)
-        return found
-    found = node_cost(node, fake.hint)
-    nodes.keep_cost(node, values, found)
-    return found
+        cost = kept[1]
+        assert isinstance(cost, Cost)
+        return cost
+    cost = node_cost(node, fake.hint)
+    nodes.keep_cost(node, values, cost)
+    return cost
 
 
 def cost(program: Program, sizes: Mapping[str, int] | None = None) -> Mapping[fx.Node, Cost]:
     """The cost of every call of a program.
 
-    sizes: numbers for dimensions by name, `{"batch": 8, "sequence": 128}`; those left out stay symbolic.
+    Args:
+        sizes: numbers for dimensions by name, `{"batch": 8, "sequence": 128}`; those left out stay symbolic.
 
-    Raises: UnsupportedError for a name the program does not have, or a size it does not take.
+    Raises:
+        UnsupportedError: for a name the program does not have, or a size it does not take.
 
-    >>> import torch, lissom
-    >>> from lissom.compiler.analysis.cost import cost
-    >>> program = lissom.compile(torch.nn.Linear(4, 8), torch.randn(2, 4)).program
-    >>> (node,) = program.nodes()
-    >>> program.signature.name_of(cost(program)[node].flops), cost(program, {"batch": 3})[node].flops
-    ('64*batch', 192)
+    Examples:
+        >>> import torch, lissom
+        >>> from lissom.compiler.analysis.cost import cost
+        >>> program = lissom.compile(torch.nn.Linear(4, 8), torch.randn(2, 4)).program
+        >>> (node,) = program.nodes()
+        >>> program.signature.name_of(cost(program)[node].flops), cost(program, {"batch": 3})[node].flops
+        ('64*batch', 192)
     """
     numbers = size_numbers(program, sizes or {})
-    return {node: found.at(numbers) for node, found in program.fact(_symbolic_costs).items()}
+    return {node: symbolic.at(numbers) for node, symbolic in program.fact(_symbolic_costs).items()}
 
 
 def costs_on(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[dict[str, int], dict[fx.Node, Cost]]:
@@ -147,14 +154,15 @@ def costs_on(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[dict[st
 
     Sizes that depend on values count as 0.
 
-    Raises: UnsupportedError for inputs of sizes the program does not take.
+    Raises:
+        UnsupportedError: for inputs of sizes the program does not take.
     """
     dimensions = program.signature.dimensions
-    found = program.signature.sizes_of(tensors)
-    sizes = {dimensions[symbol].name: size for symbol, size in found.items() if symbol in dimensions}
+    symbol_sizes = program.signature.sizes_of(tensors)
+    sizes = {dimensions[symbol].name: size for symbol, size in symbol_sizes.items() if symbol in dimensions}
     costs = cost(program, sizes)
-    zeros = {symbol: 0 for item in costs.values() for symbol in item.symbols}
-    return sizes, {node: item.at(zeros) for node, item in costs.items()}
+    zeros = {symbol: 0 for symbolic in costs.values() for symbol in symbolic.symbols}
+    return sizes, {node: symbolic.at(zeros) for node, symbolic in costs.items()}
 
 
 def total_cost(program: Program, sizes: Mapping[str, int] | None = None) -> Cost:
@@ -173,13 +181,13 @@ def site_costs(program: Program, sizes: Mapping[str, int] | None = None) -> Mapp
 
 def example_sizes(program: Program) -> dict[str, int]:
     """The size of each dimension in the example the program was captured with, by name."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for node in program.placeholders:
         for size in getattr(nodes.value(node), "shape", ()):
             dimension = program.signature.dimensions.get(size.node.expr) if isinstance(size, torch.SymInt) else None
             if dimension is not None:
-                found[dimension.name] = fake.hint(size)
-    return found
+                sizes[dimension.name] = fake.hint(size)
+    return sizes
 
 
 def moves_nothing(node: fx.Node) -> bool:
@@ -213,21 +221,21 @@ def _memory(value: object) -> int:
 
 
 def _read_bytes(node: fx.Node, written: Size, read_size: ReadSize) -> Size:
-    inputs = [item for item in node.all_input_nodes if nodes.is_tensor(item)]
+    inputs = [operand for operand in node.all_input_nodes if nodes.is_tensor(operand)]
     if node.target in LOOKUPS:
-        return _sum([written, *(_bytes(item, read_size) for item in inputs if item is not nodes.operand(node))])
+        return _sum([written, *(_bytes(operand, read_size) for operand in inputs if operand is not nodes.operand(node))])
     name = getattr(node.target, "__name__", "")
     if name.partition(".")[0].endswith("_like") or name.startswith("new_"):
         # `zeros_like`, `new_full`: only the sizes of the argument are read.
         return 0
     skipped = nodes.operand(node) if nodes.is_state_write(node) else None
-    return _sum(_bytes(item, read_size) for item in inputs if item is not skipped)
+    return _sum(_bytes(operand, read_size) for operand in inputs if operand is not skipped)
 
 
-def _bytes(item: fx.Node, read_size: ReadSize) -> Size:
+def _bytes(node: fx.Node, read_size: ReadSize) -> Size:
     """Bytes of a node's tensors; an expanded dimension is stored once."""
-    found, total = nodes.value(item), list[Size]()
-    for tensor in found if isinstance(found, (tuple, list)) else [found]:
+    value, total = nodes.value(node), list[Size]()
+    for tensor in value if isinstance(value, (tuple, list)) else [value]:
         if isinstance(tensor, torch.Tensor):
             strides = tensor.stride() if tensor.layout is torch.strided else (1,) * tensor.dim()
             sizes = [read_size(size) for size, stride in zip(tensor.shape, strides, strict=True) if size_of(stride) != 0]
@@ -247,23 +255,27 @@ def example_shape(node: fx.Node) -> tuple[int, ...]:
 def _largest_shape(largest: Mapping[sympy.Basic, sympy.Integer], node: fx.Node) -> tuple[int, ...]:
     """The sizes at the example, with `largest` for the sizes that depend on values."""
     shape = zip(nodes.tensor_value(node).shape, _shape(node), strict=True)
-    known = ((size, found.xreplace(largest)) if isinstance(found, sympy.Basic) else (size, found) for size, found in shape)
+    known = (
+        (size, symbolic.xreplace(largest)) if isinstance(symbolic, sympy.Basic) else (size, symbolic)
+        for size, symbolic in shape
+    )
     return tuple(
-        found if isinstance(found, int) else int(str(found)) if found.is_number else fake.hint(size) for size, found in known
+        known_size if isinstance(known_size, int) else int(str(known_size)) if known_size.is_number else fake.hint(size)
+        for size, known_size in known
     )
 
 
 def _weights_of(node: fx.Node) -> dict[str, int]:
     """The elements of the weights a node reads, whole or as a view, by name."""
-    found: dict[str, int] = {}
-    for item in node.all_input_nodes:
-        views = [item]
+    counts: dict[str, int] = {}
+    for operand in node.all_input_nodes:
+        views = [operand]
         while is_view(views[-1]):
             views.append(nodes.operand(views[-1]))
         root = views.pop()
         if root.op == "get_attr" and all(map(moves_nothing, views)):
-            found[str(root.target)] = int(product(_shape(root)))
-    return found
+            counts[str(root.target)] = int(product(_shape(root)))
+    return counts
 
 
 def _symbolic_costs(program: Program) -> dict[fx.Node, Cost]:
@@ -271,12 +283,12 @@ def _symbolic_costs(program: Program) -> dict[fx.Node, Cost]:
 
 
 def _total(costs: Mapping[fx.Node, Cost], members: Sequence[fx.Node]) -> Cost:
-    found = [costs[node] for node in members]
+    parts = [costs[node] for node in members]
     weights = {name: count for node in members if costs[node].parameters for name, count in _weights_of(node).items()}
     return Cost(
-        flops=_sum(item.flops for item in found),
-        read_bytes=_sum(item.read_bytes for item in found),
-        written_bytes=_sum(item.written_bytes for item in found),
+        flops=_sum(part.flops for part in parts),
+        read_bytes=_sum(part.read_bytes for part in parts),
+        written_bytes=_sum(part.written_bytes for part in parts),
         parameters=sum(weights.values()),
     )
 
@@ -289,8 +301,8 @@ def _sum(sizes: Iterable[Size]) -> Size:
 def _replace(value: Size, numbers: Mapping[sympy.Symbol, int]) -> Size:
     if isinstance(value, int) or not numbers:
         return value
-    found = substitute(value, {symbol: sympy.Integer(number) for symbol, number in numbers.items()})
-    return int(str(found)) if found.is_Integer else found
+    replaced = substitute(value, {symbol: sympy.Integer(number) for symbol, number in numbers.items()})
+    return int(str(replaced)) if replaced.is_Integer else replaced
 
 
 def size_numbers(program: Program, sizes: Mapping[str, int]) -> dict[sympy.Symbol, int]:

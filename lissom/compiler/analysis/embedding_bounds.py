@@ -59,18 +59,19 @@ def outside_table(program: Program, inputs: Sequence[torch.Tensor]) -> str | Non
 def vocabulary_size(program: Program, name: str) -> int | None:
     """The number of token ids that an input may hold: the fewest rows of a table it is looked up in; None if there is none.
 
-    name: of the input, `input_ids`.
+    Args:
+        name: of the input, `input_ids`.
     """
     shapes: dict[object, torch.Size] = {weight: tensor.shape for weight, tensor in program.weights().items()}
     leaves = zip(program.signature.tensors, program.placeholders, strict=True)
     ids = {node for leaf, node in leaves if leaf.path == name}
-    found: list[int] = []
+    rows: list[int] = []
     for node in program.nodes():
         if node.target in _MOVES and nodes.operand(node) in ids:
             ids.add(node)
         elif (looked_up := _look_up(node, shapes)) is not None and looked_up[0] in ids:
-            found.append(looked_up[1])
-    return min(found, default=None)
+            rows.append(looked_up[1])
+    return min(rows, default=None)
 
 
 def embedding_tables(program: Program) -> dict[str, torch.Tensor]:
@@ -93,7 +94,12 @@ def _outside(ids: torch.Tensor, table: str, rows: int) -> str | None:
 
 @dataclass(frozen=True)
 class ShardedTable:
-    """An embedding table sharded by rows. argument: the position of the input with its indices. rows: of the whole table."""
+    """An embedding table sharded by rows.
+
+    Attributes:
+        argument: the position of the input with its indices.
+        rows: of the whole table.
+    """
 
     argument: int
     name: str
@@ -106,7 +112,7 @@ class ShardedTable:
 
 def sharded_tables(program: Program) -> tuple[ShardedTable, ...]:
     """The tables of one rank's program that are sharded by rows; they return zeros for rows that no rank holds."""
-    found = dict[tuple[int, int], ShardedTable]()
+    tables = dict[tuple[int, int], ShardedTable]()
     places = {node: index for index, node in enumerate(program.placeholders)}
     for node in program.nodes(aten.embedding.default):
         table, held = Embedding(node).table, Embedding(node).ids
@@ -119,14 +125,15 @@ def sharded_tables(program: Program) -> tuple[ShardedTable, ...]:
             held = nodes.operand(held)
         if held in places:
             rows = spans[0].size
-            found.setdefault((places[held], rows), ShardedTable(places[held], _name(table), rows))
-    return tuple(found.values())
+            tables.setdefault((places[held], rows), ShardedTable(places[held], _name(table), rows))
+    return tuple(tables.values())
 
 
 def _look_up(node: fx.Node, shapes: Mapping[object, torch.Size]) -> tuple[object, int] | None:
     """The indices a call looks up and the number of rows of its table; None for no lookup, or an unknown table.
 
-    shapes: of the actual tensors, by weight name and by node: the types of a loaded program may differ.
+    Args:
+        shapes: of the actual tensors, by weight name and by node: the types of a loaded program may differ.
     """
     if (packed := PackedEmbedding.of(node)) is not None:
         return packed.ids, packed.features

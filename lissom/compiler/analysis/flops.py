@@ -57,8 +57,8 @@ def _weight(node: fx.Node) -> torch.Tensor | None:
     if node.op != "get_attr" or node.graph.owning_module is None:
         return None
     path, _, leaf = str(node.target).rpartition(".")
-    found = getattr(node.graph.owning_module.get_submodule(path), leaf)
-    return None if found.is_meta else found
+    weight = getattr(node.graph.owning_module.get_submodule(path), leaf)
+    return None if weight.is_meta else weight
 
 
 def _pairs_function(pattern: Pattern, layout: torch.Tensor | None) -> type[sympy.Function]:
@@ -85,7 +85,7 @@ _pairs_without_layout = cache(partial(_pairs_function, layout=None))
 
 def _recurrent_layers(node: fx.Node, shape_of: ShapeOf) -> Size:
     """Each token is multiplied by each matrix of each layer and direction: those of its input and of the state."""
-    matrices = [shape_of(item) for item in cast(Sequence[fx.Node], node.args[2])]
+    matrices = [shape_of(weight) for weight in cast(Sequence[fx.Node], node.args[2])]
     return product(shape_of(nodes.operand(node))[:-1]) * sum(product(shape) for shape in matrices if len(shape) == 2)
 
 
@@ -104,7 +104,7 @@ def _any_convolution(node: fx.Node, shape_of: ShapeOf) -> Size:
 def _einsum(node: fx.Node, shape_of: ShapeOf) -> Size:
     """Contracts pairs in PyTorch's order; a pair without a common label to sum over is an element-wise product."""
     inputs, arrow, output = cast(str, node.args[0]).replace(" ", "").partition("->")
-    shapes = [shape_of(item) for item in cast(Sequence[fx.Node], node.args[1])]
+    shapes = [shape_of(tensor) for tensor in cast(Sequence[fx.Node], node.args[1])]
     terms = inputs.split(",")
     labels = [_labels(term, len(shape)) for term, shape in zip(terms, shapes, strict=True)]
     kept = {*output} if arrow else {letter for letter in inputs if inputs.count(letter) == 1}

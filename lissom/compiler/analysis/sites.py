@@ -18,10 +18,11 @@ from lissom.compiler.ir.program import Program
 class Site:
     """A part of a program.
 
-    kind: `attention`, `cross-attention`, `feed-forward`, `convolution`, `embedding`, `norm`, `LM head`; then `product` for
-        matrix products in none of these, and `other`.
-    layer: the module path of its layer; empty for all kinds but attentions and feed-forwards.
-    nodes: its calls, in the order of the graph.
+    Attributes:
+        kind: `attention`, `cross-attention`, `feed-forward`, `convolution`, `embedding`, `norm`, `LM head`; then `product` for
+            matrix products in none of these, and `other`.
+        layer: the module path of its layer; empty for all kinds but attentions and feed-forwards.
+        nodes: its calls, in the order of the graph.
     """
 
     kind: str
@@ -35,31 +36,31 @@ def sites(program: Program) -> tuple[Site, ...]:
     Attentions and feed-forwards come first, in the order of the graph. Each holds its projections and the calls between them
     and its last layer. Masks, position tables and residual adds are `other`.
     """
-    found = program.fact(structure)
+    transformer = program.fact(structure)
     order = {node: index for index, node in enumerate(program.nodes())}
     claims: list[tuple[str, str, set[fx.Node]]] = []
-    for layer in found.layers:
+    for layer in transformer.layers:
         for site in layer.attention:
             kind = "cross-attention" if site.cross else "attention"
             claims.append((kind, layer.path, _between((*site.q, *site.k, *site.v, site.node), site.output or site.node, order)))
         claims += [("feed-forward", layer.path, _between(site.up, site.down, order)) for site in layer.feed_forward]
     claims.sort(key=lambda claim: min(order[node] for node in claim[2]))
     kinds = {
-        "convolution": found.convolutions,
-        "embedding": [item.node for item in found.embeddings],
-        "norm": found.norms,
-        "LM head": found.lm_heads,
+        "convolution": transformer.convolutions,
+        "embedding": [embedding.node for embedding in transformer.embeddings],
+        "norm": transformer.norms,
+        "LM head": transformer.lm_heads,
         "product": [node for node in order if is_counted(node)],
         "other": order,
     }
     claims += [(kind, "", set(members)) for kind, members in kinds.items()]
-    taken: set[fx.Node] = set()
-    result: list[Site] = []
+    claimed: set[fx.Node] = set()
+    assigned: list[Site] = []
     for kind, layer, members in claims:
-        if mine := members - taken:
-            result.append(Site(kind, layer, tuple(sorted(mine, key=order.__getitem__))))
-        taken |= mine
-    return tuple(result)
+        if mine := members - claimed:
+            assigned.append(Site(kind, layer, tuple(sorted(mine, key=order.__getitem__))))
+        claimed |= mine
+    return tuple(assigned)
 
 
 def _between(firsts: Iterable[fx.Node], last: fx.Node, order: dict[fx.Node, int]) -> set[fx.Node]:

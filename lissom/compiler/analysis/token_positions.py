@@ -34,32 +34,32 @@ def position_sources(node: fx.Node, dim: int) -> Sources | None:
     For a call that returns several tensors, `dim` is a dimension of each of them.
     """
     default = _pointwise if ops.is_pointwise(node) else _mapped if declaration(node) is None else _by_name
-    found = RULES.get(node.target, default)(node, dim)
-    return found or None
+    sources = RULES.get(node.target, default)(node, dim)
+    return sources or None
 
 
 def operands(node: fx.Node) -> dict[Slot, fx.Node]:
     """The tensors a call reads, by their place in the call."""
-    found: dict[Slot, fx.Node] = {}
-    for index, item in enumerate(node.args):
-        if isinstance(item, (list, tuple)):
-            found |= {(index, place): part for place, part in enumerate(item) if _is_value(part)}
-        elif _is_value(item):
-            found[index] = item
-    return found | {key: item for key, item in node.kwargs.items() if _is_value(item)}
+    tensors: dict[Slot, fx.Node] = {}
+    for index, argument in enumerate(node.args):
+        if isinstance(argument, (list, tuple)):
+            tensors |= {(index, place): part for place, part in enumerate(argument) if _is_value(part)}
+        elif _is_value(argument):
+            tensors[index] = argument
+    return tensors | {key: argument for key, argument in node.kwargs.items() if _is_value(argument)}
 
 
 def with_operands(node: fx.Node, changed: Mapping[Slot, object]) -> tuple[list[object], dict[str, object]]:
     """The call's arguments with some operands replaced."""
-    args: list[object] = [list(item) if isinstance(item, (list, tuple)) else item for item in node.args]
+    args: list[object] = [list(argument) if isinstance(argument, (list, tuple)) else argument for argument in node.args]
     kwargs: dict[str, object] = dict(node.kwargs)
-    for slot, item in changed.items():
+    for slot, operand in changed.items():
         if isinstance(slot, str):
-            kwargs[slot] = item
+            kwargs[slot] = operand
         elif isinstance(slot, int):
-            args[slot] = item
+            args[slot] = operand
         else:
-            cast("list[object]", args[slot[0]])[slot[1]] = item
+            cast("list[object]", args[slot[0]])[slot[1]] = operand
     return args, kwargs
 
 
@@ -68,7 +68,7 @@ def row_position(program: Program, node: fx.Node) -> fx.Node | None:
     indices = cast(Sequence[object], node.args[1])
     if len(indices) != 2 or not all(map(nodes.is_tensor, indices)):
         return None
-    rows, position = (cast(fx.Node, item) for item in indices)
+    rows, position = (cast(fx.Node, index) for index in indices)
     batch = shape_of(node.args[0])[0]
     if nodes.tensor_type(position).rank != 1 or nodes.tensor_type(position).dtype == torch.bool:
         return None
@@ -79,20 +79,20 @@ def row_position(program: Program, node: fx.Node) -> fx.Node | None:
     return position if nodes.is_call(rows, aten.arange.default) else None
 
 
-def _is_value(item: object) -> TypeGuard[fx.Node]:
-    return isinstance(item, fx.Node) and isinstance(nodes.node_type(item), (TensorType, tuple))
+def _is_value(argument: object) -> TypeGuard[fx.Node]:
+    return isinstance(argument, fx.Node) and isinstance(nodes.node_type(argument), (TensorType, tuple))
 
 
 def _aligned(node: fx.Node, dim: int, slots: Mapping[Slot, fx.Node]) -> Sources:
     """The operands that have the dimension when they are broadcast to the result."""
     shape = shape_of(node)
     back = len(shape) - dim
-    found: Sources = {}
-    for slot, item in slots.items():
-        own = shape_of(item)
+    sources: Sources = {}
+    for slot, operand in slots.items():
+        own = shape_of(operand)
         if len(own) >= back and (own[-back] != 1 or shape[dim] == 1):
-            found[slot] = len(own) - back
-    return found
+            sources[slot] = len(own) - back
+    return sources
 
 
 def _pointwise(node: fx.Node, dim: int) -> Sources | None:
@@ -101,29 +101,29 @@ def _pointwise(node: fx.Node, dim: int) -> Sources | None:
 
 def _mapped(node: fx.Node, dim: int) -> Sources | None:
     """Views, reductions and similar: by the call's dimension map, unless the call takes sizes from a second tensor."""
-    found = None if node.target in (*ops.RESHAPES_AS, aten.expand_as.default) else dimension_map(node)
-    source = None if found is None else found[dim]
+    sources = None if node.target in (*ops.RESHAPES_AS, aten.expand_as.default) else dimension_map(node)
+    source = None if sources is None else sources[dim]
     return None if source is None else {0: source}
 
 
 def _by_name(node: fx.Node, dim: int) -> Sources | None:
     """The operands that have a dimension of the same name. Positions are none of a weight's, nor of what is read as a whole."""
-    found = named(node)
-    names = {dims[dim] if dim < len(dims) else "" for dims in found.results} if found is not None else set[Dim]()
+    call = named(node)
+    names = {dims[dim] if dim < len(dims) else "" for dims in call.results} if call is not None else set[Dim]()
     name = names.pop() if len(names) == 1 else ""
-    if found is None or not name or name in found.whole | found.normed | found.fixed | found.bound:
+    if call is None or not name or name in call.whole | call.normed | call.fixed | call.bound:
         return None
-    places = {item: at for item, at, other in found.places() if other == name}
-    of_weights = any(item.name == "weight" or item.is_added for item in places)
-    return None if of_weights else {item.slot: at for item, at in places.items()}
+    places = {operand: at for operand, at, dim_name in call.places() if dim_name == name}
+    of_weights = any(operand.name == "weight" or operand.is_added for operand in places)
+    return None if of_weights else {operand.slot: at for operand, at in places.items()}
 
 
 def _joined(node: fx.Node, dim: int) -> Sources | None:
     """cat, stack: the tensors of full rank; `cat` also accepts empty tensors of rank 1."""
-    found = dimension_map(node)
-    source = None if found is None else found[dim]
+    sources = dimension_map(node)
+    source = None if sources is None else sources[dim]
     rank = len(shape_of(node)) - (node.target is aten.stack.default)
-    return None if source is None else {slot: source for slot, item in operands(node).items() if len(shape_of(item)) == rank}
+    return None if source is None else {slot: source for slot, used in operands(node).items() if len(shape_of(used)) == rank}
 
 
 def _fake_quantize(node: fx.Node, dim: int) -> Sources | None:

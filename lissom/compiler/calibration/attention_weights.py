@@ -13,7 +13,7 @@ from lissom.compiler.ir.calls import Attention
 
 def operands_of(node: fx.Node) -> list[fx.Node]:
     """The queries and keys of an attention, then its mask and its sinks if it has them."""
-    masks = (item for item in (mask_of(node), node.kwargs.get("sinks")) if isinstance(item, fx.Node))
+    masks = (operand for operand in (mask_of(node), node.kwargs.get("sinks")) if isinstance(operand, fx.Node))
     return [Attention(node).q, Attention(node).k, *masks]
 
 
@@ -30,11 +30,11 @@ def row_of(value: torch.Tensor, row: int) -> torch.Tensor:
 
 def attention_weights(node: fx.Node, values: Mapping[fx.Node, torch.Tensor]) -> torch.Tensor:
     """The softmax weights of one row of the batch, [heads, queries, keys]; zeros for a query without visible keys."""
-    q, k = (values[item].float() for item in (Attention(node).q, Attention(node).k))
+    q, k = (values[operand].float() for operand in (Attention(node).q, Attention(node).k))
     if k.shape[1] != q.shape[1]:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     mask, sinks = (
-        None if not isinstance(item, fx.Node) else values[item] for item in (mask_of(node), node.kwargs.get("sinks"))
+        None if not isinstance(operand, fx.Node) else values[operand] for operand in (mask_of(node), node.kwargs.get("sinks"))
     )
     if is_causal(node):
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()

@@ -38,11 +38,14 @@ def sweep(
 ) -> Generator[tuple[fx.Node, list[torch.Tensor]]]:
     """Each of these linear layers in the order of the graph, with its inputs: [real tokens, features] for every sample.
 
-    masks: the program whose attention masks tell the real tokens, for comparing two programs; by default the program itself.
-
     Before it asks for the next layer, the caller may set the weight of the current layer and of later ones.
 
-    Raises: RequirementError when a value is infinite or NaN.
+    Args:
+        masks: the program whose attention masks tell the real tokens, for comparing two programs; by default the program
+            itself.
+
+    Raises:
+        RequirementError: when a value is infinite or NaN.
     """
     for layer, read, _ in _sweep_changed(program, data, layers, masks or program):
         yield layer, read
@@ -52,8 +55,10 @@ def sweep(
 class Read:
     """Statistics of the inputs of the layers that share one weight.
 
-    moments: of x, their inputs in the program at that time. shift: Σ (x₀ - x)·xᵀ, [features, features], with x₀ their inputs
-    in the other program; None when there is none. experts: the moments of each expert's rows; empty for a single matrix.
+    Attributes:
+        moments: of x, their inputs in the program at that time.
+        shift: Σ (x₀ - x)·xᵀ, [features, features], with x₀ their inputs in the other program; None when there is none.
+        experts: the moments of each expert's rows; empty for a single matrix.
     """
 
     moments: Moments
@@ -80,12 +85,12 @@ class Counterpart:
         Experts have none: they may read other tokens there. So do layers whose number of rows depends on values.
         """
         known = {node.name: node for node in reference.nodes() if is_linear(node) and 0 not in example_shape(input_of(node))}
-        found: dict[fx.Node, fx.Node] = {}
+        counterparts: dict[fx.Node, fx.Node] = {}
         for layer, matrix in layers.items():
             held = matrix_of(known[layer.name]) if layer.name in known else ""
             if isinstance(held, Matrix) and torch.equal(held.read(reference), matrix.read(program)):
-                found[layer] = known[layer.name]
-        return cls(reference, found)
+                counterparts[layer] = known[layer.name]
+        return cls(reference, counterparts)
 
 
 def sweep_moments(
@@ -99,9 +104,10 @@ def sweep_moments(
 ) -> Generator[tuple[fx.Node, Read]]:
     """For each weight one of the layers that use it, and the moments of the inputs of all of them.
 
-    weights: the name of each layer's weight. Weights shared by several layers, and those named in `first`, come first, with
-    the moments of the unchanged program; then the others as in `sweep`, with token weights, and compared to the inputs of
-    their counterparts. The caller may set the weight of the current layer.
+    Args:
+        weights: the name of each layer's weight. Weights shared by several layers, and those named in `first`, come first, with
+            the moments of the unchanged program; then the others as in `sweep`, with token weights, and compared to the inputs
+            of their counterparts. The caller may set the weight of the current layer.
     """
     readers: dict[str, list[fx.Node]] = {}
     for layer, name in weights.items():
@@ -122,11 +128,11 @@ def sweep_moments(
         wanted, counts = next(others), token_weights(layer, read)
         if counts is not None or known is None or known[0] != _rows_of(layer):
             shift = None if wanted is None else shift_of(read, wanted, counts)
-            found = Read(moments_of(read, counts), shift, _by_expert(read, ends))
-            known = (_rows_of(layer), found) if counts is None else None
+            read_moments = Read(moments_of(read, counts), shift, _by_expert(read, ends))
+            known = (_rows_of(layer), read_moments) if counts is None else None
         else:
-            found = known[1]
-        yield layer, found
+            read_moments = known[1]
+        yield layer, read_moments
 
 
 def _counterparts(
@@ -167,7 +173,11 @@ def _by_expert(read: Sequence[torch.Tensor], ends: Sequence[torch.Tensor]) -> tu
 
 
 def moments_of(read: Sequence[torch.Tensor], counts: Sequence[torch.Tensor] | None = None) -> Moments:
-    """The moments of the inputs from `sweep`; counts: the token weights of each sample, 1 by default."""
+    """The moments of the inputs from `sweep`.
+
+    Args:
+        counts: the token weights of each sample, 1 by default.
+    """
     sums = Moments.empty(read[0].shape[-1], read[0].device)
     for rows, weights in zip(read, counts or [None] * len(read), strict=True):
         sums.add(rows, weights)
@@ -177,7 +187,11 @@ def moments_of(read: Sequence[torch.Tensor], counts: Sequence[torch.Tensor] | No
 def shift_of(
     read: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], counts: Sequence[torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """Σ (x₀ - x)·xᵀ, x of `read` and x₀ of `wanted`; counts: as in `moments_of`."""
+    """Σ (x₀ - x)·xᵀ, x of `read` and x₀ of `wanted`.
+
+    Args:
+        counts: as in `moments_of`.
+    """
     total = torch.zeros(2 * read[0].shape[-1:], device=read[0].device)
     for index, (rows, other) in enumerate(zip(read, wanted, strict=True)):
         weighted = rows.float() if counts is None else rows.float() * counts[index][:, None]
@@ -202,7 +216,9 @@ def _sweep(
 ) -> _Sweep:
     """The layers in order, each with its inputs per sample and, for a stack of experts, the ends of their rows per sample.
 
-    constant: nodes that depend on no input, computed once for all samples; late: nodes computed at each use.
+    Args:
+        constant: nodes that depend on no input, computed once for all samples.
+        late: nodes computed at each use.
     """
     needed = set(computed_from(layers))
     order = [node for node in program.graph.nodes if node in needed and node not in late]
@@ -231,9 +247,9 @@ def _sweep(
 
 
 def _tensor(values: Mapping[fx.Node, object], node: fx.Node) -> torch.Tensor:
-    found = values[node]
-    assert isinstance(found, torch.Tensor)
-    return found
+    tensor = values[node]
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
 
 
 def _run(
@@ -264,11 +280,11 @@ def _run(
 def _last_uses(order: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """For each node, the values that no later node reads."""
     seen: set[fx.Node] = set()
-    found: dict[fx.Node, list[fx.Node]] = {}
+    uses: dict[fx.Node, list[fx.Node]] = {}
     for node in reversed(order):
-        found[node] = [used for used in node.all_input_nodes if used not in seen]
-        seen.update(found[node])
-    return found
+        uses[node] = [used for used in node.all_input_nodes if used not in seen]
+        seen.update(uses[node])
+    return uses
 
 
 def _computed_from_weights(program: Program) -> set[fx.Node]:

@@ -47,7 +47,11 @@ def observed_ranges(
     fraction: float = 0.9999,
     progress: Progress | None = None,
 ) -> dict[fx.Node, tuple[torch.Tensor, torch.Tensor]]:
-    """The range of each chosen node's values on the data's real tokens, each end of shape []. fraction: for `percentile`."""
+    """The range of each chosen node's values on the data's real tokens, each end of shape [].
+
+    Args:
+        fraction: for `percentile`.
+    """
     ends: dict[fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def widen(node: fx.Node, rows: torch.Tensor) -> None:
@@ -75,7 +79,11 @@ def observed_ranges(
 def choose_range(
     counts: torch.Tensor, low: torch.Tensor, high: torch.Tensor, observer: Observer, form: Format, fraction: float = 0.9999
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The range for values with this histogram. counts: [bins], evenly from low to high."""
+    """The range for values with this histogram.
+
+    Args:
+        counts: [bins], evenly from low to high.
+    """
     if observer == "min-max" or not float(counts.sum()) or not float(high - low) > 0:
         return low, high
     edges = torch.linspace(0, 1, len(counts) + 1) * (high - low).cpu() + low.cpu()
@@ -100,7 +108,11 @@ def choose_range(
 def weight_scale(
     weight: torch.Tensor, shape: tuple[int, ...], form: Format, observer: WeightObserver
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and zero point of a weight, one per block. shape: of the scale."""
+    """Scale and zero point of a weight, one per block.
+
+    Args:
+        shape: of the scale.
+    """
     if observer == "auto":
         observer = "mse" if form.bits == 4 else "min-max"
     if observer == "min-max" or not shape or shape[0] == 1 or weight.numel() <= _AT_ONCE:
@@ -108,9 +120,9 @@ def weight_scale(
     # Piece by piece, so that the intermediate tensors stay in the CPU cache.
     blocks = max(1, shape[0] * _AT_ONCE // weight.numel())
     pieces = weight.split(blocks * (weight.shape[0] // shape[0]))
-    found = [_weight_scale(piece, (len(piece) * shape[0] // len(weight), *shape[1:]), form, observer) for piece in pieces]
-    zero_points = [zero_point for _, zero_point in found if zero_point is not None]
-    return torch.cat([scale for scale, _ in found]), torch.cat(zero_points) if zero_points else None
+    grids = [_weight_scale(piece, (len(piece) * shape[0] // len(weight), *shape[1:]), form, observer) for piece in pieces]
+    zero_points = [zero_point for _, zero_point in grids if zero_point is not None]
+    return torch.cat([scale for scale, _ in grids]), torch.cat(zero_points) if zero_points else None
 
 
 def _weight_scale(
@@ -147,7 +159,12 @@ def _rounded(values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
 
 
 def _divergence(counts: torch.Tensor, held: torch.Tensor, inside: torch.Tensor) -> float:
-    """D(P ‖ Q). held: the quantized centers of the bins; inside: which centers are in the clipping range."""
+    """D(P ‖ Q).
+
+    Args:
+        held: the quantized centers of the bins.
+        inside: which centers are in the clipping range.
+    """
     if not inside.any():
         # Values far from zero and close together are all outside a narrower range.
         return float("inf")

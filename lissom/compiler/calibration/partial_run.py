@@ -46,18 +46,18 @@ class Stream:
     def advance(self, sample: int, last: fx.Node, wanted: Sequence[fx.Node] = ()) -> list[torch.Tensor]:
         """Run one sample past `last`; returns the values of the wanted nodes, which are kept or computed on the way."""
         held = {node: _read(node, value) for node, value in self._held[sample].items()}
-        found = {node: held[node] for node in wanted if node in held}
+        values = {node: held[node] for node in wanted if node in held}
         end = self._index[last] + 1
         for node in self._order[self._place[sample] : end]:
             if node.op == "call_function":
                 held[node] = self._call(node, held)
             if node in wanted and node.op != "get_attr":
-                found[node] = held[node]
+                values[node] = held[node]
             for used in self._last_uses.get(node, ()):
                 held.pop(used, None)
         self._place[sample] = max(self._place[sample], end)
         self._held[sample] = {node: _as_half(value) for node, value in held.items()}
-        return [self._value(node, found) for node in wanted]
+        return [self._value(node, values) for node in wanted]
 
     def _call(self, node: fx.Node, values: dict[fx.Node, object]) -> object:
         with torch.no_grad():

@@ -21,8 +21,11 @@ from lissom.compiler.ir.samples import Sample
 class Range:
     """The range of the finite values of a tensor, or of a node on all samples.
 
-    low, high: min(0, least) and max(0, greatest). norm: the greatest ‖x‖₂ along the last dimension.
-    small: the fraction of the non-zero values below the smallest normal number of a format.
+    Attributes:
+        low: min(0, least).
+        high: max(0, greatest).
+        norm: the greatest ‖x‖₂ along the last dimension.
+        small: the fraction of the non-zero values below the smallest normal number of a format.
     """
 
     low: float
@@ -36,7 +39,11 @@ class Range:
 
 
 def range_of(tensor: torch.Tensor, dtype: torch.dtype) -> Range:
-    """The range of one tensor. dtype: the format for `small`."""
+    """The range of one tensor.
+
+    Args:
+        dtype: the format for `small`.
+    """
     return _range(_sums(tensor.detach(), dtype))
 
 
@@ -50,8 +57,8 @@ def measured_ranges(
         if isinstance(value, torch.Tensor):
             if not value.is_floating_point():
                 return
-            found = _sums(value, dtype)
-            sums[node] = _merge(sums[node], found) if node in sums else found
+            node_sums = _sums(value, dtype)
+            sums[node] = _merge(sums[node], node_sums) if node in sums else node_sums
         elif isinstance(value, (tuple, list)):
             for part in value:
                 add(node, part)
@@ -67,7 +74,7 @@ def measured_ranges(
             program.run(sample, look)
             if progress is not None:
                 progress(finished + 1, len(data))
-    return {node: _range(found) for node, found in sums.items()}
+    return {node: _range(node_sums) for node, node_sums in sums.items()}
 
 
 def _sums(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -80,7 +87,7 @@ def _sums(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     norm = torch.linalg.vector_norm(finite, dim=-1, dtype=torch.float64).max() if value.dim() else sizes
     used = (sizes > 0).sum()
     small = used - (sizes >= torch.finfo(dtype).tiny).sum()
-    return torch.stack([item.double() for item in (low.clamp_max(0), high.clamp_min(0), norm, used, small)])
+    return torch.stack([number.double() for number in (low.clamp_max(0), high.clamp_min(0), norm, used, small)])
 
 
 def _merge(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,10 @@ NO_TOKENS = "the calibration data gives it no tokens"
 class Moments:
     """Sums over the real tokens of one node's values, x: [features].
 
-    count: tokens. total: Σ x, [features]. gram: Σ x·xᵀ, [features, features]. Token weights apply to all three.
+    Attributes:
+        count: tokens.
+        total: Σ x, [features].
+        gram: Σ x·xᵀ, [features, features]. Token weights apply to all three.
     """
 
     count: float
@@ -74,7 +77,12 @@ class Moments:
         return self.gram / max(self.count, 1) - torch.outer(mean, mean)
 
     def add(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add tokens. rows: [tokens, features]; weights: [tokens], 1 each by default."""
+        """Add tokens.
+
+        Args:
+            rows: [tokens, features].
+            weights: [tokens], 1 each by default.
+        """
         rows = rows.float()
         weighted = rows if weights is None else rows * weights[:, None]
         self.count += len(rows) if weights is None else float(weights.sum())
@@ -83,14 +91,23 @@ class Moments:
 
 
 def real_rows(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The features of the real tokens, [tokens, features]. value: [..., features]; mask: [...]."""
+    """The features of the real tokens, [tokens, features].
+
+    Args:
+        value: [..., features].
+        mask: [...].
+    """
     return value.reshape(-1, value.shape[-1]) if mask is None else value[mask]
 
 
 def check_finite(program: Program, node: fx.Node, rows: torch.Tensor) -> None:
-    """Check for overflow. rows: [tokens, features], activations or gradients of the node for one sample's real tokens.
+    """Check for overflow.
 
-    Raises: RequirementError when a value is infinite or NaN.
+    Args:
+        rows: [tokens, features], activations or gradients of the node for one sample's real tokens.
+
+    Raises:
+        RequirementError: when a value is infinite or NaN.
     """
     if not rows.isfinite().all():
         raise RequirementError(
@@ -115,7 +132,8 @@ def moments(
 ) -> dict[fx.Node, Moments]:
     """The moments of each chosen node's values; choose `input_of(linear)` for the input of a linear layer.
 
-    Raises: RequirementError when a value is infinite or NaN.
+    Raises:
+        RequirementError: when a value is infinite or NaN.
     """
     sums = {node: Moments.empty(width(node), nodes.tensor_type(node).device) for node in chosen}
 
@@ -139,27 +157,28 @@ def observe_gradients(
     Value and gradient have the node's shape, and are zero at padding; for the mask see `token_mask`. L is the
     log-likelihood of outputs drawn from the program itself, see above.
 
-    Raises: RequirementError when a value or a gradient is infinite or NaN.
+    Raises:
+        RequirementError: when a value or a gradient is infinite or NaN.
     """
     generator = torch.Generator().manual_seed(0)
     for finished, sample in enumerate(data):
-        found: list[_Tracked] = []
+        tracked: list[_Tracked] = []
         with torch.enable_grad(), kept_state(program):
-            outputs = _run(program, sample, chosen, partial(_track, found))
+            outputs = _run(program, sample, chosen, partial(_track, tracked))
             likelihood = _likelihood(program, sample, outputs, generator)
-            values = [value for _, value, _ in found]
+            values = [value for _, value, _ in tracked]
             # Outputs that depend on no chosen value have no gradient.
             reached = bool(values) and likelihood.requires_grad
             gradients: Sequence[torch.Tensor | None] = (
                 torch.autograd.grad(likelihood, values, allow_unused=True) if reached else [None for _ in values]
             )
-        for (node, value, mask), gradient in zip(found, gradients, strict=True):
+        for (node, value, mask), gradient in zip(tracked, gradients, strict=True):
             gradient = torch.zeros_like(value) if gradient is None else gradient
             real = 1.0 if mask is None else mask[..., None]
             for given in (value, gradient):
                 check_finite(program, node, real_rows(given.detach(), mask))
             visit(node, value.detach() * real, gradient * real, mask)
-        del found, outputs, likelihood, values, gradients
+        del tracked, outputs, likelihood, values, gradients
         give_back_memory()
         if progress is not None:
             progress(finished + 1, len(data))
@@ -184,17 +203,17 @@ def _run(
     return program.run(sample, look)
 
 
-def _track(found: list[_Tracked], node: fx.Node, value: torch.Tensor, mask: torch.Tensor | None) -> None:
+def _track(tracked: list[_Tracked], node: fx.Node, value: torch.Tensor, mask: torch.Tensor | None) -> None:
     """Keep a value for its gradient; when no weight before it is trainable, the autograd graph starts here."""
     if not value.requires_grad:
         value.requires_grad_()
-    found.append((node, value, mask))
+    tracked.append((node, value, mask))
 
 
 def _likelihood(program: Program, sample: Sample, outputs: Sequence[object], generator: torch.Generator) -> torch.Tensor:
     """The log-likelihood of labels drawn from the program's own outputs, summed over real tokens, without constants."""
-    found = program.fact(structure)
-    heads, vocabularies = set(found.lm_heads), {item.rows for item in found.embeddings}
+    transformer = program.fact(structure)
+    heads, vocabularies = set(transformer.lm_heads), {embedding.rows for embedding in transformer.embeddings}
     total = torch.zeros(())
     for node, value in zip(program.leaves, outputs, strict=True):
         if not (isinstance(node, fx.Node) and isinstance(value, torch.Tensor)) or not value.requires_grad or value.dim() == 0:

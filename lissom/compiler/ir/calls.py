@@ -25,7 +25,11 @@ T = TypeVar("T")
 
 
 class Operand(Generic[T]):
-    """What a call gives for a parameter of its operator. names: the names that the operators of a class have for it."""
+    """The argument of a call for a parameter of its operator.
+
+    Attributes:
+        names: the names that the operators of a class have for it.
+    """
 
     def __init__(self, *names: str) -> None:
         self.names = names
@@ -37,8 +41,8 @@ class Operand(Generic[T]):
     def __get__(self, call: Call | None, owner: type[Call]) -> Self | T:
         if call is None:
             return self
-        found: Any = nodes.argument(call.node, *self.names)
-        return found
+        argument: Any = nodes.argument(call.node, *self.names)
+        return argument
 
 
 class Call:

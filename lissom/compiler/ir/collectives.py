@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-collective = torch.ops._c10d_functional
+target = torch.ops._c10d_functional
 
 GROUP = "0"
 """The name torch gives the group of all processes."""
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, WAIT = (
-    collective.all_reduce.default,
-    collective.all_gather_into_tensor.default,
-    collective.reduce_scatter_tensor.default,
-    collective.wait_tensor.default,
+    target.all_reduce.default,
+    target.all_gather_into_tensor.default,
+    target.reduce_scatter_tensor.default,
+    target.wait_tensor.default,
 )
 COLLECTIVES: tuple[torch._ops.OpOverload, ...] = (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER)
 """The operators that communicate."""
@@ -38,7 +38,7 @@ def _stand_in(target: object, x: torch.Tensor, *options: Any) -> torch.Tensor:
     return x if target is WAIT else x.clone()
 
 
-STAND_INS: Mapping[object, Callable[..., object]] = {item: partial(_stand_in, item) for item in (*COLLECTIVES, WAIT)}
+STAND_INS: Mapping[object, Callable[..., object]] = {target: partial(_stand_in, target) for target in (*COLLECTIVES, WAIT)}
 """The functions called in place of collectives when there is no process group."""
 
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)

@@ -40,14 +40,14 @@ def dimension_map(node: fx.Node) -> DimensionMap | None:
 
 def places(node: fx.Node) -> dict[int, int] | None:
     """The inverse map: for each dimension of the argument that is kept, its place in the result; None without a map."""
-    found = dimension_map(node)
-    return None if found is None else {source: dim for dim, source in enumerate(found) if source is not None}
+    sources = dimension_map(node)
+    return None if sources is None else {source: dim for dim, source in enumerate(sources) if source is not None}
 
 
-def shape_of(item: object) -> tuple[Size, ...]:
+def shape_of(node: object) -> tuple[Size, ...]:
     """The sizes of a tensor, or of the first of several."""
-    found = nodes.node_type(cast(fx.Node, item))
-    return cast(TensorType, found[0] if isinstance(found, tuple) else found).shape
+    value_type = nodes.node_type(cast(fx.Node, node))
+    return cast(TensorType, value_type[0] if isinstance(value_type, tuple) else value_type).shape
 
 
 def product_of(sizes: Sequence[Size]) -> Size:
@@ -59,8 +59,8 @@ def product_of(sizes: Sequence[Size]) -> Size:
 
 def named_dims(node: fx.Node, name: str, rank: int) -> set[int]:
     """The dimensions in the argument `name` of a call, counted from the front; empty when it is not given."""
-    found = nodes.argument(node, name)
-    items = cast("Sequence[int]", found if isinstance(found, (list, tuple)) else [] if found is None else [found])
+    given = nodes.argument(node, name)
+    items = cast("Sequence[int]", given if isinstance(given, (list, tuple)) else [] if given is None else [given])
     return {dim % (rank or 1) for dim in items}
 
 
@@ -75,8 +75,8 @@ def channel_dim(node: fx.Node) -> int:
     return len(shape_of(node)) - len(shape_of(node.args[1])) + 1
 
 
-def _rank_of(item: object) -> int:
-    return len(shape_of(item))
+def _rank_of(node: object) -> int:
+    return len(shape_of(node))
 
 
 def _unchanged(node: fx.Node) -> DimensionMap:

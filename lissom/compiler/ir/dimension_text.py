@@ -25,9 +25,13 @@ Dim = str | Compound
 
 @dataclass(frozen=True)
 class Pattern:
-    """A tensor of a form. dims: with `...` and starred names. mark: `+`, `~` or none. optional: the last may be missing.
+    """A tensor of a form.
 
-    opaque: `_`, a layout of its own.
+    Attributes:
+        dims: with `...` and starred names.
+        mark: `+`, `~` or none.
+        optional: the last may be missing.
+        opaque: `_`, a layout of its own.
     """
 
     dims: tuple[Dim, ...]
@@ -38,7 +42,13 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Form:
-    """One form of a declaration. work: a sum of products of sizes. fixed: names with `!`. condition: a flag and its value."""
+    """One form of a declaration.
+
+    Attributes:
+        work: a sum of products of sizes.
+        fixed: names with `!`.
+        condition: a flag and its value.
+    """
 
     operands: tuple[Pattern, ...]
     results: tuple[Pattern, ...]
@@ -49,7 +59,7 @@ class Form:
 
 @cache
 def forms_of(text: str) -> tuple[Form, ...]:
-    """The forms of a declaration, in order. Raises: ValueError where the text is none."""
+    """The forms of a declaration, in order. Raises ValueError where the text is none."""
     return tuple(_form(part) for part in text.split("|"))
 
 
@@ -84,21 +94,21 @@ def _operand(text: str, fixed: set[str]) -> Pattern:
         elif token == "(":
             end = tokens.index(")")
             inside, tokens = tokens[:end], tokens[end + 1 :]
-            dims.append(Compound(tuple(item for item in inside if item != "+"), product="+" not in inside))
+            dims.append(Compound(tuple(part for part in inside if part != "+"), product="+" not in inside))
         elif token != "]":
             dims.append(token)
     return Pattern(tuple(dims), mark, optional)
 
 
 def _tokens(text: str) -> list[str]:
-    found, at = [], 0
+    tokens, at = [], 0
     while text[at:].strip():
         match = _TOKEN.match(text, at)
         if match is None:
             raise ValueError(f"{text!r} does not name dimensions from {text[at:]!r} on")
-        found.append(match[1])
+        tokens.append(match[1])
         at = match.end()
-    return found
+    return tokens
 
 
 @cache
@@ -111,7 +121,7 @@ def of_equation(equation: str) -> Dimensions | None:
     if any("..." in term and not term.startswith("...") for term in terms):
         return None
     # Names of dimensions are lower-case: a capital letter is written twice.
-    spelled = [" ".join(["..."] * ("..." in term) + [_letter(item) for item in term.replace(".", "")]) for term in terms]
+    spelled = [" ".join(["..."] * ("..." in term) + [_letter(letter) for letter in term.replace(".", "")]) for term in terms]
     return Dimensions(f"{', '.join(spelled[:-1])} -> {spelled[-1]}", factors=("tensors",))
 
 

@@ -31,10 +31,13 @@ _TENSORS = ("Tensor", "Optional[Tensor]")
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor that a call reads. slot: its place in the call. dims: the names of its dimensions.
+    """A tensor that a call reads, its place in the call, and the names of its dimensions.
 
-    is_factor: the result is linear in it. is_added: it is added to the result. is_broadcast: it is neither. opaque: its layout
-    is its own.
+    Attributes:
+        is_factor: the result is linear in it.
+        is_added: it is added to the result.
+        is_broadcast: it is neither.
+        opaque: its layout is its own.
     """
 
     name: str
@@ -49,10 +52,12 @@ class Operand:
 
 @dataclass(frozen=True)
 class Named:
-    """A call with the names of its dimensions.
+    """A call with its operands and the names of its dimensions.
 
-    operands: what the call gives. results: the names of each result's dimensions. fixed: those that are looked up or in order.
-    sizes: by name; names behind `...` and of a star are numbered.
+    Attributes:
+        results: the names of each result's dimensions.
+        fixed: those that are looked up or in order.
+        sizes: by name; names behind `...` and of a star are numbered.
     """
 
     node: fx.Node
@@ -81,9 +86,9 @@ class Named:
     @cached_property
     def bound(self) -> frozenset[str]:
         """The dimensions within compounds that have parts of a given size or come one after another."""
-        dims = [dim for dims in (*(item.dims for item in self.operands), *self.results) for dim in dims]
-        found = [dim for dim in dims if isinstance(dim, Compound)]
-        return frozenset(part for dim in found if not dim.product or any(map(str.isdigit, dim.parts)) for part in dim.parts)
+        dims = [dim for dims in (*(operand.dims for operand in self.operands), *self.results) for dim in dims]
+        compounds = [dim for dim in dims if isinstance(dim, Compound)]
+        return frozenset(part for dim in compounds if not dim.product or any(map(str.isdigit, dim.parts)) for part in dim.parts)
 
     @cached_property
     def summed(self) -> tuple[str, ...]:
@@ -93,10 +98,10 @@ class Named:
 
     def places(self) -> Iterator[tuple[Operand, int, str]]:
         """Each operand, with each of its dimensions that has a name of its own."""
-        for item in self.operands:
-            for dim, name in enumerate(item.dims):
+        for operand in self.operands:
+            for dim, name in enumerate(operand.dims):
                 if isinstance(name, str):
-                    yield item, dim, name
+                    yield operand, dim, name
 
     def _numbered(self, names: str) -> frozenset[str]:
         wanted = names.split()
@@ -120,23 +125,20 @@ def _stored(target: object) -> Dimensions | None:
 
 
 def named(node: fx.Node, shape_of: ShapeOf | None = None) -> Named | None:
-    """The call with the names of its dimensions; None without a declaration, or where no form fits.
-
-    shape_of: the sizes of a node's tensor, the node's type by default.
-    """
+    """The call with its dimensions' names, sizes by `shape_of` or the nodes' types; None where no declared form fits."""
     declared = declaration(node)
     if declared is None:
         return None
     given, types = _given(node), nodes.node_type(node)
-    shape: ShapeOf = shape_of or (lambda item: nodes.tensor_type(item).shape)
-    shapes = [None if item is None else tuple(shape(item)) for _, _, item in given]
+    shape: ShapeOf = shape_of or (lambda tensor: nodes.tensor_type(tensor).shape)
+    shapes = [None if tensor is None else tuple(shape(tensor)) for _, _, tensor in given]
     several = isinstance(types, tuple)
-    outputs = tuple(item.shape for item in types if isinstance(item, TensorType)) if several else (tuple(shape(node)),)
+    outputs = tuple(result.shape for result in types if isinstance(result, TensorType)) if several else (tuple(shape(node)),)
     for form in forms_of(declared.text):
         if form.condition is not None and bool(nodes.argument(node, form.condition[0])) != form.condition[1]:
             continue
-        if (found := _bound(node, declared, form, given, shapes, outputs)) is not None:
-            return found
+        if (call := _bound(node, declared, form, given, shapes, outputs)) is not None:
+            return call
     return None
 
 
@@ -145,9 +147,9 @@ def multiplications(node: fx.Node, shape_of: ShapeOf | None = None) -> Size | No
     declared = declaration(node)
     if declared is None or node.target is aten.einsum.default or ":" not in declared.text:
         return None
-    found, total = named(node, shape_of), cast(Size, 0)
-    for term in found.work if found is not None else ():
-        total = total + product([_amount(cast(Named, found), dim) for dim in term])
+    call, total = named(node, shape_of), cast(Size, 0)
+    for term in call.work if call is not None else ():
+        total = total + product([_amount(cast(Named, call), dim) for dim in term])
     return total
 
 
@@ -157,38 +159,40 @@ def counts(target: object) -> bool:
     return declared is not None and ":" in declared.text
 
 
-def _amount(found: Named, dim: Dim) -> Size:
+def _amount(call: Named, dim: Dim) -> Size:
     """The size of a dimension in a term: of those behind `...`, or an argument of the call where no dimension has the name."""
     if isinstance(dim, Compound):
-        sizes = [_amount(found, part) for part in dim.parts]
+        sizes = [_amount(call, part) for part in dim.parts]
         return product(sizes) if dim.product else sum(cast("list[int]", sizes))
     if dim.isdigit():
         return int(dim)
-    if dim in found.sizes:
-        return found.sizes[dim]
-    several = [size for name, size in found.sizes.items() if name.partition(".")[0] == dim.rstrip("*").replace("...", "")]
+    if dim in call.sizes:
+        return call.sizes[dim]
+    several = [size for name, size in call.sizes.items() if name.partition(".")[0] == dim.rstrip("*").replace("...", "")]
     if several or dim == "..." or dim.endswith("*"):
         return product(several)
-    return cast(int, nodes.argument(found.node, dim))
+    return cast(int, nodes.argument(call.node, dim))
 
 
 @cache
 def _tensors(target: torch._ops.OpOverload) -> tuple[tuple[str, int], ...]:
     """The tensors of an operator's schema: the name of each, and its place among positional arguments, -1 for none."""
-    found = enumerate(target._schema.arguments)
-    return tuple((item.name, -1 if item.kwarg_only else index) for index, item in found if str(item.type) in _TENSORS)
+    numbered = enumerate(target._schema.arguments)
+    return tuple(
+        (argument.name, -1 if argument.kwarg_only else index) for index, argument in numbered if str(argument.type) in _TENSORS
+    )
 
 
 def _given(node: fx.Node) -> list[_Given]:
     """The tensors of the schema with their places in the call and what it gives there."""
     if node.target is aten.einsum.default:
-        return [("tensors", (1, index), item) for index, item in enumerate(cast("Sequence[fx.Node]", node.args[1]))]
-    found: list[_Given] = []
+        return [("tensors", (1, index), tensor) for index, tensor in enumerate(cast("Sequence[fx.Node]", node.args[1]))]
+    given: list[_Given] = []
     for name, place in _tensors(cast(torch._ops.OpOverload, node.target)):
         positional = 0 <= place < len(node.args)
-        item = node.args[place] if positional else node.kwargs.get(name)
-        found.append((name, place if positional else name, item if isinstance(item, fx.Node) else None))
-    return found
+        argument = node.args[place] if positional else node.kwargs.get(name)
+        given.append((name, place if positional else name, argument if isinstance(argument, fx.Node) else None))
+    return given
 
 
 def _bound(
@@ -205,9 +209,9 @@ def _bound(
     if len(patterns) != len(given):
         raise ValueError(f"{node.target} has {len(given)} tensors, not the {len(patterns)} declared: {declared.text}")
     there = [
-        (name, slot, item, shape, pattern)
-        for (name, slot, item), shape, pattern in zip(given, shapes, patterns, strict=True)
-        if item is not None and shape is not None
+        (name, slot, tensor, shape, pattern)
+        for (name, slot, tensor), shape, pattern in zip(given, shapes, patterns, strict=True)
+        if tensor is not None and shape is not None
     ]
     many = declared.many.items()
     fitted = _fitted(
@@ -222,10 +226,10 @@ def _bound(
     read, made, sizes = fitted
     operands = [
         Operand(
-            *(name, slot, item, dims, name in declared.factors),
+            *(name, slot, tensor, dims, name in declared.factors),
             *(pattern.mark == "+", pattern.mark == "~", pattern.opaque),
         )
-        for (name, slot, item, _, pattern), dims in zip(there, read, strict=True)
+        for (name, slot, tensor, _, pattern), dims in zip(there, read, strict=True)
     ]
     return Named(node, tuple(operands), made, sizes, declared, form.fixed, form.work)
 
@@ -283,7 +287,7 @@ def _expanded(pattern: Pattern, rank: int, stars: Mapping[str, int]) -> tuple[Di
 
 def _sizes(dims: Sequence[Sequence[Dim]], shapes: Sequence[Sequence[Size]]) -> dict[str, Size] | None:
     """The size of each name; None where two sizes contradict each other. A size of 1 is broadcast."""
-    found: dict[str, Size] = {}
+    sizes: dict[str, Size] = {}
     pairs = [pair for names, shape in zip(dims, shapes, strict=True) for pair in zip(names, shape, strict=True)]
     for dim, size in pairs:
         if not isinstance(dim, str) or not dim:
@@ -291,18 +295,18 @@ def _sizes(dims: Sequence[Sequence[Dim]], shapes: Sequence[Sequence[Size]]) -> d
         if dim.isdigit():
             if size != int(dim):
                 return None
-        elif found.get(dim, 1) == 1:
-            found[dim] = size
-        elif size != 1 and isinstance(size, int) and isinstance(found[dim], int) and size != found[dim]:
+        elif sizes.get(dim, 1) == 1:
+            sizes[dim] = size
+        elif size != 1 and isinstance(size, int) and isinstance(sizes[dim], int) and size != sizes[dim]:
             return None
     compounds = [(dim, size) for dim, size in pairs if isinstance(dim, Compound)]
-    return found if all(_solved(dim, size, found) for dim, size in compounds) else None
+    return sizes if all(_solved(dim, size, sizes) for dim, size in compounds) else None
 
 
-def _solved(dim: Compound, size: Size, found: dict[str, Size]) -> bool:
+def _solved(dim: Compound, size: Size, sizes: dict[str, Size]) -> bool:
     """Give the one unknown part of a compound its size; False where there is none that fits."""
-    known = [int(part) if part.isdigit() else found[part] for part in dim.parts if part.isdigit() or part in found]
-    unknown = [part for part in dim.parts if not part.isdigit() and part not in found]
+    known = [int(part) if part.isdigit() else sizes[part] for part in dim.parts if part.isdigit() or part in sizes]
+    unknown = [part for part in dim.parts if not part.isdigit() and part not in sizes]
     if len(set(unknown)) > 1:
         return False
     if dim.product:
@@ -310,33 +314,33 @@ def _solved(dim: Compound, size: Size, found: dict[str, Size]) -> bool:
         if rest is None or (not unknown and rest != 1) or len(unknown) > 1:
             return False
     else:
-        if not isinstance(size, int) or not all(isinstance(item, int) for item in known):
+        if not isinstance(size, int) or not all(isinstance(part_size, int) for part_size in known):
             return False
         left = size - sum(cast("list[int]", known))
         if left < 0 or left % (len(unknown) or 1) or (not unknown and left):
             return False
         rest = left // (len(unknown) or 1)
-    found |= dict.fromkeys(unknown, rest)
+    sizes |= dict.fromkeys(unknown, rest)
     return True
 
 
 def _settled(dims: Sequence[Dim], shape: Sequence[Size] | None, sizes: Mapping[str, Size]) -> tuple[Dim, ...]:
     """The names without those that are broadcast here, and compounds without parts of size 1."""
-    found: list[Dim] = []
+    names: list[Dim] = []
     for index, dim in enumerate(dims):
         if isinstance(dim, Compound):
             parts = tuple(part for part in dim.parts if part.isdigit() or sizes[part] != 1)
-            found.append(Compound(parts, dim.product) if len(parts) > 1 else parts[0] if parts else dim.parts[0])
+            names.append(Compound(parts, dim.product) if len(parts) > 1 else parts[0] if parts else dim.parts[0])
         elif dim.isdigit() or (shape is not None and shape[index] == 1 and sizes.get(dim, 1) != 1):
-            found.append("")
+            names.append("")
         else:
-            found.append(dim)
-    return tuple(found)
+            names.append(dim)
+    return tuple(names)
 
 
 def check_declaration(target: torch._ops.OpOverload, declared: Dimensions) -> None:
-    """Compare a declaration with the operator's schema. Raises: ValueError, which names the operator and what does not fit."""
-    tensors, names = _tensors(target), {item.name for item in target._schema.arguments}
+    """Compare a declaration with the operator's schema. Raises ValueError, which names the operator and what does not fit."""
+    tensors, names = _tensors(target), {argument.name for argument in target._schema.arguments}
     for form in forms_of(declared.text):
         several = form.operands[-1].opaque
         if len(form.operands) > len(tensors) or (len(form.operands) < len(tensors) and not several):
@@ -354,15 +358,15 @@ def check_declaration(target: torch._ops.OpOverload, declared: Dimensions) -> No
 
 
 def contradiction(node: fx.Node) -> str:
-    """What a declaration says that a call does not do: the sizes of its results; empty where they agree."""
-    found = named(node)
+    """The declared and the returned sizes of a call, where they differ; empty where they agree."""
+    call = named(node)
     types = nodes.node_type(node)
-    if found is None:
+    if call is None:
         return ""
-    for dims, item in zip(found.results, types if isinstance(types, tuple) else (types,), strict=True):
-        sizes = tuple(_amount(found, dim) if dim else 1 for dim in dims)
-        if sizes != nodes.tensor_type(item).shape:
-            return f"{node.target} is declared to return {list(sizes)} and returns {list(nodes.tensor_type(item).shape)}"
+    for dims, result in zip(call.results, types if isinstance(types, tuple) else (types,), strict=True):
+        sizes = tuple(_amount(call, dim) if dim else 1 for dim in dims)
+        if sizes != nodes.tensor_type(result).shape:
+            return f"{node.target} is declared to return {list(sizes)} and returns {list(nodes.tensor_type(result).shape)}"
     return ""
 
 

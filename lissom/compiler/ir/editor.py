@@ -20,14 +20,16 @@ from lissom.compiler.ir.samples import Sample, spread
 from lissom.compiler.ir.types import format_type
 from lissom.errors import PassError
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class CurvePoint:
     """A point of a training curve.
 
-    loss: the mean over the steps since the point before it; None at the start. held_out: the loss of the data held out.
+    Attributes:
+        loss: the mean over the steps since the point before it; None at the start.
+        held_out: the loss of the data held out.
     """
 
     step: int
@@ -48,15 +50,19 @@ class Skip:
 class Editor:
     """Edits one program on behalf of one pass.
 
-    program: the program being changed; a pass may put another in its place.
-    labels: of each calibration input, or None. most_tokens: of the calibration inputs that the pass gets.
-    reference: the program before the first pass that changed numbers; None where that is this one.
-    rewritten: how many places the pass changed.
-    skipped: the places it could not treat, with the reason.
-    notes: sentences on the pass as a whole, for the reader of the history.
-    curve: the losses of a training pass over its steps.
-    per_site: the pass as text with the amount that it chose for each site; empty for passes without amounts.
-    current: the node the pass is looking at, for error messages.
+    Args:
+        most_tokens: of the calibration inputs that the pass gets.
+
+    Attributes:
+        program: the program being changed; a pass may put another in its place.
+        labels: of each calibration input, or None.
+        reference: the program before the first pass that changed numbers; None where that is this one.
+        rewritten: how many places the pass changed.
+        skipped: the places it could not treat, with the reason.
+        notes: sentences on the pass as a whole, for the reader of the history.
+        curve: the losses of a training pass over its steps.
+        per_site: the pass as text with the amount that it chose for each site; empty for passes without amounts.
+        current: the node the pass is looking at, for error messages.
     """
 
     def __init__(
@@ -87,10 +93,10 @@ class Editor:
     @cached_property
     def data(self) -> Sequence[Sample]:
         """Calibration inputs, flat; empty when the caller gave none."""
-        found = self._data if self._most_tokens is None else spread(self._data, self._most_tokens)
-        if len(found) < len(self._data):
-            self.note(f"calibrated on {len(found):,} of {len(self._data):,} batches of data=, evenly spaced")
-        return found
+        data = self._data if self._most_tokens is None else spread(self._data, self._most_tokens)
+        if len(data) < len(self._data):
+            self.note(f"calibrated on {len(data):,} of {len(self._data):,} batches of data=, evenly spaced")
+        return data
 
     def nodes(self, *targets: object) -> Iterator[fx.Node]:
         """The program's call nodes (of these targets) in order; nodes erased meanwhile are passed over."""
@@ -112,14 +118,14 @@ class Editor:
             self.skip(node, reason)
         return reason is None
 
-    def accepted(self, found: Iterable[tuple[fx.Node, Found | str]]) -> dict[fx.Node, Found]:
+    def accepted(self, results: Iterable[tuple[fx.Node, Result | str]]) -> dict[fx.Node, Result]:
         """The results of an analysis by node; a node with a reason in place of a result is reported as skipped."""
-        kept: dict[fx.Node, Found] = {}
-        for node, item in found:
-            if isinstance(item, str):
-                self.skip(node, item)
+        kept: dict[fx.Node, Result] = {}
+        for node, result in results:
+            if isinstance(result, str):
+                self.skip(node, result)
             else:
-                kept[node] = item
+                kept[node] = result
         return kept
 
     def tensor(self, read: fx.Node) -> torch.Tensor:
@@ -149,7 +155,8 @@ class Editor:
     def call(self, target: torch._ops.OpOverload, *args: object, **kwargs: object) -> fx.Node:
         """A new, typed call node; use inside `before`. Operands of None at the end are left out.
 
-        Raises: PassError when the operator does not accept these arguments.
+        Raises:
+            PassError: when the operator does not accept these arguments.
         """
         while args and args[-1] is None:
             args = args[:-1]
@@ -204,7 +211,7 @@ class Editor:
         reads = [self.weight(name, tensor) for name, tensor in new.items()]
         names = [str(read.target) for read in reads]
         state = self.program.state
-        self.program.state = tuple(item for name in state for item in (names if name == old.target else [name]))
+        self.program.state = tuple(state_name for name in state for state_name in (names if name == old.target else [name]))
         return reads
 
     def set_weight(self, node: fx.Node, tensor: torch.Tensor, *, retype: bool = True) -> None:
@@ -224,7 +231,8 @@ class Editor:
     def change_call(self, node: fx.Node, target: torch._ops.OpOverload, *args: object, **kwargs: object) -> None:
         """Let a node call another operator, or the same with other arguments; retypes it. Counts as one place rewritten.
 
-        Raises: PassError when the operator does not accept these arguments.
+        Raises:
+            PassError: when the operator does not accept these arguments.
         """
         node.target = target
         nodes.set_arguments(node, *args, **kwargs)
@@ -235,15 +243,16 @@ class Editor:
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let everything that reads `old` read `new`; `old` is erased. Counts as one place rewritten.
 
-        Raises: PassError when the two have different types.
+        Raises:
+            PassError: when the two have different types.
         """
         program = self.program
-        wanted, found = nodes.node_type(old), nodes.node_type(new)
-        if not fake.same_type(program.fake_mode, wanted, found):
+        wanted, actual = nodes.node_type(old), nodes.node_type(new)
+        if not fake.same_type(program.fake_mode, wanted, actual):
             name_of = program.signature.name_of
             raise PassError(
                 f"{self.pass_name}: {printer.place(program, old)} yields {format_type(wanted, name_of)}, but its "
-                f"replacement {printer.place(program, new)} yields {format_type(found, name_of)}; "
+                f"replacement {printer.place(program, new)} yields {format_type(actual, name_of)}; "
                 f"a replacement must have the same type\n{printer.excerpt(program, old)}"
             )
         old.replace_all_uses_with(new)
@@ -267,10 +276,10 @@ class Editor:
     def move_before(self, node: fx.Node, place: fx.Node) -> None:
         """Move a node and the nodes it depends on in front of `place`; none of them may depend on `place`."""
         needed, late = set(computed_from([node])), False
-        for found in list(self.program.graph.nodes):
-            late = late or found is place
-            if late and found in needed:
-                place.prepend(found)
+        for current in list(self.program.graph.nodes):
+            late = late or current is place
+            if late and current in needed:
+                place.prepend(current)
                 self.program.edits += 1
 
     def erase(self, node: fx.Node) -> None:
@@ -287,10 +296,10 @@ class Editor:
     def retype_from(self, node: fx.Node) -> None:
         """Retype all calls that depend on a node, after its own type changed."""
         changed = {node}
-        for found in self.program.graph.nodes:
-            if found.op == "call_function" and not changed.isdisjoint(found.all_input_nodes):
-                self._type(found)
-                changed.add(found)
+        for call in self.program.graph.nodes:
+            if call.op == "call_function" and not changed.isdisjoint(call.all_input_nodes):
+                self._type(call)
+                changed.add(call)
 
     def retype_call(self, node: fx.Node) -> None:
         """Retype a call after its inputs changed, and record the pass on it when its type changed."""

@@ -36,13 +36,13 @@ class FlatModule(_LazyGraphModule):
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     """The mode the graph's fake values belong to; a new one when the graph has no tensors."""
-    return next((found for node in graph.nodes if (found := mode_of(node)) is not None), None) or FakeTensorMode()
+    return next((mode for node in graph.nodes if (mode := mode_of(node)) is not None), None) or FakeTensorMode()
 
 
 def mode_of(node: fx.Node) -> FakeTensorMode | None:
     """The mode a node's fake tensor belongs to; None when it yields no tensor."""
-    found = nodes.value(node) if nodes.has_value(node) else None
-    return found.fake_mode if isinstance(found, FakeTensor) else None
+    value = nodes.value(node) if nodes.has_value(node) else None
+    return value.fake_mode if isinstance(value, FakeTensor) else None
 
 
 @contextmanager
@@ -75,29 +75,29 @@ def known_call(mode: FakeTensorMode, node: fx.Node) -> object:
     known: dict[object, object] = mode.__dict__.setdefault(_KNOWN, {})
     key = _key(node)
     try:
-        found = known.get(key, known)
+        value = known.get(key, known)
     except TypeError:  # an argument that cannot be hashed
         return fake_call(mode, node)
-    if found is known:
-        found = fake_call(mode, node)
+    if value is known:
+        value = fake_call(mode, node)
         # A size that depends on values gets a new name each time.
         if key is not None and not _NEW_SIZES.intersection(getattr(node.target, "tags", ())):
-            known[key] = found
-    return found
+            known[key] = value
+    return value
 
 
 def _key(node: fx.Node) -> object:
     """A key of all that the type of a call depends on; None when it may depend on more."""
     if any(getattr(nodes.value(used), "constant", None) is not None for used in node.all_input_nodes):
         return None
-    return node.target, _described(node.args), *((name, _described(item)) for name, item in sorted(node.kwargs.items()))
+    return node.target, _described(node.args), *((name, _described(argument)) for name, argument in sorted(node.kwargs.items()))
 
 
-def _described(item: object) -> object:
-    if isinstance(item, (tuple, list)):
-        return tuple(map(_described, item))
+def _described(argument: object) -> object:
+    if isinstance(argument, (tuple, list)):
+        return tuple(map(_described, argument))
     # The number 1 equals 1.0 and True, which lead to other types.
-    return description(nodes.value(item)) if isinstance(item, fx.Node) else (type(item), item)
+    return description(nodes.value(argument)) if isinstance(argument, fx.Node) else (type(argument), argument)
 
 
 def _fake_pad(node: fx.Node) -> object:
@@ -168,12 +168,14 @@ def same_at_example(mode: FakeTensorMode, left: ValueType, right: ValueType) -> 
     return _same(left, right, partial(_same_size_at_example, mode))
 
 
-def depends_on_values(mode: FakeTensorMode, found: ValueType) -> bool:
+def depends_on_values(mode: FakeTensorMode, value_type: ValueType) -> bool:
     """True for a tensor whose size depends on the values of the inputs, and gets a new name each time it is typed."""
-    if not isinstance(found, TensorType) or mode.shape_env is None:
+    if not isinstance(value_type, TensorType) or mode.shape_env is None:
         return False
     known = _known_sizes(mode.shape_env)
-    return any(symbol not in known for size in found.shape if isinstance(size, sympy.Basic) for symbol in size.free_symbols)
+    return any(
+        symbol not in known for size in value_type.shape if isinstance(size, sympy.Basic) for symbol in size.free_symbols
+    )
 
 
 def _same(left: ValueType, right: ValueType, same_size: Callable[[Size | float, Size | float], bool]) -> bool:
@@ -256,12 +258,12 @@ def symbol_facts(mode: FakeTensorMode, symbols: Iterable[sympy.Symbol]) -> dict[
     if env is None:
         return {}
     known, ranges = _known_sizes(env), env.var_to_range
-    found: dict[sympy.Symbol, SymbolFact] = {}
+    facts: dict[sympy.Symbol, SymbolFact] = {}
     for symbol in symbols:
         bounds = ranges.get(symbol)
         minimum, maximum = (None, None) if bounds is None else (_bound(bounds.lower), _bound(bounds.upper))
-        found[symbol] = SymbolFact(int(known[symbol]) if symbol in known else None, minimum, maximum)
-    return found
+        facts[symbol] = SymbolFact(int(known[symbol]) if symbol in known else None, minimum, maximum)
+    return facts
 
 
 def symbolic_mode(facts: Mapping[sympy.Symbol, SymbolFact], conditions: Iterable[sympy.Basic]) -> FakeTensorMode:
@@ -275,7 +277,7 @@ def symbolic_mode(facts: Mapping[sympy.Symbol, SymbolFact], conditions: Iterable
     # The mode numbers the sizes that depend on values; the next one must not get a name that is in use.
     numbered = (re.fullmatch(r"u(\d+)", symbol.name) for symbol in facts)
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True, export=True)
-    number_sizes_from(mode, max((int(found[1]) + 1 for found in numbered if found), default=0))
+    number_sizes_from(mode, max((int(match[1]) + 1 for match in numbered if match), default=0))
     for condition in conditions:
         env.evaluate_expr(condition)
     return mode
@@ -289,11 +291,11 @@ def number_sizes_from(mode: FakeTensorMode, first: int) -> None:
     env.unbacked_symint_counter = type(env.unbacked_symint_counter)(first)
 
 
-def fake_tensor(mode: FakeTensorMode, found: TensorType, stride: Sequence[Size]) -> torch.Tensor:
+def fake_tensor(mode: FakeTensorMode, tensor_type: TensorType, stride: Sequence[Size]) -> torch.Tensor:
     """A fake tensor of that type."""
-    sizes, strides = ([_fake_size(mode, size) for size in given] for given in (found.shape, stride))
+    sizes, strides = ([_fake_size(mode, size) for size in given] for given in (tensor_type.shape, stride))
     with typing_scope(mode):
-        return torch.empty_strided(sizes, strides, dtype=found.dtype, device=found.device)
+        return torch.empty_strided(sizes, strides, dtype=tensor_type.dtype, device=tensor_type.device)
 
 
 def _fake_size(mode: FakeTensorMode, size: Size) -> int | torch.SymInt:

@@ -16,10 +16,10 @@ _NAME = re.compile(r"%(\w+)")
 
 def fingerprint(*parts: object) -> str:
     """A hash of texts, and of samples with their values."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in parts:
-        _feed(found, part)
-    return found.hexdigest()[:32]
+        _feed(digest, part)
+    return digest.hexdigest()[:32]
 
 
 def program_fingerprint(program: Program) -> str:
@@ -38,24 +38,24 @@ def structure_fingerprint(program: Program) -> str:
         if node.op in ("placeholder", "get_attr"):
             continue
         line = node_text(program, node).removeprefix(f"%{node.name}: ")
-        known[node.name] = fingerprint(_NAME.sub(lambda found: known.get(found[1], found[0]), line))
+        known[node.name] = fingerprint(_NAME.sub(lambda match: known.get(match[1], match[0]), line))
         if not node.users:
             ends.append(known[node.name])
     weights = sorted(node_text(program, node) for node in program.graph.nodes if node.op == "get_attr")
     return fingerprint(program.signature.describe(), weights, sorted(ends))
 
 
-def _feed(found: hashlib._Hash, part: object) -> None:
+def _feed(digest: hashlib._Hash, part: object) -> None:
     if isinstance(part, torch.Tensor):
         tensor = part.detach().cpu().contiguous()
-        _feed(found, f"{tensor.dtype} {list(tensor.shape)}")
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        _feed(digest, f"{tensor.dtype} {list(tensor.shape)}")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     elif isinstance(part, Mapping):
-        _feed(found, [item for pair in sorted(part.items()) for item in pair])
+        _feed(digest, [element for pair in sorted(part.items()) for element in pair])
     elif isinstance(part, Sequence) and not isinstance(part, str):
-        _feed(found, f"[{len(part)}")
-        for item in part:
-            _feed(found, item)
+        _feed(digest, f"[{len(part)}")
+        for element in part:
+            _feed(digest, element)
     else:
         encoded = str(part).encode()
-        found.update(f"{len(encoded)}:".encode() + encoded)
+        digest.update(f"{len(encoded)}:".encode() + encoded)

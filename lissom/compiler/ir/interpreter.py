@@ -18,14 +18,14 @@ Observer = Callable[[fx.Node, object], object]
 
 def run(graph: fx.Graph, weights: nn.Module, inputs: Sequence[torch.Tensor], observe: Observer | None = None) -> list[object]:
     """The flat outputs of the graph; `observe` sees every call's result in order, and may return another value in its place."""
-    calls, other = steps(graph, weights, inputs), None
+    calls, replacement = steps(graph, weights, inputs), None
     while True:
         try:
-            found = calls.send(other)
+            observed = calls.send(replacement)
         except StopIteration as end:
             return end.value
-        other = None if observe is None else observe(*found)
-        del found  # or its value would outlive its last use
+        replacement = None if observe is None else observe(*observed)
+        del observed  # or its value would outlive its last use
 
 
 def steps(
@@ -47,8 +47,8 @@ def steps(
             values[node] = attrgetter(str(node.target))(weights)
         else:
             values[node] = call(node, values.__getitem__)
-            if (other := (yield node, values[node])) is not None:
-                values[node] = other
+            if (replacement := (yield node, values[node])) is not None:
+                values[node] = replacement
         for used in last_uses.get(node, ()):
             del values[used]
     raise AssertionError("a graph ends in its output node")
@@ -59,7 +59,11 @@ REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, Runtim
 
 
 def call(node: fx.Node, value_of: Callable[[fx.Node], object], adapted: Callable[[object], Any] | None = None) -> object:
-    """The result of a call node, with the values of the nodes it reads. adapted: applied to all arguments."""
+    """The result of a call node, with the values of the nodes it reads.
+
+    Args:
+        adapted: applied to all arguments.
+    """
     target: Any = stand_in(node.target) or node.target
     given = with_values((node.args, node.kwargs), value_of)
     args, kwargs = given if adapted is None else map_aggregate(given, adapted)
@@ -91,19 +95,19 @@ def evaluate_nodes(weights: nn.Module, node: fx.Node) -> torch.Tensor:
     order: list[fx.Node] = []
     pending, seen = [(node, False)], set()
     while pending:
-        found, ready = pending.pop()
+        current, ready = pending.pop()
         if ready:
-            order.append(found)
-        elif found not in seen:
-            seen.add(found)
-            pending += [(found, True), *((used, False) for used in found.all_input_nodes)]
+            order.append(current)
+        elif current not in seen:
+            seen.add(current)
+            pending += [(current, True), *((used, False) for used in current.all_input_nodes)]
     values: dict[fx.Node, object] = {}
     with torch.no_grad():
-        for found in order:
-            if found.op == "get_attr":
-                values[found] = attrgetter(str(found.target))(weights)
+        for current in order:
+            if current.op == "get_attr":
+                values[current] = attrgetter(str(current.target))(weights)
             else:
-                values[found] = call(found, values.__getitem__)
-    found = values[node]
-    assert isinstance(found, torch.Tensor)
-    return found.detach().clone()
+                values[current] = call(current, values.__getitem__)
+    tensor = values[node]
+    assert isinstance(tensor, torch.Tensor)
+    return tensor.detach().clone()

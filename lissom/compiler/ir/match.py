@@ -25,14 +25,15 @@ def strip_casts(node: fx.Node) -> fx.Node:
     return node
 
 
-def _is_floating(item: object) -> bool:
-    return nodes.is_tensor(item) and nodes.tensor_type(item).dtype.is_floating_point
+def _is_floating(argument: object) -> bool:
+    return nodes.is_tensor(argument) and nodes.tensor_type(argument).dtype.is_floating_point
 
 
 def computed_from(starts: Iterable[object], through: Callable[[fx.Node], bool] = lambda node: True) -> Iterator[fx.Node]:
     """These nodes and all that they are computed from, each once, nearest first; what is no node is passed over.
 
-    through: whether to go on to the inputs of a node.
+    Args:
+        through: whether to go on to the inputs of a node.
     """
     pending, seen = deque(starts), set[fx.Node]()
     while pending:
@@ -49,13 +50,13 @@ def is_view(node: fx.Node) -> bool:
     if nodes.is_call(node, operator.getitem, *MAY_GIVE_BACK):
         return True
     schema = getattr(node.target, "_schema", None)
-    aliases = [found.alias_info for found in schema.returns] if schema is not None else []
-    return any(found is not None and not found.is_write for found in aliases)
+    aliases = [returned.alias_info for returned in schema.returns] if schema is not None else []
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
-def is_own_weight(item: object) -> TypeGuard[fx.Node]:
+def is_own_weight(argument: object) -> TypeGuard[fx.Node]:
     """True for a weight that only one node reads."""
-    return isinstance(item, fx.Node) and item.op == "get_attr" and len(item.users) == 1
+    return isinstance(argument, fx.Node) and argument.op == "get_attr" and len(argument.users) == 1
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
@@ -72,10 +73,10 @@ def memory_of(node: fx.Node) -> fx.Node:
 
 def views_of(node: fx.Node) -> list[fx.Node]:
     """The node, and every value that may be in its memory."""
-    found = [node]
-    for view in found:
-        found += [user for user in view.users if is_view(user) and nodes.operand(user) is view]
-    return found
+    values = [node]
+    for view in values:
+        values += [user for user in view.users if is_view(user) and nodes.operand(user) is view]
+    return values
 
 
 def is_read_by(node: fx.Node, operators: Collection[object]) -> bool:
@@ -84,7 +85,11 @@ def is_read_by(node: fx.Node, operators: Collection[object]) -> bool:
 
 
 def is_handed_out(program: Program, node: fx.Node, besides: Collection[fx.Node] = ()) -> bool:
-    """True when the program returns the node's memory, whole or as a view. besides: views that do not count."""
+    """True when the program returns the node's memory, whole or as a view.
+
+    Args:
+        besides: views that do not count.
+    """
     return any(program.output in view.users for view in views_of(node) if view not in besides)
 
 
@@ -110,13 +115,13 @@ def unshifted(node: object, dim: int) -> fx.Node | None:
     return value if same and nodes.argument(shift, "keepdim") else None
 
 
-def number(program: Program, item: object) -> float | None:
+def number(program: Program, argument: object) -> float | None:
     """The number in an argument: a literal, or a constant of rank 0 in the program; None when it is neither."""
-    if isinstance(item, (int, float)):
-        return float(item)
-    if not isinstance(item, fx.Node) or item.op != "get_attr" or str(item.target) in program.state:
+    if isinstance(argument, (int, float)):
+        return float(argument)
+    if not isinstance(argument, fx.Node) or argument.op != "get_attr" or str(argument.target) in program.state:
         return None
-    weight = program.weight(str(item.target))
+    weight = program.weight(str(argument.target))
     return float(weight) if weight.dim() == 0 and not isinstance(weight, torch.nn.Parameter) else None
 
 
@@ -124,10 +129,10 @@ def scalar_and_node(program: Program, node: object, targets: Collection[object])
     """The number and the value a commutative operator combines, in either order; None when it does not."""
     if not isinstance(node, fx.Node) or node.target not in targets or node.kwargs:
         return None
-    for item, other in (node.args, reversed(node.args)):
-        found = number(program, item)
-        if found is not None and nodes.is_tensor(other):
-            return found, other
+    for first, second in (node.args, reversed(node.args)):
+        scalar = number(program, first)
+        if scalar is not None and nodes.is_tensor(second):
+            return scalar, second
     return None
 
 

@@ -31,11 +31,12 @@ _COST = "lissom_cost"
 class Origin:
     """The source of a node: its module, its line in the model's code, and the passes that changed it.
 
-    module_path: the module whose forward made it, `encoder.layer.0.attention.self`; empty for the model itself.
-    source: file name and line in the model's code, `modeling_bert.py:215`; empty when unknown.
-    code: the text of that line.
-    passes: the passes that made or changed the node, oldest first.
-    replaces: the node's name before a pass put this one in its place; used to line up two programs.
+    Attributes:
+        module_path: the module whose forward made it, `encoder.layer.0.attention.self`; empty for the model itself.
+        source: file name and line in the model's code, `modeling_bert.py:215`; empty when unknown.
+        code: the text of that line.
+        passes: the passes that made or changed the node, oldest first.
+        replaces: the node's name before a pass put this one in its place; used to line up two programs.
     """
 
     module_path: str = ""
@@ -100,19 +101,20 @@ def has_value(node: fx.Node) -> bool:
 
 def value(node: fx.Node) -> object:
     """The fake value the node was typed with: fake tensor, symbolic or plain number, or a tuple of these."""
-    found = node.meta[_VALUE]
-    return found.value if isinstance(found, Deferred) else found
+    stored = node.meta[_VALUE]
+    return stored.value if isinstance(stored, Deferred) else stored
 
 
 def tensor_value(node: fx.Node) -> torch.Tensor:
     """The fake tensor the node was typed with.
 
-    Raises: TypeError when the node yields something else.
+    Raises:
+        TypeError: when the node yields something else.
     """
-    found = value(node)
-    if not isinstance(found, torch.Tensor):
-        raise TypeError(f"{node} yields {found}, not a tensor")
-    return found
+    tensor = value(node)
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{node} yields {tensor}, not a tensor")
+    return tensor
 
 
 def set_value(node: fx.Node, fake: object) -> None:
@@ -122,27 +124,28 @@ def set_value(node: fx.Node, fake: object) -> None:
 
 def node_type(node: fx.Node) -> ValueType:
     """The type of the node's value."""
-    found = node.meta[_VALUE]
-    return found.type if isinstance(found, Deferred) else type_of(found)
+    stored = node.meta[_VALUE]
+    return stored.type if isinstance(stored, Deferred) else type_of(stored)
 
 
 def tensor_type(node: object) -> TensorType:
     """The node's type, which must be a tensor.
 
-    Raises: TypeError when the node yields something else.
+    Raises:
+        TypeError: when the node yields something else.
     """
-    found = node_type(node) if isinstance(node, fx.Node) else node
-    if not isinstance(found, TensorType):
-        raise TypeError(f"{node} yields {found}, not a tensor")
-    return found
+    value_type = node_type(node) if isinstance(node, fx.Node) else node
+    if not isinstance(value_type, TensorType):
+        raise TypeError(f"{node} yields {value_type}, not a tensor")
+    return value_type
 
 
 def is_tensor(node: object) -> TypeGuard[fx.Node]:
     """True when `node` is a node of a program that yields one tensor."""
     if not isinstance(node, fx.Node) or not has_value(node):
         return False
-    found = node.meta[_VALUE]
-    return isinstance(found, torch.Tensor) or (isinstance(found, Deferred) and isinstance(found.type, TensorType))
+    stored = node.meta[_VALUE]
+    return isinstance(stored, torch.Tensor) or (isinstance(stored, Deferred) and isinstance(stored.type, TensorType))
 
 
 def is_call(node: object, *targets: object) -> TypeGuard[fx.Node]:
@@ -153,36 +156,39 @@ def is_call(node: object, *targets: object) -> TypeGuard[fx.Node]:
 def operand(node: fx.Node, index: int = 0) -> fx.Node:
     """The value that a call reads at a place of its positional arguments.
 
-    Raises: TypeError where the call has a number or nothing there.
+    Raises:
+        TypeError: where the call has a number or nothing there.
     """
-    found = node.args[index] if index < len(node.args) else None
-    if not isinstance(found, fx.Node):
+    argument = node.args[index] if index < len(node.args) else None
+    if not isinstance(argument, fx.Node):
         raise TypeError(f"{node.format_node()} reads no value at {index}")
-    return found
+    return argument
 
 
 def leaves(output: fx.Node) -> Sequence[object]:
     """The flat values that a graph's output node returns: nodes, and numbers."""
-    found = output.args[0]
-    assert isinstance(found, (tuple, list))
-    return found
+    values = output.args[0]
+    assert isinstance(values, (tuple, list))
+    return values
 
 
 def fixed_size(node: object, dim: int) -> int:
     """The size of a dimension of a node's tensor that is the same in every call.
 
-    Raises: TypeError where it varies, or where the node yields no tensor.
+    Raises:
+        TypeError: where it varies, or where the node yields no tensor.
     """
-    found = tensor_type(node).shape[dim]
-    if not isinstance(found, int):
-        raise TypeError(f"dimension {dim} of {node} varies from call to call: {found}")
-    return found
+    size = tensor_type(node).shape[dim]
+    if not isinstance(size, int):
+        raise TypeError(f"dimension {dim} of {node} varies from call to call: {size}")
+    return size
 
 
 def overload(node: fx.Node) -> torch._ops.OpOverload:
     """The operator a node calls.
 
-    Raises: TypeError where it calls another function.
+    Raises:
+        TypeError: where it calls another function.
     """
     if not isinstance(node.target, torch._ops.OpOverload):
         raise TypeError(f"{node.format_node()} calls no operator")
@@ -192,14 +198,18 @@ def overload(node: fx.Node) -> torch._ops.OpOverload:
 @cache
 def _parameters(target: torch._ops.OpOverload) -> Mapping[str, tuple[int, object]]:
     """The parameters of an operator by name: its place among positional arguments, -1 for none, and its default."""
-    found = target._schema.arguments
-    return {item.name: (-1 if item.kwarg_only else index, item.default_value) for index, item in enumerate(found)}
+    parameters = target._schema.arguments
+    return {
+        parameter.name: (-1 if parameter.kwarg_only else index, parameter.default_value)
+        for index, parameter in enumerate(parameters)
+    }
 
 
 def argument(node: fx.Node, *names: str) -> object:
     """The argument the call gives for the operator's parameter of one of these names, or the schema's default.
 
-    Raises: KeyError when the operator has no such parameter.
+    Raises:
+        KeyError: when the operator has no such parameter.
     """
     parameters = _parameters(overload(node))
     name = next((name for name in names if name in parameters), None)
@@ -250,7 +260,7 @@ def merged_origin(nodes: Iterable[fx.Node]) -> Origin:
     origins = [origin(node) for node in nodes]
     if not origins:
         return Origin()
-    paths = [found.module_path.split(".") for found in origins]
+    paths = [part_origin.module_path.split(".") for part_origin in origins]
     shared = []
     for parts in zip(*paths, strict=False):
         if len(set(parts)) > 1:

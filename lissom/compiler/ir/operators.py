@@ -151,7 +151,7 @@ _NO_ACTIVATIONS = {
 KEEPS_ZERO = {
     *(aten.relu, aten.relu6, aten.leaky_relu, aten.elu, aten.selu, aten.gelu, aten.silu, aten.mish, aten.hardswish, aten.tanh),
     *(aten.neg, aten.abs, aten.sign, aten.sqrt, aten.square, aten.sin, aten.asinh, aten.atan, aten.expm1, aten.log1p, aten.erf),
-    *(item.overloadpacket for item in (*IDENTITIES, *CONVERSIONS)),
+    *(overload.overloadpacket for overload in (*IDENTITIES, *CONVERSIONS)),
 }
 """Element-wise functions, in any overload, with f(0) = 0."""
 ZERO_OF_ZEROS = {
@@ -244,7 +244,7 @@ def is_activation(node: fx.Node) -> bool:
 def reduced_dims(node: fx.Node, rank: int) -> set[int]:
     """The dimensions a reduction removes, counted from the front; all of them when the call names none."""
     index = 2 if node.target in _NORMS_OF_VECTORS else 1
-    found = node.args[index] if len(node.args) > index else node.kwargs.get("dim")
-    if found is None or found == [] or rank == 0:
+    given = node.args[index] if len(node.args) > index else node.kwargs.get("dim")
+    if given is None or given == [] or rank == 0:
         return set(range(rank))
-    return {dim % rank for dim in (found if isinstance(found, (list, tuple)) else [found])}  # pyright: ignore
+    return {dim % rank for dim in (given if isinstance(given, (list, tuple)) else [given])}  # pyright: ignore

@@ -32,9 +32,10 @@ POSITIONS = -2
 class Span:
     """A section of a dimension, viewed as [outer, size, inner] and sharded along `size` into `parts` blocks.
 
-    parts: 1 when every rank holds all of it; else the number of ranks, or fewer when several ranks hold the same block.
-    every: how many neighbouring ranks hold the same block; more than 1 for key/value groups that several ranks read.
-    site: the index of the plan's site that is sharded, for messages; not compared.
+    Attributes:
+        parts: 1 when every rank holds all of it; else the number of ranks, or fewer when several ranks hold the same block.
+        every: how many neighbouring ranks hold the same block; more than 1 for key/value groups that several ranks read.
+        site: the index of the plan's site that is sharded, for messages; not compared.
     """
 
     outer: Size
@@ -72,7 +73,7 @@ class Span:
 
     def indices(self, rank: int, start: int = 0) -> torch.Tensor:
         """The indices of the dimension that a rank holds of this span, [local]; -1 for padding. Sizes must be integers."""
-        outer, size, inner, block = (fixed(item) for item in (self.outer, self.size, self.inner, self.block))
+        outer, size, inner, block = (fixed(extent) for extent in (self.outer, self.size, self.inner, self.block))
         first = rank // self.every % self.parts * block
         rows = torch.arange(first, first + block)
         rows = torch.where(rows < size, rows, -1)
@@ -89,8 +90,10 @@ Spans = tuple[Span, ...]
 class Placed:
     """The placement of a value across the ranks.
 
-    dims: the sharded dimensions, in order, each with its spans; more than one when key/value groups and the heads in a group
-        are separate dimensions. partial: whether the value is the sum of the ranks' tensors.
+    Attributes:
+        dims: the sharded dimensions, in order, each with its spans; more than one when key/value groups and the heads in a
+            group are separate dimensions.
+        partial: whether the value is the sum of the ranks' tensors.
     """
 
     dims: tuple[tuple[int, Spans], ...] = ()
@@ -128,10 +131,10 @@ class Placed:
         return " ".join(f"Shard({dim})" for dim, _ in self.dims) or "Replicate"
 
 
-def single(found: Placed | tuple[Placed, ...]) -> Placed:
+def single(placed: Placed | tuple[Placed, ...]) -> Placed:
     """The placement of a value that is one tensor."""
-    assert isinstance(found, Placed), "the value is several tensors"
-    return found
+    assert isinstance(placed, Placed), "the value is several tensors"
+    return placed
 
 
 REPLICATED = Placed()
@@ -141,7 +144,7 @@ PARTIAL = Placed(partial=True)
 def sharded(*dims: tuple[int, Spans]) -> Placed:
     """The placement of a value sharded along these dimensions; dimensions that every rank holds in full are left out."""
     split = [(dim, spans) for dim, spans in dims if any(span.parts > 1 for span in spans)]
-    return Placed(tuple(sorted(split, key=lambda item: item[0])))
+    return Placed(tuple(sorted(split, key=lambda entry: entry[0])))
 
 
 def local_size(spans: Spans, size: Size) -> Size:
@@ -164,11 +167,11 @@ def can_gather(placed: Placed, world_size: int) -> bool:
 
 def indices_of(spans: Spans, rank: int) -> torch.Tensor:
     """The indices of a dimension that a rank holds, in its order, [local]; -1 for padding. Sizes must be integers."""
-    found, start = list[torch.Tensor](), 0
+    indices, start = list[torch.Tensor](), 0
     for span in spans:
-        found.append(span.indices(rank, start))
+        indices.append(span.indices(rank, start))
         start += fixed(span.whole)
-    return torch.cat(found)
+    return torch.cat(indices)
 
 
 def local_part(weight: torch.Tensor, placed: Placed, rank: int, padding: int = 0) -> torch.Tensor:
@@ -190,9 +193,9 @@ def _take(weight: torch.Tensor, dim: int, indices: torch.Tensor, padding: int) -
     # fp8 values are selected and zeroed as bytes.
     stored = weight.view(torch.uint8) if weight.dtype == torch.float8_e4m3fn else weight
     indices = indices.to(weight.device)
-    found = stored.index_select(dim, indices.clamp_min(0))
+    selected = stored.index_select(dim, indices.clamp_min(0))
     missing = (indices < 0).nonzero().flatten()
-    return (found.index_fill(dim, missing, padding) if len(missing) else found).view(weight.dtype)
+    return (selected.index_fill(dim, missing, padding) if len(missing) else selected).view(weight.dtype)
 
 
 def whole_of(parts: Sequence[torch.Tensor], placed: Placed) -> torch.Tensor:
@@ -202,7 +205,7 @@ def whole_of(parts: Sequence[torch.Tensor], placed: Placed) -> torch.Tensor:
     if not placed.dims:
         return parts[0]
     sizes = [sum(fixed(span.whole) for span in placed.spans(dim)) or size for dim, size in enumerate(parts[0].shape)]
-    found = parts[0].new_zeros(sizes)
+    whole = parts[0].new_zeros(sizes)
     for rank, part in enumerate(parts):
         places = [torch.arange(size) for size in sizes]
         kept = part
@@ -210,8 +213,8 @@ def whole_of(parts: Sequence[torch.Tensor], placed: Placed) -> torch.Tensor:
             indices = indices_of(spans, rank)
             kept = kept.index_select(dim, (indices >= 0).nonzero().flatten())
             places[dim] = indices[indices >= 0]
-        found[torch.meshgrid(*places, indexing="ij")] = kept
-    return found
+        whole[torch.meshgrid(*places, indexing="ij")] = kept
+    return whole
 
 
 def at_sizes(placed: Placed, value_of: dict[sympy.Symbol, int]) -> Placed:

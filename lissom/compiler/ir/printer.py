@@ -55,8 +55,8 @@ def node_text(program: PrintableProgram, node: fx.Node) -> str:
         return f"input %{node.name}: {_type_text(program, node)}"
     if node.op == "get_attr":
         return f"weight @{node.target}: {_type_text(program, node)}"
-    arguments = [argument_text(item) for item in node.args]
-    arguments += [f"{key}={argument_text(item)}" for key, item in node.kwargs.items()]
+    arguments = [argument_text(argument) for argument in node.args]
+    arguments += [f"{key}={argument_text(argument)}" for key, argument in node.kwargs.items()]
     path = nodes.origin(node).module_path
     place = f"  # {path}" if path else ""
     type_ = f"{_type_text(program, node)}{_placement_text(node)}"
@@ -69,9 +69,9 @@ def _type_text(program: PrintableProgram, node: fx.Node) -> str:
 
 def _placement_text(node: fx.Node) -> str:
     """The value's placement across ranks, such as ` Shard(2)` or ` Partial`; empty when it is replicated or unknown."""
-    found = nodes.placed(node)
-    parts = found if isinstance(found, tuple) else (found,)
-    if all(item is None or item.is_replicated for item in parts):
+    placed = nodes.placed(node)
+    parts = placed if isinstance(placed, tuple) else (placed,)
+    if all(part is None or part.is_replicated for part in parts):
         return ""
     return " " + ", ".join(dict.fromkeys(map(str, parts)))
 
@@ -84,36 +84,36 @@ def target_text(target: object) -> str:
     return f"{module}.{getattr(target, '__name__', target)}"
 
 
-def argument_text(item: object) -> str:
+def argument_text(argument: object) -> str:
     """One argument as text: `%node`, `@weight`, a list, a dtype, a number."""
-    match item:
+    match argument:
         case fx.Node():
-            return f"@{item.target}" if item.op == "get_attr" else f"%{item.name}"
+            return f"@{argument.target}" if argument.op == "get_attr" else f"%{argument.name}"
         case tuple() | list():
-            return "[" + ", ".join(argument_text(part) for part in item) + "]"
+            return "[" + ", ".join(argument_text(part) for part in argument) + "]"
         case torch.dtype():
-            return short_dtype(item)
+            return short_dtype(argument)
         case torch.device() | torch.layout() | torch.memory_format():
-            return str(item).removeprefix("torch.")
-        case int() if item == END:
+            return str(argument).removeprefix("torch.")
+        case int() if argument == END:
             return "end"
         case _:
-            return repr(item)
+            return repr(argument)
 
 
 def excerpt(program: PrintableProgram, node: fx.Node, radius: int = 2) -> str:
     """The lines around a node, the node's own marked with `>`."""
-    lines = [found for found in program.graph.nodes if found.op != "get_attr"]
+    lines = [neighbour for neighbour in program.graph.nodes if neighbour.op != "get_attr"]
     centre = lines.index(node) if node in lines else 0
     around = lines[max(0, centre - radius) : centre + radius + 1]
-    return "\n".join(f"  {'>' if found is node else ' '} {node_text(program, found)}" for found in around)
+    return "\n".join(f"  {'>' if neighbour is node else ' '} {node_text(program, neighbour)}" for neighbour in around)
 
 
 def place(program: PrintableProgram, node: fx.Node) -> str:
     """The location of a node, in words: `'matmul_3' (aten.matmul, in encoder.layer.1.attention, modeling.py:88)`."""
-    found = nodes.origin(node)
+    origin = nodes.origin(node)
     what = target_text(node.target) if node.op == "call_function" else node.op
-    parts = [what, f"in {found.module_path}" if found.module_path else "", found.source]
+    parts = [what, f"in {origin.module_path}" if origin.module_path else "", origin.source]
     return f"'{node.name}' ({', '.join(part for part in parts if part)})"
 
 

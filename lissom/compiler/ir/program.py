@@ -23,22 +23,24 @@ Fact = TypeVar("Fact")
 class Program:
     """A transformer as a flat `torch.fx` graph in one dialect: functional, pre-dispatch ATen.
 
-    name: the class of the model it was captured from.
-    graph_module: the graph and, as attributes under their original names, the weights and buffers it reads. They share memory
-        with the model's own, require no gradients, and are read only; `trainable` gives a module with copies.
-    signature: how the program is called.
-    state: the names of the buffers it may write; everything else is read only.
-    about: what the runtime keeps of the model besides the program, such as its configuration; None where there is nothing.
-    edits: the number of changes made, so that facts about the program can be cached until the next one.
-    is_simulation: whether `run` simulates several processes. The weights are then fixed, and outputs may share memory where
-        those of the processes do not.
+    Attributes:
+        name: the class of the model it was captured from.
+        graph_module: the graph and, as attributes under their original names, the weights and buffers it reads. They share
+            memory with the model's own, require no gradients, and are read only; `trainable` gives a module with copies.
+        signature: how the program is called.
+        state: the names of the buffers it may write; everything else is read only.
+        about: what the runtime keeps of the model besides the program, such as its configuration; None where there is nothing.
+        edits: the number of changes made, so that facts about the program can be cached until the next one.
+        is_simulation: whether `run` simulates several processes. The weights are then fixed, and outputs may share memory where
+            those of the processes do not.
 
-    >>> import torch, lissom
-    >>> program = lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4)).program
-    >>> program(torch.ones(5, 4)).shape
-    torch.Size([5, 2])
-    >>> {name: tuple(weight.shape) for name, weight in program.weights().items()}
-    {'weight': (2, 4), 'bias': (2,)}
+    Examples:
+        >>> import torch, lissom
+        >>> program = lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4)).program
+        >>> program(torch.ones(5, 4)).shape
+        torch.Size([5, 2])
+        >>> {name: tuple(weight.shape) for name, weight in program.weights().items()}
+        {'weight': (2, 4), 'bias': (2,)}
     """
 
     is_simulation: ClassVar[bool] = False
@@ -83,9 +85,9 @@ class Program:
         known = self._facts.get(analysis)
         if known is not None and known[0] == self.edits:
             return known[1]
-        found = analysis(self)
-        self._facts[analysis] = (self.edits, found)
-        return found
+        fact = analysis(self)
+        self._facts[analysis] = (self.edits, fact)
+        return fact
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The tensors the graph reads, by name, in the order of their first use."""
@@ -95,7 +97,8 @@ class Program:
     def weight(self, name: str) -> torch.Tensor:
         """The weight or buffer of that name.
 
-        Raises: AttributeError when the program has none.
+        Raises:
+            AttributeError: when the program has none.
         """
         path, _, leaf = name.rpartition(".")
         return getattr(self.graph_module.get_submodule(path), leaf)
@@ -152,9 +155,9 @@ class Program:
         copied: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
             copied[node] = graph.node_copy(node, copied.__getitem__)
-        found = Program(self.name, fake.FlatModule(self.graph_module, graph), self.signature, self.state)
-        found.about = self.about
-        return found
+        program = Program(self.name, fake.FlatModule(self.graph_module, graph), self.signature, self.state)
+        program.about = self.about
+        return program
 
     def trainable(self) -> TrainableModule:
         """The program as a module with copies of the weights, for a training loop of one's own; see `with_weights`.
@@ -162,13 +165,14 @@ class Program:
         Parameters have the model's names, require gradients, and are shared where the program shares them. Weights that were
         frozen in the model are buffers.
 
-        >>> import torch, lissom
-        >>> program = lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4)).program
-        >>> module = program.trainable()
-        >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        >>> module(torch.ones(3, 4)).square().sum().backward()
-        >>> optimizer.step()
-        >>> trained = program.with_weights(module)
+        Examples:
+            >>> import torch, lissom
+            >>> program = lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4)).program
+            >>> module = program.trainable()
+            >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+            >>> module(torch.ones(3, 4)).square().sum().backward()
+            >>> optimizer.step()
+            >>> trained = program.with_weights(module)
         """
         owned = self.own_copy()
         return TrainableModule(owned.graph_module, owned)
@@ -176,7 +180,8 @@ class Program:
     def with_weights(self, module: nn.Module) -> Program:
         """This program with the weights of a module that `trainable` gave, which are copied.
 
-        Raises: InputError when a weight is missing, has another shape or dtype, or is not finite.
+        Raises:
+            InputError: when a weight is missing, has another shape or dtype, or is not finite.
         """
         given = module.state_dict(keep_vars=True)
         for name, old in self.weights().items():
@@ -196,21 +201,26 @@ class Program:
         """A copy with weights of its own, whose parameters require gradients.
 
         A program shares its weights with the model it was captured from. Training needs copies, or the model would change.
-        Weights that were frozen in the model stay frozen. fixed: names of weights that are still shared, without gradients.
+        Weights that were frozen in the model stay frozen.
+
+        Args:
+            fixed: names of weights that are still shared, without gradients.
         """
         return self._with_copies_of(self.weights(), learns=True, fixed=fixed)
 
     def _with_copies_of(self, given: Mapping[str, torch.Tensor], *, learns: bool, fixed: Collection[str] = ()) -> Program:
         """A copy with copies of these tensors as its weights; those that share memory still do.
 
-        learns: whether parameters require gradients; otherwise they do where those of this program do. fixed: not copied.
+        Args:
+            learns: whether parameters require gradients; otherwise they do where those of this program do.
+            fixed: not copied.
         """
-        found, copies = self.copy(), dict[object, torch.Tensor]()
+        program, copies = self.copy(), dict[object, torch.Tensor]()
         for name, old in self.weights().items():
             new = given[name]
             if name in fixed:
                 detached = new.detach()
-                found.set_weight(
+                program.set_weight(
                     name, nn.Parameter(detached, requires_grad=False) if isinstance(old, nn.Parameter) else detached
                 )
                 continue
@@ -219,8 +229,8 @@ class Program:
             if place not in copies:
                 copied = new.detach().to(old.device, copy=True)
                 copies[place] = nn.Parameter(copied, requires_grad=learns or old.requires_grad) if learned else copied
-            found.set_weight(name, copies[place])
-        return found
+            program.set_weight(name, copies[place])
+        return program
 
     def state_tensors(self) -> list[torch.Tensor]:
         """The buffers a call may write."""
@@ -233,14 +243,16 @@ class Program:
     def run(self, inputs: Sequence[torch.Tensor], observe: Observer | None = None) -> list[object]:
         """The flat outputs for flat inputs, without checks; gradients flow to the inputs unless they are switched off.
 
-        observe: sees every call's result in order, and may return another value in its place.
+        Args:
+            observe: sees every call's result in order, and may return another value in its place.
         """
         return run(self.graph, self.graph_module, inputs, observe)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Call the program as the original model is called; gradients flow to the inputs unless they are switched off.
 
-        Raises: InputError when the arguments do not fit the signature.
+        Raises:
+            InputError: when the arguments do not fit the signature.
         """
         return self.signature.unflatten(self.run(self.signature.flatten(args, kwargs)))
 

@@ -63,11 +63,11 @@ def resize(signature: Signature, example: Sequence[torch.Tensor], sizes: Sizes, 
         for dim in dims[:-1] if counts_up else dims:
             size = leaf.type.shape[dim]
             new = evaluate(size, sizes)
-            found = picks(size, tensor.shape[dim], new, rows).to(tensor.device)
-            if len(found) == 1:
-                tensor = tensor.index_select(dim, found[0])
+            drawn = picks(size, tensor.shape[dim], new, rows).to(tensor.device)
+            if len(drawn) == 1:
+                tensor = tensor.index_select(dim, drawn[0])
             else:
-                tensor = torch.stack([row.index_select(dim - 1, place) for row, place in zip(tensor, found, strict=True)])
+                tensor = torch.stack([row.index_select(dim - 1, place) for row, place in zip(tensor, drawn, strict=True)])
             # The queries of a mask over pairs of tokens are no rows: each sees the same keys, itself among them.
             rows = rows if pairs else new if dim == 0 else 1
         if counts_up:
@@ -79,27 +79,28 @@ def resize(signature: Signature, example: Sequence[torch.Tensor], sizes: Sizes, 
 
 def check_samples(signature: Signature, example: Sequence[torch.Tensor]) -> list[Sample]:
     """The verification inputs of every exact pass: the example, and a variant with other sizes, values and masks."""
-    other = _masked(_variant(signature, example), _tail_and_hole)
-    return [list(example)] if _same(other, example) else [list(example), other]
+    variant = _masked(_variant(signature, example), _tail_and_hole)
+    return [list(example)] if _same(variant, example) else [list(example), variant]
 
 
 def more_samples(signature: Signature, example: Sequence[torch.Tensor], flops: int) -> list[Sample]:
     """Further verification inputs for a sequence of exact passes, from before the first to after the last.
 
-    flops: of a run on the example.
+    Args:
+        flops: of a run on the example.
     """
     plain = _variant(signature, example, seed=1)
     starts = _masked(plain, _start, low=-float("inf"))
-    found = [
+    samples = [
         _masked(starts, _start, kind=0),
         _masked(_masked(plain, _whole_row), _whole_row, kind=0),
         _masked(list(map(_ids_redrawn, plain)), _tail_and_hole, kind=0),
     ]
-    found = [sample for sample in found if not _same(sample, plain)]
+    samples = [sample for sample in samples if not _same(sample, plain)]
     for seed, sizes in enumerate((_four_times(signature, example), _longest(signature, example, flops)), 2):
         if sizes is not None:
-            found.append(_masked(_redrawn(resize(signature, example, sizes, seed), seed), _tail_and_hole))
-    return found
+            samples.append(_masked(_redrawn(resize(signature, example, sizes, seed), seed), _tail_and_hole))
+    return samples
 
 
 def varied_samples(example: Sequence[torch.Tensor]) -> list[Sample]:
@@ -114,16 +115,16 @@ def smaller_samples(signature: Signature, example: Sequence[torch.Tensor], sampl
 
     First the example's lengths, then all its sizes, then half of them.
     """
-    found, usual, lengths = signature.sizes_of(sample), signature.sizes_of(example), _lengths(signature)
+    given, usual, lengths = signature.sizes_of(sample), signature.sizes_of(example), _lengths(signature)
     halves = {symbol: max(signature.dimensions[symbol].minimum, size // 2) for symbol, size in usual.items()}
     tried = list[Sizes]()
-    for sizes in (found | {symbol: usual[symbol] for symbol in lengths}, usual, halves):
-        if sizes != found and sizes not in tried:
+    for sizes in (given | {symbol: usual[symbol] for symbol in lengths}, usual, halves):
+        if sizes != given and sizes not in tried:
             tried.append(sizes)
-            other = _thinned(signature, sample, sizes)
+            smaller = _thinned(signature, sample, sizes)
             with suppress(InputError):
-                signature.check_sizes(other)
-                yield other
+                signature.check_sizes(smaller)
+                yield smaller
 
 
 def _thinned(signature: Signature, sample: Sample, sizes: Sizes) -> Sample:
@@ -144,7 +145,8 @@ def _thinned(signature: Signature, sample: Sample, sizes: Sizes) -> Sample:
 def larger(signature: Signature, example: Sequence[torch.Tensor], flops: int) -> Iterator[Sample]:
     """The example with all dynamic dimensions 16, 8, 4 and 2 times as large, for timing, where that does not take too long.
 
-    flops: of a run on the example.
+    Args:
+        flops: of a run on the example.
     """
     usual = signature.sizes_of(example)
     for factor in (16, 8, 4, 2):
@@ -171,8 +173,8 @@ def _variant(signature: Signature, example: Sequence[torch.Tensor], seed: int = 
     grown = {symbol: size + 1 + index for index, (symbol, size) in enumerate(sizes.items())}
     doubled = {symbol: size * 2 for symbol, size in sizes.items()}
     shrunk = {symbol: max(signature.dimensions[symbol].minimum, size // 2) for symbol, size in sizes.items()}
-    found = _first_allowed(signature, example, (grown, doubled, shrunk)) or sizes
-    return _redrawn(resize(signature, example, found, seed) if found != sizes else list(example), seed)
+    chosen = _first_allowed(signature, example, (grown, doubled, shrunk)) or sizes
+    return _redrawn(resize(signature, example, chosen, seed) if chosen != sizes else list(example), seed)
 
 
 def _four_times(signature: Signature, example: Sequence[torch.Tensor]) -> Sizes | None:
@@ -180,7 +182,7 @@ def _four_times(signature: Signature, example: Sequence[torch.Tensor]) -> Sizes 
     sizes, lengths = signature.sizes_of(example), _lengths(signature)
     dimensions = signature.dimensions
     tried = ({symbol: dimensions[symbol].at_most(size * factor) for symbol, size in sizes.items()} for factor in (4, 3, 2))
-    return _first_allowed(signature, example, [sizes | {symbol: found[symbol] for symbol in lengths} for found in tried])
+    return _first_allowed(signature, example, [sizes | {symbol: longer[symbol] for symbol in lengths} for longer in tried])
 
 
 def _longest(signature: Signature, example: Sequence[torch.Tensor], flops: int) -> Sizes | None:
@@ -246,8 +248,9 @@ def _ids_redrawn(tensor: torch.Tensor) -> torch.Tensor:
 def _masked(sample: Sample, pattern: Pattern, kind: int = 1, low: float | None = None) -> Sample:
     """The sample with the pattern's places masked in its masks.
 
-    kind: 1 for masks whose usual value is one, true, or an additive zero; 0 for masks whose usual value is zero or false.
-    low: the masking value for an additive mask of zeros only.
+    Args:
+        kind: 1 for masks whose usual value is one, true, or an additive zero; 0 for masks whose usual value is zero or false.
+        low: the masking value for an additive mask of zeros only.
     """
 
     def hide(tensor: torch.Tensor) -> torch.Tensor:

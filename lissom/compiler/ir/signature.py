@@ -72,11 +72,13 @@ class Argument:
 class Signature:
     """The call signature of a program.
 
-    positional, keyword: the arguments as they were given at capture, in order.
-    parameters: the names of the original `forward`, in order, so that either way of passing them works.
-    out_spec: the nesting of what is returned.
-    dimensions: the dynamic sizes. Sizes derived from others appear only in the arguments' types.
-    conditions: relations between sizes found during capture, such as a sequence divisible by a block.
+    Attributes:
+        positional: the positional arguments as they were given at capture, in order.
+        keyword: the keyword arguments, likewise.
+        parameters: the names of the original `forward`, in order, so that either way of passing them works.
+        out_spec: the nesting of what is returned.
+        dimensions: the dynamic sizes. Sizes derived from others appear only in the arguments' types.
+        conditions: relations between sizes found during capture, such as a sequence divisible by a block.
     """
 
     positional: tuple[Argument, ...]
@@ -90,7 +92,7 @@ class Signature:
     def tensors(self) -> tuple[TensorArgument, ...]:
         """The tensor leaves in the order of the program's placeholders."""
         arguments = (*self.positional, *self.keyword)
-        return tuple(leaf for item in arguments for leaf in item.leaves if isinstance(leaf, TensorArgument))
+        return tuple(leaf for argument in arguments for leaf in argument.leaves if isinstance(leaf, TensorArgument))
 
     def name_of(self, expression: sympy.Basic) -> str:
         """The expression with the dimensions' names in it, `batch*sequence`."""
@@ -107,28 +109,29 @@ class Signature:
 
     def describe(self) -> str:
         """The signature as text, `(input_ids: i64[batch, sequence], *, use_cache=False)`."""
-        shown = [self._describe(item) for item in self.positional]
+        shown = [self._describe(argument) for argument in self.positional]
         if self.keyword:
-            shown += ["*", *(self._describe(item) for item in self.keyword)]
+            shown += ["*", *(self._describe(argument) for argument in self.keyword)]
         return f"({', '.join(shown)})"
 
-    def _describe(self, item: Argument) -> str:
-        if item.constant:
-            return f"{item.name}={pytree.tree_unflatten([_constant(leaf) for leaf in item.leaves], item.spec)!r}"
+    def _describe(self, argument: Argument) -> str:
+        if argument.constant:
+            return f"{argument.name}={pytree.tree_unflatten([_constant(leaf) for leaf in argument.leaves], argument.spec)!r}"
         leaves = [
             f"{leaf.path}: {format_type(leaf.type, self.name_of)}"
             if isinstance(leaf, TensorArgument)
             else f"{leaf.path}={leaf.value!r}"
-            for leaf in item.leaves
+            for leaf in argument.leaves
         ]
         return leaves[0] if len(leaves) == 1 else "{" + ", ".join(leaves) + "}"
 
     def flatten(self, args: Sequence[object], kwargs: Mapping[str, object]) -> list[torch.Tensor]:
         """The call's tensors in the order of the program's placeholders, checked against the signature.
 
-        Raises: InputError, one sentence naming the argument, what was found and what is allowed.
+        Raises:
+            InputError: one sentence naming the argument, what was found and what is allowed.
         """
-        tensors = [tensor for item, given in self._bind(args, kwargs) for tensor in self._leaves_of(item, given)]
+        tensors = [tensor for argument, given in self._bind(args, kwargs) for tensor in self._leaves_of(argument, given)]
         self.check_sizes(tensors)
         return tensors
 
@@ -136,18 +139,18 @@ class Signature:
         """The positional and keyword arguments whose tensors, in order, are these; the inverse of `flatten`."""
         feed = iter(tensors)
 
-        def build(item: Argument) -> object:
-            leaves = [next(feed) if isinstance(leaf, TensorArgument) else leaf.value for leaf in item.leaves]
-            return pytree.tree_unflatten(leaves, item.spec)
+        def build(argument: Argument) -> object:
+            leaves = [next(feed) if isinstance(leaf, TensorArgument) else leaf.value for leaf in argument.leaves]
+            return pytree.tree_unflatten(leaves, argument.spec)
 
-        return tuple(map(build, self.positional)), {item.name: build(item) for item in self.keyword}
+        return tuple(map(build, self.positional)), {argument.name: build(argument) for argument in self.keyword}
 
     def unflatten(self, values: Sequence[object]) -> object:
         """The returned values in the structure the original model returns."""
         return pytree.tree_unflatten(list(values), self.out_spec)
 
     def _bind(self, args: Sequence[object], kwargs: Mapping[str, object]) -> list[tuple[Argument, object]]:
-        names = (*(item.name for item in self.positional), *self.parameters[len(self.positional) :])
+        names = (*(argument.name for argument in self.positional), *self.parameters[len(self.positional) :])
         if len(args) > len(names):
             raise InputError(f"{len(args)} positional arguments given; the program takes {self.describe()}")
         given = dict(zip(names, args, strict=False))
@@ -156,19 +159,19 @@ class Signature:
             raise InputError(f"argument '{twice}' is given twice, by position and by name; give it once")
         given.update(kwargs)
         items = (*self.positional, *self.keyword)
-        captured = {item.name for item in items}
+        captured = {argument.name for argument in items}
         for name, value in given.items():
             if name in captured or (value is None and name in self.parameters):
                 continue
             self._refuse_extra(name, captured)
-        return [(item, self._take(item, given)) for item in items]
+        return [(argument, self._take(argument, given)) for argument in items]
 
-    def _take(self, item: Argument, given: Mapping[str, object]) -> object:
-        if item.name in given:
-            return given[item.name]
-        if item.constant:
-            return pytree.tree_unflatten([_constant(leaf) for leaf in item.leaves], item.spec)
-        raise InputError(f"argument '{item.name}' is missing; the program takes {self.describe()}")
+    def _take(self, argument: Argument, given: Mapping[str, object]) -> object:
+        if argument.name in given:
+            return given[argument.name]
+        if argument.constant:
+            return pytree.tree_unflatten([_constant(leaf) for leaf in argument.leaves], argument.spec)
+        raise InputError(f"argument '{argument.name}' is missing; the program takes {self.describe()}")
 
     def _refuse_extra(self, name: str, captured: set[str]) -> NoReturn:
         if name in self.parameters:
@@ -178,25 +181,25 @@ class Signature:
             )
         raise InputError(f"there is no argument '{name}'{nearest(name, captured) or ';'} the program takes {self.describe()}")
 
-    def _leaves_of(self, item: Argument, given: object) -> list[torch.Tensor]:
-        if isinstance(given, torch.Tensor) and len(item.leaves) == 1:
+    def _leaves_of(self, argument: Argument, given: object) -> list[torch.Tensor]:
+        if isinstance(given, torch.Tensor) and len(argument.leaves) == 1:
             values: list[object] = [given]
         else:
             values, spec = pytree.tree_flatten(given)
-            if spec != item.spec:
+            if spec != argument.spec:
                 raise InputError(
-                    f"argument '{item.name}' is nested as {_nesting(given)}; "
-                    f"the program takes {_nesting(pytree.tree_unflatten(list(item.leaves), item.spec))}"
+                    f"argument '{argument.name}' is nested as {_nesting(given)}; "
+                    f"the program takes {_nesting(pytree.tree_unflatten(list(argument.leaves), argument.spec))}"
                 )
         tensors = []
-        for leaf, value in zip(item.leaves, values, strict=True):
+        for leaf, value in zip(argument.leaves, values, strict=True):
             if isinstance(leaf, TensorArgument):
                 tensors.append(self._check_tensor(leaf, value))
             elif value is not leaf.value and not _equal(value, leaf.value):
-                found = f"a {type(value).__name__}" if hasattr(value, "shape") else f"{value!r:.80}"
+                description = f"a {type(value).__name__}" if hasattr(value, "shape") else f"{value!r:.80}"
                 raise InputError(
-                    f"argument '{leaf.path}' is {found}; the program was captured with {leaf.value!r} fixed: "
-                    f"pass {leaf.value!r}, or compile again with {found} among the example inputs"
+                    f"argument '{leaf.path}' is {description}; the program was captured with {leaf.value!r} fixed: "
+                    f"pass {leaf.value!r}, or compile again with {description} among the example inputs"
                 )
         return tensors
 
@@ -218,12 +221,12 @@ class Signature:
         if value.dtype is wanted.dtype and value.dim() == len(wanted.shape) and value.device == wanted.device:
             # Kernels read memory as it is, and a view such as `z.conj().imag` is the negative of what is in memory.
             return value.resolve_neg() if value.is_neg() else value
-        found = format_type(TensorType(value.dtype, tuple(value.shape), value.device), str)
+        actual = format_type(TensorType(value.dtype, tuple(value.shape), value.device), str)
         advice = f"move it with .to('{wanted.device}')" if value.device != wanted.device else "pass that dtype and rank"
-        raise InputError(f"argument '{leaf.path}' is {found}; the program takes {format_type(wanted, self.name_of)}: {advice}")
+        raise InputError(f"argument '{leaf.path}' is {actual}; the program takes {format_type(wanted, self.name_of)}: {advice}")
 
     def _plain(self, leaf: TensorArgument, value: torch.Tensor) -> torch.Tensor:
-        """A tensor of a subclass as a torch.Tensor of the same memory. Raises: InputError where the subclass runs operators."""
+        """A tensor of a subclass as a torch.Tensor of the same memory. Raises InputError where the subclass runs operators."""
         kind = type(value)
         if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # pyright: ignore[reportAttributeAccessIssue]
             raise InputError(
@@ -236,28 +239,29 @@ class Signature:
     def check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:
         """Check sizes against the signature.
 
-        Raises: InputError naming the argument and dimension, the size found and the sizes allowed.
+        Raises:
+            InputError: naming the argument and dimension, the size found and the sizes allowed.
         """
         sizes: dict[sympy.Symbol, int] = {}
         derived: list[tuple[TensorArgument, int, sympy.Expr, int]] = []
         for leaf, tensor in zip(self.tensors, tensors, strict=True):
-            for index, (size, found) in enumerate(zip(leaf.type.shape, tensor.shape, strict=True)):
+            for index, (size, actual) in enumerate(zip(leaf.type.shape, tensor.shape, strict=True)):
                 if isinstance(size, int):
-                    if size != found:
-                        self._refuse_size(leaf, index, found, str(size))
+                    if size != actual:
+                        self._refuse_size(leaf, index, actual, str(size))
                 elif isinstance(size, sympy.Symbol) and size not in sizes:
-                    sizes[size] = found
-                    if not self.dimensions[size].allows(found):
-                        self._refuse_size(leaf, index, found, self.dimensions[size].range)
+                    sizes[size] = actual
+                    if not self.dimensions[size].allows(actual):
+                        self._refuse_size(leaf, index, actual, self.dimensions[size].range)
                 elif isinstance(size, sympy.Symbol):
-                    if sizes[size] != found:
+                    if sizes[size] != actual:
                         wanted = f"{sizes[size]}, the {self.dimensions[size].name} of another argument in this call"
-                        self._refuse_size(leaf, index, found, wanted)
+                        self._refuse_size(leaf, index, actual, wanted)
                 else:
-                    derived.append((leaf, index, size, found))
-        for leaf, index, size, found in derived:
-            if evaluate(size, sizes) != found:
-                self._refuse_size(leaf, index, found, self.name_of(size))
+                    derived.append((leaf, index, size, actual))
+        for leaf, index, size, actual in derived:
+            if evaluate(size, sizes) != actual:
+                self._refuse_size(leaf, index, actual, self.name_of(size))
         for condition in self.conditions:
             if not _may_hold(condition, sizes):
                 given = ", ".join(f"{self.dimensions[symbol].name} = {size}" for symbol, size in sizes.items())
@@ -266,19 +270,19 @@ class Signature:
                     f"{self.name_of(condition)}; pass sizes that meet it"
                 )
 
-    def _refuse_size(self, leaf: TensorArgument, index: int, found: int, allowed: str) -> NoReturn:
+    def _refuse_size(self, leaf: TensorArgument, index: int, actual: int, allowed: str) -> NoReturn:
         size = leaf.type.shape[index]
         label = f" ({self.name_of(size)})" if isinstance(size, sympy.Basic) else ""
         advice = "" if label else "; compile again with an example of that size, or mark the dimension dynamic"
-        raise InputError(f"argument '{leaf.path}' has size {found} in dimension {index}{label}; allowed: {allowed}{advice}")
+        raise InputError(f"argument '{leaf.path}' has size {actual} in dimension {index}{label}; allowed: {allowed}{advice}")
 
     def sizes_of(self, tensors: Sequence[torch.Tensor]) -> dict[sympy.Symbol, int]:
         """The size of each dimension in these inputs."""
         sizes: dict[sympy.Symbol, int] = {}
         for leaf, tensor in zip(self.tensors, tensors, strict=True):
-            for size, found in zip(leaf.type.shape, tensor.shape, strict=True):
+            for size, actual in zip(leaf.type.shape, tensor.shape, strict=True):
                 if isinstance(size, sympy.Symbol):
-                    sizes[size] = found
+                    sizes[size] = actual
         return sizes
 
 
@@ -305,14 +309,14 @@ def _may_hold(condition: sympy.Basic, sizes: Mapping[sympy.Symbol, int]) -> bool
 
 
 def evaluate(size: Size, sizes: Mapping[sympy.Symbol, int]) -> int:
-    """The size as a number once every symbol has one. Raises: InputError when it is no whole number at these sizes."""
+    """The size as a number once every symbol has one. Raises InputError when it is no whole number at these sizes."""
     if isinstance(size, int):
         return size
     try:
         return int(str(size.xreplace(_integers(sizes))))
     except _NO_VALUE as error:
-        found = ", ".join(f"{symbol} = {value}" for symbol, value in sizes.items())
-        raise InputError(f"the size {size!s:.200} is no whole number where {found}; pass other sizes") from error
+        given = ", ".join(f"{symbol} = {value}" for symbol, value in sizes.items())
+        raise InputError(f"the size {size!s:.200} is no whole number where {given}; pass other sizes") from error
 
 
 def _integers(sizes: Mapping[sympy.Symbol, int]) -> dict[sympy.Symbol, sympy.Integer]:
@@ -326,7 +330,7 @@ def _constant(leaf: Leaf) -> object:
 def _nesting(tree: object) -> str:
     """The containers of a structure with its leaves left out, `{a: (*, *), b: [*]}`."""
     if isinstance(tree, Mapping):
-        return "{" + ", ".join(f"{key}: {_nesting(item)}" for key, item in tree.items()) + "}"
+        return "{" + ", ".join(f"{key}: {_nesting(value)}" for key, value in tree.items()) + "}"
     if isinstance(tree, (tuple, list)):
         parts = ", ".join(map(_nesting, tree))
         return f"[{parts}]" if isinstance(tree, list) else f"({parts})"

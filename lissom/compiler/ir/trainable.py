@@ -12,10 +12,11 @@ class TrainableModule(nn.Module):
 
     `Program.with_weights` takes the trained weights back.
 
-    >>> import torch, lissom
-    >>> module = lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4)).program.trainable()
-    >>> [name for name, _ in module.named_parameters()]
-    ['weight', 'bias']
+    Examples:
+        >>> import torch, lissom
+        >>> module = lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4)).program.trainable()
+        >>> [name for name, _ in module.named_parameters()]
+        ['weight', 'bias']
     """
 
     def __init__(self, graph_module: fx.GraphModule, call: Callable[..., object]) -> None:
@@ -29,6 +30,7 @@ class TrainableModule(nn.Module):
     def forward(self, *args: object, **kwargs: object) -> object:
         """The model's outputs, with gradients.
 
-        Raises: InputError if the arguments do not fit the signature.
+        Raises:
+            InputError: if the arguments do not fit the signature.
         """
         return self._call(*args, **kwargs)

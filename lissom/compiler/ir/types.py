@@ -84,7 +84,7 @@ def quotient(size: Size, divisor: Size) -> Size | None:
 
 
 def fixed(size: object) -> int:
-    """A size that is the same in every call, as a number. Raises: TypeError where it varies."""
+    """A size that is the same in every call, as a number. Raises TypeError where it varies."""
     if not isinstance(size, int):
         raise TypeError(f"the size {size} varies from call to call")
     return size
@@ -97,14 +97,15 @@ def are_fixed(sizes: Sequence[Size]) -> TypeGuard[Sequence[int]]:
 
 def substitute(size: sympy.Expr, values: Mapping[sympy.Symbol, object]) -> sympy.Expr:
     """The expression with values in place of some of its symbols."""
-    found: Any = size.xreplace(values)
-    return found
+    replaced: Any = size.xreplace(values)
+    return replaced
 
 
 def type_of(value: object) -> ValueType:
     """The type of a node's (fake) value: a tensor, a number, nothing, or a tuple of types.
 
-    Raises: TypeError when the value is none of these.
+    Raises:
+        TypeError: when the value is none of these.
     """
     if value is None:
         return None
@@ -117,7 +118,7 @@ def type_of(value: object) -> ValueType:
     if isinstance(value, (bool, int, float)):
         return ScalarType(type(value), value)
     if isinstance(value, (tuple, list)):
-        return tuple(type_of(item) for item in value)
+        return tuple(type_of(part) for part in value)
     raise TypeError(f"a program's values are tensors, numbers and tuples of these, not {type(value).__name__}")
 
 
@@ -138,4 +139,4 @@ def format_type(value_type: ValueType, name_of: NameOf) -> str:
         case ScalarType(kind, value):
             return f"{kind.__name__} {format_size(value, name_of)}"
         case _:
-            return "(" + ", ".join(format_type(item, name_of) for item in value_type) + ")"
+            return "(" + ", ".join(format_type(part, name_of) for part in value_type) + ")"

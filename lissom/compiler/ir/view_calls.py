@@ -213,5 +213,5 @@ class Item:
     @property
     def index(self) -> int:
         """The place of the item."""
-        found: Any = self.node.args[1]
-        return found
+        index: Any = self.node.args[1]
+        return index

@@ -32,7 +32,8 @@ def as_dtensors(program: Program, mesh: DeviceMesh) -> dict[str, DTensor]:
 
     `full_tensor()` of each is the model's weight. Constants that `partition` added are left out.
 
-    Raises: UnsupportedError for a mesh of another size, and for a weight whose placement `DTensor` cannot express.
+    Raises:
+        UnsupportedError: for a mesh of another size, and for a weight whose placement `DTensor` cannot express.
     """
     from torch.distributed.tensor import DTensor
 
@@ -44,10 +45,10 @@ def as_dtensors(program: Program, mesh: DeviceMesh) -> dict[str, DTensor]:
         )
     rank = mesh.get_local_rank()
     own = ranks[rank] if ranks else program.weights()
-    found: dict[str, DTensor] = {}
+    dtensors: dict[str, DTensor] = {}
     for node in program.graph.nodes:
         name = str(node.target)
-        if node.op != "get_attr" or name in found or name.startswith(_OWN):
+        if node.op != "get_attr" or name in dtensors or name.startswith(_OWN):
             continue
         placed = nodes.placed(node)
         if not isinstance(placed, Placed):
@@ -57,22 +58,22 @@ def as_dtensors(program: Program, mesh: DeviceMesh) -> dict[str, DTensor]:
             )
         local, shape, placement = dtensor_parts(name, own[name], placed, world_size, rank)
         stride = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-        found[name] = DTensor.from_local(
+        dtensors[name] = DTensor.from_local(
             local.contiguous(), mesh, [placement], run_check=False, shape=torch.Size(shape), stride=tuple(stride)
         )
-    return found
+    return dtensors
 
 
 def _world_size(program: Program) -> int:
     placed = [nodes.placed(node) for node in program.graph.nodes]
-    spans = [span for item in placed if isinstance(item, Placed) for _, spans in item.dims for span in spans]
+    spans = [span for placement in placed if isinstance(placement, Placed) for _, spans in placement.dims for span in spans]
     return max((span.parts * span.every for span in spans), default=1)
 
 
 def dtensor_parts(
     name: str, weight: torch.Tensor, placed: Placed, world_size: int, rank: int
 ) -> tuple[torch.Tensor, list[int], Placement]:
-    """This rank's shard without padding, the shape of the whole weight, and the placement. Raises: UnsupportedError."""
+    """This rank's shard without padding, the shape of the whole weight, and the placement. Raises UnsupportedError."""
     from torch.distributed.tensor import Shard
 
     shape, local = [*weight.shape], weight.detach()

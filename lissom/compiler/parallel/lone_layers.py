@@ -34,12 +34,15 @@ def lone_layers(
     """The layers to shard by themselves so that this fraction of the weights of linear layers is sharded.
 
     Of layers of one size, all or none are sharded.
-    placed: the placements without them. whole: layers the user wants replicated.
+
+    Args:
+        placed: the placements without them.
+        whole: layers the user wants replicated.
     """
     layers = linear_weights(program)
     sizes = {weight: program.weight(str(weight.target)).numel() for weight in layers}
     by_size: dict[int, list[fx.Node]] = defaultdict(list)
-    sharded_size, found = 0, list[ShardSite]()
+    sharded_size, lone = 0, list[ShardSite]()
     for weight, size in sizes.items():
         have = placed[weight]
         if isinstance(have, Placed) and have.is_sharded:
@@ -53,13 +56,17 @@ def lone_layers(
             sites = [_alone(layer, weight, world_size) for layer in layers[weight]]
             chosen = [site for site in sites if site is not None and site.node not in whole]
             if len(chosen) == len(sites) and len({(site.kind, site.dim) for site in chosen}) == 1:
-                found += chosen
+                lone += chosen
                 sharded_size += size
-    return found
+    return lone
 
 
 def own_placement(site: ShardSite, number: int, world_size: int) -> Placed:
-    """The placement of the weight of a layer that is sharded by itself. number: index of the site in the plan."""
+    """The placement of the weight of a layer that is sharded by itself.
+
+    Args:
+        number: index of the site in the plan.
+    """
     size = nodes.tensor_type(site.weight).shape[site.dim]
     return sharded((site.dim, (Span(1, size, 1, world_size, site=number),)))
 
@@ -71,26 +78,26 @@ def _alone(layer: fx.Node, weight: fx.Node, world_size: int) -> ShardSite | None
     """
     if layer.target in (aten.bmm.default, aten.baddbmm.default):
         return None
-    features, read = (nodes.tensor_type(item).shape[-1] for item in (layer, input_of(layer)))
+    features, read = (nodes.tensor_type(value).shape[-1] for value in (layer, input_of(layer)))
     path = nodes.origin(layer).module_path
     for kind, size in (("gathered layer", features), ("summed layer", read)):
         if not isinstance(size, int) or size < world_size:
             continue
         for dim in range(nodes.tensor_type(weight).rank):
             site = ShardSite(kind, layer, path, {}, weight=weight, dim=dim)
-            result = _result(layer, weight, own_placement(site, 0, world_size), world_size)
-            if result.partial if kind == "summed layer" else result.spans(nodes.tensor_type(layer).rank - 1):
+            output = _result(layer, weight, own_placement(site, 0, world_size), world_size)
+            if output.partial if kind == "summed layer" else output.spans(nodes.tensor_type(layer).rank - 1):
                 return site
     return None
 
 
 def _result(layer: fx.Node, weight: fx.Node, placed: Placed, world_size: int) -> Placed:
     """The placement of a layer's output when its weight has this placement and its input is replicated."""
-    others = [item for item in layer.all_input_nodes if item is not input_of(layer)]
-    between = [item for item in computed_from(others, lambda item: item is not weight) if item.op == "call_function"]
+    others = [operand for operand in layer.all_input_nodes if operand is not input_of(layer)]
+    between = [used for used in computed_from(others, lambda used: used is not weight) if used.op == "call_function"]
     known: dict[fx.Node, Placed | tuple[Placed, ...]] = defaultdict(lambda: REPLICATED)
     known[weight] = placed
     read = Reading(known, world_size=world_size)
-    for item in [*reversed(between), layer]:
-        known[item] = rules.outcome(item, read).result
+    for call in [*reversed(between), layer]:
+        known[call] = rules.outcome(call, read).result
     return single(known[layer])

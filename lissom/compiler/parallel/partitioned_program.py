@@ -27,7 +27,11 @@ class PartitionedProgram(Program):
 
     It runs all ranks in lock-step in one process, so it is verified like any other; `of_rank` gives what one process runs.
 
-    program: the graph with its collectives, and the weights of rank 0. ranks: the weights of each rank, by name.
+    Args:
+        program: the graph with its collectives, and the weights of rank 0.
+
+    Attributes:
+        ranks: the weights of each rank, by name.
     """
 
     is_simulation: ClassVar[bool] = True
@@ -40,21 +44,22 @@ class PartitionedProgram(Program):
     def of_rank(self, rank: int) -> Program:
         """The program of one rank: the same graph, with its collectives, and the rank's weights.
 
-        Raises: PassError when there is no such rank.
+        Raises:
+            PassError: when there is no such rank.
         """
         count = len(self.ranks)
         if not 0 <= rank < count:
             raise PassError(f"{self.name} has no rank {rank}: it has {count} ranks, 0 to {count - 1}")
-        found = super().copy()
-        for name in found.weights():
-            found.set_weight(name, self.ranks[rank][name])
-        return found
+        program = super().copy()
+        for name in program.weights():
+            program.set_weight(name, self.ranks[rank][name])
+        return program
 
     def copy(self) -> PartitionedProgram:
         return PartitionedProgram(super().copy(), self.ranks)
 
     def set_weight(self, name: str, tensor: torch.Tensor) -> None:
-        """Always refused, since the ranks hold parts of the weight. Raises: PassError."""
+        """Always refused, since the ranks hold parts of the weight. Raises PassError."""
         raise PassError(
             f"the weight '{name}' cannot be changed in a program partitioned for {len(self.ranks)} ranks, which hold parts "
             f"of it; change it before `partition`, or in one rank's program, `program.of_rank(rank)`"
@@ -72,7 +77,8 @@ class PartitionedProgram(Program):
     def run(self, inputs: Sequence[torch.Tensor], observe: Observer | None = None) -> list[object]:
         """The flat outputs of rank 0, from a run of all ranks in lock-step.
 
-        observe: sees values assembled from the ranks' parts; a tensor it returns is sharded.
+        Args:
+            observe: sees values assembled from the ranks' parts; a tensor it returns is sharded.
         """
         return self.run_ranks(inputs, observe)[0]
 
@@ -95,10 +101,10 @@ class PartitionedProgram(Program):
 
     def _sizes(self, inputs: Sequence[torch.Tensor]) -> dict[sympy.Symbol, int]:
         """The dynamic sizes in a call with these inputs."""
-        found: dict[object, int] = {}
+        sizes: dict[object, int] = {}
         for node, tensor in zip(self.placeholders, inputs, strict=True):
-            found.update(zip(nodes.tensor_type(node).shape, tensor.shape, strict=True))
-        return {size: number for size, number in found.items() if isinstance(size, sympy.Symbol)}
+            sizes.update(zip(nodes.tensor_type(node).shape, tensor.shape, strict=True))
+        return {size: number for size, number in sizes.items() if isinstance(size, sympy.Symbol)}
 
 
 def run_ranks(
@@ -109,7 +115,9 @@ def run_ranks(
 ) -> list[list[object]]:
     """The flat outputs of each rank of a graph with collectives, all ranks run in lock-step in this process.
 
-    ranks: the weights of each rank, by name. observe: gets every call's results on all ranks, in order, and may return others.
+    Args:
+        ranks: the weights of each rank, by name.
+        observe: gets every call's results on all ranks, in order, and may return others.
     """
     values: dict[fx.Node, list[Any]] = {}
     last_uses = last_uses_of(graph)
@@ -135,7 +143,8 @@ def run_ranks(
 def _together(target: object, parts: Sequence[torch.Tensor], options: Sequence[object]) -> list[torch.Tensor]:
     """The result of a collective on each rank, from the input of each rank.
 
-    options: the arguments after the tensor.
+    Args:
+        options: the arguments after the tensor.
     """
     world_size = len(parts)
     if target is ALL_GATHER:
@@ -145,5 +154,5 @@ def _together(target: object, parts: Sequence[torch.Tensor], options: Sequence[o
 
 
 def _placed(node: fx.Node) -> Placed:
-    found = nodes.placed(node)
-    return found if isinstance(found, Placed) else REPLICATED
+    placed = nodes.placed(node)
+    return placed if isinstance(placed, Placed) else REPLICATED

@@ -38,9 +38,13 @@ SHARDED = 0.95
 class Redistribution:
     """A value that a reader wants in another placement.
 
-    value: the value to redistribute. reader: its first reader that wants it. have, want: the placements. steps: `all-reduce`,
-    `reduce-scatter`, `all-gather`, `slice`, `mask` (rank 0 keeps the value, the others have zeros) and `spread` (a rank's
-    positions, zeros at those of other ranks), in order.
+    Attributes:
+        value: the value to redistribute.
+        reader: its first reader that wants it.
+        have: the placement it has.
+        want: the placement it gets.
+        steps: `all-reduce`, `reduce-scatter`, `all-gather`, `slice`, `mask` (rank 0 keeps the value, the others have zeros) and
+            `spread` (a rank's positions, zeros at those of other ranks), in order.
     """
 
     value: fx.Node
@@ -60,10 +64,14 @@ class Redistribution:
 class Plan:
     """The placements and collectives of a program on `world_size` ranks.
 
-    placed: the placement of every node. sites: the sharded sites. left: the sites that stay replicated, with the reason in
-    `obstacle`. moves: the redistributions, each value and placement once. gathered: operators without a rule that read sharded
-    values. joint: the collectives inside operators that work on shards. sequence: whether values between the layers are sharded
-    by position where possible.
+    Attributes:
+        placed: the placement of every node.
+        sites: the sharded sites.
+        left: the sites that stay replicated, with the reason in `obstacle`.
+        moves: the redistributions, each value and placement once.
+        gathered: operators without a rule that read sharded values.
+        joint: the collectives inside operators that work on shards.
+        sequence: whether values between the layers are sharded by position where possible.
     """
 
     world_size: int
@@ -78,12 +86,20 @@ class Plan:
     @property
     def cost(self) -> tuple[int, int]:
         """The number of collectives before any are merged, and of elements they send; dynamic sizes count as 1."""
-        found = [item for items in (*(move.exchanges for move in self.moves), *self.joint.values()) for item in items]
-        return len(found), sum(ROUNDS[item.kind] * math.prod(n for n in item.shape if isinstance(n, int)) for item in found)
+        exchanges = [
+            exchange for items in (*(move.exchanges for move in self.moves), *self.joint.values()) for exchange in items
+        ]
+        return len(exchanges), sum(
+            ROUNDS[exchange.kind] * math.prod(n for n in exchange.shape if isinstance(n, int)) for exchange in exchanges
+        )
 
 
 class _RefusedError(Exception):
-    """A site cannot be sharded. site: its index."""
+    """A site cannot be sharded.
+
+    Attributes:
+        site: its index.
+    """
 
     def __init__(self, site: int, reason: str) -> None:
         super().__init__(reason)
@@ -101,42 +117,44 @@ def make_plan(
 ) -> Plan:
     """The plan for a program.
 
-    whole: nodes of sites and layers that the user wants replicated, with the entry of `plan` that names them.
-    layers: linear layers the user names, each `column-wise` or `row-wise`.
-    fraction: least part of the weights of linear layers to shard: where pairs of layers hold less, other layers are sharded by
-        themselves. sequence: whether values between the layers are sharded by position.
+    Args:
+        whole: nodes of sites and layers that the user wants replicated, with the entry of `plan` that names them.
+        layers: linear layers the user names, each `column-wise` or `row-wise`.
+        fraction: least part of the weights of linear layers to shard: where pairs of layers hold less, other layers are sharded
+            by themselves.
+        sequence: whether values between the layers are sharded by position.
     """
-    found, whole, layers = program.fact(axes), whole or {}, layers or {}
+    program_axes, whole, layers = program.fact(axes), whole or {}, layers or {}
     sites = [
         ShardSite(site.kind, site.node, site.path, {}, f"the plan says so: {whole[site.node]}") if site.node in whole else site
         for site in shard_sites(program, world_size, layers)
     ]
     left = [site for site in sites if site.obstacle]
     sites = [site for site in sites if not site.obstacle]
-    pairs = _settle(program, found, sites, left, world_size, sequence)
+    pairs = _settle(program, program_axes, sites, left, world_size, sequence)
     lone = lone_layers(program, world_size, pairs.placed, fraction, whole)
     if not lone:
         return pairs
-    alone = _settle(program, found, [*pairs.sites, *lone], pairs.left, world_size, sequence)
+    alone = _settle(program, program_axes, [*pairs.sites, *lone], pairs.left, world_size, sequence)
     unsharded = [readers for weight, readers in linear_weights(program).items() if pairs.placed[weight] == REPLICATED]
     mixers = mixer_sites(program, world_size, [node for readers in unsharded for node in readers if node not in whole])
     if not mixers:
         return alone
-    mixed = _settle(program, found, [*pairs.sites, *mixers], pairs.left, world_size, sequence)
+    mixed = _settle(program, program_axes, [*pairs.sites, *mixers], pairs.left, world_size, sequence)
     if lone := lone_layers(program, world_size, mixed.placed, fraction, whole):
-        mixed = _settle(program, found, [*mixed.sites, *lone], mixed.left, world_size, sequence)
+        mixed = _settle(program, program_axes, [*mixed.sites, *lone], mixed.left, world_size, sequence)
     # Token mixers are sharded by channel where that takes fewer collectives than sharding each of their layers by itself.
     return mixed if mixed.cost <= alone.cost else alone
 
 
 def _settle(
-    program: Program, found: Axes, sites: Sequence[ShardSite], left: Sequence[ShardSite], world_size: int, sequence: bool
+    program: Program, program_axes: Axes, sites: Sequence[ShardSite], left: Sequence[ShardSite], world_size: int, sequence: bool
 ) -> Plan:
     """The plan that shards as many of these sites as possible; the others are added to `left`, with the reason."""
     sites, left = list(sites), list(left)
     while True:
         try:
-            placed, moves, gathered, joint = _Planner(program, found, sites, world_size, sequence).run()
+            placed, moves, gathered, joint = _Planner(program, program_axes, sites, world_size, sequence).run()
         except _RefusedError as refusal:
             site = sites.pop(refusal.site)
             left.append(ShardSite(site.kind, site.node, site.path, {}, refusal.reason))
@@ -147,9 +165,9 @@ def _settle(
 class _Planner:
     """One attempt at a plan for some sites."""
 
-    def __init__(self, program: Program, found: Axes, sites: list[ShardSite], world_size: int, sequence: bool) -> None:
+    def __init__(self, program: Program, program_axes: Axes, sites: list[ShardSite], world_size: int, sequence: bool) -> None:
         self.program = program
-        self.found = found
+        self.axes = program_axes
         self.world_size = world_size
         self.sequence = sequence
         self.sharded_axes: dict[Axis, tuple[int, int, int]] = {}
@@ -170,7 +188,8 @@ class _Planner:
     def run(self) -> tuple[Known, tuple[Redistribution, ...], tuple[fx.Node, ...], Joint]:
         """The placements, redistributions, gathered operators and joint collectives, once weights suit their readers.
 
-        Raises: _RefusedError.
+        Raises:
+            _RefusedError: for a site whose shards reach a call that cannot take them.
         """
         while True:
             known, wants, gathered = self._propagate()
@@ -182,11 +201,12 @@ class _Planner:
     def planned(self, node: fx.Node, dim: int) -> Spans:
         """The spans of a dimension of a value, from its axis.
 
-        Raises: _RefusedError where the axis mixes sharded and other elements.
+        Raises:
+            _RefusedError: where the axis mixes sharded and other elements.
         """
-        spans = spans_of(self.found.axis(node, dim), self.sharded_axes)
+        spans = spans_of(self.axes.axis(node, dim), self.sharded_axes)
         if spans is None:
-            atoms = [atom.find() for atom in self.found.axis(node, dim).atoms()]
+            atoms = [atom.find() for atom in self.axes.axis(node, dim).atoms()]
             number = next(self.sharded_axes[atom][2] for atom in atoms if atom in self.sharded_axes)
             raise _RefusedError(number, f"'{node.name}' mixes sharded and other elements along dimension {dim}")
         return spans
@@ -208,17 +228,17 @@ class _Planner:
                 for used in node.all_input_nodes:
                     wants[used].append((node, REPLICATED))
                 continue
-            found = outcome(node, read)
-            if found.reason:
-                self._refuse(node, known, found.reason)
-            shards = [item for item in map(read.of, found.wants) if not item.partial and not item.is_by_position]
+            propagated = outcome(node, read)
+            if propagated.reason:
+                self._refuse(node, known, propagated.reason)
+            shards = [placed for placed in map(read.of, propagated.wants) if not placed.partial and not placed.is_by_position]
             if shards and rule_of(node) is None:
                 gathered.append(node)
-            known[node] = found.result
+            known[node] = propagated.result
             for used in node.all_input_nodes:
                 have = known[used]
                 if isinstance(have, Placed):
-                    wants[used].append((node, found.wants.get(used, have)))
+                    wants[used].append((node, propagated.wants.get(used, have)))
         return known, wants, tuple(gathered)
 
     def _adapt(self, known: Known, wants: Mapping[fx.Node, list[tuple[fx.Node, Placed]]]) -> bool:
@@ -254,12 +274,13 @@ class _Planner:
     def _refuse(self, node: fx.Node, known: Known, reason: str) -> None:
         """Give up the site whose shards reach a call that cannot take them.
 
-        Raises: _RefusedError.
+        Raises:
+            _RefusedError: with the site and the reason.
         """
         for used in node.all_input_nodes:
             have = known.get(used)
-            for item in (have,) if isinstance(have, Placed) else have or ():
-                for _, spans in () if item.is_by_position else item.dims:
+            for placed in (have,) if isinstance(have, Placed) else have or ():
+                for _, spans in () if placed.is_by_position else placed.dims:
                     raise _RefusedError(spans[0].site if spans[0].site >= 0 else spans[-1].site, reason)
         raise AssertionError(f"no argument of '{node.name}' is sharded: {reason}")
 
@@ -267,7 +288,8 @@ class _Planner:
 def redistribution_steps(have: Placed, want: Placed, world_size: int, *, has_whole: bool = False) -> tuple[str, ...] | None:
     """The steps from one placement to another; None where there are none.
 
-    has_whole: whether another reader needs the all-reduced sum, so that each rank can slice its positions from it.
+    Args:
+        has_whole: whether another reader needs the all-reduced sum, so that each rank can slice its positions from it.
     """
     steps: list[str] = []
     if have.partial and want.is_by_position:

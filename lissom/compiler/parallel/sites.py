@@ -40,12 +40,16 @@ ShardedAxes = Mapping[Axis, tuple[int, int, int]]
 class ShardSite:
     """A part of a program that can be sharded.
 
-    kind: `attention`, `feed-forward`, `experts`, `embedding`, `LM head`, `mixer`; `layer` for one the user names, `gathered
-        layer` and `summed layer` for one that is sharded by itself.
-    node: the operator it is reported at. path: its module. sharded_axes: the atomic axes, each with its number of shards and
-        the number of neighbouring ranks that hold the same shard.
-    obstacle: why it is not sharded; empty where it is.
-    weight, dim: the weight of a layer that is sharded by itself, and its sharded dimension; `sharded_axes` is empty then.
+    Attributes:
+        kind: `attention`, `feed-forward`, `experts`, `embedding`, `LM head`, `mixer`; `layer` for one the user names, `gathered
+            layer` and `summed layer` for one that is sharded by itself.
+        node: the operator it is reported at.
+        path: its module.
+        sharded_axes: the atomic axes, each with its number of shards and the number of neighbouring ranks that hold the same
+            shard.
+        obstacle: why it is not sharded; empty where it is.
+        weight: the weight of a layer that is sharded by itself; `sharded_axes` is empty then.
+        dim: its sharded dimension.
     """
 
     kind: str
@@ -58,30 +62,36 @@ class ShardSite:
 
 
 def shard_sites(program: Program, world_size: int, layers: Mapping[fx.Node, str]) -> list[ShardSite]:
-    """The sites of a program on `world_size` ranks. layers: linear layers the user names, each `column-wise` or `row-wise`."""
-    found, facts = program.fact(axes), program.fact(structure)
-    sites = [_attention(found, site, world_size) for site in facts.attention]
+    """The sites of a program on `world_size` ranks.
+
+    Args:
+        layers: linear layers the user names, each `column-wise` or `row-wise`.
+    """
+    program_axes, facts = program.fact(axes), program.fact(structure)
+    sites = [_attention(program_axes, site, world_size) for site in facts.attention]
     grouped = [node for node in program.nodes() if node.target is grouped_product]
-    for item in facts.feed_forward:
-        if item.down in grouped:
+    for site in facts.feed_forward:
+        if site.down in grouped:
             continue
-        inside = [(input_of(item.down), feature_dim(item.down)), *((up, feature_dim(up)) for up in item.up)]
-        sites.append(_whole("feed-forward", item.down, [found.axis(*place) for place in inside], world_size))
+        inside = [(input_of(site.down), feature_dim(site.down)), *((up, feature_dim(up)) for up in site.up)]
+        sites.append(_whole("feed-forward", site.down, [program_axes.axis(*place) for place in inside], world_size))
     for node in grouped:
         x = GroupedProduct(node).x
         if not set(grouped).isdisjoint(computed_from([x], _moves_or_maps)):
-            sites.append(_whole("experts", node, [found.axis(x, -1)], world_size))
-    for item in facts.embeddings:
-        if item.rows >= item.width and (_is_vocabulary(item.node) or item.tied):
-            sites.append(_whole("embedding", item.node, [found.axis(Embedding(item.node).table, 0)], world_size))
-    taken = {site.node for site in sites}
+            sites.append(_whole("experts", node, [program_axes.axis(x, -1)], world_size))
+    for embedding in facts.embeddings:
+        if embedding.rows >= embedding.width and (_is_vocabulary(embedding.node) or embedding.tied):
+            sites.append(
+                _whole("embedding", embedding.node, [program_axes.axis(Embedding(embedding.node).table, 0)], world_size)
+            )
+    site_nodes = {site.node for site in sites}
     scored = [node for node, _ in linear_layers(program) if is_linear(node) and _is_scored(node)]
     inside = {node for site in facts.attention for node in (*site.q, *site.k, *site.v, site.output)}
     for node in dict.fromkeys([*facts.lm_heads, *scored]):
-        if node not in taken and feature_dim(node) == -1 and node not in inside:
-            sites.append(_whole("LM head", node, [found.axis(node, -1)], world_size))
+        if node not in site_nodes and feature_dim(node) == -1 and node not in inside:
+            sites.append(_whole("LM head", node, [program_axes.axis(node, -1)], world_size))
     for node, how in layers.items():
-        axis = found.axis(node, -1) if how == "column-wise" else found.axis(input_of(node), -1)
+        axis = program_axes.axis(node, -1) if how == "column-wise" else program_axes.axis(input_of(node), -1)
         sites.append(_whole("layer", node, [axis], world_size))
     return sites
 
@@ -91,18 +101,20 @@ def mixer_sites(program: Program, world_size: int, layers: Collection[fx.Node]) 
 
     Mamba's inner channels are an example: projected in, convolved, run through the recurrence, and projected out. Channels of
     the residual stream do not count.
-    layers: linear layers that no other site shards.
+
+    Args:
+        layers: linear layers that no other site shards.
     """
-    found = program.fact(axes)
+    program_axes = program.fact(axes)
     sums = [total for node, _ in linear_layers(program) if (total := residual_of(node)) is not None]
-    stream = {atom.find() for total in sums for atom in found.axis(total, -1).atoms()}
-    given = {atom.find() for node in layers for atom in found.axis(node, -1).atoms()} - stream
+    stream = {atom.find() for total in sums for atom in program_axes.axis(total, -1).atoms()}
+    given = {atom.find() for node in layers for atom in program_axes.axis(node, -1).atoms()} - stream
     sites: list[ShardSite] = []
-    taken = set[Axis]()
+    sharded = set[Axis]()
     for node in layers:
-        site = _whole("mixer", node, [found.axis(input_of(node), -1)], world_size)
-        if site.sharded_axes and given.issuperset(site.sharded_axes) and not taken.intersection(site.sharded_axes):
-            taken.update(site.sharded_axes)
+        site = _whole("mixer", node, [program_axes.axis(input_of(node), -1)], world_size)
+        if site.sharded_axes and given.issuperset(site.sharded_axes) and not sharded.intersection(site.sharded_axes):
+            sharded.update(site.sharded_axes)
             sites.append(site)
     return sites
 
@@ -114,7 +126,7 @@ def _whole(kind: str, node: fx.Node, axes: Sequence[Axis], world_size: int) -> S
     for axis in axes:
         for segment in axis.segments():
             factors = [factor.find() for factor in segment.factors()]
-            atom = next((item for item in factors if item.form == "atom" and isinstance(item.size, int)), None)
+            atom = next((factor for factor in factors if factor.form == "atom" and isinstance(factor.size, int)), None)
             if atom is None:
                 return ShardSite(kind, node, path, {}, "its features are no axis of a fixed size")
             if fixed(atom.size) < world_size:
@@ -123,15 +135,15 @@ def _whole(kind: str, node: fx.Node, axes: Sequence[Axis], world_size: int) -> S
     return ShardSite(kind, node, path, chosen)
 
 
-def _attention(found: Axes, site: AttentionSite, world_size: int) -> ShardSite:
+def _attention(program_axes: Axes, site: AttentionSite, world_size: int) -> ShardSite:
     """The site of an attention: its query heads, and the key/value heads they read."""
-    shards = _head_shards(found, site, world_size)
+    shards = _head_shards(program_axes, site, world_size)
     if isinstance(shards, str):
         return ShardSite("attention", site.node, site.path, {}, shards)
     return ShardSite("attention", site.node, site.path, shards, "" if shards else "it has one head")
 
 
-def _head_shards(found: Axes, site: AttentionSite, world_size: int) -> dict[Axis, tuple[int, int]] | str:
+def _head_shards(program_axes: Axes, site: AttentionSite, world_size: int) -> dict[Axis, tuple[int, int]] | str:
     """The shards of an attention's heads, or why there are none."""
     if site.output is None or nodes.tensor_type(site.node).rank < 3:
         return "no layer projects its heads out"
@@ -139,8 +151,8 @@ def _head_shards(found: Axes, site: AttentionSite, world_size: int) -> dict[Axis
         return "its heads are projected out by a convolution"
     chosen: dict[Axis, tuple[int, int]] = {}
     attention = Attention(site.node)
-    for item in (attention.q, attention.k, attention.v):
-        factors = _heads(found.axis(item, nodes.tensor_type(item).rank - 3), site)
+    for operand in (attention.q, attention.k, attention.v):
+        factors = _heads(program_axes.axis(operand, nodes.tensor_type(operand).rank - 3), site)
         if factors is None:
             return "its heads are no axis of their own"
         if factors and chosen.keys().isdisjoint(factors):
@@ -157,7 +169,7 @@ def _heads(axis: Axis, site: AttentionSite) -> list[Axis] | None:
     for first in range(len(factors) + 1):
         rest = factors[first:]
         if math.prod(sizes_of(rest)) in (site.heads, site.key_value_heads):
-            return rest if all(item.form == "atom" for item in rest) else None
+            return rest if all(factor.form == "atom" for factor in rest) else None
     return None
 
 
@@ -187,16 +199,16 @@ def _is_vocabulary(node: fx.Node) -> bool:
 
 def _is_scored(node: fx.Node) -> bool:
     """True for a layer with more output than input features whose outputs are logits: argmax, top-k or softmax reads them."""
-    features, read = (nodes.tensor_type(item).shape[-1] for item in (node, input_of(node)))
+    features, read = (nodes.tensor_type(tensor).shape[-1] for tensor in (node, input_of(node)))
     if feature_dim(node) != -1 or not isinstance(features, int) or not isinstance(read, int) or features <= read:
         return False
     pending, seen = [node], set[fx.Node]()
     while pending:
-        found = pending.pop()
-        for user in found.users:
-            if user.target in CHOICES and nodes.operand(user) is found:
+        value = pending.pop()
+        for user in value.users:
+            if user.target in CHOICES and nodes.operand(user) is value:
                 dim = joint_dim(user)
-                if dim is not None and nodes.tensor_type(found).shape[dim] == features:
+                if dim is not None and nodes.tensor_type(value).shape[dim] == features:
                     return True
             if user not in seen and (is_pointwise(user) or user.target in SHAPES):
                 seen.add(user)
@@ -211,32 +223,35 @@ def _moves_or_maps(node: fx.Node) -> bool:
 
 def linear_layers(program: Program) -> list[tuple[fx.Node, fx.Node]]:
     """Every linear layer with its weight, including those of mixtures of experts, whose weights may be stacked."""
-    found: list[tuple[fx.Node, fx.Node]] = []
+    layers: list[tuple[fx.Node, fx.Node]] = []
     for node in program.nodes():
         if (weight := weight_of(node)) is not None:
-            found.append((node, weight))
+            layers.append((node, weight))
         elif (grouped := GroupedProduct.of(node)) is not None:
             weight = grouped.weight
             while weight.op == "call_function" and weight.all_input_nodes:
                 weight = weight.all_input_nodes[0]
-            found.append((node, weight))
-    return found
+            layers.append((node, weight))
+    return layers
 
 
 def linear_weights(program: Program) -> dict[fx.Node, list[fx.Node]]:
     """The weights of linear layers with their layers, including mixtures of experts but not convolutions."""
-    found: dict[fx.Node, list[fx.Node]] = {}
+    layers: dict[fx.Node, list[fx.Node]] = {}
     for node, weight in linear_layers(program):
         if feature_dim(node) == -1:
-            found.setdefault(weight, []).append(node)
-    return found
+            layers.setdefault(weight, []).append(node)
+    return layers
 
 
 def spans_of(axis: Axis, sharded_axes: ShardedAxes) -> Spans | None:
     """The spans of a dimension of that axis when these atoms are sharded.
 
     Empty when none of its atoms is sharded, None when spans cannot express the shards.
-    sharded_axes: for each atom its number of shards, the number of neighbouring ranks with the same one, and its site's index.
+
+    Args:
+        sharded_axes: for each atom its number of shards, the number of neighbouring ranks with the same one, and its site's
+            index.
     """
     axis = axis.find()
     if not any(atom.find() in sharded_axes for atom in axis.atoms()):
@@ -247,27 +262,27 @@ def spans_of(axis: Axis, sharded_axes: ShardedAxes) -> Spans | None:
         parts = [(segment, spans_of(segment, sharded_axes)) for segment in axis.segments()]
         joined = [() if spans is None else spans or (Span(1, segment.size, 1, 1),) for segment, spans in parts]
         return tuple(span for spans in joined for span in spans) if all(joined) else None
-    found: Spans | None = None
+    merged: Spans | None = None
     passed: Size = 1
     for factor in axis.factors():
         inner = spans_of(factor, sharded_axes)
         if inner is None:
             return None
-        if found and inner:
-            (first, *others), (second, *more) = found, inner
+        if merged and inner:
+            (first, *others), (second, *more) = merged, inner
             if others or more or first.block != 1 or first.inner != 1 or second.outer != 1:
                 return None
-            found = (
+            merged = (
                 Span(first.outer, first.size * second.size, second.inner, first.parts * second.parts, second.every, first.site),
             )
         elif inner:
             if passed != 1 and len(inner) > 1:
                 return None
-            found = tuple(item.shaped(passed * item.outer, item.size, item.inner) for item in inner)
-        elif found:
-            if len(found) > 1 and any(item.outer != 1 for item in found):
+            merged = tuple(span.shaped(passed * span.outer, span.size, span.inner) for span in inner)
+        elif merged:
+            if len(merged) > 1 and any(span.outer != 1 for span in merged):
                 return None
-            found = tuple(item.shaped(item.outer, item.size, item.inner * factor.size) for item in found)
+            merged = tuple(span.shaped(span.outer, span.size, span.inner * factor.size) for span in merged)
         else:
             passed = passed * factor.size
-    return found
+    return merged

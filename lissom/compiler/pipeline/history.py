@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from lissom.compiler.analysis.cost import Cost, example_cost, flops
 from lissom.compiler.ir.editor import CurvePoint, Skip
 from lissom.compiler.ir.node import Origin, origin
 from lissom.compiler.ir.printer import unified_diff
 from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.options import Checks
 from lissom.errors import LissomError, UnsupportedError
 from lissom.io.fields import check_fields, count, optional, real, shown, take, take_list, take_text, text
 
@@ -24,12 +25,16 @@ _NOTHING = Cost()
 class Size:
     """The size of a program.
 
-    nodes: operator calls. parameters: elements of all weights and buffers. parameter_bytes: their bytes.
-    flops: at the captured sizes.
+    Attributes:
+        nodes: operator calls.
+        parameters: elements of all weights and buffers.
+        parameter_bytes: their bytes.
+        flops: at the captured sizes.
 
-    >>> import torch, lissom
-    >>> lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4)).report.history.steps[0].size
-    Size(nodes=1, parameters=10, parameter_bytes=40, flops=48)
+    Examples:
+        >>> import torch, lissom
+        >>> lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4)).report.history.steps[0].size
+        Size(nodes=1, parameters=10, parameter_bytes=40, flops=48)
     """
 
     nodes: int
@@ -54,9 +59,10 @@ class NodeFacts:
 def node_facts(program: Program, before: Mapping[str, NodeFacts] | None = None) -> dict[str, NodeFacts]:
     """The facts of every operator call of a program under its name in the text, `%gelu`, and of every weight, `@up.weight`.
 
-    before: facts of the program before, which unchanged nodes share.
+    Args:
+        before: facts of the program before, which unchanged nodes share.
     """
-    found: dict[str, NodeFacts] = {}
+    facts: dict[str, NodeFacts] = {}
     for node in program.graph.nodes:
         if node.op not in ("call_function", "get_attr"):
             continue
@@ -66,31 +72,41 @@ def node_facts(program: Program, before: Mapping[str, NodeFacts] | None = None) 
         known = None if before is None else before.get(name)
         if known is None or known.cost is not cost or known.origin is not source:
             known = NodeFacts(cost, source)
-        found[name] = known
-    return found
+        facts[name] = known
+    return facts
 
 
 @dataclass(frozen=True)
 class Step:
     """One pass that ran.
 
-    index: 0 is the capture. spelling: the pass as pipeline text. kind: rewrite, approximation, …
-    seconds, check_seconds: of the pass itself, and of the checks after it.
-    added, removed: the numbers of operator calls added and removed.
-    rewritten: the number of places the pass changed; skipped: those it could not change, with reasons.
-    relative_error: of a rewrite against the program before it, of any other pass against the original; None unchecked.
-    cosine: the smallest cosine of an output to the original's. metric: the caller's score, when given.
-    notes: sentences for the reader. reverted: why the pass was undone after it ran, or None.
-    curve: the losses of a training pass; empty for any other.
-    per_site: the pass as pipeline text with the amount that it chose for each site, which gives the same program; empty for
-        passes without amounts.
-    about: what the pass is for, the first line of its docstring.
+    Attributes:
+        index: 0 is the capture.
+        spelling: the pass as pipeline text.
+        kind: rewrite, approximation, …
+        seconds: of the pass itself.
+        check_seconds: of the checks after it.
+        added: the number of operator calls added.
+        removed: the number removed.
+        rewritten: the number of places the pass changed.
+        skipped: those it could not change, with reasons.
+        relative_error: of the last of several rewrites in a row against the program before the first of them, of any other
+            pass against the original; None unchecked.
+        cosine: the smallest cosine of an output to the original's.
+        metric: the caller's score, when given.
+        notes: sentences for the reader.
+        reverted: why the pass was undone after it ran, or None.
+        curve: the losses of a training pass; empty for any other.
+        per_site: the pass as pipeline text with the amount that it chose for each site, which gives the same program; empty for
+            passes without amounts.
+        about: what the pass is for, the first line of its docstring.
 
-    >>> import torch, lissom
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Dropout())
-    >>> step = lissom.optimize(model, torch.randn(3, 4)).report.history.steps[2]
-    >>> step.summary, step.exact, step.relative_error
-    ('rewrote 1', True, 0.0)
+    Examples:
+        >>> import torch, lissom
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Dropout())
+        >>> step = lissom.optimize(model, torch.randn(3, 4)).report.history.steps[2]
+        >>> step.summary, step.exact, step.relative_error
+        ('rewrote 1', True, 0.0)
     """
 
     index: int
@@ -136,17 +152,21 @@ class Step:
 class History:
     """The steps of a pipeline, the capture first; grows while the pipeline runs.
 
-    pipeline: the whole pipeline as text. checks: how each step was checked.
-    texts: the program after each step. changes: the facts of its nodes that differ from those of the step before, by name, None
-        for a node that is gone; by the index of the step, without steps of which nothing is known.
+    Attributes:
+        pipeline: the whole pipeline as text.
+        checks: how each step was checked.
+        texts: the program after each step.
+        changes: the facts of its nodes that differ from those of the step before, by name, None for a node that is gone; by the
+            index of the step, without steps of which nothing is known.
 
-    >>> import torch, lissom
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Dropout())
-    >>> history = lissom.optimize(model, torch.randn(3, 4)).report.history
-    >>> [step.spelling for step in history.steps[:3]]
-    ['capture', 'eliminate-dead-code', 'remove-no-ops']
-    >>> print(history.diff(1, 2).splitlines()[0])
-    --- 1 eliminate-dead-code
+    Examples:
+        >>> import torch, lissom
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Dropout())
+        >>> history = lissom.optimize(model, torch.randn(3, 4)).report.history
+        >>> [step.spelling for step in history.steps[:3]]
+        ['capture', 'eliminate-dead-code', 'remove-no-ops']
+        >>> print(history.diff(1, 2).splitlines()[0])
+        --- 1 eliminate-dead-code
     """
 
     pipeline: str
@@ -174,16 +194,20 @@ class History:
         self.steps[:1], self.texts[:1] = [step], [program.text()]
         self._keep_facts(0, node_facts(program))
 
+    def cut(self, steps: int) -> None:
+        """Keep only that many steps."""
+        del self.steps[steps:], self.texts[steps:]
+
     def facts_of(self, index: int) -> Mapping[str, NodeFacts]:
         """The facts of the program after a step, by the names of nodes and weights in its text; empty if they are not known."""
         if index not in self.changes:
             return {}
         if self._latest[0] == index:
             return self._latest[1]
-        found: dict[str, NodeFacts | None] = {}
+        facts: dict[str, NodeFacts | None] = {}
         for step in range(index + 1):
-            found |= self.changes.get(step, {})
-        return {name: fact for name, fact in found.items() if fact is not None}
+            facts |= self.changes.get(step, {})
+        return {name: fact for name, fact in facts.items() if fact is not None}
 
     def _keep_facts(self, index: int, facts: Mapping[str, NodeFacts] | None) -> None:
         # Steps that were undone may have left some.
@@ -203,7 +227,7 @@ class History:
         self.steps[-1] = replace(self.steps[-1], notes=(*self.steps[-1].notes, sentence))
 
     def check_step(self, index: int) -> None:
-        """Raises: UnsupportedError when there is no such step."""
+        """Raise UnsupportedError when there is no such step."""
         if not 0 <= index < len(self.steps):
             last = len(self.steps) - 1
             raise UnsupportedError(f"there is no step {index}; this history has steps 0 (capture) to {last}")
@@ -211,7 +235,8 @@ class History:
     def diff(self, before: int, after: int) -> str:
         """The lines of the program that changed between two steps (0 is the capture), in unified form.
 
-        Raises: UnsupportedError when there is no such step.
+        Raises:
+            UnsupportedError: when there is no such step.
         """
         for index in (before, after):
             self.check_step(index)
@@ -220,7 +245,7 @@ class History:
 
     def programs_to_json(self) -> dict[str, object]:
         """The texts of the programs and the facts of their nodes, ready for `json.dumps`."""
-        changes = {index: {name: _fact_to_json(fact) for name, fact in found.items()} for index, found in self.changes.items()}
+        changes = {index: {name: _fact_to_json(fact) for name, fact in facts.items()} for index, facts in self.changes.items()}
         return {"texts": self.texts, "changes": changes}
 
     def to_json(self) -> dict[str, object]:
@@ -232,19 +257,22 @@ class History:
     def from_json(cls, data: Mapping[str, Any], programs: Mapping[str, Any] | Sequence[str]) -> History:
         """The history that `to_json` wrote, with what `programs_to_json` wrote, or only the programs' texts.
 
-        Raises: ValueError, TypeError or KeyError when the data is no history.
+        Raises:
+            ValueError: when the data is no history.
+            TypeError: likewise.
+            KeyError: likewise.
         """
         if data["version"] != FORMAT_VERSION:
             raise ValueError(f"the history is of version {shown(data['version'])}; this Lissom reads version {FORMAT_VERSION}")
         steps = take_list(data, "steps", _step_from_json)
         texts = list(map(text, programs["texts"] if isinstance(programs, Mapping) else programs))
         checks = take(data, "checks", str)
-        if len(steps) != len(texts) or checks not in ("numeric", "structural", "off"):
+        if len(steps) != len(texts) or checks not in get_args(Checks):
             raise ValueError("the history and the programs' texts do not belong together")
-        found = cls(take(data, "pipeline", str), checks, list(steps), texts)
+        history = cls(take(data, "pipeline", str), checks, list(steps), texts)
         for index, changes in programs["changes"].items() if isinstance(programs, Mapping) else ():
-            found.changes[int(index)] = {str(name): _fact_from_json(item) for name, item in changes.items()}
-        return found
+            history.changes[int(index)] = {str(name): _fact_from_json(fact) for name, fact in changes.items()}
+        return history
 
 
 def _fact_to_json(fact: NodeFacts | None) -> list[object] | None:
@@ -260,8 +288,8 @@ def _fact_from_json(data: Sequence[Any] | None) -> NodeFacts | None:
         return None
     figures, path, source, code, passes, replaces = data
     flops, read, written, parameters = map(int, figures)
-    texts = [str(item) for item in (path, source, code)]
-    origin = Origin(*texts, passes=tuple(str(item) for item in passes), replaces=str(replaces))
+    texts = [str(value) for value in (path, source, code)]
+    origin = Origin(*texts, passes=tuple(str(name) for name in passes), replaces=str(replaces))
     return NodeFacts(Cost(flops, read, written, parameters), origin)
 
 

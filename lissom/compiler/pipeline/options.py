@@ -11,7 +11,9 @@ import torch
 
 from lissom.errors import InputError, UnsupportedError
 
-Checks = Literal["numeric", "structural", "off"]
+Checks = Literal["numeric", "each", "structural", "off"]
+NUMERIC = ("numeric", "each")
+"""The checks that compare outputs."""
 Goal = Literal["latency", "memory"]
 Metric = Callable[[Any], float]
 """A number for a program, or for a compiled model, by which both are judged: the higher, the better."""
@@ -21,7 +23,8 @@ Progress = Callable[[str, int, int], None]
 def check_options(checks: object, metric: object = None, max_drop: float | None = None) -> Checks:
     """Check the options of a pipeline; returns `checks`.
 
-    Raises: UnsupportedError when one is invalid.
+    Raises:
+        UnsupportedError: when one is invalid.
     """
     chosen = next((known for known in get_args(Checks) if isinstance(checks, str) and known == checks), None)
     if chosen is None:
@@ -36,7 +39,7 @@ def check_options(checks: object, metric: object = None, max_drop: float | None 
 
 
 def check_goal(goal: object) -> Goal | None:
-    """Check what lossy passes must gain, and return it. Raises: UnsupportedError."""
+    """Check what lossy passes must gain, and return it. Raises UnsupportedError."""
     chosen = next((known for known in get_args(Goal) if isinstance(goal, str) and known == goal), None)
     if chosen is None and goal is not None:
         raise UnsupportedError(
@@ -46,15 +49,19 @@ def check_goal(goal: object) -> Goal | None:
 
 
 def check_progress(progress: object) -> None:
-    """Check a progress callback. Raises: UnsupportedError when it is not callable."""
+    """Check a progress callback. Raises UnsupportedError when it is not callable."""
     if progress is not None and not callable(progress):
         raise UnsupportedError(f"progress= is {progress!r:.80}; give a callable that takes a text and two numbers")
 
 
 def read_score(score: object, *, original: bool) -> float:
-    """The number a metric returned. original: whether the score is the captured model's, with which others are compared.
+    """The number a metric returned.
 
-    Raises: InputError when it is no number, or the original's is NaN.
+    Args:
+        original: whether the score is the captured model's, with which others are compared.
+
+    Raises:
+        InputError: when it is no number, or the original's is NaN.
     """
     if isinstance(score, torch.Tensor) and score.numel() == 1 and not score.is_complex():
         score = score.item()

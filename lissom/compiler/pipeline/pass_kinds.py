@@ -22,9 +22,10 @@ from lissom.compiler.ir.program import Program
 class Requirement:
     """A fact about a program that a pass needs.
 
-    fact: the fact as text, `weights are floating point`.
-    breach: returns the first node that violates it, or None.
-    remedy: what the user can do.
+    Attributes:
+        fact: the fact as text, `weights are floating point`.
+        breach: returns the first node that violates it, or None.
+        remedy: what the user can do.
     """
 
     fact: str
@@ -42,9 +43,9 @@ class Requirement:
 def _first_quantized_weight(program: Program) -> fx.Node | None:
     """The first quantizer of a linear layer's weight, or the weight itself when it is stored in integers."""
     for node in program.nodes():
-        for item in weight_path(node):
-            if is_quantizer(item) or (item.op == "get_attr" and not nodes.tensor_type(item).dtype.is_floating_point):
-                return item
+        for value in weight_path(node):
+            if is_quantizer(value) or (value.op == "get_attr" and not nodes.tensor_type(value).dtype.is_floating_point):
+                return value
     return None
 
 
@@ -58,8 +59,9 @@ class Pass(ABC):
 
     The class name in kebab case is its name in pipeline text. A subclass derives from one of the four kinds.
 
-    redefines: whether it changes the expected outputs on purpose: later passes are measured against the outputs after it.
-    leaves_dead: whether it only zeroes units; `eliminate-dead` runs right after it and removes them.
+    Attributes:
+        redefines: whether it changes the expected outputs on purpose: later passes are measured against the outputs after it.
+        leaves_dead: whether it only zeroes units; `eliminate-dead` runs right after it and removes them.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
@@ -92,8 +94,9 @@ class Rewrite(Pass):
 class Approximation(Pass):
     """Changes the outputs: measured against the original and charged to the budget.
 
-    cheapens: whether its purpose is a faster or smaller program, together with the exact passes after it; it is reverted when
-        it brings neither. False when it enables other passes, or reduces their loss.
+    Attributes:
+        cheapens: whether its purpose is a faster or smaller program, together with the exact passes after it; it is reverted
+            when it brings neither. False when it enables other passes, or reduces their loss.
     """
 
     kind = "approximation"

@@ -20,17 +20,17 @@ _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 def format_pipeline(passes: Sequence[Pass]) -> str:
     """The passes as text; `parse_pipeline` is the inverse."""
-    return ",".join(format_pass(item) for item in passes)
+    return ",".join(format_pass(pass_) for pass_ in passes)
 
 
-def format_pass(item: Pass) -> str:
+def format_pass(pass_: Pass) -> str:
     """One pass as text; options at their default are left out."""
     options = []
-    for field in dataclasses.fields(item):
-        value = getattr(item, field.name)
+    for field in dataclasses.fields(pass_):
+        value = getattr(pass_, field.name)
         if field.default is dataclasses.MISSING or value != field.default:
             options.append(f"{field.name}={format_value(value)}")
-    return item.name() + ("{" + ",".join(options) + "}" if options else "")
+    return pass_.name() + ("{" + ",".join(options) + "}" if options else "")
 
 
 def format_value(value: object) -> str:
@@ -56,7 +56,8 @@ def format_value(value: object) -> str:
 def parse_pipeline(text: str, table: Mapping[str, type[Pass]], recipes: Mapping[str, str] | None = None) -> list[Pass]:
     """The passes of a pipeline text, looked up by name in a table; a recipe's name stands for the recipe's passes.
 
-    Raises: PipelineTextError with the place in the text, what was found and what is allowed.
+    Raises:
+        PipelineTextError: with the place in the text, what was found and what is allowed.
     """
     return _Parser(text, table, recipes or {}).pipeline()
 
@@ -156,9 +157,9 @@ class _Parser:
         return self.text.startswith(character, self.at)
 
     def _accept(self, character: str) -> bool:
-        found = self._peek(character)
-        self.at += found
-        return found
+        accepted = self._peek(character)
+        self.at += accepted
+        return accepted
 
     def _expect(self, character: str, what: str) -> None:
         if not self._accept(character):

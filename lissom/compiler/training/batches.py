@@ -31,7 +31,8 @@ class Batch:
 def resized(program: Program, batches: Sequence[Batch], rows: int) -> list[Batch]:
     """The data in batches of `rows`. Rows of batches with equal shapes are joined, in order, so that no padding is added.
 
-    Raises: RequirementError when the program takes no other batch size than that of the data.
+    Raises:
+        RequirementError: when the program takes no other batch size than that of the data.
     """
     batched = _batched_inputs(program.signature)
     if batched is None:
@@ -46,29 +47,32 @@ def hold_out(
 ) -> tuple[list[Batch], list[Batch]]:
     """The batches to train on, and those held out: `fraction` of them, drawn with the seed, from one to `MOST_HELD_OUT`.
 
-    next_tokens: whether the program predicts them; then at most `MOST_NEXT_TOKENS` are held out. A single batch is split by
-    rows. name: of the pass, for the error.
+    Args:
+        next_tokens: whether the program predicts them; then at most `MOST_NEXT_TOKENS` are held out. A single batch is split by
+            rows.
+        name: of the pass, for the error.
 
-    Raises: RequirementError for less than two rows.
+    Raises:
+        RequirementError: for less than two rows.
     """
-    found = list(batches)
-    if len(found) == 1 and (batched := _batched_inputs(program.signature)) is not None:
-        size = _rows_of(found[0], batched)
+    pool = list(batches)
+    if len(pool) == 1 and (batched := _batched_inputs(program.signature)) is not None:
+        size = _rows_of(pool[0], batched)
         held = min(max(1, round(size * fraction)), size - 1)
         if size > 1:
-            found = [_rows(found[0], batched, slice(0, size - held)), _rows(found[0], batched, slice(size - held, size))]
-            return found[:1], found[1:]
-    if len(found) < 2:
+            pool = [_rows(pool[0], batched, slice(0, size - held)), _rows(pool[0], batched, slice(size - held, size))]
+            return pool[:1], pool[1:]
+    if len(pool) < 2:
         raise RequirementError(
             f"{name} has one row of data, and needs at least two, one to train on and one to judge by: pass more data="
         )
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
-    most = min(MOST_HELD_OUT, len(found) - 1)
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
+    most = min(MOST_HELD_OUT, len(pool) - 1)
     if next_tokens:
-        tokens, _ = amount(program, [found[at] for at in order[:most]])
+        tokens, _ = amount(program, [pool[at] for at in order[:most]])
         most = min(most, max(1, round(MOST_NEXT_TOKENS / tokens)))
-    held = set(order[: min(max(1, round(len(found) * fraction)), most)])
-    return [item for at, item in enumerate(found) if at not in held], [found[at] for at in sorted(held)]
+    held = set(order[: min(max(1, round(len(pool) * fraction)), most)])
+    return [batch for at, batch in enumerate(pool) if at not in held], [pool[at] for at in sorted(held)]
 
 
 def amount(program: Program, batches: Sequence[Batch]) -> tuple[float, str]:
@@ -78,7 +82,7 @@ def amount(program: Program, batches: Sequence[Batch]) -> tuple[float, str]:
         masks = real_positions(program, batch.inputs)
         first = batch.inputs[0]
         if not masks and (first.is_floating_point() or first.dim() != 2):
-            return sum(len(item.inputs[0]) for item in batches) / len(batches), "rows"
+            return sum(len(batch.inputs[0]) for batch in batches) / len(batches), "rows"
         total += int(masks[0][2].sum()) if masks else first.numel()
     return total / len(batches), "tokens"
 
@@ -88,7 +92,8 @@ def rows_of_rank(program: Program, batches: Sequence[Batch], rank: int, world_si
 
     Of a batch with fewer rows than ranks, some ranks have the first row, as a fraction of 0.
 
-    Raises: RequirementError when the program takes no other batch size than that of the data.
+    Raises:
+        RequirementError: when the program takes no other batch size than that of the data.
     """
     batched = _batched_inputs(program.signature)
     if batched is None:
@@ -96,7 +101,7 @@ def rows_of_rank(program: Program, batches: Sequence[Batch], rank: int, world_si
             "the program takes only the batch size of its example inputs, so its batches cannot be divided among ranks; train "
             "it in one process"
         )
-    found, fractions = list[Batch](), list[float]()
+    own, fractions = list[Batch](), list[float]()
     for batch in batches:
         rows = _rows_of(batch, batched)
         start, end = (rows * at // world_size for at in (rank, rank + 1))
@@ -105,8 +110,8 @@ def rows_of_rank(program: Program, batches: Sequence[Batch], rank: int, world_si
             fractions.append(0.0)
         else:
             fractions.append((end - start) / rows)
-        found.append(_rows(batch, batched, slice(start, end)))
-    return found, fractions
+        own.append(_rows(batch, batched, slice(start, end)))
+    return own, fractions
 
 
 def _batched_inputs(signature: Signature) -> list[bool] | None:
@@ -129,13 +134,13 @@ def _rows(batch: Batch, batched: Sequence[bool], chosen: slice) -> Batch:
 
 def _groups(batches: Sequence[Batch], batched: Sequence[bool]) -> list[list[Batch]]:
     """Batches whose rows may be joined: of equal shapes, with equal inputs that have no rows, all with labels or none."""
-    found: dict[object, list[Batch]] = {}
+    groups: dict[object, list[Batch]] = {}
     for batch in batches:
         key: list[object] = [None if batch.labels is None else batch.labels.shape[1:]]
         for tensor, has_rows in zip(batch.inputs, batched, strict=True):
             key.append(tuple(tensor.shape[1:]) if has_rows else tuple(tensor.flatten().tolist()))
-        found.setdefault(tuple(key), []).append(batch)
-    return list(found.values())
+        groups.setdefault(tuple(key), []).append(batch)
+    return list(groups.values())
 
 
 def _resized(group: Sequence[Batch], batched: Sequence[bool], rows: int) -> list[Batch]:

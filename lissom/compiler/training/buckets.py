@@ -35,7 +35,9 @@ class Buckets:
 class _Row:
     """A row of the data, with the batch dimension kept.
 
-    inputs: those with a batch dimension, whole. length: of its tokens up to the last that is no padding.
+    Attributes:
+        inputs: those with a batch dimension, whole.
+        length: of its tokens up to the last that is no padding.
     """
 
     inputs: Sample
@@ -49,10 +51,13 @@ def by_length(program: Program, batches: Sequence[Batch], rows: int | None) -> B
     """The rows of all batches sorted by length, in batches of `rows`, each as long as its longest row or a little longer.
 
     Padding at the end of rows is cut, and added where a row is shorter than its batch, with the values that padding has in the
-    data. rows: of a batch; None takes those of the first batch.
+    data.
 
     Returns None where this cannot be done or gains nothing: inputs without a batch, a length that is fixed or of two
     dimensions, no padding at the end of rows, padding of many values.
+
+    Args:
+        rows: of a batch; None takes those of the first batch.
     """
     tokens = _length_of(program, batches)
     if tokens is None:
@@ -64,7 +69,7 @@ def by_length(program: Program, batches: Sequence[Batch], rows: int | None) -> B
         return None
     lines.sort(key=attrgetter("length"))
     shortest = program.signature.dimensions[tokens].minimum
-    found, after = list[Batch](), 0
+    buckets, after = list[Batch](), 0
     size = rows or len(batches[0].inputs[0])
     groups = [lines[start : start + size] for start in range(0, len(lines), size)]
     longest = [max(chosen[-1].length, shortest) for chosen in groups]
@@ -75,12 +80,12 @@ def by_length(program: Program, batches: Sequence[Batch], rows: int | None) -> B
             for row in chosen
             if (label := row.label) is not None
         ]
-        found.append(Batch([torch.cat(part) for part in parts], torch.cat(labels) if labels else None))
+        buckets.append(Batch([torch.cat(part) for part in parts], torch.cat(labels) if labels else None))
         after += length * len(chosen)
     before, real = sum(row.padded for row in lines), sum(row.real for row in lines)
-    if len(found) == 1 or after >= before or not all(_allowed(program, batch) for batch in found):
+    if len(buckets) == 1 or after >= before or not all(_allowed(program, batch) for batch in buckets):
         return None
-    return Buckets(found, 1 - real / before, 1 - real / after)
+    return Buckets(buckets, 1 - real / before, 1 - real / after)
 
 
 def _few(lengths: Sequence[int]) -> list[int]:
@@ -117,12 +122,12 @@ def _has_fitting_labels(batch: Batch, first: Batch) -> bool:
 
 def _rows(program: Program, batch: Batch, tokens: sympy.Symbol) -> Iterator[_Row]:
     """The rows of a batch. Without padding every row is as long as the batch."""
-    real = next(found for _, size, found in real_positions(program, batch.inputs) if size == tokens)
+    real = next(mask for _, size, mask in real_positions(program, batch.inputs) if size == tokens)
     counts = torch.arange(1, real.shape[1] + 1, device=real.device)
     for at, (length, count) in enumerate(zip((real * counts).amax(1).tolist(), real.sum(1).tolist(), strict=True)):
-        one = slice(at, at + 1)
-        label = None if batch.labels is None else batch.labels[one]
-        yield _Row([tensor[one] for tensor in batch.inputs], label, length, real.shape[1], count)
+        row = slice(at, at + 1)
+        label = None if batch.labels is None else batch.labels[row]
+        yield _Row([tensor[row] for tensor in batch.inputs], label, length, real.shape[1], count)
 
 
 def _padding_value(rows: Sequence[_Row], at: int, place: int | None) -> float | None:

@@ -31,7 +31,8 @@ class TargetCache:
 
     Half precision adds a relative error of 5e-4 to what the student is compared with, far below its own.
 
-    room: the most bytes of the file; by default a quarter of the free disk space.
+    Args:
+        room: the most bytes of the file; by default a quarter of the free disk space.
     """
 
     def __init__(self, room: int | None = None) -> None:
@@ -47,13 +48,13 @@ class TargetCache:
             outputs = {key: self._read(place) for key, place in places.items() if isinstance(key, int)}
             hidden = {key: self._read(place) for key, place in places.items() if isinstance(key, str)}
             return Targets(outputs, hidden, real)
-        found = make()
+        targets = make()
         if not self._left_out:
-            self._keep(index, found)
+            self._keep(index, targets)
         else:
             self._left_out.add(index)
         # Read back, so that a run that goes on has the values of one that was never interrupted.
-        return self.targets(index, make) if index in self._known else found
+        return self.targets(index, make) if index in self._known else targets
 
     def shortage(self) -> str | None:
         """A sentence on the batches whose targets found no room; None when there are none."""

@@ -49,10 +49,16 @@ _SECONDS = 30.0
 class State:
     """The progress of a run, without its tensors.
 
-    step: the number of finished steps. seconds: used so far. precision: of products. order: the batches that are left of this
-    pass over the data, the last one next. recent: the losses since the last measurement. updates: AdamW's steps by parameter,
-    without those that never had a gradient. stopped: why a finished run ended early. slowed: the step at which it went back to
-    the start, or None. scale: of losses in float16.
+    Attributes:
+        step: the number of finished steps.
+        seconds: used so far.
+        precision: of products.
+        order: the batches that are left of this pass over the data, the last one next.
+        recent: the losses since the last measurement.
+        updates: AdamW's steps by parameter, without those that never had a gradient.
+        stopped: why a finished run ended early.
+        slowed: the step at which it went back to the start, or None.
+        scale: of losses in float16.
     """
 
     step: int
@@ -69,7 +75,7 @@ class State:
 
     @classmethod
     def from_json(cls, data: object) -> State:
-        """Raises: ValueError when the data is no state."""
+        """Raise ValueError when the data is no state."""
         curve = take_list(data, "curve", _point)
         seconds = take(data, "seconds", float)
         if not curve:
@@ -112,11 +118,15 @@ def _point(data: object) -> CurvePoint:
 class Checkpoint:
     """The directory of one run, in use by one process, or by the ranks of one run.
 
-    run: what makes the run, as texts by name; a directory of another run is refused. sharded: every rank has tensors of its
-    own, and all ranks see one directory; otherwise rank 0 alone reads and writes.
-    problem: why a state could not be written, as a sentence; the run goes on without it.
+    Args:
+        run: what makes the run, as texts by name; a directory of another run is refused.
+        sharded: every rank has tensors of its own, and all ranks see one directory; otherwise rank 0 alone reads and writes.
 
-    Raises: ArtifactError when the directory cannot be made, or another process uses it.
+    Attributes:
+        problem: why a state could not be written, as a sentence; the run goes on without it.
+
+    Raises:
+        ArtifactError: when the directory cannot be made, or another process uses it.
     """
 
     def __init__(self, directory: str, run: Mapping[str, str], ranks: Ranks, *, sharded: bool = False) -> None:
@@ -133,14 +143,14 @@ class Checkpoint:
             raise
 
     def _on_all(self, work: Callable[[], None] | None) -> None:
-        """Do something on this rank. Raises: ArtifactError on all ranks when it fails on one."""
-        found = None
+        """Do something on this rank. Raises ArtifactError on all ranks when it fails on one."""
+        own = None
         try:
             if work is not None:
                 work()
         except (ArtifactError, OSError, ValueError) as error:
-            found = str(error) if isinstance(error, ArtifactError) else f"'{self.directory}' cannot be used: {reason(error)}"
-        if (problem := self._ranks.settle(found)) is not None:
+            own = str(error) if isinstance(error, ArtifactError) else f"'{self.directory}' cannot be used: {reason(error)}"
+        if (problem := self._ranks.settle(own)) is not None:
             raise ArtifactError(problem)
 
     def _open(self) -> None:
@@ -159,7 +169,7 @@ class Checkpoint:
                     self._check_ours(path)
 
     def _check_ours(self, path: Path) -> None:
-        """Refuse a file of another program under a name that a run may write. Raises: ArtifactError."""
+        """Refuse a file of another program under a name that a run may write. Raises ArtifactError."""
         if os.path.lexists(path) and not _is_ours(path):
             raise ArtifactError(
                 f"'{self.directory}' holds '{path.name}', which no run of Lissom wrote, and this run may replace it; "
@@ -175,20 +185,22 @@ class Checkpoint:
     def read(self, wanted: Callable[[State], Mapping[str, torch.Tensor]]) -> tuple[State, dict[str, torch.Tensor]] | None:
         """The state and its tensors, the same on all ranks where they are not sharded; None in a new directory.
 
-        wanted: for a state its tensors by name, with the right shapes and dtypes.
+        Args:
+            wanted: for a state its tensors by name, with the right shapes and dtypes.
 
-        Raises: ArtifactError when the directory holds the state of another run, or one that cannot be read.
+        Raises:
+            ArtifactError: when the directory holds the state of another run, or one that cannot be read.
         """
-        found: list[bytes] = [b""]
+        state_bytes: list[bytes] = [b""]
 
         def read_state() -> None:
             path = self.directory / STATE
             if path.exists() or path.is_symlink():
                 self._check(raw := read_plain(path, _MOST_BYTES))
-                found[0] = raw
+                state_bytes[0] = raw
 
         self._on_all(read_state if self._ranks.rank == 0 else None)
-        raw = self._ranks.broadcast_bytes(found[0])
+        raw = self._ranks.broadcast_bytes(state_bytes[0])
         if not raw:
             return None
         state = self._check(raw)
@@ -197,10 +209,10 @@ class Checkpoint:
         def read_tensors() -> None:
             tensors.update(self._read_tensors(_stem(state) + self._ending, templates))
 
-        templates = {name: item.detach().cpu() for name, item in wanted(state).items()}
+        templates = {name: tensor.detach().cpu() for name, tensor in wanted(state).items()}
         self._on_all(read_tensors if self._sharded or self._ranks.rank == 0 else None)
         if not self._sharded:
-            tensors = {name: self._ranks.broadcast(tensors.get(name, item.clone())) for name, item in templates.items()}
+            tensors = {name: self._ranks.broadcast(tensors.get(name, template.clone())) for name, template in templates.items()}
         self._step = state.step
         return state, tensors
 
@@ -234,18 +246,22 @@ class Checkpoint:
                     part = file.get_slice(key)
                     if tuple(part.get_shape()) != like.shape or part.get_dtype() != DTYPES[like.dtype]:
                         raise ValueError(f"'{shown(key)}' is {part.get_dtype()} {part.get_shape()}, not {list(like.shape)}")
-                found = {key: file.get_tensor(key).clone() for key in templates}
-            for key, tensor in found.items():
+                tensors = {key: file.get_tensor(key).clone() for key in templates}
+            for key, tensor in tensors.items():
                 if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                     raise ValueError(f"{shown(key)} holds infinities or NaN")
         except (SafetensorError, OSError, ValueError) as error:
             raise ArtifactError(
                 f"'{path}' does not fit its run: {error}; choose another directory, or delete this one"
             ) from error
-        return found
+        return tensors
 
     def due(self, measured: bool) -> bool:
-        """True if a state is to be written now. measured: whether the held-out loss was measured since the last one."""
+        """True if a state is to be written now.
+
+        Args:
+            measured: whether the held-out loss was measured since the last one.
+        """
         passed = time.perf_counter() - self._written
         return passed >= _COST * self._cost and (measured or passed >= _SECONDS)
 
@@ -277,7 +293,7 @@ class Checkpoint:
         """Make the tensors that were written the state, and delete those of the states before."""
         data = {"format": FORMAT_VERSION, "run": self._run, "state": asdict(state)}
         write_whole(self.directory / STATE, json.dumps(data))
-        self._delete(lambda path: (found := _TENSORS.fullmatch(path.name)) is not None and found[1] != _stem(state))
+        self._delete(lambda path: (match := _TENSORS.fullmatch(path.name)) is not None and match[1] != _stem(state))
 
     def _delete(self, chosen: Callable[[Path], bool]) -> None:
         """Delete those of the chosen files that a checkpoint wrote."""

@@ -37,7 +37,10 @@ _GROWS = 2000
 class LossScale:
     """The scale of losses in float16.
 
-    factor: a power of two. lasted: the steps without overflow since it changed. skipped: all steps that overflowed.
+    Attributes:
+        factor: a power of two.
+        lasted: the steps without overflow since it changed.
+        skipped: all steps that overflowed.
     """
 
     factor: float = 2.0**16
@@ -62,8 +65,11 @@ class LossScale:
 class Gradients:
     """Computes the gradients of parameters.
 
-    learned: the parameters by name, or this rank's shards of them. zeros: for some of them where they stay zero. loss: of this
-    rank's rows; the losses of the ranks add up. shards: of sharded weights.
+    Attributes:
+        learned: the parameters by name, or this rank's shards of them.
+        zeros: for some of them where they stay zero.
+        loss: of this rank's rows; the losses of the ranks add up.
+        shards: of sharded weights.
     """
 
     learned: Mapping[str, nn.Parameter]
@@ -79,8 +85,8 @@ class Gradients:
     def compute(self, batch: int, done: float, precision: str, factor: float = 1.0) -> torch.Tensor:
         """The loss of a batch; the parameters get `factor` times its gradients."""
         dtype = AUTOCAST[precision]
-        for item in self.learned.values():
-            item.grad = None
+        for parameter in self.learned.values():
+            parameter.grad = None
         with torch.enable_grad(), self.shards.regathering() if self.shards is not None else nullcontext():
             with torch.autocast(self._device, dtype) if dtype is not None else nullcontext():
                 value = self.loss(batch, done)
@@ -93,11 +99,11 @@ class Gradients:
 
     def clip(self, items: Sequence[nn.Parameter], factor: float) -> float:
         """Divide the gradients by `factor` and clip their norm, whole or sharded; returns the norm before."""
-        found = [item.grad for item in items if item.grad is not None]
+        gradients = [parameter.grad for parameter in items if parameter.grad is not None]
         if factor != 1:
-            for gradient in found:
+            for gradient in gradients:
                 gradient.div_(factor)
-        norm = nn.utils.get_total_norm(found)
+        norm = nn.utils.get_total_norm(gradients)
         if self.shards is not None:
             norm = self.ranks.sum(norm.square()).sqrt()
         if (size := float(norm)) > _CLIPPED:
@@ -121,7 +127,7 @@ class Gradients:
                 self.compute(0, 1.0, precision)
                 times.append(time.perf_counter() - began)
             seconds.append(min(times))
-            found = [item.grad for item in self.learned.values() if item.grad is not None]
-            gradients.append(torch.cat([item.flatten() for item in found]))
+            parts = [parameter.grad for parameter in self.learned.values() if parameter.grad is not None]
+            gradients.append(torch.cat([gradient.flatten() for gradient in parts]))
         alike = torch.nn.functional.cosine_similarity(*gradients, dim=0)
         return seconds[1] < 0.9 * seconds[0] and bool(alike > _ALIKE)

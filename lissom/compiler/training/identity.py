@@ -10,7 +10,12 @@ from lissom.compiler.training.batches import Batch
 
 
 def identity_of(programs: Sequence[Program], batches: Sequence[Batch], options: str) -> dict[str, str]:
-    """Texts by name. programs: the student, and the teacher if there is one. batches: with the data that is held out."""
+    """Texts by name.
+
+    Args:
+        programs: the student, and the teacher if there is one.
+        batches: with the data that is held out.
+    """
     return {
         "program": fingerprint(*map(structure_fingerprint, programs)),
         "options": options,

@@ -11,7 +11,10 @@ from typing import Self
 class Interrupt:
     """Notes the first Ctrl-C inside its block; the second raises KeyboardInterrupt as usual.
 
-    Only the main thread gets signals, and a handler of the caller's own stays. seen: whether there was one.
+    Only the main thread gets signals, and a handler of the caller's own stays.
+
+    Attributes:
+        seen: whether there was one.
     """
 
     def __init__(self) -> None:

@@ -34,10 +34,12 @@ LARGE = 8192
 class LmHead:
     """A linear layer that makes token logits, and what leads from it to the output.
 
-    linear: `aten.linear` with a weight that is computed from weights alone, quantized or not. hidden: its input,
-        [batch, tokens, width], for all tokens also where the program computes logits of the last one only.
-    stored: the nodes its weight and bias are computed from, in order. tail: element-wise calls after it, in order.
-    kept: the weight and bias of `fixed_weights`, in the last dtype that was asked for.
+    Attributes:
+        linear: `aten.linear` with a weight that is computed from weights alone, quantized or not.
+        hidden: its input, [batch, tokens, width], for all tokens also where the program computes logits of the last one only.
+        stored: the nodes its weight and bias are computed from, in order.
+        tail: element-wise calls after it, in order.
+        kept: the weight and bias of `fixed_weights`, in the last dtype that was asked for.
     """
 
     program: Program
@@ -59,7 +61,8 @@ class LmHead:
     def weights(self, dtype: torch.dtype | None = None) -> Weights:
         """The weight, [vocabulary, width], and the bias, [vocabulary]; gradients flow to what they are computed from.
 
-        dtype: that they are converted to; None leaves them as they are.
+        Args:
+            dtype: that they are converted to; None leaves them as they are.
         """
         with torch.enable_grad():  # a sharded weight is gathered as it is read, and needs gradients only here
             learns = any(self.program.weight(str(node.target)).requires_grad for node in self.stored if node.op == "get_attr")
@@ -107,19 +110,19 @@ def lm_head_of(program: Program, leaf: object) -> LmHead | None:
         computed = [used for used in node.all_input_nodes if used.op != "get_attr"]
         fixed = [program.weight(str(used.target)) for used in node.all_input_nodes if used.op == "get_attr"]
         simple = _selects_tokens(node) or is_pointwise(node) or node.target in (*CASTS, *IDENTITIES)
-        if len(computed) != 1 or not simple or any(isinstance(item, nn.Parameter) or item.dim() > 1 for item in fixed):
+        if len(computed) != 1 or not simple or any(isinstance(weight, nn.Parameter) or weight.dim() > 1 for weight in fixed):
             return None
         tail.insert(0, node)
         node = computed[0]
     if not nodes.is_call(node, aten.linear.default) or nodes.tensor_type(node).rank != 3:
         return None
     sources = set(computed_from([Linear(node).weight, bias_of(node)]))
-    if any(item.op == "placeholder" for item in sources):
+    if any(source.op == "placeholder" for source in sources):
         return None
     hidden = input_of(node)
     while _selects_tokens(hidden):
         hidden = nodes.operand(hidden)
-    return LmHead(program, node, hidden, tuple(item for item in program.graph.nodes if item in sources), tuple(tail))
+    return LmHead(program, node, hidden, tuple(source for source in program.graph.nodes if source in sources), tuple(tail))
 
 
 def _selects_tokens(node: fx.Node) -> bool:
@@ -141,34 +144,39 @@ class Trunk:
 
     @classmethod
     def of(cls, program: Program, heads: Mapping[int, LmHead], name: str) -> Trunk:
-        """heads: by the index of their output. name: of the pass, for the error.
+        """The trunk of a program.
 
-        Raises: RequirementError when a state is written in a form that takes no gradient.
+        Args:
+            heads: by the index of their output.
+            name: of the pass, for the error.
+
+        Raises:
+            RequirementError: when a state is written in a form that takes no gradient.
         """
-        found = program.copy()
-        by_name = {node.name: node for node in found}
-        leaves = list(found.leaves)
+        trunk = program.copy()
+        by_name = {node.name: node for node in trunk}
+        leaves = list(trunk.leaves)
         for index, head in heads.items():
             leaves[index] = by_name[head.hidden.name]
-        nodes.set_arguments(found.output, leaves)
-        for write in filter(nodes.is_state_write, reversed(found.nodes())):
+        nodes.set_arguments(trunk.output, leaves)
+        for write in filter(nodes.is_state_write, reversed(trunk.nodes())):
             if write.users:
                 raise RequirementError(
                     f"{name} trains no program that writes state in place; put it before write-state-in-place"
                 )
             if nodes.tensor_type(write).dtype in (torch.int8, torch.uint8):
                 raise RequirementError(f"{name} has no gradients through a quantized KV cache; put it before quantize-cache")
-            found.graph.erase_node(write)
-        for node in found.nodes(aten.embedding.default):
+            trunk.graph.erase_node(write)
+        for node in trunk.nodes(aten.embedding.default):
             _quantize_rows_read(node)
-        found.drop_dead()
+        trunk.drop_dead()
         wide: dict[object, Callable[..., object]] = {
             aten.scaled_dot_product_attention.default: short_attention,
             aten.rms_norm.default: rms_norm,
         }
-        for node in found.nodes(*wide):
+        for node in trunk.nodes(*wide):
             node.target = wide[node.target]
-        return cls(program, found.graph)
+        return cls(program, trunk.graph)
 
     def run(self, inputs: Sample, observe: Observer | None = None) -> list[object]:
         """The flat outputs, as `Program.run` has them."""
@@ -182,7 +190,7 @@ def _quantize_rows_read(lookup: fx.Node) -> None:
         return
     stored, scale, zero_point = (nodes.argument(table, name) for name in ("x", "scale", "zero_point"))
     rows = nodes.tensor_type(stored).shape[0]
-    if any(isinstance(item, fx.Node) and nodes.tensor_type(item).shape[:1] != (rows,) for item in (scale, zero_point)):
+    if any(isinstance(grid, fx.Node) and nodes.tensor_type(grid).shape[:1] != (rows,) for grid in (scale, zero_point)):
         return
     lookup.target = _quantized_rows
     nodes.set_arguments(lookup, stored, scale, zero_point, *lookup.args[1:], format=table.kwargs["format"], **lookup.kwargs)
@@ -197,6 +205,11 @@ def _quantized_rows(
     format: str,
     **named: Any,
 ) -> torch.Tensor:
-    """`aten.embedding` of a table that is quantized by rows; options, named: its further arguments."""
+    """`aten.embedding` of a table that is quantized by rows.
+
+    Args:
+        options: its further positional arguments.
+        named: its keyword arguments.
+    """
     x, of_scale = aten.embedding(table, ids, *options, **named), functional.embedding(ids, scale)
     return fake_quantize(x, of_scale, None if zero_point is None else functional.embedding(ids, zero_point), format=format)

@@ -56,7 +56,10 @@ leave gaps: on MiniLM 200 MiB in a minute. Giving them back takes 4 to 15 ms."""
 class Plan:
     """Duration, learning rate and precision of a training run.
 
-    seconds, steps: the deadline, one of the two. precision: of products and activations; `auto` measures.
+    Attributes:
+        seconds: the deadline in seconds; None with `steps`.
+        steps: the deadline in steps; None with `seconds`.
+        precision: of products and activations; `auto` measures.
     """
 
     seconds: float | None
@@ -78,8 +81,12 @@ class Plan:
 class Trained:
     """The result of a run.
 
-    stopped: why it ended early, or None. precision: that was used. resumed: the step from which it went on, or None.
-    slowed: the step at which it went back to the start, or None. scale: of losses in float16.
+    Attributes:
+        stopped: why it ended early, or None.
+        precision: that was used.
+        resumed: the step from which it went on, or None.
+        slowed: the step at which it went back to the start, or None.
+        scale: of losses in float16.
     """
 
     curve: list[CurvePoint] = field(default_factory=list[CurvePoint])
@@ -110,8 +117,9 @@ class Trained:
 class Scale:
     """Learning rates and lower bound of a quantizer's scale.
 
-    rates: the learning rate of each element against that of weights, in the scale's shape.
-    least: the smallest size, which its dtype after the run still holds. Signs stay.
+    Attributes:
+        rates: the learning rate of each element against that of weights, in the scale's shape.
+        least: the smallest size, which its dtype after the run still holds. Signs stay.
     """
 
     rates: torch.Tensor
@@ -122,10 +130,17 @@ class Scale:
 class Run:
     """A run that trains weights in place.
 
-    learned: the parameters by name, or this rank's shards of them. zeros: for some of them where they stay zero. loss: of this
-    rank's rows; the losses of the ranks add up. count: of batches. judge: the held-out loss of all ranks. report: called with a
-    sentence and the fraction of the run that is over. scales: those of `learned` that are scales of quantizers, by name. ranks:
-    that train together. shards: of sharded weights. checkpoint: where the state is written, and is read.
+    Attributes:
+        learned: the parameters by name, or this rank's shards of them.
+        zeros: for some of them where they stay zero.
+        loss: of this rank's rows; the losses of the ranks add up.
+        count: of batches.
+        judge: the held-out loss of all ranks.
+        report: called with a sentence and the fraction of the run that is over.
+        scales: those of `learned` that are scales of quantizers, by name.
+        ranks: that train together.
+        shards: of sharded weights.
+        checkpoint: where the state is written, and is read.
     """
 
     learned: Mapping[str, nn.Parameter]
@@ -141,15 +156,15 @@ class Run:
     checkpoint: Checkpoint | None = None
 
     def __post_init__(self) -> None:
-        self._weights = [item for name, item in self.learned.items() if name not in self.scales]
+        self._weights = [parameter for name, parameter in self.learned.items() if name not in self.scales]
         self._scales = [self.learned[name] for name in self.scales]
         self._signs = [scale.detach().sign() for scale in self._scales]
         self._items = [self.learned[name] for name in self._names()]
         self._optimizer = torch.optim.AdamW(self._items, lr=self.plan.learning_rate, weight_decay=0.0, fused=True)
         self._gradients = Gradients(self.learned, self.zeros, self.loss, self.ranks, self.shards)
         self._generator = torch.Generator().manual_seed(self.plan.seed)
-        self._found = Trained()
-        self._kept = {name: item.detach().clone() for name, item in self.learned.items()}
+        self._trained = Trained()
+        self._kept = {name: parameter.detach().clone() for name, parameter in self.learned.items()}
         self._step, self._seconds, self._recent, self._order = 0, 0.0, list[float](), list[int]()
         self._started, self._interrupt, self._measured = time.perf_counter(), Interrupt(), False
         self._trimmed = self._started
@@ -161,7 +176,9 @@ class Run:
         An interrupt ends the run after the current step, on all ranks, and keeps the best weights. With a checkpoint, a run
         that was ended before goes on where it was, and a finished one gives its result.
 
-        Raises: ArtifactError for a checkpoint of another run; RankError when a rank ended.
+        Raises:
+            ArtifactError: for a checkpoint of another run.
+            RankError: when a rank ended.
         """
         try:
             with self._interrupt:
@@ -170,10 +187,10 @@ class Run:
         except KeyboardInterrupt:
             if self.ranks.world_size > 1:
                 raise
-            self._found.stopped = "it was interrupted"
+            self._trained.stopped = "it was interrupted"
         finally:
             self._restore_best()
-        return self._found
+        return self._trained
 
     def _measure(self) -> None:
         """Add a point to the curve; keep the weights if the held-out loss is the smallest so far."""
@@ -184,20 +201,20 @@ class Run:
         self._judging += self._last_judging
         mean = sum(self._recent) / len(self._recent) if self._recent else None
         point = CurvePoint(self._step, time.perf_counter() - self._started, mean, held_out)
-        self._found.curve.append(point)
+        self._trained.curve.append(point)
         self._recent, self._measured = [], True
-        if self._found.best is None or held_out < self._found.best.held_out:
-            self._found.best = point
+        if self._trained.best is None or held_out < self._trained.best.held_out:
+            self._trained.best = point
             if self._step:
-                for name, item in self.learned.items():
-                    self._kept[name].copy_(item.detach())
+                for name, parameter in self.learned.items():
+                    self._kept[name].copy_(parameter.detach())
 
     def _steps(self) -> bool:
         """Train; False when the run was interrupted."""
-        if not self._found.curve:
+        if not self._trained.curve:
             self._measure()
-            self._found.precision = self._gradients.choose(self.plan.precision)
-            self._found.scale = LossScale() if self._found.precision == "fp16" else None
+            self._trained.precision = self._gradients.choose(self.plan.precision)
+            self._trained.scale = LossScale() if self._trained.precision == "fp16" else None
             self._started, self._judging = time.perf_counter(), 0.0
         done = self.plan.done(self._seconds, self._step)
         while done < 1.0:
@@ -206,7 +223,7 @@ class Run:
             if writes is None:
                 return True
             before, done = done, self.plan.done(self._seconds, self._step)
-            due = done * _JUDGED >= len(self._found.curve) and self._step >= self._found.curve[-1].step + _LEAST_STEPS
+            due = done * _JUDGED >= len(self._trained.curve) and self._step >= self._trained.curve[-1].step + _LEAST_STEPS
             tried = before < _TRIED <= done
             if done >= 1.0 or tried or (due and self._judges):
                 self._measure()
@@ -214,7 +231,7 @@ class Run:
                 self._slow_down()
             self._tell(done)
             if self._ending and done < 1.0:
-                self._found.stopped = "it was interrupted"
+                self._trained.stopped = "it was interrupted"
                 return False
             if writes and done < 1.0:
                 self._save()
@@ -222,9 +239,9 @@ class Run:
 
     def _slow_down(self) -> None:
         """Go back to the start, and on at a lower rate, if the held-out loss is twice as large and never was smaller."""
-        first, *_, last = (point.held_out for point in self._found.curve)
-        if last > first + _WORSE * abs(first) and self._found.best is self._found.curve[0]:
-            self._found.slowed = self._step
+        first, *_, last = (point.held_out for point in self._trained.curve)
+        if last > first + _WORSE * abs(first) and self._trained.best is self._trained.curve[0]:
+            self._trained.slowed = self._step
             self._restore_best()
             self._optimizer.state.clear()
 
@@ -233,18 +250,18 @@ class Run:
 
         Rank 0 decides on the time, on measuring and on writing; an interrupt of any rank is one of all.
         """
-        rate = self.plan.rate(done) * (1.0 if self._found.slowed is None else SLOWED)
+        rate = self.plan.rate(done) * (1.0 if self._trained.slowed is None else SLOWED)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        scale = self._found.scale
+        scale = self._trained.scale
         factor = 1.0 if scale is None else scale.factor
-        value = self._gradients.compute(batch, done, self._found.precision, factor)
+        value = self._gradients.compute(batch, done, self._trained.precision, factor)
         first = self.ranks.rank == 0
         writes = first and self.checkpoint is not None and self.checkpoint.due(self._measured)
         seconds = time.perf_counter() - self._started if first else 0.0
         judges = first and (self.plan.seconds is None or self._judging + self._last_judging <= _JUDGING * seconds)
         loss, self._seconds, writes, judged, interrupted, *present = self.ranks.sums(
-            [float(value), seconds, writes, judges, self._interrupt.seen, *(item.grad is not None for item in self._items)]
+            [float(value), seconds, writes, judges, self._interrupt.seen, *(weight.grad is not None for weight in self._items)]
         )
         self._judges = judged > 0
         if self.shards is None:
@@ -255,9 +272,9 @@ class Run:
             if scale is not None:
                 scale.keep()
         elif scale is None or not math.isfinite(loss) or not scale.halve():
-            self._found.stopped = f"the loss or its gradient was not finite after {self._step} steps"
+            self._trained.stopped = f"the loss or its gradient was not finite after {self._step} steps"
             if scale is not None:
-                self._found.stopped += ", in float16 where numbers end at 65,504; precision=bf16 has the range of float32"
+                self._trained.stopped += ", in float16 where numbers end at 65,504; precision=bf16 has the range of float32"
             return None
         self._recent.append(loss)
         self._step += 1
@@ -280,13 +297,13 @@ class Run:
     def _tell(self, done: float) -> None:
         left = self._seconds * (1 - done) / max(done, 1e-6)
         loss = f"loss {self._recent[-1]:.4g}, " if self._recent else ""
-        self.report(f"{loss}held out {self._found.curve[-1].held_out:.4g}, {left:.0f} s left", done)
+        self.report(f"{loss}held out {self._trained.curve[-1].held_out:.4g}, {left:.0f} s left", done)
 
     def _restore_best(self) -> None:
         with torch.no_grad():
-            for name, item in self.learned.items():
-                item.copy_(self._kept[name])
-                item.grad = None
+            for name, parameter in self.learned.items():
+                parameter.copy_(self._kept[name])
+                parameter.grad = None
 
     def _resume(self) -> bool:
         """Take over the state of the checkpoint, if there is one; True when its run is finished."""
@@ -294,15 +311,15 @@ class Run:
             return False
         state, tensors = read
         for point in state.curve:
-            if self._found.best is None or point.held_out < self._found.best.held_out:
-                self._found.best = point
-        self._found.curve, self._found.precision, self._found.stopped = state.curve, state.precision, state.stopped
-        self._found.resumed, self._found.slowed, self._step = state.step, state.slowed, state.step
-        self._found.scale = state.scale
+            if self._trained.best is None or point.held_out < self._trained.best.held_out:
+                self._trained.best = point
+        self._trained.curve, self._trained.precision, self._trained.stopped = state.curve, state.precision, state.stopped
+        self._trained.resumed, self._trained.slowed, self._step = state.step, state.slowed, state.step
+        self._trained.scale = state.scale
         with torch.no_grad():
-            for name, item in self.learned.items():
+            for name, parameter in self.learned.items():
                 self._kept[name].copy_(tensors[BEST + name])
-                item.copy_(tensors[(BEST if state.finished else WEIGHT) + name])
+                parameter.copy_(tensors[(BEST if state.finished else WEIGHT) + name])
         if not state.finished:
             self._recent, self._order, self._seconds = state.recent, state.order, state.seconds
             self._started = time.perf_counter() - state.seconds
@@ -315,12 +332,16 @@ class Run:
         return state.finished
 
     def _set_moments(self, state: State, tensors: Mapping[str, torch.Tensor]) -> None:
-        found = self._optimizer.state_dict()
+        optimizer_state = self._optimizer.state_dict()
         for index, name in enumerate(self._names()):
             if name in state.updates:
                 steps = torch.tensor(float(state.updates[name]))
-                found["state"][index] = {"step": steps, "exp_avg": tensors[FIRST + name], "exp_avg_sq": tensors[SECOND + name]}
-        self._optimizer.load_state_dict(found)
+                optimizer_state["state"][index] = {
+                    "step": steps,
+                    "exp_avg": tensors[FIRST + name],
+                    "exp_avg_sq": tensors[SECOND + name],
+                }
+        self._optimizer.load_state_dict(optimizer_state)
 
     def _names(self) -> list[str]:
         """The names of the parameters in the order of the optimizer."""
@@ -329,7 +350,8 @@ class Run:
     def _tensors_of(self, state: State) -> dict[str, torch.Tensor]:
         """The tensors of a state by name; those of this run, where the state is its own.
 
-        Raises: ArtifactError when the state does not fit this run.
+        Raises:
+            ArtifactError: when the state does not fit this run.
         """
         if not {*state.updates} <= {*self.learned}:
             raise _unfit("it has other weights")
@@ -337,35 +359,37 @@ class Run:
             raise _unfit(f"its order is not one of {self.count} batches")
         if state.precision not in AUTOCAST or (state.scale is not None) != (state.precision == "fp16"):
             raise _unfit(f"its precision is '{state.precision}', {'with' if state.scale else 'without'} a scale of losses")
-        found = {BEST + name: item for name, item in self._kept.items()}
+        tensors = {BEST + name: tensor for name, tensor in self._kept.items()}
         if state.finished:
-            return found
-        found |= {WEIGHT + name: item.detach() for name, item in self.learned.items()}
+            return tensors
+        tensors |= {WEIGHT + name: parameter.detach() for name, parameter in self.learned.items()}
         for name in state.updates:
             held = self._optimizer.state.get(self.learned[name], {})
-            found[FIRST + name] = held.get("exp_avg", self._kept[name])
-            found[SECOND + name] = held.get("exp_avg_sq", self._kept[name])
-        return found | {ORDER_GENERATOR: self._generator.get_state(), GLOBAL_GENERATOR: torch.get_rng_state()}
+            tensors[FIRST + name] = held.get("exp_avg", self._kept[name])
+            tensors[SECOND + name] = held.get("exp_avg_sq", self._kept[name])
+        return tensors | {ORDER_GENERATOR: self._generator.get_state(), GLOBAL_GENERATOR: torch.get_rng_state()}
 
     def _save(self, *, finished: bool = False) -> None:
         if self.checkpoint is None:
             return
         steps = {
-            name: self._optimizer.state[item]["step"] for name, item in self.learned.items() if item in self._optimizer.state
+            name: self._optimizer.state[parameter]["step"]
+            for name, parameter in self.learned.items()
+            if parameter in self._optimizer.state
         }
         updates = {name: int(count) for name, count in steps.items()}
         state = State(
             self._step,
             self._seconds,
-            self._found.precision,
+            self._trained.precision,
             self._order,
             self._recent,
-            self._found.curve,
+            self._trained.curve,
             updates,
             finished,
-            self._found.stopped if finished else None,
-            self._found.slowed,
-            self._found.scale,
+            self._trained.stopped if finished else None,
+            self._trained.slowed,
+            self._trained.scale,
         )
         self.checkpoint.write(state, self._tensors_of(state))
         self._measured = False

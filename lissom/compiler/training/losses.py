@@ -47,8 +47,11 @@ _SMALL = 1e-12
 class Output:
     """An output of a program that a student can learn.
 
-    index: among the flat outputs. form: its form. shifted: whether the label of a token is the token after it.
-    head: of token logits whose loss is computed from the hidden state, see `vocabulary`; None for any other output.
+    Attributes:
+        index: among the flat outputs.
+        form: its form.
+        shifted: whether the label of a token is the token after it.
+        head: of token logits whose loss is computed from the hidden state, see `vocabulary`; None for any other output.
     """
 
     index: int
@@ -65,7 +68,7 @@ class Output:
 
 def outputs_of(program: Program) -> tuple[list[Output], list[str]]:
     """The outputs that have a form, and a sentence on each of the others."""
-    found: list[Output] = []
+    outputs: list[Output] = []
     skipped: list[str] = []
     for index, leaf in enumerate(program.leaves):
         form = _form(program, leaf)
@@ -74,10 +77,10 @@ def outputs_of(program: Program) -> tuple[list[Output], list[str]]:
             skipped.append(
                 f"output {index}, {shown}, is neither logits, scores, embeddings nor hidden states, and is not trained on"
             )
-        elif all(leaf is not other.node for other in found):
+        elif all(leaf is not output.node for output in outputs):
             shifted = form == "logits" and nodes.tensor_type(leaf).rank == 3 and _is_causal(program)
-            found.append(Output(index, leaf, form, shifted, _head(program, leaf) if form == "logits" else None))
-    return found, skipped
+            outputs.append(Output(index, leaf, form, shifted, _head(program, leaf) if form == "logits" else None))
+    return outputs, skipped
 
 
 def predicts_next_tokens(outputs: Sequence[Output]) -> bool:
@@ -129,51 +132,57 @@ def real_tokens(program: Program, sample: Sample, output: Output) -> torch.Tenso
 
 
 def distance(
-    form: Form, found: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor | None = None, temperature: float = 1.0
+    form: Form, output: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor | None = None, temperature: float = 1.0
 ) -> torch.Tensor:
     """The loss of a student's output against the teacher's, [] in float32.
 
-    found, wanted: [rows, features] or [rows, tokens, features]; scores may be [rows]. real: of the tokens, [rows, tokens].
+    Args:
+        output: [rows, features] or [rows, tokens, features]; scores may be [rows].
+        wanted: likewise.
+        real: of the tokens, [rows, tokens].
     """
     if form == "hidden":
-        return squared_error(found.float(), wanted.float(), real)
+        return squared_error(output.float(), wanted.float(), real)
     if real is not None:
-        found, wanted = found[real], wanted[real]
+        output, wanted = output[real], wanted[real]
     if form == "scores":
-        return score_error(found.float().flatten(), wanted.float().flatten())
-    found, wanted = found.float().flatten(0, -2), wanted.float().flatten(0, -2)
-    return divergence(found, wanted, temperature) if form == "logits" else embedding_distance(found, wanted)
+        return score_error(output.float().flatten(), wanted.float().flatten())
+    output, wanted = output.float().flatten(0, -2), wanted.float().flatten(0, -2)
+    return divergence(output, wanted, temperature) if form == "logits" else embedding_distance(output, wanted)
 
 
-def divergence(found: torch.Tensor, wanted: torch.Tensor, temperature: float) -> torch.Tensor:
-    """τ² · KL(softmax(wanted / τ) ‖ softmax(found / τ)), the mean over rows; both [rows, classes]."""
-    log_q, log_p = (item.div(temperature).log_softmax(-1) for item in (found, wanted))
-    return temperature**2 * functional.kl_div(log_q, log_p, reduction="sum", log_target=True) / total(len(found))
+def divergence(output: torch.Tensor, wanted: torch.Tensor, temperature: float) -> torch.Tensor:
+    """τ² · KL(softmax(wanted / τ) ‖ softmax(output / τ)), the mean over rows; both [rows, classes]."""
+    log_q, log_p = (logits.div(temperature).log_softmax(-1) for logits in (output, wanted))
+    return temperature**2 * functional.kl_div(log_q, log_p, reduction="sum", log_target=True) / total(len(output))
 
 
-def embedding_distance(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def embedding_distance(output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """1 - cosine, the mean over rows, plus the mean squared difference of the cosines between rows; both [rows, features]."""
-    found, wanted = (functional.normalize(item, dim=-1) for item in (found, wanted))
-    pairs = (found @ all_rows(found).T - wanted @ all_rows(wanted).T).square().sum() / total(len(found)) ** 2
+    output, wanted = (functional.normalize(vectors, dim=-1) for vectors in (output, wanted))
+    pairs = (output @ all_rows(output).T - wanted @ all_rows(wanted).T).square().sum() / total(len(output)) ** 2
     # A pair counts twice, once with each row in front: the rows behind, without gradients, stand for the other half.
-    return mean(1 - (found * wanted).sum(-1)) + 2 * pairs - pairs.detach()
+    return mean(1 - (output * wanted).sum(-1)) + 2 * pairs - pairs.detach()
 
 
-def score_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """mean (found - wanted)² / variance of wanted; both [rows].
+def score_error(output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """mean (output - wanted)² / variance of wanted; both [rows].
 
     The variance counts as at least a hundredth of the mean square, since a batch may have one row.
     """
     with torch.no_grad():
         squares = mean(wanted.square())
         spread = (squares - mean(wanted).square()).maximum(0.01 * squares).clamp_min(_SMALL)
-    return mean((found - wanted).square()) / spread
+    return mean((output - wanted).square()) / spread
 
 
-def squared_error(found: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
-    """‖found - wanted‖² / ‖wanted - mean of wanted‖² over the real rows.
+def squared_error(output: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
+    """‖output - wanted‖² / ‖wanted - mean of wanted‖² over the real rows.
 
-    found, wanted: [..., features]. real: [...]; None when all rows are real.
+    Args:
+        output: [..., features].
+        wanted: [..., features].
+        real: [...]; None when all rows are real.
     """
     padding = None if real is None else (~real).flatten().nonzero().squeeze(1)
     with torch.no_grad():
@@ -182,19 +191,19 @@ def squared_error(found: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor 
         centered.sub_(total(centered.flatten(0, -2).sum(0)) / total(count))
         centered = _without(padding, centered).flatten()
         spread = total(centered.dot(centered)).clamp_min(_SMALL)
-    return _SumOfSquares.apply(found, wanted, padding) / spread
+    return _SumOfSquares.apply(output, wanted, padding) / spread
 
 
 class _SumOfSquares(torch.autograd.Function):
-    """Σ (found - wanted)² over the rows without padding, differentiable in found.
+    """Σ (output - wanted)² over the rows without padding, differentiable in output.
 
     The hidden states of all layers go through it in a step. It takes two passes over memory and one back; a selection by the
     mask and back takes a dozen.
     """
 
     @staticmethod
-    def forward(ctx: Any, found: torch.Tensor, wanted: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-        difference = _without(padding, found - wanted)
+    def forward(ctx: Any, output: torch.Tensor, wanted: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        difference = _without(padding, output - wanted)
         ctx.save_for_backward(difference)
         return difference.flatten().dot(difference.flatten())
 
@@ -214,8 +223,9 @@ def _without(padding: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
 def cross_entropy(output: Output, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The cross-entropy of logits with labels, [] in float32; squared error where there is one number per row.
 
-    logits: [rows, classes] with labels [rows], or [rows, tokens, classes] with labels [rows, tokens]. Tokens with the label
-    -100 do not count. Where a token sees only those before it, it predicts the label of the next token.
+    Args:
+        logits: [rows, classes] with labels [rows], or [rows, tokens, classes] with labels [rows, tokens]. Tokens with the label
+            -100 do not count. Where a token sees only those before it, it predicts the label of the next token.
     """
     logits = logits.float()
     if labels.is_floating_point():
@@ -233,7 +243,8 @@ def next_labels(output: Output, labels: torch.Tensor) -> torch.Tensor:
 def labelled_output(program: Program, outputs: Sequence[Output], batches: Sequence[Batch]) -> Output | None:
     """The output that the labels belong to, with whether they are those of the next token; None without labels.
 
-    Raises: RequirementError when only some batches have labels, or no output fits them.
+    Raises:
+        RequirementError: when only some batches have labels, or no output fits them.
     """
     known = [batch for batch in batches if batch.labels is not None]
     if not known:
@@ -245,13 +256,13 @@ def labelled_output(program: Program, outputs: Sequence[Output], batches: Sequen
         )
     labels, sizes = known[0].labels, program.signature.sizes_of(known[0].inputs)
     assert labels is not None
-    found: list[torch.Size] = []
+    output_shapes: list[torch.Size] = []
     for output in outputs:
         tokens = nodes.tensor_type(output.compared).shape[:-1]
-        found.append(torch.Size(evaluate(size, sizes) for size in (*tokens, nodes.tensor_type(output.node).shape[-1])))
-        if _fits(output, found[-1], labels):
+        output_shapes.append(torch.Size(evaluate(size, sizes) for size in (*tokens, nodes.tensor_type(output.node).shape[-1])))
+        if _fits(output, output_shapes[-1], labels):
             return replace(output, shifted=_predicts_next(output, known))
-    shapes = ", ".join(str(list(shape)) for shape in found)
+    shapes = ", ".join(str(list(shape)) for shape in output_shapes)
     raise RequirementError(f"labels of shape {list(labels.shape)} fit no output: they have the shapes {shapes}")
 
 

@@ -29,8 +29,11 @@ _BUCKET_BYTES = 25 << 20
 class Ranks:
     """The ranks of one run; a single one without a process group, for which every sum is the value itself.
 
-    rank, world_size: this rank and the number of ranks. fraction: of the rows of the current batch that this rank has; 0 where
-    the batch has fewer rows than there are ranks, and this rank runs on a row that does not count.
+    Attributes:
+        rank: this rank.
+        world_size: the number of ranks.
+        fraction: of the rows of the current batch that this rank has; 0 where the batch has fewer rows than there are ranks,
+            and this rank runs on a row that does not count.
     """
 
     def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
@@ -40,7 +43,7 @@ class Ranks:
 
     @contextmanager
     def answering(self) -> Generator[None]:
-        """Convert torch's errors about ranks that do not respond. Raises: RankError."""
+        """Convert torch's errors about ranks that do not respond. Raises RankError."""
         try:
             yield
         except RuntimeError as error:
@@ -61,25 +64,29 @@ class Ranks:
         return self.sum(torch.tensor(values, dtype=torch.float64, device=self._device)).tolist()
 
     def add_gradients(self, items: Sequence[nn.Parameter], present: Sequence[bool]) -> None:
-        """Give every rank the sum of all ranks' gradients. present: which parameters have a gradient on any rank."""
+        """Give every rank the sum of all ranks' gradients.
+
+        Args:
+            present: which parameters have a gradient on any rank.
+        """
         if self.world_size == 1:
             return
         bucket, size = list[torch.Tensor](), 0
-        for item in [item for item, has in zip(items, present, strict=True) if has]:
-            if item.grad is None:
-                item.grad = torch.zeros_like(item)
-            if bucket and (size + item.grad.nbytes > _BUCKET_BYTES or item.grad.dtype != bucket[0].dtype):
+        for parameter in [parameter for parameter, has in zip(items, present, strict=True) if has]:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if bucket and (size + parameter.grad.nbytes > _BUCKET_BYTES or parameter.grad.dtype != bucket[0].dtype):
                 self._sum_bucket(bucket)
                 bucket, size = [], 0
-            bucket.append(item.grad)
-            size += item.grad.nbytes
+            bucket.append(parameter.grad)
+            size += parameter.grad.nbytes
         if bucket:
             self._sum_bucket(bucket)
 
     def _sum_bucket(self, tensors: Sequence[torch.Tensor]) -> None:
-        whole = self.sum(torch.cat([item.reshape(-1) for item in tensors]))
-        for item, part in zip(tensors, whole.split([item.numel() for item in tensors]), strict=True):
-            item.copy_(part.view_as(item))
+        whole = self.sum(torch.cat([gradient.reshape(-1) for gradient in tensors]))
+        for gradient, part in zip(tensors, whole.split([gradient.numel() for gradient in tensors]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
         """The tensor of rank `source`, in place; its device may be another than that of the group."""
@@ -93,8 +100,8 @@ class Ranks:
     def broadcast_bytes(self, data: bytes, source: int = 0) -> bytes:
         """The bytes of rank `source`."""
         length = int(self.broadcast(torch.tensor([len(data)]), source))
-        found = torch.frombuffer(bytearray(data.ljust(length, b"\0")[:length] or b"\0"), dtype=torch.uint8)
-        return self.broadcast(found, source).numpy().tobytes()[:length]
+        buffer = torch.frombuffer(bytearray(data.ljust(length, b"\0")[:length] or b"\0"), dtype=torch.uint8)
+        return self.broadcast(buffer, source).numpy().tobytes()[:length]
 
     def settle(self, problem: str | None) -> str | None:
         """The problem of the first rank that has one, on all ranks; None when none has."""
@@ -104,9 +111,13 @@ class Ranks:
         return self.broadcast_bytes((problem or "").encode(), next(rank for rank, has in enumerate(failed) if has)).decode()
 
     def agree(self, facts: Mapping[str, str]) -> None:
-        """Refuse ranks that train something else. facts: texts by name.
+        """Refuse ranks that train something else.
 
-        Raises: RankError, on all ranks, when a fact of one differs from that of rank 0.
+        Args:
+            facts: texts by name.
+
+        Raises:
+            RankError: on all ranks, when a fact of one differs from that of rank 0.
         """
         mine = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little") for text in facts.values()]
         first = self.broadcast(torch.tensor(mine)).tolist()
@@ -128,10 +139,10 @@ class Ranks:
         lengths = [int(count) for count in self.sums(counts)]
         padded = rows.new_zeros(max(lengths), *rows.shape[1:])
         padded[: lengths[self.rank]] = rows[: lengths[self.rank]]
-        found = [torch.empty_like(padded) for _ in lengths]
+        parts = [torch.empty_like(padded) for _ in lengths]
         with self.answering():
-            dist.all_gather(found, padded, group=self._group)
-        return torch.cat([part[:length] for part, length in zip(found, lengths, strict=True)])
+            dist.all_gather(parts, padded, group=self._group)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def gather_shards(self, shard: torch.Tensor) -> torch.Tensor:
         """The equal shards of all ranks one after the other: [elements] becomes [world_size · elements]."""
@@ -177,11 +188,11 @@ def data_parallel(device: torch.device) -> Generator[Ranks]:
     if not any(known is world for known, _ in _KNOWN):
         with Ranks().answering():
             _KNOWN[:] = [(world, dist.new_group(backend="nccl" if device.type == "cuda" else "gloo"))]
-    token = _CURRENT.set(found := Ranks(_KNOWN[0][1], device))
+    token = _CURRENT.set(ranks := Ranks(_KNOWN[0][1], device))
     try:
-        yield found
+        yield ranks
     except BaseException:
-        del found
+        del ranks
         _KNOWN.pop()[1].abort()
         raise
     finally:

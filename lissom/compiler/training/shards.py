@@ -40,7 +40,11 @@ class _Gather(torch.autograd.Function):
 
 
 class _Whole(nn.Module):
-    """The parametrization of a sharded weight. shape: of the whole weight."""
+    """The parametrization of a sharded weight.
+
+    Args:
+        shape: of the whole weight.
+    """
 
     def __init__(self, shards: Shards, shape: torch.Size) -> None:
         super().__init__()
@@ -53,22 +57,23 @@ class _Whole(nn.Module):
 class Shards:
     """The learned weights of a program, sharded over the ranks until the block of `sharded` ends.
 
-    parameters: this rank's shards by name, [elements / world_size], padded with zeros.
+    Attributes:
+        parameters: this rank's shards by name, [elements / world_size], padded with zeros.
     """
 
     def __init__(self, program: Program, learned: Mapping[str, nn.Parameter], ranks: Ranks) -> None:
         self._program, self._ranks = program, ranks
-        self._shapes = {name: item.shape for name, item in learned.items()}
+        self._shapes = {name: parameter.shape for name, parameter in learned.items()}
         # By the address of a whole weight, which another tensor takes once the weight is freed.
         self._live: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor, torch.Size]] = {}
-        made = {item: nn.Parameter(self.partition(item.detach())) for item in learned.values()}
-        self.parameters = {name: made[item] for name, item in learned.items()}
+        made = {parameter: nn.Parameter(self.partition(parameter.detach())) for parameter in learned.values()}
+        self.parameters = {name: made[parameter] for name, parameter in learned.items()}
         for name, shard in self.parameters.items():
             program.set_weight(name, shard)
             parametrize.register_parametrization(*self._owner(name), _Whole(self, self._shapes[name]), unsafe=True)
-        for item in made:
+        for parameter in made:
             # Its memory; others may still hold the parameter.
-            item.data = item.new_empty(0)
+            parameter.data = parameter.new_empty(0)
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, leaf = name.rpartition(".")
@@ -77,17 +82,17 @@ class Shards:
     def partition(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's shard of a whole tensor, in memory of its own."""
         size = -(-whole.numel() // self._ranks.world_size)
-        found = whole.new_zeros(size)
+        shard = whole.new_zeros(size)
         part = whole.reshape(-1)[self._ranks.rank * size : (self._ranks.rank + 1) * size]
-        found[: part.numel()] = part
-        return found
+        shard[: part.numel()] = part
+        return shard
 
     def gather(self, shard: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """The whole weight, known to `regathering` while it lives."""
-        found = _Gather.apply(shard, self._ranks, shape)
-        assert isinstance(found, torch.Tensor)
-        self._live[found.untyped_storage().data_ptr()] = weakref.ref(found), shard.detach(), shape
-        return found
+        whole = _Gather.apply(shard, self._ranks, shape)
+        assert isinstance(whole, torch.Tensor)
+        self._live[whole.untyped_storage().data_ptr()] = weakref.ref(whole), shard.detach(), shape
+        return whole
 
     @contextmanager
     def regathering(self) -> Generator[None]:

@@ -34,8 +34,10 @@ from lissom.errors import RequirementError
 class Targets:
     """The distillation targets of one batch.
 
-    outputs: by their index; the last hidden state for logits over a large vocabulary. hidden: hidden states by the name of the
-    residual add. real: for each of both which tokens are no padding, by the same keys; None when all are real.
+    Attributes:
+        outputs: by their index; the last hidden state for logits over a large vocabulary.
+        hidden: hidden states by the name of the residual add.
+        real: for each of both which tokens are no padding, by the same keys; None when all are real.
     """
 
     outputs: Mapping[int, torch.Tensor]
@@ -45,7 +47,12 @@ class Targets:
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of a batch. output: that they belong to. alpha: the weight of their cross-entropy against all other losses."""
+    """The labels of a batch.
+
+    Attributes:
+        output: that they belong to.
+        alpha: the weight of their cross-entropy against all other losses.
+    """
 
     output: Output
     values: torch.Tensor
@@ -56,8 +63,12 @@ class Labels:
 class Teacher:
     """The program before the first lossy pass, its student, and the places where they are compared.
 
-    runs, student: the parts of teacher and student that a step runs, see `Trunk`. outputs: of the student, that are compared.
-    heads: of the teacher, by the index of those outputs that have one. residuals: the residual adds that both have, by name.
+    Attributes:
+        runs: the part of the teacher that a step runs, see `Trunk`.
+        student: that of the student.
+        outputs: of the student, that are compared.
+        heads: of the teacher, by the index of those outputs that have one.
+        residuals: the residual adds that both have, by name.
     """
 
     program: Program
@@ -69,13 +80,20 @@ class Teacher:
 
     @classmethod
     def of(cls, program: Program, outputs: Sequence[Output], student: Program, name: str) -> Teacher:
-        """name: of the pass, for the error. Raises: RequirementError when an output of the student has another shape."""
+        """The teacher of a student.
+
+        Args:
+            name: of the pass, for the error.
+
+        Raises:
+            RequirementError: when an output of the student has another shape.
+        """
         theirs = program.leaves
         for output in outputs:
-            wanted, found = nodes.tensor_type(theirs[output.index]), nodes.tensor_type(output.node)
-            if wanted.shape[-1] != found.shape[-1] or wanted.rank != found.rank:
+            wanted, given = nodes.tensor_type(theirs[output.index]), nodes.tensor_type(output.node)
+            if wanted.shape[-1] != given.shape[-1] or wanted.rank != given.rank:
                 raise RequirementError(
-                    f"{name}: output {output.index} has {found.shape[-1]} features, and had {wanted.shape[-1]} before the "
+                    f"{name}: output {output.index} has {given.shape[-1]} features, and had {wanted.shape[-1]} before the "
                     f"first lossy pass, so there is nothing to compare it with; use finetune with labels"
                 )
         heads = {output.index: head for output in outputs if (head := _counterpart(program, theirs[output.index], output))}
@@ -95,8 +113,8 @@ class Teacher:
                 hidden[node.name] = value
 
         with torch.no_grad():
-            found = self.runs.run(sample, observe)
-        outputs = {output.index: value for output in self.outputs if isinstance(value := found[output.index], torch.Tensor)}
+            values = self.runs.run(sample, observe)
+        outputs = {output.index: value for output in self.outputs if isinstance(value := values[output.index], torch.Tensor)}
         real: dict[int | str, torch.Tensor | None] = {
             output.index: real_tokens(self.program, sample, output) for output in self.outputs
         }
@@ -128,13 +146,13 @@ class Teacher:
             errors.append(distance("hidden", value, wanted, targets.real[node.name]))
             return wanted.to(value.dtype) if replaces else None
 
-        found = self.student.run(sample, observe if hidden and targets.hidden else None)
+        values = self.student.run(sample, observe if hidden and targets.hidden else None)
         share = 1.0 if labels is None else 1 - labels.alpha
         total = torch.zeros(())
         for output in self.outputs:
             if replaces and output.head is not None and any(error.requires_grad for error in errors):
                 continue
-            value = found[output.index]
+            value = values[output.index]
             assert isinstance(value, torch.Tensor)
             own = labels if labels is not None and labels.output.index == output.index else None
             total = total + self._loss(output, value, targets, temperature, share, own)
@@ -167,5 +185,5 @@ def _counterpart(program: Program, leaf: object, output: Output) -> LmHead | Non
     """The teacher's LM head for an output of the student that has one, where both give logits for the same tokens."""
     if output.head is None or (head := lm_head_of(program, leaf)) is None:
         return None
-    tokens, wanted = (nodes.tensor_type(item.hidden).shape[:2] for item in (output.head, head))
+    tokens, wanted = (nodes.tensor_type(lm_head.hidden).shape[:2] for lm_head in (output.head, head))
     return head if tokens == wanted else None

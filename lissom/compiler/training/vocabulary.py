@@ -38,8 +38,11 @@ probability 1e-5 would be 2e-8. The gradient by a logit is at most the weight, i
 class Supervision:
     """Supervision of the tokens of a batch. All tensors are by token, [tokens].
 
-    teacher: an LM head with its hidden state [tokens, width]. shares: the weight of the token's divergence from the teacher.
-    labels: -100 for tokens without one. alphas: the weight of the token's cross-entropy.
+    Attributes:
+        teacher: an LM head with its hidden state [tokens, width].
+        shares: the weight of the token's divergence from the teacher.
+        labels: -100 for tokens without one.
+        alphas: the weight of the token's cross-entropy.
     """
 
     temperature: float
@@ -49,7 +52,11 @@ class Supervision:
     alphas: torch.Tensor
 
     def of(self, chosen: torch.Tensor) -> Supervision:
-        """Supervision of the selected tokens; chosen: booleans, [tokens]."""
+        """Supervision of the selected tokens.
+
+        Args:
+            chosen: booleans, [tokens].
+        """
         teacher = None if self.teacher is None else (self.teacher[0], self.teacher[1][chosen])
         return Supervision(self.temperature, teacher, self.shares[chosen], self.labels[chosen], self.alphas[chosen])
 
@@ -79,8 +86,10 @@ def supervision(
 
     Means are over the tokens of all ranks.
 
-    hidden: of the student, [batch, tokens, width]; that of the teacher has its own width. real, labels: [batch, tokens]; None
-        where all tokens are real, or none has a label.
+    Args:
+        hidden: of the student, [batch, tokens, width]; that of the teacher has its own width.
+        real: [batch, tokens]; None where all tokens are real.
+        labels: [batch, tokens]; None where none has a label.
     """
     alphas = shares = torch.zeros(hidden.shape[:2], device=hidden.device)
     if teacher is not None:
@@ -97,7 +106,10 @@ def supervision(
 def vocabulary_loss(head: LmHead, hidden: torch.Tensor, learned: Supervision, *, elements: int = ELEMENTS) -> torch.Tensor:
     """The loss L of a student's hidden state [batch, tokens, width], [] in float32.
 
-    Products are computed in the dtype of autocast, losses in float32. elements: the most logits at a time.
+    Products are computed in the dtype of autocast, losses in float32.
+
+    Args:
+        elements: the most logits at a time.
     """
     rows, device = hidden.flatten(0, 1), hidden.device.type
     counted = (learned.shares != 0) | (learned.alphas != 0)
@@ -112,8 +124,8 @@ def vocabulary_loss(head: LmHead, hidden: torch.Tensor, learned: Supervision, *,
     with torch.autocast(device, enabled=False):
         factor = learned.factor_in(student.weight.dtype)
         learned = learned.times(factor)
-        found: Any = _Loss.apply(student.rows, student.weight, student.bias, head, teacher, learned, count, differentiated)
-    return found / factor
+        loss: Any = _Loss.apply(student.rows, student.weight, student.bias, head, teacher, learned, count, differentiated)
+    return loss / factor
 
 
 @dataclass(frozen=True)
@@ -168,9 +180,9 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (given,), found = gradients, ctx.gradients
+        (given,), computed = gradients, ctx.gradients
         del ctx.gradients
-        scaled = [item if item is None or bool(given == 1) else item * given for item in found]
+        scaled = [gradient if gradient is None or bool(given == 1) else gradient * given for gradient in computed]
         return (*scaled, *[None] * 5)
 
 

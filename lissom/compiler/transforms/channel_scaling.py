@@ -47,7 +47,11 @@ _CARRYING = {*SHAPES, getitem, aten.relu.default, aten.leaky_relu.default, aten.
 
 @dataclass(frozen=True)
 class Reader:
-    """A linear layer that reads the channels. channel: [in_features], the channel each column reads; -1 for none."""
+    """A linear layer that reads the channels.
+
+    Attributes:
+        channel: [in_features], the channel each column reads; -1 for none.
+    """
 
     layer: fx.Node
     matrix: Matrix
@@ -58,7 +62,8 @@ class Reader:
 class Parameter:
     """A weight or bias of the producer of the channels.
 
-    channel: [size of `dim`], the channel each index produces; -1 for none.
+    Attributes:
+        channel: [size of `dim`], the channel each index produces; -1 for none.
     """
 
     node: fx.Node
@@ -68,7 +73,12 @@ class Parameter:
 
 @dataclass(frozen=True)
 class ScalingSite:
-    """Channels that can be scaled. producer: a norm or a linear layer. matrix: of the linear layer, None for a norm."""
+    """Channels that can be scaled.
+
+    Attributes:
+        producer: a norm or a linear layer.
+        matrix: of the linear layer, None for a norm.
+    """
 
     producer: fx.Node
     count: int
@@ -77,11 +87,19 @@ class ScalingSite:
     matrix: Matrix | None
 
     def by_channel(self, reader: Reader, values: torch.Tensor) -> torch.Tensor:
-        """The largest of the values of each channel's columns, [channels]. values: [in_features], not negative."""
+        """The largest of the values of each channel's columns, [channels].
+
+        Args:
+            values: [in_features], not negative.
+        """
         return _largest(values, reader.channel, self.count)
 
     def columns(self, reader: Reader, factors: torch.Tensor) -> torch.Tensor:
-        """The factor of each column of a reader, [in_features]. factors: [channels]."""
+        """The factor of each column of a reader, [in_features].
+
+        Args:
+            factors: [channels].
+        """
         return _spread(factors, reader.channel)
 
     def read_sizes(self, program: Program) -> torch.Tensor:
@@ -96,12 +114,15 @@ class ScalingSite:
         return _largest(rows, self.parameters[0].channel, self.count)
 
     def scale(self, edit: Editor, factors: torch.Tensor) -> None:
-        """Divide the channels by these factors, and multiply the columns that read them. factors: [channels], positive.
+        """Divide the channels by these factors, and multiply the columns that read them.
 
         For weights in reduced precision the factors are rounded to powers of two, which change no weight's mantissa.
+
+        Args:
+            factors: [channels], positive.
         """
-        made = [edit.tensor(item.node) for item in self.parameters]
-        read = [item.matrix.read(edit.program) for item in self.readers]
+        made = [edit.tensor(parameter.node) for parameter in self.parameters]
+        read = [reader.matrix.read(edit.program) for reader in self.readers]
         if any(weight.dtype.itemsize < 4 for weight in (*made, *read)):
             factors = factors.log2().round().exp2()
         for parameter, weight in zip(self.parameters, made, strict=True):
@@ -117,13 +138,13 @@ def scaling_sites(edit: Editor, *, norms: bool = True, linears: bool = True) -> 
 
     Norms, value projections and first layers of feed-forwards that are no producers are reported.
     """
-    found = edit.program.fact(structure)
-    known = set[fx.Node](found.norms)
-    known |= {layer for site in found.attention if site.output is not None for layer in site.v}
-    known |= {layer for site in found.feed_forward for layer in site.up}
+    transformer = edit.program.fact(structure)
+    known = set[fx.Node](transformer.norms)
+    known |= {layer for site in transformer.attention if site.output is not None for layer in site.v}
+    known |= {layer for site in transformer.feed_forward for layer in site.up}
     sites: list[ScalingSite] = []
     for node in edit.program.nodes():
-        if not (norms if node in found.norms else linears and is_linear(node) and node not in found.convolutions):
+        if not (norms if node in transformer.norms else linears and is_linear(node) and node not in transformer.convolutions):
             continue
         site = _site(edit.program, node)
         if not isinstance(site, str):
@@ -195,9 +216,9 @@ def _shared(own: Axis, others: list[set[Axis]]) -> tuple[Axis, ...]:
     return shared if all(isinstance(atom.size, int) for atom in shared) else ()
 
 
-def _atoms(found: Value) -> set[Axis]:
+def _atoms(value: Value) -> set[Axis]:
     """The atoms of all dimensions of a value, which may be a tuple of tensors."""
-    return {atom for item in found for atom in (item.atoms() if isinstance(item, Axis) else _atoms(item))}
+    return {atom for part in value for atom in (part.atoms() if isinstance(part, Axis) else _atoms(part))}
 
 
 def _parameters(producer: fx.Node) -> tuple[list[fx.Node], Matrix | None] | str:
@@ -268,8 +289,8 @@ def _start(producer: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
 
     Returned with the other pieces of the split.
     """
-    found = next((piece for piece in _pieces(producer, []) if not isinstance(_readers(piece[0]), str)), None)
-    return found or (producer, [])
+    start = next((piece for piece in _pieces(producer, []) if not isinstance(_readers(piece[0]), str)), None)
+    return start or (producer, [])
 
 
 def _pieces(node: fx.Node, others: list[fx.Node]) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
@@ -277,7 +298,7 @@ def _pieces(node: fx.Node, others: list[fx.Node]) -> Iterator[tuple[fx.Node, lis
     yield node, others
     if all(user.target in SHAPES or user.target is getitem for user in node.users):
         for user in node.users:
-            beside = [item for item in node.users if item is not user]
+            beside = [sibling for sibling in node.users if sibling is not user]
             yield from _pieces(user, others + beside)
 
 
@@ -288,7 +309,11 @@ def _spread(factors: torch.Tensor, channel: torch.Tensor) -> torch.Tensor:
 
 
 def _largest(values: torch.Tensor, channel: torch.Tensor, count: int) -> torch.Tensor:
-    """The largest of the values of each channel, [channels]; values: not negative."""
+    """The largest of the values of each channel, [channels].
+
+    Args:
+        values: not negative.
+    """
     index = channel.to(values.device)
-    found = torch.zeros(count, device=values.device)
-    return found.scatter_reduce_(0, index[index >= 0], values[index >= 0].float(), "amax")
+    largest = torch.zeros(count, device=values.device)
+    return largest.scatter_reduce_(0, index[index >= 0], values[index >= 0].float(), "amax")

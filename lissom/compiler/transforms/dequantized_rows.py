@@ -22,7 +22,7 @@ def dequantize_rows_only(edit: Editor, table: fx.Node) -> None:
         lookup = Embedding.of(user)
         if lookup is not None and lookup.table is table:
             with edit.before(user):
-                rows = [_rows(edit, item, lookup.ids) for item in table.all_input_nodes]
+                rows = [_rows(edit, operand, lookup.ids) for operand in table.all_input_nodes]
                 looked_up = edit.call(dequantize, *rows, **table.kwargs)
             edit.replace(user, looked_up)
 

@@ -6,15 +6,19 @@ from lissom.errors import UnsupportedError
 
 
 def check_amount(name: str, *, rank: int | None, keep: float | None, budget: float | None, amounts: str = "") -> None:
-    """Check the size options of a pass of this name. amounts: those of single layers, which may stand alone.
+    """Check the size options of a pass of this name.
 
-    Raises: UnsupportedError unless exactly one is given, rank of 1 or more, keep in (0, 1], budget in (0, 1).
+    Args:
+        amounts: those of single layers, which may stand alone.
+
+    Raises:
+        UnsupportedError: unless exactly one is given, rank of 1 or more, keep in (0, 1], budget in (0, 1).
     """
     given = [option for option, value in (("rank", rank), ("keep", keep), ("budget", budget)) if value is not None]
     if len(given) != 1 and not (amounts and not given):
-        found = " and ".join(f"{option}=" for option in given) if given else "none"
+        options = " and ".join(f"{option}=" for option in given) if given else "none"
         raise UnsupportedError(
-            f"{name} takes one of rank=, keep= and budget=, and was given {found}: write for example "
+            f"{name} takes one of rank=, keep= and budget=, and was given {options}: write for example "
             f"{name}{{budget=0.5}} for half of the bytes"
         )
     if rank is not None and rank < 1:

@@ -45,8 +45,10 @@ MINUTES = 5.0
 class Objective:
     """The training loss and the held-out loss of a run.
 
-    loss: of a training batch; takes its index and the fraction of the run that is over.
-    held_out: of a held-out batch; takes its index. close: frees what both use, after the run.
+    Attributes:
+        loss: of a training batch; takes its index and the fraction of the run that is over.
+        held_out: of a held-out batch; takes its index.
+        close: frees what both use, after the run.
     """
 
     loss: Callable[[int, float], torch.Tensor]
@@ -58,24 +60,25 @@ class Objective:
 class Fitting(Training):
     """A pass that trains weights with gradients.
 
-    minutes: the length of the run, 5 by default.
-    steps: the length in steps instead; only then do two runs give the same weights.
-    learning_rate: the highest; it falls to zero at the end. none takes 3e-4, or 2e-5 for the logits of next tokens; where
-        weights are quantized in the graph 1e-4 and 1e-5.
-    batch: rows of a step; none takes the batches of the data as they are.
-    precision: of products and activations, `fp32`, `bf16`, or `fp16` with a scale of losses that adapts, with weights in
-        float32; `auto` takes bf16 where a step on a CPU is faster in it and the gradients agree, but fp32 with `steps`: what
-        is faster may differ from run to run.
-    held_out: the fraction of the data that decides which weights stay, and is not trained on; 32 batches at
-        most, and of next tokens as many batches as have 4,096.
-    embeddings: trains embedding tables too, and LM heads tied to them.
-    scales: trains the scales of quantizers in the graph too.
-    seed: of the held-out part and of the order of the batches.
-    skip: module paths whose weights stay as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    only: module paths whose weights learn, in the same form; others stay.
-    checkpoint: a directory for the state of the run: after a kill the same call goes on where it was, and a finished run gives
-        its result again. By default there is none.
-    shard: under torchrun, shards the weights that learn, their gradients and the optimizer's state over the ranks.
+    Attributes:
+        minutes: the length of the run, 5 by default.
+        steps: the length in steps instead; only then do two runs give the same weights.
+        learning_rate: the highest; it falls to zero at the end. none takes 3e-4, or 2e-5 for the logits of next tokens; where
+            weights are quantized in the graph 1e-4 and 1e-5.
+        batch: rows of a step; none takes the batches of the data as they are.
+        precision: of products and activations, `fp32`, `bf16`, or `fp16` with a scale of losses that adapts, with weights in
+            float32; `auto` takes bf16 where a step on a CPU is faster in it and the gradients agree, but fp32 with `steps`:
+            what is faster may differ from run to run.
+        held_out: the fraction of the data that decides which weights stay, and is not trained on; 32 batches at most, and of
+            next tokens as many batches as have 4,096.
+        embeddings: trains embedding tables too, and LM heads tied to them.
+        scales: trains the scales of quantizers in the graph too.
+        seed: of the held-out part and of the order of the batches.
+        skip: module paths whose weights stay as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        only: module paths whose weights learn, in the same form; others stay.
+        checkpoint: a directory for the state of the run: after a kill the same call goes on where it was, and a finished run
+            gives its result again. By default there is none.
+        shard: under torchrun, shards the weights that learn, their gradients and the optimizer's state over the ranks.
     """
 
     minutes: float | None = None
@@ -110,7 +113,7 @@ class Fitting(Training):
 
     @abstractmethod
     def objective(self, edit: Editor, batches: Sequence[Batch], judged: Sequence[Batch]) -> Objective:
-        """The losses of the run. batches: to train on. judged: held out."""
+        """The losses of a run that trains on `batches` and holds out `judged`."""
 
     def run(self, edit: Editor) -> None:
         if not edit.data:
@@ -165,12 +168,12 @@ class Fitting(Training):
     def _batches(self, edit: Editor) -> list[Batch]:
         """The data in batches, by length where padding is cut so."""
         given = [Batch(sample, label) for sample, label in zip(edit.data, edit.labels or [None] * len(edit.data), strict=True)]
-        found = by_length(edit.program, given, self.batch)
-        if found is None:
+        buckets = by_length(edit.program, given, self.batch)
+        if buckets is None:
             return given if self.batch is None else resized(edit.program, given, self.batch)
-        before, after = found.padding_before, found.padding_after
+        before, after = buckets.padding_before, buckets.padding_after
         edit.note(f"rows of similar length share a batch: {before:.0%} of the tokens were padding, now {after:.0%}")
-        return found.batches
+        return buckets.batches
 
     def _checkpoint(self, edit: Editor, batches: Sequence[Batch], ranks: Ranks) -> Checkpoint | None:
         """The directory of the state, if there is one; ranks with another program, data or options are refused."""
@@ -211,7 +214,7 @@ class Fitting(Training):
         """All weights that do not learn. Those that share memory with one that does are copied with it."""
         own = self._names(program)
         copied = {program.weight(name).data_ptr() for name in own}
-        return {name for name, item in program.weights().items() if item.data_ptr() not in copied} - set(program.state)
+        return {name for name, weight in program.weights().items() if weight.data_ptr() not in copied} - set(program.state)
 
     def _names(self, program: Program) -> list[str]:
         """The names of the parameters that learn."""
@@ -225,12 +228,12 @@ class Fitting(Training):
     def _stays(self, program: Program) -> Callable[[str], bool]:
         """A predicate of names: True if the options leave a weight, or the scale of a quantizer, as it is."""
         tables = set[str]()
-        for item in () if self.embeddings else program.fact(structure).embeddings:
-            found = item.node.all_input_nodes[0]
-            while is_quantizer(found):
-                tables |= {str(part.target) for part in found.all_input_nodes[1:]}
-                found = found.all_input_nodes[0]
-            tables.add(str(found.target))
+        for embedding in () if self.embeddings else program.fact(structure).embeddings:
+            table = embedding.node.all_input_nodes[0]
+            while is_quantizer(table):
+                tables |= {str(part.target) for part in table.all_input_nodes[1:]}
+                table = table.all_input_nodes[0]
+            tables.add(str(table.target))
 
         def stays(name: str) -> bool:
             path = name.rpartition(".")[0]
@@ -245,13 +248,13 @@ class Fitting(Training):
     def _learned(self, program: Program) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name."""
         weights = {name: program.weight(name) for name in self._names(program)}
-        found = {name: item for name, item in weights.items() if isinstance(item, nn.Parameter) and item.requires_grad}
-        if not found:
+        learned = {name: value for name, value in weights.items() if isinstance(value, nn.Parameter) and value.requires_grad}
+        if not learned:
             raise RequirementError(
                 f"{self.name()} has no weights to train: stored integers do not learn, and skip=, only= and embeddings= may "
                 f"leave none; put it before the pass that stores integers, or change these options"
             )
-        return found
+        return learned
 
     def _record(
         self, edit: Editor, done: Trained, learned: int, rate: float, batches: Sequence[Batch], judged: Sequence[Batch]
@@ -321,26 +324,23 @@ class _Parts:
 
 
 def load_kernels_for(edit: Editor, what: str) -> None:
-    """Load the kernels on a CPU; note why there are none. what: runs by them, `the quantizers in the graph`."""
+    """Load the kernels on a CPU; note why there are none for what they run, such as `the quantizers in the graph`."""
     on_cpu = all(nodes.tensor_type(node).device.type == "cpu" for node in edit.program.output.all_input_nodes)
     if on_cpu and (missing := load_kernels()):
         edit.note(f"{what} run without Lissom's kernels, which makes a step slower: {missing}")
 
 
 def _learning_scales(program: Program, stays: Callable[[str], bool]) -> dict[str, tuple[nn.Parameter, torch.dtype]]:
-    """The scales of quantizers in the graph, as parameters in float32 that take their place; and their dtypes.
-
-    stays: whether the scale of this name is left as it is.
-    """
+    """The scales of quantizers in the graph, without those that stay, as float32 parameters in place; and their dtypes."""
     reads = [FakeQuantize(node).scale for node in program.nodes(fake_quantize)]
     names = [name for name in dict.fromkeys(str(read.target) for read in reads if read.op == "get_attr") if not stays(name)]
-    found = {
+    scales = {
         name: (nn.Parameter(program.weight(name).detach().to(torch.float32, copy=True)), program.weight(name).dtype)
         for name in names
     }
-    for name, (scale, _) in found.items():
+    for name, (scale, _) in scales.items():
         program.set_weight(name, scale)
-    return found
+    return scales
 
 
 def _default_rate(program: Program, predicts: bool) -> float:
@@ -357,9 +357,9 @@ def _rates(program: Program, scales: Collection[str]) -> dict[str, torch.Tensor]
     With one rate for a tensor of scales, the small ones among them can reach 0 in some hundred steps.
     """
     weights = program.weights()
-    others = [item for name, item in weights.items() if name not in scales and isinstance(item, nn.Parameter)]
-    matrices = [item.detach() for item in others if item.is_floating_point() and item.dim() > 1 and item.numel()]
-    sizes = [float(torch.linalg.vector_norm(item, dtype=torch.float32)) / item.numel() ** 0.5 for item in matrices]
+    others = [weight for name, weight in weights.items() if name not in scales and isinstance(weight, nn.Parameter)]
+    matrices = [weight.detach() for weight in others if weight.is_floating_point() and weight.dim() > 1 and weight.numel()]
+    sizes = [float(torch.linalg.vector_norm(matrix, dtype=torch.float32)) / matrix.numel() ** 0.5 for matrix in matrices]
     typical = max(statistics.median(sizes), LEAST) if sizes else 1.0
     return {name: weights[name].detach().abs() / typical for name in scales}
 
@@ -367,34 +367,34 @@ def _rates(program: Program, scales: Collection[str]) -> dict[str, torch.Tensor]
 @contextmanager
 def _only_these_learn(program: Program, learned: Mapping[str, nn.Parameter]) -> Generator[None]:
     """Switch off the gradients of all other parameters inside."""
-    parameters = {name: item for name, item in program.weights().items() if item.requires_grad}
-    others = [item for name, item in parameters.items() if name not in learned]
-    for item in others:
-        item.requires_grad_(False)
+    parameters = {name: parameter for name, parameter in program.weights().items() if parameter.requires_grad}
+    others = [parameter for name, parameter in parameters.items() if name not in learned]
+    for parameter in others:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for item in others:
-            item.requires_grad_(True)
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 def _zeros(learned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """The zeros of the matrices that learn, as booleans by name, which pruning made and training keeps."""
-    zeros = {name: item.detach() == 0 for name, item in learned.items() if item.dim() > 1}
+    zeros = {name: parameter.detach() == 0 for name, parameter in learned.items() if parameter.dim() > 1}
     return {name: places for name, places in zeros.items() if bool(places.any())}
 
 
 def _not_finite(program: Program, batches: Sequence[Batch]) -> str:
     """The first node that holds NaN on one of the batches, as the end of a sentence; empty when there is none."""
-    found: list[str] = []
+    places: list[str] = []
 
     def observe(node: fx.Node, value: object) -> None:
-        if not found and isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any()):
-            found.append(place(program, node))
+        if not places and isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+            places.append(place(program, node))
 
     with torch.no_grad(), kept_state(program):
         for batch in batches:
             program.run(batch.inputs, observe)
-            if found:
-                return f"; the first value that is not finite is that of {found[0]}"
+            if places:
+                return f"; the first value that is not finite is that of {places[0]}"
     return ""

@@ -30,8 +30,8 @@ def unflatten_where(edit: Editor, helps: Callable[[Editor], bool]) -> None:
 
 def _unflatten(edit: Editor) -> bool:
     """Rewrite all such products; True when there were any."""
-    found = [node for node in edit.nodes(*RESHAPES) if _is_product_of_rows(node)]
-    for node in found:
+    reshapes = [node for node in edit.nodes(*RESHAPES) if _is_product_of_rows(node)]
+    for node in reshapes:
         product = nodes.operand(node)
         with edit.before(node, like=[product]):
             turned = edit.call(aten.transpose.int, second_factor(product), 0, 1)
@@ -39,7 +39,7 @@ def _unflatten(edit: Editor) -> bool:
         edit.replace(node, layer)
     # The old reshapes and products still read their inputs.
     edit.program.drop_dead()
-    return bool(found)
+    return bool(reshapes)
 
 
 def _is_product_of_rows(node: fx.Node) -> bool:

@@ -44,10 +44,10 @@ _EXACT = {torch.bool, torch.int64}
 
 def tolerances(program: Program) -> list[float]:
     """The relative error allowed between two correct programs for each output, then for each buffer of the state."""
-    found = program.fact(node_tolerances)
+    allowed = program.fact(node_tolerances)
     writes = {str(nodes.operand(node).target): node for node in program.nodes() if nodes.is_state_write(node)}
     ends = [*program.leaves, *map(writes.get, program.state)]
-    return [found[end] if isinstance(end, fx.Node) else TOLERANCE[torch.float32] for end in ends]
+    return [allowed[end] if isinstance(end, fx.Node) else TOLERANCE[torch.float32] for end in ends]
 
 
 def tolerance_of(program: Program) -> float:
@@ -66,15 +66,16 @@ def node_tolerances(program: Program) -> dict[fx.Node, float]:
         own = TOLERANCE.get(dtype, 0.0) if computed and dtype is not None else 0.0
         coarsest[node] = 0.0 if dtype in _EXACT else max((coarsest[used] for used in node.all_input_nodes), default=0.0)
         coarsest[node] = max(coarsest[node], own)
-    return {node: found or TOLERANCE[torch.float32] for node, found in coarsest.items()}
+    return {node: tolerance or TOLERANCE[torch.float32] for node, tolerance in coarsest.items()}
 
 
 @dataclass(frozen=True)
 class Divergence:
     """The divergence of outputs from those of another program, over all samples.
 
-    relative_error: the function `relative_error` for the worst output.
-    cosine: the smallest cosine similarity between the two values of one floating-point output, without mask values.
+    Attributes:
+        relative_error: the function `relative_error` for the worst output.
+        cosine: the smallest cosine similarity between the two values of one floating-point output, without mask values.
     """
 
     relative_error: float
@@ -86,43 +87,44 @@ def run_original(program: Program, samples: Sequence[Sample]) -> tuple[list[Samp
 
     All but the first are drawn from the first, and a drawn input may violate a model's assertion: an end token in every row.
 
-    Raises: VerifyError when the program does not run on the first sample.
+    Raises:
+        VerifyError: when the program does not run on the first sample.
     """
     kept, outputs, notes = list[Sample](), list[list[object]](), list[str]()
     for index, sample in enumerate(samples):
         try:
-            found, refusal = run_samples(program, [sample])[0], ""
+            sample_outputs, refusal = run_samples(program, [sample])[0], ""
         except REFUSALS as error:
             refusal = f"which the model refuses: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             if index == 0:
                 reason = refusal.partition(": ")[2]
                 raise VerifyError(f"{program.name} as captured does not run on the example inputs: {reason}") from error
-            found = None
-        if found is not None and index and _new_nan(found, outputs[0]):
-            found, refusal = None, "for which the model returns NaN"
-        if found is None:
+            sample_outputs = None
+        if sample_outputs is not None and index and _new_nan(sample_outputs, outputs[0]):
+            sample_outputs, refusal = None, "for which the model returns NaN"
+        if sample_outputs is None:
             shapes = shapes_of(sample)
-            sample, found = _smaller(program, samples[0], sample, outputs[0])
-            instead = "" if found is None else f"; checked on {shapes_of(sample)} instead"
+            sample, sample_outputs = _smaller(program, samples[0], sample, outputs[0])
+            instead = "" if sample_outputs is None else f"; checked on {shapes_of(sample)} instead"
             notes.append(f"no check on inputs {shapes}, {refusal}{instead}")
-        if found is not None:
+        if sample_outputs is not None:
             kept.append(sample)
-            outputs.append(found)
+            outputs.append(sample_outputs)
     return kept, outputs, notes
 
 
 def _smaller(program: Program, example: Sample, sample: Sample, usual: Sequence[object]) -> tuple[Sample, list[object] | None]:
     """A smaller form of a sample on which the program runs without NaN, with its outputs; None if it runs on none."""
-    for other in smaller_samples(program.signature, example, sample):
+    for smaller in smaller_samples(program.signature, example, sample):
         with suppress(*REFUSALS):
-            found = run_samples(program, [other])[0]
-            if not _new_nan(found, usual):
-                return other, found
+            outputs = run_samples(program, [smaller])[0]
+            if not _new_nan(outputs, usual):
+                return smaller, outputs
     return sample, None
 
 
-def _new_nan(found: Sequence[object], usual: Sequence[object]) -> bool:
-    return any(map(_has_nan, found)) and not any(map(_has_nan, usual))
+def _new_nan(outputs: Sequence[object], usual: Sequence[object]) -> bool:
+    return any(map(_has_nan, outputs)) and not any(map(_has_nan, usual))
 
 
 def _has_nan(value: object) -> bool:
@@ -154,7 +156,7 @@ def runs(program: Program, sample: Sample) -> bool:
 
 def answers(program: Program, outputs: Sequence[list[object]]) -> list[list[object]]:
     """The outputs of `run_samples` without the state, which a lossy pass may store in another form."""
-    return [found[: len(program.leaves)] for found in outputs]
+    return [sample_outputs[: len(program.leaves)] for sample_outputs in outputs]
 
 
 def with_kept_form(before: Program, after: Program, outputs: Sequence[list[Item]]) -> list[list[Item]]:
@@ -164,42 +166,45 @@ def with_kept_form(before: Program, after: Program, outputs: Sequence[list[Item]
     """
     count = len(before.leaves)
     if set(before.state) != set(after.state):
-        return [list(found) for found in outputs]
+        return [list(sample_outputs) for sample_outputs in outputs]
     pairs = [(before.weight(name), after.weight(name)) for name in before.state]
     same = [(old.shape, old.dtype) == (new.shape, new.dtype) for old, new in pairs]
-    return [[*found[:count], *(item for item, kept in zip(found[count:], same, strict=True) if kept)] for found in outputs]
+    return [
+        [*sample_outputs[:count], *(buffer for buffer, kept in zip(sample_outputs[count:], same, strict=True) if kept)]
+        for sample_outputs in outputs
+    ]
 
 
-def compare(wanted: Sequence[Sequence[object]], found: Sequence[Sequence[object]]) -> Divergence:
-    """The divergence of the outputs `found` from `wanted`, sample by sample, output by output."""
+def compare(wanted: Sequence[Sequence[object]], actual: Sequence[Sequence[object]]) -> Divergence:
+    """The divergence of the outputs `actual` from `wanted`, sample by sample, output by output."""
     cosines = [1.0]
-    for left, right in zip(wanted, found, strict=True):
+    for left, right in zip(wanted, actual, strict=True):
         for a, b in zip(left, right, strict=True):
             if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.is_floating_point():
                 cosines.append(_cosine(a, b))
-    return Divergence(max(output_errors(wanted, found), default=0.0), min(cosines))
+    return Divergence(max(output_errors(wanted, actual), default=0.0), min(cosines))
 
 
-def output_errors(wanted: Sequence[Sequence[object]], found: Sequence[Sequence[object]]) -> list[float]:
+def output_errors(wanted: Sequence[Sequence[object]], actual: Sequence[Sequence[object]]) -> list[float]:
     """The relative error of each output, the maximum over all samples."""
-    errors = [list(map(relative_error, left, right)) for left, right in zip(wanted, found, strict=True)]
+    errors = [list(map(relative_error, left, right)) for left, right in zip(wanted, actual, strict=True)]
     return [max(column) for column in zip(*errors, strict=True)]
 
 
-def relative_error(wanted: object, found: object) -> float:
+def relative_error(wanted: object, actual: object) -> float:
     """max |a - b| / max(|a|, size of the tensor); infinite when shapes, dtypes or the places of NaN and infinity differ.
 
     The size is the 99th percentile of the magnitudes that are neither zero nor mask values. So neither an outlier channel nor
     one -1e30 hides errors in other values, and the outliers must be right relative to their own magnitude. Integers and
     booleans must be equal.
     """
-    if not isinstance(wanted, torch.Tensor) or not isinstance(found, torch.Tensor):
-        return 0.0 if type(wanted) is type(found) and wanted == found else math.inf
-    if wanted.shape != found.shape or wanted.dtype != found.dtype:
+    if not isinstance(wanted, torch.Tensor) or not isinstance(actual, torch.Tensor):
+        return 0.0 if type(wanted) is type(actual) and wanted == actual else math.inf
+    if wanted.shape != actual.shape or wanted.dtype != actual.dtype:
         return math.inf
     if not (wanted.is_floating_point() or wanted.is_complex()):
-        return 0.0 if torch.equal(wanted, found) else math.inf
-    a, b = wanted.detach(), found.detach()
+        return 0.0 if torch.equal(wanted, actual) else math.inf
+    a, b = wanted.detach(), actual.detach()
     if torch.equal(a, b):
         return 0.0
     precise = torch.complex128 if a.is_complex() else torch.float64 if a.dtype == torch.float64 else torch.float32
@@ -214,24 +219,24 @@ def relative_error(wanted: object, found: object) -> float:
 
 def _size(values: torch.Tensor) -> tuple[float, float]:
     """The size of a tensor of finite values, and the largest magnitude that is no mask value."""
-    found = values.abs().flatten()
-    if found.numel() > _SAMPLED:
-        places = torch.randint(found.numel(), (_SAMPLED,), generator=torch.Generator().manual_seed(0))
-        found = found[places.to(found.device)]
-    found = found[found > 0].sort().values
-    if found.numel() == 0:
+    magnitudes = values.abs().flatten()
+    if magnitudes.numel() > _SAMPLED:
+        places = torch.randint(magnitudes.numel(), (_SAMPLED,), generator=torch.Generator().manual_seed(0))
+        magnitudes = magnitudes[places.to(magnitudes.device)]
+    magnitudes = magnitudes[magnitudes > 0].sort().values
+    if magnitudes.numel() == 0:
         return _NOISE, math.inf
-    jumps = ((found[1:] > _GAP * found[:-1]) & (found[1:] >= _EXTREME)).nonzero()
+    jumps = ((magnitudes[1:] > _GAP * magnitudes[:-1]) & (magnitudes[1:] >= _EXTREME)).nonzero()
     if len(jumps):
-        found = found[: int(jumps[0]) + 1]
-    size = float(found[math.ceil(_COUNTED * found.numel()) - 1])
-    return max(size, _NOISE), max(float(found[-1]) * _GAP, _EXTREME)
+        magnitudes = magnitudes[: int(jumps[0]) + 1]
+    size = float(magnitudes[math.ceil(_COUNTED * magnitudes.numel()) - 1])
+    return max(size, _NOISE), max(float(magnitudes[-1]) * _GAP, _EXTREME)
 
 
-def _cosine(wanted: torch.Tensor, found: torch.Tensor) -> float:
-    if wanted.dtype == found.dtype and torch.equal(wanted, found):
+def _cosine(wanted: torch.Tensor, actual: torch.Tensor) -> float:
+    if wanted.dtype == actual.dtype and torch.equal(wanted, actual):
         return 1.0
-    a, b = wanted.detach().double().flatten(), found.detach().double().flatten()
+    a, b = wanted.detach().double().flatten(), actual.detach().double().flatten()
     if a.numel() != b.numel():
         return -1.0
     counted = a.isfinite() & b.isfinite()
@@ -247,25 +252,27 @@ def first_difference(
     """The first node of `after` whose value differs from that of the corresponding node in `before`.
 
     Nodes correspond by name, or by the name a pass recorded when it replaced one by the other.
-    tolerance: the allowed relative error; by default that of `node_tolerances`.
+
+    Args:
+        tolerance: the allowed relative error; by default that of `node_tolerances`.
     """
     values: dict[str, object] = {}
     with torch.no_grad(), kept_state(before):
         before.run(sample, lambda node, value: values.update({node.name: lasting(node, value)}))
-    found: list[tuple[fx.Node, float]] = []
+    differences: list[tuple[fx.Node, float]] = []
     allowed = {node.name: limit for node, limit in before.fact(node_tolerances).items()}
 
     def observe(node: fx.Node, value: object) -> None:
         name = node.name if node.name in values else nodes.origin(node).replaces
-        if found or name not in values or both_unfilled(before, name, node):
+        if differences or name not in values or both_unfilled(before, name, node):
             return
         error = worst_error(values[name], value)
         if error > (allowed[name] if tolerance is None else tolerance):
-            found.append((node, error))
+            differences.append((node, error))
 
     with torch.no_grad(), kept_state(after):
         after.run(sample, observe)
-    return found[0] if found else None
+    return differences[0] if differences else None
 
 
 def both_unfilled(before: Program, name: str, node: fx.Node) -> bool:
@@ -278,8 +285,8 @@ def lasting(node: fx.Node, value: object) -> object:
     return value.clone() if nodes.is_state_write(node) and isinstance(value, torch.Tensor) else value
 
 
-def worst_error(wanted: object, found: object) -> float:
+def worst_error(wanted: object, actual: object) -> float:
     """The relative error of two values, the maximum over their items when they are tuples."""
-    if isinstance(wanted, (tuple, list)) and isinstance(found, (tuple, list)):
-        return max(map(worst_error, wanted, found), default=0.0)
-    return relative_error(wanted, found)
+    if isinstance(wanted, (tuple, list)) and isinstance(actual, (tuple, list)):
+        return max(map(worst_error, wanted, actual), default=0.0)
+    return relative_error(wanted, actual)

@@ -29,44 +29,46 @@ def require_equal(
     after: Program,
     samples: Sequence[Sample],
     wanted: Sequence[list[object]],
-    found: Sequence[list[object]],
+    actual: Sequence[list[object]],
     bitwise: bool = False,
 ) -> float:
-    """The largest relative error of the outputs `found` after an exact pass, against the outputs `wanted` before it.
+    """The largest relative error of the outputs `actual` after an exact pass, against the outputs `wanted` before it.
 
-    bitwise: require equal bits.
+    Args:
+        bitwise: require equal bits.
 
-    Raises: VerifyError naming the first node whose error is above its tolerance, or the outputs that newly share memory.
+    Raises:
+        VerifyError: naming the first node whose error is above its tolerance, or the outputs that newly share memory.
     """
     (limits,) = with_kept_form(before, after, [[0.0 if bitwise else _ROUNDED_TWICE.get(x, x) for x in tolerances(before)]])
-    errors = output_errors(*(with_kept_form(before, after, outputs) for outputs in (wanted, found)))
+    errors = output_errors(*(with_kept_form(before, after, outputs) for outputs in (wanted, actual)))
     far = [(error, limit) for error, limit in zip(errors, limits, strict=True) if error > limit]
-    if far and (bitwise or not _rounds_alike(before, after, samples, wanted, found)):
+    if far and (bitwise or not _rounds_alike(before, after, samples, wanted, actual)):
         _refuse(before, after, samples, *max(far, key=lambda pair: pair[0] / (pair[1] or 1.0)))
-    for sample, old, new in zip(samples, wanted, found, strict=True):
+    for sample, old, new in zip(samples, wanted, actual, strict=True):
         shared = shared_memory(after, sample, new) - shared_memory(before, sample, old)
         if shared:
-            index, other = min(shared)
+            index, alias = min(shared)
             raise VerifyError(
-                f"output {index} shares memory with {other}, which it did not before; whoever writes to the one changes the "
+                f"output {index} shares memory with {alias}, which it did not before; whoever writes to the one changes the "
                 f"other: clone it"
             )
     return max(errors, default=0.0)
 
 
 def _rounds_alike(
-    before: Program, after: Program, samples: Sequence[Sample], wanted: Sequence[list[object]], found: Sequence[list[object]]
+    before: Program, after: Program, samples: Sequence[Sample], wanted: Sequence[list[object]], actual: Sequence[list[object]]
 ) -> bool:
     """True when two programs with different outputs are both right: later operators amplified a rounding difference."""
     # Rounding makes no NaN, which comparing node by node may miss: ranks may have it in padding, float16 where it overflows.
-    if not _finite_alike(wanted, found):
+    if not _finite_alike(wanted, actual):
         return False
-    return not differs_locally(before, after, samples) or right_in_wider(before, after, samples, wanted, found)
+    return not differs_locally(before, after, samples) or right_in_wider(before, after, samples, wanted, actual)
 
 
-def _finite_alike(wanted: Sequence[list[object]], found: Sequence[list[object]]) -> bool:
+def _finite_alike(wanted: Sequence[list[object]], actual: Sequence[list[object]]) -> bool:
     """True when floating-point outputs are finite at the same places."""
-    pairs = [pair for outputs in zip(wanted, found, strict=True) for pair in zip(*outputs, strict=False)]
+    pairs = [pair for outputs in zip(wanted, actual, strict=True) for pair in zip(*outputs, strict=False)]
     return all(
         torch.equal(left.isfinite(), right.isfinite())
         for left, right in pairs
@@ -78,9 +80,9 @@ def _refuse(before: Program, after: Program, samples: Sequence[Sample], error: f
     message = f"its outputs differ from the program before by {error:.2g} relative, allowed {allowed:.2g}"
     for sample in samples:
         for tolerance in (None, allowed) if allowed else (0.0,):
-            found = first_difference(before, after, sample, tolerance)
-            if found is not None:
-                node, worst = found
+            difference = first_difference(before, after, sample, tolerance)
+            if difference is not None:
+                node, worst = difference
                 raise VerifyError(
                     f"{message}; the first node that differs is {printer.place(after, node)}, by {worst:.2g}\n"
                     f"{printer.excerpt(after, node)}"
@@ -98,17 +100,17 @@ def shared_memory(
     if program.is_simulation:
         return set()
     count = len(program.leaves)
-    others = [(f"input '{leaf.path}'", item) for leaf, item in zip(program.signature.tensors, sample, strict=True)]
-    others += [(EARLIER, item) for item in earlier[:count] if isinstance(item, torch.Tensor)]
+    others = [(f"input '{leaf.path}'", held) for leaf, held in zip(program.signature.tensors, sample, strict=True)]
+    others += [(EARLIER, held) for held in earlier[:count] if isinstance(held, torch.Tensor)]
     weights = {weight.untyped_storage().data_ptr() for weight in program.weights().values()}
-    found = set[tuple[int, str]]()
+    shared = set[tuple[int, str]]()
     for index, tensor in enumerate(outputs[:count]):
         if isinstance(tensor, torch.Tensor) and tensor.numel():
-            found |= {(index, name) for name, item in others if _overlap(tensor, item)}
+            shared |= {(index, name) for name, held in others if _overlap(tensor, held)}
             if tensor.untyped_storage().data_ptr() in weights:
-                found.add((index, "a weight"))
+                shared.add((index, "a weight"))
             others.append((f"output {index}", tensor))
-    return found
+    return shared
 
 
 def _overlap(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -118,16 +120,16 @@ def _overlap(left: torch.Tensor, right: torch.Tensor) -> bool:
     if left.dtype != right.dtype:
         return True
     # A value and its view from one chain are two storages at one address, each as long as its own tensor needs.
-    size = max(item.untyped_storage().nbytes() for item in (left, right)) // left.element_size()
+    size = max(tensor.untyped_storage().nbytes() for tensor in (left, right)) // left.element_size()
     places = torch.zeros(size, dtype=torch.bool)
     places.as_strided(left.shape, left.stride(), left.storage_offset()).fill_(True)
     return bool(places.as_strided(right.shape, right.stride(), right.storage_offset()).any())
 
 
-def changed_strides(wanted: Sequence[object], found: Sequence[object]) -> list[str]:
+def changed_strides(wanted: Sequence[object], actual: Sequence[object]) -> list[str]:
     """Notes on the outputs whose strides changed."""
     notes = list[str]()
-    for index, (left, right) in enumerate(zip(wanted, found, strict=False)):
+    for index, (left, right) in enumerate(zip(wanted, actual, strict=False)):
         if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor) and _strides(left) != _strides(right):
             notes.append(f"output {index} has strides {tuple(right.stride())}, and had {tuple(left.stride())}")
     return notes

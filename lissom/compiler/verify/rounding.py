@@ -91,7 +91,7 @@ def local_tolerances(program: Program) -> dict[str, float]:
     for dtype, tolerance in TOLERANCE.items():
         plain = LOCAL_FLOAT_TOLERANCE.get(dtype, LOCAL_FLOAT_TOLERANCE[torch.float32])
         sums[tolerance] = _FUSED * ROUNDINGS.get(dtype, 0.0) + (LOCAL_TOLERANCE if rounds else plain)
-    return {node.name: sums[found] for node, found in program.fact(node_tolerances).items()}
+    return {node.name: sums[tolerance] for node, tolerance in program.fact(node_tolerances).items()}
 
 
 def differs_locally(before: Program, after: Program, samples: Sequence[Sample]) -> bool:
@@ -138,12 +138,12 @@ def _multiply_floats(graph: fx.Graph, product: fx.Node) -> None:
         weight = graph.call_function(aten.to.dtype, (weight, torch.float32))
         if scales:
             q, weight = (graph.call_function(aten.mul.Tensor, pair) for pair in ((q, scales[0]), (weight, scales[1])))
-        found = graph.call_function(aten.matmul.default, (q, weight))
+        float_product = graph.call_function(aten.matmul.default, (q, weight))
         if scales and scales[2] is not None:
-            found = graph.call_function(aten.add.Tensor, (found, scales[2]))
+            float_product = graph.call_function(aten.add.Tensor, (float_product, scales[2]))
         if scales:
-            found = graph.call_function(aten.to.dtype, (found, scales[4]))
-    product.replace_all_uses_with(found)
+            float_product = graph.call_function(aten.to.dtype, (float_product, scales[4]))
+    product.replace_all_uses_with(float_product)
     graph.erase_node(product)
 
 
@@ -164,9 +164,9 @@ def right_in_wider(
     after: Program,
     samples: Sequence[Sample],
     wanted: Sequence[Sequence[object]],
-    found: Sequence[Sequence[object]],
+    actual: Sequence[Sequence[object]],
 ) -> bool:
-    """True when the outputs `found` are right although they differ from those `wanted` of the program before, judged by that
+    """True when the outputs `actual` are right although they differ from those `wanted` of the program before, judged by that
     program's outputs in a wider dtype.
 
     The program after must give the same outputs in the wider dtype; if float32 is not wide enough, in float64. If its kernels
@@ -177,14 +177,14 @@ def right_in_wider(
         return False
     error = _error_in_wider(after, exact)
     if error is None or error <= _WIDER[exact.dtype]:
-        return error is not None or exact.as_close(wanted, found)
+        return error is not None or exact.as_close(wanted, actual)
     if exact.dtype is torch.float64:
         return False
     widest = exact_outputs(before, samples, torch.float64)
     in_widest = None if widest is None else _error_in_wider(after, widest)
     if in_widest is not None:
         return in_widest <= _WIDER[torch.float64]
-    return error <= _ERASED and exact.as_close(wanted, found)
+    return error <= _ERASED and exact.as_close(wanted, actual)
 
 
 def _error_in_wider(program: Program, exact: ExactOutputs) -> float | None:
@@ -198,28 +198,33 @@ def _error_in_wider(program: Program, exact: ExactOutputs) -> float | None:
 
 @dataclass(frozen=True)
 class ExactOutputs:
-    """The outputs of a program in a wider dtype: float64, or float32 instead of 16 bits. samples: its inputs in that dtype."""
+    """The outputs of a program in a wider dtype: float64, or float32 instead of 16 bits.
+
+    Attributes:
+        samples: its inputs in that dtype.
+    """
 
     dtype: torch.dtype
     samples: Sequence[Sample]
     outputs: Sequence[Sequence[object]]
 
-    def as_close(self, wanted: Sequence[Sequence[object]], found: Sequence[Sequence[object]]) -> bool:
-        """True when the errors of the outputs `found` are at most `_AS_FAR` times those of the program's outputs `wanted`."""
-        own, other = (
-            output_errors(self.outputs, [[_widened(item, self.dtype) for item in outputs] for outputs in given])
-            for given in (wanted, found)
+    def as_close(self, wanted: Sequence[Sequence[object]], actual: Sequence[Sequence[object]]) -> bool:
+        """True when the errors of the outputs `actual` are at most `_AS_FAR` times those of the program's outputs `wanted`."""
+        own, errors = (
+            output_errors(self.outputs, [[_widened(value, self.dtype) for value in outputs] for outputs in given])
+            for given in (wanted, actual)
         )
-        return all(error <= _AS_FAR * rounded for error, rounded in zip(other, own, strict=True))
+        return all(error <= _AS_FAR * rounded for error, rounded in zip(errors, own, strict=True))
 
 
 def exact_outputs(program: Program, samples: Sequence[Sample], wide: torch.dtype | None = None) -> ExactOutputs | None:
     """The outputs of a program in a wider dtype; None for a program with state or ranks, or that does not run in it.
 
-    wide: by default float32 for a program with 16-bit values, since more kernels support it, and float64 for others.
-
     For a query that sees only padding, -1e4 is added to every score. In bfloat16 this erases the scores, in float32 all but
     their thousandths, and softmax amplifies the difference.
+
+    Args:
+        wide: by default float32 for a program with 16-bit values, since more kernels support it, and float64 for others.
     """
     if program.is_simulation or program.state:
         return None
@@ -234,19 +239,19 @@ def exact_outputs(program: Program, samples: Sequence[Sample], wide: torch.dtype
 
 
 def _widened_program(program: Program, wide: torch.dtype) -> Program:
-    found = program.copy()
+    widened = program.copy()
     for name, tensor in program.weights().items():
-        found.set_weight(name, _widened(tensor.detach(), wide))
-    for node in found.nodes():
+        widened.set_weight(name, _widened(tensor.detach(), wide))
+    for node in widened.nodes():
         node.args, node.kwargs = map_aggregate((node.args, node.kwargs), partial(_widened, wide=wide))
-    return found
+    return widened
 
 
-def _widened(item: Any, wide: torch.dtype) -> Any:
+def _widened(value: Any, wide: torch.dtype) -> Any:
     """A tensor or dtype of a narrower floating-point type in the wide one; anything else unchanged."""
-    if isinstance(item, torch.Tensor):
-        return item.to(wide) if _is_narrower(item.dtype, wide) else item
-    return wide if isinstance(item, torch.dtype) and _is_narrower(item, wide) else item
+    if isinstance(value, torch.Tensor):
+        return value.to(wide) if _is_narrower(value.dtype, wide) else value
+    return wide if isinstance(value, torch.dtype) and _is_narrower(value, wide) else value
 
 
 def _is_narrower(dtype: torch.dtype, wide: torch.dtype) -> bool:
@@ -259,7 +264,8 @@ def local_errors(
     """By the names of nodes of `before`, the relative error of the corresponding nodes of `after`, given the values of
     `before`. Includes the errors of the outputs.
 
-    allowed: by name; a larger error counts as this one if the value of `after` is as near to that in float64.
+    Args:
+        allowed: by name; a larger error counts as this one if the value of `after` is as near to that in float64.
     """
     known: dict[str, object] = {}
     with torch.no_grad(), kept_state(before):
@@ -292,7 +298,7 @@ def local_errors(
 def _is_as_exact(
     before: Program,
     node: fx.Node,
-    found: object,
+    actual: object,
     known: Mapping[str, object],
     corresponding: Collection[str],
     given: Mapping[fx.Node, torch.Tensor],
@@ -302,8 +308,10 @@ def _is_as_exact(
     In bfloat16 the simulation rounds quantized activations and weights once more before they are multiplied, and a kernel does
     not.
 
-    known: the values of `before`. corresponding: the nodes that have these values in `after` too; those between them and the
-    node are computed in float64. given: the inputs.
+    Args:
+        known: the values of `before`.
+        corresponding: the nodes that have these values in `after` too; those between them and the node are computed in float64.
+        given: the inputs.
     """
 
     def exact(used: fx.Node) -> object:
@@ -319,20 +327,20 @@ def _is_as_exact(
     computed: dict[fx.Node, object] = {}
     widened = partial(_widened, wide=torch.float64)
     own = known[node.name]
-    if not (isinstance(own, torch.Tensor) and isinstance(found, torch.Tensor) and own.dtype in _DECIDED):
+    if not (isinstance(own, torch.Tensor) and isinstance(actual, torch.Tensor) and own.dtype in _DECIDED):
         return False
     try:
         wanted = exact(node)
     except REFUSALS:  # an operator without float64
         return False
-    errors = [relative_error(wanted, item.double()) for item in (found, own)]
+    errors = [relative_error(wanted, value.double()) for value in (actual, own)]
     return errors[0] <= _LOCALLY_AS_FAR * errors[1]
 
 
-def _alike(wanted: object, found: object) -> bool:
+def _alike(wanted: object, actual: object) -> bool:
     """True for values of the same form; when a pass changed the form, only later nodes are compared."""
-    if isinstance(wanted, torch.Tensor) and isinstance(found, torch.Tensor):
-        return wanted.shape == found.shape and wanted.dtype == found.dtype
-    if isinstance(wanted, (tuple, list)) and isinstance(found, (tuple, list)):
-        return len(wanted) == len(found) and all(map(_alike, wanted, found))
-    return type(wanted) is type(found)
+    if isinstance(wanted, torch.Tensor) and isinstance(actual, torch.Tensor):
+        return wanted.shape == actual.shape and wanted.dtype == actual.dtype
+    if isinstance(wanted, (tuple, list)) and isinstance(actual, (tuple, list)):
+        return len(wanted) == len(actual) and all(map(_alike, wanted, actual))
+    return type(wanted) is type(actual)

@@ -23,7 +23,8 @@ def verify_structure(program: Program, before: Program | None = None) -> None:
 
     Types are recomputed with fake tensors, except for nodes that are the same in `before` and have arguments of equal types.
 
-    Raises: VerifyError naming the first node at fault, with the lines around it.
+    Raises:
+        VerifyError: naming the first node at fault, with the lines around it.
     """
     known = {node.name: node for node in before.graph.nodes} if before else {}
     defined: set[fx.Node] = set()
@@ -53,13 +54,13 @@ def _is_unchanged(node: fx.Node, old: fx.Node | None) -> bool:
         return False
     reads, read = list[object](), list[object]()
     literals = [
-        fx.map_arg((item.args, item.kwargs), lambda used, found=found: found.append(nodes.value(used)))
-        for item, found in ((node, reads), (old, read))
+        fx.map_arg((call.args, call.kwargs), lambda used, values=values: values.append(nodes.value(used)))
+        for call, values in ((node, reads), (old, read))
     ]
     if literals[0] != literals[1] or len(reads) != len(read):
         return False
     pairs = zip(reads, read, strict=True)
-    return all(one is other or fake.description(one) == fake.description(other) for one, other in pairs)
+    return all(current is previous or fake.description(current) == fake.description(previous) for current, previous in pairs)
 
 
 def _check_dialect(program: Program, node: fx.Node) -> None:
@@ -78,9 +79,9 @@ def _check_weight(program: Program, node: fx.Node) -> None:
     if not program.has_weight(str(node.target)):
         _fail(program, node, f"the program has no weight '{node.target}'")
     weight, typed = program.weight(str(node.target)), nodes.tensor_type(node)
-    found = TensorType(weight.dtype, tuple(weight.shape), weight.device)
-    if found != typed:
-        described = format_type(found, program.signature.name_of)
+    actual = TensorType(weight.dtype, tuple(weight.shape), weight.device)
+    if actual != typed:
+        described = format_type(actual, program.signature.name_of)
         _fail(program, node, f"the weight is {described} but typed {format_type(typed, program.signature.name_of)}")
 
 
@@ -117,10 +118,10 @@ def _check_signature(program: Program, before: Program | None) -> None:
     old, new = _output_types(before), _output_types(program)
     if len(old) != len(new):
         raise VerifyError(f"the program had {len(old)} outputs and has {len(new)} now; a pass keeps the outputs")
-    for index, (wanted, found) in enumerate(zip(old, new, strict=True)):
-        if not fake.same_type(program.fake_mode, wanted, found):
+    for index, (wanted, actual) in enumerate(zip(old, new, strict=True)):
+        if not fake.same_type(program.fake_mode, wanted, actual):
             name_of = program.signature.name_of
-            was, now = format_type(wanted, name_of), format_type(found, name_of)
+            was, now = format_type(wanted, name_of), format_type(actual, name_of)
             raise VerifyError(f"output {index} was {was} and is now {now}; a pass keeps the outputs' types")
 
 
@@ -135,7 +136,8 @@ def _fail(program: Program, node: fx.Node, reason: str, cause: Exception | None 
 def require_kept_form(before: Program, after: Program) -> None:
     """Check that training changed the values of weights and nothing else: the graph, and the zeros of matrices, are the same.
 
-    Raises: VerifyError naming the first difference.
+    Raises:
+        VerifyError: naming the first difference.
     """
     if before.text() != after.text():
         changed = printer.unified_diff(before.text(), after.text(), "before", "after").splitlines()

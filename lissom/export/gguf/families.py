@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 class Family:
     """The computation of a family of models in llama.cpp.
 
-    architecture: for layers of one width. by_layer: for layers of several widths; None where llama.cpp has none. other_heads:
-    for heads that are together narrower than the residual stream, where `architecture` has no room for them. fields: the
-    values of the configuration that its graph computes with. norm_offset: what is added to the weights of norms.
+    Attributes:
+        architecture: for layers of one width.
+        by_layer: for layers of several widths; None where llama.cpp has none.
+        other_heads: for heads that are together narrower than the residual stream, where `architecture` has no room for them.
+        fields: the values of the configuration that its graph computes with.
+        norm_offset: what is added to the weights of norms.
     """
 
     architecture: str
@@ -75,7 +78,7 @@ class Sizes:
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The family of a model. Raises: UnsupportedError for one that is not listed, or whose graph computes something else."""
+    """The family of a model. Raises UnsupportedError for one that is not listed, or whose graph computes something else."""
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedError(
@@ -96,7 +99,14 @@ def head_dim_of(config: Any) -> int:
 
 
 def describe(writer: Any, config: Any, sizes: Sizes) -> None:
-    """Write the metadata of the configuration. writer: a GGUFWriter. Raises: UnsupportedError."""
+    """Write the metadata of the configuration.
+
+    Args:
+        writer: a GGUFWriter.
+
+    Raises:
+        UnsupportedError: as `rope_of`.
+    """
     head_dim = head_dim_of(config)
     writer.add_block_count(len(sizes.heads))
     writer.add_context_length(config.max_position_embeddings)
@@ -121,7 +131,8 @@ def describe(writer: Any, config: Any, sizes: Sizes) -> None:
 def rope_of(config: Any) -> Mapping[str, Any]:
     """The parameters of the rotary embeddings; of layers with full attention where there are two kinds.
 
-    Raises: UnsupportedError for a kind that is not written here.
+    Raises:
+        UnsupportedError: for a kind that is not written here.
     """
     parameters = config.rope_parameters
     parameters = parameters.get("full_attention", parameters)
@@ -173,7 +184,7 @@ def _describe_gemma(writer: Any, config: Any, head_dim: int) -> None:
 
 
 def _period(kinds: Sequence[str]) -> int:
-    """Every how many layers one has full attention. Raises: UnsupportedError where they are not evenly spaced."""
+    """Every how many layers one has full attention. Raises UnsupportedError where they are not evenly spaced."""
     full = [kind == "full_attention" for kind in kinds]
     # A period of more layers than there are has none with full attention.
     for period in range(1, len(full) + 2):

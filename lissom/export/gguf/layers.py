@@ -31,7 +31,12 @@ _FEWEST = 32
 
 @dataclass(frozen=True)
 class Layers:
-    """A decoder's weights by the names of transformers. sizes: what llama.cpp is told. architecture: its graph."""
+    """A decoder's weights by the names of transformers.
+
+    Attributes:
+        sizes: what llama.cpp is told.
+        architecture: its graph.
+    """
 
     weights: Mapping[str, Weight]
     sizes: Sizes
@@ -43,9 +48,12 @@ def complete(
 ) -> dict[str, Weight]:
     """All weights of the model. A branch that was removed gets weights of zeros, in the smallest size.
 
-    weights: of the program, by the names of the model that it leaves. old: the original model's name of each.
+    Args:
+        weights: of the program, by the names of the model that it leaves.
+        old: the original model's name of each.
 
-    Raises: UnsupportedError naming a weight that the program lacks.
+    Raises:
+        UnsupportedError: naming a weight that the program lacks.
     """
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in type(model)(copy.deepcopy(config)).named_parameters()}
@@ -87,7 +95,7 @@ def _zeros(layer: str, parts: tuple[str, ...], size: int, shapes: Mapping[str, t
 
 
 def sizes_of(weights: Mapping[str, Weight], config: PretrainedConfig) -> Sizes:
-    """The heads and neurons of every layer. Raises: UnsupportedError for parts of heads, or heads in uneven groups."""
+    """The heads and neurons of every layer. Raises UnsupportedError for parts of heads, or heads in uneven groups."""
     head_dim, by_layer = head_dim_of(config), list[tuple[int, int, int]]()
     for index in range(_count_of(config)):
         layer = LAYER.format(index)
@@ -106,7 +114,8 @@ def sizes_of(weights: Mapping[str, Weight], config: PretrainedConfig) -> Sizes:
 def fit(weights: Mapping[str, Weight], sizes: Sizes, family: Family, config: PretrainedConfig) -> Layers:
     """The weights for a graph of llama.cpp: as they are, or padded with zeros to the widest layer.
 
-    Raises: UnsupportedError where padding would let query heads read other keys.
+    Raises:
+        UnsupportedError: where padding would let query heads read other keys.
     """
     if sizes.is_uniform:
         return Layers(weights, sizes, _graph(family, sizes, config))
@@ -157,7 +166,7 @@ def confirm(
     example: Sample,
     old: Mapping[str, str],
 ) -> None:
-    """Compare the program with the model's layers at these weights and sizes. Raises: UnsupportedError if they differ."""
+    """Compare the program with the model's layers at these weights and sizes. Raises UnsupportedError if they differ."""
     with torch.device("meta"):
         made: Any = type(model)(copy.deepcopy(config)).eval()
     for name, weight in weights.items():

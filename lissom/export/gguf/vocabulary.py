@@ -34,13 +34,18 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE_TOKEN = 1, 2, 3, 4, 5
 class Vocabulary:
     """Tokens and how texts are split into them.
 
-    fields: metadata by its key, such as `tokenizer.ggml.model`, with the value's type and the type of an array's items.
+    Attributes:
+        fields: metadata by its key, such as `tokenizer.ggml.model`, with the value's type and the type of an array's items.
     """
 
     fields: Mapping[str, tuple[Any, ...]]
 
     def write(self, writer: Any) -> None:
-        """Write the metadata. writer: a GGUFWriter."""
+        """Write the metadata.
+
+        Args:
+            writer: a GGUFWriter.
+        """
         for key, value in self.fields.items():
             writer.add_key_value(key, *value)
 
@@ -54,11 +59,15 @@ class _Tokens:
 
 
 def read_vocabulary(tokenizer: Any, source: str | None, rows: int) -> Vocabulary:
-    """The vocabulary of a model. tokenizer: of transformers; by default that of the model's folder.
+    """The vocabulary of a model.
 
-    source: the folder that the model came from. rows: of the embedding table; those without a token are marked unused.
+    Args:
+        tokenizer: of transformers; by default that of the model's folder.
+        source: the folder that the model came from.
+        rows: of the embedding table; those without a token are marked unused.
 
-    Raises: UnsupportedError if there is no tokenizer, or llama.cpp has none like it.
+    Raises:
+        UnsupportedError: if there is no tokenizer, or llama.cpp has none like it.
     """
     if tokenizer is None and source is not None:
         file = _gguf_file(Path(source))
@@ -161,11 +170,10 @@ def _split(stored: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _tokens(stored: Mapping[str, Any], rows: int, *, by_bytes: bool) -> _Tokens:
-    """Every row's token. Raises: UnsupportedError for more tokens than rows."""
+    """Every row's token. Raises UnsupportedError for more tokens than rows."""
     model, added = stored["model"], {token["id"]: token for token in stored.get("added_tokens", [])}
-    names = {index: text for text, index in model["vocab"].items()} | {
-        index: token["content"] for index, token in added.items()
-    }
+    names = {index: text for text, index in model["vocab"].items()}
+    names |= {index: token["content"] for index, token in added.items()}
     if names and max(names) >= rows:
         raise UnsupportedError(f"the tokenizer has a token {max(names)}, and the model's embedding table has {rows} rows")
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]

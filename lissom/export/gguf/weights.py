@@ -35,7 +35,9 @@ _HALF = torch.finfo(torch.float16)
 class Blocks:
     """A matrix in blocks.
 
-    data: the bytes, uint8 [rows, bytes of a row]. exact: the program's integers and scales, before the scales are rounded.
+    Attributes:
+        data: the bytes, uint8 [rows, bytes of a row].
+        exact: the program's integers and scales, before the scales are rounded.
     """
 
     kind: BlockType
@@ -95,8 +97,9 @@ def _enlarged(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 def read_weights(program: Program, model: nn.Module, norm_offset: float) -> dict[str, Weight]:
     """The program's weights by the model's names; those that it dequantizes in blocks where there is a type for them.
 
-    program: with its quantized weights folded. A weight with the values that the model's GGUF file stores is in its blocks.
-    norm_offset: what the model adds to the weights of norms, which `fold-constants` adds at compile time.
+    Args:
+        program: with its quantized weights folded. A weight with the values that the model's GGUF file stores is in its blocks.
+        norm_offset: what the model adds to the weights of norms, which `fold-constants` adds at compile time.
     """
     originals = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[str, Weight] = {name: weight.detach().cpu() for name, weight in program.weights().items()}

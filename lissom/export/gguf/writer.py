@@ -39,7 +39,13 @@ _FUSED = tuple(f"self_attn.{name}_proj.weight" for name in ("q", "k", "v"))
 
 @dataclass(frozen=True)
 class GgufFile:
-    """The written file. architecture: llama.cpp's graph. types: the number of tensors of each type. megabytes: of the file."""
+    """The written file.
+
+    Attributes:
+        architecture: llama.cpp's graph.
+        types: the number of tensors of each type.
+        megabytes: of the file.
+    """
 
     architecture: str
     types: Mapping[str, int]
@@ -51,7 +57,7 @@ class GgufFile:
 
 
 def check_dtype(dtype: str | None) -> Dtype | None:
-    """The dtype of that name. Raises: UnsupportedError for another name."""
+    """The dtype of that name. Raises UnsupportedError for another name."""
     known = next((known for known in get_args(Dtype) if known == dtype), None)
     if dtype is not None and known is None:
         raise UnsupportedError(f"dtype= is {dtype!r:.80}; choose {', '.join(get_args(Dtype))}, or quantize with a pass")
@@ -63,11 +69,15 @@ def write_gguf(
 ) -> GgufFile:
     """Write the file, completely or not at all, after comparing the weights with the program.
 
-    program: captured from the model and not lowered. example: flat inputs for the comparison. tokenizer: by default that of the
-        model's folder. dtype: of matrices in floating point; by default the program's own. Vectors are float32.
+    Args:
+        program: captured from the model and not lowered.
+        example: flat inputs for the comparison.
+        tokenizer: by default that of the model's folder.
+        dtype: of matrices in floating point; by default the program's own. Vectors are float32.
 
-    Raises: UnsupportedError if llama.cpp has no graph for the program, or no tokenizer like this one, or gguf is not installed;
-        ArtifactError if the file cannot be written.
+    Raises:
+        UnsupportedError: if llama.cpp has no graph for the program, or no tokenizer like this one, or gguf is not installed.
+        ArtifactError: if the file cannot be written.
     """
     check_dtype(dtype)
     try:
@@ -98,7 +108,7 @@ def write_gguf(
 
 
 def _folded(program: Program, example: Sample) -> Program:
-    """The program with its quantized weights as integers. Raises: UnsupportedError for quantized activations."""
+    """The program with its quantized weights as integers. Raises UnsupportedError for quantized activations."""
     program, _ = Pipeline([FoldQuantizedWeights()], [example], checks="structural").run(program)
     left = program.nodes(fake_quantize, fake_quantize_dynamic)
     if left:
@@ -177,7 +187,7 @@ def _file_type(gguf: Any, kind: str) -> int:
 
 
 def encoded(name: str, weight: Weight, dtype: Dtype | None) -> tuple[str, np.ndarray[Any, Any]]:
-    """The type and the bytes of a tensor. Raises: UnsupportedError for values that the type cannot hold."""
+    """The type and the bytes of a tensor. Raises UnsupportedError for values that the type cannot hold."""
     if isinstance(weight, Blocks):
         return weight.kind.name, weight.data.numpy()
     wanted = _TORCH[dtype] if dtype is not None else weight.dtype

@@ -20,7 +20,12 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class CacheLengths:
-    """The dimensions with the number of cached tokens, of new tokens, and of both; tokens, cached: the numbers themselves."""
+    """The dimensions with the number of cached tokens, of new tokens, and of both.
+
+    Attributes:
+        tokens: the number itself.
+        cached: the number itself.
+    """
 
     tokens: int
     cached: int
@@ -31,7 +36,8 @@ class CacheLengths:
     def traced(self, free: frozenset[Place]) -> dict[Place, int]:
         """Sizes to trace with: two or more, since export specializes 0 and 1; unlike for caches and tokens; sums kept.
 
-        free: the dynamic dimensions; others keep their sizes.
+        Args:
+            free: the dynamic dimensions; others keep their sizes.
         """
         sums_vary = self.of_both <= free
         tokens = max(self.tokens, 2) if sums_vary and self.of_tokens & free else self.tokens
@@ -47,8 +53,10 @@ def cache_lengths(
 ) -> CacheLengths | None:
     """The lengths in a call whose caches are nested arguments of [batch, heads, cached, head_dim]; None without one.
 
-    Caches of another length than the first, as of an encoder's tokens, are none of them. names: the caller's, of dimensions;
-    caches with unlike names are not the same.
+    Caches of another length than the first, as of an encoder's tokens, are none of them.
+
+    Args:
+        names: the caller's, of dimensions; caches with unlike names are not the same.
     """
     caches: list[tuple[int, torch.Tensor]] = []
     others: list[tuple[int, torch.Tensor]] = []
@@ -91,7 +99,11 @@ def _is_cache(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def tie_lengths(inputs: Sequence[object], lengths: CacheLengths | None) -> None:
-    """Make all caches equally long, and sums the cached and the new tokens. inputs: fake, by position."""
+    """Make all caches equally long, and sums the cached and the new tokens.
+
+    Args:
+        inputs: fake, by position.
+    """
     if lengths is None:
         return
     tensors = {place: value for place, value in enumerate(inputs) if isinstance(value, torch.Tensor)}

@@ -30,8 +30,9 @@ class RefusedSizesError(CaptureError):
 def answer_to(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> list[object]:
     """The model's flat outputs for copies of the example inputs. Its buffers are restored.
 
-    Raises: CaptureError if the model itself fails, with its error, or returns anything but nested tensors; ReturnedCacheError
-        if that is a KV cache.
+    Raises:
+        CaptureError: if the model itself fails, with its error, or returns anything but nested tensors.
+        ReturnedCacheError: if that is a KV cache.
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     copies = {id(leaf): leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)}
@@ -68,9 +69,12 @@ def confirm(
 ) -> Program:
     """Check the program against the model on the example, at size 1, and at other sizes; exclude size 1 if it fails.
 
-    answer: the model's outputs for the example, if known.
+    Args:
+        answer: the model's outputs for the example, if known.
 
-    Raises: CaptureError if they disagree at a size the program accepts. RefusedSizesError.
+    Raises:
+        CaptureError: if they disagree at a size the program accepts.
+        RefusedSizesError: if the program refuses a size that should vary.
     """
     dimensions = program.signature.dimensions
     example = program.signature.flatten(args, kwargs)
@@ -103,7 +107,8 @@ def confirm_calls(program: Program, model: nn.Module, args: Sequence[object], kw
     Both keep their state from call to call; it is restored afterwards. Calls that the model refuses, or answers with NaN, are
     left out.
 
-    Raises: CaptureError saying whether values, masks, or the calls before made the difference.
+    Raises:
+        CaptureError: saying whether values, masks, or the calls before made the difference.
     """
     example = program.signature.flatten(args, kwargs)
     calls: list[tuple[Sample, list[object]]] = []
@@ -153,7 +158,8 @@ def _excess(program: Program, wanted: Sequence[object], outputs: Sequence[object
 def refused_dimensions(program: Program, model: nn.Module, args: Sequence[object]) -> set[tuple[int, int]]:
     """The dimensions, with their inputs' `id`, that refuse every other size when varied alone.
 
-    Raises: CaptureError if the program and the model disagree at one.
+    Raises:
+        CaptureError: if the program and the model disagree at one.
     """
     example = program.signature.flatten(args, {})
     sizes = program.signature.sizes_of(example)

@@ -65,7 +65,7 @@ def _argument(argument: Argument, device: torch.device) -> Argument:
 
 
 def check_device(device: str | torch.device | None) -> torch.device | None:
-    """The device, if this machine has it. Raises: UnsupportedError if it does not."""
+    """The device, if this machine has it. Raises UnsupportedError if it does not."""
     if device is None:
         return None
     try:

@@ -27,7 +27,7 @@ _EXAMPLE = '{"input_ids": {0: "batch"}}'
 
 
 def check_dynamic(dynamic: object) -> None:
-    """Refuse a `dynamic=` that is not True, False, or a mapping from arguments to dimensions to names. Raises: CaptureError."""
+    """Refuse a `dynamic=` that is not True, False, or a mapping from arguments to dimensions to names. Raises CaptureError."""
     if isinstance(dynamic, bool):
         return
     if not isinstance(dynamic, Mapping):
@@ -67,9 +67,12 @@ class Named:
 def wanted_dimensions(dynamic: Dynamic, arguments: Mapping[str, object], bound: Mapping[str, object]) -> Named:
     """The dimensions the caller names. A name is that of an argument, or of a part of one as signatures print it.
 
-    arguments: as the signature names them, in the order of the call. bound: as `forward` names them, `*args` as one.
+    Args:
+        arguments: as the signature names them, in the order of the call.
+        bound: as `forward` names them, `*args` as one.
 
-    Raises: CaptureError for an unknown argument or dimension, and for an example size outside its range.
+    Raises:
+        CaptureError: for an unknown argument or dimension, and for an example size outside its range.
     """
     parts = _parts(arguments, bound)
     wanted: dict[int, dict[int, str | Dim]] = {}
@@ -139,10 +142,14 @@ def _in_range(given: str | Dim, size: int) -> bool:
 
 
 def renamed(program: Program, named: Named, lines: Mapping[tuple[str, int], str]) -> Program:
-    """The program with the caller's names and ranges on its dimensions. lines: that fix a size, see `lines_that_fix`.
+    """The program with the caller's names and ranges on its dimensions.
 
-    Raises: CaptureError if the model fixes a dimension that should vary, two dimensions get the same name, one gets two, or
-        the size of one with a range follows from others.
+    Args:
+        lines: that fix a size, see `lines_that_fix`.
+
+    Raises:
+        CaptureError: if the model fixes a dimension that should vary, two dimensions get the same name, one gets two, or the
+            size of one with a range follows from others.
     """
     signature = program.signature
     dimensions, names_of = dict(signature.dimensions), dict[sympy.Symbol, str]()

@@ -52,7 +52,13 @@ def _same(layer: object) -> Callable[..., object]:
 
 
 def _mixture(x: torch.Tensor, hits: torch.Tensor, weights: torch.Tensor, expert: Expert, count: int) -> torch.Tensor:
-    """The weighted sum of the experts. x: [tokens, width]; hits: [experts, choices, tokens]; weights: [tokens, choices]."""
+    """The weighted sum of the experts.
+
+    Args:
+        x: [tokens, width].
+        hits: [experts, choices, tokens].
+        weights: [tokens, choices].
+    """
     gates = (hits[:count] * weights.T).sum(1).to(x.dtype)
     mixed = torch.zeros_like(x)
     for index in range(count):
@@ -63,7 +69,11 @@ def _mixture(x: torch.Tensor, hits: torch.Tensor, weights: torch.Tensor, expert:
 
 
 def _hits(chosen: torch.Tensor, count: int) -> torch.Tensor:
-    """One-hot expert choices of the tokens, [experts, choices, tokens]. chosen: [tokens, choices]."""
+    """One-hot expert choices of the tokens, [experts, choices, tokens].
+
+    Args:
+        chosen: [tokens, choices].
+    """
     return functional.one_hot(chosen, count).permute(2, 1, 0)
 
 

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
@@ -56,6 +56,7 @@ from lissom.frontends.capture.kv_cache import (
 from lissom.frontends.capture.nested_tensors import encoders_without_nesting
 from lissom.frontends.capture.recurrences import recurrences_as_operators
 from lissom.frontends.capture.untouched import assignments_as_writes, nothing_registered, untouched
+from lissom.frontends.capture.writes import return_writes, writes
 
 FreeDimensions = Callable[[torch.Tensor], dict[int, object]]
 _BATCH_AND_SEQUENCE, _BATCH, _SEQUENCE, _NOTHING = (0, 1), (0,), (1,), ()
@@ -67,9 +68,11 @@ _WORDS = ("batch", "sequence", "cache")
 class Capture:
     """A captured model.
 
-    example: the caller's inputs, flat. notes: which sizes may vary, and which attempts failed.
-    samples: the verification inputs; if there are none, the example and a variant of it are used. timed: inputs for timing
-    besides the example; if there are none, the example at larger sizes is used.
+    Attributes:
+        example: the caller's inputs, flat.
+        notes: which sizes may vary, and which attempts failed.
+        samples: the verification inputs; if there are none, the example and a variant of it are used.
+        timed: inputs for timing besides the example; if there are none, the example at larger sizes is used.
     """
 
     program: Program
@@ -90,11 +93,13 @@ def capture(
 ) -> Capture:
     """The model as a program. The model is not modified, and the program shares its weights.
 
-    dynamic: True finds out whether batch (dimension 0) and sequence (dimension 1) may vary; False fixes every size;
-        a mapping names dimensions by argument, `{"input_ids": {0: "batch", 1: Dim("sequence", max=512)}}`.
-    device: where the program runs; the weights are copied if the model is on another device.
+    Args:
+        dynamic: True finds out whether batch (dimension 0) and sequence (dimension 1) may vary; False fixes every size; a
+            mapping names dimensions by argument, `{"input_ids": {0: "batch", 1: Dim("sequence", max=512)}}`.
+        device: where the program runs; the weights are copied if the model is on another device.
 
-    Raises: CaptureError naming the line of the model that cannot be captured.
+    Raises:
+        CaptureError: naming the line of the model that cannot be captured.
     """
     started = time.perf_counter()
     kwargs = dict(kwargs or {})
@@ -179,9 +184,11 @@ def capture_sizes(
 ) -> Program:
     """The model as a program with the dynamic dimensions of `dims_of`, as far as the model allows them.
 
-    refuse: raises CaptureError for a program that is not wanted, before it is compared with the model.
+    Args:
+        refuse: raises CaptureError for a program that is not wanted, before it is compared with the model.
 
-    Raises: CaptureError.
+    Raises:
+        CaptureError: if the model cannot be captured, or `refuse` raises it.
     """
     with isolated(device_of(model, args)), evaluating(model), recurrences_as_operators(model), _explained(model):
         program, _ = _export(model, args, {}, dims_of)
@@ -240,7 +247,8 @@ def _free(
 ) -> dict[int, object]:
     """The dynamic dimensions of one input: batch; sequence for inputs of rank 2 or 3, and for masks over pairs of tokens.
 
-    more: dimensions of caches and of what grows with them.
+    Args:
+        more: dimensions of caches and of what grows with them.
     """
     last = 1 if tensor.dim() in (2, 3) else 0
     pairs = (*(masks.get(id(tensor), ()) if 1 in dims else ()), *more.get(id(tensor), ()))
@@ -256,7 +264,8 @@ def _export(
 ) -> tuple[Program, dict[tuple[str, int], str]]:
     """Export with the dynamic dimensions of `dims_of`, and flatten the result; with the lines that fix one of them.
 
-    names: the caller's names of dimensions.
+    Args:
+        names: the caller's names of dimensions.
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     dims = {id(leaf): dims_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
@@ -273,7 +282,7 @@ def _export(
         with nothing_registered(model), assignments_as_writes(model), recurrent_layers_whole():
             dynamic = bound if free else None
             exported = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=dynamic, strict=False)
-    if _writes(exported):
+    if writes(exported) and not return_writes(exported):
         with warnings.catch_warnings(), recurrent_layers_whole():
             # PyTorch itself copies module metadata that has a deprecated class.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
@@ -282,11 +291,6 @@ def _export(
     lines = lines_that_fix(exported)
     name = type(model).__name__
     return flatten_exported(exported, name, args, kwargs, parameters, lengths=lengths, names=names or {}), lines
-
-
-def _writes(exported: ExportedProgram) -> bool:
-    targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
-    return any(isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable for target in targets)
 
 
 def _parameters(model: nn.Module) -> list[str]:
@@ -313,7 +317,7 @@ def _in_order(model: fx.GraphModule, args: Sequence[object], kwargs: Mapping[str
 
 
 def check_model(model: object) -> None:
-    """Refuse anything but a module with initialized weights. Raises: CaptureError."""
+    """Refuse anything but a module with initialized weights. Raises CaptureError."""
     if inspect.isclass(model):
         raise CaptureError(f"the model is the class {model.__name__}; pass an object of it, {model.__name__}(...)")
     if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):

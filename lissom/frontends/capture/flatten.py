@@ -52,12 +52,16 @@ def flatten_exported(
 ) -> Program:
     """The exported program as a flat program.
 
-    args, kwargs: the caller's example inputs, for their nesting and constants.
-    parameters: the parameter names of the model's `forward`.
-    has_caches: whether inputs of rank 4 are caches, whose lengths may be equal to the sequence in the example alone.
-    lengths: of the caches among the arguments. names: the caller's names of dimensions, by input and dimension.
+    Args:
+        args: the caller's positional example inputs, for their nesting and constants.
+        kwargs: the keyword ones.
+        parameters: the parameter names of the model's `forward`.
+        has_caches: whether inputs of rank 4 are caches, whose lengths may be equal to the sequence in the example alone.
+        lengths: of the caches among the arguments.
+        names: the caller's names of dimensions, by input and dimension.
 
-    Raises: CaptureError for mutated inputs, control flow and custom objects, which a program cannot hold.
+    Raises:
+        CaptureError: for mutated inputs, control flow and custom objects, which a program cannot hold.
     """
     _unify_sizes(exported, 3 if has_caches else None, names)
     tie_lengths(_inputs(exported), lengths)
@@ -101,7 +105,8 @@ def _placeholders(exported: ExportedProgram) -> list[fx.Node]:
 def _weights(exported: ExportedProgram) -> dict[str, str]:
     """For each lifted weight's placeholder, the weight's name in the model.
 
-    Raises: CaptureError for inputs that are neither tensors nor constants.
+    Raises:
+        CaptureError: for inputs that are neither tensors nor constants.
     """
     names = {}
     for spec in exported.graph_signature.input_specs:
@@ -193,7 +198,8 @@ def _written(exported: ExportedProgram, read: set[str]) -> tuple[str, ...]:
 def _write_outputs(exported: ExportedProgram, graph: fx.Graph, translate, state: Sequence[str]) -> None:  # noqa: ANN001
     """Write state updates as `copy_` nodes, then the outputs.
 
-    Raises: CaptureError if the model changes one of its inputs in place.
+    Raises:
+        CaptureError: if the model changes one of its inputs in place.
     """
     results = []
     placeholders = {node.name: node for node in _placeholders(exported)}
@@ -226,8 +232,9 @@ def _unify_sizes(exported: ExportedProgram, rank: int | None, names: Mapping[Pla
     Export keeps two symbols if nothing in the graph forces the sizes to be equal, as for a mask that is only indexed; equal
     example sizes mean one dimension. Masks over pairs of tokens have the sequence twice.
 
-    rank: of the inputs with a sequence, at most; None for any. names: the caller's, by input and dimension; sizes of unlike
-    names stay apart.
+    Args:
+        rank: of the inputs with a sequence, at most; None for any.
+        names: the caller's, by input and dimension; sizes of unlike names stay apart.
     """
     first: dict[tuple[object, int], sympy.Symbol] = {}
     sizes = [

@@ -74,7 +74,9 @@ def _reads_original(value: object, copies: Mapping[int, object], seen: set[int])
     """True for a function, or a container of one, that holds an object of the original: functions are not copied.
 
     A hook with `def hook(*_): self.kept = ...` in `__init__` writes to the original model, and the copy never sees it.
-    copies: the copied objects by the `id` of the original.
+
+    Args:
+        copies: the copied objects by the `id` of the original.
     """
     if id(value) in seen:
         return False

@@ -27,7 +27,7 @@ def is_kv_cache_object(value: object) -> bool:
 
 
 def check_switch(model: nn.Module, kwargs: Mapping[str, object]) -> None:
-    """Refuse a KV cache that the caller asked for. Raises: CaptureError."""
+    """Refuse a KV cache that the caller asked for. Raises CaptureError."""
     if kwargs.get(_SWITCH):
         raise CaptureError(
             f"the example inputs have {_SWITCH}={kwargs[_SWITCH]!r}, and a program keeps no KV cache between calls; leave it "

@@ -61,7 +61,8 @@ def _while_exporting(module: nn.TransformerEncoder) -> Callable[..., torch.Tenso
 def _left_out(module: nn.TransformerEncoder, src: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
     """The tokens that the encoder leaves out: padding, if each row has it at the end; None where it never does.
 
-    mask: [batch, tokens], true or not zero at padding. Returns booleans [batch, tokens].
+    Args:
+        mask: [batch, tokens], true or not zero at padding. Returns booleans [batch, tokens].
     """
     nests = getattr(module, "use_nested_tensor", False)
     if not (torch.backends.mha.get_fastpath_enabled() and nests and src.dim() == 3):

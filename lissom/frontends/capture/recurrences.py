@@ -40,10 +40,12 @@ _MARK = "of_lissom"
 def recurrences_as_operators(model: nn.Module, device: torch.device | None = None) -> Generator[None]:
     """Exchange the functions in the Python modules that define the model's layers, in this thread, until the block ends.
 
-    device: where the program will run, if not where the model is. The operators have kernels on the CPU alone, so on other
-    devices the model's own functions stay.
+    Args:
+        device: where the program will run, if not where the model is. The operators have kernels on the CPU alone, so on other
+            devices the model's own functions stay.
 
-    Raises, in a call of a function: CaptureError if it and its operator differ.
+    Raises:
+        CaptureError: in a call of a function, if it and its operator differ.
     """
     devices = {device or tensor.device for tensor in (*model.parameters(), *model.buffers())}
     with ExitStack() as stack:

@@ -29,7 +29,8 @@ def untouched(model: nn.Module) -> Generator[None]:
 
     Attributes are compared by identity; the items of lists, dictionaries and sets among them are restored too.
 
-    Raises: CaptureError if a tensor that is not a buffer was written in place, which cannot be undone.
+    Raises:
+        CaptureError: if a tensor that is not a buffer was written in place, which cannot be undone.
     """
     snapshots = [_Snapshot.of(path, module) for path, module in model.named_modules()]
     buffers = [(buffer, _version(buffer), buffer.detach().clone()) for buffer in model.buffers()]
@@ -55,7 +56,8 @@ def untouched(model: nn.Module) -> Generator[None]:
 def nothing_registered(model: nn.Module) -> Generator[None]:
     """Refuse a forward that registers buffers, parameters or submodules: export loses buffers, and new weights are random.
 
-    Raises: CaptureError naming the first.
+    Raises:
+        CaptureError: naming the first.
     """
     before = _registered(model)
     try:
@@ -103,7 +105,10 @@ def _registered(model: nn.Module) -> dict[tuple[str, str, bool], None]:
 class _Snapshot:
     """The content of a module.
 
-    path: of the module. attributes: its `__dict__`. held: the containers among them, each with a copy.
+    Attributes:
+        path: of the module.
+        attributes: its `__dict__`.
+        held: the containers among them, each with a copy.
     """
 
     path: str

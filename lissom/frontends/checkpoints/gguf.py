@@ -23,7 +23,8 @@ from lissom.ops.gguf_blocks import BLOCK_TYPES
 def keep_blocks(model: nn.Module, file: Path) -> None:
     """Let every weight of a model that was read from a GGUF file remember its blocks.
 
-    Raises: ArtifactError if the file ends before its last weight.
+    Raises:
+        ArtifactError: if the file ends before its last weight.
     """
     import gguf
 

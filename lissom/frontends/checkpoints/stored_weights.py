@@ -21,8 +21,12 @@ _ATTRIBUTE = "_lissom_stored"
 class StoredWeight:
     """A weight in the blocks of a file.
 
-    blocks: the bytes, uint8. rows, columns: of the stored matrix. order: the stored row of each row of the weight; None where
-    they are the same. transposed: whether the weight is [columns, rows].
+    Attributes:
+        blocks: the bytes, uint8.
+        rows: of the stored matrix.
+        columns: of the stored matrix.
+        order: the stored row of each row of the weight; None where they are the same.
+        transposed: whether the weight is [columns, rows].
     """
 
     blocks: torch.Tensor

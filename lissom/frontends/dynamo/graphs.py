@@ -44,12 +44,14 @@ Place = tuple[str, int]
 class Graph:
     """A Dynamo graph with its arguments classified, by position.
 
-    module: the original graph. name: `Graph_` and Dynamo's number of it.
-    inputs: the tensors passed by the caller, with names from the caller's code.
-    weights: the parameters and buffers of modules, with their names there.
-    numbers: integers and floats that are not sizes of inputs; they become constants of the program.
-    sizes: the arguments that are sizes of inputs, each with one input dimension of this size.
-    equal: groups of input dimensions that have equal sizes in every call of this graph.
+    Attributes:
+        module: the original graph.
+        name: `Graph_` and Dynamo's number of it.
+        inputs: the tensors passed by the caller, with names from the caller's code.
+        weights: the parameters and buffers of modules, with their names there.
+        numbers: integers and floats that are not sizes of inputs; they become constants of the program.
+        sizes: the arguments that are sizes of inputs, each with one input dimension of this size.
+        equal: groups of input dimensions that have equal sizes in every call of this graph.
     """
 
     module: fx.GraphModule
@@ -155,7 +157,8 @@ def capture_graph(graph: Graph, args: Sequence[object]) -> Capture:
 
     Sizes that are dynamic in Dynamo are dynamic in the program.
 
-    Raises: CaptureError for a graph that a program cannot hold.
+    Raises:
+        CaptureError: for a graph that a program cannot hold.
     """
     started = time.perf_counter()
     refuse(graph, args)

@@ -41,7 +41,8 @@ def restart_with_dynamic_sizes(graph: Graph) -> None:
     Batch is dimension 0 of the inputs, and sequence dimension 1 of those of rank 2 and 3, as in `lissom.compile`. Sizes marked
     static stay static, as do all under `torch.compile(dynamic=False)`, and those of 1, which Dynamo always specializes.
 
-    Raises: TensorifyScalarRestartAnalysis, the one restart that Dynamo takes from a backend.
+    Raises:
+        TensorifyScalarRestartAnalysis: the one restart that Dynamo takes from a backend.
     """
     if not config.automatic_dynamic_shapes or not config.assume_static_by_default:
         return
@@ -75,7 +76,8 @@ def _sizes(free: Sequence[int], rank: int) -> Any:
 def restart_with_static_sizes() -> None:
     """Let Dynamo trace the code again with the sizes of the call, if they were made dynamic here; for a graph that failed.
 
-    Raises: TensorifyScalarRestartAnalysis.
+    Raises:
+        TensorifyScalarRestartAnalysis: if they were made dynamic here.
     """
     translator = InstructionTranslator.current_tx()
     made = _made_dynamic.pop(translator.f_code, None)

@@ -49,7 +49,11 @@ class AttentionState(CacheLayerMixin):
         return keys.squeeze(1)
 
     def _slots(self, new: torch.Tensor) -> torch.Tensor:
-        """The slots of a call's tokens. new: [batch, heads, tokens, head_dim]."""
+        """The slots of a call's tokens.
+
+        Args:
+            new: [batch, heads, tokens, head_dim].
+        """
         return torch.arange(new.shape[2], device=new.device) + self.start
 
     def get_mask_sizes(self, query_length: object) -> tuple[int, int]:
@@ -133,7 +137,11 @@ class SourceState(CacheLayerMixin):
 
 
 def cache_with_source(own: Cache, cross: Sequence[torch.Tensor]) -> EncoderDecoderCache:
-    """The cache of a decoder with cross-attention. cross: its keys and values, layer by layer."""
+    """The cache of a decoder with cross-attention.
+
+    Args:
+        cross: its keys and values, layer by layer.
+    """
     layers = [SourceState(*pair) for pair in zip(cross[::2], cross[1::2], strict=True)]
     cache = EncoderDecoderCache(own, Cache(layers=list(layers)))
     cache.is_updated = dict.fromkeys(range(len(layers)), True)
@@ -141,7 +149,11 @@ def cache_with_source(own: Cache, cross: Sequence[torch.Tensor]) -> EncoderDecod
 
 
 def layer_over(layer: nn.Module, start: torch.Tensor) -> CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer:
-    """The cache layer for what a layer's buffers hold. start: [1], the number of slots that are filled."""
+    """The cache layer for what a layer's buffers hold.
+
+    Args:
+        start: [1], the number of slots that are filled.
+    """
     names = [name for name, _ in layer.named_buffers()]
     if not names:
         return DummyLayer()

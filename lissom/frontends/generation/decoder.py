@@ -61,12 +61,16 @@ def capture_decoder(
     The model is not modified, and the program shares its weights. A causal model whose cache cannot be captured, or that has
     none, becomes a program that keeps the text and computes all of it at every call; a note and a warning say so.
 
-    max_length: the capacity of the cache in tokens, prompt included. batch: the fixed number of sequences.
-    all_logits: return the logits of every token of a call, [batch, tokens, vocabulary], not only of the last.
+    Args:
+        max_length: the capacity of the cache in tokens, prompt included.
+        batch: the fixed number of sequences.
+        all_logits: return the logits of every token of a call, [batch, tokens, vocabulary], not only of the last.
 
-    Raises: UnsupportedError if the model is not a causal language model of transformers, or its layers keep anything but keys
-        and values, convolutions and recurrences; InputError if max_length or batch do not fit it; CaptureError naming the line
-        that cannot be captured.
+    Raises:
+        UnsupportedError: if the model is not a causal language model of transformers, or its layers keep anything but keys and
+            values, convolutions and recurrences.
+        InputError: if max_length or batch do not fit it.
+        CaptureError: naming the line that cannot be captured.
     """
     known = check_generating(model, max_length, batch)
     if known.config.is_encoder_decoder:
@@ -99,7 +103,11 @@ def _capture(
     all_logits: bool,
     device: torch.device | None,
 ) -> Capture:
-    """`capture_decoder` for a model that was checked. states: of its layers, or the text."""
+    """`capture_decoder` for a model that was checked.
+
+    Args:
+        states: of its layers, or the text.
+    """
     example = example_tokens(model, max_length, batch)
     sequence = Dim("sequence", max=max_length)
     dynamic: dict[str, dict[int, Dim | str]] = {"input_ids": {1: sequence}, "position_ids": {1: sequence}}
@@ -118,7 +126,7 @@ def _capture(
 
 
 def check_state(model: nn.Module, program: Program) -> None:
-    """Refuse a program that keeps more than the state of its layers. Raises: UnsupportedError."""
+    """Refuse a program that keeps more than the state of its layers. Raises UnsupportedError."""
     unknown = next((name for name in program.state if not name.startswith(f"{CACHE}.")), None)
     if unknown is not None:
         raise UnsupportedError(
@@ -159,7 +167,8 @@ def prefill_inputs(example: Sample, max_length: int) -> Sample:
 def _confirm(program: Program, model: PreTrainedModel, example: Sample) -> None:
     """Compare a prefill in two parts and a decode step with the model's call on all tokens at once.
 
-    Raises: CaptureError if they differ: some models count keys from the end of the cache, even if it is not full.
+    Raises:
+        CaptureError: if they differ: some models count keys from the end of the cache, even if it is not full.
     """
     ids, mask, _, start = (tensor.cpu() for tensor in example)
     device, tokens = example[0].device, ids.shape[1]
@@ -177,7 +186,7 @@ def _confirm(program: Program, model: PreTrainedModel, example: Sample) -> None:
 
 
 def refuse_different(model: nn.Module, program: Program, wanted: torch.Tensor, logits: object) -> None:
-    """Refuse logits of a program, [batch, tokens, vocabulary], whose last differ from the model's. Raises: CaptureError."""
+    """Refuse logits of a program, [batch, tokens, vocabulary], whose last differ from the model's. Raises CaptureError."""
     assert isinstance(logits, torch.Tensor)
     last = logits[:, -1]
     error = relative_error(wanted, last)
@@ -201,7 +210,7 @@ def describe_cache(program: Program) -> str:
 
 
 def check_generating(model: nn.Module, max_length: int, batch: int) -> PreTrainedModel:
-    """The model, if it generates and has positions for the whole cache. Raises: UnsupportedError, InputError."""
+    """The model, if it generates and has positions for the whole cache. Raises UnsupportedError, InputError."""
     try:
         from transformers import Cache, GenerationMixin, PreTrainedModel
     except ImportError as error:
@@ -246,7 +255,7 @@ def _longrope_switch(model: PreTrainedModel) -> int | None:
 
 
 def check_capacity(max_length: int, batch: int) -> None:
-    """Refuse a wrong max_length or batch. Raises: InputError."""
+    """Refuse a wrong max_length or batch. Raises InputError."""
     for word, number in (("max_length", max_length), ("batch", batch)):
         if isinstance(number, bool) or not isinstance(number, int):
             raise InputError(f"{word} is {number!r:.80}; give a whole number")

@@ -41,7 +41,8 @@ State = Mapping[str, torch.Tensor]
 def layer_states(model: PreTrainedModel) -> list[State]:
     """The state of each layer after one token, in a cache of transformers.
 
-    Raises: UnsupportedError if a layer keeps anything else.
+    Raises:
+        UnsupportedError: if a layer keeps anything else.
     """
     cache = _new_cache(model)
     try:
@@ -72,7 +73,7 @@ def _new_cache(model: PreTrainedModel) -> Any:
 
 
 def layer_tensors(layer: Any) -> State:
-    """The state of a layer of a transformers cache. Raises: TypeError for anything but the state that is described here."""
+    """The state of a layer of a transformers cache. Raises TypeError for anything but the state that is described here."""
     from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
 
     tensors: dict[str, Any] = {}
@@ -107,7 +108,11 @@ def buffers(states: Sequence[State], max_length: int, batch: int, device: torch.
 
 
 def cache_of(holder: nn.Module, start: torch.Tensor) -> Any:
-    """A cache of transformers over these buffers. start: [1], the number of slots that are filled."""
+    """A cache of transformers over these buffers.
+
+    Args:
+        start: [1], the number of slots that are filled.
+    """
     from transformers import Cache
 
     from lissom.frontends.generation.cache_layers import layer_over  # imports transformers
@@ -144,7 +149,11 @@ def _of_new_tokens(mask: torch.Tensor, start: torch.Tensor, tokens: int) -> torc
 
 
 def call(model: nn.Module, cache: Any, **inputs: Any) -> Any:
-    """The outputs of the model's own forward. inputs: the token ids, [batch, tokens], among others."""
+    """The outputs of the model's own forward.
+
+    Args:
+        inputs: the token ids, [batch, tokens], among others.
+    """
     ids: torch.Tensor = inputs["decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"]
     start = getattr(cache, _START, None)
     with exchanged(torch, "arange", _positions_or(torch.arange, ids.shape[1])), ExitStack() as stack:
@@ -170,7 +179,11 @@ def _positions_or(own: Callable[..., torch.Tensor], tokens: int) -> Callable[...
 
 
 def unsupported_state(model: nn.Module, error: Exception | None = None) -> UnsupportedError:
-    """The error for a model whose layers keep other state. error: what its own code raised."""
+    """The error for a model whose layers keep other state.
+
+    Args:
+        error: what its own code raised.
+    """
     why = f" ({type(error).__name__}: {first_line(error)})" if error else ""
     return UnsupportedError(
         f"{type(model).__name__} cannot be run with a cache that holds the state of every layer{why}; generation takes models "

@@ -59,7 +59,11 @@ _DECODER = "decoder_"
 
 @dataclass
 class _Seen:
-    """Values that a model passed to its decoder. mask: the mask of the encoder's output, if its decoder takes one."""
+    """Values that a model passed to its decoder.
+
+    Attributes:
+        mask: the mask of the encoder's output, if its decoder takes one.
+    """
 
     mask: torch.Tensor | None = None
     states: list[State] = field(default_factory=list)
@@ -73,9 +77,12 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 def encoder_example(model: PreTrainedModel, given: Mapping[str, object] | None) -> Inputs:
     """Inputs of the encoder, the main one first, with an attention mask if the model reads one; its last row ends in padding.
 
-    given: the caller's; None makes two rows from the configuration.
+    Args:
+        given: the caller's; None makes two rows from the configuration.
 
-    Raises: UnsupportedError if none can be made; InputError if the caller's are no tensors, or lack the mask.
+    Raises:
+        UnsupportedError: if none can be made.
+        InputError: if the caller's are no tensors, or lack the mask.
     """
     made = dict(given) if given is not None else _made(model)
     made = {name: value for name, value in made.items() if not name.startswith(_DECODER) and name != "use_cache"}
@@ -105,7 +112,7 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _made(model: PreTrainedModel) -> dict[str, object]:
-    """Inputs made from the configuration. Raises: UnsupportedError."""
+    """Inputs made from the configuration. Raises UnsupportedError."""
     try:
         return make_inputs(model, None, Path(str(model.config._name_or_path)))[0]
     except UnsupportedError as error:
@@ -127,10 +134,12 @@ def _reads_padding(model: PreTrainedModel, whole: Inputs, padded: torch.Tensor) 
 def capture_encoder(model: PreTrainedModel, example: Inputs, device: torch.device | None = None) -> Capture:
     """The encoder, with the keys and values of the decoder's cross-attention. The model is not modified.
 
-    example: from `encoder_example`.
+    Args:
+        example: from `encoder_example`.
 
-    Raises: UnsupportedError if the decoder keeps anything but keys and values; CaptureError naming the line that cannot be
-        captured.
+    Raises:
+        UnsupportedError: if the decoder keeps anything but keys and values.
+        CaptureError: naming the line that cannot be captured.
     """
     with isolated(device_of(model)):
         own = with_own_modules(model)
@@ -154,7 +163,11 @@ def capture_source_decoder(
     all_logits: bool = False,
     device: torch.device | None = None,
 ) -> Capture:
-    """The decoder, with its KV cache as state; arguments and errors as for `capture_decoder`. example: of the encoder."""
+    """The decoder, with its KV cache as state; arguments and errors as for `capture_decoder`.
+
+    Args:
+        example: of the encoder.
+    """
     with isolated(device_of(model)):
         own = with_own_modules(model)
         seen, rows = _Seen(), torch.arange(batch) % len(next(iter(example.values())))
@@ -219,7 +232,7 @@ def _source(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], seen: _S
 
 
 def _run_source(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], seen: _Seen) -> Inputs:
-    """`_source` of the model as it is. Raises: UnsupportedError if it does not run on such inputs and caches."""
+    """`_source` of the model as it is. Raises UnsupportedError if it does not run on such inputs and caches."""
     try:
         with untouched(model), evaluating(model), torch.no_grad():
             return _source(model, inputs, seen)
@@ -300,7 +313,8 @@ def _forward(
 def _confirm(program: Program, model: PreTrainedModel, inputs: Inputs, example: Sample) -> None:
     """Compare a prefill in two parts and a decode step with the model's call on all tokens at once.
 
-    Raises: CaptureError if they differ.
+    Raises:
+        CaptureError: if they differ.
     """
     ids, mask, _, start, *others = example
     tokens = ids.shape[1]

@@ -22,7 +22,11 @@ _NEO, _MPT = "GPTNeoSelfAttention", "MptAttention"
 
 @contextmanager
 def counted_from_start(model: nn.Module, start: torch.Tensor) -> Generator[None]:
-    """Let these layers count from the first slot, until the block ends. start: [1], the number of slots that are filled."""
+    """Let these layers count from the first slot, until the block ends.
+
+    Args:
+        start: [1], the number of slots that are filled.
+    """
     layers = [layer for layer in model.modules() if type(layer).__name__ in (_NEO, _MPT)]
     with ExitStack() as stack:
         for layer in layers:
@@ -41,7 +45,13 @@ def _neo(
     value: torch.Tensor,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """GPT-Neo's attention in float32, without a scale. query, key, value: [batch, heads, tokens or slots, head_dim]."""
+    """GPT-Neo's attention in float32, without a scale.
+
+    Args:
+        query: [batch, heads, tokens or slots, head_dim].
+        key: [batch, heads, tokens or slots, head_dim].
+        value: [batch, heads, tokens or slots, head_dim].
+    """
     rows = torch.arange(query.shape[2], device=query.device) + start
     visible = layer.bias.index_select(2, rows)[..., : key.shape[2]]
     scores = query.float() @ key.float().transpose(-1, -2)

@@ -33,7 +33,11 @@ def text_state(model: PreTrainedModel, batch: int) -> dict[str, torch.Tensor]:
 
 
 def forward_over_text(stateful: PreTrainedModel, buffer: str, all_logits: bool) -> Callable[..., torch.Tensor]:
-    """The forward of a decoder that computes all tokens. buffer: the name of the text, [batch, 1, max_length, 1], in it."""
+    """The forward of a decoder that computes all tokens.
+
+    Args:
+        buffer: the name of the text, [batch, 1, max_length, 1], in it.
+    """
 
     def forward(
         input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, start: torch.Tensor
@@ -63,9 +67,13 @@ def run_whole(model: PreTrainedModel, inputs: Mapping[str, object]) -> torch.Ten
 
 
 def check_causal(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
-    """Refuse a model whose logits depend on later tokens, or whose `generate` computes others. input_ids: [batch, tokens].
+    """Refuse a model whose logits depend on later tokens, or whose `generate` computes others.
 
-    Raises: UnsupportedError.
+    Args:
+        input_ids: [batch, tokens].
+
+    Raises:
+        UnsupportedError: if its logits do, or its `generate` does.
     """
     ids = input_ids.to(device_of(model))
     mask = torch.ones_like(ids)

@@ -19,7 +19,8 @@ def with_merged_adapters(model: nn.Module) -> nn.Module:
 
     The caller's model is not modified: the result has copies of the weights that adapters change, and shares all others.
 
-    Raises: UnsupportedError for an adapter that is no change of weights, such as prompt tuning.
+    Raises:
+        UnsupportedError: for an adapter that is no change of weights, such as prompt tuning.
     """
     tuners, kind = sys.modules.get("peft.tuners.tuners_utils"), getattr(sys.modules.get("peft"), "PeftModel", ())
     if tuners is None or not isinstance(model, nn.Module):

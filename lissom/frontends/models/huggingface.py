@@ -33,8 +33,10 @@ __all__ = ["PACKAGED", "SENTENCES", "Checkpoint", "find_directory", "load"]
 class Package:
     """A package that contains a model: its module, its name for pip, and the directory in it.
 
-    extra: Lissom's extra that installs the package and its readers. readers: the modules that read its files.
-    assembled: the package has several parts, which its `assemble` joins in a directory of the user's cache.
+    Attributes:
+        extra: Lissom's extra that installs the package and its readers.
+        readers: the modules that read its files.
+        assembled: the package has several parts, which its `assemble` joins in a directory of the user's cache.
     """
 
     module: str
@@ -70,7 +72,8 @@ _TOKENIZER = (
 class Checkpoint:
     """A model with example inputs, and its tokenizer if the directory has one.
 
-    notes: one sentence each on how the inputs were made, and on missing weights.
+    Attributes:
+        notes: one sentence each on how the inputs were made, and on missing weights.
     """
 
     model: nn.Module
@@ -81,7 +84,8 @@ class Checkpoint:
     def encode(self, sentences: Sequence[str], length: int | None = None) -> dict[str, torch.Tensor]:
         """Token ids and masks of the sentences: padded to the longest, or truncated and padded to `length` tokens.
 
-        Raises: UnsupportedError if the model has no tokenizer.
+        Raises:
+            UnsupportedError: if the model has no tokenizer.
         """
         if self.tokenizer is None:
             raise UnsupportedError(f"{type(self.model).__name__} was loaded without a tokenizer; pass token ids yourself")
@@ -94,8 +98,9 @@ def load(name: str) -> Checkpoint:
     A directory holds the files of `save_pretrained`, or a single GGUF file, whose weights are dequantized to float32 and
     remember their blocks, for `use-stored-weights`.
 
-    Raises: ArtifactError if the directory holds no model transformers can load; UnsupportedError if a package is missing, or
-        no inputs can be made for the model.
+    Raises:
+        ArtifactError: if the directory holds no model transformers can load.
+        UnsupportedError: if a package is missing, or no inputs can be made for the model.
     """
     directory = find_directory(name)
     gguf = _gguf_file(directory)
@@ -120,7 +125,7 @@ def load(name: str) -> Checkpoint:
 
 
 def tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a directory. Raises: ArtifactError if there is none; UnsupportedError without transformers."""
+    """The tokenizer in a directory. Raises ArtifactError if there is none; UnsupportedError without transformers."""
     try:
         tokenizer = _load_tokenizer(directory)
     except UnsupportedError:
@@ -144,7 +149,9 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
 def find_directory(name: str) -> Path:
     """The directory of a checkpoint: a path, or the name of a packaged model.
 
-    Raises: ArtifactError if there is no such directory; UnsupportedError if the package is not installed.
+    Raises:
+        ArtifactError: if there is no such directory.
+        UnsupportedError: if the package is not installed.
     """
     if name not in PACKAGED:
         if Path(name).is_dir():
@@ -170,7 +177,8 @@ def find_directory(name: str) -> Path:
 def _gguf_file(directory: Path) -> str | None:
     """The name of the one GGUF file of a directory without a config.
 
-    Raises: ArtifactError if the directory holds neither a config nor such a file.
+    Raises:
+        ArtifactError: if the directory holds neither a config nor such a file.
     """
     if (directory / "config.json").is_file():
         return None
@@ -233,7 +241,8 @@ _ALONE = threading.RLock()
 def _offline() -> Generator[Any]:
     """transformers without network access, progress bars and questions; its settings are restored when the block ends.
 
-    Raises: UnsupportedError if it is not installed.
+    Raises:
+        UnsupportedError: if it is not installed.
     """
     # It imports torchao if installed, which warns about missing CUDA libraries on a CPU, and makes PyTorch warn too.
     with _ALONE, only_errors("torchao", "torch.utils._pytree"):

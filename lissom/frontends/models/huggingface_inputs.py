@@ -36,7 +36,8 @@ Inputs = dict[str, object]
 def make_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> tuple[Inputs, str]:
     """Two rows of inputs the model runs on, and a sentence on how they were made. Decoders get `use_cache=False`.
 
-    Raises: UnsupportedError if the model's inputs are of an unknown kind, or it runs on none of the candidates.
+    Raises:
+        UnsupportedError: if the model's inputs are of an unknown kind, or it runs on none of the candidates.
     """
     takes = set(inspect.signature(model.forward).parameters)
     first: Exception | None = None

@@ -24,8 +24,9 @@ NAMES = (
 class Source:
     """A model with example inputs.
 
-    notes: sentences on how the inputs were made, and on missing weights. checkpoint: of a transformers model, with its
-    tokenizer.
+    Attributes:
+        notes: sentences on how the inputs were made, and on missing weights.
+        checkpoint: of a transformers model, with its tokenizer.
     """
 
     model: nn.Module
@@ -37,8 +38,9 @@ class Source:
 def load(name: str) -> Source:
     """The model of that name, and example inputs for it.
 
-    Raises: ArtifactError if there is no such model, or it cannot be read; UnsupportedError if a package is missing, or the
-        model cannot be converted.
+    Raises:
+        ArtifactError: if there is no such model, or it cannot be read.
+        UnsupportedError: if a package is missing, or the model cannot be converted.
     """
     library, colon, model_name = name.partition(":")
     if colon and library in ("timm", "torchvision"):

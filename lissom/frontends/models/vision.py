@@ -19,7 +19,9 @@ _ROWS = 2
 def load_timm(name: str) -> tuple[nn.Module, torch.Tensor]:
     """A model of timm and two pictures of the size in its own configuration.
 
-    Raises: ArtifactError for a name timm does not know; UnsupportedError if timm is not installed.
+    Raises:
+        ArtifactError: for a name timm does not know.
+        UnsupportedError: if timm is not installed.
     """
     timm = _package("timm")
     known: list[str] = timm.list_models()
@@ -40,7 +42,9 @@ def load_timm(name: str) -> tuple[nn.Module, torch.Tensor]:
 def load_torchvision(name: str) -> tuple[nn.Module, torch.Tensor]:
     """A model of torchvision and two pictures of the size its weights were trained at, by default 224 x 224.
 
-    Raises: ArtifactError for a name torchvision does not know; UnsupportedError if torchvision is not installed.
+    Raises:
+        ArtifactError: for a name torchvision does not know.
+        UnsupportedError: if torchvision is not installed.
     """
     models = importlib.import_module(f"{_package('torchvision').__name__}.models")
     known: list[str] = models.list_models()

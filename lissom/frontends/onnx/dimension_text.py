@@ -41,7 +41,7 @@ class NoFormulaError(ValueError):
 
 
 def names_in(text: str) -> list[str]:
-    """The names in a formula, in order. Raises: NoFormulaError."""
+    """The names in a formula, in order. Raises NoFormulaError."""
     nodes = list(ast.walk(_parsed(text)))
     called = [node.func for node in nodes if isinstance(node, ast.Call)]
     names = [node for node in nodes if isinstance(node, ast.Name) and node not in called]
@@ -49,7 +49,7 @@ def names_in(text: str) -> list[str]:
 
 
 def size_of(text: str, sizes: Mapping[str, int]) -> int:
-    """The value of a formula, given the sizes of its names. Raises: NoFormulaError if the text is none, or gives no size."""
+    """The value of a formula, given the sizes of its names. Raises NoFormulaError if the text is none, or gives no size."""
     try:
         value = _value(_parsed(text), sizes)
     except (ArithmeticError, TypeError) as error:

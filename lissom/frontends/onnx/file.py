@@ -46,7 +46,7 @@ _INFERENCE = re.compile(r"\(op_type:(?P<kind>\w+)(?:, node name: (?P<name>.*?))?
 
 
 def read_proto(path: Path) -> onnx.ModelProto:
-    """The unchecked ModelProto in a file. Raises: ArtifactError if there is none."""
+    """The unchecked ModelProto in a file. Raises ArtifactError if there is none."""
     if not path.is_file():
         raise ArtifactError(f"{path} is not a file; give the path of an ONNX file")
     try:
@@ -59,7 +59,7 @@ def read_proto(path: Path) -> onnx.ModelProto:
 
 
 def read_file(path: Path) -> ir.Model:
-    """The model in a file. Raises: ArtifactError if there is none, or it does not follow the standard."""
+    """The model in a file. Raises ArtifactError if there is none, or it does not follow the standard."""
     proto = read_proto(path)
     folder = path.absolute().parent
     _bring_in(proto, path, folder)
@@ -127,7 +127,7 @@ def is_external(tensor: onnx.TensorProto) -> bool:
 
 
 def external_place(tensor: onnx.TensorProto, path: Path, folder: Path) -> tuple[Path, int, int]:
-    """The file, offset and length in bytes of external data. Raises: ArtifactError."""
+    """The file, offset and length in bytes of external data. Raises ArtifactError."""
     given = {entry.key: entry.value for entry in tensor.external_data}
     location = given.get("location", "")
     where = f"{path} keeps {tensor.name!r} in the file {location}"
@@ -152,7 +152,7 @@ def external_place(tensor: onnx.TensorProto, path: Path, folder: Path) -> tuple[
 
 
 def _bytes_of(tensor: onnx.TensorProto, where: str) -> int:
-    """The size of a tensor's elements in bytes. Raises: ArtifactError."""
+    """The size of a tensor's elements in bytes. Raises ArtifactError."""
     try:
         bits = ir.DataType(tensor.data_type).bitwidth
     except (ValueError, TypeError) as error:
@@ -165,7 +165,7 @@ def _bytes_of(tensor: onnx.TensorProto, where: str) -> int:
 
 
 def _check(light: onnx.ModelProto, path: Path) -> None:
-    """Check a model whose large initializers are inputs; modifies the model. Raises: ArtifactError."""
+    """Check a model whose large initializers are inputs; modifies the model. Raises ArtifactError."""
     for number, node in enumerate(light.graph.node):
         node.name = node.name or f"number {number + 1}"
     outputs = [output for output in light.graph.output if output.type.HasField("tensor_type")]
@@ -212,7 +212,7 @@ def infer_shapes(model: ir.Model) -> None:
 
 
 def _check_values(light: onnx.ModelProto) -> None:
-    """Refuse attribute values that the standard does not have. Raises: ValidationError naming the node."""
+    """Refuse attribute values that the standard does not have. Raises ValidationError naming the node."""
     for node in parts_of(light, onnx.NodeProto):
         for option in node.attribute if node.domain in ("", "ai.onnx") else ():
             if option.ref_attr_name or option.name not in _ALLOWED:
@@ -228,7 +228,8 @@ def _check_values(light: onnx.ModelProto) -> None:
 def _check_calls(light: onnx.ModelProto) -> None:
     """Refuse functions that inline to too many nodes; the checker has refused cycles, and calls that are too deep.
 
-    Raises: ValidationError.
+    Raises:
+        ValidationError: if there is one.
     """
     functions = {(function.domain, function.name): function for function in light.functions}
     sizes: dict[tuple[str, str], int] = {}

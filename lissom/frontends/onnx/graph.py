@@ -25,7 +25,8 @@ _FRAME = re.compile(r'^ *(File "([^"\n]+)", line \d+, in .*\n.*)', re.MULTILINE)
 def load(path: Path) -> ir.Model:
     """The model in the file, with every node's position in the file as metadata, and weights read when needed.
 
-    Raises: ArtifactError if there is no such file, or it does not follow the ONNX standard.
+    Raises:
+        ArtifactError: if there is no such file, or it does not follow the ONNX standard.
     """
     model = onnx_file.read_file(path)
     for index, node in enumerate(model.graph):
@@ -36,7 +37,8 @@ def load(path: Path) -> ir.Model:
 def check_operators(model: ir.Model, path: Path) -> None:
     """Refuse operators without a conversion, and those in training mode.
 
-    Raises: UnsupportedError naming each with the first node that uses it.
+    Raises:
+        UnsupportedError: naming each with the first node that uses it.
     """
     from onnx2fx import is_supported
 
@@ -167,7 +169,7 @@ def torch_dtype(dtype: ir.DataType) -> torch.dtype | None:
 
 
 def _to_torch(data: ir.TensorProtocol) -> torch.Tensor:
-    """A copy of the tensor. Raises: UnsupportedError for a dtype PyTorch does not have."""
+    """A copy of the tensor. Raises UnsupportedError for a dtype PyTorch does not have."""
     dtype = torch_dtype(data.dtype)
     if dtype is None:
         raise UnsupportedError(f"weight {data.name!r} is {data.dtype}, which PyTorch has no tensors of")

@@ -33,8 +33,9 @@ _MOST_ELEMENTS = 2**28
 class Input:
     """An input of an ONNX graph.
 
-    sizes: for each dimension a number, or the name or formula of a dynamic size.
-    rows: if the input indexes a table, the table's number of rows.
+    Attributes:
+        sizes: for each dimension a number, or the name or formula of a dynamic size.
+        rows: if the input indexes a table, the table's number of rows.
     """
 
     name: str
@@ -70,22 +71,25 @@ def from_onnx(path: str | Path) -> nn.Module:
 
     A single output is returned alone, several as a tuple. Floating-point weights are parameters with their names in the file.
 
-    Raises: ArtifactError if the file is missing, is not ONNX, or lacks its external data; UnsupportedError for an operator that
-        cannot be converted, with the name of its node, and if the packages of the extra `from-onnx` are not installed.
+    Raises:
+        ArtifactError: if the file is missing, is not ONNX, or lacks its external data.
+        UnsupportedError: for an operator that cannot be converted, with the name of its node, and if the packages of the extra
+            `from-onnx` are not installed.
 
-    >>> import tempfile, onnx, torch, lissom
-    >>> path = tempfile.mkdtemp() + "/model.onnx"
-    >>> onnx.save(onnx.parser.parse_model('''
-    ...     <ir_version: 10, opset_import: ["" : 20]>
-    ...     agraph (float[N, 4] x) => (float[N, 4] y) { y = Gelu(x) }'''), path)
-    >>> lissom.from_onnx(path)(torch.zeros(2, 4)).shape
-    torch.Size([2, 4])
+    Examples:
+        >>> import tempfile, onnx, torch, lissom
+        >>> path = tempfile.mkdtemp() + "/model.onnx"
+        >>> onnx.save(onnx.parser.parse_model('''
+        ...     <ir_version: 10, opset_import: ["" : 20]>
+        ...     agraph (float[N, 4] x) => (float[N, 4] y) { y = Gelu(x) }'''), path)
+        >>> lissom.from_onnx(path)(torch.zeros(2, 4)).shape
+        torch.Size([2, 4])
     """
     return read(path).module
 
 
 def read(path: str | Path) -> OnnxModel:
-    """The module of an ONNX file, with its inputs. Raises: as `from_onnx`."""
+    """The module of an ONNX file, with its inputs. Raises as `from_onnx`."""
     for name in ("onnx2fx", "onnx_ir"):
         try:
             import_module(name)

@@ -28,7 +28,7 @@ _FAR = 2**31 - 2
 
 
 def _dimension(x: torch.Tensor, axis: int) -> int:
-    """The axis as a non-negative number. Raises: IndexError if it is out of range."""
+    """The axis as a non-negative number. Raises IndexError if it is out of range."""
     if not -x.dim() <= axis < x.dim():
         raise IndexError(f"axis {axis} is given for {x.dim()} dimensions")
     return axis % x.dim()
@@ -209,8 +209,12 @@ def attention_with_cache(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """softmax(q kᵀ · scale + mask) v, and the keys and values with the past ones first.
 
-    q, k, v: [batch, heads, tokens, head_dim], or [batch, tokens, heads · head_dim] with the numbers of heads as attributes.
-    is_causal: token i attends to the past and to tokens 0 to i. softcap: scores become softcap · tanh(score / softcap).
+    Args:
+        q: [batch, heads, tokens, head_dim], or [batch, tokens, heads · head_dim] with the numbers of heads as attributes.
+        k: likewise.
+        v: likewise.
+        is_causal: token i attends to the past and to tokens 0 to i.
+        softcap: scores become softcap · tanh(score / softcap).
     """
     folded = q.dim() == 3
     if folded:

@@ -26,7 +26,11 @@ Item = TypeVar("Item")
 def page_data(
     title: str, history: History, times: LayerTimes | None, errors: NodeErrors | None, missing: Sequence[str]
 ) -> dict[str, object]:
-    """The content of the page, ready for `json.dumps`. missing: sentences on what the report does not have."""
+    """The content of the page, ready for `json.dumps`.
+
+    Args:
+        missing: sentences on what the report does not have.
+    """
     tables = _Tables()
     steps: list[dict[str, object]] = []
     before: list[int] = []

@@ -13,7 +13,12 @@ _SLOT = re.compile(r"\{\{([\w.]+)\}\}")
 
 
 def page(title: str, data: Mapping[str, object], text: str) -> str:
-    """The page of a report. data: what `page_data` gives. text: the report for readers without JavaScript."""
+    """The page of a report.
+
+    Args:
+        data: what `page_data` gives.
+        text: the report for readers without JavaScript.
+    """
     # A script element ends at the first `</`, whatever it holds, and `<!--` may open a comment in it.
     block = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c").replace(">", "\\u003e")
     parts = {"title": html.escape(title), "data": block, "text": html.escape(text)}

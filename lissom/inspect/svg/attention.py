@@ -33,17 +33,21 @@ _KINDS = ("unseen", "partly", "seen")
 def attention_svg(program: Program, only: str = "", tokens: int = TOKENS) -> str:
     """The picture of the attentions in a module: a square for each pattern, with the heads that have it.
 
-    only: the path of a module or a layer; all attentions by default, equal ones once. tokens: of queries and of keys.
+    Args:
+        only: the path of a module or a layer; all attentions by default, equal ones once.
+        tokens: of queries and of keys.
 
-    Raises: UnsupportedError if there is no attention in it, none with a pattern of positions, or no token.
+    Raises:
+        UnsupportedError: if there is no attention in it, none with a pattern of positions, or no token.
 
-    >>> import torch, lissom
-    >>> from lissom.inspect.svg.attention import attention_svg
-    >>> model = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
-    >>> passes = "sparsify-attention{pattern=window,window=64}"
-    >>> program = lissom.optimize(model, torch.randn(1, 256, 32), passes=passes, checks="structural").program
-    >>> "of the blocks are seen" in attention_svg(program, tokens=256)
-    True
+    Examples:
+        >>> import torch, lissom
+        >>> from lissom.inspect.svg.attention import attention_svg
+        >>> model = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+        >>> passes = "sparsify-attention{pattern=window,window=64}"
+        >>> program = lissom.optimize(model, torch.randn(1, 256, 32), passes=passes, checks="structural").program
+        >>> "of the blocks are seen" in attention_svg(program, tokens=256)
+        True
     """
     if tokens < 1:
         raise UnsupportedError(f"a pattern of {tokens} tokens cannot be drawn; give 1 token or more")

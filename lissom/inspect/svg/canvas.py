@@ -75,31 +75,53 @@ _FONTS = (
 
 
 class Canvas:
-    """Collects the elements of a picture. about: whether rectangles say what they are about when the pointer is on them."""
+    """Collects the elements of a picture.
+
+    Args:
+        about: whether rectangles say what they are about when the pointer is on them.
+    """
 
     def __init__(self, *, about: bool = True) -> None:
         self._about = about
         self._elements: list[str] = []
 
     def rect(self, x: float, y: float, width: float, height: float, kind: str, *, radius: float = 5, about: str = "") -> None:
-        """A rectangle. kind: its class. about: shown when the pointer is on it."""
+        """A rectangle.
+
+        Args:
+            kind: its class.
+            about: shown when the pointer is on it.
+        """
         title = f"><title>{_escaped(about)}</title></rect>" if about and self._about else "/>"
         place = f'x="{x:.6g}" y="{y:.6g}" width="{width:.6g}" height="{height:.6g}"'
         self._elements.append(f'<rect {place} rx="{radius:g}" class="{kind}"{title}')
 
     def text(self, x: float, y: float, words: str, kind: str = "", *, anchor: str = "start") -> None:
-        """A line of text. x, y: of its baseline, at its start, `middle` or `end`."""
+        """A line of text.
+
+        Args:
+            x: of its start, `middle` or `end`.
+            y: of its baseline.
+        """
         kinds = f' class="{kind}"' if kind else ""
         at = "" if anchor == "start" else f' text-anchor="{anchor}"'
         self._elements.append(f'<text x="{x:.6g}" y="{y:.6g}"{kinds}{at}>{_escaped(words)}</text>')
 
     def curve(self, steps: str, kind: str = "edge", *, arrow: bool = False) -> None:
-        """A line. steps: the commands of its path."""
+        """A line.
+
+        Args:
+            steps: the commands of its path.
+        """
         head = ' marker-end="url(#head)"' if arrow else ""
         self._elements.append(f'<path d="{steps}" class="{kind}"{head}/>')
 
     def svg(self, width: float, height: float, title: str) -> str:
-        """The whole picture. title: for readers who do not see it."""
+        """The whole picture.
+
+        Args:
+            title: for readers who do not see it.
+        """
         used = {".back", ".head", "text", *(f".{kind}" for element in self._elements for kind in _kinds(element))}
         themes, dark = (
             "".join(f"{kind}{{{look}}}" for kind, look in theme.items() if kind in used) for theme in (_LIGHT, _DARK)

@@ -23,9 +23,12 @@ _WIDEST = 960.0
 def change_svg(history: History, step: int, name: str) -> str | None:
     """The nodes that a step removed, added or changed, with the values that they read; None if it changed no node's text.
 
-    step: 1 or more. name: of the step, for the title.
+    Args:
+        step: 1 or more.
+        name: of the step, for the title.
 
-    Raises: UnsupportedError if there is no such step.
+    Raises:
+        UnsupportedError: if there is no such step.
     """
     history.check_step(step)
     both = step - 1, step

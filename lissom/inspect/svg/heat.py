@@ -20,14 +20,23 @@ _LABELS = {"flops": "FLOPs", "bytes": "bytes moved", "mass": "attention mass los
 
 @dataclass(frozen=True)
 class Heat:
-    """A figure of nodes. values: by name in the text, `%gelu`. largest: a module has the largest of its nodes', not the sum."""
+    """A figure of nodes.
+
+    Attributes:
+        values: by name in the text, `%gelu`.
+        largest: a module has the largest of its nodes', not the sum.
+    """
 
     label: str
     values: Mapping[str, float]
     largest: bool
 
     def join(self, keys: Mapping[str, str]) -> dict[str, float]:
-        """The figures of what a picture draws. keys: for every node the node that stands for it, or its closed module."""
+        """The figures of what a picture draws.
+
+        Args:
+            keys: for every node the node that stands for it, or its closed module.
+        """
         joined: dict[str, float] = {}
         for name, key in keys.items():
             value = self.values.get(name, 0.0)
@@ -39,7 +48,8 @@ class Heat:
 def heat_of(kind: str, history: History, step: int, times: LayerTimes | None, errors: NodeErrors | None) -> Heat:
     """The heat of the program after a step.
 
-    Raises: UnsupportedError for another kind, or one that is not known for the step, with what measures it.
+    Raises:
+        UnsupportedError: for another kind, or one that is not known for the step, with what measures it.
     """
     if kind not in HEATS:
         raise UnsupportedError(f"there is no heat '{kind}'; give one of {', '.join(HEATS)}")

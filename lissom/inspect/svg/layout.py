@@ -18,9 +18,14 @@ _SWEEPS = 6
 
 @dataclass
 class Box:
-    """A box. key: of a box without items, what edges name. x, y: of its corner, within the box that holds it.
+    """A box.
 
-    header: the height of its label. least: the width that its label takes.
+    Attributes:
+        key: of a box without items, what edges name.
+        x: of its corner, within the box that holds it.
+        y: likewise.
+        header: the height of its label.
+        least: the width that its label takes.
     """
 
     key: str
@@ -48,7 +53,10 @@ class Box:
 class Piece:
     """A part of an edge within a box: from a point down to the end of its rank, then to another point.
 
-    leave: y where it leaves its rank. arrow: whether it ends at a box without items. again: whether it leads upward.
+    Attributes:
+        leave: y where it leaves its rank.
+        arrow: whether it ends at a box without items.
+        again: whether it leads upward.
     """
 
     start: tuple[float, float]
@@ -60,7 +68,11 @@ class Piece:
 
 @dataclass(eq=False)
 class _Vertex:
-    """Something with a place in a rank: an item, a port of the box, or a lane. center: x of its middle."""
+    """Something with a place in a rank: an item, a port of the box, or a lane.
+
+    Attributes:
+        center: x of its middle.
+    """
 
     order: int
     width: float = 0.0

@@ -25,9 +25,12 @@ _OUTPUT = "%"
 
 @dataclass(frozen=True)
 class Compared:
-    """A program beside another one. verb: what happens to a node that the other one lacks, `added` or `removed`.
+    """A program beside another one.
 
-    lines, facts: of the other program.
+    Attributes:
+        verb: what happens to a node that the other one lacks, `added` or `removed`.
+        lines: of the other program.
+        facts: of the other program.
     """
 
     lines: Sequence[Line]
@@ -47,10 +50,13 @@ def program_svg(
 ) -> str:
     """The picture of a program's text, with at most `most` nodes.
 
-    only: the path of a module. facts: of the nodes of this program, for matching it with the other one. heat: what colors the
-    nodes of a program that is not compared.
+    Args:
+        only: the path of a module.
+        facts: of the nodes of this program, for matching it with the other one.
+        heat: what colors the nodes of a program that is not compared.
 
-    Raises: UnsupportedError if there is no such module.
+    Raises:
+        UnsupportedError: if there is no such module.
     """
     lines = [Line.of(line) for line in text.split("\n")]
     status = {} if compared is None else statuses(lines, facts or {}, compared)

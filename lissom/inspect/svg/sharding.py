@@ -28,7 +28,11 @@ _BAR = 34.0
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a layer: a sharded weight, or a collective. axis: of the weight; None for a collective."""
+    """A row of a layer: a sharded weight, or a collective.
+
+    Attributes:
+        axis: of the weight; None for a collective.
+    """
 
     label: str
     detail: str
@@ -38,9 +42,11 @@ class Row:
 def sharding_svg(program: Program, plan: Plan, sizes: Mapping[str, int] | None = None) -> str:
     """The picture of a plan: for each layer its sharded weights and its collectives, in the order of the program.
 
-    sizes: sizes of dimensions by name; the others are the example's. Replicated weights are counted, and not drawn.
+    Args:
+        sizes: sizes of dimensions by name; the others are the example's. Replicated weights are counted, and not drawn.
 
-    Raises: UnsupportedError for a dimension the program does not have, or a size it does not take.
+    Raises:
+        UnsupportedError: for a dimension the program does not have, or a size it does not take.
     """
     chosen = example_sizes(program) | dict(sizes or {})
     layers = layer_paths(program)

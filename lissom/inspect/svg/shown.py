@@ -18,8 +18,9 @@ MOST_NODES = 200
 class Module:
     """A module with the names of its nodes and its inner modules, in the order of their first nodes.
 
-    members: the numbers of the layers that it stands for; empty for a module that stands for itself. nodes: in program order,
-    those of inner modules included; every one is shown, or stands behind a closed module.
+    Attributes:
+        members: the numbers of the layers that it stands for; empty for a module that stands for itself.
+        nodes: in program order, those of inner modules included; every one is shown, or stands behind a closed module.
     """
 
     path: str
@@ -38,9 +39,13 @@ class Module:
 class Shown:
     """The part of a program that a picture shows.
 
-    root: the whole program, or one module. keys: for every node below the root what shows it: its own name, that of its twin in
-    an identical layer, or the path of a closed module. names: for nodes that are all of a module, the name of the module.
-    sizes: nodes that compute sizes, which are not shown. left_out: nodes for which there is no room.
+    Attributes:
+        root: the whole program, or one module.
+        keys: for every node below the root what shows it: its own name, that of its twin in an identical layer, or the path of
+            a closed module.
+        names: for nodes that are all of a module, the name of the module.
+        sizes: nodes that compute sizes, which are not shown.
+        left_out: nodes for which there is no room.
     """
 
     root: Module
@@ -54,7 +59,9 @@ class Shown:
 def shown(lines: Sequence[Line], only: str = "", status: Mapping[str, str] | None = None, most: int = MOST_NODES) -> Shown:
     """The modules and nodes to draw, at most `most`.
 
-    only: the path of a module; all by default. status: of nodes, by name; layers with other statuses are not folded together.
+    Args:
+        only: the path of a module; all by default.
+        status: of nodes, by name; layers with other statuses are not folded together.
     """
     below = [line for line in lines if line.is_node and (not only or line.path == only or line.path.startswith(f"{only}."))]
     sizes = {line.defines for line in lines if is_size(line)}

@@ -14,7 +14,7 @@ from lissom.io.files import check_path, write_whole
 
 
 def step_svg(name: str, history: History, step: int | None, only: str, compare: int | None, heat: Heat | None = None) -> str:
-    """The picture; see `Report.to_svg`. Raises: UnsupportedError."""
+    """The picture; see `Report.to_svg`. Raises UnsupportedError."""
     if heat is not None and compare is not None:
         raise UnsupportedError("a picture shows a heat or a comparison with another step; give heat= or compare=")
     index = len(history.steps) - 1 if step is None else step
@@ -33,15 +33,20 @@ def step_svg(name: str, history: History, step: int | None, only: str, compare: 
 def draw(program: Program, path: str | PathLike[str] | None = None, *, only: str = "", compare: Program | None = None) -> str:
     """A program as a picture, without a report: an SVG file, as `report.to_svg` draws it.
 
-    path: where to write it, if given. only: the path of a module, `encoder.layer.0`. compare: an earlier program; nodes that it
-    lacks are marked as added, those that differ as changed.
+    Args:
+        path: where to write it, if given.
+        only: the path of a module, `encoder.layer.0`.
+        compare: an earlier program; nodes that it lacks are marked as added, those that differ as changed.
 
-    Raises: UnsupportedError if there is no such module; ArtifactError if the file cannot be written.
+    Raises:
+        UnsupportedError: if there is no such module.
+        ArtifactError: if the file cannot be written.
 
-    >>> import torch, lissom
-    >>> program = lissom.optimize(torch.nn.Linear(4, 2), torch.ones(3, 4)).program
-    >>> "linear" in lissom.draw(program)
-    True
+    Examples:
+        >>> import torch, lissom
+        >>> program = lissom.optimize(torch.nn.Linear(4, 2), torch.ones(3, 4)).program
+        >>> "linear" in lissom.draw(program)
+        True
     """
     other = None
     if compare is not None:

@@ -54,7 +54,10 @@ class CompiledTransformer(Transformer):
     ) -> Self:
         """The module with the compiled model in place of its transformer.
 
-        fused: the class names of the modules in the program. constants: features fixed in it. dimension: of the embeddings.
+        Args:
+            fused: the class names of the modules in the program.
+            constants: features fixed in it.
+            dimension: of the embeddings.
         """
         made = cls.__new__(cls)
         nn.Module.__init__(made)
@@ -67,7 +70,11 @@ class CompiledTransformer(Transformer):
         return made.eval()
 
     def __init__(self, model_name_or_path: str, *, lissom: Mapping[str, Any] | None = None, **options: Any) -> None:
-        """Reads a saved model; called by `load`. lissom: the fields that `get_config_dict` adds."""
+        """Reads a saved model; called by `load`.
+
+        Args:
+            lissom: the fields that `get_config_dict` adds.
+        """
         super().__init__(model_name_or_path, **options)
         self.can_flatten_inputs = False
         fields = dict[str, Any]() if lissom is None else lissom
@@ -93,7 +100,9 @@ class CompiledTransformer(Transformer):
     ) -> CompiledModel:
         """The compiled model in the directory, instead of one of transformers.
 
-        Raises: ArtifactError if there is none; InputError for options of a model that is not compiled.
+        Raises:
+            ArtifactError: if there is none.
+            InputError: for options of a model that is not compiled.
         """
         unknown = sorted(model_kwargs.keys() - _LOADING - _OURS)
         if unknown or backend != "torch":
@@ -120,7 +129,8 @@ class CompiledTransformer(Transformer):
     def forward(self, features: Features, **kwargs: object) -> dict[str, Any]:
         """The features, and what the compiled modules add to them.
 
-        Raises: InputError for other features than the model was compiled with.
+        Raises:
+            InputError: for other features than the model was compiled with.
         """
         tensors, constants = split_features(features)
         program = self._compiled.program
@@ -148,7 +158,9 @@ class CompiledTransformer(Transformer):
     def save(self, output_path: str, *args: object, safe_serialization: bool = True, **kwargs: object) -> None:
         """Write configuration, tokenizer, and the artifact in the folder `lissom`; none of it is pickled.
 
-        Raises: ArtifactError, UnsupportedError: as `CompiledModel.save`.
+        Raises:
+            ArtifactError: as `CompiledModel.save`.
+            UnsupportedError: likewise.
         """
         model = self._compiled
         model.save(Path(output_path) / FOLDER)

@@ -19,11 +19,17 @@ EMBEDDING, TOKENS, SCORES, MASK = "sentence_embedding", "token_embeddings", "sco
 class FusedModules(nn.Module):
     """A chain of modules of Sentence Transformers that passes on a dictionary of features.
 
-    modules: the chain. constants: features that are no tensors, fixed when the chain is captured. outputs: the features it
-    returns. config, main_input_name: of the transformer.
-
     Token embeddings that are returned are zero at padding positions. The modules after the transformer give the same, since
     pooling skips padding, and `pack-tokens` need not compute it.
+
+    Args:
+        modules: the chain.
+
+    Attributes:
+        constants: features that are no tensors, fixed when the chain is captured.
+        outputs: the features it returns.
+        config: of the transformer.
+        main_input_name: of the transformer.
     """
 
     main_input_name = "input_ids"

@@ -57,7 +57,8 @@ def compile_sentence_model(model: _Model, example_inputs: Inputs | None, setting
     `model.preprocess`. Without example inputs two sentences are used. A metric is called with a model of this class.
     `pack-tokens` is added to the passes, so that padding is not computed.
 
-    Raises: what `lissom.compile` raises.
+    Raises:
+        LissomError: as `lissom.compile`.
     """
     fused, rest = _split(model)
     first = cast(Transformer, fused[0])
@@ -94,7 +95,9 @@ def _split(model: BaseModel) -> tuple[list[nn.Module], list[nn.Module]]:
 
     A module that takes arguments of `encode`, or whose result depends on the length of the prompt, stays.
 
-    Raises: UnsupportedError, CaptureError.
+    Raises:
+        UnsupportedError: for a model of another kind, or one that does not start with a Transformer in PyTorch.
+        CaptureError: if it is already compiled.
     """
     name = type(model).__name__
     if not isinstance(model, _KINDS):
@@ -119,7 +122,7 @@ def _stays(module: nn.Module) -> bool:
 
 
 def _features(model: BaseModel, inputs: Inputs | None) -> tuple[dict[str, torch.Tensor], dict[str, Constant]]:
-    """The tensor features of the inputs, and the others. Raises: InputError."""
+    """The tensor features of the inputs, and the others. Raises InputError."""
     if inputs is None:
         long, short = SENTENCES
         inputs = [(long, short), (short, short)] if isinstance(model, CrossEncoder) else [long, short]
@@ -153,7 +156,8 @@ def _outputs(
 ) -> list[str]:
     """The features that the fused modules add and that the model's methods or later modules read.
 
-    Raises: CaptureError if the modules fail on the example.
+    Raises:
+        CaptureError: if the modules fail on the example.
     """
     features: dict[str, Any] = {**example, **constants}
     with evaluating(model), torch.no_grad():
@@ -197,7 +201,7 @@ def _on_models(metric: Callable[[Any], float], with_program: Callable[[FixedModu
 
 
 def _check_sizes(compiled: CompiledModel) -> None:
-    """Refuse a program for one number or length of texts only. Raises: CaptureError."""
+    """Refuse a program for one number or length of texts only. Raises CaptureError."""
     for leaf in compiled.program.signature.tensors:
         fixed = next((dim for dim, size in enumerate(leaf.type.shape[:2]) if isinstance(size, int)), None)
         if fixed is not None:

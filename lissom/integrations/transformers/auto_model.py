@@ -61,7 +61,9 @@ class LissomConfig(PretrainedConfig):
 class SavedModel:
     """Loads saved models for one Auto class.
 
-    auto_class: its name. architectures: the names of the model classes it loads.
+    Attributes:
+        auto_class: its name.
+        architectures: the names of the model classes it loads.
     """
 
     config_class: ClassVar[type[PretrainedConfig]] = LissomConfig
@@ -87,12 +89,19 @@ class SavedModel:
     ) -> FixedModule:
         """The saved model in a folder, or in a repository of the Hub, which is downloaded.
 
-        dtype, torch_dtype: of the compiled model, or `auto`. device_map: one device, or `auto` for the one it was compiled for.
-        trusted_keys, allow_native, map_weights: as for `lissom.load`. Options of transformers that say how a model is loaded,
-        such as `low_cpu_mem_usage`, are ignored.
+        Args:
+            dtype: of the compiled model, or `auto`.
+            torch_dtype: of the compiled model, or `auto`.
+            device_map: one device, or `auto` for the one it was compiled for.
+            trusted_keys: as for `lissom.load`.
+            allow_native: as for `lissom.load`.
+            map_weights: as for `lissom.load`.
+            **others: options of transformers that say how a model is loaded, such as `low_cpu_mem_usage`, are ignored.
 
-        Raises: InputError if the Auto class loads models of other kinds; UnsupportedError for another dtype, for several
-            devices, or for an option that asks for another model; the errors of `lissom.load`.
+        Raises:
+            InputError: if the Auto class loads models of other kinds.
+            UnsupportedError: for another dtype, for several devices, or for an option that asks for another model.
+            LissomError: as `lissom.load`.
         """
         changed = next((option for option in _OTHER_MODELS if others.get(option)), None)
         if changed is not None:
@@ -127,7 +136,7 @@ class SavedModel:
 
 
 def _one_device(device_map: object) -> str | torch.device | None:
-    """The device that a map names. Raises: UnsupportedError for several."""
+    """The device that a map names. Raises UnsupportedError for several."""
     import torch
 
     if isinstance(device_map, Mapping):
@@ -149,7 +158,8 @@ def download(name: str, revision: str | None, token: str | bool | None, cache_di
 
     The cache holds links; an artifact holds regular files, so they are linked or copied beside it.
 
-    Raises: ArtifactError if the repository cannot be read, or holds no saved model.
+    Raises:
+        ArtifactError: if the repository cannot be read, or holds no saved model.
     """
     from huggingface_hub import snapshot_download
 
@@ -172,7 +182,8 @@ def download(name: str, revision: str | None, token: str | bool | None, cache_di
 def _copy(snapshot: Path, folder: Path) -> None:
     """The artifact's own files as regular files in a new folder, which appears complete: other processes may load it too.
 
-    Raises: ArtifactError as `copy_linked`, or if the cache cannot be written.
+    Raises:
+        ArtifactError: as `copy_linked`, or if the cache cannot be written.
     """
     try:
         folder.parent.mkdir(exist_ok=True)

@@ -21,12 +21,16 @@ PREFILL, DECODE = "prefill", "decode"
 class ExportedGenerator(nn.Module, CompiledGeneration):
     """An exported decoder with the `generate` of transformers: prompts run on one program, further tokens on another.
 
-    exported: the export of a causal language model, with a cache that grows, or one loaded by `ExportedModel.from_pretrained`.
+    Args:
+        exported: the export of a causal language model, with a cache that grows, or one loaded by
+            `ExportedModel.from_pretrained`.
 
-    Raises: UnsupportedError for another export.
+    Raises:
+        UnsupportedError: for another export.
 
-    >>> from lissom.integrations.transformers.exported_generation import ExportedGenerator
-    >>> ExportedGenerator(ExportedModel.from_pretrained("exported")).generate(ids, max_new_tokens=20)  # doctest: +SKIP
+    Examples:
+        >>> from lissom.integrations.transformers.exported_generation import ExportedGenerator
+        >>> ExportedGenerator(ExportedModel.from_pretrained("exported")).generate(ids, max_new_tokens=20)  # doctest: +SKIP
     """
 
     def __init__(self, exported: ExportedModel) -> None:
@@ -61,7 +65,8 @@ class ExportedGenerator(nn.Module, CompiledGeneration):
     ) -> Any:
         """The outputs of the program for a prompt, or of that for the next token.
 
-        Raises: InputError for padding where the model was exported without.
+        Raises:
+            InputError: for padding where the model was exported without.
         """
         stage = DECODE if _is_filled(cache) else PREFILL
         runner, masked = self.runners[stage], stage in self._masked

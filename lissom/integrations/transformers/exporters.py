@@ -52,8 +52,10 @@ MUTATED, OUTPUTS = "mutated", "outputs"
 class LissomConfig(DynamoConfig):
     """The options of an export.
 
-    passes, backend, goal, checks, simulate: those of `lissom.compile`. dynamic: whether sizes of the inputs may vary, by
-    default. The others are those of `DynamoConfig`.
+    The fields not listed are those of `lissom.compile`.
+
+    Attributes:
+        dynamic: whether sizes of the inputs may vary, by default. The others are those of `DynamoConfig`.
     """
 
     export_format: str = FORMAT  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -88,7 +90,8 @@ class LissomExporter(DynamoExporter):
     ) -> tuple[CompiledModel, ExportMetadata]:
         """The model compiled, and what transformers records of it.
 
-        Raises: CaptureError if the model cannot be captured; else what `lissom.compile` raises.
+        Raises:
+            CaptureError: if the model cannot be captured; else what `lissom.compile` raises.
         """
         started = time.perf_counter()
         settings = config.settings()
@@ -108,12 +111,12 @@ class LissomExporter(DynamoExporter):
     def save_program(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, program: CompiledModel, path: str | Path
     ) -> None:
-        """Write one file that holds the program's artifact. Raises: ArtifactError, UnsupportedError."""
+        """Write one file that holds the program's artifact. Raises ArtifactError, UnsupportedError."""
         pack(program.save, Path(path))
 
     @classmethod
     def load_program(cls, path: str | Path) -> CompiledModel:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The program of a file. Raises: ArtifactError if it holds none."""
+        """The program of a file. Raises ArtifactError if it holds none."""
         return load_packed(Path(path), load)
 
 
@@ -131,7 +134,7 @@ class LissomRunner(ModelRunner):
 
     @classmethod
     def from_program(cls, program: CompiledModel, metadata: ExportMetadata, device: str | torch.device | None = None) -> Self:
-        """A runner for a program. Raises: UnsupportedError for another device than the program's."""
+        """A runner for a program. Raises UnsupportedError for another device than the program's."""
         return cls(program if device is None else program.to(device), metadata)
 
     def __call__(self, share_inputs: bool = True, share_outputs: bool = False, **kwargs: object) -> Any:
@@ -139,7 +142,8 @@ class LissomRunner(ModelRunner):
 
         `ExportedModel` drops arguments that were not exported, with a warning, before it calls this.
 
-        Raises: InputError if the arguments do not fit those of the export.
+        Raises:
+            InputError: if the arguments do not fit those of the export.
         """
         unknown = next((name for name, value in kwargs.items() if name not in self._order and value is not None), None)
         if unknown is not None:
@@ -170,7 +174,10 @@ class LissomRunner(ModelRunner):
 class _Capturing:
     """Converts a program of torch.export into one whose arguments are the leaves of the original's, by name.
 
-    model: that was exported, for comparison. flags: the outputs it was asked for. seconds: that its export took.
+    Attributes:
+        model: that was exported, for comparison.
+        flags: the outputs it was asked for.
+        seconds: that its export took.
     """
 
     exported: ExportedProgram
@@ -206,7 +213,10 @@ class _Capturing:
 class _ByLeaves(nn.Module):
     """A model that takes the leaves of its arguments by name, and returns the tensors of its output.
 
-    nesting: of the arguments. names: of the leaves. mutated: those that the model changes in place.
+    Attributes:
+        nesting: of the arguments.
+        names: of the leaves.
+        mutated: those that the model changes in place.
     """
 
     def __init__(self, model: nn.Module, nesting: pytree.TreeSpec, names: Sequence[str], mutated: Sequence[str]) -> None:

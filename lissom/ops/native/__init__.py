@@ -22,7 +22,8 @@ SWITCH = "LISSOM_NATIVE"
 def load_kernels() -> str:
     """Load the kernels, and build them if they are not cached; returns why there are none, or an empty text.
 
-    Raises: UnsupportedError when `LISSOM_NATIVE_ISA` names an instruction set that this processor lacks.
+    Raises:
+        UnsupportedError: when `LISSOM_NATIVE_ISA` names an instruction set that this processor lacks.
     """
     if os.environ.get(SWITCH, "1") == "0":
         return f"{SWITCH}=0 switches the C++ kernels off"

@@ -50,8 +50,10 @@ _FAULTS = (signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.S
 def kept_library() -> Path:
     """The library for this processor: the package's own, or the one in the cache, built if it is missing or was damaged.
 
-    Raises: RuntimeError or OSError with the reason why there is none; UnsupportedError for an instruction set that was asked
-    for and is not there.
+    Raises:
+        RuntimeError: with the reason why there is none.
+        OSError: likewise.
+        UnsupportedError: for an instruction set that was asked for and is not there.
     """
     reason = ""
     for isa in usable_sets():
@@ -90,7 +92,9 @@ def build_all() -> dict[str, str]:
 
     A library that this processor cannot run is tested by the first machine that can.
 
-    Raises: RuntimeError or OSError where nothing can be built.
+    Raises:
+        RuntimeError: where nothing can be built.
+        OSError: likewise.
     """
     compiler, reasons = find_compiler(), dict[str, str]()
     for isa in INSTRUCTION_SETS:
@@ -106,7 +110,7 @@ def built_library(isa: InstructionSet) -> Path:
 
 
 def find_compiler() -> list[str]:
-    """The command that compiles C++: CXX where it is set. Raises: RuntimeError when there is no such program."""
+    """The command that compiles C++: CXX where it is set. Raises RuntimeError when there is no such program."""
     given = _words("CXX")
     if given and shutil.which(given[0]) is None:
         raise RuntimeError(f"CXX names the compiler '{given[0]}', and there is no such program")
@@ -119,7 +123,7 @@ def find_compiler() -> list[str]:
 
 
 def _words(name: str) -> list[str]:
-    """The words of an environment variable. Raises: RuntimeError if a quote is not closed."""
+    """The words of an environment variable. Raises RuntimeError if a quote is not closed."""
     try:
         return shlex.split(os.environ.get(name, ""))
     except ValueError as error:
@@ -138,7 +142,8 @@ def cache_folder() -> Path:
 
     Where the user's cache cannot be used, a folder for temporary files, with a warning.
 
-    Raises: OSError when that cannot be used either.
+    Raises:
+        OSError: when that cannot be used either.
     """
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
@@ -150,7 +155,7 @@ def cache_folder() -> Path:
 
 
 def _private(folder: Path) -> Path:
-    """The folder, created if it does not exist. Raises: OSError when others can write to it."""
+    """The folder, created if it does not exist. Raises OSError when others can write to it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if not status.st_uid == folder.lstat().st_uid == os.getuid():
@@ -181,7 +186,7 @@ def _self_tests(library: Path) -> Mapping[str, str] | None:
 
 
 def build_once(compiler: list[str], library: Path, isa: InstructionSet) -> None:
-    """Build and test the library, or wait for the process that does. Raises: as `_build` does."""
+    """Build and test the library, or wait for the process that does. Raises as `_build` does."""
     with locked(library.with_suffix(".lock")):
         if _self_tests(library) is None:
             _build(compiler, library, isa)
@@ -204,7 +209,8 @@ def _test_once(library: Path) -> str:
 def locked(file: Path) -> Generator[None]:
     """Hold the lock of a file; other processes wait for it. The system releases it when this process ends.
 
-    Raises: OSError when the file cannot be written.
+    Raises:
+        OSError: when the file cannot be written.
     """
     import fcntl  # exists on Unix only
 
@@ -252,7 +258,9 @@ def processor_kind() -> str:
 def _build(compiler: list[str], library: Path, isa: InstructionSet) -> None:
     """Compile under a temporary name beside the library, then rename the library and its record, which holds no self-test yet.
 
-    Raises: RuntimeError with the compiler's first error, OSError when nothing can be written there.
+    Raises:
+        RuntimeError: with the compiler's first error.
+        OSError: when nothing can be written there.
     """
     from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -284,7 +292,8 @@ def _first_error(output: str) -> str:
 def run_self_test(library: Path) -> str:
     """The result of a library's self-test, run in a process of its own; empty when it passes.
 
-    Raises: RuntimeError when it cannot run or does not end, which says nothing about the library.
+    Raises:
+        RuntimeError: when it cannot run or does not end, which says nothing about the library.
     """
     command = python_command("lissom.ops.native.self_test", str(library))
     try:

@@ -23,7 +23,9 @@ SWITCH = "LISSOM_NATIVE_ISA"
 class InstructionSet:
     """A set of processor features.
 
-    features: as Linux lists them in /proc/cpuinfo. flags: of the compiler, `-march=native` where there are no features.
+    Attributes:
+        features: as Linux lists them in /proc/cpuinfo.
+        flags: of the compiler, `-march=native` where there are no features.
     """
 
     name: str
@@ -73,7 +75,8 @@ INSTRUCTION_SETS = SETS_OF_MACHINES.get(platform.machine(), (_NATIVE,))
 def usable_sets() -> list[InstructionSet]:
     """The sets that this processor has, best first; only the one that `LISSOM_NATIVE_ISA` names, where it is set.
 
-    Raises: UnsupportedError when that names none, or one that this processor lacks.
+    Raises:
+        UnsupportedError: when that names none, or one that this processor lacks.
     """
     usable = [isa for isa in INSTRUCTION_SETS if not isa.missing]
     given = os.environ.get(SWITCH, "")

@@ -60,7 +60,7 @@ Case = tuple[
 
 
 def main(library: str) -> None:
-    """Load the library and compare. Raises: SystemExit with the first difference."""
+    """Load the library and compare. Raises SystemExit with the first difference."""
     try:
         torch.ops.load_library(library)
     except OSError as error:

@@ -31,7 +31,9 @@ _SMALL_BYTES = 1 << 16
 class FoldConstants(Rewrite):
     """Replaces operators whose arguments are all constant by their result.
 
-    shared: fold what products of constants lead to, even if other layers read their matrices, and nothing else; for lowering.
+    Attributes:
+        shared: fold what products of constants lead to, even if other layers read their matrices, and nothing else; for
+            lowering.
     """
 
     shared: bool = False
@@ -44,23 +46,23 @@ class FoldConstants(Rewrite):
             if node not in constant or all(user in constant for user in node.users):
                 continue
             computed = computed_from([node])
-            if self.shared and not any(weight_of(found) for found in computed):
+            if self.shared and not any(weight_of(value) for value in computed):
                 continue
-            inputs = [found for found in computed if found.op == "get_attr"]
+            inputs = [value for value in computed if value.op == "get_attr"]
             if (len(inputs) == 1 and _only_views(node)) or is_handed_out(edit.program, node):
                 continue
             allowed = max(_SMALL_BYTES, sum(map(_bytes, inputs)))
             if _bytes(node) > allowed:
                 edit.skip(node, "the constant would be larger than the weights it is computed from")
                 continue
-            result = evaluate_nodes(edit.program.graph_module, node)
+            tensor = evaluate_nodes(edit.program.graph_module, node)
             learned = any(isinstance(edit.program.weight(str(used.target)), nn.Parameter) for used in inputs)
-            if learned and result.is_floating_point():
-                result = nn.Parameter(result, requires_grad=False)
+            if learned and tensor.is_floating_point():
+                tensor = nn.Parameter(tensor, requires_grad=False)
             # Modules have methods such as `to`, whose names are taken.
             name = f"folded.{node.name}_1" if hasattr(nn.Module, node.name) else f"folded.{node.name}"
             with edit.before(node):
-                folded = edit.weight(name, result)
+                folded = edit.weight(name, tensor)
             edit.replace(node, folded)
 
 

@@ -31,7 +31,7 @@ class MergeCommonSubexpressions(Rewrite):
             if key is None or (earlier := first.setdefault(key, node)) is node:
                 continue
             # Two outputs have memory of their own each.
-            if nodes.is_tensor(node) and all(is_handed_out(edit.program, item) for item in (node, earlier)):
+            if nodes.is_tensor(node) and all(is_handed_out(edit.program, value) for value in (node, earlier)):
                 continue
             edit.replace(node, earlier)
 
@@ -46,24 +46,24 @@ def _key(program: Program, node: fx.Node) -> object:
         return (weight.dtype, weight.device, repr(weight.item()))
     if not nodes.is_pure(node):
         return None
-    found = nodes.node_type(node)
-    if isinstance(found, ScalarType):
-        return (found.kind, found.value)
+    value_type = nodes.node_type(node)
+    if isinstance(value_type, ScalarType):
+        return (value_type.kind, value_type.value)
     return (node.target, _frozen(node.args), _frozen(node.kwargs))
 
 
-def _frozen(item: object) -> object:
+def _frozen(argument: object) -> object:
     """The arguments as a hashable value; 1, 1.0 and True stay apart, and so do 0.0 and -0.0."""
-    match item:
+    match argument:
         case fx.Node():
-            return item
+            return argument
         case list() | tuple():
-            return tuple(map(_frozen, item))
+            return tuple(map(_frozen, argument))
         case dict():
-            return tuple(sorted((key, _frozen(part)) for key, part in item.items()))
+            return tuple(sorted((key, _frozen(part)) for key, part in argument.items()))
         case slice():
-            return ("slice", _frozen((item.start, item.stop, item.step)))
+            return ("slice", _frozen((argument.start, argument.stop, argument.step)))
         case float():
-            return (float, repr(item))
+            return (float, repr(argument))
         case _:
-            return (type(item), item)
+            return (type(argument), argument)

@@ -35,11 +35,11 @@ class RaiseRmsNorm(Rewrite):
             over_last = x is not None and nodes.argument(mean, "dim") in ([-1], [nodes.tensor_type(x).rank - 1])
             if x is None or not over_last or not nodes.argument(mean, "keepdim"):
                 continue
-            found = _normalised(edit, mean, x)
-            if found is None:
+            division = _normalised(edit, mean, x)
+            if division is None:
                 edit.skip(mean, "a mean of squares that does not divide what was squared")
                 continue
-            normalised, epsilon = found
+            normalised, epsilon = division
             if nodes.tensor_type(normalised) != nodes.tensor_type(x):
                 edit.skip(mean, "what is divided has another dtype than what was squared")
                 continue
@@ -92,9 +92,9 @@ def _times(factor: fx.Node, x: fx.Node) -> fx.Node | None:
     return next((user for user in products if _is_same(other_argument(user, factor), x)), None)
 
 
-def _is_same(item: object, x: fx.Node) -> bool:
+def _is_same(value: object, x: fx.Node) -> bool:
     """True when both are the same value, apart from casts between floating dtypes."""
-    return nodes.is_tensor(item) and strip_casts(item) is strip_casts(x)
+    return nodes.is_tensor(value) and strip_casts(value) is strip_casts(x)
 
 
 def _raise(edit: Editor, x: fx.Node, normalised: fx.Node, epsilon: float) -> None:

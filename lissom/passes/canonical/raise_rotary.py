@@ -50,11 +50,11 @@ class RaiseRotary(Rewrite):
         for node in edit.nodes(aten.view_as_real.default):
             self._raise_complex(edit, node)
 
-    def _raise(self, edit: Editor, node: fx.Node, found: _Rotary | None) -> None:
-        if found is None or not _broadcasts(found):
+    def _raise(self, edit: Editor, node: fx.Node, rotation: _Rotary | None) -> None:
+        if rotation is None or not _broadcasts(rotation):
             return
         with edit.before(node, like=[node]):
-            raised = edit.call(rotary, found.x, found.cos, found.sin, interleaved=found.interleaved)
+            raised = edit.call(rotary, rotation.x, rotation.cos, rotation.sin, interleaved=rotation.interleaved)
         if nodes.node_type(raised) == nodes.node_type(node):
             edit.replace(node, raised)
         else:
@@ -65,20 +65,20 @@ class RaiseRotary(Rewrite):
         product = nodes.operand(node)
         if not nodes.is_call(product, aten.mul.Tensor) or len(node.users) != 1:
             return
-        (result,) = node.users
+        (flattened,) = node.users
         for number, angles in _orders(product):
             if not nodes.is_call(number, aten.view_as_complex.default):
                 continue
             pairs = nodes.operand(number)
-            if not nodes.is_call(pairs, *RESHAPES) or not nodes.is_call(result, *RESHAPES):
+            if not nodes.is_call(pairs, *RESHAPES) or not nodes.is_call(flattened, *RESHAPES):
                 continue
             x = nodes.operand(pairs)
-            if nodes.node_type(x) != nodes.node_type(result) or not _are_pairs(pairs, x):
+            if nodes.node_type(x) != nodes.node_type(flattened) or not _are_pairs(pairs, x):
                 continue
-            with edit.before(result, like=[product, result]):
+            with edit.before(flattened, like=[product, flattened]):
                 cos, sin = _real_and_imaginary(edit, angles)
                 raised = edit.call(rotary, x, cos, sin, interleaved=True)
-            edit.replace(result, raised)
+            edit.replace(flattened, raised)
             return
 
 
@@ -99,9 +99,9 @@ def _real_and_imaginary(edit: Editor, number: fx.Node) -> tuple[fx.Node, fx.Node
     return edit.call(aten.select.int, both, -1, 0), edit.call(aten.select.int, both, -1, 1)
 
 
-def _broadcasts(found: _Rotary) -> bool:
+def _broadcasts(rotation: _Rotary) -> bool:
     """True when cos and sin have one angle per feature, or per pair, and the result has the shape of x."""
-    x, cos, sin = (nodes.tensor_type(item) for item in (found.x, found.cos, found.sin))
+    x, cos, sin = (nodes.tensor_type(operand) for operand in (rotation.x, rotation.cos, rotation.sin))
     width = x.shape[-1]
     if not isinstance(width, int) or width % 2 or cos.shape[-1:] != sin.shape[-1:] or max(cos.rank, sin.rank) > x.rank:
         return False
@@ -114,11 +114,11 @@ def _sum_of_products(node: fx.Node) -> _Rotary | None:
         return None
     for straight, crossed in (node.args, reversed(node.args)):
         for turned, sin in _orders(crossed):
-            found = _turned(turned)
-            if found is None:
+            rotated = _turned(turned)
+            if rotated is None:
                 continue
-            x, interleaved = found
-            cos = next((other for item, other in _orders(straight) if item is x), None)
+            x, interleaved = rotated
+            cos = next((angles for factor, angles in _orders(straight) if factor is x), None)
             if cos is not None and nodes.tensor_type(cos).shape[-1:] == nodes.tensor_type(x).shape[-1:]:
                 return _Rotary(x, cos, sin, interleaved)
     return None
@@ -137,8 +137,8 @@ def _turned(node: object) -> tuple[fx.Node, bool] | None:
     parts = _joined(node)
     if parts is None or not nodes.is_call(parts[0], aten.neg.default):
         return None
-    found = _pair(parts[1], nodes.operand(parts[0]))
-    return found if found is not None and found[1] == _is_interleaving(node) else None
+    pair = _pair(parts[1], nodes.operand(parts[0]))
+    return pair if pair is not None and pair[1] == _is_interleaving(node) else None
 
 
 def _two_results(node: fx.Node) -> _Rotary | None:
@@ -149,19 +149,19 @@ def _two_results(node: fx.Node) -> _Rotary | None:
     minus, plus = parts
     if not nodes.is_call(minus, aten.sub.Tensor) or not nodes.is_call(plus, aten.add.Tensor) or minus.kwargs or plus.kwargs:
         return None
-    if not all(nodes.is_call(item, aten.mul.Tensor) for item in plus.args):
+    if not all(nodes.is_call(term, aten.mul.Tensor) for term in plus.args):
         return None
     for a, cos in _orders(Binary(minus).left):
         for b, sin in _orders(Binary(minus).right):
-            found = _pair(a, b)
-            if found is None:
+            pair = _pair(a, b)
+            if pair is None:
                 continue
-            x, interleaved = found
+            x, interleaved = pair
             wanted = {frozenset((b, cos)), frozenset((a, sin))}
-            same = {frozenset(item.all_input_nodes) for item in plus.all_input_nodes} == wanted
+            same = {frozenset(term.all_input_nodes) for term in plus.all_input_nodes} == wanted
             width = nodes.tensor_type(x).shape[-1]
             half = (width // 2,) if isinstance(width, int) else ()
-            one_a_pair = half and all(nodes.tensor_type(item).shape[-1:] == half for item in (cos, sin))
+            one_a_pair = half and all(nodes.tensor_type(table).shape[-1:] == half for table in (cos, sin))
             if same and interleaved == _is_interleaving(node) and one_a_pair:
                 return _Rotary(x, cos, sin, interleaved)
     return None

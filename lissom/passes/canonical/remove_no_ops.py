@@ -47,9 +47,9 @@ class RemoveNoOps(Rewrite):
                 _assign(edit, node)
             source = node.args[0] if node.args else None
             if node.target in ops.CASTS_LIKE and not node.kwargs and len(node.args) == 2:
-                found = nodes.tensor_type(node)
-                if found.device == nodes.tensor_type(source).device:
-                    edit.change_call(node, aten.to.dtype, source, found.dtype)
+                tensor_type = nodes.tensor_type(node)
+                if tensor_type.device == nodes.tensor_type(source).device:
+                    edit.change_call(node, aten.to.dtype, source, tensor_type.dtype)
             if isinstance(source, fx.Node) and _gives_back(node) and not _guards(edit, node, source):
                 edit.replace(node, source)
 
@@ -57,13 +57,13 @@ class RemoveNoOps(Rewrite):
 def _assign(edit: Editor, node: fx.Node) -> None:
     """Make a `copy` a cast of its second argument, in the sizes of the first."""
     place, value = Copy(node).x, Copy(node).source
-    found, given = nodes.tensor_type(place), nodes.tensor_type(value)
-    if found.device != given.device:
+    wanted, given = nodes.tensor_type(place), nodes.tensor_type(value)
+    if wanted.device != given.device:
         return
-    if given.shape != found.shape:
+    if given.shape != wanted.shape:
         with edit.before(node):
-            value = edit.call(aten.expand.default, value, [edit.size(place, dim) for dim in range(found.rank)])
-    edit.change_call(node, aten.to.dtype, value, found.dtype)
+            value = edit.call(aten.expand.default, value, [edit.size(place, dim) for dim in range(wanted.rank)])
+    edit.change_call(node, aten.to.dtype, value, wanted.dtype)
 
 
 def _gives_back(node: fx.Node) -> bool:

@@ -77,16 +77,16 @@ def _in_pairs(edit: Editor, node: fx.Node) -> list[fx.Node]:
     if len(operands) < 3 or not arrow or not "".join((*terms, result)).isalpha():
         return [node]
     parts: list[fx.Node] = []
-    found, letters = operands[0], terms[0]
+    product, letters = operands[0], terms[0]
     with edit.before(node):
         for index in range(1, len(operands)):
             needed = "".join((result, *terms[index + 1 :]))
             left = "".join(letter for letter in dict.fromkeys(letters + terms[index]) if letter in needed)
             left = result if index == len(operands) - 1 else left
-            found = edit.call(aten.einsum.default, f"{letters},{terms[index]}->{left}", [found, operands[index]])
-            parts.append(found)
+            product = edit.call(aten.einsum.default, f"{letters},{terms[index]}->{left}", [product, operands[index]])
+            parts.append(product)
             letters = left
-    edit.replace(node, found)
+    edit.replace(node, product)
     return parts
 
 
@@ -132,11 +132,11 @@ def _product(edit: Editor, operands: Sequence[fx.Node], letters: _Letters) -> fx
     )
     left = _arranged(edit, left, letters.left, letters.batch, letters.rows, letters.contracted, sizes)
     right = _arranged(edit, right, letters.right, letters.batch, letters.contracted, letters.columns, sizes)
-    found = edit.call(aten.matmul.default, left, right)
+    product = edit.call(aten.matmul.default, left, right)
     order = letters.batch + letters.rows + letters.columns
     if len(letters.rows) != 1 or len(letters.columns) != 1:
-        found = edit.call(aten.reshape.default, found, [sizes[letter] for letter in order])
-    return _permuted(edit, found, order, letters.result)
+        product = edit.call(aten.reshape.default, product, [sizes[letter] for letter in order])
+    return _permuted(edit, product, order, letters.result)
 
 
 def _expanded(edit: Editor, operand: fx.Node, term: str, sizes: dict[str, fx.Node | int]) -> fx.Node:
@@ -151,15 +151,15 @@ def _arranged(
     edit: Editor, operand: fx.Node, term: str, batch: str, first: str, second: str, sizes: dict[str, fx.Node | int]
 ) -> fx.Node:
     """An operand as [*batch, first, second], each of the two groups flattened into one dimension."""
-    found = _permuted(edit, operand, term, batch + first + second)
+    permuted = _permuted(edit, operand, term, batch + first + second)
     if len(first) == len(second) == 1:
-        return found
+        return permuted
     shape = [sizes[letter] for letter in batch]
     for group in (first, second):
         held = [sizes[letter] for letter in group]
         fixed = [size for size in held if isinstance(size, int)]
         shape.append(held[0] if len(held) == 1 else math.prod(fixed) if len(fixed) == len(held) else -1)
-    return edit.call(aten.reshape.default, found, shape)
+    return edit.call(aten.reshape.default, permuted, shape)
 
 
 def _permuted(edit: Editor, operand: fx.Node, term: str, order: str) -> fx.Node:

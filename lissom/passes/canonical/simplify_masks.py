@@ -48,16 +48,16 @@ class SimplifyMasks(Rewrite):
 def _replace_indexing(edit: Editor, node: fx.Node) -> None:
     """Replace x indexed by all its positions in order by x with dimensions of size 1 inserted."""
     x, rank = Index(node).x, nodes.tensor_type(node).rank
-    found = nodes.tensor_type(x)
-    counts = [_counted(edit, item, rank) for item in Index(node).indices]
-    if None in counts or len(counts) != found.rank:
+    x_type = nodes.tensor_type(x)
+    counts = [_counted(edit, index, rank) for index in Index(node).indices]
+    if None in counts or len(counts) != x_type.rank:
         return
-    lengths = [item[0] for item in counts if item is not None]
+    lengths = [count[0] for count in counts if count is not None]
     axes: list[int] = []
     for _, axis in filter(None, counts):
         # An index with one position may be assigned to any axis of size 1, so to the next.
         axes.append(axis if axis is not None else max(axes, default=-1) + 1)
-    same = all(map(partial(fake.same_size, edit.program.fake_mode), lengths, found.shape))
+    same = all(map(partial(fake.same_size, edit.program.fake_mode), lengths, x_type.shape))
     if axes != sorted(set(axes)) or max(axes) >= rank or not same:
         return
     with edit.before(node):
@@ -90,8 +90,8 @@ def _counted(edit: Editor, index: fx.Node | None, rank: int) -> tuple[Size, int 
 def _counted_length(edit: Editor, source: fx.Node) -> Size | None:
     """The n of `arange(n)`, or of a weight with the same values."""
     if nodes.is_call(source, *RANGES):
-        found = nodes.tensor_type(source)
-        return found.shape[0] if found.rank == 1 and _from_zero(source) else None
+        tensor_type = nodes.tensor_type(source)
+        return tensor_type.shape[0] if tensor_type.rank == 1 and _from_zero(source) else None
     weight = edit.program.constant(source)
     if weight is None or weight.dtype not in (torch.int32, torch.int64) or not 0 < weight.numel() <= _MOST:
         return None
@@ -109,7 +109,7 @@ def _from_zero(count: fx.Node) -> bool:
 def _drop_true(edit: Editor, node: fx.Node) -> None:
     """Replace a & true by a, expanded to the size of both."""
     left, right = nodes.operand(node), nodes.operand(node, 1)
-    if any(nodes.tensor_type(item).dtype != torch.bool for item in (left, right)):
+    if any(nodes.tensor_type(operand).dtype != torch.bool for operand in (left, right)):
         return
     kept, other = (right, left) if _always_true(left) else (left, right)
     if not _always_true(other) or edit.program.output in node.users:
@@ -123,31 +123,31 @@ def _drop_true(edit: Editor, node: fx.Node) -> None:
 
 def _sizes(edit: Editor, kept: fx.Node, other: fx.Node) -> list[fx.Node | int]:
     """The sizes both broadcast to, for `expand` of `kept`: -1 where it has that size."""
-    rank = max(nodes.tensor_type(item).rank for item in (kept, other))
+    rank = max(nodes.tensor_type(operand).rank for operand in (kept, other))
     sizes: list[fx.Node | int] = []
     for dim in range(-rank, 0):
-        own, wanted = (found.shape[dim] if found.rank >= -dim else 1 for found in map(nodes.tensor_type, (kept, other)))
+        own, wanted = (typed.shape[dim] if typed.rank >= -dim else 1 for typed in map(nodes.tensor_type, (kept, other)))
         sizes.append(edit.size(other, dim) if own == 1 and wanted != 1 else -1 if nodes.tensor_type(kept).rank >= -dim else 1)
     return sizes
 
 
-def _always_true(item: fx.Node) -> bool:
+def _always_true(condition: fx.Node) -> bool:
     """True for a condition that holds everywhere, whatever the inputs."""
-    item = _viewed(item)
-    if nodes.is_call(item, *AND):
-        return all(map(_always_true, item.all_input_nodes))
-    if nodes.is_call(item, *ONES):
+    condition = _viewed(condition)
+    if nodes.is_call(condition, *AND):
+        return all(map(_always_true, condition.all_input_nodes))
+    if nodes.is_call(condition, *ONES):
         return True
-    if nodes.is_call(item, *FILLS):
-        return nodes.argument(item, "fill_value") in (True, 1)
-    if not nodes.is_call(item, aten.ge.Scalar):
+    if nodes.is_call(condition, *FILLS):
+        return nodes.argument(condition, "fill_value") in (True, 1)
+    if not nodes.is_call(condition, aten.ge.Scalar):
         return False
-    count, least = _viewed(nodes.operand(item)), nodes.argument(item, "other")
+    count, least = _viewed(nodes.operand(condition)), nodes.argument(condition, "other")
     return nodes.is_call(count, *RANGES) and _from_zero(count) and isinstance(least, (int, float)) and least <= 0
 
 
-def _viewed(item: fx.Node) -> fx.Node:
+def _viewed(value: fx.Node) -> fx.Node:
     """The value before reshapes and expands."""
-    while nodes.is_call(item, *_VIEWS):
-        item = nodes.operand(item)
-    return item
+    while nodes.is_call(value, *_VIEWS):
+        value = nodes.operand(value)
+    return value

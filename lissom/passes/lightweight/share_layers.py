@@ -41,11 +41,12 @@ Values = Mapping[str, torch.Tensor]
 class ShareLayers(Approximation):
     """Shares one set of weights among neighbouring layers of the same shape.
 
-    groups: number of groups of neighbours that each stack of layers is split into, 1 or more.
-    every: number of neighbours that share weights, in place of `groups`; 2 or more.
-    take: which weights are shared: the mean of the layers, or those of the first, middle or last; see above for `auto`.
-    skip: module paths whose weights stay apart, with `*` and `?`, separated by commas: `"encoder.layer.0,*.norm"`.
-    only: module paths whose weights are shared, in the same form; others stay apart.
+    Attributes:
+        groups: number of groups of neighbours that each stack of layers is split into, 1 or more.
+        every: number of neighbours that share weights, in place of `groups`; 2 or more.
+        take: which weights are shared: the mean of the layers, or those of the first, middle or last; see above for `auto`.
+        skip: module paths whose weights stay apart, with `*` and `?`, separated by commas: `"encoder.layer.0,*.norm"`.
+        only: module paths whose weights are shared, in the same form; others stay apart.
     """
 
     groups: int | None = None
@@ -69,11 +70,11 @@ class ShareLayers(Approximation):
         tied = 0
         for finished, group in enumerate(groups):
             edit.report("groups", finished, len(groups))
-            taken, values, error = self._choose(edit, group, wanted)
+            description, values, error = self._choose(edit, group, wanted)
             _tie(edit, group, values)
             tied += len(group) - 1
-            found = f"; relative error of outputs {error:.2g}" if edit.data else ""
-            edit.note(f"{group[0].path} to {group[-1].path}: {len(group)} layers share {taken}{found}")
+            error_text = f"; relative error of outputs {error:.2g}" if edit.data else ""
+            edit.note(f"{group[0].path} to {group[-1].path}: {len(group)} layers share {description}{error_text}")
         edit.rewritten = tied
 
     def _groups(self, edit: Editor) -> list[list[Held]]:
@@ -114,7 +115,7 @@ class ShareLayers(Approximation):
     def _choose(self, edit: Editor, group: Sequence[Held], wanted: Sequence[object]) -> tuple[str, Values, float]:
         """The weights that a group shares, their description, and the relative error of the outputs with them."""
         held = [
-            {key: edit.program.weight(str(item[0].target)).detach() for key, item in layer.reads.items()} for layer in group
+            {key: edit.program.weight(str(reads[0].target)).detach() for key, reads in layer.reads.items()} for layer in group
         ]
         choices: dict[str, Callable[[], Values]] = {"their mean": lambda: mean(held)}
         choices |= {
@@ -133,7 +134,11 @@ class ShareLayers(Approximation):
 
 @dataclass(frozen=True)
 class Held:
-    """A layer and the reads of its weights, by their names inside the layer. place: one of its nodes, for reports."""
+    """A layer and the reads of its weights, by their names inside the layer.
+
+    Attributes:
+        place: one of its nodes, for reports.
+    """
 
     path: str
     place: fx.Node
@@ -147,7 +152,7 @@ class Held:
     @property
     def form(self) -> set[tuple[str, object]]:
         """Names and types of the weights."""
-        return {(key, nodes.tensor_type(item[0])) for key, item in self.reads.items()}
+        return {(key, nodes.tensor_type(reads[0])) for key, reads in self.reads.items()}
 
 
 def _stacks(layers: Sequence[Held]) -> list[list[Held]]:
@@ -181,11 +186,11 @@ def _obstacle(group: Sequence[Held], stack: Sequence[Held]) -> str | None:
 
 def mean(layers: Sequence[Values]) -> Values:
     """The mean of each weight over the layers; for integer weights the first."""
-    found: dict[str, torch.Tensor] = {}
+    means: dict[str, torch.Tensor] = {}
     for key, first in layers[0].items():
         total = torch.stack([layer[key].double() for layer in layers]).mean(0) if first.is_floating_point() else first
-        found[key] = total.to(first.dtype)
-    return found
+        means[key] = total.to(first.dtype)
+    return means
 
 
 def _tie(edit: Editor, group: Sequence[Held], values: Values) -> None:
@@ -208,9 +213,9 @@ def _error(edit: Editor, group: Sequence[Held], values: Values, wanted: Sequence
     """The relative error of the outputs when all layers of a group have these weights."""
     trial = edit.program.copy()
     for layer in group:
-        for key, item in layer.reads.items():
+        for key, reads in layer.reads.items():
             if values[key].is_floating_point():
-                trial.set_weight(str(item[0].target), values[key])
+                trial.set_weight(str(reads[0].target), values[key])
     return _divergence(wanted, _outputs(trial, edit.data))
 
 
@@ -219,10 +224,10 @@ def _outputs(program: Program, data: Sequence[Sample]) -> list[object]:
         return [value for sample in data for value in program.run(sample)]
 
 
-def _divergence(wanted: Sequence[object], found: Sequence[object]) -> float:
+def _divergence(wanted: Sequence[object], actual: Sequence[object]) -> float:
     """‖f - f₀‖ / ‖f₀‖ over all floating-point outputs of all samples."""
     missed, total = 0.0, 0.0
-    for a, b in zip(wanted, found, strict=True):
+    for a, b in zip(wanted, actual, strict=True):
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.is_floating_point():
             missed += float((a.double() - b.double()).square().sum())
             total += float(a.double().square().sum())

@@ -75,7 +75,7 @@ def _fuse(edit: Editor, linear: fx.Node) -> fx.Node | None:
 def _operands(linear: fx.Node) -> dict[str, object]:
     """The call's positional arguments, by parameter name."""
     parameters = nodes.overload(linear)._schema.arguments
-    return {item.name: nodes.argument(linear, item.name) for item in parameters if not item.kwarg_only}
+    return {parameter.name: nodes.argument(linear, parameter.name) for parameter in parameters if not parameter.kwarg_only}
 
 
 def _replace(edit: Editor, linear: fx.Node, reader: fx.Node, operands: dict[str, object], options: dict[str, Any]) -> fx.Node:
@@ -91,4 +91,4 @@ def _over_features(norm: fx.Node, features: object) -> bool:
     """True for a norm over the last dimension, with the layer's own dtype throughout."""
     if list(Norm(norm).shape) != [features]:
         return False
-    return len({nodes.tensor_type(item).dtype for item in (norm, *norm.all_input_nodes[1:])}) == 1
+    return len({nodes.tensor_type(tensor).dtype for tensor in (norm, *norm.all_input_nodes[1:])}) == 1

@@ -39,7 +39,7 @@ class FuseMergedAttention(Rewrite):
             merged, joined = _merged(node), joined_heads(node)
             assert merged is not None and joined is not None
             attention = AttentionKernel(node)
-            heads, key_heads = (nodes.tensor_type(item).shape[1] for item in (attention.q, attention.k))
+            heads, key_heads = (nodes.tensor_type(operand).shape[1] for operand in (attention.q, attention.k))
             rest = {name: value for name, value in node.kwargs.items() if name != "sinks"}
             with edit.before(node):
                 whole = merged.projection if merged.lookup is None else _looked_up(edit, merged.projection, merged.lookup)
@@ -60,9 +60,10 @@ def _obstacle(node: fx.Node) -> str | None:
 
 @dataclass(frozen=True)
 class _Merged:
-    """Where the heads come from: the projection [batch, tokens, features] that splits into exactly q, k and v, in this order.
+    """The source of the heads: the projection [batch, tokens, features] that splits into exactly q, k and v, in this order.
 
-    lookup: the reshape of a lookup of rows that stands between each piece and its heads, that of q.
+    Attributes:
+        lookup: the reshape of a lookup of rows that stands between each piece and its heads, that of q.
     """
 
     projection: fx.Node
@@ -80,17 +81,17 @@ def _merged(node: fx.Node) -> _Merged | None:
     """The merged projection of an attention; None if there is none."""
     attention = AttentionKernel(node)
     heads = attention.q, attention.k, attention.v
-    pieces = [_piece(item) for item in heads]
+    pieces = [_piece(head) for head in heads]
     if pieces[0] is None:
         packed = _packed(heads)
         return None if packed is None else _Merged(packed)
     split, _, lookup = pieces[0]
-    taken = [(piece[0], piece[1], _rows_of(piece[2])) for piece in pieces if piece is not None]
+    places = [(piece[0], piece[1], _rows_of(piece[2])) for piece in pieces if piece is not None]
     results = nodes.node_type(split)
     whole = isinstance(results, tuple) and len(results) == 3
-    if taken != [(split, index, _rows_of(lookup)) for index in range(3)] or not whole:
+    if places != [(split, index, _rows_of(lookup)) for index in range(3)] or not whole:
         return None
-    depths = {nodes.tensor_type(item).shape[3] for item in heads}
+    depths = {nodes.tensor_type(head).shape[3] for head in heads}
     return _Merged(Split(split).x, lookup) if len(depths) == 1 else None
 
 
@@ -104,26 +105,26 @@ def _rows_of(lookup: Reshape | None) -> tuple[object, ...]:
 
 def _packed(heads: Sequence[fx.Node]) -> fx.Node | None:
     """The merged projection, if it is reshaped to [batch, tokens, 3, heads, head_dim], permuted, and taken apart; else None."""
-    parts = [_part(item) for item in heads]
+    parts = [_part(head) for head in heads]
     if parts[0] is None or parts != [(parts[0][0], index) for index in range(3)]:
         return None
     permuted = Permute.of(parts[0][0])
     if permuted is None or [*permuted.dims] != [2, 0, 3, 1, 4] or not nodes.is_call(permuted.x, *RESHAPES):
         return None
     source = nodes.operand(permuted.x)
-    whole, found = (nodes.tensor_type(item).shape for item in (source, permuted.x))
-    return source if len(whole) == 3 and whole[:2] == found[:2] and found[2] == 3 else None
+    whole, unpacked = (nodes.tensor_type(tensor).shape for tensor in (source, permuted.x))
+    return source if len(whole) == 3 and whole[:2] == unpacked[:2] and unpacked[2] == 3 else None
 
 
 def _part(node: fx.Node) -> tuple[fx.Node, int] | None:
     """The tensor, and the index in its first dimension, that a value is taken from."""
     if (selected := Select.of(node)) is not None:
-        taken, index = selected, selected.index
+        source, index = selected, selected.index
     elif (item := Item.of(node)) is not None and (unbound := Unbind.of(item.source)) is not None:
-        taken, index = unbound, item.index
+        source, index = unbound, item.index
     else:
         return None
-    return (taken.x, index) if taken.dim == 0 and isinstance(index, int) else None
+    return (source.x, index) if source.dim == 0 and isinstance(index, int) else None
 
 
 def _piece(heads: fx.Node) -> tuple[fx.Node, int, Reshape | None] | None:
@@ -137,8 +138,8 @@ def _piece(heads: fx.Node) -> tuple[fx.Node, int, Reshape | None] | None:
     split = None if piece is None else Split.of(piece.source)
     if piece is None or split is None:
         return None
-    whole, part, found = map(nodes.tensor_type, (split.x, joined, apart))
-    same = part.rank == 3 and found.rank == 4 and part.shape[:2] == found.shape[:2]
+    whole, part, by_head = map(nodes.tensor_type, (split.x, joined, apart))
+    same = part.rank == 3 and by_head.rank == 4 and part.shape[:2] == by_head.shape[:2]
     return (split.node, piece.index, lookup) if whole.rank == 3 and split.dim in (-1, 2) and same else None
 
 

@@ -48,6 +48,6 @@ def _obstacle(norm: fx.Node) -> str | None:
     x = nodes.tensor_type(Norm(norm).x)
     if Norm(norm).shape != [x.shape[-1]]:
         return "it norms more than the last dimension"
-    if any(nodes.tensor_type(item).dtype != x.dtype for item in _parameters(norm) if item is not None):
+    if any(nodes.tensor_type(parameter).dtype != x.dtype for parameter in _parameters(norm) if parameter is not None):
         return "its weight or its bias has another dtype"
     return missing_kernel(x.dtype, x.device)

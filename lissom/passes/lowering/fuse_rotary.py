@@ -30,7 +30,7 @@ class FuseRotary(Rewrite):
 def _obstacle(node: fx.Node) -> str | None:
     """The reason a rotation cannot be lowered; None if it can."""
     call = Rotary(node)
-    x, *tables = (nodes.tensor_type(item) for item in (call.x, call.cos, call.sin))
+    x, *tables = (nodes.tensor_type(operand) for operand in (call.x, call.cos, call.sin))
     if x.rank != 4:
         return "its operand is not [batch, heads, tokens, head_dim]"
     if any(table.dtype != x.dtype for table in tables):

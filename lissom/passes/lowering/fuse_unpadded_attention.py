@@ -38,17 +38,20 @@ class FuseUnpaddedAttention(Rewrite):
 
     def run(self, edit: Editor) -> None:
         attentions = [AttentionKernel(node) for node in edit.nodes(*AttentionKernel.targets)]
-        padded = [(item.node, [found for found in map(_lookup, (item.q, item.k, item.v)) if found]) for item in attentions]
-        found = edit.accepted((node, _site(node, lookups)) for node, lookups in padded if len(lookups) == 3)
+        padded = [(call.node, [lookup for lookup in map(_lookup, (call.q, call.k, call.v)) if lookup]) for call in attentions]
+        sites = edit.accepted((node, _site(node, lookups)) for node, lookups in padded if len(lookups) == 3)
         slots: dict[object, fx.Node] = {}
-        for node, site in found.items():
+        for node, site in sites.items():
             _read_unpadded(edit, node, site, slots)
 
 
 class _Lookup(NamedTuple):
     """A value without padding that heads [batch, heads, tokens, features] are looked up in.
 
-    packed: [1, heads, tokens, features], or with the tokens in front. slots: the row for each position. sizes: batch, tokens.
+    Attributes:
+        packed: [1, heads, tokens, features], or with the tokens in front.
+        slots: the row for each position.
+        sizes: batch, tokens.
     """
 
     packed: fx.Node
@@ -82,14 +85,16 @@ def _selected(node: fx.Node, dim: int, sizes: Sequence[object]) -> _Lookup | Non
 
 
 class _Site(NamedTuple):
-    """What is put in the place of an attention on padded heads.
+    """The unpadded form of an attention on padded heads.
 
-    lookups: of queries, keys and values. taken: the rows that are taken of its result, [1, rows, features]. band: the distances
-    from a query to the keys that it sees, as options of the kernel.
+    Attributes:
+        lookups: of queries, keys and values.
+        selection: the rows taken of its result, [1, rows, features].
+        band: the distances from a query to the keys that it sees, as options of the kernel.
     """
 
     lookups: list[_Lookup]
-    taken: fx.Node
+    selection: fx.Node
     band: dict[str, int]
 
 
@@ -97,12 +102,12 @@ def _site(attention: fx.Node, lookups: list[_Lookup]) -> _Site | str:
     """The site of an attention that can read tokens without padding; the reason if it cannot."""
     if any(attention.kwargs.get(name) is not None for name in ("sinks", "k_scale", "v_scale")):
         return "it has sinks, or keys and values in int8"
-    if len({(item.slots, item.sizes) for item in lookups}) > 1:
+    if len({(lookup.slots, lookup.sizes) for lookup in lookups}) > 1:
         return "its queries, keys and values are padded in different ways"
-    taken, band = _taken(attention), _band(attention)
-    if taken is None:
+    selection, band = _selection(attention), _band(attention)
+    if selection is None:
         return "something else than the real tokens of its result is read"
-    return "its pattern is no window" if band is None else _Site(lookups, taken, band)
+    return "its pattern is no window" if band is None else _Site(lookups, selection, band)
 
 
 def _band(attention: fx.Node) -> dict[str, int] | None:
@@ -114,40 +119,48 @@ def _band(attention: fx.Node) -> dict[str, int] | None:
     return None if pattern.band is None else dict(zip(("low", "high"), pattern.band, strict=True))
 
 
-def _taken(attention: fx.Node) -> fx.Node | None:
+def _selection(attention: fx.Node) -> fx.Node | None:
     """The rows that are taken of an attention's result, [1, rows, features], where nothing else reads it."""
     joined = joined_heads(attention)
     flat = None if joined is None else only_user(joined)
-    taken = only_user(flat) if nodes.is_call(flat, *RESHAPES) else None
-    rows = IndexSelect.of(taken)
+    selection = only_user(flat) if nodes.is_call(flat, *RESHAPES) else None
+    rows = IndexSelect.of(selection)
     if rows is None or rows.dim != 1 or rows.x is not flat:
         return None
-    shapes = [nodes.tensor_type(item).shape for item in (flat, joined)]
-    return taken if len(shapes[0]) == 3 and shapes[0][0] == 1 and shapes[0][2] == shapes[1][2] else None
+    shapes = [nodes.tensor_type(tensor).shape for tensor in (flat, joined)]
+    return selection if len(shapes[0]) == 3 and shapes[0][0] == 1 and shapes[0][2] == shapes[1][2] else None
 
 
 def _read_unpadded(edit: Editor, node: fx.Node, site: _Site, slots: dict[object, fx.Node]) -> None:
-    """Replace an attention. slots: [batch, tokens], of attentions before it, by lookup."""
-    (lookups, taken, band), attention = site, AttentionKernel(node)
+    """Replace an attention.
+
+    Args:
+        slots: [batch, tokens], of attentions before it, by lookup.
+    """
+    (lookups, selection, band), attention = site, AttentionKernel(node)
     padding = (lookups[0].slots, lookups[0].sizes)
     options = {name: node.kwargs[name] for name in ("scale", "softcap") if name in node.kwargs}
     if padding not in slots:
         with edit.before(node):  # and so before those of attentions that follow
             slots[padding] = edit.call(aten.reshape.default, lookups[0].slots, [*lookups[0].sizes])
-    with edit.before(taken, like=[node]):
+    with edit.before(selection, like=[node]):
         types = map(nodes.tensor_type, (attention.q, attention.k, attention.v))
-        heads = [_heads(edit, item.packed, given) for item, given in zip(lookups, types, strict=True)]
-        rows = IndexSelect(taken).indices
-        found = edit.call(unpadded_attention, *heads, slots[padding], rows, attention.bias, **options, **band)
-        edit.succeed(node, found)
-        joined = edit.call(aten.transpose.int, found, 1, 2)
-        features = nodes.tensor_type(taken).shape[2]
+        heads = [_heads(edit, lookup.packed, given) for lookup, given in zip(lookups, types, strict=True)]
+        rows = IndexSelect(selection).indices
+        unpadded = edit.call(unpadded_attention, *heads, slots[padding], rows, attention.bias, **options, **band)
+        edit.succeed(node, unpadded)
+        joined = edit.call(aten.transpose.int, unpadded, 1, 2)
+        features = nodes.tensor_type(selection).shape[2]
         call = edit.call(aten.reshape.default, joined, [1, -1, features])
-    edit.replace(taken, call)
+    edit.replace(selection, call)
 
 
 def _heads(edit: Editor, packed: fx.Node, padded: TensorType) -> fx.Node:
-    """The packed value as [1, heads, tokens, features]. padded: the type of its heads in padded form."""
+    """The packed value as [1, heads, tokens, features].
+
+    Args:
+        padded: the type of its heads in padded form.
+    """
     _, heads, _, features = padded.shape
     shape = nodes.tensor_type(packed).shape
     if len(shape) == 4 and shape[1] == heads and shape[3] == features:

@@ -66,7 +66,8 @@ _GROUPS = (256, 128, 64, 32)
 class LowerQuantizedProducts(Rewrite):
     """Lowers quantized linear layers to PyTorch's low-precision matrix products on CUDA devices.
 
-    always: lowers without measuring, on any device, as for compute capability 9.0.
+    Attributes:
+        always: lowers without measuring, on any device, as for compute capability 9.0.
     """
 
     always: bool = False
@@ -77,12 +78,12 @@ class LowerQuantizedProducts(Rewrite):
             layer = quantized_layer(node)
             if layer is None:
                 continue
-            found = capability(nodes.tensor_type(layer.x).device)
-            reason = _obstacle(layer, found, any_device=self.always)
+            device_capability = capability(nodes.tensor_type(layer.x).device)
+            reason = _obstacle(layer, device_capability, any_device=self.always)
             if reason is None and not self.always and not layer.rounds and layer.format == "int8":
                 reason = _slower(edit, layer)
             if edit.may_change(node, reason):
-                edit.replace(node, lowering.lower(layer, row_wise=(found or _NEWEST) >= _ROW_WISE))
+                edit.replace(node, lowering.lower(layer, row_wise=(device_capability or _NEWEST) >= _ROW_WISE))
 
 
 def capability(device: torch.device) -> Capability | None:
@@ -90,9 +91,13 @@ def capability(device: torch.device) -> Capability | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-def _obstacle(layer: QuantizedLayer, found: Capability | None, *, any_device: bool) -> str | None:
-    """The reason PyTorch has no product for a layer; None if it has one. found: the device's compute capability."""
-    if found is None and not any_device:
+def _obstacle(layer: QuantizedLayer, device_capability: Capability | None, *, any_device: bool) -> str | None:
+    """The reason PyTorch has no product for a layer; None if it has one.
+
+    Args:
+        device_capability: the device's compute capability.
+    """
+    if device_capability is None and not any_device:
         return f"it runs on {nodes.tensor_type(layer.x).device.type}"
     if layer.is_read_whole:
         return "its weight is read elsewhere too"
@@ -102,10 +107,10 @@ def _obstacle(layer: QuantizedLayer, found: Capability | None, *, any_device: bo
     if reason is not None:
         return reason
     format = layer.format.removeprefix("u")
-    if found is None and not layer.rounds:
+    if device_capability is None and not layer.rounds:
         return "weight-only products have kernels on CUDA devices only"
-    if found is not None and found < _NEEDED[format]:
-        needed, has = (f"{major}.{minor}" for major, minor in (_NEEDED[format], found))
+    if device_capability is not None and device_capability < _NEEDED[format]:
+        needed, has = (f"{major}.{minor}" for major, minor in (_NEEDED[format], device_capability))
         return f"products of {format} need compute capability {needed}, and this device has {has}"
     return None
 
@@ -115,11 +120,11 @@ def _obstacle_to_quantized(layer: QuantizedLayer) -> str | None:
     if layer.format not in _VALUES:
         return f"its weight is in {layer.format}, and PyTorch multiplies quantized values with {' or '.join(_VALUES)}"
     values = layer.values.kwargs["format"]
-    if values != (other := _VALUES[layer.format]):
-        return f"its input is quantized to {values}, and a weight in {layer.format} is multiplied with {other}"
+    if values != (wanted := _VALUES[layer.format]):
+        return f"its input is quantized to {values}, and a weight in {layer.format} is multiplied with {wanted}"
     if layer.blocks[1] != 1:
         return "its weight has group-wise scales, and the product takes one scale per feature"
-    if not layer.has_one_scale or any(item.op != "get_attr" for item in layer.values.all_input_nodes[1:]):
+    if not layer.has_one_scale or any(operand.op != "get_attr" for operand in layer.values.all_input_nodes[1:]):
         return "its input is quantized with more than one scale, or with a computed one"
     if features % _MULTIPLES[layer.format] or inputs % _MULTIPLES[layer.format]:
         return f"its sizes, {features} and {inputs}, are not both multiples of {_MULTIPLES[layer.format]}"
@@ -173,8 +178,11 @@ def _slower(edit: Editor, layer: QuantizedLayer) -> str | None:
 class _QuantizedInput:
     """Quantized activations in the program.
 
-    q: [rows, inputs], for int8 with added rows of zeros. scale: [rows, 1] or []. offset: zero point - 128, of that shape in
-    int32; None for fp8. rows: how many there are.
+    Attributes:
+        q: [rows, inputs], for int8 with added rows of zeros.
+        scale: [rows, 1] or [].
+        offset: zero point - 128, of that shape in int32; None for fp8.
+        rows: how many there are.
     """
 
     q: fx.Node
@@ -271,7 +279,7 @@ class _Lowering:
         """True when `_scaled_mm` can apply all scales of a layer: bfloat16, per-token."""
         operands = [layer.x] if layer.bias is None else [layer.x, layer.bias]
         by_row = nodes.tensor_type(self.rounded[layer.values].scale).rank == 2
-        return by_row and all(nodes.tensor_type(item).dtype == torch.bfloat16 for item in operands)
+        return by_row and all(nodes.tensor_type(operand).dtype == torch.bfloat16 for operand in operands)
 
     def _scaled_product(self, layer: QuantizedLayer) -> fx.Node:
         values, scales = self.rounded[layer.values], self.edit.call(aten.unsqueeze.default, self._scales(layer), 0)
@@ -305,8 +313,8 @@ class _Lowering:
 
     def _flatten(self, x: fx.Node) -> fx.Node:
         """[rows, inputs] of [..., inputs]."""
-        found = nodes.tensor_type(x)
-        return x if found.rank == 2 else self.edit.call(aten.reshape.default, x, [-1, found.shape[-1]])
+        x_type = nodes.tensor_type(x)
+        return x if x_type.rank == 2 else self.edit.call(aten.reshape.default, x, [-1, x_type.shape[-1]])
 
     def _unflatten(self, layer: QuantizedLayer, product: fx.Node) -> fx.Node:
         """[..., features] of [rows, features]."""
@@ -348,8 +356,9 @@ def per_feature(scale: torch.Tensor, features: int) -> torch.Tensor:
 def tiles(q: torch.Tensor) -> torch.Tensor:
     """A four-bit weight in the layout of `_weight_int4pack_mm`.
 
-    q: [features, inputs], not packed, in the range of its format. The operator packs elements from 0 to 15, two per byte, the
-    first in the high half, with up to 8 tiles of 16 inputs next to each other.
+    Args:
+        q: [features, inputs], not packed, in the range of its format. The operator packs elements from 0 to 15, two per byte,
+            the first in the high half, with up to 8 tiles of 16 inputs next to each other.
     """
     low, high = (q + 8 if q.dtype == torch.int8 else q).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
     together = next(count for count in (8, 4, 2) if q.shape[1] % (16 * count) == 0)
@@ -359,8 +368,10 @@ def tiles(q: torch.Tensor) -> torch.Tensor:
 def tile_grid(scale: torch.Tensor, zero_point: torch.Tensor | None, features: int, repeats: int) -> torch.Tensor:
     """Scales and offsets, [groups, features, 2] in bfloat16: `_weight_int4pack_mm` multiplies by (q - 8) · scale + offset.
 
-    scale, zero_point: [features or 1, blocks] or []; a zero point in floating point is subtracted after scaling. repeats:
-    groups per block.
+    Args:
+        scale: [features or 1, blocks] or []; a zero point in floating point is subtracted after scaling.
+        zero_point: likewise.
+        repeats: groups per block.
     """
     step = scale.float().reshape(-1, scale.shape[-1] if scale.dim() else 1).expand(features, -1)
     if zero_point is None:

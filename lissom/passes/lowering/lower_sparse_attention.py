@@ -54,7 +54,7 @@ _GAIN = 0.95
 
 @dataclass(frozen=True)
 class _Shape:
-    """What the time of an attention depends on, except its length."""
+    """The properties that the time of an attention depends on, except its length."""
 
     heads: int
     key_heads: int
@@ -69,8 +69,9 @@ class _Shape:
 class LowerSparseAttention(Rewrite):
     """Lowers attention with a sparse pattern to a kernel that skips hidden keys, where that is measured faster.
 
-    always: lowers without measuring, also where there is no kernel and the reference runs.
-    causal: also lowers causal attention with another mask, to the dense CPU kernel.
+    Attributes:
+        always: lowers without measuring, also where there is no kernel and the reference runs.
+        causal: also lowers causal attention with another mask, to the dense CPU kernel.
     """
 
     always: bool = False
@@ -79,8 +80,8 @@ class LowerSparseAttention(Rewrite):
     def run(self, edit: Editor) -> None:
         known: dict[object, tuple[int | None, str]] = {}
         # All masks are read before the first is removed.
-        found = {node: read_pattern(edit.program, node) for node in edit.nodes(*ATTENTIONS)}
-        for node, reading in found.items():
+        readings = {node: read_pattern(edit.program, node) for node in edit.nodes(*ATTENTIONS)}
+        for node, reading in readings.items():
             edit.current = node
             if reading.pattern is None:
                 if reading.reason:
@@ -155,7 +156,7 @@ def _longest(edit: Editor, node: fx.Node) -> int | None:
 
 
 def _shape(node: fx.Node) -> _Shape:
-    q, k, v = (nodes.tensor_type(item) for item in (Attention(node).q, *shared_operands(node)))
+    q, k, v = (nodes.tensor_type(operand) for operand in (Attention(node).q, *shared_operands(node)))
     heads, groups, head_dim, value_dim = map(as_int, (q.shape[1], k.shape[1], q.shape[3], v.shape[3]))
     return _Shape(heads, groups, head_dim, value_dim, q.dtype, q.device, bool(node.kwargs.get("softcap")))
 
@@ -163,7 +164,9 @@ def _shape(node: fx.Node) -> _Shape:
 def crossing(time_at: Callable[[int], tuple[float, float]], lengths: Sequence[int]) -> tuple[int | None, str]:
     """The first of these lengths at which the sparse kernel is faster, None for none, and a sentence that says so.
 
-    time_at: the seconds of the dense and of the sparse kernel at a length. lengths: in tokens, increasing.
+    Args:
+        time_at: the seconds of the dense and of the sparse kernel at a length.
+        lengths: in tokens, increasing.
     """
     began = time.perf_counter()
     before = ""

@@ -38,8 +38,9 @@ aten = torch.ops.aten
 class MergeProjections(Rewrite):
     """Merges linear layers with the same input into one with a split, where that is measured faster.
 
-    always: merges without measuring.
-    gates: merges the gate and up projections of a gated feed-forward too; apart, each can fuse its own epilogue.
+    Attributes:
+        always: merges without measuring.
+        gates: merges the gate and up projections of a gated feed-forward too; apart, each can fuse its own epilogue.
     """
 
     always: bool = False
@@ -71,7 +72,7 @@ def _groups(edit: Editor) -> list[list[Linear]]:
         owned = is_owned(layer.weight) and (layer.bias is None or is_owned(layer.bias))
         if owned and nodes.tensor_type(layer.weight).rank == 2:
             readers.setdefault((layer.x, layer.bias is None, *_storage(edit, layer)), []).append(layer)
-    return [found for found in readers.values() if len(found) > 1]
+    return [group for group in readers.values() if len(group) > 1]
 
 
 def _is_gate(layer: Linear) -> bool:
@@ -87,7 +88,7 @@ def _storage(edit: Editor, layer: Linear) -> tuple[object, ...]:
     format = str(layer.weight.kwargs["format"])
     if reads_few_bits_faster() and not nodes.is_call(layer.x, *FAKE_QUANTIZES):
         format = narrowest(q, format)
-    return format, *((item.dtype, item.shape[1:]) for item in grid)
+    return format, *((tensor.dtype, tensor.shape[1:]) for tensor in grid)
 
 
 def _sizes(group: Sequence[Linear]) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]:
@@ -133,7 +134,7 @@ def _join(edit: Editor, weights: Sequence[fx.Node], name: str) -> fx.Node:
 def _parts(edit: Editor, weight: fx.Node) -> list[torch.Tensor]:
     """The tensors of a dequantized weight; a per-tensor scale is repeated per row."""
     q, *grid = map(edit.tensor, weight.all_input_nodes)
-    return [q, *(item.expand(q.shape[0], 1) if item.numel() == 1 else item for item in grid)]
+    return [q, *(tensor.expand(q.shape[0], 1) if tensor.numel() == 1 else tensor for tensor in grid)]
 
 
 def _merge(edit: Editor, group: Sequence[Linear]) -> None:

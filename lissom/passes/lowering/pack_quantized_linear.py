@@ -101,8 +101,8 @@ def _obstacle_to_int8(layer: QuantizedLayer) -> str | None:
             return "its weight has zero points in floating point, and the kernel takes integers"
     if _is_grouped(layer) and (reason := _obstacle_to_group_scales(layer)):
         return reason
-    if (found := layer.values.kwargs["format"]) != (wanted := X_FORMATS[layer.granularity]):
-        return f"its input is quantized to {found} per-{layer.granularity}, and the kernel quantizes to {wanted}"
+    if (given := layer.values.kwargs["format"]) != (wanted := X_FORMATS[layer.granularity]):
+        return f"its input is quantized to {given} per-{layer.granularity}, and the kernel quantizes to {wanted}"
     if layer.granularity == "group" and inputs // layer.blocks[1] % GROUP:
         return f"{inputs // layer.blocks[1]} of its inputs share a scale of the weight, and {GROUP} of its activations"
     if not layer.has_one_scale and not layer.has_row_scales:
@@ -157,7 +157,8 @@ def _call(edit: Editor, layer: QuantizedLayer, packed: _Packed) -> fx.Node:
 class _Packed:
     """A packed weight in the program: the kernel's operands that hold it, its sizes, and its format.
 
-    zero_point: an operand that comes after others.
+    Attributes:
+        zero_point: an operand that comes after others.
     """
 
     operands: Sequence[fx.Node | None]
@@ -178,7 +179,7 @@ def _pack(edit: Editor, layer: QuantizedLayer) -> _Packed:
         scales = scale if scale.dim() else scale.expand(len(q))
         experts = zip(q, scales, [None] * len(q) if zero_point is None else zero_point, strict=True)
         each = [_packed_parts(layer, *expert, format) for expert in experts]
-        parts = {leaf: torch.stack([item[leaf] for item in each]) for leaf in each[0]}
+        parts = {leaf: torch.stack([expert_parts[leaf] for expert_parts in each]) for leaf in each[0]}
     else:
         parts = _packed_parts(layer, q, scale, zero_point, format)
     with edit.before(layer.stored.next, like=[layer.node]):
@@ -204,7 +205,7 @@ def _packed_parts(
         parts = {"": pack_bytes(q), "_scale": fill_panels(scale.float(), features), "_sums": fill_panels(sums, features)}
     else:
         grid = zip(("_scale", "_zero_point"), (scale, zero_point), strict=True)
-        kept = {leaf: pack_blocks(item, features) for leaf, item in grid if item is not None}
+        kept = {leaf: pack_blocks(tensor, features) for leaf, tensor in grid if tensor is not None}
         parts = {"": pack_stored(q, format), **kept}
     return parts
 

@@ -31,7 +31,8 @@ aten = torch.ops.aten
 class PackSparse(Rewrite):
     """Lowers linear layers with 2:4 sparse weights to sparse tensor cores, where that is measured faster.
 
-    always: lowers without measuring, on any device.
+    Attributes:
+        always: lowers without measuring, on any device.
     """
 
     always: bool = False

@@ -82,6 +82,6 @@ def _rows(edit: Editor, weight: fx.Node, rows: slice, name: str) -> fx.Node:
     """Some rows of a weight or of a bias, in a dequantized weight of its integers and their grid."""
     if nodes.is_call(weight, dequantize):
         q, *grid = map(edit.tensor, weight.all_input_nodes)
-        parts = [q[rows], *(item if item.numel() == 1 else item[rows] for item in grid)]
+        parts = [q[rows], *(tensor if tensor.numel() == 1 else tensor[rows] for tensor in grid)]
         return store_like(edit, weight, name, (part.clone() for part in parts))
     return edit.weight(name, nn.Parameter(edit.tensor(weight)[rows].clone(), requires_grad=False))

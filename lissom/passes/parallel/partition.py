@@ -50,6 +50,8 @@ class Partition(Rewrite):
 
 def _world_size(program: Program) -> int:
     """The number of ranks of the plan: the largest number of shards of any value."""
-    found = [nodes.placed(node) for node in program.graph.nodes]
-    values = [item for placed in found for item in (placed if isinstance(placed, tuple) else (placed,)) if item is not None]
+    placements = [nodes.placed(node) for node in program.graph.nodes]
+    values = [
+        part for placed in placements for part in (placed if isinstance(placed, tuple) else (placed,)) if part is not None
+    ]
     return max((span.parts for placed in values for _, spans in placed.dims for span in spans), default=1)

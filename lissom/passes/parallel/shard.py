@@ -56,14 +56,15 @@ _LAYER_WORDS = ("column-wise", "row-wise")
 class Shard(Annotation):
     """Gives every value of the program a placement across ranks.
 
-    world_size: number of ranks, 2 or more.
-    plan: exceptions, each `PATTERN:replicate`, `PATTERN:column-wise` or `PATTERN:row-wise`. A pattern matches module paths and
-        covers the modules inside: `*.mlp:replicate`. `replicate` keeps sites and layers whole on every rank; the others shard
-        linear layers that belong to no site.
-    fraction: least part of the weights of linear layers to shard, 0 to 1. Where pairs of layers hold less, other layers are
-        sharded by themselves, each with a collective of its own; 0 shards pairs only.
-    sequence: shards values between the layers, such as the residual stream and norms, by position. Each all-reduce becomes a
-        reduce-scatter and an all-gather, which send as many bytes together, and these values take less memory per rank.
+    Attributes:
+        world_size: number of ranks, 2 or more.
+        plan: exceptions, each `PATTERN:replicate`, `PATTERN:column-wise` or `PATTERN:row-wise`. A pattern matches module paths
+            and covers the modules inside: `*.mlp:replicate`. `replicate` keeps sites and layers whole on every rank; the others
+            shard linear layers that belong to no site.
+        fraction: least part of the weights of linear layers to shard, 0 to 1. Where pairs of layers hold less, other layers are
+            sharded by themselves, each with a collective of its own; 0 shards pairs only.
+        sequence: shards values between the layers, such as the residual stream and norms, by position. Each all-reduce becomes
+            a reduce-scatter and an all-gather, which send as many bytes together, and these values take less memory per rank.
     """
 
     world_size: int
@@ -85,23 +86,24 @@ class Shard(Annotation):
         if isinstance(edit.program, PartitionedProgram):
             raise UnsupportedError(f"shard: the program is partitioned for {len(edit.program.ranks)} ranks already")
         whole, layers = self._overrides(edit)
-        found = make_plan(
+        plan = make_plan(
             edit.program, self.world_size, whole=whole, layers=layers, fraction=self.fraction, sequence=self.sequence
         )
-        for node, placed in found.placed.items():
+        for node, placed in plan.placed.items():
             nodes.set_placed(node, placed)
-        edit.rewritten += len(found.sites)
-        for site in found.left:
+        edit.rewritten += len(plan.sites)
+        for site in plan.left:
             edit.skip(site.node, f"its {site.kind} stays whole on every rank: {site.obstacle}")
-        for node in found.gathered:
+        for node in plan.gathered:
             edit.skip(node, f"no rule says how {target_text(node.target)} works on shards; it gets its arguments whole")
-        for sentence in _notes(found):
+        for sentence in _notes(plan):
             edit.note(sentence)
 
     def _overrides(self, edit: Editor) -> tuple[dict[fx.Node, str], dict[fx.Node, str]]:
         """The sites to replicate, each with its entry of `plan`, and the layers to shard, each `column-wise` or `row-wise`.
 
-        Raises: UnsupportedError when an entry matches nothing.
+        Raises:
+            UnsupportedError: when an entry matches nothing.
         """
         whole: dict[fx.Node, str] = {}
         layers: dict[fx.Node, str] = {}
@@ -121,27 +123,27 @@ class Shard(Annotation):
         return whole, layers
 
 
-def _notes(found: Plan) -> list[str]:
+def _notes(plan: Plan) -> list[str]:
     """The plan in sentences: the sharded sites, the collectives, and the padding."""
-    kinds = Counter(site.kind for site in found.sites)
+    kinds = Counter(site.kind for site in plan.sites)
     sites = ", ".join(f"{count} {kind}{'s' if count > 1 and kind != 'experts' else ''}" for kind, count in kinds.items())
-    steps = Counter(step for move in found.moves for step in move.steps)
-    inside = [item for node, items in found.joint.items() if node.target not in JOINT for item in items]
-    steps["all-gather"] += sum(item.kind == "all-gather" for item in inside)
+    steps = Counter(step for move in plan.moves for step in move.steps)
+    inside = [exchange for node, items in plan.joint.items() if node.target not in JOINT for exchange in items]
+    steps["all-gather"] += sum(exchange.kind == "all-gather" for exchange in inside)
     moves = ", ".join(f"{count} {step}{'s' if count > 1 else ''}" for step, count in steps.items() if count)
-    sentences = [f"on {found.world_size} ranks: {sites or 'nothing'} sharded; {moves or 'nothing'} to redistribute"]
-    if found.sequence:
-        sentences += _all_reduced(found)
+    sentences = [f"on {plan.world_size} ranks: {sites or 'nothing'} sharded; {moves or 'nothing'} to redistribute"]
+    if plan.sequence:
+        sentences += _all_reduced(plan)
     joint = Counter(
         (target_text(node.target), numbers_a_row(exchanges, node))
-        for node, exchanges in found.joint.items()
+        for node, exchanges in plan.joint.items()
         if node.target in JOINT
     )
     for (operator, numbers), count in joint.items():
         who = f"{operator} reads" if count == 1 else f"{count} calls of {operator} read"
         each = f"{numbers} number{'s' if numbers > 1 else ''} per row exchanged, not gathered"
         sentences.append(f"{who} a sharded dimension: {each}")
-    for site in found.sites:
+    for site in plan.sites:
         padded = [
             f"{atom.size} as {-(-int(atom.size) // parts) * parts}"
             for atom, (parts, _) in site.sharded_axes.items()
@@ -152,11 +154,11 @@ def _notes(found: Plan) -> list[str]:
     return sentences
 
 
-def _all_reduced(found: Plan) -> list[str]:
+def _all_reduced(plan: Plan) -> list[str]:
     """The sums that stay all-reduces although `sequence` is true, with the reasons."""
     reasons = Counter(
-        position_obstacle(move.value, found.world_size) or f"{target_text(move.reader.target)} takes it whole"
-        for move in found.moves
+        position_obstacle(move.value, plan.world_size) or f"{target_text(move.reader.target)} takes it whole"
+        for move in plan.moves
         if "all-reduce" in move.steps
     )
     sums = {count: f"{count} sums stay all-reduces" if count > 1 else "a sum stays an all-reduce" for count in reasons.values()}

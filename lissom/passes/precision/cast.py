@@ -94,10 +94,11 @@ _ADDENDS: dict[object, str] = {
 class Cast(Approximation):
     """Computes in bfloat16 or float16, and in float32 where that would lose too much.
 
-    dtype: `bf16`, or `fp16`, which needs calibration data to find what overflows.
-    margin: how many times larger than on calibration data a value may become without overflow in float16; 1 or more.
-    underflow: fraction of a tensor's non-zero elements that may be below float16's smallest normal number, 0 to 1.
-    skip: module paths that stay in float32, with `*` and `?`, separated by commas: `"encoder.layer.0,*.lm_head"`.
+    Attributes:
+        dtype: `bf16`, or `fp16`, which needs calibration data to find what overflows.
+        margin: how many times larger than on calibration data a value may become without overflow in float16; 1 or more.
+        underflow: fraction of a tensor's non-zero elements that may be below float16's smallest normal number, 0 to 1.
+        skip: module paths that stay in float32, with `*` and `?`, separated by commas: `"encoder.layer.0,*.lm_head"`.
     """
 
     dtype: str = "bf16"
@@ -150,37 +151,37 @@ class _Guard:
     def misfit(self, node: fx.Node) -> Misfit | None:
         """The reason a call cannot run in float16; None if it can."""
         mask, addend = (nodes.argument(node, of[node.target]) if node.target in of else None for of in (_MASKS, _ADDENDS))
-        found = [
-            self._misfit(item, mask=item is mask, added=item is addend)
-            for item in (*node.all_input_nodes, node)
-            if _is_floating(item) and nodes.tensor_type(item).rank > 0
+        misfits = [
+            self._misfit(value, mask=value is mask, added=value is addend)
+            for value in (*node.all_input_nodes, node)
+            if _is_floating(value) and nodes.tensor_type(value).rank > 0
         ]
         if node.target is attention:
-            q, k = (self._range(item) for item in node.all_input_nodes[:2])
+            q, k = (self._range(value) for value in node.all_input_nodes[:2])
             largest = q.norm * k.norm if q is not None and k is not None else 0.0
             if largest > _LARGEST / 2:
                 self.overflowing[node] = largest
-                found.append("overflow")
-        return "overflow" if "overflow" in found else "underflow" if "underflow" in found else None
+                misfits.append("overflow")
+        return "overflow" if "overflow" in misfits else "underflow" if "underflow" in misfits else None
 
-    def _misfit(self, item: fx.Node, *, mask: bool, added: bool) -> Misfit | None:
-        found = self._range(item)
-        if found is None:
+    def _misfit(self, value: fx.Node, *, mask: bool, added: bool) -> Misfit | None:
+        value_range = self._range(value)
+        if value_range is None:
             return None
         # Negative values of a mask are clamped.
-        largest = found.high if mask else found.largest
-        if largest > (_LARGEST if item.op == "get_attr" else _LARGEST / self.margin):
-            self.overflowing[item] = largest
+        largest = value_range.high if mask else value_range.largest
+        if largest > (_LARGEST if value.op == "get_attr" else _LARGEST / self.margin):
+            self.overflowing[value] = largest
             return "overflow"
-        if found.small > self.underflow and not (mask or added):
-            self.vanishing.add(item)
+        if value_range.small > self.underflow and not (mask or added):
+            self.vanishing.add(value)
             return "underflow"
         return None
 
-    def _range(self, item: fx.Node) -> Range | None:
-        if item not in self.ranges and item.op == "get_attr":
-            self.ranges[item] = range_of(self.edit.program.weight(str(item.target)), torch.float16)
-        return self.ranges.get(item)
+    def _range(self, value: fx.Node) -> Range | None:
+        if value not in self.ranges and value.op == "get_attr":
+            self.ranges[value] = range_of(self.edit.program.weight(str(value.target)), torch.float16)
+        return self.ranges.get(value)
 
     def report(self) -> None:
         """Note in the history how many values stay in float32, and why."""
@@ -191,7 +192,7 @@ class _Guard:
             return
         parts: list[str] = []
         if self.overflowing:
-            worst = max(self.overflowing, key=lambda item: self.overflowing[item])
+            worst = max(self.overflowing, key=lambda value: self.overflowing[value])
             path = nodes.origin(worst).module_path
             named = (
                 "the residual stream" if worst in self.sums else f"'{worst.target if worst.op == 'get_attr' else worst.name}'"
@@ -204,8 +205,8 @@ class _Guard:
             )
         if self.vanishing:
             parts.append(f"{len(self.vanishing)} would lose much to underflow")
-        found = " and ".join(parts)
-        self.edit.note(f"kept {len(kept)} of {len(values)} values in float32: of values and weights {found}; the rest follows")
+        cause = " and ".join(parts)
+        self.edit.note(f"kept {len(kept)} of {len(values)} values in float32: of values and weights {cause}; the rest follows")
 
 
 @dataclass
@@ -221,21 +222,21 @@ class Caster:
 
     def run(self) -> None:
         program = self.edit.program
-        output_types = [nodes.node_type(item) for item in program.output.all_input_nodes]
+        output_types = [nodes.node_type(result) for result in program.output.all_input_nodes]
         results = list(program.output.all_input_nodes)
         self._cast_state()
         for node in self.edit.nodes():
             wanted = self._dtype_for(node)
             mask = nodes.argument(node, _MASKS[node.target]) if node.target in _MASKS and wanted is self.low else None
             swaps: dict[fx.Node, fx.Node] = {}
-            for item in _operands(node):
-                if wanted is not None and _is_floating(item) and nodes.tensor_type(item).dtype in (torch.float32, self.low):
-                    swaps[item] = self._cast(item, wanted, node, clamp=item is mask)
+            for used in _operands(node):
+                if wanted is not None and _is_floating(used) and nodes.tensor_type(used).dtype in (torch.float32, self.low):
+                    swaps[used] = self._cast(used, wanted, node, clamp=used is mask)
             self._apply(node, {old: new for old, new in swaps.items() if old is not new}, wanted)
-        for item, before in zip(results, output_types, strict=True):
-            if nodes.is_tensor(item) and nodes.tensor_type(item).dtype == self.low and before != nodes.node_type(item):
-                back = self._cast(item, torch.float32, program.output)
-                program.output.replace_input_with(item, back)
+        for result, before in zip(results, output_types, strict=True):
+            if nodes.is_tensor(result) and nodes.tensor_type(result).dtype == self.low and before != nodes.node_type(result):
+                back = self._cast(result, torch.float32, program.output)
+                program.output.replace_input_with(result, back)
 
     def _cast_state(self) -> None:
         """Store the KV cache in reduced precision: state that calls write rows to and nothing else reads."""
@@ -245,7 +246,7 @@ class Caster:
                 continue
             others = [user for user in state.users if user is not write]
             copies = [Copy(user) for user in others if nodes.is_call(user, aten.copy_.default)]
-            kept = len(copies) == len(others) and all(item.x is state and item.source is write for item in copies)
+            kept = len(copies) == len(others) and all(copy.x is state and copy.source is write for copy in copies)
             if str(state.target) in self.edit.program.state and others and kept and self._obstacle(write) is None:
                 self.edit.set_weight(state, self.edit.program.weight(str(state.target)).to(self.low), retype=False)
                 self.changed.add(state)
@@ -255,7 +256,7 @@ class Caster:
         if nodes.is_state_write(node) and dtype_of(Copy(node).x) == dtype_of(Copy(node).source):
             return None
         follows = node.target in _FOLLOWS or is_view(node)
-        short = any(_is_floating(item) and nodes.tensor_type(item).dtype == self.low for item in _operands(node))
+        short = any(_is_floating(operand) and nodes.tensor_type(operand).dtype == self.low for operand in _operands(node))
         if self.guard is not None and not is_protected(node, self.skip):
             # The calls that would run in float16 if all values fitted.
             candidates = self.guard.candidates
@@ -280,40 +281,40 @@ class Caster:
             case None:
                 return None
 
-    def _cast(self, item: fx.Node, dtype: torch.dtype, reader: fx.Node, *, clamp: bool = False) -> fx.Node:
+    def _cast(self, source: fx.Node, dtype: torch.dtype, reader: fx.Node, *, clamp: bool = False) -> fx.Node:
         """The value in that dtype, cast before its first reader; a weight is cast at compile time."""
-        found = nodes.tensor_type(item)
+        source_type = nodes.tensor_type(source)
         # A number takes the dtype of the tensor it is combined with.
-        if found.dtype == dtype or (found.rank == 0 and not self._overflows(item)):
-            return item
-        edit, key = self.edit, (item, dtype)
+        if source_type.dtype == dtype or (source_type.rank == 0 and not self._overflows(source)):
+            return source
+        edit, key = self.edit, (source, dtype)
         if key not in self.casts:
             with edit.before(reader):
-                if item.op == "get_attr" and dtype == self.low and item.target not in edit.program.state:
-                    low = _fitted(edit.tensor(item), dtype).to(dtype)
-                    self.casts[key] = edit.weight(f"{item.target}_low", edit.like(item, low))
-                elif nodes.is_call(item, *_VIEWS) and self._views_weight(item):
+                if source.op == "get_attr" and dtype == self.low and source.target not in edit.program.state:
+                    low = _fitted(edit.tensor(source), dtype).to(dtype)
+                    self.casts[key] = edit.weight(f"{source.target}_low", edit.like(source, low))
+                elif nodes.is_call(source, *_VIEWS) and self._views_weight(source):
                     # The weight is cast at compile time, and not its view whenever the program runs.
-                    low = self._cast(item.all_input_nodes[0], dtype, reader)
-                    self.casts[key] = edit.again(item, low)
-                elif item.target is dequantize:
-                    self.casts[key] = edit.call(dequantize, *item.args, **{**item.kwargs, "dtype": dtype})
+                    low = self._cast(source.all_input_nodes[0], dtype, reader)
+                    self.casts[key] = edit.again(source, low)
+                elif source.target is dequantize:
+                    self.casts[key] = edit.call(dequantize, *source.args, **{**source.kwargs, "dtype": dtype})
                 else:
-                    value = edit.call(aten.clamp_min.default, item, _lowest(dtype)) if clamp else item
+                    value = edit.call(aten.clamp_min.default, source, _lowest(dtype)) if clamp else source
                     self.casts[key] = edit.call(aten.to.dtype, value, dtype)
         return self.casts[key]
 
-    def _views_weight(self, item: fx.Node) -> bool:
+    def _views_weight(self, value: fx.Node) -> bool:
         """True for a view of a weight, such as the transposed matrices of experts."""
-        while nodes.is_call(item, *_VIEWS):
-            item = item.all_input_nodes[0]
-        return item.op == "get_attr" and item.target not in self.edit.program.state
+        while nodes.is_call(value, *_VIEWS):
+            value = value.all_input_nodes[0]
+        return value.op == "get_attr" and value.target not in self.edit.program.state
 
-    def _overflows(self, item: fx.Node) -> bool:
+    def _overflows(self, node: fx.Node) -> bool:
         """True for a constant with float32's lowest number, which is minus infinity in reduced precision."""
-        if item.op != "get_attr" or item.target in self.edit.program.state:
+        if node.op != "get_attr" or node.target in self.edit.program.state:
             return False
-        value = self.edit.program.weight(str(item.target))
+        value = self.edit.program.weight(str(node.target))
         return not torch.equal(_fitted(value, self.low), value)
 
     def _fit_fill(self, node: fx.Node, dtype: torch.dtype | None) -> None:
@@ -356,5 +357,5 @@ def _fitted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where((tensor < torch.finfo(torch.bfloat16).min) & tensor.isfinite(), _lowest(dtype), tensor)
 
 
-def _is_floating(item: fx.Node) -> bool:
-    return nodes.is_tensor(item) and nodes.tensor_type(item).dtype.is_floating_point
+def _is_floating(node: fx.Node) -> bool:
+    return nodes.is_tensor(node) and nodes.tensor_type(node).dtype.is_floating_point

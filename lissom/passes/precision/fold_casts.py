@@ -46,7 +46,11 @@ class FoldCasts(Rewrite):
 
 
 def _fold_weight(edit: Editor, node: fx.Node, weight: fx.Node, kept: dict[str, fx.Node]) -> None:
-    """Let readers of a cast weight read one stored in that dtype. kept: the weights made so far, by name."""
+    """Let readers of a cast weight read one stored in that dtype.
+
+    Args:
+        kept: the weights made so far, by name.
+    """
     dtype = dtype_of(node)
     if not edit.may_change(node, rests_on_copy(edit.program, node, weight) or _obstacle(node, weight)):
         return

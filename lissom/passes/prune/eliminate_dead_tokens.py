@@ -55,7 +55,8 @@ class EliminateDeadTokens(Rewrite):
 class _Demand:
     """The positions of one dimension that are read.
 
-    start: the first of `count` neighbours, from the end where negative; or a value [batch], one position per row.
+    Attributes:
+        start: the first of `count` neighbours, from the end where negative; or a value [batch], one position per row.
     """
 
     dim: int
@@ -69,9 +70,9 @@ def _demands(edit: Editor) -> tuple[dict[fx.Node, _Demand], dict[fx.Node, _Deman
     roots: dict[fx.Node, _Demand] = {}
     for node in reversed(edit.program.nodes()):
         wanted = {_demand_of(user, slot, demands, roots) for user in node.users for slot in _slots(user, node)}
-        (found,) = wanted if len(wanted) == 1 else (None,)
-        if found is not None and _narrows(node, found):
-            demands[node] = found
+        (demand,) = wanted if len(wanted) == 1 else (None,)
+        if demand is not None and _narrows(node, demand):
+            demands[node] = demand
         elif (choice := _choice(edit, node)) is not None:
             roots[node] = choice
     return demands, roots
@@ -79,8 +80,8 @@ def _demands(edit: Editor) -> tuple[dict[fx.Node, _Demand], dict[fx.Node, _Deman
 
 def _slots(user: fx.Node, node: fx.Node) -> list[Slot]:
     """The argument positions at which a reader reads the value; [-1] stands for readers that are no operator calls."""
-    found = [slot for slot, item in operands(user).items() if item is node] if user.op == "call_function" else []
-    return found or [-1]
+    slots = [slot for slot, operand in operands(user).items() if operand is node] if user.op == "call_function" else []
+    return slots or [-1]
 
 
 def _demand_of(
@@ -119,21 +120,21 @@ def _narrows(node: fx.Node, wanted: _Demand) -> bool:
 
 def _choice(edit: Editor, node: fx.Node) -> _Demand | None:
     """The positions that a call selects of its operand; None when it selects nothing, or more than half."""
-    found: _Demand | None = None
+    demand: _Demand | None = None
     selected, part = Select.of(node), Slice.of(node)
     if selected is not None and isinstance(selected.index, int):
-        found = _Demand(selected.dim % len(shape_of(selected.x)), selected.index)
+        demand = _Demand(selected.dim % len(shape_of(selected.x)), selected.index)
     elif part is not None:
         dim = dim_of(node, len(shape_of(node)))
         start, count = part.start or 0, shape_of(node)[dim]
         if isinstance(start, int) and isinstance(count, int) and part.step == 1:
-            found = _Demand(dim, start, count)
+            demand = _Demand(dim, start, count)
     elif nodes.is_call(node, aten.index.Tensor) and (position := row_position(edit.program, node)) is not None:
-        found = _Demand(1, position)
+        demand = _Demand(1, position)
     # Positions that are computed from a layer's output are known too late.
-    if found is None or any(is_linear(item) or is_attention(item) for item in computed_from([found.start])):
+    if demand is None or any(is_linear(value) or is_attention(value) for value in computed_from([demand.start])):
         return None
-    return found if 2 * found.count <= example_shape(nodes.operand(node))[found.dim] else None
+    return demand if 2 * demand.count <= example_shape(nodes.operand(node))[demand.dim] else None
 
 
 def _useful(edit: Editor, demands: Mapping[fx.Node, _Demand]) -> set[fx.Node]:
@@ -154,12 +155,12 @@ class _Narrower:
     edit: Editor
     demands: Mapping[fx.Node, _Demand]
     narrowed: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
-    taken: dict[tuple[fx.Node, _Demand], fx.Node] = field(default_factory=dict["tuple[fx.Node, _Demand]", fx.Node])
+    selections: dict[tuple[fx.Node, _Demand], fx.Node] = field(default_factory=dict["tuple[fx.Node, _Demand]", fx.Node])
     rows: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
 
     def run(self, roots: Mapping[fx.Node, _Demand]) -> None:
         edit, first = self.edit, next(iter(sorted(self.demands, key=list(self.edit.program.graph.nodes).index)))
-        for start in dict.fromkeys(item.start for item in self.demands.values()):
+        for start in dict.fromkeys(demand.start for demand in self.demands.values()):
             if isinstance(start, fx.Node):
                 edit.move_before(start, first)
         for node in edit.nodes():
@@ -167,21 +168,21 @@ class _Narrower:
                 with edit.before(node):
                     self.narrowed[node] = self._narrow(node, self.demands[node])
             elif node in roots and nodes.operand(node) in self.narrowed:
-                found = self.narrowed[nodes.operand(node)]
+                narrowed = self.narrowed[nodes.operand(node)]
                 if node.target is not aten.slice.Tensor:
                     with edit.before(node):
-                        found = edit.call(aten.select.int, found, roots[node].dim, 0)
-                edit.replace(node, found)
+                        narrowed = edit.call(aten.select.int, narrowed, roots[node].dim, 0)
+                edit.replace(node, narrowed)
 
     def _narrow(self, node: fx.Node, wanted: _Demand) -> fx.Node:
         """The call for the wanted positions only, with the same dimensions."""
         sources = position_sources(node, wanted.dim) or {}
         rank = len(shape_of(node))
         changed: dict[Slot, object] = {}
-        for slot, item in operands(node).items():
+        for slot, operand in operands(node).items():
             if slot in sources:
-                changed[slot] = self.narrowed.get(item) or self._take(
-                    item, _Demand(sources[slot], wanted.start, wanted.count), rank
+                changed[slot] = self.narrowed.get(operand) or self._take(
+                    operand, _Demand(sources[slot], wanted.start, wanted.count), rank
                 )
         args, kwargs = with_operands(node, changed)
         if node.target in SIZED_RESHAPES or node.target in EXPANDS:
@@ -198,25 +199,25 @@ class _Narrower:
             return self.edit.item(source, item.index)
         return self.edit.call(nodes.overload(node), *args, **kwargs)
 
-    def _take(self, item: fx.Node, wanted: _Demand, rank: int) -> fx.Node:
+    def _take(self, value: fx.Node, wanted: _Demand, rank: int) -> fx.Node:
         """The selected positions of a value that is computed at all positions; for a call whose result has this rank."""
-        if (item, wanted) not in self.taken:
-            self.taken[item, wanted] = self._chosen(item, wanted, rank)
-        return self.taken[item, wanted]
+        if (value, wanted) not in self.selections:
+            self.selections[value, wanted] = self._chosen(value, wanted, rank)
+        return self.selections[value, wanted]
 
-    def _chosen(self, item: fx.Node, wanted: _Demand, rank: int) -> fx.Node:
+    def _chosen(self, value: fx.Node, wanted: _Demand, rank: int) -> fx.Node:
         call, dim, start = self.edit.call, wanted.dim, wanted.start
         if not isinstance(start, fx.Node):
             end = start + wanted.count
-            return call(aten.slice.Tensor, item, dim, start, _END if start < 0 and end >= 0 else end)
-        for _ in range(rank - len(shape_of(item))):
-            item, dim = call(aten.unsqueeze.default, item, 0), dim + 1
-        if shape_of(item)[0] == 1:
-            return call(aten.transpose.int, call(aten.index.Tensor, item, [*[None] * dim, start]), 0, dim)
+            return call(aten.slice.Tensor, value, dim, start, _END if start < 0 and end >= 0 else end)
+        for _ in range(rank - len(shape_of(value))):
+            value, dim = call(aten.unsqueeze.default, value, 0), dim + 1
+        if shape_of(value)[0] == 1:
+            return call(aten.transpose.int, call(aten.index.Tensor, value, [*[None] * dim, start]), 0, dim)
         if dim != 1:
-            item = call(aten.transpose.int, item, 1, dim)
-        found = call(aten.unsqueeze.default, call(aten.index.Tensor, item, [self._row_numbers(start), start]), 1)
-        return call(aten.transpose.int, found, 1, dim) if dim != 1 else found
+            value = call(aten.transpose.int, value, 1, dim)
+        chosen = call(aten.unsqueeze.default, call(aten.index.Tensor, value, [self._row_numbers(start), start]), 1)
+        return call(aten.transpose.int, chosen, 1, dim) if dim != 1 else chosen
 
     def _row_numbers(self, start: fx.Node) -> fx.Node:
         """0, 1, ... for each row of the batch."""

@@ -46,18 +46,20 @@ class MergeEqualHeads(Rewrite):
             edit.note(f"the cache takes {_state_bytes(edit.program) / 1e6:.3g} MB, and took {state / 1e6:.3g} MB")
 
 
-def joined(heads: Sequence[SeparateHeads]) -> list[list[SeparateHeads]]:
+def joined(attentions: Sequence[SeparateHeads]) -> list[list[SeparateHeads]]:
     """The attentions grouped into sets; no two sets have key or value heads in common."""
-    found: list[list[SeparateHeads]] = []
-    for item in heads:
-        touching = [other for other in found if any(set(item.shared) & set(member.shared) for member in other)]
-        found = [other for other in found if other not in touching] + [[*(each for other in touching for each in other), item]]
-    return found
+    groups: list[list[SeparateHeads]] = []
+    for heads in attentions:
+        touching = [group for group in groups if any(set(heads.shared) & set(member.shared) for member in group)]
+        groups = [group for group in groups if group not in touching] + [
+            [*(each for group in touching for each in group), heads]
+        ]
+    return groups
 
 
 def _gone(edit: Editor, separation: Separation, together: Sequence[SeparateHeads]) -> list[int]:
     """The heads that equal one before them, in attentions that have heads in common."""
-    shared = {axis: None for item in together for axis in item.shared}
+    shared = {axis: None for heads in together for axis in heads.shared}
     size = largest_group([rows.read(edit.program) for axis in shared for rows in separation.rows(axis)], together[0].count)
     return [head for head in range(together[0].count) if head % size]
 
@@ -65,19 +67,21 @@ def _gone(edit: Editor, separation: Separation, together: Sequence[SeparateHeads
 def _merge(edit: Editor, separation: Separation, sets: Sequence[tuple[Sequence[SeparateHeads], list[int]]]) -> None:
     """Remove these heads, and let the query heads share the remaining ones.
 
-    Raises: UnsupportedError with the obstacle; the program is unchanged then.
+    Raises:
+        UnsupportedError: with the obstacle; the program is unchanged then.
     """
-    removed = {axis: gone for together, gone in sets for item in together for axis in item.shared}
+    removed = {axis: gone for together, gone in sets for heads in together for axis in heads.shared}
     if removed:
         remove_indices(edit, removed, separation.axes)
-    for item in [item for together, _ in sets for item in together]:
-        separation.share(item)
+    for heads in [heads for together, _ in sets for heads in together]:
+        separation.share(heads)
 
 
 def largest_group(held: Sequence[torch.Tensor], heads: int) -> int:
     """The largest group size for which all heads of every group of neighbours are equal, bit for bit; 1 where none are.
 
-    held: for each dimension of a weight with the heads, the elements of every head, [heads, …].
+    Args:
+        held: for each dimension of a weight with the heads, the elements of every head, [heads, …].
     """
     for size in range(heads, 1, -1):
         if heads % size == 0:

@@ -54,13 +54,14 @@ _KEEP = 0.75
 class PruneHidden(Approximation):
     """Zeroes the least important channels of the residual stream in all layers.
 
-    keep: fraction of channels to keep, above 0 and below 1; of the residual streams that `amounts` does not name. 0.75 where
-        neither is given.
-    amounts: channels of single residual streams, a number or a fraction; a stream is named by the module of its first residual
-        add, with `*` and `?`: `"encoder=384,decoder=none"`. Without `keep`, other streams stay as they are.
-    round_to: the number of channels kept is a multiple of this.
-    criterion: how channels are ranked; `energy` needs calibration data.
-    reconstruct: refits the layers that read the residual stream to their earlier outputs; needs calibration data.
+    Attributes:
+        keep: fraction of channels to keep, above 0 and below 1; of the residual streams that `amounts` does not name. 0.75
+            where neither is given.
+        amounts: channels of single residual streams, a number or a fraction; a stream is named by the module of its first
+            residual add, with `*` and `?`: `"encoder=384,decoder=none"`. Without `keep`, other streams stay as they are.
+        round_to: the number of channels kept is a multiple of this.
+        criterion: how channels are ranked; `energy` needs calibration data.
+        reconstruct: refits the layers that read the residual stream to their earlier outputs; needs calibration data.
     """
 
     keep: float | None = None
@@ -111,7 +112,11 @@ class PruneHidden(Approximation):
             _reconstruct(edit, dense, _on_axes(edit.program, kept))
 
     def _kept(self, edit: Editor, total: fx.Node, scores: torch.Tensor, amount: int | None) -> torch.Tensor:
-        """The channels to keep, booleans [channels]. amount: their number, where `amounts` names the stream."""
+        """The channels to keep, booleans [channels].
+
+        Args:
+            amount: their number, where `amounts` names the stream.
+        """
         channels, step, keep = len(scores), self.round_to, _KEEP if self.keep is None else self.keep
         count = max(step, round(keep * channels / step) * step) if amount is None else amount
         if count >= channels:
@@ -129,12 +134,13 @@ class PruneHidden(Approximation):
 def _streams(program: Program) -> dict[Axis, fx.Node]:
     """The channel axes of the residual streams, each with a residual add that has it.
 
-    Raises: UnsupportedError when there are none, or one is a product of axes.
+    Raises:
+        UnsupportedError: when there are none, or one is a product of axes.
     """
-    found = program.fact(axes)
+    program_axes = program.fact(axes)
     streams: dict[Axis, fx.Node] = {}
     for total in program.fact(structure).residuals:
-        streams.setdefault(found.axis(total, -1), total)
+        streams.setdefault(program_axes.axis(total, -1), total)
     if not streams:
         raise UnsupportedError("prune-hidden finds no residual stream in this program")
     for axis, total in streams.items():
@@ -157,13 +163,13 @@ def _sites(streams: Mapping[Axis, fx.Node]) -> list[AmountSite]:
 
 def _on_axes(program: Program, kept: Mapping[fx.Node, torch.Tensor]) -> dict[Axis, torch.Tensor]:
     """The channels to keep, by their axes in the current program."""
-    found = program.fact(axes)
-    return {found.axis(total, -1): channels for total, channels in kept.items()}
+    program_axes = program.fact(axes)
+    return {program_axes.axis(total, -1): channels for total, channels in kept.items()}
 
 
-def _weights_on(program: Program, found: Axes, streams: Sequence[Axis]) -> list[tuple[fx.Node, int]]:
+def _weights_on(program: Program, program_axes: Axes, streams: Sequence[Axis]) -> list[tuple[fx.Node, int]]:
     """The floating-point weights with one of the axes, and its dimension."""
-    places = [(occurrence.node, occurrence.dim) for axis in streams for occurrence in found.occurrences(axis)]
+    places = [(occurrence.node, occurrence.dim) for axis in streams for occurrence in program_axes.occurrences(axis)]
     return [
         (node, dim)
         for node, dim in dict.fromkeys(places)
@@ -171,23 +177,23 @@ def _weights_on(program: Program, found: Axes, streams: Sequence[Axis]) -> list[
     ]
 
 
-def _readers(program: Program, found: Axes, axis: Axis) -> list[fx.Node]:
+def _readers(program: Program, program_axes: Axes, axis: Axis) -> list[fx.Node]:
     """The linear layers that read channels of the axis."""
-    return [node for node in program.nodes() if is_linear(node) and found.axis(input_of(node), -1) is axis]
+    return [node for node in program.nodes() if is_linear(node) and program_axes.axis(input_of(node), -1) is axis]
 
 
 def _magnitudes(program: Program, axis: Axis) -> torch.Tensor:
-    found, scores = program.fact(axes), torch.zeros(int(axis.size))
-    for node, dim in _weights_on(program, found, [axis]):
-        if found.axis(node, dim) is axis:
+    program_axes, scores = program.fact(axes), torch.zeros(int(axis.size))
+    for node, dim in _weights_on(program, program_axes, [axis]):
+        if program_axes.axis(node, dim) is axis:
             weight = program.weight(str(node.target)).detach().float().cpu()
             scores += _fractions(weight.square().movedim(dim, 0).flatten(1).sum(1) if weight.dim() > 1 else weight.square())
     return scores
 
 
 def _energies(edit: Editor, axis: Axis) -> torch.Tensor:
-    found, scores = edit.program.fact(axes), torch.zeros(int(axis.size))
-    readers = _readers(edit.program, found, axis)
+    program_axes, scores = edit.program.fact(axes), torch.zeros(int(axis.size))
+    readers = _readers(edit.program, program_axes, axis)
     squares: dict[fx.Node, torch.Tensor] = {}
 
     def visit(node: fx.Node, rows: torch.Tensor) -> None:
@@ -209,8 +215,8 @@ def _fractions(values: torch.Tensor) -> torch.Tensor:
 
 def _zero(edit: Editor, kept: Mapping[Axis, torch.Tensor]) -> None:
     """Zero the pruned channels in every weight that has them."""
-    found = edit.program.fact(axes)
-    gone = {place: ~mask(found.axis(*place), kept) for place in _weights_on(edit.program, found, [*kept])}
+    program_axes = edit.program.fact(axes)
+    gone = {place: ~mask(program_axes.axis(*place), kept) for place in _weights_on(edit.program, program_axes, [*kept])}
     for (node, dim), indices in gone.items():
         weight = edit.tensor(node)
         edit.set_weight(node, weight.index_fill(dim, indices.nonzero().flatten().to(weight.device), 0))
@@ -219,10 +225,10 @@ def _zero(edit: Editor, kept: Mapping[Axis, torch.Tensor]) -> None:
 
 def _check(edit: Editor, kept: Mapping[Axis, torch.Tensor]) -> None:
     """Refuse a program in which anything but a weight writes to the stream."""
-    found, known = edit.program.fact(zeros), edit.program.fact(axes)
+    zero, known = edit.program.fact(zeros), edit.program.fact(axes)
     for total in edit.program.fact(structure).residuals:
         channels = kept.get(known.axis(total, -1))
-        if channels is not None and not bool((zero_at(found, total, -1) | channels).all()):
+        if channels is not None and not bool((zero_at(zero, total, -1) | channels).all()):
             raise UnsupportedError(
                 f"prune-hidden cannot keep channels of {place(edit.program, total)} at zero: something that is no weight, "
                 f"such as computed positions, writes to the residual stream"
@@ -231,8 +237,8 @@ def _check(edit: Editor, kept: Mapping[Axis, torch.Tensor]) -> None:
 
 def _reconstruct(edit: Editor, dense: Program, kept: Mapping[Axis, torch.Tensor]) -> None:
     """Refit the layers that read the stream, in order, to their outputs in the dense program."""
-    found = edit.program.fact(axes)
-    axis_of = {node: axis for axis in kept for node in _readers(edit.program, found, axis)}
+    program_axes = edit.program.fact(axes)
+    axis_of = {node: axis for axis in kept for node in _readers(edit.program, program_axes, axis)}
     chosen = edit.accepted((node, _refittable(node)) for node in axis_of)
     originals = {node.name: node for node in dense.nodes()}
     before_and_now = (
@@ -263,14 +269,20 @@ def _refittable(node: fx.Node) -> Matrix | str:
 
 def _bias(node: fx.Node) -> fx.Node | None:
     """The bias of a linear layer where it is a weight with no other reader."""
-    items = [item for item in node.all_input_nodes if item.op == "get_attr" and nodes.tensor_type(item).rank == 1]
+    items = [weight for weight in node.all_input_nodes if weight.op == "get_attr" and nodes.tensor_type(weight).rank == 1]
     return items[0] if len(items) == 1 and len(items[0].users) == 1 else None
 
 
 def fit(
     weight: torch.Tensor, wanted: Sequence[torch.Tensor], read: Sequence[torch.Tensor], kept: torch.Tensor, *, centred: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """W̃ and b̃ − b, see the module docstring. wanted, read: x and x̃ of each sample, [tokens, features]; kept: [features]."""
+    """W̃ and b̃ − b, see the module docstring.
+
+    Args:
+        wanted: x of each sample, [tokens, features].
+        read: x̃ of each sample, [tokens, features].
+        kept: [features].
+    """
     features = weight.shape[1]
     cross, gram = torch.zeros(2, features, features, dtype=torch.float64, device=weight.device)
     sums, count = torch.zeros(2, features, dtype=torch.float64, device=weight.device), 0
@@ -286,6 +298,6 @@ def fit(
     gram, own = gram[kept][:, kept], weight[:, kept].double()
     missing = weight.double() @ cross[:, kept] - own @ gram
     gram.diagonal().add_(max(DAMPING * float(gram.diagonal().mean()), 1e-12))
-    result = torch.zeros_like(weight)
-    result[:, kept] = (own + torch.linalg.solve(gram, missing.T).T).to(weight.dtype)
-    return result, (weight.double() @ means[0] - result.double() @ means[1]).to(weight.dtype)
+    fitted = torch.zeros_like(weight)
+    fitted[:, kept] = (own + torch.linalg.solve(gram, missing.T).T).to(weight.dtype)
+    return fitted, (weight.double() @ means[0] - fitted.double() @ means[1]).to(weight.dtype)

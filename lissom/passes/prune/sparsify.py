@@ -69,17 +69,18 @@ NOTE = (
 class Sparsify(Approximation):
     """Zeroes the least important weights of linear layers, unstructured or N:M.
 
-    keep: fraction of each layer's weights to keep, above 0 and up to 1; of all layers together with scope=global. 0.5 where
-        neither it nor pattern nor amounts is given.
-    pattern: N:M, such as 2:4, in place of `keep`: at most N of every M neighbours in a row are kept.
-    amounts: fractions or patterns N:M of single layers by module path, with `*` and `?`; `none` leaves a layer dense:
-        `"encoder.layer.0=0.3,*.query=2:4"`. Without keep and pattern, other layers stay dense.
-    criterion: how weights are ranked; all but `magnitude` need calibration data.
-    scope: ranks weights within each layer, or, by magnitude only, within the whole program.
-    protect: module paths of layers to leave dense, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    lm_head: prunes LM heads and classifiers too, and with them the embedding tables tied to them.
-    damping: added to the diagonal of XᵀX for `sparsegpt`, as a fraction of its mean.
-    block_size: number of columns that `sparsegpt` ranks together.
+    Attributes:
+        keep: fraction of each layer's weights to keep, above 0 and up to 1; of all layers together with scope=global. 0.5 where
+            neither it nor pattern nor amounts is given.
+        pattern: N:M, such as 2:4, in place of `keep`: at most N of every M neighbours in a row are kept.
+        amounts: fractions or patterns N:M of single layers by module path, with `*` and `?`; `none` leaves a layer dense:
+            `"encoder.layer.0=0.3,*.query=2:4"`. Without keep and pattern, other layers stay dense.
+        criterion: how weights are ranked; all but `magnitude` need calibration data.
+        scope: ranks weights within each layer, or, by magnitude only, within the whole program.
+        protect: module paths of layers to leave dense, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        lm_head: prunes LM heads and classifiers too, and with them the embedding tables tied to them.
+        damping: added to the diagonal of XᵀX for `sparsegpt`, as a fraction of its mean.
+        block_size: number of columns that `sparsegpt` ranks together.
     """
 
     keep: float | None = None
@@ -101,7 +102,7 @@ class Sparsify(Approximation):
         patterns = [self.pattern, *(amount for _, amount in self._amounts().entries if ":" in amount)]
         if self.damping <= 0 or self.block_size < 1:
             raise UnsupportedError("sparsify takes damping= above 0 and block_size= of 1 or more")
-        for group in sorted({found[1] for found in map(_parse, patterns) if found is not None}):
+        for group in sorted({pattern[1] for pattern in map(_parse, patterns) if pattern is not None}):
             if self.criterion == "sparsegpt" and self.block_size % group:
                 raise UnsupportedError(
                     f"sparsegpt takes block_size= in multiples of the {group} of its pattern, not {self.block_size}"
@@ -114,11 +115,11 @@ class Sparsify(Approximation):
 
     @classmethod
     def sites(cls, program: Program) -> Sequence[AmountSite]:
-        item = cls(lm_head=True)
-        candidates = {node: matrix for node, matrix in item._candidates(program).items() if _obstacle(matrix, set()) is None}
+        pass_ = cls(lm_head=True)
+        candidates = {node: matrix for node, matrix in pass_._candidates(program).items() if _obstacle(matrix, set()) is None}
         heads = {candidates[node].name for node in program.fact(structure).lm_heads if node in candidates}
         return [
-            replace(site, takes={format_pass(item): site.takes[cls.name()]}) if name in heads else site
+            replace(site, takes={format_pass(pass_): site.takes[cls.name()]}) if name in heads else site
             for name, site in weight_sites(candidates, cls.name(), _taken).items()
         ]
 
@@ -130,7 +131,7 @@ class Sparsify(Approximation):
         sites = weight_sites(self._candidates(edit.program), self.name(), _taken)
         given = dict(zip(sites, self._amounts().at([*sites.values()], "linear layers"), strict=True))
         layers = self._layers(edit, given)
-        densities = {name: found for name, amount in given.items() if not isinstance(found := self._density(amount), str)}
+        densities = {name: density for name, amount in given.items() if not isinstance(density := self._density(amount), str)}
         if self.criterion == "magnitude":
             self._rank_by_magnitude(edit, layers, densities, {name for name, amount in given.items() if amount is None})
         elif self.criterion == "wanda":
@@ -162,17 +163,21 @@ class Sparsify(Approximation):
         return {node: matrix for node in layers if isinstance(matrix := matrix_of(node, stacks=True), Matrix)}
 
     def _passed_over(self, program: Program) -> set[fx.Node]:
-        found = program.fact(structure)
-        heads = () if self.lm_head else found.lm_heads
-        return {*(site.router for site in found.mixtures), *heads, *found.convolutions}
+        transformer = program.fact(structure)
+        heads = () if self.lm_head else transformer.lm_heads
+        return {*(site.router for site in transformer.mixtures), *heads, *transformer.convolutions}
 
     def _layers(self, edit: Editor, given: Mapping[str, str | None]) -> dict[fx.Node, Matrix]:
-        """The layers to prune; the others are reported as skipped. given: the amount of each weight.
+        """The layers to prune; the others are reported as skipped.
 
-        Raises: UnsupportedError when a pattern does not fit a layer that `amounts` names.
+        Args:
+            given: the amount of each weight.
+
+        Raises:
+            UnsupportedError: when a pattern does not fit a layer that `amounts` names.
         """
-        found = edit.program.fact(structure).embeddings if self.lm_head else ()
-        tables = {item.node.all_input_nodes[0] for item in found}
+        embeddings = edit.program.fact(structure).embeddings if self.lm_head else ()
+        tables = {embedding.node.all_input_nodes[0] for embedding in embeddings}
 
         def obstacle(node: fx.Node, matrix: Matrix) -> str | None:
             density = self._density(amount := given[matrix.name])
@@ -195,7 +200,11 @@ class Sparsify(Approximation):
     def _rank_by_magnitude(
         self, edit: Editor, layers: Mapping[fx.Node, Matrix], densities: Mapping[str, Density], ranked: set[str]
     ) -> None:
-        """Zero the smallest weights. ranked: the names of weights without an amount, which scope=global ranks together."""
+        """Zero the smallest weights.
+
+        Args:
+            ranked: the names of weights without an amount, which scope=global ranks together.
+        """
         matrices = {matrix.name: matrix for matrix in layers.values()}
         together = {name: matrix.read(edit.program) for name, matrix in matrices.items() if name in ranked}
         chosen: dict[str, torch.Tensor] = {}
@@ -234,7 +243,8 @@ class Sparsify(Approximation):
 def _parse(pattern: str | None) -> tuple[int, int] | None:
     """N and M of `N:M`.
 
-    Raises: UnsupportedError for any other text.
+    Raises:
+        UnsupportedError: for any other text.
     """
     if pattern is None:
         return None
@@ -289,7 +299,11 @@ def most(scores: torch.Tensor, keep: float) -> torch.Tensor:
 
 
 def largest(scores: torch.Tensor, pattern: tuple[int, int]) -> torch.Tensor:
-    """True for the N largest of every M neighbours along a row. scores: [rows, columns]."""
+    """True for the N largest of every M neighbours along a row.
+
+    Args:
+        scores: [rows, columns].
+    """
     n, m = pattern
     groups = scores.unflatten(-1, (-1, m))
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(n, -1).indices, True).flatten(-2)
@@ -306,12 +320,12 @@ def wanda(weight: torch.Tensor, read: Moments, density: Density) -> torch.Tensor
 def sparsegpt(weight: torch.Tensor, read: Moments, density: Density, damping: float, block_size: int) -> torch.Tensor:
     """The matrix with zeros, and the remaining weights updated to compensate; see the module docstring."""
     pattern, keep = (density, 1.0) if isinstance(density, tuple) else (None, density)
-    result = weight.float().clone()
+    pruned = weight.float().clone()
     dead = read.gram.diagonal() == 0
-    result[:, dead] = 0
+    pruned[:, dead] = 0
     factor = inverse_factor(read.gram, damping)
-    for start in range(0, result.shape[1], block_size):
-        block, upper = result[:, start : start + block_size], factor[start : start + block_size, start : start + block_size]
+    for start in range(0, pruned.shape[1], block_size):
+        block, upper = pruned[:, start : start + block_size], factor[start : start + block_size, start : start + block_size]
         # Zeros are written, not multiplied: a negative zero has its sign bit set, so compression would not see a zero.
         scores = block.square() / upper.diagonal().square()
         kept = most(scores, keep)
@@ -323,5 +337,5 @@ def sparsegpt(weight: torch.Tensor, read: Moments, density: Density, damping: fl
             errors[:, index] = block[:, index] * ~kept[:, index] / upper[index, index]
             block[:, index + 1 :] -= errors[:, index, None] * upper[index, index + 1 :]
             block[~kept[:, index], index] = 0
-        result[:, start + block_size :] -= errors @ factor[start : start + block_size, start + block_size :]
-    return result
+        pruned[:, start + block_size :] -= errors @ factor[start : start + block_size, start + block_size :]
+    return pruned

@@ -37,8 +37,8 @@ class ZeroPadding(Approximation):
         masks = edit.program.fact(padding_masks)
         padding: dict[fx.Node, fx.Node] = {}
         for output in edit.program.output.all_input_nodes:
-            found = nodes.node_type(output)
-            shape = found.shape[:2] if isinstance(found, TensorType) and found.dtype.is_floating_point else None
+            typed = nodes.node_type(output)
+            shape = typed.shape[:2] if isinstance(typed, TensorType) and typed.dtype.is_floating_point else None
             fitting = [mask for mask in masks if nodes.tensor_type(mask).shape == shape]
             if len(fitting) > 1:
                 edit.skip(output, "two inputs could be its padding mask")

@@ -47,15 +47,16 @@ Round = Callable[[torch.Tensor], torch.Tensor]
 class Awq(Rewrite):
     """Scales channels so that weight quantization costs the least error.
 
-    scheme: the scheme that `quantize` will use, `int4-weight` or `int8-weight`.
-    granularity: per-tensor, per-channel or per-group scales; `auto` is the scheme's default.
-    group: number of neighbouring weights per scale with granularity=group.
-    symmetric: quantizes weights without a zero point; as in `quantize` by default.
-    weight_observer: chooses the clipping range of weights, `min-max` or `mse`; `auto` is `mse` for int4.
-    norms: scales the output channels of norms.
-    linears: scales the output channels of linear layers.
-    skip: module paths of norms and layers whose channels are not scaled, with `*` and `?`: `"encoder.layer.0,*.11"`.
-    only: module paths of norms and layers whose channels are scaled, in the same form.
+    Attributes:
+        scheme: the scheme that `quantize` will use, `int4-weight` or `int8-weight`.
+        granularity: per-tensor, per-channel or per-group scales; `auto` is the scheme's default.
+        group: number of neighbouring weights per scale with granularity=group.
+        symmetric: quantizes weights without a zero point; as in `quantize` by default.
+        weight_observer: chooses the clipping range of weights, `min-max` or `mse`; `auto` is `mse` for int4.
+        norms: scales the output channels of norms.
+        linears: scales the output channels of linear layers.
+        skip: module paths of norms and layers whose channels are not scaled, with `*` and `?`: `"encoder.layer.0,*.11"`.
+        only: module paths of norms and layers whose channels are scaled, in the same form.
     """
 
     scheme: Literal["int4-weight", "int8-weight"] = "int4-weight"
@@ -115,29 +116,38 @@ class Awq(Rewrite):
 def _observed(edit: Editor, sites: list[ScalingSite]) -> dict[fx.Node, tuple[torch.Tensor, Moments]]:
     """mean|x_j| of each feature of the values that the sites' layers read, and their second moments."""
     layers = [reader.layer for site in sites for reader in site.readers]
-    found: dict[fx.Node, tuple[torch.Tensor, Moments]] = {}
+    observed: dict[fx.Node, tuple[torch.Tensor, Moments]] = {}
     for finished, (layer, read) in enumerate(sweep(edit.program, edit.data, layers)):
         edit.report("observe", finished, len(layers))
-        if input_of(layer) not in found:
+        if input_of(layer) not in observed:
             moments = moments_of(read)
             sizes = torch.stack([rows.float().abs().sum(0) for rows in read]).sum(0) / max(moments.count, 1)
-            found[input_of(layer)] = sizes, moments
-    return found
+            observed[input_of(layer)] = sizes, moments
+    return observed
 
 
 def best_factors(sizes: torch.Tensor, error: Callable[[torch.Tensor], float]) -> torch.Tensor | None:
-    """The factors sizes^β, normalized, with the least error; None where β = 0 is best. sizes: mean|X_j|, [channels]."""
+    """The factors sizes^β, normalized, with the least error; None where β = 0 is best.
+
+    Args:
+        sizes: mean|X_j|, [channels].
+    """
     least, best = error(torch.ones_like(sizes)), None
     for step in range(1, STEPS):
         factors = sizes.clamp_min(_LEAST).pow(step / STEPS)
         factors = factors / (factors.max() * factors.min()).sqrt()
-        found = error(factors)
-        if found < least:
-            least, best = found, factors
+        loss = error(factors)
+        if loss < least:
+            least, best = loss, factors
     return best
 
 
 def rounding_error(weight: torch.Tensor, factors: torch.Tensor, gram: torch.Tensor, rounded: Round) -> float:
-    """Σ ‖(Q(W diag(s)) diag(s)⁻¹ - W) x‖² over the tokens. weight: [..., features out, features in]; gram: Σ x·xᵀ."""
+    """Σ ‖(Q(W diag(s)) diag(s)⁻¹ - W) x‖² over the tokens.
+
+    Args:
+        weight: [..., features out, features in].
+        gram: Σ x·xᵀ.
+    """
     error = rounded(weight * factors) / factors - weight
     return float(((error @ gram) * error).sum())

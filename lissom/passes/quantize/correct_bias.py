@@ -40,9 +40,10 @@ aten = torch.ops.aten
 class CorrectBias(Approximation):
     """Corrects biases of quantized layers so that their outputs keep their mean.
 
-    lm_head: corrects LM heads and classifiers too.
-    skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    only: module paths to change, in the same form; others stay as they are.
+    Attributes:
+        lm_head: corrects LM heads and classifiers too.
+        skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        only: module paths to change, in the same form; others stay as they are.
     """
 
     lm_head: bool = False
@@ -91,10 +92,10 @@ def _original(edit: Editor, layer: fx.Node) -> fx.Node | None:
     """The layer's counterpart in the program before the first lossy pass; None if there is none."""
     if edit.reference is None:
         return None
-    found = next((node for node in edit.reference.nodes() if node.name == layer.name), None)
-    if found is None or not is_linear(found) or isinstance(matrix_of(found), str):
+    original = next((node for node in edit.reference.nodes() if node.name == layer.name), None)
+    if original is None or not is_linear(original) or isinstance(matrix_of(original), str):
         return None
-    return found if nodes.node_type(found) == nodes.node_type(layer) else None
+    return original if nodes.node_type(original) == nodes.node_type(layer) else None
 
 
 def _means(edit: Editor, layers: dict[fx.Node, RoundedMatrix]) -> dict[fx.Node, torch.Tensor]:
@@ -103,13 +104,13 @@ def _means(edit: Editor, layers: dict[fx.Node, RoundedMatrix]) -> dict[fx.Node, 
     originals = {layer: original for layer in layers if (original := _original(edit, layer)) is not None}
     if reference is None or not originals:
         return {}
-    found: dict[fx.Node, torch.Tensor] = {}
+    means: dict[fx.Node, torch.Tensor] = {}
     back = {original: layer for layer, original in originals.items()}
     for original, read in sweep(reference, edit.data, list(back)):
         matrix = matrix_of(original)
         assert not isinstance(matrix, str)
-        found[back[original]] = matrix.read(reference).double() @ torch.cat(read).double().mean(0)
-    return found
+        means[back[original]] = matrix.read(reference).double() @ torch.cat(read).double().mean(0)
+    return means
 
 
 def _own_bias(edit: Editor, layer: fx.Node) -> None:

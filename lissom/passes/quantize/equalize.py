@@ -32,8 +32,9 @@ _ROUNDS = 20
 class Equalize(Rewrite):
     """Scales channels between two linear layers so that the weights of both have equal ranges.
 
-    skip: module paths of layers whose output channels are not scaled, with `*` and `?`: `"encoder.layer.0,*.11"`.
-    only: module paths of layers whose output channels are scaled, in the same form.
+    Attributes:
+        skip: module paths of layers whose output channels are not scaled, with `*` and `?`: `"encoder.layer.0,*.11"`.
+        only: module paths of layers whose output channels are scaled, in the same form.
     """
 
     skip: str = ""

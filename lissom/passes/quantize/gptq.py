@@ -77,18 +77,20 @@ _LEAST = 1e-12
 class Gptq(Approximation):
     """Chooses quantized weights that minimize each layer's output error on calibration data.
 
-    act_order: quantizes columns by decreasing activation size, rather than from first to last.
-    rescale: recomputes the scale of a group when it is reached, with this observer.
-    asymmetric: fits layers to the outputs of the original model, rather than to those behind quantized layers.
-    pull: regularization towards the original weights with asymmetric=true, as a fraction of the mean of the diagonal of XᵀX.
-    refit: refits scales once the integers are chosen.
-    tables: quantizes LM heads tied to an embedding table, and the table with them; by default those of four bits, since in int8
-        rounding to the nearest loses next to nothing, and a table has many rows.
-    damping: added to the diagonal of XᵀX, as a fraction of its mean.
-    table_damping: the same for embedding tables.
-    block_size: number of columns after which errors are passed on to all later ones; affects only the time.
-    skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    only: module paths to change, in the same form; others stay as they are.
+    Attributes:
+        act_order: quantizes columns by decreasing activation size, rather than from first to last.
+        rescale: recomputes the scale of a group when it is reached, with this observer.
+        asymmetric: fits layers to the outputs of the original model, rather than to those behind quantized layers.
+        pull: regularization towards the original weights with asymmetric=true, as a fraction of the mean of the diagonal of
+            XᵀX.
+        refit: refits scales once the integers are chosen.
+        tables: quantizes LM heads tied to an embedding table, and the table with them; by default those of four bits, since in
+            int8 rounding to the nearest loses next to nothing, and a table has many rows.
+        damping: added to the diagonal of XᵀX, as a fraction of its mean.
+        table_damping: the same for embedding tables.
+        block_size: number of columns after which errors are passed on to all later ones; affects only the time.
+        skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        only: module paths to change, in the same form; others stay as they are.
     """
 
     act_order: bool = True
@@ -139,22 +141,22 @@ class Gptq(Approximation):
             by_name = obstacle_by_name(node, skip=self.skip, only=self.only)
             if by_name or not _is_table(matrix):
                 return by_name
-            taken = _format_of(matrix).bits == 4 if self.tables is None else self.tables
-            return None if taken else "its weight is an embedding table too; tables=true treats both"
+            included = _format_of(matrix).bits == 4 if self.tables is None else self.tables
+            return None if included else "its weight is an embedding table too; tables=true treats both"
 
         return treated_layers(edit, partial(rounded_matrix_of, stacks=True), obstacle)
 
     def _quantize(self, edit: Editor, matrix: RoundedMatrix, read: Read) -> None:
         weight, (scale, zero_point) = matrix.read(edit.program), matrix.read_scale(edit.program)
         points = [None] * len(read.each) if zero_point is None else matrices_of(zero_point)
-        found: list[_Rounded] = []
+        solved: list[_Rounded] = []
         for part, size, point, moments in zip(matrices_of(weight), matrices_of(scale), points, read.each, strict=True):
             # An expert without tokens keeps its weights, which are rounded to nearest.
-            found.append(
+            solved.append(
                 self._rounded(matrix, part, size, point, moments, read.shift) if moments.count else (part, size, point)
             )
-        rounded, scale = (stack_like(parts, weight) for parts in ([item[0] for item in found], [item[1] for item in found]))
-        zero_points = [item[2] for item in found if item[2] is not None]
+        rounded, scale = (stack_like(parts, weight) for parts in ([part[0] for part in solved], [part[1] for part in solved]))
+        zero_points = [part[2] for part in solved if part[2] is not None]
         zero_point = stack_like(zero_points, weight) if zero_points else None
         for part, value in zip(matrix.quantizer.all_input_nodes[1:], (scale, zero_point), strict=False):
             if value is not None:
@@ -202,15 +204,15 @@ def _norm_weights(program: Program, layer: fx.Node, read: Sequence[torch.Tensor]
     if len(layer.users) != 1 or norm is None or norm.target not in LAYER_NORMS or not all(map(_is_constant, others)):
         return None
     values = {used: evaluate_nodes(program.graph_module, used) for used in others}
-    found: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
     for rows in read:
         given = call(layer, {**values, input_of(layer): rows}.__getitem__)
         assert isinstance(given, torch.Tensor)
         given = given.float()
         if norm.target is aten.layer_norm.default:
             given = given - given.mean(-1, keepdim=True)
-        found.append(1 / given.square().mean(-1).clamp_min(_LEAST))
-    return found
+        weights.append(1 / given.square().mean(-1).clamp_min(_LEAST))
+    return weights
 
 
 def _is_constant(node: fx.Node) -> bool:
@@ -230,7 +232,11 @@ def gptq(
 ) -> torch.Tensor:
     """The matrix after quantize and dequantize by GPTQ, see the module docstring.
 
-    weight: [features out, features in]; gram: XᵀX; scale, zero_point: [blocks of rows, blocks of columns].
+    Args:
+        weight: [features out, features in].
+        gram: XᵀX.
+        scale: [blocks of rows, blocks of columns].
+        zero_point: [blocks of rows, blocks of columns].
     """
     order = gram.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(gram), device=gram.device)
     factor = inverse_factor(gram[order][:, order], damping)
@@ -239,9 +245,9 @@ def gptq(
     groups = (order * scale.shape[1] // len(gram)).tolist()
     for start in range(0, len(columns), block_size):
         _quantize_block(columns, factor, range(start, min(start + block_size, len(columns))), scale, zero_point, groups, form)
-    result = torch.empty_like(columns)
-    result[order] = columns
-    return result.T
+    quantized = torch.empty_like(columns)
+    quantized[order] = columns
+    return quantized.T
 
 
 def gptq_with_scales(
@@ -271,8 +277,11 @@ def gptq_with_scales(
 def fitted_scale(weight: torch.Tensor, levels: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The scales that minimize the layer's error with fixed integers: min over s of tr((s·q - W) H (s·q - W)ᵀ).
 
-    weight: [features out, features in]; levels: q minus its zero point, in that shape; hessian: H, positive definite;
-    scale: [blocks of rows, blocks of columns], kept for a block of rows where the sign of a scale would change.
+    Args:
+        weight: [features out, features in].
+        levels: q minus its zero point, in that shape.
+        hessian: H, positive definite.
+        scale: [blocks of rows, blocks of columns], kept for a block of rows where the sign of a scale would change.
     """
     blocks, groups = scale.shape
     rows, size = len(weight) // blocks, weight.shape[1] // groups
@@ -291,10 +300,10 @@ def fitted_scale(weight: torch.Tensor, levels: torch.Tensor, hessian: torch.Tens
         empty = system.diagonal(dim1=1, dim2=2) == 0
         system.diagonal(dim1=1, dim2=2)[empty] = 1
         before = scale[start : start + step]
-        found = torch.linalg.solve(system, target).to(scale.dtype)
-        found = torch.where(empty, before, found)
-        good = (found.sign() == before.sign()).all(1, keepdim=True) & found.isfinite().all(1, keepdim=True)
-        fitted[start : start + step] = torch.where(good, found, before)
+        solution = torch.linalg.solve(system, target).to(scale.dtype)
+        solution = torch.where(empty, before, solution)
+        good = (solution.sign() == before.sign()).all(1, keepdim=True) & solution.isfinite().all(1, keepdim=True)
+        fitted[start : start + step] = torch.where(good, solution, before)
     return fitted
 
 
@@ -309,7 +318,9 @@ def _quantize_block(
 ) -> None:
     """Quantize and dequantize the columns of a block in place, with the scales of their groups, and correct all later ones.
 
-    columns: the matrix, [features in, features out]; factor: U.
+    Args:
+        columns: the matrix, [features in, features out].
+        factor: U.
     """
     errors = torch.empty_like(columns[block.start : block.stop])
     for index, column in enumerate(block):

@@ -60,24 +60,25 @@ _HALF = torch.finfo(torch.float16)
 class Quantize(Approximation):
     """Quantizes linear layers to int8, int4 or fp8.
 
-    scheme: what is quantized, and when its scale is computed; see the table. `int8-static` needs calibration data.
-    schemes: schemes of single layers by module path, with `*` and `?`; `none` leaves a layer as it is:
-        `"*=none,encoder.layer.0=int8-dynamic,*.output.dense=int4-weight"`. Layers that it does not name get `scheme`.
-    granularity: per-tensor, per-channel or per-group weight scales; `auto` is the scheme's default.
-    group: number of neighbouring weights per scale with granularity=group.
-    symmetric: quantizes weights without a zero point; asymmetric weights are stored as uint8 or uint4. By default those of four
-        bits have zero points: a byte for each group, which takes up to a quarter of the error.
-    activations: per-token or per-tensor activation scales of int8-dynamic and fp8.
-    observer: chooses the clipping range of activations from calibration data: `min-max`, `percentile`, `mse` or `entropy`.
-    fraction: the part of all values that `percentile` keeps inside the clipping range.
-    weight_observer: chooses the clipping range of weights, `min-max` or `mse`; `auto` is `mse` for int4.
-    embeddings: quantizes embedding tables too, and with them the LM heads tied to them. By default int4 schemes store tables
-        that are tied to an LM head in int8; other tables, and those of other schemes, stay as they are.
-    lm_head: quantizes LM heads and classifiers that are not tied to an embedding table.
-    attention: quantizes queries, keys and values at the input of attention.
-    residual: quantizes the outputs of residual adds.
-    skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    only: module paths to change, in the same form; others stay as they are.
+    Attributes:
+        scheme: what is quantized, and when its scale is computed; see the table. `int8-static` needs calibration data.
+        schemes: schemes of single layers by module path, with `*` and `?`; `none` leaves a layer as it is:
+            `"*=none,encoder.layer.0=int8-dynamic,*.output.dense=int4-weight"`. Layers that it does not name get `scheme`.
+        granularity: per-tensor, per-channel or per-group weight scales; `auto` is the scheme's default.
+        group: number of neighbouring weights per scale with granularity=group.
+        symmetric: quantizes weights without a zero point; asymmetric weights are stored as uint8 or uint4. By default those of
+            four bits have zero points: a byte for each group, which takes up to a quarter of the error.
+        activations: per-token or per-tensor activation scales of int8-dynamic and fp8.
+        observer: chooses the clipping range of activations from calibration data: `min-max`, `percentile`, `mse` or `entropy`.
+        fraction: the part of all values that `percentile` keeps inside the clipping range.
+        weight_observer: chooses the clipping range of weights, `min-max` or `mse`; `auto` is `mse` for int4.
+        embeddings: quantizes embedding tables too, and with them the LM heads tied to them. By default int4 schemes store
+            tables that are tied to an LM head in int8; other tables, and those of other schemes, stay as they are.
+        lm_head: quantizes LM heads and classifiers that are not tied to an embedding table.
+        attention: quantizes queries, keys and values at the input of attention.
+        residual: quantizes the outputs of residual adds.
+        skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        only: module paths to change, in the same form; others stay as they are.
     """
 
     scheme: Scheme = "int8-dynamic"
@@ -118,16 +119,16 @@ class Quantize(Approximation):
 
     @classmethod
     def sites(cls, program: Program) -> Sequence[AmountSite]:
-        layers, tables = _matrices(program), {_table(item.node) for item in program.fact(structure).embeddings}
-        found = weight_sites(layers, cls.name(), _taken)
+        layers, tables = _matrices(program), {_table(site.node) for site in program.fact(structure).embeddings}
+        sites = weight_sites(layers, cls.name(), _taken)
         multiplied = {matrix.name for node, matrix in layers.items() if is_linear(node)}
         for node, matrix in layers.items():
-            site = found[matrix.name]
+            site = sites[matrix.name]
             text = f"{cls.name()}{{embeddings=true}}" if matrix.node in tables else f"{cls.name()}{{lm_head=true}}"
             if matrix.node in tables or node in program.fact(structure).lm_heads:
                 kind = site.kind if matrix.name in multiplied else "embedding"
-                found[matrix.name] = replace(site, kind=kind, takes={text: _taken(*matrix.shape)})
-        return [*found.values()]
+                sites[matrix.name] = replace(site, kind=kind, takes={text: _taken(*matrix.shape)})
+        return [*sites.values()]
 
     @property
     def weight_format(self) -> Format:
@@ -144,10 +145,10 @@ class Quantize(Approximation):
         return FORMATS["fp8" if self.scheme == "fp8" else "int8" if _by_group(self.scheme) else "uint8"]
 
     def run(self, edit: Editor) -> None:
-        matrices = {node: item for node, item in _matrices(edit.program).items() if self.embeddings or is_linear(node)}
+        matrices = {node: matrix for node, matrix in _matrices(edit.program).items() if self.embeddings or is_linear(node)}
         sites = weight_sites(matrices, self.name(), _taken)
         parts = self._parts(edit, matrices, sites) if self._schemes() else [(self, [])]
-        done = {name: item.scheme for item, others in parts for name in item._quantize(edit, others)}
+        done = {name: pass_.scheme for pass_, others in parts for name in pass_._quantize(edit, others)}
         if done and not (self.attention or self.residual or self.embeddings):
             text = amounts_text([*sites.values()], [done.get(name) for name in sites])
             per_site = replace(self, scheme=Quantize.scheme, schemes=f"*={UNCHANGED},{text}", skip="", only="")
@@ -182,20 +183,20 @@ class Quantize(Approximation):
         values = dict.fromkeys(input_of(layer) for layer in layers)
         if self.attention:
             calls = map(Attention, edit.nodes(*Attention.targets))
-            values |= dict.fromkeys(item for call in calls for item in (call.q, call.k, call.v))
+            values |= dict.fromkeys(operand for call in calls for operand in (call.q, call.k, call.v))
         if self.residual:
             values |= dict.fromkeys(edit.program.fact(structure).residuals)
         if self.activation_format is not None:
             self._quantize_activations(edit, list(values), set(layers))
-        tables = {_table(item.node) for item in edit.program.fact(structure).embeddings}
+        tables = {_table(site.node) for site in edit.program.fact(structure).embeddings}
         for matrix in {matrix.name: matrix for matrix in layers.values()}.values():
             # Gemma's table in int8, a scale for 32 neighbours, is the same to the bit; in int4 it costs 1.6 % of perplexity.
             form = self._table_format if matrix.node in tables else self.weight_format
             self._quantize_weight(edit, matrix.node, form, transposed=matrix.transposed)
         if self.embeddings:
-            for item in edit.program.fact(structure).embeddings:
-                if item.node not in others:
-                    self._quantize_table(edit, item.node)
+            for site in edit.program.fact(structure).embeddings:
+                if site.node not in others:
+                    self._quantize_table(edit, site.node)
         return [matrix.name for matrix in layers.values()]
 
     @property
@@ -218,11 +219,11 @@ class Quantize(Approximation):
         )
 
     def _obstacle(self, edit: Editor, node: fx.Node, matrix: Matrix) -> str | None:
-        look_ups = [item.node for item in edit.program.fact(structure).embeddings if _table(item.node) is matrix.node]
+        look_ups = [site.node for site in edit.program.fact(structure).embeddings if _table(site.node) is matrix.node]
         tied = bool(look_ups)
         if tied and not self._takes_tied:
             return "its weight is an embedding table too; embeddings=true treats both"
-        named = next((found for item in look_ups if (found := obstacle_by_name(item, skip=self.skip, only=""))), None)
+        named = next((reason for look_up in look_ups if (reason := obstacle_by_name(look_up, skip=self.skip, only=""))), None)
         if named is not None:
             return f"its weight is an embedding table too, and {named}"
         if not tied and node in edit.program.fact(structure).lm_heads and not self.lm_head:
@@ -266,7 +267,9 @@ class Quantize(Approximation):
     ) -> None:
         """Insert Q/DQ between a value and its readers.
 
-        grid: scale and zero point; computed at run time where it is None. weight: the value's name when it is a weight.
+        Args:
+            grid: scale and zero point; computed at run time where it is None.
+            weight: the value's name when it is a weight.
         """
         name = weight or value.name
         with edit.before(readers[0], like=[value if weight or value.op == "call_function" else readers[0]]):
@@ -330,11 +333,15 @@ def _matrices(program: Program) -> dict[fx.Node, Matrix]:
         for node in program.nodes()
         if is_linear(node) and isinstance(matrix := matrix_of(node, stacks=True), Matrix)
     }
-    look_ups = {item.node: table for item in program.fact(structure).embeddings if (table := _table(item.node)) is not None}
+    look_ups = {site.node: table for site in program.fact(structure).embeddings if (table := _table(site.node)) is not None}
     return layers | {node: Matrix(table, transposed=False) for node, table in look_ups.items()}
 
 
 def _taken(outputs: int, inputs: int) -> tuple[str, ...]:
     """The schemes that fit a weight of that many out_features and in_features, at default options."""
-    by_32 = (item for item in get_args(Scheme) if inputs % _DEFAULT_GROUP == 0 or not (_has_four_bits(item) or _by_group(item)))
+    by_32 = (
+        scheme
+        for scheme in get_args(Scheme)
+        if inputs % _DEFAULT_GROUP == 0 or not (_has_four_bits(scheme) or _by_group(scheme))
+    )
     return (UNCHANGED, *by_32)

@@ -34,7 +34,8 @@ _END = torch.iinfo(torch.int64).max
 class QuantizeCache(Approximation):
     """Quantizes the KV cache to int8 or int4.
 
-    bits: 8 or 4 per element.
+    Attributes:
+        bits: 8 or 4 per element.
     """
 
     bits: Literal[8, 4] = 8

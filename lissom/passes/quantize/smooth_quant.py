@@ -36,11 +36,12 @@ from lissom.errors import RequirementError, UnsupportedError
 class SmoothQuant(Rewrite):
     """Scales activations and weights so that both quantize about equally well.
 
-    alpha: migration strength, 0 to 1: how much of the activations' range moves into the weights.
-    norms: scales the output channels of norms.
-    linears: scales the output channels of linear layers.
-    skip: module paths of norms and layers whose channels are not scaled, with `*` and `?`: `"encoder.layer.0,*.11"`.
-    only: module paths of norms and layers whose channels are scaled, in the same form.
+    Attributes:
+        alpha: migration strength, 0 to 1: how much of the activations' range moves into the weights.
+        norms: scales the output channels of norms.
+        linears: scales the output channels of linear layers.
+        skip: module paths of norms and layers whose channels are not scaled, with `*` and `?`: `"encoder.layer.0,*.11"`.
+        only: module paths of norms and layers whose channels are scaled, in the same form.
     """
 
     alpha: float = 0.5
@@ -69,18 +70,23 @@ class SmoothQuant(Rewrite):
 
 def largest_values(edit: Editor, chosen: set[fx.Node]) -> dict[fx.Node, torch.Tensor]:
     """max|x_j| of each feature of these nodes' values on the calibration data."""
-    found: dict[fx.Node, torch.Tensor] = {}
+    largest: dict[fx.Node, torch.Tensor] = {}
 
     def widen(node: fx.Node, rows: torch.Tensor) -> None:
         if len(rows):
             sizes = rows.float().abs().amax(0)
-            found[node] = torch.maximum(found[node], sizes) if node in found else sizes
+            largest[node] = torch.maximum(largest[node], sizes) if node in largest else sizes
 
     observe(edit.program, edit.data, chosen, widen, partial(edit.report, "observe"))
-    return found
+    return largest
 
 
 def smoothing(read: torch.Tensor, weights: torch.Tensor, alpha: float) -> torch.Tensor:
-    """The factor of each channel, [channels]; 1 where either is zero. read: max|X_j|; weights: max|W_j|."""
+    """The factor of each channel, [channels]; 1 where either is zero.
+
+    Args:
+        read: max|X_j|.
+        weights: max|W_j|.
+    """
     factors = read.pow(alpha) / weights.pow(1 - alpha)
     return torch.where((read > 0) & (weights > 0), factors, torch.ones_like(factors))

@@ -25,9 +25,9 @@ class UntieLmHead(Rewrite):
     """Gives LM heads that are tied to an embedding table a matrix of their own."""
 
     def run(self, edit: Editor) -> None:
-        found = edit.program.fact(structure)
-        tables = {_stored(Embedding(item.node).table) for item in found.embeddings}
-        for head in found.lm_heads:
+        transformer = edit.program.fact(structure)
+        tables = {_stored(Embedding(embedding.node).table) for embedding in transformer.embeddings}
+        for head in transformer.lm_heads:
             *between, table = weight_path(head) or (head,)
             if table in tables and edit.may_change(head, _obstacle(between)):
                 with edit.before(head, like=[table]):
@@ -42,7 +42,7 @@ def _stored(table: fx.Node) -> fx.Node:
 
 
 def _obstacle(between: list[fx.Node]) -> str | None:
-    if any(len(item.users) > 1 for item in between):
+    if any(len(value.users) > 1 for value in between):
         return "what it reads of its table is read elsewhere too; untie it before quantize"
     return None
 

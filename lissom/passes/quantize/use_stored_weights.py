@@ -37,14 +37,14 @@ class UseStoredWeights(Rewrite):
 
     def run(self, edit: Editor) -> None:
         reads = [node for node in edit.program if node.op == "get_attr"]
-        found = {node: stored for node in reads if (stored := stored_form(edit.program.weight(str(node.target))))}
-        if not found:
+        stored_weights = {node: stored for node in reads if (stored := stored_form(edit.program.weight(str(node.target))))}
+        if not stored_weights:
             raise RequirementError(
                 f"use-stored-weights needs a model that was read from a GGUF file, and no weight of {edit.program.name} was; "
                 f"load a directory with a GGUF file, and put this pass before those that change weights, or use quantize"
             )
-        for finished, (node, stored) in enumerate(found.items()):
-            edit.report("unpack", finished, len(found))
+        for finished, (node, stored) in enumerate(stored_weights.items()):
+            edit.report("unpack", finished, len(stored_weights))
             if edit.may_change(node, _obstacle(node, stored)):
                 blocks = stored.unpack()
                 if edit.may_change(node, _difference(blocks, stored, edit.tensor(node))):
@@ -53,7 +53,7 @@ class UseStoredWeights(Rewrite):
 
 def _obstacle(node: fx.Node, stored: StoredWeight) -> str | None:
     """The reason a weight stays in floating point; None if it need not."""
-    reader = next((item for item in readers_of(node) if item.target not in (*LINEAR_PRODUCTS, aten.embedding.default)), None)
+    reader = next((user for user in readers_of(node) if user.target not in (*LINEAR_PRODUCTS, aten.embedding.default)), None)
     if reader is not None:
         return f"'{reader.name}' reads it, which is neither a linear layer nor an embedding"
     if stored.transposed and FORMATS[stored.kind.format].bits == 4 and stored.rows % 2:
@@ -77,7 +77,7 @@ def _use(edit: Editor, node: fx.Node, stored: StoredWeight, blocks: StoredBlocks
     name, device = str(node.target), edit.tensor(node).device
     parts = {blocks.format: blocks.packed(), "scale": blocks.scale, "zero_point": blocks.zero_point}
     with edit.before(node.next, like=[node]):
-        kept = [edit.weight(f"{name}_{leaf}", item.to(device)) for leaf, item in parts.items() if item is not None]
+        kept = [edit.weight(f"{name}_{leaf}", tensor.to(device)) for leaf, tensor in parts.items() if tensor is not None]
         table = edit.call(dequantize, *kept, format=blocks.format, dtype=torch.float32)
     edit.replace(node, table)
     dequantize_rows_only(edit, table)

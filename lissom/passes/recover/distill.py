@@ -36,10 +36,12 @@ from lissom.errors import RequirementError
 class Distill(Fitting):
     """Trains weights so that the outputs are those from before the lossy passes.
 
-    alpha: the weight of the cross-entropy with labels; it has no effect where batches have none.
-    temperature: divides logits before the softmax of both programs; none takes 2, or 1 for the logits of next tokens.
-    hidden: the weight of the hidden states.
-    blockwise: the fraction of the run in which blocks learn by themselves; none takes 0.1, or 0 for the logits of next tokens.
+    Attributes:
+        alpha: the weight of the cross-entropy with labels; it has no effect where batches have none.
+        temperature: divides logits before the softmax of both programs; none takes 2, or 1 for the logits of next tokens.
+        hidden: the weight of the hidden states.
+        blockwise: the fraction of the run in which blocks learn by themselves; none takes 0.1, or 0 for the logits of next
+            tokens.
     """
 
     alpha: float = 0.5
@@ -97,7 +99,10 @@ class Distill(Fitting):
 class _Distillation:
     """The losses of the batches.
 
-    temperature, blockwise: the options, or what they are by default. labelled: the output that labels belong to, if any.
+    Attributes:
+        temperature: the option, or its default.
+        blockwise: the option, or its default.
+        labelled: the output that labels belong to, if any.
     """
 
     options: Distill

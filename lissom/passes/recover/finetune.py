@@ -30,8 +30,9 @@ TaskLoss = Callable[[object, torch.Tensor | None], torch.Tensor]
 class Finetune(Fitting):
     """Trains weights on labels.
 
-    loss: in Python, a function of the model's output and the labels; by default the cross-entropy, or the squared error where
-        there is one number per row.
+    Attributes:
+        loss: in Python, a function of the model's output and the labels; by default the cross-entropy, or the squared error
+            where there is one number per row.
     """
 
     learning_rate: float | None = 5e-5
@@ -53,10 +54,10 @@ class Finetune(Fitting):
         part = Trunk.of(program, {} if head is None else {output.index: head}, self.name())
 
         def task(batch: Batch) -> torch.Tensor:
-            found = part.run(batch.inputs)[output.index]
-            assert isinstance(found, torch.Tensor) and batch.labels is not None
+            value = part.run(batch.inputs)[output.index]
+            assert isinstance(value, torch.Tensor) and batch.labels is not None
             if head is None:
-                return cross_entropy(output, found, batch.labels)
-            return vocabulary_loss(head, found, supervision(found, labels=next_labels(output, batch.labels)))
+                return cross_entropy(output, value, batch.labels)
+            return vocabulary_loss(head, value, supervision(value, labels=next_labels(output, batch.labels)))
 
         return Objective(lambda index, _: task(batches[index]), lambda index: task(judged[index]))

@@ -46,7 +46,7 @@ def test_outside_a_group_nothing_is_loaded(saved):
         lissom.load(saved)
 
 
-def test_an_artifact_has_one_program_and_a_file_a_rank(held, saved):
+def test_artifact_has_one_program_and_a_file_per_rank(held, saved):
     names = {path.name: path.stat().st_size for path in saved.iterdir()}
     assert set(names) == {NAME, "config.json", "program.json", "steps.json", "rank-0.safetensors", "rank-1.safetensors"}
     for rank in range(2):
@@ -55,7 +55,7 @@ def test_an_artifact_has_one_program_and_a_file_a_rank(held, saved):
         assert part <= names[f"rank-{rank}.safetensors"] <= part + 9000
 
 
-def test_a_program_of_one_rank_is_written_as_it_is(held, saved):
+def test_program_of_one_rank_is_written_as_it_is(held, saved):
     from lissom.artifacts.artifact import read_program
     from lissom.artifacts.directory import read_directory
 
@@ -86,7 +86,7 @@ def test_what_cannot_be_shared_is_refused():
         lissom.compile(Sum(), normal(2, 5, 8), backend="distributed", world_size=2)
 
 
-def test_sums_are_taken_in_place_where_nothing_else_reads_them(held):
+def test_sums_are_in_place_where_nothing_else_reads_them(held):
     lowered = held.program.of_rank(0)
     assert [owns_argument(node) for node in lowered.nodes(ALL_REDUCE)] == [True] * 5
     view = lowered.nodes(ALL_GATHER)[0]
@@ -164,7 +164,7 @@ def test_a_rank_reads_its_own_file_alone(saved, tmp_path: Path):
 
 
 @pytest.mark.multiprocess
-def test_a_damaged_file_of_one_rank_ends_all_with_its_sentence(saved, tmp_path: Path):
+def test_damaged_file_of_one_rank_ends_all_ranks(saved, tmp_path: Path):
     shutil.copytree(saved, tmp_path / "model")
     (tmp_path / "model" / "rank-1.safetensors").write_bytes(b"damaged")
     lines = printed(run_ranks('join(); said(lambda: lissom.load(folder / "model"))', tmp_path))
@@ -238,7 +238,7 @@ def test_a_rank_that_is_gone_ends_the_others(how: str, limit: float, saved, tmp_
 
 
 @pytest.mark.multiprocess
-def test_a_rank_that_ends_while_rank_0_compiles_is_noticed(tmp_path: Path):
+def test_rank_that_ends_while_rank_0_compiles_is_noticed(tmp_path: Path):
     script = """
     join()
     backend = lissom.Distributed(world_size=2, timeout_seconds=3)

@@ -98,7 +98,7 @@ def test_memory_and_handles_are_given_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.multiprocess
-def test_a_rank_that_is_killed_leaves_no_memory_with_a_name(tmp_path: Path) -> None:
+def test_rank_that_is_killed_leaves_no_memory_with_name(tmp_path: Path) -> None:
     before = set(Path("/dev/shm").iterdir())
     script = """
     join()

@@ -62,7 +62,7 @@ both_channels = pytest.mark.parametrize(
 
 
 @both_channels
-def test_after_a_refusal_on_one_rank_the_next_call_is_right(shared: bool, saved: Path, tmp_path: Path) -> None:
+def test_after_refusal_on_one_rank_next_call_is_right(shared: bool, saved: Path, tmp_path: Path) -> None:
     lines = printed(run_ranks(REFUSES.replace("SHARED", str(shared)), _copied(saved, tmp_path)))
     for rank, mine in enumerate(lines):
         for index in range(6):
@@ -185,7 +185,7 @@ os._exit(0)
     ["raise RuntimeError('a kernel failed')", "raise MemoryError('of its own')", "signal.raise_signal(signal.SIGINT)"],
     ids=["kernel", "memory", "interrupt"],
 )
-def test_a_rank_that_stops_in_a_call_ends_the_others_at_once(how: str, shared: bool, saved: Path, tmp_path: Path) -> None:
+def test_rank_that_stops_in_call_ends_others_at_once(how: str, shared: bool, saved: Path, tmp_path: Path) -> None:
     script = STOPS.replace("RAISE", how).replace("SHARED", str(shared))
     first, second = printed(run_ranks(script, _copied(saved, tmp_path)))
     ended = "RankError a rank of LlamaForCausalLM ended or did not answer within 20 s; see what the other ranks say"
@@ -216,7 +216,7 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.multiprocess
 @both_channels
-def test_what_all_ranks_refuse_in_a_call_leaves_them_in_step(shared: bool, tmp_path: Path) -> None:
+def test_refusal_on_all_ranks_leaves_them_in_step(shared: bool, tmp_path: Path) -> None:
     for said, right in printed(run_ranks(POSITIONS.replace("SHARED", str(shared)), tmp_path, seconds=240)):
         assert said.startswith("InputError the inputs ask for row ") and "has rows 0 to 31" in said
         assert right == "True"

@@ -51,7 +51,7 @@ def same(left: object, right: object) -> bool:
     return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
 
-def test_the_program_becomes_one_function_with_one_operator_a_line():
+def test_program_becomes_one_function_with_an_operator_per_line():
     source, _ = emit(captured("feed_forward"))
     assert source == FEED_FORWARD
 
@@ -124,7 +124,7 @@ def test_state_advances_in_the_executable_alone():
     assert case.model.seen.item() == 0.0
 
 
-def test_two_executables_of_one_program_have_states_of_their_own():
+def test_two_executables_of_one_program_have_separate_states():
     program = captured("counter")
     rows = normal(3, 4)
     one, other = Eager().build(program, [rows]), Eager().build(program, [rows])

@@ -121,7 +121,7 @@ def test_views_and_sums_are_those_of_pytorch(target, args):
             assert found.stride() == other.stride() or found.numel() < 2
 
 
-def test_every_reshape_is_a_view_exactly_where_pytorch_has_one():
+def test_every_reshape_is_view_exactly_where_pytorch_has_one():
     generator = torch.Generator().manual_seed(3)
     sizes = [1, 2, 3, 2, 1, 2]
     for _ in range(200):
@@ -202,7 +202,7 @@ def test_a_replaced_call_stays_in_its_place():
     assert before == [node.target for node in program.nodes()]
 
 
-def test_a_call_that_reads_no_result_does_not_divide_a_chain():
+def test_call_that_reads_no_result_does_not_divide_chain():
     program = capture(Interleaved(), (normal(3, 4), normal(1, 1, 3, 4))).program
     found = [("native", len(run.nodes)) if run.native else run.nodes[0].target for run in runs_of(program, lambda _: False)]
     assert found == [aten.cos.default, ("native", 4), aten.sin.default, ("native", 5)]
@@ -221,7 +221,7 @@ class Cache(nn.Module):
         return before + torch.cos(self.kept)
 
 
-def test_state_is_read_before_and_after_a_chain_writes_it():
+def test_state_is_read_before_and_after_chain_writes_it():
     case = (normal(2, 3), torch.tensor([3, 1]))
     run = lissom.compile(Cache(), case)
     model = Cache()

@@ -160,7 +160,7 @@ def test_a_call_does_not_wait_for_the_device():
 
 
 @pytest.mark.gpu
-def test_a_program_that_depends_on_values_runs_plainly_and_says_so():
+def test_value_dependent_program_runs_plainly_and_says_so():
     keep = torch.tensor([True, False, True, True])
     found = capture(Selects(), (normal(4, 3), keep), dynamic=False, device=torch.device("cuda", 0))
     executable = Eager().build(found.program, found.example)
@@ -169,7 +169,7 @@ def test_a_program_that_depends_on_values_runs_plainly_and_says_so():
 
 
 @pytest.mark.gpu
-def test_weights_are_laid_out_once_and_the_model_s_stay():
+def test_weights_are_laid_out_once_and_model_s_stay():
     model = seeded(lambda: nn.Conv2d(3, 8, 2))
     found = capture(model.cuda(), (normal(2, 3, 4, 4).cuda(),))
     placed = with_fast_layout(found.program)

@@ -7,14 +7,14 @@ from tests.support import captures
 from tests.support.models import captured, counter, normal
 
 
-def test_every_node_is_timed_in_the_order_of_the_program():
+def test_every_node_is_timed_in_order_of_program():
     program = captured("feed_forward")
     taken = time_nodes(program, [normal(2, 5, 8)], 0.0)
     assert list(taken) == program.nodes()
     assert all(milliseconds > 0 for milliseconds in taken.values())
 
 
-def test_the_state_of_the_program_and_of_the_model_stays_as_it_is():
+def test_state_of_program_and_model_is_unchanged():
     case = counter()
     compiled = captures.compile(case.model, case.inputs)
     before = [tensor.clone() for tensor in (*compiled.program.state_values(), *compiled.state().values())]

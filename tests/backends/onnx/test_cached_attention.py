@@ -67,7 +67,7 @@ def test_it_gives_what_the_program_gives(batch, padded, window):
     assert all(memory.now is memory.next for memory in session._memories.values())
 
 
-def test_a_row_of_nothing_but_padding_is_as_in_the_program():
+def test_row_of_nothing_but_padding_is_as_in_program():
     found = decoder()
     session = fused(found)[0]
     calls = [call_of(0, 6, padding=6), call_of(6, 1, padding=7), call_of(7, 3, padding=7)]
@@ -75,7 +75,7 @@ def test_a_row_of_nothing_but_padding_is_as_in_the_program():
 
 
 @pytest.mark.parametrize(("start", "count"), [(-1, 1), (-3, 5), (PLACES, 1), (PLACES - 1, 2), (1 << 40, 1)])
-def test_places_that_do_not_exist_are_refused_before_anything_is_written(start, count):
+def test_missing_places_are_refused_before_anything_is_written(start, count):
     session = fused(decoder())[0]
     session(call_of(0, 6))
     kept = {name: tensor.clone() for name, tensor in session.state().items()}
@@ -118,7 +118,7 @@ class Attention(nn.Module):
     ],
     ids=["turned", "below the next", "windows", "every other", "the next", "or a prefix", "no order", "shifted", "the first's"],
 )
-def test_a_mask_counts_that_is_seen_to_hide_what_comes_later(condition, count):
+def test_mask_counts_if_it_hides_later_keys(condition, count):
     inputs = (normal(1, 4, 5, HEAD_DIM), normal(1, 2, 5, HEAD_DIM, seed=1), torch.tensor([2]))
     found = capture(Attention(condition), inputs, dynamic={"q": {2: TOKENS}, "k": {2: TOKENS}})
     session, recognised, _ = fused(found)
@@ -137,7 +137,7 @@ class Shared(Decoder):
         return logits, self.layers[0].keys * 2  # pyright: ignore
 
 
-def test_places_that_may_be_any_and_caches_that_others_read_stay_as_they_are():
+def test_unknown_places_and_shared_caches_are_left_alone():
     assert fused(decoder(consecutive=False))[1] == 0
     assert fused(captured_decoder(seeded(Shared), 2))[1] == 1
 

@@ -144,7 +144,7 @@ def test_values_and_weights_are_multiplied_as_integers(scheme, turned, tmp_path)
     assert any("_integers_" in name for name in written.graph.initializers) == (scheme == "token")
 
 
-def test_zero_points_that_would_take_many_rows_are_taken_out_behind_the_product(tmp_path):
+def test_many_zero_point_rows_are_subtracted_after_the_product(tmp_path):
     model = seeded(Layer)
     with torch.no_grad():
         model.layer.weight.abs_()
@@ -253,7 +253,7 @@ class Twice(nn.Module):
         return self.layer(torch.tanh(self.layer(x)))
 
 
-def test_layers_that_share_a_weight_are_both_products_of_integers() -> None:
+def test_layers_that_share_weight_are_both_products_of_integers() -> None:
     """ONNX Runtime rewrites weights of such products where they may overflow, and failed at the second of one weight."""
     model, x = seeded(Twice), normal(2, 5, WIDE)
     passes = "quantize{scheme=int8-dynamic,lm_head=true}"

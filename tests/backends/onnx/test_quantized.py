@@ -86,7 +86,7 @@ def notes_of(compiled):
     return compiled.report.history.steps[-1].notes
 
 
-def test_the_report_says_how_far_products_of_integers_are_off(fast_bert):
+def test_report_says_how_far_products_of_integers_are_off(fast_bert):
     _, compiled = fast_bert
     (told,) = (note for note in notes_of(compiled) if note.startswith("integer products differ"))
     # Sums of integers are exact, and scaled in float32.
@@ -118,13 +118,13 @@ def test_the_file_runs_in_a_plain_session(fast_bert, tmp_path):
         torch.testing.assert_close(torch.from_numpy(b), a, rtol=1e-5, atol=1e-6)
 
 
-def test_weights_of_eight_bits_are_multiplied_where_values_may_be_rounded():
+def test_int8_weights_are_multiplied_where_activations_may_be_rounded():
     _, compiled = compiled_bert("quantize{scheme=int8-weight}", backend=OnnxRuntime(timing_seconds=0, accuracy_level=4))
     assert "12 of 12 quantized layers run in integers: 12 MatMulNBits" in notes_of(compiled)
     assert any(note.startswith("accuracy_level=4 changes the outputs by ") for note in notes_of(compiled))
 
 
-def test_a_scheme_without_a_kernel_is_refused_and_simulated_where_asked():
+def test_scheme_without_kernel_is_refused_and_simulated_where_asked():
     refusal = (
         "backend 'onnxruntime' has no kernel for 12 quantized layers, first 'encoder.layer.0.attention.self.query' with fp8 "
         "weights on fp8 activations: ONNX Runtime has no products of fp8 on a CPU; choose another scheme"

@@ -67,7 +67,7 @@ class Sparse(nn.Module):
 
 
 @pytest.mark.parametrize("chosen", [(), (PAIRS,)])
-def test_a_query_that_sees_padding_alone_keeps_to_its_pattern(chosen, tmp_path):
+def test_query_that_sees_padding_alone_keeps_to_its_pattern(chosen, tmp_path):
     """The least number hides a key less than minus infinity does: of keys hidden both ways, only the first count."""
     pattern, least = Pattern(((window(1, 0),),)), torch.finfo(torch.float32).min
     bias = torch.tensor([0.0] * 6).index_fill(0, torch.tensor([0, 1, 2]), least).expand(2, 1, 6, 6).contiguous()
@@ -202,7 +202,7 @@ def test_memory_is_linear_in_the_length(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_report_says_which_form_is_used_and_where_the_lines_cross(tmp_path):
+def test_report_names_used_form_and_crossover(tmp_path):
     pattern = Pattern(((window(16, 16),),))
     model = seeded(lambda: Sparse(pattern))
     found = lissom.compile(model, normal(1, 1024, 16), backend=lissom.OnnxRuntime(timing_seconds=0.05, threads=1))
@@ -216,7 +216,7 @@ def test_the_report_says_which_form_is_used_and_where_the_lines_cross(tmp_path):
     assert relative_error(model(x).detach(), again(x)) < ALLOWED
 
 
-def test_the_report_says_why_a_pattern_has_no_key_blocks():
+def test_report_says_why_pattern_has_no_key_blocks():
     strided = Pattern(((CAUSAL, Condition(-1, 1, low=0, high=0, modulus=7)),))
     found = lissom.compile(seeded(lambda: Sparse(strided)), normal(1, 50, 16), backend=lissom.OnnxRuntime(timing_seconds=0))
     (note,) = (note for note in found.report.history.steps[-1].notes if "block-sparse" in note)

@@ -96,7 +96,7 @@ class Turned(nn.Module):
         return rotary(x, cos, sin)
 
 
-def test_a_table_whose_halves_may_differ_is_not_made_one_operator(tmp_path):
+def test_table_with_possibly_unequal_halves_stays_apart(tmp_path):
     inputs = normal(2, 3, 5, 8), normal(1, 1, 5, 8, seed=1), normal(1, 1, 5, 8, seed=2)
     found, export = exported(Turned(), inputs)
     written, places = write_variant(export, [ROTARY])
@@ -117,7 +117,7 @@ class Returned(nn.Module):
         return self.a(x), self.b(x).relu().sum(-1) + self.c(x).exp().sum(-1)
 
 
-def test_projections_that_are_results_or_have_no_bias_stay_apart():
+def test_projections_that_are_outputs_or_lack_bias_stay_apart():
     _, export = exported(seeded(Returned), (normal(3, 4),))
     assert write_variant(export, [PROJECTIONS])[1][PROJECTIONS] == 0
 

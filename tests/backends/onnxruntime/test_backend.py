@@ -120,7 +120,7 @@ def test_the_structure_is_that_of_the_model(fast_bert):
     ]
 
 
-def test_a_text_that_is_all_padding_is_answered_as_by_the_program(fast_bert):
+def test_text_of_padding_alone_matches_program(fast_bert):
     case, fast = fast_bert
     mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
     wanted = case.model(input_ids=tokens(), attention_mask=mask).last_hidden_state
@@ -128,7 +128,7 @@ def test_a_text_that_is_all_padding_is_answered_as_by_the_program(fast_bert):
     torch.testing.assert_close(fast(input_ids=tokens(), attention_mask=mask).last_hidden_state, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_call_that_leads_out_of_a_table_names_the_table():
+def test_call_that_leads_out_of_table_names_table():
     case = tiny_gpt2()
     fast = lissom.compile(case.model, case.inputs, backend=OnnxRuntime(timing_seconds=0))
     for row in (1000, -1):
@@ -169,7 +169,7 @@ def test_what_it_cannot_run_is_refused():
         ("pack-linear", "lissom.packed_linear", "pack-linear or pack-quantized-linear"),
     ],
 )
-def test_a_lowering_for_another_backend_is_refused_with_its_pass(passes, operator, named):
+def test_lowering_for_another_backend_is_refused_with_its_pass(passes, operator, named):
     case = tiny_llama()
     program = lissom.optimize(case.model, case.inputs, passes=passes, checks="structural").program
     found = refusal(program, program.signature.flatten((), case.kwargs))

@@ -49,7 +49,7 @@ def refusal(saved, name: str, target: Path, change) -> str:
 @pytest.mark.parametrize(
     "location", ["../model.onnx.data", "/etc/hostname", "*/_ORT_MEM_ADDR_/*", "link.data", "other.data", "batches.json"]
 )
-def test_weights_elsewhere_are_refused_before_onnx_runtime_opens_the_file(saved, tmp_path, location):
+def test_weights_elsewhere_are_refused_before_onnx_runtime_opens_file(saved, tmp_path, location):
     (tmp_path / "model.onnx.data").write_bytes(bytes(10**5))
 
     def move(model) -> None:
@@ -91,7 +91,7 @@ def rename(model, old: str, new: str) -> None:
             names[:] = [new if name == old else name for name in names]
 
 
-def test_an_input_of_another_name_dtype_or_shape_is_refused(saved, tmp_path):
+def test_input_of_another_name_dtype_or_shape_is_refused(saved, tmp_path):
     def shape(model) -> None:
         model.graph.input[0].type.tensor_type.shape.dim.add().dim_value = 3
 

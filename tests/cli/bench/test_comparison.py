@@ -43,7 +43,7 @@ def run(workload, **options):
     return list(run_worker(ENGINES["eager"], workload, 1, 0.01, **options))
 
 
-def test_engines_are_measured_at_every_shape_in_processes_of_their_own(directory):  # noqa: F811
+def test_engines_are_measured_at_every_shape_in_own_processes(directory):  # noqa: F811
     shown = []
     engines = (*find_engines("eager"), Engine("absent", "Absent", ("no_such_package",), eager))
     found = list(
@@ -102,7 +102,7 @@ def test_a_process_that_answers_nothing_is_quoted(workload, stand_in):
     assert run(workload) == [Failure("eager", None, "its process ended with exit status 3: no module")]
 
 
-def test_a_process_that_takes_too_long_is_ended_with_all_it_started(workload, stand_in, tmp_path):
+def test_slow_process_is_ended_with_its_children(workload, stand_in, tmp_path):
     stand_in(f"sleep 60 &\necho $! > {tmp_path}/child\nwait")
     started = time.perf_counter()
     assert run(workload, limit_seconds=0.5) == [Failure("eager", None, "took longer than 1 s")]
@@ -136,7 +136,7 @@ def test_a_reason_is_the_first_line_that_says_something():
     assert len(reason_of(RuntimeError("x" * 1000))) == 300
 
 
-def test_peak_memory_is_that_of_this_process_and_does_not_fall():
+def test_peak_memory_is_of_this_process_and_never_falls():
     before = peak_bytes()
     assert before > 50 << 20
     # Larger than anything the tests before this one held.

@@ -37,7 +37,7 @@ def test_a_missing_package_is_named_with_what_to_do():
     assert ENGINES["eager"].missing is None
 
 
-def test_engines_are_found_by_name_in_the_order_of_the_table():
+def test_engines_are_found_by_name_in_order_of_table():
     assert [engine.name for engine in find_engines("lissom, eager")] == ["eager", "lissom"]
 
 

@@ -15,7 +15,7 @@ from tests.support.models import FeedForward
 MACHINE = example()
 
 
-def test_every_call_is_timed_and_the_work_is_that_of_the_program(directory):  # noqa: F811
+def test_every_call_is_timed_with_work_of_program(directory):  # noqa: F811
     (found,) = profile_model(
         str(directory), passes="exact", shapes=parse_shapes("3x7"), texts=None, machine=MACHINE, seconds=0.0
     )
@@ -24,7 +24,7 @@ def test_every_call_is_timed_and_the_work_is_that_of_the_program(directory):  # 
     assert found.whole_ms == pytest.approx(found.between_ms + sum(part.milliseconds for part in found.parts))
 
 
-def test_the_parts_hold_all_calls_and_operations_of_the_program():
+def test_parts_hold_all_calls_and_operations_of_program():
     compiled = lissom.compile(FeedForward(), {"x": torch.randn(2, 5, 8)}, checks="off")
     found = profile(compiled, {"x": torch.randn(3, 7, 8)}, {}, MACHINE, 0.0)
     assert sum(part.calls for part in found.parts) == len(compiled.program.nodes())
@@ -44,6 +44,6 @@ def test_the_table_sets_time_against_the_roof():
     assert "a whole call 7 10 100.0 2 11 3.3 3.03" in shown
 
 
-def test_a_call_faster_than_its_parts_shows_as_it_is():
+def test_call_faster_than_its_parts_shows_as_it_is():
     shown = plain(profile_table(Profile("Model", 1.0, (Part("norm", "layer_norm", 1, 1.5, 0.0, 1e6, 0.1),))))
     assert "-0.500" in shown

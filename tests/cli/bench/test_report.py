@@ -23,7 +23,7 @@ RECORDS = [
 ]
 
 
-def test_markdown_has_a_row_an_engine_and_the_best_in_bold():
+def test_markdown_has_a_row_per_engine_with_bold_best():
     lines = markdown_table(RECORDS, 2).splitlines()
     assert lines[0] == "| engine | 1x32, ms | 8x128, ms | cosine | peak MB | first s |"
     assert lines[2] == "| PyTorch eager fp32 | 10 (9 to 11) | **100** (90 to 110) | 1 | 300 | 2.0 |"
@@ -39,7 +39,7 @@ def test_what_did_not_run_is_listed_with_the_reason():
     assert markdown_table(RECORDS, 2).splitlines()[-1].startswith("- OpenVINO fp32 did not run: needs openvino")
 
 
-def test_the_table_has_the_numbers_the_machine_and_what_did_not_run():
+def test_table_has_numbers_machine_and_what_did_not_run():
     shown = " ".join(plain(comparison_table("minilm", RECORDS, 2), 140).split())
     assert "minilm engine 1x32 8x128 cosine peak MB first s" in shown
     assert "PyTorch eager fp32 10 (9 to 11) 100 (90 to 110) 1 300 2.0" in shown

@@ -54,7 +54,7 @@ def test_ragged_rows_are_padded_to_the_longest(model):
     assert inputs["attention_mask"].sum(1).tolist() == [5, 3, 7]
 
 
-def test_a_model_that_reads_no_text_is_measured_at_its_example():
+def test_model_without_text_is_measured_at_its_example():
     pytest.importorskip("timm")
     pictures = load_model("timm:vit_tiny_patch16_224")
     assert list(make_inputs(pictures, None, None)) == ["example"]
@@ -79,7 +79,7 @@ def test_a_workload_holds_inputs_answers_and_calibration(model, tmp_path):
     np.testing.assert_array_equal(read_wanted(work.shapes["2x6"]), wanted.numpy())
 
 
-def test_a_shape_the_model_does_not_run_at_is_refused(model, tmp_path):
+def test_shape_model_does_not_run_at_is_refused(model, tmp_path):
     with pytest.raises(UnsupportedError, match=r"does not run at 1x4000: \S"):
         prepare(model, [Shape(1, 4000)], None, tmp_path)
 

@@ -16,7 +16,7 @@ def parse(text: str) -> Amounts:
     return Amounts.parse(text, "prune-heads{amounts=}", is_count)
 
 
-def test_the_pattern_with_the_fewest_sites_decides_and_of_equals_the_last() -> None:
+def test_pattern_with_fewest_sites_decides_and_of_equals_last() -> None:
     assert parse("encoder.layer.1=8,*=4").at(SITES, "attentions") == ["4", "8", "4"]
     assert parse("*=4,*.11=2,encoder.layer.*.attention=6").at(SITES, "attentions") == ["6", "6", "2"]
     assert parse("encoder.layer.1=8,*.1=5").at(SITES, "attentions") == [None, "5", None]
@@ -66,7 +66,7 @@ def test_a_number_that_a_site_cannot_have(amount: str) -> None:
         parse(f"*={amount}").counts(SITES, "attentions")
 
 
-def test_sites_that_share_weights_or_an_axis_get_one_amount() -> None:
+def test_sites_that_share_weights_or_axis_get_one_amount() -> None:
     tied = [AmountSite("neurons", ("a.down", "b.down"), 8, {"prune-neurons": range(1, 9)})]
     assert parse("b=3").counts(tied, "feed-forwards") == [3]
     with pytest.raises(UnsupportedError, match=r"gives 'a.down' 4 and 'b.down' 3, and they share their weights"):

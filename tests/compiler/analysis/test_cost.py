@@ -85,7 +85,7 @@ def test_operations_of_other_operators_are_those_pytorch_counts(case):
     assert flops(program) == counted(case)
 
 
-def test_a_linear_layer_costs_two_operations_an_element_of_its_matrix_a_row():
+def test_linear_layer_costs_two_operations_per_weight_and_row():
     program = captured("feed_forward")
     (linear, _) = program.nodes(torch.ops.aten.linear.default)
     assert node_flops(linear) == 2 * (2 * 5) * (8 * 12)
@@ -133,7 +133,7 @@ def test_views_cost_nothing(moves, target):
     assert node_cost(call(moves, target)) == Cost()
 
 
-def test_a_reshape_that_copies_and_a_cast_that_converts_move_bytes(moves):
+def test_reshape_that_copies_and_cast_that_converts_move_bytes(moves):
     assert not moves_nothing(call(moves, aten.reshape.default))
     assert moved(call(moves, aten.reshape.default)) == (4 * 15, 4 * 15)
     (halved,) = [node for node in moves.nodes(aten.to.dtype) if nodes.tensor_type(node).dtype is torch.float16]
@@ -149,7 +149,7 @@ def test_an_expanded_dimension_is_read_once(moves):
     assert moved(call(moves, aten.mul.Tensor)) == (4 * 15 + 4 * 3, 4 * 15)
 
 
-def test_a_lookup_reads_the_rows_looked_up_and_has_the_whole_table(moves):
+def test_lookup_reads_rows_looked_up_and_has_whole_table(moves):
     assert node_cost(call(moves, aten.embedding.default)) == Cost(0, 2 * 8 + 2 * 4 * 4, 2 * 4 * 4, 400)
 
 
@@ -157,13 +157,13 @@ def test_filling_reads_nothing(moves):
     assert moved(call(moves, aten.zeros_like.default)) == (0, 2 * 4 * 4)
 
 
-def test_a_write_of_state_reads_what_it_writes_and_not_what_was_there():
+def test_state_write_reads_what_it_writes_only():
     program = captured("counter")
     (write,) = [node for node in program.nodes() if nodes.is_state_write(node)]
     assert moved(write) == (4, 4)
 
 
-def test_a_value_read_twice_by_one_node_is_read_once():
+def test_value_read_twice_by_one_node_is_read_once():
     class Square(nn.Module):
         def forward(self, x):
             return x * x
@@ -172,7 +172,7 @@ def test_a_value_read_twice_by_one_node_is_read_once():
     assert moved(call(program, aten.mul.Tensor)) == (4 * 6, 4 * 6)
 
 
-def test_a_weight_seen_through_a_transpose_counts_as_the_nodes():
+def test_weight_seen_through_transpose_counts_as_nodes():
     class Turned(nn.Module):
         def __init__(self):
             super().__init__()
@@ -211,7 +211,7 @@ def test_sizes_stay_symbolic_where_no_number_is_given():
 
 
 @pytest.mark.parametrize("name", ["feed_forward", "tied", "convolution", "bert", "llama", "t5", "gpt2"])
-def test_symbolic_costs_at_the_example_are_those_of_the_program_captured_there(name):
+def test_symbolic_costs_at_example_match_captured_program(name):
     case = CASES[name]()
     fixed = total_cost(capture(case.model, case.args, case.kwargs, dynamic=False).program)
     program = captured(name)
@@ -221,7 +221,7 @@ def test_symbolic_costs_at_the_example_are_those_of_the_program_captured_there(n
     assert all(isinstance(value, int) for value in (found.flops, found.read_bytes, found.written_bytes))
 
 
-def test_symbolic_costs_at_other_sizes_are_those_pytorch_counts_there():
+def test_symbolic_costs_at_other_sizes_match_pytorch():
     case = CASES["llama"]()
     inputs = {"input_ids": tokens(3, 9), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
     assert total_cost(captured("llama"), {"batch": 3, "sequence": 9}).flops == counted(Case(case.model, inputs))
@@ -249,13 +249,13 @@ def test_the_sites_of_a_layer_by_hand():
     assert [item.written_bytes for item in feed_forward] == [4 * 10 * (24 + 24 + 16)] * 2
 
 
-def test_a_tied_weight_counts_once_in_the_program_and_in_each_of_its_sites():
+def test_tied_weight_counts_once_in_program_and_per_site():
     program = captured("tied")
     assert total_cost(program).parameters == 37 * 8
     assert [item.parameters for site, item in site_costs(program).items() if item.parameters] == [37 * 8, 37 * 8]
 
 
-def test_a_size_that_depends_on_values_stays_symbolic_and_counts_as_the_largest_it_can_be():
+def test_value_dependent_size_counts_as_its_maximum():
     class Chosen(nn.Module):
         def __init__(self):
             super().__init__()
@@ -283,7 +283,7 @@ def test_an_unknown_dimension_is_refused():
     assert str(raised.value) == message
 
 
-def test_a_dimension_of_a_program_of_fixed_sizes_is_refused():
+def test_dimension_of_program_of_fixed_sizes_is_refused():
     program = capture(seeded(Products), (normal(2, 4, 4), normal(2, 4, 4)), dynamic=False).program
     with pytest.raises(UnsupportedError, match="Products has no dimension 'batch'; all its sizes are fixed"):
         site_costs(program, {"batch": 3})

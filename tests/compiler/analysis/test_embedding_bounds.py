@@ -24,7 +24,7 @@ class Lookup(nn.Module):
 
 
 @pytest.mark.parametrize("typed", ["as it is", "with more rows", "as no tensor"])
-def test_rows_are_those_of_the_table_however_the_program_is_typed(typed: str) -> None:
+def test_rows_are_those_of_table_however_program_is_typed(typed: str) -> None:
     program = capture(seeded(Lookup), (torch.tensor([[0, 1, 2], [3, 4, 5]]),), {}).program
     (table,) = (node for node in program.graph.nodes if node.op == "get_attr")
     if typed != "as it is":

@@ -69,7 +69,7 @@ def test_every_node_is_counted_as_pytorch_counts_it(name):
 
 
 @pytest.mark.parametrize("build", [tiny_vit, tiny_whisper, lambda: Case(seeded(Convolutions), (normal(2, 4, 20),))])
-def test_images_sound_and_convolutions_are_counted_as_pytorch_counts_them(build):
+def test_images_sound_and_convolutions_are_counted_as_by_pytorch(build):
     case = build()
     found = capture(case.model, case.args, case.kwargs, dynamic=False)
     assert miscounted(found.program, found.example) == []
@@ -136,7 +136,7 @@ def test_einsum_of_three_takes_them_in_pytorchs_order(equation):
     ("heads", "queries", "keys", "features", "gqa"),
     [((4, 4), 3, 5, 6, False), ((4, 2), 3, 5, 6, True), ((4, 1), 5, 5, 2, True)],
 )
-def test_attention_counts_shared_key_value_heads_once_a_query_head(heads, queries, keys, features, gqa):
+def test_attention_counts_shared_key_value_heads_per_query_head(heads, queries, keys, features, gqa):
     class Attention(nn.Module):
         def forward(self, q, k, v):
             return nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
@@ -179,7 +179,7 @@ def test_products_of_experts_count_which_pytorch_leaves_out():
     ],
     ids=["int8", "fp8", "weights"],
 )
-def test_products_of_short_formats_are_counted_as_those_of_floats(product, weight):
+def test_low_precision_products_count_as_float_products(product, weight):
     found = capture(Applied(product), (normal(5, 48), weight), dynamic=False)
     assert flops(found.program) == 2 * 5 * 48 * 32
 
@@ -218,7 +218,7 @@ def test_block_sparse_attention_counts_the_layout_of_each_head():
     assert node_flops(node) == 2 * 2 * 4 * 256 * (6 + 6)
 
 
-def test_block_sparse_attention_of_any_length_counts_once_the_length_is_known():
+def test_block_sparse_attention_counts_once_length_is_known():
     program = block_sparse(BAND, 64, dynamic={"x": {0: "batch", 1: "sequence"}})
     (node,) = program.nodes(block_sparse_attention)
     assert "pairs(" in program.signature.name_of(cost(program)[node].flops)

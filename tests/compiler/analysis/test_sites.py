@@ -19,7 +19,7 @@ def operators(program, kind):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_call_is_in_one_site_in_the_order_of_the_graph(name):
+def test_every_call_is_in_one_site_in_graph_order(name):
     program = captured(name)
     order = {node: index for index, node in enumerate(program.nodes())}
     found = program.fact(sites)
@@ -47,7 +47,7 @@ def test_an_attention_owns_its_projections_and_what_is_between():
     assert not {"aten.layer_norm", "aten.add.Tensor", "aten.embedding"} & set(first)
 
 
-def test_rotation_of_q_and_k_belongs_to_the_attention_and_the_tables_do_not():
+def test_rotation_belongs_to_attention_and_tables_do_not():
     program = captured("llama")
     (first, _) = operators(program, "attention")
     assert first.count("aten.neg") == 2
@@ -60,7 +60,7 @@ def test_a_gated_feed_forward_owns_gate_and_product():
     assert sorted(first) == ["aten.linear", "aten.linear", "aten.linear", "aten.mul.Tensor", "aten.silu"]
 
 
-def test_a_product_in_no_site_has_a_kind_of_its_own():
+def test_product_in_no_site_has_kind_of_its_own():
     class Mixer(nn.Module):
         def __init__(self):
             super().__init__()

@@ -40,7 +40,7 @@ def weight_name(layer: fx.Node) -> str:
     return next(str(item.target) for item in layer.all_input_nodes if "weight" in str(item.target))
 
 
-def test_every_layer_is_given_what_it_reads_in_the_program_as_it_was_changed():
+def test_every_layer_gets_its_input_in_changed_program():
     program, data = gpt2()
     layers = [node for node in program.nodes() if is_linear(node)]
     at = [leaf.path for leaf in program.signature.tensors].index("attention_mask")
@@ -67,7 +67,7 @@ class Turned(nn.Module):
         return self.second(torch.relu(x) @ turned) * 2
 
 
-def test_views_of_a_weight_are_made_after_it_was_set():
+def test_views_of_weight_are_made_after_it_was_set():
     module = seeded(Turned)
     program = lissom.frontends.capture.export.capture(module, (normal(5, 4),), {}).program
     layers = [node for node in program.nodes() if is_linear(node)]

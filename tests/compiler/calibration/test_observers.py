@@ -87,7 +87,7 @@ def test_ranges_are_those_of_all_samples() -> None:
 
 
 @pytest.mark.parametrize("name", ["int4", "uint4"])
-def test_scales_of_weights_by_squared_error_lose_less_in_every_block(name: str) -> None:
+def test_squared_error_weight_scales_lose_less_per_block(name: str) -> None:
     form = FORMATS[name]
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)) ** 3
 
@@ -102,7 +102,7 @@ def test_scales_of_weights_by_squared_error_lose_less_in_every_block(name: str) 
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_the_largest_value_of_a_block_gets_the_level_without_a_counterpart(sign: float) -> None:
+def test_largest_value_of_block_gets_level_without_counterpart(sign: float) -> None:
     """Eight equal steps, of which int4 has eight on one side of zero only."""
     weight = sign * torch.arange(9.0)[None]
     scale, _ = weight_scale(weight, (1, 1), FORMATS["int4"], "mse")

@@ -52,7 +52,7 @@ def test_little_is_held_between_layers() -> None:
     assert sum(isinstance(value, torch.Tensor) for value in stream._held[0].values()) <= 3
 
 
-def test_values_that_float16_cannot_hold_are_held_as_they_are() -> None:
+def test_values_beyond_float16_are_held_unchanged() -> None:
     program = captures.optimize(
         torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.ReLU()), torch.ones(2, 4)
     ).program

@@ -68,7 +68,7 @@ def test_padding_counts() -> None:
     assert measured_ranges(program, [sample], {words}, HALF)[words].largest == 1e6
 
 
-def test_state_is_left_as_it_was_and_progress_is_told() -> None:
+def test_state_is_restored_and_progress_reported() -> None:
     program, told = captured("counter"), []
     sample = [counter().args[0]]
     measured_ranges(program, [sample, sample], set(program), HALF, lambda *counts: told.append(counts))  # pyright: ignore

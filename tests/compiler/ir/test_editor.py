@@ -34,7 +34,7 @@ def test_a_new_call_is_typed_and_stamped():
     assert [node.name for node in edit.program.nodes()][1:4] == ["linear", "relu", "gelu"]
 
 
-def test_a_call_that_stands_for_several_has_the_path_they_share():
+def test_call_that_stands_for_several_has_path_they_share():
     edit = editor("llama")
     first, second = edit.program.nodes(aten.linear.default)[:2]
     with edit.before(second, like=[first, second]):
@@ -42,7 +42,7 @@ def test_a_call_that_stands_for_several_has_the_path_they_share():
     assert nodes.origin(made).module_path == "model.layers.0.self_attn"
 
 
-def test_a_call_the_operator_refuses_names_pass_operator_and_arguments():
+def test_call_operator_refuses_names_pass_operator_and_arguments():
     edit = editor()
     gelu = only(edit.program, aten.gelu.default)
     with (
@@ -63,7 +63,7 @@ def test_every_edit_is_counted():
     assert 0 < after_call < edit.program.edits
 
 
-def test_replacing_moves_the_readers_erases_the_old_and_remembers_its_name():
+def test_replacing_moves_readers_erases_old_and_remembers_its_name():
     edit = editor()
     gelu = only(edit.program, aten.gelu.default)
     down = edit.program.nodes(aten.linear.default)[1]
@@ -77,7 +77,7 @@ def test_replacing_moves_the_readers_erases_the_old_and_remembers_its_name():
     verify_structure(edit.program)
 
 
-def test_replacing_by_a_node_of_another_origin_leaves_that_origin():
+def test_replacing_by_node_of_another_origin_leaves_that_origin():
     edit = editor()
     dropout = only(edit.program, aten.dropout.default)
     source = dropout.args[0]
@@ -118,7 +118,7 @@ def test_erasing_counts_as_a_place_rewritten():
     assert edit.rewritten == 1
 
 
-def test_a_fixed_size_is_a_number_and_a_dynamic_one_a_node():
+def test_fixed_size_is_number_and_dynamic_one_node():
     edit = editor()
     x = edit.program.placeholders[0]
     with edit.before(edit.program.nodes()[0]):
@@ -140,7 +140,7 @@ def test_a_new_weight_gets_a_name_of_its_own():
     assert nodes.origin(first).passes == ("test-pass",)
 
 
-def test_a_new_weight_never_hides_a_module_of_that_name():
+def test_new_weight_never_hides_module_of_that_name():
     edit = editor()
     with edit.before(edit.program.nodes()[0]):
         read = edit.weight("up", torch.ones(2))
@@ -197,7 +197,7 @@ def test_a_skip_records_node_place_and_reason():
     assert edit.rewritten == 0
 
 
-def test_nodes_erased_meanwhile_are_passed_over_and_the_current_one_is_known():
+def test_erased_nodes_are_skipped_and_current_one_is_known():
     edit = editor()
     seen = []
     for node in edit.nodes():

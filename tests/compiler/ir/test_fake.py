@@ -15,14 +15,14 @@ from tests.support.models import captured, normal
 CPU = torch.device("cpu")
 
 
-def test_a_call_is_typed_from_the_types_of_its_arguments():
+def test_call_is_typed_from_types_of_its_arguments():
     program = captured("feed_forward")
     linear = program.nodes(torch.ops.aten.linear.default)[0]
     typed = nodes.type_of(fake.fake_call(program.fake_mode, linear))
     assert fake.same_type(program.fake_mode, typed, nodes.node_type(linear))
 
 
-def test_a_known_call_has_the_type_of_a_new_one():
+def test_known_call_has_type_of_new_one():
     program = captured("bert")
     for node in program.nodes():
         fresh = fake.description(fake.fake_call(program.fake_mode, node))
@@ -110,7 +110,7 @@ class Scores(nn.Module):
         return torch.baddbmm(bias, x, x.mT)
 
 
-def test_operators_that_take_symbolic_sizes_only_where_they_are_decomposed_are_typed_quietly(caplog):
+def test_operators_decomposed_for_symbolic_sizes_are_typed_quietly(caplog):
     program = capture(Scores(), (normal(2, 3, 4), normal(2, 3, 3))).program
     (node,) = program.nodes(torch.ops.aten.baddbmm.default)
     typed = nodes.type_of(fake.fake_call(program.fake_mode, node))

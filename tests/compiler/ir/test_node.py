@@ -28,7 +28,7 @@ def test_an_argument_is_found_by_name_in_any_position():
     assert nodes.argument(norm, "input") is program.placeholders[0]
 
 
-def test_an_argument_left_out_is_the_default_of_the_schema():
+def test_argument_left_out_is_default_of_schema():
     gelu = captured("feed_forward").nodes(aten.gelu.default)[0]
     assert nodes.argument(gelu, "approximate") == "none"
 
@@ -58,7 +58,7 @@ def test_only_nodes_that_yield_one_tensor_are_tensors():
     assert not nodes.is_tensor(3)
 
 
-def test_writing_a_buffer_is_a_state_write_and_nothing_else_is():
+def test_writing_buffer_is_state_write_and_nothing_else_is():
     program = captured("counter")
     assert [node.name for node in program.nodes() if nodes.is_state_write(node)] == ["copy__default"]
 
@@ -73,7 +73,7 @@ def test_pure_calls_change_nothing_and_are_not_random():
     assert not nodes.is_pure(program.placeholders[0])
 
 
-def test_a_merged_origin_has_the_path_its_nodes_share_and_the_last_line():
+def test_merged_origin_has_shared_path_and_last_line():
     program = captured("llama")
     linears = program.nodes(aten.linear.default)[:2]
     assert [nodes.origin(node).module_path for node in linears] == [
@@ -89,7 +89,7 @@ def test_a_merged_origin_of_nothing_is_empty():
     assert nodes.merged_origin([]) == Origin()
 
 
-def test_a_value_may_be_made_when_it_is_first_asked_for():
+def test_value_may_be_made_on_first_access():
     made = []
 
     def make():

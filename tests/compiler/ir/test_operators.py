@@ -79,7 +79,7 @@ def _call(function: Callable[..., object], x: torch.Tensor, target: object, **we
 
 
 @pytest.mark.parametrize("padding", [0, "same"])
-def test_every_convolution_is_a_linear_layer_and_knows_its_zeros(padding: int | str) -> None:
+def test_every_convolution_is_linear_layer_and_knows_its_zeros(padding: int | str) -> None:
     target = aten.conv3d.padding if padding else aten.conv3d.default
     weight = _without(0, 6, 4, 1, 1, 1)
     program, node = _call(
@@ -98,7 +98,7 @@ def test_values_taken_along_a_dimension_have_axes() -> None:
     assert [axis.size for axis in program.fact(axes).of[node]] == list(index.shape)
 
 
-def test_the_best_of_a_row_leaves_the_other_axes_free() -> None:
+def test_best_of_row_leaves_other_axes_free() -> None:
     program, node = _call(
         lambda self, x: functional.linear(x, self.up).max(1)[0] * 2, normal(2, 5, 4), aten.max.dim, up=normal(6, 4)
     )

@@ -98,7 +98,7 @@ class Doubled(nn.Module):
         return torch.cat([x, x]).reshape(x.shape[0] * 2, 3)
 
 
-def test_an_excerpt_shows_the_lines_around_a_node_and_marks_it():
+def test_excerpt_shows_lines_around_node_and_marks_it():
     program = captured("feed_forward")
     gelu = program.nodes(torch.ops.aten.gelu.default)[0]
     assert printer.excerpt(program, gelu, radius=1) == (
@@ -108,7 +108,7 @@ def test_an_excerpt_shows_the_lines_around_a_node_and_marks_it():
     )
 
 
-def test_a_place_names_the_node_its_operator_its_module_and_its_line():
+def test_place_names_node_operator_module_and_line():
     program = captured("feed_forward")
     linear = program.nodes(torch.ops.aten.linear.default)[0]
     line = nodes.origin(linear).source
@@ -117,7 +117,7 @@ def test_a_place_names_the_node_its_operator_its_module_and_its_line():
     assert printer.place(program, program.placeholders[0]) == "'x' (placeholder)"
 
 
-def test_the_recorded_line_holds_the_code_that_made_the_node():
+def test_recorded_line_holds_code_that_made_node():
     linear = captured("feed_forward").nodes(torch.ops.aten.linear.default)[0]
     assert nodes.origin(linear).code == "return x + self.dropout(self.down(nn.functional.gelu(self.up(self.norm(x)))))"
 

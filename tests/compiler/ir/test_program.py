@@ -27,24 +27,24 @@ def test_a_fact_is_computed_once_until_the_next_edit():
     assert count_calls.runs == 2
 
 
-def test_nodes_are_the_calls_in_order_or_those_of_some_targets():
+def test_nodes_are_all_calls_or_those_of_targets():
     program = captured("feed_forward")
     assert [node.name for node in program.nodes()] == ["layer_norm", "linear", "gelu", "linear_1", "dropout", "add"]
     assert [node.name for node in program.nodes(aten.linear.default)] == ["linear", "linear_1"]
     assert next(iter(program)).op == "placeholder"
 
 
-def test_weights_come_by_name_in_the_order_of_their_first_use():
+def test_weights_come_by_name_in_order_of_use():
     program = captured("feed_forward")
     assert list(program.weights()) == ["norm.weight", "norm.bias", "up.weight", "up.bias", "down.weight", "down.bias"]
 
 
-def test_a_weight_that_is_not_there_is_an_attribute_error():
+def test_weight_that_is_not_there_is_attribute_error():
     with pytest.raises(AttributeError, match="nothing"):
         captured("feed_forward").weight("nothing")
 
 
-def test_a_name_is_taken_by_a_weight_or_by_a_container_of_weights():
+def test_name_is_taken_by_weight_or_weight_container():
     program = captured("feed_forward")
     assert program.has_weight("up.bias")
     assert not program.has_weight("up")
@@ -119,7 +119,7 @@ def test_memory_that_two_weights_share_is_counted_once():
     assert program.parameter_bytes == 16 * 4
 
 
-def test_a_copy_has_its_own_graph_and_the_same_weights():
+def test_copy_has_its_own_graph_and_same_weights():
     program = captured("feed_forward")
     copy = program.copy()
     copy.graph.erase_node(copy.graph.call_function(aten.neg.default, (copy.placeholders[0],)))
@@ -176,7 +176,7 @@ def test_str_is_the_text():
     assert repr(program).startswith(f"<Program {program.name}(") and "\n" not in repr(program)
 
 
-def test_a_trainable_module_is_trained_in_a_loop_of_ones_own():
+def test_trainable_module_is_trained_in_loop_of_ones_own():
     case = feed_forward()
     program = capture(case.model, case.args).program
     module = program.trainable()

@@ -48,7 +48,7 @@ def test_positions_go_on_counting():
     assert positions.tolist() == [list(range(3, 10))] * 3
 
 
-def test_checks_run_on_the_example_and_on_a_masked_variant_of_another_size():
+def test_checks_run_on_example_and_masked_variant():
     found = capture_of("bert")
     first, second = check_samples(found.program.signature, found.example)
     assert [tensor.shape for tensor in first] == [(2, 5), (2, 5)]
@@ -78,7 +78,7 @@ def test_samples_are_spread_over_the_data() -> None:
     assert spread([], 8192) == []
 
 
-def test_a_causal_mask_stays_causal_and_every_query_sees_its_own_key() -> None:
+def test_causal_mask_stays_causal_and_queries_see_themselves() -> None:
     class Masked(torch.nn.Module):
         def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.scaled_dot_product_attention(x, x, x, mask)
@@ -96,7 +96,7 @@ def test_a_causal_mask_stays_causal_and_every_query_sees_its_own_key() -> None:
     assert bool((resized.diagonal() == 0).all())
 
 
-def test_every_form_of_padding_is_tried_in_masks_of_both_polarities() -> None:
+def test_every_padding_form_is_tried_in_both_polarities() -> None:
     for usual in (1, 0):
         found = [mask for _, mask in varied_samples([normal(2, 6, 8), torch.full((2, 6), usual)])[1:]]
         places = [(mask != usual).tolist() for mask in found]

@@ -93,7 +93,7 @@ def test_an_unknown_argument_is_refused_with_the_nearest_name(bert):
     )
 
 
-def test_an_unknown_argument_like_no_other_is_refused_with_the_call(bert):
+def test_unknown_argument_like_no_other_is_refused_with_call(bert):
     assert refusal(lambda: bert(tokens(), ones(), zebra=1)) == f"there is no argument 'zebra'; the program takes {BERT}"
 
 
@@ -101,14 +101,14 @@ def test_a_missing_argument_is_refused(bert):
     assert refusal(lambda: bert(tokens())) == f"argument 'attention_mask' is missing; the program takes {BERT}"
 
 
-def test_an_argument_of_the_model_that_was_not_captured_is_refused(bert):
+def test_argument_of_model_that_was_not_captured_is_refused(bert):
     assert refusal(lambda: bert(tokens(), ones(), token_type_ids=tokens())) == (
         f"argument 'token_type_ids' was not among the example inputs, so the program does not have it; it takes {BERT}: "
         f"add 'token_type_ids' to example_inputs and compile again"
     )
 
 
-def test_an_argument_of_the_model_that_was_not_captured_may_be_none(bert):
+def test_uncaptured_argument_of_model_may_be_none(bert):
     assert bert(tokens(), ones(), token_type_ids=None).last_hidden_state.shape == (2, 5, 16)
 
 
@@ -193,7 +193,7 @@ def test_a_wrong_nesting_is_refused(nested, given, nesting):
     assert found == f"argument 'past' is nested as {nesting}; the program takes {{layer: (*, *)}}"
 
 
-def test_a_leaf_of_the_wrong_kind_is_named_by_its_path(nested):
+def test_leaf_of_wrong_kind_is_named_by_its_path(nested):
     assert refusal(lambda: nested(past={"layer": (pair()[0], 3)}, double=True)) == (
         "argument 'past['layer'][1]' is a int; the program takes a tensor, f32[batch, sequence, 4]"
     )
@@ -226,7 +226,7 @@ class TwoPlusOne(nn.Module):
         return x + y[1:]
 
 
-def test_a_size_made_from_another_is_refused_with_the_expression():
+def test_size_made_from_another_is_refused_with_expression():
     program = capture(TwoPlusOne().eval(), (normal(5), normal(6))).program
     assert program.signature.describe() == "(x: f32[batch], y: f32[batch + 1])"
     assert program(normal(3), normal(4)).shape == (3,)
@@ -240,7 +240,7 @@ def test_a_range_reads_as_words():
     assert Dimension("sequence", 2, 512).range == "2 to 512"
 
 
-def test_an_expression_is_evaluated_with_a_size_for_each_symbol():
+def test_expression_is_evaluated_with_size_for_each_symbol():
     batch = sympy.Symbol("s0", integer=True, positive=True)
     assert evaluate(batch * 3 + 1, {batch: 4}) == 13
     assert evaluate(7, {}) == 7

@@ -21,7 +21,7 @@ def test_a_dtype_has_a_short_name(dtype, text):
     assert short_dtype(dtype) == text
 
 
-def test_the_type_of_a_tensor_is_its_dtype_sizes_and_device():
+def test_type_of_tensor_is_its_dtype_sizes_and_device():
     found = type_of(torch.zeros(2, 3, dtype=torch.float16))
     assert found == TensorType(torch.float16, (2, 3), torch.device("cpu"))
     assert found.rank == 2
@@ -43,7 +43,7 @@ def test_a_value_a_program_cannot_hold_is_refused():
         type_of("text")
 
 
-def test_a_symbolic_size_is_an_expression_and_a_fixed_one_a_number():
+def test_symbolic_size_is_expression_and_fixed_one_number():
     program = captured("feed_forward")
     batch, _, width = nodes.value(program.placeholders[0]).shape
     assert isinstance(size_of(batch), sympy.Symbol)
@@ -51,7 +51,7 @@ def test_a_symbolic_size_is_an_expression_and_a_fixed_one_a_number():
     assert isinstance(size_of(width), int)
 
 
-def test_a_symbolic_size_read_while_running_is_a_number_of_that_expression():
+def test_symbolic_size_read_at_runtime_is_a_number():
     program = captured("counter")
     size = program.nodes(torch.ops.aten.sym_size.int)[0]
     assert format_type(nodes.node_type(size), program.signature.name_of) == "int batch"

@@ -81,7 +81,7 @@ def test_a_diff_may_go_backwards(history):
     assert "+  %dropout" in history.diff(1, 0)
 
 
-def test_a_diff_of_steps_with_the_same_program_is_empty(history):
+def test_diff_of_steps_with_same_program_is_empty(history):
     assert history.diff(1, 1) == ""
     assert history.diff(1, 3) == ""
 

@@ -21,7 +21,7 @@ class RaiseRms8Norm(Rewrite):
         pass
 
 
-def test_a_pass_is_named_after_its_class_in_kebab_case():
+def test_pass_is_named_after_its_class_in_kebab_case():
     assert RaiseRms8Norm.name() == "raise-rms8-norm"
 
 
@@ -43,7 +43,7 @@ def test_floating_point_weights_are_no_breach():
     assert FLOATING_POINT_WEIGHTS.breach(captured("bert")) is None
 
 
-def test_an_integer_weight_of_a_linear_layer_is_a_breach():
+def test_integer_weight_of_linear_layer_is_breach():
     program = captured("feed_forward")
     edit = Editor(program, "quantize")
     read = program.nodes(aten.linear.default)[1].args[1]
@@ -82,7 +82,7 @@ def test_quantized_activations_are_no_breach():
     assert FLOATING_POINT_WEIGHTS.breach(program) is None
 
 
-def test_a_breach_that_no_pass_made_is_the_model_s():
+def test_breach_that_no_pass_made_is_model_s():
     program = captured("feed_forward")
     read = program.nodes(aten.linear.default)[1].args[1]
     assert FLOATING_POINT_WEIGHTS.sentence(program, "prune-heads", read) == (

@@ -73,7 +73,7 @@ def test_the_program_given_is_left_as_it_is():
     assert "dropout" not in after.text().split("return")[0].replace("# dropout", "")
 
 
-def test_a_wrong_rewrite_is_rolled_back_and_the_first_wrong_node_is_named():
+def test_wrong_rewrite_is_rolled_back_naming_first_wrong_node():
     error = refusal(VerifyError, captured("bert"), DropDropout(), DoubleGelu(which=1), name="bert")
     first, *excerpt = str(error).splitlines()
     assert first.startswith("double-gelu{which=1} was rolled back: its outputs differ from the program before by ")
@@ -85,7 +85,7 @@ def test_a_wrong_rewrite_is_rolled_back_and_the_first_wrong_node_is_named():
     assert [step.spelling for step in error.history.steps] == ["capture", "drop-dropout"]
 
 
-def test_wrong_outputs_that_no_node_shows_are_named_as_such():
+def test_wrong_outputs_without_a_wrong_node_are_named():
     error = refusal(VerifyError, captured("feed_forward"), SwapOutputs())
     assert str(error).endswith("; no node that both programs have differs, so the outputs themselves were changed")
 
@@ -96,7 +96,7 @@ def test_a_wrong_state_is_rolled_back():
     assert "the first node that differs is 'copy__default' (aten.copy_), by 1" in str(error)
 
 
-def test_state_is_as_it_was_after_a_pipeline_and_after_a_failure():
+def test_state_is_restored_after_pipeline_and_failure():
     program = captured("counter")
     run(program, DropDropout(), name="counter")
     refusal(VerifyError, program, DoubleState(), name="counter")
@@ -117,7 +117,7 @@ def test_a_program_that_cannot_run_is_rolled_back():
     assert isinstance(error.__cause__, IndexError)
 
 
-def test_a_pass_that_raises_is_named_with_the_node_it_looked_at():
+def test_raising_pass_is_named_with_its_current_node():
     program = captured("feed_forward")
     down = program.nodes(aten.linear.default)[1]
     error = refusal(PassError, program, StopsHalfway())
@@ -130,7 +130,7 @@ def test_a_pass_that_raises_is_named_with_the_node_it_looked_at():
     assert isinstance(error.__cause__, ZeroDivisionError)
 
 
-def test_a_pass_that_writes_into_the_model_s_weight_is_refused():
+def test_pass_that_writes_into_model_s_weight_is_refused():
     error = refusal(PassError, captured("feed_forward"), WritesInPlace())
     assert str(error).startswith("writes-in-place wrote to the weight 'up.bias' in place, which the program shares with")
 
@@ -185,7 +185,7 @@ def test_trained_weights_stay_trainable_and_frozen_ones_frozen():
     assert torch.equal(after.weight("norm.weight"), case.model.norm.weight)
 
 
-def test_a_breach_of_a_requirement_names_node_pass_and_remedy():
+def test_breach_of_requirement_names_node_pass_and_remedy():
     error = refusal(RequirementError, captured("feed_forward"), IntegerWeights(), NeedsFloats(), checks="off")
     assert str(error) == (
         "needs-floats requires that weights of linear layers are floating point; weight @integers: i8[8, 12] breaks it, "
@@ -199,7 +199,7 @@ def size_of_output(program: Program) -> float:
     return float(program.run([normal(2, 5, 8)])[0].square().mean())
 
 
-def test_the_metric_is_measured_after_every_pass_that_may_change_it():
+def test_metric_is_measured_after_every_pass_that_changes_it():
     _, history = run(captured("feed_forward"), DropDropout(), ScaleWeights(factor=0.5), metric=size_of_output)
     capture_step, exact, lossy = history.steps
     assert capture_step.metric == exact.metric
@@ -223,7 +223,7 @@ def test_a_drop_over_the_budget_is_rolled_back():
     assert len(error.history.steps) == 1
 
 
-def test_a_metric_that_is_no_number_is_over_every_budget():
+def test_metric_that_is_no_number_is_over_every_budget():
     scores = iter([0.9, float("nan")])
     error = refusal(
         BudgetError, captured("feed_forward"), ScaleWeights(factor=0.5), metric=lambda _: next(scores), max_drop=100.0
@@ -328,7 +328,7 @@ def test_an_interrupt_keeps_what_was_finished():
     assert program.text() == before
 
 
-def test_an_interrupt_while_the_original_is_scored_is_one_too():
+def test_interrupt_while_original_is_scored_is_one_too():
     def score(program: Program) -> float:
         raise KeyboardInterrupt
 
@@ -372,9 +372,9 @@ class StopsShort(SwapOutputs):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"checks": "exact"}, "checks='exact' is not known; choose numeric, structural, off"),
+        ({"checks": "exact"}, "checks='exact' is not known; choose numeric, each, structural, off"),
         ({"checks": "off", "max_drop": 0.1}, "max_drop needs a metric to measure the drop of: pass metric="),
-        ({}, "numeric checks need samples to run on; pass samples, or checks='structural'"),
+        ({}, "checks='numeric' needs samples to run on; pass samples, or checks='structural'"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, reason):

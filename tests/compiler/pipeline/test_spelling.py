@@ -151,7 +151,7 @@ def test_a_mistyped_recipe_is_refused_with_the_nearest():
     assert "there is no pass 'boht'; did you mean 'both'?" in refusal("boht")
 
 
-def test_an_unknown_option_is_refused_with_the_nearest_and_all():
+def test_unknown_option_is_refused_with_nearest_and_all():
     text = "many-options{cuont=2}"
     assert refusal(text) == (
         "pipeline text, character 14: many-options has no option 'cuont'; did you mean 'count'? its options: count, keep, "
@@ -210,14 +210,14 @@ def test_a_missing_option_is_refused():
     assert refusal("needs-option") == "pipeline text, character 1: needs-option: needs ratio" + pointed("needs-option", "n")
 
 
-def test_what_the_pass_itself_refuses_is_said_at_its_name():
+def test_what_pass_itself_refuses_is_said_at_its_name():
     text = "many-options,needs-option{ratio=2}"
     assert refusal(text) == (
         "pipeline text, character 14: needs-option: ratio is 2.0; it is over 0 and at most 1" + pointed(text, "needs")
     )
 
 
-def test_the_caret_points_right_in_a_text_of_several_lines():
+def test_caret_points_right_in_text_of_several_lines():
     text = "many-options,\nzebra"
     assert refusal(text).splitlines()[1:] == ["  many-options, zebra", "  " + " " * 14 + "^"]
 

@@ -61,7 +61,7 @@ def test_a_single_batch_is_split_by_rows() -> None:
         hold_out(program(), [Batch([normal(1, 5, 8)])], 0.1, 0, "distill")
 
 
-def test_the_amount_of_a_batch_is_counted_in_tokens_or_rows() -> None:
+def test_amount_of_batch_is_counted_in_tokens_or_rows() -> None:
     assert amount(program(), [Batch([normal(4, 5, 8)]), Batch([normal(2, 5, 8)])]) == (3.0, "rows")
     bert = tiny_bert()
     mask = torch.ones(2, 6, dtype=torch.int64)

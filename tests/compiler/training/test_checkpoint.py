@@ -49,7 +49,7 @@ print(notes(found))
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_killed_run_goes_on_and_gives_the_same_weights(tmp_path: Path) -> None:
+def test_killed_run_goes_on_and_gives_same_weights(tmp_path: Path) -> None:
     steps = []
     for when in (0.05, 0.3, 0.15, None, 0.4, None):
         (ended,) = run_ranks(f"KILLS, WHEN = True, {when}\n{KILLED}", tmp_path, 1)
@@ -214,7 +214,7 @@ def test_a_hostile_state_is_refused(change: Callable[[Path], None], sentence: st
         train(f"steps=30,checkpoint={tmp_path / 'state'}")
 
 
-def test_a_directory_in_use_or_out_of_reach_is_refused(written: Path, tmp_path: Path) -> None:
+def test_directory_in_use_or_out_of_reach_is_refused(written: Path, tmp_path: Path) -> None:
     import fcntl
 
     handle = os.open(written, os.O_RDONLY)

@@ -17,7 +17,7 @@ from lissom.compiler.training.loop import Plan, Run
         ((1.0, 2.1, 2.1, 1.9), False),  # on the way back
     ],
 )
-def test_a_run_goes_back_when_its_loss_is_twice_as_large_and_never_was_smaller(held_out, slowed) -> None:
+def test_run_restarts_when_its_loss_doubles_without_gain(held_out, slowed) -> None:
     """The held-out loss is measured at the start, after 4 and 8 steps, and after the first quarter of 40."""
     losses = iter([*held_out, *[2.0] * 20])
     weight = nn.Parameter(torch.ones(2))

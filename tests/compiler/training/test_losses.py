@@ -37,7 +37,7 @@ def test_the_divergence_is_that_of_two_distributions() -> None:
     assert float(divergence(found, found, 1.0)) == pytest.approx(0, abs=1e-7)
 
 
-def test_embeddings_are_compared_with_the_teachers_and_with_each_other() -> None:
+def test_embeddings_are_compared_with_teachers_and_with_each_other() -> None:
     found, wanted = normal(3, 4), normal(3, 4, seed=1)
     cosine = [[[float(a @ b / a.norm() / b.norm()) for b in rows] for a in rows] for rows in (found, wanted)]
     own = sum(float(a @ b / a.norm() / b.norm()) for a, b in zip(found, wanted, strict=True)) / 3
@@ -81,7 +81,7 @@ def test_the_gradient_of_hidden_states(masked: bool) -> None:
     assert torch.equal(wanted, given)
 
 
-def test_labels_of_a_causal_model_are_those_of_the_next_token() -> None:
+def test_labels_of_causal_model_are_those_of_next_token() -> None:
     program = captures.optimize(tiny_gpt2().model, tiny_gpt2().inputs).program
     outputs, _ = outputs_of(program)
     assert (outputs[0].form, outputs[0].shifted) == ("hidden", False)

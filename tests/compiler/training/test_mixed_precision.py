@@ -40,7 +40,7 @@ def test_others_are_attended_as_pytorch_does(tokens: int, autocast: bool) -> Non
 
 
 @pytest.mark.parametrize("weight", [None, normal(8, seed=1)])
-def test_norms_are_those_of_the_weights_dtype_and_warn_of_nothing(weight: torch.Tensor | None, capfd) -> None:
+def test_norms_use_weights_dtype_without_warnings(weight: torch.Tensor | None, capfd) -> None:
     x = normal(2, 5, 8).bfloat16()
     before = torch.is_warn_always_enabled()
     torch.set_warn_always(True)

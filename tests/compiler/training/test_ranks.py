@@ -175,7 +175,7 @@ call = lambda: lissom.optimize(seeded(FeedForward), normal(2, 5, 8), passes=[Fin
 """
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_ends_all(tmp_path: Path) -> None:
+def test_infinite_loss_on_one_rank_ends_all_ranks(tmp_path: Path) -> None:
     for item in run(f"HOW = 'nan'\n{FAILS}\ntell(call())", tmp_path):
         assert "stopped early: the loss or its gradient was not finite after " in str(item["notes"])
 

@@ -110,13 +110,13 @@ def test_an_activation_has_to_carry_factors_through(activation: Callable[[torch.
     assert len([site for site in sites.values() if site.matrix is not None]) == treated
 
 
-def test_of_a_gated_feed_forward_the_side_without_activation_is_scaled() -> None:
+def test_of_gated_feed_forward_side_without_activation_is_scaled() -> None:
     _, sites = sites_of(program_of(seeded(lambda: Gated(packed=False)), normal(2, 5, 8)))
     (site,) = sites.values()
     assert site.parameters[0].node.target == "up.weight" and site.count == 12
 
 
-def test_both_sides_of_a_packed_gated_feed_forward_are_left_alone() -> None:
+def test_both_sides_of_packed_gated_feed_forward_stay() -> None:
     """The product makes their channels one axis."""
     edit, sites = sites_of(program_of(seeded(lambda: Gated(packed=True)), normal(2, 5, 8)))
     assert not sites and "its output channels cannot be separated from other outputs" in [item.reason for item in edit.skipped]
@@ -186,7 +186,7 @@ class PackedAttention(nn.Module):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 2), (6, 3), (4, 1)])
-def test_values_of_a_packed_projection_with_shared_heads_are_scaled(heads: int, groups: int, bias: bool) -> None:
+def test_values_of_packed_projection_with_shared_heads_are_scaled(heads: int, groups: int, bias: bool) -> None:
     program = program_of(seeded(lambda: PackedAttention(heads, groups, bias=bias)), normal(2, 5, 12))
     before = program(normal(2, 5, 12))
     edit, sites = sites_of(program)

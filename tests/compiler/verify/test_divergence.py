@@ -39,7 +39,7 @@ NAN, INF = float("nan"), float("inf")
         ([], [], 0.0),
     ],
 )
-def test_the_relative_error_is_the_largest_difference_over_the_largest_value(wanted, found, error):
+def test_relative_error_is_largest_difference_over_largest_value(wanted, found, error):
     # float32 rounds the inputs to 6e-8 of themselves.
     assert relative_error(torch.tensor(wanted), torch.tensor(found)) == pytest.approx(error, rel=1e-6)
 
@@ -86,12 +86,12 @@ def test_a_divergence_is_that_of_the_worst_output():
     assert found.cosine == pytest.approx(2 / math.sqrt(6), abs=1e-12)
 
 
-def test_outputs_that_are_no_tensors_count_in_the_error_only():
+def test_outputs_that_are_no_tensors_count_in_error_only():
     found = compare([[None, 3]], [[None, 4]])
     assert (found.relative_error, found.cosine) == (INF, 1.0)
 
 
-def test_samples_give_outputs_and_state_and_state_is_put_back():
+def test_samples_give_outputs_and_state_is_restored():
     program = captured("counter")
     rows = normal(3, 4)
     first, second = run_samples(program, [[rows], [rows]])
@@ -123,7 +123,7 @@ def with_casts(*dtypes: torch.dtype) -> Program:
     return program
 
 
-def test_the_tolerance_of_an_output_is_that_of_the_coarsest_type_on_the_way_to_it():
+def test_output_tolerance_follows_coarsest_type_on_its_path():
     assert tolerances(with_casts()) == [TOLERANCE[torch.float32], TOLERANCE[torch.bfloat16]]
     assert tolerances(with_casts(torch.float16)) == [TOLERANCE[torch.float16], TOLERANCE[torch.bfloat16]]
     assert tolerance_of(with_casts()) == TOLERANCE[torch.bfloat16]
@@ -147,7 +147,7 @@ def test_what_a_mask_leaves_neither_hides_errors_nor_escapes(extreme):
     assert compare([[masked]], [[-values.masked_fill(torch.arange(8) > 1, -extreme)]]).cosine == pytest.approx(-1)
 
 
-def test_small_values_beside_large_ones_are_not_held_to_themselves():
+def test_small_values_beside_large_ones_get_their_tolerance():
     values = torch.tensor([1e-7, 1.0, 2.0])
     assert relative_error(values, values + torch.tensor([1e-6, 0, 0])) == pytest.approx(5e-7, rel=1e-3)
 
@@ -164,7 +164,7 @@ def doubled(name: str, target: object) -> Program:
     return program
 
 
-def test_the_first_difference_is_the_node_that_took_another_s_place():
+def test_first_difference_is_node_that_took_another_s_place():
     before, after = captured("feed_forward"), doubled("feed_forward", aten.gelu.default)
     node, error = first_difference(before, after, [normal(2, 5, 8)], 1e-5)
     assert node.name == "mul"

@@ -34,7 +34,7 @@ def test_rows_side_by_side_do_not_overlap() -> None:
     assert _overlap(whole[:, :2], whole[1])
 
 
-def test_an_output_that_became_nan_is_refused_although_no_node_differs() -> None:
+def test_nan_output_is_refused_although_no_node_differs() -> None:
     captured = capture_of("feed_forward")
     program, sample = captured.program, captured.example
     with torch.no_grad():

@@ -63,7 +63,7 @@ def test_a_last_bit_is_told_from_a_mistake() -> None:
         captures.optimize(case.model, case.inputs, passes=[*passes, Shake(0.02)])
 
 
-def test_what_a_model_makes_of_a_last_bit_is_told_from_a_mistake() -> None:
+def test_amplified_rounding_is_told_from_a_mistake() -> None:
     """A thousand times a norm's last bit is more than two float32 programs are allowed; a node's own rounding is not."""
     module = Calls(lambda x, weight: torch.sin(1000 * torch.nn.functional.layer_norm(x, (8,), weight)))
     inputs = normal(4, 8), normal(8, seed=1)
@@ -104,7 +104,7 @@ def test_a_sum_that_cancels_rounds_by_more_than_others(factor: float, differs: b
 
 @pytest.mark.skipif(torch.bfloat16 not in kernel_dtypes(), reason="no kernels in bfloat16 here")
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-weight"])
-def test_outliers_that_cancel_in_bfloat16_are_no_mistake_of_a_kernel(scheme: str) -> None:
+def test_cancelling_bfloat16_outliers_are_no_kernel_mistake(scheme: str) -> None:
     """The simulation rounds quantized values to bfloat16, where 300 has steps of 2; the kernel multiplies whole numbers."""
     x, model = normal(9, 64), torch.nn.Linear(64, 40, bias=False)
     x[:, 0], x[:, 1] = 300 + x[:, 0], 250 + x[:, 1]
@@ -143,7 +143,7 @@ def test_short_dtypes_are_allowed_their_own_rounding() -> None:
     assert max(local_tolerances(short).values()) == pytest.approx(LOCAL_TOLERANCE + 16e-3)
 
 
-def test_the_loss_of_rounding_is_that_to_the_program_without() -> None:
+def test_loss_of_rounding_is_that_to_program_without() -> None:
     case = tiny_bert()
     program = captures.optimize(case.model, case.inputs, passes="quantize").program
     weights = captures.optimize(case.model, case.inputs, passes="quantize{scheme=int8-weight}").program
@@ -155,7 +155,7 @@ def test_the_loss_of_rounding_is_that_to_the_program_without() -> None:
 
 
 @pytest.mark.parametrize("quantize", ["quantize", "quantize{activations=tensor}", "cast{dtype=bf16},quantize{scheme=fp8}"])
-def test_the_loss_of_rounding_by_operators_is_that_of_the_nodes_they_stand_for(quantize: str) -> None:
+def test_operators_rounding_loss_is_that_of_replaced_nodes(quantize: str) -> None:
     case = tiny_bert()
     passes = f"{quantize},fold-quantized-weights"
     before = captures.optimize(case.model, case.inputs, passes=passes).program
@@ -182,7 +182,7 @@ class Queries(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("dtype", "fill"), [(torch.bfloat16, -1e4), (torch.float32, -1e6)])
-def test_queries_that_see_padding_alone_are_told_from_a_mistake(dtype: torch.dtype, fill: float) -> None:
+def test_queries_that_see_padding_alone_are_told_from_mistake(dtype: torch.dtype, fill: float) -> None:
     """In bfloat16 -1e4 swallows their scores, and in a kernel that adds in float32 it does not; in float32 -1e6 does so."""
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[0, :3] = 0

@@ -158,7 +158,7 @@ def test_one_output_less_is_refused():
     assert refusal(after, before) == "the program had 5 outputs and has 4 now; a pass keeps the outputs"
 
 
-def test_a_node_that_keeps_its_name_and_value_but_not_its_arguments_is_typed_anew():
+def test_node_with_same_name_and_new_arguments_is_retyped():
     before = captured("feed_forward")
     after = before.copy()
     gelu = only(after, aten.gelu.default)

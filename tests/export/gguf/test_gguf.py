@@ -143,7 +143,7 @@ def test_values_that_float16_cannot_hold_are_refused():
 
 
 @pytest.mark.slow
-def test_the_command_writes_a_file_with_the_tokenizer_of_the_folder(tmp_path):
+def test_command_writes_file_with_tokenizer_of_folder(tmp_path):
     tokenizer = save_checkpoint(tmp_path / "model")
     file = tmp_path / "model.gguf"
     told = CliRunner().invoke(app, ["export", str(tmp_path / "model"), str(file), "--passes", "quantize{scheme=int4-weight}"])
@@ -209,7 +209,7 @@ def test_positions_that_llama_cpp_computes_otherwise_are_refused(config, sentenc
         describe(gguf.GGUFWriter(None, "gemma3"), config, Sizes((4,), (2,), (32,)))
 
 
-def test_heads_in_groups_of_several_sizes_need_a_graph_for_each_layer():
+def test_head_groups_of_several_sizes_need_per_layer_graphs():
     config = transformers.Qwen2Config(num_attention_heads=4, hidden_size=64, num_hidden_layers=2)
     with pytest.raises(UnsupportedError, match="has 1, 2 query heads for each key/value head"):
         fit({}, Sizes((4, 2), (2, 2), (32, 32)), FAMILIES["qwen2"], config)
@@ -225,7 +225,7 @@ def test_byte_level_vocabulary():
     assert [fields["token_type"][at] for at in (0, 10, 149)] == [types.CONTROL, types.NORMAL, types.UNUSED]
 
 
-def test_vocabulary_with_bytes_has_scores_in_the_order_of_merges():
+def test_vocabulary_with_bytes_has_scores_in_order_of_merges():
     tokenizer = byte_fallback()
     fields = {
         name.rpartition(".")[2]: value[0] for name, value in read_vocabulary(tokenizer, None, len(tokenizer)).fields.items()

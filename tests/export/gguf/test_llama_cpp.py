@@ -124,7 +124,7 @@ def test_llama_cpp_splits_texts_as_the_tokenizer_does(build, tmp_path):
         assert continued(server, text, 4) == (after, pytest.approx(losses, abs=1e-4))
 
 
-def test_gemma_is_written_with_the_blocks_and_the_vocabulary_of_its_file(tmp_path):
+def test_gemma_is_written_with_its_own_blocks_and_vocabulary(tmp_path):
     gemma = lissom.frontends.models.huggingface.load("gemma3-270m")
     found = lissom.optimize(gemma.model, gemma.example_inputs, passes="exact", checks="off")
     written = found.export_gguf(tmp_path / "model.gguf")

@@ -70,7 +70,7 @@ class Masked(nn.Module):
 
 
 @pytest.mark.parametrize("leading", [(2, 1), (2,), (), (2, 1, 1)])
-def test_the_sequence_of_a_mask_of_pairs_varies_with_that_of_the_tokens(leading):
+def test_pair_mask_sequence_varies_with_the_tokens(leading):
     model = Masked()
     ids = torch.randint(0, 32, (2, 7), generator=torch.Generator().manual_seed(0))
     whole = torch.ones(7, 7, dtype=torch.bool).tril()
@@ -134,7 +134,7 @@ class ActsOtherwiseWhenTraced(nn.Module):
         return x + 1 if type(x.shape[1]) is int else x - 1
 
 
-def test_a_size_at_which_program_and_model_disagree_is_not_promised():
+def test_size_where_program_and_model_disagree_is_not_promised():
     found = capture(ActsOtherwiseWhenTraced(), (normal(2, 3),))
     assert shape(found) == "(x: f32[batch, 3])"
     assert found.notes[1].startswith(
@@ -255,7 +255,7 @@ class Halving(nn.Module):
         return x[:, : 4 * (x.shape[1] // 4)] if not torch.jit.is_tracing() and x.shape[1] > 6 else x * 2
 
 
-def test_a_model_of_fixed_sizes_is_captured_after_attempts_that_fail():
+def test_fixed_size_model_is_captured_after_failed_attempts():
     """PyTorch has no rule for the sizes of this operator, so that only an export with fixed sizes succeeds."""
 
     class FakeQuantized(nn.Module):
@@ -270,7 +270,7 @@ def test_a_model_of_fixed_sizes_is_captured_after_attempts_that_fail():
     torch.testing.assert_close(found.program(x), FakeQuantized()(x), rtol=0.0, atol=0.0)
 
 
-def test_a_size_at_which_the_model_gives_something_else_is_not_promised():
+def test_size_where_model_output_changes_is_not_promised():
     """A choice by size is kept as a condition, or the size is fixed; either way no call gets a wrong answer."""
     program = capture(Halving(), (normal(2, 5, 3),)).program
     for length in (5, 6, 10):
@@ -301,7 +301,7 @@ def test_blocks_that_change_nothing_are_part_of_the_graph():
     torch.testing.assert_close(program(x), Blocks()(x), rtol=0, atol=0)
 
 
-def test_a_branch_on_values_is_refused_in_one_sentence_with_its_line(capfd):
+def test_value_branch_is_refused_in_one_sentence_with_line(capfd):
     case = branching()
     found = refusal(lambda: capture(case.model, case.args))
     assert capfd.readouterr() == ("", "")
@@ -318,7 +318,7 @@ class CondInside(nn.Module):
         return torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x - 1, (x,))
 
 
-def test_control_flow_in_the_graph_is_refused_with_its_line():
+def test_control_flow_in_graph_is_refused_with_its_line():
     found = refusal(lambda: capture(CondInside(), (normal(2, 3),)))
     assert found.startswith("the model holds control flow (cond) at test_dynamic.py:")
     assert found.endswith("; a program is one straight graph: take the branch out of the model")
@@ -367,7 +367,7 @@ def test_an_example_that_does_not_fit_forward_is_refused():
     assert found.endswith(": missing a required argument: 'x'; a tuple is positional, a mapping is keywords")
 
 
-def test_an_example_the_model_cannot_run_is_refused_with_the_line():
+def test_example_model_cannot_run_is_refused_with_line():
     found = refusal(lambda: capture(feed_forward().model, (normal(2, 5, 9),)))
     assert found.startswith("FeedForward itself fails on the example inputs, before it is captured: models.py:")
     assert "(`return x + self.dropout(self.down(nn.functional.gelu(self.up(self.norm(x)))))`): RuntimeError: " in found

@@ -31,7 +31,7 @@ def test_the_program_routes_other_tokens_as_the_model_does() -> None:
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
-def test_outside_of_an_export_the_code_of_the_model_runs() -> None:
+def test_outside_of_export_code_of_model_runs() -> None:
     model = dbrx()
     with experts_for_all_tokens(model), torch.no_grad():
         seen = [module for module in model.modules() if "forward" in vars(module)]

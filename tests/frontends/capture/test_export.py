@@ -57,7 +57,7 @@ def test_a_capture_that_fails_restores_the_modes_too():
     assert case.model.dropout.training
 
 
-def test_a_model_in_training_mode_is_captured_in_evaluation_mode():
+def test_model_in_training_mode_is_captured_in_evaluation_mode():
     case = feed_forward()
     program = capture(case.model.train(), case.args).program
     assert program.text() == captured("feed_forward").text()
@@ -123,7 +123,7 @@ def test_operators_in_place_become_functional():
     assert torch.equal(x, kept)
 
 
-def test_each_node_knows_the_module_and_the_line_it_came_from():
+def test_each_node_knows_module_and_line_it_came_from():
     program = captured("bert")
     text = program.text()
     assert "# encoder.layer.1.attention.self.query" in text

@@ -16,7 +16,7 @@ from tests.support.models import captured, feed_forward, normal, tokens
 aten = torch.ops.aten
 
 
-def test_every_node_is_typed_and_every_call_has_an_origin(case):
+def test_every_node_is_typed_and_every_call_has_origin(case):
     program = capture(case.model, case.args, case.kwargs, dynamic=False).program
     assert all(nodes.has_value(node) for node in program if node.op != "output")
     assert all(nodes.origin(node).source for node in program.nodes(aten.linear.default))
@@ -57,7 +57,7 @@ def test_a_tensor_made_in_forward_becomes_a_weight():
     assert program.weight(name).tolist() == [1.0, 2.0, 3.0]
 
 
-def test_a_buffer_that_is_not_saved_is_a_weight_too():
+def test_buffer_that_is_not_saved_is_weight_too():
     assert "model.rotary_emb.inv_freq" in captured("llama").weights()
 
 
@@ -99,7 +99,7 @@ class Outputs(nn.Module):
         return x, self.weight, scale, None, y, y
 
 
-def test_outputs_may_be_inputs_weights_numbers_nothing_and_the_same_twice():
+def test_outputs_may_be_inputs_weights_numbers_none_or_repeated():
     model = Outputs()
     program = capture(model, (normal(2, 3), 2.0)).program
     x = normal(4, 3)

@@ -102,7 +102,7 @@ def test_a_cache_that_is_asked_for_is_refused() -> None:
         capture(llama(), (), {"input_ids": ids, "cache": transformers.DynamicCache()})
 
 
-def test_a_cache_is_left_out_after_transformers_made_it_known_to_pytree() -> None:
+def test_cache_is_left_out_after_transformers_registers_it() -> None:
     """Its exporters register the class once; caches are then no leaves by themselves."""
     from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 

@@ -67,7 +67,7 @@ def test_an_additive_mask() -> None:
         )
 
 
-def test_an_encoder_that_does_not_check_its_mask_is_refused() -> None:
+def test_encoder_that_does_not_check_its_mask_is_refused() -> None:
     """It leaves tokens out at other places than where the mask has padding, as its documentation says."""
     model = seeded(lambda: Encoder(mask_check=False)).eval()
     with pytest.raises(CaptureError, match="on inputs with other values or masks than those of the example"):

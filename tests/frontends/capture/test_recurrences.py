@@ -71,7 +71,7 @@ def test_other_threads_call_the_model_s_own_functions_meanwhile() -> None:
     assert torch.equal(found[0], wanted)
 
 
-def test_a_program_for_another_device_keeps_the_model_s_functions() -> None:
+def test_program_for_another_device_keeps_model_s_functions() -> None:
     own = modeling.torch_chunk_gated_delta_rule
     with recurrences_as_operators(decoder("qwen3_next"), torch.device("cuda")):
         assert modeling.torch_chunk_gated_delta_rule is own
@@ -97,7 +97,7 @@ def test_a_function_that_computes_something_else_is_found_out(monkeypatch) -> No
         capture(model, (), {"input_ids": torch.ones(1, 5, dtype=torch.int64)})
 
 
-def test_an_operator_that_rounds_less_than_the_function_is_kept() -> None:
+def test_operator_that_rounds_less_than_function_is_kept() -> None:
     """The function subtracts sums of decays over all tokens, here 5,000, from each other; 6e-8 of it are 3e-4."""
     scan = transformers.models.mamba2.modeling_mamba2.mamba2_chunk_scan
     model = decoder("mamba2")

@@ -85,7 +85,7 @@ def test_weights_keep_their_names_and_are_shared():
     assert program.weight("second.up.weight").data_ptr() == model.second.up.weight.data_ptr()
 
 
-def test_a_traced_graph_in_training_mode_is_captured_in_evaluation_mode_and_left_in_training_mode():
+def test_traced_training_graph_is_captured_in_evaluation_mode():
     traced = fx.symbolic_trace(feed_forward().model).train()
     program = capture(traced, (normal(2, 5, 8),)).program
     assert program.text() == capture(feed_forward().model, (normal(2, 5, 8),)).program.text()
@@ -110,12 +110,12 @@ def test_an_argument_that_is_left_out_keeps_its_default():
     assert program.signature.describe() == "(*, x: f32[batch, sequence, 8])"
 
 
-def test_an_argument_behind_one_that_is_left_out_is_not_taken_for_it():
+def test_argument_after_an_omitted_one_is_not_confused():
     program = capture(fx.symbolic_trace(mixed()), (), {"gain": 3.0, "x": normal(2, 5, 8)}).program
     assert program.signature.describe() == "(*, x: f32[batch, sequence, 8], shift=None, gain=3.0)"
 
 
-def test_a_graph_that_cannot_be_captured_says_what_line_made_the_node():
+def test_uncapturable_graph_names_the_line_of_its_node():
     class Fixed(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.reshape(3, 7)

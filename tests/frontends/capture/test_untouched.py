@@ -54,7 +54,7 @@ def is_same(left: Mapping[str, object], right: Mapping[str, object]) -> bool:
 
 
 @pytest.mark.parametrize("tokens", [pytest.param(9, marks=pytest.mark.slow), 40])
-def test_frequencies_that_depend_on_the_length_are_captured_and_not_left_in_the_model(tokens: int) -> None:
+def test_length_dependent_frequencies_are_captured_and_restored(tokens: int) -> None:
     model, before = longrope(), copy.deepcopy(longrope())
     held = attributes(model)
     program = capture(model, (), inputs(tokens)).program
@@ -154,7 +154,7 @@ class Writes(nn.Module):
         return x * self.weight
 
 
-def test_a_tensor_that_is_written_in_place_and_cannot_be_put_back_is_named() -> None:
+def test_irreversible_in_place_write_names_its_tensor() -> None:
     model = Writes()
     with (
         pytest.raises(CaptureError, match=r"Writes writes to 'seen' in place.*register what it keeps as a buffer"),
@@ -188,7 +188,7 @@ def test_training_a_program_leaves_the_model(build: Callable[[], object]) -> Non
     assert all(weight.grad is None for weight in model.parameters())
 
 
-def test_a_program_reads_the_model_s_memory_and_cannot_be_trained_itself() -> None:
+def test_program_shares_model_memory_and_cannot_be_trained() -> None:
     model = nn.Linear(4, 2)
     program = capture(model, (normal(3, 4),)).program
     assert program.weight("weight").data_ptr() == model.weight.data_ptr()
@@ -199,7 +199,7 @@ def test_a_program_reads_the_model_s_memory_and_cannot_be_trained_itself() -> No
     assert list(dict(own.graph_module.named_parameters())) == ["weight", "bias"]
 
 
-def test_an_alias_is_a_parameter_where_the_weight_is_trained() -> None:
+def test_alias_is_parameter_where_weight_is_trained() -> None:
     weight = nn.Parameter(torch.ones(3))
     assert isinstance(alias(weight), nn.Parameter) and not alias(weight).requires_grad
     assert not isinstance(alias(weight.requires_grad_(False)), nn.Parameter)
@@ -306,7 +306,7 @@ class Counts(nn.Module):
         return x * self.calls
 
 
-def test_state_that_is_no_buffer_is_refused_with_the_cause() -> None:
+def test_state_that_is_no_buffer_is_refused_with_cause() -> None:
     with pytest.raises(CaptureError, match=r"keeps state (that is not a buffer|outside its buffers)"):
         capture(Counts(), (normal(2, 5, 8),))
 

@@ -50,7 +50,7 @@ def test_every_weight_has_the_values_of_its_blocks(file: Path) -> None:
     )
 
 
-def test_a_program_remembers_the_blocks_and_a_copy_of_the_model_does_not(file: Path) -> None:
+def test_program_remembers_blocks_and_copy_of_model_does_not(file: Path) -> None:
     model = read(file)
     assert describe_blocks(model) == ()
     keep_blocks(model, file)

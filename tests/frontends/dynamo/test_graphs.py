@@ -45,7 +45,7 @@ def test_sizes_dynamo_has_one_symbol_for_are_one_dimension() -> None:
 
 
 @torch.no_grad()
-def test_a_size_dynamo_finds_to_be_one_number_is_fixed() -> None:
+def test_size_dynamo_finds_to_be_one_number_is_fixed() -> None:
     def checked(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (x * 2,) if x.shape[1] == 4 else (x * 3,)
 
@@ -56,7 +56,7 @@ def test_a_size_dynamo_finds_to_be_one_number_is_fixed() -> None:
 
 
 @torch.no_grad()
-def test_a_size_that_may_hardly_be_another_is_fixed_and_others_vary() -> None:
+def test_size_that_can_hardly_vary_is_fixed() -> None:
     def strided(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (x[:, ::4] + torch.arange(4.0),)
 

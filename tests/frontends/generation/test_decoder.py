@@ -51,7 +51,7 @@ def test_state_is_written_by_places_at_the_end() -> None:
     assert [leaf.path for leaf in program.signature.tensors] == list(INPUTS)
 
 
-def test_a_prompt_in_parts_gives_what_it_gives_at_once() -> None:
+def test_prompt_in_parts_gives_what_it_gives_at_once() -> None:
     model = decoder("mistral")
     program = capture_decoder(model, max_length=MAX_LENGTH, all_logits=True).program
     ids = torch.randint(0, 99, (1, 30), generator=torch.Generator().manual_seed(1))

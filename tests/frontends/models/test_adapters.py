@@ -26,7 +26,7 @@ def adapted(kind: str):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", ["peft", "transformers"])
-def test_lora_is_merged_and_the_model_stays_as_it_was(kind: str) -> None:
+def test_lora_is_merged_and_model_stays_as_it_was(kind: str) -> None:
     model, ids = adapted(kind), tokens(2, 6)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with torch.no_grad():
@@ -44,7 +44,7 @@ def test_a_model_without_adapters_is_itself() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_an_adapter_that_is_no_change_of_weights_is_refused() -> None:
+def test_adapter_that_is_no_change_of_weights_is_refused() -> None:
     model = peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     with pytest.raises(UnsupportedError, match="has an adapter of the kind PROMPT_TUNING, which is no change of weights"):
         lissom.compile(model, {"input_ids": tokens(2, 6)})

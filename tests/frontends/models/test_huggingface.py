@@ -64,7 +64,7 @@ def test_a_directory_is_loaded(directory):
     assert hidden.shape[-1] == 16
 
 
-def test_a_name_that_is_no_directory_is_refused_with_the_nearest():
+def test_name_that_is_no_directory_is_refused_with_nearest():
     with pytest.raises(ArtifactError) as caught:
         load("minlm")
     assert str(caught.value) == f"'minlm' is {NEITHER}; did you mean 'minilm'?"
@@ -228,7 +228,7 @@ class Evil(PreTrainedTokenizerFast):
         {"architectures": ["BertModel"]},
     ],
 )  # fmt: skip
-def test_code_of_a_checkpoint_does_not_run_and_no_question_is_asked(copied, fields, monkeypatch):
+def test_checkpoint_code_does_not_run_and_nothing_is_asked(copied, fields, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
     config = json.loads((copied / "config.json").read_text()) | fields
     config |= {"auto_map": {"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil"}}

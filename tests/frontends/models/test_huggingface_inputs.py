@@ -119,7 +119,7 @@ def test_the_decoder_starts_with_its_own_token(tmp_path):
     assert torch.equal(inputs["decoder_input_ids"][:, 1:], inputs["input_ids"][:, :-1])
 
 
-def test_without_a_tokenizer_the_configuration_is_asked_and_that_is_said(tmp_path):
+def test_without_tokenizer_configuration_is_asked_and_that_is_said(tmp_path):
     assert load(saved(distilbert, tmp_path)).notes == (
         "example inputs: 2 x 12 random token ids from the configuration, because there is no tokenizer beside the model",
     )
@@ -133,7 +133,7 @@ def tokenizer(tmp_path):
     return tmp_path
 
 
-def test_ids_of_a_tokenizer_that_do_not_fit_are_not_used(tokenizer):
+def test_tokenizer_ids_that_do_not_fit_are_not_used(tokenizer):
     found = load(saved(distilbert, tokenizer))
     assert found.notes[0].endswith("random token ids from the configuration, because the tokenizer's ids do not fit the model")
 

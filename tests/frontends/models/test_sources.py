@@ -45,7 +45,7 @@ def test_a_name_that_means_nothing_is_refused(name):
     assert refusal(name).startswith(f"'{name}' is neither a directory nor a packaged model (minilm, gemma3-270m)")
 
 
-def test_libraries_of_models_are_imported_when_a_model_of_theirs_is_named():
+def test_model_libraries_are_imported_when_their_model_is_named():
     code = f"import sys, lissom, lissom.cli.main; print([name for name in {LAZY} if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "[]\n"

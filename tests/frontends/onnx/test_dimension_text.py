@@ -63,10 +63,10 @@ def test_a_formula_as_exporters_write_it_is_computed(text, size):
         "(" * 99 + "1" + ")" * 100,
     ],
 )
-def test_what_is_no_formula_or_no_size_is_a_name(text):
+def test_what_is_no_formula_or_no_size_is_name(text):
     with pytest.raises(NoFormulaError):
         size_of(text, SIZES)
 
 
-def test_the_names_of_a_formula_come_in_order_without_its_functions():
+def test_names_of_formula_come_in_order_without_its_functions():
     assert names_in("Max(past, new) * batch + past") == ["past", "new", "batch"]

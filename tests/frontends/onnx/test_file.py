@@ -92,7 +92,7 @@ def test_external_data_outside_of_the_folder_is_refused(tmp_path, monkeypatch, l
     )
 
 
-def test_external_data_of_a_function_is_held_to_the_same_rules(tmp_path):
+def test_external_data_of_function_is_held_to_same_rules(tmp_path):
     tensor = onnx.numpy_helper.from_array(np.ones(4, np.float32), "w")
     constant = node("Constant", [], ["c"], value=tensor)
     body = onnx.helper.make_function("own", "F", ["a"], ["b"], [constant, node("Add", ["a", "c"], ["b"])], [_opset()])
@@ -132,7 +132,7 @@ def test_external_data_beyond_its_file_is_refused(tmp_path, entries, said):
 
 
 @pytest.mark.parametrize("dims", [[10**12], [2**40, 2**40], [3], [-4]])
-def test_a_weight_of_more_or_fewer_elements_than_it_holds_is_refused(tmp_path, dims):
+def test_weight_with_wrong_element_count_is_refused(tmp_path, dims):
     path = graph(tmp_path / "m.onnx", ADD, INPUT, w=np.ones(4, np.float32))
     changed(path, lambda model: model.graph.initializer[0].dims.__setitem__(slice(None), dims))
     assert refusal(path).startswith(f"{path} holds 'w'")
@@ -171,7 +171,7 @@ OUT_OF_RANGE = {
 
 
 @pytest.mark.parametrize("name", OUT_OF_RANGE)
-def test_an_axis_out_of_range_is_refused_with_its_node(tmp_path, name):
+def test_axis_out_of_range_is_refused_with_its_node(tmp_path, name):
     path = graph(tmp_path / "m.onnx", [OUT_OF_RANGE[name]], INPUT, w=np.ones(4, np.float32), **INTEGERS)
     with pytest.raises(LissomError) as caught:
         capture(lissom.from_onnx(path), (), {"x": normal(2, 4)})
@@ -189,12 +189,12 @@ def test_an_axis_out_of_range_is_refused_with_its_node(tmp_path, name):
         (node("CumSum", ["x", "axis"], ["y"], exclusive=2, name="wrong"), "exclusive of 2, and the standard has 0, 1"),
     ],
 )
-def test_a_flag_that_is_none_is_refused_with_its_node(tmp_path, operator, said):
+def test_flag_that_is_none_is_refused_with_its_node(tmp_path, operator, said):
     path = graph(tmp_path / "m.onnx", [operator], INPUT, w=np.ones((4, 4), np.float32), axis=np.array(1))
     assert f"{operator.op_type} 'wrong' has the attribute {said}" in refusal(path)
 
 
-def test_every_operator_of_ours_refuses_an_axis_that_is_not_there():
+def test_every_own_operator_refuses_a_missing_axis():
     from lissom.frontends.onnx import operators
 
     x, ids, w = normal(2, 4), torch.tensor([0, 1]), torch.ones(4)
@@ -314,7 +314,7 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path, keep):
 
 
 @pytest.mark.parametrize("text", ["5", "[" * 5000, "['a'", "", "[1, 2]", " " * 200_000])
-def test_scopes_and_traces_that_no_exporter_wrote_are_left_out(tmp_path, text):
+def test_scopes_and_traces_not_from_exporters_are_dropped(tmp_path, text):
     path = graph(tmp_path / "m.onnx", [node("Relu", ["x"], ["y"], name="/layer/act")], INPUT)
 
     def note(model) -> None:
@@ -355,7 +355,7 @@ def test_what_onnx2fx_cannot_convert_is_refused_in_one_line(tmp_path):
     assert os.linesep not in refusal(path, (UnsupportedError, ArtifactError))
 
 
-def test_a_name_with_a_line_end_is_quoted_on_one_line(tmp_path):
+def test_name_with_line_end_is_quoted_on_one_line(tmp_path):
     path = external(tmp_path / "model")
 
     def change(model):

@@ -137,7 +137,7 @@ def test_weights_and_modules_keep_the_names_of_the_model(files, exporter, prefix
     assert f"{prefix}classifier" in paths
 
 
-def test_nodes_name_their_line_in_the_model_s_code_or_in_the_file(files):
+def test_nodes_name_their_line_in_code_or_file(files):
     _, model = files("vit", "dynamo, opset 18")
     program = capture(model.module, (), model.example_inputs()).program
     assert all(nodes.origin(node).source.endswith(".py") is False for node in program.nodes())
@@ -197,7 +197,7 @@ def test_a_size_beyond_the_sequence_is_freed_by_name(tmp_path):
     )
 
 
-def test_example_inputs_follow_the_names_and_sizes_of_the_file(files):
+def test_example_inputs_follow_names_and_sizes_of_file(files):
     _, model = files("llama", "torchscript, opset 17")
     found = model.example_inputs()
     assert {name: tensor.shape for name, tensor in found.items()} == {"input_ids": (2, 8), "attention_mask": (2, 8)}
@@ -243,7 +243,7 @@ def test_a_file_that_is_no_onnx_is_refused(tmp_path, content):
     assert refusal(path, ArtifactError).startswith(f"{path} is not an ONNX file: ")
 
 
-def test_an_operator_without_a_conversion_is_named_with_its_node(tmp_path):
+def test_operator_without_conversion_is_named_with_its_node(tmp_path):
     path = graph(
         tmp_path / "strange.onnx",
         [

@@ -109,7 +109,7 @@ def sparse():
 
 
 @pytest.mark.parametrize(("heat", "label"), [("error", "Error"), ("mass", "Attention mass lost")])
-def test_a_measured_heat_is_on_the_page_and_in_the_details(sparse, heat, label, tmp_path):
+def test_measured_heat_is_on_page_and_in_details(sparse, heat, label, tmp_path):
     found, errors = sparse
     found.report.to_html(tmp_path / "report.html", heat=heat)
     values = errors.nodes if heat == "error" else {name: 1 - mass for name, mass in errors.kept_mass.items()}
@@ -181,7 +181,7 @@ def test_the_page_decodes_every_program(report, tmp_path):
     assert json.loads(html.unescape(texts)) == report.history.texts
 
 
-def test_a_link_opens_what_a_pass_removed_in_a_layer(report, tmp_path):
+def test_link_opens_what_pass_removed_in_layer(report, tmp_path):
     written(report, tmp_path)
     # The heads that `prune-heads` zeroed are removed by the step after it.
     step = next(step.index for step in report.history.steps if step.spelling.startswith("prune-heads")) + 1
@@ -191,7 +191,7 @@ def test_a_link_opens_what_a_pass_removed_in_a_layer(report, tmp_path):
     assert found.count('class="row') <= 200
 
 
-def test_the_overview_names_the_largest_saving_and_the_costliest_layer(report, tmp_path):
+def test_overview_names_largest_saving_and_costliest_layer(report, tmp_path):
     written(report, tmp_path)
     found = opened(tmp_path / "report.html")
     assert "most by fold-quantized-weights" in found and re.search(r"Costliest part.{1,80}encoder\.layer\.\d", found)
@@ -205,7 +205,7 @@ def test_keys_move_through_the_passes(report, tmp_path):
     assert re.search(r'aria-current="step".{0,200}eliminate-dead-code', found)
 
 
-def test_the_page_of_a_sharded_model_has_the_share_of_sharded_parameters(tmp_path):
+def test_page_of_sharded_model_has_share_of_sharded_parameters(tmp_path):
     case = tiny_llama()
     found = lissom.optimize(case.model, case.inputs, passes="shard{world_size=2}", checks="structural")
     written(found.report, tmp_path)

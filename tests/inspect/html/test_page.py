@@ -44,7 +44,7 @@ def test_the_page_has_the_cost_of_every_node(pruned, tmp_path):
     assert {name: figure for name, figure in found.items() if name.startswith("%")} == figures
 
 
-def test_the_costs_of_a_step_are_those_of_its_program(minilm):
+def test_costs_of_step_are_those_of_its_program(minilm):
     found = lissom.optimize(minilm.model, minilm.example_inputs, passes="low-rank{budget=0.5}", checks="structural")
     last = found.report.history.facts_of(len(found.report.history.steps) - 1)
     costs = {f"%{node.name}": item for node, item in cost(found.program, example_sizes(found.program)).items()}

@@ -223,7 +223,7 @@ def test_only_results_lead_to_the_output():
     assert any("without 1 node that computes sizes" in word for word in texts(picture))
 
 
-def test_places_in_a_wide_picture_are_not_rounded_to_pixels():
+def test_places_in_wide_picture_are_not_rounded_to_pixels():
     canvas = Canvas()
     canvas.rect(12345.6, 0, 10, 10, "node")
     assert boxes(canvas.svg(20000, 10, "wide"), "node") == [("", (12345.6, 0, 12355.6, 10))]

@@ -261,7 +261,7 @@ def test_sparse_encoders(strategy, activation, tmp_path):
 
 
 @pytest.mark.slow
-def test_texts_as_data_and_a_metric_of_the_whole_model():
+def test_texts_as_data_and_metric_of_whole_model():
     model = sentence_transformer()
     wanted = model.encode(TEXTS)
     seen: list[type] = []

@@ -253,7 +253,7 @@ def cached(folder: Path, cache: Path) -> Path:
     return repo
 
 
-def test_a_link_in_the_cache_of_the_hub_fills_no_disk(folder, tmp_path):
+def test_link_in_cache_of_hub_fills_no_disk(folder, tmp_path):
     repo = cached(folder, tmp_path)
     weights = repo / "snapshots" / ("a" * 40) / "weights.safetensors"
     weights.unlink()

@@ -54,7 +54,7 @@ def test_numbers() -> None:
         torch.testing.assert_close(program(x).double(), wanted, rtol=0, atol=1e-6)
 
 
-def test_a_weight_nothing_reads_leaves_the_program_and_stays_in_the_model() -> None:
+def test_weight_nothing_reads_leaves_program_and_stays_in_model() -> None:
     module = seeded(Unread)
     program, _ = rewrite(EliminateDeadCode(), module, normal(2, 5, 4))
     assert set(program.weights()) == {"read.weight", "read.bias"}

@@ -136,7 +136,7 @@ def test_composes(backend: Backend) -> None:
 
 
 @every_backend
-def test_a_lossy_pass_changes_both_products_of_a_shared_matrix(backend: Backend) -> None:
+def test_lossy_pass_changes_both_products_of_shared_matrix(backend: Backend) -> None:
     case = tiny_deberta()
     sparse = copy.deepcopy(case.model)
     changed = captures.optimize(case.model, case.inputs, passes="sparsify{keep=0.5}").program.weights()

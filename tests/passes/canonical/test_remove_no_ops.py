@@ -102,13 +102,13 @@ def test_a_weight_is_not_handed_out() -> None:
     assert torch.equal(program.weight("table"), torch.ones(3))
 
 
-def test_a_copy_of_state_keeps_what_it_was_before_the_write() -> None:
+def test_copy_of_state_keeps_what_it_was_before_write() -> None:
     program, _ = rewrite(RemoveNoOps(), Cache(), normal(2, 5, 8))
     assert calls(program, aten.clone.default) == 1
     assert torch.equal(program(normal(2, 5, 8)), torch.zeros(1, 8))
 
 
-def test_an_assignment_becomes_what_is_assigned_in_the_sizes_and_dtype_of_its_place() -> None:
+def test_assignment_becomes_its_value_with_target_size_and_dtype() -> None:
     """`copy`, which export makes of it, has no gradient: nothing behind it could be trained."""
 
     def function(x: torch.Tensor) -> torch.Tensor:

@@ -119,7 +119,7 @@ def test_what_is_left_alone_is_reported() -> None:
     assert [skip.reason for skip in history.steps[1].skipped] == ["'bij->bji' is no product of two operands"]
 
 
-def test_two_sizes_that_vary_in_one_operand_are_left_alone() -> None:
+def test_two_varying_sizes_in_one_operand_are_left_alone() -> None:
     """`[i·j, b·d]` would need two sizes of -1."""
     function = lambda a, x: torch.einsum("ijh,ijbd->hbd", a, torch.cat([x, x], 2))  # noqa: E731
     x, y = normal(3, 4, 2), normal(3, 4, 5, 6)
@@ -128,7 +128,7 @@ def test_two_sizes_that_vary_in_one_operand_are_left_alone() -> None:
     assert calls(program, aten.einsum.default) == 1 and "folds two sizes that vary" in history.steps[-1].skipped[0].reason
 
 
-def test_a_size_that_varies_and_is_one_in_the_example() -> None:
+def test_size_that_varies_and_is_one_in_example() -> None:
     """Chunks of tokens, as in Mamba-2: PyTorch types the product of one chunk as a product of one in all calls."""
     text = (
         "program Chunked(x: f32[batch, chunks, 8, 4]) {\n"

@@ -64,7 +64,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_heads_are_cut_and_joined_inside_and_the_answer_is_the_same(name: str) -> None:
+def test_heads_are_split_and_joined_inside_with_equal_output(name: str) -> None:
     width, function = FUSED[name]
     x = normal(2, 6, width)
     program, _ = rewrite(PASSES, Calls(function), x)
@@ -75,7 +75,7 @@ def test_heads_are_cut_and_joined_inside_and_the_answer_is_the_same(name: str) -
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_what_is_no_merged_projection_is_left_with_the_reason(name: str) -> None:
+def test_what_is_no_merged_projection_is_left_with_reason(name: str) -> None:
     width, function, reason = LEFT[name]
     program, history = rewrite(PASSES, Calls(function), normal(2, 6, width))
     assert calls(program, merged_attention) == (reason is None)

@@ -36,7 +36,7 @@ def test_what_has_no_kernel_is_left_with_the_reason() -> None:
     assert history.steps[1].skipped[0].reason == "its operand is not [batch, heads, tokens, head_dim]"
 
 
-def test_a_llama_runs_few_operators_and_copies_no_key_head() -> None:
+def test_llama_runs_few_operators_and_copies_no_key_head() -> None:
     case = tiny_llama()
     program = captures.compile(case.model, case.inputs).program
     layers, config = case.model.config.num_hidden_layers, case.model.config

@@ -74,7 +74,7 @@ def attend_differently(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_nothing_is_looked_up_and_the_answer_is_the_same(name: str) -> None:
+def test_nothing_is_looked_up_and_answer_is_same(name: str) -> None:
     x = normal(1, 7, 48)
     program, _ = rewrite(PASSES, Calls(FUSED[name]), x, dynamic=False)
     assert calls(program, unpadded_attention) == 1

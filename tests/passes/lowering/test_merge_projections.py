@@ -50,7 +50,7 @@ def test_numbers(bias: bool) -> None:
         torch.testing.assert_close(right.double(), left, rtol=0, atol=2e-6)
 
 
-def test_merged_weights_are_the_old_ones_end_to_end_and_the_old_ones_go() -> None:
+def test_merged_weights_are_concatenated_and_old_ones_go() -> None:
     module = seeded(Projections)
     program, _ = rewrite(MergeProjections(always=True), module, normal(2, 5, 8))
     assert torch.equal(program.weight("merged.weight"), torch.cat([module.q.weight, module.k.weight, module.v.weight]))
@@ -74,7 +74,7 @@ def test_leaves_other_graphs_alone() -> None:
     assert program.text() == history.texts[0]
 
 
-def test_measures_by_default_and_says_so_where_it_stays_apart() -> None:
+def test_measures_by_default_and_says_why_it_stays_apart() -> None:
     module = seeded(lambda: Projections(width=64))
     program, history = rewrite(MergeProjections(), module, normal(2, 5, 64))
     skipped = history.steps[1].skipped
@@ -101,7 +101,7 @@ def test_composes(backend: Backend) -> None:
     torch.testing.assert_close(fast(x), module(x), rtol=1e-5, atol=1e-6)
 
 
-def test_a_layer_whose_memory_is_read_by_strides_stays_apart() -> None:
+def test_layer_whose_memory_is_read_by_strides_stays_apart() -> None:
     class Windows(nn.Module):
         """Keys in windows that overlap, as Longformer reads them: the strides are those of a result of its own."""
 

@@ -51,7 +51,7 @@ def test_numbers() -> None:
     torch.testing.assert_close(program(x).double(), wanted, rtol=0, atol=3e-6)
 
 
-def test_a_packed_weight_takes_the_place_of_the_plain_one() -> None:
+def test_packed_weight_takes_place_of_plain_one() -> None:
     module = seeded(Two)
     program, _ = rewrite(PackLinear(), module, normal(2, 5, 8))
     assert set(program.weights()) == {"up.weight_packed", "up.bias", "down.weight_packed"}
@@ -59,7 +59,7 @@ def test_a_packed_weight_takes_the_place_of_the_plain_one() -> None:
     assert program.weight("up.bias").data_ptr() == module.up.bias.data_ptr()
 
 
-def test_a_layer_used_twice_is_packed_once_and_a_table_that_is_a_head_is_looked_up_packed() -> None:
+def test_layer_used_twice_is_packed_once_with_its_table() -> None:
     module = seeded(Tied)
     program, _ = rewrite(PackLinear(), module, torch.tensor([[1, 2, 3]]))
     assert calls(program, packed_linear) == 3
@@ -70,7 +70,7 @@ def test_a_layer_used_twice_is_packed_once_and_a_table_that_is_a_head_is_looked_
     torch.testing.assert_close(program(ids), module(ids), rtol=0, atol=2e-6)
 
 
-def test_a_row_that_is_not_there_is_named_as_before() -> None:
+def test_row_that_is_not_there_is_named_as_before() -> None:
     compiled = captures.compile(seeded(Tied), torch.tensor([[1, 2, 3]]))
     rows = seeded(Tied).table.num_embeddings
     with pytest.raises(InputError, match=f"rows 0 to {rows - 1}"):

@@ -107,7 +107,7 @@ def test_numbers(options: str) -> None:
     close(program(x), before(x), 2e-3)
 
 
-def test_a_packed_weight_takes_the_place_of_the_stored_one() -> None:
+def test_packed_weight_takes_place_of_stored_one() -> None:
     program, _ = packed(seeded(Two), normal(2, 5, 6))
     folded, _ = rewrite("quantize,fold-quantized-weights", seeded(Two), normal(2, 5, 6))
     kept = [f"{name}.weight_int8_packed{leaf}" for name in ("down", "up") for leaf in ("", "_scale", "_sums")]
@@ -125,7 +125,7 @@ def test_weights_kept_the_other_way_round_are_turned() -> None:
     close(program(normal(9, 6)), before(normal(9, 6)), 2e-3)
 
 
-def test_a_table_that_is_an_lm_head_too_is_held_once_and_looked_up_packed() -> None:
+def test_tied_table_is_held_once_and_looked_up_packed() -> None:
     module = seeded(Tied)
     tokens = torch.tensor([[1, 2, 34], [31, 32, 33]])
     before = rounded(module, tokens, options=",embeddings=true")

@@ -62,7 +62,7 @@ def test_leaves_other_graphs_alone(what: str, reason: str | None) -> None:
     assert [skip.reason for skip in history.steps[1].skipped] == ([reason] if reason else [])
 
 
-def test_a_token_costs_its_own_rows_and_not_the_cache() -> None:
+def test_token_costs_its_own_rows_and_not_cache() -> None:
     program = lissom.compile_generation(decoder("llama"), max_length=64).program
     writes = program.nodes(aten.index_copy_.default)
     assert len(writes) == len(program.state) == 4

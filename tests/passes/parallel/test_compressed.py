@@ -56,7 +56,7 @@ def test_ranks_hold_their_share_of_stored_integers(name: str) -> None:
         assert whole / 2 <= held <= 2 / 3 * whole
 
 
-def test_a_range_found_in_parts_leaves_out_what_is_filled_up() -> None:
+def test_range_found_in_parts_ignores_padding_values() -> None:
     class Turned(FeedForward):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.down(torch.cos(self.up(self.norm(x))))
@@ -85,7 +85,7 @@ def test_inputs_are_quantized_in_parts(scheme: str) -> None:
             assert max(map(relative_error, wanted, found)) <= tolerance_of(quantized)
 
 
-def test_inputs_whose_groups_do_not_fit_the_ranks_are_gathered() -> None:
+def test_inputs_whose_groups_do_not_fit_ranks_are_gathered() -> None:
     program, _ = rewrite(
         "quantize{scheme=int8-group},shard{world_size=4},partition", seeded(lambda: FeedForward(32, 64)), normal(2, 5, 32)
     )

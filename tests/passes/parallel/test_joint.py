@@ -116,7 +116,7 @@ def test_short_rows_are_gathered() -> None:
     assert collectives(program) == (0, 1)
 
 
-def test_bytes_a_token_fall_from_the_vocabulary_to_a_few_numbers() -> None:
+def test_bytes_per_token_fall_from_vocabulary_to_few_numbers() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     class Next(nn.Module):

@@ -42,7 +42,7 @@ def _llama() -> nn.Module:
     ("build", "each"),
     [pytest.param(_gptj, 1, marks=pytest.mark.slow), pytest.param(_phi, 1, marks=pytest.mark.slow), (_llama, 2)],
 )
-def test_one_all_reduce_a_layer_that_computes_both_parts_side_by_side(build: object, each: int) -> None:
+def test_one_all_reduce_per_layer_with_parallel_parts(build: object, each: int) -> None:
     program, samples = _program(seeded(build))  # pyright: ignore[reportArgumentType]
     after, _ = partition(program, samples, 2)
     # One more for the embedding, and the logits are gathered.

@@ -32,7 +32,7 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.multiprocess
-def test_packed_tokens_are_the_same_on_ranks_at_padding_too(tmp_path: Path) -> None:
+def test_packed_tokens_are_same_on_ranks_at_padding_too(tmp_path: Path) -> None:
     """`zero-padding` makes the outputs there zero, and nothing reads what pack-tokens leaves there."""
     for rewritten, numbers in printed(run_ranks(PACKED, tmp_path, seconds=240)):
         worst, padding = numbers.split()

@@ -113,7 +113,7 @@ def test_the_stream_is_sharded() -> None:
     assert "5 reduce-scatters, 6 all-gathers to redistribute" in history.steps[1].notes[0]
 
 
-def test_the_table_tells_what_a_rank_holds_of_the_stream() -> None:
+def test_table_tells_what_rank_holds_of_stream() -> None:
     program, _ = program_of("llama")
     text = plain(
         sharding_table(program, make_plan(program, 4, sequence=True), {"batch": 1, "sequence": 8}, Link(1e-5, 1e9)), 140
@@ -123,7 +123,7 @@ def test_the_table_tells_what_a_rank_holds_of_the_stream() -> None:
     assert "Between the layers: 1.15 KB of values sharded by position, 0.288 KB of them on a rank." in text
 
 
-def test_what_stays_an_all_reduce_is_told_with_the_reason() -> None:
+def test_what_stays_all_reduce_is_told_with_reason() -> None:
     _, history = partitioned("vit", 3, SEQUENCE)
     assert not any("all-reduce" in note for note in history.steps[1].notes)
     _, history = partitioned("neox", 2, SEQUENCE)

@@ -67,7 +67,7 @@ def test_placements_are_those_of_megatron() -> None:
     assert placed is not None and not isinstance(placed, tuple) and placed.placements == (Partial(),)
 
 
-def test_key_value_heads_are_shared_where_there_are_fewer_than_ranks() -> None:
+def test_key_value_heads_are_replicated_with_fewer_than_ranks() -> None:
     program, samples = program_of("llama")
     planned, _ = run_passes("shard{world_size=4},partition", program, samples)
     name = "model.layers.0.self_attn.k_proj.weight"

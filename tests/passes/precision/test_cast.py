@@ -365,7 +365,7 @@ def test_composes(backend: Backend) -> None:
     assert relative(wanted, found) < 1e-2
 
 
-def test_a_cache_is_kept_in_the_dtype_of_what_is_written_to_it() -> None:
+def test_cache_takes_the_dtype_written_to_it() -> None:
     compiled = lissom.compile_generation(tiny_decoder("llama"), max_length=MAX_LENGTH, passes="cast{dtype=bf16}", goal=None)
     program = compiled.program
     assert {program.weight(name).dtype for name in program.state} == {torch.bfloat16}
@@ -375,7 +375,7 @@ def test_a_cache_is_kept_in_the_dtype_of_what_is_written_to_it() -> None:
     assert compiled.step(torch.tensor([[3, 4, 5]])).shape == (1, VOCABULARY)
 
 
-def test_a_cache_that_is_read_beside_stays_as_it_is() -> None:
+def test_cache_that_is_read_beside_stays_as_it_is() -> None:
     class Reads(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -152,7 +152,7 @@ def test_reconstruction_lowers_the_error() -> None:
     assert errors["true"] < errors["false"]
 
 
-def test_rounding_decides_and_a_share_that_removes_none_is_refused() -> None:
+def test_rounding_decides_and_share_that_removes_none_is_refused() -> None:
     with pytest.raises(UnsupportedError) as refusal:
         pruned(tiny_llama, "prune-hidden{keep=0.8}")
     assert "removes none of the 16 channels of 'add" in str(refusal.value)

@@ -55,7 +55,7 @@ def test_as_many_units_go_as_asked_by_every_criterion(name: str) -> None:
         assert sum(dead_units(found)) == history.steps[-1].rewritten == units - round(0.5 * units), criterion
 
 
-def test_without_data_the_magnitude_decides_and_criteria_that_need_data_refuse() -> None:
+def test_magnitude_decides_without_data_and_other_criteria_refuse() -> None:
     case = tiny_bert()
     plain = captures.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5}").program
     named = captures.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5,criterion=magnitude}").program
@@ -66,7 +66,7 @@ def test_without_data_the_magnitude_decides_and_criteria_that_need_data_refuse()
         captures.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5,criterion=wanda}")
 
 
-def test_a_layer_scope_takes_the_same_of_each_and_protected_layers_keep_all() -> None:
+def test_layer_scope_takes_equal_amounts_except_protected_layers() -> None:
     case = tiny_bert()
     passes = "prune-neurons{keep=0.5,scope=layer,protect=encoder.layer.0}"
     first, second = all_units(captures.optimize(case.model, case.inputs).program)

@@ -131,7 +131,7 @@ def test_sparsegpt_chooses_what_costs_least() -> None:
     assert torch.equal(found != 0, scores > scores.flatten().sort().values[23])
 
 
-def test_sparsegpt_gives_less_error_than_wanda_and_wanda_less_than_magnitude() -> None:
+def test_sparsegpt_beats_wanda_and_wanda_beats_magnitude() -> None:
     mixing = normal(64, 64, seed=2) * normal(64, seed=3).exp()
     weight, rows = normal(32, 64), normal(400, 64, seed=1) @ mixing
     read = moments_of(rows)
@@ -162,7 +162,7 @@ class Chain(nn.Module):
         return self.second(torch.relu(self.first(x))) * 2 + x
 
 
-def test_a_layer_is_calibrated_on_what_the_pruned_ones_give() -> None:
+def test_layer_is_calibrated_on_what_pruned_ones_give() -> None:
     module, data = seeded(Chain), [normal(6, 5, 8, seed=seed) for seed in (1, 2)]
     program = captures.optimize(module, data[0], passes="sparsify{keep=0.5,criterion=sparsegpt}", data=data).program
     rows = torch.cat([item.flatten(0, 1) for item in data])
@@ -184,7 +184,7 @@ class Twice(nn.Module):
         return x + self.layer(torch.relu(self.layer(x)))
 
 
-def test_a_shared_matrix_is_calibrated_on_all_that_its_layers_read() -> None:
+def test_shared_matrix_is_calibrated_on_all_its_layers() -> None:
     module, x = seeded(Twice), normal(6, 5, 8)
     program = captures.optimize(module, x, passes="sparsify{criterion=wanda}", data=[x]).program
     rows = torch.cat([x, torch.relu(module.layer(x))]).flatten(0, 1).detach()
@@ -192,7 +192,7 @@ def test_a_shared_matrix_is_calibrated_on_all_that_its_layers_read() -> None:
     assert torch.equal(program.weight("layer.weight"), wanted)
 
 
-def test_embeddings_and_lm_head_are_left_alone_unless_asked_for() -> None:
+def test_embeddings_and_lm_head_stay_unless_asked_for() -> None:
     assert zeros(passed(tiny_llama, "sparsify")[0], "lm_head.weight") == 0
     program, _ = passed(tiny_llama, "sparsify{lm_head=true}")
     assert zeros(program, "lm_head.weight") == pytest.approx(0.5, abs=0.01)
@@ -279,7 +279,7 @@ class BothWays(nn.Module):
     "passes",
     ["sparsify{criterion=wanda}", "sparsify{criterion=sparsegpt}", "low-rank{rank=2}", "quantize{scheme=int8-weight},gptq"],
 )
-def test_a_matrix_that_is_read_in_both_orientations_is_left_alone(passes: str) -> None:
+def test_matrix_read_in_both_orientations_is_left_alone(passes: str) -> None:
     model, x = seeded(BothWays), normal(4, 8)
     found = lissom.optimize(model, x, passes=passes, data=[(normal(4, 8, seed=seed),) for seed in range(3)])
     reasons = [skip.reason for step in found.report.history.steps for skip in step.skipped]

@@ -30,7 +30,7 @@ def test_golden() -> None:
 
 @pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
 @pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2])
-def test_the_answers_are_the_same_bit_for_bit_and_the_program_smaller(make: type, passes: str) -> None:
+def test_answers_are_same_bit_for_bit_and_program_smaller(make: type, passes: str) -> None:
     case = make()
     before = captures.optimize(case.model, case.inputs, passes=passes).program
     after = captures.optimize(case.model, case.inputs, passes=f"{passes},fold-quantized-weights").program
@@ -43,7 +43,7 @@ def test_the_answers_are_the_same_bit_for_bit_and_the_program_smaller(make: type
             torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
-def test_a_table_is_looked_up_before_it_is_turned_back() -> None:
+def test_table_is_looked_up_before_it_is_turned_back() -> None:
     case = tiny_gpt2()
     passes = "quantize{scheme=int4-weight,group=8,embeddings=true},fold-quantized-weights"
     program = captures.optimize(case.model, case.inputs, passes=passes).program
@@ -52,7 +52,7 @@ def test_a_table_is_looked_up_before_it_is_turned_back() -> None:
     assert any(program.weight(str(node.args[0].target)).dtype == torch.uint8 for node in tables)
 
 
-def test_it_can_be_trained_no_more_but_what_is_not_rounded_can() -> None:
+def test_it_cannot_be_trained_except_unquantized_weights() -> None:
     case = tiny_bert()
     program = captures.optimize(case.model, case.inputs, passes="quantize,fold-quantized-weights").program.own_copy()
     sample = program.signature.flatten((), case.kwargs)

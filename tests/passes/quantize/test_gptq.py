@@ -126,7 +126,7 @@ def test_numbers(form: str, groups: int, block_size: int, act_order: bool) -> No
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_one_scale_for_all_and_a_scale_for_each_column_are_taken() -> None:
+def test_per_tensor_and_per_channel_scales_are_taken() -> None:
     weight, rows, _, _ = layer(1, "int8")
     for shape in ((1, 1), (1, 12)):
         scale, _ = weight_scale(weight, shape, FORMATS["int8"], "min-max")
@@ -135,7 +135,7 @@ def test_one_scale_for_all_and_a_scale_for_each_column_are_taken() -> None:
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_scales_chosen_on_the_way_are_those_of_the_weights_by_then() -> None:
+def test_scales_chosen_midway_fit_the_current_weights() -> None:
     """The oracle rounds a group with the scale of what the group has become, then goes on with those behind it."""
     weight, rows, scale, _ = layer(3, "int4")
     found, chosen, _ = gptq_with_scales(weight, moments_of(rows).gram, scale, None, FORMATS["int4"], 0.01, "min-max")
@@ -183,7 +183,7 @@ def test_scales_are_fitted_by_least_squares(shape: tuple[int, int], rows_a_scale
         torch.testing.assert_close(found[block].double(), best, rtol=1e-4, atol=1e-6)
 
 
-def test_scales_that_would_be_negative_and_those_of_zeros_stay() -> None:
+def test_negative_scales_and_those_of_zeros_stay() -> None:
     weight, levels = normal(2, 8), torch.zeros(2, 8)
     levels[0, :4], levels[1] = -weight[0, :4].sign(), weight[1].sign()
     levels[1, 4:] = 0
@@ -193,7 +193,7 @@ def test_scales_that_would_be_negative_and_those_of_zeros_stay() -> None:
     torch.testing.assert_close(found[1, 0], weight[1, :4].abs().mean())
 
 
-def test_weights_shifted_to_what_was_given_before_are_the_least_squares() -> None:
+def test_weights_shifted_to_previous_outputs_are_least_squares() -> None:
     weight, rows = normal(5, 12), normal(40, 12, seed=1)
     before = rows + 0.1 * normal(40, 12, seed=2) @ normal(12, 12, seed=3)
     gram, shift = moments_of(rows).gram, (before - rows).T @ rows
@@ -214,7 +214,7 @@ def test_it_errs_less_than_rounding_to_the_nearest() -> None:
     assert error(rows, ordered, weight) < error(rows, plain, weight) < 0.75 * error(rows, nearest, weight)
 
 
-def test_a_feature_that_is_always_zero_is_rounded_to_the_nearest() -> None:
+def test_feature_that_is_always_zero_is_rounded_to_nearest() -> None:
     weight, rows, scale, _ = layer(1, "int4")
     rows[:, 3] = 0
     found = gptq(weight, moments_of(rows).gram, scale, None, FORMATS["int4"], 0.01, 128, True)
@@ -234,7 +234,7 @@ class Chain(nn.Module):
 
 
 @pytest.mark.parametrize("scheme", ["int8-weight", "int8-dynamic"])
-def test_a_layer_is_calibrated_on_what_the_rounded_ones_give(scheme: str) -> None:
+def test_layer_is_calibrated_on_what_rounded_ones_give(scheme: str) -> None:
     """Rounded values too, where the scheme rounds what layers read."""
     module, data = seeded(Chain), [normal(6, 5, 8, seed=seed) for seed in (1, 2)]
     passes = f"quantize{{scheme={scheme}}},gptq{{act_order=false,asymmetric=false,refit=false}}"
@@ -269,7 +269,7 @@ class Normed(nn.Module):
         return self.rms_norm(self.second(torch.relu(self.layer_norm(self.first(x)))))
 
 
-def test_layers_are_fitted_to_what_they_gave_before_and_tokens_count_by_the_norm_behind() -> None:
+def test_layers_fit_previous_outputs_with_norm_weighted_tokens() -> None:
     """The oracle goes through both programs by hand: W·x₀ is wanted, each token divided by the variance or mean square."""
     module, x = seeded(Normed), normal(60, 8, seed=1) * normal(60, 1, seed=2).exp()
     rounding = "quantize{scheme=int4-weight,granularity=channel,symmetric=true,weight_observer=min-max}"
@@ -311,7 +311,7 @@ class TiedTable(nn.Module):
         ("quantize{scheme=int4-weight,group=8},gptq", False),
     ],
 )
-def test_a_table_that_is_an_lm_head_too_is_treated_by_what_the_head_reads(passes: str, tables: bool) -> None:
+def test_tied_table_is_calibrated_on_lm_head_inputs(passes: str, tables: bool) -> None:
     module, ids = seeded(TiedTable), torch.arange(12).reshape(2, 6)
     found = captures.optimize(module, ids, passes=passes, data=[ids])
     on_grid_or_untouched = found.program.weight("table.weight").detach()
@@ -323,7 +323,7 @@ def test_a_table_that_is_an_lm_head_too_is_treated_by_what_the_head_reads(passes
     assert on_grid(found.program) == 2
 
 
-def test_a_table_stays_nearer_to_its_rows_than_a_layer_does() -> None:
+def test_table_stays_nearer_to_its_rows_than_layer_does() -> None:
     module, ids = seeded(TiedTable), torch.arange(12).reshape(2, 6)
 
     def distance(options: str) -> float:

@@ -69,7 +69,7 @@ def test_layers_without_whole_groups_of_activations_are_left() -> None:
     assert reasons == {f"its 8 {why}", f"its 12 {why}"}
 
 
-def test_weights_and_what_layers_read_are_rounded_and_nothing_else() -> None:
+def test_weights_and_activations_are_rounded_and_nothing_else() -> None:
     case = tiny_bert()
     program = quantized(case, "quantize")
     linears = program.nodes(aten.linear.default)
@@ -138,7 +138,7 @@ class Tied(nn.Module):
         return nn.functional.linear(nn.functional.gelu(self.mix(self.words(ids))), self.words.weight)
 
 
-def test_a_tied_table_is_rounded_once_for_both_when_asked() -> None:
+def test_tied_table_is_rounded_once_for_both_when_asked() -> None:
     ids = torch.tensor([[1, 2, 3]])
     plain = captures.optimize(Tied(), (ids,), passes="quantize{scheme=int8-weight}")
     assert list(rounded_weights(plain.program)) == ["mix.weight"]
@@ -160,7 +160,7 @@ def test_int4_weight_takes_a_tied_table_along_in_int8() -> None:
     assert list(rounded_weights(without)) == ["mix.weight"]
 
 
-def test_a_tied_table_is_left_where_its_look_up_is_named() -> None:
+def test_tied_table_stays_where_its_lookup_is_named() -> None:
     ids = torch.tensor([[1, 2, 3]])
     for options, formats in (("skip=words", {"mix.weight": "uint4"}), ("", {"mix.weight": "uint4", "words.weight": "uint8"})):
         passes = f"quantize{{scheme=int4-weight,group=8,symmetric=false{',' if options else ''}{options}}}"
@@ -246,7 +246,7 @@ def test_a_width_no_group_divides_is_reported() -> None:
 
 @pytest.mark.parametrize(("scheme", "groups"), [("int8-weight", 1), ("int4-weight", 32), ("int8-dynamic", 1), ("fp8", 1)])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_each_expert_is_quantized_as_a_matrix_of_its_own(name: str, scheme: str, groups: int) -> None:
+def test_each_expert_is_quantized_as_matrix_of_its_own(name: str, scheme: str, groups: int) -> None:
     before = stacks(program_of(name))
     found = captures.optimize(mixture(name), samples(1)[0], passes=f"quantize{{scheme={scheme}}}", checks="structural").program
     given = {node: rounded_matrix_of(node, stacks=True) for node in stacked_products(found)}
@@ -272,7 +272,7 @@ def found_values(program: Program, matrix: RoundedMatrix) -> torch.Tensor:
     return values.mT if matrix.transposed else values
 
 
-def test_a_stack_has_a_scale_for_each_expert_at_least() -> None:
+def test_stack_has_scale_for_each_expert_at_least() -> None:
     found = captures.optimize(
         mixture("mixtral"), samples(1)[0], passes="quantize{scheme=int8-weight,granularity=tensor}", checks="structural"
     ).program

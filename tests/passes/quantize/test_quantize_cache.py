@@ -57,7 +57,7 @@ def test_numbers(name: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize(("bits", "allowed"), [(8, 0.02), pytest.param(4, 0.4, marks=pytest.mark.slow)])
-def test_what_is_read_of_a_token_does_not_change_as_others_follow(bits: int, allowed: float) -> None:
+def test_cached_values_of_tokens_do_not_change_later(bits: int, allowed: float) -> None:
     fast = lissom.compile_generation(decoder("llama"), max_length=32, passes=f"quantize-cache{{bits={bits}}}", goal=None)
     ids = prompt(length=9)["input_ids"]
     at_once = fast.step(ids)
@@ -79,7 +79,7 @@ def test_the_notes_say_what_the_cache_takes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(load_kernels()), reason="there are no kernels here")
-def test_composes_with_attention_that_reads_bytes_and_writes_in_place() -> None:
+def test_composes_with_attention_on_bytes_and_in_place_writes() -> None:
     program = lissom.compile_generation(decoder("llama"), max_length=32, passes="quantize-cache", goal=None).program
     assert calls(program, dequantize) == 0
     assert all(

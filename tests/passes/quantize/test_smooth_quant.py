@@ -60,7 +60,7 @@ def test_numbers(alpha: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_of_short_formats_are_scaled_by_powers_of_two(dtype: torch.dtype) -> None:
+def test_low_precision_weights_are_scaled_by_powers_of_two(dtype: torch.dtype) -> None:
     """Found by tools/fuzz: weights rounded anew moved outputs by more than two correct programs differ."""
     module, x = outlying()
     module, x = module.to(dtype), x.to(dtype)
@@ -71,7 +71,7 @@ def test_weights_of_short_formats_are_scaled_by_powers_of_two(dtype: torch.dtype
     assert torch.equal(found.program(x), module(x))
 
 
-def test_the_factor_is_that_of_all_layers_that_read_a_norm() -> None:
+def test_factor_is_that_of_all_layers_that_read_norm() -> None:
     def weight(program: Program, name: str) -> torch.Tensor:
         return program.weight(f"model.layers.0.{name}.weight").detach()
 

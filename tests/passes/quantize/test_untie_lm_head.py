@@ -29,7 +29,7 @@ def test_rewrites() -> None:
     assert not item.tied
 
 
-def test_the_table_and_the_head_are_one_memory_until_one_changes() -> None:
+def test_table_and_head_are_one_memory_until_one_changes() -> None:
     module = tied()
     program, _ = rewrite("untie-lm-head", module, TOKENS)
     places = {weight.data_ptr() for name, weight in program.weights().items() if weight.shape == (VOCABULARY, 32)}
@@ -38,7 +38,7 @@ def test_the_table_and_the_head_are_one_memory_until_one_changes() -> None:
 
 
 @pytest.mark.parametrize("build", [tied, tied_llama])
-def test_the_table_and_the_head_have_formats_of_their_own(build: Callable[[], nn.Module]) -> None:
+def test_table_and_head_have_formats_of_their_own(build: Callable[[], nn.Module]) -> None:
     model = build()
     passes = "untie-lm-head,quantize{scheme=int4-weight,lm_head=true},quantize{scheme=int8-weight,embeddings=true},gptq"
     found = captures.optimize(model, TOKENS, passes=f"{passes},fold-quantized-weights", data=[TOKENS]).program
@@ -46,7 +46,7 @@ def test_the_table_and_the_head_have_formats_of_their_own(build: Callable[[], nn
     assert stored == {torch.int8, torch.uint8}
 
 
-def test_a_table_that_is_quantized_already_is_left_with_the_reason() -> None:
+def test_table_that_is_quantized_already_is_left_with_reason() -> None:
     passes = "quantize{scheme=int8-weight,embeddings=true},untie-lm-head"
     step = captures.optimize(tied(), TOKENS, passes=passes).report.history.steps[-1]
     assert [skip.reason for skip in step.skipped] == [

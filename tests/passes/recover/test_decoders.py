@@ -140,7 +140,7 @@ def test_finetunes_on_labels() -> None:
         labelled_prompts([{"input_ids": ids, "labels": ids[:, :3]}], 1, 32)
 
 
-def test_a_loss_of_ones_own_gets_the_output_of_a_call() -> None:
+def test_loss_of_ones_own_gets_output_of_call() -> None:
     """Without all_logits that is the last token's; state is not written."""
     seen = []
 
@@ -173,7 +173,7 @@ def test_state_written_in_place_is_refused() -> None:
         trained("llama", f"{QUANTIZED},write-state-in-place,distill{{steps=1}}")
 
 
-def test_weights_of_a_trained_program_go_back_into_the_model() -> None:
+def test_weights_of_trained_program_go_back_into_model() -> None:
     """A program without a cache is refused with what to do, and that works."""
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, use_cache=False

@@ -313,7 +313,7 @@ def test_a_program_in_bfloat16_learns_block_by_block(precision) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "name", "precision"), [("fp16", "float16", "bf16"), ("bf16", "bfloat16", "fp16")])
-def test_a_program_in_half_precision_is_not_trained_in_the_other(dtype, name, precision) -> None:
+def test_program_in_half_precision_is_not_trained_in_other(dtype, name, precision) -> None:
     for allowed in ("auto", dtype):
         _, history = recovered(f"cast{{dtype={dtype}}},distill{{steps=2,precision={allowed}}}")
         assert step(history).curve[-1].step == 2
@@ -322,7 +322,7 @@ def test_a_program_in_half_precision_is_not_trained_in_the_other(dtype, name, pr
         recovered(f"cast{{dtype={dtype}}},distill{{steps=2,precision={precision}}}")
 
 
-def test_a_rate_that_makes_the_student_worse_falls_after_a_quarter() -> None:
+def test_rate_that_makes_student_worse_falls_after_quarter() -> None:
     _, history = recovered("prune-neurons{keep=0.5},distill{steps=60,learning_rate=0.3}")
     first, *points = step(history).curve
     assert all(point.held_out > first.held_out for point in points if point.step <= 15)
@@ -385,7 +385,7 @@ def test_weights_that_do_not_learn_are_not_copied() -> None:
     assert found.weight(other).data_ptr() != own[other].data_ptr()
 
 
-def test_a_pass_that_writes_weights_it_calls_fixed_is_refused() -> None:
+def test_pass_that_writes_weights_it_calls_fixed_is_refused() -> None:
     @dataclass(frozen=True)
     class Careless(Training):
         def fixed(self, program) -> list[str]:

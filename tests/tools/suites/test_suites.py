@@ -84,7 +84,7 @@ def test_a_wrong_rule_of_each_kind_is_found(monkeypatch):
     assert found.startswith("placement: aten.flip.default(float32[4, 3], [0]) with ") and "differs by" in found
 
 
-def test_examples_of_torch_export_are_equal_or_refused_with_a_sentence():
+def test_torch_export_examples_are_equal_or_refused():
     items = {item.name: item for item in export_examples.items(False)}
     assert len(items) > 30
     assert checked(export_examples.check, items["CondPredicate"])["result"] == "equal"

@@ -32,16 +32,17 @@ class Occurrence:
 class Axes:
     """The axes of a program.
 
-    of: for each node that yields a tensor, one axis per dimension; for each that yields several tensors, a tuple of these.
+    Attributes:
+        of: for each node that yields a tensor, one axis per dimension; for each that yields several tensors, a tuple of these.
     """
 
     of: Mapping[fx.Node, Value]
 
     def axis(self, node: fx.Node, dim: int) -> Axis:
         """The axis of one dimension of a node's tensor."""
-        found = self.of[node][dim]
-        assert isinstance(found, Axis), f"'{node.name}' yields several tensors"
-        return found.find()
+        axis = self.of[node][dim]
+        assert isinstance(axis, Axis), f"'{node.name}' yields several tensors"
+        return axis.find()
 
     def occurrences(self, axis: Axis) -> list[Occurrence]:
         """Every place where an atom of the axis occurs: removing an index of it, or sharding it, changes all of them."""
@@ -49,14 +50,15 @@ class Axes:
         return [
             Occurrence(node, dim)
             for node, value in self.of.items()
-            for dim, found in enumerate(value)
-            if isinstance(found, Axis) and not atoms.isdisjoint(found.atoms())
+            for dim, candidate in enumerate(value)
+            if isinstance(candidate, Axis) and not atoms.isdisjoint(candidate.atoms())
         ]
 
     def obstacle(self, axis: Axis, *, zero: bool = False) -> str:
         """The reason indices of the axis cannot be removed; empty if they can.
 
-        zero: whether the removed values are exactly zero wherever a norm reads them.
+        Args:
+            zero: whether the removed values are exactly zero wherever a norm reads them.
         """
         for atom in axis.atoms():
             if atom.pinned:
@@ -74,13 +76,13 @@ def axes(program: Program) -> Axes:
     for node in program.graph.nodes:
         if node.op == "output":
             break
-        found = nodes.node_type(node)
-        if node.op == "call_function" and isinstance(found, (TensorType, tuple)):
+        value_type = nodes.node_type(node)
+        if node.op == "call_function" and isinstance(value_type, (TensorType, tuple)):
             of[node] = rules.apply(node, of)
         elif node.op == "call_function":
             rules.read_sizes(node, of)
-        elif isinstance(found, TensorType):
-            of[node] = fresh(found, "an input of the program" if node.op == "placeholder" else "")
+        elif isinstance(value_type, TensorType):
+            of[node] = fresh(value_type, "an input of the program" if node.op == "placeholder" else "")
     for leaf in program.output.all_input_nodes:
         for axis in of.get(leaf, ()):
             if isinstance(axis, Axis):

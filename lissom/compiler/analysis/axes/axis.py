@@ -19,9 +19,10 @@ from lissom.compiler.ir.types import Size, quotient
 class Axis:
     """One axis. `parts` are the factors of a product or the segments of a sum.
 
-    whole: an operator reads all of it at once (softmax, a mean), so its length changes the numbers.
-    normed: a norm reads all of it, and can be given the old number of indices; removed values must then be zero.
-    pinned: why it must not change; empty when it may.
+    Attributes:
+        whole: an operator reads all of it at once (softmax, a mean), so its length changes the numbers.
+        normed: a norm reads all of it, and can be given the old number of indices; removed values must then be zero.
+        pinned: why it must not change; empty when it may.
     """
 
     size: Size
@@ -124,7 +125,7 @@ def _pin_both(left: Axis, right: Axis, reason: str) -> None:
 
 
 def _absorb(atom: Axis, other: Axis) -> None:
-    if any(found is atom for found in other.atoms()):
+    if any(part is atom for part in other.atoms()):
         _pin_both(atom, other, "an axis would contain itself")
         return
     atom.same_as = other

@@ -18,17 +18,17 @@ Known = Mapping[fx.Node, Value]
 Rule = Callable[[fx.Node, Known], Value]
 
 
-def fresh(found: ValueType, reason: str = "") -> Value:
+def fresh(value_type: ValueType, reason: str = "") -> Value:
     """New axes for a type, pinned when a reason is given."""
-    if isinstance(found, TensorType):
-        return tuple(Axis(size, pinned=reason) for size in found.shape)
-    items = found if isinstance(found, tuple) else ()
-    return tuple(cast(Dims, fresh(item, reason)) for item in items)
+    if isinstance(value_type, TensorType):
+        return tuple(Axis(size, pinned=reason) for size in value_type.shape)
+    items = value_type if isinstance(value_type, tuple) else ()
+    return tuple(cast(Dims, fresh(part, reason)) for part in items)
 
 
-def of(item: object, known: Known) -> Dims:
+def of(argument: object, known: Known) -> Dims:
     """The axes of a tensor argument."""
-    return cast(Dims, known[cast(fx.Node, item)])
+    return cast(Dims, known[cast(fx.Node, argument)])
 
 
 def tensors(node: fx.Node, known: Known) -> list[Dims]:
@@ -47,10 +47,10 @@ def unknown(node: fx.Node, known: Known) -> Value:
 
 def broadcast(inputs: Sequence[Dims], rank: int, reason: str) -> Dims:
     """Unify dimensions from the last to the first; a size of 1 matches any."""
-    result: list[Axis] = []
+    axes: list[Axis] = []
     for back in range(1, rank + 1):
         present = [dims[-back] for dims in inputs if len(dims) >= back and dims[-back].size != 1]
         for other in present[1:]:
             unify(present[0], other, f"combined by {reason} with another size")
-        result.insert(0, present[0] if present else Axis(1))
-    return tuple(result)
+        axes.insert(0, present[0] if present else Axis(1))
+    return tuple(axes)

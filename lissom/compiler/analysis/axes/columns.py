@@ -31,9 +31,13 @@ from lissom.compiler.ir.program import Program
 class Columns:
     """The columns of one weight that read the units of a site: its heads or its neurons.
 
-    layer: the linear layer. weight: the node that reads its weight. dim: the dimension of the weight that is summed over.
-    unit: [size of that dimension], the unit each index reads; -1 where it reads none.
-    count: the number of units. axes: the axes whose indices number the units, the last one fastest.
+    Attributes:
+        layer: the linear layer.
+        weight: the node that reads its weight.
+        dim: the dimension of the weight that is summed over.
+        unit: [size of that dimension], the unit each index reads; -1 where it reads none.
+        count: the number of units.
+        axes: the axes whose indices number the units, the last one fastest.
     """
 
     layer: fx.Node
@@ -59,7 +63,11 @@ class Columns:
         return weight.movedim(self.dim, -1).flatten(0, -2).to(torch.float32, copy=True)
 
     def write(self, edit: Editor, matrix: torch.Tensor) -> None:
-        """Give the weight new values, in this program only; matrix: [out_features, in_features]."""
+        """Give the weight new values, in this program only.
+
+        Args:
+            matrix: [out_features, in_features].
+        """
         weight = edit.program.weight(str(self.weight.target)).detach()
         shape = weight.movedim(self.dim, -1).shape
         edit.set_weight(self.weight, matrix.to(weight.dtype).reshape(shape).movedim(-1, self.dim).contiguous())
@@ -81,14 +89,16 @@ def find_head_columns(program: Program, site: AttentionSite) -> Columns | str:
         return "no layer projects its heads out"
     if nodes.tensor_type(site.node).rank < 3:
         return "it has no head dimension"
-    found = program.fact(axes)
-    return _columns(found, site.output, found.axis(site.node, -3), site.heads, "heads")
+    program_axes = program.fact(axes)
+    return _columns(program_axes, site.output, program_axes.axis(site.node, -3), site.heads, "heads")
 
 
 def find_neuron_columns(program: Program, site: FeedForwardSite) -> Columns | str:
     """The columns of the down projection that read each neuron of a feed-forward, or why there are none."""
-    found = program.fact(axes)
-    return _columns(found, site.down, found.axis(input_of(site.down), feature_dim(site.down)), site.width, "neurons")
+    program_axes = program.fact(axes)
+    return _columns(
+        program_axes, site.down, program_axes.axis(input_of(site.down), feature_dim(site.down)), site.width, "neurons"
+    )
 
 
 def feature_dim(layer: fx.Node) -> int:
@@ -96,19 +106,19 @@ def feature_dim(layer: fx.Node) -> int:
     return channel_dim(layer) if layer.target in CONVOLUTIONS else -1
 
 
-def _columns(found: Axes, layer: fx.Node, axis: Axis, count: int, units: str) -> Columns | str:
+def _columns(program_axes: Axes, layer: fx.Node, axis: Axis, count: int, units: str) -> Columns | str:
     weight = weight_of(layer)
     assert weight is not None, "a site ends in a linear layer"
     if not nodes.tensor_type(weight).dtype.is_floating_point:
         return f"the {units} that '{layer.name}' reads cannot be assigned to columns: its weight is quantized"
     numbering = list(axis.atoms())
-    inputs = set(found.axis(input_of(layer), feature_dim(layer)).atoms())
-    for dim, other in enumerate(cast("tuple[Axis, ...]", found.of[weight])):
-        present = set(other.atoms())
+    inputs = set(program_axes.axis(input_of(layer), feature_dim(layer)).atoms())
+    for dim, weight_axis in enumerate(cast("tuple[Axis, ...]", program_axes.of[weight])):
+        present = set(weight_axis.atoms())
         if inputs and inputs.isdisjoint(present):
             continue  # of the output features: a single unit has no axis that would tell
         shared = tuple(atom for atom in dict.fromkeys(numbering) if atom in present)
-        unit = unit_of(other, shared)
+        unit = unit_of(weight_axis, shared)
         if math.prod(sizes_of(shared)) == count and (shared or count == 1) and len(unit[unit >= 0].unique()) == count:
             return Columns(layer, weight, dim, unit, count, shared)
     reason = next((atom.pinned for atom in numbering if atom.pinned), "")
@@ -119,10 +129,15 @@ def _columns(found: Axes, layer: fx.Node, axis: Axis, count: int, units: str) ->
 
 
 def units_within(unit: torch.Tensor, chosen: torch.Tensor, count: int) -> torch.Tensor:
-    """True for units with chosen indices only, [count]. unit: the unit of each index; chosen: booleans per index."""
-    found = torch.ones(count, dtype=torch.bool)
-    found[unit[~chosen & (unit >= 0)]] = False
-    return found
+    """True for units with chosen indices only, [count].
+
+    Args:
+        unit: the unit of each index.
+        chosen: booleans per index.
+    """
+    within = torch.ones(count, dtype=torch.bool)
+    within[unit[~chosen & (unit >= 0)]] = False
+    return within
 
 
 def unit_of(axis: Axis, numbering: Sequence[Axis]) -> torch.Tensor:

@@ -30,14 +30,15 @@ Place = tuple[fx.Node, int]
 def dead_units(program: Program, numbering: Sequence[Axis]) -> torch.Tensor:
     """The units that contribute nothing, [sizes of the axes that number them] of booleans.
 
-    numbering: atomic axes; a unit is one index of each, such as a group and a head in it.
+    Args:
+        numbering: atomic axes; a unit is one index of each, such as a group and a head in it.
     """
-    found, zero = program.fact(axes), program.fact(zeros)
+    program_axes, zero = program.fact(axes), program.fact(zeros)
     dead = torch.ones(sizes_of(numbering), dtype=torch.bool)
     for places in program.fact(_contractions):
-        touched = [place for place in places if not set(numbering).isdisjoint(found.axis(*place).atoms())]
+        touched = [place for place in places if not set(numbering).isdisjoint(program_axes.axis(*place).atoms())]
         if touched:
-            dead &= torch.stack([zero_units(found, zero, place, numbering) for place in touched]).any(0)
+            dead &= torch.stack([zero_units(program_axes, zero, place, numbering) for place in touched]).any(0)
     return dead
 
 
@@ -51,17 +52,17 @@ def summed(node: fx.Node) -> list[list[Place]]:
     if (convolution := Convolution.of(node)) is not None and convolution.groups == 1:
         return [[(convolution.x, channel_dim(node)), (convolution.weight, 1)]]
     if node.target in ops.SUMS:
-        item = nodes.operand(node)
-        return [[(item, dim)] for dim in reduced_dims(node, nodes.tensor_type(item).rank)]
-    found = named(node)
-    if found is None:
+        operand = nodes.operand(node)
+        return [[(operand, dim)] for dim in reduced_dims(node, nodes.tensor_type(operand).rank)]
+    call = named(node)
+    if call is None:
         return []
-    return [[(item.node, dim) for item, dim, other in found.places() if other == name] for name in found.summed]
+    return [[(operand.node, dim) for operand, dim, dim_name in call.places() if dim_name == name] for name in call.summed]
 
 
-def zero_units(found: Axes, zero: Zeros, place: Place, numbering: Sequence[Axis]) -> torch.Tensor:
+def zero_units(program_axes: Axes, zero: Zeros, place: Place, numbering: Sequence[Axis]) -> torch.Tensor:
     """The units whose indices along one dimension are all zero, [sizes of the axes that number them]."""
-    axis = found.axis(*place)
+    axis = program_axes.axis(*place)
     present = [atom for atom in numbering if atom in set(axis.atoms())]
     if not present or not all(isinstance(atom.size, int) for atom in axis.atoms()):
         return torch.zeros(sizes_of(numbering), dtype=torch.bool)

@@ -27,9 +27,9 @@ def apply(node: fx.Node, known: Known) -> Value:
     rule = RULES.get(node.target)
     if rule is None:
         rule = _pointwise if is_pointwise(node) or node.target in ops.LIKE else by_name
-    found = rule(node, known)
-    _check(node, found)
-    return found
+    axes = rule(node, known)
+    _check(node, axes)
+    return axes
 
 
 def read_sizes(node: fx.Node, known: Known) -> None:
@@ -42,26 +42,26 @@ def read_sizes(node: fx.Node, known: Known) -> None:
                 pin(axis, f"read by {target_text(node.target)}")
 
 
-def _check(node: fx.Node, found: Value) -> None:
+def _check(node: fx.Node, axes: Value) -> None:
     """Assert that a rule gave an axis of the right size for each dimension."""
     typed = nodes.node_type(node)
     if not isinstance(typed, TensorType):
         return
-    sizes = [axis.size for axis in found if isinstance(axis, Axis)]
+    sizes = [axis.size for axis in axes if isinstance(axis, Axis)]
     static = [(have, want) for have, want in zip(sizes, typed.shape, strict=True) if isinstance(want, int)]
     assert all(not isinstance(have, int) or have == want for have, want in static), f"axes of {node.format_node()}: {sizes}"
 
 
 def _pointwise(node: fx.Node, known: Known) -> Value:
-    found = broadcast(tensors(node, known), len(shape_of(node)), target_text(node.target))
+    axes = broadcast(tensors(node, known), len(shape_of(node)), target_text(node.target))
     results = nodes.node_type(node)
-    return (found,) * len(results) if isinstance(results, tuple) else found
+    return (axes,) * len(results) if isinstance(results, tuple) else axes
 
 
 def by_name(node: fx.Node, known: Known) -> Value:
     """Dimensions of one name are one axis; a compound is divided where the sizes of its parts say so."""
-    found = named(node)
-    if found is None:
+    call = named(node)
+    if call is None:
         return unknown(node, known)
     operator_name = target_text(node.target)
     axes: dict[Dim, Axis] = {}
@@ -72,42 +72,42 @@ def by_name(node: fx.Node, known: Known) -> Value:
         elif name:
             axes[name] = axis
 
-    for item, dim, name in found.places():
-        if item.opaque:
-            pin(of(item.node, known)[dim], f"{operator_name} reads it in a layout of its own")
+    for operand, dim, name in call.places():
+        if operand.opaque:
+            pin(of(operand.node, known)[dim], f"{operator_name} reads it in a layout of its own")
         else:
-            meet(name, of(item.node, known)[dim])
-    for item in found.operands:
-        for dim, axis in zip(item.dims, of(item.node, known), strict=True):
+            meet(name, of(operand.node, known)[dim])
+    for operand in call.operands:
+        for dim, axis in zip(operand.dims, of(operand.node, known), strict=True):
             if isinstance(dim, Compound):
                 axes.setdefault(dim, axis)
-                pieces = _pieces(axis, dim, found)
+                pieces = _pieces(axis, dim, call)
                 if pieces is None:
                     pin(axis, f"{operator_name} reads '{' '.join(dim.parts)}' in it")
                 for name, piece in pieces or ():
                     meet(name, piece) if name.isalpha() else pin(piece, f"{operator_name} reads all of it")
-    for name in found.whole:
+    for name in call.whole:
         mark(axes[name], whole=True)
-    for name in found.normed:
+    for name in call.normed:
         mark(axes[name], normed=True)
-    for name in found.fixed:
+    for name in call.fixed:
         pin(axes[name], f"{operator_name} runs through '{name}' in order, or looks its indices up")
-    results = tuple(tuple(_named_axis(dim, axes, found) for dim in dims) for dims in found.results)
+    results = tuple(tuple(_named_axis(dim, axes, call) for dim in dims) for dims in call.results)
     return results if isinstance(nodes.node_type(node), tuple) else results[0]
 
 
-def _named_axis(dim: Dim, axes: dict[Dim, Axis], found: Named) -> Axis:
+def _named_axis(dim: Dim, axes: dict[Dim, Axis], call: Named) -> Axis:
     """The axis of a result's dimension; a new one where no operand has the name."""
     if dim in axes or not dim:
         return axes.get(dim, Axis(1))
-    return Axis(found.sizes[cast(str, dim)], pinned=f"a new one of {target_text(found.node.target)}")
+    return Axis(call.sizes[cast(str, dim)], pinned=f"a new one of {target_text(call.node.target)}")
 
 
-def _pieces(axis: Axis, dim: Compound, found: Named) -> list[tuple[str, Axis]] | None:
+def _pieces(axis: Axis, dim: Compound, call: Named) -> list[tuple[str, Axis]] | None:
     """The parts of an axis by name, or by size where the declaration gives one; None where it cannot be divided so."""
     pieces: list[tuple[str, Axis]] = []
     for name in dim.parts[:-1]:
-        pair = (divide if dim.product else cut)(axis, int(name) if name.isdigit() else found.sizes[name])
+        pair = (divide if dim.product else cut)(axis, int(name) if name.isdigit() else call.sizes[name])
         if pair is None:
             return None
         pieces.append((name, pair[0]))
@@ -120,9 +120,9 @@ def _reduce(node: fx.Node, known: Known) -> Value:
     dims = of(node.args[0], known)
     for index in reduced_dims(node, len(dims)):
         mark(dims[index], whole=True)
-    found = cast(Dims, views.moved(node, known))
+    axes = cast(Dims, views.moved(node, known))
     results = nodes.node_type(node)
-    return (found,) * len(results) if isinstance(results, tuple) else found
+    return (axes,) * len(results) if isinstance(results, tuple) else axes
 
 
 def _scan(node: fx.Node, known: Known) -> Value:
@@ -136,9 +136,9 @@ def _batch_norm(node: fx.Node, known: Known) -> Value:
     dims = of(node.args[0], known)
     if len(dims) < 2:
         return unknown(node, known)
-    for item in node.args[1:5]:
-        if nodes.is_tensor(item):
-            unify(dims[1], of(item, known)[0], "a weight of a norm")
+    for weight in node.args[1:5]:
+        if nodes.is_tensor(weight):
+            unify(dims[1], of(weight, known)[0], "a weight of a norm")
     for axis in (dims[0], *dims[2:]) if nodes.argument(node, "training") else ():
         mark(axis, whole=True)
     return dims
@@ -156,20 +156,20 @@ def _group_norm(node: fx.Node, known: Known) -> Value:
 
 def _rounded(node: fx.Node, known: Known) -> Value:
     """Quantizers are element-wise, but give two values for each byte of packed 4-bit values along the last dimension."""
-    q, *grid = (of(item, known) for item in node.args if nodes.is_tensor(item))
+    q, *grid = (of(operand, known) for operand in node.args if nodes.is_tensor(operand))
     sizes = nodes.tensor_type(node).shape
     last = q[-1] if q[-1].size == sizes[-1] else product([q[-1], Axis(2)])
-    result = (*q[:-1], last)
+    axes = (*q[:-1], last)
     for dims in grid:
-        for axis, whole in zip(dims, result, strict=bool(dims)):
+        for axis, whole in zip(dims, axes, strict=bool(dims)):
             if axis.size == 1:
                 continue
             blocks = (whole, None) if axis.size == whole.size else divide(whole, axis.size)
             if blocks is not None:
                 unify(blocks[0], axis, "blocks of equal scale")
-    for axis in (*result, *(item for dims in grid for item in dims)):
+    for axis in (*axes, *(block_axis for dims in grid for block_axis in dims)):
         pin(axis, f"no rule for {target_text(node.target)}")
-    return result
+    return axes
 
 
 def _convolution(node: fx.Node, known: Known) -> Value:

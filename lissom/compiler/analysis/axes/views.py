@@ -20,33 +20,33 @@ from lissom.compiler.ir.types import Size, TensorType
 def moved(node: fx.Node, known: Known) -> Value:
     """The axes of the argument moved by the call's dimension map; a dimension the call creates is a new axis."""
     dims, sizes = of(node.args[0], known), shape_of(node)
-    found = dimension_map(node)
-    assert found is not None, f"{target_text(node.target)} has no dimension map"
-    return tuple(Axis(size) if source is None else dims[source] for source, size in zip(found, sizes, strict=True))
+    sources = dimension_map(node)
+    assert sources is not None, f"{target_text(node.target)} has no dimension map"
+    return tuple(Axis(size) if source is None else dims[source] for source, size in zip(sources, sizes, strict=True))
 
 
 def reshape(node: fx.Node, known: Known) -> Value:
     """Take factors from the front until their product is each size of the result, dividing a factor that is too large."""
     source = of(node.args[0], known)
     factors = [factor for axis in source for factor in axis.factors()]
-    result: list[Axis] = []
+    axes: list[Axis] = []
     for size in nodes.tensor_type(node).shape:
-        taken = take(factors, size)
-        if taken is None:
+        merged = take(factors, size)
+        if merged is None:
             reason = f"{target_text(node.target)} mixes it with other dimensions"
-            for axis in (*source, *result):
+            for axis in (*source, *axes):
                 pin(axis, reason)
             return fresh(nodes.node_type(node), reason)
-        result.append(taken)
-    return tuple(result)
+        axes.append(merged)
+    return tuple(axes)
 
 
 def reshape_as(node: fx.Node, known: Known) -> Value:
     """Reshape to the sizes of another tensor, whose axes are those of the result."""
-    found = cast(Dims, reshape(node, known))
-    for axis, other in zip(found, of(node.args[1], known), strict=True):
+    axes = cast(Dims, reshape(node, known))
+    for axis, other in zip(axes, of(node.args[1], known), strict=True):
         unify(axis, other, f"the sizes of {target_text(node.target)}")
-    return found
+    return axes
 
 
 def take(factors: list[Axis], size: Size) -> Axis | None:
@@ -64,11 +64,11 @@ def repeat(node: fx.Node, known: Known) -> Value:
     """Copies of an axis: the product of the copies and the axis."""
     dims, sizes = of(node.args[0], known), nodes.tensor_type(node).shape
     padded = (*(Axis(1) for _ in range(len(sizes) - len(dims))), *dims)
-    found: list[Axis] = []
+    repeated: list[Axis] = []
     for axis, size, count in zip(padded, sizes, cast("list[object]", node.args[1]), strict=True):
         copies = Axis(nodes.node_type(count).value if isinstance(count, fx.Node) else cast(int, count))  # pyright: ignore
-        found.append(axis if count == 1 else product([copies, axis]) if axis.size != 1 else Axis(size))
-    return tuple(found)
+        repeated.append(axis if count == 1 else product([copies, axis]) if axis.size != 1 else Axis(size))
+    return tuple(repeated)
 
 
 def repeat_interleave(node: fx.Node, known: Known) -> Value:
@@ -83,7 +83,7 @@ def repeat_interleave(node: fx.Node, known: Known) -> Value:
 
 def cat(node: fx.Node, known: Known) -> Value:
     """Concatenated axes along one dimension; the others are unified."""
-    items = [of(item, known) for item in cast("list[fx.Node]", node.args[0])]
+    items = [of(tensor, known) for tensor in cast("list[fx.Node]", node.args[0])]
     # `cat` accepts an empty tensor of rank 1 beside any others.
     parts = [dims for dims in items if len(dims) == max(map(len, items))]
     index = dim_of(node, len(parts[0]))
@@ -93,27 +93,27 @@ def cat(node: fx.Node, known: Known) -> Value:
 def _unified(parts: Sequence[Dims], index: int, along: Axis, reason: str) -> Dims:
     """The axes of these parts, unified but for one dimension, whose axis in the result is `along`."""
     others = [(*dims[:index], Axis(1), *dims[index + 1 :]) for dims in parts]
-    found = broadcast(others, len(parts[0]), reason)
-    return (*found[:index], along, *found[index + 1 :])
+    axes = broadcast(others, len(parts[0]), reason)
+    return (*axes[:index], along, *axes[index + 1 :])
 
 
 def stack(node: fx.Node, known: Known) -> Value:
     """A new dimension over tensors of the same axes."""
-    parts = [of(item, known) for item in cast("list[fx.Node]", node.args[0])]
-    found = list(broadcast(parts, len(parts[0]), "stack"))
-    found.insert(dim_of(node, len(found) + 1), Axis(len(parts), pinned="stacked tensors"))
-    return tuple(found)
+    parts = [of(tensor, known) for tensor in cast("list[fx.Node]", node.args[0])]
+    axes = list(broadcast(parts, len(parts[0]), "stack"))
+    axes.insert(dim_of(node, len(axes) + 1), Axis(len(parts), pinned="stacked tensors"))
+    return tuple(axes)
 
 
 def pieces_of(axis: Axis, sizes: Sequence[Size]) -> list[Axis] | None:
     """The axis split into pieces of these sizes; None when it cannot be split there."""
     pieces: list[Axis] = []
     for size in sizes[:-1]:
-        found = cut(axis, size)
-        if found is None:
+        halves = cut(axis, size)
+        if halves is None:
             return None
-        pieces.append(found[0])
-        axis = found[1]
+        pieces.append(halves[0])
+        axis = halves[1]
     return [*pieces, axis]
 
 
@@ -122,10 +122,10 @@ def split(node: fx.Node, known: Known) -> Value:
     dims = of(node.args[0], known)
     index = dim_of(node, len(dims))
     types = cast("tuple[TensorType, ...]", nodes.node_type(node))
-    pieces = pieces_of(dims[index], [found.shape[index] for found in types])
+    pieces = pieces_of(dims[index], [piece_type.shape[index] for piece_type in types])
     if pieces is None:
         pin(dims[index], f"{target_text(node.target)} cuts their axis in pieces that are no whole parts of it")
-        pieces = [Axis(found.shape[index], pinned="a piece of another axis") for found in types]
+        pieces = [Axis(piece_type.shape[index], pinned="a piece of another axis") for piece_type in types]
     return tuple((*dims[:index], piece, *dims[index + 1 :]) for piece in pieces)
 
 
@@ -186,7 +186,7 @@ def every_nth(node: fx.Node, size: Size) -> int:
     fixed = isinstance(size, int) and isinstance(step, int) and isinstance(start or 0, int) and isinstance(end or size, int)
     if not fixed:
         return 0
-    size, step, start, end = (cast(int, item) for item in (size, step, start or 0, size if end is None else end))
+    size, step, start, end = (cast(int, number) for number in (size, step, start or 0, size if end is None else end))
     return step if step > 1 and 0 <= start < step and end >= size and size % step == 0 else 0
 
 
@@ -235,32 +235,32 @@ def gather(node: fx.Node, known: Known) -> Value:
         return unknown(node, known)
     index = dim_of(node, len(dims))
     pin(dims[index], "its indices are looked up")
-    result = list(chosen)
-    for dim, (axis, other) in enumerate(zip(dims, chosen, strict=True)):
+    axes = list(chosen)
+    for dim, (axis, chosen_axis) in enumerate(zip(dims, chosen, strict=True)):
         if dim == index:
             continue
-        if axis.size == other.size:
-            unify(axis, other, "gathered along another dimension")
+        if axis.size == chosen_axis.size:
+            unify(axis, chosen_axis, "gathered along another dimension")
         elif node.target is torch.ops.aten.take_along_dim.default:
             # It broadcasts a size of 1; `gather` takes the first indices.
-            result[dim] = axis if other.size == 1 else other
+            axes[dim] = axis if chosen_axis.size == 1 else chosen_axis
         else:
             pin(axis, "only its first indices are gathered")
-            pin(other, "gathers the first indices of a longer dimension")
-    return tuple(result)
+            pin(chosen_axis, "gathers the first indices of a longer dimension")
+    return tuple(axes)
 
 
 def index(node: fx.Node, known: Known) -> Value:
     """`x[i, j]`: the indexed dimensions are pinned; the others keep their axes when the indexed ones are adjacent."""
     dims = of(node.args[0], known)
     indices = cast("list[fx.Node | None]", node.args[1])
-    used = [dim for dim, item in enumerate(indices) if item is not None]
+    used = [dim for dim, tensor in enumerate(indices) if tensor is not None]
     for dim in used:
         pin(dims[dim], "its indices are looked up")
     typed = nodes.tensor_type(node)
-    chosen = [of(item, known) for item in indices if item is not None]
-    rank = max(len(found) for found in chosen)
-    plain = all(nodes.tensor_type(item).dtype != torch.bool for item in indices if item is not None)
+    chosen = [of(tensor, known) for tensor in indices if tensor is not None]
+    rank = max(len(axes) for axes in chosen)
+    plain = all(nodes.tensor_type(tensor).dtype != torch.bool for tensor in indices if tensor is not None)
     if plain and used == list(range(used[0], used[-1] + 1)) and typed.rank == len(dims) - len(used) + rank:
         return (*dims[: used[0]], *broadcast(chosen, rank, "index"), *dims[used[-1] + 1 :])
     for axis in dims:

@@ -34,7 +34,9 @@ aten = torch.ops.aten
 class Zero:
     """The zeros of one value.
 
-    at: for each dimension with zeros, the indices that are zero, [size] of booleans. whole: the value is zero everywhere.
+    Attributes:
+        at: for each dimension with zeros, the indices that are zero, [size] of booleans.
+        whole: the value is zero everywhere.
     """
 
     at: Mapping[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
@@ -53,39 +55,39 @@ class _Known:
     axes: Axes
     zeros: dict[fx.Node, Zero]
 
-    def of(self, item: object) -> Zero:
+    def of(self, argument: object) -> Zero:
         """The zeros of an argument; a missing bias is zero everywhere."""
-        if item is None:
+        if argument is None:
             return EVERYWHERE
-        if isinstance(item, fx.Node):
-            return self.zeros.get(item, NOWHERE)
-        return EVERYWHERE if isinstance(item, (int, float)) and item == 0 else NOWHERE
+        if isinstance(argument, fx.Node):
+            return self.zeros.get(argument, NOWHERE)
+        return EVERYWHERE if isinstance(argument, (int, float)) and argument == 0 else NOWHERE
 
 
 def zeros(program: Program) -> Zeros:
     """The zeros of a program's values; use it as `program.fact(zeros)`. Values without zeros have no entry."""
     known = _Known(program, program.fact(axes), {})
     for node in program.graph.nodes:
-        found = NOWHERE
+        zero = NOWHERE
         if node.op == "get_attr" and str(node.target) not in program.state:
-            found = _of_weight(program.weight(str(node.target)))
+            zero = _of_weight(program.weight(str(node.target)))
         elif node.op == "call_function" and any(used in known.zeros for used in node.all_input_nodes):
-            found = _rule(node)(node, known) if nodes.is_tensor(node) else _same(node, known) if _moves(node) else NOWHERE
-        settled = _settled(found) if found.whole or found.at else NOWHERE
+            zero = _rule(node)(node, known) if nodes.is_tensor(node) else _same(node, known) if _moves(node) else NOWHERE
+        settled = _settled(zero) if zero.whole or zero.at else NOWHERE
         if settled.whole or settled.at:
             known.zeros[node] = settled
     return known.zeros
 
 
-def is_zero(found: Zeros, item: object) -> bool:
+def is_zero(zeros: Zeros, argument: object) -> bool:
     """True when the value is zero everywhere."""
-    return isinstance(item, fx.Node) and found.get(item, NOWHERE).whole
+    return isinstance(argument, fx.Node) and zeros.get(argument, NOWHERE).whole
 
 
-def zero_at(found: Zeros, node: fx.Node, dim: int) -> torch.Tensor:
+def zero_at(zeros: Zeros, node: fx.Node, dim: int) -> torch.Tensor:
     """The indices of a dimension of fixed size at which the value is zero, [size] of booleans."""
     shape = nodes.tensor_type(node).shape
-    return _at(found.get(node, NOWHERE), 0, dim % len(shape), cast(int, shape[dim]))
+    return _at(zeros.get(node, NOWHERE), 0, dim % len(shape), cast(int, shape[dim]))
 
 
 def _of_weight(weight: torch.Tensor) -> Zero:
@@ -102,10 +104,10 @@ def _of_weight(weight: torch.Tensor) -> Zero:
     return Zero({dim: mask for dim, mask in at.items() if bool(mask.any())})
 
 
-def _settled(found: Zero) -> Zero:
+def _settled(zero: Zero) -> Zero:
     """The zeros without the dimensions that have none; everywhere if all of a dimension is zero."""
-    at = {dim: mask for dim, mask in found.at.items() if bool(mask.any())}
-    return EVERYWHERE if found.whole or any(bool(mask.all()) for mask in at.values()) else Zero(at)
+    at = {dim: mask for dim, mask in zero.at.items() if bool(mask.any())}
+    return EVERYWHERE if zero.whole or any(bool(mask.all()) for mask in at.values()) else Zero(at)
 
 
 def _rule(node: fx.Node) -> _Rule:
@@ -121,17 +123,18 @@ def _same(node: fx.Node, known: _Known) -> Zero:
 
 def _at(zero: Zero, shift: int, dim: int, size: int) -> torch.Tensor:
     """The zeros of an operand along a dimension of the result; a broadcast operand has some only if it is zero everywhere."""
-    found = zero.at.get(dim - shift)
+    mask = zero.at.get(dim - shift)
     if zero.whole:
         return torch.ones(size, dtype=torch.bool)
-    return found if found is not None and len(found) == size else torch.zeros(size, dtype=torch.bool)
+    return mask if mask is not None and len(mask) == size else torch.zeros(size, dtype=torch.bool)
 
 
 def _combined(node: fx.Node, known: _Known, *, items: slice, join: Callable[..., torch.Tensor] = torch.logical_and) -> Zero:
     """Zero where all of these arguments are, or with `torch.logical_or` where one of them is."""
     rank = nodes.tensor_type(node).rank
     operands = [
-        (known.of(item), rank - nodes.tensor_type(item).rank if nodes.is_tensor(item) else 0) for item in node.args[items]
+        (known.of(argument), rank - nodes.tensor_type(argument).rank if nodes.is_tensor(argument) else 0)
+        for argument in node.args[items]
     ]
     at = {
         dim: reduce(join, [_at(zero, shift, dim, size) for zero, shift in operands])
@@ -149,29 +152,31 @@ def _power(node: fx.Node, known: _Known) -> Zero:
 
 def _by_name(node: fx.Node, known: _Known) -> Zero:
     """Zero where one factor is and everything that is added: the result is linear in each factor."""
-    found = named(node)
-    if found is None or isinstance(nodes.node_type(node), tuple):
+    call = named(node)
+    if call is None or isinstance(nodes.node_type(node), tuple):
         return NOWHERE
-    factors = [item for item in found.operands if item.is_factor]
-    added = [item for item in found.operands if item.is_added]
+    factors = [operand for operand in call.operands if operand.is_factor]
+    added = [operand for operand in call.operands if operand.is_added]
     at: dict[int, torch.Tensor] = {}
-    for dim, name in enumerate(found.results[0]):
+    for dim, name in enumerate(call.results[0]):
         size = nodes.tensor_type(node).shape[dim]
-        if not name or not isinstance(size, int) or not found.bound.isdisjoint(parts_of(name)):
+        if not name or not isinstance(size, int) or not call.bound.isdisjoint(parts_of(name)):
             continue
         # What a norm with a mean makes of zeros at some of the indices that it reads is not zero.
-        linear = factors[1:] if found.declared.centred and name in found.normed else factors
-        masks = [_of_operand(known.of(item.node), item, name, size) for item in linear]
-        terms = [_of_operand(known.of(item.node), item, name, size) | known.of(item.node).whole for item in added]
+        linear = factors[1:] if call.declared.centred and name in call.normed else factors
+        masks = [_of_operand(known.of(operand.node), operand, name, size) for operand in linear]
+        terms = [_of_operand(known.of(operand.node), operand, name, size) | known.of(operand.node).whole for operand in added]
         if masks:
             at[dim] = reduce(torch.logical_and, terms, reduce(torch.logical_or, masks))
-    return Zero(at, any(known.of(item.node).whole for item in factors) and all(known.of(item.node).whole for item in added))
+    return Zero(
+        at, any(known.of(operand.node).whole for operand in factors) and all(known.of(operand.node).whole for operand in added)
+    )
 
 
-def _of_operand(zero: Zero, item: Operand, name: Dim, size: int) -> torch.Tensor:
+def _of_operand(zero: Zero, operand: Operand, name: Dim, size: int) -> torch.Tensor:
     """The zeros of an operand along a dimension of the result, [size]; those of a product's first part count for all of it."""
     for part in (name, *parts_of(name)[:1]):
-        mask = zero.at.get(item.dims.index(part)) if part in item.dims else None
+        mask = zero.at.get(operand.dims.index(part)) if part in operand.dims else None
         if mask is not None and size % len(mask) == 0:
             return mask.repeat_interleave(size // len(mask))
     return torch.zeros(size, dtype=torch.bool)
@@ -198,15 +203,15 @@ def _joined(node: fx.Node, known: _Known) -> Zero:
     parts = cast("list[fx.Node]", node.args[0])
     rank = nodes.tensor_type(node).rank
     seam = dim_of(node, rank)
-    found = [known.of(part) for part in parts]
+    part_zeros = [known.of(part) for part in parts]
     at: dict[int, torch.Tensor] = {}
     for dim, size in enumerate(nodes.tensor_type(node).shape):
         sizes = [nodes.tensor_type(part).shape[dim] for part in parts if nodes.tensor_type(part).rank == rank]
-        if not isinstance(size, int) or not all(isinstance(one, int) for one in sizes) or len(sizes) != len(parts):
+        if not isinstance(size, int) or not all(isinstance(part_size, int) for part_size in sizes) or len(sizes) != len(parts):
             continue
-        masks = [_at(zero, 0, dim, cast(int, one)) for zero, one in zip(found, sizes, strict=True)]
+        masks = [_at(zero, 0, dim, cast(int, part_size)) for zero, part_size in zip(part_zeros, sizes, strict=True)]
         at[dim] = torch.cat(masks) if dim == seam else torch.stack(masks).all(0)
-    return Zero(at, all(zero.whole for zero in found))
+    return Zero(at, all(zero.whole for zero in part_zeros))
 
 
 def _moved(node: fx.Node, known: _Known) -> Zero:

@@ -77,12 +77,12 @@ def _runs(line: torch.Tensor, count: Count) -> Seen | None:
     changes = (line[1:] != line[:-1]).nonzero().flatten().tolist()
     starts = [-1, *changes]
     ends = [*changes, len(line) - 1]
-    found: Seen | None = NEVER
+    seen: Seen | None = NEVER
     if len(ends) > 2 * _RUNS:
         return None
     for start, end in zip(starts, ends, strict=True):
         if bool(line[end]):
             low = -math.inf if start < 0 else start + 1
             high = math.inf if end == len(line) - 1 else end
-            found = either(found, between(count, low, high))
-    return found
+            seen = either(seen, between(count, low, high))
+    return seen

@@ -26,7 +26,11 @@ _INFINITY = math.inf
 
 @dataclass(frozen=True)
 class Count:
-    """An integer computed from positions. steps: operations applied to Σ terms + offset, in order, each with its operand."""
+    """An integer computed from positions.
+
+    Attributes:
+        steps: operations applied to Σ terms + offset, in order, each with its operand.
+    """
 
     terms: Terms = ()
     offset: int = 0
@@ -65,8 +69,8 @@ class Count:
 
     def at(self, axis: int, index: int) -> Count:
         """The count at one index of a dimension."""
-        here = sum(factor * (index // unit) for (found, unit), factor in self.terms if found == axis)
-        return Count(tuple(item for item in self.terms if item[0][0] != axis), self.offset + here, self.steps)
+        here = sum(factor * (index // unit) for (term_axis, unit), factor in self.terms if term_axis == axis)
+        return Count(tuple(term for term in self.terms if term[0][0] != axis), self.offset + here, self.steps)
 
 
 _STEPS: Mapping[str, Callable[[int, int], int]] = {
@@ -105,8 +109,11 @@ class Fact:
 class Table:
     """The condition that a block layout contains (or, inverted, lacks) the block of a query and a key.
 
-    layout: [heads or 1, query blocks, key blocks]. identity: the memory address of its weight. axes: the dimensions of heads (0
-    for none), queries and keys. block: in tokens.
+    Attributes:
+        layout: [heads or 1, query blocks, key blocks].
+        identity: the memory address of its weight.
+        axes: the dimensions of heads (0 for none), queries and keys.
+        block: in tokens.
     """
 
     layout: torch.Tensor = field(compare=False)
@@ -128,11 +135,11 @@ def between(count: Count, low: float, high: float) -> Seen | None:
     for index, (step, number) in reversed(list(enumerate(count.steps))):
         if step == "mod":
             return _residues(replace(count, steps=count.steps[:index]), number, intervals)
-        intervals = [found for item in intervals for found in _before(step, number, *item)]
-    found: Seen | None = NEVER
+        intervals = [earlier for interval in intervals for earlier in _before(step, number, *interval)]
+    seen: Seen | None = NEVER
     for least, most in intervals:
-        found = either(found, _fact(count.terms, least - count.offset, most - count.offset))
-    return found
+        seen = either(seen, _fact(count.terms, least - count.offset, most - count.offset))
+    return seen
 
 
 def equal(left: Count, right: Count) -> Seen | None:
@@ -172,7 +179,7 @@ def _residues(count: Count, modulus: int, intervals: list[Interval]) -> Seen | N
     """The condition that (Σ terms + offset) mod `modulus` is in one of the intervals; None if facts cannot express it."""
     if count.steps:
         return None
-    found: Seen | None = NEVER
+    seen: Seen | None = NEVER
     for low, high in intervals:
         low, high = max(low, 0), min(high, modulus - 1)
         if low > high:
@@ -182,8 +189,8 @@ def _residues(count: Count, modulus: int, intervals: list[Interval]) -> Seen | N
         start = (int(low) - count.offset) % modulus
         end = start + int(high) - int(low)
         for first, last in [(start, end)] if end < modulus else [(start, modulus - 1), (0, end - modulus)]:
-            found = either(found, _fact(count.terms, first, last, modulus))
-    return found
+            seen = either(seen, _fact(count.terms, first, last, modulus))
+    return seen
 
 
 def _fact(terms: Terms, low: float, high: float, modulus: int = 0) -> Seen:
@@ -204,8 +211,8 @@ def both(left: Seen | None, right: Seen | None) -> Seen | None:
     """The conjunction of two conditions."""
     if left is None or right is None:
         return None
-    found = [_joined((*first, *second)) for first in left for second in right]
-    return _limited(item for item in found if item is not None)
+    joined = [_joined((*first, *second)) for first in left for second in right]
+    return _limited(alternative for alternative in joined if alternative is not None)
 
 
 def either(left: Seen | None, right: Seen | None) -> Seen | None:
@@ -221,10 +228,10 @@ def opposite(seen: Seen | None) -> Seen | None:
     """The negation of a condition."""
     if seen is None:
         return None
-    found: Seen | None = ALWAYS
+    negated: Seen | None = ALWAYS
     for alternative in seen:
-        found = both(found, reduce(either, map(_broken, alternative), NEVER))
-    return found
+        negated = both(negated, reduce(either, map(_broken, alternative), NEVER))
+    return negated
 
 
 def _broken(fact: Fact | Table) -> Seen | None:
@@ -243,28 +250,28 @@ def _limited(alternatives: Iterable[Alternative]) -> Seen | None:
 
 def _joined(facts: Alternative) -> Alternative | None:
     """Merges facts on the same sum; None when they contradict each other."""
-    found: dict[object, Fact | Table] = {}
+    merged: dict[object, Fact | Table] = {}
     for fact in facts:
         key = (fact.terms, fact.modulus) if isinstance(fact, Fact) else fact
-        other = found.get(key)
-        if isinstance(fact, Fact) and isinstance(other, Fact):
-            fact = replace(fact, low=max(fact.low, other.low), high=min(fact.high, other.high))
+        present = merged.get(key)
+        if isinstance(fact, Fact) and isinstance(present, Fact):
+            fact = replace(fact, low=max(fact.low, present.low), high=min(fact.high, present.high))
             if fact.low > fact.high:
                 return None
-        found[key] = fact
+        merged[key] = fact
 
     def order(fact: Fact | Table) -> tuple[object, ...]:
         return (1,) if isinstance(fact, Table) else (0, fact.modulus, fact.terms, fact.low, fact.high)
 
     # In a fixed order, so that equal patterns compare equal however they were written.
-    return tuple(sorted(found.values(), key=order))
+    return tuple(sorted(merged.values(), key=order))
 
 
 def moved(seen: Seen | None, axes: Mapping[int, int]) -> Seen | None:
     """The condition with its dimensions renumbered; None when one it depends on is removed."""
     if seen is None:
         return None
-    result: list[Alternative] = []
+    alternatives: list[Alternative] = []
     for alternative in seen:
         facts: list[Fact | Table] = []
         for fact in alternative:
@@ -277,17 +284,21 @@ def moved(seen: Seen | None, axes: Mapping[int, int]) -> Seen | None:
             count = Count(fact.terms).moved(axes)
             if count is None:
                 return None
-            found = _fact(count.terms, fact.low, fact.high, fact.modulus)
-            facts += found[0] if found else ()
-        result.append(tuple(facts))
-    return tuple(result)
+            condition = _fact(count.terms, fact.low, fact.high, fact.modulus)
+            facts += condition[0] if condition else ()
+        alternatives.append(tuple(facts))
+    return tuple(alternatives)
 
 
 def shifted(seen: Seen | None, axis: int, start: int, single: bool) -> Seen | None:
-    """The condition on a slice that starts at `start` of a dimension; single: whether its length is one."""
+    """The condition on a slice that starts at `start` of a dimension.
+
+    Args:
+        single: whether its length is one.
+    """
     if seen is None or (start == 0 and not single):
         return seen
-    result: Seen | None = NEVER
+    condition: Seen | None = NEVER
     for alternative in seen:
         every: Seen | None = ALWAYS
         for fact in alternative:
@@ -298,15 +309,15 @@ def shifted(seen: Seen | None, axis: int, start: int, single: bool) -> Seen | No
             if count is not None and fact.modulus:
                 count = count.then("mod", fact.modulus)
             every = None if count is None else both(every, between(count, fact.low, fact.high))
-        result = either(result, every)
-    return result
+        condition = either(condition, every)
+    return condition
 
 
 def slide(count: Count, axis: int, start: int) -> Count | None:
     """The count on a slice that starts at `start` of a dimension; None when `start` is inside a unit."""
-    if any(found == axis and start % unit for (found, unit), _ in count.terms):
+    if any(term_axis == axis and start % unit for (term_axis, unit), _ in count.terms):
         return None
-    more = sum(factor * (start // unit) for (found, unit), factor in count.terms if found == axis)
+    more = sum(factor * (start // unit) for (term_axis, unit), factor in count.terms if term_axis == axis)
     return replace(count, offset=count.offset + more)
 
 

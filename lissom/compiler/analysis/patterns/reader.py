@@ -40,7 +40,9 @@ CAUSAL = Condition(1, -1, 0)
 class Part:
     """A part of a mask that is no pattern: a condition that must hold, or an additive mask.
 
-    negated: whether the condition must not hold. views: the dimensions of size 1 to insert, in order.
+    Attributes:
+        negated: whether the condition must not hold.
+        views: the dimensions of size 1 to insert, in order.
     """
 
     node: fx.Node
@@ -52,10 +54,11 @@ class Part:
 class Reading:
     """The pattern and the other parts of a mask.
 
-    pattern: the position pattern; None when there is none that a kernel can use.
-    reason: why there is no pattern; empty when the mask does not depend on positions.
-    layout: boolean, [heads or 1, query blocks, key blocks], when the pattern needs one.
-    rest: the other parts of the mask.
+    Attributes:
+        pattern: the position pattern; None when there is none that a kernel can use.
+        reason: why there is no pattern; empty when the mask does not depend on positions.
+        layout: boolean, [heads or 1, query blocks, key blocks], when the pattern needs one.
+        rest: the other parts of the mask.
     """
 
     pattern: Pattern | None
@@ -89,12 +92,12 @@ def _read(program: Program, mask: fx.Node | None, causal: bool) -> Reading:
     if mask is not None:
         reader.split(mask)
     rest = tuple(reader.rest)
-    found = pattern_of(reader.seen)
+    matched = pattern_of(reader.seen)
     if reader.seen == ALWAYS:
         return Reading(None, rest=rest, reason=_why(program, rest))
-    if found is None:
+    if matched is None:
         return Reading(None, rest=rest, reason="its mask is no pattern of blocks and distances")
-    pattern, layout = found
+    pattern, layout = matched
     square = mask is not None and len(set(nodes.tensor_type(mask).shape[-2:])) == 1
     if reader.finite and not (square and _sees_itself(pattern)):
         return Reading(None, rest=rest, reason="its mask has finite mask values, and may mask all keys of a row")
@@ -105,7 +108,12 @@ def _read(program: Program, mask: fx.Node | None, causal: bool) -> Reading:
 
 
 class _Reader:
-    """Splits one mask. seen: the position condition so far. finite: whether finite mask values stand for -∞."""
+    """Splits one mask.
+
+    Attributes:
+        seen: the position condition so far.
+        finite: whether finite mask values stand for -∞.
+    """
 
     def __init__(self, program: Program) -> None:
         self._program = program
@@ -116,14 +124,18 @@ class _Reader:
 
     def restrict(self, seen: Seen | None) -> bool:
         """Add a condition; False when it is unknown, or gives too many alternatives."""
-        found = both(self.seen, seen)
-        if found is not None and pattern_of(found) is not None:
-            self.seen = found
+        narrowed = both(self.seen, seen)
+        if narrowed is not None and pattern_of(narrowed) is not None:
+            self.seen = narrowed
             return True
         return False
 
     def split(self, node: fx.Node, negated: bool = False, inserted: tuple[int, ...] = ()) -> None:
-        """Split a mask into parts. inserted: dimensions of size 1 inserted between it and the attention, outermost first."""
+        """Split a mask into parts.
+
+        Args:
+            inserted: dimensions of size 1 inserted between it and the attention, outermost first.
+        """
         if nodes.tensor_type(node).dtype == torch.bool:
             self._split_condition(node, negated, inserted)
         else:
@@ -134,8 +146,8 @@ class _Reader:
         if seen is not None and self.restrict(opposite(seen) if negated else seen):
             return
         if nodes.is_call(node, *(OR if negated else AND)):
-            for item in (Logical(node).left, Logical(node).right):
-                self._split_condition(item, negated, inserted)
+            for side in (Logical(node).left, Logical(node).right):
+                self._split_condition(side, negated, inserted)
         elif nodes.is_call(node, *NOT):
             self._split_condition(nodes.operand(node), not negated, inserted)
         elif (view := _plain_view(node)) is not None:
@@ -183,14 +195,14 @@ class _Reader:
                         return where.condition, negated, value, kept
         return None
 
-    def _is_zero(self, item: object) -> bool:
-        while nodes.is_call(item, aten.expand.default, aten.unsqueeze.default, *CASTS):
-            item = nodes.operand(item)
-        if nodes.is_call(item, *ZEROS):
+    def _is_zero(self, value: object) -> bool:
+        while nodes.is_call(value, aten.expand.default, aten.unsqueeze.default, *CASTS):
+            value = nodes.operand(value)
+        if nodes.is_call(value, *ZEROS):
             return True
-        if nodes.is_call(item, *FILLS):
-            return nodes.argument(item, "fill_value") == 0
-        return number(self._program, item) == 0
+        if nodes.is_call(value, *FILLS):
+            return nodes.argument(value, "fill_value") == 0
+        return number(self._program, value) == 0
 
 
 def _plain_view(node: fx.Node) -> tuple[int, ...] | None:
@@ -225,8 +237,8 @@ def _why(program: Program, rest: tuple[Part, ...]) -> str:
     both_positions = [part.node for part in rest if 1 not in _shape(part)[-2:]]
     if not both_positions:
         return ""
-    found = set(computed_from(both_positions, nodes.is_tensor))
-    given = [node for node in program.graph.nodes if node in found and node.op in ("placeholder", "get_attr")]
+    sources = set(computed_from(both_positions, nodes.is_tensor))
+    given = [node for node in program.graph.nodes if node in sources and node.op in ("placeholder", "get_attr")]
     data = [node for node in given if node.op == "placeholder" or str(node.target) in program.state]
     if data:
         return f"its mask depends on '{data[0].target}', which is data"
@@ -261,5 +273,5 @@ def write_rest(edit: Editor, rest: tuple[Part, ...]) -> fx.Node | None:
     return edit.call(aten.masked_fill.Scalar, total, edit.call(aten.logical_not.default, condition), -math.inf)
 
 
-def _folded(edit: Editor, operator: torch._ops.OpOverload, found: list[fx.Node]) -> fx.Node | None:
-    return reduce(partial(edit.call, operator), found) if found else None
+def _folded(edit: Editor, operator: torch._ops.OpOverload, parts: list[fx.Node]) -> fx.Node | None:
+    return reduce(partial(edit.call, operator), parts) if parts else None

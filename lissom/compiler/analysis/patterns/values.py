@@ -56,27 +56,27 @@ class PositionValues:
         self._program = program
         self._known: dict[fx.Node, Value] = {}
 
-    def count(self, item: object) -> Count | None:
+    def count(self, argument: object) -> Count | None:
         """A tensor or a number as a count; None when it is none."""
-        if isinstance(item, (bool, float)):
+        if isinstance(argument, (bool, float)):
             return None
-        if isinstance(item, int):
-            return Count(offset=item)
-        if not isinstance(item, fx.Node) or not nodes.has_value(item):
+        if isinstance(argument, int):
+            return Count(offset=argument)
+        if not isinstance(argument, fx.Node) or not nodes.has_value(argument):
             return None
-        found = nodes.node_type(item)
-        if isinstance(found, ScalarType):
-            return Count(offset=found.value) if isinstance(found.value, int) else None
-        value = self._value(item)
+        value_type = nodes.node_type(argument)
+        if isinstance(value_type, ScalarType):
+            return Count(offset=value_type.value) if isinstance(value_type.value, int) else None
+        value = self._value(argument)
         return value if isinstance(value, Count) else None
 
-    def seen(self, item: object) -> Seen | None:
+    def seen(self, argument: object) -> Seen | None:
         """A boolean or a boolean tensor as a condition; None when it is none."""
-        if isinstance(item, bool):
-            return ALWAYS if item else NEVER
-        if not nodes.is_tensor(item) or nodes.tensor_type(item).dtype != torch.bool:
+        if isinstance(argument, bool):
+            return ALWAYS if argument else NEVER
+        if not nodes.is_tensor(argument) or nodes.tensor_type(argument).dtype != torch.bool:
             return None
-        value = self._value(item)
+        value = self._value(argument)
         return None if isinstance(value, Count) else value
 
     def _value(self, node: fx.Node) -> Value:
@@ -163,8 +163,8 @@ class PositionValues:
         before = self.count(front)
         if x is None or before is None or x.steps or nodes.argument(node, "n") != 1 or behind is not None:
             return None
-        slope = sum(factor for (found, _), factor in x.terms if found == axis)
-        even = all(unit == 1 for (found, unit), _ in x.terms if found == axis)
+        slope = sum(factor for (term_axis, _), factor in x.terms if term_axis == axis)
+        even = all(unit == 1 for (term_axis, unit), _ in x.terms if term_axis == axis)
         first = difference(x.at(axis, 0), before)
         return Count(offset=slope) if even and first is not None and first.constant == slope else None
 
@@ -172,8 +172,8 @@ class PositionValues:
         if left is None or right is None:
             return None
         if comparison in (aten.eq, aten.ne):
-            found = facts.equal(left, right)
-            return facts.opposite(found) if comparison is aten.ne else found
+            equal = facts.equal(left, right)
+            return facts.opposite(equal) if comparison is aten.ne else equal
         low, high = _BOUNDS[comparison]
         if (apart := difference(left, right)) is not None:
             return between(apart, low, high)
@@ -193,10 +193,10 @@ class PositionValues:
 
     def _looked_up(self, node: fx.Node) -> Seen | None:
         """Blocks looked up in a constant table by the blocks of query and key."""
-        found = _table_and_indices(node)
-        if found is None:
+        lookup = _table_and_indices(node)
+        if lookup is None:
             return None
-        weight, rows, columns = found
+        weight, rows, columns = lookup
         table = self._program.weight(str(weight.target)).detach()
         rank = nodes.tensor_type(node).rank
         if str(weight.target) in self._program.state or table.dtype != torch.bool or table.dim() not in (2, 3):
@@ -208,8 +208,8 @@ class PositionValues:
             if place is None:
                 return None
             places.append((axis, place[1]) if selected else place)
-        (row, block), (column, other) = places
-        if block != other:
+        (row, block), (column, column_block) = places
+        if block != column_block:
             return None
         heads = -rank if table.dim() == 3 else 0
         return ((Table(table if table.dim() == 3 else table[None], table.data_ptr(), (heads, row, column), block),),)
@@ -268,8 +268,8 @@ def _table_and_indices(node: fx.Node) -> tuple[fx.Node, object, object] | None:
     if outer is None or inner is None:
         return None
     rank = nodes.tensor_type(node).rank
-    found = {item.dim % rank - rank: item.indices for item in (inner, outer)}
-    return (inner.x, found[-2], found[-1]) if inner.x.op == "get_attr" and found.keys() == {-2, -1} else None
+    by_dim = {select.dim % rank - rank: select.indices for select in (inner, outer)}
+    return (inner.x, by_dim[-2], by_dim[-1]) if inner.x.op == "get_attr" and by_dim.keys() == {-2, -1} else None
 
 
 def _sliced(node: fx.Node, x: Kind) -> Kind | None:
@@ -290,5 +290,5 @@ def axes_of_view(node: fx.Node) -> dict[int, int] | None:
     """
     if node.target not in _VIEWS:
         return None
-    found, old, new = places(node), nodes.tensor_type(nodes.operand(node)).rank, nodes.tensor_type(node).rank
-    return found and {source - old: dim - new for source, dim in found.items()}
+    dims, old, new = places(node), nodes.tensor_type(nodes.operand(node)).rank, nodes.tensor_type(node).rank
+    return dims and {source - old: dim - new for source, dim in dims.items()}

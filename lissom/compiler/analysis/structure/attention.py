@@ -34,12 +34,23 @@ aten = torch.ops.aten
 class AttentionSite:
     """One attention.
 
-    node: the attention operator. q, k, v, output: its input and output projections; empty when there are none.
-    packed: whether q, k and v come from one layer. cross: whether k and v come from other tokens than q.
-    heads, key_value_heads, head_dim: sizes. scale: the factor on the scores, None for 1/√head_dim.
-    mask: the kind of mask. positions: `rotary`, `relative` (a learned or computed bias per distance), or `none here`.
-    softcap: the soft-cap of the scores, None without one. sinks: whether each row has an extra logit besides its keys.
-    residual: the residual add after it; None when there is none.
+    Attributes:
+        node: the attention operator.
+        q: its query projection; empty when there is none.
+        k: its key projection.
+        v: its value projection.
+        output: its output projection.
+        packed: whether q, k and v come from one layer.
+        cross: whether k and v come from other tokens than q.
+        heads: the number of query heads.
+        key_value_heads: the number of key/value heads.
+        head_dim: the size of a head.
+        scale: the factor on the scores, None for 1/√head_dim.
+        mask: the kind of mask.
+        positions: `rotary`, `relative` (a learned or computed bias per distance), or `none here`.
+        softcap: the soft-cap of the scores, None without one.
+        sinks: whether each row has an extra logit besides its keys.
+        residual: the residual add after it; None when there is none.
     """
 
     node: fx.Node
@@ -67,18 +78,18 @@ class AttentionSite:
 def attention_site(program: Program, node: fx.Node, rotary: set[fx.Node]) -> AttentionSite:
     """The site of one attention operator; `rotary` holds the nodes of the rotary cos and sin tables."""
     attention = Attention(node)
-    q, k, v = (producers(item) for item in (attention.q, attention.k, attention.v))
-    types = [nodes.tensor_type(item) for item in (attention.q, attention.k)]
-    query_sources = {source(input_of(item)) for item in q}
-    cross = bool(k) and query_sources.isdisjoint({source(input_of(item)) for item in k})
-    heads, groups = (as_int(found.shape[-3]) if found.rank > 2 else 1 for found in types)
+    q, k, v = (producers(operand) for operand in (attention.q, attention.k, attention.v))
+    types = [nodes.tensor_type(operand) for operand in (attention.q, attention.k)]
+    query_sources = {source(input_of(layer)) for layer in q}
+    cross = bool(k) and query_sources.isdisjoint({source(input_of(layer)) for layer in k})
+    heads, groups = (as_int(tensor_type.shape[-3]) if tensor_type.rank > 2 else 1 for tensor_type in types)
     head_dim = as_int(types[0].shape[-1])
     if heads < 1 and len(q) == 1:
         # Batch and heads are one dimension: the heads follow from the q features of the projection.
         heads = groups = features(q[0], 0) // (3 if q == k == v else 1) // head_dim
     mask = mask_kind(program, node)
-    between = {item for item in computed_from([attention.q], lambda item: item not in q) if item not in q}
-    turned = between & rotary or any(not rotary.isdisjoint(item.all_input_nodes) for item in between)
+    between = {value for value in computed_from([attention.q], lambda value: value not in q) if value not in q}
+    turned = between & rotary or any(not rotary.isdisjoint(value.all_input_nodes) for value in between)
     positions = "rotary" if turned else "relative" if mask.bias else "none here"
     output = _consumer(node)
     return AttentionSite(
@@ -111,7 +122,7 @@ def _shared_groups(node: fx.Node, heads: int) -> int:
             return heads // repeated.counts[-3]
         if nodes.is_call(node, aten.expand.default) and nodes.is_tensor(before):
             old, new = nodes.tensor_type(before).shape, nodes.tensor_type(node).shape
-            grown = [size for size, one in zip(new, old, strict=False) if one == 1 and size != 1]
+            grown = [size for size, old_size in zip(new, old, strict=False) if old_size == 1 and size != 1]
             if len(old) == len(new) == 5 and grown and isinstance(grown[0], int) and heads % grown[0] == 0:
                 return heads // grown[0]
         node = before

@@ -30,10 +30,13 @@ _FAR = 12
 class Branch:
     """One residual branch.
 
-    last: the linear layer that ends it. before, after: the residual stream before and after it.
-    total: the first sum after it, of `addend`, the branch's output, and `rest`. For parallel branches it is the sum of two of
-        them; otherwise it is the residual add, and `rest` is `before`.
-    post_norm: whether `after` is a norm of the residual add.
+    Attributes:
+        last: the linear layer that ends it.
+        before: the residual stream before it.
+        after: the residual stream after it.
+        total: the first sum after it, of `addend`, the branch's output, and `rest`. For parallel branches it is the sum of two
+            of them; otherwise it is the residual add, and `rest` is `before`.
+        post_norm: whether `after` is a norm of the residual add.
     """
 
     last: fx.Node
@@ -70,12 +73,12 @@ def branch_of(site: AttentionSite | FeedForwardSite) -> Branch | str:
 
 def joined(branches: Sequence[Branch]) -> list[Branch]:
     """The branches, with one stream after those that are added one after the other, y = (x + f(x)) + g(x)."""
-    found = list(branches)
-    for later in reversed(found):
-        for index, earlier in enumerate(found):
+    chained = list(branches)
+    for later in reversed(chained):
+        for index, earlier in enumerate(chained):
             if later.rest is earlier.total is not later.total and _bare(earlier.before) is _bare(later.before):
-                found[index] = replace(earlier, after=later.after)
-    return found
+                chained[index] = replace(earlier, after=later.after)
+    return chained
 
 
 def follow(branches: Sequence[Branch]) -> bool:
@@ -89,7 +92,7 @@ def _operands(total: fx.Node, last: fx.Node) -> tuple[fx.Node, fx.Node]:
     node = last
     while total not in node.users:
         (node,) = node.users
-    return node, next((item for item in total.all_input_nodes if item is not node), node)
+    return node, next((operand for operand in total.all_input_nodes if operand is not node), node)
 
 
 def _bare(node: fx.Node) -> fx.Node:
@@ -101,17 +104,17 @@ def _bare(node: fx.Node) -> fx.Node:
 
 def _terms(total: fx.Node) -> list[fx.Node]:
     """The terms of a sum, nearest first; those of sums in it too."""
-    found = list(total.all_input_nodes)
-    level = found
+    terms = list(total.all_input_nodes)
+    level = terms
     for _ in range(_SUMS):
-        level = [item for node in level if nodes.is_call(node, aten.add.Tensor) for item in node.all_input_nodes]
-        found += level
-    return found
+        level = [term for node in level if nodes.is_call(node, aten.add.Tensor) for term in node.all_input_nodes]
+        terms += level
+    return terms
 
 
 def _behind(node: fx.Node) -> list[fx.Node]:
     """The value and its origins before views, casts, norms and factors of a linear layer, nearest first."""
-    found = [node]
+    origins = [node]
     while True:
         if is_linear(node):
             node = input_of(node)
@@ -120,8 +123,8 @@ def _behind(node: fx.Node) -> list[fx.Node]:
         ) and node.all_input_nodes:
             node = node.all_input_nodes[0]
         else:
-            return found
-        found.append(node)
+            return origins
+        origins.append(node)
 
 
 def _is_plain(between: Sequence[fx.Node]) -> bool:

@@ -35,8 +35,11 @@ _BETWEEN = {operator.getitem, aten.mean.dim, aten.std.correction, aten.std.dim}
 class FeedForwardSite:
     """One feed-forward: down(activation(up(x))), or down(activation(gate(x)) · up(x)) when gated.
 
-    up: the first layers, one or two; gated: whether one multiplies the other. width: features between up and down.
-    residual: the residual add after it; None when there is none.
+    Attributes:
+        up: the first layers, one or two.
+        gated: whether one multiplies the other.
+        width: features between up and down.
+        residual: the residual add after it; None when there is none.
     """
 
     up: tuple[fx.Node, ...]
@@ -55,8 +58,11 @@ class FeedForwardSite:
 class MixtureSite:
     """A mixture of experts: a router chooses the experts of each token.
 
-    router: the layer that computes the experts' scores. choice: the `topk` that selects experts by score.
-    experts: the number of experts; top_k: the number of experts per token.
+    Attributes:
+        router: the layer that computes the experts' scores.
+        choice: the `topk` that selects experts by score.
+        experts: the number of experts.
+        top_k: the number of experts per token.
     """
 
     router: fx.Node
@@ -112,8 +118,8 @@ def feed_forward_site(down: fx.Node, projections: set[fx.Node]) -> FeedForwardSi
 
 def _is_number(node: fx.Node) -> bool:
     """True for a size, and for a tensor of rank 0, which scales or shifts the other inputs."""
-    found = nodes.node_type(node)
-    parts = found if isinstance(found, tuple) else (found,)
+    value_type = nodes.node_type(node)
+    parts = value_type if isinstance(value_type, tuple) else (value_type,)
     return all(isinstance(part, ScalarType) or (isinstance(part, TensorType) and part.rank == 0) for part in parts)
 
 

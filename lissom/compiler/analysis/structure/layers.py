@@ -43,11 +43,11 @@ def layers_of(attention: Sequence[AttentionSite], feed_forward: Sequence[FeedFor
             layers[-1].append(place)
         else:
             layers.append([place])
-    found: dict[str, list[Site]] = {}
+    sites: dict[str, list[Site]] = {}
     for layer in layers:
         others = [path for other in layers if other is not layer for place in other for path in _paths(place.site)]
-        found.setdefault(_name(layer, others), []).extend(place.site for place in layer)
-    return found
+        sites.setdefault(_name(layer, others), []).extend(place.site for place in layer)
+    return sites
 
 
 def in_order(path: str) -> list[tuple[int, str]]:
@@ -61,8 +61,8 @@ def _in_order(attention: Sequence[AttentionSite], feed_forward: Sequence[FeedFor
         prefix for site in feed_forward for prefix in _numbered(site.path)
     }
     sites = sorted([*attention, *feed_forward], key=_last)
-    found = {_last(site): branch for site in sites if isinstance(branch := branch_of(site), Branch)}
-    of = dict(zip(found, joined(list(found.values())), strict=True))
+    branches = {_last(site): branch for site in sites if isinstance(branch := branch_of(site), Branch)}
+    of = dict(zip(branches, joined(list(branches.values())), strict=True))
     return [
         _Place(site, of.get(_last(site)), next((prefix for prefix in _numbered(site.path) if prefix in both), None))
         for site in sites
@@ -83,7 +83,7 @@ def _goes_on(layer: Sequence[_Place], place: _Place) -> bool:
         return False
     if before.branch.after is place.branch.after:
         return True
-    kinds = {item.kind for item in layer}
+    kinds = {earlier.kind for earlier in layer}
     starts = place.kind in kinds or (place.kind == "attention" and "feed-forward" in kinds)
     return not starts and follow([before.branch, place.branch])
 

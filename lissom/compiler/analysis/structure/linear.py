@@ -50,9 +50,9 @@ def weight_path(node: fx.Node) -> tuple[fx.Node, ...]:
 
     Empty when the node is no linear layer, as for a product of two computed values.
     """
-    if (found := second_factor(node)) is None:
+    if (weight := second_factor(node)) is None:
         return ()
-    path = [found]
+    path = [weight]
     while nodes.is_call(path[-1], *_WEIGHT_VIEWS, *ops.QUANTIZERS):
         path.append(nodes.operand(path[-1]))
     return tuple(path) if path[-1].op == "get_attr" else ()
@@ -76,8 +76,8 @@ def bias_of(linear: fx.Node) -> fx.Node | None:
     """The bias of a linear layer, or what `addmm` adds; None when there is none."""
     if (product := AddedProduct.of(linear)) is not None:
         return product.bias
-    found = None if linear.target in (*ops.MATMULS, *ops.GROUPED_PRODUCTS) else nodes.argument(linear, "bias")
-    return found if isinstance(found, fx.Node) else None
+    bias = None if linear.target in (*ops.MATMULS, *ops.GROUPED_PRODUCTS) else nodes.argument(linear, "bias")
+    return bias if isinstance(bias, fx.Node) else None
 
 
 def producers(start: object) -> tuple[fx.Node, ...]:
@@ -131,7 +131,7 @@ def residual_of(last: fx.Node) -> fx.Node | None:
             return None
         user = users[0]
         if nodes.is_call(user, aten.add.Tensor) and nodes.is_tensor(Binary(user).right):
-            ranks = {nodes.tensor_type(item).rank for item in (Binary(user).left, Binary(user).right, user)}
+            ranks = {nodes.tensor_type(value).rank for value in (Binary(user).left, Binary(user).right, user)}
             return user if len(ranks) == 1 else None
         if not (user.target in ops.SHAPES or user.target in ops.NORMS or ops.is_pointwise(user) or is_quantizer(user)):
             return None

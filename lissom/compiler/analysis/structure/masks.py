@@ -39,8 +39,13 @@ Values = Mapping[fx.Node, torch.Tensor]
 
 @dataclass(frozen=True)
 class MaskKind:
-    """causal: later tokens are masked. window: the number of visible tokens back, None without a limit.
-    padding: it depends on the caller's inputs. bias: it has finite values other than zero, or depends on q.
+    """A mask's pattern.
+
+    Attributes:
+        causal: later tokens are masked.
+        window: the number of visible tokens back, None without a limit.
+        padding: it depends on the caller's inputs.
+        bias: it has finite values other than zero, or depends on q.
     """
 
     causal: bool = False
@@ -58,13 +63,13 @@ class MaskKind:
 
 def mask_kind(program: Program, attention: fx.Node) -> MaskKind:
     """The kind of one attention's mask; a mask shared by several attentions is computed once."""
-    found = program.fact(_cache)
+    kinds = program.fact(_cache)
     mask = Attention(attention).mask
     if mask is None:
         return MaskKind(causal=is_causal(attention))
-    if mask not in found:
-        found[mask] = _kind(program, mask)
-    return found[mask]
+    if mask not in kinds:
+        kinds[mask] = _kind(program, mask)
+    return kinds[mask]
 
 
 def _cache(program: Program) -> dict[fx.Node, MaskKind]:
@@ -90,7 +95,11 @@ def _kind(program: Program, mask: fx.Node) -> MaskKind:
 
 
 def _triangle(blocked: torch.Tensor) -> tuple[bool, int | None]:
-    """True if later keys are masked, and the number of visible earlier ones; blocked: [queries, keys]."""
+    """True if later keys are masked, and the number of visible earlier ones.
+
+    Args:
+        blocked: [queries, keys].
+    """
     rows, columns = blocked.shape
     if min(rows, columns) < _SMALLEST:
         return False, None
@@ -107,14 +116,15 @@ def dependencies(
 ) -> list[fx.Node] | None:
     """The nodes that these depend on, in order; None when one is refused, or they are too many.
 
-    through: as in `computed_from`.
+    Args:
+        through: as in `computed_from`.
     """
-    found = set[fx.Node]()
+    needed = set[fx.Node]()
     for node in computed_from(wanted, through):
-        if len(found) > MOST_CALLS or refused(node):
+        if len(needed) > MOST_CALLS or refused(node):
             return None
-        found.add(node)
-    return [node for node in wanted[0].graph.nodes if node in found]
+        needed.add(node)
+    return [node for node in wanted[0].graph.nodes if node in needed]
 
 
 def _compute(program: Program, order: list[fx.Node], masked: bool) -> torch.Tensor:
@@ -154,9 +164,9 @@ def _value(program: Program, node: fx.Node, sizes: Mapping[sympy.Symbol, int], v
     if node.op == "get_attr":
         return program.weight(str(node.target))
     if is_size(node) and nodes.operand(node) not in values:
-        found = nodes.node_type(node)
-        assert isinstance(found, ScalarType) and not isinstance(found.value, float)
-        return evaluate(found.value, sizes)
+        value_type = nodes.node_type(node)
+        assert isinstance(value_type, ScalarType) and not isinstance(value_type.value, float)
+        return evaluate(value_type.value, sizes)
     return call(node, values.__getitem__)
 
 
@@ -166,5 +176,5 @@ def is_size(node: fx.Node) -> bool:
 
 
 def _ones(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> torch.Tensor:
-    found = nodes.tensor_type(node)
-    return torch.ones([evaluate(size, sizes) for size in found.shape], dtype=found.dtype, device=found.device)
+    tensor_type = nodes.tensor_type(node)
+    return torch.ones([evaluate(size, sizes) for size in tensor_type.shape], dtype=tensor_type.dtype, device=tensor_type.device)

@@ -32,7 +32,9 @@ _STACKED = "its weight is a stack of the matrices of several experts"
 class Matrix:
     """The weight matrix of a linear layer, or the stack of those of several experts.
 
-    node: the weight. transposed: whether it is stored as [..., in_features, out_features], as in GPT-2.
+    Attributes:
+        node: the weight.
+        transposed: whether it is stored as [..., in_features, out_features], as in GPT-2.
     """
 
     node: fx.Node
@@ -54,7 +56,11 @@ class Matrix:
         return weight.mT if self.transposed else weight
 
     def write(self, edit: Editor, matrix: torch.Tensor) -> None:
-        """Give the weight new values, in this program only; one place rewritten. matrix: [..., out_features, in_features]."""
+        """Give the weight new values, in this program only; one place rewritten.
+
+        Args:
+            matrix: [..., out_features, in_features].
+        """
         matrix = matrix.to(edit.program.weight(self.name).dtype)
         edit.set_weight(self.node, (matrix.mT if self.transposed else matrix).contiguous())
         edit.rewritten += 1
@@ -72,11 +78,11 @@ def stack_like(matrices: Sequence[torch.Tensor], stack: torch.Tensor) -> torch.T
 
 def stored_weight(linear: fx.Node) -> tuple[fx.Node, bool]:
     """The weight argument of a product before transposes, and whether it is [in_features, out_features] there."""
-    found, transposed = second_factor(linear), linear.target is not aten.linear.default
-    assert found is not None, f"'{linear.name}' is no product"
-    while nodes.is_call(found, *TRANSPOSES) and _swaps_last(found):
-        found, transposed = nodes.operand(found), not transposed
-    return found, transposed
+    weight, transposed = second_factor(linear), linear.target is not aten.linear.default
+    assert weight is not None, f"'{linear.name}' is no product"
+    while nodes.is_call(weight, *TRANSPOSES) and _swaps_last(weight):
+        weight, transposed = nodes.operand(weight), not transposed
+    return weight, transposed
 
 
 def _swaps_last(node: fx.Node) -> bool:
@@ -95,7 +101,8 @@ def _rank(linear: fx.Node) -> int:
 def matrix_of(linear: fx.Node, *, stacks: bool = False) -> Matrix | str:
     """The weight matrix of a layer, or why it cannot be changed for this layer alone.
 
-    stacks: whether the caller takes the stacked matrices of experts.
+    Args:
+        stacks: whether the caller takes the stacked matrices of experts.
     """
     weight = weight_of(linear)
     assert weight is not None, f"'{linear.name}' is no linear layer"
@@ -103,10 +110,10 @@ def matrix_of(linear: fx.Node, *, stacks: bool = False) -> Matrix | str:
         return "it is a convolution or a batched matrix product"
     if linear.target in GROUPED_PRODUCTS and not stacks:
         return _STACKED
-    found, transposed = stored_weight(linear)
-    if is_quantizer(found):
+    stored, transposed = stored_weight(linear)
+    if is_quantizer(stored):
         return "its weight is quantized already"
-    if found is not weight:
+    if stored is not weight:
         return "its weight is split, cast or reshaped before it is used"
     form = nodes.tensor_type(weight)
     if form.rank != _rank(linear) or not form.dtype.is_floating_point:
@@ -125,24 +132,28 @@ class RoundedMatrix(Matrix):
 
     def read_scale(self, program: Program) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scale and zero point, each [..., blocks of out_features, blocks of in_features]."""
-        values = [program.weight(str(item.target)).detach() for item in self.quantizer.all_input_nodes[1:]]
+        values = [program.weight(str(operand.target)).detach() for operand in self.quantizer.all_input_nodes[1:]]
         turned = [value.reshape(1, 1) if value.dim() == 0 else value.mT if self.transposed else value for value in values]
         return turned[0], turned[1] if len(turned) > 1 else None
 
 
 def rounded_matrix_of(linear: fx.Node, *, stacks: bool = False) -> RoundedMatrix | str:
-    """The weight matrix that `lissom::fake_quantize` quantizes for a layer, or why there is none; stacks: as in `matrix_of`."""
+    """The weight matrix that `lissom::fake_quantize` quantizes for a layer, or why there is none.
+
+    Args:
+        stacks: as in `matrix_of`.
+    """
     if linear.target not in _PRODUCTS:
         return "it is a convolution or a batched matrix product"
     if linear.target in GROUPED_PRODUCTS and not stacks:
         return _STACKED
-    found, transposed = stored_weight(linear)
-    if found.target is not fake_quantize:
+    stored, transposed = stored_weight(linear)
+    if stored.target is not fake_quantize:
         return "its weight is not quantized"
-    weight = FakeQuantize(found).x
+    weight = FakeQuantize(stored).x
     if weight.op != "get_attr" or nodes.tensor_type(weight).rank != _rank(linear):
         return "its weight is computed before it is quantized"
-    return RoundedMatrix(weight, transposed, found)
+    return RoundedMatrix(weight, transposed, stored)
 
 
 def treated_layers(
@@ -153,7 +164,9 @@ def treated_layers(
 ) -> dict[fx.Node, Found]:
     """The linear layers to change, with their matrices; the others are reported as skipped, but for those in `passed_over`.
 
-    find: the matrix of a layer, or why it has none. obstacle: why a layer is left alone.
+    Args:
+        find: the matrix of a layer, or why it has none.
+        obstacle: why a layer is left alone.
     """
 
     layers = {node: find(node) for node in edit.nodes() if is_linear(node) and node not in passed_over}
@@ -174,23 +187,24 @@ def treated_layers(
 
 def readers_of(weight: fx.Node) -> list[fx.Node]:
     """The nodes that compute with a weight, directly or through transposes."""
-    found: list[fx.Node] = []
+    readers: list[fx.Node] = []
     for user in weight.users:
-        found += readers_of(user) if nodes.is_call(user, *TRANSPOSES) else [user]
-    return found
+        readers += readers_of(user) if nodes.is_call(user, *TRANSPOSES) else [user]
+    return readers
 
 
 def weight_sites(layers: Mapping[fx.Node, Matrix], pass_text: str, takes: Callable[[int, int], Legal]) -> dict[str, AmountSite]:
     """The weights as amounts of a pass name them, by their names: by the module paths of the layers that read them.
 
-    takes: what the pass takes at a weight with that many out_features and in_features.
+    Args:
+        takes: what the pass takes at a weight with that many out_features and in_features.
     """
     paths: dict[str, dict[str, None]] = {}
     for node, matrix in layers.items():
         paths.setdefault(matrix.name, {})[nodes.origin(node).module_path] = None
     shapes = {matrix.name: matrix.shape for matrix in layers.values()}
-    found: dict[str, AmountSite] = {}
-    for name, path in zip(paths, site_names([next(iter(item)) for item in paths.values()], [*paths]), strict=True):
+    sites: dict[str, AmountSite] = {}
+    for name, path in zip(paths, site_names([next(iter(modules)) for modules in paths.values()], [*paths]), strict=True):
         others = [*paths[name]][1:]
-        found[name] = AmountSite("linear", (path, *others), min(shapes[name]), {pass_text: takes(*shapes[name])})
-    return found
+        sites[name] = AmountSite("linear", (path, *others), min(shapes[name]), {pass_text: takes(*shapes[name])})
+    return sites

@@ -30,9 +30,9 @@ def scale_of(node: fx.Node) -> float:
 
 def softcap_of(attention: fx.Node) -> float:
     """The soft cap of the scores; 0 when there is none."""
-    found = attention.kwargs.get("softcap") or 0.0
-    assert isinstance(found, (int, float))
-    return found
+    softcap = attention.kwargs.get("softcap") or 0.0
+    assert isinstance(softcap, (int, float))
+    return softcap
 
 
 def is_causal(attention: fx.Node) -> bool:
@@ -42,8 +42,8 @@ def is_causal(attention: fx.Node) -> bool:
 
 def mask_of(attention: fx.Node) -> fx.Node | None:
     """The mask or bias of an attention; None when there is none."""
-    found = nodes.argument(attention, "attn_mask", "bias")
-    return found if isinstance(found, fx.Node) else None
+    mask = nodes.argument(attention, "attn_mask", "bias")
+    return mask if isinstance(mask, fx.Node) else None
 
 
 def sinks_of(node: fx.Node) -> fx.Node | None:
@@ -57,7 +57,8 @@ def sinks_of(node: fx.Node) -> fx.Node | None:
 def unrepeated(node: object) -> fx.Node:
     """Keys or values before their heads are repeated for the query heads that share them; the node itself if they are not.
 
-    node: [batch, heads, tokens, features], computed by unsqueeze, expand and reshape, or by repeat_interleave.
+    Args:
+        node: [batch, heads, tokens, features], computed by unsqueeze, expand and reshape, or by repeat_interleave.
     """
     assert isinstance(node, fx.Node)
     if (repeat := RepeatInterleave.of(node)) is not None:
@@ -68,11 +69,11 @@ def unrepeated(node: object) -> fx.Node:
     inner = Unsqueeze.of(nodes.operand(spread))
     if inner is None or inner.dim != 2:
         return node
-    wanted, found = nodes.tensor_type(node), nodes.tensor_type(inner.x)
+    wanted, source_type = nodes.tensor_type(node), nodes.tensor_type(inner.x)
     copies = nodes.tensor_type(spread).shape[2]
-    heads = found.shape[1]
+    heads = source_type.shape[1]
     repeats = isinstance(copies, int) and isinstance(heads, int) and wanted.shape[1] == heads * copies
-    return inner.x if repeats and wanted.rank == 4 and wanted.shape[2:] == found.shape[2:] else node
+    return inner.x if repeats and wanted.rank == 4 and wanted.shape[2:] == source_type.shape[2:] else node
 
 
 def shared_operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -88,7 +89,7 @@ def shared_operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
 def operands_obstacle(edit: Editor, node: fx.Node) -> str | None:
     """The reason none of our kernels accepts an attention's operands; None if one does."""
     attention = Attention(node)
-    q, k, v = (nodes.tensor_type(item) for item in (attention.q, attention.k, attention.v))
+    q, k, v = (nodes.tensor_type(operand) for operand in (attention.q, attention.k, attention.v))
     if q.rank != 4 or k.rank != 4 or v.rank != 4:
         return "its operands are not [batch, heads, tokens, head_dim]"
     if len({q.dtype, k.dtype, v.dtype}) > 1:
@@ -104,7 +105,7 @@ def operands_obstacle(edit: Editor, node: fx.Node) -> str | None:
     grouped = node.target is PLAIN and bool(nodes.argument(node, "enable_gqa"))
     if v.shape[1] != key_heads or (heads != key_heads and not (grouped and heads % key_heads == 0)):
         return f"{heads} query heads are broadcast with {key_heads} key and {v.shape[1]} value heads"
-    if not all(fake.same_size(edit.program.fake_mode, q.shape[0], item.shape[0]) for item in (k, v)):
+    if not all(fake.same_size(edit.program.fake_mode, q.shape[0], operand.shape[0]) for operand in (k, v)):
         return "its batch is broadcast"
     return None
 

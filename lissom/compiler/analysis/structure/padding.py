@@ -31,8 +31,8 @@ Check = Callable[[Values], bool]
 def padding_masks(program: Program) -> tuple[fx.Node, ...]:
     """The inputs [batch, tokens] whose zeros mask keys in an attention; use it as `program.fact(padding_masks)`."""
     types = {node: nodes.tensor_type(node) for node in program.placeholders}
-    candidates = [node for node, found in types.items() if found.rank == 2 and not found.dtype.is_complex]
-    masks = dict.fromkeys(found for node in program.nodes() if is_attention(node) and (found := mask_of(node)) is not None)
+    candidates = [node for node, tensor_type in types.items() if tensor_type.rank == 2 and not tensor_type.dtype.is_complex]
+    masks = dict.fromkeys(mask for node in program.nodes() if is_attention(node) and (mask := mask_of(node)) is not None)
     return tuple(
         candidate
         for candidate in candidates
@@ -128,7 +128,10 @@ def _mask_hides(mask: fx.Node, candidate: fx.Node, values: Values) -> bool:
 def hides(mask: torch.Tensor, kept: torch.Tensor, *, own: bool) -> bool:
     """True when the mask masks every key that is not kept, for every query or for every query that is kept.
 
-    mask: broadcast to [batch, heads, queries, keys]; kept: [batch, tokens]; own: whether the queries are the same tokens.
+    Args:
+        mask: broadcast to [batch, heads, queries, keys].
+        kept: [batch, tokens].
+        own: whether the queries are the same tokens.
     """
     if not 2 <= mask.dim() <= 4 or mask.shape[-1] != kept.shape[1] or (mask.dim() == 4 and mask.shape[0] not in (1, len(kept))):
         return False
@@ -141,7 +144,8 @@ def hides(mask: torch.Tensor, kept: torch.Tensor, *, own: bool) -> bool:
 def zero_where_hidden(value: torch.Tensor, kept: torch.Tensor, place: tuple[int, int], rank: int) -> bool:
     """True when the value, broadcast to a tensor of this rank, is zero or False at every position that is not kept.
 
-    place: the dimensions of batch and tokens.
+    Args:
+        place: the dimensions of batch and tokens.
     """
     value = value[(None,) * (rank - value.dim())]
     rows = value.movedim(place, (0, 1)).flatten(2).ne(0).any(-1) if rank > 2 else value.ne(0)
@@ -189,8 +193,8 @@ def _probes(program: Program, mask: fx.Node | None, order: Sequence[fx.Node]) ->
     batch, tokens = (evaluate(size, sizes) for size in nodes.tensor_type(mask).shape)
     rows = _patterns(tokens)[torch.arange(-(-_BATCH // batch) * batch) % _BATCH]
     for group in rows.split(batch):
-        found = nodes.tensor_type(mask)
-        yield values_at(program, order, sizes, {mask: group.to(found.device, found.dtype)})
+        mask_type = nodes.tensor_type(mask)
+        yield values_at(program, order, sizes, {mask: group.to(mask_type.device, mask_type.dtype)})
 
 
 def _probe_sizes(program: Program, mask: fx.Node | None) -> dict[sympy.Symbol, int]:

@@ -32,8 +32,12 @@ aten = torch.ops.aten
 class QuantizedLayer:
     """A linear layer with a quantized weight, or the layers of several experts with a stack of them.
 
-    node: the product. values: its input. weight: the dequantized weight. bias: None when there is none.
-    transposed: whether the weight is [..., in_features, out_features].
+    Attributes:
+        node: the product.
+        values: its input.
+        weight: the dequantized weight.
+        bias: None when there is none.
+        transposed: whether the weight is [..., in_features, out_features].
     """
 
     node: fx.Node
@@ -99,7 +103,7 @@ class QuantizedLayer:
     @property
     def has_one_scale(self) -> bool:
         """False when its input is quantized with several known scales."""
-        return not self.scale_is_known or not any(nodes.tensor_type(item).rank for item in self.values.all_input_nodes[1:])
+        return not self.scale_is_known or not any(nodes.tensor_type(grid).rank for grid in self.values.all_input_nodes[1:])
 
     @property
     def has_row_scales(self) -> bool:
@@ -107,15 +111,15 @@ class QuantizedLayer:
         if not self.scale_is_known:
             return False
         rows = (*nodes.tensor_type(self.x).shape[:-1], 1)
-        grid = [nodes.tensor_type(item) for item in self.values.all_input_nodes[1:]]
-        return all(found.shape == rows and found.dtype == torch.float32 for found in grid)
+        grid = [nodes.tensor_type(operand) for operand in self.values.all_input_nodes[1:]]
+        return all(operand_type.shape == rows and operand_type.dtype == torch.float32 for operand_type in grid)
 
     def parts(self, edit: Editor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The stored weight, unpacked, its scale and its zero point, as [..., out_features, in_features]."""
-        q, *grid = (edit.program.weight(str(item.target)).detach() for item in self.weight.all_input_nodes)
+        q, *grid = (edit.program.weight(str(operand.target)).detach() for operand in self.weight.all_input_nodes)
         form = FORMATS[self.format]
         q = unpack_halves(q, form) if form.bits == 4 else q
-        q, scale, *zero_point = (item.mT if self.transposed and item.dim() else item for item in (q, *grid))
+        q, scale, *zero_point = (tensor.mT if self.transposed and tensor.dim() else tensor for tensor in (q, *grid))
         return q, scale, zero_point[0] if zero_point else None
 
 
@@ -129,22 +133,22 @@ def quantized_layer(node: fx.Node) -> QuantizedLayer | None:
         return None
     if nodes.tensor_type(weight).rank != (3 if node.target in GROUPED_PRODUCTS else 2):
         return None
-    if any(item.op != "get_attr" for item in weight.all_input_nodes):
+    if any(operand.op != "get_attr" for operand in weight.all_input_nodes):
         return None
     return QuantizedLayer(node, x, weight, bias, transposed)
 
 
 def _reads_whole(user: fx.Node) -> bool:
     if nodes.is_call(user, *TRANSPOSES):
-        return any(_reads_whole(item) for item in user.users)
+        return any(_reads_whole(reader) for reader in user.users)
     return user.target not in (*LINEAR_PRODUCTS, *GROUPED_PRODUCTS)
 
 
-def is_owned(item: object) -> TypeGuard[fx.Node]:
+def is_owned(argument: object) -> TypeGuard[fx.Node]:
     """True for a weight, or a dequantized one, that nothing else reads."""
-    if nodes.is_call(item, dequantize):
-        return len(item.users) == 1 and all(map(is_own_weight, item.all_input_nodes))
-    return is_own_weight(item)
+    if nodes.is_call(argument, dequantize):
+        return len(argument.users) == 1 and all(map(is_own_weight, argument.all_input_nodes))
+    return is_own_weight(argument)
 
 
 def layer_path(weight: fx.Node) -> str:

@@ -36,9 +36,11 @@ def token_mask(program: Program, sample: Sample, node: fx.Node, axis: int = 1) -
     """The real tokens of the node's tensor, as booleans in the shape of its batch and tokens; None if all are real.
 
     In a row without real tokens, all count as real. Rows sorted by expert are in another order than the masks: all count.
-    axis: the dimension of the tokens, the second to last.
+
+    Args:
+        axis: the dimension of the tokens, the second to last.
     """
-    if any(item.target in GROUPED_PRODUCTS for item in (node, *node.users)):
+    if any(call.target in GROUPED_PRODUCTS for call in (node, *node.users)):
         return None
     shape = nodes.tensor_type(node).shape
     for batch, tokens, real in program.fact(_sources).of(program, sample):
@@ -58,22 +60,23 @@ def real_positions(program: Program, sample: Sample) -> Sequence[tuple[Size, Siz
 class _Sources:
     """The inputs and masks that show which tokens are real.
 
-    inputs: indices of inputs whose zeros mask keys. masks: attention masks computed from other inputs, each with the nodes it
-        depends on, in order.
-    named: indices of inputs with `mask` in their name that no recognized attention mask depends on.
+    Attributes:
+        inputs: indices of inputs whose zeros mask keys.
+        masks: attention masks computed from other inputs, each with the nodes it depends on, in order.
+        named: indices of inputs with `mask` in their name that no recognized attention mask depends on.
     """
 
     inputs: list[int]
     masks: dict[fx.Node, list[fx.Node]]
     named: list[int]
     _sample: Sample | None = None
-    _found: list[tuple[Size, Size, torch.Tensor]] = field(default_factory=list["tuple[Size, Size, torch.Tensor]"])
+    _real: list[tuple[Size, Size, torch.Tensor]] = field(default_factory=list["tuple[Size, Size, torch.Tensor]"])
 
     def of(self, program: Program, sample: Sample) -> list[tuple[Size, Size, torch.Tensor]]:
         """The real tokens of this sample, with the sizes of batch and tokens."""
         if self._sample is not sample:
-            self._sample, self._found = sample, list(self._read(program, sample))
-        return self._found
+            self._sample, self._real = sample, list(self._read(program, sample))
+        return self._real
 
     def _read(self, program: Program, sample: Sample) -> Iterator[tuple[Size, Size, torch.Tensor]]:
         leaves = program.signature.tensors
@@ -105,7 +108,7 @@ def _of_first_slots(leaves: Sequence[TensorArgument], sample: Sample, at: int) -
 def _sources(program: Program) -> _Sources:
     placeholders = program.placeholders
     known = program.fact(padding_masks)
-    masks = dict.fromkeys(found for node in program.nodes() if is_attention(node) and (found := mask_of(node)) is not None)
+    masks = dict.fromkeys(mask for node in program.nodes() if is_attention(node) and (mask := mask_of(node)) is not None)
     computed = {mask: order for mask in masks if (order := order_of([mask])) is not None}
     told = {
         mask: order
@@ -121,7 +124,11 @@ def _sources(program: Program) -> _Sources:
 
 
 def _seen(program: Program, mask: fx.Node, order: Sequence[fx.Node], sample: Sample) -> torch.Tensor:
-    """The keys visible to some query, [batch, keys]. mask: of an attention, [batch or 1, heads or 1, queries, keys]."""
+    """The keys visible to some query, [batch, keys].
+
+    Args:
+        mask: of an attention, [batch or 1, heads or 1, queries, keys].
+    """
     given = dict(zip(program.placeholders, sample, strict=True))
     value = values_at(program, order, program.signature.sizes_of(sample), given)[mask]
     seen = value if value.dtype == torch.bool else value > _HIDDEN_ROUNDED

@@ -27,7 +27,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Embedding:
-    """An embedding table. tied: whether an LM head uses the same weight."""
+    """An embedding table.
+
+    Attributes:
+        tied: whether an LM head uses the same weight.
+    """
 
     node: fx.Node
     rows: int
@@ -48,7 +52,9 @@ class Layer:
 class Structure:
     """The structure of a program, each field in the order of the graph.
 
-    lm_heads: the linear layers that make an output of the program, classifiers included, and those tied to an embedding table.
+    Attributes:
+        lm_heads: the linear layers that make an output of the program, classifiers included, and those tied to an embedding
+            table.
     """
 
     attention: tuple[AttentionSite, ...]
@@ -64,7 +70,7 @@ class Structure:
     def residuals(self) -> list[fx.Node]:
         """The residual adds, each once."""
         sums = (site.residual for site in (*self.attention, *self.feed_forward))
-        return list(dict.fromkeys(item for item in sums if item is not None))
+        return list(dict.fromkeys(residual for residual in sums if residual is not None))
 
 
 def structure(program: Program) -> Structure:
@@ -116,23 +122,23 @@ def _is_scaled(node: fx.Node, value: fx.Node) -> bool:
 
 def _reached_from(program: Program, targets: set[object]) -> set[fx.Node]:
     """The nodes that depend on a call of one of the targets, without a linear layer or an attention between."""
-    found: set[fx.Node] = set()
+    reached: set[fx.Node] = set()
     for node in program.nodes():
         if is_linear(node) or is_attention(node):
             continue
         # A table applied to a computed value is no table any more.
         inputs = node.all_input_nodes
-        values = [used for used in inputs if used not in found and used.op == "call_function" and nodes.is_tensor(used)]
-        if node.target in targets or (not values and not found.isdisjoint(inputs)):
-            found.add(node)
-    return found
+        values = [used for used in inputs if used not in reached and used.op == "call_function" and nodes.is_tensor(used)]
+        if node.target in targets or (not values and not reached.isdisjoint(inputs)):
+            reached.add(node)
+    return reached
 
 
 def _layers(attention: Sequence[AttentionSite], feed_forward: Sequence[FeedForwardSite]) -> tuple[Layer, ...]:
     """The layers, in the order of their paths; the sites of each in the order of the graph."""
-    held, found = layers_of(attention, feed_forward), list[Layer]()
+    held, layers = layers_of(attention, feed_forward), list[Layer]()
     for path in sorted(held, key=in_order):
         inside = set(map(id, held[path]))
         attentions = tuple(site for site in attention if id(site) in inside)
-        found.append(Layer(path, attentions, tuple(site for site in feed_forward if id(site) in inside)))
-    return tuple(found)
+        layers.append(Layer(path, attentions, tuple(site for site in feed_forward if id(site) in inside)))
+    return tuple(layers)

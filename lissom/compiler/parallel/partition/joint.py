@@ -30,7 +30,9 @@ aten = torch.ops.aten
 class Joint:
     """Writes the calls and collectives that replace one operator.
 
-    own: makes a weight that differs between ranks, from its name and values. reduced: an all-reduce of a value.
+    Attributes:
+        own: makes a weight that differs between ranks, from its name and values.
+        reduced: an all-reduce of a value.
     """
 
     edit: Editor
@@ -38,27 +40,32 @@ class Joint:
     own: Callable[[str, list[torch.Tensor]], fx.Node]
     reduced: Callable[[fx.Node, str], fx.Node]
 
-    def compute(self, node: fx.Node, item: TensorType, result: torch.dtype, dim: int, span: Span) -> list[fx.Node]:
-        """The outputs of a call that reads `dim` of its argument. item: the unsharded type. span: the shards."""
+    def compute(self, node: fx.Node, unsharded: TensorType, result_dtype: torch.dtype, dim: int, span: Span) -> list[fx.Node]:
+        """The outputs of a call that reads `dim` of its argument.
+
+        Args:
+            unsharded: the unsharded type.
+            span: the shards.
+        """
         call, x = self.edit.call, nodes.operand(node)
         if nodes.is_call(node, *LOG_SOFTMAX, *SOFTMAX):
-            return [self._normalized(node, x, result, dim, span)]
+            return [self._normalized(node, x, result_dtype, dim, span)]
         if nodes.is_call(node, *GATHERS):
             return [self._looked_up(node, x, dim, span)]
         if nodes.is_call(node, *LAYER_NORMS):
-            return [self._normed(node, x, result, dim, span)]
+            return [self._normed(node, x, result_dtype, dim, span)]
         if nodes.is_call(node, aten.amax.default):
             kept = bool(nodes.argument(node, "keepdim"))
             return [self.reduced(call(aten.amax.default, self._masked(x, dim, span, -math.inf), [dim], kept), "max")]
         if nodes.is_call(node, aten.logsumexp.default):
-            return [self._log_sum(node, x, result, dim, span)]
-        best, places = self._best(node, x, packed_dtype(item, dim), dim, span)
-        best = call(aten.to.dtype, best, item.dtype) if nodes.tensor_type(best).dtype != item.dtype else best
+            return [self._log_sum(node, x, result_dtype, dim, span)]
+        best, places = self._best(node, x, packed_dtype(unsharded, dim), dim, span)
+        best = call(aten.to.dtype, best, unsharded.dtype) if nodes.tensor_type(best).dtype != unsharded.dtype else best
         if nodes.is_call(node, *BEST) and not nodes.argument(node, "keepdim"):
-            best, places = (call(aten.squeeze.dim, found, dim) for found in (best, places))
+            best, places = (call(aten.squeeze.dim, values, dim) for values in (best, places))
         return [places] if nodes.is_call(node, aten.argmax.default) else [best, places]
 
-    def _normalized(self, node: fx.Node, x: fx.Node, result: torch.dtype, dim: int, span: Span) -> fx.Node:
+    def _normalized(self, node: fx.Node, x: fx.Node, result_dtype: torch.dtype, dim: int, span: Span) -> fx.Node:
         """softmax or log softmax, from the maximum and the sum of exponentials over all shards."""
         call, x = self.edit.call, self._in(x, computed_dtype(node))
         greatest = self.reduced(call(aten.amax.default, self._masked(x, dim, span, -math.inf), [dim], True), "max")
@@ -66,10 +73,10 @@ class Joint:
         powers = self._masked(call(aten.exp.default, below), dim, span, 0)
         total = self.reduced(call(aten.sum.dim_IntList, powers, [dim], True), "sum")
         if nodes.is_call(node, *SOFTMAX):
-            return self._in(call(aten.div.Tensor, powers, total), result)
-        return self._in(call(aten.sub.Tensor, below, call(aten.log.default, total)), result)
+            return self._in(call(aten.div.Tensor, powers, total), result_dtype)
+        return self._in(call(aten.sub.Tensor, below, call(aten.log.default, total)), result_dtype)
 
-    def _normed(self, node: fx.Node, x: fx.Node, result: torch.dtype, dim: int, span: Span) -> fx.Node:
+    def _normed(self, node: fx.Node, x: fx.Node, result_dtype: torch.dtype, dim: int, span: Span) -> fx.Node:
         """RMS norm or layer norm, from sums over all shards; a shard that several ranks hold counts once."""
         call, inner = self.edit.call, computed_dtype(node)
         share = span.parts / self.world_size / fixed(span.whole)
@@ -83,22 +90,22 @@ class Joint:
             x = call(aten.sub.Tensor, x, mean(x))
         squares = mean(call(aten.mul.Tensor, x, x))
         squares = call(aten.add.Scalar, squares, torch.finfo(dtype).eps if epsilon is None else epsilon)
-        found = call(aten.mul.Tensor, x, call(aten.rsqrt.default, squares))
+        normed = call(aten.mul.Tensor, x, call(aten.rsqrt.default, squares))
         if isinstance(weight := nodes.argument(node, "weight"), fx.Node):
-            found = call(aten.mul.Tensor, found, self._in(weight, inner))
+            normed = call(aten.mul.Tensor, normed, self._in(weight, inner))
         if nodes.is_call(node, aten.layer_norm.default) and isinstance(bias := nodes.argument(node, "bias"), fx.Node):
-            found = call(aten.add.Tensor, found, self._in(bias, inner))
-        return self._in(found, result)
+            normed = call(aten.add.Tensor, normed, self._in(bias, inner))
+        return self._in(normed, result_dtype)
 
-    def _log_sum(self, node: fx.Node, x: fx.Node, result: torch.dtype, dim: int, span: Span) -> fx.Node:
+    def _log_sum(self, node: fx.Node, x: fx.Node, result_dtype: torch.dtype, dim: int, span: Span) -> fx.Node:
         call, x = self.edit.call, self._in(x, computed_dtype(node))
         greatest = self.reduced(call(aten.amax.default, self._masked(x, dim, span, -math.inf), [dim], True), "max")
         # A row with maximum -inf or inf is not shifted, which would give NaN.
         greatest = call(aten.masked_fill.Scalar, greatest, call(aten.isinf.default, greatest), 0)
         powers = self._masked(call(aten.exp.default, call(aten.sub.Tensor, x, greatest)), dim, span, 0)
         total = self.reduced(call(aten.sum.dim_IntList, powers, [dim], True), "sum")
-        found = self._in(call(aten.add.Tensor, call(aten.log.default, total), greatest), result)
-        return found if nodes.argument(node, "keepdim") else call(aten.squeeze.dim, found, dim)
+        log_sum = self._in(call(aten.add.Tensor, call(aten.log.default, total), greatest), result_dtype)
+        return log_sum if nodes.argument(node, "keepdim") else call(aten.squeeze.dim, log_sum, dim)
 
     def _best(self, node: fx.Node, x: fx.Node, dtype: torch.dtype, dim: int, span: Span) -> tuple[fx.Node, fx.Node]:
         """The largest values and their indices along `dim`, which is kept: the best of each rank's candidates, gathered."""
@@ -109,10 +116,10 @@ class Joint:
         # [1, 2, …] on each rank, since all-gather concatenates along the first dimension.
         both = call(aten.stack.default, [self._in(best, dtype), call(aten.to.dtype, places, dtype)])
         every = call(WAIT, call(ALL_GATHER, call(aten.unsqueeze.default, both, 0), self.world_size, GROUP))
-        found = call(
+        candidate_rows = call(
             aten.cat.default, [self.edit.item(call(aten.unbind.int, every), rank) for rank in range(self.world_size)], dim + 1
         )
-        best, places = (call(aten.select.int, found, 0, at) for at in (0, 1))
+        best, places = (call(aten.select.int, candidate_rows, 0, at) for at in (0, 1))
         if nodes.is_call(node, *BEST):
             # The first of equal values has the lowest index, since ranks hold a row in order.
             first = call(aten.argmax.default, best, dim, True)
@@ -131,8 +138,8 @@ class Joint:
         call = self.edit.call
         own = call(aten.sub.Tensor, Gather(node).indices, self._first(span))
         held = call(aten.clamp.default, own, 0, fixed(span.local) - 1)
-        found = call(aten.gather.default, x, dim, held)
-        return call(aten.masked_fill.Scalar, found, call(aten.ne.Tensor, own, held), 0)
+        rows = call(aten.gather.default, x, dim, held)
+        return call(aten.masked_fill.Scalar, rows, call(aten.ne.Tensor, own, held), 0)
 
     def _first(self, span: Span) -> fx.Node:
         """The first index of each rank's shard."""

@@ -49,13 +49,13 @@ def _sizes(state: PartitionState, node: fx.Node, placed: Placement) -> None:
 
 
 def _split(state: PartitionState, node: fx.Node, placed: Placement) -> None:
-    found = state.types[node]
-    assert isinstance(found, tuple)
-    types = [nodes.tensor_type(item) for item in found]
+    result_types = state.types[node]
+    assert isinstance(result_types, tuple)
+    types = [nodes.tensor_type(value_type) for value_type in result_types]
     dim = dim_of(node, types[0].rank)
     parts = placed if isinstance(placed, tuple) else (placed,)
     if any(part.spans(dim) for part in parts):
-        sizes = [local_size(part.spans(dim), found.shape[dim]) for part, found in zip(parts, types, strict=True)]
+        sizes = [local_size(part.spans(dim), piece_type.shape[dim]) for part, piece_type in zip(parts, types, strict=True)]
         node.target = aten.split_with_sizes.default
         nodes.set_arguments(node, nodes.operand(node), sizes, dim)
 

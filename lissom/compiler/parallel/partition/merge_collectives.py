@@ -63,26 +63,26 @@ def _merge(edit: Editor, first: fx.Node, second: fx.Node) -> fx.Node:
         counts = [_count(edit, value) for value in values]
         shapes = [[edit.size(value, dim) for dim in range(nodes.tensor_type(value).rank)] for value in values]
         together = call(aten.cat.default, [call(aten.reshape.default, value, [1, -1]) for value in values], 1)
-        one = call(nodes.overload(first), together, *first.args[1:])
-        pieces = call(aten.split_with_sizes.default, call(WAIT, one), counts, 1)
+        merged = call(nodes.overload(first), together, *first.args[1:])
+        pieces = call(aten.split_with_sizes.default, call(WAIT, merged), counts, 1)
         for at, (wait, shape) in enumerate(zip(waits, shapes, strict=True)):
             if first.target is ALL_GATHER:
                 ranks, lead = fixed(nodes.argument(first, "group_size")), shape[0]
                 shape[0] = lead * ranks if isinstance(lead, int) else edit.compute_size(operator.mul, lead, ranks)
-            found = call(aten.reshape.default, edit.item(pieces, at), shape)
-            nodes.set_placed(found, nodes.placed(wait) or REPLICATED)
+            piece = call(aten.reshape.default, edit.item(pieces, at), shape)
+            nodes.set_placed(piece, nodes.placed(wait) or REPLICATED)
             # Typed with sizes told from other values, which are the same.
-            nodes.set_value(wait, nodes.value(found))
-            edit.replace(wait, found)
+            nodes.set_value(wait, nodes.value(piece))
+            edit.replace(wait, piece)
     edit.erase(first)
     edit.erase(second)
-    return one
+    return merged
 
 
 def _count(edit: Editor, value: fx.Node) -> fx.Node | int:
     """The number of elements of a value."""
-    found: fx.Node | int = math.prod(size for size in nodes.tensor_type(value).shape if isinstance(size, int))
+    count: fx.Node | int = math.prod(size for size in nodes.tensor_type(value).shape if isinstance(size, int))
     for dim in range(nodes.tensor_type(value).rank):
         if isinstance(size := edit.size(value, dim), fx.Node):
-            found = edit.compute_size(operator.mul, size, found)
-    return found
+            count = edit.compute_size(operator.mul, size, count)
+    return count

@@ -34,15 +34,16 @@ aten = torch.ops.aten
 def partition_program(edit: Editor, world_size: int) -> None:
     """Partition a program whose every value has a placement; a `PartitionedProgram` takes its place.
 
-    Raises: PassError when a value has no placement, or was changed since it got one.
+    Raises:
+        PassError: when a value has no placement, or was changed since it got one.
     """
     state = PartitionState.of(edit, world_size)
     program = edit.program
     wants = {node: _wants(state, node) for node in program.nodes()}
     joint = {node: span for node in wants if (span := joint_span(node, state.read)) is not None}
     parts = {node: own_part(node, state.read) for node in state.read.gathered}
-    gathered = {node: single(found.result) for node, found in parts.items() if found is not None}
-    state.wanted_whole = {item for wanted in wants.values() for item, want in wanted.items() if want.is_replicated}
+    gathered = {node: single(part.result) for node, part in parts.items() if part is not None}
+    state.wanted_whole = {argument for wanted in wants.values() for argument, want in wanted.items() if want.is_replicated}
     state.wanted_whole.update(program.output.all_input_nodes)
     _shard_weights(state)
     for node, wanted in wants.items():
@@ -63,14 +64,14 @@ def partition_program(edit: Editor, world_size: int) -> None:
 
 
 def _wants(state: PartitionState, node: fx.Node) -> Mapping[fx.Node, Placed]:
-    """The placements that a call wants of its arguments. Raises: PassError when the plan no longer holds."""
-    found = outcome(node, state.read)
-    if found.result != state.known[node]:
+    """The placements that a call wants of its arguments. Raises PassError when the plan no longer holds."""
+    propagated = outcome(node, state.read)
+    if propagated.result != state.known[node]:
         raise PassError(
-            f"partition: {place(state.edit.program, node)} would yield {found.result}, but the plan says {state.known[node]}: "
-            f"it was changed since; put `shard` right before `partition`"
+            f"partition: {place(state.edit.program, node)} would yield {propagated.result}, but the plan says "
+            f"{state.known[node]}: it was changed since; put `shard` right before `partition`"
         )
-    return dict(found.wants)
+    return dict(propagated.wants)
 
 
 def _shard_weights(state: PartitionState) -> None:
@@ -105,19 +106,19 @@ def _scale(quantizer: fx.Node) -> fx.Node | None:
 
 def _partition_call(state: PartitionState, node: fx.Node, wants: Mapping[fx.Node, Placed], joint: Span | None) -> None:
     """Redistribute the arguments of a call, replace or correct it, and infer its type anew."""
-    for item, want in wants.items():
-        item = state.stands_for.get(item, item)
-        node.replace_input_with(item, redistribute(state, item, want, node))
+    for argument, want in wants.items():
+        argument = state.stands_for.get(argument, argument)
+        node.replace_input_with(argument, redistribute(state, argument, want, node))
     if _look_up(state, node) or _quantize_jointly(state, node):
         return
     if joint is not None:
         _compute_jointly(state, node, joint)
         return
     placed = state.known[node]
-    if is_sharded(placed) or any(is_sharded(state.known.get(item, REPLICATED)) for item in node.all_input_nodes):
+    if is_sharded(placed) or any(is_sharded(state.known.get(used, REPLICATED)) for used in node.all_input_nodes):
         make_local(state, node, placed)
     # A call with the same arguments keeps its type: data-dependent sizes would get new symbols, whose ranges are unknown.
-    if wants or is_sharded(placed) or any(nodes.node_type(item) != state.types.get(item) for item in node.all_input_nodes):
+    if wants or is_sharded(placed) or any(nodes.node_type(used) != state.types.get(used) for used in node.all_input_nodes):
         state.edit.retype_call(node)
 
 
@@ -136,9 +137,9 @@ def _look_up(state: PartitionState, node: fx.Node) -> bool:
         own = call(aten.sub.Tensor, ids, state.own_weight(f"rank.first_row_{span.size}by{span.parts}", starts))
         held = call(aten.clamp.default, own, 0, block - 1)
         others = call(aten.unsqueeze.default, call(aten.ne.Tensor, own, held), -1)
-        found = call(aten.embedding.default, table, held)
-        found = call(aten.masked_fill.Scalar, found, others, 0)
-    state.replace(node, found)
+        rows = call(aten.embedding.default, table, held)
+        rows = call(aten.masked_fill.Scalar, rows, others, 0)
+    state.replace(node, rows)
     return True
 
 
@@ -151,24 +152,24 @@ def _quantize_jointly(state: PartitionState, node: fx.Node) -> bool:
         return False
     if spans := placed.spans(state.shape(node).rank - 1):
         with state.edit.before(node):
-            found = state.joint.quantize(node, spans)
-        state.replace(node, found)
+            quantized = state.joint.quantize(node, spans)
+        state.replace(node, quantized)
     return bool(spans)
 
 
 def _compute_jointly(state: PartitionState, node: fx.Node, span: Span) -> None:
     """Replace a call that reads a sharded dimension by one that computes on the shards and exchanges a few numbers per row."""
-    item, dim = state.shape(nodes.operand(node)), joint_dim(node)
+    unsharded, dim = state.shape(nodes.operand(node)), joint_dim(node)
     assert dim is not None
     typed = state.types[node]
-    result = nodes.tensor_type(typed[0] if isinstance(typed, tuple) else typed).dtype
+    result_dtype = nodes.tensor_type(typed[0] if isinstance(typed, tuple) else typed).dtype
     with state.edit.before(node):
-        found = state.joint.compute(node, item, result, dim, span)
+        outputs = state.joint.compute(node, unsharded, result_dtype, dim, span)
     if not isinstance(typed, tuple):
-        state.replace(node, found[0])
+        state.replace(node, outputs[0])
         return
     for user in list(node.users):
-        state.replace(user, found[Item(user).index])
+        state.replace(user, outputs[Item(user).index])
     state.edit.erase(node)
 
 
@@ -177,14 +178,14 @@ def _gather_at_once(state: PartitionState, node: fx.Node, part: Placed) -> None:
     with state.edit.before(node):
         own = state.edit.call(nodes.overload(node), *node.args, **node.kwargs)
         nodes.set_placed(own, part)
-        found = all_gather(state, own, part, state.shape(node).shape)
-    state.replace(node, found)
+        whole = all_gather(state, own, part, state.shape(node).shape)
+    state.replace(node, whole)
 
 
 def _gather_outputs(state: PartitionState) -> None:
     """Let every rank return whole values."""
     output = state.edit.program.output
     for leaf in output.all_input_nodes:
-        found = state.known[leaf]
-        if isinstance(found, Placed) and not found.is_replicated:
+        placed = state.known[leaf]
+        if isinstance(placed, Placed) and not placed.is_replicated:
             output.replace_input_with(leaf, redistribute(state, leaf, REPLICATED, output))

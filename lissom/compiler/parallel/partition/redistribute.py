@@ -34,63 +34,67 @@ def redistribute(state: PartitionState, value: fx.Node, want: Placed, reader: fx
         return state.moved[value, want]
     have = state.known[value]
     assert isinstance(have, Placed)
-    move, found = _Move(value, have, want, reader), value
+    move, moved = _Move(value, have, want, reader), value
     with state.edit.before(reader, like=[value]):
         for step in redistribution_steps(have, want, state.world_size, has_whole=value in state.wanted_whole) or ():
-            found = _stepped(state, step, found, move)
+            moved = _stepped(state, step, moved, move)
     state.edit.rewritten += 1
-    state.moved[value, want] = found
-    nodes.set_placed(found, want)
-    return found
+    state.moved[value, want] = moved
+    nodes.set_placed(moved, want)
+    return moved
 
 
-def _stepped(state: PartitionState, step: str, found: fx.Node, move: _Move) -> fx.Node:
+def _stepped(state: PartitionState, step: str, value: fx.Node, move: _Move) -> fx.Node:
     """The value after one step of `redistribution_steps`."""
     match step:
         case "all-reduce":
-            return state.reduced(found, "sum")
+            return state.reduced(value, "sum")
         case "reduce-scatter":
-            return state.positions.scattered(found, move.want)
+            return state.positions.scattered(value, move.want)
         case "spread":
-            return state.positions.spread(found, move.have)
+            return state.positions.spread(value, move.have)
         case "mask":
-            return _on_first_rank(state, found, nodes.tensor_type(move.value).dtype)
+            return _on_first_rank(state, value, nodes.tensor_type(move.value).dtype)
         case "all-gather":
             if move.have.is_by_position:
-                return state.positions.gathered(found, move.have)
-            return all_gather(state, found, move.have, state.shape(move.value).shape)
+                return state.positions.gathered(value, move.have)
+            return all_gather(state, value, move.have, state.shape(move.value).shape)
         case _ if move.want.is_by_position:
-            whole = redistribute(state, move.value, REPLICATED, move.reader) if move.have.partial else found
+            whole = redistribute(state, move.value, REPLICATED, move.reader) if move.have.partial else value
             return state.positions.own_part(whole, move.want)
         case _:
-            return _own_part(state, found, move.want)
+            return _own_part(state, value, move.want)
 
 
 def all_gather(state: PartitionState, value: fx.Node, have: Placed, shape: Sequence[Size]) -> fx.Node:
-    """The blocks of all ranks concatenated, without padding. shape: of the whole value."""
+    """The blocks of all ranks concatenated, without padding.
+
+    Args:
+        shape: of the whole value.
+    """
     ((dim, (span,)),) = have.dims
     call = state.edit.call
     # The operator gathers along the first dimension.
     if dim:
         value = call(aten.transpose.int, value, 0, dim)
         value = call(aten.clone.default, value, memory_format=torch.contiguous_format)
-    found = call(WAIT, call(ALL_GATHER, value, state.world_size, GROUP))
+    gathered = call(WAIT, call(ALL_GATHER, value, state.world_size, GROUP))
     if dim:
-        found = call(aten.transpose.int, found, 0, dim)
-    return call(aten.slice.Tensor, found, dim, 0, shape[dim]) if span.is_padded else found
+        gathered = call(aten.transpose.int, gathered, 0, dim)
+    return call(aten.slice.Tensor, gathered, dim, 0, shape[dim]) if span.is_padded else gathered
 
 
-def _on_first_rank(state: PartitionState, found: fx.Node, dtype: torch.dtype) -> fx.Node:
+def _on_first_rank(state: PartitionState, value: fx.Node, dtype: torch.dtype) -> fx.Node:
     """The value on rank 0 and zeros elsewhere."""
     parts = [torch.full((), float(rank == 0), dtype=dtype) for rank in range(state.world_size)]
     first = state.own_weight(f"rank.is_first_{str(dtype).removeprefix('torch.')}", parts)
-    return state.edit.call(aten.mul.Tensor, found, first)
+    return state.edit.call(aten.mul.Tensor, value, first)
 
 
-def _own_part(state: PartitionState, found: fx.Node, want: Placed) -> fx.Node:
+def _own_part(state: PartitionState, value: fx.Node, want: Placed) -> fx.Node:
     """A rank's part of a whole value; where it has none, any other, since what it is multiplied with is zero."""
     for dim, spans in want.dims:
         parts = [indices_of(spans, rank).clamp_min(0) for rank in range(state.world_size)]
         name = f"rank.indices_{'_'.join(f'{s.outer}x{s.size}x{s.inner}by{s.parts}e{s.every}' for s in spans)}"
-        found = state.edit.call(aten.index_select.default, found, dim, state.own_weight(name, parts))
-    return found
+        value = state.edit.call(aten.index_select.default, value, dim, state.own_weight(name, parts))
+    return value

@@ -37,7 +37,8 @@ class _Length:
 class Positions:
     """Shards values by position and gathers them again; use inside `edit.before`.
 
-    own: makes a weight that differs between ranks, from its name and values.
+    Attributes:
+        own: makes a weight that differs between ranks, from its name and values.
     """
 
     edit: Editor
@@ -53,8 +54,8 @@ class Positions:
             value = call(aten.constant_pad_nd.default, value, [*[0, 0] * (rank - 2), 0, length.more])
         # The operator scatters along the first dimension.
         value = call(aten.clone.default, call(aten.transpose.int, value, 0, 1), memory_format=torch.contiguous_format)
-        found = call(WAIT, call(REDUCE_SCATTER, value, "sum", self.world_size, GROUP))
-        return call(aten.transpose.int, found, 0, 1)
+        own = call(WAIT, call(REDUCE_SCATTER, value, "sum", self.world_size, GROUP))
+        return call(aten.transpose.int, own, 0, 1)
 
     def own_part(self, value: fx.Node, want: Placed) -> fx.Node:
         """A rank's positions of a replicated value; past the end, copies of the last."""
@@ -64,16 +65,16 @@ class Positions:
         """All-gather along positions."""
         call, length = self.edit.call, self.lengths[_size(have)]
         value = call(aten.clone.default, call(aten.transpose.int, value, 0, 1), memory_format=torch.contiguous_format)
-        found = call(aten.transpose.int, call(WAIT, call(ALL_GATHER, value, self.world_size, GROUP)), 0, 1)
-        return found if length.more == 0 else call(aten.slice.Tensor, found, 1, 0, length.whole)
+        whole = call(aten.transpose.int, call(WAIT, call(ALL_GATHER, value, self.world_size, GROUP)), 0, 1)
+        return whole if length.more == 0 else call(aten.slice.Tensor, whole, 1, 0, length.whole)
 
     def spread(self, value: fx.Node, have: Placed) -> fx.Node:
         """A rank's positions, zeros at those of other ranks: a partial sum."""
         call, length, typed = self.edit.call, self.lengths[_size(have)], nodes.tensor_type(value)
         sizes = [length.filled if dim == 1 else self.edit.size(value, dim) for dim in range(typed.rank)]
         zeros = call(aten.zeros.default, sizes, dtype=typed.dtype, device=typed.device)
-        found = call(aten.index_copy.default, zeros, 1, self._indices(length, have, clamped=False), value)
-        return found if length.more == 0 else call(aten.slice.Tensor, found, 1, 0, length.whole)
+        padded = call(aten.index_copy.default, zeros, 1, self._indices(length, have, clamped=False), value)
+        return padded if length.more == 0 else call(aten.slice.Tensor, padded, 1, 0, length.whole)
 
     def _length(self, value: fx.Node, want: Placed) -> _Length:
         """The lengths of a value, computed at the first value of that length."""
@@ -98,11 +99,11 @@ class Positions:
             first = call(aten.mul.Scalar, number, length.block)
             places = call(aten.arange.default, length.block, device=nodes.tensor_type(number).device)
             self.indices[size] = call(aten.add.Tensor, places, first)
-        found = self.indices[size]
+        indices = self.indices[size]
         if not clamped or length.more == 0:
-            return found
+            return indices
         last = length.whole - 1 if isinstance(length.whole, int) else self.edit.compute_size(operator.sub, length.whole, 1)
-        return call(aten.clamp_max.default, found, last)
+        return call(aten.clamp_max.default, indices, last)
 
 
 def _size(placed: Placed) -> Size:

@@ -27,13 +27,14 @@ Placement = Placed | tuple[Placed, ...]
 class PartitionState:
     """A program on its way from one with placements to one of several ranks.
 
-    known: the placement of every value, and types: its type before the partition.
-    read: what the rules of placements ask of the plan.
-    moved: values redistributed so far, by the value and the placement wanted.
-    stands_for: by a call that was replaced, what replaced it.
-    own: by name the weights that differ between ranks, one for each rank.
-    reads: by the name asked for in `own_weight` the name of the weight it made.
-    wanted_whole: values that a call or the caller reads whole.
+    Attributes:
+        known: the placement of every value, and types: its type before the partition.
+        read: what the rules of placements ask of the plan.
+        moved: values redistributed so far, by the value and the placement wanted.
+        stands_for: by a call that was replaced, what replaced it.
+        own: by name the weights that differ between ranks, one for each rank.
+        reads: by the name asked for in `own_weight` the name of the weight it made.
+        wanted_whole: values that a call or the caller reads whole.
     """
 
     edit: Editor
@@ -49,20 +50,20 @@ class PartitionState:
 
     @classmethod
     def of(cls, edit: Editor, world_size: int) -> PartitionState:
-        """The state before the first step. Raises: PassError when a value has no placement."""
+        """The state before the first step. Raises PassError when a value has no placement."""
         program = edit.program
-        found = {node: nodes.placed(node) for node in program.graph.nodes if node.op != "output"}
-        known = {node: placed for node, placed in found.items() if placed is not None}
-        if missing := next((node for node in found if node not in known), None):
+        placements = {node: nodes.placed(node) for node in program.graph.nodes if node.op != "output"}
+        known = {node: placed for node, placed in placements.items() if placed is not None}
+        if missing := next((node for node in placements if node not in known), None):
             where = place(program, missing)
             raise PassError(f"partition: {where} has no placement; put `shard` right before `partition`")
-        by_position = any(isinstance(item, Placed) and item.is_by_position for item in known.values())
+        by_position = any(isinstance(placed, Placed) and placed.is_by_position for placed in known.values())
         # A column-wise layer with a replicated result is one whose output is gathered at once.
         gathered = {node for node, _ in linear_layers(program) if known[node] == REPLICATED}
 
         def as_planned(node: fx.Node, dim: int) -> Spans:
-            found = known[node]
-            return found.spans(dim) if isinstance(found, Placed) else ()
+            placed = known[node]
+            return placed.spans(dim) if isinstance(placed, Placed) else ()
 
         read = Reading(known, as_planned, world_size, program.constant, by_position, gathered)
         return cls(edit, world_size, known, {node: nodes.node_type(node) for node in known}, read)
@@ -77,15 +78,15 @@ class PartitionState:
 
     def shape(self, node: fx.Node) -> TensorType:
         """The type of a tensor before the partition."""
-        found = self.types[node]
-        assert isinstance(found, TensorType)
-        return found
+        value_type = self.types[node]
+        assert isinstance(value_type, TensorType)
+        return value_type
 
     def own_weight(self, name: str, parts: list[torch.Tensor]) -> fx.Node:
         """A read of a weight that differs between ranks; one asked for again by the same name is kept once."""
         program = self.edit.program
         if name not in self.reads:
-            device = next(item for item in self.types.values() if isinstance(item, TensorType)).device
+            device = next(value_type for value_type in self.types.values() if isinstance(value_type, TensorType)).device
             parts = [part.to(device) for part in parts]
             node = self.edit.weight(name, parts[0])
             self.reads[name] = str(node.target)
@@ -102,23 +103,23 @@ class PartitionState:
     def reduced(self, value: fx.Node, reduction: str) -> fx.Node:
         """An all-reduce of a value: `sum` or `max`."""
         started = self.edit.call(ALL_REDUCE, value, reduction, GROUP)
-        found = self.edit.call(WAIT, started)
-        for node in (started, found):
+        reduced = self.edit.call(WAIT, started)
+        for node in (started, reduced):
             nodes.set_placed(node, REPLICATED)
-        return found
+        return reduced
 
-    def replace(self, node: fx.Node, found: fx.Node) -> None:
+    def replace(self, node: fx.Node, replacement: fx.Node) -> None:
         """Replace a call with one that has another type on a rank, and the same placement."""
         placed = self.known[node]
-        self.stands_for[node] = found
+        self.stands_for[node] = replacement
         if node in self.wanted_whole:
-            self.wanted_whole.add(found)
-        self.types[found], self.known[found] = self.types[node], placed
-        nodes.set_placed(found, placed)
-        nodes.set_value(node, nodes.value(found))
-        self.edit.replace(node, found)
+            self.wanted_whole.add(replacement)
+        self.types[replacement], self.known[replacement] = self.types[node], placed
+        nodes.set_placed(replacement, placed)
+        nodes.set_value(node, nodes.value(replacement))
+        self.edit.replace(node, replacement)
 
 
 def is_sharded(placed: Placement) -> bool:
     """True when a value, or one of several, is sharded."""
-    return any(item.is_sharded for item in (placed if isinstance(placed, tuple) else (placed,)))
+    return any(part.is_sharded for part in (placed if isinstance(placed, tuple) else (placed,)))

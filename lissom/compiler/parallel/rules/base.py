@@ -25,7 +25,9 @@ aten = torch.ops.aten
 class Outcome:
     """The placement of a call's result, or of each of its results, and the placements it needs of its arguments.
 
-    wants: only the arguments whose placement is another. reason: why it needs them, where the operator alone does not say so.
+    Attributes:
+        wants: only the arguments whose placement is another.
+        reason: why it needs them, where the operator alone does not say so.
     """
 
     result: Placed | tuple[Placed, ...]
@@ -37,11 +39,13 @@ class Outcome:
 class Reading:
     """The facts a rule may use: the placements of a call's arguments, and the dimensions that the plan shards.
 
-    known: the placement of every value before the call. planned: the spans that the plan gives a dimension of a value, from its
-    axes; empty for one it does not shard. world_size: number of ranks.
-    constant: the value of a weight that no call writes; None for any other node.
-    by_position: whether values between the layers are sharded by position.
-    gathered: linear layers that are sharded by columns and whose results are gathered at once.
+    Attributes:
+        known: the placement of every value before the call.
+        planned: the spans that the plan gives a dimension of a value, from its axes; empty for one it does not shard.
+        world_size: number of ranks.
+        constant: the value of a weight that no call writes; None for any other node.
+        by_position: whether values between the layers are sharded by position.
+        gathered: linear layers that are sharded by columns and whose results are gathered at once.
     """
 
     known: Mapping[fx.Node, Placed | tuple[Placed, ...]]
@@ -60,10 +64,10 @@ class Reading:
         parts = [max(span.parts for span in spans) for spans in dims.values()]
         return len(dims) < 2 or math.prod(parts) == self.world_size
 
-    def of(self, item: object) -> Placed:
+    def of(self, argument: object) -> Placed:
         """The placement of a tensor argument."""
-        found = self.known[item] if isinstance(item, fx.Node) else REPLICATED
-        return found if isinstance(found, Placed) else REPLICATED
+        placed = self.known[argument] if isinstance(argument, fx.Node) else REPLICATED
+        return placed if isinstance(placed, Placed) else REPLICATED
 
 
 Rule = Callable[[fx.Node, Reading], Outcome]
@@ -78,13 +82,13 @@ def tensors(node: fx.Node) -> list[fx.Node]:
 
 def settled(node: fx.Node, read: Reading, result: Placed | tuple[Placed, ...], wants: Mapping[fx.Node, Placed]) -> Outcome:
     """The outcome, without the wants that are met already."""
-    return Outcome(result, {item: want for item, want in wants.items() if read.of(item) != want})
+    return Outcome(result, {argument: want for argument, want in wants.items() if read.of(argument) != want})
 
 
 def replicated(node: fx.Node, read: Reading) -> Outcome:
     """Every argument replicated, and the result replicated."""
-    found = nodes.node_type(node)
-    result = tuple(REPLICATED for _ in found) if isinstance(found, tuple) else REPLICATED
+    value_type = nodes.node_type(node)
+    result = tuple(REPLICATED for _ in value_type) if isinstance(value_type, tuple) else REPLICATED
     whole = {used: REPLICATED for used in node.all_input_nodes if isinstance(read.known.get(used), Placed)}
     return settled(node, read, result, whole)
 
@@ -92,28 +96,29 @@ def replicated(node: fx.Node, read: Reading) -> Outcome:
 def alike(node: fx.Node, read: Reading, whole: Collection[int] = ()) -> Outcome:
     """The result is sharded where an argument is, and all arguments that have the dimension are sharded alike.
 
-    whole: dimensions of the result that the operator reads as a whole.
+    Args:
+        whole: dimensions of the result that the operator reads as a whole.
     """
     items = tensors(node)
     typed = nodes.node_type(node)
-    rank = typed.rank if isinstance(typed, TensorType) else max(len(shape_of(item)) for item in items)
+    rank = typed.rank if isinstance(typed, TensorType) else max(len(shape_of(tensor)) for tensor in items)
     dims: dict[int, Spans] = {}
-    for item in items:
-        shape = shape_of(item)
-        for dim, spans in read.of(item).dims:
+    for tensor in items:
+        shape = shape_of(tensor)
+        for dim, spans in read.of(tensor).dims:
             place = dim + rank - len(shape)
             if place in whole or dims.setdefault(place, spans) != spans:
                 return replicated(node, read)
     if not read.fits(dims):
         return replicated(node, read)
-    wants = {item: aligned(item, dims, rank) for item in items}
+    wants = {tensor: aligned(tensor, dims, rank) for tensor in items}
     result = sharded(*dims.items())
     return settled(node, read, (result,) * len(typed) if isinstance(typed, tuple) else result, wants)
 
 
-def aligned(item: fx.Node, dims: Mapping[int, Spans], rank: int) -> Placed:
+def aligned(argument: fx.Node, dims: Mapping[int, Spans], rank: int) -> Placed:
     """The placement an argument needs that is broadcast to a result of this rank, of which these dimensions are sharded."""
-    shape = shape_of(item)
+    shape = shape_of(argument)
     places = {dim: dim + rank - len(shape) for dim in range(len(shape))}
     return sharded(*((dim, dims[place]) for dim, place in places.items() if place in dims and shape[dim] != 1))
 
@@ -121,26 +126,27 @@ def aligned(item: fx.Node, dims: Mapping[int, Spans], rank: int) -> Placed:
 def moved(node: fx.Node, read: Reading, places: Mapping[int, int] | None = None) -> Outcome:
     """The outcome of a call that moves dimensions: shards and pending sums move with them.
 
-    places: where each dimension of the first argument goes, by the call's dimension map by default; a dimension that is not
-        among them must not be sharded.
+    Args:
+        places: where each dimension of the first argument goes, by the call's dimension map by default; a dimension that is not
+            among them must not be sharded.
     """
-    item = cast(fx.Node, node.args[0])
-    placed, places = read.of(item), dimension_map.places(node) if places is None else places
+    x = cast(fx.Node, node.args[0])
+    placed, places = read.of(x), dimension_map.places(node) if places is None else places
     assert places is not None, f"{node.target} has no dimension map"
     if placed.partial:
-        return Outcome(PARTIAL) if is_only_reader(node, item) else replicated(node, read)
+        return Outcome(PARTIAL) if is_only_reader(node, x) else replicated(node, read)
     if any(dim not in places for dim, _ in placed.dims):
         return replicated(node, read)
     return Outcome(sharded(*((places[dim], spans) for dim, spans in placed.dims)))
 
 
-def is_only_reader(node: fx.Node, item: fx.Node) -> bool:
+def is_only_reader(node: fx.Node, value: fx.Node) -> bool:
     """True when nothing else reads the value, so that no other reader needs the reduced sum."""
-    return list(item.users) == [node]
+    return list(value.users) == [node]
 
 
-def is_weight(item: object) -> bool:
+def is_weight(value: object) -> bool:
     """True for a weight behind views and dequantization: it is zero where a rank's shard is padded."""
-    while nodes.is_call(item, *_WEIGHT_VIEWS):
-        item = item.args[0]
-    return isinstance(item, fx.Node) and item.op == "get_attr"
+    while nodes.is_call(value, *_WEIGHT_VIEWS):
+        value = value.args[0]
+    return isinstance(value, fx.Node) and value.op == "get_attr"

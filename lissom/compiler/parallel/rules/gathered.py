@@ -28,23 +28,23 @@ from lissom.compiler.parallel.rules.joint import Exchange
 
 def outcome(node: fx.Node, read: Reading) -> Outcome:
     """The outcome of a call by its rule, or replicated where the plan gathers its result at once."""
-    found = own_part(node, read)
-    return sequence.outcome(node, read) if found is None else Outcome(REPLICATED, found.wants)
+    own = own_part(node, read)
+    return sequence.outcome(node, read) if own is None else Outcome(REPLICATED, own.wants)
 
 
 def own_part(node: fx.Node, read: Reading) -> Outcome | None:
     """The placement of such a layer's output before the all-gather, and of its arguments; None for any other call."""
     if node not in read.gathered:
         return None
-    whole = {item: REPLICATED for item in tensors(node) if not is_weight(item) and not read.of(item).is_replicated}
-    found = rules.outcome(node, replace(read, known=ChainMap(whole, cast("dict[fx.Node, Placed]", read.known))))
-    part = found.result
+    whole = {used: REPLICATED for used in tensors(node) if not is_weight(used) and not read.of(used).is_replicated}
+    propagated = rules.outcome(node, replace(read, known=ChainMap(whole, cast("dict[fx.Node, Placed]", read.known))))
+    part = propagated.result
     if not isinstance(part, Placed) or not part.spans(len(shape_of(node)) - 1) or not can_gather(part, read.world_size):
         return None
-    return Outcome(part, {**whole, **found.wants})
+    return Outcome(part, {**whole, **propagated.wants})
 
 
 def gatherings(read: Reading) -> Mapping[fx.Node, tuple[Exchange, ...]]:
     """The all-gather of each such layer."""
     typed = {node: nodes.tensor_type(node) for node in read.gathered if own_part(node, read) is not None}
-    return {node: (Exchange("all-gather", found.shape, found.dtype),) for node, found in typed.items()}
+    return {node: (Exchange("all-gather", tensor_type.shape, tensor_type.dtype),) for node, tensor_type in typed.items()}

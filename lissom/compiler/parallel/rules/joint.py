@@ -51,7 +51,12 @@ ROUNDS = {"all-reduce": 2, "reduce-scatter": 1, "all-gather": 1}
 
 @dataclass(frozen=True)
 class Exchange:
-    """One collective. kind: `all-reduce`, `reduce-scatter` or `all-gather`; shape: of the reduced or the gathered tensor."""
+    """One collective.
+
+    Attributes:
+        kind: `all-reduce`, `reduce-scatter` or `all-gather`.
+        shape: of the reduced or the gathered tensor.
+    """
 
     kind: str
     shape: tuple[Size, ...]
@@ -80,27 +85,27 @@ def joint_span(node: fx.Node, read: Reading) -> Span | None:
     """The span of the sharded dimension that a call reduces over on shards; None where it needs the whole dimension."""
     if node.target not in JOINT or not isinstance(node.args[0], fx.Node):
         return None
-    item, dim = node.args[0], joint_dim(node)
-    placed = read.of(item)
+    x, dim = node.args[0], joint_dim(node)
+    placed = read.of(x)
     if dim is None or [at for at, _ in placed.dims] != [dim]:
         return None
     if nodes.is_call(node, *LAYER_NORMS):
         (span, *others) = placed.spans(dim)
         # Every shard is held by equally many ranks, so that a sum over ranks counts each equally often.
         alike_often = not others and read.world_size % span.parts == 0 and isinstance(span.whole, int)
-        return span if alike_often and _is_number(item) and alike(node, read).result != REPLICATED else None
+        return span if alike_often and _is_number(x) and alike(node, read).result != REPLICATED else None
     if not can_gather(placed, read.world_size):
         return None
     (span,) = placed.spans(dim)
-    if not isinstance(span.whole, int) or cast(int, span.local) < LEAST_ROW or not _is_number(item):
+    if not isinstance(span.whole, int) or cast(int, span.local) < LEAST_ROW or not _is_number(x):
         return None
-    if nodes.is_call(node, *GATHERS) and not _is_alike(item, lookup_indices(node), dim):
+    if nodes.is_call(node, *GATHERS) and not _is_alike(x, lookup_indices(node), dim):
         return None
     if nodes.is_call(node, aten.topk.default):
         k = nodes.argument(node, "k")
         if not isinstance(k, int) or not nodes.argument(node, "largest") or k * read.world_size * 2 >= span.whole:
             return None
-    returned = node if nodes.is_call(node, *LOG_SOFTMAX, *SOFTMAX) else item
+    returned = node if nodes.is_call(node, *LOG_SOFTMAX, *SOFTMAX) else x
     return None if any(user.op == "output" for user in returned.users) else span
 
 
@@ -116,27 +121,27 @@ def joint_dim(node: fx.Node) -> int | None:
     return dim % rank if isinstance(dim, int) and rank else None
 
 
-def _is_number(item: fx.Node) -> bool:
-    return nodes.tensor_type(item).dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+def _is_number(value: fx.Node) -> bool:
+    return nodes.tensor_type(value).dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _is_alike(item: fx.Node, index: fx.Node, dim: int) -> bool:
+def _is_alike(x: fx.Node, index: fx.Node, dim: int) -> bool:
     """True when indices and the tensor they index have the same sizes apart from this dimension."""
-    if len(shape_of(index)) != len(shape_of(item)):
+    if len(shape_of(index)) != len(shape_of(x)):
         return False
-    return all(a == b for at, (a, b) in enumerate(zip(shape_of(item), shape_of(index), strict=True)) if at != dim)
+    return all(a == b for at, (a, b) in enumerate(zip(shape_of(x), shape_of(index), strict=True)) if at != dim)
 
 
-def packed_dtype(item: TensorType, dim: int) -> torch.dtype:
+def packed_dtype(tensor_type: TensorType, dim: int) -> torch.dtype:
     """A dtype that holds both values and their indices without loss, so that one collective sends both."""
-    size = item.shape[dim]
-    return torch.float32 if item.dtype != torch.float64 and isinstance(size, int) and size < _EXACT else torch.float64
+    size = tensor_type.shape[dim]
+    return torch.float32 if tensor_type.dtype != torch.float64 and isinstance(size, int) and size < _EXACT else torch.float64
 
 
 def computed_dtype(node: fx.Node) -> torch.dtype:
     """The dtype of sums of exponentials and of squares: at least float32."""
-    found = nodes.tensor_type(node).dtype
-    return found if found == torch.float64 else torch.float32
+    dtype = nodes.tensor_type(node).dtype
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def candidates(node: fx.Node, span: Span) -> int:
@@ -157,26 +162,26 @@ def exchanges(node: fx.Node, read: Reading) -> tuple[Exchange, ...]:
     span = joint_span(node, read)
     if span is None or nodes.is_call(node, *GATHERS):
         return ()
-    item, dim = nodes.tensor_type(node.args[0]), cast(int, joint_dim(node))
-    rest = (*item.shape[:dim], *item.shape[dim + 1 :])
+    tensor_type, dim = nodes.tensor_type(node.args[0]), cast(int, joint_dim(node))
+    rest = (*tensor_type.shape[:dim], *tensor_type.shape[dim + 1 :])
     if nodes.is_call(node, *BEST, aten.topk.default):
-        return (Exchange("all-gather", (read.world_size, 2, *rest, candidates(node, span)), packed_dtype(item, dim)),)
+        return (Exchange("all-gather", (read.world_size, 2, *rest, candidates(node, span)), packed_dtype(tensor_type, dim)),)
     if nodes.is_call(node, aten.amax.default):
-        return (Exchange("all-reduce", rest, item.dtype),)
+        return (Exchange("all-reduce", rest, tensor_type.dtype),)
     if nodes.is_call(node, aten.rms_norm.default):
         return (Exchange("all-reduce", rest, computed_dtype(node)),)
     return (Exchange("all-reduce", rest, computed_dtype(node)),) * 2
 
 
-def numbers_a_row(found: tuple[Exchange, ...], node: fx.Node) -> int:
+def numbers_a_row(exchanges: tuple[Exchange, ...], node: fx.Node) -> int:
     """The number of elements these collectives exchange per row of the call's input."""
-    item = nodes.tensor_type(node.args[0])
-    dim = joint_dim(node) if node.target in JOINT else item.rank - 1
-    rows = math.prod(size for at, size in enumerate(item.shape) if at != dim)
-    return sum(int(math.prod(exchange.shape) / rows) for exchange in found)  # pyright: ignore[reportArgumentType]
+    tensor_type = nodes.tensor_type(node.args[0])
+    dim = joint_dim(node) if node.target in JOINT else tensor_type.rank - 1
+    rows = math.prod(size for at, size in enumerate(tensor_type.shape) if at != dim)
+    return sum(int(math.prod(exchange.shape) / rows) for exchange in exchanges)  # pyright: ignore[reportArgumentType]
 
 
 def all_exchanges(graph: fx.Graph, read: Reading) -> Mapping[fx.Node, tuple[Exchange, ...]]:
     """The collectives inside calls, by call; calls without any are left out."""
-    found = {node: exchanges(node, read) for node in graph.nodes if node.op == "call_function"}
-    return {node: items for node, items in found.items() if items}
+    by_call = {node: exchanges(node, read) for node in graph.nodes if node.op == "call_function"}
+    return {node: items for node, items in by_call.items() if items}

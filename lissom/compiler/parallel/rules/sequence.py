@@ -35,55 +35,55 @@ _EACH_TOKEN = (rules.pointwise, rules.norm, rules.summed, rules.reduced, views.s
 
 def outcome(node: fx.Node, read: Reading) -> Outcome:
     """The outcome of a call by its rule, sharded by position where the plan asks for it and the call allows it."""
-    found = rules.outcome(node, read)
+    propagated = rules.outcome(node, read)
     if not read.by_position:
-        return found
-    known = {item: read.of(item) for item in tensors(node)}
-    sharded_ones = {item: placed for item, placed in known.items() if placed.is_by_position}
+        return propagated
+    known = {argument: read.of(argument) for argument in tensors(node)}
+    sharded_ones = {argument: placed for argument, placed in known.items() if placed.is_by_position}
     # All arguments become pending sums over ranks, which are reduced later, together with others.
-    stay_sums = all(found.wants.get(item, placed).partial for item, placed in known.items())
-    if found.wants and isinstance(found.result, Placed) and found.result.partial and stay_sums:
-        return found
+    stay_sums = all(propagated.wants.get(argument, placed).partial for argument, placed in known.items())
+    if propagated.wants and isinstance(propagated.result, Placed) and propagated.result.partial and stay_sums:
+        return propagated
     # The pending sums that the call wants replicated.
     sums = {
-        item: by_position(item, read.world_size)
-        for item, placed in known.items()
-        if placed.partial and found.wants.get(item) == REPLICATED and not position_obstacle(item, read.world_size)
+        argument: by_position(argument, read.world_size)
+        for argument, placed in known.items()
+        if placed.partial and propagated.wants.get(argument) == REPLICATED and not position_obstacle(argument, read.world_size)
     }
     if not sharded_ones and not sums:
-        return found
-    meets_whole = not sums and any(placed.is_replicated and _is_as_large(item, node) for item, placed in known.items())
+        return propagated
+    meets_whole = not sums and any(placed.is_replicated and _is_as_large(argument, node) for argument, placed in known.items())
     if rules.rule_of(node) in _EACH_TOKEN and not meets_whole and not _is_one_of_several_norms(node):
         given = {**sharded_ones, **sums}
         each = rules.outcome(node, replace(read, known=ChainMap(given, cast("dict[fx.Node, Placed]", read.known))))
-        kept = all(each.wants.get(item, placed) == placed for item, placed in given.items())
+        kept = all(each.wants.get(argument, placed) == placed for argument, placed in given.items())
         if isinstance(each.result, Placed) and each.result.is_by_position and kept:
             return Outcome(each.result, {**sums, **each.wants})
     whole = dict.fromkeys(sharded_ones, REPLICATED)
-    found = rules.outcome(node, replace(read, known=ChainMap(whole, cast("dict[fx.Node, Placed]", read.known))))
-    return Outcome(found.result, {**whole, **found.wants}, found.reason)
+    propagated = rules.outcome(node, replace(read, known=ChainMap(whole, cast("dict[fx.Node, Placed]", read.known))))
+    return Outcome(propagated.result, {**whole, **propagated.wants}, propagated.reason)
 
 
-def _is_as_large(item: fx.Node, node: fx.Node) -> bool:
+def _is_as_large(value: fx.Node, node: fx.Node) -> bool:
     """True for a computed value of the result's sizes, such as the output of a replicated layer at a residual add.
 
     The residual stream is gathered there once: sharded, it would be gathered before each further replicated layer.
     """
-    return item.op == "call_function" and not is_weight(item) and shape_of(item) == shape_of(node)
+    return value.op == "call_function" and not is_weight(value) and shape_of(value) == shape_of(node)
 
 
-def by_position(item: fx.Node, world_size: int) -> Placed:
+def by_position(value: fx.Node, world_size: int) -> Placed:
     """The placement of a value, [batch, positions, …], sharded by position."""
-    return sharded((1, (Span(1, shape_of(item)[1], 1, world_size, site=POSITIONS),)))
+    return sharded((1, (Span(1, shape_of(value)[1], 1, world_size, site=POSITIONS),)))
 
 
-def position_obstacle(item: fx.Node, world_size: int) -> str:
+def position_obstacle(value: fx.Node, world_size: int) -> str:
     """The reason a value cannot be sharded by position; empty if it can."""
-    shape = shape_of(item)
+    shape = shape_of(value)
     if len(shape) < 3:
         return "it has no dimension of positions"
     # Where ranks hold one position or none of the example, shape inference would take a dynamic size for a constant 1.
-    length = hint(cast(torch.Tensor, nodes.value(item)).shape[1])
+    length = hint(cast(torch.Tensor, nodes.value(value)).shape[1])
     if length <= world_size:
         which = "" if isinstance(shape[1], int) else " of the example"
         return f"the {length} positions{which} are not more than {world_size} ranks"
@@ -97,7 +97,7 @@ def _is_one_of_several_norms(node: fx.Node) -> bool:
     """
     if rules.rule_of(node) is not rules.norm:
         return False
-    (item, *_) = node.all_input_nodes
+    (x, *_) = node.all_input_nodes
     # The program's output has no rule.
-    norms = (user for user in item.users if nodes.is_call(user, *LAYER_NORMS) and user.args[0] is item)
+    norms = (user for user in x.users if nodes.is_call(user, *LAYER_NORMS) and user.args[0] is x)
     return sum(1 for _ in norms) > 1

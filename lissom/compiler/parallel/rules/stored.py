@@ -15,8 +15,8 @@ from lissom.ops.quantization import GROUP
 
 def quantized_row(node: fx.Node, read: Reading) -> Outcome:
     """Dynamic quantization: the range of a row, or a tensor, of which ranks hold parts is all-reduced; groups stay whole."""
-    (item,) = tensors(node)
-    placed, features = read.of(item), shape_of(node)[-1]
+    (x,) = tensors(node)
+    placed, features = read.of(x), shape_of(node)[-1]
     granularity, last = nodes.argument(node, "granularity"), len(shape_of(node)) - 1
     if placed.partial or (granularity == "tensor" and any(dim != last for dim, _ in placed.dims)):
         return replicated(node, read)
@@ -27,7 +27,7 @@ def quantized_row(node: fx.Node, read: Reading) -> Outcome:
 
 def turned_back(node: fx.Node, read: Reading) -> Outcome:
     """Dequantization, and quantization with a known scale: scales and zero points are sharded as their blocks are."""
-    q, *grid = [item for item in node.args if nodes.is_tensor(item)]
+    q, *grid = [tensor for tensor in node.args if nodes.is_tensor(tensor)]
     placed, shape = read.of(q), shape_of(node)
     if placed.partial:
         return replicated(node, read)
@@ -37,12 +37,12 @@ def turned_back(node: fx.Node, read: Reading) -> Outcome:
         for dim, spans in placed.dims
     }
     wants = {}
-    for item in grid:
-        sizes = shape_of(item)
+    for tensor in grid:
+        sizes = shape_of(tensor)
         wanted = [(dim, _narrowed(spans, shape[dim], sizes[dim])) for dim, spans in dims.items() if sizes and sizes[dim] != 1]
         if any(spans is None for _, spans in wanted):
             return Outcome(REPLICATED, replicated(node, read).wants, "a block of equal scale would be sharded in two")
-        wants[item] = sharded(*cast("list[tuple[int, Spans]]", wanted))
+        wants[tensor] = sharded(*cast("list[tuple[int, Spans]]", wanted))
     return settled(node, read, sharded(*dims.items()), wants)
 
 
@@ -51,16 +51,16 @@ def _narrowed(spans: Spans, size: object, blocks: object) -> Spans | None:
     if size == blocks:
         return spans
     each = cast(int, size) // cast(int, blocks)
-    found: list[Span] = []
+    narrowed: list[Span] = []
     for span in spans:
         outer, inner = cast(int, span.outer), cast(int, span.inner)
         if inner % each == 0:
-            found.append(span.shaped(outer, span.size, inner // each))
+            narrowed.append(span.shaped(outer, span.size, inner // each))
         elif each % inner == 0 and outer == 1 and cast(int, span.block) % (each // inner) == 0 and not span.is_padded:
-            found.append(span.shaped(outer, cast(int, span.size) * inner // each, 1))
+            narrowed.append(span.shaped(outer, cast(int, span.size) * inner // each, 1))
         else:
             return None
-    return tuple(found)
+    return tuple(narrowed)
 
 
 def written(node: fx.Node, read: Reading) -> Outcome:
@@ -71,10 +71,10 @@ def written(node: fx.Node, read: Reading) -> Outcome:
 
 def rows_exchanged(node: fx.Node, read: Reading) -> Outcome:
     """index_copy: writes rows along a dimension that is not sharded; the state gives the placement of the others."""
-    item, dim, index, source = cast("tuple[fx.Node, int, fx.Node, fx.Node]", node.args[:4])
-    placed, along = read.of(item), dim % (len(shape_of(item)) or 1)
+    state, dim, index, source = cast("tuple[fx.Node, int, fx.Node, fx.Node]", node.args[:4])
+    placed, along = read.of(state), dim % (len(shape_of(state)) or 1)
     if placed.partial or placed.spans(along) or read.of(source).spans(along):
         return replicated(node, read)
     if placed.is_replicated and read.of(source).is_sharded:
         placed = read.of(source)
-    return settled(node, read, placed, {item: placed, index: REPLICATED, source: placed})
+    return settled(node, read, placed, {state: placed, index: REPLICATED, source: placed})

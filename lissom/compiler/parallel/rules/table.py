@@ -49,16 +49,16 @@ def outcome(node: fx.Node, read: Reading) -> Outcome:
 
 def rule_of(node: fx.Node) -> Rule | None:
     """The rule of the operator a node calls; None when it has none."""
-    found = RULES.get(node.target)
-    if found is None and is_pointwise(node):
+    rule = RULES.get(node.target)
+    if rule is None and is_pointwise(node):
         return pointwise
-    if found is None and declaration(node) is not None:
+    if rule is None and declaration(node) is not None:
         return by_name
-    if found is None and not isinstance(nodes.node_type(node), (TensorType, tuple)):
+    if rule is None and not isinstance(nodes.node_type(node), (TensorType, tuple)):
         return read_number
-    if found is None and not tensors(node):
+    if rule is None and not tensors(node):
         return replicated
-    return found
+    return rule
 
 
 def pointwise(node: fx.Node, read: Reading) -> Outcome:
@@ -67,18 +67,18 @@ def pointwise(node: fx.Node, read: Reading) -> Outcome:
     Pending sums stay pending under c · x and x + y, and are reduced before any other operator.
     """
     items = tensors(node)
-    if any(is_padded(read.of(item)) for item in _poles(node)):
+    if any(is_padded(read.of(tensor)) for tensor in _poles(node)):
         # Zeros that fill up would become infinite, and then not a number where weights of zero should take them away.
         return replicated(node, read)
-    partial = [item for item in items if read.of(item).partial]
+    partial = [tensor for tensor in items if read.of(tensor).partial]
     if not partial:
         return alike(node, read)
-    lone = [item for item in partial if is_only_reader(node, item)]
+    lone = [tensor for tensor in partial if is_only_reader(node, tensor)]
     if not lone:
         return alike(node, read)
     if nodes.is_call(node, aten.add.Tensor, aten.sub.Tensor):
-        others = [item for item in items if item not in lone]
-        same = all(shape_of(item) == shape_of(node) for item in partial)
+        others = [tensor for tensor in items if tensor not in lone]
+        same = all(shape_of(tensor) == shape_of(node) for tensor in partial)
         if len(node.all_input_nodes) == 2 == len(items) and same and (not others or _joins_a_sum(node, read)):
             return settled(node, read, PARTIAL, dict.fromkeys(items, PARTIAL))
     if len(lone) < len(partial):
@@ -89,7 +89,7 @@ def pointwise(node: fx.Node, read: Reading) -> Outcome:
     if (scales and len(partial) == 1 and nodes.tensor_type(partial[0]).dtype == nodes.tensor_type(node).dtype) or nodes.is_call(
         node, aten.neg.default
     ):
-        others = [item for item in items if item not in partial and not read.of(item).is_replicated]
+        others = [tensor for tensor in items if tensor not in partial and not read.of(tensor).is_replicated]
         if not others and shape_of(partial[0]) == shape_of(node):
             return Outcome(PARTIAL)
     return alike(node, read)
@@ -108,16 +108,16 @@ def _joins_a_sum(node: fx.Node, read: Reading) -> bool:
     users = list(node.users)
     if len(users) != 1 or not nodes.is_call(users[0], aten.add.Tensor) or len(users[0].all_input_nodes) != 2:
         return False
-    (other,) = [item for item in users[0].all_input_nodes if item is not node] or [node]
+    (addend,) = [used for used in users[0].all_input_nodes if used is not node] or [node]
     # What comes later is not placed yet when a plan is made, and must not count when it is carried out either.
-    return other < node and other in read.known and read.of(other).partial and is_only_reader(users[0], other)
+    return addend < node and addend in read.known and read.of(addend).partial and is_only_reader(users[0], addend)
 
 
 def read_number(node: fx.Node, read: Reading) -> Outcome:
     """A number: the size of a dimension that is not sharded is the same on every rank; other values are read replicated."""
     if nodes.is_call(node, aten.sym_size.int):
-        item = cast(fx.Node, node.args[0])
-        if not read.of(item).spans(cast(int, node.args[1]) % len(shape_of(item))):
+        x = cast(fx.Node, node.args[0])
+        if not read.of(x).spans(cast(int, node.args[1]) % len(shape_of(x))):
             return Outcome(REPLICATED)
     return replicated(node, read)
 
@@ -142,16 +142,16 @@ def over(*names: str) -> Rule:
     """The rule of an operator that reads as a whole the dimensions that these of its arguments name."""
 
     def rule(node: fx.Node, read: Reading) -> Outcome:
-        item = cast(fx.Node, node.args[0])
-        rank = len(shape_of(item)) or 1
+        x = cast(fx.Node, node.args[0])
+        rank = len(shape_of(x)) or 1
         given = [nodes.argument(node, name) for name in names]
-        whole = {cast(int, dim) % rank for found in given for dim in (found if isinstance(found, (list, tuple)) else [found])}
-        placed = read.of(item)
+        whole = {cast(int, dim) % rank for dims in given for dim in (dims if isinstance(dims, (list, tuple)) else [dims])}
+        placed = read.of(x)
         if placed.partial or any(dim in whole for dim, _ in placed.dims):
             return replicated(node, read)
-        found = nodes.node_type(node)
-        result = placed if isinstance(found, TensorType) else tuple(placed for _ in cast("tuple[object, ...]", found))
-        return settled(node, read, result, {other: REPLICATED for other in tensors(node) if other is not item})
+        value_type = nodes.node_type(node)
+        result = placed if isinstance(value_type, TensorType) else tuple(placed for _ in cast("tuple[object, ...]", value_type))
+        return settled(node, read, result, {tensor: REPLICATED for tensor in tensors(node) if tensor is not x})
 
     return rule
 
@@ -179,14 +179,14 @@ def convolution(node: fx.Node, read: Reading) -> Outcome:
 
 def summed(node: fx.Node, read: Reading) -> Outcome:
     """Sums: over a sharded dimension the result is a pending sum over ranks; the sum of a pending sum stays pending."""
-    item = cast(fx.Node, node.args[0])
-    placed, removed = read.of(item), reduced_dims(node, len(shape_of(item)))
+    x = cast(fx.Node, node.args[0])
+    placed, removed = read.of(x), reduced_dims(node, len(shape_of(x)))
     inside = [dim for dim, _ in placed.dims if dim in removed]
     if placed.partial:
-        stays = is_only_reader(node, item) and nodes.tensor_type(node).dtype.is_floating_point
+        stays = is_only_reader(node, x) and nodes.tensor_type(node).dtype.is_floating_point
         return Outcome(PARTIAL) if stays else replicated(node, read)
     if inside and len(placed.dims) == 1 and not is_padded(placed) and read.is_apart(placed.dims[0][1]):
-        return Outcome(PARTIAL) if nodes.tensor_type(item).dtype.is_floating_point else replicated(node, read)
+        return Outcome(PARTIAL) if nodes.tensor_type(x).dtype.is_floating_point else replicated(node, read)
     return reduced(node, read)
 
 
@@ -194,9 +194,9 @@ def reduced(node: fx.Node, read: Reading) -> Outcome:
     """max, mean, …: not over a sharded dimension. A pending sum is taken before."""
     if read.of(node.args[0]).partial:
         return replicated(node, read)
-    found, types = moved(node, read), nodes.node_type(node)
-    several = isinstance(types, tuple) and not isinstance(found.result, tuple)
-    return Outcome((found.result,) * len(types), found.wants) if several else found  # pyright: ignore
+    propagated, types = moved(node, read), nodes.node_type(node)
+    several = isinstance(types, tuple) and not isinstance(propagated.result, tuple)
+    return Outcome((propagated.result,) * len(types), propagated.wants) if several else propagated  # pyright: ignore
 
 
 RULES: dict[object, Rule] = rule_table(

@@ -24,24 +24,24 @@ def same(node: fx.Node, read: Reading) -> Outcome:
 
 def getitem(node: fx.Node, read: Reading) -> Outcome:
     """One of several results."""
-    found = read.known[cast(fx.Node, node.args[0])]
-    return Outcome(found[cast(int, node.args[1])] if isinstance(found, tuple) else REPLICATED)
+    placed = read.known[cast(fx.Node, node.args[0])]
+    return Outcome(placed[cast(int, node.args[1])] if isinstance(placed, tuple) else REPLICATED)
 
 
 def several(node: fx.Node, read: Reading) -> Outcome:
     """unbind, split: pieces of, or along, a dimension that is not sharded."""
-    found = moved(node, read)
-    if isinstance(found.result, tuple):
-        return found
+    propagated = moved(node, read)
+    if isinstance(propagated.result, tuple):
+        return propagated
     count = len(cast("tuple[object, ...]", nodes.node_type(node)))
-    return Outcome((found.result,) * count, found.wants)
+    return Outcome((propagated.result,) * count, propagated.wants)
 
 
 def expand(node: fx.Node, read: Reading) -> Outcome:
     """Expands dimensions of size 1; a dimension that the plan shards is expanded to the size of a rank's shard."""
-    item = cast(fx.Node, node.args[0])
-    old, new = shape_of(item), shape_of(node)
-    added, placed = len(new) - len(old), read.of(item)
+    x = cast(fx.Node, node.args[0])
+    old, new = shape_of(x), shape_of(node)
+    added, placed = len(new) - len(old), read.of(x)
     if placed.partial:
         return replicated(node, read)
     dims = {dim + added: spans for dim, spans in placed.dims}
@@ -61,13 +61,13 @@ def _apart(spans: Spans, dims: dict[int, Spans], read: Reading) -> bool:
 
 def repeat_interleave(node: fx.Node, read: Reading) -> Outcome:
     """Repeats each index several times in a row: each block of a sharded dimension becomes a longer block."""
-    item, times = cast("tuple[fx.Node, int]", node.args[:2])
+    x, times = cast("tuple[fx.Node, int]", node.args[:2])
     if nodes.argument(node, "dim") is None:
         return replicated(node, read)
-    dim, placed = dim_of(node, len(shape_of(item))), read.of(item)
+    dim, placed = dim_of(node, len(shape_of(x))), read.of(x)
     if placed.partial:
         return replicated(node, read)
-    if not placed.spans(dim) and (spans := read.planned(node, dim)) and placed.is_replicated and shape_of(item)[dim] == 1:
+    if not placed.spans(dim) and (spans := read.planned(node, dim)) and placed.is_replicated and shape_of(x)[dim] == 1:
         return Outcome(sharded((dim, spans)))
     if any(span.parts != placed.spans(dim)[0].parts for span in placed.spans(dim)):
         return replicated(node, read)
@@ -77,19 +77,19 @@ def repeat_interleave(node: fx.Node, read: Reading) -> Outcome:
 
 def reshape(node: fx.Node, read: Reading) -> Outcome:
     """Merges and splits dimensions: a sharded one stays sharded when it is merged with, or split from, whole dimensions."""
-    item = cast(fx.Node, node.args[0])
-    placed = read.of(item)
+    x = cast(fx.Node, node.args[0])
+    placed = read.of(x)
     if placed.partial:
-        return moved(node, read, {}) if is_only_reader(node, item) else replicated(node, read)
+        return moved(node, read, {}) if is_only_reader(node, x) else replicated(node, read)
     if placed.is_replicated:
         return Outcome(REPLICATED)
     dims: list[tuple[int, Spans]] = []
-    for before, after in _groups(shape_of(item), shape_of(node)):
+    for before, after in _groups(shape_of(x), shape_of(node)):
         split = [dim for dim in before if placed.spans(dim)]
-        found = _reshaped(shape_of(item), shape_of(node), before, after, {dim: placed.spans(dim) for dim in split})
-        if found is None:
+        reshaped = _reshaped(shape_of(x), shape_of(node), before, after, {dim: placed.spans(dim) for dim in split})
+        if reshaped is None:
             return replicated(node, read)
-        dims += found
+        dims += reshaped
     return Outcome(sharded(*dims))
 
 
@@ -138,7 +138,7 @@ def _reshaped(
     for dim in after:
         outer = quotient(span.outer, passed)
         inside = passed * new[dim]
-        inner = quotient(span.inner, _total(new, [item for item in after if item > dim]))
+        inner = quotient(span.inner, _total(new, [later for later in after if later > dim]))
         if outer is not None and inner is not None and outer * span.size * inner == new[dim]:
             return [(dim, (span.shaped(outer, span.size, inner),))]
         passed = inside
@@ -154,7 +154,7 @@ def _reshaped_parts(
     if more or before[0] != dim or not after:
         return None
     inside, behind = _total(old, before[1:]), _total(new, after[1:])
-    found: list[Span] = []
+    reshaped: list[Span] = []
     for span in spans:
         inner = quotient(span.inner * inside, behind)
         size = span.size
@@ -163,8 +163,8 @@ def _reshaped_parts(
             span = span.shaped(1, size, 1)
         if inner is None or size == 0:
             return None
-        found.append(span.shaped(span.outer, size, inner))
-    return [(after[0], tuple(found))]
+        reshaped.append(span.shaped(span.outer, size, inner))
+    return [(after[0], tuple(reshaped))]
 
 
 def _merged(old: Sequence[Size], before: list[int], split: dict[int, Span]) -> Span | None:
@@ -176,9 +176,9 @@ def _merged(old: Sequence[Size], before: list[int], split: dict[int, Span]) -> S
         return span.shaped(lead * span.outer, span.size, span.inner * tail)
     if len(more) > 1 or more[0] != first + 1 or span.block != 1 or span.inner != 1 or split[more[0]].outer != 1:
         return None
-    other = split[more[0]]
+    inner = split[more[0]]
     tail = _total(old, [dim for dim in before if dim > more[0]])
-    return Span(lead * span.outer, span.size * other.size, other.inner * tail, span.parts * other.parts, other.every, span.site)
+    return Span(lead * span.outer, span.size * inner.size, inner.inner * tail, span.parts * inner.parts, inner.every, span.site)
 
 
 def _parted(new: Sequence[Size], after: list[int], span: Span) -> list[tuple[int, Spans]] | None:
@@ -190,7 +190,7 @@ def _parted(new: Sequence[Size], after: list[int], span: Span) -> list[tuple[int
             times = span.size // rows
             if rows % span.parts == 0 and not span.is_padded:
                 return [(dim, (span.shaped(1, rows, 1),))]
-            following = [item for item in after if item > dim]
+            following = [later for later in after if later > dim]
             if rows == 1 or not following or span.parts % rows or new[following[0]] != times or span.is_padded:
                 return None
             inside = span.parts // rows
@@ -204,15 +204,15 @@ def cat(node: fx.Node, read: Reading) -> Outcome:
     """Concatenation: tensors are sharded alike in the other dimensions; along this one, each in its own way."""
     items = cast("list[fx.Node]", node.args[0])
     rank = len(shape_of(node))
-    items = [item for item in items if len(shape_of(item)) == rank]
+    items = [tensor for tensor in items if len(shape_of(tensor)) == rank]
     dim = dim_of(node, rank)
-    if not any(read.of(item).spans(dim) for item in items):
+    if not any(read.of(tensor).spans(dim) for tensor in items):
         return alike(node, read, whole=[dim])
-    if any(read.of(item).partial or any(at != dim for at, _ in read.of(item).dims) for item in items):
+    if any(read.of(tensor).partial or any(at != dim for at, _ in read.of(tensor).dims) for tensor in items):
         return replicated(node, read)
     joined: list[Span] = []
-    for item in items:
-        joined += read.of(item).spans(dim) or (Span(1, shape_of(item)[dim], 1, 1),)
+    for tensor in items:
+        joined += read.of(tensor).spans(dim) or (Span(1, shape_of(tensor)[dim], 1, 1),)
     return Outcome(sharded((dim, tuple(joined))))
 
 
@@ -220,22 +220,22 @@ def stack(node: fx.Node, read: Reading) -> Outcome:
     """A new dimension over tensors that are sharded alike."""
     items = cast("list[fx.Node]", node.args[0])
     new, first = dim_of(node, len(shape_of(node))), read.of(items[0])
-    if first.partial or any(read.of(item) != first for item in items):
+    if first.partial or any(read.of(tensor) != first for tensor in items):
         return replicated(node, read)
     return Outcome(sharded(*((dim + (dim >= new), spans) for dim, spans in first.dims)))
 
 
 def split(node: fx.Node, read: Reading) -> Outcome:
     """Splits a dimension: where it is sharded, each piece has whole spans of it. A pending sum is reduced once, before."""
-    item = cast(fx.Node, node.args[0])
-    rank = len(shape_of(item))
-    dim, placed = dim_of(node, rank), read.of(item)
+    x = cast(fx.Node, node.args[0])
+    rank = len(shape_of(x))
+    dim, placed = dim_of(node, rank), read.of(x)
     if placed.partial:
         return replicated(node, read)
     types = cast("tuple[TensorType, ...]", nodes.node_type(node))
     if not placed.spans(dim):
         return several(node, read)
-    pieces = pieces_of(placed.spans(dim), [found.shape[dim] for found in types])
+    pieces = pieces_of(placed.spans(dim), [piece_type.shape[dim] for piece_type in types])
     if pieces is None:
         return replicated(node, read)
     others = [(at, spans) for at, spans in placed.dims if at != dim]
@@ -244,7 +244,7 @@ def split(node: fx.Node, read: Reading) -> Outcome:
 
 def pieces_of(spans: Spans, sizes: Sequence[Size]) -> list[Spans] | None:
     """The spans that make up pieces of these sizes; None when a piece ends within a span."""
-    left, found = list(spans), list[Spans]()
+    left, pieces = list(spans), list[Spans]()
     for size in sizes:
         piece, have = list[Span](), cast(Size, 0)
         while left and have != size:
@@ -252,15 +252,15 @@ def pieces_of(spans: Spans, sizes: Sequence[Size]) -> list[Spans] | None:
             have = have + piece[-1].whole
         if have != size:
             return None
-        found.append(tuple(piece))
-    return None if left else found
+        pieces.append(tuple(piece))
+    return None if left else pieces
 
 
 def slice_of(node: fx.Node, read: Reading) -> Outcome:
     """A range of a dimension: of a sharded one, whole spans of it."""
-    item = cast(fx.Node, node.args[0])
-    shape = shape_of(item)
-    dim, placed = dim_of(node, len(shape)), read.of(item)
+    x = cast(fx.Node, node.args[0])
+    shape = shape_of(x)
+    dim, placed = dim_of(node, len(shape)), read.of(x)
     if not placed.spans(dim):
         return moved(node, read)
     if shape[dim] == shape_of(node)[dim]:

@@ -41,9 +41,14 @@ aten = torch.ops.aten
 class SeparateHeads:
     """An attention with separate head axes.
 
-    keys, values: before heads are repeated for the query heads that share them, [batch, key/value heads, tokens, features].
-    count: the number of key/value heads.
-    queries, key, value, output: the head axes of the queries, keys, values and the result.
+    Attributes:
+        keys: before heads are repeated for the query heads that share them, [batch, key/value heads, tokens, features].
+        values: likewise.
+        count: the number of key/value heads.
+        queries: the head axis of the queries.
+        key: that of the keys.
+        value: that of the values.
+        output: that of the result.
     """
 
     site: AttentionSite
@@ -70,7 +75,8 @@ class SeparateHeads:
 class Rows:
     """The indices along one dimension of a weight that belong to each head.
 
-    indices: [heads, indices per head].
+    Attributes:
+        indices: [heads, indices per head].
     """
 
     weight: fx.Node
@@ -87,7 +93,11 @@ class Rows:
         return weight[self.indices.to(weight.device)]
 
     def write(self, edit: Editor, heads: torch.Tensor) -> None:
-        """Set the weight's values for every head, in this program only; heads: as returned by `read`."""
+        """Set the weight's values for every head, in this program only.
+
+        Args:
+            heads: as returned by `read`.
+        """
         weight = edit.program.weight(self.name).detach().movedim(self.dim, 0).clone()
         weight[self.indices.to(weight.device)] = heads.to(weight)
         edit.set_weight(self.weight, weight.movedim(0, self.dim).contiguous())
@@ -96,7 +106,9 @@ class Rows:
 class Separation:
     """Attentions with separate head axes, until `end`.
 
-    heads: the attentions. axes: the axes of the program in this form.
+    Attributes:
+        heads: the attentions.
+        axes: the axes of the program in this form.
     """
 
     def __init__(self, edit: Editor) -> None:
@@ -104,7 +116,7 @@ class Separation:
         self._arguments: dict[fx.Node, tuple[Argument, ...]] = {}
         self._queries: dict[fx.Node, fx.Node] = {}
         self._made: list[fx.Node] = []
-        found: list[tuple[AttentionSite, fx.Node, fx.Node]] = []
+        grouped: list[tuple[AttentionSite, fx.Node, fx.Node]] = []
         for site in edit.program.fact(structure).attention:
             reason = _obstacle(site)
             if reason:
@@ -112,20 +124,22 @@ class Separation:
                 continue
             keys, values = unrepeated(Attention(site.node).k), unrepeated(Attention(site.node).v)
             if as_int(nodes.tensor_type(keys).shape[1]) > 1:
-                found.append((site, keys, values))
-        for site, keys, values in found:
+                grouped.append((site, keys, values))
+        for site, keys, values in grouped:
             self._separate(site, keys, values)
         self.axes = edit.program.fact(axes)
         self._readers = self._contracted()
-        self.heads = [item for site, keys, values in found if (item := self._separate_heads(site, keys, values)) is not None]
+        self.heads = [
+            heads for site, keys, values in grouped if (heads := self._separate_heads(site, keys, values)) is not None
+        ]
 
     def _separate(self, site: AttentionSite, keys: fx.Node, values: fx.Node) -> None:
         node = site.node
         self._arguments[node], self._queries[node] = node.args, Attention(node).q
         with self._edit.before(node):
             apart: list[fx.Node] = []
-            for item in (self._queries[node], keys, values):
-                joined = self._edit.call(aten.sum.dim_IntList, item, [1], True)
+            for operand in (self._queries[node], keys, values):
+                joined = self._edit.call(aten.sum.dim_IntList, operand, [1], True)
                 apart.append(self._edit.call(aten.expand.default, joined, [-1, site.heads, -1, -1]))
                 self._made += (apart[-1], joined)
         node.args = (*apart, *node.args[3:])
@@ -147,7 +161,7 @@ class Separation:
 
     def is_alone(self, heads: SeparateHeads, *chosen: Axis) -> bool:
         """True when no other attention has heads of these axes."""
-        others = {axis for item in self.heads if item is not heads for axis in item.numbering}
+        others = {axis for other in self.heads if other is not heads for axis in other.numbering}
         return others.isdisjoint(chosen) and len(set(chosen)) == len(chosen)
 
     def order_obstacle(self, heads: SeparateHeads) -> str:
@@ -162,7 +176,8 @@ class Separation:
     def reorder(self, heads: SeparateHeads, order: torch.Tensor) -> None:
         """Reorder the key and value heads of an attention, together with the query heads that read them.
 
-        order: [key/value heads], the head for each place. The outputs do not change.
+        Args:
+            order: [key/value heads], the head for each place. The outputs do not change.
         """
         readers = heads.site.heads // heads.count
         of_queries = (order[:, None] * readers + torch.arange(readers)).flatten()
@@ -180,12 +195,12 @@ class Separation:
 
     def _contracted(self) -> dict[Axis, fx.Node]:
         """The atoms that the program sums over, each with the first such call."""
-        found: dict[Axis, fx.Node] = {}
+        contracted: dict[Axis, fx.Node] = {}
         for node in self._edit.program.nodes():
             for place in [place for places in summed(node) for place in places] if node not in self._made else ():
                 for atom in self.axes.axis(*place).atoms():
-                    found.setdefault(atom, node)
-        return found
+                    contracted.setdefault(atom, node)
+        return contracted
 
     def rows(self, axis: Axis) -> list[Rows]:
         """The indices of weights, and of the program's state, that produce or read heads of this axis."""
@@ -200,12 +215,12 @@ class Separation:
 
     def share(self, heads: SeparateHeads) -> None:
         """Let an attention's query heads share the remaining key and value heads in the final program."""
-        node, found = heads.site.node, [heads.keys, heads.values]
+        node, operands = heads.site.node, [heads.keys, heads.values]
         if not node.kwargs.get("enable_gqa"):
             with self._edit.before(node):
-                found = [_repeated(self._edit, item, heads.site.heads) for item in found]
+                operands = [_repeated(self._edit, operand, heads.site.heads) for operand in operands]
         args = self._arguments[node]
-        self._arguments[node] = (args[0], *found, *args[3:])
+        self._arguments[node] = (args[0], *operands, *args[3:])
 
     def end(self) -> None:
         """Restore the original form of the program."""
@@ -219,11 +234,11 @@ class Separation:
 @contextmanager
 def separated_heads(edit: Editor) -> Generator[Separation]:
     """The attentions with several key/value heads, with separate head axes inside; the others are reported."""
-    found = Separation(edit)
+    separation = Separation(edit)
     try:
-        yield found
+        yield separation
     finally:
-        found.end()
+        separation.end()
 
 
 def _repeated(edit: Editor, x: fx.Node, heads: int) -> fx.Node:
@@ -238,9 +253,9 @@ def _repeated(edit: Editor, x: fx.Node, heads: int) -> fx.Node:
 def _obstacle(site: AttentionSite) -> str:
     """The reason the heads of an attention cannot have separate axes; empty if they can."""
     attention = Attention(site.node)
-    if any(nodes.tensor_type(item).rank != 4 for item in (attention.q, attention.k, attention.v)):
+    if any(nodes.tensor_type(operand).rank != 4 for operand in (attention.q, attention.k, attention.v)):
         return "its operands are not [batch, heads, tokens, features]"
-    keys, values = (as_int(nodes.tensor_type(unrepeated(item)).shape[1]) for item in (attention.k, attention.v))
+    keys, values = (as_int(nodes.tensor_type(unrepeated(operand)).shape[1]) for operand in (attention.k, attention.v))
     if keys < 1 or site.heads < 1 or as_int(nodes.tensor_type(site.node).shape[1]) != site.heads:
         return "its number of heads varies"
     if keys != values or site.heads % keys:

@@ -29,7 +29,10 @@ aten = torch.ops.aten
 class HeadLayer:
     """The rows of a linear layer that produce heads, or the columns that read them.
 
-    weight: [heads, features] of indices. bias: the same, if there is one. layer: the linear layer.
+    Attributes:
+        weight: [heads, features] of indices.
+        bias: the same, if there is one.
+        layer: the linear layer.
     """
 
     layer: fx.Node
@@ -39,8 +42,8 @@ class HeadLayer:
     def read(self, program: Program) -> torch.Tensor:
         """The rows, followed by their bias, in float64: [heads, features, inputs], or inputs + 1 with a bias."""
         rows = self.weight.read(program)
-        found = rows if self.bias is None else torch.cat([rows, self.bias.read(program)[..., None]], -1)
-        return found.double().cpu()
+        extended = rows if self.bias is None else torch.cat([rows, self.bias.read(program)[..., None]], -1)
+        return extended.double().cpu()
 
     def write(self, edit: Editor, rows: torch.Tensor) -> None:
         """Set the rows and the bias, in the form that `read` returns."""
@@ -51,10 +54,10 @@ class HeadLayer:
     def moment(self, known: Mapping[fx.Node, Moments]) -> torch.Tensor:
         """The second moment of the layer's inputs, with a 1 for the bias; the identity when none is known."""
         inputs = nodes.fixed_size(self.weight.weight, 1 - self.weight.dim)
-        if (found := known.get(input_of(self.layer))) is None or len(found.total) != inputs:
+        if (moments := known.get(input_of(self.layer))) is None or len(moments.total) != inputs:
             return torch.eye(inputs + (self.bias is not None), dtype=torch.float64)
-        count = max(found.count, 1)
-        gram, mean = found.gram.double().cpu() / count, found.total.double().cpu()[:, None] / count
+        count = max(moments.count, 1)
+        gram, mean = moments.gram.double().cpu() / count, moments.total.double().cpu()[:, None] / count
         if self.bias is None:
             return gram
         return torch.cat([torch.cat([gram, mean], 1), torch.cat([mean.T, torch.ones(1, 1, dtype=torch.float64)], 1)])
@@ -63,7 +66,8 @@ class HeadLayer:
 def is_moved(value: object, start: fx.Node, *, kept: bool = False) -> bool:
     """True for a value that is `start`, or comes from it through views, casts and slices only.
 
-    kept: also for an item of several results, or a value that was written to state.
+    Args:
+        kept: also for an item of several results, or a value that was written to state.
     """
     while value is not start:
         if nodes.is_call(value, *SHAPES) or (kept and nodes.is_call(value, operator.getitem)):

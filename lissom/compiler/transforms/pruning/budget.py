@@ -15,8 +15,9 @@ from lissom.errors import UnsupportedError
 class Ranking:
     """The units of one site in the order of removal.
 
-    order: their indices, the first to be removed first, [units].
-    cost: the cost of each, once those before it are removed, [units]; comparable between sites.
+    Attributes:
+        order: their indices, the first to be removed first, [units].
+        cost: the cost of each, once those before it are removed, [units]; comparable between sites.
     """
 
     order: torch.Tensor
@@ -34,8 +35,10 @@ class Ranking:
 class Amount:
     """The ratio of units to keep, and its allocation among sites.
 
-    keep: the fraction of units, above 0 and at most 1. scope: `global` allocates the removal among sites by cost, `layer` takes
-    the same fraction of every site. round_to: the number of units left in a site is a multiple of this.
+    Attributes:
+        keep: the fraction of units, above 0 and at most 1.
+        scope: `global` allocates the removal among sites by cost, `layer` takes the same fraction of every site.
+        round_to: the number of units left in a site is a multiple of this.
     """
 
     keep: float
@@ -57,8 +60,11 @@ class Amount:
 class Choice:
     """One site from which units may be removed.
 
-    path: its name in error messages. units: the number of units. protected: whether all units stay.
-    left: the number of units to leave, where the site has an amount of its own.
+    Attributes:
+        path: its name in error messages.
+        units: the number of units.
+        protected: whether all units stay.
+        left: the number of units to leave, where the site has an amount of its own.
     """
 
     path: str
@@ -68,29 +74,33 @@ class Choice:
 
 
 def check_amount(amount: Amount, choices: Sequence[Choice], what: str) -> None:
-    """Check that an amount can be met at the sites without one of their own. what: the units' name, `heads`.
+    """Check that an amount can be met at the sites without one of their own.
 
-    Raises: UnsupportedError naming the site, the reason, and what is possible.
+    Args:
+        what: the units' name, `heads`.
+
+    Raises:
+        UnsupportedError: naming the site, the reason, and what is possible.
     """
-    choices = [item for item in choices if item.left is None]
-    free = [item for item in choices if not item.protected]
+    choices = [choice for choice in choices if choice.left is None]
+    free = [choice for choice in choices if not choice.protected]
     if amount.keep == 1:
         return
-    for item in free:
-        if item.units < amount.round_to:
+    for choice in free:
+        if choice.units < amount.round_to:
             raise UnsupportedError(
-                f"'{item.path}' has {item.units} {what}, which leaves no multiple of round_to={amount.round_to}; "
-                f"give round_to={item.units} or less, or protect it"
+                f"'{choice.path}' has {choice.units} {what}, which leaves no multiple of round_to={amount.round_to}; "
+                f"give round_to={choice.units} or less, or protect it"
             )
-        if amount.scope == "layer" and amount.left_of(item.units) < amount.round_to:
+        if amount.scope == "layer" and amount.left_of(choice.units) < amount.round_to:
             raise UnsupportedError(
-                f"keep={amount.keep:g} leaves '{item.path}' {amount.left_of(item.units)} of its {item.units} {what}, and at "
-                f"least {amount.round_to} must stay; give keep={_up(amount.round_to / item.units)} or more, or protect it"
+                f"keep={amount.keep:g} leaves '{choice.path}' {amount.left_of(choice.units)} of its {choice.units} {what}, and "
+                f"at least {amount.round_to} must stay; give keep={_up(amount.round_to / choice.units)} or more, or protect it"
             )
-    total = sum(item.units for item in choices)
-    least = sum(item.units if item.protected else amount.round_to for item in choices)
+    total = sum(choice.units for choice in choices)
+    least = sum(choice.units if choice.protected else amount.round_to for choice in choices)
     if amount.scope == "global" and amount.left_of(total) < least:
-        protected = sum(item.units for item in choices if item.protected)
+        protected = sum(choice.units for choice in choices if choice.protected)
         reason = f"{protected} are protected and " if protected else ""
         first = f" ('{free[0].path}' is the first)" if free else ""
         raise UnsupportedError(
@@ -102,12 +112,13 @@ def check_amount(amount: Amount, choices: Sequence[Choice], what: str) -> None:
 def allocate(amount: Amount | None, choices: Sequence[Choice], rankings: Sequence[Ranking]) -> list[torch.Tensor]:
     """The indices of the units removed from each site, in the order of removal.
 
-    amount: of the sites without one of their own; None leaves these as they are.
+    Args:
+        amount: of the sites without one of their own; None leaves these as they are.
     """
-    open_choices = [item for item in choices if item.left is None]
-    open_rankings = [ranking for item, ranking in zip(choices, rankings, strict=True) if item.left is None]
+    open_choices = [choice for choice in choices if choice.left is None]
+    open_rankings = [ranking for choice, ranking in zip(choices, rankings, strict=True) if choice.left is None]
     gone = iter([0 for _ in open_choices] if amount is None else _allocate(amount, open_choices, open_rankings))
-    counts = [next(gone) if item.left is None else item.units - item.left for item in choices]
+    counts = [next(gone) if choice.left is None else choice.units - choice.left for choice in choices]
     return [ranking.order[:count] for ranking, count in zip(rankings, counts, strict=True)]
 
 
@@ -117,10 +128,10 @@ def _allocate(amount: Amount, choices: Sequence[Choice], rankings: Sequence[Rank
     With global scope the site whose next units cost least loses them, until the amount is met; when round_to does not divide
     it, a few more units are kept.
     """
-    steps = [_steps(amount, item) for item in choices]
+    steps = [_steps(amount, choice) for choice in choices]
     if amount.scope == "layer":
-        most = [item.units - amount.left_of(item.units) for item in choices]
-        return [max((step for step in found if step <= limit), default=0) for found, limit in zip(steps, most, strict=True)]
+        most = [choice.units - amount.left_of(choice.units) for choice in choices]
+        return [max((step for step in counts if step <= limit), default=0) for counts, limit in zip(steps, most, strict=True)]
     return _allocate_globally(amount, choices, rankings, steps)
 
 
@@ -135,7 +146,7 @@ def _allocate_globally(
     amount: Amount, choices: Sequence[Choice], rankings: Sequence[Ranking], steps: Sequence[list[int]]
 ) -> list[int]:
     """The number of units to remove from each site."""
-    total, gone = sum(item.units for item in choices), [0 for _ in choices]
+    total, gone = sum(choice.units for choice in choices), [0 for _ in choices]
     budget = total - amount.left_of(total)
     offers: dict[int, tuple[float, int]] = {}
 
@@ -147,7 +158,7 @@ def _allocate_globally(
     for index in range(len(choices)):
         offer(index)
     while offers:
-        index = min(offers, key=lambda found: offers[found][0])
+        index = min(offers, key=lambda at: offers[at][0])
         _, count = offers.pop(index)
         if sum(gone) - gone[index] + count <= budget:
             gone[index] = count

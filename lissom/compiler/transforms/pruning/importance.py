@@ -45,7 +45,11 @@ _SELECTION_TOKENS = 8192
 
 
 def magnitude(program: Program, sites: Sequence[UnitSite], norm: str) -> list[Ranking]:
-    """Rankings by the size of the weights. norm: `l1` or `l2`."""
+    """Rankings by the size of the weights.
+
+    Args:
+        norm: `l1` or `l2`.
+    """
 
     def scores(site: UnitSite) -> torch.Tensor:
         weight = site.matrix(program)
@@ -64,11 +68,11 @@ def wanda(
         squares[node] = squares[node].to(rows.device) + rows.float().square().sum(0)
 
     statistics.observe(program, data, squares, add, progress)
-    found: list[Ranking] = []
+    rankings: list[Ranking] = []
     for site in sites:
         norms = torch.stack([squares[node] for node in inputs_of(site)]).sum(0).sqrt()
-        found.append(Ranking.of(_relative(site.by_unit(site.matrix(program).abs().sum(0) * norms))))
-    return found
+        rankings.append(Ranking.of(_relative(site.by_unit(site.matrix(program).abs().sum(0) * norms))))
+    return rankings
 
 
 def gradient(
@@ -76,21 +80,24 @@ def gradient(
 ) -> list[Ranking]:
     """Rankings by the mean magnitude of a gate's gradient."""
     gates = gate_moments(program, sites, data, progress)
-    return [Ranking.of(_relative(item.absolute / max(item.count, 1))) for item in gates]
+    return [Ranking.of(_relative(gate.absolute / max(gate.count, 1))) for gate in gates]
 
 
 def taylor(
     program: Program, sites: Sequence[UnitSite], data: Sequence[Sample], progress: Progress | None = None
 ) -> list[Ranking]:
     """Rankings by the Fisher information of a gate."""
-    return [Ranking.of(item.gram.diagonal() / max(item.count, 1)) for item in gate_moments(program, sites, data, progress)]
+    return [Ranking.of(gate.gram.diagonal() / max(gate.count, 1)) for gate in gate_moments(program, sites, data, progress)]
 
 
 @dataclass
 class GateMoments:
     """Sums over samples of the gradient g of gates on the units of one site, [units].
 
-    count: samples. absolute: Σ |g|. gram: Σ g·gᵀ, [units, units].
+    Attributes:
+        count: samples.
+        absolute: Σ |g|.
+        gram: Σ g·gᵀ, [units, units].
     """
 
     count: int
@@ -103,16 +110,16 @@ def gate_moments(
 ) -> list[GateMoments]:
     """The gradients of gates on every unit, g_u = Σ_tokens x_uᵀ ∂L/∂x_u; each row of a batch is one sample."""
     sums = [GateMoments(0, torch.zeros(site.count), torch.zeros(site.count, site.count)) for site in sites]
-    at = {node: (site, item) for site, item in zip(sites, sums, strict=True) for node in inputs_of(site)}
+    at = {node: (site, moments) for site, moments in zip(sites, sums, strict=True) for node in inputs_of(site)}
 
     def add(node: fx.Node, value: torch.Tensor, gradient: torch.Tensor, mask: torch.Tensor | None) -> None:
-        site, item = at[node]
+        site, moments = at[node]
         product = (value * gradient).float()
         by_sample = product.flatten(1, -2).sum(1) if product.dim() > 2 else product
         gates = by_sample[:, site.units.to(value.device)].sum(-1).cpu()
-        item.count += len(gates)
-        item.absolute += gates.abs().sum(0)
-        item.gram.addmm_(gates.T, gates)
+        moments.count += len(gates)
+        moments.absolute += gates.abs().sum(0)
+        moments.gram.addmm_(gates.T, gates)
 
     statistics.observe_gradients(program, data, at, add, progress)
     return sums
@@ -121,8 +128,9 @@ def gate_moments(
 def rearranged(gram: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
     """As many removed units as in `gone`, swapped one by one for others while that lowers Σ_{i, j gone} F_ij.
 
-    gram: F, [units, units]. Kwon et al. 2022, A Fast Post-Training Pruning Framework for Transformers, §4.2: the diagonal of F
-    ignores redundancy between units.
+    Args:
+        gram: F, [units, units]. Kwon et al. 2022, A Fast Post-Training Pruning Framework for Transformers, §4.2: the diagonal
+            of F ignores redundancy between units.
     """
     out = torch.zeros(len(gram), dtype=torch.bool)
     out[gone] = True
@@ -150,20 +158,23 @@ def second_order(
             metrics[given[node]].add(real_rows(gradient, mask))
 
     statistics.observe_gradients(program, spread(data, _SELECTION_TOKENS), {**read, **given}, add, progress)
-    found: list[Ranking] = []
+    rankings: list[Ranking] = []
     for index, site in enumerate(sites):
         covariance, metric = moments[index].covariance, metrics[index].gram / max(metrics[index].count, 1)
-        found.append(removal_path(site.matrix(program).cpu(), covariance.cpu(), metric.cpu(), site.units))
+        rankings.append(removal_path(site.matrix(program).cpu(), covariance.cpu(), metric.cpu(), site.units))
         # Free a matrix as wide as a feed-forward before the next one is inverted.
         moments[index] = Moments.empty(1)
-    return found
+    return rankings
 
 
 def removal_path(weight: torch.Tensor, covariance: torch.Tensor, metric: torch.Tensor, units: torch.Tensor) -> Ranking:
     """The ranking of the second-order criterion: repeatedly remove the unit of least cost and update the others.
 
-    weight: [out_features, in_features], those of several experts below each other; covariance: of the inputs, [in_features,
-    in_features]; metric: G, [out_features, out_features]; units: [units, features], the columns of each unit.
+    Args:
+        weight: [out_features, in_features], those of several experts below each other.
+        covariance: of the inputs, [in_features, in_features].
+        metric: G, [out_features, out_features].
+        units: [units, features], the columns of each unit.
     """
     step = -(-len(units) // _STEPS)
     # tr(G·V·A·Vᵀ) = tr((RV)·A·(RV)ᵀ) for G = RᵀR, so G is applied once; to each expert where a weight holds several.
@@ -175,9 +186,9 @@ def removal_path(weight: torch.Tensor, covariance: torch.Tensor, metric: torch.T
     order: list[torch.Tensor] = []
     cost: list[torch.Tensor] = []
     while len(left):
-        found, chosen = _unit_costs(weight, inverse, units[left]).topk(min(step, len(left)), largest=False)
+        costs, chosen = _unit_costs(weight, inverse, units[left]).topk(min(step, len(left)), largest=False)
         order.append(left[chosen])
-        cost.append(found)
+        cost.append(costs)
         _remove(weight, inverse, units[left[chosen]].flatten())
         left = left[~torch.isin(left, left[chosen])]
         if len(left) * units.shape[1] < _FILLED * len(inverse):
@@ -189,7 +200,11 @@ def removal_path(weight: torch.Tensor, covariance: torch.Tensor, metric: torch.T
 
 
 def _unit_costs(weight: torch.Tensor, inverse: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """tr(W_u · (P_uu)⁻¹ · W_uᵀ) of every unit, [units]; weight: R·W with G = RᵀR."""
+    """tr(W_u · (P_uu)⁻¹ · W_uᵀ) of every unit, [units].
+
+    Args:
+        weight: R·W with G = RᵀR.
+    """
     if units.shape[1] == 1:
         columns = units[:, 0]
         return weight.square().sum(0)[columns] / inverse.diagonal()[columns]
@@ -211,9 +226,9 @@ def _remove(weight: torch.Tensor, inverse: torch.Tensor, columns: torch.Tensor) 
 
 def damped_inverse(matrix: torch.Tensor) -> torch.Tensor:
     """The inverse of a covariance with a damped diagonal, in float32."""
-    found = matrix.double()
-    found.diagonal().add_(max(DAMPING * float(found.diagonal().mean()), 1e-12))
-    return torch.linalg.inv(found).float()
+    damped = matrix.double()
+    damped.diagonal().add_(max(DAMPING * float(damped.diagonal().mean()), 1e-12))
+    return torch.linalg.inv(damped).float()
 
 
 def inputs_of(site: UnitSite) -> list[fx.Node]:

@@ -30,16 +30,16 @@ Criterion = Literal["auto", "magnitude", "gradient", "taylor", "wanda", "reconst
 class UnitPruning(Approximation):
     """The common part of `prune-heads` and `prune-neurons`: their options, and how units are chosen and zeroed.
 
-    units: the name of what is pruned, `heads` or `neurons`.
-
-    keep: fraction of the units that stays, above 0 and at most 1; of the sites that `amounts` does not name.
-    amounts: units that stay at single sites, a number or a fraction by module path, with `*` and `?`:
-        `"encoder.layer.0=8,encoder.layer.3=0.5"`. Without `keep`, other sites stay as they are.
-    criterion: how units are ranked; all but `magnitude` need calibration data. `auto` is `second-order` with data.
-    scope: `global` ranks the units of all layers together, `layer` removes the same fraction of each layer.
-    round_to: the number of units left in a layer is a multiple of this.
-    protect: module paths that keep all units, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    norm: the norm of weights that `magnitude` takes.
+    Attributes:
+        units: the name of what is pruned, `heads` or `neurons`.
+        keep: fraction of the units that stays, above 0 and at most 1; of the sites that `amounts` does not name.
+        amounts: units that stay at single sites, a number or a fraction by module path, with `*` and `?`:
+            `"encoder.layer.0=8,encoder.layer.3=0.5"`. Without `keep`, other sites stay as they are.
+        criterion: how units are ranked; all but `magnitude` need calibration data. `auto` is `second-order` with data.
+        scope: `global` ranks the units of all layers together, `layer` removes the same fraction of each layer.
+        round_to: the number of units left in a layer is a multiple of this.
+        protect: module paths that keep all units, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        norm: the norm of weights that `magnitude` takes.
     """
 
     units: ClassVar[str]
@@ -71,8 +71,9 @@ class UnitPruning(Approximation):
     def prune(self, edit: Editor, sites: Sequence[UnitSite]) -> None:
         """Zero the columns of the removed units, and refit the rest if the criterion does.
 
-        Raises: RequirementError when the criterion needs calibration data and there is none; UnsupportedError when the amount
-            cannot be met.
+        Raises:
+            RequirementError: when the criterion needs calibration data and there is none.
+            UnsupportedError: when the amount cannot be met.
         """
         criterion = self._criterion(edit)
         if not sites and not edit.skipped:
@@ -86,8 +87,12 @@ class UnitPruning(Approximation):
             return
         if self.keep is None:
             # Ranking takes most of the time, and a site that keeps all its units needs none.
-            fewer = [(site, item) for site, item in zip(sites, choices, strict=True) if (item.left or item.units) < item.units]
-            sites, choices = [site for site, _ in fewer], [item for _, item in fewer]
+            fewer = [
+                (site, choice)
+                for site, choice in zip(sites, choices, strict=True)
+                if (choice.left or choice.units) < choice.units
+            ]
+            sites, choices = [site for site, _ in fewer], [choice for _, choice in fewer]
             if not sites:
                 return
         reference = edit.reference or edit.program.copy()
@@ -110,7 +115,8 @@ class UnitPruning(Approximation):
     def _choices(self, sites: Sequence[UnitSite]) -> list[Choice]:
         """The sites with what is left of each, where `amounts` names it or it is protected.
 
-        Raises: UnsupportedError when an amount cannot be met.
+        Raises:
+            UnsupportedError: when an amount cannot be met.
         """
         given = self._amounts().counts(self._amount_sites(sites), f"sites with {self.units}", round_to=self.round_to)
         protected = [is_path_protected(site.path, self.protect) for site in sites]
@@ -157,13 +163,13 @@ class UnitPruning(Approximation):
     def _search_masks(self, edit: Editor, sites: Sequence[UnitSite], choices: Sequence[Choice]) -> None:
         """Kwon et al. 2022: a mask by the Fisher diagonal, rearranged by its blocks, then scales by least squares."""
         gates = importance.gate_moments(edit.program, sites, edit.data, partial(edit.report, "rank"))
-        ranked = [Ranking.of(item.gram.diagonal()) for item in gates]
+        ranked = [Ranking.of(gate.gram.diagonal()) for gate in gates]
         inputs = {node for site in sites for node in importance.inputs_of(site)}
         read = moments(edit.program, edit.data, inputs, partial(edit.report, "fit"))
         removed = allocate(self._amount(), choices, ranked)
         self._tell(edit, sites, removed)
-        for site, item, gone in zip(sites, gates, removed, strict=True):
-            gone = importance.rearranged(item.gram, gone)
+        for site, gate, gone in zip(sites, gates, removed, strict=True):
+            gone = importance.rearranged(gate.gram, gone)
             total = Moments.sum([read[node] for node in importance.inputs_of(site)])
             self._set(edit, site, scale_units(edit.program, site, total, gone), gone)
 

@@ -56,9 +56,11 @@ _LARGEST_FACTOR = 10.0
 class Ending:
     """The last layer of a residual branch, and the corresponding node in the program before pruning.
 
-    bias: the node that reads its bias; None when it has no bias of its own. start: a value before the layer after which few
-    features need to be kept. other: the residual stream added to its result; None when another operator comes between, such as
-    a norm. reference: the residual add in the other program; the layer when `other` is None.
+    Attributes:
+        bias: the node that reads its bias; None when it has no bias of its own.
+        start: a value before the layer after which few features need to be kept.
+        other: the residual stream added to its result; None when another operator comes between, such as a norm.
+        reference: the residual add in the other program; the layer when `other` is None.
     """
 
     columns: Columns
@@ -76,8 +78,11 @@ class Ending:
 class NormalEquations:
     """Weighted sums over tokens of a layer's inputs, x: [in_features], and its target outputs, y: [out_features].
 
-    read: Σ (x - shift) and Σ (x - shift)·(x - shift)ᵀ. wanted: Σ y. product: Σ (x - shift)·yᵀ.
-    shift: about the mean of x, which avoids cancellation in its variance; zero when there is no bias.
+    Attributes:
+        read: Σ (x - shift) and Σ (x - shift)·(x - shift)ᵀ.
+        wanted: Σ y.
+        product: Σ (x - shift)·yᵀ.
+        shift: about the mean of x, which avoids cancellation in its variance; zero when there is no bias.
     """
 
     read: Moments
@@ -92,7 +97,13 @@ class NormalEquations:
         return NormalEquations(Moments.empty(size, device), torch.zeros(out_features, device=device), product, shift)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> None:
-        """Add tokens. x: [tokens, in_features]; y: [tokens, out_features]; weights: [tokens]."""
+        """Add tokens.
+
+        Args:
+            x: [tokens, in_features].
+            y: [tokens, out_features].
+            weights: [tokens].
+        """
         x, weighted = x.float() - self.shift, y.float() * weights[:, None]
         self.read.add(x, weights)
         self.wanted += weighted.sum(0)
@@ -128,7 +139,7 @@ def solve(halves: list[NormalEquations], weight: torch.Tensor, *, with_bias: boo
         ridge = RIDGES[index] * scale
         fitted = [_ridge(*part, weight, ridge) for part in parts]
         return sum(
-            float("inf") if found is None else _error(*other, found) for found, other in zip(fitted, parts[::-1], strict=True)
+            float("inf") if fit is None else _error(*held_out, fit) for fit, held_out in zip(fitted, parts[::-1], strict=True)
         )
 
     best = _valley(error, len(RIDGES))
@@ -138,7 +149,7 @@ def solve(halves: list[NormalEquations], weight: torch.Tensor, *, with_bias: boo
     start = weight.double()
     equations = whole.centred(with_bias=with_bias)
     fits = (_ridge(*equations, start, ridge * scale) for ridge in RIDGES[best:])
-    fitted = next((found for found in fits if found is not None), start)
+    fitted = next((fit for fit in fits if fit is not None), start)
     count = whole.read.count or 1.0
     bias = (whole.wanted.double() - fitted @ whole.read.total.double()) / count - fitted @ whole.shift.double()
     return fitted.float(), bias.float()
@@ -173,10 +184,11 @@ def refit(
 ) -> None:
     """Refit the last layer of every residual branch to the reference program; see above.
 
-    feed_forward: False refits attentions only.
+    Args:
+        feed_forward: False refits attentions only.
     """
     endings = _endings(edit, reference, feed_forward=feed_forward)
-    widest = max((width(input_of(item.layer)) for item in endings), default=1)
+    widest = max((width(input_of(ending.layer)) for ending in endings), default=1)
     data = spread(data, _TOKENS_A_FEATURE * widest)
     with kept_state(edit.program):
         pruned, whole = Stream(edit.program, data), Stream(reference, data)
@@ -220,7 +232,11 @@ def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Se
 
 
 def _weights(rows: torch.Tensor, *, stream: bool) -> torch.Tensor:
-    """The weight of each token, [tokens]: 1 / variance of the residual stream. rows: the stream, [tokens, features]."""
+    """The weight of each token, [tokens]: 1 / variance of the residual stream.
+
+    Args:
+        rows: the stream, [tokens, features].
+    """
     if not stream or rows.shape[-1] < 2:
         return torch.ones(len(rows), device=rows.device)
     return 1 / rows.float().var(-1).clamp_min(_LEAST_VARIANCE)
@@ -229,14 +245,16 @@ def _weights(rows: torch.Tensor, *, stream: bool) -> torch.Tensor:
 def _endings(edit: Editor, reference: Program, *, feed_forward: bool) -> list[Ending]:
     """The layers to refit, in the order of the program; the others are reported."""
     program = edit.program
-    found = program.fact(structure)
+    transformer = program.fact(structure)
     sites = [
         (find_head_columns(program, site), site.residual, input_of(site.q[0] if site.q else site.output))
-        for site in found.attention
+        for site in transformer.attention
         if site.output
     ]
     if feed_forward:
-        sites += [(find_neuron_columns(program, site), site.residual, input_of(site.up[0])) for site in found.feed_forward]
+        sites += [
+            (find_neuron_columns(program, site), site.residual, input_of(site.up[0])) for site in transformer.feed_forward
+        ]
     endings: list[Ending] = []
     for columns, residual, start in sites:
         ending = "" if isinstance(columns, str) else _ending(program, reference, columns, residual, start)
@@ -244,7 +262,7 @@ def _endings(edit: Editor, reference: Program, *, feed_forward: bool) -> list[En
             endings.append(ending)
         elif not isinstance(columns, str):
             edit.skip(columns.layer, f"its weights are not refitted: {ending}")
-    return sorted(endings, key=lambda item: item.layer)
+    return sorted(endings, key=lambda ending: ending.layer)
 
 
 def _ending(program: Program, reference: Program, columns: Columns, residual: fx.Node | None, start: fx.Node) -> Ending | str:
@@ -264,7 +282,7 @@ def _ending(program: Program, reference: Program, columns: Columns, residual: fx
     joined = residual is not None and layer in residual.all_input_nodes and nodes.argument(residual, "alpha") == 1
     if residual is None or not joined or not _same_type(known.get(residual.name), residual):
         return Ending(columns, bias, start, None, known[layer.name])
-    other = next((item for item in residual.all_input_nodes if item is not layer), None)
+    other = next((operand for operand in residual.all_input_nodes if operand is not layer), None)
     return Ending(columns, bias, start, other, known[residual.name])
 
 
@@ -278,7 +296,11 @@ def _same_type(left: fx.Node | None, right: fx.Node) -> bool:
 
 
 def scale_units(program: Program, site: UnitSite, moments: Moments, gone: torch.Tensor) -> torch.Tensor:
-    """The weight of a site without the removed units, and with the others scaled; moments: of its layers' inputs."""
+    """The weight of a site without the removed units, and with the others scaled.
+
+    Args:
+        moments: of its layers' inputs.
+    """
     weight, gram = site.matrix(program).cpu(), moments.gram.cpu()
     stay = torch.ones(site.count, dtype=torch.bool)
     stay[gone] = False

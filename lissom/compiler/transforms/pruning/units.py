@@ -23,10 +23,11 @@ from lissom.compiler.ir.program import Program
 class UnitSite:
     """Units that can be removed one by one, with the columns of the weight that reads them.
 
-    paths: of the modules whose units these are; several where layers share a weight.
-    columns: of the layer that reads the units.
-    units: [units, features], the indices of each unit along the columns' dimension.
-    layers: the linear layers that use that weight; more than one when layers share it.
+    Attributes:
+        paths: of the modules whose units these are; several where layers share a weight.
+        columns: of the layer that reads the units.
+        units: [units, features], the indices of each unit along the columns' dimension.
+        layers: the linear layers that use that weight; more than one when layers share it.
     """
 
     paths: tuple[str, ...]
@@ -59,15 +60,15 @@ class UnitSite:
 def head_sites(edit: Editor) -> list[UnitSite]:
     """The attentions whose heads have columns. With grouped queries a unit is a key/value head with its query heads."""
     sites = {site.node: site for site in edit.program.fact(structure).attention}
-    found = edit.accepted((node, find_head_columns(edit.program, site)) for node, site in sites.items())
-    return _merged((sites[node].path, columns, _head_groups(sites[node], columns.axes)) for node, columns in found.items())
+    accepted = edit.accepted((node, find_head_columns(edit.program, site)) for node, site in sites.items())
+    return _merged((sites[node].path, columns, _head_groups(sites[node], columns.axes)) for node, columns in accepted.items())
 
 
 def neuron_sites(edit: Editor) -> list[UnitSite]:
     """The feed-forwards whose neurons have columns; the others are reported."""
     sites = {site.down: site for site in edit.program.fact(structure).feed_forward}
-    found = edit.accepted((node, find_neuron_columns(edit.program, site)) for node, site in sites.items())
-    return _merged((sites[node].path, columns, torch.arange(columns.count)[:, None]) for node, columns in found.items())
+    accepted = edit.accepted((node, find_neuron_columns(edit.program, site)) for node, site in sites.items())
+    return _merged((sites[node].path, columns, torch.arange(columns.count)[:, None]) for node, columns in accepted.items())
 
 
 def _head_groups(site: AttentionSite, axes: tuple[Axis, ...]) -> torch.Tensor:
@@ -79,10 +80,10 @@ def _head_groups(site: AttentionSite, axes: tuple[Axis, ...]) -> torch.Tensor:
     return heads.view(-1, groups).T if repeated else heads.view(groups, -1)
 
 
-def _merged(found: Iterable[tuple[str, Columns, torch.Tensor]]) -> list[UnitSite]:
+def _merged(candidates: Iterable[tuple[str, Columns, torch.Tensor]]) -> list[UnitSite]:
     """The sites, with those that share a weight merged into one."""
     sites: dict[str, UnitSite] = {}
-    for path, columns, groups in found:
+    for path, columns, groups in candidates:
         name = str(columns.weight.target)
         if name in sites:
             known = sites[name]
@@ -96,16 +97,18 @@ def _merged(found: Iterable[tuple[str, Columns, torch.Tensor]]) -> list[UnitSite
 
 
 def amount_sites(sites: Sequence[UnitSite], kind: str, takes: str, shared: bool) -> list[AmountSite]:
-    """The sites as a pass takes amounts for them, from one unit to all. takes: the pass's text.
+    """The sites as a pass takes amounts for them, from one unit to all.
 
-    shared: whether sites on one axis must get the same amount, as a unit is removed from all of them or from none.
+    Args:
+        takes: the pass's text.
+        shared: whether sites on one axis must get the same amount, as a unit is removed from all of them or from none.
     """
-    found: list[AmountSite] = []
+    amounts: list[AmountSite] = []
     for site in sites:
         others = [other for other in sites if shared and other is not site and not _atoms(site).isdisjoint(_atoms(other))]
         paths = tuple(path for other in others for path in other.paths)
-        found.append(AmountSite(kind, site.paths, site.count, {takes: range(1, site.count + 1)}, paths))
-    return found
+        amounts.append(AmountSite(kind, site.paths, site.count, {takes: range(1, site.count + 1)}, paths))
+    return amounts
 
 
 def _atoms(site: UnitSite) -> set[Axis]:

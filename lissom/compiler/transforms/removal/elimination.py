@@ -32,8 +32,12 @@ aten = torch.ops.aten
 class Plan:
     """The removal of a site's dead units.
 
-    node: the node of the site. removed: indices of axes. order: for each index of the first axis, the order of its units to
-    apply first, so that removed units have the same index everywhere; None when they already have. left: dead units that stay.
+    Attributes:
+        node: the node of the site.
+        removed: indices of axes.
+        order: for each index of the first axis, the order of its units to apply first, so that removed units have the same
+            index everywhere; None when they already have.
+        left: dead units that stay.
     """
 
     node: fx.Node
@@ -46,7 +50,8 @@ class Plan:
 def plan_of(node: fx.Node, numbering: tuple[Axis, ...], dead: torch.Tensor) -> Plan:
     """The largest removal of dead units of one site: whole indices of any axis, and as many units from each remaining index.
 
-    dead: [sizes of the axes]. At least one unit is left; when all are dead, the branch is a constant.
+    Args:
+        dead: [sizes of the axes]. At least one unit is left; when all are dead, the branch is a constant.
     """
     dead = dead.clone()
     if bool(dead.all()):
@@ -76,7 +81,9 @@ def plan_of(node: fx.Node, numbering: tuple[Axis, ...], dead: torch.Tensor) -> P
 def _evened(dead: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     """An order of the units of each row with equally many dead units last in every row, and their places.
 
-    dead, gone: [rows, units]; rows and columns that are removed whole are ignored.
+    Args:
+        dead: [rows, units]; rows and columns that are removed whole are ignored.
+        gone: likewise.
     """
     rows = ~gone.all(1)
     columns = ~gone.all(0) if bool(rows.any()) else torch.zeros(dead.shape[1], dtype=torch.bool)
@@ -89,20 +96,23 @@ def _evened(dead: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, tuple
     return order, tuple(places[len(places) - count :].tolist()) if count else ()
 
 
-def reorder(edit: Editor, found: Axes, numbering: Sequence[Axis], order: torch.Tensor) -> None:
+def reorder(edit: Editor, program_axes: Axes, numbering: Sequence[Axis], order: torch.Tensor) -> None:
     """Reorder the units of every row in all weights that have them; the outputs do not change.
 
-    numbering: the axes of rows and of units in a row; order: [rows, units], the unit for each place.
+    Args:
+        numbering: the axes of rows and of units in a row.
+        order: [rows, units], the unit for each place.
 
-    Raises: UnsupportedError when a weight has the axis of units without that of rows.
+    Raises:
+        UnsupportedError: when a weight has the axis of units without that of rows.
     """
     rows, units = (atom.find() for atom in numbering)
     moved: list[tuple[fx.Node, torch.Tensor]] = []
-    for node in found.of:
+    for node in program_axes.of:
         if node.op != "get_attr":
             continue
         weight = edit.tensor(node)
-        for dim, axis in enumerate(of(node, found.of)):
+        for dim, axis in enumerate(of(node, program_axes.of)):
             atoms = set(axis.atoms())
             if units not in atoms:
                 continue
@@ -134,16 +144,18 @@ def places_of(axis: Axis, rows: Axis, units: Axis, order: torch.Tensor) -> torch
 
 def obstacle(edit: Editor, numbering: Sequence[Axis]) -> str:
     """The reason units numbered by these axes cannot be removed; empty if they can."""
-    found = edit.program.fact(axes)
+    program_axes = edit.program.fact(axes)
     if not numbering:
         return "they are not numbered by an axis of their own"
-    return next((reason for atom in numbering if (reason := found.obstacle(atom))), "")
+    return next((reason for atom in numbering if (reason := program_axes.obstacle(atom))), "")
 
 
 def eliminate(edit: Editor, sites: Sequence[tuple[fx.Node, tuple[Axis, ...]]], units: str) -> None:
     """Remove the dead units of several sites; dead units that must stay are reported.
 
-    sites: for each, its node and the axes that number its units. units: their name, `heads`.
+    Args:
+        sites: for each, its node and the axes that number its units.
+        units: their name, `heads`.
     """
     plans = [plan_of(node, numbering, dead_units(edit.program, numbering)) for node, numbering in sites]
     for plan in plans:
@@ -158,14 +170,14 @@ def eliminate(edit: Editor, sites: Sequence[tuple[fx.Node, tuple[Axis, ...]]], u
     try:
         _apply(edit, plans)
     except LissomError:
-        for plan, found in zip(plans, places, strict=True):
-            _eliminate_alone(edit, plan.node, found, units)
+        for plan, plan_places in zip(plans, places, strict=True):
+            _eliminate_alone(edit, plan.node, plan_places, units)
 
 
 def _eliminate_alone(edit: Editor, node: fx.Node, places: Sequence[tuple[fx.Node, int, int]], units: str) -> None:
     """Remove the dead units of one site, or report why they stay."""
-    found = edit.program.fact(axes)
-    numbering = tuple(list(found.axis(reader, dim).atoms())[index] for reader, dim, index in places)
+    program_axes = edit.program.fact(axes)
+    numbering = tuple(list(program_axes.axis(reader, dim).atoms())[index] for reader, dim, index in places)
     plan = plan_of(node, numbering, dead_units(edit.program, numbering))
     try:
         if plan.removed:
@@ -174,28 +186,28 @@ def _eliminate_alone(edit: Editor, node: fx.Node, places: Sequence[tuple[fx.Node
         edit.skip(node, f"dead {units} stay: {error}")
 
 
-def _place(found: Axes, atom: Axis) -> tuple[fx.Node, int, int]:
+def _place(program_axes: Axes, atom: Axis) -> tuple[fx.Node, int, int]:
     """A dimension that has the axis, and the index of the atom in it, to find the axis again after the program changed."""
-    place = found.occurrences(atom)[0]
-    return place.node, place.dim, list(found.axis(place.node, place.dim).atoms()).index(atom.find())
+    place = program_axes.occurrences(atom)[0]
+    return place.node, place.dim, list(program_axes.axis(place.node, place.dim).atoms()).index(atom.find())
 
 
 def _apply(edit: Editor, plans: Sequence[Plan]) -> None:
-    found = edit.program.fact(axes)
+    program_axes = edit.program.fact(axes)
     removed: dict[Axis, set[int]] = {}
-    for axis, indices in (item for plan in plans for item in plan.removed.items()):
+    for axis, indices in (removal for plan in plans for removal in plan.removed.items()):
         removed.setdefault(axis, set()).update(indices)
     ordered: set[Axis] = set()
     for plan in plans:
         if plan.order is not None and ordered.isdisjoint(plan.numbering):
-            reorder(edit, found, plan.numbering, plan.order)
+            reorder(edit, program_axes, plan.numbering, plan.order)
             ordered.update(plan.numbering)
-    remove_indices(edit, removed, found)
+    remove_indices(edit, removed, program_axes)
 
 
-def replace_dead(edit: Editor, found: Sequence[Columns], units: str) -> None:
+def replace_dead(edit: Editor, candidates: Sequence[Columns], units: str) -> None:
     """Replace layers that read dead units only by their bias; those that cannot be replaced are reported."""
-    for columns in found:
+    for columns in candidates:
         if columns.alone and (reason := replace_by_constant(edit, columns.layer)):
             edit.skip(columns.layer, f"all {units} it reads are dead, but {reason}")
 
@@ -228,8 +240,8 @@ def _keeps_features(node: fx.Node) -> bool:
         return False
     if not nodes.is_call(node, *ops.TRANSPOSES, aten.permute.default, *ops.RESHAPES, *ops.COPIES):
         return False
-    found = dimension_map(node)
-    return bool(found) and found[-1] == nodes.tensor_type(source).rank - 1
+    sources = dimension_map(node)
+    return bool(sources) and sources[-1] == nodes.tensor_type(source).rank - 1
 
 
 def _simplify_sum(edit: Editor, user: fx.Node, constant: fx.Node, bias: fx.Node | None) -> None:
@@ -254,24 +266,24 @@ def _expand(edit: Editor, constant: fx.Node, bias: fx.Node | None) -> str:
         for dim, size in enumerate(nodes.tensor_type(node).shape)
     }
     factors = [list(sympy.Mul.make_args(sympy.sympify(size))) for size in typed.shape]
-    if not all(factor in inputs for found in factors for factor in found if not factor.is_Integer):
+    if not all(factor in inputs for size_factors in factors for factor in size_factors if not factor.is_Integer):
         return "its sizes are not those of the inputs"
     with edit.before(constant):
         if bias is None:
             zero = torch.zeros(fixed(typed.shape[-1]), dtype=typed.dtype, device=typed.device)
             bias = edit.weight(f"{constant.name}.zero", zero)
-        sizes = [_computed(edit, found, inputs) for found in factors]
+        sizes = [_computed(edit, size_factors, inputs) for size_factors in factors]
         edit.replace(constant, edit.call(aten.expand.default, bias, sizes))
     return ""
 
 
 def _computed(edit: Editor, factors: Sequence[sympy.Expr], inputs: Mapping[Size, tuple[fx.Node, int]]) -> fx.Node | int:
     """The product of numbers and of sizes of the inputs."""
-    found: fx.Node | int = 1
+    total: fx.Node | int = 1
     for factor in factors:
         size = int(factor) if factor.is_Integer else edit.size(*inputs[factor])
         if isinstance(size, fx.Node):
-            found = size if found == 1 else edit.compute_size(operator.mul, size, found)
+            total = size if total == 1 else edit.compute_size(operator.mul, size, total)
         else:
-            found = edit.compute_size(operator.mul, found, size) if isinstance(found, fx.Node) else found * size
-    return found
+            total = edit.compute_size(operator.mul, total, size) if isinstance(total, fx.Node) else total * size
+    return total

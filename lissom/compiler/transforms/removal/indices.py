@@ -30,21 +30,25 @@ aten = torch.ops.aten
 
 
 def remove_indices(
-    edit: Editor, removed: Mapping[Axis, Collection[int]], found: Axes | None = None, *, zero: bool = False
+    edit: Editor, removed: Mapping[Axis, Collection[int]], program_axes: Axes | None = None, *, zero: bool = False
 ) -> None:
     """Remove indices of atomic axes from the program: from every weight that has the axis, and from every literal size.
 
     The outputs are unchanged when the removed indices contribute nothing: zero rows where the axis is contracted.
-    found: the axes that these belong to, if weights were changed since; by default the axes of the program.
-    zero: whether removed values are exactly zero wherever a norm reads them; norms are then corrected for the old size.
 
-    Raises: UnsupportedError naming the obstacle: a pinned axis, one read as a whole, or the removal of all its indices. The
-        program is then unchanged.
+    The program is unchanged after an error.
+
+    Args:
+        found: the axes that these belong to, if weights were changed since; by default the axes of the program.
+        zero: whether removed values are exactly zero wherever a norm reads them; norms are then corrected for the old size.
+
+    Raises:
+        UnsupportedError: naming the obstacle: a pinned axis, one read as a whole, or the removal of all its indices.
     """
-    found = found or edit.program.fact(axes)
-    keep = {axis.find(): _kept(edit, found, axis.find(), set(indices), zero) for axis, indices in removed.items()}
+    program_axes = program_axes or edit.program.fact(axes)
+    keep = {axis.find(): _kept(edit, program_axes, axis.find(), set(indices), zero) for axis, indices in removed.items()}
     with _all_or_nothing(edit):
-        _remove(edit, found, keep)
+        _remove(edit, program_axes, keep)
 
 
 @contextmanager
@@ -66,22 +70,26 @@ def _all_or_nothing(edit: Editor) -> Generator[None]:
         raise
 
 
-def _remove(edit: Editor, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
+def _remove(edit: Editor, program_axes: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
     def is_touched(node: fx.Node) -> bool:
-        return any(not keep.keys().isdisjoint(axis.atoms()) for axis in _axes_of(found.of.get(node, ())))
+        return any(not keep.keys().isdisjoint(axis.atoms()) for axis in _axes_of(program_axes.of.get(node, ())))
 
-    for node in found.of:
+    for node in program_axes.of:
         if node.op == "call_function" and any(map(is_touched, (node, *node.all_input_nodes))):
-            _follow(edit, node, found, keep)
-    for node in [node for node in found.of if node.op == "get_attr" and is_touched(node)]:
-        cut = _cut(edit.tensor(node), of(node, found.of), keep)
+            _follow(edit, node, program_axes, keep)
+    for node in [node for node in program_axes.of if node.op == "get_attr" and is_touched(node)]:
+        cut = _cut(edit.tensor(node), of(node, program_axes.of), keep)
         edit.set_weight(node, cut, retype=False)
         edit.rewritten += 1
     edit.retype()
 
 
 def mask(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
-    """True for the indices of an axis that stay, [size]; keep: these booleans for its atoms."""
+    """True for the indices of an axis that stay, [size].
+
+    Args:
+        keep: these booleans for its atoms.
+    """
     axis = axis.find()
     if axis.form == "atom":
         return keep[axis] if axis in keep else torch.ones(fixed(axis.size), dtype=torch.bool)
@@ -91,8 +99,8 @@ def mask(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
     return reduce(lambda major, minor: (major[:, None] & minor[None, :]).flatten(), parts)
 
 
-def _kept(edit: Editor, found: Axes, axis: Axis, indices: set[int], zero: bool) -> torch.Tensor:
-    obstacle = "it is made of several axes" if axis.form != "atom" else found.obstacle(axis, zero=zero)
+def _kept(edit: Editor, program_axes: Axes, axis: Axis, indices: set[int], zero: bool) -> torch.Tensor:
+    obstacle = "it is made of several axes" if axis.form != "atom" else program_axes.obstacle(axis, zero=zero)
     if obstacle:
         size = format_size(axis.size, edit.program.signature.name_of)
         raise UnsupportedError(f"indices of this axis of size {size} cannot be removed: {obstacle}")
@@ -107,7 +115,7 @@ def _kept(edit: Editor, found: Axes, axis: Axis, indices: set[int], zero: bool) 
 
 
 def _axes_of(value: Value) -> list[Axis]:
-    return [axis for item in value for axis in ([item] if isinstance(item, Axis) else item)]
+    return [axis for part in value for axis in ([part] if isinstance(part, Axis) else part)]
 
 
 def _size(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> Size:
@@ -129,16 +137,16 @@ def _cut(weight: torch.Tensor, dims: tuple[Axis, ...], keep: Mapping[Axis, torch
     return weight
 
 
-def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
+def _follow(edit: Editor, node: fx.Node, program_axes: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
     """Correct the literal sizes and positions of a call whose axes lose indices."""
     target = node.target
-    if target in LAYER_NORMS and any(not keep.keys().isdisjoint(axis.atoms()) for axis in normed_axes(node, found)):
-        follow_norm(edit, node, found, lambda axis: mask(axis, keep))
+    if target in LAYER_NORMS and any(not keep.keys().isdisjoint(axis.atoms()) for axis in normed_axes(node, program_axes)):
+        follow_norm(edit, node, program_axes, lambda axis: mask(axis, keep))
     elif target in SIZES_AT:
-        nodes.set_operand(node, SIZES_AT[target], _new_sizes(edit, node, found, keep))
+        nodes.set_operand(node, SIZES_AT[target], _new_sizes(edit, node, program_axes, keep))
     elif target in SPLITS:
         dim = Split(node).dim
-        pieces = [piece for piece in found.of[node] if not isinstance(piece, Axis)]
+        pieces = [piece for piece in program_axes.of[node] if not isinstance(piece, Axis)]
         if all(keep.keys().isdisjoint(piece[dim].atoms()) for piece in pieces):
             return
         sizes = [_size(piece[dim], keep) for piece in pieces]
@@ -147,25 +155,25 @@ def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.
     elif target in SQUEEZES:
         name_squeezed_dims(node, shape_of(nodes.operand(node)))
     elif target is aten.slice.Tensor:
-        _follow_slice(node, found, keep)
+        _follow_slice(node, program_axes, keep)
     elif target is aten.scaled_dot_product_attention.default and nodes.argument(node, "scale") is None:
         # Without a scale it is 1/√head_dim, of the original head_dim.
-        head_dim = fixed(found.axis(Attention(node).q, -1).size)
+        head_dim = fixed(program_axes.axis(Attention(node).q, -1).size)
         nodes.set_argument(node, "scale", head_dim**-0.5)
     elif target in CONVOLUTIONS and nodes.argument(node, "groups") != 1:
-        channels = found.axis(Convolution(node).x, channel_dim(node))
+        channels = program_axes.axis(Convolution(node).x, channel_dim(node))
         if nodes.argument(node, "groups") == channels.size:
             nodes.set_argument(node, "groups", _size(channels, keep))
     elif (repeated := RepeatInterleave.of(node)) is not None:
-        nodes.set_argument(node, "repeats", _copies(node, repeated.repeats, repeated.dim or 0, found, keep))
+        nodes.set_argument(node, "repeats", _copies(node, repeated.repeats, repeated.dim or 0, program_axes, keep))
     elif (copied := Repeat.of(node)) is not None:
-        counts = [_copies(node, count, dim, found, keep) for dim, count in enumerate(copied.counts)]
+        counts = [_copies(node, count, dim, program_axes, keep) for dim, count in enumerate(copied.counts)]
         nodes.set_argument(node, "repeats", counts)
 
 
-def _new_sizes(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> list[object]:
+def _new_sizes(edit: Editor, node: fx.Node, program_axes: Axes, keep: Mapping[Axis, torch.Tensor]) -> list[object]:
     """The list of sizes of a call with corrected literals; -1 and sizes read at run time stay."""
-    old, dims = Sized(node).sizes, of(node, found.of)
+    old, dims = Sized(node).sizes, of(node, program_axes.of)
     if (unflattened := Unflatten.of(node)) is not None:
         first = unflattened.dim % (len(dims) - len(old) + 1)
         dims = dims[first : first + len(old)]
@@ -187,10 +195,10 @@ def _new_size(edit: Editor, node: fx.Node, size: object, axis: Axis, keep: Mappi
         return edit.compute_size(operator.floordiv, edit.compute_size(operator.mul, size, kept), whole)
 
 
-def _follow_slice(node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
+def _follow_slice(node: fx.Node, program_axes: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
     """The new bounds of a slice are the numbers of remaining indices before the old ones."""
     part = Slice(node)
-    axis = found.axis(part.x, part.dim)
+    axis = program_axes.axis(part.x, part.dim)
     if keep.keys().isdisjoint(axis.atoms()):
         return
     bounds = slice_bounds(node, axis.size)
@@ -199,9 +207,9 @@ def _follow_slice(node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor])
     nodes.set_arguments(node, part.x, part.dim, int(kept[: bounds[0]].sum()), int(kept[: bounds[1]].sum()))
 
 
-def _copies(node: fx.Node, count: int | fx.Node, dim: int, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> object:
+def _copies(node: fx.Node, count: int | fx.Node, dim: int, program_axes: Axes, keep: Mapping[Axis, torch.Tensor]) -> object:
     """The repeat count of a dimension after the removal: the new size divided by the new size of its source."""
-    source, result = (of(item, found.of) for item in (nodes.operand(node), node))
+    source, result = (of(value, program_axes.of) for value in (nodes.operand(node), node))
     axis, added = result[dim], len(result) - len(source)
     if keep.keys().isdisjoint(axis.atoms()) or not isinstance(count, int):
         return count

@@ -31,17 +31,21 @@ aten = torch.ops.aten
 Mask = Callable[[Axis], torch.Tensor]
 
 
-def normed_axes(node: fx.Node, found: Axes) -> tuple[Axis, ...]:
+def normed_axes(node: fx.Node, program_axes: Axes) -> tuple[Axis, ...]:
     """The axes that a norm reduces."""
-    return of(node, found.of)[-len(Norm(node).shape) :]
+    return of(node, program_axes.of)[-len(Norm(node).shape) :]
 
 
-def follow_norm(edit: Editor, node: fx.Node, found: Axes, mask: Mask) -> None:
-    """Change a norm so that its output at the remaining indices does not change. mask: which indices of an axis stay.
+def follow_norm(edit: Editor, node: fx.Node, program_axes: Axes, mask: Mask) -> None:
+    """Change a norm so that its output at the remaining indices does not change.
 
-    Raises: UnsupportedError for a norm over several dimensions.
+    Args:
+        mask: which indices of an axis stay.
+
+    Raises:
+        UnsupportedError: for a norm over several dimensions.
     """
-    dims = normed_axes(node, found)
+    dims = normed_axes(node, program_axes)
     if len(dims) != 1:
         raise UnsupportedError(f"{target_text(node.target)} ('{node.name}') runs over {len(dims)} dimensions")
     kept = mask(dims[0])
@@ -77,14 +81,14 @@ def _pad(edit: Editor, node: fx.Node, kept: torch.Tensor) -> None:
     whole, size = len(kept), int(kept.sum())
     norm = Norm(node)
     weight, bias = nodes.argument(node, "weight"), nodes.argument(node, "bias")
-    if not all(item is None or (isinstance(item, fx.Node) and item.op == "get_attr") for item in (weight, bias)):
+    if not all(read is None or (isinstance(read, fx.Node) and read.op == "get_attr") for read in (weight, bias)):
         raise UnsupportedError(f"{target_text(node.target)} ('{node.name}') has a computed weight")
     order = torch.cat([kept.nonzero().flatten(), (~kept).nonzero().flatten()])
     with edit.before(node):
         # The remaining indices come first.
         operands = [
-            edit.weight(str(item.target), edit.like(item, edit.tensor(item)[order])) if isinstance(item, fx.Node) else None
-            for item in (weight, bias)
+            edit.weight(str(read.target), edit.like(read, edit.tensor(read)[order])) if isinstance(read, fx.Node) else None
+            for read in (weight, bias)
         ]
         # Nodes still have the sizes before the removal, so the padded size would be wrong until all are retyped.
         padded = _untyped(edit, aten.constant_pad_nd.default, node, norm.x, [0, whole - size])

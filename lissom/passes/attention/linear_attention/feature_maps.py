@@ -37,8 +37,12 @@ _LEAST = 1e-9
 class Observed:
     """Queries and keys of one sample, and their softmax weights.
 
-    q: [batch, heads, rows, head_dim]; k: [batch, key_heads, keys, head_dim]. seen: the visible keys of each row, broadcast to
-    [batch, heads, rows, keys]. real: rows that are not padding, [batch, rows]. weights: [batch, heads, rows, keys].
+    Attributes:
+        q: [batch, heads, rows, head_dim].
+        k: [batch, key_heads, keys, head_dim].
+        seen: the visible keys of each row, broadcast to [batch, heads, rows, keys].
+        real: rows that are not padding, [batch, rows].
+        weights: [batch, heads, rows, keys].
     """
 
     q: torch.Tensor
@@ -52,8 +56,10 @@ class Observed:
 class Maps:
     """The learned parameters of a feature map.
 
-    matrices: W of queries and of keys, [heads, head_dim, head_dim] and [key_heads, …]. biases: b, [heads, 1, head_dim] and
-    [key_heads, …]. factors: s, [heads, 1, 1] and [key_heads, 1, 1]. Empty where a map has none.
+    Attributes:
+        matrices: W of queries and of keys, [heads, head_dim, head_dim] and [key_heads, …].
+        biases: b, [heads, 1, head_dim] and [key_heads, …].
+        factors: s, [heads, 1, 1] and [key_heads, 1, 1]. Empty where a map has none.
     """
 
     matrices: tuple[torch.Tensor, ...] = ()
@@ -80,7 +86,11 @@ def observe_weights(q: torch.Tensor, k: torch.Tensor, scale: float, *, seen: tor
 
 
 def initial_maps(features: FeatureMap, shape: tuple[int, int, int], scale: float, device: torch.device) -> Maps:
-    """Maps before fitting: W = √scale · I, so that φ grows with the scores. shape: heads, key_heads, head_dim."""
+    """Maps before fitting: W = √scale · I, so that φ grows with the scores.
+
+    Args:
+        shape: heads, key_heads, head_dim.
+    """
     heads, key_heads, head_dim = shape
     if features != "hedgehog":
         return Maps()
@@ -119,11 +129,11 @@ def fit_maps(features: FeatureMap, maps: Maps, data: Sequence[Observed]) -> Maps
 def agreement(features: FeatureMap, maps: Maps, data: Sequence[Observed]) -> Agreement:
     """The agreement of these maps with softmax on this data."""
     rows = masses = divergences = 0.0
-    for item in data:
-        found = _weights(features, maps, item)
-        real = item.real[:, None].expand(found.shape[:-1])
-        masses += float(torch.minimum(found, item.weights).sum(-1)[real].sum())
-        divergences += float(_divergence(item.weights, found)[real].sum())
+    for observed in data:
+        weights = _weights(features, maps, observed)
+        real = observed.real[:, None].expand(weights.shape[:-1])
+        masses += float(torch.minimum(weights, observed.weights).sum(-1)[real].sum())
+        divergences += float(_divergence(observed.weights, weights)[real].sum())
         rows += int(real.sum())
     return Agreement(masses / max(rows, 1), max(divergences, 0.0) / max(rows, 1))
 
@@ -132,11 +142,14 @@ def _fit_factors(data: Sequence[Observed]) -> Maps:
     """The best factor of each key head, and of the query heads that read it, on a grid of half powers of two."""
     heads, key_heads = data[0].q.shape[1], data[0].k.shape[1]
     device = data[0].q.device
-    found = [
-        sum(_divergence_of_heads("elu", _factors(torch.full((key_heads,), scale, device=device), heads), item) for item in data)
+    by_scale = [
+        sum(
+            _divergence_of_heads("elu", _factors(torch.full((key_heads,), scale, device=device), heads), observed)
+            for observed in data
+        )
         for scale in _SCALES
     ]
-    losses = torch.stack([loss.reshape(key_heads, -1).sum(1) for loss in found if isinstance(loss, torch.Tensor)])
+    losses = torch.stack([loss.reshape(key_heads, -1).sum(1) for loss in by_scale if isinstance(loss, torch.Tensor)])
     return _factors(torch.tensor(_SCALES, device=device)[losses.argmin(0)], heads)
 
 
@@ -147,7 +160,7 @@ def _factors(scales: torch.Tensor, heads: int) -> Maps:
 
 def _fit_projections(maps: Maps, data: Sequence[Observed]) -> Maps:
     """Fit W and b by Adam, one sample per step, with cosine decay of the learning rate to zero."""
-    learned = [item.clone().requires_grad_() for item in (*maps.matrices, *maps.biases)]
+    learned = [tensor.clone().requires_grad_() for tensor in (*maps.matrices, *maps.biases)]
     optimizer = torch.optim.Adam(learned, lr=_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
     current = Maps(tuple(learned[:2]), tuple(learned[2:]))
@@ -158,21 +171,21 @@ def _fit_projections(maps: Maps, data: Sequence[Observed]) -> Maps:
             loss.backward()
         optimizer.step()
         schedule.step()
-    fitted = [item.detach() for item in learned]
+    fitted = [tensor.detach() for tensor in learned]
     return Maps(tuple(fitted[:2]), tuple(fitted[2:]))
 
 
-def _divergence_of_heads(features: FeatureMap, maps: Maps, item: Observed) -> torch.Tensor:
+def _divergence_of_heads(features: FeatureMap, maps: Maps, observed: Observed) -> torch.Tensor:
     """The mean over real rows, [heads]."""
-    real = item.real[:, None].to(item.weights.dtype)
-    found = _divergence(item.weights, _weights(features, maps, item)) * real
-    return found.sum((0, 2)) / real.sum().clamp_min(1)
+    real = observed.real[:, None].to(observed.weights.dtype)
+    divergence = _divergence(observed.weights, _weights(features, maps, observed)) * real
+    return divergence.sum((0, 2)) / real.sum().clamp_min(1)
 
 
-def _weights(features: FeatureMap, maps: Maps, item: Observed) -> torch.Tensor:
+def _weights(features: FeatureMap, maps: Maps, observed: Observed) -> torch.Tensor:
     """a, [batch, heads, rows, keys]."""
-    k = _repeated(key_features(features, maps, item.k), item.q.shape[1])
-    products = (query_features(features, maps, item.q) @ k.transpose(-1, -2)).masked_fill(~item.seen, 0.0)
+    k = _repeated(key_features(features, maps, observed.k), observed.q.shape[1])
+    products = (query_features(features, maps, observed.q) @ k.transpose(-1, -2)).masked_fill(~observed.seen, 0.0)
     return products / products.sum(-1, keepdim=True).clamp_min(torch.finfo(products.dtype).tiny)
 
 

@@ -71,9 +71,10 @@ def _first_state(program: Program) -> fx.Node | None:
 class LinearAttention(Approximation):
     """Replaces softmax attention by linear attention.
 
-    features: the feature map φ; see the table.
-    skip: module paths whose attention stays softmax, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    only: module paths of the attention to change, in the same form; others stay.
+    Attributes:
+        features: the feature map φ; see the table.
+        skip: module paths whose attention stays softmax, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        only: module paths of the attention to change, in the same form; others stay.
     """
 
     features: FeatureMap = "hedgehog"
@@ -107,19 +108,19 @@ class LinearAttention(Approximation):
     def _fit(self, edit: Editor, sites: Sequence[_Site], maps: dict[fx.Node, Maps]) -> dict[fx.Node, Maps]:
         """The maps fitted to softmax layer by layer, on the queries and keys of the unchanged program."""
         observed = _observe(edit, sites)
-        found: dict[fx.Node, Maps] = {}
+        fitted: dict[fx.Node, Maps] = {}
         agreements: list[str] = []
         for finished, site in enumerate(sites):
             edit.current = site.node
             edit.report("layers", finished, len(sites))
             with torch.no_grad():
                 data = [observe_weights(q, k, site.scale, seen=seen, real=real) for q, k, seen, real in observed.pop(site.node)]
-            found[site.node] = fit_maps(self.features, maps[site.node], data)
-            near = agreement(self.features, found[site.node], data)
+            fitted[site.node] = fit_maps(self.features, maps[site.node], data)
+            near = agreement(self.features, fitted[site.node], data)
             path = nodes.origin(site.node).module_path or site.node.name
             agreements.append(f"{path} {near.mass:.0%} and {near.divergence:.2g}")
         edit.note(f"agreement with softmax (mass on the same keys, divergence in nats): {'; '.join(agreements)}")
-        return found
+        return fitted
 
 
 _UNFITTED = {"elu": "scales are 1", "hedgehog": "projections are the identity"}
@@ -163,7 +164,7 @@ def _obstacle_in_scores(edit: Editor, node: fx.Node) -> str | None:
     mask = key_mask(edit.program, node)
     if mask is None:
         return "its mask hides more than padding and later tokens"
-    q, k = (nodes.tensor_type(item) for item in (Attention(node).q, Attention(node).k))
+    q, k = (nodes.tensor_type(operand) for operand in (Attention(node).q, Attention(node).k))
     mode = edit.program.fake_mode
     if mask.causal and not fake.same_size(mode, q.shape[2], k.shape[2]):
         return "it is causal, and its queries are not as many as its keys"
@@ -247,13 +248,13 @@ _Seen = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 def _observe(edit: Editor, sites: Sequence[_Site]) -> dict[fx.Node, list[_Seen]]:
     """Some queries and all keys of each attention, sample by sample."""
-    found: dict[fx.Node, list[_Seen]] = {site.node: [] for site in sites}
+    observed: dict[fx.Node, list[_Seen]] = {site.node: [] for site in sites}
     generator = torch.Generator().manual_seed(0)
     program, samples = edit.program, spread(edit.data, _TOKENS)
     for finished, sample in enumerate(samples):
         edit.report("observe", finished, len(samples))
         values: dict[fx.Node, torch.Tensor] = dict(zip(program.placeholders, sample, strict=True))
-        wanted = {item for site in sites for item in (site.q, site.k)}
+        wanted = {operand for site in sites for operand in (site.q, site.k)}
 
         def keep(
             node: fx.Node, value: object, wanted: set[fx.Node] = wanted, values: dict[fx.Node, torch.Tensor] = values
@@ -264,8 +265,8 @@ def _observe(edit: Editor, sites: Sequence[_Site]) -> dict[fx.Node, list[_Seen]]
         with torch.no_grad(), kept_state(program):
             program.run(sample, keep)
         for site in sites:
-            found[site.node].append(_seen(program, site, sample, (values[site.q], values[site.k]), generator))
-    return found
+            observed[site.node].append(_seen(program, site, sample, (values[site.q], values[site.k]), generator))
+    return observed
 
 
 def _seen(

@@ -28,8 +28,11 @@ from lissom.passes.attention.pool_heads.pooling import Pooled, Products
 class Factors:
     """The keys, or the values, of an attention.
 
-    rows: all slices of weights that compute them. made: the layer that computes them, where it has all of these.
-    read: the layer that reads them, where it can be refitted. keys: whether they are keys.
+    Attributes:
+        rows: all slices of weights that compute them.
+        made: the layer that computes them, where it has all of these.
+        read: the layer that reads them, where it can be refitted.
+        keys: whether they are keys.
     """
 
     rows: tuple[Rows, ...]
@@ -61,21 +64,23 @@ class Factors:
                 mean = held.float().unflatten(0, (-1, size)).mean(1)
                 rows.write(edit, mean.repeat_interleave(size, 0))
             return
-        right = torch.stack([item.right for item in pooled]).repeat_interleave(size, 0)
+        right = torch.stack([head.right for head in pooled]).repeat_interleave(size, 0)
         if self.keys and self.made.bias is not None:
             right = torch.cat([right, torch.zeros_like(right[..., :1])], -1)
         self.made.write(edit, right)
-        mix = torch.cat([item.mix for item in pooled])
+        mix = torch.cat([head.mix for head in pooled])
         self.read.write(edit, mix.mT @ self.read.read(edit.program))
 
 
 def key_factors(program: Program, separation: Separation, heads: SeparateHeads) -> Factors:
     """The keys of an attention, and the queries that read them."""
-    site, found = heads.site, separation.axes
+    site, program_axes = heads.site, separation.axes
     rows = tuple(separation.rows(heads.key))
     queries, keys = separation.queries(heads), heads.keys
-    made = _layer(program, separation, heads.key, found.axis(keys, 3), site.k, rows)
-    read = _layer(program, separation, heads.queries, found.axis(queries, 3), site.q, tuple(separation.rows(heads.queries)))
+    made = _layer(program, separation, heads.key, program_axes.axis(keys, 3), site.k, rows)
+    read = _layer(
+        program, separation, heads.queries, program_axes.axis(queries, 3), site.q, tuple(separation.rows(heads.queries))
+    )
     if made is None or read is None or not separation.is_alone(heads, heads.key, heads.queries):
         return Factors(rows, made, None, keys=True)
     # A bias of the keys adds the same number to all scores of a query, which a soft-cap or a sink does not pass over.
@@ -86,14 +91,14 @@ def key_factors(program: Program, separation: Separation, heads: SeparateHeads) 
 
 def value_factors(program: Program, separation: Separation, heads: SeparateHeads) -> Factors:
     """The values of an attention, and the output projection that reads them."""
-    site, found = heads.site, separation.axes
+    site, program_axes = heads.site, separation.axes
     rows = tuple(separation.rows(heads.value))
-    made = _layer(program, separation, heads.value, found.axis(heads.values, 3), site.v, rows)
+    made = _layer(program, separation, heads.value, program_axes.axis(heads.values, 3), site.v, rows)
     read = None
     if site.output is not None and made is not None and separation.is_alone(heads, heads.value):
         matrix = matrix_of(site.output)
-        columns = [item for item in separation.rows(heads.output) if not isinstance(matrix, str) and item.weight is matrix.node]
-        read = _layer(program, separation, heads.output, found.axis(site.node, 3), (site.output,), columns)
+        columns = [part for part in separation.rows(heads.output) if not isinstance(matrix, str) and part.weight is matrix.node]
+        read = _layer(program, separation, heads.output, program_axes.axis(site.node, 3), (site.output,), columns)
         if not (is_moved(heads.values, made.layer, kept=True) and is_moved(input_of(site.output), site.node, kept=True)):
             read = None
     return Factors(rows, made, read, keys=False)
@@ -114,23 +119,23 @@ def _layer(
     layer = layers[0]
     if readers_of(matrix.node) != [layer]:
         return None
-    found: dict[str, Rows] = {}
-    for item in rows:
-        if item.name in program.state and not program.weight(item.name).any():
+    by_kind: dict[str, Rows] = {}
+    for part in rows:
+        if part.name in program.state and not program.weight(part.name).any():
             continue
-        kind = "weight" if item.weight is matrix.node else "bias" if layer in item.weight.users else ""
-        unit = unit_of(separation.axes.axis(item.weight, item.dim), [features])
-        in_order = torch.equal(unit[item.indices], torch.arange(len(item.indices[0])).expand_as(item.indices))
-        if not kind or kind in found or len(item.weight.users) > 1 or not in_order:
+        kind = "weight" if part.weight is matrix.node else "bias" if layer in part.weight.users else ""
+        unit = unit_of(separation.axes.axis(part.weight, part.dim), [features])
+        in_order = torch.equal(unit[part.indices], torch.arange(len(part.indices[0])).expand_as(part.indices))
+        if not kind or kind in by_kind or len(part.weight.users) > 1 or not in_order:
             return None
-        found[kind] = item
-    return HeadLayer(layer, found["weight"], found.get("bias")) if "weight" in found else None
+        by_kind[kind] = part
+    return HeadLayer(layer, by_kind["weight"], by_kind.get("bias")) if "weight" in by_kind else None
 
 
 def _centred(moment: torch.Tensor, made: HeadLayer, known: Mapping[fx.Node, Moments]) -> torch.Tensor:
     """The covariance: a component common to all keys adds the same to all scores of a query."""
-    found = known.get(input_of(made.layer))
-    if found is None or len(found.total) != len(moment):
+    moments = known.get(input_of(made.layer))
+    if moments is None or len(moments.total) != len(moment):
         return moment
-    mean = found.total.double().cpu() / max(found.count, 1)
+    mean = moments.total.double().cpu() / max(moments.count, 1)
     return moment - torch.outer(mean, mean)

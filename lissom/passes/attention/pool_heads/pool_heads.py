@@ -43,13 +43,14 @@ from lissom.passes.attention.pool_heads.pooling import arranged
 class PoolHeads(Approximation):
     """Makes the key/value heads of each group equal, as grouped-query attention needs.
 
-    groups: number of distinct key/value heads to keep per attention; must divide their number.
-    keep: fraction of key/value heads to keep in place of `groups`, rounded down to a divisor.
-    amounts: key/value heads of single attentions, a divisor of their number or a fraction, by module path, with `*` and `?`:
-        `"model.layers.0=2,*.5=none"`. Without `groups` and `keep`, other attentions stay as they are.
-    align: refits the layers that read the heads, where possible; otherwise heads are averaged as they are.
-    regroup: groups the heads that lose least when merged; otherwise neighbours.
-    protect: module paths whose heads are all kept, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+    Attributes:
+        groups: number of distinct key/value heads to keep per attention; must divide their number.
+        keep: fraction of key/value heads to keep in place of `groups`, rounded down to a divisor.
+        amounts: key/value heads of single attentions, a divisor of their number or a fraction, by module path, with `*` and
+            `?`: `"model.layers.0=2,*.5=none"`. Without `groups` and `keep`, other attentions stay as they are.
+        align: refits the layers that read the heads, where possible; otherwise heads are averaged as they are.
+        regroup: groups the heads that lose least when merged; otherwise neighbours.
+        protect: module paths whose heads are all kept, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
     """
 
     groups: int | None = None
@@ -96,23 +97,24 @@ class PoolHeads(Approximation):
     def _chosen(self, edit: Editor, separation: Separation) -> list[tuple[SeparateHeads, int]]:
         """The attentions to pool, with the number of key/value heads each keeps.
 
-        Raises: UnsupportedError when the requested number divides the heads of none, or an amount those of its attention.
+        Raises:
+            UnsupportedError: when the requested number divides the heads of none, or an amount those of its attention.
         """
-        found = [item for item in separation.heads if not is_path_protected(item.site.path, self.protect)]
-        given = self._amounts().counts(_sites(found), "attentions with several key/value heads")
-        rest = [item.count for item, amount in zip(found, given, strict=True) if amount is None]
-        left = [self._left(item.count) if amount is None else amount for item, amount in zip(found, given, strict=True)]
+        unprotected = [heads for heads in separation.heads if not is_path_protected(heads.site.path, self.protect)]
+        given = self._amounts().counts(_sites(unprotected), "attentions with several key/value heads")
+        rest = [heads.count for heads, amount in zip(unprotected, given, strict=True) if amount is None]
+        left = [self._left(heads.count) if amount is None else amount for heads, amount in zip(unprotected, given, strict=True)]
         if rest and not any(self._left(count) for count in rest):
             counts = ", ".join(map(str, sorted(set(rest))))
             raise UnsupportedError(f"groups={self.groups} does not divide the key and value heads of any attention: {counts}")
-        for item, groups in zip(found, left, strict=True):
+        for heads, groups in zip(unprotected, left, strict=True):
             if not groups:
-                edit.skip(item.site.node, f"{self.groups} does not divide its {item.count} key and value heads")
-        if found:
-            counts = [groups or item.count for item, groups in zip(found, left, strict=True)]
-            text = amounts_text(_sites(found), counts)
+                edit.skip(heads.site.node, f"{self.groups} does not divide its {heads.count} key and value heads")
+        if unprotected:
+            counts = [groups or heads.count for heads, groups in zip(unprotected, left, strict=True)]
+            text = amounts_text(_sites(unprotected), counts)
             edit.per_site = format_pass(replace(self, groups=None, keep=None, protect="", amounts=text))
-        return [(item, groups) for item, groups in zip(found, left, strict=True) if 0 < groups < item.count]
+        return [(heads, groups) for heads, groups in zip(unprotected, left, strict=True) if 0 < groups < heads.count]
 
     def _left(self, count: int) -> int:
         """The number of heads to keep of `count`; 0 where the requested number does not divide it."""
@@ -127,31 +129,31 @@ class PoolHeads(Approximation):
     ) -> None:
         size = heads.count // groups
         factors = [find(edit.program, separation, heads) for find in (key_factors, value_factors)]
-        products = [item.products(edit.program, known, align=self.align) for item in factors]
+        products = [factor.products(edit.program, known, align=self.align) for factor in factors]
         reason = separation.order_obstacle(heads) if self.regroup else ""
         if self.regroup and not reason:
             order = arranged(products, size)
             separation.reorder(heads, order)
-            products = [item.ordered(order) for item in products]
+            products = [factor.ordered(order) for factor in products]
         elif reason:
             edit.note(f"{heads.site.path}: neighbouring heads are pooled: {reason}")
         errors: list[str] = []
-        for item, product, name in zip(factors, products, ("keys", "values"), strict=True):
+        for factor, product, name in zip(factors, products, ("keys", "values"), strict=True):
             pooled = [product.pooled(range(start, start + size)) for start in range(0, heads.count, size)]
-            item.write(edit, pooled, size, align=self.align)
-            errors.append(f"{name} {(sum(one.error for one in pooled) / product.energy) ** 0.5:.2f}")
+            factor.write(edit, pooled, size, align=self.align)
+            errors.append(f"{name} {(sum(head.error for head in pooled) / product.energy) ** 0.5:.2f}")
         edit.note(f"{heads.site.path}: {heads.count} heads are {groups}; relative error of {', '.join(errors)}")
         edit.rewritten += 1
 
 
-def _names(heads: Sequence[SeparateHeads]) -> list[str]:
-    return site_names([item.site.path for item in heads], [item.keys.name for item in heads])
+def _names(attentions: Sequence[SeparateHeads]) -> list[str]:
+    return site_names([heads.site.path for heads in attentions], [heads.keys.name for heads in attentions])
 
 
-def _sites(heads: Sequence[SeparateHeads]) -> list[AmountSite]:
+def _sites(attentions: Sequence[SeparateHeads]) -> list[AmountSite]:
     """The attentions as amounts name them: each takes the divisors of its number of key/value heads."""
-    divisors = [tuple(number for number in range(1, item.count + 1) if item.count % number == 0) for item in heads]
+    divisors = [tuple(number for number in range(1, heads.count + 1) if heads.count % number == 0) for heads in attentions]
     return [
-        AmountSite("key/value heads", (name,), item.count, {"pool-heads": legal})
-        for name, item, legal in zip(_names(heads), heads, divisors, strict=True)
+        AmountSite("key/value heads", (name,), heads.count, {"pool-heads": legal})
+        for name, heads, legal in zip(_names(attentions), attentions, divisors, strict=True)
     ]

@@ -27,9 +27,11 @@ _RANK = 1e-10
 class Products:
     """The products of an attention's query heads with the key or value heads they read.
 
-    left: [heads, features, features], L_e M L_eᵀ. right: [shared heads, features, inputs], R_i.
-    moment: [inputs, inputs], C; the identity where it is None.
-    fitted: whether the readers of the heads can be refitted; otherwise R̄ is a mean. All in float64.
+    Attributes:
+        left: [heads, features, features], L_e M L_eᵀ.
+        right: [shared heads, features, inputs], R_i.
+        moment: [inputs, inputs], C; the identity where it is None.
+        fitted: whether the readers of the heads can be refitted; otherwise R̄ is a mean. All in float64.
     """
 
     left: torch.Tensor
@@ -74,7 +76,7 @@ class Products:
 
     def _fit(self, chosen: torch.Tensor) -> Pooled:
         features = self.right.shape[1]
-        root, inverse = (item[with_readers(chosen, self.readers)] for item in self._roots)
+        root, inverse = (matrix[with_readers(chosen, self.readers)] for matrix in self._roots)
         values, vectors = torch.linalg.eigh(self._balanced(chosen, root))
         values = values.clamp_min(0)
         kept = values[-features:]
@@ -120,7 +122,10 @@ class Products:
 class Pooled:
     """The pooled head of a group.
 
-    right: [features, inputs], R̄. mix: [query heads, features, features], with L_e' = mixᵀ·L_e. error: the sum above.
+    Attributes:
+        right: [features, inputs], R̄.
+        mix: [query heads, features, features], with L_e' = mixᵀ·L_e.
+        error: the sum above.
     """
 
     right: torch.Tensor
@@ -144,8 +149,8 @@ def arranged(products: Sequence[Products], size: int) -> torch.Tensor:
     for product in products:
         costs += product.pair_errors() / product.energy
     starts = [list(torch.arange(count).split(size)), _greedy(costs, size)]
-    found = [_exchanged(costs, [group.tolist() for group in groups]) for groups in starts]
-    best = min(found, key=lambda groups: _total(costs, groups))
+    groupings = [_exchanged(costs, [group.tolist() for group in groups]) for groups in starts]
+    best = min(groupings, key=lambda groups: _total(costs, groups))
     return torch.tensor([head for group in sorted(map(sorted, best)) for head in group])
 
 

@@ -23,8 +23,9 @@ from lissom.compiler.ir.samples import Sample
 class BlockMass:
     """Sums over all texts.
 
-    total: mass from the real queries of a block to a block of keys, [heads, query blocks, key blocks]. count: number of real
-    queries of a block in texts with real keys in the key block, [query blocks, key blocks].
+    Attributes:
+        total: mass from the real queries of a block to a block of keys, [heads, query blocks, key blocks].
+        count: number of real queries of a block in texts with real keys in the key block, [query blocks, key blocks].
     """
 
     total: torch.Tensor
@@ -36,7 +37,12 @@ class BlockMass:
         return self.total / self.count.clamp_min(1)
 
     def add(self, mass: torch.Tensor, real: torch.Tensor, block: int) -> None:
-        """Add one text. mass: its softmax weights, [heads, queries, keys]; real: which tokens are not padding, [tokens]."""
+        """Add one text.
+
+        Args:
+            mass: its softmax weights, [heads, queries, keys].
+            real: which tokens are not padding, [tokens].
+        """
         tokens = int(real.nonzero().max()) + 1 if bool(real.any()) else 0
         size = -(-tokens // block)
         padded = torch.zeros(mass.shape[0], size * block, size * block)
@@ -62,8 +68,8 @@ def block_masses(
     program: Program, data: Sequence[Sample], attentions: Collection[fx.Node], block: int, progress: Callable[[int, int], None]
 ) -> dict[fx.Node, BlockMass]:
     """The masses of these attentions in blocks of `block` tokens; one text and one layer are in memory at a time."""
-    found = {node: BlockMass(torch.zeros(0, 0, 0), torch.zeros(0, 0)) for node in attentions}
-    order = [node for node in program.graph.nodes if node in found]
+    masses = {node: BlockMass(torch.zeros(0, 0, 0), torch.zeros(0, 0)) for node in attentions}
+    order = [node for node in program.graph.nodes if node in masses]
     for finished, sample in enumerate(data):
         stream = Stream(program, [sample])
         for node in order:
@@ -72,17 +78,20 @@ def block_masses(
             real = token_mask(program, sample, wanted[0], axis=2)
             for row, given in enumerate(rows_of(values)):
                 tokens = torch.ones(values[wanted[0]].shape[2], dtype=torch.bool) if real is None else real[row].cpu()
-                found[node].add(attention_weights(node, given).cpu(), tokens, block)
+                masses[node].add(attention_weights(node, given).cpu(), tokens, block)
         progress(finished + 1, len(data))
-    return found
+    return masses
 
 
 def fewest_blocks(mean: torch.Tensor, share: float) -> torch.Tensor:
     """The fewest blocks of keys with which each block of queries keeps a fraction of its mass, at every text length.
 
-    mean: [heads, query blocks, key blocks], see `BlockMass.mean`. For every number of key blocks from the query's own block on,
-    the kept ones among these blocks hold at least the fraction `share` of their mass. The query's own block is always kept.
     Returns booleans of that shape.
+
+    Args:
+        mean: [heads, query blocks, key blocks], see `BlockMass.mean`. For every number of key blocks from the query's own block
+            on, the kept ones among these blocks hold at least the fraction `share` of their mass. The query's own block is
+            always kept.
     """
     size = mean.shape[-1]
     kept = torch.eye(size, dtype=torch.bool).expand_as(mean).clone()

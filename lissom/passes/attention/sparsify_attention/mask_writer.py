@@ -19,7 +19,10 @@ aten = torch.ops.aten
 def write_pattern(edit: Editor, pattern: Pattern, layout: torch.Tensor | None, q: fx.Node, k: fx.Node, name: str) -> fx.Node:
     """The visible keys, boolean, [1, heads or 1, queries, keys], from aranges, comparisons and look-ups; use in `before`.
 
-    layout: boolean, [heads or 1, query blocks, key blocks]; it becomes a weight of that name. q, k: [.., tokens, head_dim].
+    Args:
+        layout: boolean, [heads or 1, query blocks, key blocks]; it becomes a weight of that name.
+        q: [.., tokens, head_dim].
+        k: [.., tokens, head_dim].
     """
     return _Writer(edit, pattern, layout, q, k, name).write()
 
@@ -36,7 +39,7 @@ class _Writer:
         self._known: dict[object, fx.Node] = {}
 
     def write(self) -> fx.Node:
-        alternatives = [self._all(list(map(self._condition, found))) for found in self._pattern.alternatives]
+        alternatives = [self._all(list(map(self._condition, alternative))) for alternative in self._pattern.alternatives]
         seen = reduce(lambda left, right: self._edit.call(aten.__or__.Tensor, left, right), alternatives)
         while nodes.tensor_type(seen).rank < 4:
             seen = self._edit.call(aten.unsqueeze.default, seen, 0)

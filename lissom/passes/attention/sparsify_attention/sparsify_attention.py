@@ -73,20 +73,21 @@ _LARGEST_LAYOUT = 2**24
 class SparsifyAttention(Approximation):
     """Restricts attention to a sparse pattern of visible keys.
 
-    pattern: the visible keys of a query; see above.
-    patterns: patterns of single attentions by module path, with `*` and `?`, each with its window, for `block` its block, for
-        `measured` its mass if another than below; `none` leaves an attention dense: `"*=none,*.0=window:64,*.1=block:32"`.
-        Attentions that it does not name get `pattern`.
-    window: visible tokens to each side; default 128, `global-window-random` 192, `strided` 64.
-    block: tokens per block; default 64, `measured` 32.
-    global_tokens: number of first tokens that see all and are seen by all; default 0, `global-window-random` 64.
-    random_blocks: random key blocks per query block; default 3.
-    stride: every stride-th block is visible; default 8.
-    dilation: distance of visible blocks in a dilated window; default 2.
-    seed: of the random blocks; default 0.
-    mass: fraction of the attention weights that `measured` keeps, above 0 and below 1; default 0.95.
-    skip: module paths whose attention stays dense, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    only: module paths whose attention becomes sparse, in the same form; others stay dense.
+    Attributes:
+        pattern: the visible keys of a query; see above.
+        patterns: patterns of single attentions by module path, with `*` and `?`, each with its window, for `block` its block,
+            for `measured` its mass if another than below; `none` leaves an attention dense:
+            `"*=none,*.0=window:64,*.1=block:32"`. Attentions that it does not name get `pattern`.
+        window: visible tokens to each side; default 128, `global-window-random` 192, `strided` 64.
+        block: tokens per block; default 64, `measured` 32.
+        global_tokens: number of first tokens that see all and are seen by all; default 0, `global-window-random` 64.
+        random_blocks: random key blocks per query block; default 3.
+        stride: every stride-th block is visible; default 8.
+        dilation: distance of visible blocks in a dilated window; default 2.
+        seed: of the random blocks; default 0.
+        mass: fraction of the attention weights that `measured` keeps, above 0 and below 1; default 0.95.
+        skip: module paths whose attention stays dense, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        only: module paths whose attention becomes sparse, in the same form; others stay dense.
     """
 
     pattern: Literal["window", "block", "global-window-random", "strided", "dilated", "measured"] = "window"
@@ -120,7 +121,7 @@ class SparsifyAttention(Approximation):
     def sites(cls, program: Program) -> Sequence[AmountSite]:
         edit, attention = Editor(program, cls.name()), program.fact(structure).attention
         treated = [_obstacle(edit, site.node, site.cross) is None for site in attention]
-        return [found for found, fits in zip(_sites(attention), treated, strict=True) if fits]
+        return [site for site, fits in zip(_sites(attention), treated, strict=True) if fits]
 
     def run(self, edit: Editor) -> None:
         attention = edit.program.fact(structure).attention
@@ -136,7 +137,8 @@ class SparsifyAttention(Approximation):
         chosen = {node: given[node] for node in edit.treatable(obstacle, *ATTENTIONS)}
         for amount in dict.fromkeys(chosen.values()):
             self._with(amount)._restrict(
-                edit, {node: (sites[node], order) for order, (node, found) in enumerate(chosen.items()) if found == amount}
+                edit,
+                {node: (sites[node], order) for order, (node, own) in enumerate(chosen.items()) if own == amount},
             )
         if chosen:
             text = amounts_text(names, [chosen[node] or self.pattern if node in chosen else None for node in sites])
@@ -158,7 +160,11 @@ class SparsifyAttention(Approximation):
         return replace(self, pattern=pattern, patterns="", **options)
 
     def _restrict(self, edit: Editor, chosen: Mapping[fx.Node, tuple[AttentionSite, int]]) -> None:
-        """Restrict attentions to the pattern of this pass. chosen: each with its site and its number in the program."""
+        """Restrict attentions to the pattern of this pass.
+
+        Args:
+            chosen: each with its site and its number in the program.
+        """
         if self.pattern == "measured":
             if not edit.data:
                 raise RequirementError(
@@ -243,7 +249,7 @@ def _sites(attention: Sequence[AttentionSite]) -> list[AmountSite]:
 
 def _obstacle(edit: Editor, node: fx.Node, cross: bool) -> str | None:
     """The reason an attention stays dense; None if it can become sparse."""
-    q, k = (nodes.tensor_type(item) for item in (Attention(node).q, Attention(node).k))
+    q, k = (nodes.tensor_type(operand) for operand in (Attention(node).q, Attention(node).k))
     if q.rank != 4 or k.rank != 4 or not isinstance(q.shape[1], int):
         return "its operands are not [batch, heads, tokens, head_dim]"
     if cross or not fake.same_size(edit.program.fake_mode, q.shape[2], k.shape[2]):
@@ -254,10 +260,11 @@ def _obstacle(edit: Editor, node: fx.Node, cross: bool) -> str | None:
 def _drawn_blocks(edit: Editor, node: fx.Node, heads: int, block: int) -> int:
     """The number of query and of key blocks for which random blocks are drawn.
 
-    Raises: UnsupportedError when the length is constant and its table of blocks is too large.
+    Raises:
+        UnsupportedError: when the length is constant and its table of blocks is too large.
     """
     size = _tokens(node)
-    longest = [item.maximum for symbol, item in edit.program.signature.dimensions.items() if symbol == size]
+    longest = [dimension.maximum for symbol, dimension in edit.program.signature.dimensions.items() if symbol == size]
     tokens = size if isinstance(size, int) else (longest[0] if longest and longest[0] else _DRAWN)
     blocks, most = -(-tokens // block), isqrt(_LARGEST_LAYOUT // heads)
     if blocks <= most:
@@ -280,7 +287,7 @@ def _tokens(node: fx.Node) -> object:
 def _masked(edit: Editor, node: fx.Node, pattern: Pattern, layout: torch.Tensor | None) -> fx.Node:
     """The attention's mask combined with the pattern."""
     if is_causal(node):
-        pattern = Pattern(tuple((*found, CAUSAL) for found in pattern.alternatives), pattern.block)
+        pattern = Pattern(tuple((*alternative, CAUSAL) for alternative in pattern.alternatives), pattern.block)
     name = f"{nodes.origin(node).module_path}.layout".removeprefix(".")
     seen = write_pattern(edit, pattern, layout, Attention(node).q, Attention(node).k, name)
     mask = mask_of(node)

@@ -41,7 +41,8 @@ def grid() -> torch.Tensor:
 def find_function(core: fx.Node, reference: Function) -> tuple[fx.Node, fx.Node] | None:
     """The root and the argument of the expression around `core` that computes `reference`, or None.
 
-    core: the characteristic node of the expression, such as its tanh. The largest matching expression wins.
+    Args:
+        core: the characteristic node of the expression, such as its tanh. The largest matching expression wins.
     """
     points = grid()
     wanted = reference(points)
@@ -51,21 +52,25 @@ def find_function(core: fx.Node, reference: Function) -> tuple[fx.Node, fx.Node]
         for argument in above:
             if nodes.node_type(root) != nodes.node_type(argument):
                 continue
-            found = _evaluate(root, argument, points, {})
-            if found is not None and torch.allclose(found, wanted, rtol=0.0, atol=_TOLERANCE):
+            values = _evaluate(root, argument, points, {})
+            if values is not None and torch.allclose(values, wanted, rtol=0.0, atol=_TOLERANCE):
                 return root, argument
     return None
 
 
 def _reached(core: fx.Node, steps: int, following: Callable[[fx.Node], list[fx.Node]]) -> list[fx.Node]:
-    """The values within some steps from the core, nearest first. following: the nodes one step from a node."""
-    found: list[fx.Node] = []
+    """The values within some steps from the core, nearest first.
+
+    Args:
+        following: the nodes one step from a node.
+    """
+    values: list[fx.Node] = []
     frontier = [core]
     for _ in range(steps):
         reached = dict.fromkeys(node for start in frontier for node in following(start))
-        frontier = [node for node in reached if nodes.is_tensor(node) and node not in found]
-        found += frontier
-    return found
+        frontier = [node for node in reached if nodes.is_tensor(node) and node not in values]
+        values += frontier
+    return values
 
 
 def _evaluate(
@@ -79,8 +84,8 @@ def _evaluate(
     if node not in known:
         known[node] = None
         inputs = {used: _evaluate(used, argument, points, known) for used in node.all_input_nodes}
-        if all(found is not None for found in inputs.values()):
-            found = inputs[node.all_input_nodes[0]] if node.target in CASTS else call(node, inputs.__getitem__)
-            assert isinstance(found, torch.Tensor)
-            known[node] = found
+        if all(value is not None for value in inputs.values()):
+            value = inputs[node.all_input_nodes[0]] if node.target in CASTS else call(node, inputs.__getitem__)
+            assert isinstance(value, torch.Tensor)
+            known[node] = value
     return known[node]

@@ -44,8 +44,8 @@ class RaiseActivations(Rewrite):
             if not nodes.tensor_type(core).dtype.is_floating_point:
                 continue
             for target, options, reference in _KNOWN[core.target]:
-                if (found := find_function(core, reference)) is not None:
-                    root, argument = found
+                if (expression := find_function(core, reference)) is not None:
+                    root, argument = expression
                     with edit.before(root, like=[core, root]):
                         raised = edit.call(target, argument, **options)
                     edit.replace(root, raised)

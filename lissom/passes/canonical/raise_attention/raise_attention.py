@@ -39,9 +39,9 @@ class RaiseAttention(Rewrite):
     def run(self, edit: Editor) -> None:
         for softmax in edit.nodes(*SOFTMAX):
             try:
-                found = _product_with_values(edit, softmax)
-                if found is not None:
-                    _raise(edit, softmax, found, scores_of(edit, softmax))
+                values_product = _product_with_values(edit, softmax)
+                if values_product is not None:
+                    _raise(edit, softmax, values_product, scores_of(edit, softmax))
             except NoMatchError as reason:
                 edit.skip(softmax, str(reason))
 
@@ -50,7 +50,9 @@ class RaiseAttention(Rewrite):
 class _Product:
     """The product of the attention weights with v.
 
-    zeroed: where weights are set to 0 before it. sliced: whether the last column of the weights is dropped.
+    Attributes:
+        zeroed: where weights are set to 0 before it.
+        sliced: whether the last column of the weights is dropped.
     """
 
     product: Matmul
@@ -61,7 +63,8 @@ class _Product:
 def _product_with_values(edit: Editor, softmax: fx.Node) -> _Product | None:
     """The product of the attention weights with v; None when the softmax belongs to something else.
 
-    Raises: NoMatchError when the weights have other readers.
+    Raises:
+        NoMatchError: when the weights have other readers.
     """
     weights = _without_nan(edit, softmax)
     zeroed: fx.Node | None = None
@@ -77,7 +80,7 @@ def _product_with_values(edit: Editor, softmax: fx.Node) -> _Product | None:
             break
         weights = user
     products = (Matmul(user) for user in weights.users if nodes.is_call(user, *PRODUCTS))
-    product = next((item for item in products if item.x is weights), None)
+    product = next((candidate for candidate in products if candidate.x is weights), None)
     if product is None:
         return None
     if Softmax(softmax).dim not in (-1, nodes.tensor_type(softmax).rank - 1):
@@ -109,19 +112,19 @@ def _without_nan(edit: Editor, softmax: fx.Node) -> fx.Node:
     return softmax
 
 
-def _raise(edit: Editor, softmax: fx.Node, found: _Product, scores: Scores) -> None:
-    product, v = found.product.node, found.product.y
-    if found.sliced != (scores.sinks is not None):
+def _raise(edit: Editor, softmax: fx.Node, values_product: _Product, scores: Scores) -> None:
+    product, v = values_product.product.node, values_product.product.y
+    if values_product.sliced != (scores.sinks is not None):
         raise NoMatchError("the last column is dropped from the weights, or sinks are kept in them")
-    if found.zeroed is not None:
-        scores = _hidden_for_good(scores, found.zeroed)
-    ranks = {nodes.tensor_type(item).rank for item in (scores.q, scores.keys, v)}
+    if values_product.zeroed is not None:
+        scores = _hidden_for_good(scores, values_product.zeroed)
+    ranks = {nodes.tensor_type(x).rank for x in (scores.q, scores.keys, v)}
     heads = nodes.tensor_type(softmax).shape[1] if nodes.tensor_type(softmax).rank == 4 else scores.heads
     if not ranks <= {3, 4} or (len(ranks) > 1 and heads is None):
         raise NoMatchError(f"q, k and v have ranks {sorted(ranks)}; attention takes 4, or 3")
     dtype = nodes.tensor_type(product).dtype
     with edit.before(product, like=[softmax, product]):
-        q, k, values = (_unfold(edit, _cast(edit, item, dtype), heads) for item in (scores.q, _keys(edit, scores.keys), v))
+        q, k, values = (_unfold(edit, _cast(edit, x, dtype), heads) for x in (scores.q, _keys(edit, scores.keys), v))
         for factor in scores.factors:
             q = edit.call(aten.mul.Tensor, q, _cast(edit, factor, dtype))
         bias = _sum(edit, scores.biases, dtype, heads)
@@ -145,7 +148,8 @@ def _raise(edit: Editor, softmax: fx.Node, found: _Product, scores: Scores) -> N
 def _hidden_for_good(scores: Scores, zeroed: fx.Node) -> Scores:
     """The scores with minus infinity where the weights are set to 0, so that the output of a fully masked row is 0 too.
 
-    Raises: NoMatchError when the scores are not masked there.
+    Raises:
+        NoMatchError: when the scores are not masked there.
     """
     hides = [bias.value is zeroed and bias.fill is not None and not bias.inverted for bias in scores.biases]
     if not any(hides):
@@ -191,8 +195,8 @@ def _sum(edit: Editor, biases: tuple[Bias, ...], dtype: torch.dtype, heads: obje
             continue
         value = _shaped(edit, bias, heads)
         if bias.fill is None:
-            found, lowest = nodes.tensor_type(strip_casts(value)).dtype, torch.finfo(dtype).min
-            if found.is_floating_point and torch.finfo(found).min < lowest:
+            bias_dtype, lowest = nodes.tensor_type(strip_casts(value)).dtype, torch.finfo(dtype).min
+            if bias_dtype.is_floating_point and torch.finfo(bias_dtype).min < lowest:
                 # The lowest finite numbers stay finite, so that softmax of a row of them is uniform.
                 value = edit.call(aten.clamp_min.default, value, lowest)
             term = _cast(edit, value, dtype)
@@ -208,13 +212,13 @@ def _sum(edit: Editor, biases: tuple[Bias, ...], dtype: torch.dtype, heads: obje
 
 def _shaped(edit: Editor, bias: Bias, heads: object) -> fx.Node:
     """The bias with the dimensions that attention takes: [a, b], or [batch, heads, a, b]."""
-    value, found = bias.value, nodes.tensor_type(bias.value)
+    value, value_type = bias.value, nodes.tensor_type(bias.value)
     if bias.rank == 5:
         return _windowed(edit, bias)
-    if found.rank > 4:
+    if value_type.rank > 4:
         raise NoMatchError("a bias has more dimensions than the scores")
-    if found.rank == 3:
-        varies = bias.rank == 3 and heads is not None and found.shape[0] != 1
+    if value_type.rank == 3:
+        varies = bias.rank == 3 and heads is not None and value_type.shape[0] != 1
         return _unfold(edit, value, heads) if varies else edit.call(aten.unsqueeze.default, value, 0)
     return _ranked(edit, value, 2)
 

@@ -34,9 +34,11 @@ class NoMatchError(Exception):
 class Bias:
     """A term of the scores: `value` added, or `fill` set where `value` is true; `factor` scales either afterwards.
 
-    scores: the scores at that point. Their rank is 3 while batch and heads are one dimension, and 5 while windows (Swin) are a
-    dimension beside the batch. inverted: the fill is set where `value` is false. floor: nothing is added; the sum so far is
-    clamped to the lowest finite number.
+    Attributes:
+        scores: the scores at that point. Their rank is 3 while batch and heads are one dimension, and 5 while windows (Swin)
+            are a dimension beside the batch.
+        inverted: the fill is set where `value` is false.
+        floor: nothing is added; the sum so far is clamped to the lowest finite number.
     """
 
     value: fx.Node
@@ -55,9 +57,12 @@ class Bias:
 class Scores:
     """Scores as softcap · tanh(q · transposed keys · scale / softcap) + biases, the biases in program order.
 
-    factors: tensors that scale q, one number per head (Swin V2's temperature).
-    heads: the number of heads, where a reshape between three and four dimensions shows it. softcap: 0 for none.
-    sinks: the logits beside the scores of each row, [batch, heads, queries, 1]. shifted: the row's maximum is subtracted.
+    Attributes:
+        factors: tensors that scale q, one number per head (Swin V2's temperature).
+        heads: the number of heads, where a reshape between three and four dimensions shows it.
+        softcap: 0 for none.
+        sinks: the logits beside the scores of each row, [batch, heads, queries, 1].
+        shifted: the row's maximum is subtracted.
     """
 
     q: fx.Node
@@ -87,7 +92,8 @@ class Scores:
 def scores_of(edit: Editor, softmax: fx.Node) -> Scores:
     """The decomposed argument of a softmax.
 
-    Raises: NoMatchError naming the operator that is not recognized.
+    Raises:
+        NoMatchError: naming the operator that is not recognized.
     """
     argument = _unshifted(Softmax(softmax).x)
     if not nodes.is_call(argument, aten.cat.default):
@@ -108,9 +114,12 @@ def _unshifted(node: fx.Node) -> fx.Node:
 
 
 def folds_heads(node: fx.Node, kept: int = 2) -> bool:
-    """True for a reshape between [batch, heads, a, b] and [batch·heads, a, b]. kept: the number of last dimensions.
+    """True for a reshape between [batch, heads, a, b] and [batch·heads, a, b].
 
     With 3 of them, for a reshape between [batch, windows, heads, a, b] and [batch·windows, heads, a, b].
+
+    Args:
+        kept: the number of last dimensions.
     """
     if not nodes.is_call(node, *RESHAPES):
         return False
@@ -121,7 +130,8 @@ def folds_heads(node: fx.Node, kept: int = 2) -> bool:
 def take_apart(edit: Editor, node: object) -> Scores:
     """The scores as a scaled product of q and k, soft-capped or not, with biases.
 
-    Raises: NoMatchError naming the operator that is not recognized.
+    Raises:
+        NoMatchError: naming the operator that is not recognized.
     """
     if not isinstance(node, fx.Node):
         raise NoMatchError("the scores are a constant")
@@ -134,7 +144,7 @@ def take_apart(edit: Editor, node: object) -> Scores:
     if folds_heads(node, 3):
         return take_apart(edit, nodes.operand(node))
     if folds_heads(node):
-        split = max(map(nodes.tensor_type, (node, nodes.operand(node))), key=lambda found: found.rank)
+        split = max(map(nodes.tensor_type, (node, nodes.operand(node))), key=lambda tensor_type: tensor_type.rank)
         return replace(take_apart(edit, nodes.operand(node)), heads=split.shape[1])
     if nodes.is_call(node, aten.baddbmm.default):
         product = AddedProduct(node)
@@ -181,10 +191,10 @@ def _take_temperature_apart(edit: Editor, node: fx.Node) -> Scores:
     """Scores times a tensor with one number per head."""
     for scores, factor in (node.args, reversed(node.args)):
         if nodes.is_tensor(factor) and nodes.tensor_type(factor).shape[-2:] == (1, 1) and nodes.tensor_type(node).rank == 4:
-            found = take_apart(edit, scores)
-            if found.biases or found.softcap:
+            inner = take_apart(edit, scores)
+            if inner.biases or inner.softcap:
                 break
-            return replace(found, factors=(*found.factors, factor))
+            return replace(inner, factors=(*inner.factors, factor))
     raise NoMatchError(f"the scores come through {node.target}")
 
 
@@ -206,8 +216,8 @@ def _product_of(edit: Editor, q: fx.Node, keys: fx.Node) -> Scores:
     scale = 1.0
     factors: list[fx.Node] = []
     for factor in (q, keys):
-        while (found := _scaled_by(edit, factor)) is not None:
-            scale, factor = scale * found[0], found[1]
+        while (scaled := _scaled_by(edit, factor)) is not None:
+            scale, factor = scale * scaled[0], scaled[1]
         factors.append(factor)
     return Scores(factors[0], factors[1], scale)
 

@@ -18,7 +18,8 @@ from lissom.compiler.ir import node as nodes
 class Window:
     """The window of a kernel: size, stride, dilation and padding for each spatial dimension.
 
-    padding: pairs, before and after; for `same` the odd zero comes after, as in PyTorch.
+    Attributes:
+        padding: pairs, before and after; for `same` the odd zero comes after, as in PyTorch.
     """
 
     size: tuple[int, ...]
@@ -44,7 +45,9 @@ class Window:
 class Convolution:
     """A convolution whose kernel is a weight, [channels out, channels in / groups, *sizes].
 
-    places_in, places_out: input and output positions of the batch, at the captured sizes.
+    Attributes:
+        places_in: input positions of the batch, at the captured sizes.
+        places_out: output positions, likewise.
     """
 
     node: fx.Node
@@ -64,21 +67,21 @@ class Convolution:
 
 def convolution_of(node: fx.Node) -> Convolution | str:
     """The convolution that a node computes, or why it cannot be read."""
-    found, groups = calls.Convolution(node), nodes.argument(node, "groups")
-    kernel = found.weight
+    call, groups = calls.Convolution(node), nodes.argument(node, "groups")
+    kernel = call.weight
     if kernel.op != "get_attr":
         return "its kernel is computed by the program, cast or quantized; put this pass before the one that did this"
     sizes = tuple(size for size in nodes.tensor_type(kernel).shape[2:] if isinstance(size, int))
-    stride, dilation = _numbers(found.stride, len(sizes)), _numbers(found.dilation, len(sizes))
-    padding = _padding(found.padding, sizes, dilation)
+    stride, dilation = _numbers(call.stride, len(sizes)), _numbers(call.dilation, len(sizes))
+    padding = _padding(call.padding, sizes, dilation)
     if stride is None or dilation is None or padding is None or not isinstance(groups, int):
         return "its stride, padding, dilation or groups are computed while the program runs"
-    read, given = example_shape(found.x), example_shape(node)
+    read, given = example_shape(call.x), example_shape(node)
     rank = len(sizes)
     return Convolution(
         node,
         kernel,
-        found.bias,
+        call.bias,
         Window(sizes, stride, padding, dilation),
         groups,
         channels_in=nodes.fixed_size(kernel, 1) * groups,
@@ -88,20 +91,20 @@ def convolution_of(node: fx.Node) -> Convolution | str:
     )
 
 
-def _numbers(item: int | Sequence[object], rank: int) -> tuple[int, ...] | None:
+def _numbers(setting: int | Sequence[object], rank: int) -> tuple[int, ...] | None:
     """One number per dimension, from a number, a list of one, or a list of that length."""
-    given = [item] if isinstance(item, int) else item
-    found = tuple(number for number in given if isinstance(number, int))
-    return found * (rank if len(found) == 1 else 1) if len(found) == len(given) else None
+    given = [setting] if isinstance(setting, int) else setting
+    numbers = tuple(number for number in given if isinstance(number, int))
+    return numbers * (rank if len(numbers) == 1 else 1) if len(numbers) == len(given) else None
 
 
 def _padding(
-    item: str | int | Sequence[object], sizes: Sequence[int], dilation: Sequence[int] | None
+    padding: str | int | Sequence[object], sizes: Sequence[int], dilation: Sequence[int] | None
 ) -> tuple[tuple[int, int], ...] | None:
-    if item == "valid":
+    if padding == "valid":
         return ((0, 0),) * len(sizes)
-    if item == "same":
+    if padding == "same":
         totals = [(size - 1) * step for size, step in zip(sizes, dilation or (), strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
-    numbers = None if isinstance(item, str) else _numbers(item, len(sizes))
+    numbers = None if isinstance(padding, str) else _numbers(padding, len(sizes))
     return None if numbers is None else tuple((number, number) for number in numbers)

@@ -75,14 +75,15 @@ _ROUNDING = 1e-9
 class DepthwiseSeparable(Approximation):
     """Replaces convolutions by depthwise and pointwise ones where these take fewer bytes and FLOPs.
 
-    rank: number of terms per slice of a kernel, 1 or more.
-    keep: fraction of a kernel's energy to keep, above 0 and up to 1; of the output energy with calibration data.
-    budget: fraction of its bytes and FLOPs that a layer may take, above 0 and below 1.
-    amounts: terms of single convolutions, or fractions of their bytes and FLOPs, by module path, with `*` and `?`:
-        `"features.0=2,features.3=0.5"`. Without rank, keep and budget, other convolutions stay as they are.
-    order: which convolution comes first; see above for `auto`.
-    skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    only: module paths to change, in the same form; others stay as they are.
+    Attributes:
+        rank: number of terms per slice of a kernel, 1 or more.
+        keep: fraction of a kernel's energy to keep, above 0 and up to 1; of the output energy with calibration data.
+        budget: fraction of its bytes and FLOPs that a layer may take, above 0 and below 1.
+        amounts: terms of single convolutions, or fractions of their bytes and FLOPs, by module path, with `*` and `?`:
+            `"features.0=2,features.3=0.5"`. Without rank, keep and budget, other convolutions stay as they are.
+        order: which convolution comes first; see above for `auto`.
+        skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        only: module paths to change, in the same form; others stay as they are.
     """
 
     rank: int | None = None
@@ -107,27 +108,27 @@ class DepthwiseSeparable(Approximation):
     def run(self, edit: Editor) -> None:
         items = self._items(edit, self._layers(edit))
         before = edit.program.copy()
-        found: dict[Convolution, Separation] = {}
+        separations: dict[Convolution, Separation] = {}
         with kept_state(edit.program):
             now, then = Stream(edit.program, edit.data), Stream(before, edit.data)
             originals = dict(zip(edit.program.graph.nodes, before.graph.nodes, strict=True))
             for finished, layer in enumerate(items):
                 edit.current = layer.node
-                result = items[layer]._separate(
+                separation = items[layer]._separate(
                     Calibration(layer, originals[layer.node], now, then, range(len(edit.data))), edit.program
                 )
-                if isinstance(result, str):
-                    edit.skip(layer.node, result)
+                if isinstance(separation, str):
+                    edit.skip(layer.node, separation)
                     continue
-                found[layer] = result
-                kernel = result.layout.kernel(result.first, result.last)
+                separations[layer] = separation
+                kernel = separation.layout.kernel(separation.first, separation.last)
                 edit.set_weight(layer.kernel, kernel.to(nodes.tensor_type(layer.kernel).dtype))
                 give_back_memory()
                 edit.report("layers", finished + 1, len(items))
-        self._tell(edit, found)
-        for layer, result in found.items():
+        self._tell(edit, separations)
+        for layer, separation in separations.items():
             trainable = isinstance(before.weight(str(layer.kernel.target)), nn.Parameter)
-            _put(edit, layer, result, trainable=trainable)
+            _put(edit, layer, separation, trainable=trainable)
 
     def _items(self, edit: Editor, layers: Sequence[Convolution]) -> dict[Convolution, DepthwiseSeparable]:
         """Each convolution to factor, with a pass that has its amount."""
@@ -145,11 +146,11 @@ class DepthwiseSeparable(Approximation):
                 items[layer] = replace(self, rank=count, keep=None, budget=None, amounts="")
         return items
 
-    def _tell(self, edit: Editor, found: Mapping[Convolution, Separation]) -> None:
+    def _tell(self, edit: Editor, separations: Mapping[Convolution, Separation]) -> None:
         """Record the pass with the terms of each convolution, where all have one order: terms of another order differ."""
-        orders = {result.layout.order for result in found.values()}
+        orders = {separation.layout.order for separation in separations.values()}
         if len(orders) == 1:
-            text = amounts_text(_sites([*found]), [result.cost.terms for result in found.values()])
+            text = amounts_text(_sites([*separations]), [separation.cost.terms for separation in separations.values()])
             per_site = replace(self, rank=None, keep=None, budget=None, amounts=text, order=orders.pop(), skip="", only="")
             edit.per_site = format_pass(per_site)
 
@@ -164,8 +165,8 @@ class DepthwiseSeparable(Approximation):
             layer = convolution_of(node)
             return layer if isinstance(layer, str) else _obstacle(edit.program, layer) or layer
 
-        found = edit.accepted((node, read(node)) for node in edit.nodes(*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS))
-        return list(found.values())
+        layers = edit.accepted((node, read(node)) for node in edit.nodes(*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS))
+        return list(layers.values())
 
     def _separate(self, calibration: Calibration, program: Program) -> Separation | str:
         """The factors of a layer, or why it is left alone."""
@@ -178,10 +179,10 @@ class DepthwiseSeparable(Approximation):
         plans = self._plans(layer, slices)
         if isinstance(plans, str):
             return plans
-        results = calibration.fit([item.separate(cost) for item, cost in plans])
+        results = calibration.fit([candidate.separate(cost) for candidate, cost in plans])
         if self.keep is not None:
-            return min(results, key=lambda result: (result.cost.numbers, result.error))
-        return min(results, key=lambda result: result.error)
+            return min(results, key=lambda separation: (separation.cost.numbers, separation.error))
+        return min(results, key=lambda separation: separation.error)
 
     def _plans(self, layer: Convolution, slices: Sequence[Slices]) -> list[tuple[Slices, Cost]] | str:
         """The number of terms for each order that saves bytes and FLOPs, or why none does."""
@@ -189,29 +190,33 @@ class DepthwiseSeparable(Approximation):
         plans: list[tuple[Slices, Cost]] = []
         reasons: list[str] = []
         limit: Cost | None = None
-        for item in slices:
-            one = _cost(item.layout, layer)
-            cost = one.times(min(self._terms(item, one, whole, limit), item.layout.most_terms))
+        for candidate in slices:
+            term_cost = _cost(candidate.layout, layer)
+            cost = term_cost.times(min(self._terms(candidate, term_cost, whole, limit), candidate.layout.most_terms))
             limit = limit or cost
             if cost.terms and cost.below(whole):
-                plans.append((item, cost))
+                plans.append((candidate, cost))
             elif cost.terms:
                 reasons.append(f"{_terms(cost)} {cost.share(whole)}; both must be less")
             else:
                 most = "what the other order takes" if self.budget is None else f"budget={self.budget:g}"
-                reasons.append(f"one term {one.share(whole)}, over {most}")
+                reasons.append(f"one term {term_cost.share(whole)}, over {most}")
         return plans or reasons[0]
 
-    def _terms(self, slices: Slices, one: Cost, whole: Cost, limit: Cost | None) -> int:
-        """The number of terms of a layer in one order. limit: the cost of the other order, where it is known."""
+    def _terms(self, slices: Slices, term_cost: Cost, whole: Cost, limit: Cost | None) -> int:
+        """The number of terms of a layer in one order.
+
+        Args:
+            limit: the cost of the other order, where it is known.
+        """
         if self.keep is not None:
             return int((energy(slices.S) < self.keep - _ROUNDING).sum()) + 1
         if self.budget is not None:
-            return int(self.budget * min(whole.numbers / one.numbers, whole.products / one.products))
+            return int(self.budget * min(whole.numbers / term_cost.numbers, whole.products / term_cost.products))
         assert self.rank is not None
         if limit is None or not limit.below(whole):
             return self.rank
-        return min(limit.numbers // one.numbers, limit.products // one.products)
+        return min(limit.numbers // term_cost.numbers, limit.products // term_cost.products)
 
 
 @dataclass(frozen=True)
@@ -260,7 +265,7 @@ class Slices:
     def of(layout: Layout, kernel: torch.Tensor, known: torch.Tensor | None) -> Slices:
         if known is None:
             return Slices(layout, *decompose(layout.slices(kernel)), None)
-        root, inverse = (of_slices(layout, item) for item in roots(known))
+        root, inverse = (of_slices(layout, factor) for factor in roots(known))
         return Slices(layout, *decompose(layout.slices(kernel), root), inverse)
 
     def separate(self, cost: Cost) -> Separation:
@@ -291,7 +296,7 @@ class Calibration:
 
     def fit(self, results: Sequence[Separation]) -> list[Separation]:
         """These results with the last kernel refitted to the layer's original outputs."""
-        fits = [Fit(result.layout, result.first, result.last) for result in results]
+        fits = [Fit(separation.layout, separation.first, separation.last) for separation in results]
         read = nodes.operand(self.original)
         bias = None if self.layer.bias is None else evaluate_nodes(self.now.program.graph_module, self.layer.bias)
         seen = 0
@@ -310,7 +315,7 @@ class Calibration:
         if not self.samples:
             return list(results)
         solved = [fit.solve() for fit in fits]
-        return [replace(result, last=last, error=error) for result, (last, error) in zip(results, solved, strict=True)]
+        return [replace(separation, last=last, error=error) for separation, (last, error) in zip(results, solved, strict=True)]
 
     def _read(self, index: int) -> torch.Tensor:
         """[batch, channels in, *sizes]."""
@@ -325,12 +330,12 @@ class Calibration:
 def _sites(layers: Sequence[Convolution]) -> list[AmountSite]:
     """The convolutions as amounts name them; each takes terms up to those that equal its kernel."""
     paths = [nodes.origin(layer.node).module_path for layer in layers]
-    found: list[AmountSite] = []
+    sites: list[AmountSite] = []
     for layer, name in zip(layers, site_names(paths, [str(layer.kernel.target) for layer in layers]), strict=True):
         sizes = layer.channels_in, layer.channels_out, layer.groups, layer.window
         most = max(Layout(order, *sizes).most_terms for order in ORDERS)
-        found.append(AmountSite("convolution", (name,), most, {DepthwiseSeparable.name(): range(1, most + 1)}))
-    return found
+        sites.append(AmountSite("convolution", (name,), most, {DepthwiseSeparable.name(): range(1, most + 1)}))
+    return sites
 
 
 def _whole(layer: Convolution) -> Cost:
@@ -365,9 +370,9 @@ def _obstacle(program: Program, layer: Convolution) -> str | None:
     return None
 
 
-def _put(edit: Editor, layer: Convolution, found: Separation, *, trainable: bool) -> None:
+def _put(edit: Editor, layer: Convolution, separation: Separation, *, trainable: bool) -> None:
     """Replace a layer by both convolutions, and note their cost and error."""
-    node, layout = layer.node, found.layout
+    node, layout = layer.node, separation.layout
     depthwise_first = layout.order == "depthwise-first"
     names = ("depthwise", "pointwise") if depthwise_first else ("pointwise", "depthwise")
     dtype = nodes.tensor_type(layer.kernel).dtype
@@ -377,7 +382,7 @@ def _put(edit: Editor, layer: Convolution, found: Separation, *, trainable: bool
     (target, *window), (last_target, *last_window) = (over, places) if depthwise_first else (places, over)
     edit.current = node
     with edit.before(node):
-        factors = (factor.to(dtype).contiguous() for factor in (found.first, found.last))
+        factors = (factor.to(dtype).contiguous() for factor in (separation.first, separation.last))
         first, last = (
             edit.weight(f"{layer.kernel.target}_{name}", nn.Parameter(factor, requires_grad=False) if trainable else factor)
             for name, factor in zip(names, factors, strict=True)
@@ -385,7 +390,7 @@ def _put(edit: Editor, layer: Convolution, found: Separation, *, trainable: bool
         value = edit.call(target, layer.input, first, None, *window, layout.first_groups)
         edit.replace(node, edit.call(last_target, value, last, nodes.argument(node, "bias"), *last_window, layout.last_groups))
     edit.note(
-        f"{nodes.origin(value).module_path or node.name}: {layout.order}, {_terms(found.cost)}, "
-        f"{found.cost.share(_whole(layer)).removeprefix('takes ').removeprefix('take ')}; "
-        f"relative {'output' if edit.data else 'kernel'} error {found.error:.2g}"
+        f"{nodes.origin(value).module_path or node.name}: {layout.order}, {_terms(separation.cost)}, "
+        f"{separation.cost.share(_whole(layer)).removeprefix('takes ').removeprefix('take ')}; "
+        f"relative {'output' if edit.data else 'kernel'} error {separation.error:.2g}"
     )

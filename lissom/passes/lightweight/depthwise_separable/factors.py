@@ -63,7 +63,12 @@ class Layout:
         return kernel.reshape(self.groups, self.outputs, self.inputs, -1).transpose(1, 2).flatten(0, 1)
 
     def kernel(self, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """The kernel that both convolutions amount to; first, last: as returned by `weights`."""
+        """The kernel that both convolutions amount to.
+
+        Args:
+            first: as returned by `weights`.
+            last: as returned by `weights`.
+        """
         if self.order == "pointwise-first":
             parts = first.reshape(self.channels_out, -1, self.inputs), last.flatten(2)
             return torch.einsum("ori,ort->oit", *parts).unflatten(-1, self.window.size)
@@ -99,17 +104,23 @@ class Layout:
 def decompose(slices: torch.Tensor, root: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """U, S, Vt of each slice, multiplied by the root of the covariance of its columns' inputs where that is given.
 
-    slices: [slices, rows, columns]; root: [slices, columns, columns].
+    Args:
+        slices: [slices, rows, columns].
+        root: [slices, columns, columns].
     """
     slices = slices.double()
     return torch.linalg.svd(slices if root is None else slices @ root, full_matrices=False)
 
 
 def factors(
-    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor], terms: int, inverse: torch.Tensor | None = None
+    decomposition: tuple[torch.Tensor, torch.Tensor, torch.Tensor], terms: int, inverse: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors `first` and `last` with this number of terms, of equal norm. inverse: of the root given to `decompose`."""
-    u, s, vt = found
+    """The factors `first` and `last` with this number of terms, of equal norm.
+
+    Args:
+        inverse: of the root given to `decompose`.
+    """
+    u, s, vt = decomposition
     first, last = vt[:, :terms], u[:, :, :terms] * s[:, None, :terms]
     if inverse is not None:
         first = first @ inverse
@@ -119,13 +130,21 @@ def factors(
 
 
 def energy(values: torch.Tensor) -> torch.Tensor:
-    """The fraction of the energy of all slices that 1, 2, … terms keep, [terms]; values: S, [slices, terms]."""
+    """The fraction of the energy of all slices that 1, 2, … terms keep, [terms].
+
+    Args:
+        values: S, [slices, terms].
+    """
     held = values.square().sum(0).cumsum(0)
     return held / held[-1] if held[-1] > 0 else torch.ones_like(held)
 
 
 def roots(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The symmetric roots of covariances, and the inverses of these; covariance: sums of products, [n, columns, columns]."""
+    """The symmetric roots of covariances, and the inverses of these.
+
+    Args:
+        covariance: sums of products, [n, columns, columns].
+    """
     mean = covariance.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(1e-30)
     spread = _SMALLEST * mean[:, None, None] * torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     values, vectors = torch.linalg.eigh(covariance + spread)
@@ -136,7 +155,8 @@ def roots(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def covariance(layout: Layout, value: torch.Tensor) -> torch.Tensor:
     """Σ zzᵀ over all positions of the inputs z of slices: [channels in, taps, taps], or [groups, inputs, inputs].
 
-    value: [batch, channels in, *sizes].
+    Args:
+        value: [batch, channels in, *sizes].
     """
     if layout.order == "depthwise-first":
         met = layout.window.patches(value).transpose(0, 1).flatten(1, 2)
@@ -155,10 +175,14 @@ def of_slices(layout: Layout, each: torch.Tensor) -> torch.Tensor:
 class Fit:
     """Sums for the least squares of the last convolution's kernel W, each group of it a matrix [features, outputs].
 
-    first, last: the initial kernels. z: the input patch of the last convolution at a position, [features]; y: the target
-    output there; e: the residual y - W₀·z, with W₀ the initial last kernel, [outputs]. Σ zzᵀ, Σ zeᵀ and Σ eᵀe are kept for two
-    halves of the data separately, so that a fit to one is evaluated on the other; and Σ yᵀy. Sums of e instead of y avoid
-    cancellation where W₀ is nearly exact.
+    With z the input patch of the last convolution at a position, [features], y the target output there, and e the residual
+    y - W₀·z, with W₀ the initial last kernel, [outputs]: Σ zzᵀ, Σ zeᵀ and Σ eᵀe are kept for two halves of the data
+    separately, so that a fit to one is evaluated on the other; and Σ yᵀy. Sums of e instead of y avoid cancellation where W₀
+    is nearly exact.
+
+    Attributes:
+        first: the initial first kernel.
+        last: the initial last kernel.
     """
 
     layout: Layout
@@ -184,10 +208,12 @@ class Fit:
     def add(self, value: torch.Tensor, wanted: torch.Tensor, half: int | None) -> None:
         """Add a sample to half 0 or 1; a single sample is split, the first half of its positions to 0 and the rest to 1.
 
-        value: [1, channels in, *sizes]; wanted: [1, channels out, *sizes], without bias.
+        Args:
+            value: [1, channels in, *sizes].
+            wanted: [1, channels out, *sizes], without bias.
         """
         # Sums of half precision lose what is small, and overflow.
-        value, wanted = (item.to(torch.promote_types(item.dtype, torch.float32)) for item in (value, wanted))
+        value, wanted = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (value, wanted))
         z = self._met(value)
         y = wanted.flatten(2)[0].unflatten(0, (z.shape[0], -1)).mT
         e = y - z @ self.start.to(z.dtype)
@@ -239,8 +265,8 @@ class Fit:
     @staticmethod
     def _sums(sums: Sequence[torch.Tensor | float]) -> list[torch.Tensor]:
         """The sums of the two halves; empty where one half has no data."""
-        found = [item.double() for item in sums if isinstance(item, torch.Tensor)]
-        return found if len(found) == 2 else []
+        halves = [half.double() for half in sums if isinstance(half, torch.Tensor)]
+        return halves if len(halves) == 2 else []
 
 
 def _ridge(gram: torch.Tensor, product: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -49,8 +49,14 @@ aten = torch.ops.aten
 class HeadProduct:
     """One product of every head of an attention.
 
-    node: the attention. first, second: the layers of q and k, or of v and the output projection; scores: true for q and k.
-    axis: the axis of head_dim, which is reduced. heads, head_dim: sizes.
+    Attributes:
+        node: the attention.
+        first: the layer of q, or of v.
+        second: the layer of k, or the output projection.
+        scores: true for q and k.
+        axis: the axis of head_dim, which is reduced.
+        heads: the number of heads.
+        head_dim: the size of a head.
     """
 
     node: fx.Node
@@ -92,10 +98,10 @@ def _product(
     between = between if scores else [(attention.v, first[0]), (input_of(second[0]), site.node)]
     if not all(is_moved(*pair) for pair in between):
         return f"other operators are between the layers of its {what} and their product"
-    found = program.fact(axes)
+    program_axes = program.fact(axes)
     value = attention.q if scores else site.node
-    heads, axis = (found.axis(value, dim) for dim in (-3, -1))
-    obstacle = found.obstacle(axis) if axis.form == "atom" else "it is made of several axes"
+    heads, axis = (program_axes.axis(value, dim) for dim in (-3, -1))
+    obstacle = program_axes.obstacle(axis) if axis.form == "atom" else "it is made of several axes"
     if obstacle:
         return f"head_dim of its {what} cannot be reduced: {obstacle}"
     # Queries and keys may have another head_dim than values.
@@ -105,7 +111,7 @@ def _product(
         matrix = matrix_of(layer)
         if isinstance(matrix, str):
             return matrix
-        unit = unit_of(found.axis(matrix.node, dim), (heads, axis))
+        unit = unit_of(program_axes.axis(matrix.node, dim), (heads, axis))
         if matrix.transposed or not _is_owned(layer, matrix) or not torch.equal(unit, torch.arange(len(unit))):
             return f"the weights of its {what} are shared, or contain more than its heads"
         indices, bias = torch.arange(site.heads * head_dim).view(site.heads, -1), bias_of(layer)
@@ -143,7 +149,11 @@ def gram_of_weights(program: Program, product: HeadProduct) -> dict[fx.Node, tor
 
 
 def score_factors(query: torch.Tensor, key: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A and B of full rank, rows in descending order, and the energy each adds to Σ (qᵀk)²; query: G_q, key: G_k."""
+    """A and B of full rank, rows in descending order, and the energy each adds to Σ (qᵀk)².
+
+    Args:
+        query: G_q, key: G_k.
+    """
     left, right = (torch.linalg.cholesky(damped(gram, damping)) for gram in (query, key))
     directions, values, others = torch.linalg.svd(left.T @ right)
     root = values.sqrt()[:, None]
@@ -153,10 +163,14 @@ def score_factors(query: torch.Tensor, key: torch.Tensor, damping: float) -> tup
 
 
 def value_factors(columns: torch.Tensor, gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """V and Uᵀ of full rank, rows in descending order, and the energy each adds to Σ ‖W_oh z‖²; columns: W_oh, gram: Σ z zᵀ."""
-    found = spectrum(columns, damped(gram, damping))
-    u, v = found.truncated(len(found.energy))
-    return v, u.T, found.energy
+    """V and Uᵀ of full rank, rows in descending order, and the energy each adds to Σ ‖W_oh z‖².
+
+    Args:
+        columns: W_oh, gram: Σ z zᵀ.
+    """
+    decomposed = spectrum(columns, damped(gram, damping))
+    u, v = decomposed.truncated(len(decomposed.energy))
+    return v, u.T, decomposed.energy
 
 
 def factors_of(
@@ -179,7 +193,7 @@ def shorten_heads(edit: Editor, chosen: Sequence[tuple[HeadProduct, Factors, int
 
     Returns the changed layers: none where head_dim cannot be reduced, which is reported then.
     """
-    found, before, rewritten = edit.program.fact(axes), edit.program.weights(), edit.rewritten
+    program_axes, before, rewritten = edit.program.fact(axes), edit.program.weights(), edit.rewritten
     removed = {product.axis: range(rank, product.head_dim) for product, _, rank in chosen}
     for product, factors, rank in chosen:
         edit.current = product.node
@@ -188,7 +202,7 @@ def shorten_heads(edit: Editor, chosen: Sequence[tuple[HeadProduct, Factors, int
         second = _times(edit.program, product.second, second) if product.scores else second
         _set_rows(edit, product.second, second, rank)
     try:
-        remove_indices(edit, removed, found)
+        remove_indices(edit, removed, program_axes)
     except LissomError as error:
         for node in [node for node in edit.program.graph.nodes if node.op == "get_attr"]:
             if edit.program.weight(str(node.target)) is not before[str(node.target)]:
@@ -209,6 +223,6 @@ def _times(program: Program, layer: HeadLayer, factors: Sequence[torch.Tensor]) 
 def _set_rows(edit: Editor, layer: HeadLayer, rows: Sequence[torch.Tensor], rank: int) -> None:
     """Set each head of a layer to the first `rank` of these rows, followed by zeros at the indices that will be removed."""
     new = layer.read(edit.program).zero_()
-    for head, found in zip(new, rows, strict=True):
-        head[:rank] = found[:rank]
+    for head, head_rows in zip(new, rows, strict=True):
+        head[:rank] = head_rows[:rank]
     layer.write(edit, new)

@@ -76,20 +76,21 @@ _LEAST = 1e-30
 class LowRank(Approximation):
     """Replaces a linear layer by two thin ones, by truncated SVD.
 
-    rank: features between the two layers. Give one of rank, keep and budget, or amounts.
-    keep: least fraction of each layer's output energy that its factors keep, above 0 and up to 1.
-    budget: fraction of the bytes of all factored weights to keep, above 0 and below 1.
-    amounts: ranks of single layers, or fractions of their bytes, by module path, with `*` and `?`:
-        `"encoder.layer.0=64,*.query=0.5"`. Without rank, keep and budget, other layers stay whole.
-    whiten: minimizes the output error on calibration data, where there is some, rather than the weight error.
-    asymmetric: fits layers to the outputs of the original model, rather than to those behind factored layers.
-    fisher: weights errors by their effect on the likelihood of the outputs; needs calibration data.
-    attention: reduces head_dim where that is possible, rather than factoring the projections.
-    damping: regularization towards the original weights, as a fraction of the mean of the diagonal of XᵀX.
-    round_to: ranks chosen by keep and budget are a multiple of this.
-    lm_head: factors LM heads and classifiers too; those tied to an embedding table never are.
-    skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    only: module paths to change, in the same form; others stay as they are.
+    Attributes:
+        rank: features between the two layers. Give one of rank, keep and budget, or amounts.
+        keep: least fraction of each layer's output energy that its factors keep, above 0 and up to 1.
+        budget: fraction of the bytes of all factored weights to keep, above 0 and below 1.
+        amounts: ranks of single layers, or fractions of their bytes, by module path, with `*` and `?`:
+            `"encoder.layer.0=64,*.query=0.5"`. Without rank, keep and budget, other layers stay whole.
+        whiten: minimizes the output error on calibration data, where there is some, rather than the weight error.
+        asymmetric: fits layers to the outputs of the original model, rather than to those behind factored layers.
+        fisher: weights errors by their effect on the likelihood of the outputs; needs calibration data.
+        attention: reduces head_dim where that is possible, rather than factoring the projections.
+        damping: regularization towards the original weights, as a fraction of the mean of the diagonal of XᵀX.
+        round_to: ranks chosen by keep and budget are a multiple of this.
+        lm_head: factors LM heads and classifiers too; those tied to an embedding table never are.
+        skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+        only: module paths to change, in the same form; others stay as they are.
     """
 
     rank: int | None = None
@@ -130,14 +131,14 @@ class LowRank(Approximation):
             matrix = layers[node]
             weights.give_back()
             weight, hessian = _target(matrix.read(edit.program), read, self.damping)
-            found = spectrum(weight, hessian, counts.get(matrix.name))
-            rank = ranks[matrix.name] if matrix.name in ranks else self._rank(found.energy)
+            decomposed = spectrum(weight, hessian, counts.get(matrix.name))
+            rank = ranks[matrix.name] if matrix.name in ranks else self._rank(decomposed.energy)
             if rank is None or rank * sum(weight.shape) >= weight.numel():
                 continue
-            factors[matrix.name] = _factored(weight, found, rank, read, matrix.read(edit.program).dtype)
+            factors[matrix.name] = _factored(weight, decomposed, rank, read, matrix.read(edit.program).dtype)
             weights.lend(node, factors[matrix.name])
         weights.give_back(shared=True)
-        self._tell(edit, layers, {name: item.u.shape[1] for name, item in factors.items()})
+        self._tell(edit, layers, {name: factor.u.shape[1] for name, factor in factors.items()})
         _replace(edit, layers, factors)
         if factors:
             edit.note(_errors(list(factors.values()), on_data=self._whitens(edit)))
@@ -160,10 +161,7 @@ class LowRank(Approximation):
         return Amounts.parse(self.amounts, "low-rank{amounts=}", is_count)
 
     def _named(self, edit: Editor, layers: Mapping[fx.Node, Matrix]) -> dict[str, int | None]:
-        """The rank of each weight that `amounts` names; None where it stays whole. Others are reported if they stay whole.
-
-        Raises: UnsupportedError for a pattern that matches no linear layer, or a rank above the full one.
-        """
+        """The rank of each weight that `amounts` names, None for a whole one; others are reported. Raises UnsupportedError."""
         sites, ranks = _sites(layers), dict[str, int | None]()
         sizes = {matrix.name: matrix.shape for matrix in layers.values()}
         for (name, site), amount in zip(sites.items(), self._amounts().at([*sites.values()], "linear layers"), strict=True):
@@ -249,10 +247,10 @@ class LowRank(Approximation):
         products: list[HeadProduct] = []
         for site in edit.program.fact(structure).attention:
             edit.current = site.node
-            for found in head_products(edit.program, site):
-                reason = found if isinstance(found, str) else self._obstacle_by_name(found.first.layer, found.second.layer)
-                if edit.may_change(site.node, reason) and isinstance(found, HeadProduct):
-                    products.append(found)
+            for pair in head_products(edit.program, site):
+                reason = pair if isinstance(pair, str) else self._obstacle_by_name(pair.first.layer, pair.second.layer)
+                if edit.may_change(site.node, reason) and isinstance(pair, HeadProduct):
+                    products.append(pair)
         seen = gram_of_heads(edit, products) if self._whitens(edit) and products else {}
         chosen: list[tuple[HeadProduct, Factors, int]] = []
         for product in products:
@@ -280,14 +278,14 @@ class LowRank(Approximation):
 
     def _obstacle(self, program: Program, node: fx.Node, matrix: Matrix) -> str | None:
         """The reason a layer is left unchanged; None if it can be factored."""
-        found = program.fact(structure)
+        transformer = program.fact(structure)
         if reason := self._obstacle_by_name(node):
             return reason
-        if any(Embedding(item.node).table is matrix.node for item in found.embeddings):
+        if any(Embedding(embedding.node).table is matrix.node for embedding in transformer.embeddings):
             return "its weight is an embedding table too"
-        if node in found.lm_heads and not self.lm_head:
+        if node in transformer.lm_heads and not self.lm_head:
             return "it is an LM head or classifier; lm_head=true includes it"
-        if node in {site.router for site in found.mixtures}:
+        if node in {site.router for site in transformer.mixtures}:
             return "it is the router of a mixture of experts"
         if "low-rank" in nodes.origin(node).passes:
             return "it is a factor already"
@@ -303,9 +301,10 @@ def _sites(layers: Mapping[fx.Node, Matrix]) -> dict[str, AmountSite]:
 
 @dataclass(frozen=True)
 class _Factors:
-    """u: [features out, rank] and v: [rank, features in], in the dtype of the weight.
+    """The factors u: [features out, rank] and v: [rank, features in] of a weight, in its dtype.
 
-    errors: relative errors of the layer's output on the data with u v and with plain SVD of that rank; then of its weights.
+    Attributes:
+        errors: relative errors of the layer's output on the data with u v and with plain SVD of that rank; then of its weights.
     """
 
     u: torch.Tensor
@@ -333,7 +332,7 @@ class _Borrowed:
         for node, original, several in self._lent:
             if shared or not several:
                 self.edit.set_weight(node, original)
-        self._lent = [item for item in self._lent if item[2] and not shared]
+        self._lent = [loan for loan in self._lent if loan[2] and not shared]
 
 
 def _replace(edit: Editor, layers: Mapping[fx.Node, Matrix], factors: Mapping[str, _Factors]) -> None:
@@ -346,8 +345,8 @@ def _replace(edit: Editor, layers: Mapping[fx.Node, Matrix], factors: Mapping[st
             continue
         with edit.before(node):
             if matrix.name not in reads:
-                found = factors[matrix.name]
-                parts = [(f"{matrix.name}_v", found.v), (f"{matrix.name}_u", found.u)]
+                pair = factors[matrix.name]
+                parts = [(f"{matrix.name}_v", pair.v), (f"{matrix.name}_u", pair.u)]
                 v, u = (edit.weight(name, edit.like(matrix.node, part.contiguous())) for name, part in parts)
                 reads[matrix.name] = v, u
             v, u = reads[matrix.name]
@@ -360,12 +359,12 @@ def _fisher(edit: Editor, layers: Mapping[fx.Node, Matrix]) -> dict[str, torch.T
     squares: dict[str, torch.Tensor] = {}
 
     def add(node: fx.Node, value: torch.Tensor, gradient: torch.Tensor, mask: torch.Tensor | None) -> None:
-        found = gradient.double().square().flatten(0, -2).sum(0)
+        squared = gradient.double().square().flatten(0, -2).sum(0)
         name = layers[node].name
-        squares[name] = squares[name] + found if name in squares else found
+        squares[name] = squares[name] + squared if name in squares else squared
 
     observe_gradients(edit.program, spread(edit.data, _GRADIENT_TOKENS), set(layers), add, partial(edit.report, "gradients"))
-    return {name: (found + _LEAST_FRACTION * found.mean()).clamp_min(_LEAST) for name, found in squares.items()}
+    return {name: (sums + _LEAST_FRACTION * sums.mean()).clamp_min(_LEAST) for name, sums in squares.items()}
 
 
 def _target(weight: torch.Tensor, read: Read | None, damping: float) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -378,19 +377,19 @@ def _target(weight: torch.Tensor, read: Read | None, damping: float) -> tuple[to
     return weight, damped(gram, damping)
 
 
-def _factored(weight: torch.Tensor, found: Spectrum, rank: int, read: Read | None, dtype: torch.dtype) -> _Factors:
+def _factored(weight: torch.Tensor, decomposed: Spectrum, rank: int, read: Read | None, dtype: torch.dtype) -> _Factors:
     """The factors, with the errors of their product and of plain SVD."""
-    u, v = found.truncated(rank)
+    u, v = decomposed.truncated(rank)
     plain = torch.mm(*spectrum(weight).truncated(rank))
     gram = None if read is None else read.moments.gram
-    errors = [relative_error(weight, item, known) for known in (gram, None) for item in (u @ v, plain)]
+    errors = [relative_error(weight, approximation, known) for known in (gram, None) for approximation in (u @ v, plain)]
     return _Factors(u.to(dtype), v.to(dtype), tuple(errors))
 
 
 def _errors(factors: Sequence[_Factors], *, on_data: bool) -> str:
     """The relative errors of the layers in words, as root mean squares over them."""
-    squares = torch.tensor([found.errors for found in factors], dtype=torch.float64).square().mean(0)
-    data, plain_data, weights, plain_weights = (f"{item:.1%}" for item in squares.sqrt().tolist())
+    squares = torch.tensor([factor.errors for factor in factors], dtype=torch.float64).square().mean(0)
+    data, plain_data, weights, plain_weights = (f"{error:.1%}" for error in squares.sqrt().tolist())
     count = f"{len(factors)} weight{'s' * (len(factors) > 1)}"
     if not on_data:
         return f"{count} in factors: root-mean-square relative error of weights {weights}"

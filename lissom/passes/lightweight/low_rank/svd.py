@@ -23,9 +23,11 @@ import torch
 class Spectrum:
     """The principal directions of a layer's output, the largest first; all float64.
 
-    matrix: diag(s)^½ W, [features out, features in]. basis: orthonormal columns, [features out, directions]. energy: Σ over
-    tokens of the square along each, [directions]. counts: s, [features out]. The number of directions is the smaller of
-    features out and features in.
+    Attributes:
+        matrix: diag(s)^½ W, [features out, features in].
+        basis: orthonormal columns, [features out, directions].
+        energy: Σ over tokens of the square along each, [directions].
+        counts: s, [features out]. The number of directions is the smaller of features out and features in.
     """
 
     matrix: torch.Tensor
@@ -45,7 +47,9 @@ class Spectrum:
 def spectrum(weight: torch.Tensor, hessian: torch.Tensor | None = None, counts: torch.Tensor | None = None) -> Spectrum:
     """The spectrum of a matrix, [features out, features in].
 
-    hessian: H, [features in, features in], I by default. counts: s, [features out], positive, 1 by default.
+    Args:
+        hessian: H, [features in, features in], I by default.
+        counts: s, [features out], positive, 1 by default.
     """
     counts = torch.ones(len(weight), device=weight.device) if counts is None else counts
     matrix = core = weight.double() * counts.double().sqrt()[:, None]
@@ -59,16 +63,20 @@ def spectrum(weight: torch.Tensor, hessian: torch.Tensor | None = None, counts: 
 
 
 def rank_of(energy: torch.Tensor, keep: float) -> int:
-    """The least rank that keeps this fraction of the energy; energy: [directions], the largest first."""
+    """The least rank that keeps this fraction of the energy.
+
+    Args:
+        energy: [directions], the largest first.
+    """
     kept = energy.cumsum(0)
     return min(int((kept < keep * kept[-1]).sum()) + 1, len(kept))
 
 
-def relative_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor | None = None) -> float:
+def relative_error(weight: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor | None = None) -> float:
     """‖XWᵀ - XW'ᵀ‖ / ‖XWᵀ‖ for H = XᵀX, or ‖W - W'‖ / ‖W‖ without H; 0 where the denominator is 0."""
     squares = [
-        float((item * (item if hessian is None else item @ hessian.double())).sum().clamp_min(0))
-        for item in (weight.double() - found.double(), weight.double())
+        float((matrix * (matrix if hessian is None else matrix @ hessian.double())).sum().clamp_min(0))
+        for matrix in (weight.double() - approximation.double(), weight.double())
     ]
     return (squares[0] / squares[1]) ** 0.5 if squares[1] else 0.0
 
@@ -77,8 +85,10 @@ def relative_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Ten
 class Curve:
     """The energy and the bytes of each step of ranks of one matrix.
 
-    gains: energy added by each step, in descending order. step_bytes: bytes per step. whole_bytes: bytes of the unfactored
-    matrix, which has all the energy.
+    Attributes:
+        gains: energy added by each step, in descending order.
+        step_bytes: bytes per step.
+        whole_bytes: bytes of the unfactored matrix, which has all the energy.
     """
 
     gains: torch.Tensor
@@ -120,7 +130,7 @@ def _offers(index: int, curve: Curve) -> list[tuple[float, int, int]]:
     """(gain per byte, index of the matrix, step) of every option after the first step."""
     count = min(len(curve.gains), (curve.whole_bytes - 1) // curve.step_bytes)
     total = curve.gains.double().cumsum(0)
-    taken = torch.arange(1, count + 1, device=total.device)
-    slopes = (total[-1] - total[:count]) / (curve.whole_bytes - taken * curve.step_bytes)
+    steps = torch.arange(1, count + 1, device=total.device)
+    slopes = (total[-1] - total[:count]) / (curve.whole_bytes - steps * curve.step_bytes)
     prices = (curve.gains[1:count].double() / curve.step_bytes).tolist()
     return [(float(slopes.min()), index, _WHOLE), *((price, index, step + 1) for step, price in enumerate(prices))]

@@ -36,7 +36,8 @@ class EliminateDead(Rewrite):
 
     It runs automatically after every pass that prunes.
 
-    units: the kinds of units to remove, of `layers`, `heads`, `neurons` and `hidden`, all by default: `[heads,neurons]`.
+    Attributes:
+        units: the kinds of units to remove, of `layers`, `heads`, `neurons` and `hidden`, all by default: `[heads,neurons]`.
     """
 
     units: tuple[Literal["layers", "heads", "neurons", "hidden"], ...] = ("layers", "heads", "neurons", "hidden")

@@ -26,16 +26,16 @@ def select_heads(edit: Editor, attention: fx.Node, arguments: Iterable[int]) -> 
     made: list[fx.Node] = []
     for index in arguments:
         name = nodes.overload(attention)._schema.arguments[index].name
-        item = nodes.argument(attention, name)
-        if not nodes.is_tensor(item) or nodes.is_call(item, aten.index_select.default):
+        operand = nodes.argument(attention, name)
+        if not nodes.is_tensor(operand) or nodes.is_call(operand, aten.index_select.default):
             continue
-        typed = nodes.tensor_type(item)
+        typed = nodes.tensor_type(operand)
         heads = typed.shape[-3] if typed.rank > 2 else 1
         if not isinstance(heads, int) or heads == 1:
             continue
         with edit.before(attention):
             numbers = edit.weight(f"{attention.name}.heads", torch.arange(heads, device=typed.device))
-            chosen = edit.call(aten.index_select.default, item, typed.rank - 3, numbers)
+            chosen = edit.call(aten.index_select.default, operand, typed.rank - 3, numbers)
         nodes.set_argument(attention, name, chosen)
         made.append(chosen)
     return made

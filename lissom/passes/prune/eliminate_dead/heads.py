@@ -29,8 +29,8 @@ from lissom.passes.prune.eliminate_dead.head_selection import MASK, QUERY_AND_KE
 
 def eliminate_heads(edit: Editor) -> None:
     """Remove attention heads that contribute nothing, and attentions without a head that does."""
-    found = _dead_sites(edit, report=True)
-    replace_dead(edit, [columns for site, columns in found if bool(_dead_heads(edit, site, columns).all())], "heads")
+    dead_sites = _dead_sites(edit, report=True)
+    replace_dead(edit, [columns for site, columns in dead_sites if bool(_dead_heads(edit, site, columns).all())], "heads")
     made: list[fx.Node] = []
     # A selection keeps its input as it is, which may hinder removal in another attention: so masks are checked twice.
     for arguments in (MASK, MASK, QUERY_AND_KEY, QUERY_AND_KEY, VALUE):
@@ -47,16 +47,20 @@ def eliminate_heads(edit: Editor) -> None:
 
 
 def _dead_sites(edit: Editor, *, report: bool = False) -> list[tuple[AttentionSite, Columns]]:
-    """The attentions with dead heads; report: whether to report attentions without a head axis."""
-    found: list[tuple[AttentionSite, Columns]] = []
+    """The attentions with dead heads.
+
+    Args:
+        report: whether to report attentions without a head axis.
+    """
+    sites: list[tuple[AttentionSite, Columns]] = []
     for site in edit.program.fact(structure).attention:
         columns = find_head_columns(edit.program, site)
         if isinstance(columns, str):
             if report:
                 edit.skip(site.node, columns)
         elif bool(_dead_heads(edit, site, columns).any()):
-            found.append((site, columns))
-    return found
+            sites.append((site, columns))
+    return sites
 
 
 def _dead_heads(edit: Editor, site: AttentionSite, columns: Columns) -> torch.Tensor:

@@ -39,10 +39,10 @@ def eliminate_hidden(edit: Editor) -> None:
     held = list(_hold_outputs(edit))
     chosen: dict[Axis, list[int]] = {}
     places: dict[Axis, fx.Node] = {}
-    found = edit.program.fact(axes)
+    program_axes = edit.program.fact(axes)
     for axis, node in _hidden(edit).items():
         dead = _dead_channels(edit, axis)
-        reason = found.obstacle(axis, zero=True) if bool(dead.any()) else ""
+        reason = program_axes.obstacle(axis, zero=True) if bool(dead.any()) else ""
         if reason:
             edit.skip(node, f"{int(dead.sum())} dead channels stay: {reason}")
         elif bool(dead.any()):
@@ -58,18 +58,18 @@ def eliminate_hidden(edit: Editor) -> None:
 
 def _hidden(edit: Editor) -> dict[Axis, fx.Node]:
     """The axes of the residual stream, each with a residual add that has it."""
-    found, sums = edit.program.fact(axes), edit.program.fact(structure).residuals
-    return {atom: node for node in reversed(sums) for atom in found.axis(node, -1).atoms() if isinstance(atom.size, int)}
+    program_axes, sums = edit.program.fact(axes), edit.program.fact(structure).residuals
+    return {atom: node for node in reversed(sums) for atom in program_axes.axis(node, -1).atoms() if isinstance(atom.size, int)}
 
 
 def _dead_channels(edit: Editor, axis: Axis) -> torch.Tensor:
     """The channels that are zero at the input of every norm and contribute to no sum, booleans [size of the axis]."""
     program = edit.program
-    found, zero = program.fact(axes), program.fact(zeros)
+    program_axes, zero = program.fact(axes), program.fact(zeros)
     dead = dead_units(program, (axis,))
     for node in program.nodes(*LAYER_NORMS):
-        if any(axis in set(other.atoms()) for other in normed_axes(node, found)):
-            dead &= zero_units(found, zero, (Norm(node).x, -1), (axis,))
+        if any(axis in set(other.atoms()) for other in normed_axes(node, program_axes)):
+            dead &= zero_units(program_axes, zero, (Norm(node).x, -1), (axis,))
     if bool(dead.all()):
         dead[0] = False
     return dead

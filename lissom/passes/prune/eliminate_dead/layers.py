@@ -22,22 +22,22 @@ aten = torch.ops.aten
 
 def eliminate_layers(edit: Editor) -> None:
     """Remove attentions and feed-forwards that add zero to the residual stream."""
-    found, sites = edit.program.fact(zeros), edit.program.fact(structure)
+    zero, sites = edit.program.fact(zeros), edit.program.fact(structure)
     outputs = [site.output or site.node for site in sites.attention] + [site.down for site in sites.feed_forward]
     for node in edit.nodes(aten.add.Tensor):
-        if (other := _other_than_zero(node, found)) is not None:
-            edit.replace(node, other)
+        if (term := _other_than_zero(node, zero)) is not None:
+            edit.replace(node, term)
     edit.program.drop_dead()
     for node in outputs:
-        if is_zero(found, node) and not node._erased:
+        if is_zero(zero, node) and not node._erased:
             edit.skip(node, "its output is zero, but its reader is no sum of two values of one size")
 
 
-def _other_than_zero(node: fx.Node, found: Zeros) -> fx.Node | None:
+def _other_than_zero(node: fx.Node, zero: Zeros) -> fx.Node | None:
     """The term that equals a sum because the other one is zero and is not needed for the result's sizes."""
     if node.kwargs or len(node.args) != 2:
         return None
-    for item, other in (node.args, reversed(node.args)):
-        if is_zero(found, item) and nodes.is_tensor(other) and nodes.node_type(other) == nodes.node_type(node):
-            return other
+    for first, second in (node.args, reversed(node.args)):
+        if is_zero(zero, first) and nodes.is_tensor(second) and nodes.node_type(second) == nodes.node_type(node):
+            return second
     return None

@@ -26,8 +26,8 @@ from lissom.compiler.transforms.removal.elimination import eliminate, obstacle, 
 
 def eliminate_neurons(edit: Editor) -> None:
     """Remove feed-forward neurons that contribute nothing, and feed-forwards without a neuron that does."""
-    found = _dead_sites(edit, report=True)
-    replace_dead(edit, [columns for columns in found if bool(_dead_neurons(edit, columns).all())], "neurons")
+    dead_sites = _dead_sites(edit, report=True)
+    replace_dead(edit, [columns for columns in dead_sites if bool(_dead_neurons(edit, columns).all())], "neurons")
     chosen: dict[Axis, fx.Node] = {}
     for columns in _dead_sites(edit):
         if reason := _obstacle(edit, columns):
@@ -38,16 +38,20 @@ def eliminate_neurons(edit: Editor) -> None:
 
 
 def _dead_sites(edit: Editor, *, report: bool = False) -> list[Columns]:
-    """The down projections of feed-forwards with dead neurons; report: whether to report those without a neuron axis."""
-    found: list[Columns] = []
+    """The down projections of feed-forwards with dead neurons.
+
+    Args:
+        report: whether to report those without a neuron axis.
+    """
+    sites: list[Columns] = []
     for site in edit.program.fact(structure).feed_forward:
         columns = find_neuron_columns(edit.program, site)
         if isinstance(columns, str):
             if report:
                 edit.skip(site.down, columns)
         elif bool(_dead_neurons(edit, columns).any()):
-            found.append(columns)
-    return found
+            sites.append(columns)
+    return sites
 
 
 def _dead_neurons(edit: Editor, columns: Columns) -> torch.Tensor:

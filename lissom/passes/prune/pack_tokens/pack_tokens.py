@@ -60,8 +60,8 @@ class PackTokens(Rewrite):
         for mask in edit.program.fact(padding_masks):
             try:
                 flow = TokenFlow(edit.program, mask).run()
-            except PaddingReadError as found:
-                edit.skip(found.node, _OBSTACLES[found.use])
+            except PaddingReadError as error:
+                edit.skip(error.node, _OBSTACLES[error.use])
                 continue
             if has_layers(flow):
                 _Packer(edit, flow).run()
@@ -111,11 +111,11 @@ class _Packer:
         end = call(aten.sub.Scalar, call(aten.sub.Tensor, start, call(aten.amax.default, start, [1], True)), 1)
         for position in self.flow.positions:
             if isinstance(position, int):
-                found = [call(aten.eq.Scalar, start if position >= 0 else end, position)]
+                conditions = [call(aten.eq.Scalar, start if position >= 0 else end, position)]
             else:
                 column = call(aten.unsqueeze.default, position, 1)
-                found = [call(aten.eq.Tensor, counted, column) for counted in (start, end)]
-            chosen = [reduce(partial(call, aten.logical_or.default), [*chosen, *found])]
+                conditions = [call(aten.eq.Tensor, counted, column) for counted in (start, end)]
+            chosen = [reduce(partial(call, aten.logical_or.default), [*chosen, *conditions])]
         return chosen[0]
 
     def _numbers(self, dim: int) -> fx.Node:
@@ -165,38 +165,43 @@ class _Packer:
         place = self.flow.places[node]
         by_batch, by_tokens = (position_sources(node, dim) or {} for dim in place)
         changed: dict[Slot, object] = {}
-        for slot, item in operands(node).items():
-            if item in self.new:
-                changed[slot] = self.new[item]
+        for slot, operand in operands(node).items():
+            if operand in self.new:
+                changed[slot] = self.new[operand]
             elif slot in by_batch or slot in by_tokens:
-                changed[slot] = self._gathered(item, by_batch.get(slot), by_tokens.get(slot), place == HEADS)
+                changed[slot] = self._gathered(operand, by_batch.get(slot), by_tokens.get(slot), place == HEADS)
         return changed
 
-    def _gathered(self, item: fx.Node, batch_dim: int | None, token_dim: int | None, heads: bool) -> fx.Node:
+    def _gathered(self, value: fx.Node, batch_dim: int | None, token_dim: int | None, heads: bool) -> fx.Node:
         """The kept rows of a padded value; a value without batch or tokens is indexed by the dimension it has.
 
-        heads: the tokens are behind heads.
+        Args:
+            heads: the tokens are behind heads.
         """
-        key = (item, batch_dim, token_dim, heads)
+        key = (value, batch_dim, token_dim, heads)
         if key not in self.gathered:
             self.gathered[key] = self._gather(*key)
         return self.gathered[key]
 
-    def _gather(self, item: fx.Node, batch_dim: int | None, token_dim: int | None, heads: bool) -> fx.Node:
+    def _gather(self, value: fx.Node, batch_dim: int | None, token_dim: int | None, heads: bool) -> fx.Node:
         call = self.edit.call
         if batch_dim is not None and token_dim is not None:
-            first = call(aten.transpose.int, item, 1, 2) if heads else item
+            first = call(aten.transpose.int, value, 1, 2) if heads else value
             flat = call(aten.reshape.default, first, [1, -1, *shape_of(first)[2:]])
-            found = call(aten.index_select.default, flat, 1, self.rows)
-            return call(aten.transpose.int, found, 1, 2) if heads else found
+            kept_rows = call(aten.index_select.default, flat, 1, self.rows)
+            return call(aten.transpose.int, kept_rows, 1, 2) if heads else kept_rows
         numbers = call(aten.reshape.default, self._numbers(0 if token_dim is None else 1), [-1])
         wanted = call(aten.index_select.default, numbers, 0, self.rows)
         if token_dim is not None:
-            return call(aten.index_select.default, item, token_dim, wanted)
-        return call(aten.transpose.int, call(aten.index_select.default, item, batch_dim, wanted), 0, 2 if heads else 1)
+            return call(aten.index_select.default, value, token_dim, wanted)
+        return call(aten.transpose.int, call(aten.index_select.default, value, batch_dim, wanted), 0, 2 if heads else 1)
 
     def _padded(self, packed: fx.Node, heads: bool) -> fx.Node:
-        """A packed value in padded form. heads: its tokens are behind heads, [1, heads, tokens, features]."""
+        """A packed value in padded form.
+
+        Args:
+            heads: its tokens are behind heads, [1, heads, tokens, features].
+        """
         if not heads:
             return self._unpacked(packed, self.slots, [self.batch, self.tokens])
         spread = self.edit.call(aten.index_select.default, packed, 2, self.slots)
@@ -215,8 +220,8 @@ class _Packer:
         with edit.before(user):
             slots = edit.call(aten.reshape.default, self.slots, [self.batch, self.tokens])
             slots = edit.again(user, slots)
-            found = self._unpacked(packed, slots, [self.batch])
-        edit.replace(user, found)
+            chosen = self._unpacked(packed, slots, [self.batch])
+        edit.replace(user, chosen)
 
     def _size(self, node: fx.Node, new: fx.Node, dim: int) -> fx.Node:
         """The size of a dimension of the padded value."""

@@ -48,7 +48,12 @@ _VIEWS = {*_PACKED_VIEWS, *ops.SAME_VALUES, *ops.EXPANDS, aten.contiguous.defaul
 
 
 class PaddingReadError(Exception):
-    """The program reads padding. node: the reader; use: how it reads padding."""
+    """The program reads padding.
+
+    Attributes:
+        node: the reader.
+        use: how it reads padding.
+    """
 
     def __init__(self, node: fx.Node, use: Use) -> None:
         super().__init__(use)
@@ -60,9 +65,11 @@ class PaddingReadError(Exception):
 class TokenFlow:
     """The flow of the tokens of one padding mask through a program.
 
-    places: the loose values, with their batch and token dimensions.
-    packed: those of them to compute at kept positions only, in order.
-    chosen: calls that read single positions of a loose value; positions: constant ones, and tensors with one per row.
+    Attributes:
+        places: the loose values, with their batch and token dimensions.
+        packed: those of them to compute at kept positions only, in order.
+        chosen: calls that read single positions of a loose value.
+        positions: constant ones, and tensors with one per row.
     """
 
     program: Program
@@ -76,10 +83,11 @@ class TokenFlow:
     def run(self) -> TokenFlow:
         """Follow the tokens.
 
-        Raises: PaddingReadError.
+        Raises:
+            PaddingReadError: if a call reads padding.
         """
         for node in self.program.nodes():
-            loose = {slot: self.places[item] for slot, item in operands(node).items() if item in self.places}
+            loose = {slot: self.places[operand] for slot, operand in operands(node).items() if operand in self.places}
             if not loose:
                 self._start(node)
             elif is_attention(node):
@@ -110,7 +118,7 @@ class TokenFlow:
         return kept
 
     def _holds(self, value: fx.Node, check: Check) -> bool:
-        wanted = [value, *(item for item in self.positions if isinstance(item, fx.Node))]
+        wanted = [value, *(position for position in self.positions if isinstance(position, fx.Node))]
         return holds(self.program, self.mask, wanted, lambda values: check(values[value], self.kept(values)))
 
     def _start(self, node: fx.Node) -> None:
@@ -186,14 +194,14 @@ class TokenFlow:
             if node in views and node in wanted and wanted.isdisjoint(node.users):
                 wanted.discard(node)
         for node in self.places:
-            sources = [item for item in operands(node).values() if item in self.places]
+            sources = [operand for operand in operands(node).values() if operand in self.places]
             whole = is_item(node) and sources[0] in self.packed
-            if whole or (node in wanted and (node not in views or all(item in self.packed for item in sources))):
+            if whole or (node in wanted and (node not in views or all(operand in self.packed for operand in sources))):
                 self.packed[node] = None
 
     def _packs(self, node: fx.Node) -> bool:
         """True when the call can run on packed tokens: its loose values and its result have one place, or it makes heads."""
-        places = {self.places[item] for item in operands(node).values() if item in self.places} | {self.places[node]}
+        places = {self.places[operand] for operand in operands(node).values() if operand in self.places} | {self.places[node]}
         if self.places[node] == HEADS and (len(shape_of(node)) != 4 or not self.chosen.keys().isdisjoint(node.users)):
             return False
         if node.target in (aten.transpose.int, aten.permute.default):
@@ -218,15 +226,15 @@ def place_of(node: fx.Node, loose: dict[Slot, Place]) -> Place | None:
     """The batch and token dimensions of a call's result; None when it mixes positions."""
     rank = len(shape_of(node))
     sources = [position_sources(node, dim) or {} for dim in range(rank)]
-    found: list[int] = []
+    place_dims: list[int] = []
     for which in (0, 1):
         dims = [
             dim for dim, known in enumerate(sources) if all(known.get(slot) == place[which] for slot, place in loose.items())
         ]
         if len(dims) != 1:
             return None
-        found += dims
-    return found[0], found[1]
+        place_dims += dims
+    return place_dims[0], place_dims[1]
 
 
 def has_layers(flow: TokenFlow) -> bool:

@@ -1,4 +1,4 @@
-"""Which layers a linear map could replace best: those whose part the layers after them learn most easily.
+"""The layers that a linear map replaces best: those whose part the layers after them learn most easily.
 
 Layers that follow each other are removed as one run. With x and y the residual stream of a token before and after a run, its
 error is the part of y's variance that the best linear map of x leaves unexplained:
@@ -35,7 +35,11 @@ Halves = tuple[torch.Tensor, torch.Tensor]
 
 
 def most_linear(edit: Editor, units: Mapping[str, Sequence[Branch]], count: int) -> list[str]:
-    """The names of `count` layers to remove. units: the branches of each layer, in the order of the graph."""
+    """The names of `count` layers to remove.
+
+    Args:
+        units: the branches of each layer, in the order of the graph.
+    """
     names, parts = list(units), list(units.values())
     together = [follow([before[-1], after[0]]) for before, after in pairwise(parts)]
     stream = _hidden_states(edit, parts)
@@ -51,10 +55,10 @@ def most_linear(edit: Editor, units: Mapping[str, Sequence[Branch]], count: int)
     # The least error of each number of removed layers among the first ones, with those layers.
     least: list[dict[int, tuple[float, list[str]]]] = [{0: (0.0, [])}, *({} for _ in names)]
 
-    def offer(place: int, found: tuple[float, list[str]]) -> None:
-        known = least[place].get(len(found[1]))
-        if known is None or found[0] < known[0]:
-            least[place][len(found[1])] = found
+    def offer(place: int, candidate: tuple[float, list[str]]) -> None:
+        known = least[place].get(len(candidate[1]))
+        if known is None or candidate[0] < known[0]:
+            least[place][len(candidate[1])] = candidate
 
     for start in range(len(names)):
         for removed, (summed, gone) in least[start].items():

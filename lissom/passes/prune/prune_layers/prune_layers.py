@@ -48,14 +48,15 @@ _WHAT = {"layer": "layers", "attention": "attentions", "feed-forward": "feed-for
 class PruneLayers(Approximation):
     """Removes the layers that change the residual stream least.
 
-    keep: fraction of layers to keep, above 0 and below 1, rounded to whole layers; of those that `amounts` does not name. 0.75
-        where neither is given.
-    amounts: which layers go, by module path, with `*` and `?`: 0 removes a layer, 1 keeps it, `"encoder.layer.3=0,*.5=0"`. It
-        needs no data. Without `keep`, other layers stay.
-    part: what is removed: whole layers, or only their `attention` or `feed-forward`.
-    criterion: how layers are chosen; `influence` and `linear-fit` need calibration data. `linear-fit` is for layers whose part
-        the others learn in a training pass that follows.
-    protect: module paths of layers to keep, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+    Attributes:
+        keep: fraction of layers to keep, above 0 and below 1, rounded to whole layers; of those that `amounts` does not name.
+            0.75 where neither is given.
+        amounts: which layers go, by module path, with `*` and `?`: 0 removes a layer, 1 keeps it, `"encoder.layer.3=0,*.5=0"`.
+            It needs no data. Without `keep`, other layers stay.
+        part: what is removed: whole layers, or only their `attention` or `feed-forward`.
+        criterion: how layers are chosen; `influence` and `linear-fit` need calibration data. `linear-fit` is for layers whose
+            part the others learn in a training pass that follows.
+        protect: module paths of layers to keep, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
     """
 
     keep: float | None = None
@@ -74,17 +75,17 @@ class PruneLayers(Approximation):
     @classmethod
     def sites(cls, program: Program) -> Sequence[AmountSite]:
         by_part: dict[str, dict[str, Legal]] = {}
-        for item in (cls(), cls(part="attention"), cls(part="feed-forward")):
-            for name, unit in item._found(program).items():
+        for pass_ in (cls(), cls(part="attention"), cls(part="feed-forward")):
+            for name, unit in pass_._layers(program).items():
                 if not isinstance(unit, str):
-                    by_part.setdefault(name, {})[format_pass(item)] = (0, 1)
+                    by_part.setdefault(name, {})[format_pass(pass_)] = (0, 1)
         return [AmountSite("layer", (name,), 1, takes) for name, takes in by_part.items()]
 
     def run(self, edit: Editor) -> None:
-        found = self._found(edit.program)
-        staying = {name: unit for name, unit in found.items() if isinstance(unit, str)}
-        staying |= {name: "it is protected" for name in found if is_path_protected(name.partition(" ")[0], self.protect)}
-        chosen, rest = self._named(found, staying)
+        layers = self._layers(edit.program)
+        staying = {name: unit for name, unit in layers.items() if isinstance(unit, str)}
+        staying |= {name: "it is protected" for name in layers if is_path_protected(name.partition(" ")[0], self.protect)}
+        chosen, rest = self._named(layers, staying)
         if self.keep is not None or not self.amounts:
             units = {name: unit for name, unit in rest.items() if name not in staying and not isinstance(unit, str)}
             if len(rest) == 1:
@@ -92,47 +93,49 @@ class PruneLayers(Approximation):
                 return
             count = self._count(len(rest), {name: reason for name, reason in staying.items() if name in rest})
             chosen += self._least_needed(edit, units, count)
-        gone = [name for name in found if name in chosen]
+        gone = [name for name in layers if name in chosen]
         if gone:
             text = ",".join(f"{name}=0" for name in gone)
             edit.per_site = format_pass(replace(self, keep=None, amounts=text, criterion="influence", protect=""))
-        _remove(edit, [branch for name in gone for branch in found[name] if isinstance(branch, Branch)])
+        _remove(edit, [branch for name in gone for branch in layers[name] if isinstance(branch, Branch)])
 
     def _amounts(self) -> Amounts:
         takes = "0 for a layer that goes, 1 for one that stays, or none"
         return Amounts.parse(self.amounts, "prune-layers{amounts=}", lambda amount: amount in ("0", "1"), takes)
 
-    def _found(self, program: Program) -> dict[str, list[Branch] | str]:
+    def _layers(self, program: Program) -> dict[str, list[Branch] | str]:
         """The layers of the program, each with its branches, or why it cannot be removed."""
-        found: dict[str, list[Branch] | str] = {}
+        units: dict[str, list[Branch] | str] = {}
         layers = program.fact(structure).layers
         # A head of two linear layers, such as a pooler, is a feed-forward but adds to no residual stream.
         in_stream = [layer for layer in layers if any(site.residual for site in (*layer.attention, *layer.feed_forward))]
         for layer in in_stream or layers:
-            found |= _units(program, layer, self.part)
-        return found
+            units |= _units(program, layer, self.part)
+        return units
 
     def _named(
-        self, found: Mapping[str, list[Branch] | str], staying: Mapping[str, str]
+        self, layers: Mapping[str, list[Branch] | str], staying: Mapping[str, str]
     ) -> tuple[list[str], dict[str, list[Branch] | str]]:
         """The layers that `amounts` removes, and those that it does not name.
 
-        Raises: UnsupportedError when one of them cannot be removed.
+        Raises:
+            UnsupportedError: when one of them cannot be removed.
         """
-        sites = [AmountSite("layer", (name,), 1, {"prune-layers": (0, 1)}) for name in found]
-        given = dict(zip(found, self._amounts().counts(sites, _WHAT[self.part]), strict=True))
+        sites = [AmountSite("layer", (name,), 1, {"prune-layers": (0, 1)}) for name in layers]
+        given = dict(zip(layers, self._amounts().counts(sites, _WHAT[self.part]), strict=True))
         gone = [name for name, amount in given.items() if amount == 0]
         for name in gone:
             if name in staying:
                 raise UnsupportedError(f"prune-layers{{amounts=}}: '{name}' cannot go: {staying[name]}; leave it out")
-        if len(gone) == len(found) > 0:
-            raise UnsupportedError(f"prune-layers{{amounts=}} removes all {len(found)} {_WHAT[self.part]}; one has to stay")
-        return gone, {name: unit for name, unit in found.items() if given[name] is None}
+        if len(gone) == len(layers) > 0:
+            raise UnsupportedError(f"prune-layers{{amounts=}} removes all {len(layers)} {_WHAT[self.part]}; one has to stay")
+        return gone, {name: unit for name, unit in layers.items() if given[name] is None}
 
     def _count(self, layers: int, staying: dict[str, str]) -> int:
         """The number of layers to remove.
 
-        Raises: UnsupportedError when that many cannot be removed.
+        Raises:
+            UnsupportedError: when that many cannot be removed.
         """
         what, keep = _WHAT[self.part], _KEEP if self.keep is None else self.keep
         count = layers - max(1, round(keep * layers))
@@ -167,7 +170,7 @@ class PruneLayers(Approximation):
             # The Frobenius norm of the last matrices of all branches together.
             weights = {path: [_values(edit.program, branch.last) for branch in unit] for path, unit in units.items()}
             return {
-                path: sum(float(item.square().sum()) for item in read if item is not None) ** 0.5
+                path: sum(float(weight.square().sum()) for weight in read if weight is not None) ** 0.5
                 for path, read in weights.items()
             }
         return _influences(edit, units)
@@ -241,10 +244,10 @@ def _influences(edit: Editor, units: dict[str, list[Branch]]) -> dict[str, float
 def _remove(edit: Editor, branches: Sequence[Branch]) -> None:
     """Remove branches, given in order: by zeros in their last layers where that is enough, else by bypassing them."""
     zeroed = {branch: read for branch in branches if not branch.post_norm and (read := _own_weights(edit, branch))}
-    for weight, tensor in (item for read in zeroed.values() for item in read):
+    for weight, tensor in (pair for read in zeroed.values() for pair in read):
         edit.set_weight(weight, torch.zeros_like(tensor))
-    found = edit.program.fact(zeros) if zeroed else {}
-    dead = [branch for branch in zeroed if is_zero(found, branch.addend)]
+    zero = edit.program.fact(zeros) if zeroed else {}
+    dead = [branch for branch in zeroed if is_zero(zero, branch.addend)]
     edit.rewritten += len(dead)
     for branch in reversed([branch for branch in branches if branch not in dead]):
         for weight, tensor in zeroed.get(branch, ()):
@@ -259,7 +262,7 @@ def _own_weights(edit: Editor, branch: Branch) -> list[tuple[fx.Node, torch.Tens
     """Weight and bias of a branch's last layer, with their values; empty where they have other readers."""
     weight = weight_of(branch.last)
     assert weight is not None, "a branch ends in a linear layer"
-    read = dict.fromkeys([weight, *(item for item in branch.last.all_input_nodes if item.op == "get_attr")])
-    if any(len(item.users) > 1 for item in read):
+    read = dict.fromkeys([weight, *(parameter for parameter in branch.last.all_input_nodes if parameter.op == "get_attr")])
+    if any(len(parameter.users) > 1 for parameter in read):
         return []
-    return [(item, edit.tensor(item)) for item in read]
+    return [(parameter, edit.tensor(parameter)) for parameter in read]

@@ -123,7 +123,7 @@ def _same_axes(before: Program, old: Axes, after: Program, chosen: dict[Axis, li
     return {found[axis]: indices for axis, indices in chosen.items()}
 
 
-def test_heads_are_one_axis_through_q_k_v_and_output():
+def test_heads_are_one_axis_through_q_k_v_output():
     program, _ = canonical("bert")
     found, site = program.fact(axes), program.fact(structure).attention[0]
     heads = found.axis(site.node, 1)
@@ -156,7 +156,7 @@ def test_occurrences_name_every_place_an_axis_is():
     assert {weight_of(site.down).name, weight_of(site.up[0]).name, site.up[0].name, site.activations[0].name} <= places
 
 
-def test_an_operator_without_a_rule_pins_its_axes_and_is_named():
+def test_operator_without_rule_pins_its_axes_and_is_named():
     class Unusual(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.cdist(x, x)

@@ -23,21 +23,21 @@ def test_a_product_refines_the_atom_it_is_unified_with():
     assert sizes(hidden) == [3, 4]
 
 
-def test_products_cut_at_different_places_meet_in_a_common_refinement():
+def test_products_split_at_different_places_meet_in_common_refinement():
     left, right = product([Axis(4), Axis(6)]), product([Axis(12), Axis(2)])
     unify(left, right, "test")
     assert list(left.atoms()) == list(right.atoms())
     assert sizes(left) == [4, 3, 2]
 
 
-def test_sums_cut_at_different_places_meet_in_a_common_refinement():
+def test_sums_split_at_different_places_meet_in_common_refinement():
     left, right = concatenation([Axis(2), Axis(6)]), concatenation([Axis(5), Axis(3)])
     unify(left, right, "test")
     assert list(left.atoms()) == list(right.atoms())
     assert sizes(left) == [2, 3, 3]
 
 
-def test_products_that_do_not_divide_are_pinned_with_the_reason():
+def test_products_that_do_not_divide_are_pinned_with_reason():
     left, right = product([Axis(2), Axis(9)]), product([Axis(3), Axis(6)])
     unify(left, right, "two views of one dimension")
     assert {atom.pinned for atom in left.atoms()} == {"two views of one dimension"}

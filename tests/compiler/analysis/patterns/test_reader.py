@@ -105,7 +105,7 @@ def test_a_constant_mask_is_read_exactly(name: str) -> None:
     assert torch.equal(found_mask(reading), table.expand(1, LENGTH, LENGTH))
 
 
-def test_blocks_of_each_head_in_a_constant_mask_are_read() -> None:
+def test_blocks_of_each_head_in_constant_mask_are_read() -> None:
     blocks = torch.rand(2, 3, 3, generator=torch.Generator().manual_seed(1)) > 0.5
     table = blocks.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :LENGTH, :LENGTH].tril()
     program = read(lambda i, j, held: held & (j <= i), fold=True, table=table)

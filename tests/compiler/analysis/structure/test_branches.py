@@ -37,7 +37,7 @@ def test_branches_in_parallel_have_one_stream_and_one_sum():
     assert follow([first, second])
 
 
-def test_a_norm_behind_the_sum_belongs_to_the_branch_only_where_none_stands_before_it():
+def test_norm_after_sum_joins_branch_without_prior_norm():
     for name, post in (("bert", True), ("llama", False), ("gemma3", False)):
         sites = optimized(name).program.fact(structure)
         assert {branch_of(site).post_norm for site in (*sites.attention, *sites.feed_forward)} == {post}

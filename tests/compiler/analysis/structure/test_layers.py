@@ -93,7 +93,7 @@ def test_a_layer_needs_no_number_in_its_path(options) -> None:
     assert layers(seeded(lambda: Named(**options))) == wanted
 
 
-def test_attention_in_the_models_own_forward_belongs_to_the_feed_forward_after_it() -> None:
+def test_attention_in_own_forward_belongs_to_next_feed_forward() -> None:
     found = layers(seeded(InForward))
     assert [item[1:] for item in found] == [(1, 1)] * 3
     assert [path for path, *_ in found] == ["out.0", "out.1", "out.2"]

@@ -89,7 +89,7 @@ class Selected(nn.Module):
         return nn.functional.linear(x, self.experts[0]) * nn.functional.linear(x, self.experts[1])
 
 
-def test_a_matrix_selected_from_a_stack_is_no_matrix_of_its_own() -> None:
+def test_matrix_selected_from_stack_has_no_matrix_itself() -> None:
     program = captures.optimize(seeded(Selected), (normal(2, 4),)).program
     layers = [node for node in program.nodes() if is_linear(node)]
     reason = "its weight is split, cast or reshaped before it is used"

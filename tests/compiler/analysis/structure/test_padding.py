@@ -91,7 +91,7 @@ def _prefix(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         *("anti-causal", "a bias", "the other way round", "window", "blocks", "prefix"),
     ],
 )
-def test_what_a_mask_hides_is_told_when_it_is_no_more_than_padding_and_causality(function: Callable, found: str | None) -> None:
+def test_mask_of_padding_and_causality_alone_is_recognized(function: Callable, found: str | None) -> None:
     program = capture_model(Calls(function), normal(2, 3, 4), MASK).program
     (attention,) = (node for node in program.nodes() if is_attention(node))
     told = key_mask(program, attention)
@@ -102,7 +102,7 @@ def test_a_row_without_tokens_is_kept_whole() -> None:
     assert kept_rows(torch.tensor([[1, 0], [0, 0]])).tolist() == [[True, False], [True, True]]
 
 
-def test_hiding_is_asked_of_kept_queries_where_they_are_the_same_tokens() -> None:
+def test_hiding_is_asked_of_kept_queries_of_same_tokens() -> None:
     kept = torch.tensor([[True, False]])
     mask = torch.tensor([[[[True, False], [True, True]]]])
     assert hides(mask, kept, own=True)

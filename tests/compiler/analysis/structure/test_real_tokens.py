@@ -88,7 +88,7 @@ def test_a_mask_that_marks_padding_calibrates_on_the_tokens(observer: str) -> No
     assert float((found(x, ~real) - wanted).abs().max() / wanted.abs().max()) < 0.03
 
 
-def test_a_mask_that_is_added_counts_its_zeros_where_no_attention_is_known() -> None:
+def test_additive_mask_counts_zeros_where_no_attention_is_known() -> None:
     class Averaged(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -104,7 +104,7 @@ def test_a_mask_that_is_added_counts_its_zeros_where_no_attention_is_known() -> 
     assert torch.equal(found, REAL)
 
 
-def test_slots_of_an_empty_cache_are_the_tokens_of_a_sample() -> None:
+def test_slots_of_empty_cache_are_tokens_of_sample() -> None:
     """The padding mask of a decoder is of cache slots, and longer than its texts."""
     program = capture_decoder(seeded(DECODERS["llama"]), max_length=16, batch=2).program
     program, _ = Pipeline(resolve_passes("exact"), checks="off").run(program)

@@ -148,7 +148,7 @@ def test_convolutions_over_several_places_are_no_feed_forward():
     assert capture(seeded(lambda: model), (normal(2, 8, 20),)).program.fact(structure).feed_forward == ()
 
 
-def test_heads_folded_with_the_batch_are_told_from_the_projection():
+def test_heads_folded_with_batch_are_told_from_projection():
     layer = nn.TransformerEncoderLayer(16, 4, 24)
     program = captures.optimize(layer.eval(), normal(5, 2, 16)).program
     (site,) = program.fact(structure).attention
@@ -157,7 +157,7 @@ def test_heads_folded_with_the_batch_are_told_from_the_projection():
 
 
 @pytest.mark.parametrize("scaled", [True, False], ids=["soft cap", "scale"])
-def test_an_lm_head_below_a_soft_cap_or_a_scale(scaled: bool) -> None:
+def test_lm_head_below_soft_cap_or_scale(scaled: bool) -> None:
     """Gemma 2 without tied weights: 30 · tanh(z / 30). Granite divides its logits."""
 
     class Capped(nn.Module):

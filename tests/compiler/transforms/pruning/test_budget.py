@@ -58,7 +58,7 @@ def test_a_share_outside_its_range_is_refused(keep: float) -> None:
         (Amount(0.5, "global", 1), "keep=0.5 leaves 4 of 8 heads, but 4 are protected and .* give keep=0.625 or more"),
     ],
 )
-def test_amounts_that_cannot_be_met_say_where_and_what_can(amount: Amount, sentence: str) -> None:
+def test_impossible_amounts_say_where_and_what_is_possible(amount: Amount, sentence: str) -> None:
     with pytest.raises(UnsupportedError, match=sentence):
         check_amount(amount, [Choice("first", 4, False), Choice("second", 4, True)], "heads")
 

@@ -55,7 +55,7 @@ def test_wanda_is_weights_times_norms() -> None:
     assert found.order.tolist() == sorted(range(12), key=wanted.__getitem__)
 
 
-def test_the_squared_gradient_of_gates_is_the_gauss_newton_diagonal() -> None:
+def test_squared_gradient_of_gates_is_gauss_newton_diagonal() -> None:
     """For y = x + W·a a gate on a_j moves y by W[:, j]·a_j, so E g² = ‖W[:, j]‖² a_j² / mean y²."""
     program, data, sites = feed_forward()
     sample = [data[0][0][:1, :1]]
@@ -68,7 +68,7 @@ def test_the_squared_gradient_of_gates_is_the_gauss_newton_diagonal() -> None:
     assert found.count == 3000
 
 
-def test_the_first_unit_of_the_second_order_criterion_is_the_best_single_one() -> None:
+def test_second_order_criterion_starts_with_best_single_unit() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
     x -= x.mean(0)
@@ -113,7 +113,7 @@ def test_dead_units_go_first_and_cost_nothing() -> None:
     assert float(found.cost[:2].max()) < 1e-6 < float(found.cost[2])
 
 
-def test_a_rearranged_mask_costs_no_more_and_breaks_up_twins() -> None:
+def test_rearranged_mask_costs_no_more_and_breaks_up_twins() -> None:
     # Units 0 and 1 do the same, so that closing both costs four times as much as closing one; the diagonal does not show it.
     gram = torch.diag(torch.tensor([1.0, 1.0, 1.5, 9.0]))
     gram[0, 1] = gram[1, 0] = 1.0

@@ -38,7 +38,7 @@ def test_a_solution_is_ridge_regression_with_the_chosen_ridge() -> None:
     torch.testing.assert_close(bias, y.mean(0) - weight @ x.mean(0), rtol=1e-4, atol=1e-4)
 
 
-def test_noise_is_met_with_a_large_ridge_and_signal_with_a_small_one() -> None:
+def test_ridge_is_large_for_noise_and_small_for_signal() -> None:
     generator = torch.Generator().manual_seed(0)
     x, start = torch.randn(60, 20, generator=generator), torch.randn(2, 20, generator=generator)
     noise, _ = solve(filled(x, x @ start.T + 5 * torch.randn(60, 2, generator=generator)), start, with_bias=False)
@@ -111,7 +111,7 @@ def test_refitting_is_least_squares_and_leaves_zeros() -> None:
     assert best <= after * 1.0001 < 1.1 * best < before
 
 
-def test_later_layers_make_up_for_what_earlier_ones_left_wrong() -> None:
+def test_later_layers_correct_errors_of_earlier_ones() -> None:
     case = tiny_bert()
     program = captures.optimize(case.model, case.inputs).program
     example = program.signature.flatten((), case.kwargs)
@@ -127,7 +127,7 @@ def test_later_layers_make_up_for_what_earlier_ones_left_wrong() -> None:
     assert error(edit.program, program, data) < 0.5 * before
 
 
-def test_a_layer_the_reference_does_not_know_is_left_alone() -> None:
+def test_layer_reference_does_not_know_is_left_alone() -> None:
     edit, _, data = pruned(8)
     other = captures.optimize(seeded(lambda: FeedForward(8, 20)), normal(2, 5, 8)).program
     other.nodes(torch.ops.aten.linear.default)[1].name = "elsewhere"

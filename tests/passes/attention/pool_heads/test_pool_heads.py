@@ -94,7 +94,7 @@ def test_numbers_of_grouped_attention() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_heads_that_say_the_same_in_other_words_are_pooled_without_loss(bias: bool) -> None:
+def test_equivalent_heads_are_pooled_without_loss(bias: bool) -> None:
     """Heads 0 and 3, and 1 and 2, have the same scores and values, in other coordinates."""
     module, x = seeded(lambda: Attention(4, 3, bias)), normal(3, 7, 12)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_protected_attentions_keep_their_heads() -> None:
     assert [site.key_value_heads for site in sites_of(program).attention] == [2, 1]
 
 
-def test_heads_that_share_a_bias_of_positions_stay_in_order() -> None:
+def test_heads_that_share_bias_of_positions_stay_in_order() -> None:
     case = tiny_t5()
     step = captures.optimize(case.model, case.inputs, passes="pool-heads{groups=1}").report.history.steps[-1]
     assert step.rewritten == 2
@@ -187,7 +187,7 @@ def test_requirements() -> None:
         rewrite("pool-heads{groups=3}", seeded(Attention), normal(2, 5, 8))
 
 
-def test_values_in_the_cache_are_pooled_like_those_to_come() -> None:
+def test_values_in_cache_are_pooled_like_those_to_come() -> None:
     """What was kept is averaged, and nothing is fitted that would read it in other coordinates."""
     captured = capture_decoder(decoder("gpt2"), max_length=16)
     with torch.no_grad():

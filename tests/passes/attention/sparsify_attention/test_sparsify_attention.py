@@ -86,7 +86,7 @@ def test_numbers(options: str, causal: bool) -> None:
 
 @pytest.mark.parametrize("options", [*SEEN, "{pattern=global-window-random,window=1,block=2,global_tokens=1,random_blocks=1}"])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_attention_of_a_model_reads_as_a_pattern_again(name: str, options: str) -> None:
+def test_every_attention_of_model_reads_as_pattern_again(name: str, options: str) -> None:
     program, history = sparse(MODELS[name], f"sparsify-attention{options}")
     attentions = [node for node in program.nodes() if is_attention(node)]
     assert history.steps[-1].rewritten == len(attentions) == 2
@@ -159,7 +159,7 @@ def test_blocks_keep_the_share_at_every_length(share: float) -> None:
     assert kept.diagonal(0, 1, 2).all()
 
 
-def test_few_blocks_are_kept_where_the_mass_is_in_few() -> None:
+def test_few_blocks_are_kept_where_mass_is_in_few() -> None:
     mean = torch.full((1, 4, 4), 0.01)
     mean[0, :, 0] = 1.0
     kept = fewest_blocks(mean, 0.9)
@@ -176,7 +176,7 @@ def test_random_blocks_are_others_and_earlier_ones_where_causal() -> None:
         assert not causal or not layout.triu(1).any()
 
 
-def test_random_blocks_of_short_blocks_are_drawn_for_the_first_tokens() -> None:
+def test_short_random_blocks_are_drawn_for_first_tokens() -> None:
     """Blocks of one token of up to 8,192: all pairs of them would take 268 MB for each attention."""
     program, history = sparse(tiny_llama, "sparsify-attention{pattern=global-window-random,window=1,block=1,global_tokens=0}")
     layouts = [tensor for name, tensor in program.weights().items() if name.endswith("layout")]
@@ -184,7 +184,7 @@ def test_random_blocks_of_short_blocks_are_drawn_for_the_first_tokens() -> None:
     assert "random blocks are drawn for the first 2,048 tokens; a larger block= reaches further" in str(history)
 
 
-def test_a_table_of_random_blocks_that_is_too_large_is_refused() -> None:
+def test_too_large_random_block_table_is_refused() -> None:
     class Long(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return scaled_dot_product_attention(x, x, x)

@@ -66,7 +66,7 @@ def test_a_rounded_constant_is_the_same_function():
     assert is_whole(program, found)
 
 
-def test_silu_is_found_from_its_sigmoid_and_from_its_exponential():
+def test_silu_is_found_from_sigmoid_and_exponential():
     program = spelled(lambda x: x * torch.sigmoid(x))
     assert is_whole(program, found_in(program, aten.sigmoid.default, functional.silu))
     program = spelled(lambda x: x / (1 + torch.exp(-x)))
@@ -113,7 +113,7 @@ def test_a_gate_beside_the_function_is_left_outside():
     assert argument is program.placeholders[0]
 
 
-def test_a_cast_to_integers_is_no_part_of_a_function():
+def test_cast_to_integers_is_no_part_of_function():
     program = spelled(lambda x: x * torch.sigmoid(x.to(torch.int32).to(torch.float32)))
     assert found_in(program, aten.sigmoid.default, functional.silu) is None
 

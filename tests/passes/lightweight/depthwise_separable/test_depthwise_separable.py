@@ -219,7 +219,7 @@ class Others(nn.Module):
         return self.back(nn.functional.conv1d(x, self.gated * gate))
 
 
-def test_what_has_no_kernel_of_its_own_is_left_alone() -> None:
+def test_products_without_their_own_kernel_are_left_alone() -> None:
     _, history = rewrite(DepthwiseSeparable(rank=1), Others().eval(), normal(2, 8, 20), normal(8, 1, 1))
     reasons = [skip.reason for skip in history.steps[-1].skipped]
     assert reasons == [
@@ -267,7 +267,7 @@ def test_transformers_get_smaller(name: str) -> None:
     assert step.size.parameter_bytes < before.size.parameter_bytes and step.size.flops < before.size.flops
 
 
-def test_a_kernel_with_weight_normalisation_is_a_plain_one_by_then() -> None:
+def test_kernel_with_weight_normalisation_is_plain_one_by_then() -> None:
     program, step = separated_case(tiny_wav2vec2(), "rank=2,order=depthwise-first,only=encoder.pos_conv_embed")
     assert step.rewritten == 1
     assert {name: tuple(program.weight(name).shape) for name in program.weights() if name.endswith("wise")} == {

@@ -81,7 +81,7 @@ def test_both_convolutions_are_the_one(size: tuple[int, ...], groups: int, order
     torch.testing.assert_close(found, convolve(x, layout.kernel(first, last), groups=groups))
 
 
-def test_a_kernel_of_zeros_has_all_its_energy_in_one_term() -> None:
+def test_zero_kernel_has_all_energy_in_one_term() -> None:
     layout = layout_of("depthwise-first", (3,), 1)
     found = decompose(layout.slices(torch.zeros(12, 6, 3)))
     assert energy(found[1])[0] == 1
@@ -98,7 +98,7 @@ def test_patches_are_what_unfold_gives(stride: int, padding: int, dilation: int)
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("groups", [1, 2])
-def test_terms_are_those_that_show_most_in_what_slices_meet(groups: int, order: Order) -> None:
+def test_terms_are_chosen_by_their_effect_on_slices(groups: int, order: Order) -> None:
     """One channel, or one group, at a time: no other factor of rank one errs less on the values met."""
     layout = layout_of(order, (3,), groups)
     kernel, x = kernel_of(layout), (normal(4, 6, 40, seed=1).cumsum(2) * normal(6, 1, seed=2).exp()).double()
@@ -185,7 +185,7 @@ def damped(z: torch.Tensor, y: torch.Tensor, start: torch.Tensor, ridge: float) 
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_data_that_tell_nothing_leave_the_last_kernel_as_it_was(order: Order) -> None:
+def test_uninformative_data_leave_last_kernel_unchanged(order: Order) -> None:
     layout = layout_of(order, (3,), 1)
     first, last = layout.weights(*factors(decompose(layout.slices(kernel_of(layout))), 1))
     fit = Fit(layout, first, last)

@@ -154,7 +154,7 @@ def test_the_bytes_left_are_within_the_budget(budget: float, options: str) -> No
 
 
 @pytest.mark.parametrize("name", ["tiny_bert", "tiny_llama"])
-def test_the_energy_kept_is_at_least_what_was_asked_for(name: str) -> None:
+def test_energy_kept_is_at_least_what_was_asked_for(name: str) -> None:
     """Of truncated SVD, so that the oracle needs no data."""
     before = exact(MODELS[name])
     program, _ = passed(MODELS[name], "low-rank{keep=0.6,whiten=false}")
@@ -227,7 +227,7 @@ def test_a_budget_that_rank_one_exceeds_is_refused() -> None:
     assert wanted in str(refusal.value)
 
 
-def test_the_model_is_as_it_was_and_the_factors_train() -> None:
+def test_model_is_as_it_was_and_factors_train() -> None:
     module, x = seeded(Wide), normal(16, 5, 8)
     kept = {name: weight.clone() for name, weight in module.state_dict().items()}
     program = captures.optimize(module, x, passes="low-rank{rank=2}", data=[x]).program
@@ -275,7 +275,7 @@ def test_two_sizes_are_checked() -> None:
 
 
 @pytest.mark.parametrize("dim", [2, 3])
-def test_heads_are_shorter_and_err_as_little_as_they_can(dim: int) -> None:
+def test_heads_are_shorter_with_the_least_error(dim: int) -> None:
     """The oracle takes the singular values of the scores, and of what each head gives, over all tokens, in float64."""
     case = MODELS["tiny_bert"]()
     given = {**case.kwargs, "attention_mask": torch.ones(2, 5, dtype=torch.long)}
@@ -346,7 +346,7 @@ def _head_sizes(program: Program) -> list[tuple[object, object]]:
     return [(nodes.tensor_type(node.args[0]).shape[-1], nodes.tensor_type(node).shape[-1]) for node in found]
 
 
-def test_heads_that_cannot_be_shortened_are_reported_and_their_layers_factored() -> None:
+def test_unshortened_heads_are_reported_and_their_layers_factored() -> None:
     for name, reason in (
         ("tiny_llama", "rotary embedding is applied to its queries and keys (2)"),
         ("tiny_gpt2", "its queries and keys are not from two separate layers (2)"),

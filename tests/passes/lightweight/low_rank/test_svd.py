@@ -68,7 +68,7 @@ def test_features_count_as_often_as_they_are_given(outputs: int, inputs: int) ->
 
 
 @pytest.mark.parametrize("size", [1e-20, 1e20])
-def test_factors_fit_into_float16_whatever_the_size_of_the_counts(size: float) -> None:
+def test_factors_fit_into_float16_whatever_size_of_counts(size: float) -> None:
     weight, rows = layer(7, 5)
     counts = normal(7).abs().double() + 0.1
     wanted = torch.mm(*spectrum(weight, rows.T @ rows, counts).truncated(3))
@@ -77,7 +77,7 @@ def test_factors_fit_into_float16_whatever_the_size_of_the_counts(size: float) -
     torch.testing.assert_close(u.half().double() @ v.half().double(), wanted, rtol=0, atol=2e-3 * float(wanted.abs().max()))
 
 
-def test_the_rank_that_keeps_a_share_is_the_least_that_does() -> None:
+def test_rank_that_keeps_share_is_least_that_does() -> None:
     weight, rows = layer(8, 8)
     values = torch.linalg.svdvals(rows @ weight.T).square()
     found = spectrum(weight, rows.T @ rows)
@@ -123,7 +123,7 @@ def test_no_choice_within_the_budget_gains_more() -> None:
         assert sum(gain for gain, _ in found) == pytest.approx(best, rel=1e-9)
 
 
-def test_a_layer_of_even_energy_stays_whole_and_the_other_pays() -> None:
+def test_layer_of_even_energy_stays_whole_and_other_pays() -> None:
     even, steep = torch.full((8,), 1 / 8), 0.5 ** torch.arange(1.0, 9)
     curves = [Curve(even, 16, 64), Curve(steep, 16, 64)]
     assert allot(curves, 96) == [None, 2]
@@ -131,5 +131,5 @@ def test_a_layer_of_even_energy_stays_whole_and_the_other_pays() -> None:
     assert allot(curves, 32) == [1, 1]
 
 
-def test_where_the_first_step_saves_nothing_a_matrix_stays_whole() -> None:
+def test_where_first_step_saves_nothing_matrix_stays_whole() -> None:
     assert allot([Curve(torch.ones(1), 5, 4)], 4) == [None]

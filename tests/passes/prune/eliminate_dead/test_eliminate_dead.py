@@ -50,7 +50,7 @@ def test_unknown_kinds_are_refused() -> None:
         parse_pipeline("eliminate-dead{units=[head]}", PASSES)
 
 
-def test_it_follows_every_pass_that_prunes_and_exact_follows_the_last() -> None:
+def test_it_follows_every_pruning_pass_before_final_exact() -> None:
     exact = RECIPES["exact"]
     assert format_pipeline(resolve_passes("quantize")) == f"{exact},quantize"
     assert (

@@ -75,7 +75,7 @@ def test_query_heads_go_from_every_group_alike() -> None:
     assert reasons(history) == []
 
 
-def test_a_head_alone_in_its_group_to_be_dead_stays() -> None:
+def test_head_alone_in_its_group_to_be_dead_stays() -> None:
     program, samples = program_of("llama")
     zero_heads(program, 0, [1])
     after, history = eliminate(PASS, program, samples)
@@ -93,7 +93,7 @@ def test_a_group_goes_with_the_last_of_its_heads() -> None:
     assert reasons(history) == []
 
 
-def test_layers_that_share_a_bias_lose_heads_of_their_own() -> None:
+def test_layers_that_share_bias_lose_heads_of_their_own() -> None:
     program, samples = program_of("t5")
     zero_heads(program, 0, [0])
     zero_heads(program, 1, [1])
@@ -104,7 +104,7 @@ def test_layers_that_share_a_bias_lose_heads_of_their_own() -> None:
     assert reasons(history) == []
 
 
-def test_queries_normed_over_all_heads_stay_whole_and_the_rest_goes() -> None:
+def test_queries_normed_over_all_heads_stay_whole() -> None:
     program, history = rewrite(EliminateDead(("heads",)), seeded(lambda: Attention(norm=True)), normal(2, 5, 8))
     site = sites_of(program).attention[0]
     assert site.heads == 2
@@ -136,7 +136,7 @@ def test_heads_whose_values_are_zero_are_dead() -> None:
     assert sites_of(program).attention[0].heads == 3
 
 
-def test_a_projection_that_reads_more_than_heads_is_no_constant_without_them() -> None:
+def test_projection_reading_more_than_heads_is_no_constant() -> None:
     class Fused(Attention):
         def __init__(self) -> None:
             super().__init__(dead=())

@@ -64,7 +64,7 @@ def test_leaves_other_graphs_alone() -> None:
 
 @pytest.mark.parametrize("eps", [1e-6, 0.5, None])
 @pytest.mark.parametrize("affine", [True, False])
-def test_an_rms_norm_is_told_how_many_channels_there_were(eps: float | None, affine: bool) -> None:
+def test_rms_norm_is_told_how_many_channels_there_were(eps: float | None, affine: bool) -> None:
     module = seeded(lambda: Stream(nn.RMSNorm(8, eps=eps, elementwise_affine=affine)))
     program, history = rewrite(EliminateDead(("hidden",)), module, normal(2, 5, 4))
     assert program.weight("first.weight").shape == (6, 4)

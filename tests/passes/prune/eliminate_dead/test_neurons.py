@@ -93,7 +93,7 @@ def test_a_neuron_with_a_bias_alone_is_alive() -> None:
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_feed_forward_without_a_living_neuron_is_its_bias(name: str, bias: bool) -> None:
+def test_feed_forward_without_living_neuron_is_its_bias(name: str, bias: bool) -> None:
     program, samples = program_of(name)
     site = sites_of(program).feed_forward[0]
     zero_neurons(program, 0, range(site.width))

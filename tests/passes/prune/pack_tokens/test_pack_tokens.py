@@ -168,7 +168,7 @@ def test_padding_that_is_read_is_a_reason_to_stop(answer: str, reason: str) -> N
     assert history.steps[1].summary == f"rewrote 0 of 1; skipped 1: {reason}"
 
 
-def test_a_second_attention_that_sees_padding_is_a_reason_to_stop() -> None:
+def test_second_attention_that_sees_padding_is_reason_to_stop() -> None:
     class Careless(Encoder):
         def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             seen = super().forward(x, mask)

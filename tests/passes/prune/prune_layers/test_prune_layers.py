@@ -194,7 +194,7 @@ def test_influence_is_one_minus_the_cosine_over_real_tokens() -> None:
     assert removed(program, 4) == {int(scores.argmin())}
 
 
-def test_linear_fit_removes_the_layers_with_the_least_error_of_linear_maps() -> None:
+def test_linear_fit_removes_layers_of_least_linear_error() -> None:
     """By trying all of them, with NumPy's least squares, ridge regression as rows of their own."""
     first, seen, third = residual_streams(5)
 
@@ -227,7 +227,7 @@ def test_linear_fit_removes_the_layers_with_the_least_error_of_linear_maps() -> 
 
 
 @pytest.mark.parametrize("part", ["attention", "feed-forward"])
-def test_linear_fit_takes_parts_of_layers_that_do_not_follow_each_other(part: str) -> None:
+def test_linear_fit_takes_parts_of_nonconsecutive_layers(part: str) -> None:
     _, history = pruned(deep, f"prune-layers{{keep=0.5,part={part},criterion=linear-fit}}")
     assert history.steps[1].summary == "rewrote 2"
 
@@ -247,7 +247,7 @@ def test_branches(build: Build) -> None:
     assert [branch.post_norm for branch in branches] == [build is tiny_bert] * 4  # pyright: ignore
 
 
-def test_too_much_is_refused_with_the_place_the_reason_and_what_is_possible() -> None:
+def test_excess_is_refused_with_place_reason_and_limit() -> None:
     with pytest.raises(UnsupportedError) as refusal:
         pruned(deep, 'prune-layers{keep=0.25,protect="h.0 h.2"}')
     assert str(refusal.value) == (
@@ -310,7 +310,7 @@ class FirstToken(nn.Module):
         return self.model(input_ids=input_ids).last_hidden_state[:, 0]
 
 
-def test_a_layer_whose_tokens_are_cut_down_inside_stays_with_the_reason() -> None:
+def test_layer_that_drops_tokens_inside_stays_with_reason() -> None:
     passes = "exact,eliminate-dead-tokens,prune-layers{keep=0.5}"
     found = captures.optimize(seeded(FirstToken), {"input_ids": tokens()}, passes=passes, data=[{"input_ids": tokens()}])
     assert len(found.program.fact(structure).layers) in (1, 2)
