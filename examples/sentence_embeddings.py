@@ -17,8 +17,8 @@ fast = lissom.compile(encoder)  # transformer, pooling and normalization in one 
 with tempfile.TemporaryDirectory() as folder:
     fast.save(folder)
     fast = SentenceTransformer(folder, device="cpu")
-found = fast.encode(SENTENCES, convert_to_tensor=True)
+embeddings = fast.encode(SENTENCES, convert_to_tensor=True)
 
-print(fast.similarity(found, found))
-torch.testing.assert_close(found, original, rtol=1e-4, atol=1e-4)
+print(fast.similarity(embeddings, embeddings))
+torch.testing.assert_close(embeddings, original, rtol=1e-4, atol=1e-4)
 print("equal to the original model's embeddings")

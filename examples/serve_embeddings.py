@@ -114,8 +114,8 @@ class Histogram:
     def lines(self, name: str, label: str = "") -> list[str]:
         """The lines of its samples. label: `path="/embed"`, or empty."""
         lines, count = list[str](), 0
-        for bound, found in zip(self.bounds, self.counts, strict=True):
-            count += found
+        for bound, in_bucket in zip(self.bounds, self.counts, strict=True):
+            count += in_bucket
             limit = "+Inf" if bound == math.inf else f"{bound:g}"
             lines.append(f'{name}_bucket{{{label}{"," if label else ""}le="{limit}"}} {count}')
         labels = f"{{{label}}}" if label else ""
@@ -235,7 +235,7 @@ class Server:
     def application(self) -> Starlette:
         """The ASGI application."""
         posts = (("/embed", self.embed), ("/v1/embeddings", self.embeddings))
-        routes = [Route(path, self._guarded(path, found), methods=["POST"]) for path, found in posts]
+        routes = [Route(path, self._guarded(path, endpoint), methods=["POST"]) for path, endpoint in posts]
         routes += [Route("/health", self.health), Route("/metrics", self.metrics)]
         return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={HTTPException: _refused})
 
@@ -249,7 +249,7 @@ class Server:
             self.batcher.arrived.set()
             await self.running
 
-    def _guarded(self, path: str, found: Endpoint) -> Endpoint:
+    def _guarded(self, path: str, endpoint: Endpoint) -> Endpoint:
         """The route, with a bound on open requests, and counted."""
         self.seconds[path] = Histogram(_SECONDS)
 
@@ -259,7 +259,7 @@ class Server:
             try:
                 if self.open > self.limits.requests:
                     raise HTTPException(503, "the server is busy; send the request again later", {"Retry-After": "1"})
-                response = await found(request)
+                response = await endpoint(request)
             except HTTPException as refusal:
                 response = await _refused(request, refusal)
             except Exception as error:  # of the model, which the batcher has logged
@@ -309,11 +309,11 @@ class Server:
         sizes = {"open_requests": self.open, "queue_texts": len(batcher.waiting), "queue_tokens": batcher.tokens}
         for name, value in sizes.items():
             lines += [f"# TYPE embeddings_{name} gauge", f"embeddings_{name} {value}"]
-        for name, found in (("texts", batcher.batch_texts), ("tokens", batcher.batch_tokens)):
-            lines += [f"# TYPE embeddings_batch_{name} histogram", *found.lines(f"embeddings_batch_{name}")]
+        for name, histogram in (("texts", batcher.batch_texts), ("tokens", batcher.batch_tokens)):
+            lines += [f"# TYPE embeddings_batch_{name} histogram", *histogram.lines(f"embeddings_batch_{name}")]
         lines.append("# TYPE embeddings_request_seconds histogram")
-        for path, found in self.seconds.items():
-            lines += found.lines("embeddings_request_seconds", f'path="{path}"')
+        for path, histogram in self.seconds.items():
+            lines += histogram.lines("embeddings_request_seconds", f'path="{path}"')
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
     async def _body(self, request: Request, known: set[str]) -> dict[str, Any]:
@@ -330,14 +330,14 @@ class Server:
         if size > self.limits.body_bytes:
             raise HTTPException(413, f"the body has {size} bytes, and may have {self.limits.body_bytes}; send fewer texts")
         try:
-            found = json.loads(held)
+            fields = json.loads(held)
         except (ValueError, RecursionError):  # bytes that are no UTF-8 too, and lists nested too deep
             raise HTTPException(400, "the body is not JSON") from None
-        if not isinstance(found, dict):
+        if not isinstance(fields, dict):
             raise HTTPException(400, "the body is not a JSON object")
-        if unknown := sorted(found.keys() - known):
+        if unknown := sorted(fields.keys() - known):
             raise HTTPException(400, f"the request has no field '{unknown[0]}'; it has {', '.join(sorted(known))}")
-        return found
+        return fields
 
     async def _rows(self, body: dict[str, Any], texts: object, name: str) -> tuple[list[np.ndarray], int]:
         """The embeddings of the texts, and the number of their tokens."""
@@ -353,13 +353,13 @@ class Server:
         except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
             raise HTTPException(400, f"{name} has a text that is not Unicode") from None
         loop, most = asyncio.get_running_loop(), self.encoder.max_tokens
-        found = await loop.run_in_executor(self.tokenizing, lambda: self.encoder.tokenize(texts, truncate=truncate))
-        long = next((index for index, ids in enumerate(found) if len(ids) > most), None)
+        token_ids = await loop.run_in_executor(self.tokenizing, lambda: self.encoder.tokenize(texts, truncate=truncate))
+        long = next((index for index, ids in enumerate(token_ids) if len(ids) > most), None)
         if long is not None:
             raise HTTPException(
-                413, f"text {long} has {len(found[long])} tokens, and may have {most}; shorten it, or send truncate: true"
+                413, f"text {long} has {len(token_ids[long])} tokens, and may have {most}; shorten it, or send truncate: true"
             )
-        return await self.batcher.submit(found), sum(map(len, found))
+        return await self.batcher.submit(token_ids), sum(map(len, token_ids))
 
 
 async def _refused(request: Request, refusal: HTTPException) -> Response:

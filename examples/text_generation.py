@@ -23,8 +23,8 @@ compiled = lissom.compile_generation(model, max_length=64, checks="structural")
 prompt = "The orbit of the comet takes it"
 options = {"max_new_tokens": 24, "do_sample": False}
 original = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")(prompt, **options)
-found = pipeline("text-generation", model=compiled, tokenizer=tokenizer, device="cpu")(prompt, **options)
+answer = pipeline("text-generation", model=compiled, tokenizer=tokenizer, device="cpu")(prompt, **options)
 
-print(found[0]["generated_text"])
-assert found == original
+print(answer[0]["generated_text"])
+assert answer == original
 print("equal to the original model's answer")

@@ -160,8 +160,8 @@ class Optimized:
 
     Examples:
         >>> import torch, lissom
-        >>> found = lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4), passes="cast{dtype=bf16}")
-        >>> found.program.parameter_bytes
+        >>> optimized = lissom.optimize(torch.nn.Linear(4, 2), torch.randn(3, 4), passes="cast{dtype=bf16}")
+        >>> optimized.program.parameter_bytes
         20
     """
 

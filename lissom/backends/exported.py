@@ -18,7 +18,7 @@ from lissom.compiler.ir.signature import TensorArgument
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.io.fields import parse_json
 
-Found = TypeVar("Found")
+Parsed = TypeVar("Parsed")
 
 
 def leaves_of(program: Program) -> list[object]:
@@ -89,7 +89,7 @@ def kind_and_reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}"
 
 
-def read_json(path: Path, what: str, read: Callable[[Any], Found]) -> Found:
+def read_json(path: Path, what: str, read: Callable[[Any], Parsed]) -> Parsed:
     """The result of `read` on a JSON file of a backend.
 
     Args:

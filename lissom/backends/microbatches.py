@@ -84,10 +84,10 @@ def fastest_cutting(call: Call, program: Program, example: Sample, seconds: floa
     symbol = program.signature.tensors[batch[0]].type.shape[0]
     assert isinstance(symbol, sympy.Symbol)
     dimension = program.signature.dimensions[symbol]
-    one = sample_at(program, example, {symbol: max(dimension.minimum, 1)})
-    if one is None:
+    smallest = sample_at(program, example, {symbol: max(dimension.minimum, 1)})
+    if smallest is None:
         return None
-    once = time_calls({"one": partial(call, one)}, seconds / 4, most=ENOUGH)["one"].median_ms
+    once = time_calls({"one": partial(call, smallest)}, seconds / 4, most=ENOUGH)["one"].median_ms
     # A large batch takes some fifth of a second, so that all sizes are timed in a second or two.
     largest = min(_LARGEST, dimension.maximum or _LARGEST, 1 << max(0, int(200 / max(once, 1e-3)).bit_length() - 1))
     counts = [largest >> step for step in range(5) if largest >> step >= max(1, dimension.minimum)]

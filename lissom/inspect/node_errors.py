@@ -60,8 +60,8 @@ class NodeErrors:
     Examples:
         >>> import torch, lissom
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8)).eval()
-        >>> found = lissom.optimize(model, torch.randn(4, 64), passes="cast{dtype=bf16}", checks="structural")
-        >>> errors = found.report.errors().nodes
+        >>> optimized = lissom.optimize(model, torch.randn(4, 64), passes="cast{dtype=bf16}", checks="structural")
+        >>> errors = optimized.report.errors().nodes
         >>> 0 < errors["linear"] < 0.01 and 0 < errors["linear_1"] < 0.01
         True
     """

@@ -68,8 +68,8 @@ class GroupedLinear:
     ) -> None:
         """Raise unless the operands fit x and offs."""
         require(x.dim() == 2, "x has the sizes {}, and must be [rows, inputs]", x.shape)
-        one = options.get("granularity") != "tensor"
-        require(one, "granularity is 'tensor', and must be 'token' or 'group': rows of different groups share no scale")
+        per_row = options.get("granularity") != "tensor"
+        require(per_row, "granularity is 'tensor', and must be 'token' or 'group': rows of different groups share no scale")
         require(offs.dim() == 1, "offs has the sizes {}, and must be [groups]", offs.shape)
         whole = not (offs.dtype.is_floating_point or offs.dtype.is_complex or offs.dtype == torch.bool)
         require(whole, "offs is of {}, and must be of an integer dtype", offs.dtype)

@@ -202,11 +202,11 @@ class HostedModel(FixedModule):
             value = kept.pop(name)
             given = bool(self._returned) if name == "return_dict" else _returns(self._returned, _SWITCHES[name])
             if value is not None and bool(value) != given:
-                other = f"compile again with {name}={value!r} among the example inputs"
+                advice = f"compile again with {name}={value!r} among the example inputs"
                 if name == "use_cache" and value:
-                    other = "for generation compile with lissom.compile_generation"
+                    advice = "for generation compile with lissom.compile_generation"
                 raise InputError(
-                    f"argument '{name}' is {value!r}, and the program was captured with {given}: pass {given}, or {other}"
+                    f"argument '{name}' is {value!r}, and the program was captured with {given}: pass {given}, or {advice}"
                 )
         return kept
 

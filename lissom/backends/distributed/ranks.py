@@ -28,7 +28,7 @@ from lissom.backends.distributed.channels import Channel, GroupChannel, SharedMe
 from lissom.errors import LissomError, RankError, UnsupportedError
 from lissom.ops.native import load_kernels
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 _BEAT_SECONDS = 0.5
 """Seconds between two heartbeats of a busy rank."""
@@ -252,7 +252,9 @@ class Ranks:
     def _exchange_json(self, data: object, who: str, patient: bool = False) -> list[Any]:
         return [json.loads(part) for part in self.exchange(json.dumps(data).encode(), who, patient=patient)]
 
-    def settle(self, make: Callable[[], Found], who: str, tell: Callable[[Found], Mapping[str, str]] = lambda _: {}) -> Found:
+    def settle(
+        self, make: Callable[[], Result], who: str, tell: Callable[[Result], Mapping[str, str]] = lambda _: {}
+    ) -> Result:
         """The result of `make` on this rank, once it succeeded on all; ranks wait for each other as long as they are alive.
 
         Where it failed on a rank, that error is raised on all, with the same message.
@@ -264,9 +266,9 @@ class Ranks:
             RankError: when facts differ, or a rank ended.
         """
         made, failed = _attempt(make)
-        outcomes = self._exchange_json(failed or {"told": tell(cast(Found, made))}, who, patient=True)
+        outcomes = self._exchange_json(failed or {"told": tell(cast(Result, made))}, who, patient=True)
         _compare(_raise_first(outcomes), who)
-        return cast(Found, made)
+        return cast(Result, made)
 
     def from_first(self, make: Callable[[], bytes], who: str) -> bytes:
         """Broadcast the result of `make` on rank 0. Raises rank 0's error, with the same message on all ranks; RankError."""
@@ -317,7 +319,7 @@ def _leave() -> None:
             dist.destroy_process_group()
 
 
-def _attempt(make: Callable[[], Found]) -> tuple[Found | None, dict[str, str] | None]:
+def _attempt(make: Callable[[], Result]) -> tuple[Result | None, dict[str, str] | None]:
     """The result of a function, or the error it raises in a form for JSON."""
     try:
         return make(), None

@@ -68,8 +68,8 @@ def _split_of(product: ir.Node) -> ir.Node | None:
     if rounds is None or not is_quantization(rounds, ROUND, ROUND_DYNAMIC):
         return None
     # A scale of all rows is not that of some.
-    one = rounds.op_type == ROUND_DYNAMIC and rounds.attributes["granularity"].as_string() == "tensor"
-    return None if one else split
+    per_tensor = rounds.op_type == ROUND_DYNAMIC and rounds.attributes["granularity"].as_string() == "tensor"
+    return None if per_tensor else split
 
 
 def _quantize_parts(model: ir.Model, split: ir.Node) -> None:

@@ -78,15 +78,15 @@ def _try_choice(search: Search, choice: str, samples: Sequence[Sample], least: i
         return
     subject = f"{CHOICES[choice]}, {places[choice]} times,"
     try:
-        other, _ = search.opener.confirmed(model, search.example, search.start.allowed)
+        variant, _ = search.opener.confirmed(model, search.example, search.start.allowed)
     # ONNX Runtime's errors have no common class. Some versions and providers lack an operator; a wrong one is a VerifyError.
     except Exception as error:
         search.notes.append(f"{subject} is not used: {root_reason(error)}")
         return
-    faster, times = _compare(other, search.best, samples, search.seconds, least)
+    faster, times = _compare(variant, search.best, samples, search.seconds, least)
     search.notes.append(f"{subject} {'is used' if faster else 'is not used'}: {times}")
     if faster:
-        search.best, search.chosen = other, [*search.chosen, choice]
+        search.best, search.chosen = variant, [*search.chosen, choice]
 
 
 def _try_pairs(search: Search) -> None:
@@ -104,16 +104,16 @@ def _try_pairs(search: Search) -> None:
         return
     try:
         model, _ = opener.write(exported, list({*search.chosen, ATTENTION, PAIRS}))
-        other, _ = opener.confirmed(model, search.example, search.start.allowed)
+        variant, _ = opener.confirmed(model, search.example, search.start.allowed)
     # As in `_try_choice`.
     except Exception as error:
         search.notes.append(f"{subject} is by key blocks; with a mask of all pairs it fails here: {root_reason(error)}")
         return
-    timed = time_lengths(search.best, other, lengths, search.seconds)
+    timed = time_lengths(search.best, variant, lengths, search.seconds)
     faster = timed[0].pairs_ms < _GAIN * timed[0].blocks_ms
     search.notes.append(f"{subject} is {'with a mask of all pairs' if faster else 'by key blocks'}: {tell_lengths(timed)}")
     if faster:
-        search.best = other
+        search.best = variant
 
 
 def _timed_samples(program: Program, example: Sample) -> list[Sample]:
@@ -145,16 +145,16 @@ def _second_call(session: Session, sample: Sample) -> float:
         return _milliseconds(partial(session, sample)) / 1e3
 
 
-def _compare(other: Session, best: Session, samples: Sequence[Sample], seconds: float, least: int) -> tuple[bool, str]:
-    """True if `other` is faster over all samples, and the times in words.
+def _compare(variant: Session, best: Session, samples: Sequence[Sample], seconds: float, least: int) -> tuple[bool, str]:
+    """True if `variant` is faster over all samples, and the times in words.
 
     Compares lower quartiles, which other work on the machine disturbs least.
     """
     ratios: list[float] = []
     told: list[str] = []
     for sample in samples:
-        with restored_state(other, best):
-            timings = time_calls({"with": partial(other, sample), "without": partial(best, sample)}, seconds, least, ENOUGH)
+        with restored_state(variant, best):
+            timings = time_calls({"with": partial(variant, sample), "without": partial(best, sample)}, seconds, least, ENOUGH)
         ratios.append(timings["with"].low_ms / timings["without"].low_ms)
         shapes = ", ".join(str(list(tensor.shape)) for tensor in sample)
         told.append(f"{timings['with']} ms with it and {timings['without']} ms without on inputs {shapes}")

@@ -129,7 +129,7 @@ def onnxruntime(task: Task, *, int8: bool) -> Build:
     options.intra_op_num_threads = task.threads
     options.inter_op_num_threads = 1
     session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    names = {item.name for item in session.get_inputs()}
+    names = {argument.name for argument in session.get_inputs()}
     return lambda inputs: partial(session.run, None, {name: x.numpy() for name, x in inputs.items() if name in names})
 
 

@@ -66,15 +66,15 @@ def _schema(node: fx.Node) -> torch.FunctionSchema | None:
 
 def _same_memory(node: fx.Node) -> set[fx.Node]:
     """The node and all nodes that may share its memory."""
-    found, open_nodes = {node}, [node]
+    reached, open_nodes = {node}, [node]
     while open_nodes:
         for user in open_nodes.pop().users:
             schema = _schema(user)
-            shares = schema is None or user.target in _PASSED_ON or any(item.alias_info for item in schema.returns)
-            if shares and user.op == "call_function" and user not in found:
-                found.add(user)
+            shares = schema is None or user.target in _PASSED_ON or any(returned.alias_info for returned in schema.returns)
+            if shares and user.op == "call_function" and user not in reached:
+                reached.add(user)
                 open_nodes.append(user)
-    return found
+    return reached
 
 
 def _alike(buffer: fx.Node, value: fx.Node) -> bool:

@@ -239,11 +239,11 @@ def bind(graph: Graph, args: Sequence[object]) -> fx.GraphModule:
         if node.target == "item" and nodes.operand(node) in constants:
             constants[node] = constants[nodes.operand(node)]
             continue
-        other = bound.node_copy(node, lambda used: constants[used] if used in constants else copied[used])
+        copy = bound.node_copy(node, lambda used: constants[used] if used in constants else copied[used])
         if node.target is torch.sym_sum:
-            other.target = _sum_of_sizes
-        other.meta["nn_module_stack"] = _stack(node)
-        copied[node] = other
+            copy.target = _sum_of_sizes
+        copy.meta["nn_module_stack"] = _stack(node)
+        copied[node] = copy
         if node.op in ("get_attr", "call_module"):
             owned[str(node.target)] = operator.attrgetter(str(node.target))(graph.module)
     return fx.GraphModule(owned, bound, class_name=graph.name)

@@ -127,10 +127,10 @@ def _capture(
 
 def check_state(model: nn.Module, program: Program) -> None:
     """Refuse a program that keeps more than the state of its layers. Raises UnsupportedError."""
-    other = next((name for name in program.state if not name.startswith(f"{CACHE}.")), None)
-    if other is not None:
+    unknown = next((name for name in program.state if not name.startswith(f"{CACHE}.")), None)
+    if unknown is not None:
         raise UnsupportedError(
-            f"{type(model).__name__} keeps '{other}' between calls besides the state of its layers; generation takes models "
+            f"{type(model).__name__} keeps '{unknown}' between calls besides the state of its layers; generation takes models "
             f"whose only state is in transformers' cache"
         )
 

@@ -99,10 +99,10 @@ def buffers(states: Sequence[State], max_length: int, batch: int, device: torch.
     holder = nn.Module()
     for index, state in enumerate(states):
         layer = nn.Module()
-        for name, one in state.items():
-            sizes = (one.shape[1], max_length, one.shape[3]) if is_kv_cache(name) else one.shape[1:]
+        for name, tensor in state.items():
+            sizes = (tensor.shape[1], max_length, tensor.shape[3]) if is_kv_cache(name) else tensor.shape[1:]
             with torch.inference_mode(False):  # a tensor made under inference mode could not be restored outside of it
-                layer.register_buffer(name, torch.zeros((batch, *sizes), dtype=one.dtype, device=device))
+                layer.register_buffer(name, torch.zeros((batch, *sizes), dtype=tensor.dtype, device=device))
         holder.add_module(str(index), layer)
     return holder
 
