@@ -353,17 +353,17 @@ def check_declaration(target: torch._ops.OpOverload, declared: Dimensions) -> No
         raise ValueError(f"{target} has no tensor {', '.join(declared.factors)}")
 
 
-def contradiction(node: fx.Node) -> str:
-    """What a declaration says that a call does not do: the sizes of its results; empty where they agree."""
+def contradiction(node: fx.Node) -> str | None:
+    """What a declaration says that a call does not do: the sizes of its results; None where they agree."""
     found = named(node)
     types = nodes.node_type(node)
     if found is None:
-        return ""
+        return None
     for dims, item in zip(found.results, types if isinstance(types, tuple) else (types,), strict=True):
         sizes = tuple(_amount(found, dim) if dim else 1 for dim in dims)
         if sizes != nodes.tensor_type(item).shape:
             return f"{node.target} is declared to return {list(sizes)} and returns {list(nodes.tensor_type(item).shape)}"
-    return ""
+    return None
 
 
 _MATRICES = Dimensions(

@@ -44,7 +44,7 @@ class ShardSite:
         layer` and `summed layer` for one that is sharded by itself.
     node: the operator it is reported at. path: its module. sharded_axes: the atomic axes, each with its number of shards and
         the number of neighbouring ranks that hold the same shard.
-    obstacle: why it is not sharded; empty where it is.
+    obstacle: why it is not sharded; None where it is.
     weight, dim: the weight of a layer that is sharded by itself, and its sharded dimension; `sharded_axes` is empty then.
     """
 
@@ -52,7 +52,7 @@ class ShardSite:
     node: fx.Node
     path: str
     sharded_axes: Mapping[Axis, tuple[int, int]]
-    obstacle: str = ""
+    obstacle: str | None = None
     weight: fx.Node | None = None
     dim: int = 0
 

@@ -53,19 +53,19 @@ class Axes:
             if isinstance(found, Axis) and not atoms.isdisjoint(found.atoms())
         ]
 
-    def obstacle(self, axis: Axis, *, zero: bool = False) -> str:
-        """The reason indices of the axis cannot be removed; empty if they can.
+    def obstacle(self, axis: Axis, *, zero: bool = False) -> str | None:
+        """The reason indices of the axis cannot be removed; None if they can.
 
         zero: whether the removed values are exactly zero wherever a norm reads them.
         """
         for atom in axis.atoms():
-            if atom.pinned:
+            if atom.pinned is not None:
                 return atom.pinned
             if not isinstance(atom.size, int):
                 return "its size varies from call to call"
             if atom.whole or (atom.normed and not zero):
                 return "an operator reads all of it at once, so its length changes the numbers"
-        return ""
+        return None
 
 
 def axes(program: Program) -> Axes:
@@ -80,7 +80,7 @@ def axes(program: Program) -> Axes:
         elif node.op == "call_function":
             rules.read_sizes(node, of)
         elif isinstance(found, TensorType):
-            of[node] = fresh(found, "an input of the program" if node.op == "placeholder" else "")
+            of[node] = fresh(found, "an input of the program" if node.op == "placeholder" else None)
     for leaf in program.output.all_input_nodes:
         for axis in of.get(leaf, ()):
             if isinstance(axis, Axis):

@@ -18,7 +18,7 @@ Known = Mapping[fx.Node, Value]
 Rule = Callable[[fx.Node, Known], Value]
 
 
-def fresh(found: ValueType, reason: str = "") -> Value:
+def fresh(found: ValueType, reason: str | None = None) -> Value:
     """New axes for a type, pinned when a reason is given."""
     if isinstance(found, TensorType):
         return tuple(Axis(size, pinned=reason) for size in found.shape)
