@@ -137,7 +137,7 @@ def load(
 def _notes(program: Program) -> tuple[str, ...]:
     """A note if this rank has no kernels, as in `load_whole`; here each rank lowers its own program."""
     on_cpu = all(leaf.type.device.type == "cpu" for leaf in program.signature.tensors)
-    reason = load_kernels() if on_cpu else ""
+    reason = load_kernels() if on_cpu else None
     return (f"{program.name} runs slowly without C++ kernels: {reason}",) if reason else ()
 
 

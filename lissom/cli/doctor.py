@@ -97,7 +97,7 @@ def run_doctor() -> None:
         sets = ", ".join(isa.name for isa in usable_sets())
     except LissomError as error:  # the environment asks for an instruction set that is not there
         kernels = sets = str(error)
-        broken, missing = [*broken, str(error)], ""
+        broken, missing = [*broken, str(error)], None
     table = plain_table()
     table.add_column("what", no_wrap=True)
     table.add_column("found")

@@ -15,7 +15,7 @@ from lissom.artifacts.directory import check_target
 from lissom.backends.distributed.backend import Distributed
 from lissom.cli import demo
 from lissom.cli.bench.commands import run_bench, run_machine
-from lissom.cli.compile import run_compile, run_show
+from lissom.cli.compile import run_compile
 from lissom.cli.doctor import run_doctor
 from lissom.cli.export import run_export
 from lissom.cli.opt import run_opt
@@ -27,16 +27,17 @@ from lissom.cli.options import (
     Device,
     GoalName,
     Quality,
+    SavedOrModel,
     Seconds,
     finite,
     goal_of,
 )
 from lissom.cli.saved import AllowNative, TrustedKey, check_saved, run_saved, sign_saved, verify_saved, warnings_told
+from lissom.cli.show import views
 from lissom.cli.tune import run_tune
 from lissom.driver.torchrun import RankProcess, ending_at_once, may_speak, one_of_ranks, refuse_torchrun
 from lissom.errors import LissomError, UnsupportedError, nearest
 from lissom.frontends.capture.device import check_device
-from lissom.frontends.models.sources import NAMES
 from lissom.generation.directory import is_saved
 from lissom.generation.prompted import Request, compile_prompted, load_prompted
 from lissom.generation.stream import Speed, end_tokens, stream_text, stream_tokens
@@ -85,7 +86,7 @@ app.command("run")(run_saved)
 
 @app.command("generate")
 def run_generate(
-    model: Annotated[str, typer.Argument(help=f"A directory that --save wrote. {NAMES}")],
+    model: SavedOrModel,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add at most.")] = 64,
     temperature: Annotated[
@@ -161,7 +162,7 @@ def _write(piece: str, rank: RankProcess) -> None:
         sys.stdout.flush()
 
 
-app.command("show")(run_show)
+app.add_typer(views, name="show")
 app.command("opt")(run_opt)
 app.command("tune")(run_tune)
 app.command("export")(run_export)

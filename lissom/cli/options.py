@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,6 @@ from lissom.cli.calibration_files import FORMATS, METRICS, make_metric, read_dat
 from lissom.compiler.pipeline.options import Goal, check_goal
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.frontends.models.sources import NAMES, Source
-from lissom.inspect.svg.heat import HEATS
 
 MOST_THREADS = 256
 """A limit, because OpenMP ends the process if it cannot start the requested threads."""
@@ -32,7 +32,19 @@ def finite_or_none(value: float | None) -> float | None:
     return None if value is None else finite(value)
 
 
+def one_of(names: Sequence[str]) -> Callable[[str | None], str | None]:
+    """A check that refuses other names than these."""
+
+    def check(name: str | None) -> str | None:
+        if name is not None and name not in names:
+            raise typer.BadParameter(f"'{name}' is not one of {', '.join(names)}")
+        return name
+
+    return check
+
+
 Model = Annotated[str, typer.Argument(help=NAMES)]
+SavedOrModel = Annotated[str, typer.Argument(help=f"A directory that --save wrote. {NAMES}")]
 Passes = Annotated[str, typer.Option(help="Pipeline text, for example 'remove-no-ops,raise-attention', or a recipe's name.")]
 DecoderPasses = Annotated[
     str | None,
@@ -48,7 +60,6 @@ Checks = Annotated[str, typer.Option(help="numeric, structural or off.")]
 GoalName = Annotated[
     str, typer.Option("--goal", help="Revert lossy passes by latency or memory, as measured here; none keeps every pass.")
 ]
-Html = Annotated[Path | None, typer.Option(help="Write the passes and the programs after them to this file, as one HTML page.")]
 Simulate = Annotated[
     bool, typer.Option("--simulate", help="Compute quantized layers without a kernel in floating point, on quantized values.")
 ]
@@ -63,17 +74,6 @@ MetricName = Annotated[
 MaxDrop = Annotated[
     float | None,
     typer.Option(min=0.0, callback=finite_or_none, help="The most --metric may drop; a pass that costs more is refused."),
-]
-
-Errors = Annotated[
-    bool, typer.Option("--errors", help="Measure the error of every node, and the attention mass that sparse attentions keep.")
-]
-HeatName = Annotated[
-    str | None,
-    typer.Option(
-        help=f"With --html or --svg: color nodes by {', '.join(HEATS)}; error and mass are measured as by --errors, time "
-        "by `compile --full`."
-    ),
 ]
 
 

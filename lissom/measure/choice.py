@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
-import time
-from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch.nn import functional
 
 from lissom.errors import InputError
+from lissom.measure.timing import time_calls
 from lissom.ops.native.build import cache_folder, kept_library, processor_kind
 from lissom.ops.packed_linear import pack, packed_linear
 
@@ -26,7 +24,7 @@ _CLEARLY = 1.2
 """PyTorch's product is taken where ours takes so many times as long, in two measurements: fused epilogues save some of that."""
 _MOST_ROWS = 1024
 """More rows take as long each."""
-_ROUNDS, _RUNS, _SECONDS = 2, 5, 0.02
+_ROUNDS, _SECONDS = 2, 0.02
 
 _FASTER = "PyTorch's product takes"
 Times = tuple[float, float]
@@ -71,24 +69,13 @@ def _measure(dtype: torch.dtype, rows: int, inputs: int, features: int) -> Times
     x = torch.ones(min(rows, _MOST_ROWS), inputs, dtype=dtype, device="cpu")
     weight = torch.ones(features, inputs, dtype=dtype, device="cpu")
     packed = pack(weight)
+    calls = {"ours": partial(packed_linear, x, packed, features=features), "theirs": partial(functional.linear, x, weight)}
     rounds: list[Times] = []
     with torch.inference_mode():
         for _ in range(_ROUNDS):
-            ours = _milliseconds(lambda: packed_linear(x, packed, features=features))
-            rounds.append((ours, _milliseconds(lambda: functional.linear(x, weight))))
+            ours, theirs = (time_calls({name: call}, _SECONDS)[name].median_ms for name, call in calls.items())
+            rounds.append((ours, theirs))
     return min(rounds, key=lambda times: times[0] / times[1])
-
-
-def _milliseconds(call: Callable[[], object]) -> float:
-    """The median of some calls; the first one is not counted."""
-    call()
-    milliseconds: list[float] = []
-    started = time.perf_counter()
-    while len(milliseconds) < _RUNS or time.perf_counter() - started < _SECONDS:
-        began = time.perf_counter()
-        call()
-        milliseconds.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(milliseconds)
 
 
 def _file(threads: int) -> Path | None:

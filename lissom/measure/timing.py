@@ -1,4 +1,4 @@
-"""Wall-clock time of a call: the median of many runs, with quartiles."""
+"""The timer: wall-clock time of calls, in milliseconds where its name says nothing else."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Timing:
 
 ENOUGH = 300
 """The number of runs that suffices for a decision; a call of a tenth of a millisecond would have thousands."""
+GAIN = 0.97
+"""What is rewritten to be faster must take less than this fraction of the original's time, so that noise does not decide."""
+_SECONDS = 0.05
+"""The measuring time of `median_seconds`."""
 
 
 def time_calls(
@@ -39,8 +46,17 @@ def time_calls(
         least: the minimum number of runs, two or more; if it is below five, there is one warm-up call.
         most: the maximum number of runs.
     """
+    runs = time_runs(calls, seconds, least=least, most=most, warm_ups=1 if least < 5 else 2)
+    quartiles = {name: statistics.quantiles(taken, n=4, method="inclusive") for name, taken in runs.items()}
+    return {name: Timing(median, low, high, len(runs[name])) for name, (low, median, high) in quartiles.items()}
+
+
+def time_runs(
+    calls: Mapping[str, Callable[[], object]], seconds: float, *, least: int = 1, most: float = math.inf, warm_ups: int = 0
+) -> dict[str, list[float]]:
+    """The times of all runs of each call, timed in turn as by `time_calls`."""
     for call in calls.values():
-        for _ in range(1 if least < 5 else 2):
+        for _ in range(warm_ups):
             call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
@@ -48,27 +64,31 @@ def time_calls(
         if run >= least and (run >= most or time.perf_counter() - started >= seconds * len(calls)):
             break
         for name, call in calls.items():
-            times[name].append(_time_once(call))
-    return {name: _summary(runs) for name, runs in times.items()}
+            times[name].append(time_once(call)[0])
+    return times
 
 
-def _time_once(call: Callable[[], object]) -> float:
-    synchronize()
+def time_once(call: Callable[[], T]) -> tuple[float, T]:
+    """The time of one run, and its output; work of the current CUDA device is waited for."""
+    _synchronize()
     started = time.perf_counter()
-    call()
-    synchronize()
-    return (time.perf_counter() - started) * 1e3
+    output = call()
+    _synchronize()
+    return (time.perf_counter() - started) * 1e3, output
 
 
-def synchronize() -> None:
-    """Wait for the work of a CUDA device, if there is one."""
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def _summary(runs: list[float]) -> Timing:
-    low, median, high = statistics.quantiles(runs, n=4, method="inclusive")
-    return Timing(median, low, high, len(runs))
+def median_seconds(call: Callable[[], object], threads: int = 1) -> float:
+    """The median time of a short call in seconds, without gradients, on that many threads."""
+    # It imports what compiles C++, which takes a fifth of a second.
+    from torch.utils.benchmark import Timer
+
+    with torch.inference_mode():
+        return Timer("call()", globals={"call": call}, num_threads=threads).blocked_autorange(min_run_time=_SECONDS).median
 
 
 def _three_digits(value: float) -> str:

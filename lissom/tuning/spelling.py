@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from lissom.compiler.analysis.amounts import AmountSite
@@ -27,6 +27,50 @@ HALF = 0.5
 """The fraction of its bytes that a layer has as two factors."""
 PACKED = "zero-padding,pack-tokens"
 """Leaves padding out of all operators that treat tokens one by one."""
+_Entries = Callable[[Group, Option], Mapping[str, object]]
+"""The amounts of a pass, by path, that the option of a group stands for."""
+
+
+def _removed(kind: str) -> _Entries:
+    return lambda group, option: {group.layer: 0} if group.kind == kind and not option.left else {}
+
+
+def _fewer(kind: str) -> _Entries:
+    return lambda group, option: (
+        dict.fromkeys(group.units, option.left) if group.kind == kind and 0 < option.left < group.size else {}
+    )
+
+
+def _pooled(group: Group, option: Option) -> Mapping[str, object]:
+    return dict.fromkeys(group.units, option.pooled) if option.pooled else {}
+
+
+def _patterns(group: Group, option: Option) -> Mapping[str, object]:
+    return dict.fromkeys(group.linears, option.scheme) if group.kind == PATTERN and option.scheme != PLAIN else {}
+
+
+def _factored(group: Group, option: Option) -> Mapping[str, object]:
+    return dict.fromkeys(group.linears, HALF) if _stays(group, option) and option.scheme == LOW_RANK else {}
+
+
+def _stays(group: Group, option: Option) -> bool:
+    """True if linear layers of the group are left."""
+    return option.left > 0 and group.kind not in (TABLE, PATTERN)
+
+
+_REDUCTIONS: tuple[tuple[_Entries, Callable[[str, bool], Sequence[Pass]]], ...] = (
+    (_removed("attention"), lambda amounts, _: [PruneLayers(amounts=amounts, part="attention")]),
+    (_removed("feed-forward"), lambda amounts, _: [PruneLayers(amounts=amounts, part="feed-forward")]),
+    (_fewer("attention"), lambda amounts, fitted: [PruneHeads(amounts=amounts, criterion="auto" if fitted else "magnitude")]),
+    (
+        _fewer("feed-forward"),
+        lambda amounts, fitted: [PruneNeurons(amounts=amounts, criterion="auto" if fitted else "magnitude")],
+    ),
+    (_pooled, lambda amounts, fitted: [PoolHeads(amounts=amounts, align=fitted, regroup=fitted), MergeEqualHeads()]),
+    (_patterns, lambda patterns, _: [SparsifyAttention(patterns=f"*={PLAIN},{patterns}")]),
+    (_factored, lambda amounts, _: [LowRank(amounts=amounts)]),
+)
+"""In the order of the pipeline: the amounts that the option of a group stands for, and the passes with those of all groups."""
 
 
 def pipeline_of(
@@ -50,27 +94,11 @@ def pipeline_of(
     """
     chosen = list(zip(groups, options, strict=True))
     passes: list[Pass] = []
-    for part in ("attention", "feed-forward"):
-        gone = [group.layer for group, option in chosen if group.kind == part and option.left == 0]
-        if gone:
-            passes.append(PruneLayers(amounts=",".join(f"{layer}=0" for layer in gone), part=part))
-    for kind, prune in (("attention", PruneHeads), ("feed-forward", PruneNeurons)):
-        fewer = [(group, option.left) for group, option in chosen if group.kind == kind and 0 < option.left < group.size]
-        amounts = ",".join(f"{unit}={left}" for group, left in fewer for unit in group.units)
-        if amounts:
-            passes.append(prune(amounts=amounts, criterion="auto" if fitted else "magnitude"))
-    pooled = ",".join(f"{unit}={option.pooled}" for group, option in chosen if option.pooled for unit in group.units)
-    if pooled:
-        passes += [PoolHeads(amounts=pooled, align=fitted, regroup=fitted), MergeEqualHeads()]
-    patterns = [(group, option.scheme) for group, option in chosen if group.kind == PATTERN and option.scheme != PLAIN]
-    if patterns:
-        named = ",".join(f"{path}={scheme}" for group, scheme in patterns for path in group.linears)
-        passes.append(SparsifyAttention(patterns=f"*={PLAIN},{named}"))
-    staying = [(group, option) for group, option in chosen if option.left and group.kind not in (TABLE, PATTERN)]
-    factored = [path for group, option in staying if option.scheme == LOW_RANK for path in group.linears]
-    if factored:
-        passes.append(LowRank(amounts=",".join(f"{path}={HALF}" for path in factored)))
-    schemes = {path: option.scheme for group, option in staying if option.scheme != LOW_RANK for path in group.linears}
+    for entries, make in _REDUCTIONS:
+        amounts = [f"{path}={amount}" for group, option in chosen for path, amount in entries(group, option).items()]
+        passes += make(",".join(amounts), fitted) if amounts else []
+    staying = [(group, option.scheme) for group, option in chosen if _stays(group, option) and option.scheme != LOW_RANK]
+    schemes = {path: scheme for group, scheme in staying for path in group.linears}
     gone = {path for group, option in chosen if not option.left for path in group.linears}
     tables = [(group, option.scheme) for group, option in chosen if group.kind == TABLE]
     quantized = quantize_of({path: schemes.get(path, PLAIN) for path in linears if path not in gone}, tables)

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
 from lissom.cli.main import app
+from lissom.cli.show import views
 from tests.cli.test_generate import decoder  # noqa: F401
 from tests.frontends.models.test_huggingface import directory  # noqa: F401
 from tests.support.gguf_models import save_checkpoint
@@ -34,17 +35,19 @@ COMPILE = [
 ]
 SHOW = [
     "show {model}",
-    "show {model} --structure --axes --sites",
-    "show {model} --cost --batch 3 --sequence 7",
-    "show {model} --sharding 2 --sequence-parallel --latency 5 --bandwidth 50",
-    "show {model} --passes low-rank{{budget=0.5}} --data {texts} --diff 12:13",
-    "show {model} --passes quantize --errors",
-    "show {model} --backend eager --html {new}/page.html",
-    "show {model} --svg {new}/picture.svg --only encoder.layer.0",
-    "show {model} --svg {new}/picture.svg --diff 1:2",
-    "show {model} --passes sparsify-attention{{window=4}} --svg {new}/picture.svg --attention --sequence 16",
-    "show {model} --svg {new}/picture.svg --heat bytes",
-    "show {saved} --allow-native --trusted-key {public}",
+    "show program {saved} --allow-native --trusted-key {public}",
+    "show structure {model} --passes low-rank{{budget=0.5}} --data {texts}",
+    "show axes {model}",
+    "show sites {saved}",
+    "show cost {model} --batch 3 --sequence 7",
+    "show errors {model} --passes quantize",
+    "show diff {model} 12 13 --passes low-rank{{budget=0.5}} --data {texts}",
+    "show diff {model} 1 2 --svg {new}/picture.svg --only encoder.layer.0",
+    "show graph {model} {new}/picture.svg --only encoder.layer.0 --heat bytes",
+    "show page {model} {new}/page.html --backend eager --heat error",
+    "show attention {model} {new}/picture.svg --passes sparsify-attention{{window=4}} --sequence 16 --only encoder.layer.0",
+    "show sharding {model} 2 --sequence-parallel --latency 5 --bandwidth 50 --batch 2 --sequence 8",
+    "show sharding {saved} 2 --svg {new}/picture.svg",
 ]
 SAVED = [
     "run {saved} --input {arrays} --output {new}/answer.npz --device cpu --allow-native --trusted-key {public}",
@@ -149,8 +152,18 @@ def test_a_command_runs_and_writes_its_files(line, places, tmp_path, monkeypatch
 
 def _options() -> Iterator[tuple[str, str]]:
     for name, command in typer.main.get_command(app).commands.items():  # pyright: ignore[reportAttributeAccessIssue]
-        for parameter in command.params:
-            yield from ((name, option) for option in [*parameter.opts, *parameter.secondary_opts] if option.startswith("--"))
+        for part in getattr(command, "commands", {"": command}).values():
+            for parameter in part.params:
+                words = [*parameter.opts, *parameter.secondary_opts]
+                yield from ((name, option) for option in words if option.startswith("--"))
+
+
+def test_every_view_is_shown() -> None:
+    assert {line.split()[1] for line in SHOW} - {"{model}"} == set(_views())
+
+
+def _views() -> list[str]:
+    return list(typer.main.get_command(views).commands)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_no_option_is_left_out():

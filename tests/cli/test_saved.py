@@ -64,8 +64,8 @@ def test_run_refuses_what_does_not_fit(saved, tmp_path):
 
 def test_show_prints_what_is_saved(saved):
     assert invoke("show", saved) == lissom.load(saved).program.text()
-    assert "attention" in invoke("show", saved, "--structure")
-    assert invoke("show", saved, "--diff", "0:0") == "the two steps are the same program\n"
+    assert "attention" in invoke("show", "structure", saved)
+    assert invoke("show", "diff", saved, "0", "0") == "the two steps are the same program\n"
 
 
 def test_bench_times_what_is_saved(saved):

@@ -45,8 +45,8 @@ def test_colours_are_kept():
     assert plain(f"a{TITLE}b") == "a\\x1b]0;titleb\n"
 
 
-@pytest.mark.parametrize("option", [[], ["--structure"], ["--sites"]])
-def test_commands_escape_what_an_artifact_says(tmp_path, option):
+@pytest.mark.parametrize("view", ["program", "structure", "sites"])
+def test_commands_escape_what_an_artifact_says(tmp_path, view):
     compiled("feed_forward").save(tmp_path / "artifact")
 
     def rename(program):
@@ -57,7 +57,7 @@ def test_commands_escape_what_an_artifact_says(tmp_path, option):
                 }
 
     change(tmp_path / "artifact", rename)
-    result = CliRunner().invoke(app, ["show", str(tmp_path / "artifact"), *option])
+    result = CliRunner().invoke(app, ["show", view, str(tmp_path / "artifact")])
     assert result.exit_code == 0, result.output
     assert "\x1b" not in result.output
 

@@ -2,7 +2,7 @@
 
 import time
 
-from lissom.measure.timing import Timing, time_calls
+from lissom.measure.timing import Timing, median_seconds, time_calls, time_once, time_runs
 
 
 def test_timing_reads_as_median_and_middle_half():
@@ -38,3 +38,19 @@ def test_calls_run_for_the_seconds_asked():
     found = time_calls({"sleep": lambda: time.sleep(0.001)}, seconds=0.1)["sleep"]
     assert time.perf_counter() - started >= 0.1
     assert found.runs > 5
+
+
+def test_runs_without_warm_ups_count_from_the_first():
+    order = []
+    found = time_runs({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 0.0)
+    assert "".join(order) == "ab"
+    assert [len(runs) for runs in found.values()] == [1, 1]
+
+
+def test_one_run_is_timed_with_its_output():
+    milliseconds, output = time_once(lambda: time.sleep(0.01) or "output")
+    assert milliseconds >= 10.0 and output == "output"
+
+
+def test_a_median_is_in_seconds():
+    assert 0.001 <= median_seconds(lambda: time.sleep(0.001)) < 1.0

@@ -78,7 +78,7 @@ def test_a_damaged_record_is_found_out(tmp_path, record):
 @pytest.mark.slow
 def test_a_library_cut_short_is_built_again(tmp_path):
     compiler = compiler_that_copies(tmp_path, build.kept_library())
-    code = "from lissom.ops.native import build, load_kernels; print(load_kernels(), build.kept_library())"
+    code = "from lissom.ops.native import build, load_kernels; print(load_kernels() or build.kept_library())"
     library = Path(in_process(code, XDG_CACHE_HOME=str(tmp_path), CXX=compiler))
     assert library.parent == tmp_path / "lissom"
     assert library.parent.stat().st_mode & 0o777 == 0o700
@@ -201,8 +201,8 @@ def test_a_library_in_the_cache_needs_no_compiler(tmp_path):
     (tmp_path / "lissom").mkdir(mode=0o700)
     for path in (kept, build._record(kept)):
         (tmp_path / "lissom" / path.name).write_bytes(path.read_bytes())
-    code = "from lissom.ops.native import load_kernels; print(repr(load_kernels()))"
-    assert in_process(code, XDG_CACHE_HOME=str(tmp_path), PATH="/nowhere") == "''"
+    code = "from lissom.ops.native import load_kernels; print(load_kernels())"
+    assert in_process(code, XDG_CACHE_HOME=str(tmp_path), PATH="/nowhere") == "None"
 
 
 def test_foreign_library_is_tested_here_and_not_built(tmp_path, monkeypatch):

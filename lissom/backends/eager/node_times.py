@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +13,11 @@ from torch import fx
 from lissom.backends.eager.methods import METHODS
 from lissom.compiler.ir.interpreter import last_uses_of
 from lissom.compiler.ir.program import Program
-from lissom.measure.timing import synchronize
+from lissom.measure.timing import time_once, time_runs
 from lissom.ops import KERNELS
 from lissom.ops.native import load_kernels, one_call
 
-_FEWEST_RUNS = 5
+_FEWEST_RUNS, _WARM_UPS = 5, 2
 
 
 def time_nodes(program: Program, inputs: Sequence[torch.Tensor], seconds: float) -> dict[fx.Node, float]:
@@ -30,15 +30,9 @@ def time_nodes(program: Program, inputs: Sequence[torch.Tensor], seconds: float)
     weights |= {name: weights[name].clone() for name in program.state}
     run = one_call(_run) if program.nodes(*KERNELS) and not load_kernels() else _run
     with torch.inference_mode():
-        for _ in range(2):
-            run(program, inputs, weights, {node: [] for node in milliseconds})
-        started = time.perf_counter()
-        while (
-            time.perf_counter() - started < seconds
-            or len(next(iter(milliseconds.values()), [0.0] * _FEWEST_RUNS)) < _FEWEST_RUNS
-        ):
-            run(program, inputs, weights, milliseconds)
-    return {node: statistics.median(runs) for node, runs in milliseconds.items()}
+        call = partial(run, program, inputs, weights, milliseconds)
+        time_runs({"program": call}, seconds, least=_FEWEST_RUNS, warm_ups=_WARM_UPS)
+    return {node: statistics.median(runs[_WARM_UPS:]) for node, runs in milliseconds.items()}
 
 
 def _run(
@@ -55,11 +49,8 @@ def _run(
         elif node.op == "call_function":
             target: Any = METHODS.get(node.target, node.target)
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            synchronize()
-            started = time.perf_counter()
-            values[node] = target(*args, **kwargs)
-            synchronize()
-            milliseconds[node].append((time.perf_counter() - started) * 1e3)
+            milliseconds, values[node] = time_once(partial(target, *args, **kwargs))
+            milliseconds[node].append(milliseconds)
             del args, kwargs
         for used in frees.get(node, ()):
             del values[used]

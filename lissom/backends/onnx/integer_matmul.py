@@ -153,12 +153,12 @@ def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = 
     return sum(map(len, groups.values()))
 
 
-def simulated(layers: Sequence[Layer], accuracy_level: int, failure: str = "") -> list[SimulatedLayer]:
+def simulated(layers: Sequence[Layer], accuracy_level: int, failure: str | None = None) -> list[SimulatedLayer]:
     """The layers without an integer kernel, with the reason; `failure` is that of all others."""
     simulated_layers: list[SimulatedLayer] = []
     for layer in layers:
         reason = layer.obstacle or _level_obstacle(layer, accuracy_level) or failure
-        if reason:
+        if reason is not None:
             weights = layer.stored and f"{layer.stored.form.name} weights"
             values = layer.rounded and f"{format_of(layer.rounded).name} activations"
             what = " on ".join(filter(None, (weights, values)))

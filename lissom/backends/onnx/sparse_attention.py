@@ -43,7 +43,7 @@ def expand_sparse(model: ir.Model, gathered: bool, chunk_bytes: int = CPU_BYTES)
     count = 0
     for node in nodes_of(model, DOMAIN, SPARSE_ATTENTION):
         site = Sparse.of_pattern(model, node, chunk_bytes)
-        reads = site.reads() if gathered else ""
+        reads = site.reads() if gathered else None
         count += isinstance(reads, KeyBlocks)
         result = _by_blocks(site, reads) if isinstance(reads, KeyBlocks) else _by_mask(site)
         site.write.replace(node, result)

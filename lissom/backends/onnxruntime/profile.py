@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +20,7 @@ from lissom.compiler.ir.program import Program
 from lissom.inspect.hot_layers import LayerTime, LayerTimes
 from lissom.inspect.kernels import Kernel, without_numbers
 from lissom.inspect.roofline import sizes_text
+from lissom.measure.timing import time_runs
 
 _FEWEST_RUNS = 5
 _WARM_UPS = 2
@@ -54,14 +55,10 @@ def profiled_layers(
         opened = open_session(session.path, options, profile=Path(folder) / "profile")
         profiled = Session(program, session.path, opened, keep=True)
         profiled.cutting = session.cutting
-        runs = 0
-        started = time.perf_counter()
-        while runs < _WARM_UPS + _FEWEST_RUNS or time.perf_counter() - started < seconds:
-            profiled(sample)
-            runs += 1
+        timed = time_runs({"call": partial(profiled, sample)}, seconds, least=_FEWEST_RUNS, warm_ups=_WARM_UPS)
         events = json.loads(Path(opened.end_profiling()).read_text(encoding="utf-8"))
     operators = [_event(event) for event in events if event["cat"] == "Node" and event["name"].endswith(_SUFFIX)]
-    layers = _added_up(operators, runs)
+    layers = _added_up(operators, _WARM_UPS + len(timed["call"]))
     return LayerTimes(f"{program.name} on onnxruntime, {sizes_text(costs_on(program, sample)[0])}", layers, _NOTE)
 
 

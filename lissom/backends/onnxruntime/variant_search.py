@@ -5,8 +5,7 @@ Block-sparse attention by key blocks and with a dense mask is timed at several l
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,7 @@ from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample, resize
 from lissom.compiler.ir.signature import evaluate
 from lissom.errors import InputError
-from lissom.measure.timing import ENOUGH, time_calls
+from lissom.measure.timing import ENOUGH, time_calls, time_once, time_runs
 from lissom.ops import block_sparse_attention
 
 _GAIN = 0.98
@@ -142,7 +141,7 @@ def _second_call(session: Session, sample: Sample) -> float:
     """The time of the second of two calls, in seconds."""
     with restored_state(session):
         session(sample)
-        return _milliseconds(partial(session, sample)) / 1e3
+        return time_once(partial(session, sample))[0] / 1e3
 
 
 def _compare(variant: Session, best: Session, samples: Sequence[Sample], seconds: float, least: int) -> tuple[bool, str]:
@@ -191,11 +190,8 @@ def time_lengths(blocks: Executable, pairs: Executable, lengths: Sequence[tuple[
     timed: list[Timed] = []
     for length, sample in lengths:
         with restored_state(blocks, pairs):
-            best = [float("inf")] * 2
-            started = time.perf_counter()
-            while best[0] == float("inf") or time.perf_counter() - started < 2 * seconds:
-                best = [min(old, _milliseconds(partial(one, sample))) for old, one in zip(best, (blocks, pairs), strict=True)]
-        timed.append(Timed(length, *best))
+            runs = time_runs({"blocks": partial(blocks, sample), "pairs": partial(pairs, sample)}, seconds)
+        timed.append(Timed(length, min(runs["blocks"]), min(runs["pairs"])))
     return timed
 
 
@@ -218,9 +214,3 @@ def _score_bytes(call: BlockSparseAttention, sizes: dict[sympy.Symbol, int]) -> 
     q, k = nodes.tensor_type(call.q), nodes.tensor_type(call.k)
     batch, heads, queries, keys = (int(evaluate(size, sizes)) for size in (*q.shape[:3], k.shape[2]))
     return batch * heads * queries * keys * q.dtype.itemsize
-
-
-def _milliseconds(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return (time.perf_counter() - started) * 1e3

@@ -202,4 +202,4 @@ def _listed(sites: Sequence[AmountSite]) -> str:
     """The sites with their sizes, in words."""
     listed = ", ".join(f"{site.path} ({_size(site)})" for site in sites[:_MOST_LISTED])
     more = len(sites) - _MOST_LISTED
-    return (listed or "none") + (f", and {more} more, which `lissom show --sites` lists" if more > 0 else "")
+    return (listed or "none") + (f", and {more} more, which `lissom show sites` lists" if more > 0 else "")

@@ -357,17 +357,17 @@ def check_declaration(target: torch._ops.OpOverload, declared: Dimensions) -> No
         raise ValueError(f"{target} has no tensor {', '.join(declared.factors)}")
 
 
-def contradiction(node: fx.Node) -> str:
-    """The declared and the returned sizes of a call, where they differ; empty where they agree."""
+def contradiction(node: fx.Node) -> str | None:
+    """The declared and the returned sizes of a call, where they differ; None where they agree."""
     call = named(node)
     types = nodes.node_type(node)
     if call is None:
-        return ""
+        return None
     for dims, result in zip(call.results, types if isinstance(types, tuple) else (types,), strict=True):
         sizes = tuple(_amount(call, dim) if dim else 1 for dim in dims)
         if sizes != nodes.tensor_type(result).shape:
             return f"{node.target} is declared to return {list(sizes)} and returns {list(nodes.tensor_type(result).shape)}"
-    return ""
+    return None
 
 
 _MATRICES = Dimensions(

@@ -47,7 +47,7 @@ class ShardSite:
         path: its module.
         sharded_axes: the atomic axes, each with its number of shards and the number of neighbouring ranks that hold the same
             shard.
-        obstacle: why it is not sharded; empty where it is.
+        obstacle: why it is not sharded; None where it is.
         weight: the weight of a layer that is sharded by itself; `sharded_axes` is empty then.
         dim: its sharded dimension.
     """
@@ -56,7 +56,7 @@ class ShardSite:
     node: fx.Node
     path: str
     sharded_axes: Mapping[Axis, tuple[int, int]]
-    obstacle: str = ""
+    obstacle: str | None = None
     weight: fx.Node | None = None
     dim: int = 0
 

@@ -85,7 +85,7 @@ def _some(paths: Sequence[str]) -> str:
     return f"its attentions are in {', '.join(paths[:3])}{', …' if len(paths) > 3 else ''}" if paths else "it has none at all"
 
 
-def _pattern(program: Program, node: fx.Node) -> tuple[Pattern | None, torch.Tensor | None, str]:
+def _pattern(program: Program, node: fx.Node) -> tuple[Pattern | None, torch.Tensor | None, str | None]:
     """The pattern of an attention and its layout, or why it has none."""
     sparse = BlockSparseAttention.of(node)
     if sparse is None:
@@ -94,7 +94,7 @@ def _pattern(program: Program, node: fx.Node) -> tuple[Pattern | None, torch.Ten
     table = None if sparse.layout is None else program.constant(sparse.layout)
     if sparse.layout is not None and table is None:
         return None, None, "its layout of blocks is computed"
-    return Pattern.decode(sparse.pattern, sparse.block), table, ""
+    return Pattern.decode(sparse.pattern, sparse.block), table, None
 
 
 def _by_head(shades: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

@@ -19,8 +19,8 @@ SWITCH = "LISSOM_NATIVE"
 
 
 @cache
-def load_kernels() -> str:
-    """Load the kernels, and build them if they are not cached; returns why there are none, or an empty text.
+def load_kernels() -> str | None:
+    """Load the kernels, and build them if they are not cached; returns why there are none, None if they are loaded.
 
     Raises:
         UnsupportedError: when `LISSOM_NATIVE_ISA` names an instruction set that this processor lacks.
@@ -33,13 +33,13 @@ def load_kernels() -> str:
         torch.ops.load_library(str(kept_library()))
     except (OSError, RuntimeError) as error:
         return str(error).splitlines()[0]
-    return ""
+    return None
 
 
 def describe_kernels() -> str:
     """The loaded kernels in words: their instruction set, and how they multiply bfloat16; or why there are none."""
     missing = load_kernels()
-    if missing:
+    if missing is not None:
         return f"none: {missing}"
     dots, amx = torch.ops.lissom.dots_bfloat16(), torch.ops.lissom.use_amx()
     how = "by tiles, few rows " if amx else ""
@@ -79,9 +79,9 @@ def missing_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"it runs on {device.type}"
     missing = load_kernels()
-    if missing:
-        return missing
-    return None if dtype in kernel_dtypes() else f"there is no kernel for {dtype} on this machine"
+    if missing is None and dtype not in kernel_dtypes():
+        return f"there is no kernel for {dtype} on this machine"
+    return missing
 
 
 def missing_int8_kernel(dtype: torch.dtype, device: torch.device) -> str | None:

@@ -87,8 +87,8 @@ def shipped_name(isa: InstructionSet) -> str:
     return _name(isa, "")
 
 
-def build_all() -> dict[str, str]:
-    """Build the libraries of all instruction sets for machines that share this cache; for each why it failed, or an empty text.
+def build_all() -> dict[str, str | None]:
+    """Build the libraries of all instruction sets for machines that share this cache; for each why it failed, or None.
 
     A library that this processor cannot run is tested by the first machine that can.
 
@@ -96,10 +96,10 @@ def build_all() -> dict[str, str]:
         RuntimeError: where nothing can be built.
         OSError: likewise.
     """
-    compiler, reasons = find_compiler(), dict[str, str]()
+    compiler, reasons = find_compiler(), dict[str, str | None]()
     for isa in INSTRUCTION_SETS:
         reasons[isa.name] = _unsupported(compiler, isa)
-        if not reasons[isa.name]:
+        if reasons[isa.name] is None:
             build_once(compiler, built_library(isa), isa)
     return reasons
 
@@ -130,11 +130,11 @@ def _words(name: str) -> list[str]:
         raise RuntimeError(f"{name} cannot be split into words: {error}") from error
 
 
-def _unsupported(compiler: list[str], isa: InstructionSet) -> str:
-    """The reason the compiler cannot build for an instruction set; empty if it can."""
+def _unsupported(compiler: list[str], isa: InstructionSet) -> str | None:
+    """The reason the compiler cannot build for an instruction set; None if it can."""
     command = [*compiler, *isa.flags, "-E", "-x", "c++", os.devnull, "-o", os.devnull]
     done = _run(command)
-    return _first_error(done.stderr) if done.returncode else ""
+    return _first_error(done.stderr) if done.returncode else None
 
 
 def cache_folder() -> Path:

@@ -37,7 +37,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import LINEAR_PRODUCTS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.measure.gain import GAIN, median_seconds
+from lissom.measure.timing import GAIN, median_seconds
 from lissom.ops import formats
 from lissom.ops.formats import FORMATS, FP8_LARGEST
 from lissom.ops.quantized_linear import MOST_INPUTS

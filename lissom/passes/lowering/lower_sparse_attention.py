@@ -33,6 +33,7 @@ from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import ATTENTIONS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.measure.timing import time_runs
 from lissom.ops.block_sparse_attention import block_sparse_attention
 from lissom.ops.fused_attention import fused_attention
 from lissom.ops.native import load_kernels, missing_kernel
@@ -185,7 +186,7 @@ def crossing(time_at: Callable[[int], tuple[float, float]], lengths: Sequence[in
 
 def _timings(shape: _Shape, pattern: Pattern, layout: torch.Tensor | None, tokens: int) -> tuple[float, float]:
     """Median seconds of the dense kernel, including its mask, and of the sparse one."""
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.cuda.device(shape.device if shape.device.type == "cuda" else None):
         heads = (shape.heads, shape.head_dim), (shape.key_heads, shape.head_dim), (shape.key_heads, shape.value_dim)
         q, k, v = (torch.randn(1, tokens, *sizes, dtype=shape.dtype, device=shape.device).transpose(1, 2) for sizes in heads)
         mask = pattern.mask(tokens, tokens, layout).to(shape.device)[None]
@@ -196,19 +197,13 @@ def _timings(shape: _Shape, pattern: Pattern, layout: torch.Tensor | None, token
             dense = partial(_PLAIN, q, k, v, mask, scale=scale, enable_gqa=shape.heads != shape.key_heads)
         options = {"pattern": pattern.encode(), "block": pattern.block, "scale": scale, "softcap": softcap}
         sparse = partial(block_sparse_attention, q, k, v, None, layout, **options)
-        return _seconds(dense, shape.device), _seconds(sparse, shape.device)
+        return _seconds(dense), _seconds(sparse)
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    times: list[float] = []
-    while len(times) <= _REPEATS and sum(times) < _SECONDS / 8:
-        began = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
+def _seconds(run: Callable[[], object]) -> float:
+    times = time_runs({"run": run}, _SECONDS / 8, most=_REPEATS + 1)["run"]
     # The first run allocates memory and compiles.
-    return median(times[1:] or times)
+    return median(times[1:] or times) / 1e3
 
 
 def _lower(edit: Editor, node: fx.Node, reading: Reading) -> None:

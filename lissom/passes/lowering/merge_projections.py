@@ -26,7 +26,7 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_read_by
 from lissom.compiler.ir.operators import FAKE_QUANTIZES
 from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.measure.gain import GAIN, median_seconds
+from lissom.measure.timing import GAIN, median_seconds
 from lissom.ops.native import reads_few_bits_faster
 from lissom.ops.quantization import dequantize
 from lissom.ops.weight_quantized_linear import narrowest

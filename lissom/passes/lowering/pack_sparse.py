@@ -21,7 +21,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Linear
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.measure.gain import GAIN, median_seconds
+from lissom.measure.timing import GAIN, median_seconds
 from lissom.ops.sparse_linear import COLUMNS, DTYPES, ROWS, is_two_in_four, pack, sparse_linear
 
 aten = torch.ops.aten

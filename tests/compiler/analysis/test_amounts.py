@@ -54,7 +54,7 @@ def test_a_pattern_without_a_site_lists_the_sites() -> None:
     with pytest.raises(UnsupportedError, match=rf"'encoder.layer.7' matches none of the attentions.* {listed}"):
         parse("encoder.layer.7=8").counts(SITES, "attentions")
     many = [AmountSite("heads", (f"layers.{index}",), 4, {"prune-heads": range(1, 5)}) for index in range(20)]
-    with pytest.raises(UnsupportedError, match=r"layers.11 \(4 heads\), and 8 more, which `lissom show --sites` lists"):
+    with pytest.raises(UnsupportedError, match=r"layers.11 \(4 heads\), and 8 more, which `lissom show sites` lists"):
         parse("x=2").counts(many, "attentions")
     with pytest.raises(UnsupportedError, match="there are none"):
         parse("x=2").counts([], "attentions")

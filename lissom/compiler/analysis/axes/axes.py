@@ -54,20 +54,20 @@ class Axes:
             if isinstance(candidate, Axis) and not atoms.isdisjoint(candidate.atoms())
         ]
 
-    def obstacle(self, axis: Axis, *, zero: bool = False) -> str:
-        """The reason indices of the axis cannot be removed; empty if they can.
+    def obstacle(self, axis: Axis, *, zero: bool = False) -> str | None:
+        """The reason indices of the axis cannot be removed; None if they can.
 
         Args:
             zero: whether the removed values are exactly zero wherever a norm reads them.
         """
         for atom in axis.atoms():
-            if atom.pinned:
+            if atom.pinned is not None:
                 return atom.pinned
             if not isinstance(atom.size, int):
                 return "its size varies from call to call"
             if atom.whole or (atom.normed and not zero):
                 return "an operator reads all of it at once, so its length changes the numbers"
-        return ""
+        return None
 
 
 def axes(program: Program) -> Axes:
@@ -82,7 +82,7 @@ def axes(program: Program) -> Axes:
         elif node.op == "call_function":
             rules.read_sizes(node, of)
         elif isinstance(value_type, TensorType):
-            of[node] = fresh(value_type, "an input of the program" if node.op == "placeholder" else "")
+            of[node] = fresh(value_type, "an input of the program" if node.op == "placeholder" else None)
     for leaf in program.output.all_input_nodes:
         for axis in of.get(leaf, ()):
             if isinstance(axis, Axis):

@@ -22,7 +22,7 @@ class Axis:
     Attributes:
         whole: an operator reads all of it at once (softmax, a mean), so its length changes the numbers.
         normed: a norm reads all of it, and can be given the old number of indices; removed values must then be zero.
-        pinned: why it must not change; empty when it may.
+        pinned: why it must not change; None if it may.
     """
 
     size: Size
@@ -30,7 +30,7 @@ class Axis:
     parts: tuple[Axis, ...] = ()
     whole: bool = False
     normed: bool = False
-    pinned: str = ""
+    pinned: str | None = None
     same_as: Axis | None = field(default=None, repr=False)
 
     def find(self) -> Axis:
@@ -86,8 +86,8 @@ def sizes_of(axes: Iterable[Axis]) -> list[int]:
     return [cast(int, axis.size) for axis in axes]
 
 
-def pin(axis: Axis, reason: str) -> None:
-    """Keep every atom of the axis from being changed; the first reason stays."""
+def pin(axis: Axis, reason: str | None) -> None:
+    """Keep every atom of the axis from being changed; the first reason stays, and None pins nothing."""
     for atom in axis.atoms():
         atom.pinned = atom.pinned or reason
 

@@ -18,7 +18,7 @@ Known = Mapping[fx.Node, Value]
 Rule = Callable[[fx.Node, Known], Value]
 
 
-def fresh(value_type: ValueType, reason: str = "") -> Value:
+def fresh(value_type: ValueType, reason: str | None = None) -> Value:
     """New axes for a type, pinned when a reason is given."""
     if isinstance(value_type, TensorType):
         return tuple(Axis(size, pinned=reason) for size in value_type.shape)

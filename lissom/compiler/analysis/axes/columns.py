@@ -121,8 +121,8 @@ def _columns(program_axes: Axes, layer: fx.Node, axis: Axis, count: int, units: 
         unit = unit_of(weight_axis, shared)
         if math.prod(sizes_of(shared)) == count and (shared or count == 1) and len(unit[unit >= 0].unique()) == count:
             return Columns(layer, weight, dim, unit, count, shared)
-    reason = next((atom.pinned for atom in numbering if atom.pinned), "")
-    if not reason and axis.find().form == "sum":
+    reason = next((atom.pinned for atom in numbering if atom.pinned), None)
+    if reason is None and axis.find().form == "sum":
         reason = "each is computed apart, and they are concatenated"
     reason = reason or "no dimension of its weight numbers them"
     return f"the {units} that '{layer.name}' reads cannot be assigned to columns: {reason}"

@@ -56,7 +56,7 @@ class Reading:
 
     Attributes:
         pattern: the position pattern; None when there is none that a kernel can use.
-        reason: why there is no pattern; empty when the mask does not depend on positions.
+        reason: why there is no pattern; None if the mask does not depend on positions.
         layout: boolean, [heads or 1, query blocks, key blocks], when the pattern needs one.
         rest: the other parts of the mask.
     """
@@ -64,7 +64,7 @@ class Reading:
     pattern: Pattern | None
     layout: torch.Tensor | None = None
     rest: tuple[Part, ...] = ()
-    reason: str = ""
+    reason: str | None = None
 
     @property
     def causal(self) -> bool:
@@ -232,11 +232,11 @@ def _sees_itself(pattern: Pattern) -> bool:
     return any(all(map(holds, conditions)) for conditions in pattern.alternatives)
 
 
-def _why(program: Program, rest: tuple[Part, ...]) -> str:
-    """The reason a mask has no pattern; empty if it does not depend on positions."""
+def _why(program: Program, rest: tuple[Part, ...]) -> str | None:
+    """The reason a mask has no pattern; None if it does not depend on positions."""
     both_positions = [part.node for part in rest if 1 not in _shape(part)[-2:]]
     if not both_positions:
-        return ""
+        return None
     sources = set(computed_from(both_positions, nodes.is_tensor))
     given = [node for node in program.graph.nodes if node in sources and node.op in ("placeholder", "get_attr")]
     data = [node for node in given if node.op == "placeholder" or str(node.target) in program.state]

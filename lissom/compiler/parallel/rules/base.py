@@ -32,7 +32,7 @@ class Outcome:
 
     result: Placed | tuple[Placed, ...]
     wants: Mapping[fx.Node, Placed] = field(default_factory=dict["fx.Node", "Placed"])
-    reason: str = ""
+    reason: str | None = None
 
 
 @dataclass(frozen=True)

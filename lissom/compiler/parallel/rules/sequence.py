@@ -77,8 +77,8 @@ def by_position(value: fx.Node, world_size: int) -> Placed:
     return sharded((1, (Span(1, shape_of(value)[1], 1, world_size, site=POSITIONS),)))
 
 
-def position_obstacle(value: fx.Node, world_size: int) -> str:
-    """The reason a value cannot be sharded by position; empty if it can."""
+def position_obstacle(value: fx.Node, world_size: int) -> str | None:
+    """The reason a value cannot be sharded by position; None if it can."""
     shape = shape_of(value)
     if len(shape) < 3:
         return "it has no dimension of positions"
@@ -87,7 +87,7 @@ def position_obstacle(value: fx.Node, world_size: int) -> str:
     if length <= world_size:
         which = "" if isinstance(shape[1], int) else " of the example"
         return f"the {length} positions{which} are not more than {world_size} ranks"
-    return ""
+    return None
 
 
 def _is_one_of_several_norms(node: fx.Node) -> bool:

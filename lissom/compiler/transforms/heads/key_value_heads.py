@@ -119,7 +119,7 @@ class Separation:
         grouped: list[tuple[AttentionSite, fx.Node, fx.Node]] = []
         for site in edit.program.fact(structure).attention:
             reason = _obstacle(site)
-            if reason:
+            if reason is not None:
                 edit.skip(site.node, reason)
                 continue
             keys, values = unrepeated(Attention(site.node).k), unrepeated(Attention(site.node).v)
@@ -147,10 +147,10 @@ class Separation:
     def _separate_heads(self, site: AttentionSite, keys: fx.Node, values: fx.Node) -> SeparateHeads | None:
         numbered = (self._queries[site.node], keys, values, site.node)
         queries, key, value, output = (self.axes.axis(node, 1) for node in numbered)
-        reason = next((reason for axis in (key, value) if (reason := self.obstacle(axis))), "")
-        if not reason and queries in (key, value):
+        reason = self.obstacle(key) or self.obstacle(value)
+        if reason is None and queries in (key, value):
             reason = "one axis of a weight numbers them with the query heads"
-        if reason:
+        if reason is not None:
             self._edit.skip(site.node, f"its key and value heads stay: {reason}")
             return None
         return SeparateHeads(site, keys, values, fixed(key.size), queries, key, value, output)
@@ -164,14 +164,14 @@ class Separation:
         others = {axis for other in self.heads if other is not heads for axis in other.numbering}
         return others.isdisjoint(chosen) and len(set(chosen)) == len(chosen)
 
-    def order_obstacle(self, heads: SeparateHeads) -> str:
-        """The reason the heads of an attention cannot be reordered; empty if they can."""
+    def order_obstacle(self, heads: SeparateHeads) -> str | None:
+        """The reason the heads of an attention cannot be reordered; None if they can."""
         for axis in heads.numbering:
             if axis.form != "atom":
                 return "they are numbered by several axes"
             if reason := self.axes.obstacle(axis):
                 return reason
-        return "" if self.is_alone(heads, *dict.fromkeys(heads.numbering)) else "other attentions have the same heads"
+        return None if self.is_alone(heads, *dict.fromkeys(heads.numbering)) else "other attentions have the same heads"
 
     def reorder(self, heads: SeparateHeads, order: torch.Tensor) -> None:
         """Reorder the key and value heads of an attention, together with the query heads that read them.
@@ -185,13 +185,13 @@ class Separation:
             for rows in self.rows(axis):
                 rows.write(self._edit, rows.read(self._edit.program)[order if axis in heads.shared else of_queries])
 
-    def obstacle(self, axis: Axis) -> str:
-        """The reason heads of this axis cannot be changed by editing only the weights that produce them; empty if they can."""
+    def obstacle(self, axis: Axis) -> str | None:
+        """The reason heads of this axis cannot be changed by editing only the weights that produce them; None if they can."""
         if axis.form != "atom":
             return "they are numbered by several axes"
         if reason := self.axes.obstacle(axis):
             return reason
-        return f"'{self._readers[axis].name}' reads them too" if axis in self._readers else ""
+        return f"'{self._readers[axis].name}' reads them too" if axis in self._readers else None
 
     def _contracted(self) -> dict[Axis, fx.Node]:
         """The atoms that the program sums over, each with the first such call."""
@@ -250,8 +250,8 @@ def _repeated(edit: Editor, x: fx.Node, heads: int) -> fx.Node:
     return edit.call(aten.flatten.using_ints, spread, 1, 2)
 
 
-def _obstacle(site: AttentionSite) -> str:
-    """The reason the heads of an attention cannot have separate axes; empty if they can."""
+def _obstacle(site: AttentionSite) -> str | None:
+    """The reason the heads of an attention cannot have separate axes; None if they can."""
     attention = Attention(site.node)
     if any(nodes.tensor_type(operand).rank != 4 for operand in (attention.q, attention.k, attention.v)):
         return "its operands are not [batch, heads, tokens, features]"
@@ -260,4 +260,4 @@ def _obstacle(site: AttentionSite) -> str:
         return "its number of heads varies"
     if keys != values or site.heads % keys:
         return f"{site.heads} query heads read {keys} key and {values} value heads"
-    return ""
+    return None

@@ -142,12 +142,12 @@ def places_of(axis: Axis, rows: Axis, units: Axis, order: torch.Tensor) -> torch
     return places
 
 
-def obstacle(edit: Editor, numbering: Sequence[Axis]) -> str:
-    """The reason units numbered by these axes cannot be removed; empty if they can."""
+def obstacle(edit: Editor, numbering: Sequence[Axis]) -> str | None:
+    """The reason units numbered by these axes cannot be removed; None if they can."""
     program_axes = edit.program.fact(axes)
     if not numbering:
         return "they are not numbered by an axis of their own"
-    return next((reason for atom in numbering if (reason := program_axes.obstacle(atom))), "")
+    return next((reason for atom in numbering if (reason := program_axes.obstacle(atom))), None)
 
 
 def eliminate(edit: Editor, sites: Sequence[tuple[fx.Node, tuple[Axis, ...]]], units: str) -> None:
@@ -212,8 +212,8 @@ def replace_dead(edit: Editor, candidates: Sequence[Columns], units: str) -> Non
             edit.skip(columns.layer, f"all {units} it reads are dead, but {reason}")
 
 
-def replace_by_constant(edit: Editor, layer: fx.Node) -> str:
-    """Replace a linear layer whose weight is zero by its bias; returns why that is impossible, or empty when done.
+def replace_by_constant(edit: Editor, layer: fx.Node) -> str | None:
+    """Replace a linear layer whose weight is zero by its bias; returns why that is impossible, None when done.
 
     A sum with the layer becomes a sum with the bias, or is removed when there is no bias.
     """
@@ -222,14 +222,14 @@ def replace_by_constant(edit: Editor, layer: fx.Node) -> str:
     return _replace(edit, layer, bias_of(layer))
 
 
-def _replace(edit: Editor, constant: fx.Node, bias: fx.Node | None) -> str:
+def _replace(edit: Editor, constant: fx.Node, bias: fx.Node | None) -> str | None:
     """Replace a value that equals the bias at every position, in sums, also through calls that only move positions."""
     reasons = [_replace(edit, user, bias) for user in list(constant.users) if _keeps_features(user)]
     for user in list(constant.users):
         _simplify_sum(edit, user, constant, bias)
     living = [user for user in constant.users if user.users or user.op == "output"]
     if any(reasons) or not living:
-        return next(filter(None, reasons), "")
+        return next(filter(None, reasons), None)
     return _expand(edit, constant, bias)
 
 
@@ -257,7 +257,7 @@ def _simplify_sum(edit: Editor, user: fx.Node, constant: fx.Node, bias: fx.Node 
         edit.replace_by(user, aten.add.Tensor, other, bias)
 
 
-def _expand(edit: Editor, constant: fx.Node, bias: fx.Node | None) -> str:
+def _expand(edit: Editor, constant: fx.Node, bias: fx.Node | None) -> str | None:
     typed = nodes.tensor_type(constant)
     inputs = {
         size: (node, dim)
@@ -274,7 +274,7 @@ def _expand(edit: Editor, constant: fx.Node, bias: fx.Node | None) -> str:
             bias = edit.weight(f"{constant.name}.zero", zero)
         sizes = [_computed(edit, size_factors, inputs) for size_factors in factors]
         edit.replace(constant, edit.call(aten.expand.default, bias, sizes))
-    return ""
+    return None
 
 
 def _computed(edit: Editor, factors: Sequence[sympy.Expr], inputs: Mapping[Size, tuple[fx.Node, int]]) -> fx.Node | int:

@@ -130,7 +130,7 @@ class PoolHeads(Approximation):
         size = heads.count // groups
         factors = [find(edit.program, separation, heads) for find in (key_factors, value_factors)]
         products = [factor.products(edit.program, known, align=self.align) for factor in factors]
-        reason = separation.order_obstacle(heads) if self.regroup else ""
+        reason = separation.order_obstacle(heads) if self.regroup else None
         if self.regroup and not reason:
             order = arranged(products, size)
             separation.reorder(heads, order)

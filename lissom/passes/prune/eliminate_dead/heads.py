@@ -71,9 +71,9 @@ def _dead_heads(edit: Editor, site: AttentionSite, columns: Columns) -> torch.Te
     return dead
 
 
-def _obstacle(edit: Editor, site: AttentionSite, columns: Columns) -> str:
-    """The reason the dead heads of a site cannot be removed; empty if they can."""
+def _obstacle(edit: Editor, site: AttentionSite, columns: Columns) -> str | None:
+    """The reason the dead heads of a site cannot be removed; None if they can."""
     if reason := obstacle(edit, columns.axes):
         return reason
     missed = _dead_heads(edit, site, columns) & ~dead_units(edit.program, columns.axes).flatten()
-    return "another operator on the same axis needs them" if bool(missed.any()) else ""
+    return "another operator on the same axis needs them" if bool(missed.any()) else None

@@ -42,10 +42,11 @@ def eliminate_hidden(edit: Editor) -> None:
     program_axes = edit.program.fact(axes)
     for axis, node in _hidden(edit).items():
         dead = _dead_channels(edit, axis)
-        reason = program_axes.obstacle(axis, zero=True) if bool(dead.any()) else ""
-        if reason:
+        if not bool(dead.any()):
+            continue
+        if reason := program_axes.obstacle(axis, zero=True):
             edit.skip(node, f"{int(dead.sum())} dead channels stay: {reason}")
-        elif bool(dead.any()):
+        else:
             chosen[axis], places[axis] = dead.nonzero().flatten().tolist(), node
     if chosen:
         try:

@@ -61,9 +61,9 @@ def _dead_neurons(edit: Editor, columns: Columns) -> torch.Tensor:
     return dead | values if len(values) == len(dead) else dead
 
 
-def _obstacle(edit: Editor, columns: Columns) -> str:
-    """The reason the dead neurons of a site cannot be removed; empty if they can."""
+def _obstacle(edit: Editor, columns: Columns) -> str | None:
+    """The reason the dead neurons of a site cannot be removed; None if they can."""
     if reason := obstacle(edit, columns.axes):
         return reason
     gone = [bool(dead_units(edit.program, (atom,)).any()) for atom in columns.axes]
-    return "" if any(gone) else "another layer reads the same neurons and needs them"
+    return None if any(gone) else "another layer reads the same neurons and needs them"
