@@ -16,8 +16,9 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import MaskedFill, Matmul, Softmax, Where
+from lissom.compiler.ir.calls import MaskedFill, Matmul, Softmax
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.formula import Formula
 from lissom.compiler.ir.match import number, strip_casts
 from lissom.compiler.ir.operators import CASTS, SOFTMAX
 from lissom.compiler.ir.view_calls import Slice, Transpose
@@ -30,6 +31,9 @@ aten = torch.ops.aten
 # A fill this low hides a score, and adding it to the score has the same effect as setting it. In a fully masked row the sum
 # rounds to the fill itself while scores are below 32, half the spacing of float32 numbers there.
 _LOWEST = -1e9
+
+
+_WITHOUT_NAN = Formula("is_nan = isnan(weights)\nwhere(is_nan, 0, weights)")
 
 
 @dataclass(frozen=True)
@@ -98,13 +102,8 @@ def _drops_last(node: fx.Node, weights: fx.Node) -> bool:
 def _without_nan(edit: Editor, softmax: fx.Node) -> fx.Node:
     """The weights with NaN set to 0, as attention has for a fully masked row; without that, the softmax itself."""
     for user in softmax.users:
-        choice = Where.of(user)
-        if choice is None or choice.other is not softmax:
-            continue
-        is_nan = choice.condition
-        if not nodes.is_call(is_nan, aten.isnan.default) or nodes.operand(is_nan) is not softmax or len(is_nan.users) > 1:
-            continue
-        if number(edit.program, choice.chosen) == 0 and set(softmax.users) == {user, is_nan}:
+        found = _WITHOUT_NAN.match(user, edit.program)
+        if found is not None and softmax.users.keys() == {user, found["is_nan"]} and found.is_private:
             return user
     return softmax
 

@@ -1,0 +1,228 @@
+"""Patterns of calls, declared as text that reads like what the calls compute.
+
+    RMS_NORM = Formula("x * rsqrt(mean(x ** 2 | x * x, [-1], True) + eps)", eps=float)
+    for found in edit.matches(RMS_NORM):
+        x, eps = found["x"], found.number("eps")
+
+The text is in Python's syntax. Its last line is the value to match; a line `name = …` before it names a part.
+
+- `mean(a, b)` is a call of `aten.mean`, in any overload, with arguments in the order of the schema. Those left out have their
+  defaults; `...` allows any. `RESHAPES(a, ...)` is a call of a family in `operators.py`. Dimensions count from
+  the front or from the end; those that a variable stands for from the front.
+- `a + b`, `a * b` (in either order), `a - b`, `a / b`, `a ** b` and `-a` are calls too; `a[0]` is one of several results.
+- `a | b` stands for several spellings. Any other name is a variable: the same tensor wherever it stands.
+
+Two uses of a variable may differ by casts between floating types; `CASTS(a, ...) | a` allows one anywhere else. Of the arguments
+of a call, variables are matched last, so that a variable is bound where it stands deepest.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from inspect import cleandoc
+from types import UnionType
+from typing import NamedTuple, TypeGuard
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir import operators as families
+from lissom.compiler.ir.match import number, strip_casts
+from lissom.compiler.ir.program import Program
+
+aten = torch.ops.aten
+
+_ARITHMETIC: Mapping[type[ast.AST], object] = {
+    **{ast.Add: aten.add, ast.Sub: aten.sub, ast.Mult: aten.mul, ast.Div: aten.div},
+    **{ast.Pow: aten.pow, ast.USub: aten.neg},
+}
+
+
+@dataclass(frozen=True)
+class Match:
+    """A place where a program computes a formula.
+
+    root: the call that computes the value. calls: all calls of the formula. values: by name, of variables and parts.
+    """
+
+    root: fx.Node
+    program: Program | None = None
+    calls: tuple[fx.Node, ...] = ()
+    values: Mapping[str, object] = field(default_factory=dict[str, object])
+
+    def __getitem__(self, name: str) -> fx.Node:
+        """The node that a name stands for."""
+        found = self.values[name]
+        assert isinstance(found, fx.Node), f"'{name}' is {found}"
+        return found
+
+    def number(self, name: str) -> float:
+        """The number that a variable stands for."""
+        found = self.values[name]
+        assert isinstance(found, (int, float)), f"'{name}' is {found}"
+        return found
+
+    @property
+    def is_private(self) -> bool:
+        """True when nothing else in the program reads a call of the formula, apart from its root."""
+        return all(node is self.root or node.users.keys() <= {*self.calls} for node in self.calls)
+
+    def bound(self, name: str, value: object) -> Iterator[Match]:
+        """The match with a value for a name; nothing where the name stands for another one."""
+        known = self.values.get(name, value)
+        if known == value or (nodes.is_tensor(known) and nodes.is_tensor(value) and strip_casts(known) is strip_casts(value)):
+            yield replace(self, values={name: value, **self.values})
+
+
+class _Call(NamedTuple):
+    """A call in a formula. operators: some without overload. any_more: arguments that are left out may have any value."""
+
+    operators: Sequence[object]
+    arguments: Sequence[ast.expr]
+    any_more: bool = False
+    commutes: bool = False
+
+
+class Formula:
+    """A pattern of calls.
+
+    Args:
+        text: the pattern, as the module describes it.
+        where: a condition on the match.
+        kinds: what variables stand for where it is no tensor: `int`, `float` (a number, or a constant of rank 0), or `object`
+            (any argument).
+
+    Raises: ValueError when a part of the text is no formula, or `kinds` has a name that does not occur in it.
+    """
+
+    def __init__(self, text: str, where: Callable[[Match], bool] | None = None, **kinds: type | UnionType) -> None:
+        parts = list(ast.walk(ast.parse(cleandoc(text))))
+        self._where, self._kinds, self._named = where, kinds, dict[str, ast.expr]()
+        for part in parts:
+            match part:
+                case ast.Assign([ast.Name(name)], value):
+                    self._named[name] = value
+                case ast.Expr(value):
+                    self._root = value
+                case _:
+                    pass
+        self._calls = {part: call for part in parts if (call := _call(part)) is not None}
+        self._operators = {item for call in self._roots(self._root) for item in call.operators}
+        if unknown := kinds.keys() - {part.id for part in parts if isinstance(part, ast.Name)}:
+            raise ValueError(f"the formula has no variable '{unknown.pop()}'")
+
+    def match(self, node: object, program: Program | None = None) -> Match | None:
+        """The first way in which a node computes the formula, or None. program: where its constants are."""
+        return next(self.matches(node, program), None)
+
+    def matches(self, node: object, program: Program | None = None) -> Iterator[Match]:
+        """The ways in which a node computes the formula."""
+        if _calls(node, self._operators):
+            yield from filter(self._where, self._ways(self._root, node, Match(node, program)))
+
+    def _roots(self, part: ast.expr) -> Iterator[_Call]:
+        """The calls that may compute a part."""
+        match part:
+            case ast.BinOp(left, ast.BitOr(), right):
+                yield from (*self._roots(left), *self._roots(right))
+            case ast.Name(name) if name in self._named:
+                yield from self._roots(self._named[name])
+            case _ if part in self._calls:
+                yield self._calls[part]
+            case _:
+                pass
+
+    def _ways(self, part: ast.expr, item: object, found: Match) -> Iterator[Match]:
+        """The ways in which a value is a part of the formula, after what is matched already."""
+        match part:
+            case ast.Name(name) if name in self._named:
+                known = found.values.get(name)
+                for one in self._ways(self._named[name], item, found) if known is None else (found,) if known is item else ():
+                    yield replace(one, values={**one.values, name: item})
+            case ast.Name(name):
+                kind = self._kinds.get(name, fx.Node)
+                value = number(found.program, item) if kind is float else item
+                if isinstance(value, kind) and (kind is not fx.Node or nodes.is_tensor(value)):
+                    yield from found.bound(name, value)
+            case ast.BinOp(left, ast.BitOr(), right):
+                yield from self._ways(left, item, found)
+                yield from self._ways(right, item, found)
+            case ast.List(parts):
+                if isinstance(item, (list, tuple)) and len(item) == len(parts):
+                    yield from self._all(list(zip(parts, item, strict=True)), found)
+            case _ if part in self._calls:
+                yield from self._call(self._calls[part], item, found)
+            case _:
+                value = ast.literal_eval(part)
+                if item == value or (isinstance(value, (int, float)) and number(found.program, item) == value):
+                    yield found
+
+    def _all(self, parts: Sequence[tuple[ast.expr, object]], found: Match) -> Iterator[Match]:
+        """The ways in which all these values are their parts."""
+        if not parts:
+            yield found
+            return
+        (part, item), *rest = parts
+        for one in self._ways(part, item, found):
+            yield from self._all(rest, one)
+
+    def _call(self, call: _Call, item: object, found: Match) -> Iterator[Match]:
+        if not _calls(item, call.operators) or (given := _arguments(item, call)) is None:
+            return
+        found = replace(found, calls=(*found.calls, item))
+        for values in (given, given[::-1]) if call.commutes else (given,):
+            yield from self._all(sorted(zip(call.arguments, values, strict=True), key=self._is_variable), found)
+
+    def _is_variable(self, pair: tuple[ast.expr, object]) -> bool:
+        return isinstance(pair[0], ast.Name) and pair[0].id not in self._named
+
+
+def _call(part: ast.AST) -> _Call | None:
+    """The call that a part of a formula is; None for any other part."""
+    match part:
+        case ast.UnaryOp(ast.USub(), ast.Constant()) | ast.BinOp(_, ast.BitOr(), _):
+            return None
+        case ast.UnaryOp(kind, value):
+            return _Call((_ARITHMETIC[type(kind)],), [value])
+        case ast.BinOp(left, kind, right):
+            return _Call((_ARITHMETIC[type(kind)],), [left, right], commutes=isinstance(kind, (ast.Add, ast.Mult)))
+        case ast.Subscript(value, index):
+            return _Call((operator.getitem,), [value, index])
+        case ast.Call(ast.Name(name), arguments):
+            operators = getattr(families, name) if name.isupper() else (getattr(aten, name),)
+            any_more = bool(arguments) and ast.unparse(arguments[-1]) == "..."
+            return _Call(operators, arguments[: len(arguments) - any_more], any_more)
+        case _:
+            return None
+
+
+def _calls(node: object, operators: Container[object]) -> TypeGuard[fx.Node]:
+    """True when a node calls one of the operators, or an overload of one."""
+    is_call = isinstance(node, fx.Node) and node.op == "call_function"
+    return is_call and (node.target in operators or families.packet_of(node) in operators)
+
+
+def _arguments(node: fx.Node, call: _Call) -> Sequence[object] | None:
+    """The arguments of a node for those of a call; None where there are too few, or one that is left out is no default."""
+    count = len(call.arguments)
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.args
+    parameters = node.target._schema.arguments
+    given = [nodes.argument(node, item.name) for item in parameters]
+    defaults = [item.default_value for item in parameters]
+    if len(given) < count or not (call.any_more or given[count:] == defaults[count:]):
+        return None
+    rank = max((nodes.tensor_type(item).rank for item in (node, given[0]) if nodes.is_tensor(item)), default=0)
+    triples = zip(given, parameters, call.arguments, strict=False)
+    return [_dim(value, part, rank) if item.name.startswith("dim") else value for value, item, part in triples]
+
+
+def _dim(value: object, part: ast.expr, rank: int) -> object:
+    """A dimension or a list of them, counted as the formula does."""
+    if isinstance(value, (list, tuple)) and isinstance(part, ast.List) and len(value) == len(part.elts):
+        return [_dim(item, one, rank) for item, one in zip(value, part.elts, strict=True)]
+    return value % rank - rank * isinstance(part, ast.UnaryOp) if isinstance(value, int) and rank else value
