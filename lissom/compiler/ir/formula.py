@@ -12,8 +12,8 @@ The text is in Python's syntax. Its last line is the value to match; a line `nam
 - `a + b`, `a * b` (in either order), `a - b`, `a / b`, `a ** b` and `-a` are calls too; `a[0]` is one of several results.
 - `a | b` stands for several spellings. Any other name is a variable: the same tensor wherever it stands.
 
-Two uses of a variable may differ by casts between floating types; `CASTS(a, ...) | a` allows one anywhere else. Of the arguments
-of a call, variables are matched last, so that a variable is bound where it stands deepest.
+Two uses of a variable may differ by casts between floating types; elsewhere `CASTS(a, ...) | a` allows one. Of the arguments of
+a call, variables are matched last, so that a variable is bound where it stands deepest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import operator
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import cleandoc
-from types import UnionType
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -37,9 +36,8 @@ from lissom.compiler.ir.program import Program
 aten = torch.ops.aten
 
 _ARITHMETIC: Mapping[type[ast.AST], object] = {
-    **{ast.Add: aten.add, ast.Sub: aten.sub, ast.Mult: aten.mul, ast.Div: aten.div},
-    **{ast.Pow: aten.pow, ast.USub: aten.neg},
-}
+    ast.Add: aten.add, ast.Sub: aten.sub, ast.Mult: aten.mul, ast.Div: aten.div, ast.Pow: aten.pow, ast.USub: aten.neg,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,12 +69,6 @@ class Match:
         """True when nothing else in the program reads a call of the formula, apart from its root."""
         return all(node is self.root or node.users.keys() <= {*self.calls} for node in self.calls)
 
-    def bound(self, name: str, value: object) -> Iterator[Match]:
-        """The match with a value for a name; nothing where the name stands for another one."""
-        known = self.values.get(name, value)
-        if known == value or (nodes.is_tensor(known) and nodes.is_tensor(value) and strip_casts(known) is strip_casts(value)):
-            yield replace(self, values={name: value, **self.values})
-
 
 class _Call(NamedTuple):
     """A call in a formula. operators: some without overload. any_more: arguments that are left out may have any value."""
@@ -96,22 +88,17 @@ class Formula:
         kinds: what variables stand for where it is no tensor: `int`, `float` (a number, or a constant of rank 0), or `object`
             (any argument).
 
-    Raises: ValueError when a part of the text is no formula, or `kinds` has a name that does not occur in it.
+    Raises: ValueError when the text calls an unknown operator, or `kinds` has a name that does not occur in it.
     """
 
-    def __init__(self, text: str, where: Callable[[Match], bool] | None = None, **kinds: type | UnionType) -> None:
+    def __init__(self, text: str, where: Callable[[Match], bool] | None = None, **kinds: type) -> None:
         parts = list(ast.walk(ast.parse(cleandoc(text))))
-        self._where, self._kinds, self._named = where, kinds, dict[str, ast.expr]()
-        for part in parts:
-            match part:
-                case ast.Assign([ast.Name(name)], value):
-                    self._named[name] = value
-                case ast.Expr(value):
-                    self._root = value
-                case _:
-                    pass
+        self._where, self._kinds = where, kinds
+        lines = [line for line in parts if isinstance(line, ast.Assign)]
+        self._named = {name.id: line.value for line in lines for name in line.targets if isinstance(name, ast.Name)}
+        self._root = next(line.value for line in parts if isinstance(line, ast.Expr))
         self._calls = {part: call for part in parts if (call := _call(part)) is not None}
-        self._operators = {item for call in self._roots(self._root) for item in call.operators}
+        self._operators = {item for call in self._calls.values() for item in call.operators}
         if unknown := kinds.keys() - {part.id for part in parts if isinstance(part, ast.Name)}:
             raise ValueError(f"the formula has no variable '{unknown.pop()}'")
 
@@ -124,18 +111,6 @@ class Formula:
         if _calls(node, self._operators):
             yield from filter(self._where, self._ways(self._root, node, Match(node, program)))
 
-    def _roots(self, part: ast.expr) -> Iterator[_Call]:
-        """The calls that may compute a part."""
-        match part:
-            case ast.BinOp(left, ast.BitOr(), right):
-                yield from (*self._roots(left), *self._roots(right))
-            case ast.Name(name) if name in self._named:
-                yield from self._roots(self._named[name])
-            case _ if part in self._calls:
-                yield self._calls[part]
-            case _:
-                pass
-
     def _ways(self, part: ast.expr, item: object, found: Match) -> Iterator[Match]:
         """The ways in which a value is a part of the formula, after what is matched already."""
         match part:
@@ -144,10 +119,12 @@ class Formula:
                 for one in self._ways(self._named[name], item, found) if known is None else (found,) if known is item else ():
                     yield replace(one, values={**one.values, name: item})
             case ast.Name(name):
-                kind = self._kinds.get(name, fx.Node)
+                kind = self._kinds.get(name, torch.Tensor)
                 value = number(found.program, item) if kind is float else item
-                if isinstance(value, kind) and (kind is not fx.Node or nodes.is_tensor(value)):
-                    yield from found.bound(name, value)
+                known = found.values.get(name, value)
+                fits = nodes.is_tensor(value) if kind is torch.Tensor else isinstance(value, kind)
+                if fits and (known == value or _uncast(known) is _uncast(value)):
+                    yield replace(found, values={name: value, **found.values})
             case ast.BinOp(left, ast.BitOr(), right):
                 yield from self._ways(left, item, found)
                 yield from self._ways(right, item, found)
@@ -186,24 +163,31 @@ def _call(part: ast.AST) -> _Call | None:
     match part:
         case ast.UnaryOp(ast.USub(), ast.Constant()) | ast.BinOp(_, ast.BitOr(), _):
             return None
-        case ast.UnaryOp(kind, value):
+        case ast.UnaryOp(kind, value) if type(kind) in _ARITHMETIC:
             return _Call((_ARITHMETIC[type(kind)],), [value])
-        case ast.BinOp(left, kind, right):
+        case ast.BinOp(left, kind, right) if type(kind) in _ARITHMETIC:
             return _Call((_ARITHMETIC[type(kind)],), [left, right], commutes=isinstance(kind, (ast.Add, ast.Mult)))
         case ast.Subscript(value, index):
             return _Call((operator.getitem,), [value, index])
-        case ast.Call(ast.Name(name), arguments):
+        case ast.Call(ast.Name(name), arguments) if hasattr(families if name.isupper() else aten, name):
             operators = getattr(families, name) if name.isupper() else (getattr(aten, name),)
             any_more = bool(arguments) and ast.unparse(arguments[-1]) == "..."
             return _Call(operators, arguments[: len(arguments) - any_more], any_more)
+        case ast.UnaryOp() | ast.BinOp() | ast.Call():
+            raise ValueError(f"the formula calls an unknown operator: '{ast.unparse(part)}'")
         case _:
             return None
 
 
 def _calls(node: object, operators: Container[object]) -> TypeGuard[fx.Node]:
     """True when a node calls one of the operators, or an overload of one."""
-    is_call = isinstance(node, fx.Node) and node.op == "call_function"
-    return is_call and (node.target in operators or families.packet_of(node) in operators)
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    return node.target in operators or families.packet_of(node) in operators
+
+
+def _uncast(value: object) -> object:
+    return strip_casts(value) if isinstance(value, fx.Node) else value
 
 
 def _arguments(node: fx.Node, call: _Call) -> Sequence[object] | None:

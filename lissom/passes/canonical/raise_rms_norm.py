@@ -68,11 +68,8 @@ def _raise(edit: Editor, x: fx.Node, normalised: fx.Node, epsilon: float) -> Non
 def _weighted(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """The product of the node with a weight over its last dimension, and the weight; the node alone when there is none."""
     product = only_user(node)
-    if not nodes.is_call(product, aten.mul.Tensor):
-        return node, None
-    other = other_argument(product, node)
-    if not nodes.is_tensor(other):
-        return node, None
-    if nodes.tensor_type(other).shape != nodes.tensor_type(node).shape[-1:]:
-        return node, None
-    return product, other
+    if nodes.is_call(product, aten.mul.Tensor):
+        other = other_argument(product, node)
+        if nodes.is_tensor(other) and nodes.tensor_type(other).shape == nodes.tensor_type(node).shape[-1:]:
+            return product, other
+    return node, None

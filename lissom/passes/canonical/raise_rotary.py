@@ -54,10 +54,11 @@ _COMPLEX = Formula(
 _PART = Formula(
     """
     pairs = RESHAPES(x, ...)
-    slice(x, -1, start, end, step) | SPLITS(x, sizes, -1)[index] | unbind(pairs, -1)[index]
+    slice(x, -1, start | None, end | None, step) | SPLITS(x, sizes, -1)[index] | unbind(pairs, -1)[index]
     """,
-    **dict.fromkeys(("start", "end"), int | None), step=int, sizes=object, index=int,
-)  # fmt: skip
+    **dict.fromkeys(("start", "end", "step", "index"), int),
+    sizes=object,
+)
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,10 @@ def _real_and_imaginary(edit: Editor, number: fx.Node) -> tuple[fx.Node, fx.Node
 
 def _rotated(found: Match) -> fx.Node | None:
     """The x of x · cos + rotated(x) · sin, with an angle per feature, or of both results joined, with one per pair."""
-    joined, parts = found["joined"], (_part(found["a"]), _part(found["b"]))
-    if parts[0] is None or parts[1] is None or parts[0][0] is not parts[1][0]:
+    joined, first, second = found["joined"], _part(found["a"]), _part(found["b"])
+    if first is None or second is None or first[0] is not second[0]:
         return None
-    x, (first, second) = parts[0][0], (features for _, features in parts)
+    x = first[0]
     width = nodes.fixed_size(x, -1)
     half, features = width // 2, range(width)
     neighbours = nodes.is_call(joined, *RESHAPES)
@@ -113,7 +114,7 @@ def _rotated(found: Match) -> fx.Node | None:
     angles = half if "x" not in found.values else width
     tables = [nodes.tensor_type(found[name]) for name in ("cos", "sin")]
     fits = all(table.shape[-1:] == (angles,) and table.rank <= nodes.tensor_type(x).rank for table in tables)
-    return x if fits and width % 2 == 0 and (first, second) == wanted and found.values.get("x", x) is x else None
+    return x if fits and width % 2 == 0 and (first[1], second[1]) == wanted and found.values.get("x", x) is x else None
 
 
 def _are_pairs(pairs: fx.Node, whole: object) -> bool:
@@ -130,7 +131,8 @@ def _part(node: fx.Node) -> tuple[fx.Node, range] | None:
         return None
     features, values = range(width), found.values
     if "step" in values:
-        return found["x"], features[values["start"] : values["end"] : values["step"]]
+        bounds = [item if isinstance(item, int) else None for item in map(values.get, ("start", "end", "step"))]
+        return found["x"], features[slice(*bounds)]
     index = int(found.number("index"))
     if "pairs" in values:
         return (found["x"], features[index::2]) if _are_pairs(found["pairs"], found["x"]) else None

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.structure.linear import as_int
 from lissom.compiler.analysis.structure.operands import SWAPPED, joined_heads
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import AttentionKernel
@@ -50,7 +51,7 @@ _PACKED = Formula(
     permuted = permute(apart, [2, 0, 3, 1, 4])
     select(permuted, 0, index) | unbind(permuted, 0)[index]
     """,
-    lambda found: _keep_rows(found, "whole", "apart") and nodes.tensor_type(found["apart"]).shape[2] == 3,
+    lambda found: _keep_rows(found, "whole", "apart") and as_int(nodes.tensor_type(found["apart"]).shape[2]) == 3,
     index=int,
 )
 """The heads of a third of a projection, which is reshaped to [batch, tokens, 3, heads, head_dim]."""

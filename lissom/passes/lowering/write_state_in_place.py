@@ -19,7 +19,6 @@ from lissom.compiler.ir.match import is_handed_out
 from lissom.compiler.ir.node import IN_PLACE
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
-
 _WRITE = Formula("new = index_copy(state, ...)\ncopy_(state, new)")
 
 

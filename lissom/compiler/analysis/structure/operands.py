@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TypeGuard
 
 import torch
 from torch import fx
@@ -116,12 +115,9 @@ def operands_obstacle(edit: Editor, node: fx.Node) -> str | None:
 def joined_heads(attention: fx.Node) -> fx.Node | None:
     """The reshape that merges the heads of the attention's output, where nothing else reads them."""
     swapped = only_user(attention)
-    joined = only_user(swapped) if swaps_heads(swapped) else None
+    if swapped is None or _SWAPPED.match(swapped) is None:
+        return None
+    joined = only_user(swapped)
     if not nodes.is_call(joined, *RESHAPES) or nodes.tensor_type(joined).rank != 3:
         return None
     return joined if nodes.tensor_type(joined).shape[:2] == nodes.tensor_type(swapped).shape[:2] else None
-
-
-def swaps_heads(node: object) -> TypeGuard[fx.Node]:
-    """True for a call that swaps the dimensions of tokens and heads."""
-    return _SWAPPED.match(node) is not None
