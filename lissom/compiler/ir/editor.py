@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from lissom.compiler.ir import fake, printer
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.formula import Formula, Match
 from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, spread
@@ -105,6 +106,12 @@ class Editor:
                 self.current = node
                 yield node
         self.current = None
+
+    def matches(self, formula: Formula) -> Iterator[Match]:
+        """The first match of a formula at each call that computes it, in order; the program may change in between."""
+        for node in self.nodes():
+            if (found := formula.match(node, self.program)) is not None:
+                yield found
 
     def treatable(self, obstacle: Callable[[fx.Node], str | None], *targets: object) -> Iterator[fx.Node]:
         """The nodes of these targets that `obstacle` gives no reason against; the others are reported with the reason."""

@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.operators import CASTS, MAY_GIVE_BACK, reduced_dims
+from lissom.compiler.ir.operators import CASTS, MAY_GIVE_BACK
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.view_calls import Gather, Item
+from lissom.compiler.ir.view_calls import Gather
 
 aten = torch.ops.aten
 
@@ -101,39 +101,19 @@ def other_argument(node: fx.Node, known: fx.Node) -> object:
     return left if right is known else None
 
 
-def unshifted(node: object, dim: int) -> fx.Node | None:
-    """x of x − max(x) over one dimension that is kept with size 1; None when the node is no such difference."""
-    if not nodes.is_call(node, aten.sub.Tensor) or node.kwargs:
-        return None
-    value, shift = node.args
-    if (first := Item.of(shift)) is not None and first.index == 0:
-        shift = first.source
-    if not nodes.is_call(shift, aten.amax.default, aten.max.dim) or not nodes.is_tensor(value) or shift.args[0] is not value:
-        return None
-    rank = nodes.tensor_type(value).rank
-    same = reduced_dims(shift, rank) == {dim % rank}
-    return value if same and nodes.argument(shift, "keepdim") else None
-
-
-def number(program: Program, argument: object) -> float | None:
+def number(program: Program | None, argument: object) -> float | None:
     """The number in an argument: a literal, or a constant of rank 0 in the program; None when it is neither."""
     if isinstance(argument, (int, float)):
         return float(argument)
-    if not isinstance(argument, fx.Node) or argument.op != "get_attr" or str(argument.target) in program.state:
+    if (
+        program is None
+        or not isinstance(argument, fx.Node)
+        or argument.op != "get_attr"
+        or str(argument.target) in program.state
+    ):
         return None
     weight = program.weight(str(argument.target))
     return float(weight) if weight.dim() == 0 and not isinstance(weight, torch.nn.Parameter) else None
-
-
-def scalar_and_node(program: Program, node: object, targets: Collection[object]) -> tuple[float, fx.Node] | None:
-    """The number and the value a commutative operator combines, in either order; None when it does not."""
-    if not isinstance(node, fx.Node) or node.target not in targets or node.kwargs:
-        return None
-    for first, second in (node.args, reversed(node.args)):
-        scalar = number(program, first)
-        if scalar is not None and nodes.is_tensor(second):
-            return scalar, second
-    return None
 
 
 def lookup_indices(node: fx.Node) -> fx.Node:

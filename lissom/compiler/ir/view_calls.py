@@ -33,14 +33,6 @@ class Reshape(Call):
     sizes = Operand[Sequence[Size | fx.Node]]("shape", "size")
 
 
-class Permute(Call):
-    """Dimensions in another order."""
-
-    targets = (aten.permute.default,)
-    x = Operand[fx.Node]("self")
-    dims = Operand[Sequence[int]]("dims")
-
-
 class Transpose(Call):
     """Two dimensions swapped."""
 
@@ -174,14 +166,6 @@ class SymSize(Call):
     """The size of one dimension."""
 
     targets = (aten.sym_size.int,)
-    x = Operand[fx.Node]("self")
-    dim = Operand[int]("dim")
-
-
-class Unbind(Call):
-    """Each index of a dimension on its own."""
-
-    targets = (aten.unbind.int,)
     x = Operand[fx.Node]("self")
     dim = Operand[int]("dim")
 

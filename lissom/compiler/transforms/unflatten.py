@@ -10,15 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import fx
 
-from lissom.compiler.analysis.structure.linear import bias_of, input_of, second_factor
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.dimension_map import product_of, shape_of
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.operators import RESHAPES
+from lissom.compiler.ir.formula import Formula, Match
 
 aten = torch.ops.aten
+
+_PRODUCT = Formula(
+    """
+    flat = RESHAPES(x, ...)
+    product = addmm(bias, flat, weight) | mm(flat, weight)
+    RESHAPES(product, ...)
+    """,
+    lambda found: _keeps_rows(found),
+)
 
 
 def unflatten_where(edit: Editor, helps: Callable[[Editor], bool]) -> None:
@@ -30,25 +36,20 @@ def unflatten_where(edit: Editor, helps: Callable[[Editor], bool]) -> None:
 
 def _unflatten(edit: Editor) -> bool:
     """Rewrite all such products; True when there were any."""
-    reshapes = [node for node in edit.nodes(*RESHAPES) if _is_product_of_rows(node)]
-    for node in reshapes:
-        product = nodes.operand(node)
-        with edit.before(node, like=[product]):
-            turned = edit.call(aten.transpose.int, second_factor(product), 0, 1)
-            layer = edit.call(aten.linear.default, nodes.operand(input_of(product)), turned, bias_of(product))
-        edit.replace(node, layer)
+    before = edit.rewritten
+    for reshapes in edit.matches(_PRODUCT):
+        with edit.before(reshapes.root, like=[reshapes["product"]]):
+            turned = edit.call(aten.transpose.int, reshapes["weight"], 0, 1)
+            layer = edit.call(aten.linear.default, reshapes["x"], turned, reshapes.values.get("bias"))
+        edit.replace(reshapes.root, layer)
     # The old reshapes and products still read their inputs.
     edit.program.drop_dead()
-    return bool(reshapes)
+    return edit.rewritten > before
 
 
-def _is_product_of_rows(node: fx.Node) -> bool:
-    product = nodes.operand(node)
-    if not nodes.is_call(product, aten.addmm.default, aten.mm.default) or product.kwargs:
-        return False
-    flat, weight, bias = input_of(product), second_factor(product), bias_of(product)
-    if not nodes.is_call(flat, *RESHAPES) or weight is None or weight.op != "get_attr":
-        return False
-    x, rows, result = shape_of(nodes.operand(flat)), shape_of(flat), shape_of(node)
+def _keeps_rows(found: Match) -> bool:
+    """True for the product of all rows of x with a weight, apart again as in x."""
+    x, rows, product, result = map(shape_of, (found["x"], found["flat"], found["product"], found.root))
     whole = len(x) > 2 and rows[-1] == x[-1] and product_of(rows[:1]) == product_of(x[:-1])
-    return whole and result == (*x[:-1], shape_of(product)[-1]) and (bias is None or len(shape_of(bias)) == 1)
+    plain = found["weight"].op == "get_attr" and ("bias" not in found.values or len(shape_of(found["bias"])) == 1)
+    return plain and whole and result == (*x[:-1], product[-1])

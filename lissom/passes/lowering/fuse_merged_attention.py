@@ -12,22 +12,49 @@ them: a tenth of the time of a small model on a short text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.structure.operands import joined_heads, swaps_heads
+from lissom.compiler.analysis.structure.linear import as_int
+from lissom.compiler.analysis.structure.operands import SWAPPED, joined_heads
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import AttentionKernel
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.operators import RESHAPES
-from lissom.compiler.ir.view_calls import IndexSelect, Item, Permute, Reshape, Select, Split, Unbind
+from lissom.compiler.ir.formula import Formula, Match
+from lissom.compiler.ir.view_calls import Reshape
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.fused_attention import fused_attention, merged_attention
 
 aten = torch.ops.aten
+
+
+_PIECE = Formula(
+    f"""
+    split = SPLITS(whole, sizes, -1)
+    piece = split[index]
+    looked_up = reshape(index_select(piece, 1, rows), shape)
+    joined = piece | looked_up
+    x = RESHAPES(joined, ...)
+    {SWAPPED}
+    """,
+    lambda found: _keep_rows(found, "joined", "x") and _are_three(found["split"]),
+    index=int,
+    sizes=object,
+    shape=object,
+)
+"""The heads of a piece of a projection, or of rows looked up in it."""
+_PACKED = Formula(
+    """
+    apart = RESHAPES(whole, ...)
+    permuted = permute(apart, [2, 0, 3, 1, 4])
+    select(permuted, 0, index) | unbind(permuted, 0)[index]
+    """,
+    lambda found: _keep_rows(found, "whole", "apart") and as_int(nodes.tensor_type(found["apart"]).shape[2]) == 3,
+    index=int,
+)
+"""The heads of a third of a projection, which is reshaped to [batch, tokens, 3, heads, head_dim]."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +69,7 @@ class FuseMergedAttention(Rewrite):
             heads, key_heads = (nodes.tensor_type(operand).shape[1] for operand in (attention.q, attention.k))
             rest = {name: value for name, value in node.kwargs.items() if name != "sinks"}
             with edit.before(node):
-                whole = merged.projection if merged.lookup is None else _looked_up(edit, merged.projection, merged.lookup)
+                whole = _looked_up(edit, merged) if "rows" in merged.values else merged["whole"]
                 call = edit.call(merged_attention, whole, attention.bias, heads=heads, key_heads=key_heads, **rest)
             edit.replace(joined, call)
 
@@ -58,92 +85,39 @@ def _obstacle(node: fx.Node) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Merged:
-    """The source of the heads: the projection [batch, tokens, features] that splits into exactly q, k and v, in this order.
-
-    Attributes:
-        lookup: the reshape of a lookup of rows that stands between each piece and its heads, that of q.
-    """
-
-    projection: fx.Node
-    lookup: Reshape | None = None
+def _looked_up(edit: Editor, piece: Match) -> fx.Node:
+    """The rows of the whole projection that are looked up in a piece, [batch, tokens, features]."""
+    rows = edit.call(aten.index_select.default, piece["whole"], 1, piece["rows"])
+    sizes = [*Reshape(piece["looked_up"]).sizes[:2], nodes.tensor_type(piece["whole"]).shape[2]]
+    return edit.call(aten.reshape.default, rows, sizes)
 
 
-def _looked_up(edit: Editor, projection: fx.Node, lookup: Reshape) -> fx.Node:
-    """The rows of the whole projection that a lookup takes of a piece, [batch, tokens, features]."""
-    selected = IndexSelect(lookup.x)
-    rows = edit.call(aten.index_select.default, projection, selected.dim, selected.indices)
-    return edit.call(aten.reshape.default, rows, [*lookup.sizes[:2], nodes.tensor_type(projection).shape[2]])
-
-
-def _merged(node: fx.Node) -> _Merged | None:
-    """The merged projection of an attention; None if there is none."""
+def _merged(node: fx.Node) -> Match | None:
+    """The queries of an attention as a part of a merged projection of exactly its queries, keys and values; None for others."""
     attention = AttentionKernel(node)
     heads = attention.q, attention.k, attention.v
-    pieces = [_piece(head) for head in heads]
-    if pieces[0] is None:
-        packed = _packed(heads)
-        return None if packed is None else _Merged(packed)
-    split, _, lookup = pieces[0]
-    places = [(piece[0], piece[1], _rows_of(piece[2])) for piece in pieces if piece is not None]
+    if len({nodes.tensor_type(head).shape[3] for head in heads}) > 1:
+        return None
+    for formula, source in ((_PIECE, "split"), (_PACKED, "permuted")):
+        parts = [found for head in heads if (found := formula.match(head)) is not None]
+        same = len({(found[source], *_rows(found)) for found in parts}) == 1
+        if same and [found.number("index") for found in parts] == [0, 1, 2]:
+            return parts[0]
+    return None
+
+
+def _are_three(split: fx.Node) -> bool:
+    """True for a split of [batch, tokens, features] into three pieces."""
     results = nodes.node_type(split)
-    whole = isinstance(results, tuple) and len(results) == 3
-    if places != [(split, index, _rows_of(lookup)) for index in range(3)] or not whole:
-        return None
-    depths = {nodes.tensor_type(head).shape[3] for head in heads}
-    return _Merged(Split(split).x, lookup) if len(depths) == 1 else None
+    return isinstance(results, tuple) and len(results) == 3 == nodes.tensor_type(nodes.operand(split)).rank
 
 
-def _rows_of(lookup: Reshape | None) -> tuple[object, ...]:
-    """The dimension and the rows of a lookup, and the sizes it is reshaped to but the last; nothing without a lookup."""
-    if lookup is None:
-        return ()
-    selected = IndexSelect(lookup.x)
-    return (selected.dim, selected.indices, *lookup.sizes[:2])
+def _rows(piece: Match) -> tuple[object, ...]:
+    """The rows that are looked up in a piece, and the sizes of batch and tokens that they are reshaped to."""
+    return (piece["rows"], *Reshape(piece["looked_up"]).sizes[:2]) if "rows" in piece.values else ()
 
 
-def _packed(heads: Sequence[fx.Node]) -> fx.Node | None:
-    """The merged projection, if it is reshaped to [batch, tokens, 3, heads, head_dim], permuted, and taken apart; else None."""
-    parts = [_part(head) for head in heads]
-    if parts[0] is None or parts != [(parts[0][0], index) for index in range(3)]:
-        return None
-    permuted = Permute.of(parts[0][0])
-    if permuted is None or [*permuted.dims] != [2, 0, 3, 1, 4] or not nodes.is_call(permuted.x, *RESHAPES):
-        return None
-    source = nodes.operand(permuted.x)
-    whole, unpacked = (nodes.tensor_type(tensor).shape for tensor in (source, permuted.x))
-    return source if len(whole) == 3 and whole[:2] == unpacked[:2] and unpacked[2] == 3 else None
-
-
-def _part(node: fx.Node) -> tuple[fx.Node, int] | None:
-    """The tensor, and the index in its first dimension, that a value is taken from."""
-    if (selected := Select.of(node)) is not None:
-        source, index = selected, selected.index
-    elif (item := Item.of(node)) is not None and (unbound := Unbind.of(item.source)) is not None:
-        source, index = unbound, item.index
-    else:
-        return None
-    return (source.x, index) if source.dim == 0 and isinstance(index, int) else None
-
-
-def _piece(heads: fx.Node) -> tuple[fx.Node, int, Reshape | None] | None:
-    """The split, and the index of its output, that [batch, heads, tokens, head_dim] is a view of, or the rows of a lookup."""
-    if not swaps_heads(heads) or not nodes.is_call(nodes.operand(heads), *RESHAPES):
-        return None
-    apart = nodes.operand(heads)
-    joined = nodes.operand(apart)
-    lookup = _lookup(joined)
-    piece = Item.of(joined if lookup is None else IndexSelect(lookup.x).x)
-    split = None if piece is None else Split.of(piece.source)
-    if piece is None or split is None:
-        return None
-    whole, part, by_head = map(nodes.tensor_type, (split.x, joined, apart))
-    same = part.rank == 3 and by_head.rank == 4 and part.shape[:2] == by_head.shape[:2]
-    return (split.node, piece.index, lookup) if whole.rank == 3 and split.dim in (-1, 2) and same else None
-
-
-def _lookup(node: fx.Node) -> Reshape | None:
-    """The reshape of rows, selected in the dimension of tokens, to [batch, tokens, features]; None for any other node."""
-    selected = IndexSelect.of(nodes.operand(node)) if nodes.is_call(node, aten.reshape.default) else None
-    return Reshape(node) if selected is not None and selected.dim == 1 else None
+def _keep_rows(found: Match, joined: str, apart: str) -> bool:
+    """True when a reshape of [batch, tokens, features] keeps batch and tokens."""
+    before, after = nodes.tensor_type(found[joined]).shape, nodes.tensor_type(found[apart]).shape
+    return len(before) == 3 and before[:2] == after[:2]

@@ -10,26 +10,39 @@ the attention does neither: it reads the rows of each text where they are, and c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.structure.operands import joined_heads, swaps_heads
+from lissom.compiler.analysis.structure.operands import SWAPPED, joined_heads
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import AttentionKernel, BlockSparseAttention
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.formula import Formula, Match
 from lissom.compiler.ir.match import only_user
 from lissom.compiler.ir.operators import RESHAPES
 from lissom.compiler.ir.types import TensorType
-from lissom.compiler.ir.view_calls import IndexSelect, Reshape, Transpose
+from lissom.compiler.ir.view_calls import IndexSelect, Reshape
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.fused_attention import fused_attention, unpadded_attention
 from lissom.ops.pattern import Pattern
 
 aten = torch.ops.aten
+
+
+_LOOKUP = Formula(
+    f"""
+    front = SIZED_RESHAPES(index_select(packed, 2, slots), sizes)
+    sized = SIZED_RESHAPES(index_select(packed, 1, slots), sizes)
+    x = RESHAPES(sized, ...) | sized
+    transpose(front, 0, 1) | {SWAPPED}
+    """,
+    lambda found: _is_lookup(found),
+    sizes=object,
+)
+"""Heads of rows that are looked up; the heads of `front` are in front of its batch."""
 
 
 @dataclass(frozen=True)
@@ -61,27 +74,17 @@ class _Lookup(NamedTuple):
 
 def _lookup(heads: fx.Node) -> _Lookup | None:
     """The lookup of heads; None where there is none."""
-    if not nodes.is_call(heads, aten.transpose.int, aten.permute.default):
+    found = _LOOKUP.match(heads)
+    if found is None:
         return None
-    apart, swap = nodes.operand(heads), Transpose.of(heads)
-    sized = Reshape.of(apart)
-    if swap is not None and (swap.dim0, swap.dim1) == (0, 1) and sized is not None:
-        return _selected(sized.x, 2, sized.sizes[1:3])
-    if not swaps_heads(heads):
-        return None
-    if nodes.is_call(apart, *RESHAPES):
-        sized = Reshape.of(nodes.operand(apart)) or sized
-    if sized is None or nodes.tensor_type(sized.node).shape[:2] != nodes.tensor_type(apart).shape[:2]:
-        return None
-    return _selected(sized.x, 1, sized.sizes[:2])
+    sizes = Reshape(found["front"]).sizes[1:3] if "front" in found.values else Reshape(found["sized"]).sizes[:2]
+    return _Lookup(found["packed"], found["slots"], tuple(sizes))
 
 
-def _selected(node: fx.Node, dim: int, sizes: Sequence[object]) -> _Lookup | None:
-    """The lookup of a selection of rows that is reshaped to these sizes of batch and tokens."""
-    rows = IndexSelect.of(node)
-    if rows is None or rows.dim != dim or nodes.tensor_type(rows.x).shape[0] != 1 or nodes.tensor_type(rows.indices).rank != 1:
-        return None
-    return _Lookup(rows.x, rows.indices, tuple(sizes))
+def _is_lookup(found: Match) -> bool:
+    """True for rows of one sequence, whose batch and tokens the heads keep."""
+    shapes = [nodes.tensor_type(found.values.get(name, found.root)).shape[:2] for name in ("sized", "x")]
+    return nodes.tensor_type(found["packed"]).shape[0] == nodes.tensor_type(found["slots"]).rank == 1 and shapes[0] == shapes[1]
 
 
 class _Site(NamedTuple):

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from lissom.compiler.analysis.structure.linear import activation_of
 from lissom.compiler.analysis.structure.quantized_linear import is_owned, layer_path, store_like
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Linear
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import is_own_weight, only_user
-from lissom.compiler.ir.operators import SPLITS
+from lissom.compiler.ir.formula import Formula
+from lissom.compiler.ir.match import is_own_weight
 from lissom.compiler.ir.view_calls import Item
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.native import missing_kernel
@@ -29,32 +28,29 @@ from lissom.ops.quantization import dequantize
 aten = torch.ops.aten
 
 
+_GATE = Formula(
+    """
+    layer = linear(x, weight, bias)
+    pieces = SPLITS(layer, sizes, -1)
+    gate = pieces[gate_index]
+    up = pieces[up_index]
+    (relu(gate) | silu(gate) | gelu(gate, ...)) * up
+    """,
+    lambda found: found.is_private and {found.number("gate_index"), found.number("up_index")} == {0, 1},
+    **dict.fromkeys(("gate_index", "up_index"), int),
+    **dict.fromkeys(("bias", "sizes"), object),
+)
+
+
 @dataclass(frozen=True)
 class SplitGates(Rewrite):
     """Splits the merged gate and up projections of gated feed-forwards, whose products then fuse with the gate."""
 
     def run(self, edit: Editor) -> None:
-        for linear in edit.nodes(aten.linear.default):
-            gate = _gate(linear)
-            if gate is not None and edit.may_change(linear, _obstacle(linear)):
-                _split(edit, linear, gate)
-
-
-def _gate(linear: fx.Node) -> dict[str, fx.Node] | None:
-    """The halves of a merged projection in order: "gate", which passes an activation, and "up", its factor; else None."""
-    split = only_user(linear)
-    if not nodes.is_call(split, *SPLITS) or nodes.argument(split, "dim") not in (-1, nodes.tensor_type(linear).rank - 1):
-        return None
-    pieces, results = {item.index: item.node for user in split.users if (item := Item.of(user))}, nodes.node_type(split)
-    if len(split.users) != 2 or pieces.keys() != {0, 1} or not isinstance(results, tuple) or len(results) != 2:
-        return None
-    for gate, up in ((pieces[0], pieces[1]), (pieces[1], pieces[0])):
-        activation = only_user(gate)
-        product = None if activation is None or activation_of(activation) is None else only_user(activation)
-        if nodes.is_call(product, aten.mul.Tensor) and product is only_user(up):
-            names = {gate: "gate", up: "up"}
-            return {names[pieces[place]]: pieces[place] for place in (0, 1)}
-    return None
+        for found in edit.matches(_GATE):
+            if edit.may_change(found["layer"], _obstacle(found["layer"])):
+                pieces = {"gate": found["gate"], "up": found["up"]}
+                _split(edit, found["layer"], dict(sorted(pieces.items(), key=lambda item: Item(item[1]).index)))
 
 
 def _obstacle(linear: fx.Node) -> str | None:
@@ -66,10 +62,10 @@ def _obstacle(linear: fx.Node) -> str | None:
     return missing_kernel(x.dtype, x.device)
 
 
-def _split(edit: Editor, linear: fx.Node, gate: dict[str, fx.Node]) -> None:
+def _split(edit: Editor, linear: fx.Node, pieces: dict[str, fx.Node]) -> None:
     layer = Linear(linear)
     path, start = layer_path(layer.weight), 0
-    for name, piece in gate.items():
+    for name, piece in pieces.items():
         rows = slice(start, start + nodes.fixed_size(piece, -1))
         start = rows.stop
         with edit.before(linear, like=[linear]):

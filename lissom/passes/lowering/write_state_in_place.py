@@ -10,17 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.formula import Formula
 from lissom.compiler.ir.match import is_handed_out
 from lissom.compiler.ir.node import IN_PLACE
-from lissom.compiler.ir.view_calls import Copy
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
-aten = torch.ops.aten
+_WRITE = Formula("new = index_copy(state, ...)\ncopy_(state, new)")
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,9 @@ class WriteStateInPlace(Rewrite):
     """Writes KV-cache rows in place, rather than copying the cache."""
 
     def run(self, edit: Editor) -> None:
-        for write in edit.nodes(aten.copy_.default):
-            state, new = Copy(write).x, Copy(write).source
-            if not nodes.is_state_write(write) or not nodes.is_call(new, *IN_PLACE) or nodes.operand(new) is not state:
-                continue
-            if edit.may_change(write, _obstacle(edit, state, new, write)):
+        for found in edit.matches(_WRITE):
+            state, new, write = found["state"], found["new"], found.root
+            if nodes.is_state_write(write) and edit.may_change(write, _obstacle(edit, state, new, write)):
                 edit.change_call(new, IN_PLACE[new.target], *new.args, **new.kwargs)
                 edit.program.graph.erase_node(write)
 

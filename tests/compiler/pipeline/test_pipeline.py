@@ -136,7 +136,7 @@ def test_pass_that_writes_into_model_s_weight_is_refused():
 
 
 def test_exact_passes_in_a_row_are_compared_once():
-    passes = DropDropout(), Untouched(), ScaleWeights(factor=0.5), DropDropout()
+    passes = DropDropout(), DropDropout(), ScaleWeights(factor=0.5), DropDropout()
     _, history = run(captured("feed_forward"), *passes)
     assert [step.relative_error for step in history.steps[1:3]] == [0.0, 0.0]
     _, history = run(captured("bert"), DropDropout(which=1), DropDropout(), name="bert")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TypeGuard
 
 import torch
 from torch import fx
@@ -12,14 +11,25 @@ from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.formula import Formula
 from lissom.compiler.ir.match import only_user
 from lissom.compiler.ir.operators import RESHAPES
-from lissom.compiler.ir.view_calls import Permute, RepeatInterleave, Transpose, Unsqueeze
 
 aten = torch.ops.aten
 
 PLAIN = aten.scaled_dot_product_attention.default
 """PyTorch's attention."""
+SWAPPED = "transpose(x, 1, 2) | transpose(x, 2, 1) | permute(x, [0, 2, 1, 3])"
+"""The dimensions of tokens and heads of x exchanged, in four dimensions."""
+_SWAPPED = Formula(SWAPPED, lambda found: nodes.tensor_type(found.root).rank == 4)
+_REPEATED = Formula(
+    """
+    spread = expand(unsqueeze(x, 2), ...)
+    RESHAPES(spread, ...) | repeat_interleave(x, repeats, 1, ...)
+    """,
+    lambda found: nodes.tensor_type(found.root).rank == nodes.tensor_type(found["x"]).rank == 4,
+    repeats=int,
+)
 
 
 def scale_of(node: fx.Node) -> float:
@@ -61,19 +71,12 @@ def unrepeated(node: object) -> fx.Node:
         node: [batch, heads, tokens, features], computed by unsqueeze, expand and reshape, or by repeat_interleave.
     """
     assert isinstance(node, fx.Node)
-    if (repeat := RepeatInterleave.of(node)) is not None:
-        return repeat.x if repeat.dim in (1, -3) and nodes.tensor_type(node).rank == 4 else node
-    spread = nodes.operand(node) if nodes.is_call(node, *RESHAPES) else None
-    if not nodes.is_call(spread, aten.expand.default) or nodes.tensor_type(spread).rank != 5:
-        return node
-    inner = Unsqueeze.of(nodes.operand(spread))
-    if inner is None or inner.dim != 2:
-        return node
-    wanted, source_type = nodes.tensor_type(node), nodes.tensor_type(inner.x)
-    copies = nodes.tensor_type(spread).shape[2]
-    heads = source_type.shape[1]
-    repeats = isinstance(copies, int) and isinstance(heads, int) and wanted.shape[1] == heads * copies
-    return inner.x if repeats and wanted.rank == 4 and wanted.shape[2:] == source_type.shape[2:] else node
+    if (source_type := _REPEATED.match(node)) is None or "spread" not in source_type.values:
+        return node if source_type is None else source_type["x"]
+    (_, heads, *rest), (_, wanted, *wanted_rest) = (nodes.tensor_type(item).shape for item in (source_type["x"], node))
+    copies = nodes.tensor_type(source_type["spread"]).shape[2]
+    repeats = isinstance(copies, int) and isinstance(heads, int) and wanted == heads * copies
+    return source_type["x"] if repeats and wanted_rest == rest else node
 
 
 def shared_operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -113,16 +116,9 @@ def operands_obstacle(edit: Editor, node: fx.Node) -> str | None:
 def joined_heads(attention: fx.Node) -> fx.Node | None:
     """The reshape that merges the heads of the attention's output, where nothing else reads them."""
     swapped = only_user(attention)
-    joined = only_user(swapped) if swaps_heads(swapped) else None
+    if swapped is None or _SWAPPED.match(swapped) is None:
+        return None
+    joined = only_user(swapped)
     if not nodes.is_call(joined, *RESHAPES) or nodes.tensor_type(joined).rank != 3:
         return None
     return joined if nodes.tensor_type(joined).shape[:2] == nodes.tensor_type(swapped).shape[:2] else None
-
-
-def swaps_heads(node: object) -> TypeGuard[fx.Node]:
-    """True for a call that swaps the dimensions of tokens and heads."""
-    if (permuted := Permute.of(node)) is not None:
-        return list(permuted.dims) == [0, 2, 1, 3]
-    if not nodes.is_call(node, aten.transpose.int) or nodes.tensor_type(node).rank != 4:
-        return False
-    return {Transpose(node).dim0 % 4, Transpose(node).dim1 % 4} == {1, 2}

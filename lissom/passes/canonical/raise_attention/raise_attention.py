@@ -16,11 +16,11 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import MaskedFill, Matmul, Softmax, Where
+from lissom.compiler.ir.calls import Matmul, Softmax
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import number, strip_casts
+from lissom.compiler.ir.formula import Formula
+from lissom.compiler.ir.match import strip_casts
 from lissom.compiler.ir.operators import CASTS, SOFTMAX
-from lissom.compiler.ir.view_calls import Slice, Transpose
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops import attention
 from lissom.passes.canonical.raise_attention.scores import PRODUCTS, Bias, NoMatchError, Scores, folds_heads, scores_of
@@ -30,6 +30,12 @@ aten = torch.ops.aten
 # A fill this low hides a score, and adding it to the score has the same effect as setting it. In a fully masked row the sum
 # rounds to the fill itself while scores are below 32, half the spacing of float32 numbers there.
 _LOWEST = -1e9
+
+
+_TRANSPOSED = Formula("transpose(k, -2, -1) | transpose(k, -1, -2)")
+_ZEROED = Formula("masked_fill(weights, mask, 0)")
+_SLICED = Formula("slice(weights, -1, 0 | None, -1)")
+_WITHOUT_NAN = Formula("is_nan = isnan(weights)\nwhere(is_nan, 0, weights)")
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,10 @@ def _product_with_values(edit: Editor, softmax: fx.Node) -> _Product | None:
     sliced = False
     while len(weights.users) == 1:
         user = next(iter(weights.users))
-        fill = MaskedFill.of(user)
-        if zeroed is None and fill is not None and fill.x is weights and number(edit.program, fill.value) == 0:
-            zeroed = fill.mask
-        elif _drops_last(user, weights) and not sliced:
+        fill = _ZEROED.match(user, edit.program)
+        if zeroed is None and fill is not None and fill["weights"] is weights:
+            zeroed = fill["mask"]
+        elif _SLICED.match(user) is not None and not sliced:
             sliced = True
         elif not (nodes.is_call(user, *CASTS) or folds_heads(user)):
             break
@@ -90,24 +96,11 @@ def _product_with_values(edit: Editor, softmax: fx.Node) -> _Product | None:
     return _Product(product, zeroed, sliced)
 
 
-def _drops_last(node: fx.Node, weights: fx.Node) -> bool:
-    """True for `weights[..., :-1]`."""
-    part = Slice.of(node)
-    if part is None or part.x is not weights or part.dim not in (-1, nodes.tensor_type(weights).rank - 1):
-        return False
-    return not part.start and part.end == -1 and part.step == 1
-
-
 def _without_nan(edit: Editor, softmax: fx.Node) -> fx.Node:
     """The weights with NaN set to 0, as attention has for a fully masked row; without that, the softmax itself."""
     for user in softmax.users:
-        choice = Where.of(user)
-        if choice is None or choice.other is not softmax:
-            continue
-        is_nan = choice.condition
-        if not nodes.is_call(is_nan, aten.isnan.default) or nodes.operand(is_nan) is not softmax or len(is_nan.users) > 1:
-            continue
-        if number(edit.program, choice.chosen) == 0 and set(softmax.users) == {user, is_nan}:
+        found = _WITHOUT_NAN.match(user, edit.program)
+        if found is not None and softmax.users.keys() == {user, found["is_nan"]} and found.is_private:
             return user
     return softmax
 
@@ -160,12 +153,8 @@ def _hidden_for_good(scores: Scores, zeroed: fx.Node) -> Scores:
 
 def _keys(edit: Editor, transposed: fx.Node) -> fx.Node:
     """The keys before their last two dimensions were transposed."""
-    rank = nodes.tensor_type(transposed).rank
-    if nodes.is_call(transposed, aten.transpose.int):
-        swap = Transpose(transposed)
-        if {swap.dim0 % rank, swap.dim1 % rank} == {rank - 1, rank - 2}:
-            return swap.x
-    return edit.call(aten.transpose.int, transposed, -2, -1)
+    found = _TRANSPOSED.match(transposed)
+    return edit.call(aten.transpose.int, transposed, -2, -1) if found is None else found["k"]
 
 
 def _unfold(edit: Editor, node: fx.Node, heads: object) -> fx.Node:

@@ -16,13 +16,16 @@ from torch import fx
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import AddedProduct, Binary, MaskedFill, Matmul, Softmax, Where
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import number, scalar_and_node, strip_casts, unshifted
-from lissom.compiler.ir.operators import BATCHED_MATMULS, DIVIDE, MULTIPLY, RESHAPES
+from lissom.compiler.ir.formula import Formula
+from lissom.compiler.ir.match import number, strip_casts
+from lissom.compiler.ir.operators import BATCHED_MATMULS, RESHAPES
 from lissom.compiler.ir.view_calls import Cat
 
 aten = torch.ops.aten
 
 PRODUCTS = BATCHED_MATMULS
+_SCALED = Formula("x * c | x / d", lambda found: found.values.get("d") != 0, c=float, d=float)
+_SHIFTED = Formula("x - (amax(x, [-1], True) | max(x, -1, True)[0])")
 _LARGER = (aten.max.other, aten.maximum.default, aten.clamp.default, aten.clamp_min.default)
 
 
@@ -109,8 +112,8 @@ def scores_of(edit: Editor, softmax: fx.Node) -> Scores:
 def _unshifted(node: fx.Node) -> fx.Node:
     """The value before casts, and before the maximum of each row was subtracted from it."""
     node = strip_casts(node)
-    before = unshifted(node, -1)
-    return node if before is None else _unshifted(before)
+    shifted = _SHIFTED.match(node)
+    return node if shifted is None else _unshifted(shifted["x"])
 
 
 def folds_heads(node: fx.Node, kept: int = 2) -> bool:
@@ -224,7 +227,7 @@ def _product_of(edit: Editor, q: fx.Node, keys: fx.Node) -> Scores:
 
 def _scaled_by(edit: Editor, node: fx.Node) -> tuple[float, fx.Node] | None:
     """The constant factor of a value, and the unscaled value."""
-    if nodes.is_call(node, *DIVIDE) and not node.kwargs:
-        divisor = number(edit.program, Binary(node).right)
-        return (1 / divisor, Binary(node).left) if divisor else None
-    return scalar_and_node(edit.program, node, MULTIPLY)
+    found = _SCALED.match(node, edit.program)
+    if found is None:
+        return None
+    return (found.number("c"), found["x"]) if "c" in found.values else (1 / found.number("d"), found["x"])
