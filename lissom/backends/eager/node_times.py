@@ -49,8 +49,8 @@ def _run(
         elif node.op == "call_function":
             target: Any = METHODS.get(node.target, node.target)
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            milliseconds, values[node] = time_once(partial(target, *args, **kwargs))
-            milliseconds[node].append(milliseconds)
+            spent, values[node] = time_once(partial(target, *args, **kwargs))
+            milliseconds[node].append(spent)
             del args, kwargs
         for used in frees.get(node, ()):
             del values[used]

@@ -105,12 +105,9 @@ def number(program: Program | None, argument: object) -> float | None:
     """The number in an argument: a literal, or a constant of rank 0 in the program; None when it is neither."""
     if isinstance(argument, (int, float)):
         return float(argument)
-    if (
-        program is None
-        or not isinstance(argument, fx.Node)
-        or argument.op != "get_attr"
-        or str(argument.target) in program.state
-    ):
+    if program is None or not isinstance(argument, fx.Node) or argument.op != "get_attr":
+        return None
+    if str(argument.target) in program.state:
         return None
     weight = program.weight(str(argument.target))
     return float(weight) if weight.dim() == 0 and not isinstance(weight, torch.nn.Parameter) else None
