@@ -98,7 +98,8 @@ def compile(
         device: where the result runs; the model's own device by default.
         dynamic: True finds out by trying whether batch and sequence may vary, False fixes all sizes, a mapping names the
             dimensions that vary: `{"input_ids": {0: "batch"}}`.
-        checks: after every pass, `numeric` compares outputs, `structural` checks the graph and its types, `off` checks nothing.
+        checks: `numeric` compares outputs, once for all exact passes in a row; `each` after every pass; `structural` checks the
+            graph and its types, `off` nothing.
         data: calibration inputs, each like example_inputs, for passes that calibrate.
         metric: scores a callable that takes the model's arguments; higher is better.
         max_drop: the largest drop of the metric that lossy passes may cause.

@@ -79,8 +79,10 @@ class _Compiled:
     ) -> api.CompiledModel | api.Optimized:
         """The model after the passes.
 
-        checks: tables show structure and sizes, which structural checks cover. measured: whether the errors of nodes are
-        measured. html: as in `compile_model`.
+        Args:
+            checks: tables show structure and sizes, which structural checks cover.
+            measured: whether the errors of nodes are measured.
+            html: as in `compile_model`.
         """
         # A program that is only shown may have layers without a kernel.
         quality = Quality(self.data)

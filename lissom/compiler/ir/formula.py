@@ -44,7 +44,10 @@ _ARITHMETIC: Mapping[type[ast.AST], object] = {
 class Match:
     """A place where a program computes a formula.
 
-    root: the call that computes the value. calls: all calls of the formula. values: by name, of variables and parts.
+    Attributes:
+        root: the call that computes the value.
+        calls: all calls of the formula.
+        values: by name, of variables and parts.
     """
 
     root: fx.Node
@@ -71,7 +74,12 @@ class Match:
 
 
 class _Call(NamedTuple):
-    """A call in a formula. operators: some without overload. any_more: arguments that are left out may have any value."""
+    """A call in a formula.
+
+    Attributes:
+        operators: some without overload.
+        any_more: arguments that are left out may have any value.
+    """
 
     operators: Sequence[object]
     arguments: Sequence[ast.expr]
@@ -103,7 +111,11 @@ class Formula:
             raise ValueError(f"the formula has no variable '{unknown.pop()}'")
 
     def match(self, node: object, program: Program | None = None) -> Match | None:
-        """The first way in which a node computes the formula, or None. program: where its constants are."""
+        """The first way in which a node computes the formula, or None.
+
+        Args:
+            program: where its constants are.
+        """
         return next(self.matches(node, program), None)
 
     def matches(self, node: object, program: Program | None = None) -> Iterator[Match]:

@@ -97,7 +97,11 @@ class Run:
         self.history.restart(replace(start, metric=self.score, notes=(*start.notes, *notes)), self.program)
 
     def branch(self, pipeline: str) -> Run:
-        """A copy of the run with its own history; pipeline: the text of the whole pipeline of the branch."""
+        """A copy of the run with its own history.
+
+        Args:
+            pipeline: the text of the whole pipeline of the branch.
+        """
         other, kept = copy(self), self.history
         other.branched, other.lowered = len(kept.steps), {}
         other.history = replace(kept, pipeline=pipeline, steps=[*kept.steps], texts=[*kept.texts], changes={**kept.changes})

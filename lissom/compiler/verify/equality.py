@@ -45,10 +45,8 @@ def require_equal(
     errors = [list(map(relative_error, old, new)) for old, new in pairs]
     excess = [[(error, limit) for error, limit in zip(row, limits, strict=True) if error > limit] for row in errors]
     if far := [index for index, row in enumerate(excess) if row]:
-        given = [samples[index] for index in far]
-        if bitwise or not _rounds_alike(
-            before, after, given, [wanted[index] for index in far], [actual[index] for index in far]
-        ):
+        given, old, new = [samples[i] for i in far], [wanted[i] for i in far], [actual[i] for i in far]
+        if bitwise or not _rounds_alike(before, after, given, old, new):
             worst = max((pair for index in far for pair in excess[index]), key=lambda pair: pair[0] / (pair[1] or 1.0))
             _refuse(before, after, given, *worst)
     for sample, old, new in zip(samples, wanted, actual, strict=True):
