@@ -359,9 +359,8 @@ def check_declaration(target: torch._ops.OpOverload, declared: Dimensions) -> No
 
 def contradiction(node: fx.Node) -> str | None:
     """The declared and the returned sizes of a call, where they differ; None where they agree."""
-    call = named(node)
     types = nodes.node_type(node)
-    if call is None:
+    if (call := named(node)) is None:
         return None
     for dims, result in zip(call.results, types if isinstance(types, tuple) else (types,), strict=True):
         sizes = tuple(_amount(call, dim) if dim else 1 for dim in dims)
