@@ -12,14 +12,14 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.analysis.axes.columns import unit_of
+from lissom.compiler.analysis.axes.columns import WeightUnits, unit_of
 from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.analysis.structure.matrix import matrix_of, readers_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.statistics import Moments
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
-from lissom.compiler.transforms.heads.key_value_heads import Rows, SeparateHeads, Separation
+from lissom.compiler.transforms.heads.key_value_heads import SeparateHeads, Separation
 from lissom.compiler.transforms.heads.layers import HeadLayer, is_moved
 from lissom.passes.attention.pool_heads.pooling import Pooled, Products
 
@@ -32,7 +32,7 @@ class Factors:
     read: the layer that reads them, where it can be refitted. keys: whether they are keys.
     """
 
-    rows: tuple[Rows, ...]
+    rows: tuple[WeightUnits, ...]
     made: HeadLayer | None
     read: HeadLayer | None
     keys: bool
@@ -106,7 +106,7 @@ def projection_inputs(program: Program) -> list[fx.Node]:
 
 
 def _layer(
-    program: Program, separation: Separation, axis: Axis, features: Axis, layers: Sequence[fx.Node], rows: Sequence[Rows]
+    program: Program, separation: Separation, axis: Axis, features: Axis, layers: Sequence[fx.Node], rows: Sequence[WeightUnits]
 ) -> HeadLayer | None:
     """The only layer with heads of this axis, with its rows per head; None where other weights have them too."""
     if len(layers) != 1 or features.form != "atom" or isinstance(matrix := matrix_of(layers[0]), str):
@@ -114,13 +114,14 @@ def _layer(
     layer = layers[0]
     if readers_of(matrix.node) != [layer]:
         return None
-    found: dict[str, Rows] = {}
+    found: dict[str, WeightUnits] = {}
     for item in rows:
         if item.name in program.state and not program.weight(item.name).any():
             continue
         kind = "weight" if item.weight is matrix.node else "bias" if layer in item.weight.users else ""
         unit = unit_of(separation.axes.axis(item.weight, item.dim), [features])
-        in_order = torch.equal(unit[item.indices], torch.arange(len(item.indices[0])).expand_as(item.indices))
+        indices = item.by_unit()
+        in_order = torch.equal(unit[indices], torch.arange(indices.shape[1]).expand_as(indices))
         if not kind or kind in found or len(item.weight.users) > 1 or not in_order:
             return None
         found[kind] = item
