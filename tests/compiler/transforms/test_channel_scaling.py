@@ -113,7 +113,7 @@ def test_an_activation_has_to_carry_factors_through(activation: Callable[[torch.
 def test_of_a_gated_feed_forward_the_side_without_activation_is_scaled() -> None:
     _, sites = sites_of(program_of(seeded(lambda: Gated(packed=False)), normal(2, 5, 8)))
     (site,) = sites.values()
-    assert site.parameters[0].node.target == "up.weight" and site.count == 12
+    assert site.parameters[0].weight.target == "up.weight" and site.count == 12
 
 
 def test_both_sides_of_a_packed_gated_feed_forward_are_left_alone() -> None:
