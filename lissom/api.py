@@ -2,81 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
+from typing import Any
 
-import torch
 from torch import nn
 
 from lissom.artifacts.facts import Facts
 from lissom.artifacts.model_files import Saveable, check_tokenizer
-from lissom.backends.base import Backend
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.compiler.pipeline.options import Checks, Goal, Metric, Progress
-from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.driver.compile import compile_model, optimize_model, with_errors
-from lissom.driver.options import Inputs, Settings
-from lissom.errors import InputError, UnsupportedError
+from lissom.driver.compile import compile_by_class, optimize_model, with_errors
+from lissom.driver.keywords import TextModel, keywords_of
+from lissom.driver.options import Inputs, OptimizeSettings, Settings
+from lissom.errors import UnsupportedError
 from lissom.export.checkpoint import save_checkpoint
 from lissom.export.gguf.writer import Dtype, GgufFile, write_gguf
-from lissom.frontends.capture.dynamic import Dynamic
 from lissom.frontends.models.adapters import with_merged_adapters
 from lissom.inspect.report import Report
-from lissom.integrations.sentence_transformers import is_sentence_model
 from lissom.io.files import check_path
 from lissom.runtime.compiled_model import CompiledModel
 
-if TYPE_CHECKING:
-    from sentence_transformers.base.model import BaseModel
-
-    _SentenceModel = TypeVar("_SentenceModel", bound=BaseModel)
+_DEFAULTS = Settings()
 
 
-class _Options(TypedDict, total=False):
-    """The keywords of `compile`."""
-
-    passes: str | Pass | Sequence[Pass]
-    backend: str | Backend
-    world_size: int | None
-    device: str | torch.device | None
-    dynamic: Dynamic | bool
-    checks: Checks
-    data: Iterable[Inputs]
-    metric: Metric | None
-    max_drop: float | None
-    goal: Goal | None
-    simulate: bool
-    progress: Progress | None
-
-
-@overload
-def compile(model: _SentenceModel, example_inputs: Inputs | None = None, **options: Unpack[_Options]) -> _SentenceModel: ...
-
-
-@overload
-def compile(model: nn.Module | Program, example_inputs: Inputs, **options: Unpack[_Options]) -> CompiledModel: ...
-
-
+@keywords_of(Settings)
 def compile(
-    model: nn.Module | Program,
-    example_inputs: Inputs | None = None,
-    *,
-    passes: str | Pass | Sequence[Pass] = "exact",
-    backend: str | Backend = "eager",
-    world_size: int | None = None,
-    device: str | torch.device | None = None,
-    dynamic: Dynamic | bool = True,
-    checks: Checks = "numeric",
-    data: Iterable[Inputs] = (),
-    metric: Metric | None = None,
-    max_drop: float | None = None,
-    goal: Goal | None = "latency",
-    simulate: bool = False,
-    progress: Progress | None = None,
-) -> CompiledModel | BaseModel:
+    model: nn.Module | Program, example_inputs: Inputs | None = None, settings: Settings = _DEFAULTS
+) -> CompiledModel | TextModel:
     """Optimize a model for inference.
 
     The model itself is not modified. The result shares its weights until a pass changes one, and refuses calls after these were
@@ -128,27 +81,7 @@ def compile(
         >>> fast(torch.randn(3, 7, 32)).shape
         torch.Size([3, 7, 32])
     """
-    settings = Settings(
-        passes=passes,
-        backend=backend,
-        world_size=world_size,
-        device=device,
-        dynamic=dynamic,
-        checks=checks,
-        data=data,
-        metric=metric,
-        max_drop=max_drop,
-        goal=goal,
-        simulate=simulate,
-        progress=progress,
-    )
-    if is_sentence_model(model):
-        from lissom.integrations.sentence_transformers.sentence_models import compile_sentence_model
-
-        return compile_sentence_model(model, example_inputs, settings)
-    if example_inputs is None:
-        raise InputError("example_inputs= is missing; give a tuple of arguments, a mapping of keywords, or the only tensor")
-    return compile_model(model, example_inputs, settings)
+    return compile_by_class(model, example_inputs, settings)
 
 
 @dataclass(frozen=True)
@@ -233,19 +166,8 @@ class Optimized:
         return model
 
 
-def optimize(
-    model: nn.Module | Program,
-    example_inputs: Inputs,
-    *,
-    passes: str | Pass | Sequence[Pass] = "exact",
-    device: str | torch.device | None = None,
-    dynamic: Dynamic | bool = True,
-    checks: Checks = "numeric",
-    data: Iterable[Inputs] = (),
-    metric: Metric | None = None,
-    max_drop: float | None = None,
-    progress: Progress | None = None,
-) -> Optimized:
+@keywords_of(OptimizeSettings)
+def optimize(model: nn.Module | Program, example_inputs: Inputs, settings: OptimizeSettings) -> Optimized:
     """Run only the passes, without lowering the program for a backend.
 
     Raises:
@@ -263,16 +185,6 @@ def optimize(
         }
         <BLANKLINE>
     """
-    settings = Settings(
-        passes=passes,
-        device=device,
-        dynamic=dynamic,
-        checks=checks,
-        data=data,
-        metric=metric,
-        max_drop=max_drop,
-        progress=progress,
-    )
     program, history, example = optimize_model(model, example_inputs, settings)
     report = with_errors(Report(program.name, history), program, model, example_inputs, settings)
     return Optimized(program, report, model, example)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, singledispatch
 from itertools import islice
 
 import torch
@@ -25,10 +25,22 @@ from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import format_pipeline
 from lissom.compiler.verify.divergence import runs
-from lissom.driver.options import Inputs, Settings, check_choices, check_settings, read_data, resolve_passes, split_inputs
+from lissom.driver.keywords import TextModel
+from lissom.driver.options import (
+    BuildSettings,
+    Inputs,
+    OptimizeSettings,
+    PassSettings,
+    Settings,
+    check_choices,
+    check_settings,
+    read_data,
+    resolve_passes,
+    split_inputs,
+)
 from lissom.driver.payoff import Payoff
 from lissom.driver.ranks import Unlowered, compile_for_ranks
-from lissom.errors import LissomError, UnsupportedError
+from lissom.errors import InputError, LissomError, UnsupportedError
 from lissom.frontends.capture.device import check_device, device_of
 from lissom.frontends.capture.export import Capture, capture
 from lissom.frontends.capture.isolation import isolated
@@ -43,6 +55,16 @@ from lissom.runtime.hosted_model import check_uncompiled
 from lissom.runtime.layer_timer import ProgramTimer
 
 
+@singledispatch
+def compile_by_class(
+    model: nn.Module | Program, example_inputs: Inputs | None, settings: Settings
+) -> CompiledModel | TextModel:
+    """The model compiled by the function that an integration registered for its class, or by `compile_model`."""
+    if example_inputs is None:
+        raise InputError("example_inputs= is missing; give a tuple of arguments, a mapping of keywords, or the only tensor")
+    return compile_model(model, example_inputs, settings)
+
+
 def compile_model(model: nn.Module | Program, example_inputs: Inputs, settings: Settings) -> CompiledModel:
     """The model compiled as the settings say. Raises what `lissom.compile` raises."""
     given, model = model, with_merged_adapters(model) if isinstance(model, nn.Module) else model
@@ -53,13 +75,17 @@ def compile_model(model: nn.Module | Program, example_inputs: Inputs, settings: 
     return compiled
 
 
-def with_errors(report: Report, program: Program, model: nn.Module | Program, inputs: Inputs, settings: Settings) -> Report:
+def with_errors(
+    report: Report, program: Program, model: nn.Module | Program, inputs: Inputs, settings: OptimizeSettings
+) -> Report:
     """The report of a compile, with what measures the errors of the program's nodes."""
     device = check_device(settings.device)
     return with_meter(report, program, model, split_inputs(inputs), dynamic=settings.dynamic, device=device)
 
 
-def optimize_model(model: nn.Module | Program, example_inputs: Inputs, settings: Settings) -> tuple[Program, History, Sample]:
+def optimize_model(
+    model: nn.Module | Program, example_inputs: Inputs, settings: OptimizeSettings
+) -> tuple[Program, History, Sample]:
     """The model's program after the passes, not lowered, and the flat example. Raises what `lissom.compile` raises."""
     check_choices(settings)
     model = with_merged_adapters(model) if isinstance(model, nn.Module) else model
@@ -71,7 +97,7 @@ def optimize_model(model: nn.Module | Program, example_inputs: Inputs, settings:
         return *job.pipeline.run(job.captured.program, job.history), job.captured.example
 
 
-def _shown(settings: Settings, title: str) -> AbstractContextManager[Progress]:
+def _shown(settings: PassSettings, title: str) -> AbstractContextManager[Progress]:
     """The caller's progress callback, or a bar with this title."""
     return progress_bar(title) if settings.progress is None else nullcontext(settings.progress)
 
@@ -84,7 +110,7 @@ def _facts_of(model: nn.Module | Program) -> Facts | None:
 
 
 def _capturing(
-    model: nn.Module | Program, example_inputs: Inputs, settings: Settings
+    model: nn.Module | Program, example_inputs: Inputs, settings: OptimizeSettings
 ) -> tuple[Callable[[], Capture], torch.device]:
     """A function that captures the model, and the device of its program. Raises CaptureError for a compiled model."""
     if isinstance(model, Program):
@@ -96,7 +122,9 @@ def _capturing(
     return take, place or device_of(model, (args, kwargs))
 
 
-def _given_program(program: Program, example_inputs: Inputs, settings: Settings) -> tuple[Callable[[], Capture], torch.device]:
+def _given_program(
+    program: Program, example_inputs: Inputs, settings: PassSettings
+) -> tuple[Callable[[], Capture], torch.device]:
     """A function that returns a capture of a copy of the program, and the device of the program."""
     place = check_device(settings.device)
     device = next((tensor.device for tensor in program.weights().values()), torch.device("cpu"))
@@ -110,7 +138,7 @@ def _given_program(program: Program, example_inputs: Inputs, settings: Settings)
 def compile_captured(
     take: Callable[[], Capture],
     device: torch.device,
-    settings: Settings,
+    settings: BuildSettings,
     facts: Facts | None = None,
     *,
     title: str = "compile",
@@ -139,7 +167,7 @@ def compile_captured(
 def _compile_for_process(
     take: Callable[[], Capture],
     device: torch.device,
-    settings: Settings,
+    settings: BuildSettings,
     passes: Sequence[Pass],
     backends: Sequence[Backend],
     progress: Progress,
@@ -168,7 +196,7 @@ def _compile_for_process(
 def _compile_for_ranks(
     take: Callable[[], Capture],
     device: torch.device,
-    settings: Settings,
+    settings: BuildSettings,
     passes: Sequence[Pass],
     backend: Distributed,
     progress: Progress,
@@ -183,7 +211,7 @@ def _compile_for_ranks(
 
 
 def _partition_model(
-    take: Callable[[], Capture], settings: Settings, passes: Sequence[Pass], device: torch.device, progress: Progress
+    take: Callable[[], Capture], settings: BuildSettings, passes: Sequence[Pass], device: torch.device, progress: Progress
 ) -> Unlowered:
     """Capture the model and run the passes; lossy passes are timed before the program is sharded."""
     at = next(index for index, pass_ in enumerate(passes) if isinstance(pass_, (Shard, Partition)))
@@ -205,7 +233,7 @@ class _Job:
     history: History
 
 
-def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: Settings, show: Progress, count: int) -> _Job:
+def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: PassSettings, show: Progress, count: int) -> _Job:
     """Capture the model.
 
     Args:
@@ -231,7 +259,7 @@ def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: Settings
 
 
 def _judge(
-    job: _Job, settings: Settings, backends: Sequence[Backend], lowerings: Mapping[str, Sequence[Pass]]
+    job: _Job, settings: BuildSettings, backends: Sequence[Backend], lowerings: Mapping[str, Sequence[Pass]]
 ) -> Payoff | None:
     """Times lossy passes on the example and on larger inputs; None where all are to be kept.
 

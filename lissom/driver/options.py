@@ -28,25 +28,42 @@ Inputs = torch.Tensor | Sequence[object] | Mapping[str, object]
 _FORMS = "a tuple is positional, a mapping is keywords, a tensor the only argument"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The options of a compile; the fields are the keywords of `lissom.compile`."""
+@dataclass(frozen=True, kw_only=True)
+class PassSettings:
+    """The options of a run of passes."""
 
     passes: str | Pass | Sequence[Pass] = "exact"
-    backend: str | Backend = "eager"
-    world_size: int | None = None
     device: str | torch.device | None = None
-    dynamic: Dynamic | bool = True
     checks: Checks = "numeric"
     data: Iterable[Inputs] = ()
     metric: Metric | None = None
     max_drop: float | None = None
-    goal: Goal | None = "latency"
-    simulate: bool = False
     progress: Progress | None = None
 
 
-def check_choices(settings: Settings) -> None:
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings(PassSettings):
+    """The options of a program that is also lowered and built for a backend."""
+
+    backend: str | Backend = "eager"
+    world_size: int | None = None
+    goal: Goal | None = "latency"
+    simulate: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizeSettings(PassSettings):
+    """The keywords of `lissom.optimize`."""
+
+    dynamic: Dynamic | bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(OptimizeSettings, BuildSettings):
+    """The keywords of `lissom.compile`."""
+
+
+def check_choices(settings: PassSettings) -> None:
     """Refuse options that are wrong with any passes and any backend.
 
     Raises:
@@ -55,13 +72,14 @@ def check_choices(settings: Settings) -> None:
     """
     check_options(settings.checks, settings.metric, settings.max_drop)
     check_progress(settings.progress)
-    check_goal(settings.goal)
-    if not isinstance(settings.simulate, bool):
-        raise UnsupportedError(f"simulate= is {settings.simulate!r}; give True or False")
     check_data(settings.data)
+    if isinstance(settings, BuildSettings):
+        check_goal(settings.goal)
+        if not isinstance(settings.simulate, bool):
+            raise UnsupportedError(f"simulate= is {settings.simulate!r}; give True or False")
 
 
-def check_settings(settings: Settings) -> tuple[list[Pass], Sequence[Backend]]:
+def check_settings(settings: BuildSettings) -> tuple[list[Pass], Sequence[Backend]]:
     """The passes and the backends of the settings. The ranks of a process group check theirs together.
 
     Raises:

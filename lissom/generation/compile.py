@@ -16,10 +16,10 @@ from lissom.artifacts.signature import TrustedKeys, key_files
 from lissom.backends.base import Backend
 from lissom.backends.distributed.backend import Distributed
 from lissom.compiler.ir.program import Program
-from lissom.compiler.pipeline.options import Checks, Goal, Progress
 from lissom.compiler.pipeline.pass_kinds import Pass, Training
 from lissom.driver.compile import compile_captured
-from lissom.driver.options import LABELS, Inputs, Settings, check_choices, check_settings, resolve_passes
+from lissom.driver.keywords import keywords_of
+from lissom.driver.options import LABELS, BuildSettings, Inputs, check_choices, check_settings, resolve_passes
 from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.capture.device import check_device, device_of
 from lissom.frontends.capture.export import Capture
@@ -27,7 +27,8 @@ from lissom.frontends.generation.decoder import INPUTS, capture_decoder, check_c
 from lissom.frontends.generation.encoder_decoder import is_encoder_decoder
 from lissom.frontends.models.adapters import with_merged_adapters
 from lissom.generation.decoder import labelled_prompts
-from lissom.generation.scoring import NextToken, Scorer
+from lissom.generation.options import GenerationSettings
+from lissom.generation.scoring import Scorer
 from lissom.io.files import check_path
 from lissom.runtime.hosted_model import check_uncompiled
 
@@ -35,25 +36,8 @@ if TYPE_CHECKING:
     from lissom.generation.model import GenerationModel
 
 
-def compile_generation(
-    model: nn.Module,
-    *,
-    max_length: int,
-    batch: int = 1,
-    all_logits: bool = False,
-    encoder_inputs: Mapping[str, object] | None = None,
-    passes: str | Pass | Sequence[Pass] = "exact",
-    backend: str | Backend = "eager",
-    world_size: int | None = None,
-    device: str | torch.device | None = None,
-    checks: Checks = "numeric",
-    data: Iterable[torch.Tensor | Mapping[str, object]] = (),
-    metric: Callable[[NextToken], float] | None = None,
-    max_drop: float | None = None,
-    goal: Goal | None = "latency",
-    simulate: bool = False,
-    progress: Progress | None = None,
-) -> GenerationModel:
+@keywords_of(GenerationSettings)
+def compile_generation(model: nn.Module, settings: GenerationSettings) -> GenerationModel:
     """Optimize a language model of transformers for generation: one program with the KV cache as its state.
 
     An encoder-decoder becomes two: the encoder, which also computes the keys and values of cross-attention, and the decoder.
@@ -95,45 +79,31 @@ def compile_generation(
         >>> decoder.step(torch.tensor([[1, 2, 3]])).shape
         torch.Size([1, 50])
     """
-    asked = Settings(
-        passes=passes,
-        backend=backend,
-        world_size=world_size,
-        device=device,
-        checks=checks,
-        data=data,
-        metric=metric,
-        max_drop=max_drop,
-        goal=goal,
-        simulate=simulate,
-        progress=progress,
-    )
     if isinstance(model, Program):
         raise InputError(
             "the model is a program, which was captured without a KV cache; pass the model and give passes= and data= here, or "
             "copy the program's weights into the model: model.load_state_dict(program.weights(), strict=False)"
         )
     check_uncompiled(model)
-    check_choices(asked)
+    check_choices(settings)
+    max_length, batch = settings.max_length, settings.batch
     check_capacity(max_length, batch)
-    place = check_device(device)
+    place = check_device(settings.device)
     model = with_merged_adapters(model)
     if is_encoder_decoder(model):
         from lissom.generation.encoder_decoder_programs import compile_encoder_decoder
 
-        sizes = {"max_length": max_length, "batch": batch}
-        return compile_encoder_decoder(
-            model, asked, _with_recipe, **sizes, all_logits=all_logits, encoder_inputs=encoder_inputs
-        )
-    if encoder_inputs is not None:
+        return compile_encoder_decoder(model, settings, _with_recipe)
+    if settings.encoder_inputs is not None:
         raise InputError(f"{type(model).__name__} has no encoder, and encoder_inputs= was given; leave it out")
-    take = partial(capture_decoder, model, max_length=max_length, batch=batch, all_logits=all_logits, device=place)
-    score = None if metric is None else Scorer(metric, batch, max_length)
-    texts = named_prompts(data, batch, max_length)
-    settings = replace(asked, passes=_with_recipe(passes, scored=bool(texts)), data=texts, metric=score)
+    sizes = {"max_length": max_length, "batch": batch}
+    take = partial(capture_decoder, model, **sizes, all_logits=settings.all_logits, device=place)
+    score = None if settings.metric is None else Scorer(settings.metric, batch, max_length)
+    texts = named_prompts(settings.data, batch, max_length)
+    asked = replace(settings, passes=_with_recipe(settings.passes, scored=bool(texts)), data=texts, metric=score)
     if score is not None:
-        take, settings = _scored(take, score, settings, passes)
-    compiled = compile_captured(take, place or device_of(model), settings)
+        take, asked = _scored(take, score, asked, settings.passes)
+    compiled = compile_captured(take, place or device_of(model), asked)
     from lissom.generation.model import GenerationModel
 
     original: Any = model
@@ -177,8 +147,8 @@ def load_generation(
 
 
 def _scored(
-    take: Callable[[], Capture], score: Scorer, settings: Settings, passes: str | Pass | Sequence[Pass]
-) -> tuple[Callable[[], Capture], Settings]:
+    take: Callable[[], Capture], score: Scorer, settings: BuildSettings, passes: str | Pass | Sequence[Pass]
+) -> tuple[Callable[[], Capture], BuildSettings]:
     """The capture and the settings for a metric: all passes leave all positions in the program where it reads them.
 
     The metric is called on the captured program to know. Of several ranks one captures, so they leave them in any case.

@@ -15,7 +15,7 @@ from lissom.backends.distributed.backend import Distributed
 from lissom.compiler.pipeline.pass_kinds import Pass, Training
 from lissom.compiler.training.vocabulary import IGNORED
 from lissom.driver.compile import compile_captured
-from lissom.driver.options import Inputs, Settings, check_settings, resolve_passes
+from lissom.driver.options import Inputs, check_settings, resolve_passes
 from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.capture.device import check_device, device_of
 from lissom.frontends.generation.decoder import check_generating
@@ -28,38 +28,35 @@ from lissom.frontends.generation.encoder_decoder import (
 )
 from lissom.generation.decoder import row_groups, unpadded
 from lissom.generation.encoder_decoder import ATTENTION_MASK, Encoder, EncoderDecoderModel, refuse_own_generate
+from lissom.generation.options import GenerationSettings
 from lissom.generation.source_scoring import SourceScorer
 from lissom.runtime.compiled_model import CompiledModel
 
 
 def compile_encoder_decoder(
     model: nn.Module,
-    settings: Settings,
+    settings: GenerationSettings,
     with_recipe: Callable[..., list[Pass]],
-    *,
-    max_length: int,
-    batch: int,
-    all_logits: bool,
-    encoder_inputs: Mapping[str, object] | None,
 ) -> EncoderDecoderModel:
     """The encoder compiled, then the decoder; arguments and errors as for `compile_generation`.
 
     Args:
         with_recipe: puts the recipe `generation` before the passes of the decoder.
     """
+    max_length, batch = settings.max_length, settings.batch
     known = check_generating(model, max_length, batch)
     refuse_own_generate(known)
     _check_settings(known, settings)
     place = check_device(settings.device)
     device, batches = place or device_of(known), list(settings.data)
-    example = encoder_example(known, encoder_inputs)
+    example = encoder_example(known, settings.encoder_inputs)
     sizes = {"max_length": max_length, "batch": batch}
     inputs = [_encoder_inputs(batch_inputs, example) for batch_inputs in batches]
     tokens = [
         _decoder_tokens(known, batch_inputs, next(iter(given.values())))
         for batch_inputs, given in zip(batches, inputs, strict=True)
     ]
-    captured = capture_source_decoder(known, example, **sizes, all_logits=all_logits, device=place)
+    captured = capture_source_decoder(known, example, **sizes, all_logits=settings.all_logits, device=place)
     own = replace(settings, data=inputs)
     if settings.metric is not None:
         own = replace(own, metric=SourceScorer(settings.metric, batch, max_length, decoder=captured.program.copy()))
@@ -75,7 +72,7 @@ def compile_encoder_decoder(
     return EncoderDecoderModel(decoder, encoder, original.config, original.generation_config)
 
 
-def _rest(settings: Settings, encoder: CompiledModel) -> float | None:
+def _rest(settings: GenerationSettings, encoder: CompiledModel) -> float | None:
     """The part of max_drop that the encoder's passes leave to the decoder."""
     steps = [step.metric for step in encoder.report.history.steps if step.metric is not None]
     if settings.max_drop is None or not steps:
@@ -83,7 +80,7 @@ def _rest(settings: Settings, encoder: CompiledModel) -> float | None:
     return max(0.0, settings.max_drop - max(0.0, steps[0] - steps[-1]))
 
 
-def _check_settings(model: PreTrainedModel, settings: Settings) -> None:
+def _check_settings(model: PreTrainedModel, settings: GenerationSettings) -> None:
     """Refuse what takes one program. Raises UnsupportedError."""
     _, backends = check_settings(settings)
     name = type(model).__name__

@@ -64,12 +64,12 @@ def _register_exporter() -> None:
 
 def _register_sentence_models() -> None:
     with suppress(ImportError):
-        importlib.import_module("lissom.integrations.sentence_transformers.compiled_transformer")
+        importlib.import_module("lissom.integrations.sentence_transformers.sentence_models")
 
 
 def register_with_libraries() -> None:
-    """Register saved models with the Auto classes of transformers and with Sentence Transformers, and the backend of
-    transformers' exporters. Neither library is imported for it."""
+    """Register saved models with the Auto classes of transformers and with Sentence Transformers, the backend of transformers'
+    exporters, and how models of Sentence Transformers are compiled. Neither library is imported for it."""
     after_import(
         {
             "transformers.models.auto.configuration_auto": _register_config,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
-from lissom.backends.base import Backend
 from lissom.compiler.pipeline.options import Metric
 from lissom.compiler.training.vocabulary import IGNORED
 from lissom.driver.compile import optimize_model
+from lissom.driver.keywords import keywords_of
 from lissom.driver.options import Inputs, Settings, check_data
 from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.generation.decoder import INPUTS, capture_decoder, check_capacity
@@ -23,7 +23,7 @@ from lissom.generation.scoring import NextToken, Scorer
 from lissom.runtime.compiled_model import CompiledModel, own_state
 from lissom.runtime.hosted_model import check_uncompiled
 from lissom.tuning.build import silent
-from lissom.tuning.request import check_request
+from lissom.tuning.request import SearchSettings, check_request
 from lissom.tuning.spelling import EXACT
 from lissom.tuning.tuned import Tuned, search, searching
 
@@ -37,21 +37,20 @@ _MOST_CALIBRATING = 4096
 """Tokens that calibrate passes where nothing is trained: more make GPTQ slower and hardly better, and judge more closely."""
 
 
-def tune_generation(
-    model: nn.Module,
-    *,
-    max_length: int,
-    data: Iterable[torch.Tensor | Mapping[str, object]],
-    batch: int = 1,
-    metric: Literal["perplexity"] | Callable[[NextToken], float] | None = PERPLEXITY,
-    max_drop: float = 0.01,
-    goal: Literal["decode", "prefill", "memory"] = "decode",
-    target: float | str | None = None,
-    minutes: float = 40,
-    backends: Sequence[str | Backend] = ("eager",),
-    distill: bool = True,
-    store: str | Path | None = None,
-) -> Tuned[GenerationModel]:
+@dataclass(frozen=True, kw_only=True)
+class TuneGenerationSettings(SearchSettings):
+    """The keywords of `lissom.tune_generation`."""
+
+    max_length: int
+    data: Iterable[torch.Tensor | Mapping[str, object]]
+    batch: int = 1
+    metric: Literal["perplexity"] | Callable[[NextToken], float] | None = PERPLEXITY
+    goal: Literal["decode", "prefill", "memory"] = "decode"
+    minutes: float = 40
+
+
+@keywords_of(TuneGenerationSettings)
+def tune_generation(model: nn.Module, settings: TuneGenerationSettings) -> Tuned[GenerationModel]:
     """Search the best decoder under a bound, and compile it with its KV cache.
 
     The options not listed are those of `compile_generation` and of `lissom.tune`.
@@ -80,6 +79,7 @@ def tune_generation(
         >>> tuned.best.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, eos_token_id=None).shape
         torch.Size([1, 7])
     """
+    max_length, batch, metric, goal = settings.max_length, settings.batch, settings.metric, settings.goal
     if goal not in DECODER_GOALS:
         raise UnsupportedError(f"goal={goal!r:.80} is not known; choose {', '.join(DECODER_GOALS)}")
     if isinstance(metric, str) and metric != PERPLEXITY:
@@ -87,30 +87,22 @@ def tune_generation(
     check_uncompiled(model)
     check_capacity(max_length, batch)
     model = with_merged_adapters(model)
-    check_data(data)
+    check_data(settings.data)
     # Without labels, which a search does not read, and without rows that stand in two groups.
-    whole = named_prompts(data, batch, max_length, fill=False)
+    whole = named_prompts(settings.data, batch, max_length, fill=False)
     texts: list[Inputs] = [{name: text[name] for name in INPUTS} for text in whole if isinstance(text, Mapping)]
     if len(texts) < _LEAST_BATCHES:
         raise InputError(
             f"data= holds {len(texts)} batch of {batch} rows; give two or more: one to calibrate passes on, and one to judge"
         )
-    judged, calibrating = divided(texts, most=math.inf if distill else _MOST_CALIBRATING)
-    request = check_request(
-        data=calibrating,
-        metric=_metric(metric, judged, batch, max_length),
-        max_drop=max_drop,
-        goal="memory" if goal == "memory" else "latency",
-        target=target,
-        minutes=minutes,
-        backends=backends,
-        distill=distill,
-    )
+    judged, calibrating = divided(texts, most=math.inf if settings.distill else _MOST_CALIBRATING)
+    score = _metric(metric, judged, batch, max_length)
+    request = check_request(calibrating, score, "memory" if goal == "memory" else "latency", settings)
     example = _a_token(judged[0], max_length) if goal == "decode" else judged[0]
     with searching(request) as clock:
         captured = capture_decoder(model, max_length=max_length, batch=batch, all_logits=True, device=None)
         program, *_ = optimize_model(captured.program, example, Settings(passes=EXACT, progress=silent))
-        tuned = search(program, example, request, store, clock)
+        tuned = search(program, example, request, settings.store, clock)
     calibration = tuple(token_ids(calibrating))
     decoder = compile_generation(
         model,

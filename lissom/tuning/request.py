@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeGuard
 
 from lissom.backends import find_backend
@@ -20,9 +21,21 @@ _UNITS = {"ms": 1.0, "s": 1e3, "MB": 1e6, "GB": 1e9}
 _MOST_MINUTES = 60 * 24 * 30
 
 
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """The options of every search."""
+
+    max_drop: float = 0.01
+    target: float | str | None = None
+    minutes: float = 20
+    backends: Sequence[str | Backend] = ("eager",)
+    distill: bool = True
+    store: str | Path | None = None
+
+
 @dataclass(frozen=True)
 class Request:
-    """The checked options of `lissom.tune`.
+    """The checked options of a search.
 
     Attributes:
         target: as given; see `target_cost`.
@@ -53,23 +66,14 @@ class Request:
         return exact / amount if unit in ("x", "×") else amount * _UNITS[unit]
 
 
-def check_request(
-    *,
-    data: Iterable[Inputs],
-    metric: Metric | None,
-    max_drop: float,
-    goal: str,
-    target: float | str | None,
-    minutes: float,
-    backends: Sequence[str | Backend],
-    distill: bool,
-) -> Request:
+def check_request(data: Iterable[Inputs], metric: Metric | None, goal: str, settings: SearchSettings) -> Request:
     """The options, checked before any work is done.
 
     Raises:
         UnsupportedError: for an option of a wrong value.
         InputError: for data without batches.
     """
+    max_drop, minutes, target, distill = settings.max_drop, settings.minutes, settings.target, settings.distill
     check_data(data)
     batches = list(data)
     if not batches:
@@ -93,7 +97,7 @@ def check_request(
         goal,
         target,
         float(minutes),
-        _named(backends),
+        _named(settings.backends),
         distill,
     )
 

@@ -14,13 +14,14 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
-from lissom.backends.base import Backend, sample_at
+from lissom.backends.base import sample_at
 from lissom.compiler.analysis.structure.padding import padding_masks
 from lissom.compiler.ir.fingerprint import fingerprint
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.options import Metric
 from lissom.driver.compile import optimize_model
+from lissom.driver.keywords import keywords_of
 from lissom.driver.options import Inputs, Settings, read_data, split_inputs
 from lissom.measure.machine import device_name
 from lissom.runtime.compiled_model import CompiledModel
@@ -33,7 +34,7 @@ from lissom.tuning.divergence import Divergence
 from lissom.tuning.finalists import distil
 from lissom.tuning.losses import LossMeter
 from lissom.tuning.report import TuneReport
-from lissom.tuning.request import Request, check_request
+from lissom.tuning.request import Request, SearchSettings, check_request
 from lissom.tuning.search import Search
 from lissom.tuning.sites import PLAIN, Group, Option, groups_of, linear_paths
 from lissom.tuning.solve import require_scipy
@@ -93,20 +94,17 @@ class Tuned(Generic[Best]):
         return f"Tuned(pipeline={self.pipeline!r:.200}, backend='{self.backend}', {len(self.frontier)} on the frontier)"
 
 
-def tune(
-    model: nn.Module | Program,
-    example_inputs: Inputs,
-    *,
-    data: Iterable[Inputs],
-    metric: Metric | None = None,
-    max_drop: float = 0.01,
-    goal: str = "latency",
-    target: float | str | None = None,
-    minutes: float = 20,
-    backends: Sequence[str | Backend] = ("eager",),
-    distill: bool = True,
-    store: str | Path | None = None,
-) -> Tuned[CompiledModel]:
+@dataclass(frozen=True, kw_only=True)
+class TuneSettings(SearchSettings):
+    """The keywords of `lissom.tune`."""
+
+    data: Iterable[Inputs]
+    metric: Metric | None = None
+    goal: str = "latency"
+
+
+@keywords_of(TuneSettings)
+def tune(model: nn.Module | Program, example_inputs: Inputs, settings: TuneSettings) -> Tuned[CompiledModel]:
     """Search the best program under a bound, and compile it.
 
     Each attention and feed-forward may lose heads or neurons or go as a whole, and its linear layers may be quantized or
@@ -143,19 +141,10 @@ def tune(
         >>> tuned.best(batches[0]).shape
         torch.Size([2, 5, 32])
     """
-    request = check_request(
-        data=data,
-        metric=metric,
-        max_drop=max_drop,
-        goal=goal,
-        target=target,
-        minutes=minutes,
-        backends=backends,
-        distill=distill,
-    )
+    request = check_request(settings.data, settings.metric, settings.goal, settings)
     with searching(request) as clock:
         program, *_ = optimize_model(model, example_inputs, Settings(passes=EXACT, progress=silent))
-        return search(program, example_inputs, request, store, clock)
+        return search(program, example_inputs, request, settings.store, clock)
 
 
 @contextmanager

@@ -53,6 +53,7 @@ def test_lists_are_lists(site):
 def test_the_reference_has_arguments_and_examples(site):
     page = (site / "reference" / "compile.html").read_text(encoding="utf-8")
     assert re.search(r"<code>dynamic</code>.*?True finds out by trying", page, re.DOTALL)
+    assert "simulate: bool = False" in re.sub(r"<[^>]+>", "", page)
     assert 'id="lissom.CompiledModel.save"' in page
 
 

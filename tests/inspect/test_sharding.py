@@ -8,7 +8,8 @@ from lissom.compiler.parallel.plan import make_plan
 from lissom.errors import UnsupportedError
 from lissom.inspect.sharding import Link, joint_traffic, sharding_table, traffic
 from lissom.inspect.tables import plain
-from tests.support.sharding import partition, program_of, run_passes
+from tests.support.canonical_programs import run_passes
+from tests.support.sharding import partition, program_of
 
 LINK = Link(latency_seconds=1e-5, bytes_per_second=1e9)
 

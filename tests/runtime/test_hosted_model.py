@@ -15,9 +15,8 @@ from torch import nn
 import lissom
 from lissom.errors import CaptureError, InputError, UnsupportedError
 from lissom.frontends.models.huggingface import find_directory
-from tests.support.models import feed_forward, normal, seeded, tiny_bert
-
-TEXTS = ["Whisk the eggs, then season them.", "The orbit of the comet takes it past Jupiter."]
+from tests.support.classifiers import TEXTS, minilm_tokenizer, text_classifier
+from tests.support.models import feed_forward, normal, tiny_bert
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +28,13 @@ def bert():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return transformers.AutoTokenizer.from_pretrained(find_directory("minilm"))
+    return minilm_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def classifier(tokenizer):
     """A tiny classifier of three labels with random weights, and it compiled."""
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=32, id2label={0: "cooking", 1: "astronomy", 2: "music"},
-    )  # fmt: skip
-    model = seeded(lambda: transformers.BertForSequenceClassification(config))
+    model = text_classifier(tokenizer, ["cooking", "astronomy", "music"], layers=2)
     return model, lissom.compile(model, tokenizer(TEXTS, padding=True, return_tensors="pt"))
 
 

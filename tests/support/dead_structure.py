@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 
 import torch
 
@@ -13,26 +12,12 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.history import History
-from lissom.compiler.pipeline.pipeline import Pipeline
-from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of, with_kept_form
-from lissom.passes import PASSES, RECIPES
+from tests.support.canonical_programs import programs_of, run_passes
 from tests.support.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
-from tools.zoo.removal import canonical
 
 MODELS = {"bert": tiny_bert, "gpt2": tiny_gpt2, "llama": tiny_llama, "t5": tiny_t5}
-
-
-@cache
-def _canonical(name: str) -> tuple[Program, list[Sample]]:
-    with torch.no_grad():
-        return canonical(MODELS[name]())
-
-
-def program_of(name: str) -> tuple[Program, list[Sample]]:
-    """A program of one of the models after the exact recipe, the caller's own, and inputs at two sizes."""
-    program, samples = _canonical(name)
-    return program.copy(), samples
+program_of = programs_of(MODELS)
 
 
 def sites_of(program: Program) -> Structure:
@@ -61,14 +46,10 @@ def zero_bias(program: Program, layer: torch.fx.Node) -> None:
 
 def eliminate(passes: str, program: Program, samples: list[Sample]) -> tuple[Program, History]:
     """The program after these passes, compared with the one before at two sizes."""
-    after, history = Pipeline(parse_pipeline(passes, PASSES, RECIPES), samples).run(program)
+    after, history = run_passes(passes, program, samples)
     with torch.no_grad():
         runs = [with_kept_form(program, after, run_samples(item, samples)) for item in (program, after)]
         error = compare(*runs).relative_error
     # What was removed were exact zeros; what is left is summed in another order.
     assert error <= tolerance_of(program)
     return after, history
-
-
-def reasons(history: History) -> list[str]:
-    return [skip.reason for step in history.steps for skip in step.skipped]

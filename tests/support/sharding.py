@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
-import torch
 import transformers
 
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE
@@ -14,13 +13,10 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.pipeline.history import History
-from lissom.compiler.pipeline.pipeline import Pipeline
-from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.frontends.generation.decoder import capture_decoder
-from lissom.passes import PASSES, RECIPES
+from tests.support.canonical_programs import programs_of, run_passes
 from tests.support.decoders import DECODERS
 from tests.support.models import Case, normal, seeded, tokens
-from tools.zoo.removal import canonical
 
 _SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
@@ -90,18 +86,7 @@ NAMES_AND_SIZES = [
     for name in MODELS
     for world_size in (2, 3, 4)
 ]
-
-
-@cache
-def _canonical(name: str) -> tuple[Program, list[Sample]]:
-    with torch.no_grad():
-        return canonical(MODELS[name]())
-
-
-def program_of(name: str) -> tuple[Program, list[Sample]]:
-    """A program of one of the models after the exact recipe, the caller's own, and inputs at two sizes."""
-    program, samples = _canonical(name)
-    return program.copy(), samples
+program_of = programs_of(MODELS)
 
 
 @cache
@@ -114,11 +99,6 @@ def decoder_program_of(name: str) -> tuple[Program, list[Sample]]:
     """A program of one of the decoders after the recipe `generation`, the caller's own, and its inputs."""
     program, samples = _decoder(name)
     return program.copy(), samples
-
-
-def run_passes(text: str, program: Program, samples: list[Sample]) -> tuple[Program, History]:
-    """The program after these passes, each checked on the samples."""
-    return Pipeline(parse_pipeline(text, PASSES, RECIPES), samples).run(program)
 
 
 def partition(
@@ -139,11 +119,3 @@ def partitioned(name: str, world_size: int, options: str = "") -> tuple[Program,
 def collectives(program: Program) -> tuple[int, int]:
     """How many all-reduces and all-gathers there are."""
     return len(program.nodes(ALL_REDUCE)), len(program.nodes(ALL_GATHER))
-
-
-def notes(history: History) -> list[str]:
-    return [note for step in history.steps for note in step.notes]
-
-
-def reasons(history: History) -> list[str]:
-    return [skip.reason for step in history.steps for skip in step.skipped]

@@ -25,7 +25,7 @@ from torch import fx
 from lissom.compiler.analysis.axes.axes import axes
 from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.base import Value
-from lissom.compiler.analysis.axes.columns import unit_of
+from lissom.compiler.analysis.axes.columns import WeightUnits, unit_of
 from lissom.compiler.analysis.module_filter import obstacle_by_name
 from lissom.compiler.analysis.structure.linear import bias_of, input_of, is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, matrices_of, matrix_of, readers_of
@@ -59,30 +59,18 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """A weight or bias of the producer of the channels.
-
-    Attributes:
-        channel: [size of `dim`], the channel each index produces; -1 for none.
-    """
-
-    node: fx.Node
-    dim: int
-    channel: torch.Tensor
-
-
-@dataclass(frozen=True)
 class ScalingSite:
     """Channels that can be scaled.
 
     Attributes:
         producer: a norm or a linear layer.
+        parameters: its weight and bias.
         matrix: of the linear layer, None for a norm.
     """
 
     producer: fx.Node
     count: int
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[WeightUnits, ...]
     readers: tuple[Reader, ...]
     matrix: Matrix | None
 
@@ -111,7 +99,7 @@ class ScalingSite:
         """The largest magnitude in the rows of the producer's matrix for each channel, [channels]."""
         assert self.matrix is not None, "a norm has no rows"
         rows = torch.stack([part.float().abs().amax(1) for part in matrices_of(self.matrix.read(program))]).amax(0)
-        return _largest(rows, self.parameters[0].channel, self.count)
+        return _largest(rows, self.parameters[0].unit, self.count)
 
     def scale(self, edit: Editor, factors: torch.Tensor) -> None:
         """Divide the channels by these factors, and multiply the columns that read them.
@@ -121,14 +109,14 @@ class ScalingSite:
         Args:
             factors: [channels], positive.
         """
-        made = [edit.tensor(parameter.node) for parameter in self.parameters]
+        made = [edit.tensor(reader.weight) for reader in self.parameters]
         read = [reader.matrix.read(edit.program) for reader in self.readers]
         if any(weight.dtype.itemsize < 4 for weight in (*made, *read)):
             factors = factors.log2().round().exp2()
         for parameter, weight in zip(self.parameters, made, strict=True):
             shape = [-1 if dim == parameter.dim else 1 for dim in range(weight.dim())]
-            divided = weight.float() / _spread(factors, parameter.channel).reshape(shape)
-            edit.set_weight(parameter.node, divided.to(weight.dtype))
+            divided = weight.float() / _spread(factors, parameter.unit).reshape(shape)
+            edit.set_weight(parameter.weight, divided.to(weight.dtype))
         for reader, weight in zip(self.readers, read, strict=True):
             reader.matrix.write(edit, weight.float() * self.columns(reader, factors))
 
@@ -195,7 +183,7 @@ def _site(program: Program, producer: fx.Node) -> ScalingSite | str:
         same = tuple(atom for atom in dict.fromkeys(own.atoms()) if atom in atoms)
         if not same or bool(((unit_of(own, same) >= 0) & (channel >= 0)).any()):
             return "its output channels cannot be separated from other outputs"
-    parameters = tuple(Parameter(weight, _channel_dim(weight, matrix), channel) for weight in weights)
+    parameters = tuple(WeightUnits(weight, _channel_dim(weight, matrix), channel) for weight in weights)
     return ScalingSite(producer, count, parameters, tuple(readers), matrix)
 
 

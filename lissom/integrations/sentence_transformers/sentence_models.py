@@ -1,7 +1,8 @@
 """Compile models of Sentence Transformers whole: the transformer, pooling and the modules after it become one program.
 
 The result is a model of the same class, with the methods of the original: `encode` of a `SentenceTransformer` and a
-`SparseEncoder`, `predict` and `rank` of a `CrossEncoder`.
+`SparseEncoder`, `predict` and `rank` of a `CrossEncoder`. Importing this file makes `lissom.compile` compile them so;
+`import lissom` imports it once Sentence Transformers is imported.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lissom.artifacts.model_files import check_tokenizer
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.options import Metric
 from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.driver.compile import compile_model
+from lissom.driver.compile import compile_by_class, compile_model
 from lissom.driver.options import Inputs, Settings, resolve_passes
 from lissom.errors import CaptureError, InputError, UnsupportedError
 from lissom.frontends.capture.export import evaluating
@@ -50,6 +51,7 @@ _BATCH = 16
 """The texts of a batch of calibration data."""
 
 
+@compile_by_class.register(BaseModel)
 def compile_sentence_model(model: _Model, example_inputs: Inputs | None, settings: Settings) -> _Model:
     """A copy of the model whose modules run as one program. The model itself is not modified.
 

@@ -7,7 +7,8 @@ import torch
 
 from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.errors import PassError, UnsupportedError
-from tests.support.sharding import partition, program_of, run_passes
+from tests.support.canonical_programs import run_passes
+from tests.support.sharding import partition, program_of
 
 
 def test_ranks_that_do_not_exist() -> None:

@@ -83,7 +83,7 @@ def test_values_of_grouped_heads_share_a_factor() -> None:
     assert [site.count for site in values] == [8, 8]
     wanted = [4 * (head // 2) + channel for head in range(4) for channel in range(4)]
     assert values[0].readers[0].channel.tolist() == wanted
-    assert values[0].parameters[0].channel.tolist() == list(range(8))
+    assert values[0].parameters[0].unit.tolist() == list(range(8))
 
 
 def test_of_a_packed_projection_the_values_alone_are_scaled() -> None:
@@ -91,7 +91,7 @@ def test_of_a_packed_projection_the_values_alone_are_scaled() -> None:
     _, sites = sites_of(program_of(case.model, case.inputs))
     site = next(site for site in sites.values() if site.matrix is not None)
     assert site.matrix.transposed and [parameter.dim for parameter in site.parameters] == [1, 0]
-    assert site.parameters[0].channel.tolist() == [-1] * 32 + list(range(16))
+    assert site.parameters[0].unit.tolist() == [-1] * 32 + list(range(16))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_an_activation_has_to_carry_factors_through(activation: Callable[[torch.
 def test_of_gated_feed_forward_side_without_activation_is_scaled() -> None:
     _, sites = sites_of(program_of(seeded(lambda: Gated(packed=False)), normal(2, 5, 8)))
     (site,) = sites.values()
-    assert site.parameters[0].node.target == "up.weight" and site.count == 12
+    assert site.parameters[0].weight.target == "up.weight" and site.count == 12
 
 
 def test_both_sides_of_packed_gated_feed_forward_stay() -> None:
@@ -192,7 +192,7 @@ def test_values_of_packed_projection_with_shared_heads_are_scaled(heads: int, gr
     edit, sites = sites_of(program)
     site = next(site for site in sites.values() if site.matrix is not None)
     assert site.count == groups * 4
-    assert site.parameters[0].channel.tolist() == [-1] * (heads + groups) * 4 + list(range(groups * 4))
+    assert site.parameters[0].unit.tolist() == [-1] * (heads + groups) * 4 + list(range(groups * 4))
     wanted = [4 * (head * groups // heads) + channel for head in range(heads) for channel in range(4)]
     assert site.readers[0].channel.tolist() == wanted
     for index, found in enumerate(sites.values()):

@@ -22,26 +22,22 @@ from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.frontends.models.huggingface import find_directory
 from lissom.integrations.transformers.auto_model import SavedModel, register_config
 from tests.frontends.capture.test_kv_cache import SIZES, llama
+from tests.support.classifiers import TEXTS, minilm_tokenizer, text_classifier
 from tests.support.hostile import seal
 from tests.support.models import seeded, tokens
 from tests.support.saving import in_a_fresh_process
 
-TEXTS = ["Whisk the eggs, then season them.", "The orbit of the comet takes it past Jupiter."]
 LABELS = {0: "cooking", 1: "astronomy"}
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return transformers.AutoTokenizer.from_pretrained(find_directory("minilm"))
+    return minilm_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def classifier(tokenizer):
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=32, id2label=LABELS,
-    )  # fmt: skip
-    return seeded(lambda: transformers.BertForSequenceClassification(config))
+    return text_classifier(tokenizer, list(LABELS.values()), layers=1)
 
 
 @pytest.fixture(scope="module")

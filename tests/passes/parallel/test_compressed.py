@@ -8,9 +8,10 @@ import torch
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
+from tests.support.canonical_programs import reasons, run_passes
 from tests.support.harness import rewrite
 from tests.support.models import FeedForward, normal, seeded
-from tests.support.sharding import partition, program_of, reasons, run_passes
+from tests.support.sharding import partition, program_of
 
 PRUNED = "prune-heads{keep=0.75,criterion=magnitude},prune-neurons{keep=0.7,criterion=magnitude},eliminate-dead"
 

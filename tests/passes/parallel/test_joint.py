@@ -13,9 +13,10 @@ from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE
 from lissom.compiler.parallel.plan import make_plan
 from lissom.inspect.sharding import joint_traffic, traffic
 from tests.support import captures
+from tests.support.canonical_programs import reasons
 from tests.support.harness import rewrite
 from tests.support.models import normal, seeded
-from tests.support.sharding import collectives, reasons
+from tests.support.sharding import collectives
 
 CUT = "shard{{world_size={},plan=[head:column-wise]}},partition"
 Function = Callable[[torch.Tensor], object]

@@ -10,9 +10,10 @@ from torch import nn
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from tests.support.canonical_programs import run_passes
 from tests.support.harness import rewrite
 from tests.support.models import Case, normal, seeded, tokens
-from tests.support.sharding import collectives, partition, program_of, run_passes
+from tests.support.sharding import collectives, partition, program_of
 from tools.zoo.removal import canonical
 
 _SIZES = {"vocab_size": 61, "num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "use_cache": False}

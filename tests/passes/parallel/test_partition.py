@@ -18,20 +18,12 @@ from lissom.compiler.verify.divergence import relative_error, run_samples, toler
 from lissom.errors import PassError, RequirementError, UnsupportedError
 from lissom.passes.parallel.partition import Partition
 from tests.support import captures
+from tests.support.canonical_programs import reasons, run_passes
 from tests.support.dead_structure import zero_heads
 from tests.support.harness import check_golden, rewrite
 from tests.support.models import FeedForward, normal, seeded
 from tests.support.neighbours import all_but_slow
-from tests.support.sharding import (
-    NAMES_AND_SIZES,
-    collectives,
-    decoder_program_of,
-    partition,
-    partitioned,
-    program_of,
-    reasons,
-    run_passes,
-)
+from tests.support.sharding import NAMES_AND_SIZES, collectives, decoder_program_of, partition, partitioned, program_of
 
 
 def test_rewrites() -> None:

@@ -14,17 +14,10 @@ from lissom.compiler.parallel.plan import make_plan
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.inspect.sharding import Link, sharding_table, traffic
 from lissom.inspect.tables import plain
+from tests.support.canonical_programs import reasons, run_passes
 from tests.support.harness import rewrite
 from tests.support.models import FeedForward, normal, seeded
-from tests.support.sharding import (
-    NAMES_AND_SIZES,
-    decoder_program_of,
-    partition,
-    partitioned,
-    program_of,
-    reasons,
-    run_passes,
-)
+from tests.support.sharding import NAMES_AND_SIZES, decoder_program_of, partition, partitioned, program_of
 
 SEQUENCE = ",sequence=true"
 

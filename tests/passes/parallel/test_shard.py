@@ -11,9 +11,10 @@ from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.parallel.plan import make_plan, sharded_fraction
 from lissom.errors import PipelineTextError, UnsupportedError
 from lissom.passes.parallel.shard import Shard
+from tests.support.canonical_programs import notes, reasons, run_passes
 from tests.support.harness import check_golden, rewrite
 from tests.support.models import FeedForward, normal, seeded, tokens
-from tests.support.sharding import MODELS, collectives, notes, program_of, reasons, run_passes
+from tests.support.sharding import MODELS, collectives, program_of
 
 
 def test_rewrites() -> None:

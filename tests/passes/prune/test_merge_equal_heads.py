@@ -11,7 +11,8 @@ from lissom.compiler.ir.editor import Editor
 from lissom.frontends.generation.decoder import capture_decoder
 from lissom.passes.prune.merge_equal_heads import MergeEqualHeads, largest_group
 from tests.support import captures
-from tests.support.dead_structure import eliminate, program_of, reasons, sites_of
+from tests.support.canonical_programs import reasons
+from tests.support.dead_structure import eliminate, program_of, sites_of
 from tests.support.decoders import decoder
 from tests.support.harness import apply, aten, calls, check_golden, every_backend, rewrite
 from tests.support.models import normal, seeded

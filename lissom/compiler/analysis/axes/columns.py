@@ -28,22 +28,58 @@ from lissom.compiler.ir.program import Program
 
 
 @dataclass(frozen=True)
-class Columns:
-    """The columns of one weight that read the units of a site: its heads or its neurons.
+class WeightUnits:
+    """The indices along one dimension of a weight, by the unit each belongs to: a head, a neuron or a channel.
+
+    Attributes:
+        weight: the node that reads the weight.
+        unit: [size of `dim`], the unit of each index; -1 where it belongs to none.
+    """
+
+    weight: fx.Node
+    dim: int
+    unit: torch.Tensor
+
+    @property
+    def name(self) -> str:
+        return str(self.weight.target)
+
+    def indices(self, units: int | Iterable[int]) -> torch.Tensor:
+        """The indices along `dim` that belong to these units, [indices], in order."""
+        wanted = torch.tensor([units] if isinstance(units, int) else [*units], dtype=torch.long)
+        return torch.isin(self.unit, wanted).nonzero().flatten()
+
+    def by_unit(self) -> torch.Tensor:
+        """The indices of every unit, [units, indices per unit]; all units have equally many."""
+        return torch.stack([self.indices(unit) for unit in range(int(self.unit.max()) + 1)])
+
+    def read(self, program: Program) -> torch.Tensor:
+        """A copy of the weight's values for every unit: [units, indices per unit, the other dimensions]."""
+        weight = program.weight(self.name).detach().movedim(self.dim, 0)
+        return weight[self.by_unit().to(weight.device)]
+
+    def write(self, edit: Editor, values: torch.Tensor) -> None:
+        """Set the weight's values for every unit, in this program only.
+
+        Args:
+            values: as returned by `read`.
+        """
+        weight = edit.program.weight(self.name).detach().movedim(self.dim, 0).clone()
+        weight[self.by_unit().to(weight.device)] = values.to(weight)
+        edit.set_weight(self.weight, weight.movedim(0, self.dim).contiguous())
+
+
+@dataclass(frozen=True)
+class Columns(WeightUnits):
+    """The columns of one weight that read the units of a site: its heads or its neurons. `dim` is summed over.
 
     Attributes:
         layer: the linear layer.
-        weight: the node that reads its weight.
-        dim: the dimension of the weight that is summed over.
-        unit: [size of that dimension], the unit each index reads; -1 where it reads none.
         count: the number of units.
         axes: the axes whose indices number the units, the last one fastest.
     """
 
     layer: fx.Node
-    weight: fx.Node
-    dim: int
-    unit: torch.Tensor
     count: int
     axes: tuple[Axis, ...]
 
@@ -52,17 +88,12 @@ class Columns:
         """True if the layer reads the units only."""
         return bool((self.unit >= 0).all())
 
-    def indices(self, units: int | Iterable[int]) -> torch.Tensor:
-        """The indices along `dim` that read these units, [indices], in order."""
-        wanted = torch.tensor([units] if isinstance(units, int) else [*units], dtype=torch.long)
-        return torch.isin(self.unit, wanted).nonzero().flatten()
-
-    def read(self, program: Program) -> torch.Tensor:
+    def read_matrix(self, program: Program) -> torch.Tensor:
         """A float32 copy of the weight as [out_features, in_features]."""
         weight = program.weight(str(self.weight.target)).detach()
         return weight.movedim(self.dim, -1).flatten(0, -2).to(torch.float32, copy=True)
 
-    def write(self, edit: Editor, matrix: torch.Tensor) -> None:
+    def write_matrix(self, edit: Editor, matrix: torch.Tensor) -> None:
         """Give the weight new values, in this program only.
 
         Args:
@@ -120,7 +151,7 @@ def _columns(program_axes: Axes, layer: fx.Node, axis: Axis, count: int, units: 
         shared = tuple(atom for atom in dict.fromkeys(numbering) if atom in present)
         unit = unit_of(weight_axis, shared)
         if math.prod(sizes_of(shared)) == count and (shared or count == 1) and len(unit[unit >= 0].unique()) == count:
-            return Columns(layer, weight, dim, unit, count, shared)
+            return Columns(weight, dim, unit, layer, count, shared)
     reason = next((atom.pinned for atom in numbering if atom.pinned), None)
     if reason is None and axis.find().form == "sum":
         reason = "each is computed apart, and they are concatenated"

@@ -22,7 +22,7 @@ from torch.fx.node import Argument
 from lissom.compiler.analysis.axes.axes import axes
 from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.base import of
-from lissom.compiler.analysis.axes.columns import unit_of
+from lissom.compiler.analysis.axes.columns import WeightUnits, unit_of
 from lissom.compiler.analysis.axes.dead_units import summed
 from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.structure.linear import as_int
@@ -31,7 +31,6 @@ from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import fixed
 
 aten = torch.ops.aten
@@ -69,38 +68,6 @@ class SeparateHeads:
     def numbering(self) -> tuple[Axis, ...]:
         """All head axes."""
         return (self.queries, self.key, self.value, self.output)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The indices along one dimension of a weight that belong to each head.
-
-    Attributes:
-        indices: [heads, indices per head].
-    """
-
-    weight: fx.Node
-    dim: int
-    indices: torch.Tensor
-
-    @property
-    def name(self) -> str:
-        return str(self.weight.target)
-
-    def read(self, program: Program) -> torch.Tensor:
-        """A copy of the weight's values for every head: [heads, indices per head, the other dimensions]."""
-        weight = program.weight(self.name).detach().movedim(self.dim, 0)
-        return weight[self.indices.to(weight.device)]
-
-    def write(self, edit: Editor, heads: torch.Tensor) -> None:
-        """Set the weight's values for every head, in this program only.
-
-        Args:
-            heads: as returned by `read`.
-        """
-        weight = edit.program.weight(self.name).detach().movedim(self.dim, 0).clone()
-        weight[self.indices.to(weight.device)] = heads.to(weight)
-        edit.set_weight(self.weight, weight.movedim(0, self.dim).contiguous())
 
 
 class Separation:
@@ -202,15 +169,13 @@ class Separation:
                     contracted.setdefault(atom, node)
         return contracted
 
-    def rows(self, axis: Axis) -> list[Rows]:
+    def rows(self, axis: Axis) -> list[WeightUnits]:
         """The indices of weights, and of the program's state, that produce or read heads of this axis."""
-        axis, rows = axis.find(), list[Rows]()
+        axis, rows = axis.find(), list[WeightUnits]()
         for node in self.axes.of:
             for dim, other in enumerate(of(node, self.axes.of) if node.op == "get_attr" else ()):
                 if axis in other.atoms():
-                    unit = unit_of(other, [axis])
-                    heads = [(unit == head).nonzero().flatten() for head in range(fixed(axis.size))]
-                    rows.append(Rows(node, dim, torch.stack(heads)))
+                    rows.append(WeightUnits(node, dim, unit_of(other, [axis])))
         return rows
 
     def share(self, heads: SeparateHeads) -> None:

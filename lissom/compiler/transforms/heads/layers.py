@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.axes.columns import WeightUnits
 from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.calibration.statistics import Moments
 from lissom.compiler.ir import node as nodes
@@ -20,7 +21,6 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import SHAPES
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.view_calls import IndexCopy
-from lissom.compiler.transforms.heads.key_value_heads import Rows
 
 aten = torch.ops.aten
 
@@ -30,14 +30,14 @@ class HeadLayer:
     """The rows of a linear layer that produce heads, or the columns that read them.
 
     Attributes:
-        weight: [heads, features] of indices.
+        weight: its indices by head.
         bias: the same, if there is one.
         layer: the linear layer.
     """
 
     layer: fx.Node
-    weight: Rows
-    bias: Rows | None
+    weight: WeightUnits
+    bias: WeightUnits | None
 
     def read(self, program: Program) -> torch.Tensor:
         """The rows, followed by their bias, in float64: [heads, features, inputs], or inputs + 1 with a bias."""

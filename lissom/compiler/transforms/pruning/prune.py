@@ -175,5 +175,5 @@ class UnitPruning(Approximation):
 
     def _set(self, edit: Editor, site: UnitSite, weight: torch.Tensor, gone: torch.Tensor) -> None:
         if len(gone):
-            site.columns.write(edit, weight)
+            site.columns.write_matrix(edit, weight)
             edit.rewritten += len(gone)

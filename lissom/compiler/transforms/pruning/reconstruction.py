@@ -201,7 +201,7 @@ def refit(
 
 def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Sequence[Sample]) -> None:
     layer, columns = ending.layer, ending.columns
-    weight = columns.read(edit.program)
+    weight = columns.read_matrix(edit.program)
     alive = (weight != 0).any(0).nonzero().flatten()
     if not len(alive):
         return
@@ -226,7 +226,7 @@ def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Se
         halves[1].add(rows[middle:], wanted[middle:], weights[middle:])
     fitted, bias = solve(halves, weight[:, alive], with_bias=ending.bias is not None)
     weight[:, alive] = fitted
-    columns.write(edit, weight)
+    columns.write_matrix(edit, weight)
     if ending.bias is not None:
         edit.set_weight(ending.bias, bias.to(nodes.tensor_type(ending.bias).dtype))
 

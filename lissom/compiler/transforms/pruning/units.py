@@ -45,7 +45,7 @@ class UnitSite:
 
     def matrix(self, program: Program) -> torch.Tensor:
         """The weight as [out_features, in_features] in float32."""
-        return self.columns.read(program)
+        return self.columns.read_matrix(program)
 
     def by_unit(self, values: torch.Tensor) -> torch.Tensor:
         """A number for every column, [in_features], summed over each unit, [units]."""

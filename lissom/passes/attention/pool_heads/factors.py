@@ -12,14 +12,14 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.analysis.axes.columns import unit_of
+from lissom.compiler.analysis.axes.columns import WeightUnits, unit_of
 from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.analysis.structure.matrix import matrix_of, readers_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.statistics import Moments
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
-from lissom.compiler.transforms.heads.key_value_heads import Rows, SeparateHeads, Separation
+from lissom.compiler.transforms.heads.key_value_heads import SeparateHeads, Separation
 from lissom.compiler.transforms.heads.layers import HeadLayer, is_moved
 from lissom.passes.attention.pool_heads.pooling import Pooled, Products
 
@@ -35,7 +35,7 @@ class Factors:
         keys: whether they are keys.
     """
 
-    rows: tuple[Rows, ...]
+    rows: tuple[WeightUnits, ...]
     made: HeadLayer | None
     read: HeadLayer | None
     keys: bool
@@ -111,7 +111,7 @@ def projection_inputs(program: Program) -> list[fx.Node]:
 
 
 def _layer(
-    program: Program, separation: Separation, axis: Axis, features: Axis, layers: Sequence[fx.Node], rows: Sequence[Rows]
+    program: Program, separation: Separation, axis: Axis, features: Axis, layers: Sequence[fx.Node], rows: Sequence[WeightUnits]
 ) -> HeadLayer | None:
     """The only layer with heads of this axis, with its rows per head; None where other weights have them too."""
     if len(layers) != 1 or features.form != "atom" or isinstance(matrix := matrix_of(layers[0]), str):
@@ -119,13 +119,14 @@ def _layer(
     layer = layers[0]
     if readers_of(matrix.node) != [layer]:
         return None
-    by_kind: dict[str, Rows] = {}
+    by_kind: dict[str, WeightUnits] = {}
     for part in rows:
         if part.name in program.state and not program.weight(part.name).any():
             continue
         kind = "weight" if part.weight is matrix.node else "bias" if layer in part.weight.users else ""
         unit = unit_of(separation.axes.axis(part.weight, part.dim), [features])
-        in_order = torch.equal(unit[part.indices], torch.arange(len(part.indices[0])).expand_as(part.indices))
+        indices = part.by_unit()
+        in_order = torch.equal(unit[indices], torch.arange(indices.shape[1]).expand_as(indices))
         if not kind or kind in by_kind or len(part.weight.users) > 1 or not in_order:
             return None
         by_kind[kind] = part

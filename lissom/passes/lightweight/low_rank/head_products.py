@@ -25,7 +25,7 @@ from torch import fx
 
 from lissom.compiler.analysis.axes.axes import axes
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.analysis.axes.columns import unit_of
+from lissom.compiler.analysis.axes.columns import WeightUnits, unit_of
 from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.structure.linear import bias_of, input_of, width
 from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
@@ -36,7 +36,6 @@ from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_own_weight
 from lissom.compiler.ir.program import Program
-from lissom.compiler.transforms.heads.key_value_heads import Rows
 from lissom.compiler.transforms.heads.layers import HeadLayer, is_moved
 from lissom.compiler.transforms.removal.indices import remove_indices
 from lissom.errors import LissomError
@@ -114,9 +113,9 @@ def _product(
         unit = unit_of(program_axes.axis(matrix.node, dim), (heads, axis))
         if matrix.transposed or not _is_owned(layer, matrix) or not torch.equal(unit, torch.arange(len(unit))):
             return f"the weights of its {what} are shared, or contain more than its heads"
-        indices, bias = torch.arange(site.heads * head_dim).view(site.heads, -1), bias_of(layer)
-        made = Rows(bias, 0, indices) if bias is not None and dim == 0 else None
-        layers.append(HeadLayer(layer, Rows(matrix.node, dim, indices), made))
+        head, bias = torch.arange(site.heads).repeat_interleave(head_dim), bias_of(layer)
+        made = WeightUnits(bias, 0, head) if bias is not None and dim == 0 else None
+        layers.append(HeadLayer(layer, WeightUnits(matrix.node, dim, head), made))
     return HeadProduct(site.node, layers[0], layers[1], scores, axis, site.heads, head_dim)
 
 

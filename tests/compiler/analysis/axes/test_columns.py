@@ -54,7 +54,7 @@ def test_units_are_numbered_by_the_indices_of_their_axes():
 
 
 def test_columns_of_a_unit_are_found_wherever_they_lie():
-    columns = Columns(None, None, 0, torch.tensor([0, 1, -1, 0]), 2, ())  # pyright: ignore
+    columns = Columns(None, 0, torch.tensor([0, 1, -1, 0]), None, 2, ())  # pyright: ignore
     assert columns.indices([0]).tolist() == [0, 3]
     weight = torch.ones(4, 2)
     assert columns.zeroed(weight, 0).tolist() == [[0, 0], [1, 1], [1, 1], [0, 0]]

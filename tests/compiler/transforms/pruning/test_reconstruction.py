@@ -76,7 +76,7 @@ def pruned(keep: int) -> tuple[Editor, Program, list[Sample]]:
     site = neuron_sites(edit)[0]
     weight = site.matrix(edit.program)
     weight[:, keep:] = 0
-    site.columns.write(edit, weight)
+    site.columns.write_matrix(edit, weight)
     return edit, program, data
 
 
@@ -121,7 +121,7 @@ def test_later_layers_correct_errors_of_earlier_ones() -> None:
     site = neuron_sites(edit)[0]
     weight = site.matrix(edit.program)
     weight[:, ::2] = 0
-    site.columns.write(edit, weight)
+    site.columns.write_matrix(edit, weight)
     before = error(edit.program, program, data)
     refit(edit, program, data)
     assert error(edit.program, program, data) < 0.5 * before

@@ -16,7 +16,8 @@ from lissom.errors import RequirementError, UnsupportedError
 from lissom.frontends.generation.decoder import capture_decoder
 from lissom.passes.attention.pool_heads.pool_heads import PoolHeads
 from tests.support import captures
-from tests.support.dead_structure import reasons, sites_of
+from tests.support.canonical_programs import reasons
+from tests.support.dead_structure import sites_of
 from tests.support.decoders import decoder, prompt
 from tests.support.harness import Calls, check_golden, every_backend, rewrite
 from tests.support.models import VOCABULARY, Case, normal, seeded, tiny_gpt2, tiny_llama, tiny_t5, tokens

@@ -11,7 +11,8 @@ from lissom.compiler.analysis.axes.columns import find_head_columns
 from lissom.frontends.generation.decoder import capture_decoder
 from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
 from tests.support import captures
-from tests.support.dead_structure import eliminate, program_of, reasons, sites_of, zero_bias, zero_heads
+from tests.support.canonical_programs import reasons
+from tests.support.dead_structure import eliminate, program_of, sites_of, zero_bias, zero_heads
 from tests.support.decoders import decoder
 from tests.support.harness import aten, calls, every_backend, rewrite
 from tests.support.models import normal, seeded

@@ -16,7 +16,8 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.transforms.removal.indices import mask
 from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
 from tests.support import captures
-from tests.support.dead_structure import eliminate, program_of, reasons, sites_of
+from tests.support.canonical_programs import reasons
+from tests.support.dead_structure import eliminate, program_of, sites_of
 from tests.support.harness import aten, calls, every_backend, rewrite
 from tests.support.models import normal, seeded
 

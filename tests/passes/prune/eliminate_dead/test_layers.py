@@ -9,7 +9,8 @@ from torch import nn
 from lissom.backends.base import Backend
 from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
 from tests.support import captures
-from tests.support.dead_structure import eliminate, program_of, reasons, sites_of, zero_bias, zero_heads, zero_neurons
+from tests.support.canonical_programs import reasons
+from tests.support.dead_structure import eliminate, program_of, sites_of, zero_bias, zero_heads, zero_neurons
 from tests.support.harness import aten, calls, every_backend, rewrite
 from tests.support.models import FeedForward, normal, seeded
 
