@@ -20,7 +20,7 @@ MISSING = load_kernels()
 GENERIC = INSTRUCTION_SETS[-1]
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the kernels are built on Linux only"),
-    pytest.mark.skipif(bool(MISSING), reason=MISSING),
+    pytest.mark.skipif(bool(MISSING), reason=str(MISSING)),
 ]
 
 
