@@ -11,7 +11,7 @@ from tests.backends.threaded_calls import compiled, differing_calls
 MISSING = load_kernels()
 
 
-@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+@pytest.mark.skipif(bool(MISSING), reason=str(MISSING))
 @pytest.mark.parametrize("dtype", kernel_dtypes())
 def test_eight_threads_get_what_one_gets(dtype):
     model = compiled(dtype)
@@ -25,7 +25,7 @@ def test_eight_threads_get_what_one_gets_of_onnx_runtime():
     assert differing_calls(model, torch.float32, threads=8, calls=8) == 0
 
 
-@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+@pytest.mark.skipif(bool(MISSING), reason=str(MISSING))
 def test_eight_threads_get_what_one_gets_of_bytes():
     model = compiled(torch.float32, "quantize{scheme=int8-dynamic}")
     assert differing_calls(model, torch.float32, threads=8, calls=8) == 0

@@ -155,7 +155,7 @@ def test_mask_whose_columns_do_not_lie_beside_each_other():
     check(PATTERNS["window"], q, k, v, bias=numbers(2, 1, 90, 1))
 
 
-@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+@pytest.mark.skipif(bool(MISSING), reason=str(MISSING))
 def test_all_pairs_are_dense_attention():
     q, k, v = projected(1, (3, 3), (600, 600), (40, 40), torch.float32)
     found = block_sparse_attention(q, k, v, pattern=PATTERNS["everything"].encode(), block=64, scale=0.2)
@@ -163,7 +163,7 @@ def test_all_pairs_are_dense_attention():
     torch.testing.assert_close(found, fused_attention(q, k, v, scale=0.2), rtol=0, atol=2e-6)
 
 
-@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+@pytest.mark.skipif(bool(MISSING), reason=str(MISSING))
 @pytest.mark.parametrize(
     ("pattern", "layout", "message"),
     [

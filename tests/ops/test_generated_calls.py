@@ -12,7 +12,7 @@ MISSING = load_kernels()
 CALLS = 400
 
 
-@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+@pytest.mark.skipif(bool(MISSING), reason=str(MISSING))
 def test_calls_equal_the_reference_or_are_refused():
     command = [sys.executable, "-m", "tests.ops.generated_calls", "--calls", str(CALLS)]
     # By AMX, PyTorch's products in bfloat16, which the references use, spread a NaN to the row beside it.

@@ -13,7 +13,7 @@ from lissom.ops.packed_linear import pack, packed_linear
 from tests.support import captures
 
 MISSING = load_kernels()
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=str(MISSING))
 
 WIDTH = 512  # results of 1,024 rows are 2 MB: large ones are kept
 

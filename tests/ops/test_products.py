@@ -17,7 +17,7 @@ from lissom.ops.quantized_linear import fill_panels, pack_bytes
 from lissom.ops.weight_quantized_linear import pack_blocks, pack_stored
 
 MISSING = load_kernels()
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=str(MISSING))
 
 CPU = torch.device("cpu")
 INT8 = missing_int8_kernel(torch.float32, CPU) is None

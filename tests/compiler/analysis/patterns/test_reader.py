@@ -177,11 +177,11 @@ def test_padding_stays_beside_the_pattern() -> None:
             lambda i, j, seen: torch.where(j < i, 0.0, -1e9)[None, None],
             "its mask has finite mask values, and may mask all keys of a row",
         ),
-        (lambda i, j, seen: seen[:, None, None, :], ""),
+        (lambda i, j, seen: seen[:, None, None, :], None),
     ],
     ids=["or data", "one number for both", "padding in numbers", "rows that see nothing", "padding alone"],
 )
-def test_what_is_no_pattern_has_its_reason(mask: Callable[..., torch.Tensor], reason: str) -> None:
+def test_what_is_no_pattern_has_its_reason(mask: Callable[..., torch.Tensor], reason: str | None) -> None:
     program = masked(mask)
     reading = read_pattern(program, attention_of(program))
     assert reading.pattern is None
@@ -251,6 +251,6 @@ def test_a_local_encoder_keeps_its_padding() -> None:
     model = seeded(lambda: transformers.ModernBertModel(config))
     program = captures.optimize(model, {"input_ids": tokens(2, 11), "attention_mask": mask}).program
     first, second = (read_pattern(program, node) for node in program.nodes() if is_attention(node))
-    assert (first.pattern, first.reason) == (None, "")
+    assert (first.pattern, first.reason) == (None, None)
     assert second.pattern is not None and second.pattern.alternatives == ((Condition(1, -1, -3, 3),),)
     assert len(second.rest) == 1
