@@ -55,6 +55,8 @@ def encode_expression(expression: object) -> object:
             return ["Float", repr(float(expression))]
         case sympy.Basic() if expression in (sympy.true, sympy.false):
             return bool(expression)
+        case sympy.Piecewise(args=((x, condition), (other, sympy.true))):
+            return ["Piecewise", *map(encode_expression, (x, condition, other))]
         case sympy.Basic() if FUNCTIONS.get(type(expression).__name__) is type(expression):
             return [type(expression).__name__, *map(encode_expression, expression.args)]
         case _:
@@ -89,6 +91,10 @@ def _build(data: object, symbols: Mapping[str, sympy.Symbol]) -> sympy.Basic:
             return sympy.Rational(number(p), number(q))
         case ["Float", str() as digits]:
             return sympy.Float(finite(digits))
+        case ["Piecewise", x, condition, other]:
+            # Without the simplification of conditions, which may take long.
+            branches = [(_build(x, symbols), _build(condition, symbols)), (_build(other, symbols), sympy.true)]
+            return sympy.Piecewise(*branches, evaluate=False)
         case [str() as name, *arguments] if name in FUNCTIONS:
             return FUNCTIONS[name](*(_build(item, symbols) for item in arguments))
         case _:

@@ -85,11 +85,11 @@ class Scanner:
         except ValueError as error:
             self.fail(str(error), at)
 
-    def fail(self, problem: str, at: int | None = None) -> NoReturn:
+    def fail(self, problem: str, at: int | None = None, kind: type[ArtifactError] = ArtifactError) -> NoReturn:
         at = self.at if at is None else at
         line = self.text.count("\n", 0, at) + 1
         column = at - self.text.rfind("\n", 0, at)
-        raise ArtifactError(f"line {line}, column {column} of the program's text: {problem}")
+        raise kind(f"line {line}, column {column} of the program's text: {problem}")
 
     def end_of_expression(self) -> int:
         """The index behind the expression or literal that begins here: of a comma or bracket, or of the end of the line."""
@@ -131,7 +131,10 @@ class Scanner:
             data, names = _expression_data(self.text[start:end])
             for name in names - self.symbols.keys():
                 self._new_symbol(name, declare, named)
-            found = decode_expression(data, self.symbols)
+            try:
+                found = decode_expression(data, self.symbols)
+            except ArithmeticError as error:
+                raise ValueError(f"'{self.text[start:end]:.80}' is not a size: {error}") from None
         self.at = end
         return int(found) if isinstance(found, sympy.Integer) else cast(Size, found)
 
@@ -185,6 +188,12 @@ def _data(tree: ast.expr) -> object:
             return [_OPERATORS[type(tree.op)], _data(tree.left), _data(tree.right)]
         case ast.Compare(ops=[operator]) if type(operator) in _COMPARISONS:
             return [_COMPARISONS[type(operator)], _data(tree.left), _data(tree.comparators[0])]
+        case ast.Call(
+            func=ast.Name(id="Piecewise" as name),
+            args=[ast.Tuple(elts=[x, condition]), ast.Tuple(elts=[other, ast.Constant(value=True)])],
+            keywords=[],
+        ):
+            return [name, _data(x), _data(condition), _data(other)]
         case ast.Call(func=ast.Name(id=name), keywords=[]) if _SHORT.get(name, name) in FUNCTIONS:
             return [_SHORT.get(name, name), *map(_data, tree.args)]
         case _:

@@ -67,6 +67,12 @@ def fake_call(mode: FakeTensorMode, node: fx.Node) -> object:
         return call(node, nodes.value)
 
 
+def assume(condition: object) -> None:
+    """Let types rely on a condition that a program asserts from here on. Raises: RuntimeError for one that is never true."""
+    if isinstance(condition, torch.SymBool):
+        torch._check(condition)
+
+
 def known_call(mode: FakeTensorMode, node: fx.Node) -> object:
     """The value of `fake_call`, reused from an earlier call with the same operator and argument types: most layers are alike.
 
@@ -294,6 +300,19 @@ def fake_tensor(mode: FakeTensorMode, found: TensorType, stride: Sequence[Size])
     sizes, strides = ([_fake_size(mode, size) for size in given] for given in (found.shape, stride))
     with typing_scope(mode):
         return torch.empty_strided(sizes, strides, dtype=found.dtype, device=found.device)
+
+
+def spelled(mode: FakeTensorMode, value: object, wanted: ValueType) -> object:
+    """The fake value with its sizes written as in an equal type, such as `batch*(sequence + 1)` for `batch*sequence + batch`."""
+    match value, wanted:
+        case torch.Tensor(), TensorType():
+            return fake_tensor(mode, wanted, [size_of(stride) for stride in value.stride()])
+        case torch.SymInt(), ScalarType(value=sympy.Expr() as size):
+            return _fake_size(mode, size)
+        case (tuple() | list()), tuple():
+            return type(value)(spelled(mode, *pair) for pair in zip(value, wanted, strict=True))
+        case _:
+            return value
 
 
 def _fake_size(mode: FakeTensorMode, size: Size) -> int | torch.SymInt:
