@@ -81,8 +81,8 @@ def _expressions(value: ValueType) -> set[sympy.Expr]:
 
 def _divisor(symbol: sympy.Symbol, sizes: Sequence[sympy.Expr]) -> int:
     """The least common multiple of the numbers that divide the symbol; 1 where it is too large for the size of a tensor."""
-    quotients = {part for size in sizes for part in size.atoms(FloorDiv, Mod) if symbol in part.args[0].free_symbols}
-    found = math.lcm(*(int(part.args[1]) for part in quotients if part.args[1].is_Integer))
+    divided = {part.args for size in sizes for part in size.atoms(FloorDiv, Mod)}
+    found = math.lcm(*(int(by) for what, by in divided if symbol in what.free_symbols and isinstance(by, sympy.Integer)))
     return found if 0 < found <= _MOST_STEP else 1
 
 

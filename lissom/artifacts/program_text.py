@@ -1,8 +1,9 @@
 """Reading a program's text: the inverse of `lissom.compiler.ir.printer`, so that a program can be written by hand.
 
 A text does not hold all of a program. Weights get random values, from a generator seeded by their names; a size gets a number
-at the example, which may be given, at which the operators return the types that the text says; what a call returns is a tuple of the outputs, or the only one. Types are inferred anew from
-the operators and compared with the text. The operators that a text may call are those of an artifact; no code in it is run.
+at the example, which may be given, and at which the operators return the types that the text says; what a call returns is a
+tuple of the outputs, or the only one. Types are inferred anew from the operators and compared with the text. The operators that
+a text may call are those of an artifact; no code in it is run.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from lissom.artifacts.weights import check_memory
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.fake import FlatModule, SymbolFact
-from lissom.compiler.ir.interpreter import with_values
 from lissom.compiler.ir.node import Origin
 from lissom.compiler.ir.printer import END, target_text
 from lissom.compiler.ir.program import Program
@@ -41,7 +41,7 @@ from lissom.errors import ArtifactError
 _PATH = re.compile(r"[A-Za-z_][\w.]*(?:\[[^\]\n]*\][\w.]*)*")
 _TARGET = re.compile(r"[A-Za-z_][\w.]*")
 _WEIGHT = re.compile(r"[^\s,:()\[\]]+")
-_NUMBER = re.compile(r"-?(?:inf|nan|\d[\d.]*(?:e[-+]?\d+)?j?)")
+_NUMBER = re.compile(r"\([-+.\w]+j\)|-?(?:inf|nan|\d[\d.]*(?:e[-+]?\d+)?)j?")
 _WORDS: Mapping[str, object] = {
     "True": True,
     "False": False,
@@ -76,6 +76,8 @@ def parse_program(text: str, sizes: Mapping[str, int] | None = None) -> Program:
     parser = _Parser(text, given)
     try:
         return parser.program()
+    except RecursionError:
+        parser.fail("the text is nested too deeply")
     except _RefusedCallError:
         for found in other_sizes(text, parser.dimensions, given):
             with suppress(_RefusedCallError):
@@ -243,7 +245,7 @@ class _Parser(Scanner):
         try:
             nodes.set_value(node, fake.fake_call(self.mode, node))
             if nodes.is_call(node, torch.ops.aten._assert_scalar.default):
-                fake.assume(with_values(nodes.argument(node, "self"), nodes.value))
+                fake.assume(nodes.argument(node, "self"))
         except Exception as error:
             problem = f"{target_text(target)} refuses its arguments: {str(error).splitlines()[0]}"
             self.fail(problem, start, _RefusedCallError)
@@ -301,6 +303,8 @@ class _Parser(Scanner):
             return _WORDS[word.group()]
         number = self.take(_NUMBER, "%value, @weight, a number, a list, a dtype, True, False or None")
         try:
+            if number.endswith(("j", ")")):
+                return complex(number)
             return float(number) if number.lstrip("-") in ("inf", "nan") else ast.literal_eval(number)
         except (ValueError, SyntaxError):
             self.fail(f"'{number}' is no number", start)

@@ -18,6 +18,7 @@ from lissom.errors import ArtifactError
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 DTYPES = {short_dtype(item): item for item in vars(torch).values() if isinstance(item, torch.dtype)}
 _DEVICE = re.compile(r"[a-z]+(?::\d+)?")
+_QUOTED = re.compile(r"'(?:[^'\\\n]|\\.)*'" r'|"(?:[^"\\\n]|\\.)*"')
 _KINDS: Mapping[str, type] = {"int": int, "float": float, "bool": bool}
 MOST_CHARACTERS = 2000
 """The most characters of a size."""
@@ -93,20 +94,18 @@ class Scanner:
 
     def end_of_expression(self) -> int:
         """The index behind the expression or literal that begins here: of a comma or bracket, or of the end of the line."""
-        depth, quote = 0, ""
-        for at in range(self.at, len(self.text)):
+        depth, at = 0, self.at
+        while at < len(self.text):
+            quoted = _QUOTED.match(self.text, at)
             character = self.text[at]
-            if quote:
-                quote = "" if character == quote and self.text[at - 1] != "\\" else quote
-            elif character in "'\"":
-                quote = character
-            elif character in "([{":
-                depth += 1
-            elif depth == 0 and (character in ")]},\n" or self.text.startswith(" = ", at)):
+            if quoted:
+                at = quoted.end()
+                continue
+            if depth == 0 and (character in ")]},\n" or self.text.startswith(" = ", at)):
                 return at
-            elif character in ")]}":
-                depth -= 1
-        return len(self.text)
+            depth += (character in "([{") - (character in ")]}")
+            at += 1
+        return at
 
     def value_type(self, *, declare: bool = False, named: bool = False) -> ValueType:
         """A type. declare: names in its sizes are new sizes. named: names that are none stand for sizes found while running."""

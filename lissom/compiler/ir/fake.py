@@ -11,6 +11,7 @@ from threading import get_ident
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -68,9 +69,10 @@ def fake_call(mode: FakeTensorMode, node: fx.Node) -> object:
 
 
 def assume(condition: object) -> None:
-    """Let types rely on a condition that a program asserts from here on. Raises: RuntimeError for one that is never true."""
-    if isinstance(condition, torch.SymBool):
-        torch._check(condition)
+    """Let types rely on the value of a node, a condition that a program asserts. Raises: RuntimeError if it is never true."""
+    value = nodes.value(condition) if isinstance(condition, fx.Node) else condition
+    if isinstance(value, torch.SymBool):
+        torch._check(value)
 
 
 def known_call(mode: FakeTensorMode, node: fx.Node) -> object:
@@ -215,6 +217,8 @@ def same_size(mode: FakeTensorMode | None, left: Size | float, right: Size | flo
         return True
     if mode is None or mode.shape_env is None or not (isinstance(left, sympy.Basic) or isinstance(right, sympy.Basic)):
         return False
+    if isinstance(left, Boolean) or isinstance(right, Boolean):
+        return False
     difference = sympy.sympify(left) - sympy.sympify(right)
     if mode.shape_env.simplify(difference) == 0 or sympy.simplify(difference) == 0:
         return True
@@ -303,13 +307,13 @@ def fake_tensor(mode: FakeTensorMode, found: TensorType, stride: Sequence[Size])
 
 
 def spelled(mode: FakeTensorMode, value: object, wanted: ValueType) -> object:
-    """The fake value with its sizes written as in an equal type, such as `batch*(sequence + 1)` for `batch*sequence + batch`."""
+    """The fake value with its sizes written as in an equal type, such as `batch*(sequence + 1)` as `batch*sequence + batch`."""
     match value, wanted:
         case torch.Tensor(), TensorType():
             return fake_tensor(mode, wanted, [size_of(stride) for stride in value.stride()])
-        case torch.SymInt(), ScalarType(value=sympy.Expr() as size):
-            return _fake_size(mode, size)
-        case (tuple() | list()), tuple():
+        case torch.SymInt() | torch.SymFloat(), ScalarType(kind, sympy.Expr() as number):
+            return fake_number(mode, kind, number)
+        case tuple() | list(), tuple():
             return type(value)(spelled(mode, *pair) for pair in zip(value, wanted, strict=True))
         case _:
             return value
@@ -322,7 +326,7 @@ def _fake_size(mode: FakeTensorMode, size: Size) -> int | torch.SymInt:
     return mode.shape_env.create_symintnode(size, hint=None)
 
 
-def fake_number(mode: FakeTensorMode, kind: type[float], value: Size) -> object:
+def fake_number(mode: FakeTensorMode, kind: type[float], value: Size | float) -> object:
     """A number computed from sizes: symbolic for an expression, otherwise the number itself."""
     env = mode.shape_env
     if not isinstance(value, sympy.Basic) or env is None:
