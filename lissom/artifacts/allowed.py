@@ -44,7 +44,8 @@ _NAMES: Mapping[str, str] = {
     cumsum deg2rad detach diag diag_embed diagonal diagonal_scatter diff digamma div.Scalar div.Scalar_mode div.Tensor
     div.Tensor_mode divide.Scalar divide.Scalar_mode divide.Tensor divide.Tensor_mode dot dropout dsplit.array
     dsplit.int dstack einsum elu embedding empty_like eq.Scalar eq.Tensor erf erfc erfinv exp exp2 expand expand_as
-    expm1 eye eye.m feature_dropout fft_fft fft_fft2 fft_fftn fft_fftshift fft_ifft fft_ifft2 fft_ifftn fft_ifftshift
+    expm1 eye eye.m fake_quantize_per_channel_affine fake_quantize_per_tensor_affine feature_dropout
+    fft_fft fft_fft2 fft_fftn fft_fftshift fft_ifft fft_ifft2 fft_ifftn fft_ifftshift
     fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftn fill.Scalar fill.Tensor fix flatten.using_ints flip
     fliplr flipud float_power.Scalar float_power.Tensor_Scalar float_power.Tensor_Tensor floor floor_divide
     floor_divide.Scalar fmax fmin fmod.Scalar fmod.Tensor frac frexp.Tensor frobenius_norm.dim full full_like gather

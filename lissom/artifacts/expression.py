@@ -36,6 +36,8 @@ MOST_PARTS = 512
 """The most numbers, symbols and functions in an expression."""
 MOST_BITS = 4096
 """The most bits of an expression's value if symbols have 64 bits: the product of 64 sizes."""
+_PARTS_OF_CHOICE = 16
+"""A choice counts as so many times its parts: sympy compares with each of its branches, and with those of a choice in it."""
 _PRODUCTS = frozenset({"Mul"})
 _POWERS = frozenset({"Pow", "PowByNatural", "FloatPow"})
 
@@ -55,6 +57,9 @@ def encode_expression(expression: object) -> object:
             return ["Float", repr(float(expression))]
         case sympy.Basic() if expression in (sympy.true, sympy.false):
             return bool(expression)
+        case sympy.Piecewise() if len(expression.args) == 2 and expression.args[1].args[1] == sympy.true:
+            choice, other = expression.args
+            return ["Piecewise", *map(encode_expression, (*choice.args, other.args[0]))]
         case sympy.Basic() if FUNCTIONS.get(type(expression).__name__) is type(expression):
             return [type(expression).__name__, *map(encode_expression, expression.args)]
         case _:
@@ -90,6 +95,10 @@ def _build(data: object, symbols: Mapping[str, sympy.Symbol]) -> sympy.Basic:
             return sympy.Rational(number(p), number(q))
         case ["Float", str() as digits]:
             return sympy.Float(finite(digits))
+        case ["Piecewise", x, condition, other]:
+            # Without the simplification of conditions, which may take long.
+            branches = [(_build(x, symbols), _build(condition, symbols)), (_build(other, symbols), sympy.true)]
+            return sympy.Piecewise(*branches, evaluate=False)
         case [str() as name, *arguments] if name in FUNCTIONS:
             return FUNCTIONS[name](*(_build(argument, symbols) for argument in arguments))
         case _:
@@ -109,7 +118,8 @@ def _measure(data: object) -> tuple[int, int]:
         case [str() as name, *arguments]:
             parts, bits = zip((1, 0), *map(_measure, arguments), strict=True)
             # A sum of n terms has at most log2(n) bits more than the largest.
-            return sum(parts), sum(bits) if name in _PRODUCTS else max(bits) + len(bits).bit_length()
+            factor = _PARTS_OF_CHOICE if name == "Piecewise" else 1
+            return factor * sum(parts), sum(bits) if name in _PRODUCTS else max(bits) + len(bits).bit_length()
         case _:
             return 1, 64
 

@@ -1,8 +1,9 @@
 """Reading a program's text: the inverse of `lissom.compiler.ir.printer`, so that a program can be written by hand.
 
 A text does not hold all of a program. Weights get random values, from a generator seeded by their names; a size gets a number
-at the example, which may be given; what a call returns is a tuple of the outputs, or the only one. Types are inferred anew from
-the operators and compared with the text. The operators that a text may call are those of an artifact; no code in it is run.
+at the example, which may be given, and at which the operators return the types that the text says; what a call returns is a
+tuple of the outputs, or the only one. Types are inferred anew from the operators and compared with the text. The operators that
+a text may call are those of an artifact; no code in it is run.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lissom.artifacts.calls import check_call
+from lissom.artifacts.example_sizes import default_sizes, other_sizes
 from lissom.artifacts.operators import FUNCTIONS, find_operator
 from lissom.artifacts.program_file import MOST_NODES, check_weight_name, check_writes
 from lissom.artifacts.text_scanner import DTYPES, NAME, Scanner
@@ -33,11 +36,12 @@ from lissom.compiler.ir.printer import END, target_text
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
 from lissom.compiler.ir.types import Size, TensorType, are_fixed, fixed, format_type
+from lissom.errors import ArtifactError
 
 _PATH = re.compile(r"[A-Za-z_][\w.]*(?:\[[^\]\n]*\][\w.]*)*")
 _TARGET = re.compile(r"[A-Za-z_][\w.]*")
 _WEIGHT = re.compile(r"[^\s,:()\[\]]+")
-_NUMBER = re.compile(r"-?(?:inf|nan|\d[\d.]*(?:e[-+]?\d+)?j?)")
+_NUMBER = re.compile(r"\([-+.\w]+j\)|-?(?:inf|nan|\d[\d.]*(?:e[-+]?\d+)?)j?")
 _WORDS: Mapping[str, object] = {
     "True": True,
     "False": False,
@@ -51,8 +55,6 @@ _WORDS: Mapping[str, object] = {
     "channels_last_3d": torch.channels_last_3d,
 }
 _TARGETS = {target_text(function): name for name, function in FUNCTIONS.items()}
-_HINTS = (4, 16, 8, 24, 32, 12)
-"""Sizes at the example where none are given: no two alike, and divisible by small blocks."""
 
 
 def parse_program(text: str, sizes: Mapping[str, int] | None = None) -> Program:
@@ -73,7 +75,21 @@ def parse_program(text: str, sizes: Mapping[str, int] | None = None) -> Program:
         >>> program.text() == text, program(torch.ones(1, 4))
         (True, tensor([[2., 2., 2., 2.]]))
     """
-    return _Parser(text, sizes or {}).program()
+    given = sizes or {}
+    parser = _Parser(text, given)
+    try:
+        return parser.program()
+    except RecursionError:
+        parser.fail("the text is nested too deeply")
+    except _RefusedCallError:
+        for found in other_sizes(text, parser.dimensions, given):
+            with suppress(_RefusedCallError):
+                return _Parser(text, found).program()
+        raise
+
+
+class _RefusedCallError(ArtifactError):
+    """A call has no result at these sizes of the example, or one of another type."""
 
 
 class _Parser(Scanner):
@@ -88,6 +104,7 @@ class _Parser(Scanner):
         self.weights: dict[str, torch.Tensor] = {}
         self.bytes = 0
         self.state: list[str] = []
+        self.dimensions: dict[str, sympy.Symbol] = {}
         self.mode = fake.symbolic_mode({}, ())
 
     def program(self) -> Program:
@@ -170,13 +187,18 @@ class _Parser(Scanner):
         unknown = self.sizes.keys() - self.symbols.keys()
         if unknown:
             self.fail(f"the program has no size {min(unknown)!r}; its sizes: {', '.join(self.symbols) or 'none'}", 0)
-        hints = dict(zip(self.symbols, _HINTS * len(self.symbols), strict=False)) | dict(self.sizes)
+        self.dimensions = dict(self.symbols)
+        hints = default_sizes(self.symbols, self.sizes)
         return {symbol: SymbolFact(hints[name], 1, None) for name, symbol in self.symbols.items()}
 
     def _placeholder(self, leaf: TensorArgument) -> None:
         name = re.sub(r"\W+", "_", leaf.path).strip("_")
         node = self.graph.create_node("placeholder", name, name=name)
-        nodes.set_value(node, fake.fake_tensor(self.mode, leaf.type, _contiguous(leaf.type.shape)))
+        try:
+            value = fake.fake_tensor(self.mode, leaf.type, _contiguous(leaf.type.shape))
+        except RuntimeError as error:
+            self.fail(f"'{leaf.path}' cannot be of its type: {str(error).splitlines()[0]}")
+        nodes.set_value(node, value)
         # An input of a builtin's name, such as `input`, has another one in the graph: `input_1`.
         self.values[node.name] = node
 
@@ -225,11 +247,16 @@ class _Parser(Scanner):
             nodes.set_origin(node, Origin(path))
         try:
             nodes.set_value(node, fake.fake_call(self.mode, node))
+            if nodes.is_call(node, torch.ops.aten._assert_scalar.default):
+                fake.assume(nodes.argument(node, "self"))
         except Exception as error:
-            self.fail(f"{target_text(target)} refuses its arguments: {str(error).splitlines()[0]}", start)
+            problem = f"{target_text(target)} refuses its arguments: {str(error).splitlines()[0]}"
+            self.fail(problem, start, _RefusedCallError)
         returned = format_type(nodes.node_type(node), str)
-        if returned != written and not fake.same_type(self.mode, nodes.node_type(node), wanted):
-            self.fail(f"{target_text(target)} returns {returned} here, and not {written}", typed)
+        if returned != written:
+            if not fake.same_type(self.mode, nodes.node_type(node), wanted):
+                self.fail(f"{target_text(target)} returns {returned} here, and not {written}", typed, _RefusedCallError)
+            nodes.set_value(node, fake.spelled(self.mode, nodes.value(node), wanted))
         self.values[name] = node
 
     def expect_size(self, number: int) -> None:
@@ -279,6 +306,8 @@ class _Parser(Scanner):
             return _WORDS[word.group()]
         number = self.take(_NUMBER, "%value, @weight, a number, a list, a dtype, True, False or None")
         try:
+            if number.endswith(("j", ")")):
+                return complex(number)
             return float(number) if number.lstrip("-") in ("inf", "nan") else ast.literal_eval(number)
         except (ValueError, SyntaxError):
             self.fail(f"'{number}' is no number", start)

@@ -18,6 +18,7 @@ from lissom.errors import ArtifactError
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 DTYPES = {short_dtype(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 _DEVICE = re.compile(r"[a-z]+(?::\d+)?")
+_QUOTED = re.compile(r"'(?:[^'\\\n]|\\.)*'" r'|"(?:[^"\\\n]|\\.)*"')
 _KINDS: Mapping[str, type] = {"int": int, "float": float, "bool": bool}
 MOST_CHARACTERS = 2000
 """The most characters of a size."""
@@ -85,28 +86,26 @@ class Scanner:
         except ValueError as error:
             self.fail(str(error), at)
 
-    def fail(self, problem: str, at: int | None = None) -> NoReturn:
+    def fail(self, problem: str, at: int | None = None, kind: type[ArtifactError] = ArtifactError) -> NoReturn:
         at = self.at if at is None else at
         line = self.text.count("\n", 0, at) + 1
         column = at - self.text.rfind("\n", 0, at)
-        raise ArtifactError(f"line {line}, column {column} of the program's text: {problem}")
+        raise kind(f"line {line}, column {column} of the program's text: {problem}")
 
     def end_of_expression(self) -> int:
         """The index behind the expression or literal that begins here: of a comma or bracket, or of the end of the line."""
-        depth, quote = 0, ""
-        for at in range(self.at, len(self.text)):
+        depth, at = 0, self.at
+        while at < len(self.text):
+            quoted = _QUOTED.match(self.text, at)
             character = self.text[at]
-            if quote:
-                quote = "" if character == quote and self.text[at - 1] != "\\" else quote
-            elif character in "'\"":
-                quote = character
-            elif character in "([{":
-                depth += 1
-            elif depth == 0 and (character in ")]},\n" or self.text.startswith(" = ", at)):
+            if quoted:
+                at = quoted.end()
+                continue
+            if depth == 0 and (character in ")]},\n" or self.text.startswith(" = ", at)):
                 return at
-            elif character in ")]}":
-                depth -= 1
-        return len(self.text)
+            depth += (character in "([{") - (character in ")]}")
+            at += 1
+        return at
 
     def value_type(self, *, declare: bool = False, named: bool = False) -> ValueType:
         """A type.
@@ -136,7 +135,10 @@ class Scanner:
             data, names = _expression_data(self.text[start:end])
             for name in names - self.symbols.keys():
                 self._new_symbol(name, declare, named)
-            size = decode_expression(data, self.symbols)
+            try:
+                size = decode_expression(data, self.symbols)
+            except ArithmeticError as error:
+                raise ValueError(f"'{self.text[start:end]:.80}' is not a size: {error}") from None
         self.at = end
         return int(size) if isinstance(size, sympy.Integer) else cast(Size, size)
 
@@ -191,6 +193,12 @@ def _data(tree: ast.expr) -> object:
             return [_OPERATORS[type(tree.op)], _data(tree.left), _data(tree.right)]
         case ast.Compare(ops=[operator]) if type(operator) in _COMPARISONS:
             return [_COMPARISONS[type(operator)], _data(tree.left), _data(tree.comparators[0])]
+        case ast.Call(
+            func=ast.Name(id="Piecewise" as name),
+            args=[ast.Tuple(elts=[x, condition]), ast.Tuple(elts=[other, ast.Constant(value=True)])],
+            keywords=[],
+        ):
+            return [name, _data(x), _data(condition), _data(other)]
         case ast.Call(func=ast.Name(id=name), keywords=[]) if _SHORT.get(name, name) in FUNCTIONS:
             return [_SHORT.get(name, name), *map(_data, tree.args)]
         case _:

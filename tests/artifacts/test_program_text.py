@@ -7,6 +7,8 @@ import torch
 
 from lissom.artifacts.program_text import parse_program
 from lissom.backends.eager.backend import Eager
+from lissom.compiler.ir import fake
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.samples import check_samples
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
@@ -23,6 +25,82 @@ program Twice(x: f32[batch, 4]) {
   %linear: f32[batch, 4] = aten.linear(%x, @up.weight)  # up
   %mul: f32[batch, 4] = aten.mul.Tensor(%linear, 2.0)
   return [%mul]
+}
+"""
+STEM = """\
+program Stem(x: f32[batch, 1, samples]) {
+  weight @0.weight: f32[4, 1, 40]
+  weight @1.weight: f32[1, 4, 10]
+  %conv1d: f32[batch, 4, ((samples//20)) - 1] = aten.conv1d(%x, @0.weight, None, [20])  # 0
+  %conv1d_1: f32[batch, 1, (((((samples//20)) - 11)//2)) + 1] = aten.conv1d(%conv1d, @1.weight, None, [2])  # 1
+  return [%conv1d_1]
+}
+"""
+POSITIONS = """\
+program Positions(x: f32[batch, 1, samples]) {
+  weight @patches.weight: f32[4, 1, 8]
+  weight @positions: f32[1, 4, 12]
+  %conv1d: f32[batch, 4, (samples//8)] = aten.conv1d(%x, @patches.weight, None, [8])  # patches
+  %add: f32[batch, 4, (samples//8)] = aten.add.Tensor(%conv1d, @positions)
+  return [%add]
+}
+"""
+BLOCKS = """\
+program Blocks(x: f32[batch, sequence]) {
+  %sym_size_int: int batch = aten.sym_size.int(%x, 0)
+  %reshape: f32[batch, (sequence//20), (sequence//((sequence//20)))] = aten.reshape(%x, [%sym_size_int, -1, 20])
+  return [%reshape]
+}
+"""
+SPELLED = """\
+program Spelled(x: f32[batch, sequence + 1]) {
+  %reshape: f32[batch*sequence + batch] = aten.reshape(%x, [-1])
+  %neg: f32[batch*sequence + batch] = aten.neg(%reshape)
+  %sym_size_int: int batch*sequence + batch = aten.sym_size.int(%neg, 0)
+  %truediv: float IntTrueDiv(batch*sequence + batch, 4) = operator.truediv(%sym_size_int, 4)
+  return [%neg]
+}
+"""
+EXPERTS = """\
+program Experts(x: f32[tokens, 4], counts: i64[2]) {
+  %unbind: (i64[], i64[]) = aten.unbind.int(%counts)
+  %getitem: i64[] = operator.getitem(%unbind, 0)
+  %getitem_1: i64[] = operator.getitem(%unbind, 1)
+  %item: int u0 = aten.item(%getitem)
+  %ge: bool u0 >= 0 = operator.ge(%item, 0)
+  %_assert_scalar: none = aten._assert_scalar(%ge, 'a negative count')
+  %item_1: int u1 = aten.item(%getitem_1)
+  %ge_1: bool u1 >= 0 = operator.ge(%item_1, 0)
+  %_assert_scalar_1: none = aten._assert_scalar(%ge_1, 'a negative count')
+  %split_with_sizes: (f32[u0, 4], f32[u1, 4]) = aten.split_with_sizes(%x, [%item, %item_1])
+  %getitem_2: f32[u0, 4] = operator.getitem(%split_with_sizes, 0)
+  %getitem_3: f32[u1, 4] = operator.getitem(%split_with_sizes, 1)
+  %cat: f32[u0 + u1, 4] = aten.cat([%getitem_2, %getitem_3])
+  %chunk: (f32[u0 + u1, 2], f32[u0 + u1, 2]) = aten.chunk(%cat, 2, -1)
+  %getitem_4: f32[u0 + u1, 2] = operator.getitem(%chunk, 0)
+  %getitem_5: f32[u0 + u1, 2] = operator.getitem(%chunk, 1)
+  %silu: f32[u0 + u1, 2] = aten.silu(%getitem_4)
+  %mul: f32[u0 + u1, 2] = aten.mul.Tensor(%silu, %getitem_5)
+  return [%mul]
+}
+"""
+CHOICE = """\
+program Choice(x: bool[batch]) {
+  %_is_all_true: bool[] = aten._is_all_true(%x)
+  %item: bool Eq(u0, 1) = aten.item(%_is_all_true)
+  %sym_ite: int Piecewise((1, Eq(u0, 1)), (0, True)) = torch.sym_ite(%item, 1, 0)
+  %ge: bool Piecewise((1, Eq(u0, 1)), (0, True)) >= 1 = operator.ge(%sym_ite, 1)
+  %_assert_scalar: none = aten._assert_scalar(%ge, 'some are false')
+  return [%x]
+}
+"""
+NUMBERS = """\
+program Numbers(x: c64[batch], name='a\\\\', other="it's") {
+  %mul: c64[batch] = aten.mul.Tensor(%x, (1.5-2j))
+  %mul_1: c64[batch] = aten.mul.Tensor(%mul, 2j)
+  %mul_2: c64[batch] = aten.mul.Tensor(%mul_1, (nan+infj))
+  %mul_3: c64[batch] = aten.mul.Tensor(%mul_2, -inf)
+  return [%mul_3]
 }
 """
 LOWERED = "quantize{scheme=int4-weight}"
@@ -63,6 +141,28 @@ def test_so_are_the_models_of_the_zoo(entry: Entry):
     except LissomError as error:
         pytest.skip(str(error))
     assert parse_program(text).text() == text
+
+
+TEXTS = [STEM, POSITIONS, BLOCKS, SPELLED, EXPERTS, CHOICE, NUMBERS]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[: text.index("(")])
+def test_a_text_is_printed_as_it_was_read(text):
+    assert parse_program(text).text() == text
+
+
+def test_sizes_at_the_example_fit_the_operators():
+    x = nodes.value(parse_program(STEM).placeholders[0])
+    assert isinstance(x, torch.Tensor)
+    assert fake.hint(x.shape[2]) == 260
+
+
+def test_sizes_that_are_given_stay():
+    with pytest.raises(ArtifactError, match="Kernel size can't be greater than actual input size"):
+        parse_program(STEM, {"samples": 20})
+    with pytest.raises(ArtifactError, match=r"must match the size of tensor b \(12\)"):
+        parse_program(POSITIONS, {"samples": 32})
+    assert parse_program(POSITIONS, {"samples": 96}).text() == POSITIONS
 
 
 def test_an_input_may_have_the_name_of_a_builtin():
@@ -108,6 +208,19 @@ PARTS = {
     "a value twice": ("%mul: f32", "%linear: f32", "there is a value '%linear' already"),
     "wrong argument": ("2.0)", "'two')", "the argument 'other' of aten.mul.Tensor is 'two'"),
     "a slice of nothing": ("2.0)", "slice())", "line 4, column 50 .* a slice has one to three numbers, and not 0"),
+    "another condition": (
+        "%mul: f32[batch, 4] = aten.mul.Tensor(%linear, 2.0)",
+        "%mul: int batch = aten.sym_size.int(%x, 0)\n  %ge: bool batch >= 3 = operator.ge(%mul, 4)",
+        "operator.ge returns bool batch >= 4 here, and not bool batch >= 3",
+    ),
+    "a size divided by 0": ("f32[batch, 4]) {", "f32[batch//0, 4]) {", r"'batch//0' is not a size: .*division"),
+    "a negative size": ("f32[batch, 4]) {", "f32[-batch, 4]) {", "'x' cannot be of its type: .* negative dimension"),
+    "nested choices": (
+        "weight: f32[4, 4]",
+        "weight: f32[4, Piecewise((4, Eq(batch, Piecewise((4, Eq(batch, 1)), (2, True)))), (4, True))]",
+        "has .* parts; the limit is 512",
+    ),
+    "deep lists": ("(%x, @up.weight)", "(" + "[" * 2000, "the text is nested too deeply"),
     "no end": ("\n}\n", "", "line 5, column 16 .* expected '}'"),
     "more behind": ("\n}\n", "\n}\nx", "expected the end of the text after the program"),
     "code in a size": ("[batch, 4]) {", "[__import__('os'), 4]) {", "is not a size"),

@@ -72,7 +72,7 @@ def test_what_is_no_argument_is_refused(data):
     [
         *(sympy.Integer(7), S, T, S + 1, 4 * S * T, S**2, FloorDiv(S, 4), Mod(S + T, 3), Max(S, T), sympy.Rational(1, 3) * S),
         *(sympy.Eq(Mod(S, 4), 0), sympy.And(S > 2, T <= 5), sympy.Ne(S, T), sympy.Not(sympy.Eq(S, T)), sympy.true),
-        sympy.Float(0.1) * S,
+        *(sympy.Float(0.1) * S, sympy.Piecewise((1, sympy.Eq(T, 1)), (0, True))),
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ from threading import get_ident
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -65,6 +66,13 @@ def fake_call(mode: FakeTensorMode, node: fx.Node) -> object:
         if nodes.is_call(node, *RECURRENT_LAYERS):
             return _fake_recurrent_layers(*with_values(node.args, nodes.value))
         return call(node, nodes.value)
+
+
+def assume(condition: object) -> None:
+    """Let types rely on the value of a node, a condition that a program asserts. Raises RuntimeError if it is never true."""
+    value = nodes.value(condition) if isinstance(condition, fx.Node) else condition
+    if isinstance(value, torch.SymBool):
+        torch._check(value)
 
 
 def known_call(mode: FakeTensorMode, node: fx.Node) -> object:
@@ -211,6 +219,8 @@ def same_size(mode: FakeTensorMode | None, left: Size | float, right: Size | flo
         return True
     if mode is None or mode.shape_env is None or not (isinstance(left, sympy.Basic) or isinstance(right, sympy.Basic)):
         return False
+    if isinstance(left, Boolean) or isinstance(right, Boolean):
+        return False
     difference = sympy.sympify(left) - sympy.sympify(right)
     if mode.shape_env.simplify(difference) == 0 or sympy.simplify(difference) == 0:
         return True
@@ -298,6 +308,19 @@ def fake_tensor(mode: FakeTensorMode, tensor_type: TensorType, stride: Sequence[
         return torch.empty_strided(sizes, strides, dtype=tensor_type.dtype, device=tensor_type.device)
 
 
+def spelled(mode: FakeTensorMode, value: object, wanted: ValueType) -> object:
+    """The fake value with its sizes written as in an equal type, such as `batch*(sequence + 1)` as `batch*sequence + batch`."""
+    match value, wanted:
+        case torch.Tensor(), TensorType():
+            return fake_tensor(mode, wanted, [size_of(stride) for stride in value.stride()])
+        case torch.SymInt() | torch.SymFloat(), ScalarType(kind, sympy.Expr() as number):
+            return fake_number(mode, kind, number)
+        case tuple() | list(), tuple():
+            return type(value)(spelled(mode, *pair) for pair in zip(value, wanted, strict=True))
+        case _:
+            return value
+
+
 def _fake_size(mode: FakeTensorMode, size: Size) -> int | torch.SymInt:
     if isinstance(size, int):
         return size
@@ -305,7 +328,7 @@ def _fake_size(mode: FakeTensorMode, size: Size) -> int | torch.SymInt:
     return mode.shape_env.create_symintnode(size, hint=None)
 
 
-def fake_number(mode: FakeTensorMode, kind: type[float], value: Size) -> object:
+def fake_number(mode: FakeTensorMode, kind: type[float], value: Size | float) -> object:
     """A number computed from sizes: symbolic for an expression, otherwise the number itself."""
     env = mode.shape_env
     if not isinstance(value, sympy.Basic) or env is None:

@@ -129,7 +129,7 @@ def _copy_calls(graph: fx.Graph, module: fx.GraphModule, copied: dict[fx.Node, f
     """Copy the calls of a module; blocks without effect at inference are inlined."""
     results: dict[fx.Node, Sequence[object]] = {}
     for node in module.graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or _is_evaluated(node):
             continue
         block = _block(node)
         if (element := Item.of(node)) is not None and element.source in results:
@@ -143,6 +143,12 @@ def _copy_calls(graph: fx.Graph, module: fx.GraphModule, copied: dict[fx.Node, f
             copied |= {leaf: translate(given) for leaf, given in zip(inputs, node.args[block + 1 :], strict=True)}
             _copy_calls(graph, inner, copied, translate)
             results[node] = nodes.leaves(inner.graph.output_node())
+
+
+def _is_evaluated(node: fx.Node) -> bool:
+    """True if capture evaluated the call and its readers hold the result itself: a dtype or flag, as of `promote_types`."""
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema and schema.returns) and node.meta.get("val") is None and not node.users
 
 
 def _block(node: fx.Node) -> int | None:

@@ -110,6 +110,16 @@ def test_outputs_may_be_inputs_weights_numbers_none_or_repeated():
     assert first is second
 
 
+def test_dtypes_that_capture_evaluates_leave_no_calls():
+    class Promoted(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.to(torch.promote_types(x.dtype, torch.float64)).to(torch.result_type(x, 2))
+
+    program = capture(Promoted(), (normal(2, 3),)).program
+    assert {node.target for node in program.nodes()} == {aten._assert_tensor_metadata.default, aten.to.dtype}
+    assert [node.args[1] for node in program.nodes(aten.to.dtype)] == [torch.float64, torch.float32]
+
+
 def test_the_batch_size_as_an_output_is_a_number():
     class Sizes(nn.Module):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
