@@ -5,8 +5,7 @@
 
 A prompt of 128 tokens of glosses, then 64 tokens chosen greedily, one sequence, each engine in a process of its own. All
 engines start from the weights of the model's GGUF file, mixed of four to eight bits; llama.cpp reads the file itself.
-Perplexity is of `--tokens` tokens of other glosses, fed to the same engine one at a time after a prompt. The fraction of the
-bandwidth compares the bytes of weights read per token with the machine's memory bandwidth at as many threads.
+Perplexity: `--tokens` tokens of other glosses, one at a time. The share of the memory bandwidth is of weights read per token.
 """
 
 from __future__ import annotations

@@ -33,6 +33,17 @@ class DropDropout(Rewrite):
 
 
 @dataclass(frozen=True)
+class DoubleNegation(Rewrite):
+    """Right: negates one GELU twice."""
+
+    def run(self, edit: Editor) -> None:
+        node = edit.program.nodes(aten.gelu.default)[0]
+        with edit.before(node):
+            twice = edit.call(aten.neg.default, edit.call(aten.neg.default, edit.call(aten.gelu.default, *node.args)))
+        edit.replace(node, twice)
+
+
+@dataclass(frozen=True)
 class DoubleGelu(Rewrite):
     """Wrong: doubles one GELU."""
 

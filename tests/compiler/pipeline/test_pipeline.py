@@ -135,31 +135,6 @@ def test_pass_that_writes_into_model_s_weight_is_refused():
     assert str(error).startswith("writes-in-place wrote to the weight 'up.bias' in place, which the program shares with")
 
 
-def test_exact_passes_in_a_row_are_compared_once():
-    passes = DropDropout(), DropDropout(), ScaleWeights(factor=0.5), DropDropout()
-    _, history = run(captured("feed_forward"), *passes)
-    assert [step.relative_error for step in history.steps[1:3]] == [0.0, 0.0]
-    _, history = run(captured("bert"), DropDropout(which=1), DropDropout(), name="bert")
-    assert [step.relative_error for step in history.steps[1:]] == [None, 0.0]
-    assert history.steps[-1].cosine == 1.0
-    _, history = run(captured("bert"), DropDropout(which=1), DropDropout(), name="bert", checks="each")
-    assert [step.relative_error for step in history.steps[1:]] == [0.0, 0.0]
-
-
-@pytest.mark.parametrize("checks", ["numeric", "each"])
-def test_the_wrong_pass_among_exact_ones_is_found(checks):
-    passes = DropDropout(which=1), DoubleGelu(), DropDropout()
-    error = refusal(VerifyError, captured("bert"), *passes, name="bert", checks=checks)
-    assert str(error).startswith("double-gelu was rolled back: its outputs differ from the program before by ")
-    assert [step.spelling for step in error.history.steps] == ["capture", "drop-dropout{which=1}"]
-
-
-def test_an_error_after_a_wrong_pass_names_the_wrong_pass():
-    error = refusal(VerifyError, captured("feed_forward"), DoubleGelu(), StopsHalfway())
-    assert str(error).startswith("double-gelu was rolled back")
-    assert len(error.history.steps) == 1
-
-
 def test_an_approximation_reports_its_distance_from_the_original():
     _, history = run(captured("feed_forward"), ScaleWeights(factor=0.5), ScaleWeights(factor=2.0))
     far, near = history.steps[1:]
