@@ -138,18 +138,8 @@ class Run:
         if not isinstance(pass_, Rewrite):
             self.check_stretch()
         started = time.perf_counter()
-        fixed = pass_.fixed(self.program) if isinstance(pass_, Training) else ()
-        copied = self.program.own_copy(fixed) if isinstance(pass_, Training) else self.program.copy()
-        data, labels, most = self.options.data, self.options.labels, self.options.most_tokens(pass_)
-        edit = Editor(copied, pass_.name(), data, labels=labels, most_tokens=most, reference=self.reference, progress=show)
-        try:
-            self._run_pass(pass_, edit, fixed)
-        except LissomError:
-            if self.options.checks != "each":
-                self.check_stretch()  # a pass before it may be at fault
-            raise
+        edit = self._edited(pass_, show)
         after = edit.program
-        after.drop_dead()
         ran, text_after = time.perf_counter(), after.text()
         # A program without edits or training has the outputs of the program before it, and is not run again.
         touched = after.edits > 0 or isinstance(pass_, Training) or text_after != self.history.texts[-1]
@@ -189,6 +179,21 @@ class Run:
         if pass_.redefines:
             self.original = answers(after, outputs)
         self.history.record_program(step, after, text_after)
+
+    def _edited(self, pass_: Pass, show: Callable[[str, int, int], None] | None) -> Editor:
+        """The editor of a copy of the program, after the pass."""
+        fixed = pass_.fixed(self.program) if isinstance(pass_, Training) else ()
+        copied = self.program.own_copy(fixed) if isinstance(pass_, Training) else self.program.copy()
+        data, labels, most = self.options.data, self.options.labels, self.options.most_tokens(pass_)
+        edit = Editor(copied, pass_.name(), data, labels=labels, most_tokens=most, reference=self.reference, progress=show)
+        try:
+            self._run_pass(pass_, edit, fixed)
+        except LissomError:
+            if self.options.checks != "each":
+                self.check_stretch()  # a pass before it may be at fault
+            raise
+        edit.program.drop_dead()
+        return edit
 
     def _run_pass(self, pass_: Pass, edit: Editor, fixed: Collection[str]) -> None:
         # A run of the program writes its state, and restores it. A training pass has copies of all but the fixed weights.

@@ -7,7 +7,7 @@ import pytest
 from lissom.errors import VerifyError
 from tests.compiler.pipeline.test_pipeline import refusal, run
 from tests.support.models import captured
-from tests.support.passes import DoubleGelu, DropDropout, ScaleWeights, StopsHalfway
+from tests.support.passes import DoubleGelu, DoubleNegation, DropDropout, ScaleWeights, StopsHalfway
 
 
 def test_exact_passes_in_a_row_are_compared_once():
