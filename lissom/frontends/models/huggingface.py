@@ -221,12 +221,13 @@ def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedT
     from tqdm.auto import tqdm
 
     options = {"gguf_file": file, **_LOCAL}
+    from lissom.frontends.checkpoints.gguf_header import HeaderReader, parse_value
+
     # Configuration, weights and tokenizer each parse the header with the vocabulary, which takes seconds, so it is cached.
-    reader = exchanged(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
-    bar = exchanged(
-        importlib.import_module("transformers.modeling_gguf_pytorch_utils"), "tqdm", functools.partial(tqdm, disable=True)
-    )
-    with reader, bar:
+    reader = exchanged(gguf, "GGUFReader", functools.cache(HeaderReader))
+    loading = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    bar = exchanged(loading, "tqdm", functools.partial(tqdm, disable=True))
+    with reader, bar, exchanged(loading, "_gguf_parse_value", parse_value):
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
         keep_blocks(model, directory / file)
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
