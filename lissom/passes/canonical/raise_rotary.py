@@ -60,9 +60,9 @@ class RaiseRotary(Rewrite):
 
     def run(self, edit: Editor) -> None:
         for found in edit.matches(_ROTATED):
+            x, interleaved = found.values.get("x") or _rotated(found), nodes.is_call(_joined(found), *RESHAPES)
             with edit.before(found.root, like=[found.root]):
-                interleaved = nodes.is_call(_joined(found), *RESHAPES)
-                raised = edit.call(rotary, _rotated(found), found["cos"], found["sin"], interleaved=interleaved)
+                raised = edit.call(rotary, x, found["cos"], found["sin"], interleaved=interleaved)
             if nodes.node_type(raised) == nodes.node_type(found.root):
                 edit.replace(found.root, raised)
             else:
