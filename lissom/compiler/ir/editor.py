@@ -109,7 +109,7 @@ class Editor:
 
     def matches(self, formula: Formula) -> Iterator[Match]:
         """The first match of a formula at each call that computes it, in order; the program may change in between."""
-        for node in self.nodes():
+        for node in self.nodes(*formula.targets):
             if (found := formula.match(node, self.program)) is not None:
                 yield found
 

@@ -21,7 +21,8 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from inspect import cleandoc
 from typing import NamedTuple, TypeGuard
 
@@ -106,45 +107,60 @@ class Formula:
         self._named = {name.id: line.value for line in lines for name in line.targets if isinstance(name, ast.Name)}
         self._root = next(line.value for line in parts if isinstance(line, ast.Expr))
         self._calls = {part: call for part in parts if (call := _call(part)) is not None}
-        self._operators = {item for call in self._calls.values() for item in call.operators}
         if unknown := kinds.keys() - {part.id for part in parts if isinstance(part, ast.Name)}:
             raise ValueError(f"the formula has no variable '{unknown.pop()}'")
 
-    def match(self, node: object, program: Program | None = None) -> Match | None:
+    def match(self, node: fx.Node | None, program: Program | None = None) -> Match | None:
         """The first way in which a node computes the formula, or None.
 
         Args:
             program: where its constants are.
         """
-        return next(self.matches(node, program), None)
+        found = () if node is None else self._ways(self._root, node, Match(node, program))
+        return next(filter(self._where, found), None)
 
-    def matches(self, node: object, program: Program | None = None) -> Iterator[Match]:
-        """The ways in which a node computes the formula."""
-        if _calls(node, self._operators):
-            yield from filter(self._where, self._ways(self._root, node, Match(node, program)))
+    @cached_property
+    def targets(self) -> Sequence[object]:
+        """The operators that may compute the formula."""
+        parts, found = [self._root], list[object]()
+        for part in parts:
+            match part:
+                case ast.Name(name):
+                    parts.append(self._named[name])
+                case ast.BinOp(left, ast.BitOr(), right):
+                    parts += (left, right)
+                case _:
+                    found += self._calls[part].operators
+        packets = [item for item in found if isinstance(item, torch._ops.OpOverloadPacket)]
+        return [*found, *(getattr(item, name) for item in packets for name in item.overloads())]
 
     def _ways(self, part: ast.expr, item: object, found: Match) -> Iterator[Match]:
         """The ways in which a value is a part of the formula, after what is matched already."""
+        if (call := self._calls.get(part)) is not None:
+            if not _calls(item, call.operators) or (given := _arguments(item, call)) is None:
+                return
+            for values in (given, given[::-1]) if call.commutes else (given,):
+                for one in self._all(sorted(zip(call.arguments, values, strict=True), key=self._is_variable), found):
+                    yield Match(one.root, one.program, (*one.calls, item), one.values)
+            return
         match part:
             case ast.Name(name) if name in self._named:
                 known = found.values.get(name)
                 for one in self._ways(self._named[name], item, found) if known is None else (found,) if known is item else ():
-                    yield replace(one, values={**one.values, name: item})
+                    yield Match(one.root, one.program, one.calls, {**one.values, name: item})
             case ast.Name(name):
                 kind = self._kinds.get(name, torch.Tensor)
                 value = number(found.program, item) if kind is float else item
                 known = found.values.get(name, value)
                 fits = nodes.is_tensor(value) if kind is torch.Tensor else isinstance(value, kind)
                 if fits and (known == value or _uncast(known) is _uncast(value)):
-                    yield replace(found, values={name: value, **found.values})
+                    yield Match(found.root, found.program, found.calls, {name: value, **found.values})
             case ast.BinOp(left, ast.BitOr(), right):
                 yield from self._ways(left, item, found)
                 yield from self._ways(right, item, found)
             case ast.List(parts):
                 if isinstance(item, (list, tuple)) and len(item) == len(parts):
                     yield from self._all(list(zip(parts, item, strict=True)), found)
-            case _ if part in self._calls:
-                yield from self._call(self._calls[part], item, found)
             case _:
                 value = ast.literal_eval(part)
                 if item == value or (isinstance(value, (int, float)) and number(found.program, item) == value):
@@ -158,13 +174,6 @@ class Formula:
         (part, item), *rest = parts
         for one in self._ways(part, item, found):
             yield from self._all(rest, one)
-
-    def _call(self, call: _Call, item: object, found: Match) -> Iterator[Match]:
-        if not _calls(item, call.operators) or (given := _arguments(item, call)) is None:
-            return
-        found = replace(found, calls=(*found.calls, item))
-        for values in (given, given[::-1]) if call.commutes else (given,):
-            yield from self._all(sorted(zip(call.arguments, values, strict=True), key=self._is_variable), found)
 
     def _is_variable(self, pair: tuple[ast.expr, object]) -> bool:
         return isinstance(pair[0], ast.Name) and pair[0].id not in self._named
@@ -195,7 +204,7 @@ def _calls(node: object, operators: Container[object]) -> TypeGuard[fx.Node]:
     """True when a node calls one of the operators, or an overload of one."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
-    return node.target in operators or families.packet_of(node) in operators
+    return node.target in operators or getattr(node.target, "overloadpacket", None) in operators
 
 
 def _uncast(value: object) -> object:
@@ -204,17 +213,24 @@ def _uncast(value: object) -> object:
 
 def _arguments(node: fx.Node, call: _Call) -> Sequence[object] | None:
     """The arguments of a node for those of a call; None where there are too few, or one that is left out is no default."""
-    count = len(call.arguments)
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.args
-    parameters = node.target._schema.arguments
-    given = [nodes.argument(node, item.name) for item in parameters]
-    defaults = [item.default_value for item in parameters]
-    if len(given) < count or not (call.any_more or given[count:] == defaults[count:]):
+    parameters, args = _parameters(node.target), node.args
+    given = [args[at] if at < len(args) else node.kwargs.get(name, default) for at, (name, default) in enumerate(parameters)]
+    count = len(call.arguments)
+    if len(given) < count or not (call.any_more or given[count:] == [default for _, default in parameters[count:]]):
         return None
-    rank = max((nodes.tensor_type(item).rank for item in (node, given[0]) if nodes.is_tensor(item)), default=0)
-    triples = zip(given, parameters, call.arguments, strict=False)
-    return [_dim(value, part, rank) if item.name.startswith("dim") else value for value, item, part in triples]
+    for at, (name, _) in enumerate(parameters[:count]):
+        if name.startswith("dim"):
+            rank = max((nodes.tensor_value(item).dim() for item in (node, given[0]) if nodes.is_tensor(item)), default=0)
+            given[at] = _dim(given[at], call.arguments[at], rank)
+    return given[:count]
+
+
+@cache
+def _parameters(target: torch._ops.OpOverload) -> Sequence[tuple[str, object]]:
+    """The names and the defaults of an operator's parameters."""
+    return [(item.name, item.default_value) for item in target._schema.arguments]
 
 
 def _dim(value: object, part: ast.expr, rank: int) -> object:

@@ -27,19 +27,12 @@ _MOVES = (*RESHAPES, aten.unsqueeze.default, aten.slice.Tensor, aten.select.int,
 """Operators that move the elements of their first argument and change none."""
 
 
-_SUM = Formula(
+_ROTATED = Formula(
     """
-    joined = cat([-b, a], -1) | RESHAPES(stack([-b, a], -1), ...)
-    x * cos + joined * sin
-    """,
-    lambda found: _rotated(found) is not None,
-)
-_TWO_RESULTS = Formula(
-    """
+    turned = cat([-b, a], -1) | RESHAPES(stack([-b, a], -1), ...)
     minus = a * cos - b * sin
     plus = b * cos + a * sin
-    joined = cat([minus, plus], -1) | RESHAPES(stack([minus, plus], -1), ...)
-    joined
+    turned * sin + x * cos | cat([minus, plus], -1) | RESHAPES(stack([minus, plus], -1), ...)
     """,
     lambda found: _rotated(found) is not None,
 )
@@ -66,15 +59,14 @@ class RaiseRotary(Rewrite):
     """Replaces rotary position embedding written as separate operators by `lissom::rotary`."""
 
     def run(self, edit: Editor) -> None:
-        for formula in (_SUM, _TWO_RESULTS):
-            for rotation in edit.matches(formula):
-                with edit.before(rotation.root, like=[rotation.root]):
-                    interleaved = nodes.is_call(rotation["joined"], *RESHAPES)
-                    raised = edit.call(rotary, _rotated(rotation), rotation["cos"], rotation["sin"], interleaved=interleaved)
-                if nodes.node_type(raised) == nodes.node_type(rotation.root):
-                    edit.replace(rotation.root, raised)
-                else:
-                    edit.program.graph.erase_node(raised)
+        for rotation in edit.matches(_ROTATED):
+            x, interleaved = rotation.values.get("x") or _rotated(rotation), nodes.is_call(_joined(rotation), *RESHAPES)
+            with edit.before(rotation.root, like=[rotation.root]):
+                raised = edit.call(rotary, x, rotation["cos"], rotation["sin"], interleaved=interleaved)
+            if nodes.node_type(raised) == nodes.node_type(rotation.root):
+                edit.replace(rotation.root, raised)
+            else:
+                edit.program.graph.erase_node(raised)
         for rotation in edit.matches(_COMPLEX):
             with edit.before(rotation.root, like=[rotation["product"], rotation.root]):
                 cos, sin = _real_and_imaginary(edit, rotation["angles"])
@@ -101,7 +93,7 @@ def _real_and_imaginary(edit: Editor, number: fx.Node) -> tuple[fx.Node, fx.Node
 
 def _rotated(found: Match) -> fx.Node | None:
     """The x of x · cos + rotated(x) · sin, with an angle per feature, or of both results joined, with one per pair."""
-    joined, first, second = found["joined"], _part(found["a"]), _part(found["b"])
+    joined, first, second = _joined(found), _part(found["a"]), _part(found["b"])
     if first is None or second is None or first[0] is not second[0]:
         return None
     x = first[0]
@@ -115,6 +107,11 @@ def _rotated(found: Match) -> fx.Node | None:
     tables = [nodes.tensor_type(found[name]) for name in ("cos", "sin")]
     fits = all(table.shape[-1:] == (angles,) and table.rank <= nodes.tensor_type(x).rank for table in tables)
     return x if fits and width % 2 == 0 and (first[1], second[1]) == wanted and found.values.get("x", x) is x else None
+
+
+def _joined(found: Match) -> fx.Node:
+    """The two parts joined: rotated(x), or the result."""
+    return found["turned"] if "turned" in found.values else found.root
 
 
 def _are_pairs(pairs: fx.Node, whole: object) -> bool:

@@ -42,7 +42,10 @@ _LOOKUP = Formula(
     lambda found: _is_lookup(found),
     sizes=object,
 )
-"""Heads of rows that are looked up; the heads of `front` are in front of its batch."""
+"""Heads [batch, heads, tokens, features] that are looked up in a value without padding.
+
+packed: [1, heads, tokens, features], or with the tokens in front. slots: the row for each position. front: heads in front.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,40 +54,24 @@ class FuseUnpaddedAttention(Rewrite):
 
     def run(self, edit: Editor) -> None:
         attentions = [AttentionKernel(node) for node in edit.nodes(*AttentionKernel.targets)]
-        padded = [(call.node, [lookup for lookup in map(_lookup, (call.q, call.k, call.v)) if lookup]) for call in attentions]
+        padded = [(call.node, [*filter(None, map(_LOOKUP.match, (call.q, call.k, call.v)))]) for call in attentions]
         sites = edit.accepted((node, _site(node, lookups)) for node, lookups in padded if len(lookups) == 3)
         slots: dict[object, fx.Node] = {}
         for node, site in sites.items():
             _read_unpadded(edit, node, site, slots)
 
 
-class _Lookup(NamedTuple):
-    """A value without padding that heads [batch, heads, tokens, features] are looked up in.
-
-    Attributes:
-        packed: [1, heads, tokens, features], or with the tokens in front.
-        slots: the row for each position.
-        sizes: batch, tokens.
-    """
-
-    packed: fx.Node
-    slots: fx.Node
-    sizes: tuple[object, ...]
-
-
-def _lookup(heads: fx.Node) -> _Lookup | None:
-    """The lookup of heads; None where there is none."""
-    found = _LOOKUP.match(heads)
-    if found is None:
-        return None
-    sizes = Reshape(found["front"]).sizes[1:3] if "front" in found.values else Reshape(found["sized"]).sizes[:2]
-    return _Lookup(found["packed"], found["slots"], tuple(sizes))
-
-
 def _is_lookup(found: Match) -> bool:
     """True for rows of one sequence, whose batch and tokens the heads keep."""
     shapes = [nodes.tensor_type(found.values.get(name, found.root)).shape[:2] for name in ("sized", "x")]
     return nodes.tensor_type(found["packed"]).shape[0] == nodes.tensor_type(found["slots"]).rank == 1 and shapes[0] == shapes[1]
+
+
+def _padding(lookup: Match) -> tuple[object, ...]:
+    """The row for each position, and the sizes of batch and tokens."""
+    front = "front" in lookup.values
+    sizes = Reshape(lookup["front" if front else "sized"]).sizes
+    return lookup["slots"], *(sizes[1:3] if front else sizes[:2])
 
 
 class _Site(NamedTuple):
@@ -96,16 +83,16 @@ class _Site(NamedTuple):
         band: the distances from a query to the keys that it sees, as options of the kernel.
     """
 
-    lookups: list[_Lookup]
+    lookups: list[Match]
     selection: fx.Node
     band: dict[str, int]
 
 
-def _site(attention: fx.Node, lookups: list[_Lookup]) -> _Site | str:
+def _site(attention: fx.Node, lookups: list[Match]) -> _Site | str:
     """The site of an attention that can read tokens without padding; the reason if it cannot."""
     if any(attention.kwargs.get(name) is not None for name in ("sinks", "k_scale", "v_scale")):
         return "it has sinks, or keys and values in int8"
-    if len({(lookup.slots, lookup.sizes) for lookup in lookups}) > 1:
+    if len({_padding(lookup) for lookup in lookups}) > 1:
         return "its queries, keys and values are padded in different ways"
     selection, band = _selection(attention), _band(attention)
     if selection is None:
@@ -141,14 +128,14 @@ def _read_unpadded(edit: Editor, node: fx.Node, site: _Site, slots: dict[object,
         slots: [batch, tokens], of attentions before it, by lookup.
     """
     (lookups, selection, band), attention = site, AttentionKernel(node)
-    padding = (lookups[0].slots, lookups[0].sizes)
+    padding = _padding(lookups[0])
     options = {name: node.kwargs[name] for name in ("scale", "softcap") if name in node.kwargs}
     if padding not in slots:
         with edit.before(node):  # and so before those of attentions that follow
-            slots[padding] = edit.call(aten.reshape.default, lookups[0].slots, [*lookups[0].sizes])
+            slots[padding] = edit.call(aten.reshape.default, padding[0], [*padding[1:]])
     with edit.before(selection, like=[node]):
         types = map(nodes.tensor_type, (attention.q, attention.k, attention.v))
-        heads = [_heads(edit, lookup.packed, given) for lookup, given in zip(lookups, types, strict=True)]
+        heads = [_heads(edit, lookup["packed"], given) for lookup, given in zip(lookups, types, strict=True)]
         rows = IndexSelect(selection).indices
         unpadded = edit.call(unpadded_attention, *heads, slots[padding], rows, attention.bias, **options, **band)
         edit.succeed(node, unpadded)

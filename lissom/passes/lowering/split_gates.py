@@ -18,9 +18,8 @@ from lissom.compiler.analysis.structure.quantized_linear import is_owned, layer_
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Linear
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.formula import Formula
+from lissom.compiler.ir.formula import Formula, Match
 from lissom.compiler.ir.match import is_own_weight
-from lissom.compiler.ir.view_calls import Item
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.native import missing_kernel
 from lissom.ops.quantization import dequantize
@@ -49,8 +48,7 @@ class SplitGates(Rewrite):
     def run(self, edit: Editor) -> None:
         for found in edit.matches(_GATE):
             if edit.may_change(found["layer"], _obstacle(found["layer"])):
-                pieces = {"gate": found["gate"], "up": found["up"]}
-                _split(edit, found["layer"], dict(sorted(pieces.items(), key=lambda item: Item(item[1]).index)))
+                _split(edit, found)
 
 
 def _obstacle(linear: fx.Node) -> str | None:
@@ -62,16 +60,16 @@ def _obstacle(linear: fx.Node) -> str | None:
     return missing_kernel(x.dtype, x.device)
 
 
-def _split(edit: Editor, linear: fx.Node, pieces: dict[str, fx.Node]) -> None:
-    layer = Linear(linear)
+def _split(edit: Editor, found: Match) -> None:
+    linear, layer = found["layer"], Linear(found["layer"])
     path, start = layer_path(layer.weight), 0
-    for name, piece in pieces.items():
-        rows = slice(start, start + nodes.fixed_size(piece, -1))
+    for name in ("gate", "up") if found.number("gate_index") == 0 else ("up", "gate"):
+        rows = slice(start, start + nodes.fixed_size(found[name], -1))
         start = rows.stop
         with edit.before(linear, like=[linear]):
             weight = _rows(edit, layer.weight, rows, f"{path}.{name}.weight")
             bias = None if layer.bias is None else _rows(edit, layer.bias, rows, f"{path}.{name}.bias")
-            edit.replace(piece, edit.call(aten.linear.default, layer.x, weight, bias))
+            edit.replace(found[name], edit.call(aten.linear.default, layer.x, weight, bias))
 
 
 def _rows(edit: Editor, weight: fx.Node, rows: slice, name: str) -> fx.Node:
