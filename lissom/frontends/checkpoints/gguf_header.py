@@ -1,11 +1,17 @@
-"""The header of a GGUF file, read in a second where gguf's own reader takes several: vocabularies have 10⁵ entries."""
+"""The header and blocks of a GGUF file, read in a second, and not in several: vocabularies have 10⁵ entries."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import gguf
 import numpy as np
-from gguf import GGUFReader, GGUFValueType
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
+
+from lissom.ops.gguf_blocks import BLOCK_TYPES, unpack_blocks
+
+_DEQUANTIZE = gguf.dequantize
 
 
 class HeaderReader(GGUFReader):
@@ -17,7 +23,7 @@ class HeaderReader(GGUFReader):
         item, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
         kind, count, start = GGUFValueType(int(item[0])), int(length[0]), orig_offs + item.nbytes + length.nbytes
         if kind in self.gguf_scalar_to_np:
-            values = self._get(start, self.gguf_scalar_to_np[kind], count)
+            values = np.asarray(self._get(start, self.gguf_scalar_to_np[kind], count))
             parts, step = list(values[:, None]), 1
             end = start + values.nbytes
         elif kind is GGUFValueType.STRING:
@@ -41,6 +47,17 @@ class HeaderReader(GGUFReader):
             parts += data[start:first].view(np.uint64), data[first:end]
             start = end
         return parts, start
+
+
+def dequantize(blocks: Any, kind: GGMLQuantizationType) -> Any:
+    """The values of blocks, [..., bytes of a row] to [..., columns], as `gguf.dequantize` gives them."""
+    known = BLOCK_TYPES.get(kind.name)
+    if known is None:
+        return _DEQUANTIZE(blocks, kind)
+    stored = torch.from_numpy(np.array(blocks, dtype=np.uint8))
+    columns = stored.shape[-1] // known.bytes * known.size
+    unpacked = unpack_blocks(stored.flatten(), known, stored.numel() // stored.shape[-1], columns)
+    return unpacked.dequantize(slice(None)).view(*stored.shape[:-1], columns).numpy()
 
 
 def parse_value(value: Any, types: Any) -> Any:

@@ -9,7 +9,7 @@ import json
 import os
 import threading
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -221,13 +221,16 @@ def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedT
     from tqdm.auto import tqdm
 
     options = {"gguf_file": file, **_LOCAL}
-    from lissom.frontends.checkpoints.gguf_header import HeaderReader, parse_value
+    from lissom.frontends.checkpoints.gguf_header import HeaderReader, dequantize, parse_value
 
-    # Configuration, weights and tokenizer each parse the header with the vocabulary, which takes seconds, so it is cached.
-    reader = exchanged(gguf, "GGUFReader", functools.cache(HeaderReader))
     loading = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    bar = exchanged(loading, "tqdm", functools.partial(tqdm, disable=True))
-    with reader, bar, exchanged(loading, "_gguf_parse_value", parse_value):
+    with ExitStack() as stack:
+        # Configuration, weights and tokenizer each parse the header with the vocabulary, and each module asks for all names.
+        stack.enter_context(exchanged(gguf, "GGUFReader", functools.cache(HeaderReader)))
+        stack.enter_context(exchanged(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)))
+        stack.enter_context(exchanged(gguf, "dequantize", dequantize))
+        stack.enter_context(exchanged(loading, "_gguf_parse_value", parse_value))
+        stack.enter_context(exchanged(loading, "tqdm", functools.partial(tqdm, disable=True)))
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
         keep_blocks(model, directory / file)
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 from transformers.integrations.ggml import _gguf_parse_value
 
-from lissom.frontends.checkpoints.gguf_header import HeaderReader, parse_value
+from lissom.frontends.checkpoints.gguf_header import HeaderReader, dequantize, parse_value
+from lissom.ops.gguf_blocks import BLOCK_TYPES
 
 TOKENS = ["", "a", "bé", "</s>"]
 
@@ -60,3 +62,11 @@ def test_an_array_longer_than_the_file_is_an_error(file: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"the header has 1099511627776 entries at byte \d+, and the file ends before them"):
         HeaderReader(file)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q6_K", "F16"])
+def test_values_are_those_that_gguf_gives(kind: str) -> None:
+    blocks = np.random.default_rng(0).integers(0, 64, (2, 3, 420), dtype=np.uint8)
+    blocks = blocks[..., : 420 // BLOCK_TYPES[kind].bytes * BLOCK_TYPES[kind].bytes] if kind in BLOCK_TYPES else blocks
+    wanted = gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+    assert np.array_equal(dequantize(blocks, gguf.GGMLQuantizationType[kind]), wanted)
