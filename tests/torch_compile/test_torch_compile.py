@@ -307,7 +307,7 @@ def test_modes(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 WRONG = [
     ({"mode": "max-autotune-no-cudagraphs"}, "has no mode 'max-autotune-no-cudagraphs'; did you mean 'max-autotune'?"),
-    ({"options": {"pases": "exact"}}, "has no option 'pases'; did you mean 'passes'? it has passes, backend"),
+    ({"options": {"pases": "exact"}}, "has no option 'pases'; did you mean 'passes'? it has passes, checks"),
     ({"options": {"passes": "quantise"}}, "there is no pass 'quantise'; did you mean 'quantize'?"),
     ({"options": {"backend": "eagr"}}, "there is no backend 'eagr'; did you mean 'eager'?"),
     ({"options": {"checks": "some"}}, "checks='some' is not known"),
