@@ -31,11 +31,13 @@ def require_equal(
     wanted: Sequence[list[object]],
     actual: Sequence[list[object]],
     bitwise: bool = False,
+    strict: bool = False,
 ) -> float:
     """The largest relative error of the outputs `actual` after an exact pass, against the outputs `wanted` before it.
 
     Args:
         bitwise: require equal bits.
+        strict: require of each node what rounding explains by itself, without regard to how exact the program before is.
 
     Raises:
         VerifyError: naming the first node whose error is above its tolerance, or the outputs that newly share memory.
@@ -46,7 +48,10 @@ def require_equal(
     excess = [[(error, limit) for error, limit in zip(row, limits, strict=True) if error > limit] for row in errors]
     if far := [index for index, row in enumerate(excess) if row]:
         given, old, new = [samples[i] for i in far], [wanted[i] for i in far], [actual[i] for i in far]
-        if bitwise or not _rounds_alike(before, after, given, old, new):
+        if strict:
+            if not _finite_alike(old, new) or differs_locally(before, after, given, strict=True):
+                raise VerifyError("outputs differ")
+        elif bitwise or not _rounds_alike(before, after, given, old, new):
             worst = max((pair for index in far for pair in excess[index]), key=lambda pair: pair[0] / (pair[1] or 1.0))
             _refuse(before, after, given, *worst)
     for sample, old, new in zip(samples, wanted, actual, strict=True):

@@ -38,6 +38,7 @@ from lissom.compiler.verify.divergence import (
     run_samples,
     worst_error,
 )
+from lissom.compiler.verify.representatives import Representatives, representatives
 
 aten = torch.ops.aten
 
@@ -94,17 +95,22 @@ def local_tolerances(program: Program) -> dict[str, float]:
     return {node.name: sums[tolerance] for node, tolerance in program.fact(node_tolerances).items()}
 
 
-def differs_locally(before: Program, after: Program, samples: Sequence[Sample]) -> bool:
+def differs_locally(before: Program, after: Program, samples: Sequence[Sample], *, strict: bool = False) -> bool:
     """True when a node of `after` differs by more than its own rounding, given the values of its inputs in `before`.
 
     Nodes correspond by name, or by the name a pass recorded when it replaced one by the other; other nodes keep the values of
     `after`. A sum in which large terms cancel rounds by more than its tolerance, also in `before`; then its value in float64
-    decides.
+    decides, unless the comparison is strict.
     """
     allowed = before.fact(local_tolerances)
-    return any(
-        error > allowed[name] for sample in samples for name, error in local_errors(before, after, sample, allowed).items()
-    )
+
+    def differs(chosen: Representatives | None) -> bool:
+        errors = (local_errors(before, after, sample, None if strict else allowed, chosen).items() for sample in samples)
+        return any(error > allowed[name] for of_sample in errors for name, error in of_sample)
+
+    chosen = representatives(before, after)
+    # A layer that is cut out may read values that only `after` has.
+    return differs(chosen) and (chosen is None or differs(None))
 
 
 def rounding_loss(program: Program, samples: Sequence[Sample], outputs: Sequence[Sequence[object]]) -> float:
@@ -259,18 +265,28 @@ def _is_narrower(dtype: torch.dtype, wide: torch.dtype) -> bool:
 
 
 def local_errors(
-    before: Program, after: Program, sample: Sample, allowed: Mapping[str, float] | None = None
+    before: Program,
+    after: Program,
+    sample: Sample,
+    allowed: Mapping[str, float] | None = None,
+    chosen: Representatives | None = None,
 ) -> dict[str, float]:
     """By the names of nodes of `before`, the relative error of the corresponding nodes of `after`, given the values of
     `before`. Includes the errors of the outputs.
 
     Args:
         allowed: by name; a larger error counts as this one if the value of `after` is as near to that in float64.
+        chosen: the nodes that are compared; all by default.
     """
     known: dict[str, object] = {}
+
+    def keep(node: fx.Node, value: object) -> None:
+        if chosen is None or node.name in chosen.compared or node.name in chosen.read:
+            known[node.name] = lasting(node, value)
+
     with torch.no_grad(), kept_state(before):
-        wanted = before.run(sample, lambda node, value: known.update({node.name: lasting(node, value)}))
-    errors = dict[str, float]()
+        wanted = before.run(sample, keep)
+    errors, given_too = dict[str, float](), set[str]()
     by_name = {node.name: node for node in before.nodes()}
     given = dict(zip(before.placeholders, sample, strict=True))
 
@@ -279,10 +295,13 @@ def local_errors(
         name = node.name if node.name in known else nodes.origin(node).replaces
         if name not in known or not _alike(known[name], value):
             return None
+        if chosen is not None and name in chosen.read:
+            given_too.add(name)
+            return known[name]
         if both_unfilled(before, name, node):
             return known[name]
         error, limit = worst_error(known[name], value), (allowed or {}).get(name, math.inf)
-        if error > limit and _is_as_exact(before, by_name[name], value, known, errors, given):
+        if error > limit and _is_as_exact(before, by_name[name], value, known, errors.keys() | given_too, given):
             error = limit
         errors[name] = max(errors.get(name, 0.0), error)
         return known[name]
