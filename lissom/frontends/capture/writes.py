@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import fx
 from torch.export import ExportedProgram
@@ -35,11 +37,11 @@ def return_writes(exported: ExportedProgram) -> bool:
         buffer, value = call.args
         if not isinstance(buffer, fx.Node) or not isinstance(value, fx.Node) or buffer.name not in kinds or buffer in written:
             return False
-        late = [node for node in _same_memory(buffer) if any(order[user] > order[call] for user in node.users)]
+        late = [node for node in _same_memory(buffer, calls) if any(order[user] > order[call] for user in node.users)]
         if late not in ([], [buffer]) or not _alike(buffer, value):
             return False
         written[buffer] = value
-    if any(value in _same_memory(buffer) for buffer in written for value in written.values()):
+    if any(value in calls or value in _same_memory(buffer, calls) for buffer in written for value in written.values()):
         return False
     for call in calls:
         buffer, value = call.args
@@ -64,14 +66,14 @@ def _schema(node: fx.Node) -> torch.FunctionSchema | None:
     return node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
 
 
-def _same_memory(node: fx.Node) -> set[fx.Node]:
-    """The node and all nodes that may share its memory."""
+def _same_memory(node: fx.Node, calls: Collection[fx.Node]) -> set[fx.Node]:
+    """The node and all nodes that may share its memory and hold what it held before these calls wrote to it."""
     reached, open_nodes = {node}, [node]
     while open_nodes:
         for user in open_nodes.pop().users:
             schema = _schema(user)
             shares = schema is None or user.target in _PASSED_ON or any(returned.alias_info for returned in schema.returns)
-            if shares and user.op == "call_function" and user not in reached:
+            if shares and user.op == "call_function" and user not in reached and user not in calls:
                 reached.add(user)
                 open_nodes.append(user)
     return reached
