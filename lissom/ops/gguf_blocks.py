@@ -101,10 +101,10 @@ def _bits(stored: torch.Tensor, run: int, shifts: Sequence[int], mask: int) -> t
         stored: [blocks, bytes]. Returns [blocks, bytes · shifts].
     """
     runs = stored.reshape(len(stored), -1, run)
-    found = torch.empty(len(stored), runs.shape[1], len(shifts), run, dtype=torch.uint8, device="cpu")
+    outputs = torch.empty(len(stored), runs.shape[1], len(shifts), run, dtype=torch.uint8, device="cpu")
     for place, shift in enumerate(shifts):
-        torch.bitwise_right_shift(runs, shift, out=found[:, :, place])
-    return found.bitwise_and_(mask).flatten(1)
+        torch.bitwise_right_shift(runs, shift, out=outputs[:, :, place])
+    return outputs.bitwise_and_(mask).flatten(1)
 
 
 def _single_bits(stored: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ _ROTATED = Formula(
     plus = b * cos + a * sin
     turned * sin + x * cos | cat([minus, plus], -1) | RESHAPES(stack([minus, plus], -1), ...)
     """,
-    lambda found: _rotated(found) is not None,
+    lambda match: _rotated(match) is not None,
 )
 _COMPLEX = Formula(
     """
@@ -42,7 +42,7 @@ _COMPLEX = Formula(
     product = view_as_complex(pairs) * angles
     RESHAPES(view_as_real(product), ...)
     """,
-    lambda found: nodes.node_type(found["x"]) == nodes.node_type(found.root) and _are_pairs(found["pairs"], found["x"]),
+    lambda match: nodes.node_type(match["x"]) == nodes.node_type(match.root) and _are_pairs(match["pairs"], match["x"]),
 )
 _PART = Formula(
     """
@@ -91,9 +91,9 @@ def _real_and_imaginary(edit: Editor, number: fx.Node) -> tuple[fx.Node, fx.Node
     return edit.call(aten.select.int, both, -1, 0), edit.call(aten.select.int, both, -1, 1)
 
 
-def _rotated(found: Match) -> fx.Node | None:
+def _rotated(match: Match) -> fx.Node | None:
     """The x of x · cos + rotated(x) · sin, with an angle per feature, or of both results joined, with one per pair."""
-    joined, first, second = _joined(found), _part(found["a"]), _part(found["b"])
+    joined, first, second = _joined(match), _part(match["a"]), _part(match["b"])
     if first is None or second is None or first[0] is not second[0]:
         return None
     x = first[0]
@@ -103,15 +103,15 @@ def _rotated(found: Match) -> fx.Node | None:
     if neighbours and not _are_pairs(nodes.operand(joined), joined):
         return None
     wanted = (features[::2], features[1::2]) if neighbours else (features[:half], features[half:])
-    angles = half if "x" not in found.values else width
-    tables = [nodes.tensor_type(found[name]) for name in ("cos", "sin")]
+    angles = half if "x" not in match.values else width
+    tables = [nodes.tensor_type(match[name]) for name in ("cos", "sin")]
     fits = all(table.shape[-1:] == (angles,) and table.rank <= nodes.tensor_type(x).rank for table in tables)
-    return x if fits and width % 2 == 0 and (first[1], second[1]) == wanted and found.values.get("x", x) is x else None
+    return x if fits and width % 2 == 0 and (first[1], second[1]) == wanted and match.values.get("x", x) is x else None
 
 
-def _joined(found: Match) -> fx.Node:
+def _joined(match: Match) -> fx.Node:
     """The two parts joined: rotated(x), or the result."""
-    return found["turned"] if "turned" in found.values else found.root
+    return match["turned"] if "turned" in match.values else match.root
 
 
 def _are_pairs(pairs: fx.Node, whole: object) -> bool:
@@ -122,16 +122,16 @@ def _are_pairs(pairs: fx.Node, whole: object) -> bool:
 
 def _part(node: fx.Node) -> tuple[fx.Node, range] | None:
     """The value that a node is some of the features of, and which."""
-    found = _PART.match(node)
-    width = None if found is None else nodes.tensor_type(found["x"]).shape[-1]
-    if found is None or not isinstance(width, int):
+    match = _PART.match(node)
+    width = None if match is None else nodes.tensor_type(match["x"]).shape[-1]
+    if match is None or not isinstance(width, int):
         return None
-    features, values = range(width), found.values
+    features, values = range(width), match.values
     if "step" in values:
-        bounds = [item if isinstance(item, int) else None for item in map(values.get, ("start", "end", "step"))]
-        return found["x"], features[slice(*bounds)]
-    index = int(found.number("index"))
+        bounds = [bound if isinstance(bound, int) else None for bound in map(values.get, ("start", "end", "step"))]
+        return match["x"], features[slice(*bounds)]
+    index = int(match.number("index"))
     if "pairs" in values:
-        return (found["x"], features[index::2]) if _are_pairs(found["pairs"], found["x"]) else None
+        return (match["x"], features[index::2]) if _are_pairs(match["pairs"], match["x"]) else None
     count = nodes.tensor_type(node).shape[-1]
-    return (found["x"], features[index * count : (index + 1) * count]) if isinstance(count, int) else None
+    return (match["x"], features[index * count : (index + 1) * count]) if isinstance(count, int) else None

@@ -33,7 +33,7 @@ class RaiseSoftmax(Rewrite):
     """Replaces softmax written as separate operators by `softmax`."""
 
     def run(self, edit: Editor) -> None:
-        for found in edit.matches(_SOFTMAX):
-            with edit.before(found.root, like=[found["powers"], found["total"], found.root]):
-                raised = edit.call(aten.softmax.int, found["x"], int(found.number("dim")))
-            edit.replace(found.root, raised)
+        for match in edit.matches(_SOFTMAX):
+            with edit.before(match.root, like=[match["powers"], match["total"], match.root]):
+                raised = edit.call(aten.softmax.int, match["x"], int(match.number("dim")))
+            edit.replace(match.root, raised)

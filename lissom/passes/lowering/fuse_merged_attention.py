@@ -39,7 +39,7 @@ _PIECE = Formula(
     x = RESHAPES(joined, ...)
     {SWAPPED}
     """,
-    lambda found: _keep_rows(found, "joined", "x") and _are_three(found["split"]),
+    lambda match: _keep_rows(match, "joined", "x") and _are_three(match["split"]),
     index=int,
     sizes=object,
     shape=object,
@@ -51,7 +51,7 @@ _PACKED = Formula(
     permuted = permute(apart, [2, 0, 3, 1, 4])
     select(permuted, 0, index) | unbind(permuted, 0)[index]
     """,
-    lambda found: _keep_rows(found, "whole", "apart") and as_int(nodes.tensor_type(found["apart"]).shape[2]) == 3,
+    lambda match: _keep_rows(match, "whole", "apart") and as_int(nodes.tensor_type(match["apart"]).shape[2]) == 3,
     index=int,
 )
 """The heads of a third of a projection, which is reshaped to [batch, tokens, 3, heads, head_dim]."""
@@ -99,9 +99,9 @@ def _merged(node: fx.Node) -> Match | None:
     if len({nodes.tensor_type(head).shape[3] for head in heads}) > 1:
         return None
     for formula, source in ((_PIECE, "split"), (_PACKED, "permuted")):
-        parts = [found for head in heads if (found := formula.match(head)) is not None]
-        same = len({(found[source], *_rows(found)) for found in parts}) == 1
-        if same and [found.number("index") for found in parts] == [0, 1, 2]:
+        parts = [match for head in heads if (match := formula.match(head)) is not None]
+        same = len({(match[source], *_rows(match)) for match in parts}) == 1
+        if same and [match.number("index") for match in parts] == [0, 1, 2]:
             return parts[0]
     return None
 
@@ -117,7 +117,7 @@ def _rows(piece: Match) -> tuple[object, ...]:
     return (piece["rows"], *Reshape(piece["looked_up"]).sizes[:2]) if "rows" in piece.values else ()
 
 
-def _keep_rows(found: Match, joined: str, apart: str) -> bool:
+def _keep_rows(match: Match, joined: str, apart: str) -> bool:
     """True when a reshape of [batch, tokens, features] keeps batch and tokens."""
-    before, after = nodes.tensor_type(found[joined]).shape, nodes.tensor_type(found[apart]).shape
+    before, after = nodes.tensor_type(match[joined]).shape, nodes.tensor_type(match[apart]).shape
     return len(before) == 3 and before[:2] == after[:2]

@@ -35,7 +35,7 @@ _GATE = Formula(
     up = pieces[up_index]
     (relu(gate) | silu(gate) | gelu(gate, ...)) * up
     """,
-    lambda found: found.is_private and {found.number("gate_index"), found.number("up_index")} == {0, 1},
+    lambda match: match.is_private and {match.number("gate_index"), match.number("up_index")} == {0, 1},
     **dict.fromkeys(("gate_index", "up_index"), int),
     **dict.fromkeys(("bias", "sizes"), object),
 )
@@ -46,9 +46,9 @@ class SplitGates(Rewrite):
     """Splits the merged gate and up projections of gated feed-forwards, whose products then fuse with the gate."""
 
     def run(self, edit: Editor) -> None:
-        for found in edit.matches(_GATE):
-            if edit.may_change(found["layer"], _obstacle(found["layer"])):
-                _split(edit, found)
+        for match in edit.matches(_GATE):
+            if edit.may_change(match["layer"], _obstacle(match["layer"])):
+                _split(edit, match)
 
 
 def _obstacle(linear: fx.Node) -> str | None:
@@ -60,16 +60,16 @@ def _obstacle(linear: fx.Node) -> str | None:
     return missing_kernel(x.dtype, x.device)
 
 
-def _split(edit: Editor, found: Match) -> None:
-    linear, layer = found["layer"], Linear(found["layer"])
+def _split(edit: Editor, match: Match) -> None:
+    linear, layer = match["layer"], Linear(match["layer"])
     path, start = layer_path(layer.weight), 0
-    for name in ("gate", "up") if found.number("gate_index") == 0 else ("up", "gate"):
-        rows = slice(start, start + nodes.fixed_size(found[name], -1))
+    for name in ("gate", "up") if match.number("gate_index") == 0 else ("up", "gate"):
+        rows = slice(start, start + nodes.fixed_size(match[name], -1))
         start = rows.stop
         with edit.before(linear, like=[linear]):
             weight = _rows(edit, layer.weight, rows, f"{path}.{name}.weight")
             bias = None if layer.bias is None else _rows(edit, layer.bias, rows, f"{path}.{name}.bias")
-            edit.replace(found[name], edit.call(aten.linear.default, layer.x, weight, bias))
+            edit.replace(match[name], edit.call(aten.linear.default, layer.x, weight, bias))
 
 
 def _rows(edit: Editor, weight: fx.Node, rows: slice, name: str) -> fx.Node:

@@ -27,8 +27,8 @@ class WriteStateInPlace(Rewrite):
     """Writes KV-cache rows in place, rather than copying the cache."""
 
     def run(self, edit: Editor) -> None:
-        for found in edit.matches(_WRITE):
-            state, new, write = found["state"], found["new"], found.root
+        for match in edit.matches(_WRITE):
+            state, new, write = match["state"], match["new"], match.root
             if nodes.is_state_write(write) and edit.may_change(write, _obstacle(edit, state, new, write)):
                 edit.change_call(new, IN_PLACE[new.target], *new.args, **new.kwargs)
                 edit.program.graph.erase_node(write)
