@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
-import sympy
 import torch
 
 from lissom.backends.simulated_layers import SimulatedLayer, simulated_layers
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.samples import Sample, check_samples, resize
+from lissom.compiler.ir.samples import Sample, check_samples, smallest_samples
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.verify.divergence import output_errors, run_original, shapes_of, tolerances
 from lissom.compiler.verify.equality import EARLIER, shared_memory
 from lissom.compiler.verify.rounding import SHARE, exact_outputs, rounding_loss, rounds_values
-from lissom.errors import InputError, UnsupportedError, VerifyError
+from lissom.errors import UnsupportedError, VerifyError
 from lissom.inspect.hot_layers import LayerTimes
 from lissom.measure.machine import Machine
 
@@ -178,7 +177,7 @@ def confirm(name: str, executable: Executable, program: Program, example: Sample
     Raises:
         VerifyError: when it does not run, gives other outputs, or returns memory that it uses again.
     """
-    given = [*check_samples(program.signature, example), *smallest_samples(program, example)]
+    given = [*check_samples(program.signature, example), *smallest_samples(program.signature, example)]
     samples, wanted, _ = run_original(program, given)
     if rounds_values(program):
         allowed = max(allowed, SHARE * rounding_loss(program, samples, wanted))
@@ -216,20 +215,3 @@ def _call(executable: Executable, sample: Sample) -> list[object]:
     """The outputs of one call, and the state after it, which is then restored."""
     with restored_state(executable):
         return [*executable(sample), *(tensor.clone() for tensor in state_of(executable).values())]
-
-
-def sample_at(program: Program, example: Sample, sizes: Mapping[sympy.Symbol, int]) -> Sample | None:
-    """The example at other sizes; None when the signature refuses them."""
-    sample = resize(program.signature, example, {**program.signature.sizes_of(example), **sizes})
-    try:
-        program.signature.check_sizes(sample)
-    except InputError:
-        return None
-    return sample
-
-
-def smallest_samples(program: Program, example: Sample) -> list[Sample]:
-    """The example at the smallest sizes of the signature, where compilers tend to fail; none when it refuses them."""
-    least = {symbol: dimension.minimum for symbol, dimension in program.signature.dimensions.items()}
-    sample = sample_at(program, example, least)
-    return [] if sample is None else [sample]
