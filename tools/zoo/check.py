@@ -26,7 +26,7 @@ from lissom.backends.base import Backend
 from lissom.compiler.analysis.structure.linear import is_attention
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.samples import Sample
+from lissom.compiler.ir.samples import Sample, other_sizes
 from lissom.compiler.ir.signature import Signature
 from lissom.compiler.pipeline.history import History
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
@@ -202,13 +202,11 @@ def other_samples(case: Case, signature: Signature, example: Sample) -> list[Sam
     """The example at up to three other sizes that the signature and the model allow: larger, twice as large, smallest."""
     sizes = signature.sizes_of(example)
     wanted = (
-        {symbol: size + 1 + index for index, (symbol, size) in enumerate(sizes.items())},
-        {symbol: size * 2 for symbol, size in sizes.items()},
-        {symbol: max(signature.dimensions[symbol].minimum, size // 2) for symbol, size in sizes.items()},
+        *other_sizes(signature, example),
         {symbol: size * 3 for symbol, size in sizes.items()},
         {symbol: signature.dimensions[symbol].minimum for symbol in sizes},
     )
-    allowed = (_allowed(case, signature, example, sizes | other) for other in wanted if sizes)
+    allowed = (_allowed(case, signature, example, other) for other in wanted if sizes)
     return [sample for sample in allowed if sample is not None][:3]
 
 

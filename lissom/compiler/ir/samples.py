@@ -78,8 +78,7 @@ def smaller_samples(signature: Signature, example: Sequence[torch.Tensor], sampl
 
     First the example's lengths, then all its sizes, then half of them.
     """
-    given, usual = signature.sizes_of(sample), signature.sizes_of(example)
-    halves = {symbol: max(signature.dimensions[symbol].minimum, size // 2) for symbol, size in usual.items()}
+    given, usual, halves = signature.sizes_of(sample), signature.sizes_of(example), other_sizes(signature, example)[-1]
     tried = list[Sizes]()
     for sizes in (given | {symbol: usual[symbol] for symbol in signature.lengths}, usual, halves):
         if sizes != given and sizes not in tried:
@@ -111,13 +110,19 @@ def smallest_samples(signature: Signature, example: Sequence[torch.Tensor]) -> l
     return [] if sample is None else [sample]
 
 
+def other_sizes(signature: Signature, example: Sequence[torch.Tensor]) -> tuple[Sizes, Sizes, Sizes]:
+    """The example's sizes each a little larger, twice as large, and half as large, at least the smallest allowed."""
+    sizes = signature.sizes_of(example)
+    return (
+        {symbol: size + 1 + index for index, (symbol, size) in enumerate(sizes.items())},
+        {symbol: size * 2 for symbol, size in sizes.items()},
+        {symbol: max(signature.dimensions[symbol].minimum, size // 2) for symbol, size in sizes.items()},
+    )
+
+
 def _variant(signature: Signature, example: Sequence[torch.Tensor], seed: int = 0) -> Sample:
     """The example at other sizes, if some are dynamic, with other floating-point values in every row."""
-    sizes = signature.sizes_of(example)
-    grown = {symbol: size + 1 + index for index, (symbol, size) in enumerate(sizes.items())}
-    doubled = {symbol: size * 2 for symbol, size in sizes.items()}
-    shrunk = {symbol: max(signature.dimensions[symbol].minimum, size // 2) for symbol, size in sizes.items()}
-    return _redrawn(_first_allowed(signature, example, (grown, doubled, shrunk), seed) or list(example), seed)
+    return _redrawn(_first_allowed(signature, example, other_sizes(signature, example), seed) or list(example), seed)
 
 
 def _several_times(signature: Signature, example: Sequence[torch.Tensor]) -> list[Sizes]:

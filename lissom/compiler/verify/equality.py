@@ -12,6 +12,7 @@ import torch
 from lissom.compiler.ir import printer
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.verify import rounding
 from lissom.compiler.verify.divergence import (
     TOLERANCE,
     answers,
@@ -23,18 +24,9 @@ from lissom.compiler.verify.divergence import (
     tolerances,
     with_kept_form,
 )
-from lissom.compiler.verify.rounding import (
-    ROUNDINGS,
-    SHARE,
-    differs_locally,
-    exact_outputs,
-    right_in_wider,
-    rounding_loss,
-    rounds_values,
-)
 from lissom.errors import VerifyError
 
-_ROUNDED_TWICE = {TOLERANCE[dtype]: 2 * error for dtype, error in ROUNDINGS.items()}
+_ROUNDED_TWICE = {TOLERANCE[dtype]: 2 * error for dtype, error in rounding.ROUNDINGS.items()}
 """From the tolerance of a reduced-precision output to the error of one value that one program rounds up and the other down.
 
 Above it, nodes are compared one by one: accumulated rounding errors of a model can be as large as those of a scale that is
@@ -87,7 +79,9 @@ def _rounds_alike(
     # Rounding makes no NaN, which comparing node by node may miss: ranks may have it in padding, float16 where it overflows.
     if not _finite_alike(wanted, actual):
         return False
-    return not differs_locally(before, after, samples) or right_in_wider(before, after, samples, wanted, actual)
+    return not rounding.differs_locally(before, after, samples) or rounding.right_in_wider(
+        before, after, samples, wanted, actual
+    )
 
 
 def _finite_alike(wanted: Sequence[list[object]], actual: Sequence[list[object]]) -> bool:
@@ -128,9 +122,8 @@ def require_built(
         VerifyError: when it does not run, gives other outputs, or returns memory that it uses again.
     """
     samples, wanted, _ = run_original(program, samples)
-    if rounds_values(program):
-        allowed = max(allowed, SHARE * rounding_loss(program, samples, wanted))
-    limits = [max(limit, allowed) for limit in tolerances(program)]
+    rounded = rounding.SHARE * rounding.rounding_loss(program, samples, wanted) if rounding.rounds_values(program) else 0.0
+    limits = [max(limit, allowed, rounded) for limit in tolerances(program)]
     worst = 0.0
     for sample, outputs in zip(samples, wanted, strict=True):
         subject, inputs = f"{name} from {program.name}", f"on inputs {shapes_of(sample)}"
@@ -138,15 +131,14 @@ def require_built(
             first, again = (call(sample) for _ in range(2))
         # The errors of other compilers and runtimes have no common class.
         except Exception as error:
-            raise VerifyError(
-                f"{subject} does not run {inputs}: {type(error).__name__}: {error}; choose another backend"
-            ) from error
+            message = f"{subject} does not run {inputs}: {type(error).__name__}: {error}"
+            raise VerifyError(f"{message}; choose another backend") from error
         exact = None
         for actual in (first, again):
             errors = output_errors([outputs], [actual])
             worst = max(worst, *errors, 0.0)
             over = [(error, limit) for error, limit in zip(errors, limits, strict=True) if error > limit]
-            exact = exact or (exact_outputs(program, [sample]) if over else None)
+            exact = exact or (rounding.exact_outputs(program, [sample]) if over else None)
             if over and (exact is None or not exact.as_close([outputs], [actual])):
                 error, limit = over[0]
                 raise VerifyError(
