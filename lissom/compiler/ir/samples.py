@@ -5,18 +5,16 @@ docs/verification.md says what each is for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from math import prod
 
-import sympy
 import torch
 
-from lissom.compiler.ir.signature import Signature
+from lissom.compiler.ir.signature import Signature, Sizes
 from lissom.errors import InputError
 
 Sample = list[torch.Tensor]
-Sizes = Mapping[sympy.Symbol, int]
 Pattern = Callable[[int, int], torch.Tensor]
 """From the rows and columns of a mask, the places to mask: [rows, columns] of booleans."""
 

@@ -15,6 +15,8 @@ from lissom.compiler.ir import resizing
 from lissom.compiler.ir.types import Size, TensorType, format_type
 from lissom.errors import InputError, nearest
 
+Sizes = Mapping[sympy.Symbol, int]
+
 
 @dataclass(frozen=True)
 class Dimension:
@@ -296,7 +298,7 @@ class Signature:
         """The example's sizes times a factor, at most the largest allowed."""
         return {symbol: self.dimensions[symbol].at_most(size * factor) for symbol, size in self.sizes_of(example).items()}
 
-    def resize(self, example: Sequence[torch.Tensor], sizes: Mapping[sympy.Symbol, int], seed: int = 0) -> list[torch.Tensor]:
+    def resize(self, example: Sequence[torch.Tensor], sizes: Sizes, seed: int = 0) -> list[torch.Tensor]:
         """The example with the dynamic dimensions in `sizes` at these.
 
         Rows and positions are drawn from the example's own, so token ids stay inside the vocabulary and masks stay masks. Each
@@ -305,9 +307,7 @@ class Signature:
         shapes = self._shapes_at({**self.sizes_of(example), **sizes})
         return resizing.drawn(example, [leaf.type.shape for leaf in self.tensors], shapes, seed)
 
-    def sample_at(
-        self, example: Sequence[torch.Tensor], sizes: Mapping[sympy.Symbol, int], seed: int = 0
-    ) -> list[torch.Tensor] | None:
+    def sample_at(self, example: Sequence[torch.Tensor], sizes: Sizes, seed: int = 0) -> list[torch.Tensor] | None:
         """The example resized; None when the signature refuses these sizes."""
         try:
             sample = self.resize(example, sizes, seed)
@@ -316,12 +316,12 @@ class Signature:
             return None
         return sample
 
-    def thinned(self, sample: Sequence[torch.Tensor], sizes: Mapping[sympy.Symbol, int]) -> list[torch.Tensor]:
+    def thinned(self, sample: Sequence[torch.Tensor], sizes: Sizes) -> list[torch.Tensor]:
         """Evenly spaced rows and positions of a sample, with the first and the last, so that padding stays where it is."""
         shapes = [leaf.type.shape for leaf in self.tensors]
         return list(map(resizing.thinned, sample, shapes, self._shapes_at(sizes)))
 
-    def _shapes_at(self, sizes: Mapping[sympy.Symbol, int]) -> list[list[int]]:
+    def _shapes_at(self, sizes: Sizes) -> list[list[int]]:
         return [[evaluate(size, sizes) for size in leaf.type.shape] for leaf in self.tensors]
 
 
@@ -339,7 +339,7 @@ _NO_VALUE = (ArithmeticError, ValueError, TypeError, AttributeError, AssertionEr
 """The exceptions of sympy for an expression without a value at some sizes; an artifact may hold any expression."""
 
 
-def _may_hold(condition: sympy.Basic, sizes: Mapping[sympy.Symbol, int]) -> bool:
+def _may_hold(condition: sympy.Basic, sizes: Sizes) -> bool:
     """False when the condition does not hold at these sizes, or has no value there."""
     try:
         return condition.xreplace(_integers(sizes)) != sympy.false
@@ -347,7 +347,7 @@ def _may_hold(condition: sympy.Basic, sizes: Mapping[sympy.Symbol, int]) -> bool
         return False
 
 
-def evaluate(size: Size, sizes: Mapping[sympy.Symbol, int]) -> int:
+def evaluate(size: Size, sizes: Sizes) -> int:
     """The size as a number once every symbol has one. Raises InputError when it is no whole number at these sizes."""
     if isinstance(size, int):
         return size
@@ -358,7 +358,7 @@ def evaluate(size: Size, sizes: Mapping[sympy.Symbol, int]) -> int:
         raise InputError(f"the size {size!s:.200} is no whole number where {given}; pass other sizes") from error
 
 
-def _integers(sizes: Mapping[sympy.Symbol, int]) -> dict[sympy.Symbol, sympy.Integer]:
+def _integers(sizes: Sizes) -> dict[sympy.Symbol, sympy.Integer]:
     return {symbol: sympy.Integer(size) for symbol, size in sizes.items()}
 
 
