@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
-import sympy
 import torch
 
 from lissom.backends.simulated_layers import SimulatedLayer, simulated_layers
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.samples import Sample, check_samples, resize
+from lissom.compiler.ir.samples import Sample, check_samples, smallest_samples
 from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.compiler.verify.divergence import output_errors, run_original, shapes_of, tolerances
-from lissom.compiler.verify.equality import EARLIER, shared_memory
-from lissom.compiler.verify.rounding import SHARE, exact_outputs, rounding_loss, rounds_values
-from lissom.errors import InputError, UnsupportedError, VerifyError
+from lissom.compiler.verify.equality import require_built
+from lissom.errors import UnsupportedError
 from lissom.inspect.hot_layers import LayerTimes
 from lissom.measure.machine import Machine
 
@@ -178,58 +176,11 @@ def confirm(name: str, executable: Executable, program: Program, example: Sample
     Raises:
         VerifyError: when it does not run, gives other outputs, or returns memory that it uses again.
     """
-    given = [*check_samples(program.signature, example), *smallest_samples(program, example)]
-    samples, wanted, _ = run_original(program, given)
-    if rounds_values(program):
-        allowed = max(allowed, SHARE * rounding_loss(program, samples, wanted))
-    worst = 0.0
-    for sample, outputs in zip(samples, wanted, strict=True):
-        subject, inputs = f"what backend '{name}' built from {program.name}", f"on inputs {shapes_of(sample)}"
-        try:
-            first, again = (_call(executable, sample) for _ in range(2))
-        # The errors of other compilers and runtimes have no common class.
-        except Exception as error:
-            raise VerifyError(
-                f"{subject} does not run {inputs}: {type(error).__name__}: {error}; choose another backend"
-            ) from error
-        exact = None
-        for actual in (first, again):
-            errors = output_errors([outputs], [actual])
-            worst = max(worst, *errors, 0.0)
-            limits = [max(limit, allowed) for limit in tolerances(program)]
-            over = [(error, limit) for error, limit in zip(errors, limits, strict=True) if error > limit]
-            exact = exact or (exact_outputs(program, [sample]) if over else None)
-            if over and (exact is None or not exact.as_close([outputs], [actual])):
-                error, limit = over[0]
-                raise VerifyError(
-                    f"{subject} differs from the program by {error:.2g} relative {inputs}, allowed {limit:.2g}; "
-                    f"choose another backend"
-                )
-        usual = shared_memory(program, sample, outputs)
-        same = {(index, EARLIER) for index, _ in usual}  # an input or a weight, which every call shares
-        for index, other in sorted(shared_memory(program, sample, again, first) - usual - same)[:1]:
-            raise VerifyError(f"{subject} gives an output {index} that shares memory with {other}; choose another backend")
-    return worst
+    samples = [*check_samples(program.signature, example), *smallest_samples(program.signature, example)]
+    return require_built(f"what backend '{name}' built", partial(_call, executable), program, samples, allowed)
 
 
 def _call(executable: Executable, sample: Sample) -> list[object]:
     """The outputs of one call, and the state after it, which is then restored."""
     with restored_state(executable):
         return [*executable(sample), *(tensor.clone() for tensor in state_of(executable).values())]
-
-
-def sample_at(program: Program, example: Sample, sizes: Mapping[sympy.Symbol, int]) -> Sample | None:
-    """The example at other sizes; None when the signature refuses them."""
-    sample = resize(program.signature, example, {**program.signature.sizes_of(example), **sizes})
-    try:
-        program.signature.check_sizes(sample)
-    except InputError:
-        return None
-    return sample
-
-
-def smallest_samples(program: Program, example: Sample) -> list[Sample]:
-    """The example at the smallest sizes of the signature, where compilers tend to fail; none when it refuses them."""
-    least = {symbol: dimension.minimum for symbol, dimension in program.signature.dimensions.items()}
-    sample = sample_at(program, example, least)
-    return [] if sample is None else [sample]

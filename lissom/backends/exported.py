@@ -13,7 +13,7 @@ from torch.export import Dim
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.printer import place
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.samples import Sample, resize
+from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.signature import TensorArgument
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.io.fields import parse_json
@@ -75,7 +75,7 @@ def traced_example(program: Program, example: Sample) -> tuple[torch.Tensor, ...
     """The example for tracing: contiguous, with free sizes of 1 doubled, since tracing specializes a size of 1."""
     signature = program.signature
     sizes = {symbol: max(2, size) for symbol, size in signature.sizes_of(example).items()}
-    return tuple(tensor.contiguous() for tensor in resize(signature, example, sizes))
+    return tuple(tensor.contiguous() for tensor in signature.resize(example, sizes))
 
 
 def free_dimensions(leaf: TensorArgument) -> dict[int, object]:

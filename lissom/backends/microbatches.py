@@ -10,7 +10,6 @@ import sympy
 import torch
 from torch import fx
 
-from lissom.backends.base import sample_at
 from lissom.backends.exported import leaves_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
@@ -84,14 +83,15 @@ def fastest_cutting(call: Call, program: Program, example: Sample, seconds: floa
     symbol = program.signature.tensors[batch[0]].type.shape[0]
     assert isinstance(symbol, sympy.Symbol)
     dimension = program.signature.dimensions[symbol]
-    smallest = sample_at(program, example, {symbol: max(dimension.minimum, 1)})
+    smallest = program.signature.sample_at(example, {symbol: max(dimension.minimum, 1)})
     if smallest is None:
         return None
     once = time_calls({"one": partial(call, smallest)}, seconds / 4, most=ENOUGH)["one"].median_ms
     # A large batch takes some fifth of a second, so that all sizes are timed in a second or two.
     largest = min(_LARGEST, dimension.maximum or _LARGEST, 1 << max(0, int(200 / max(once, 1e-3)).bit_length() - 1))
     counts = [largest >> step for step in range(5) if largest >> step >= max(1, dimension.minimum)]
-    samples = {count: sample for count in counts if (sample := sample_at(program, example, {symbol: count})) is not None}
+    tried = {count: program.signature.sample_at(example, {symbol: count}) for count in counts}
+    samples = {count: sample for count, sample in tried.items() if sample is not None}
     if len(samples) < 2 or largest not in samples:
         return None
     timings = time_calls({str(count): partial(call, sample) for count, sample in samples.items()}, seconds / 2, most=ENOUGH)

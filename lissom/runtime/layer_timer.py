@@ -8,7 +8,7 @@ from functools import partial
 
 from lissom.backends.base import Backend, Executable, restored_state
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.samples import Sample, of_length
+from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.history import History
 from lissom.errors import UnsupportedError
 from lissom.inspect.hot_layers import LayerTimes
@@ -71,7 +71,8 @@ class ProgramTimer:
             raise UnsupportedError(
                 f"all sizes of {self.program.name} are fixed, so it runs at one length; compile it with dynamic=True"
             )
-        samples = {length: of_length(signature, self.example, length) for length in sorted(set(lengths))}
+        wanted = {length: dict.fromkeys(signature.lengths, length) for length in sorted(set(lengths))}
+        samples = {length: signature.sample_at(self.example, sizes) for length, sizes in wanted.items()}
         calls = {str(length): partial(self.executable, sample) for length, sample in samples.items() if sample is not None}
         if not calls:
             raise UnsupportedError(f"{self.program.name} takes none of the lengths {', '.join(map(str, samples))}; give others")

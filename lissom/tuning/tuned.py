@@ -14,7 +14,6 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
-from lissom.backends.base import sample_at
 from lissom.compiler.analysis.structure.padding import padding_masks
 from lissom.compiler.ir.fingerprint import fingerprint
 from lissom.compiler.ir.program import Program
@@ -345,7 +344,7 @@ def _many_rows(program: Program, flat: Sample) -> Sample:
     symbol = next((size for size in sizes if size == batch), None)
     if symbol is None:
         return flat
-    return sample_at(program, flat, {symbol: signature.dimensions[symbol].at_most(_BATCHES * sizes[symbol])}) or flat
+    return signature.sample_at(flat, {symbol: signature.dimensions[symbol].at_most(_BATCHES * sizes[symbol])}) or flat
 
 
 def _device(sample: Sample) -> torch.device:

@@ -16,7 +16,7 @@ from lissom.backends.eager.backend import Eager
 from lissom.backends.microbatches import Cutting
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.samples import check_samples, resize
+from lissom.compiler.ir.samples import check_samples
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.compiler.verify.structure import verify_structure
@@ -86,7 +86,7 @@ def test_a_model_comes_back(name, tmp_path, no_pickle):
     assert repr(again) == repr(model)
     for sizes in ({}, {symbol: max(4, item.minimum) for symbol, item in model.program.signature.dimensions.items()}):
         example = capture_of(name).example
-        sample = resize(model.program.signature, example, sizes) if sizes else example
+        sample = model.program.signature.resize(example, sizes) if sizes else example
         args, kwargs = model.program.signature.arguments(sample)
         wanted, found = model(*args, **kwargs), again(*args, **kwargs)
         assert type(found) is type(wanted)

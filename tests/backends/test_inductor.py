@@ -11,7 +11,6 @@ from torch import nn
 import lissom
 from lissom.backends.base import confirm
 from lissom.backends.inductor import Inductor, Package
-from lissom.compiler.ir.samples import resize
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.errors import InputError, UnsupportedError, VerifyError
 from lissom.frontends.capture.export import capture
@@ -116,7 +115,7 @@ def test_inductor_compiles_every_model(name):
     found = capture_of(name)
     package = Inductor().build(found.program, found.example)
     sizes = {symbol: 4 for symbol in found.program.signature.dimensions}
-    sample = resize(found.program.signature, found.example, sizes)
+    sample = found.program.signature.resize(found.example, sizes)
     with torch.no_grad():
         wanted = found.program.run(sample)
     assert max(map(relative_error, wanted, package(sample))) < tolerance_of(captured(name))

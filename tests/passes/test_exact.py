@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from lissom.compiler.ir.samples import resize
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.passes import PASSES, RECIPES
@@ -50,7 +49,7 @@ def test_numbers_at_two_other_sizes(name: str) -> None:
     example = signature.flatten(case.args, case.kwargs)
     for grown in (1, 3):
         sizes = {symbol: size + grown for symbol, size in signature.sizes_of(example).items()}
-        args, kwargs = signature.arguments(resize(signature, example, sizes, seed=grown))
+        args, kwargs = signature.arguments(signature.resize(example, sizes, seed=grown))
         with torch.no_grad():
             wanted = case.model(*args, **kwargs)
         found = fast(*args, **kwargs)

@@ -22,7 +22,7 @@ from lissom.backends.onnxruntime.session import CPU, Session, SessionOptions, op
 from lissom.backends.simulated_layers import SimulatedLayer
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.compiler.verify.rounding import LOCAL_TOLERANCE
+from lissom.compiler.verify.divergence import LOCAL_TOLERANCE
 from lissom.errors import UnsupportedError, VerifyError
 
 _QUANTIZED, _QUANTIZED_LAYER = 0.5, 0.03

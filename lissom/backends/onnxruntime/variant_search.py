@@ -15,7 +15,7 @@ from statistics import geometric_mean
 import sympy
 import torch
 
-from lissom.backends.base import Executable, restored_state, sample_at, smallest_samples
+from lissom.backends.base import Executable, restored_state
 from lissom.backends.onnx.sparse_attention import ungathered
 from lissom.backends.onnx.variants import ATTENTION, CHOICES, PAIRS
 from lissom.backends.onnxruntime.opening import Opener, Start, root_reason
@@ -23,9 +23,8 @@ from lissom.backends.onnxruntime.session import Session
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import BlockSparseAttention
 from lissom.compiler.ir.program import Program, kept_state
-from lissom.compiler.ir.samples import Sample, resize
+from lissom.compiler.ir.samples import Sample, smallest_samples
 from lissom.compiler.ir.signature import evaluate
-from lissom.errors import InputError
 from lissom.measure.timing import ENOUGH, time_calls, time_once, time_runs
 from lissom.ops import block_sparse_attention
 
@@ -121,16 +120,12 @@ def _timed_samples(program: Program, example: Sample) -> list[Sample]:
     For a program with state also the smallest sizes: decode processes one token at a time.
     """
     signature = program.signature
-    sizes = {
-        symbol: min(4 * size, signature.dimensions[symbol].maximum or 4 * size)
-        for symbol, size in signature.sizes_of(example).items()
-    }
-    others = [resize(signature, example, sizes), *(smallest_samples(program, example) if program.state else [])]
+    large = signature.sample_at(example, signature.scaled(example, 4))
+    others = [large, *(smallest_samples(signature, example) if program.state else [])]
     samples = [example]
-    for sample in others if sizes else []:
-        # Out of range, or drawn so that the model refuses it.
-        with suppress(InputError, RuntimeError, ValueError, IndexError):
-            signature.check_sizes(sample)
+    for sample in filter(None, others) if signature.dimensions else []:
+        # Drawn so that the model may refuse it.
+        with suppress(RuntimeError, ValueError, IndexError):
             with torch.no_grad(), kept_state(program):
                 program.run(sample)
             samples.append(sample)
@@ -179,7 +174,7 @@ def affordable_lengths(program: Program, example: Sample) -> list[tuple[int, Sam
         score_bytes = max(_score_bytes(call, sizes) for call in calls)
         if score_bytes > _AFFORDABLE and share == 1.0:
             return []
-        sample = example if share == 1.0 else sample_at(program, example, sizes)
+        sample = example if share == 1.0 else program.signature.sample_at(example, sizes)
         if sample is not None and score_bytes <= _AFFORDABLE:
             lengths.append((int(evaluate(length, sizes)), sample))
     return lengths

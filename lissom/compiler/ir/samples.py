@@ -5,18 +5,16 @@ docs/verification.md says what each is for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from math import prod
 
-import sympy
 import torch
 
-from lissom.compiler.ir.signature import Signature, evaluate
+from lissom.compiler.ir.signature import Signature, Sizes
 from lissom.errors import InputError
 
 Sample = list[torch.Tensor]
-Sizes = Mapping[sympy.Symbol, int]
 Pattern = Callable[[int, int], torch.Tensor]
 """From the rows and columns of a mask, the places to mask: [rows, columns] of booleans."""
 
@@ -39,44 +37,6 @@ def spread(data: Sequence[Sample], tokens: int) -> Sequence[Sample]:
     return data if wanted == len(data) else [data[index * len(data) // wanted] for index in range(wanted)]
 
 
-def resize(signature: Signature, example: Sequence[torch.Tensor], sizes: Sizes, seed: int = 0) -> Sample:
-    """The example with its dynamic dimensions at `sizes`.
-
-    Rows and positions are drawn from the example's own, so token ids stay inside the vocabulary and masks stay masks. Each row
-    draws other positions, the same ones in every argument that shares the dimensions. Position ids continue to count up.
-    """
-    draws: dict[tuple[object, int], int] = {}
-
-    def picks(size: object, old: int, new: int, rows: int) -> torch.Tensor:
-        """The indices to draw for each row; the first row is the same for any number of rows."""
-        number = draws.setdefault((size, old), len(draws))
-        return torch.randint(0, old, (rows, new), generator=torch.Generator().manual_seed(seed * 1000 + number))
-
-    resized = []
-    for leaf, tensor in zip(signature.tensors, example, strict=True):
-        dims = [dim for dim, size in enumerate(leaf.type.shape) if not isinstance(size, int)]
-        counts_up = tensor.dim() - 1 in dims and _counts_up(tensor)
-        pairs = tensor.dim() > 1 and tensor.dim() - 1 in dims and leaf.type.shape[-1] == leaf.type.shape[-2]
-        if pairs and _is_causal(tensor):
-            tensor, dims = _causal(tensor, evaluate(leaf.type.shape[-1], sizes)), dims[:-2]
-        rows = 1
-        for dim in dims[:-1] if counts_up else dims:
-            size = leaf.type.shape[dim]
-            new = evaluate(size, sizes)
-            drawn = picks(size, tensor.shape[dim], new, rows).to(tensor.device)
-            if len(drawn) == 1:
-                tensor = tensor.index_select(dim, drawn[0])
-            else:
-                tensor = torch.stack([row.index_select(dim - 1, place) for row, place in zip(tensor, drawn, strict=True)])
-            # The queries of a mask over pairs of tokens are no rows: each sees the same keys, itself among them.
-            rows = rows if pairs else new if dim == 0 else 1
-        if counts_up:
-            length = evaluate(leaf.type.shape[-1], sizes)
-            tensor = tensor[..., :1] + torch.arange(length, dtype=tensor.dtype, device=tensor.device)
-        resized.append(tensor)
-    return resized
-
-
 def check_samples(signature: Signature, example: Sequence[torch.Tensor]) -> list[Sample]:
     """The verification inputs of every exact pass: the example, and a variant with other sizes, values and masks."""
     variant = _masked(_variant(signature, example), _tail_and_hole)
@@ -97,9 +57,10 @@ def more_samples(signature: Signature, example: Sequence[torch.Tensor], flops: i
         _masked(list(map(_ids_redrawn, plain)), _tail_and_hole, kind=0),
     ]
     samples = [sample for sample in samples if not _same(sample, plain)]
-    for seed, sizes in enumerate((_four_times(signature, example), _longest(signature, example, flops)), 2):
-        if sizes is not None:
-            samples.append(_masked(_redrawn(resize(signature, example, sizes, seed), seed), _tail_and_hole))
+    for seed, tried in enumerate((_several_times(signature, example), _longest(signature, example, flops)), 2):
+        sample = _first_allowed(signature, example, tried, seed)
+        if sample is not None:
+            samples.append(_masked(_redrawn(sample, seed), _tail_and_hole))
     return samples
 
 
@@ -115,31 +76,15 @@ def smaller_samples(signature: Signature, example: Sequence[torch.Tensor], sampl
 
     First the example's lengths, then all its sizes, then half of them.
     """
-    given, usual, lengths = signature.sizes_of(sample), signature.sizes_of(example), _lengths(signature)
-    halves = {symbol: max(signature.dimensions[symbol].minimum, size // 2) for symbol, size in usual.items()}
+    given, usual, halves = signature.sizes_of(sample), signature.sizes_of(example), other_sizes(signature, example)[-1]
     tried = list[Sizes]()
-    for sizes in (given | {symbol: usual[symbol] for symbol in lengths}, usual, halves):
+    for sizes in (given | {symbol: usual[symbol] for symbol in signature.lengths}, usual, halves):
         if sizes != given and sizes not in tried:
             tried.append(sizes)
-            smaller = _thinned(signature, sample, sizes)
+            smaller = signature.thinned(sample, sizes)
             with suppress(InputError):
                 signature.check_sizes(smaller)
                 yield smaller
-
-
-def _thinned(signature: Signature, sample: Sample, sizes: Sizes) -> Sample:
-    """Evenly spaced rows and positions of a sample, the first and the last among them, so that padding stays where it is."""
-    thinned = Sample()
-    for leaf, tensor in zip(signature.tensors, sample, strict=True):
-        dims = [dim for dim, size in enumerate(leaf.type.shape) if not isinstance(size, int)]
-        counts_up = tensor.dim() - 1 in dims and _counts_up(tensor)
-        for dim in dims:
-            new = evaluate(leaf.type.shape[dim], sizes)
-            places = torch.linspace(0, tensor.shape[dim] - 1, new).round().long()
-            places = torch.arange(new) if counts_up and dim == tensor.dim() - 1 else places
-            tensor = tensor.index_select(dim, places.to(tensor.device))
-        thinned.append(tensor)
-    return thinned
 
 
 def larger(signature: Signature, example: Sequence[torch.Tensor], flops: int) -> Iterator[Sample]:
@@ -150,74 +95,62 @@ def larger(signature: Signature, example: Sequence[torch.Tensor], flops: int) ->
     """
     usual = signature.sizes_of(example)
     for factor in (16, 8, 4, 2):
-        sizes = {symbol: signature.dimensions[symbol].at_most(size * factor) for symbol, size in usual.items()}
-        if flops * prod(sizes[symbol] / size for symbol, size in usual.items()) > LARGE_WORK:
-            continue
-        if _first_allowed(signature, example, [sizes]) is not None:
-            yield resize(signature, example, sizes)
+        sizes = signature.scaled(example, factor)
+        if flops * prod(sizes[symbol] / size for symbol, size in usual.items()) <= LARGE_WORK:
+            sample = _first_allowed(signature, example, [sizes])
+            if sample is not None:
+                yield sample
 
 
-def of_length(signature: Signature, example: Sequence[torch.Tensor], length: int) -> Sample | None:
-    """The example with its dynamic dimensions besides the batch at a length; None where the signature does not take it."""
-    sample = resize(signature, example, signature.sizes_of(example) | dict.fromkeys(_lengths(signature), length))
-    try:
-        signature.check_sizes(sample)
-    except InputError:
-        return None
-    return sample
+def smallest_samples(signature: Signature, example: Sequence[torch.Tensor]) -> list[Sample]:
+    """The example at the smallest sizes of the signature, where compilers tend to fail; none when it refuses them."""
+    sample = signature.sample_at(example, {symbol: dimension.minimum for symbol, dimension in signature.dimensions.items()})
+    return [] if sample is None else [sample]
+
+
+def other_sizes(signature: Signature, example: Sequence[torch.Tensor]) -> tuple[Sizes, Sizes, Sizes]:
+    """The example's sizes each a little larger, twice as large, and half as large, at least the smallest allowed."""
+    sizes = signature.sizes_of(example)
+    return (
+        {symbol: size + 1 + index for index, (symbol, size) in enumerate(sizes.items())},
+        {symbol: size * 2 for symbol, size in sizes.items()},
+        {symbol: max(signature.dimensions[symbol].minimum, size // 2) for symbol, size in sizes.items()},
+    )
 
 
 def _variant(signature: Signature, example: Sequence[torch.Tensor], seed: int = 0) -> Sample:
     """The example at other sizes, if some are dynamic, with other floating-point values in every row."""
-    sizes = signature.sizes_of(example)
-    grown = {symbol: size + 1 + index for index, (symbol, size) in enumerate(sizes.items())}
-    doubled = {symbol: size * 2 for symbol, size in sizes.items()}
-    shrunk = {symbol: max(signature.dimensions[symbol].minimum, size // 2) for symbol, size in sizes.items()}
-    chosen = _first_allowed(signature, example, (grown, doubled, shrunk)) or sizes
-    return _redrawn(resize(signature, example, chosen, seed) if chosen != sizes else list(example), seed)
+    return _redrawn(_first_allowed(signature, example, other_sizes(signature, example), seed) or list(example), seed)
 
 
-def _four_times(signature: Signature, example: Sequence[torch.Tensor]) -> Sizes | None:
-    """Four times the example's length, or the most that the signature accepts."""
-    sizes, lengths = signature.sizes_of(example), _lengths(signature)
-    dimensions = signature.dimensions
-    tried = ({symbol: dimensions[symbol].at_most(size * factor) for symbol, size in sizes.items()} for factor in (4, 3, 2))
-    return _first_allowed(signature, example, [sizes | {symbol: longer[symbol] for symbol in lengths} for longer in tried])
+def _several_times(signature: Signature, example: Sequence[torch.Tensor]) -> list[Sizes]:
+    """Four times the example's length, or fewer, at most what the signature accepts."""
+    scaled = [signature.scaled(example, factor) for factor in (4, 3, 2)]
+    return [{symbol: sizes[symbol] for symbol in signature.lengths} for sizes in scaled]
 
 
-def _longest(signature: Signature, example: Sequence[torch.Tensor], flops: int) -> Sizes | None:
-    """One row of the largest length within `WORK`; None when it is at most four times the example's."""
-    sizes, lengths = signature.sizes_of(example), _lengths(signature)
+def _longest(signature: Signature, example: Sequence[torch.Tensor], flops: int) -> list[Sizes]:
+    """One row of the largest length within `WORK`, or of a rounder one; empty when it is at most four times the example's."""
+    sizes, lengths = signature.sizes_of(example), signature.lengths
     if not lengths:
-        return None
+        return []
     short = {symbol: signature.dimensions[symbol].minimum for symbol in sizes}
     work = max(flops, 1) * prod(short[symbol] / size for symbol, size in sizes.items() if symbol not in lengths)
     longest = max(sizes[symbol] for symbol in lengths)
     length = min(LONGEST, int(longest * WORK / work))
     if length <= 4 * longest:
-        return None
+        return []
     rounded = dict.fromkeys(length // step * step for step in (1, 2, 8, 64))
-    tried = [short | {symbol: signature.dimensions[symbol].at_most(number) for symbol in lengths} for number in rounded]
-    return _first_allowed(signature, example, tried)
+    return [short | {symbol: signature.dimensions[symbol].at_most(number) for symbol in lengths} for number in rounded]
 
 
-def _lengths(signature: Signature) -> list[sympy.Symbol]:
-    """The dynamic dimensions without the batch, the first dimension of the first input, unless it is the only one."""
-    first = next((leaf.type.shape[0] for leaf in signature.tensors if leaf.type.shape), None)
-    return [symbol for symbol in signature.dimensions if symbol != first] or [*signature.dimensions]
-
-
-def _first_allowed(signature: Signature, example: Sequence[torch.Tensor], tried: Iterable[Sizes]) -> Sizes | None:
-    """The first sizes that the signature accepts and that differ from the example's."""
+def _first_allowed(
+    signature: Signature, example: Sequence[torch.Tensor], tried: Iterable[Sizes], seed: int = 0
+) -> Sample | None:
+    """The example at the first of these sizes that the signature accepts and that differ from its own."""
     usual = signature.sizes_of(example)
-    for sizes in tried:
-        try:
-            signature.check_sizes(resize(signature, example, sizes))
-        except InputError:
-            continue
-        if sizes != usual:
-            return sizes
-    return None
+    others = (signature.sample_at(example, sizes, seed) for sizes in tried if {**usual, **sizes} != usual)
+    return next((sample for sample in others if sample is not None), None)
 
 
 def _redrawn(sample: Sample, seed: int) -> Sample:
@@ -283,27 +216,6 @@ def _mask_values(tensor: torch.Tensor) -> tuple[int, float] | None:
         return None
     usual = int(2 * int(zeros.sum()) <= tensor.numel())
     return usual, 1 - usual
-
-
-def _is_causal(tensor: torch.Tensor) -> bool:
-    """True for masks over pairs of tokens with one value on and below the diagonal and another above it."""
-    if tensor.numel() == 0 or tensor.shape[-1] < 3:
-        return False
-    return torch.equal(tensor, _causal(tensor, tensor.shape[-1]))
-
-
-def _causal(tensor: torch.Tensor, length: int) -> torch.Tensor:
-    """The causal mask of another length."""
-    seen, hidden = tensor[..., :1, :1], tensor[..., :1, -1:]
-    later = torch.ones(length, length, dtype=torch.bool, device=tensor.device).triu(1)
-    return torch.where(later, hidden, seen)
-
-
-def _counts_up(tensor: torch.Tensor) -> bool:
-    """True for position ids: integers that increase by one along the last dimension."""
-    if tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() == 0 or tensor.shape[-1] < 3:
-        return False
-    return bool((tensor.diff(dim=-1) == 1).all())
 
 
 def _tail_and_hole(rows: int, columns: int) -> torch.Tensor:

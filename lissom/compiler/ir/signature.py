@@ -11,8 +11,11 @@ import sympy
 import torch
 from torch.utils import _pytree as pytree
 
+from lissom.compiler.ir import resizing
 from lissom.compiler.ir.types import Size, TensorType, format_type
 from lissom.errors import InputError, nearest
+
+Sizes = Mapping[sympy.Symbol, int]
 
 
 @dataclass(frozen=True)
@@ -285,6 +288,42 @@ class Signature:
                     sizes[size] = actual
         return sizes
 
+    @property
+    def lengths(self) -> list[sympy.Symbol]:
+        """The dynamic dimensions without the batch, the first dimension of the first input, unless it is the only one."""
+        first = next((leaf.type.shape[0] for leaf in self.tensors if leaf.type.shape), None)
+        return [symbol for symbol in self.dimensions if symbol != first] or [*self.dimensions]
+
+    def scaled(self, example: Sequence[torch.Tensor], factor: int) -> dict[sympy.Symbol, int]:
+        """The example's sizes times a factor, at most the largest allowed."""
+        return {symbol: self.dimensions[symbol].at_most(size * factor) for symbol, size in self.sizes_of(example).items()}
+
+    def resize(self, example: Sequence[torch.Tensor], sizes: Sizes, seed: int = 0) -> list[torch.Tensor]:
+        """The example with the dynamic dimensions in `sizes` at these.
+
+        Rows and positions are drawn from the example's own, so token ids stay inside the vocabulary and masks stay masks. Each
+        row draws other positions, the same in every argument that shares the dimensions. Position ids continue to count up.
+        """
+        shapes = self._shapes_at({**self.sizes_of(example), **sizes})
+        return resizing.drawn(example, [leaf.type.shape for leaf in self.tensors], shapes, seed)
+
+    def sample_at(self, example: Sequence[torch.Tensor], sizes: Sizes, seed: int = 0) -> list[torch.Tensor] | None:
+        """The example resized; None when the signature refuses these sizes."""
+        try:
+            sample = self.resize(example, sizes, seed)
+            self.check_sizes(sample)
+        except InputError:
+            return None
+        return sample
+
+    def thinned(self, sample: Sequence[torch.Tensor], sizes: Sizes) -> list[torch.Tensor]:
+        """Evenly spaced rows and positions of a sample, with the first and the last, so that padding stays where it is."""
+        shapes = [leaf.type.shape for leaf in self.tensors]
+        return list(map(resizing.thinned, sample, shapes, self._shapes_at(sizes)))
+
+    def _shapes_at(self, sizes: Sizes) -> list[list[int]]:
+        return [[evaluate(size, sizes) for size in leaf.type.shape] for leaf in self.tensors]
+
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -300,7 +339,7 @@ _NO_VALUE = (ArithmeticError, ValueError, TypeError, AttributeError, AssertionEr
 """The exceptions of sympy for an expression without a value at some sizes; an artifact may hold any expression."""
 
 
-def _may_hold(condition: sympy.Basic, sizes: Mapping[sympy.Symbol, int]) -> bool:
+def _may_hold(condition: sympy.Basic, sizes: Sizes) -> bool:
     """False when the condition does not hold at these sizes, or has no value there."""
     try:
         return condition.xreplace(_integers(sizes)) != sympy.false
@@ -308,7 +347,7 @@ def _may_hold(condition: sympy.Basic, sizes: Mapping[sympy.Symbol, int]) -> bool
         return False
 
 
-def evaluate(size: Size, sizes: Mapping[sympy.Symbol, int]) -> int:
+def evaluate(size: Size, sizes: Sizes) -> int:
     """The size as a number once every symbol has one. Raises InputError when it is no whole number at these sizes."""
     if isinstance(size, int):
         return size
@@ -319,7 +358,7 @@ def evaluate(size: Size, sizes: Mapping[sympy.Symbol, int]) -> int:
         raise InputError(f"the size {size!s:.200} is no whole number where {given}; pass other sizes") from error
 
 
-def _integers(sizes: Mapping[sympy.Symbol, int]) -> dict[sympy.Symbol, sympy.Integer]:
+def _integers(sizes: Sizes) -> dict[sympy.Symbol, sympy.Integer]:
     return {symbol: sympy.Integer(size) for symbol, size in sizes.items()}
 
 

@@ -241,14 +241,8 @@ class Run:
             return divergence.relative_error, divergence.cosine, outputs
         bitwise = isinstance(pass_, Annotation)
         error = require_equal(self.program, after, self.samples, self.outputs, outputs, bitwise) if touched else 0.0
-        edit.notes += self._changed_strides(self.program, self.outputs, after, outputs)
+        edit.notes += changed_strides(self.program, self.outputs, after, outputs)
         return error, divergence.cosine, outputs
-
-    @staticmethod
-    def _changed_strides(
-        before: Program, wanted: Sequence[list[object]], after: Program, outputs: Sequence[list[object]]
-    ) -> list[str]:
-        return changed_strides(answers(before, wanted[:1])[0], answers(after, outputs[:1])[0])
 
     def check_stretch(self) -> None:
         """Compare the program with the one before the latest exact passes, on all verification inputs.
@@ -274,7 +268,7 @@ class Run:
         last = stretch[-1][0]
         steps[last] = replace(steps[last], check_seconds=steps[last].check_seconds + time.perf_counter() - began)
         if self.options.checks != "each":
-            strides = self._changed_strides(start, wanted, self.program, outputs)
+            strides = changed_strides(start, wanted, self.program, outputs)
             self.outputs = outputs[: len(self.samples)]
             cosine = compare(self.original, answers(self.program, self.outputs)).cosine
             steps[last] = replace(steps[last], relative_error=error, notes=(*steps[last].notes, *strides))

@@ -31,6 +31,10 @@ TOLERANCE = {
     # One rounding to 8 bits is 4e-3; likewise.
     torch.bfloat16: 8e-2,
 }
+LOCAL_TOLERANCE = 5e-3
+"""The error allowed at a node when activations are quantized: one 8-bit value rounded the other way changes a sum of at least
+sixteen values by less, relative to the largest sum.
+"""
 _COUNTED = 0.99
 """The quantile of magnitudes that is the size of a tensor: one channel in a hundred may be an outlier."""
 _EXTREME, _GAP = 1e3, 1e3

@@ -1,8 +1,10 @@
-"""Checks that an exact pass keeps a program's outputs, its node values when these are quantized, and its memory sharing."""
+"""Checks that an exact pass, or a backend, keeps a program's outputs, its node values when these are quantized, and its memory
+sharing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -10,18 +12,28 @@ import torch
 from lissom.compiler.ir import printer
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.compiler.verify.divergence import TOLERANCE, first_difference, relative_error, tolerances, with_kept_form
-from lissom.compiler.verify.rounding import ROUNDINGS, differs_locally, right_in_wider
+from lissom.compiler.verify import rounding
+from lissom.compiler.verify.divergence import (
+    TOLERANCE,
+    answers,
+    first_difference,
+    output_errors,
+    relative_error,
+    run_original,
+    shapes_of,
+    tolerances,
+    with_kept_form,
+)
 from lissom.errors import VerifyError
 
-_ROUNDED_TWICE = {TOLERANCE[dtype]: 2 * error for dtype, error in ROUNDINGS.items()}
+_ROUNDED_TWICE = {TOLERANCE[dtype]: 2 * error for dtype, error in rounding.ROUNDINGS.items()}
 """From the tolerance of a reduced-precision output to the error of one value that one program rounds up and the other down.
 
 Above it, nodes are compared one by one: accumulated rounding errors of a model can be as large as those of a scale that is
 wrong by 5 %.
 """
 
-EARLIER = "an output of the call before"
+_EARLIER = "an output of the call before"
 
 
 def require_equal(
@@ -55,7 +67,7 @@ def require_equal(
             worst = max((pair for index in far for pair in excess[index]), key=lambda pair: pair[0] / (pair[1] or 1.0))
             _refuse(before, after, given, *worst)
     for sample, old, new in zip(samples, wanted, actual, strict=True):
-        shared = shared_memory(after, sample, new) - shared_memory(before, sample, old)
+        shared = _shared_memory(after, sample, new) - _shared_memory(before, sample, old)
         if shared:
             index, alias = min(shared)
             raise VerifyError(
@@ -72,7 +84,9 @@ def _rounds_alike(
     # Rounding makes no NaN, which comparing node by node may miss: ranks may have it in padding, float16 where it overflows.
     if not _finite_alike(wanted, actual):
         return False
-    return not differs_locally(before, after, samples) or right_in_wider(before, after, samples, wanted, actual)
+    return not rounding.differs_locally(before, after, samples) or rounding.right_in_wider(
+        before, after, samples, wanted, actual
+    )
 
 
 def _finite_alike(wanted: Sequence[list[object]], actual: Sequence[list[object]]) -> bool:
@@ -99,7 +113,51 @@ def _refuse(before: Program, after: Program, samples: Sequence[Sample], error: f
     raise VerifyError(f"{message}; no node that both programs have differs, so the outputs themselves were changed")
 
 
-def shared_memory(
+def require_built(
+    name: str, call: Callable[[Sample], list[object]], program: Program, samples: Sequence[Sample], allowed: float = 0.0
+) -> float:
+    """The largest relative error of what was built from a program, called twice on each sample on which the program runs.
+
+    Args:
+        name: what was built, in words.
+        call: gives its outputs, then its state after the call.
+        allowed: the relative error it may have, where that is more than two correct programs differ by.
+
+    Raises:
+        VerifyError: when it does not run, gives other outputs, or returns memory that it uses again.
+    """
+    samples, wanted, _ = run_original(program, samples)
+    rounded = rounding.SHARE * rounding.rounding_loss(program, samples, wanted) if rounding.rounds_values(program) else 0.0
+    limits = [max(limit, allowed, rounded) for limit in tolerances(program)]
+    worst = 0.0
+    for sample, outputs in zip(samples, wanted, strict=True):
+        subject, inputs = f"{name} from {program.name}", f"on inputs {shapes_of(sample)}"
+        try:
+            first, again = (call(sample) for _ in range(2))
+        # The errors of other compilers and runtimes have no common class.
+        except Exception as error:
+            message = f"{subject} does not run {inputs}: {type(error).__name__}: {error}"
+            raise VerifyError(f"{message}; choose another backend") from error
+        exact = None
+        for actual in (first, again):
+            errors = output_errors([outputs], [actual])
+            worst = max(worst, *errors, 0.0)
+            over = [(error, limit) for error, limit in zip(errors, limits, strict=True) if error > limit]
+            exact = exact or (rounding.exact_outputs(program, [sample]) if over else None)
+            if over and (exact is None or not exact.as_close([outputs], [actual])):
+                error, limit = over[0]
+                raise VerifyError(
+                    f"{subject} differs from the program by {error:.2g} relative {inputs}, allowed {limit:.2g}; "
+                    f"choose another backend"
+                )
+        usual = _shared_memory(program, sample, outputs)
+        same = {(index, _EARLIER) for index, _ in usual}  # an input or a weight, which every call shares
+        for index, other in sorted(_shared_memory(program, sample, again, first) - usual - same)[:1]:
+            raise VerifyError(f"{subject} gives an output {index} that shares memory with {other}; choose another backend")
+    return worst
+
+
+def _shared_memory(
     program: Program, sample: Sample, outputs: Sequence[object], earlier: Sequence[object] = ()
 ) -> set[tuple[int, str]]:
     """The outputs, by index, that share memory with an input, a weight, or an output of this call or `earlier`.
@@ -110,7 +168,7 @@ def shared_memory(
         return set()
     count = len(program.leaves)
     others = [(f"input '{leaf.path}'", held) for leaf, held in zip(program.signature.tensors, sample, strict=True)]
-    others += [(EARLIER, held) for held in earlier[:count] if isinstance(held, torch.Tensor)]
+    others += [(_EARLIER, held) for held in earlier[:count] if isinstance(held, torch.Tensor)]
     weights = {weight.untyped_storage().data_ptr() for weight in program.weights().values()}
     shared = set[tuple[int, str]]()
     for index, tensor in enumerate(outputs[:count]):
@@ -135,10 +193,13 @@ def _overlap(left: torch.Tensor, right: torch.Tensor) -> bool:
     return bool(places.as_strided(right.shape, right.stride(), right.storage_offset()).any())
 
 
-def changed_strides(wanted: Sequence[object], actual: Sequence[object]) -> list[str]:
-    """Notes on the outputs whose strides changed."""
+def changed_strides(
+    before: Program, wanted: Sequence[list[object]], after: Program, actual: Sequence[list[object]]
+) -> list[str]:
+    """Notes on the outputs, not the state, whose strides on the first sample changed."""
     notes = list[str]()
-    for index, (left, right) in enumerate(zip(wanted, actual, strict=False)):
+    pairs = zip(answers(before, wanted)[0], answers(after, actual)[0], strict=False)
+    for index, (left, right) in enumerate(pairs):
         if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor) and _strides(left) != _strides(right):
             notes.append(f"output {index} has strides {tuple(right.stride())}, and had {tuple(left.stride())}")
     return notes

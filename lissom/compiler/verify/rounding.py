@@ -28,6 +28,7 @@ from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.view_calls import Cast
 from lissom.compiler.verify.divergence import (
+    LOCAL_TOLERANCE,
     TOLERANCE,
     both_unfilled,
     compare,
@@ -42,10 +43,6 @@ from lissom.compiler.verify.representatives import Representatives, representati
 
 aten = torch.ops.aten
 
-LOCAL_TOLERANCE = 5e-3
-"""The error allowed at a node when activations are quantized: one 8-bit value rounded the other way changes a sum of at least
-sixteen values by less, relative to the largest sum.
-"""
 LOCAL_FLOAT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
 """One sum of a few thousand terms in another order, with fused operators: 1e-7 to 2e-6 measured in float32."""
 ROUNDINGS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}

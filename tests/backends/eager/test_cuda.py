@@ -9,7 +9,6 @@ from torch import nn
 from lissom.backends.eager import cuda_graphs
 from lissom.backends.eager.backend import Eager
 from lissom.backends.eager.cuda_graphs import CudaGraphs, obstacle, with_fast_layout, with_graphs
-from lissom.compiler.ir.samples import resize
 from lissom.frontends.capture.export import capture
 from lissom.ops import block_sparse_attention
 from lissom.ops.pattern import LAYOUT, Pattern
@@ -186,5 +185,5 @@ def test_a_size_never_seen_again_is_not_recorded():
     executable = Eager().build(found.program, found.example)
     for size in range(2, 6):
         sizes = {symbol: size for symbol in found.program.signature.dimensions}
-        executable(resize(found.program.signature, found.example, sizes))
+        executable(found.program.signature.resize(found.example, sizes))
     assert not executable._graphs

@@ -8,7 +8,6 @@ import transformers
 
 import lissom
 from lissom.backends.simulated_layers import count_kernels
-from lissom.compiler.ir.samples import resize
 from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of
 from lissom.compiler.verify.rounding import SHARE, rounding_loss
 from lissom.ops.quantization import dequantize
@@ -59,7 +58,7 @@ def test_a_quantized_encoder_is_what_its_simulation_is(passes: str, backend: str
     assert any(told in note for note in fast.report.history.steps[-1].notes)
     signature, example = simulated.signature, simulated.signature.flatten((), case.inputs)
     for batch, sequence in ((1, 1), (3, 5), (16, 33)):
-        sample = resize(signature, example, dict(zip(signature.dimensions, (batch, sequence), strict=True)))
+        sample = signature.resize(example, dict(zip(signature.dimensions, (batch, sequence), strict=True)))
         wanted = run_samples(simulated, [sample])
         loss = rounding_loss(simulated, [sample], wanted)
         # What two programs may differ by that round values, or compute in bfloat16.

@@ -14,7 +14,6 @@ import lissom
 from lissom.backends.onnx import integer_matmul
 from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.backends.simulated_layers import simulated_layers
-from lissom.compiler.ir.samples import resize
 from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of
 from lissom.compiler.verify.rounding import SHARE, rounding_loss
 from lissom.errors import UnsupportedError
@@ -64,7 +63,7 @@ def test_pruned_and_quantized_architectures_run_in_integers(name, scheme):
     assert set(products) <= wanted_products
     example = program.signature.flatten(case.args, case.kwargs)
     sizes = {symbol: max(3, dimension.minimum) for symbol, dimension in program.signature.dimensions.items()}
-    for sample in (example, resize(program.signature, example, sizes)):
+    for sample in (example, program.signature.resize(example, sizes)):
         outputs = run_samples(program, [sample])
         loss = 0.0 if "int4" in scheme else rounding_loss(program, [sample], outputs)
         error = compare(outputs, [list(compiled._executable(sample))]).relative_error

@@ -13,7 +13,6 @@ from torch import nn
 import lissom
 from lissom.backends.onnxruntime.backend import CUTTING, OnnxRuntime
 from lissom.backends.onnxruntime.session import CPU, CUDA, fallen_back
-from lissom.compiler.ir.samples import resize
 from lissom.compiler.verify.divergence import relative_error, run_samples, tolerance_of
 from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.frontends.capture.export import capture
@@ -45,7 +44,7 @@ SLOW = {"bert_eager", "llama", "llama_eager", "t5", "gpt2", "blocked", "convolut
 def test_every_model_runs_at_other_sizes(name):
     found = capture_of(name)
     session = OnnxRuntime(timing_seconds=0.01).build(found.program, found.example)
-    sample = resize(found.program.signature, found.example, {symbol: 4 for symbol in found.program.signature.dimensions})
+    sample = found.program.signature.resize(found.example, {symbol: 4 for symbol in found.program.signature.dimensions})
     (wanted,) = run_samples(found.program, [sample])
     assert max(map(relative_error, wanted, session(sample))) < tolerance_of(captured(name))
 

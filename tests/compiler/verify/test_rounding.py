@@ -11,10 +11,9 @@ import lissom
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.compiler.verify.divergence import TOLERANCE, relative_error
+from lissom.compiler.verify.divergence import LOCAL_TOLERANCE, TOLERANCE, relative_error
 from lissom.compiler.verify.rounding import (
     LOCAL_FLOAT_TOLERANCE,
-    LOCAL_TOLERANCE,
     differs_locally,
     local_errors,
     local_tolerances,

@@ -7,7 +7,7 @@ import torch
 from lissom.compiler.calibration.statistics import Moments
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.samples import Sample, resize
+from lissom.compiler.ir.samples import Sample
 from lissom.compiler.transforms.pruning.reconstruction import RIDGES, NormalEquations, refit, scale_units, solve
 from lissom.compiler.transforms.pruning.units import neuron_sites
 from tests.support import captures
@@ -116,7 +116,7 @@ def test_later_layers_correct_errors_of_earlier_ones() -> None:
     program = captures.optimize(case.model, case.inputs).program
     example = program.signature.flatten((), case.kwargs)
     sizes = dict.fromkeys(program.signature.dimensions, 12)
-    data = [resize(program.signature, example, sizes, seed) for seed in range(6)]
+    data = [program.signature.resize(example, sizes, seed) for seed in range(6)]
     edit = Editor(program.copy(), "prune")
     site = neuron_sites(edit)[0]
     weight = site.matrix(edit.program)
