@@ -61,7 +61,7 @@ def require_equal(
     if far := [index for index, row in enumerate(excess) if row]:
         given, old, new = [samples[i] for i in far], [wanted[i] for i in far], [actual[i] for i in far]
         if strict:
-            if not _finite_alike(old, new) or differs_locally(before, after, given, strict=True):
+            if not _finite_alike(old, new) or rounding.differs_locally(before, after, given, strict=True):
                 raise VerifyError("outputs differ")
         elif bitwise or not _rounds_alike(before, after, given, old, new):
             worst = max((pair for index in far for pair in excess[index]), key=lambda pair: pair[0] / (pair[1] or 1.0))

@@ -38,7 +38,7 @@ class HeaderReader(GGUFReader):
 
     def _strings(self, start: int, count: int) -> tuple[list[Any], int]:
         """The lengths and bytes of strings, in turn, as far as the file goes, and the byte after them."""
-        data, raw, parts = np.asarray(self.data), memoryview(self.data), []
+        data, raw, parts = np.asarray(self.data), self.data.data, list[Any]()
         for _ in range(count):
             first = start + 8
             end = first + int.from_bytes(raw[start:first], "little")
