@@ -189,7 +189,7 @@ def test_an_unknown_backend_is_refused_before_anything_runs():
 
 def test_unknown_checks_are_refused():
     found = refusal(UnsupportedError, lambda: lissom.compile(feed_forward().model, normal(2, 5, 8), checks="some"))
-    assert found == "checks='some' is not known; choose numeric, structural, off"
+    assert found == "checks='some' is not known; choose numeric, each, structural, off"
 
 
 @pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
@@ -267,7 +267,7 @@ def test_a_failing_pass_leaves_the_model_as_it_was(wrong, kind):
     assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
     assert all(module.training for module in model.modules())
     assert caught.value.history.steps[0].notes == ("dynamic: batch (1 or more), sequence (1 or more)",)
-    assert caught.value.history.pipeline.endswith(format_pipeline([wrong]))
+    assert format_pipeline([wrong]) in caught.value.history.pipeline.split(",")
 
 
 def test_a_lossy_pass_leaves_the_model_s_weights_alone():

@@ -227,7 +227,7 @@ def test_bench_options_that_do_not_fit_exit_with_2(arguments, message):
         (["compile", "minlm", "--passes", "remove-noops"], "did you mean 'remove-no-ops'?"),
         (["compile", "minlm", "--backend", "eagr"], "there is no backend 'eagr'; did you mean 'eager'? choose eager"),
         (["compile", "minlm", "--device", "tpu"], "device 'tpu' is not known to PyTorch; write 'cpu' or 'cuda:0'"),
-        (["compile", "minlm", "--checks", "all"], "checks='all' is not known; choose numeric, structural, off"),
+        (["compile", "minlm", "--checks", "all"], "checks='all' is not known; choose numeric, each, structural, off"),
         (["compile", "minlm", "--text", "no/out.txt"], "'no/out.txt' cannot be written: there is no directory 'no'; make it"),
         (["compile", "minlm", "--history", "."], "'.' cannot be written: it is a directory; name a file in it"),
     ],
