@@ -114,7 +114,9 @@ class Run:
             step = replace(branch.history.steps[index], index=index + shift)
             self.history.record(step, branch.history.texts[index], branch.history.facts_of(index))
         self.stretch += tuple((index + shift, pass_) for index, pass_ in branch.stretch if index >= branch.branched)
-        self.program, self.outputs = branch.program, branch.outputs
+        self.program = branch.program
+        if self.options.checks == "each":
+            self.outputs = branch.outputs
 
     def go_back(self, start: Run, steps: int) -> None:
         """Restore the state `start`, whose history had that many steps."""
