@@ -166,3 +166,20 @@ def test_decoder_is_timed_on_step_and_prefill_cache_empty() -> None:
     (note,) = [note for note in step_of(found.compiled, "cast").notes if "x the time" in note]
     assert "on [1, 1], [1, 32], [1]" in note and "on [1, 32], [1]" in note
     assert not any(found.program.weight(name).any() for name in found.program.state)
+
+
+@pytest.mark.parametrize("goal", ["latency", "memory"])
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+def test_the_program_that_was_timed_is_the_result(
+    model: nn.Module, ratios: list[float], monkeypatch: pytest.MonkeyPatch, goal: Goal, ratio: float
+) -> None:
+    ratios += [ratio] * 4
+    lowered: list[str] = []
+    packs = PASSES["pack-linear"].run
+    monkeypatch.setattr(PASSES["pack-linear"], "run", lambda self, edit: lowered.append("packed") or packs(self, edit))
+    found = lissom.compile(model, INPUTS, passes=[Halve(), PASSES["low-rank"](rank=4)], goal=goal)
+    history = found.report.history
+    assert len(lowered) == 3  # the original and the program after each pass, once each
+    assert [step.index for step in history.steps] == list(range(len(history.steps)))
+    assert history.texts[-1] == found.program.text()
+    assert (step_of(found, "halve").reverted is None) == (ratio < 1)
