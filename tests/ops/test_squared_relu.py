@@ -12,7 +12,7 @@ from lissom.compiler.ir.operators import is_activation, is_pointwise
 from lissom.compiler.verify.divergence import relative_error
 from lissom.ops import squared_relu
 from tests.support import captures
-from tests.support.harness import Calls, aten, calls, every_backend
+from tests.support.harness import Calls, aten, calls, every_backend, simulates
 from tests.support.models import seeded
 
 SPECIAL = [-torch.inf, -3.0, -0.0, 0.0, 1e-30, 0.5, 3.0, torch.inf]
@@ -61,7 +61,7 @@ def nemotron() -> NemotronForCausalLM:
 @every_backend
 def test_nemotron(backend: Backend, passes: str, allowed: float) -> None:
     model, ids = seeded(nemotron), torch.arange(32).reshape(2, 16) + 3
-    fast = captures.compile(model, ids, passes=passes, backend=backend)
+    fast = captures.compile(model, ids, passes=passes, backend=backend, simulate=simulates(backend))
     fused = [node for node in fast.program.nodes() if node.kwargs.get("activation") == "squared_relu"]
     assert len(fused) + calls(fast.program, squared_relu) == 2
     assert calls(fast.program, aten.relu.default, aten.square.default) == 0
