@@ -17,6 +17,7 @@ from lissom.ops.recurrences import gated_delta_rule as gated_delta_rule
 from lissom.ops.recurrences import selective_scan as selective_scan
 from lissom.ops.rotary import rotary, rotary_reference
 from lissom.ops.sparse_linear import sparse_linear as sparse_linear
+from lissom.ops.squared_relu import squared_relu, squared_relu_reference
 from lissom.ops.weight_quantized_linear import (
     weight_quantized_linear,
     weight_quantized_linear_grouped,
@@ -26,6 +27,7 @@ from lissom.ops.weight_quantized_linear import (
 IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {
     attention: attention_reference,
     rotary: rotary_reference,
+    squared_relu: squared_relu_reference,
     grouped_product: grouped_product_reference,
     linear_attention: linear_attention_reference,
 }

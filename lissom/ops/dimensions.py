@@ -10,7 +10,7 @@ are independent, where zeros stay, and how many operations a call takes (`lissom
 
     k           a dimension. Where it is missing on the right, the result is a sum over it.
     !rows       its indices are looked up or run through in order: it is neither cut nor sharded.
-    ...         any number of leading dimensions, broadcast against each other.
+    ...         any number of leading dimensions, broadcast against each other. A line of nothing else is element-wise.
     f*          as many dimensions as the argument in `many` lists.
     (g r)       a product, the last factor fastest. (p + p) parts one after another. 2 a size.
     [states]    a last dimension that may be missing.
@@ -46,6 +46,11 @@ class Dimensions:
     centred: bool = False
     positions: str = ""
     many: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def is_pointwise(self) -> bool:
+        """True when each value of the result depends on one value of each operand: a line that names no dimension."""
+        return not set(self.text) - set("., ->")
 
 
 ROWS = Dimensions("... k, _ -> ... n : ... n k")

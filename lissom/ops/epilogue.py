@@ -16,6 +16,7 @@ from torch.nn import functional
 from lissom.ops.checks import cast, check_floats, require
 from lissom.ops.dimensions import ROWS
 from lissom.ops.library import define
+from lissom.ops.squared_relu import squared_relu_reference
 
 PANEL = 32
 """Output features of a panel of a packed weight."""
@@ -26,6 +27,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "silu": functional.silu,
+    "squared_relu": squared_relu_reference,
 }
 
 Operand = torch.Tensor | None

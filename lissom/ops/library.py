@@ -32,7 +32,8 @@ def define(
         setup_context: as in `torch.library.register_autograd`.
     """
     name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    pointwise = (torch.Tag.pointwise,) if dimensions is not None and dimensions.is_pointwise else ()
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *pointwise))
     LIBRARY.impl(name, implementation, "CompositeImplicitAutograd" if fake is None else "CompositeExplicitAutograd")
     if fake is not None:
         torch.library.register_fake(f"lissom::{name}", fake, lib=LIBRARY)

@@ -33,7 +33,7 @@ from tests.ops.patterns import PATTERNS, layout_of, slots_and_rows
 from tests.ops.unreadable import is_gone, unaligned, without_storage
 
 Value = torch.Tensor | int | float | bool | str | list[int] | None
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "squared_relu")
 HUGE = (2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, -1, -(2**31), -(2**63))
 REFUSALS = (RuntimeError, ValueError, IndexError, LissomError)
 # float32: sums in another order, and exponentials good to 2e-7.  bfloat16: the reference also rounds what is between two

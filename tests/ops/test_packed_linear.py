@@ -108,7 +108,7 @@ def test_numbers_with_a_norm(rows, features, parts, dtype, form):
 def test_extreme_values_stay_what_they_are():
     x = torch.tensor([[torch.nan, 1.0], [1e30, -1e30], [-90.0, 90.0], [0.0, -1e-30]])
     identity = pack(torch.eye(2))
-    for name in ("relu", "silu", "gelu", "gelu_tanh"):
+    for name in ("relu", "silu", "gelu", "gelu_tanh", "squared_relu"):
         wanted = ACTIVATIONS[name](functional.linear(x, torch.eye(2)))
         found = packed_linear(x, identity, features=2, activation=name)
         torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-6, atol=1e-6)

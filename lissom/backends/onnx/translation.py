@@ -99,6 +99,11 @@ def _rotary(x: ir.Value, cos: ir.Value, sin: ir.Value, interleaved: bool = False
     return _node(ROTARY, x, cos, sin, interleaved=int(interleaved))
 
 
+def _squared_relu(x: ir.Value) -> ir.Value:
+    positive = op.Relu(x)
+    return op.Mul(positive, positive)
+
+
 def _fake_quantize(x: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, format: str = "") -> ir.Value:
     return _node(ROUND, x, scale, zero_point, format=format)
 
@@ -195,6 +200,7 @@ TRANSLATIONS: Mapping[Callable[..., object], Callable[..., object]] = {
     ops.attention: _attention,
     ops.block_sparse_attention: _block_sparse_attention,
     ops.rotary: _rotary,
+    ops.squared_relu: _squared_relu,
     ops.grouped_product: _grouped_product,
     ops.linear_attention: _linear_attention,
     fake_quantize: _fake_quantize,

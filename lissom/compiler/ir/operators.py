@@ -148,10 +148,12 @@ _NO_ACTIVATIONS = {
     *(aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge, aten.isin, aten.isclose),
 }
 """Arithmetic, choices and comparisons, in any overload."""
+EPILOGUES = (aten.relu.default, aten.gelu.default, aten.silu.default, ops.squared_relu)
+"""Activations that kernels of linear layers compute as part of their product."""
 KEEPS_ZERO = {
-    *(aten.relu, aten.relu6, aten.leaky_relu, aten.elu, aten.selu, aten.gelu, aten.silu, aten.mish, aten.hardswish, aten.tanh),
+    *(aten.relu6, aten.leaky_relu, aten.elu, aten.selu, aten.mish, aten.hardswish, aten.tanh),
     *(aten.neg, aten.abs, aten.sign, aten.sqrt, aten.square, aten.sin, aten.asinh, aten.atan, aten.expm1, aten.log1p, aten.erf),
-    *(overload.overloadpacket for overload in (*IDENTITIES, *CONVERSIONS)),
+    *(overload.overloadpacket for overload in (*IDENTITIES, *CONVERSIONS, *EPILOGUES)),
 }
 """Element-wise functions, in any overload, with f(0) = 0."""
 ZERO_OF_ZEROS = {

@@ -24,6 +24,7 @@ Activation activation_of(std::string_view name) {
   if (name == "gelu") return Activation::kGelu;
   if (name == "gelu_tanh") return Activation::kGeluTanh;
   if (name == "silu") return Activation::kSilu;
+  if (name == "squared_relu") return Activation::kSquaredRelu;
   TORCH_CHECK(false, "a linear layer's kernel has no activation '", std::string(name), "'");
 }
 

@@ -153,6 +153,8 @@ def _linear_cases(dtype: torch.dtype) -> Iterator[Case]:
         for activation in ("relu", "gelu", "gelu_tanh", "silu"):
             options = {"features": features, "activation": activation, "combine": "mul"}
             yield "packed_linear", packed_linear_reference, (x, weight, vectors[0], other), options
+        options = {"features": features, "activation": "squared_relu"}
+        yield "packed_linear", packed_linear_reference, (x / 2, weight), options
         operands = x, weight, vectors[0], other, *vectors[1:]
         yield "packed_linear_norm", packed_linear_reference, operands, {"features": features, "eps": 1e-5}
     ids = torch.tensor([[0, 44], [31, 32]])

@@ -306,7 +306,7 @@ inline Vec hyperbolic_tangent(Vec x) {
   return 1.0f - 2.0f / (e + 1.0f);
 }
 
-enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu };
+enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu, kSquaredRelu };
 
 #if defined(__AVX512F__)
 
@@ -370,6 +370,8 @@ inline Vec activate(Activation activation, Vec x) {
       return x / (1.0f + exponential(x * (x * x * 0.044715f + 1.0f) * (-2.0f * 0.79788456f)));
     case Activation::kSilu:
       return x / (1.0f + exponential(-x));
+    case Activation::kSquaredRelu:
+      return x < splat(0.0f) ? splat(0.0f) : x * x;
     default:
       return x;
   }

@@ -2,9 +2,9 @@
 
 Shown for `lissom::packed_linear`; the same holds for `lissom::quantized_linear` and `lissom::weight_quantized_linear`:
 
-    relu | gelu | silu (packed_linear(x))       ->  packed_linear(x, activation=…)
-    packed_linear(x) + other, … · other         ->  packed_linear(x, other, combine=…)
-    layer_norm(packed_linear(x) + other)        ->  packed_linear_norm(x, other)
+    activation(packed_linear(x))           ->  packed_linear(x, activation=…)    relu, squared_relu, gelu or silu
+    packed_linear(x) + other, … · other    ->  packed_linear(x, other, combine=…)
+    layer_norm(packed_linear(x) + other)   ->  packed_linear_norm(x, other)
 
 The epilogue is computed while the sums are in registers or in cache, and the intermediate value is never written to memory. A
 value with other readers, such as the residual stream of a pre-norm model, is not fused into a norm.

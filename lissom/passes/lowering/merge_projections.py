@@ -24,7 +24,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Linear
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_read_by
-from lissom.compiler.ir.operators import FAKE_QUANTIZES
+from lissom.compiler.ir.operators import EPILOGUES, FAKE_QUANTIZES
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.measure.timing import GAIN, median_seconds
 from lissom.ops.native import reads_few_bits_faster
@@ -77,7 +77,7 @@ def _groups(edit: Editor) -> list[list[Linear]]:
 
 def _is_gate(layer: Linear) -> bool:
     """True when the only reader of the layer's output is an activation."""
-    return all(user.target in (aten.silu.default, aten.gelu.default, aten.relu.default) for user in layer.node.users)
+    return all(user.target in EPILOGUES for user in layer.node.users)
 
 
 def _storage(edit: Editor, layer: Linear) -> tuple[object, ...]:

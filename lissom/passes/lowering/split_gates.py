@@ -33,7 +33,7 @@ _GATE = Formula(
     pieces = SPLITS(layer, sizes, -1)
     gate = pieces[gate_index]
     up = pieces[up_index]
-    (relu(gate) | silu(gate) | gelu(gate, ...)) * up
+    EPILOGUES(gate, ...) * up
     """,
     lambda found: found.is_private and {found.number("gate_index"), found.number("up_index")} == {0, 1},
     **dict.fromkeys(("gate_index", "up_index"), int),

@@ -43,6 +43,7 @@ from lissom.compiler.ir.match import is_view
 from lissom.compiler.ir.operators import (
     ATTENTIONS,
     CONVOLUTIONS,
+    EPILOGUES,
     GROUPED_PRODUCTS,
     LAYER_NORMS,
     MATMULS,
@@ -73,7 +74,7 @@ _VIEWS = (*PERMUTATIONS, *RESHAPES, *PARTS)
 _FOLLOWS = {
     *(*RESHAPES, *REPEATS, operator.getitem, aten.cat.default, aten.stack.default, aten.clone.default, aten.contiguous.default),
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.add.Scalar, aten.mul.Scalar, aten.neg.default),
-    *(aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default, rotary),
+    *(*EPILOGUES, aten.tanh.default, aten.sigmoid.default, rotary),
     *(aten.index_select.default, aten.index_copy.default, aten.index.Tensor, aten.gather.default, aten.roll.default),
     *(aten.masked_fill.Scalar, aten.where.self, aten.maximum.default, aten.minimum.default, aten.clamp.default),
     *(aten.constant_pad_nd.default, aten.pad.default, aten.max_pool2d.default),

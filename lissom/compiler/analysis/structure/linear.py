@@ -158,10 +158,7 @@ def as_int(size: object) -> int:
 
 def activation_of(node: fx.Node) -> str | None:
     """The name of the activation that a call computes, if the kernels have it as an epilogue."""
-    if node.target is aten.relu.default:
-        return "relu"
-    if node.target is aten.silu.default:
-        return "silu"
-    if node.target is aten.gelu.default:
-        return {"none": "gelu", "tanh": "gelu_tanh"}[str(nodes.argument(node, "approximate"))]
-    return None
+    if node.target not in ops.EPILOGUES:
+        return None
+    tanh = node.target is aten.gelu.default and nodes.argument(node, "approximate") == "tanh"
+    return "gelu_tanh" if tanh else nodes.overload(node)._schema.name.partition("::")[2]

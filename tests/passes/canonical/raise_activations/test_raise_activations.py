@@ -9,6 +9,7 @@ from torch import nn
 from transformers.activations import ACT2FN, MishActivation
 from transformers.models.bloom.modeling_bloom import bloom_gelu_forward
 
+from lissom import ops
 from lissom.backends.base import Backend
 from lissom.compiler.ir.program import Program
 from lissom.passes.canonical.raise_activations.raise_activations import RaiseActivations
@@ -38,6 +39,14 @@ MISH: dict[str, Function] = {
     "transformers": MishActivation()._mish_python,
     "log1p": lambda x: x * torch.tanh(torch.log1p(torch.exp(x))),
 }
+SQUARED_RELU: dict[str, Function] = {
+    "relu2": ACT2FN["relu2"],
+    "power": lambda x: torch.relu(x) ** 2,
+    "product": lambda x: torch.relu(x) * torch.relu(x),
+    "half of it": lambda x: x * torch.relu(x),
+    "clamp": lambda x: x.clamp(min=0).square(),
+    "clamp_min": lambda x: x.clamp_min(0.0).square(),
+}
 
 
 def gelu(x: float) -> float:
@@ -56,12 +65,17 @@ def mish(x: float) -> float:
     return x * math.tanh(math.log1p(math.exp(x)))
 
 
+def squared_relu(x: float) -> float:
+    return x * x if x > 0 else 0.0
+
+
 Oracle = Callable[[float], float]
 SPELLINGS: list[tuple[str, Function, torch._ops.OpOverload, Oracle]] = [
     *((f"gelu, {name}", function, aten.gelu.default, gelu) for name, function in GELU.items()),
     *((f"gelu tanh, {name}", function, aten.gelu.default, gelu_tanh) for name, function in GELU_TANH.items()),
     *((f"silu, {name}", function, aten.silu.default, silu) for name, function in SILU.items()),
     *((f"mish, {name}", function, aten.mish.default, mish) for name, function in MISH.items()),
+    *((f"squared relu, {name}", function, ops.squared_relu, squared_relu) for name, function in SQUARED_RELU.items()),
 ]
 every_spelling = pytest.mark.parametrize(
     "function, target, oracle", [item[1:] for item in SPELLINGS], ids=[item[0] for item in SPELLINGS]
