@@ -21,6 +21,7 @@ from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.fake import FlatModule, SymbolFact
 from lissom.compiler.ir.node import Origin
+from lissom.compiler.ir.operators import STATE_WRITES
 from lissom.compiler.ir.placement import Placed, Span, Spans
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
@@ -149,7 +150,7 @@ def _check_form(program: Program) -> None:
 
 def check_writes(program: Program) -> None:
     """Refuse a program that writes to what is not its state. Raises ValueError."""
-    for node in program.nodes(*nodes.STATE_WRITES):
+    for node in program.nodes(*STATE_WRITES):
         if not nodes.is_state_write(node) or str(nodes.operand(node).target) not in program.state:
             raise ValueError(f"'{node.name}' writes to a buffer that is not state of the program")
 

@@ -17,6 +17,7 @@ from torch import fx
 
 from lissom.backends.base import Executable
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.operators import CONVOLUTIONS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.ops import block_sparse_attention
@@ -27,7 +28,6 @@ GRAPHS = 16
 """The number of graphs kept; the least recently used is dropped."""
 _SHAPES = 64
 """The number of shapes remembered that were seen once."""
-_CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding, aten.convolution.default)
 _SYNCHRONISING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 # One capture at a time in a process.
 _CAPTURE = Lock()
@@ -181,7 +181,7 @@ def with_fast_layout(program: Program) -> Program:
     """
     if _device_of(program) is None:
         return program
-    weights = [nodes.argument(node, "weight") for node in program.nodes(*_CONVOLUTIONS)]
+    weights = [nodes.argument(node, "weight") for node in program.nodes(*CONVOLUTIONS, aten.convolution.default)]
     convolved = {weight.name for weight in weights if isinstance(weight, fx.Node)}
     placed = program.copy()
     for node in program.graph.nodes:

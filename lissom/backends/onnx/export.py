@@ -26,7 +26,7 @@ from lissom.backends.onnx.state import return_state
 from lissom.backends.onnx.translation import OPSET, TRANSLATIONS
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.fake import recurrent_layers_whole
-from lissom.compiler.ir.operators import PLAIN_RNNS, RECURRENT_LAYERS
+from lissom.compiler.ir.operators import PLAIN_RNNS, RECURRENT_LAYERS, packet_of
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.frontends.capture.isolation import only_errors
@@ -38,7 +38,6 @@ aten = torch.ops.aten
 
 _WHOLE = [target for target in RECURRENT_LAYERS if target not in PLAIN_RNNS]
 """The recurrent layers that have translations; others are computed step by step."""
-_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other)
 _SPELLINGS: Mapping[object, torch._ops.OpOverload] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
@@ -164,7 +163,7 @@ def _respell(program: Program) -> None:
     """Replace operators by equivalents that the exporter translates."""
     for node in program.nodes():
         node.target = _SPELLINGS.get(node.target, node.target)
-        if node.target in _CASTS:
+        if packet_of(node) is aten.to:
             node.target, node.args = aten._to_copy.default, node.args[:1]
             node.kwargs = {"dtype": nodes.tensor_type(node).dtype}
         elif node.target is aten.rsub.Scalar and len(node.args) == 2 and not node.kwargs:

@@ -107,7 +107,7 @@ def node_cost(node: fx.Node, read_size: ReadSize = size_of) -> Cost:
     value = nodes.value(node) if node.op == "call_function" else None
     if not isinstance(value, (torch.Tensor, tuple, list)) or moves_nothing(node):
         return Cost()
-    written = _bytes(IndexCopy(node).source if node.target in nodes.IN_PLACE.values() else node, read_size)
+    written = _bytes(IndexCopy(node).source if node.target is aten.index_copy_.default else node, read_size)
     flops = operations(node, example_shape if read_size is fake.hint else _shape)
     return Cost(flops, _read_bytes(node, written, read_size), written, sum(_weights_of(node).values()))
 

@@ -19,14 +19,7 @@ from lissom.ops.packed_linear import packed_embedding
 
 aten = torch.ops.aten
 
-_MOVES = {
-    *ops.RESHAPES,
-    *ops.CONVERSIONS,
-    *ops.IDENTITIES,
-    aten.index_select.default,
-    aten.slice.Tensor,
-    aten.clamp_min.default,
-}
+_MOVES = {*ops.MOVES, *ops.CONVERSIONS, *ops.IDENTITIES, aten.clamp_min.default}
 """Operators whose result holds ids of their first argument."""
 
 

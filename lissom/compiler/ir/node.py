@@ -10,17 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import fx
 
+from lissom.compiler.ir.operators import STATE_WRITES
 from lissom.compiler.ir.types import TensorType, ValueType, type_of
 
 if TYPE_CHECKING:
     from lissom.compiler.ir.placement import Placed
 
-aten = torch.ops.aten
-
-IN_PLACE: Mapping[object, torch._ops.OpOverload] = {aten.index_copy.default: aten.index_copy_.default}
-"""Calls that replace rows of a tensor, and their in-place forms, which a program may use on its state."""
-STATE_WRITES: tuple[torch._ops.OpOverload, ...] = (aten.copy_.default, *IN_PLACE.values())
-"""The operators that may write state."""
 _ORIGIN = "lissom_origin"
 _VALUE = "val"
 _PLACED = "lissom_placed"

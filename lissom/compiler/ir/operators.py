@@ -125,6 +125,9 @@ LIKE = (*FILLED_LIKE, aten.empty_like.default, aten.rand_like.default, aten.rand
 """New tensors of their argument's shape."""
 RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 
+STATE_WRITES = (aten.copy_.default, aten.index_copy_.default)
+"""The operators that may write state."""
+
 # Element-wise operators
 
 ADD = (aten.add.Tensor, aten.add.Scalar)
@@ -150,6 +153,8 @@ _NO_ACTIVATIONS = {
 """Arithmetic, choices and comparisons, in any overload."""
 EPILOGUES = (aten.relu.default, aten.gelu.default, aten.silu.default, ops.squared_relu)
 """Activations that kernels of linear layers compute as part of their product."""
+HOMOGENEOUS = (aten.relu.default, aten.leaky_relu.default)
+"""Activations with f(s · x) = s · f(x) for positive s."""
 KEEPS_ZERO = {
     *(aten.relu6, aten.leaky_relu, aten.elu, aten.selu, aten.mish, aten.hardswish, aten.tanh),
     *(aten.neg, aten.abs, aten.sign, aten.sqrt, aten.square, aten.sin, aten.asinh, aten.atan, aten.expm1, aten.log1p, aten.erf),

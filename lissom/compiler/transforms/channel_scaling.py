@@ -34,15 +34,12 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Attention, Binary
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_own_weight
-from lissom.compiler.ir.operators import LAYER_NORMS, SHAPES
+from lissom.compiler.ir.operators import HOMOGENEOUS, LAYER_NORMS, MULTIPLY, SHAPES
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import fixed
 from lissom.compiler.ir.view_calls import Index
 
 aten = torch.ops.aten
-
-_CARRYING = {*SHAPES, getitem, aten.relu.default, aten.leaky_relu.default, aten.mul.Scalar}
-"""Operators with f(s · x) = s · f(x) for positive s."""
 
 
 @dataclass(frozen=True)
@@ -262,14 +259,14 @@ def _carries(user: fx.Node, node: fx.Node) -> bool:
     """True when scaling this input by s scales the node's result by s."""
     if (attention := Attention.of(user)) is not None:
         return attention.v is node and user.all_input_nodes.count(node) == 1 and node not in (attention.q, attention.k)
-    if user.target is aten.mul.Tensor:
+    if user.target in MULTIPLY:
         return True
     if user.target is aten.div.Tensor:
         return Binary(user).left is node and Binary(user).right is not node
     if (rows := Index.of(user)) is not None:
         # The rows of experts are gathered, with all their features.
         return rows.x is node and node not in rows.indices and len(rows.indices) < nodes.tensor_type(node).rank
-    return user.target in _CARRYING
+    return user.target in SHAPES or user.target in HOMOGENEOUS or user.target is getitem
 
 
 def _start(producer: fx.Node) -> tuple[fx.Node, list[fx.Node]]:

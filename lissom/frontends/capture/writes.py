@@ -8,10 +8,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, OutputSpec, TensorArgument
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.operators import DROPOUTS
 
 aten = torch.ops.aten
-_PASSED_ON = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
-"""Operators that return their operand itself at inference, which their schemas do not say."""
 
 
 def writes(exported: ExportedProgram) -> list[fx.Node]:
@@ -70,7 +69,8 @@ def _same_memory(node: fx.Node) -> set[fx.Node]:
     while open_nodes:
         for user in open_nodes.pop().users:
             schema = _schema(user)
-            shares = schema is None or user.target in _PASSED_ON or any(returned.alias_info for returned in schema.returns)
+            # At inference a dropout returns its operand, which its schema does not say.
+            shares = schema is None or user.target in DROPOUTS or any(returned.alias_info for returned in schema.returns)
             if shares and user.op == "call_function" and user not in reached:
                 reached.add(user)
                 open_nodes.append(user)

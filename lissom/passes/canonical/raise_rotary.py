@@ -17,13 +17,13 @@ from torch import fx
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.formula import Formula, Match
-from lissom.compiler.ir.operators import RESHAPES
+from lissom.compiler.ir.operators import PARTS, RESHAPES, SAME_VALUES
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops import rotary
 
 aten = torch.ops.aten
 
-_MOVES = (*RESHAPES, aten.unsqueeze.default, aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.transpose.int)
+_MOVES = (*SAME_VALUES, *PARTS, aten.index.Tensor)
 """Operators that move the elements of their first argument and change none."""
 
 

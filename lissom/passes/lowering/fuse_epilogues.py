@@ -37,7 +37,6 @@ _NORMED: dict[object, torch._ops.OpOverload] = {
     weight_quantized_linear: weight_quantized_linear_norm,
 }
 """The operators whose kernels take epilogues, each with its variant that ends in a layer norm."""
-_COMBINE: dict[object, str] = {aten.add.Tensor: "add", aten.mul.Tensor: "mul"}
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,12 @@ def _fuse(edit: Editor, linear: fx.Node) -> fx.Node | None:
     activation = activation_of(reader)
     if activation and options.get("activation", "none") == "none" and other is None:
         return _replace(edit, linear, reader, operands, {**options, "activation": activation})
-    if reader.target in _COMBINE and other is None and not reader.kwargs:
+    if nodes.is_call(reader, aten.add.Tensor, aten.mul.Tensor) and other is None and not reader.kwargs:
         value = other_argument(reader, linear)
         types = nodes.node_type(linear), nodes.node_type(value) if nodes.is_tensor(value) else None
         if value is not linear and fake.same_type(edit.program.fake_mode, *types):
-            return _replace(edit, linear, reader, {**operands, "other": value}, {**options, "combine": _COMBINE[reader.target]})
+            combine = "mul" if reader.target is aten.mul.Tensor else "add"
+            return _replace(edit, linear, reader, {**operands, "other": value}, {**options, "combine": combine})
     plain = options.pop("activation", "none") == "none" and options.pop("combine", "add") == "add"
     if reader.target is aten.layer_norm.default and plain and _over_features(reader, options["features"]):
         norm = {f"norm_{name}": nodes.argument(reader, name) for name in ("weight", "bias")}

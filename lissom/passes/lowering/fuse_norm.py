@@ -16,13 +16,14 @@ from torch import fx
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Norm
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import LAYER_NORMS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.fused_rows import fused_layer_norm, fused_rms_norm
 from lissom.ops.native import missing_kernel
 
 aten = torch.ops.aten
 
-_FUSED: dict[object, torch._ops.OpOverload] = {aten.layer_norm.default: fused_layer_norm, aten.rms_norm.default: fused_rms_norm}
+_FUSED: dict[object, torch._ops.OpOverload] = dict(zip(LAYER_NORMS, (fused_layer_norm, fused_rms_norm), strict=True))
 
 
 @dataclass(frozen=True)

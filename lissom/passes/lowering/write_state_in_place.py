@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.formula import Formula
 from lissom.compiler.ir.match import is_handed_out
-from lissom.compiler.ir.node import IN_PLACE
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 _WRITE = Formula("new = index_copy(state, ...)\ncopy_(state, new)")
@@ -30,7 +30,7 @@ class WriteStateInPlace(Rewrite):
         for found in edit.matches(_WRITE):
             state, new, write = found["state"], found["new"], found.root
             if nodes.is_state_write(write) and edit.may_change(write, _obstacle(edit, state, new, write)):
-                edit.change_call(new, IN_PLACE[new.target], *new.args, **new.kwargs)
+                edit.change_call(new, torch.ops.aten.index_copy_.default, *new.args, **new.kwargs)
                 edit.program.graph.erase_node(write)
 
 

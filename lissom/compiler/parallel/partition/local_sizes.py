@@ -110,7 +110,7 @@ _RULES: Mapping[object, Callable[[PartitionState, fx.Node, Placement], None]] = 
     **dict.fromkeys(SPLITS, _split),
     **dict.fromkeys(CONVOLUTIONS, _groups),
     **dict.fromkeys(SQUEEZES, _squeeze),
-    aten.slice.Tensor: _slice,
-    aten.repeat_interleave.self_int: _repeats,
+    **dict.fromkeys(Slice.targets, _slice),
+    **dict.fromkeys(RepeatInterleave.targets, _repeats),
 }
 """By operator how its sizes and indices become those of a rank."""

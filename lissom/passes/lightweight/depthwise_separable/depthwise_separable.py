@@ -64,9 +64,6 @@ from lissom.passes.lightweight.depthwise_separable.factors import (
     roots,
 )
 
-aten = torch.ops.aten
-
-_POINTWISE = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 _ROUNDING = 1e-9
 """Tolerance on the fraction of energy kept, for float64 rounding."""
 
@@ -378,7 +375,7 @@ def _put(edit: Editor, layer: Convolution, separation: Separation, *, trainable:
     dtype = nodes.tensor_type(layer.kernel).dtype
     rank, padding = len(layer.window.size), nodes.argument(node, "padding")
     over = nodes.overload(node), [*layer.window.stride], padding, [*layer.window.dilation]
-    places = _POINTWISE[rank], [1] * rank, [0] * rank, [1] * rank
+    places = CONVOLUTIONS[rank - 1], [1] * rank, [0] * rank, [1] * rank
     (target, *window), (last_target, *last_window) = (over, places) if depthwise_first else (places, over)
     edit.current = node
     with edit.before(node):
