@@ -110,7 +110,7 @@ def hidden_steps(count: int) -> list[str]:
 def about_checks(history: History) -> str:
     """The checks of the steps, in words, and the time of all steps."""
     words = {
-        "numeric": "before and after exact steps in a row, outputs are equal",
+        "numeric": "outputs are equal before and after exact steps",
         "each": "every exact step ran beside the one before and gave equal outputs",
         "structural": "form and types were checked after every step, numbers were not",
         "off": "nothing was checked",

@@ -51,7 +51,7 @@ Model on eager: 10 → 8 nodes, 4 MB, equal outputs
 
 CAPTION = (
     "dynamic: batch 1 more step changed nothing; report.full() or --full shows them "
-    "checks: numeric (before and after exact steps in a row, outputs are equal); 2.0 s in all"
+    "checks: numeric (outputs are equal before and after exact steps); 2.0 s in all"
 )
 
 
