@@ -193,7 +193,7 @@ def _judge(case: Case, model: nn.Module, given: Mapping[str, object], address: s
     inputs = _inputs(case, case.example, given)
     data = [_given(case, _inputs(case, call, given)) for call in case.calls[:1]] * 2
     settings = Settings(
-        ",".join(case.passes) or "exact",
+        passes=",".join(case.passes) or "exact",
         backend=_BACKENDS.get(case.backend, case.backend),
         dynamic=case.dynamic,
         checks=case.checks,
