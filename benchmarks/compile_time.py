@@ -1,9 +1,10 @@
-"""The cost of compiling as models grow deeper: seconds of capture, passes and verification, and peak memory.
+"""The cost of compiling: seconds of capture, passes and verification, and peak memory, as models grow deeper and by model.
 
     python benchmarks/compile_time.py --layers 12 24 --update
+    python benchmarks/compile_time.py --models MiniLM Qwen3-0.6B --update
 
-Encoders of BERT-base's width with random weights, each size in a process of its own. Prints a Markdown table; `--update` puts
-it into benchmarks/README.md, `--figure FILE` draws it. Memory is read from /proc, so this runs on Linux.
+Encoders of BERT-base's width, or models of known shapes, with random weights, each in a process of its own. Prints a Markdown
+table; `--update` puts it into benchmarks/README.md, `--figure FILE` draws that of the layers. Memory is read from /proc.
 """
 
 from __future__ import annotations
@@ -15,11 +16,16 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from figures import save, subplots
 from readme import put_table
+
+if TYPE_CHECKING:
+    import torch
 
 _LINEAR = 1.15
 """Growth by a power of the number of layers up to this counts as linear."""
@@ -72,6 +78,93 @@ def measure(layers: int) -> Cost:
     )
 
 
+PASSES = {"exact": "exact", "int8": "quantize{scheme=int8-dynamic}", "int4": "quantize{scheme=int4-weight}"}
+MODELS = ("MiniLM", "BERT-base", "ModernBERT-base", "Qwen3-0.6B", "Llama-3.2-1B")
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """The cost of compiling one model with one pipeline.
+
+    seconds: of the whole call, which also lowers, times and builds. capture, passes, verification: seconds of these.
+    weight_bytes, result_bytes: of the model and of the result. peak: bytes of the process above those it used with the model.
+    """
+
+    model: str
+    passes: str
+    seconds: float
+    capture: float
+    steps: float
+    verification: float
+    weight_bytes: int
+    result_bytes: int
+    peak: int
+
+
+def measure_model(name: str, passes: str) -> ModelCost:
+    """Compile a model of this shape. A small one is compiled first, so that imports and first calls are not counted."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    import lissom
+
+    tokens = torch.ones(2, 16, dtype=torch.long)
+    inputs = {"input_ids": tokens, "attention_mask": tokens}
+    lissom.compile(BertModel(BertConfig(num_hidden_layers=1, hidden_size=24, intermediate_size=48)).eval(), inputs)
+    model = build(name)
+    weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    before, started = _memory("VmRSS"), time.perf_counter()
+    if hasattr(model, "lm_head"):
+        compiled = lissom.compile_generation(model, max_length=512, passes=PASSES[passes])
+    else:
+        compiled = lissom.compile(model, {"input_ids": tokens + 4, "attention_mask": tokens}, passes=PASSES[passes])
+    seconds, peak = time.perf_counter() - started, _memory("VmHWM") - before
+    capture, *steps = compiled.report.history.steps
+    return ModelCost(
+        name,
+        passes,
+        seconds,
+        capture.seconds,
+        sum(step.seconds for step in steps),
+        sum(step.check_seconds for step in steps),
+        weight_bytes,
+        steps[-1].size.parameter_bytes,
+        peak,
+    )
+
+
+def build(name: str) -> torch.nn.Module:
+    """A model of this shape with random weights in float32."""
+    import torch
+    import transformers as t
+
+    torch.manual_seed(0)
+    if name == "MiniLM":
+        config = t.BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+        return t.BertModel(config, add_pooling_layer=False).eval()
+    if name == "BERT-base":
+        return t.BertModel(t.BertConfig(), add_pooling_layer=False).eval()
+    if name == "ModernBERT-base":
+        return t.ModernBertModel(t.ModernBertConfig()).eval()
+    sizes: dict[str, Any] = {"num_key_value_heads": 8, "tie_word_embeddings": True}
+    if name == "Qwen3-0.6B":
+        sizes |= {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128}
+        return t.Qwen3ForCausalLM(t.Qwen3Config(num_hidden_layers=28, num_attention_heads=16, **sizes)).eval()
+    sizes |= {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64}
+    return t.LlamaForCausalLM(t.LlamaConfig(num_hidden_layers=16, num_attention_heads=32, **sizes)).eval()
+
+
+def model_table(costs: list[ModelCost]) -> str:
+    """The costs as Markdown, with the machine."""
+    rows = [
+        f"| {cost.model} | {cost.passes} | {cost.seconds:.1f} | {cost.capture:.1f} | {cost.steps:.1f} | "
+        f"{cost.verification:.1f} | {cost.weight_bytes / 1e6:.0f} | {cost.result_bytes / 1e6:.0f} | {cost.peak / 1e6:.0f} |"
+        for cost in costs
+    ]
+    heads = "model | passes | all, s | capture, s | passes, s | checks, s | model, MB | result, MB | peak above the model, MB"
+    return "\n".join([f"| {heads} |", "|---|---|" + "---:|" * 7, *rows, "", machine()]) + "\n"
+
+
 def _memory(field: str) -> int:
     """Bytes this process uses now (`VmRSS`), or has used at most (`VmHWM`)."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
@@ -83,8 +176,13 @@ def _memory(field: str) -> int:
 
 def measure_apart(layers: int) -> Cost:
     """Run `measure` in a process of its own."""
-    ran = subprocess.run([sys.executable, __file__, "--one", str(layers)], stdout=subprocess.PIPE, text=True, check=True)
-    return Cost(**json.loads(ran.stdout.splitlines()[-1]))
+    return Cost(**_apart("--one", str(layers)))
+
+
+def _apart(*arguments: str) -> dict[str, Any]:
+    """The cost that this file prints with these arguments in a process of its own."""
+    ran = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(ran.stdout.splitlines()[-1])
 
 
 def exponent(costs: list[Cost], name: str) -> float:
@@ -140,8 +238,20 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 24, 48, 96], help="the depths to compile")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
     parser.add_argument("--figure", type=Path, help="draw the seconds to this file, for example docs/figures/compile_time.svg")
+    parser.add_argument("--models", nargs="*", choices=MODELS, help="compile models of these shapes instead; all by default")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--one-model", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.one_model:
+        print(json.dumps(asdict(measure_model(*options.one_model))))
+        return
+    if options.models is not None:
+        names = [(model, passes) for model in options.models or MODELS for passes in PASSES]
+        text = model_table([ModelCost(**_apart("--one-model", *name)) for name in names])
+        print(text)
+        if options.update:
+            put_table("compile_models", text, by_processor=True)
+        return
     if options.one:
         print(json.dumps(asdict(measure(options.one))))
         return
@@ -149,7 +259,7 @@ def main() -> None:
     printed = table(costs)
     print(printed)
     if options.update:
-        put_table("compile_time", printed)
+        put_table("compile_time", printed, by_processor=True)
     if options.figure:
         draw(costs, options.figure)
 
