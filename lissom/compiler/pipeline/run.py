@@ -266,7 +266,7 @@ class Run:
         except (VerifyError, *REFUSALS):
             self._find_wrong(stretch, start, samples, wanted)
             outputs = run_samples(self.program, samples)
-            error = max(output_errors(wanted, outputs), default=0.0)
+            error = max(output_errors(answers(start, wanted), answers(self.program, outputs)), default=0.0)
         last = stretch[-1][0]
         steps[last] = replace(steps[last], check_seconds=steps[last].check_seconds + time.perf_counter() - began)
         if self.options.checks != "each":
