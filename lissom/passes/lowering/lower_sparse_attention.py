@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -186,7 +187,7 @@ def crossing(time_at: Callable[[int], tuple[float, float]], lengths: Sequence[in
 
 def _timings(shape: _Shape, pattern: Pattern, layout: torch.Tensor | None, tokens: int) -> tuple[float, float]:
     """Median seconds of the dense kernel, including its mask, and of the sparse one."""
-    with torch.inference_mode(), torch.cuda.device(shape.device if shape.device.type == "cuda" else None):
+    with torch.inference_mode(), torch.cuda.device(shape.device) if shape.device.type == "cuda" else nullcontext():
         heads = (shape.heads, shape.head_dim), (shape.key_heads, shape.head_dim), (shape.key_heads, shape.value_dim)
         q, k, v = (torch.randn(1, tokens, *sizes, dtype=shape.dtype, device=shape.device).transpose(1, 2) for sizes in heads)
         mask = pattern.mask(tokens, tokens, layout).to(shape.device)[None]

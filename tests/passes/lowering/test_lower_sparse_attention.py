@@ -192,3 +192,11 @@ def test_composes(backend: Backend) -> None:
     wanted = captures.optimize(case.model, case.inputs, passes=passes).program(**case.kwargs)
     # Two float32 backends.
     torch.testing.assert_close(fast(**case.kwargs)[0], wanted[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_kernels_are_timed_where_nothing_is_forced() -> None:
+    """Found by tools/fuzz: the timer asked for a CUDA device where there is none."""
+    inputs = normal(1, 2, 300, 16), normal(1, 2, 300, 16, seed=1)
+    _, history = rewrite(LowerSparseAttention(), Calls(windowed), *inputs)
+    step = history.steps[-1]
+    assert step.rewritten or " ms" in step.skipped[0].reason
