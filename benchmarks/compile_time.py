@@ -53,15 +53,12 @@ class Cost:
 
 
 def measure(layers: int) -> Cost:
-    """Compile an encoder of this depth. A small one is compiled first, so that imports and first calls are not counted."""
-    import torch
+    """Compile an encoder of this depth."""
     from transformers import BertConfig, BertModel
 
     import lissom
 
-    tokens = torch.ones(2, 16, dtype=torch.long)
-    inputs = {"input_ids": tokens, "attention_mask": tokens}
-    lissom.compile(BertModel(BertConfig(num_hidden_layers=1, hidden_size=24, intermediate_size=48)).eval(), inputs)
+    inputs = warm_up()
     before = _memory("VmRSS")
     model = BertModel(BertConfig(num_hidden_layers=layers)).eval()
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
@@ -102,22 +99,17 @@ class ModelCost:
 
 
 def measure_model(name: str, passes: str) -> ModelCost:
-    """Compile a model of this shape. A small one is compiled first, so that imports and first calls are not counted."""
-    import torch
-    from transformers import BertConfig, BertModel
-
+    """Compile a model of this shape."""
     import lissom
 
-    tokens = torch.ones(2, 16, dtype=torch.long)
-    inputs = {"input_ids": tokens, "attention_mask": tokens}
-    lissom.compile(BertModel(BertConfig(num_hidden_layers=1, hidden_size=24, intermediate_size=48)).eval(), inputs)
+    inputs = warm_up()
     model = build(name)
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     before, started = _memory("VmRSS"), time.perf_counter()
     if hasattr(model, "lm_head"):
         compiled = lissom.compile_generation(model, max_length=512, passes=PASSES[passes])
     else:
-        compiled = lissom.compile(model, {"input_ids": tokens + 4, "attention_mask": tokens}, passes=PASSES[passes])
+        compiled = lissom.compile(model, inputs, passes=PASSES[passes])
     seconds, peak = time.perf_counter() - started, _memory("VmHWM") - before
     capture, *steps = compiled.report.history.steps
     return ModelCost(
@@ -131,6 +123,19 @@ def measure_model(name: str, passes: str) -> ModelCost:
         steps[-1].size.parameter_bytes,
         peak,
     )
+
+
+def warm_up() -> dict[str, torch.Tensor]:
+    """Compile a small encoder, so that imports and first calls are not counted; returns its inputs, which any encoder takes."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    import lissom
+
+    tokens = torch.ones(2, 16, dtype=torch.long)
+    inputs = {"input_ids": tokens, "attention_mask": tokens}
+    lissom.compile(BertModel(BertConfig(num_hidden_layers=1, hidden_size=24, intermediate_size=48)).eval(), inputs)
+    return inputs
 
 
 def build(name: str) -> torch.nn.Module:

@@ -97,7 +97,8 @@ class Formula:
         kinds: what variables stand for where it is no tensor: `int`, `float` (a number, or a constant of rank 0), or `object`
             (any argument).
 
-    Raises: ValueError when the text calls an unknown operator, or `kinds` has a name that does not occur in it.
+    Raises:
+        ValueError: when the text calls an unknown operator, or `kinds` has a name that does not occur in it.
     """
 
     def __init__(self, text: str, where: Callable[[Match], bool] | None = None, **kinds: type) -> None:

@@ -257,19 +257,20 @@ class Run:
         if not stretch:
             return
         given = more_samples(start.signature, self.samples[0], steps[0].size.flops)
-        samples, wanted, notes = run_original(start, [self.samples[0], *given])
-        if self.options.checks != "each":
-            samples[:1], wanted[:1] = self.samples, self.outputs
+        # Where every pass is checked, the outputs are those of the last program, and not of `start`.
+        each = self.options.checks == "each"
+        first, known = (self.samples[:1], []) if each else (self.samples, self.outputs)
+        samples, wanted, notes = run_original(start, [*first, *given], known)
         try:
             outputs = run_samples(self.program, samples)
-            error = require_equal(start, self.program, samples, wanted, outputs, strict=self.options.checks != "each")
+            error = require_equal(start, self.program, samples, wanted, outputs, strict=not each)
         except (VerifyError, *REFUSALS):
             self._find_wrong(stretch, start, samples, wanted)
             outputs = run_samples(self.program, samples)
             error = max(output_errors(answers(start, wanted), answers(self.program, outputs)), default=0.0)
         last = stretch[-1][0]
         steps[last] = replace(steps[last], check_seconds=steps[last].check_seconds + time.perf_counter() - began)
-        if self.options.checks != "each":
+        if not each:
             strides = changed_strides(start, wanted, self.program, outputs)
             self.outputs = outputs[: len(self.samples)]
             cosine = compare(self.original, answers(self.program, self.outputs)).cosine

@@ -87,16 +87,21 @@ class Divergence:
     cosine: float
 
 
-def run_original(program: Program, samples: Sequence[Sample]) -> tuple[list[Sample], list[list[object]], list[str]]:
+def run_original(
+    program: Program, samples: Sequence[Sample], known: Sequence[list[object]] = ()
+) -> tuple[list[Sample], list[list[object]], list[str]]:
     """The samples on which the program runs without NaN, its outputs on them, and a note on each of the others.
 
     All but the first are drawn from the first, and a drawn input may violate a model's assertion: an end token in every row.
 
+    Args:
+        known: the outputs on the first samples, which are kept.
+
     Raises:
         VerifyError: when the program does not run on the first sample.
     """
-    kept, outputs, notes = list[Sample](), list[list[object]](), list[str]()
-    for index, sample in enumerate(samples):
+    kept, outputs, notes = [*samples[: len(known)]], [*known], list[str]()
+    for index, sample in enumerate(samples[len(known) :], len(known)):
         try:
             sample_outputs, refusal = run_samples(program, [sample])[0], ""
         except REFUSALS as error:

@@ -56,7 +56,7 @@ from lissom.frontends.capture.kv_cache import (
 from lissom.frontends.capture.nested_tensors import encoders_without_nesting
 from lissom.frontends.capture.recurrences import recurrences_as_operators
 from lissom.frontends.capture.untouched import assignments_as_writes, nothing_registered, untouched
-from lissom.frontends.capture.writes import return_writes, writes
+from lissom.frontends.capture.writes import return_writes
 
 FreeDimensions = Callable[[torch.Tensor], dict[int, object]]
 _BATCH_AND_SEQUENCE, _BATCH, _SEQUENCE, _NOTHING = (0, 1), (0,), (1,), ()
@@ -282,7 +282,7 @@ def _export(
         with nothing_registered(model), assignments_as_writes(model), recurrent_layers_whole():
             dynamic = bound if free else None
             exported = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=dynamic, strict=False)
-    if writes(exported) and not return_writes(exported):
+    if not return_writes(exported):
         with warnings.catch_warnings(), recurrent_layers_whole():
             # PyTorch itself copies module metadata that has a deprecated class.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)

@@ -15,21 +15,16 @@ from lissom.compiler.ir.operators import DROPOUTS
 aten = torch.ops.aten
 
 
-def writes(exported: ExportedProgram) -> list[fx.Node]:
-    """The calls that write to one of their operands."""
-    return [node for node in exported.graph.nodes if (schema := _schema(node)) is not None and schema.is_mutable]
-
-
 def return_writes(exported: ExportedProgram) -> bool:
     """Replace writes of whole buffers, `cache.copy_(updated)`, by outputs, as `run_decompositions` does in a second trace.
 
-    False, with the program unchanged, where there are other writes, or where the buffer is read in its old and its new form
-    through views.
+    True where no write is left; False, with the program unchanged, where there are other writes, or where the buffer is read in
+    its old and its new form through views.
     """
     kinds = {spec.arg.name: spec for spec in exported.graph_signature.input_specs if spec.kind == InputKind.BUFFER}
     written: dict[fx.Node, fx.Node] = {}
     order = {node: place for place, node in enumerate(exported.graph.nodes)}
-    calls = writes(exported)
+    calls = [node for node in order if (schema := _schema(node)) is not None and schema.is_mutable]
     for call in calls:
         if call.target is not aten.copy_.default or len(call.args) != 2:
             return False
