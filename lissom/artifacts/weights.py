@@ -111,11 +111,20 @@ def stored_bytes(program: Program) -> int:
     return sum(sizes.values())
 
 
+_SAMPLED = 1 << 14
+"""The elements by which a dense weight is told from a sparse one."""
+
+
 def _nonzero(stored: torch.Tensor) -> torch.Tensor | None:
     """The mask of nonzero elements, bool [elements]; None if compressing saves too little."""
     if stored.nbytes < SMALLEST or stored.is_complex():
         return None
-    nonzero = stored.reshape(-1).view(_BITS[stored.itemsize]).cpu() != 0
+    elements = stored.reshape(-1).view(_BITS[stored.itemsize])
+    places = torch.randint(len(elements), (_SAMPLED,), generator=torch.Generator().manual_seed(0))
+    some = elements[places.to(elements.device)]
+    if stored.itemsize * float((some != 0).float().mean()) + 1 / 8 > (1 + SAVING) / 2 * stored.itemsize:
+        return None  # far from sparse
+    nonzero = elements.cpu() != 0
     return nonzero if _compressed_bytes(stored, nonzero) <= SAVING * stored.nbytes else None
 
 

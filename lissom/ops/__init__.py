@@ -6,6 +6,7 @@ import torch
 
 from lissom.ops.attention import attention, attention_reference
 from lissom.ops.block_sparse_attention import block_sparse_attention
+from lissom.ops.dense_linear import linear
 from lissom.ops.flex_attention import flex_block_sparse_attention as flex_block_sparse_attention
 from lissom.ops.fused_attention import fused_attention, merged_attention, unpadded_attention
 from lissom.ops.fused_rows import fused_layer_norm, fused_rms_norm, fused_rotary
@@ -30,6 +31,7 @@ IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {
     squared_relu: squared_relu_reference,
     grouped_product: grouped_product_reference,
     linear_attention: linear_attention_reference,
+    torch.ops.aten.linear.default: linear,
 }
 """Python implementations of operators; calling them directly avoids the overhead of PyTorch's dispatcher."""
 

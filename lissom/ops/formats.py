@@ -14,6 +14,7 @@ Four-bit formats are packed two elements per byte along the last dimension, the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -95,6 +96,16 @@ def block_range(x: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, 
     parts = _split(x, shape)
     dims = tuple(range(1, parts.dim(), 2))
     return parts.amin(dims).reshape(shape), parts.amax(dims).reshape(shape)
+
+
+def as_blocks(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The elements of each block, [blocks, elements]; a view where they lie side by side.
+
+    Args:
+        shape: of the scale.
+    """
+    parts = _split(x, shape)
+    return parts.permute(*range(0, parts.dim(), 2), *range(1, parts.dim(), 2)).reshape(math.prod(shape), -1)
 
 
 def block_sum(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

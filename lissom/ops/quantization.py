@@ -129,6 +129,45 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return passed, change.to(scale.dtype) if learn else None, None
 
 
+def quantize_weight_reference(
+    weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, *, format: str
+) -> torch.Tensor:
+    """The reference implementation."""
+    form = FORMATS[format]
+    q = formats.quantize(weight, scale, zero_point, form)
+    return formats.pack_halves(q) if form.bits == 4 else q
+
+
+def _fake_quantize_weight(weight: torch.Tensor, *_: object, format: str) -> torch.Tensor:
+    form = FORMATS[format]
+    shape = (*weight.shape[:-1], weight.shape[-1] // 2) if form.bits == 4 else weight.shape
+    return weight.new_empty(shape, dtype=form.storage)
+
+
+def best_scales_reference(blocks: torch.Tensor, factors: torch.Tensor, *, format: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference implementation."""
+    form = FORMATS[format]
+    low, high = (end.float() for end in blocks.aminmax(dim=1))
+    # The lowest q of a symmetric format reaches further; of 256 levels one makes no difference.
+    sign = torch.where(high > -low, -1.0, 1.0) if form.symmetric and form.bits == 4 else 1.0
+    scale, zero_point, least = low, torch.zeros_like(low), torch.full_like(low, torch.nan)
+    for factor in factors:
+        narrow, shifted = formats.scale_for(factor * low, factor * high, form)
+        narrow = sign * narrow
+        grid = narrow[:, None], None if shifted is None else shifted[:, None]
+        rounded = formats.dequantize(formats.quantize(blocks, *grid, form), *grid, torch.float32)
+        error = (rounded - blocks).square().sum(1)
+        better = ~(error >= least)  # the first is better than NaN
+        least, scale = torch.where(better, error, least), torch.where(better, narrow, scale)
+        zero_point = zero_point if shifted is None else torch.where(better, shifted, zero_point)
+    return scale, zero_point
+
+
+def _fake_scales(blocks: torch.Tensor, factors: torch.Tensor, *, format: str) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = torch.empty(len(blocks), device=blocks.device)
+    return scale, torch.empty_like(scale)
+
+
 def _straight_through(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
     return gradient
 
@@ -160,6 +199,30 @@ fake_quantize_dynamic = define(
 )
 """The operator. x: [..., features]; format: a name in FORMATS; granularity: `token`, `tensor`, or `group` with a multiple of 32
 features. Differentiable: no value is clamped."""
+
+_quantize_weight = define(
+    "quantize_weight(Tensor weight, Tensor scale, Tensor? zero_point=None, *, str format) -> Tensor",
+    quantize_weight_reference,
+    _fake_quantize_weight,
+)
+
+
+def quantize_weight(
+    weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, *, format: str
+) -> torch.Tensor:
+    """A weight as elements of a format: [..., features], for four-bit formats [..., features / 2] of two elements a byte."""
+    # There is no kernel for fp8, nor for float64, which is rounded once.
+    has_kernel = FORMATS[format].is_integer and weight.dtype != torch.float64
+    return (_quantize_weight if has_kernel else quantize_weight_reference)(weight, scale, zero_point, format=format)
+
+
+best_scales = define(
+    "best_scales(Tensor blocks, Tensor factors, *, str format) -> (Tensor, Tensor)", best_scales_reference, _fake_scales
+)
+"""The operator: the scale and zero point of each block of a weight, [blocks, elements], by which its squared error is least; both
+[blocks] in float32. factors: [count] in float32; the range of a block is its own times one of them, the first of equals. format:
+a name in FORMATS, an integer format for the kernel. Without zero points these are 0, and the scale of an int4 block whose largest
+magnitude is positive is negative."""
 
 dequantize = define(
     "dequantize(Tensor q, Tensor scale, Tensor? zero_point=None, *, str format, ScalarType dtype) -> Tensor",

@@ -28,6 +28,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.ops import formats
 from lissom.ops.formats import Format
+from lissom.ops.quantization import best_scales, best_scales_reference
 
 Observer = Literal["min-max", "percentile", "mse", "entropy"]
 WeightObserver = Literal["auto", "min-max", "mse"]
@@ -35,7 +36,9 @@ BINS = 2048
 _FACTORS = torch.linspace(1.0, 0.2, 81)
 _WEIGHT_FACTORS = torch.linspace(1.0, 0.5, 26)
 _AT_ONCE = 1 << 19
-"""The number of weight elements whose ranges are searched at once."""
+"""The number of weight elements whose ranges are searched at once without the kernel."""
+_WIDEST = 1 << 15
+"""The most elements of a block for the kernel, which holds several blocks in the cache."""
 
 
 def observed_ranges(
@@ -115,43 +118,17 @@ def weight_scale(
     """
     if observer == "auto":
         observer = "mse" if form.bits == 4 else "min-max"
-    if observer == "min-max" or not shape or shape[0] == 1 or weight.numel() <= _AT_ONCE:
-        return _weight_scale(weight, shape, form, observer)
-    # Piece by piece, so that the intermediate tensors stay in the CPU cache.
-    blocks = max(1, shape[0] * _AT_ONCE // weight.numel())
-    pieces = weight.split(blocks * (weight.shape[0] // shape[0]))
-    grids = [_weight_scale(piece, (len(piece) * shape[0] // len(weight), *shape[1:]), form, observer) for piece in pieces]
-    zero_points = [zero_point for _, zero_point in grids if zero_point is not None]
-    return torch.cat([scale for scale, _ in grids]), torch.cat(zero_points) if zero_points else None
-
-
-def _weight_scale(
-    weight: torch.Tensor, shape: tuple[int, ...], form: Format, observer: Literal["min-max", "mse"]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    low, high = formats.block_range(weight, shape)
-    scale, zero_point = formats.scale_for(low, high, form)
     if observer == "min-max":
-        return scale, zero_point
-    # In int8 one level of 256 makes no difference.
-    sign = torch.where(high > -low, -1.0, 1.0) if form.symmetric and form.bits == 4 else 1.0
-    scale = sign * scale
-    least = _block_error(weight, scale, zero_point, form)
-    for factor in _WEIGHT_FACTORS[1:]:
-        narrow, shifted = formats.scale_for(factor * low, factor * high, form)
-        narrow = sign * narrow
-        error = _block_error(weight, narrow, shifted, form)
-        better = error < least
-        least = torch.where(better, error, least)
-        scale = torch.where(better, narrow, scale)
-        if zero_point is not None and shifted is not None:
-            zero_point = torch.where(better, shifted, zero_point)
-    return scale, zero_point
-
-
-def _block_error(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, form: Format) -> torch.Tensor:
-    """The squared error of each block, in the shape of the scale."""
-    error = _rounded(weight, scale, zero_point, form) - weight
-    return formats.block_sum(error.square(), tuple(scale.shape))
+        return formats.scale_for(*formats.block_range(weight, shape), form)
+    blocks, factors = formats.as_blocks(weight.detach(), shape), _WEIGHT_FACTORS.to(weight.device)
+    if form.is_integer and blocks.shape[1] <= _WIDEST:
+        scale, zero_point = best_scales(blocks, factors, format=form.name)
+    else:
+        # Piece by piece, so that the intermediate tensors stay in the CPU cache.
+        pieces = blocks.split(max(1, _AT_ONCE // blocks.shape[1]))
+        grids = [best_scales_reference(piece, factors, format=form.name) for piece in pieces]
+        scale, zero_point = (torch.cat(parts) for parts in zip(*grids, strict=True))
+    return scale.view(shape), None if form.symmetric else zero_point.view(shape)
 
 
 def _rounded(values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, form: Format) -> torch.Tensor:

@@ -11,6 +11,9 @@ from torch import fx, nn
 from torch.fx.node import Argument, map_aggregate
 
 from lissom.compiler.ir.collectives import stand_in
+from lissom.ops.dense_linear import linear
+
+_LINEAR = torch.ops.aten.linear.default
 
 Observer = Callable[[fx.Node, object], object]
 """Sees a call and its result; a value it returns replaces the result, and None keeps it."""
@@ -64,7 +67,7 @@ def call(node: fx.Node, value_of: Callable[[fx.Node], object], adapted: Callable
     Args:
         adapted: applied to all arguments.
     """
-    target: Any = stand_in(node.target) or node.target
+    target: Any = linear if node.target is _LINEAR else stand_in(node.target) or node.target
     given = with_values((node.args, node.kwargs), value_of)
     args, kwargs = given if adapted is None else map_aggregate(given, adapted)
     return target(*args, **kwargs)

@@ -40,14 +40,15 @@ template <bool is_integer>
 struct Quantizer {
   Vec scale, zero, low, high, inverse = 1.0f / scale;
 
-  // NaN stays NaN.
-  Vec rounded_value(Vec x) const {
+  // q; NaN stays NaN.
+  Vec level(Vec x) const {
     Vec q = x * inverse;
     if constexpr (is_integer) q = rounded(q) + zero;
     q = minimum(high, maximum(low, q));
     if constexpr (!is_integer) q = round_to_fp8(q);
-    return (q - zero) * scale;
+    return q;
   }
+  Vec rounded_value(Vec x) const { return (level(x) - zero) * scale; }
   IntVec is_inside(Vec x) const {
     Vec first = (low - zero) * scale, last = (high - zero) * scale;
     return (x >= minimum(first, last)) & (x <= maximum(first, last));
@@ -92,6 +93,29 @@ void fake_quantize(const Blocks& blocks, const Grid& grid, const T* x, T* y) {
   });
 }
 
+// q as bytes; `halves`: two elements of four bits in each, the first in the low half.
+template <typename T>
+void quantize(const Blocks& blocks, const Grid& grid, bool halves, const T* x, uint8_t* q) {
+  at::parallel_for(0, blocks.rows, grain_of(blocks), [&](int64_t from, int64_t to) {
+    std::vector<float> held(blocks.columns);
+    for (int64_t row = from; row < to; ++row) {
+      int64_t begin = row * blocks.columns;
+      each_block(blocks, row, [&](int64_t first, int64_t count, int64_t scale) {
+        each_vector<true>(blocks, grid, count, scale, [&](int64_t c, int64_t left, const auto& quantizer) {
+          Vec level = quantizer.level(load_some(x + first + c, left));
+          store_some(&held[first - begin + c], level == level ? level : splat(0.0f), left);
+        });
+      });
+      uint8_t* place = q + (halves ? begin / 2 : begin);
+      if (halves)
+        for (int64_t c = 0; c < blocks.columns / 2; ++c)
+          place[c] = (static_cast<int>(held[2 * c]) & 15) | (static_cast<int>(held[2 * c + 1]) & 15) << 4;
+      else
+        for (int64_t c = 0; c < blocks.columns; ++c) place[c] = static_cast<uint8_t>(static_cast<int>(held[c]));
+    }
+  });
+}
+
 // The scale and zero point for a range, in the order of formats.scale_for; NaN where it is not finite.
 inline std::pair<float, float> scale_for(float low, float high, const Grid& grid) {
   low = std::min(low, 0.0f), high = std::max(high, 0.0f);
@@ -100,6 +124,45 @@ inline std::pair<float, float> scale_for(float low, float high, const Grid& grid
   scale = std::max(scale, kLeastScale);
   if (!grid.symmetric) zero = std::min(std::max(std::nearbyint(grid.low - low / scale), grid.low), grid.high);
   return {scale, zero};
+}
+
+// The scale and zero point of each block of `width` neighbours by which its squared error is least, among the ranges that are
+// the block's own times one of the factors; the first of equals. A vector holds a number of each of several blocks.
+// descending: the scale's sign is that of the smaller end, as the lowest q of a symmetric format reaches further.
+template <typename T>
+void search_scales(const Grid& grid, bool descending, int64_t blocks, int64_t width, const T* x, const std::vector<float>& factors,
+                   float* scales, float* zeros) {
+  at::parallel_for(0, (blocks + kLanes - 1) / kLanes, 1 + kQuantizationGrain / (width * kLanes + 1), [&](int64_t from, int64_t to) {
+    std::vector<float> held(width * kLanes);
+    Vec none = splat(0.0f), lowest = splat(grid.low), highest = splat(grid.high), levels = splat(grid.high - grid.low);
+    for (int64_t first = from * kLanes; first < std::min(to * kLanes, blocks); first += kLanes) {
+      int64_t count = std::min<int64_t>(kLanes, blocks - first);
+      for (int64_t lane = 0; lane < count; ++lane)
+        for (int64_t c = 0; c < width; ++c) held[c * kLanes + lane] = static_cast<float>(x[(first + lane) * width + c]);
+      Vec low = none, high = none, odd = none;
+      for (int64_t c = 0; c < width; ++c) {
+        Vec value = load(&held[c * kLanes]);
+        low = minimum(low, value), high = maximum(high, value), odd += value * none;  // NaN where a value is not finite
+      }
+      Vec sign = splat(1.0f), scale = none, zero = none, least = none;
+      if (descending) sign = high > -low ? splat(-1.0f) : sign;
+      for (size_t index = 0; index < factors.size(); ++index) {
+        Vec narrow_low = low * splat(factors[index]), narrow_high = high * splat(factors[index]), offset = none;
+        Vec step = grid.symmetric ? maximum(-narrow_low, narrow_high) / highest : (narrow_high - narrow_low) / levels;
+        step = maximum(step, splat(kLeastScale));
+        if (!grid.symmetric) offset = minimum(highest, maximum(lowest, rounded(lowest - narrow_low / step)));
+        Quantizer<true> quantizer{step * sign, offset, lowest, highest};
+        Vec error = none;
+        for (int64_t c = 0; c < width; ++c) {
+          Vec value = load(&held[c * kLanes]), difference = quantizer.rounded_value(value) - value;
+          error += difference * difference;
+        }
+        IntVec better = index == 0 ? IntVec{} == 0 : error < least;
+        least = better ? error : least, scale = better ? quantizer.scale : scale, zero = better ? offset : zero;
+      }
+      store_some(scales + first, scale + odd, count), store_some(zeros + first, zero, count);
+    }
+  });
 }
 
 // Every row with the scale of its own values.

@@ -113,6 +113,40 @@ Tensor fake_quantize_dynamic(const Tensor& x, std::string_view format, std::stri
   });
 }
 
+Tensor quantize_weight(const Tensor& weight, const Tensor& scale, Optional zero_point, std::string_view format) {
+  Grid grid = grid_of(format);
+  bool halves = format == "int4" || format == "uint4";
+  TORCH_CHECK(grid.is_integer, "the format is an integer one, not '", std::string(format), "'");
+  TORCH_CHECK(weight.dim() > 0 && (!halves || weight.size(-1) % 2 == 0), "a weight has the sizes ", weight.sizes(),
+              ", and two elements of four bits share a byte");
+  return with_values(weight, grid, [&](auto zero, const Tensor& values, auto) {
+    using T = decltype(zero);
+    Scales scales(values, scale, zero_point);
+    std::vector<int64_t> sizes(values.sizes().begin(), values.sizes().end());
+    if (halves) sizes.back() /= 2;
+    Tensor q = at::empty(sizes, scales.scale.options().dtype(grid.low < 0 && !halves ? at::kChar : at::kByte));
+    if (q.numel() > 0)
+      quantize(scales.blocks, grid, halves, values.const_data_ptr<T>(), static_cast<uint8_t*>(q.mutable_data_ptr()));
+    return q;
+  });
+}
+
+std::tuple<Tensor, Tensor> best_scales(const Tensor& blocks, const Tensor& factors, std::string_view format) {
+  Grid grid = grid_of(format);
+  TORCH_CHECK(grid.is_integer, "the format is an integer one, not '", std::string(format), "'");
+  check_readable(factors, "factors");
+  TORCH_CHECK(blocks.dim() == 2, "blocks have the sizes ", blocks.sizes(), ", and must be [blocks, elements of each]");
+  TORCH_CHECK(factors.dim() == 1 && factors.size(0) > 0 && factors.scalar_type() == at::kFloat, "factors must be [count] in float32");
+  return with_values(blocks, grid, [&](auto zero, const Tensor& values, auto) {
+    using T = decltype(zero);
+    Tensor given = factors.contiguous(), scale = at::empty({values.size(0)}, given.options()), offset = at::empty_like(scale);
+    std::vector<float> each(given.const_data_ptr<float>(), given.const_data_ptr<float>() + given.numel());
+    search_scales(grid, format == "int4", values.size(0), values.size(1), values.const_data_ptr<T>(), each,
+                  scale.mutable_data_ptr<float>(), offset.mutable_data_ptr<float>());
+    return std::make_tuple(scale, offset);
+  });
+}
+
 std::tuple<Tensor, Tensor> fake_quantize_gradients(const Tensor& gradient, const Tensor& x, const Tensor& scale,
                                                    Optional zero_point, std::string_view format, bool scales_learn) {
   Grid grid = grid_of(format);

@@ -453,6 +453,8 @@ STABLE_TORCH_LIBRARY_IMPL(lissom, CPU, library) {
   library.impl("fake_quantize", boxed<fake_quantize_static>);
   library.impl("fake_quantize_dynamic", boxed<fake_quantize_dynamic>);
   library.impl("fake_quantize_backward", boxed<fake_quantize_gradients>);
+  library.impl("quantize_weight", boxed<quantize_weight>);
+  library.impl("best_scales", boxed<best_scales>);
   library.impl("token_divergence", boxed<token_divergence>);
   library.impl("run_chain", boxed<run_chain>);
   add_kernel<reshape>("aten::reshape"), add_kernel<reshape>("aten::view");

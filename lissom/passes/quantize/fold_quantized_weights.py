@@ -15,9 +15,8 @@ from lissom.compiler.ir.calls import FakeQuantize
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.dequantized_rows import dequantize_rows_only
-from lissom.ops import formats
 from lissom.ops.formats import FORMATS
-from lissom.ops.quantization import dequantize, fake_quantize
+from lissom.ops.quantization import dequantize, fake_quantize, quantize_weight
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,10 @@ def _fold(edit: Editor, node: fx.Node, weight: fx.Node) -> None:
         edit.skip(node, f"its last dimension, {value.shape[-1]}, is odd, and int4 packs two per byte")
         return
     scale, *zero_point = map(edit.tensor, node.all_input_nodes[1:])
-    q = formats.quantize(value, scale, zero_point[0] if zero_point else None, form)
+    q = quantize_weight(value.detach(), scale, *zero_point, format=form.name)
     dtype = nodes.tensor_type(node).dtype
     with edit.before(node):
-        stored = edit.weight(f"{weight.target}_{form.name}", formats.pack_halves(q) if form.bits == 4 else q)
+        stored = edit.weight(f"{weight.target}_{form.name}", q)
         folded = edit.call(dequantize, stored, *node.all_input_nodes[1:], format=form.name, dtype=dtype)
     edit.replace(node, folded)
     dequantize_rows_only(edit, folded)
