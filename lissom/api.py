@@ -28,7 +28,7 @@ _DEFAULTS = Settings()
 
 @keywords_of(Settings)
 def compile(
-    model: nn.Module | Program, example_inputs: Inputs | None = None, settings: Settings = _DEFAULTS
+    model: nn.Module | Program | str | Path, example_inputs: Inputs | None = None, settings: Settings = _DEFAULTS
 ) -> CompiledModel | TextModel:
     """Optimize a model for inference.
 
@@ -37,9 +37,11 @@ def compile(
 
     Args:
         model: a module, or a program from `lissom.optimize`, whose sizes vary as they did there. A `SentenceTransformer`, a
-            `CrossEncoder` or a `SparseEncoder` gives a model of its own class, all of whose modules run as one program.
+            `CrossEncoder` or a `SparseEncoder` gives a model of its own class, all of whose modules run as one program. Or a
+            checkpoint's folder, or another name that `lissom compile` takes: large ones are compiled from the disk, in the
+            memory of the result.
         example_inputs: a tuple holds positional arguments, a mapping keyword arguments, a tensor is the only argument. Models
-            of Sentence Transformers take texts, here and as data, and have a default.
+            of Sentence Transformers take texts, here and as data, and have a default, and so has a checkpoint.
         passes: pipeline text, pass objects, or a recipe's name, run in the order written. The recipe `exact` brings every model
             into canonical form and always comes first.
         backend: the backend that runs the result: a name, or an object with options, `lissom.OnnxRuntime(threads=2)`;

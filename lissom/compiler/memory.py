@@ -8,7 +8,7 @@ import gc
 import mmap
 import sys
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -43,7 +43,7 @@ def use_huge_pages(tensors: Iterable[torch.Tensor], own: Iterable[torch.Tensor] 
         return
     _move_together(own, size)
     used: dict[int, int] = {}
-    for address, count in set(map(_extent, filter(_is_plain, tensors))):
+    for address, count in set(map(_extent, filter(is_plain, tensors))):
         for page in range(address // size, -(-(address + count) // size)):
             inside = min(address + count, (page + 1) * size) - max(address, page * size)
             used[page] = used.get(page, 0) + inside
@@ -61,10 +61,22 @@ def use_huge_pages(tensors: Iterable[torch.Tensor], own: Iterable[torch.Tensor] 
             break  # there are no free huge pages, and looking for one takes milliseconds
 
 
+def huge_block(size: int, page: int = 1 << 21) -> tuple[mmap.mmap, int]:
+    """Memory of its own for so many bytes, in huge pages where the system has them, and the place of the first page's start.
+
+    Raises:
+        OSError: if there is no memory.
+    """
+    block = mmap.mmap(-1, (size // page + 2) * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system without huge pages
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return block, -torch.frombuffer(block, dtype=torch.uint8).data_ptr() % page
+
+
 def _move_together(tensors: Iterable[torch.Tensor], page: int) -> None:
     """Move the memory of small tensors into huge pages. A mapped file, which processes share, stays where it is."""
     held: dict[int, list[torch.Tensor]] = {}
-    for tensor in filter(_is_plain, tensors):
+    for tensor in filter(is_plain, tensors):
         storage = tensor.untyped_storage()
         if storage.resizable() and 0 < storage.nbytes() < _MOST_MOVED_PAGES * page:
             held.setdefault(storage.data_ptr(), []).append(tensor)
@@ -72,11 +84,9 @@ def _move_together(tensors: Iterable[torch.Tensor], page: int) -> None:
     if places[-1] < page // 2:
         return
     try:
-        block = mmap.mmap(-1, (places[-1] // page + 2) * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        block.madvise(mmap.MADV_HUGEPAGE)
+        block, start = huge_block(places[-1], page)
     except OSError:
         return  # there is no memory for both
-    start = -torch.frombuffer(block, dtype=torch.uint8).data_ptr() % page
     for place, sharing in zip(places[:-1], held.values(), strict=True):
         storage = sharing[0].untyped_storage()
         moved = torch.frombuffer(block, dtype=torch.uint8, count=storage.nbytes(), offset=start + place)
@@ -95,7 +105,7 @@ _MOST_REFUSALS = 16
 """In a row."""
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def is_plain(tensor: torch.Tensor) -> bool:
     """True for a dense tensor on a CPU, of no class of its own."""
     dense = tensor.device.type == "cpu" and tensor.layout is torch.strided and not tensor.is_quantized
     return dense and type(tensor) in (torch.Tensor, torch.nn.Parameter)

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial, singledispatch
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from lissom.backends.fastest import build_fastest
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, check_samples, larger
 from lissom.compiler.memory import free_dropped_programs, give_back_memory
+from lissom.compiler.paging import is_paged, paged
 from lissom.compiler.pipeline.history import History, Size, Step
 from lissom.compiler.pipeline.options import Progress
 from lissom.compiler.pipeline.pass_kinds import Pass
@@ -45,6 +47,7 @@ from lissom.frontends.capture.device import check_device, device_of
 from lissom.frontends.capture.export import Capture, capture
 from lissom.frontends.capture.isolation import isolated
 from lissom.frontends.models.adapters import with_merged_adapters
+from lissom.frontends.models.sources import load
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.report import Report
 from lissom.passes.parallel.partition import Partition
@@ -63,6 +66,19 @@ def compile_by_class(
     if example_inputs is None:
         raise InputError("example_inputs= is missing; give a tuple of arguments, a mapping of keywords, or the only tensor")
     return compile_model(model, example_inputs, settings)
+
+
+@compile_by_class.register(str)
+@compile_by_class.register(Path)
+def _(name: str | Path, example_inputs: Inputs | None, settings: Settings) -> CompiledModel | TextModel:
+    source = load(str(name), with_inputs=example_inputs is None)
+    with from_disk(source.model):
+        return compile_model(source.model, source.example_inputs if example_inputs is None else example_inputs, settings)
+
+
+def from_disk(model: nn.Module) -> AbstractContextManager[None]:
+    """Compile a model from the disk, if it is large and was loaded for this alone."""
+    return paged([*model.parameters(), *model.buffers()])
 
 
 def compile_model(model: nn.Module | Program, example_inputs: Inputs, settings: Settings) -> CompiledModel:
@@ -224,6 +240,9 @@ def _partition_model(
     return *outcome, job.pipeline.samples
 
 
+_UNTIMED = "compiled from the disk, as it is large: what lossy passes gain is not timed, and none is reverted"
+
+
 @dataclass(frozen=True)
 class _Job:
     """A captured model and the passes to run on it."""
@@ -243,7 +262,8 @@ def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: PassSett
     captured = take()
     program = captured.program
     history = History(format_pipeline(passes), settings.checks)
-    history.record(Step(0, "capture", "capture", captured.seconds, 0.0, Size.of(program), notes=captured.notes), program.text())
+    notes = (*captured.notes, *([_UNTIMED] if is_paged() else []))
+    history.record(Step(0, "capture", "capture", captured.seconds, 0.0, Size.of(program), notes=notes), program.text())
     data, labels = read_data(settings.data, program.signature)
     pipeline = Pipeline(
         passes,
@@ -261,11 +281,13 @@ def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: PassSett
 def _judge(
     job: _Job, settings: BuildSettings, backends: Sequence[Backend], lowerings: Mapping[str, Sequence[Pass]]
 ) -> Payoff | None:
-    """Times lossy passes on the example and on larger inputs; None where all are to be kept.
+    """Times lossy passes on the example and on larger inputs; None where all are to be kept, or a model does not fit twice.
 
     Simulated layers are never faster, and the caller asked for them.
     """
     if settings.goal is None or settings.simulate or not backends:
+        return None
+    if is_paged():
         return None
     captured = job.captured
     timed = list(captured.timed)

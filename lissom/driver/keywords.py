@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
 from torch import nn
@@ -42,6 +43,11 @@ class Compile(Protocol[_Fields]):
         self, model: nn.Module | Program, example_inputs: Inputs, *args: _Fields.args, **options: _Fields.kwargs
     ) -> CompiledModel: ...
 
+    @overload
+    def __call__(
+        self, model: str | Path, example_inputs: Inputs | None = None, *args: _Fields.args, **options: _Fields.kwargs
+    ) -> CompiledModel: ...
+
 
 class OnInputs(Protocol[_Fields, _Result]):
     """The type of a function of a model, example inputs, and keywords."""
@@ -54,13 +60,13 @@ class OnInputs(Protocol[_Fields, _Result]):
 class OnModel(Protocol[_Fields, _Result]):
     """The type of a function of a model and keywords."""
 
-    def __call__(self, model: nn.Module, *args: _Fields.args, **options: _Fields.kwargs) -> _Result: ...
+    def __call__(self, model: nn.Module | str | Path, *args: _Fields.args, **options: _Fields.kwargs) -> _Result: ...
 
 
 class _Decorator(Protocol[_Fields, _Options]):
     @overload
     def __call__(
-        self, function: Callable[[nn.Module | Program, Inputs | None, _Options], CompiledModel | TextModel], /
+        self, function: Callable[[nn.Module | Program | str | Path, Inputs | None, _Options], CompiledModel | TextModel], /
     ) -> Compile[_Fields]: ...
 
     @overload
@@ -69,7 +75,7 @@ class _Decorator(Protocol[_Fields, _Options]):
     ) -> OnInputs[_Fields, _Result]: ...
 
     @overload
-    def __call__(self, function: Callable[[nn.Module, _Options], _Result], /) -> OnModel[_Fields, _Result]: ...
+    def __call__(self, function: Callable[[nn.Module | str | Path, _Options], _Result], /) -> OnModel[_Fields, _Result]: ...
 
 
 def keywords_of(options: Callable[_Fields, _Options]) -> _Decorator[_Fields, _Options]:

@@ -17,7 +17,7 @@ from lissom.backends.base import Backend
 from lissom.backends.distributed.backend import Distributed
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Pass, Training
-from lissom.driver.compile import compile_captured
+from lissom.driver.compile import compile_captured, from_disk
 from lissom.driver.keywords import keywords_of
 from lissom.driver.options import LABELS, BuildSettings, Inputs, check_choices, check_settings, resolve_passes
 from lissom.errors import InputError, UnsupportedError
@@ -26,6 +26,7 @@ from lissom.frontends.capture.export import Capture
 from lissom.frontends.generation.decoder import INPUTS, capture_decoder, check_capacity
 from lissom.frontends.generation.encoder_decoder import is_encoder_decoder
 from lissom.frontends.models.adapters import with_merged_adapters
+from lissom.frontends.models.sources import load
 from lissom.generation.decoder import labelled_prompts
 from lissom.generation.options import GenerationSettings
 from lissom.generation.scoring import Scorer
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @keywords_of(GenerationSettings)
-def compile_generation(model: nn.Module, settings: GenerationSettings) -> GenerationModel:
+def compile_generation(model: nn.Module | str | Path, settings: GenerationSettings) -> GenerationModel:
     """Optimize a language model of transformers for generation: one program with the KV cache as its state.
 
     An encoder-decoder becomes two: the encoder, which also computes the keys and values of cross-attention, and the decoder.
@@ -47,6 +48,8 @@ def compile_generation(model: nn.Module, settings: GenerationSettings) -> Genera
     The options not listed are those of `compile`.
 
     Args:
+        model: a module; or a checkpoint's folder, or the name of a packaged model: large ones are compiled from the disk, in
+            the memory of the result.
         max_length: the capacity of the KV cache in tokens, prompt and answer together.
         batch: the number of sequences, beams included.
         all_logits: return the logits of every token of a call, which assisted decoding needs.
@@ -79,6 +82,14 @@ def compile_generation(model: nn.Module, settings: GenerationSettings) -> Genera
         >>> decoder.step(torch.tensor([[1, 2, 3]])).shape
         torch.Size([1, 50])
     """
+    if isinstance(model, (str, Path)):
+        loaded = load(str(model), with_inputs=False).model
+        with from_disk(loaded):
+            return _compile(loaded, settings)
+    return _compile(model, settings)
+
+
+def _compile(model: nn.Module, settings: GenerationSettings) -> GenerationModel:
     if isinstance(model, Program):
         raise InputError(
             "the model is a program, which was captured without a KV cache; pass the model and give passes= and data= here, or "

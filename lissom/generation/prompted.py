@@ -14,6 +14,7 @@ from lissom.artifacts.signature import TrustedKeys
 from lissom.backends.distributed.backend import Distributed
 from lissom.backends.eager.backend import Eager
 from lissom.compiler.pipeline.options import Goal, check_options
+from lissom.driver.compile import from_disk
 from lissom.driver.options import resolve_passes
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.frontends.checkpoints.gguf import describe_blocks
@@ -87,7 +88,7 @@ def compile_prompted(
         if prompted is not None:
             tell(f"this decoder was compiled before and kept in {place}; --fresh compiles it anew")
             return prompted
-    source = load(model)
+    source = load(model, with_inputs=request.data is not None)
     tokenizer = source.checkpoint.tokenizer if source.checkpoint else None
     if tokenizer is None:
         raise UnsupportedError(f"{model} has no tokenizer, and a prompt is text; use lissom.compile_generation")
@@ -96,16 +97,17 @@ def compile_prompted(
     wanted = max(SHORTEST, _slots(source.model, ids) + max_new_tokens)
     if place is not None:
         wanted = kept.rounded(wanted)
-    decoder = compile_generation(
-        source.model,
-        max_length=wanted if longest is None else min(wanted, longest),
-        passes=_default_passes(source, request, tell) if pipeline is None else pipeline,
-        backend=request.backend,
-        device=request.device,
-        checks=checks,
-        data=read_data(source),
-        goal=request.goal,
-    )
+    with from_disk(source.model):
+        decoder = compile_generation(
+            source.model,
+            max_length=wanted if longest is None else min(wanted, longest),
+            passes=_default_passes(source, request, tell) if pipeline is None else pipeline,
+            backend=request.backend,
+            device=request.device,
+            checks=checks,
+            data=read_data(source),
+            goal=request.goal,
+        )
     if place is not None:
         _keep(decoder, tokenizer, place, tell)
     return decoder, tokenizer, ids

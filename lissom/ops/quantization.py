@@ -219,10 +219,10 @@ def quantize_weight(
 best_scales = define(
     "best_scales(Tensor blocks, Tensor factors, *, str format) -> (Tensor, Tensor)", best_scales_reference, _fake_scales
 )
-"""The operator: the scale and zero point of each block of a weight, [blocks, elements], by which its squared error is least; both
-[blocks] in float32. factors: [count] in float32; the range of a block is its own times one of them, the first of equals. format:
-a name in FORMATS, an integer format for the kernel. Without zero points these are 0, and the scale of an int4 block whose largest
-magnitude is positive is negative."""
+"""The operator: the scale and zero point of each block of a weight, [blocks, elements], with the least squared error; both
+[blocks] in float32. factors: [count] in float32; the range of a block is its own times one of them, the first of equals.
+format: a name in FORMATS, an integer format for the kernel. Without zero points these are 0, and the scale of an int4 block
+whose largest magnitude is positive is negative."""
 
 dequantize = define(
     "dequantize(Tensor q, Tensor scale, Tensor? zero_point=None, *, str format, ScalarType dtype) -> Tensor",

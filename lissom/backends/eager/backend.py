@@ -26,6 +26,7 @@ from lissom.compiler.ir.operators import QUANTIZED_LINEARS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.memory import use_huge_pages
+from lissom.compiler.paging import take_home
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.inspect.hot_layers import LayerTimes, layer_times
 from lissom.measure.machine import Machine
@@ -112,6 +113,7 @@ def build_function(
     """
     program = with_fast_layout(program)
     state = {name: program.weight(name).detach().clone() for name in program.state}
+    take_home(program.weights().values())
     use_huge_pages(_read_whole(program), own=[*_packed(program), *state.values()])
     source, names = emit(program, state, calls)
     scope = dict(names)

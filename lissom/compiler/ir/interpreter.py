@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -55,6 +56,60 @@ def steps(
         for used in last_uses.get(node, ()):
             del values[used]
     raise AssertionError("a graph ends in its output node")
+
+
+ObserverOfEach = Callable[[int, fx.Node, object], object]
+"""As `Observer`, with the index of the sample."""
+
+
+def run_each(
+    graph: fx.Graph,
+    weights: nn.Module,
+    samples: Sequence[Sequence[torch.Tensor]],
+    states: Sequence[Mapping[str, torch.Tensor]],
+    observe: ObserverOfEach | None = None,
+) -> list[list[object]]:
+    """The flat outputs of the graph on each sample, call by call: a weight is read once, and what depends on weights alone is
+    computed once.
+
+    Args:
+        states: by sample the tensors that are read, and may be written, in place of weights of these names.
+    """
+    shared: dict[fx.Node, object] = {}
+    values: list[dict[fx.Node, object]] = [{} for _ in samples]
+    last_uses, feeds = last_uses_of(graph), [iter(sample) for sample in samples]
+    for node in graph.nodes:
+        if node.op == "output":
+            return [list(with_values(node.args[0], ChainMap(own, shared).__getitem__)) for own in values]
+        if node.op == "placeholder":
+            for own, feed in zip(values, feeds, strict=True):
+                own[node] = next(feed)
+        elif node.op == "get_attr" and any(node.target in state for state in states):
+            for own, state in zip(values, states, strict=True):
+                own[node] = state[str(node.target)]
+        elif node.op == "get_attr":
+            shared[node] = attrgetter(str(node.target))(weights)
+        elif node.all_input_nodes and all(_is_shared(used, shared, values) for used in node.all_input_nodes):
+            shared[node] = call(node, shared.__getitem__)
+        else:
+            for own in values:
+                own[node] = call(node, ChainMap(own, shared).__getitem__)
+        if observe is not None and node.op == "call_function":
+            for index, own in enumerate(values):
+                given = own[node] if node in own else shared[node]
+                if (replacement := observe(index, node, given)) is not None:
+                    own[node] = replacement
+                del given
+        for used in last_uses.get(node, ()):
+            shared.pop(used, None)
+            for own in values:
+                own.pop(used, None)
+    raise AssertionError("a graph ends in its output node")
+
+
+def _is_shared(node: fx.Node, shared: Collection[fx.Node], values: Sequence[Collection[fx.Node]]) -> bool:
+    """True if a node has one value for all samples."""
+    return node in shared and not any(node in own for own in values)
 
 
 REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

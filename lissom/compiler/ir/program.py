@@ -12,9 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lissom.compiler.ir import fake, printer
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.interpreter import Observer, run
+from lissom.compiler.ir.interpreter import Observer, ObserverOfEach, run, run_each
 from lissom.compiler.ir.signature import Signature
 from lissom.compiler.ir.trainable import TrainableModule
+from lissom.compiler.paging import spill
 from lissom.errors import InputError
 
 Fact = TypeVar("Fact")
@@ -130,6 +131,7 @@ class Program:
             if not hasattr(owner, part):
                 owner.add_module(part, nn.Module())
             owner = getattr(owner, part)
+        spill(tensor)
         owner._parameters.pop(leaf, None)
         owner._buffers.pop(leaf, None)
         if isinstance(tensor, nn.Parameter):
@@ -247,6 +249,19 @@ class Program:
             observe: sees every call's result in order, and may return another value in its place.
         """
         return run(self.graph, self.graph_module, inputs, observe)
+
+    def run_each(self, samples: Sequence[Sequence[torch.Tensor]], observe: ObserverOfEach | None = None) -> list[list[object]]:
+        """For each sample the flat outputs, then the state after the call, as by `run`, but call by call for all of them.
+
+        The state of the program is left by the first sample; every sample starts from that before.
+        """
+        states = [
+            {name: self.weight(name) if index == 0 else self.weight(name).clone() for name in self.state}
+            for index in range(len(samples))
+        ]
+        outputs = run_each(self.graph, self.graph_module, samples, states, observe)
+        own = [tensor.clone() for tensor in states[0].values()] if states else []
+        return [[*found, *(own if index == 0 else states[index].values())] for index, found in enumerate(outputs)]
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Call the program as the original model is called; gradients flow to the inputs unless they are switched off.

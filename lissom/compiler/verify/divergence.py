@@ -101,6 +101,10 @@ def run_original(
         VerifyError: when the program does not run on the first sample.
     """
     kept, outputs, notes = [*samples[: len(known)]], [*known], list[str]()
+    with suppress(*REFUSALS):
+        together = [*known, *run_samples(program, samples[len(known) :])]
+        if not any(_new_nan(sample_outputs, together[0]) for sample_outputs in together[1:]):
+            return [*samples], together, []
     for index, sample in enumerate(samples[len(known) :], len(known)):
         try:
             sample_outputs, refusal = run_samples(program, [sample])[0], ""
@@ -148,11 +152,15 @@ def shapes_of(sample: Sample) -> str:
 
 def run_samples(program: Program, samples: Sequence[Sample]) -> list[list[object]]:
     """The program's flat outputs on each sample, then its state after the call, without gradients; restores the state."""
-    outputs = []
-    for sample in samples:
-        with torch.no_grad(), kept_state(program):
-            outputs.append([*program.run(sample), *program.state_values()])
-    return outputs
+    with torch.no_grad():
+        if len(samples) > 1 and not program.is_simulation:
+            with kept_state(program):
+                return program.run_each(samples)
+        outputs = list[list[object]]()
+        for sample in samples:
+            with kept_state(program):
+                outputs.append([*program.run(sample), *program.state_values()])
+        return outputs
 
 
 def runs(program: Program, sample: Sample) -> bool:

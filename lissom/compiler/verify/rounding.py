@@ -22,11 +22,12 @@ from torch.fx.node import map_aggregate
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Binary
-from lissom.compiler.ir.interpreter import REFUSALS, call
+from lissom.compiler.ir.interpreter import REFUSALS, ObserverOfEach, call
 from lissom.compiler.ir.operators import FAKE_QUANTIZES, INT8_LINEARS, INTEGER_PRODUCTS
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.view_calls import Cast
+from lissom.compiler.paging import spill
 from lissom.compiler.verify.divergence import (
     LOCAL_TOLERANCE,
     TOLERANCE,
@@ -102,8 +103,8 @@ def differs_locally(before: Program, after: Program, samples: Sequence[Sample], 
     allowed = before.fact(local_tolerances)
 
     def differs(chosen: Representatives | None) -> bool:
-        errors = (local_errors(before, after, sample, None if strict else allowed, chosen).items() for sample in samples)
-        return any(error > allowed[name] for of_sample in errors for name, error in of_sample)
+        errors = local_errors(before, after, samples, None if strict else allowed, chosen)
+        return any(error > allowed[name] for name, error in errors.items())
 
     chosen = representatives(before, after)
     # A layer that is cut out may read values that only `after` has.
@@ -264,51 +265,69 @@ def _is_narrower(dtype: torch.dtype, wide: torch.dtype) -> bool:
 def local_errors(
     before: Program,
     after: Program,
-    sample: Sample,
+    samples: Sequence[Sample],
     allowed: Mapping[str, float] | None = None,
     chosen: Representatives | None = None,
 ) -> dict[str, float]:
     """By the names of nodes of `before`, the relative error of the corresponding nodes of `after`, given the values of
-    `before`. Includes the errors of the outputs.
+    `before`: the largest on all samples. Includes the errors of the outputs.
 
     Args:
         allowed: by name; a larger error counts as this one if the value of `after` is as near to that in float64.
         chosen: the nodes that are compared; all by default.
     """
-    known: dict[str, object] = {}
+    known: list[dict[str, object]] = [{} for _ in samples]
+    # Others, such as quantized weights that are packed, have no counterpart.
+    needed = {name for node in after.nodes() for name in (node.name, nodes.origin(node).replaces)}
+    needed &= needed if chosen is None else {*chosen.compared, *chosen.read}
 
-    def keep(node: fx.Node, value: object) -> None:
-        if chosen is None or node.name in chosen.compared or node.name in chosen.read:
-            known[node.name] = lasting(node, value)
+    def keep(index: int, node: fx.Node, value: object) -> None:
+        if node.name in needed:
+            known[index][node.name] = value = lasting(node, value)
+            if isinstance(value, torch.Tensor):
+                spill(value)
 
-    with torch.no_grad(), kept_state(before):
-        wanted = before.run(sample, keep)
-    errors, given_too = dict[str, float](), set[str]()
+    wanted = _observed(before, samples, keep)
+    errors, given_too = [dict[str, float]() for _ in samples], [set[str]() for _ in samples]
     by_name = {node.name: node for node in before.nodes()}
-    given = dict(zip(before.placeholders, sample, strict=True))
+    given = [dict(zip(before.placeholders, sample, strict=True)) for sample in samples]
 
-    def force(node: fx.Node, value: object) -> object:
+    def force(index: int, node: fx.Node, value: object) -> object:
         """Record the error of a node's value, and return that of the corresponding node; None when there is none."""
-        name = node.name if node.name in known else nodes.origin(node).replaces
-        if name not in known or not _alike(known[name], value):
+        own, found = known[index], errors[index]
+        name = node.name if node.name in own else nodes.origin(node).replaces
+        if name not in own or not _alike(own[name], value):
             return None
         if chosen is not None and name in chosen.read:
-            given_too.add(name)
-            return known[name]
+            given_too[index].add(name)
+            return own[name]
         if both_unfilled(before, name, node):
-            return known[name]
-        error, limit = worst_error(known[name], value), (allowed or {}).get(name, math.inf)
-        if error > limit and _is_as_exact(before, by_name[name], value, known, errors.keys() | given_too, given):
+            return own[name]
+        error, limit = worst_error(own[name], value), (allowed or {}).get(name, math.inf)
+        corresponding = found.keys() | given_too[index]
+        if error > limit and _is_as_exact(before, by_name[name], value, own, corresponding, given[index]):
             error = limit
-        errors[name] = max(errors.get(name, 0.0), error)
-        return known[name]
+        found[name] = max(found.get(name, 0.0), error)
+        return own[name]
 
-    with torch.no_grad(), kept_state(after):
-        results = after.run(sample, force)
-    for leaf, left, right in zip(before.leaves, wanted, results, strict=True):
-        name = leaf.name if isinstance(leaf, fx.Node) else before.output.name
-        errors[name] = max(errors.get(name, 0.0), relative_error(left, right))
-    return errors
+    results = _observed(after, samples, force)
+    for found, old, new in zip(errors, wanted, results, strict=True):
+        for leaf, left, right in zip(before.leaves, old, new, strict=False):  # the state follows
+            name = leaf.name if isinstance(leaf, fx.Node) else before.output.name
+            found[name] = max(found.get(name, 0.0), relative_error(left, right))
+    return {name: max(found.get(name, 0.0) for found in errors) for name in {name: None for found in errors for name in found}}
+
+
+def _observed(program: Program, samples: Sequence[Sample], observe: ObserverOfEach) -> list[list[object]]:
+    """The program's outputs on each sample; its state is restored."""
+    with torch.no_grad(), kept_state(program):
+        if not program.is_simulation:
+            return program.run_each(samples, observe)
+        outputs = list[list[object]]()
+        for index, sample in enumerate(samples):
+            with kept_state(program):
+                outputs.append(program.run(sample, partial(observe, index)))
+        return outputs
 
 
 def _is_as_exact(

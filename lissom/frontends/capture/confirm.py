@@ -20,6 +20,7 @@ from lissom.compiler.verify.divergence import output_errors, run_samples, tolera
 from lissom.errors import CaptureError
 from lissom.frontends.capture.failures import describe_failure
 from lissom.frontends.capture.kv_cache import ReturnedCacheError, is_kv_cache_object
+from lissom.frontends.capture.layers_alike import layers_alike
 from lissom.frontends.capture.untouched import nothing_registered, untouched
 
 
@@ -76,12 +77,18 @@ def confirm(
         CaptureError: if they disagree at a size the program accepts.
         RefusedSizesError: if the program refuses a size that should vary.
     """
-    dimensions = program.signature.dimensions
     example = program.signature.flatten(args, kwargs)
     wanted = answer if answer is not None and not program.state else _answer(model, program, example)
     _require_equal(program, model, example, wanted)
-    if not dimensions:
-        return program
+    if program.signature.dimensions:
+        with layers_alike(model, program):
+            _confirm_sizes(program, model, example)
+    return program
+
+
+def _confirm_sizes(program: Program, model: nn.Module, example: Sample) -> None:
+    """Check the program at other sizes than the example's; exclude size 1 if it fails there. Raises what `confirm` raises."""
+    dimensions = program.signature.dimensions
     sizes = program.signature.sizes_of(example)
     minimums = {}
     for symbol, dimension in dimensions.items():
@@ -98,7 +105,6 @@ def confirm(
     _refuse_difference(answers)
     if True not in answers:
         raise RefusedSizesError("the model refuses every size tried except the example's")
-    return program
 
 
 def confirm_calls(program: Program, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:

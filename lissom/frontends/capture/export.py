@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from lissom.compiler.ir.fake import recurrent_layers_whole
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.paging import is_paged
 from lissom.errors import CaptureError
 from lissom.frontends.capture.cache_lengths import CacheLengths, Place, cache_lengths
 from lissom.frontends.capture.causal_masks import masks_as_given
@@ -53,6 +54,7 @@ from lissom.frontends.capture.kv_cache import (
     is_kv_cache_object,
     without_kv_cache,
 )
+from lissom.frontends.capture.layers_alike import layers_alike
 from lissom.frontends.capture.nested_tensors import encoders_without_nesting
 from lissom.frontends.capture.recurrences import recurrences_as_operators
 from lissom.frontends.capture.untouched import assignments_as_writes, nothing_registered, untouched
@@ -115,7 +117,9 @@ def capture(
             stack.enter_context(encoders_without_nesting(model))
             stack.enter_context(masks_as_given())
             _bound(model, args, kwargs)
-            answer, dropped = _answer(model, args, kwargs, stack)
+            with layers_alike(model):
+                answer, dropped = _answer(model, args, kwargs, stack)
+            answer = None if is_paged() else answer
             if isinstance(dynamic, Mapping):
                 program, notes = _capture_named(model, args, kwargs, dynamic, answer)
             else:
@@ -123,7 +127,8 @@ def capture(
             notes += dropped
             # The caller's own model, unless it would have to be changed first: what a copy does may depend on the original.
             as_captured = dropped or any(module.training for module in given.modules())
-            confirm_calls(program, model if as_captured else given, args, kwargs)
+            with layers_alike(model, program):
+                confirm_calls(program, model if as_captured else given, args, kwargs)
     example = program.signature.flatten(args, kwargs)
     if device is not None:
         program, example = move(program, device), [tensor.to(device) for tensor in example]

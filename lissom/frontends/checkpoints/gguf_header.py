@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 
+from lissom.compiler.paging import SPILLED, empty_on_disk
 from lissom.ops.gguf_blocks import BLOCK_TYPES, unpack_blocks
 
 _DEQUANTIZE = gguf.dequantize
@@ -58,6 +59,24 @@ def dequantize(blocks: Any, kind: GGMLQuantizationType) -> Any:
     columns = stored.shape[-1] // known.bytes * known.size
     unpacked = unpack_blocks(stored.flatten(), known, stored.numel() // stored.shape[-1], columns)
     return unpacked.dequantize(slice(None)).view(*stored.shape[:-1], columns).numpy()
+
+
+class OnDisk:
+    """numpy for the loader of transformers, whose copies of weights are in files without names."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def copy(self, array: Any) -> Any:
+        """A copy, on the disk if it is large. Raises UnsupportedError if that is full."""
+        if array.nbytes < SPILLED:
+            return array.copy()
+        copied = empty_on_disk(array.nbytes).numpy().view(array.dtype).reshape(array.shape)
+        copied[...] = array
+        return copied
 
 
 def parse_value(value: Any, types: Any) -> Any:

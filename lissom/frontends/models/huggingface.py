@@ -21,6 +21,7 @@ from lissom.errors import ArtifactError, UnsupportedError, nearest
 from lissom.frontends.capture.failures import first_line
 from lissom.frontends.capture.isolation import exchanged, only_errors
 from lissom.frontends.checkpoints.gguf import describe_blocks, keep_blocks
+from lissom.frontends.checkpoints.shards import check_shards
 from lissom.frontends.models.huggingface_inputs import SENTENCES, encode, make_inputs
 
 if TYPE_CHECKING:
@@ -92,11 +93,14 @@ class Checkpoint:
         return encode(self.tokenizer, sentences, length)
 
 
-def load(name: str) -> Checkpoint:
+def load(name: str, *, with_inputs: bool = True) -> Checkpoint:
     """The model of a checkpoint directory, or of a package named in `PACKAGED`, on the CPU in evaluation mode.
 
-    A directory holds the files of `save_pretrained`, or a single GGUF file, whose weights are dequantized to float32 and
-    remember their blocks, for `use-stored-weights`.
+    A directory holds the files of `save_pretrained`, whose weights are mapped, or a single GGUF file, whose weights are
+    dequantized to float32, in files without names, and remember their blocks, for `use-stored-weights`.
+
+    Args:
+        with_inputs: makes example inputs, for which the model runs.
 
     Raises:
         ArtifactError: if the directory holds no model transformers can load.
@@ -119,9 +123,9 @@ def load(name: str) -> Checkpoint:
             raise ArtifactError(f"{directory} cannot be loaded by transformers: {first_line(error)}") from error
         if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
             tokenizer = None
-        inputs, note = make_inputs(model, tokenizer, directory)
+        inputs, made = make_inputs(model, tokenizer, directory) if with_inputs else ({}, "")
     notes = [f"the checkpoint has no {', '.join(sorted(missing))}; these weights are random"] if missing else []
-    return Checkpoint(model, tokenizer, inputs, (*notes, *describe_blocks(model), note))
+    return Checkpoint(model, tokenizer, inputs, (*notes, *describe_blocks(model), *([made] if made else [])))
 
 
 def tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
@@ -205,9 +209,13 @@ def _load_saved(directory: Path) -> tuple[PreTrainedModel, set[str]]:
         )
     if not any(any(directory.glob(pattern)) for pattern in _WEIGHTS):
         raise ArtifactError(f"{directory} has a config but no weights; put model.safetensors next to config.json")
+    check_shards(directory)
     architectures = fields.get("architectures") or ["AutoModel"]
     model_class = getattr(transformers, architectures[0], transformers.AutoModel)
-    model, loading_info = model_class.from_pretrained(directory, **_LOCAL, output_loading_info=True)
+    options = {**_LOCAL, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, loading_info = model_class.from_pretrained(directory, **options)
+    for name, stored, wanted in loading_info["mismatched_keys"]:
+        raise ArtifactError(f"{directory} has '{name}' in the shape {[*stored]}, and its configuration says {[*wanted]}")
     return model.eval(), set(loading_info["missing_keys"])
 
 
@@ -221,7 +229,7 @@ def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedT
     from tqdm.auto import tqdm
 
     options = {"gguf_file": file, **_LOCAL}
-    from lissom.frontends.checkpoints.gguf_header import HeaderReader, dequantize, parse_value
+    from lissom.frontends.checkpoints.gguf_header import HeaderReader, OnDisk, dequantize, parse_value
 
     loading = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     with ExitStack() as stack:
@@ -230,6 +238,7 @@ def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedT
         stack.enter_context(exchanged(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)))
         stack.enter_context(exchanged(gguf, "dequantize", dequantize))
         stack.enter_context(exchanged(loading, "_gguf_parse_value", parse_value))
+        stack.enter_context(exchanged(loading, "np", OnDisk(loading.np)))
         stack.enter_context(exchanged(loading, "tqdm", functools.partial(tqdm, disable=True)))
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
         keep_blocks(model, directory / file)

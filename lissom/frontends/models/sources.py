@@ -35,8 +35,11 @@ class Source:
     checkpoint: huggingface.Checkpoint | None = None
 
 
-def load(name: str) -> Source:
+def load(name: str, *, with_inputs: bool = True) -> Source:
     """The model of that name, and example inputs for it.
+
+    Args:
+        with_inputs: as for `huggingface.load`.
 
     Raises:
         ArtifactError: if there is no such model, or it cannot be read.
@@ -52,5 +55,5 @@ def load(name: str) -> Source:
             raise ArtifactError(f"{name} is a file, but its name does not end in .onnx; give an ONNX file or a directory")
         onnx_model = onnx.read(name)
         return Source(onnx_model.module, onnx_model.example_inputs(), (f"example inputs: {onnx_model.describe_inputs()}",))
-    checkpoint = huggingface.load(name)
+    checkpoint = huggingface.load(name, with_inputs=with_inputs)
     return Source(checkpoint.model, checkpoint.example_inputs, checkpoint.notes, checkpoint)

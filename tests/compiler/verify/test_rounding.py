@@ -97,7 +97,7 @@ def test_a_sum_that_cancels_rounds_by_more_than_others(factor: float, differs: b
     before = captures.optimize(model, x).program
     edit = Editor(before.copy(), "reverses")
     Reverses(factor).run(edit)
-    assert max(local_errors(before, edit.program, [x]).values()) > LOCAL_FLOAT_TOLERANCE[torch.float32]
+    assert max(local_errors(before, edit.program, [[x]]).values()) > LOCAL_FLOAT_TOLERANCE[torch.float32]
     assert differs_locally(before, edit.program, [[x]]) == differs
 
 
@@ -112,7 +112,7 @@ def test_cancelling_bfloat16_outliers_are_no_kernel_mistake(scheme: str) -> None
     before = captures.optimize(model.bfloat16(), x.bfloat16(), passes=f"quantize{{scheme={scheme},lm_head=true}}").program
     after, _ = apply("fold-quantized-weights,pack-quantized-linear", before, [x.bfloat16()])
     allowed = local_tolerances(before)
-    errors = local_errors(before, after, [x.bfloat16()])
+    errors = local_errors(before, after, [[x.bfloat16()]])
     # A processor that multiplies bfloat16 rounds weights to it, as the simulation does.
     if scheme == "int8-dynamic" or not multiplies_bfloat16():
         assert any(error > allowed[name] for name, error in errors.items())
@@ -123,13 +123,13 @@ def test_every_node_is_given_what_its_inputs_were() -> None:
     case = tiny_bert()
     before = captures.optimize(case.model, case.inputs, passes="quantize").program
     sample = before.signature.flatten((), case.kwargs)
-    assert max(local_errors(before, before, sample).values()) == 0
+    assert max(local_errors(before, before, [sample]).values()) == 0
     assert not differs_locally(before, before, [sample])
     after = before.copy()
     edit = Editor(after, "break")
     weight = after.nodes(aten.layer_norm.default)[0].args[2]
     edit.set_weight(weight, after.weight(str(weight.target)) * 1.05)
-    wrong = {name: error for name, error in local_errors(before, after, sample).items() if error > LOCAL_TOLERANCE}
+    wrong = {name: error for name, error in local_errors(before, after, [sample]).items() if error > LOCAL_TOLERANCE}
     assert wrong == {"layer_norm": pytest.approx(0.05, rel=0.1)}
     assert differs_locally(before, after, [sample])
 

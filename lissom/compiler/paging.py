@@ -1,0 +1,179 @@
+"""The weights of a large model on disk while it is compiled: those of its files are mapped, those that passes make are too.
+
+A model that was read from its files for one compile alone is compiled inside `paged`. Mapped weights stay in memory until
+there is too much of them; the system reads them again from the files, or from its cache of them. Large weights that passes make
+move to temporary files, which have no name, so that nothing is left behind. `take_home` moves those of the result back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import re
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from lissom.compiler.memory import huge_block, is_plain
+from lissom.errors import UnsupportedError
+
+LARGE = 1 << 29
+"""The bytes of weights from which a model is compiled from the disk."""
+SPILLED = 1 << 20
+"""The bytes from which a weight moves to a file."""
+_LEAST_HELD, _PART_HELD = 1 << 27, 16
+"""The bytes of mapped weights that stay in memory: this part of the model's, and at least so many."""
+_SECONDS = 0.01
+_GONE = 4
+"""Linux's advice that pages may go."""
+
+
+class _Pager(threading.Thread):
+    """Mapped weights, and a thread that lets go of their pages when too many are in memory.
+
+    A tensor is known by its address while it lives there: pages of other memory would be lost.
+    """
+
+    def __init__(self, weights: Iterable[torch.Tensor], size: int) -> None:
+        super().__init__(name="lissom-pager", daemon=True)
+        self._held = _mapped_bytes() + max(_LEAST_HELD, size // _PART_HELD)
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        clean = [*_clean_mappings()]
+        mapped = [weight for weight in weights if any(_is_inside(weight, *mapping) for mapping in clean)]
+        self._mapped = {weight.data_ptr(): weakref.ref(weight) for weight in mapped}
+        self._spilled: dict[int, weakref.ref[torch.Tensor]] = {}
+
+    def run(self) -> None:
+        while not self._ended.wait(_SECONDS):
+            if _mapped_bytes() > self._held:
+                self._let_go()
+
+    def end(self) -> None:
+        self._ended.set()
+        self.join()
+
+    def spill(self, tensor: torch.Tensor) -> None:
+        """Move a tensor to a file. Raises UnsupportedError if there is no room for it."""
+        whole = tensor.nbytes == tensor.untyped_storage().nbytes()
+        if tensor.nbytes < SPILLED or not whole or not is_plain(tensor) or not tensor.untyped_storage().resizable():
+            return
+        self._move(tensor, empty_on_disk(tensor.nbytes))
+        self._spilled[tensor.data_ptr()] = weakref.ref(tensor)
+
+    def take_home(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Move spilled tensors back into memory."""
+        for tensor in tensors:
+            known = self._spilled.pop(tensor.data_ptr(), None)
+            if known is not None and known() is tensor:
+                block, start = huge_block(tensor.nbytes)
+                self._move(tensor, torch.frombuffer(block, dtype=torch.uint8, count=tensor.nbytes, offset=start))
+
+    def _move(self, tensor: torch.Tensor, place: torch.Tensor) -> None:
+        moved = place.view(tensor.dtype).as_strided(tensor.size(), tensor.stride())
+        moved.copy_(tensor.detach())
+        with self._lock, torch.inference_mode(tensor.is_inference()):
+            tensor.data = moved.view_as(moved)
+
+    def _let_go(self) -> None:
+        advise = ctypes.CDLL(None).madvise
+        with self._lock:
+            for known in (self._mapped, self._spilled):
+                for address, reference in [*known.items()]:
+                    tensor = reference()
+                    if tensor is None:
+                        known.pop(address, None)
+                        continue
+                    first, last = -(-address // mmap.PAGESIZE), (address + tensor.nbytes) // mmap.PAGESIZE
+                    if tensor.data_ptr() == address and last > first:
+                        advise(ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t((last - first) * mmap.PAGESIZE), _GONE)
+
+
+_pagers: list[_Pager] = []
+"""That of the compile that runs, if its model is large. One compiles at once, under the lock of `capture/isolation.py`."""
+
+
+@contextmanager
+def paged(weights: Iterable[torch.Tensor]) -> Generator[None]:
+    """Compile a model from the disk, if it is large.
+
+    Args:
+        weights: of a model that nobody else reads or writes.
+    """
+    weights = [*weights]
+    size = sum({weight.data_ptr(): weight.nbytes for weight in weights}.values())
+    if sys.platform != "linux" or size < LARGE or _pagers:
+        yield
+        return
+    pager = _Pager(weights, size)
+    del weights
+    _pagers.append(pager)
+    pager.start()
+    try:
+        yield
+    finally:
+        _pagers.clear()
+        pager.end()
+
+
+def is_paged() -> bool:
+    """True while a large model is compiled from the disk."""
+    return bool(_pagers)
+
+
+def spill(tensor: torch.Tensor) -> None:
+    """Move a large tensor that a pass made to the disk, while a large model is compiled.
+
+    Raises:
+        UnsupportedError: if the disk is full.
+    """
+    for pager in _pagers:
+        pager.spill(tensor)
+
+
+def take_home(tensors: Iterable[torch.Tensor]) -> None:
+    """Take tensors back into memory that were moved to the disk."""
+    for pager in _pagers:
+        pager.take_home(tensors)
+
+
+def empty_on_disk(size: int) -> torch.Tensor:
+    """So many bytes, uint8, in a file without a name, which goes when the tensor does.
+
+    Raises:
+        UnsupportedError: if there is no room.
+    """
+    folder = os.environ.get("TMPDIR") or ("/var/tmp" if Path("/var/tmp").is_dir() else tempfile.gettempdir())
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
+    except OSError as error:
+        raise UnsupportedError(
+            f"{folder} has no room for {size / 1e6:.3g} MB of weights while the model is compiled ({error.strerror}); "
+            f"set TMPDIR to a folder with more room"
+        ) from error
+
+
+def _mapped_bytes() -> int:
+    """The bytes of mapped files in the process's memory."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[2]) * mmap.PAGESIZE
+
+
+def _clean_mappings() -> Iterator[tuple[int, int]]:
+    """The first and last address of each mapped file of which the process has written nothing."""
+    entries = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for entry in entries:
+        header = re.match(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+) +/", entry)
+        if header is not None and header[3] != "0" and re.search(r"^Anonymous: +0 kB", entry, re.MULTILINE):
+            yield int(header[1], 16), int(header[2], 16)
+
+
+def _is_inside(tensor: torch.Tensor, first: int, last: int) -> bool:
+    return first <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= last
