@@ -149,7 +149,7 @@ def empty_on_disk(size: int) -> torch.Tensor:
     Raises:
         UnsupportedError: if there is no room.
     """
-    folder = os.environ.get("TMPDIR") or ("/var/tmp" if Path("/var/tmp").is_dir() else tempfile.gettempdir())
+    folder = folder_of_files()
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, size)
@@ -159,6 +159,11 @@ def empty_on_disk(size: int) -> torch.Tensor:
             f"{folder} has no room for {size / 1e6:.3g} MB of weights while the model is compiled ({error.strerror}); "
             f"set TMPDIR to a folder with more room"
         ) from error
+
+
+def folder_of_files() -> str:
+    """The folder of the files without names: TMPDIR, else /var/tmp, as /tmp is often in memory."""
+    return os.environ.get("TMPDIR") or ("/var/tmp" if Path("/var/tmp").is_dir() else tempfile.gettempdir())
 
 
 def _mapped_bytes() -> int:

@@ -20,7 +20,7 @@ from lissom.backends.fastest import build_fastest
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, check_samples, larger
 from lissom.compiler.memory import free_dropped_programs, give_back_memory
-from lissom.compiler.paging import is_paged, paged
+from lissom.compiler.paging import is_paged
 from lissom.compiler.pipeline.history import History, Size, Step
 from lissom.compiler.pipeline.options import Progress
 from lissom.compiler.pipeline.pass_kinds import Pass
@@ -42,6 +42,7 @@ from lissom.driver.options import (
 )
 from lissom.driver.payoff import Payoff
 from lissom.driver.ranks import Unlowered, compile_for_ranks
+from lissom.driver.room import from_disk
 from lissom.errors import InputError, LissomError, UnsupportedError
 from lissom.frontends.capture.device import check_device, device_of
 from lissom.frontends.capture.export import Capture, capture
@@ -72,13 +73,8 @@ def compile_by_class(
 @compile_by_class.register(Path)
 def _(name: str | Path, example_inputs: Inputs | None, settings: Settings) -> CompiledModel | TextModel:
     source = load(str(name), with_inputs=example_inputs is None)
-    with from_disk(source.model):
+    with from_disk(source.model, settings.passes):
         return compile_model(source.model, source.example_inputs if example_inputs is None else example_inputs, settings)
-
-
-def from_disk(model: nn.Module) -> AbstractContextManager[None]:
-    """Compile a model from the disk, if it is large and was loaded for this alone."""
-    return paged([*model.parameters(), *model.buffers()])
 
 
 def compile_model(model: nn.Module | Program, example_inputs: Inputs, settings: Settings) -> CompiledModel:

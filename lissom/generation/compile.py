@@ -17,9 +17,10 @@ from lissom.backends.base import Backend
 from lissom.backends.distributed.backend import Distributed
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Pass, Training
-from lissom.driver.compile import compile_captured, from_disk
+from lissom.driver.compile import compile_captured
 from lissom.driver.keywords import keywords_of
 from lissom.driver.options import LABELS, BuildSettings, Inputs, check_choices, check_settings, resolve_passes
+from lissom.driver.room import from_disk
 from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.capture.device import check_device, device_of
 from lissom.frontends.capture.export import Capture
@@ -84,7 +85,7 @@ def compile_generation(model: nn.Module | str | Path, settings: GenerationSettin
     """
     if isinstance(model, (str, Path)):
         loaded = load(str(model), with_inputs=False).model
-        with from_disk(loaded):
+        with from_disk(loaded, settings.passes):
             return _compile(loaded, settings)
     return _compile(model, settings)
 

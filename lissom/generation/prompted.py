@@ -14,8 +14,8 @@ from lissom.artifacts.signature import TrustedKeys
 from lissom.backends.distributed.backend import Distributed
 from lissom.backends.eager.backend import Eager
 from lissom.compiler.pipeline.options import Goal, check_options
-from lissom.driver.compile import from_disk
 from lissom.driver.options import resolve_passes
+from lissom.driver.room import from_disk
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.frontends.checkpoints.gguf import describe_blocks
 from lissom.frontends.generation.decoder import SHORTEST, longest_text
@@ -97,11 +97,12 @@ def compile_prompted(
     wanted = max(SHORTEST, _slots(source.model, ids) + max_new_tokens)
     if place is not None:
         wanted = kept.rounded(wanted)
-    with from_disk(source.model):
+    passes = _default_passes(source, request, tell) if pipeline is None else pipeline
+    with from_disk(source.model, passes):
         decoder = compile_generation(
             source.model,
             max_length=wanted if longest is None else min(wanted, longest),
-            passes=_default_passes(source, request, tell) if pipeline is None else pipeline,
+            passes=passes,
             backend=request.backend,
             device=request.device,
             checks=checks,

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lissom
 from lissom.compiler import paging
 from lissom.errors import UnsupportedError
-from tests.support.models import normal, seeded
+from tests.support.models import normal, seeded, tiny_bert
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="pages are let go of on Linux")
 
@@ -119,7 +120,11 @@ def test_small_models_stay_in_memory() -> None:
 def test_full_disk_is_one_sentence() -> None:
     tensor = normal(1024, 1024)
     values = tensor.clone()
-    with paging.paged([normal(4)]), largest_file(1 << 20), pytest.raises(UnsupportedError, match="no room for 4.19 MB of weights"):
+    with (
+        paging.paged([normal(4)]),
+        largest_file(1 << 20),
+        pytest.raises(UnsupportedError, match=r"no room for 4\.19 MB of weights"),
+    ):
         paging.spill(tensor)
     assert torch.equal(tensor, values)
 
@@ -138,12 +143,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig(
         vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2
     )
-    seeded(lambda: LlamaForCausalLM(config)).bfloat16().save_pretrained(path, max_shard_size="40KB")
+    model: Any = seeded(lambda: LlamaForCausalLM(config)).bfloat16()
+    model.save_pretrained(path, max_shard_size="40KB")
     return path
 
 
 @pytest.mark.usefixtures("everything")
-@pytest.mark.parametrize("passes", ["quantize{scheme=int4-weight}", "quantize{scheme=int8-dynamic}", "quantize{scheme=int8-weight,lm_head=true}"])
+@pytest.mark.parametrize(
+    "passes", ["quantize{scheme=int4-weight}", "quantize{scheme=int8-dynamic}", "quantize{scheme=int8-weight,lm_head=true}"]
+)
 def test_decoder_from_the_disk_is_the_one_from_memory(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: str
 ) -> None:
@@ -172,9 +180,7 @@ def test_failed_compile_leaves_nothing_behind(folder: Path, tmp_path: Path, monk
 
 @pytest.mark.usefixtures("everything")
 def test_encoder_is_compiled_from_its_folder(tmp_path: Path) -> None:
-    from tests.support.models import tiny_bert
-
-    bert = tiny_bert()
+    bert: Any = tiny_bert()
     bert.model.save_pretrained(tmp_path)
     compiled = lissom.compile(tmp_path, bert.inputs, passes="quantize{scheme=int8-weight}", goal=None)
     whole = lissom.compile(bert.model, bert.inputs, passes="quantize{scheme=int8-weight}", goal=None)

@@ -28,6 +28,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.ops import formats
 from lissom.ops.formats import Format
+from lissom.ops.native import load_kernels
 from lissom.ops.quantization import best_scales, best_scales_reference
 
 Observer = Literal["min-max", "percentile", "mse", "entropy"]
@@ -121,6 +122,7 @@ def weight_scale(
     if observer == "min-max":
         return formats.scale_for(*formats.block_range(weight, shape), form)
     blocks, factors = formats.as_blocks(weight.detach(), shape), _WEIGHT_FACTORS.to(weight.device)
+    load_kernels()
     if form.is_integer and blocks.shape[1] <= _WIDEST:
         scale, zero_point = best_scales(blocks, factors, format=form.name)
     else:

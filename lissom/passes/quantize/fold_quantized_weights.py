@@ -16,6 +16,7 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.dequantized_rows import dequantize_rows_only
 from lissom.ops.formats import FORMATS
+from lissom.ops.native import load_kernels
 from lissom.ops.quantization import dequantize, fake_quantize, quantize_weight
 
 
@@ -24,6 +25,7 @@ class FoldQuantizedWeights(Rewrite):
     """Stores quantized weights as integers or fp8, in place of `lissom::fake_quantize`."""
 
     def run(self, edit: Editor) -> None:
+        load_kernels()
         for node in edit.nodes(fake_quantize):
             weight = FakeQuantize(node).x
             if weight.op == "get_attr":

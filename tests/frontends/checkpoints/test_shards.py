@@ -84,9 +84,7 @@ def lie_about_sizes(path: Path) -> None:
     ],
     ids=lambda item: getattr(item, "__name__", ""),
 )
-def test_damaged_shard_is_one_sentence(
-    sharded: Path, tmp_path: Path, spoil: Callable[[Path], None], sentence: str
-) -> None:
+def test_damaged_shard_is_one_sentence(sharded: Path, tmp_path: Path, spoil: Callable[[Path], None], sentence: str) -> None:
     folder = shutil.copytree(sharded, tmp_path / "copied")
     spoil(folder / SHARD)
     with pytest.raises(ArtifactError, match=sentence) as raised:
@@ -106,7 +104,7 @@ def test_index_names_no_file_outside_the_folder(sharded: Path, tmp_path: Path) -
     folder = shutil.copytree(sharded, tmp_path / "copied")
     shutil.copy(folder / SHARD, tmp_path / "outside.safetensors")
     (folder / INDEX).write_text((folder / INDEX).read_text().replace(SHARD, "../outside.safetensors"))
-    with pytest.raises(ArtifactError, match="lacks ../outside.safetensors"):
+    with pytest.raises(ArtifactError, match=r"lacks \.\./outside\.safetensors"):
         check_shards(folder)
 
 

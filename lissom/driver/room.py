@@ -1,0 +1,72 @@
+"""A large model that is compiled from the disk: the memory and disk that this takes, estimated before it begins."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from lissom.compiler.paging import LARGE, folder_of_files, paged
+from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.driver.options import resolve_passes
+from lissom.errors import UnsupportedError
+from lissom.passes.quantize.quantize import Quantize
+from lissom.passes.quantize.use_stored_weights import UseStoredWeights
+
+_BITS = {"int4": 5.0, "int8": 8.5, "fp8": 8.5}
+"""Bits of a quantized weight, with its scales, by the beginning of a scheme's name."""
+_STORED = 6.5
+"""Bits of a weight as GGUF files store it."""
+
+
+@contextmanager
+def from_disk(model: nn.Module, passes: str | Pass | Sequence[Pass]) -> Generator[None]:
+    """Compile a model from the disk inside the block, if it is large, and was loaded for this alone.
+
+    Raises:
+        UnsupportedError: if memory or disk do not suffice.
+    """
+    weights = [*model.parameters(), *model.buffers()]
+    if sum(weight.nbytes for weight in weights) >= LARGE:
+        _check_room(model, resolve_passes(passes))
+    with paged(weights):
+        yield
+
+
+def _check_room(model: nn.Module, passes: Sequence[Pass]) -> None:
+    """Refuse a model whose result does not fit into the memory, or its weights on the way there on the disk."""
+    bits = [_BITS[pass_.scheme.partition("-")[0]] for pass_ in passes if isinstance(pass_, Quantize)]
+    bits += [_STORED for pass_ in passes if isinstance(pass_, UseStoredWeights)]
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    held = made = 0.0
+    for weight in model.parameters():
+        # Tables are looked up where they are, and their rows are read.
+        size = weight.numel() * min(bits) / 8 if bits and weight.dim() > 1 and id(weight) not in tables else weight.nbytes
+        held += 0 if id(weight) in tables else size
+        made += size if weight.dim() > 1 else 0
+    free = _free_memory()
+    if free is not None and held > free:
+        raise UnsupportedError(
+            f"the weights of the result take about {held / 1e9:.3g} GB, and {free / 1e9:.3g} GB of memory are free; quantize "
+            f"them to fewer bits, or share the model among machines"
+        )
+    folder = folder_of_files()
+    # In two forms at once: as integers, and packed for the kernels.
+    if Path(folder).is_dir() and (left := shutil.disk_usage(folder).free) < 2 * made:
+        raise UnsupportedError(
+            f"compiling takes up to {2 * made / 1e9:.3g} GB of {folder} for a while, and {left / 1e9:.3g} GB are free there; "
+            f"set TMPDIR to a folder with more room"
+        )
+
+
+def _free_memory() -> float | None:
+    """The bytes of memory that the process may still take; None where that is not known."""
+    try:
+        known = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    return None if known is None else 1024.0 * int(known[1])
