@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lissom.compiler.memory import collector_paused
 from lissom.errors import ArtifactError, UnsupportedError, nearest
 from lissom.frontends.capture.failures import first_line
 from lissom.frontends.capture.isolation import exchanged, only_errors
@@ -142,7 +143,7 @@ def tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     if not any((directory / file).is_file() for file in _TOKENIZER):
         return None
-    with _offline() as transformers:
+    with collector_paused(), _offline() as transformers:
         return transformers.AutoTokenizer.from_pretrained(directory, **_LOCAL)
 
 
