@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from lissom.artifacts.directory import check_target, verified_bytes, verifying, write_directory
 from lissom.artifacts.manifest import NAME, Content, Manifest, write_manifest
 from lissom.artifacts.program_file import ReadWeights, decode_program, encode_program
-from lissom.artifacts.weights import load_weights, save_weights
+from lissom.artifacts.weights import Place, load_weights, save_weights
 from lissom.backends import BACKENDS, check_name
 from lissom.backends.base import WEIGHTS_FILE, Backend, Executable
 from lissom.backends.exported import kind_and_reason
@@ -208,11 +208,12 @@ def load_whole(
         raise UnsupportedError(f"backend '{backend.name}' maps the files of an artifact itself; leave map_weights= out")
 
     with verifying(directory / WEIGHTS, manifest.content_of(WEIGHTS, directory)) as weights:
+
+        def read_weights(entries: Mapping[str, object], place: Place) -> dict[str, torch.Tensor]:
+            return load_weights(entries, weights, place, mapped=trust.map_weights)
+
         program = read_program(
-            directory,
-            manifest,
-            lambda entries, place: load_weights(entries, weights, place, mapped=trust.map_weights),
-            lambda stored_on: wanted if stored_on.type == saved.type else stored_on,
+            directory, manifest, read_weights, lambda stored_on: wanted if stored_on.type == saved.type else stored_on
         )
         history = read_history(manifest, directory)
     notes = _check_kernels(program, directory)

@@ -31,8 +31,8 @@ class Content:
     """One file's size in bytes and SHA-256.
 
     Attributes:
-        parts: the SHA-256 of every `PART_BYTES` of a larger file, which several threads check at once; empty if the artifact was
-            written without them.
+        parts: the SHA-256 of every `PART_BYTES` of a larger file, which several threads check at once; empty in an artifact
+            without them.
     """
 
     size: int

@@ -79,7 +79,7 @@ def write_processors(folder: Path, source: str | None, tokenizer: Saveable | Non
 
 
 def _without_indents(path: Path) -> None:
-    """Take the indents and ends of lines out of a JSON file, half of a large vocabulary's: transformers reads it several times."""
+    """Take indents and line breaks out of a JSON file: half of a large vocabulary, which transformers reads twice."""
     if path.is_file():
         short = path.with_name(f"{path.name}.short")
         with path.open("rb") as source, short.open("wb") as target:

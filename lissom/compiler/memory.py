@@ -38,8 +38,8 @@ def use_huge_pages(tensors: Iterable[torch.Tensor], own: Iterable[torch.Tensor] 
     Args:
         own: those whose memory is nobody else's. Small ones are moved together: among others' memory in a heap they would lose
             their huge pages whenever the C library gives back what is free between them.
-        behind: make the huge pages in another thread, while the caller goes on. Memory is moved by the system alone, which keeps
-            it valid for all threads; the tensors stay alive until the thread is done.
+        behind: make the huge pages in another thread, while the caller goes on and reads or writes the tensors: only the system
+            moves their memory. They stay alive until the thread is done.
     """
     size = _huge_page_bytes()
     if not size:

@@ -143,7 +143,9 @@ def load_generation(
     return model_of(read_decoder(directory, device, trust, backend))
 
 
-def read_decoder(directory: str | Path, device: str | torch.device | None, trust: Trust, backend: str | Backend | None) -> Parts:
+def read_decoder(
+    directory: str | Path, device: str | torch.device | None, trust: Trust, backend: str | Backend | None = None
+) -> Parts:
     """The parts of the decoder that `save` wrote. Errors as of `load_generation`."""
     try:
         from lissom.generation.saved import read

@@ -52,7 +52,7 @@ def load_prompted(
 def _load(directory: Path, device: str | None, trust: Trust) -> ConfiguredDecoder:
     """The decoder in a directory; one without encoder is read by its tokens alone, without `generate` of transformers."""
     with collector_paused():
-        parts = read_decoder(directory, device, trust, None)
+        parts = read_decoder(directory, device, trust)
     return model_of(parts) if parts.encoder else ConfiguredDecoder(parts.compiled, parts.config, parts.generation_config)
 
 

@@ -185,10 +185,10 @@ class History:
 
         def __getattr__(self, name: str) -> object:
             # Called only for an attribute that is not set, as these two of a history that was not read yet.
-            read = self._read if name in ("texts", "changes") else None
-            if read is None:
+            if name in ("texts", "changes") and (read := self._read) is not None:
+                (self.texts, self.changes), self._read = read(), None
+            if name not in vars(self):
                 raise AttributeError(f"a history has no attribute '{name}'")
-            (self.texts, self.changes), self._read = read(), None
             return vars(self)[name]
 
     def record(self, step: Step, text: str, facts: Mapping[str, NodeFacts] | None = None) -> None:
@@ -269,30 +269,19 @@ class History:
         return {"version": FORMAT_VERSION, "pipeline": self.pipeline, "checks": self.checks, "steps": steps}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], programs: Mapping[str, Any] | Sequence[str]) -> History:
-        """The history that `to_json` wrote, with what `programs_to_json` wrote, or only the programs' texts.
-
-        Raises:
-            ValueError: when the data is no history.
-            TypeError: likewise.
-            KeyError: likewise.
-        """
-        history = cls.unread(data, lambda: programs_from_json(programs))
+    def from_json(cls, data: Mapping[str, Any], texts: Sequence[str]) -> History:
+        """The history that `to_json` wrote, with the programs' texts. Raises as `unread`."""
+        history = cls.unread(data, lambda: (list(map(text, texts)), {}))
         if len(history.texts) != len(history.steps):
             raise ValueError("the history and the programs' texts do not belong together")
         return history
 
     @classmethod
     def unread(cls, data: Mapping[str, Any], read: Callable[[], tuple[list[str], Changes]]) -> History:
-        """A history whose texts and facts are read when they are asked for first.
-
-        Args:
-            read: returns both, as `programs_from_json`; its errors pass through.
+        """The history that `to_json` wrote, whose texts and changes `read` returns when they are asked for first.
 
         Raises:
-            ValueError: as `from_json`.
-            TypeError: likewise.
-            KeyError: likewise.
+            ValueError: when the data is no history; or TypeError, or KeyError.
         """
         if data["version"] != FORMAT_VERSION:
             raise ValueError(f"the history is of version {shown(data['version'])}; this Lissom reads version {FORMAT_VERSION}")
@@ -304,13 +293,11 @@ class History:
         return history
 
 
-def programs_from_json(programs: Mapping[str, Any] | Sequence[str]) -> tuple[list[str], Changes]:
-    """The texts and facts that `programs_to_json` wrote, or only the texts. Raises as `from_json`."""
-    if not isinstance(programs, Mapping):
-        return list(map(text, programs)), {}
+def programs_from_json(programs: Mapping[str, Any]) -> tuple[list[str], Changes]:
+    """The texts and facts that `programs_to_json` wrote. Raises as `History.unread`."""
     changes = {
-        int(index): {str(name): _fact_from_json(fact) for name, fact in facts.items()}
-        for index, facts in programs["changes"].items()
+        int(step): {str(name): _fact_from_json(fact) for name, fact in facts.items()}
+        for step, facts in programs["changes"].items()
     }
     return list(map(text, programs["texts"])), changes
 
