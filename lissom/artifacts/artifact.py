@@ -306,7 +306,9 @@ def read_history(manifest: Manifest, directory: Path) -> History:
     content = verified_bytes(path, manifest.content_of(STEPS, directory))
 
     def read() -> tuple[list[str], Changes]:
-        texts, changes = programs_from_json(parse_json(content, path))
+        found = parse_json(content, path)
+        # Older artifacts hold the texts alone.
+        texts, changes = programs_from_json(found if isinstance(found, dict) else {"texts": found, "changes": {}})
         if len(texts) != len(history.steps):
             raise ValueError(f"it has {len(history.steps)} steps, and {len(texts)} texts")
         return texts, changes

@@ -14,6 +14,7 @@ import stat
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from lissom.artifacts.signature import SIGNATURE, check_signature, sign
 from lissom.errors import ArtifactError
 from lissom.io.fields import MOST_BYTES, shown
 from lissom.io.files import check_parent, open_plain, read_plain, reason, writing_whole
+from lissom.io.hashes import submitted
 
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
 _EXCHANGE, _HERE = 2, -100
@@ -358,7 +360,7 @@ def verifying(path: Path, wanted: Content) -> Generator[Path]:
     """
     with open_plain(path) as file, ThreadPoolExecutor(1) as pool:
         check_size(path, os.fstat(file.fileno()).st_size, wanted)
-        checked = pool.submit(verify, file, path, wanted)
+        checked = submitted(pool, partial(verify, file, path, wanted))
         try:
             yield _held(file, path)
         except Exception as error:

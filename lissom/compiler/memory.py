@@ -9,7 +9,7 @@ import mmap
 import sys
 import threading
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -51,7 +51,8 @@ def use_huge_pages(tensors: Iterable[torch.Tensor], own: Iterable[torch.Tensor] 
         _make_huge(pages, size)
     elif pages:
         # Not a daemon: the interpreter waits for it, and it then stops after a page.
-        threading.Thread(target=_make_huge, args=(pages, size, storages), name="lissom-huge-pages").start()
+        with suppress(RuntimeError):  # the interpreter ends, and starts no more threads
+            threading.Thread(target=_make_huge, args=(pages, size, storages), name="lissom-huge-pages").start()
 
 
 def _well_filled(storages: Iterable[torch.UntypedStorage], size: int) -> list[int]:
