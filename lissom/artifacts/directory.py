@@ -330,8 +330,7 @@ def verify(file: BufferedReader | BufferedRandom, path: Path, wanted: Content) -
         file.seek(0)
         if not wanted.is_of(file.fileno()):
             raise _changed(path)
-        # A file that grew meanwhile.
-        check_size(path, os.fstat(file.fileno()).st_size, wanted)
+        check_size(path, os.fstat(file.fileno()).st_size, wanted)  # it may have grown
     except OSError as error:
         raise ArtifactError(f"'{path}' cannot be read: {reason(error)}") from error
 
@@ -359,7 +358,6 @@ def verifying(path: Path, wanted: Content) -> Generator[Path]:
         ArtifactError: as `open_verified`.
     """
     with open_plain(path) as file, ThreadPoolExecutor(1) as pool:
-        check_size(path, os.fstat(file.fileno()).st_size, wanted)
         checked = submitted(pool, partial(verify, file, path, wanted))
         try:
             yield _held(file, path)
