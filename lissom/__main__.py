@@ -8,8 +8,10 @@ import gc
 gc.disable()
 try:
     from lissom.cli.main import main
+    from lissom.compiler.memory import freeze_imports
+
+    freeze_imports()
 finally:
-    gc.freeze()
     gc.enable()
 
 if __name__ == "__main__":

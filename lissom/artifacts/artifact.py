@@ -27,7 +27,7 @@ from lissom.compiler.ir.types import TensorType
 from lissom.compiler.memory import collector_paused
 from lissom.compiler.pipeline.history import Changes, History, programs_from_json
 from lissom.errors import ArtifactError, UnsupportedError, nearest
-from lissom.io.fields import parse_json
+from lissom.io.fields import parse_json, take
 from lissom.measure.machine import device_name
 from lissom.ops import KERNELS, block_sparse_attention
 from lissom.ops.native import SWITCH, load_kernels, missing_kernel
@@ -304,23 +304,26 @@ def read_history(manifest: Manifest, directory: Path) -> History:
     """
     path = directory / STEPS
     content = verified_bytes(path, manifest.content_of(STEPS, directory))
-
-    def read() -> tuple[list[str], Changes]:
-        found = parse_json(content, path)
-        # Older artifacts hold the texts alone.
-        texts, changes = programs_from_json(found if isinstance(found, dict) else {"texts": found, "changes": {}})
-        if len(texts) != len(history.steps):
-            raise ValueError(f"it has {len(history.steps)} steps, and {len(texts)} texts")
-        return texts, changes
-
-    history = _decode_history(directory, lambda: History.unread(manifest.history, partial(_decode_history, directory, read)))
-    return history
+    # Not a local function, because a history can be pickled.
+    read = partial(_read_history, directory, partial(_read_programs, content, path, manifest.history))
+    return _read_history(directory, lambda: History.unread(manifest.history, read))
 
 
-def _decode_history(directory: Path, decode: Callable[[], Result]) -> Result:
-    """The result of `decode`. Raises ArtifactError for its errors."""
+def _read_programs(content: bytes, path: Path, history: Mapping[str, object]) -> tuple[list[str], Changes]:
+    """The texts and facts in the bytes of a file. Raises ArtifactError, ValueError, TypeError, KeyError or AttributeError."""
+    found = parse_json(content, path)
+    # Older artifacts hold the texts alone.
+    texts, changes = programs_from_json(found if isinstance(found, dict) else {"texts": found, "changes": {}})
+    steps = len(take(history, "steps", list))
+    if len(texts) != steps:
+        raise ValueError(f"it has {steps} steps, and {len(texts)} texts")
+    return texts, changes
+
+
+def _read_history(directory: Path, read: Callable[[], Result]) -> Result:
+    """The result of `read`. Raises ArtifactError if the directory holds no history."""
     try:
-        return decode()
+        return read()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactError(f"'{directory}' holds no history this Lissom can read: {kind_and_reason(error)}") from error
 

@@ -207,6 +207,14 @@ def collector_paused() -> Generator[None]:
         gc.enable()
 
 
+def freeze_imports() -> None:
+    """Keep the garbage collector from going through what lives now, until `heap_set_aside` ends. For a process of Lissom's own."""
+    gc.freeze()
+    _imports.append(True)
+
+
+_imports: list[bool] = []
+"""Not empty if Lissom froze what it imported."""
 _aside: list[bool] = []
 """Not empty while the heap is set aside. Passes run under the lock of `frontends/capture/isolation.py`, one thread at once."""
 
@@ -218,7 +226,7 @@ def heap_set_aside() -> Generator[None]:
     Passes make many small objects, and each full collection over a whole process costs as much as several passes.
     """
     # Counting takes as long as there are frozen objects: only what freezes first asks, where a caller's own are usually none.
-    if _aside or not gc.isenabled() or gc.get_freeze_count():
+    if _aside or not gc.isenabled() or (not _imports and gc.get_freeze_count()):
         yield
         return
     gc.freeze()

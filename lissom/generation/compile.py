@@ -24,10 +24,10 @@ from lissom.driver.options import LABELS, BuildSettings, Inputs, check_choices, 
 from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.capture.device import check_device, device_of
 from lissom.frontends.capture.export import Capture
-from lissom.frontends.capture.isolation import only_errors
 from lissom.frontends.generation.decoder import INPUTS, capture_decoder, check_capacity
 from lissom.frontends.generation.encoder_decoder import is_encoder_decoder
 from lissom.frontends.models.adapters import with_merged_adapters
+from lissom.frontends.models.huggingface import without_torchao_warnings
 from lissom.generation.decoder import labelled_prompts
 from lissom.generation.options import GenerationSettings
 from lissom.generation.scoring import Scorer
@@ -156,8 +156,7 @@ def read_decoder(
 
 def model_of(parts: Parts) -> GenerationModel:
     """The model of a decoder's parts, with `generate` of transformers, which is imported now."""
-    # It imports torchao if installed, which warns about missing CUDA libraries on a CPU, and makes PyTorch warn too.
-    with collector_paused(), only_errors("torchao", "torch.utils._pytree"):
+    with collector_paused(), without_torchao_warnings():
         from lissom.generation.model import GenerationModel
 
         if parts.encoder is None:

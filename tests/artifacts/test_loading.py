@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -80,10 +81,11 @@ def test_changed_weights_are_named_whatever_their_reader_says(saved, place):
 def test_history_is_read_when_it_is_asked_for(saved, original):
     history = lissom.load(saved).report.history
     assert not {"texts", "changes"} & vars(history).keys() and history.steps[0].spelling == "capture"
+    copied = pickle.loads(pickle.dumps(history))
     shutil.rmtree(saved)
     wanted = lissom.load(original).report.history
     assert "aten" in history.texts[0] and len(history.texts) == len(history.steps)
-    assert history == wanted
+    assert history == wanted and copied == wanted
     assert not hasattr(history, "others")
 
 

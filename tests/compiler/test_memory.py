@@ -217,6 +217,24 @@ def test_collector_pauses_and_goes_on():
         gc.enable()
 
 
+def test_command_sets_its_imports_and_then_its_heap_aside():
+    code = """
+import gc, runpy, sys
+sys.argv = ["lissom", "--version"]
+try:
+    runpy.run_module("lissom", run_name="__main__")
+except SystemExit:
+    pass
+from lissom.compiler.memory import heap_set_aside
+imports, model = gc.get_freeze_count(), [[] for _ in range(1000)]
+assert imports > 100_000 and gc.isenabled()
+with heap_set_aside():
+    assert gc.get_freeze_count() >= imports + 1000
+assert not gc.get_freeze_count()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
 def test_a_mapped_file_is_not_moved(tmp_path: Path):
     save_file({"x": torch.ones(MIB)}, tmp_path / "x.safetensors")
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:

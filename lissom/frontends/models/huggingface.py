@@ -243,14 +243,20 @@ _ALONE = threading.RLock()
 
 
 @contextmanager
+def without_torchao_warnings() -> Generator[None]:
+    """Silence torchao, which transformers' models import: it warns of missing CUDA libraries, and makes PyTorch warn too."""
+    with _ALONE, only_errors("torchao", "torch.utils._pytree"):
+        yield
+
+
+@contextmanager
 def _offline() -> Generator[Any]:
     """transformers without network access, progress bars and questions; its settings are restored when the block ends.
 
     Raises:
         UnsupportedError: if it is not installed.
     """
-    # It imports torchao if installed, which warns about missing CUDA libraries on a CPU, and makes PyTorch warn too.
-    with _ALONE, only_errors("torchao", "torch.utils._pytree"):
+    with without_torchao_warnings():
         try:
             import transformers
             from huggingface_hub import constants
