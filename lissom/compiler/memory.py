@@ -208,7 +208,7 @@ def collector_paused() -> Generator[None]:
 
 
 def freeze_imports() -> None:
-    """Keep the garbage collector from going through what lives now until `heap_set_aside` ends. For processes of Lissom alone."""
+    """Keep the garbage collector from going through what lives now until `heap_set_aside` ends. For the command line."""
     gc.freeze()
     _imports.append(True)
 

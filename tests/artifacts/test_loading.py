@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import lissom
 from lissom.artifacts import manifest
 from lissom.artifacts.manifest import NAME, Content, read_manifest
+from lissom.compiler.ir import fake
 from lissom.errors import ArtifactError
 from tests.artifacts.test_directory import FILES, refusal, rewrite
 from tests.support.saving import compiled
@@ -76,6 +78,18 @@ def test_changed_weights_are_named_whatever_their_reader_says(saved, place):
     assert refusal(saved) == (
         "'DIR/weights.safetensors' was changed after it was written: its SHA-256 is another; copy it again, or save again"
     )
+
+
+def test_symbolic_values_are_made_when_they_are_asked_for(saved, monkeypatch):
+    def refused(*_: object):
+        raise AssertionError("a symbolic value was made")
+
+    monkeypatch.setattr(fake, "symbolic_mode", refused)
+    loaded = lissom.load(saved)
+    ones = torch.ones(2, 5, dtype=torch.int64)
+    assert loaded(input_ids=ones, attention_mask=ones).last_hidden_state.shape[:2] == (2, 5)
+    with pytest.raises(AssertionError, match="a symbolic value was made"):
+        assert loaded.program.fake_mode
 
 
 def test_history_is_read_when_it_is_asked_for(saved, original):
