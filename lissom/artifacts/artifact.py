@@ -6,13 +6,15 @@ import json
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lissom.artifacts.directory import check_target, verified_bytes, verified_path, write_directory
+from lissom.artifacts.directory import check_target, verified_bytes, verifying, write_directory
 from lissom.artifacts.manifest import NAME, Content, Manifest, write_manifest
 from lissom.artifacts.program_file import ReadWeights, decode_program, encode_program
 from lissom.artifacts.weights import Place, load_weights, save_weights
@@ -22,9 +24,10 @@ from lissom.backends.exported import kind_and_reason
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType
-from lissom.compiler.pipeline.history import History
+from lissom.compiler.memory import collector_paused
+from lissom.compiler.pipeline.history import Changes, History, programs_from_json
 from lissom.errors import ArtifactError, UnsupportedError, nearest
-from lissom.io.fields import parse_json
+from lissom.io.fields import parse_json, take
 from lissom.measure.machine import device_name
 from lissom.ops import KERNELS, block_sparse_attention
 from lissom.ops.native import SWITCH, load_kernels, missing_kernel
@@ -35,6 +38,7 @@ CHECKED_HERE = frozenset((PROGRAM, WEIGHTS, STEPS))
 """The files whose hash is checked when they are read, through the same handle."""
 
 
+Result = TypeVar("Result")
 WriteMore = Callable[[Path], None]
 """Writes additional files into the folder of an artifact: regular files, which the manifest lists like all others."""
 
@@ -179,6 +183,7 @@ def _confirm(program: Program, folder: Path) -> None:
         raise ArtifactError(f"{program.name} cannot be saved: read back, its program is another; please report this model")
 
 
+@collector_paused()
 def load_whole(
     directory: Path, manifest: Manifest, device: torch.device | None, backend: str | Backend | None, trust: Trust = NO_TRUST
 ) -> Loaded:
@@ -202,16 +207,17 @@ def load_whole(
     if backend.maps_files and not trust.map_weights:
         raise UnsupportedError(f"backend '{backend.name}' maps the files of an artifact itself; leave map_weights= out")
 
-    def read_weights(entries: Mapping[str, object], place: Place) -> dict[str, torch.Tensor]:
-        with verified_path(directory / WEIGHTS, manifest.content_of(WEIGHTS, directory)) as path:
-            return load_weights(entries, path, place, mapped=trust.map_weights)
+    with verifying(directory / WEIGHTS, manifest.content_of(WEIGHTS, directory)) as weights:
 
-    program = read_program(
-        directory, manifest, read_weights, lambda stored_on: wanted if stored_on.type == saved.type else stored_on
-    )
+        def read_weights(entries: Mapping[str, object], place: Place) -> dict[str, torch.Tensor]:
+            return load_weights(entries, weights, place, mapped=trust.map_weights)
+
+        program = read_program(
+            directory, manifest, read_weights, lambda stored_on: wanted if stored_on.type == saved.type else stored_on
+        )
+        history = read_history(manifest, directory)
     notes = _check_kernels(program, directory)
     executable = backend.load_executable(program, directory)
-    history = read_history(manifest, directory)
     return Loaded(program, executable, history, backend, manifest.facts, notes, manifest.files)
 
 
@@ -291,11 +297,33 @@ def _decode(content: bytes, path: Path, read_weights: ReadWeights, place: Place)
 
 
 def read_history(manifest: Manifest, directory: Path) -> History:
-    """The history of the program. Raises ArtifactError if the files hold none."""
+    """The history of the program, with texts and facts that are parsed when they are asked for first.
+
+    Raises:
+        ArtifactError: if the files hold none, also when they are parsed.
+    """
     path = directory / STEPS
     content = verified_bytes(path, manifest.content_of(STEPS, directory))
+    # Not a local function, because a history can be pickled.
+    read = partial(_read_history, directory, partial(_read_programs, content, path, manifest.history))
+    return _read_history(directory, lambda: History.unread(manifest.history, read))
+
+
+def _read_programs(content: bytes, path: Path, history: Mapping[str, object]) -> tuple[list[str], Changes]:
+    """The texts and facts in the bytes of a file. Raises ArtifactError, ValueError, TypeError, KeyError or AttributeError."""
+    found = parse_json(content, path)
+    # Older artifacts hold the texts alone.
+    texts, changes = programs_from_json(found if isinstance(found, dict) else {"texts": found, "changes": {}})
+    steps = len(take(history, "steps", list))
+    if len(texts) != steps:
+        raise ValueError(f"it has {steps} steps, and {len(texts)} texts")
+    return texts, changes
+
+
+def _read_history(directory: Path, read: Callable[[], Result]) -> Result:
+    """The result of `read`. Raises ArtifactError if the directory holds no history."""
     try:
-        return History.from_json(manifest.history, parse_json(content, path))
+        return read()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactError(f"'{directory}' holds no history this Lissom can read: {kind_and_reason(error)}") from error
 

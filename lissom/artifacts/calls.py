@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 }
 """The Python types of literals in a file, by schema type; a value of any other type comes from a node."""
 _NUMBERS = ("int", "SymInt", "float", "number", "bool")
+
+
+_signature_of = cache(inspect.signature)
 
 
 def check_call(target: Callable[..., Any], args: Sequence[object], kwargs: Mapping[str, object]) -> None:
@@ -114,7 +118,7 @@ def _check_function(target: Callable[..., Any], args: Sequence[object], kwargs: 
             raise ValueError(f"{name} takes numbers, and is given {shown(argument)}")
     if target not in SIZE_FUNCTIONS.values():
         try:
-            inspect.signature(target).bind(*args)
+            _signature_of(target).bind(*args)
         except TypeError as error:
             raise ValueError(f"{name} is given {len(args)} arguments: {error}") from error
     if target in _POWERS and not (len(args) == 2 and isinstance(args[1], (int, float)) and abs(args[1]) <= MOST_EXPONENT):

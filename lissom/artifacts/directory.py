@@ -12,7 +12,9 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from lissom.artifacts.signature import SIGNATURE, check_signature, sign
 from lissom.errors import ArtifactError
 from lissom.io.fields import MOST_BYTES, shown
 from lissom.io.files import check_parent, open_plain, read_plain, reason, writing_whole
+from lissom.io.hashes import submitted
 
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
 _EXCHANGE, _HERE = 2, -100
@@ -324,9 +327,10 @@ def verify(file: BufferedReader | BufferedRandom, path: Path, wanted: Content) -
     """
     try:
         check_size(path, os.fstat(file.fileno()).st_size, wanted)
-        if Content.of_file(file) != wanted:
-            raise _changed(path)
         file.seek(0)
+        if not wanted.is_of(file.fileno()):
+            raise _changed(path)
+        check_size(path, os.fstat(file.fileno()).st_size, wanted)  # it may have grown
     except OSError as error:
         raise ArtifactError(f"'{path}' cannot be read: {reason(error)}") from error
 
@@ -341,8 +345,33 @@ def verified_path(path: Path, wanted: Content) -> Generator[Path]:
         ArtifactError: as `open_verified`.
     """
     with open_verified(path, wanted) as file:
-        held = Path(f"/proc/self/fd/{file.fileno()}")
-        yield held if held.exists() else path
+        yield _held(file, path)
+
+
+@contextmanager
+def verifying(path: Path, wanted: Content) -> Generator[Path]:
+    """A path as of `verified_path` to a file that other threads check while the block runs. The block ends when they are done.
+
+    Nothing that the block makes of the file may run before. An error of the block is raised only if the file is unchanged.
+
+    Raises:
+        ArtifactError: as `open_verified`.
+    """
+    with open_plain(path) as file, ThreadPoolExecutor(1) as pool:
+        checked = submitted(pool, partial(verify, file, path, wanted))
+        try:
+            yield _held(file, path)
+        except Exception as error:
+            if (found := checked.exception()) is not None:
+                raise found from error
+            raise
+        checked.result()
+
+
+def _held(file: BufferedReader, path: Path) -> Path:
+    """The system's own name for an open file; the given path if it has none."""
+    held = Path(f"/proc/self/fd/{file.fileno()}")
+    return held if held.exists() else path
 
 
 def verified_bytes(path: Path, wanted: Content) -> bytes:
@@ -356,7 +385,7 @@ def verified_bytes(path: Path, wanted: Content) -> bytes:
             content = file.read(wanted.size + 1)
         except OSError as error:
             raise ArtifactError(f"'{path}' cannot be read: {reason(error)}") from error
-    if Content.of_bytes(content) != wanted:
+    if not wanted.is_of_bytes(content):
         raise _changed(path)
     return content
 

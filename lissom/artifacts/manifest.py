@@ -5,47 +5,65 @@ Its last field is a hash of all the text before it, which detects changes to the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BufferedRandom, BufferedReader
+from hashlib import sha256
 from pathlib import Path
 
 from lissom.errors import ArtifactError
-from lissom.io.fields import MOST_BYTES, count, number, parse_json, printable, shown, take, text
+from lissom.io.fields import MOST_BYTES, count, fields_of, number, parse_json, printable, shown, take, take_list, text
 from lissom.io.files import read_plain
+from lissom.io.hashes import hash_ranges
 
 MODEL_TYPE = "lissom"
 """The model type in the configuration of a saved model."""
 NAME = "manifest.json"
 KIND = "lissom artifact"
 FORMAT_VERSION = 2
+PART_BYTES = 16 << 20
+"""The size of the parts of a large file that are hashed one by one."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """One file's size in bytes and SHA-256."""
+    """One file's size in bytes and SHA-256.
+
+    Attributes:
+        parts: the SHA-256 of every `PART_BYTES` of a larger file, which several threads check at once; empty in an artifact
+            without them.
+    """
 
     size: int
     sha256: str
+    parts: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, path: Path) -> Content:
-        """Size and hash of a file. Raises OSError."""
+        """Size and hashes of a file. Raises OSError."""
+        size = path.stat().st_size
         with path.open("rb") as file:
-            return cls.of_file(file)
-
-    @classmethod
-    def of_file(cls, file: BufferedReader | BufferedRandom) -> Content:
-        """Size and hash of an open file, from its position to the end. Raises OSError."""
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return cls(file.tell(), digest)
+            whole, *parts = hash_ranges(file.fileno(), [range(size), *(_parts(size) if size > PART_BYTES else ())])
+        return cls(size, whole, tuple(parts))
 
     @classmethod
     def of_bytes(cls, content: bytes) -> Content:
-        return cls(len(content), hashlib.sha256(content).hexdigest())
+        return cls(len(content), sha256(content).hexdigest())
+
+    def is_of(self, handle: int) -> bool:
+        """True if an open file of this size has these hashes. Raises OSError."""
+        wanted = self.parts or (self.sha256,)
+        return hash_ranges(handle, _parts(self.size) if self.parts else [range(self.size)]) == [*wanted]
+
+    def is_of_bytes(self, content: bytes) -> bool:
+        """True if the bytes have this size and hash."""
+        return Content.of_bytes(content) == Content(self.size, self.sha256)
+
+
+def _parts(size: int) -> Sequence[range]:
+    """The parts of a file that are hashed one by one."""
+    return [range(start, min(start + PART_BYTES, size)) for start in range(0, size, PART_BYTES)]
 
 
 @dataclass(frozen=True)
@@ -84,14 +102,28 @@ class Manifest:
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
     """Write the manifest. Raises OSError."""
-    files = {name: {"size": content.size, "sha256": content.sha256} for name, content in manifest.files.items()}
+    files = {name: _encode_content(content) for name, content in manifest.files.items()}
     fields = {"kind": KIND, "version": FORMAT_VERSION, **vars(manifest), "files": files}
     body = json.dumps(fields, indent=1).removesuffix("\n}").encode()
     path.write_bytes(body + _seal(body))
 
 
 def _seal(body: bytes) -> bytes:
-    return f',\n "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+    return f',\n "sha256": "{sha256(body).hexdigest()}"\n}}\n'.encode()
+
+
+def _encode_content(content: Content) -> dict[str, object]:
+    """The size and hashes of a file as JSON."""
+    return {"size": content.size, "sha256": content.sha256, **({"parts": content.parts} if content.parts else {})}
+
+
+def _decode_content(data: object) -> Content:
+    """The size and hashes of a file from JSON. Raises ValueError for anything `_encode_content` does not write."""
+    size, whole = count(take(data, "size", int)), take(data, "sha256", str)
+    parts = take_list(data, "parts", text) if "parts" in fields_of(data) else ()
+    if parts and len(parts) != len(_parts(size)):
+        raise ValueError(f"a file of {size} bytes has {len(parts)} hashes, one for every {PART_BYTES} bytes")
+    return Content(size, whole, parts)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -137,10 +169,7 @@ def parse_manifest(whole: bytes, path: Path) -> Manifest:
             history=take(data, "history", dict),
             facts=take(data, "facts", dict) if "facts" in data else {},
             environment={key: text(value) for key, value in take(data, "environment", dict).items()},
-            files={
-                name: Content(count(take(entry, "size", int)), take(entry, "sha256", str))
-                for name, entry in take(data, "files", dict).items()
-            },
+            files={name: _decode_content(entry) for name, entry in take(data, "files", dict).items()},
         )
     except ValueError as error:
         raise ArtifactError(f"'{path}' is not a Lissom manifest: {error}; save the model again") from error

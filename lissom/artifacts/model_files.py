@@ -70,11 +70,21 @@ def write_processors(folder: Path, source: str | None, tokenizer: Saveable | Non
     for given in (processor, tokenizer):
         if given is not None:
             given.save_pretrained(str(folder))
+            _without_indents(folder / TOKENIZER)
     inner = next((path.name for path in folder.iterdir() if path.is_dir()), None)
     if inner is not None:
         raise ArtifactError(
             f"the tokenizer or processor writes a folder '{inner}', and an artifact has none; save it in a directory of its own"
         )
+
+
+def _without_indents(path: Path) -> None:
+    """Take indents and line breaks out of a JSON file: half of a large vocabulary, which transformers reads twice."""
+    if path.is_file():
+        short = path.with_name(f"{path.name}.short")
+        with path.open("rb") as source, short.open("wb") as target:
+            target.writelines(line.strip() for line in source)  # no text of JSON contains the end of a line
+        short.replace(path)
 
 
 def _find(source: str, name: str) -> Path | None:

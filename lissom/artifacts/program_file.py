@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
@@ -71,10 +72,11 @@ def decode_program(data: object, read_weights: ReadWeights, place: Place) -> Pro
     signature = _decode_signature(take(data, "signature", dict), reader)
     mode = cache(partial(fake.symbolic_mode, facts, signature.conditions))
     state = take_list(data, "state", text)
-    weights = dict(read_weights(take(data, "weights", dict), place))
+    stored = take(data, "weights", dict)
+    weights = dict(read_weights(stored, place))
     for name in weights:
         check_weight_name(name)
-    weights |= _own_state(state, weights)
+    weights |= _own_state(state, weights, stored)
     entries = take(data, "nodes", list)
     if len(entries) > MOST_NODES:
         raise ValueError(f"the program has {len(entries)} nodes; the limit is {MOST_NODES}")
@@ -115,8 +117,13 @@ def check_weight_name(name: str) -> None:
         raise ValueError(f"{shown(name)} is not a name for a weight")
 
 
-def _own_state(state: Sequence[str], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies of the state, which the program writes and must not share with the file.
+def _own_state(
+    state: Sequence[str], weights: Mapping[str, torch.Tensor], entries: Mapping[str, object]
+) -> dict[str, torch.Tensor]:
+    """The state, which the program writes, in memory that neither the file nor another weight shares.
+
+    Args:
+        entries: how the weights are stored. What was compressed is in memory of its own already.
 
     Raises:
         ValueError: if they do not fit in memory.
@@ -126,7 +133,13 @@ def _own_state(state: Sequence[str], weights: Mapping[str, torch.Tensor]) -> dic
         raise ValueError(f"there is no weight for the state {shown(absent)}")
     # One copy here, and one in the backend's executable.
     check_memory(2 * sum(weights[name].nbytes for name in {*state}), "the state")
-    return {name: weights[name].clone() for name in state}
+    tensors = Counter(take(entry, "tensor", str) for entry in entries.values())
+
+    def is_own(name: str) -> bool:
+        fields = fields_of(entries.get(name, {}))
+        return "nonzero" in fields and not {"shape", "trainable"} & {*fields} and tensors[take(fields, "tensor", str)] == 1
+
+    return {name: weights[name] if is_own(name) else weights[name].clone() for name in state}
 
 
 def _check_weight(name: str, weights: Mapping[str, torch.Tensor], typed: ValueType) -> None:

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from lissom.compiler.ir.program import Program
+from lissom.compiler.memory import unwritten_zeros
 from lissom.errors import ArtifactError
 from lissom.io.fields import count, fields_of, number, parse_json, take, take_list
 from lissom.io.tensor_files import ALIGNMENT, DTYPES, write_tensors
@@ -151,6 +152,8 @@ def _decompress(bits: torch.Tensor, values: torch.Tensor, shape: list[int]) -> t
     size = math.prod(shape)
     if bits.dtype != torch.uint8 or bits.dim() != 1 or len(bits) != -(-size // 8):
         raise ValueError(f"{bits.numel()} bytes of bits do not fit a weight of {shape}")
+    if not values.numel() and values.dim() == 1 and not bool(bits.any()):
+        return unwritten_zeros([size * values.itemsize])[0].view(values.dtype).reshape(shape)
     nonzero = torch.from_numpy(numpy.unpackbits(bits.numpy(), count=size, bitorder="little")).view(torch.bool)
     if values.dim() != 1 or int(nonzero.sum()) != values.numel():
         raise ValueError(f"{values.numel()} values do not fit {int(nonzero.sum())} places")

@@ -130,10 +130,9 @@ def run_generate(
                     Request(passes, backend, rank.device, checks, goal_of(goal), data, save is None and not fresh),
                     partial(quality.batches, device=check_device(rank.device)),
                     partial(Terminal(stderr=True).print, highlight=False, soft_wrap=True, markup=False),
+                    save,
                 )
             )
-        if save is not None:
-            decoder.save(save, tokenizer)
         # The last token of the answer is not written to the KV cache.
         room = decoder.max_length - decoder.slots(ids) + 1
         if room < max_new_tokens and rank.speaks:

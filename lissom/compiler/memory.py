@@ -7,7 +7,8 @@ import errno
 import gc
 import mmap
 import sys
-from collections.abc import Generator, Iterable
+import threading
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import accumulate
@@ -27,7 +28,7 @@ def give_back_memory() -> None:
             trim(0)
 
 
-def use_huge_pages(tensors: Iterable[torch.Tensor], own: Iterable[torch.Tensor] = ()) -> None:
+def use_huge_pages(tensors: Iterable[torch.Tensor], own: Iterable[torch.Tensor] = (), *, behind: bool = False) -> None:
     """Ask Linux to put the memory of tensors on a CPU into huge pages, where it lies and now; else do nothing.
 
     A processor stops prefetching at the end of a page, and finding the next one takes longest under a hypervisor, which has
@@ -37,19 +38,44 @@ def use_huge_pages(tensors: Iterable[torch.Tensor], own: Iterable[torch.Tensor] 
     Args:
         own: those whose memory is nobody else's. Small ones are moved together: among others' memory in a heap they would lose
             their huge pages whenever the C library gives back what is free between them.
+        behind: make the huge pages in another thread, while the caller goes on and reads or writes the tensors: only the system
+            moves their memory. They stay alive until the thread is done.
     """
     size = _huge_page_bytes()
     if not size:
         return
     _move_together(own, size)
+    storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in filter(is_plain, tensors))}
+    pages = _well_filled(storages.values(), size)
+    if not behind:
+        _make_huge(pages, size)
+    elif pages:
+        # Not a daemon: the interpreter waits for it, and it then stops after a page.
+        with suppress(RuntimeError):  # the interpreter ends, and starts no more threads
+            threading.Thread(target=_make_huge, args=(pages, size, storages), name="lissom-huge-pages").start()
+
+
+def _well_filled(storages: Iterable[torch.UntypedStorage], size: int) -> list[int]:
+    """The numbers of the huge pages of which at least half is memory of the storages, in order."""
     used: dict[int, int] = {}
-    for address, count in set(map(_extent, filter(is_plain, tensors))):
+    for address, count in {(storage.data_ptr(), storage.nbytes()) for storage in storages}:
         for page in range(address // size, -(-(address + count) // size)):
             inside = min(address + count, (page + 1) * size) - max(address, page * size)
             used[page] = used.get(page, 0) + inside
+    return sorted(page for page, inside in used.items() if 2 * inside >= size)
+
+
+def _make_huge(pages: Sequence[int], size: int, storages: object = None) -> None:
+    """Ask Linux for huge pages by their numbers.
+
+    Args:
+        storages: kept until it is done.
+    """
     advise = ctypes.CDLL(None, use_errno=True).madvise
     refused = 0
-    for page in sorted(page for page, inside in used.items() if 2 * inside >= size):
+    for page in pages:
+        if not threading.main_thread().is_alive():
+            break  # the interpreter ends
         place = ctypes.c_void_p(page * size), ctypes.c_size_t(size)
         if not advise(*place, _COLLAPSE):
             refused = 0
@@ -61,18 +87,6 @@ def use_huge_pages(tensors: Iterable[torch.Tensor], own: Iterable[torch.Tensor] 
             break  # there are no free huge pages, and looking for one takes milliseconds
 
 
-def huge_block(size: int, page: int = 1 << 21) -> tuple[mmap.mmap, int]:
-    """Memory of its own for so many bytes, in huge pages where the system has them, and the place of the first page's start.
-
-    Raises:
-        OSError: if there is no memory.
-    """
-    block = mmap.mmap(-1, (size // page + 2) * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a system without huge pages
-        block.madvise(mmap.MADV_HUGEPAGE)
-    return block, -torch.frombuffer(block, dtype=torch.uint8).data_ptr() % page
-
-
 def _move_together(tensors: Iterable[torch.Tensor], page: int) -> None:
     """Move the memory of small tensors into huge pages. A mapped file, which processes share, stays where it is."""
     held: dict[int, list[torch.Tensor]] = {}
@@ -80,13 +94,11 @@ def _move_together(tensors: Iterable[torch.Tensor], page: int) -> None:
         storage = tensor.untyped_storage()
         if storage.resizable() and 0 < storage.nbytes() < _MOST_MOVED_PAGES * page:
             held.setdefault(storage.data_ptr(), []).append(tensor)
-    places = [0, *accumulate(-(-_extent(first)[1] // _LINE) * _LINE for first, *_ in held.values())]
-    if places[-1] < page // 2:
+    places = _places(first.untyped_storage().nbytes() for first, *_ in held.values())
+    fresh = _fresh_pages(places[-1], page) if places[-1] >= page // 2 else None
+    if fresh is None:
         return
-    try:
-        block, start = huge_block(places[-1], page)
-    except OSError:
-        return  # there is no memory for both
+    block, start = fresh
     for place, sharing in zip(places[:-1], held.values(), strict=True):
         storage = sharing[0].untyped_storage()
         moved = torch.frombuffer(block, dtype=torch.uint8, count=storage.nbytes(), offset=start + place)
@@ -95,6 +107,53 @@ def _move_together(tensors: Iterable[torch.Tensor], page: int) -> None:
             with torch.inference_mode(tensor.is_inference()):
                 view = torch.empty(0, dtype=tensor.dtype)
                 tensor.data = view.set_(moved.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def _fresh_pages(size: int, page: int) -> tuple[mmap.mmap, int] | None:
+    """Memory of zeros that becomes huge pages when it is written, and where a page begins in it; None if there is none left."""
+    try:
+        block = mmap.mmap(-1, (size // page + 2) * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        return None
+    return block, -torch.frombuffer(block, dtype=torch.uint8).data_ptr() % page
+
+
+def _places(sizes: Iterable[int]) -> list[int]:
+    """Where memory of so many bytes each begins in a block, aligned to lines of the cache; the last is the block's size."""
+    return [0, *accumulate(-(-size // _LINE) * _LINE for size in sizes)]
+
+
+def unwritten_zeros(sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Zeros of so many bytes each, torch.uint8. Large ones take no memory until they are written, and then huge pages."""
+    places, page = _places(sizes), _huge_page_bytes()
+    fresh = _fresh_pages(places[-1], page) if page and places[-1] >= page // 2 else None
+    if fresh is None or not all(sizes):
+        return [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+    block, start = fresh
+    return [
+        torch.frombuffer(block, dtype=torch.uint8, count=size, offset=start + place)
+        for size, place in zip(sizes, places[:-1], strict=True)
+    ]
+
+
+def copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy of each tensor, by name. Those of zeros on a CPU take no memory until they are written."""
+    zeros = [name for name, tensor in tensors.items() if _is_zero(tensor)]
+    made = dict(zip(zeros, unwritten_zeros([tensors[name].nbytes for name in zeros]), strict=True))
+    return {
+        name: made[name].view(tensor.dtype).view(tensor.shape) if name in made else tensor.detach().clone()
+        for name, tensor in tensors.items()
+    }
+
+
+def _is_zero(tensor: torch.Tensor) -> bool:
+    """True for a contiguous tensor on a CPU with elements whose bits are all zero."""
+    if not is_plain(tensor) or not tensor.is_contiguous() or tensor.is_complex() or not tensor.numel():
+        return False
+    octets = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    whole = octets.size - octets.size % 8
+    return not (octets[:whole].view("int64").any() or octets[whole:].any())
 
 
 _MOST_MOVED_PAGES, _LINE = 4, 64
@@ -109,12 +168,6 @@ def is_plain(tensor: torch.Tensor) -> bool:
     """True for a dense tensor on a CPU, of no class of its own."""
     dense = tensor.device.type == "cpu" and tensor.layout is torch.strided and not tensor.is_quantized
     return dense and type(tensor) in (torch.Tensor, torch.nn.Parameter)
-
-
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """The address and the bytes of a tensor's memory."""
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
 
 
 @cache
@@ -141,6 +194,27 @@ def free_dropped_programs(size: int) -> None:
         gc.collect()
 
 
+@contextmanager
+def collector_paused() -> Generator[None]:
+    """Keep the garbage collector from running, while many objects are made that stay. Threads that overlap may end it early."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def freeze_imports() -> None:
+    """Keep the garbage collector from going through what lives now until `heap_set_aside` ends. For the command line."""
+    gc.freeze()
+    _imports.append(True)
+
+
+_imports: list[bool] = []
+"""Not empty if Lissom froze what it imported."""
 _aside: list[bool] = []
 """Not empty while the heap is set aside. Passes run under the lock of `frontends/capture/isolation.py`, one thread at once."""
 
@@ -152,7 +226,7 @@ def heap_set_aside() -> Generator[None]:
     Passes make many small objects, and each full collection over a whole process costs as much as several passes.
     """
     # Counting takes as long as there are frozen objects: only what freezes first asks, where a caller's own are usually none.
-    if _aside or not gc.isenabled() or gc.get_freeze_count():
+    if _aside or not gc.isenabled() or (not _imports and gc.get_freeze_count()):
         yield
         return
     gc.freeze()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from lissom.compiler.memory import huge_block, is_plain
+from lissom.compiler.memory import is_plain, unwritten_zeros
 from lissom.errors import UnsupportedError
 
 LARGE = 1 << 29
@@ -72,8 +72,7 @@ class _Pager(threading.Thread):
         for tensor in tensors:
             known = self._spilled.pop(tensor.data_ptr(), None)
             if known is not None and known() is tensor:
-                block, start = huge_block(tensor.nbytes)
-                self._move(tensor, torch.frombuffer(block, dtype=torch.uint8, count=tensor.nbytes, offset=start))
+                self._move(tensor, unwritten_zeros([tensor.nbytes])[0])
 
     def _move(self, tensor: torch.Tensor, place: torch.Tensor) -> None:
         moved = place.view(tensor.dtype).as_strided(tensor.size(), tensor.stride())

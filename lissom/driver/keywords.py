@@ -60,6 +60,12 @@ class OnInputs(Protocol[_Fields, _Result]):
 class OnModel(Protocol[_Fields, _Result]):
     """The type of a function of a model and keywords."""
 
+    def __call__(self, model: nn.Module, *args: _Fields.args, **options: _Fields.kwargs) -> _Result: ...
+
+
+class OnCheckpoint(Protocol[_Fields, _Result]):
+    """The type of a function of a model, or the folder of a checkpoint, and keywords."""
+
     def __call__(self, model: nn.Module | str | Path, *args: _Fields.args, **options: _Fields.kwargs) -> _Result: ...
 
 
@@ -75,7 +81,12 @@ class _Decorator(Protocol[_Fields, _Options]):
     ) -> OnInputs[_Fields, _Result]: ...
 
     @overload
-    def __call__(self, function: Callable[[nn.Module | str | Path, _Options], _Result], /) -> OnModel[_Fields, _Result]: ...
+    def __call__(
+        self, function: Callable[[nn.Module | str | Path, _Options], _Result], /
+    ) -> OnCheckpoint[_Fields, _Result]: ...
+
+    @overload
+    def __call__(self, function: Callable[[nn.Module, _Options], _Result], /) -> OnModel[_Fields, _Result]: ...
 
 
 def keywords_of(options: Callable[_Fields, _Options]) -> _Decorator[_Fields, _Options]:

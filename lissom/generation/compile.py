@@ -16,6 +16,7 @@ from lissom.artifacts.signature import TrustedKeys, key_files
 from lissom.backends.base import Backend
 from lissom.backends.distributed.backend import Distributed
 from lissom.compiler.ir.program import Program
+from lissom.compiler.memory import collector_paused
 from lissom.compiler.pipeline.pass_kinds import Pass, Training
 from lissom.driver.compile import compile_captured
 from lissom.driver.keywords import keywords_of
@@ -27,6 +28,7 @@ from lissom.frontends.capture.export import Capture
 from lissom.frontends.generation.decoder import INPUTS, capture_decoder, check_capacity
 from lissom.frontends.generation.encoder_decoder import is_encoder_decoder
 from lissom.frontends.models.adapters import with_merged_adapters
+from lissom.frontends.models.huggingface import without_torchao_warnings
 from lissom.frontends.models.sources import load
 from lissom.generation.decoder import labelled_prompts
 from lissom.generation.options import GenerationSettings
@@ -35,6 +37,7 @@ from lissom.io.files import check_path
 from lissom.runtime.hosted_model import check_uncompiled
 
 if TYPE_CHECKING:
+    from lissom.generation.directory import Parts
     from lissom.generation.model import GenerationModel
 
 
@@ -148,14 +151,31 @@ def load_generation(
         >>> lissom.load_generation(folder).step(torch.tensor([[1, 2, 3]])).shape
         torch.Size([1, 50])
     """
+    trust = Trust(allow_native, key_files(trusted_keys), map_weights)
+    return model_of(read_decoder(directory, device, trust, backend))
+
+
+def read_decoder(
+    directory: str | Path, device: str | torch.device | None, trust: Trust, backend: str | Backend | None = None
+) -> Parts:
+    """The parts of the decoder that `save` wrote. Errors as of `load_generation`."""
     try:
-        from lissom.generation.encoder_decoder import EncoderDecoderModel
-        from lissom.generation.model import GenerationModel
         from lissom.generation.saved import read
     except ImportError as error:
         raise UnsupportedError("generation needs transformers: pip install 'lissom[demo]'") from error
-    parts = read(check_path(directory), device, backend, Trust(allow_native, key_files(trusted_keys), map_weights))
-    return GenerationModel.of(parts) if parts.encoder is None else EncoderDecoderModel.of(parts)
+    return read(check_path(directory), device, backend, trust)
+
+
+def model_of(parts: Parts) -> GenerationModel:
+    """The model of a decoder's parts, with `generate` of transformers, which is imported now."""
+    with collector_paused(), without_torchao_warnings():
+        from lissom.generation.model import GenerationModel
+
+        if parts.encoder is None:
+            return GenerationModel.of(parts)
+        from lissom.generation.encoder_decoder import EncoderDecoderModel
+
+    return EncoderDecoderModel.of(parts)
 
 
 def _scored(

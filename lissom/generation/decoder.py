@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +20,9 @@ from lissom.inspect.report import Report
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.hosted_model import FixedModule
 from lissom.runtime.tracers import refuse_tracer, untraced
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig
 
 
 class Decoder(FixedModule):
@@ -246,6 +250,23 @@ class Decoder(FixedModule):
     def __repr__(self) -> str:
         filled = f"{self.length} of {self.max_length} tokens"
         return f"Decoder({self.program.name}, {filled}, backend='{self.backend}')"
+
+
+class ConfiguredDecoder(Decoder):
+    """A compiled decoder with the model's configurations, without `generate` of transformers, which takes a second to import.
+
+    Attributes:
+        config: that of the model.
+        generation_config: that of the model.
+    """
+
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+
+    def __init__(self, compiled: CompiledModel, config: PreTrainedConfig, generation_config: GenerationConfig) -> None:
+        super().__init__(compiled)
+        self.config = config
+        self.generation_config = generation_config
 
 
 def _logits(program: Program) -> TensorType:

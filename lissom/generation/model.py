@@ -16,7 +16,7 @@ from lissom.artifacts.artifact import Trust
 from lissom.artifacts.model_files import Saveable, upload
 from lissom.backends.base import Backend
 from lissom.errors import InputError, UnsupportedError
-from lissom.generation.decoder import Decoder
+from lissom.generation.decoder import ConfiguredDecoder, Decoder
 from lissom.generation.directory import Parts, save
 from lissom.generation.saved import read
 from lissom.io.files import check_path
@@ -31,7 +31,7 @@ _OF_GENERATE = ("is_first_iteration", "labels", "tokenizer", "assistant_tokenize
 """Arguments of `generate` that it also gives to the forward."""
 
 
-class GenerationModel(Decoder, CompiledGeneration):
+class GenerationModel(ConfiguredDecoder, CompiledGeneration):
     """A compiled decoder with the `generate` method of the original model.
 
     `generate` starts with an empty cache unless it is given this one. Its class has the name of the model's class, and a
@@ -57,9 +57,7 @@ class GenerationModel(Decoder, CompiledGeneration):
     input_modalities: str = "text"
 
     def __init__(self, compiled: CompiledModel, config: PreTrainedConfig, generation_config: GenerationConfig) -> None:
-        super().__init__(compiled)
-        self.config = config
-        self.generation_config = generation_config
+        super().__init__(compiled, config, generation_config)
         self.cache = DecoderCache(self)
         self._copies = 1  # how many rows one after the other are of the same text
         self._take_name()

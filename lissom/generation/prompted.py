@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lissom.artifacts.signature import TrustedKeys
+from lissom.artifacts.artifact import NO_TRUST, Trust
+from lissom.artifacts.signature import TrustedKeys, key_files
 from lissom.backends.distributed.backend import Distributed
 from lissom.backends.eager.backend import Eager
+from lissom.compiler.memory import collector_paused
 from lissom.compiler.pipeline.options import Goal, check_options
 from lissom.driver.options import resolve_passes
 from lissom.driver.room import from_disk
@@ -23,7 +25,8 @@ from lissom.frontends.generation.encoder_decoder import is_encoder_decoder
 from lissom.frontends.models.huggingface import PACKAGED, find_directory, tokenizer_of
 from lissom.frontends.models.sources import Source, load
 from lissom.generation import kept
-from lissom.generation.compile import compile_generation, load_generation
+from lissom.generation.compile import compile_generation, model_of, read_decoder
+from lissom.generation.decoder import ConfiguredDecoder
 from lissom.generation.stream import read_prompt
 from lissom.ops.native import missing_weight_quantized_kernel
 from lissom.passes.quantize.use_stored_weights import UseStoredWeights
@@ -33,18 +36,25 @@ if TYPE_CHECKING:
 
     from lissom.generation.model import GenerationModel
 
-    Prompted = tuple[GenerationModel, PreTrainedTokenizerBase, torch.Tensor]
+    Prompted = tuple[ConfiguredDecoder, PreTrainedTokenizerBase, torch.Tensor]
 
 
 def load_prompted(
     model: str, prompt: str, device: str | None, *, allow_native: bool = False, trusted_keys: TrustedKeys | None = None
 ) -> Prompted:
     """A saved decoder, its tokenizer, and the prompt's tokens."""
-    decoder = load_generation(model, device, allow_native=allow_native, trusted_keys=trusted_keys)
+    decoder = _load(Path(model), device, Trust(allow_native, key_files(trusted_keys)))
     # Loading the decoder checked the tokenizer's files too.
     tokenizer = tokenizer_of(Path(model))
     longest = longest_text(decoder) if is_encoder_decoder(decoder) else decoder.max_length
     return decoder, tokenizer, read_prompt(prompt, tokenizer, longest)
+
+
+def _load(directory: Path, device: str | None, trust: Trust) -> ConfiguredDecoder:
+    """The decoder in a directory; one without encoder is read by its tokens alone, without `generate` of transformers."""
+    with collector_paused():
+        parts = read_decoder(directory, device, trust)
+    return model_of(parts) if parts.encoder else ConfiguredDecoder(parts.compiled, parts.config, parts.generation_config)
 
 
 @dataclass(frozen=True)
@@ -73,12 +83,14 @@ def compile_prompted(
     request: Request,
     read_data: Callable[[Source], Sequence[Mapping[str, object]]],
     tell: Callable[[str], None],
+    save: Path | None = None,
 ) -> Prompted:
     """A model compiled with a KV cache for prompt and answer, its tokenizer, and the prompt's tokens.
 
     Args:
         read_data: the calibration batches for a loaded model.
         tell: takes a sentence about default passes, or kept decoders.
+        save: the directory to write the decoder and the tokenizer to.
     """
     checks = check_options(request.checks)
     pipeline = None if request.passes is None else resolve_passes(request.passes)
@@ -109,6 +121,8 @@ def compile_prompted(
             data=read_data(source),
             goal=request.goal,
         )
+    if save is not None:
+        decoder.save(save, tokenizer)
     if place is not None:
         _keep(decoder, tokenizer, place, tell)
     return decoder, tokenizer, ids
@@ -144,7 +158,7 @@ def _kept(place: Path, prompt: str, max_new_tokens: int, device: str | None) -> 
     if not kept.use(place):
         return None
     try:
-        decoder = load_generation(place, device)
+        decoder = _load(place, device, NO_TRUST)
         tokenizer = tokenizer_of(place)
     except ArtifactError:  # damaged; it is compiled and written anew
         return None

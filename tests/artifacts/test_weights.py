@@ -181,6 +181,15 @@ def test_negative_zeros_nans_and_infinities_come_back(tmp_path):
     assert stored["a:values"].numel() == 6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64], ids=str)
+def test_weight_of_zeros_takes_no_memory(tmp_path, dtype):
+    wanted, found, stored = check(tmp_path, a=torch.zeros(512, 1 << 12, dtype=dtype))
+    assert stored["a:values"].numel() == 0
+    assert torch.equal(found["a"], wanted["a"]) and found["a"].data_ptr() % 64 == 0
+    found["a"][3, 5] = 1
+    assert int(found["a"].sum()) == 1
+
+
 def test_a_pattern_of_two_in_four_takes_nine_sixteenths(tmp_path):
     groups = normal(64, 16, 4)
     weight = groups.scatter(-1, groups.abs().topk(2, -1, largest=False).indices, 0).flatten(1).bfloat16()

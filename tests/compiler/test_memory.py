@@ -1,6 +1,11 @@
 """Tests of lissom.compiler.memory: huge pages, as Linux counts them."""
 
+import gc
 import platform
+import subprocess
+import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +16,7 @@ from torch import nn
 
 import lissom
 from lissom.compiler import memory
-from lissom.compiler.memory import give_back_memory, use_huge_pages
+from lissom.compiler.memory import collector_paused, copies, give_back_memory, use_huge_pages
 from tests.support.models import normal
 
 MIB = 1 << 20
@@ -104,11 +109,130 @@ def check_moved(whole: torch.Tensor):
     assert columns[2, 0] == -1 and whole[5] == 5
 
 
+def test_huge_pages_are_made_behind_the_caller():
+    x = torch.arange(16 * MIB // 4, dtype=torch.int32)
+    use_huge_pages([x], behind=True)
+    x += 1  # while they are made
+    wait_for_pages()
+    assert huge_bytes(x) >= 12 * MIB
+    assert torch.equal(x, torch.arange(16 * MIB // 4, dtype=torch.int32) + 1)
+
+
+def wait_for_pages() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "lissom-huge-pages":
+            thread.join()
+
+
+def test_nothing_starts_behind_the_caller_for_a_little():
+    use_huge_pages([torch.zeros(1000)], behind=True)
+    assert all(thread.name != "lissom-huge-pages" for thread in threading.enumerate())
+
+
+def test_no_more_pages_are_made_when_the_interpreter_ends(monkeypatch: pytest.MonkeyPatch):
+    x = torch.zeros(16 * MIB, dtype=torch.uint8)
+    before = huge_bytes(x)
+    ended = threading.Thread()
+    monkeypatch.setattr(threading, "main_thread", lambda: ended)
+    use_huge_pages([x], behind=True)
+    wait_for_pages()
+    assert huge_bytes(x) == before
+
+
+def test_tensors_live_until_their_pages_are_made():
+    code = "import torch; from lissom.compiler.memory import use_huge_pages; use_huge_pages([torch.ones(1 << 28)], behind=True)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_copies_are_of_the_same_form_and_zeros_take_memory_when_written():
+    tensors = {
+        "zeros": torch.zeros(4, MIB),
+        "flags": torch.zeros(3 * MIB, dtype=torch.bool),
+        "negative": torch.full((5,), -0.0),
+        "last": torch.tensor([0.0] * 6 + [1.0]),
+        "across": torch.zeros(8, 4).T,
+        "none": torch.zeros(0, 3),
+        "one": torch.zeros(()),
+        "complex": torch.zeros(2, dtype=torch.complex64),
+    }
+    before = resident_bytes()
+    made = copies(tensors)
+    assert resident_bytes() - before < 2 * MIB
+    for name, tensor in tensors.items():
+        assert torch.equal(made[name], tensor) and made[name].stride() == tensor.stride() and made[name].dtype is tensor.dtype
+        assert not tensor.numel() or made[name].data_ptr() != tensor.data_ptr()
+        made[name].fill_(1)
+        assert torch.equal(made[name], torch.ones_like(tensor))
+    assert torch.signbit(tensors["negative"]).all() and not tensors["zeros"].any()
+    assert resident_bytes() - before > 16 * MIB
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_state_takes_memory_when_it_is_written():
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("kept", torch.zeros(16, MIB))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.kept.add_(x)
+            return self.kept[:, 0] * 1
+
+    compiled = lissom.compile(Kept(), torch.ones(16, 1), checks="off")
+    with tempfile.TemporaryDirectory() as folder:
+        compiled.save(f"{folder}/model")
+        del compiled
+        give_back_memory()
+        before = resident_bytes()
+        loaded = lissom.load(f"{folder}/model")
+        assert resident_bytes() - before < 24 * MIB  # of 64, twice
+        assert loaded(torch.ones(16, 1)).tolist() == [1.0] * 16
+        assert loaded(torch.ones(16, 1)).tolist() == [2.0] * 16
+        assert not loaded.program.weight("kept").any()
+
+
 def test_other_kinds_of_tensors_are_left_alone():
     x = torch.eye(1024)
     kinds = [x.to_sparse(), x.to("meta"), torch.empty(0)]
     use_huge_pages(kinds, own=kinds)
     assert torch.equal(kinds[0].to_dense(), x)
+
+
+def test_collector_pauses_and_goes_on():
+    with collector_paused():
+        assert not gc.isenabled()
+        with collector_paused():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with collector_paused():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_command_sets_its_imports_and_then_its_heap_aside():
+    code = """
+import gc, runpy, sys
+sys.argv = ["lissom", "--version"]
+try:
+    runpy.run_module("lissom", run_name="__main__")
+except SystemExit:
+    pass
+from lissom.compiler.memory import heap_set_aside
+imports, model = gc.get_freeze_count(), [[] for _ in range(1000)]
+assert imports > 100_000 and gc.isenabled()
+with heap_set_aside():
+    assert gc.get_freeze_count() >= imports + 1000
+assert not gc.get_freeze_count()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_a_mapped_file_is_not_moved(tmp_path: Path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from tests.support.killing import contents
 from tests.support.saving import compiled
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+UNUSED = ("torchao", "tensorflow", "scipy", "sklearn", "onnxruntime", "transformers.modeling_utils")
 OWN = {NAME, "program.json", "steps.json", "weights.safetensors"}
 
 
@@ -59,6 +62,27 @@ def refusal(path: Path, **options: object) -> str:
     with pytest.raises(ArtifactError) as caught:
         lissom.load_generation(path, **options)
     return str(caught.value).replace(str(path), "DIR")
+
+
+def test_tokenizer_file_has_no_indents(saved, tokenizer):
+    text = (saved / "tokenizer.json").read_text()
+    assert "\n" not in text and json.loads(text) == json.loads(tokenizer.backend_tokenizer.to_str())
+    assert {path.suffix for path in saved.iterdir()} == {".json", ".safetensors"}
+    assert AutoTokenizer.from_pretrained(saved)("w5 w1").input_ids == tokenizer("w5 w1").input_ids
+
+
+def test_decoder_is_loaded_without_models_of_transformers(saved):
+    code = f"""
+import sys, lissom
+from lissom.generation.prompted import load_prompted
+decoder, _, ids = load_prompted({str(saved)!r}, "w5 w1", None)
+decoder.step(ids)
+print(sorted({{"transformers.generation.utils", *{UNUSED}}} & sys.modules.keys()))
+lissom.load_generation({str(saved)!r})
+print(sorted({{*{UNUSED}}} & sys.modules.keys()))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\n[]\n" and not ran.stderr
 
 
 def test_every_file_has_its_hash(saved):

@@ -44,6 +44,7 @@ def _compiled(build: Callable[[], Case], **options: Any) -> Sample:
 
     def load(folder: Path) -> Callable[[], Answer]:
         model, case = lissom.load(folder), build()
+        model.report.history.diff(0, 0)  # texts are read when they are asked for
         return lambda: _leaves(model(*case.args, **case.kwargs))
 
     return Sample(save, load)

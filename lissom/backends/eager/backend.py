@@ -25,7 +25,7 @@ from lissom.compiler.ir.node import overload
 from lissom.compiler.ir.operators import QUANTIZED_LINEARS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.compiler.memory import use_huge_pages
+from lissom.compiler.memory import copies, use_huge_pages
 from lissom.compiler.paging import take_home
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.inspect.hot_layers import LayerTimes, layer_times
@@ -97,24 +97,27 @@ class Eager(Backend):
         """No files: the program is enough."""
 
     def load_executable(self, program: Program, folder: Path) -> Executable:
-        return build_function(program, with_graphs)
+        return build_function(program, with_graphs, started=True)
 
 
 def build_function(
     program: Program,
     wrap: Callable[[Program, Executable], Executable] = lambda _, run: run,
     calls: Calls = lambda _: None,
+    *,
+    started: bool = False,
 ) -> Executable:
     """An executable that runs the program's operators in order.
 
     Args:
         wrap: applied to the function.
         calls: as in `emit`.
+        started: return before the weights are in huge pages, which are then made during the first calls.
     """
     program = with_fast_layout(program)
-    state = {name: program.weight(name).detach().clone() for name in program.state}
+    state = copies({name: program.weight(name) for name in program.state})
     take_home(program.weights().values())
-    use_huge_pages(_read_whole(program), own=[*_packed(program), *state.values()])
+    use_huge_pages(_read_whole(program), own=[*_packed(program), *state.values()], behind=started)
     source, names = emit(program, state, calls)
     scope = dict(names)
     exec(compile(source, "<lissom program>", "exec"), scope)
@@ -131,8 +134,8 @@ def build_function(
 
 
 def _read_whole(program: Program) -> list[torch.Tensor]:
-    """The weights that a call reads; of tables of embeddings it looks up a few rows."""
-    reads = (node for node in program.graph.nodes if node.op == "get_attr")
+    """The weights that a call reads; of tables of embeddings it looks up a few rows, and of the state its own copy."""
+    reads = (node for node in program.graph.nodes if node.op == "get_attr" and str(node.target) not in program.state)
     names = {str(node.target) for node in reads if any(user.target is not _EMBEDDING for user in node.users)}
     return [program.weight(name) for name in names]
 

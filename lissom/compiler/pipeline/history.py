@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from lissom.compiler.analysis.cost import Cost, example_cost, flops
 from lissom.compiler.ir.editor import CurvePoint, Skip
@@ -148,6 +148,10 @@ class Step:
         return f"rewrote {self.rewritten} of {total}; skipped {len(self.skipped)}: {listed}"
 
 
+Changes = dict[int, dict[str, NodeFacts | None]]
+"""Facts of nodes by name, by the index of a step."""
+
+
 @dataclass
 class History:
     """The steps of a pipeline, the capture first; grows while the pipeline runs.
@@ -173,8 +177,19 @@ class History:
     checks: str
     steps: list[Step] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    changes: dict[int, dict[str, NodeFacts | None]] = field(default_factory=dict[int, "dict[str, NodeFacts | None]"])
+    changes: Changes = field(default_factory=dict[int, "dict[str, NodeFacts | None]"])
     _latest: tuple[int, Mapping[str, NodeFacts]] = field(default=(-1, {}), repr=False, compare=False)
+    _read: Callable[[], tuple[list[str], Changes]] | None = field(default=None, repr=False, compare=False)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> object:
+            # Called only for an attribute that is not set, as these two of a history that was not read yet.
+            if name in ("texts", "changes") and (read := self._read) is not None:
+                (self.texts, self.changes), self._read = read(), None
+            if name not in vars(self):
+                raise AttributeError(f"a history has no attribute '{name}'")
+            return vars(self)[name]
 
     def record(self, step: Step, text: str, facts: Mapping[str, NodeFacts] | None = None) -> None:
         """Add a step with the text and, where they are known, the facts of the program after it."""
@@ -254,25 +269,37 @@ class History:
         return {"version": FORMAT_VERSION, "pipeline": self.pipeline, "checks": self.checks, "steps": steps}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], programs: Mapping[str, Any] | Sequence[str]) -> History:
-        """The history that `to_json` wrote, with what `programs_to_json` wrote, or only the programs' texts.
+    def from_json(cls, data: Mapping[str, Any], texts: Sequence[str]) -> History:
+        """The history that `to_json` wrote, with the programs' texts. Raises as `unread`."""
+        history = cls.unread(data, lambda: (list(map(text, texts)), {}))
+        if len(history.texts) != len(history.steps):
+            raise ValueError("the history and the programs' texts do not belong together")
+        return history
+
+    @classmethod
+    def unread(cls, data: Mapping[str, Any], read: Callable[[], tuple[list[str], Changes]]) -> History:
+        """The history that `to_json` wrote, whose texts and changes `read` returns when they are asked for first.
 
         Raises:
-            ValueError: when the data is no history.
-            TypeError: likewise.
-            KeyError: likewise.
+            ValueError: when the data is no history; or TypeError, or KeyError.
         """
         if data["version"] != FORMAT_VERSION:
             raise ValueError(f"the history is of version {shown(data['version'])}; this Lissom reads version {FORMAT_VERSION}")
-        steps = take_list(data, "steps", _step_from_json)
-        texts = list(map(text, programs["texts"] if isinstance(programs, Mapping) else programs))
         checks = take(data, "checks", str)
-        if len(steps) != len(texts) or checks not in get_args(Checks):
-            raise ValueError("the history and the programs' texts do not belong together")
-        history = cls(take(data, "pipeline", str), checks, list(steps), texts)
-        for index, changes in programs["changes"].items() if isinstance(programs, Mapping) else ():
-            history.changes[int(index)] = {str(name): _fact_from_json(fact) for name, fact in changes.items()}
+        if checks not in get_args(Checks):
+            raise ValueError(f"there are no checks {shown(checks)}")
+        history = cls(take(data, "pipeline", str), checks, list(take_list(data, "steps", _step_from_json)), _read=read)
+        del history.texts, history.changes
         return history
+
+
+def programs_from_json(programs: Mapping[str, Any]) -> tuple[list[str], Changes]:
+    """The texts and facts that `programs_to_json` wrote. Raises as `History.unread`."""
+    changes = {
+        int(step): {str(name): _fact_from_json(fact) for name, fact in facts.items()}
+        for step, facts in programs["changes"].items()
+    }
+    return list(map(text, programs["texts"])), changes
 
 
 def _fact_to_json(fact: NodeFacts | None) -> list[object] | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lissom.compiler.memory import collector_paused
 from lissom.errors import ArtifactError, UnsupportedError, nearest
 from lissom.frontends.capture.failures import first_line
 from lissom.frontends.capture.isolation import exchanged, only_errors
@@ -146,7 +147,7 @@ def tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     if not any((directory / file).is_file() for file in _TOKENIZER):
         return None
-    with _offline() as transformers:
+    with collector_paused(), _offline() as transformers:
         return transformers.AutoTokenizer.from_pretrained(directory, **_LOCAL)
 
 
@@ -251,14 +252,20 @@ _ALONE = threading.RLock()
 
 
 @contextmanager
+def without_torchao_warnings() -> Generator[None]:
+    """Silence torchao, which transformers' models import: it warns of missing CUDA libraries, and makes PyTorch warn too."""
+    with _ALONE, only_errors("torchao", "torch.utils._pytree"):
+        yield
+
+
+@contextmanager
 def _offline() -> Generator[Any]:
     """transformers without network access, progress bars and questions; its settings are restored when the block ends.
 
     Raises:
         UnsupportedError: if it is not installed.
     """
-    # It imports torchao if installed, which warns about missing CUDA libraries on a CPU, and makes PyTorch warn too.
-    with _ALONE, only_errors("torchao", "torch.utils._pytree"):
+    with without_torchao_warnings():
         try:
             import transformers
             from huggingface_hub import constants
