@@ -9,6 +9,7 @@ from statistics import geometric_mean
 
 from lissom.artifacts.weights import stored_bytes
 from lissom.backends.base import Backend, restored_state
+from lissom.backends.builds import Builds
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.options import Goal
@@ -32,12 +33,14 @@ class Payoff:
         lowerings: their lowering passes, by name.
         samples: the inputs for timing.
         goal: what a pass must not make worse.
+        builds: keeps the executables of the programs after the last verdict.
     """
 
     backends: Sequence[Backend]
     lowerings: Mapping[str, Sequence[Pass]]
     samples: Sequence[Sample]
     goal: Goal
+    builds: Builds
 
     def __call__(self, before: Mapping[str, Program], after: Mapping[str, Program]) -> Verdict | None:
         """The figures of all backends for the lowered programs; the pass is kept if it gains on one of them.
@@ -45,6 +48,13 @@ class Payoff:
         None if a backend cannot run one of the programs, or has no kernels for the quantized layers of `after`: building
         the result raises the backend's own error.
         """
+        self.builds.keep([*before.values(), *after.values()])
+        verdict = self._verdict(before, after)
+        reverted = verdict is not None and not verdict.keep
+        self.builds.keep((before if reverted else after).values())
+        return verdict
+
+    def _verdict(self, before: Mapping[str, Program], after: Mapping[str, Program]) -> Verdict | None:
         verdicts: list[Verdict] = []
         for backend in self.backends:
             try:
@@ -60,7 +70,7 @@ class Payoff:
     def _compare(self, backend: Backend, before: Program, after: Program) -> Verdict | None:
         if backend.simulated(after):
             return None
-        built = [backend.build(program, self.samples[0]) for program in (before, after)]
+        built = [self.builds.build(backend, program, self.samples[0]).executable for program in (before, after)]
         if getattr(built[1], "simulated", ()):
             return None
         ratios: list[float] = []

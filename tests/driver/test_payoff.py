@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 import lissom
+from lissom.backends.eager.backend import Eager
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import Step
 from lissom.compiler.pipeline.options import Goal
 from lissom.compiler.pipeline.pass_kinds import Approximation
@@ -177,9 +179,13 @@ def test_the_program_that_was_timed_is_the_result(
     lowered: list[str] = []
     packs = PASSES["pack-linear"].run
     monkeypatch.setattr(PASSES["pack-linear"], "run", lambda self, edit: lowered.append("packed") or packs(self, edit))
+    built: list[Program] = []
+    build = Eager.build
+    monkeypatch.setattr(Eager, "build", lambda self, program, sample: built.append(program) or build(self, program, sample))
     found = lissom.compile(model, INPUTS, passes=[Halve(), PASSES["low-rank"](rank=4)], goal=goal)
     history = found.report.history
-    assert len(lowered) == 3  # the original and the program after each pass, once each
+    assert len(lowered) == len(built) == 3  # the original and the program after each pass, once each
+    assert any(program is found.program for program in built)
     assert [step.index for step in history.steps] == list(range(len(history.steps)))
     assert history.texts[-1] == found.program.text()
     assert (step_of(found, "halve").reverted is None) == (ratio < 1)
