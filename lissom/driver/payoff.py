@@ -16,7 +16,7 @@ from lissom.compiler.pipeline.options import Goal
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Verdict
 from lissom.errors import LissomError
-from lissom.measure.timing import ENOUGH, Timing, time_calls
+from lissom.measure.timing import ENOUGH, Timing, apart, time_calls
 
 FASTER = 0.97
 """A program counts as faster below this fraction of the time, and as slower above its inverse: two timings of one program
@@ -78,7 +78,8 @@ class Payoff:
         with restored_state(*built):
             for sample in self.samples:
                 calls = (partial(executable, sample) for executable in built)
-                timings = time_calls(dict(zip(("without", "with"), calls, strict=True)), _SECONDS, most=ENOUGH)
+                named = dict(zip(("without", "with"), calls, strict=True))
+                timings = time_calls(named, _SECONDS, most=ENOUGH, enough=apart)
                 ratios.append(timings["with"].median_ms / timings["without"].median_ms)
                 times.append(_times(timings["with"], timings["without"], sample))
         without, size = stored_bytes(before), stored_bytes(after)
