@@ -99,6 +99,13 @@ class Backend(ABC):
             example: flat inputs.
         """
 
+    def settle(self, program: Program) -> None:
+        """Move the weights of a program that was built to where calls read them fastest; their values and addresses stay.
+
+        It takes as long as many calls, so a program that is only timed may do without.
+        """
+        return
+
     def time_layers(
         self,
         program: Program,

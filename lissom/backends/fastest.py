@@ -97,6 +97,7 @@ def _build(backend: Backend, program: Program, history: History, example: Sample
     if not simulate:
         refuse(backend.name, left, total)
     _, _, executable, seconds = builds.build(backend, program, example)
+    backend.settle(program)
     if not simulate:
         simulated: Sequence[SimulatedLayer] = getattr(executable, "simulated", ())
         refuse(backend.name, simulated, getattr(executable, "quantized", len(simulated)))

@@ -55,11 +55,12 @@ def model() -> nn.Module:
 
 @pytest.fixture
 def ratios(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The times with a pass over those without it that the clock shows, in turn; whatever else the machine does."""
+    """The times with a pass over those without it that the clock shows, by sample; whatever else the machine does."""
     left: list[float] = []
 
     def time_calls(calls: Mapping[str, object], *_: object, **__: object) -> dict[str, Timing]:
         found = left.pop(0)
+        left.append(found)
         return {name: Timing(*[2 * found if name == "with" else 2.0] * 3, runs=5) for name in calls}
 
     monkeypatch.setattr("lissom.driver.payoff.time_calls", time_calls)
@@ -114,6 +115,17 @@ def test_a_smaller_program(model: nn.Module, ratios: list[float], goal: Goal, me
         assert step.reverted.endswith(f'{sizes}; goal="memory" keeps it')
     wanted = {torch.bfloat16 if kept else torch.float32}
     assert {weight.dtype for weight in found.program.weights().values()} == wanted
+
+
+@pytest.mark.parametrize(("ratio", "settled"), [(0.5, 1), (0.8, 3), (1.3, 3), (2.0, 1)])
+def test_weights_are_settled_before_a_close_verdict(
+    model: nn.Module, ratios: list[float], monkeypatch: pytest.MonkeyPatch, ratio: float, settled: int
+) -> None:
+    ratios += [ratio, ratio]
+    programs: list[Program] = []
+    monkeypatch.setattr(Eager, "settle", lambda self, program: programs.append(program))
+    found = lissom.compile(model, INPUTS, passes="cast{dtype=bf16}")
+    assert len(programs) == settled and programs[-1] is found.program
 
 
 @pytest.mark.parametrize("goal", ["latency", "memory"])

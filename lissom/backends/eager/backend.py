@@ -77,6 +77,9 @@ class Eager(Backend):
         confirm(self.name, executable, program, example)
         return executable
 
+    def settle(self, program: Program) -> None:
+        settle_weights(program)
+
     def time_layers(
         self,
         program: Program,
@@ -96,7 +99,9 @@ class Eager(Backend):
         """No files: the program is enough."""
 
     def load_executable(self, program: Program, folder: Path) -> Executable:
-        return build_function(program, with_graphs)
+        executable = build_function(program, with_graphs)
+        self.settle(program)
+        return executable
 
 
 def build_function(
@@ -112,7 +117,7 @@ def build_function(
     """
     program = with_fast_layout(program)
     state = {name: program.weight(name).detach().clone() for name in program.state}
-    use_huge_pages(_read_whole(program), own=[*_packed(program), *state.values()])
+    use_huge_pages([], own=[*_packed(program), *state.values()])
     source, names = emit(program, state, calls)
     scope = dict(names)
     exec(compile(source, "<lissom program>", "exec"), scope)
@@ -128,11 +133,11 @@ def build_function(
     return _Stateful(executable, state) if state else executable
 
 
-def _read_whole(program: Program) -> list[torch.Tensor]:
-    """The weights that a call reads; of tables of embeddings it looks up a few rows."""
+def settle_weights(program: Program) -> None:
+    """Put the weights that a call reads whole into huge pages; of tables of embeddings it looks up a few rows."""
     reads = (node for node in program.graph.nodes if node.op == "get_attr")
     names = {str(node.target) for node in reads if any(user.target is not _EMBEDDING for user in node.users)}
-    return [program.weight(name) for name in names]
+    use_huge_pages([program.weight(name) for name in names])
 
 
 def _packed(program: Program) -> list[torch.Tensor]:
