@@ -183,7 +183,8 @@ def confirm(name: str, executable: Executable, program: Program, example: Sample
     Raises:
         VerifyError: when it does not run, gives other outputs, or returns memory that it uses again.
     """
-    samples = [*check_samples(program.signature, example), *smallest_samples(program.signature, example)]
+    smallest = (sample for sample in smallest_samples(program.signature, example) if not all(map(torch.equal, sample, example)))
+    samples = [*check_samples(program.signature, example), *smallest]
     return require_built(f"what backend '{name}' built", partial(_call, executable), program, samples, allowed)
 
 
