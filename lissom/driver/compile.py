@@ -19,7 +19,7 @@ from lissom.backends.eager.backend import Eager
 from lissom.backends.fastest import build_fastest
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, check_samples, larger
-from lissom.compiler.memory import free_dropped_programs, give_back_memory
+from lissom.compiler.memory import free_dropped_programs, give_back_memory, heap_set_aside
 from lissom.compiler.pipeline.history import History, Size, Step
 from lissom.compiler.pipeline.options import Progress
 from lissom.compiler.pipeline.pass_kinds import Pass
@@ -155,12 +155,12 @@ def compile_captured(
         LissomError: as `lissom.compile`.
     """
     passes, backends = check_settings(settings)
-    with _shown(settings, title) as progress, isolated(device):
+    with _shown(settings, title) as progress, isolated(device), heap_set_aside():
         if isinstance(backends[0], Distributed):
             compiled = _compile_for_ranks(take, device, settings, passes, backends[0], progress, facts)
         else:
             compiled = _compile_for_process(take, device, settings, passes, backends, progress, facts)
-    free_dropped_programs(compiled.program.parameter_bytes)
+        free_dropped_programs(compiled.program.parameter_bytes)
     give_back_memory()
     return compiled
 
