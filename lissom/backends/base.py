@@ -99,6 +99,14 @@ class Backend(ABC):
             example: flat inputs.
         """
 
+    def confirm(self, executable: Executable, program: Program, example: Sample) -> None:
+        """Compare an executable with its program, unless `build` does; one that is only timed is not compared.
+
+        Raises:
+            VerifyError: as the function `confirm`.
+        """
+        return
+
     def settle(self, program: Program) -> None:
         """Move the weights of a program that was built to where calls read them fastest; their values and addresses stay.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -97,7 +98,10 @@ def _build(backend: Backend, program: Program, history: History, example: Sample
     if not simulate:
         refuse(backend.name, left, total)
     _, _, executable, seconds = builds.build(backend, program, example)
+    started = time.perf_counter()
+    backend.confirm(executable, program, example)
     backend.settle(program)
+    seconds += time.perf_counter() - started
     if not simulate:
         simulated: Sequence[SimulatedLayer] = getattr(executable, "simulated", ())
         refuse(backend.name, simulated, getattr(executable, "quantized", len(simulated)))

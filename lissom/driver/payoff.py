@@ -10,6 +10,7 @@ from statistics import geometric_mean
 from lissom.artifacts.weights import stored_bytes
 from lissom.backends.base import Backend, Executable, restored_state
 from lissom.backends.builds import Builds
+from lissom.compiler.ir.interpreter import REFUSALS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.options import Goal
@@ -49,8 +50,8 @@ class Payoff:
     def __call__(self, before: Mapping[str, Program], after: Mapping[str, Program]) -> Verdict | None:
         """The figures of all backends for the lowered programs; the pass is kept if it gains on one of them.
 
-        None if a backend cannot run one of the programs, or has no kernels for the quantized layers of `after`: building
-        the result raises the backend's own error.
+        None if a backend cannot build or run one of the programs, or has no kernels for the quantized layers of `after`:
+        building the result raises the backend's own error.
         """
         self.builds.keep([*before.values(), *after.values()])
         verdict = self._verdict(before, after)
@@ -63,7 +64,7 @@ class Payoff:
         for backend in self.backends:
             try:
                 verdict = self._compare(backend, before[backend.name], after[backend.name])
-            except LissomError:
+            except (LissomError, *REFUSALS):
                 return None
             if verdict is None:
                 return None

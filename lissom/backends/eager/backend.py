@@ -73,9 +73,10 @@ class Eager(Backend):
         return (FoldConstants(shared=True), FoldQuantizedWeights(), *merge, *heads, *products, *lookups)
 
     def build(self, program: Program, example: Sample) -> Executable:
-        executable = build_function(program, with_graphs)
+        return build_function(program, with_graphs)
+
+    def confirm(self, executable: Executable, program: Program, example: Sample) -> None:
         confirm(self.name, executable, program, example)
-        return executable
 
     def settle(self, program: Program) -> None:
         settle_weights(program)
