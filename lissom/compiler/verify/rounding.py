@@ -278,8 +278,14 @@ def local_errors(
         chosen: the nodes that are compared; all by default.
     """
     known: dict[str, object] = {}
+    # Values in float64 are computed from all of `before`; else weights that a kernel dequantizes itself need not be kept.
+    compared = (
+        {name for node in after.nodes() for name in (node.name, nodes.origin(node).replaces)} if allowed is None else None
+    )
 
     def keep(node: fx.Node, value: object) -> None:
+        if compared is not None and node.name not in compared:
+            return
         if chosen is None or node.name in chosen.compared or node.name in chosen.read:
             known[node.name] = lasting(node, value)
 
