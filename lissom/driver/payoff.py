@@ -26,7 +26,8 @@ _SETTLED = 0.7
 """Settling weights changes the ratio of two programs' times by less: by 0.73 for int4 against bfloat16, where both wait for
 memory (decision 0031).
 """
-_SECONDS = 0.5
+_SECONDS, _LEAST = 0.5, 4
+"""Fewer than five runs have one warm-up call, and of a large program that takes as long as all runs that a verdict needs."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Payoff:
         with restored_state(*built):
             for sample in self.samples:
                 without, with_pass = (partial(executable, sample) for executable in built)
-                timings = time_calls({"without": without, "with": with_pass}, _SECONDS, most=ENOUGH, enough=apart)
+                timings = time_calls({"without": without, "with": with_pass}, _SECONDS, _LEAST, ENOUGH, enough=apart)
                 ratios.append(timings["with"].median_ms / timings["without"].median_ms)
                 times.append(_times(timings["with"], timings["without"], sample))
         return geometric_mean(ratios), ", ".join(times)
