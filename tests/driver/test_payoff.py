@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 import lissom
+from lissom.backends.base import Executable
 from lissom.backends.eager.backend import Eager
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.history import Step
 from lissom.compiler.pipeline.options import Goal
 from lissom.compiler.pipeline.pass_kinds import Approximation
@@ -194,8 +196,17 @@ def test_the_program_that_was_timed_is_the_result(
     built: list[Program] = []
     build = Eager.build
     monkeypatch.setattr(Eager, "build", lambda self, program, sample: built.append(program) or build(self, program, sample))
+    confirmed: list[Program] = []
+    confirm = Eager.confirm
+
+    def compare(self: Eager, executable: Executable, program: Program, example: Sample) -> None:
+        confirmed.append(program)
+        confirm(self, executable, program, example)
+
+    monkeypatch.setattr(Eager, "confirm", compare)
     found = lissom.compile(model, INPUTS, passes=[Halve(), PASSES["low-rank"](rank=4)], goal=goal)
     history = found.report.history
+    assert len(confirmed) == 1 and confirmed[0] is found.program
     assert len(lowered) == len(built) == 3  # the original and the program after each pass, once each
     assert any(program is found.program for program in built)
     assert [step.index for step in history.steps] == list(range(len(history.steps)))
