@@ -176,13 +176,17 @@ class Run:
         self.spare.clear()
         if not touched and isinstance(pass_, Rewrite) and not pass_.redefines and after is copied:
             self.spare.append((self.program, copied))
-            return
+        else:
+            self._replace_program(pass_, after, outputs, touched)
+
+    def _replace_program(self, pass_: Pass, after: Program, outputs: list[list[object]], touched: bool) -> None:
+        """Go on with the program after a recorded pass."""
         if not isinstance(pass_, (Rewrite, Annotation)):
             self.reference = self.reference or self.program
         if not isinstance(pass_, Rewrite):
             self.start = after
         elif touched and self.options.checks in NUMERIC:
-            self.stretch = (*self.stretch, (step.index, pass_))
+            self.stretch = (*self.stretch, (len(self.history.steps) - 1, pass_))
         self.program, self.outputs = after, outputs
         self.lowered = {} if touched else self.lowered
         if pass_.redefines:

@@ -55,18 +55,6 @@ def refusal(kind: type[LissomError], program: Program, *passes: Pass, **options:
     return caught.value
 
 
-def test_a_copy_that_a_pass_left_as_it_was_serves_the_next(monkeypatch):
-    copied, copy = list[Program](), Program.copy
-    monkeypatch.setattr(Program, "copy", lambda self: copied.append(self) or copy(self))
-    program = captured("feed_forward")
-    text, dropped = program.text(), run(program, DropDropout())[0].text()
-    copied.clear()
-    after, history = run(program, DropDropout(), DropDropout(), DropDropout(), Marks(), DropDropout())
-    assert len(copied) == 3  # for the first pass, for the second to the fourth, and for the last
-    assert history.texts[1] == history.texts[2] == history.texts[3] == dropped
-    assert after.text() == history.texts[-1] and program.text() == text
-
-
 def test_passes_run_in_the_order_written():
     _, history = run(captured("feed_forward"), DropDropout(), Marks(), DropDropout())
     assert [step.spelling for step in history.steps] == ["capture", "drop-dropout", "marks", "drop-dropout"]
