@@ -130,7 +130,7 @@ def _nonzero(stored: torch.Tensor) -> torch.Tensor | None:
 
 
 def _compressed_bytes(stored: torch.Tensor, nonzero: torch.Tensor) -> int:
-    return -(-stored.numel() // 8) + int(nonzero.sum()) * stored.itemsize
+    return -(-stored.numel() // 8) + int(nonzero.count_nonzero()) * stored.itemsize
 
 
 def _compress(name: str, stored: torch.Tensor) -> dict[str, torch.Tensor] | None:

@@ -9,6 +9,7 @@ from functools import partial
 
 from lissom.backends import FASTEST
 from lissom.backends.base import Backend, Executable, restored_state
+from lissom.backends.builds import Builds
 from lissom.backends.simulated_layers import SimulatedLayer, account, count_kernels, explain, refuse
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
@@ -37,6 +38,7 @@ def build_fastest(
     lowered: Mapping[str, tuple[Program, History] | LissomError],
     example: Sample,
     progress: Callable[[str, int], None],
+    builds: Builds,
     *,
     simulate: bool = False,
 ) -> Built:
@@ -49,6 +51,7 @@ def build_fastest(
     Args:
         lowered: by backend name its lowered program, or the error of lowering.
         progress: called with the current step and the number of builds left.
+        builds: keeps the executables that were built before.
         simulate: allow quantized layers without a kernel to run in floating point; else they are refused.
 
     Raises:
@@ -64,7 +67,7 @@ def build_fastest(
                 raise outcome
             progress(f"build {name}", left)
             left -= 1
-            built[name] = _build(backend, *outcome, example, simulate)
+            built[name] = _build(backend, *outcome, example, builds, simulate)
         # The errors of other compilers and runtimes have no common class; each is noted in the history.
         except Exception as error:
             if len(lowered) == 1:
@@ -89,14 +92,16 @@ def build_fastest(
     return best
 
 
-def _build(backend: Backend, program: Program, history: History, example: Sample, simulate: bool) -> Built:
+def _build(backend: Backend, program: Program, history: History, example: Sample, builds: Builds, simulate: bool) -> Built:
     left = explain(backend.simulated(program), history.steps)
     total = len(left) + count_kernels(program)
     if not simulate:
         refuse(backend.name, left, total)
+    _, _, executable, seconds = builds.build(backend, program, example)
     started = time.perf_counter()
-    executable = backend.build(program, example)
-    seconds = time.perf_counter() - started
+    backend.confirm(executable, program, example)
+    backend.settle(program)
+    seconds += time.perf_counter() - started
     if not simulate:
         simulated: Sequence[SimulatedLayer] = getattr(executable, "simulated", ())
         refuse(backend.name, simulated, getattr(executable, "quantized", len(simulated)))

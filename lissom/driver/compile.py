@@ -14,12 +14,13 @@ from torch import nn
 
 from lissom.artifacts.facts import Facts
 from lissom.backends.base import Backend
+from lissom.backends.builds import Builds
 from lissom.backends.distributed.backend import Distributed
 from lissom.backends.eager.backend import Eager
 from lissom.backends.fastest import build_fastest
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, check_samples, larger
-from lissom.compiler.memory import free_dropped_programs, give_back_memory
+from lissom.compiler.memory import free_dropped_programs, give_back_memory, heap_set_aside
 from lissom.compiler.paging import is_paged
 from lissom.compiler.pipeline.history import History, Size, Step
 from lissom.compiler.pipeline.options import Progress
@@ -166,12 +167,12 @@ def compile_captured(
         LissomError: as `lissom.compile`.
     """
     passes, backends = check_settings(settings)
-    with _shown(settings, title) as progress, isolated(device):
+    with _shown(settings, title) as progress, isolated(device), heap_set_aside():
         if isinstance(backends[0], Distributed):
             compiled = _compile_for_ranks(take, device, settings, passes, backends[0], progress, facts)
         else:
             compiled = _compile_for_process(take, device, settings, passes, backends, progress, facts)
-    free_dropped_programs(compiled.program.parameter_bytes)
+        free_dropped_programs(compiled.program.parameter_bytes)
     give_back_memory()
     return compiled
 
@@ -190,14 +191,15 @@ def _compile_for_process(
     lowerings = {backend.name: backend.lowering(device) for backend in backends if backend.name not in missing}
     # The capture, the passes, and for each backend its own passes and the build.
     count = 1 + len(passes) + sum(len(lowering) + 1 for lowering in lowerings.values())
-    job = _job(take, passes, settings, progress, count)
-    judge = _judge(job, settings, [backend for backend in backends if backend.name in lowerings], lowerings)
+    job, builds = _job(take, passes, settings, progress, count), Builds()
+    judge = _judge(job, settings, [backend for backend in backends if backend.name in lowerings], lowerings, builds)
     lowered = replace(job.pipeline, judge=judge).run_each(job.captured.program, lowerings, job.history)
     built = build_fastest(
         backends,
         missing | lowered,
         job.captured.example,
         lambda what, left: progress(what, count - left, count),
+        builds,
         simulate=settings.simulate,
     )
     timer = ProgramTimer(built.program, built.executable, built.backend, built.history, job.captured.example)
@@ -229,7 +231,7 @@ def _partition_model(
     at = next(index for index, pass_ in enumerate(passes) if isinstance(pass_, (Shard, Partition)))
     job = _job(take, passes[:at], settings, progress, 1 + len(passes))
     eager = Eager()
-    pipeline = replace(job.pipeline, judge=_judge(job, settings, [eager], {eager.name: eager.lowering(device)}))
+    pipeline = replace(job.pipeline, judge=_judge(job, settings, [eager], {eager.name: eager.lowering(device)}, Builds()))
     (outcome,) = pipeline.run_each(job.captured.program, {eager.name: passes[at:]}, job.history).values()
     if isinstance(outcome, LissomError):
         raise outcome
@@ -275,7 +277,7 @@ def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: PassSett
 
 
 def _judge(
-    job: _Job, settings: BuildSettings, backends: Sequence[Backend], lowerings: Mapping[str, Sequence[Pass]]
+    job: _Job, settings: BuildSettings, backends: Sequence[Backend], lowerings: Mapping[str, Sequence[Pass]], builds: Builds
 ) -> Payoff | None:
     """Times lossy passes on the example and on larger inputs; None where all are to be kept, or a model does not fit twice.
 
@@ -290,4 +292,4 @@ def _judge(
     if not timed:
         given = larger(captured.program.signature, captured.example, job.history.steps[0].size.flops)
         timed += islice((sample for sample in given if runs(captured.program, sample)), 1)
-    return Payoff(backends, lowerings, [captured.example, *timed], settings.goal)
+    return Payoff(backends, lowerings, [captured.example, *timed], settings.goal, builds)

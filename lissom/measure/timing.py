@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -32,12 +32,20 @@ ENOUGH = 300
 """The number of runs that suffices for a decision; a call of a tenth of a millisecond would have thousands."""
 GAIN = 0.97
 """What is rewritten to be faster must take less than this fraction of the original's time, so that noise does not decide."""
+_LEAST_MS = 50.0
+"""The least time of all runs together after which two calls are `apart`."""
+_SURE = 10
+"""The runs from which on a difference of `GAIN` is none by chance."""
 _SECONDS = 0.05
 """The measuring time of `median_seconds`."""
 
 
 def time_calls(
-    calls: Mapping[str, Callable[[], object]], seconds: float = 1.0, least: int = 5, most: float = math.inf
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float = 1.0,
+    least: int = 5,
+    most: float = math.inf,
+    enough: Callable[[Sequence[Sequence[float]]], bool] | None = None,
 ) -> dict[str, Timing]:
     """Time several calls in turn, A B A B …, so that changes of the machine's speed affect all of them.
 
@@ -45,14 +53,28 @@ def time_calls(
         seconds: measuring time for each, after two warm-up calls.
         least: the minimum number of runs, two or more; if it is below five, there is one warm-up call.
         most: the maximum number of runs.
+        enough: ends the timing after two runs or more, given the times of all runs of each call.
     """
-    runs = time_runs(calls, seconds, least=least, most=most, warm_ups=1 if least < 5 else 2)
+    runs = time_runs(calls, seconds, least=least, most=most, warm_ups=1 if least < 5 else 2, enough=enough)
     quartiles = {name: statistics.quantiles(taken, n=4, method="inclusive") for name, taken in runs.items()}
     return {name: Timing(median, low, high, len(runs[name])) for name, (low, median, high) in quartiles.items()}
 
 
+def apart(times: Sequence[Sequence[float]]) -> bool:
+    """True if all runs of one of two calls were faster than all runs of the other, by more the fewer they are."""
+    fast, slow = sorted(times, key=statistics.median)
+    gain = GAIN ** max(1.0, _SURE / len(fast))
+    return sum(fast) + sum(slow) >= _LEAST_MS and max(fast) < gain * min(slow)
+
+
 def time_runs(
-    calls: Mapping[str, Callable[[], object]], seconds: float, *, least: int = 1, most: float = math.inf, warm_ups: int = 0
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float,
+    *,
+    least: int = 1,
+    most: float = math.inf,
+    warm_ups: int = 0,
+    enough: Callable[[Sequence[Sequence[float]]], bool] | None = None,
 ) -> dict[str, list[float]]:
     """The times of all runs of each call, timed in turn as by `time_calls`."""
     for call in calls.values():
@@ -62,6 +84,8 @@ def time_runs(
     started = time.perf_counter()
     for run in itertools.count():
         if run >= least and (run >= most or time.perf_counter() - started >= seconds * len(calls)):
+            break
+        if run >= 2 and enough is not None and enough([*times.values()]):
             break
         for name, call in calls.items():
             times[name].append(time_once(call)[0])

@@ -33,6 +33,14 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 Operand = torch.Tensor | None
 
 
+def in_panels(weight: torch.Tensor, step: int = 1) -> torch.Tensor:
+    """A weight [features, inputs] as [panels, 32, steps, step]: a view, or a copy filled with zeros."""
+    panels, steps = -(-weight.shape[0] // PANEL), -(-weight.shape[1] // step)
+    if weight.shape != (panels * PANEL, steps * step):
+        weight = functional.pad(weight, (0, steps * step - weight.shape[1], 0, panels * PANEL - weight.shape[0]))
+    return weight.unflatten(0, (panels, PANEL)).unflatten(2, (steps, step))
+
+
 @dataclass(frozen=True)
 class LinearForm:
     """A form in which the operators `lissom::name` and `lissom::name_norm` store the weight of a linear layer.

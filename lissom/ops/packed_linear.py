@@ -16,18 +16,14 @@ import torch
 from torch.nn import functional
 
 from lissom.ops.checks import cast, check_exact, require
-from lissom.ops.epilogue import PANEL, LinearForm
+from lissom.ops.epilogue import PANEL, LinearForm, in_panels
 from lissom.ops.library import define
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """The packed form of a weight [features, inputs], float32 or bfloat16; bfloat16 needs an even number of inputs."""
-    features, inputs = weight.shape
-    panels = -(-features // PANEL)
-    filled = functional.pad(weight, (0, 0, 0, panels * PANEL - features)).view(panels, PANEL, inputs)
-    if weight.dtype == torch.bfloat16:
-        return filled.view(panels, PANEL, inputs // 2, 2).transpose(1, 2).contiguous()
-    return filled.transpose(1, 2).contiguous()
+    filled = in_panels(weight, 2) if weight.dtype == torch.bfloat16 else in_panels(weight).squeeze(3)
+    return filled.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def unpack(packed: torch.Tensor, features: int) -> torch.Tensor:

@@ -28,7 +28,7 @@ import torch
 from torch.nn import functional
 
 from lissom.ops.checks import cast, check_exact, require
-from lissom.ops.epilogue import PANEL, LinearForm
+from lissom.ops.epilogue import PANEL, LinearForm, in_panels
 from lissom.ops.formats import SCALES, dequantize
 from lissom.ops.grouped_linear import GroupedLinear
 from lissom.ops.quantization import GROUP, check_granularity, fake_quantize_dynamic_reference, fake_quantize_reference
@@ -44,10 +44,7 @@ STEP = 4
 
 def pack_bytes(weight: torch.Tensor) -> torch.Tensor:
     """The packed form of a weight [features, inputs] of int8."""
-    features, inputs = weight.shape
-    panels, steps = -(-features // PANEL), -(-inputs // STEP)
-    filled = functional.pad(weight, (0, steps * STEP - inputs, 0, panels * PANEL - features))
-    return filled.view(panels, PANEL, steps, STEP).transpose(1, 2).contiguous()
+    return in_panels(weight, STEP).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def pack_halves_of_bytes(weight: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 
 from lissom.ops.checks import cast, check_exact, require
-from lissom.ops.epilogue import PANEL, LinearForm
+from lissom.ops.epilogue import PANEL, LinearForm, in_panels
 from lissom.ops.formats import FORMATS, SCALES, Format
 from lissom.ops.grouped_linear import GroupedLinear
 from lissom.ops.quantization import dequantize_reference
@@ -51,12 +51,10 @@ def step_bytes(format: str) -> int:
 
 def pack_stored(q: torch.Tensor, format: str) -> torch.Tensor:
     """The packed form of a weight [features, inputs], which is not packed in any format."""
-    features, inputs = q.shape
-    panels = -(-features // PANEL)
-    filled = functional.pad(q, (0, 0, 0, panels * PANEL - features)).view(panels, PANEL, inputs).transpose(1, 2)
+    filled = in_panels(q).squeeze(3).transpose(1, 2)
     bits = FORMS[format].bits
     if bits == 8:
-        return filled.contiguous()
+        return filled.clone(memory_format=torch.contiguous_format)
     filled = filled.to(torch.uint8)
     low, high = (filled & 15).split(PANEL // 2, -1)
     parts = [low | (high << 4)]

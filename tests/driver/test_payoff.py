@@ -11,7 +11,11 @@ import torch
 from torch import nn
 
 import lissom
+from lissom.backends.base import Executable
+from lissom.backends.eager.backend import Eager
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.history import Step
 from lissom.compiler.pipeline.options import Goal
 from lissom.compiler.pipeline.pass_kinds import Approximation
@@ -53,11 +57,12 @@ def model() -> nn.Module:
 
 @pytest.fixture
 def ratios(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The times with a pass over those without it that the clock shows, in turn; whatever else the machine does."""
+    """The times with a pass over those without it that the clock shows, by sample; whatever else the machine does."""
     left: list[float] = []
 
     def time_calls(calls: Mapping[str, object], *_: object, **__: object) -> dict[str, Timing]:
         found = left.pop(0)
+        left.append(found)
         return {name: Timing(*[2 * found if name == "with" else 2.0] * 3, runs=5) for name in calls}
 
     monkeypatch.setattr("lissom.driver.payoff.time_calls", time_calls)
@@ -112,6 +117,17 @@ def test_a_smaller_program(model: nn.Module, ratios: list[float], goal: Goal, me
         assert step.reverted.endswith(f'{sizes}; goal="memory" keeps it')
     wanted = {torch.bfloat16 if kept else torch.float32}
     assert {weight.dtype for weight in found.program.weights().values()} == wanted
+
+
+@pytest.mark.parametrize(("ratio", "settled"), [(0.5, 1), (0.8, 3), (1.3, 3), (2.0, 1)])
+def test_weights_are_settled_before_a_close_verdict(
+    model: nn.Module, ratios: list[float], monkeypatch: pytest.MonkeyPatch, ratio: float, settled: int
+) -> None:
+    ratios += [ratio, ratio]
+    programs: list[Program] = []
+    monkeypatch.setattr(Eager, "settle", lambda self, program: programs.append(program))
+    found = lissom.compile(model, INPUTS, passes="cast{dtype=bf16}")
+    assert len(programs) == settled and programs[-1] is found.program
 
 
 @pytest.mark.parametrize("goal", ["latency", "memory"])
@@ -177,9 +193,22 @@ def test_the_program_that_was_timed_is_the_result(
     lowered: list[str] = []
     packs = PASSES["pack-linear"].run
     monkeypatch.setattr(PASSES["pack-linear"], "run", lambda self, edit: lowered.append("packed") or packs(self, edit))
+    built: list[Program] = []
+    build = Eager.build
+    monkeypatch.setattr(Eager, "build", lambda self, program, sample: built.append(program) or build(self, program, sample))
+    confirmed: list[Program] = []
+    confirm = Eager.confirm
+
+    def compare(self: Eager, executable: Executable, program: Program, example: Sample) -> None:
+        confirmed.append(program)
+        confirm(self, executable, program, example)
+
+    monkeypatch.setattr(Eager, "confirm", compare)
     found = lissom.compile(model, INPUTS, passes=[Halve(), PASSES["low-rank"](rank=4)], goal=goal)
     history = found.report.history
-    assert len(lowered) == 3  # the original and the program after each pass, once each
+    assert len(confirmed) == 1 and confirmed[0] is found.program
+    assert len(lowered) == len(built) == 3  # the original and the program after each pass, once each
+    assert any(program is found.program for program in built)
     assert [step.index for step in history.steps] == list(range(len(history.steps)))
     assert history.texts[-1] == found.program.text()
     assert (step_of(found, "halve").reverted is None) == (ratio < 1)

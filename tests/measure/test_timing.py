@@ -2,7 +2,9 @@
 
 import time
 
-from lissom.measure.timing import Timing, median_seconds, time_calls, time_once, time_runs
+import pytest
+
+from lissom.measure.timing import Timing, apart, median_seconds, time_calls, time_once, time_runs
 
 
 def test_timing_reads_as_median_and_middle_half():
@@ -54,3 +56,28 @@ def test_one_run_is_timed_with_its_output():
 
 def test_a_median_is_in_seconds():
     assert 0.001 <= median_seconds(lambda: time.sleep(0.001)) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("fast", "slow", "expected"),
+    [
+        ([60.0, 62.0], [80.0, 82.0], True),
+        ([60.0, 62.0], [70.0, 72.0], False),  # 14 % needs more than two runs
+        ([60.0, 62.0] * 5, [70.0, 72.0] * 5, True),
+        ([60.0, 71.0] * 5, [70.0, 72.0] * 5, False),  # they overlap
+        ([0.1] * 10, [0.2] * 10, False),  # too short to tell
+    ],
+)
+def test_calls_are_apart_where_no_runs_overlap(fast: list[float], slow: list[float], expected: bool):
+    assert apart([fast, slow]) == apart([slow, fast]) == expected
+
+
+def test_timing_ends_early_once_it_is_clear():
+    seen: list[int] = []
+
+    def enough(times):
+        seen.append(len(times[0]))
+        return seen[-1] == 3
+
+    assert time_calls({"a": lambda: None, "b": lambda: None}, seconds=60.0, enough=enough)["b"].runs == 3
+    assert seen == [2, 3]

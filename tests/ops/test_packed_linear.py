@@ -105,6 +105,11 @@ def test_numbers_with_a_norm(rows, features, parts, dtype, form):
     assert relative_error(wanted, found.double()) < ALLOWED[dtype] * (1 if dtype == torch.float32 else 4) * magnified
 
 
+def test_packed_weight_has_memory_of_its_own():
+    weight = torch.randn(64, 32).T  # packed already, but for its shape
+    assert pack(weight).data_ptr() != weight.data_ptr()
+
+
 def test_extreme_values_stay_what_they_are():
     x = torch.tensor([[torch.nan, 1.0], [1e30, -1e30], [-90.0, 90.0], [0.0, -1e-30]])
     identity = pack(torch.eye(2))

@@ -22,7 +22,7 @@ from lissom.backends.base import Backend, Executable, state_of
 from lissom.backends.distributed.channels import Channel
 from lissom.backends.distributed.entry import Entry
 from lissom.backends.distributed.ranks import Ranks, current_ranks, in_group
-from lissom.backends.eager.backend import Eager, build_function
+from lissom.backends.eager.backend import Eager, build_function, settle_weights
 from lissom.backends.simulated_layers import SimulatedLayer, account, count_kernels, explain, refuse
 from lissom.compiler.analysis.embedding_bounds import ShardedTable, outside_table, sharded_tables
 from lissom.compiler.ir import node as nodes
@@ -142,6 +142,7 @@ class RankProgram:
         if device.type == "cpu":
             self._tables = sharded_tables(stored)
         self._function = build_function(program, calls=_Collectives(ranks, ranks.channel(device), program.name).call_of)
+        settle_weights(program)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
         with self.ranks.alone(self._program.name):

@@ -74,9 +74,13 @@ class Eager(Backend):
         return (FoldConstants(shared=True), FoldQuantizedWeights(), *merge, *heads, *products, *lookups)
 
     def build(self, program: Program, example: Sample) -> Executable:
-        executable = build_function(program, with_graphs)
+        return build_function(program, with_graphs)
+
+    def confirm(self, executable: Executable, program: Program, example: Sample) -> None:
         confirm(self.name, executable, program, example)
-        return executable
+
+    def settle(self, program: Program) -> None:
+        settle_weights(program)
 
     def time_layers(
         self,
@@ -97,27 +101,26 @@ class Eager(Backend):
         """No files: the program is enough."""
 
     def load_executable(self, program: Program, folder: Path) -> Executable:
-        return build_function(program, with_graphs, started=True)
+        executable = build_function(program, with_graphs)
+        settle_weights(program, behind=True)
+        return executable
 
 
 def build_function(
     program: Program,
     wrap: Callable[[Program, Executable], Executable] = lambda _, run: run,
     calls: Calls = lambda _: None,
-    *,
-    started: bool = False,
 ) -> Executable:
     """An executable that runs the program's operators in order.
 
     Args:
         wrap: applied to the function.
         calls: as in `emit`.
-        started: return before the weights are in huge pages, which are then made during the first calls.
     """
     program = with_fast_layout(program)
     state = copies({name: program.weight(name) for name in program.state})
     take_home(program.weights().values())
-    use_huge_pages(_read_whole(program), own=[*_packed(program), *state.values()], behind=started)
+    use_huge_pages([], own=[*_packed(program), *state.values()])
     source, names = emit(program, state, calls)
     scope = dict(names)
     exec(compile(source, "<lissom program>", "exec"), scope)
@@ -133,11 +136,15 @@ def build_function(
     return _Stateful(executable, state) if state else executable
 
 
-def _read_whole(program: Program) -> list[torch.Tensor]:
-    """The weights that a call reads; of tables of embeddings it looks up a few rows, and of the state its own copy."""
+def settle_weights(program: Program, *, behind: bool = False) -> None:
+    """Put the weights that a call reads whole into huge pages; of tables of embeddings it looks up a few rows.
+
+    Args:
+        behind: return before, and make them during the first calls.
+    """
     reads = (node for node in program.graph.nodes if node.op == "get_attr" and str(node.target) not in program.state)
     names = {str(node.target) for node in reads if any(user.target is not _EMBEDDING for user in node.users)}
-    return [program.weight(name) for name in names]
+    use_huge_pages([program.weight(name) for name in names], behind=behind)
 
 
 def _packed(program: Program) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -101,8 +102,7 @@ class Program:
         Raises:
             AttributeError: when the program has none.
         """
-        path, _, leaf = name.rpartition(".")
-        return getattr(self.graph_module.get_submodule(path), leaf)
+        return attrgetter(name)(self.graph_module)
 
     def constant(self, node: fx.Node) -> torch.Tensor | None:
         """The weight a node reads that no call writes; None for any other node."""

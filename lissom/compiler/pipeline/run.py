@@ -72,6 +72,7 @@ class Run:
         outputs: of the last program that was run on the samples, `start` unless every pass is checked.
         branched: the number of steps at which it left another run.
         lowered: branches of this program that were lowered for a backend, by its name.
+        spare: a program, and a copy of it that a pass left as it was, which the next pass may edit; of all copies of the run.
     """
 
     options: RunOptions
@@ -86,6 +87,7 @@ class Run:
     start: Program = field(init=False)
     branched: int = field(init=False, default=0)
     lowered: dict[str, Run] = field(init=False, default_factory=dict[str, "Run"])
+    spare: list[tuple[Program, Program]] = field(init=False, default_factory=list[tuple[Program, Program]])
 
     def __post_init__(self) -> None:
         samples = self.options.samples if self.options.checks in NUMERIC else ()
@@ -140,7 +142,7 @@ class Run:
         if not isinstance(pass_, Rewrite):
             self.check_stretch()
         started = time.perf_counter()
-        edit = self._edited(pass_, show)
+        edit, copied = self._edited(pass_, show)
         after = edit.program
         ran, text_after = time.perf_counter(), after.text()
         # A program without edits or training has the outputs of the program before it, and is not run again.
@@ -157,7 +159,7 @@ class Run:
             kind=pass_.kind,
             seconds=ran - started,
             check_seconds=time.perf_counter() - ran,
-            size=Size.of(after),
+            size=Size.of(after) if touched else self.history.steps[-1].size,
             added=added,
             removed=removed,
             rewritten=edit.rewritten,
@@ -170,22 +172,30 @@ class Run:
             per_site=edit.per_site,
             about=pass_.about(),
         )
+        self.history.record_program(step, after, text_after)
+        self.spare.clear()
+        if not touched and isinstance(pass_, Rewrite) and not pass_.redefines and after is copied:
+            self.spare.append((self.program, copied))
+        else:
+            self._replace_program(pass_, after, outputs, touched)
+
+    def _replace_program(self, pass_: Pass, after: Program, outputs: list[list[object]], touched: bool) -> None:
+        """Go on with the program after a recorded pass."""
         if not isinstance(pass_, (Rewrite, Annotation)):
             self.reference = self.reference or self.program
         if not isinstance(pass_, Rewrite):
             self.start = after
         elif touched and self.options.checks in NUMERIC:
-            self.stretch = (*self.stretch, (step.index, pass_))
+            self.stretch = (*self.stretch, (len(self.history.steps) - 1, pass_))
         self.program, self.outputs = after, outputs
         self.lowered = {} if touched else self.lowered
         if pass_.redefines:
             self.original = answers(after, outputs)
-        self.history.record_program(step, after, text_after)
 
-    def _edited(self, pass_: Pass, show: Callable[[str, int, int], None] | None) -> Editor:
-        """The editor of a copy of the program, after the pass."""
+    def _edited(self, pass_: Pass, show: Callable[[str, int, int], None] | None) -> tuple[Editor, Program]:
+        """The editor of a copy of the program, after the pass, and the copy, in whose place the pass may have put another."""
         fixed = pass_.fixed(self.program) if isinstance(pass_, Training) else ()
-        copied = self.program.own_copy(fixed) if isinstance(pass_, Training) else self.program.copy()
+        copied = self.program.own_copy(fixed) if isinstance(pass_, Training) else self._copied()
         data, labels, most = self.options.data, self.options.labels, self.options.most_tokens(pass_)
         edit = Editor(copied, pass_.name(), data, labels=labels, most_tokens=most, reference=self.reference, progress=show)
         try:
@@ -195,7 +205,12 @@ class Run:
                 self.check_stretch()  # a pass before it may be at fault
             raise
         edit.program.drop_dead()
-        return edit
+        return edit, copied
+
+    def _copied(self) -> Program:
+        if self.spare and self.spare[0][0] is self.program:
+            return self.spare.pop()[1]
+        return self.program.copy()
 
     def _run_pass(self, pass_: Pass, edit: Editor, fixed: Collection[str]) -> None:
         # A run of the program writes its state, and restores it. A training pass has copies of all but the fixed weights.

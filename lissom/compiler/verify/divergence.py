@@ -227,12 +227,18 @@ def relative_error(wanted: object, actual: object) -> float:
         return 0.0
     precise = torch.complex128 if a.is_complex() else torch.float64 if a.dtype == torch.float64 else torch.float32
     a, b = a.to(precise), b.to(precise)
-    odd = ~torch.isfinite(a)
-    if not torch.equal(odd, ~torch.isfinite(b)) or not torch.equal(a[odd].nan_to_num(), b[odd].nan_to_num()):
-        return math.inf
-    a, b = a.masked_fill(odd, 0), b.masked_fill(odd, 0)
+    if not (_is_finite(a) and _is_finite(b)):
+        odd = ~torch.isfinite(a)
+        if not torch.equal(odd, ~torch.isfinite(b)) or not torch.equal(a[odd].nan_to_num(), b[odd].nan_to_num()):
+            return math.inf
+        a, b = a.masked_fill(odd, 0), b.masked_fill(odd, 0)
     size, _ = _size(a)
-    return float(((a - b).abs() / a.abs().clamp_min(size)).max())
+    return float((a - b).abs().div_(a.abs().clamp_min_(size)).max())
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """True if a tensor with elements has no NaN or infinity, which its extremes show."""
+    return not values.is_complex() and all(map(math.isfinite, map(float, values.aminmax())))
 
 
 def _size(values: torch.Tensor) -> tuple[float, float]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import check_samples
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import VerifyError
 from tests.compiler.pipeline.test_pipeline import refusal, run
-from tests.support.models import captured
+from tests.support.models import capture_of, captured
 from tests.support.passes import DoubleGelu, DoubleNegation, DropDropout, ScaleWeights, StopsHalfway
 
 
@@ -33,3 +36,14 @@ def test_an_error_after_a_wrong_pass_names_the_wrong_pass():
     error = refusal(VerifyError, captured("feed_forward"), DoubleGelu(), StopsHalfway())
     assert str(error).startswith("double-gelu was rolled back")
     assert len(error.history.steps) == 1
+
+
+def test_a_copy_that_a_pass_left_as_it_was_serves_the_next(monkeypatch):
+    program, copied, copy = captured("bert"), list[Program](), Program.copy
+    text, samples = program.text(), check_samples(program.signature, capture_of("bert").example)
+    monkeypatch.setattr(Program, "copy", lambda self: copied.append(self) or copy(self))
+    passes = [DropDropout(), DropDropout(), DropDropout(), DoubleNegation(), DropDropout()]
+    after, history = Pipeline(passes, samples=samples).run(program)
+    assert len(copied) == 3  # for the first pass, for the second to the fourth, and for the last
+    assert text != history.texts[1] == history.texts[2] == history.texts[3] != history.texts[4]
+    assert after.text() == history.texts[4] == history.texts[5] and program.text() == text
