@@ -21,14 +21,14 @@ from pathlib import Path
 
 import torch
 
-from lissom.compiler.memory import is_plain, unwritten_zeros
+from lissom.compiler.memory import give_back_memory, is_plain, unwritten_zeros
 from lissom.errors import UnsupportedError
 
 LARGE = 1 << 29
 """The bytes of weights from which a model is compiled from the disk."""
 SPILLED = 1 << 20
 """The bytes from which a weight moves to a file."""
-_LEAST_HELD, _PART_HELD = 1 << 27, 16
+_LEAST_HELD, _PART_HELD = 1 << 27, 32
 """The bytes of mapped weights that stay in memory: this part of the model's, and at least so many."""
 _SECONDS = 0.01
 _GONE = 4
@@ -69,6 +69,7 @@ class _Pager(threading.Thread):
 
     def take_home(self, tensors: Iterable[torch.Tensor]) -> None:
         """Move spilled tensors back into memory."""
+        give_back_memory()
         for tensor in tensors:
             known = self._spilled.pop(tensor.data_ptr(), None)
             if known is not None and known() is tensor:
