@@ -43,12 +43,13 @@ class _Pager(threading.Thread):
 
     def __init__(self, weights: Iterable[torch.Tensor], size: int) -> None:
         super().__init__(name="lissom-pager", daemon=True)
-        self._held = _mapped_bytes() + max(_LEAST_HELD, size // _PART_HELD)
         self._lock, self._ended = threading.Lock(), threading.Event()
         clean = [*_clean_mappings()]
         mapped = [weight for weight in weights if any(_is_inside(weight, *mapping) for mapping in clean)]
         self._mapped = {weight.data_ptr(): weakref.ref(weight) for weight in mapped}
         self._spilled: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._let_go()
+        self._held = _mapped_bytes() + max(_LEAST_HELD, size // _PART_HELD)
 
     def run(self) -> None:
         while not self._ended.wait(_SECONDS):
@@ -82,17 +83,14 @@ class _Pager(threading.Thread):
             tensor.data = moved.view_as(moved)
 
     def _let_go(self) -> None:
-        advise = ctypes.CDLL(None).madvise
         with self._lock:
             for known in (self._mapped, self._spilled):
                 for address, reference in [*known.items()]:
                     tensor = reference()
                     if tensor is None:
                         known.pop(address, None)
-                        continue
-                    first, last = -(-address // mmap.PAGESIZE), (address + tensor.nbytes) // mmap.PAGESIZE
-                    if tensor.data_ptr() == address and last > first:
-                        advise(ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t((last - first) * mmap.PAGESIZE), _GONE)
+                    elif tensor.data_ptr() == address:
+                        let_go(address, tensor.nbytes)
 
 
 _pagers: list[_Pager] = []
@@ -159,6 +157,14 @@ def empty_on_disk(size: int) -> torch.Tensor:
             f"{folder} has no room for {size / 1e6:.3g} MB of weights while the model is compiled ({error.strerror}); "
             f"set TMPDIR to a folder with more room"
         ) from error
+
+
+def let_go(address: int, size: int) -> None:
+    """Let the pages of a mapped file go, to which the process has written nothing, or which other processes may write too."""
+    first, last = -(-address // mmap.PAGESIZE), (address + size) // mmap.PAGESIZE
+    if last > first:
+        place = ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t((last - first) * mmap.PAGESIZE)
+        ctypes.CDLL(None).madvise(*place, _GONE)
 
 
 def folder_of_files() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import gguf
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 
-from lissom.compiler.paging import SPILLED, empty_on_disk
+from lissom.compiler.paging import SPILLED, empty_on_disk, let_go
 from lissom.ops.gguf_blocks import BLOCK_TYPES, unpack_blocks
 
 _DEQUANTIZE = gguf.dequantize
@@ -51,18 +52,34 @@ class HeaderReader(GGUFReader):
 
 
 def dequantize(blocks: Any, kind: GGMLQuantizationType) -> Any:
-    """The values of blocks, [..., bytes of a row] to [..., columns], as `gguf.dequantize` gives them."""
+    """The values of blocks, [..., bytes of a row] to [..., columns], as `gguf.dequantize` gives them; on the disk if many."""
     known = BLOCK_TYPES.get(kind.name)
     if known is None:
         return _DEQUANTIZE(blocks, kind)
-    stored = torch.from_numpy(np.array(blocks, dtype=np.uint8))
-    columns = stored.shape[-1] // known.bytes * known.size
-    unpacked = unpack_blocks(stored.flatten(), known, stored.numel() // stored.shape[-1], columns)
-    return unpacked.dequantize(slice(None)).view(*stored.shape[:-1], columns).numpy()
+    columns = blocks.shape[-1] // known.bytes * known.size
+    rows = blocks.reshape(-1, blocks.shape[-1])
+    values, step = _empty((len(rows), columns)), max(1, _AT_ONCE // columns)
+    for start in range(0, len(rows), step):
+        stored = torch.from_numpy(np.array(rows[start : start + step], dtype=np.uint8))
+        unpacked = unpack_blocks(stored.flatten(), known, len(stored), columns)
+        values[start : start + step] = unpacked.dequantize(slice(None)).view(len(stored), columns).numpy()
+    if values.nbytes >= SPILLED:
+        let_go(values.ctypes.data, values.nbytes)
+    return values.reshape(*blocks.shape[:-1], columns)
+
+
+_AT_ONCE = 1 << 18
+"""The values that are computed at once, in the cache of the processor."""
+
+
+def _empty(shape: tuple[int, ...]) -> Any:
+    """An array of float32, on the disk if it is large. Raises UnsupportedError if that is full."""
+    size = 4 * math.prod(shape)
+    return np.empty(shape, np.float32) if size < SPILLED else empty_on_disk(size).numpy().view(np.float32).reshape(shape)
 
 
 class OnDisk:
-    """numpy for the loader of transformers, whose copies of weights are in files without names."""
+    """numpy for the loader of transformers, whose copies of weights are on the disk, where they are not already."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -71,12 +88,21 @@ class OnDisk:
         return getattr(self._module, name)
 
     def copy(self, array: Any) -> Any:
-        """A copy, on the disk if it is large. Raises UnsupportedError if that is full."""
-        if array.nbytes < SPILLED:
+        """A copy, on the disk if it is large; the array itself if `dequantize` made it."""
+        if array.dtype != np.float32 or array.nbytes < SPILLED:
             return array.copy()
-        copied = empty_on_disk(array.nbytes).numpy().view(array.dtype).reshape(array.shape)
+        if not array.flags.owndata and array.flags.c_contiguous and isinstance(_memory(array), torch.Tensor):
+            return array
+        copied = _empty(array.shape)
         copied[...] = array
         return copied
+
+
+def _memory(array: Any) -> object:
+    """What an array's memory belongs to."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return array
 
 
 def parse_value(value: Any, types: Any) -> Any:
