@@ -39,6 +39,8 @@ PASSES = {
 }
 _SHARD = 1 << 30
 """The largest size of a shard in bytes, unless it holds a single weight."""
+_CAPACITY = 512
+"""Tokens of the KV cache of a decoder; Whisper takes 448 at most."""
 _INDEX = "model.safetensors.index.json"
 
 Inputs = dict[str, torch.Tensor]
@@ -70,12 +72,12 @@ class Model:
 
     Attributes:
         inputs: example inputs for a number of rows and tokens.
-        generates: compiled with its KV cache.
+        max_length: capacity of the KV cache it is compiled with; None for an encoder.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[int, int], Inputs] = texts
-    generates: bool = False
+    max_length: int | None = None
 
 
 def _minilm() -> nn.Module:
@@ -118,8 +120,8 @@ _BUILT = {
     "BERT-base": Model(lambda: BertModel(BertConfig(), add_pooling_layer=False)),
     "ModernBERT-base": Model(lambda: ModernBertModel(ModernBertConfig())),
     "ViT-B/16": Model(lambda: ViTModel(ViTConfig()), _pictures),
-    "Whisper-tiny": Model(_whisper_tiny, _recordings, generates=True),
-    "Qwen3-0.6B": Model(_qwen3, _prompts, generates=True),
+    "Whisper-tiny": Model(_whisper_tiny, _recordings, max_length=448),
+    "Qwen3-0.6B": Model(_qwen3, _prompts, max_length=_CAPACITY),
 }
 
 
@@ -157,23 +159,26 @@ _STORED = {
 }
 ALL_MODELS = (*_BUILT, *_STORED)
 MODELS = tuple(name for name in ALL_MODELS if name not in _TRIALS)
-ENCODERS = tuple(name for name, model in _BUILT.items() if not model.generates)
+ENCODERS = tuple(name for name, model in _BUILT.items() if model.max_length is None)
 
 
 def generates(name: str) -> bool:
     """True for a model that is compiled with its KV cache."""
-    return name in _STORED or _BUILT[name].generates
+    return name not in ENCODERS
 
 
 def example_inputs(name: str) -> Inputs:
-    """Two rows of 16 tokens, or two pictures."""
-    return _BUILT[name].inputs(2, 16)
+    """16 tokens, a picture, or a recording: two rows of them for an encoder, one for a decoder."""
+    return _inputs(name)(1 if generates(name) else 2, 16)
 
 
 def calibration(name: str) -> list[Inputs]:
     """16 rows of 64 random token ids, or as many pictures or recordings, one a batch."""
-    inputs = _prompts if name in _STORED else _BUILT[name].inputs
-    return [inputs(1, 64) for _ in range(16)]
+    return [_inputs(name)(1, 64) for _ in range(16)]
+
+
+def _inputs(name: str) -> Callable[[int, int], Inputs]:
+    return _prompts if name in _STORED else _BUILT[name].inputs
 
 
 def build(name: str) -> nn.Module:
@@ -185,7 +190,8 @@ def compile_model(name: str, model: nn.Module | Path, passes: str) -> Compiled:
     """Compile a model, or a checkpoint's folder, with these of `PASSES`."""
     data = calibration(name) if "gptq" in PASSES[passes] else ()
     if generates(name):
-        return lissom.compile_generation(model, max_length=512, passes=PASSES[passes], data=data)
+        max_length = (None if name in _STORED else _BUILT[name].max_length) or _CAPACITY
+        return lissom.compile_generation(model, max_length=max_length, passes=PASSES[passes], data=data)
     assert isinstance(model, nn.Module)
     return lissom.compile(model, example_inputs(name), passes=PASSES[passes], data=data)
 

@@ -31,6 +31,7 @@ from compile_models import (
     build,
     checkpoint,
     compile_model,
+    example_inputs,
     generates,
     texts,
     weight_bytes,
@@ -95,7 +96,8 @@ class ModelCost:
 
     seconds: of the whole call, which also lowers, times and builds. capture, steps, verification: seconds of these.
     weight_bytes, result_bytes: of the model and of the result. peak: bytes of the process above those it used before it had the
-    model. load_seconds: of loading what was saved in a new process. loaded: bytes of that process above those it used before.
+    model. load_seconds: of loading what was saved in a new process. loaded, called: bytes of that process above those it used
+    before: when loaded, and after the first call, which reads mapped weights.
     """
 
     model: str
@@ -109,6 +111,7 @@ class ModelCost:
     peak: int
     load_seconds: float = 0.0
     loaded: int = 0
+    called: int = 0
 
 
 def measure_model(name: str, passes: str, saved: str, source: str = "") -> ModelCost:
@@ -144,11 +147,12 @@ def measure_model(name: str, passes: str, saved: str, source: str = "") -> Model
 def measure_load(name: str, saved: str) -> dict[str, float]:
     """The cost of loading what `measure_model` saved: fields of `ModelCost`."""
     load = lissom.load_generation if generates(name) else lissom.load
+    inputs = example_inputs(name)
     before, started = used_memory("VmRSS"), time.perf_counter()
-    loaded = load(saved)
-    seconds, used = time.perf_counter() - started, used_memory("VmRSS") - before
-    del loaded
-    return {"load_seconds": seconds, "loaded": used}
+    model = load(saved)
+    seconds, loaded = time.perf_counter() - started, used_memory("VmRSS") - before
+    model(**inputs)
+    return {"load_seconds": seconds, "loaded": loaded, "called": used_memory("VmRSS") - before}
 
 
 def warm_up(*, decoder: bool = False) -> None:
@@ -201,25 +205,27 @@ def _cost_of_model(name: str, passes: str, source: Path | None) -> ModelCost:
 
 def model_table(costs: list[ModelCost], failures: list[str]) -> str:
     """The costs as Markdown, with what failed."""
-    rows = [
-        f"| {cost.model} | {cost.passes} | {cost.seconds:.1f} | {cost.capture:.1f} | {cost.steps:.1f} "
-        f"| {cost.verification:.1f} | {cost.weight_bytes / 1e6:.0f} | {cost.result_bytes / 1e6:.0f} | {cost.peak / 1e6:.0f} "
-        f"| {cost.load_seconds:.2f} | {cost.loaded / 1e6:.0f} |"
-        for cost in costs
-    ]
-    seconds, sizes = "all, s | capture, s | passes, s | checks, s", "model, MB | result, MB | peak, MB | load, s | loaded, MB"
-    return (
-        "\n".join(
-            [
-                f"| model | passes | {seconds} | {sizes} |",
-                "|---|---|" + "---:|" * 9,
-                *rows,
-                "",
-                *(f"{line}\n" for line in failures),
-            ]
-        )
-        + "\n"
+    heads = (
+        "all, s",
+        "capture, s",
+        "passes, s",
+        "checks, s",
+        "model, MB",
+        "result, MB",
+        "peak, MB",
+        "load, s",
+        "loaded, MB",
+        "called, MB",
     )
+    rows: list[str] = []
+    for cost in costs:
+        compiling = (cost.seconds, cost.capture, cost.steps, cost.verification)
+        compiled, loaded = (cost.weight_bytes, cost.result_bytes, cost.peak), (cost.loaded, cost.called)
+        cells = [f"{seconds:.1f}" for seconds in compiling] + [f"{size / 1e6:.0f}" for size in compiled]
+        cells += [f"{cost.load_seconds:.2f}"] + [f"{size / 1e6:.0f}" for size in loaded]
+        rows.append(f"| {cost.model} | {cost.passes} | {' | '.join(cells)} |")
+    lines = [f"| model | passes | {' | '.join(heads)} |", "|---|---|" + "---:|" * len(heads), *rows]
+    return "\n".join([*lines, *(f"\n{line}" for line in failures)]) + "\n"
 
 
 def measure_apart(layers: int) -> Cost:
