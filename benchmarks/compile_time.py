@@ -1,7 +1,7 @@
 """The cost of compiling: seconds of capture, passes and verification, and peak memory, as models grow deeper and by model.
 
     python benchmarks/compile_time.py --layers 12 24 --update
-    python benchmarks/compile_time.py --models MiniLM Qwen3-0.6B --update
+    python benchmarks/compile_time.py --models MiniLM Llama-1B --passes exact int8 --peers --update
 
 Encoders of BERT-base's width, or models of known shapes, with random weights, each in a process of its own. Prints a Markdown
 table; `--update` puts it into benchmarks/README.md, `--figure FILE` draws that of the layers. Memory is read from /proc.
@@ -13,19 +13,38 @@ import argparse
 import json
 import math
 import platform
-import re
-import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
+import torch
+import transformers
+from apart import run_apart
+from compile_models import (
+    ALL_MODELS,
+    MODELS,
+    PASSES,
+    build,
+    checkpoint,
+    compile_model,
+    example_inputs,
+    generates,
+    texts,
+    weight_bytes,
+)
+from compile_peers import costs_of_peers, peer_table
 from figures import save, subplots
+from memory import used_memory
 from readme import put_table
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-if TYPE_CHECKING:
-    import torch
+import lissom
+from lissom.generation.encoder_decoder import EncoderDecoderModel
+from lissom.measure.machine import device_name
 
 _LINEAR = 1.15
 """Growth by a power of the number of layers up to this counts as linear."""
@@ -54,37 +73,31 @@ class Cost:
 
 def measure(layers: int) -> Cost:
     """Compile an encoder of this depth."""
-    from transformers import BertConfig, BertModel
-
-    import lissom
-
-    inputs = warm_up()
-    before = _memory("VmRSS")
+    warm_up()
+    before = used_memory("VmRSS")
     model = BertModel(BertConfig(num_hidden_layers=layers)).eval()
-    weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    history = lissom.compile(model, inputs).report.history
+    history = lissom.compile(model, texts(2, 16)).report.history
     capture, *steps = history.steps
+    size = weight_bytes(model)
     return Cost(
         layers,
         capture.size.nodes,
-        weight_bytes,
+        size,
         capture.seconds,
         sum(step.seconds for step in steps),
         sum(step.check_seconds for step in steps),
-        (_memory("VmHWM") - before) / weight_bytes,
+        (used_memory("VmHWM") - before) / size,
     )
-
-
-PASSES = {"exact": "exact", "int8": "quantize{scheme=int8-dynamic}", "int4": "quantize{scheme=int4-weight}"}
-MODELS = ("MiniLM", "BERT-base", "ModernBERT-base", "Qwen3-0.6B", "Llama-3.2-1B")
 
 
 @dataclass(frozen=True)
 class ModelCost:
     """The cost of compiling one model with one pipeline.
 
-    seconds: of the whole call, which also lowers, times and builds. capture, passes, verification: seconds of these.
-    weight_bytes, result_bytes: of the model and of the result. peak: bytes of the process above those it used with the model.
+    seconds: of the whole call, which also lowers, times and builds. capture, steps, verification: seconds of these.
+    weight_bytes, result_bytes: of the model and of the result. peak: bytes of the process above those it used before it had the
+    model. load_seconds: of loading what was saved in a new process. loaded, called: bytes of that process above those it used
+    before: when loaded, and after the first call, which reads mapped weights.
     """
 
     model: str
@@ -96,98 +109,128 @@ class ModelCost:
     weight_bytes: int
     result_bytes: int
     peak: int
+    load_seconds: float = 0.0
+    loaded: int = 0
+    called: int = 0
 
 
-def measure_model(name: str, passes: str) -> ModelCost:
-    """Compile a model of this shape."""
-    import lissom
+def measure_model(name: str, passes: str, saved: str, source: str = "") -> ModelCost:
+    """Compile a model, and save the result.
 
-    inputs = warm_up()
-    model = build(name)
-    weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    before, started = _memory("VmRSS"), time.perf_counter()
-    if hasattr(model, "lm_head"):
-        compiled = lissom.compile_generation(model, max_length=512, passes=PASSES[passes])
-    else:
-        compiled = lissom.compile(model, inputs, passes=PASSES[passes])
-    seconds, peak = time.perf_counter() - started, _memory("VmHWM") - before
-    capture, *steps = compiled.report.history.steps
+    Args:
+        saved: the folder to save to.
+        source: the folder of its checkpoint; without one the model is built in memory.
+    """
+    warm_up(decoder=generates(name))
+    before = used_memory("VmRSS")
+    model = Path(source) if source else build(name)
+    started = time.perf_counter()
+    compiled = compile_model(name, model, passes)
+    seconds, peak = time.perf_counter() - started, used_memory("VmHWM") - before
+    compiled.save(saved)
+    programs = [compiled, compiled.encoder] if isinstance(compiled, EncoderDecoderModel) else [compiled]
+    histories = [program.report.history.steps for program in programs]
+    steps = [step for history in histories for step in history[1:]]
     return ModelCost(
         name,
         passes,
         seconds,
-        capture.seconds,
+        sum(history[0].seconds for history in histories),
         sum(step.seconds for step in steps),
         sum(step.check_seconds for step in steps),
-        weight_bytes,
-        steps[-1].size.parameter_bytes,
+        weight_bytes(model),
+        sum(history[-1].size.parameter_bytes for history in histories),
         peak,
     )
 
 
-def warm_up() -> dict[str, torch.Tensor]:
-    """Compile a small encoder, so that imports and first calls are not counted; returns its inputs, which any encoder takes."""
-    import torch
-    from transformers import BertConfig, BertModel
+def measure_load(name: str, saved: str) -> dict[str, float]:
+    """The cost of loading what `measure_model` saved: fields of `ModelCost`."""
+    load = lissom.load_generation if generates(name) else lissom.load
+    inputs = example_inputs(name)
+    before, started = used_memory("VmRSS"), time.perf_counter()
+    model = load(saved)
+    seconds, loaded = time.perf_counter() - started, used_memory("VmRSS") - before
+    model(**inputs)
+    return {"load_seconds": seconds, "loaded": loaded, "called": used_memory("VmRSS") - before}
 
-    import lissom
 
+def warm_up(*, decoder: bool = False) -> None:
+    """Compile a small model, so that imports and first calls are not counted.
+
+    Args:
+        decoder: one with its KV cache as well.
+    """
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+    }
     tokens = torch.ones(2, 16, dtype=torch.long)
-    inputs = {"input_ids": tokens, "attention_mask": tokens}
-    lissom.compile(BertModel(BertConfig(num_hidden_layers=1, hidden_size=24, intermediate_size=48)).eval(), inputs)
-    return inputs
+    lissom.compile(BertModel(BertConfig(**sizes)).eval(), {"input_ids": tokens, "attention_mask": tokens})
+    if decoder:
+        lissom.compile_generation(LlamaForCausalLM(LlamaConfig(**sizes)).eval(), max_length=16)
 
 
-def build(name: str) -> torch.nn.Module:
-    """A model of this shape with random weights in float32."""
-    import torch
-    import transformers as t
+def costs_of_models(names: Sequence[str], passes: Sequence[str], keep: Path | None) -> tuple[list[ModelCost], list[str]]:
+    """Measure models with pipelines, each in processes of its own; the costs, and a sentence for each that failed.
 
-    torch.manual_seed(0)
-    if name == "MiniLM":
-        config = t.BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
-        return t.BertModel(config, add_pooling_layer=False).eval()
-    if name == "BERT-base":
-        return t.BertModel(t.BertConfig(), add_pooling_layer=False).eval()
-    if name == "ModernBERT-base":
-        return t.ModernBertModel(t.ModernBertConfig()).eval()
-    sizes: dict[str, Any] = {"num_key_value_heads": 8, "tie_word_embeddings": True}
-    if name == "Qwen3-0.6B":
-        sizes |= {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128}
-        return t.Qwen3ForCausalLM(t.Qwen3Config(num_hidden_layers=28, num_attention_heads=16, **sizes)).eval()
-    sizes |= {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64}
-    return t.LlamaForCausalLM(t.LlamaConfig(num_hidden_layers=16, num_attention_heads=32, **sizes)).eval()
+    Args:
+        keep: a folder in which checkpoints stay.
+    """
+    costs: list[ModelCost] = []
+    failures: list[str] = []
+    for name in names:
+        with checkpoint(name, keep) as source:
+            for spelling in passes:
+                try:
+                    costs.append(_cost_of_model(name, spelling, source))
+                    print(f"{name} {spelling}: {costs[-1].seconds:.1f} s", file=sys.stderr)
+                except RuntimeError as error:
+                    failures.append(f"{name}, {spelling}: {error}")
+    return costs, failures
 
 
-def model_table(costs: list[ModelCost]) -> str:
-    """The costs as Markdown, with the machine."""
-    rows = [
-        f"| {cost.model} | {cost.passes} | {cost.seconds:.1f} | {cost.capture:.1f} | {cost.steps:.1f} | "
-        f"{cost.verification:.1f} | {cost.weight_bytes / 1e6:.0f} | {cost.result_bytes / 1e6:.0f} | {cost.peak / 1e6:.0f} |"
-        for cost in costs
-    ]
-    heads = "model | passes | all, s | capture, s | passes, s | checks, s | model, MB | result, MB | peak above the model, MB"
-    return "\n".join([f"| {heads} |", "|---|---|" + "---:|" * 7, *rows, "", machine()]) + "\n"
+def _cost_of_model(name: str, passes: str, source: Path | None) -> ModelCost:
+    with tempfile.TemporaryDirectory(prefix="compile_time-") as folder:
+        saved = f"{folder}/saved"
+        compiled = cast(
+            dict[str, Any], run_apart(__file__, ["--one-model", name, passes, saved, *([str(source)] if source else [])])
+        )
+        loaded = cast(dict[str, Any], run_apart(__file__, ["--one-load", name, saved]))
+    return ModelCost(**compiled | loaded)
 
 
-def _memory(field: str) -> int:
-    """Bytes this process uses now (`VmRSS`), or has used at most (`VmHWM`)."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    match = re.search(rf"{field}:\s+(\d+) kB", status)
-    if match is None:
-        raise OSError(f"/proc/self/status has no {field}; memory is measured on Linux")
-    return int(match[1]) * 1024
+def model_table(costs: list[ModelCost], failures: list[str]) -> str:
+    """The costs as Markdown, with what failed."""
+    heads = (
+        "all, s",
+        "capture, s",
+        "passes, s",
+        "checks, s",
+        "model, MB",
+        "result, MB",
+        "peak, MB",
+        "load, s",
+        "loaded, MB",
+        "called, MB",
+    )
+    rows: list[str] = []
+    for cost in costs:
+        compiling = (cost.seconds, cost.capture, cost.steps, cost.verification)
+        compiled, loaded = (cost.weight_bytes, cost.result_bytes, cost.peak), (cost.loaded, cost.called)
+        cells = [f"{seconds:.1f}" for seconds in compiling] + [f"{size / 1e6:.0f}" for size in compiled]
+        cells += [f"{cost.load_seconds:.2f}"] + [f"{size / 1e6:.0f}" for size in loaded]
+        rows.append(f"| {cost.model} | {cost.passes} | {' | '.join(cells)} |")
+    lines = [f"| model | passes | {' | '.join(heads)} |", "|---|---|" + "---:|" * len(heads), *rows]
+    return "\n".join([*lines, *(f"\n{line}" for line in failures)]) + "\n"
 
 
 def measure_apart(layers: int) -> Cost:
     """Run `measure` in a process of its own."""
-    return Cost(**_apart("--one", str(layers)))
-
-
-def _apart(*arguments: str) -> dict[str, Any]:
-    """The cost that this file prints with these arguments in a process of its own."""
-    ran = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(ran.stdout.splitlines()[-1])
+    return Cost(**cast(dict[str, Any], run_apart(__file__, ["--one", str(layers)])))
 
 
 def exponent(costs: list[Cost], name: str) -> float:
@@ -217,11 +260,6 @@ def table(costs: list[Cost]) -> str:
 
 def machine() -> str:
     """The processor, its cores, and the versions."""
-    import torch
-    import transformers
-
-    from lissom.measure.machine import device_name
-
     libraries = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     return f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads; {libraries}."
 
@@ -243,30 +281,50 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 24, 48, 96], help="the depths to compile")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
     parser.add_argument("--figure", type=Path, help="draw the seconds to this file, for example docs/figures/compile_time.svg")
-    parser.add_argument("--models", nargs="*", choices=MODELS, help="compile models of these shapes instead; all by default")
+    parser.add_argument(
+        "--models",
+        nargs="*",
+        choices=ALL_MODELS,
+        metavar="NAME",
+        help=f"compile these instead: {', '.join(MODELS)}; all by default",
+    )
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="the pipelines for --models")
+    parser.add_argument(
+        "--peers", action="store_true", help="with --models: time encoders on torch.compile and OpenVINO as well"
+    )
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write checkpoints there, or use those that are there")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--one-model", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one-model", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--one-load", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one_model:
         print(json.dumps(asdict(measure_model(*options.one_model))))
-        return
-    if options.models is not None:
-        names = [(model, passes) for model in options.models or MODELS for passes in PASSES]
-        text = model_table([ModelCost(**_apart("--one-model", *name)) for name in names])
-        print(text)
-        if options.update:
-            put_table("compile_models", text, by_processor=True)
-        return
-    if options.one:
+    elif options.one_load:
+        print(json.dumps(measure_load(*options.one_load)))
+    elif options.one:
         print(json.dumps(asdict(measure(options.one))))
-        return
-    costs = [measure_apart(layers) for layers in options.layers]
-    printed = table(costs)
-    print(printed)
-    if options.update:
-        put_table("compile_time", printed, by_processor=True)
-    if options.figure:
-        draw(costs, options.figure)
+    elif options.models is not None:
+        names = options.models or MODELS
+        text = model_table(*costs_of_models(names, options.passes, options.keep))
+        if options.peers:
+            text += f"\n{peer_table(*costs_of_peers(names))}"
+        show("compile_models", f"{text}\n{machine()}\n", update=options.update)
+    else:
+        costs = [measure_apart(layers) for layers in options.layers]
+        show("compile_time", table(costs), update=options.update)
+        if options.figure:
+            draw(costs, options.figure)
+
+
+def show(name: str, text: str, *, update: bool) -> None:
+    """Print a table.
+
+    Args:
+        update: put it into benchmarks/README.md as well.
+    """
+    print(text)
+    if update:
+        put_table(name, text, by_processor=True)
 
 
 if __name__ == "__main__":

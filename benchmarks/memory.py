@@ -1,0 +1,16 @@
+"""The memory of this process, from /proc."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+
+def used_memory(field: Literal["VmRSS", "VmHWM"]) -> int:
+    """Bytes this process uses now (`VmRSS`), or has used at most (`VmHWM`), mapped pages included."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    match = re.search(rf"{field}:\s+(\d+) kB", status)
+    if match is None:
+        raise OSError(f"/proc/self/status has no {field}; memory is measured on Linux")
+    return int(match[1]) * 1024
