@@ -33,6 +33,7 @@ from lissom.compiler.pipeline.history import Interrupted
 from lissom.compiler.pipeline.options import Goal, check_options
 from lissom.driver.options import resolve_passes
 from lissom.driver.ranks import with_world_size
+from lissom.driver.room import from_disk
 from lissom.driver.torchrun import refuse_torchrun
 from lissom.errors import LissomError
 from lissom.frontends.capture.device import check_device
@@ -133,14 +134,15 @@ def compile_model(
     options = {"backend": backend, "goal": goal, "simulate": simulate}
     run = api.optimize if backend is None else partial(api.compile, **options)
     try:
-        compiled = run(
-            source.model,
-            source.example_inputs,
-            passes=pipeline,
-            device=device,
-            checks=known_checks,
-            **quality.arguments(source, place),
-        )
+        with from_disk(source.model, pipeline):
+            compiled = run(
+                source.model,
+                source.example_inputs,
+                passes=pipeline,
+                device=device,
+                checks=known_checks,
+                **quality.arguments(source, place),
+            )
     except Interrupted as error:
         write_stopped(html, model, error.history, "it was interrupted")
         show(Report("interrupted; finished so far", error.history))

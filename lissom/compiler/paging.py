@@ -43,6 +43,7 @@ class _Pager(threading.Thread):
 
     def __init__(self, weights: Iterable[torch.Tensor], size: int) -> None:
         super().__init__(name="lissom-pager", daemon=True)
+        self.size = size
         self._lock, self._ended = threading.Lock(), threading.Event()
         clean = [*_clean_mappings()]
         mapped = [weight for weight in weights if any(_is_inside(weight, *mapping) for mapping in clean)]
@@ -120,9 +121,9 @@ def paged(weights: Iterable[torch.Tensor]) -> Generator[None]:
         pager.end()
 
 
-def is_paged() -> bool:
-    """True while a large model is compiled from the disk."""
-    return bool(_pagers)
+def is_paged(size: int = 0) -> bool:
+    """True while a model of at least so many bytes is compiled from the disk."""
+    return any(pager.size >= size for pager in _pagers)
 
 
 def spill(tensor: torch.Tensor) -> None:

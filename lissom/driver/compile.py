@@ -238,7 +238,9 @@ def _partition_model(
     return *outcome, job.pipeline.samples
 
 
-_UNTIMED = "compiled from the disk, as it is large: what lossy passes gain is not timed, and none is reverted"
+_UNTIMED = 1 << 31
+"""The bytes of a model from which no program without a lossy pass is built from it beside the one with it."""
+_WHY_UNTIMED = "compiled from the disk, as it is large: what lossy passes gain is not timed, and none is reverted"
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,7 @@ def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: PassSett
     captured = take()
     program = captured.program
     history = History(format_pipeline(passes), settings.checks)
-    notes = (*captured.notes, *([_UNTIMED] if is_paged() else []))
+    notes = (*captured.notes, *([_WHY_UNTIMED] if is_paged(_UNTIMED) else []))
     history.record(Step(0, "capture", "capture", captured.seconds, 0.0, Size.of(program), notes=notes), program.text())
     data, labels = read_data(settings.data, program.signature)
     pipeline = Pipeline(
@@ -285,7 +287,7 @@ def _judge(
     """
     if settings.goal is None or settings.simulate or not backends:
         return None
-    if is_paged():
+    if is_paged(_UNTIMED):
         return None
     captured = job.captured
     timed = list(captured.timed)

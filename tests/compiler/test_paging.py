@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lissom
 from lissom.compiler import paging
+from lissom.driver import compile
 from lissom.errors import UnsupportedError
 from tests.support.models import normal, seeded, tiny_bert
 
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="pages are 
 def everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model counts as large, and hardly any of it may stay in memory."""
     monkeypatch.setattr(paging, "LARGE", 0)
+    monkeypatch.setattr(compile, "_UNTIMED", 0)
     monkeypatch.setattr(paging, "SPILLED", 1)
     monkeypatch.setattr(paging, "_LEAST_HELD", 0)
 
