@@ -14,7 +14,7 @@ from torch import nn
 from torch.export import Dim
 
 import lissom
-from lissom.errors import CaptureError, InputError, PipelineTextError, UnsupportedError
+from lissom.errors import ArtifactError, CaptureError, InputError, PipelineTextError, UnsupportedError
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
 from tests.support.refusals import Refusal, check, table
 
@@ -81,7 +81,7 @@ def on_meta() -> nn.Module:
 
 MODELS: dict[str, Refusal] = {
     "none": (CaptureError, "the model is a NoneType; pass a torch.nn.Module", lambda: lissom.compile(cast(Any, None), X)),
-    "text": (CaptureError, "the model is a str; pass a torch.nn.Module", lambda: compile_("bert")),
+    "text": (ArtifactError, "'bert' is neither a directory nor a packaged model", lambda: compile_("bert")),
     "number": (CaptureError, "the model is a int;", lambda: compile_(3)),
     "a list of layers": (CaptureError, "the model is a list;", lambda: compile_([nn.Linear(4, 4)])),
     "function": (CaptureError, "the model is a function;", lambda: compile_(lambda x: x)),

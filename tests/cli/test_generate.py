@@ -117,7 +117,7 @@ def test_generate_reads_weights_of_gguf_file_as_they_are(decoder, tmp_path, monk
         return lissom.compile_generation(*args, passes=passes, **options)
 
     monkeypatch.setattr("lissom.generation.prompted.compile_generation", compile_generation)
-    monkeypatch.setattr("lissom.generation.prompted.load", lambda _: Source(model, {}, (), checkpoint))
+    monkeypatch.setattr("lissom.generation.prompted.load", lambda _, **__: Source(model, {}, (), checkpoint))
     monkeypatch.setattr("lissom.generation.prompted.read_prompt", lambda *_: torch.tensor([[1, 5, 9]]))
     arguments = ["generate", "any", "text", "--max-new-tokens", "4"]
     told = "the weights stay as the GGUF file stores them (use-stored-weights); --passes exact computes with float32"
