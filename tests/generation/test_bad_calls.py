@@ -113,7 +113,7 @@ def compile_(model: object = None, **options: object) -> object:
 
 COMPILES: dict[str, Refusal] = {
     "a class": (CaptureError, "the model is the class Linear; pass an object", lambda: compile_(nn.Linear)),
-    "text": (CaptureError, "the model is a str; pass a torch.nn.Module", lambda: compile_("llama")),
+    "text": (ArtifactError, "'llama' is neither a directory nor a packaged model", lambda: compile_("llama")),
     "a layer": (UnsupportedError, "Linear is not a transformers model", lambda: compile_(nn.Linear(2, 2))),
     "a decoder": (CaptureError, "is compiled already", lambda: compile_(compiled())),
     "length text": (InputError, "max_length is '16'; give a whole number", lambda: compile_(max_length="16")),
