@@ -10,11 +10,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+from lissom.compiler.pipeline.options import Checks
 from tools.fuzz import campaign, case
 from tools.fuzz.case import Case, Outcome, draw_case
 from tools.zoo import catalogue, fresh
@@ -44,6 +47,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--family", action="append", help="family of the zoo; may be given again (default hand-written and encoder)"
     )
     parser.add_argument("--recovery", action="store_true", help="every pipeline is two lossy passes and distill")
+    parser.add_argument("--checks", choices=get_args(Checks), help="the checks of every case (default drawn)")
     parser.add_argument("--log", type=Path, help="append every outcome to this file, one JSON object per line")
     parser.add_argument("--no-shrink", action="store_true", help="do not shrink failures")
     parser.add_argument("--replay", help="run one case, as a failure prints it")
@@ -90,7 +94,10 @@ def _blocks(options: argparse.Namespace, started: float) -> Iterator[list[tuple[
     number, end = options.seed, options.seed + options.count
     while number < end and time.monotonic() - started < 60 * options.minutes:
         stop = min(end, (number // case.PER_MODEL + 1) * case.PER_MODEL)
-        yield [(at, draw_case(at, backends, names, options.zoo_share, recovery=options.recovery)) for at in range(number, stop)]
+        drawn = [
+            (at, draw_case(at, backends, names, options.zoo_share, recovery=options.recovery)) for at in range(number, stop)
+        ]
+        yield [(at, replace(case, checks=options.checks or case.checks)) for at, case in drawn]
         number = stop
 
 

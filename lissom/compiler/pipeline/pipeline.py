@@ -10,7 +10,7 @@ from typing import Protocol
 
 from lissom.compiler.ir.collectives import alone
 from lissom.compiler.ir.program import Program
-from lissom.compiler.memory import heap_set_aside
+from lissom.compiler.memory import free_dropped_programs, heap_set_aside
 from lissom.compiler.pipeline.history import History, stopped_with
 from lissom.compiler.pipeline.options import Progress
 from lissom.compiler.pipeline.pass_kinds import Annotation, Approximation, Pass, Rewrite, Training
@@ -77,6 +77,7 @@ class Pipeline(RunOptions):
         """
         count = len(self.passes) + sum(map(len, endings.values()))
         run = self._run(program, history, count)
+        free_dropped_programs(run.program.parameter_bytes)  # those that a verdict was for
         finished, results = len(self.passes), dict[str, tuple[Program, History] | LissomError]()
         if len(endings) > 1:
             _check_stretch(run)
