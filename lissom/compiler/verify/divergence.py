@@ -101,10 +101,11 @@ def run_original(
         VerifyError: when the program does not run on the first sample.
     """
     kept, outputs, notes = [*samples[: len(known)]], [*known], list[str]()
-    with suppress(*REFUSALS):
-        together = [*known, *run_samples(program, samples[len(known) :])]
-        if not any(_new_nan(sample_outputs, together[0]) for sample_outputs in together[1:]):
-            return [*samples], together, []
+    if reads_once(program):
+        with suppress(*REFUSALS):
+            together = [*known, *run_samples(program, samples[len(known) :])]
+            if not any(_new_nan(sample_outputs, together[0]) for sample_outputs in together[1:]):
+                return [*samples], together, []
     for index, sample in enumerate(samples[len(known) :], len(known)):
         try:
             sample_outputs, refusal = run_samples(program, [sample])[0], ""
@@ -153,7 +154,7 @@ def shapes_of(sample: Sample) -> str:
 def run_samples(program: Program, samples: Sequence[Sample]) -> list[list[object]]:
     """The program's flat outputs on each sample, then its state after the call, without gradients; restores the state."""
     with torch.no_grad():
-        if len(samples) > 1 and not program.is_simulation:
+        if len(samples) > 1 and reads_once(program):
             with kept_state(program):
                 return program.run_each(samples)
         outputs = list[list[object]]()
@@ -161,6 +162,14 @@ def run_samples(program: Program, samples: Sequence[Sample]) -> list[list[object
             with kept_state(program):
                 outputs.append([*program.run(sample), *program.state_values()])
         return outputs
+
+
+_MUCH = 1 << 28
+
+
+def reads_once(program: Program) -> bool:
+    """True if samples run together, call by call: reading many bytes of weights takes longer than their values take memory."""
+    return program.parameter_bytes >= _MUCH and not program.is_simulation
 
 
 def runs(program: Program, sample: Sample) -> bool:

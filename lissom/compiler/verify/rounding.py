@@ -36,6 +36,7 @@ from lissom.compiler.verify.divergence import (
     lasting,
     node_tolerances,
     output_errors,
+    reads_once,
     relative_error,
     run_samples,
     worst_error,
@@ -103,8 +104,9 @@ def differs_locally(before: Program, after: Program, samples: Sequence[Sample], 
     allowed = before.fact(local_tolerances)
 
     def differs(chosen: Representatives | None) -> bool:
-        errors = local_errors(before, after, samples, None if strict else allowed, chosen)
-        return any(error > allowed[name] for name, error in errors.items())
+        groups = [samples] if reads_once(before) else [[sample] for sample in samples]
+        errors = (local_errors(before, after, group, None if strict else allowed, chosen).items() for group in groups)
+        return any(error > allowed[name] for of_group in errors for name, error in of_group)
 
     chosen = representatives(before, after)
     # A layer that is cut out may read values that only `after` has.
