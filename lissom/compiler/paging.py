@@ -106,11 +106,10 @@ def paged(weights: Iterable[torch.Tensor]) -> Generator[None]:
         weights: of a model that nobody else reads or writes.
     """
     weights = [*weights]
-    size = sum({weight.data_ptr(): weight.nbytes for weight in weights}.values())
-    if sys.platform != "linux" or size < LARGE or _pagers:
+    if not is_large(weights) or _pagers:
         yield
         return
-    pager = _Pager(weights, size)
+    pager = _Pager(weights, _bytes_of(weights))
     del weights
     _pagers.append(pager)
     pager.start()
@@ -119,6 +118,16 @@ def paged(weights: Iterable[torch.Tensor]) -> Generator[None]:
     finally:
         _pagers.clear()
         pager.end()
+
+
+def is_large(weights: Iterable[torch.Tensor]) -> bool:
+    """True if a model with these weights is compiled from the disk, on this system."""
+    return sys.platform == "linux" and _bytes_of(weights) >= LARGE
+
+
+def _bytes_of(weights: Iterable[torch.Tensor]) -> int:
+    """The bytes of tensors, those that share memory counted once."""
+    return sum({weight.data_ptr(): weight.nbytes for weight in weights}.values())
 
 
 def is_paged(size: int = 0) -> bool:

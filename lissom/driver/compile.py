@@ -285,9 +285,7 @@ def _judge(
 
     Simulated layers are never faster, and the caller asked for them.
     """
-    if settings.goal is None or settings.simulate or not backends:
-        return None
-    if is_paged(_UNTIMED):
+    if settings.goal is None or settings.simulate or not backends or is_paged(_UNTIMED):
         return None
     captured = job.captured
     timed = list(captured.timed)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lissom.compiler.paging import LARGE, folder_of_files, paged
+from lissom.compiler.paging import folder_of_files, is_large, paged
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.driver.options import resolve_passes
 from lissom.errors import UnsupportedError
@@ -31,7 +31,7 @@ def from_disk(model: nn.Module, passes: str | Pass | Sequence[Pass]) -> Generato
         UnsupportedError: if memory or disk do not suffice.
     """
     weights = [*model.parameters(), *model.buffers()]
-    if sum(weight.nbytes for weight in weights) >= LARGE:
+    if is_large(weights):
         _check_room(model, resolve_passes(passes))
     with paged(weights):
         yield

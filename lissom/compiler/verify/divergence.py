@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TypeVar
 
 import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.interpreter import REFUSALS
+from lissom.compiler.ir.interpreter import REFUSALS, ObserverOfEach
 from lissom.compiler.ir.operators import UNFILLED
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample, smaller_samples
@@ -151,16 +151,21 @@ def shapes_of(sample: Sample) -> str:
     return ", ".join(str(list(tensor.shape)) for tensor in sample)
 
 
-def run_samples(program: Program, samples: Sequence[Sample]) -> list[list[object]]:
-    """The program's flat outputs on each sample, then its state after the call, without gradients; restores the state."""
+def run_samples(program: Program, samples: Sequence[Sample], observe: ObserverOfEach | None = None) -> list[list[object]]:
+    """The program's flat outputs on each sample, then its state after the call, without gradients; restores the state.
+
+    Args:
+        observe: as for `Program.run_each`.
+    """
     with torch.no_grad():
         if len(samples) > 1 and reads_once(program):
             with kept_state(program):
-                return program.run_each(samples)
+                return program.run_each(samples, observe)
         outputs = list[list[object]]()
-        for sample in samples:
+        for index, sample in enumerate(samples):
             with kept_state(program):
-                outputs.append([*program.run(sample), *program.state_values()])
+                seen = None if observe is None else partial(observe, index)
+                outputs.append([*program.run(sample, seen), *program.state_values()])
         return outputs
 
 

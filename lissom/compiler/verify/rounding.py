@@ -22,9 +22,9 @@ from torch.fx.node import map_aggregate
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Binary
-from lissom.compiler.ir.interpreter import REFUSALS, ObserverOfEach, call
+from lissom.compiler.ir.interpreter import REFUSALS, call
 from lissom.compiler.ir.operators import FAKE_QUANTIZES, INT8_LINEARS, INTEGER_PRODUCTS
-from lissom.compiler.ir.program import Program, kept_state
+from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.view_calls import Cast
 from lissom.compiler.paging import spill
@@ -281,7 +281,8 @@ def local_errors(
     known: list[dict[str, object]] = [{} for _ in samples]
     # Others, such as quantized weights that are packed, have no counterpart.
     needed = {name for node in after.nodes() for name in (node.name, nodes.origin(node).replaces)}
-    needed &= needed if chosen is None else {*chosen.compared, *chosen.read}
+    if chosen is not None:
+        needed &= {*chosen.compared, *chosen.read}
 
     def keep(index: int, node: fx.Node, value: object) -> None:
         if node.name in needed:
@@ -289,7 +290,7 @@ def local_errors(
             if isinstance(value, torch.Tensor):
                 spill(value)
 
-    wanted = _observed(before, samples, keep)
+    wanted = run_samples(before, samples, keep)
     errors, given_too = [dict[str, float]() for _ in samples], [set[str]() for _ in samples]
     by_name = {node.name: node for node in before.nodes()}
     given = [dict(zip(before.placeholders, sample, strict=True)) for sample in samples]
@@ -312,24 +313,15 @@ def local_errors(
         found[name] = max(found.get(name, 0.0), error)
         return own[name]
 
-    results = _observed(after, samples, force)
+    results = run_samples(after, samples, force)
     for found, old, new in zip(errors, wanted, results, strict=True):
         for leaf, left, right in zip(before.leaves, old, new, strict=False):  # the state follows
             name = leaf.name if isinstance(leaf, fx.Node) else before.output.name
             found[name] = max(found.get(name, 0.0), relative_error(left, right))
-    return {name: max(found.get(name, 0.0) for found in errors) for name in {name: None for found in errors for name in found}}
-
-
-def _observed(program: Program, samples: Sequence[Sample], observe: ObserverOfEach) -> list[list[object]]:
-    """The program's outputs on each sample; its state is restored."""
-    with torch.no_grad(), kept_state(program):
-        if not program.is_simulation:
-            return program.run_each(samples, observe)
-        outputs = list[list[object]]()
-        for index, sample in enumerate(samples):
-            with kept_state(program):
-                outputs.append(program.run(sample, partial(observe, index)))
-        return outputs
+    worst = dict[str, float]()
+    for name, error in (pair for found in errors for pair in found.items()):
+        worst[name] = max(worst.get(name, 0.0), error)
+    return worst
 
 
 def _is_as_exact(

@@ -88,7 +88,9 @@ def test_samples_of_a_large_program_run_together(
     monkeypatch.setattr(divergence, "_MUCH", 0 if together else 1 << 40)
     ways = list[int]()
     run_each = Program.run_each
-    monkeypatch.setattr(Program, "run_each", lambda self, given: (ways.append(len(given)), run_each(self, given))[1])
+    monkeypatch.setattr(
+        Program, "run_each", lambda self, given, *rest: (ways.append(len(given)), run_each(self, given, *rest))[1]
+    )
     outputs = run_samples(program, samples)
     assert ways == ([len(samples)] if together else [])
     for left, right in zip(outputs, alone(program, samples), strict=True):
