@@ -223,7 +223,8 @@ _aside: list[bool] = []
 def heap_set_aside() -> Generator[None]:
     """Keep the garbage collector from going through what lives already, the model and torch itself, while passes run.
 
-    Passes make many small objects, and each full collection over a whole process costs as much as several passes.
+    Passes make many small objects, and each full collection over a whole process costs as much as several passes. They make many
+    tensors of some megabytes as well: the C library keeps what is freed of them, since a fresh page costs more than to write it.
     """
     # Counting takes as long as there are frozen objects: only what freezes first asks, where a caller's own are usually none.
     if _aside or not gc.isenabled() or (not _imports and gc.get_freeze_count()):
@@ -231,8 +232,25 @@ def heap_set_aside() -> Generator[None]:
         return
     gc.freeze()
     _aside.append(True)
+    _keep_freed(_ALL)
     try:
         yield
     finally:
+        _keep_freed(2 * _FROM_HEAP)
         _aside.clear()
         gc.unfreeze()
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Numbers of parameters of glibc's malloc."""
+_ALL = -1
+_FROM_HEAP = 1 << 25
+"""The bytes of a block up to which glibc takes it from a heap once such a block was freed, which may hold twice as many free."""
+
+
+def _keep_freed(size: int) -> None:
+    """Let the C library keep so many free bytes at the end of the heap, or `_ALL`, where it is glibc; else do nothing."""
+    set_parameter = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if set_parameter is not None:
+        set_parameter(_MMAP_THRESHOLD, _FROM_HEAP)
+        set_parameter(_TRIM_THRESHOLD, size)

@@ -19,7 +19,7 @@ from lissom.backends.distributed.backend import Distributed
 from lissom.backends.eager.backend import Eager
 from lissom.backends.fastest import build_fastest
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.samples import Sample, check_samples, larger
+from lissom.compiler.ir.samples import Sample, check_samples, few_rows, larger
 from lissom.compiler.memory import free_dropped_programs, give_back_memory, heap_set_aside
 from lissom.compiler.paging import is_paged
 from lissom.compiler.pipeline.history import History, Size, Step
@@ -263,11 +263,12 @@ def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: PassSett
     program = captured.program
     history = History(format_pipeline(passes), settings.checks)
     notes = (*captured.notes, *([_WHY_UNTIMED] if is_paged(_UNTIMED) else []))
-    history.record(Step(0, "capture", "capture", captured.seconds, 0.0, Size.of(program), notes=notes), program.text())
+    size = Size.of(program)
+    history.record(Step(0, "capture", "capture", captured.seconds, 0.0, size, notes=notes), program.text())
     data, labels = read_data(settings.data, program.signature)
     pipeline = Pipeline(
         passes,
-        samples=captured.samples or check_samples(program.signature, captured.example),
+        samples=captured.samples or check_samples(program.signature, few_rows(program.signature, captured.example, size.flops)),
         checks=settings.checks,
         data=data,
         labels=labels,

@@ -217,7 +217,7 @@ class Program:
             learns: whether parameters require gradients; otherwise they do where those of this program do.
             fixed: not copied.
         """
-        program, copies = self.copy(), dict[object, torch.Tensor]()
+        program, made = self.copy(), dict[object, torch.Tensor]()
         for name, old in self.weights().items():
             new = given[name]
             if name in fixed:
@@ -228,10 +228,10 @@ class Program:
                 continue
             learned = isinstance(old, nn.Parameter) and new.is_floating_point()
             place = (new.data_ptr(), new.shape, new.stride(), learned) if new.numel() else name
-            if place not in copies:
+            if place not in made:
                 copied = new.detach().to(old.device, copy=True)
-                copies[place] = nn.Parameter(copied, requires_grad=learns or old.requires_grad) if learned else copied
-            program.set_weight(name, copies[place])
+                made[place] = nn.Parameter(copied, requires_grad=learns or old.requires_grad) if learned else copied
+            program.set_weight(name, made[place])
         return program
 
     def state_tensors(self) -> list[torch.Tensor]:
@@ -253,15 +253,11 @@ class Program:
     def run_each(self, samples: Sequence[Sequence[torch.Tensor]], observe: ObserverOfEach | None = None) -> list[list[object]]:
         """For each sample the flat outputs, then the state after the call, as by `run`, but call by call for all of them.
 
-        The state of the program is left by the first sample; every sample starts from that before.
+        Every sample starts from the state of the program, which stays as it is.
         """
-        states = [
-            {name: self.weight(name) if index == 0 else self.weight(name).clone() for name in self.state}
-            for index in range(len(samples))
-        ]
+        states = [dict(zip(self.state, self.state_values(), strict=True)) for _ in samples]
         outputs = run_each(self.graph, self.graph_module, samples, states, observe)
-        own = [tensor.clone() for tensor in states[0].values()] if states else []
-        return [[*found, *(own if index == 0 else states[index].values())] for index, found in enumerate(outputs)]
+        return [[*found, *state.values()] for found, state in zip(outputs, states, strict=True)]
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Call the program as the original model is called; gradients flow to the inputs unless they are switched off.

@@ -5,9 +5,9 @@ docs/verification.md says what each is for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from math import prod
 
 import torch
 
@@ -23,7 +23,9 @@ LONGEST = 513
 WORK = 2e9
 """The floating-point operations allowed in a run at the longest length, some tenths of a second on one core."""
 LARGE_WORK = 2e10
-"""The floating-point operations allowed in a run at the larger sizes for timing, some tenths of a second on two cores."""
+"""The floating-point operations allowed in a run at the larger sizes for timing, some tenths of a second on two cores; an example
+that takes more is checked on fewer of its rows.
+"""
 _MASKED = -1e4
 """The masking value for an additive mask of zeros only; in the range of fp16."""
 _LOW = -1e3
@@ -43,6 +45,25 @@ def check_samples(signature: Signature, example: Sequence[torch.Tensor]) -> list
     return [list(example)] if _same(variant, example) else [list(example), variant]
 
 
+def few_rows(signature: Signature, example: Sequence[torch.Tensor], flops: int) -> Sample:
+    """The example, or so few of its rows that a run takes `LARGE_WORK`: a row more costs time, and shows no other fault.
+
+    Args:
+        flops: of a run on the example.
+    """
+    batch = signature.batch
+    if batch is None or flops <= LARGE_WORK:
+        return list(example)
+    sizes = signature.sizes_of(example)
+    rows = max(signature.dimensions[batch].minimum, int(sizes[batch] * LARGE_WORK / flops))
+    fewer = signature.thinned(example, sizes | {batch: min(rows, sizes[batch])})
+    try:
+        signature.check_sizes(fewer)
+    except InputError:  # the rows are bound to another size
+        return list(example)
+    return fewer
+
+
 def more_samples(signature: Signature, example: Sequence[torch.Tensor], flops: int) -> list[Sample]:
     """Further verification inputs for a sequence of exact passes, from before the first to after the last.
 
@@ -57,7 +78,7 @@ def more_samples(signature: Signature, example: Sequence[torch.Tensor], flops: i
         _masked(list(map(_ids_redrawn, plain)), _tail_and_hole, kind=0),
     ]
     samples = [sample for sample in samples if not _same(sample, plain)]
-    for seed, tried in enumerate((_several_times(signature, example), _longest(signature, example, flops)), 2):
+    for seed, tried in enumerate((_several_times(signature, example, flops), _longest(signature, example, flops)), 2):
         sample = _first_allowed(signature, example, tried, seed)
         if sample is not None:
             samples.append(_masked(_redrawn(sample, seed), _tail_and_hole))
@@ -96,7 +117,7 @@ def larger(signature: Signature, example: Sequence[torch.Tensor], flops: int) ->
     usual = signature.sizes_of(example)
     for factor in (16, 8, 4, 2):
         sizes = signature.scaled(example, factor)
-        if flops * prod(sizes[symbol] / size for symbol, size in usual.items()) <= LARGE_WORK:
+        if flops * math.prod(sizes[symbol] / size for symbol, size in usual.items()) <= LARGE_WORK:
             sample = _first_allowed(signature, example, [sizes])
             if sample is not None:
                 yield sample
@@ -123,9 +144,10 @@ def _variant(signature: Signature, example: Sequence[torch.Tensor], seed: int = 
     return _redrawn(_first_allowed(signature, example, other_sizes(signature, example), seed) or list(example), seed)
 
 
-def _several_times(signature: Signature, example: Sequence[torch.Tensor]) -> list[Sizes]:
-    """Four times the example's length, or fewer, at most what the signature accepts."""
-    scaled = [signature.scaled(example, factor) for factor in (4, 3, 2)]
+def _several_times(signature: Signature, example: Sequence[torch.Tensor], flops: int) -> list[Sizes]:
+    """Four times the example's length, or fewer, at most what the signature accepts; as many rows, within `LARGE_WORK`."""
+    allowed = LARGE_WORK / max(flops, 1) if signature.lengths == [signature.batch] else math.inf
+    scaled = [signature.scaled(example, factor) for factor in (4, 3, 2) if factor <= allowed]
     return [{symbol: sizes[symbol] for symbol in signature.lengths} for sizes in scaled]
 
 
@@ -135,7 +157,7 @@ def _longest(signature: Signature, example: Sequence[torch.Tensor], flops: int) 
     if not lengths:
         return []
     short = {symbol: signature.dimensions[symbol].minimum for symbol in sizes}
-    work = max(flops, 1) * prod(short[symbol] / size for symbol, size in sizes.items() if symbol not in lengths)
+    work = max(flops, 1) * math.prod(short[symbol] / size for symbol, size in sizes.items() if symbol not in lengths)
     longest = max(sizes[symbol] for symbol in lengths)
     length = min(LONGEST, int(longest * WORK / work))
     if length <= 4 * longest:

@@ -289,10 +289,15 @@ class Signature:
         return sizes
 
     @property
-    def lengths(self) -> list[sympy.Symbol]:
-        """The dynamic dimensions without the batch, the first dimension of the first input, unless it is the only one."""
+    def batch(self) -> sympy.Symbol | None:
+        """The first dimension of the first input, if it is dynamic."""
         first = next((leaf.type.shape[0] for leaf in self.tensors if leaf.type.shape), None)
-        return [symbol for symbol in self.dimensions if symbol != first] or [*self.dimensions]
+        return first if isinstance(first, sympy.Symbol) else None
+
+    @property
+    def lengths(self) -> list[sympy.Symbol]:
+        """The dynamic dimensions without the batch, unless it is the only one."""
+        return [symbol for symbol in self.dimensions if symbol != self.batch] or [*self.dimensions]
 
     def scaled(self, example: Sequence[torch.Tensor], factor: int) -> dict[sympy.Symbol, int]:
         """The example's sizes times a factor, at most the largest allowed."""

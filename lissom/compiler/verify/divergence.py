@@ -159,8 +159,7 @@ def run_samples(program: Program, samples: Sequence[Sample], observe: ObserverOf
     """
     with torch.no_grad():
         if len(samples) > 1 and reads_once(program):
-            with kept_state(program):
-                return program.run_each(samples, observe)
+            return program.run_each(samples, observe)
         outputs = list[list[object]]()
         for index, sample in enumerate(samples):
             with kept_state(program):

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lissom.compiler.analysis.cost import flops
 from lissom.compiler.ir.interpreter import REFUSALS
 from lissom.compiler.ir.program import Program, kept_state
-from lissom.compiler.ir.samples import Sample, varied_samples
+from lissom.compiler.ir.samples import Sample, few_rows, varied_samples
 from lissom.compiler.paging import is_paged
 from lissom.compiler.verify.divergence import output_errors, run_samples, tolerances
 from lissom.errors import CaptureError
@@ -91,15 +92,18 @@ def _confirm_sizes(program: Program, model: nn.Module, example: Sample) -> None:
     """Check the program at other sizes than the example's; exclude size 1 if it fails there. Raises what `confirm` raises."""
     dimensions = program.signature.dimensions
     sizes = program.signature.sizes_of(example)
-    minimums = {}
+    minimums, answers = {}, list[bool | None]()
     for symbol, dimension in dimensions.items():
-        if dimension.minimum == 1 and _agrees(program, model, example, {symbol: 1}) is not True:
-            minimums[symbol] = replace(dimension, minimum=2)
+        if dimension.minimum == 1 and sizes[symbol] > 1:
+            agreed = _agrees(program, model, example, {symbol: 1})
+            if agreed is not True:
+                minimums[symbol] = replace(dimension, minimum=2)
+            elif len(dimensions) == 1:
+                answers.append(agreed)
     program.signature = replace(program.signature, dimensions={**dimensions, **minimums})
     larger = [{symbol: size + 1 + index for index, (symbol, size) in enumerate(sizes.items())}]
     larger += [{symbol: size * 2 for symbol, size in sizes.items()}]
     larger += [{symbol: max(size // 2, 2) for symbol, size in sizes.items()}]
-    answers: list[bool | None] = []
     for other in larger:
         if other != sizes and answers.count(True) < 2:
             answers.append(_agrees(program, model, example, other))
@@ -117,7 +121,8 @@ def confirm_calls(program: Program, model: nn.Module, args: Sequence[object], kw
     Raises:
         CaptureError: saying whether values, masks, or the calls before made the difference.
     """
-    example = program.signature.flatten(args, kwargs)
+    signature = program.signature
+    example = few_rows(signature, signature.flatten(args, kwargs), flops(program))
     varied = varied_samples(example)[-1:] if is_paged() else varied_samples(example)
     calls: list[tuple[Sample, list[object]]] = []
     with untouched(model):
