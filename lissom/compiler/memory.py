@@ -223,8 +223,8 @@ _aside: list[bool] = []
 def heap_set_aside() -> Generator[None]:
     """Keep the garbage collector from going through what lives already, the model and torch itself, while passes run.
 
-    Passes make many small objects, and each full collection over a whole process costs as much as several passes. They make many
-    tensors of some megabytes as well: the C library keeps what is freed of them, since a fresh page costs more than to write it.
+    Passes make many small objects, and each full collection over a whole process costs as much as several passes. They make
+    many tensors of some megabytes as well: the C library keeps what is freed of them, as fresh pages take longer than writing.
     """
     # Counting takes as long as there are frozen objects: only what freezes first asks, where a caller's own are usually none.
     if _aside or not gc.isenabled() or (not _imports and gc.get_freeze_count()):
@@ -245,7 +245,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Numbers of parameters of glibc's malloc."""
 _ALL = -1
 _FROM_HEAP = 1 << 25
-"""The bytes of a block up to which glibc takes it from a heap once such a block was freed, which may hold twice as many free."""
+"""The most bytes of a block that glibc takes from a heap, as it does itself once one is freed; twice as many stay free then."""
 
 
 def _keep_freed(size: int) -> None:

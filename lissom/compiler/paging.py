@@ -43,7 +43,6 @@ class _Pager(threading.Thread):
 
     def __init__(self, weights: Iterable[torch.Tensor], size: int) -> None:
         super().__init__(name="lissom-pager", daemon=True)
-        self.size = size
         self._lock, self._ended = threading.Lock(), threading.Event()
         clean = [*_clean_mappings()]
         mapped = [weight for weight in weights if any(_is_inside(weight, *mapping) for mapping in clean)]
@@ -130,9 +129,9 @@ def _bytes_of(weights: Iterable[torch.Tensor]) -> int:
     return sum({weight.data_ptr(): weight.nbytes for weight in weights}.values())
 
 
-def is_paged(size: int = 0) -> bool:
-    """True while a model of at least so many bytes is compiled from the disk."""
-    return any(pager.size >= size for pager in _pagers)
+def is_paged() -> bool:
+    """True while a model is compiled from the disk."""
+    return bool(_pagers)
 
 
 def spill(tensor: torch.Tensor) -> None:

@@ -21,7 +21,6 @@ from lissom.backends.fastest import build_fastest
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, check_samples, few_rows, larger
 from lissom.compiler.memory import free_dropped_programs, give_back_memory, heap_set_aside
-from lissom.compiler.paging import is_paged
 from lissom.compiler.pipeline.history import History, Size, Step
 from lissom.compiler.pipeline.options import Progress
 from lissom.compiler.pipeline.pass_kinds import Pass
@@ -239,8 +238,8 @@ def _partition_model(
 
 
 _UNTIMED = 1 << 31
-"""The bytes of a model from which no program without a lossy pass is built from it beside the one with it."""
-_WHY_UNTIMED = "compiled from the disk, as it is large: what lossy passes gain is not timed, and none is reverted"
+"""The bytes of weights from which no program without a lossy pass is built beside the one with it."""
+_WHY_UNTIMED = "what lossy passes gain is not timed, as the model is large, and none is reverted"
 
 
 @dataclass(frozen=True)
@@ -262,7 +261,7 @@ def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: PassSett
     captured = take()
     program = captured.program
     history = History(format_pipeline(passes), settings.checks)
-    notes = (*captured.notes, *([_WHY_UNTIMED] if is_paged(_UNTIMED) else []))
+    notes = (*captured.notes, *([_WHY_UNTIMED] if program.parameter_bytes >= _UNTIMED else []))
     size = Size.of(program)
     history.record(Step(0, "capture", "capture", captured.seconds, 0.0, size, notes=notes), program.text())
     data, labels = read_data(settings.data, program.signature)
@@ -286,9 +285,9 @@ def _judge(
 
     Simulated layers are never faster, and the caller asked for them.
     """
-    if settings.goal is None or settings.simulate or not backends or is_paged(_UNTIMED):
-        return None
     captured = job.captured
+    if settings.goal is None or settings.simulate or not backends or captured.program.parameter_bytes >= _UNTIMED:
+        return None
     timed = list(captured.timed)
     if not timed:
         given = larger(captured.program.signature, captured.example, job.history.steps[0].size.flops)

