@@ -50,6 +50,36 @@ def test_ranks_generate_what_one_process_and_transformers_generate(name: str, tm
     ]
 
 
+FROM_A_FOLDER = """
+from lissom.compiler import paging
+from tests.support.decoders import MAX_LENGTH, prompt
+from tests.generation.test_ranks import GREEDY
+paging.LARGE, paging.SPILLED, paging._LEAST_HELD = 0, 1, 0
+join()
+spilled = []
+move = paging._Pager._move
+paging._Pager._move = lambda self, tensor, place: (spilled.append(tensor.nbytes), move(self, tensor, place))[1]
+fast = lissom.compile_generation(
+    folder / "model", max_length=MAX_LENGTH, backend="distributed", world_size=2, passes="quantize{scheme=int8-weight}"
+)
+print(fast.generate(**prompt(), **GREEDY).tolist())
+print(fast.compiled.program.parameter_bytes)
+print(bool(spilled))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.multiprocess
+def test_ranks_generate_from_a_folder_that_is_compiled_from_the_disk(tmp_path: Path) -> None:
+    """Ranks move what their passes make to files, and each then holds its own part."""
+    decoder("llama").save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    first, second = printed(run_ranks(FROM_A_FOLDER, tmp_path))
+    one = lissom.compile_generation(tmp_path / "model", max_length=MAX_LENGTH, passes="quantize{scheme=int8-weight}", goal=None)
+    assert first[0] == second[0] == str(one.generate(**prompt(), **GREEDY).tolist())
+    assert first[1] == second[1] and int(first[1]) < one.compiled.program.parameter_bytes
+    assert first[2] == second[2] == "True"
+
+
 @pytest.mark.multiprocess
 def test_torchrun_generates_from_what_was_saved(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
