@@ -11,13 +11,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lissom.artifacts.facts import Facts
 from lissom.backends.distributed.backend import Distributed
+from lissom.compiler.analysis.token_ids import id_inputs
+from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Pass, Training
 from lissom.compiler.training.vocabulary import IGNORED
 from lissom.driver.compile import compile_captured
 from lissom.driver.options import Inputs, check_settings, resolve_passes
 from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.capture.device import check_device, device_of
+from lissom.frontends.capture.export import Capture
 from lissom.frontends.generation.decoder import check_generating
 from lissom.frontends.generation.encoder_decoder import (
     capture_encoder,
@@ -60,8 +64,16 @@ def compile_encoder_decoder(
     own = replace(settings, data=inputs)
     if settings.metric is not None:
         own = replace(own, metric=SourceScorer(settings.metric, batch, max_length, decoder=captured.program.copy()))
-    encoder = compile_captured(partial(capture_encoder, known, example, place), device, own, title="compile the encoder")
-    prompts = _decoder_prompts(Encoder(encoder), zip(inputs, tokens, strict=True), **sizes)
+    facts = captured.program.about = Facts.of(known)
+
+    def take_encoder() -> Capture:
+        taken = capture_encoder(known, example, place)
+        taken.program.about = facts
+        return taken
+
+    encoder = compile_captured(take_encoder, device, own, title="compile the encoder")
+    sources = [_readable(encoder.program, batch_inputs) for batch_inputs in inputs]
+    prompts = _decoder_prompts(Encoder(encoder), zip(sources, tokens, strict=True), **sizes)
     own = replace(
         settings, passes=with_recipe(settings.passes, scored=bool(prompts)), data=prompts, max_drop=_rest(settings, encoder)
     )
@@ -70,6 +82,16 @@ def compile_encoder_decoder(
     decoder = compile_captured(lambda: captured, device, own, title="compile the decoder")
     original: Any = known
     return EncoderDecoderModel(decoder, encoder, original.config, original.generation_config)
+
+
+def _readable(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Calibration inputs with token ids that the encoder takes, after `prune-vocabulary` dropped some."""
+    vocabulary = program.vocabulary
+    if vocabulary is None:
+        return inputs
+    read = {*id_inputs(program)}
+    paths = [leaf.path for leaf, node in zip(program.signature.tensors, program.placeholders, strict=True) if node in read]
+    return inputs | {name: vocabulary.readable(inputs[name]) for name in paths if name in inputs}
 
 
 def _rest(settings: GenerationSettings, encoder: CompiledModel) -> float | None:

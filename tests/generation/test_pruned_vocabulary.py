@@ -1,0 +1,101 @@
+"""Tests of generation with a pruned vocabulary: greedy tokens are those of the original with the logits of dropped ids masked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+import lissom
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.vocabulary import Vocabulary
+from lissom.errors import InputError
+from tests.support.decoders import DECODERS, VOCABULARY
+from tests.support.encoder_decoders import model as encoder_decoder
+from tests.support.models import seeded
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
+DATA = [torch.randint(0, VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+
+
+class Masked(LogitsProcessor):
+    """Sets the logits of dropped ids to -inf."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.dropped = vocabulary.dropped
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.masked_fill(self.dropped, -torch.inf)
+
+
+def vocabulary_of(program: Program) -> Vocabulary:
+    assert program.vocabulary is not None
+    return program.vocabulary
+
+
+def prompt_of(vocabulary: Vocabulary, tokens: int = 6) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(7)
+    return vocabulary.kept[torch.randint(len(vocabulary.kept), (1, tokens), generator=draw)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "qwen2", "gpt2", "opt", "bloom"])
+def test_greedy_tokens(name: str) -> None:
+    model = seeded(DECODERS[name])
+    decoder = lissom.compile_generation(model, max_length=40, passes="prune-vocabulary{keep=50}", data=DATA, goal=None)
+    vocabulary = vocabulary_of(decoder.program)
+    prompt, greedy = prompt_of(vocabulary), {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    mask, masked = torch.ones_like(prompt), LogitsProcessorList([Masked(vocabulary)])
+    wanted = model.generate(prompt, attention_mask=mask, pad_token_id=0, logits_processor=masked, **greedy)
+    actual = decoder.generate(prompt, attention_mask=mask, pad_token_id=0, **greedy)
+    assert actual.tolist() == wanted.tolist()
+    assert decoder.prefill(prompt).shape == (1, VOCABULARY)
+
+
+def test_sampled_tokens_stay_in_the_vocabulary() -> None:
+    decoder = lissom.compile_generation(
+        seeded(DECODERS["llama"]), max_length=40, passes="prune-vocabulary{keep=9}", data=DATA, goal=None
+    )
+    vocabulary = vocabulary_of(decoder.program)
+    torch.manual_seed(0)
+    sampled = decoder.generate(prompt_of(vocabulary), max_new_tokens=30, do_sample=True, top_k=0, eos_token_id=None)
+    assert {*sampled.flatten().tolist()} <= {*vocabulary.kept.tolist()}
+
+
+def test_dropped_ids_in_a_prompt_are_refused_and_the_cache_stays() -> None:
+    decoder = lissom.compile_generation(
+        seeded(DECODERS["llama"]), max_length=40, passes="prune-vocabulary{keep=9}", data=DATA, goal=None
+    )
+    vocabulary = vocabulary_of(decoder.program)
+    decoder.step(prompt_of(vocabulary))
+    dropped = vocabulary.dropped.nonzero()[:1]
+    with pytest.raises(InputError, match=f"the token id {int(dropped)}, which prune-vocabulary dropped, and the model has no"):
+        decoder.step(dropped)
+    assert decoder.length == 6
+
+
+def test_a_saved_decoder_keeps_its_vocabulary(tmp_path: Path) -> None:
+    decoder = lissom.compile_generation(
+        seeded(DECODERS["gemma3"]), max_length=40, passes="prune-vocabulary{keep=50},quantize", data=DATA, goal=None
+    )
+    decoder.save(tmp_path / "decoder")
+    loaded = lissom.load_generation(tmp_path / "decoder")
+    vocabulary, kept = vocabulary_of(loaded.program), vocabulary_of(decoder.program).kept
+    assert torch.equal(vocabulary.kept, kept)
+    prompt = prompt_of(vocabulary)
+    assert torch.equal(loaded.step(prompt), decoder.step(prompt))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_encoder_decoders(name: str) -> None:
+    model = encoder_decoder(f"encoder-decoder/{name}")
+    size = int(model.config.vocab_size)
+    data = [{"input_ids": ids % size, "labels": (ids * 7 + 1) % size} for ids in DATA]
+    fast = lissom.compile_generation(model, max_length=24, passes="prune-vocabulary{keep=30}", data=data, goal=None)
+    source, target = vocabulary_of(fast.encoder.compiled.program), vocabulary_of(fast.program)
+    prompt, greedy = prompt_of(source, 9), {"max_new_tokens": 15, "do_sample": False, "eos_token_id": None}
+    mask, masked = torch.ones_like(prompt), LogitsProcessorList([Masked(target)])
+    wanted = model.generate(prompt, attention_mask=mask, logits_processor=masked, **greedy)
+    assert fast.generate(prompt, attention_mask=mask, **greedy).tolist() == wanted.tolist()
