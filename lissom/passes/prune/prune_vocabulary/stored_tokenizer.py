@@ -20,6 +20,8 @@ from lissom.io.files import read_plain
 
 FILE = "tokenizer.json"
 _MOST_BYTES = 512 << 20
+_SPACE = "▁"
+"""A space in tokens as SentencePiece writes them."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -83,12 +85,13 @@ class StoredTokenizer:
 
     @cached_property
     def byte_tokens(self) -> set[int]:
-        """The tokens of single bytes, with which every text can be written."""
+        """The tokens of single bytes, with which every text can be written, and that of a space, which decoders turn back."""
         from tokenizers.pre_tokenizers import ByteLevel
 
         steps = _steps(self.data.get("pre_tokenizer")) + _steps(self.data.get("decoder"))
         alphabet = set(ByteLevel.alphabet()) if any(step.get("type") == "ByteLevel" for step in steps) else set[str]()
         fallback = bool(self.model.get("byte_fallback"))
+        alphabet |= {_SPACE} if self.kind in ("BPE", "Unigram") else set[str]()
         return {index for token, index in self.ids.items() if token in alphabet or (fallback and _BYTE.fullmatch(token))}
 
     @cached_property
