@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ def tokenizer_of_program(
     """The tokenizer for the ids that a program takes after `prune-vocabulary{ids=tokenizer}`.
 
     Args:
-        original: the model's own tokenizer, whose special tokens, chat template and lengths it gets; by default that of `source`.
+        original: the model's own tokenizer, for special tokens, chat template and lengths; by default that in `source`.
         source: the folder that the model came from.
 
     Raises:
@@ -63,6 +64,39 @@ def _is_known(token: object, known: Mapping[str, int]) -> bool:
     return all(str(one) in known for one in token) if isinstance(token, (list, tuple)) else str(token) in known
 
 
+def saved_tokenizer(program: Program, given: Any, source: str | None) -> Any:
+    """The tokenizer to save with a program: the given one; else that for its new ids, None where it takes original ids."""
+    has_own = program.vocabulary is not None and program.vocabulary.tokenizer is not None
+    return tokenizer_of_program(program, None, source) if given is None and has_own else given
+
+
+def check_original_ids_unmapped(program: Program, what: str) -> None:
+    """Refuse to export a program that maps original ids in its graph. Raises UnsupportedError.
+
+    Args:
+        what: is written, `a checkpoint`.
+    """
+    if program.vocabulary is not None and program.vocabulary.ids == "graph":
+        raise UnsupportedError(
+            f"{program.name} maps token ids in its graph, which {what} cannot say; use prune-vocabulary{{ids=tokenizer}}"
+        )
+
+
+def renumbered_config(config: Any, program: Program) -> Any:
+    """A configuration object of transformers for the ids that a program takes: a copy, or itself where they are original."""
+    vocabulary = program.vocabulary
+    if vocabulary is None or vocabulary.ids != "tokenizer":
+        return config
+    made = copy.deepcopy(config)
+    fields: dict[str, Any] = made.to_dict()
+    for name, value in renumbered_fields(fields, vocabulary).items():
+        if hasattr(inner := getattr(made, name, None), "to_dict"):
+            setattr(made, name, renumbered_config(inner, program))
+        elif not isinstance(value, Mapping) and value != fields[name]:
+            setattr(made, name, value)
+    return made
+
+
 def renumbered_facts(facts: Facts | None, program: Program) -> Facts | None:
     """The metadata of a model with the configuration for the ids that its program takes."""
     vocabulary = program.vocabulary
@@ -79,7 +113,7 @@ def renumbered_fields(fields: Mapping[str, Any], vocabulary: Vocabulary) -> dict
             changed[name] = renumbered_fields(value, vocabulary)
         elif name == "vocab_size" and value == vocabulary.size:
             changed[name] = len(vocabulary.kept)
-        elif name.endswith("_token_id") or name in _IDS:
+        elif str(name).endswith("_token_id") or name in _IDS:
             changed[name] = _renumbered(value, vocabulary)
         else:
             changed[name] = value

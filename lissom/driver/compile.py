@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lissom.artifacts.facts import Facts
+from lissom.artifacts.pruned_tokenizer import renumbered_facts
 from lissom.backends.base import Backend
 from lissom.backends.builds import Builds
 from lissom.backends.distributed.backend import Distributed
@@ -207,7 +208,7 @@ def _compile_for_process(
     )
     timer = ProgramTimer(built.program, built.executable, built.backend, built.history, example)
     report = Report(f"{built.program.name} on {built.backend.name}", built.history, timer=timer)
-    return CompiledModel(built.program, built.executable, report, built.backend, facts)
+    return CompiledModel(built.program, built.executable, report, built.backend, renumbered_facts(facts, built.program))
 
 
 def _with_final_ids(

@@ -13,6 +13,7 @@ from torch import nn
 
 from lissom.artifacts.artifact import Trust
 from lissom.artifacts.facts import Facts
+from lissom.artifacts.pruned_tokenizer import renumbered_config
 from lissom.artifacts.signature import TrustedKeys, key_files
 from lissom.backends.base import Backend
 from lissom.backends.distributed.backend import Distributed
@@ -123,7 +124,8 @@ def _compile(model: nn.Module, settings: GenerationSettings) -> GenerationModel:
     from lissom.generation.model import GenerationModel
 
     original: Any = model
-    return GenerationModel(compiled, original.config, original.generation_config)
+    configs = (renumbered_config(given, compiled.program) for given in (original.config, original.generation_config))
+    return GenerationModel(compiled, *configs)
 
 
 def load_generation(

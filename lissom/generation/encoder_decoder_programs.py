@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lissom.artifacts.facts import Facts
+from lissom.artifacts.pruned_tokenizer import renumbered_config
 from lissom.backends.distributed.backend import Distributed
 from lissom.compiler.analysis.token_ids import id_inputs
 from lissom.compiler.ir.program import Program
@@ -80,8 +80,20 @@ def compile_encoder_decoder(
     if settings.metric is not None:
         own = replace(own, metric=SourceScorer(settings.metric, batch, max_length, encoder=encoder))
     decoder = compile_captured(lambda: captured, device, own, title="compile the decoder")
+    _check_one_tokenizer(encoder.program, decoder.program)
     original: Any = known
-    return EncoderDecoderModel(decoder, encoder, original.config, original.generation_config)
+    configs = (renumbered_config(given, decoder.program) for given in (original.config, original.generation_config))
+    return EncoderDecoderModel(decoder, encoder, *configs)
+
+
+def _check_one_tokenizer(encoder: Program, decoder: Program) -> None:
+    """Refuse programs whose new ids are not those of one tokenizer. Raises UnsupportedError."""
+    two = [program.vocabulary for program in (encoder, decoder) if program.vocabulary is not None]
+    if any(vocabulary.ids == "tokenizer" for vocabulary in two) and len({tuple(each.kept.tolist()) for each in two}) > 1:
+        raise UnsupportedError(
+            f"encoder and decoder of {decoder.name} have one tokenizer, and keep other token ids, as their data differs; "
+            f"name the ids with prune-vocabulary{{tokens=FILE}} or {{scripts=}}, or use ids=graph"
+        )
 
 
 def _readable(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -43,7 +43,7 @@ def most_frequent(ids: Iterable[int], counts: torch.Tensor | None) -> list[int]:
     ordered = sorted(ids)
     if counts is None:
         return ordered
-    known = counts.tolist()
+    known: list[int] = counts.tolist()
     return sorted(ordered, key=lambda index: -known[index])
 
 
