@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from lissom.artifacts.facts import Facts
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.vocabulary import Vocabulary
-from lissom.errors import InputError, UnsupportedError
+from lissom.errors import ArtifactError, InputError, UnsupportedError
+from lissom.frontends.models.huggingface import tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -42,13 +44,14 @@ def tokenizer_of_program(
         )
     try:
         from tokenizers import Tokenizer
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        from transformers import PreTrainedTokenizerFast
     except ImportError as error:
         raise UnsupportedError("a tokenizer needs transformers: pip install 'lissom[demo]'") from error
     if original is not None and not hasattr(original, "special_tokens_map"):
         raise InputError(f"tokenizer= is {original!r:.80}; give the model's tokenizer, of transformers")
     if original is None and source is not None and Path(source).is_dir():
-        original = AutoTokenizer.from_pretrained(source)
+        with suppress(ArtifactError):  # the folder may have no tokenizer: prune-vocabulary takes another
+            original = tokenizer_of(Path(source))
     library = Tokenizer.from_str(vocabulary.tokenizer)
     known = library.get_vocab(with_added_tokens=True)
     further: dict[str, Any] = {}

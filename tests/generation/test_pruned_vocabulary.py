@@ -1,4 +1,4 @@
-"""Tests of generation with a pruned vocabulary: greedy tokens are those of the original with the logits of dropped ids masked."""
+"""Tests of generation with a pruned vocabulary: greedy tokens are those of the original with dropped logits masked."""
 
 from __future__ import annotations
 

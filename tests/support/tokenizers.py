@@ -66,9 +66,7 @@ def _words() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
-    trainer = trainers.BpeTrainer(
-        vocab_size=260, special_tokens=_SPECIAL, end_of_word_suffix="</w>", show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=260, special_tokens=_SPECIAL, end_of_word_suffix="</w>", show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
 

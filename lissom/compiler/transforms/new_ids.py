@@ -15,7 +15,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.vocabulary import Vocabulary
 from lissom.compiler.verify.divergence import answers, run_samples
-from lissom.errors import VerifyError
+from lissom.errors import UnsupportedError, VerifyError
 
 aten = torch.ops.aten
 
@@ -63,9 +63,24 @@ def with_final_ids(program: Program, example: Sample, *, check: bool) -> tuple[P
     if vocabulary.logits == "compact":
         _leave_compact(edit)
     edit.program.drop_dead()
+    _require_done(edit.program)
     if check:
         _compare(program, edit.program, readable, final)
     return edit.program, final
+
+
+def _require_done(program: Program) -> None:
+    """Refuse a program in which a pass left the maps of ids in another form. Raises UnsupportedError."""
+    vocabulary = program.vocabulary
+    assert vocabulary is not None, "the vocabulary was pruned"
+    gone = ["vocabulary.new_ids"] if vocabulary.ids == "tokenizer" else []
+    gone += ["vocabulary.places", "vocabulary.dropped"] if vocabulary.logits == "compact" else []
+    left = next((name for name in program.weights() if name.startswith(tuple(gone))), None) if gone else None
+    if left is not None:
+        raise UnsupportedError(
+            f"prune-vocabulary cannot give {program.name} new ids: other passes changed how it reads '{left}'; use ids=graph, "
+            f"logits=full"
+        )
 
 
 def _refuse_dropped_ids(edit: Editor, vocabulary: Vocabulary) -> None:
@@ -89,12 +104,13 @@ def _take_new_ids(edit: Editor, vocabulary: Vocabulary) -> None:
             edit.change_call(node, aten.eq.Scalar if "eq" in str(node.target) else aten.ne.Scalar, nodes.operand(node), new)
     for table in tables:
         ids = Embedding(table).ids
-        for user in list(table.users):
-            if user.target is aten.squeeze.dim:
-                with edit.before(user):
-                    same = nodes.tensor_type(ids).dtype == torch.int64
-                    new = ids if same else edit.call(aten.to.dtype, ids, torch.int64)
-                edit.replace(user, new)
+        with edit.before(table):
+            new = ids if nodes.tensor_type(ids).dtype == torch.int64 else edit.call(aten.to.dtype, ids, torch.int64)
+            columns = edit.call(aten.unsqueeze.default, new, -1)
+        edit.replace(table, columns)
+        # Other passes may have moved the squeeze that follows a table.
+        for user in [user for user in columns.users if user.target is aten.squeeze.dim]:
+            edit.replace(user, new)
 
 
 def _mapped(tables: list[fx.Node]) -> set[fx.Node]:

@@ -167,7 +167,8 @@ def reached_ids(edit: Editor, tokens: TokenIds) -> torch.Tensor | None:
         return None
     reached = torch.zeros(tokens.size, dtype=torch.bool)
     for table in _id_tables(tokens):
-        reached[edit.tensor(table).flatten().cpu()] = True
+        rows = edit.tensor(table).flatten().cpu()
+        reached[rows[rows < tokens.size]] = True  # those of dropped ids may be behind the last
     for head in tokens.heads:
         masks = [user for user in head.logits.users if is_logit_mask(user)]
         if not masks or len(masks) < len(head.logits.users):

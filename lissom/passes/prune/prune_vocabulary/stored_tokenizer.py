@@ -16,6 +16,7 @@ from typing import Any
 
 from lissom.compiler.ir.vocabulary import Vocabulary
 from lissom.errors import ArtifactError, InputError, UnsupportedError
+from lissom.frontends.models.huggingface import tokenizer_of
 from lissom.io.files import read_plain
 
 FILE = "tokenizer.json"
@@ -187,8 +188,20 @@ def find_tokenizer(option: str, about: object) -> StoredTokenizer | None:
             )
         return _read(path)
     source = getattr(about, "source", None)
-    path = None if source is None else Path(str(source)) / FILE
-    return _read(path) if path is not None and path.is_file() else None
+    if source is None or not Path(str(source)).is_dir():
+        return None
+    path = Path(str(source)) / FILE
+    return _read(path) if path.is_file() else _converted(path.parent)
+
+
+def _converted(folder: Path) -> StoredTokenizer | None:
+    """The tokenizer of a folder that has it in another form, such as a GGUF file; None if it has none that can be converted."""
+    try:
+        converted: Any = tokenizer_of(folder)
+    except ArtifactError:
+        return None
+    library = getattr(converted, "backend_tokenizer", None)
+    return None if library is None else StoredTokenizer.parse(library.to_str(), f"the tokenizer in '{folder}'")
 
 
 def _read(path: Path) -> StoredTokenizer:

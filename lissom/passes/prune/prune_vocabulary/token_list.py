@@ -48,7 +48,5 @@ def _id_of(line: str, where: str, size: int, tokenizer: StoredTokenizer | None) 
         raise InputError(f"{where}: {shown(line)} is no id, and there is no tokenizer to look it up; give tokenizer=FOLDER")
     index = tokenizer.ids.get(line, tokenizer.ids.get(stripped))
     if index is None or index >= size:
-        raise InputError(
-            f"{where}: the tokenizer has no token {shown(line)}; give ids, or tokens as tokenizer.json writes them"
-        )
+        raise InputError(f"{where}: the tokenizer has no token {shown(line)}; give ids, or tokens as tokenizer.json has them")
     return index

@@ -20,7 +20,9 @@ from lissom.passes.prune.prune_vocabulary.stored_tokenizer import StoredTokenize
 from tests.support.tokenizers import CORPUS, KINDS, tokenizer
 
 _PIECES = st.sampled_from([*" ".join(CORPUS[:5]).split(), " ", "foxy", "<s>", "<mask>", "ß", "…", "👩‍🔬", "▁", "</w>"])
-TEXTS = st.one_of(st.text(max_size=30), st.lists(_PIECES, max_size=12).map(" ".join), st.lists(_PIECES, max_size=8).map("".join))
+TEXTS = st.one_of(
+    st.text(max_size=30), st.lists(_PIECES, max_size=12).map(" ".join), st.lists(_PIECES, max_size=8).map("".join)
+)
 _FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
