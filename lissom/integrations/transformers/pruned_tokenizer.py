@@ -30,6 +30,14 @@ def pruned_tokenizer(model: HasProgram | Program, tokenizer: PreTrainedTokenizer
     Raises:
         UnsupportedError: if the model takes original ids, or transformers is missing.
         InputError: if an argument is of another kind.
+
+    Examples:
+        >>> import lissom
+        >>> passes = "prune-vocabulary{keep=3000,ids=tokenizer}"
+        >>> encoder = lissom.compile("minilm", passes=passes, goal=None)
+        >>> tokenizer = lissom.pruned_tokenizer(encoder)
+        >>> encoder(**tokenizer("a smaller vocabulary", return_tensors="pt")).last_hidden_state.shape[-1], len(tokenizer)
+        (384, 3000)
     """
     program = model if isinstance(model, Program) else getattr(model, "program", None)
     if not isinstance(program, Program):
