@@ -85,6 +85,14 @@ def check_original_ids_unmapped(program: Program, what: str) -> None:
         )
 
 
+def check_original(program: Program, original: object) -> None:
+    """Refuse to compare a program for new ids with the original model. Raises UnsupportedError."""
+    if original is not None and program.vocabulary is not None and program.vocabulary.ids == "tokenizer":
+        raise UnsupportedError(
+            f"original= takes other token ids than {program.name}, whose vocabulary was pruned; leave it out"
+        )
+
+
 def renumbered_config(config: Any, program: Program) -> Any:
     """A configuration object of transformers for the ids that a program takes: a copy, or itself where they are original."""
     vocabulary = program.vocabulary

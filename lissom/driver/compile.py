@@ -259,6 +259,7 @@ def _partition_model(
     (outcome,) = pipeline.run_each(job.captured.program, {eager.name: passes[at:]}, job.history).values()
     if isinstance(outcome, LissomError):
         raise outcome
+    with_final_ids(outcome[0], job.captured.example, check=False)  # refuses what ranks do not take
     return *outcome, job.pipeline.samples
 
 

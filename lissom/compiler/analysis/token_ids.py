@@ -116,6 +116,14 @@ def is_logit_mask(node: fx.Node) -> bool:
     return isinstance(mask, fx.Node) and mask.op == "get_attr" and nodes.tensor_type(mask).rank == 1
 
 
+def is_masked_logits(node: fx.Node) -> bool:
+    """True for logits that are -inf at dropped ids: masked, or expanded to all ids after their rows were removed."""
+    if node.target is not aten.index_select.default:
+        return is_logit_mask(node)
+    padded = nodes.operand(node)
+    return nodes.is_call(padded, aten.constant_pad_nd.default) and nodes.argument(padded, "value") == -math.inf
+
+
 def _is_integer(node: fx.Node) -> bool:
     return nodes.tensor_type(node).dtype in (torch.int32, torch.int64)
 

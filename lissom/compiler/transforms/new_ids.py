@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.token_ids import TokenIds, id_inputs, id_sources, is_id_table
+from lissom.compiler.analysis.token_ids import TokenIds, id_inputs, id_sources, is_id_table, is_masked_logits
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Embedding
 from lissom.compiler.ir.editor import Editor
@@ -47,9 +45,13 @@ def with_final_ids(program: Program, example: Sample, *, check: bool) -> tuple[P
 
     Raises:
         VerifyError: if the outputs differ.
+        UnsupportedError: if the program is partitioned or was changed so that it cannot take these ids.
     """
     vocabulary = program.vocabulary
     if vocabulary is None:
+        return program, example
+    if program.is_simulation:
+        _require_unchanged(program, vocabulary)
         return program, example
     places = [program.placeholders.index(node) for node in id_inputs(program)]
     edit = Editor(program.copy(), "prune-vocabulary")
@@ -67,6 +69,19 @@ def with_final_ids(program: Program, example: Sample, *, check: bool) -> tuple[P
     if check:
         _compare(program, edit.program, readable, final)
     return edit.program, final
+
+
+def _require_unchanged(program: Program, vocabulary: Vocabulary) -> None:
+    """Refuse a vocabulary that the ranks of a partitioned program would have to take in another form.
+
+    Raises:
+        UnsupportedError: for new ids, compact logits, and dropped ids without an unknown token.
+    """
+    if vocabulary.ids == "tokenizer" or vocabulary.logits == "compact" or vocabulary.unknown is None:
+        raise UnsupportedError(
+            f"{program.name} is partitioned, which prune-vocabulary supports with ids=graph, logits=full and an unknown token "
+            f"only; write an ordinary checkpoint with ids=tokenizer, and partition the model loaded from it"
+        )
 
 
 def _require_done(program: Program) -> None:
@@ -137,9 +152,8 @@ def _constant(program: Program, node: fx.Node) -> int | None:
 def _leave_compact(edit: Editor) -> None:
     """Leave logits as narrow as the ids that stay."""
     for node in list(edit.nodes(aten.index_select.default)):
-        padded = nodes.operand(node)
-        if nodes.is_call(padded, aten.constant_pad_nd.default) and nodes.argument(padded, "value") == -math.inf:
-            node.replace_all_uses_with(nodes.operand(padded))
+        if is_masked_logits(node):
+            node.replace_all_uses_with(nodes.operand(nodes.operand(node)))
             edit.program.graph.erase_node(node)
             edit.program.edits += 1
     edit.retype()

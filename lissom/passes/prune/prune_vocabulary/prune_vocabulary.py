@@ -189,3 +189,7 @@ def _report(edit: Editor, vocabulary: Vocabulary, counts: torch.Tensor | None) -
     if vocabulary.ids == "graph":
         read = f"is read as the unknown token, id {vocabulary.unknown}" if vocabulary.unknown is not None else "is refused"
         edit.note(f"a dropped id in a call {read}")
+    else:
+        edit.note(
+            "the finished program takes the ids of a new tokenizer: lissom.pruned_tokenizer gives it, and save() writes it"
+        )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models
 from torch import nn
 
 import lissom
@@ -347,3 +348,37 @@ def test_leaves_the_model_alone() -> None:
 def test_options_are_text() -> None:
     text = str(PruneVocabulary(keep=9, scripts="latin,cyrillic"))
     assert re.search(r"keep=9.*scripts='latin,cyrillic'", text)
+
+
+@pytest.mark.parametrize("trains", ["distill{steps=1}", "finetune{steps=1}"])
+def test_masked_logits_are_not_trained(trains: str) -> None:
+    message = r"requires that no logits are masked, .* breaks it, made so by .*: put this pass before prune-vocabulary"
+    case = tiny_llama()
+    data = [case.kwargs | {"labels": case.kwargs["input_ids"]}]
+    with pytest.raises(RequirementError, match=message):
+        captures.optimize(case.model, case.inputs, passes=f"prune-vocabulary{{keep=20}},{trains}", data=data)
+
+
+def test_encoders_are_trained_after_it() -> None:
+    case = tiny_bert()
+    passes = "prune-vocabulary{keep=20},distill{steps=1}"
+    assert vocabulary_of(captures.optimize(case.model, case.inputs, passes=passes, data=[case.kwargs])).size == VOCABULARY
+
+
+def test_ranks_share_a_pruned_vocabulary(tmp_path: Path) -> None:
+    """With an unknown token; what ranks cannot take is refused."""
+    case = tiny_llama(tie_word_embeddings=True)
+    passes = "prune-vocabulary{keep=20},shard{world_size=2},partition"
+    with pytest.raises(
+        UnsupportedError, match=r"is partitioned, which prune-vocabulary supports with ids=graph, logits=full and"
+    ):
+        captures.optimize(case.model, case.inputs, passes=passes)
+    library = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w3"))
+    library.save(str(tmp_path / "tokenizer.json"))
+    small = captures.optimize(case.model, case.inputs, passes=passes.replace("keep=20", f'keep=20,tokenizer="{tmp_path}"'))
+    whole = captures.optimize(case.model, case.inputs)
+    vocabulary = vocabulary_of(small)
+    inputs = readable(case, vocabulary)
+    wanted, actual = first(whole.program(**inputs)), first(small.program(**inputs))
+    # Each rank sums a part of the terms.
+    torch.testing.assert_close(actual[..., vocabulary.kept], wanted[..., vocabulary.kept])
