@@ -78,6 +78,11 @@ def compile_encoder_decoder(
         settings, passes=with_recipe(settings.passes, scored=bool(prompts)), data=prompts, max_drop=_rest(settings, encoder)
     )
     if settings.metric is not None:
+        if encoder.program.vocabulary is not None and encoder.program.vocabulary.ids == "tokenizer":
+            raise UnsupportedError(
+                f"metric= reads original token ids, and the encoder of {encoder.program.name} takes new ones after "
+                f"prune-vocabulary{{ids=tokenizer}}; leave metric= out, or use ids=graph"
+            )
         own = replace(own, metric=SourceScorer(settings.metric, batch, max_length, encoder=encoder))
     decoder = compile_captured(lambda: captured, device, own, title="compile the decoder")
     _check_one_tokenizer(encoder.program, decoder.program)
@@ -103,7 +108,8 @@ def _readable(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, to
         return inputs
     read = {*id_inputs(program)}
     paths = [leaf.path for leaf, node in zip(program.signature.tensors, program.placeholders, strict=True) if node in read]
-    return inputs | {name: vocabulary.readable(inputs[name]) for name in paths if name in inputs}
+    ids = vocabulary.renumbered if vocabulary.ids == "tokenizer" else vocabulary.readable
+    return inputs | {name: ids(inputs[name]) for name in paths if name in inputs}
 
 
 def _rest(settings: GenerationSettings, encoder: CompiledModel) -> float | None:

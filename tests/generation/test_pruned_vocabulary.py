@@ -6,15 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import lissom
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.vocabulary import Vocabulary
-from lissom.errors import InputError
+from lissom.errors import InputError, UnsupportedError
+from lissom.generation.prompted import Request, compile_prompted
 from tests.support.decoders import DECODERS, VOCABULARY
 from tests.support.encoder_decoders import model as encoder_decoder
 from tests.support.models import seeded
+from tests.support.tokenizers import CORPUS, tokenizer
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -99,3 +110,62 @@ def test_encoder_decoders(name: str) -> None:
     mask, masked = torch.ones_like(prompt), LogitsProcessorList([Masked(target)])
     wanted = model.generate(prompt, attention_mask=mask, logits_processor=masked, **greedy)
     assert fast.generate(prompt, attention_mask=mask, **greedy).tolist() == wanted.tolist()
+
+
+def _llama_with_tokenizer(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer("byte-level"), **names)
+    config = LlamaConfig(
+        vocab_size=len(wrapped), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        bos_token_id=2, eos_token_id=3, pad_token_id=0,
+    )  # fmt: skip
+    seeded(lambda: LlamaForCausalLM(config)).save_pretrained(folder)
+    wrapped.save_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(folder).eval(), wrapped
+
+
+@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+def test_a_decoder_with_the_ids_of_a_new_tokenizer(backend: str, tmp_path: Path) -> None:
+    model, old = _llama_with_tokenizer(tmp_path / "model")
+    data = [old(text, return_tensors="pt").input_ids for text in CORPUS[:2]]
+    passes = "prune-vocabulary{coverage=1,ids=tokenizer}"
+    decoder = lissom.compile_generation(model, max_length=64, passes=passes, data=data, backend=backend, goal=None)
+    vocabulary, new = vocabulary_of(decoder.program), lissom.pruned_tokenizer(decoder)
+    assert decoder.config.vocab_size == len(new) == len(vocabulary.kept) < vocabulary.size
+    assert decoder.generation_config.eos_token_id == new.eos_token_id
+    prompt, original = (each("The quick brown dog", return_tensors="pt").input_ids for each in (new, old))
+    assert torch.equal(vocabulary.kept[prompt], original)
+    greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    wanted = model.generate(
+        original,
+        attention_mask=torch.ones_like(original),
+        logits_processor=LogitsProcessorList([Masked(vocabulary)]),
+        **greedy,
+    )
+    answer = decoder.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)
+    assert vocabulary.kept[answer].tolist() == wanted.tolist()
+    decoder.save(tmp_path / "saved")
+    loaded = lissom.load_generation(tmp_path / "saved")
+    assert loaded.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy).tolist() == answer.tolist()
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")("The quick brown dog").input_ids == prompt[0].tolist()
+
+
+def test_prompts_are_read_by_the_new_tokenizer(tmp_path: Path) -> None:
+    _llama_with_tokenizer(tmp_path / "model")
+    request = Request("prune-vocabulary{keep=300,ids=tokenizer}", "eager", None, "off", None, keeps=False)
+    decoder, new, ids = compile_prompted(
+        str(tmp_path / "model"), "The quick brown fox", 4, request, lambda source: (), lambda sentence: None
+    )
+    assert len(new) == 300
+    assert new.decode(ids[0], skip_special_tokens=True) == "The quick brown fox"
+    assert decoder.step(ids).shape == (1, 300)
+
+
+def test_encoder_and_decoder_with_other_ids_have_no_common_tokenizer(tmp_path: Path) -> None:
+    _llama_with_tokenizer(tmp_path)
+    config = T5Config(vocab_size=500, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    model = seeded(lambda: T5ForConditionalGeneration(config))
+    data = [{"input_ids": torch.full((1, 6), 280), "labels": torch.full((1, 6), 290)}]
+    options = f'keep=270,ids=tokenizer,tokenizer="{tmp_path}"'
+    with pytest.raises(UnsupportedError, match=r"encoder and decoder of .* have one tokenizer, and keep other token ids"):
+        lissom.compile_generation(model, max_length=16, passes=f"prune-vocabulary{{{options}}}", data=data, goal=None)
