@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from lissom.artifacts.facts import Facts
 from lissom.artifacts.pruned_tokenizer import renumbered_config
 from lissom.backends.distributed.backend import Distributed
-from lissom.compiler.analysis.token_ids import id_inputs
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Pass, Training
 from lissom.compiler.training.vocabulary import IGNORED
@@ -106,10 +105,8 @@ def _readable(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, to
     vocabulary = program.vocabulary
     if vocabulary is None:
         return inputs
-    read = {*id_inputs(program)}
-    paths = [leaf.path for leaf, node in zip(program.signature.tensors, program.placeholders, strict=True) if node in read]
     ids = vocabulary.renumbered if vocabulary.ids == "tokenizer" else vocabulary.readable
-    return inputs | {name: ids(inputs[name]) for name in paths if name in inputs}
+    return {name: ids(value) if name.endswith("input_ids") else value for name, value in inputs.items()}
 
 
 def _rest(settings: GenerationSettings, encoder: CompiledModel) -> float | None:
