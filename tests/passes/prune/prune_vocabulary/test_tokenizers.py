@@ -38,8 +38,10 @@ def pruned(old: StoredTokenizer, wanted: Iterable[int]) -> tuple[StoredTokenizer
 
 
 def sample(old: StoredTokenizer, seed: int, share: float) -> list[int]:
+    """Some tokens, and the added ones: without them a text is split at other places, and spaces are added at others."""
     draw = random.Random(seed)
-    return [index for index in sorted(old.names) if draw.random() < share]
+    added = [int(token["id"]) for token in old.data["added_tokens"]]
+    return [*added, *(index for index in sorted(old.names) if draw.random() < share)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
