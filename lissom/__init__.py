@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lissom.frontends.onnx.model import from_onnx
     from lissom.generation.compile import compile_generation, load_generation
     from lissom.inspect.svg.step import draw
+    from lissom.integrations.transformers.pruned_tokenizer import pruned_tokenizer
     from lissom.passes.sites import sites
     from lissom.runtime.compiled_model import CompiledModel, load
     from lissom.torch_compile import dynamo_reports
@@ -42,6 +43,7 @@ __all__ = [
     "load",
     "load_generation",
     "optimize",
+    "pruned_tokenizer",
     "sites",
     "tune",
     "tune_generation",
@@ -54,6 +56,7 @@ _HOMES = {
     "OnnxRuntime": "lissom.backends.onnxruntime.backend",
     "Optimized": "lissom.api",
     "Tuned": "lissom.tuning.tuned",
+    "pruned_tokenizer": "lissom.integrations.transformers.pruned_tokenizer",
     "compile": "lissom.api",
     "compile_generation": "lissom.generation.compile",
     "draw": "lissom.inspect.svg.step",

@@ -10,6 +10,7 @@ from torch import nn
 
 from lissom.artifacts.facts import Facts
 from lissom.artifacts.model_files import Saveable, check_tokenizer
+from lissom.artifacts.pruned_tokenizer import check_original_ids_unmapped, saved_tokenizer
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.driver.compile import compile_by_class, optimize_model, with_errors
@@ -124,6 +125,7 @@ class Optimized:
             ArtifactError: if it cannot be written.
         """
         model = self._transformers_model("checkpoint", tokenizer)
+        tokenizer = self._own_tokenizer("a checkpoint", tokenizer, model)
         save_checkpoint(self.program, model, self._example, check_path(directory), tokenizer, processor)
 
     def export_gguf(self, path: str | Path, *, tokenizer: Saveable | None = None, dtype: Dtype | None = None) -> GgufFile:
@@ -145,9 +147,14 @@ class Optimized:
                 like this one, or gguf is not installed.
             ArtifactError: if the file cannot be written.
         """
-        return write_gguf(
-            self.program, self._transformers_model("GGUF file", tokenizer), self._example, check_path(path), tokenizer, dtype
-        )
+        model = self._transformers_model("GGUF file", tokenizer)
+        tokenizer = self._own_tokenizer("a GGUF file", tokenizer, model)
+        return write_gguf(self.program, model, self._example, check_path(path), tokenizer, dtype)
+
+    def _own_tokenizer(self, what: str, tokenizer: Saveable | None, model: Any) -> Saveable | None:
+        """The tokenizer that is written: the given one, or that of a pruned vocabulary. Raises UnsupportedError."""
+        check_original_ids_unmapped(self.program, what)
+        return saved_tokenizer(self.program, tokenizer, str(model.config._name_or_path) or None)
 
     def _transformers_model(self, what: str, tokenizer: Saveable | None) -> Any:
         """The model that the program was captured from, with merged adapters; its tokenizer is checked.

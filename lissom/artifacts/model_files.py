@@ -111,9 +111,9 @@ def check_tokenizer(program: Program, main_input: str, tokenizer: object) -> Non
     """
     rows, tokens = vocabulary_size(program, main_input), getattr(tokenizer, "vocab_size", None)
     if rows is not None and isinstance(tokens, int) and tokens > rows:
-        raise InputError(
-            f"the tokenizer has {tokens} tokens, and {program.name} has embeddings for {rows}; give the tokenizer of this model"
-        )
+        pruned = program.vocabulary is not None and program.vocabulary.ids == "tokenizer"
+        remedy = "leave it out, or give lissom.pruned_tokenizer(model)" if pruned else "give the tokenizer of this model"
+        raise InputError(f"the tokenizer has {tokens} tokens, and {program.name} has embeddings for {rows}; {remedy}")
 
 
 def upload(save: Callable[[Path], None], name: str, repo_id: str, private: bool | None, token: str | None, message: str) -> str:

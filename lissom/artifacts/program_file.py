@@ -17,6 +17,7 @@ from lissom.artifacts.expression import decode_expression, encode_expression
 from lissom.artifacts.nesting import decode_nesting, encode_nesting
 from lissom.artifacts.operators import find_operator, operator_name
 from lissom.artifacts.values import Reader, decode_argument, decode_value, encode_argument, encode_type, encode_value
+from lissom.artifacts.vocabulary import decode_vocabulary, encode_vocabulary
 from lissom.artifacts.weights import Place, check_memory
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
@@ -27,7 +28,19 @@ from lissom.compiler.ir.placement import Placed, Span, Spans
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
 from lissom.compiler.ir.types import TensorType, ValueType
-from lissom.io.fields import count, fields_of, number, printable, shown, take, take_list, take_optional, take_text, text
+from lissom.io.fields import (
+    count,
+    fields_of,
+    number,
+    optional,
+    printable,
+    shown,
+    take,
+    take_list,
+    take_optional,
+    take_text,
+    text,
+)
 
 ReadWeights = Callable[[Mapping[str, object], Place], Mapping[str, torch.Tensor]]
 MOST_NODES = 1_000_000
@@ -51,6 +64,7 @@ def encode_program(program: Program, weights: Mapping[str, object]) -> dict[str,
         "signature": _encode_signature(program.signature),
         "state": list(program.state),
         "weights": dict(weights),
+        **({} if program.vocabulary is None else {"vocabulary": encode_vocabulary(program.vocabulary)}),
         "nodes": [_encode_node(node) for node in program.graph.nodes],
     }
 
@@ -100,6 +114,7 @@ def decode_program(data: object, read_weights: ReadWeights, place: Place) -> Pro
         printable(take(data, "name", str)), FlatModule({name: weights[name] for name in read}, graph), signature, state
     )
     _check_form(program)
+    program.vocabulary = optional(data, "vocabulary", decode_vocabulary)
     return program
 
 

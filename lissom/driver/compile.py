@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lissom.artifacts.facts import Facts
+from lissom.artifacts.pruned_tokenizer import renumbered_facts
 from lissom.backends.base import Backend
 from lissom.backends.builds import Builds
 from lissom.backends.distributed.backend import Distributed
@@ -22,10 +23,11 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, check_samples, few_rows, larger
 from lissom.compiler.memory import free_dropped_programs, give_back_memory, heap_set_aside
 from lissom.compiler.pipeline.history import History, Size, Step
-from lissom.compiler.pipeline.options import Progress
+from lissom.compiler.pipeline.options import NUMERIC, Progress
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import format_pipeline
+from lissom.compiler.transforms.new_ids import with_final_ids
 from lissom.compiler.verify.divergence import runs
 from lissom.driver.keywords import TextModel
 from lissom.driver.options import (
@@ -104,9 +106,10 @@ def optimize_model(
     passes = resolve_passes(settings.passes)
     take, device = _capturing(model, example_inputs, settings)
     with _shown(settings, "optimize") as progress, isolated(device):
-        job = _job(take, passes, settings, progress, 1 + len(passes))
-        job.captured.program.about = _facts_of(model)
-        return *job.pipeline.run(job.captured.program, job.history), job.captured.example
+        job = _job(take, passes, settings, progress, 1 + len(passes), _facts_of(model))
+        program, history = job.pipeline.run(job.captured.program, job.history)
+        program, example = with_final_ids(program, job.captured.example, check=settings.checks in NUMERIC)
+        return program, history, example
 
 
 def _shown(settings: PassSettings, title: str) -> AbstractContextManager[Progress]:
@@ -190,20 +193,36 @@ def _compile_for_process(
     lowerings = {backend.name: backend.lowering(device) for backend in backends if backend.name not in missing}
     # The capture, the passes, and for each backend its own passes and the build.
     count = 1 + len(passes) + sum(len(lowering) + 1 for lowering in lowerings.values())
-    job, builds = _job(take, passes, settings, progress, count), Builds()
+    job, builds = _job(take, passes, settings, progress, count, facts), Builds()
     judge = _judge(job, settings, [backend for backend in backends if backend.name in lowerings], lowerings, builds)
     lowered = replace(job.pipeline, judge=judge).run_each(job.captured.program, lowerings, job.history)
+    final, example = _with_final_ids(lowered, job.captured.example, settings)
     built = build_fastest(
         backends,
-        missing | lowered,
-        job.captured.example,
+        missing | final,
+        example,
         lambda what, left: progress(what, count - left, count),
         builds,
         simulate=settings.simulate,
     )
-    timer = ProgramTimer(built.program, built.executable, built.backend, built.history, job.captured.example)
+    timer = ProgramTimer(built.program, built.executable, built.backend, built.history, example)
     report = Report(f"{built.program.name} on {built.backend.name}", built.history, timer=timer)
-    return CompiledModel(built.program, built.executable, report, built.backend, facts)
+    return CompiledModel(built.program, built.executable, report, built.backend, renumbered_facts(facts, built.program))
+
+
+def _with_final_ids(
+    lowered: Mapping[str, tuple[Program, History] | LissomError], example: Sample, settings: PassSettings
+) -> tuple[dict[str, tuple[Program, History] | LissomError], Sample]:
+    """The programs and the example with the ids that callers use, see `with_final_ids`."""
+    results: dict[str, tuple[Program, History] | LissomError] = {}
+    final = example
+    for name, outcome in lowered.items():
+        if isinstance(outcome, LissomError):
+            results[name] = outcome
+        else:
+            program, final = with_final_ids(outcome[0], example, check=settings.checks in NUMERIC)
+            results[name] = program, outcome[1]
+    return results, final
 
 
 def _compile_for_ranks(
@@ -216,7 +235,7 @@ def _compile_for_ranks(
     facts: Facts | None,
 ) -> CompiledModel:
     """This rank's shard of the model, or the whole model without a process group."""
-    make = partial(_partition_model, take, settings, passes, device, progress)
+    make = partial(_partition_model, take, settings, passes, device, progress, facts)
     part = compile_for_ranks(make, backend, device, checks=settings.checks, simulate=settings.simulate)
     timer = ProgramTimer(part.program, part.executable, backend, part.history)
     report = Report(f"{part.program.name} on {backend.name}", part.history, timer=timer)
@@ -224,16 +243,22 @@ def _compile_for_ranks(
 
 
 def _partition_model(
-    take: Callable[[], Capture], settings: BuildSettings, passes: Sequence[Pass], device: torch.device, progress: Progress
+    take: Callable[[], Capture],
+    settings: BuildSettings,
+    passes: Sequence[Pass],
+    device: torch.device,
+    progress: Progress,
+    facts: Facts | None,
 ) -> Unlowered:
     """Capture the model and run the passes; lossy passes are timed before the program is sharded."""
     at = next(index for index, pass_ in enumerate(passes) if isinstance(pass_, (Shard, Partition)))
-    job = _job(take, passes[:at], settings, progress, 1 + len(passes))
+    job = _job(take, passes[:at], settings, progress, 1 + len(passes), facts)
     eager = Eager()
     pipeline = replace(job.pipeline, judge=_judge(job, settings, [eager], {eager.name: eager.lowering(device)}, Builds()))
     (outcome,) = pipeline.run_each(job.captured.program, {eager.name: passes[at:]}, job.history).values()
     if isinstance(outcome, LissomError):
         raise outcome
+    with_final_ids(outcome[0], job.captured.example, check=False)  # refuses what ranks do not take
     return *outcome, job.pipeline.samples
 
 
@@ -251,15 +276,24 @@ class _Job:
     history: History
 
 
-def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: PassSettings, show: Progress, count: int) -> _Job:
+def _job(
+    take: Callable[[], Capture],
+    passes: Sequence[Pass],
+    settings: PassSettings,
+    show: Progress,
+    count: int,
+    facts: Facts | None,
+) -> _Job:
     """Capture the model.
 
     Args:
         count: the steps of the whole work, for the progress bar.
+        facts: the model's configuration and metadata, for passes that read them; None leaves what the capture knows.
     """
     show("capture", 0, count)
     captured = take()
     program = captured.program
+    program.about = program.about if facts is None else facts
     history = History(format_pipeline(passes), settings.checks)
     notes = (*captured.notes, *([_WHY_UNTIMED] if program.parameter_bytes >= _UNTIMED else []))
     size = Size.of(program)

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from lissom.artifacts.directory import check_new, write_directory
 from lissom.artifacts.model_files import Saveable, write_processors
+from lissom.artifacts.pruned_tokenizer import renumbered_config
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
@@ -58,6 +59,7 @@ def save_checkpoint(
     """
     check_new(directory)
     names, config = kept_layers(program.weights(), model)
+    config = renumbered_config(config, program)
     weights = {names[name]: weight.detach() for name, weight in program.weights().items() if name in names}
     fitted = _fit(model, config, {name: tuple(weight.shape) for name, weight in weights.items()})
     state = _state(model, fitted, weights, {new: old for old, new in names.items()})
@@ -65,7 +67,7 @@ def save_checkpoint(
     made.load_state_dict(state, assign=True, strict=False)
     made.tie_weights()
     if getattr(model, "generation_config", None) is not None:
-        made.generation_config = copy.deepcopy(model.generation_config)
+        made.generation_config = copy.deepcopy(renumbered_config(model.generation_config, program))
 
     def write(folder: Path) -> None:
         made.save_pretrained(folder)
@@ -230,9 +232,13 @@ def _state(
         old: the model's name of each weight.
     """
     original, state = model.state_dict(), dict[str, torch.Tensor]()
+    # The program has one name for weights that are tied.
+    tied = {original[old[name]].data_ptr(): weight for name, weight in weights.items() if old.get(name) in original}
     for name, shape in fitted.shapes.items():
         weight = weights.get(name)
-        weight = original[old[name]].detach() if weight is None and old.get(name) in original else weight
+        if weight is None and old.get(name) in original:
+            own = original[old[name]].detach()
+            weight = tied.get(own.data_ptr(), own)
         if weight is None or any(size > room for size, room in zip(weight.shape, shape, strict=True)):
             raise UnsupportedError(
                 f"the program of {type(model).__name__} has no weight for '{name}', {list(shape)}, which its checkpoint has; "

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from lissom.artifacts.artifact import Trust
+from lissom.artifacts.facts import Facts
+from lissom.artifacts.pruned_tokenizer import renumbered_config
 from lissom.artifacts.signature import TrustedKeys, key_files
 from lissom.backends.base import Backend
 from lissom.backends.distributed.backend import Distributed
@@ -112,7 +114,7 @@ def _compile(model: nn.Module, settings: GenerationSettings) -> GenerationModel:
     if settings.encoder_inputs is not None:
         raise InputError(f"{type(model).__name__} has no encoder, and encoder_inputs= was given; leave it out")
     sizes = {"max_length": max_length, "batch": batch}
-    take = partial(capture_decoder, model, **sizes, all_logits=settings.all_logits, device=place)
+    take = with_facts(partial(capture_decoder, model, **sizes, all_logits=settings.all_logits, device=place), model)
     score = None if settings.metric is None else Scorer(settings.metric, batch, max_length)
     texts = named_prompts(settings.data, batch, max_length)
     asked = replace(settings, passes=_with_recipe(settings.passes, scored=bool(texts)), data=texts, metric=score)
@@ -122,7 +124,8 @@ def _compile(model: nn.Module, settings: GenerationSettings) -> GenerationModel:
     from lissom.generation.model import GenerationModel
 
     original: Any = model
-    return GenerationModel(compiled, original.config, original.generation_config)
+    configs = (renumbered_config(given, compiled.program) for given in (original.config, original.generation_config))
+    return GenerationModel(compiled, *configs)
 
 
 def load_generation(
@@ -176,6 +179,17 @@ def model_of(parts: Parts) -> GenerationModel:
         from lissom.generation.encoder_decoder import EncoderDecoderModel
 
     return EncoderDecoderModel.of(parts)
+
+
+def with_facts(take: Callable[[], Capture], model: nn.Module) -> Callable[[], Capture]:
+    """A function that captures, and lets passes read the model's configuration."""
+
+    def taken() -> Capture:
+        captured = take()
+        captured.program.about = Facts.of(model)
+        return captured
+
+    return taken
 
 
 def _scored(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lissom.artifacts.directory import is_artifact
 from lissom.artifacts.model_files import CONFIG, Saveable, check_tokenizer, saved_config, write_processors
 from lissom.artifacts.packed import pack
+from lissom.artifacts.pruned_tokenizer import saved_tokenizer
 from lissom.frontends.generation.decoder import INPUTS
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def save(parts: Parts, directory: Path, tokenizer: PreTrainedTokenizerBase | Non
     """
     if tokenizer is not None:
         check_tokenizer(parts.compiled.program, INPUTS[0], tokenizer)
+    tokenizer = saved_tokenizer(parts.compiled.program, tokenizer, str(parts.config._name_or_path) or None)
 
     def write_more(folder: Path) -> None:
         saved_config(json.loads(parts.config.to_json_string(use_diff=False)), folder)

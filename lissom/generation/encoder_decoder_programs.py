@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lissom.artifacts.facts import Facts
+from lissom.artifacts.pruned_tokenizer import renumbered_config
 from lissom.backends.distributed.backend import Distributed
+from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Pass, Training
 from lissom.compiler.training.vocabulary import IGNORED
 from lissom.driver.compile import compile_captured
 from lissom.driver.options import Inputs, check_settings, resolve_passes
 from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.capture.device import check_device, device_of
+from lissom.frontends.capture.export import Capture
 from lissom.frontends.generation.decoder import check_generating
 from lissom.frontends.generation.encoder_decoder import (
     capture_encoder,
@@ -60,16 +63,50 @@ def compile_encoder_decoder(
     own = replace(settings, data=inputs)
     if settings.metric is not None:
         own = replace(own, metric=SourceScorer(settings.metric, batch, max_length, decoder=captured.program.copy()))
-    encoder = compile_captured(partial(capture_encoder, known, example, place), device, own, title="compile the encoder")
-    prompts = _decoder_prompts(Encoder(encoder), zip(inputs, tokens, strict=True), **sizes)
+    facts = captured.program.about = Facts.of(known)
+
+    def take_encoder() -> Capture:
+        taken = capture_encoder(known, example, place)
+        taken.program.about = facts
+        return taken
+
+    encoder = compile_captured(take_encoder, device, own, title="compile the encoder")
+    sources = [_readable(encoder.program, batch_inputs) for batch_inputs in inputs]
+    prompts = _decoder_prompts(Encoder(encoder), zip(sources, tokens, strict=True), **sizes)
     own = replace(
         settings, passes=with_recipe(settings.passes, scored=bool(prompts)), data=prompts, max_drop=_rest(settings, encoder)
     )
     if settings.metric is not None:
+        if encoder.program.vocabulary is not None and encoder.program.vocabulary.ids == "tokenizer":
+            raise UnsupportedError(
+                f"metric= reads original token ids, and the encoder of {encoder.program.name} takes new ones after "
+                f"prune-vocabulary{{ids=tokenizer}}; leave metric= out, or use ids=graph"
+            )
         own = replace(own, metric=SourceScorer(settings.metric, batch, max_length, encoder=encoder))
     decoder = compile_captured(lambda: captured, device, own, title="compile the decoder")
+    _check_one_tokenizer(encoder.program, decoder.program)
     original: Any = known
-    return EncoderDecoderModel(decoder, encoder, original.config, original.generation_config)
+    configs = (renumbered_config(given, decoder.program) for given in (original.config, original.generation_config))
+    return EncoderDecoderModel(decoder, encoder, *configs)
+
+
+def _check_one_tokenizer(encoder: Program, decoder: Program) -> None:
+    """Refuse programs whose new ids are not those of one tokenizer. Raises UnsupportedError."""
+    two = [program.vocabulary for program in (encoder, decoder) if program.vocabulary is not None]
+    if any(vocabulary.ids == "tokenizer" for vocabulary in two) and len({tuple(each.kept.tolist()) for each in two}) > 1:
+        raise UnsupportedError(
+            f"encoder and decoder of {decoder.name} have one tokenizer, and keep other token ids, as their data differs; "
+            f"name the ids with prune-vocabulary{{tokens=FILE}} or {{scripts=}}, or use ids=graph"
+        )
+
+
+def _readable(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Calibration inputs with token ids that the encoder takes, after `prune-vocabulary` dropped some."""
+    vocabulary = program.vocabulary
+    if vocabulary is None:
+        return inputs
+    ids = vocabulary.renumbered if vocabulary.ids == "tokenizer" else vocabulary.readable
+    return {name: ids(value) if name.endswith("input_ids") else value for name, value in inputs.items()}
 
 
 def _rest(settings: GenerationSettings, encoder: CompiledModel) -> float | None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lissom.artifacts.artifact import NO_TRUST, Trust
+from lissom.artifacts.pruned_tokenizer import tokenizer_of_program
 from lissom.artifacts.signature import TrustedKeys, key_files
 from lissom.backends.distributed.backend import Distributed
 from lissom.backends.eager.backend import Eager
@@ -29,6 +30,7 @@ from lissom.generation.compile import compile_generation, model_of, read_decoder
 from lissom.generation.decoder import ConfiguredDecoder
 from lissom.generation.stream import read_prompt
 from lissom.ops.native import missing_weight_quantized_kernel
+from lissom.passes.prune.prune_vocabulary.prune_vocabulary import PruneVocabulary
 from lissom.passes.quantize.use_stored_weights import UseStoredWeights
 
 if TYPE_CHECKING:
@@ -94,7 +96,9 @@ def compile_prompted(
     """
     checks = check_options(request.checks)
     pipeline = None if request.passes is None else resolve_passes(request.passes)
-    place = _place(model, request)
+    pruning = [pass_ for pass_ in pipeline or () if isinstance(pass_, PruneVocabulary)]
+    # What the files say that a pass reads may change.
+    place = None if any(pass_.tokens or pass_.tokenizer for pass_ in pruning) else _place(model, request)
     if place is not None:
         prompted = _kept(place, prompt, max_new_tokens, request.device)
         if prompted is not None:
@@ -106,7 +110,9 @@ def compile_prompted(
         raise UnsupportedError(f"{model} has no tokenizer, and a prompt is text; use lissom.compile_generation")
     longest = longest_text(source.model)
     ids = read_prompt(prompt, tokenizer, longest)
-    wanted = max(SHORTEST, _slots(source.model, ids) + max_new_tokens)
+    # A smaller vocabulary writes a text in more tokens, at most one for each byte.
+    longer = len(prompt.encode()) if any(pass_.ids == "tokenizer" for pass_ in pruning) else 0
+    wanted = max(SHORTEST, _slots(source.model, ids) + longer + max_new_tokens)
     if place is not None:
         wanted = kept.rounded(wanted)
     passes = _default_passes(source, request, tell) if pipeline is None else pipeline
@@ -121,6 +127,9 @@ def compile_prompted(
             data=read_data(source),
             goal=request.goal,
         )
+    if decoder.program.vocabulary is not None and decoder.program.vocabulary.tokenizer is not None:
+        tokenizer = tokenizer_of_program(decoder.program, tokenizer, None)
+        ids = read_prompt(prompt, tokenizer, longest)
     if save is not None:
         decoder.save(save, tokenizer)
     if place is not None:

@@ -41,6 +41,7 @@ _EXAMPLES = {
     "prune-neurons": "prune-neurons{keep=0.75}",
     "prune-layers": "prune-layers{keep=0.75}",
     "prune-hidden": "prune-hidden{keep=0.75}",
+    "prune-vocabulary": "prune-vocabulary{coverage=0.999}",
     "sparsify": "sparsify{pattern=2:4}",
     "pool-heads": "pool-heads{groups=2},merge-equal-heads",
     "merge-equal-heads": "pool-heads{groups=2},merge-equal-heads",
@@ -62,7 +63,10 @@ _EXAMPLES = {
     "partition": "shard{world_size=2},partition",
 }
 """Example pipelines with an option or with the usual companions of a pass; for any other pass, its name alone."""
-_CALIBRATED = {"prune-layers", "prune-hidden", "smooth-quant", "awq", "gptq", "correct-bias", "distill", "finetune"}
+_CALIBRATED = {
+    *("prune-layers", "prune-hidden", "prune-vocabulary", "smooth-quant", "awq", "gptq", "correct-bias"),
+    *("distill", "finetune"),
+}
 """The passes whose examples need calibration data."""
 _LONGEST_NAME = 29
 

@@ -51,6 +51,7 @@ from lissom.passes.prune.prune_heads import PruneHeads
 from lissom.passes.prune.prune_hidden import PruneHidden
 from lissom.passes.prune.prune_layers.prune_layers import PruneLayers
 from lissom.passes.prune.prune_neurons import PruneNeurons
+from lissom.passes.prune.prune_vocabulary.prune_vocabulary import PruneVocabulary
 from lissom.passes.prune.sparsify import Sparsify
 from lissom.passes.prune.zero_padding import ZeroPadding
 from lissom.passes.quantize.awq import Awq
@@ -70,7 +71,7 @@ _ALL: tuple[type[Pass], ...] = (
     *(EliminateDeadCode, RemoveNoOps, RewriteEinsum, FoldConstants, MergeCommonSubexpressions),
     *(RaiseRmsNorm, RaiseSoftmax, RaiseActivations, RaiseRotary, RaiseAttention, SimplifyMasks),
     *(EliminateDeadTokens, ZeroPadding, PackTokens),
-    *(PruneHeads, PruneNeurons, PruneLayers, PruneHidden, Sparsify, EliminateDead, MergeEqualHeads),
+    *(PruneHeads, PruneNeurons, PruneLayers, PruneHidden, PruneVocabulary, Sparsify, EliminateDead, MergeEqualHeads),
     *(LowRank, LinearAttention, DepthwiseSeparable, ShareLayers, PoolHeads, SparsifyAttention),
     *(Equalize, SmoothQuant, Awq, UntieLmHead, Quantize, Gptq, CorrectBias),
     *(QuantizeCache, FoldQuantizedWeights, UseStoredWeights),

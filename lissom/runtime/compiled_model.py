@@ -17,6 +17,7 @@ from lissom.artifacts import rank_files
 from lissom.artifacts.artifact import Compiled, Loaded, Trust, WriteMore
 from lissom.artifacts.facts import Facts
 from lissom.artifacts.model_files import Saveable, check_tokenizer, saved_config, upload, write_processors
+from lissom.artifacts.pruned_tokenizer import check_original, saved_tokenizer
 from lissom.artifacts.signature import TrustedKeys, key_files
 from lissom.backends import is_ours
 from lissom.backends.base import Backend, Executable, restored_state, state_of
@@ -159,6 +160,7 @@ class CompiledModel(HostedModel):
             main_input = "input_ids" if self.facts is None else self.facts.main_input
             check_tokenizer(self.program, main_input, tokenizer)
         facts, source = self.facts, None if self.facts is None else self.facts.source
+        tokenizer = saved_tokenizer(self.program, tokenizer, source)
 
         def write_more(folder: Path) -> None:
             if facts is not None:
@@ -291,6 +293,8 @@ class CompiledModel(HostedModel):
         given = samples or ([example] if example is not None else [])
         if not given:
             raise UnsupportedError("a loaded model keeps no example inputs; pass a batch in data=")
+        check_original(self.program, original)
+        tokenizer = saved_tokenizer(self.program, tokenizer, None if self.facts is None else self.facts.source)
         lossy = [step.spelling for step in self.report.history.steps if not step.exact and step.reverted is None]
         export = Export(self.program, self.facts, lossy, given, bool(samples), tokenizer, processor, original, contrib)
         write_folder(check_path(directory), layout, dtypes, export)

@@ -62,6 +62,12 @@ class OriginalMeter:
             raise InputError(f"model is a {type(given).__name__}; give the module or the program that was compiled")
         if self.program.is_simulation:
             raise UnsupportedError(f"{self.program.name} is partitioned, so its nodes have no counterparts in the original")
+        vocabulary = self.program.vocabulary
+        if vocabulary is not None and (vocabulary.ids == "tokenizer" or vocabulary.unknown is None):
+            raise UnsupportedError(
+                f"{self.program.name} does not take all token ids of the original after prune-vocabulary, so their errors "
+                f"cannot be compared; measure the other passes without it"
+            )
         original = self._canonical(given)
         for name in original.state:  # it shares the model's buffers, and so does the program
             original.set_weight(name, original.weight(name).clone())

@@ -18,8 +18,9 @@ import lissom
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = re.compile(r"^::: (\S+)\n(?:    options:\n      members: \[(.*?)\]\n)?", re.MULTILINE)
 NEVER_FAILS = {"lissom.dynamo_reports"}
-# They take seconds: a search, a session of ONNX Runtime, and decoders beside that of `compile_generation`.
+# They take seconds: a search, a session of ONNX Runtime, a real encoder, and decoders beside that of `compile_generation`.
 SLOW = {
+    "lissom.integrations.transformers.pruned_tokenizer.pruned_tokenizer",
     "lissom.tuning.tuned.tune",
     "lissom.tuning.generation.tune_generation",
     "lissom.backends.onnxruntime.backend.OnnxRuntime",

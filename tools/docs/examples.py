@@ -126,6 +126,7 @@ EXAMPLES = {
         "torch.randn(4, 128, 64)",
         "prune-hidden{keep=0.5,criterion=magnitude,reconstruct=false}",
     ),
+    "prune-vocabulary": Example(TiedHead, "torch.randint(0, 128, (4, 128))", "prune-vocabulary{keep=128},eliminate-dead"),
     "sparsify": Example(Block, "torch.randn(4, 128, 256)", "sparsify{keep=0.5}"),
     "pack-sparse": Example(TwoInFour, "torch.randn(4, 128, 256).bfloat16()", "pack-sparse{always=true}"),
     "gptq": Example(

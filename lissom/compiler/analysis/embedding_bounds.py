@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.token_ids import SAME_IDS, id_inputs
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.calls import Embedding, PackedEmbedding
 from lissom.compiler.ir.collectives import alone
 from lissom.compiler.ir.placement import Placed
@@ -19,9 +19,6 @@ from lissom.ops.packed_linear import packed_embedding
 
 aten = torch.ops.aten
 
-_MOVES = {*ops.MOVES, *ops.CONVERSIONS, *ops.IDENTITIES, aten.clamp_min.default}
-"""Operators whose result holds ids of their first argument."""
-
 
 def outside_table(program: Program, inputs: Sequence[torch.Tensor]) -> str | None:
     """The message for the first lookup with an index out of range; None when there is none.
@@ -29,6 +26,8 @@ def outside_table(program: Program, inputs: Sequence[torch.Tensor]) -> str | Non
     The program is run once more, so this is for a call that has already failed. On CUDA such a call cannot be explained:
     it leaves the device in an error state.
     """
+    if (message := _dropped(program, inputs)) is not None:
+        return message
     indices: dict[object, torch.Tensor] = {}
     shapes: dict[object, torch.Size] = {name: weight.shape for name, weight in program.weights().items()}
 
@@ -60,7 +59,7 @@ def vocabulary_size(program: Program, name: str) -> int | None:
     ids = {node for leaf, node in leaves if leaf.path == name}
     rows: list[int] = []
     for node in program.nodes():
-        if node.target in _MOVES and nodes.operand(node) in ids:
+        if node.target in SAME_IDS and nodes.operand(node) in ids:
             ids.add(node)
         elif (looked_up := _look_up(node, shapes)) is not None and looked_up[0] in ids:
             rows.append(looked_up[1])
@@ -72,6 +71,24 @@ def embedding_tables(program: Program) -> dict[str, torch.Tensor]:
     reads = (nodes.operand(node) for node in program.nodes(aten.embedding.default, packed_embedding))
     names = dict.fromkeys(str(read.target) for read in reads if read.op == "get_attr")
     return {name: program.weight(name) for name in names}
+
+
+def _dropped(program: Program, inputs: Sequence[torch.Tensor]) -> str | None:
+    """The message for a token id that `prune-vocabulary` dropped; None when there is none, or it is read as unknown."""
+    vocabulary = program.vocabulary
+    if vocabulary is None or vocabulary.unknown is not None or vocabulary.ids == "tokenizer":
+        return None
+    places = {node: place for place, node in enumerate(program.placeholders)}
+    for node in id_inputs(program):
+        ids = inputs[places[node]].cpu().long()
+        known = ids[(ids >= 0) & (ids < vocabulary.size)]
+        dropped = known[vocabulary.dropped[known]]
+        if len(dropped):
+            return (
+                f"the inputs hold the token id {int(dropped[0])}, which prune-vocabulary dropped, and the model has no unknown "
+                f"token to read it as; pass ids of program.vocabulary.kept, or keep more"
+            )
+    return None
 
 
 def _outside(ids: torch.Tensor, table: str, rows: int) -> str | None:

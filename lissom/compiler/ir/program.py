@@ -16,6 +16,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import Observer, ObserverOfEach, run, run_each
 from lissom.compiler.ir.signature import Signature
 from lissom.compiler.ir.trainable import TrainableModule
+from lissom.compiler.ir.vocabulary import Vocabulary
 from lissom.compiler.paging import spill
 from lissom.errors import InputError
 
@@ -32,6 +33,7 @@ class Program:
         signature: how the program is called.
         state: the names of the buffers it may write; everything else is read only.
         about: what the runtime keeps of the model besides the program, such as its configuration; None where there is nothing.
+        vocabulary: the token ids that stay after `prune-vocabulary`; None where all do.
         edits: the number of changes made, so that facts about the program can be cached until the next one.
         is_simulation: whether `run` simulates several processes. The weights are then fixed, and outputs may share memory where
             those of the processes do not.
@@ -53,6 +55,7 @@ class Program:
         self.signature = signature
         self.state = state
         self.about: object = None
+        self.vocabulary: Vocabulary | None = None
         self.edits = 0
         self._facts: dict[Callable[[Program], object], tuple[int, Any]] = {}
 
@@ -158,7 +161,7 @@ class Program:
         for node in self.graph.nodes:
             copied[node] = graph.node_copy(node, copied.__getitem__)
         program = Program(self.name, fake.FlatModule(self.graph_module, graph), self.signature, self.state)
-        program.about = self.about
+        program.about, program.vocabulary = self.about, self.vocabulary
         return program
 
     def trainable(self) -> TrainableModule:

@@ -40,6 +40,7 @@ class PartitionedProgram(Program):
         super().__init__(program.name, program.graph_module, program.signature, program.state)
         self.ranks = ranks
         self.edits = program.edits
+        self.about, self.vocabulary = program.about, program.vocabulary
 
     def of_rank(self, rank: int) -> Program:
         """The program of one rank: the same graph, with its collectives, and the rank's weights.

@@ -12,6 +12,7 @@ from torch import fx
 
 from lissom.compiler.analysis.amounts import AmountSite
 from lissom.compiler.analysis.structure.linear import is_quantizer, weight_path
+from lissom.compiler.analysis.token_ids import is_masked_logits
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import printer
 from lissom.compiler.ir.editor import Editor
@@ -51,6 +52,17 @@ def _first_quantized_weight(program: Program) -> fx.Node | None:
 
 FLOATING_POINT_WEIGHTS = Requirement(
     "weights of linear layers are floating point", _first_quantized_weight, "put this pass before the one that quantizes"
+)
+
+
+def _first_masked_logits(program: Program) -> fx.Node | None:
+    return next(filter(is_masked_logits, program.nodes()), None)
+
+
+FINITE_LOGITS = Requirement(
+    "no logits are masked, as a loss of them would be infinite",
+    _first_masked_logits,
+    "put this pass before prune-vocabulary",
 )
 
 

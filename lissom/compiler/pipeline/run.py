@@ -253,7 +253,7 @@ class Run:
         if checks != "each" and isinstance(pass_, Rewrite):
             return None if touched else 0.0, self.history.steps[-1].cosine, self.outputs
         outputs = run_samples(after, self.samples) if touched else self.outputs
-        divergence = compare(self.original, answers(after, outputs))
+        divergence = compare(self.original, answers(after, outputs), masked=pass_.redefines)
         if not isinstance(pass_, (Rewrite, Annotation)):
             return divergence.relative_error, divergence.cosine, outputs
         bitwise = isinstance(pass_, Annotation)

@@ -226,14 +226,27 @@ def with_kept_form(before: Program, after: Program, outputs: Sequence[list[Item]
     ]
 
 
-def compare(wanted: Sequence[Sequence[object]], actual: Sequence[Sequence[object]]) -> Divergence:
-    """The divergence of the outputs `actual` from `wanted`, sample by sample, output by output."""
+def compare(wanted: Sequence[Sequence[object]], actual: Sequence[Sequence[object]], *, masked: bool = False) -> Divergence:
+    """The divergence of the outputs `actual` from `wanted`, sample by sample, output by output.
+
+    Args:
+        masked: leave out values that are -inf in `actual`: logits that were masked on purpose.
+    """
+    if masked:
+        wanted = [list(map(_masked_like, left, right)) for left, right in zip(wanted, actual, strict=True)]
     cosines = [1.0]
     for left, right in zip(wanted, actual, strict=True):
         for a, b in zip(left, right, strict=True):
             if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.is_floating_point():
                 cosines.append(_cosine(a, b))
     return Divergence(max(output_errors(wanted, actual), default=0.0), min(cosines))
+
+
+def _masked_like(wanted: object, actual: object) -> object:
+    """A tensor with -inf where the other has it; anything else as it is."""
+    if not isinstance(wanted, torch.Tensor) or not isinstance(actual, torch.Tensor) or wanted.shape != actual.shape:
+        return wanted
+    return wanted.masked_fill(actual == -math.inf, -math.inf) if wanted.is_floating_point() else wanted
 
 
 def output_errors(wanted: Sequence[Sequence[object]], actual: Sequence[Sequence[object]]) -> list[float]:

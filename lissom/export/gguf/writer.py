@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import torch
 
+from lissom.artifacts.pruned_tokenizer import renumbered_config
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.pipeline import Pipeline
@@ -88,10 +89,12 @@ def write_gguf(
     family, config = family_of(model.config), model.config
     rope_of(config)
     table: Any = model.get_input_embeddings()
-    vocabulary = read_vocabulary(tokenizer, str(config._name_or_path or "") or None, int(table.weight.shape[0]))
+    rows = int(table.weight.shape[0]) if program.vocabulary is None else len(program.vocabulary.kept)
+    vocabulary = read_vocabulary(tokenizer, str(config._name_or_path or "") or None, rows)
     program = _folded(program, example)
     program_weights = read_weights(program, model, family.norm_offset)
     names, config = kept_layers(program_weights, model)
+    config = renumbered_config(config, program)
     old = {new: name for name, new in names.items()}
     weights = complete({names[name]: weight for name, weight in program_weights.items() if name in names}, model, config, old)
     sizes = sizes_of(weights, config)

@@ -145,10 +145,14 @@ def tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
-    if not any((directory / file).is_file() for file in _TOKENIZER):
+    if any((directory / file).is_file() for file in _TOKENIZER):
+        with collector_paused(), _offline() as transformers:
+            return transformers.AutoTokenizer.from_pretrained(directory, **_LOCAL)
+    files = [] if (directory / "config.json").is_file() else sorted(path.name for path in directory.glob("*.gguf"))
+    if len(files) != 1:
         return None
-    with collector_paused(), _offline() as transformers:
-        return transformers.AutoTokenizer.from_pretrained(directory, **_LOCAL)
+    with _offline() as transformers, _fast_gguf():
+        return transformers.AutoTokenizer.from_pretrained(directory, gguf_file=files[0], **_LOCAL)
 
 
 def find_directory(name: str) -> Path:
@@ -222,14 +226,25 @@ def _load_saved(directory: Path) -> tuple[PreTrainedModel, set[str]]:
 
 def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of a GGUF file in float32, whose weights remember their blocks, and its tokenizer."""
+    import transformers
+
+    options = {"gguf_file": file, **_LOCAL}
+    with _fast_gguf():
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+        keep_blocks(model, directory / file)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def _fast_gguf() -> Generator[None]:
+    """transformers with the fast readers of GGUF files. Raises UnsupportedError without the packages they need."""
     absent = [name for name in _GGUF_READERS if importlib.util.find_spec(name) is None]
     if absent:
         raise UnsupportedError(f"reading a GGUF file needs {' and '.join(absent)}: pip install 'lissom[gemma]'")
     import gguf
-    import transformers
     from tqdm.auto import tqdm
 
-    options = {"gguf_file": file, **_LOCAL}
     from lissom.frontends.checkpoints.gguf_header import HeaderReader, OnDisk, dequantize, parse_value
 
     loading = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
@@ -241,10 +256,7 @@ def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedT
         stack.enter_context(exchanged(loading, "_gguf_parse_value", parse_value))
         stack.enter_context(exchanged(loading, "np", OnDisk(loading.np)))
         stack.enter_context(exchanged(loading, "tqdm", functools.partial(tqdm, disable=True)))
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
-        keep_blocks(model, directory / file)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
-    return model.eval(), tokenizer
+        yield
 
 
 _ALONE = threading.RLock()

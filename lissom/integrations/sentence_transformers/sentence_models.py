@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from lissom.artifacts.model_files import check_tokenizer
+from lissom.artifacts.pruned_tokenizer import tokenizer_of_program
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.options import Metric
 from lissom.compiler.pipeline.pass_kinds import Pass
@@ -79,8 +80,21 @@ def compile_sentence_model(model: _Model, example_inputs: Inputs | None, setting
     compiled = compile_model(chain, example, settings)
     if settings.dynamic is True:
         _check_sizes(compiled)
+    if compiled.program.vocabulary is not None and compiled.program.vocabulary.ids == "tokenizer":
+        return _with_tokenizer(with_program(compiled), compiled.program)
     check_tokenizer(compiled.program, "input_ids", model.tokenizer)
     return with_program(compiled)
+
+
+def _with_tokenizer(model: _Model, program: Program) -> _Model:
+    """The compiled model with the tokenizer of its pruned vocabulary. Raises UnsupportedError for inputs besides text."""
+    first: Any = next(iter(model.children()))
+    if not hasattr(first.processor, "backend_tokenizer"):
+        raise UnsupportedError(
+            f"{program.name} reads more than text, and prune-vocabulary{{ids=tokenizer}} makes a tokenizer alone; use ids=graph"
+        )
+    first.processor = tokenizer_of_program(program, first.processor, None)
+    return model
 
 
 def _with_packing(passes: str | Pass | Sequence[Pass]) -> list[Pass]:

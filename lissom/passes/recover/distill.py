@@ -24,6 +24,7 @@ from functools import partial
 import torch
 
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import FINITE_LOGITS
 from lissom.compiler.training.batches import Batch
 from lissom.compiler.training.cache import TargetCache
 from lissom.compiler.training.losses import Output, labelled_output, outputs_of, predicts_next_tokens
@@ -48,6 +49,7 @@ class Distill(Fitting):
     temperature: float | None = None
     hidden: float = 1.0
     blockwise: float | None = None
+    requires = (FINITE_LOGITS,)
 
     def __post_init__(self) -> None:
         super().__post_init__()

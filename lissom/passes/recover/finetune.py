@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import FINITE_LOGITS
 from lissom.compiler.training.batches import Batch
 from lissom.compiler.training.lm_head import Trunk
 from lissom.compiler.training.losses import cross_entropy, labelled_output, next_labels, outputs_of
@@ -37,6 +38,7 @@ class Finetune(Fitting):
 
     learning_rate: float | None = 5e-5
     loss: TaskLoss | None = None
+    requires = (FINITE_LOGITS,)
 
     def objective(self, edit: Editor, batches: Sequence[Batch], judged: Sequence[Batch]) -> Objective:
         program, given = edit.program, self.loss

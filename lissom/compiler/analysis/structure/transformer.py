@@ -81,7 +81,7 @@ def structure(program: Program) -> Structure:
     feed_forward = tuple(
         site for node in program.nodes() if is_linear(node) and (site := feed_forward_site(node, projections)) is not None
     )
-    embeddings = program.nodes(aten.embedding.default)
+    embeddings = [node for node in program.nodes(aten.embedding.default) if not _holds_ids(node)]
     tables = {calls.Embedding(node).table for node in embeddings}
     linears = [node for node in program.nodes() if is_linear(node)]
     return Structure(
@@ -94,6 +94,11 @@ def structure(program: Program) -> Structure:
         lm_heads=tuple(node for node in linears if weight_of(node) in tables or _reaches_output(program, node)),
         convolutions=tuple(program.nodes(*CONVOLUTIONS)),
     )
+
+
+def _holds_ids(node: fx.Node) -> bool:
+    """True for a table of token ids, which `prune-vocabulary` maps ids with."""
+    return nodes.tensor_type(node).dtype == torch.int64
 
 
 def _embedding(node: fx.Node, linears: Iterable[fx.Node]) -> Embedding:

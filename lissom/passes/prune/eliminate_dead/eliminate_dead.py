@@ -1,4 +1,4 @@
-"""Remove the units that contribute nothing: branches of layers, attention heads, feed-forward neurons, hidden channels.
+"""Remove the units that contribute nothing: branches of layers, attention heads, neurons, hidden channels, token ids.
 
 A dead unit is removed from every weight that has it, and constant sizes are updated. Branches are removed first, because their
 inputs may become unused; channels last, because removed heads and neurons no longer read or write any:
@@ -7,6 +7,7 @@ inputs may become unused; channels last, because removed heads and neurons no lo
     heads       softmax(Q Kᵀ) V Wₒ = Σ softmax(Qₕ Kₕᵀ) Vₕ Wₒ[h] a term with Wₒ[h] = 0 or Vₕ = 0
     neurons     W₂ f(W₁ x) = Σ W₂[:, i] f(W₁[i] x)              a term with W₂[:, i] = 0 or f(W₁[i] x) = 0
     hidden      channels of the residual stream that every layer writes zeros to
+    vocabulary  rows of token ids that inputs are mapped away from, and whose logits are masked
 
 Li et al. 2017, Pruning Filters for Efficient ConvNets, §3.1, https://arxiv.org/abs/1608.08710, for the removal of both sides
 of a unit; Michel, Levy, Neubig 2019, Are Sixteen Heads Really Better than One?, §2.2, https://arxiv.org/abs/1905.10650; Xia et
@@ -25,22 +26,36 @@ from lissom.passes.prune.eliminate_dead.heads import eliminate_heads
 from lissom.passes.prune.eliminate_dead.hidden import eliminate_hidden
 from lissom.passes.prune.eliminate_dead.layers import eliminate_layers
 from lissom.passes.prune.eliminate_dead.neurons import eliminate_neurons
+from lissom.passes.prune.eliminate_dead.vocabulary import eliminate_vocabulary
 
-_KINDS = {"layers": eliminate_layers, "heads": eliminate_heads, "neurons": eliminate_neurons, "hidden": eliminate_hidden}
+_KINDS = {
+    "layers": eliminate_layers,
+    "heads": eliminate_heads,
+    "neurons": eliminate_neurons,
+    "hidden": eliminate_hidden,
+    "vocabulary": eliminate_vocabulary,
+}
 """The kinds of units, in the order in which they are removed."""
 
 
 @dataclass(frozen=True)
 class EliminateDead(Rewrite):
-    """Removes attention heads, feed-forward neurons, layers and hidden channels that contribute nothing.
+    """Removes attention heads, feed-forward neurons, layers, hidden channels and token ids that contribute nothing.
 
     It runs automatically after every pass that prunes.
 
     Attributes:
-        units: the kinds of units to remove, of `layers`, `heads`, `neurons` and `hidden`, all by default: `[heads,neurons]`.
+        units: the kinds of units to remove, of `layers`, `heads`, `neurons`, `hidden` and `vocabulary`, all by default:
+            `[heads,neurons]`.
     """
 
-    units: tuple[Literal["layers", "heads", "neurons", "hidden"], ...] = ("layers", "heads", "neurons", "hidden")
+    units: tuple[Literal["layers", "heads", "neurons", "hidden", "vocabulary"], ...] = (
+        "layers",
+        "heads",
+        "neurons",
+        "hidden",
+        "vocabulary",
+    )
 
     def __post_init__(self) -> None:
         wrong = next((kind for kind in self.units if kind not in _KINDS), None)
