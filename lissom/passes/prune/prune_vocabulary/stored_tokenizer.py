@@ -99,12 +99,16 @@ class StoredTokenizer:
     def required(self) -> set[int]:
         """The ids that always stay: special, unknown and byte tokens, and what templates and padding insert."""
         special = {int(token["id"]) for token in self.data.get("added_tokens") or () if token["special"]}
+        return special | self._inserted | self.byte_tokens
+
+    @cached_property
+    def _inserted(self) -> set[int]:
+        """The ids that templates and padding insert, and that of the unknown token."""
         padding = self.data.get("padding") or {}
         inserted = {int(padding["pad_id"])} if "pad_id" in padding else set[int]()
         for step in _steps(self.data.get("post_processor")):
             inserted |= set(_inserted(step))
-        unknown = {self.unknown} if self.unknown is not None else set[int]()
-        return special | inserted | unknown | self.byte_tokens
+        return inserted | ({self.unknown} if self.unknown is not None else set[int]())
 
     def text_of(self, index: int) -> str:
         """The text of a token."""
@@ -117,6 +121,12 @@ class StoredTokenizer:
             UnsupportedError: for a kind of tokenizer that cannot be renumbered.
         """
         new = {int(old): place for place, old in enumerate(vocabulary.kept.tolist())}
+        outside = next((index for index in sorted(self._inserted) if index not in new), None)
+        if outside is not None:
+            raise UnsupportedError(
+                f"the tokenizer inserts the token id {outside}, which the model's {vocabulary.size} ids do not have; give the "
+                f"tokenizer of this model in tokenizer="
+            )
         data: dict[str, Any] = deepcopy(dict(self.data))
         data["model"] = self._model(new)
         added = [token for token in data.get("added_tokens") or () if token["id"] in new]

@@ -134,3 +134,21 @@ def test_tokens_that_the_library_numbers_in_another_way() -> None:
     assert old.ids["new"] in (3, 4, 10)
     with pytest.raises(UnsupportedError, match=r"the tokenizers library numbers the token '\w+' as "):
         pruned(old, [old.ids["c"], old.ids["new"]])
+
+
+def test_tokenizers_of_larger_models() -> None:
+    old = stored("word-piece")
+    vocabulary = Vocabulary(torch.tensor([3, 4]), 5, None, "tokenizer", "compact")
+    with pytest.raises(
+        UnsupportedError, match=r"the tokenizer inserts the token id 0, which the model's 5 ids do not have; give"
+    ):
+        old.renumbered(vocabulary)
+
+
+def test_a_dropped_added_token_is_written_with_others() -> None:
+    old = stored("byte-level")
+    new, _ = pruned(old, [])
+    assert "unseen" in old.library.encode("an unseen dog").tokens
+    tokens = new.library.encode("an unseen dog", add_special_tokens=False)
+    assert "unseen" not in tokens.tokens
+    assert new.library.decode(tokens.ids) == "an unseen dog"
