@@ -2,8 +2,9 @@
 
 A constant is stored in the program under `folded.<node>`. Trainable weights that are folded stay trainable in their folded
 form. Left alone: views of one weight (they cost nothing and keep it shared), constants larger than these weights, outputs that
-the caller may modify, random numbers, state, and products whose matrix a layer of the inputs multiplies by too (DeBERTa's
-projections of relative positions): a pass that changes the matrix must change both. Lowering folds these, by `shared=true`.
+the caller may modify, random numbers, state, quantized weights, which lowering stores as integers, and products whose matrix a
+layer of the inputs multiplies by too (DeBERTa's projections of relative positions): a pass that changes the matrix must change
+both. Lowering folds these, by `shared=true`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import evaluate_nodes
 from lissom.compiler.ir.match import computed_from, is_handed_out, is_view
+from lissom.compiler.ir.operators import FAKE_QUANTIZES
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
@@ -67,12 +69,12 @@ class FoldConstants(Rewrite):
 
 
 def _constant_nodes(program: Program, besides: Set[fx.Node]) -> set[fx.Node]:
-    """The nodes that no input, state, random number or node of `besides` reaches."""
+    """The nodes that no input, state, random number, quantizer or node of `besides` reaches."""
     constant: set[fx.Node] = set()
     for node in program:
         fixed = node.op == "get_attr" and str(node.target) not in program.state
         computed = nodes.is_pure(node) and nodes.is_tensor(node) and constant.issuperset(node.all_input_nodes)
-        if (fixed or computed) and node not in besides:
+        if (fixed or computed) and node not in besides and node.target not in FAKE_QUANTIZES:
             constant.add(node)
     return constant
 

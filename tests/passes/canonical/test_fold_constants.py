@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lissom.backends.base import Backend
+from lissom.ops.quantization import fake_quantize
 from lissom.passes.canonical.fold_constants import FoldConstants
 from tests.support import captures
 from tests.support.harness import Calls, TextCase, aten, check_golden, every_backend, rewrite, text_cases
@@ -146,3 +147,11 @@ def test_lossy_pass_changes_both_products_of_shared_matrix(backend: Backend) -> 
         wanted = sparse(**case.inputs).last_hidden_state
     # One layer of float32: sums of 24 terms, unit roundoff 6e-8, on values below 10.
     torch.testing.assert_close(fast(**case.inputs).last_hidden_state, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_quantized_weights_stay_quantized() -> None:
+    """Passes that canonicalize again may follow quantize."""
+    layers = seeded(lambda: nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)))
+    found = captures.optimize(layers, normal(4, 16), passes="quantize{scheme=int8-dynamic},fold-constants")
+    assert len(found.program.nodes(fake_quantize)) == 2
+    assert not any(name.startswith("folded.") for name in found.program.weights())
