@@ -213,7 +213,9 @@ def _judge(case: Case, model: nn.Module, given: Mapping[str, object], address: s
             outputs = _called(case, fast, called)
         except InputError as error:
             if at == 0:
-                return Outcome("wrong", f"the example is refused: {_first_line(error)}")
+                # Ids that prune-vocabulary dropped are refused where the model has no unknown token.
+                kind = "wrong" if fast.program.vocabulary is None else "refused"
+                return Outcome(kind, f"the example is refused: {_first_line(error)}")
             continue
         again = _called(case, fast, called)
         if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(outputs, again, strict=True)):

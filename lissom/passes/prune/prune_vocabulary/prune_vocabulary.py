@@ -5,10 +5,11 @@ The approximation is which ids stay. Dropped ids are read as the unknown token, 
     embedding(T, new_ids[ids])              new_ids[i] = i, or the unknown token
     masked_fill(x Wᵀ + b, dropped, -inf)
 
-`eliminate-dead`, which runs right after it, removes their rows; logits of ids that stay are the same bits. Abdaoui, Pradel,
-Sigel 2020, Load What You Need: Smaller Versions of Multilingual BERT, §3, for vocabularies by the frequency of tokens in data
-of the languages that are needed. https://arxiv.org/abs/2010.05609 Here the program can go on taking original ids, and a
-tokenizer for new ids is closed under its merges.
+`eliminate-dead`, which runs right after it, removes their rows. Logits of ids that stay are the same bits, except where a
+product of one row sums in another order for another number of ids, as PyTorch's does. Abdaoui, Pradel, Sigel 2020, Load What
+You Need: Smaller Versions of Multilingual BERT, §3, for vocabularies by the frequency of tokens in data of the languages that
+are needed. https://arxiv.org/abs/2010.05609 Here the program can go on taking original ids, and a tokenizer for new ids is
+closed under its merges.
 
 With `ids=tokenizer` the program takes new ids, 0 to keep - 1, after the last pass. Passes and the metric before that, which run
 on the caller's data, use original ids.
