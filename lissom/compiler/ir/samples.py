@@ -22,7 +22,7 @@ LONGEST = 513
 """The longest length tried: one more than the window lengths of small models, which are powers of two."""
 WORK = 2e9
 """The floating-point operations allowed in a run at the longest length, some tenths of a second on one core."""
-LARGE_WORK = 2e10
+LARGE_WORK = 20_000_000_000
 """The floating-point operations allowed in a run at the larger sizes for timing, some tenths of a second on two cores.
 
 An example that takes more is checked on fewer of its rows.

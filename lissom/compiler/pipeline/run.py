@@ -13,7 +13,7 @@ from lissom.compiler.ir import printer
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import REFUSALS
 from lissom.compiler.ir.program import Program, kept_state
-from lissom.compiler.ir.samples import Sample, more_samples
+from lissom.compiler.ir.samples import LARGE_WORK, Sample, more_samples
 from lissom.compiler.pipeline.history import History, Size, Step, changed_calls
 from lissom.compiler.pipeline.options import NUMERIC, Checks, Metric, check_options, read_score
 from lissom.compiler.pipeline.pass_kinds import Annotation, Pass, Rewrite, Training
@@ -271,7 +271,8 @@ class Run:
         self.stretch, self.start = (), self.program
         if not stretch:
             return
-        given = more_samples(start.signature, self.samples[0], steps[0].size.flops)
+        # Of an example of more work, the first sample has some rows.
+        given = more_samples(start.signature, self.samples[0], min(steps[0].size.flops, LARGE_WORK))
         # Where every pass is checked, the outputs are those of the last program, and not of `start`.
         each = self.options.checks == "each"
         first, known = (self.samples[:1], []) if each else (self.samples, self.outputs)

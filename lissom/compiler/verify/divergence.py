@@ -102,7 +102,7 @@ def run_original(
         VerifyError: when the program does not run on the first sample.
     """
     kept, outputs, notes = [*samples[: len(known)]], [*known], list[str]()
-    if len(samples) > 1 and len(groups(program, samples)) < len(samples):
+    if len(groups(program, samples)) < len(samples):
         with suppress(*REFUSALS):
             together = [*known, *run_samples(program, samples[len(known) :])]
             if not any(_new_nan(sample_outputs, together[0]) for sample_outputs in together[1:]):
@@ -180,6 +180,7 @@ def _with_index(observe: ObserverOfEach, first: int, index: int, node: fx.Node, 
 
 
 _MUCH, _HELD_STATE, _LARGE_STATE = 1 << 28, 1 << 29, 1 << 26
+"""The bytes of weights from which samples run together, of their states at most, and of a state that all outputs have."""
 
 
 def groups(program: Program, samples: Sequence[Sample]) -> list[Sequence[Sample]]:

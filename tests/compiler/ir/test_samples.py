@@ -1,10 +1,11 @@
 """Tests of lissom.compiler.ir.samples."""
 
 import torch
+from torch import nn
 
 from lissom.compiler.ir.samples import LARGE_WORK, check_samples, few_rows, more_samples, spread, varied_samples
 from lissom.frontends.capture.export import capture
-from tests.support.models import CASES, capture_of, normal, tokens
+from tests.support.models import CASES, capture_of, normal, seeded, tokens
 
 
 def test_checks_run_on_example_and_masked_variant():
@@ -70,3 +71,14 @@ def test_many_rows_are_no_longer_text() -> None:
     much = more_samples(signature, found.example, int(LARGE_WORK))
     assert all(len(sample[0]) < 4 * len(found.example[0]) for sample in much)
     assert any(len(sample[0]) == 4 * len(found.example[0]) for sample in more_samples(signature, found.example, 1))
+
+
+def test_some_rows_of_much_work_leave_room_for_long_text() -> None:
+    """The work of a row, which limits the longest text, is that of the rows that are left, and not of all."""
+    signature = capture(seeded(lambda: nn.Linear(8, 8)), (normal(2, 5, 8),)).program.signature
+    flops = int(50 * LARGE_WORK)
+    sample = few_rows(signature, [normal(16384, 5, 8)], flops)
+    assert len(sample[0]) == 327
+    lengths = [inputs[0].shape[1] for inputs in more_samples(signature, sample, min(flops, LARGE_WORK))]
+    assert max(lengths) == 163
+    assert max(inputs[0].shape[1] for inputs in more_samples(signature, sample, flops)) == 20
