@@ -111,8 +111,8 @@ def check_tokenizer(program: Program, main_input: str, tokenizer: object) -> Non
     """
     rows, tokens = vocabulary_size(program, main_input), getattr(tokenizer, "vocab_size", None)
     if rows is not None and isinstance(tokens, int) and tokens > rows:
-        pruned = program.vocabulary is not None and program.vocabulary.ids == "tokenizer"
-        remedy = "leave it out, or give lissom.pruned_tokenizer(model)" if pruned else "give the tokenizer of this model"
+        own = "leave it out, or give lissom.pruned_tokenizer(model)"
+        remedy = own if program.takes_new_ids else "give the tokenizer of this model"
         raise InputError(f"the tokenizer has {tokens} tokens, and {program.name} has embeddings for {rows}; {remedy}")
 
 

@@ -150,6 +150,17 @@ def _given_program(
     return lambda: Capture(program.copy(), example, (), 0.0), device
 
 
+def with_facts(take: Callable[[], Capture], model: nn.Module) -> Callable[[], Capture]:
+    """A function that captures, and lets passes read the model's configuration."""
+
+    def taken() -> Capture:
+        captured = take()
+        captured.program.about = Facts.of(model)
+        return captured
+
+    return taken
+
+
 def compile_captured(
     take: Callable[[], Capture],
     device: torch.device,

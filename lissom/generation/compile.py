@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from lissom.artifacts.artifact import Trust
-from lissom.artifacts.facts import Facts
 from lissom.artifacts.pruned_tokenizer import renumbered_config
 from lissom.artifacts.signature import TrustedKeys, key_files
 from lissom.backends.base import Backend
@@ -20,7 +19,7 @@ from lissom.backends.distributed.backend import Distributed
 from lissom.compiler.ir.program import Program
 from lissom.compiler.memory import collector_paused
 from lissom.compiler.pipeline.pass_kinds import Pass, Training
-from lissom.driver.compile import compile_captured
+from lissom.driver.compile import compile_captured, with_facts
 from lissom.driver.keywords import keywords_of
 from lissom.driver.options import LABELS, BuildSettings, Inputs, check_choices, check_settings, resolve_passes
 from lissom.driver.room import from_disk
@@ -179,17 +178,6 @@ def model_of(parts: Parts) -> GenerationModel:
         from lissom.generation.encoder_decoder import EncoderDecoderModel
 
     return EncoderDecoderModel.of(parts)
-
-
-def with_facts(take: Callable[[], Capture], model: nn.Module) -> Callable[[], Capture]:
-    """A function that captures, and lets passes read the model's configuration."""
-
-    def taken() -> Capture:
-        captured = take()
-        captured.program.about = Facts.of(model)
-        return captured
-
-    return taken
 
 
 def _scored(

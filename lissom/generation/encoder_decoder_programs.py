@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lissom.artifacts.facts import Facts
 from lissom.artifacts.pruned_tokenizer import renumbered_config
 from lissom.backends.distributed.backend import Distributed
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Pass, Training
 from lissom.compiler.training.vocabulary import IGNORED
-from lissom.driver.compile import compile_captured
+from lissom.driver.compile import compile_captured, with_facts
 from lissom.driver.options import Inputs, check_settings, resolve_passes
 from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.capture.device import check_device, device_of
-from lissom.frontends.capture.export import Capture
 from lissom.frontends.generation.decoder import check_generating
 from lissom.frontends.generation.encoder_decoder import (
     capture_encoder,
@@ -63,13 +62,7 @@ def compile_encoder_decoder(
     own = replace(settings, data=inputs)
     if settings.metric is not None:
         own = replace(own, metric=SourceScorer(settings.metric, batch, max_length, decoder=captured.program.copy()))
-    facts = captured.program.about = Facts.of(known)
-
-    def take_encoder() -> Capture:
-        taken = capture_encoder(known, example, place)
-        taken.program.about = facts
-        return taken
-
+    take_encoder = with_facts(partial(capture_encoder, known, example, place), known)
     encoder = compile_captured(take_encoder, device, own, title="compile the encoder")
     sources = [_readable(encoder.program, batch_inputs) for batch_inputs in inputs]
     prompts = _decoder_prompts(Encoder(encoder), zip(sources, tokens, strict=True), **sizes)
@@ -77,13 +70,13 @@ def compile_encoder_decoder(
         settings, passes=with_recipe(settings.passes, scored=bool(prompts)), data=prompts, max_drop=_rest(settings, encoder)
     )
     if settings.metric is not None:
-        if encoder.program.vocabulary is not None and encoder.program.vocabulary.ids == "tokenizer":
+        if encoder.program.takes_new_ids:
             raise UnsupportedError(
                 f"metric= reads original token ids, and the encoder of {encoder.program.name} takes new ones after "
                 f"prune-vocabulary{{ids=tokenizer}}; leave metric= out, or use ids=graph"
             )
         own = replace(own, metric=SourceScorer(settings.metric, batch, max_length, encoder=encoder))
-    decoder = compile_captured(lambda: captured, device, own, title="compile the decoder")
+    decoder = compile_captured(with_facts(lambda: captured, known), device, own, title="compile the decoder")
     _check_one_tokenizer(encoder.program, decoder.program)
     original: Any = known
     configs = (renumbered_config(given, decoder.program) for given in (original.config, original.generation_config))

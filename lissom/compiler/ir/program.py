@@ -64,6 +64,11 @@ class Program:
         return self.graph_module.graph
 
     @property
+    def takes_new_ids(self) -> bool:
+        """True if the program takes the ids of a new tokenizer, after `prune-vocabulary{ids=tokenizer}`."""
+        return self.vocabulary is not None and self.vocabulary.ids == "tokenizer"
+
+    @property
     def fake_mode(self) -> FakeTensorMode:
         return self.fact(_fake_mode_of)
 

@@ -80,7 +80,7 @@ def compile_sentence_model(model: _Model, example_inputs: Inputs | None, setting
     compiled = compile_model(chain, example, settings)
     if settings.dynamic is True:
         _check_sizes(compiled)
-    if compiled.program.vocabulary is not None and compiled.program.vocabulary.ids == "tokenizer":
+    if compiled.program.takes_new_ids:
         return _with_tokenizer(with_program(compiled), compiled.program)
     check_tokenizer(compiled.program, "input_ids", model.tokenizer)
     return with_program(compiled)

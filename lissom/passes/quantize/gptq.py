@@ -182,7 +182,7 @@ class Gptq(Approximation):
         if self.rescale == "none":
             rounded = gptq(weight, gram, scale, zero_point, form, damping, self.block_size, self.act_order, factors)
         else:
-            rounded, scale, zero_point = gptq_with_scales(weight, gram, scale, zero_point, form, damping, self.rescale)
+            rounded, scale, zero_point = gptq_with_scales(weight, gram, scale, zero_point, form, damping, self.rescale, factors)
         if self.refit:
             q = formats.quantize(rounded, scale, zero_point, form)
             levels = formats.dequantize(q, torch.ones_like(scale), zero_point, torch.float32)
@@ -272,9 +272,10 @@ def gptq_with_scales(
     form: Format,
     damping: float,
     observer: Literal["min-max", "mse"],
+    factors: Factors | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The quantized and dequantized matrix, with the scales and zero points chosen when a group's columns are reached."""
-    factor = inverse_factor(gram, damping)
+    factor = (factors or Factors()).of(inverse_factor, gram, damping)
     columns = weight.float().T.clone(memory_format=torch.contiguous_format)
     scale, zero_point = scale.clone(), None if zero_point is None else zero_point.clone()
     size = len(columns) // scale.shape[1]
