@@ -197,6 +197,8 @@ def _write_file(
     model = portable_model(program, example, contrib=export.contrib)
     model.metadata_props.update(metadata)
     opset = save_portable(model, path)
+    # The session has weights of its own.
+    del model
     session = PlainSession(program, path)
     confirm("onnxruntime", session, program, example, _REQUANTIZED if dtype == "q4" else 0.0)
     divergence = compare(wanted, [session(sample) for sample in export.samples])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.structure.linear import as_int, is_linear, weight_path, width
+from lissom.compiler.analysis.structure.linear import as_int, is_id_table, is_linear, weight_path, width
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.calls import Embedding
@@ -97,15 +97,6 @@ def id_inputs(program: Program) -> list[fx.Node]:
     """The inputs that are looked up in a table of ids: those of a program whose vocabulary was pruned."""
     sources = id_sources(program)
     return list(dict.fromkeys(sources[Embedding(node).ids] for node in program.nodes(*Embedding.targets) if is_id_table(node)))
-
-
-def is_id_table(node: object) -> bool:
-    """True for a lookup in a table of ids, [ids, 1] in int64."""
-    lookup = Embedding.of(node)
-    if lookup is None:
-        return False
-    table = nodes.tensor_type(lookup.table)
-    return lookup.table.op == "get_attr" and table.dtype == torch.int64 and table.shape[1] == 1
 
 
 def is_logit_mask(node: fx.Node) -> bool:

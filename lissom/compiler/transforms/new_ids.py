@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.token_ids import TokenIds, id_inputs, id_sources, is_id_table, is_masked_logits
+from lissom.compiler.analysis.structure.linear import is_id_table
+from lissom.compiler.analysis.token_ids import TokenIds, id_inputs, id_sources, is_masked_logits
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Embedding
 from lissom.compiler.ir.editor import Editor

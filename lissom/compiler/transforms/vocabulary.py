@@ -16,8 +16,8 @@ import math
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.structure.linear import second_factor
-from lissom.compiler.analysis.token_ids import Head, TokenIds, is_id_table, is_logit_mask
+from lissom.compiler.analysis.structure.linear import is_id_table, second_factor
+from lissom.compiler.analysis.token_ids import Head, TokenIds, is_logit_mask
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.calls import AddedProduct, Dequantize, Embedding

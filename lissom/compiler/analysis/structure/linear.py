@@ -9,7 +9,7 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
-from lissom.compiler.ir.calls import AddedProduct, Binary, Convolution, Matmul, WeightedLayer
+from lissom.compiler.ir.calls import AddedProduct, Binary, Convolution, Embedding, Matmul, WeightedLayer
 from lissom.compiler.ir.match import computed_from
 
 aten = torch.ops.aten
@@ -162,3 +162,12 @@ def activation_of(node: fx.Node) -> str | None:
         return None
     tanh = node.target is aten.gelu.default and nodes.argument(node, "approximate") == "tanh"
     return "gelu_tanh" if tanh else nodes.overload(node)._schema.name.partition("::")[2]
+
+
+def is_id_table(node: object) -> bool:
+    """True for a lookup in a table of ids, [ids, 1] in int64, by which a pruned vocabulary maps them."""
+    lookup = Embedding.of(node)
+    if lookup is None:
+        return False
+    table = nodes.tensor_type(lookup.table)
+    return lookup.table.op == "get_attr" and table.dtype == torch.int64 and table.shape[1] == 1

@@ -16,7 +16,7 @@ from torch import fx
 from lissom.compiler.analysis.structure.attention import AttentionSite, attention_site
 from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite, MixtureSite, feed_forward_site, mixture_site
 from lissom.compiler.analysis.structure.layers import in_order, layers_of
-from lissom.compiler.analysis.structure.linear import as_int, is_attention, is_linear, weight_of
+from lissom.compiler.analysis.structure.linear import as_int, is_attention, is_id_table, is_linear, weight_of
 from lissom.compiler.ir import calls
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.operators import CONVOLUTIONS, NORMS, SHAPES, is_activation
@@ -81,7 +81,7 @@ def structure(program: Program) -> Structure:
     feed_forward = tuple(
         site for node in program.nodes() if is_linear(node) and (site := feed_forward_site(node, projections)) is not None
     )
-    embeddings = [node for node in program.nodes(aten.embedding.default) if not _holds_ids(node)]
+    embeddings = [node for node in program.nodes(aten.embedding.default) if not is_id_table(node)]
     tables = {calls.Embedding(node).table for node in embeddings}
     linears = [node for node in program.nodes() if is_linear(node)]
     return Structure(
@@ -94,11 +94,6 @@ def structure(program: Program) -> Structure:
         lm_heads=tuple(node for node in linears if weight_of(node) in tables or _reaches_output(program, node)),
         convolutions=tuple(program.nodes(*CONVOLUTIONS)),
     )
-
-
-def _holds_ids(node: fx.Node) -> bool:
-    """True for a table of token ids, which `prune-vocabulary` maps ids with."""
-    return nodes.tensor_type(node).dtype == torch.int64
 
 
 def _embedding(node: fx.Node, linears: Iterable[fx.Node]) -> Embedding:
