@@ -33,6 +33,7 @@ from lissom.compiler.training.losses import outputs_of, predicts_next_tokens
 from lissom.compiler.training.ranks import Ranks, data_parallel
 from lissom.compiler.training.shards import Shards
 from lissom.errors import RequirementError
+from lissom.ops.formats import BYTE_SCALES
 from lissom.ops.formats import LEAST
 from lissom.ops.native import load_kernels
 from lissom.ops.quantization import fake_quantize
@@ -331,9 +332,13 @@ def load_kernels_for(edit: Editor, what: str) -> None:
 
 
 def _learning_scales(program: Program, stays: Callable[[str], bool]) -> dict[str, tuple[nn.Parameter, torch.dtype]]:
-    """The scales of quantizers in the graph, without those that stay, as float32 parameters in place; and their dtypes."""
+    """The scales of quantizers in the graph, without those that stay, as float32 parameters in place; and their dtypes.
+
+    Scales of block formats, which have eight bits, stay.
+    """
     reads = [FakeQuantize(node).scale for node in program.nodes(fake_quantize)]
-    names = [name for name in dict.fromkeys(str(read.target) for read in reads if read.op == "get_attr") if not stays(name)]
+    learn = [read for read in reads if read.op == "get_attr" and nodes.tensor_type(read).dtype not in BYTE_SCALES]
+    names = [name for name in dict.fromkeys(str(read.target) for read in learn) if not stays(name)]
     scales = {
         name: (nn.Parameter(program.weight(name).detach().to(torch.float32, copy=True)), program.weight(name).dtype)
         for name in names

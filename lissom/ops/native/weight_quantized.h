@@ -55,21 +55,44 @@ inline void with_form(Form form, Work&& work) {
 
 constexpr float kFp4[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
 
-// Numbers of e4m3, but for NaN.
-inline Vec load_fp8(const uint8_t* from) {
+// A number of e4m3, with its bits in place in float16, is this much smaller: the exponent of float16 is offset by 8 more.
+constexpr float kFp8Factor = 256.0f;
+
+// Numbers of e4m3 but for NaN, divided by kFp8Factor. A byte is sign-extended and shifted; bit 14, a copy of the sign, is cleared.
+inline __attribute__((always_inline)) void load_fp8(const uint8_t* from, Vec (&to)[kWide]) {
 #if defined(__AVX512BW__)
-  __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  __m256i sign = _mm256_slli_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(0x80)), 8);
-  __m256i rest = _mm256_slli_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(0x7f)), 7);
-  return (Vec)_mm512_cvtph_ps(_mm256_or_si256(sign, rest)) * splat(256.0f);  // the exponent of float16 is offset by 8 more
+  static_assert(kWide * kLanes == 32);
+  __m512i bytes = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  __m512i halves = _mm512_and_si512(_mm512_slli_epi16(bytes, 7), _mm512_set1_epi16(static_cast<int16_t>(0xbfff)));
+  to[0] = (Vec)_mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+  to[1] = (Vec)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
 #elif defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__)
-  __m128i bytes = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-  __m128i sign = _mm_slli_epi16(_mm_and_si128(bytes, _mm_set1_epi16(0x80)), 8);
-  __m128i rest = _mm_slli_epi16(_mm_and_si128(bytes, _mm_set1_epi16(0x7f)), 7);
-  return (Vec)_mm256_cvtph_ps(_mm_or_si128(sign, rest)) * splat(256.0f);
+  static_assert(kWide * kLanes == 16);
+  __m256i bytes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  __m256i halves = _mm256_and_si256(_mm256_slli_epi16(bytes, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+  to[0] = (Vec)_mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+  to[1] = (Vec)_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+#else
+  for (int i = 0; i < kWide * kLanes; ++i)
+    to[i / kLanes][i % kLanes] = c10::detail::fp8e4m3fn_to_fp32_value(from[i]) / kFp8Factor;
+#endif
+}
+
+// Scales in e4m3, divided by kFp8Factor; NaN stays NaN.
+inline Vec load_fp8_scales(const uint8_t* from) {
+#if defined(__AVX512BW__)
+  __m256i bytes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  __m256i rest = _mm256_set1_epi16(0x7f), none = _mm256_cmpeq_epi16(_mm256_and_si256(bytes, rest), rest);
+  __m256i halves = _mm256_and_si256(_mm256_slli_epi16(bytes, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+  return (Vec)_mm512_cvtph_ps(_mm256_or_si256(halves, none));
+#elif defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__)
+  __m128i bytes = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  __m128i rest = _mm_set1_epi16(0x7f), none = _mm_cmpeq_epi16(_mm_and_si128(bytes, rest), rest);
+  __m128i halves = _mm_and_si128(_mm_slli_epi16(bytes, 7), _mm_set1_epi16(static_cast<int16_t>(0xbfff)));
+  return (Vec)_mm256_cvtph_ps(_mm_or_si128(halves, none));
 #else
   Vec found;
-  for (int lane = 0; lane < kLanes; ++lane) found[lane] = c10::Float8_e4m3fn(from[lane], c10::Float8_e4m3fn::from_bits());
+  for (int lane = 0; lane < kLanes; ++lane) found[lane] = c10::detail::fp8e4m3fn_to_fp32_value(from[lane]) / kFp8Factor;
   return found;
 #endif
 }
@@ -81,10 +104,6 @@ inline Vec load_powers(const uint8_t* from) {
   return (Vec)(bytes == 255 ? IntVec{} + 0x7fc00000 : bits);
 }
 
-inline Vec load_fp8_or_nan(const uint8_t* from) {
-  return (widen(from) & 0x7f) == 0x7f ? splat(kNaN) : load_fp8(from);
-}
-
 enum class ScaleKind { kFloat, kHalf, kPower, kFp8 };
 
 struct QuantizedWeight {
@@ -93,7 +112,7 @@ struct QuantizedWeight {
   Form form;
   const void* scale;     // [panels, groups, kPanel], of scale_kind
   ScaleKind scale_kind;
-  float tensor_scale;    // multiplied with every scale
+  float factor;          // multiplied with every scale: of the tensor, and kFp8Factor for the elements and the scales in e4m3
   const uint8_t* zero;   // likewise, or null
   const void* shift;     // likewise, float16 or float32, or null
   bool half_shift;
@@ -105,9 +124,9 @@ struct QuantizedWeight {
   Vec scales(int64_t group, int64_t column) const {
     int64_t place = place_of(group, groups, column);
     const uint8_t* byte = static_cast<const uint8_t*>(scale) + place;
-    if (scale_kind == ScaleKind::kPower) return load_powers(byte);
-    if (scale_kind == ScaleKind::kFp8) return load_fp8_or_nan(byte) * splat(tensor_scale);
-    return load_floats(scale, scale_kind == ScaleKind::kHalf, place) * splat(tensor_scale);
+    if (scale_kind == ScaleKind::kPower) return load_powers(byte) * splat(factor);
+    if (scale_kind == ScaleKind::kFp8) return load_fp8_scales(byte) * splat(factor);
+    return load_floats(scale, scale_kind == ScaleKind::kHalf, place) * splat(factor);
   }
   Vec shifts(int64_t group, int64_t column) const {
     return shift ? load_floats(shift, half_shift, place_of(group, groups, column)) : splat(0.0f);
@@ -201,12 +220,12 @@ struct Decoder {
 
   inline __attribute__((always_inline)) void operator()(const uint8_t* from, int column, Vec (&to)[kWide]) const {
     if constexpr (bits_of(form) == 4) return four_bits(from, column, to);
+    if constexpr (form == Form::kFp8) return load_fp8(from + column, to);
     if constexpr (bits_of(form) == 5 || bits_of(form) == 6) return more_bits(from, column, to);
 #pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v) {
       const uint8_t* place = from + column + v * kLanes;
-      if constexpr (form == Form::kFp8) to[v] = load_fp8(place);
-      else to[v] = is_signed(form) ? load(reinterpret_cast<const int8_t*>(place)) : load(place);
+      to[v] = is_signed(form) ? load(reinterpret_cast<const int8_t*>(place)) : load(place);
     }
   }
 };
