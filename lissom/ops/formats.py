@@ -192,7 +192,7 @@ def dequantize_stored(
     """Dequantizes a stored weight. A floating-point zero point is subtracted after scaling: q · scale - zero_point."""
     if zero_point is None or not zero_point.is_floating_point():
         return dequantize(q, scale, zero_point, dtype, tensor_scale)
-    return _by_block(dequantize(q, scale, None, torch.float32), zero_point.float(), torch.sub).to(dtype)
+    return _by_block(dequantize(q, scale, None, torch.float32, tensor_scale), zero_point.float(), torch.sub).to(dtype)
 
 
 def within(

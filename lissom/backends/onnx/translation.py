@@ -19,7 +19,6 @@ from lissom import ops
 from lissom.backends.onnx.rewriting import fixed_size
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.operators import QUANTIZED_LINEARS
-from lissom.compiler.ir.printer import place
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import short_dtype
 from lissom.errors import UnsupportedError
@@ -242,9 +241,9 @@ def check_translatable(program: Program) -> None:
         scale, form = nodes.argument(node, "scale"), nodes.argument(node, "format")
         if isinstance(scale, fx.Node) and (dtype := nodes.tensor_type(scale).dtype) in BYTE_SCALES:
             raise UnsupportedError(
-                f"ONNX Runtime has no kernel on a CPU for a weight in {form} with scales in {short_dtype(dtype)}, as "
-                f"{place(program, node)} has it; choose quantize{{scheme=int4-weight}} or quantize{{scheme=int8-weight}}, or "
-                f"backend 'eager'"
+                f"ONNX Runtime has no kernel on a CPU for '{nodes.operand(node)}' of {program.name}, a weight in {form} with scales "
+                f"in {short_dtype(dtype)}; choose quantize{{scheme=int4-weight}} or quantize{{scheme=int8-weight}}, or backend "
+                f"'eager'"
             )
     for node in program.nodes(*_WRITTEN_BY):
         raise UnsupportedError(

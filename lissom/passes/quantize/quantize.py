@@ -135,8 +135,8 @@ class Quantize(Approximation):
         odd = next((name for name, values in fixed.items() if getattr(self, name) not in values), None)
         if odd is not None:
             raise UnsupportedError(
-                f"quantize{{scheme={self.scheme}}} has scales of groups of {form.size} from their largest value, and no zero "
-                f"points: leave out {odd}="
+                f"quantize{{scheme={self.scheme}}} scales blocks of {form.size} by their largest value and has no zero points: "
+                f"leave out {odd}="
             )
 
     def _schemes(self) -> Amounts:
