@@ -190,8 +190,8 @@ def _straight_through(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
 
 
 fake_quantize_backward = define(
-    "fake_quantize_backward(Tensor gradient, Tensor x, Tensor scale, Tensor? zero_point=None, *, str format, bool scales_learn, "
-    "float tensor_scale=1.0) -> (Tensor, Tensor)",
+    "fake_quantize_backward(Tensor gradient, Tensor x, Tensor scale, Tensor? zero_point=None, *, str format, "
+    "bool scales_learn, float tensor_scale=1.0) -> (Tensor, Tensor)",
     fake_quantize_backward_reference,
     _fake_backward,
 )

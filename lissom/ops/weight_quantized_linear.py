@@ -4,8 +4,9 @@ y = activation(x Wᵀ + b) + other, or activation(x Wᵀ + b) · other,   W = (W
 W = W_q · scale - zero_point for zero points in floating point
 z = layer_norm(x Wᵀ + b + other)
 
-The weight has 8, 6, 5 or 4 bits (W8A16, W4A16), as integers, fp8 or fp4; activations, products and sums are floating point. This saves memory traffic,
-which takes most of the time for one row. The kernel dequantizes in registers for a few rows, and a panel at a time for more.
+The weight has 8, 6, 5 or 4 bits (W8A16, W4A16), as integers, fp8 or fp4; activations, products and sums are floating point.
+This saves memory traffic, which takes most of the time for one row. The kernel dequantizes in registers for a few rows, and a
+panel at a time for more.
 
 A packed weight holds panels of 32 output features, [panels, inputs, bytes]. With 8 bits, a feature has a byte. With fewer,
 features c and c + 16 of a panel share a byte of their lowest four bits, c in its low half; the other bits follow after these 16
@@ -132,8 +133,8 @@ weight_quantized_linear_grouped_reference = _GROUPED.reference
 weight_quantized_linear = torch.ops.lissom.weight_quantized_linear.default
 """The operator. x: [..., inputs], float32 or bfloat16; weight: packed; scale: [panels, groups, 32], float16, float32 or
 one of BYTE_SCALES; zero_point: in that shape, float16, float32 or uint8; bias: [features]; other: [..., features], like the
-result; features: of the result; format: of the weight, a name in FORMS; tensor_scale: multiplied with every scale; activation: a
-name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
+result; features: of the result; format: of the weight, a name in FORMS; tensor_scale: multiplied with every scale;
+activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
 
 weight_quantized_linear_norm = torch.ops.lissom.weight_quantized_linear_norm.default
 """`weight_quantized_linear` followed by a layer norm over the features; norm_weight, norm_bias: [features]."""

@@ -238,12 +238,12 @@ def check_translatable(program: Program) -> None:
         UnsupportedError: with the weight, or with the pass.
     """
     for node in program.nodes(dequantize, fake_quantize):
-        scale, form = nodes.argument(node, "scale"), nodes.argument(node, "format")
+        stored, scale, form = nodes.operand(node), nodes.argument(node, "scale"), nodes.argument(node, "format")
         if isinstance(scale, fx.Node) and (dtype := nodes.tensor_type(scale).dtype) in BYTE_SCALES:
+            weight = str(stored.target).removesuffix(f"_{form}")
             raise UnsupportedError(
-                f"ONNX Runtime has no kernel on a CPU for '{nodes.operand(node)}' of {program.name}, a weight in {form} with scales "
-                f"in {short_dtype(dtype)}; choose quantize{{scheme=int4-weight}} or quantize{{scheme=int8-weight}}, or backend "
-                f"'eager'"
+                f"ONNX Runtime has no kernel on a CPU for '{weight}' of {program.name}, a weight in {form} with scales in "
+                f"{short_dtype(dtype)}; choose quantize{{scheme=int4-weight}} or quantize{{scheme=int8-weight}}, or backend 'eager'"
             )
     for node in program.nodes(*_WRITTEN_BY):
         raise UnsupportedError(

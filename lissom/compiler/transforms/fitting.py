@@ -33,8 +33,7 @@ from lissom.compiler.training.losses import outputs_of, predicts_next_tokens
 from lissom.compiler.training.ranks import Ranks, data_parallel
 from lissom.compiler.training.shards import Shards
 from lissom.errors import RequirementError
-from lissom.ops.formats import BYTE_SCALES
-from lissom.ops.formats import LEAST
+from lissom.ops.formats import BYTE_SCALES, LEAST
 from lissom.ops.native import load_kernels
 from lissom.ops.quantization import fake_quantize
 

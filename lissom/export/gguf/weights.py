@@ -6,7 +6,8 @@ A weight that the program holds as integers is written with these integers, wher
     uint4  Q4_1    w = scale · q + minimum, minimum = -scale · zero_point
     fp4    MXFP4   w = scale · q, with scales in e8m0
 
-A block has 32 weights of one row. Scales and minimums are float16, of MXFP4 a byte; those in floating point that are not are rounded to it, by 1/2,048 at most.
+A block has 32 weights of one row. Scales and minimums are float16; those that are not are rounded to it, by 1/2,048 at most.
+Scales of MXFP4 are a byte. Weights in mxfp8 and nvfp4 are written in floating point.
 The layout is that of ggml (ggml-common.h), github.com/ggml-org/ggml.
 """
 

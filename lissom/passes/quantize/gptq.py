@@ -151,8 +151,8 @@ class Gptq(Approximation):
         fixed = next((node for node, matrix in layers.items() if matrix.has_block_format), None)
         if fixed is not None and self.rescale != "none":
             raise UnsupportedError(
-                f"gptq{{rescale={self.rescale}}} chooses scales in floating point, and {place(edit.program, fixed)} has a weight "
-                "in a block format, whose scales have eight bits: leave out rescale="
+                f"gptq{{rescale={self.rescale}}} chooses scales in floating point, and {place(edit.program, fixed)} has a "
+                "weight in a block format, whose scales have eight bits: leave out rescale="
             )
         return layers
 

@@ -4,8 +4,9 @@
 
 A GGUF file stores weights in blocks of 2 to 8 bits (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), which
 transformers dequantizes when it loads the model. This pass undoes that: nothing is quantized anew, and the values are the same
-bits. It takes Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K and MXFP4, and holds five and six bits in eight; the CPU
-kernels of eager, which take all types, pack them in five and six. ONNX Runtime has none for weights with minimums.
+bits. It takes Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K and MXFP4, and holds five and six bits in eight; the
+CPU kernels of eager, which take all types, pack them in five and six. ONNX Runtime has none for weights with minimums or in
+MXFP4.
 """
 
 from __future__ import annotations
