@@ -72,8 +72,8 @@ BYTE_SCALES = (torch.float8_e8m0fnu, torch.float8_e4m3fn)
 """The dtypes of scales in block formats: powers of two, and numbers of e4m3."""
 _LARGEST_INVERSE = 2.0**126
 """The largest inverse of a scale: one of 2^-127 has an inverse of 2^126, as in torchao."""
-_FP4_BYTES = torch.tensor([0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C], dtype=torch.uint8, device="cpu")
-_FP4_BYTES = torch.cat((_FP4_BYTES, _FP4_BYTES | 0x80))
+_FP4_SIZES = (0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C)
+_FP4_BYTES = torch.tensor([*_FP4_SIZES, *(0x80 | size for size in _FP4_SIZES)], dtype=torch.uint8, device="cpu")
 """The sixteen values of fp4 as bytes of e4m3, by their codes."""
 
 

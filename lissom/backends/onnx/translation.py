@@ -243,7 +243,8 @@ def check_translatable(program: Program) -> None:
             weight = str(stored.target).removesuffix(f"_{form}")
             raise UnsupportedError(
                 f"ONNX Runtime has no kernel on a CPU for '{weight}' of {program.name}, a weight in {form} with scales in "
-                f"{short_dtype(dtype)}; choose quantize{{scheme=int4-weight}} or quantize{{scheme=int8-weight}}, or backend 'eager'"
+                f"{short_dtype(dtype)}; choose quantize{{scheme=int4-weight}} or quantize{{scheme=int8-weight}}, or backend "
+                f"'eager'"
             )
     for node in program.nodes(*_WRITTEN_BY):
         raise UnsupportedError(

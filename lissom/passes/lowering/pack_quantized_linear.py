@@ -7,8 +7,9 @@
 The first (W8A8, W4A8) quantizes x inside the kernel and sums int8 products in int32; no quantized activation is written to
 memory. The second (weight-only int8, int4, fp8 or fp4) dequantizes the weight in registers; int8 weights whose values need only
 five or six bits are packed so with AVX-512, unless they are embedding tables too. The pass comes after
-`fold-quantized-weights`. Weights stored as [features in, features out], as in GPT-2, are transposed when they are packed. An embedding table tied to the
-LM head is held once, packed: its rows are looked up there. The matrices of experts are packed one by one, into a stack.
+`fold-quantized-weights`. Weights stored as [features in, features out], as in GPT-2, are transposed when they are packed. An
+embedding table tied to the LM head is held once, packed: its rows are looked up there. The matrices of experts are packed one
+by one, into a stack.
 """
 
 from __future__ import annotations

@@ -57,10 +57,8 @@ from lissom.ops.block_formats import BLOCK_FORMATS, BlockFormat, block_scale
 from lissom.ops.formats import FORMATS, Format, scale_for, weight_format
 from lissom.ops.quantization import GROUP, fake_quantize, fake_quantize_dynamic
 
-Scheme = Literal[
-    *("int8-dynamic", "int8-group", "int8-static", "int8-weight", "int4-weight", "int4-dynamic", "fp8"),
-    *("mxfp4-weight", "mxfp8-weight", "nvfp4-weight"),
-]
+_IntegerScheme = Literal["int8-dynamic", "int8-group", "int8-static", "int8-weight", "int4-weight", "int4-dynamic"]
+Scheme = Literal[_IntegerScheme, "fp8", "mxfp4-weight", "mxfp8-weight", "nvfp4-weight"]
 _Grid = tuple[torch.Tensor, torch.Tensor | None, float]
 """Scale, zero point, and the number that is multiplied with every scale."""
 _DEFAULT_GROUP = 32
@@ -83,8 +81,8 @@ class Quantize(Approximation):
         observer: chooses the clipping range of activations from calibration data: `min-max`, `percentile`, `mse` or `entropy`.
         fraction: the part of all values that `percentile` keeps inside the clipping range.
         weight_observer: chooses the clipping range of weights, `min-max` or `mse`; `auto` is `mse` for int4.
-        embeddings: quantizes embedding tables too, and with them the LM heads tied to them. By default int4 schemes store
-            tables that are tied to an LM head in int8; other tables, and those of other schemes, stay as they are.
+        embeddings: quantizes embedding tables too, and with them the LM heads tied to them. By default schemes of four bits
+            store tables that are tied to an LM head in int8; other tables, and those of other schemes, stay as they are.
         lm_head: quantizes LM heads and classifiers that are not tied to an embedding table.
         attention: quantizes queries, keys and values at the input of attention.
         residual: quantizes the outputs of residual adds.
