@@ -174,10 +174,8 @@ class Generator:
             "scale": pack_blocks(scale, features),
             "zero_point": pack_blocks(zero, features) if low == 0 or self.random.random() < 0.3 else None,
         }
-        norm = self.random.random() < 0.4
-        call = Call("weight_quantized_linear" + "_norm" * norm, weight_quantized_linear_reference, operands, {"format": form})
-        if self.random.random() < 0.3:
-            call.options["tensor_scale"] = self.random.choice([0.5, 3.0])
+        norm, options = self.random.random() < 0.4, {"format": form, "tensor_scale": self.random.choice([1.0, 1.0, 0.7])}
+        call = Call("weight_quantized_linear" + "_norm" * norm, weight_quantized_linear_reference, operands, options)
         return self.around(call, lead, features, dtype)
 
     def embedding(self) -> Call:

@@ -331,16 +331,13 @@ def load_kernels_for(edit: Editor, what: str) -> None:
 
 
 def _learning_scales(program: Program, stays: Callable[[str], bool]) -> dict[str, tuple[nn.Parameter, torch.dtype]]:
-    """The scales of quantizers in the graph, without those that stay, as float32 parameters in place; and their dtypes.
-
-    Scales of block formats, which have eight bits, stay.
-    """
+    """The scales of quantizers in the graph, without those that stay, as float32 parameters in place; and their dtypes."""
     reads = [FakeQuantize(node).scale for node in program.nodes(fake_quantize)]
-    learn = [read for read in reads if read.op == "get_attr" and nodes.tensor_type(read).dtype not in BYTE_SCALES]
-    names = [name for name in dict.fromkeys(str(read.target) for read in learn) if not stays(name)]
+    dtypes = {str(read.target): nodes.tensor_type(read).dtype for read in reads if read.op == "get_attr"}
     scales = {
-        name: (nn.Parameter(program.weight(name).detach().to(torch.float32, copy=True)), program.weight(name).dtype)
-        for name in names
+        name: (nn.Parameter(program.weight(name).detach().to(torch.float32, copy=True)), dtype)
+        for name, dtype in dtypes.items()
+        if dtype not in BYTE_SCALES and not stays(name)
     }
     for name, (scale, _) in scales.items():
         program.set_weight(name, scale)
