@@ -33,7 +33,7 @@ from lissom.compiler.training.losses import outputs_of, predicts_next_tokens
 from lissom.compiler.training.ranks import Ranks, data_parallel
 from lissom.compiler.training.shards import Shards
 from lissom.errors import RequirementError
-from lissom.ops.formats import BYTE_SCALES, LEAST
+from lissom.ops.formats import LEAST
 from lissom.ops.native import load_kernels
 from lissom.ops.quantization import fake_quantize
 
@@ -331,14 +331,11 @@ def load_kernels_for(edit: Editor, what: str) -> None:
 
 
 def _learning_scales(program: Program, stays: Callable[[str], bool]) -> dict[str, tuple[nn.Parameter, torch.dtype]]:
-    """The scales of quantizers in the graph, without those that stay, as float32 parameters in place; and their dtypes."""
+    """The scales of quantizers in the graph as float32 parameters in place, and their dtypes; those of eight bits stay."""
     reads = [FakeQuantize(node).scale for node in program.nodes(fake_quantize)]
-    dtypes = {str(read.target): nodes.tensor_type(read).dtype for read in reads if read.op == "get_attr"}
-    scales = {
-        name: (nn.Parameter(program.weight(name).detach().to(torch.float32, copy=True)), dtype)
-        for name, dtype in dtypes.items()
-        if dtype not in BYTE_SCALES and not stays(name)
-    }
+    held = {str(read.target): program.weight(str(read.target)) for read in reads if read.op == "get_attr"}
+    learn = {name: scale.detach() for name, scale in held.items() if scale.itemsize > 1 and not stays(name)}
+    scales = {name: (nn.Parameter(scale.to(torch.float32, copy=True)), scale.dtype) for name, scale in learn.items()}
     for name, (scale, _) in scales.items():
         program.set_weight(name, scale)
     return scales
