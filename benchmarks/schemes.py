@@ -147,6 +147,34 @@ SCHEMES = {
         ("quantize{scheme=fp8}",),
         ("quantize{scheme=fp8}",),
     ),
+    "mxfp4-weight": Scheme(
+        "Weight-only fp4 (e2m1) with a scale per block of 32 that is a power of two: 4.25 bits per weight, in the format of "
+        "the OCP Microscaling specification. GGUF files have it as MXFP4. `gptq` after it reduces the error with calibration "
+        "data.",
+        "- Where quality counts: the largest values of a block saturate, since its scale is a power of two that is rounded "
+        "down. `int4-weight` has zero points, and scales that are searched.\n"
+        "- For speed: the kernel takes as long as that of `int4-weight`.\n"
+        "- With ONNX Runtime: it has no kernel of fp4 on a CPU, and the scheme is refused.",
+        ("quantize{scheme=mxfp4-weight}", "quantize{scheme=mxfp4-weight},gptq"),
+        ("quantize{scheme=mxfp4-weight,embeddings=false}",),
+    ),
+    "mxfp8-weight": Scheme(
+        "Weight-only fp8 (e4m3) with a scale per block of 32 that is a power of two: 8.25 bits per weight, in the format of "
+        "the OCP Microscaling specification.",
+        "- Where int8 will do: `int8-weight` has finer steps for weights of similar size, and takes as long.\n"
+        "- With ONNX Runtime: the scheme is refused.",
+        ("quantize{scheme=mxfp8-weight}",),
+        ("quantize{scheme=mxfp8-weight}",),
+    ),
+    "nvfp4-weight": Scheme(
+        "Weight-only fp4 (e2m1) with an e4m3 scale per block of 16 and one float32 scale per tensor: 4.5 bits per weight, in "
+        "the format of NVFP4 checkpoints. `gptq` after it reduces the error with calibration data.",
+        "- For speed: there are twice as many scales to read as with `int4-weight`.\n"
+        "- With ONNX Runtime: it has no kernel of fp4 on a CPU, and the scheme is refused.\n"
+        "- For GGUF files: they are written in floating point.",
+        ("quantize{scheme=nvfp4-weight}", "quantize{scheme=nvfp4-weight},gptq"),
+        ("quantize{scheme=nvfp4-weight,embeddings=false}",),
+    ),
 }
 
 

@@ -109,7 +109,8 @@ def account(layers: Sequence[SimulatedLayer], total: int, kernels: str = "") -> 
 def _reason(node: fx.Node, quantizers: Sequence[fx.Node]) -> str:
     """The reason a layer has no kernel, by operator, formats and device."""
     on_cuda = all(nodes.tensor_type(quantizer).device.type == "cuda" for quantizer in quantizers)
-    if not on_cuda and any(quantizer.kwargs["format"] == "fp8" for quantizer in quantizers):
+    on_activations = [quantizer for quantizer in quantizers if nodes.operand(quantizer).op != "get_attr"]
+    if not on_cuda and any(quantizer.kwargs["format"] == "fp8" for quantizer in on_activations):
         return "products of fp8 need a CUDA device"
     if on_cuda and node.target in GROUPED_PRODUCTS:
         return "experts have kernels for quantized weights on a CPU only"

@@ -17,7 +17,7 @@ from lissom.errors import UnsupportedError
 from lissom.passes.quantize.quantize import Quantize
 from lissom.passes.quantize.use_stored_weights import UseStoredWeights
 
-_BITS = {"int4": 5.0, "int8": 8.5, "fp8": 8.5}
+_BITS = {"int4": 5.0, "int8": 8.5, "fp8": 8.5, "mxfp4": 4.25, "mxfp8": 8.25, "nvfp4": 4.5}
 """Bits of a quantized weight, with its scales, by the beginning of a scheme's name."""
 _STORED = 6.5
 """Bits of a weight as GGUF files store it."""

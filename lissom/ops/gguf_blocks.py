@@ -2,6 +2,7 @@
 
     Q4_0, Q5_0, Q8_0, Q3_K, Q6_K       w = scale · q
     Q4_1, Q5_1, Q2_K, Q4_K, Q5_K       w = scale · q - minimum
+    MXFP4                              w = scale · q, with q in fp4 and the scale a power of two
 
 In the K types a block of 256 has one float16 factor, and each group of 16 or 32 an integer factor; their product, the scale, is
 exact in float32. So is scale · q, so w has the same bits however it is computed.
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lissom.ops.formats import dequantize_stored, pack_halves
+from lissom.ops.formats import FORMATS, dequantize_stored, fp4_values, pack_halves
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -45,8 +46,8 @@ class StoredBlocks:
     """A weight of stored blocks, in the form of `lissom::dequantize`.
 
     Attributes:
-        q: [rows, columns], not packed; int8, or uint8 where there are zero points.
-        scale: [rows, groups].
+        q: [rows, columns], not packed; int8, or uint8 where there are zero points, or fp4 in float8_e4m3fn.
+        scale: [rows, groups]; float8_e8m0fnu for fp4.
         zero_point: the minimums, [rows, groups] in floating point; None for types without.
     """
 
@@ -67,7 +68,7 @@ class StoredBlocks:
 
     def packed(self) -> torch.Tensor:
         """q as `lissom::dequantize` reads it: four-bit formats two per byte."""
-        return pack_halves(self.q) if self.format.endswith("int4") else self.q
+        return pack_halves(self.q) if FORMATS[self.format].bits == 4 else self.q
 
 
 def unpack_blocks(stored: torch.Tensor, kind: BlockType, rows: int, columns: int, chunk: int = 1 << 20) -> StoredBlocks:
@@ -192,6 +193,12 @@ def _q6_k(blocks: torch.Tensor) -> Parts:
     return _signed(low | (high << 4), 32), _half(blocks, 208).float() * factors, None
 
 
+def _mxfp4(blocks: torch.Tensor) -> Parts:
+    codes = _nibbles(blocks[:, 1:], 16)
+    # ggml has no negative zero, whose code is 8.
+    return fp4_values(codes.masked_fill_(codes == 8, 0)), blocks[:, :1].contiguous().view(torch.float8_e8m0fnu), None
+
+
 BLOCK_TYPES: Mapping[str, BlockType] = {
     kind.name: kind
     for kind in (
@@ -205,6 +212,7 @@ BLOCK_TYPES: Mapping[str, BlockType] = {
         BlockType("Q4_K", 256, 144, 32, "uint4", _q4_k),
         BlockType("Q5_K", 256, 176, 32, "uint8", _q5_k),
         BlockType("Q6_K", 256, 210, 16, "int8", _q6_k),
+        BlockType("MXFP4", 32, 17, 32, "fp4", _mxfp4),
     )
 }
 """By ggml's names. Five and six bits are held in eight."""

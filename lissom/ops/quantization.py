@@ -12,7 +12,7 @@ Estimating or Propagating Gradients Through Stochastic Neurons, §4. A scale tha
 Σ (q - zero_point - x / scale) over its block, without x / scale where x is clamped: Esser et al. 2020, Learned Step Size
 Quantization, eq. 3.
 
-dequantize converts stored integers, or fp8, to floating point; see `lissom/ops/formats.py` for formats and scales.
+dequantize converts stored integers, fp8 or fp4 to floating point; see `lissom/ops/formats.py` for formats and scales.
 """
 
 from __future__ import annotations
@@ -55,10 +55,16 @@ def dynamic_scale(x: torch.Tensor, format: str, granularity: str) -> tuple[torch
 
 
 def fake_quantize_reference(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, *, format: str
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    *,
+    format: str,
+    tensor_scale: float = 1.0,
 ) -> torch.Tensor:
     """The reference implementation; NaN stays NaN."""
-    return formats.dequantize(formats.nearest(x, scale, zero_point, FORMATS[format]), scale, zero_point, x.dtype)
+    q = formats.nearest(x, scale, zero_point, FORMATS[format], tensor_scale)
+    return formats.dequantize(q, scale, zero_point, x.dtype, tensor_scale)
 
 
 def fake_quantize_dynamic_reference(x: torch.Tensor, *, format: str, granularity: str = "token") -> torch.Tensor:
@@ -67,11 +73,18 @@ def fake_quantize_dynamic_reference(x: torch.Tensor, *, format: str, granularity
 
 
 def dequantize_reference(
-    q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, *, format: str, dtype: torch.dtype
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    *,
+    format: str,
+    dtype: torch.dtype,
+    tensor_scale: float = 1.0,
 ) -> torch.Tensor:
     """The reference implementation."""
     form = FORMATS[format]
-    return formats.dequantize_stored(formats.unpack_halves(q, form) if form.bits == 4 else q, scale, zero_point, dtype)
+    whole = formats.unpack_halves(q, form) if form.bits == 4 else q
+    return formats.dequantize_stored(whole, scale, zero_point, dtype, tensor_scale)
 
 
 def _fake(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
@@ -83,9 +96,7 @@ def _fake_dynamic(x: torch.Tensor, *, format: str, granularity: str = "token") -
     return torch.empty_like(x)
 
 
-def _fake_dequantize(
-    q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, *, format: str, dtype: torch.dtype
-) -> torch.Tensor:
+def _fake_dequantize(q: torch.Tensor, *_: object, format: str, dtype: torch.dtype, **__: object) -> torch.Tensor:
     size = q.shape[-1] * (2 if FORMATS[format].bits == 4 else 1)
     return q.new_empty((*q.shape[:-1], size), dtype=dtype)
 
@@ -98,13 +109,14 @@ def fake_quantize_backward_reference(
     *,
     format: str,
     scales_learn: bool,
+    tensor_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference implementation."""
-    inside = formats.within(x, scale, zero_point, FORMATS[format])
+    inside = formats.within(x, scale, zero_point, FORMATS[format], tensor_scale)
     if not scales_learn:
         return gradient * inside, x.new_zeros(0, dtype=torch.float32)
     # y / scale is q - zero_point, which does not change with the scale where x is clamped.
-    y = fake_quantize_reference(x, scale, zero_point, format=format)
+    y = fake_quantize_reference(x, scale, zero_point, format=format, tensor_scale=tensor_scale)
     change = formats.block_sum((gradient * (y - inside * x)).float(), tuple(scale.shape)) / scale.float()
     return gradient * inside, change
 
@@ -115,9 +127,9 @@ def _fake_backward(
     return torch.empty_like(x), scale.new_empty(scale.shape if scales_learn else 0, dtype=torch.float32)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, str], output: torch.Tensor) -> None:
+def _remember(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs)
-    ctx.format = keyword_only_inputs["format"]
+    ctx.options = keyword_only_inputs
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
@@ -125,16 +137,21 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     learn = ctx.needs_input_grad[1]
     # The kernel computes in float32, and a gradient in float64 passes through as it is.
     function = fake_quantize_backward_reference if x.dtype == torch.float64 else fake_quantize_backward
-    passed, change = function(gradient, x, scale, zero_point, format=ctx.format, scales_learn=learn)
+    passed, change = function(gradient, x, scale, zero_point, scales_learn=learn, **ctx.options)
     return passed, change.to(scale.dtype) if learn else None, None
 
 
 def quantize_weight_reference(
-    weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, *, format: str
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    *,
+    format: str,
+    tensor_scale: float = 1.0,
 ) -> torch.Tensor:
     """The reference implementation."""
     form = FORMATS[format]
-    q = formats.quantize(weight, scale, zero_point, form)
+    q = formats.quantize(weight, scale, zero_point, form, tensor_scale)
     return formats.pack_halves(q) if form.bits == 4 else q
 
 
@@ -173,8 +190,8 @@ def _straight_through(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
 
 
 fake_quantize_backward = define(
-    "fake_quantize_backward(Tensor gradient, Tensor x, Tensor scale, Tensor? zero_point=None, *, str format, bool scales_learn)"
-    " -> (Tensor, Tensor)",
+    "fake_quantize_backward(Tensor gradient, Tensor x, Tensor scale, Tensor? zero_point=None, *, str format, "
+    "bool scales_learn, float tensor_scale=1.0) -> (Tensor, Tensor)",
     fake_quantize_backward_reference,
     _fake_backward,
 )
@@ -182,14 +199,14 @@ fake_quantize_backward = define(
 and in float32 that of the scale, which is empty unless scales_learn. Not differentiable."""
 
 fake_quantize = define(
-    "fake_quantize(Tensor x, Tensor scale, Tensor? zero_point=None, *, str format) -> Tensor",
+    "fake_quantize(Tensor x, Tensor scale, Tensor? zero_point=None, *, str format, float tensor_scale=1.0) -> Tensor",
     fake_quantize_reference,
     _fake,
     backward=_backward,
     setup_context=_remember,
 )
-"""The operator. x: any shape; scale, zero_point: [] or one per block, see `lissom/ops/formats.py`; format: a name in FORMATS.
-Returns x's shape and dtype. Differentiable in x and scale."""
+"""The operator. x: any shape; scale, zero_point: [] or one per block, see `lissom/ops/formats.py`; format: a name in FORMATS;
+tensor_scale: multiplied with every scale. Returns x's shape and dtype. Differentiable in x and scale."""
 
 fake_quantize_dynamic = define(
     'fake_quantize_dynamic(Tensor x, *, str format, str granularity="token") -> Tensor',
@@ -208,12 +225,18 @@ _quantize_weight = define(
 
 
 def quantize_weight(
-    weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, *, format: str
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    *,
+    format: str,
+    tensor_scale: float = 1.0,
 ) -> torch.Tensor:
     """A weight as elements of a format: [..., features], for four-bit formats [..., features / 2] of two elements a byte."""
-    # There is no kernel for fp8, nor for float64, which is rounded once.
-    has_kernel = FORMATS[format].is_integer and weight.dtype != torch.float64
-    return (_quantize_weight if has_kernel else quantize_weight_reference)(weight, scale, zero_point, format=format)
+    # There is no kernel for fp8 and fp4, nor for float64, which is rounded once.
+    if FORMATS[format].is_integer and weight.dtype != torch.float64:
+        return _quantize_weight(weight, scale, zero_point, format=format)
+    return quantize_weight_reference(weight, scale, zero_point, format=format, tensor_scale=tensor_scale)
 
 
 best_scales = define(
@@ -225,9 +248,11 @@ format: a name in FORMATS, an integer format for the kernel. Without zero points
 whose largest magnitude is positive is negative."""
 
 dequantize = define(
-    "dequantize(Tensor q, Tensor scale, Tensor? zero_point=None, *, str format, ScalarType dtype) -> Tensor",
+    "dequantize(Tensor q, Tensor scale, Tensor? zero_point=None, *, str format, ScalarType dtype, float tensor_scale=1.0) "
+    "-> Tensor",
     dequantize_reference,
     _fake_dequantize,
 )
 """The operator. q: stored elements, for four-bit formats [..., features / 2]; scale: as above; zero_point: as above in uint8,
-or floating point, subtracted after scaling; dtype: of the result, [..., features]."""
+or floating point, subtracted after scaling; dtype: of the result, [..., features];
+tensor_scale: multiplied with every scale."""

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lissom.errors import LissomError
 from lissom.ops.blocked_attention import blocked_attention
+from lissom.ops.formats import BYTE_SCALES, SCALES, quantize
 from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference, unpadded_attention_reference
 from lissom.ops.fused_rows import fused_layer_norm_reference, fused_rms_norm_reference, fused_rotary_reference
 from lissom.ops.native import kernel_dtypes, load_kernels
@@ -161,9 +162,9 @@ class Generator:
         inputs = groups * 2 * self.random.choice([0, 1, 5, 8, 16, 17])
         low, high = int(FORMS[form].low), int(FORMS[form].high) + 1
         q = torch.randint(low, high, (features, inputs), generator=self.torch).to(torch.int8 if low else torch.uint8)
-        scale = (torch.rand(features, groups, generator=self.torch) / 100).to(
-            self.random.choice([torch.float16, torch.float32])
-        )
+        if not FORMS[form].is_integer:
+            q = quantize(torch.randn(features, inputs, generator=self.torch), torch.tensor(0.5), None, FORMS[form])
+        scale = (torch.rand(features, groups, generator=self.torch) / 100).to(self.random.choice([*SCALES, *BYTE_SCALES]))
         zero = torch.randint(0, high, (features, groups), generator=self.torch).to(torch.uint8)
         if self.random.random() < 0.3:
             zero = (zero * scale.float()).to(self.random.choice([torch.float16, torch.float32]))
@@ -173,8 +174,8 @@ class Generator:
             "scale": pack_blocks(scale, features),
             "zero_point": pack_blocks(zero, features) if low == 0 or self.random.random() < 0.3 else None,
         }
-        norm = self.random.random() < 0.4
-        call = Call("weight_quantized_linear" + "_norm" * norm, weight_quantized_linear_reference, operands, {"format": form})
+        norm, options = self.random.random() < 0.4, {"format": form, "tensor_scale": self.random.choice([1.0, 1.0, 0.7])}
+        call = Call("weight_quantized_linear" + "_norm" * norm, weight_quantized_linear_reference, operands, options)
         return self.around(call, lead, features, dtype)
 
     def embedding(self) -> Call:

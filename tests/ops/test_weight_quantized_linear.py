@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lissom.ops.epilogue import ACTIVATIONS
+from lissom.ops.formats import BYTE_SCALES, SCALES, quantize
 from lissom.ops.native import kernel_dtypes, missing_weight_quantized_kernel
 from lissom.ops.weight_quantized_linear import (
     FORMS,
@@ -43,15 +44,21 @@ def layer(
     form: str,
     scales: torch.dtype = torch.float16,
     zeros: torch.dtype = torch.uint8,
+    tensor_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """A weight's integers, its scales, and its zero points of the dtype `zeros` where the format has them."""
     generator = torch.Generator().manual_seed(features + inputs + groups)
     low, high = int(FORMS[form].low), int(FORMS[form].high) + 1
-    q = torch.randint(low, high, (features, inputs), generator=generator).to(torch.uint8 if low == 0 else torch.int8)
-    scale = ((torch.rand(features, groups, generator=generator) + 0.5) / ((high - low) * inputs**0.5)).to(scales)
+    if FORMS[form].is_integer:
+        q = torch.randint(low, high, (features, inputs), generator=generator).to(torch.uint8 if low == 0 else torch.int8)
+    else:
+        low, high = -2, 2
+        q = quantize(torch.randn(features, inputs, generator=generator), torch.tensor(0.5), None, FORMS[form])
+    scale = (torch.rand(features, groups, generator=generator) + 0.5) / ((high - low) * inputs**0.5)
+    scale = (scale / tensor_scale).to(scales)
     zero = torch.randint(0, high, (features, groups), generator=generator).to(torch.uint8) if low == 0 else None
     if zero is not None and zeros != torch.uint8:
-        zero = (zero * scale.float()).to(zeros)
+        zero = (zero * scale.float() * tensor_scale).to(zeros)
     return q, scale, zero
 
 
@@ -75,7 +82,7 @@ def matrix(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> t
 def test_packing_loses_nothing(form: str, features: int, inputs: int) -> None:
     q, _, _ = layer(features, inputs, 1, form)
     packed_q = pack_stored(q, form)
-    assert torch.equal(unpack_stored(packed_q, form, features), q)
+    assert torch.equal(unpack_stored(packed_q, form, features).float(), q.float())
     assert packed_q.numel() == -(-features // 32) * 32 * inputs * FORMS[form].bits // 8
 
 
@@ -85,7 +92,7 @@ def test_packing_loses_nothing(form: str, features: int, inputs: int) -> None:
     shape=st.sampled_from([(2, 1), (6, 3), (64, 2), (64, 1), (192, 6)]),
     features=st.sampled_from([1, 31, 32, 33, 100]),
     form=st.sampled_from(list(FORMS)),
-    scales=st.sampled_from([torch.float16, torch.float32]),
+    scales=st.sampled_from([*SCALES, *BYTE_SCALES]),
     zeros=st.sampled_from([torch.uint8, torch.float16, torch.float32]),
     activation=st.sampled_from(list(ACTIVATIONS)),
     combine=st.sampled_from(["none", "add", "mul"]),
@@ -106,14 +113,16 @@ def test_numbers(
     dtype: torch.dtype,
     path: str,
 ) -> None:
-    x, weight = numbers(rows, shape[0], dtype=dtype), layer(features, *shape, form, scales, zeros)
+    tensor_scale = 0.7e-3 if scales == torch.float8_e4m3fn else 1.0
+    x, weight = numbers(rows, shape[0], dtype=dtype), layer(features, *shape, form, scales, zeros, tensor_scale)
     bias = numbers(features, dtype=dtype) if with_bias else None
     other = numbers(rows, features, dtype=dtype, seed=1) if combine != "none" else None
-    total = x.double() @ matrix(*weight).T
+    total = x.double() @ matrix(weight[0], weight[1].double() * tensor_scale, weight[2]).T
     wanted = ACTIVATIONS[activation](total + (bias.double() if bias is not None else 0))
     if other is not None:
         wanted = wanted * other.double() if combine == "mul" else wanted + other.double()
     options = {"combine": combine} if other is not None else {}
+    options |= {"tensor_scale": tensor_scale}
     operands = (x, *packed(*weight, form), bias, other)
     found = PATHS[path][0](*operands, features=features, format=form, activation=activation, **options)
     assert (found.dtype, found.shape) == (dtype, wanted.shape)
@@ -142,6 +151,24 @@ def test_what_is_no_number_stays_so(rows: int) -> None:
     found = weight_quantized_linear(x, *packed(*weight, "int8"), features=33, format="int8")
     assert found[0].isnan().all()
     assert not found[1:].isnan().any()
+
+
+@pytest.mark.parametrize(("scales", "stored"), [(torch.float8_e8m0fnu, 0xFF), (torch.float8_e4m3fn, 0x7F)])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_block_with_scale_nan_is_nan(rows: int, scales: torch.dtype, stored: int) -> None:
+    q, scale, _ = layer(33, 64, 2, "fp4", scales)
+    scale.view(torch.uint8)[5, 1] = stored
+    found = weight_quantized_linear(numbers(rows, 64), *packed(q, scale, None, "fp4"), features=33, format="fp4")
+    assert found.isnan().any(0).nonzero().flatten().tolist() == [5]
+    assert found.isnan().all(0)[5]
+
+
+def test_least_power_of_two_is_a_scale() -> None:
+    q, scale = torch.full((33, 32), 6.0).to(torch.float8_e4m3fn), torch.zeros(33, 1, dtype=torch.uint8)
+    operands = packed(q, scale.view(torch.float8_e8m0fnu), None, "fp4")
+    x = torch.full((1, 32), 2.0**100)
+    found = weight_quantized_linear(x, *operands, features=33, format="fp4")
+    assert found.eq(6 * 32 * 2.0**-27).all()
 
 
 def test_inputs_of_any_layout_and_rank() -> None:

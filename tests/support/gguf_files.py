@@ -16,6 +16,7 @@ HALVES = {
     "Q2_K": (80, 82),
     "Q3_K": (108,),
     "Q6_K": (208,),
+    "MXFP4": (),
 }
 KINDS = {"attn_q": "Q4_K", "attn_k": "Q5_0", "attn_v": "Q8_0", "attn_output": "Q5_K", "ffn_gate": "Q4_1", "ffn_up": "Q4_0"}
 WIDTH, VOCABULARY, LAYERS = 256, 96, 2
@@ -28,6 +29,10 @@ def random_blocks(name: str, count: int, largest: float | None = None, seed: int
     """
     generator = np.random.default_rng(seed)
     blocks = generator.integers(0, 256, (count, BLOCK_TYPES[name].bytes), dtype=np.uint8)
+    if name == "MXFP4":
+        # The first byte is an exponent, and 255 is NaN; a scale of 2^-127 is the least.
+        blocks[:, 0] = generator.integers(0, 252 if largest is None else 127 + int(np.floor(np.log2(largest))), count)
+        blocks[0, 1:] = 0
     for at in HALVES[name]:
         numbers = generator.integers(0, 0x7C00, count, dtype=np.uint16) | (
             generator.integers(0, 2, count, dtype=np.uint16) << 15

@@ -36,7 +36,10 @@ _LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
 _FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _LIST_AFTER_TEXT = re.compile(r"^((?![-*] |\d+\. | |\||#|<!--|>).+\n)(?=[-*] |\d+\. )", re.MULTILINE)
 _NESTED = re.compile(r"^ {2,3}(?=[-*] |\d+\. )", re.MULTILINE)
-_SCHEMES_ORDER = ("int8-dynamic", "int8-group", "int8-static", "int8-weight", "int4-weight", "int4-dynamic", "fp8")
+_SCHEMES_ORDER = (
+    *("int8-dynamic", "int8-group", "int8-static", "int8-weight", "int4-weight", "int4-dynamic", "fp8"),
+    *("mxfp4-weight", "mxfp8-weight", "nvfp4-weight"),
+)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

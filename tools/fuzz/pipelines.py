@@ -89,6 +89,7 @@ LOSSY: tuple[Draw, ...] = (
     _pass("quantize", scheme=("int8-static",), observer=(None, "percentile", "mse", "entropy"), attention=(None, True)),
     _pass("quantize", scheme=("int8-weight", "int4-weight"), granularity=(None, "channel", "group"), symmetric=(None, False)),
     _pass("quantize", scheme=("int8-dynamic", "int4-weight", "fp8"), embeddings=(None, True), lm_head=(None, True)),
+    _pass("quantize", scheme=("mxfp4-weight", "mxfp8-weight", "nvfp4-weight"), embeddings=(None, True), lm_head=(None, True)),
     _pass("correct-bias"),
     DISTILL,
     _pass("gptq", act_order=(None, False), asymmetric=(None, False)),

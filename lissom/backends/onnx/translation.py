@@ -13,12 +13,16 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnxscript import evaluator, values
+from torch import fx
 
 from lissom import ops
 from lissom.backends.onnx.rewriting import fixed_size
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.operators import QUANTIZED_LINEARS
 from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.types import short_dtype
 from lissom.errors import UnsupportedError
+from lissom.ops.formats import BYTE_SCALES
 from lissom.ops.linear_attention import CHUNK, FLOOR
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 
@@ -228,7 +232,20 @@ _WRITTEN_BY: Mapping[object, str] = {
 
 
 def check_translatable(program: Program) -> None:
-    """Refuse operators that a lowering pass of another backend wrote. Raises UnsupportedError with the pass."""
+    """Refuse weights in block formats, and operators that a lowering pass of another backend wrote.
+
+    Raises:
+        UnsupportedError: with the weight, or with the pass.
+    """
+    for node in program.nodes(dequantize, fake_quantize):
+        stored, scale, form = nodes.operand(node), nodes.argument(node, "scale"), nodes.argument(node, "format")
+        if isinstance(scale, fx.Node) and (dtype := nodes.tensor_type(scale).dtype) in BYTE_SCALES:
+            weight = str(stored.target).removesuffix(f"_{form}")
+            raise UnsupportedError(
+                f"ONNX Runtime has no kernel on a CPU for '{weight}' of {program.name}, a weight in {form} with scales in "
+                f"{short_dtype(dtype)}; choose quantize{{scheme=int4-weight}} or quantize{{scheme=int8-weight}}, or backend "
+                f"'eager'"
+            )
     for node in program.nodes(*_WRITTEN_BY):
         raise UnsupportedError(
             f"ONNX Runtime has no kernel for {node.target} in '{node.name}' of {program.name}, which the pass "

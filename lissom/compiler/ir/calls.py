@@ -214,13 +214,14 @@ class BlockSparseAttention(AttentionKernel):
 
 
 class Dequantize(Call):
-    """Stored integers or fp8 as floating-point values."""
+    """Stored integers, fp8 or fp4 as floating-point values."""
 
     targets = (dequantize,)
     q = Operand[fx.Node]("q")
     scale = Operand[fx.Node]("scale")
     zero_point = Operand[fx.Node | None]("zero_point")
     format = Operand[str]("format")
+    tensor_scale = Operand[float]("tensor_scale")
 
 
 class FakeQuantize(Call):
@@ -231,6 +232,7 @@ class FakeQuantize(Call):
     scale = Operand[fx.Node]("scale")
     zero_point = Operand[fx.Node | None]("zero_point")
     format = Operand[str]("format")
+    tensor_scale = Operand[float]("tensor_scale")
 
 
 class Logical(Call):

@@ -191,7 +191,7 @@ def _take(weight: torch.Tensor, dim: int, indices: torch.Tensor, padding: int) -
     if first >= 0 and torch.equal(indices, torch.arange(first, first + len(indices))):
         return weight.narrow(dim, first, len(indices))
     # fp8 values are selected and zeroed as bytes.
-    stored = weight.view(torch.uint8) if weight.dtype == torch.float8_e4m3fn else weight
+    stored = weight.view(torch.uint8) if weight.dtype in (torch.float8_e4m3fn, torch.float8_e8m0fnu) else weight
     indices = indices.to(weight.device)
     selected = stored.index_select(dim, indices.clamp_min(0))
     missing = (indices < 0).nonzero().flatten()

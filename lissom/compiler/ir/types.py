@@ -28,6 +28,7 @@ _SHORT = {
     torch.complex128: "c128",
     torch.float8_e4m3fn: "f8e4m3",
     torch.float8_e5m2: "f8e5m2",
+    torch.float8_e8m0fnu: "f8e8m0",
 }
 
 

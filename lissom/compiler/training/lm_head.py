@@ -193,7 +193,7 @@ def _quantize_rows_read(lookup: fx.Node) -> None:
     if any(isinstance(grid, fx.Node) and nodes.tensor_type(grid).shape[:1] != (rows,) for grid in (scale, zero_point)):
         return
     lookup.target = _quantized_rows
-    nodes.set_arguments(lookup, stored, scale, zero_point, *lookup.args[1:], format=table.kwargs["format"], **lookup.kwargs)
+    nodes.set_arguments(lookup, stored, scale, zero_point, *lookup.args[1:], **table.kwargs, **lookup.kwargs)
 
 
 def _quantized_rows(
@@ -203,6 +203,7 @@ def _quantized_rows(
     ids: torch.Tensor,
     *options: Any,
     format: str,
+    tensor_scale: float = 1.0,
     **named: Any,
 ) -> torch.Tensor:
     """`aten.embedding` of a table that is quantized by rows.
@@ -212,4 +213,5 @@ def _quantized_rows(
         named: its keyword arguments.
     """
     x, of_scale = aten.embedding(table, ids, *options, **named), functional.embedding(ids, scale)
-    return fake_quantize(x, of_scale, None if zero_point is None else functional.embedding(ids, zero_point), format=format)
+    of_zero_point = None if zero_point is None else functional.embedding(ids, zero_point)
+    return fake_quantize(x, of_scale, of_zero_point, format=format, tensor_scale=tensor_scale)

@@ -331,13 +331,11 @@ def load_kernels_for(edit: Editor, what: str) -> None:
 
 
 def _learning_scales(program: Program, stays: Callable[[str], bool]) -> dict[str, tuple[nn.Parameter, torch.dtype]]:
-    """The scales of quantizers in the graph, without those that stay, as float32 parameters in place; and their dtypes."""
+    """The scales of quantizers in the graph as float32 parameters in place, and their dtypes; those of eight bits stay."""
     reads = [FakeQuantize(node).scale for node in program.nodes(fake_quantize)]
-    names = [name for name in dict.fromkeys(str(read.target) for read in reads if read.op == "get_attr") if not stays(name)]
-    scales = {
-        name: (nn.Parameter(program.weight(name).detach().to(torch.float32, copy=True)), program.weight(name).dtype)
-        for name in names
-    }
+    held = {str(read.target): program.weight(str(read.target)) for read in reads if read.op == "get_attr"}
+    learn = {name: scale.detach() for name, scale in held.items() if scale.itemsize > 1 and not stays(name)}
+    scales = {name: (nn.Parameter(scale.to(torch.float32, copy=True)), scale.dtype) for name, scale in learn.items()}
     for name, (scale, _) in scales.items():
         program.set_weight(name, scale)
     return scales

@@ -4,8 +4,10 @@ A weight that the program holds as integers is written with these integers, wher
 
     int8   Q8_0    w = scale · q             int4   Q4_0    w = scale · q
     uint4  Q4_1    w = scale · q + minimum, minimum = -scale · zero_point
+    fp4    MXFP4   w = scale · q, with scales in e8m0
 
 A block has 32 weights of one row. Scales and minimums are float16; those that are not are rounded to it, by 1/2,048 at most.
+Scales of MXFP4 are a byte. Weights in mxfp8 and nvfp4 are written in floating point.
 The layout is that of ggml (ggml-common.h), github.com/ggml-org/ggml.
 """
 
@@ -21,11 +23,11 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Dequantize, Embedding
 from lissom.compiler.ir.program import Program
 from lissom.frontends.checkpoints.stored_weights import StoredWeight, stored_form
-from lissom.ops.formats import FORMATS, unpack_halves
+from lissom.ops.formats import FORMATS, fp4_codes, unpack_halves
 from lissom.ops.gguf_blocks import BLOCK_TYPES, BlockType, StoredBlocks, unpack_blocks
 from lissom.ops.quantization import dequantize
 
-_KINDS = {"int8": "Q8_0", "int4": "Q4_0", "uint4": "Q4_1"}
+_KINDS = {"int8": "Q8_0", "int4": "Q4_0", "uint4": "Q4_1", "fp4": "MXFP4"}
 _ROWS = 4096
 """The number of rows that are dequantized at once for a comparison."""
 _HALF = torch.finfo(torch.float16)
@@ -108,6 +110,8 @@ def read_weights(program: Program, model: nn.Module, norm_offset: float) -> dict
         stored_as, form = _attribute(Dequantize(node).q), Dequantize(node).format
         if stored_as is None or q is None or scale is None or None in zero_point:
             continue
+        if scale.dtype == torch.float8_e4m3fn:
+            scale = scale.float() * Dequantize(node).tensor_scale
         whole = q if FORMATS[form].bits == 8 else unpack_halves(q, FORMATS[form])
         stored = StoredBlocks(whole, scale, zero_point[0] if zero_point else None, form)
         weights[str(stored_as.target).removesuffix(f"_{form}")] = blocks_of(stored) or _floating(stored)
@@ -143,6 +147,8 @@ def blocks_of(stored: StoredBlocks) -> Blocks | None:
     if kind is None or stored.q.dim() != 2 or stored.q.shape[1] % kind.size:
         return None
     rows, count = len(stored.q), stored.q.shape[1] // kind.size
+    if kind.name == "MXFP4":
+        return _blocks_of_fp4(stored, kind, rows, count)
     scale = _by_block(stored.scale.float(), rows, count)
     minimum = None if stored.zero_point is None else _by_block(stored.zero_point.float(), rows, count)
     if scale is None or (stored.zero_point is not None and minimum is None) or (minimum is None) == (kind.name == "Q4_1"):
@@ -157,10 +163,23 @@ def blocks_of(stored: StoredBlocks) -> Blocks | None:
     if kind.name == "Q8_0":
         integers = grouped.view(torch.uint8)
     else:
-        q = (grouped.to(torch.uint8) + (8 if kind.name == "Q4_0" else 0)) & 15
-        integers = q[..., :16] | (q[..., 16:] << 4)
+        integers = _halves_apart((grouped.to(torch.uint8) + (8 if kind.name == "Q4_0" else 0)) & 15)
     heads = [half.unsqueeze(-1).view(torch.uint8) for half in halves]
     return Blocks(kind, torch.cat([*heads, integers], -1).view(rows, count * kind.bytes), stored)
+
+
+def _blocks_of_fp4(stored: StoredBlocks, kind: BlockType, rows: int, count: int) -> Blocks | None:
+    """Blocks of MXFP4; None for scales in another dtype, as NVFP4 has them."""
+    if stored.scale.dtype != torch.float8_e8m0fnu or stored.scale.shape != (rows, count):
+        return None
+    codes = _halves_apart(fp4_codes(stored.q.view(rows, count, kind.size)))
+    data = torch.cat((stored.scale.view(torch.uint8).unsqueeze(-1), codes), -1)
+    return Blocks(kind, data.view(rows, count * kind.bytes), stored)
+
+
+def _halves_apart(q: torch.Tensor) -> torch.Tensor:
+    """Four-bit elements of blocks of 32 in 16 bytes, the first 16 of a block in the low halves."""
+    return q[..., :16] | (q[..., 16:] << 4)
 
 
 def _holds(half: torch.Tensor, part: torch.Tensor) -> bool:

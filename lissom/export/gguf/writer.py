@@ -168,7 +168,7 @@ def _write(
         writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, gguf.GGMLQuantizationType[kind])
     matrices = Counter({kind: count for kind, count in types.items() if kind != "F32"}) or types
     writer.add_file_type(_file_type(gguf, matrices.most_common(1)[0][0]))
-    if any(kind.startswith("Q") for kind in types):
+    if any(kind not in {name.upper() for name in _TORCH} for kind in types):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     with writing_whole(path) as file:
         # The writer opens files by their name; this one is open already, under a name of its own.

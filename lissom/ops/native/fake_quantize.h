@@ -7,7 +7,10 @@
 
 namespace lissom {
 
-// A low-precision format: the range of q, and whether q is an integer; else it is fp8.
+constexpr float kLargestFp4 = 6.0f;
+constexpr float kLargestInverse = 0x1p126f;  // of a scale, also of 2^-127
+
+// A low-precision format: the range of q, and whether q is an integer; else it is fp8, or fp4 where it ends at kLargestFp4.
 struct Grid {
   float low, high;
   bool is_integer = true, symmetric = true;
@@ -18,6 +21,7 @@ struct Blocks {
   const float *scale, *zero_point;          // zero_point: null where it is 0
   int64_t rows, columns, groups;
   std::vector<int64_t> sizes{}, heights{};  // of the dimensions before the last: of x, and how many indices share a scale
+  float tensor_scale = 1.0f;                // multiplied with every scale
 
   bool per_column() const { return groups == columns && columns > 1; }
 
@@ -35,6 +39,13 @@ inline Vec round_to_fp8(Vec value) {
   return value;
 }
 
+// Ties go to the even code: the steps are 0.5 below 2, 1 below 4, and 2 up to 6.
+inline Vec round_to_fp4(Vec value) {
+  Vec size = (Vec)((BitVec)value & 0x7fffffff), two = splat(2.0f), one = splat(1.0f);
+  Vec step = size < two ? splat(0.5f) : size < splat(4.0f) ? one : two;
+  return rounded(value / step) * step;
+}
+
 // How a vector of x is quantized: scale, zero_point and the inverse of the scale, per lane.
 template <bool is_integer>
 struct Quantizer {
@@ -45,7 +56,7 @@ struct Quantizer {
     Vec q = x * inverse;
     if constexpr (is_integer) q = rounded(q) + zero;
     q = minimum(high, maximum(low, q));
-    if constexpr (!is_integer) q = round_to_fp8(q);
+    if constexpr (!is_integer) q = high[0] == kLargestFp4 ? round_to_fp4(q) : round_to_fp8(q);
     return q;
   }
   Vec rounded_value(Vec x) const { return (level(x) - zero) * scale; }
@@ -70,7 +81,9 @@ inline void each_vector(const Blocks& blocks, const Grid& grid, int64_t count, i
       return blocks.per_column() ? load_some(from + scale + c, count - c) : splat(from[scale]);
     };
     Vec zero = blocks.zero_point ? values(blocks.zero_point) : splat(0.0f);
-    return Quantizer<is_integer>{values(blocks.scale), zero, splat(grid.low), splat(grid.high)};
+    Vec scale = values(blocks.scale), whole = splat(blocks.tensor_scale);
+    Vec inverse = minimum(splat(kLargestInverse), (1.0f / whole) / scale);
+    return Quantizer<is_integer>{scale * whole, zero, splat(grid.low), splat(grid.high), inverse};
   };
   auto shared = quantizer(0);
   for (int64_t c = 0; c < count; c += kLanes) {
@@ -194,7 +207,7 @@ void fake_quantize_backward(const Blocks& blocks, const Grid& grid, const T* gra
           store_some(x_gradient + first + c, inside ? g : none, left);
           if (!change) return;
           Vec found = g * (quantizer.rounded_value(value) - (inside ? value : none));
-          if (blocks.per_column()) store_some(change + c, found / quantizer.scale, left);
+          if (blocks.per_column()) store_some(change + c, found * splat(blocks.tensor_scale) / quantizer.scale, left);
           else total += found;
         });
         if (change && !blocks.per_column()) *change++ = sum(total) / blocks.scale[scale];

@@ -16,7 +16,8 @@ inline Grid grid_of(std::string_view format) {
   if (format == "int4") return {-8, 7};
   if (format == "uint4") return {0, 15, true, false};
   if (format == "fp8") return {-448, 448, false};
-  TORCH_CHECK(false, "the format is int8, uint8, int4, uint4 or fp8, not '", std::string(format), "'");
+  if (format == "fp4") return {-kLargestFp4, kLargestFp4, false};
+  TORCH_CHECK(false, "the format is int8, uint8, int4, uint4, fp8 or fp4, not '", std::string(format), "'");
 }
 
 // Calls work with the dtype the kernel reads, x in it, and whether q is an integer: bfloat16 as it is, all else as float32.
@@ -36,12 +37,13 @@ struct Scales {
   Tensor scale, zero_point;
   Blocks blocks;
 
-  Scales(const Tensor& x, const Tensor& given, Optional zero) {
+  Scales(const Tensor& x, const Tensor& given, Optional zero, double tensor_scale = 1) {
     scale = converted(given, given.sizes(), "a scale");
     if (zero) zero_point = converted(*zero, given.sizes(), "a zero point");
     int64_t columns = x.dim() ? x.size(-1) : 1, dims = x.dim();
     blocks = {scale.const_data_ptr<float>(), zero ? zero_point.const_data_ptr<float>() : nullptr,
               x.numel() / std::max<int64_t>(columns, 1), columns, 1};
+    blocks.tensor_scale = static_cast<float>(tensor_scale);
     bool shared = scale.numel() == 1, fits = shared || scale.dim() == dims;
     for (int64_t dim = 0; dim < dims && fits; ++dim) {
       int64_t parts = shared ? 1 : scale.size(dim);
@@ -72,11 +74,12 @@ struct Scales {
   }
 };
 
-Tensor fake_quantize_static(const Tensor& x, const Tensor& scale, Optional zero_point, std::string_view format) {
+Tensor fake_quantize_static(const Tensor& x, const Tensor& scale, Optional zero_point, std::string_view format,
+                            double tensor_scale) {
   Grid grid = grid_of(format);
   return with_values(x, grid, [&](auto zero, const Tensor& values, auto is_integer) {
     using T = decltype(zero);
-    Scales scales(values, scale, zero_point);
+    Scales scales(values, scale, zero_point, tensor_scale);
     Tensor y = at::empty_like(values);
     if (y.numel() > 0)
       fake_quantize<is_integer.value>(scales.blocks, grid, values.const_data_ptr<T>(), y.template mutable_data_ptr<T>());
@@ -148,13 +151,14 @@ std::tuple<Tensor, Tensor> best_scales(const Tensor& blocks, const Tensor& facto
 }
 
 std::tuple<Tensor, Tensor> fake_quantize_gradients(const Tensor& gradient, const Tensor& x, const Tensor& scale,
-                                                   Optional zero_point, std::string_view format, bool scales_learn) {
+                                                   Optional zero_point, std::string_view format, bool scales_learn,
+                                                   double tensor_scale) {
   Grid grid = grid_of(format);
   check_readable(gradient, "a gradient");
   TORCH_CHECK(gradient.sizes() == x.sizes(), "a gradient has the sizes ", gradient.sizes(), ", and must have ", x.sizes());
   return with_values(x, grid, [&](auto zero, const Tensor& values, auto is_integer) {
     using T = decltype(zero);
-    Scales scales(values, scale, zero_point);
+    Scales scales(values, scale, zero_point, tensor_scale);
     Tensor given = gradient.to(values.scalar_type()).contiguous(), found = at::empty_like(values);
     Tensor changes = at::zeros({scales_learn ? scales.blocks.rows : 0, scales.blocks.groups}, scales.scale.options());
     if (found.numel() > 0)

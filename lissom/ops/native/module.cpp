@@ -254,12 +254,14 @@ Tensor quantized_linear_norm(const Tensor& x, const Tensor& weight, const Tensor
 Form form_of(std::string_view format) {
   if (format == "int8") return Form::kInt8;
   if (format == "uint8") return Form::kUint8;
+  if (format == "fp8") return Form::kFp8;
   if (format == "int6") return Form::kInt6;
   if (format == "int5") return Form::kInt5;
   if (format == "uint5") return Form::kUint5;
   if (format == "int4") return Form::kInt4;
   if (format == "uint4") return Form::kUint4;
-  TORCH_CHECK(false, "a weight is int8, uint8, int6, int5, uint5, int4 or uint4, not '", std::string(format), "'");
+  if (format == "fp4") return Form::kFp4;
+  TORCH_CHECK(false, "a weight is int8, uint8, fp8, int6, int5, uint5, int4, uint4 or fp4, not '", std::string(format), "'");
 }
 
 template <typename T>
@@ -275,39 +277,47 @@ Tensor weight_quantized_of(const Tensor& given, const QuantizedWeight& weight, c
   });
 }
 
+ScaleKind kind_of(at::ScalarType dtype) {
+  if (dtype == at::kHalf) return ScaleKind::kHalf;
+  if (dtype == at::ScalarType::Float8_e8m0fnu) return ScaleKind::kPower;
+  return dtype == at::ScalarType::Float8_e4m3fn ? ScaleKind::kFp8 : ScaleKind::kFloat;
+}
+
 Tensor weight_quantized(const Tensor& x, const Tensor& q, const Tensor& scale, Optional zero_point, std::string_view format,
-              const Epilogue& epilogue) {
+                        double tensor_scale, const Epilogue& epilogue) {
   check_linear(x, epilogue);
   int64_t columns = packed_features(epilogue), inputs = x.size(-1);
   Form form = form_of(format);
-  check_exact(q, {columns / kPanel, inputs, step_bytes(form)}, form == Form::kInt8 ? at::kChar : at::kByte, "a packed weight");
+  check_exact(q, {columns / kPanel, inputs, step_bytes(form)},
+              form == Form::kInt8 ? at::kChar : form == Form::kFp8 ? at::ScalarType::Float8_e4m3fn : at::kByte, "a packed weight");
   TORCH_CHECK(scale.dim() == 3 && scale.size(1) > 0 && inputs % scale.size(1) == 0, "scales have the sizes ", scale.sizes(),
               ", and must be [panels, groups, 32], where the groups divide ", inputs, " inputs");
   int64_t groups = scale.size(1);
   std::initializer_list<int64_t> blocks{columns / kPanel, groups, kPanel};
-  bool half = scale.scalar_type() == at::kHalf;
-  check_exact(scale, blocks, half ? at::kHalf : at::kFloat, "a weight's scale");
+  ScaleKind scales = kind_of(scale.scalar_type());
+  check_exact(scale, blocks, scales == ScaleKind::kFloat ? at::kFloat : scale.scalar_type(), "a weight's scale");
   at::ScalarType kind = zero_point ? zero_point->scalar_type() : at::kByte;
   bool shifts = kind == at::kHalf || kind == at::kFloat;
   if (zero_point) check_exact(*zero_point, blocks, shifts ? kind : at::kByte, "a weight's zero point");
   const void* zeros = zero_point ? zero_point->const_data_ptr() : nullptr;
-  QuantizedWeight packed{static_cast<const uint8_t*>(q.const_data_ptr()), form, scale.const_data_ptr(), half,
-                      shifts ? nullptr : static_cast<const uint8_t*>(zeros), shifts ? zeros : nullptr, kind == at::kHalf, inputs,
+  float factor = static_cast<float>(tensor_scale) * (form == Form::kFp8 ? kFp8Factor : 1) * (scales == ScaleKind::kFp8 ? kFp8Factor : 1);
+  QuantizedWeight packed{static_cast<const uint8_t*>(q.const_data_ptr()), form, scale.const_data_ptr(), scales,
+                      factor, shifts ? nullptr : static_cast<const uint8_t*>(zeros), shifts ? zeros : nullptr, kind == at::kHalf, inputs,
                       groups};
   return by_dtype(x, [&](auto zero) { return weight_quantized_of<decltype(zero)>(x, packed, epilogue); });
 }
 
 Tensor weight_quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, Optional zero_point, Optional bias,
-                               Optional other, int64_t features, std::string_view format, std::string_view activation,
-                               std::string_view combine) {
-  return weight_quantized(x, weight, scale, zero_point, format,
+                               Optional other, int64_t features, std::string_view format, double tensor_scale,
+                               std::string_view activation, std::string_view combine) {
+  return weight_quantized(x, weight, scale, zero_point, format, tensor_scale,
                 {bias, other, {}, {}, features, activation_of(activation), multiplies(combine)});
 }
 
 Tensor weight_quantized_linear_norm(const Tensor& x, const Tensor& weight, const Tensor& scale, Optional zero_point,
                                     Optional bias, Optional other, Optional norm_weight, Optional norm_bias, int64_t features,
-                                    std::string_view format, double eps) {
-  return weight_quantized(x, weight, scale, zero_point, format,
+                                    std::string_view format, double tensor_scale, double eps) {
+  return weight_quantized(x, weight, scale, zero_point, format, tensor_scale,
                 {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
 }
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lissom.ops.blocked_attention import block_sparse_attention_reference
 from lissom.ops.divergence import token_divergence_reference
-from lissom.ops.formats import FORMATS
+from lissom.ops.formats import BYTE_SCALES, FORMATS, SCALES, quantize
 from lissom.ops.fused_attention import (
     fused_attention_reference,
     merged_attention_reference,
@@ -47,6 +47,7 @@ from lissom.ops.weight_quantized_linear import (
 # Outputs are about 1. A wrong instruction has an error of that size, sums in another order 1e-6, and bfloat16, which rounds
 # inputs, weights and outputs to 8 bits, 2e-2.
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
+INTEGERS = [name for name, form in FORMS.items() if form.is_integer]
 FAILED = 3
 """The exit status for a fault of the library. `build`, which starts this module and is not imported here, has the same."""
 
@@ -182,7 +183,9 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
             q = _whole(features, 2 * GROUP, -127, 128).to(torch.int8)
             operands = pack_bytes(q), fill_panels(scale[:, 0], features), fill_panels(q.sum(1, dtype=torch.int32), features)
             yield "quantized_linear", quantized_linear_reference, (wide, *operands), {**sizes, **by_group}
-        for form in FORMS if torch.ops.lissom.has_weight_quantized() else ():
+        if torch.ops.lissom.has_weight_quantized():
+            yield from _float_cases(x, features)
+        for form in INTEGERS if torch.ops.lissom.has_weight_quantized() else ():
             low, high = int(FORMS[form].low), int(FORMS[form].high) + 1
             q = _whole(features, inputs, low, high).to(torch.int8 if low else torch.uint8)
             zero_point = None if low else pack_blocks(torch.full((features, 2), high // 2, dtype=torch.uint8), features)
@@ -195,6 +198,20 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
             yield "weight_quantized_linear_norm", weight_quantized_linear_reference, (x, *operands), {**norm, **options}
             given = {**sizes, **options, "offs": torch.tensor([1, 1, rows])}
             yield "weight_quantized_linear_grouped", weight_quantized_linear_grouped_reference, (x, *_stacked(operands)), given
+
+
+def _float_cases(x: torch.Tensor, features: int) -> Iterator[Case]:
+    """A layer whose weight is in fp8 or fp4, with scales of each dtype."""
+    for form in sorted({*FORMS} - {*INTEGERS}):
+        q = quantize(_numbers(features, x.shape[1], dtype=torch.float32), torch.tensor(0.5), None, FORMS[form])
+        for dtype in (*SCALES, *BYTE_SCALES):
+            scale = (torch.rand(features, 2, generator=torch.Generator().manual_seed(1)) / 4 + 0.02).to(dtype)
+            options = {"features": features, "format": form}
+            options |= {"tensor_scale": 0.7} if dtype == torch.float8_e4m3fn else {}
+            operands = x, pack_stored(q, form), pack_blocks(scale, features)
+            yield "weight_quantized_linear", weight_quantized_linear_reference, operands, options
+            norm = {**options, "eps": 1e-5}
+            yield "weight_quantized_linear_norm", weight_quantized_linear_reference, operands, norm
 
 
 def _grouped_cases(x: torch.Tensor, features: int, options: Mapping[str, object]) -> Iterator[Case]:

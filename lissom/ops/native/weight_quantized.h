@@ -1,11 +1,14 @@
 // Weight-only quantized linear layers (W8A16, W4A16): the weight has 4, 5, 6 or 8 bits and group-wise scales, and
-// w ≈ (q - zero) scale with integer zero points, or w ≈ q scale - shift with zero points in floating point.
+// w ≈ (q - zero) scale with integer zero points, or w ≈ q scale - shift with zero points in floating point. fp8 is e4m3, fp4 is
+// e2m1, and scales may be e8m0, or e4m3 times one number for the tensor.
 //
 // For few rows the weight is dequantized in registers, since such calls are bound by memory. For more rows a panel is dequantized
 // once into the layout of a packed float weight.
 #pragma once
 
 #include "linear.h"
+
+#include <torch/headeronly/util/Float8_e4m3fn.h>
 
 #include <type_traits>
 #include <vector>
@@ -25,10 +28,10 @@ constexpr int64_t kFew = 4, kFewOfFourBits = 4;
 constexpr int64_t kFew = std::numeric_limits<int64_t>::max(), kFewOfFourBits = 24;
 #endif
 
-enum class Form { kInt8, kUint8, kInt6, kInt5, kUint5, kInt4, kUint4 };
+enum class Form { kInt8, kUint8, kFp8, kInt6, kInt5, kUint5, kInt4, kUint4, kFp4 };
 constexpr bool is_signed(Form form) { return form != Form::kUint8 && form != Form::kUint5 && form != Form::kUint4; }
 constexpr int bits_of(Form form) {
-  if (form == Form::kInt8 || form == Form::kUint8) return 8;
+  if (form == Form::kInt8 || form == Form::kUint8 || form == Form::kFp8) return 8;
   if (form == Form::kInt6) return 6;
   return form == Form::kInt5 || form == Form::kUint5 ? 5 : 4;
 }
@@ -40,20 +43,76 @@ inline void with_form(Form form, Work&& work) {
   switch (form) {
     case Form::kInt8: return work(std::integral_constant<Form, Form::kInt8>{});
     case Form::kUint8: return work(std::integral_constant<Form, Form::kUint8>{});
+    case Form::kFp8: return work(std::integral_constant<Form, Form::kFp8>{});
     case Form::kInt6: return work(std::integral_constant<Form, Form::kInt6>{});
     case Form::kInt5: return work(std::integral_constant<Form, Form::kInt5>{});
     case Form::kUint5: return work(std::integral_constant<Form, Form::kUint5>{});
     case Form::kInt4: return work(std::integral_constant<Form, Form::kInt4>{});
     case Form::kUint4: return work(std::integral_constant<Form, Form::kUint4>{});
+    case Form::kFp4: return work(std::integral_constant<Form, Form::kFp4>{});
   }
 }
+
+constexpr float kFp4[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+
+// A number of e4m3, with its bits in place in float16, is this much smaller: the exponent of float16 is offset by 8 more.
+constexpr float kFp8Factor = 256.0f;
+
+// Numbers of e4m3 but for NaN, divided by kFp8Factor. A byte is sign-extended and shifted; bit 14, a copy of the sign, is cleared.
+inline __attribute__((always_inline)) void load_fp8(const uint8_t* from, Vec (&to)[kWide]) {
+#if defined(__AVX512BW__)
+  static_assert(kWide * kLanes == 32);
+  __m512i bytes = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  __m512i halves = _mm512_and_si512(_mm512_slli_epi16(bytes, 7), _mm512_set1_epi16(static_cast<int16_t>(0xbfff)));
+  to[0] = (Vec)_mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+  to[1] = (Vec)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+#elif defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__)
+  static_assert(kWide * kLanes == 16);
+  __m256i bytes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  __m256i halves = _mm256_and_si256(_mm256_slli_epi16(bytes, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+  to[0] = (Vec)_mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+  to[1] = (Vec)_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+#else
+  for (int i = 0; i < kWide * kLanes; ++i)
+    to[i / kLanes][i % kLanes] = c10::detail::fp8e4m3fn_to_fp32_value(from[i]) / kFp8Factor;
+#endif
+}
+
+// Scales in e4m3, divided by kFp8Factor; NaN stays NaN.
+inline Vec load_fp8_scales(const uint8_t* from) {
+#if defined(__AVX512BW__)
+  __m256i bytes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  __m256i rest = _mm256_set1_epi16(0x7f), none = _mm256_cmpeq_epi16(_mm256_and_si256(bytes, rest), rest);
+  __m256i halves = _mm256_and_si256(_mm256_slli_epi16(bytes, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+  return (Vec)_mm512_cvtph_ps(_mm256_or_si256(halves, none));
+#elif defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__)
+  __m128i bytes = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  __m128i rest = _mm_set1_epi16(0x7f), none = _mm_cmpeq_epi16(_mm_and_si128(bytes, rest), rest);
+  __m128i halves = _mm_and_si128(_mm_slli_epi16(bytes, 7), _mm_set1_epi16(static_cast<int16_t>(0xbfff)));
+  return (Vec)_mm256_cvtph_ps(_mm_or_si128(halves, none));
+#else
+  Vec found;
+  for (int lane = 0; lane < kLanes; ++lane) found[lane] = c10::detail::fp8e4m3fn_to_fp32_value(from[lane]) / kFp8Factor;
+  return found;
+#endif
+}
+
+// Powers of two in e8m0.
+inline Vec load_powers(const uint8_t* from) {
+  IntVec bytes = widen(from);
+  IntVec bits = bytes == 0 ? IntVec{} + 0x00400000 : bytes << 23;
+  return (Vec)(bytes == 255 ? IntVec{} + 0x7fc00000 : bits);
+}
+
+enum class ScaleKind { kFloat, kHalf, kPower, kFp8 };
 
 struct QuantizedWeight {
   const uint8_t* q;      // [panels, inputs, step_bytes]; below eight bits columns c and c + 16 share a byte of their lowest four
                          // bits, and after these bytes the other bits follow column by column
   Form form;
-  const void* scale;     // [panels, groups, kPanel], float16 or float32
-  bool half;
+  const void* scale;     // [panels, groups, kPanel], of scale_kind
+  ScaleKind scale_kind;
+  float factor;          // multiplied with every scale: of the tensor, and kFp8Factor for the elements and the scales in e4m3
   const uint8_t* zero;   // likewise, or null
   const void* shift;     // likewise, float16 or float32, or null
   bool half_shift;
@@ -62,7 +121,13 @@ struct QuantizedWeight {
   const uint8_t* panel(int64_t index) const { return q + index * inputs * step_bytes(form); }
 
   bool has_zeros() const { return zero || shift; }
-  Vec scales(int64_t group, int64_t column) const { return load_floats(scale, half, place_of(group, groups, column)); }
+  Vec scales(int64_t group, int64_t column) const {
+    int64_t place = place_of(group, groups, column);
+    const uint8_t* byte = static_cast<const uint8_t*>(scale) + place;
+    if (scale_kind == ScaleKind::kPower) return load_powers(byte) * splat(factor);
+    if (scale_kind == ScaleKind::kFp8) return load_fp8_scales(byte) * splat(factor);
+    return load_floats(scale, scale_kind == ScaleKind::kHalf, place) * splat(factor);
+  }
   Vec shifts(int64_t group, int64_t column) const {
     return shift ? load_floats(shift, half_shift, place_of(group, groups, column)) : splat(0.0f);
   }
@@ -81,7 +146,7 @@ struct Decoder {
     alignas(64) float values[16], others[16];
     alignas(64) int32_t turns[16];
     for (int i = 0; i < 16; ++i) {
-      values[i] = kRest == 0 && is_signed(form) && i > 7 ? i - 16 : i;
+      values[i] = form == Form::kFp4 ? kFp4[i] : kRest == 0 && is_signed(form) && i > 7 ? i - 16 : i;
       others[i] = is_signed(form) ? i - 16 : i + 16;
       turns[i] = kRest == 1 ? (i + 28) % 32 : 30 - 2 * i;
     }
@@ -121,8 +186,20 @@ struct Decoder {
 #pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v) {
       IntVec top = widen(from + column % (kPanel / 2) + v * kLanes) << left;
-      to[v] = to_floats(is_signed(form) ? top >> 28 : (top >> 28) & 15);
+      if constexpr (form == Form::kFp4) to[v] = fp4_values((top >> 28) & 15);
+      else to[v] = to_floats(is_signed(form) ? top >> 28 : (top >> 28) & 15);
     }
+  }
+
+  inline __attribute__((always_inline)) static Vec fp4_values(IntVec codes) {
+#if defined(__AVX2__)
+    __m256 sizes = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kFp4), (__m256i)codes);  // reads three bits of the code
+    return (Vec)((BitVec)(Vec)sizes | (BitVec)((codes & 8) << 28));
+#else
+    Vec found;
+    for (int lane = 0; lane < kLanes; ++lane) found[lane] = kFp4[codes[lane]];
+    return found;
+#endif
   }
 
   inline __attribute__((always_inline)) void more_bits(const uint8_t* from, int column, Vec (&to)[kWide]) const {
@@ -143,6 +220,7 @@ struct Decoder {
 
   inline __attribute__((always_inline)) void operator()(const uint8_t* from, int column, Vec (&to)[kWide]) const {
     if constexpr (bits_of(form) == 4) return four_bits(from, column, to);
+    if constexpr (form == Form::kFp8) return load_fp8(from + column, to);
     if constexpr (bits_of(form) == 5 || bits_of(form) == 6) return more_bits(from, column, to);
 #pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v) {

@@ -21,7 +21,7 @@ from torch.nn import functional
 from lissom.compiler.analysis.cost import example_shape
 from lissom.compiler.analysis.structure.quantized_linear import is_owned, layer_path, store_like
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Linear
+from lissom.compiler.ir.calls import Dequantize, Linear
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_read_by
 from lissom.compiler.ir.operators import EPILOGUES, FAKE_QUANTIZES
@@ -81,14 +81,14 @@ def _is_gate(layer: Linear) -> bool:
 
 
 def _storage(edit: Editor, layer: Linear) -> tuple[object, ...]:
-    """Properties that weights must have in common to be merged: their format, the bits they need, and their granularity."""
+    """Properties that weights must have in common to be merged: format, bits, the scale of the tensor, and granularity."""
     if layer.weight.op == "get_attr":
         return ()
     q, *grid = map(edit.tensor, layer.weight.all_input_nodes)
     format = str(layer.weight.kwargs["format"])
     if reads_few_bits_faster() and not nodes.is_call(layer.x, *FAKE_QUANTIZES):
         format = narrowest(q, format)
-    return format, *((tensor.dtype, tensor.shape[1:]) for tensor in grid)
+    return format, Dequantize(layer.weight).tensor_scale, *((tensor.dtype, tensor.shape[1:]) for tensor in grid)
 
 
 def _sizes(group: Sequence[Linear]) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]:

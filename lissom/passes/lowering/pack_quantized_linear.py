@@ -5,10 +5,11 @@
     grouped_product(x, dequantize(W_q), offs)                                 ->   lissom::weight_quantized_linear_grouped(…)
 
 The first (W8A8, W4A8) quantizes x inside the kernel and sums int8 products in int32; no quantized activation is written to
-memory. The second (weight-only int8 or int4) dequantizes the weight in registers; int8 weights whose values need only five or
-six bits are packed so with AVX-512, unless they are embedding tables too. The pass comes after `fold-quantized-weights`.
-Weights stored as [features in, features out], as in GPT-2, are transposed when they are packed. An embedding table tied to the
-LM head is held once, packed: its rows are looked up there. The matrices of experts are packed one by one, into a stack.
+memory. The second (weight-only int8, int4, fp8 or fp4) dequantizes the weight in registers; int8 weights whose values need only
+five or six bits are packed so with AVX-512, unless they are embedding tables too. The pass comes after
+`fold-quantized-weights`. Weights stored as [features in, features out], as in GPT-2, are transposed when they are packed. An
+embedding table tied to the LM head is held once, packed: its rows are looked up there. The matrices of experts are packed one
+by one, into a stack.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Dequantize, Embedding, FakeQuantize, GroupedProduct
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import GROUPED_PRODUCTS, LINEAR_PRODUCTS
+from lissom.compiler.ir.types import short_dtype
 from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.ops.formats import FORMATS, SCALES
+from lissom.ops.formats import BYTE_SCALES, FORMATS, SCALES
 from lissom.ops.native import missing_int8_kernel, missing_weight_quantized_kernel, reads_few_bits_faster
 from lissom.ops.packed_linear import packed_embedding
 from lissom.ops.quantization import GROUP
@@ -53,7 +55,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class PackQuantizedLinear(Rewrite):
-    """Lowers linear layers with integer weights to CPU kernels for W8A8, W4A8, W8A16 and W4A16."""
+    """Lowers linear layers with quantized weights to CPU kernels for W8A8, W4A8, W8A16 and W4A16."""
 
     def run(self, edit: Editor) -> None:
         packed: dict[tuple[fx.Node, bool], _Packed] = {}
@@ -120,8 +122,9 @@ def _is_grouped(layer: QuantizedLayer) -> bool:
 def _obstacle_to_group_scales(layer: QuantizedLayer) -> str | None:
     if layer.blocks[0] not in (1, layer.sizes[0]):
         return "its weight has a scale for several features"
-    if nodes.tensor_type(Dequantize(layer.weight).scale).dtype not in SCALES:
-        return "its weight's scale is neither float16 nor float32"
+    dtype = nodes.tensor_type(Dequantize(layer.weight).scale).dtype
+    if dtype not in (SCALES if layer.rounds else (*SCALES, *BYTE_SCALES)):
+        return f"its weight's scale is in {short_dtype(dtype)}, and the kernel reads float16 and float32"
     return None
 
 
@@ -141,6 +144,8 @@ def _call(edit: Editor, layer: QuantizedLayer, packed: _Packed) -> fx.Node:
     options: dict[str, object] = {"features": packed.features}
     if not layer.rounds:
         options["format"] = packed.format
+        if (tensor_scale := Dequantize(layer.weight).tensor_scale) != 1:
+            options["tensor_scale"] = tensor_scale
     elif layer.scale_is_known:
         values = FakeQuantize(layer.values)
         operands += [values.scale, values.zero_point, None]

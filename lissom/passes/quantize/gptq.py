@@ -26,7 +26,8 @@ Three things go beyond the algorithm:
   https://arxiv.org/abs/2504.02692, whose algorithm changes only the columns after each column, and has no λ'.
 - Where a norm is the only reader of a layer, each token is weighted by one over the square of the norm's divisor: errors are
   measured after the norm.
-- `refit`. With q known, the scales s of a row's groups minimize tr((s·q - V) H (s·q - V)ᵀ).
+- `refit`. With q known, the scales s of a row's groups minimize tr((s·q - V) H (s·q - V)ᵀ). Scales of block formats, which
+  have eight bits, stay as they are.
 
 Where activations are quantized too, X is the quantized input. A matrix that several layers share, or that is an embedding
 table as well, is quantized first, on the inputs of all its layers in the program before this pass, with W itself as target.
@@ -57,6 +58,7 @@ from lissom.compiler.calibration.statistics import Moments
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import call, evaluate_nodes
 from lissom.compiler.ir.operators import LAYER_NORMS
+from lissom.compiler.ir.printer import place
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.errors import RequirementError, UnsupportedError
@@ -83,7 +85,7 @@ class Gptq(Approximation):
         asymmetric: fits layers to the outputs of the original model, rather than to those behind quantized layers.
         pull: regularization towards the original weights with asymmetric=true, as a fraction of the mean of the diagonal of
             XᵀX.
-        refit: refits scales once the integers are chosen.
+        refit: refits scales once the integers are chosen; those of block formats stay.
         tables: quantizes LM heads tied to an embedding table, and the table with them; by default those of four bits, since in
             int8 rounding to the nearest loses next to nothing, and a table has many rows.
         damping: added to the diagonal of XᵀX, as a fraction of its mean.
@@ -145,7 +147,14 @@ class Gptq(Approximation):
             included = _format_of(matrix).bits == 4 if self.tables is None else self.tables
             return None if included else "its weight is an embedding table too; tables=true treats both"
 
-        return treated_layers(edit, partial(rounded_matrix_of, stacks=True), obstacle)
+        layers = treated_layers(edit, partial(rounded_matrix_of, stacks=True), obstacle)
+        fixed = next((node for node, matrix in layers.items() if matrix.has_block_format), None)
+        if fixed is not None and self.rescale != "none":
+            raise UnsupportedError(
+                f"gptq{{rescale={self.rescale}}} chooses scales in floating point, and {place(edit.program, fixed)} has a "
+                "weight in a block format, whose scales have eight bits: leave out rescale="
+            )
+        return layers
 
     def _quantize(self, edit: Editor, matrix: RoundedMatrix, read: Read, factors: Factors) -> None:
         weight, (scale, zero_point) = matrix.read(edit.program), matrix.read_scale(edit.program)
@@ -160,7 +169,7 @@ class Gptq(Approximation):
         zero_points = [part[2] for part in solved if part[2] is not None]
         zero_point = stack_like(zero_points, weight) if zero_points else None
         for part, value in zip(matrix.quantizer.all_input_nodes[1:], (scale, zero_point), strict=False):
-            if value is not None:
+            if value is not None and not matrix.has_block_format:
                 edit.set_weight(part, (value.mT if matrix.transposed else value).contiguous())
         matrix.write(edit, rounded)
 
@@ -183,7 +192,7 @@ class Gptq(Approximation):
             rounded = gptq(weight, gram, scale, zero_point, form, damping, self.block_size, self.act_order, factors)
         else:
             rounded, scale, zero_point = gptq_with_scales(weight, gram, scale, zero_point, form, damping, self.rescale, factors)
-        if self.refit:
+        if self.refit and not matrix.has_block_format:
             q = formats.quantize(rounded, scale, zero_point, form)
             levels = formats.dequantize(q, torch.ones_like(scale), zero_point, torch.float32)
             scale = fitted_scale(weight, levels, damped(gram, damping), scale)

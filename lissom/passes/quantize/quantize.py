@@ -14,9 +14,15 @@ Neural Networks for Efficient Integer-Arithmetic-Only Inference.
 | int4-weight (W4A16) | uint4, per-group of 32 with zero points | floating point |
 | int4-dynamic (W4A8) | uint4, per-group of 32 with zero points | int8, as for int8-group |
 | fp8 | e4m3, per-channel | e4m3, per-token or per-tensor scale, computed at run time |
+| mxfp4-weight (W4A16) | e2m1, per-group of 32, scales are powers of two | floating point |
+| mxfp8-weight (W8A16) | e4m3, per-group of 32, scales are powers of two | floating point |
+| nvfp4-weight (W4A16) | e2m1, per-group of 16, e4m3 scales and one float32 scale for the tensor | floating point |
 
 A scale for 32 neighbours rounds least where some features are far larger than others, as in decoders. It takes about as long as
 a scale per token for a few rows, as in decode, and longer for many.
+
+The last three are the block formats of `lissom/ops/block_formats.py`, which has their formulas. Their groups and scales are
+fixed, and there are no zero points.
 
 The experts of a mixture, whose matrices are stacked in one weight, have their own scales each.
 
@@ -47,18 +53,21 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.compiler.pipeline.spelling import format_pass
 from lissom.errors import RequirementError, UnsupportedError
+from lissom.ops.block_formats import BLOCK_FORMATS, BlockFormat, block_scale
 from lissom.ops.formats import FORMATS, Format, scale_for, weight_format
 from lissom.ops.quantization import GROUP, fake_quantize, fake_quantize_dynamic
 
-Scheme = Literal["int8-dynamic", "int8-group", "int8-static", "int8-weight", "int4-weight", "int4-dynamic", "fp8"]
-_Grid = tuple[torch.Tensor, torch.Tensor | None]
+_IntegerScheme = Literal["int8-dynamic", "int8-group", "int8-static", "int8-weight", "int4-weight", "int4-dynamic"]
+Scheme = Literal[_IntegerScheme, "fp8", "mxfp4-weight", "mxfp8-weight", "nvfp4-weight"]
+_Grid = tuple[torch.Tensor, torch.Tensor | None, float]
+"""Scale, zero point, and the number that is multiplied with every scale."""
 _DEFAULT_GROUP = 32
 _HALF = torch.finfo(torch.float16)
 
 
 @dataclass(frozen=True)
 class Quantize(Approximation):
-    """Quantizes linear layers to int8, int4 or fp8.
+    """Quantizes linear layers to int8, int4, fp8 or a block format.
 
     Attributes:
         scheme: what is quantized, and when its scale is computed; see the table. `int8-static` needs calibration data.
@@ -72,8 +81,8 @@ class Quantize(Approximation):
         observer: chooses the clipping range of activations from calibration data: `min-max`, `percentile`, `mse` or `entropy`.
         fraction: the part of all values that `percentile` keeps inside the clipping range.
         weight_observer: chooses the clipping range of weights, `min-max` or `mse`; `auto` is `mse` for int4.
-        embeddings: quantizes embedding tables too, and with them the LM heads tied to them. By default int4 schemes store
-            tables that are tied to an LM head in int8; other tables, and those of other schemes, stay as they are.
+        embeddings: quantizes embedding tables too, and with them the LM heads tied to them. By default schemes of four bits
+            store tables that are tied to an LM head in int8; other tables, and those of other schemes, stay as they are.
         lm_head: quantizes LM heads and classifiers that are not tied to an embedding table.
         attention: quantizes queries, keys and values at the input of attention.
         residual: quantizes the outputs of residual adds.
@@ -104,6 +113,7 @@ class Quantize(Approximation):
             raise UnsupportedError(f"quantize takes fraction= above 0.5 and up to 1, not {self.fraction:g}")
         if self.scheme == "fp8" and self.symmetric is False:
             raise UnsupportedError("quantize{scheme=fp8} has no zero points: leave out symmetric=false")
+        self._check_block_format()
         if (self.attention or self.residual) and (self.scheme.endswith("-weight") or _by_group(self.scheme)):
             what = "inputs of linear layers" if _by_group(self.scheme) else "weights"
             raise UnsupportedError(
@@ -112,6 +122,20 @@ class Quantize(Approximation):
             )
         if self._schemes() and (self.attention or self.residual):
             raise UnsupportedError("quantize{schemes=} names layers: leave out attention= and residual=, which name none")
+
+    def _check_block_format(self) -> None:
+        """Refuse options that a block format fixes."""
+        form = self._block_format
+        if form is None:
+            return
+        fixed = {"granularity": ("auto", "group"), "group": (_DEFAULT_GROUP, form.size), "symmetric": (None, True)}
+        fixed["weight_observer"] = ("auto", "min-max")
+        odd = next((name for name, values in fixed.items() if getattr(self, name) not in values), None)
+        if odd is not None:
+            raise UnsupportedError(
+                f"quantize{{scheme={self.scheme}}} scales blocks of {form.size} by their largest value and has no zero points: "
+                f"leave out {odd}="
+            )
 
     def _schemes(self) -> Amounts:
         takes = f"one of {', '.join(get_args(Scheme))}, or none"
@@ -133,9 +157,16 @@ class Quantize(Approximation):
     @property
     def weight_format(self) -> Format:
         """The format of weights."""
+        if self._block_format is not None:
+            return self._block_format.element
         if self.scheme == "fp8":
             return FORMATS["fp8"]
         return weight_format(self.scheme.partition("-")[0], self.symmetric)
+
+    @property
+    def _block_format(self) -> BlockFormat | None:
+        """The block format of weights; None for schemes with a scale in floating point."""
+        return BLOCK_FORMATS.get(self.scheme.removesuffix("-weight"))
 
     @property
     def activation_format(self) -> Format | None:
@@ -236,10 +267,13 @@ class Quantize(Approximation):
         return self._shape_obstacle(size, self._table_format if tied else self.weight_format)
 
     def _shape_obstacle(self, size: int, form: Format) -> str | None:
-        if self._granularity == "group" and size % self.group:
+        block = self._block_of(form)
+        if block is not None and size % block.size:
+            return f"its {size} input features are no multiple of {block.size}, the block size of {block.name}"
+        if block is None and self._granularity == "group" and size % self.group:
             return f"its {size} input features are no multiple of group={self.group}"
         if form.bits == 4 and size % 2:
-            return f"its number of input features, {size}, is odd, and int4 packs two per byte"
+            return f"its number of input features, {size}, is odd, and {form.name} packs two per byte"
         return None
 
     @property
@@ -248,19 +282,29 @@ class Quantize(Approximation):
             return self.granularity
         return "group" if _has_four_bits(self.scheme) else "channel"
 
+    def _block_of(self, form: Format) -> BlockFormat | None:
+        """The scheme's block format where weights in this format are its elements, and not tables in int8."""
+        return self._block_format if self._block_format is not None and form is self._block_format.element else None
+
     def _quantize_weight(self, edit: Editor, node: fx.Node, form: Format, *, transposed: bool = False) -> None:
         """Insert Q/DQ between a weight and all its readers."""
         weight = edit.tensor(node)
         outputs, inputs = weight.shape[:-3:-1] if transposed else weight.shape[-2:]
-        shapes = {"tensor": (1, 1), "channel": (outputs, 1), "group": (outputs, inputs // self.group)}
-        shape = shapes[self._granularity]
+        block = self._block_of(form)
+        group = self.group if block is None else block.size
+        shapes = {"tensor": (1, 1), "channel": (outputs, 1), "group": (outputs, inputs // group)}
+        shape = shapes["group" if block is not None else self._granularity]
         # A stack of matrices has scales for each of them.
         shape = (*weight.shape[:-2], *(shape[::-1] if transposed else shape))
+        if block is not None:
+            scale, tensor_scale = block_scale(weight, shape, block)
+            self._insert(edit, node, list(node.users), form, (scale, None, tensor_scale), str(node.target))
+            return
         scale, zero_point = weight_scale(weight, shape, form, self.weight_observer)
         if self._granularity == "group":
             least, largest = scale.abs().aminmax()
             scale = scale.half() if least > _HALF.tiny and largest < _HALF.max else scale
-        self._insert(edit, node, list(node.users), form, (scale, zero_point), str(node.target))
+        self._insert(edit, node, list(node.users), form, (scale, zero_point, 1.0), str(node.target))
 
     def _insert(
         self, edit: Editor, value: fx.Node, readers: list[fx.Node], form: Format, grid: _Grid | None, weight: str = ""
@@ -268,7 +312,7 @@ class Quantize(Approximation):
         """Insert Q/DQ between a value and its readers.
 
         Args:
-            grid: scale and zero point; computed at run time where it is None.
+            grid: computed at run time where it is None.
             weight: the value's name when it is a weight.
         """
         name = weight or value.name
@@ -277,11 +321,12 @@ class Quantize(Approximation):
                 granularity = "group" if _by_group(self.scheme) else self.activations
                 rounded = edit.call(fake_quantize_dynamic, value, format=form.name, granularity=granularity)
             else:
-                scale, zero_point = grid
+                scale, zero_point, tensor_scale = grid
                 parts = [edit.weight(f"{name}_scale", scale)]
                 if zero_point is not None:
                     parts.append(edit.weight(f"{name}_zero_point", zero_point.to(torch.uint8)))
-                rounded = edit.call(fake_quantize, value, *parts, format=form.name)
+                options = {} if tensor_scale == 1 else {"tensor_scale": tensor_scale}
+                rounded = edit.call(fake_quantize, value, *parts, format=form.name, **options)
         for reader in readers:
             reader.replace_input_with(value, rounded)
         edit.rewritten += 1
@@ -308,11 +353,11 @@ class Quantize(Approximation):
         for value in values:
             asked = [user for user in value.users if user in layers or (self.attention and is_attention(user)) or value in sums]
             if asked:
-                self._insert(edit, value, asked, form, scale_for(*ranges[value], form) if value in ranges else None)
+                self._insert(edit, value, asked, form, (*scale_for(*ranges[value], form), 1.0) if value in ranges else None)
 
 
 def _has_four_bits(scheme: str) -> bool:
-    return scheme.startswith("int4")
+    return scheme.startswith(("int4", "mxfp4", "nvfp4"))
 
 
 def _by_group(scheme: str) -> bool:
@@ -339,9 +384,10 @@ def _matrices(program: Program) -> dict[fx.Node, Matrix]:
 
 def _taken(outputs: int, inputs: int) -> tuple[str, ...]:
     """The schemes that fit a weight of that many out_features and in_features, at default options."""
-    by_32 = (
-        scheme
-        for scheme in get_args(Scheme)
-        if inputs % _DEFAULT_GROUP == 0 or not (_has_four_bits(scheme) or _by_group(scheme))
-    )
-    return (UNCHANGED, *by_32)
+    return (UNCHANGED, *(scheme for scheme in get_args(Scheme) if inputs % _group_of(scheme) == 0))
+
+
+def _group_of(scheme: str) -> int:
+    """The number of neighbouring inputs that share a scale, at default options; 1 where all of them do."""
+    block = BLOCK_FORMATS.get(scheme.removesuffix("-weight"))
+    return block.size if block is not None else _DEFAULT_GROUP if _has_four_bits(scheme) or _by_group(scheme) else 1

@@ -4,8 +4,9 @@
 
 A GGUF file stores weights in blocks of 2 to 8 bits (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), which
 transformers dequantizes when it loads the model. This pass undoes that: nothing is quantized anew, and the values are the same
-bits. It takes Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K and Q6_K, and holds five and six bits in eight; the CPU
-kernels of eager, which take all types, pack them in five and six. ONNX Runtime has none for weights with minimums.
+bits. It takes Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K and MXFP4, and holds five and six bits in eight; the
+CPU kernels of eager, which take all types, pack them in five and six. ONNX Runtime has none for weights with minimums or in
+MXFP4.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def _obstacle(node: fx.Node, stored: StoredWeight) -> str | None:
     if reader is not None:
         return f"'{reader.name}' reads it, which is neither a linear layer nor an embedding"
     if stored.transposed and FORMATS[stored.kind.format].bits == 4 and stored.rows % 2:
-        return f"its number of features, {stored.rows}, is odd, and int4 packs two per byte"
+        return f"its number of features, {stored.rows}, is odd, and {stored.kind.format} packs two per byte"
     return None
 
 

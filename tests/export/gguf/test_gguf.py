@@ -19,6 +19,7 @@ from lissom.export.gguf.weights import Blocks, blocks_of, joined, padded, with_r
 from lissom.export.gguf.writer import encoded
 from lissom.ops.formats import FORMATS, dequantize, quantize, scale_for
 from lissom.ops.gguf_blocks import StoredBlocks
+from lissom.ops.quantization import fake_quantize
 from tests.support.gguf_models import byte_fallback, byte_level, decoder, optimized, save_checkpoint
 from tests.support.models import normal
 
@@ -259,3 +260,25 @@ def test_other_tokenizers_are_refused():
         read_vocabulary(byte_level(), None, 4)
     with pytest.raises(UnsupportedError, match="give a fast tokenizer of transformers"):
         read_vocabulary(object(), None, 4)
+
+
+def test_mxfp4_is_written_to_the_bit(tmp_path):
+    model = optimized(decoder("llama", 140, layers=1), "quantize{scheme=mxfp4-weight}")
+    written = model.export_gguf(tmp_path / "model.gguf", tokenizer=byte_level())
+    assert written.types == {"MXFP4": 7, "F32": 5}
+    _, tensors = read(tmp_path / "model.gguf")
+    quantizers = {str(node.args[0].target): node for node in model.program.nodes(fake_quantize)}
+    for name, leaf in (("up_proj", "ffn_up"), ("down_proj", "ffn_down")):
+        node = quantizers[f"model.layers.0.mlp.{name}.weight"]
+        operands = [model.program.weight(str(operand.target)).detach() for operand in node.all_input_nodes]
+        assert torch.equal(tensors[f"blk.0.{leaf}.weight"], fake_quantize(*operands, **node.kwargs))
+
+
+def test_other_block_formats_are_written_in_floating_point(tmp_path):
+    for scheme in ("mxfp8-weight", "nvfp4-weight"):
+        model = optimized(decoder("llama", 140, layers=1), f"quantize{{scheme={scheme}}}")
+        assert model.export_gguf(tmp_path / "model.gguf", tokenizer=byte_level()).types == {"F32": 12}
+        _, tensors = read(tmp_path / "model.gguf")
+        (node,) = [call for call in model.program.nodes(fake_quantize) if "up_proj" in str(call.args[0].target)]
+        operands = [model.program.weight(str(operand.target)).detach() for operand in node.all_input_nodes]
+        torch.testing.assert_close(tensors["blk.0.ffn_up.weight"], fake_quantize(*operands, **node.kwargs), rtol=0, atol=0)

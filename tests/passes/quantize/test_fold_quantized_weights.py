@@ -18,6 +18,7 @@ PASSES = {
     "uint4": "quantize{scheme=int4-weight,group=8,symmetric=false,embeddings=true}",
     "tensor": "quantize{scheme=int8-weight,granularity=tensor,embeddings=true}",
     "fp8": "quantize{scheme=fp8}",
+    "nvfp4": "quantize{scheme=nvfp4-weight,embeddings=true}",
     "dynamic": "quantize",
 }
 

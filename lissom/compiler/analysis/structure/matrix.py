@@ -20,6 +20,7 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import GROUPED_PRODUCTS, LINEAR_PRODUCTS, TRANSPOSES
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.view_calls import Transpose
+from lissom.ops.formats import BYTE_SCALES
 from lissom.ops.quantization import fake_quantize
 
 aten = torch.ops.aten
@@ -130,9 +131,19 @@ class RoundedMatrix(Matrix):
 
     quantizer: fx.Node
 
+    @property
+    def has_block_format(self) -> bool:
+        """True where scales are in eight bits, so that others cannot be fitted to the weight."""
+        return nodes.tensor_type(FakeQuantize(self.quantizer).scale).dtype in BYTE_SCALES
+
     def read_scale(self, program: Program) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scale and zero point, each [..., blocks of out_features, blocks of in_features]."""
+        """Scale and zero point, each [..., blocks of out_features, blocks of in_features].
+
+        Scales of a block format are in float32, with that of the tensor.
+        """
         values = [program.weight(str(operand.target)).detach() for operand in self.quantizer.all_input_nodes[1:]]
+        if self.has_block_format:
+            values = [values[0].float() * FakeQuantize(self.quantizer).tensor_scale]
         turned = [value.reshape(1, 1) if value.dim() == 0 else value.mT if self.transposed else value for value in values]
         return turned[0], turned[1] if len(turned) > 1 else None
 
