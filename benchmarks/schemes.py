@@ -161,7 +161,7 @@ SCHEMES = {
     "mxfp8-weight": Scheme(
         "Weight-only fp8 (e4m3) with a scale per block of 32 that is a power of two: 8.25 bits per weight, in the format of "
         "the OCP Microscaling specification.",
-        "- Where int8 will do: `int8-weight` has finer steps for weights of similar size, and takes as long.\n"
+        "- Where int8 will do: `int8-weight` has finer steps for weights of similar size, in the same time or less.\n"
         "- With ONNX Runtime: the scheme is refused.",
         ("quantize{scheme=mxfp8-weight}",),
         ("quantize{scheme=mxfp8-weight}",),
