@@ -104,6 +104,10 @@ def _squared_relu(x: ir.Value) -> ir.Value:
     return op.Mul(positive, positive)
 
 
+def _change_basis(x: ir.Value, basis: ir.Value) -> ir.Value:
+    return op.MatMul(x, basis)
+
+
 def _fake_quantize(x: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, format: str = "") -> ir.Value:
     return _node(ROUND, x, scale, zero_point, format=format)
 
@@ -201,6 +205,7 @@ TRANSLATIONS: Mapping[Callable[..., object], Callable[..., object]] = {
     ops.block_sparse_attention: _block_sparse_attention,
     ops.rotary: _rotary,
     ops.squared_relu: _squared_relu,
+    ops.change_basis: _change_basis,
     ops.grouped_product: _grouped_product,
     ops.linear_attention: _linear_attention,
     fake_quantize: _fake_quantize,

@@ -1,0 +1,86 @@
+"""Orthogonal matrices: Hadamard matrices of many sizes, random ones, and principal components.
+
+A Hadamard matrix has entries of 1 and -1 and orthogonal rows, H Hᵀ = n I. Sizes are doubled by
+
+    H_2n = [[H_n, H_n], [H_n, -H_n]]                                                                Sylvester 1867
+
+from 1, or from a size that Paley's constructions give: q + 1 for a prime q = 3 mod 4, and 2 (q + 1) for a prime q = 1 mod 4.
+With χ(a) = 1 where a is a square mod q, -1 where it is not, 0 for a = 0, and Q_ij = χ(i - j),
+
+    I:   H = I + [[0, 1ᵀ], [-1, Q]]                  II:  S = [[0, 1ᵀ], [1, Q]],  H = S ⊗ [[1, 1], [1, -1]] + I ⊗ [[1, -1], [-1, -1]]
+
+Paley 1933, On Orthogonal Matrices. Head sizes and widths of models are nearly all of these sizes: 96 = 8 · 12, 640 = 32 · 20.
+"""
+
+from __future__ import annotations
+
+from math import isqrt
+
+import torch
+
+_DOUBLE = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+
+
+def hadamard(size: int) -> torch.Tensor | None:
+    """The Hadamard matrix over √size, which is orthogonal, [size, size] in float64; None where no construction gives one."""
+    signs = _signs(size)
+    return None if signs is None else signs / size**0.5
+
+
+def _signs(size: int) -> torch.Tensor | None:
+    if size == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    if size % 2:
+        return None
+    half = _signs(size // 2)
+    if half is not None:
+        return torch.kron(_DOUBLE, half)
+    if size % 4 == 0 and _is_prime(size - 1):
+        return _first_of_paley(size - 1)
+    if size % 4 == 0 and _is_prime(size // 2 - 1) and (size // 2 - 1) % 4 == 1:
+        return _second_of_paley(size // 2 - 1)
+    return None
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % divisor for divisor in range(2, isqrt(number) + 1))
+
+
+def _squares(q: int) -> torch.Tensor:
+    """Q, [q, q]."""
+    character = -torch.ones(q, dtype=torch.float64)
+    character[torch.arange(1, q).square() % q] = 1
+    character[0] = 0
+    index = torch.arange(q)
+    return character[(index[:, None] - index) % q]
+
+
+def _bordered(q: int, corner: float) -> torch.Tensor:
+    """Q below a row of ones, beside a column of `corner`."""
+    matrix = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+    matrix[0, 1:], matrix[1:, 0], matrix[1:, 1:] = 1, corner, _squares(q)
+    return matrix
+
+
+def _first_of_paley(q: int) -> torch.Tensor:
+    return _bordered(q, -1) + torch.eye(q + 1, dtype=torch.float64)
+
+
+def _second_of_paley(q: int) -> torch.Tensor:
+    negative = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+    return torch.kron(_bordered(q, 1), _DOUBLE) + torch.kron(torch.eye(q + 1, dtype=torch.float64), negative)
+
+
+def random_basis(size: int, seed: int) -> torch.Tensor:
+    """A random orthogonal matrix, uniformly distributed, [size, size] in float64.
+
+    Mezzadri 2007, How to Generate Random Matrices from the Classical Compact Groups, §5.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
+    return q * r.diagonal().sign()
+
+
+def principal_components(gram: torch.Tensor) -> torch.Tensor:
+    """The eigenvectors of a Gram matrix as columns, largest eigenvalue first, [size, size] in float64."""
+    return torch.linalg.eigh(gram.double().cpu()).eigenvectors.flip(1)
