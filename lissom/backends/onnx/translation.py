@@ -105,7 +105,11 @@ def _squared_relu(x: ir.Value) -> ir.Value:
 
 
 def _change_basis(x: ir.Value, basis: ir.Value) -> ir.Value:
-    return op.MatMul(x, basis)
+    if len(basis.shape or ()) == 2:
+        return op.MatMul(x, basis)
+    heads, key_heads, features, size = fixed_size(x, 1), fixed_size(basis, 0), fixed_size(x, 3), fixed_size(basis, 2)
+    grouped = op.Reshape(x, op.Constant(value_ints=[0, key_heads, -1, features]))
+    return op.Reshape(op.MatMul(grouped, basis), op.Constant(value_ints=[0, heads, -1, size]))
 
 
 def _fake_quantize(x: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, format: str = "") -> ir.Value:

@@ -18,6 +18,10 @@ from math import isqrt
 
 import torch
 
+from lissom.compiler.calibration.hessian import damped
+
+DAMPING = 0.01
+"""The fraction of the mean variance that is added to every direction, so that rare ones are not divided by zero."""
 _DOUBLE = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
 
 
@@ -84,3 +88,34 @@ def random_basis(size: int, seed: int) -> torch.Tensor:
 def principal_components(gram: torch.Tensor) -> torch.Tensor:
     """The eigenvectors of a Gram matrix as columns, largest eigenvalue first, [size, size] in float64."""
     return torch.linalg.eigh(gram.double().cpu()).eigenvectors.flip(1)
+
+
+def balanced(keys: torch.Tensor, queries: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and A⁻ᵀ: the bases of keys and of queries in which quantized keys change the scores least, each [size, size].
+
+    A quantized key k A + e, with a scale per token, has an error of E‖e‖² ∝ tr(Aᵀ Σ_k A), spread evenly by the orthogonal
+    factor of A, and changes the scores by E(q A⁻ᵀ e)² ∝ tr(A⁻¹ Σ_q A⁻ᵀ). Their product is least, the square of the nuclear norm
+    of Σ_k^½ Σ_q^½, for
+
+        A = M^½ H,   M = Σ_k^-½ (Σ_k^½ Σ_q Σ_k^½)^½ Σ_k^-½
+
+    which is the geometric mean of Σ_k⁻¹ and Σ_q. Hadamard bases alone have M = I.
+
+    Args:
+        keys: Σ_k, the covariance of keys, [size, size] in float64.
+        queries: Σ_q, the second moment of queries, up to a factor.
+        basis: H, orthogonal.
+    """
+    keys, queries = damped(keys, DAMPING), damped(queries, DAMPING)
+    root, inverse = _power(keys, 0.5), _power(keys, -0.5)
+    mean = inverse @ _power(root @ queries @ root, 0.5) @ inverse
+    mean = (mean + mean.T) / 2
+    # A factor on one side and its inverse on the other change nothing: keys keep their size.
+    mean = mean * (keys.trace() / (mean @ keys).trace())
+    return _power(mean, 0.5) @ basis, _power(mean, -0.5) @ basis
+
+
+def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
+    """A power of a symmetric positive definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp_min(values[-1] * 1e-12).pow(exponent) @ vectors.T

@@ -7,6 +7,8 @@ normally distributed ones. The outputs do not change, since Q Qᵀ = I:
 - `where=cache`: queries and keys, (q Q)·(k Q) = q·k, after rotary embeddings and norms, before a key is written to the KV
   cache. QuaRot: Ashkboos et al. 2024, §4, stage 1b. https://arxiv.org/abs/2404.00456
 - `where=heads`: values and the output projection, (z Q)(W_o Q)ᵀ = z W_oᵀ, folded into weights. QuaRot §4, stage 1c.
+- `where=residual`: the residual stream with all that writes and reads it, folded into weights. SliceGPT: Ashkboos et al. 2024,
+  §3. https://arxiv.org/abs/2401.15024
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ import torch
 
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Rewrite
+from lissom.errors import UnsupportedError
 from lissom.passes.quantize.rotate.bases import hadamard, random_basis
 from lissom.passes.quantize.rotate.cache import rotate_keys
 from lissom.passes.quantize.rotate.heads import rotate_values
+from lissom.passes.quantize.rotate.residual import rotate_residual
 
 
 @dataclass(frozen=True)
@@ -28,23 +32,36 @@ class Rotate(Rewrite):
     """Gives activations another orthogonal basis, in which they are quantized or pruned at less loss.
 
     Attributes:
-        where: `cache`, queries and the keys of the KV cache; `heads`, values and the input of output projections.
-        basis: `hadamard`, or a random orthogonal matrix where there is no Hadamard matrix of the size; `random`.
+        where: `cache`, queries and the keys of the KV cache; `heads`, values and the input of output projections; `residual`,
+            the residual stream, where its norms allow it.
+        basis: `hadamard`, a Hadamard matrix, or a random orthogonal matrix where there is none of the size; `random`;
+            `balanced`, for the cache, also balances queries and keys and subtracts the mean key, on calibration data; `pca`,
+            for the residual stream, its principal components on calibration data. `auto` is `balanced` for the cache where
+            there is calibration data, else `hadamard`.
         seed: of random matrices.
     """
 
-    where: Literal["cache", "heads"] = "cache"
-    basis: Literal["hadamard", "random"] = "hadamard"
+    where: Literal["cache", "heads", "residual"] = "cache"
+    basis: Literal["auto", "hadamard", "random", "balanced", "pca"] = "auto"
     seed: int = 0
     requires = (FLOATING_POINT_WEIGHTS,)
 
+    def __post_init__(self) -> None:
+        if self.basis == "balanced" and self.where != "cache":
+            raise UnsupportedError(f"rotate{{where={self.where}}} takes no basis=balanced, which is for where=cache")
+        if self.basis == "pca" and self.where != "residual":
+            raise UnsupportedError(f"rotate{{where={self.where}}} takes no basis=pca, which is for where=residual")
+
     def run(self, edit: Editor) -> None:
         if self.where == "cache":
-            rotate_keys(edit, self._basis)
-        else:
+            is_balanced = self.basis == "balanced" or (self.basis == "auto" and bool(edit.data))
+            rotate_keys(edit, self._basis, is_balanced=is_balanced)
+        elif self.where == "heads":
             rotate_values(edit, self._basis)
+        else:
+            rotate_residual(edit, None if self.basis == "pca" else self._basis)
 
     def _basis(self, size: int) -> torch.Tensor:
         """The orthogonal matrix of a size, [size, size] in float64."""
-        found = hadamard(size) if self.basis == "hadamard" else None
+        found = None if self.basis == "random" else hadamard(size)
         return random_basis(size, self.seed) if found is None else found
