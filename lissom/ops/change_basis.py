@@ -50,6 +50,5 @@ change_basis = define(
     backward=_backward,
     setup_context=_remember,
 )
-"""The operator. x: [..., features]; basis: [features, features of the result]. Or x: [batch, heads, tokens, features] and basis:
-[key_heads, features, features of the result], with heads a multiple of key_heads. Returns x with the features of the result.
-Differentiable; any device."""
+"""The operator. x: [..., features]; basis: [features, new features]. Or x: [batch, heads, tokens, features] and basis: [key_heads,
+features, new features], with heads a multiple of key_heads. Returns [..., new features]. Differentiable; any device."""

@@ -7,7 +7,8 @@ A Hadamard matrix has entries of 1 and -1 and orthogonal rows, H Hᵀ = n I. Siz
 from 1, or from a size that Paley's constructions give: q + 1 for a prime q = 3 mod 4, and 2 (q + 1) for a prime q = 1 mod 4.
 With χ(a) = 1 where a is a square mod q, -1 where it is not, 0 for a = 0, and Q_ij = χ(i - j),
 
-    I:   H = I + [[0, 1ᵀ], [-1, Q]]                  II:  S = [[0, 1ᵀ], [1, Q]],  H = S ⊗ [[1, 1], [1, -1]] + I ⊗ [[1, -1], [-1, -1]]
+    I:   H = I + [[0, 1ᵀ], [-1, Q]]
+    II:  H = S ⊗ [[1, 1], [1, -1]] + I ⊗ [[1, -1], [-1, -1]],   S = [[0, 1ᵀ], [1, Q]]
 
 Paley 1933, On Orthogonal Matrices. Head sizes and widths of models are nearly all of these sizes: 96 = 8 · 12, 640 = 32 · 20.
 """
