@@ -50,5 +50,6 @@ change_basis = define(
     backward=_backward,
     setup_context=_remember,
 )
-"""The operator. x: [..., features]; basis: [features, new features]. Or x: [batch, heads, tokens, features] and basis: [key_heads,
-features, new features], with heads a multiple of key_heads. Returns [..., new features]. Differentiable; any device."""
+"""The operator. x: [..., features]; basis: [features, new features]. Or x: [batch, heads, tokens, features] and basis:
+[key_heads, features, new features], with heads a multiple of key_heads. Returns [..., new features]. Differentiable; any
+device."""

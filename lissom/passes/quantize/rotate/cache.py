@@ -31,6 +31,7 @@ from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import STATE_WRITES
 from lissom.compiler.ir.program import kept_state
+from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.view_calls import IndexCopy
 from lissom.errors import RequirementError
 from lissom.ops import change_basis, change_basis_reference
@@ -183,7 +184,7 @@ def key_moments(edit: Editor, caches: Sequence[KeyCache]) -> Mapping[fx.Node, Ke
             by_query.setdefault(attention.q, []).append(sums[cache.new.source])
     for finished, sample in enumerate(edit.data):
 
-        def look(node: fx.Node, value: object, sample: Sequence[torch.Tensor] = sample) -> None:
+        def look(node: fx.Node, value: object, sample: Sample = sample) -> None:
             if not isinstance(value, torch.Tensor) or (node not in sums and node not in by_query):
                 return
             mask = token_mask(edit.program, sample, node, axis=2)

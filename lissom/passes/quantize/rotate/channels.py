@@ -25,7 +25,7 @@ from lissom.compiler.analysis.axes.base import Value
 from lissom.compiler.analysis.axes.columns import WeightUnits, unit_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
-from lissom.compiler.ir.calls import Norm
+from lissom.compiler.ir.calls import MaskedFill, Norm
 from lissom.compiler.ir.dimension_map import dim_of
 from lissom.compiler.ir.dimensions import Named, named, parts_of
 from lissom.compiler.ir.editor import Editor
@@ -72,7 +72,8 @@ def _touches(node: fx.Node, axis: Axis, known: Axes) -> bool:
 def _commutes(node: fx.Node, axis: Axis, known: Axes) -> bool:
     """True when the call of rotated operands is the rotated result."""
     target = node.target
-    have = [argument for argument in node.args[:2] if argument in known.of and _on(known.of[argument], axis)]
+    operands = [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
+    have = [operand for operand in operands if operand in known.of and _on(known.of[operand], axis)]
     if target in _MOVES or nodes.is_state_write(node):
         return True
     if target in (aten.add.Tensor, aten.sub.Tensor):
@@ -84,12 +85,12 @@ def _commutes(node: fx.Node, axis: Axis, known: Axes) -> bool:
         return have == [node.args[0]]
     if target is aten.neg.default:
         return True
-    if target in ops.MASKED_FILLS:
-        return have == [node.args[0]] and node.args[2] == 0
+    if (filled := MaskedFill.of(node)) is not None:
+        return have == [filled.x] and isinstance(filled.value, (int, float)) and filled.value == 0
     if target in _ALONG_OTHERS:
         dims = known.of[nodes.operand(node)]
         return not any(_on(dims[dim : dim + 1], axis) for dim in reduced_dims(node, len(dims)))
-    if target in (aten.index_copy.default, aten.index_select.default, aten.gather.default, aten.take_along_dim.default):
+    if target in (aten.index_copy.default, aten.index_select.default):
         return not _on(known.of[nodes.operand(node)][dim_of(node, len(known.of[node])) :][:1], axis)
     if target is aten.index.Tensor:
         return have == [node.args[0]]

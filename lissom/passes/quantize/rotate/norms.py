@@ -126,8 +126,8 @@ def shortcut_obstacle(program: Program, norms: Sequence[fx.Node]) -> str | None:
         readers = {user for view in _views(norm) for user in view.users}
         if norm.target is aten.layer_norm.default and Norm(norm).x in sums and not sums.isdisjoint(readers):
             return (
-                f"{place(program, norm)} is a LayerNorm whose output is also the shortcut, so its scale and mean act on the stream "
-                f"itself; use a model whose LayerNorms are on the branches, or rotate{{where=heads}}"
+                f"{place(program, norm)} is a LayerNorm whose output is also the shortcut, so its scale and mean act on the "
+                f"stream; use a model whose LayerNorms are on the branches, or rotate{{where=heads}}"
             )
     return None
 

@@ -13,8 +13,8 @@ Norms are prepared first. SliceGPT: Ashkboos et al. 2024, §3.1 and §3.2. https
 - A LayerNorm of values whose mean is zero is an RMS norm, so what writes to the stream is centred:  W (I - 1 1ᵀ/n). All
   readers must read behind a norm then. A tied LM head gets a matrix of its own.
 
-There is one basis for the whole stream, so shortcuts need no matrices, unlike in SliceGPT. `pca` takes the principal components of
-all norms' outputs x̂ on calibration data, each norm weighted equally, the largest first.
+There is one basis for the whole stream, so shortcuts need no matrices, unlike in SliceGPT. `pca` takes the principal components
+of all norms' outputs x̂ on calibration data, each norm weighted equally, the largest first.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _norms(program: Program, stream: Axis) -> list[fx.Node]:
 
 
 def _separate_ends(edit: Editor, stream: Axis) -> None:
-    """Multiply inputs and outputs of the program that have the stream's channels by the identity, which is rotated on one side."""
+    """Multiply the program's inputs and outputs on the stream by the identity, which is rotated on one side."""
     known = edit.program.fact(axes)
     output = edit.program.output
     ends = [node for node in (*edit.program.placeholders, *output.all_input_nodes) if node in known.of]

@@ -1,0 +1,137 @@
+"""Tests of rotate{where=cache}: equal outputs, keys in another basis, and less error of quantized keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import lissom
+from lissom.backends.base import Backend
+from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.history import History
+from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.compiler.pipeline.spelling import parse_pipeline
+from lissom.errors import RequirementError
+from lissom.frontends.generation.decoder import capture_decoder
+from lissom.ops import change_basis
+from lissom.passes import PASSES, RECIPES
+from lissom.passes.quantize.rotate.bases import hadamard, random_basis
+from lissom.passes.quantize.rotate.rotate import Rotate
+from tests.support.decoders import DECODERS, ROTARY, decoder, prompt
+from tests.support.harness import Calls, calls, check_golden, every_backend_but_eager_slow, rewrite
+from tests.support.models import normal
+from tests.support.neighbours import all_but_slow
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
+
+def rotated(name: str = "llama", *, data: bool = False, **options: str) -> tuple[Program, Program, History]:
+    captured = capture_decoder(decoder(name), max_length=16)
+    # Soft-capped scores are no attention before they are raised to one.
+    before = raised(captured.program) if name == "gemma2" else captured.program
+    pipeline = Pipeline([Rotate(**options)], samples=captured.samples, data=captured.samples if data else ())  # pyright: ignore
+    return before, *pipeline.run(before)
+
+
+def raised(program: Program) -> Program:
+    return Pipeline(parse_pipeline("exact", PASSES, RECIPES), checks="off").run(program)[0]
+
+
+def keys_after(program: Program, state: str) -> torch.Tensor:
+    """The rows that a call writes to a state."""
+    with torch.no_grad():
+        program.run([prompt()["input_ids"], torch.ones(1, 16, dtype=torch.int64), torch.arange(7)[None], torch.tensor([0])])
+    return program.weight(state)[:, :, :7].double()
+
+
+def test_rewrites() -> None:
+    _, _, history = rotated()
+    check_golden("rotate", history.diff(0, 1))
+
+
+def test_leaves_other_graphs_alone() -> None:
+    _, history = rewrite(Rotate(), Calls(lambda x: x.relu()), normal(2, 4))
+    assert history.texts[0] == history.texts[1]
+    assert history.steps[1].notes == ("the program has no KV cache in floating point; compile_generation makes one",)
+
+
+@pytest.mark.parametrize("name", all_but_slow(list(DECODERS), "qwen3", "gpt2"))
+def test_keys_are_rotated_where_they_are_written(name: str) -> None:
+    before, after, _ = rotated(name)
+    basis = hadamard(8)
+    assert basis is not None
+    # Where no rotary embedding or norm is between, it costs nothing.
+    assert calls(after, change_basis) == (4 if name in ROTARY else 0)
+    wanted = keys_after(before, "cache.0.keys") @ basis
+    # Sums of eight products in float32.
+    found = keys_after(after, "cache.0.keys_rotated")
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_a_random_basis_where_there_is_no_hadamard_matrix() -> None:
+    before, after, _ = rotated(basis="random")
+    wanted = keys_after(before, "cache.0.keys") @ random_basis(8, 0)
+    found = keys_after(after, "cache.0.keys_rotated")
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("name", all_but_slow(list(DECODERS), "gemma3", "gemma2"))
+def test_balanced_keys_are_read_as_before(name: str) -> None:
+    """The pipeline compares the outputs; a soft cap of the scores, as in Gemma 2, forbids the shift."""
+    _, after, history = rotated(name, data=True)
+    assert history.steps[1].relative_error is not None and history.steps[1].relative_error < 2e-6
+    assert calls(after, change_basis) == 4
+    assert sum("shift" in weight for weight in after.weights()) == (0 if name == "gemma2" else 2)
+
+
+def test_balanced_keys_have_a_mean_of_zero_and_the_size_of_keys() -> None:
+    before, after, _ = rotated("llama", data=True)
+    sample = capture_decoder(decoder("llama"), max_length=16).samples[0]
+    kept: list[torch.Tensor] = []
+    for program, state in ((before, "cache.0.keys"), (after, "cache.0.keys_rotated")):
+        with torch.no_grad():
+            program.run(sample)
+        kept.append(program.weight(state)[:, :, : sample[0].shape[1]].double())
+    wanted = kept[0] - kept[0].mean(2, keepdim=True)
+    assert kept[1].shape == wanted.shape and not torch.allclose(kept[1], wanted)
+
+
+def test_what_is_kept_already_is_rotated() -> None:
+    captured = capture_decoder(decoder("llama"), max_length=16)
+    program = captured.program
+    with torch.no_grad():
+        program.run(captured.samples[0])
+    wanted = program.weight("cache.0.keys").double().clone()
+    after, _ = Pipeline([Rotate()], samples=captured.samples).run(program)
+    basis = hadamard(8)
+    assert basis is not None and wanted.any()
+    torch.testing.assert_close(after.weight("cache.0.keys_rotated").double(), wanted @ basis, rtol=1e-4, atol=1e-5)
+
+
+def test_requirements() -> None:
+    with pytest.raises(RequirementError) as refusal:
+        rotated(basis="balanced")
+    assert str(refusal.value) == "rotate{basis=balanced} needs calibration data: pass data=, or choose basis=hadamard"
+
+
+@every_backend_but_eager_slow
+@pytest.mark.parametrize("data", [False, True])
+def test_composes(backend: Backend, data: bool, tmp_path: Path) -> None:
+    if backend.name == "inductor":
+        pytest.skip("Inductor keeps no state")
+    model, ids = decoder("gemma3"), prompt(length=9)["input_ids"]
+    options = {"data": [ids]} if data else {}
+    passes = "rotate,rotate{where=heads},quantize-cache{bits=4}"
+    fast = lissom.compile_generation(model, max_length=32, passes=passes, backend=backend, goal=None, **options)
+    plain = lissom.compile_generation(model, max_length=32, passes="rotate,rotate{where=heads}", goal=None, **options)
+    with torch.no_grad():
+        wanted = model(ids).logits[:, -1]
+    # Exact, then four bits for keys and values.
+    assert float((plain.step(ids) - wanted).abs().max() / wanted.abs().max()) < 1e-4
+    assert float((fast.step(ids) - wanted).norm() / wanted.norm()) < 0.4
+    fast.save(tmp_path / "saved")
+    again = lissom.load_generation(tmp_path / "saved")
+    fast.reset()
+    assert torch.equal(again.step(ids), fast.step(ids))
