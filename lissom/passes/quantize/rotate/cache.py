@@ -6,7 +6,7 @@ Where nothing but views lies between the projections and the scores, H is folded
 embeddings and norms of queries and keys have an angle or a scale of their own for each feature, so H is applied after them, to
 the tokens of the call only: a key is rotated once, when it is written.
 
-A balanced basis A need not be orthogonal, and the mean key μ of the calibration data is subtracted:
+A balanced basis A need not be orthogonal, and μ is subtracted, the mean key of the calibration data by attention:
 
     q · k = (q A⁻ᵀ) · ((k - μ) A) + q · μ
 
@@ -26,12 +26,12 @@ from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.structure.kv_cache import readers_of_keys, written_rows
 from lissom.compiler.analysis.structure.operands import sinks_of, softcap_of
 from lissom.compiler.analysis.structure.real_tokens import token_mask
+from lissom.compiler.calibration.attention_weights import attention_weights, operands_of, rows_of
+from lissom.compiler.calibration.partial_run import Stream
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import STATE_WRITES
-from lissom.compiler.ir.program import kept_state
-from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.view_calls import IndexCopy
 from lissom.errors import RequirementError
 from lissom.ops import change_basis, change_basis_reference
@@ -61,19 +61,49 @@ class KeyCache:
 
 @dataclass
 class KeyMoments:
-    """Sums over the tokens of calibration data, for each key head.
+    """Sums over calibration data, for each key head. A key counts by the attention that it gets.
+
+    An error in the score of a key changes the output in proportion to its softmax weight: the first token of a text gets half
+    of the attention in many layers, and has a key unlike those of all others.
 
     Attributes:
-        keys: Σ k kᵀ, [key_heads, head_dim, head_dim], float64.
+        keys: Σ p k kᵀ, [key_heads, head_dim, head_dim], float64.
         queries: Σ q qᵀ of the query heads that share the key head.
-        total: Σ k, [key_heads, head_dim].
-        count: tokens.
+        total: Σ p k, [key_heads, head_dim].
+        mass: Σ p, [key_heads].
     """
 
     keys: torch.Tensor
     queries: torch.Tensor
     total: torch.Tensor
-    count: int = 0
+    mass: torch.Tensor
+
+    @staticmethod
+    def empty(heads: int, size: int) -> KeyMoments:
+        shapes = ((heads, size, size), (heads, size, size), (heads, size), (heads,))
+        return KeyMoments(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def add(self, queries: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add one text.
+
+        Args:
+            queries: [heads, queries, head_dim].
+            keys: [heads or key_heads, keys, head_dim].
+            weights: softmax weights, [heads, queries, keys].
+        """
+        groups = (len(self.keys), -1)
+        keys = keys.double().cpu().unflatten(0, groups)[:, 0]
+        queries = queries.double().cpu().unflatten(0, groups).flatten(1, 2)
+        mass = weights.double().cpu().sum(1).unflatten(0, groups).sum(1)
+        self.keys += (keys * mass[..., None]).mT @ keys
+        self.queries += queries.mT @ queries
+        self.total += (keys * mass[..., None]).sum(1)
+        self.mass += mass.sum(1)
+
+    def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean key and the second moment of keys, for each key head."""
+        mass = self.mass.clamp_min(torch.finfo(torch.float64).tiny)
+        return self.total / mass[:, None], self.keys / mass[:, None, None]
 
 
 def rotate_keys(edit: Editor, basis_of: Callable[[int], torch.Tensor], *, is_balanced: bool) -> None:
@@ -131,8 +161,9 @@ def _rotate_orthogonal(edit: Editor, caches: Sequence[KeyCache], basis_of: Calla
 def _rotate_balanced(edit: Editor, cache: KeyCache, sums: KeyMoments, basis: torch.Tensor) -> None:
     """Give the keys of one cache the balanced basis of its key heads."""
     typed = nodes.tensor_type(cache.new.node)
-    mean = sums.total / max(sums.count, 1) if cache.is_shift_invariant else torch.zeros_like(sums.total)
-    keys = sums.keys / max(sums.count, 1) - mean[:, :, None] * mean[:, None]
+    mean, keys = sums.moments()
+    mean = mean if cache.is_shift_invariant else torch.zeros_like(mean)
+    keys = keys - mean[:, :, None] * mean[:, None]
     pairs = [balanced(key, query, basis) for key, query in zip(keys, sums.queries, strict=True)]
     of_keys, of_queries = (torch.stack(list(part)) for part in zip(*pairs, strict=True))
     shift = (mean[:, None] @ of_keys) if cache.is_shift_invariant else None
@@ -167,37 +198,27 @@ def _rotate_online(edit: Editor, cache: KeyCache, keys: fx.Node, queries: fx.Nod
 
 
 def key_moments(edit: Editor, caches: Sequence[KeyCache]) -> Mapping[fx.Node, KeyMoments]:
-    """The moments of the keys that are written to each cache, by the node of the keys.
+    """The moments of the keys of each cache and of their queries, by the node of the keys that are written.
 
     Raises:
         RequirementError: without calibration data.
     """
     if not edit.data:
         raise RequirementError("rotate{basis=balanced} needs calibration data: pass data=, or choose basis=hadamard")
-    sums: dict[fx.Node, KeyMoments] = {}
-    by_query: dict[fx.Node, list[KeyMoments]] = {}
-    for cache in caches:
-        heads, size = nodes.fixed_size(cache.new.source, 1), cache.size
-        empty = torch.zeros(heads, size, size, dtype=torch.float64)
-        sums[cache.new.source] = KeyMoments(empty, empty.clone(), torch.zeros(heads, size, dtype=torch.float64))
-        for attention in cache.attentions:
-            by_query.setdefault(attention.q, []).append(sums[cache.new.source])
+    program = edit.program
+    sums = {cache.new.source: KeyMoments.empty(nodes.fixed_size(cache.new.source, 1), cache.size) for cache in caches}
+    known = {attention.node: sums[cache.new.source] for cache in caches for attention in cache.attentions}
+    order = [node for node in program.graph.nodes if node in known]
     for finished, sample in enumerate(edit.data):
-
-        def look(node: fx.Node, value: object, sample: Sample = sample) -> None:
-            if not isinstance(value, torch.Tensor) or (node not in sums and node not in by_query):
-                return
-            mask = token_mask(edit.program, sample, node, axis=2)
-            rows = value.movedim(1, 0)
-            rows = (rows.flatten(1, 2) if mask is None else rows[:, mask]).double().cpu()
-            if node in sums:
-                sums[node].keys += rows.mT @ rows
-                sums[node].total += rows.sum(1)
-                sums[node].count += rows.shape[1]
-            for part in by_query.get(node, ()):
-                part.queries += (rows.mT @ rows).unflatten(0, (len(part.queries), -1)).sum(1)
-
-        with torch.no_grad(), kept_state(edit.program):
-            edit.program.run(sample, look)
+        stream = Stream(program, [sample])
+        for node in order:
+            wanted = operands_of(node)
+            values = dict(zip(wanted, stream.advance(0, node, wanted), strict=True))
+            real = token_mask(program, sample, wanted[0], axis=2)
+            for row, given in enumerate(rows_of(values)):
+                weights = attention_weights(node, given)
+                tokens = slice(None) if real is None else real[row]
+                queries, keys = (given[operand][0] for operand in wanted[:2])
+                known[node].add(queries[:, tokens], keys, weights[:, tokens])
         edit.report("observe", finished + 1, len(edit.data))
     return sums

@@ -5,10 +5,26 @@ Hadamard basis every channel is a mean of all of them with signs, so the largest
 normally distributed ones. The outputs do not change, since Q Qᵀ = I:
 
 - `where=cache`: queries and keys, (q Q)·(k Q) = q·k, after rotary embeddings and norms, before a key is written to the KV
-  cache. QuaRot: Ashkboos et al. 2024, §4, stage 1b. https://arxiv.org/abs/2404.00456
-- `where=heads`: values and the output projection, (z Q)(W_o Q)ᵀ = z W_oᵀ, folded into weights. QuaRot §4, stage 1c.
-- `where=residual`: the residual stream with all that writes and reads it, folded into weights. SliceGPT: Ashkboos et al. 2024,
-  §3. https://arxiv.org/abs/2401.15024
+  cache. QuaRot: Ashkboos et al. 2024, §4, stage 1d. https://arxiv.org/abs/2404.00456 Where nothing but views lies between
+  the projections and the scores, Q is folded into their weights; elsewhere it is a product for each new token and head.
+- `where=heads`: values and the output projection, (z Q)(W_o Q)ᵀ = z W_oᵀ, folded into weights: values are rotated in the KV
+  cache, and so is the input of the output projection. QuaRot §4, stage 1c.
+- `where=residual`: the residual stream with all that writes and reads it, folded into weights. RMS scales and biases are folded
+  first, and what writes to a stream with LayerNorms is centred. SliceGPT: Ashkboos et al. 2024, §3.
+  https://arxiv.org/abs/2401.15024 One basis serves the whole stream, so that shortcuts need no matrices. LayerNorms whose
+  output is also the shortcut, as in BERT, are refused: their scale and mean act on the stream itself.
+
+With calibration data, `where=cache` balances keys against queries, which QuaRot does not: keys are stored as (k - μ) A and
+queries are multiplied by A⁻ᵀ. μ is the mean key, and adds the same to all scores of a query; A makes the error of the scores
+after quantization least, and ends in a Hadamard matrix. See `bases.balanced`.
+
+`rotate{where=residual,basis=pca},prune-hidden{keep=0.75}` is SliceGPT: the stream's least principal components are pruned.
+
+There is no `where=down`. A Hadamard matrix on the input of down projections cannot be folded through the activation, and as a
+product it takes three to six times as long as the projection.
+
+In bfloat16 and float16, folded weights are rounded once more, and so are rotated queries and keys: outputs change by a rounding
+error of the dtype, and a rotation that changes them by more is undone. Rotate a float32 model, then `cast`.
 """
 
 from __future__ import annotations

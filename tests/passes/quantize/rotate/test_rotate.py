@@ -1,4 +1,4 @@
-"""Tests of rotate{where=cache}: equal outputs, keys in another basis, and less error of quantized keys."""
+"""Tests of rotate, and of its keys: equal outputs, keys in another basis, and less error of quantized keys."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lissom.frontends.generation.decoder import capture_decoder
 from lissom.ops import change_basis
 from lissom.passes import PASSES, RECIPES
 from lissom.passes.quantize.rotate.bases import hadamard, random_basis
+from lissom.passes.quantize.rotate.cache import KeyMoments
 from lissom.passes.quantize.rotate.rotate import Rotate
 from tests.support.decoders import DECODERS, ROTARY, decoder, prompt
 from tests.support.harness import Calls, calls, check_golden, every_backend_but_eager_slow, rewrite
@@ -86,16 +87,20 @@ def test_balanced_keys_are_read_as_before(name: str) -> None:
     assert sum("shift" in weight for weight in after.weights()) == (0 if name == "gemma2" else 2)
 
 
-def test_balanced_keys_have_a_mean_of_zero_and_the_size_of_keys() -> None:
-    before, after, _ = rotated("llama", data=True)
-    sample = capture_decoder(decoder("llama"), max_length=16).samples[0]
-    kept: list[torch.Tensor] = []
-    for program, state in ((before, "cache.0.keys"), (after, "cache.0.keys_rotated")):
-        with torch.no_grad():
-            program.run(sample)
-        kept.append(program.weight(state)[:, :, : sample[0].shape[1]].double())
-    wanted = kept[0] - kept[0].mean(2, keepdim=True)
-    assert kept[1].shape == wanted.shape and not torch.allclose(kept[1], wanted)
+def test_moments_count_keys_by_their_attention() -> None:
+    queries, keys, weights = normal(4, 5, 3), normal(2, 7, 3, seed=1), normal(4, 5, 7, seed=2).softmax(-1)
+    found = KeyMoments.empty(2, 3)
+    found.add(queries, keys, weights)
+    mean, second = found.moments()
+    for group in range(2):
+        mass = [float(sum(weights[2 * group + h, q, t] for h in range(2) for q in range(5))) for t in range(7)]
+        wanted = sum(mass[t] * keys[group, t].double() for t in range(7)) / sum(mass)
+        square = sum(mass[t] * torch.outer(keys[group, t], keys[group, t]).double() for t in range(7)) / sum(mass)
+        rows = queries[2 * group : 2 * group + 2].double().flatten(0, 1)
+        # Sums of weights in float32.
+        torch.testing.assert_close(mean[group], wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(second[group], square, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.queries[group], sum(torch.outer(row, row) for row in rows), rtol=1e-9, atol=1e-12)
 
 
 def test_what_is_kept_already_is_rotated() -> None:
