@@ -86,9 +86,23 @@ def random_basis(size: int, seed: int) -> torch.Tensor:
     return q * r.diagonal().sign()
 
 
-def principal_components(gram: torch.Tensor) -> torch.Tensor:
-    """The eigenvectors of a Gram matrix as columns, largest eigenvalue first, [size, size] in float64."""
-    return torch.linalg.eigh(gram.double().cpu()).eigenvectors.flip(1)
+def principal_components(gram: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The basis whose first k channels, for every k, predict Σ_r W_r x best, [size, size] in float64.
+
+    For C = E[x xᵀ] and B = Σ_r W_rᵀ W_r, the error that is left when x is fitted from the channels Kᵀ x is least for
+
+        K = C^-½ Y      Y: the first eigenvectors of C^½ B C^½, largest first
+
+    and the QR decomposition of all of K gives an orthogonal basis of these nested spaces. With B = I these are the principal
+    components of x, as in SliceGPT, which does not weigh channels by what the layers make of them.
+
+    Args:
+        gram: C.
+        weights: B.
+    """
+    gram = damped(gram, 0.1 * DAMPING)
+    values = torch.linalg.eigh(_power(gram, 0.5) @ weights @ _power(gram, 0.5))
+    return torch.linalg.qr(_power(gram, -0.5) @ values.eigenvectors.flip(1)).Q
 
 
 def balanced(keys: torch.Tensor, queries: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

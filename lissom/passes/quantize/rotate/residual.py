@@ -14,7 +14,7 @@ Norms are prepared first. SliceGPT: Ashkboos et al. 2024, §3.1 and §3.2. https
   readers must read behind a norm then. A tied LM head gets a matrix of its own.
 
 There is one basis for the whole stream, so shortcuts need no matrices, unlike in SliceGPT. `pca` takes the principal components
-of all norms' outputs x̂ on calibration data, each norm weighted equally, the largest first.
+of what the layers read, weighted by their matrices, see `bases.principal_components`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from torch import fx
 from lissom.compiler.analysis.axes.axes import axes
 from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.base import of
+from lissom.compiler.analysis.structure.linear import input_of, is_linear
+from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.statistics import moments
 from lissom.compiler.ir import node as nodes
@@ -111,7 +113,7 @@ def _rotate(edit: Editor, total: fx.Node, basis_of: Callable[[int], torch.Tensor
     if centred and (reason := centring_obstacle(edit.program, stream, norms)) is not None:
         return reason
     size = fixed(stream.size)
-    basis = basis_of(size) if basis_of is not None else _principal(edit, norms, size)
+    basis = basis_of(size) if basis_of is not None else _principal(edit, total, size)
     for norm in norms:
         if norm.target is aten.layer_norm.default:
             call = Norm(norm)
@@ -150,10 +152,22 @@ def _separate_ends(edit: Editor, stream: Axis) -> None:
     edit.program.edits += 1
 
 
-def _principal(edit: Editor, norms: list[fx.Node], size: int) -> torch.Tensor:
-    """The principal components of the norms' outputs on the calibration data."""
-    known = moments(edit.program, edit.data, norms)
-    gram = torch.zeros(size, size, dtype=torch.float64)
-    for sums in known.values():
-        gram += sums.gram.double().cpu() / max(sums.count, 1)
-    return principal_components(gram)
+def _principal(edit: Editor, total: fx.Node, size: int) -> torch.Tensor:
+    """The basis whose first channels serve the layers that read the stream best, on the calibration data."""
+    known = edit.program.fact(axes)
+    stream = known.axis(total, -1)
+    readers = {
+        node: matrix
+        for node in edit.program.nodes()
+        if is_linear(node)
+        and stream in known.axis(input_of(node), -1).atoms()
+        and isinstance(matrix := matrix_of(node), Matrix)
+    }
+    sums = moments(edit.program, edit.data, dict.fromkeys(map(input_of, readers)))
+    grams = {node: part.gram.double().cpu() * (size / part.gram.trace().clamp_min(1e-30).cpu()) for node, part in sums.items()}
+    weights = torch.zeros(size, size, dtype=torch.float64)
+    for node, matrix in readers.items():
+        weight = matrix.read(edit.program).double().cpu()
+        own = weight.T @ weight
+        weights += own / (own * grams[input_of(node)]).sum().clamp_min(1e-30)
+    return principal_components(torch.stack([*grams.values()]).mean(0), weights)

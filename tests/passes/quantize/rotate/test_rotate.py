@@ -127,10 +127,10 @@ def test_composes(backend: Backend, data: bool, tmp_path: Path) -> None:
     if backend.name == "inductor":
         pytest.skip("Inductor keeps no state")
     model, ids = decoder("gemma3"), prompt(length=9)["input_ids"]
-    options = {"data": [ids]} if data else {}
-    passes = "rotate,rotate{where=heads},quantize-cache{bits=4}"
-    fast = lissom.compile_generation(model, max_length=32, passes=passes, backend=backend, goal=None, **options)
-    plain = lissom.compile_generation(model, max_length=32, passes="rotate,rotate{where=heads}", goal=None, **options)
+    exact, given = "rotate,rotate{where=heads}", [ids] if data else ()
+    passes = f"{exact},quantize-cache{{bits=4}}"
+    fast = lissom.compile_generation(model, max_length=32, passes=passes, backend=backend, goal=None, data=given)
+    plain = lissom.compile_generation(model, max_length=32, passes=exact, goal=None, data=given)
     with torch.no_grad():
         wanted = model(ids).logits[:, -1]
     # Exact, then four bits for keys and values.
