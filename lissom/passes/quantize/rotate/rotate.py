@@ -16,9 +16,12 @@ normally distributed ones. The outputs do not change, since Q Qᵀ = I:
 
 With calibration data, `where=cache` balances keys against queries, which QuaRot does not: keys are stored as (k - μ) A and
 queries are multiplied by A⁻ᵀ. μ is the mean key, and adds the same to all scores of a query; A makes the error of the scores
-after quantization least, and ends in a Hadamard matrix. See `bases.balanced`.
+after quantization least, and ends in a Hadamard matrix. See `bases.balanced`. With `quantize-cache{bits=4}` the perplexity of
+Gemma 3 270M grows by 211 %; after `rotate` on calibration data by 3.5 %, and after `rotate{where=heads}` too by 1.9 %.
 
-`rotate{where=residual,basis=pca},prune-hidden{keep=0.75}` is SliceGPT: the stream's least principal components are pruned.
+`rotate{where=residual,basis=pca},prune-hidden{keep=0.75}` is SliceGPT: the stream's least principal components are pruned. A
+vision transformer with random weights then loses two thirds of what it loses without the rotation. Gemma 3 270M loses more than
+without it: measure both. Models with post-norm blocks, such as MiniLM, are refused.
 
 There is no `where=down`. A Hadamard matrix on the input of down projections cannot be folded through the activation, and as a
 product it takes three to six times as long as the projection.
