@@ -65,13 +65,11 @@ class Rotate(Rewrite):
     seed: int = 0
     requires = (FLOATING_POINT_WEIGHTS,)
 
-    def __post_init__(self) -> None:
+    def run(self, edit: Editor) -> None:
         if self.basis == "balanced" and self.where != "cache":
             raise UnsupportedError(f"rotate{{where={self.where}}} takes no basis=balanced, which is for where=cache")
         if self.basis == "pca" and self.where != "residual":
             raise UnsupportedError(f"rotate{{where={self.where}}} takes no basis=pca, which is for where=residual")
-
-    def run(self, edit: Editor) -> None:
         if self.where == "cache":
             is_balanced = self.basis == "balanced" or (self.basis == "auto" and bool(edit.data))
             rotate_keys(edit, self._basis, is_balanced=is_balanced)
