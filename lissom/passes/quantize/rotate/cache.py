@@ -63,8 +63,7 @@ class KeyCache:
 class KeyMoments:
     """Sums over calibration data, for each key head. A key counts by the attention that it gets.
 
-    An error in the score of a key changes the output in proportion to its softmax weight: the first token of a text gets half
-    of the attention in many layers, and has a key unlike those of all others.
+    An error in the score of a key changes the output in proportion to its softmax weight.
 
     Attributes:
         keys: Σ p k kᵀ, [key_heads, head_dim, head_dim], float64.
