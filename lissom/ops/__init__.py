@@ -6,6 +6,7 @@ import torch
 
 from lissom.ops.attention import attention, attention_reference
 from lissom.ops.block_sparse_attention import block_sparse_attention
+from lissom.ops.change_basis import change_basis, change_basis_reference
 from lissom.ops.dense_linear import linear
 from lissom.ops.flex_attention import flex_block_sparse_attention as flex_block_sparse_attention
 from lissom.ops.fused_attention import fused_attention, merged_attention, unpadded_attention
@@ -29,6 +30,7 @@ IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {
     attention: attention_reference,
     rotary: rotary_reference,
     squared_relu: squared_relu_reference,
+    change_basis: change_basis_reference,
     grouped_product: grouped_product_reference,
     linear_attention: linear_attention_reference,
     torch.ops.aten.linear.default: linear,

@@ -61,6 +61,7 @@ from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 from lissom.passes.quantize.gptq import Gptq
 from lissom.passes.quantize.quantize import Quantize
 from lissom.passes.quantize.quantize_cache import QuantizeCache
+from lissom.passes.quantize.rotate.rotate import Rotate
 from lissom.passes.quantize.smooth_quant import SmoothQuant
 from lissom.passes.quantize.untie_lm_head import UntieLmHead
 from lissom.passes.quantize.use_stored_weights import UseStoredWeights
@@ -73,7 +74,7 @@ _ALL: tuple[type[Pass], ...] = (
     *(EliminateDeadTokens, ZeroPadding, PackTokens),
     *(PruneHeads, PruneNeurons, PruneLayers, PruneHidden, PruneVocabulary, Sparsify, EliminateDead, MergeEqualHeads),
     *(LowRank, LinearAttention, DepthwiseSeparable, ShareLayers, PoolHeads, SparsifyAttention),
-    *(Equalize, SmoothQuant, Awq, UntieLmHead, Quantize, Gptq, CorrectBias),
+    *(Rotate, Equalize, SmoothQuant, Awq, UntieLmHead, Quantize, Gptq, CorrectBias),
     *(QuantizeCache, FoldQuantizedWeights, UseStoredWeights),
     *(Distill, Finetune),
     *(Cast, FoldCasts, SinkCasts),

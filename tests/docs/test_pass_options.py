@@ -47,6 +47,7 @@ TEXTS = {
     ],
     "equalize": ["{skip=none.*}", "{only=*}"],
     "smooth-quant": ["{alpha=0.25,skip=none.*}", "{only=*}"],
+    "rotate": ["{where=heads,basis=random,seed=3}"],
     "awq": ["{group=64,skip=none.*}", "{only=*}"],
     "quantize": [
         *("{scheme=int4-weight,group=64}", "{observer=percentile,scheme=int8-static,fraction=0.99}", "{skip=up}", "{only=up}"),
@@ -81,6 +82,8 @@ TOGETHER: dict[tuple[str, str], dict[str, object]] = {("gptq", "rescale"): {"act
 REFUSED = {
     "part=attention": "finds no attentions in this program",
     "steps=4,shard=true": "there is one process; start it with torchrun",
+    "where=residual": "finds no residual stream in this program",
+    "basis=pca": "takes no basis=pca, which is for where=residual",
     "ids=tokenizer": "needs the tokenizer, and the model's folder has none",
     "scripts=latin": "needs the tokenizer, and the model's folder has none",
     "tokens=": "there is no file",

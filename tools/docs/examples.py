@@ -142,6 +142,7 @@ EXAMPLES = {
         PreNorm, "torch.randn(4, 128, 256)", "awq,quantize{scheme=int4-weight}", "[torch.randn(4, 128, 256) for _ in range(4)]"
     ),
     "write-state-in-place": Example(CachedAttention, "torch.randn(1, 4, 256)", "write-state-in-place"),
+    "rotate": Example(CachedAttention, "torch.randn(1, 4, 256)", "rotate", "[torch.randn(1, 4, 256) for _ in range(4)]"),
     "quantize-cache": Example(CachedAttention, "torch.randn(1, 4, 256)", "quantize-cache"),
     "low-rank": Example(Block, "torch.randn(4, 128, 256)", "low-rank{rank=64}", "[torch.randn(4, 128, 256) for _ in range(4)]"),
     "linear-attention": Example(

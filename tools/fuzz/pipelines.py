@@ -56,6 +56,8 @@ EXACT: tuple[Draw, ...] = (
     _pass("smooth-quant", alpha=(None, 0.25, 0.75, 1.0), norms=(None, False), linears=(None, False)),
     _pass("awq", scheme=(None, "int8-weight"), symmetric=(None, False), norms=(None, False), linears=(None, False)),
     _pass("untie-lm-head"),
+    _pass("rotate", where=(None, "heads", "residual"), basis=(None, "hadamard", "random"), seed=(None, 1)),
+    _pass("rotate", where=("residual",), basis=("pca",)),
     _pass("fold-casts"),
     _pass("sink-casts"),
 )

@@ -108,6 +108,14 @@ def _squared_relu(x: ir.Value) -> ir.Value:
     return op.Mul(positive, positive)
 
 
+def _change_basis(x: ir.Value, basis: ir.Value) -> ir.Value:
+    if len(basis.shape or ()) == 2:
+        return op.MatMul(x, basis)
+    heads, key_heads, features, size = fixed_size(x, 1), fixed_size(basis, 0), fixed_size(x, 3), fixed_size(basis, 2)
+    grouped = op.Reshape(x, op.Constant(value_ints=[0, key_heads, -1, features]))
+    return op.Reshape(op.MatMul(grouped, basis), op.Constant(value_ints=[0, heads, -1, size]))
+
+
 def _fake_quantize(x: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, format: str = "") -> ir.Value:
     return _node(ROUND, x, scale, zero_point, format=format)
 
@@ -205,6 +213,7 @@ TRANSLATIONS: Mapping[Callable[..., object], Callable[..., object]] = {
     ops.block_sparse_attention: _block_sparse_attention,
     ops.rotary: _rotary,
     ops.squared_relu: _squared_relu,
+    ops.change_basis: _change_basis,
     ops.grouped_product: _grouped_product,
     ops.linear_attention: _linear_attention,
     fake_quantize: _fake_quantize,

@@ -203,6 +203,8 @@ RECURRENCES = (ops.gated_delta_rule, ops.selective_scan)
 """Layers that run through the tokens in order, with a state."""
 GROUPED_PRODUCTS = (grouped_product,)
 """Products of rows with the matrix of their group, out of a stack [groups, in_features, out_features]."""
+BASES = (ops.change_basis,)
+"""Products that give features another basis."""
 INTEGER_PRODUCTS = (aten._int_mm.default, aten._scaled_mm.default)
 """PyTorch's products of quantized matrices."""
 PACKED_PRODUCTS = (aten._weight_int4pack_mm.default, aten._weight_int8pack_mm.default)

@@ -131,7 +131,7 @@ def scaling_sites(edit: Editor, *, norms: bool = True, linears: bool = True) -> 
     for node in edit.program.nodes():
         if not (norms if node in transformer.norms else linears and is_linear(node) and node not in transformer.convolutions):
             continue
-        site = _site(edit.program, node)
+        site = scaling_site(edit.program, node)
         if not isinstance(site, str):
             sites.append(site)
         elif node in known:
@@ -146,7 +146,7 @@ def chosen_sites(edit: Editor, *, norms: bool, linears: bool, skip: str, only: s
     return [site for site in sites if edit.may_change(site.producer, reasons[site.producer])]
 
 
-def _site(program: Program, producer: fx.Node) -> ScalingSite | str:
+def scaling_site(program: Program, producer: fx.Node) -> ScalingSite | str:
     """The site with this producer, or why there is none."""
     start, others = _start(producer)
     layers = _readers(start)

@@ -211,18 +211,24 @@ def answers(program: Program, outputs: Sequence[list[object]]) -> list[list[obje
     return [sample_outputs[: len(program.leaves)] for sample_outputs in outputs]
 
 
-def with_kept_form(before: Program, after: Program, outputs: Sequence[list[Item]]) -> list[list[Item]]:
-    """The outputs of `run_samples` with only the state that has the same form in both programs.
+def with_kept_form(
+    before: Program, after: Program, outputs: Sequence[list[Item]], *, of: Program | None = None
+) -> list[list[Item]]:
+    """The outputs of `run_samples` with only the state that has the same name and form in both programs.
 
-    A rewrite may store less state, such as one head of a KV cache for several; its effect is visible in the other outputs.
+    A rewrite may store less state, such as one head of a KV cache for several, or store it in another basis under another name;
+    its effect is visible in the other outputs.
+
+    Args:
+        of: the program of the outputs; `before` by default.
     """
-    count = len(before.leaves)
-    if set(before.state) != set(after.state):
-        return [list(sample_outputs) for sample_outputs in outputs]
-    pairs = [(before.weight(name), after.weight(name)) for name in before.state]
-    same = [(old.shape, old.dtype) == (new.shape, new.dtype) for old, new in pairs]
+    program = before if of is None else of
+    count, names = len(before.leaves), [name for name in before.state if name in after.state]
+    pairs = [(before.weight(name), after.weight(name)) for name in names]
+    kept = [name for name, (old, new) in zip(names, pairs, strict=True) if (old.shape, old.dtype) == (new.shape, new.dtype)]
+    places = [count + program.state.index(name) for name in kept]
     return [
-        [*sample_outputs[:count], *(buffer for buffer, kept in zip(sample_outputs[count:], same, strict=False) if kept)]
+        [*sample_outputs[:count], *(sample_outputs[place] for place in places if place < len(sample_outputs))]
         for sample_outputs in outputs
     ]
 

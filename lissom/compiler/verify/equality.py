@@ -55,7 +55,8 @@ def require_equal(
         VerifyError: naming the first node whose error is above its tolerance, or the outputs that newly share memory.
     """
     (limits,) = with_kept_form(before, after, [[0.0 if bitwise else _ROUNDED_TWICE.get(x, x) for x in tolerances(before)]])
-    pairs = zip(*(with_kept_form(before, after, outputs) for outputs in (wanted, actual)), strict=True)
+    kept = with_kept_form(before, after, wanted), with_kept_form(before, after, actual, of=after)
+    pairs = zip(*kept, strict=True)
     errors = [list(map(relative_error, old, new)) for old, new in pairs]
     excess = [[(error, limit) for error, limit in zip(row, limits, strict=False) if error > limit] for row in errors]
     if far := [index for index, row in enumerate(excess) if row]:

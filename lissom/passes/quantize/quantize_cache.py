@@ -19,9 +19,10 @@ from typing import Literal
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.structure.kv_cache import written_rows
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.view_calls import Copy, IndexCopy
+from lissom.compiler.ir.view_calls import IndexCopy
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.ops.formats import FORMATS, LEAST, Format, pack_halves
 from lissom.ops.quantization import dequantize
@@ -44,7 +45,7 @@ class QuantizeCache(Approximation):
         form = FORMATS[f"int{self.bits}"]
         before = after = 0
         for write in edit.nodes(aten.copy_.default):
-            new = _with_rows(write)
+            new = written_rows(write)
             if new is not None and edit.may_change(write, self._obstacle(write, new)):
                 before += edit.tensor(new.x).nbytes
                 after += sum(held.nbytes for held in _quantize_state(edit, new, write, form))
@@ -60,14 +61,6 @@ class QuantizeCache(Approximation):
         if self.bits == 4 and nodes.fixed_size(new.x, -1) % 2:
             return f"'{new.x.target}' has an odd number of features, and int4 packs two per byte"
         return None
-
-
-def _with_rows(write: fx.Node) -> IndexCopy | None:
-    """The new state of `copy_(state, index_copy(state, 2, places, rows))` with floating-point rows; None for other writes."""
-    state, new = nodes.tensor_type(Copy(write).x), IndexCopy.of(Copy(write).source)
-    if not nodes.is_state_write(write) or new is None or new.x is not Copy(write).x or new.dim != 2:
-        return None
-    return new if state.dtype.is_floating_point and state.rank == 4 else None
 
 
 def _quantize_state(edit: Editor, new: IndexCopy, write: fx.Node, form: Format) -> Sequence[torch.Tensor]:

@@ -120,7 +120,7 @@ def _unquantized(node: fx.Node) -> fx.Node:
 
 
 def residual_of(last: fx.Node) -> fx.Node | None:
-    """The residual add of a site, reached from its last call through views, norms and element-wise operators only.
+    """The residual add of a site, reached from its last call through views, norms, bases and element-wise operators only.
 
     Of a layer in factors, from its last factor.
     """
@@ -133,7 +133,8 @@ def residual_of(last: fx.Node) -> fx.Node | None:
         if nodes.is_call(user, aten.add.Tensor) and nodes.is_tensor(Binary(user).right):
             ranks = {nodes.tensor_type(value).rank for value in (Binary(user).left, Binary(user).right, user)}
             return user if len(ranks) == 1 else None
-        if not (user.target in ops.SHAPES or user.target in ops.NORMS or ops.is_pointwise(user) or is_quantizer(user)):
+        passed = user.target in ops.SHAPES or user.target in (*ops.NORMS, *ops.BASES)
+        if not (passed or ops.is_pointwise(user) or is_quantizer(user)):
             return None
         node = user
     return None
