@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import torch
 
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import printer
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
@@ -52,8 +53,10 @@ def require_equal(
         strict: require of each node what rounding explains by itself, without regard to how exact the program before is.
 
     Raises:
-        VerifyError: naming the first node whose error is above its tolerance, or the outputs that newly share memory.
+        VerifyError: naming the first node whose error is above its tolerance, the outputs that newly share memory, or state
+            that is no longer written.
     """
+    _check_writes(before, after)
     (limits,) = with_kept_form(before, after, [[0.0 if bitwise else _ROUNDED_TWICE.get(x, x) for x in tolerances(before)]])
     kept = with_kept_form(before, after, wanted), with_kept_form(before, after, actual, of=after)
     pairs = zip(*kept, strict=True)
@@ -76,6 +79,17 @@ def require_equal(
                 f"other: clone it"
             )
     return max((error for row in errors for error in row), default=0.0)
+
+
+def _check_writes(before: Program, after: Program) -> None:
+    """Refuse a program that stores state under new names, whose values are not compared, and writes less of it."""
+    if set(after.state) <= set(before.state):
+        return
+    wanted, actual = (
+        len({nodes.operand(node) for node in program.nodes() if nodes.is_state_write(node)}) for program in (before, after)
+    )
+    if actual < wanted:
+        raise VerifyError(f"it writes {actual} of the {wanted} states that the program before it writes")
 
 
 def _rounds_alike(

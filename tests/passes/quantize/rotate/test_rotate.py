@@ -9,11 +9,14 @@ import torch
 
 import lissom
 from lissom.backends.base import Backend
+from lissom.compiler.ir.node import is_state_write
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
-from lissom.errors import RequirementError
+from lissom.compiler.verify.divergence import run_samples
+from lissom.compiler.verify.equality import require_equal
+from lissom.errors import RequirementError, VerifyError
 from lissom.frontends.generation.decoder import capture_decoder
 from lissom.ops import change_basis
 from lissom.passes import PASSES, RECIPES
@@ -140,3 +143,14 @@ def test_composes(backend: Backend, data: bool, tmp_path: Path) -> None:
     again = lissom.load_generation(tmp_path / "saved")
     fast.reset()
     assert torch.equal(again.step(ids), fast.step(ids))
+
+
+def test_renamed_state_must_be_written() -> None:
+    before, program, _ = rotated()
+    dropped = program.copy()
+    dropped.graph.erase_node(next(filter(is_state_write, dropped.nodes())))
+    samples = [[prompt()["input_ids"], torch.ones(1, 16, dtype=torch.int64), torch.arange(7)[None], torch.tensor([0])]]
+    wanted, actual = (run_samples(each, samples) for each in (before, dropped))
+    with pytest.raises(VerifyError) as refusal:
+        require_equal(before, dropped, samples, wanted, actual)
+    assert str(refusal.value) == "it writes 3 of the 4 states that the program before it writes"
