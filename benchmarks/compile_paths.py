@@ -20,8 +20,9 @@ from typing import Any, cast
 
 from apart import run_apart
 from compile_models import build, calibration, example_inputs, texts, weight_bytes
-from compile_time import machine, show, warm_up
+from compile_time import machine, warm_up
 from memory import used_memory
+from readme import put_table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -158,7 +159,10 @@ def main() -> None:
     for name in options.paths:
         costs.append(PathCost(**cast(dict[str, Any], run_apart(__file__, ["--one", name]))))
         print(f"{name}: {costs[-1].peak / costs[-1].weight_bytes:.2f}", file=sys.stderr)
-    show("compile_paths", table(costs), update=options.update)
+    text = table(costs)
+    print(text)
+    if options.update:
+        put_table("compile_paths", text)
 
 
 if __name__ == "__main__":
