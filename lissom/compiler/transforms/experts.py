@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import fx
 
 from lissom.compiler.analysis.structure.routed_experts import RoutedExperts, dropped_experts
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import MaskedFill
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import SIZES_AT
 from lissom.compiler.ir.view_calls import Sized
@@ -47,8 +47,11 @@ def remove_experts(edit: Editor, site: RoutedExperts, dropped: torch.Tensor) -> 
         dropped: booleans [experts], as many in every group.
     """
     kept = (~dropped).nonzero().flatten()
-    for value in site.masked:
-        _drop_mask(edit, value)
+    for masked in site.masks:
+        mask = MaskedFill(masked).mask
+        if not bool(edit.tensor(mask).cpu()[..., kept].any()):
+            edit.replace(masked, MaskedFill(masked).x)
+            edit.rewritten -= 1
     for weight, dim in site.stacks.items():
         tensor = edit.tensor(weight)
         edit.set_weight(weight, tensor.index_select(dim, kept.to(tensor.device)), retype=False)
@@ -60,12 +63,6 @@ def remove_experts(edit: Editor, site: RoutedExperts, dropped: torch.Tensor) -> 
     for call in site.counts:
         nodes.set_arguments(call, nodes.operand(call), len(kept), 0, len(kept) - 1)
     edit.rewritten += int(dropped.sum())
-
-
-def _drop_mask(edit: Editor, value: fx.Node) -> None:
-    (mask,) = value.users
-    edit.replace(mask, value)
-    edit.rewritten -= 1
 
 
 def removable_experts(edit: Editor, site: RoutedExperts) -> torch.Tensor | str:

@@ -51,6 +51,7 @@ class RoutedExperts:
         least: experts that must stay in each group.
         masked: the values after which a mask of -inf removes experts from the choice: the router's output, and the scores
             with a correction bias where there is one.
+        masks: the calls that set scores to -inf by a stored mask.
         stacks: the weights with one entry per expert, each with its dimension.
         sizes: calls that list a size which depends on the number of experts.
         counts: the calls that count the rows of each expert.
@@ -67,6 +68,7 @@ class RoutedExperts:
     groups: int = 1
     least: int = 1
     masked: tuple[fx.Node, ...] = ()
+    masks: list[fx.Node] = field(default_factory=list[fx.Node])
     stacks: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])
     sizes: list[fx.Node] = field(default_factory=list[fx.Node])
     counts: list[fx.Node] = field(default_factory=list[fx.Node])
@@ -126,7 +128,7 @@ def _add_scores(site: RoutedExperts) -> str | None:
     """Record what lies between router and choice."""
     if producers(TopK(site.choice).x) != (site.router,):
         return "its scores come from several layers"
-    region = list(computed_from([TopK(site.choice).x], lambda node: node is not site.router))
+    region = list(computed_from([TopK(site.choice).x], lambda node: node is not site.router and not _is_size(node)))
     for node in region:
         shape = nodes.tensor_type(node).shape if nodes.is_tensor(node) else ()
         if len(shape) > 2 and site.experts != shape[-1] and shape[-2] * shape[-1] == site.experts:
@@ -143,6 +145,8 @@ def _add_scores(site: RoutedExperts) -> str | None:
 
 
 def _add_score(site: RoutedExperts, node: fx.Node, biased: list[fx.Node]) -> str | None:
+    if _is_size(node):
+        return None
     if node.op == "get_attr":
         typed = nodes.tensor_type(node)
         dims = [dim for dim, size in enumerate(typed.shape) if size == site.experts]
@@ -150,16 +154,22 @@ def _add_score(site: RoutedExperts, node: fx.Node, biased: list[fx.Node]) -> str
             return None
         if typed.dtype.is_floating_point:
             biased += dict.fromkeys(_reader(node) for node in node.users)
-        return _add_stack(site, node, dims[0] if len(dims) == 1 else 0) if typed.dtype != torch.bool else None
+        return _add_stack(site, node, dims[0] if len(dims) == 1 else 0)
     if node.op != "call_function":
         return f"its scores depend on the input '{node.name}'"
-    if isinstance(nodes.node_type(node), ScalarType) or Item.of(node) is not None:
+    if Item.of(node) is not None:
         return None
-    if not (is_pointwise(node) or node.target in SHAPES or node.target in _SCORING or node.target is aten.sym_size.int):
+    if _stored_mask(node) is not None:
+        site.masks.append(node)
+    if not (is_pointwise(node) or node.target in SHAPES or node.target in _SCORING):
         return f"'{node.name}' ({node.target}) computes its scores in a way that has no rule"
-    if node.target in SIZES_AT and (_has_experts(site, node)):
+    if node.target in SIZES_AT and _has_experts(site, node):
         site.sizes.append(node)
     return None
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(nodes.node_type(node), ScalarType)
 
 
 def _reader(node: fx.Node) -> fx.Node:
@@ -275,18 +285,15 @@ def _add_weighted(site: RoutedExperts) -> str | None:
 
 
 def dropped_experts(program: Program, site: RoutedExperts) -> torch.Tensor:
-    """The experts that masks of -inf keep from being chosen, [experts]."""
+    """The experts that masks of -inf keep from being chosen, booleans [experts]."""
     dropped = torch.ones(site.experts, dtype=torch.bool)
     for value in site.masked:
-        masks = [mask for user in value.users if (mask := _mask_of(user, value)) is not None]
-        stored = program.weight(str(masks[0].target)).cpu() if len(masks) == len(value.users) == 1 else torch.zeros(())
-        dropped &= stored.bool()
+        mask = _stored_mask(user) if (user := only_user(value)) is not None else None
+        dropped &= torch.zeros(()).bool() if mask is None else program.weight(str(mask.target)).cpu()
     return dropped
 
 
-def _mask_of(node: fx.Node, value: fx.Node) -> fx.Node | None:
-    """The stored mask by which a node sets entries of a value to -inf."""
+def _stored_mask(node: fx.Node) -> fx.Node | None:
+    """The stored mask by which a call sets values to -inf."""
     filled = MaskedFill.of(node)
-    if filled is None or filled.x is not value or filled.value != -torch.inf:
-        return None
-    return filled.mask if filled.mask.op == "get_attr" else None
+    return None if filled is None or filled.value != -torch.inf or filled.mask.op != "get_attr" else filled.mask
