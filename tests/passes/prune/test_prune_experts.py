@@ -66,7 +66,7 @@ def family(name: str) -> nn.Module:
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.2, generator=generator)
     for bias in correction_biases(model).values():
-        nn.init.normal_(bias, std=0.5, generator=generator)
+        nn.init.normal_(bias, std=0.1, generator=generator)
     return model
 
 
@@ -155,6 +155,7 @@ def saliency(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tens
     return torch.tensor([sum(values) / max(len(values), 1) for values in norms], dtype=torch.float64)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("padding", [0, 5])
 def test_numbers(padding: int) -> None:
     model, data = mixture("mixtral"), samples(1, length=17)
