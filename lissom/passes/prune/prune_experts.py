@@ -11,12 +11,13 @@ go first. Lasby et al. 2025, REAP the Experts: Why Pruning Prevails for One-Shot
 https://arxiv.org/abs/2510.13999 As there, the same fraction is removed from every mixture, and nothing is refitted. Padding is
 not counted.
 
-With grouped routing, as in DeepSeek-V3, every group loses the same number of experts.
+With grouped routing, as in DeepSeek-V3, every group loses the same number of experts. A mixture keeps all experts if they are
+no grouped products of rows sorted by expert, as in Switch Transformers, or if the program returns the router's scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -76,7 +77,7 @@ class PruneExperts(Approximation):
     def run(self, edit: Editor) -> None:
         if not edit.data:
             raise RequirementError("prune-experts needs calibration data, whose tokens it routes to the experts: pass data=")
-        mixtures = list(edit.accepted(edit.program.fact(routed_experts)).values())
+        mixtures = list(_mixtures(edit))
         if not mixtures and not edit.skipped:
             edit.note("the program has no mixtures of experts")
         left = self._left(mixtures)
@@ -112,6 +113,15 @@ class PruneExperts(Approximation):
                 f"its router needs {site.least}; give keep={site.least / site.per_group:.3g} or more, or protect it"
             )
         return count * site.groups
+
+
+def _mixtures(edit: Editor) -> Iterator[RoutedExperts]:
+    """The mixtures whose experts can be removed; the others are reported as skipped."""
+    for router, site in edit.program.fact(routed_experts):
+        if isinstance(site, RoutedExperts):
+            yield site
+        else:
+            edit.skip(router, f"all experts stay: {site}")
 
 
 def _amount_sites(mixtures: Sequence[RoutedExperts]) -> list[AmountSite]:
