@@ -264,7 +264,8 @@ def test_returned_scores_keep_all_experts() -> None:
     data = [{**sample, "output_router_logits": True} for sample in samples()]
     found = captures.optimize(mixture("mixtral"), data[0], passes="prune-experts{keep=0.5}", data=data, checks="structural")
     reasons = [skip.reason for skip in step_of(found.report.history, "prune-experts").skipped]
-    assert reasons == ["all experts stay: the program returns its scores"]
+    # The auxiliary loss's statistics may come first.
+    assert len(reasons) == 1 and reasons[0].startswith("all experts stay: ") and "its scores" in reasons[0]
     assert {len(stack) for stack in stacks(found.program).values()} == {EXPERTS}
 
 

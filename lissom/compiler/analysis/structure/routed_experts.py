@@ -141,7 +141,7 @@ def _add_scores(site: RoutedExperts) -> str | None:
         return "its scores have several biases"
     site.masked = (site.router, *biased)
     site.least = _least(site, region)
-    return _obstacle_of_readers(site, {*region, site.choice})
+    return _obstacle_of_readers(site, region)
 
 
 def _add_score(site: RoutedExperts, node: fx.Node, biased: list[fx.Node]) -> str | None:
@@ -197,16 +197,17 @@ def _least(site: RoutedExperts, region: Sequence[fx.Node]) -> int:
     return max(inner, -(-site.top_k // chosen_groups))
 
 
-def _obstacle_of_readers(site: RoutedExperts, region: set[fx.Node]) -> str | None:
+def _obstacle_of_readers(site: RoutedExperts, region: Sequence[fx.Node]) -> str | None:
     """The reason why a value with one entry per expert is needed whole; None if there is none."""
-    for node in region - {site.choice}:
+    inside = {*region, site.choice}
+    for node in region:
         if node.op != "call_function" or not nodes.is_tensor(node) or not _has_experts(site, node):
             continue
         for user in node.users:
             if user.op == "output":
                 return "the program returns its scores"
             gathered = Gather.of(user)
-            if user not in region and (gathered is None or gathered.x is not node):
+            if user not in inside and (gathered is None or gathered.x is not node):
                 return f"'{user.name}' reads its scores too"
     return None
 
