@@ -40,6 +40,7 @@ _EXAMPLES = {
     "prune-heads": "prune-heads{keep=0.75}",
     "prune-neurons": "prune-neurons{keep=0.75}",
     "prune-layers": "prune-layers{keep=0.75}",
+    "prune-experts": "prune-experts{keep=0.75}",
     "prune-hidden": "prune-hidden{keep=0.75}",
     "prune-vocabulary": "prune-vocabulary{coverage=0.999}",
     "sparsify": "sparsify{pattern=2:4}",
@@ -64,8 +65,8 @@ _EXAMPLES = {
 }
 """Example pipelines with an option or with the usual companions of a pass; for any other pass, its name alone."""
 _CALIBRATED = {
-    *("prune-layers", "prune-hidden", "prune-vocabulary", "smooth-quant", "awq", "gptq", "correct-bias"),
-    *("distill", "finetune"),
+    *("prune-experts", "prune-layers", "prune-hidden", "prune-vocabulary", "smooth-quant", "awq", "gptq"),
+    *("correct-bias", "distill", "finetune"),
 }
 """The passes whose examples need calibration data."""
 _LONGEST_NAME = 29

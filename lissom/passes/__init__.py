@@ -47,6 +47,7 @@ from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
 from lissom.passes.prune.eliminate_dead_tokens import EliminateDeadTokens
 from lissom.passes.prune.merge_equal_heads import MergeEqualHeads
 from lissom.passes.prune.pack_tokens.pack_tokens import PackTokens
+from lissom.passes.prune.prune_experts import PruneExperts
 from lissom.passes.prune.prune_heads import PruneHeads
 from lissom.passes.prune.prune_hidden import PruneHidden
 from lissom.passes.prune.prune_layers.prune_layers import PruneLayers
@@ -72,7 +73,8 @@ _ALL: tuple[type[Pass], ...] = (
     *(EliminateDeadCode, RemoveNoOps, RewriteEinsum, FoldConstants, MergeCommonSubexpressions),
     *(RaiseRmsNorm, RaiseSoftmax, RaiseActivations, RaiseRotary, RaiseAttention, SimplifyMasks),
     *(EliminateDeadTokens, ZeroPadding, PackTokens),
-    *(PruneHeads, PruneNeurons, PruneLayers, PruneHidden, PruneVocabulary, Sparsify, EliminateDead, MergeEqualHeads),
+    *(PruneHeads, PruneNeurons, PruneExperts, PruneLayers, PruneHidden, PruneVocabulary, Sparsify),
+    *(EliminateDead, MergeEqualHeads),
     *(LowRank, LinearAttention, DepthwiseSeparable, ShareLayers, PoolHeads, SparsifyAttention),
     *(Rotate, Equalize, SmoothQuant, Awq, UntieLmHead, Quantize, Gptq, CorrectBias),
     *(QuantizeCache, FoldQuantizedWeights, UseStoredWeights),

@@ -18,6 +18,7 @@ from tools.docs.examples import EXAMPLES
 TEXTS = {
     "prune-heads": ["{keep=0.5,protect=q}", "{keep=0.5,round_to=2}", '{amounts="*=4"}'],
     "prune-neurons": ["{keep=0.5,protect=none.*}", "{keep=0.5,round_to=64}", '{amounts="*=0.25"}'],
+    "prune-experts": ["{keep=0.5,protect=none.*}", '{amounts="*=4"}'],
     "prune-layers": ["{keep=0.5,protect=downs.0}", '{amounts="downs.0=0,downs.1=1"}'],
     "prune-hidden": ["{keep=0.5,round_to=16}", '{amounts="*=32"}'],
     "prune-vocabulary": [

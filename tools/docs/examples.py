@@ -34,6 +34,7 @@ from tools.docs.layer_models import (
     GatedWeight,
     Layered,
     MergedGate,
+    Mixture,
     ParallelBlock,
     PreNorm,
     RmsNormed,
@@ -121,6 +122,13 @@ EXAMPLES = {
     "merge-equal-heads": Example(EqualHeads, "torch.randn(4, 128, 256)", "merge-equal-heads"),
     "eliminate-dead": Example(DeadUnits, "torch.randn(4, 128, 256)", "eliminate-dead"),
     "prune-layers": Example(Deep, "torch.randn(4, 128, 256)", "prune-layers{keep=0.5,criterion=magnitude}"),
+    "prune-experts": Example(
+        Mixture,
+        "torch.randn(4, 128, 256)",
+        "prune-experts{keep=0.5},eliminate-dead",
+        "[torch.randn(4, 128, 256) for _ in range(4)]",
+        imports="from lissom.ops.grouped_product import grouped_product",
+    ),
     "prune-hidden": Example(
         Stream,
         "torch.randn(4, 128, 64)",

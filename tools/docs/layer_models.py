@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from lissom.frontends.checkpoints.stored_weights import StoredWeight, keep_stored
 from lissom.ops.gguf_blocks import BLOCK_TYPES
+from lissom.ops.grouped_product import grouped_product
 
 
 class TiedHead(nn.Module):
@@ -150,6 +151,24 @@ class DeadUnits(nn.Module):
         for up, down in zip(self.ups, self.downs, strict=True):
             x = x + down(functional.gelu(up(x)))
         return x
+
+
+class Mixture(nn.Module):
+    """A feed-forward of eight experts, of which a router chooses two for each token."""
+
+    def __init__(self, width: int = 256, experts: int = 8) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, experts, bias=False)
+        self.up = nn.Parameter(torch.randn(experts, width, width) / width**0.5)
+        self.down = nn.Parameter(torch.randn(experts, width, width) / width**0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, chosen = self.router(x).softmax(-1).topk(2)
+        ids, order = chosen.flatten().sort()
+        ends = torch.histc(ids.float(), len(self.up), 0, len(self.up) - 1).cumsum(0, dtype=torch.int32)
+        hidden = functional.gelu(grouped_product(x.flatten(0, 1)[order // 2], self.up, ends))
+        outputs = grouped_product(hidden, self.down, ends) * weights.flatten()[order].unsqueeze(-1)
+        return outputs[order.argsort()].unflatten(0, (-1, 2)).sum(1).view_as(x)
 
 
 class Deep(nn.Module):

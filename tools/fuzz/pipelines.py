@@ -65,6 +65,7 @@ EXACT: tuple[Draw, ...] = (
 LOSSY: tuple[Draw, ...] = (
     _pass("prune-heads", keep=_KEEP, criterion=_RANKED, scope=(None, "layer"), round_to=(None, 2)),
     _pass("prune-neurons", keep=_KEEP, criterion=_RANKED, scope=(None, "layer"), round_to=(None, 4)),
+    _pass("prune-experts", keep=_KEEP, criterion=(None, "frequency")),
     _pass("prune-layers", keep=(0.5, 0.75), part=(None, "attention", "feed-forward"), criterion=(None, "magnitude")),
     _pass("prune-hidden", keep=(0.5, 0.75), round_to=(1, 2, 4), criterion=(None, "magnitude"), reconstruct=(None, False)),
     _pass("prune-vocabulary", keep=(9, 20), logits=(None, "compact")),

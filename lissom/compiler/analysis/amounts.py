@@ -28,11 +28,11 @@ class AmountSite:
     """A part of a program to which passes give an amount of its own.
 
     Attributes:
-        kind: what is counted or chosen there: `heads`, `key/value heads`, `neurons`, `channels`, `layer`, `linear`, `attention`
-            or `convolution`.
+        kind: what is counted or chosen there: `heads`, `key/value heads`, `neurons`, `experts`, `channels`, `layer`, `linear`,
+            `attention` or `convolution`.
         paths: the module paths that name it; several where modules share its weights.
-        size: the present amount: heads, neurons or channels; the full rank of a linear layer; the heads of an attention; 1 for
-            a layer; the most terms of a convolution.
+        size: the present amount: heads, neurons, experts or channels; the full rank of a linear layer; the heads of an
+            attention; 1 for a layer; the most terms of a convolution.
         takes: the allowed amounts for each pass, by the pass's text; any whole number may be written as a fraction too.
         shares: the paths of other sites of this kind on the same axis, which must get the same amount.
 

@@ -1,9 +1,10 @@
-"""Remove the units that contribute nothing: branches of layers, attention heads, neurons, hidden channels, token ids.
+"""Remove the units that contribute nothing: branches of layers, experts, attention heads, neurons, hidden channels, token ids.
 
 A dead unit is removed from every weight that has it, and constant sizes are updated. Branches are removed first, because their
 inputs may become unused; channels last, because removed heads and neurons no longer read or write any:
 
     layers      x + f(x) = x                                    where f(x) is zero whatever x is
+    experts     topk(x Wᵀ)                                      experts whose scores are masked are never chosen
     heads       softmax(Q Kᵀ) V Wₒ = Σ softmax(Qₕ Kₕᵀ) Vₕ Wₒ[h] a term with Wₒ[h] = 0 or Vₕ = 0
     neurons     W₂ f(W₁ x) = Σ W₂[:, i] f(W₁[i] x)              a term with W₂[:, i] = 0 or f(W₁[i] x) = 0
     hidden      channels of the residual stream that every layer writes zeros to
@@ -22,6 +23,7 @@ from typing import Literal
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.errors import UnsupportedError
+from lissom.passes.prune.eliminate_dead.experts import eliminate_experts
 from lissom.passes.prune.eliminate_dead.heads import eliminate_heads
 from lissom.passes.prune.eliminate_dead.hidden import eliminate_hidden
 from lissom.passes.prune.eliminate_dead.layers import eliminate_layers
@@ -30,6 +32,7 @@ from lissom.passes.prune.eliminate_dead.vocabulary import eliminate_vocabulary
 
 _KINDS = {
     "layers": eliminate_layers,
+    "experts": eliminate_experts,
     "heads": eliminate_heads,
     "neurons": eliminate_neurons,
     "hidden": eliminate_hidden,
@@ -40,17 +43,18 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class EliminateDead(Rewrite):
-    """Removes attention heads, feed-forward neurons, layers, hidden channels and token ids that contribute nothing.
+    """Removes layers, experts, attention heads, neurons, hidden channels and token ids that contribute nothing.
 
     It runs automatically after every pass that prunes.
 
     Attributes:
-        units: the kinds of units to remove, of `layers`, `heads`, `neurons`, `hidden` and `vocabulary`, all by default:
-            `[heads,neurons]`.
+        units: the kinds of units to remove, of `layers`, `experts`, `heads`, `neurons`, `hidden` and `vocabulary`, all by
+            default: `[heads,neurons]`.
     """
 
-    units: tuple[Literal["layers", "heads", "neurons", "hidden", "vocabulary"], ...] = (
+    units: tuple[Literal["layers", "experts", "heads", "neurons", "hidden", "vocabulary"], ...] = (
         "layers",
+        "experts",
         "heads",
         "neurons",
         "hidden",

@@ -44,9 +44,9 @@ def test_only_the_kinds_named_go() -> None:
 
 
 def test_unknown_kinds_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="knows no units 'head'; allowed are layers, heads, neurons, hidden"):
+    with pytest.raises(UnsupportedError, match="knows no units 'head'; allowed are layers, experts, heads, neurons, hidden"):
         EliminateDead(("head",))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(PipelineTextError, match="one of layers, heads, neurons, hidden"):
+    with pytest.raises(PipelineTextError, match="one of layers, experts, heads, neurons, hidden"):
         parse_pipeline("eliminate-dead{units=[head]}", PASSES)
 
 
