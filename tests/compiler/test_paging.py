@@ -22,6 +22,7 @@ from lissom.compiler import paging
 from lissom.driver import compile
 from lissom.errors import UnsupportedError
 from tests.support.models import normal, seeded, tiny_bert
+from tests.support.neighbours import all_but_slow
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="pages are let go of on Linux")
 
@@ -154,11 +155,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "passes",
     [
-        "quantize{scheme=int4-weight}",
         "quantize{scheme=int8-dynamic}",
-        "quantize{scheme=int8-weight,lm_head=true}",
         "quantize{scheme=int4-weight},gptq",
-        "awq,quantize{scheme=int4-weight}",
+        *all_but_slow(
+            ["quantize{scheme=int4-weight}", "quantize{scheme=int8-weight,lm_head=true}", "awq,quantize{scheme=int4-weight}"]
+        ),
     ],
 )
 def test_decoder_from_the_disk_is_the_one_from_memory(

@@ -13,12 +13,13 @@ from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.errors import UnsupportedError
 from tests.support import captures
 from tests.support.mixtures import mixture, samples
+from tests.support.neighbours import all_but_slow
 
 
 @pytest.mark.parametrize(
     "passes", ["quantize{scheme=int4-weight}", "quantize{scheme=int8-dynamic}", "quantize{scheme=int8-weight}"]
 )
-@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+@pytest.mark.parametrize("name", all_but_slow(["mixtral", "gpt-oss"], "mixtral"))
 def test_quantized_experts_run(name: str, passes: str) -> None:
     given = samples()
     wanted = captures.optimize(mixture(name), given[0], passes=passes, data=given, checks="structural").program
@@ -34,7 +35,7 @@ def test_quantized_experts_run(name: str, passes: str) -> None:
 @pytest.mark.parametrize(
     "passes", ["quantize{scheme=int4-weight}", "quantize{scheme=int8-dynamic}", "quantize{scheme=int8-static}"]
 )
-@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+@pytest.mark.parametrize("name", all_but_slow(["mixtral", "gpt-oss"], "mixtral"))
 def test_experts_have_kernels(name: str, passes: str) -> None:
     """Without `simulate=True` a layer without a kernel is refused; of one token, some experts read no row."""
     given, single = samples(), samples(1, length=1)[0]
