@@ -21,7 +21,7 @@ from typing import Any, cast
 from apart import run_apart
 from compile_models import build, calibration, example_inputs, texts, weight_bytes
 from compile_time import machine, warm_up
-from memory import used_memory
+from memory import reset_peak, used_memory
 from readme import put_table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -125,7 +125,7 @@ def measure(name: str) -> PathCost:
     warm_up(decoder=True)
     construct, path = PATHS[name]
     model = construct()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
+    reset_peak()
     before = used_memory("VmRSS")
     with tempfile.TemporaryDirectory(prefix="compile_paths-") as folder:
         # Held, so that the result is in memory to the end.

@@ -9,13 +9,13 @@ if an output differs from that of a single thread. Memory is read from /proc, so
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import threading
 import time
 from pathlib import Path
 
 import torch
+from memory import used_memory
 
 import lissom
 from lissom.cli.bench.workload import Inputs, Shape, answer, encode, load_model
@@ -24,14 +24,6 @@ from lissom.runtime.compiled_model import CompiledModel
 
 GLOSSES = Path(__file__).parent / "data" / "glosses.txt"
 _ROWS = 2
-
-
-def resident_bytes() -> int:
-    """The resident memory of this process."""
-    match = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    if match is None:
-        raise OSError("/proc/self/status has no VmRSS; memory is measured on Linux")
-    return int(match[1]) << 10
 
 
 def wrong_answers(compiled: CompiledModel, inputs: list[Inputs], calls: int) -> int:
@@ -70,9 +62,9 @@ def main() -> int:
     first = range(0, _ROWS * options.threads, _ROWS)
     inputs = [encode(model, Shape(_ROWS, None), [texts[(at + row) % len(texts)] for row in range(_ROWS)]) for at in first]
     wrong_answers(compiled, inputs, 5)
-    before, started = resident_bytes(), time.perf_counter()
+    before, started = used_memory("VmRSS"), time.perf_counter()
     wrong = wrong_answers(compiled, inputs, options.calls)
-    seconds, grown = time.perf_counter() - started, resident_bytes() - before
+    seconds, grown = time.perf_counter() - started, used_memory("VmRSS") - before
     total = options.threads * options.calls
     print(f"{options.threads} threads, {total} calls in {seconds:.1f} s: {wrong} answers differ from those of a single thread")
     print(f"memory: {before / 1e6:.0f} MB after warming up, {grown / 1e6:+.1f} MB since")

@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 import transformers
 from figures import save, subplots
+from memory import reset_peak
 from quality import calibration_batches, conditions, cosine, difference, embed, long_texts, read_pairs, retrieve
 from readme import put_table
 from torch import nn
@@ -124,7 +125,7 @@ def measure(model: str, engine: str, lengths: Sequence[int], seconds: float, mos
 def held_bytes() -> int:
     """Current and peak memory of this process; the peak is reset first, which needs Linux."""
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        reset_peak()
     return peak_bytes()
 
 

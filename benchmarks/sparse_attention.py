@@ -22,6 +22,7 @@ from typing import cast
 import torch
 from apart import run_apart
 from figures import save, subplots
+from memory import reset_peak, used_memory
 from quality import conditions
 from readme import put_table
 from torch.nn.functional import scaled_dot_product_attention
@@ -156,18 +157,12 @@ def _print_peaks(engine: str, kind: str, head_dim: int, lengths: Sequence[int]) 
     for tokens in sorted(lengths):
         case = Case(kind, tokens, head_dim)
         held = [projection.sum() for projection in case.projections]  # touches them, so that they are resident before
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
-        before = _memory("VmRSS")
+        reset_peak()
+        before = used_memory("VmRSS")
         result = ENGINES[engine](case)()
-        peak_mb[tokens] = max(0.0, _memory("VmHWM") - before)
+        peak_mb[tokens] = max(0, used_memory("VmHWM") - before) / 1e6
         del held, result, case
     print(json.dumps(peak_mb))
-
-
-def _memory(field: str) -> float:
-    """VmRSS, the current memory, or VmHWM, the peak, in MB; getrusage would include the parent's peak."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
 
 
 def crossing(times: Times, other: str, kind: str, head_dim: int, lengths: Sequence[int]) -> str:

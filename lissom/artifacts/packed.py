@@ -18,7 +18,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from lissom.artifacts.directory import check_names, check_size, is_file_name, verify
 from lissom.artifacts.manifest import NAME, Content, parse_manifest
@@ -26,11 +26,9 @@ from lissom.artifacts.signature import SIGNATURE, SIGNATURE_BYTES
 from lissom.errors import ArtifactError, LissomError
 from lissom.frontends.capture.failures import first_line
 from lissom.io.fields import MOST_BYTES
-from lissom.io.files import open_plain, read_plain, reason, writing_whole
+from lissom.io.files import PART, copy_bytes, open_plain, read_plain, reason, writing_whole
 
 _Model = TypeVar("_Model")
-_PART = 1 << 20
-"""The bytes that are copied at once."""
 _MOST_FILES = 4096
 _MOST_LISTED = 4 << 20
 """The bytes that the list of the files in an archive takes at most; 4,096 names of 255 bytes are less."""
@@ -53,7 +51,7 @@ def pack(save: Callable[[Path], None], target: Path) -> None:
         save(folder)
         for path in sorted(folder.iterdir()):
             with path.open("rb") as source, archive.open(zipfile.ZipInfo(path.name), "w", force_zip64=True) as packed:
-                shutil.copyfileobj(source, packed, _PART)
+                shutil.copyfileobj(source, packed, PART)
 
 
 def load_packed(path: Path, load: Callable[[Path], _Model], wanted: Content | None = None) -> _Model:
@@ -126,7 +124,7 @@ def _private(path: Path, wanted: Content) -> BufferedRandom:
         with open_plain(path) as source:
             check_size(path, os.fstat(source.fileno()).st_size, wanted)
             _check_room(Path(tempfile.gettempdir()), wanted.size, path)
-            _copy(source, copied, wanted.size)
+            copy_bytes(source, copied, wanted.size)
         copied.seek(0)
         verify(copied, path, wanted)
     except BaseException:
@@ -177,7 +175,7 @@ def copy_linked(directory: Path, target: Path, *, exact: bool = True, place: Pat
                 if not _linked(source, directory / name, target / name):
                     _check_room(place, content.size, directory / name)
                     with (target / name).open("xb") as copied:
-                        _copy(source, copied, content.size)
+                        copy_bytes(source, copied, content.size)
     except OSError as error:
         raise ArtifactError(
             f"'{directory}' cannot be copied to a folder in '{place}': {reason(error)}; make room there"
@@ -202,12 +200,6 @@ def _linked(source: BufferedReader, path: Path, target: Path) -> bool:
             return True
         target.unlink()
     return False
-
-
-def _copy(source: BufferedReader, target: IO[bytes], size: int) -> None:
-    """Copy at most so many bytes: the file may grow meanwhile. Raises OSError."""
-    while size and (part := source.read(min(size, _PART))):
-        size -= target.write(part)
 
 
 def from_copy(fill: Callable[[Path], None], load: Callable[[Path], _Model], source: Path | None = None) -> _Model:

@@ -21,8 +21,7 @@ from torch import fx
 from lissom.compiler.analysis.structure.linear import is_attention
 from lissom.compiler.analysis.structure.masks import HIDDEN
 from lissom.compiler.analysis.structure.operands import is_causal, mask_of
-from lissom.compiler.analysis.structure.real_tokens import token_mask
-from lissom.compiler.calibration.attention_weights import attention_weights, operands_of, row_of, rows_of
+from lissom.compiler.calibration.attention_weights import operands_of, row_of, weighted_rows
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import BlockSparseAttention, UnpaddedAttention
 from lissom.compiler.ir.interpreter import steps
@@ -259,12 +258,10 @@ def _kept_mass(
         size not in (1, wanted) for size, wanted in zip(visible.shape[::-1], shape[::-1], strict=False)
     ):
         return None
-    real = token_mask(program, sample, operands_of(node)[0], axis=2)
     kept = total = 0.0
-    for row, given in enumerate(rows_of(values)):
-        weights = attention_weights(node, given)
+    for row, (_, weights, real) in enumerate(weighted_rows(program, sample, node, values)):
         if real is not None:
-            weights = weights * real[row].to(weights.device)[:, None]
+            weights = weights * real.to(weights.device)[:, None]
         seen = row_of(visible.reshape((1,) * (4 - visible.dim()) + visible.shape), row)[0].to(weights.device)
         kept, total = kept + float((weights * seen).sum()), total + float(weights.sum())
     return kept / total if total else None

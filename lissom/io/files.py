@@ -10,8 +10,12 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
+from typing import BinaryIO
 
 from lissom.errors import ArtifactError
+
+PART = 1 << 20
+"""Bytes copied at a time."""
 
 
 def open_plain(path: Path, *, links: bool = False) -> BufferedReader:
@@ -54,6 +58,12 @@ def read_plain(path: Path, most: int, *, links: bool = False) -> bytes:
             return file.read(most + 1)
         except OSError as error:
             raise ArtifactError(f"'{path}' cannot be read: {error.strerror}") from error
+
+
+def copy_bytes(source: BinaryIO, target: BinaryIO, size: int) -> None:
+    """Copy at most so many bytes, a part at a time: the file may grow meanwhile. Raises OSError."""
+    while size and (part := source.read(min(size, PART))):
+        size -= target.write(part)
 
 
 def check_parent(path: Path) -> None:

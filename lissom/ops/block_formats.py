@@ -45,6 +45,11 @@ class BlockFormat:
     size: int
     scale: torch.dtype
 
+    @property
+    def bits(self) -> float:
+        """Of an element, with its part of the scale."""
+        return self.element.bits + 8 / self.size
+
 
 BLOCK_FORMATS: Mapping[str, BlockFormat] = {
     form.name: form
@@ -54,7 +59,7 @@ BLOCK_FORMATS: Mapping[str, BlockFormat] = {
         BlockFormat("nvfp4", FORMATS["fp4"], 16, torch.float8_e4m3fn),
     )
 }
-"""By name."""
+"""By name, the beginning of a scheme's name."""
 _LARGEST_EXPONENT = {"fp4": 2, "fp8": 8}
 """The exponent of the largest value of a format of elements."""
 

@@ -20,6 +20,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.errors import UnsupportedError
 from lissom.frontends.onnx.file import external_place, is_external, read_proto
+from lissom.io.files import copy_bytes
 
 _OLDEST = 18
 """The oldest opset that PyTorch's exporter writes for."""
@@ -27,8 +28,6 @@ _IR_VERSION = 10
 """The version of the file format, of 2024, which has integers of four bits."""
 _LARGEST = 1_900_000_000
 """Bytes of weights in one file; protocol buffers end at 2 GiB."""
-_PIECE = 1 << 24
-"""Bytes copied at a time."""
 
 
 class PlainSession:
@@ -126,8 +125,7 @@ def _write_inline(source: Path, path: Path) -> None:
             target.write(head)
             with file.open("rb") as data:
                 data.seek(offset)
-                for begin in range(0, length, _PIECE):
-                    target.write(data.read(min(_PIECE, length - begin)))
+                copy_bytes(data, target, length)
 
 
 def _head_of(weight: onnx.TensorProto, place: tuple[Path, int, int]) -> bytes:

@@ -166,7 +166,7 @@ class Quantize(Approximation):
     @property
     def _block_format(self) -> BlockFormat | None:
         """The block format of weights; None for schemes with a scale in floating point."""
-        return BLOCK_FORMATS.get(self.scheme.removesuffix("-weight"))
+        return _block_format_of(self.scheme)
 
     @property
     def activation_format(self) -> Format | None:
@@ -296,15 +296,15 @@ class Quantize(Approximation):
         shape = shapes["group" if block is not None else self._granularity]
         # A stack of matrices has scales for each of them.
         shape = (*weight.shape[:-2], *(shape[::-1] if transposed else shape))
+        zero_point, tensor_scale = None, 1.0
         if block is not None:
             scale, tensor_scale = block_scale(weight, shape, block)
-            self._insert(edit, node, list(node.users), form, (scale, None, tensor_scale), str(node.target))
-            return
-        scale, zero_point = weight_scale(weight, shape, form, self.weight_observer)
-        if self._granularity == "group":
-            least, largest = scale.abs().aminmax()
-            scale = scale.half() if least > _HALF.tiny and largest < _HALF.max else scale
-        self._insert(edit, node, list(node.users), form, (scale, zero_point, 1.0), str(node.target))
+        else:
+            scale, zero_point = weight_scale(weight, shape, form, self.weight_observer)
+            if self._granularity == "group":
+                least, largest = scale.abs().aminmax()
+                scale = scale.half() if least > _HALF.tiny and largest < _HALF.max else scale
+        self._insert(edit, node, list(node.users), form, (scale, zero_point, tensor_scale), str(node.target))
 
     def _insert(
         self, edit: Editor, value: fx.Node, readers: list[fx.Node], form: Format, grid: _Grid | None, weight: str = ""
@@ -356,8 +356,13 @@ class Quantize(Approximation):
                 self._insert(edit, value, asked, form, (*scale_for(*ranges[value], form), 1.0) if value in ranges else None)
 
 
+def _block_format_of(scheme: str) -> BlockFormat | None:
+    return BLOCK_FORMATS.get(scheme.removesuffix("-weight"))
+
+
 def _has_four_bits(scheme: str) -> bool:
-    return scheme.startswith(("int4", "mxfp4", "nvfp4"))
+    block = _block_format_of(scheme)
+    return scheme.startswith("int4") if block is None else block.element.bits == 4
 
 
 def _by_group(scheme: str) -> bool:
@@ -389,5 +394,5 @@ def _taken(outputs: int, inputs: int) -> tuple[str, ...]:
 
 def _group_of(scheme: str) -> int:
     """The number of neighbouring inputs that share a scale, at default options; 1 where all of them do."""
-    block = BLOCK_FORMATS.get(scheme.removesuffix("-weight"))
+    block = _block_format_of(scheme)
     return block.size if block is not None else _DEFAULT_GROUP if _has_four_bits(scheme) or _by_group(scheme) else 1

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.structure.real_tokens import token_mask
-from lissom.compiler.calibration.attention_weights import attention_weights, operands_of, rows_of
-from lissom.compiler.calibration.partial_run import Stream
+from lissom.compiler.calibration.attention_weights import rows_on_data
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 
@@ -69,17 +67,9 @@ def block_masses(
 ) -> dict[fx.Node, BlockMass]:
     """The masses of these attentions in blocks of `block` tokens; one text and one layer are in memory at a time."""
     masses = {node: BlockMass(torch.zeros(0, 0, 0), torch.zeros(0, 0)) for node in attentions}
-    order = [node for node in program.graph.nodes if node in masses]
-    for finished, sample in enumerate(data):
-        stream = Stream(program, [sample])
-        for node in order:
-            wanted = operands_of(node)
-            values = dict(zip(wanted, stream.advance(0, node, wanted), strict=True))
-            real = token_mask(program, sample, wanted[0], axis=2)
-            for row, given in enumerate(rows_of(values)):
-                tokens = torch.ones(values[wanted[0]].shape[2], dtype=torch.bool) if real is None else real[row].cpu()
-                masses[node].add(attention_weights(node, given).cpu(), tokens, block)
-        progress(finished + 1, len(data))
+    for node, (_, weights, real) in rows_on_data(program, data, masses, progress):
+        tokens = torch.ones(weights.shape[1], dtype=torch.bool) if real is None else real.cpu()
+        masses[node].add(weights.cpu(), tokens, block)
     return masses
 
 

@@ -15,9 +15,8 @@ Paley 1933, On Orthogonal Matrices. Head sizes and widths of models are nearly a
 
 from __future__ import annotations
 
-from math import isqrt
-
 import torch
+from sympy import isprime
 
 from lissom.compiler.calibration.hessian import damped
 
@@ -40,15 +39,11 @@ def _signs(size: int) -> torch.Tensor | None:
     half = _signs(size // 2)
     if half is not None:
         return torch.kron(_DOUBLE, half)
-    if size % 4 == 0 and _is_prime(size - 1):
+    if size % 4 == 0 and isprime(size - 1):
         return _first_of_paley(size - 1)
-    if size % 4 == 0 and _is_prime(size // 2 - 1) and (size // 2 - 1) % 4 == 1:
+    if size % 4 == 0 and isprime(size // 2 - 1) and (size // 2 - 1) % 4 == 1:
         return _second_of_paley(size // 2 - 1)
     return None
-
-
-def _is_prime(number: int) -> bool:
-    return number > 1 and all(number % divisor for divisor in range(2, isqrt(number) + 1))
 
 
 def _squares(q: int) -> torch.Tensor:

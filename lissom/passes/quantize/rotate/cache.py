@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import fx
@@ -25,9 +26,7 @@ from lissom.compiler.analysis.axes.axes import axes
 from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.structure.kv_cache import readers_of_keys, written_rows
 from lissom.compiler.analysis.structure.operands import sinks_of, softcap_of
-from lissom.compiler.analysis.structure.real_tokens import token_mask
-from lissom.compiler.calibration.attention_weights import attention_weights, operands_of, rows_of
-from lissom.compiler.calibration.partial_run import Stream
+from lissom.compiler.calibration.attention_weights import rows_on_data
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.editor import Editor
@@ -204,20 +203,10 @@ def key_moments(edit: Editor, caches: Sequence[KeyCache]) -> Mapping[fx.Node, Ke
     """
     if not edit.data:
         raise RequirementError("rotate{basis=balanced} needs calibration data: pass data=, or choose basis=hadamard")
-    program = edit.program
     sums = {cache.new.source: KeyMoments.empty(nodes.fixed_size(cache.new.source, 1), cache.size) for cache in caches}
     known = {attention.node: sums[cache.new.source] for cache in caches for attention in cache.attentions}
-    order = [node for node in program.graph.nodes if node in known]
-    for finished, sample in enumerate(edit.data):
-        stream = Stream(program, [sample])
-        for node in order:
-            wanted = operands_of(node)
-            values = dict(zip(wanted, stream.advance(0, node, wanted), strict=True))
-            real = token_mask(program, sample, wanted[0], axis=2)
-            for row, given in enumerate(rows_of(values)):
-                weights = attention_weights(node, given)
-                tokens = slice(None) if real is None else real[row]
-                queries, keys = (given[operand][0] for operand in wanted[:2])
-                known[node].add(queries[:, tokens], keys, weights[:, tokens])
-        edit.report("observe", finished + 1, len(edit.data))
+    for node, (given, weights, real) in rows_on_data(edit.program, edit.data, known, partial(edit.report, "observe")):
+        tokens = slice(None) if real is None else real
+        queries, keys = (given[operand][0] for operand in (Attention(node).q, Attention(node).k))
+        known[node].add(queries[:, tokens], keys, weights[:, tokens])
     return sums
