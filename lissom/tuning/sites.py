@@ -8,18 +8,23 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from lissom.compiler.analysis.amounts import AmountSite
+from lissom.compiler.analysis.structure.kv_cache import written_rows
 from lissom.compiler.analysis.structure.linear import weight_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.operators import STATE_WRITES
 from lissom.compiler.ir.program import Program
 from lissom.passes.sites import sites
 
 PLAIN = "none"
 LOW_RANK = "low-rank"
 """The form of linear layers as two factors with half of their bytes."""
-TABLE, PATTERN = "table", "pattern"
-"""The kinds of groups that are an embedding table or LM head, and the visible keys of an attention."""
-SCHEMES = ("int8-dynamic", "int8-group", "int8-weight", "int4-dynamic", "int4-weight")
+TABLE, PATTERN, EXPERTS, CACHE = "table", "pattern", "experts", "cache"
+"""The kinds of groups that are an embedding table or LM head, the visible keys of an attention, the experts of a mixture, and
+the whole KV cache."""
+NO_LINEARS = (TABLE, PATTERN, EXPERTS, CACHE)
+"""The kinds whose schemes are not those of linear layers."""
+SCHEMES = ("int8-dynamic", "int8-group", "int8-weight", "int4-dynamic", "int4-weight", "nvfp4-weight")
 """The schemes of `quantize` that need no calibration data, so that single layers and LM heads can have them."""
 UNTIED = "untied-"
 """Begins the four-bit schemes of an LM head that gets a matrix of its own; its table is then in int8."""
@@ -27,8 +32,10 @@ TABLE_SCHEMES = ("int8-weight", "int4-weight")
 """The schemes of embedding tables that are no LM head."""
 PATTERNS = ("measured", "window")
 """The patterns of `sparsify-attention`, with the default window or mass."""
+CACHES = ("cache-int8", "cache-int4")
+"""The forms of a KV cache; keys are rotated before they are stored in four bits."""
 FRACTIONS = (0.75, 0.5, 0.25, 0.125)
-"""The amounts of heads and neurons that are tried, as fractions."""
+"""The amounts of heads, neurons and experts that are tried, as fractions."""
 _LEAST_RANK = 64
 _MULTIPLE = 16
 """Numbers of neurons are multiples of this where there are several times as many."""
@@ -39,7 +46,7 @@ class Option:
     """One option of a group: the units that stay, and their scheme.
 
     Attributes:
-        left: heads or neurons that stay, 0 if the whole part is removed.
+        left: heads, neurons or experts that stay, 0 if the whole part is removed.
         scheme: of its layers.
         pooled: key/value heads that stay when they are pooled, 0 for all; only where all heads stay, since removed heads take
             key/value heads along.
@@ -56,9 +63,11 @@ class Group:
 
     Attributes:
         name: the module path of the first site.
-        kind: `attention`, `feed-forward`, `linear`, `table` or `pattern`.
-        size: heads or neurons; 1 where none can be removed.
-        units: the paths that the amounts of `prune-heads` or `prune-neurons` name.
+        kind: `attention`, `feed-forward`, `linear`, `table`, `pattern`, `experts` or `cache`.
+        size: heads, neurons or experts; 1 where none can be removed.
+        units: the paths that the amounts of `prune-heads`, `prune-neurons` or `prune-experts` name.
+        multiple: units that stay are a multiple of this.
+        least: the fewest that may stay.
         layer: the path by which `prune-layers` removes the part; empty if it cannot.
         linears: the paths of its linear layers, tables or attentions, as passes name them.
         shapes: out_features and in_features of each.
@@ -73,6 +82,8 @@ class Group:
     kind: str
     size: int = 1
     units: list[str] = field(default_factory=list[str])
+    multiple: int = 1
+    least: int = 1
     layer: str = ""
     linears: list[str] = field(default_factory=list[str])
     shapes: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
@@ -95,9 +106,9 @@ class Group:
     def lefts(self) -> list[int]:
         """The numbers of units that may stay, all of them first; 0 at the end if the part can be removed."""
         lefts = [self.size]
-        multiple = _MULTIPLE if self.size >= 4 * _MULTIPLE else 1
+        multiple = max(self.multiple, _MULTIPLE if self.size >= 4 * _MULTIPLE and self.kind != EXPERTS else 1)
         for fraction in FRACTIONS if self.units else ():
-            lefts.append(max(1, round(fraction * self.size / multiple) * multiple))
+            lefts.append(max(self.least, round(fraction * self.size / multiple) * multiple))
         return list(dict.fromkeys([*lefts, *([0] if self.layer else [])]))
 
     def options(self, schemes: Iterable[str]) -> list[Option]:
@@ -108,7 +119,8 @@ class Group:
 
 
 def groups_of(program: Program) -> list[Group]:
-    """The groups of a program in canonical form: attentions, feed-forwards, other linear layers, tables, and patterns."""
+    """The groups of a program in canonical form: attentions, feed-forwards, other linear layers, experts, tables, patterns, and
+    the KV cache."""
     known = _Sites.of(program)
     model_structure = program.fact(structure)
     groups: dict[object, Group] = {}
@@ -125,7 +137,7 @@ def groups_of(program: Program) -> list[Group]:
                 known.make_removable(group, layer.path, "feed-forward")
     ordered = sorted(groups.values(), key=lambda group: group.kind)
     parts = (group for group in ordered if len(group.lefts()) > 1 or group.linears)
-    return [*parts, *known.rest(), *known.tables, *known.patterns]
+    return [*parts, *known.rest(), *known.others]
 
 
 def linear_paths(program: Program) -> list[str]:
@@ -143,8 +155,7 @@ class _Sites:
     linears: dict[str, AmountSite]
     shapes: Mapping[str, tuple[int, ...]]
     weights: Mapping[str, str]
-    tables: Sequence[Group]
-    patterns: Sequence[Group]
+    others: Sequence[Group]
 
     @classmethod
     def of(cls, program: Program) -> _Sites:
@@ -152,7 +163,7 @@ class _Sites:
         layers: dict[str, AmountSite] = {}
         pools: dict[str, AmountSite] = {}
         linears: dict[str, AmountSite] = {}
-        tables, patterns = list[Group](), list[Group]()
+        experts, tables, patterns = list[Group](), list[Group](), list[Group]()
         for site in sites(program):
             if "prune-heads" in site.takes or "prune-neurons" in site.takes:
                 units |= dict.fromkeys(site.paths, site)
@@ -162,6 +173,8 @@ class _Sites:
                 pools[site.path] = site
             elif site.kind == "linear" and "quantize" in site.takes:
                 linears[site.path] = site
+            elif site.kind == EXPERTS:
+                experts += _experts_of(site)
             elif (table := _table_of(site)) is not None:
                 tables.append(table)
             elif "sparsify-attention" in site.takes:
@@ -178,7 +191,8 @@ class _Sites:
                     shapes.setdefault(key, tuple(int(size) for size in program.weight(str(weight.target)).shape))
         for table in tables:
             table.shapes = [shapes.get(table.name, ())]
-        return cls(units, layers, pools, linears, shapes, names, tables, patterns)
+        caches = [Group(CACHE, CACHE, linears=[CACHE], schemes=(PLAIN, *CACHES))] if _has_cache(program) else []
+        return cls(units, layers, pools, linears, shapes, names, [*experts, *tables, *patterns, *caches])
 
     def group(self, groups: dict[object, Group], path: str, node: fx.Node, kind: str, layers: Sequence[fx.Node]) -> Group:
         """The group of a site, with the site's linear layers added to it."""
@@ -237,7 +251,7 @@ class _Sites:
 
 def _legal_counts(site: AmountSite) -> list[int]:
     """The numbers that passes take at a site."""
-    return [value for values in site.takes.values() for value in values if isinstance(value, int)]
+    return sorted(value for values in site.takes.values() for value in values if isinstance(value, int))
 
 
 def _table_of(site: AmountSite) -> Group | None:
@@ -250,6 +264,18 @@ def _table_of(site: AmountSite) -> Group | None:
             schemes += [f"{UNTIED}{scheme}" for scheme in schemes if tied and scheme.startswith("int4")]
             return Group(site.path, TABLE, linears=[*site.paths], schemes=(PLAIN, *schemes), option=option, tied=tied)
     return None
+
+
+def _experts_of(site: AmountSite) -> list[Group]:
+    """The group of the experts of a mixture; none where all must stay."""
+    counts = _legal_counts(site)
+    if len(counts) < 2:
+        return []
+    return [Group(site.path, EXPERTS, site.size, [site.path], counts[1] - counts[0], counts[0])]
+
+
+def _has_cache(program: Program) -> bool:
+    return any(written_rows(write) is not None for write in program.nodes(STATE_WRITES[0]))
 
 
 def _pattern_of(site: AmountSite) -> Group:

@@ -13,14 +13,30 @@ from lissom.passes.attention.pool_heads.pool_heads import PoolHeads
 from lissom.passes.attention.sparsify_attention.sparsify_attention import SparsifyAttention
 from lissom.passes.lightweight.low_rank.low_rank import LowRank
 from lissom.passes.prune.merge_equal_heads import MergeEqualHeads
+from lissom.passes.prune.prune_experts import PruneExperts
 from lissom.passes.prune.prune_heads import PruneHeads
 from lissom.passes.prune.prune_layers.prune_layers import PruneLayers
 from lissom.passes.prune.prune_neurons import PruneNeurons
 from lissom.passes.quantize.gptq import Gptq
 from lissom.passes.quantize.quantize import Quantize
+from lissom.passes.quantize.quantize_cache import QuantizeCache
+from lissom.passes.quantize.rotate.rotate import Rotate
 from lissom.passes.quantize.untie_lm_head import UntieLmHead
 from lissom.passes.recover.distill import Distill
-from lissom.tuning.sites import LOW_RANK, PATTERN, PLAIN, TABLE, TABLE_SCHEMES, UNTIED, Group, Option
+from lissom.tuning.sites import (
+    CACHE,
+    CACHES,
+    EXPERTS,
+    LOW_RANK,
+    NO_LINEARS,
+    PATTERN,
+    PLAIN,
+    TABLE,
+    TABLE_SCHEMES,
+    UNTIED,
+    Group,
+    Option,
+)
 
 EXACT = "exact"
 HALF = 0.5
@@ -55,7 +71,7 @@ def _factored(group: Group, option: Option) -> Mapping[str, object]:
 
 def _stays(group: Group, option: Option) -> bool:
     """True if linear layers of the group are left."""
-    return option.left > 0 and group.kind not in (TABLE, PATTERN)
+    return option.left > 0 and group.kind not in NO_LINEARS
 
 
 _REDUCTIONS: tuple[tuple[_Entries, Callable[[str, bool], Sequence[Pass]]], ...] = (
@@ -66,6 +82,7 @@ _REDUCTIONS: tuple[tuple[_Entries, Callable[[str, bool], Sequence[Pass]]], ...] 
         _fewer("feed-forward"),
         lambda amounts, fitted: [PruneNeurons(amounts=amounts, criterion="auto" if fitted else "magnitude")],
     ),
+    (_fewer(EXPERTS), lambda amounts, _: [PruneExperts(amounts=amounts)]),
     (_pooled, lambda amounts, fitted: [PoolHeads(amounts=amounts, align=fitted, regroup=fitted), MergeEqualHeads()]),
     (_patterns, lambda patterns, _: [SparsifyAttention(patterns=f"*={PLAIN},{patterns}")]),
     (_factored, lambda amounts, _: [LowRank(amounts=amounts)]),
@@ -110,7 +127,10 @@ def pipeline_of(
     pack = parse_pipeline(PACKED, known_passes()) if packed else []
     fit: list[Pass] = _gptq_of(schemes, tables) if fitted else []
     untie: list[Pass] = [UntieLmHead()] if any(scheme.startswith(UNTIED) for _, scheme in tables) else []
-    return format_pipeline([*passes, *before, *untie, *cast, *quantized, *fit, *after, *pack]) or EXACT
+    cache = next((option.scheme for group, option in chosen if group.kind == CACHE), PLAIN)
+    rotate: list[Pass] = [Rotate(where="cache")] if cache == CACHES[1] else []
+    cached: list[Pass] = [QuantizeCache(bits=4 if rotate else 8)] if cache != PLAIN else []
+    return format_pipeline([*passes, *before, *untie, *rotate, *cast, *quantized, *fit, *after, *cached, *pack]) or EXACT
 
 
 def _gptq_of(schemes: Mapping[str, str], tables: Sequence[tuple[Group, str]]) -> list[Pass]:
@@ -118,7 +138,7 @@ def _gptq_of(schemes: Mapping[str, str], tables: Sequence[tuple[Group, str]]) ->
     heads = [(group, scheme.removeprefix(UNTIED)) for group, scheme in tables if group.option == "lm_head" or group.tied]
     every = {**schemes, **{path: scheme for group, scheme in heads for path in group.linears}}
     quantized = {path: scheme for path, scheme in every.items() if scheme != PLAIN}
-    four = [path for path, scheme in quantized.items() if scheme.startswith("int4")]
+    four = [path for path, scheme in quantized.items() if scheme.startswith(("int4", "nvfp4"))]
     return [Gptq(only="" if len(four) == len(quantized) else ",".join(four))] if four else []
 
 
@@ -168,13 +188,13 @@ def read_options(groups: Sequence[Group], pipeline: str) -> list[Option]:
     pooled: dict[str, int] = {}
     factored: set[str] = set()
     schemes: dict[str, str] = {}
-    paths = [path for group in groups if group.kind not in (TABLE, PATTERN) for path in group.linears]
+    paths = [path for group in groups if group.kind not in NO_LINEARS for path in group.linears]
     untied = ""
     for pass_ in parse_pipeline(pipeline, known_passes(), RECIPES):
         match pass_:
             case PruneLayers():
                 gone |= {(pass_.part, path) for path, left in pass_._amounts().entries if left == "0"}
-            case PruneHeads() | PruneNeurons():
+            case PruneHeads() | PruneNeurons() | PruneExperts():
                 lefts |= {path: int(left) for path, left in pass_._amounts().entries}
             case PoolHeads():
                 pooled |= {path: int(left) for path, left in pass_._amounts().entries}
@@ -182,6 +202,8 @@ def read_options(groups: Sequence[Group], pipeline: str) -> list[Option]:
                 factored |= {path for path, _ in pass_._amounts().entries}
             case SparsifyAttention():
                 schemes |= {f"{PATTERN} {path}": pattern for path, pattern in pass_._patterns().entries}
+            case QuantizeCache():
+                schemes[f"{CACHE} {CACHE}"] = CACHES[pass_.bits == 4]
             case UntieLmHead():
                 untied = UNTIED
             case Quantize(only=only) if only:
@@ -206,5 +228,5 @@ def _option(
     left = next((lefts[unit] for unit in group.units if unit in lefts), group.size)
     if any(path in factored for path in group.linears):
         return Option(left, LOW_RANK)
-    marked = (f"{group.kind} {path}" if group.kind in (TABLE, PATTERN) else path for path in group.linears)
+    marked = (f"{group.kind} {path}" if group.kind in NO_LINEARS else path for path in group.linears)
     return Option(left, next((schemes[path] for path in marked if path in schemes), PLAIN))

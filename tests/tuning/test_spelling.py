@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import lissom
-from lissom.tuning.sites import LOW_RANK, PATTERN, TABLE, Group, Option, groups_of, linear_paths
+from lissom.frontends.generation.decoder import capture_decoder
+from lissom.tuning.sites import CACHE, EXPERTS, LOW_RANK, NO_LINEARS, PATTERN, TABLE, Group, Option, groups_of, linear_paths
 from lissom.tuning.spelling import pipeline_of, read_options
+from tests.support.decoders import decoder
+from tests.support.mixtures import program_of, samples
 from tests.support.models import captured, tied_llama, tiny_bert, tiny_llama
 
 
@@ -30,13 +33,13 @@ def test_the_groups_of_a_bert(program):
 
 
 def quantized(groups):
-    """int8 for all linear layers, nothing for tables and patterns."""
-    return [group.whole if group.kind in (TABLE, PATTERN) else Option(group.size, "int8-dynamic") for group in groups]
+    """int8 for all linear layers, nothing for other groups."""
+    return [group.whole if group.kind in NO_LINEARS else Option(group.size, "int8-dynamic") for group in groups]
 
 
 def test_every_path_of_group_is_one_that_quantize_takes(program):
     known = set(linear_paths(program))
-    layers = [group for group in groups_of(program) if group.kind not in (TABLE, PATTERN)]
+    layers = [group for group in groups_of(program) if group.kind not in NO_LINEARS]
     assert {path for group in layers for path in group.linears} <= known
 
 
@@ -167,3 +170,28 @@ def test_int4_of_other_layers_leaves_tied_table_alone():
     found = lissom.optimize(program, inputs, passes=passes, data=[inputs], checks="structural").program
     assert "lm_head.weight" in found.weights()  # and not lm_head.weight_int8
     assert read_options(groups, text) == options
+
+
+def test_experts_of_mixtures_have_amounts():
+    program = program_of("qwen3-moe")
+    groups, linears = groups_of(program), linear_paths(program)
+    experts = [group for group in groups if group.kind == EXPERTS]
+    assert experts and all(group.lefts()[0] == group.size and min(group.lefts()) >= group.least for group in experts)
+    fewest = min(experts[0].lefts())
+    options = [Option(fewest) if group is experts[0] else group.whole for group in groups]
+    text = pipeline_of(groups, options, linears)
+    assert text == f'prune-experts{{amounts="{experts[0].name}={fewest}"}}'
+    assert read_options(groups, text) == options
+    found = lissom.optimize(program, samples()[0], passes=text, data=samples(), checks="structural").program
+    assert found.parameter_count < program.parameter_count
+
+
+def test_kv_cache_is_one_group():
+    captured = capture_decoder(decoder("qwen3"), max_length=16)
+    groups, linears = groups_of(captured.program), linear_paths(captured.program)
+    assert [group.schemes for group in groups if group.kind == CACHE] == [("none", "cache-int8", "cache-int4")]
+    for scheme, wanted in {"cache-int8": "quantize-cache", "cache-int4": "rotate,quantize-cache{bits=4}"}.items():
+        options = [Option(1, scheme) if group.kind == CACHE else group.whole for group in groups]
+        text = pipeline_of(groups, options, linears)
+        assert text == wanted
+        assert read_options(groups, text) == options

@@ -1,13 +1,16 @@
-"""Quantize the KV cache to int8 or int4, with a scale per token and head.
+"""Quantize the KV cache to int8, with a scale per token and head, or to int4, with one per 64 features of them.
 
-    s = max|x| / 127,  q = round(x / s)   written   |   x ≈ q · s   read
+    int8   s = max|x| / 127,      q = round(x / s)   written   |   x ≈ q · s   read
+    int4   s = x[argmax|x|] / -8, q = round(x / s)
 
-x: a token's key or value in one head, [head_dim]. A token is quantized once, when it is written, so errors do not accumulate
-over a text. A key of 128 features takes 132 bytes rather than 512, or 68 in int4. Linear layers are left to `quantize`.
+x: a token's key or value in one head, [head_dim], or a group of its features. In four bits the largest element becomes -8, of
+which there is one more than of +7, so the scale has a sign; llama.cpp's q4_0 does the same. A token is quantized once, when it
+is written, so errors do not accumulate over a text. A key of 128 features takes 132 bytes rather than 512, or 72 in int4.
+Linear layers are left to `quantize`.
 
-Sheng et al. 2023, FlexGen, quantize groups of neighbours instead; Liu et al. 2024, KIVI, find that keys lose less when they are
-quantized per channel, over several tokens, which requires the last tokens in full precision. On a CPU, attention reads int8
-directly; int4 is dequantized first.
+Liu et al. 2024, KIVI, find that keys lose less when they are quantized per channel, over several tokens, which requires the
+last tokens in full precision; `rotate` makes the channels alike instead. On a CPU, attention reads int8 directly; int4 is
+dequantized first.
 """
 
 from __future__ import annotations
@@ -37,9 +40,11 @@ class QuantizeCache(Approximation):
 
     Attributes:
         bits: 8 or 4 per element.
+        group: features that share a scale, for 4 bits. Heads whose size it does not divide have one scale per token.
     """
 
     bits: Literal[8, 4] = 8
+    group: Literal[32, 64, 128] = 64
 
     def run(self, edit: Editor) -> None:
         form = FORMATS[f"int{self.bits}"]
@@ -48,7 +53,7 @@ class QuantizeCache(Approximation):
             new = written_rows(write)
             if new is not None and edit.may_change(write, self._obstacle(write, new)):
                 before += edit.tensor(new.x).nbytes
-                after += sum(held.nbytes for held in _quantize_state(edit, new, write, form))
+                after += sum(held.nbytes for held in _quantize_state(edit, new, write, form, self.group))
         if before:
             edit.note(f"the cache takes {after / 1e6:.3g} MB, and took {before / 1e6:.3g} MB")
         else:
@@ -63,16 +68,18 @@ class QuantizeCache(Approximation):
         return None
 
 
-def _quantize_state(edit: Editor, new: IndexCopy, write: fx.Node, form: Format) -> Sequence[torch.Tensor]:
+def _quantize_state(edit: Editor, new: IndexCopy, write: fx.Node, form: Format, group: int) -> Sequence[torch.Tensor]:
     """Replace the state by integers and scales; returns both."""
     name = str(new.x.target)
-    held = quantize_rows(edit.program.weight(name), form)
+    size = nodes.fixed_size(new.x, -1)
+    groups = size // group if form.bits == 4 and size % group == 0 else 1
+    held = quantize_rows(edit.program.weight(name), form, groups)
     dtype = nodes.tensor_type(new.node).dtype
     with edit.before(new.node):
         reads = edit.exchange_state(new.x, {f"{name}_{form.name}": held[0], f"{name}_scale": held[1]})
         written = [
             edit.call(aten.index_copy.default, read, new.dim, new.indices, part)
-            for read, part in zip(reads, _quantized(edit, new.source, form), strict=True)
+            for read, part in zip(reads, _quantized(edit, new.source, form, groups), strict=True)
         ]
         value = edit.call(dequantize, *written, format=form.name, dtype=dtype)
     with edit.before(write):
@@ -83,14 +90,17 @@ def _quantize_state(edit: Editor, new: IndexCopy, write: fx.Node, form: Format) 
     return held
 
 
-def _quantized(edit: Editor, rows: fx.Node, form: Format) -> tuple[fx.Node, fx.Node]:
-    """Integers and per-token, per-head scales of [batch, heads, tokens, features]."""
+def _quantized(edit: Editor, rows: fx.Node, form: Format, groups: int) -> tuple[fx.Node, fx.Node]:
+    """Integers and scales of [batch, heads, tokens, features]."""
     if nodes.tensor_type(rows).dtype != torch.float32:
         rows = edit.call(aten.to.dtype, rows, torch.float32)
-    largest = edit.call(aten.amax.default, edit.call(aten.abs.default, rows), [-1], True)
-    scale = edit.call(aten.clamp_min.default, edit.call(aten.mul.Tensor, largest, 1.0 / form.high), LEAST)
+    if groups > 1:
+        rows = edit.call(aten.unflatten.int, rows, -1, [groups, -1])
+    scale = _signed_scale(edit, rows, form) if form.bits == 4 else _scale(edit, rows, form)
     whole = edit.call(aten.round.default, edit.call(aten.div.Tensor, rows, scale))
     whole = edit.call(aten.clamp.default, whole, form.low, form.high)
+    if groups > 1:
+        whole, scale = edit.call(aten.flatten.using_ints, whole, -2), edit.call(aten.squeeze.dim, scale, -1)
     if form.bits == 8:
         return edit.call(aten.to.dtype, whole, form.storage), scale
     # Two's complement in four bits: -1 is 15.
@@ -99,10 +109,34 @@ def _quantized(edit: Editor, rows: fx.Node, form: Format) -> tuple[fx.Node, fx.N
     return edit.call(aten.add.Tensor, low, edit.call(aten.mul.Tensor, high, 16)), scale
 
 
-def quantize_rows(x: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """The integers of x, [..., features] or half as many packed, and its scales, [..., 1], quantized as new rows are."""
-    x = x.detach().float()
-    scale = (x.abs().amax(-1, keepdim=True) * (1.0 / form.high)).clamp_min(LEAST)
-    whole = (x / scale).round().clamp(form.low, form.high).to(torch.int8)
-    # Rows not written yet stay zero, and an artifact stores no zero state.
-    return (pack_halves(whole) if form.bits == 4 else whole), scale.where(scale > LEAST, 0.0)
+def _scale(edit: Editor, rows: fx.Node, form: Format) -> fx.Node:
+    largest = edit.call(aten.amax.default, edit.call(aten.abs.default, rows), [-1], True)
+    return edit.call(aten.clamp_min.default, edit.call(aten.mul.Tensor, largest, 1.0 / form.high), LEAST)
+
+
+def _signed_scale(edit: Editor, rows: fx.Node, form: Format) -> fx.Node:
+    """The scale that makes the element of the largest size the lowest integer."""
+    low = edit.call(aten.amin.default, rows, [-1], True)
+    high = edit.call(aten.clamp_min.default, edit.call(aten.amax.default, rows, [-1], True), -LEAST * form.low)
+    is_high = edit.call(aten.ge.Tensor, high, edit.call(aten.neg.default, low))
+    return edit.call(aten.mul.Tensor, edit.call(aten.where.self, is_high, high, low), 1.0 / form.low)
+
+
+def quantize_rows(x: torch.Tensor, form: Format, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize what a state holds, as new rows are quantized.
+
+    Args:
+        x: [..., features].
+
+    Returns:
+        The integers, [..., features] or half as many packed, and the scales, [..., groups]. Rows not written yet have scales
+        of zero, as an artifact stores no zero state.
+    """
+    x = x.detach().float().unflatten(-1, (groups, -1))
+    largest = x.abs().amax(-1, keepdim=True)
+    scale = (largest / form.high).clamp_min(LEAST)
+    if form.bits == 4:
+        high = x.amax(-1, keepdim=True).clamp_min(-LEAST * form.low)
+        scale = torch.where(high >= largest, high, x.amin(-1, keepdim=True)) / form.low
+    whole = (x / scale).round().clamp(form.low, form.high).to(torch.int8).flatten(-2)
+    return (pack_halves(whole) if form.bits == 4 else whole), scale.where(largest > 0, 0.0).squeeze(-1)

@@ -9,15 +9,27 @@ import lissom
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.frontends.generation.decoder import capture_decoder
 from lissom.ops import fused_attention
+from lissom.ops.formats import FORMATS, unpack_halves
 from lissom.ops.native import load_kernels
 from lissom.ops.quantization import dequantize
-from lissom.passes.quantize.quantize_cache import QuantizeCache
+from lissom.passes.quantize.quantize_cache import QuantizeCache, quantize_rows
 from tests.support.decoders import decoder, prompt
 from tests.support.harness import Calls, aten, calls, check_golden, rewrite
 from tests.support.models import normal
 from tests.support.neighbours import all_but_slow
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
+
+
+class _Cache(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(1, 2, 4, 128))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = self.kept.index_copy(2, torch.arange(3), x)
+        self.kept.copy_(kept)
+        return kept.sum(-1)
 
 
 def quantized(name: str = "llama", bits: int = 8, **options: object):
@@ -45,15 +57,46 @@ def test_numbers(name: str, bits: int) -> None:
     with torch.no_grad():
         before.run(inputs)
         after.run(inputs)
-    largest = {8: 127, 4: 7}[bits]
+    # Half a step of each row's own; in four bits, a step for what lies at the end that the largest element does not.
+    steps = {8: 0.5 / 127, 4: 1 / 8}[bits]
     for state in before.state[:2]:  # what later layers keep comes from rounded values
         kept, scale = after.weight(f"{state}_int{bits}"), after.weight(f"{state}_scale")
         found = dequantize(kept, scale, format=f"int{bits}", dtype=torch.float64)
         wanted = before.weight(state).double()
-        row = wanted.abs().amax(-1, keepdim=True) / largest
-        # Half a step of each row's own, and what is lost in float32; rows not written yet stay zero.
-        assert bool(((found - wanted).abs() <= row * 0.5 + 1e-5).all())
+        # And what is lost in float32; rows not written yet stay zero.
+        assert bool(((found - wanted).abs() <= wanted.abs().amax(-1, keepdim=True) * steps + 1e-5).all())
         assert not found[:, :, 7:].any()
+
+
+def test_four_bits_have_a_scale_per_group_and_use_the_lowest_integer() -> None:
+    rows = normal(1, 2, 3, 128)
+    rows[0, 0, 0, :64] *= 100  # an outlier's group, which the other group does not feel
+    rows[0, 1, 1] = 0
+    history = rewrite(QuantizeCache(4), _Cache(), rows)[1]
+    assert "@kept_scale: f32[1, 2, 4, 2] state" in history.texts[-1]
+    model = _Cache()
+    program = rewrite(QuantizeCache(4), model, rows)[0]
+    with torch.no_grad():
+        program.run([rows])
+    packed, scale = program.weight("kept_int4"), program.weight("kept_scale")
+    whole = unpack_halves(packed, FORMATS["int4"])[:, :, :3].float().unflatten(-1, (2, 64))
+    written = rows.unflatten(-1, (2, 64))
+    assert (whole.amin(-1) == -8).sum() == 2 * 3 * 2 - 2  # all groups but those of the row of zeros
+    step = scale[:, :, :3, :, None]
+    error = (whole * step - written).abs()
+    assert bool((error <= 0.5001 * step.abs() + 1e-6)[whole < 7].all())
+    assert bool((error <= 1.0001 * step.abs() + 1e-6).all())
+    # What the pass itself quantizes, before the first call, is quantized alike.
+    found, its_scale = quantize_rows(rows, FORMATS["int4"], 2)
+    assert torch.equal(found, packed[:, :, :3])
+    torch.testing.assert_close(
+        its_scale[0, :, :, :].abs(), scale[0, :, :3].abs().where(its_scale[0].abs() > 0, 0), rtol=1e-6, atol=0
+    )
+
+
+def test_heads_that_a_group_does_not_divide_have_one_scale() -> None:
+    _, _, history = quantized("llama", 4)  # heads of 8 features
+    assert "@cache.0.keys_scale: f32[1, 2, 16, 1] state" in history.texts[-1]
 
 
 @pytest.mark.parametrize(("bits", "allowed"), [(8, 0.02), pytest.param(4, 0.4, marks=pytest.mark.slow)])
