@@ -147,6 +147,20 @@ def test_what_serves_other_passes_is_kept(model: nn.Module) -> None:
     assert not torch.allclose(found(INPUTS), model(INPUTS))
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_reduces_the_loss_of_quantizers_stands_or_falls_with_them(
+    model: nn.Module, ratios: list[float], kept: bool
+) -> None:
+    ratios += [0.5 if kept else 2.0]  # of the program with quantize and what follows it
+    data = [torch.randn(8, 64) for _ in range(4)]
+    passes = "quantize{scheme=int4-weight,lm_head=true},gptq,correct-bias"
+    steps = lissom.compile(model, INPUTS, passes=passes, data=data).report.history.steps
+    reverted = {step.spelling.partition("{")[0]: step.reverted for step in steps if step.kind == "approximation"}
+    assert [why is None for why in reverted.values()] == [kept] * 3
+    if not kept:
+        assert reverted["gptq"] == "it follows quantize{scheme=int4-weight,lm_head=true}, which was reverted"
+
+
 def test_later_exact_passes_rerun_and_lossy_ones_revert_too(model: nn.Module) -> None:
     passes = [Halve(), Prepare(), *parse_pipeline("remove-no-ops", PASSES)]
     found = lissom.compile(model, INPUTS, passes=passes)

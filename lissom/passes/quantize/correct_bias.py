@@ -16,6 +16,7 @@ the outputs of the corrected layers before it. A layer without a bias gets one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -49,6 +50,7 @@ class CorrectBias(Approximation):
     lm_head: bool = False
     skip: str = ""
     only: str = ""
+    cheapens: ClassVar[bool] = False
 
     def run(self, edit: Editor) -> None:
         if not edit.data:

@@ -43,7 +43,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import fx
@@ -93,6 +93,7 @@ class Gptq(Approximation):
         block_size: number of columns after which errors are passed on to all later ones; affects only the time.
         skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
         only: module paths to change, in the same form; others stay as they are.
+        if_data: leaves weights rounded to nearest where there is no calibration data, and says so, rather than raise.
     """
 
     act_order: bool = True
@@ -106,6 +107,8 @@ class Gptq(Approximation):
     block_size: int = 128
     skip: str = ""
     only: str = ""
+    if_data: bool = False
+    cheapens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if min(self.damping, self.table_damping, self.pull) <= 0 or self.block_size < 1:
@@ -116,6 +119,9 @@ class Gptq(Approximation):
             )
 
     def run(self, edit: Editor) -> None:
+        if not edit.data and self.if_data:
+            edit.note("weights are rounded to nearest; with data= they are chosen by GPTQ, and lose less")
+            return
         if not edit.data:
             raise RequirementError("gptq needs calibration data: pass data=, or leave gptq out to round to nearest")
         layers = self._layers(edit)

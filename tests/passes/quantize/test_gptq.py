@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lissom import optimize
 from lissom.compiler.analysis.structure.linear import is_linear
 from lissom.compiler.analysis.structure.matrix import rounded_matrix_of
 from lissom.compiler.calibration.hessian import damped, shifted
@@ -345,6 +346,17 @@ def test_patterns_choose_layers() -> None:
 def test_without_data_it_says_so() -> None:
     with pytest.raises(RequirementError, match="gptq needs calibration data: pass data=, or leave gptq out"):
         rewrite(Gptq(), seeded(FeedForward), normal(2, 5, 8))
+
+
+def test_recipe_small_fits_weights_where_there_are_data() -> None:
+    model, inputs = seeded(lambda: nn.Linear(64, 32)), normal(8, 64)
+    rounded, fitted = (optimize(model, inputs, passes="small", data=data) for data in ((), [inputs]))
+    note = "weights are rounded to nearest; with data= they are chosen by GPTQ, and lose less"
+    assert rounded.report.history.steps[-1].notes == (note,)
+    named = optimize(model, inputs, passes="quantize{scheme=int4-weight,lm_head=true},gptq", data=[inputs])
+    weight = named.program.weight("weight")
+    assert torch.equal(fitted.program.weight("weight"), weight)
+    assert not torch.equal(rounded.program.weight("weight"), weight)
 
 
 @pytest.mark.parametrize(

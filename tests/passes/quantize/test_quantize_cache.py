@@ -72,10 +72,10 @@ def test_four_bits_have_a_scale_per_group_and_use_the_lowest_integer() -> None:
     rows = normal(1, 2, 3, 128)
     rows[0, 0, 0, :64] *= 100  # an outlier's group, which the other group does not feel
     rows[0, 1, 1] = 0
-    history = rewrite(QuantizeCache(4), _Cache(), rows)[1]
+    history = rewrite(QuantizeCache(4, group=64), _Cache(), rows)[1]
     assert "@kept_scale: f32[1, 2, 4, 2] state" in history.texts[-1]
     model = _Cache()
-    program = rewrite(QuantizeCache(4), model, rows)[0]
+    program = rewrite(QuantizeCache(4, group=64), model, rows)[0]
     with torch.no_grad():
         program.run([rows])
     packed, scale = program.weight("kept_int4"), program.weight("kept_scale")
