@@ -208,7 +208,7 @@ def _judge(case: Case, model: nn.Module, given: Mapping[str, object], address: s
     wanted = _oracle(case, model, data)
     answers: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
     for at, call in enumerate((case.example, *case.calls)):
-        called = inputs if at == 0 else _inputs(case, call, given)
+        called = _readable(fast.program, inputs if at == 0 else _inputs(case, call, given))
         try:
             outputs = _called(case, fast, called)
         except InputError as error:
@@ -316,6 +316,14 @@ def _inputs(case: Case, call: Call, given: Mapping[str, object]) -> dict[str, ob
         if isinstance(value, torch.Tensor) and call.seed and value.dim() >= 2 and value.dtype in (torch.long, torch.float32):
             inputs[name] = value[:, torch.randperm(value.shape[1], generator=generator)] if value.dim() == 2 else value.flip(0)
     return inputs
+
+
+def _readable(program: Program, inputs: Mapping[str, object]) -> Mapping[str, object]:
+    """Inputs without token ids that prune-vocabulary dropped."""
+    tokens = inputs.get("tokens")
+    if program.vocabulary is None or not isinstance(tokens, torch.Tensor):
+        return inputs
+    return {**inputs, "tokens": program.vocabulary.readable(tokens)}
 
 
 def _given(case: Case, inputs: Mapping[str, object]) -> tuple[object, ...] | dict[str, object]:
