@@ -55,6 +55,12 @@ def test_experts_can_be_pruned_where_tokens_are_sorted_by_expert(spec):
     assert len(router) == round(0.67 * spec.experts)
 
 
+@pytest.mark.parametrize("logits", ["full", "compact"])
+def test_pruned_vocabularies_are_judged_on_ids_that_stay(logits):
+    outcome = case.run(Case(Spec(output="several"), (f"prune-vocabulary{{keep=9,logits={logits}}}",), calls=()))
+    assert outcome.kind == "equal", outcome.detail
+
+
 def test_a_sorted_mixture_is_the_mixture_of_its_best_experts():
     spec = Spec(experts=5, top_k=2, gate="separate", bias=True)
     mixture = build(spec).layers[0].feed_forward.double()

@@ -24,6 +24,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Approximation, Training
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
+from lissom.compiler.transforms.new_ids import with_final_ids
 from lissom.driver.compile import compile_captured
 from lissom.driver.options import Settings, resolve_passes
 from lissom.errors import InputError, LissomError, PassError, VerifyError
@@ -249,6 +250,7 @@ def _oracle(
     samples = [captured.signature.flatten(*_split(batch)) for batch in data]
     # Checks are off so that the oracle does not depend on the verifier.
     program, _ = Pipeline(resolve_passes(prefix), checks="off", data=samples).run(captured)
+    program, _ = with_final_ids(program, _capture(case).example, check=False)
     names = {pass_.name() for pass_ in passes}
     # Under a pattern, a padding query sees padding only, and adding a mask to its scores twice rounds in many ways.
     padded = "sparsify-attention" in names
