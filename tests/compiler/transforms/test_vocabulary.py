@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -27,12 +28,13 @@ class Sorted(nn.Module):
         return self.head(x + added.view(x.shape))
 
 
-def test_sizes_that_depend_on_values_are_not_inferred_again() -> None:
+@pytest.mark.parametrize("logits", ["full", "compact"])
+def test_sizes_that_depend_on_values_are_not_inferred_again(logits: str) -> None:
     model, ids = seeded(Sorted), torch.arange(8).view(2, 4)
-    found = lissom.optimize(model, (ids,), passes="prune-vocabulary{keep=10}")
+    found = lissom.optimize(model, (ids,), passes=f"prune-vocabulary{{keep=10,logits={logits}}}")
     with torch.no_grad():
         wanted, (actual,) = model(ids), found.program.run([ids])
     assert isinstance(actual, torch.Tensor) and len(found.program.weight("head.weight")) == 10
-    assert bool((actual[..., 10:] == -torch.inf).all())
+    assert actual.shape[-1] == (20 if logits == "full" else 10) and bool((actual[..., 10:] == -torch.inf).all())
     # The head sums in another order for another number of rows.
     torch.testing.assert_close(actual[..., :10], wanted[..., :10], rtol=1e-5, atol=1e-6)
