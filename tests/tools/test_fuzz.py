@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lissom
 from tests.support.neighbours import all_but_slow
 from tools.fuzz import campaign, case, models, oracle
 from tools.fuzz.case import Case, draw_case
@@ -42,6 +43,39 @@ def test_a_model_has_the_same_weights_each_time():
     spec = models.draw_spec(random.Random(5))
     for one, other in zip(build(spec).parameters(), build(spec).parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("spec", [Spec(experts=6, top_k=2), Spec(experts=3, top_k=1, gate="packed", bias=True, neurons=5)])
+def test_experts_can_be_pruned_where_tokens_are_sorted_by_expert(spec):
+    example = draw_inputs(spec, 2, 5, "none", 0)["tokens"]
+    optimized = lissom.optimize(build(spec), (example,), passes="prune-experts{keep=0.67}", data=[(example,)])
+    (step,) = (step for step in optimized.report.history.steps if step.spelling.startswith("prune-experts"))
+    assert step.skipped == () and "=" in step.per_site
+    router = next(weight for name, weight in optimized.program.weights().items() if name.endswith("router.weight"))
+    assert len(router) == round(0.67 * spec.experts)
+
+
+@pytest.mark.parametrize("logits", ["full", "compact"])
+def test_pruned_vocabularies_are_judged_on_ids_that_stay(logits):
+    outcome = case.run(Case(Spec(output="several"), (f"prune-vocabulary{{keep=9,logits={logits}}}",), calls=()))
+    assert outcome.kind == "equal", outcome.detail
+
+
+def test_a_sorted_mixture_is_the_mixture_of_its_best_experts():
+    spec = Spec(experts=5, top_k=2, gate="separate", bias=True)
+    mixture = build(spec).layers[0].feed_forward.double()
+    x = torch.randn(2, 3, spec.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = torch.zeros_like(x)
+    with torch.no_grad():
+        for place in torch.cartesian_prod(torch.arange(2), torch.arange(3)):
+            token = x[tuple(place)]
+            shares, best = mixture.router(token).softmax(-1).topk(2)
+            for share, expert in zip(shares / shares.sum(), best, strict=True):
+                gate, up = (mixture.up[expert] @ token).chunk(2)
+                y = mixture.down[expert] @ (gate.relu() * up) + mixture.down_bias[expert]
+                wanted[tuple(place)] += share * y
+        # The same products in float64, summed in another order.
+        assert torch.allclose(mixture(x), wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left", "holes", "single"])

@@ -24,6 +24,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Approximation, Training
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
+from lissom.compiler.transforms.new_ids import with_final_ids
 from lissom.driver.compile import compile_captured
 from lissom.driver.options import Settings, resolve_passes
 from lissom.errors import InputError, LissomError, PassError, VerifyError
@@ -208,7 +209,7 @@ def _judge(case: Case, model: nn.Module, given: Mapping[str, object], address: s
     wanted = _oracle(case, model, data)
     answers: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
     for at, call in enumerate((case.example, *case.calls)):
-        called = inputs if at == 0 else _inputs(case, call, given)
+        called = _readable(fast.program, inputs if at == 0 else _inputs(case, call, given))
         try:
             outputs = _called(case, fast, called)
         except InputError as error:
@@ -249,6 +250,7 @@ def _oracle(
     samples = [captured.signature.flatten(*_split(batch)) for batch in data]
     # Checks are off so that the oracle does not depend on the verifier.
     program, _ = Pipeline(resolve_passes(prefix), checks="off", data=samples).run(captured)
+    program, _ = with_final_ids(program, _capture(case).example, check=False)
     names = {pass_.name() for pass_ in passes}
     # Under a pattern, a padding query sees padding only, and adding a mask to its scores twice rounds in many ways.
     padded = "sparsify-attention" in names
@@ -316,6 +318,14 @@ def _inputs(case: Case, call: Call, given: Mapping[str, object]) -> dict[str, ob
         if isinstance(value, torch.Tensor) and call.seed and value.dim() >= 2 and value.dtype in (torch.long, torch.float32):
             inputs[name] = value[:, torch.randperm(value.shape[1], generator=generator)] if value.dim() == 2 else value.flip(0)
     return inputs
+
+
+def _readable(program: Program, inputs: Mapping[str, object]) -> Mapping[str, object]:
+    """Inputs without token ids that prune-vocabulary dropped."""
+    tokens = inputs.get("tokens")
+    if program.vocabulary is None or not isinstance(tokens, torch.Tensor):
+        return inputs
+    return {**inputs, "tokens": program.vocabulary.readable(tokens)}
 
 
 def _given(case: Case, inputs: Mapping[str, object]) -> tuple[object, ...] | dict[str, object]:

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from tools.fuzz.experts import DenseExperts, RoutedExperts
+
 VOCABULARY, POSITIONS, TYPES = 31, 64, 2
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": functional.gelu,
@@ -30,7 +32,8 @@ class Spec:
     mask: the kind of mask. `keep` and `hide` are boolean [batch, tokens], `integers` is 1 for kept tokens, `additive` is 0
         for kept tokens and `fill` for the others; the `square` masks are [batch, 1, tokens, tokens].
     window: keys seen to the left of a query, itself included; 0 means all.
-    experts: feed-forwards from which a router picks one per token; 0 means one feed-forward without a router.
+    experts: feed-forwards of which a router picks some per token; 0 means one feed-forward without a router.
+    top_k: experts per token, for which tokens are sorted by expert; 0 means one, and every expert is computed.
     """
 
     layers: int = 1
@@ -52,6 +55,7 @@ class Spec:
     fill: str = "infinity"
     attention: str = "operator"
     experts: int = 0
+    top_k: int = 0
     shared_layers: bool = False
     query_key_norm: bool = False
     softcap: bool = False
@@ -89,7 +93,8 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "mask": ("none", "keep", "hide", "integers", "integers", "additive", "square-keep", "square-additive"),
     "fill": tuple(_FILLS),
     "attention": ("operator", "written-out"),
-    "experts": (0, 0, 0, 0, 3),
+    "experts": (0, 0, 0, 3, 6),
+    "top_k": (0, 1, 2, 2),
     "shared_layers": (False, False, False, True),
     "query_key_norm": (False, False, False, True),
     "softcap": (False, False, False, True),
@@ -297,18 +302,13 @@ class FeedForward(nn.Module):
         return self.down(activation(gate) * up)
 
 
-class Experts(nn.Module):
-    """A mixture of experts that computes every expert and weights all but the best of each token by zero."""
-
-    def __init__(self, spec: Spec) -> None:
-        super().__init__()
-        self.router = nn.Linear(spec.width, spec.experts, False)
-        self.experts = nn.ModuleList([FeedForward(spec) for _ in range(spec.experts)])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        share = self.router(x).softmax(-1)
-        share = share * (share == share.amax(-1, keepdim=True))
-        return sum((share[..., at : at + 1] * expert(x) for at, expert in enumerate(self.experts)), torch.zeros_like(x))
+def _feed_forward(spec: Spec) -> nn.Module:
+    if not spec.experts:
+        return FeedForward(spec)
+    if not spec.top_k:
+        return DenseExperts(spec.width, [FeedForward(spec) for _ in range(spec.experts)])
+    activation, gate = _ACTIVATIONS[spec.activation], spec.gate != "none"
+    return RoutedExperts(spec.width, spec.neurons, spec.experts, spec.top_k, activation, gate=gate, bias=spec.bias)
 
 
 class Layer(nn.Module):
@@ -317,7 +317,7 @@ class Layer(nn.Module):
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
-        self.attention, self.feed_forward = Attention(spec), Experts(spec) if spec.experts else FeedForward(spec)
+        self.attention, self.feed_forward = Attention(spec), _feed_forward(spec)
         self.first_norm, self.second_norm = Norm(spec.width, spec), Norm(spec.width, spec)
 
     def forward(self, x: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:

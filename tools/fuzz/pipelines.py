@@ -58,6 +58,7 @@ EXACT: tuple[Draw, ...] = (
     _pass("untie-lm-head"),
     _pass("rotate", where=(None, "heads", "residual"), basis=(None, "hadamard", "random"), seed=(None, 1)),
     _pass("rotate", where=("residual",), basis=("pca",)),
+    _pass("rotate", where=("cache",), basis=(None, "hadamard", "random", "balanced")),
     _pass("fold-casts"),
     _pass("sink-casts"),
 )
@@ -69,6 +70,7 @@ LOSSY: tuple[Draw, ...] = (
     _pass("prune-layers", keep=(0.5, 0.75), part=(None, "attention", "feed-forward"), criterion=(None, "magnitude")),
     _pass("prune-hidden", keep=(0.5, 0.75), round_to=(1, 2, 4), criterion=(None, "magnitude"), reconstruct=(None, False)),
     _pass("prune-vocabulary", keep=(9, 20), logits=(None, "compact")),
+    _pass("prune-vocabulary", coverage=(0.7, 1.0), logits=(None, "compact")),
     _pass("prune-neurons", amounts=('"*=0.5"', '"*=3"'), criterion=_RANKED),
     _pass("sparsify", amounts=('"*=0.5"', '"*=2:4"')),
     _pass("low-rank", amounts=('"*=0.5"', '"*=2"')),
@@ -93,6 +95,7 @@ LOSSY: tuple[Draw, ...] = (
     _pass("quantize", scheme=("int8-weight", "int4-weight"), granularity=(None, "channel", "group"), symmetric=(None, False)),
     _pass("quantize", scheme=("int8-dynamic", "int4-weight", "fp8"), embeddings=(None, True), lm_head=(None, True)),
     _pass("quantize", scheme=("mxfp4-weight", "mxfp8-weight", "nvfp4-weight"), embeddings=(None, True), lm_head=(None, True)),
+    _pass("quantize-cache", bits=(None, 4)),
     _pass("correct-bias"),
     DISTILL,
     _pass("gptq", act_order=(None, False), asymmetric=(None, False)),

@@ -308,6 +308,19 @@ class Editor:
                 self._type(call)
                 changed.add(call)
 
+    def retype_readers(self, changed: Iterable[fx.Node]) -> None:
+        """Retype the calls that read these nodes, whose types changed, and on from each call whose own type changes.
+
+        Others keep their types: sizes that depend on values cannot always be inferred again.
+        """
+        reached = set(changed)
+        for call in self.program.nodes():
+            if not reached.isdisjoint(call.all_input_nodes):
+                before = nodes.node_type(call)
+                self.retype_call(call)
+                if nodes.node_type(call) != before:
+                    reached.add(call)
+
     def retype_call(self, node: fx.Node) -> None:
         """Retype a call after its inputs changed, and record the pass on it when its type changed."""
         before = nodes.node_type(node)

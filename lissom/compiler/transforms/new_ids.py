@@ -152,12 +152,14 @@ def _constant(program: Program, node: fx.Node) -> int | None:
 
 def _leave_compact(edit: Editor) -> None:
     """Leave logits as narrow as the ids that stay."""
+    narrow: list[fx.Node] = []
     for node in list(edit.nodes(aten.index_select.default)):
         if is_masked_logits(node):
-            node.replace_all_uses_with(nodes.operand(nodes.operand(node)))
+            narrow.append(nodes.operand(nodes.operand(node)))
+            node.replace_all_uses_with(narrow[-1])
             edit.program.graph.erase_node(node)
             edit.program.edits += 1
-    edit.retype()
+    edit.retype_readers(narrow)
 
 
 def _compare(before: Program, after: Program, readable: Sample, final: Sample) -> None:

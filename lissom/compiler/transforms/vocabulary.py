@@ -135,7 +135,7 @@ def remove_ids(edit: Editor, tokens: TokenIds, selected: Selected, kept: torch.T
     for head in tokens.heads:
         for mask in [user for user in head.logits.users if is_logit_mask(user)]:
             _scatter(edit, mask, head.logits, new)
-    edit.retype()
+    edit.retype_readers([*selected, *_id_tables(tokens)])
 
 
 def _id_tables(tokens: TokenIds) -> list[fx.Node]:

@@ -86,6 +86,13 @@ class PruneExperts(Approximation):
         for site, count in zip(mixtures, left, strict=True):
             if site.router in scores:
                 mask_experts(edit, site, lowest(scores[site.router].view(site.groups, -1), count // site.groups).flatten())
+            elif self._rounds_to_all(site):
+                groups = f" in each of {site.groups} groups" if site.groups > 1 else ""
+                edit.skip(
+                    site.router,
+                    f"all experts stay: keep={self.keep:g} of {site.per_group}{groups} rounds to {site.per_group}; give "
+                    f"keep={(site.per_group - 1) / site.per_group:.3g} or less",
+                )
         text = amounts_text(_amount_sites(mixtures), left)
         edit.per_site = format_pass(replace(self, keep=None, protect="", amounts=text)) if mixtures else ""
 
@@ -100,6 +107,11 @@ class PruneExperts(Approximation):
             site.experts if is_path_protected(site.path, self.protect) else self._count(site) if amount is None else amount
             for site, amount in zip(mixtures, given, strict=True)
         ]
+
+    def _rounds_to_all(self, site: RoutedExperts) -> bool:
+        """True for a mixture that has too few experts for a `keep` below 1 to remove one."""
+        is_asked = self.keep is not None and self.keep < 1 and not is_path_protected(site.path, self.protect)
+        return is_asked and round((self.keep or 0) * site.per_group) == site.per_group
 
     def _count(self, site: RoutedExperts) -> int:
         """The number of experts that `keep` leaves of a mixture, the nearest that its groups can share equally."""

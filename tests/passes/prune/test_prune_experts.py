@@ -269,6 +269,18 @@ def test_returned_scores_keep_all_experts() -> None:
     assert {len(stack) for stack in stacks(found.program).values()} == {EXPERTS}
 
 
+def test_a_fraction_that_rounds_to_all_experts_is_reported() -> None:
+    data = samples()
+    program = captures.optimize(family("deepseek-grouped"), data[0], checks="structural").program.copy()
+    found = lissom.optimize(program, data[0], passes="prune-experts{keep=0.9}", data=data, checks="structural")
+    step = step_of(found.report.history, "prune-experts")
+    reason = "all experts stay: keep=0.9 of 4 in each of 2 groups rounds to 4; give keep=0.75 or less"
+    assert {skip.reason for skip in step.skipped} == {reason}
+    named = 'prune-experts{keep=0.9,protect="*"}'
+    found = lissom.optimize(program, data[0], passes=named, data=data, checks="structural")
+    assert not step_of(found.report.history, "prune-experts").skipped
+
+
 def test_unequal_groups_stay() -> None:
     data = samples()
     program = captures.optimize(family("deepseek-grouped"), data[0], checks="structural").program.copy()

@@ -112,7 +112,12 @@ def rotate_keys(edit: Editor, basis_of: Callable[[int], torch.Tensor], *, is_bal
         is_balanced: balance keys and queries on the calibration data before that.
     """
     caches = _key_caches(edit)
-    if not caches:
+    if not caches and any(written_rows(write) is not None for write in edit.nodes(*STATE_WRITES[:1])):
+        edit.note(
+            "no keys are rotated: attentions read other values than the KV cache holds, as in latent attention; leave the pass "
+            "out for this model"
+        )
+    elif not caches:
         edit.note("the program has no KV cache in floating point; compile_generation makes one")
     elif is_balanced:
         known = key_moments(edit, caches)

@@ -61,7 +61,7 @@ def rotate_residual(edit: Editor, basis_of: Callable[[int], torch.Tensor] | None
         raise RequirementError("rotate{basis=pca} needs calibration data: pass data=, or choose basis=hadamard")
     names = [total.name for total in _streams(edit.program).values()]
     if not names:
-        raise UnsupportedError("rotate{where=residual} finds no residual stream in this program")
+        raise UnsupportedError("rotate{where=residual} finds no residual stream in this program; leave it out for this model")
     reasons: list[str] = []
     for name in names:
         trial = Editor(edit.program.copy(), edit.pass_name, edit.data)
@@ -114,6 +114,8 @@ def _rotate(edit: Editor, total: fx.Node, basis_of: Callable[[int], torch.Tensor
         return reason
     size = fixed(stream.size)
     basis = basis_of(size) if basis_of is not None else _principal(edit, total, size)
+    if basis is None:
+        return "no linear layer reads its channels, whose principal components could be chosen; use basis=hadamard"
     for norm in norms:
         if norm.target is aten.layer_norm.default:
             call = Norm(norm)
@@ -152,17 +154,20 @@ def _separate_ends(edit: Editor, stream: Axis) -> None:
     edit.program.edits += 1
 
 
-def _principal(edit: Editor, total: fx.Node, size: int) -> torch.Tensor:
-    """The basis whose first channels serve the layers that read the stream best, on the calibration data."""
+def _principal(edit: Editor, total: fx.Node, size: int) -> torch.Tensor | None:
+    """The basis whose first channels serve the layers that read the stream best, on the calibration data.
+
+    Layers that read several streams side by side do not count. None where no layer reads this one.
+    """
     known = edit.program.fact(axes)
     stream = known.axis(total, -1)
     readers = {
         node: matrix
         for node in edit.program.nodes()
-        if is_linear(node)
-        and stream in known.axis(input_of(node), -1).atoms()
-        and isinstance(matrix := matrix_of(node), Matrix)
+        if is_linear(node) and stream == known.axis(input_of(node), -1) and isinstance(matrix := matrix_of(node), Matrix)
     }
+    if not readers:
+        return None
     sums = moments(edit.program, edit.data, dict.fromkeys(map(input_of, readers)))
     grams = {node: part.gram.double().cpu() * (size / part.gram.trace().clamp_min(1e-30).cpu()) for node, part in sums.items()}
     weights = torch.zeros(size, size, dtype=torch.float64)

@@ -163,6 +163,19 @@ def test_an_activation_on_the_stream_is_refused() -> None:
         rewrite(Rotate(where="residual"), seeded(Bent), normal(2, 5, 12))
 
 
+def test_a_layer_that_reads_the_stream_twice_is_no_principal_reader() -> None:
+    class Wide(PreNorm):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = nn.Linear(24, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = super().forward(x)
+            return self.wide(torch.cat([x, x], -1))
+
+    assert rotated(Case(seeded(Wide), (normal(2, 5, 12),)), "rotate{where=residual,basis=pca}")[3].steps[1].rewritten
+
+
 def test_without_a_stream_or_without_data_it_says_so() -> None:
     with pytest.raises(UnsupportedError) as refusal:
         rewrite(Rotate(where="residual"), seeded(lambda: nn.Linear(8, 8)), normal(2, 5, 8))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import lissom
 from lissom.backends.base import Backend
@@ -25,7 +26,7 @@ from lissom.passes.quantize.rotate.cache import KeyMoments
 from lissom.passes.quantize.rotate.rotate import Rotate
 from tests.support.decoders import DECODERS, ROTARY, decoder, prompt
 from tests.support.harness import Calls, calls, check_golden, every_backend_but_eager_slow, rewrite
-from tests.support.models import normal
+from tests.support.models import normal, seeded
 from tests.support.neighbours import all_but_slow
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -59,6 +60,28 @@ def test_leaves_other_graphs_alone() -> None:
     _, history = rewrite(Rotate(), Calls(lambda x: x.relu()), normal(2, 4))
     assert history.texts[0] == history.texts[1]
     assert history.steps[1].notes == ("the program has no KV cache in floating point; compile_generation makes one",)
+
+
+class Projected(nn.Module):
+    """The cache holds latents, from which keys are projected again for each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(8, 4), nn.Linear(4, 8)
+        self.register_buffer("latents", torch.zeros(1, 1, 16, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        latents = self.latents.index_copy(2, torch.arange(x.shape[2]), self.down(x))
+        self.latents.copy_(latents)
+        keys = self.up(latents)
+        return nn.functional.scaled_dot_product_attention(x, keys, keys)
+
+
+def test_a_cache_that_holds_no_keys_is_reported() -> None:
+    _, history = rewrite(Rotate(), seeded(Projected), normal(1, 1, 5, 8))
+    assert history.texts[0] == history.texts[1]
+    (note,) = history.steps[1].notes
+    assert note.startswith("no keys are rotated: attentions read other values than the KV cache holds, as in latent attention")
 
 
 @pytest.mark.parametrize("name", all_but_slow(list(DECODERS), "qwen3", "gpt2"))
