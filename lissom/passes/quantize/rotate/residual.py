@@ -32,7 +32,7 @@ from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.statistics import moments
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Norm
+from lissom.compiler.ir.calls import Embedding, Linear, Norm
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import LAYER_NORMS
 from lissom.compiler.ir.printer import place
@@ -106,7 +106,11 @@ def _rotate(edit: Editor, total: fx.Node, basis_of: Callable[[int], torch.Tensor
         if isinstance(kept, str):
             return kept
         matrices += kept
+    if basis_of is None:
+        _separate_tables(edit)
     _separate_ends(edit, edit.program.fact(axes).axis(total, -1))
+    if basis_of is None:
+        _as_layers(edit, total)
     stream = edit.program.fact(axes).axis(total, -1)
     norms = _norms(edit.program, stream)
     centred = any(norm.target is aten.layer_norm.default for norm in norms)
@@ -150,6 +154,38 @@ def _separate_ends(edit: Editor, stream: Axis) -> None:
         for reader in readers:
             reader.replace_input_with(node, moved)
     edit.program.edits += 1
+
+
+def _separate_tables(edit: Editor) -> None:
+    """Multiply rows of embedding tables that are LM heads too by the identity, which is rotated in place of the table.
+
+    The head reads a norm times its scale, whose components are others than those of the stream: pruned with the stream, it
+    would lose most of what it reads.
+    """
+    for lookup in edit.program.nodes(*Embedding.targets):
+        table = Embedding(lookup).table
+        if not any(Linear.of(user) is not None and Linear(user).weight is table for user in table.users):
+            continue
+        typed, readers = nodes.tensor_type(lookup), list(lookup.users)
+        with edit.before(lookup.next, like=[lookup]):
+            identity = edit.weight(
+                f"{lookup.name}.basis", torch.eye(fixed(typed.shape[-1]), dtype=typed.dtype, device=typed.device)
+            )
+            moved = edit.call(change_basis, lookup, identity)
+        for reader in readers:
+            reader.replace_input_with(lookup, moved)
+        edit.program.edits += 1
+
+
+def _as_layers(edit: Editor, total: fx.Node) -> None:
+    """Turn matrices that read the stream into linear layers, which `prune-hidden` refits."""
+    known = edit.program.fact(axes)
+    stream = known.axis(total, -1)
+    for node in edit.program.nodes(change_basis):
+        if stream not in known.axis(nodes.operand(node), -1).atoms() or stream in known.axis(node, -1).atoms():
+            continue
+        # The matrix is diagonal, so it is its transpose.
+        edit.change_call(node, aten.linear.default, nodes.operand(node), nodes.operand(node, 1))
 
 
 def _principal(edit: Editor, total: fx.Node, size: int) -> torch.Tensor:
