@@ -8,6 +8,7 @@ zero for them, and layers ignore them. `eliminate-dead`, which runs right after 
   and layers: Sun et al. 2023, equation 1. https://arxiv.org/abs/2306.11695
 - `magnitude`: Σ_w ‖w[c]‖² over the weights w, each divided by its sum over channels. Needs no data. Fang et al. 2023,
   DepGraph: Towards Any Structural Pruning, equation 4. https://arxiv.org/abs/2301.12900
+- `first`: channels keep their order, and the last are pruned. For streams after `rotate{where=residual,basis=pca}`.
 
 With `reconstruct`, layers that read the stream are refitted in order: x and x̃ are a layer's inputs in the original and in the
 pruned program, and W̃ minimizes E‖W x + b − W̃ x̃ − b̃‖² + λ‖W̃ − W‖², so
@@ -61,13 +62,13 @@ class PruneHidden(Approximation):
         amounts: channels of single residual streams, a number or a fraction; a stream is named by the module of its first
             residual add, with `*` and `?`: `"encoder=384,decoder=none"`. Without `keep`, other streams stay as they are.
         round_to: the number of channels kept is a multiple of this.
-        criterion: how channels are ranked; `energy` needs calibration data.
+        criterion: how channels are ranked; `energy` needs calibration data, `first` keeps the order of `rotate{basis=pca}`.
         reconstruct: refits the layers that read the residual stream to their earlier outputs; needs calibration data.
     """
 
     keep: float | None = None
     round_to: int = 8
-    criterion: Literal["energy", "magnitude"] = "energy"
+    criterion: Literal["energy", "magnitude", "first"] = "energy"
     reconstruct: bool = True
     amounts: str = ""
     leaves_dead = True
@@ -102,8 +103,7 @@ class PruneHidden(Approximation):
         for (axis, total), amount in zip(streams.items(), given, strict=True):
             if amount == axis.size or (amount is None and self.keep is None and self.amounts):
                 continue
-            scores = _energies(edit, axis) if self.criterion == "energy" else _magnitudes(edit.program, axis)
-            kept[total] = self._kept(edit, total, scores, amount)
+            kept[total] = self._kept(edit, total, self._scores(edit, axis), amount)
         left = [int(kept[total].sum()) if total in kept else axis.size for axis, total in streams.items()]
         text = amounts_text(sites, left)
         edit.per_site = format_pass(replace(self, keep=None, amounts=text, round_to=PruneHidden.round_to))
@@ -111,6 +111,12 @@ class PruneHidden(Approximation):
         _check(edit, _on_axes(edit.program, kept))
         if self.reconstruct:
             _reconstruct(edit, dense, _on_axes(edit.program, kept))
+
+    def _scores(self, edit: Editor, axis: Axis) -> torch.Tensor:
+        """The importance of each channel, [channels]."""
+        if self.criterion == "first":
+            return -torch.arange(int(axis.size), dtype=torch.float32)
+        return _energies(edit, axis) if self.criterion == "energy" else _magnitudes(edit.program, axis)
 
     def _kept(self, edit: Editor, total: fx.Node, scores: torch.Tensor, amount: int | None) -> torch.Tensor:
         """The channels to keep, booleans [channels].

@@ -14,7 +14,9 @@ Norms are prepared first. SliceGPT: Ashkboos et al. 2024, §3.1 and §3.2. https
   readers must read behind a norm then. A tied LM head gets a matrix of its own.
 
 There is one basis for the whole stream, so shortcuts need no matrices, unlike in SliceGPT. `pca` takes the principal components
-of what the layers read, weighted by their matrices, see `bases.principal_components`.
+of what the layers read, weighted by their matrices, improved for all layers at once: see `bases.principal_components` and
+`bases.nested_components`. An embedding table that is the LM head too stays as it is then, between two matrices of the basis,
+since the head reads other components than the stream's: those of the last norm times its scale.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import fixed
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.ops import change_basis
-from lissom.passes.quantize.rotate.bases import principal_components
+from lissom.passes.quantize.rotate.bases import nested_components, principal_components
 from lissom.passes.quantize.rotate.channels import rotation_obstacle, turn
 from lissom.passes.quantize.rotate.norms import centring_obstacle, shortcut_obstacle, without_scale
 
@@ -201,9 +203,11 @@ def _principal(edit: Editor, total: fx.Node, size: int) -> torch.Tensor:
     }
     sums = moments(edit.program, edit.data, dict.fromkeys(map(input_of, readers)))
     grams = {node: part.gram.double().cpu() * (size / part.gram.trace().clamp_min(1e-30).cpu()) for node, part in sums.items()}
-    weights = torch.zeros(size, size, dtype=torch.float64)
+    weights = {node: torch.zeros(size, size, dtype=torch.float64) for node in sums}
     for node, matrix in readers.items():
-        weight = matrix.read(edit.program).double().cpu()
-        own = weight.T @ weight
-        weights += own / (own * grams[input_of(node)]).sum().clamp_min(1e-30)
-    return principal_components(torch.stack([*grams.values()]).mean(0), weights)
+        read, weight = input_of(node), matrix.read(edit.program).double().cpu()
+        own, part = weight.T @ weight, sums[input_of(node)]
+        variance = part.covariance.double().cpu() * (part.count * size / part.gram.trace().clamp_min(1e-30).cpu())
+        weights[read] += own / (own * variance).sum().clamp_min(1e-30)
+    start = principal_components(torch.stack([*grams.values()]).mean(0), torch.stack([*weights.values()]).sum(0))
+    return nested_components(start, [(grams[node], weights[node]) for node in grams])

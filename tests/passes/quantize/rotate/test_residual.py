@@ -8,7 +8,7 @@ from torch import nn
 
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Norm
+from lissom.compiler.ir.calls import Embedding, Norm
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.history import History
@@ -118,7 +118,8 @@ def test_principal_components_come_first() -> None:
 def test_pruning_after_principal_components_loses_less() -> None:
     errors: dict[str, float] = {}
     prune = "prune-hidden{keep=0.5},eliminate-dead"
-    for passes in (prune, f"rotate{{where=residual,basis=pca}},{prune}"):
+    ordered = prune.replace("}", ",criterion=first}")
+    for passes in (prune, f"rotate{{where=residual,basis=pca}},{ordered}"):
         before, sample, after, _ = rotated(woken(tiny_llama()), passes)
         with torch.no_grad():
             wanted, found = (program.run(sample)[0] for program in (before, after))
@@ -126,6 +127,17 @@ def test_pruning_after_principal_components_loses_less() -> None:
         errors[passes] = float((wanted - found).norm() / wanted.norm())
     plain, turned = errors.values()
     assert turned < 0.7 * plain
+
+
+def test_a_tied_table_keeps_its_width() -> None:
+    """Its head reads a norm times its scale, which has components other than those of the stream."""
+    case = woken(Case(decoder("gemma3"), {"input_ids": prompt()["input_ids"], "use_cache": False}))
+    passes = "rotate{where=residual,basis=pca},prune-hidden{keep=0.5,criterion=first},eliminate-dead"
+    before, _, after, history = rotated(case, passes)
+    (table,) = {Embedding(node).table.target for node in after.nodes(*Embedding.targets)}
+    assert torch.equal(after.weight(str(table)), before.weight(str(table)))
+    assert {nodes.tensor_type(total).shape[-1] for total in after.fact(structure).residuals} == {16}
+    assert history.steps[1].relative_error is not None and history.steps[1].relative_error < 5e-6
 
 
 def test_a_layer_norm_on_the_shortcut_is_refused() -> None:
