@@ -20,9 +20,10 @@ after quantization least, and ends in a Hadamard matrix. See `bases.balanced`. W
 Gemma 3 270M grows by 230 %, on 4,121 tokens; after `rotate` on calibration data by 1.6 ± 0.3 %, on 12,345, and as much with
 `rotate{where=heads}` besides. A Hadamard basis alone, for keys and values, leaves 15 %.
 
-`rotate{where=residual,basis=pca},prune-hidden{keep=0.75}` is SliceGPT: the stream's least principal components are pruned. A
-vision transformer with random weights then loses two thirds of what it loses without the rotation. Gemma 3 270M loses more than
-without it: measure both. Models with post-norm blocks, such as MiniLM, are refused.
+`rotate{where=residual,basis=pca},prune-hidden{keep=0.75,criterion=first}` is SliceGPT with one basis for all layers: the last
+components of the stream are pruned. `criterion=energy` ignores their order, and can lose more than without the rotation. A tied
+embedding table keeps its width, so the program is larger than after `prune-hidden` alone: measure both. Models with post-norm
+blocks, such as MiniLM, are refused.
 
 There is no `where=down`. A Hadamard matrix on the input of down projections cannot be folded through the activation, and as a
 product it takes three to six times as long as the projection.
