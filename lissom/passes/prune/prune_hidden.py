@@ -8,22 +8,26 @@ zero for them, and layers ignore them. `eliminate-dead`, which runs right after 
   and layers: Sun et al. 2023, equation 1. https://arxiv.org/abs/2306.11695
 - `magnitude`: Σ_w ‖w[c]‖² over the weights w, each divided by its sum over channels. Needs no data. Fang et al. 2023,
   DepGraph: Towards Any Structural Pruning, equation 4. https://arxiv.org/abs/2301.12900
+- `first`: channels keep their order, and the last are pruned. For streams after `rotate{where=residual,basis=pca}`.
+- `auto`: of the choices of `energy` and `first` the one after which refitted layers err less, by the moments of their inputs
+  in the original program; without `reconstruct` that of `energy`.
 
 With `reconstruct`, layers that read the stream are refitted in order: x and x̃ are a layer's inputs in the original and in the
 pruned program, and W̃ minimizes E‖W x + b − W̃ x̃ − b̃‖² + λ‖W̃ − W‖², so
 
     W̃ = W + W (Cov(x, x̃) − Cov(x̃, x̃)) (Cov(x̃, x̃) + λI)⁻¹        b̃ = b + W E[x] − W̃ E[x̃]
 
-with λ a hundredth of the mean of Var(x̃); without a bias the moments are not centred. Where the data says nothing, W stays. He
-et al. 2017, Channel Pruning for Accelerating Very Deep Neural Networks, equation 2. https://arxiv.org/abs/1707.06168 An LM head
-tied to an embedding table keeps its weight.
+with λ the one of `DAMPINGS` that, fitted to half of the tokens, leaves the least error on the other half; without a bias the
+moments are not centred. Where the data says nothing, W stays. He et al. 2017, Channel Pruning for Accelerating Very Deep
+Neural Networks, equation 2. https://arxiv.org/abs/1707.06168 An LM head tied to an embedding table keeps its weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
+from typing import Literal, cast
 
 import torch
 from torch import fx
@@ -35,8 +39,9 @@ from lissom.compiler.analysis.axes.zeros import zero_at, zeros
 from lissom.compiler.analysis.structure.linear import input_of, is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.calibration.hessian import damped
 from lissom.compiler.calibration.layer_sweep import sweep
-from lissom.compiler.calibration.statistics import observe
+from lissom.compiler.calibration.statistics import moments, observe
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.printer import place
@@ -46,8 +51,11 @@ from lissom.compiler.pipeline.spelling import format_pass
 from lissom.compiler.transforms.removal.indices import mask
 from lissom.errors import RequirementError, UnsupportedError
 
-DAMPING = 0.01
+DAMPINGS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+"""λ over the mean of Var(x̃). A few channels of a language model are so large that a hundredth of the mean hides the others."""
 _KEEP = 0.75
+_COMPARED = 8
+"""Layers by which two choices of channels are compared, up to twice as many."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +68,14 @@ class PruneHidden(Approximation):
         amounts: channels of single residual streams, a number or a fraction; a stream is named by the module of its first
             residual add, with `*` and `?`: `"encoder=384,decoder=none"`. Without `keep`, other streams stay as they are.
         round_to: the number of channels kept is a multiple of this.
-        criterion: how channels are ranked; `energy` needs calibration data.
+        criterion: how channels are ranked; `auto` and `energy` need calibration data, `first` keeps the order of
+            `rotate{basis=pca}`.
         reconstruct: refits the layers that read the residual stream to their earlier outputs; needs calibration data.
     """
 
     keep: float | None = None
     round_to: int = 8
-    criterion: Literal["energy", "magnitude"] = "energy"
+    criterion: Literal["auto", "energy", "magnitude", "first"] = "auto"
     reconstruct: bool = True
     amounts: str = ""
     leaves_dead = True
@@ -89,7 +98,7 @@ class PruneHidden(Approximation):
             return ()
 
     def run(self, edit: Editor) -> None:
-        if not edit.data and (self.reconstruct or self.criterion == "energy"):
+        if not edit.data and (self.reconstruct or self.criterion in ("auto", "energy")):
             raise RequirementError(
                 "prune-hidden needs calibration data: pass data=, or choose criterion=magnitude and reconstruct=false"
             )
@@ -101,8 +110,8 @@ class PruneHidden(Approximation):
         for (axis, total), amount in zip(streams.items(), given, strict=True):
             if amount == axis.size or (amount is None and self.keep is None and self.amounts):
                 continue
-            scores = _energies(edit, axis) if self.criterion == "energy" else _magnitudes(edit.program, axis)
-            kept[total] = self._kept(edit, total, scores, amount)
+            choices = [self._kept(edit, total, scores, amount) for scores in self._scores(edit, axis)]
+            kept[total] = choices[0] if len(choices) == 1 else min(choices, key=partial(_missed, _read_moments(edit, axis)))
         left = [int(kept[total].sum()) if total in kept else axis.size for axis, total in streams.items()]
         text = amounts_text(sites, left)
         edit.per_site = format_pass(replace(self, keep=None, amounts=text, round_to=PruneHidden.round_to))
@@ -110,6 +119,17 @@ class PruneHidden(Approximation):
         _check(edit, _on_axes(edit.program, kept))
         if self.reconstruct:
             _reconstruct(edit, dense, _on_axes(edit.program, kept))
+
+    def _scores(self, edit: Editor, axis: Axis) -> list[torch.Tensor]:
+        """The importance of each channel by every criterion that is to be compared, [channels]."""
+        first = -torch.arange(int(axis.size), dtype=torch.float32)
+        match self.criterion:
+            case "first":
+                return [first]
+            case "magnitude":
+                return [_magnitudes(edit.program, axis)]
+            case _:
+                return [_energies(edit, axis), *([first] if self.criterion == "auto" and self.reconstruct else [])]
 
     def _kept(self, edit: Editor, total: fx.Node, scores: torch.Tensor, amount: int | None) -> torch.Tensor:
         """The channels to keep, booleans [channels].
@@ -209,6 +229,25 @@ def _energies(edit: Editor, axis: Axis) -> torch.Tensor:
     return scores
 
 
+def _read_moments(edit: Editor, axis: Axis) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """C = Σ x xᵀ and B = WᵀW of layers that read the stream, spread over its depth, both [channels, channels] on the CPU."""
+    readers = [node for node in _readers(edit.program, edit.program.fact(axes), axis) if isinstance(matrix_of(node), Matrix)]
+    readers = readers[:: max(1, len(readers) // _COMPARED)]
+    grams = {node: part.gram.double().cpu() for node, part in moments(edit.program, edit.data, map(input_of, readers)).items()}
+    weights = [cast(Matrix, matrix_of(node)).read(edit.program).double().cpu() for node in readers]
+    return [(grams[input_of(node)], weight.T @ weight) for node, weight in zip(readers, weights, strict=True)]
+
+
+def _missed(layers: Sequence[tuple[torch.Tensor, torch.Tensor]], kept: torch.Tensor) -> float:
+    """The energy of W x that no layer of the kept channels predicts, as a sum of fractions."""
+    missed = 0.0
+    for gram, own in layers:
+        read = gram[:, kept]
+        rest = gram - read @ torch.linalg.solve(damped(gram[kept][:, kept], DAMPINGS[-1]).to(read.dtype), read.T)
+        missed += float((own * rest).sum() / (own * gram).sum().clamp_min(1e-30))
+    return missed
+
+
 def _fractions(values: torch.Tensor) -> torch.Tensor:
     return values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
 
@@ -283,21 +322,53 @@ def fit(
         read: x̃ of each sample, [tokens, features].
         kept: [features].
     """
-    features = weight.shape[1]
-    cross, gram = torch.zeros(2, features, features, dtype=torch.float64, device=weight.device)
-    sums, count = torch.zeros(2, features, dtype=torch.float64, device=weight.device), 0
-    for x, y in zip(wanted, read, strict=True):
-        cross += (x.float().T @ y.float()).double()
-        gram += (y.float().T @ y.float()).double()
-        sums += torch.stack([x.double().sum(0), y.double().sum(0)])
-        count += len(x)
+    count = sum(map(len, read))
     if count <= centred:  # a mean of one row has no variance
         return weight.masked_fill(~kept, 0), torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
-    means = sums / count if centred else torch.zeros_like(sums)
-    cross, gram = cross / count - means[0, :, None] * means[1], gram / count - means[1, :, None] * means[1]
-    gram, own = gram[kept][:, kept], weight[:, kept].double()
-    missing = weight.double() @ cross[:, kept] - own @ gram
-    gram.diagonal().add_(max(DAMPING * float(gram.diagonal().mean()), 1e-12))
+    means = torch.zeros(2, weight.shape[1], dtype=torch.float64, device=weight.device)
+    if centred:
+        for x, y in zip(wanted, read, strict=True):
+            means += torch.stack([x.double().sum(0), y.double().sum(0)]) / count
+    first, second = (_errors(weight.double(), wanted, read, kept, means, half) for half in range(2))
+    damping = min(DAMPINGS, key=lambda damping: _left(first, second, damping) + _left(second, first, damping))
+    change = _change(first[0] + second[0], first[1] + second[1], damping)
     fitted = torch.zeros_like(weight)
-    fitted[:, kept] = (own + torch.linalg.solve(gram, missing.T).T).to(weight.dtype)
+    fitted[:, kept] = (weight[:, kept].double() + change).to(weight.dtype)
     return fitted, (weight.double() @ means[0] - fitted.double() @ means[1]).to(weight.dtype)
+
+
+def _errors(
+    weight: torch.Tensor,
+    wanted: Sequence[torch.Tensor],
+    read: Sequence[torch.Tensor],
+    kept: torch.Tensor,
+    means: torch.Tensor,
+    half: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over the first or the second half of each sample's tokens, for the features that are kept.
+
+    Returns:
+        Σ W (x - x̃) x̃ᵀ, [outputs, kept]; Σ x̃ x̃ᵀ, [kept, kept]. x and x̃ are relative to their means.
+    """
+    features = weight.shape[1]
+    cross, gram = torch.zeros(2, features, features, dtype=torch.float64, device=weight.device)
+    for x, y in zip(wanted, read, strict=True):
+        rows = slice(len(x) // 2, None) if half else slice(len(x) // 2)
+        x, y = x[rows].double() - means[0], y[rows].double() - means[1]
+        cross += x.T @ y
+        gram += y.T @ y
+    gram = gram[kept][:, kept]
+    return weight @ cross[:, kept] - weight[:, kept] @ gram, gram
+
+
+def _change(missing: torch.Tensor, gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """W̃ - W, from sums as `_errors` returns them."""
+    damped = gram.clone()
+    damped.diagonal().add_((damping * gram.diagonal().mean()).clamp_min(1e-12))
+    return torch.cholesky_solve(missing.T, torch.linalg.cholesky(damped)).T
+
+
+def _left(fitted: tuple[torch.Tensor, torch.Tensor], others: tuple[torch.Tensor, torch.Tensor], damping: float) -> float:
+    """The squared error on other tokens than those of the fit, up to a constant."""
+    change = _change(*fitted, damping)
+    return float((change * (change @ others[1] - 2 * others[0])).sum())

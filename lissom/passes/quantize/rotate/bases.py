@@ -15,6 +15,8 @@ Paley 1933, On Orthogonal Matrices. Head sizes and widths of models are nearly a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from sympy import isprime
 
@@ -22,6 +24,8 @@ from lissom.compiler.calibration.hessian import damped
 
 DAMPING = 0.01
 """The fraction of the mean variance that is added to every direction, so that rare ones are not divided by zero."""
+STEPS, LAYERS = 80, 8
+"""Steps of Adam for nested components, and the layers in each."""
 _DOUBLE = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
 
 
@@ -98,6 +102,40 @@ def principal_components(gram: torch.Tensor, weights: torch.Tensor) -> torch.Ten
     gram = damped(gram, 0.1 * DAMPING)
     values = torch.linalg.eigh(_power(gram, 0.5) @ weights @ _power(gram, 0.5))
     return torch.linalg.qr(_power(gram, -0.5) @ values.eigenvectors.flip(1)).Q
+
+
+def nested_components(basis: torch.Tensor, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """The basis improved for all layers at once, each with a C and a B of its own, [size, size] in float64.
+
+    Adam lowers, over orthogonal Q and for U the first k columns of Q, with a random k in each step, of half the size or more,
+
+        Σ_l tr B_l (C_l - C_l U (Uᵀ C_l U)⁻¹ Uᵀ C_l)
+
+    which is what no refit of W_l on Uᵀ x recovers of W_l x.
+
+    Args:
+        basis: where to begin.
+        layers: C and B of each, see `principal_components`.
+    """
+    size, generator = len(basis), torch.Generator().manual_seed(0)
+    parts = [(damped(gram, 1e-5).float(), weights.float()) for gram, weights in layers]
+    free = basis.float().requires_grad_()
+    optimizer = torch.optim.Adam([free], lr=0.05 / size**0.5)
+    for _ in range(STEPS):
+        kept = int(torch.randint((size + 1) // 2, size + 1, (), generator=generator))
+        chosen = torch.randperm(len(parts), generator=generator)[:LAYERS].tolist()
+        with torch.enable_grad():
+            first = torch.linalg.qr(free).Q[:, :kept]
+            loss = torch.stack([_unpredicted(first, *parts[index]) for index in chosen]).mean()
+            (free.grad,) = torch.autograd.grad(loss, [free])
+        optimizer.step()
+    return torch.linalg.qr(free.detach().double()).Q
+
+
+def _unpredicted(first: torch.Tensor, gram: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """tr B (C - C U (Uᵀ C U)⁻¹ Uᵀ C)."""
+    read = gram @ first
+    return (weights * (gram - read @ torch.linalg.solve(first.T @ read, read.T))).sum()
 
 
 def balanced(keys: torch.Tensor, queries: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,9 @@ Norms are prepared first. SliceGPT: Ashkboos et al. 2024, §3.1 and §3.2. https
   readers must read behind a norm then. A tied LM head gets a matrix of its own.
 
 There is one basis for the whole stream, so shortcuts need no matrices, unlike in SliceGPT. `pca` takes the principal components
-of what the layers read, weighted by their matrices, see `bases.principal_components`.
+of what the layers read, weighted by their matrices, improved for all layers at once: see `bases.principal_components` and
+`bases.nested_components`. An embedding table that is the LM head too stays as it is then, between two matrices of the basis,
+since the head reads other components than the stream's: those of the last norm times its scale.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.statistics import moments
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Norm
+from lissom.compiler.ir.calls import Embedding, Linear, Norm
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import LAYER_NORMS
 from lissom.compiler.ir.printer import place
@@ -40,7 +42,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import fixed
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.ops import change_basis
-from lissom.passes.quantize.rotate.bases import principal_components
+from lissom.passes.quantize.rotate.bases import nested_components, principal_components
 from lissom.passes.quantize.rotate.channels import rotation_obstacle, turn
 from lissom.passes.quantize.rotate.norms import centring_obstacle, shortcut_obstacle, without_scale
 
@@ -106,7 +108,11 @@ def _rotate(edit: Editor, total: fx.Node, basis_of: Callable[[int], torch.Tensor
         if isinstance(kept, str):
             return kept
         matrices += kept
+    if basis_of is None:
+        _separate_tables(edit)
     _separate_ends(edit, edit.program.fact(axes).axis(total, -1))
+    if basis_of is None:
+        _as_layers(edit, total)
     stream = edit.program.fact(axes).axis(total, -1)
     norms = _norms(edit.program, stream)
     centred = any(norm.target is aten.layer_norm.default for norm in norms)
@@ -154,6 +160,38 @@ def _separate_ends(edit: Editor, stream: Axis) -> None:
     edit.program.edits += 1
 
 
+def _separate_tables(edit: Editor) -> None:
+    """Multiply rows of embedding tables that are LM heads too by the identity, which is rotated in place of the table.
+
+    The head reads a norm times its scale, whose components are others than those of the stream: pruned with the stream, it
+    would lose most of what it reads.
+    """
+    for lookup in edit.program.nodes(*Embedding.targets):
+        table = Embedding(lookup).table
+        if not any(Linear.of(user) is not None and Linear(user).weight is table for user in table.users):
+            continue
+        typed, readers = nodes.tensor_type(lookup), list(lookup.users)
+        with edit.before(lookup.next, like=[lookup]):
+            identity = edit.weight(
+                f"{lookup.name}.basis", torch.eye(fixed(typed.shape[-1]), dtype=typed.dtype, device=typed.device)
+            )
+            moved = edit.call(change_basis, lookup, identity)
+        for reader in readers:
+            reader.replace_input_with(lookup, moved)
+        edit.program.edits += 1
+
+
+def _as_layers(edit: Editor, total: fx.Node) -> None:
+    """Turn matrices that read the stream into linear layers, which `prune-hidden` refits."""
+    known = edit.program.fact(axes)
+    stream = known.axis(total, -1)
+    for node in edit.program.nodes(change_basis):
+        if stream not in known.axis(nodes.operand(node), -1).atoms() or stream in known.axis(node, -1).atoms():
+            continue
+        # The matrix is diagonal, so it is its transpose.
+        edit.change_call(node, aten.linear.default, nodes.operand(node), nodes.operand(node, 1))
+
+
 def _principal(edit: Editor, total: fx.Node, size: int) -> torch.Tensor | None:
     """The basis whose first channels serve the layers that read the stream best, on the calibration data.
 
@@ -170,9 +208,11 @@ def _principal(edit: Editor, total: fx.Node, size: int) -> torch.Tensor | None:
         return None
     sums = moments(edit.program, edit.data, dict.fromkeys(map(input_of, readers)))
     grams = {node: part.gram.double().cpu() * (size / part.gram.trace().clamp_min(1e-30).cpu()) for node, part in sums.items()}
-    weights = torch.zeros(size, size, dtype=torch.float64)
+    weights = {node: torch.zeros(size, size, dtype=torch.float64) for node in sums}
     for node, matrix in readers.items():
-        weight = matrix.read(edit.program).double().cpu()
-        own = weight.T @ weight
-        weights += own / (own * grams[input_of(node)]).sum().clamp_min(1e-30)
-    return principal_components(torch.stack([*grams.values()]).mean(0), weights)
+        read, weight = input_of(node), matrix.read(edit.program).double().cpu()
+        own, part = weight.T @ weight, sums[input_of(node)]
+        variance = part.covariance.double().cpu() * (part.count * size / part.gram.trace().clamp_min(1e-30).cpu())
+        weights[read] += own / (own * variance).sum().clamp_min(1e-30)
+    start = principal_components(torch.stack([*grams.values()]).mean(0), torch.stack([*weights.values()]).sum(0))
+    return nested_components(start, [(grams[node], weights[node]) for node in grams])

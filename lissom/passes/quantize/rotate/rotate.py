@@ -20,9 +20,10 @@ after quantization least, and ends in a Hadamard matrix. See `bases.balanced`. W
 Gemma 3 270M grows by 9.1 ± 0.4 % on 12,345 tokens, after `rotate` with a Hadamard basis by 8.7 ± 0.5 %, and after `rotate` on
 4,096 tokens of calibration data by 0.5 ± 0.2 %, as much as with int8.
 
-`rotate{where=residual,basis=pca},prune-hidden{keep=0.75}` is SliceGPT: the stream's least principal components are pruned. A
-vision transformer with random weights then loses two thirds of what it loses without the rotation. Gemma 3 270M loses more than
-without it: measure both. Models with post-norm blocks, such as MiniLM, are refused.
+`rotate{where=residual,basis=pca},prune-hidden{keep=0.75}` is SliceGPT with one basis for all layers: the last components of
+the stream are pruned. Gemma 3 270M loses 0.47 ± 0.02 nats a token, and 1.05 ± 0.03 without the rotation, on 4,615 tokens after
+8,192 of calibration. A tied embedding table keeps its width, so the program is larger than without it: measure both. Models
+with post-norm blocks, such as MiniLM, are refused.
 
 There is no `where=down`. A Hadamard matrix on the input of down projections cannot be folded through the activation, and as a
 product it takes three to six times as long as the projection.

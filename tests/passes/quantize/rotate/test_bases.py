@@ -8,7 +8,7 @@ import torch
 from lissom.ops.formats import FORMATS
 from lissom.ops.quantization import dequantize
 from lissom.passes.quantize.quantize_cache import quantize_rows
-from lissom.passes.quantize.rotate.bases import balanced, hadamard, principal_components, random_basis
+from lissom.passes.quantize.rotate.bases import balanced, hadamard, nested_components, principal_components, random_basis
 from tests.support.models import normal
 
 
@@ -92,3 +92,22 @@ def test_quantized_keys_change_the_scores_least_in_a_balanced_basis() -> None:
         stored = dequantize(whole, scale, format="int4", dtype=torch.float64)
         errors[name] = float((queries @ of_queries @ stored.T - queries @ keys.T).norm())
     assert errors["balanced"] < 0.5 * errors["hadamard"] < 0.5 * errors["none"]
+
+
+def test_nested_components_serve_layers_of_their_own_moments() -> None:
+    """Two layers, each of which reads four directions that the other does not: better than from the mean of both moments."""
+    layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for seed in range(3):
+        x, weight = normal(400, 16, seed=seed).double() @ normal(16, 16, seed=seed + 5).double(), normal(3, 16, seed=seed + 9)
+        gram = x.T @ x / len(x)
+        own = weight.double().T @ weight.double()
+        layers.append((gram, own / (own * gram).sum()))
+
+    def lost(basis: torch.Tensor, kept: int) -> float:
+        u = basis[:, :kept]
+        return sum(float((b * (c - c @ u @ torch.linalg.inv(u.T @ c @ u) @ u.T @ c)).sum()) for c, b in layers)
+
+    start = principal_components(torch.stack([c for c, _ in layers]).mean(0), torch.stack([b for _, b in layers]).sum(0))
+    found = nested_components(start, layers)
+    torch.testing.assert_close(found.T @ found, torch.eye(16, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert sum(lost(found, kept) for kept in (8, 10, 12)) < 0.9 * sum(lost(start, kept) for kept in (8, 10, 12))

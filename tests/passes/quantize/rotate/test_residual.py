@@ -8,7 +8,7 @@ from torch import nn
 
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Norm
+from lissom.compiler.ir.calls import Embedding, Norm
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.history import History
@@ -126,6 +126,17 @@ def test_pruning_after_principal_components_loses_less() -> None:
         errors[passes] = float((wanted - found).norm() / wanted.norm())
     plain, turned = errors.values()
     assert turned < 0.7 * plain
+
+
+def test_a_tied_table_keeps_its_width() -> None:
+    """Its head reads a norm times its scale, which has components other than those of the stream."""
+    case = woken(Case(decoder("gemma3"), {"input_ids": prompt()["input_ids"], "use_cache": False}))
+    passes = "rotate{where=residual,basis=pca},prune-hidden{keep=0.5},eliminate-dead"
+    before, _, after, history = rotated(case, passes)
+    (table,) = {Embedding(node).table.target for node in after.nodes(*Embedding.targets)}
+    assert torch.equal(after.weight(str(table)), before.weight(str(table)))
+    assert {nodes.tensor_type(total).shape[-1] for total in after.fact(structure).residuals} == {16}
+    assert history.steps[1].relative_error is not None and history.steps[1].relative_error < 5e-6
 
 
 def test_a_layer_norm_on_the_shortcut_is_refused() -> None:
