@@ -71,7 +71,7 @@ def page(rows: Sequence[Row]) -> str:
     """The page of all rows, measured by `tradeoffs.py`."""
     lines = [INTRO]
     for model, title in MODELS.items():
-        lines += [f"## {title}\n", *about(model, rows), *table(model, rows), ""]
+        lines += [f"## {title}\n", *about(model, rows), *table(model, rows), "", *elsewhere(model, rows)]
     return "\n".join([*lines, "## Beside the survey\n", *beside_survey(rows)]) + "\n"
 
 
@@ -104,6 +104,16 @@ def table(model: str, rows: Sequence[Row]) -> Iterator[str]:
         complexity = f"{counted(technique.options(model), 'option')}, {counted(technique.lines, 'line')}"
         figures = " | ".join(cells(by_technique.get((model, technique.name))))
         yield f"| {technique.name} | `{shown}` | {figures} | {technique.needs(model)} | {complexity} |"
+
+
+def elsewhere(model: str, rows: Sequence[Row]) -> Iterator[str]:
+    """The techniques that were measured on another machine than the exact program of the table, beside that one's own."""
+    measured = [row for row in rows if row.model == model]
+    usual = next((row.machine for row in measured if row.technique == "exact"), "")
+    for machine in dict.fromkeys(row.machine for row in measured):
+        if machine != usual:
+            names = ", ".join(row.technique for row in measured if row.machine == machine)
+            yield f"Measured on {machine}: {names}.\n"
 
 
 def cells(row: Row) -> list[str]:

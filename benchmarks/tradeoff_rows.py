@@ -130,6 +130,15 @@ TECHNIQUES: tuple[Technique, ...] = (
         without="takes minutes on a decoder of this size",
     ),
     Technique(
+        "width, in principal components",
+        "1.1 Pruning",
+        _PRUNING,
+        gemma="rotate{where=residual,basis=pca},prune-hidden{keep=0.75}",
+        vit="rotate{where=residual,basis=pca},prune-hidden{keep=0.75}",
+        data=True,
+        without="norms after its residual adds forbid the rotation",
+    ),
+    Technique(
         "single weights, smaller on disk alone",
         "1.1 Pruning",
         _PRUNING,
@@ -177,6 +186,15 @@ TECHNIQUES: tuple[Technique, ...] = (
         data=True,
     ),
     Technique(
+        "nvfp4 weights, GPTQ",
+        "1.2 Quantization",
+        _QUANTIZATION,
+        "quantize{scheme=nvfp4-weight},gptq",
+        "quantize{scheme=nvfp4-weight},gptq{tables=false}",
+        "quantize{scheme=nvfp4-weight},gptq",
+        data=True,
+    ),
+    Technique(
         "the file's own 4 to 8 bits",
         "1.2 Quantization",
         _QUANTIZATION,
@@ -184,6 +202,14 @@ TECHNIQUES: tuple[Technique, ...] = (
         without="its weights come in floating point",
     ),
     Technique("int8 KV cache", "1.2 Quantization", gemma="quantize-cache", without="it keeps no cache", hardware="long texts"),
+    Technique(
+        "int4 KV cache, rotated keys",
+        "1.2 Quantization",
+        gemma="rotate,quantize-cache{bits=4}",
+        without="it keeps no cache",
+        data=True,
+        hardware="long texts",
+    ),
     Technique(
         "a student of fewer layers",
         "1.3 Distillation",

@@ -38,6 +38,7 @@ from quality import (
     timed_inputs,
     windows,
 )
+from readme import processor_kind
 from tradeoff_page import page
 from tradeoff_rows import MODELS, RANKS, TECHNIQUES, Row
 
@@ -228,15 +229,20 @@ def keep(row: Row) -> None:
     write_whole(RECORDS, json.dumps([asdict(measured) for measured in (*others, row)], indent=1) + "\n")
 
 
-def missing(model: str, only: str, rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
+def machine() -> str:
+    """The machine and the versions, and the kind of the processor, which its name may not tell."""
+    return f"{conditions()}; {processor_kind()}"
+
+
+def missing(model: str, only: Sequence[str], rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
     """The techniques of a model with their passes that were not measured with these passes on this machine."""
-    known = {(row.technique, row.passes) for row in rows if row.model == model and row.machine == conditions()}
+    known = {(row.technique, row.passes) for row in rows if row.model == model and row.machine == machine()}
     for name, passes in ((EXACT, EXACT), *((technique.name, technique.passes(model)) for technique in TECHNIQUES)):
-        if passes and (name, passes) not in known and (only in name or only in passes):
+        if passes and (name, passes) not in known and any(part in name or part in passes for part in only):
             yield name, passes
 
 
-def measure(model: str, only: str, sizes: Sizes, kept: bool) -> None:
+def measure(model: str, only: Sequence[str], sizes: Sizes, kept: bool) -> None:
     """Measure the missing rows of a model. kept: whether to keep them."""
     wanted = list(missing(model, only, read_rows() if kept else []))
     if not wanted:
@@ -248,7 +254,7 @@ def measure(model: str, only: str, sizes: Sizes, kept: bool) -> None:
         try:
             row = one(subject, model, name, passes, whole, sizes)
         except LissomError as error:
-            row = Row(model, name, passes, conditions(), failed=str(error).splitlines()[0])
+            row = Row(model, name, passes, machine(), failed=str(error).splitlines()[0])
         print(_printed(row), flush=True)
         if kept:
             keep(row)
@@ -270,7 +276,7 @@ def one(subject: Subject, model: str, name: str, passes: str, whole: Any, sizes:
         model,
         name,
         passes,
-        conditions(),
+        machine(),
         1 - stored_bytes(fast.program) / stored_bytes(whole.program),
         timings["slower"].median_ms / timings["fast"].median_ms,
         fraction,
@@ -320,7 +326,7 @@ def on_ranks(subject: Subject, model: str, name: str) -> Row:
         model,
         name,
         RANKS,
-        conditions(),
+        machine(),
         1 - two["weights"] / one_process["weights"],
         one_process["milliseconds"] / two["milliseconds"],
         float(near),
@@ -372,7 +378,7 @@ def main() -> None:
     """Measure the missing rows, and write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("models", nargs="*", help=f"{', '.join(MODELS)}; all by default")
-    parser.add_argument("--only", default="", help="only techniques with this text in their name or passes")
+    parser.add_argument("--only", nargs="*", default=[""], help="only techniques with one of these texts in name or passes")
     parser.add_argument("--quick", action="store_true", help="little data and short timings, and no rows kept: to try rows")
     parser.add_argument("--again", action="store_true", help="measure all rows again")
     parser.add_argument("--update", action="store_true", help="write docs/tradeoffs.md from the rows")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,12 @@ def test_every_pipeline_is_valid(benchmarks):
 def test_names_are_unique(benchmarks):
     names = [item.name for item in benchmarks[0].TECHNIQUES]
     assert len(names) == len(set(names))
+
+
+def test_rows_of_another_machine_are_named(benchmarks):
+    module, page = benchmarks
+    rows = [row(module, technique="exact"), row(module), replace(row(module, technique="bfloat16"), machine="another")]
+    assert list(page.elsewhere("minilm", rows)) == ["Measured on another: bfloat16.\n"]
 
 
 def test_survey_is_rated_by_best_row_that_keeps_quality(benchmarks):
