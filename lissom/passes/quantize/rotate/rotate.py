@@ -22,8 +22,9 @@ Gemma 3 270M grows by 9.1 ± 0.4 % on 12,345 tokens, after `rotate` with a Hadam
 
 `rotate{where=residual,basis=pca},prune-hidden{keep=0.75}` is SliceGPT with one basis for all layers: the last components of
 the stream are pruned. Gemma 3 270M loses 0.47 ± 0.02 nats a token, and 1.05 ± 0.03 without the rotation, on 4,615 tokens after
-8,192 of calibration. A tied embedding table keeps its width, so the program is larger than without it: measure both. Models
-with post-norm blocks, such as MiniLM, are refused.
+8,192 of calibration; the outputs of ViT-S/16 with random weights have a cosine of 0.990, and of 0.979 without. A tied embedding
+table keeps its width, so the program is larger than without the rotation: measure both. Models with post-norm blocks, such as
+MiniLM, are refused.
 
 There is no `where=down`. A Hadamard matrix on the input of down projections cannot be folded through the activation, and as a
 product it takes three to six times as long as the projection.
