@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from lissom.compiler.analysis.amounts import AmountSite
-from lissom.compiler.analysis.structure.kv_cache import written_rows
+from lissom.compiler.analysis.structure.kv_cache import cache_writes
 from lissom.compiler.analysis.structure.linear import weight_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.operators import STATE_WRITES
 from lissom.compiler.ir.program import Program
 from lissom.passes.sites import sites
 
@@ -191,7 +190,7 @@ class _Sites:
                     shapes.setdefault(key, tuple(int(size) for size in program.weight(str(weight.target)).shape))
         for table in tables:
             table.shapes = [shapes.get(table.name, ())]
-        caches = [Group(CACHE, CACHE, linears=[CACHE], schemes=(PLAIN, *CACHES))] if _has_cache(program) else []
+        caches = [Group(CACHE, CACHE, linears=[CACHE], schemes=(PLAIN, *CACHES))] if cache_writes(program) else []
         return cls(units, layers, pools, linears, shapes, names, [*experts, *tables, *patterns, *caches])
 
     def group(self, groups: dict[object, Group], path: str, node: fx.Node, kind: str, layers: Sequence[fx.Node]) -> Group:
@@ -272,10 +271,6 @@ def _experts_of(site: AmountSite) -> list[Group]:
     if len(counts) < 2:
         return []
     return [Group(site.path, EXPERTS, site.size, [site.path], counts[1] - counts[0], counts[0])]
-
-
-def _has_cache(program: Program) -> bool:
-    return any(written_rows(write) is not None for write in program.nodes(STATE_WRITES[0]))
 
 
 def _pattern_of(site: AmountSite) -> Group:

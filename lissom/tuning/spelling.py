@@ -18,7 +18,7 @@ from lissom.passes.prune.prune_heads import PruneHeads
 from lissom.passes.prune.prune_layers.prune_layers import PruneLayers
 from lissom.passes.prune.prune_neurons import PruneNeurons
 from lissom.passes.quantize.gptq import Gptq
-from lissom.passes.quantize.quantize import Quantize
+from lissom.passes.quantize.quantize import Quantize, has_four_bits
 from lissom.passes.quantize.quantize_cache import QuantizeCache
 from lissom.passes.quantize.rotate.rotate import Rotate
 from lissom.passes.quantize.untie_lm_head import UntieLmHead
@@ -138,7 +138,7 @@ def _gptq_of(schemes: Mapping[str, str], tables: Sequence[tuple[Group, str]]) ->
     heads = [(group, scheme.removeprefix(UNTIED)) for group, scheme in tables if group.option == "lm_head" or group.tied]
     every = {**schemes, **{path: scheme for group, scheme in heads for path in group.linears}}
     quantized = {path: scheme for path, scheme in every.items() if scheme != PLAIN}
-    four = [path for path, scheme in quantized.items() if scheme.startswith(("int4", "nvfp4"))]
+    four = [path for path, scheme in quantized.items() if has_four_bits(scheme)]
     return [Gptq(only="" if len(four) == len(quantized) else ",".join(four))] if four else []
 
 

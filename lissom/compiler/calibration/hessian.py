@@ -28,6 +28,18 @@ def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
     return hessian
 
 
+def unpredicted(gram: torch.Tensor, weights: torch.Tensor, read: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+    """tr B (C - C U (Uᵀ C U)⁻¹ Uᵀ C): the energy of W x that no fit of another W on Uᵀ x recovers, for B = WᵀW and C = Σ x xᵀ.
+
+    Args:
+        gram: C.
+        weights: B.
+        read: C U.
+        inner: Uᵀ C U, damped where it may be singular.
+    """
+    return (weights * (gram - read @ torch.linalg.solve(inner, read.T))).sum()
+
+
 def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
     """The upper Cholesky factor of (XᵀX + λI)⁻¹, float32, computed in the dtype of `damped`.
 

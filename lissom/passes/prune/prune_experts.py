@@ -87,11 +87,10 @@ class PruneExperts(Approximation):
             if site.router in scores:
                 mask_experts(edit, site, lowest(scores[site.router].view(site.groups, -1), count // site.groups).flatten())
             elif self._rounds_to_all(site):
-                groups = f" in each of {site.groups} groups" if site.groups > 1 else ""
                 edit.skip(
                     site.router,
-                    f"all experts stay: keep={self.keep:g} of {site.per_group}{groups} rounds to {site.per_group}; give "
-                    f"keep={(site.per_group - 1) / site.per_group:.3g} or less",
+                    f"all experts stay: keep={self.keep:g} of {site.per_group}{_of_each(site)} rounds to {site.per_group}; "
+                    f"give keep={(site.per_group - 1) / site.per_group:.3g} or less",
                 )
         text = amounts_text(_amount_sites(mixtures), left)
         edit.per_site = format_pass(replace(self, keep=None, protect="", amounts=text)) if mixtures else ""
@@ -119,12 +118,16 @@ class PruneExperts(Approximation):
             return site.experts
         count = round(self.keep * site.per_group)
         if count < site.least:
-            per_group = f" in each of {site.groups} groups" if site.groups > 1 else ""
             raise UnsupportedError(
-                f"prune-experts{{keep={self.keep:g}}} leaves '{site.path}' {count} of {site.per_group} experts{per_group}, and "
-                f"its router needs {site.least}; give keep={site.least / site.per_group:.3g} or more, or protect it"
+                f"prune-experts{{keep={self.keep:g}}} leaves '{site.path}' {count} of {site.per_group} experts"
+                f"{_of_each(site)}, and its router needs {site.least}; give keep={site.least / site.per_group:.3g} or more, "
+                "or protect it"
             )
         return count * site.groups
+
+
+def _of_each(site: RoutedExperts) -> str:
+    return f" in each of {site.groups} groups" if site.groups > 1 else ""
 
 
 def _mixtures(edit: Editor) -> Iterator[RoutedExperts]:

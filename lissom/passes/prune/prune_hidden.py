@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import fx
@@ -39,9 +39,9 @@ from lissom.compiler.analysis.axes.zeros import zero_at, zeros
 from lissom.compiler.analysis.structure.linear import input_of, is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
 from lissom.compiler.analysis.structure.transformer import structure
-from lissom.compiler.calibration.hessian import damped
+from lissom.compiler.calibration.hessian import damped, unpredicted
 from lissom.compiler.calibration.layer_sweep import sweep
-from lissom.compiler.calibration.statistics import moments, observe
+from lissom.compiler.calibration.statistics import Moments, check_finite, observe
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.printer import place
@@ -110,8 +110,7 @@ class PruneHidden(Approximation):
         for (axis, total), amount in zip(streams.items(), given, strict=True):
             if amount == axis.size or (amount is None and self.keep is None and self.amounts):
                 continue
-            choices = [self._kept(edit, total, scores, amount) for scores in self._scores(edit, axis)]
-            kept[total] = choices[0] if len(choices) == 1 else min(choices, key=partial(_missed, _read_moments(edit, axis)))
+            kept[total] = self._chosen(edit, axis, total, amount)
         left = [int(kept[total].sum()) if total in kept else axis.size for axis, total in streams.items()]
         text = amounts_text(sites, left)
         edit.per_site = format_pass(replace(self, keep=None, amounts=text, round_to=PruneHidden.round_to))
@@ -120,16 +119,17 @@ class PruneHidden(Approximation):
         if self.reconstruct:
             _reconstruct(edit, dense, _on_axes(edit.program, kept))
 
-    def _scores(self, edit: Editor, axis: Axis) -> list[torch.Tensor]:
-        """The importance of each channel by every criterion that is to be compared, [channels]."""
+    def _chosen(self, edit: Editor, axis: Axis, total: fx.Node, amount: int | None) -> torch.Tensor:
+        """The channels to keep by the criterion, booleans [channels]."""
         first = -torch.arange(int(axis.size), dtype=torch.float32)
-        match self.criterion:
-            case "first":
-                return [first]
-            case "magnitude":
-                return [_magnitudes(edit.program, axis)]
-            case _:
-                return [_energies(edit, axis), *([first] if self.criterion == "auto" and self.reconstruct else [])]
+        if self.criterion == "first":
+            return self._kept(edit, total, first, amount)
+        if self.criterion == "magnitude":
+            return self._kept(edit, total, _magnitudes(edit.program, axis), amount)
+        is_compared = self.criterion == "auto" and self.reconstruct
+        scores, layers = _energies(edit, axis, with_moments=is_compared)
+        choices = [self._kept(edit, total, ranks, amount) for ranks in ([scores, first] if is_compared else [scores])]
+        return min(choices, key=partial(_missed, layers))
 
     def _kept(self, edit: Editor, total: fx.Node, scores: torch.Tensor, amount: int | None) -> torch.Tensor:
         """The channels to keep, booleans [channels].
@@ -211,40 +211,40 @@ def _magnitudes(program: Program, axis: Axis) -> torch.Tensor:
     return scores
 
 
-def _energies(edit: Editor, axis: Axis) -> torch.Tensor:
-    program_axes, scores = edit.program.fact(axes), torch.zeros(int(axis.size))
-    readers = _readers(edit.program, program_axes, axis)
+def _energies(edit: Editor, axis: Axis, *, with_moments: bool) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The energies of the channels, [channels], and C = Σ x xᵀ and B = WᵀW of layers that read them, [channels, channels].
+
+    Args:
+        with_moments: C and B of some layers, spread over the depth; else of none.
+    """
+    scores = torch.zeros(int(axis.size))
+    readers = {node: matrix_of(node) for node in _readers(edit.program, edit.program.fact(axes), axis)}
+    weights = {node: matrix.read(edit.program) for node, matrix in readers.items() if isinstance(matrix, Matrix)}
+    compared = list(weights)[:: max(1, len(weights) // _COMPARED)] if with_moments else []
+    sums = {node: Moments.empty(int(axis.size), nodes.tensor_type(node).device) for node in map(input_of, compared)}
     squares: dict[fx.Node, torch.Tensor] = {}
 
     def visit(node: fx.Node, rows: torch.Tensor) -> None:
         squares[node] = squares.get(node, 0) + rows.float().square().sum(0).cpu()
+        if node in sums:
+            check_finite(edit.program, node, rows)
+            sums[node].add(rows)
 
     observe(edit.program, edit.data, {input_of(node) for node in readers}, visit)
     for node in readers:
-        if input_of(node) not in squares:  # a product of constants, such as DeBERTa's of relative positions
-            continue
-        matrix = matrix_of(node)
-        weight = matrix.read(edit.program).float().square().sum(0).cpu() if isinstance(matrix, Matrix) else 1.0
-        scores += _fractions(squares[input_of(node)] * weight)
-    return scores
-
-
-def _read_moments(edit: Editor, axis: Axis) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """C = Σ x xᵀ and B = WᵀW of layers that read the stream, spread over its depth, both [channels, channels] on the CPU."""
-    readers = [node for node in _readers(edit.program, edit.program.fact(axes), axis) if isinstance(matrix_of(node), Matrix)]
-    readers = readers[:: max(1, len(readers) // _COMPARED)]
-    grams = {node: part.gram.double().cpu() for node, part in moments(edit.program, edit.data, map(input_of, readers)).items()}
-    weights = [cast(Matrix, matrix_of(node)).read(edit.program).double().cpu() for node in readers]
-    return [(grams[input_of(node)], weight.T @ weight) for node, weight in zip(readers, weights, strict=True)]
+        if input_of(node) in squares:  # and not a product of constants, such as DeBERTa's of relative positions
+            weight = weights[node].float().square().sum(0).cpu() if node in weights else 1.0
+            scores += _fractions(squares[input_of(node)] * weight)
+    large = ((sums[input_of(node)].gram.double().cpu(), weights[node].double().cpu()) for node in compared)
+    return scores, [(gram, weight.T @ weight) for gram, weight in large]
 
 
 def _missed(layers: Sequence[tuple[torch.Tensor, torch.Tensor]], kept: torch.Tensor) -> float:
     """The energy of W x that no layer of the kept channels predicts, as a sum of fractions."""
     missed = 0.0
     for gram, own in layers:
-        read = gram[:, kept]
-        rest = gram - read @ torch.linalg.solve(damped(gram[kept][:, kept], DAMPINGS[-1]).to(read.dtype), read.T)
-        missed += float((own * rest).sum() / (own * gram).sum().clamp_min(1e-30))
+        inner = damped(gram[kept][:, kept], DAMPINGS[-1]).to(gram.dtype)
+        missed += float(unpredicted(gram, own, gram[:, kept], inner) / (own * gram).sum().clamp_min(1e-30))
     return missed
 
 
@@ -350,22 +350,21 @@ def _errors(
     Returns:
         Σ W (x - x̃) x̃ᵀ, [outputs, kept]; Σ x̃ x̃ᵀ, [kept, kept]. x and x̃ are relative to their means.
     """
-    features = weight.shape[1]
-    cross, gram = torch.zeros(2, features, features, dtype=torch.float64, device=weight.device)
+    features, left = weight.shape[1], int(kept.sum())
+    cross, gram = (torch.zeros(size, left, dtype=torch.float64, device=weight.device) for size in (features, left))
     for x, y in zip(wanted, read, strict=True):
         rows = slice(len(x) // 2, None) if half else slice(len(x) // 2)
-        x, y = x[rows].double() - means[0], y[rows].double() - means[1]
+        x, y = x[rows].double() - means[0], (y[rows].double() - means[1])[:, kept]
         cross += x.T @ y
         gram += y.T @ y
-    gram = gram[kept][:, kept]
-    return weight @ cross[:, kept] - weight[:, kept] @ gram, gram
+    return weight @ cross - weight[:, kept] @ gram, gram
 
 
 def _change(missing: torch.Tensor, gram: torch.Tensor, damping: float) -> torch.Tensor:
     """W̃ - W, from sums as `_errors` returns them."""
-    damped = gram.clone()
-    damped.diagonal().add_((damping * gram.diagonal().mean()).clamp_min(1e-12))
-    return torch.cholesky_solve(missing.T, torch.linalg.cholesky(damped)).T
+    ridge = gram.clone()
+    ridge.diagonal().add_((damping * gram.diagonal().mean()).clamp_min(1e-12))
+    return torch.cholesky_solve(missing.T, torch.linalg.cholesky(ridge)).T
 
 
 def _left(fitted: tuple[torch.Tensor, torch.Tensor], others: tuple[torch.Tensor, torch.Tensor], damping: float) -> float:

@@ -238,7 +238,7 @@ class Quantize(Approximation):
     @property
     def _takes_tied(self) -> bool:
         """True if tables that are tied to an LM head are quantized: they are most of what a small decoder reads for a token."""
-        return _has_four_bits(self.scheme) if self.embeddings is None else self.embeddings
+        return has_four_bits(self.scheme) if self.embeddings is None else self.embeddings
 
     def _layers(self, edit: Editor, others: Sequence[fx.Node]) -> dict[fx.Node, Matrix]:
         """The linear layers to quantize, with their matrices; the rest but for `others` is reported as skipped."""
@@ -280,7 +280,7 @@ class Quantize(Approximation):
     def _granularity(self) -> str:
         if self.granularity != "auto":
             return self.granularity
-        return "group" if _has_four_bits(self.scheme) else "channel"
+        return "group" if has_four_bits(self.scheme) else "channel"
 
     def _block_of(self, form: Format) -> BlockFormat | None:
         """The scheme's block format where weights in this format are its elements, and not tables in int8."""
@@ -360,7 +360,8 @@ def _block_format_of(scheme: str) -> BlockFormat | None:
     return BLOCK_FORMATS.get(scheme.removesuffix("-weight"))
 
 
-def _has_four_bits(scheme: str) -> bool:
+def has_four_bits(scheme: str) -> bool:
+    """True for a scheme whose weights have four bits."""
     block = _block_format_of(scheme)
     return scheme.startswith("int4") if block is None else block.element.bits == 4
 
@@ -395,4 +396,4 @@ def _taken(outputs: int, inputs: int) -> tuple[str, ...]:
 def _group_of(scheme: str) -> int:
     """The number of neighbouring inputs that share a scale, at default options; 1 where all of them do."""
     block = _block_format_of(scheme)
-    return block.size if block is not None else _DEFAULT_GROUP if _has_four_bits(scheme) or _by_group(scheme) else 1
+    return block.size if block is not None else _DEFAULT_GROUP if has_four_bits(scheme) or _by_group(scheme) else 1

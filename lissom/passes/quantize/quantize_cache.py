@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.structure.kv_cache import written_rows
+from lissom.compiler.analysis.structure.kv_cache import cache_writes
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.view_calls import IndexCopy
@@ -50,9 +50,9 @@ class QuantizeCache(Approximation):
     def run(self, edit: Editor) -> None:
         form = FORMATS[f"int{self.bits}"]
         before = after = 0
-        for write in edit.nodes(aten.copy_.default):
-            new = written_rows(write)
-            if new is not None and edit.may_change(write, self._obstacle(write, new)):
+        for write, new in cache_writes(edit.program):
+            edit.current = write
+            if edit.may_change(write, self._obstacle(write, new)):
                 before += edit.tensor(new.x).nbytes
                 after += sum(held.nbytes for held in _quantize_state(edit, new, write, form, self.group))
         if before:
@@ -135,9 +135,10 @@ def quantize_rows(x: torch.Tensor, form: Format, groups: int = 1) -> tuple[torch
     """
     x = x.detach().float().unflatten(-1, (groups, -1))
     largest = x.abs().amax(-1, keepdim=True)
-    scale = (largest / form.high).clamp_min(LEAST)
     if form.bits == 4:
         high = x.amax(-1, keepdim=True).clamp_min(-LEAST * form.low)
         scale = torch.where(high >= largest, high, x.amin(-1, keepdim=True)) / form.low
+    else:
+        scale = (largest / form.high).clamp_min(LEAST)
     whole = (x / scale).round().clamp(form.low, form.high).to(torch.int8).flatten(-2)
     return (pack_halves(whole) if form.bits == 4 else whole), scale.where(largest > 0, 0.0).squeeze(-1)

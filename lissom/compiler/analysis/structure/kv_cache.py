@@ -8,6 +8,7 @@ from torch import fx
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.operators import SHAPES
+from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.view_calls import Copy, IndexCopy
 
 aten = torch.ops.aten
@@ -19,6 +20,12 @@ def written_rows(write: fx.Node) -> IndexCopy | None:
     if not nodes.is_state_write(write) or new is None or new.x is not Copy(write).x or new.dim != 2:
         return None
     return new if state.dtype.is_floating_point and state.rank == 4 else None
+
+
+def cache_writes(program: Program) -> list[tuple[fx.Node, IndexCopy]]:
+    """The writes to a KV cache in floating point, in order, each with the new state."""
+    writes = ((write, written_rows(write)) for write in program.nodes(aten.copy_.default))
+    return [(write, new) for write, new in writes if new is not None]
 
 
 def readers_of_keys(keys: fx.Node) -> list[Attention] | None:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from sympy import isprime
 
-from lissom.compiler.calibration.hessian import damped
+from lissom.compiler.calibration.hessian import damped, unpredicted
 
 DAMPING = 0.01
 """The fraction of the mean variance that is added to every direction, so that rare ones are not divided by zero."""
@@ -126,16 +126,11 @@ def nested_components(basis: torch.Tensor, layers: Sequence[tuple[torch.Tensor, 
         chosen = torch.randperm(len(parts), generator=generator)[:LAYERS].tolist()
         with torch.enable_grad():
             first = torch.linalg.qr(free).Q[:, :kept]
-            loss = torch.stack([_unpredicted(first, *parts[index]) for index in chosen]).mean()
+            reads = ((*parts[index], parts[index][0] @ first) for index in chosen)
+            loss = torch.stack([unpredicted(gram, own, read, first.T @ read) for gram, own, read in reads]).mean()
             (free.grad,) = torch.autograd.grad(loss, [free])
         optimizer.step()
     return torch.linalg.qr(free.detach().double()).Q
-
-
-def _unpredicted(first: torch.Tensor, gram: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """tr B (C - C U (Uᵀ C U)⁻¹ Uᵀ C)."""
-    read = gram @ first
-    return (weights * (gram - read @ torch.linalg.solve(first.T @ read, read.T))).sum()
 
 
 def balanced(keys: torch.Tensor, queries: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

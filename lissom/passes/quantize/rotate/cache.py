@@ -24,13 +24,12 @@ from torch import fx
 
 from lissom.compiler.analysis.axes.axes import axes
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.analysis.structure.kv_cache import readers_of_keys, written_rows
+from lissom.compiler.analysis.structure.kv_cache import cache_writes, readers_of_keys
 from lissom.compiler.analysis.structure.operands import sinks_of, softcap_of
 from lissom.compiler.calibration.attention_weights import rows_on_data
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.operators import STATE_WRITES
 from lissom.compiler.ir.view_calls import IndexCopy
 from lissom.errors import RequirementError
 from lissom.ops import change_basis, change_basis_reference
@@ -112,7 +111,7 @@ def rotate_keys(edit: Editor, basis_of: Callable[[int], torch.Tensor], *, is_bal
         is_balanced: balance keys and queries on the calibration data before that.
     """
     caches = _key_caches(edit)
-    if not caches and any(written_rows(write) is not None for write in edit.nodes(*STATE_WRITES[:1])):
+    if not caches and cache_writes(edit.program):
         edit.note(
             "no keys are rotated: attentions read other values than the KV cache holds, as in latent attention; leave the pass "
             "out for this model"
@@ -129,13 +128,8 @@ def rotate_keys(edit: Editor, basis_of: Callable[[int], torch.Tensor], *, is_bal
 
 def _key_caches(edit: Editor) -> list[KeyCache]:
     """The caches of keys that nothing but attentions reads."""
-    caches: list[KeyCache] = []
-    for write in edit.nodes(*STATE_WRITES[:1]):
-        new = written_rows(write)
-        attentions = None if new is None else readers_of_keys(new.node)
-        if new is not None and attentions:
-            caches.append(KeyCache(new, tuple(attentions)))
-    return caches
+    caches = (KeyCache(new, tuple(readers_of_keys(new.node) or ())) for _, new in cache_writes(edit.program))
+    return [cache for cache in caches if cache.attentions]
 
 
 def _rotate_orthogonal(edit: Editor, caches: Sequence[KeyCache], basis_of: Callable[[int], torch.Tensor]) -> None:

@@ -21,7 +21,7 @@ since the head reads other components than the stream's: those of the last norm 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
@@ -147,17 +147,22 @@ def _separate_ends(edit: Editor, stream: Axis) -> None:
     output = edit.program.output
     ends = [node for node in (*edit.program.placeholders, *output.all_input_nodes) if node in known.of]
     for node in [node for node in ends if stream in {atom for axis in of(node, known.of)[-1:] for atom in axis.atoms()}]:
-        typed, first = nodes.tensor_type(node), edit.program.nodes()[0]
-        is_input = node.op == "placeholder"
-        readers = [user for user in node.users if is_input or user is output]
-        with edit.before(first if is_input else output, like=[first if is_input else node]):
-            identity = edit.weight(
-                f"{node.name}.basis", torch.eye(fixed(typed.shape[-1]), dtype=typed.dtype, device=typed.device)
-            )
-            moved = edit.call(change_basis, node, identity)
-        for reader in readers:
-            reader.replace_input_with(node, moved)
+        first = edit.program.nodes()[0]
+        if node.op == "placeholder":
+            _multiply(edit, node, list(node.users), before=first, like=first)
+        else:
+            _multiply(edit, node, [output], before=output, like=node)
     edit.program.edits += 1
+
+
+def _multiply(edit: Editor, node: fx.Node, readers: Sequence[fx.Node], *, before: fx.Node, like: fx.Node) -> None:
+    """Let readers have a value times the identity, as a weight that can be rotated."""
+    typed = nodes.tensor_type(node)
+    with edit.before(before, like=[like]):
+        identity = torch.eye(fixed(typed.shape[-1]), dtype=typed.dtype, device=typed.device)
+        moved = edit.call(change_basis, node, edit.weight(f"{node.name}.basis", identity))
+    for reader in readers:
+        reader.replace_input_with(node, moved)
 
 
 def _separate_tables(edit: Editor) -> None:
@@ -168,17 +173,9 @@ def _separate_tables(edit: Editor) -> None:
     """
     for lookup in edit.program.nodes(*Embedding.targets):
         table = Embedding(lookup).table
-        if not any(Linear.of(user) is not None and Linear(user).weight is table for user in table.users):
-            continue
-        typed, readers = nodes.tensor_type(lookup), list(lookup.users)
-        with edit.before(lookup.next, like=[lookup]):
-            identity = edit.weight(
-                f"{lookup.name}.basis", torch.eye(fixed(typed.shape[-1]), dtype=typed.dtype, device=typed.device)
-            )
-            moved = edit.call(change_basis, lookup, identity)
-        for reader in readers:
-            reader.replace_input_with(lookup, moved)
-        edit.program.edits += 1
+        if any(Linear.of(user) is not None and Linear(user).weight is table for user in table.users):
+            _multiply(edit, lookup, list(lookup.users), before=lookup.next, like=lookup)
+            edit.program.edits += 1
 
 
 def _as_layers(edit: Editor, total: fx.Node) -> None:
