@@ -84,7 +84,7 @@ SCHEMES = {
         "- For prefill and large batches: the sum of each group is scaled by itself, see the longer shape; tiles of AMX "
         "are not used.\n"
         "- For encoders: `int8-dynamic` loses next to nothing there.\n"
-        "- With ONNX Runtime or on CUDA: neither has such products, and the scheme is refused.",
+        "- On CUDA: there are no such products, and the scheme is refused. ONNX Runtime has them in `MatMulNBits`.",
         ("quantize{scheme=int8-group}",),
         ("quantize{scheme=int8-group}", "quantize{scheme=int8-group,embeddings=true}"),
     ),
@@ -134,7 +134,8 @@ SCHEMES = {
         "- Without data for `gptq` or `awq` where quality counts: the loss of round-to-nearest "
         "is many times as large.\n"
         "- For prefill and large batches: `int8-dynamic` has fewer sums to scale, and a smaller error.\n"
-        "- With ONNX Runtime or on CUDA: neither has such products, and the scheme is refused; `int4-weight` runs there.",
+        "- On CUDA: there are no such products, and the scheme is refused; `int4-weight` runs there. ONNX Runtime has them in "
+        "`MatMulNBits`.",
         ("quantize{scheme=int4-dynamic}", "quantize{scheme=int4-dynamic},gptq"),
         ("quantize{scheme=int4-dynamic}", "quantize{scheme=int4-dynamic},gptq{tables=false}"),
     ),

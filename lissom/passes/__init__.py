@@ -98,7 +98,7 @@ RECIPES: Mapping[str, str] = {
     "generation": f"{_EXACT},eliminate-dead-tokens",
     "mixed-precision": "cast,sink-casts,fold-casts",
     "fast": "eliminate-dead-tokens,quantize",
-    "balanced": "cast,quantize{embeddings=true}",
+    "balanced": "cast,quantize{scheme=auto,embeddings=true}",
     "small": "quantize{scheme=int4-weight,embeddings=true,lm_head=true},gptq{if_data=true}",
     "int8": "quantize",
     "int4": "quantize{scheme=int4-weight}",

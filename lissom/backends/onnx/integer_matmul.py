@@ -13,7 +13,8 @@ is subtracted by
 exactly, within the product itself: z is appended to q as further features, and as many rows d_j with Σ_j d_j = -Σ_i w_i, each
 in the range of the weights, are appended to w. That takes some twenty rows for the 384 of a small encoder.
 
-Weight-only int8 and int4 layers become `MatMulNBits`, which reads quantized weights.
+Weight-only int8 and int4 layers become `MatMulNBits`, which reads quantized weights. Where activations have a scale for each
+group of 32, it reads them before they are quantized, and its `accuracy_level=4` quantizes them in the same way.
 
 In a model of standard operators, `MatMulInteger` and a product with both scales stand for `MatMulIntegerToFloat`, to which ONNX
 Runtime fuses them, and weight-only layers keep `DequantizeLinear`.
@@ -29,98 +30,27 @@ import numpy as np
 import onnx_ir as ir
 
 from lissom.backends.onnx.attention import CONTRIB
-from lissom.backends.onnx.export import module_of
 from lissom.backends.onnx.quantization import (
     Stored,
     dynamic_range,
     format_of,
-    is_by_group,
-    is_quantization,
     operands,
     packed,
     scalar_scales,
 )
+from lissom.backends.onnx.quantized_layers import Layer, level_obstacle, quantized_layers
 from lissom.backends.onnx.rewriting import Writer, constant_of, fixed_size, take_over
-from lissom.backends.onnx.translation import DEQUANTIZE, ROUND, ROUND_DYNAMIC
-from lissom.backends.simulated_layers import SimulatedLayer
+from lissom.backends.onnx.translation import ROUND
 
 PRODUCTS = {
     *("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulInteger16", "QLinearMatMul", "QGemm"),
     *("QLinearConv", "ConvInteger", "QAttention", "MatMulNBits", "MatMulBnb4"),
 }
 """Operators of ONNX Runtime that multiply quantized weights."""
-_BLOCKS = (256, 128, 64, 32, 16)
-_BLOCK = 32
-"""The block size of `MatMulNBits` for a per-channel scale."""
+_GROUPED = 4
+"""The `accuracy_level` of `MatMulNBits` that quantizes activations to int8, each with a scale for its block."""
 _FACTOR = 8
 """Input features per row of zero points at least; where more rows are needed, they are subtracted after the product."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer with a quantized weight or quantized activations.
-
-    Attributes:
-        product: its node.
-        x: its input.
-        rounded: the quantizer of x, or None.
-        stored: its quantized weight as [features in, features out], None for a floating-point weight.
-        weight: the value that holds it.
-    """
-
-    product: ir.Node
-    x: ir.Value
-    rounded: ir.Node | None
-    stored: Stored | None
-    weight: ir.Value
-
-    @property
-    def module(self) -> str:
-        return module_of(self.product)
-
-    @property
-    def obstacle(self) -> str | None:
-        """The reason the layer has no integer kernel; None if it has one."""
-        stored, rounded = self.stored, self.rounded
-        if stored is None:
-            return "its weight is not stored in integers"
-        if self.x.dtype != ir.DataType.FLOAT or not self.x.shape:
-            return "it does not compute in float32"
-        if not stored.form.is_integer or (rounded is not None and not format_of(rounded).is_integer):
-            return "ONNX Runtime has no products of fp8 on a CPU"
-        if stored.shifts:
-            return "ONNX Runtime takes integer zero points only, and its weight has them in floating point"
-        if rounded is None:
-            few = f"MatMulNBits takes groups of {_BLOCKS[-1]} neighbours and more, and it has {self._group}"
-            return None if self.block else few
-        if stored.form.bits != 8 or format_of(rounded).bits != 8:
-            return "ONNX Runtime multiplies 8-bit integers with 8-bit integers only"
-        if stored.scale.shape[0] != 1:
-            return "a product of integers takes a scale for each channel, and it has one for each group of a channel"
-        scale = constant_of(rounded.inputs[1]) if rounded.op_type == ROUND else np.ones(1)
-        if scale is None or scale.size != 1 or is_by_group(rounded):
-            return "a product of integers takes one scale for the values it reads"
-        return None
-
-    @property
-    def _group(self) -> int:
-        """The number of input features per scale."""
-        assert self.stored is not None
-        return self.stored.q.shape[0] // self.stored.scale.shape[0]
-
-    @property
-    def block(self) -> int:
-        """The block size for `MatMulNBits`, which divides that of the weight; 0 where there is none."""
-        assert self.stored is not None
-        if self.stored.scale.shape[0] == 1:
-            return _BLOCK
-        return next((block for block in _BLOCKS if self._group % block == 0), 0)
-
-
-def quantized_layers(model: ir.Model) -> list[Layer]:
-    """Every matrix product with a quantized weight or a quantized input."""
-    layers = [_as_layer(node) for node in model.graph if node.op_type in ("MatMul", "Gemm") and node.domain == ""]
-    return [layer for layer in layers if layer is not None]
 
 
 def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = False, standard: bool = False) -> int:
@@ -132,17 +62,17 @@ def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = 
     """
     groups: dict[ir.Value, list[Layer]] = defaultdict(list)
     for layer in quantized_layers(model):
-        by_hand = standard and layer.rounded is None
-        if layer.obstacle is None and _level_obstacle(layer, accuracy_level) is None and not by_hand:
+        by_hand = standard and (layer.rounded is None or layer.by_group)
+        if layer.obstacle is None and level_obstacle(layer, accuracy_level) is None and not by_hand:
             groups[layer.x].append(layer)
     for group in groups.values():
         write, rounded = Writer(model), group[0].rounded
-        values = _integers(write, rounded, _rows(group)) if rounded is not None else None
+        values = _integers(write, rounded, _rows(group)) if rounded is not None and not group[0].by_group else None
         model.graph.insert_before(group[0].product, _from(write, group[0]))
         for layer in group:
             write = Writer(model)
             if values is None:
-                result, biased = _few_bits(write, layer, accuracy_level), False
+                result, biased = _few_bits(write, layer, _GROUPED if layer.by_group else accuracy_level), False
             elif values.by_row is None:
                 result, biased = _scaled_once(write, layer, values, standard), not standard
             else:
@@ -151,48 +81,6 @@ def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = 
     if groups and not standard:
         model.opset_imports[CONTRIB] = 1
     return sum(map(len, groups.values()))
-
-
-def simulated(layers: Sequence[Layer], accuracy_level: int, failure: str | None = None) -> list[SimulatedLayer]:
-    """The layers without an integer kernel, with the reason; `failure` is that of all others."""
-    simulated_layers: list[SimulatedLayer] = []
-    for layer in layers:
-        reason = layer.obstacle or _level_obstacle(layer, accuracy_level) or failure
-        if reason is not None:
-            weights = layer.stored and f"{layer.stored.form.name} weights"
-            values = layer.rounded and f"{format_of(layer.rounded).name} activations"
-            what = " on ".join(filter(None, (weights, values)))
-            simulated_layers.append(SimulatedLayer(layer.product.name or "", layer.module, what, reason))
-    return simulated_layers
-
-
-def _level_obstacle(layer: Layer, accuracy_level: int) -> str | None:
-    """The reason a weight-only layer has no kernel faster than dequantizing the weight; None if it has one."""
-    if layer.rounded is not None or layer.stored is None or layer.stored.form.bits == 4 or accuracy_level == 4:
-        return None
-    return "ONNX Runtime is fast with int8 weights only where it rounds activations, as OnnxRuntime(accuracy_level=4) lets it"
-
-
-def _as_layer(product: ir.Node) -> Layer | None:
-    x, second = product.inputs[:2]
-    if x is None or second is None:
-        return None
-    options = product.attributes
-    turned = bool(options.get_int("transB", 0))
-    if options.get_int("transA", 0) or options.get_float("alpha", 1.0) != 1.0 or options.get_float("beta", 1.0) != 1.0:
-        return None
-    node = second.producer()
-    if node is not None and node.op_type == "Transpose" and node.domain == "" and len(second.shape or ()) == 2:
-        first = node.inputs[0]
-        node, turned = first.producer() if first is not None else None, not turned
-    rounds = x.producer()
-    rounded = rounds if rounds is not None and is_quantization(rounds, ROUND, ROUND_DYNAMIC) else None
-    weight = node if node is not None and is_quantization(node, DEQUANTIZE) else None
-    stored = Stored.of(weight) if weight is not None else None
-    if weight is None:
-        # A product of two activations, as in attention, is no layer.
-        return Layer(product, x, rounded, None, second) if rounded is not None and constant_of(second) is not None else None
-    return Layer(product, x, rounded, stored.transposed() if stored and turned else stored, operands(weight)[0])
 
 
 @dataclass(frozen=True)

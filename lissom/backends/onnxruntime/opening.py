@@ -15,7 +15,8 @@ import onnx_ir as ir
 from lissom.backends.base import confirm
 from lissom.backends.exported import kind_and_reason
 from lissom.backends.onnx.export import export_onnx, input_names, output_names, save_onnx, state_names
-from lissom.backends.onnx.integer_matmul import PRODUCTS, Layer, quantized_layers, simulated
+from lissom.backends.onnx.integer_matmul import PRODUCTS
+from lissom.backends.onnx.quantized_layers import Layer, quantized_layers, simulated
 from lissom.backends.onnx.sparse_attention import CPU_BYTES, OTHER_BYTES
 from lissom.backends.onnx.variants import INTEGERS, write_check, write_variant
 from lissom.backends.onnxruntime.session import CPU, Session, SessionOptions, open_session, optimized_operators, session_of

@@ -2,8 +2,7 @@
 
 x_q = clamp(round(x / s) + z),  x ≈ s · (x_q - z).  Nodes are `lissom::fake_quantize` and `lissom::fake_quantize_dynamic`,
 quantize followed by dequantize: the program stays in floating point, so it runs, trains and exports. Exact passes then store
-the weights as integers, and backends fuse the nodes into integer kernels. Jacob et al. 2018, Quantization and Training of
-Neural Networks for Efficient Integer-Arithmetic-Only Inference.
+the weights as integers, and backends fuse the nodes into integer kernels. Jacob et al. 2018, arXiv:1712.05877.
 
 | scheme | weights | activations |
 |---|---|---|
@@ -22,9 +21,7 @@ A scale for 32 neighbours rounds least where some features are far larger than o
 a scale per token for a few rows, as in decode, and longer for many.
 
 The last three are the block formats of `lissom/ops/block_formats.py`, which has their formulas. Their groups and scales are
-fixed, and there are no zero points.
-
-The experts of a mixture, whose matrices are stacked in one weight, have their own scales each.
+fixed, and there are no zero points. The experts of a mixture, whose matrices are stacked in one weight, have their own scales.
 
 The residual stream, norms and softmax stay in floating point unless `residual` or `attention` is true.
 """
@@ -70,7 +67,8 @@ class Quantize(Approximation):
     """Quantizes linear layers to int8, int4, fp8 or a block format.
 
     Attributes:
-        scheme: what is quantized, and when its scale is computed; see the table. `int8-static` needs calibration data.
+        scheme: what is quantized, and when its scale is computed; see the table. `int8-static` needs calibration data; `auto`
+            is `int8-group` in programs with a KV cache or other state, and `int8-dynamic` elsewhere.
         schemes: schemes of single layers by module path, with `*` and `?`; `none` leaves a layer as it is:
             `"*=none,encoder.layer.0=int8-dynamic,*.output.dense=int4-weight"`. Layers that it does not name get `scheme`.
         granularity: per-tensor, per-channel or per-group weight scales; `auto` is the scheme's default.
@@ -90,7 +88,7 @@ class Quantize(Approximation):
         only: module paths to change, in the same form; others stay as they are.
     """
 
-    scheme: Scheme = "int8-dynamic"
+    scheme: Literal[Scheme, "auto"] = "int8-dynamic"
     granularity: Literal["auto", "tensor", "channel", "group"] = "auto"
     group: int = _DEFAULT_GROUP
     symmetric: bool | None = None
@@ -114,8 +112,8 @@ class Quantize(Approximation):
         if self.scheme == "fp8" and self.symmetric is False:
             raise UnsupportedError("quantize{scheme=fp8} has no zero points: leave out symmetric=false")
         self._check_block_format()
-        if (self.attention or self.residual) and (self.scheme.endswith("-weight") or _by_group(self.scheme)):
-            what = "inputs of linear layers" if _by_group(self.scheme) else "weights"
+        if (self.attention or self.residual) and (self.scheme.endswith(("-weight", "auto")) or _by_group(self.scheme)):
+            what = "weights" if self.scheme.endswith("-weight") else "inputs of linear layers"
             raise UnsupportedError(
                 f"quantize{{scheme={self.scheme}}} quantizes {what} only: leave out attention= and residual=, or choose "
                 "int8-dynamic, int8-static or fp8"
@@ -148,7 +146,7 @@ class Quantize(Approximation):
         multiplied = {matrix.name for node, matrix in layers.items() if is_linear(node)}
         for node, matrix in layers.items():
             site = sites[matrix.name]
-            text = f"{cls.name()}{{embeddings=true}}" if matrix.node in tables else f"{cls.name()}{{lm_head=true}}"
+            text = f"{cls.name()}{{{'embeddings' if matrix.node in tables else 'lm_head'}=true}}"
             if matrix.node in tables or node in program.fact(structure).lm_heads:
                 kind = site.kind if matrix.name in multiplied else "embedding"
                 sites[matrix.name] = replace(site, kind=kind, takes={text: _taken(*matrix.shape)})
@@ -176,6 +174,11 @@ class Quantize(Approximation):
         return FORMATS["fp8" if self.scheme == "fp8" else "int8" if _by_group(self.scheme) else "uint8"]
 
     def run(self, edit: Editor) -> None:
+        if self.scheme == "auto":
+            chosen: Scheme = "int8-group" if edit.program.state else "int8-dynamic"
+            edit.note(f"scheme=auto is {chosen} here")
+            replace(self, scheme=chosen).run(edit)
+            return
         matrices = {node: matrix for node, matrix in _matrices(edit.program).items() if self.embeddings or is_linear(node)}
         sites = weight_sites(matrices, self.name(), _taken)
         parts = self._parts(edit, matrices, sites) if self._schemes() else [(self, [])]
@@ -191,8 +194,7 @@ class Quantize(Approximation):
         """A pass for each scheme, with the layers that are not its own; layers that stay as they are are reported."""
         given = dict(zip(sites, self._schemes().at([*sites.values()], "linear layers"), strict=True))
         schemes = {node: given[matrix.name] or self.scheme for node, matrix in matrices.items()}
-        rest = [node for node in edit.program.nodes() if is_linear(node) and node not in matrices]
-        for node in rest:
+        for node in (rest := [node for node in edit.program.nodes() if is_linear(node) and node not in matrices]):
             if isinstance(reason := matrix_of(node, stacks=True), str) and node.target not in CONVOLUTIONS:
                 edit.skip(node, reason)
         for node, scheme in schemes.items():
@@ -254,8 +256,7 @@ class Quantize(Approximation):
         tied = bool(look_ups)
         if tied and not self._takes_tied:
             return "its weight is an embedding table too; embeddings=true treats both"
-        named = next((reason for look_up in look_ups if (reason := obstacle_by_name(look_up, skip=self.skip, only=""))), None)
-        if named is not None:
+        if named := next(filter(None, (obstacle_by_name(look_up, skip=self.skip, only="") for look_up in look_ups)), None):
             return f"its weight is an embedding table too, and {named}"
         if not tied and node in edit.program.fact(structure).lm_heads and not self.lm_head:
             return "it is an LM head or classifier; lm_head=true includes it"

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lissom
 from lissom.backends.onnx.export import export_onnx, input_names, save_onnx
-from lissom.backends.onnx.integer_matmul import quantized_layers, simulated
+from lissom.backends.onnx.quantized_layers import quantized_layers, simulated
 from lissom.backends.onnx.variants import INTEGERS, write_check, write_variant
 from tests.support import captures
 from tests.support.models import normal, seeded
@@ -184,6 +184,8 @@ OPTIONS = [
     "scheme=int4-weight,group=16,symmetric=false",
     "scheme=int4-weight,granularity=channel,symmetric=true",
     "scheme=int8-weight",
+    "scheme=int8-group",
+    "scheme=int4-dynamic",
     "scheme=fp8",
     "scheme=fp8,activations=tensor",
 ]
@@ -219,6 +221,7 @@ def test_tables_are_looked_up_before_they_are_turned_back(options, form, tmp_pat
         ("scheme=fp8", "ONNX Runtime has no products of fp8 on a CPU"),
         ("granularity=group", "a product of integers takes a scale for each channel, and it has one for each group"),
         ("scheme=int4-weight,group=8", "MatMulNBits takes groups of 16 neighbours and more, and it has 8"),
+        ("scheme=int4-dynamic,group=16", "takes groups of 32 neighbours and more with rounded activations, and it has 16"),
         ("scheme=int8-weight", "as OnnxRuntime(accuracy_level=4) lets it"),
     ],
 )
@@ -231,7 +234,7 @@ def test_a_layer_without_a_product_of_integers_says_why(options, reason):
 
 
 @pytest.mark.parametrize("accuracy_level", [0, 4])
-@pytest.mark.parametrize("options", ["", "activations=tensor", "scheme=int4-weight"])
+@pytest.mark.parametrize("options", ["", "activations=tensor", "scheme=int4-weight", "scheme=int8-group"])
 def test_products_are_compared_beside_each_other(options, accuracy_level, tmp_path):
     program, export = exported_layer(options)
     x = normal(3, 4, WIDE, seed=3)

@@ -33,7 +33,8 @@ ARCHITECTURES = {
     "vision/vit": DYNAMIC,
     # Its head is its embedding table, which int4 takes along in int8: ONNX Runtime is fast in that with rounded activations.
     "causal/gemma": f"{INT4[:-1]},embeddings=false}}",
-    "causal/qwen3": DYNAMIC,
+    "causal/qwen3": "quantize{scheme=int8-group}",
+    "causal/phi": "quantize{scheme=int4-dynamic}",
     "causal/mistral": INT4,
     "causal/opt": DYNAMIC,
 }
@@ -59,13 +60,14 @@ def test_pruned_and_quantized_architectures_run_in_integers(name, scheme):
     assert found, told
     products = {operator: int(number) for number, operator in re.findall(r"(\d+) (\w+)", found[3])}
     assert (int(found[1]), int(found[2]), sum(products.values())) == (count, count, count)
-    wanted_products = {"MatMulNBits"} if "int4" in scheme else {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
+    few_bits = "int4" in scheme or "group" in scheme
+    wanted_products = {"MatMulNBits"} if few_bits else {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
     assert set(products) <= wanted_products
     example = program.signature.flatten(case.args, case.kwargs)
     sizes = {symbol: max(3, dimension.minimum) for symbol, dimension in program.signature.dimensions.items()}
     for sample in (example, program.signature.resize(example, sizes)):
         outputs = run_samples(program, [sample])
-        loss = 0.0 if "int4" in scheme else rounding_loss(program, [sample], outputs)
+        loss = 0.0 if "int4-weight" in scheme else rounding_loss(program, [sample], outputs)
         error = compare(outputs, [list(compiled._executable(sample))]).relative_error
         assert error <= max(tolerance_of(program), SHARE * loss)
 

@@ -9,6 +9,7 @@ from torch import nn
 from lissom.compiler.analysis.structure.matrix import RoundedMatrix, rounded_matrix_of
 from lissom.compiler.calibration.observers import weight_scale
 from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.ops.formats import FORMATS
@@ -16,9 +17,10 @@ from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
 from lissom.passes import PASSES
 from lissom.passes.quantize.quantize import Quantize
 from tests.support import captures
-from tests.support.harness import check_golden, rewrite
+from tests.support.harness import capture_model, check_golden, rewrite
 from tests.support.mixtures import EXPERTS, HIDDEN, INNER, MIXTURES, mixture, program_of, samples, stacked_products, stacks
 from tests.support.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama
+from tests.support.sharding import decoder_program_of
 
 aten = torch.ops.aten
 SCHEMES = ("int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp8")
@@ -60,6 +62,15 @@ def test_activations_share_a_scale_by_groups(scheme: str, least: float) -> None:
     assert [dict(node.kwargs) for node in rounded] == [{"format": "int8", "granularity": "group"}] * 2
     with pytest.raises(UnsupportedError, match="quantizes inputs of linear layers only"):
         Quantize(scheme=scheme, attention=True)  # pyright: ignore[reportArgumentType]
+
+
+def test_auto_takes_groups_for_programs_with_a_cache() -> None:
+    decoder, _ = decoder_program_of("llama")
+    encoder = capture_model(tiny_bert().model, **tiny_bert().inputs).program
+    for program, chosen, granularity in ((decoder, "int8-group", "group"), (encoder, "int8-dynamic", "token")):
+        found, history = Pipeline(parse_pipeline("quantize{scheme=auto}", PASSES), checks="structural").run(program)
+        assert {node.kwargs["granularity"] for node in found.nodes(fake_quantize_dynamic)} == {granularity}
+        assert f"scheme=auto is {chosen} here" in history.steps[-1].notes
 
 
 def test_layers_without_whole_groups_of_activations_are_left() -> None:
@@ -227,6 +238,7 @@ def test_static_without_data_is_refused() -> None:
         ("quantize{fraction=0.2}", "fraction= above 0.5"),
         ("quantize{scheme=fp8,symmetric=false}", "has no zero points"),
         ("quantize{scheme=int8-weight,attention=true}", "quantizes weights only"),
+        ("quantize{scheme=auto,attention=true}", "quantizes inputs of linear layers only"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(text: str, sentence: str) -> None:
