@@ -81,8 +81,7 @@ SCHEMES = {
         "W8A8 with activations in int8 that have a scale per group of 32, computed at run time; weights as for "
         "`int8-dynamic`. Where some features are far larger than others, as in decoders, only their own group is rounded "
         "coarsely.",
-        "- For prefill and large batches: the sum of each group is scaled by itself, see the longer shape; tiles of AMX "
-        "are not used.\n"
+        "- For prefill and large batches: the sum of each group is scaled by itself, see the longer shape.\n"
         "- For encoders: `int8-dynamic` loses next to nothing there.\n"
         "- On CUDA: there are no such products, and the scheme is refused. ONNX Runtime has them in `MatMulNBits`.",
         ("quantize{scheme=int8-group}",),

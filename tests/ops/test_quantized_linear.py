@@ -336,6 +336,21 @@ def test_rows_are_independent_of_the_batch() -> None:
         assert torch.equal(quantized_linear(x[:rows], *packed(q, scale), features=96), whole[:rows])
 
 
+@pytest.mark.parametrize("form", ["int8", "int4", "uint4"])
+def test_rows_with_scales_of_groups_are_independent_of_the_batch(form: str) -> None:
+    """Tiles multiply many rows and vectors few, with the same sums of integers, added in the same order."""
+    x, (q, scale, *_) = numbers(300, 96), grouped(4, 96, 96, 3, torch.float16)
+    zero_point = torch.randint(0, 16, scale.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    operands = {
+        "int8": pack_groups(q, scale, 8),
+        "int4": pack_groups(q, scale, 4),
+        "uint4": (*pack_groups((q + 8).to(torch.uint8), scale, 4, zero_point), None, None, pack_blocks(zero_point, 96)),
+    }[form]
+    whole = quantized_linear(x, *operands, features=96, granularity="group")
+    for rows in (1, 7, 9, 29, 84, 113):
+        assert torch.equal(quantized_linear(x[:rows], *operands, features=96, granularity="group"), whole[:rows])
+
+
 @pytest.mark.parametrize("weight", [-128, 127])
 @pytest.mark.parametrize("rows", [1, 5, 6, 60])
 def test_the_largest_sums_are_exact(rows: int, weight: int) -> None:

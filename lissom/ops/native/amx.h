@@ -18,6 +18,7 @@ constexpr int kTileRows = 16;
 constexpr int kTileBytes = 64;                // of a row
 constexpr int kAmxRows = 2 * kTileRows;       // rows of a product: two tiles of x times the two tiles of a panel
 constexpr int64_t kFewestAmxRows = 8;         // fewer rows are multiplied by vectors: a tile takes as long for one row as for 16
+constexpr int64_t kFewestAmxBFloat16Rows = 3;  // where vectors widen both x and the weight
 constexpr int64_t kPanelBytes = kPanel * 4;   // of one step of a panel, in every dtype
 constexpr int64_t kStepsOfTile = kTileBytes / 4;
 
@@ -31,17 +32,20 @@ inline bool amx_permitted() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-// Tiles may be used while this exists: eight of full size.
-struct AmxScope {
-  AmxScope() {
+// Tiles may be used while this exists. Those of sums, 0 to 3, have up to 16 rows of 64 bytes; 4 and 5 hold `depth` bytes of each row
+// of x, and 6 and 7 as much of each column of the weight.
+template <int depth>
+struct TileScope {
+  explicit TileScope(int64_t most = kTileRows) {
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      uint16_t bytes[16] = {64, 64, 64, 64, depth, depth, 64, 64};
+      uint8_t rows[16] = {0, 0, 0, 0, 0, 0, depth / 4, depth / 4};
     } config;
+    std::fill(config.rows, config.rows + 6, static_cast<uint8_t>(std::min<int64_t>(most, kTileRows)));
     _tile_loadconfig(&config);
   }
-  ~AmxScope() { _tile_release(); }
+  ~TileScope() { _tile_release(); }
 };
 
 // Macros, since the numbers of tiles become part of the instructions.
@@ -51,6 +55,7 @@ struct AmxScope {
 #define LISSOM_TILE_DOT(T, sum, a, b)                                   \
   do {                                                                  \
     if constexpr (std::is_same_v<T, BFloat16>) _tile_dpbf16ps(sum, a, b); \
+    else if constexpr (std::is_same_v<T, int8_t>) _tile_dpbssd(sum, a, b); \
     else _tile_dpbusd(sum, a, b);                                       \
   } while (false)
 
@@ -58,14 +63,17 @@ struct AmxScope {
 
 constexpr bool kHasAmx = false;
 inline bool amx_permitted() { return false; }
-struct AmxScope {
-  AmxScope() {}
-};
 
 struct EmulatedTile {
   alignas(64) unsigned char bytes[kTileRows][kTileBytes];
 };
 inline thread_local EmulatedTile emulated[8];
+inline thread_local int emulated_depth;
+
+template <int depth>
+struct TileScope {
+  explicit TileScope(int64_t = 0) { emulated_depth = depth; }
+};
 
 template <typename T>
 inline void emulated_dot(EmulatedTile& sum, const EmulatedTile& a, const EmulatedTile& b) {
@@ -86,9 +94,12 @@ inline void emulated_dot(EmulatedTile& sum, const EmulatedTile& a, const Emulate
     }
 }
 
+// Of x or of the weight.
 inline void emulated_load(int tile, const void* from, int64_t stride) {
-  for (int row = 0; row < kTileRows; ++row)
-    std::memcpy(emulated[tile].bytes[row], static_cast<const char*>(from) + row * stride, kTileBytes);
+  const bool of_x = tile < 6;
+  emulated[tile] = EmulatedTile{};
+  for (int row = 0; row < (of_x ? kTileRows : emulated_depth / 4); ++row)
+    std::memcpy(emulated[tile].bytes[row], static_cast<const char*>(from) + row * stride, of_x ? emulated_depth : kTileBytes);
 }
 
 inline void emulated_store(int tile, void* to, int64_t stride) {
@@ -102,6 +113,8 @@ inline void emulated_store(int tile, void* to, int64_t stride) {
 #define LISSOM_TILE_DOT(T, sum, a, b) emulated_dot<T>(emulated[sum], emulated[a], emulated[b])
 
 #endif
+
+using AmxScope = TileScope<kTileBytes>;
 
 // Whether products of many rows go by tiles.
 inline std::atomic<bool> amx{amx_permitted()};

@@ -117,7 +117,7 @@ inline void block_by_products(const Linear<T>& call, const Source& source, int64
                               Out* to, int64_t origin) {
   alignas(64) float sums[Source::kProductRows * kPanel];
   int64_t n = call.features;
-  [[maybe_unused]] typename Source::Scope scope{};
+  [[maybe_unused]] typename Source::Scope scope(end - begin);
   for (int64_t panel = first; panel < last; ++panel) {
     auto opened = source.open(panel, end - begin);
     for (int64_t top = begin; top < end; top += Source::kProductRows) {

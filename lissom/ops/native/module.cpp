@@ -1,6 +1,8 @@
 // Registers the CPU kernels of `lissom::` operators; each is checked against the reference in lissom/ops.
 #include "attention_module.h"
 #include "linear.h"
+#include "amx_groups.h"
+#include "amx_weights.h"
 #include "barrier.h"
 #include "divergence.h"
 #include "fake_quantize_module.h"
@@ -82,8 +84,8 @@ Tensor linear_of(const Tensor& x, const Source& source, const Epilogue& epilogue
 }
 
 // Whether x has rows enough for tiles.
-bool by_amx(const Tensor& x) {
-  return amx.load(std::memory_order_relaxed) && x.numel() >= kFewestAmxRows * std::max<int64_t>(x.size(-1), 1);
+bool by_amx(const Tensor& x, int64_t fewest = kFewestAmxRows) {
+  return amx.load(std::memory_order_relaxed) && x.numel() >= fewest * std::max<int64_t>(x.size(-1), 1);
 }
 
 template <typename T>
@@ -97,7 +99,7 @@ Tensor plain_of(const Tensor& given, const Tensor& weight, const Epilogue& epilo
   Tensor x = given.contiguous();
   const T *from = x.const_data_ptr<T>(), *packed = weight.const_data_ptr<T>();
   if constexpr (std::is_same_v<T, BFloat16>)
-    if (by_amx(x)) return linear_of<T>(x, Tiled<Plain<T>>{{from, packed, inputs}, inputs}, epilogue);
+    if (by_amx(x, kFewestAmxBFloat16Rows)) return linear_of<T>(x, Tiled<Plain<T>>{{from, packed, inputs}, inputs}, epilogue);
   return with_operand<T>([&](auto zero) {
     if constexpr (std::is_same_v<T, decltype(zero)>) return linear_of<T>(x, Plain<T>{from, packed, inputs}, epilogue);
     else return linear_of<T>(x, Widened{from, packed, inputs}, epilogue);
@@ -215,10 +217,14 @@ Tensor quantized_of(const Tensor& given, const QuantizedOperands& operands, cons
   auto grouped = [&](auto bits, auto by_group, auto shifts) {
     bool half = operands.scale.scalar_type() == at::kHalf;
     const float* weighted = operands.grouped() ? operands.sums.const_data_ptr<float>() : nullptr;
-    GroupQuantized<T, decltype(bits)::value, decltype(by_group)::value, decltype(shifts)::value> source{
+    constexpr int kBits = decltype(bits)::value;
+    constexpr bool kByGroup = decltype(by_group)::value, kShifts = decltype(shifts)::value;
+    GroupQuantized<T, kBits, kByGroup, kShifts> source{
         {from, weight, nullptr, nullptr, rows, inputs, padded, granularity, Quantization{}},
         operands.scale.const_data_ptr(), half, weighted, operands.grouped() ? operands.scale.size(1) : 1,
         operands.zero_point ? operands.zero_point->const_data_ptr<uint8_t>() : nullptr};
+    if constexpr (kByGroup && std::is_same_v<Element, uint8_t>)
+      if (by_amx(x, kFewestAmxGroupRows)) return quantized_of<T>(x, TiledGroups<T, kBits, kShifts>{source}, operands, epilogue);
     return quantized_of<T>(x, source, operands, epilogue);
   };
   auto of_bits = [&](auto bits) {
@@ -269,6 +275,8 @@ Tensor weight_quantized_of(const Tensor& given, const QuantizedWeight& weight, c
   Tensor x = given.contiguous();
   TORCH_CHECK(weight.inputs % kPair<T> == 0, "there are ", weight.inputs, " inputs, and bfloat16 takes an even number");
   int64_t rows = x.numel() / std::max<int64_t>(weight.inputs, 1);
+  if (TiledWeights<T>::fits(weight, rows) && by_amx(x, kFewestAmxWeightRows))
+    return linear_of<T>(x, TiledWeights<T>{x.const_data_ptr<T>(), weight}, epilogue);
   if constexpr (std::is_same_v<T, BFloat16>)
     if (WeightQuantized<T, T> source{x.const_data_ptr<T>(), weight, rows}; by_amx(x) && !source.direct())
       return linear_of<T>(x, Tiled<WeightQuantized<T, T>>{source, weight.inputs}, epilogue);

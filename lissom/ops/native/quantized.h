@@ -283,7 +283,7 @@ struct GroupQuantized : Quantized<T, false> {
   const float* weighted;     // sum_g scale_w[g] sum_i w_i, [columns]; unused by_group
   int64_t groups;
   const uint8_t* zero_point;       // as group_scale; null unless it shifts
-  std::vector<int32_t> middles{};  // kMiddle sum_i q_i of each row and part, [rows, parts]
+  std::vector<std::conditional_t<shifts, float, int32_t>> middles{};  // kMiddle sum_i q_i of each row and part, [rows, parts]
   std::vector<float> scales{};     // of x, by_group, likewise
 
   // The pieces of a row whose sums are dequantized by themselves.
@@ -300,7 +300,8 @@ struct GroupQuantized : Quantized<T, false> {
       }
     } else {
       this->origin = begin;
-      this->elements.resize((end - begin) * inputs), scales.resize((end - begin) * count);
+      // Tiles read 16 rows, of which the last may be beyond the end.
+      this->elements.resize(ceil_div(end - begin, kTileRows) * kTileRows * inputs), scales.resize((end - begin) * count);
       int64_t grain = std::max<int64_t>(1, kQuantizationGrain / kGroup);
       at::parallel_for(0, (end - begin) * count, grain, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
@@ -344,9 +345,10 @@ struct GroupQuantized : Quantized<T, false> {
         for (int r = 0; r < R; ++r) {
           int64_t place = (first + r) * count + part;
           if constexpr (kMiddle != 0 && !shifts) totals[r][v] -= middles[place];
-          if constexpr (shifts) values[r][v] += (to_floats(totals[r][v]) - zero * static_cast<float>(middles[place])) * (scale * scales[place]);
-          else if constexpr (by_group) values[r][v] += to_floats(totals[r][v]) * (scale * scales[place]);
-          else values[r][v] += to_floats(totals[r][v]) * scale;
+          Vec factor = scale, total = to_floats(totals[r][v]);
+          if constexpr (by_group) factor *= scales[place];
+          if constexpr (shifts) total = multiply_add(-zero, splat(middles[place]), total);
+          values[r][v] = multiply_add(total, factor, values[r][v]);
         }
       }
     }

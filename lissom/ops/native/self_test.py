@@ -180,24 +180,32 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
             yield from _grouped_cases(_numbers(rows, 40, dtype=dtype), features, {})
             by_group, wide = {"granularity": "group"}, _numbers(rows, 2 * GROUP, dtype=dtype)
             yield from _grouped_cases(wide, features, by_group)
-            q = _whole(features, 2 * GROUP, -127, 128).to(torch.int8)
+            wide = _numbers(rows, 3 * GROUP, dtype=dtype)
+            q = _whole(features, 3 * GROUP, -127, 128).to(torch.int8)
             operands = pack_bytes(q), fill_panels(scale[:, 0], features), fill_panels(q.sum(1, dtype=torch.int32), features)
             yield "quantized_linear", quantized_linear_reference, (wide, *operands), {**sizes, **by_group}
         if torch.ops.lissom.has_weight_quantized():
-            yield from _float_cases(x, features)
-        for form in INTEGERS if torch.ops.lissom.has_weight_quantized() else ():
-            low, high = int(FORMS[form].low), int(FORMS[form].high) + 1
-            q = _whole(features, inputs, low, high).to(torch.int8 if low else torch.uint8)
-            zero_point = None if low else pack_blocks(torch.full((features, 2), high // 2, dtype=torch.uint8), features)
-            operands = pack_stored(q, form), pack_blocks(scale * 256 / (high - low), features), zero_point
-            options = {"format": form}
-            if not low:
-                shifted = *operands[:2], pack_blocks(scale, features)
-                yield "weight_quantized_linear", weight_quantized_linear_reference, (x, *shifted), {**sizes, **options}
-            yield "weight_quantized_linear", weight_quantized_linear_reference, (x, *operands), {**sizes, **options}
-            yield "weight_quantized_linear_norm", weight_quantized_linear_reference, (x, *operands), {**norm, **options}
-            given = {**sizes, **options, "offs": torch.tensor([1, 1, rows])}
-            yield "weight_quantized_linear_grouped", weight_quantized_linear_grouped_reference, (x, *_stacked(operands)), given
+            for given in (x, _numbers(rows, 4 * GROUP, dtype=dtype)):
+                yield from _float_cases(given, features)
+                yield from _weight_cases(given, features)
+
+
+def _weight_cases(x: torch.Tensor, features: int) -> Iterator[Case]:
+    """A layer whose weight has integers of each format, with two scales for a feature."""
+    scale = torch.rand(features, 2, generator=torch.Generator().manual_seed(1)) / 300
+    for form in INTEGERS:
+        low, high = int(FORMS[form].low), int(FORMS[form].high) + 1
+        q = _whole(features, x.shape[1], low, high).to(torch.int8 if low else torch.uint8)
+        zero_point = None if low else pack_blocks(torch.full((features, 2), high // 2, dtype=torch.uint8), features)
+        operands = pack_stored(q, form), pack_blocks(scale * 256 / (high - low), features), zero_point
+        options = {"features": features, "format": form}
+        if not low:
+            shifted = *operands[:2], pack_blocks(scale, features)
+            yield "weight_quantized_linear", weight_quantized_linear_reference, (x, *shifted), options
+        yield "weight_quantized_linear", weight_quantized_linear_reference, (x, *operands), options
+        yield "weight_quantized_linear_norm", weight_quantized_linear_reference, (x, *operands), {**options, "eps": 1e-5}
+        given = {**options, "offs": torch.tensor([1, 1, len(x)])}
+        yield "weight_quantized_linear_grouped", weight_quantized_linear_grouped_reference, (x, *_stacked(operands)), given
 
 
 def _float_cases(x: torch.Tensor, features: int) -> Iterator[Case]:

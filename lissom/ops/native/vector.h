@@ -48,6 +48,17 @@ inline Vec splat(float value) {
 #endif
 }
 
+// a * b + sum, rounded once where the machine can: sums that must not depend on how the compiler arranges a loop.
+inline Vec multiply_add(Vec a, Vec b, Vec sum) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__) && defined(__AVX2__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+  return sum + a * b;
+#endif
+}
+
 inline Vec load(const float* from) {
   Vec found;
   std::memcpy(&found, from, sizeof found);

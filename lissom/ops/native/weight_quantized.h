@@ -21,12 +21,15 @@ constexpr bool kHasWeightQuantized = true;
 constexpr bool kHasWeightQuantized = false;
 #endif
 
-// The most rows for which the weight is dequantized in registers.
+// The most rows for which a weight of some bits is dequantized in registers; for more, a panel is dequantized to P first.
+template <typename P>
+constexpr int64_t few_rows_of(int bits) {
 #if defined(__AVX512F__)
-constexpr int64_t kFew = 4, kFewOfFourBits = 4;
+  return std::is_same_v<P, float> ? 4 * kRows : kRows;
 #else  // dequantizing int8 takes no more time than loading floats from the L2 cache
-constexpr int64_t kFew = std::numeric_limits<int64_t>::max(), kFewOfFourBits = 24;
+  return bits < 8 ? 24 : std::numeric_limits<int64_t>::max();
 #endif
+}
 
 enum class Form { kInt8, kUint8, kFp8, kInt6, kInt5, kUint5, kInt4, kUint4, kFp4 };
 constexpr bool is_signed(Form form) { return form != Form::kUint8 && form != Form::kUint5 && form != Form::kUint4; }
@@ -140,17 +143,20 @@ struct Decoder {
 #if defined(__AVX512F__)
   static constexpr int kRest = bits_of(form) - 4;  // bits of an element besides the lowest four
   __m512 table, upper;
-  __m512i places, fifteen = _mm512_set1_epi32(15);
+  __m512i places, halves, fifteen = _mm512_set1_epi32(15);  // halves: the table twice in bfloat16; lookups read five bits
 
   Decoder() {
     alignas(64) float values[16], others[16];
     alignas(64) int32_t turns[16];
+    alignas(64) BFloat16 shorter[32];
     for (int i = 0; i < 16; ++i) {
       values[i] = form == Form::kFp4 ? kFp4[i] : kRest == 0 && is_signed(form) && i > 7 ? i - 16 : i;
       others[i] = is_signed(form) ? i - 16 : i + 16;
+      shorter[i] = shorter[i + 16] = BFloat16(values[i]);
       turns[i] = kRest == 1 ? (i + 28) % 32 : 30 - 2 * i;
     }
     table = _mm512_load_ps(values), upper = _mm512_load_ps(others), places = _mm512_load_si512(turns);
+    halves = _mm512_load_si512(shorter);
   }
 
   inline __attribute__((always_inline)) void four_bits(const uint8_t* from, int, Vec (&to)[kWide]) const {
@@ -158,6 +164,17 @@ struct Decoder {
     to[0] = (Vec)_mm512_permutexvar_ps((__m512i)both, table);
     to[1] = (Vec)_mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)both, 4), table);
   }
+
+#if defined(__AVX512BW__)
+  // Two rows of a panel's weights, of four bits, in bfloat16: pairs of each column.
+  inline __attribute__((always_inline)) void pairs_of_four_bits(const uint8_t* from, BFloat16* to) const {
+    __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + 1);
+    __m512i both = _mm512_cvtepu8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second)));
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(both, halves));
+    _mm512_storeu_si512(to + kPanel, _mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), halves));
+  }
+#endif
 
   inline __attribute__((always_inline)) void more_bits(const uint8_t* from, int, Vec (&to)[kWide]) const {
     constexpr int kLowest = 0xD8;  // a ternary operation: the lowest four bits of the second operand, the others of the first
@@ -257,7 +274,7 @@ struct WeightQuantized {
   std::vector<float> floats{};  // x in float32, where it is multiplied so and is not float32
   std::vector<float> sums{};    // of x per group, [rows, groups], where there are zero points
 
-  bool direct() const { return rows <= (bits_of(weight.form) < 8 ? kFewOfFourBits : kFew); }
+  bool direct() const { return rows <= few_rows_of<P>(bits_of(weight.form)); }
   int64_t row_bytes() const { return weight.inputs * sizeof(T); }
 
   void prepare(int64_t begin, int64_t end) {
@@ -285,10 +302,7 @@ struct WeightQuantized {
   template <int R, bool fetches>
   void tile(const P* opened, int64_t row, int64_t panel, int column, Vec (&totals)[R][kWide], bool) const {
     constexpr int pair = kPair<P>;
-    if constexpr (R <= kFew) {
-      if (!opened)
-        return with_form(weight.form, [&](auto form) { direct_tile<decltype(form)::value>(row, panel, column, totals); });
-    }
+    if (!opened) return with_form(weight.form, [&](auto form) { direct_tile<decltype(form)::value>(row, panel, column, totals); });
     const P* from;
     if constexpr (std::is_same_v<T, P>) from = x + row * weight.inputs;
     else from = values(row);
