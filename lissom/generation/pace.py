@@ -16,6 +16,8 @@ FIRST = 4
 SHORTEST_PAUSE = 16
 """Calls without drafts after drafting was slower; each failed trial doubles it."""
 LONGEST_PAUSE = 256
+_PROVEN = 16
+"""Calls with drafts in a row after which the next pause is a short one again."""
 _REMEMBERED = 9
 """The last times of a kind whose median counts; one slow call of nine changes nothing."""
 _DECAY = 0.9
@@ -40,7 +42,7 @@ class Pace:
     def start(self) -> None:
         """Forget the acceptance, which depends on the text; times stay."""
         self._accepted, self._tested = _PRIOR
-        self._last = 0
+        self._last = self._streak = 0
         self._pause, self._waits = SHORTEST_PAUSE, 0
 
     def count(self) -> int:
@@ -63,14 +65,15 @@ class Pace:
         self._draft.append(draft_seconds / drafted)
         self._accepted = self._accepted * _DECAY + accepted
         self._tested = self._tested * _DECAY + min(drafted, accepted + 1)
-        self._last = drafted
+        self._last, self._streak = drafted, self._streak + 1
         if self._best():
-            self._pause = SHORTEST_PAUSE
+            if self._streak == _PROVEN:
+                self._pause = SHORTEST_PAUSE
             return
         self._waits, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
         # The next trial decides by what it finds.
         self._accepted, self._tested = _PRIOR
-        self._last = 0
+        self._last = self._streak = 0
 
     def _best(self) -> int:
         """The number of drafted tokens with the most tokens per second, at most twice the last: times are extrapolated."""

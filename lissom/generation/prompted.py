@@ -28,8 +28,8 @@ from lissom.frontends.models.sources import Source, load
 from lissom.generation import kept
 from lissom.generation.compile import compile_generation, model_of, read_decoder
 from lissom.generation.configured import ConfiguredDecoder
-from lissom.generation.draft_programs import draft_to_load
 from lissom.generation.directory import is_saved
+from lissom.generation.draft_programs import draft_to_load
 from lissom.generation.stream import read_prompt
 from lissom.ops.native import missing_weight_quantized_kernel
 from lissom.passes.prune.prune_vocabulary.prune_vocabulary import PruneVocabulary
