@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ def test_trials_become_rarer_and_drafting_comes_back() -> None:
     pace = Pace(15)
     counts, _ = run(pace, 1500, 0.0, 0.5, 1.0, 0.1)
     trials = [index for index, count in enumerate(counts) if count]
-    waits = [after - before for before, after in zip(trials, trials[1:], strict=False)]
+    waits = [after - before for before, after in pairwise(trials)]
     assert waits[0] > SHORTEST_PAUSE and waits == sorted(waits) and waits[-1] <= LONGEST_PAUSE + 2
     counts, _ = run(pace, 400, 1.0, 0.02, 1.0, 0.02)
     assert counts[-1] == 15
