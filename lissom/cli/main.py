@@ -103,8 +103,8 @@ def run_generate(
     draft: Annotated[
         str | None,
         typer.Option(
-            help="Propose tokens that the model verifies several at a time, without changing the text: 'prompt-lookup', the "
-            "pipeline text of a smaller decoder of the same model, or the directory of a saved one."
+            help="Proposes tokens that the model verifies, several per call; the text is the same up to rounding. "
+            "'prompt-lookup', the pipeline text of a smaller decoder of the same model, or the directory of a saved one."
         ),
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the decoder with its tokenizer to this directory too.")] = None,

@@ -1,7 +1,8 @@
 """Speculative decoding: a proposer drafts tokens, and one call of the decoder verifies them.
 
-The longest right prefix of the draft is accepted, and the KV cache is cropped to it. Greedy tokens are those without a draft.
-Sampled tokens have the same distribution as without a draft (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192).
+The longest right prefix of the draft is accepted, and the KV cache is cropped to it. Greedy tokens are the likeliest by the
+decoder's own logits, and sampled tokens have the distribution they have without a draft (Leviathan et al. 2023,
+https://arxiv.org/abs/2211.17192), up to the rounding of calls of several tokens.
 """
 
 from __future__ import annotations
