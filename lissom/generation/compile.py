@@ -61,9 +61,10 @@ def compile_generation(model: nn.Module | str | Path, settings: GenerationSettin
         max_length: the capacity of the KV cache in tokens, prompt and answer together.
         batch: the number of sequences, beams included.
         all_logits: return the logits of every token of a call, which assisted decoding needs.
-        draft: proposes tokens that the decoder verifies, several per call; the text is the same up to rounding. `prompt-lookup`, from
-            n-grams of the text so far; a pipeline text, for a decoder compiled from the same model with these passes and the
-            same data; a smaller compiled decoder, or the directory of a saved one; a smaller model of the same vocabulary.
+        draft: proposes tokens that the decoder verifies, several per call; the text is the same up to rounding. One of
+            `prompt-lookup`, from n-grams of the text so far; a pipeline text, for a decoder compiled from the same model with
+            these passes and the same data; a smaller compiled decoder, or the directory of a saved one; a smaller model of the
+            same vocabulary.
         encoder_inputs: example inputs of the encoder of an encoder-decoder, by name; made from the configuration by default.
         passes: as for `compile`; the recipe `generation` always comes first: the canonical form, and a last layer that computes
             only the last token of a prompt, which comes after passes that train.
