@@ -172,7 +172,7 @@ def test_draft_is_another_model() -> None:
 def test_draft_calibrates_on_the_same_data() -> None:
     """Given as an iterator, which is read once."""
     texts = (prompt(length=length)["input_ids"] for length in (9, 12))
-    fast = compile(passes="quantize{scheme=int8-static}", draft="prune-layers{keep=0.5}", data=texts)
+    fast = compile(draft="prune-layers{keep=0.5}", data=texts)
     fast.generate(**prompt(), **GREEDY)
     assert fast.drafts is not None and fast.drafts.proposed > 0
 
