@@ -40,6 +40,7 @@ from lissom.errors import LissomError, UnsupportedError, nearest
 from lissom.frontends.capture.device import check_device
 from lissom.generation.directory import is_saved
 from lissom.generation.prompted import Request, compile_prompted, load_prompted
+from lissom.generation.speculate import Drafts
 from lissom.generation.stream import Speed, end_tokens, stream_text, stream_tokens
 from lissom.inspect.catalogue import pass_page, passes_table
 from lissom.inspect.tables import show
@@ -99,6 +100,13 @@ def run_generate(
     checks: Checks = "numeric",
     data: Data = None,
     goal: GoalName = "latency",
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="Proposes tokens that the model verifies, several per call; the text is the same up to rounding. "
+            "'prompt-lookup', the pipeline text of a smaller decoder of the same model, or the directory of a saved one."
+        ),
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the decoder with its tokenizer to this directory too.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Compile anew, also where an earlier call kept this decoder.")] = False,
     allow_native: AllowNative = False,
@@ -121,13 +129,15 @@ def run_generate(
     with one_of_ranks(saved, device) as rank:
         with warnings_told():
             decoder, tokenizer, ids = (
-                load_prompted(model, prompt, rank.device, allow_native=allow_native, trusted_keys=trusted_key or None)
+                load_prompted(
+                    model, prompt, rank.device, allow_native=allow_native, trusted_keys=trusted_key or None, draft=draft
+                )
                 if saved is not None
                 else compile_prompted(
                     model,
                     prompt,
                     max_new_tokens,
-                    Request(passes, backend, rank.device, checks, goal_of(goal), data, save is None and not fresh),
+                    Request(passes, backend, rank.device, checks, goal_of(goal), data, save is None and not fresh, draft),
                     partial(quality.batches, device=check_device(rank.device)),
                     partial(Terminal(stderr=True).print, highlight=False, soft_wrap=True, markup=False),
                     save,
@@ -152,7 +162,13 @@ def run_generate(
             _write(piece, rank)
         _write("\n", rank)
     if rank.speaks:
-        Terminal(stderr=True).print(str(speed), highlight=False, soft_wrap=True, markup=False)
+        _print_counts(speed, decoder.drafts)
+
+
+def _print_counts(*counts: Speed | Drafts | None) -> None:
+    for each in counts:
+        if each is not None:
+            Terminal(stderr=True).print(str(each), highlight=False, soft_wrap=True, markup=False)
 
 
 def _write(piece: str, rank: RankProcess) -> None:

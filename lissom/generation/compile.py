@@ -31,9 +31,12 @@ from lissom.frontends.generation.encoder_decoder import is_encoder_decoder
 from lissom.frontends.models.adapters import with_merged_adapters
 from lissom.frontends.models.huggingface import without_torchao_warnings
 from lissom.frontends.models.sources import load
-from lissom.generation.decoder import labelled_prompts
+from lissom.generation.configured import check_verifies
+from lissom.generation.decoder import Decoder, labelled_prompts
+from lissom.generation.draft_programs import check_draft, draft_of, draft_to_load
 from lissom.generation.options import GenerationSettings
 from lissom.generation.scoring import Scorer
+from lissom.generation.speculate import VERIFIED
 from lissom.io.files import check_path
 from lissom.runtime.hosted_model import check_uncompiled
 
@@ -58,6 +61,10 @@ def compile_generation(model: nn.Module | str | Path, settings: GenerationSettin
         max_length: the capacity of the KV cache in tokens, prompt and answer together.
         batch: the number of sequences, beams included.
         all_logits: return the logits of every token of a call, which assisted decoding needs.
+        draft: proposes tokens that the decoder verifies, several per call; the text is the same up to rounding. One of
+            `prompt-lookup`, from n-grams of the text so far; a pipeline text, for a decoder compiled from the same model with
+            these passes and the same data; a smaller compiled decoder, or the directory of a saved one; a smaller model of the
+            same vocabulary.
         encoder_inputs: example inputs of the encoder of an encoder-decoder, by name; made from the configuration by default.
         passes: as for `compile`; the recipe `generation` always comes first: the canonical form, and a last layer that computes
             only the last token of a prompt, which comes after passes that train.
@@ -102,20 +109,27 @@ def _compile(model: nn.Module, settings: GenerationSettings) -> GenerationModel:
         )
     check_uncompiled(model)
     check_choices(settings)
+    check_draft(settings, type(model).__name__)
     max_length, batch = settings.max_length, settings.batch
     check_capacity(max_length, batch)
     place = check_device(settings.device)
     model = with_merged_adapters(model)
     if is_encoder_decoder(model):
+        if settings.draft is not None:
+            raise UnsupportedError(
+                f"draft= takes a causal language model, and {type(model).__name__} is an encoder-decoder; leave it out"
+            )
         from lissom.generation.encoder_decoder_programs import compile_encoder_decoder
 
         return compile_encoder_decoder(model, settings, _with_recipe)
     if settings.encoder_inputs is not None:
         raise InputError(f"{type(model).__name__} has no encoder, and encoder_inputs= was given; leave it out")
-    sizes = {"max_length": max_length, "batch": batch}
+    settings = replace(settings, data=list(settings.data))  # a draft reads it too
+    texts = named_prompts(settings.data, batch, max_length)
+    last = 1 if settings.draft is None else min(VERIFIED, max_length // 2)
+    sizes = {"max_length": max_length, "batch": batch, "last_logits": last}
     take = with_facts(partial(capture_decoder, model, **sizes, all_logits=settings.all_logits, device=place), model)
     score = None if settings.metric is None else Scorer(settings.metric, batch, max_length)
-    texts = named_prompts(settings.data, batch, max_length)
     asked = replace(settings, passes=_with_recipe(settings.passes, scored=bool(texts)), data=texts, metric=score)
     if score is not None:
         take, asked = _scored(take, score, asked, settings.passes)
@@ -124,7 +138,11 @@ def _compile(model: nn.Module, settings: GenerationSettings) -> GenerationModel:
 
     original: Any = model
     configs = (renumbered_config(given, compiled.program) for given in (original.config, original.generation_config))
-    return GenerationModel(compiled, *configs)
+    decoder = GenerationModel(compiled, *configs)
+    if settings.draft is not None:
+        check_verifies(decoder)
+        decoder.use_draft(draft_of(model, settings, _compile))
+    return decoder
 
 
 def load_generation(
@@ -135,12 +153,18 @@ def load_generation(
     allow_native: bool = False,
     trusted_keys: TrustedKeys | None = None,
     map_weights: bool = True,
+    draft: str | Decoder | None = None,
 ) -> GenerationModel:
-    """The decoder that `save` wrote, its weights mapped from the file. Nothing is unpickled. Arguments as for `load`.
+    """The decoder that `save` wrote, its weights mapped from the file. Nothing is unpickled. Other arguments as for `load`.
+
+    Args:
+        draft: `prompt-lookup`, a smaller decoder, or the directory of a saved one, in place of the draft in the directory. The
+            decoder must be compiled with draft= or all_logits=True.
 
     Raises:
         ArtifactError: if the directory holds no decoder, was changed or damaged, or does not run here.
-        UnsupportedError: for a missing device or package.
+        UnsupportedError: for a missing device or package, or a decoder that cannot verify a draft.
+        InputError: for a draft that does not fit.
 
     Examples:
         >>> import tempfile, torch, lissom
@@ -154,7 +178,10 @@ def load_generation(
         torch.Size([1, 50])
     """
     trust = Trust(allow_native, key_files(trusted_keys), map_weights)
-    return model_of(read_decoder(directory, device, trust, backend))
+    model = model_of(read_decoder(directory, device, trust, backend))
+    if draft is not None:
+        model.use_draft(draft_to_load(draft, device, backend, trust))
+    return model
 
 
 def read_decoder(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
+import sympy
 import torch
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.compiler.ir.types import TensorType, fixed
+from lissom.compiler.ir.types import Size, TensorType, fixed, substitute
 from lissom.compiler.training.vocabulary import IGNORED
 from lissom.driver.options import LABELS
 from lissom.errors import InputError, UnsupportedError
@@ -20,9 +20,6 @@ from lissom.inspect.report import Report
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.hosted_model import FixedModule
 from lissom.runtime.tracers import refuse_tracer, untraced
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedConfig
 
 
 class Decoder(FixedModule):
@@ -38,6 +35,7 @@ class Decoder(FixedModule):
         max_length: the capacity of the cache in tokens.
         length: the tokens it holds now.
         all_logits: a call returns the logits of all its tokens, not only of the last.
+        last_logits: the most tokens of a call whose logits the program computes.
         is_croppable: whether `crop` can take tokens away: not from the state of a recurrence, which has no slot for each of
             them.
 
@@ -60,7 +58,8 @@ class Decoder(FixedModule):
         self.length = 0
         _, mask, *_ = (leaf.type for leaf in compiled.program.signature.tensors)
         self.batch, self.max_length = map(fixed, mask.shape)
-        self.all_logits = _logits(compiled.program).shape[1] != 1
+        self.last_logits = _largest(_logits(compiled.program).shape[1], self.max_length)
+        self.all_logits = self.last_logits == self.max_length
         self._mask = torch.ones(self.batch, self.max_length, dtype=torch.int64, device=self.device)
         self._start = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._counted = torch.arange(self.max_length, device=self.device).expand(self.batch, self.max_length)
@@ -89,6 +88,17 @@ class Decoder(FixedModule):
         """
         logits = self._read(input_ids, attention_mask)
         return logits if self.all_logits else logits[:, -1]
+
+    def step_all(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """As `step`, with the logits of the last `last_logits` tokens of the call, or of all if it has fewer.
+
+        Returns:
+            [batch, tokens, vocabulary].
+
+        Raises:
+            InputError: as `step`.
+        """
+        return self._read(input_ids, None)
 
     def prefill(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Empty the KV cache, then append a prompt, [batch, tokens]; returns as `step`.
@@ -252,26 +262,21 @@ class Decoder(FixedModule):
         return f"Decoder({self.program.name}, {filled}, backend='{self.backend}')"
 
 
-class ConfiguredDecoder(Decoder):
-    """A compiled decoder with the model's configurations, without `generate` of transformers, which takes a second to import.
-
-    Attributes:
-        config: that of the model.
-        generation_config: that of the model.
-    """
-
-    config: PreTrainedConfig
-    generation_config: GenerationConfig
-
-    def __init__(self, compiled: CompiledModel, config: PreTrainedConfig, generation_config: GenerationConfig) -> None:
-        super().__init__(compiled)
-        self.config = config
-        self.generation_config = generation_config
-
-
 def _logits(program: Program) -> TensorType:
     (leaf,) = program.leaves
     return nodes.tensor_type(leaf)
+
+
+def vocabulary_size(program: Program) -> int:
+    """The number of logits of a token."""
+    return fixed(_logits(program).shape[-1])
+
+
+def _largest(size: Size, tokens: int) -> int:
+    """A size of a program in a call with so many tokens."""
+    if isinstance(size, int):
+        return size
+    return int(substitute(size, {symbol: tokens for symbol in size.free_symbols if isinstance(symbol, sympy.Symbol)}))
 
 
 Prompts = Sequence[torch.Tensor | Mapping[str, object]]

@@ -26,6 +26,10 @@ _FORMER = "program"
 
 ENCODER = "encoder.lissom"
 """The file of an encoder-decoder that holds the artifact of its encoder."""
+DRAFT = "draft.lissom"
+"""The file that holds the artifact of a draft decoder."""
+PROPOSER = "draft.json"
+"""The file with the name of a proposer that is no decoder, as `{"draft": "prompt-lookup"}`."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,14 @@ class Parts:
 
     Attributes:
         encoder: None for a model without one.
+        draft: the program of a draft decoder, or the name of another proposer; None without a draft.
     """
 
     compiled: CompiledModel
     config: PreTrainedConfig
     generation_config: GenerationConfig
     encoder: CompiledModel | None = None
+    draft: CompiledModel | str | None = None
 
 
 def save(parts: Parts, directory: Path, tokenizer: PreTrainedTokenizerBase | None, processor: Saveable | None = None) -> None:
@@ -60,6 +66,10 @@ def save(parts: Parts, directory: Path, tokenizer: PreTrainedTokenizerBase | Non
         parts.generation_config.to_json_file(folder / GENERATION)
         if parts.encoder is not None:
             pack(parts.encoder.save, folder / ENCODER)
+        if isinstance(parts.draft, str):
+            (folder / PROPOSER).write_text(json.dumps({"draft": parts.draft}), encoding="utf-8")
+        elif parts.draft is not None:
+            pack(parts.draft.save, folder / DRAFT)
         write_processors(
             folder, str(parts.config._name_or_path) or None, None if tokenizer is None else _Flat(tokenizer), processor
         )

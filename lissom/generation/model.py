@@ -16,7 +16,9 @@ from lissom.artifacts.artifact import Trust
 from lissom.artifacts.model_files import Saveable, upload
 from lissom.backends.base import Backend
 from lissom.errors import InputError, UnsupportedError
-from lissom.generation.decoder import ConfiguredDecoder, Decoder
+from lissom.generation.assisted import generate_with_draft
+from lissom.generation.configured import ConfiguredDecoder
+from lissom.generation.decoder import Decoder
 from lissom.generation.directory import Parts, save
 from lissom.generation.saved import read
 from lissom.io.files import check_path
@@ -25,7 +27,8 @@ from lissom.runtime.generating import CompiledGeneration
 from lissom.runtime.pickled import files_of, loaded_from
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import LogitsProcessorList, PreTrainedConfig, PreTrainedTokenizerBase, StoppingCriteriaList
+    from transformers.generation.streamers import BaseStreamer
 
 _OF_GENERATE = ("is_first_iteration", "labels", "tokenizer", "assistant_tokenizer")
 """Arguments of `generate` that it also gives to the forward."""
@@ -88,14 +91,15 @@ class GenerationModel(ConfiguredDecoder, CompiledGeneration):
         if cache is None:
             self.reset()
         self._refuse_other(cache)
-        if logits_to_keep > 1 and not self.all_logits:
+        if logits_to_keep > self.last_logits:
+            given = "the last" if self.last_logits == 1 else f"the last {self.last_logits}"
             raise UnsupportedError(
-                f"logits of {logits_to_keep} tokens were asked for, and this decoder gives those of the last; "
+                f"logits of {logits_to_keep} tokens were asked for, and this decoder gives those of {given}; "
                 f"compile it with all_logits=True"
             )
         logits = self._read(input_ids, attention_mask)
-        if logits_to_keep:
-            logits = logits[:, -logits_to_keep:]
+        if logits_to_keep or not self.all_logits:
+            logits = logits[:, -max(1, logits_to_keep) :]
         return CausalLMOutputWithPast(logits=logits, cache=self.cache if use_cache else None)
 
     def save(
@@ -121,12 +125,14 @@ class GenerationModel(ConfiguredDecoder, CompiledGeneration):
     @property
     def _parts(self) -> Parts:
         """The parts that are saved."""
-        return Parts(self.compiled, self.config, self.generation_config)
+        return Parts(self.compiled, self.config, self.generation_config, draft=self.saved_draft)
 
     @classmethod
     def of(cls, parts: Parts) -> Self:
         """The model of these parts."""
-        return cls(parts.compiled, parts.config, parts.generation_config)
+        model = cls(parts.compiled, parts.config, parts.generation_config)
+        model.use_saved_draft(parts.draft)
+        return model
 
     @property
     def _kind(self) -> type[GenerationModel]:
@@ -175,6 +181,30 @@ class GenerationModel(ConfiguredDecoder, CompiledGeneration):
         forwarded = {key: value for key, value in kwargs.items() if key not in _OF_GENERATE}
         return {"input_ids": ids, "cache": cache, "attention_mask": attention_mask, **forwarded}
 
+    def _sample(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """As in transformers; with a draft, unless the text is drafted for another model or generated without a cache."""
+        mixin: Any = super()
+        speculator, given = self.speculator, (input_ids, logits_processor, stopping_criteria, generation_config)
+        own: Any = self
+        if speculator is None or synced_gpus or not model_kwargs["use_cache"] or generation_config.is_assistant:
+            return mixin._sample(*given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+        output = own._prefill(input_ids, generation_config, model_kwargs)
+        mask = model_kwargs.get("attention_mask")
+        seen = input_ids[0] if mask is None else input_ids[0][mask[0, -input_ids.shape[1] :] != 0]
+        answer = generate_with_draft(speculator, input_ids, output.logits[:, -1], seen.tolist(), *given[1:], streamer)
+        if not isinstance(answer, torch.Tensor):
+            answer.cache = self.cache
+        return answer
+
     def _refuse_other(self, cache: object) -> None:
         if cache is not None and cache is not self.cache:
             raise InputError(f"cache= is a {type(cache).__name__} from elsewhere; a compiled decoder has its own, .cache")
@@ -188,11 +218,16 @@ class GenerationModel(ConfiguredDecoder, CompiledGeneration):
         max_cache_length: int,
     ) -> None:
         """Give `generate` this decoder's cache, emptied unless the caller passed it. Raises InputError."""
-        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        beams = generation_config.num_beams or 1
+        if beams > 1 and self.speculator is not None:
+            raise UnsupportedError(
+                f"a decoder with a draft generates greedy and sampled text, and num_beams is {beams}; compile it without draft="
+            )
+        copies = max(beams, generation_config.num_return_sequences or 1)
         if batch_size * copies != self.batch:
-            beams = f" with {copies} beams or samples each" if copies > 1 else ""
+            several = f" with {copies} beams or samples each" if copies > 1 else ""
             raise InputError(
-                f"generate was given {batch_size} sequences{beams}, and this decoder was compiled for {self.batch} at once; "
+                f"generate was given {batch_size} sequences{several}, and this decoder was compiled for {self.batch} at once; "
                 f"compile it with batch={batch_size * copies}"
             )
         if max_cache_length > self.max_length:

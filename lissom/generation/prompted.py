@@ -27,7 +27,9 @@ from lissom.frontends.models.huggingface import PACKAGED, find_directory, tokeni
 from lissom.frontends.models.sources import Source, load
 from lissom.generation import kept
 from lissom.generation.compile import compile_generation, model_of, read_decoder
-from lissom.generation.decoder import ConfiguredDecoder
+from lissom.generation.configured import ConfiguredDecoder
+from lissom.generation.directory import is_saved
+from lissom.generation.draft_programs import draft_to_load
 from lissom.generation.stream import read_prompt
 from lissom.ops.native import missing_weight_quantized_kernel
 from lissom.passes.prune.prune_vocabulary.prune_vocabulary import PruneVocabulary
@@ -42,10 +44,23 @@ if TYPE_CHECKING:
 
 
 def load_prompted(
-    model: str, prompt: str, device: str | None, *, allow_native: bool = False, trusted_keys: TrustedKeys | None = None
+    model: str,
+    prompt: str,
+    device: str | None,
+    *,
+    allow_native: bool = False,
+    trusted_keys: TrustedKeys | None = None,
+    draft: str | None = None,
 ) -> Prompted:
-    """A saved decoder, its tokenizer, and the prompt's tokens."""
-    decoder = _load(Path(model), device, Trust(allow_native, key_files(trusted_keys)))
+    """A saved decoder, its tokenizer, and the prompt's tokens.
+
+    Args:
+        draft: as for `load_generation`.
+    """
+    trust = Trust(allow_native, key_files(trusted_keys))
+    decoder = _load(Path(model), device, trust)
+    if draft is not None:
+        decoder.use_draft(draft_to_load(draft, device, None, trust))
     # Loading the decoder checked the tokenizer's files too.
     tokenizer = tokenizer_of(Path(model))
     longest = longest_text(decoder) if is_encoder_decoder(decoder) else decoder.max_length
@@ -56,7 +71,11 @@ def _load(directory: Path, device: str | None, trust: Trust) -> ConfiguredDecode
     """The decoder in a directory; one without encoder is read by its tokens alone, without `generate` of transformers."""
     with collector_paused():
         parts = read_decoder(directory, device, trust)
-    return model_of(parts) if parts.encoder else ConfiguredDecoder(parts.compiled, parts.config, parts.generation_config)
+    if parts.encoder:
+        return model_of(parts)
+    decoder = ConfiguredDecoder(parts.compiled, parts.config, parts.generation_config)
+    decoder.use_saved_draft(parts.draft)
+    return decoder
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,7 @@ class Request:
         passes: None for `exact`, and for a GGUF file `use-stored-weights`.
         data: the file of the calibration data.
         keeps: takes a decoder that an earlier call kept, and keeps this one.
+        draft: as for `compile_generation`.
     """
 
     passes: str | None
@@ -76,6 +96,7 @@ class Request:
     goal: Goal | None
     data: Path | None = None
     keeps: bool = True
+    draft: str | None = None
 
 
 def compile_prompted(
@@ -97,8 +118,9 @@ def compile_prompted(
     checks = check_options(request.checks)
     pipeline = None if request.passes is None else resolve_passes(request.passes)
     pruning = [pass_ for pass_ in pipeline or () if isinstance(pass_, PruneVocabulary)]
-    # What the files say that a pass reads may change.
-    place = None if any(pass_.tokens or pass_.tokenizer for pass_ in pruning) else _place(model, request)
+    # What the files say that a pass reads may change, and a saved draft.
+    reads_files = any(pass_.tokens or pass_.tokenizer for pass_ in pruning) or is_saved(request.draft or "")
+    place = None if reads_files else _place(model, request)
     if place is not None:
         prompted = _kept(place, prompt, max_new_tokens, request.device)
         if prompted is not None:
@@ -126,6 +148,7 @@ def compile_prompted(
             checks=checks,
             data=read_data(source),
             goal=request.goal,
+            draft=request.draft,
         )
     if decoder.program.vocabulary is not None and decoder.program.vocabulary.tokenizer is not None:
         tokenizer = tokenizer_of_program(decoder.program, tokenizer, None)

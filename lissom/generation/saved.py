@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,9 +22,10 @@ from lissom.backends.base import Backend
 from lissom.errors import ArtifactError
 from lissom.frontends.capture.device import check_device
 from lissom.frontends.capture.failures import first_line
-from lissom.generation.directory import ENCODER, GENERATION, Parts, is_former, is_saved
+from lissom.generation.directory import DRAFT, ENCODER, GENERATION, PROPOSER, Parts, is_former, is_saved
+from lissom.generation.proposers import PROMPT_LOOKUP
 from lissom.io.fields import parse_json, shown
-from lissom.runtime.compiled_model import compiled_from
+from lissom.runtime.compiled_model import CompiledModel, compiled_from
 
 Made = TypeVar("Made")
 
@@ -45,16 +47,24 @@ def read(directory: Path, device: str | torch.device | None, backend: str | Back
     # As transformers does: pipelines look for the tokenizer and other files of the model there.
     config._name_or_path = str(directory)
     generation = _read(directory / GENERATION, loaded.files, GenerationConfig.from_dict)
-    if ENCODER not in loaded.files:
-        return Parts(compiled_from(loaded), config, generation)
-    # The hash of the outer artifact, and so its signature, covers the encoder.
+    # The hash of the outer artifact, and so its signature, covers the programs inside.
     inner = Trust(trust.allow_native, map_weights=trust.map_weights)
-    encoder = load_packed(
-        directory / ENCODER,
-        lambda folder: compiled_from(rank_files.load(folder, check_device(device), backend, inner)),
-        loaded.files[ENCODER],
-    )
-    return Parts(compiled_from(loaded), config, generation, encoder)
+
+    def packed(name: str) -> CompiledModel | None:
+        if name not in loaded.files:
+            return None
+        read_folder = partial(rank_files.load, device=check_device(device), backend=backend, trust=inner)
+        return load_packed(directory / name, lambda folder: compiled_from(read_folder(folder)), loaded.files[name])
+
+    named = _read(directory / PROPOSER, loaded.files, _proposer) if PROPOSER in loaded.files else None
+    return Parts(compiled_from(loaded), config, generation, packed(ENCODER), named or packed(DRAFT))
+
+
+def _proposer(fields: dict[str, Any]) -> str:
+    """The name in a file `draft.json`."""
+    if fields != {"draft": PROMPT_LOOKUP}:
+        raise ValueError(f"there is no draft {shown(fields)}")
+    return PROMPT_LOOKUP
 
 
 def configuration_of(fields: dict[str, Any]) -> Any:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from lissom.errors import InputError
+from lissom.generation.choice import Choice
+from lissom.generation.configured import ConfiguredDecoder
 from lissom.generation.decoder import Decoder
 
 if TYPE_CHECKING:
@@ -92,7 +95,7 @@ def stream_tokens(
     seed: int = 0,
     speed: Speed | None = None,
 ) -> Iterator[int]:
-    """The tokens that follow a prompt, [1, tokens], one by one; the KV cache is emptied first.
+    """The tokens that follow a prompt, [1, tokens], one by one; the KV cache is emptied first. A decoder's draft is used.
 
     Args:
         temperature: 0 takes the likeliest token; above 0 tokens are sampled from softmax(logits / temperature).
@@ -111,34 +114,52 @@ def stream_tokens(
     if not -(1 << 63) <= seed < 1 << 64:
         raise InputError(f"seed is {seed}; give a whole number of 64 bits")
     speed = speed or Speed()
-    draw = torch.Generator(decoder.device).manual_seed(seed)
+    choice = _choice(temperature, torch.Generator(decoder.device).manual_seed(seed))
     started = time.perf_counter()
-    logits = decoder.prefill(input_ids)
-    token = _choose(logits, temperature, draw)
-    speed.prompt, speed.prompt_seconds = input_ids.shape[1], time.perf_counter() - started
-    started = time.perf_counter()
-    spent = 0.0
-    for count in range(1, max_new_tokens + 1):
-        if int(token) in stop:
-            return
-        speed.answer, speed.answer_seconds = count, spent + time.perf_counter() - started
-        spent = speed.answer_seconds
-        yield int(token)
-        started = time.perf_counter()  # the consumer's time between tokens does not count
-        if count < max_new_tokens:
-            token = _choose(decoder.step(token), temperature, draw)
+    with closing(_steps(decoder, input_ids, decoder.prefill(input_ids), choice, max_new_tokens)) as tokens:
+        spent = 0.0
+        for count, token in enumerate(tokens):
+            if count == 0:
+                speed.prompt, speed.prompt_seconds = input_ids.shape[1], time.perf_counter() - started
+                started = time.perf_counter()
+            if token in stop:
+                return
+            speed.answer, speed.answer_seconds = count + 1, spent + time.perf_counter() - started
+            spent = speed.answer_seconds
+            yield token
+            started = time.perf_counter()  # the consumer's time between tokens does not count
 
 
-def _choose(logits: torch.Tensor, temperature: float, draw: torch.Generator) -> torch.Tensor:
-    """The next token of each row, [batch, 1].
+def _choice(temperature: float, generator: torch.Generator) -> Choice:
+    def warp(logits: torch.Tensor) -> torch.Tensor:
+        return logits.float() / max(temperature, _COLDEST)
+
+    if temperature == 0:
+        return Choice(lambda _, logits: logits, samples=False)
+    return Choice(lambda _, logits: warp(logits), samples=True, warp=warp, generator=generator)
+
+
+def _steps(decoder: Decoder, input_ids: torch.Tensor, logits: torch.Tensor, choice: Choice, most: int) -> Generator[int]:
+    """The tokens that follow a prompt, at most so many.
 
     Args:
-        logits: [batch, vocabulary], or [batch, tokens, vocabulary].
+        logits: [1, vocabulary], or [1, tokens, vocabulary].
     """
-    last = logits[:, -1] if logits.dim() == 3 else logits
-    if temperature == 0:
-        return last.argmax(-1, keepdim=True)
-    return torch.multinomial(torch.softmax(last.float() / max(temperature, _COLDEST), -1), 1, generator=draw)
+    last = _last(logits)
+    speculator = decoder.speculator if isinstance(decoder, ConfiguredDecoder) else None
+    if speculator is not None:
+        with closing(speculator.steps(input_ids, last, choice, most)) as steps:
+            yield from (step.token for step in steps)
+        return
+    for count in range(1, most + 1):
+        token = choice.pick(choice.process(input_ids, last))
+        yield token
+        if count < most:
+            last = _last(decoder.step(torch.tensor([[token]], device=decoder.device)))
+
+
+def _last(logits: torch.Tensor) -> torch.Tensor:
+    return logits[:, -1] if logits.dim() == 3 else logits
 
 
 def stream_text(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

@@ -58,7 +58,7 @@ GENERATE = [
     "generate {decoder} one --max-new-tokens 3 --temperature 0.5 --seed 7 --fresh",
     "generate {decoder} one --max-new-tokens 3 --passes gptq --data {texts} --checks structural --goal none",
     "generate {decoder} one --max-new-tokens 3 --passes quantize,gptq --data {texts} --checks off --goal memory --device cpu",
-    "generate {decoder} one --max-new-tokens 3 --backend eager --save {new}/decoder",
+    "generate {decoder} one --max-new-tokens 3 --backend eager --save {new}/decoder --draft prompt-lookup",
     "generate {saved_decoder} one --max-new-tokens 3 --allow-native --trusted-key {public}",
 ]
 EXPORT = [

@@ -58,6 +58,23 @@ def test_generate_streams_text_and_says_how_fast(decoder, tmp_path):
     assert refused.exit_code == 2 and "do not go with" in refused.output
 
 
+def test_generate_with_a_draft_gives_the_same_text(decoder, tmp_path):
+    arguments = ["--max-new-tokens", "20"]
+    plain = runner.invoke(app, ["generate", decoder, "one two one two", *arguments, "--fresh"])
+    place = str(tmp_path / "saved")
+    for draft in ("prompt-lookup", "quantize{scheme=int8-weight,embeddings=true}"):
+        result = runner.invoke(app, ["generate", decoder, "one two one two", *arguments, "--draft", draft, "--save", place])
+        assert result.exit_code == 0, result.output
+        assert result.stdout == plain.stdout
+        assert "tokens accepted" in result.stderr and "tokens per call" in result.stderr
+        again = runner.invoke(app, ["generate", place, "one two one two", *arguments])
+        assert again.stdout == plain.stdout and "tokens per call" in again.stderr
+    other = runner.invoke(app, ["generate", place, "one two one two", *arguments, "--draft", "prompt-lookup"])
+    assert other.stdout == plain.stdout and "tokens per call" in other.stderr
+    refused = runner.invoke(app, ["generate", place, "one", "--draft", "quantize"])
+    assert isinstance(refused.exception, LissomError) and "is no draft for a compiled decoder" in str(refused.exception)
+
+
 def test_generate_says_that_every_token_costs_a_whole_forward(decoder, tmp_path):
     shutil.copytree(decoder, tmp_path / "model")
     config = transformers.OpenAIGPTConfig(vocab_size=30522, n_embd=16, n_layer=1, n_head=2, n_positions=64)

@@ -4,7 +4,8 @@
 
 input_ids: [batch, tokens], written to the cache slots start, start + 1, … attention_mask: [batch, max_length], 0 for cache
 slots that hold padding; the causal mask hides slots that are not filled yet. position_ids: [batch, tokens]. start: [1], the
-number of filled slots. logits: [batch, 1, vocabulary] of the last token, or [batch, tokens, vocabulary] of all.
+number of filled slots. logits: [batch, 1, vocabulary] of the last token, or of the last few, [batch, min(tokens, n),
+vocabulary], or [batch, tokens, vocabulary] of all.
 
 The state of the layers is described in `decoder_state`. Layers with a sliding window keep all slots too: their mask hides
 tokens outside the window.
@@ -34,7 +35,7 @@ from lissom.frontends.capture.layers_alike import layers_alike
 from lissom.frontends.capture.recurrences import recurrences_as_operators
 from lissom.frontends.capture.untouched import untouched
 from lissom.frontends.generation.decoder_state import State, buffers, cache_of, call, layer_states, masks_of_new_tokens
-from lissom.frontends.generation.whole_text import TEXT, check_causal, forward_over_text, run_whole, text_state
+from lissom.frontends.generation.whole_text import TEXT, check_causal, forward_over_text, last_tokens, run_whole, text_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,6 +56,7 @@ def capture_decoder(
     max_length: int,
     batch: int = 1,
     all_logits: bool = False,
+    last_logits: int = 1,
     device: torch.device | None = None,
 ) -> Capture:
     """The model as a program whose state is its KV cache, and that of recurrent layers.
@@ -66,6 +68,7 @@ def capture_decoder(
         max_length: the capacity of the cache in tokens, prompt included.
         batch: the fixed number of sequences.
         all_logits: return the logits of every token of a call, [batch, tokens, vocabulary], not only of the last.
+        last_logits: without all_logits, the number of last tokens of a call whose logits are returned.
 
     Raises:
         UnsupportedError: if the model is not a causal language model of transformers, or its layers keep anything but keys and
@@ -78,15 +81,16 @@ def capture_decoder(
         raise UnsupportedError(
             f"{type(model).__name__} is an encoder-decoder model; this takes a causal language model, such as LlamaForCausalLM"
         )
+    kept = None if all_logits else last_logits
     with isolated(device_of(known)):
         own = with_own_modules(known)
         try:
-            return _capture(own, layer_states(own), max_length, batch, all_logits, device)
+            return _capture(own, layer_states(own), max_length, batch, kept, device)
         except (CaptureError, UnsupportedError) as error:
             refusal = error
         try:
             check_causal(own, example_tokens(own, max_length, batch)[0])
-            captured = _capture(own, [text_state(own, batch)], max_length, batch, all_logits, device)
+            captured = _capture(own, [text_state(own, batch)], max_length, batch, kept, device)
         # The model's own code may raise anything; what is wrong with its cache is told in any case.
         except Exception as error:
             raise refusal from error
@@ -101,20 +105,21 @@ def _capture(
     states: Sequence[State],
     max_length: int,
     batch: int,
-    all_logits: bool,
+    kept: int | None,
     device: torch.device | None,
 ) -> Capture:
     """`capture_decoder` for a model that was checked.
 
     Args:
         states: of its layers, or the text.
+        kept: the number of last tokens whose logits are returned; None for all.
     """
     example = example_tokens(model, max_length, batch)
     sequence = Dim("sequence", max=max_length)
     dynamic: dict[str, dict[int, Dim | str]] = {"input_ids": {1: sequence}, "position_ids": {1: sequence}}
     stateful = with_state(model, states, max_length, batch)
     whole = any(TEXT in state for state in states)
-    stateful.forward = forward_over_text(stateful, f"{CACHE}.0.{TEXT}", all_logits) if whole else _forward(stateful, all_logits)
+    stateful.forward = forward_over_text(stateful, f"{CACHE}.0.{TEXT}", kept) if whole else _forward(stateful, kept)
     with masks_of_new_tokens(model):
         captured = capture(stateful, (), dict(zip(INPUTS, example, strict=True)), dynamic=dynamic, device=device)
     check_state(model, captured.program)
@@ -284,10 +289,14 @@ def with_state(model: PreTrainedModel, states: Sequence[State], max_length: int,
     return stateful
 
 
-def _forward(stateful: PreTrainedModel, all_logits: bool) -> Callable[..., torch.Tensor]:
-    """The forward of the module with the state of its layers."""
+def _forward(stateful: PreTrainedModel, kept: int | None) -> Callable[..., torch.Tensor]:
+    """The forward of the module with the state of its layers.
+
+    Args:
+        kept: the number of last tokens whose logits are returned; None for all.
+    """
     parameters = inspect.signature(type(stateful).forward).parameters
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in parameters and not all_logits else {}
+    by_model = "logits_to_keep" in parameters
 
     def forward(
         input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, start: torch.Tensor
@@ -295,7 +304,12 @@ def _forward(stateful: PreTrainedModel, all_logits: bool) -> Callable[..., torch
         cache = cache_of(stateful.get_submodule(CACHE), start)
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         given = {name: tensor for name, tensor in given.items() if name in parameters}
+        if kept is None:
+            return call(stateful, cache, **given).logits
+        last = last_tokens(input_ids.shape[1], kept)
+        # transformers takes a number, or an index of the tokens.
+        keep = {"logits_to_keep": 1 if kept == 1 else last} if by_model else {}
         logits = call(stateful, cache, **given, **keep).logits
-        return logits if all_logits else logits[:, -1:]
+        return logits[:, last] if kept == 1 or not by_model else logits
 
     return forward

@@ -32,11 +32,12 @@ def text_state(model: PreTrainedModel, batch: int) -> dict[str, torch.Tensor]:
     return {TEXT: torch.zeros(batch, 1, 1, 1, dtype=torch.int64, device=device_of(model))}
 
 
-def forward_over_text(stateful: PreTrainedModel, buffer: str, all_logits: bool) -> Callable[..., torch.Tensor]:
+def forward_over_text(stateful: PreTrainedModel, buffer: str, kept: int | None) -> Callable[..., torch.Tensor]:
     """The forward of a decoder that computes all tokens.
 
     Args:
         buffer: the name of the text, [batch, 1, max_length, 1], in it.
+        kept: the number of last tokens whose logits are returned; None for all.
     """
 
     def forward(
@@ -47,9 +48,15 @@ def forward_over_text(stateful: PreTrainedModel, buffer: str, all_logits: bool) 
         seen = attention_mask * (torch.arange(text.shape[2], device=input_ids.device) < start + input_ids.shape[1])
         # A copy, since the model's input must not be what the next call writes into.
         logits = run_whole(stateful, _padded(text[:, 0, :, 0].clone(), seen))
-        return logits.index_select(1, places if all_logits else places[-1:])
+        return logits.index_select(1, places if kept is None else places[last_tokens(input_ids.shape[1], kept)])
 
     return forward
+
+
+def last_tokens(tokens: int, count: int) -> slice:
+    """The index of the last `count` tokens of a call, or of all where it has fewer."""
+    # A program's number of tokens is symbolic, so that it cannot be compared with `count` here.
+    return slice(-1, None) if count == 1 else slice(tokens - torch.sym_min(tokens, count), None)
 
 
 def _padded(input_ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -3,8 +3,9 @@
     f(x)[:, p]  ->  f(x[:, p])                              linear layers, norms, activations, sums, reshapes to heads and back
     attention(q, k, v, mask)[:, :, p]  ->  attention(q[:, :, p], k, v, mask[:, :, p])       causal: keys 0 to p, as a mask
 
-A classifier reads `[CLS]`, a decoder its last token, a pooler one computed position per row; the last layer's queries, its
-output projection and its feed-forward are then needed at these positions only. Keys and values are still computed for all.
+A classifier reads `[CLS]`, a decoder its last token or its last few, a pooler one computed position per row; the last layer's
+queries, its output projection and its feed-forward are then needed at these positions only. Keys and values are still
+computed for all.
 
 The demand for every value is inferred from its readers, last to first: the positions that they select, where all select the
 same, and all positions otherwise. A value is computed at the selected positions where that makes a matrix product smaller.
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx
+from torch.utils._sympy.functions import Min
 
 from lissom.compiler.analysis.cost import example_shape
 from lissom.compiler.analysis.flops import is_counted
@@ -30,6 +32,7 @@ from lissom.compiler.ir.dimensions import Slot
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.operators import EXPANDS, SIZED_RESHAPES
+from lissom.compiler.ir.types import Size
 from lissom.compiler.ir.view_calls import Item, Select, Slice
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.unflatten import unflatten_where
@@ -56,12 +59,18 @@ class _Demand:
     """The positions of one dimension that are read.
 
     Attributes:
-        start: the first of `count` neighbours, from the end where negative; or a value [batch], one position per row.
+        start: the first of `count` neighbours, from the end where negative; or a value [batch], one position per row. A
+            size computed in the program for the last min(n, positions).
     """
 
     dim: int
     start: int | fx.Node
-    count: int = 1
+    count: Size = 1
+
+    @property
+    def by_row(self) -> bool:
+        """True for one position per row."""
+        return isinstance(self.start, fx.Node) and nodes.is_tensor(self.start)
 
 
 def _demands(edit: Editor) -> tuple[dict[fx.Node, _Demand], dict[fx.Node, _Demand]]:
@@ -96,8 +105,7 @@ def _demand_of(
     dim = (position_sources(user, wanted.dim) or {}).get(slot)
     if dim is None:
         return None
-    by_row = isinstance(wanted.start, fx.Node)
-    if by_row and (position_sources(user, 0) or {}).get(slot) != 0:
+    if wanted.by_row and (position_sources(user, 0) or {}).get(slot) != 0:
         return None
     return _Demand(dim, wanted.start, wanted.count)
 
@@ -108,10 +116,12 @@ def _narrows(node: fx.Node, wanted: _Demand) -> bool:
     if sources is None or (is_attention(node) and set(sources).isdisjoint({0})):
         return False
     if is_causal(node):
+        if isinstance(wanted.start, fx.Node) and not wanted.by_row:
+            return False
         q, k = shape_of(Attention(node).q), shape_of(Attention(node).k)
         if q[-2] != k[-2] or wanted.dim != len(shape_of(node)) - 2 or nodes.argument(node, "dropout_p"):
             return False
-    if not isinstance(wanted.start, fx.Node):
+    if not wanted.by_row:
         return True
     # One position per row: the batch stays the first dimension, and operands without one can get it.
     rows = position_sources(node, 0)
@@ -127,14 +137,20 @@ def _choice(edit: Editor, node: fx.Node) -> _Demand | None:
     elif part is not None:
         dim = dim_of(node, len(shape_of(node)))
         start, count = part.start or 0, shape_of(node)[dim]
-        if isinstance(start, int) and isinstance(count, int) and part.step == 1:
+        if part.step == 1 and (isinstance(count, int) if isinstance(start, int) else _is_last(part, count)):
             demand = _Demand(dim, start, count)
     elif nodes.is_call(node, aten.index.Tensor) and (position := row_position(edit.program, node)) is not None:
         demand = _Demand(1, position)
     # Positions that are computed from a layer's output are known too late.
     if demand is None or any(is_linear(value) or is_attention(value) for value in computed_from([demand.start])):
         return None
-    return demand if 2 * demand.count <= example_shape(nodes.operand(node))[demand.dim] else None
+    few = not isinstance(demand.count, int) or 2 * demand.count <= example_shape(nodes.operand(node))[demand.dim]
+    return demand if few else None
+
+
+def _is_last(part: Slice, count: Size) -> bool:
+    """True for a slice of the last min(n, positions): `x[:, positions - min(n, positions):]`."""
+    return isinstance(count, Min) and any(size.is_number for size in count.args) and part.end in (None, _END)
 
 
 def _useful(edit: Editor, demands: Mapping[fx.Node, _Demand]) -> set[fx.Node]:
@@ -188,7 +204,7 @@ class _Narrower:
         if node.target in SIZED_RESHAPES or node.target in EXPANDS:
             sizes = args[1]
             assert isinstance(sizes, list)
-            sizes[wanted.dim] = wanted.count
+            sizes[wanted.dim] = self._count(wanted, changed, sources)
         if is_causal(node):
             mask = self._causal_rows(node, wanted)
             kept = {name: nodes.argument(node, name) for name in ("scale", "enable_gqa")}
@@ -199,6 +215,15 @@ class _Narrower:
             return self.edit.item(source, item.index)
         return self.edit.call(nodes.overload(node), *args, **kwargs)
 
+    def _count(self, wanted: _Demand, changed: Mapping[Slot, object], sources: Mapping[Slot, int]) -> object:
+        """The number of selected positions, as an argument."""
+        if isinstance(wanted.count, int):
+            return wanted.count
+        slot = next(iter(sources))
+        operand = changed[slot]
+        assert isinstance(operand, fx.Node)
+        return self.edit.size(operand, sources[slot])
+
     def _take(self, value: fx.Node, wanted: _Demand, rank: int) -> fx.Node:
         """The selected positions of a value that is computed at all positions; for a call whose result has this rank."""
         if (value, wanted) not in self.selections:
@@ -207,7 +232,10 @@ class _Narrower:
 
     def _chosen(self, value: fx.Node, wanted: _Demand, rank: int) -> fx.Node:
         call, dim, start = self.edit.call, wanted.dim, wanted.start
+        if isinstance(start, fx.Node) and not wanted.by_row:
+            return call(aten.slice.Tensor, value, dim, start, _END)
         if not isinstance(start, fx.Node):
+            assert isinstance(wanted.count, int)
             end = start + wanted.count
             return call(aten.slice.Tensor, value, dim, start, _END if start < 0 and end >= 0 else end)
         for _ in range(rank - len(shape_of(value))):
