@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lissom.errors import LissomError
     from lissom.frontends.onnx.model import from_onnx
     from lissom.generation.compile import compile_generation, load_generation
+    from lissom.generation.compile_pool import compile_pool
     from lissom.inspect.svg.step import draw
     from lissom.integrations.transformers.pruned_tokenizer import pruned_tokenizer
     from lissom.passes.sites import sites
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "compile",
     "compile_generation",
+    "compile_pool",
     "draw",
     "dynamo_reports",
     "from_onnx",
@@ -59,6 +61,7 @@ _HOMES = {
     "pruned_tokenizer": "lissom.integrations.transformers.pruned_tokenizer",
     "compile": "lissom.api",
     "compile_generation": "lissom.generation.compile",
+    "compile_pool": "lissom.generation.compile_pool",
     "draw": "lissom.inspect.svg.step",
     "dynamo_reports": "lissom.torch_compile",
     "from_onnx": "lissom.frontends.onnx.model",

@@ -121,7 +121,7 @@ def _compile(model: nn.Module, settings: GenerationSettings) -> GenerationModel:
             )
         from lissom.generation.encoder_decoder_programs import compile_encoder_decoder
 
-        return compile_encoder_decoder(model, settings, _with_recipe)
+        return compile_encoder_decoder(model, settings, with_recipe)
     if settings.encoder_inputs is not None:
         raise InputError(f"{type(model).__name__} has no encoder, and encoder_inputs= was given; leave it out")
     settings = replace(settings, data=list(settings.data))  # a draft reads it too
@@ -130,7 +130,7 @@ def _compile(model: nn.Module, settings: GenerationSettings) -> GenerationModel:
     sizes = {"max_length": max_length, "batch": batch, "last_logits": last}
     take = with_facts(partial(capture_decoder, model, **sizes, all_logits=settings.all_logits, device=place), model)
     score = None if settings.metric is None else Scorer(settings.metric, batch, max_length)
-    asked = replace(settings, passes=_with_recipe(settings.passes, scored=bool(texts)), data=texts, metric=score)
+    asked = replace(settings, passes=with_recipe(settings.passes, scored=bool(texts)), data=texts, metric=score)
     if score is not None:
         take, asked = _scored(take, score, asked, settings.passes)
     compiled = compile_captured(take, place or device_of(model), asked)
@@ -216,13 +216,13 @@ def _scored(
     """
     _, backends = check_settings(settings)
     if isinstance(backends[0], Distributed):
-        return take, replace(settings, passes=_with_recipe(passes, scored=True))
+        return take, replace(settings, passes=with_recipe(passes, scored=True))
     captured = take()
     score.try_on(captured.program)
-    return lambda: captured, replace(settings, passes=_with_recipe(passes, scored=score.reads_all or bool(settings.data)))
+    return lambda: captured, replace(settings, passes=with_recipe(passes, scored=score.reads_all or bool(settings.data)))
 
 
-def _with_recipe(passes: str | Pass | Sequence[Pass], *, scored: bool = False) -> list[Pass]:
+def with_recipe(passes: str | Pass | Sequence[Pass], *, scored: bool = False) -> list[Pass]:
     """The recipe `generation`, then the requested passes without the canonical form.
 
     The part of it that drops all tokens but the last comes after the last pass that trains, which learns from all tokens; after

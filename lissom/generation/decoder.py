@@ -303,6 +303,17 @@ def labelled_prompts(
     Raises:
         InputError: as `prompts`.
     """
+    rows = rows_of(batches, max_length)
+    groups = ([rows[index] for index in group] for group in row_groups(len(rows), batch, fill=fill))
+    return [(_left_padded([ids for ids, _ in group], max_length), _left_padded_labels(group)) for group in groups]
+
+
+def rows_of(batches: Prompts, max_length: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Texts without their padding, [tokens] each, at most `max_length`, with the labels of their tokens where given.
+
+    Raises:
+        InputError: as `prompts`.
+    """
     rows: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for given in batches:
         ids = given.get(INPUTS[0]) if isinstance(given, Mapping) else given
@@ -314,8 +325,7 @@ def labelled_prompts(
         for row, seen in enumerate(kept):
             if bool(seen.any()):
                 rows.append((ids[row][seen][:max_length], None if labels is None else labels[row][seen][:max_length]))
-    groups = ([rows[index] for index in group] for group in row_groups(len(rows), batch, fill=fill))
-    return [(_left_padded([ids for ids, _ in group], max_length), _left_padded_labels(group)) for group in groups]
+    return rows
 
 
 def row_groups(count: int, batch: int, *, fill: bool = True) -> list[list[int]]:

@@ -13,12 +13,17 @@ from lissom.frontends.generation.state_names import INDEXER_KEYS, KEYS_AND_VALUE
 
 
 class AttentionState(CacheLayerMixin):
-    """Keys and values in buffers; the causal mask, offset by `start`, hides the slots that are not filled."""
+    """Keys and values in buffers; the causal mask, offset by `start`, hides the slots that are not filled.
+
+    Attributes:
+        slots: of a call's tokens, [tokens]; None for those from `start` on.
+    """
 
     is_sliding = False
 
-    def __init__(self, layer: nn.Module, start: torch.Tensor) -> None:
+    def __init__(self, layer: nn.Module, start: torch.Tensor, slots: torch.Tensor | None = None) -> None:
         CacheLayerMixin.__init__(self)
+        self.slots = slots
         self.keys = layer.get_buffer("keys")
         self.values = layer.get_buffer("values")
         self.indexer_keys = getattr(layer, INDEXER_KEYS, None)
@@ -54,7 +59,7 @@ class AttentionState(CacheLayerMixin):
         Args:
             new: [batch, heads, tokens, head_dim].
         """
-        return torch.arange(new.shape[2], device=new.device) + self.start
+        return torch.arange(new.shape[2], device=new.device) + self.start if self.slots is None else self.slots
 
     def get_mask_sizes(self, query_length: object) -> tuple[int, int]:
         return self.get_max_length(), 0
@@ -148,15 +153,18 @@ def cache_with_source(own: Cache, cross: Sequence[torch.Tensor]) -> EncoderDecod
     return cache
 
 
-def layer_over(layer: nn.Module, start: torch.Tensor) -> CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer:
+def layer_over(
+    layer: nn.Module, start: torch.Tensor, slots: torch.Tensor | None = None
+) -> CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer:
     """The cache layer for what a layer's buffers hold.
 
     Args:
         start: [1], the number of slots that are filled.
+        slots: as of `AttentionState`.
     """
     names = [name for name, _ in layer.named_buffers()]
     if not names:
         return DummyLayer()
     if all(map(is_kv_cache, names)):
-        return AttentionState(layer, start)
+        return AttentionState(layer, start, slots)
     return HybridState(layer, start) if KEYS_AND_VALUES[0] in names else RecurrentState(layer)

@@ -107,17 +107,18 @@ def buffers(states: Sequence[State], max_length: int, batch: int, device: torch.
     return holder
 
 
-def cache_of(holder: nn.Module, start: torch.Tensor) -> Any:
+def cache_of(holder: nn.Module, start: torch.Tensor, slots: torch.Tensor | None = None) -> Any:
     """A cache of transformers over these buffers.
 
     Args:
         start: [1], the number of slots that are filled.
+        slots: of a call's tokens, [tokens]; None for those from `start` on.
     """
     from transformers import Cache
 
     from lissom.frontends.generation.cache_layers import layer_over  # imports transformers
 
-    cache = Cache(layers=[layer_over(layer, start) for layer in holder.children()])
+    cache = Cache(layers=[layer_over(layer, start, slots) for layer in holder.children()])
     setattr(cache, _START, start)
     return cache
 

@@ -18,7 +18,6 @@ constexpr int kTileRows = 16;
 constexpr int kTileBytes = 64;                // of a row
 constexpr int kAmxRows = 2 * kTileRows;       // rows of a product: two tiles of x times the two tiles of a panel
 constexpr int64_t kFewestAmxRows = 8;         // fewer rows are multiplied by vectors: a tile takes as long for one row as for 16
-constexpr int64_t kFewestAmxBFloat16Rows = 3;  // where vectors widen both x and the weight
 constexpr int64_t kPanelBytes = kPanel * 4;   // of one step of a panel, in every dtype
 constexpr int64_t kStepsOfTile = kTileBytes / 4;
 

@@ -34,6 +34,7 @@ struct Attention {
   const T* query(int64_t b, int64_t h, int64_t row) const { return q + q_strides.at(b, h, row); }
   const Cache* key(int64_t b, int64_t group, int64_t token) const { return k + k_strides.at(b, group, token); }
   const Cache* value(int64_t b, int64_t group, int64_t token) const { return v + v_strides.at(b, group, token); }
+  const float* sink(int64_t b, int64_t h) const { return sinks ? sinks + b * sink_batch + h * sink_head : nullptr; }
   T* output(int64_t b, int64_t h, int64_t row) const { return y + ((b * queries + row) * heads + h) * value_dim; }
 };
 
@@ -154,9 +155,8 @@ inline float softmax_row(const Call& call, const VisibleKeys& visible_keys, int6
                          float* scores, int64_t padded, P* to) {
   Span seen = visible_keys.of(b, h, row), visible{std::max<int64_t>(seen.begin - from, 0), std::max<int64_t>(seen.end - from, 0)};
   int64_t offset = call.bias_strides.at(b, h, row) + from * call.bias_strides.column;
-  const float* sink = call.sinks ? call.sinks + b * call.sink_batch + h * call.sink_head : nullptr;
   return softmax(call, scores, visible, padded, call.bias ? call.bias + offset : nullptr, call.mask ? call.mask + offset : nullptr,
-                sink, to);
+                call.sink(b, h), to);
 }
 
 // P: the dtype in which queries, keys, weights and values are multiplied.
@@ -298,7 +298,7 @@ inline void fetch(const Attention<T>& call, const VisibleKeys& visible_keys, int
 
 // Attention of few queries, as in decode: packing would cost more than it saves, so keys and values are read in place, once for all
 // heads that share them.
-constexpr int64_t kFewRows = 4;
+constexpr int64_t kFewRows = 16;
 
 // Scores of R queries with keys [begin, end); those of query r are written to scores + r * width.
 template <int R, typename T, typename Cache>
@@ -351,59 +351,124 @@ inline void weighted_sum(const float* weights, int64_t width, const float* inver
   }
 }
 
-// Rows [first, first + R) of a group: all queries of its first head, then of the next.
+// The keys that rows of a group read, in order, as spans; hidden ones in between are left out where there are many.
+struct FewKeys {
+  static constexpr int64_t kHole = 64;
+  std::vector<Span> spans{};
+  std::vector<char> seen{};  // the mask of their keys where there is more than one span
+
+  // Of one query, or of several with one span that is the join of theirs. The first begins at a whole vector, so that a row's
+  // sums are added in the same order whatever is computed beside it.
+  template <typename Call>
+  void find(const Call& call, Span whole, int64_t b, int64_t h, int64_t row, bool alone) {
+    spans.clear();
+    whole.begin = whole.begin / kLanes * kLanes;
+    const bool* mask = call.mask && alone && call.bias_strides.column == 1 ? call.mask + call.bias_strides.at(b, h, row) : nullptr;
+    for (int64_t begin = whole.begin; mask && begin < whole.end;) {
+      const void* hidden = std::memchr(mask + begin, 0, whole.end - begin);
+      int64_t end = hidden ? static_cast<const bool*>(hidden) - mask : whole.end;
+      const void* next = end < whole.end ? std::memchr(mask + end, 1, whole.end - end) : nullptr;
+      int64_t after = next ? static_cast<const bool*>(next) - mask : whole.end;
+      if (!spans.empty() && begin - spans.back().end < kHole) spans.back().end = end;
+      else if (end > begin) spans.push_back({begin, end});
+      begin = after;
+    }
+    if (spans.size() > 1) {
+      seen.clear();
+      for (const Span& span : spans) seen.insert(seen.end(), mask + span.begin, mask + span.end);
+    } else {
+      spans.assign(1, whole);
+    }
+  }
+
+  int64_t count() const {
+    int64_t found = 0;
+    for (const Span& span : spans) found += span.end - span.begin;
+    return found;
+  }
+};
+
+// R rows from `first` on of a group: all heads of its first query, then of the next.
 template <int R, typename T, typename Cache>
 inline void some_rows(const Attention<T, Cache>& call, const VisibleKeys& visible_keys, int64_t b, int64_t group, int64_t first,
-                      std::vector<float>& scratch) {
+                      std::vector<float>& scratch, FewKeys& keys) {
   int64_t shared = call.heads / call.key_heads;
   const T* q[R];
   T* y[R];
-  Span seen{0, 0};
-  auto place = [&](int r) { return std::pair(group * shared + (first + r) / call.queries, (first + r) % call.queries); };
+  Span whole{0, 0};
+  auto place = [&](int r) { return std::pair(group * shared + (first + r) % shared, (first + r) / shared); };
   for (int r = 0; r < R; ++r) {
     auto [h, row] = place(r);
     q[r] = call.query(b, h, row), y[r] = call.output(b, h, row);
-    seen = joined(seen, visible_keys.of(b, h, row));
+    whole = joined(whole, visible_keys.of(b, h, row));
   }
-  int64_t padded = ceil_div(seen.end - seen.begin, kLanes) * kLanes;
+  keys.find(call, whole, b, group * shared, first / shared, place(R - 1).second == first / shared && !call.bias_strides.head);
+  const int64_t count = keys.count(), padded = ceil_div(count, kLanes) * kLanes;
   scratch.resize(R * padded);
   float* scores = scratch.data();
   const Cache *k = call.key(b, group, 0), *v = call.value(b, group, 0);
   auto scale_by = [&](const float* scale) {
     if (!scale) return;
-    scale += (b * call.key_heads + group) * call.keys + seen.begin;
-    for (int r = 0; r < R; ++r)
-      for (int64_t key = 0; key < seen.end - seen.begin; ++key) scores[r * padded + key] *= scale[key];
+    scale += (b * call.key_heads + group) * call.keys;
+    int64_t from = 0;
+    for (const Span& span : keys.spans)
+      for (int64_t key = span.begin; key < span.end; ++key, ++from)
+        for (int r = 0; r < R; ++r) scores[r * padded + from] *= scale[key];
   };
-  score_rows<R>(q, k, call.k_strides.row, seen.begin, seen.end, call.head_dim, scores, padded);
+  int64_t from = 0;
+  for (const Span& span : keys.spans) {
+    score_rows<R>(q, k, call.k_strides.row, span.begin, span.end, call.head_dim, scores + from, padded);
+    from += span.end - span.begin;
+  }
   scale_by(call.k_scale);
   float inverse[R];
   for (int r = 0; r < R; ++r) {
     auto [h, row] = place(r);
     float* line = scores + r * padded;
-    inverse[r] = 1.0f / softmax_row(call, visible_keys, b, h, row, seen.begin, line, padded, line);
+    if (keys.spans.size() == 1) {
+      inverse[r] = 1.0f / softmax_row(call, visible_keys, b, h, row, keys.spans[0].begin, line, padded, line);
+    } else {
+      const bool* seen = reinterpret_cast<const bool*>(keys.seen.data());
+      inverse[r] = 1.0f / softmax(call, line, Span{0, count}, padded, nullptr, seen, call.sink(b, h), line);
+    }
   }
   scale_by(call.v_scale);
-  weighted_sum<R>(scores, padded, inverse, v, call.v_strides.row, &seen, 1, call.value_dim, y);
+  weighted_sum<R>(scores, padded, inverse, v, call.v_strides.row, keys.spans.data(), keys.spans.size(), call.value_dim, y);
 }
 
 template <typename T, typename Cache>
 void few_rows(const Attention<T, Cache>& call, const VisibleKeys& visible_keys) {
   constexpr int64_t kMost = 4;
-  int64_t groups = call.batch * call.key_heads, rows = call.heads / call.key_heads * call.queries;
+  int64_t groups = call.batch * call.key_heads, shared = call.heads / call.key_heads, rows = shared * call.queries;
+  // Rows of one query; or of several, where each query has one head, as long as they read about the same keys.
+  auto end_of = [&](int64_t b, int64_t group, int64_t first, int64_t end) {
+    auto seen = [&](int64_t row) { return visible_keys.of(b, group * shared + row % shared, row / shared); };
+    Span whole = seen(first);
+    int64_t longest = whole.end - whole.begin, last = first + 1;
+    if (shared > 1) end = std::min(end, (first / shared + 1) * shared);
+    for (; last < std::min(first + kMost, end); ++last) {
+      Span next = seen(last), both = joined(whole, next);
+      longest = std::max(longest, next.end - next.begin);
+      if (both.end - both.begin > longest + FewKeys::kHole) break;
+      whole = both;
+    }
+    return last;
+  };
   // The rows of one group are split among threads only where there are fewer groups than threads.
   int64_t parts = std::max<int64_t>(1, std::min(rows, at::get_num_threads() / std::max<int64_t>(groups, 1)));
   at::parallel_for(0, groups * parts, 1, [&](int64_t from, int64_t to) {
     std::vector<float> scratch;
+    FewKeys keys;
     for (int64_t item = from; item < to; ++item) {
-      int64_t group = item / parts, part = item % parts;
-      in_pieces(rows * part / parts, rows * (part + 1) / parts, kMost, [&](int64_t first, int64_t end) {
-        with_rows(static_cast<int>(end - first), [&](auto count) {
+      int64_t group = item / parts % call.key_heads, b = item / parts / call.key_heads, part = item % parts;
+      int64_t first = rows * part / parts, end = rows * (part + 1) / parts;
+      for (int64_t last; first < end; first = last) {
+        last = end_of(b, group, first, end);
+        with_rows(static_cast<int>(last - first), [&](auto count) {
           constexpr int R = decltype(count)::value;
-          if constexpr (R <= kMost)
-            some_rows<R>(call, visible_keys, group / call.key_heads, group % call.key_heads, first, scratch);
+          if constexpr (R <= kMost) some_rows<R>(call, visible_keys, b, group, first, scratch, keys);
         });
-      });
+      }
     }
   });
 }

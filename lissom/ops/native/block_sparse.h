@@ -304,6 +304,8 @@ inline void one_tile(const BlockSparse<T>& sparse, const Shape<P>& shape, int64_
   }
 }
 
+constexpr int64_t kFewBlockRows = 4;
+
 // A call of R queries, one head of it: keys and values are read in place, as in dense attention.
 template <int R, typename T>
 inline void few_rows_of_head(const BlockSparse<T>& sparse, int64_t b, int64_t h, TileScratch<float>& scratch) {
@@ -373,7 +375,7 @@ void few_rows(const BlockSparse<T>& sparse) {
     for (; from < to; ++from)
       with_rows(static_cast<int>(call.queries), [&](auto count) {
         constexpr int R = decltype(count)::value;
-        if constexpr (R <= kFewRows) few_rows_of_head<R>(sparse, from / call.heads, from % call.heads, scratch);
+        if constexpr (R <= kFewBlockRows) few_rows_of_head<R>(sparse, from / call.heads, from % call.heads, scratch);
       });
   });
 }
@@ -434,7 +436,7 @@ void run(const BlockSparse<T>& sparse) {
     dense.band = *band;
     return run(dense);
   }
-  if (call.queries <= kFewRows && call.k_strides.column == 1 && call.v_strides.column == 1) return few_rows(sparse);
+  if (call.queries <= kFewBlockRows && call.k_strides.column == 1 && call.v_strides.column == 1) return few_rows(sparse);
   if constexpr (std::is_same_v<T, BFloat16>)
     if (amx.load(std::memory_order_relaxed) && call.queries >= kFewestAmxRows) return run_as<T, true>(sparse);
   with_operand<T>([&](auto zero) { run_as<decltype(zero), false>(sparse); });

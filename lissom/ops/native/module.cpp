@@ -99,7 +99,7 @@ Tensor plain_of(const Tensor& given, const Tensor& weight, const Epilogue& epilo
   Tensor x = given.contiguous();
   const T *from = x.const_data_ptr<T>(), *packed = weight.const_data_ptr<T>();
   if constexpr (std::is_same_v<T, BFloat16>)
-    if (by_amx(x, kFewestAmxBFloat16Rows)) return linear_of<T>(x, Tiled<Plain<T>>{{from, packed, inputs}, inputs}, epilogue);
+    if (by_amx(x, 1)) return linear_of<T>(x, Tiled<Plain<T>>{{from, packed, inputs}, inputs}, epilogue);
   return with_operand<T>([&](auto zero) {
     if constexpr (std::is_same_v<T, decltype(zero)>) return linear_of<T>(x, Plain<T>{from, packed, inputs}, epilogue);
     else return linear_of<T>(x, Widened{from, packed, inputs}, epilogue);

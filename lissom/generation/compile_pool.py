@@ -1,0 +1,118 @@
+"""Compile a causal language model for several texts of unlike length in one program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lissom.artifacts.pruned_tokenizer import renumbered_config
+from lissom.backends.distributed.backend import Distributed
+from lissom.driver.compile import compile_captured, with_facts
+from lissom.driver.keywords import keywords_of
+from lissom.driver.options import BuildSettings, Inputs, check_choices, check_settings
+from lissom.driver.room import from_disk
+from lissom.errors import InputError, UnsupportedError
+from lissom.frontends.capture.device import check_device, device_of
+from lissom.frontends.generation.decoder import check_capacity
+from lissom.frontends.generation.pool import PAGE, capture_pool, names_of, text_inputs
+from lissom.frontends.models.adapters import with_merged_adapters
+from lissom.frontends.models.sources import load
+from lissom.generation.compile import with_recipe
+from lissom.generation.decoder import rows_of
+from lissom.runtime.hosted_model import check_uncompiled
+
+if TYPE_CHECKING:
+    from lissom.generation.pool import PooledDecoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSettings(BuildSettings):
+    """The keywords of `lissom.compile_pool`."""
+
+    max_length: int
+    sequences: int = 8
+    slots: int | None = None
+    data: Iterable[torch.Tensor | Mapping[str, object]] = ()
+
+
+@keywords_of(PoolSettings)
+def compile_pool(model: nn.Module | str | Path, settings: PoolSettings) -> PooledDecoder:
+    """Optimize a causal language model of transformers for many texts at once, which join and leave between calls.
+
+    The program has one pool of slots for keys and values. Each call reads tokens of several texts, of any lengths, without
+    padding, and weights are read once for all of them.
+
+    The model itself is not modified. The result shares its weights until a pass changes one.
+
+    The options not listed are those of `compile`.
+
+    Args:
+        model: a module; or a checkpoint's folder, or the name of a packaged model.
+        max_length: the most tokens of one text, prompt and answer together.
+        sequences: the most texts in one call; more wait.
+        slots: the tokens that the pool holds; by default `sequences` texts of max_length. With fewer, texts wait for room.
+        passes: as for `compile_generation`.
+        data: as for `compile_generation`, for passes that calibrate.
+
+    Raises:
+        UnsupportedError: for a model whose layers keep anything but keys and values, for ranks, and for a metric.
+        CaptureError: for a model whose attention mask is not computed from positions, or a line that cannot be captured.
+        InputError: if a number does not fit.
+        LissomError: as `compile`.
+
+    Examples:
+        >>> import torch, lissom
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> decoder = lissom.compile_pool(LlamaForCausalLM(config), max_length=32, sequences=2)
+        >>> [len(answer) for answer in decoder.generate([[1, 2, 3], [4, 5]], max_new_tokens=4)]
+        [4, 4]
+    """
+    if isinstance(model, (str, Path)):
+        loaded = load(str(model), with_inputs=False).model
+        with from_disk(loaded, settings.passes):
+            return _compile(loaded, settings)
+    return _compile(model, settings)
+
+
+def _compile(model: nn.Module, settings: PoolSettings) -> PooledDecoder:
+    check_uncompiled(model)
+    check_choices(settings)
+    max_length, sequences = settings.max_length, settings.sequences
+    check_capacity(max_length, sequences)
+    whole = -(-max_length // PAGE) * PAGE
+    slots = sequences * whole if settings.slots is None else settings.slots
+    if isinstance(slots, bool) or not isinstance(slots, int) or slots < whole:
+        raise InputError(
+            f"slots is {slots!r:.80}, and one text of max_length={max_length} takes {whole}; give that many or more"
+        )
+    if settings.metric is not None:
+        raise UnsupportedError("compile_pool takes no metric=; choose passes with compile_generation, and give them here")
+    if isinstance(check_settings(settings)[1][0], Distributed):
+        raise UnsupportedError("compile_pool makes a program for one process; choose a backend other than 'distributed'")
+    place = check_device(settings.device)
+    model = with_merged_adapters(model)
+    sizes = {"max_length": max_length, "sequences": sequences, "slots": slots}
+    take = with_facts(partial(capture_pool, model, **sizes, device=place), model)
+    texts = _texts(list(settings.data), max_length, slots)
+    compiled = compile_captured(
+        take, place or device_of(model), replace(settings, passes=with_recipe(settings.passes, scored=bool(texts)), data=texts)
+    )
+    from lissom.generation.pool import PooledDecoder
+
+    original: Any = model
+    configs = (renumbered_config(given, compiled.program) for given in (original.config, original.generation_config))
+    return PooledDecoder(compiled, *configs, max_length, sequences)
+
+
+def _texts(batches: Sequence[torch.Tensor | Mapping[str, object]], max_length: int, slots: int) -> list[Inputs]:
+    """Calibration texts as inputs of the program, one by one. Raises InputError."""
+    return [names_of(text_inputs(ids[None], slots)) for ids, _ in rows_of(batches, max_length)]

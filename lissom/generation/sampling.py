@@ -1,0 +1,76 @@
+"""How the tokens of one text of a pool are chosen, and where it ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from lissom.errors import InputError
+from lissom.generation.choice import Choice
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From a text, [1, tokens], and the logits of its next token, [1, vocabulary], to scores."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of a text are chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; above 0 tokens are sampled from softmax(logits / temperature).
+        top_k: samples among so many of the likeliest tokens; 0 for all.
+        top_p: samples among the likeliest tokens whose probabilities sum to this.
+        stop: tokens that end the text; they are not returned.
+        seed: of the samples.
+        process: changes the logits first, as a `LogitsProcessorList` of transformers does.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: Collection[int] = field(default=())
+    seed: int = 0
+    process: Process | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise InputError(
+                f"temperature is {self.temperature:g}, top_k {self.top_k} and top_p {self.top_p:g}; give 0 or more, 0 or more, "
+                f"and above 0 up to 1"
+            )
+        if not -(1 << 63) <= self.seed < 1 << 64:
+            raise InputError(f"seed is {self.seed}; give a whole number of 64 bits")
+
+    @classmethod
+    def of(cls, config: GenerationConfig) -> Sampling:
+        """The likeliest tokens up to one that ends a text of the model. Raises InputError."""
+        from lissom.generation.stream import end_tokens
+
+        return cls(stop=end_tokens(config.eos_token_id))
+
+    def choice(self) -> Choice:
+        """The choice for one text."""
+        before = self.process or (lambda _, logits: logits)
+        if self.temperature == 0:
+            return Choice(before, samples=False)
+        generator = torch.Generator().manual_seed(self.seed)
+        return Choice(lambda text, logits: self._warp(before(text, logits)), samples=True, generator=generator)
+
+    def _warp(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits over the temperature, minus infinity outside of top-k and top-p."""
+        scores = logits.float().cpu() / max(self.temperature, 1e-30)
+        if 0 < self.top_k < scores.shape[-1]:
+            scores = scores.masked_fill(scores < scores.topk(self.top_k).values[:, -1:], -math.inf)
+        if self.top_p < 1:
+            ordered, order = scores.sort(descending=True)
+            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+            ordered = ordered.masked_fill(before >= self.top_p, -math.inf)
+            scores = torch.full_like(scores, -math.inf).scatter(-1, order, ordered)
+        return scores
