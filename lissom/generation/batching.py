@@ -1,7 +1,7 @@
 """Continuous batching: texts join and leave the calls of one program.
 
-There is no thread of its own. Whoever waits for a token of a text makes the next call for all texts, and the others wait for it.
-Calls alternate between the next piece of one prompt and the next token of every text that is being answered, so that a long
+There is no thread of its own. Whoever waits for a token of a text makes the next call for all texts, and the others wait for
+it. Calls alternate between the next piece of one prompt and the next token of every text that is being answered, so that a long
 prompt delays answers by one piece at a time.
 """
 

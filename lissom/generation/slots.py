@@ -1,11 +1,11 @@
 """The slots of a pool's KV cache: a region for each sequence, whose first pages may be those of another with the same tokens.
 
-A region is reserved for all tokens that a sequence may have, so that a sequence that was admitted never waits for slots. When it
-ends, its tokens stay until the slots are needed, least recently used first, and a later sequence that begins with the same
+A region is reserved for all tokens that a sequence may have, so that a sequence that was admitted never waits for slots. When
+it ends, its tokens stay until the slots are needed, least recently used first, and a later sequence that begins with the same
 tokens shares its whole pages.
 
-Shared pages lie before a sequence's own, and slot and position are the same modulo a page, so that sums over keys have one order
-wherever a sequence is.
+Shared pages lie before a sequence's own, and slot and position are the same modulo a page, so that sums over keys have one
+order wherever a sequence is.
 """
 
 from __future__ import annotations
