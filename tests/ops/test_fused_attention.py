@@ -242,3 +242,41 @@ def test_rows_with_no_causal_window_are_zeros(dtype, threads):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found, torch.zeros_like(found))
+
+
+def pooled_mask(queries, keys, window=None):
+    """Each query sees two stretches of keys, far from each other, as sequences in a pool of slots do that share their start."""
+    slots, rows = torch.arange(keys), torch.arange(queries)[:, None]
+    own = 400 + 40 * (rows % 3)
+    seen = (slots < 48) | ((slots >= own) & (slots <= own + rows))
+    return (seen if window is None else seen & (slots > own + rows - window))[None, None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(4, 1), (4, 4), (3, 1)])
+@pytest.mark.parametrize("queries", [1, 2, 7, 16, 17])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"sinks": torch.tensor([0.5]).view(1, 1, 1)}])
+def test_keys_in_stretches_far_from_each_other(dtype, heads, queries, options):
+    q = numbers(1, heads[0], queries, 32, dtype=dtype)
+    k, v = (numbers(1, heads[1], 700, 32, dtype=dtype, seed=seed) for seed in (1, 2))
+    mask = pooled_mask(queries, 700)
+    found = fused_attention(q, k, v, mask, scale=0.3, **options)
+    wanted = fused_attention_reference(q.float(), k.float(), v.float(), mask, scale=0.3, **options)
+    assert relative_error(wanted, found.float()) <= ALLOWED[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(4, 1), (4, 4), (3, 1)])
+@pytest.mark.parametrize("window", [None, 21])
+def test_few_queries_are_independent_of_each_other(dtype, heads, window):
+    """A query's row has the same bits alone and among fifteen others: verifying a draft gives the tokens of decoding."""
+    q = numbers(1, heads[0], 16, 32, dtype=dtype)
+    k, v = (numbers(1, heads[1], 700, 32, dtype=dtype, seed=seed) for seed in (1, 2))
+    causal = torch.arange(700) <= 300 + torch.arange(16)[:, None]
+    masks = [pooled_mask(16, 700), (causal if window is None else causal & (torch.arange(700) > 300 - window))[None, None]]
+    for mask in masks:
+        whole = fused_attention(q, k, v, mask, scale=0.3)
+        for begin, end in ((0, 1), (5, 6), (3, 8), (14, 16)):
+            assert torch.equal(
+                fused_attention(q[:, :, begin:end], k, v, mask[:, :, begin:end], scale=0.3), whole[:, :, begin:end]
+            )

@@ -118,12 +118,13 @@ inline void finish_scores(const Call& call, float* row, int64_t visible, int64_t
 }
 
 // Softmax of a row of scores into `to`, which may be the row, without the division: returns the sum to divide by. Scores outside of
-// `visible` and other masked ones, and padding, become 0; the row may change.
+// `visible` and other masked ones, and padding, become 0; the row may change. has_hole: hidden keys in between were left out.
 template <typename Call, typename P>
 inline float softmax(const Call& call, float* row, Span visible, int64_t padded, const float* bias, const bool* seen,
-                    const float* sink, P* to) {
+                    const float* sink, P* to, bool has_hole = false) {
   float scale = 1.0f;
-  bool all_seen = !seen || (call.bias_strides.column == 1 ? !std::memchr(seen + visible.begin, 0, visible.end - visible.begin) : *seen);
+  bool all_seen = !has_hole && (!seen || (call.bias_strides.column != 1 ? *seen
+                                                                        : !std::memchr(seen + visible.begin, 0, visible.end - visible.begin)));
   if (call.softcap == 0 && !bias && all_seen && call.scale != 0) {  // scaling is then folded into the argument of the exponential
     scale = call.scale;
     std::fill(row + visible.end, row + padded, scale > 0 ? kHidden : -kHidden);
@@ -357,8 +358,8 @@ struct FewKeys {
   std::vector<Span> spans{};
   std::vector<char> seen{};  // the mask of their keys where there is more than one span
 
-  // Of one query, or of several with one span that is the join of theirs. The first begins at a whole vector, so that a row's
-  // sums are added in the same order whatever is computed beside it.
+  // Of one query; or of several, with one span that is the join of theirs. They begin at whole vectors, so that a row's sums are
+  // added in the same order whatever is computed beside it.
   template <typename Call>
   void find(const Call& call, Span whole, int64_t b, int64_t h, int64_t row, bool alone) {
     spans.clear();
@@ -369,8 +370,10 @@ struct FewKeys {
       int64_t end = hidden ? static_cast<const bool*>(hidden) - mask : whole.end;
       const void* next = end < whole.end ? std::memchr(mask + end, 1, whole.end - end) : nullptr;
       int64_t after = next ? static_cast<const bool*>(next) - mask : whole.end;
-      if (!spans.empty() && begin - spans.back().end < kHole) spans.back().end = end;
-      else if (end > begin) spans.push_back({begin, end});
+      // Whole vectors, so that each key's place in one is that in a single span.
+      Span aligned{begin / kLanes * kLanes, std::min(ceil_div(end, kLanes) * kLanes, whole.end)};
+      if (!spans.empty() && aligned.begin - spans.back().end < kHole) spans.back().end = aligned.end;
+      else if (end > begin) spans.push_back(aligned);
       begin = after;
     }
     if (spans.size() > 1) {
@@ -429,7 +432,7 @@ inline void some_rows(const Attention<T, Cache>& call, const VisibleKeys& visibl
       inverse[r] = 1.0f / softmax_row(call, visible_keys, b, h, row, keys.spans[0].begin, line, padded, line);
     } else {
       const bool* seen = reinterpret_cast<const bool*>(keys.seen.data());
-      inverse[r] = 1.0f / softmax(call, line, Span{0, count}, padded, nullptr, seen, call.sink(b, h), line);
+      inverse[r] = 1.0f / softmax(call, line, Span{0, count}, padded, nullptr, seen, call.sink(b, h), line, true);
     }
   }
   scale_by(call.v_scale);
