@@ -51,12 +51,9 @@ from lissom.generation.pool import PooledDecoder
 from lissom.generation.sampling import Sampling
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
-_COMMON = {"model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "logprobs"}
-_FIELDS = {
-    True: _COMMON | {"messages", "max_completion_tokens", "top_logprobs", "response_format"},
-    False: _COMMON | {"prompt"},
-}
-"""The fields of a request, by whether it is a chat."""
+_TEXT = {"model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "logprobs"}
+"""The fields of a request for a completion."""
+_CHAT = _TEXT - {"prompt"} | {"messages", "max_completion_tokens", "top_logprobs", "response_format"}
 _IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 _ONLY = {"n": 1, "best_of": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "echo": False, "tools": []}
 """Fields of OpenAI's API that are taken with this value only."""
@@ -389,9 +386,8 @@ class Reader:
     def __init__(self, decoder: PooledDecoder, tokenizer: PreTrainedTokenizerBase, name: str, limits: Limits) -> None:
         self.decoder, self.tokenizer, self.name, self.limits = decoder, tokenizer, name, limits
         ends = sorted({*Sampling.of(decoder.generation_config).stop, *_end(tokenizer)})
-        self.grammars = (
-            llguidance.hf.from_tokenizer(tokenizer, decoder.vocabulary, ends) if tokenizer.is_fast and ends else None
-        )
+        size = max(decoder.vocabulary, len(tokenizer))
+        self.grammars = llguidance.hf.from_tokenizer(tokenizer, size, ends) if tokenizer.is_fast and ends else None
 
     def read(self, data: bytes, *, is_chat: bool) -> Asked:
         """The request in a body. Raises Refused."""
@@ -523,7 +519,7 @@ def _flag(body: Mapping[str, Any], name: str) -> bool:
 def _number(body: Mapping[str, Any], name: str, default: float, least: float, most: float, *, is_whole: bool = False) -> float:
     value = body.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int if is_whole else int | float) or not least <= value <= most:
-        raise Refused(400, f"{name} is not a {'whole ' if is_whole else ''}number from {least:g} to {most:g}", name)
+        raise Refused(400, f"{name} is not a {'whole ' if is_whole else ''}number from {least} to {most}", name)
     return value
 
 
@@ -599,7 +595,8 @@ def _text_logprobs(logprobs: Sequence[Logprob]) -> dict[str, object]:
     return {
         "tokens": [item.token for item in logprobs],
         "token_logprobs": [item.logprob for item in logprobs],
-        "top_logprobs": [dict(item.top) for item in logprobs],
+        # Of tokens with the same text, the likeliest.
+        "top_logprobs": [dict(reversed(item.top)) for item in logprobs],
         "text_offset": [item.offset for item in logprobs],
     }
 
