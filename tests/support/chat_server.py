@@ -28,6 +28,7 @@ from tests.support.tokenizers import tokenizer
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "serve_chat.py"
 HOST, NAME, LENGTH = "127.0.0.1", "tiny", 128
+PROMPTS = ["The quick brown fox", "A vocabulary has rows", "日本語の文章", "and", "jumps over the lazy dog, and the dog sleeps"]
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'developer' %}{{ raise_exception('no developers') }}{% endif %}"
     "<s>{{ message.role }}\n{{ message.content }}</s>{% endfor %}<s>assistant\n"
@@ -114,3 +115,11 @@ def alone(decoder: PooledDecoder, words: PreTrainedTokenizerFast, prompt: str | 
     ids = words(prompt)["input_ids"] if isinstance(prompt, str) else prompt
     (answer,) = decoder.generate([ids], count, Sampling(stop=(3,)))
     return words.decode(answer, skip_special_tokens=True)
+
+
+def until_idle(decoder) -> None:
+    """Wait until no text is left."""
+    ends = time.monotonic() + 30
+    while decoder.running or decoder.waiting:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
