@@ -438,7 +438,7 @@ class Reader:
         said = [{"role": _role(message), "content": _content(message)} for message in messages]
         if not self.tokenizer.chat_template:
             lines = [f"{message['role']}: {message['content']}" for message in said]
-            return self._tokenize("\n".join([*lines, "assistant:"])), ("\nuser:",)
+            return self._tokenize("\n".join([*lines, "assistant:"])), ("\nuser:", "\nassistant:")
         try:
             text = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         except jinja2.TemplateError as error:

@@ -113,9 +113,7 @@ class PooledDecoder(FixedModule):
 
         return tokens()
 
-    def submit(
-        self, prompt: torch.Tensor | Sequence[int], max_new_tokens: int, sampling: Sampling | None = None
-    ) -> Text:
+    def submit(self, prompt: torch.Tensor | Sequence[int], max_new_tokens: int, sampling: Sampling | None = None) -> Text:
         """Add a text, which `step` computes; for one thread that makes the calls for all. Arguments and errors as `generate`.
 
         The thread takes the tokens from `new` of the text; after `is_finished`, `error` is what ended it, or None.
