@@ -109,8 +109,10 @@ def _compile(model: nn.Module, settings: PoolSettings) -> PooledDecoder:
     from lissom.generation.pool import PooledDecoder
 
     original: Any = model
-    configs = (renumbered_config(given, compiled.program) for given in (original.config, original.generation_config))
-    return PooledDecoder(compiled, *configs, max_length, sequences)
+    config, generation_config = (
+        renumbered_config(given, compiled.program) for given in (original.config, original.generation_config)
+    )
+    return PooledDecoder(compiled, config, generation_config, max_length, sequences)
 
 
 def _texts(batches: Sequence[torch.Tensor | Mapping[str, object]], max_length: int, slots: int) -> list[Inputs]:

@@ -38,6 +38,16 @@ class PooledDecoder(FixedModule):
         slots: the tokens that the pool holds.
         config: that of the model.
         generation_config: that of the model.
+
+    Examples:
+        >>> import torch, lissom
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> decoder = lissom.compile_pool(LlamaForCausalLM(config), max_length=32, sequences=2)
+        >>> len(list(decoder.stream([1, 2, 3], max_new_tokens=4)))
+        4
     """
 
     def __init__(
@@ -99,9 +109,17 @@ class PooledDecoder(FixedModule):
     def stream(
         self, prompt: torch.Tensor | Sequence[int], max_new_tokens: int, sampling: Sampling | None = None
     ) -> Iterator[int]:
-        """The tokens that follow a prompt, one by one; closing the iterator ends the text. Arguments and errors as `generate`.
+        """The tokens that follow a prompt, one by one; closing the iterator ends the text.
 
         The text is computed together with those of other threads.
+
+        Args:
+            prompt: token ids, [tokens] or [1, tokens].
+            max_new_tokens: of the answer.
+            sampling: as of `generate`.
+
+        Raises:
+            InputError: as `generate`.
         """
         text = self.submit(prompt, max_new_tokens, sampling)
 

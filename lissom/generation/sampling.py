@@ -30,6 +30,11 @@ class Sampling:
         stop: tokens that end the text; they are not returned.
         seed: of the samples.
         process: changes the logits first, as a `LogitsProcessorList` of transformers does.
+
+    Examples:
+        >>> from lissom.generation.sampling import Sampling
+        >>> Sampling(temperature=0.7, top_p=0.9, stop={2}).top_p
+        0.9
     """
 
     temperature: float = 0.0
@@ -57,11 +62,13 @@ class Sampling:
 
     def choice(self) -> Choice:
         """The choice for one text."""
-        before = self.process or (lambda _, logits: logits)
         if self.temperature == 0:
-            return Choice(before, samples=False)
+            return Choice(self._processed, samples=False)
         generator = torch.Generator().manual_seed(self.seed)
-        return Choice(lambda text, logits: self._warp(before(text, logits)), samples=True, generator=generator)
+        return Choice(lambda text, logits: self._warp(self._processed(text, logits)), samples=True, generator=generator)
+
+    def _processed(self, text: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.process is None else self.process(text, logits)
 
     def _warp(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits over the temperature, minus infinity outside of top-k and top-p."""
