@@ -673,11 +673,13 @@ class Completions:
     is_chat: bool
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request. Status 499 is counted where the client went away."""
+        """Answer a request. Status 499 is counted where the client went away or did not read."""
         server, started, status = self.server, time.perf_counter(), 499
         server.open += 1
         try:
             status = await self._answer(Request(scope, receive), send)
+        except TimeoutError:  # a client that does not read
+            pass
         finally:
             server.open -= 1
             server.answered[self.path, status] += 1
@@ -700,8 +702,6 @@ class Completions:
         try:
             await asyncio.wait({writing, gone}, return_when=asyncio.FIRST_COMPLETED)
             return writing.result() if writing.done() else 499
-        except TimeoutError:  # a client that does not read
-            return 499
         finally:
             server.driver.cancel(answer)
             for task in (writing, gone):
@@ -724,7 +724,9 @@ class Completions:
         return bytes(held)
 
     async def _send(self, response: Response, request: Request, send: Send) -> int:
-        await response(request.scope, request.receive, send)
+        """Send a response; returns its status. Raises TimeoutError if the client does not read."""
+        async with asyncio.timeout(self.server.limits.send_seconds):
+            await response(request.scope, request.receive, send)
         return response.status_code
 
     async def _whole(self, answer: Answer, form: Form, request: Request, send: Send) -> int:

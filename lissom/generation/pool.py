@@ -43,7 +43,8 @@ class PooledDecoder(FixedModule):
         >>> import torch, lissom
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(
-        ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        ...     eos_token_id=None,
         ... )
         >>> decoder = lissom.compile_pool(LlamaForCausalLM(config), max_length=32, sequences=2)
         >>> len(list(decoder.stream([1, 2, 3], max_new_tokens=4)))
@@ -140,14 +141,15 @@ class PooledDecoder(FixedModule):
             >>> import torch, lissom
             >>> from transformers import LlamaConfig, LlamaForCausalLM
             >>> config = LlamaConfig(
-            ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+            ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            ...     eos_token_id=None,
             ... )
             >>> decoder = lissom.compile_pool(LlamaForCausalLM(config), max_length=32, sequences=2)
-            >>> texts = [decoder.submit([1, 2, 3], max_new_tokens=4), decoder.submit([4, 5], max_new_tokens=2)]
+            >>> texts = [decoder.submit(prompt, max_new_tokens=4) for prompt in ([1, 2, 3], [4, 5])]
             >>> while decoder.step():
             ...     pass
             >>> [(len(text.new), text.is_finished) for text in texts]
-            [(4, True), (2, True)]
+            [(4, True), (4, True)]
         """
         return self._batching.submit(self._text(prompt, max_new_tokens, sampling))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import struct
@@ -115,6 +116,32 @@ def test_a_reader_that_does_not_read_delays_no_other(example, decoder, words):
         until_idle(decoder)
         while "chat_open_requests 0\n" not in ask(port, "/metrics")[1]:
             time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_never_reads_is_given_up(example, decoder, words, stream):
+    app = example.configure(decoder, words, "tiny", example.Limits(send_seconds=0.2), HOST, 0).app
+    data, never = json.dumps(completion("and", 100, stream=stream)).encode(), 3600
+    sent = []
+
+    async def receive():
+        if sent:
+            await asyncio.sleep(never)
+        sent.append(data)
+        return {"type": "http.request", "body": data, "more_body": False}
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(never)
+
+    async def ask_once():
+        async with app.router.lifespan_context(app):
+            await app({"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}, receive, send)
+
+    asyncio.run(asyncio.wait_for(ask_once(), 60))
+    route = next(route for route in app.routes if route.path == "/v1/completions")
+    assert route.endpoint.server.answered == {("/v1/completions", 499): 1}
+    assert (route.endpoint.server.open, decoder.running, decoder.waiting) == (0, 0, 0)
 
 
 def test_a_full_queue_refuses_and_loses_nothing(example, decoder, words, gate):
