@@ -18,7 +18,7 @@ from lissom.ops.block_formats import BLOCK_FORMATS
 from lissom.passes.quantize.quantize import Quantize
 from lissom.passes.quantize.use_stored_weights import UseStoredWeights
 
-_BITS = {"int4": 5.0, "int8": 8.5, "fp8": 8.5} | {form.name: form.bits for form in BLOCK_FORMATS.values()}
+_BITS = {"int4": 5.0, "int8": 8.5, "auto": 8.5, "fp8": 8.5} | {form.name: form.bits for form in BLOCK_FORMATS.values()}
 """Bits of a quantized weight, with its scales, by the beginning of a scheme's name."""
 _STORED = 6.5
 """Bits of a weight as GGUF files store it."""

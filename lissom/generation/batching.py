@@ -132,6 +132,13 @@ class Batching:
         if text.error is not None:
             raise text.error
 
+    def step(self) -> bool:
+        """Make one call; returns whether texts are left."""
+        with self._turn:
+            self._call()
+        with self._lock:
+            return bool(self._waiting) or self.running > 0
+
     def _call(self) -> None:
         """Make one call for the texts whose turn it is."""
         with self._lock:
@@ -141,6 +148,8 @@ class Batching:
         answers = [text for text in running if len(text.unread) == 1]
         self._read_prompt = bool(prompts) and (not answers or not self._read_prompt)
         chosen = prompts[:1] if self._read_prompt else answers
+        if not chosen:
+            return
         try:
             logits = self._reader.read([(text.region, text.unread[:PIECE]) for text in chosen if text.region is not None])
             for text, row in zip(chosen, logits.split(1), strict=True):

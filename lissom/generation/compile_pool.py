@@ -70,7 +70,8 @@ def compile_pool(model: nn.Module | str | Path, settings: PoolSettings) -> Poole
         >>> import torch, lissom
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(
-        ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        ...     eos_token_id=None,
         ... )
         >>> decoder = lissom.compile_pool(LlamaForCausalLM(config), max_length=32, sequences=2)
         >>> [len(answer) for answer in decoder.generate([[1, 2, 3], [4, 5]], max_new_tokens=4)]

@@ -43,7 +43,8 @@ class PooledDecoder(FixedModule):
         >>> import torch, lissom
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(
-        ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        ...     eos_token_id=None,
         ... )
         >>> decoder = lissom.compile_pool(LlamaForCausalLM(config), max_length=32, sequences=2)
         >>> len(list(decoder.stream([1, 2, 3], max_new_tokens=4)))
@@ -99,7 +100,7 @@ class PooledDecoder(FixedModule):
         Raises:
             InputError: for a prompt without tokens, with ids out of range, or too long.
         """
-        texts = [self._batching.submit(self._text(prompt, max_new_tokens, sampling)) for prompt in prompts]
+        texts = [self.submit(prompt, max_new_tokens, sampling) for prompt in prompts]
         try:
             return [torch.tensor(list(self._batching.tokens(text)), dtype=torch.int64) for text in texts]
         finally:
@@ -121,7 +122,7 @@ class PooledDecoder(FixedModule):
         Raises:
             InputError: as `generate`.
         """
-        text = self._batching.submit(self._text(prompt, max_new_tokens, sampling))
+        text = self.submit(prompt, max_new_tokens, sampling)
 
         def tokens() -> Iterator[int]:
             try:
@@ -130,6 +131,35 @@ class PooledDecoder(FixedModule):
                 self._batching.cancel(text)
 
         return tokens()
+
+    def submit(self, prompt: torch.Tensor | Sequence[int], max_new_tokens: int, sampling: Sampling | None = None) -> Text:
+        """Add a text, which `step` computes; for one thread that makes the calls for all. Arguments and errors as `generate`.
+
+        The thread takes the tokens from `new` of the text; after `is_finished`, `error` is what ended it, or None.
+
+        Examples:
+            >>> import torch, lissom
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> config = LlamaConfig(
+            ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            ...     eos_token_id=None,
+            ... )
+            >>> decoder = lissom.compile_pool(LlamaForCausalLM(config), max_length=32, sequences=2)
+            >>> texts = [decoder.submit(prompt, max_new_tokens=4) for prompt in ([1, 2, 3], [4, 5])]
+            >>> while decoder.step():
+            ...     pass
+            >>> [(len(text.new), text.is_finished) for text in texts]
+            [(4, True), (4, True)]
+        """
+        return self._batching.submit(self._text(prompt, max_new_tokens, sampling))
+
+    def step(self) -> bool:
+        """Make one call for all texts; returns whether texts are left."""
+        return self._batching.step()
+
+    def cancel(self, text: Text) -> None:
+        """End a text of `submit`; its slots are free before the next call."""
+        self._batching.cancel(text)
 
     def _text(self, prompt: torch.Tensor | Sequence[int], max_new_tokens: int, sampling: Sampling | None) -> Text:
         """A checked text. Raises InputError."""

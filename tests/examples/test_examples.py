@@ -12,9 +12,10 @@ import pytest
 
 from tests.support.ranks import free_port
 
-# The server does not end; tests/examples/test_serve_embeddings.py runs it.
-SERVER = "serve_embeddings"
-EXAMPLES = sorted(path for path in (Path(__file__).parent.parent.parent / "examples").glob("*.py") if path.stem != SERVER)
+FOLDER = Path(__file__).parent.parent.parent / "examples"
+# The servers do not end; they have tests of their own.
+SERVERS = {"serve_embeddings", "serve_chat"}
+EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem not in SERVERS)
 # What a script needs beside transformers.
 NEEDS = {"sentence_embeddings": "sentence_transformers", "finetune_classifier": "sklearn"}
 SAID = {

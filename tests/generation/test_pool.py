@@ -132,6 +132,31 @@ def test_a_text_that_is_left_frees_its_slots() -> None:
     assert len(found.generate(texts(50), NEW, GREEDY)[0]) == NEW
 
 
+def test_one_thread_makes_all_calls() -> None:
+    found, prompts = pool("llama"), texts(5, 9, 3, 12, 7, 30, seed=8)
+    assert not found.step()  # without a text there is no call
+    submitted = [found.submit(prompt, NEW, GREEDY) for prompt in prompts]
+    calls = 1
+    while found.step():
+        calls += 1
+    assert [list(text.new) for text in submitted] == [alone("llama")(prompt) for prompt in prompts]
+    assert all(text.is_finished and text.error is None for text in submitted)
+    assert calls < len(prompts) * NEW
+
+
+def test_a_submitted_text_is_cancelled() -> None:
+    found, (first, second, *more) = pool("llama"), texts(5, 9, 4, 4, 4, 4, seed=9)
+    submitted = [found.submit(prompt, NEW, GREEDY) for prompt in (first, second, *more)]
+    found.step()
+    found.cancel(submitted[0])  # one that runs, and one that waits
+    found.cancel(submitted[-1])
+    while found.step():
+        pass
+    assert (found.waiting, found.running, len(submitted[-1].new)) == (0, 0, 0)
+    assert [list(text.new) for text in submitted[1:-1]] == [alone("llama")(prompt) for prompt in (second, *more[:-1])]
+    assert len(submitted[0].new) < NEW
+
+
 def test_what_a_processor_raises_ends_its_text_alone() -> None:
     def fails(text: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         if text.shape[1] > 6:
