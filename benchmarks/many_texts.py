@@ -3,8 +3,8 @@
     python benchmarks/many_texts.py --update
 
 Texts: prompts of 64 tokens of glosses, 64 tokens chosen greedily for each, 1 to 16 at once. `shared`: milliseconds to the first
-token of a text whose first 512 tokens another text had, beside those of the first such text. Drafts: the answer to a text that repeats itself and to
-one that does not, with `draft="prompt-lookup"`, relative to no draft; both texts are checked to be the same.
+token of a text whose first 512 tokens another text had, beside those of the first such text. Drafts: the answer to a text that
+repeats itself and to one that does not, with `draft="prompt-lookup"`, relative to no draft; both answers must be the same.
 """
 
 from __future__ import annotations
