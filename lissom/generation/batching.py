@@ -68,6 +68,12 @@ class Text:
         """The tokens that are not in its slots yet."""
         return self.ids[len(self.region.tokens) :] if self.region is not None else self.ids
 
+    @property
+    def piece(self) -> list[int]:
+        """The tokens for the next call. Pieces end at the same tokens whether the start is shared or not."""
+        held = len(self.ids) - len(self.unread)
+        return self.unread[: PIECE - held % PIECE]
+
     def take(self, logits: torch.Tensor) -> None:
         """Choose the next token.
 
@@ -151,7 +157,7 @@ class Batching:
         if not chosen:
             return
         try:
-            logits = self._reader.read([(text.region, text.unread[:PIECE]) for text in chosen if text.region is not None])
+            logits = self._reader.read([(text.region, text.piece) for text in chosen if text.region is not None])
             for text, row in zip(chosen, logits.split(1), strict=True):
                 if not text.unread and not text.is_finished:
                     _take(text, row)
