@@ -19,7 +19,6 @@ from lissom.generation.decoder import Decoder
 from lissom.generation.directory import is_saved
 from lissom.generation.options import GenerationSettings
 from lissom.generation.proposers import PROMPT_LOOKUP
-from lissom.generation.saved import read
 
 _KINDS = f"'{PROMPT_LOOKUP}', the text of a pipeline, a compiled decoder, or a model"
 
@@ -81,4 +80,6 @@ def draft_to_load(
 
 
 def _saved(directory: str, device: str | torch.device | None, backend: str | Backend | None, trust: Trust) -> Decoder:
+    from lissom.generation.saved import read  # imports transformers
+
     return Decoder(read(Path(directory), device, backend, trust).compiled)
