@@ -10,13 +10,16 @@ repeats itself and to one that does not, with `draft="prompt-lookup"`, relative 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from apart import run_apart
 from quality import conditions, windows
 from readme import put_table
 from spread import Quartiles, quartiles, spread
@@ -109,7 +112,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--update", action="store_true", help="put the tables into benchmarks/README.md")
     parser.add_argument("--without-llama", action="store_true", help="leave llama.cpp out")
+    parser.add_argument("--llama", action="store_true", help="print the rates of llama.cpp for prompts from standard input")
     options = parser.parse_args()
+    if options.llama:
+        print(json.dumps(llama_rates(json.load(sys.stdin), torch.get_num_threads())))
+        return
     checkpoint = load("gemma3-270m")
     prompts = [window[0].tolist() for window in windows(checkpoint, "evaluation", PROMPT * max(COUNTS), PROMPT)]
     lines = [
@@ -125,7 +132,9 @@ def main() -> None:
             drafts.append(f"| {name} | {kind} | {spread(share, 2)} | {tokens:.2f} |")
             print(drafts[-1], flush=True)
     if not options.without_llama:
-        lines.append(f"| llama.cpp | {' | '.join(map(spread, llama_rates(prompts, torch.get_num_threads())))} | | |")
+        # In a process of its own, where no other threads are.
+        rates = cast(list[Quartiles], run_apart(__file__, ["--llama"], prompts))
+        lines.append(f"| llama.cpp | {' | '.join(map(spread, rates))} | | |")
     text = "\n".join([*lines, *drafts, "", f"{conditions()}.", ""])
     print(text)
     if options.update:
